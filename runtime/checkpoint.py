@@ -1,0 +1,337 @@
+"""Checkpoints of a run that survive crashes, full disks and damaged files; reading and exporting weights.
+
+A checkpoint is one `torch.save` file, readable with `weights_only=True`. It is written under a temporary name, synced
+and renamed, so that a name never stands for half a file. Its sha256, computed while writing, is the comment of the zip
+archive itself: file and hash change together in the one rename, and every zip reader skips the comment.
+"""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.errors import InputError
+from runtime.safe_pickle import Stub, load_torch, module_tensors
+
+HASH_LABEL = b"sha256:"
+COMMENT_SIZE = len(HASH_LABEL) + 64
+BLOCK = 1 << 22  # bytes hashed at a time
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NUMBERED = re.compile(r"checkpoint_(\d+)\.pt")
+PLAIN = (int, float, str, bool, type(None))
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: `checkpoint_<step>.pt`, the `keep` newest of them, and `checkpoint_<tag>.pt`.
+
+    One process of the run saves. With several, one calls `newest_valid()` and tells the others its answer.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        self.folder = Path(folder)
+        self.keep = max(1, keep)
+
+    def save(self, state: dict[str, Any], step: int, tag: str | None = None) -> Path:
+        """Writes `state` (tensors and plain containers, numbers, strings) and returns the file's path.
+
+        A `tag` such as "best" gives the same file the second name `checkpoint_<tag>.pt`, which is never pruned. Raises
+        `InputError` on a full disk, with every older checkpoint intact, and `TypeError` for a value that
+        `weights_only=True` would not read back.
+        """
+        _check_plain(state)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("checkpoint_*.pt.tmp"):  # of a process killed while writing
+            leftover.unlink()
+        path = self.folder / f"checkpoint_{step:08d}.pt"
+        write_atomically(path, lambda temporary: _write_hashed(state, temporary))
+        if tag is not None:
+            write_atomically(self.folder / f"checkpoint_{tag}.pt", lambda temporary: _same_file(path, temporary))
+        self._prune(step)
+        return path
+
+    def numbered(self) -> list[Path]:
+        """The files `checkpoint_<step>.pt`, newest step first."""
+        files = [path for path in self.folder.glob("checkpoint_*.pt") if NUMBERED.fullmatch(path.name)]
+        return sorted(files, key=_step_of, reverse=True)
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint last saved with `tag="best"`, if any."""
+        path = self.folder / "checkpoint_best.pt"
+        return path if path.is_file() else None
+
+    def newest_valid(self) -> Path | None:
+        """The newest checkpoint whose hash is right, the best one after all numbered ones; None in an empty folder.
+
+        Warns of every damaged one it passes over. Raises `InputError` if all are damaged: to start over silently would
+        lose the run.
+        """
+        candidates = self.numbered() + ([self.best] if self.best else [])
+        for index, path in enumerate(candidates):
+            damage = find_damage(path)
+            if damage is None:
+                return path
+            if index + 1 < len(candidates):
+                before = candidates[index + 1]
+                warnings.warn(f"CHECKPOINT DAMAGED: {path} ({damage}). Going back to {before}", stacklevel=2)
+        if candidates:
+            raise InputError(
+                f"{self.folder}: no checkpoint is intact ({damage} in {candidates[-1].name}, the last one tried); "
+                "restore one from a backup, or start over in another output directory"
+            )
+        return None
+
+    def load_latest(self, map_location: str | torch.device = "cpu") -> tuple[dict[str, Any], Path] | None:
+        """`(state, path)` of `newest_valid()`, or None where there is nothing to resume from."""
+        path = self.newest_valid()
+        return None if path is None else (load_checked(path, map_location), path)
+
+    def _prune(self, step: int) -> None:
+        """Keeps the newest up to `step`; a later step belongs to a past the run went back from, and is set aside."""
+        upto = []
+        for path in self.numbered():
+            if _step_of(path) <= step:
+                upto.append(path)
+            else:
+                aside = path.with_name(path.name + ".superseded")
+                warnings.warn(f"{path} is of a later step than {step}, just saved; now {aside.name}", stacklevel=3)
+                path.rename(aside)
+        for path in upto[self.keep :]:
+            path.unlink()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it to `path`.
+
+    On any failure the temporary file is removed and an older file of that name stays as it was; a full disk is an
+    `InputError`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            free = shutil.disk_usage(path.parent).free / 2**30
+            raise InputError(
+                f"{path}: not written, the disk is full or the quota used up ({error.strerror}; {free:.1f} GiB free). "
+                "Earlier checkpoints are intact: make room, then start the same command again to resume"
+            ) from error
+        raise
+
+
+def find_damage(path: str | Path) -> str | None:
+    """None if the file is exactly what was written, else what is wrong with it. Reads the whole file once."""
+    try:
+        recorded = _recorded_hash(path)
+        if recorded is None:
+            return "no hash at its end, so it is truncated or not a checkpoint of this project"
+        return None if _file_hash(path) == recorded else "its content does not match its hash"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def load_checked(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """A checkpoint of `CheckpointFolder` whose hash was found right (`newest_valid`, `find_damage`).
+
+    Tensors are mapped from the file, not copied: all processes of a machine share them.
+    """
+    return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Plain state dict, on the CPU, of a checkpoint in any form people have it.
+
+    Takes checkpoints of this project (hash verified; a run directory means its best, else its newest checkpoint),
+    `.pth` files of the original systems with a `model` or `state_dict` entry, bare state dicts, `.safetensors`, and
+    pickled modules (`encoder.pkl`). The prefixes `module.` and `_orig_mod.` of wrapped models are removed. Raises
+    `InputError`.
+    """
+    path = _weights_file(Path(path))
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if zipfile.is_zipfile(path) and _recorded_hash(path) is not None and (damage := find_damage(path)):
+        raise InputError(f"{path}: {damage}; use another checkpoint of that run")
+    content = load_torch(path)
+    if isinstance(content, Stub):
+        return module_tensors(content)
+    if isinstance(content, dict):
+        tables = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)]
+        weights = tables[0] if tables else content
+        if weights and all(isinstance(value, torch.Tensor) for value in weights.values()):
+            return _unwrapped(weights)
+    raise InputError(
+        f"{path}: holds no weights: neither tensors by name nor such a table under `model` or `state_dict`"
+    )
+
+
+def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Writes a state dict as safetensors, atomically. Tied tensors are written once per name, so that all keys stay."""
+    from safetensors.torch import save_file
+
+    seen, own = set(), {}
+    for key, value in state.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != value.nbytes
+        seen.add(storage.data_ptr())
+        own[key] = value.clone() if shared else value
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files of its own for the owner alone
+        try:
+            save_file(own, temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)
+        except Exception as error:  # safetensors hides the errno of a full disk in its text
+            if "os error 28" in str(error) or "No space left" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), write)
+
+
+# -------------------------------------------------------------------------------------------------------- file and hash
+
+
+class _HashingFile:
+    """A file object that hashes what it writes.
+
+    `torch.save` calls it from C++, where an exception would be lost in a complaint about file positions: the first
+    `OSError` is kept for `finish` to raise, and nothing is written after it.
+    """
+
+    def __init__(self, file):
+        self.file, self.hash, self.error = file, hashlib.sha256(), None
+
+    def write(self, data) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+                self.hash.update(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self) -> bytes:
+        if self.error is not None:
+            raise self.error
+        return HASH_LABEL + self.hash.hexdigest().encode()
+
+
+def _write_hashed(state: dict, path: Path) -> None:
+    with open(path, "wb") as file:
+        hashing = _HashingFile(file)
+        torch.save(state, hashing)
+        comment = hashing.finish()
+        file.seek(-2, os.SEEK_END)  # length of the archive's comment: zero so far
+        file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def _recorded_hash(path: str | Path) -> str | None:
+    """The sha256 in the archive's comment, or None where the file does not end in exactly such a comment."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) <= COMMENT_SIZE + 2:
+            return None
+        file.seek(-COMMENT_SIZE - 2, os.SEEK_END)
+        size, comment = file.read(2), file.read()
+    if int.from_bytes(size, "little") != COMMENT_SIZE or not comment.startswith(HASH_LABEL):
+        return None
+    return comment[len(HASH_LABEL) :].decode("ascii", "replace")
+
+
+def _file_hash(path: str | Path) -> str:
+    """sha256 of the file as it was before the comment: without it, and with zero as its length."""
+    remaining = os.path.getsize(path) - COMMENT_SIZE - 2
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while remaining > 0:
+            block = file.read(min(BLOCK, remaining))
+            if not block:
+                break
+            digest.update(block)
+            remaining -= len(block)
+    digest.update(b"\0\0")
+    return digest.hexdigest()
+
+
+def _step_of(path: Path) -> int:
+    return int(NUMBERED.fullmatch(path.name)[1])
+
+
+def _same_file(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # no hard links on this file system
+        shutil.copyfile(source, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _check_plain(value: Any, where: str = "state") -> None:
+    if type(value) in (dict, OrderedDict):
+        for key, entry in value.items():
+            _check_plain(key, f"key {key!r} of {where}")
+            _check_plain(entry, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, entry in enumerate(value):
+            _check_plain(entry, f"{where}[{index}]")
+    elif not (isinstance(value, torch.Tensor) or type(value) in PLAIN):
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint takes tensors, lists, dicts, numbers")
+
+
+# -------------------------------------------------------------------------------------------------------------- weights
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_dir():
+        checkpoints = CheckpointFolder(path)
+        found = [checkpoints.best or "", *checkpoints.numbered(), *sorted(path.glob("*.safetensors"))]
+        if not any(found):
+            raise InputError(f"{path}: a folder without checkpoint_*.pt or *.safetensors")
+        return next(filter(None, found))
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    return path
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
+
+
+def _unwrapped(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)

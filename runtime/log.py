@@ -1,0 +1,238 @@
+"""What a run tells: a banner, a progress bar, a line in `log.jsonl` per log step, TensorBoard, and W&B if asked for."""
+
+import json
+import math
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from runtime import distributed
+from runtime.distributed import World
+from runtime.errors import InputError
+
+# dense peak in FLOP/s at fp32 (without TF32, which precision fp32 does not use) and at 16 bit, from the data sheets
+PEAK_FLOPS = {
+    "H200": (67e12, 989e12),
+    "H100": (67e12, 989e12),
+    "A100": (19.5e12, 312e12),
+    "L40S": (91.6e12, 362e12),
+    "V100": (15.7e12, 125e12),
+    "RTX 4090": (82.6e12, 165e12),
+    "RTX 3090": (35.6e12, 71e12),
+    "A10": (31.2e12, 125e12),
+    "T4": (8.1e12, 65e12),
+}
+
+
+class Meters:
+    """Running means kept on the device. Adding never waits for it; reading is one copy.
+
+    meters.add(loss_ita=..., loss_itm=...)   # 0-d tensors
+    meters.read() -> {"loss_ita": float, ...}  # mean since the last reading, over all processes
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.total: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, **values: torch.Tensor) -> None:
+        row = torch.stack([v.detach().float() for v in values.values()])
+        self.names = list(values)
+        self.total = row if self.total is None else self.total + row
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        if self.total is None:
+            return {}
+        means = distributed.all_reduce(self.total / self.count, "mean").tolist()
+        self.total, self.count = None, 0
+        return dict(zip(self.names, means, strict=True))
+
+    def state_dict(self) -> dict:
+        total = None if self.total is None else self.total.cpu()
+        return {"names": self.names, "total": total, "count": self.count}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.names, self.count = list(state["names"]), state["count"]
+        self.total = None if state["total"] is None else state["total"].to(device)
+
+
+class Stopwatch:
+    """Throughput between log points: samples/s, share of time spent waiting for data, MFU and memory."""
+
+    def __init__(self, world: World, samples_per_step: int, flops_per_step: float = 0.0, peak_flops: float = 0.0):
+        self.world, self.samples, self.flops, self.peak = world, samples_per_step, flops_per_step, peak_flops
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches):
+        """Next batch of the iterator `batches`; the time it takes counts as data wait."""
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - begin
+        return batch
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last reading; call after the meters were read, which waited for the device."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        figures = {"images_per_s": self.steps * self.samples / seconds, "data_wait": self.waited / seconds}
+        figures["step_s"] = seconds / max(1, self.steps)
+        if self.world.device.type == "cuda":
+            figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            if self.flops and self.peak:
+                figures["mfu"] = self.flops * self.steps / seconds / self.peak
+        else:
+            figures["memory_gb"] = _peak_resident_bytes() / 1e9
+        self.restart()
+        return figures
+
+
+def _peak_resident_bytes() -> int:
+    import resource
+
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+
+
+def peak_flops(device: torch.device, precision: str, tflops: float | None = None) -> float:
+    """Peak of this device in FLOP/s: `tflops` where given, else the table by the card's name, else 0 (unknown)."""
+    if tflops is not None:
+        return tflops * 1e12
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((p[precision != "fp32"] for card, p in PEAK_FLOPS.items() if card in name), 0.0)
+
+
+def training_flops(model: torch.nn.Module, batch: dict) -> float:
+    """FLOPs of one forward and backward pass of `model(**batch)`, counted with fake tensors: nothing is computed.
+
+    Call before the model is wrapped. What activation checkpointing computes again is not counted (MFU, not HFU).
+    """
+    from unittest import mock
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.func import functional_call
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # collectives have no FLOPs and no fake tensors: to the count, this process is alone
+    alone = mock.patch.object(torch.distributed, "is_initialized", return_value=False)
+    with alone, FakeTensorMode(allow_non_fake_inputs=True):
+
+        def fake(tensor):
+            # of the same shape and kind, on the CPU: the count is the same on every device
+            like = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            return like.requires_grad_(tensor.requires_grad)
+
+        state = {k: fake(v) for k, v in [*model.named_parameters(), *model.named_buffers()]}
+        inputs = {k: fake(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        with FlopCounterMode(display=False) as counter:
+            losses = functional_call(model, state, kwargs=inputs, tie_weights=True)
+            sum(v for k, v in losses.items() if k.startswith("loss")).backward()
+    return float(counter.get_total_flops())
+
+
+class RunLog:
+    """Writes on rank 0 only: `log.jsonl`, TensorBoard events in `tensorboard/`, W&B where `wandb` is not `off`.
+
+    Opening for a resumed run cuts lines of steps at or after `first_step`, which are about to be written again.
+    """
+
+    def __init__(self, folder: Path, world: World, config: dict, first_step: int = 0, *, tensorboard=True, wandb="off"):
+        self.main, self.writer, self.wandb, self.bar = world.is_main, None, None, None
+        if not self.main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "log.jsonl"
+        keep_before(self.path, first_step)
+        self.file = self.path.open("a")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        if wandb != "off":
+            self.wandb = _start_wandb(folder, config, wandb)
+
+    def banner(self, title: str, **facts) -> None:
+        """The derived truth of a run, one aligned line a fact."""
+        if self.main:
+            width = max(map(len, facts))
+            lines = [f"  {name.replace('_', ' '):<{width}}  {value}" for name, value in facts.items()]
+            print("\n".join([title, *lines]), flush=True)
+
+    def progress(self, total: int, done: int, unit: str = "step") -> None:
+        """Start the progress bar of the training loop."""
+        if self.main:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, mininterval=1.0)
+
+    def tick(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def write(self, step: int, **values) -> None:
+        """One line of `log.jsonl` with `step` and `values` (numbers or strings), and the same numbers elsewhere."""
+        if not self.main:
+            return
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        # JSON knows no NaN: a reader that is strict must still be able to read the line
+        clean = {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+        self.file.write(json.dumps({"step": step, **clean}) + "\n")
+        self.file.flush()
+        for name, value in numbers.items():
+            if self.writer is not None:
+                self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+        if self.bar is not None:
+            shown = {k: f"{v:.4g}" for k, v in numbers.items() if k.startswith("loss") or k in ("lr", "images_per_s")}
+            self.bar.set_postfix(shown, refresh=False)
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        if self.main:
+            self.bar.write(text) if self.bar is not None else print(text, flush=True)
+
+    def close(self) -> None:
+        if self.main:
+            for sink in (self.bar, self.writer, self.file):
+                if sink is not None:
+                    sink.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def keep_before(path: Path, step: int) -> None:
+    """Drop the lines of a JSONL log whose `step` is >= `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and record.get("step", -1) < step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
+
+
+def _start_wandb(folder: Path, config: dict, mode: str):
+    try:
+        import wandb
+    except ImportError:
+        raise InputError(f"--wandb {mode}: the package is not installed; `pip install wandb`, or --wandb off") from None
+    # one W&B run per folder, over all resumes: its id is kept in the folder
+    note = folder / "wandb_id.txt"
+    if not note.exists():
+        note.write_text(secrets.token_hex(8))
+    return wandb.init(project="quintet", dir=str(folder), config=config, mode=mode, id=note.read_text(), resume="allow")

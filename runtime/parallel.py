@@ -1,0 +1,121 @@
+"""Features laid around a network from outside: activation checkpointing, FSDP2 or DDP, torch.compile.
+
+Transformer blocks, the children of a network's `nn.ModuleList`s, are the units that are checkpointed and sharded.
+"""
+
+import contextlib
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime import distributed
+from runtime.distributed import World
+from runtime.errors import InputError
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """Children of every outermost nn.ModuleList and of every outermost nn.Sequential of one class, each once."""
+    if isinstance(model, nn.ModuleList) or is_stage(model):
+        return list(model)
+    return list(dict.fromkeys(block for child in model.children() for block in transformer_blocks(child)))
+
+
+def is_stage(model: nn.Module) -> bool:
+    """Whether this is a sequence of two or more modules of one class, with weights."""
+    alike = isinstance(model, nn.Sequential) and len(model) > 1 and len(set(map(type, model))) == 1
+    return alike and next(model.parameters(), None) is not None
+
+
+@dataclass(frozen=True)
+class Features:
+    """The knobs of `parallelize`, under the names that every script's configuration has."""
+
+    parallel: str = "ddp"  # or fsdp: parameters, gradients and optimizer state sharded over the processes (FSDP2)
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+
+def parallelize(model: nn.Module, world: World, features) -> nn.Module:
+    """Move `model` to the device and wrap it; `model(**batch)` stays the only way in.
+
+    features: a script's configuration, or `Features`. Parameter names do not change, so checkpoints are the same under
+    every combination.
+    """
+    strategy, compiled = features.parallel, features.compile
+    model = model.to(world.device)
+    if features.activation_checkpointing:
+        checkpoint_blocks(model, compiled)
+    if strategy == "fsdp":
+        model = shard(model)
+    elif strategy != "ddp":
+        raise InputError(f"parallel: {strategy!r} is unknown; use ddp or fsdp")
+    if compiled:
+        # in place, so that names in checkpoints stay; blocks under FSDP, whose gathers break a whole-model graph
+        for part in transformer_blocks(model) if strategy == "fsdp" else [model]:
+            part.compile()
+    if strategy == "ddp" and world.size > 1:
+        # the queues are equal on every process by construction: broadcasting 128 MB a step would buy nothing
+        device_ids = [world.device.index] if world.device.type == "cuda" else None
+        newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+        no_sync = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+        model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **no_sync)
+    return model
+
+
+def checkpoint_blocks(model: nn.Module, compiled: bool) -> None:
+    """Recompute each transformer block in the backward pass instead of keeping its activations."""
+    for block in transformer_blocks(model):
+        if compiled:  # the compiler understands torch's own checkpointing, not fairscale's autograd function
+            from torch.utils.checkpoint import checkpoint
+
+            forward = block.forward
+            block.forward = lambda *a, forward=forward, **k: checkpoint(forward, *a, use_reentrant=False, **k)
+        else:
+            from fairscale.nn import checkpoint_wrapper
+
+            checkpoint_wrapper(block)
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """FSDP2: each block is a unit, what remains is the root unit. In place."""
+    from torch.distributed.fsdp import fully_shard
+
+    if not dist.is_initialized():
+        raise InputError("parallel: fsdp needs a launcher; start with torchrun (one process is enough)")
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise InputError(f"parallel: fsdp needs torch 2.7 or newer, this is {torch.__version__}; use ddp")
+    # FSDP2 takes no scalars (temperatures): they stay whole, and their gradients are averaged here
+    scalars = {p for p in model.parameters() if p.ndim == 0}
+    for scalar in scalars:
+        if scalar.requires_grad:
+            scalar.register_post_accumulate_grad_hook(_average_gradient)
+    for block in transformer_blocks(model):
+        if any(True for _ in block.parameters()):
+            fully_shard(block, ignored_params=scalars)
+    return fully_shard(model, ignored_params=scalars)
+
+
+def _average_gradient(parameter: torch.Tensor) -> None:
+    """Mean over the processes; averaging an accumulated gradient again changes nothing, so every pass may do it."""
+    parameter.grad.copy_(distributed.all_reduce(parameter.grad, "mean"))
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, last: bool):
+    """Around a forward and backward pass of gradient accumulation: gradients travel only in the last one."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+        return
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    yield
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch's tensors on `device`; copies from pinned memory do not wait."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -1,0 +1,257 @@
+"""One run: its folder, its resume, its checkpoints and its orderly end. What is trained, and how, is in the scripts."""
+
+import contextlib
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from runtime import distributed
+from runtime.checkpoint import CheckpointFolder, export_safetensors
+from runtime.config import differences, knob, save, to_dict
+from runtime.distributed import World
+from runtime.errors import InputError
+from runtime.interrupt import EXIT_REQUEUE, Interrupt
+from runtime.log import Meters, RunLog, Stopwatch, peak_flops
+from runtime.optim import Precision
+from runtime.schedule import Plan
+
+
+@dataclass
+class RunConfig:
+    """Knobs that every training script has."""
+
+    output_dir: Path = knob(Path("output"), "folder of this run: config.yaml, log.jsonl, checkpoints, result/")
+    resume: str = knob("auto", "'auto': go on from the newest checkpoint in output_dir; 'no': start anew", bare="auto")
+    checkpoint: Path | None = knob(None, "weights to start from; the originals' files load unchanged")
+    seed: int = knob(42, "one seed for weights, data order and augmentation")
+    device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
+    precision: str = knob("fp32", "type of the forward pass; parameters stay fp32", choices=("fp32", "bf16", "fp16"))
+    compile: bool = knob(False, "torch.compile the network; the first steps take minutes, the others less")
+    parallel: str = knob("ddp", "over several processes: replicate (ddp) or shard (fsdp)", choices=("ddp", "fsdp"))
+    activation_checkpointing: bool = knob(False, "recompute transformer blocks in the backward pass to save memory")
+    accumulate: int = knob(1, "micro-batches per update; each has batch_size samples per process", low=1)
+    workers: int = knob(4, "loader processes per training process", low=0)
+    log_every: int = knob(50, "updates between two log lines; the only points where the host waits for the GPU", low=1)
+    save_every: str = knob("1 epochs", "between two checkpoints: a number of 'steps', 'epochs', 'samples' or '%'")
+    keep: int = knob(2, "newest checkpoints kept", low=1)
+    tensorboard: bool = knob(True, "write TensorBoard events")
+    wandb: str = knob("off", "Weights & Biases", choices=("off", "online", "offline"))
+    peak_tflops: float | None = knob(None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name")
+    max_steps: int | None = knob(
+        None, "stop after this many updates, with a checkpoint (schedules are not changed)", low=0
+    )
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Generators of torch (all devices) and Python; the data stream has its own, which depend on the sample."""
+    torch.manual_seed(seed + rank)
+    random.seed(seed + rank)
+
+
+class Run:
+    """Folder, log, checkpoints and signals of one run.
+
+    run = Run(config, world)
+    run.saved                               # the checkpoint to go on from, or None
+    run.track(model=…, optimizer=…, precision=…, loader=…)   # what a checkpoint holds; restores it where there is one
+    run.log_step(…); run.save(step); run.leave_if_interrupted(step); run.close()
+    """
+
+    def __init__(self, config: RunConfig, world: World):
+        self.config, self.world, self.folder = config, world, Path(config.output_dir)
+        self._lock = distributed.on_main(self._take_lock, share=False)
+        self.checkpoints = CheckpointFolder(self.folder, keep=config.keep)
+        self.saved = self._find_saved()
+        self.step = self.first_step = self.saved["step"] if self.saved else 0
+        self._note_config()
+        self.log = RunLog(
+            self.folder,
+            world,
+            to_dict(config),
+            self.step + 1,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+        )
+        self.meters, self.watch = Meters(), Stopwatch(world, 1)
+        self.interrupt = Interrupt()
+
+    def _take_lock(self):
+        """Two runs must not write one folder: the second is refused."""
+        import fcntl
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = (self.folder / ".lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.folder}: another run writes to this folder; choose another --output_dir") from None
+        return handle
+
+    def _find_saved(self) -> dict | None:
+        """Newest intact checkpoint, whose hash rank 0 has verified."""
+        resume = self.config.resume.lower()
+        if resume not in ("auto", "true", "no", "none", "false"):
+            raise InputError(f"--resume {resume!r}: use auto or no (--checkpoint FILE starts from weights)")
+        path = None
+        if resume in ("auto", "true"):
+            path = distributed.on_main(self.checkpoints.newest_valid)
+        return None if path is None else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def _note_config(self) -> None:
+        if not self.world.is_main:
+            return
+        if self.saved:
+            changed = differences(self.saved["config"], to_dict(self.config))
+            print(
+                f"resuming {self.folder} at step {self.step}", *(f"  {line}" for line in changed), sep="\n", flush=True
+            )
+        save(self.config, self.folder / "config.yaml")
+
+    def data_state(self) -> dict | None:
+        """Data position of this process in the checkpoint, for the loader."""
+        if not self.saved:
+            return None
+        per_rank = self.saved["per_rank"]
+        return per_rank[self.world.rank % len(per_rank)]["data"]
+
+    def track(self, *, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, loader) -> None:
+        """Name what checkpoints hold, and bring it to the saved state where the run goes on."""
+        self.model, self.optimizer, self.precision, self.loader = model, optimizer, precision, loader
+        if not self.saved:
+            return
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
+        dcp.set_model_state_dict(model, self.saved["model"], options=options)
+        dcp.set_optimizer_state_dict(model, optimizer, self.saved["optimizer"], options=options)
+        precision.load_state_dict(self.saved["scaler"])
+        own = self.saved["per_rank"]
+        if len(own) == self.world.size:
+            own = own[self.world.rank]
+            self.meters.load_state_dict(own["meters"], self.world.device)
+            restore_rng(own["rng"], self.world.device)
+        else:
+            self.log.say(f"{len(own)} processes saved, {self.world.size} go on: random numbers start anew")
+        self.saved = None  # 3 GB that nobody needs any more
+
+    def start(self, title: str, plan: Plan, parameters: int, flops: float = 0.0, **facts) -> None:
+        """Print the derived truth and begin to measure. parameters: trainable ones; flops: of an update and process."""
+        config, world, self.plan = self.config, self.world, plan
+        self.save_every = max(1, plan.steps(config.save_every))
+        self.watch = Stopwatch(world, plan.batch, flops, peak_flops(world.device, config.precision, config.peak_tflops))
+        micro = plan.batch // (config.accumulate * world.size)
+        self.log.banner(
+            f"{title} -> {self.folder}",
+            trainable_parameters=f"{parameters:,}",
+            effective_batch=f"{plan.batch} = {micro} x {config.accumulate} micro-batches x {world.size} processes",
+            updates=f"{plan.total:,} ({plan.epoch_steps:,} an epoch), from {self.step:,}",
+            learning_rate=f"{plan.lr(0):.3g} first, {plan.peak_lr:.3g} peak, {plan.lr(plan.total - 1):.3g} last",
+            device=f"{world.device}, {config.precision}, {config.parallel}" + ", compiled" * config.compile,
+            **facts,
+        )
+        self.log.progress(plan.total, self.step)
+
+    def log_step(self, step: int, **losses: torch.Tensor) -> None:
+        """Count a finished update; at log points write the line. Raises NonFinite where a step was not finite."""
+        self.step = step
+        self.meters.add(**losses)
+        self.watch.steps += 1
+        self.log.tick()
+        due = step % self.config.log_every == 0 or step == self.plan.total
+        # looking at the flag costs nothing on the CPU, so there the run stops at the very step
+        if due or self.world.device.type == "cpu":
+            self._check_finite()
+        if due:
+            figures = self.meters.read()
+            place = {"epoch": round(step / self.plan.epoch_steps, 4), "lr": self.plan.lr(step - 1)}
+            bad = sum(sum(counts.values()) for counts in distributed.gather_objects(self.loader.errors))
+            self.log.write(step, **place, **figures, **self.watch.read(), errors=bad)
+
+    def _check_finite(self) -> None:
+        newest = self.checkpoints.numbered()
+        where = f"The last good checkpoint is {newest[0]}." if newest else "No checkpoint was written yet."
+        self.precision.check(
+            self.first_step, f"{where} Try a lower learning rate, --optimizer.clip_grad_norm 1, or fp32."
+        )
+
+    def save(self, step: int, tag: str | None = None, **extra) -> None:
+        """Write a checkpoint (collective). `extra` holds plain numbers of the task, such as the best score."""
+        self._check_finite()
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, optimizer = dcp.get_state_dict(self.model, self.optimizer, options=options)
+        own = {
+            "rng": rng_state(self.world.device),
+            "data": self.loader.state_dict(),
+            "meters": self.meters.state_dict(),
+        }
+        per_rank = distributed.gather_objects(own)
+        state = {"model": model, "optimizer": optimizer, "scaler": self.precision.state_dict(), "step": step}
+        state |= {"per_rank": per_rank, "config": to_dict(self.config), **extra}
+        distributed.on_main(lambda: self.checkpoints.save(state, step, tag=tag), share=False)
+
+    def save_if_due(self, step: int, **extra) -> None:
+        """Every `save_every` steps and at the end."""
+        if step % self.save_every == 0 or step == self.plan.total:
+            self.save(step, **extra)
+
+    def leave_if_interrupted(self, step: int) -> None:
+        """After a signal, or at max_steps: save and end with the code that asks for a requeue (0 at max_steps)."""
+        # asking makes the host wait for the GPU, but a scheduler grants a minute or two after its signal
+        every = 1 if self.world.device.type == "cpu" else min(self.config.log_every, 10)
+        enough = self.config.max_steps is not None and step >= self.config.max_steps
+        if not enough and (step % every or not self.interrupt.pending(self.world.device)):
+            return
+        self.save(step)
+        self.log.say(f"saved at step {step}; start the same command again to go on")
+        self.close()
+        distributed.shutdown()
+        sys.exit(0 if enough else EXIT_REQUEUE)
+
+    def export(self, name: str = "model.safetensors") -> Path:
+        """Write the weights alone as safetensors (collective)."""
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = dcp.get_model_state_dict(self.model, options=options)
+        if self.world.is_main:
+            export_safetensors(weights, self.folder / name)
+        return self.folder / name
+
+    def close(self) -> None:
+        self.log.close()
+        if self._lock:
+            self._lock.close()
+
+
+def rng_state(device: torch.device) -> dict:
+    """State of this process's generators, as tensors and plain Python."""
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rng(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """The network in eval mode and without gradients; the mode before comes back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,149 @@
+"""DDP, FSDP2, activation checkpointing, compilation and accumulation change speed and memory, not the numbers."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp
+
+from runtime import distributed
+from runtime.optim import Optimizer, Precision, build_optimizer
+from runtime.parallel import Features, gradient_sync, parallelize, transformer_blocks
+
+CPU = torch.device("cpu")
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
+needs_fsdp2 = pytest.mark.skipif(OLD, reason="FSDP2 takes whole scalars from torch 2.7 on")
+STEPS = 3
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+
+    def forward(self, x, scale=1.0):
+        return x + torch.tanh(self.dense(x)) * scale
+
+
+class Net(nn.Module):
+    """Blocks called twice a forward, as text transformers are here; a frozen copy; a buffer; a 0-d parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks_m = nn.ModuleList(Block() for _ in range(2)).requires_grad_(False)
+        self.head = nn.Linear(8, 1)
+        self.temp = nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("queue", torch.zeros(4))
+
+    def forward(self, x, y):
+        for block in [*self.blocks, *self.blocks]:
+            x = block(x, scale=0.5)
+        return {"loss_a": ((self.head(x).squeeze(1) / self.temp - y) ** 2).mean()}
+
+
+def network() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(STEPS, 8, 8, generator=generator), torch.randn(STEPS, 8, generator=generator)
+
+
+def train(model, rank=0, size=1, micro=1, clip=0.1):
+    """STEPS updates on this rank's share of each batch, in `micro` parts. Returns the gradient norms."""
+    optimizer, precision = build_optimizer(model, Optimizer(lr=0.05)), Precision("fp32", CPU, clip)
+    norms = []
+    for x, y in zip(*data(), strict=True):
+        parts = list(zip(x.chunk(size)[rank].chunk(micro), y.chunk(size)[rank].chunk(micro), strict=True))
+        for i, (part_x, part_y) in enumerate(parts):
+            with gradient_sync(model, last=i == micro - 1), precision.autocast():
+                loss = model(x=part_x, y=part_y)["loss_a"]
+            precision.backward(loss / micro)
+        norms.append(precision.step(optimizer, list(model.parameters())).item())
+    precision.check(0)
+    return norms, optimizer
+
+
+@pytest.fixture(scope="module")
+def straight():
+    model = network()
+    norms, _ = train(model)
+    return model.state_dict(), norms
+
+
+def assert_same(state, norms, straight):
+    assert norms == pytest.approx(straight[1], rel=1e-5)
+    for name, value in straight[0].items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_blocks_are_found_once():
+    assert len(transformer_blocks(network())) == 4
+
+
+def test_activation_checkpointing_equals_the_plain_network(straight):
+    model = parallelize(network(), distributed.World(0, 1, 0, CPU), Features(activation_checkpointing=True))
+    norms, _ = train(model)
+    assert_same(model.state_dict(), norms, straight)
+
+
+def test_accumulation_equals_the_whole_batch(straight):
+    model = network()
+    norms, _ = train(model, micro=4)
+    assert_same(model.state_dict(), norms, straight)
+
+
+def test_compiled_equals_eager(straight):
+    model = parallelize(
+        network(), distributed.World(0, 1, 0, CPU), Features(compile=True, activation_checkpointing=True)
+    )
+    norms, _ = train(model)
+    assert_same(model.state_dict(), norms, straight)
+
+
+def test_unknown_strategy_is_refused():
+    with pytest.raises(ValueError, match="ddp or fsdp"):
+        parallelize(network(), distributed.World(0, 1, 0, CPU), Features("zero"))
+
+
+def _two_processes(rank: int, folder: str, strategy: str, micro: int) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = parallelize(network(), distributed.World(rank, 2, rank, CPU), Features(strategy))
+    norms, optimizer = train(model, rank, 2, micro)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state, optim_state = dcp.get_state_dict(model, optimizer, options=options)
+    if rank == 0:
+        torch.save({"state": state, "norms": norms, "optimizer": optim_state}, f"{folder}/result.pt")
+    distributed.shutdown()
+
+
+FSDP = [pytest.param("fsdp", micro, marks=needs_fsdp2) for micro in (1, 2)]
+
+
+@pytest.mark.parametrize("strategy, micro", [("ddp", 1), ("ddp", 2), *FSDP])
+def test_two_processes_equal_one(strategy, micro, straight, tmp_path):
+    mp.spawn(_two_processes, args=(str(tmp_path), strategy, micro), nprocs=2)
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert_same(result["state"], result["norms"], straight)
+
+
+@needs_fsdp2
+def test_checkpoints_move_between_strategies(straight, tmp_path):
+    """What FSDP2 on two processes saved, one plain process loads: weights and optimizer state by name."""
+    mp.spawn(_two_processes, args=(str(tmp_path), "fsdp", 1), nprocs=2)
+    saved = torch.load(tmp_path / "result.pt", weights_only=True)
+    model = network()
+    optimizer = build_optimizer(model, Optimizer(lr=0.05))
+    options = dcp.StateDictOptions(full_state_dict=True)
+    dcp.set_model_state_dict(model, copy.deepcopy(saved["state"]), options=options)
+    dcp.set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+    moments = optimizer.state[model.head.weight]["exp_avg"]
+    torch.testing.assert_close(moments, saved["optimizer"]["state"]["head.weight"]["exp_avg"])
+    assert optimizer.state[model.head.weight]["step"].item() == STEPS

@@ -1,0 +1,452 @@
+"""Configuration: precedence, spellings, every kind of mistake with its message, and the way to a file and back."""
+
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runtime import config as config_module
+from runtime.config import differences, from_dict, knob, load, parse, run, save, section, to_dict
+from runtime.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Optimizer:
+    """How the weights move."""
+
+    lr: float = knob(1e-4, "peak learning rate, absolute", low=0)
+    weight_decay: float = knob(0.02, "decoupled", aliases=("wd",))
+    betas: tuple[float, float] = knob((0.9, 0.999), "moments")
+    fused: bool = knob(True, "one kernel")
+
+
+@dataclass
+class Schedule:
+    epochs: str = knob("30 epochs", "length")
+    min_lr: float = knob(1e-5, "last learning rate", aliases=("lr_end",))
+
+
+@dataclass
+class Base:
+    """The run."""
+
+    seed: int = knob(42, "seed", low=0)
+    workers: int = knob(4, "loader processes", aliases=("j",))
+    resume: str = knob("auto", "auto, none or a file", bare="auto")
+
+
+@dataclass
+class Config(Base):
+    train_file: list[str] = knob((), "annotation lists")
+    alpha: float = knob(0.4, "share of soft targets, 0–1", low=0, high=1)
+    compile: bool = knob(False, "compile the network")
+    no_last_bn: bool = knob(False, "a name that begins with no")
+    mode: Literal["pre", "fine"] = knob("pre", "stage")
+    model: str = knob("vit_b", "network", choices=("vit_b", "vit_l"))
+    layers: list[int] = knob([8], "layers", choices=(4, 8, 12))
+    k_test: int | None = knob(None, "candidates")
+    checkpoint: Path | None = knob(None, "weights")
+    size: int | str = knob(256, "pixels, or 'native'")
+    sets: dict[str, Any] = knob({"coco": {"root": "a"}}, "free-form")
+    optimizer: Optimizer = section(Optimizer, flat=True, lr=3e-4)
+    scheduler: Schedule = section(Schedule, aliases=("schedular",))
+
+
+def read(*argv: str) -> Config:
+    return parse(Config, argv)
+
+
+def mistakes(*argv: str) -> str:
+    with pytest.raises(InputError) as caught:
+        read(*argv)
+    return str(caught.value)
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    def write(text: str, name: str = "a.yaml") -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+# ---- order and spelling ----------------------------------------------------------------------------------------------
+
+
+def test_defaults_have_the_declared_types_and_are_not_shared():
+    one, two = read(), read()
+    assert one.train_file == [] and one.optimizer.lr == 3e-4 and Optimizer().lr == 1e-4
+    one.train_file.append("x")
+    one.layers.append(4)
+    one.sets["coco"]["root"] = "b"
+    assert two.train_file == [] and two.layers == [8] and two.sets == {"coco": {"root": "a"}}
+    assert Config().layers is not Config().layers
+
+
+def test_precedence(yaml):
+    first = yaml("alpha: 0.1\nseed: 1\nworkers: 1\nmode: fine\n")
+    second = yaml("alpha: 0.2\nseed: 2\nworkers: 2\n", "b.yaml")
+    got = read("--overrides", "alpha=0.4", "--alpha", "0.3", "--seed", "3", "--config", first, second)
+    assert (got.alpha, got.seed, got.workers, got.mode, got.model) == (0.4, 3, 2, "fine", "vit_b")
+    assert read("--config", second, "--config", first).seed == 1
+    assert read("--seed", "1", "--seed", "5").seed == 5
+
+
+def test_base_chain_is_relative_to_the_file(yaml):
+    yaml("seed: 1\nalpha: 0.1\noptimizer: {lr: 0.1, wd: 0.1}\n", "common/base.yaml")
+    yaml("base: ../common/base.yaml\nalpha: 0.2\n", "mid/mid.yaml")
+    got = load(Config, yaml("base: mid/mid.yaml\noptimizer: {lr: 0.5}\n"))
+    assert (got.seed, got.alpha, got.optimizer.lr, got.optimizer.weight_decay) == (1, 0.2, 0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--scheduler.min-lr", "1e-6"],
+        ["--scheduler.min_lr=1e-6"],
+        ["--schedular.lr_end", "1e-6"],
+        ["--overrides", "schedular.min_lr=1e-6"],
+        ["--overrides", "scheduler={lr_end: 1e-6}"],
+    ],
+)
+def test_spellings_of_a_nested_key(argv):
+    assert read(*argv).scheduler == Schedule(min_lr=1e-6)
+
+
+def test_old_section_name_in_a_file(yaml):
+    assert load(Config, yaml("schedular: {epochs: 30, min_lr: 1e-6}")).scheduler == Schedule("30", 1e-6)
+
+
+def test_flat_section_answers_without_its_name_and_others_do_not():
+    assert read("--lr", "1", "--wd", "2").optimizer == Optimizer(1.0, 2.0)
+    assert "--min-lr: unknown key; did you mean --scheduler.min-lr?" in mistakes("--min-lr", "1")
+
+
+def test_short_flag_negative_numbers_and_empty_text():
+    got = read("-j", "0", "--optimizer.weight-decay", "-1e-4", "--resume", "")
+    assert (got.workers, got.optimizer.weight_decay, got.resume) == (0, -1e-4, "")
+
+
+@pytest.mark.parametrize(
+    "argv, value",
+    [
+        (["--compile"], True),
+        (["--no-compile"], False),
+        (["--compile", "false"], False),
+        (["--compile=True"], True),
+        (["--compile", "--no-compile"], False),
+        (["--overrides", "compile=yes"], True),
+    ],
+)
+def test_booleans(argv, value):
+    assert read(*argv, "--seed", "1").compile is value
+
+
+def test_negated_booleans_of_sections_and_names_that_begin_with_no():
+    got = read("--no-optimizer.fused", "--no-last-bn")
+    assert got.optimizer.fused is False and got.no_last_bn is True
+    assert "--no-alpha: unknown key" in mistakes("--no-alpha")
+
+
+def test_flag_that_stands_alone_takes_its_bare_value():
+    assert read("--resume", "none", "--resume", "--seed", "1").resume == "auto"
+    assert mistakes("--alpha", "--seed", "1") == "--alpha: a value is missing"
+
+
+@pytest.mark.parametrize(
+    "argv", [["a", "b"], ["a,b"], ["[a, b]"], ["a,", "b"]], ids=["words", "comma", "yaml", "mixed"]
+)
+def test_lists(argv):
+    assert read("--train-file", *argv).train_file == ["a", "b"]
+    assert read("--train-file", "[]").train_file == []
+
+
+def test_list_keeps_brace_patterns_and_tuples_have_a_length():
+    assert read("--train-file", "s3://b/{00,01}.tar,c").train_file == ["s3://b/{00,01}.tar", "c"]
+    assert read("--betas", "0.9", "0.98").optimizer.betas == (0.9, 0.98)
+    assert "--betas: expected 2 values (a number, a number), got" in mistakes("--betas", "0.9")
+
+
+def test_single_value_in_a_file_counts_as_a_list_of_one(yaml):
+    assert load(Config, yaml("train_file: ve.json")).train_file == ["ve.json"]
+
+
+def test_optional_union_literal_and_path():
+    got = read("--k_test", "5", "--checkpoint", "a/1.50", "--size", "native", "--mode", "fine")
+    assert (got.k_test, got.checkpoint, got.size, got.mode) == (5, Path("a/1.50"), "native", "fine")
+    assert read("--k_test", "5", "--k_test", "none").k_test is None
+    assert read("--size", "384").size == 384
+
+
+def test_free_form_mappings_merge(yaml):
+    file = yaml("sets: {coco: {split: val}, imagenet-v2: {root: c}}")
+    got = read("--config", file, "--sets.imagenet-v2.k", "5", "--overrides", "sets.coco.split=test")
+    assert got.sets == {"coco": {"root": "a", "split": "test"}, "imagenet-v2": {"root": "c", "k": 5}}
+
+
+def test_yaml_numbers(yaml):
+    got = load(Config, yaml("optimizer:\n  lr: 1e-4\n  weight_decay: '1e-2'\nseed: 1e3\nalpha: 1\n"))
+    assert (got.optimizer.lr, got.optimizer.weight_decay, got.seed) == (1e-4, 1e-2, 1000)
+    assert isinstance(got.alpha, float) and isinstance(got.seed, int)
+
+
+def test_launcher_leftovers_are_accepted_silently():
+    assert read("--local_rank=1", "--local-rank", "1", "--dist_url", "env://", "--seed", "7").seed == 7
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_key_names_file_line_and_neighbour(yaml):
+    file = yaml("alpha: 0.1\noptimizer:\n  lr: 1\n  weight_dcay: 2\n")
+    assert (
+        mistakes("--config", file)
+        == f"{file}:4: optimizer.weight_dcay: unknown key; did you mean optimizer.weight_decay?"
+    )
+
+
+def test_unknown_flag_names_neighbour():
+    assert mistakes("--aplha", "1") == "--aplha: unknown key; did you mean --alpha?"
+    assert mistakes("--optimiser.lr", "1") == "--optimiser.lr: unknown key; did you mean --optimizer.lr?"
+    assert mistakes("--zzz") == "--zzz: unknown key; see --help"
+    assert mistakes("--overrides", "trainfile=1") == "--overrides trainfile: unknown key; did you mean train_file?"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("alpha: high", "alpha: expected a number >= 0 and <= 1, got 'high'; for example 0.4"),
+        ("alpha: 1.5", "alpha: expected a number >= 0 and <= 1, got 1.5; for example 0.4"),
+        ("alpha: true", "alpha: expected a number >= 0 and <= 1, got True; for example 0.4"),
+        ("alpha: .nan", "alpha: expected a number >= 0 and <= 1, got nan; for example 0.4"),
+        ("alpha:", "alpha: expected a number >= 0 and <= 1, got None; for example 0.4"),
+        ("seed: 1.5", "seed: expected a whole number >= 0, got 1.5; for example 42"),
+        ("seed: -1", "seed: expected a whole number >= 0, got -1; for example 42"),
+        ("compile: maybe", "compile: expected true or false, got 'maybe'; for example false"),
+        ("model: vit_x", "model: expected one of vit_b, vit_l, got 'vit_x'; for example vit_b"),
+        ("layers: [4, 5]", "layers: expected one of 4, 8, 12, got [4, 5]; for example 8"),
+        ("mode: x", "mode: expected one of pre, fine, got 'x'; for example pre"),
+        ("k_test: x", "k_test: expected a whole number or none, got 'x'; for example 1"),
+        ("train_file: {a: 1}", "train_file: expected a list (text, ...), got {'a': 1}; for example text"),
+        ("sets: [1]", "sets: expected a mapping of key: value, got [1]; for example {'coco': {'root': 'a'}}"),
+        ("optimizer: adamw", "optimizer: expected a section (key: value), got 'adamw'"),
+        ("optimizer.lr.x: 1", "optimizer.lr.x: expected a number >= 0, got {'x': 1}; for example 0.0003"),
+    ],
+)
+def test_wrong_values(yaml, text, message):
+    file = yaml("# first line\n" + text)
+    assert mistakes("--config", file) == f"{file}:2: {message}"
+
+
+def test_ranges_are_inclusive():
+    assert (read("--alpha", "0").alpha, read("--alpha", "1").alpha, read("--seed", "0").seed) == (0, 1, 0)
+
+
+def test_all_mistakes_are_reported_together(yaml):
+    file = yaml("alfa: 1\nseed: x\noptimizer:\n  lr: -1\n")
+    assert mistakes("--config", file, "--workers", "many", "--alpha", "2").split("\n") == [
+        "5 mistakes in the configuration:",
+        f"  {file}:1: alfa: unknown key; did you mean alpha?",
+        f"  {file}:2: seed: expected a whole number >= 0, got 'x'; for example 42",
+        f"  {file}:4: optimizer.lr: expected a number >= 0, got -1; for example 0.0003",
+        "  --workers: expected a whole number, got 'many'; for example 4",
+        "  --alpha: expected a number >= 0 and <= 1, got 2.0; for example 0.4",
+    ]
+
+
+def test_files_that_cannot_be_read(yaml, tmp_path):
+    file = yaml("seed: 1\nalpha: 0.1\nalpha: 0.2\n")
+    assert f"{file}: not valid YAML: line 3: found duplicate key" in mistakes("--config", file)
+    assert f"{file}: not valid YAML: line 1" in mistakes("--config", yaml("seed: [1"))
+    assert f"{file}: expected lines of key: value, got [1]" in mistakes("--config", yaml("- 1"))
+    assert f"{file}: is its own base" in mistakes("--config", yaml("base: a.yaml"))
+    missing = tmp_path / "aa.yaml"
+    assert mistakes("--config", str(missing)) == f"{missing}: no such file; did you mean {file}?"
+    assert f"{tmp_path / 'gone.yml'}: no such file" in mistakes("--config", yaml("base: gone.yml"))
+    assert mistakes("--config") == "--config: a value is missing"
+    assert load(Config, yaml("")) == read()
+
+
+def test_stray_words():
+    assert mistakes("pretrain") == "pretrain: expected --flag value (see --help)"
+    assert mistakes("--seed", "1", "2") == "--seed 1: what is '2' after it?"
+    assert mistakes("--overrides", "seed") == "--overrides seed: expected key=value"
+
+
+def test_a_wrong_default_is_the_programmers_mistake():
+    @dataclass
+    class Wrong:
+        size: int = knob("big", "pixels")
+
+    @dataclass
+    class Unsupported:
+        size: set = knob(1, "pixels")
+
+    with pytest.raises(TypeError, match="Wrong.size: default 'big'"):
+        parse(Wrong, [])
+    with pytest.raises(TypeError, match="cannot hold"):
+        parse(Unsupported, [])
+
+
+def test_cross_checks_of_the_dataclass_see_the_final_values():
+    @dataclass
+    class Checked:
+        a: int = knob(0, "must be set")
+
+        def __post_init__(self):
+            if self.a == 0:
+                raise InputError("a: set it")
+
+    assert parse(Checked, ["--a", "1"]).a == 1
+    with pytest.raises(InputError, match="a: set it"):
+        parse(Checked, [])
+
+
+# ---- to a file and back ----------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    config = read("--train-file", "a, b", "x: y", "--checkpoint", "p/q", "--lr", "1e-5", "--sets.x", "[1, {y: 1e-9}]")
+    path = tmp_path / "config.yaml"
+    save(config, path)
+    assert load(Config, path) == config and from_dict(Config, to_dict(config)) == config
+    assert "  lr: 1e-05  # peak learning rate, absolute\n" in path.read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+    assert to_dict(config)["optimizer"]["betas"] == [0.9, 0.999] and to_dict(config)["checkpoint"] == str(Path("p/q"))
+
+
+def test_from_dict_blames_its_source():
+    with pytest.raises(InputError, match="weights.pt: optimizer.lr2: unknown key; did you mean optimizer.lr"):
+        from_dict(Config, {"optimizer": {"lr2": 1}}, "weights.pt")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    save(read("--seed", "1"), path)
+    monkeypatch.setattr(config_module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(read("--seed", "2"), path)
+    assert load(Config, path).seed == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+numbers = st.floats(allow_nan=False)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    st.lists(texts, max_size=3), numbers, texts, st.none() | st.integers(), st.dictionaries(texts, plain, max_size=3)
+)
+def test_any_configuration_survives_a_file(tmp_path, files, number, text, k_test, sets):
+    config = Config(train_file=files, resume=text, k_test=k_test, size=text, sets=sets)
+    config.optimizer = dataclasses.replace(config.optimizer, weight_decay=number)
+    config.sets = {"coco": {"root": "a"}} | sets
+    save(config, tmp_path / "config.yaml")
+    assert load(Config, tmp_path / "config.yaml") == config
+
+
+def test_differences():
+    old = to_dict(read("--lr", "1e-4", "--train-file", "a"))
+    new = to_dict(read("--lr", "2e-4", "--train-file", "a", "b", "--k_test", "3"))
+    assert differences(old, old) == []
+    assert differences(old, new) == ["train_file: a -> a,b", "k_test: none -> 3", "optimizer.lr: 0.0001 -> 0.0002"]
+    assert differences({"a": 1, "s": {"b": 1}}, {"s": {"c": True}}) == [
+        "a: 1 -> (absent)",
+        "s.b: 1 -> (absent)",
+        "s.c: (absent) -> true",
+    ]
+
+
+# ---- running a script ------------------------------------------------------------------------------------------------
+
+
+def test_help_shows_description_groups_and_defaults(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(Config, ["--alpha", "wrong", "--help"], "Train it.\n\n    python train.py")
+    out = capsys.readouterr().out
+    assert left.value.code == 0
+    order = [
+        "usage: ",
+        "Train it.",
+        "--train-file TEXT ...",
+        "optimizer: How the weights move:",
+        "The run:",
+        "--seed INT",
+    ]
+    assert [out.index(part) for part in order] == sorted(out.index(part) for part in order)
+    assert "--alpha FLOAT\n        share of soft targets, 0–1 [default: 0.4]" in out
+    assert "--workers, -j INT" in out and "--model {vit_b,vit_l}" in out and "--mode {pre,fine}" in out
+    assert "--optimizer.weight-decay, --optimizer.wd FLOAT" in out and "[default: 0.0003]" in out
+
+
+class Mendable(ValueError):
+    for_people = True
+
+
+def leave_with(error: BaseException, monkeypatch, **environment: str) -> Any:
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    waited = []
+    monkeypatch.setattr(config_module.time, "sleep", waited.append)
+
+    def main(_config):
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run(main, Config, argv=[])
+    return left.value.code, waited
+
+
+def test_run_tells_what_people_can_mend_in_one_line(monkeypatch, capsys):
+    assert leave_with(Mendable("no such picture"), monkeypatch) == (2, [])
+    assert capsys.readouterr().err == "error: no such picture\n"
+    assert leave_with(Mendable("no such picture"), monkeypatch, RANK="0", SLURM_PROCID="3") == (2, [])
+    assert capsys.readouterr().err == "error: no such picture\n"
+
+
+def test_run_on_another_rank_gives_the_first_the_word(monkeypatch, capsys):
+    code, waited = leave_with(Mendable("no such picture"), monkeypatch, SLURM_PROCID="3")
+    assert code == 2 and waited[0] > 0
+    assert capsys.readouterr().err == "error on rank 3: no such picture\n"
+
+
+def test_run_on_ctrl_c_and_on_defects(monkeypatch, capsys):
+    assert leave_with(KeyboardInterrupt(), monkeypatch)[0] == 130
+    with pytest.raises(ZeroDivisionError):
+        run(lambda config: 1 / 0, Config, argv=[])
+    with pytest.raises(SystemExit) as left:
+        run(print, Config, argv=["--seeds", "1"])
+    assert left.value.code == 2 and capsys.readouterr().err == "error: --seeds: unknown key; did you mean --seed?\n"
+    seen = []
+    run(seen.append, Config, argv=["--seed", "9"])
+    assert seen == [read("--seed", "9")]
+
+
+def test_importing_is_cheap():
+    code = "import runtime.config, sys; assert not {'torch', 'numpy', 'ruamel.yaml'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

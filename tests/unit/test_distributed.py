@@ -1,0 +1,60 @@
+"""Host lists, and tables assembled from several processes."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from runtime import distributed
+from runtime.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [("gpu7", "gpu7"), ("gpu[003-007,9],login1", "gpu003"), ("a1,a2", "a1"), ("n[1,3]-ib", "n1-ib"), ("x[08]", "x08")],
+)
+def test_first_host_of_a_slurm_node_list(nodes, first):
+    assert distributed.first_host(nodes) == first
+
+
+def test_slurm_variables_become_torchruns(monkeypatch):
+    env = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "40007"}
+    env |= {"SLURM_STEP_NODELIST": "gpu[12-13]"}
+    distributed._adopt_slurm(env)
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("3", "8", "1")
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("gpu12", "20007")
+
+
+def test_helpers_are_the_identity_on_one_process():
+    x = torch.arange(3.0)
+    assert torch.equal(distributed.all_reduce(x, "mean"), x)
+    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    table = distributed.gather_rows(x[:, None], torch.tensor([2, 0, 1]), 3)
+    assert table.squeeze(1).tolist() == [1.0, 2.0, 0.0]
+
+
+def test_cuda_without_a_gpu_is_one_clear_error():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match="--device cpu"):
+        distributed.init("cuda")
+
+
+def _three_processes(rank: int, rendezvous: str, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=3)
+    indices = torch.arange(rank, 7, 3)
+    table = distributed.gather_rows(indices[:, None].float() * 10, indices, 7)
+    assert table.squeeze(1).tolist() == [0, 10, 20, 30, 40, 50, 60]
+    assert distributed.all_reduce(torch.tensor(float(rank)), "mean").item() == 1.0
+    assert distributed.any_rank(rank == 2, torch.device("cpu"))
+    try:
+        distributed.main_first(lambda: 1 / 0)
+    except (ZeroDivisionError, InputError) as error:
+        with open(f"{folder}/{rank}", "w") as file:
+            file.write(type(error).__name__)
+    distributed.shutdown()
+
+
+def test_three_processes_agree_on_tables_and_share_a_failure(tmp_path):
+    mp.spawn(_three_processes, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=3)
+    errors = [(tmp_path / str(rank)).read_text() for rank in range(3)]
+    assert errors == ["ZeroDivisionError", "InputError", "InputError"]

@@ -1,0 +1,76 @@
+"""Meters, FLOP counts and the log file."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.distributed import World
+from runtime.log import Meters, RunLog, Stopwatch, keep_before, peak_flops, training_flops
+
+WORLD = World(0, 1, 0, torch.device("cpu"))
+
+
+def test_meters_are_means_since_the_last_reading():
+    meters = Meters()
+    for value in (1.0, 2.0, 6.0):
+        meters.add(loss=torch.tensor(value), norm=torch.tensor(value * 2))
+    assert meters.read() == {"loss": 3.0, "norm": 6.0}
+    assert meters.read() == {}
+
+
+def test_meters_survive_a_restart_between_log_points():
+    first, second = Meters(), Meters()
+    first.add(loss=torch.tensor(1.0))
+    second.load_state_dict(first.state_dict(), torch.device("cpu"))
+    second.add(loss=torch.tensor(3.0))
+    assert second.read() == {"loss": 2.0}
+
+
+def test_log_is_json_lines_and_resuming_drops_what_will_be_written_again(tmp_path):
+    log = RunLog(tmp_path, WORLD, {}, tensorboard=False)
+    for step in (10, 20, 30):
+        log.write(step, loss=1.0 / step, bad=float("nan"))
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # a kill in mid-line
+    keep_before(tmp_path / "log.jsonl", 30)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20]
+    assert lines[0]["bad"] == "nan"
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    log = RunLog(tmp_path, WORLD, {})
+    log.write(1, loss=0.5)
+    log.close()
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        return {"loss_a": self.dense(x).sum()}
+
+
+def test_flops_of_a_step_are_counted_without_computing():
+    # forward 2*5*8*4; backward the same for the weight; the input needs no gradient
+    assert training_flops(Net(), {"x": torch.randn(5, 8)}) == 2 * (2 * 5 * 8 * 4)
+
+
+def test_the_stopwatch_counts_waiting():
+    watch = Stopwatch(WORLD, samples_per_step=4)
+    assert watch.waiting(iter([7])) == 7
+    watch.steps = 2
+    figures = watch.read()
+    assert figures["images_per_s"] == pytest.approx(2 * 4 / (2 * figures["step_s"]))
+    assert 0 <= figures["data_wait"] <= 1 and watch.steps == 0
+
+
+def test_peak_is_zero_where_unknown_and_as_given_otherwise():
+    assert peak_flops(torch.device("cpu"), "bf16") == 0
+    assert peak_flops(torch.device("cpu"), "bf16", tflops=2.0) == 2e12

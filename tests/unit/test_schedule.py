@@ -1,0 +1,81 @@
+"""Durations and learning rates."""
+
+import pytest
+
+from runtime.errors import InputError
+from runtime.schedule import Schedule, learning_rate, ramp, steps
+from tests.golden_cases import golden
+
+SIZES = dict(epoch_steps=100, batch=64)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("500 steps", 500),
+        ("3 epochs", 300),
+        (3, 300),
+        ("0.5", 50),
+        ("6400 samples", 100),
+        ("1e3 steps", 1000),
+        ("10%", 30),
+    ],
+)
+def test_a_duration_in_any_unit(text, expected):
+    assert steps(text, total=300, **SIZES) == expected
+
+
+@pytest.mark.parametrize("text", ["soon", "3 years", "-1 steps", ""])
+def test_a_wrong_duration_names_itself_and_the_remedy(text):
+    with pytest.raises(InputError, match="duration.*(write|use)"):
+        steps(text, total=300, **SIZES)
+
+
+def test_a_percentage_of_nothing_is_refused():
+    with pytest.raises(InputError, match="percentage"):
+        steps("5%", **SIZES)
+
+
+def test_default_schedule_rises_linearly_then_falls_to_min_lr_at_the_last_step():
+    schedule = Schedule(warmup="10 steps", warmup_lr=0.0, min_lr=1e-5)
+    at = learning_rate(schedule, 1e-3, total=110, **SIZES)
+    assert at(0) == 0 and at(5) == pytest.approx(5e-4) and at(10) == pytest.approx(1e-3)
+    assert at(109) == pytest.approx(1e-5)
+    falling = [at(step) for step in range(10, 110)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_constant_and_linear_shapes():
+    constant = learning_rate(Schedule(sched="constant", warmup="0 steps"), 1e-3, total=50, **SIZES)
+    assert {constant(step) for step in range(50)} == {1e-3}
+    linear = learning_rate(Schedule(sched="linear", warmup="0 steps", min_lr=0.0), 1.0, total=11, **SIZES)
+    assert [linear(step) for step in range(11)] == pytest.approx([1 - step / 10 for step in range(11)])
+
+
+def test_a_warmup_longer_than_training_is_cut():
+    at = learning_rate(Schedule(warmup="5 epochs", warmup_lr=0.0), 1.0, total=100, **SIZES)
+    assert at(99) == pytest.approx(0.99)
+
+
+def test_ramp():
+    assert [ramp(step, 4) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert ramp(0, 0) == 1
+
+
+def test_original_schedule_equals_the_originals_at_every_change():
+    meta, _ = golden("simla", "lr_schedule")
+    for name, run in meta["runs"].items():
+        wanted, epoch_steps = run["schedule"], run["iterations_per_epoch"]
+        schedule = Schedule(
+            epochs=wanted["epochs"],
+            min_lr=wanted["min_lr"],
+            warmup_lr=wanted["warmup_lr"],
+            warmup_epochs=wanted["warmup_epochs"],
+            original_warmup=True,
+        )
+        total = wanted["epochs"] * epoch_steps
+        at = learning_rate(schedule, run["optimizer"]["lr"], total=total, epoch_steps=epoch_steps, batch=1)
+        changes = run["changes"] + [{"global_step": total}]
+        for change, following in zip(changes, changes[1:], strict=False):
+            for step in (change["global_step"], following["global_step"] - 1):
+                assert at(step) == pytest.approx(change["lr"], rel=1e-9), (name, step)

@@ -1,0 +1,1 @@
+"""DigitScenes: small scenes of real handwritten digits, in the public formats of every system here."""

@@ -1,0 +1,168 @@
+"""Containers: WebDataset tars, TFRecords, and the web-scale caption sets (CC3M, CC12M, YFCC15M, RedCaps).
+
+The same scenes always give the same bytes: archives carry no times.
+"""
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from dataset.digitscenes.annotations import LABELS, visible_labels, write_json
+from dataset.digitscenes.scenes import Scene
+from dataset.digitscenes.words import captions
+
+PER_SHARD = 500
+
+
+def chosen_caption(scene: Scene) -> str:
+    """The caption of formats that hold only one: the five wordings take turns."""
+    return captions(scene)[scene.image_id % 5]
+
+
+def sample_metadata(scene: Scene, key: str, picture: bytes) -> dict:
+    """The JSON that img2dataset puts beside a picture, with the scene's contents added."""
+    return {
+        "url": scene.path,
+        "caption": chosen_caption(scene),
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": scene.width,
+        "height": scene.height,
+        "original_width": scene.width,
+        "original_height": scene.height,
+        "exif": "{}",
+        "sha256": sha256(picture).hexdigest(),
+        "captions": captions(scene),
+        "labels": [LABELS[k] for k in visible_labels(scene)],
+        "samples": [d.sample for d in scene.digits],
+    }
+
+
+def write_tars(root: Path, split: str, scenes: list[Scene]) -> None:
+    """`wds/<split>/00000.tar` ... with jpg, txt and json of every scene, and `00000_stats.json` of every tar."""
+    folder = root / "wds" / split
+    folder.mkdir(parents=True)
+    for shard, start in enumerate(range(0, len(scenes), PER_SHARD)):
+        part = scenes[start : start + PER_SHARD]
+        with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for i, scene in enumerate(part):
+                key, picture = f"{shard:05d}{i:04d}", (root / scene.path).read_bytes()
+                metadata = json.dumps(sample_metadata(scene, key, picture)).encode()
+                for ending, content in (("jpg", picture), ("txt", chosen_caption(scene).encode()), ("json", metadata)):
+                    member = tarfile.TarInfo(f"{key}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        counts = {"count": len(part), "successes": len(part), "failed_to_download": 0, "failed_to_resize": 0}
+        times = {"duration": 0.0, "start_time": 0.0, "end_time": 0.0}
+        write_json(folder / f"{shard:05d}_stats.json", counts | times | {"status_dict": {"success": len(part)}})
+
+
+def write_web_captions(root: Path, scenes: list[Scene]) -> None:
+    """Training scenes as CC3M and CC12M (`.npy` of dicts), YFCC15M (zips and pickle) and RedCaps (every tenth)."""
+    conceptual = [{"image_id": s.path, "captions": captions(s)} for s in scenes]
+    twelve = [{"image_name": s.path, "image_id": str(s.image_id), "captions": [chosen_caption(s)]} for s in scenes]
+    for name, rows in (("cc3m", conceptual), ("cc12m", twelve)):
+        np.save(root / f"{name}.npy", np.array(rows, dtype=object), allow_pickle=True)
+    rows = []
+    for s in scenes[::10]:
+        picture = root / "redcaps" / s.ground / f"{s.image_id}.jpg"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes((root / s.path).read_bytes())
+        rows.append({"image_id": str(s.image_id), "subreddit": s.ground, "caption": chosen_caption(s)})
+    write_json(root / "redcaps/redcaps.json", rows)
+    write_yfcc(root, scenes)
+
+
+def write_yfcc(root: Path, scenes: list[Scene]) -> None:
+    """`yfcc15m/images/AB/CDE.zip` with member `FGH.jpg` for index ABCDEFGH; a pickle of (index, title, description).
+
+    As on Flickr, some pictures lack a title and some a description; none lacks both.
+    """
+    entries = []
+    for start in range(0, len(scenes), 1000):
+        index = f"{start:08d}"
+        archive = root / "yfcc15m/images" / index[:2] / f"{index[2:5]}.zip"
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as bundle:
+            for i, scene in enumerate(scenes[start : start + 1000], start):
+                bundle.writestr(zipfile.ZipInfo(f"{i % 1000:03d}.jpg"), (root / scene.path).read_bytes())
+                texts = captions(scene)
+                entries.append((i, "" if i % 10 == 0 else texts[0], "" if i % 10 == 1 else texts[1 + i % 4]))
+    (root / "yfcc15m/yfcc15m.pkl").write_bytes(pickle.dumps(entries, protocol=2))
+
+
+# ---- TFRecord
+def crc_table() -> np.ndarray:
+    """CRC-32C (Castagnoli, reflected polynomial 0x82F63B78) of every byte, uint32 [256]."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
+    return table
+
+
+def masked_crcs(messages: list[bytes]) -> np.ndarray:
+    """TFRecord's masked CRC-32C of every message, uint32 [n]; one pass over byte positions serves all messages."""
+    table = crc_table()
+    lengths = np.array([len(m) for m in messages])
+    order = np.argsort(-lengths, kind="stable")
+    block = np.zeros((len(messages), lengths.max()), np.uint8)
+    for row, k in enumerate(order):
+        block[row, : lengths[k]] = np.frombuffer(messages[k], np.uint8)
+    block = np.ascontiguousarray(block.T)
+    alive = np.searchsorted(-lengths[order], -np.arange(block.shape[0]), side="left")
+    crc = np.full(len(messages), 0xFFFFFFFF, np.uint32)
+    for position, count in enumerate(alive):
+        crc[:count] = table[(crc[:count] ^ block[position, :count]) & 0xFF] ^ (crc[:count] >> 8)
+    crc = ~crc
+    masked = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+    result = np.empty_like(masked)
+    result[order] = masked
+    return result
+
+
+def varint(value: int) -> bytes:
+    """A protocol-buffer variable-length integer."""
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A length-delimited protocol-buffer field."""
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def example(features: dict[str, bytes]) -> bytes:
+    """A serialised tf.train.Example of one byte string per feature."""
+    entries = (field(1, field(1, name.encode()) + field(2, field(1, field(1, v)))) for name, v in features.items())
+    return field(1, b"".join(entries))
+
+
+def write_tfrecords(root: Path, split: str, scenes: list[Scene]) -> None:
+    """`tfrecord/<split>/00000.tfrecord` ... with the features jpg and txt that ALIGN reads."""
+    folder = root / "tfrecord" / split
+    folder.mkdir(parents=True)
+    for shard, start in enumerate(range(0, len(scenes), PER_SHARD)):
+        part = scenes[start : start + PER_SHARD]
+        records = [example({"jpg": (root / s.path).read_bytes(), "txt": chosen_caption(s).encode()}) for s in part]
+        (folder / f"{shard:05d}.tfrecord").write_bytes(b"".join(frames(records)))
+
+
+def frames(records: list[bytes]) -> Iterable[bytes]:
+    """Each record as TFRecord frames it: length, its checksum, the record, its checksum."""
+    lengths = [struct.pack("<Q", len(record)) for record in records]
+    for length, length_crc, record, crc in zip(
+        lengths, masked_crcs(lengths), records, masked_crcs(records), strict=True
+    ):
+        yield length + struct.pack("<I", length_crc) + record + struct.pack("<I", crc)

@@ -1,0 +1,74 @@
+"""Two small vocabularies trained on the training texts: BERT's WordPiece and CLIP's byte-pair merges."""
+
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# The trainers number symbols in a hash map's order, another in each process, and ties are broken by number: the
+# symbols named beforehand, as special tokens, have fixed numbers.
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!:;'-"
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def write_wordpiece(folder: Path, texts: Iterable[str], size: int = 1000) -> None:
+    """A Hugging Face folder of a lower-casing BERT tokenizer with at most `size` pieces; ids 0-4 are SPECIAL."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    alphabet = [*LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIAL, *alphabet], show_progress=False)
+    tokenizer.train_from_iterator(sorted(texts), trainer)
+    tokenizer = plain_copy(tokenizer)
+    ids = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]")}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=list(ids.items())
+    )
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece, _ in pieces))
+    roles = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512, **roles}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def plain_copy(trained):
+    """The tokenizer with the same vocabulary, in which only SPECIAL are special."""
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
+    tokenizer.decoder = trained.decoder
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer
+
+
+def write_merges(path: Path, texts: Iterable[str], merges: int = 500) -> None:
+    """Byte-pair merges in the layout of CLIP's `bpe_simple_vocab_16e6.txt.gz`: a header line, then one merge per line.
+
+    The vocabulary that belongs to n merges has 512 + n + 2 entries, <|startoftext|> and <|endoftext|> last.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    symbols = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(symbols) + merges, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator(sorted(texts), trainer)
+    learned = json.loads(tokenizer.to_str())["model"]["merges"]
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in learned)]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))

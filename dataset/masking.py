@@ -1,0 +1,58 @@
+"""Block-wise patch masks (BEiT: BERT pre-training of image transformers, algorithm 1)."""
+
+import math
+import random
+
+import torch
+
+ATTEMPTS = 10
+
+
+class BlockMask:
+    """Masks a share of a patch grid with random rectangles.
+
+    height, width: the grid in patches. ratio: share of patches to mask, the original's 75 of 256 whatever the grid.
+    min_block: patches of the smallest rectangle drawn, by default one sixteenth of the grid (16 of 256).
+    Draws come from Python's `random` in the order area, aspect, top, left.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int | None = None,
+        ratio: float = 75 / 256,
+        min_block: int | None = None,
+        min_aspect: float = 0.3,
+    ):
+        self.height, self.width = height, width or height
+        self.total = round(ratio * self.height * self.width)
+        self.min_block = min_block or max(1, self.height * self.width // 16)
+        self.log_aspect = math.log(min_aspect), math.log(1 / min_aspect)
+
+    def __call__(self) -> torch.Tensor:
+        """bool [height, width], True where masked. At most, and nearly always exactly, `total` patches are True."""
+        mask = torch.zeros(self.height, self.width, dtype=torch.bool)
+        count = 0
+        while count < self.total:
+            added = self._add_block(mask, self.total - count)
+            if not added:
+                break
+            count += added
+        return mask
+
+    def _add_block(self, mask: torch.Tensor, budget: int) -> int:
+        """Masks one more rectangle in place and returns how many patches it added; 0 when no attempt fitted."""
+        for _ in range(ATTEMPTS):
+            area = random.uniform(self.min_block, budget)
+            aspect = math.exp(random.uniform(*self.log_aspect))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= self.height or width >= self.width:
+                continue
+            top = random.randint(0, self.height - height)
+            left = random.randint(0, self.width - width)
+            block = mask[top : top + height, left : left + width]
+            new = height * width - int(block.sum())
+            if 0 < new <= budget:
+                block.fill_(True)
+                return new
+        return 0

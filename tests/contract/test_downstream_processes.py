@@ -1,0 +1,32 @@
+"""Evaluation and the loss of answers on 1, 2 and 3 processes."""
+
+import pytest
+import torch
+
+from evaluation.split import over_split
+from runtime.distributed import World
+from tests.processes import spawn
+
+TOTAL = 5
+
+
+def predictions(rank: int, size: int) -> list[torch.Tensor]:
+    world = World(rank, size, rank, torch.device("cpu"))
+    own = list(range(TOTAL * rank // size, TOTAL * (rank + 1) // size))
+    batches = [{"x": torch.tensor([float(i)]), "label": torch.tensor([0])} for i in own]
+    return over_split(lambda x: (x[:, None] * torch.tensor([1.0, 2.0]), x.long()), batches, own, TOTAL, world)
+
+
+def check(rank: int, size: int) -> None:
+    scores, numbers = predictions(rank, size)
+    assert numbers.tolist() == list(range(TOTAL)) and numbers.dtype == torch.int64
+    assert scores.tolist() == [[float(i), 2.0 * i] for i in range(TOTAL)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_every_sample_is_counted_once(size):
+    """Six processes for five samples: one has nothing to do."""
+    if size == 1:
+        check(0, 1)
+    else:
+        spawn(check, size, size)

@@ -1,0 +1,307 @@
+"""The data stream: deterministic, disjoint and complete over ranks and workers, exactly resumable, with a budget."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.errors import BadSample, DataError
+from dataset.stream import EvalLoader, RecordSource, StreamLoader, shard_indices
+from tests.contract.stream_cases import Build, collate, records, shards, stream
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def take(loader, count):
+    return list(islice(loader, count))
+
+
+def same(left, right):
+    return len(left) == len(right) and all(
+        all(torch.equal(a[key], b[key]) for key in a) for a, b in zip(left, right, strict=True)
+    )
+
+
+def numbers(batches):
+    return [number for batch in batches for number in batch["number"].tolist()]
+
+
+def case(kind, folder):
+    """Each kind of stream, with bad samples in between."""
+    if kind == "records":
+        return stream(records(53, bad=(3, 17)))
+    if kind == "shards":
+        return stream(shards(folder, (9, 11, 8, 10, 12), bad=(4, 30)))
+    return stream(
+        records(40, bad=(7,), name="pairs"), shards(folder, (9, 6, 12), bad=(105,), first=100), weights=(2, 1)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["records", "shards", "mixture"])
+def test_resumes_exactly_anywhere(tmp_path, kind, workers):
+    options = {"batch_size": 4, "workers": workers, "seed": 5, "error_budget": 0.5}
+    straight = StreamLoader(case(kind, tmp_path), **options)
+    batches, states, errors = [], [], []
+    for _ in range(31):
+        states.append(straight.state_dict())
+        errors.append(straight.errors)
+        batches.append(next(straight))
+    straight.close()
+    for stop in (0, 1, 5, 14, 27) if workers == 0 else (5, 14):
+        resumed = StreamLoader(case(kind, tmp_path), state=states[stop], **options)
+        assert resumed.errors == errors[stop]
+        assert same(take(resumed, len(batches[stop:])), batches[stop:])
+        assert resumed.state_dict() == straight.state_dict()
+        resumed.close()
+
+
+def test_the_state_is_small_and_plain():
+    import json
+
+    loader = StreamLoader(stream(records(1000, bad=range(0, 1000, 300)), records(500, first=1000)), 8, workers=0)
+    take(loader, 50)
+    assert json.loads(json.dumps(loader.state_dict())) == loader.state_dict()
+    assert len(json.dumps(loader.state_dict())) < 1000
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2), (3, 1)])
+@pytest.mark.parametrize("kind", ["records", "shards"])
+def test_an_epoch_is_disjoint_and_complete(tmp_path, kind, ranks, workers):
+    source = records(96) if kind == "records" else shards(tmp_path, (8,) * 12)
+    seen = Counter()
+    for rank in range(ranks):
+        loader = StreamLoader(stream(source), 2, workers, rank, ranks, seed=1)
+        assert loader.steps_per_epoch == 96 // (2 * ranks)
+        seen.update(numbers(take(loader, loader.steps_per_epoch)))
+        loader.close()
+    assert seen == Counter(range(96))
+
+
+def test_epochs_differ_and_seeds_decide():
+    def epochs(seed):
+        loader = StreamLoader(stream(records(64)), 8, workers=0, seed=seed)
+        return [numbers(take(loader, 8)) for _ in range(3)]
+
+    first = epochs(1)
+    assert all(sorted(epoch) == list(range(64)) for epoch in first)
+    assert first[0] != first[1] != first[2] and first[0] != list(range(64))
+    assert epochs(1) == first and epochs(2) != first
+
+
+def test_a_sample_is_drawn_alike_by_any_worker():
+    """The random choices made for a sample depend on seed, epoch and sample, not on the number of workers."""
+
+    def epoch(workers, batch_size):
+        loader = StreamLoader(stream(records(48)), batch_size, workers, seed=3)
+        batches = take(loader, 48 // batch_size)
+        loader.close()
+        return {n: noise for b in batches for n, noise in zip(b["number"].tolist(), b["noise"].tolist(), strict=True)}
+
+    assert epoch(0, 4) == epoch(2, 4) == epoch(3, 8)
+
+
+def test_the_global_generators_are_left_alone():
+    state = torch.get_rng_state()
+    for workers in (0, 1):
+        loader = StreamLoader(stream(records(20)), 4, workers)
+        take(loader, 3)
+        loader.close()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_mixtures_keep_their_weights(tmp_path):
+    loader = StreamLoader(stream(records(40), records(1000, first=100), weights=(3, 1)), 8, workers=0)
+    drawn = numbers(take(loader, 50))
+    assert sum(number < 100 for number in drawn) == 300
+    by_size = StreamLoader(stream(records(100), records(300, first=100)), 8, workers=0)
+    drawn = numbers(take(by_size, 50))
+    assert sorted(drawn) == list(range(400))
+    with pytest.raises(DataError, match="one positive weight"):
+        stream(records(3), weights=(1, 2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_dropped_counted_and_not_replaced(workers):
+    bad = {5, 50, 77}
+    loader = StreamLoader(stream(records(99, bad=bad, name="pairs")), 4, workers, error_budget=0.05)
+    batches = take(loader, 24)
+    assert all(len(batch["number"]) == 4 for batch in batches)
+    counts = Counter(numbers(batches))
+    assert not bad & set(counts) and len(counts) >= 92
+    assert loader.errors == {"pairs": 3}
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_budget_ends_the_run_with_a_list(workers):
+    loader = StreamLoader(stream(records(200, bad=range(0, 200, 20), name="pairs")), 4, workers)
+    with pytest.raises(DataError) as caught:
+        take(loader, 500)
+    message = str(caught.value)
+    assert "pairs: sample 20 is bad" in message and "error budget" in message and "per source: pairs" in message
+    assert "Traceback" not in message
+    loader.close()
+    loader = StreamLoader(stream(records(200, bad=range(0, 200, 20))), 4, workers, error_budget=0.2)
+    take(loader, 100)
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_but_bad_samples_ends_too(workers):
+    loader = StreamLoader(stream(records(30, bad=range(30))), 4, workers, error_budget=1.0)
+    with pytest.raises(DataError, match="30 of 30 samples are unusable"):
+        next(loader)
+    loader.close()
+
+
+def test_the_list_is_short():
+    loader = StreamLoader(stream(records(3000, bad=range(1500))), 4, workers=0)
+    with pytest.raises(DataError) as caught:
+        take(loader, 1000)
+    assert str(caught.value).count("is bad") == 20
+
+
+class Broken:
+    def __call__(self, record):
+        raise TypeError("a slip in the code")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mistakes_in_code_are_not_bad_samples(workers):
+    loader = StreamLoader(stream(RecordSource([{"a": 1}] * 9, Broken())), 2, workers)
+    with pytest.raises(TypeError, match="a slip in the code"):
+        next(loader)
+    loader.close()
+
+
+class Dies:
+    def __call__(self, record):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_worker_is_reported():
+    loader = StreamLoader(stream(RecordSource([{"a": 1}] * 9, Dies())), 2, workers=1)
+    with pytest.raises(DataError, match="worker died.*shared memory"):
+        next(loader)
+    loader.close()
+
+
+def test_too_few_samples():
+    with pytest.raises(DataError, match=r"8 on each of 2 ranks needs 16 samples, but there are only 15"):
+        StreamLoader(stream(records(15)), 8, world_size=2)
+    with pytest.raises(DataError, match="no records"):
+        RecordSource([], Build())
+
+
+@pytest.mark.parametrize("change", [{"workers": 3}, {"world_size": 2}, {"seed": 9}, {"more": 4}])
+@pytest.mark.parametrize("kind", ["records", "shards"])
+def test_resuming_in_another_setting_goes_on_nearby(tmp_path, kind, change):
+    def source(more=0):
+        return stream(records(480 + more) if kind == "records" else shards(tmp_path, (8,) * 60 + (more,) * (more > 0)))
+
+    before = StreamLoader(source(), 4, workers=2, seed=1)
+    first = numbers(take(before, 60))  # half of the epoch
+    before.close()
+    options = {"workers": 2, "world_size": 1, "seed": 1} | {k: v for k, v in change.items() if k != "more"}
+    seen = list(first)
+    for rank in range(options["world_size"]):
+        with pytest.warns(UserWarning, match="data order changed on resuming.*about the same place"):
+            after = StreamLoader(source(change.get("more", 0)), 4, rank=rank, state=before.state_dict(), **options)
+        assert after.state_dict()["samples"] == 240
+        seen += numbers(take(after, 60 // options["world_size"]))
+        after.close()
+    if "seed" not in change and "more" not in change:
+        assert len(set(seen)) >= 480 * (0.99 if kind == "records" else 0.8)
+
+
+def test_a_changed_batch_size_resumes_without_notice():
+    before = StreamLoader(stream(records(48)), 4, workers=2, seed=1)
+    seen = numbers(take(before, 6))
+    before.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        after = StreamLoader(stream(records(48)), 6, workers=2, seed=1, state=before.state_dict())
+    assert sorted(seen + numbers(take(after, 4))) == list(range(48))
+    after.close()
+
+
+SCRIPT = """
+    import subprocess, time
+    from tests.contract.stream_cases import records, stream
+    from dataset.stream import StreamLoader
+    loader = StreamLoader(stream(records(100)), 4, workers=2)
+    next(loader)
+    workers = [worker.pid for worker in loader._batches._workers]
+    print(*workers, flush=True)
+    {then}
+"""
+
+
+def run_script(then, wait=True):
+    code = textwrap.dedent(SCRIPT).format(then=then)
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2
+    output = process.communicate(timeout=60)[0] if wait else ""
+    return process, pids, output
+
+
+def wait_until_gone(pids):
+    for _ in range(200):
+        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        if not pids:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_workers_ignore_signals_of_the_scheduler_but_end_with_the_parent():
+    send = "[subprocess.run(['kill', f'-{s}', *map(str, workers)]) for s in ('TERM', 'INT', 'USR1')]; time.sleep(0.5)"
+    process, pids, output = run_script(f"{send}; print(len([next(loader) for _ in range(20)]))")
+    assert process.returncode == 0 and output.split() == ["20"]
+    assert wait_until_gone(pids)
+    process, pids, _ = run_script("raise SystemError('stop')")
+    assert process.returncode == 1
+    assert wait_until_gone(pids)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
+def test_workers_end_when_the_parent_is_killed():
+    process, pids, _ = run_script("time.sleep(100)", wait=False)
+    process.kill()
+    process.communicate()
+    assert wait_until_gone(pids)
+
+
+def test_shares_of_an_evaluation():
+    for n, world in ((0, 2), (1, 3), (10, 3), (17, 4), (8, 8)):
+        shares = [list(shard_indices(n, rank, world)) for rank in range(world)]
+        assert sum(shares, []) == list(range(n))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def load(index):
+    if index == 13:
+        raise BadSample("pictures/13.jpg: truncated")
+    return {"number": index, "noise": (0.0,)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_is_in_order_and_leaves_nothing_out(workers):
+    loader = EvalLoader(load, range(12), 5, collate, workers)
+    assert [batch["number"].tolist() for batch in loader] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+    assert len(loader) == 3
+    with pytest.raises(DataError, match=r"pictures/13.jpg: truncated; evaluation needs every sample"):
+        list(EvalLoader(load, range(10, 20), 5, collate, workers))
+    assert list(EvalLoader(load, range(0), 5, collate, workers)) == []

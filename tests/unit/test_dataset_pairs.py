@@ -1,0 +1,139 @@
+"""Pre-training and retrieval pairs: from annotation files and shards to the batches the models take."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.errors import BadSample, DataError
+from dataset.masking import BlockMask
+from dataset.pretrain import CodeCache, PretrainCollate, PretrainPair
+from dataset.records import Records
+from dataset.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
+from dataset.shards import ShardSource
+from dataset.stream import RecordSource, Stream, StreamLoader
+from dataset.text import Tokenizer
+from dataset.transforms import PretrainTransform, TestTransform, TrainTransform
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "dog", "cat", "ball"]
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Twelve pictures, one of them cut off, and a vocabulary."""
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        picture = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
+        picture.save(tmp_path / f"{number}.jpg")
+    (tmp_path / "5.jpg").write_bytes((tmp_path / "5.jpg").read_bytes()[:900])
+    return tmp_path
+
+
+def pairs(folder, captions=("a red dog", "Blue ball?")):
+    entries = [{"image": f"{n}.jpg", "caption": list(captions), "image_id": n // 2} for n in range(12)]
+    (folder / "pairs.json").write_text(json.dumps(entries))
+    return Records(folder / "pairs.json")
+
+
+def check_pretraining_batch(batch, size, side, tokens):
+    assert batch["image"].shape == (size, 3, side, side) and batch["image"].dtype == torch.float32
+    assert batch["token_image"].shape == (size, 3, tokens, tokens)
+    assert 0 <= batch["token_image"].min() and batch["token_image"].max() <= 1
+    patches = (side // 16) ** 2
+    assert batch["patch_mask"].shape == (size, patches) and batch["patch_mask"].dtype == torch.bool
+    assert batch["patch_mask"].any(1).all() and not batch["patch_mask"].all(1).any()
+    length = batch["text_ids"].shape[1]
+    assert length % 8 == 0 and batch["mlm_ids"].shape == batch["text_mask"].shape == (size, length)
+    chosen = batch["mlm_labels"] != -100
+    assert len(chosen) % 32 == 0
+    places = batch["mlm_positions"][chosen]
+    assert torch.equal(batch["text_ids"].flatten()[places], batch["mlm_labels"][chosen])
+    unchanged = torch.ones(size * length, dtype=torch.bool)
+    unchanged[places] = False
+    assert torch.equal(batch["mlm_ids"].flatten()[unchanged], batch["text_ids"].flatten()[unchanged])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pretraining_batches_from_annotations(folder, workers):
+    build = PretrainPair(PretrainTransform(64, 32), folder, BlockMask(4))
+    collate = PretrainCollate(Tokenizer(folder), mlm_probability=0.5)
+    loader = StreamLoader(Stream([RecordSource(pairs(folder), build, "pairs")], collate), 4, workers, error_budget=0.2)
+    for _ in range(6):
+        check_pretraining_batch(next(loader), 4, 64, 32)
+    assert loader.errors["pairs"] >= 1 and "5.jpg" in loader.bad_samples[0]
+    loader.close()
+
+
+def test_pretraining_batches_from_shards(folder):
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number in range(12):
+            for kind, data in (("jpg", (folder / f"{number}.jpg").read_bytes()), ("txt", b"a red cat")):
+                member = tarfile.TarInfo(f"{number}.{kind}")
+                member.size = len(data)
+                if not (number == 7 and kind == "txt"):
+                    tar.addfile(member, io.BytesIO(data))
+    build = PretrainPair(PretrainTransform(64, 32), patch_mask=BlockMask(4))
+    source = ShardSource(str(folder / "00000.tar"), build, samples=12, name="web")
+    loader = StreamLoader(Stream([source], PretrainCollate(Tokenizer(folder))), 5, 0, error_budget=0.5)
+    for _ in range(2):
+        check_pretraining_batch(next(loader), 5, 64, 32)
+    next(loader)
+    assert any("00000.tar/5" in message for message in loader.bad_samples)
+    assert any("00000.tar/7: no caption" in message for message in loader.bad_samples)
+
+
+def test_albef_batches_carry_no_masks(folder):
+    build = PretrainPair(PretrainTransform(64), folder)
+    batch = PretrainCollate(Tokenizer(folder))([build(pairs(folder)[n]) for n in (0, 1)])
+    assert sorted(batch) == ["image", "mlm_ids", "mlm_labels", "mlm_positions", "text_ids", "text_mask"]
+    with pytest.raises(BadSample, match="empty after cleaning"):
+        build({"image": "0.jpg", "caption": "?!"})
+
+
+def test_visual_codes_from_a_cache(folder):
+    codes = np.arange(12 * 16, dtype=np.int16).reshape(12, 16)
+    np.save(folder / "codes.npy", codes)
+    transform = PretrainTransform(64, fixed_geometry=True)
+    build = PretrainPair(transform, folder, BlockMask(4), CodeCache(folder / "codes.npy", 12))
+    source = RecordSource(pairs(folder), build)
+    loader = StreamLoader(Stream([source], PretrainCollate(Tokenizer(folder))), 4, 1, error_budget=0.5)
+    batch = next(loader)
+    loader.close()
+    assert batch["visual_codes"].dtype == torch.int64 and "token_image" not in batch
+    assert set(batch["visual_codes"][:, 0].tolist()) <= set(range(0, 192, 16))
+    with pytest.raises(DataError, match="fixed_geometry"):
+        PretrainPair(PretrainTransform(64), folder, BlockMask(4), CodeCache(folder / "codes.npy", 12))
+    with pytest.raises(DataError, match="does not fit 13 records"):
+        CodeCache(folder / "codes.npy", 13)
+    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    for name in ("objects.npy", "missing.npy", "vocab.txt"):
+        with pytest.raises(DataError, match="not a readable .npy"):
+            CodeCache(folder / name, 1)
+
+
+def test_retrieval_batches(folder):
+    records = pairs(folder)
+    ids = number_images(record["image_id"] for record in records)
+    assert ids.tolist() == [n // 2 for n in range(12)] and ids.dtype == torch.int32 and ids.is_shared()
+    build = RetrievalPair(TrainTransform(48), folder, ids)
+    source = RecordSource(records, build)
+    loader = StreamLoader(Stream([source], RetrievalCollate(Tokenizer(folder), 30)), 4, 0, error_budget=0.5)
+    batch = next(loader)
+    assert batch["image"].shape == (4, 3, 48, 48) and batch["image_id"].dtype == torch.int64
+    assert batch["image_id"].max() < 6 and batch["text_mask"].dtype == torch.bool
+
+
+def test_retrieval_evaluation_set(folder):
+    pairs_of = RetrievalSet(pairs(folder, ("One!", "a-cat")), folder, TestTransform(32))
+    assert len(pairs_of) == 12 and pairs_of.captions[:2] == ["one", "a cat"]
+    assert pairs_of.txt2img[:4] == [0, 0, 1, 1] and pairs_of.img2txt[1] == [2, 3]
+    assert pairs_of.load(2).shape == (3, 32, 32)
+    with pytest.raises(BadSample, match="5.jpg"):
+        pairs_of.load(5)

@@ -1,0 +1,122 @@
+"""Annotation files of every kind are read in place; a faulty one is refused with file, entry, field and remedy."""
+
+import json
+import pickle
+
+import pytest
+
+from dataset import json_entries
+from dataset.errors import DataError
+from dataset.records import Records
+
+ENTRIES = [{"image": f"{n}.jpg", "caption": [f'naïve }} ] , \\ " {n}', "漢字"], "id": n} for n in range(300)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(folder, text, name="pairs.json"):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(ENTRIES),
+        json.dumps(ENTRIES, ensure_ascii=False, indent=2),
+        "\n".join(map(json.dumps, ENTRIES)),
+        "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in ENTRIES) + "\n",
+        "\ufeff" + json.dumps(ENTRIES) + "\r\n",
+    ],
+    ids=["list", "indented", "lines", "spaced lines", "byte order mark"],
+)
+def test_reads_lists_and_lines(tmp_path, monkeypatch, text, chunk):
+    monkeypatch.setattr(json_entries, "CHUNK", chunk)
+    records = Records(write(tmp_path, text))
+    assert list(records) == ENTRIES
+    assert records[-1] == ENTRIES[-1]
+    with pytest.raises(IndexError):
+        records[len(ENTRIES)]
+
+
+def test_joins_files_and_pickles_as_paths(tmp_path):
+    files = [write(tmp_path, json.dumps(part), f"{n}.json") for n, part in enumerate((ENTRIES[:10], ENTRIES[10:]))]
+    records = Records(files)
+    assert [record["id"] for record in records] == list(range(300))
+    pickled = pickle.dumps(records)
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled)[299] == ENTRIES[299]
+
+
+def test_index_is_reused_until_the_file_changes(tmp_path, cache):
+    path = write(tmp_path, json.dumps(ENTRIES))
+    Records(path)
+    made = {file: file.stat().st_mtime_ns for file in cache.glob("*.index")}
+    Records(path)
+    assert {file: file.stat().st_mtime_ns for file in cache.glob("*.index")} == made
+    write(tmp_path, json.dumps(ENTRIES[:5]))
+    assert len(Records(path)) == 5
+    assert not list(cache.glob("*.tmp"))
+
+
+GOOD = '{"image": "a.jpg", "caption": "x"}'
+FAULTS = {
+    "": ("empty file",),
+    "  \n": ("begins with ''", "JSON list"),
+    "[]": ("no entries",),
+    '"text"': ("expected a JSON list of objects",),
+    '{"images": []}': ("entry 0", "no field 'image'", "it has images"),
+    f"[{GOOD}, 3]": ("entry 1", "expected an object", "found 3"),
+    f'[{GOOD}, {{"image": "b"}}]': ("entry 1", "no field 'caption'", "add the field or remove"),
+    f'[{GOOD}, {{"image": "b", "caption": 3}}]': ("entry 1", "'caption' must be str or list, not int"),
+    f'[{GOOD}, {{"image": ["b"], "caption": "c"}}]': ("entry 1", "'image' must be str"),
+    '[{"image": "b", "caption": []}]': ("'caption' must list one or more texts",),
+    '[{"image": "b", "caption": [1]}]': ("'caption' must list one or more texts",),
+    f"[{GOOD}": ("entry 1", "the end of the file", "cut off"),
+    f"[{GOOD},": ("entry 1", "not valid JSON"),
+    f'[{GOOD}, {{"image": "b", "cap': ("entry 1", "not valid JSON", "cut off"),
+    f"[{GOOD} {GOOD}]": ("entry 1", "expected ',' or ']'"),
+    f"[{GOOD},]": ("entry 1", "not valid JSON"),
+    f"[{GOOD}] []": ("text after the end",),
+    f'{GOOD}\n{GOOD}\n{{"image": "b",\n': ("entry 2", "line 3", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("text", FAULTS, ids=range(len(FAULTS)))
+def test_faults_are_named(tmp_path, cache, text):
+    with pytest.raises(DataError) as caught:
+        Records(write(tmp_path, text))
+    for words in (*FAULTS[text], "pairs.json"):
+        assert words in str(caught.value)
+    assert not list(cache.glob("*.index")) and not list(cache.glob("*.tmp"))
+
+
+def test_other_faults(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="no such annotation file"):
+        Records(tmp_path / "missing.json")
+    with pytest.raises(DataError, match="name at least one"):
+        Records([])
+    with pytest.raises(DataError, match="not UTF-8"):
+        Records(write(tmp_path, b'[{"image": "\xff", "caption": "x"}]'))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="QUINTET_CACHE"):
+        Records(write(tmp_path, f"[{GOOD}]"))
+
+
+def test_an_endless_entry_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_entries, "CHUNK", 1 << 10)
+    monkeypatch.setattr(json_entries, "ENTRY_LIMIT", 1 << 12)
+    seen = []
+    monkeypatch.setattr(
+        json_entries._Window, "error", lambda self, what: seen.append(len(self.text)) or DataError(what)
+    )
+    with pytest.raises(DataError, match="not valid JSON"):
+        Records(write(tmp_path, '[{"image": "' + "x" * 100_000))
+    assert seen[0] < 1 << 13

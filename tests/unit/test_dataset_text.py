@@ -1,0 +1,77 @@
+"""Cleaning, WordPiece in fixed lengths and masked-language-model targets."""
+
+import pickle
+
+import pytest
+import torch
+
+from dataset.errors import BadSample, DataError
+from dataset.text import Tokenizer, choose_caption, mask_tokens, mlm_targets, padded_length, pre_caption
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "red", "ball", "狗"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    return Tokenizer(folder)
+
+
+def test_captions():
+    assert pre_caption("Long " * 10_000) == " ".join(["long"] * 30)
+    assert choose_caption("红色的 СОБАКА") == "红色的 собака"
+    assert choose_caption(["A Dog!"] * 3) == "a dog"
+    for empty in ("", "...", " \t\n", [" !? "]):
+        with pytest.raises(BadSample, match="empty after cleaning"):
+            choose_caption(empty)
+
+
+def test_tokens(tokenizer):
+    assert tokenizer.encode("Dogs [SEP] 狗 qq") == [2, 6, 7, 3, 10, 1]
+    assert tokenizer.encode("a " * 10_000, max_length=25) == [2] + [5] * 24
+    ids, mask = tokenizer(["a", "a red dog"])
+    assert ids.shape == (2, 8) and ids.dtype == torch.int64 and mask.dtype == torch.bool
+    assert ids[0].tolist() == [2, 5, 0, 0, 0, 0, 0, 0] and mask[0].tolist() == [True, True] + [False] * 6
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode("red ball") == tokenizer.encode("red ball")
+
+
+def test_tokenizer_sources(tokenizer, tmp_path):
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path).encode("Red dogs") == tokenizer.encode("Red dogs")
+    assert Tokenizer(tmp_path / "tokenizer.json").vocab_size == len(WORDS)
+    with pytest.raises(DataError, match="no tokenizer.json or vocab.txt"):
+        Tokenizer(tmp_path / "missing")
+    (tmp_path / "vocab.txt").write_text("a\nb\n[UNK]")
+    with pytest.raises(DataError, match=r"no \[PAD\]"):
+        Tokenizer(tmp_path / "vocab.txt")
+
+
+def test_padded_lengths():
+    assert [padded_length(n, 25, ()) for n in (1, 8, 9, 24, 25)] == [8, 8, 16, 24, 25]
+    assert [padded_length(n, None, ()) for n in (1, 30, 33)] == [8, 32, 40]
+    assert [padded_length(n, 30, (12, 30)) for n in (3, 12, 13)] == [12, 12, 30]
+    assert padded_length(13, 30, None) == 13
+
+
+def test_masking_follows_the_80_10_10_rule():
+    ids = torch.randint(5, 1000, (400, 50))
+    ids[:, 0], ids[:, -3:] = 2, 0
+    masked, labels = mask_tokens(ids, 0.15, 4, 1000, (0, 2, 3, 4), torch.Generator().manual_seed(0))
+    chosen = labels != -100
+    assert not chosen[:, 0].any() and not chosen[:, -3:].any()
+    assert torch.equal(masked[~chosen], ids[~chosen]) and torch.equal(labels[chosen], ids[chosen])
+    assert chosen[:, 1:-3].float().mean() == pytest.approx(0.15, abs=0.01)
+    assert (masked[chosen] == 4).float().mean() == pytest.approx(0.8, abs=0.03)
+    assert (masked[chosen] == ids[chosen]).float().mean() == pytest.approx(0.1, abs=0.02)
+
+
+def test_targets_list_the_chosen_places():
+    labels = torch.full((4, 25), -100)
+    labels[1, 3], labels[3, 24] = 17, 9
+    positions, targets = mlm_targets(labels)
+    assert positions.tolist() == [28, 99] + [0] * 30
+    assert targets.tolist() == [17, 9] + [-100] * 30
+    assert len(mlm_targets(torch.full((2, 3), -100))[0]) == 32
+    assert len(mlm_targets(torch.zeros(3, 11, dtype=torch.int64))[0]) == 64

@@ -1,0 +1,174 @@
+"""Vision transformer of SIMLA and ALBEF: pre-norm ViT with [CLS] token, patch masking, attention maps on demand.
+
+Parameter names are those of timm's ViT (`blocks.{i}.attn.qkv` ...), so DeiT weights and the original checkpoints load
+as they are, given `resize_pos_embed` for another resolution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import attend, attention_map, merge_heads, split_heads
+from models.errors import ModelError
+
+
+@dataclass
+class ViTConfig:
+    """Geometry; the defaults are ViT-B/16 at 256 px."""
+
+    image_size: int = 256  # pixels per side
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    layer_norm_eps: float = 1e-6
+    mask_token: bool = False  # learned stand-in for masked patches (masked image modelling)
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+
+class PatchEmbed(nn.Module):
+    """[B,3,S,S] pixels -> [B,N,D]: one strided convolution, patches in row-major order."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.image_size = config.image_size
+        self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            raise ModelError(
+                f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the vision transformer was built for "
+                f"{self.image_size} x {self.image_size}: set image_res (vit.image_size) to the size of the pictures"
+            )
+        return self.proj(image).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, with_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[B,T,D] -> ([B,T,D], probabilities [B,H,T,T] or None)."""
+        query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        if with_map:
+            probabilities = attention_map(query, key)
+            return self.proj(merge_heads(probabilities.to(value.dtype) @ value)), probabilities
+        return self.proj(merge_heads(attend(query, key, value))), None
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact (erf) GELU between."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + Attn(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.attn = Attention(config.width, config.heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
+
+    def forward(self, x: Tensor, with_map: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        update, probabilities = self.attn(self.norm1(x), with_map)
+        x = x + update
+        x = x + self.mlp(self.norm2(x))
+        return (x, probabilities) if with_map else x
+
+
+class ViT(nn.Module):
+    """Vision transformer; returns the normalised tokens, [CLS] first."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        check_geometry(config)
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.width))
+        if config.mask_token:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal (0.02) for linear layers, [CLS] and positions; torch's default for the patch convolution."""
+        for tensor in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(tensor, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def embed(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        """[B,3,S,S] -> [B,N+1,D]; masked patches are replaced before [CLS] and positions are added."""
+        patches = self.patch_embed(image)
+        if patch_mask is not None:
+            patches = torch.where(patch_mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+        return tokens + self.pos_embed
+
+    def forward(
+        self, image: Tensor, patch_mask: Tensor | None = None, map_block: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens [B,N+1,D] of float pictures [B,3,S,S].
+
+        patch_mask: bool [B,N], True = replaced by the mask token.
+        map_block: also return the self-attention probabilities [B,H,N+1,N+1] of that block, kept in the graph so that
+        `torch.autograd.grad` reaches them (Grad-CAM).
+        """
+        x, probabilities = self.embed(image, patch_mask), None
+        for i, block in enumerate(self.blocks):
+            if i == map_block:
+                x, probabilities = block(x, with_map=True)
+            else:
+                x = block(x)
+        x = self.norm(x)
+        return x if map_block is None else (x, probabilities)
+
+
+def check_geometry(config: ViTConfig) -> None:
+    """Raise ModelError where the sizes do not divide."""
+    if config.image_size % config.patch_size:
+        raise ModelError(f"vit.image_size {config.image_size} is no multiple of vit.patch_size {config.patch_size}")
+    if config.width % config.heads:
+        raise ModelError(f"vit.width {config.width} is no multiple of vit.heads {config.heads}")
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
+    """Position embeddings [1,1+g*g,D] for a grid of `grid` x `grid` patches: [1,1+grid*grid,D], same dtype.
+
+    The [CLS] row stays, the others are resized bicubically (align_corners=False, no antialiasing); equal grids: no-op.
+    """
+    n = pos_embed.shape[1] - 1
+    old = round(n**0.5)
+    if old * old != n:
+        raise ModelError(f"position embeddings of {n} patches are no square grid and cannot be resized")
+    if old == grid:
+        return pos_embed
+    cls_row, rest = pos_embed[:, :1], pos_embed[:, 1:].float()
+    picture = rest.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([cls_row, picture.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)

@@ -1,0 +1,118 @@
+"""Two processes give the losses and gradients of one process with the whole batch, for every dual encoder."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from models.batchnorm import synchronise_batch_norm
+from models.dual import follow
+from models.grad_cache import cached_step
+from tests.clip_toys import ToyConvNet, toy, toy_batch
+from tests.processes import spawn
+
+PAIRS = 8
+CASES = {
+    "clip": {"model": "CLIP_VITB16_CLIP"},
+    "clip_tiled": {"model": "CLIP_VITB16_CLIP", "tile": 3},
+    "siglip": {"model": "CLIP_VITB16_SIGLIP"},
+    "siglip_tiled": {"model": "CLIP_VITB16_SIGLIP", "tile": 3},
+    "cl2l": {"separate_proj": True, "label_smoothing": 0.1, "loss_avg_or_sum": "sum"},
+    "cl2l_tiled": {"separate_proj": True, "label_smoothing": 0.1, "tile": 3},
+    "cl2l_convolutional": {"separate_proj": True},
+    "cl2l_linear": {"cl2l_img_proj_type": "linear", "cl2l_txt_proj_type": "linear", "separate_proj": True},
+    "barlip": {"model": "CL2L_VITB16_BARLIP", "separate_proj": True, "separate_proj_child": True},
+    "siamlip": {"model": "CL2L_VITB16_SIAMLIP", "separate_proj": True},
+    "byolip": {"model": "CL2L_VITB16_SIAMLIP"},
+    "swalip": {"model": "CL2L_VITB16_SWALIP", "separate_proj": True},
+    "swalipv1": {"model": "CLIP_VITB16_SWALIPV1", "target_epsilon": 0.5},
+    "slip": {"model": "SLIP_VITB16"},
+    "simclr": {"model": "SIMCLR_VITB16"},
+}
+
+
+def gradients(name: str, batch: dict, cached: bool = False) -> tuple[dict, dict, dict]:
+    """Losses, gradients and batch-norm buffers of one step, averaged over the processes there are."""
+    model = toy(**CASES[name], visual=ToyConvNet() if "convolutional" in name else None)
+    teacher = None
+    if name == "byolip":
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        follow(teacher, toy(**CASES[name], seed=5), 0.5)
+    synchronise_batch_norm(model)
+    if teacher is not None:
+        synchronise_batch_norm(teacher)
+    if cached:
+        parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in range(0, len(batch["image"]), 2)]
+        losses = cached_step(model, model.losses, parts, lambda loss: loss.backward(), teacher=teacher)
+    else:
+        with torch.no_grad():
+            targets = teacher(features_only=True, **batch) if teacher else None
+        losses = model(momentum=targets, **batch)
+        losses["loss"].backward()
+    grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    losses = {k: v.detach() for k, v in losses.items()}
+    if dist.is_initialized():
+        for value in [*losses.values(), *grads.values()]:
+            dist.all_reduce(value)
+            value /= dist.get_world_size()
+    return losses, grads, {k: v for k, v in model.named_buffers()}
+
+
+def half(batch: dict, rank: int) -> dict:
+    return {k: v[rank * PAIRS // 2 : (rank + 1) * PAIRS // 2] for k, v in batch.items()}
+
+
+def on_two(rank: int, expected: dict) -> None:
+    for name, (losses, grads, buffers) in expected.items():
+        compare(name, losses, grads, *gradients(name, half(toy_batch(PAIRS), rank)), buffers)
+    for name in ("clip", "cl2l_linear"):
+        losses, grads, _ = expected[name]
+        compare(f"{name} cached", losses, grads, *gradients(name, half(toy_batch(PAIRS), rank), cached=True))
+
+
+def compare(name, losses, grads, own_losses, own_grads, own_buffers, buffers=None) -> None:
+    assert own_losses.keys() == losses.keys()
+    for key, value in losses.items():
+        torch.testing.assert_close(
+            own_losses[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{name} {k}: {m}"
+        )
+    assert own_grads.keys() == grads.keys()
+    for key, value in grads.items():
+        difference = (own_grads[key] - value).norm()  # of float32 sums in another order, some behind batch norms
+        assert difference < 2e-4 * value.norm() + 1e-5 * value.numel() ** 0.5, f"{name} {key}: {difference:.1e}"
+    for key, value in (buffers or {}).items():
+        torch.testing.assert_close(
+            own_buffers[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{name} {k}: {m}"
+        )
+
+
+def test_two_processes_equal_one():
+    spawn(on_two, 2, {name: gradients(name, toy_batch(PAIRS)) for name in CASES})
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_tiled", "siglip", "cl2l_linear"])
+def test_cached_accumulation_equals_the_large_batch(name):
+    batch = toy_batch(PAIRS)
+    losses, grads, _ = gradients(name, batch)
+    compare(name, losses, grads, *gradients(name, batch, cached=True))
+
+
+def test_cached_accumulation_moves_batch_statistics_once():
+    _, _, buffers = gradients("barlip", toy_batch(PAIRS), cached=True)
+    tracked = {v.item() for k, v in buffers.items() if k.endswith("num_batches_tracked") and "global" in k}
+    assert tracked == {4}  # once for each micro-batch
+
+
+def compat_on_two(rank: int, dense: dict) -> None:
+    """The original's gather lets no gradient through: its gradients are not those of the global batch."""
+    CASES["clip_original"] = {"model": "CLIP_VITB16_CLIP", "compat": "original"}
+    losses, grads, _ = gradients("clip_original", half(toy_batch(PAIRS), rank))
+    torch.testing.assert_close(losses["loss"], dense["loss"], rtol=1e-5, atol=1e-5)
+    name = "image_projector.weight"
+    assert (grads[name] - dense[name]).norm() > 0.05 * dense[name].norm()
+
+
+def test_compat_keeps_the_originals_gather():
+    losses, grads, _ = gradients("clip", toy_batch(PAIRS))
+    spawn(compat_on_two, 2, losses | grads)

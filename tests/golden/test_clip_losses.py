@@ -1,0 +1,90 @@
+"""Loss values and gradients of clip-rocket and SLIP, on one process and on two."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models import dual_losses
+from models.dual_losses import LossOptions
+from tests.golden.clip_cases import close
+from tests.golden_cases import golden_file
+from tests.processes import spawn
+
+LOSSES = {
+    "CLIPLoss": dual_losses.clip,
+    "CL2LLoss": dual_losses.cl2l,
+    "BarLIPLoss": dual_losses.barlip,
+    "SiamLIPLoss": dual_losses.siamlip,
+    "SwALIPLoss": dual_losses.swalip,
+    "SwALIPV1Loss": dual_losses.swalipv1,
+}
+SLIP_LOSSES = {
+    "CLIPLoss": dual_losses.slip_clip,
+    "SIMCLRLoss": dual_losses.slip_simclr,
+    "SLIPLoss": dual_losses.slip,
+}
+KNOBS = {"lamb": "barlip_lamb", "scale_loss": "barlip_scale_loss"}
+SINGLE = """clip cl2l_avg_ls0_a0 cl2l_avg_ls0_a1 cl2l_sum_ls01_a1 cl2l_avg_ls0_a2 cl2l_sum_ls01_a2 cl2l_avg_ls0_a3
+    cl2l_sum_ls01_a3 barlip_default_a2 barlip_custom_a1 siamlip_a2 siamlip_a3_avg byolip_a2 swalip_default_a2
+    swalip_custom_a2 swalipv1 swalipv1_momentum slip_clip slip_simclr slip_full""".split()
+
+
+def load(stem: str) -> tuple[dict, dict]:
+    meta = json.loads(golden_file("clip_rocket", "losses", f"{stem}.json").read_text())
+    return meta, load_file(golden_file("clip_rocket", "losses", f"{stem}.safetensors"))
+
+
+def test_every_recorded_case_is_tested():
+    assert set(load("single_process")[0]) == set(SINGLE)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("compat", ["none", "original"])
+def test_single_process(name, compat):
+    meta, tensors = load("single_process")
+    check(name, meta[name], tensors, compat)
+
+
+def check(name: str, case: dict, tensors: dict, compat: str) -> None:
+    inputs = {k.removeprefix(f"{name}/in."): v.clone() for k, v in tensors.items() if k.startswith(f"{name}/in.")}
+    leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+    features = stack_views(leaves)
+    table = SLIP_LOSSES if case["system"] == "slip" else LOSSES
+    config = {KNOBS.get(k, k): v for k, v in case["config"].items()}
+    if case["loss"] in ("SIMCLRLoss", "SLIPLoss"):
+        config["ssl_temp"] = config.pop("temperature")
+    config.pop("temperature", None)  # an argument the original accepts and ignores
+    out = table[case["loss"]](features, LossOptions(compat=compat, **config))
+    assert set(out) == set(case["outputs"])
+    for key, expected in case["outputs"].items():
+        close(out[key], expected, f"{name} {key}")
+    out["loss"].backward()
+    for key, leaf in leaves.items():
+        expected = tensors.get(f"{name}/grad.{key}")
+        if expected is None:
+            assert leaf.grad is None or not leaf.grad.any(), f"{name}: {key} should have no gradient"
+        else:
+            close(leaf.grad, expected, f"{name} gradient of {key}")
+
+
+def stack_views(leaves: dict) -> dict:
+    """`h_image_local.0`, `.1` ... -> `h_image_local` [B,A,D]."""
+    features: dict = {}
+    for key, value in leaves.items():
+        stem, _, index = key.partition(".")
+        features.setdefault(stem, []).append((int(index or 0), value))
+    views = {k: [v for _, v in sorted(pairs, key=lambda p: p[0])] for k, pairs in features.items()}
+    return {k: torch.stack(v, 1) if f"{k}.0" in leaves else v[0] for k, v in views.items()}
+
+
+def two_ranks(rank: int) -> None:
+    meta, tensors = load(f"world2_rank{rank}")
+    for name, case in meta.items():
+        check(name, case, tensors, "original")
+
+
+def test_two_processes_as_the_original():
+    load("world2_rank0")  # skips here where the numbers are not at hand
+    spawn(two_ranks, 2)

@@ -1,0 +1,61 @@
+"""Retrieval evaluation, features to recalls, against the originals' score matrices and metrics."""
+
+import pytest
+import torch
+
+from evaluation.retrieval import Captions, rank, recalls
+from models.adapters import start_from
+from models.retrieval import Retrieval, RetrievalConfig
+from models.vit import ViTConfig
+from models.xbert import BertConfig
+from runtime.distributed import World
+from tests.golden.report import compare
+from tests.golden_cases import decode_image, golden
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def retrieval_case(system: str):
+    """(meta, tensors, the retrieval model started from the golden pre-training checkpoint, in eval mode)."""
+    meta, t = golden("simla", f"retrieval_{system}")
+    _, pretrained = golden("simla", f"pretrain_{system}")
+    c = meta["config"]
+    vit = ViTConfig(c["image_size"], **{k: v for k, v in c["vit"].items() if v is not None})
+    space = {"embed_dim": c["embed_dim"], "queue_size": c["queue_size"], "compat": "original"}
+    model = Retrieval(RetrievalConfig(vit=vit, bert=BertConfig.from_json(c["bert"]), **space))
+    start_from(
+        model, {k.removeprefix("state."): v for k, v in pretrained.items() if k.startswith("state.")}, "retrieval"
+    )
+    model.load_state_dict({k.removeprefix("new."): v for k, v in t.items() if k.startswith("new.")}, strict=False)
+    return meta, t, model.eval()
+
+
+def captions_of(meta: dict, t: dict) -> Captions:
+    owners = meta["eval"]["txt2img"]
+    owner = torch.tensor([owners[str(i)] for i in range(len(owners))])
+    return Captions(t["in.eval.input_ids"], t["in.eval.attention_mask"].bool(), owner)
+
+
+@pytest.mark.parametrize("system", ["simla", "albef"])
+@pytest.mark.parametrize(("image_batch", "pairs", "keep_states"), [(32, 512, True), (2, 3, False)])
+def test_score_matrices_and_recalls(system, image_batch, pairs, keep_states):
+    meta, t, model = retrieval_case(system)
+    pictures, captions = decode_image(t["in.eval.images"]), captions_of(meta, t)
+    rankings = rank(
+        model,
+        lambda indices: pictures[indices].split(image_batch),
+        len(pictures),
+        captions,
+        ALONE,
+        k=meta["config"]["k_test"],
+        keep_text_states=keep_states,
+        image_batch=image_batch,
+        pairs=pairs,
+        progress=False,
+    )
+    for ranking, key in zip(rankings, ("score_i2t", "score_t2i"), strict=True):
+        found, theirs = ranking.dense(), t[f"out.eval.{key}"]
+        scored = theirs != -100
+        assert torch.equal(found != -100, scored)
+        compare(f"retrieval_{system}", "evaluation scores", found[scored], theirs[scored], 1e-5)
+    assert recalls(*rankings, captions.image) == pytest.approx(meta["eval"]["metrics"], abs=1e-9)

@@ -1,0 +1,190 @@
+"""The dual encoders' losses against their definitions written out, and the tiled forms against the dense ones."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import contrastive, dual_losses
+from models.contrastive import normalize
+from models.dual_losses import LossOptions
+from models.errors import ModelError
+
+
+def units(*shape, seed=0):
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("tile", [1, 3, 4, 100])
+def test_tiled_info_nce_equals_dense(tile, smoothing):
+    scale = torch.tensor(7.0, requires_grad=True)
+    query, keys = units(5, 2, 6), units(10, 3, 6, seed=1)
+    inputs = (query, keys, scale)
+    dense = contrastive.info_nce(query, keys, scale, 4, smoothing)
+    tiled = contrastive.info_nce(query, keys, scale, 4, smoothing, tile)
+    for ours, theirs in zip(tiled, dense, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    expected = torch.autograd.grad(dense[0], inputs)
+    for ours, theirs in zip(torch.autograd.grad(tiled[0], inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_info_nce_is_the_mean_cross_entropy_over_pairs_of_views():
+    query, keys, scale = units(4, 2, 6), units(8, 3, 6, seed=1), torch.tensor(5.0)
+    labels = 4 + torch.arange(4)
+    pairs = [(query[:, a], keys[:, b]) for a in range(2) for b in range(3)]
+    logits = [scale * q @ k.T for q, k in pairs]
+    loss, acc = contrastive.info_nce(query, keys, scale, 4, 0.2)
+    expected = torch.stack([F.cross_entropy(x, labels, label_smoothing=0.2) for x in logits]).mean()
+    torch.testing.assert_close(loss, expected)
+    expected = 100 * torch.stack([(x.argmax(1) == labels).float().mean() for x in logits]).mean()
+    torch.testing.assert_close(acc, expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor any operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+def test_tiles_keep_memory_apart_from_the_batch(tile):
+    query, keys = units(64, 1, 4), units(256, 1, 4, seed=1)
+    with LargestTensor() as seen:
+        loss, _ = contrastive.info_nce(query, keys, torch.tensor(3.0), tile=tile)
+        pairs = contrastive.sigmoid_pairs(query[:, 0], keys[:, 0], torch.tensor(3.0), torch.tensor(0.0), tile=tile)
+        (loss + pairs).backward()
+    assert (seen.largest == 64 * 256) == (tile is None)
+    assert tile is None or seen.largest == 256 * 4
+
+
+def test_tiles_round_as_the_dense_form_under_autocast():
+    query, keys, scale = units(8, 1, 32), units(8, 1, 32, seed=1), torch.tensor(30.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        dense, tiled = (contrastive.info_nce(query, keys, scale, tile=tile) for tile in (None, 3))
+        pairs = [contrastive.sigmoid_pairs(query[:, 0], keys[:, 0], scale, -scale, tile=tile) for tile in (None, 3)]
+    torch.testing.assert_close(tiled[0], dense[0].float(), rtol=3e-3, atol=3e-3)
+    torch.testing.assert_close(pairs[1], pairs[0], rtol=3e-3, atol=3e-3)
+    assert tiled[1] == dense[1]
+
+
+@pytest.mark.parametrize("tile", [None, 2, 3])
+def test_sigmoid_pairs(tile):
+    image, text = units(4, 6), units(8, 6, seed=1)
+    scale, bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    inputs = (image, text, scale, bias)
+    sign = -torch.ones(4, 8)
+    sign[torch.arange(4), 4 + torch.arange(4)] = 1
+    expected = -F.logsigmoid(sign * (scale * image @ text.T + bias)).sum(1).mean()
+    loss = contrastive.sigmoid_pairs(image, text, scale, bias, 4, tile)
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_barlow_twins_without_the_correlation_matrix():
+    image, text = torch.randn(6, 2, 5, requires_grad=True), torch.randn(6, 3, 5, requires_grad=True)
+    expected = 0
+    for a in range(2):
+        for b in range(3):
+            k = image[:, a].T @ text[:, b] / 6
+            diagonal = k.diagonal()
+            expected = expected + ((diagonal - 1) ** 2).sum() + 0.3 * (k.square().sum() - diagonal.square().sum())
+    loss = contrastive.barlow_twins(image, text, image, text, 0.3, 0.7)
+    torch.testing.assert_close(loss, 0.7 * expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, (image, text)), torch.autograd.grad(0.7 * expected, (image, text)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_negative_cosine_sums_over_pairs_of_views():
+    p, v = torch.randn(5, 2, 4, requires_grad=True), torch.randn(5, 3, 4, requires_grad=True)
+    expected = sum(2 - 2 * F.cosine_similarity(p[:, a], v[:, b]).mean() for a in range(2) for b in range(3))
+    loss = contrastive.negative_cosine(p, v)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert v.grad is None
+
+
+def test_sinkhorn_balances():
+    scores = normalize(torch.randn(3, 12, 4)) @ normalize(torch.randn(3, 4, 4))
+    q = contrastive.sinkhorn(scores, 0.5, 200)
+    torch.testing.assert_close(q.sum(-1), torch.ones(3, 12))
+    torch.testing.assert_close(q.sum(-2), torch.full((3, 4), 3.0), rtol=1e-3, atol=1e-3)
+    # a temperature whose plain exponential would overflow float32
+    assert contrastive.sinkhorn(scores, 0.004, 3).isfinite().all()
+
+
+def test_scale_gradient():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    y = contrastive.scale_gradient(x, 0.25)
+    torch.testing.assert_close(y, x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((2,), 0.25))
+
+
+def features(views: int, b: int = 6) -> dict:
+    g = torch.Generator().manual_seed(3)
+    out = {f"z_{m}_global": torch.randn(b, 5, generator=g) for m in ("image", "text")}
+    out |= {f"h_{m}_local": torch.randn(b, views, 5, generator=g) for m in ("image", "text") if views}
+    return out | {"logit_scale": torch.tensor(8.0), "h_logit_scale": torch.tensor(5.0)}
+
+
+def test_cl2l_without_local_views_is_clip():
+    out = features(0)
+    clip = {"z_image": out["z_image_global"], "z_text": out["z_text_global"], "logit_scale": out["logit_scale"]}
+    expected = dual_losses.clip(clip, LossOptions())
+    actual = dual_losses.cl2l(out, LossOptions())
+    for name in ("loss", "clip_loss", "clip_acc"):
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_swalip_predicts_another_pair_of_views(views):
+    """For two views as published; with more, every view takes part, unless the original's numbers are asked for."""
+    out = features(views)
+    image, text = normalize(out["h_image_local"]), normalize(out["h_text_local"])
+
+    def term(own, other, a, b, c, d):
+        q = contrastive.sinkhorn(own[:, c] @ other[:, d].T, 0.05, 3)
+        return contrastive.soft_cross_entropy(5 * own[:, a] @ other[:, b].T, q)
+
+    def over(n):
+        pairs = [(a, b, (a + 1) % n, (b + 1) % n) for a in range(n) for b in range(n)]
+        return sum(term(image, text, *pair) + term(text, image, *pair) for pair in pairs) / (2 * views**2)
+
+    for compat, n in (("none", views), ("original", 2)):
+        loss = dual_losses.swalip(out, LossOptions(compat=compat))["swalip_loss"]
+        torch.testing.assert_close(loss, over(n), rtol=1e-4, atol=1e-5)
+
+
+def test_bad_options():
+    with pytest.raises(ModelError, match="loss_avg_or_sum"):
+        LossOptions(loss_avg_or_sum="mean")
+    with pytest.raises(ModelError, match="sk_iters"):
+        LossOptions(sk_iters=0)
+    with pytest.raises(ModelError, match="label_smoothing"):
+        dual_losses.swalip(features(2), LossOptions(label_smoothing=0.1))
+    with pytest.raises(ModelError, match="num_augs"):
+        dual_losses.swalip(features(0), LossOptions())
+
+
+def test_perfect_features_have_small_loss():
+    eye = torch.eye(4)
+    out = {"z_image": eye, "z_text": eye, "logit_scale": torch.tensor(100.0), "logit_bias": torch.tensor(-50.0)}
+    assert dual_losses.clip(out, LossOptions())["loss"] < 1e-4
+    assert dual_losses.clip(out, LossOptions())["clip_acc"] == 100
+    assert dual_losses.siglip(out, LossOptions())["loss"] < 1e-4
+    uniform = out | {"z_text": torch.ones(4, 4)}
+    assert math.isclose(dual_losses.clip(uniform, LossOptions())["loss"].item(), math.log(4), rel_tol=1e-4)

@@ -1,0 +1,58 @@
+"""Vision transformer: what holds whatever the weights."""
+
+import pytest
+import torch
+
+from models.errors import ModelError
+from models.vit import ViT, ViTConfig, resize_pos_embed
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(image_size=32, patch_size=8, width=24, depth=3, heads=4, mask_token=True))
+    torch.nn.init.normal_(model.mask_token)
+    return model
+
+
+def test_map_leaves_the_tokens_alone(vit):
+    image = torch.randn(2, 3, 32, 32)
+    tokens, probabilities = vit(image, map_block=1)
+    torch.testing.assert_close(tokens, vit(image))
+    assert probabilities.shape == (2, 4, 17, 17)
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 17))
+    assert torch.autograd.grad(tokens[:, 0].sum(), probabilities)[0].abs().sum() > 0
+
+
+def test_masked_patches_are_not_seen(vit):
+    image = torch.randn(1, 3, 32, 32)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True
+    changed = image.clone()
+    changed[:, :, 8:16, 8:16] = 9.0  # patch 5 = row 1, column 1
+    assert torch.equal(vit(image, mask), vit(changed, mask))
+    assert not torch.allclose(vit(image), vit(changed))
+
+
+def test_wrong_picture_size_says_the_remedy(vit):
+    with pytest.raises(ModelError, match="image_res"):
+        vit(torch.randn(1, 3, 40, 40))
+
+
+def test_pos_embed_resize():
+    pos = torch.randn(1, 17, 8)
+    assert resize_pos_embed(pos, 4) is pos
+    resized = resize_pos_embed(pos, 7)
+    assert resized.shape == (1, 50, 8) and torch.equal(resized[:, 0], pos[:, 0])
+    constant = torch.ones(1, 17, 8)
+    torch.testing.assert_close(resize_pos_embed(constant, 7), torch.ones(1, 50, 8))
+    assert resize_pos_embed(pos.half(), 7).dtype == torch.float16
+    with pytest.raises(ModelError, match="square"):
+        resize_pos_embed(torch.randn(1, 16, 8), 4)
+
+
+def test_mask_token_and_initialisation():
+    model = ViT(ViTConfig(image_size=32, patch_size=8, width=24, depth=1, heads=4, mask_token=True))
+    assert model.mask_token.abs().sum() == 0 and model.blocks[0].attn.qkv.bias.abs().sum() == 0
+    assert 0 < model.pos_embed.abs().max() < 2.1
+    assert not hasattr(ViT(ViTConfig(32, 8, 24, 1, 4)), "mask_token")

@@ -1,0 +1,123 @@
+"""A run that is killed, signalled or damaged ends with the very weights and losses of the run that was not."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pretraining import arguments, finish, losses, start
+
+STEPS = "8 steps"
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint_00000008.pt", weights_only=True)
+
+
+def assert_same_run(folder, straight):
+    assert losses(folder) == losses(straight)
+    ours, theirs = weights(folder), weights(straight)
+    for part in ("model", "optimizer"):
+        for name, value in flat(ours[part]).items():
+            assert torch.equal(value, flat(theirs[part])[name]), name
+
+
+def flat(tree, prefix=""):
+    """Tensors of nested dicts by path."""
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else []
+    return {path: leaf for key, value in items for path, leaf in flat(value, f"{prefix}/{key}").items()}
+
+
+def wait_for_step(process, folder, step):
+    """Until log.jsonl has the line of `step`."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "log.jsonl").exists() and len(losses_so_far(folder)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached:\n{process.communicate(timeout=20)[0][-3000:]}")
+
+
+def losses_so_far(folder):
+    return [line for line in (folder / "log.jsonl").read_text().split("\n") if line.endswith("}")]
+
+
+CASES = {"json, 1 process": (1, False), "json, 2 processes": (2, False), "shards, 1 process": (1, True)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sigkill_at_any_step_then_the_same_command_gives_the_same_run(case, digitscenes, image_tokenizer, tmp_path):
+    processes, shards = CASES[case]
+    changes = dict(workers=2, save_every="1 steps", max_steps=8)
+    changes["scheduler.epochs"] = STEPS
+    if shards:
+        changes |= {"train_file": "[]", "shards": [digitscenes / "wds/train/00000.tar"], "shuffle_buffer": 20}
+    flags = [arguments(digitscenes, image_tokenizer, tmp_path / name, **changes) for name in ("straight", "killed")]
+    finish(processes, flags[0])
+    process = start(processes, flags[1])
+    wait_for_step(process, tmp_path / "killed", 3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kill_leftovers(tmp_path / "killed")
+    finish(processes, flags[1])
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+def kill_leftovers(folder):
+    """Workers of a killed launcher: a scheduler would clear the whole job."""
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (proc / "cmdline").read_bytes().split(b"\0")
+            if str(folder).encode() in words:
+                os.kill(int(proc.name), signal.SIGKILL)
+        except OSError:
+            continue
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_asks_for_a_requeue(number, digitscenes, image_tokenizer, tmp_path):
+    changes = {"save_every": "100 steps", "scheduler.epochs": "100000 steps"}
+    flags = arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes)
+    process = start(1, flags)
+    wait_for_step(process, tmp_path / "run", 2)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "saved at step" in output
+    saved = list((tmp_path / "run").glob("checkpoint_*.pt"))
+    assert len(saved) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one byte flipped"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, digitscenes, image_tokenizer, tmp_path):
+    flags = [arguments(digitscenes, image_tokenizer, tmp_path / name) for name in ("straight", "damaged")]
+    for folder_flags in flags:
+        finish(1, folder_flags)
+    newest = tmp_path / "damaged" / "checkpoint_00000008.pt"
+    content = bytearray(newest.read_bytes())
+    if damage == "truncated":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    output = finish(1, flags[1])
+    assert "checkpoint_00000008.pt" in output and "checkpoint_00000004.pt" in output
+    assert_same_run(tmp_path / "damaged", tmp_path / "straight")
+
+
+def test_two_processes_end_with_equal_queues_and_a_finished_run_has_nothing_left_to_do(
+    digitscenes, image_tokenizer, tmp_path
+):
+    flags = arguments(digitscenes, image_tokenizer, tmp_path / "run", workers=1)
+    finish(2, flags)
+    before = weights(tmp_path / "run")["model"]
+    output = finish(2, flags)
+    after = weights(tmp_path / "run")["model"]
+    assert "from 8" in output
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "run" / "model.safetensors").exists()

@@ -1,0 +1,53 @@
+"""Runs of Pretrain.py with configs/Pretrain/debug.yaml on a handful of pictures, as one would start them by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
+
+
+def arguments(data: Path, tokenizer: Path, output: Path, **changes) -> list[str]:
+    """Command-line flags of the debug run on `data`."""
+    values = {
+        "config": ROOT / "configs/Pretrain/debug.yaml",
+        "bert_config": ROOT / "configs/bert_debug.json",
+        "train_file": data / "pretrain_train.json",
+        "image_root": data,
+        "text_encoder": data / "tokenizer",
+        "image_tokenizer_path": tokenizer,
+        "output_dir": output,
+        "tensorboard": "false",
+    } | changes
+    flags = []
+    for name, value in values.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def command(processes: int, flags: list[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, str(ROOT / "Pretrain.py"), *flags]
+
+
+def start(processes: int, flags: list[str]) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command(processes, flags), cwd=ROOT, env=env, **pipes)
+
+
+def finish(processes: int, flags: list[str], expect: int = 0) -> str:
+    """Run to the end; the output, after checking the exit status."""
+    process = start(processes, flags)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == expect, f"exit status {process.returncode}\n{output[-3000:]}"
+    return output
+
+
+def losses(folder: Path) -> list[dict]:
+    """The lines of log.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]

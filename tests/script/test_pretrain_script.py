@@ -1,0 +1,216 @@
+"""Pretrain.py through its real main: it runs, it learns something, and every mistake is one clear message."""
+
+import fcntl
+import json
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import Pretrain
+from runtime.config import parse
+from runtime.errors import InputError
+from tests.pretraining import ROOT, arguments, finish, losses
+
+
+def run_main(flags):
+    Pretrain.main(parse(Pretrain.Config, flags))
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("method", ["simla", "albef"])
+def test_debug_config_runs_and_writes_everything(method, digitscenes, image_tokenizer, tmp_path):
+    changes = {"tensorboard": "true"}
+    if method == "albef":
+        bert = json.loads((ROOT / "configs/bert_debug.json").read_text())
+        del bert["add_cross_attention"]
+        (tmp_path / "bert.json").write_text(json.dumps(bert | {"fusion_layer": 1}))
+        changes |= {"method": "albef", "bert_config": tmp_path / "bert.json", "image_tokenizer_path": "none"}
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
+    lines = losses(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    names = {"loss_ita", "loss_itm", "loss_mlm"} | ({"loss_mim", "loss_pseudo"} if method == "simla" else set())
+    assert names == {key for key in lines[0] if key.startswith("loss_")}
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0][name] for name in names), rel=1e-5)
+    assert (tmp_path / "run" / "config.yaml").exists() and list((tmp_path / "run" / "tensorboard").iterdir())
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_losses_fall(digitscenes, image_tokenizer, tmp_path):
+    changes = {"scheduler.epochs": "60 steps", "log_every": 10, "optimizer.lr": 3e-3, "batch_size": 16, "alpha": 0}
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
+    lines = losses(tmp_path / "run")
+    for name in ("loss_ita", "loss_mlm", "loss_mim"):
+        assert lines[-1][name] < 0.9 * lines[0][name], name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"activation_checkpointing": "true"},
+        {"accumulate": 2},
+        {"queue_size": 0},
+        {"queue_size": 5},
+    ],
+    ids=str,
+)
+def test_variations_run(changes, digitscenes, image_tokenizer, tmp_path):
+    changes = {"scheduler.epochs": "3 steps", "save_every": "3 steps"} | changes
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
+    assert losses(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_activation_checkpointing_changes_no_number(digitscenes, image_tokenizer, tmp_path):
+    for name in ("false", "true"):
+        changes = {"scheduler.epochs": "3 steps", "activation_checkpointing": name}
+        run_main(arguments(digitscenes, image_tokenizer, tmp_path / name, **changes))
+    for plain, recomputed in zip(losses(tmp_path / "false"), losses(tmp_path / "true"), strict=True):
+        assert recomputed == pytest.approx(plain, rel=1e-5)  # gradients of shared blocks add up in another order
+
+
+def test_cached_codes_equal_codes_computed_on_the_fly(digitscenes, image_tokenizer, tmp_path):
+    fixed = {"fixed_geometry": "true", "scheduler.epochs": "4 steps"}
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "fly", **fixed))
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "cache", code_cache=tmp_path / "codes.npy", **fixed))
+    assert losses(tmp_path / "fly") == losses(tmp_path / "cache")
+
+
+def test_starting_from_the_weights_of_another_run(digitscenes, image_tokenizer, tmp_path):
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "first"))
+    weights = tmp_path / "first" / "model.safetensors"
+    changes = {"checkpoint": weights, "scheduler.epochs": "1 steps", "optimizer.lr": 0}
+    changes |= {"scheduler.warmup_lr": 0, "scheduler.min_lr": 0}
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "second", **changes))
+    from safetensors.torch import load_file
+
+    first, second = load_file(weights), load_file(tmp_path / "second" / "model.safetensors")
+    assert all(torch.equal(first[k], second[k]) for k in first if "_m." not in k and "queue" not in k)
+
+
+MISTAKES = {
+    "annotation missing": ({"train_file": "nowhere.json"}, "nowhere.json"),
+    "image root missing": ({"image_root": "no/such/folder"}, "no/such/folder"),
+    "tokenizer missing": ({"text_encoder": "no/tokenizer"}, "no/tokenizer"),
+    "image tokenizer missing": ({"image_tokenizer_path": "no/encoder.pkl"}, "image_tokenizer_path"),
+    "checkpoint missing": ({"checkpoint": "no/weights.pth"}, "no/weights.pth"),
+    "bert_config missing": ({"bert_config": "no/bert.json"}, "bert_config"),
+    "no data at all": ({"train_file": "[]"}, "train_file"),
+    "batch larger than the data": ({"batch_size": 500}, "500"),
+    "unknown key": ({"bach_size": 8}, "batch-size"),
+    "wrong type": ({"batch_size": "many"}, "batch"),
+    "out of range": ({"alpha": 1.5}, "alpha"),
+    "fp16 on the CPU": ({"precision": "fp16"}, "bf16"),
+    "patch does not divide the picture": ({"image_res": 30}, "patch"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_message(mistake, digitscenes, image_tokenizer, tmp_path):
+    changes, named = MISTAKES[mistake]
+    with pytest.raises(Exception) as caught:
+        run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
+    assert getattr(caught.value, "for_people", False), repr(caught.value)
+    assert named in str(caught.value)
+
+
+def test_the_message_reaches_the_terminal_without_a_traceback(digitscenes, image_tokenizer, tmp_path):
+    flags = arguments(digitscenes, image_tokenizer, tmp_path / "run", train_file="nowhere.json")
+    output = finish(1, flags, expect=2)
+    assert "error:" in output and "nowhere.json" in output and "Traceback" not in output
+
+
+def test_an_annotation_without_a_field_names_file_and_index(digitscenes, image_tokenizer, tmp_path):
+    entries = json.loads((digitscenes / "pretrain_train.json").read_text())
+    del entries[7]["caption"]
+    (tmp_path / "broken.json").write_text(json.dumps(entries))
+    with pytest.raises(Exception, match=r"broken\.json.*7.*caption|broken\.json.*caption.*7"):
+        run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", train_file=tmp_path / "broken.json"))
+
+
+def test_a_checkpoint_of_another_architecture_lists_the_keys(digitscenes, image_tokenizer, tmp_path):
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "first", **{"scheduler.epochs": "1 steps"}))
+    weights = tmp_path / "first" / "model.safetensors"
+    with pytest.raises(Exception, match="visual_encoder") as caught:
+        run_main(arguments(digitscenes, image_tokenizer, tmp_path / "second", checkpoint=weights, vision_depth=1))
+    assert getattr(caught.value, "for_people", False)
+
+
+def test_bad_pictures_are_counted_and_past_the_budget_listed(digitscenes, image_tokenizer, tmp_path):
+    entries = json.loads((digitscenes / "pretrain_train.json").read_text())
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
+    bad = [{"image": str(tmp_path / "torn.jpg"), "caption": "a red one"}]
+    (tmp_path / "one.json").write_text(json.dumps(entries + bad))
+    changes = {"train_file": tmp_path / "one.json", "error_budget": 0.5, "scheduler.epochs": "9 steps"}
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
+    assert losses(tmp_path / "run")[-1]["errors"] == 1
+    (tmp_path / "many.json").write_text(json.dumps(entries + bad * 30))
+    changes |= {"train_file": tmp_path / "many.json", "error_budget": 0.01, "scheduler.epochs": "40 steps"}
+    with pytest.raises(Exception, match=r"torn\.jpg"):
+        run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run2", **changes))
+
+
+def test_nan_stops_before_the_update_and_names_the_last_good_checkpoint(
+    digitscenes, image_tokenizer, tmp_path, monkeypatch
+):
+    original, calls = Pretrain.Simla.forward, []
+
+    def poisoned(self, **batch):
+        losses = original(self, **batch)
+        calls.append(1)
+        return losses | {"loss_ita": losses["loss_ita"] * float("nan")} if len(calls) == 6 else losses
+
+    monkeypatch.setattr(Pretrain.Simla, "forward", poisoned)
+    monkeypatch.setattr(Pretrain, "training_flops", lambda *_: 0.0)
+    with pytest.raises(Exception, match=r"step 6.*checkpoint_00000004") as caught:
+        run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run"))
+    assert getattr(caught.value, "for_people", False)
+    newest = torch.load(tmp_path / "run" / "checkpoint_00000004.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in newest["model"].values() if value.is_floating_point())
+
+
+def test_a_full_disk_while_saving_keeps_the_old_checkpoint(digitscenes, image_tokenizer, tmp_path):
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **{"scheduler.epochs": "4 steps"}))
+    old = (tmp_path / "run" / "checkpoint_00000004.pt").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limit[1]))
+    try:
+        with pytest.raises(InputError, match="disk"):
+            run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "run" / "checkpoint_00000004.pt").read_bytes() == old
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_two_runs_may_not_write_one_folder(digitscenes, image_tokenizer, tmp_path):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another run"):
+            run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run"))
+
+
+def test_wandb_offline_logs_into_the_run_folder(digitscenes, image_tokenizer, tmp_path):
+    pytest.importorskip("wandb")
+    flags = arguments(
+        digitscenes, image_tokenizer, tmp_path / "run", wandb="offline", **{"scheduler.epochs": "2 steps"}
+    )
+    run_main(flags)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_help_needs_neither_torchvision_nor_transformers():
+    heavy = ("torchvision", "transformers", "timm", "sklearn")
+    code = f"import sys, Pretrain; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,65 @@
+"""scripts/train_dvae.py from the command line: pictures in, a loadable tokenizer out; stopped and resumed alike."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dataset.errors import DataError
+from models.dvae import ImageTokenizer
+from runtime.checkpoint import read_weights
+from runtime.errors import InputError
+from scripts.train_dvae import Config, build_model, find_pictures
+
+SMALL = "--size 16 --vocab_size 8 --width 4 --decoder_width 8 --batch_size 8 --workers 0 --device cpu".split()
+
+
+def train(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "scripts/train_dvae.py", *SMALL, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(60):
+        pixels = torch.randint(256, (24, 20, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    (folder / "list.json").write_text(json.dumps([{"image": f"{i}.png", "caption": "noise"} for i in range(60)]))
+    return folder
+
+
+def test_resumed_run_is_the_straight_run(pictures, tmp_path):
+    data = ["--data", pictures / "list.json", "--image_root", pictures, "--scheduler.epochs", "8 steps"]
+    straight = train(*data, "--output_dir", tmp_path / "a")
+    assert straight.returncode == 0, straight.stderr
+    assert "codes used, perplexity" in straight.stdout + straight.stderr
+    assert train(*data, "--output_dir", tmp_path / "b", "--max_steps", 3).returncode == 0
+    assert not (tmp_path / "b" / "image_tokenizer.safetensors").exists()
+    assert train(*data, "--output_dir", tmp_path / "b").returncode == 0
+    a, b = (read_weights(tmp_path / name / "image_tokenizer.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    assert (tmp_path / "a" / "preview.png").stat().st_size > 1000
+    report = json.loads((tmp_path / "a" / "image_tokenizer.json").read_text())
+    assert report["pictures"] == 3 and 0 < report["codes_used"] <= 1
+    tokenizer = ImageTokenizer.load(tmp_path / "a" / "image_tokenizer.safetensors", read_weights)
+    assert tokenizer.codes(torch.rand(2, 3, 16, 16)).shape == (2, 4, 4)
+
+
+def test_mistakes_are_found_before_training(pictures, tmp_path):
+    result = train("--data", tmp_path, "--output_dir", tmp_path / "out")
+    assert result.returncode == 2 and "no pictures" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="image_root"):
+        find_pictures(Config(data=[str(pictures / "list.json")]))
+    with pytest.raises(DataError, match="0 pictures; name JSON lists or folders"):
+        find_pictures(Config())
+    with pytest.raises(InputError, match="--size 18 is no multiple of 4"):
+        build_model(Config(size=18))

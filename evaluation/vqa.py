@@ -1,0 +1,103 @@
+"""VQA accuracy as the official evaluation counts it (Antol et al., 2015), and the result file of its server."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ARTICLES = {"a", "an", "the"}
+DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+DIGITS["none"] = "0"
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+# What the official table spells right; it knows each with exactly one apostrophe missing.
+CONTRACTIONS = (
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm "
+    "I've isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't should've "
+    "shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're "
+    "there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd "
+    "where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're "
+    "you've I'd've couldn't've hadn't've he'd've it'd've mightn't've 'ow's'at she'd've shouldn't've somebody'd've "
+    "someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'd've y'all'll you'd've"
+).split()
+
+
+def _misspelt(word: str) -> list[str]:
+    return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
+
+
+SPELLING = {wrong: word for word in CONTRACTIONS for wrong in _misspelt(word)} | {"somebody'd": "somebodyd"}
+
+
+def without_punctuation(answer: str) -> str:
+    """Punctuation beside a blank goes, elsewhere it becomes a blank; a comma between digits removes all of it."""
+    in_number = re.search(r"\d,\d", answer) is not None
+    cleaned = answer
+    for mark in PUNCTUATION:
+        beside_blank = f"{mark} " in answer or f" {mark}" in answer
+        cleaned = cleaned.replace(mark, "" if beside_blank or in_number else " ")
+    return re.sub(r"\.(?!\d)", "", cleaned, count=32)  # the official code passes a flag as this count
+
+
+def normalise(answer: str) -> str:
+    """The form in which the official evaluation compares a prediction with people's answers."""
+    answer = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
+    words = (DIGITS.get(word, word) for word in answer.lower().split())
+    return " ".join(SPELLING.get(word, word) for word in words if word not in ARTICLES)
+
+
+def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = False) -> float:
+    """Accuracy in 0..1 of one prediction: min(1, n / 3) of the others' answers, averaged over who is left out.
+
+    With four or more equal answers among ten people's the score is 1, with one 0.3. one_sided: as the official code,
+    which takes punctuation out of people's answers (where they differ) but turns number words into digits, drops
+    articles and spells contractions out in the prediction alone. VQA's own annotations are in that form already; where
+    annotations say "two" or "the dog", nobody could ever be right.
+    """
+    if not one_sided:
+        answers = [normalise(answer) for answer in answers]
+    elif len(set(answers)) > 1:
+        answers = [without_punctuation(answer) for answer in answers]
+    found, same = normalise(prediction), Counter(answers)
+    others = [same[found] - (answer == found) for answer in answers]
+    return sum(min(1.0, n / 3) for n in others) / len(others)
+
+
+def vqa_accuracy(predictions: Mapping[int, str], truth: Mapping[int, dict], one_sided: bool = False) -> dict:
+    """Accuracy in percent: `overall`, and by `question_type` and `answer_type` where the annotations name them.
+
+    truth: for each question id `answers` (people's texts) and maybe `question_type`, `answer_type`.
+    """
+    groups: dict[str, dict[str, list[float]]] = {"question_type": defaultdict(list), "answer_type": defaultdict(list)}
+    scores = []
+    for question, person in truth.items():
+        scores.append(answer_score(predictions[question], person["answers"], one_sided))
+        for group, values in groups.items():
+            if person.get(group):
+                values[person[group]].append(scores[-1])
+    result = {"overall": _percent(scores)}
+    return result | {
+        group: {name: _percent(found) for name, found in sorted(values.items())}
+        for group, values in groups.items()
+        if values
+    }
+
+
+def _percent(scores: list[float]) -> float:
+    return round(100 * sum(scores) / len(scores), 2)
+
+
+def prior_accuracy(truth: Mapping[int, dict]) -> dict:
+    """What always giving the most frequent answer of a question's type scores (of all, where no types are known)."""
+    votes: dict[str, Counter] = defaultdict(Counter)
+    for person in truth.values():
+        votes[person.get("question_type", "")].update(person["answers"])
+    best = {kind: counts.most_common(1)[0][0] for kind, counts in votes.items()}
+    return vqa_accuracy({q: best[person.get("question_type", "")] for q, person in truth.items()}, truth)
+
+
+def save_answers(path: Path, predictions: Mapping[int, str]) -> None:
+    """The VQA server's format: a list of {question_id, answer}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"question_id": question, "answer": answer} for question, answer in predictions.items()]
+    path.write_text(json.dumps(rows) + "\n")

@@ -1,0 +1,176 @@
+"""One self-contained HTML page of what a model learnt: table against chance, curves, gallery, attention maps.
+
+    python scripts/report.py --pretrain_dir output/digits --retrieval_dir output/digits/zero_shot --output report.html
+
+retrieval_dir is what `Retrieval.py` wrote: result/metrics.json, result/config.yaml, result/ranking_test.safetensors; it
+names checkpoint, annotations and pictures. With --finetuned_dir its scores stand beside. No GPU, a few seconds.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from dataset.images import decode_image
+from dataset.records import Records
+from dataset.retrieval import RetrievalSet
+from dataset.text import Tokenizer
+from dataset.transforms import TestTransform, resize
+from evaluation.attention_maps import merge_pieces, word_maps
+from evaluation.gallery import load_rankings, retrieval_gallery
+from evaluation.page import card, escape, heat_map, line_chart, page, recall_table, thumbnail
+from evaluation.retrieval import Ranking, chance
+from models.adapters import start_from
+from models.retrieval import Retrieval, RetrievalConfig
+from models.vit import ViTConfig
+from models.xbert import BertConfig
+from runtime.checkpoint import read_weights
+from runtime.config import knob, run
+from runtime.errors import InputError
+from runtime.values import parse_yaml
+
+FILLERS = set("a an the of on in at to and or is are with its it by from for this that there".split())
+
+
+@dataclass
+class Config:
+    pretrain_dir: Path | None = knob(None, "run directory of Pretrain.py, for the curves")
+    retrieval_dir: Path = knob(Path("output/Retrieval"), "output directory of Retrieval.py --evaluate")
+    finetuned_dir: Path | None = knob(None, "output directory of a fine-tuned Retrieval.py, for a row and its curves")
+    data: Path | None = knob(None, "folder with retrieval_test.json and its pictures; none = as retrieval_dir says")
+    output: Path = knob(Path("report.html"), "page to write")
+    title: str = knob("Vision-language pre-training", "headline")
+    cases: int = knob(4, "right and wrong queries shown, each way", low=1)
+    pictures: int = knob(4, "pictures with attention maps", low=0)
+    words: int = knob(8, "words mapped per picture", low=1)
+    layer: int | None = knob(None, "layer whose cross-attention is shown, from 0; none = at two thirds of the depth")
+
+
+def read_result(folder: Path) -> tuple[dict, dict]:
+    """(metrics, configuration) that Retrieval.py left in `folder`."""
+    files = [folder / "result" / name for name in ("metrics.json", "config.yaml")]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; run Retrieval.py with --output_dir {folder} first")
+    return json.loads(files[0].read_text()), parse_yaml(files[1].read_text())[0]
+
+
+def read_log(folder: Path | None) -> list[dict]:
+    """Lines of log.jsonl with `minutes` of training added; empty where there is none."""
+    path = folder / "log.jsonl" if folder else None
+    if path is None or not path.is_file():
+        return []
+    lines, minutes, before = [], 0.0, 0
+    for text in path.read_text().splitlines():
+        line = json.loads(text)
+        minutes += line.get("step_s", 0.0) * (line["step"] - before) / 60
+        before = line["step"] if "step_s" in line else before
+        lines.append({**line, "minutes": minutes})
+    return lines
+
+
+def points(lines: list[dict], name: str, x: str = "step") -> list[tuple[float, float]]:
+    """The values of one quantity over x; what is no number (a NaN is written as text) is left out."""
+    return [(line[x], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+
+
+def curves(title: str, lines: list[dict], guess: dict[str, float]) -> str:
+    """Charts of recalls where the log has them, of all losses, and of the learning rate."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    recalls = {}
+    for way, found in (("txt", "captions"), ("img", "pictures")):
+        for name in (n for n in names if re.fullmatch(rf"(.*_)?{way}_r1", n)):
+            recalls[found] = points(lines, name, "minutes")
+    charts = []
+    if any(len(line) > 1 for line in recalls.values()):
+        charts.append(line_chart(recalls, "recall@1 in %, by minutes", "minutes", ("chance", guess["img_r1"])))
+    losses = [name for name in names if name == "loss" or name.startswith("loss_")]
+    charts += [line_chart({name: points(lines, name)}, name.replace("loss_", "loss: ")) for name in losses]
+    charts.append(line_chart({"lr": points(lines, "lr")}, "learning rate"))
+    last = lines[-1]
+    intro = (
+        f"{last['step']:,} updates in {last['minutes']:.1f} minutes of training. Each point is a mean since the last."
+    )
+    return card(title, f"<div class='grid'>{''.join(charts)}</div>", intro=intro)
+
+
+def load_model(config: dict, checkpoint: str, tokenizer: Tokenizer) -> Retrieval:
+    """The evaluated network, in eval mode on the CPU."""
+    bert = json.loads(Path(config["bert_config"]).read_text())
+    bert |= {"encoder_width": config["vision_width"], "vocab_size": tokenizer.vocab_size}
+    size = [config[name] for name in ("image_res", "patch_size", "vision_width", "vision_depth", "vision_heads")]
+    model = Retrieval(RetrievalConfig(ViTConfig(*size), BertConfig.from_json(bert), config["embed_dim"], queue_size=0))
+    start_from(model, read_weights(checkpoint), "retrieval")
+    return model.eval()
+
+
+def attention_section(model, tokenizer: Tokenizer, data: RetrievalSet, by_text: Ranking, config: Config) -> str:
+    """Maps for the words of captions that found their picture."""
+    depth = model.config.bert.num_hidden_layers
+    first, last = model.config.bert.fusion_layer, depth - 2  # after the last layer only [CLS] is read
+    layer = max(first, min(last, depth * 2 // 3)) if config.layer is None else config.layer
+    if not first <= layer <= last:
+        raise InputError(f"layer: {layer} does not tell words apart; choose {first}..{last}, or --pictures 0")
+    owner = torch.tensor(data.txt2img)
+    found = (by_text.candidates[:, 0] == owner).nonzero().flatten()
+    found = found[torch.linspace(0, len(found) - 1, min(config.pictures, len(found))).long()] if len(found) else found
+    rows = []
+    for text in found.tolist():
+        file = data.image_root / data.images[data.txt2img[text]]
+        picture, (ids, mask) = decode_image(file), tokenizer([data.captions[text]], lengths=None)
+        maps = word_maps(model, data.transform(picture)[None], ids, mask, layer)
+        merged = merge_pieces(ids[0].tolist(), maps, tokenizer.backend.id_to_token)
+        words = [(word, heat) for word, heat in merged if word not in FILLERS][: config.words]
+        small = resize(picture, 192, 192)
+        cells = [f"<figure>{thumbnail(small, 100)}<figcaption>picture</figcaption></figure>"]
+        for word, heat in words:
+            image = thumbnail(heat_map(small, heat), 100)
+            cells.append(f"<figure>{image}<figcaption>{escape(word)}</figcaption></figure>")
+        rows.append(f"<p class='quote'>“{escape(data.captions[text])}”</p><div class='words'>{''.join(cells)}</div>")
+    intro = (
+        f"Cross-attention of layer {layer} from each word to the patches, times the positive part of its gradient for "
+        "the matching score, averaged over heads; each map is scaled to its own maximum."
+    )
+    return card("Where the words look", "<br>".join(rows), intro=intro) if rows else ""
+
+
+def main(config: Config) -> None:
+    metrics, saved = read_result(config.retrieval_dir)
+    if "test" not in metrics:
+        raise InputError(f"{config.retrieval_dir}: no scores of a test_file; evaluate with --test_file")
+    test_file, image_root = Path(saved["test_file"]), Path(saved["image_root"])
+    if config.data:
+        test_file, image_root = config.data / "retrieval_test.json", config.data
+    data = RetrievalSet(Records(test_file), image_root, TestTransform(saved["image_res"]), saved["max_words"])
+    owner, tokenizer = torch.tensor(data.txt2img), Tokenizer(saved["text_encoder"])
+    guess = chance(owner, len(data))
+    rankings = load_rankings(config.retrieval_dir / "result/ranking_test.safetensors")
+    rows = {"this model, re-ranked" if metrics["k_test"] else "this model, by contrast": metrics["test"]}
+    if config.finetuned_dir:
+        rows |= {"fine-tuned": read_result(config.finetuned_dir)[0]["test"]}
+    intro = f"{len(data)} unseen pictures, {len(owner)} captions; each is searched among all of the other kind."
+    sections = [card("Image-text retrieval", recall_table({**rows, "chance": guess}, len(rows) - 1), intro=intro)]
+    for title, folder in (("Pre-training", config.pretrain_dir), ("Fine-tuning", config.finetuned_dir)):
+        if lines := read_log(folder):
+            sections.append(curves(title, lines, guess))
+    files = [image_root / name for name in data.images]
+    sections.append(retrieval_gallery(files, data.captions, owner, *rankings, config.cases))
+    if config.pictures:
+        model = load_model(saved, metrics["checkpoint"], tokenizer)
+        sections.append(attention_section(model, tokenizer, data, rankings[1], config))
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    config.output.write_text(page(config.title, sections, f"{metrics['checkpoint']} on {test_file}"))
+    names = {"captions R@1": "txt_r1", "R@5": "txt_r5", "pictures R@1": "img_r1", "R@5 ": "img_r5", "mean": "r_mean"}
+    print(f"{'recall in %':<24}" + "".join(f"{name:>14}" for name in names))
+    for name, row in {**rows, "chance": guess}.items():
+        print(f"{name:<24}" + "".join(f"{row[key]:>14.1f}" for key in names.values()))
+    print(f"{config.output}: {config.output.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

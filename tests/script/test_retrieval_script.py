@@ -1,0 +1,180 @@
+"""Retrieval.py through its real main: fine-tuning, resume, evaluation, what people get wrong, and the report page."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import Retrieval
+from dataset.digitscenes.build import Request, build
+from runtime.config import parse
+from scripts import report
+
+ROOT = Path(__file__).resolve().parents[2]
+RECALLS = {f"{way}_r{at}" for way in ("txt", "img") for at in (1, 5, 10)} | {"txt_r_mean", "img_r_mean", "r_mean"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digitscenes")
+    build(folder, Request(train=24, val=20, test=20, size=32, seed=0))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+
+
+def flags(data: Path, out: Path, *more) -> list[str]:
+    files = ["--train_file", data / "retrieval_train.json", "--val_file", data / "retrieval_val.json"]
+    files += ["--test_file", data / "retrieval_test.json", "--image_root", data, "--text_encoder", data / "tokenizer"]
+    given = ["--config", "configs/Retrieval/debug.yaml", "--output_dir", out, "--device", "cpu", *files, *more]
+    return [str(flag) for flag in given]
+
+
+def start(data: Path, out: Path, *more) -> dict:
+    """Run the script; returns its metrics."""
+    Retrieval.main(parse(Retrieval.Config, flags(data, out, *more)))
+    return json.loads((out / "result/metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finetuned(data, tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("QUINTET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        out = tmp_path_factory.mktemp("finetuned")
+        start(data, out)
+    return out
+
+
+def log_lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_finetuning_validates_and_keeps_the_best(data, finetuned):
+    lines = log_lines(finetuned)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
+    validations = {line["step"]: line["val_r_mean"] for line in lines if "val_r_mean" in line}
+    assert list(validations) == [4, 8]
+    best = torch.load(finetuned / "checkpoint_best.pt", weights_only=True)
+    assert best["r_mean"] == max(validations.values()) and validations[best["step"]] == best["r_mean"]
+    metrics = json.loads((finetuned / "result/metrics.json").read_text())
+    assert set(metrics["test"]) == RECALLS and metrics["val"]["r_mean"] == pytest.approx(best["r_mean"])
+
+
+def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_path):
+    config = tmp_path / "bare.yaml"
+    config.write_text("k_test: 4\nworkers: 0\n")
+    given = ["--config", config, "--evaluate", "--checkpoint", finetuned, "--output_dir", tmp_path / "out"]
+    given += ["--test_file", data / "retrieval_test.json", "--image_root", data, "--device", "cpu"]
+    Retrieval.main(parse(Retrieval.Config, list(map(str, given))))
+    metrics = json.loads((tmp_path / "out/result/metrics.json").read_text())
+    assert metrics["test"] == json.loads((finetuned / "result/metrics.json").read_text())["test"]
+    assert not (tmp_path / "out/log.jsonl").exists()
+
+
+@pytest.mark.parametrize("two_stage", [True, False])
+def test_pretraining_checkpoint_in_the_originals_form(data, tmp_path, two_stage):
+    """A .pth with `model`, `config` ... as the originals saved it, at another resolution; kind told by its keys."""
+    from dataset.text import Tokenizer
+    from models.simla import Simla, SimlaConfig
+    from models.vit import ViTConfig
+    from models.xbert import BertConfig
+
+    geometry = json.loads((ROOT / "configs/bert_debug.json").read_text()) | {"encoder_width": 32}
+    if two_stage:
+        geometry = {key: value for key, value in geometry.items() if key != "add_cross_attention"} | {"fusion_layer": 1}
+    (tmp_path / "bert.json").write_text(json.dumps(geometry))
+    bert = BertConfig.from_json(geometry | {"vocab_size": Tokenizer(data / "tokenizer").vocab_size})
+    vit = ViTConfig(48, 16, 32, 2, 2, mask_token=not two_stage)
+    losses = {"mim": not two_stage, "keywords": 0 if two_stage else 5}
+    model = Simla(SimlaConfig(vit, bert, embed_dim=16, queue_size=50, **losses))
+    config = {"image_res": 48, "bert_config": "configs/of_another_machine.json"}
+    saved = {"model": model.state_dict(), "epoch": 29, "config": config}
+    torch.save(saved, tmp_path / "original.pth")
+    given = ["--evaluate", "--checkpoint", tmp_path / "original.pth", "--bert_config", tmp_path / "bert.json"]
+    assert set(start(data, tmp_path / "out", *given)["test"]) == RECALLS
+
+
+def test_interrupted_run_ends_with_the_same_weights(data, finetuned, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        start(data, tmp_path, "--max_steps", 5)
+    assert left.value.code == 0
+    start(data, tmp_path)
+    straight, resumed = (torch.load(d / "checkpoint_00000008.pt", weights_only=True) for d in (finetuned, tmp_path))
+    for key, value in straight["model"].items():
+        assert torch.equal(value, resumed["model"][key]), key
+    timeless = [
+        {k: v for k, v in line.items() if k.startswith(("step", "loss", "val_")) and k != "step_s"}
+        for line in log_lines(finetuned)
+    ]
+    again = [
+        {k: v for k, v in line.items() if k.startswith(("step", "loss", "val_")) and k != "step_s"}
+        for line in log_lines(tmp_path)
+    ]
+    assert timeless == again
+
+
+def test_without_reranking_the_order_is_that_of_the_contrast(data, finetuned, tmp_path):
+    metrics = start(data, tmp_path, "--evaluate", "--checkpoint", finetuned, "--no-rerank")
+    assert metrics["k_test"] == 0 and set(metrics["test"]) == RECALLS
+
+
+def test_report_is_one_file_that_needs_nothing_else(data, finetuned, tmp_path, monkeypatch, capsys):
+    given = ["--retrieval_dir", finetuned, "--finetuned_dir", finetuned, "--pretrain_dir", finetuned]
+    given += ["--output", tmp_path / "page.html"]
+    report.main(parse(report.Config, list(map(str, given))))
+    page = (tmp_path / "page.html").read_text()
+    for fragment in ("chance", "<svg", "data:image/jpeg;base64,", "Retrieved", "loss: ita"):
+        assert fragment in page
+    assert not re.search(r"(src|href)=.?(?!data:)(http|//|/|\w+\.(js|css|png))", page) and "<script" not in page
+    alone = re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]*", "", page)
+    assert "http" not in alone
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--evaluate"], "--evaluate needs --checkpoint"),
+        (["--evaluate", "--checkpoint", "x.pt", "--val_file", "none", "--test_file", "none"], "val_file or test_file"),
+        (["--train_file", "[]"], "train_file"),
+        (["--val_file", "nowhere.json"], "nowhere.json"),
+        (["--image_root", "/nowhere"], "image_root /nowhere"),
+        (["--bert_config", "nowhere.json"], "bert_config: no file nowhere.json"),
+        (["--text_encoder", "./nowhere"], "tokenizer ./nowhere"),
+        (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
+        (["--batch_size_train", "4096"], "lower batch_size"),
+        (["--k_tst", "3"], "k_tst"),
+    ],
+)
+def test_mistakes_are_one_clear_line(data, tmp_path, capsys, monkeypatch, change, words):
+    from runtime.config import run
+
+    monkeypatch.setattr(sys, "argv", ["Retrieval.py"])
+    with pytest.raises(SystemExit) as left:
+        run(Retrieval.main, Retrieval.Config, Retrieval.__doc__, flags(data, tmp_path / "out", *change))
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and words in said and "Traceback" not in said
+
+
+def test_checkpoint_of_another_architecture_lists_the_keys(data, finetuned, tmp_path):
+    with pytest.raises(ValueError, match="of another shape"):
+        start(data, tmp_path, "--evaluate", "--checkpoint", finetuned, "--vision_width", 64)
+
+
+def test_unreadable_picture_of_the_test_set_is_named(data, finetuned, tmp_path):
+    entries = json.loads((data / "retrieval_test.json").read_text())
+    (tmp_path / "images").mkdir()
+    for entry in entries:
+        entry["image"] = str(data / entry["image"])
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    entries[3]["image"] = str(tmp_path / "broken.jpg")
+    (tmp_path / "test.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="broken.jpg"):
+        start(data, tmp_path, "--evaluate", "--checkpoint", finetuned, "--test_file", tmp_path / "test.json")

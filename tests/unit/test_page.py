@@ -1,0 +1,87 @@
+"""Building blocks of result pages, and the attention maps they show."""
+
+import io
+import re
+
+import pytest
+import torch
+
+from evaluation.attention_maps import merge_pieces, word_maps
+from evaluation.page import card, heat_map, line_chart, nice_ticks, page, recall_table, table, thumbnail
+from models.retrieval import Retrieval, RetrievalConfig
+from models.vit import ViTConfig
+from models.xbert import BertConfig
+
+
+def test_text_never_becomes_markup():
+    hostile = "<script>alert('x')</script>&"
+    made = page(hostile, [card(hostile, table([hostile], [[hostile]]), intro=hostile)], hostile, hostile)
+    assert "<script" not in made and made.count("&lt;script&gt;") == 8
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.34), (-3, 1200), (5, 5), (0, 0), (1e-6, 3e-5)])
+def test_ticks_are_round_and_span_the_values(low, high):
+    ticks = nice_ticks(low, high)
+    assert ticks == sorted(set(ticks)) and 1 <= len(ticks) <= 8
+    step = (high - low) / 4 or abs(high) or 1
+    assert ticks[0] <= low + 2.5 * step and ticks[-1] >= high - 2.5 * step
+
+
+def test_chart_keeps_its_points_inside():
+    made = line_chart({"a": [(0, 1.0), (5, 3.0), (10, -2.0)], "b": [(0, 0.5)]}, "t", guide=("chance", 0.3))
+    for x, y in re.findall(r"([\d.]+),([\d.]+)", " ".join(re.findall(r'points="([^"]*)"', made))):
+        assert 0 <= float(x) <= 340 and 0 <= float(y) <= 190
+    assert made.count("<polyline") == 2 and "chance" in made
+    assert line_chart({"a": []}) == ""
+
+
+def test_recalls_become_a_row_each():
+    recall = {f"{way}_r{at}": 12.34 for way in ("txt", "img") for at in (1, 5, 10)} | {"r_mean": 56.78}
+    made = recall_table({"ours": recall, "chance": recall})
+    assert made.count("12.3") == 12 and made.count("56.8") == 2 and made.count("<tr>") == 3
+
+
+def test_thumbnail_is_a_jpeg_inside_the_page():
+    import base64
+
+    from PIL import Image
+
+    picture = torch.zeros(3, 10, 14, dtype=torch.uint8)
+    picture[0] = 200
+    data = re.search(r"base64,([^\"]*)", thumbnail(picture, 20, right=True))[1]
+    decoded = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert decoded.size == (40, 40) and decoded.getpixel((20, 20))[0] > 190
+
+
+def test_heat_map_is_warm_where_it_is_high():
+    heat = torch.zeros(4, 4)
+    heat[0, 0] = 1
+    painted = heat_map(torch.zeros(3, 8, 8, dtype=torch.uint8), heat, 32).int()
+    assert painted[0, 2, 2] > painted[0, 28, 28] + 80
+
+
+@pytest.mark.parametrize("single_stream", [True, False])
+def test_word_maps_are_the_gradient_weighted_attention(single_stream):
+    torch.manual_seed(0)
+    bert = BertConfig(30, 16, 3, 2, 32, 20, encoder_width=16, single_stream=single_stream)
+    bert.fusion_layer = 0 if single_stream else 1
+    model = Retrieval(RetrievalConfig(ViTConfig(32, 8, 16, 1, 2), bert, embed_dim=8, queue_size=4)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    ids, mask = torch.randint(5, 30, (1, 6)), torch.ones(1, 6, dtype=torch.bool)
+    image = torch.randn(1, 3, 32, 32)
+    for layer in (1, 2):
+        maps = word_maps(model, image, ids, mask, layer)
+        assert maps.shape == (6, 4, 4) and (maps >= 0).all() and maps.max() > 0
+    # in the last layer only [CLS] reaches the score, so no other word has a gradient
+    assert (maps[1:] == 0).all() and word_maps(model, image, ids, mask, 1)[1:].max() > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_pieces_of_a_word_are_averaged_and_scaled():
+    pieces = ["[CLS]", "play", "##ing", "cat"]
+    maps = torch.stack([torch.full((2, 2), v) for v in (9.0, 1.0, 3.0, 0.0)])
+    maps[1, 0, 0] = 5
+    merged = merge_pieces([0, 1, 2, 3], maps, lambda number: pieces[number])
+    assert [word for word, _ in merged] == ["playing", "cat"]
+    assert merged[0][1].tolist() == [[1.0, 0.5], [0.5, 0.5]] and merged[1][1].max() == 0

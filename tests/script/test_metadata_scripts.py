@@ -1,0 +1,73 @@
+"""scripts/make_dataset.py and scripts/convert_metadata.py, run as people run them."""
+
+import bz2
+import json
+
+import numpy as np
+import pytest
+
+from runtime.config import parse
+from runtime.errors import InputError
+from scripts import convert_metadata, make_dataset
+
+
+def table_line(number: int, title: str, description: str) -> str:
+    columns = [str(number), *(f"column{i}" for i in range(1, 8)), title, description, *["rest"] * 15]
+    return "\t".join(columns) + "\n"
+
+
+@pytest.fixture
+def published(tmp_path):
+    """YFCC100M's table of six pictures, of which four were downloaded and three are on OpenAI's list."""
+    titles = ["A+red%20dog", "two", "see+http%3A%2F%2Fx.y+now", "four", "<b>five</b>", ""]
+    lines = [table_line(n, title, f"<a+href=%22u%22>words</a>+%26+more+{n}") for n, title in enumerate(titles)]
+    (tmp_path / "table.txt").write_text("".join(lines))
+    (tmp_path / "table.txt.bz2").write_bytes(bz2.compress("".join(lines).encode()))
+    np.save(tmp_path / "ids.npy", np.array([4, 0, 2, 5]))
+    (tmp_path / "subset.tsv").write_text("".join(f"{n}\tid\thash\n" for n in (0, 1, 2, 4)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("table", ["table.txt", "table.txt.bz2"])
+def test_yfcc15m(published, table, capsys):
+    flags = ["--captions", published / table, "--available", published / "ids.npy"]
+    flags += ["--subset", published / "subset.tsv", "--output", published / "out.jsonl"]
+    make_dataset.main(parse(make_dataset.Config, list(map(str, flags))))
+    rows = [json.loads(line) for line in (published / "out.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == [f"images/00/000.zip/00{n}.jpg" for n in (0, 2, 4)]
+    assert rows[0]["caption"] == ["A red dog", "words & more 0"]
+    assert rows[1]["caption"][0] == "see  now" and rows[2]["caption"][0] == "five"
+    assert "3 captioned pictures" in capsys.readouterr().out
+
+
+def test_mistakes_of_make_dataset(published):
+    def run(**changes):
+        files = {"captions": "table.txt", "available": "ids.npy", "subset": "subset.tsv", "output": "o.jsonl"} | changes
+        flags = [word for name, file in files.items() for word in (f"--{name}", str(published / file))]
+        make_dataset.main(parse(make_dataset.Config, flags))
+
+    with pytest.raises(InputError, match=r"none\.tsv: no such file"):
+        run(subset="none.tsv")
+    (published / "bad.txt").write_text("1\t2\n")
+    with pytest.raises(InputError, match=r"bad\.txt, line 0.*columns"):
+        run(captions="bad.txt")
+    np.save(published / "floats.npy", np.array([0.5]))
+    with pytest.raises(InputError, match=r"floats\.npy.*line numbers"):
+        run(available="floats.npy")
+    assert not (published / "o.jsonl").exists()
+
+
+def test_conversion(digitscenes, tmp_path, capsys):
+    flags = [
+        "--dataset",
+        "yfcc15m",
+        "--metadata",
+        digitscenes / "yfcc15m/yfcc15m.pkl",
+        "--output",
+        tmp_path / "o.jsonl",
+    ]
+    convert_metadata.main(parse(convert_metadata.Config, list(map(str, flags))))
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert len(rows) == 64 and rows[3]["image"] == "images/00/000.zip/003.jpg"
+    with pytest.raises(InputError, match="--output"):
+        convert_metadata.main(parse(convert_metadata.Config, ["--metadata", "x"]))

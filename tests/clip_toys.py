@@ -1,0 +1,64 @@
+"""Tiny dual encoders and batches for tests."""
+
+import torch
+from torch import nn
+
+from models.clip import ClipViT
+from models.dual import DualConfig, build_dual
+from models.vit import ViTConfig
+
+TOY = {
+    "image_size": 16,
+    "embed_dim": 12,
+    "clip_hidden_dim": 20,
+    "cl2l_hidden_dim": 20,
+    "barlip_proj_dim": 24,
+    "barlip_hidden_dim": 20,
+    "siamlip_proj_dim": 10,
+    "siamlip_hidden_dim": 20,
+    "swalip_proj_dim": 10,
+    "swalip_hidden_dim": 20,
+    "swalip_num_proto": 9,
+    "ssl_mlp_dim": 20,
+    "ssl_emb_dim": 10,
+    "context_length": 12,
+    "vocab_size": 50,
+    "text_width": 16,
+    "text_heads": 2,
+    "transformer_layers": 2,
+}
+END = TOY["vocab_size"] - 1
+
+
+class ToyConvNet(nn.Module):
+    """A backbone with batch norm."""
+
+    num_features = 14
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 14, 4, stride=4), nn.BatchNorm2d(14), nn.ReLU())
+
+    def forward(self, image):
+        return self.net(image).mean((2, 3))
+
+
+def toy(model: str = "CL2L_VITB16_CL2L", visual: nn.Module | None = None, seed: int = 0, **knobs) -> nn.Module:
+    """A dual encoder of a few thousand weights, the same for the same seed."""
+    torch.manual_seed(seed)
+    visual = visual or ClipViT(ViTConfig(TOY["image_size"], 8, 16, 2, 2))
+    return build_dual(DualConfig(model=model, **{**TOY, **knobs}), visual)
+
+
+def toy_batch(pairs: int = 8, views: int = 2, seed: int = 1, length: int = 12) -> dict[str, torch.Tensor]:
+    """`pairs` pictures with `views` local views, and 1 + views texts each."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, END, (pairs, 1 + views, length), generator=generator)
+    ends = torch.randint(3, length, (pairs, 1 + views, 1), generator=generator)
+    position = torch.arange(length)
+    text = torch.where(position < ends, text, torch.where(position == ends, END, 0))
+    size = TOY["image_size"]
+    batch = {"image": torch.randn(pairs, 3, size, size, generator=generator), "text_ids": text}
+    if views:
+        batch["image_local"] = torch.randn(pairs, views, 3, size, size, generator=generator)
+    return batch

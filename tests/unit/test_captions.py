@@ -1,0 +1,152 @@
+"""Image-caption collections: metadata of every kind, pictures in zip files, samples and batches."""
+
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.captions import (
+    CaptionCollate,
+    ImageTextPair,
+    caption_records,
+    check_pictures,
+    collections_of,
+    metadata_rows,
+    read_member,
+    write_rows,
+)
+from dataset.clip_text import ClipTokenizer
+from dataset.clip_transforms import ImageViews, ViewOptions
+from dataset.errors import BadSample, DataError
+from dataset.text_views import TextOptions, TextViews
+from runtime.errors import InputError
+from runtime.safe_pickle import load_plain
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+
+
+def test_every_collection_of_digitscenes_reads_the_same_pictures(digitscenes):
+    scenes = json.loads((digitscenes / "pretrain_train.json").read_text())
+    by_name = {scene["image"]: scene["caption"] for scene in scenes}
+    for kind, file, root in (("cc3m", "cc3m.npy", ""), ("coco", "coco/captions_train2017.json", "images")):
+        records = caption_records(kind, digitscenes / file, load_plain)
+        assert len(records) == len(scenes)
+        for record in records:
+            name = f"{root}/{record['image']}".lstrip("/")
+            assert sorted(record["caption"]) == sorted(by_name[name])
+        check_pictures(digitscenes / root, records)
+    for kind, file, root in (
+        ("cc12m", "cc12m.npy", ""),
+        ("yfcc15m", "yfcc15m/yfcc15m.pkl", "yfcc15m"),
+        ("redcaps", "redcaps/redcaps.json", "redcaps"),
+    ):
+        records = caption_records(kind, digitscenes / file, load_plain)
+        assert all(record["caption"] and all(record["caption"]) for record in records)
+        check_pictures(digitscenes / root, records)
+
+
+def test_yfcc_takes_title_and_description_that_are_there(tmp_path):
+    rows = [(12345678, "title", "words"), (1, "", "words"), (2, "title", ""), (3, "", "")]
+    (tmp_path / "yfcc.pkl").write_bytes(pickle.dumps(rows))
+    records = list(caption_records("yfcc15m", tmp_path / "yfcc.pkl", load_plain))
+    assert records[0] == {"image": "images/12/345.zip/678.jpg", "caption": ["title", "words"]}
+    assert [record["caption"] for record in records[1:]] == [["words"], ["title"], [""]]
+
+
+def test_conversion_happens_once_and_follows_the_file(tmp_path):
+    path = tmp_path / "cc3m.npy"
+    np.save(path, np.array([{"image_id": "a.jpg", "captions": ["é"]}], dtype=object), allow_pickle=True)
+    calls = []
+
+    def read(file):
+        calls.append(file)
+        return load_plain(file)
+
+    assert caption_records("cc3m", path, read)[0] == {"image": "a.jpg", "caption": ["é"]}
+    assert len(caption_records("cc3m", path, read)) == 1 and len(calls) == 1
+    rows = [{"image_id": f"{i}.jpg", "captions": ["b"]} for i in range(3)]
+    np.save(path, np.array(rows, dtype=object), allow_pickle=True)
+    assert len(caption_records("cc3m", path, read)) == 3 and len(calls) == 2
+
+
+def test_a_converted_file_needs_no_pickle(tmp_path):
+    rows = [{"image": "a.jpg", "caption": ["one"]}, {"image": "b.jpg", "caption": ["two", "three"]}]
+    assert write_rows(rows, tmp_path / "rows.jsonl") == 2
+    assert list(caption_records("cc3m", tmp_path / "rows.jsonl", None)) == rows
+    assert list(metadata_rows("pairs", tmp_path / "rows.jsonl", None)) == rows
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_hostile_metadata_is_refused(tmp_path, capsys):
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps([(1, Evil(), "")]))
+    with pytest.raises(InputError, match=r"evil\.pkl.*print"):
+        caption_records("yfcc15m", tmp_path / "evil.pkl", load_plain)
+    np.save(tmp_path / "evil.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"evil\.npy.*print"):
+        caption_records("cc3m", tmp_path / "evil.npy", load_plain)
+    assert "run" not in capsys.readouterr().out
+
+
+def test_mistakes_name_file_and_entry(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps([(1, "t", "d"), "nonsense"]))
+    with pytest.raises(DataError, match=r"a\.pkl, entry 1 .*yfcc15m"):
+        caption_records("yfcc15m", tmp_path / "a.pkl", load_plain)
+    with pytest.raises(DataError, match="no such file"):
+        caption_records("yfcc15m", tmp_path / "b.pkl", load_plain)
+    (tmp_path / "c.json").write_text("[1]")
+    with pytest.raises(DataError, match="images and annotations"):
+        caption_records("coco", tmp_path / "c.json", load_plain)
+    with pytest.raises(DataError, match="joined by ---"):
+        collections_of("merged_opendata", "a---b", "c---d")
+    assert len(collections_of("merged_opendata", "a---b---c", "d---e---f")) == 3
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize("comment", [b"", b"a comment"])
+def test_members_of_any_zip_file(method, comment, tmp_path):
+    names = {"007.jpg": b"seven" * 50, "07.jpg": b"shorter", "1007.jpg": b"longer", "008.jpg": b"", "ä.jpg": b"u"}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as bundle:
+        for name, content in sorted(names.items(), reverse=True):
+            bundle.writestr(name, content)
+        bundle.comment = comment
+    for name, content in names.items():
+        assert read_member(tmp_path / "a.zip", name) == content
+    with pytest.raises(BadSample, match=r"a\.zip: no member 7\.jpg"):
+        read_member(tmp_path / "a.zip", "7.jpg")
+
+
+def test_damaged_zip_files_are_bad_samples(tmp_path):
+    with pytest.raises(BadSample, match=r"none\.zip: No such file"):
+        read_member(tmp_path / "none.zip", "a.jpg")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as bundle:
+        bundle.writestr("000.jpg", bytes(range(256)) * 20)
+    data = (tmp_path / "a.zip").read_bytes()
+    for number, broken in enumerate((b"", data[: len(data) // 2], data[:40] + b"\0" * 40 + data[80:], b"text" * 20)):
+        (tmp_path / f"{number}.zip").write_bytes(broken)
+        with pytest.raises(BadSample, match=f"{number}.zip"):
+            read_member(tmp_path / f"{number}.zip", "000.jpg")
+
+
+def test_batch(digitscenes):
+    tokenizer = ClipTokenizer(digitscenes / "bpe/bpe_merges.txt.gz", context_length=20)
+    records = caption_records("yfcc15m", digitscenes / "yfcc15m/yfcc15m.pkl", load_plain)
+    build = ImageTextPair(ImageViews(24, ViewOptions()), TextViews(TextOptions(), local=2), digitscenes / "yfcc15m")
+    batch = CaptionCollate(tokenizer)([build({**records[i], "index": i}) for i in range(5)])
+    assert batch["image"].shape == (5, 3, 24, 24) and batch["image_local"].shape == (5, 2, 3, 24, 24)
+    assert batch["image"].dtype == batch["image_local"].dtype == torch.uint8
+    ids = batch["text_ids"]
+    assert ids.shape[:2] == (5, 3) and ids.shape[2] in (8, 16, 20) and ids.dtype == torch.int64
+    assert (ids[..., 0] == tokenizer.start_id).all() and ((ids == tokenizer.end_id).sum(-1) == 1).all()
+    assert CaptionCollate(tokenizer, [20])([build(records[0])])["text_ids"].shape == (1, 3, 20)
+    with pytest.raises(BadSample, match=r"999\.zip"):
+        build({"image": "images/00/999.zip/000.jpg", "caption": "a"})

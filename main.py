@@ -1,17 +1,17 @@
-"""Train dual encoders on image-caption pairs: CLIP, CLIP-rocket (CL2L), SiamLIP, BYOLIP, BarLIP, SwALIP, SLIP, SigLIP.
+"""Train dual encoders on image-caption pairs: CLIP, CLIP-rocket with Siam-, BYO-, Bar- and SwALIP, SLIP, SigLIP, ALIGN.
 
     one process    python main.py --config configs/main/digitscenes.yaml --output-dir output/rocket
     8 GPUs         torchrun --nproc_per_node=8 main.py --config configs/main/yfcc15m_r50_cl2l.yaml
     Slurm          python run_with_submitit.py main.py --nodes 4 --ngpus 8 -- --config configs/main/cc12m_r50_cl2l.yaml
     all knobs      python main.py --help
 
---model is <CLIP|CL2L>_<backbone>_<head>, head CLIP, CL2L, SIAMLIP, BARLIP, SWALIP, SWALIPV1 or SIGLIP, or SLIP's
-<CLIP|SLIP|SIMCLR>_<backbone>. CL2L's step: a weak (global) view of picture and caption and `num_augs` strong (local)
-ones; global pictures find their global captions in the batch, local ones their local captions, with projectors and a
-temperature of their own (--separate-proj). Other heads add a term; with --momentum SiamLIP is BYOLIP.
+--model is <CLIP|CL2L>_<backbone>_<head>, head CLIP, CL2L, SIAMLIP, BARLIP, SWALIP, SWALIPV1 or SIGLIP, SLIP's
+<CLIP|SLIP|SIMCLR>_<backbone>, or ALIGN_<B0..B7>_<MINI|BASE|LARGE>. CL2L's step: a weak (global) view of picture and
+caption and `num_augs` strong (local) ones; global pictures find their global captions in the batch, local ones their
+local captions, with projectors and a temperature of their own (--separate-proj). --momentum turns SiamLIP to BYOLIP.
 
-Flags and defaults are clip-rocket's. A killed run goes on exactly where its last checkpoint stands; SIGTERM and SIGUSR1
-save and exit with status 75.
+Flags and defaults are clip-rocket's; COYO-ALIGN's are in configs/main/align.yaml. A killed run goes on exactly where
+its last checkpoint stands; SIGTERM and SIGUSR1 save and exit with status 75.
 """
 
 import copy
@@ -25,8 +25,8 @@ import torch
 
 from dataset.captions import DATASETS, CaptionCollate, ImageTextPair, caption_records, check_pictures, collections_of
 from dataset.class_folder import ClassFolder, named_list
-from dataset.clip_text import ClipTokenizer
-from dataset.clip_transforms import EvalView, ImageViews, ViewOptions, normalize, pixel_statistics
+from dataset.clip_transforms import ViewOptions, normalize
+from dataset.dual_inputs import eval_view, input_statistics, text_tokenizer, training_views
 from dataset.shards import ShardSource
 from dataset.stream import EvalLoader, RecordSource, Stream, StreamLoader, shard_indices
 from dataset.text_views import TextOptions, TextViews
@@ -34,7 +34,7 @@ from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accura
 from models.adapters import load_checkpoint
 from models.batchnorm import synchronise_batch_norm
 from models.clip_adapters import load_text_transformer
-from models.dual import DualConfig, DualEncoder, build_dual, names_by_decay, parts_of
+from models.dual import NOT_LOADED, DualConfig, DualEncoder, build_dual, names_by_decay, parts_of
 from models.grad_cache import cached_step
 from runtime import distributed
 from runtime.checkpoint import read_weights
@@ -42,6 +42,7 @@ from runtime.config import knob, run, section
 from runtime.distributed import World
 from runtime.errors import InputError
 from runtime.finetune import FineTuning
+from runtime.log import training_flops
 from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate
 from runtime.parallel import gradient_sync, parallelize, to_device
 from runtime.rocket_flags import RocketRunConfig
@@ -68,6 +69,7 @@ class Config(RocketRunConfig):
     shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
     error_budget: float = knob(0.01, "share of unreadable samples at which the run stops", low=0, high=1)
     bpe_path: Path | None = knob(None, "BPE merges; none = CLIP's, from the package open_clip_torch")
+    tokenizer: str = knob("bert-base-uncased", "ALIGN's: a folder, vocab.txt or tokenizer.json of BERT, or a hub name")
     text_lengths: list[int] = knob([], "lengths that texts are padded to, in tokens; none = multiples of 8")
     views: ViewOptions = section(ViewOptions, flat=True)
     texts: TextOptions = section(TextOptions, flat=True)
@@ -76,8 +78,9 @@ class Config(RocketRunConfig):
     optimizer: Optimizer = section(Optimizer, flat=True, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98))
     epochs: str = knob("25 epochs", "length of training")
     warmup_epochs: str = knob("1 epochs", "length of the linear warm-up")
+    sched: str = knob("rocket", "shape of the schedule; ALIGN's is vit_linear", choices=("rocket", "vit_linear"))
     lr_start: float = knob(1e-6, "learning rate at the first update", low=0)
-    lr_end: float = knob(1e-5, "learning rate that the cosine ends at", low=0)
+    lr_end: float = knob(1e-5, "learning rate at the end", low=0)
     cache_features: bool = knob(False, "the micro-batches of an update are one contrastive batch (Gao et al. 2021)")
     # validation
     val_folder: Path | None = knob(None, "class folders for zero-shot validation, such as ImageNet's val; none = none")
@@ -104,10 +107,10 @@ class Config(RocketRunConfig):
         return (self.views.num_augs,) * 2 if wanted < 0 else (wanted, 0)
 
 
-def build_data(config: Config, tokenizer: ClipTokenizer, world: World, state: dict | None) -> StreamLoader:
+def build_data(config: Config, tokenizer: Callable, world: World, state: dict | None) -> StreamLoader:
     """Endless batches of this process (see dataset.stream), beginning at the position `state`."""
     pictures, captions = config.local_views
-    views = ImageViews(config.network.image_size, config.views, pictures, config.network.compat)
+    views = training_views(config.network, config.views, pictures)
     texts = TextViews(config.texts, captions, stop_words_always=config.network.original)
     sources = []
     for kind, file, root in collections_of(config.dataset, config.metadata, config.root, config.shards):
@@ -128,7 +131,7 @@ def build_model(config: Config) -> DualEncoder:
     if config.init_text_encoder:
         load_text_transformer(model, read_weights(config.init_text_encoder))
     if config.checkpoint:
-        load_checkpoint(model, read_weights(config.checkpoint), allowed_unexpected=("momentum_model.*",))
+        load_checkpoint(model, read_weights(config.checkpoint), allowed_unexpected=NOT_LOADED)
     if config.momentum:
         model.momentum_model = copy.deepcopy(model).requires_grad_(False)
     return model
@@ -167,12 +170,12 @@ def train_step(model, next_batch, config: Config, precision: Precision) -> dict:
     return total
 
 
-def validation(config: Config, tokenizer: ClipTokenizer, world: World) -> Callable[[DualEncoder], dict[str, float]]:
+def validation(config: Config, tokenizer: Callable, world: World) -> Callable[[DualEncoder], dict[str, float]]:
     """Function model -> zero-shot accuracy on `val_folder`, by z, h and ensembles; exact on any number of processes."""
     classes, templates = (named_list(file, config.val_dataset) for file in (config.labels, config.templates))
     prompts = class_prompts(classes, templates, config.val_dataset)
-    data = ClassFolder(config.val_folder, EvalView(config.network.image_size), classes)
-    own, statistics = shard_indices(len(data), world.rank, world.size), pixel_statistics(world.device)
+    data = ClassFolder(config.val_folder, eval_view(config.network.model, config.network.image_size), classes)
+    own, statistics = shard_indices(len(data), world.rank, world.size), input_statistics(config.network, world.device)
 
     def validate(model: DualEncoder) -> dict[str, float]:
         def embed(image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -180,7 +183,7 @@ def validation(config: Config, tokenizer: ClipTokenizer, world: World) -> Callab
 
         batches = EvalLoader(data.load, own, config.batch_size, torch.utils.data.default_collate, config.workers)
         with evaluating(model):
-            classifier = text_classifier(model.embed_text, tokenizer, prompts, world.device)
+            classifier = text_classifier(model.embed_text, tokenizer, prompts, world)
             return zero_shot_accuracy(embed, classifier, batches, own, data.labels, world)
 
     return validate
@@ -189,7 +192,8 @@ def validation(config: Config, tokenizer: ClipTokenizer, world: World) -> Callab
 def main(config: Config) -> None:
     world = distributed.init(config.device)
     seed_everything(config.seed, 0)  # the same starting weights everywhere
-    tokenizer = ClipTokenizer(config.bpe_path, config.network.context_length)
+    parts_of(config.network.model)  # complain now of an unknown one
+    tokenizer = text_tokenizer(config.network, config.bpe_path, config.tokenizer)
     config.network = replace(config.network, vocab_size=tokenizer.vocab_size)
     config.settle(world.device)
     config.check()
@@ -203,6 +207,7 @@ def main(config: Config) -> None:
     loader = build_data(config, tokenizer, world, session.data_state())
     model = build_model(config).train()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops = config.accumulate * training_flops(model, model.example_batch(config.batch_size, *config.local_views))
     network, decayed = model, names_by_decay(model, config.network.original)[0]
     model = parallelize(synchronise_batch_norm(model.to(world.device)), world, config)
     teacher = list(network.momentum_model.parameters()) if config.momentum else []  # stands behind all others
@@ -210,16 +215,15 @@ def main(config: Config) -> None:
     optimizer = build_optimizer(network, config.optimizer, decayed)
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
     session.track(model=model, optimizer=optimizer, precision=precision, loader=loader)
-    shape = Schedule("rocket", config.epochs, config.lr_end, config.lr_start, config.warmup_epochs)
-    batch = config.batch_size * config.accumulate * world.size
-    sizes = {"loader_steps": loader.steps_per_epoch, "accumulate": config.accumulate, "batch": batch}
-    plan = Plan.of(shape, config.optimizer.lr, **sizes)
-    session.start(config.network.model, plan, parameters, samples_an_epoch=len(loader.stream))
-    session.every, statistics = max(1, plan.steps(config.eval_every)), pixel_statistics(world.device)
+    shape = Schedule(config.sched, config.epochs, config.lr_end, config.lr_start, config.warmup_epochs)
+    sizes = {"loader_steps": loader.steps_per_epoch, "accumulate": config.accumulate}
+    plan = Plan.of(shape, config.optimizer.lr, batch=config.batch_size * config.accumulate * world.size, **sizes)
+    session.start(config.network.model, plan, parameters, flops, samples_an_epoch=len(loader.stream))
+    session.every, statistics = max(1, plan.steps(config.eval_every)), input_statistics(config.network, world.device)
 
     def next_batch() -> dict[str, torch.Tensor]:
         moved = to_device(session.watch.waiting(loader), world.device)
-        return {k: normalize(v, statistics) if v.dtype == torch.uint8 else v for k, v in moved.items()}
+        return {k: normalize(v, statistics) if k.startswith("image") else v for k, v in moved.items()}
 
     for step in range(session.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
@@ -230,7 +234,7 @@ def main(config: Config) -> None:
         if config.momentum:
             with torch.no_grad():  # the teacher follows
                 torch._foreach_lerp_(teacher, list(network.parameters())[: len(teacher)], 1 - config.momentum_tau)
-        network.clamp_scales()
+        network.after_update()
         session.log_step(step + 1, **losses, grad_norm=grad_norm)
         if validate and session.validation_due:
             session.keep(validate(session.network(partial(build_dual, config.network))))

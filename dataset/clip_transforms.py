@@ -125,17 +125,22 @@ class ImageViews:
 
 
 class EvalView:
-    """Shorter side to `side`, bilinear, and the centre: uint8 [3,H,W] -> uint8 [3,side,side]."""
+    """Shorter side to `small` (by default `side`), bilinear, and the centre: uint8 [3,H,W] -> uint8 [3,side,side].
 
-    def __init__(self, side: int, interpolation: str = "bilinear"):
-        self.side, self.interpolation = side, interpolation
+    squeeze: the whole picture to side x side instead.
+    """
+
+    def __init__(self, side: int, interpolation: str = "bilinear", small: int | None = None, squeeze: bool = False):
+        self.side, self.interpolation, self.small, self.squeeze = side, interpolation, small or side, squeeze
 
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2.functional import center_crop
 
+        if self.squeeze:
+            return _resize(image, [self.side, self.side], self.interpolation)
         height, width = image.shape[1:]
         short = min(height, width)
-        size = [int(self.side * height / short), int(self.side * width / short)]
+        size = [int(self.small * height / short), int(self.small * width / short)]
         return center_crop(_resize(image, size, self.interpolation), [self.side, self.side])
 
 

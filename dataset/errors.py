@@ -1,10 +1,14 @@
-"""Two kinds of trouble with data: a file that must be mended, and one sample that can be dropped."""
+"""Kinds of trouble with data: a file that must be mended, a data set to be fetched, a sample that can be dropped."""
 
 
 class DataError(ValueError):
     """An annotation file, folder or shard list that cannot be used; the message names it and says the remedy."""
 
     for_people = True
+
+
+class MissingData(DataError):
+    """A data set that is not on this machine; the message says where it is looked for and how to get it."""
 
 
 class BadSample(ValueError):

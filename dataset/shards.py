@@ -1,6 +1,7 @@
-"""WebDataset tar shards, local or remote, as an endless deterministic source that resumes exactly.
+"""WebDataset tar and TFRecord shards, local or remote, as an endless deterministic source that resumes exactly.
 
-Layout (img2dataset's): members KEY.jpg (or .jpeg .png .webp), KEY.txt, KEY.json and so on, those of one key together.
+Layouts (img2dataset's): tar members KEY.jpg (or .jpeg .png .webp), KEY.txt, KEY.json and so on, those of one key
+together; or TFRecord examples with the features jpg (or jpeg, png, webp, image), txt, key and so on.
 """
 
 import json
@@ -14,24 +15,27 @@ from pathlib import Path
 
 from dataset.errors import BadSample, DataError
 from dataset.randomness import mix, permuted
+from dataset.tfrecord import count_frames, is_tfrecord, parse_example, read_frames
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 Piece = tuple[str, int, int]  # a shard, and which of how many strides of its samples to take
 
 
 class ShardSource:
-    """Samples of tar shards in shuffled order.
+    """Samples of tar or TFRecord shards in shuffled order.
 
     urls: paths, folders or URLs (s3://, gs://, http:// through fsspec), with braces {00000..00099}, {a,b} and globs.
     build: makes a sample of a record, a dict with `image` (encoded bytes), `caption`, `key` ("shard/key") and the
-    remaining members as bytes under their extension; raises BadSample to drop it.
-    samples: how many there are; by default summed from the `*_stats.json` that img2dataset writes beside the shards.
+    remaining members as bytes under their extension, or the remaining features as lists under their name; raises
+    BadSample to drop it.
+    samples: how many there are; by default summed from the `*_stats.json` that img2dataset writes beside the shards,
+    without which local TFRecord files are counted.
     group: shards a worker reads side by side. shuffle_buffer: encoded samples it permutes at a time.
 
     A data epoch is a permutation of the shards, dealt out to the workers of all ranks. With fewer shards than workers
     several workers read the same shard, each keeping its stride of the samples. A position is [epoch, group, records
     taken from the group]: resuming re-reads at most one group. A damaged shard counts as one bad sample, and what lies
-    behind the damage is left out.
+    behind the damage is left out; so does a TFRecord example of a wrong checksum, behind which reading goes on.
     """
 
     def __init__(
@@ -106,6 +110,40 @@ class ShardSource:
 
 def read_shard(shard: str, storage_options: dict) -> Iterator[dict | BadSample]:
     """The records of one shard in order; what is wrong with the shard or a record comes as a BadSample in its place."""
+    return (read_examples if is_tfrecord(shard) else read_members)(shard, storage_options)
+
+
+def read_examples(shard: str, storage_options: dict) -> Iterator[dict | BadSample]:
+    """`read_shard` of a TFRecord file."""
+    number = -1
+    try:
+        with open_file(shard, storage_options) as file:
+            for number, payload in enumerate(read_frames(file, shard)):
+                yield payload if isinstance(payload, BadSample) else _example_record(shard, number, payload)
+    except Exception as error:  # every storage service raises its own
+        yield BadSample(f"{shard}: {type(error).__name__}: {error}; what follows in this shard is lost")
+        return
+    if number < 0:
+        yield BadSample(f"{shard}: holds no samples")
+
+
+def _example_record(shard: str, number: int, payload: bytes) -> dict | BadSample:
+    place = f"{shard}/{number}"
+    try:
+        features = parse_example(payload)
+    except BadSample as error:
+        return BadSample(f"{place}: {error}")
+    image = next((features.pop(kind) for kind in ("image", *IMAGE_TYPES) if features.get(kind)), None)
+    if image is None or not isinstance(image[0], bytes):
+        return BadSample(f"{place}: no picture ({', '.join(IMAGE_TYPES)} or image), only {', '.join(features)}")
+    record = features | {"key": place, "image": image[0]}
+    if texts := [text for text in features.get("txt", []) if isinstance(text, bytes)]:
+        record["caption"] = texts[0].decode("utf-8", "replace")
+    return record
+
+
+def read_members(shard: str, storage_options: dict) -> Iterator[dict | BadSample]:
+    """`read_shard` of a tar file."""
     key, members, found = None, {}, False
     try:
         for name, data in read_tar(shard, storage_options):
@@ -166,7 +204,8 @@ def open_file(url: str, storage_options: dict):
 
 
 def list_shards(pattern: str, storage_options: dict) -> list[str]:
-    """Shards named by a path, folder (all its .tar files, recursively) or URL with braces and globs, sorted per glob.
+    """Shards named by a path, folder (all its .tar files, recursively; without any, its TFRecord files) or URL with
+    braces and globs, sorted per glob.
 
     Raises DataError when a local shard is missing or a pattern matches nothing.
     """
@@ -180,7 +219,8 @@ def list_shards(pattern: str, storage_options: dict) -> list[str]:
             files, _, paths = fsspec.get_fs_token_paths(url, storage_options=storage_options)
             matches = sorted(files.unstrip_protocol(path) for path in paths)
         elif Path(url).is_dir():
-            matches = sorted(map(str, Path(url).rglob("*.tar")))
+            folder = Path(url)
+            matches = sorted(map(str, folder.rglob("*.tar"))) or sorted(map(str, folder.rglob("*.tfrecord*")))
         else:
             import glob
 
@@ -206,10 +246,16 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def count_samples(shards: Sequence[str], storage_options: dict) -> int:
-    """Sum of the successes in img2dataset's `*_stats.json` beside every shard; DataError when one is missing."""
+    """Sum of the successes in img2dataset's `*_stats.json` beside every shard; DataError when one is missing.
+
+    A local TFRecord file without one is counted.
+    """
     total = 0
     for shard in shards:
-        stats = re.sub(r"\.tar(\.\w+)?$", "", shard) + "_stats.json"
+        stats = re.sub(r"\.(tar|tfrecord)(\.\w+)?$", "", shard) + "_stats.json"
+        if is_tfrecord(shard) and "://" not in shard and not Path(stats).exists():
+            total += _count_examples(shard)
+            continue
         try:
             with open_file(stats, storage_options) as file:
                 total += int(json.load(file)["successes"])
@@ -221,3 +267,10 @@ def count_samples(shards: Sequence[str], storage_options: dict) -> int:
     if not total:
         raise DataError(f"{shards[0]} and the other shards hold no samples according to their *_stats.json")
     return total
+
+
+def _count_examples(shard: str) -> int:
+    try:
+        return count_frames(shard)
+    except OSError as error:
+        raise DataError(f"{shard}: {error.strerror or error}; check the path of the shard") from None

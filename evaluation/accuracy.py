@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from evaluation.cases import answer_case, gallery
-from evaluation.page import card, table
+from evaluation.page import card, score_table, table
 from evaluation.split import over_split
 from runtime.distributed import World
 
@@ -53,8 +53,7 @@ def statement_report(
     logits [R,C], labels int64 [R], names of the classes, records with `sentence`, files(record): its pictures.
     """
     scores, probability = class_accuracy(logits, labels, names), logits.softmax(1)
-    rows = [("all", f"{scores['accuracy']:.1f}"), *((name, f"{x:.1f}") for name, x in scores["by_class"].items())]
-    rows.append(("chance: always the most frequent", f"{scores['chance']:.1f}"))
+    rows = [("all", scores["accuracy"], scores["chance"]), *((name, x, None) for name, x in scores["by_class"].items())]
     right = logits.argmax(1) == labels
 
     def case(i: int) -> str:
@@ -63,5 +62,6 @@ def statement_report(
         record = records[i]
         return answer_case(files(record), record["sentence"], guesses, names[int(labels[i])], bool(right[i]))
 
-    tables = (table(["accuracy in %", split], rows, 0), "<h3>Confusions</h3>", confusion_table(logits, labels, names))
+    by_class = score_table(["accuracy in %", split, "the most frequent class"], rows)
+    tables = (by_class, "<h3>Confusions</h3>", confusion_table(logits, labels, names))
     return [card(f"{split}: {len(labels)} statements", *tables), gallery(f"Judged, {split}", right, case)]

@@ -25,13 +25,17 @@ def answer_case(
 ) -> str:
     """Pictures side by side, the text, guesses with their probabilities (best first), and the true answer."""
     images = "".join(thumbnail(picture, 112) for picture in pictures)
-    lines = "".join(
-        f"<li{' class=right' if name == truth else ''}><span class='score'>{share:.0%}</span>{escape(name)}</li>"
-        for name, share in guesses
-    )
+    lines = "".join(_guess(name, share, name == truth, given=place == 0) for place, (name, share) in enumerate(guesses))
     badge = f"<span class='badge{' right' if right else ''}'>{'right' if right else 'wrong'}</span>"
     said = f"<p class='quote'>“{escape(text)}”</p><ol>{lines}</ol><figcaption>true: {escape(truth)}</figcaption>"
     return f"<div class='case'><div class='hits' style='flex:none'>{images}</div><div>{badge}{said}</div></div>"
+
+
+def _guess(name: str, share: float, right: bool, given: bool) -> str:
+    """A line of the list of guesses, filled as far as its probability goes; `given`: this one was the answer."""
+    kind = " class=right" if right else "" if given else " class=other"
+    fill = f"background:linear-gradient(90deg,#eef1f5 {share:.0%},transparent {share:.0%})"
+    return f"<li{kind} style='{fill}'><span class='score'>{share:.0%}</span>{escape(name)}</li>"
 
 
 def box_case(

@@ -35,6 +35,10 @@ svg { display: block; width: 100%; height: auto }
 .case ol { margin: 0; padding: 0; list-style: none; font-size: 13.5px }
 .case li { padding: 2px 8px; border-left: 4px solid var(--wrong); margin-bottom: 4px }
 .case li.right { border-color: var(--right) }
+.case li.other { border-color: var(--line) }
+.bar { position: relative; width: 260px; height: 10px; border-radius: 5px; background: #eef1f5 }
+.bar i { position: absolute; inset: 0 auto 0 0; border-radius: 5px; background: #2f6fde }
+.bar b { position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--ink) }
 .score { float: right; color: var(--soft); font-size: 12px; padding-left: 8px; font-variant-numeric: tabular-nums }
 .quote { font-weight: 550; margin: 0 0 10px; color: var(--ink) }
 .hits, .words { display: flex; gap: 10px; flex-wrap: wrap; align-items: flex-start; text-align: center }
@@ -80,6 +84,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], best_row: int |
         mark = ' class="best"' if number == best_row else ""
         lines.append("<tr>" + "".join(f"<td{mark}>{escape(cell)}</td>" for cell in row) + "</tr>")
     return f"<table>{''.join(lines)}</table>"
+
+
+def score_table(head: Sequence[str], rows: Iterable[tuple[str, float, float | None]], best_row: int | None = 0) -> str:
+    """Names with a score and what chance scores (None = unknown), in percent; a bar of the score, marked at chance."""
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "<th></th></tr>"]
+    for number, (name, score, guess) in enumerate(rows):
+        mark = ' class="best"' if number == best_row else ""
+        cells = "".join(f"<td{mark}>{cell}</td>" for cell in (escape(name), *map(_percent, (score, guess))))
+        tick = "" if guess is None else f"<b style='left:calc({guess:.1f}% - 1px)'></b>"
+        lines.append(f"<tr>{cells}<td><div class='bar'><i style='width:{score:.1f}%'></i>{tick}</div></td></tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def recall_table(rows: Mapping[str, Mapping[str, float]], best_row: int | None = 0) -> str:

@@ -1,16 +1,25 @@
 """Zero-shot classification: text classifiers from class names and templates, ensembles of embeddings, accuracy."""
 
+import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from evaluation.retrieval import AT, nearest, recalls, units
 from evaluation.split import over_split
+from evaluation.zeroshot_metrics import KEPT, NEEDS_SCORES, by_score, measure
+from runtime import distributed
+from runtime.checkpoint import export_safetensors, read_weights
 from runtime.distributed import World
 from runtime.errors import InputError
 
 Embeddings = dict[str, Tensor]
+EMBEDDINGS = ("z", "h")  # what is compared; `feats` is not
 WEIGHTS = tuple(n / 10 for n in range(1, 10))  # of z in the ensemble of z and h
 
 
@@ -27,22 +36,103 @@ def class_prompts(classes: Sequence[str | Sequence[str]], templates: Sequence[st
     return [[template.replace("{}", one) for template in templates for one in each] for each in names]
 
 
+def embed_texts(
+    embed_text: Callable[[Tensor], Embeddings],
+    tokenize: Callable[[Sequence[str]], Tensor],
+    texts: Sequence[str],
+    world: World,
+    batch_size: int = 256,
+) -> Embeddings:
+    """Unit embeddings float32 [T,E] of texts by name (z, h), on the CPU of every process.
+
+    Batches are dealt out to the processes; any number of processes gives the same bits.
+    """
+    own = units(len(texts), batch_size, world)
+
+    def embed(text_ids: Tensor) -> tuple[Tensor, ...]:
+        return unit_rows(embed_text(text_ids))
+
+    batches = ({"text_ids": tokenize([texts[i] for i in unit])} for unit in own)
+    found = over_split(embed, Sized(batches, len(own)), [i for unit in own for i in unit], len(texts), world, "texts")
+    return dict(zip(EMBEDDINGS, found, strict=False))
+
+
+def embed_pictures(
+    embed_image: Callable[[Tensor], Embeddings], batches: Iterable[dict], own: Sequence[int], total: int, world: World
+) -> Embeddings:
+    """Unit embeddings float32 [I,E] of pictures by name, on the CPU of every process; batches of `image` of `own`."""
+
+    def embed(image: Tensor) -> tuple[Tensor, ...]:
+        return unit_rows(embed_image(image))
+
+    return dict(zip(EMBEDDINGS, over_split(embed, batches, own, total, world, "pictures"), strict=False))
+
+
+def unit_rows(found: Embeddings) -> tuple[Tensor, ...]:
+    return tuple(F.normalize(found[name].float(), dim=-1) for name in EMBEDDINGS if name in found)
+
+
+class Sized:
+    """An iterable that knows its length, for progress bars."""
+
+    def __init__(self, items: Iterable, length: int):
+        self.items, self.length = items, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        return iter(self.items)
+
+
 def text_classifier(
     embed_text: Callable[[Tensor], Embeddings],
     tokenize: Callable[[Sequence[str]], Tensor],
     prompts: Sequence[Sequence[str]],
-    device: torch.device,
+    world: World,
     batch_size: int = 256,
 ) -> Embeddings:
-    """For every embedding but `feats` (z, h) a classifier [C,E]: unit embeddings of a class's prompts, averaged, made
-    unit again (Radford et al. 2021, section 3.1.4).
+    """For every embedding (z, h) a classifier [C,E]: unit embeddings of a class's prompts, averaged, made unit again
+    (Radford et al. 2021, section 3.1.4); on `world.device`.
     """
-    texts = [text for each in prompts for text in each]
-    parts = [embed_text(tokenize(texts[i : i + batch_size]).to(device)) for i in range(0, len(texts), batch_size)]
-    sizes = [len(each) for each in prompts]
-    joined = {name: torch.cat([part[name] for part in parts]).float() for name in parts[0] if name != "feats"}
-    means = {k: [group.mean(0) for group in F.normalize(v, dim=-1).split(sizes)] for k, v in joined.items()}
-    return {name: F.normalize(torch.stack(groups), dim=-1) for name, groups in means.items()}
+    texts, sizes = [text for each in prompts for text in each], [len(each) for each in prompts]
+    joined = embed_texts(embed_text, tokenize, texts, world, batch_size)
+    means = {name: torch.stack([group.mean(0) for group in rows.split(sizes)]) for name, rows in joined.items()}
+    return {name: F.normalize(rows, dim=-1).to(world.device) for name, rows in means.items()}
+
+
+def cached_classifier(file: Path, make: Callable[[], Embeddings], world: World) -> Embeddings:
+    """The classifier stored in `file`, or else the one that `make()` returns, which is stored there (safetensors)."""
+    stored = distributed.on_main(partial(_stored, file))
+    if stored is None:
+        stored = make()
+        distributed.on_main(partial(_store, stored, file), share=False)
+    return {name: matrix.to(world.device) for name, matrix in stored.items()}
+
+
+def fingerprint(model: nn.Module, *more) -> str:
+    """Hash of a network (its configuration, names and values of its weights) and of further plain values."""
+    found = hashlib.sha256(repr((model.config, *more)).encode())
+    for name, value in model.state_dict().items():
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _store(classifier: Embeddings, file: Path) -> None:
+    try:
+        export_safetensors(classifier, file)
+    except (OSError, InputError) as error:
+        warnings.warn(f"{file}: the text classifier is not kept ({error}); name another --cache", stacklevel=2)
+
+
+def _stored(file: Path) -> Embeddings | None:
+    if not file.is_file():
+        return None
+    try:
+        return read_weights(file)
+    except InputError:  # cut off or of another making: it is written anew
+        return None
 
 
 def class_scores(image: Embeddings, classifier: Embeddings) -> Embeddings:
@@ -80,6 +170,58 @@ def best_classes(
         return (torch.stack([scores[name].topk(k).indices for name in names], 1),)
 
     return over_split(predict, batches, own, total, world, "zero-shot")[0]
+
+
+def classify(
+    embed_image: Callable[[Tensor], Embeddings],
+    classifier: Embeddings,
+    batches: Iterable[dict],
+    own: Sequence[int],
+    total: int,
+    world: World,
+    metric: str,
+    title: str = "pictures",
+) -> dict[str, float]:
+    """`<metric>_<score>` in percent of a data set by every score of `score_names`, with relatives of the metric.
+
+    batches: dicts of `image` and `target` of the pictures `own`, this process's part of all `total` (see over_split).
+    """
+    names = score_names(classifier)
+    kept = min(KEPT, len(next(iter(classifier.values()))))
+
+    def predict(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        scores = class_scores(embed_image(image), classifier)
+        stacked = torch.stack([scores[name] for name in names], 1)
+        return (stacked if metric in NEEDS_SCORES else stacked.topk(kept).indices), target
+
+    found, targets = over_split(predict, batches, own, total, world, title)
+    known = len(next(iter(classifier.values())))
+    if targets.ndim == 1 and int(targets.max()) >= known:
+        raise InputError(f"class {int(targets.max())} occurs, but the list of labels names {known} classes; extend it")
+    return by_score(names, lambda number: measure(metric, found[:, number], targets))
+
+
+def retrieve(image: Embeddings, text: Embeddings, text_image: Tensor, world: World) -> dict[str, float]:
+    """`<recall>_<score>` in percent, both ways (see `evaluation.retrieval.recalls`), by every score.
+
+    image, text: unit embeddings [I,E], [T,E] by name; text_image int64 [T]: the picture of each text.
+    """
+    sides = []
+    for side in (image, text):
+        side = {name: rows.to(world.device) for name, rows in side.items()}
+        if "h" in side:  # the inner product of joined rows is the weighted sum of the two
+            pairs = {f"zh_{w}": (w**0.5 * side["z"], (1 - w) ** 0.5 * side["h"]) for w in WEIGHTS}
+            side |= {name: torch.cat(pair, 1) for name, pair in pairs.items()}
+        sides.append(side)
+    names = list(sides[0])
+
+    def measured(number: int) -> dict[str, float]:
+        pictures, texts = (side[names[number]] for side in sides)
+        by_image = nearest(pictures, texts, min(max(AT), len(texts)), world)
+        by_text = nearest(texts, pictures, min(max(AT), len(pictures)), world)
+        return recalls(by_image, by_text, text_image)
+
+    return by_score(names, measured)
 
 
 def topk_accuracy(best: Tensor, labels: Tensor, names: Sequence[str], at: Sequence[int] = (1, 5)) -> dict[str, float]:

@@ -76,6 +76,7 @@ def timm_backbone(name: str) -> Callable[[int], nn.Module]:
 
 
 BACKBONES = {
+    "RT": timm_backbone("test_resnet"),  # 0.4 M parameters, for small pictures such as DigitScenes
     "R50": timm_backbone("resnet50"),
     "CNEXTT": timm_backbone("convnext_tiny"),
     "CNEXTS": timm_backbone("convnext_small"),

@@ -367,7 +367,7 @@ def hugging_face_config(config: OpenAIConfig) -> dict:
             "hidden_act": config.vision_activation,
             "hidden_size": config.vision_width,
             "intermediate_size": 4 * config.vision_width,
-            "num_attention_heads": max(1, config.vision_width // 64),
+            "num_attention_heads": config.vision_heads,
             "num_hidden_layers": config.vision_layers,
             "image_size": size,
             "patch_size": config.patch_size,

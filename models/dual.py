@@ -1,4 +1,5 @@
-"""Dual encoders for training: CLIP, CL2L (CLIP-rocket), BarLIP, SiamLIP / BYOLIP, SwALIP, SLIP, SimCLR, SigLIP.
+"""Dual encoders for training: CLIP, CL2L (CLIP-rocket), BarLIP, SiamLIP / BYOLIP, SwALIP, SLIP, SimCLR, SigLIP, and
+ALIGN (models.align).
 
     model = build_dual(DualConfig(model="CL2L_R50_CL2L", separate_proj=True))
     losses = model(image=..., image_local=..., text_ids=...)      # named 0-d tensors; minimise losses["loss"]
@@ -43,38 +44,42 @@ from models.errors import ModelError
 class DualConfig(LossOptions):
     """Everything that shapes a dual encoder and its loss; names and defaults are clip-rocket's command line's."""
 
-    model: str = "CL2L_VITB16_CL2L"  # <CLIP|CL2L>_<backbone>_<head>, or SLIP's <CLIP|SLIP|SIMCLR>_<backbone>
-    image_size: int = 224  # pixels; convolutional backbones take any size
-    embed_dim: int = 256
-    clip_proj_type: str = "linear"  # global projectors: linear or mlp
-    clip_hidden_dim: int = 4096  # of mlp global projectors
-    cl2l_img_proj_type: str = "mlp"  # local projectors, with separate_proj
-    cl2l_txt_proj_type: str = "mlp"
-    cl2l_hidden_dim: int = 4096
-    separate_proj: bool = False  # local views get their own projectors and temperature
-    separate_proj_child: bool = False  # BarLIP's and SiamLIP's local heads are their own
+    model: str = "CL2L_VITB16_CL2L"  # <CLIP|CL2L>_<backbone>_<head>, <CLIP|SLIP|SIMCLR>_<backbone>, ALIGN_<B*>_<BERT>
+    image_size: int = 224  # side of the square global pictures, pixels; convolutional backbones take any size
+    embed_dim: int = 256  # width of the common space of pictures and texts
+    clip_proj_type: str = "linear"  # projectors of global views into the common space: linear or mlp
+    clip_hidden_dim: int = 4096  # hidden width of mlp projectors of global views
+    cl2l_img_proj_type: str = "mlp"  # with separate_proj, the projector of local pictures: linear or mlp
+    cl2l_txt_proj_type: str = "mlp"  # with separate_proj, the projector of local texts: linear or mlp
+    cl2l_hidden_dim: int = 4096  # hidden width of mlp projectors of local views
+    separate_proj: bool = False  # local views get projectors and a temperature of their own
+    separate_proj_child: bool = False  # BarLIP's and SiamLIP's heads of local views are their own, not the global ones
     detach_proj: bool = False  # no gradient from the global text projector into the text transformer
-    text_dropout_prob: float = 0.0  # noise of local texts
-    text_drop_path_prob: float = 0.0
-    barlip_proj_dim: int = 8192
-    barlip_hidden_dim: int = 3000
-    siamlip_proj_dim: int = 128
-    siamlip_hidden_dim: int = 2048
-    siamlip_no_last_bn: bool = False
-    swalip_proj_dim: int = 128
-    swalip_hidden_dim: int = 2048
-    swalip_num_proto: int = 3000
-    swalip_temperature: float = 0.1
-    swalip_learn_temperature: bool = False
-    swalip_no_shared_proto: bool = False
-    ssl_mlp_dim: int = 4096  # SLIP's projector
-    ssl_emb_dim: int = 256
-    context_length: int = 77
-    vocab_size: int = 49408
-    text_width: int = 512
-    text_heads: int = 8
-    transformer_layers: int = 12
-    text_activation: str = "quick_gelu"
+    text_dropout_prob: float = 0.0  # dropout at the entry of every text block, for local texts
+    text_drop_path_prob: float = 0.0  # probability of skipping a branch of a text block, for local texts
+    barlip_proj_dim: int = 8192  # width in which BarLIP's cross-correlations are taken
+    barlip_hidden_dim: int = 3000  # hidden width of BarLIP's expanders
+    siamlip_proj_dim: int = 128  # width of SiamLIP's projections and predictions
+    siamlip_hidden_dim: int = 2048  # hidden width of SiamLIP's projectors and predictors
+    siamlip_no_last_bn: bool = False  # leave out the batch norm behind SiamLIP's projectors
+    swalip_proj_dim: int = 128  # SWALIPV1: width of projections and prototypes
+    swalip_hidden_dim: int = 2048  # SWALIPV1: hidden width of the projectors
+    swalip_num_proto: int = 3000  # SWALIPV1: number of prototypes
+    swalip_temperature: float = 0.1  # SWALIPV1: temperature of the scores of prototypes
+    swalip_learn_temperature: bool = False  # SWALIPV1: train that temperature, too
+    swalip_no_shared_proto: bool = False  # SWALIPV1: one set of prototypes per modality, not one for both
+    ssl_mlp_dim: int = 4096  # hidden width of SLIP's and SimCLR's projector of pictures
+    ssl_emb_dim: int = 256  # width in which SLIP and SimCLR compare two augmentations
+    context_length: int = 77  # longest text in tokens, start and end included
+    vocab_size: int = 49408  # tokens known; main.py takes it from the merges (bpe_path)
+    text_width: int = 512  # width of the text transformer
+    text_heads: int = 8  # attention heads of the text transformer
+    transformer_layers: int = 12  # blocks of the text transformer
+    text_activation: str = "quick_gelu"  # of the text transformer: quick_gelu or gelu
+    temperature: float = 1.0  # ALIGN's at the start; learned
+    virtual_batch_size: int = 16  # samples over which ALIGN's batch norm takes statistics; 0 = the process's batch
+    drop_connect: float = 0.2  # stochastic depth of ALIGN's image tower
+    bert_dropout: float = 0.1  # of ALIGN's text tower
 
     @property
     def text(self) -> TextShape:
@@ -123,6 +128,18 @@ class DualEncoder(nn.Module):
         if momentum is not None:
             out = out | {f"{name}_momentum": value for name, value in momentum.items()}
         return type(self).loss(out, self.config)
+
+    def example_batch(self, pairs: int, pictures: int, captions: int, tokens: int = 32) -> dict[str, Tensor]:
+        """A batch with so many local pictures and captions, without data (meta device), to count FLOPs with."""
+        image = torch.zeros(pairs, 3, self.config.image_size, self.config.image_size, device="meta")
+        length = min(tokens, self.config.context_length)
+        ids = torch.zeros(pairs, 1 + captions, length, dtype=torch.int64, device="meta")
+        local = {"image_local": image[:, None].expand(-1, pictures, -1, -1, -1)} if pictures else {}
+        return {"image": image, "text_ids": ids if captions else ids[:, 0], **local}
+
+    def after_update(self) -> None:
+        """What follows every optimizer step, on all processes."""
+        self.clamp_scales()
 
 
 class CLIP(DualEncoder, TwoTowers):
@@ -474,13 +491,23 @@ HEADS = {
 }
 SLIP_MODELS = {"CLIP": SlipCLIP, "SLIP": Slip, "SIMCLR": SimCLR}
 SLIP_BACKBONES = {"VITS16": "VITS16MOCO", "VITB16": "VITB16", "VITL16": "VITL16"}
+# in checkpoints, but not of the network: the teacher, and what only transformers' AlignModel holds
+NOT_LOADED = ("momentum_model.*", "text_model.pooler.*")
 USES_LOCAL_VIEWS = ("CL2L", "BARLIP", "SIAMLIP", "SWALIP")
 
 
 def model_names() -> list[str]:
     """Every valid `model` string."""
     rocket = [f"{base}_{backbone}_{head}" for base in ("CLIP", "CL2L") for backbone in BACKBONES for head in HEADS]
-    return rocket + [f"{base}_{backbone}" for base in SLIP_MODELS for backbone in SLIP_BACKBONES]
+    slip = [f"{base}_{backbone}" for base in SLIP_MODELS for backbone in SLIP_BACKBONES]
+    return rocket + slip + _align().align_names()
+
+
+def _align():
+    """models.align, which builds on this module."""
+    from models import align
+
+    return align
 
 
 def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
@@ -490,8 +517,10 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
         raise ModelError(
             f"model {name!r} is unknown{nearest(name, model_names())} The form is <CLIP|CL2L>_<backbone>_<head> with "
             f"backbones {', '.join(BACKBONES)} and heads {', '.join(HEADS)}, or SLIP's <{'|'.join(SLIP_MODELS)}>_"
-            f"<{'|'.join(SLIP_BACKBONES)}>"
+            f"<{'|'.join(SLIP_BACKBONES)}>, or ALIGN_<{'|'.join(_align().SHAPES)}>_<{'|'.join(_align().TEXTS)}>"
         )
+    if parts[0] == "ALIGN":
+        return _align().Align, parts[1], 0
     if len(parts) == 2:
         return SLIP_MODELS[parts[0]], SLIP_BACKBONES[parts[1]], 0 if parts[0] == "CLIP" else 2
     return HEADS[parts[2]], parts[1], -1 if parts[2] in USES_LOCAL_VIEWS else 0
@@ -500,6 +529,8 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
 def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncoder:
     """The network of `config.model`, freshly initialised; `visual` replaces its backbone (needs `num_features`)."""
     model, backbone, _ = parts_of(config.model)
+    if backbone not in BACKBONES:
+        return model(config)  # ALIGN's towers belong together
     return model(config, visual or BACKBONES[backbone](config.image_size))
 
 
@@ -514,8 +545,13 @@ def names_by_decay(model: nn.Module, original: bool = False) -> tuple[list[str],
     """Trainable parameters with and without weight decay, each in module order.
 
     Without: vectors and scalars, token and position embeddings, the class token. `original` follows clip-rocket:
-    without are vectors, scalars and whatever has `bias`, `ln` or `bn` in its name; embeddings decay.
+    without are vectors, scalars and whatever has `bias`, `ln` or `bn` in its name; embeddings decay. ALIGN: without are
+    the parameters of batch norms alone.
     """
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if hasattr(model, "free_of_decay"):
+        free = model.free_of_decay()
+        return [name for name in trained if name not in free], [name for name in trained if name in free]
     substrings = (
         ("bias", "ln", "bn") if original else ("positional_embedding", "token_embedding", "cls_token", "pos_embed")
     )

@@ -39,21 +39,23 @@ class LossOptions:
     """Knobs of all losses; the defaults are the originals' command line's."""
 
     loss_avg_or_sum: str = "avg"  # CL2L family: mean of the two directions, or their sum
-    label_smoothing: float = 0.0  # of the local terms only
-    barlip_lamb: float = 5e-3  # weight of off-diagonal correlations
-    barlip_scale_loss: float = 0.025
-    swalip_weight: float = 0.2
-    sk_iters: int = 3  # Sinkhorn iterations
-    target_epsilon: float = 0.05  # Sinkhorn's temperature
-    ssl_scale: float = 1.0  # weight of SimCLR beside CLIP
-    ssl_temp: float = 0.1  # SimCLR's temperature
-    tile: int | None = None  # compute contrastive logits in tile x tile blocks: memory free of the global batch
-    compat: str = "none"  # or original
+    label_smoothing: float = 0.0  # of the local terms only; ALIGN: of its loss, over the global batch
+    barlip_lamb: float = 5e-3  # BarLIP: weight of the correlations off the diagonal
+    barlip_scale_loss: float = 0.025  # BarLIP: factor of its whole term
+    swalip_weight: float = 0.2  # SwALIP, SWALIPV1: weight of swapped assignments beside the contrastive loss
+    sk_iters: int = 3  # SwALIP, SWALIPV1: iterations of Sinkhorn's algorithm that makes the assignments
+    target_epsilon: float = 0.05  # SwALIP, SWALIPV1: temperature of the assignments; smaller = harder
+    ssl_scale: float = 1.0  # SLIP: weight of SimCLR beside CLIP
+    ssl_temp: float = 0.1  # SLIP, SimCLR: temperature of the similarities of two augmentations
+    tile: int | None = None  # side of the blocks in which contrastive logits are computed, to save memory; none = whole
+    compat: str = "none"  # none, or original: the published code's numbers (docs/DIFFERENCES.md)
 
     def __post_init__(self):
         for name, known in (("loss_avg_or_sum", ("avg", "sum")), ("compat", ("none", "original"))):
             if getattr(self, name) not in known:
                 raise ModelError(f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ModelError(f"label_smoothing {self.label_smoothing}: give a share from 0 to below 1, such as 0.1")
         if self.sk_iters < 1:
             raise ModelError(f"sk_iters {self.sk_iters}: Sinkhorn needs at least one iteration")
 
@@ -91,6 +93,26 @@ def siglip(out: Features, options: LossOptions) -> Features:
     scale, bias, first = out["logit_scale"], out["logit_bias"], rank() * len(image)
     loss = sigmoid_pairs(image, options.gather(text), scale, bias, first, options.tile)
     return {"loss": loss, "siglip_loss": loss}
+
+
+def align(out: Features, options: LossOptions) -> Features:
+    """ALIGN (Jia 2021): InfoNCE both ways with label smoothing over the global batch; cosine / temperature.
+
+    z_image, z_text [b,E], 0-d temperature. `clip_loss` is the mean of the two directions, `loss` that or (what
+    COYO-ALIGN minimises) their sum.
+    """
+    own = normalize(out["z_image"])[:, None], normalize(out["z_text"])[:, None]
+    everyone = own if world_size() == 1 else options.gather(torch.cat(own, 1)).chunk(2, 1)
+    terms = _both_ways(own, everyone, 1 / out["temperature"], options, options.label_smoothing)
+    mean = (terms["loss_image"] + terms["loss_text"]) / 2
+    return {
+        "loss": 2 * mean if options.loss_avg_or_sum == "sum" else mean,
+        "clip_loss": mean,
+        "clip_loss_image": terms["loss_image"],
+        "clip_loss_text": terms["loss_text"],
+        "clip_acc": terms["acc_image"],
+        "temperature": out["temperature"].detach(),
+    }
 
 
 def cl2l(out: Features, options: LossOptions) -> Features:

@@ -36,6 +36,11 @@ class OpenAIConfig(LossOptions):
     def is_resnet(self) -> bool:
         return not isinstance(self.vision_layers, int)
 
+    @property
+    def vision_heads(self) -> int:
+        """Of the ViT: 64 channels a head, but 80 in open_clip's ViT-H."""
+        return 16 if self.vision_width == 1280 else max(1, self.vision_width // 64)
+
 
 def _model(width: int, layers, patch: int, embed: int, text: tuple[int, int], size: int = 224) -> OpenAIConfig:
     shape = TextShape(width=text[0], heads=text[1])
@@ -71,7 +76,6 @@ class OpenAIViT(nn.Module):
     def __init__(self, config: OpenAIConfig):
         super().__init__()
         width, patch = config.vision_width, config.patch_size
-        heads = max(1, width // 64)
         self.image_size = config.image_size
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -79,19 +83,22 @@ class OpenAIViT(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, config.embed_dim))
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, heads, config.vision_activation)
+        self.transformer = Transformer(width, config.vision_layers, config.vision_heads, config.vision_activation)
         self.ln_post = nn.LayerNorm(width)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def tokens(self, image: Tensor) -> Tensor:
+        """Class token and patches behind the last block, before `ln_post`: [B,3,S,S] -> [B,1+N,W]."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ModelError(
                 f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the model was built for "
                 f"{self.image_size} x {self.image_size}: resize them, or the position embeddings (resize_positions)"
             )
         patches = self.conv1(image).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1), patches], 1)
-        x = self.transformer(self.ln_pre(tokens + self.positional_embedding))
-        return self.ln_post(x[:, 0]) @ self.proj
+        tokens = torch.cat([self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1), patches], 1)
+        return self.transformer(self.ln_pre(tokens + self.positional_embedding))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.ln_post(self.tokens(image)[:, 0]) @ self.proj
 
 
 class Bottleneck(nn.Module):

@@ -26,6 +26,9 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     layer_norm_eps: float = 1e-6
     mask_token: bool = False  # learned stand-in for masked patches (masked image modelling)
+    gelu: str = "none"  # approximation of GELU in the MLPs: none (erf) or tanh
+    dropout: float = 0.0  # probability behind the positions, each attention and both layers of each MLP
+    attention_dropout: float = 0.0  # probability per attention weight
 
     @property
     def grid(self) -> int:
@@ -53,9 +56,9 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -65,19 +68,29 @@ class Attention(nn.Module):
         if with_map:
             probabilities = attention_map(query, key)
             return self.proj(merge_heads(probabilities.to(value.dtype) @ value)), probabilities
-        return self.proj(merge_heads(attend(query, key, value))), None
+        return self.proj(merge_heads(attend(query, key, value, dropout=self.dropout * self.training))), None
+
+    def first(self, x: Tensor) -> Tensor:
+        """[B,T,D] -> [B,1,D]: what the first token takes from all of them."""
+        width = x.shape[-1]
+        query = F.linear(x[:, :1], self.qkv.weight[:width], self.qkv.bias[:width])
+        key, value = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
+        query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
+        return self.proj(merge_heads(attend(query, key, value, dropout=self.dropout * self.training)))
 
 
 class Mlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU between."""
+    """Two linear layers with GELU between: the exact (erf) one, or with `gelu="tanh"` its approximation."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, gelu: str = "none", dropout: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.gelu, self.dropout = gelu, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = F.dropout(F.gelu(self.fc1(x), approximate=self.gelu), self.dropout, self.training)
+        return F.dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -86,13 +99,20 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.attn = Attention(config.width, config.heads)
+        self.attn = Attention(config.width, config.heads, config.attention_dropout)
         self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), config.gelu, config.dropout)
+        self.dropout = config.dropout
 
-    def forward(self, x: Tensor, with_map: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        update, probabilities = self.attn(self.norm1(x), with_map)
-        x = x + update
+    def forward(self, x: Tensor, with_map: bool = False, first: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """[B,T,D] -> [B,T,D], and probabilities [B,H,T,T] if asked. first: the first token alone, [B,1,D]; where only
+        that one is read, the last block need not compute the others.
+        """
+        if first:
+            update, probabilities, x = self.attn.first(self.norm1(x)), None, x[:, :1]
+        else:
+            update, probabilities = self.attn(self.norm1(x), with_map)
+        x = x + F.dropout(update, self.dropout, self.training)
         x = x + self.mlp(self.norm2(x))
         return (x, probabilities) if with_map else x
 
@@ -128,7 +148,7 @@ class ViT(nn.Module):
         if patch_mask is not None:
             patches = torch.where(patch_mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
-        return tokens + self.pos_embed
+        return F.dropout(tokens + self.pos_embed, self.config.dropout, self.training)
 
     def forward(
         self, image: Tensor, patch_mask: Tensor | None = None, map_block: int | None = None

@@ -93,12 +93,12 @@ class Embeddings(nn.Module):
     def forward(self, ids: Tensor | None = None, embeds: Tensor | None = None, start: int = 0) -> Tensor:
         """ids [R,L] or embeds [R,L,D] -> [R,L,D]; `start` is the position of the first token."""
         words = self.word_embeddings(ids) if embeds is None else embeds
-        end, limit = start + words.shape[1], self.position_ids.shape[1]
+        end, limit = start + words.shape[1], self.position_embeddings.num_embeddings
         if end > limit:
             raise ModelError(
                 f"{end} tokens, but bert.max_position_embeddings is {limit}: shorten the text or the image"
             )
-        states = words + self.position_embeddings(self.position_ids[:, start:end])
+        states = words + self.position_embeddings.weight[start:end]
         if hasattr(self, "token_type_embeddings"):
             states = states + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(states))

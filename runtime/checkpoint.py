@@ -160,7 +160,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     pickled modules (`encoder.pkl`). The prefixes `module.` and `_orig_mod.` of wrapped models are removed. Raises
     `InputError`.
     """
-    path = _weights_file(Path(path))
+    path = weights_file(Path(path))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if zipfile.is_zipfile(path) and _recorded_hash(path) is not None and (damage := find_damage(path)):
@@ -309,7 +309,8 @@ def _check_plain(value: Any, where: str = "state") -> None:
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
-def _weights_file(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """The file itself; of a folder the best checkpoint, else the newest, else the first .safetensors. InputError."""
     if path.is_dir():
         checkpoints = CheckpointFolder(path)
         found = [checkpoints.best or "", *checkpoints.numbered(), *sorted(path.glob("*.safetensors"))]

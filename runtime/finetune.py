@@ -86,11 +86,15 @@ class FineTuning(Run):
         best = self.checkpoints.best if self.first_step else None
         return load_checked(best).get(self.metric, float("-inf")) if best else float("-inf")
 
-    def begin(self, title: str, model: nn.Module, loader, precision: Precision) -> None:
-        """Optimizer and plan for the wrapped model; go on where the run was interrupted; the banner."""
+    def begin(self, title: str, model: nn.Module, loader, precision: Precision, decayed=None) -> None:
+        """Optimizer and plan for the wrapped model; go on where the run was interrupted; the banner.
+
+        decayed: names of the parameters with weight decay, where the model tells (see parameter_groups).
+        """
         config, size = self.config, self.world.size
         seed_everything(config.seed, self.world.rank)  # dropout and negatives differ from here on
-        self.track(model=model, optimizer=build_optimizer(model, config.optimizer), precision=precision, loader=loader)
+        optimizer = build_optimizer(model, config.optimizer, decayed)
+        self.track(model=model, optimizer=optimizer, precision=precision, loader=loader)
         sizes = {"loader_steps": loader.steps_per_epoch, "accumulate": config.accumulate}
         batch = loader.batch_size * config.accumulate * size
         plan = Plan.of(config.scheduler, config.optimizer.lr, batch=batch, **sizes)

@@ -6,6 +6,7 @@ weights = read_weights(config.checkpoint)
 inherit(config, weights)
 """
 
+import json
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 
 from runtime.checkpoint import CheckpointFolder
 from runtime.errors import InputError
+from runtime.safe_pickle import load_torch
 from runtime.schema import Schema, knob
 from runtime.values import parse_yaml
 
@@ -86,3 +88,29 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
         return {}
     found = content.get("config") if isinstance(content, Mapping) else None
     return dict(found) if isinstance(found, Mapping) else {}
+
+
+BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+
+
+def described(file: Path) -> dict[str, Any]:
+    """What lies in or beside a dual encoder's checkpoint about its network, as `models.opening.open_dual` takes it.
+
+    `config` and its `network` of a run of ours, `args` of clip-rocket and SLIP, and the JSON files that Hugging Face
+    and open_clip keep beside the weights.
+    """
+    about: dict[str, Any] = {}
+    config = saved_config(file)
+    if isinstance(config.get("network"), Mapping):
+        about = {"config": config, "network": config["network"]}
+    elif file.suffix != ".safetensors":
+        content = load_torch(file)
+        arguments = content.get("args") if isinstance(content, Mapping) else None
+        about = {"args": arguments} if isinstance(arguments, Mapping) else {}
+    for path in (file.with_name(name) for name in BESIDE):
+        if path.is_file():
+            try:
+                about[path.name] = json.loads(path.read_bytes())
+            except ValueError as error:
+                raise InputError(f"{path}: not valid JSON ({error}); fetch it again") from None
+    return about

@@ -123,6 +123,8 @@ def training_flops(model: torch.nn.Module, batch: dict) -> float:
 
     # collectives have no FLOPs and no fake tensors: to the count, this process is alone
     alone = mock.patch.object(torch.distributed, "is_initialized", return_value=False)
+    # functional_call leaves the fakes in a module that is reachable by two names
+    own = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     with alone, FakeTensorMode(allow_non_fake_inputs=True):
 
         def fake(tensor):
@@ -135,6 +137,9 @@ def training_flops(model: torch.nn.Module, batch: dict) -> float:
         with FlopCounterMode(display=False) as counter:
             losses = functional_call(model, state, kwargs=inputs, tie_weights=True)
             sum(v for k, v in losses.items() if k.startswith("loss")).backward()
+    for module, parameters, buffers in own:
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
     return float(counter.get_total_flops())
 
 

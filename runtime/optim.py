@@ -8,6 +8,8 @@ from torch import nn
 
 from runtime.config import knob
 from runtime.errors import InputError
+from runtime.keras_optim import KerasAdamW, KerasSGD
+from runtime.lamb import Lamb
 
 NOT_DECAYED = ("cls_token", "pos_embed", "mask_token", "temp", "logit_scale", "logit_bias", "embeddings.")
 
@@ -16,13 +18,14 @@ NOT_DECAYED = ("cls_token", "pos_embed", "mask_token", "temp", "logit_scale", "l
 class Optimizer:
     """The `optimizer` section of a configuration."""
 
-    opt: str = knob("adamw", "optimizer", choices=("adamw", "adamW", "sgd"))
+    opt: str = knob("adamw", "optimizer", choices=("adamw", "adamW", "sgd", "lamb"))
     lr: float = knob(1e-4, "peak learning rate, absolute (not scaled by the batch)", low=0)
     weight_decay: float = knob(0.02, "decoupled weight decay of matrices", low=0, aliases=("wd",))
     betas: tuple[float, float] = knob((0.9, 0.999), "decay rates of Adam's two moments")
     eps: float = knob(1e-8, "Adam's epsilon", low=0)
     momentum: float = knob(0.9, "momentum of SGD", low=0, high=1)
     clip_grad_norm: float | None = knob(None, "largest global gradient norm (L2); none = no clipping", low=0)
+    keras: bool = knob(False, "Keras' arithmetic: learning rate in SGD's velocity, epsilon outside Adam's correction")
     scalar_lr_scale: float = knob(1.0, "learning rate of scalars (temperatures) as a multiple of lr", low=0)
     decay_everything: bool = knob(
         False, "as the originals: also decay temperature, [CLS], mask and position embeddings and embedding tables"
@@ -68,9 +71,16 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Optimizer over the trainable parameters of `model` (call after it is wrapped); decayed: see parameter_groups."""
     groups = parameter_groups(model, config, decayed)
+    if config.opt == "lamb":
+        return Lamb(groups, config.lr, config.betas, config.eps)
+    sgd, adamw = (KerasSGD, KerasAdamW) if config.keras else (torch.optim.SGD, torch.optim.AdamW)
     if config.opt == "sgd":
-        return torch.optim.SGD(groups, config.lr, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(groups, config.lr, betas=config.betas, eps=config.eps, fused=True)
+        if any(is_sharded(p) for p in model.parameters()):
+            raise InputError(
+                "--optimizer.opt sgd: torch has no fused kernel for sharded parameters; use --parallel ddp"
+            )
+        return sgd(groups, config.lr, momentum=config.momentum, fused=True)
+    return adamw(groups, config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -18,13 +18,15 @@ class Schedule:
     sched: str = knob(
         "cosine",
         "shape after the warm-up; rocket: CLIP-rocket's cosine, whose warm-up ends on the peak and which stops one "
-        "step before min_lr",
-        choices=("cosine", "linear", "constant", "rocket"),
+        "step before min_lr; vit_cosine, vit_linear: COYO-ViT's, which reach min_lr behind the last step; nxtp: its "
+        "own, whose first step has the peak rate and whose warm-up begins, at 0, with the second",
+        choices=("cosine", "linear", "constant", "rocket", "vit_cosine", "vit_linear", "nxtp"),
     )
     epochs: Duration = knob("30 epochs", "length of training: epochs, or with a unit: 'steps', 'epochs', 'samples'")
     min_lr: float = knob(1e-5, "learning rate at the end, absolute", low=0)
     warmup_lr: float = knob(1e-5, "learning rate at the first step, absolute", low=0)
     warmup: Duration = knob("5%", "length of the linear warm-up: 'steps', 'epochs', 'samples' or '%' of training")
+    power: float = knob(1.0, "of vit_linear: the share left to go is raised to it", low=0)
     warmup_epochs: int = knob(20, "original warm-up only: its length in units of 100 iterations of the first epoch")
     original_warmup: bool = knob(
         False, "reproduce the original: warm-up in stairs of 100 iterations inside epoch 0, then one value an epoch"
@@ -72,6 +74,10 @@ def learning_rate(
 
     if schedule.sched == "rocket":
         return lambda step: rocket_learning_rate(schedule, peak, step, warmup, total)
+    if schedule.sched == "nxtp":
+        return lambda step: nxtp_learning_rate(schedule, peak, step, warmup, total)
+    if schedule.sched.startswith("vit_"):
+        return lambda step: vit_learning_rate(schedule, peak, step, warmup, total)
 
     def at(step: int) -> float:
         if step < warmup:
@@ -111,6 +117,31 @@ def rocket_learning_rate(schedule: Schedule, peak: float, step: int, warmup: int
         return schedule.warmup_lr + (peak - schedule.warmup_lr) * step / max(1, warmup - 1)
     done = (step - warmup) / (total - warmup)
     return schedule.min_lr + 0.5 * (peak - schedule.min_lr) * (1 + math.cos(math.pi * done))
+
+
+def nxtp_learning_rate(schedule: Schedule, peak: float, step: int, warmup: int, total: int) -> float:
+    """Learning rate of NXTP's loop at optimizer step `step` (0-based). It sets a step's rate behind that step, so that
+    the first has the peak and all others lag by one; the cosine would reach min_lr at step total + 1."""
+    done = step - 1
+    if done < 0:
+        return peak
+    if done <= warmup:
+        return peak * done / max(1, warmup)
+    share = 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total - warmup)))
+    return schedule.min_lr + (peak - schedule.min_lr) * share
+
+
+def vit_learning_rate(schedule: Schedule, peak: float, step: int, warmup: int, total: int) -> float:
+    """Learning rate of COYO-ViT at optimizer step `step` (0-based): a warm-up that begins at warmup_lr, then a cosine
+    or a power of the share left to go, down to min_lr at step `total`. As published the decay begins at the peak less
+    warmup_lr: with a warmup_lr other than 0 it jumps.
+    """
+    rise = max(peak - schedule.warmup_lr, 0)
+    if step < warmup:
+        return schedule.warmup_lr + rise * step / warmup
+    left = 1 - (min(step, total) - warmup) / max(1, total - warmup)
+    share = 0.5 * (1 - math.cos(math.pi * left)) if schedule.sched == "vit_cosine" else left**schedule.power
+    return schedule.min_lr + (rise - schedule.min_lr) * share
 
 
 def ramp(step: int, length: int) -> float:

@@ -1,4 +1,4 @@
-"""What both sides of the pre-training benchmark share: the batch, the clock and the memory gauge.
+"""What both sides of a benchmark share: the batch, the clock and the memory gauge.
 
 Imports torch alone, so that it also runs in the interpreter of an original's checkout.
 """
@@ -47,6 +47,37 @@ def synthetic_batch(size: int, seed: int = 0) -> dict[str, Tensor]:
         "token_image": torch.rand(size, 3, TOKEN_IMAGE_SIZE, TOKEN_IMAGE_SIZE, generator=rng),
         "patch_mask": order < MASKED_PATCHES,
     }
+
+
+def synthetic_split(pictures: int, captions: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """`(pictures float32 [I,3,384,384], ids int64 [T,30], mask bool [T,30])` of a retrieval test on the CPU.
+
+    Captions have 9 to 16 tokens, as most of COCO's, and are padded with 0 to the 30 that the originals always compute.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.arange(30) < torch.randint(9, 17, (captions, 1), generator=rng)
+    ids = torch.randint(1000, VOCABULARY, (captions, 30), generator=rng)
+    ids[:, 0] = CLS
+    return torch.randn(pictures, 3, 384, 384, generator=rng), ids * mask, mask
+
+
+class Stages:
+    """Times of a procedure's stages, by the clock and of the processor: {name: [seconds, CPU seconds]}."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.name, self.times = device, None, {}
+
+    def enter(self, name: str | None) -> None:
+        """From here on it is stage `name`; None ends the last. Entering the stage one is in changes nothing."""
+        if name == self.name:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = (time.perf_counter(), time.process_time())
+        if self.name is not None:
+            spent = self.times.setdefault(self.name, [0.0, 0.0])
+            self.times[self.name] = [t + n - b for t, n, b in zip(spent, now, self.begin, strict=True)]
+        self.name, self.begin = name, now
 
 
 def chosen_device(name: str) -> torch.device:

@@ -37,7 +37,7 @@ from runtime.config import knob  # noqa: E402
 from runtime.errors import InputError  # noqa: E402
 
 QUEUE_SIZE = 65536  # of the original, fixed
-PREAMBLE = """# Benchmarks of pre-training
+PREAMBLE = """# Benchmarks
 
 Written by `scripts/bench_pretrain.py`; each section names the command that made it. A step is momentum update, forward,
 backward, gradient norm and AdamW on random pictures of 256 px and captions of 25 tokens, with random weights of full
@@ -72,10 +72,11 @@ class Config:
     report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
 
 
-def run_side(side: str, config: Config, **more) -> dict:
-    """One measurement of `ours` or `peer` in a fresh process: what it prints as JSON."""
-    python = config.peer_python if side == "peer" and config.peer_python else sys.executable
-    options = {**asdict(config), "stand_ins": not config.peer_python, **more}
+def run_side(side: str, config, **more) -> dict:
+    """One measurement by bench_SIDE.py (`ours`, `peer`, ...) in a fresh process: what it prints as JSON."""
+    other = getattr(config, "peer_python", None)
+    python = other if side.endswith("peer") and other else sys.executable
+    options = {**asdict(config), "stand_ins": not other, **more}
     options["check"] = more.get("check")
     env = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(config.threads)}
     command = [python, str(ROOT / "scripts" / f"bench_{side}.py"), json.dumps(options)]
@@ -153,6 +154,12 @@ def machine(result: dict, threads: int) -> str:
     return ", ".join(filter(None, [*words, f"torch {result['torch']}"]))
 
 
+def disturbed(load: float) -> str:
+    """A warning where the load average `load`, taken before the measurements, shows that others were working."""
+    busy = load > 0.2 * os.cpu_count()
+    return f" Other work was running (load {load:.1f} at the start): times by the clock are disturbed." if busy else ""
+
+
 def heading(config: Config, device: str) -> str:
     """What distinguishes a setting; a run of the same setting replaces its section."""
     parts = [config.system.upper(), f"batch {config.batch}", config.precision, device]
@@ -172,17 +179,17 @@ def with_section(page: str, title: str, body: str) -> str:
     return f"{page.rstrip()}\n\n{section}"
 
 
-def command_line(config: Config) -> str:
+def command_line(config, script: str = "bench_pretrain.py") -> str:
     """The command that repeats this run; where the checkout lies is left open."""
     words = []
     for name, value in asdict(config).items():
-        if value != getattr(Config(), name) and name != "report":
+        if value != getattr(type(config)(), name) and name != "report":
             value = "PATH" if name in ("peer", "peer_python") else str(value).lower()
             words += ["--" + name.replace("_", "-"), value]
-    return shlex.join(["python", "scripts/bench_pretrain.py", *words])
+    return shlex.join(["python", f"scripts/{script}", *words])
 
 
-def write_report(config: Config, title: str, body: str) -> None:
+def write_report(config, title: str, body: str) -> None:
     if config.report:
         page = ROOT / config.report
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +208,7 @@ def measured(config: Config) -> tuple[str, str]:
         body += f" ({found['cpu']:.2f} x by CPU time)" if first["device"] == "cpu" else ""
         body += f", {found['memory']:.2f} x peak memory."
     body += f"\n\nMachine: {machine(first, config.threads)}."
-    if load > 0.2 * os.cpu_count():
-        body += f" Other work was running (load {load:.1f} at the start): times by the clock are disturbed."
+    body += disturbed(load)
     return heading(config, first["device"]), body
 
 

@@ -206,6 +206,9 @@ def write_labels(root: Path, splits: Split, classes: Split, seed: int) -> None:
         names = "".join(f"{s.path} : {','.join(LABELS[k] for k in visible_labels(s))}\n" for s in scenes)
         (root / "nxtp").mkdir(exist_ok=True)
         (root / f"nxtp/{split}.list").write_text(names)
+        described = ({"labels": [LABELS[k] for k in visible_labels(s)], "caption": captions(s)} for s in scenes)
+        rows = ({"image": s.path, **text} for s, text in zip(scenes, described, strict=True))
+        write_json_lines(root / f"nxtp/{split}.jsonl", rows)
     (root / "coyo_labeled/classes.txt").write_text("".join(f"{label}\n" for label in LABELS))
     for split, scenes in classes.items():
         targets = [CLASS_FOLDERS.index(s.digits[0].word) for s in scenes]
@@ -219,8 +222,9 @@ def write_labels(root: Path, splits: Split, classes: Split, seed: int) -> None:
     real = [[CLASS_FOLDERS.index(s.digits[0].word)] if i % 50 != 49 else [] for i, s in enumerate(classes["val"])]
     write_json(root / "imagefolder/real.json", real)
     (root / "imagefolder/classnames.txt").write_text("".join(f"{name}\n" for name in CLASS_FOLDERS))
-    write_json(root / "labels.json", {"digitscenes": CLASS_FOLDERS})
-    write_json(root / "templates.json", {"digitscenes": list(TEMPLATES)})
+    sets = ("digitscenes", "digitscenes_filelist")
+    write_json(root / "labels.json", {name: CLASS_FOLDERS for name in sets})
+    write_json(root / "templates.json", {name: list(TEMPLATES) for name in sets})
     catalogue = {"path": "imagefolder", "type": "imagefolder", "train": "train", "test": "test"}
     listed = {"path": "imagefolder", "type": "filelist", "train": "train", "test": "test"}
-    write_json(root / "dataset_catalog.json", {"digitscenes": catalogue, "digitscenes_filelist": listed})
+    write_json(root / "dataset_catalog.json", dict(zip(sets, (catalogue, listed), strict=True)))

@@ -54,9 +54,10 @@ TOP_LEVEL = {
     "templates.json": "prompt templates for zero-shot classification",
     "dataset_catalog.json": "zero-shot catalogue entries of the class folders",
     "coyo_labeled": "multi-label targets in the fields of COYO-Labeled-300M, and classes.txt",
-    "nxtp": "list files `path : name,name,...` of everything a picture shows",
+    "nxtp": "list files `path : name,name,...`, the same with captions as JSON lines, and a tokenizer.model",
     "wds": "WebDataset shards (jpg, txt, json) as img2dataset writes them: {train,val,test}/00000.tar ...",
     "tfrecord": "TFRecord shards (jpg, txt): {train,val,test}/00000.tfrecord ...",
+    "alt_texts.npy": "the class folders' training pictures with short texts, in CC3M's layout; also tfrecord/alt_texts",
     "cc3m.npy": "CC3M metadata of the training pictures [{image_id: path, captions}]",
     "cc12m.npy": "CC12M metadata of the training pictures [{image_name, image_id, captions}]",
     "yfcc15m": "YFCC15M: yfcc15m.pkl [(index, title, description)] and images/AB/CDE.zip",
@@ -204,6 +205,7 @@ def write_formats(root: Path, splits: dict[str, list[Scene]], classes: dict[str,
     refs = annotations.write_refcoco(root, splits, seed)
     annotations.write_labels(root, splits, classes, seed)
     shards.write_web_captions(root, splits["train"])
+    shards.write_alt_texts(root, classes["train"])
 
     texts = {caption for scene in splits["train"] for caption in captions(scene)}
     texts |= {text for e in asked["train"] for text in (e["question"], *e["answers"])}
@@ -211,6 +213,7 @@ def write_formats(root: Path, splits: dict[str, list[Scene]], classes: dict[str,
     texts |= {s["sent"] for ref in refs if ref["split"] == "train" for s in ref["sentences"]}
     vocabulary.write_wordpiece(root / "tokenizer", texts)
     vocabulary.write_merges(root / "bpe" / "bpe_merges.txt.gz", texts)
+    vocabulary.write_pieces(root / "nxtp" / "tokenizer.model", texts)
 
     instances = json.loads((root / "refcoco+/instances.json").read_text())
     boxes = json.loads((root / "refcoco+/dets.json").read_text())

@@ -6,10 +6,9 @@ The same scenes always give the same bytes: archives carry no times.
 import io
 import json
 import pickle
-import struct
 import tarfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import numpy as np
 
 from dataset.digitscenes.annotations import LABELS, visible_labels, write_json
 from dataset.digitscenes.scenes import Scene
-from dataset.digitscenes.words import captions
+from dataset.digitscenes.words import alt_texts, captions
+from dataset.tfrecord import encode_example, write_records
 
 PER_SHARD = 500
 
@@ -82,6 +82,13 @@ def write_web_captions(root: Path, scenes: list[Scene]) -> None:
     write_yfcc(root, scenes)
 
 
+def write_alt_texts(root: Path, scenes: list[Scene]) -> None:
+    """Pictures of one digit with short texts: `alt_texts.npy` in CC3M's layout and `tfrecord/alt_texts`."""
+    rows = [{"image_id": s.path, "captions": alt_texts(s)} for s in scenes]
+    np.save(root / "alt_texts.npy", np.array(rows, dtype=object), allow_pickle=True)
+    write_tfrecords(root, "alt_texts", scenes, lambda s: alt_texts(s)[s.image_id % 5])
+
+
 def write_yfcc(root: Path, scenes: list[Scene]) -> None:
     """`yfcc15m/images/AB/CDE.zip` with member `FGH.jpg` for index ABCDEFGH; a pickle of (index, title, description).
 
@@ -101,68 +108,11 @@ def write_yfcc(root: Path, scenes: list[Scene]) -> None:
 
 
 # ---- TFRecord
-def crc_table() -> np.ndarray:
-    """CRC-32C (Castagnoli, reflected polynomial 0x82F63B78) of every byte, uint32 [256]."""
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1)
-    return table
-
-
-def masked_crcs(messages: list[bytes]) -> np.ndarray:
-    """TFRecord's masked CRC-32C of every message, uint32 [n]; one pass over byte positions serves all messages."""
-    table = crc_table()
-    lengths = np.array([len(m) for m in messages])
-    order = np.argsort(-lengths, kind="stable")
-    block = np.zeros((len(messages), lengths.max()), np.uint8)
-    for row, k in enumerate(order):
-        block[row, : lengths[k]] = np.frombuffer(messages[k], np.uint8)
-    block = np.ascontiguousarray(block.T)
-    alive = np.searchsorted(-lengths[order], -np.arange(block.shape[0]), side="left")
-    crc = np.full(len(messages), 0xFFFFFFFF, np.uint32)
-    for position, count in enumerate(alive):
-        crc[:count] = table[(crc[:count] ^ block[position, :count]) & 0xFF] ^ (crc[:count] >> 8)
-    crc = ~crc
-    masked = ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
-    result = np.empty_like(masked)
-    result[order] = masked
-    return result
-
-
-def varint(value: int) -> bytes:
-    """A protocol-buffer variable-length integer."""
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*encoded, value])
-
-
-def field(number: int, content: bytes) -> bytes:
-    """A length-delimited protocol-buffer field."""
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def example(features: dict[str, bytes]) -> bytes:
-    """A serialised tf.train.Example of one byte string per feature."""
-    entries = (field(1, field(1, name.encode()) + field(2, field(1, field(1, v)))) for name, v in features.items())
-    return field(1, b"".join(entries))
-
-
-def write_tfrecords(root: Path, split: str, scenes: list[Scene]) -> None:
+def write_tfrecords(root: Path, split: str, scenes: list[Scene], text: Callable[[Scene], str] = chosen_caption) -> None:
     """`tfrecord/<split>/00000.tfrecord` ... with the features jpg and txt that ALIGN reads."""
     folder = root / "tfrecord" / split
     folder.mkdir(parents=True)
     for shard, start in enumerate(range(0, len(scenes), PER_SHARD)):
         part = scenes[start : start + PER_SHARD]
-        records = [example({"jpg": (root / s.path).read_bytes(), "txt": chosen_caption(s).encode()}) for s in part]
-        (folder / f"{shard:05d}.tfrecord").write_bytes(b"".join(frames(records)))
-
-
-def frames(records: list[bytes]) -> Iterable[bytes]:
-    """Each record as TFRecord frames it: length, its checksum, the record, its checksum."""
-    lengths = [struct.pack("<Q", len(record)) for record in records]
-    for length, length_crc, record, crc in zip(
-        lengths, masked_crcs(lengths), records, masked_crcs(records), strict=True
-    ):
-        yield length + struct.pack("<I", length_crc) + record + struct.pack("<I", crc)
+        examples = ({"jpg": (root / s.path).read_bytes(), "txt": text(s)} for s in part)
+        write_records(folder / f"{shard:05d}.tfrecord", map(encode_example, examples))

@@ -1,4 +1,4 @@
-"""Two small vocabularies trained on the training texts: BERT's WordPiece and CLIP's byte-pair merges."""
+"""Small vocabularies trained on the training texts: BERT's WordPiece, CLIP's merges and LLaMA's SentencePiece."""
 
 import gzip
 import json
@@ -72,3 +72,12 @@ def write_merges(path: Path, texts: Iterable[str], merges: int = 500) -> None:
     lines = ["#version: 0.2", *(" ".join(pair) for pair in learned)]
     path.parent.mkdir(parents=True)
     path.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+
+
+def write_pieces(path: Path, texts: Iterable[str], size: int = 640) -> None:
+    """A SentencePiece model in LLaMA's manner, of the texts and the prompts of recognition."""
+    from dataset.pieces import train_pieces
+    from dataset.recognition import CAPTION_PROMPTS, LABEL_PROMPTS
+
+    path.parent.mkdir(exist_ok=True)
+    train_pieces([*sorted(texts), *LABEL_PROMPTS * 20, *CAPTION_PROMPTS * 20], size, path.write_bytes)

@@ -70,7 +70,7 @@ def test_finetuning_validates_and_keeps_the_best(data, finetuned):
 
 def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_path):
     config = tmp_path / "bare.yaml"
-    config.write_text("k_test: 4\nworkers: 0\n")
+    config.write_text("k_test: 4\nscore: sum\nworkers: 0\n")
     given = ["--config", config, "--evaluate", "--checkpoint", finetuned, "--output_dir", tmp_path / "out"]
     given += ["--test_file", data / "retrieval_test.json", "--image_root", data, "--device", "cpu"]
     Retrieval.main(parse(Retrieval.Config, list(map(str, given))))

@@ -3,7 +3,6 @@
 import gzip
 import json
 import pickle
-import struct
 import tarfile
 import zipfile
 from collections import Counter
@@ -30,6 +29,7 @@ from dataset.digitscenes.scenes import (
 from dataset.digitscenes.tasks import extremes, iou
 from dataset.digitscenes.words import captions, facts
 from dataset.errors import DataError
+from dataset.tfrecord import parse_example, read_frames
 
 REQUEST = Request(train=120, val=40, test=60, size=48, seed=3)
 
@@ -381,28 +381,15 @@ def test_shards_are_cut_at_their_size(root, scenes, monkeypatch, tmp_path):
     assert counts == [16, 16, 8]
 
 
-def test_checksum_is_castagnoli():
-    (masked,) = shards.masked_crcs([b"123456789"])
-    crc = 0xE3069283
-    assert int(masked) == (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-    longer = [b"", b"a", b"123456789", bytes(range(256)) * 3]
-    assert shards.masked_crcs(longer).tolist() == [int(shards.masked_crcs([m])[0]) if m else 0xA282EAD8 for m in longer]
-
-
 def test_tfrecords_frame_every_picture(root, scenes):
-    data = (root / "tfrecord/val/00000.tfrecord").read_bytes()
-    offset, records = 0, []
-    while offset < len(data):
-        (length, length_crc) = struct.unpack_from("<QI", data, offset)
-        record = data[offset + 12 : offset + 12 + length]
-        (crc,) = struct.unpack_from("<I", data, offset + 12 + length)
-        assert length_crc == shards.masked_crcs([data[offset : offset + 8]])[0]
-        assert crc == shards.masked_crcs([record])[0]
-        records.append(record)
-        offset += 16 + length
+    with (root / "tfrecord/val/00000.tfrecord").open("rb") as file:
+        records = [parse_example(record) for record in read_frames(file, "val")]
     assert len(records) == 40
     for scene, record in zip(scenes["val"].values(), records, strict=True):
-        assert (root / scene.path).read_bytes() in record and shards.chosen_caption(scene).encode() in record
+        assert record == {
+            "jpg": [(root / scene.path).read_bytes()],
+            "txt": [shards.chosen_caption(scene).encode()],
+        }
 
 
 def test_web_caption_sets(root, scenes):
@@ -417,6 +404,10 @@ def test_web_caption_sets(root, scenes):
     with zipfile.ZipFile(root / "yfcc15m/images/00/000.zip") as bundle:
         for scene, (index, *_) in zip(scenes["train"].values(), yfcc, strict=True):
             assert bundle.read(f"{index:03d}.jpg") == (root / scene.path).read_bytes()
+    short = np.load(root / "alt_texts.npy", allow_pickle=True)
+    assert all((root / row["image_id"]).parent.name in row["captions"] for row in short)
+    assert len(short) == len(list((root / "imagefolder/train").rglob("*.jpg")))
+    assert (root / "tfrecord/alt_texts/00000.tfrecord").read_bytes().count(b"JFIF") == len(short)
     red = load(root, "redcaps/redcaps.json")
     assert len(red) == 12
     assert all((root / "redcaps" / r["subreddit"] / f"{r['image_id']}.jpg").exists() for r in red)

@@ -62,6 +62,23 @@ def test_flops_of_a_step_are_counted_without_computing():
     assert training_flops(Net(), {"x": torch.randn(5, 8)}) == 2 * (2 * 5 * 8 * 4)
 
 
+def test_counting_flops_leaves_a_module_of_two_names_as_it_was():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+
+        def forward(self, x):
+            return {"loss": self.first(x).sum() + self.second(x).sum()}
+
+    net, before = Shared(), dict(Shared().named_buffers())
+    own = dict(net.named_parameters())
+    assert training_flops(net, {"x": torch.randn(5, 8)}) > 0
+    assert all(net.get_parameter(name) is value for name, value in own.items())
+    assert all(torch.equal(net.get_buffer(name), value) for name, value in before.items())
+    net.to("cpu")
+
+
 def test_the_stopwatch_counts_waiting():
     watch = Stopwatch(WORLD, samples_per_step=4)
     assert watch.waiting(iter([7])) == 7

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evaluation.attention_maps import merge_pieces, word_maps
-from evaluation.page import card, heat_map, line_chart, nice_ticks, page, recall_table, table, thumbnail
+from evaluation.page import card, heat_map, line_chart, nice_ticks, page, recall_table, score_table, table, thumbnail
 from models.retrieval import Retrieval, RetrievalConfig
 from models.vit import ViTConfig
 from models.xbert import BertConfig
@@ -85,3 +85,9 @@ def test_pieces_of_a_word_are_averaged_and_scaled():
     merged = merge_pieces([0, 1, 2, 3], maps, lambda number: pieces[number])
     assert [word for word, _ in merged] == ["playing", "cat"]
     assert merged[0][1].tolist() == [[1.0, 0.5], [0.5, 0.5]] and merged[1][1].max() == 0
+
+
+def test_bars_are_as_long_as_the_scores_and_marked_at_chance():
+    made = score_table(["task", "ours", "chance"], [("<b>all</b>", 71.25, 50.0), ("some", 12.5, None)])
+    assert "width:71.2%" in made and "calc(50.0% - 1px)" in made and made.count("class='bar'") == 2
+    assert made.count("calc(") == 1 and "&lt;b&gt;all" in made

@@ -1,0 +1,207 @@
+"""Evaluate any dual encoder zero-shot: classification over a catalogue of data sets, and retrieval.
+
+    a run of main.py   python eval_zeroshot.py --output-dir output/main --root datasets
+    any checkpoint     python eval_zeroshot.py --checkpoint ViT-B-32.pt --datasets imagenet cifar10 --root datasets
+    on 8 GPUs          torchrun --nproc_per_node=8 eval_zeroshot.py --checkpoint slip_base_100ep.pt
+    other data sets    ... --datasets webdataset:https://huggingface.co/datasets/clip-benchmark/wds_cars
+                       ... --datasets retrieval:dataset_coco.json imagefolder:photos --labels my.json
+    people's files     ... --catalog dataset_catalog.json --labels labels.json --templates templates.json
+
+Checkpoints: ours, clip-rocket's, SLIP's, OpenAI's (archives too), open_clip's, Hugging Face's CLIP and ALIGN. A
+class is described by every template filled with its name; the mean of the unit embeddings classifies by cosine. Models
+with local projectors are scored by z, h and w z + (1 - w) h. Every data set has its own metric; any number of processes
+gives the same figures. What is missing is named, with the remedy, and skipped.
+
+Results: a table, result/metrics.json and result/report.html below output_dir.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import default_collate
+
+from dataset.align import AlignTokenizer
+from dataset.catalog import CATALOG, Entry, Prompts, choose, read_catalog
+from dataset.clip_text import ClipTokenizer
+from dataset.clip_transforms import normalize, pixel_statistics
+from dataset.dual_inputs import eval_view, is_align
+from dataset.stream import EvalLoader
+from dataset.zeroshot import OpenSet, Viewed, open_set
+from evaluation.retrieval import units
+from evaluation.split import write_results
+from evaluation.zeroshot import (
+    cached_classifier,
+    class_prompts,
+    classify,
+    embed_pictures,
+    embed_texts,
+    fingerprint,
+    retrieve,
+    text_classifier,
+)
+from evaluation.zeroshot_report import cards, plain_tables
+from models.jit_archive import is_jit_archive, jit_state_dict
+from models.opening import Opened, check_name, open_dual
+from runtime import distributed
+from runtime.checkpoint import read_weights, weights_file
+from runtime.config import knob, run
+from runtime.distributed import World
+from runtime.errors import InputError
+from runtime.inherit import described
+from runtime.optim import Precision
+from runtime.run import evaluating
+from runtime.safe_pickle import load_plain
+
+
+@dataclass
+class Config:
+    """Zero-shot evaluation."""
+
+    checkpoint: Path | None = knob(None, "file or run directory; none = that in output_dir", aliases=("resume",))
+    output_dir: Path = knob(Path("output/eval_zeroshot"), "where result/ is written")
+    model: str | None = knob(None, "CL2L_R50_CL2L, ViT-B/32, ...; needed only where the checkpoint does not tell")
+    model_name: str = knob("", "how to call the model in the report")
+    datasets: list[str] = knob([], "names of the catalogue, or KIND:PATH; none = the whole catalogue")
+    catalog: Path | None = knob(None, "JSON, data set -> {path, type, test}; none = the built-in one")
+    labels: Path | None = knob(None, "JSON, data set -> class names, before the built-in ones")
+    templates: Path | None = knob(None, "JSON, data set -> templates with {}, before the built-in ones")
+    root: Path = knob(Path("datasets"), "folder of the built-in catalogue's data sets, each under its name")
+    download: bool = knob(False, "let torchvision fetch the data sets it has, if named by --datasets")
+    split: str | None = knob(None, "split to evaluate instead of each data set's own")
+    batch_size: int = knob(256, "pictures or texts per forward pass and process", low=1)
+    workers: int = knob(10, "loader processes per process", low=0, aliases=("j",))
+    bpe_path: Path | None = knob(None, "BPE merges; none = the run's, else CLIP's, from the package open_clip_torch")
+    tokenizer: str | None = knob(None, "ALIGN's: as of main.py; none = the run's, else bert-base-uncased")
+    cache: Path | None = knob(
+        None, "folder of text classifiers and fetched shards; none = $QUINTET_CACHE, ~/.cache/quintet"
+    )
+    device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
+    precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or Path(os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()
+
+
+class Encoder(NamedTuple):
+    """What embeds pictures (uint8, on the device) and tokens, and what makes their inputs."""
+
+    opened: Opened
+    tokenize: Callable[[list[str]], torch.Tensor]
+    precision: Precision
+    signature: str  # with the prompts, all that a text classifier depends on
+
+
+def wanted_entries(config: Config) -> list[Entry]:
+    """The data sets to evaluate; nothing of them is opened yet."""
+    catalog = {name: entry.below(config.root) for name, entry in CATALOG.items()}
+    own = read_catalog(config.catalog) if config.catalog else {}
+    if config.download and not config.datasets:
+        raise InputError("--download fetches what is named: add --datasets, such as --datasets cifar10 food101")
+    entries = choose(config.datasets or list(own or catalog), catalog | own)
+    return [replace(entry, split=config.split or entry.split) for entry in entries]
+
+
+def open_all(config: Config) -> tuple[list[OpenSet], dict[str, str]]:
+    """The data sets that are here, all checked, and why the others are not evaluated."""
+    prompts, sets, skipped = Prompts(config.labels, config.templates), [], {}
+    for entry in wanted_entries(config):
+        where = config.cache_folder / "shards", load_plain, config.download
+        found = distributed.main_first(partial(open_set, entry, prompts, *where))
+        if isinstance(found, OpenSet):
+            sets.append(found)
+        else:
+            skipped[entry.name] = str(found)
+    distributed.on_main(lambda: [print(f"SKIPPED {why}", file=sys.stderr) for why in skipped.values()])
+    if not sets:
+        raise InputError(f"none of the data sets is on this machine: {', '.join(skipped)}; see above how to get each")
+    return sets, skipped
+
+
+def open_encoder(config: Config, world: World) -> Encoder:
+    """The network of the checkpoint and its tokenizer."""
+    file = config.checkpoint
+    if is_jit_archive(file):
+        weights, about = jit_state_dict(file), {"archive": True}
+    else:
+        weights, about = read_weights(file), described(file)
+    opened = open_dual(weights, about, config.model)
+    tokenizer, vocabulary = tokenizer_of(opened, config, about.get("config", {}))
+    if tokenizer.vocab_size != opened.vocab_size:
+        raise InputError(
+            f"{config.checkpoint} knows {opened.vocab_size} tokens, but {tokenizer.path} makes {tokenizer.vocab_size}: "
+            "give what it was trained with as --bpe-path (ALIGN: --tokenizer)"
+        )
+    signature = fingerprint(opened.model, vocabulary, opened.context_length, config.precision)
+    opened.model.to(world.device)
+    return Encoder(opened, partial(tokenizer, lengths=()), Precision(config.precision, world.device), signature)
+
+
+def tokenizer_of(opened: Opened, config: Config, trained: dict) -> tuple[ClipTokenizer | AlignTokenizer, str]:
+    """The tokenizer, by default that of the run, whose configuration is `trained`; and what identifies it."""
+    if is_align(opened.title):
+        source = config.tokenizer or trained.get("tokenizer", "bert-base-uncased")
+        tokenizer = AlignTokenizer(source, opened.context_length)
+        return tokenizer, tokenizer.pieces.backend.to_str()
+    tokenizer = ClipTokenizer(config.bpe_path or trained.get("bpe_path"), opened.context_length)
+    return tokenizer, repr(tokenizer.merges)
+
+
+def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> dict:
+    """Figures of a data set by metric and score, the same on every process."""
+    model, pixels, total = encoder.opened.model, encoder.opened.pixels, len(data.pictures)
+    statistics = pixel_statistics(world.device, pixels.mean, pixels.std)
+    own = [i for unit in units(total, config.batch_size, world) for i in unit]
+    load = Viewed(data.pictures, eval_view(encoder.opened.title, pixels.size, pixels.interpolation)).load
+    batches = EvalLoader(load, own, config.batch_size, default_collate, config.workers, world.device.type == "cuda")
+    texts = {"world": world, "batch_size": config.batch_size}
+
+    def embed(image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return model.embed_image(normalize(image, statistics))
+
+    about = {"metric": data.entry.metric, "pictures": total}
+    with evaluating(model), encoder.precision.autocast():
+        if not data.classes:
+            about["captions"] = len(data.pictures.captions)
+            image = embed_pictures(embed, batches, own, total, world)
+            text = embed_texts(model.embed_text, encoder.tokenize, data.pictures.captions, **texts)
+            return about | retrieve(image, text, data.pictures.text_image, world)
+        about["classes"] = len(data.classes)
+        prompts = class_prompts(data.classes, data.templates, data.entry.name)
+        key = hashlib.sha256(json.dumps([encoder.signature, config.batch_size, prompts]).encode()).hexdigest()[:32]
+        make = partial(text_classifier, model.embed_text, encoder.tokenize, prompts, **texts)
+        classifier = cached_classifier(config.cache_folder / f"classifiers/{key}.safetensors", make, world)
+        return about | classify(embed, classifier, batches, own, total, world, data.entry.metric, data.entry.name)
+
+
+def main(config: Config) -> None:
+    world = distributed.init(config.device)
+    check_name(config.model)
+    if config.checkpoint is None and not config.output_dir.is_dir():
+        raise InputError("add --checkpoint FILE, or the folder of a run as --output-dir")
+    config.checkpoint = weights_file(config.checkpoint or config.output_dir)
+    sets, skipped = open_all(config)
+    for data in sets:
+        if data.classes:
+            class_prompts(data.classes, data.templates, data.entry.name)  # a mistake is told before any work
+    encoder = open_encoder(config, world)
+    results = {data.entry.name: evaluate(data, encoder, config, world) for data in sets}
+    title = config.model_name or encoder.opened.title
+    figures = {"model": title, "results": results, "skipped": skipped}
+    text = f"{title}, {config.checkpoint}\n\n{plain_tables(results)}"
+    text += f"\n\n{len(skipped)} SKIPPED, see above: {', '.join(skipped)}" if skipped else ""
+    sections = cards(results, skipped)
+    distributed.on_main(lambda: write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

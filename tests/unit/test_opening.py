@@ -1,0 +1,228 @@
+"""A dual encoder out of any kind of checkpoint: the same embeddings as the network that was stored."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from models import clip_adapters as adapters
+from models.clip import TextShape
+from models.dual import DualConfig, build_dual
+from models.errors import ModelError
+from models.openai_clip import OpenAICLIP, OpenAIConfig
+from models.opening import IMAGENET, OPENAI, config_of_shapes, embedding_model, open_dual
+from runtime.checkpoint import read_weights
+from runtime.inherit import described
+
+SMALL = {
+    "image_size": 16,
+    "embed_dim": 12,
+    "clip_hidden_dim": 20,
+    "cl2l_hidden_dim": 20,
+    "barlip_proj_dim": 24,
+    "barlip_hidden_dim": 20,
+    "siamlip_proj_dim": 10,
+    "siamlip_hidden_dim": 20,
+    "swalip_proj_dim": 10,
+    "swalip_hidden_dim": 20,
+    "swalip_num_proto": 9,
+    "context_length": 12,
+    "vocab_size": 50,
+    "text_width": 32,
+    "text_heads": 4,
+    "transformer_layers": 2,
+}
+TEXT = TextShape(context_length=12, vocab_size=50, width=64, heads=1, layers=2)
+
+
+def built(**changes):
+    torch.manual_seed(0)
+    return build_dual(DualConfig(**{**SMALL, **changes})).eval()
+
+
+def openai(activation: str = "quick_gelu"):
+    torch.manual_seed(0)
+    text = TextShape(12, 50, 64, 1, 2, activation)
+    config = OpenAIConfig(
+        embed_dim=10,
+        image_size=16,
+        vision_width=64,
+        vision_layers=12,
+        patch_size=8,
+        text=text,
+        vision_activation=activation,
+    )
+    return OpenAICLIP(config).eval()
+
+
+def same(found, original, size: int | None = None) -> None:
+    torch.manual_seed(1)
+    size = size or original.config.image_size
+    inputs = {"embed_image": torch.randn(2, 3, size, size), "embed_text": torch.randint(1, 50, (2, 9))}
+    for method, value in inputs.items():
+        with torch.no_grad():
+            expected = getattr(original, method)(value)
+            actual = getattr(found.model, method)(value)
+        assert actual.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "CLIP_VITT8_CLIP", "clip_proj_type": "mlp"},
+        {"model": "CLIP_VITT8_SIGLIP"},
+        {"model": "CLIP_VITT8_SWALIPV1"},
+        {"model": "CL2L_VITT8_CL2L", "separate_proj": True},
+        {"model": "CL2L_VITT8_BARLIP", "separate_proj_child": True},
+        {"model": "CL2L_VITT8_SIAMLIP"},
+        {"model": "CL2L_VITT8_SWALIP", "separate_proj": True, "cl2l_img_proj_type": "linear"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["network", "args"])
+def test_runs_of_ours_and_of_clip_rocket(changes, kind):
+    model = built(**changes)
+    about = {kind: {**SMALL, **changes, "epochs": 25, "root": "somewhere"}}
+    weights = model.state_dict() | {"momentum_model.logit_scale": torch.ones(())}
+    found = open_dual({f"module.{name}": value for name, value in weights.items()}, about)
+    assert found.title == changes["model"] and found.pixels == (16, "bilinear", *IMAGENET)
+    assert (found.context_length, found.vocab_size) == (12, 50)
+    assert not found.model.training
+    same(found, model)
+
+
+def test_heads_of_training_are_left_out():
+    assert embedding_model("CL2L_R50_SIAMLIP") == "CL2L_R50_CL2L"
+    assert embedding_model("SLIP_VITB16") == "CLIP_VITB16" and embedding_model("CLIP_R50_CLIP") == "CLIP_R50_CLIP"
+    with pytest.raises(ModelError, match="SimCLR has no text encoder"):
+        embedding_model("SIMCLR_VITB16")
+
+
+def test_slip():
+    changes = {"model": "SLIP_VITS16", "text_width": 32, "ssl_mlp_dim": 16, "ssl_emb_dim": 8, "image_size": 32}
+    model = built(**changes)
+    same(open_dual(model.state_dict(), {"args": {**SMALL, **changes}}), model)
+    only = {name: value for name, value in model.state_dict().items() if name.startswith(("visual", "image_mlp"))}
+    with pytest.raises(ModelError, match="SimCLR"):
+        open_dual(only, {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "CLIP_VITT8_CLIP", "clip_proj_type": "mlp"},
+        {"model": "CL2L_VITT8_CL2L", "separate_proj": True, "cl2l_txt_proj_type": "linear"},
+        {"model": "CL2L_VITT8_BARLIP"},
+    ],
+)
+def test_bare_weights_need_the_name_alone(changes):
+    changes = {**changes, "text_width": 512, "text_heads": 8}
+    model = built(**changes)
+    with pytest.raises(ModelError, match="add --model"):
+        open_dual(model.state_dict(), {})
+    same(open_dual(model.state_dict(), {}, changes["model"]), model)
+    small = built(model="CLIP_VITT8_CLIP").state_dict()
+    with pytest.raises(ModelError, match="heads of a text transformer of width 32"):
+        config_of_shapes(small, "CLIP_VITT8_CLIP")
+
+
+def test_openais_archive_and_state_dict():
+    model = openai()
+    weights = {name: value.half() if value.ndim > 1 else value for name, value in model.state_dict().items()}
+    halved = adapters.load_openai(weights).eval()
+    for given, about in ((weights, {"archive": True}), (weights | {"input_resolution": torch.tensor(16)}, {})):
+        found = open_dual(given, about)
+        assert found.pixels == (16, "bicubic", *OPENAI) and "quick_gelu" in found.title
+        same(found, halved)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"), [("ViT-B/32", "quick_gelu"), ("ViT-B-32-quickgelu", "quick_gelu"), ("ViT-B-32", "gelu")]
+)
+def test_the_activation_is_asked_for(name, activation):
+    model = openai(activation)
+    with pytest.raises(ModelError, match="do not tell their activation: add --model"):
+        open_dual(model.state_dict(), {})
+    same(open_dual(model.state_dict(), {}, name), model)
+    with pytest.raises(ModelError, match="another network"):
+        open_dual(model.state_dict(), {}, "ViT-L/14")
+
+
+def test_open_clip_with_its_configuration():
+    model = openai("gelu")
+    weights = {f"text.{n}" if not n.startswith(("visual", "logit")) else n: v for n, v in model.state_dict().items()}
+    about = {"open_clip_config.json": {"model_cfg": {}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}}
+    found = open_dual(weights, about)
+    assert found.pixels.mean == (0.5, 0.5, 0.5) and found.pixels.interpolation == "bicubic"
+    same(found, model)
+    about["open_clip_config.json"]["model_cfg"] = {"vision_cfg": {"head_width": 32}}
+    with pytest.raises(ModelError, match="heads of 32"):
+        open_dual(weights, about)
+
+
+def test_open_clip_with_a_timm_tower():
+    model = built(model="CLIP_VITS32_CLIP", image_size=32, text_activation="gelu")
+    weights, settings = adapters.to_open_clip(model), adapters.open_clip_config(model)
+    found = open_dual(weights, {"open_clip_config.json": {"model_cfg": settings}})
+    assert found.title.startswith("CLIP_VITS32_CLIP") and found.pixels.size == 32
+    same(found, model)
+    settings["vision_cfg"]["timm_model_name"] = "vit_giant"
+    with pytest.raises(ModelError, match=r"timm tower vit_giant.*--model CLIP_"):
+        open_dual(weights, {"open_clip_config.json": {"model_cfg": settings}})
+
+
+def test_hugging_face():
+    model = openai("gelu")
+    about = {"config.json": adapters.hugging_face_config(model.config)}
+    about["preprocessor_config.json"] = {"image_mean": [0.4] * 3, "image_std": [0.2] * 3, "resample": 2}
+    found = open_dual(adapters.to_hugging_face(model), about)
+    assert found.pixels == (16, "bilinear", (0.4,) * 3, (0.2,) * 3)
+    same(found, model)
+    with pytest.raises(ModelError, match=r"without its config\.json"):
+        open_dual(adapters.to_hugging_face(model), {})
+    about["config.json"]["vision_config"]["num_attention_heads"] = 4
+    with pytest.raises(ModelError, match="heads of 16"):
+        open_dual(adapters.to_hugging_face(model), about)
+
+
+def test_names_and_checkpoints_nobody_knows():
+    with pytest.raises(ModelError, match="did you mean CL2L_R50_CL2L"):
+        open_dual({}, {}, "CL2L_R50_CL2")
+    with pytest.raises(ModelError, match="did you mean ViT-B-32"):
+        open_dual({}, {}, "ViT-B-33")
+    with pytest.raises(ModelError, match="no known dual encoder; its first keys are a, b"):
+        open_dual({"a": torch.ones(1), "b": torch.ones(1)}, {})
+    model = built(model="CLIP_VITT8_CLIP")
+    with pytest.raises(ModelError, match="the checkpoint is a CLIP_VITT8_CLIP"):
+        open_dual(model.state_dict(), {"network": {**SMALL, "model": "CLIP_VITT8_CLIP"}}, "CL2L_VITT8_CL2L")
+
+
+def test_what_lies_in_and_beside_a_file(tmp_path):
+    model = built(model="CL2L_VITT8_CL2L")
+    arguments = argparse.Namespace(**SMALL, model="CL2L_VITT8_CL2L", lr=0.1)
+    file = tmp_path / "checkpoint_best.pt"
+    torch.save({"state_dict": model.state_dict(), "args": arguments, "epoch": 3}, file)
+    about = described(file)
+    assert about["args"]["model"] == "CL2L_VITT8_CL2L"
+    same(open_dual(read_weights(file), about), model)
+    (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    assert described(tmp_path / "bare.pt") == {"config.json": {"a": 1}}
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        described(tmp_path / "bare.pt")
+
+
+def test_align():
+    changes = {"model": "ALIGN_NANO_TINY", "image_size": 32, "embed_dim": 12, "context_length": 16, "vocab_size": 50}
+    model = built(**changes)
+    with torch.no_grad():
+        model(image=torch.randn(16, 3, 32, 32), text_ids=torch.randint(1, 50, (16, 9)))  # some statistics
+    found = open_dual(model.state_dict(), {"network": {**SMALL, **changes}})
+    assert found.title == "ALIGN_NANO_TINY" and found.pixels == (32, "bilinear", *((0.5,) * 3,) * 2)
+    same(found, model)
+    theirs = model.state_dict() | {"text_model.pooler.dense.weight": torch.ones(1)}
+    same(open_dual(theirs, {}, "ALIGN_NANO_TINY"), model, size=32)
+    same(open_dual(theirs, {}), model, size=32)  # the shapes of the weights tell

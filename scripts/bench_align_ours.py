@@ -1,0 +1,81 @@
+"""One measurement of bench_align.py: a training step with our towers or transformers', under one loop.
+
+Called by bench_align.py with its settings as JSON; prints the result as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench_common import CLS, VOCABULARY, about, chosen_device, measure  # noqa: E402
+
+from models import dual_losses  # noqa: E402
+from models.align_weights import hugging_face_config  # noqa: E402
+from models.dual import DualConfig, build_dual, names_by_decay  # noqa: E402
+from runtime.optim import Optimizer, Precision, build_optimizer  # noqa: E402
+
+
+class Foreign(nn.Module):
+    """transformers' AlignModel, with the image projection that it lacks, under our loss."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        from transformers import AlignConfig, AlignModel
+
+        values = {k: v for k, v in hugging_face_config(model).items() if k not in ("architectures", "model_type")}
+        self.config, self.align = model.config, AlignModel(AlignConfig(**values))
+        self.image_projection = model.image_projection or nn.Identity()
+
+    def forward(self, image: Tensor, text_ids: Tensor) -> dict[str, Tensor]:
+        pixels = self.align.vision_model(pixel_values=image)[1]
+        states = self.align.text_model(input_ids=text_ids, attention_mask=text_ids != 0)[0]
+        out = {"z_image": self.image_projection(pixels), "z_text": self.align.text_projection(states[:, 0])}
+        return dual_losses.align(out | {"temperature": self.align.temperature}, self.config)
+
+
+def main(options: dict) -> dict:
+    torch.manual_seed(0)
+    torch.set_num_threads(options["threads"])
+    device = chosen_device(options["device"])
+    config = DualConfig(
+        model=options["model"],
+        image_size=options["image_size"],
+        embed_dim=640,
+        vocab_size=VOCABULARY,
+        label_smoothing=0.1,
+        loss_avg_or_sum="sum",
+        virtual_batch_size=options["virtual_batch"],
+    )
+    model = build_dual(config)
+    decayed = names_by_decay(model)[0]
+    if options["library"] == "transformers":
+        model = Foreign(model)
+        decayed = [name for name, _ in model.named_parameters() if "bn." not in name and "norm." not in name]
+    model = model.to(device).train()
+    if options["compile"]:
+        model.compile()
+    optimizer = build_optimizer(model, Optimizer(opt="lamb", lr=5e-3, weight_decay=1e-5, eps=1e-6), decayed)
+    precision = Precision(options["precision"], device)
+    size, side = options["batch"], options["image_size"]
+    ids = torch.randint(1000, VOCABULARY, (size, options["length"]), device=device)
+    ids[:, 0] = CLS
+    batch = {"image": torch.rand(size, 3, side, side, device=device) * 2 - 1, "text_ids": ids}
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        with precision.autocast():
+            loss = model(**batch)["loss"]
+        precision.backward(loss)
+        precision.step(optimizer, parameters)
+
+    result = measure(step, device, options["warmup"], options["steps"])
+    return result | about(device) | {"parameters": sum(p.numel() for p in parameters)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -1,0 +1,172 @@
+"""k nearest neighbours, and a linear probe, on the features of any image encoder.
+
+    a run              python eval_knn.py --checkpoint output/main --train-data imagenet/train --val-data imagenet/val
+    on 8 GPUs          torchrun --nproc_per_node=8 eval_knn.py --checkpoint RUN ...
+    more neighbours    ... --k 1 10 20 --linear-probe
+    of timm            ... --model timm/vit_base_patch16_224 --checkpoint weights.safetensors
+    small              python eval_knn.py --config configs/eval_knn/digitscenes.yaml --checkpoint RUN
+
+Checkpoints: of Classification.py, of main.py (and other dual encoders that eval_zeroshot.py takes), of Pretrain.py and
+its fine-tuning scripts, or ViTs under timm's, Hugging Face's and COYO-ViT's names. knn1 is the class of the picture of
+highest cosine, as COYO-ALIGN counts ImageNet kNN; larger k vote with equal weights, and with exp(cosine / temperature)
+as DINO. Features are computed once and kept under `cache`, by the hash of weights, view and data. The search is exact,
+in tiles: memory does not grow with the data, and any number of processes gives the same figures.
+
+Published ImageNet kNN: COYO-ALIGN-B7-Base 68.6, B3-Mini 46.2 (--features z). Results: result/metrics.json.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset.clip_transforms import EvalView as CropView
+from dataset.clip_transforms import normalize, pixel_statistics
+from dataset.dual_inputs import eval_view
+from dataset.labelled import LabelCollate, LabelOptions, Labels, Split, class_names, identity
+from dataset.stream import EvalLoader
+from dataset.vit_views import EvalView
+from evaluation.features import Bank, feature_bank
+from evaluation.knn import knn_accuracy, nearest_neighbours
+from evaluation.page import card, table
+from evaluation.probe import linear_probe
+from evaluation.retrieval import units
+from evaluation.split import write_results
+from evaluation.zeroshot import fingerprint
+from models.encoders import ImageEncoder, open_encoder, timm_encoder
+from runtime import distributed
+from runtime.checkpoint import read_weights, weights_file
+from runtime.config import knob, run
+from runtime.distributed import World
+from runtime.errors import InputError
+from runtime.inherit import described
+from runtime.optim import Precision
+from runtime.run import evaluating
+
+
+@dataclass
+class Config:
+    """kNN evaluation."""
+
+    checkpoint: Path | None = knob(None, "file or run directory; none = random weights of a --model timm/NAME")
+    output_dir: Path = knob(Path("output/eval_knn"), "where result/ is written")
+    model: str | None = knob(None, "timm/NAME; or a dual encoder's or ViT's name where the checkpoint does not tell")
+    pretrained: bool = knob(False, "let timm fetch the weights of its model")
+    features: str = knob("feats", "output of the encoder: feats, the tower's; z, the projected one; pre_logits, ...")
+    train_data: str | None = knob(None, "labelled pictures: class folders, .jsonl, shards or torchvision/NAME:SPLIT")
+    val_data: str | None = knob(None, "pictures to classify, likewise")
+    data_root: Path = knob(Path("."), "folder that a list's paths start from, or of torchvision's data set")
+    classes: Path | None = knob(
+        None, "file with the name of one class a line; none = the class folders' or torchvision's"
+    )
+    num_classes: int = knob(1000, "classes, where nothing else tells", low=1)
+    download: bool = knob(False, "let torchvision fetch its data set")
+    k: list[int] = knob([1, 10, 20], "numbers of neighbours", low=1)
+    temperature: float = knob(0.07, "of the weighted votes", low=1e-6)
+    linear_probe: bool = knob(False, "also logistic regression on the features")
+    probe_l2: float = knob(1e-4, "its weight decay, of standardised features", low=0)
+    probe_iterations: int = knob(100, "its most L-BFGS iterations", low=1)
+    batch_size: int = knob(64, "pictures per forward pass and process", low=1)
+    workers: int = knob(4, "loader processes per process", low=0)
+    cache: Path | None = knob(
+        None, "folder of features, one for all processes; none = $QUINTET_CACHE, ~/.cache/quintet"
+    )
+    device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
+    precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
+
+    @property
+    def cache_folder(self) -> Path:
+        return (self.cache or Path(os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()) / "features"
+
+    def check(self) -> None:
+        """Refuse what cannot be."""
+        if not (self.train_data and self.val_data):
+            raise InputError("give --train-data and --val-data, such as class folders")
+        if self.checkpoint is None and not (self.model or "").startswith("timm/"):
+            raise InputError("give --checkpoint, a file or the folder of a run, or --model timm/NAME")
+
+
+def load_encoder(config: Config) -> ImageEncoder:
+    """The encoder on the CPU."""
+    torch.manual_seed(0)  # random weights are the same on every process
+    file = weights_file(config.checkpoint) if config.checkpoint else None
+    weights = read_weights(file) if file else None
+    if (config.model or "").startswith("timm/"):
+        return timm_encoder(config.model.removeprefix("timm/"), weights, config.pretrained)
+    return open_encoder(weights, described(file), config.model)
+
+
+def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tensor], str]:
+    """How the encoder's pictures are resized for evaluation, and the same in words."""
+    side, resampling = encoder.pixels.size, encoder.pixels.interpolation
+    if encoder.kind == "classifier":
+        small = about.get("config", {}).get("views", {}).get("resize_small")
+        return EvalView(side, small), f"shorter side {small}, centre {side}" if small else f"squeezed to {side}"
+    if encoder.kind == "dual":
+        return eval_view(encoder.title, side, resampling), f"{encoder.title}'s, {side}, {resampling}"
+    if encoder.kind == "fusion":
+        return CropView(side, resampling, squeeze=True), f"squeezed to {side}, {resampling}"
+    small = round(side / encoder.crop_share)
+    return CropView(side, resampling, small), f"shorter side {small}, centre {side}, {resampling}"
+
+
+def bank_of(
+    data: str, split: str, encoder: ImageEncoder, width: int, names: list[str], config: Config, world: World
+) -> Bank:
+    """Features and labels of a data set, from the cache where they are there."""
+    about = described(weights_file(config.checkpoint)) if config.checkpoint else {}
+    view, in_words = view_of(encoder, about)
+    labels = Labels(len(names) or config.num_classes, LabelOptions(), data)
+    pictures = distributed.main_first(
+        partial(Split, data, config.data_root, view, labels, names, config.download, split)
+    )
+    made_of = [fingerprint(encoder), in_words, identity(pictures.records, data), config.precision, config.batch_size]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+    own = [i for unit in units(len(pictures), config.batch_size, world) for i in unit]
+    statistics = pixel_statistics(world.device, encoder.pixels.mean, encoder.pixels.std)
+    autocast = Precision(config.precision, world.device).autocast
+
+    def batches() -> EvalLoader:
+        pin = world.device.type == "cuda"
+        return EvalLoader(pictures.load, own, config.batch_size, LabelCollate(), config.workers, pin)
+
+    def encode(image: Tensor) -> Tensor:
+        with autocast():
+            return encoder(normalize(image, statistics))
+
+    with evaluating(encoder):
+        path = config.cache_folder / key
+        return feature_bank(encode, batches, own, len(pictures), width, path, world)
+
+
+def main(config: Config) -> None:
+    config.check()
+    world = distributed.init(config.device)
+    data = [config.train_data, config.val_data]
+    names = distributed.main_first(partial(class_names, data, config.classes, config.data_root, config.download))
+    encoder = load_encoder(config)
+    width = encoder.choose(config.features)
+    encoder.to(world.device)
+    sets = [(config.train_data, "train"), (config.val_data, "test")]
+    train, val = (bank_of(each, split, encoder, width, names, config, world) for each, split in sets)
+    classes = len(names) or config.num_classes
+    neighbours = nearest_neighbours(train, val, max(config.k), world)
+    metrics = {"pictures": len(val), "train_pictures": len(train), "width": width}
+    metrics["chance"] = 100 * val.labels.bincount().max().item() / len(val)
+    metrics |= knn_accuracy(neighbours, train.labels, val.labels, classes, config.k, config.temperature)
+    if config.linear_probe:
+        metrics |= linear_probe(train, val, classes, world, config.probe_l2, config.probe_iterations)
+    rows = [(name, f"{value:.5g}") for name, value in metrics.items()]
+    cards = [card(encoder.title, table([config.features, config.val_data], rows))]
+    distributed.on_main(lambda: write_results(config, "Nearest neighbours", {"model": encoder.title} | metrics, cards))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

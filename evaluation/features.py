@@ -1,0 +1,91 @@
+"""Features of a whole data set: computed once by all processes together, kept on disk, read through the page cache."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.split import progress
+from runtime import distributed
+from runtime.distributed import World
+from runtime.errors import InputError
+
+
+class Bank(NamedTuple):
+    """Features float32 [N,D], memory-mapped, and labels int64 [N] of a data set."""
+
+    features: np.ndarray
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, first: int, last: int, device: torch.device) -> Tensor:
+        """Features float32 [last-first,D] on `device`."""
+        if isinstance(self.features, np.memmap):  # read, because mapped pages would count as this process's memory
+            width = self.features.shape[1]
+            start = self.features.offset + first * width * self.features.itemsize
+            part = np.fromfile(self.features.filename, self.features.dtype, (last - first) * width, offset=start)
+            return torch.from_numpy(part.reshape(-1, width)).to(device)
+        return torch.from_numpy(self.features[first:last]).to(device)
+
+    def unit(self, first: int, last: int, device: torch.device) -> Tensor:
+        """The same, each of length 1."""
+        return torch.nn.functional.normalize(self.rows(first, last, device), dim=1)
+
+
+def feature_bank(
+    encode: Callable[[Tensor], Tensor],
+    batches: Callable[[], Iterable[dict]],
+    own: Sequence[int],
+    total: int,
+    width: int,
+    path: Path,
+    world: World,
+) -> Bank:
+    """The bank stored at `path`.npy, else made by all processes, each writing the rows `own` of one file.
+
+    encode: pictures on `world.device` -> features [B,width]. batches(): those of `own`, in order, with image [B,...]
+    and labels [B,1]. The folder must be one that all processes share. Raises InputError for pictures with
+    several labels, and where a feature is not finite.
+    """
+    features, labels, done = (path.with_suffix(suffix) for suffix in (".npy", ".labels.npy", ".json"))
+    if not distributed.on_main(done.is_file):
+        partial = path.with_suffix(".partial.npy"), path.with_suffix(".labels.partial.npy")
+        kinds = ("<f4", (total, width)), ("<i8", (total,))
+        distributed.on_main(lambda: [_create(file, *kind) for file, kind in zip(partial, kinds, strict=True)])
+        _fill(encode, batches(), own, partial, world)
+        distributed.barrier()
+
+        def finish() -> None:
+            for file, target in zip(partial, (features, labels), strict=True):
+                file.replace(target)
+            done.write_text(json.dumps({"pictures": total, "width": width}) + "\n")
+
+        distributed.on_main(finish, share=False)
+    return Bank(np.load(features, mmap_mode="r"), torch.from_numpy(np.load(labels)))
+
+
+def _create(file: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
+
+
+def _fill(encode, batches: Iterable[dict], own: Sequence[int], files: Sequence[Path], world: World) -> None:
+    features, labels = (np.load(file, mmap_mode="r+") for file in files)
+    start = 0
+    for batch in progress(batches, "features", world):
+        rows = list(own[start : start + len(batch["image"])])
+        start += len(rows)
+        if batch["labels"].shape[1] != 1:
+            raise InputError("kNN and linear probe compare single labels: give a data set with one label a picture")
+        found = encode(batch["image"].to(world.device, non_blocking=True)).float().cpu()
+        if not found.isfinite().all():
+            raise InputError("features are not finite: the weights hold NaN, or --precision fp16 overflows")
+        features[rows], labels[rows] = found.numpy(), batch["labels"][:, 0].numpy()
+    features.flush()
+    labels.flush()

@@ -1,0 +1,103 @@
+"""k nearest neighbours by cosine, exact, in tiles: memory does not grow with the number of training pictures.
+
+Queries are cut into units of fixed size, and unit u belongs to process u mod P; training features pass by in tiles of
+fixed size. So any number of processes computes the same products, and equal similarities go to the earlier picture.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from evaluation.features import Bank
+from evaluation.retrieval import units
+from evaluation.split import progress
+from runtime.distributed import World, gather_rows
+
+UNIT, TILE = 1024, 16384  # queries, training pictures
+
+
+class Neighbours(NamedTuple):
+    """The K nearest training pictures of Q queries, nearest first: cosines float32 [Q,K], numbers int64 [Q,K]."""
+
+    similarity: Tensor
+    index: Tensor
+
+
+def nearest_neighbours(train: Bank, queries: Bank, k: int, world: World) -> Neighbours:
+    """Of every query, on the CPU of every process. k: at most the number of training pictures."""
+    k = min(k, len(train))
+    own = units(len(queries), UNIT, world)
+    wanted = [queries.unit(unit[0], unit[-1] + 1, world.device) for unit in own]
+    best = [_nothing(len(unit), k, world.device) for unit in own]
+    for first in progress(range(0, len(train), TILE), "neighbours", world):
+        tile = train.unit(first, min(first + TILE, len(train)), world.device).T
+        for number, query in enumerate(wanted):
+            best[number] = merged(best[number], first_of(query @ tile, k), first)
+    rows = torch.tensor([i for unit in own for i in unit], dtype=torch.int64)
+    best = best or [_nothing(0, k, world.device)]
+    columns = [torch.cat(part) for part in zip(*best, strict=True)]
+    return Neighbours(*(gather_rows(column, rows, len(queries)).cpu() for column in columns))
+
+
+def _nothing(count: int, k: int, device: torch.device) -> Neighbours:
+    none = torch.full((count, k), -torch.inf, device=device)
+    return Neighbours(none, torch.zeros(count, k, dtype=torch.int64, device=device))
+
+
+def first_of(similarity: Tensor, k: int) -> Neighbours:
+    """The k largest of each row [q,n], largest first, of equal ones those that come first."""
+    wanted = min(k + 1, similarity.shape[1])
+    values, index = similarity.topk(wanted, 1)
+    if wanted > k:
+        torn = (values[:, k - 1] == values[:, k]).nonzero().flatten()  # topk chooses among equals as it likes
+        if len(torn):
+            order = similarity[torn].sort(dim=1, descending=True, stable=True)
+            values[torn], index[torn] = order.values[:, :wanted], order.indices[:, :wanted]
+        values, index = values[:, :k], index[:, :k]
+    index, order = index.sort(1)
+    values, again = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return Neighbours(values, index.gather(1, again))
+
+
+def merged(best: Neighbours, found: Neighbours, offset: int) -> Neighbours:
+    """The K nearest of those so far and those of a later tile, whose columns are numbered from `offset`."""
+    values = torch.cat([best.similarity, found.similarity], 1)
+    index = torch.cat([best.index, found.index + offset], 1)
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    k = best.index.shape[1]
+    return Neighbours(values[:, :k], index.gather(1, order[:, :k]))
+
+
+def votes(neighbours: Neighbours, labels: Tensor, classes: int, k: int, temperature: float | None = None) -> Tensor:
+    """Classes by their votes, most first, int64 [Q,min(5,C)]; of equal votes the smaller class.
+
+    labels int64 [N] of the training pictures. Each of the k nearest has one vote; with a temperature T the weight
+    exp(cosine / T), as DINO (Caron et al. 2021, after Wu et al. 2018, where T = 0.07 and k = 20).
+    """
+    similarity, index = (part[:, :k] for part in neighbours)
+    weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
+    best = []
+    for part, vote in zip(index.split(UNIT), weight.double().split(UNIT), strict=True):
+        counts = torch.zeros(len(part), classes, dtype=torch.float64).scatter_add_(1, labels[part], vote)
+        best.append(counts.sort(dim=1, descending=True, stable=True).indices[:, :5])
+    return torch.cat(best)
+
+
+def knn_accuracy(
+    neighbours: Neighbours, train_labels: Tensor, labels: Tensor, classes: int, ks: Sequence[int], temperature: float
+) -> dict[str, float]:
+    """In percent: `knn1`, the class of the nearest picture, as COYO-ALIGN counts it; for larger k `knn<k>` with equal
+    votes and `knn<k>_weighted` with DINO's, top-1, and `..._top5` of the latter.
+    """
+    result = {}
+    for k in ks:
+        k = min(k, neighbours.index.shape[1])
+        hits = votes(neighbours, train_labels, classes, k) == labels[:, None]
+        result[f"knn{k}"] = 100 * hits[:, 0].double().mean().item()
+        if k > 1:
+            hits = votes(neighbours, train_labels, classes, k, temperature) == labels[:, None]
+            result[f"knn{k}_weighted"] = 100 * hits[:, 0].double().mean().item()
+            result[f"knn{k}_weighted_top5"] = 100 * hits.any(1).double().mean().item()
+    return result

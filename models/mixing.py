@@ -1,0 +1,81 @@
+"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a whole batch on the device, with sparse labels.
+
+The partner of sample i is sample B - 1 - i. Labels stay lists: those of the partner stand behind one's own, each list
+with its share as weight. Shapes: image [B,3,H,W], labels int64 [B,K], label_weights float32 [B,K].
+"""
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+def mix(batch: Batch, mixup_alpha: float, cutmix_alpha: float, original: bool = False) -> Batch:
+    """The batch mixed by shares drawn from Beta(alpha, alpha); 0 = without. Both: mixup for the first half, CutMix for
+    the second, partners within the half. original: see `cut_and_paste`. Draws on the device, nothing waits for it.
+    """
+    if mixup_alpha and cutmix_alpha:
+        middle = len(batch["image"]) // 2
+        first = mix({k: v[:middle] for k, v in batch.items()}, mixup_alpha, 0, original)
+        second = mix({k: v[middle:] for k, v in batch.items()}, 0, cutmix_alpha, original)
+        return {name: torch.cat([first[name], second[name]]) for name in batch}
+    image = batch["image"]
+    if mixup_alpha:
+        return blend(batch, draw_beta(mixup_alpha, image))
+    if cutmix_alpha:
+        masks = draw_masks(draw_beta(cutmix_alpha, image), *image.shape[-2:])
+        return cut_and_paste(batch, masks, original)
+    return batch
+
+
+def blend(batch: Batch, share: Tensor) -> Batch:
+    """Mixup with `share` [B] or 1 - share, whichever is larger, of one's own picture and labels."""
+    share = torch.maximum(share, 1 - share)
+    mine = share.view(-1, 1, 1, 1)
+    image = batch["image"]
+    return {"image": mine * image + (1 - mine) * image.flip(0)} | joined_labels(batch, share)
+
+
+def cut_and_paste(batch: Batch, masks: Tensor, original: bool = False) -> Batch:
+    """CutMix: the partner's pixels where `masks` [B,1,H,W] is 1; labels weighted by area.
+
+    original: every sample's labels are weighted by the mean area of all masks.
+    """
+    area = masks.mean((1, 2, 3))
+    image = batch["image"]
+    pasted = torch.where(masks > 0, image.flip(0), image)
+    return {"image": pasted} | joined_labels(batch, 1 - (area.mean().expand_as(area) if original else area))
+
+
+def joined_labels(batch: Batch, share: Tensor) -> Batch:
+    """Own labels weighted with `share` [B], then the partner's with the rest: [B,2K]."""
+    labels, weights, mine = batch["labels"], batch["label_weights"], share.view(-1, 1)
+    return {
+        "labels": torch.cat([labels, labels.flip(0)], 1),
+        "label_weights": torch.cat([mine * weights, (1 - mine) * weights.flip(0)], 1),
+    }
+
+
+def draw_beta(alpha: float, image: Tensor) -> Tensor:
+    """float32 [B] from Beta(alpha, alpha) on the device of the pictures."""
+    pair = torch._standard_gamma(torch.full((2, len(image)), alpha, device=image.device))
+    return pair[0] / pair.sum(0).clamp(min=torch.finfo(pair.dtype).tiny)
+
+
+def draw_masks(share: Tensor, height: int, width: int) -> Tensor:
+    """Rectangles of about 1 - share of the area around uniform pixels, cut at the border: float32 [B,1,H,W] of 0, 1."""
+    y = torch.randint(height, share.shape, device=share.device)
+    x = torch.randint(width, share.shape, device=share.device)
+    return rectangles(share, y, x, height, width)
+
+
+def rectangles(share: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+    """`draw_masks` with given centres, int64 [B]: half sides are whole pixels, rounded down."""
+    side = (1 - share).sqrt()
+
+    def span(centre: Tensor, size: int) -> Tensor:
+        half = ((side * size).long() // 2)[:, None]
+        place = torch.arange(size, device=share.device)
+        return (place >= centre[:, None] - half) & (place < centre[:, None] + half)
+
+    return (span(y, height)[:, None, :, None] & span(x, width)[:, None, None, :]).float()

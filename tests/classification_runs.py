@@ -1,0 +1,64 @@
+"""Runs of Classification.py and eval_knn.py with their debug configurations on a handful of pictures."""
+
+import json
+from pathlib import Path
+
+import Classification
+import eval_knn
+from runtime.config import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
+
+
+def flags(data: Path, out: Path, **changes) -> list[str]:
+    """Command line of the debug pre-training on DigitScenes in `data`."""
+    values = {
+        "config": ROOT / "configs/Classification/debug.yaml",
+        "train-data": data / "coyo_labeled/train.jsonl",
+        "val-data": data / "coyo_labeled/val.jsonl",
+        "data-root": data,
+        "classes": data / "coyo_labeled/classes.txt",
+        "output-dir": out,
+        "device": "cpu",
+    } | {name.replace("_", "-"): value for name, value in changes.items()}
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def fine_tuning(data: Path, out: Path, **changes) -> list[str]:
+    """Command line of a debug fine-tuning on class folders."""
+    given = {"train_data": data / "imagefolder/train", "val_data": data / "imagefolder/val", "classes": "none"}
+    given |= {"loss": "softmax", "representation_size": 0, "head_bias": "none", "label_threshold": 0}
+    return flags(data, out, **given | {"mixup_alpha": 0} | changes)
+
+
+def train(words: list[str]) -> dict:
+    """Run Classification.py; its metrics."""
+    config = parse(Classification.Config, words)
+    Classification.main(config)
+    return json.loads((config.output_dir / "result/metrics.json").read_text())
+
+
+def neighbours(data: Path, out: Path, **changes) -> dict:
+    """Run eval_knn.py on class folders; its metrics."""
+    values = {
+        "config": ROOT / "configs/eval_knn/debug.yaml",
+        "train-data": data / "imagefolder/train",
+        "val-data": data / "imagefolder/val",
+        "output-dir": out,
+        "cache": out / "cache",
+        "device": "cpu",
+    } | {name.replace("_", "-"): value for name, value in changes.items()}
+    words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    config = parse(eval_knn.Config, words)
+    eval_knn.main(config)
+    return json.loads((config.output_dir / "result/metrics.json").read_text())
+
+
+def lines(folder: Path) -> list[dict]:
+    """The lines of log.jsonl without what depends on the clock."""
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in found]

@@ -1,0 +1,217 @@
+"""Classification.py and eval_knn.py through their real main: every way in, exact resuming, and every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dataset.errors import DataError
+from models.dual import DualConfig, build_dual
+from models.errors import ModelError
+from runtime.errors import InputError
+from tests.classification_runs import ROOT, fine_tuning, flags, lines, neighbours, train
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(digitscenes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("vit") / "pretrain"
+    train(flags(digitscenes, out))
+    return out
+
+
+def test_pre_training_writes_everything(pretrained):
+    written = lines(pretrained)
+    steps = [line for line in written if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6] and steps[0]["lr"] == 0
+    assert [line["step"] for line in written if "val_mAP" in line] == [3, 6]
+    metrics = json.loads((pretrained / "result/metrics.json").read_text())
+    assert {"mAP", "F1_micro", "precision@5", "best_mAP", "chance"} <= metrics.keys() and metrics["pictures"] == 24
+    from safetensors.torch import load_file
+
+    exported = load_file(pretrained / "model.safetensors")
+    saved = torch.load(pretrained / "checkpoint_00000006.pt", weights_only=True)["model"]
+    assert not any(key.startswith("ema.") for key in exported)
+    assert all(torch.equal(value, saved[f"ema.{key}"]) for key, value in exported.items())
+    assert not torch.equal(exported["head.weight"], saved["head.weight"])
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_fine_tuning_from_it(opt, digitscenes, pretrained, tmp_path, capsys):
+    changes = {"image_size": 48, "optimizer.opt": opt, "optimizer.keras": "true", "compat": "original"}
+    metrics = train(fine_tuning(digitscenes, tmp_path / "run", checkpoint=pretrained, **changes))
+    assert {"top1", "top5", "best_top1", "loss"} <= metrics.keys()
+    assert "pre_logits.fc.weight" in capsys.readouterr().out  # what was left out is said
+    real = digitscenes / "imagefolder/real.json"
+    more = {"evaluate": "true", "image_size": 48, "real": real, "checkpoint": tmp_path / "run/checkpoint_00000006.pt"}
+    again = train(fine_tuning(digitscenes, tmp_path / "eval", **more))
+    assert again["top1"] == metrics["top1"] and again["real_pictures"] == len(json.loads(real.read_text()))
+    weights = tmp_path / "run/model.safetensors"
+    exported = train(fine_tuning(digitscenes, tmp_path / "eval", **more | {"checkpoint": weights}))
+    assert exported["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+def test_a_single_label_may_be_learned_with_the_sigmoid(digitscenes, tmp_path):
+    changes = {"loss": "sigmoid", "multi_label": "false", "representation_size": 16, "policy": "randaugment"}
+    assert "top1" in train(fine_tuning(digitscenes, tmp_path / "run", cutmix_alpha=1, **changes))
+
+
+@pytest.mark.parametrize("mixing", [(0.2, 0), (0.2, 1.0)])
+def test_a_stopped_run_goes_on_exactly(mixing, digitscenes, tmp_path):
+    """With dropout, mixing, moving average and Keras' AdamW, whose epsilon depends on the update."""
+    changes = {"mixup_alpha": mixing[0], "cutmix_alpha": mixing[1], "optimizer.keras": "true"}
+    changes |= {"activation_checkpointing": "true", "accumulate": 2}
+    train(flags(digitscenes, tmp_path / "straight", **changes))
+    with pytest.raises(SystemExit) as left:
+        train(flags(digitscenes, tmp_path / "stopped", max_steps=4, **changes))
+    assert left.value.code == 0
+    train(flags(digitscenes, tmp_path / "stopped", **changes))
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
+    straight, stopped = (
+        torch.load(tmp_path / name / "checkpoint_00000006.pt", weights_only=True)["model"]
+        for name in ("straight", "stopped")
+    )
+    assert straight.keys() == stopped.keys()
+    assert all(torch.equal(value, stopped[name]) for name, value in straight.items())
+
+
+def test_two_processes_from_the_command_line(digitscenes, tmp_path):
+    """DDP of Classification.py, then kNN on the features of both numbers of processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, "Classification.py", *flags(digitscenes, tmp_path / "run", batch_size=4)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = neighbours(digitscenes, tmp_path / "one", checkpoint=tmp_path / "run", batch_size=10)
+    words = ["--config", ROOT / "configs/eval_knn/debug.yaml", "--train-data", digitscenes / "imagefolder/train"]
+    words += ["--val-data", digitscenes / "imagefolder/val", "--checkpoint", tmp_path / "run", "--device", "cpu"]
+    words += ["--output-dir", tmp_path / "two", "--cache", tmp_path / "two/cache", "--batch-size", "10"]
+    done = subprocess.run([*launcher, "eval_knn.py", *map(str, words)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "two/result/metrics.json").read_text()) == one
+    files = [sorted(path for path in (tmp_path / name / "cache").rglob("*.npy")) for name in ("one", "two")]
+    assert len(files[0]) == 4
+    for a, b in zip(*files, strict=True):
+        assert a.name == b.name and a.read_bytes() == b.read_bytes()
+
+
+MISTAKES = {
+    "nothing to evaluate": (dict(evaluate="true"), InputError, "or --evaluate with --checkpoint"),
+    "unknown model": (dict(model="vit-m/8"), ModelError, "did you mean vit-mu/8"),
+    "odd size": (dict(image_size=30), ModelError, "nearest size is 32"),
+    "real of a multi-label set": (dict(real="real.json"), InputError, "no --multi-label"),
+    "class list too short": (dict(classes="{tmp}/few.txt"), DataError, "outside the list of 3 classes"),
+    "no class list": (dict(classes="{tmp}/none.txt"), DataError, "no such file"),
+    "unknown data set": (dict(train_data="torchvision/MNISt", classes="none"), DataError, "did you mean MNIST"),
+    "missing data": (dict(train_data="{tmp}/nowhere", classes="none"), DataError, "check the path"),
+    "average and FSDP": (dict(parallel="fsdp"), InputError, "use --parallel ddp"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_before_any_work(mistake, digitscenes, tmp_path):
+    changes, kind, words = MISTAKES[mistake]
+    (tmp_path / "few.txt").write_text("a\nb\nc\n")
+    changes = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises(kind, match=words):
+        train(flags(digitscenes, tmp_path / "run", **changes))
+
+
+def test_mistakes_of_evaluation(digitscenes, pretrained, tmp_path):
+    folders = {"checkpoint": pretrained, "evaluate": "true"}
+    with pytest.raises(InputError, match="no head for 10 classes"):
+        train(fine_tuning(digitscenes, tmp_path / "run", **folders))
+    with pytest.raises(InputError, match="real.json: no such file"):
+        train(fine_tuning(digitscenes, tmp_path / "run", real=tmp_path / "real.json"))
+    shutil.copytree(digitscenes / "imagefolder/val", tmp_path / "val")
+    (tmp_path / "val/one").rename(tmp_path / "val/on")
+    with pytest.raises(DataError, match="did you mean one"):
+        train(fine_tuning(digitscenes, tmp_path / "run", val_data=tmp_path / "val"))
+
+
+def test_knn_of_a_classifier(digitscenes, pretrained, tmp_path):
+    first = neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained)
+    assert first["pictures"] == 24 and first["width"] == 32 and first["train_pictures"] == 64 // 2
+    assert {"knn1", "knn5", "knn20_weighted", "probe", "chance"} <= first.keys()
+    (tmp_path / "knn/result/metrics.json").unlink()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "knn/cache").rglob("*.npy")}
+    assert neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained) == first
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "knn/cache").rglob("*.npy")}
+    wide = neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained, features="pre_logits")
+    assert wide["width"] == 16 and len(list((tmp_path / "knn/cache").rglob("*.npy"))) == 8
+
+
+def test_knn_of_dual_encoders(digitscenes, tmp_path):
+    for name in ("CLIP_VITT8_CLIP", "CL2L_VITT8_CL2L"):
+        sizes = {"image_size": 16, "embed_dim": 8, "text_width": 32, "text_heads": 2, "transformer_layers": 1}
+        config = DualConfig(model=name, vocab_size=50, **sizes)
+        saved = {"model": build_dual(config).state_dict(), "config": {"network": dict(vars(config))}}
+        torch.save(saved, tmp_path / "dual.pt")
+        found = neighbours(digitscenes, tmp_path / name, checkpoint=tmp_path / "dual.pt", features="z")
+        assert found["width"] == 8
+    with pytest.raises(ModelError, match="features 'h9': .* has feats, z"):
+        neighbours(digitscenes, tmp_path / "knn", checkpoint=tmp_path / "dual.pt", features="h9")
+
+
+def test_knn_of_simla_and_timm(digitscenes, tmp_path):
+    from models.vit import ViT, ViTConfig
+
+    vit = ViT(ViTConfig(32, 16, 32, 2, 4)).state_dict()
+    weights = {f"visual_encoder.{key}": value for key, value in vit.items()}
+    projection = {"vision_proj.weight": torch.randn(8, 32), "vision_proj.bias": torch.zeros(8)}
+    torch.save({"model": weights | projection, "config": {"vision_heads": 4}}, tmp_path / "simla.pth")
+    found = neighbours(digitscenes, tmp_path / "knn", checkpoint=tmp_path / "simla.pth", features="z")
+    assert found["width"] == 8
+    name = "timm/test_vit.r160_in1k"
+    found = neighbours(digitscenes, tmp_path / "timm", checkpoint="none", model=name)
+    assert found["width"] == 64 and found["model"] == name
+    with pytest.raises(ModelError, match="did you mean timm/test_vit"):
+        neighbours(digitscenes, tmp_path / "timm", checkpoint="none", model="timm/test_vi")
+    with pytest.raises(InputError, match="give --checkpoint"):
+        neighbours(digitscenes, tmp_path / "timm", checkpoint="none")
+    with pytest.raises(InputError, match="one label a picture"):
+        neighbours(
+            digitscenes,
+            tmp_path / "many",
+            checkpoint=tmp_path / "simla.pth",
+            train_data=digitscenes / "coyo_labeled/train.jsonl",
+            classes=digitscenes / "coyo_labeled/classes.txt",
+            data_root=digitscenes,
+        )
+
+
+@pytest.mark.parametrize("script", ["Classification.py", "eval_knn.py"])
+def test_help(script):
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--train-data" in done.stdout.replace("train_data", "train-data")
+
+
+def test_recipes():
+    """Every recipe parses and describes a network; those of the original are the published ones."""
+    import Classification
+    import eval_knn
+    from runtime.config import parse
+
+    found = {}
+    for file in sorted((ROOT / "configs/Classification").glob("*.yaml")):
+        found[file.stem] = parse(Classification.Config, ["--config", str(file)])
+        found[file.stem].check()
+    for file in (ROOT / "configs/eval_knn").glob("*.yaml"):
+        parse(eval_knn.Config, ["--config", str(file)])
+    large = found["vit_l16_coyo300m"]
+    assert large.network.num_classes == 21841 and large.scheduler.sched == "vit_linear" and large.optimizer.keras
+    tuned, averaged = found["vit_l16_i1k_downstream"], found["vit_l16_i1k_downstream_ema"]
+    assert (tuned.network.image_size, averaged.network.image_size) == (384, 512)
+    assert (tuned.ema_decay, averaged.ema_decay) == (0, 0.9999) and averaged.optimizer == tuned.optimizer
+    assert found["vit_b16_i1k"].metric == "top1" and large.metric == "mAP"

@@ -1,0 +1,96 @@
+"""Metrics of classifiers against scikit-learn's and by hand; ImageNet-ReaL."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn import metrics as sklearn
+
+from evaluation import classification
+from evaluation.classification import Scores, multi_label_metrics, read_real, score, single_label_metrics
+from runtime.distributed import World
+from runtime.errors import InputError
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def random_scores(pictures=40, classes=7):
+    torch.manual_seed(0)
+    logits = torch.randn(pictures, classes)
+    targets = torch.rand(pictures, classes) < 0.3
+    targets[:, 5] = False  # a class that does not occur
+    return logits, targets
+
+
+@pytest.mark.parametrize("block", [2, 512])
+def test_multi_label_metrics(block, monkeypatch):
+    monkeypatch.setattr(classification, "BLOCK", block)
+    logits, targets = random_scores()
+    lists = [row.nonzero().flatten().tolist() for row in targets]
+    found = multi_label_metrics(Scores(logits, range(40), lists), details=True)
+    shown = [c for c in range(7) if targets[:, c].any()]
+    truth, scores, given = targets.numpy(), logits.numpy(), (logits > 0).numpy()
+    expected = {
+        "mAP": sklearn.average_precision_score(truth[:, shown], scores[:, shown], average="macro"),
+        "mAP_micro": None,
+        "F1_macro": sklearn.f1_score(truth, given, average="macro", zero_division=0),
+        "F1_micro": sklearn.f1_score(truth, given, average="micro"),
+        "accuracy": (truth == given).mean(),
+    }
+    for name, value in expected.items():
+        if value is not None:
+            assert found[name] == pytest.approx(100 * value), name
+    top = logits.topk(5, 1).indices
+    assert found["precision@5"] == pytest.approx(100 * targets.gather(1, top).float().mean().item())
+    assert found["precision@1"] == found["hit@1"]
+    assert found["classes_shown"] == 6 and found["chance"] == pytest.approx(
+        100 * targets[:, shown].float().mean().item()
+    )
+    bce = F.binary_cross_entropy_with_logits(logits, targets.float())
+    assert found["bce"] == pytest.approx(bce.item())
+
+
+def test_single_label_metrics():
+    logits, _ = random_scores()
+    labels = torch.randint(7, (40,), generator=torch.Generator().manual_seed(1))
+    lists = labels[:, None].tolist()
+    found = single_label_metrics(Scores(logits, range(40), lists))
+    assert found["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert found["top5"] == pytest.approx(100 * sklearn.top_k_accuracy_score(labels, logits, k=5, labels=range(7)))
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert found["chance"] == 100 * labels.bincount().max().item() / 40
+
+
+def test_few_classes():
+    found = single_label_metrics(Scores(torch.tensor([[1.0, 0.0]]), range(1), [[1]]))
+    assert (found["top1"], found["top5"]) == (0, 100)
+
+
+def test_real_leaves_out_pictures_without_labels(tmp_path):
+    names = ["b/2.jpg", "a/1.jpg", "a/3.jpg"]
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps([[0], [1, 2], []]))  # of 1.jpg, 2.jpg, 3.jpg
+    real = read_real(file, names)
+    assert real == [[1, 2], [0], []]
+    logits = F.one_hot(torch.tensor([2, 1, 0]), 3).float()
+    found = single_label_metrics(Scores(logits, range(3), [[1], [0], [0]]), real)
+    assert found["real"] == 50 and found["real_pictures"] == 2
+
+
+def test_real_mistakes(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_real(tmp_path / "real.json", ["a"])
+    for text, words in (("[", "not valid JSON"), ("{}", "expected a list"), ("[[1]]", "labels 1 pictures")):
+        (tmp_path / "real.json").write_text(text)
+        with pytest.raises(InputError, match=words):
+            read_real(tmp_path / "real.json", ["a", "b"])
+
+
+def test_scores_come_in_the_order_of_the_split():
+    batches = [
+        {"image": torch.tensor([[1.0], [2.0]]), "labels": torch.tensor([[3, 0], [1, 2]]), "label_weights": w}
+        for w in (torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[0.0, 0], [0.5, 0]]))
+    ]
+    scores = score(lambda image: image.repeat(1, 4), batches, [0, 1, 2, 3], 4, ALONE)
+    assert scores.labels == [[3], [1, 2], [], [1]] and scores.logits[:, 0].tolist() == [1, 2, 1, 2]

@@ -1,0 +1,233 @@
+"""Pictures with labels, from every kind of source; and what is wrong with them."""
+
+import io
+import json
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.errors import BadSample, DataError
+from dataset.labelled import (
+    LabelCollate,
+    Labelled,
+    LabelledPicture,
+    LabelOptions,
+    Labels,
+    ShardRecords,
+    Split,
+    class_names,
+    identity,
+    open_records,
+    training_source,
+)
+from dataset.stream import EvalLoader, RecordSource, Stream, StreamLoader
+from dataset.tfrecord import encode_example, write_records
+from dataset.vit_views import EvalView, TrainView, ViTViews
+
+VIEW = EvalView(8)
+HERE = Path(".")
+
+
+def labels(classes=10, **options) -> Labels:
+    return Labels(classes, LabelOptions(**options), "list")
+
+
+def jpeg(value=100, size=(12, 10)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (value, 50, 200)).save(file, "JPEG")
+    return file.getvalue()
+
+
+RECORDS = {
+    "one": ({"label": 3}, [3]),
+    "list": ({"labels": [2, 5, 2]}, [2, 5]),
+    "WebDataset's cls": ({"cls": b"7"}, [7]),
+    "json member": ({"json": json.dumps({"labels": [4, 1]}).encode()}, [4, 1]),
+    "TFRecord feature": ({"label": [6]}, [6]),
+    "COYO-Labeled": ({"labels": [1, 9, 4], "label_probs": [0.5, 0.2, 0.9]}, [4, 1, 9]),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_labels_of_every_kind_of_record(kind):
+    record, expected = RECORDS[kind]
+    assert labels()(record) == (expected, [1.0] * len(expected))
+
+
+def test_threshold_number_and_soft_labels():
+    record = {"labels": [1, 9, 4], "label_probs": [0.5, 0.2, 0.9]}
+    assert labels(label_threshold=0.3)(record)[0] == [4, 1]
+    assert labels(label_threshold=0.95)(record) == ([], [])
+    assert labels(label_top=1)(record)[0] == [4]
+    assert labels(soft_labels=True)(record) == ([4, 1, 9], [0.9, 0.5, 0.2])
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"labels": [1, 10], "index": 7}, "list, entry 7: label 10 is outside the list of 10 classes"),
+        ({"labels": [-1], "key": "a.tar/0"}, "a.tar/0: label -1 is outside"),
+        ({"labels": [1, 2], "label_probs": [0.5]}, "2 labels with 1 label_probs"),
+        ({"label": "cat"}, "'cat' is no class number"),
+    ],
+)
+def test_wrong_labels_end_the_run(record, words):
+    with pytest.raises(DataError, match=words):
+        labels()(record)
+
+
+@pytest.mark.parametrize("record", [{}, {"labels": []}, {"json": b"{}"}, {"json": b"["}, {"caption": "a cat"}])
+def test_a_sample_without_label_is_a_bad_sample(record):
+    with pytest.raises(BadSample, match="no label|cannot be read"):
+        labels()(record | {"key": "a.tar/0"})
+
+
+def test_a_batch_pads_labels():
+    samples = [
+        {"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "labels": ids, "label_weights": [1.0] * len(ids)}
+        for ids in ([4], [1, 2, 3, 0, 5], [])
+    ]
+    batch = LabelCollate()(samples)
+    assert batch["labels"].shape == (3, 8) and batch["label_weights"].sum(1).tolist() == [1, 5, 0]
+    assert batch["labels"][1, :5].tolist() == [1, 2, 3, 0, 5] and batch["image"].dtype == torch.uint8
+    assert LabelCollate()(samples[:1])["labels"].shape == (1, 1)
+
+
+def folder_of(root, names=("cat", "dog"), each=3):
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(each):
+            (root / name / f"{name}_{i}.jpg").write_bytes(jpeg(40 * number + i))
+    return root
+
+
+def test_class_folders(tmp_path):
+    root = folder_of(tmp_path / "train")
+    assert class_names([str(root)], None, HERE) == ["cat", "dog"]
+    split = Split(str(root), HERE, VIEW, labels(2), ["cat", "dog"])
+    assert len(split) == 6 and split.load(4)["labels"] == [1] and split.load(4)["image"].shape == (3, 8, 8)
+    assert [Path(name).name for name in split.file_names][:2] == ["cat_0.jpg", "cat_1.jpg"]
+    other = folder_of(tmp_path / "val", ("dog", "cats"))
+    with pytest.raises(DataError, match="cats: not among the 2 classes; did you mean cat"):
+        Split(str(other), HERE, VIEW, labels(2), ["cat", "dog"])
+    before = identity(split.records, str(root))
+    (root / "dog" / "more.jpg").write_bytes(jpeg())
+    assert identity(open_records(str(root), HERE, "test"), str(root)) != before
+
+
+def test_lists(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    lines = [{"url": "a.jpg", "labels": [i % 3], "label_probs": [0.9]} for i in range(4)]
+    file = tmp_path / "list.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    split = Split(str(file), tmp_path, VIEW, labels(3))
+    assert [split.load(i)["labels"] for i in range(4)] == [[0], [1], [2], [0]]
+    with pytest.raises(DataError, match=r"entry 2: label 2 is outside the list of 2 classes"):
+        training_source(str(file), tmp_path, VIEW, labels(2), [], download=False, shuffle_buffer=1)
+    file.write_text(json.dumps({"url": "a.jpg"}) + "\n")
+    with pytest.raises(DataError, match="no field 'labels'"):
+        open_records(str(file), tmp_path, "train")
+    with pytest.raises(DataError, match="neither a folder"):
+        open_records(str(tmp_path / "nothing"), tmp_path, "train")
+    with pytest.raises(DataError, match="no such file; name a text file"):
+        class_names([], tmp_path / "classes.txt", tmp_path)
+
+
+def tar_of(path, count):
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            for ending, data in (("jpg", jpeg(i)), ("json", json.dumps({"labels": [i % 4]}).encode())):
+                member = tarfile.TarInfo(f"{i:05d}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    path.with_name(path.stem + "_stats.json").write_text(json.dumps({"successes": count}))
+
+
+def shards_of(folder, kind):
+    for number, count in enumerate((5, 3)):
+        path = folder / f"{number:05d}.{kind}"
+        if kind == "tar":
+            tar_of(path, count)
+        else:
+            write_records(path, [encode_example({"jpg": jpeg(i), "label": i % 4}) for i in range(count)])
+    return str(folder / f"*.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["tar", "tfrecord"])
+def test_shards(kind, tmp_path):
+    data = shards_of(tmp_path, kind)
+    split = Split(data, HERE, VIEW, labels(4))
+    expected = [i % 4 for i in range(5)] + [i % 4 for i in range(3)]
+    assert [split.load(i)["labels"][0] for i in range(8)] == expected
+    assert [split.load(i)["labels"][0] for i in (6, 1, 7, 0)] == [1, 1, 2, 0]  # in any order, too
+    source = training_source(data, HERE, VIEW, labels(4), [], download=False, shuffle_buffer=10)
+    loader = StreamLoader(Stream([source], LabelCollate()), 4, workers=0)
+    seen = torch.cat([next(loader)["labels"][:, 0] for _ in range(2)])
+    assert sorted(seen.tolist()) == sorted(expected)
+
+
+def test_a_broken_checksum_is_counted(tmp_path):
+    data = shards_of(tmp_path, "tfrecord")
+    path = tmp_path / "00000.tfrecord"
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1  # inside the first picture
+    path.write_bytes(content)
+    source = training_source(data, HERE, VIEW, labels(4), [], download=False, shuffle_buffer=10)
+    loader = StreamLoader(Stream([source], LabelCollate()), 7, workers=0, error_budget=0.2)
+    next(loader)
+    assert loader.errors == {data: 1} and "checksum" in loader.bad_samples[0]
+    with pytest.raises(DataError, match="checksum is wrong; evaluation needs every sample"):
+        split = Split(data, HERE, VIEW, labels(4))
+        list(EvalLoader(split.load, range(8), 4, LabelCollate(), workers=0))
+    with pytest.raises(DataError, match="fewer records"):
+        records = ShardRecords(data)
+        records.ends = [6, 9]
+        records[5]
+
+
+def test_pictures_without_likely_labels_are_left_out_and_not_counted(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    records = [{"image": "a.jpg", "labels": [i], "label_probs": [i / 10]} for i in range(10)]
+    reader = labels(label_threshold=0.5)
+    source = Labelled(RecordSource(records, LabelledPicture(VIEW, reader, tmp_path)), reader)
+    loader = StreamLoader(Stream([source], LabelCollate()), 5, workers=0)
+    first = next(loader)
+    state = loader.state_dict()
+    assert sorted(first["labels"][:, 0].tolist()) == [5, 6, 7, 8, 9] and sum(loader.errors.values()) == 0
+    again = StreamLoader(Stream([source], LabelCollate()), 5, workers=0, state=state)
+    for a, b in zip(islice(loader, 3), islice(again, 3), strict=True):
+        assert torch.equal(a["labels"], b["labels"])
+    nothing = labels(label_threshold=0.95)
+    source = Labelled(RecordSource(records, LabelledPicture(VIEW, nothing, tmp_path)), nothing)
+    with pytest.raises(DataError, match="no picture has a label of probability 0.95"):
+        next(StreamLoader(Stream([source], LabelCollate()), 5, workers=0))
+
+
+def test_torchvision(tmp_path):
+    split = Split("torchvision/FakeData", tmp_path, VIEW, labels(10))
+    assert split.load(3)["image"].shape == (3, 8, 8) and len(split) == 1000
+    with pytest.raises(DataError, match="did you mean CIFAR10"):
+        open_records("torchvision/CIFAR-10", tmp_path, "train")
+    with pytest.raises(DataError, match="CIFAR10:test: .*--download"):
+        open_records("torchvision/CIFAR10:test", tmp_path, "train")
+    assert not list(tmp_path.iterdir())
+
+
+def test_views():
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 30, 20), dtype=np.uint8))
+    view = TrainView(16, ViTViews(crop_area=(0.3, 1.0), policy="trivialaugment"))
+    assert view(image).shape == (3, 16, 16) and view(image).dtype == torch.uint8
+    exact = TrainView(16, ViTViews(flip=False), exact=True)
+    assert exact(image).dtype == torch.float32
+    assert EvalView(16, resize_small=20)(image).shape == (3, 16, 16)
+    with pytest.raises(DataError, match="at least 16"):
+        EvalView(16, resize_small=10)
+    with pytest.raises(DataError, match="policy 'auto' is unknown"):
+        ViTViews(policy="auto").check()
+    with pytest.raises(DataError, match="crop_area"):
+        ViTViews(crop_area=(0.5, 0.1)).check()

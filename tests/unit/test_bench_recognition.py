@@ -1,0 +1,37 @@
+"""The recognition benchmark's own parts; nothing is timed here."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import bench_recognition  # noqa: E402
+import bench_recognition_common as common  # noqa: E402
+
+
+def test_the_stand_in_tokenizer_gives_the_originals_lengths():
+    words = common.Words()
+    prompt = words.encode(f"<|image|>{common.PROMPT}", bos=True)
+    assert len(prompt) == 8 and prompt[:2] == [1, common.IMAGE] and prompt[-1] == common.ANSWER
+    label = words.encode("word3,")
+    assert len(label) == 3 and label[-1] == common.COMMA  # two tokens and the delimiter
+    assert words.encode("a, b") == words.encode("a,b") and words.encode("", eos=True) == [2]
+
+
+def test_captions_have_five_labels():
+    for text in common.captions(3):
+        assert len(common.labels_of(text)) == 5
+    assert len({text for text in common.captions(4)}) == 4
+
+
+def runs(seconds: float, **found) -> list[dict]:
+    return [{"seconds": seconds, "cpu_seconds": seconds, "peak_bytes": 2**30, **found}]
+
+
+def test_rows_name_speed_and_agreement():
+    results = {"ours": runs(0.5, tokens=[[[1], [2]]]), "peer": runs(5.0, tokens=[[[1], [3]]])}
+    line = bench_recognition.row("1", results, bench_recognition.Config(labels=2))
+    assert "| 4.0 |" in line and "10.0 x" in line and "1 of 2 labels alike" in line
+    step = {"ours": runs(2.0, loss=1.0), "peer": runs(4.0, loss=1.5)}
+    line = bench_recognition.row("train", step, bench_recognition.Config(batch=4))
+    assert "| 2.0 |" in line and "first loss 1.000000 and 1.500000" in line
+    assert bench_recognition.row("8", {"ours": results["ours"]}, bench_recognition.Config()).count("|") == 13

@@ -1,0 +1,154 @@
+"""The LLaMA decoder: equal to transformers', every layout it loads, masks, cache, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from models.errors import ModelError
+from models.llama import Llama, LlamaConfig, Sight, own_part
+from models.llama_files import interleave, merge_shards, read_llama
+from tests.tiny_nxtp import meta_folder
+
+
+def causal(length: int) -> Sight:
+    return Sight(torch.arange(length), torch.ones(length, length, dtype=torch.bool).tril()[None, None])
+
+
+def logits(model: Llama, ids: torch.Tensor) -> torch.Tensor:
+    return model.output(model(model.tok_embeddings(ids), causal(ids.shape[1]))[0])
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """A random LlamaForCausalLM with shared key-value heads, and its folder."""
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = TheirConfig(
+        vocab_size=50, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    folder = tmp_path_factory.mktemp("hf")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(hugging_face):
+    theirs, folder = hugging_face
+    config, state = read_llama(folder)
+    ours = Llama(config).eval()
+    ours.load_state_dict(state)
+    ids = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(0))
+    assert (logits(ours, ids) - theirs(ids).logits).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_decoder_that_is_cut_keeps_first_blocks_norm_and_head(hugging_face):
+    theirs, folder = hugging_face
+    config, state = read_llama(folder, layers=2)
+    assert config.n_layers == 2 and not any(name.startswith("layers.2.") for name in state)
+    ours = Llama(config)
+    ours.load_state_dict(state)
+    del theirs.model.layers[2:]
+    ids = torch.arange(12)[None]
+    assert (logits(ours, ids) - theirs(ids, use_cache=False).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_shards_of_meta_are_merged(shards, tmp_path):
+    model = meta_folder(tmp_path, shards)
+    config, state = read_llama(tmp_path)
+    assert config.hidden == model.config.hidden and config.vocab_size == 40
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_shards_that_split_the_vocabulary_are_merged_along_it():
+    """LLaMA 3's do."""
+    table = torch.randn(40, 32)
+    parts = [{"tok_embeddings.weight": part, "norm.weight": torch.ones(32)} for part in table.chunk(2)]
+    assert torch.equal(merge_shards(parts, 32)["tok_embeddings.weight"], table)
+
+
+def test_rotary_rows_of_both_layouts():
+    """transformers turns (i, i + d/2), Meta (2i, 2i + 1)."""
+    rows = torch.arange(8.0)[:, None]  # one head of 8: halves 0..3 and 4..7
+    assert interleave(rows, 1).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+@torch.no_grad()
+def test_cache_and_kept_positions_change_nothing():
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(dim=32, n_layers=2, n_heads=4, vocab_size=20, multiple_of=16))
+    x = torch.randn(2, 10, 32)
+    mask = torch.ones(4, 10, dtype=torch.bool).tril(6)[None, None]
+    whole, _ = model(x, Sight(torch.arange(10), mask, prefix=6))
+    last, cache = model(x[:, :8], Sight(torch.arange(8), mask[:, :, :2, :8], prefix=6), keep=1)
+    assert (last - whole[:, 7:8]).abs().max() < 1e-5
+    for place in (8, 9):
+        step = Sight(torch.tensor([place]), mask[:, :, place - 6 : place - 5, : place + 1])
+        state, cache = model(x[:, place : place + 1], step, cache)
+        assert (state[:, 0] - whole[:, place]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_image_positions_see_one_another_only_where_asked():
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(dim=32, n_layers=1, n_heads=2, vocab_size=20, multiple_of=16))
+    x = torch.randn(1, 6, 32)
+    changed = x.clone()
+    changed[:, 3] += 1  # the last image position
+    mask = torch.ones(2, 6, dtype=torch.bool).tril(4)[None, None]
+    for whole, moved in ((True, True), (False, False)):
+        sight = Sight(torch.arange(6), mask, prefix=4, whole=whole)
+        first = [model(one, sight)[0][:, 0] for one in (x, changed)]
+        assert torch.equal(*first) is not moved
+        assert sight.dense()[0, 0, 0].tolist() == [True, *[whole] * 3, False, False]
+
+
+def test_own_part_and_merge_are_inverse():
+    state = Llama(LlamaConfig(dim=32, n_layers=1, n_heads=4, vocab_size=20, multiple_of=16)).state_dict()
+    parts = [own_part(state, rank, 2) for rank in range(2)]
+    assert parts[0]["layers.0.attention.wq.weight"].shape == (16, 32)
+    assert parts[0]["layers.0.attention.wo.weight"].shape == (32, 16)
+    merged = merge_shards(parts, 32)
+    assert all(torch.equal(merged[name], value) for name, value in state.items())
+
+
+class TestRefused:
+    def test_deeper_than_it_is(self, tmp_path):
+        meta_folder(tmp_path)
+        with pytest.raises(ModelError, match="has 3 blocks, it cannot be cut to 6"):
+            read_llama(tmp_path, 6)
+
+    def test_no_llama(self, tmp_path):
+        with pytest.raises(ModelError, match="neither params.json"):
+            read_llama(tmp_path)
+
+    def test_a_damaged_shard(self, tmp_path):
+        meta_folder(tmp_path)
+        (tmp_path / "consolidated.00.pth").write_bytes(b"not weights")
+        with pytest.raises(ModelError, match="consolidated.00.pth: not a readable file"):
+            read_llama(tmp_path)
+
+    def test_shards_of_different_models(self, tmp_path):
+        meta_folder(tmp_path, 2)
+        torch.save({"norm.weight": torch.ones(32)}, tmp_path / "consolidated.01.pth")
+        with pytest.raises(ModelError, match="do not belong together"):
+            read_llama(tmp_path)
+
+    @pytest.mark.parametrize("change", [{"model_type": "mistral"}, {"rope_scaling": {"type": "linear", "factor": 2.0}}])
+    def test_another_kind_of_decoder(self, change, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32} | change))
+        with pytest.raises(ModelError, match="not a plain LLaMA"):
+            read_llama(tmp_path)
+
+    def test_heads_that_do_not_fit(self):
+        with pytest.raises(ModelError, match="heads must be whole"):
+            LlamaConfig(dim=30, n_heads=4)
+        with pytest.raises(ModelError, match="key-value heads"):
+            LlamaConfig(dim=32, n_heads=4, n_kv_heads=3)

@@ -1,0 +1,219 @@
+"""The recognition network: what labels see, what is trained, how weights come together, and what is refused."""
+
+import pytest
+import torch
+
+from models.adapters import load_checkpoint
+from models.errors import ModelError
+from models.nxtp import IGNORED, NxtpConfig, among
+from models.nxtp_adapters import decayed_names, decoder_state, geometry, recognition_state, trained_names
+from models.nxtp_build import Networks
+from models.openai_clip import OpenAICLIP, OpenAIConfig, TextShape
+from tests.tiny_nxtp import meta_folder, network
+
+PROMPT = [30, 1, 5, 6]
+
+
+class Tokens:
+    vocab_size, image = 40, 38
+
+
+def text(labels: list[list[int]], vocabulary: int = 40) -> dict[str, torch.Tensor]:
+    """One picture's labels behind the prompt as a batch, each closed by token 9."""
+    ids, segments = list(PROMPT), [0] * len(PROMPT)
+    for number, label in enumerate(labels, 1):
+        ids += [*label, 9]
+        segments += [number] * (len(label) + 1)
+    targets = torch.tensor([*ids[1:], IGNORED])
+    positions = (targets != IGNORED).nonzero().flatten()
+    return {
+        "text_ids": torch.tensor([ids]), "segments": torch.tensor([segments]),
+        "positions": positions, "labels": targets[positions],
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def test_labels_do_not_see_one_another():
+    """Exchanging the first label leaves the second's states as they are, at equal length; and the other way round."""
+    model, image = network(), torch.randn(1, 3, 32, 32)
+    tokens = model.encode_image(image)
+
+    def states(*labels):
+        batch = text(list(labels))
+        return model.states(tokens, batch["text_ids"], batch["segments"])[0]
+
+    one, other = states([20, 21], [22, 23]), states([24, 25], [22, 23])
+    assert torch.allclose(one[7:], other[7:], atol=1e-6) and not torch.allclose(one[4:7], other[4:7], atol=1e-3)
+    assert torch.allclose(one[:7], states([20, 21], [24, 25])[:7], atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_last_label_sees_itself_unless_it_is_left_open():
+    model, tokens = network(), torch.randn(1, 16, 32)
+    batch = text([[20, 21]])
+
+    def last(first: int, segment: int) -> torch.Tensor:
+        ids = batch["text_ids"].clone()
+        ids[0, 4] = first
+        segments = batch["segments"].where(batch["segments"] == 0, segment)
+        return model.states(tokens, ids, segments)[0, 5]
+
+    assert not torch.allclose(last(20, 1), last(24, 1), atol=1e-3)
+    assert torch.equal(last(20, -1), last(24, -1))  # the published code's last label
+
+
+def test_loss_is_the_mean_over_targets_and_padding_changes_nothing():
+    model, image = network(), torch.randn(1, 3, 32, 32)
+    batch = text([[20, 21], [22]])
+    loss = model(image, **batch)["loss_objs"]
+    states = model.states(model.encode_image(image), batch["text_ids"], batch["segments"])[0]
+    expected = torch.nn.functional.cross_entropy(model.logits(states[batch["positions"]]), batch["labels"])
+    assert torch.allclose(loss, expected)
+    padded = {
+        "text_ids": torch.nn.functional.pad(batch["text_ids"], (0, 5), value=39),
+        "segments": torch.nn.functional.pad(batch["segments"], (0, 5), value=-1),
+        "positions": torch.nn.functional.pad(batch["positions"], (0, 3)),
+        "labels": torch.nn.functional.pad(batch["labels"], (0, 3), value=IGNORED),
+    }
+    assert torch.allclose(model(image, **padded)["loss_objs"], loss, atol=1e-6)
+
+
+def test_captions_are_computed_only_where_they_are_given():
+    model, image, batch = network(), torch.randn(1, 3, 32, 32), text([[20]])
+    assert model(image, **batch).keys() == {"loss_objs"}
+    caption = {f"caption_{name}": value for name, value in text([[21, 22]]).items()}
+    caption["caption_segments"] = caption["caption_segments"] * 0
+    both = model(image, **batch, **caption)
+    assert both.keys() == {"loss_objs", "loss_caps"} and both["loss_caps"] != both["loss_objs"]
+
+
+@pytest.mark.parametrize("where", ["trained_rows", "trained_outputs"])
+def test_only_the_chosen_rows_are_trained(where):
+    model, image = network(**{where: (30,)}), torch.randn(1, 3, 32, 32)
+    name = "tok_embeddings" if where == "trained_rows" else "output"
+    weight = getattr(model.language_decoder, name).weight
+    before, batch = weight.detach().clone(), text([[20, 21]])
+    plain = network()(image, **batch)["loss_objs"]
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
+    for _ in range(2):
+        loss = model(image, **batch)["loss_objs"]
+        loss.backward()
+        optimizer.step()
+    changed = (weight != before).any(1).nonzero().flatten().tolist()
+    assert changed == [30]
+    assert torch.allclose(plain, network(**{where: (30,)})(image, **batch)["loss_objs"])
+
+
+def test_trained_and_decayed_names():
+    model = network()
+    names = dict(model.named_parameters())
+    assert trained_names(list(names), None) == set(names)
+    last = trained_names(list(names), 1)
+    assert "vision_encoder.transformer.resblocks.1.ln_1.weight" in last
+    assert not any(
+        name.startswith(("vision_encoder.transformer.resblocks.0.", "vision_encoder.conv1")) for name in last
+    )
+    assert "vision_encoder.transformer.resblocks.1.ln_1.weight" not in trained_names(list(names), 0)
+    decayed = decayed_names({name: names[name] for name in last})
+    assert "language_decoder.norm.weight" in decayed  # as the original
+    assert "language_decoder.tok_embeddings.weight" not in decayed and "vision_encoder.ln_post.weight" not in decayed
+
+
+def clip_state(width: int = 64) -> dict[str, torch.Tensor]:
+    """A tiny CLIP in OpenAI's layout."""
+    torch.manual_seed(3)
+    sizes = {"embed_dim": 16, "image_size": 32, "vision_width": width, "vision_layers": 2, "patch_size": 8}
+    return OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
+
+
+class TestWeights:
+    def test_clip_and_llama_together(self, tmp_path):
+        llama = meta_folder(tmp_path, vocabulary=38)
+        clip = clip_state()
+        model = Networks(decoder_layers=2).build(Tokens(), clip, tmp_path)
+        assert torch.equal(model.vision_encoder.conv1.weight, clip["visual.conv1.weight"])
+        assert torch.equal(model.language_decoder.norm.weight, llama.norm.weight)
+        table = model.language_decoder.tok_embeddings.weight
+        assert table.shape == (40, 32) and torch.equal(table[:38], llama.tok_embeddings.weight)
+        assert not model.language_decoder.output.weight[-1].any()
+        assert len(model.language_decoder.layers) == 2
+
+    def test_clip_of_hugging_face(self, tmp_path):
+        from models.clip_adapters import to_hugging_face
+
+        torch.manual_seed(3)
+        sizes = {"embed_dim": 16, "image_size": 32, "vision_width": 64, "vision_layers": 2, "patch_size": 8}
+        theirs = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1)))
+        model = Networks(decoder=(32, 1)).build(Tokens(), to_hugging_face(theirs))
+        ours, image = model.vision_encoder, torch.randn(1, 3, 32, 32)
+        assert torch.equal(ours.tokens(image), theirs.visual.tokens(image))
+
+    def test_a_published_checkpoint_holds_trained_tensors_only(self):
+        model = network()
+        trained = trained_names([name for name, _ in model.named_parameters()], 0)
+        published = {f"module.{name}": value for name, value in model.state_dict().items() if name in trained}
+        with pytest.raises(ModelError, match="trained tensors only.*--clip ViT-L-14.pt"):
+            recognition_state(published, None)
+        state = recognition_state(published, clip_state())
+        assert state.keys() == model.state_dict().keys()
+        assert torch.equal(state["vision_encoder.proj.weight"], model.vision_encoder.proj.weight)
+        assert torch.equal(state["vision_encoder.conv1.weight"], clip_state()["visual.conv1.weight"])
+        again = network(seed=1)
+        assert not load_checkpoint(again, state)
+        assert geometry(state, 4)[1].kv_heads == 2
+
+    def test_our_own_complete_one(self):
+        model = network()
+        built = Networks(decoder_heads=4).build(Tokens(), checkpoint=model.state_dict())
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in built.state_dict().items())
+
+    def test_pictures_of_another_size(self):
+        model = network()
+        built = Networks(decoder_heads=4, image_size=48).build(Tokens(), checkpoint=model.state_dict())
+        assert built.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 36, 32)
+        wide = Networks(decoder=(32, 1), image_size=48).build(Tokens(), clip_state())
+        assert wide.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 36, 32)
+
+    def test_a_missing_tensor_is_named(self):
+        state = dict(network().state_dict())
+        del state["language_decoder.layers.1.feed_forward.w2.weight"]
+        with pytest.raises(ModelError, match="layers.1.feed_forward.w2.weight"):
+            Networks(decoder_heads=4).build(Tokens(), checkpoint=state)
+
+
+class TestRefused:
+    def test_another_tokenizer(self):
+        with pytest.raises(ModelError, match="33 entries.*but the checkpoint embeds 40"):
+            Networks(decoder_heads=4).build(
+                type("T", (), {"vocab_size": 33, "image": 31}), checkpoint=network().state_dict()
+            )
+
+    def test_another_tokenizer_than_llamas(self, tmp_path):
+        meta_folder(tmp_path, vocabulary=60)
+        with pytest.raises(ModelError, match="60 embeddings, but the tokenizer has 40 entries"):
+            Networks().build(Tokens(), None, tmp_path)
+        with pytest.raises(ModelError, match="use the tokenizer.model that belongs"):
+            decoder_state({"tok_embeddings.weight": torch.zeros(3, 4)}, 40, "here")
+
+    def test_deeper_than_it_is(self):
+        with pytest.raises(ModelError, match="has 2 blocks, it cannot be cut to 3"):
+            Networks(decoder_layers=3).build(Tokens(), checkpoint=network().state_dict())
+
+    def test_a_resnet(self):
+        sizes = {"embed_dim": 16, "image_size": 32, "vision_width": 64, "vision_layers": (1, 1, 1, 1), "patch_size": 0}
+        state = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
+        with pytest.raises(ModelError, match="ResNet has no patches"):
+            Networks(decoder=(32, 1)).build(Tokens(), state)
+
+    def test_no_recognition_network(self):
+        with pytest.raises(ModelError, match="no NXTP checkpoint"):
+            recognition_state(clip_state(), None)
+
+    def test_widths_that_do_not_meet(self):
+        config = network().config
+        with pytest.raises(ModelError, match="image tokens of width 16, decoder of width 32"):
+            NxtpConfig(OpenAIConfig(embed_dim=16), config.decoder)
+
+
+def test_among():
+    assert among(torch.tensor([[1, 2], [3, 1]]), (1, 3)).tolist() == [[True, False], [True, True]]

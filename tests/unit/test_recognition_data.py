@@ -1,0 +1,262 @@
+"""Labels as sequences, list files, shards with nouns, noun extraction; and what is said about bad ones."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import pytest
+import torch
+
+from dataset.errors import BadSample, DataError
+from dataset.nouns import Nouns, clean, make_tagger, parse_nouns, perceptron_tagger
+from dataset.pieces import PieceTokenizer
+from dataset.recognition import (
+    CAPTION_PROMPTS,
+    LABEL_PROMPTS,
+    LabelledPicture,
+    PictureSet,
+    PictureView,
+    RecognitionCollate,
+    Sequences,
+    label_records,
+    pad_batch,
+)
+from dataset.wordnet import WordNet
+from tests import tiny_nxtp
+from tests.unit.test_wordnet import write_database
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny_nxtp.tokenizer(tmp_path_factory.mktemp("pieces"))
+
+
+PROMPT = LABEL_PROMPTS[0]
+
+
+class TestSequences:
+    def test_every_label_is_ended_and_sees_itself(self, tokenizer):
+        text = Sequences(tokenizer, 80).labels(["dog", "living room", "sky"], PROMPT)
+        before = len(Sequences(tokenizer, 80).opening)
+        words, segments = tokenizer.decode(text["text_ids"][before:]), text["segments"]
+        assert words == "dog, living room, sky,"
+        assert segments[:before] == [0] * before and segments[before] == 1 and segments[-1] == 3
+        ends = [i for i, token in enumerate(text["text_ids"]) if token == tokenizer.delimiter]
+        assert [segments[i] for i in ends] == [1, 2, 3]  # a delimiter belongs to the label it ends
+        assert text["targets"] == [*text["text_ids"][1:], -100]
+
+    def test_the_published_form_leaves_the_last_label_open(self, tokenizer):
+        text = Sequences(tokenizer, 80, original=True).labels(["dog", "sky"], PROMPT)
+        assert text["text_ids"][-1] == tokenizer.eos and text["targets"][-2] == -100
+        assert text["segments"][-1] == -1 and text["segments"].count(-1) > 1
+        assert max(text["segments"]) == 1
+
+    def test_labels_may_see_those_before(self, tokenizer):
+        assert set(Sequences(tokenizer, 80, decouple=False).labels(["dog", "sky"], PROMPT)["segments"]) == {0}
+
+    def test_order_and_prompt_are_drawn(self, tokenizer):
+        made = Sequences(tokenizer, 90)
+        torch.manual_seed(0)
+        texts = {tuple(made.labels(["dog", "cat", "sky", "tree"])["text_ids"]) for _ in range(10)}
+        assert len(texts) > 5
+        fixed = Sequences(tokenizer, 90, many_prompts=False)
+        opening = fixed.opening
+        assert all(fixed.labels(["dog", "cat"])["text_ids"][: len(opening)] == opening for _ in range(5))
+
+    def test_what_does_not_fit_is_left_out_whole(self, tokenizer):
+        labels = [f"living room {i}" for i in range(30)]
+        text = Sequences(tokenizer, 80).labels(labels, PROMPT)
+        assert len(text["text_ids"]) <= 80 and text["text_ids"][-1] == tokenizer.delimiter
+        kept = tokenizer.decode(text["text_ids"][len(Sequences(tokenizer, 80).opening) :]).rstrip(",").split(", ")
+        assert kept == labels[: len(kept)] and kept
+
+    def test_a_label_longer_than_the_budget(self, tokenizer):
+        with pytest.raises(BadSample, match=r"label 'xyxy.*longer than the \d+ tokens"):
+            Sequences(tokenizer, 60).labels(["xy" * 60], PROMPT)
+
+    def test_no_labels(self, tokenizer):
+        with pytest.raises(BadSample, match="no labels.*extract_nouns"):
+            Sequences(tokenizer, 80).labels([], PROMPT)
+
+    def test_a_budget_without_room(self, tokenizer):
+        with pytest.raises(DataError, match="max_text 16: the longest prompt alone"):
+            Sequences(tokenizer, 16)
+
+    def test_captions_are_read_from_left_to_right(self, tokenizer):
+        text = Sequences(tokenizer, 120).caption("a dog", CAPTION_PROMPTS[0])
+        assert set(text["segments"]) == {0} and text["text_ids"][-1] == tokenizer.eos
+        assert text["targets"][-2] == tokenizer.eos
+
+    def test_padding(self):
+        one = {"text_ids": [1, 2, 3], "segments": [0, 0, 1], "targets": [2, 3, -100]}
+        two = {"text_ids": [4] * 10, "segments": [0] * 10, "targets": [5] * 9 + [-100]}
+        batch = pad_batch([one, two], pad=9)
+        assert batch["text_ids"].shape == (2, 16) and batch["text_ids"][0].tolist() == [1, 2, 3] + [9] * 13
+        assert batch["segments"][0].tolist() == [0, 0, 1] + [-1] * 13
+        assert len(batch["positions"]) == 32
+        counted = batch["labels"] != -100
+        assert batch["positions"][counted].tolist() == [0, 1, *range(16, 25)]
+        assert batch["labels"][counted].tolist() == [2, 3] + [5] * 9
+
+    def test_prompts(self):
+        assert LABEL_PROMPTS[0] == "The objects in the image are" and len(set(LABEL_PROMPTS)) == len(LABEL_PROMPTS)
+        assert all(prompt.endswith(" are") for prompt in LABEL_PROMPTS)
+        assert CAPTION_PROMPTS[0] == "A brief description of the given image is that"
+
+
+class TestTokenizer:
+    def test_special_tokens_stand_behind_the_pieces(self, tokenizer):
+        assert tokenizer.image == tokenizer.vocab_size - 2 and tokenizer.pad == tokenizer.vocab_size - 1
+        ids = tokenizer.encode("<|image|>dog")
+        assert ids[0] == tokenizer.image and tokenizer.decode(ids) == "<|image|>dog"
+        assert tokenizer.decode(tokenizer.encode("living room, dog")) == "living room, dog"
+
+    def test_it_travels_to_loader_workers(self, tokenizer):
+        again = pickle.loads(pickle.dumps(tokenizer))
+        assert again.encode("dog, sky") == tokenizer.encode("dog, sky") and again.vocab_size == tokenizer.vocab_size
+
+    def test_the_folder_above_is_looked_at(self, tokenizer):
+        below = tokenizer.path.parent / "llama-2-7b"
+        below.mkdir(exist_ok=True)
+        assert PieceTokenizer(below).path == tokenizer.path
+
+    def test_refused(self, tmp_path):
+        with pytest.raises(DataError, match="no such file; name LLaMA's tokenizer.model"):
+            PieceTokenizer(tmp_path / "tokenizer.model")
+        (tmp_path / "tokenizer.model").write_text("nothing")
+        with pytest.raises(DataError, match="no SentencePiece model"):
+            PieceTokenizer(tmp_path)
+
+
+# ---- nouns
+TAGS = {"dogs": "NNS", "dog": "NN", "geese": "NNS", "laptop": "NN", "lap": "NN", "b2b": "NN", "runs": "VBZ"}
+
+
+@pytest.fixture
+def nouns(tmp_path):
+    index = WordNet(write_database(tmp_path / "wordnet"))
+    return lambda **changes: Nouns(
+        lambda words: [TAGS.get(word, "DT") for word in words], index, words=str.split, **changes
+    )
+
+
+def test_nouns_of_a_caption(nouns):
+    assert nouns()("The dogs and GEESE runs") == ["dog", "goose"]
+    assert nouns()("the runs") == [] == nouns()("")
+    assert nouns().of_all(["dogs", "a dog"]) == ["dog", "dog"]
+
+
+def test_defects_of_the_published_rules_and_their_mending(nouns):
+    assert nouns()("laptop dogs dog") == ["lap", "dog", "dog"]
+    assert nouns(mended=True)("laptop dogs dog") == ["laptop", "dog"]
+    assert nouns(numbers=True)("b2b") == ["b2b"] and nouns()("b2b") == []
+    assert clean("A top-notch Person, & dogs!") == "a -notch dogs"
+    assert clean("a person at the shop", whole_words=True) == "a at the shop"
+
+
+def test_taggers_are_never_downloaded(tmp_path):
+    with pytest.raises(DataError, match="no taggers/averaged_perceptron_tagger_eng in it.*or use the tagger `lexicon`"):
+        perceptron_tagger(tmp_path)
+    with pytest.raises(DataError, match="tagger nltk: name the folder"):
+        make_tagger("nltk", None)
+    tags = make_tagger("auto", None)(["two", "dogs", "run", "in", "paris", "happily"])
+    assert tags[1] == "NNS" and len(tags) == 6 and make_tagger("lexicon", None)([]) == []
+
+
+def test_the_perceptron_of_nltk_is_read_from_its_folder(tmp_path):
+    """A tiny model in NLTK's JSON layout: every word a noun."""
+    folder = tmp_path / "taggers/averaged_perceptron_tagger_eng"
+    folder.mkdir(parents=True)
+    contents = {"weights": {"bias": {"NN": 1.0}}, "tagdict": {"the": "DT"}, "classes": ["DT", "NN"]}
+    for name, content in contents.items():
+        (folder / f"averaged_perceptron_tagger_eng.{name}.json").write_text(json.dumps(content))
+    assert make_tagger("auto", tmp_path)(["the", "dog"]) == ["DT", "NN"]
+
+
+def test_names_in_lists():
+    assert parse_nouns(b" Great  White dog, cat,,") == ["great white dog", "cat"]
+
+
+# ---- files
+def write_shard(path, samples: dict[str, dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for key, members in samples.items():
+            for kind, data in members.items():
+                header = tarfile.TarInfo(f"{key}.{kind}")
+                header.size = len(data)
+                archive.addfile(header, io.BytesIO(data))
+
+
+def jpeg(side: int = 20) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (2 * side, side), "red").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_list_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.list").write_text("C:/x 1.jpg : great white shark,white shark\n\nb.jpg:tench\n")
+    records = label_records(tmp_path / "a.list")
+    assert list(records) == [
+        {"image": "C:/x 1.jpg", "labels": ["great white shark", "white shark"]},
+        {"image": "b.jpg", "labels": ["tench"]},
+    ]
+    (tmp_path / "b.list").write_text("b.jpg : \n")
+    with pytest.raises(DataError, match="b.list, line 1: expected `path : name,name,...`"):
+        label_records(tmp_path / "b.list")
+    with pytest.raises(DataError, match="no such list"):
+        label_records(tmp_path / "c.list")
+
+
+def test_samples_and_batches(tmp_path, tokenizer):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    build = LabelledPicture(PictureView(16), Sequences(tokenizer, 80), tmp_path, captions=True)
+    listed = {"image": "a.jpg", "labels": ["Dog", "Sky"], "caption": "a dog"}
+    stored = {"image": jpeg(), "key": "s/1", "nouns": b"dog,cat", "caption": "a cat"}
+    batch = RecognitionCollate(tokenizer.pad)([build(listed), build(stored)])
+    assert batch["image"].shape == (2, 3, 16, 16) and batch["image"].dtype == torch.uint8
+    assert {"text_ids", "segments", "positions", "labels", "caption_text_ids"} <= batch.keys()
+    for broken, message in (
+        ({"image": jpeg(), "key": "s/2", "caption": ""}, "s/2: no member .nouns; run scripts/extract_nouns.py"),
+        ({"image": jpeg(), "key": "s/3", "nouns": b""}, "s/3: no labels"),
+        ({"image": b"no picture", "key": "s/4", "nouns": b"dog", "caption": ""}, "s/4"),
+        ({"image": "gone.jpg", "labels": ["dog"], "caption": ""}, "gone.jpg: No such file"),
+        ({"image": "a.jpg", "labels": ["dog"]}, "a.jpg: no caption"),
+    ):
+        with pytest.raises(BadSample, match=message):
+            build(broken)
+
+
+def test_pictures_whole_or_their_centre():
+    image = torch.zeros(3, 10, 30, dtype=torch.uint8)
+    image[:, :, :10] = 255
+    assert PictureView(10)(image).float().mean() < 10  # the centre is black
+    assert PictureView(10, whole=True)(image).float().mean() == pytest.approx(85, abs=3)
+    torch.manual_seed(0)
+    noise = torch.randint(0, 255, (3, 30, 30), dtype=torch.uint8)
+    crops = [PictureView(10, whole=True, crop=0.5)(noise) for _ in range(4)]
+    assert all(crop.shape == (3, 10, 10) for crop in crops) and not torch.equal(crops[0], crops[1])
+
+
+def test_the_pictures_of_a_split(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    members = {"jpg": jpeg(), "txt": b"a dog", "nouns": b"dog,cat"}
+    write_shard(tmp_path / "00000.tar", {"000000": members, "000001": members | {"nouns": b"sky"}})
+    data = PictureSet(tmp_path, PictureView(8))
+    assert len(data) == 2 and data.references == [["dog", "cat"], ["sky"]]
+    assert data.load(1)["image"].shape == (3, 8, 8) and data.picture(0) == jpeg() and "00000.tar" in data.name(0)
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "a.list").write_text("a.jpg : Dog,cat\n")
+    listed = PictureSet(tmp_path / "a.list", PictureView(8), tmp_path)
+    assert listed.references == [["dog", "cat"]] and listed.load(0)["image"].shape == (3, 8, 8)
+    with pytest.raises(DataError, match="image_root"):
+        PictureSet(tmp_path / "a.list", PictureView(8), tmp_path / "elsewhere")
+    write_shard(tmp_path / "00001.tar", {"000002": {"jpg": jpeg(), "txt": b"a dog"}})
+    with pytest.raises(DataError, match="000002: no member .nouns"):
+        PictureSet(tmp_path, PictureView(8))
+    (tmp_path / "00001.tar").write_bytes(b"x" * 600)
+    with pytest.raises(DataError, match="00001.tar: no readable, uncompressed tar"):
+        PictureSet(tmp_path, PictureView(8))

@@ -29,7 +29,7 @@ from dataset.stream import RecordSource, StreamLoader
 from dataset.text import TextCollate, Tokenizer
 from evaluation.cases import box_case, gallery
 from evaluation.grounding import Pointing, enlarge, grounding_accuracy, point_all
-from evaluation.page import card, table
+from evaluation.page import card, score_table, table
 from evaluation.split import over_split, write_results
 from models.adapters import start_from
 from models.geometry import networks
@@ -148,10 +148,9 @@ def train(config: Config, world, model: Retrieval, tokenizer: Tokenizer, data, p
 
 def report(data: ReferringExpressions, maps: torch.Tensor, found: list[Pointing]) -> list[str]:
     """The table of splits, and heat maps over pictures with the detected, chosen (thick) and true (dashed) boxes."""
-    names = ("accuracy", "pointing", "chance")
-    rows = (
-        [split, *(f"{s[name]:.1f}" for name in names), s["expressions"]] for split, s in scores(found, data).items()
-    )
+    splits = scores(found, data).items()
+    accuracy = [(f"{split}, {s['expressions']} expressions", s["accuracy"], s["chance"]) for split, s in splits]
+    pointing = ([split, f"{s['pointing']:.1f}"] for split, s in splits)
     right = torch.tensor([result.iou >= 0.5 for result in found])
 
     def case(i: int) -> str:
@@ -159,9 +158,10 @@ def report(data: ReferringExpressions, maps: torch.Tensor, found: list[Pointing]
         heat, boxes = enlarge(maps[i], *picture.shape[1:]), data.boxes[i]
         return box_case(picture, heat, data.texts[i], boxes, result.box, target.box, result.iou)
 
-    head = ["in %", "IoU >= 0.5", "pointing game", "a box at random", "expressions"]
+    tables = score_table(["the chosen box has IoU >= 0.5, in %", "accuracy", "a box at random"], accuracy, None)
+    game = table(["the map's maximum lies in the true box, in %", "pointing game"], pointing)
     intro = "Thin: detected boxes. Thick: the chosen one, green where right. Dashed: the true one."
-    return [card("Accuracy", table(head, rows)), gallery("Found", right, case, intro=intro)]
+    return [card("Accuracy", tables, "<h3></h3>", game), gallery("Found", right, case, intro=intro)]
 
 
 def main(config: Config) -> None:

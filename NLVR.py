@@ -158,7 +158,7 @@ def main(config: Config) -> None:
         truth = {split: (logits, sets[split].labels, NLVR2.classes) for split, logits in found.items()}
         metrics = {split: class_accuracy(*answer) for split, answer in truth.items()}
         cards = [statement_report(s, *answer, sets[s].records, sets[s].files) for s, answer in truth.items()]
-        write_results(config, "NLVR2", metrics, sum(cards, []))
+        write_results(config, "NLVR2", metrics, sum(reversed(cards), []))
     distributed.shutdown()
 
 

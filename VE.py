@@ -96,7 +96,7 @@ def main(config: Config) -> None:
     for split, data in sets.items():
         answers = (judge(model.to(job.world.device), data, tokenizer, config, job), data.labels, SNLI_VE.classes)
         metrics[split] = class_accuracy(*answers)
-        cards += statement_report(split, *answers, data.records, data.files) if job.world.is_main else []
+        cards = statement_report(split, *answers, data.records, data.files) + cards if job.world.is_main else []
     distributed.on_main(lambda: write_results(config, "Visual entailment", metrics, cards))
     distributed.shutdown()
 

@@ -24,7 +24,7 @@ from dataset.stream import StreamLoader
 from dataset.text import TextCollate, Tokenizer
 from dataset.vqa import QuestionAnswers, QuestionSet, VqaCollate, encode_answers, read_answer_list, unreachable
 from evaluation.cases import answer_case, gallery
-from evaluation.page import card, table
+from evaluation.page import card, score_table
 from evaluation.split import over_split, write_results
 from evaluation.vqa import answer_score, prior_accuracy, save_answers, vqa_accuracy
 from models.adapters import depth, start_from
@@ -159,8 +159,8 @@ def report(data: QuestionSet, answers: list[str], best, probability, split: str,
         return [card(split, intro=f"{len(data)} questions answered; people's answers are not known here.")]
     scores, prior = accuracy(data, answers, best, config), prior_accuracy(data.truth)
     rows = [("all", scores["overall"], prior["overall"])]
-    for group in ("question_type", "answer_type"):
-        rows += [(name, value, prior[group][name]) for name, value in scores.get(group, {}).items()]
+    for group, title in (("question_type", "{}"), ("answer_type", "answers: {}")):
+        rows += [(title.format(name), value, prior[group][name]) for name, value in scores.get(group, {}).items()]
     people = [data.truth[question]["answers"] for question in data.ids]
     right = torch.tensor(
         [answer_score(answers[row[0]], p) >= 0.5 for row, p in zip(best.tolist(), people, strict=True)]
@@ -172,7 +172,7 @@ def report(data: QuestionSet, answers: list[str], best, probability, split: str,
         return answer_case([data.images[i]], data.questions[i], guesses, true, bool(right[i]))
 
     head = ["VQA accuracy in %", split, "most frequent answer"]
-    return [card(f"{split}: {len(data)} questions", table(head, rows, 0)), gallery(f"Answers, {split}", right, case)]
+    return [card(f"{split}: {len(data)} questions", score_table(head, rows)), gallery(f"Answers, {split}", right, case)]
 
 
 def main(config: Config) -> None:
@@ -196,7 +196,7 @@ def main(config: Config) -> None:
         if world.is_main:
             found = {question: answers[row[0]] for question, row in zip(data.ids, best.tolist(), strict=True)}
             save_answers(config.output_dir / "result" / f"vqa_result_{split}.json", found)
-            sections += report(data, answers, best, probability, split, config)
+            sections = report(data, answers, best, probability, split, config) + sections
     if world.is_main:
         write_results(config, "Visual question answering", metrics, sections)
     distributed.shutdown()

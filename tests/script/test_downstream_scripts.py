@@ -63,8 +63,12 @@ def test_interrupted_run_ends_with_the_same_weights(digitscenes, finetuned, task
     weights = [torch.load(d / "checkpoint_00000008.pt", weights_only=True)["model"] for d in (straight, tmp_path)]
     for key, value in weights[0].items():
         assert torch.equal(value, weights[1][key]), key
-    losses = [[line["loss"] for line in log_lines(d) if "loss" in line] for d in (straight, tmp_path)]
-    assert losses[0] == losses[1]
+    logged, best = [], []
+    for folder in (straight, tmp_path):
+        logged.append([(line.get("loss"), line.get(f"val_{METRIC[task]}")) for line in log_lines(folder)])
+        saved = torch.load(folder / "checkpoint_best.pt", weights_only=True)
+        best.append((saved["step"], saved[METRIC[task]]))
+    assert logged[0] == logged[1] and best[0] == best[1]
 
 
 @TASKS

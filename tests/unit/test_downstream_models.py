@@ -1,5 +1,7 @@
 """The networks of VQA, VE, NLVR2 and grounding: what must hold whatever the weights."""
 
+import copy
+
 import pytest
 import torch
 
@@ -93,6 +95,37 @@ def test_answers_of_weight_zero_and_padding_change_nothing():
     fewer = {key: value[:-1] for key, value in answers.items()}
     fewer["answer_ids"], fewer["answer_mask"] = fewer["answer_ids"][:, :5], fewer["answer_mask"][:, :5]
     torch.testing.assert_close(loss, model(**batch, **fewer, alpha=0.4)["loss_vqa"])
+
+
+def shallow(task: str) -> Vqa | StatementModel:
+    """As few layers as there can be: compiling takes long."""
+    torch.manual_seed(0)
+    if task == "answers":
+        config = tiny_config(layers=1, depth=1)
+        return spread(Vqa(VqaConfig(config.vit, config.bert, decoder_layers=1)))
+    config = tiny_config(layers=2, depth=1)
+    return spread(StatementModel(StatementConfig(config.vit, config.bert, classes=2, paired_from=0)))
+
+
+@pytest.mark.parametrize("task", ["answers", "picture pairs"])
+def test_compiled_equals_eager(task):
+    """One graph, the same loss and the same gradients."""
+    model = shallow(task)
+    other, batch = copy.deepcopy(model), inputs(False)
+    if task == "answers":
+        batch |= training_answers()
+    else:
+        batch |= {"image": torch.stack([batch["image"], batch["image"].flip(0)], 1), "label": torch.tensor([0, 1] * 2)}
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    losses = [m(**batch, alpha=torch.tensor(0.4)) for m in (model, compiled)]
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss)
+    for part in losses:
+        sum(part.values()).backward()
+    found = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""The retrieval benchmark's arithmetic and its words; no model of full size is made here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import bench_common  # noqa: E402
+import bench_retrieval  # noqa: E402
+import bench_retrieval_ours  # noqa: E402
+
+from runtime.errors import InputError  # noqa: E402
+
+FILL = -100.0
+
+
+def run(encoding: float, matching: float, cpu: float) -> dict:
+    return {"times": {"encoding": [encoding, 2 * encoding], "matching": [matching, cpu]}, "device": "cpu", "gpu": ""}
+
+
+def test_rates_and_the_time_that_coco_would_take():
+    config = bench_retrieval.Config(pictures=10, k_test=4)
+    assert config.pairs == 10 * 4 + 50 * 4
+    found = bench_retrieval.rates([run(3.6, 24.0, 48.0), run(3.6, 12.0, 24.0), run(7.2, 6.0, 8.0)], config)
+    assert found["pairs"] == 20.0 and found["cpu_pairs"] == 10.0 and found["encoding"] == 3.6
+    # 5,000 pictures and their captions at 0.36 s, 7.68 million pairs at 20 a second
+    assert found["coco"] == pytest.approx((5000 * 0.36 + 7.68e6 / 20) / 3600)
+    assert "7.7 million pairs" in bench_retrieval.table({"ours": found})
+    assert bench_retrieval.table({"ours": found, "peer": found}).count("\n") == 3
+
+
+def test_agreement_of_equal_and_of_reversed_orders():
+    theirs = torch.tensor([[3.0, 1.0, FILL, 2.0], [FILL, 1.0, 5.0, 4.0]])
+    same = bench_retrieval_ours.agreement(theirs + 1e-4 * (theirs > FILL), theirs)
+    assert same["candidates"] == same["order"] == same["spearman"] == 1
+    assert same["difference"] == pytest.approx(1e-4 / float(theirs[theirs > FILL].std()), rel=1e-2)
+    ours = theirs.clone()
+    ours[0, 0], ours[0, 1] = 1.0, 3.0  # 3 1 2 -> 1 3 2: opposite order
+    ours[1, 1] = FILL
+    other = bench_retrieval_ours.agreement(ours, theirs)
+    assert other == {
+        "candidates": 5 / 6,
+        "order": 0.5,
+        "difference": pytest.approx(2 / 1.5811, rel=1e-3),
+        "spearman": 0,
+    }
+
+
+def test_words_name_the_lowest_agreement():
+    parts = {"candidates": 1.0, "order": 0.5, "difference": 1e-6, "spearman": 0.9}
+    words = bench_retrieval.agreement_text({"ours": [{"agreement": {"a": parts, "b": parts | {"order": 0.25}}}]})
+    assert "25.0% of the queries" in words and "1.0e-06" in words
+
+
+def test_stages_add_up_and_repeat():
+    stages = bench_common.Stages(torch.device("cpu"))
+    for name in ("encoding", "matching", "matching", "encoding", None):
+        stages.enter(name)
+    assert set(stages.times) == {"encoding", "matching"} and all(min(t) >= 0 for t in stages.times.values())
+    stages.enter("matching")
+    sum(range(200_000))
+    before = stages.times["matching"][1]
+    stages.enter(None)
+    assert stages.times["matching"][1] > before
+
+
+def test_the_split_is_what_both_sides_take():
+    pictures, ids, mask = bench_common.synthetic_split(2, 10)
+    assert pictures.shape == (2, 3, 384, 384) and ids.shape == mask.shape == (10, 30)
+    assert (ids[:, 0] == bench_common.CLS).all() and (ids[~mask] == 0).all() and (ids[mask] > 0).all()
+    assert 9 <= int(mask.sum(1).min()) and int(mask.sum(1).max()) <= 16
+    again = bench_common.synthetic_split(2, 10)
+    assert all(torch.equal(a, b) for a, b in zip((pictures, ids, mask), again, strict=True))
+
+
+def test_what_cannot_be_measured_is_said_before_anything_runs(tmp_path):
+    with pytest.raises(InputError, match="more --pictures"):
+        bench_retrieval.main(bench_retrieval.Config(pictures=4, k_test=5))
+    with pytest.raises(InputError, match="models/model_retrieval.py"):
+        bench_retrieval.main(bench_retrieval.Config(system="albef", peer=str(tmp_path)))

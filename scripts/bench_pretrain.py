@@ -39,14 +39,15 @@ from runtime.errors import InputError  # noqa: E402
 QUEUE_SIZE = 65536  # of the original, fixed
 PREAMBLE = """# Benchmarks
 
-Written by `scripts/bench_pretrain.py`; each section names the command that made it. A step is momentum update, forward,
-backward, gradient norm and AdamW on random pictures of 256 px and captions of 25 tokens, with random weights of full
-size (ViT-B/16, BERT-base, for SIMLA also DALL-E's encoder). *ours* and *original* ran in turn, each in a process of its
-own. A ratio is the median of the ratios of neighbouring runs. Memory is the peak of the process on a CPU, with weights
-and libraries, and the peak of the allocator on a GPU. CPU seconds are the processor time of all threads: on a shared
-machine they vary less than the clock. MFU is the share of the device's peak that the FLOPs of the network's forward and
-backward pass make up, without those that activation checkpointing repeats and those of the image tokenizer; the peak is
-the vendor's figure for a GPU, and a measured matrix product of the same number type, by processor time, for a CPU.
+Written by the `scripts/bench_*.py`; each section names the command that made it, whose `--help` says what is
+measured. A step of SIMLA or ALBEF is momentum update, forward, backward, gradient norm and AdamW on random pictures
+of 256 px and captions of 25 tokens, at full size (ViT-B/16, BERT-base, for SIMLA also DALL-E's encoder). *ours* and
+*original* ran in turn, each in a process of its own. A ratio is the median of the ratios of neighbouring runs. Memory
+is the peak of the process on a CPU, with weights and libraries, and the peak of the allocator on a GPU. CPU seconds
+are the processor time of all threads: on a shared machine they vary less than the clock. MFU is the share of the
+device's peak that the FLOPs of the network's forward and backward pass make up, without those that activation
+checkpointing repeats and those of the image tokenizer; the peak is the vendor's figure for a GPU, and a measured
+matrix product of the same number type, by processor time, for a CPU.
 """
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -15,6 +16,7 @@ from dataset.randomness import mix, permuted, seeded
 
 LISTED = 20  # bad samples named when the budget is exceeded
 ENOUGH = 1000  # samples after which the share of bad ones means something
+LEFT_TO_PARENT = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # signals that worker processes ignore
 
 
 class RecordSource:
@@ -163,7 +165,8 @@ class StreamLoader:
 
     def __next__(self) -> dict:
         if self._batches is None:
-            self._batches = iter(self._data_loader())
+            with signals_held():
+                self._batches = iter(self._data_loader())
         try:
             batch, slot, position, dropped = next(self._batches)
         except RuntimeError as error:
@@ -259,16 +262,31 @@ def too_many(listed: list[str], bad: int, drawn: int) -> str:
     )
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Keeps the scheduler's signals and Ctrl-C waiting: processes started in here inherit that until `worker_init`.
+
+    Without it a signal to the whole job that comes while workers start would kill them, and the run with them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *LEFT_TO_PARENT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def worker_init(_: int) -> None:
     """One thread per worker process, and signals of the scheduler or of Ctrl-C are left to the parent to act on.
 
     SIGTERM still ends the worker when it comes from the parent, as it does when the parent exits.
     """
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    held = {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # not on macOS
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, *LEFT_TO_PARENT} - held)
+    if held:
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
         threading.Thread(target=_obey_parent, daemon=True).start()
 
 
@@ -316,7 +334,9 @@ class EvalLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict]:
-        for batch in self.loader:
+        with signals_held():
+            batches = iter(self.loader)
+        for batch in batches:
             if isinstance(batch, BadSample):
                 raise DataError(f"{batch}; evaluation needs every sample: mend the file or remove its annotation")
             yield batch

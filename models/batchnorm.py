@@ -97,7 +97,8 @@ class GhostBatchNorm(nn.Module):
         """[B,C,H,W] -> the same shape; B is a multiple of the virtual batch (see virtual_batches)."""
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        groups = x.split(self.virtual_batch or len(x))
+        alone = self.virtual_batch in (0, len(x))
+        groups = (x,) if alone else x.split(self.virtual_batch)
         mean, variance = self.running_mean.new_zeros(2, len(groups), len(self.weight))
         parts = [
             F.batch_norm(group, *running, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
@@ -105,7 +106,7 @@ class GhostBatchNorm(nn.Module):
         ]
         if torch.is_grad_enabled():  # activation checkpointing runs once without and once with
             self._follow(mean, variance, groups[0].numel() // len(self.weight))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if alone else torch.cat(parts)
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:

@@ -276,6 +276,28 @@ def test_workers_ignore_signals_of_the_scheduler_but_end_with_the_parent():
     assert wait_until_gone(pids)
 
 
+def test_signals_that_come_while_workers_start_kill_none():
+    """All of the job get the scheduler's signals, also workers that have not come as far as to ignore them."""
+    early = """
+    import os, signal, time
+    import dataset.stream as module
+    from tests.contract.stream_cases import records, stream
+
+    ready = module.worker_init
+    def slow_init(number):
+        for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), signal_number)
+        ready(number)
+    module.worker_init = slow_init
+    loader = module.StreamLoader(stream(records(100)), 4, workers=2)
+    evaluation = module.EvalLoader(list(range(12)).__getitem__, range(12), 4, list, workers=2)
+    print(len([next(loader) for _ in range(20)]), len(list(evaluation)))
+    """
+    root = Path(__file__).resolve().parents[2]
+    code = [sys.executable, "-c", textwrap.dedent(early)]
+    assert subprocess.run(code, cwd=root, capture_output=True, text=True, timeout=60).stdout.split() == ["20", "3"]
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
 def test_workers_end_when_the_parent_is_killed():
     process, pids, _ = run_script("time.sleep(100)", wait=False)

@@ -25,7 +25,7 @@ from torch import Tensor
 from dataset.clip_transforms import normalize, pixel_statistics
 from dataset.labelled import LabelCollate, LabelOptions, Labels, Split, class_names, training_source
 from dataset.stream import EvalLoader, Stream, StreamLoader, shard_indices
-from dataset.vit_views import MEAN, STD, EvalView, TrainView, ViTViews
+from dataset.vit_views import EvalView, TrainView, ViTViews
 from evaluation.classification import multi_label_metrics, read_real, score, single_label_metrics
 from evaluation.page import card, table
 from evaluation.split import write_results
@@ -118,7 +118,8 @@ def validation(config: Config, names: list[str], world: World) -> Callable[[Visi
     labels = Labels(config.network.num_classes, config.targets, config.val_data)
     data = Split(config.val_data, config.data_root, view, labels, names, config.download)
     real = read_real(config.real, data.file_names) if config.real else None
-    own, statistics = shard_indices(len(data), world.rank, world.size), pixel_statistics(world.device, MEAN, STD)
+    own = shard_indices(len(data), world.rank, world.size)
+    statistics = pixel_statistics(world.device, *config.network.statistics)
     autocast = Precision(config.precision, world.device, None).autocast
 
     def validate(model: VisionClassifier) -> Metrics:
@@ -181,7 +182,7 @@ def train(config: Config, names: list[str], validate: Callable | None, world: Wo
     session.every = max(1, plan.steps(config.eval_every))
     about = f"{config.network.model}, {config.network.num_classes:,} classes"
     session.start(about, plan, parameters, samples_an_epoch=len(loader.stream))
-    statistics, metrics = pixel_statistics(world.device, MEAN, STD), {}
+    statistics, metrics = pixel_statistics(world.device, *config.network.statistics), {}
     weights, average = trained(network), [p for p in network.parameters() if not p.requires_grad]
 
     def next_batch() -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from models.dvae import ImageTokenizer
 from models.momentum import MomentumPairs
 from models.simla import Simla, SimlaConfig
 from models.vit import ViTConfig
+from models.vit_weights import native
 from models.xbert import BertConfig
 from runtime import distributed
 from runtime.checkpoint import read_weights
@@ -65,9 +66,12 @@ class Config(RunConfig):
     vision_width: int = knob(768, "width of the vision transformer", low=1)
     vision_depth: int = knob(12, "blocks of the vision transformer", low=1)
     vision_heads: int = knob(12, "attention heads of the vision transformer", low=1)
+    vision_stem: list[int] = knob(
+        [], "channels of convolutional stages before the patches, whose batch norms stay as loaded; [] = none", low=1
+    )
     bert_config: Path = knob(Path("configs/shared_bert.json"), "geometry of the text and fusion transformer (JSON)")
     embed_dim: int = knob(256, "width of the joint space", low=1)
-    vision_weights: Path | None = knob(None, "ImageNet weights to start the ViT from (DeiT-B .pth)")
+    vision_weights: Path | None = knob(None, "weights the ViT starts from: DeiT-B .pth, or a run of Classification.py")
     text_encoder: str = knob("bert-base-uncased", "tokenizer: Hugging Face folder or hub name")
     text_weights: str | None = knob(None, "BERT weights to start from: folder or hub name; none = random")
     image_tokenizer_path: Path | None = knob(
@@ -139,7 +143,7 @@ def build_model(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageToke
     vision = (config.image_res, config.patch_size, config.vision_width, config.vision_depth, config.vision_heads)
     model = Simla(
         SimlaConfig(
-            vit=ViTConfig(*vision, mask_token=config.is_simla),
+            vit=ViTConfig(*vision, mask_token=config.is_simla, stem=tuple(config.vision_stem)),
             bert=BertConfig.from_json(bert),
             embed_dim=config.embed_dim,
             queue_size=config.queue_size,
@@ -156,7 +160,7 @@ def build_model(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageToke
     if config.text_weights:
         load_bert(model.text_encoder, load_bert_folder(config.text_weights)[0])
     if config.vision_weights:
-        deit = deit_weights(read_weights(config.vision_weights), config.grid)
+        deit = deit_weights(native(read_weights(config.vision_weights)), config.grid)
         load_checkpoint(model.visual_encoder, deit, allowed_missing=("mask_token",))
     MomentumPairs(model).copy()
     if config.checkpoint:

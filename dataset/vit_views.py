@@ -16,7 +16,6 @@ from torch import Tensor
 from dataset.errors import DataError
 from dataset.transforms import Box
 
-MEAN = STD = (0.5, 0.5, 0.5)  # of 255 grey levels
 ATTEMPTS = 100
 POLICIES = ("none", "autoaugment", "randaugment", "trivialaugment")
 

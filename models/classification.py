@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ModelError
+from models.opening import HALF, IMAGENET, OPENAI
 from models.vit import ViT, ViTConfig
 
 SIZES = {  # width, blocks, heads; the MLP is four times as wide
     "mu": (32, 2, 2),
+    "xxs": (96, 2, 4),
     "xs": (128, 4, 4),
     "ti": (192, 12, 3),
     "s": (384, 12, 6),
@@ -36,7 +38,9 @@ CLIP = 1e-7  # the original's smallest probability inside a logarithm
 class ClassifierConfig:
     """Network and loss."""
 
-    model: str = "vit-b/16"  # vit-<mu|xs|ti|s|b|l>/<patch size in pixels>
+    model: str = "vit-b/16"  # vit-<mu|xxs|xs|ti|s|b|l>/<patch size in pixels>
+    stem: tuple[int, ...] = ()  # channels of convolutional stages before the patches, each halving the picture's sides
+    pixels: str = "half"  # mean and deviation of the pixels: half (0.5 each, as COYO-ViT), imagenet or clip
     image_size: int = 224  # side of the pictures in pixels, a multiple of the patch size
     num_classes: int = 21841  # where neither class folders nor a list of classes tells
     representation_size: int = 0  # width of the tanh layer before the head; 0 = none, as in fine-tuning
@@ -67,7 +71,13 @@ class ClassifierConfig:
         width, depth, heads = SIZES[match[1]]
         options = {"layer_norm_eps": self.layer_norm_eps, "gelu": self.gelu, "dropout": self.dropout}
         options |= {"attention_dropout": self.attention_dropout}
+        options |= {"stem": tuple(self.stem), "stem_statistics": True}
         return ViTConfig(self.image_size, int(match[2]), width, depth, heads, **options)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the pixels, of 1."""
+        return PIXELS[self.pixels]
 
     def check(self) -> None:
         """Raise ModelError for what no network can be built of."""
@@ -78,12 +88,14 @@ class ClassifierConfig:
                 f"image_size {self.image_size}: {self.model} has position embeddings for whole patches of "
                 f"{vit.patch_size} pixels; the nearest size is {near}"
             )
-        for name, known in (("loss", ("softmax", "sigmoid")), ("gelu", ("tanh", "none")), ("compat", COMPAT)):
+        known_values = {"loss": ("softmax", "sigmoid"), "gelu": ("tanh", "none"), "compat": COMPAT, "pixels": PIXELS}
+        for name, known in known_values.items():
             if getattr(self, name) not in known:
                 raise ModelError(f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}")
 
 
 COMPAT = ("none", "original")
+PIXELS = {"half": HALF, "imagenet": IMAGENET, "clip": OPENAI}
 
 
 class VisionClassifier(ViT):

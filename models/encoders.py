@@ -18,8 +18,8 @@ from models.adapters import load_checkpoint
 from models.classification import SIZES, ClassifierConfig, VisionClassifier
 from models.dual import DualConfig, build_dual
 from models.errors import ModelError
-from models.opening import HALF, IMAGENET, OPENAI, Pixels, open_dual
-from models.vit import ViT, ViTConfig
+from models.opening import IMAGENET, OPENAI, Pixels, open_dual
+from models.vit import ViT, ViTConfig, patches_of
 from models.vit_weights import load_vit, native
 
 State = Mapping[str, Tensor]
@@ -106,18 +106,19 @@ def _classifier(weights: State, network: Mapping[str, Any], name: str | None) ->
         found = {TOWER: token, "logits": model.head(hidden)}
         return found | ({"pre_logits": hidden} if config.representation_size else {})
 
-    return ImageEncoder(model, outputs, "classifier", Pixels(config.image_size, "bilinear", *HALF), config.model)
+    pixels = Pixels(config.image_size, "bilinear", *config.statistics)
+    return ImageEncoder(model, outputs, "classifier", pixels, config.model)
 
 
 def config_of_weights(weights: State, name: str | None = None) -> dict[str, Any]:
     """`ClassifierConfig` of native weights alone, GELU and LayerNorm being COYO-ViT's. Raises ModelError."""
-    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    width, (patch, stem) = len(weights["patch_embed.proj.weight"]), patches_of(weights)
     depth = 1 + max(int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key)))
     size = next((size for size, each in SIZES.items() if each[:2] == (width, depth)), None)
     if name is None and size is None:
         raise ModelError(f"a vision transformer of width {width} with {depth} blocks is none of vit-{'|'.join(SIZES)}")
     grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-    found = {"model": name or f"vit-{size}/{patch}", "image_size": grid * patch}
+    found = {"model": name or f"vit-{size}/{patch}", "image_size": grid * patch, "stem": stem}
     if "pre_logits.fc.bias" in weights:
         found["representation_size"] = len(weights["pre_logits.fc.bias"])
     return found | ({"num_classes": len(weights["head.bias"])} if "head.bias" in weights else {"num_classes": 1})
@@ -127,11 +128,11 @@ def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
     """The vision transformer of SIMLA and ALBEF; what the run's configuration leaves open is read off the weights."""
     prefix = "visual_encoder."
     state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    width, (patch, stem) = len(state["patch_embed.proj.weight"]), patches_of(state)
     depth = 1 + max(int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key)))
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     heads = config.get("vision_heads") or max(1, width // 64)
-    vit = ViT(ViTConfig(grid * patch, patch, width, depth, heads, mask_token="mask_token" in state))
+    vit = ViT(ViTConfig(grid * patch, patch, width, depth, heads, mask_token="mask_token" in state, stem=stem))
     load_checkpoint(vit, state)
     network, projection = nn.ModuleDict({"vit": vit}), weights.get("vision_proj.weight")
     if projection is not None:

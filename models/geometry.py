@@ -8,8 +8,8 @@ from models.xbert import BertConfig
 
 
 def networks(knobs, vocab_size: int) -> tuple[ViTConfig, BertConfig]:
-    """The two transformers that `knobs` describes: image_res, patch_size, vision_width, vision_depth, vision_heads, and
-    the file bert_config. Raises ModelError where the file is missing or no BERT geometry.
+    """The two transformers that `knobs` describes: image_res, patch_size, vision_width, vision_depth, vision_heads,
+    vision_stem and the file bert_config. Raises ModelError where the file is missing or no BERT geometry.
     """
     try:
         given = json.loads(knobs.bert_config.read_text(encoding="utf-8"))
@@ -21,4 +21,4 @@ def networks(knobs, vocab_size: int) -> tuple[ViTConfig, BertConfig]:
         raise ModelError(f"bert_config: {knobs.bert_config} is not valid JSON ({error})") from None
     bert = BertConfig.from_json(given | {"encoder_width": knobs.vision_width, "vocab_size": vocab_size})
     size = (knobs.image_res, knobs.patch_size, knobs.vision_width, knobs.vision_depth, knobs.vision_heads)
-    return ViTConfig(*size), bert
+    return ViTConfig(*size, stem=tuple(knobs.vision_stem)), bert

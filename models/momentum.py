@@ -36,7 +36,7 @@ class MomentumModel(nn.Module):
 
 
 class MomentumPairs:
-    """The parameters of all X / X_m siblings of a model, tied ones once; buffers are not followed.
+    """The parameters of all X / X_m siblings of a model, tied ones once; buffers are copied but not followed.
 
     Build it after every wrapper (FSDP2, DDP, compile) is in place, since wrappers may replace parameters; plain tensors
     and FSDP2's sharded DTensors alike. Call `copy()` after loading weights into the online modules, and `update()`
@@ -47,6 +47,7 @@ class MomentumPairs:
         if not 0.0 <= momentum <= 1.0:
             raise ModelError(f"momentum {momentum} lies outside 0..1")
         self.momentum = momentum
+        self.buffers: list[tuple[Tensor, Tensor]] = []
         self.online: list[Tensor] = []
         self.teacher: list[Tensor] = []
         for parent in model.modules():
@@ -63,6 +64,7 @@ class MomentumPairs:
             raise ModelError(f"{name}_m is no copy of {name}: their parameters differ in number or shape")
         self.online += [x for x, _ in pairs]
         self.teacher += [y for _, y in pairs]
+        self.buffers += zip(online.buffers(), teacher.buffers(), strict=True)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -73,3 +75,5 @@ class MomentumPairs:
     def copy(self) -> None:
         """teacher <- online, in place."""
         torch._foreach_copy_(self.teacher, self.online)
+        for online, teacher in self.buffers:
+            teacher.copy_(online)

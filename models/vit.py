@@ -1,9 +1,12 @@
 """Vision transformer of SIMLA and ALBEF: pre-norm ViT with [CLS] token, patch masking, attention maps on demand.
 
 Parameter names are those of timm's ViT (`blocks.{i}.attn.qkv` ...), so DeiT weights and the original checkpoints load
-as they are, given `resize_pos_embed` for another resolution.
+as they are, given `resize_pos_embed` for another resolution. With a `stem` it is the hybrid of convolutions and
+transformer of Dosovitskiy et al. 2021 (section 3.1), which learns from far less data than patches of pixels do.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +32,8 @@ class ViTConfig:
     gelu: str = "none"  # approximation of GELU in the MLPs: none (erf) or tanh
     dropout: float = 0.0  # probability behind the positions, each attention and both layers of each MLP
     attention_dropout: float = 0.0  # probability per attention weight
+    stem: tuple[int, ...] = ()  # channels of convolutional stages before the patches, each halving the picture's sides
+    stem_statistics: bool = False  # batch norms of the stem learn their statistics in training, or keep those loaded
 
     @property
     def grid(self) -> int:
@@ -36,13 +41,52 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
 
+class Stage(nn.Module):
+    """[B,C,H,W] -> [B,C',H/2,W/2]: a residual block of two convolutions, its shortcut averaged (ResNet-D)."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(n_out)
+        self.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.downsample(x))
+
+
+class Backbone(nn.Module):
+    """[B,3,S,S] -> [B,stem[-1],S/2^n,S/2^n] by the n stages of a stem, the first a single convolution."""
+
+    def __init__(self, stem: tuple[int, ...], statistics: bool):
+        super().__init__()
+        self.statistics = statistics
+        self.conv1 = nn.Conv2d(3, stem[0], 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem[0])
+        self.stages = nn.Sequential(*map(Stage, stem, stem[1:]))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Statistics that are not learnt are used in training as in evaluation, the same on any number of processes."""
+        return super().train(mode and self.statistics)
+
+    def forward(self, image: Tensor) -> Tensor:
+        image = image.contiguous(memory_format=torch.channels_last)
+        return self.stages(F.relu(self.bn1(self.conv1(image))))
+
+
 class PatchEmbed(nn.Module):
-    """[B,3,S,S] pixels -> [B,N,D]: one strided convolution, patches in row-major order."""
+    """[B,3,S,S] pixels -> [B,N,D]: the stem, if any, and one strided convolution; patches in row-major order."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.image_size = config.image_size
-        self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
+        self.backbone = Backbone(config.stem, config.stem_statistics) if config.stem else None
+        channels, side = config.stem[-1] if config.stem else 3, config.patch_size >> len(config.stem)
+        self.proj = nn.Conv2d(channels, config.width, kernel_size=side, stride=side)
 
     def forward(self, image: Tensor) -> Tensor:
         if image.shape[-2:] != (self.image_size, self.image_size):
@@ -50,7 +94,8 @@ class PatchEmbed(nn.Module):
                 f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the vision transformer was built for "
                 f"{self.image_size} x {self.image_size}: set image_res (vit.image_size) to the size of the pictures"
             )
-        return self.proj(image).flatten(2).transpose(1, 2)
+        maps = image if self.backbone is None else self.backbone(image)
+        return self.proj(maps).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -175,6 +220,20 @@ def check_geometry(config: ViTConfig) -> None:
         raise ModelError(f"vit.image_size {config.image_size} is no multiple of vit.patch_size {config.patch_size}")
     if config.width % config.heads:
         raise ModelError(f"vit.width {config.width} is no multiple of vit.heads {config.heads}")
+    if config.patch_size % 2 ** len(config.stem):
+        raise ModelError(
+            f"a stem of {len(config.stem)} stages halves the picture {len(config.stem)} times, and patch_size "
+            f"{config.patch_size} is no multiple of {2 ** len(config.stem)}: give fewer stages or a larger patch"
+        )
+
+
+def patches_of(weights: Mapping[str, Tensor]) -> tuple[int, tuple[int, ...]]:
+    """Patch size in pixels and stem of a ViT, off its weights (a state dict of this module's names)."""
+    prefix, stem = "patch_embed.backbone.", ()
+    if f"{prefix}conv1.weight" in weights:
+        stages = [key for key in weights if re.fullmatch(rf"{re.escape(prefix)}stages\.\d+\.conv2\.weight", key)]
+        stem = tuple(len(weights[key]) for key in [f"{prefix}conv1.weight", *stages])
+    return weights["patch_embed.proj.weight"].shape[-1] << len(stem), stem
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:

@@ -31,6 +31,7 @@ class Geometry:
     vision_width: int | None = knob(None, "width of the vision transformer", low=1)
     vision_depth: int | None = knob(None, "blocks of the vision transformer", low=1)
     vision_heads: int | None = knob(None, "attention heads of the vision transformer", low=1)
+    vision_stem: list[int] | None = knob(None, "channels of convolutional stages before the patches; [] = none", low=1)
     bert_config: Path | None = knob(None, "geometry of the text and fusion transformer (JSON)")
     embed_dim: int | None = knob(None, "width of the joint space", low=1)
     queue_size: int | None = knob(None, "momentum features kept as further negatives", low=0)
@@ -40,7 +41,7 @@ class Geometry:
 
 # the originals' downstream models; their bert_config follows from the names of the weights
 PUBLISHED = {"image_res": 384, "patch_size": 16, "vision_width": 768, "vision_depth": 12, "vision_heads": 12}
-PUBLISHED |= {"embed_dim": 256, "queue_size": 65536, "text_encoder": "bert-base-uncased"}
+PUBLISHED |= {"vision_stem": [], "embed_dim": 256, "queue_size": 65536, "text_encoder": "bert-base-uncased"}
 SIMLA_BERT, ALBEF_BERT = "configs/shared_bert.json", "configs/config_bert.json"
 
 

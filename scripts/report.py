@@ -104,7 +104,8 @@ def load_model(config: dict, checkpoint: str, tokenizer: Tokenizer) -> Retrieval
     bert = json.loads(Path(config["bert_config"]).read_text())
     bert |= {"encoder_width": config["vision_width"], "vocab_size": tokenizer.vocab_size}
     size = [config[name] for name in ("image_res", "patch_size", "vision_width", "vision_depth", "vision_heads")]
-    model = Retrieval(RetrievalConfig(ViTConfig(*size), BertConfig.from_json(bert), config["embed_dim"], queue_size=0))
+    vit = ViTConfig(*size, stem=tuple(config["vision_stem"]))
+    model = Retrieval(RetrievalConfig(vit, BertConfig.from_json(bert), config["embed_dim"], queue_size=0))
     start_from(model, read_weights(checkpoint), "retrieval")
     return model.eval()
 

@@ -6,9 +6,10 @@ import torch
 from dataset.clip_transforms import normalize, pixel_statistics
 from dataset.labelled import LabelOptions, Labels
 from dataset.randomness import seeded
-from dataset.vit_views import MEAN, STD, EvalView, centre, inception_box, resize_area, resize_bilinear
+from dataset.vit_views import EvalView, centre, inception_box, resize_area, resize_bilinear
 from models.classification import dense_targets
 from models.mixing import blend, cut_and_paste, rectangles
+from models.opening import HALF
 from tests.golden.report import compare
 from tests.golden_cases import golden
 
@@ -23,7 +24,7 @@ def test_evaluation_views(name):
     case = next(case for case in meta["cases"] if case["name"] == name)
     sizes = [op["params"].get("size") for op in case["ops"]]
     view = EvalView(sizes[0][0], None, True) if name == "eval_resize" else EvalView(sizes[1], sizes[0], True)
-    ours = normalize(view(chw(t[f"{name}.image_u8"])), pixel_statistics(torch.device("cpu"), MEAN, STD))
+    ours = normalize(view(chw(t[f"{name}.image_u8"])), pixel_statistics(torch.device("cpu"), *HALF))
     compare("coyo_vit preprocess", "normalised views", ours, chw(t[f"{name}.out"]), 1e-5)
 
 

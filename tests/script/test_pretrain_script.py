@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import Pretrain
+from models.classification import ClassifierConfig, VisionClassifier
 from runtime.config import parse
 from runtime.errors import InputError
 from tests.pretraining import ROOT, arguments, finish, losses
@@ -95,6 +96,26 @@ def test_starting_from_the_weights_of_another_run(digitscenes, image_tokenizer, 
     assert all(torch.equal(first[k], second[k]) for k in first if "_m." not in k and "queue" not in k)
 
 
+def test_starting_from_a_hybrid_transformer_of_classification(digitscenes, image_tokenizer, tmp_path):
+    """The teacher too has its statistics, and training moves neither's."""
+    torch.manual_seed(0)
+    network = ClassifierConfig(model="vit-mu/8", stem=(4, 6), image_size=32, num_classes=5, representation_size=8)
+    classifier = VisionClassifier(network).train()
+    classifier.logits(torch.randn(8, 3, 32, 32))  # sets statistics
+    torch.save({"model": classifier.state_dict()}, tmp_path / "vit.pth")
+    changes = {"vision_weights": tmp_path / "vit.pth", "vision_stem": "[4, 6]", "scheduler.epochs": "2 steps"}
+    changes |= {"image_res": 32, "patch_size": 8, "vision_width": 32, "vision_depth": 2, "vision_heads": 2}
+    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
+    from safetensors.torch import load_file
+
+    trained = load_file(tmp_path / "run" / "model.safetensors")
+    for name, value in classifier.patch_embed.backbone.named_buffers():
+        for tower in ("visual_encoder", "visual_encoder_m"):
+            assert torch.equal(trained[f"{tower}.patch_embed.backbone.{name}"], value), name
+    weight = trained["visual_encoder.patch_embed.backbone.conv1.weight"]
+    assert not torch.equal(weight, classifier.patch_embed.backbone.conv1.weight)
+
+
 MISTAKES = {
     "annotation missing": ({"train_file": "nowhere.json"}, "nowhere.json"),
     "image root missing": ({"image_root": "no/such/folder"}, "no/such/folder"),
@@ -109,6 +130,7 @@ MISTAKES = {
     "out of range": ({"alpha": 1.5}, "alpha"),
     "fp16 on the CPU": ({"precision": "fp16"}, "bf16"),
     "patch does not divide the picture": ({"image_res": 30}, "patch"),
+    "more stages than the patch has halvings": ({"vision_stem": "[4, 4, 4, 4, 4, 4]"}, "fewer stages"),
 }
 
 

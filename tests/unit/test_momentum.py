@@ -38,7 +38,9 @@ def test_update_is_the_moving_average_of_parameters_alone():
 
 def test_copy():
     model = model_with_pair()
+    model.encoder[1].running_mean += 1
     MomentumPairs(model).copy()
+    assert torch.equal(model.encoder_m[1].running_mean, model.encoder[1].running_mean)
     for teacher, online in zip(model.encoder_m.parameters(), model.encoder.parameters(), strict=True):
         assert torch.equal(teacher, online)
 

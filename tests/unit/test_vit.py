@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.errors import ModelError
-from models.vit import ViT, ViTConfig, resize_pos_embed
+from models.vit import ViT, ViTConfig, patches_of, resize_pos_embed
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +56,28 @@ def test_mask_token_and_initialisation():
     assert model.mask_token.abs().sum() == 0 and model.blocks[0].attn.qkv.bias.abs().sum() == 0
     assert 0 < model.pos_embed.abs().max() < 2.1
     assert not hasattr(ViT(ViTConfig(32, 8, 24, 1, 4)), "mask_token")
+
+
+def test_a_stem_gives_the_same_patches_and_says_its_shape():
+    torch.manual_seed(0)
+    plain, hybrid = ViT(ViTConfig(32, 8, 16, 1, 2)), ViT(ViTConfig(32, 8, 16, 1, 2, stem=(4, 6)))
+    assert plain(torch.randn(2, 3, 32, 32)).shape == hybrid(torch.randn(2, 3, 32, 32)).shape == (2, 17, 16)
+    assert patches_of(plain.state_dict()) == (8, ()) and patches_of(hybrid.state_dict()) == (8, (4, 6))
+    changed = torch.randn(1, 3, 32, 32).repeat(2, 1, 1, 1)
+    changed[1, :, :8, :8] += 1
+    maps = hybrid.patch_embed(changed)
+    assert not torch.equal(maps[0, 0], maps[1, 0]) and torch.equal(maps[0, -1], maps[1, -1])
+    with pytest.raises(ModelError, match="stem of 3 stages.*no multiple of 8"):
+        ViT(ViTConfig(32, 4, 16, 1, 2, stem=(4, 4, 4)))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_statistics_of_the_stem_stay_unless_they_are_to_be_learnt(learns):
+    torch.manual_seed(0)
+    vit = ViT(ViTConfig(32, 8, 16, 1, 2, stem=(4, 6), stem_statistics=learns)).train()
+    pictures, before = torch.randn(4, 3, 32, 32), {name: x.clone() for name, x in vit.named_buffers()}
+    together = vit(pictures)
+    kept = [torch.equal(x, before[name]) for name, x in vit.named_buffers()]
+    assert len(kept) == 12 and (not any(kept) if learns else all(kept))
+    alone = torch.cat([vit(picture) for picture in pictures.split(1)])
+    assert torch.allclose(alone, together, atol=1e-5) is not learns

@@ -29,6 +29,7 @@ from dataset.stream import EvalLoader, StreamLoader, shard_indices
 from evaluation.label_pictures import attention_page, label_report, save_labels
 from evaluation.recognition import SentenceEncoder, exact_metrics, means, similarity_scores
 from evaluation.split import over_split, write_results
+from models.batchnorm import synchronise_batch_norm
 from models.decoding import Decoding, Drafts, label_map
 from models.nxtp import Nxtp
 from models.nxtp_adapters import decayed_names, trained_names
@@ -54,7 +55,7 @@ class Config(RunConfig):
 
     output_dir: Path = knob(Path("output/Recognition"), "folder of this run: log, checkpoints, result/")
     # the networks: published weights, else random ones of these sizes
-    clip: Path | None = knob(None, "CLIP with a ViT: OpenAI's ViT-L-14.pt, or open_clip's or Hugging Face's weights")
+    clip: Path | None = knob(None, "CLIP: OpenAI's ViT-L-14.pt, or open_clip's or Hugging Face's weights")
     llama: Path | None = knob(None, "folder of a LLaMA: Meta's (params.json) or Hugging Face's (config.json)")
     tokenizer: Path | None = knob(None, "SentencePiece tokenizer.model, or the folder that holds it; none = llama's")
     network: Networks = section(Networks, flat=True)
@@ -96,6 +97,7 @@ def settle(config: Config, world: World) -> None:
         raise InputError("--evaluate and --image need --checkpoint: a file, or the directory of a run")
     for name in ("decoder_heads", "norm_eps", "rope_theta", "prefix_image"):
         setattr(config.network, name, saved.get("network", {}).get(name, getattr(config.network, name)))
+    config.network.image_size = config.network.image_size or saved.get("network", {}).get("image_size")
     config.whole_picture = saved.get("whole_picture", config.whole_picture)
     found = config.tokenizer or config.llama or saved.get("tokenizer") or saved.get("llama")
     if found is None:
@@ -195,7 +197,7 @@ def train(config: Config, tokenizer: PieceTokenizer, val: PictureSet | None, rea
         parameter.requires_grad_(name in trained)
     original = config.compat == "original"
     decayed = decayed_names({n: p for n, p in model.named_parameters() if n in trained}) if original else None
-    model = parallelize(model, world, config).train()
+    model = parallelize(synchronise_batch_norm(model.to(world.device)), world, config).train()
     weights = {"loss_objs": 1.0, "loss_caps": config.caption_weight}
     tuning.begin("Object recognition as next-token prediction", model, loader, reader.precision, decayed)
 

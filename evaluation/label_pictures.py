@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor
@@ -10,26 +11,26 @@ from torch import Tensor
 from evaluation.cases import gallery
 from evaluation.page import card, escape, heat_map, table, thumbnail
 
-TILE, CAPTION = 224, 20  # pixels
+TILE, CAPTION = 224, 24  # pixels
 
 
 def attention_page(path: Path, picture: Tensor, labels: Sequence[tuple[str, float]], maps: Sequence[Tensor]) -> None:
     """Save as one image the picture uint8 [3,H,W] and, beside it, the same under its first labels' attention [g,g]."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     tiles = [(_plain(picture), "the picture, as it is seen")]
     tiles += [
-        (heat_map(picture, heat, TILE), f"{score:.4f} {text}")
+        (heat_map(picture, heat, TILE), f"{shorten(text, 20, placeholder=' …')}  {score:.1%}")
         for (text, score), heat in zip(labels, maps, strict=False)
     ]
     across = min(4, len(tiles))
     down = -(-len(tiles) // across)
     sheet = Image.new("RGB", (across * (TILE + 8) + 8, down * (TILE + CAPTION + 8) + 8), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for number, (tile, text) in enumerate(tiles):
         left, top = 8 + number % across * (TILE + 8), 8 + number // across * (TILE + CAPTION + 8)
         sheet.paste(Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()), (left, top))
-        draw.text((left, top + TILE + 4), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        draw.text((left, top + TILE + 3), text, fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.errors import ModelError
 from models.gather import mean_over_ranks
 from models.llama import Cache, Llama, LlamaConfig, Sight
-from models.openai_clip import OpenAIConfig, OpenAIViT
+from models.openai_clip import ModifiedResNet, OpenAIConfig, OpenAIViT
 
 IGNORED = -100  # label of a position without a target
 
@@ -48,6 +48,36 @@ class ImageEncoder(OpenAIViT):
         return self.proj(self.ln_post(self.tokens(image)))
 
 
+class ResNetEncoder(ModifiedResNet):
+    """CLIP's ResNet whose last feature map, normed place by place, is projected to the decoder.
+
+    [B,3,S,S] -> [B,1+N,D], their mean first, where a ViT has its class token. As many stages as `vision_layers` names;
+    the grid begins at S / 4, and each stage after the first halves it. A random one starts with open residual branches,
+    since small towers learn shapes sooner that way. A frozen one keeps the statistics of its batch norms.
+    """
+
+    def __init__(self, config: OpenAIConfig):
+        super().__init__(config)
+        del self.attnpool
+        self.stages = [f"layer{number}" for number in range(1, len(config.vision_layers) + 1)]
+        for block in (block for stage in self.stages for block in self.get_submodule(stage)):
+            nn.init.ones_(block.bn3.weight)
+        width = config.vision_width * 2 ** (len(self.stages) + 1)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Linear(width, config.embed_dim, bias=False)
+        nn.init.normal_(self.proj.weight, std=width**-0.5)
+
+    def train(self, mode: bool = True) -> "ResNetEncoder":
+        return super().train(mode and self.conv1.weight.requires_grad)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        tokens = self.proj(self.ln_post(x.flatten(2).transpose(1, 2)))
+        return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
+
+
 def grid_positions(count: int, width: int) -> Tensor:
     """Where a random tower's position embeddings start: sines and cosines of row and column, [1+g*g, width].
 
@@ -80,7 +110,7 @@ class Nxtp(nn.Module):
     def __init__(self, config: NxtpConfig):
         super().__init__()
         self.config = config
-        self.vision_encoder = ImageEncoder(config.vision)
+        self.vision_encoder = (ResNetEncoder if config.vision.is_resnet else ImageEncoder)(config.vision)
         self.language_decoder = Llama(config.decoder)
 
     def encode_image(self, image: Tensor) -> Tensor:

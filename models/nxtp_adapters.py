@@ -36,15 +36,14 @@ def openai_layout(state: State) -> State:
 def vision_config(state: State, dim: int, image_size: int | None = None) -> OpenAIConfig:
     """Geometry of CLIP's image tower (OpenAI's names), projected to `dim`, for pictures of `image_size`."""
     config = openai_config(state)
-    if config.is_resnet:
-        raise ModelError("CLIP with a ResNet has no patches to read: use one of the ViT models, such as ViT-L-14.pt")
     return replace(config, embed_dim=dim, image_size=image_size or config.image_size)
 
 
 def vision_state(state: State, image_size: int | None = None) -> State:
     """The image tower of a CLIP state dict (OpenAI's names) without its projection; positions fit `image_size`."""
-    state = resize_positions(state, image_size) if image_size else state
-    kept = {name for name in state if name.startswith("visual.") and name != "visual.proj"}
+    state = resize_positions(state, image_size) if image_size and "visual.proj" in state else state
+    left = ("visual.proj", "visual.attnpool.")
+    kept = {name for name in state if name.startswith("visual.") and not name.startswith(left)}
     return {VISION + name.removeprefix("visual."): state[name] for name in kept}
 
 
@@ -87,6 +86,8 @@ def recognition_state(
     if layers is not None:
         inside = re.compile(rf"{re.escape(DECODER)}layers\.(\d+)\.")
         state = {k: v for k, v in state.items() if not (found := inside.match(k)) or int(found[1]) < layers}
+    if f"{VISION}layer1.0.conv1.weight" in state:
+        return state
     if f"{VISION}conv1.weight" in state:
         places = {f"visual.{name}": state[VISION + name] for name in ("positional_embedding", "conv1.weight")}
         places = resize_positions(places, image_size) if image_size else places
@@ -100,15 +101,15 @@ def recognition_state(
 
 
 def geometry(
-    state: State, heads: int | None, norm_eps: float = 1e-5, rope_theta: float = 10000.0
+    state: State,
+    heads: int | None,
+    norm_eps: float = 1e-5,
+    rope_theta: float = 10000.0,
+    image_size: int | None = None,
 ) -> tuple[OpenAIConfig, LlamaConfig]:
     """Both networks' sizes, read off the shapes of a complete state dict; heads: of the decoder, None = LLaMA's."""
-    conv, positions = state[f"{VISION}conv1.weight"], state[f"{VISION}positional_embedding"]
     table, first = state[f"{DECODER}tok_embeddings.weight"], f"{DECODER}layers.0."
     dim, heads = table.shape[1], heads or max(1, table.shape[1] // LLAMA_HEAD)
-    side = math.isqrt(len(positions) - 1) * conv.shape[-1]
-    blocks = _count(state, rf"{VISION}transformer\.resblocks\.(\d+)\.")
-    sizes = {"vision_width": len(conv), "vision_layers": blocks, "patch_size": conv.shape[-1]}
     decoder = LlamaConfig(
         dim=dim,
         n_layers=_count(state, rf"{DECODER}layers\.(\d+)\."),
@@ -119,7 +120,20 @@ def geometry(
         norm_eps=norm_eps,
         rope_theta=rope_theta,
     )
-    return OpenAIConfig(embed_dim=dim, image_size=side, **sizes), decoder
+    return _tower(state, dim, image_size), decoder
+
+
+def _tower(state: State, dim: int, image_size: int | None) -> OpenAIConfig:
+    """Geometry of the image tower; that of a ResNet does not tell the size of the pictures."""
+    conv = state[f"{VISION}conv1.weight"]
+    if f"{VISION}layer1.0.conv1.weight" in state:
+        stages = [_count(state, rf"{VISION}layer{number}\.(\d+)\.") for number in (1, 2, 3, 4)]
+        sizes = {"vision_width": len(state[f"{VISION}conv3.weight"]), "vision_layers": tuple(filter(None, stages))}
+        return OpenAIConfig(embed_dim=dim, image_size=image_size or 224, patch_size=0, **sizes)
+    side = math.isqrt(len(state[f"{VISION}positional_embedding"]) - 1) * conv.shape[-1]
+    blocks = _count(state, rf"{VISION}transformer\.resblocks\.(\d+)\.")
+    sizes = {"vision_width": len(conv), "vision_layers": blocks, "patch_size": conv.shape[-1]}
+    return OpenAIConfig(embed_dim=dim, image_size=side, **sizes)
 
 
 def check_vocabulary(state: State, vocabulary: int, tokenizer: object) -> None:
@@ -137,6 +151,8 @@ def trained_names(names: list[str], vision_blocks: int | None) -> set[str]:
     none = all of it."""
     if vision_blocks is None:
         return set(names)
+    if vision_blocks and f"{VISION}layer1.0.conv1.weight" in names:
+        raise ModelError("train_vision_blocks: a ResNet's blocks are trained all together (leave it out) or not (0)")
     deep = _count(dict.fromkeys(names), rf"{VISION}transformer\.resblocks\.(\d+)\.")
     last = {f"{VISION}transformer.resblocks.{number}." for number in range(max(0, deep - vision_blocks), deep)}
     inside = (*last, f"{VISION}proj.", f"{VISION}ln_post.", DECODER)

@@ -1,6 +1,6 @@
 """NXTP's network from whatever there is: a checkpoint, CLIP and LLaMA, one of them, or nothing but sizes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -32,6 +32,7 @@ class Networks:
     decoder_layers: int | None = None  # blocks of the decoder that are kept; none = all
     image_size: int | None = None  # side of the pictures in pixels; none = CLIP's own
     vision: tuple[int, int, int] = (1024, 24, 14)  # random image tower: width, blocks, side of a patch
+    resnet: list[int] = field(default_factory=list)  # random tower like CLIP's ResNets instead: width, blocks by stage
     decoder: tuple[int, int] = (4096, 32)  # random decoder: width, blocks
     decoder_heads: int | None = None  # attention heads of the decoder; none = LLaMA's, 128 wide each
     norm_eps: float = 1e-5  # epsilon of the decoder's norms
@@ -44,6 +45,8 @@ class Networks:
         for rows in (self.train_embeddings, self.train_outputs):
             if rows not in ("all", "special"):
                 raise ModelError(f"train_embeddings, train_outputs: {rows!r} is unknown; use all or special")
+        if self.resnet and (not 2 <= len(self.resnet) <= 5 or min(self.resnet) < 1 or self.resnet[0] % 2):
+            raise ModelError(f"resnet: {self.resnet}: name an even width, then the blocks of one to four stages")
 
     def build(
         self,
@@ -63,7 +66,7 @@ class Networks:
         if checkpoint:
             state = recognition_state(checkpoint, clip, self.decoder_layers, self.image_size)
             check_vocabulary(state, tokenizer.vocab_size, tokenizer)
-            vision, decoder = geometry(state, self.decoder_heads, self.norm_eps, self.rope_theta)
+            vision, decoder = geometry(state, self.decoder_heads, self.norm_eps, self.rope_theta, self.image_size)
             missing: list[str] = []
         else:
             vision, decoder, state, missing = self._start(tokenizer, clip, llama)
@@ -80,6 +83,8 @@ class Networks:
     def _start(self, tokenizer, clip: State | None, llama: str | Path | None):
         """Both geometries, the weights there are, and patterns of those that stay random."""
         missing = ["vision_encoder.proj.weight" if clip else "vision_encoder.*"]
+        if clip and "visual.layer1.0.conv1.weight" in clip:
+            missing += ["vision_encoder.ln_post.*", "vision_encoder.*num_batches_tracked"]
         if llama:
             decoder, weights = read_llama(llama, self.decoder_layers)
             state = decoder_state(weights, tokenizer.vocab_size, llama)
@@ -90,7 +95,7 @@ class Networks:
         if clip:
             vision = vision_config(clip, decoder.dim, self.image_size)
             return vision, decoder, state | vision_state(clip, self.image_size), missing
-        width, blocks, patch = self.vision
+        width, blocks, patch = (self.resnet[0], tuple(self.resnet[1:]), 0) if self.resnet else self.vision
         sizes = {"vision_width": width, "vision_layers": blocks, "patch_size": patch}
         vision = OpenAIConfig(embed_dim=decoder.dim, image_size=self.image_size or 224, **sizes)
         return vision, decoder, state, missing

@@ -168,11 +168,15 @@ class ModifiedResNet(nn.Module):
                 nn.init.zeros_(block.bn3.weight)
         self.attnpool = AttentionPool(config.image_size // 32, before, width * 32 // 64, config.embed_dim)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def stem(self, image: Tensor) -> Tensor:
+        """[B,3,S,S] -> [B,W,S/4,S/4]"""
         x = image
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = norm(conv(x)).relu()
-        x = F.avg_pool2d(x, 2)
+        return F.avg_pool2d(x, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
         return self.attnpool(x)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from models.batchnorm import synchronise_batch_norm
 from models.decoding import one_shot
 from models.llama import own_part
 from models.nxtp import IGNORED, Nxtp, NxtpConfig
+from models.nxtp_build import Networks
 from runtime.distributed import World
 from runtime.parallel import Features, parallelize
 from tests.processes import spawn
@@ -65,6 +67,31 @@ def gradients_are_averaged(rank: int) -> None:
 
 def test_two_processes_train_as_one():
     spawn(gradients_are_averaged, 2)
+
+
+def small_resnet() -> Nxtp:
+    torch.manual_seed(0)
+    return Networks(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(Tokens())
+
+
+class Tokens:
+    vocab_size, image = 40, 30
+
+
+def a_resnet_trains_as_one(rank: int) -> None:
+    """Batch norms take their statistics over both processes, as the script asks for."""
+    whole, world = small_resnet().train(), World(rank, 2, rank, torch.device("cpu"))
+    whole(**inputs(batch(), slice(None)))["loss_objs"].backward()
+    model = parallelize(synchronise_batch_norm(small_resnet()), world, Features()).train()
+    model(**inputs(batch(), slice(2 * rank, 2 * rank + 2)))["loss_objs"].backward()
+    for (name, expected), parameter in zip(whole.named_parameters(), model.module.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, expected.grad, atol=2e-5), name
+    running = [network.vision_encoder.bn1.running_var for network in (whole, model.module)]
+    assert torch.allclose(*running, atol=1e-6)
+
+
+def test_a_resnet_on_two_processes():
+    spawn(a_resnet_trains_as_one, 2)
 
 
 def decoder_is_shared(rank: int) -> None:

@@ -209,10 +209,11 @@ def _picture(folder: Path) -> Path:
     return folder / "a.jpg"
 
 
-def test_export_to_onnx(trained, tmp_path):
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_export_to_onnx(tower, trained, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    model = start_of(trained[0])
+    model = start_of(trained[0]) if tower == "vit" else small_resnet()
     prompt = torch.tensor([model.config.decoder.vocab_size - 2, 1, 5])
     with torch.no_grad():
         export_recognition.export(model.eval(), prompt, tmp_path)
@@ -222,6 +223,14 @@ def test_export_to_onnx(trained, tmp_path):
     with pytest.raises(ValueError, match="finds other labels"), torch.no_grad():
         model.language_decoder.output.weight.mul_(-1)
         export_recognition.check(model, exported, prompt, _Pieces(), 8)
+
+
+def small_resnet():
+    class Tokens:
+        vocab_size, image = 60, 58
+
+    torch.manual_seed(0)
+    return Networks(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(Tokens())
 
 
 class _Pieces:
@@ -242,6 +251,23 @@ def start_of(folder):
         image = vocab_size - 2
 
     return Networks(decoder_heads=2).build(Tokens(), checkpoint=weights)
+
+
+@pytest.mark.parametrize("name", ["g3m", "g70m", "in1k", "digits", "digitscenes"])
+def test_recipes(name):
+    """Every recipe is understood, and the published ones train what was published."""
+    config = parse(Recognition.Config, ["--config", str(ROOT / f"configs/Recognition/{name}.yaml")])
+    if name.startswith("digit"):
+        assert config.network.resnet and config.train_list and not config.shards
+        return
+    network = config.network
+    assert (network.decoder_layers, network.image_size, config.train_vision_blocks) == (6, 224, 6)
+    assert (network.train_embeddings, network.train_outputs, network.prefix_image) == ("special", "all", True)
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.eps) == (1e-5, 0.1, 1e-6)
+    assert tuple(config.optimizer.betas) == (0.9, 0.98) and config.caption_weight == 0 and config.decouple_labels
+    epochs, batch = {"in1k": ("5 epochs", 4)}.get(name, ("3 epochs", 16))
+    assert (str(config.scheduler.epochs), config.batch_size) == (epochs, batch)
+    assert len(config.shards) == {"g3m": 3, "g70m": 4, "in1k": 0}[name] and bool(config.train_list) == (name == "in1k")
 
 
 REFUSED = {

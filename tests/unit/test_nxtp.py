@@ -174,6 +174,32 @@ class TestWeights:
         wide = Networks(decoder=(32, 1), image_size=48).build(Tokens(), clip_state())
         assert wide.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 36, 32)
 
+    def test_clips_resnet(self):
+        sizes = {"embed_dim": 16, "image_size": 64, "vision_width": 8, "vision_layers": (1, 1, 1, 1), "patch_size": 0}
+        state = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
+        model = Networks(decoder=(32, 1), decoder_heads=2).build(Tokens(), state)
+        assert torch.equal(model.vision_encoder.layer4[0].conv3.weight, state["visual.layer4.0.conv3.weight"])
+        assert model.encode_image(torch.zeros(2, 3, 64, 64)).shape == (2, 4, 32)
+        again = Networks(decoder_heads=2, image_size=64).build(Tokens(), checkpoint=model.state_dict())
+        image = torch.randn(2, 3, 64, 64)
+        assert torch.equal(again.eval().encode_image(image), model.eval().encode_image(image))
+        model.vision_encoder.conv1.weight.requires_grad_(False)
+        assert not model.train().vision_encoder.bn1.training  # statistics of a frozen tower stay
+        small = Networks(decoder=(32, 1), resnet=[8, 1, 1], image_size=48).build(Tokens())
+        assert small.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 36, 32)
+
+    @torch.no_grad()
+    def test_the_places_of_a_resnet(self):
+        """A map of 12 x 12 places, halved once; every place is where it is in the picture."""
+        model = Networks(decoder=(32, 1), resnet=[8, 1, 1], image_size=48).build(Tokens()).eval()
+        image = torch.zeros(2, 3, 48, 48)
+        image[1, :, :8, :8] = 3.0
+        blank, marked = model.encode_image(image)
+        apart = (blank - marked).norm(dim=-1).unflatten(0, (6, 6))
+        assert apart[0, 0] > 0.1 and apart[4:, 4:].max() < 1e-5
+        encoder = model.vision_encoder
+        assert torch.allclose(encoder(image)[:, 0], encoder(image)[:, 1:].mean(1), atol=1e-6)
+
     def test_a_missing_tensor_is_named(self):
         state = dict(network().state_dict())
         del state["language_decoder.layers.1.feed_forward.w2.weight"]
@@ -199,11 +225,16 @@ class TestRefused:
         with pytest.raises(ModelError, match="has 2 blocks, it cannot be cut to 3"):
             Networks(decoder_layers=3).build(Tokens(), checkpoint=network().state_dict())
 
-    def test_a_resnet(self):
-        sizes = {"embed_dim": 16, "image_size": 32, "vision_width": 64, "vision_layers": (1, 1, 1, 1), "patch_size": 0}
-        state = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
-        with pytest.raises(ModelError, match="ResNet has no patches"):
-            Networks(decoder=(32, 1)).build(Tokens(), state)
+    def test_some_blocks_of_a_resnet(self):
+        names = list(Networks(decoder=(32, 1), resnet=[8, 1], image_size=32).build(Tokens()).state_dict())
+        with pytest.raises(ModelError, match="train_vision_blocks: a ResNet's blocks are trained all together"):
+            trained_names(names, 2)
+        assert not any(name.startswith("vision_encoder.layer") for name in trained_names(names, 0))
+
+    @pytest.mark.parametrize("sizes", [[8], [8, 0], [7, 1], [8, 1, 1, 1, 1, 1]])
+    def test_sizes_of_no_resnet(self, sizes):
+        with pytest.raises(ModelError, match="name an even width, then the blocks"):
+            Networks(resnet=sizes)
 
     def test_no_recognition_network(self):
         with pytest.raises(ModelError, match="no NXTP checkpoint"):

@@ -91,4 +91,4 @@ def test_a_picture_with_its_attention(tmp_path):
     picture = torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)
     attention_page(tmp_path / "a.png", picture, [("dog", 0.5), ("čat", 0.1)], [torch.rand(4, 4)] * 2)
     with Image.open(tmp_path / "a.png") as sheet:
-        assert sheet.size == (3 * 232 + 8, 252 + 8)
+        assert sheet.size == (3 * 232 + 8, 256 + 8)

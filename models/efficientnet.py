@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from models.batchnorm import GhostBatchNorm, collect, deal, virtual_batches
 from models.errors import ModelError
 
-STAGES = (  # kernel, blocks, channels, expansion, stride of B0
+Stages = tuple[tuple[int, int, int, int, int], ...]  # kernel, blocks, channels, expansion, stride
+
+STAGES: Stages = (  # of B0
     (3, 1, 16, 1, 1),
     (3, 2, 24, 6, 2),
     (5, 2, 40, 6, 2),
@@ -24,6 +26,7 @@ STAGES = (  # kernel, blocks, channels, expansion, stride of B0
     (5, 4, 192, 6, 2),
     (3, 1, 320, 6, 1),
 )
+SMALL_STAGES: Stages = ((3, 1, 24, 1, 2), (5, 1, 32, 4, 1), (5, 1, 64, 4, 2), (5, 1, 96, 6, 2))
 STEM = 32
 SQUEEZE = 0.25  # width of squeeze-and-excitation as a share of the block's input
 SMALLEST = 32  # pixels: five halvings leave one
@@ -40,6 +43,7 @@ class EfficientNetShape:
     virtual_batch: int = 16  # samples that batch norm takes its statistics over; 0 = all of the process
     eps: float = 1e-3
     momentum: float = 0.01
+    stages: Stages = STAGES
 
     def channels(self, base: int) -> int:
         """`base` scaled and rounded to the divisor, at most 10 % below."""
@@ -50,20 +54,21 @@ class EfficientNetShape:
     @property
     def features(self) -> int:
         """Channels of the last block."""
-        return self.channels(STAGES[-1][2])
+        return self.channels(self.stages[-1][2])
 
     def blocks(self) -> list[tuple[int, int, int, int, int]]:
         """(kernel, channels in, channels out, expansion, stride) of every block."""
-        widths = [self.channels(c) for c in (STEM, *(stage[2] for stage in STAGES))]
+        widths = [self.channels(c) for c in (STEM, *(stage[2] for stage in self.stages))]
         rows = []
-        for (kernel, repeats, _, expansion, stride), (before, width) in zip(STAGES, pairwise(widths), strict=True):
+        for (kernel, repeats, _, expansion, stride), (before, width) in zip(self.stages, pairwise(widths), strict=True):
             rows.append((kernel, before, width, expansion, stride))
             rows += [(kernel, width, width, expansion, 1)] * (math.ceil(repeats * self.depth) - 1)
         return rows
 
 
 SHAPES = {
-    "NANO": EfficientNetShape(0.5, 0.34),  # for small pictures, such as DigitScenes
+    # for small pictures and short trainings, such as on DigitScenes
+    "NANO": EfficientNetShape(momentum=0.05, stages=SMALL_STAGES),
     "B0": EfficientNetShape(1.0, 1.0),
     "B1": EfficientNetShape(1.0, 1.1),
     "B2": EfficientNetShape(1.1, 1.2),

@@ -1,5 +1,6 @@
 """Parameter groups, fused AdamW, and one optimizer step under any precision."""
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Optimizer:
     clip_grad_norm: float | None = knob(None, "largest global gradient norm (L2); none = no clipping", low=0)
     keras: bool = knob(False, "Keras' arithmetic: learning rate in SGD's velocity, epsilon outside Adam's correction")
     scalar_lr_scale: float = knob(1.0, "learning rate of scalars (temperatures) as a multiple of lr", low=0)
+    lr_scales: list[str] = knob([], "NAME=SHARE each: parameters whose names begin with NAME learn at SHARE times lr")
     decay_everything: bool = knob(
         False, "as the originals: also decay temperature, [CLS], mask and position embeddings and embedding tables"
     )
@@ -36,10 +38,10 @@ def parameter_groups(model: nn.Module, config: Optimizer, decayed: Collection[st
     """Groups in the originals' order: without weight decay, then with it. Tied parameters appear once.
 
     Not decayed: biases and vectors (layer norms); unless `decay_everything`, also tokens, embeddings and temperatures.
-    With a `scalar_lr_scale` scalars form groups of their own. decayed: names of the parameters with weight decay, where
-    the model tells; these come first then, as in CLIP-rocket.
+    With a `scalar_lr_scale` scalars form groups of their own, and so do the parameters that `lr_scales` names. decayed:
+    names of the parameters with weight decay, where the model tells; these come first then, as in CLIP-rocket.
     """
-    groups = {}
+    groups, scales = {}, named_scales(model, config.lr_scales)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -47,10 +49,26 @@ def parameter_groups(model: nn.Module, config: Optimizer, decayed: Collection[st
         free = parameter.ndim == 1 or name.endswith(".bias") or is_token if decayed is None else name not in decayed
         decay = 0.0 if free else config.weight_decay
         scale = config.scalar_lr_scale if parameter.ndim == 0 else 1.0
+        scale *= math.prod(share for start, share in scales.items() if name.startswith(start))
         # fused kernels take no mixture of sharded and whole parameters (scalars under FSDP2)
         groups.setdefault((decay, scale, is_sharded(parameter)), []).append(parameter)
     keys = sorted(groups, key=lambda key: (key[0] if decayed is None else -key[0], -key[1]))
     return [{"params": groups[key], "weight_decay": key[0], "lr_scale": key[1]} for key in keys]
+
+
+def named_scales(model: nn.Module, written: Iterable[str]) -> dict[str, float]:
+    """`lr_scales` as beginnings of names and their shares; InputError for one that is no share or names nothing."""
+    scales = {}
+    for entry in written:
+        start, _, share = entry.partition("=")
+        try:
+            scales[start] = float(share)
+        except ValueError:
+            raise InputError(f"lr_scales: {entry!r} is not NAME=SHARE, such as text_model=0.1") from None
+        if not any(name.startswith(start) for name, _ in model.named_parameters()):
+            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
+            raise InputError(f"lr_scales: no parameter's name begins with {start!r}; this model has {parts}")
+    return scales
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

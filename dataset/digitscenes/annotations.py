@@ -12,7 +12,7 @@ import numpy as np
 
 from dataset.digitscenes.scenes import COLOURS, DIGITS, GROUNDS, Scene
 from dataset.digitscenes.tasks import detections, entailment, expressions, pair_sentences, questions
-from dataset.digitscenes.words import FactIndex, captions
+from dataset.digitscenes.words import SHORT_TEMPLATES, FactIndex, captions
 
 Split = dict[str, list[Scene]]
 CLASS_FOLDERS = sorted(DIGITS)  # an image folder's classes come in alphabetical order
@@ -225,6 +225,7 @@ def write_labels(root: Path, splits: Split, classes: Split, seed: int) -> None:
     sets = ("digitscenes", "digitscenes_filelist")
     write_json(root / "labels.json", {name: CLASS_FOLDERS for name in sets})
     write_json(root / "templates.json", {name: list(TEMPLATES) for name in sets})
+    write_json(root / "templates_short.json", {name: list(SHORT_TEMPLATES) for name in sets})
     catalogue = {"path": "imagefolder", "type": "imagefolder", "train": "train", "test": "test"}
     listed = {"path": "imagefolder", "type": "filelist", "train": "train", "test": "test"}
     write_json(root / "dataset_catalog.json", dict(zip(sets, (catalogue, listed), strict=True)))

@@ -17,7 +17,7 @@ from dataset.digitscenes.scenes import SPLITS, Handwriting, Scene, class_scenes,
 from dataset.digitscenes.words import FactIndex, captions
 from dataset.errors import DataError
 
-VERSION = 1
+VERSION = 2
 MANIFEST, UNFINISHED = "manifest.json", ".unfinished"
 TOP_LEVEL = {
     "README.md": "this page",
@@ -52,6 +52,7 @@ TOP_LEVEL = {
     "imagefolder": "one digit a picture: {train,val,test}/<class>/*.jpg, classnames.txt, lists, file lists, real.json",
     "labels.json": "class names in folder order for zero-shot classification",
     "templates.json": "prompt templates for zero-shot classification",
+    "templates_short.json": "the wordings of tfrecord/alt_texts, which name no colours",
     "dataset_catalog.json": "zero-shot catalogue entries of the class folders",
     "coyo_labeled": "multi-label targets in the fields of COYO-Labeled-300M, and classes.txt",
     "nxtp": "list files `path : name,name,...`, the same with captions as JSON lines, and a tokenizer.model",

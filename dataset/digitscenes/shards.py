@@ -16,7 +16,7 @@ import numpy as np
 
 from dataset.digitscenes.annotations import LABELS, visible_labels, write_json
 from dataset.digitscenes.scenes import Scene
-from dataset.digitscenes.words import alt_texts, captions
+from dataset.digitscenes.words import SHORT_TEMPLATES, alt_texts, captions
 from dataset.tfrecord import encode_example, write_records
 
 PER_SHARD = 500
@@ -83,10 +83,14 @@ def write_web_captions(root: Path, scenes: list[Scene]) -> None:
 
 
 def write_alt_texts(root: Path, scenes: list[Scene]) -> None:
-    """Pictures of one digit with short texts: `alt_texts.npy` in CC3M's layout and `tfrecord/alt_texts`."""
+    """Pictures of one digit with short texts: `alt_texts.npy` in CC3M's layout and `tfrecord/alt_texts`.
+
+    The records have one text each and none with a colour: ALIGN does not jitter colours, and would learn them first.
+    """
     rows = [{"image_id": s.path, "captions": alt_texts(s)} for s in scenes]
     np.save(root / "alt_texts.npy", np.array(rows, dtype=object), allow_pickle=True)
-    write_tfrecords(root, "alt_texts", scenes, lambda s: alt_texts(s)[s.image_id % 5])
+    # the digits take turns: within ten pictures the wording is the same, so that it does not tell the digit
+    write_tfrecords(root, "alt_texts", scenes, lambda s: alt_texts(s)[s.image_id // 10 % len(SHORT_TEMPLATES)])
 
 
 def write_yfcc(root: Path, scenes: list[Scene]) -> None:

@@ -14,6 +14,8 @@ CORNERS = {
     "lower right": "bottom right",
 }
 
+SHORT_TEMPLATES = ("{}", "a {}", "a handwritten {}", "the digit {}")  # of one digit
+
 # {a} {b} {c}: "red three"; {A} {B}: "large red three"; {g}: the ground; {p}, {q}: the place in two wordings. Each
 # template names every digit with its colour, the ground and the arrangement; number words are kept for digits.
 LONE = (
@@ -95,7 +97,7 @@ def alt_texts(scene: Scene) -> list[str]:
     Colours are easy and tell most pictures of a batch apart: under fuller captions contrast learns digits last.
     """
     digit = scene.digits[0]
-    return [digit.word, f"a {digit.word}", f"a handwritten {digit.word}", f"the digit {digit.word}", f"a {digit.name}"]
+    return [template.format(digit.word) for template in SHORT_TEMPLATES] + [f"a {digit.name}"]
 
 
 def relations(scene: Scene) -> Iterator[tuple[str, str, str]]:

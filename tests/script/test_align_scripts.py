@@ -10,8 +10,10 @@ from dataset.catalog import Entry, Prompts
 from dataset.shards import read_shard
 from dataset.tfrecord import encode_example, write_records
 from dataset.zeroshot import open_set
+from models.efficientnet import SHAPES, EfficientNet
 from runtime.config import parse
 from scripts import convert, pack_karpathy
+from tests.classification_runs import neighbours
 from tests.main_runs import ROOT, arguments, finish, lines
 
 CONFIG = ROOT / "configs/main/debug_align.yaml"
@@ -98,6 +100,25 @@ def test_broken_records_are_counted(digitscenes, tmp_path):
     with pytest.raises(Exception, match="record 0.*checksum is wrong") as caught:
         run_main(flags(digitscenes, tmp_path / "strict", **more))
     assert caught.value.for_people
+
+
+def test_neighbours_of_a_run(digitscenes, tmp_path):
+    """Features are kept by weights and by view: another of either is computed anew, the same is not."""
+    run_main(flags(digitscenes, tmp_path / "run", epochs="1 steps", val_folder="none"))
+    saved = torch.load(tmp_path / "run/checkpoint_00000001.pt", weights_only=True)
+    network = {key: saved["config"]["network"][key] for key in ("model", "vocab_size", "embed_dim", "context_length")}
+    state = saved["model"]
+    other = state | {"image_projection.bias": state["image_projection.bias"] + 1}
+    cache, files = tmp_path / "cache", 0
+    for name, weights, side, new in ("a", state, 32, 4), ("b", state, 32, 0), ("c", state, 48, 4), ("d", other, 32, 4):
+        file = tmp_path / f"{name}.pt"
+        torch.save({"model": weights, "config": {"network": network | {"image_size": side}}}, file)
+        scores = neighbours(digitscenes, tmp_path / name, checkpoint=file, cache=cache, features="z", k=1)
+        assert scores["model"] == network["model"] and scores["width"] == 16 and {"knn1", "probe"} <= scores.keys()
+        files += new
+        assert len(list(cache.rglob("*.npy"))) == files
+    whole = neighbours(digitscenes, tmp_path / "whole", checkpoint=tmp_path / "run", cache=cache)
+    assert whole["width"] == EfficientNet(SHAPES["NANO"]).num_features
 
 
 MISTAKES = {

@@ -243,7 +243,7 @@ def test_mistakes_in_the_batch():
         tower(torch.zeros(24, 3, 32, 32))
     with pytest.raises(ModelError, match="image_size 31.*give 32 or more"):
         tower(torch.zeros(16, 3, 31, 40))
-    assert tower.eval()(torch.zeros(3, 3, 33, 40)).shape == (3, 160)
+    assert tower.eval()(torch.zeros(3, 3, 33, 40)).shape == (3, 96)
     with pytest.raises(ModelError, match="no variable of COYO-ALIGN"):
         from_tensorflow_names({"image_encoder/top_conv/kernel:0": torch.zeros(1)})
 

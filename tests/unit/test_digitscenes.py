@@ -29,6 +29,7 @@ from dataset.digitscenes.scenes import (
 from dataset.digitscenes.tasks import extremes, iou
 from dataset.digitscenes.words import captions, facts
 from dataset.errors import DataError
+from dataset.shards import read_shard
 from dataset.tfrecord import parse_example, read_frames
 
 REQUEST = Request(train=120, val=40, test=60, size=48, seed=3)
@@ -408,6 +409,12 @@ def test_web_caption_sets(root, scenes):
     assert all((root / row["image_id"]).parent.name in row["captions"] for row in short)
     assert len(short) == len(list((root / "imagefolder/train").rglob("*.jpg")))
     assert (root / "tfrecord/alt_texts/00000.tfrecord").read_bytes().count(b"JFIF") == len(short)
+    texts = {}
+    for record in read_shard(str(root / "tfrecord/alt_texts/00000.tfrecord"), {}):
+        texts.setdefault(record["caption"].split(" ")[-1], set()).add(record["caption"].rpartition(" ")[0])
+    prompts = load(root, "templates_short.json")["digitscenes"]
+    assert {wording + " {}" if wording else "{}" for wordings in texts.values() for wording in wordings} <= set(prompts)
+    assert len(texts) == 10 and all(len(wordings) >= 3 for wordings in texts.values())  # no wording tells the digit
     red = load(root, "redcaps/redcaps.json")
     assert len(red) == 12
     assert all((root / "redcaps" / r["subreddit"] / f"{r['image_id']}.jpg").exists() for r in red)

@@ -66,6 +66,17 @@ def test_clipping_bounds_the_update_and_reports_the_norm_before_it():
     assert (model.weight - before).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
+def test_parts_may_learn_more_slowly():
+    model = Tiny()
+    groups = parameter_groups(model, Optimizer(lr_scales=["dense.=0.5", "norm=0"]))
+    found = {name: g["lr_scale"] for g in groups for name in names_of(model, g)}
+    slower = {"dense.weight": 0.5, "dense.bias": 0.5, "norm.weight": 0, "norm.bias": 0}
+    assert found == {"pos_embed": 1, "temp": 1} | slower
+    for wrong, words in ("dense", "not NAME=SHARE"), ("norm=x", "not NAME=SHARE"), ("x=1", "model has pos_embed"):
+        with pytest.raises(InputError, match=words):
+            parameter_groups(model, Optimizer(lr_scales=[wrong]))
+
+
 def test_scalars_may_learn_more_slowly():
     groups = parameter_groups(Tiny(), Optimizer(scalar_lr_scale=0.1))
     assert [(len(g["params"]), g["weight_decay"], g["lr_scale"]) for g in groups] == [

@@ -29,7 +29,8 @@ from dataset.vit_views import EvalView, TrainView, ViTViews
 from evaluation.classification import multi_label_metrics, read_real, score, single_label_metrics
 from evaluation.page import card, table
 from evaluation.split import write_results
-from models.classification import ClassifierConfig, VisionClassifier, follow, trained
+from models.batchnorm import synchronise_batch_norm
+from models.classification import ClassifierConfig, VisionClassifier, averages, follow, trained
 from models.mixing import mix
 from models.vit_weights import load_vit
 from runtime import distributed
@@ -171,6 +172,7 @@ def train(config: Config, names: list[str], validate: Callable | None, world: Wo
     network = build_model(config).train()
     decayed = [name for name, _ in network.named_parameters()] if config.network.original else None
     parameters = sum(p.numel() for p in trained(network))
+    network = synchronise_batch_norm(network.to(world.device))  # those of a stem; others have none
     model = parallelize(network, world, config)
     seed_everything(config.seed, world.rank)  # dropout and mixing differ from here on
     optimizer = build_optimizer(network, config.optimizer, decayed)
@@ -183,7 +185,7 @@ def train(config: Config, names: list[str], validate: Callable | None, world: Wo
     about = f"{config.network.model}, {config.network.num_classes:,} classes"
     session.start(about, plan, parameters, samples_an_epoch=len(loader.stream))
     statistics, metrics = pixel_statistics(world.device, *config.network.statistics), {}
-    weights, average = trained(network), [p for p in network.parameters() if not p.requires_grad]
+    weights, (average, followed) = trained(network), averages(network)
 
     def next_batch() -> dict[str, Tensor]:
         moved = to_device(session.watch.waiting(loader), world.device)
@@ -194,7 +196,7 @@ def train(config: Config, names: list[str], validate: Callable | None, world: Wo
         loss = train_step(model, next_batch, config, precision)
         grad_norm = precision.step(optimizer, weights)
         if average:
-            follow(average, weights, step + 1, config.ema_decay, config.ema_start)
+            follow(average, followed, step + 1, config.ema_decay, config.ema_start)
         session.log_step(step + 1, loss=loss, grad_norm=grad_norm)
         if validate and session.validation_due:
             metrics = validate(averaged(session.network(partial(VisionClassifier, config.network))))

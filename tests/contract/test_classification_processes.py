@@ -12,6 +12,7 @@ from evaluation.classification import multi_label_metrics, score, single_label_m
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import nearest_neighbours
 from evaluation.retrieval import units
+from models.batchnorm import synchronise_batch_norm
 from models.classification import ClassifierConfig, VisionClassifier
 from runtime.distributed import World, unwrap
 from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate
@@ -20,11 +21,19 @@ from tests.processes import spawn
 
 CPU = torch.device("cpu")
 ROWS = 8
+STEM = (4, 6)
 
 
-def network(loss: str = "sigmoid") -> VisionClassifier:
+def network(loss: str = "sigmoid", stem: tuple[int, ...] = ()) -> VisionClassifier:
     torch.manual_seed(0)
-    sizes = {"model": "vit-mu/8", "image_size": 16, "num_classes": 6, "representation_size": 12, "head_bias": 0.0}
+    sizes = {
+        "stem": stem,
+        "model": "vit-mu/8",
+        "image_size": 16,
+        "num_classes": 6,
+        "representation_size": 12,
+        "head_bias": 0.0,
+    }
     model = VisionClassifier(ClassifierConfig(loss=loss, **sizes))
     torch.nn.init.normal_(model.head.weight)
     return model
@@ -37,9 +46,9 @@ def batch() -> dict:
     return {"image": torch.randn(ROWS, 3, 16, 16), "labels": labels, "label_weights": weights}
 
 
-def three_updates(world: World, features: Features, keras: bool = True) -> tuple[list[float], dict]:
+def three_updates(world: World, features: Features, keras: bool = True, stem=()) -> tuple[list[float], dict]:
     """Losses, averaged over the processes, and the weights after three updates."""
-    model = parallelize(network(), world, features)
+    model = parallelize(synchronise_batch_norm(network(stem=stem)), world, features)
     settings = Optimizer(lr=0.05, weight_decay=0.1, eps=1e-2, keras=keras)  # a small epsilon blows up noise
     optimizer = build_optimizer(model, settings)
     precision, losses = Precision("fp32", CPU, 1.0), []
@@ -67,11 +76,12 @@ def assert_same(ours: tuple, expected: tuple) -> None:
         torch.testing.assert_close(ours[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def on_two(rank: int, expected: tuple, plain: tuple) -> None:
+def on_two(rank: int, expected: tuple, plain: tuple, hybrid: tuple) -> None:
     world = World(rank, 2, rank, CPU)
     assert_same(three_updates(world, Features()), expected)
     assert_same(three_updates(world, Features(parallel="fsdp", activation_checkpointing=True)), expected)
     assert_same(three_updates(world, Features(), keras=False), plain)
+    assert_same(three_updates(world, Features(), stem=STEM), hybrid)
 
 
 def test_training():
@@ -79,7 +89,7 @@ def test_training():
     expected, plain = three_updates(alone, Features()), three_updates(alone, Features(), keras=False)
     assert expected[0][2] < expected[0][0] and expected[0] != plain[0]
     assert_same(three_updates(alone, Features(activation_checkpointing=True)), expected)
-    spawn(on_two, 2, expected, plain)
+    spawn(on_two, 2, expected, plain, three_updates(alone, Features(), stem=STEM))
 
 
 def test_compiled_is_eager():

@@ -1,5 +1,7 @@
 """The ViT classifier: losses, starting values, positions, moving average, and every mistake."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from models.classification import (
     ClassifierConfig,
     VisionClassifier,
+    averages,
     clipped_sigmoid_loss,
     dense_targets,
     follow,
@@ -172,3 +175,18 @@ def test_mixing_keeps_the_mass_of_the_labels():
     weight = cut_and_paste(batch, masks)["label_weights"][:, :3]
     torch.testing.assert_close(weight[0], weights[0])  # by one's own area, not the batch's
     torch.testing.assert_close(weight[1], weights[1] / 2)
+
+
+def test_the_average_follows_weights_and_statistics():
+    torch.manual_seed(0)
+    model = VisionClassifier(ClassifierConfig(model="vit-mu/8", stem=(4, 6), image_size=16, num_classes=3))
+    assert averages(model) == ([], [])
+    model.ema = copy.deepcopy(model).requires_grad_(False)
+    average, followed = averages(model)
+    model.train().logits(torch.randn(4, 3, 16, 16))
+    with torch.no_grad():
+        model.head.weight += 1
+    statistics, before = model.patch_embed.backbone.bn1.running_mean, torch.zeros(4)
+    follow(average, followed, 1, decay=0.5)  # at first d is 2 / 11
+    torch.testing.assert_close(model.ema.patch_embed.backbone.bn1.running_mean, before.lerp(statistics, 9 / 11))
+    torch.testing.assert_close(model.ema.head.weight, torch.full((3, 32), 9 / 11))

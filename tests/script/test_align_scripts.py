@@ -1,6 +1,10 @@
 """ALIGN through main.py's real main, the conversion of its weights, and the packing of retrieval sets."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +123,22 @@ def test_neighbours_of_a_run(digitscenes, tmp_path):
         assert len(list(cache.rglob("*.npy"))) == files
     whole = neighbours(digitscenes, tmp_path / "whole", checkpoint=tmp_path / "run", cache=cache)
     assert whole["width"] == EfficientNet(SHAPES["NANO"]).num_features
+
+
+def test_one_command_scores_neighbours_and_retrieval(digitscenes, tmp_path):
+    run_main(flags(digitscenes, tmp_path / "run", epochs="1 steps", val_folder="none"))
+    command, out = ["bash", str(ROOT / "scripts/evaluate_align.sh")], tmp_path / "scores"
+    assert "IMAGENET" in subprocess.run(command, capture_output=True, text=True).stdout
+    paths = {"IMAGENET": digitscenes / "imagefolder", "RETRIEVAL": f"retrieval:{digitscenes}/dataset_digitscenes.json"}
+    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    surroundings = os.environ | {name: str(value) for name, value in paths.items()} | {"PATH": python}
+    done = subprocess.run([*command, tmp_path / "run", out], env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    neighbour, retrieved = (
+        json.loads((out / name / "result/metrics.json").read_text()) for name in ("knn", "retrieval")
+    )
+    assert {"knn1", "knn10"} <= neighbour.keys() and neighbour["width"] == 16
+    assert {"txt_r1_z", "img_r1_z"} <= retrieved["results"]["dataset_digitscenes"].keys()
 
 
 MISTAKES = {

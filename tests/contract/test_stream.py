@@ -253,7 +253,7 @@ def run_script(then, wait=True):
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
     pids = [int(pid) for pid in process.stdout.readline().split()]
     assert len(pids) == 2
-    output = process.communicate(timeout=60)[0] if wait else ""
+    output = process.communicate(timeout=240)[0] if wait else ""
     return process, pids, output
 
 
@@ -295,7 +295,7 @@ def test_signals_that_come_while_workers_start_kill_none():
     """
     root = Path(__file__).resolve().parents[2]
     code = [sys.executable, "-c", textwrap.dedent(early)]
-    assert subprocess.run(code, cwd=root, capture_output=True, text=True, timeout=60).stdout.split() == ["20", "3"]
+    assert subprocess.run(code, cwd=root, capture_output=True, text=True, timeout=240).stdout.split() == ["20", "3"]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")

@@ -19,5 +19,7 @@ def _worker(rank: int, world_size: int, store: str, function, args) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
         function(rank, *args)
+        dist.barrier()  # nobody hangs up while another still talks
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort the interpreter's own way out, on which nothing depends

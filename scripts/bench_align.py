@@ -8,6 +8,7 @@ and captions. Loss, optimizer and loop are ours for the two in PyTorch; the orig
 graph, its virtual batch made that of ours where the batch is smaller. The table is written to docs/BENCHMARKS.md.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import bench_pretrain as bench
 
 sys.path.insert(0, str(bench.ROOT))
 
-from bench_vit import NAMES, table  # noqa: E402
+from bench_vit import table  # noqa: E402
 
 from runtime import config as configuration  # noqa: E402
 from runtime.config import knob  # noqa: E402
@@ -45,29 +46,18 @@ class Config:
     report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
 
 
-def measure_all(config: Config) -> dict[str, list[dict]]:
-    """The sides' measurements, taken in turn, every second time backwards."""
-    sides = [*config.sides, *(["peer"] if config.peer else [])]
-    results: dict[str, list[dict]] = {side: [] for side in sides}
-    for turn in range(config.repeats):
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            found = bench.run_side("align_peer" if side == "peer" else "align_ours", config, library=side)
-            results[side].append(found)
-            figures = f"{found['seconds']:.2f} s, {found['cpu_seconds']:.2f} CPU s"
-            print(f"{NAMES[side]} {turn + 1}/{config.repeats}: {figures}", flush=True)
-    return results
-
-
 def main(config: Config) -> None:
     if config.peer and not (Path(config.peer) / "models/efficientnet.py").is_file():
         raise InputError(f"--peer {config.peer}: no models/efficientnet.py there; it takes a checkout of coyo-align")
     if config.peer and not config.peer_python:
         raise InputError("--peer needs --peer-python, an interpreter with TensorFlow 2.12 and tensorflow-addons")
-    results = measure_all(config)
+    load = os.getloadavg()[0]
+    scripts = {side: "align_ours" for side in config.sides} | ({"peer": "align_peer"} if config.peer else {})
+    results = bench.take_turns(config, scripts)
     first = next(iter(results.values()))[0]
     body = f"{table(results, config.batch)}\n\n{first['parameters'] / 1e6:.1f} million parameters."
     body += f" The original by {results['peer'][0]['torch']}, float32." if config.peer else ""
-    body += f" Machine: {bench.machine(first, config.threads)}."
+    body += f" Machine: {bench.machine(first, config.threads)}.{bench.disturbed(load)}"
     settings = [config.model, f"{config.image_size} pixels", f"batch {config.batch}", config.precision]
     title = ", ".join(["ALIGN step", *settings, first["device"], *["compiled"] * config.compile])
     print(body)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_common import CLS, VOCABULARY, about, chosen_device, measure  # noqa: E402
+from bench_common import CLS, VOCABULARY, chosen_device, measure_training  # noqa: E402
 
 from models import dual_losses  # noqa: E402
 from models.align_weights import hugging_face_config  # noqa: E402
@@ -65,16 +65,7 @@ def main(options: dict) -> dict:
     ids = torch.randint(1000, VOCABULARY, (size, options["length"]), device=device)
     ids[:, 0] = CLS
     batch = {"image": torch.rand(size, 3, side, side, device=device) * 2 - 1, "text_ids": ids}
-    parameters = list(model.parameters())
-
-    def step() -> None:
-        with precision.autocast():
-            loss = model(**batch)["loss"]
-        precision.backward(loss)
-        precision.step(optimizer, parameters)
-
-    result = measure(step, device, options["warmup"], options["steps"])
-    return result | about(device) | {"parameters": sum(p.numel() for p in parameters)}
+    return measure_training(model, batch, optimizer, precision, options)
 
 
 if __name__ == "__main__":

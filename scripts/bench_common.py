@@ -110,6 +110,20 @@ def measure(step: Callable[[], None], device: torch.device, warmup: int, steps: 
     return medians | {"peak_bytes": peak_bytes(device)}
 
 
+def measure_training(model, batch: dict[str, Tensor], optimizer, precision, options: dict) -> dict:
+    """`measure` of a training step of ours on any network: `model(**batch)["loss"]`, backward, update."""
+    device, parameters = chosen_device(options["device"]), list(model.parameters())
+
+    def step() -> None:
+        with precision.autocast():
+            loss = model(**batch)["loss"]
+        precision.backward(loss)
+        precision.step(optimizer, parameters)
+
+    result = measure(step, device, options["warmup"], options["steps"])
+    return result | about(device) | {"parameters": sum(p.numel() for p in parameters)}
+
+
 def peak_bytes(device: torch.device) -> int:
     """Highest memory so far: of the GPU's allocator, or resident memory of this process on the CPU."""
     if device.type == "cuda":

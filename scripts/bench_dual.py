@@ -57,21 +57,6 @@ class Config:
         return "rocket" if self.peer else "open_clip"
 
 
-def measure_all(config: Config) -> dict[str, list[dict]]:
-    """The sides' measurements, taken in turn."""
-    sides = ["ours", config.other]
-    results: dict[str, list[dict]] = {side: [] for side in sides}
-    for turn in range(config.repeats):
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            found = bench.run_side("dual_side", config, library=side)
-            results[side].append(found)
-            figures = (
-                f"{found['seconds']:.2f} s, {found['cpu_seconds']:.2f} CPU s, {found['peak_bytes'] / 2**30:.2f} GiB"
-            )
-            print(f"{NAMES[side]} {turn + 1}/{config.repeats}: {figures}", flush=True)
-    return results
-
-
 def table(config: Config, results: dict[str, list[dict]]) -> str:
     """Markdown, a row a side."""
     head = ["", "seconds a step", "CPU seconds", "pairs/s", "peak memory", "MFU"]
@@ -95,7 +80,7 @@ def check_config(config: Config) -> None:
 def main(config: Config) -> None:
     check_config(config)
     load = os.getloadavg()[0]
-    results = measure_all(config)
+    results = bench.take_turns(config, {side: "dual_side" for side in ("ours", config.other)})
     first = results["ours"][0]
     found = bench.ratios({"ours": results["ours"], "peer": results[config.other]})
     body = f"{table(config, results)}\n\nOurs over {NAMES[config.other]}: {found['speed']:.2f} x pairs/s"

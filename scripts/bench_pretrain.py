@@ -101,13 +101,15 @@ def checked(config: Config) -> tuple[str, str]:
     return title, "\n".join([how, "", *lines])
 
 
-def measure_all(config: Config) -> dict[str, list[dict]]:
-    """The sides' measurements, taken in turn."""
-    sides = ["ours", "peer"] if config.peer else ["ours"]
-    results: dict[str, list[dict]] = {side: [] for side in sides}
+def take_turns(config, scripts: dict[str, str]) -> dict[str, list[dict]]:
+    """All measurements of each side: {side: its bench_SCRIPT.py}, in turn, every second time backwards.
+
+    The script learns as `library` which side it measures.
+    """
+    results: dict[str, list[dict]] = {side: [] for side in scripts}
     for turn in range(config.repeats):
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            result = run_side(side, config)
+        for side in scripts if turn % 2 == 0 else reversed(scripts):
+            result = run_side(scripts[side], config, library=side)
             results[side].append(result)
             figures = f"{result['seconds']:.3f} s a step ({result['cpu_seconds']:.2f} CPU s)"
             figures += f", {result['peak_bytes'] / 2**30:.2f} GiB"
@@ -201,7 +203,7 @@ def write_report(config, title: str, body: str) -> None:
 def measured(config: Config) -> tuple[str, str]:
     """Title and text of the measurements."""
     load = os.getloadavg()[0]
-    results = measure_all(config)
+    results = take_turns(config, {side: side for side in ("ours", *["peer"] * bool(config.peer))})
     body, first = table(config, results), results["ours"][0]
     if config.peer:
         found = ratios(results)

@@ -47,18 +47,6 @@ class Config:
     report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
 
 
-def measure_all(config: Config) -> dict[str, list[dict]]:
-    """The sides' measurements, taken in turn, every second time backwards."""
-    sides = [*config.sides, *(["peer"] if config.peer else [])]
-    results: dict[str, list[dict]] = {side: [] for side in sides}
-    for turn in range(config.repeats):
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            found = bench.run_side("vit_peer" if side == "peer" else "vit_ours", config, library=side)
-            results[side].append(found)
-            print(f"{side} {turn + 1}/{config.repeats}: {found['seconds']:.2f} s, {found['cpu_seconds']:.2f} CPU s")
-    return results
-
-
 def table(results: dict[str, list[dict]], batch: int) -> str:
     """Markdown, a row a side; ratios are medians over the turns of a side's time over ours."""
     head = ["", "seconds a step", "CPU seconds", "pictures/s", "peak memory", "ours is faster by", "by CPU time"]
@@ -89,7 +77,8 @@ def check_config(config: Config) -> None:
 def main(config: Config) -> None:
     check_config(config)
     load = os.getloadavg()[0]
-    results = measure_all(config)
+    scripts = {side: "vit_ours" for side in config.sides} | ({"peer": "vit_peer"} if config.peer else {})
+    results = bench.take_turns(config, scripts)
     first = next(iter(results.values()))[0]
     body = f"{table(results, config.batch)}\n\n{first['parameters'] / 1e6:.1f} million parameters."
     if config.peer:

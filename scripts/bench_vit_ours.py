@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_common import about, chosen_device, measure  # noqa: E402
+from bench_common import chosen_device, measure_training  # noqa: E402
 
 from models.classification import ClassifierConfig, VisionClassifier, sigmoid_loss  # noqa: E402
 from runtime.optim import Optimizer, Precision, build_optimizer  # noqa: E402
@@ -75,16 +75,7 @@ def main(options: dict) -> dict:
         "labels": torch.randint(options["classes"], (size, 2), device=device),
         "label_weights": torch.ones(size, 2, device=device),
     }
-    parameters = list(model.parameters())
-
-    def step() -> None:
-        with precision.autocast():
-            loss = model(**batch)["loss"]
-        precision.backward(loss)
-        precision.step(optimizer, parameters)
-
-    result = measure(step, device, options["warmup"], options["steps"])
-    return result | about(device) | {"parameters": sum(p.numel() for p in parameters)}
+    return measure_training(model, batch, optimizer, precision, options)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataset.recognition import Sequences
 from models.adapters import load_checkpoint
 from models.nxtp import Nxtp, NxtpConfig
 from models.nxtp_adapters import geometry, openai_layout, recognition_state
-from tests.golden_cases import golden, golden_file
+from tests.helpers.golden import golden, golden_file
 
 HEADS = 4
 

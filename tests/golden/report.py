@@ -1,4 +1,4 @@
-"""The table of the golden cases: each comparison records its relative error here, and pytest prints the worst of each.
+"""Comparisons with the originals' numbers, and the table of the worst error of each quantity that pytest prints.
 
 `python -m tests.golden.report [pytest arguments]` runs the golden tests and prints the table as Markdown.
 """
@@ -16,20 +16,56 @@ def record(case: str, quantity: str, error: float) -> None:
     RECORDS.append((case, quantity, float(error)))
 
 
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """max |ours - theirs| / max |theirs| (absolute where theirs is all zero)."""
-    ours, theirs = ours.detach().double(), theirs.detach().double()
+def relative_error(ours, theirs, scale: float = 0.0) -> float:
+    """max |ours - theirs| / max |theirs| of tensors or numbers (absolute where theirs is all zero).
+
+    scale: the least divisor, for values that are zero in exact arithmetic and hold rounding noise.
+    """
+    ours = torch.as_tensor(ours).detach().double()
+    theirs = torch.as_tensor(theirs).detach().double()
     if ours.shape != theirs.shape:
         raise AssertionError(f"shape {tuple(ours.shape)}, the original's is {tuple(theirs.shape)}")
-    scale = theirs.abs().max() if theirs.numel() else torch.tensor(1.0)
-    return float((ours - theirs).abs().max() / (scale if scale > 0 else 1.0)) if theirs.numel() else 0.0
+    if not theirs.numel():
+        return 0.0
+    divisor = max(float(theirs.abs().max()), scale)
+    return float((ours - theirs).abs().max()) / (divisor if divisor > 0 else 1.0)
 
 
-def compare(case: str, quantity: str, ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-    """Record the relative error of a tensor and assert that it lies below the tolerance."""
-    error = relative_error(ours, theirs)
+def compare(case: str, quantity: str, ours, theirs, tolerance: float, scale: float = 0.0) -> None:
+    """Record the relative error of a tensor or number and assert that it lies below the tolerance."""
+    error = relative_error(ours, theirs, scale)
     record(case, quantity, error)
     assert error < tolerance, f"{case}: {quantity} differs from the original by {error:.2e} (allowed {tolerance:.0e})"
+
+
+def same(case: str, quantity: str, ours, theirs) -> None:
+    """Assert that integers, text or images are exactly the original's, and record the fraction that is not."""
+    if isinstance(theirs, torch.Tensor):
+        assert ours.shape == theirs.shape, f"{case}: {quantity}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
+        wrong = float((ours != theirs).double().mean()) if theirs.numel() else 0.0
+    else:
+        wrong = float(ours != theirs)
+    record(case, quantity, wrong)
+    assert wrong == 0, f"{case}: {quantity} is {ours}, the original's is {theirs}"
+
+
+def compare_gradients(case: str, model: torch.nn.Module, norms: dict, tensors: dict, tolerance: float) -> None:
+    """Gradient norms of every parameter (None: it has no gradient) and the gradients stored in full as `grad.<name>`.
+
+    Gradients that are zero in exact arithmetic (key biases) are measured against the largest norm.
+    """
+    parameters = dict(model.named_parameters())
+    without = {name for name, norm in norms.items() if norm is None}
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    same(case, "parameters with a gradient", sorted(trained | without), sorted(norms))
+    scale = 1e-4 * max(norm for norm in norms.values() if norm)
+    for name, norm in norms.items():
+        if norm is None:
+            assert parameters[name].grad is None, f"{case}: {name} should have no gradient"
+        else:
+            compare(case, "gradient norms", parameters[name].grad.norm(), norm, tolerance, scale)
+    for key in [key for key in tensors if key.startswith("grad.")]:
+        compare(case, "gradients", parameters[key.removeprefix("grad.")].grad, tensors[key], tolerance)
 
 
 def table() -> list[str]:

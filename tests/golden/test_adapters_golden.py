@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.adapters import MOMENTUM, POSITION_IDS, QUEUES, STARTS, _matches, adapt, checkpoint_kind
-from tests.golden_cases import golden_file
+from tests.helpers.golden import golden_file
 
 TASKS = {"retrieval": "retrieval", "grounding": "retrieval", "vqa": "vqa", "ve": "ve",
          "nlvr_text_assignment": "text_assignment", "nlvr": "nlvr", "zero_shot_retrieval": "retrieval"}  # fmt: skip

@@ -12,7 +12,7 @@ from models.efficientnet import EfficientNet
 from runtime.optim import Optimizer, build_optimizer, set_learning_rate
 from runtime.schedule import Plan, Schedule
 from tests.golden.align_cases import LOSS, TINY_IMAGE, TINY_TEXT, load, pictures, state_of, tiny_align
-from tests.golden_cases import golden
+from tests.helpers.golden import golden
 
 
 def nchw(x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from models.align_weights import from_tensorflow_names, to_hugging_face
 from models.dual import DualConfig
 from scripts import convert
 from scripts.tf_checkpoint import SUFFIX, read_checkpoint
-from tests.golden_cases import golden, golden_file
+from tests.helpers.golden import golden, golden_file
 
 
 def on_grid(view: torch.Tensor, meta: dict) -> torch.Tensor:

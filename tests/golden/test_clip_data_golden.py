@@ -22,7 +22,7 @@ from models.dual import build_dual, names_by_decay
 from runtime.optim import Optimizer, parameter_groups
 from runtime.schedule import Plan, Schedule
 from tests.golden.clip_cases import config_of
-from tests.golden_cases import golden, golden_file
+from tests.helpers.golden import golden, golden_file
 
 
 def load(*parts: str) -> dict:

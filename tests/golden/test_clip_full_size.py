@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from models.dual import build_dual
 from tests.golden.clip_cases import close, config_of, recipe_state
 from tests.golden.test_clip_openai import recipe_tensor_plain
-from tests.golden_cases import golden_file
+from tests.helpers.golden import golden_file
 
 ROCKET = [
     "CL2L_R50_CL2L+separate-proj",

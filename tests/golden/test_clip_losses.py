@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from models import dual_losses
 from models.dual_losses import LossOptions
 from tests.golden.clip_cases import close
-from tests.golden_cases import golden_file
+from tests.helpers.golden import golden_file
 from tests.processes import spawn
 
 LOSSES = {

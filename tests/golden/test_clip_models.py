@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from models.dual import build_dual, names_by_decay, zeroshot_similarities
 from tests.golden.clip_cases import close, config_of, recipe_state, sum_and_norm, toy_vit
-from tests.golden_cases import golden_file
+from tests.helpers.golden import golden_file
 
 ROCKET = """clip_linear clip_mlp_detach cl2l_separate cl2l_separate_linear_local cl2l_shared cl2l_mlp_shared
     cl2l_separate_droppath1 cl2l_separate_dropout1 barlip barlip_child siamlip siamlip_child siamlip_child_nobn swalip

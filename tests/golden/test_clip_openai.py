@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from models.clip_adapters import load_openai, openai_config
 from models.openai_clip import OPENAI_MODELS
 from tests.golden.clip_cases import close, recipe_state, recipe_tensor
-from tests.golden_cases import golden_file
+from tests.helpers.golden import golden_file
 
 
 def load() -> tuple[dict, dict]:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from models.dual import build_dual, follow, names_by_decay
 from tests.golden.clip_cases import close, config_of, recipe_state, sum_and_norm, toy_vit
-from tests.golden_cases import golden_file
+from tests.helpers.golden import golden_file
 
 RUNS = ["cl2l", "cl2l_accum2", "barlip", "siamlip", "byolip", "swalip"]
 EXACT_STEPS = 6  # later losses reproduce to about 1e-3 only, says the golden README

@@ -21,7 +21,7 @@ from models.vit_weights import native, to_tensorflow
 from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate
 from runtime.schedule import Schedule, learning_rate
 from tests.golden.report import compare
-from tests.golden_cases import golden, golden_file
+from tests.helpers.golden import golden, golden_file
 
 SPARSE = 16  # more labels than any golden row has classes
 

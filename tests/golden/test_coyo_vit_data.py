@@ -11,7 +11,7 @@ from models.classification import dense_targets
 from models.mixing import blend, cut_and_paste, rectangles
 from models.opening import HALF
 from tests.golden.report import compare
-from tests.golden_cases import golden
+from tests.helpers.golden import golden
 
 
 def chw(image):

@@ -8,7 +8,7 @@ from evaluation.features import Bank
 from evaluation.knn import knn_accuracy, nearest_neighbours, votes
 from runtime.distributed import World
 from tests.golden.report import record
-from tests.golden_cases import golden
+from tests.helpers.golden import golden
 
 
 def close(name, ours, theirs):

@@ -17,7 +17,7 @@ from dataset.records import Records
 from dataset.retrieval import RetrievalPair, RetrievalSet, number_images
 from dataset.text import Tokenizer, mask_tokens, pre_caption, pre_question
 from dataset.transforms import PretrainTransform, TestTransform, TrainTransform, resize
-from tests.golden_cases import golden
+from tests.helpers.golden import golden
 
 
 def test_cleaning():

@@ -5,7 +5,7 @@ import pytest
 from evaluation.grounding import grounding_accuracy, iou, point
 from evaluation.vqa import answer_score, normalise, vqa_accuracy, without_punctuation
 from tests.golden.report import record
-from tests.golden_cases import golden
+from tests.helpers.golden import golden
 
 
 @pytest.mark.parametrize("one_sided", [True, False])

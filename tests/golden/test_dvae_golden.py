@@ -3,7 +3,7 @@
 import torch
 
 from models.dvae import ImageTokenizer, TokenizerConfig, picture_of, squeeze_range
-from tests.golden_cases import decode_image, golden
+from tests.helpers.golden import decode_image, golden
 
 
 def test_encoder_decoder_and_codes():

@@ -243,7 +243,7 @@ def test_llama_and_clip_are_loaded_as_the_original_does(tmp_path):
     case = cases.meta("llama_loading")
     from shutil import copy
 
-    from tests.golden_cases import golden_file
+    from tests.helpers.golden import golden_file
 
     copy(golden_file("nxtp", "llama_params.json"), tmp_path / "params.json")
     llama = cases.tensors("llama_consolidated")

@@ -10,7 +10,7 @@ from models.vit import ViTConfig
 from models.xbert import BertConfig
 from runtime.distributed import World
 from tests.golden.report import compare
-from tests.golden_cases import decode_image, golden
+from tests.helpers.golden import decode_image, golden
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 

@@ -7,7 +7,7 @@ from models.losses import IGNORE, distilled_cross_entropy, masked_mean, sequence
 from models.vit import ViT, ViTConfig, resize_pos_embed
 from models.xbert import BertConfig, DecoderCache, XBert, XBertLM
 from tests.golden.report import compare
-from tests.golden_cases import decode_image, golden
+from tests.helpers.golden import decode_image, golden
 
 TOLERANCE = 1e-5
 

@@ -16,7 +16,7 @@ from models.vit import ViTConfig
 from models.vqa import Vqa, VqaConfig
 from models.xbert import BertConfig
 from tests.golden.report import compare, record
-from tests.golden_cases import decode_image, golden
+from tests.helpers.golden import decode_image, golden
 
 TOLERANCE, GRADIENT = 1e-5, 1e-4
 SYSTEMS = pytest.mark.parametrize("system", ["simla", "albef"])

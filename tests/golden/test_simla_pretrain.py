@@ -9,7 +9,7 @@ from models.simla import Simla, SimlaConfig
 from models.vit import ViTConfig
 from models.xbert import BertConfig
 from tests.golden.report import compare, record, relative_error
-from tests.golden_cases import decode_image, golden
+from tests.helpers.golden import decode_image, golden
 
 LOSS, TENSOR, GRADIENT = 1e-5, 1e-5, 1e-4
 ORIGINS = ["simla", "albef"]

@@ -8,7 +8,7 @@ from models.retrieval import Retrieval, RetrievalConfig
 from models.vit import ViTConfig, resize_pos_embed
 from models.xbert import BertConfig
 from tests.golden.report import compare, record
-from tests.golden_cases import decode_image, golden
+from tests.helpers.golden import decode_image, golden
 
 LOSS, TENSOR, GRADIENT = 1e-5, 1e-5, 1e-4
 

@@ -19,7 +19,7 @@ from evaluation.zeroshot_metrics import mean_per_class, measure, roc_auc
 from models.dual import build_dual
 from runtime.distributed import World
 from tests.golden.clip_cases import close, config_of, recipe_state, toy_vit
-from tests.golden_cases import golden, golden_file
+from tests.helpers.golden import golden, golden_file
 
 CASES = ["cl2l.imagenet", "cl2l.rendered_sst2", "cl2l.fer2013", "cl2l.pets", "cl2l.hateful_memes"]
 CASES += ["clip.imagenet", "clip.rendered_sst2", "clip.fer2013"]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from models.classification import ClassifierConfig, VisionClassifier
 from runtime.checkpoint import export_safetensors
 from scripts import convert
-from tests.golden_cases import golden_file
+from tests.helpers.golden import golden_file
 
 
 def test_from_tensorflow(tmp_path):

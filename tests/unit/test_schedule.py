@@ -4,7 +4,7 @@ import pytest
 
 from runtime.errors import InputError
 from runtime.schedule import Schedule, learning_rate, ramp, steps
-from tests.golden_cases import golden
+from tests.helpers.golden import golden
 
 SIZES = dict(epoch_steps=100, batch=64)
 

@@ -12,7 +12,7 @@ from models.momentum import MomentumPairs
 from models.retrieval import Retrieval, RetrievalConfig
 from models.simla import Simla, SimlaConfig
 from models.vit import ViTConfig
-from tests.golden_cases import golden
+from tests.helpers.golden import golden
 from tests.tiny_simla import LENGTH, PATCHES, tiny_batch, tiny_config, tiny_model
 
 BOTH = pytest.mark.parametrize("albef", [False, True], ids=["simla", "albef"])

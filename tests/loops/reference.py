@@ -1,0 +1,263 @@
+"""A training run written out again: schedule, alpha, teacher, micro-batches, clipping, AdamW and the log.
+
+Nothing here comes from the scripts or from runtime/: a record (tests/helpers/loops.py) gives the batches, the random
+numbers and a copy of the network, everything else is computed from the recipe. Each update starts from the recorded
+weights, so that a rounding difference does not grow, and every quantity is compared on its way.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.helpers.loops import Record, State, Update, load, on_processes, process_group, record_main, replay_random
+
+NOT_DECAYED = ("cls_token", "pos_embed", "mask_token", "temp", "embeddings.")
+
+
+@dataclass
+class Recipe:
+    """What the flags of a run ask for."""
+
+    losses: tuple[str, ...]  # their sum is minimised
+    total: int  # updates
+    warmup: int = 2
+    warmup_lr: float = 1e-5
+    peak_lr: float = 1e-3
+    min_lr: float = 1e-5
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float | None = None
+    scalar_lr_scale: float = 1.0
+    alpha: float | None = 0.4  # None: the network takes none
+    alpha_ramp: int = 0  # updates until alpha is reached
+    momentum: float | None = 0.995  # None: no teacher
+    accumulate: int = 1
+    bf16: bool = False
+
+    def lr(self, step: int) -> float:
+        """Learning rate of update `step`, counted from 0: linear warm-up, then a cosine that ends on the last."""
+        if step < self.warmup:
+            return self.warmup_lr + (self.peak_lr - self.warmup_lr) * step / self.warmup
+        progress = (step - self.warmup) / (self.total - 1 - self.warmup)
+        return self.min_lr + (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def alpha_at(self, step: int) -> float:
+        """Weight of the teacher's targets in update `step`: a linear rise from 0."""
+        return self.alpha * min(1.0, step / self.alpha_ramp) if self.alpha_ramp else self.alpha
+
+    def decay_of(self, name: str, parameter: Tensor) -> float:
+        """Weight decay: none for vectors (biases, norms), tokens, positions, embedding tables and temperatures."""
+        is_vector = parameter.ndim <= 1 or name.endswith(".bias")
+        return 0.0 if is_vector or any(part in name for part in NOT_DECAYED) else self.weight_decay
+
+    def lr_scale_of(self, parameter: Tensor) -> float:
+        return self.scalar_lr_scale if parameter.ndim == 0 else 1.0
+
+
+def check_run(script: str, flags: list, recipe: Recipe, processes: int = 1) -> list[Record]:
+    """Run the script and compare every update with the reference, on every rank; the records."""
+    return on_processes(processes, record_and_check, script, flags, recipe)
+
+
+def record_and_check(script: str, flags: list, recipe: Recipe) -> Record:
+    record = record_main(script, flags)
+    with process_group():
+        check(record, recipe)
+    return record
+
+
+def check(record: Record, recipe: Recipe) -> None:
+    """Every update of the record against the recipe. Collective: the losses gather over the ranks."""
+    assert len(record.updates) == recipe.total
+    check_start(record)
+    reference = record.network
+    optimizer = adamw(reference, recipe)
+    previous = None
+    for step, update in enumerate(record.updates):
+        check_options(update, recipe, step, reference)
+        check_between(previous, update, recipe, reference)
+        gradients, means = replay(reference, update, recipe, step)
+        norm = clip(gradients, recipe.clip)
+        compare_gradients(update.gradients, gradients, step)
+        compare_buffers(reference, update, step)
+        check_step(reference, optimizer, update, recipe, step)
+        if record.rank == 0:
+            check_log(record.log[step], recipe, step, {**means, "grad_norm": norm})
+        previous = update
+    # after the last update nothing moves any more, the teacher neither
+    compare_states(record.final, record.updates[-1].after, "at the end")
+
+
+def check_start(record: Record) -> None:
+    """The same weights on every rank; other random numbers; other samples in every micro-batch of every rank."""
+    first = record.updates[0].calls[0]
+    images = [float(call.inputs["image"].double().sum()) for update in record.updates for call in update.calls]
+    mine = {
+        "weights": float(sum(value.double().abs().sum() for value in first.state.values())),
+        "random": first.random[0].numpy().tobytes(),
+        "images": images,
+    }
+    ranks = gather(mine)
+    assert len({rank["weights"] for rank in ranks}) == 1, "the ranks start from different weights"
+    assert len({rank["random"] for rank in ranks}) == len(ranks), "two ranks draw the same random numbers"
+    everything = [image for rank in ranks for image in rank["images"]]
+    assert len(set(everything)) == len(everything), "a batch was seen twice"
+
+
+def check_options(update: Update, recipe: Recipe, step: int, network: nn.Module) -> None:
+    """The optimizer's learning rates and weight decays; every trainable parameter once; the alpha that was given."""
+    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    named = [name for group in update.groups for name in group.names]
+    assert sorted(named) == sorted(trainable), "the optimizer does not hold every trainable parameter once"
+    for name, parameter in trainable.items():
+        lr = recipe.lr(step) * recipe.lr_scale_of(parameter)
+        assert update.option(name, "lr") == pytest.approx(lr, rel=1e-9), f"learning rate of {name} in update {step}"
+        decay = update.option(name, "weight_decay")
+        assert decay == recipe.decay_of(name, parameter), f"weight decay of {name} in update {step}"
+    assert len(update.calls) == recipe.accumulate
+    for call in update.calls:
+        if recipe.alpha is not None:
+            alpha = float(call.inputs["alpha"])
+            assert alpha == pytest.approx(recipe.alpha_at(step), rel=1e-6), f"alpha in update {step}"
+
+
+def check_between(previous: Update | None, update: Update, recipe: Recipe, network: nn.Module) -> None:
+    """From the end of an update to the first forward pass of the next the teacher moves once, and nothing else."""
+    if previous is None:
+        return
+    expected = dict(previous.after)
+    if recipe.momentum is not None:
+        expected.update(moved_teacher(previous.after, recipe.momentum, network))
+    compare_states(update.calls[0].state, expected, "at the first forward pass of an update")
+
+
+def moved_teacher(state: State, momentum: float, network: nn.Module) -> State:
+    """The teacher's parameters X_m after its update: momentum * teacher + (1 - momentum) * student."""
+    moved = {}
+    for name, _ in network.named_parameters():
+        module, _, rest = name.partition(".")
+        if module.endswith("_m"):
+            student = f"{module.removesuffix('_m')}.{rest}"
+            moved[name] = momentum * state[name] + (1 - momentum) * state[student]
+    assert moved, "the network has no teacher"
+    return moved
+
+
+def replay(network: nn.Module, update: Update, recipe: Recipe, step: int) -> tuple[dict, dict]:
+    """Gradients of the global batch before clipping, and mean losses over micro-batches and ranks."""
+    load(network, update.calls[0].state)
+    network.zero_grad(set_to_none=True)
+    total = dict.fromkeys(["loss", *recipe.losses], 0.0)
+    for call in update.calls:
+        replay_random(call)
+        inputs = dict(call.inputs)
+        if recipe.alpha is not None:
+            inputs["alpha"] = torch.tensor(recipe.alpha_at(step))
+        cast = torch.autocast("cpu", torch.bfloat16) if recipe.bf16 else contextlib.nullcontext()
+        with cast:
+            losses = network(**inputs)
+            loss = sum(losses[name] for name in recipe.losses)
+        (loss / recipe.accumulate).backward()
+        for name, value in {"loss": loss, **losses}.items():
+            if name in total:
+                total[name] += value.item() / recipe.accumulate
+    gradients = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            gradients[name] = None if parameter.grad is None else mean_over_ranks(parameter.grad)
+    ranks = gather(total)
+    return gradients, {name: sum(rank[name] for rank in ranks) / len(ranks) for name in total}
+
+
+def clip(gradients: dict[str, Tensor | None], limit: float | None) -> float:
+    """Scale all gradients, in place, to a global L2 norm of at most `limit`; the norm before."""
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values() if g is not None))
+    if limit is not None and norm > limit:
+        for gradient in gradients.values():
+            if gradient is not None:
+                gradient.mul_(limit / norm)
+    return norm
+
+
+def adamw(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with a group per parameter."""
+    groups = []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups.append({"params": [parameter], "weight_decay": recipe.decay_of(name, parameter)})
+    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=recipe.betas, eps=recipe.eps, foreach=False)
+
+
+def check_step(network: nn.Module, optimizer, update: Update, recipe: Recipe, step: int) -> None:
+    """The weights after the update: AdamW's arithmetic on the gradients, which `compare_gradients` has checked."""
+    load(network, update.before)
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            parameter.grad = None if update.gradients[name] is None else update.gradients[name].clone()
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr(step) * recipe.lr_scale_of(group["params"][0])
+    optimizer.step()
+    expected = {name: value.detach() for name, value in [*network.named_parameters(), *network.named_buffers()]}
+    compare_states(update.after, expected, f"after update {step}", absolute=1e-5 * recipe.lr(step))
+
+
+def compare_gradients(seen: dict[str, Tensor | None], expected: dict[str, Tensor | None], step: int) -> None:
+    """Within 1e-5 of each tensor's largest entry; gradients that are zero but for rounding within 1e-7 of all."""
+    largest = max(g.abs().max().item() for g in expected.values() if g is not None)
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert seen[name] is None, f"update {step}: {name} has a gradient"
+            continue
+        assert seen[name] is not None, f"update {step}: {name} has no gradient"
+        tolerance = 1e-5 * gradient.abs().max().item() + 1e-7 * largest
+        distance = (seen[name] - gradient).abs().max().item()
+        assert distance <= tolerance, f"update {step}: gradient of {name} is off by {distance:.3g} > {tolerance:.3g}"
+
+
+def compare_buffers(network: nn.Module, update: Update, step: int) -> None:
+    """Queues and statistics after the forward passes."""
+    for name, value in network.named_buffers():
+        torch.testing.assert_close(
+            update.before[name],
+            value,
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda text, name=name: f"update {step}: {name} {text}",
+        )
+
+
+def compare_states(seen: State, expected: State, when: str, absolute: float = 1e-9) -> None:
+    assert seen.keys() == expected.keys()
+    for name, value in expected.items():
+        where = f"{name} {when}: "
+        torch.testing.assert_close(seen[name], value, rtol=1e-6, atol=absolute, msg=where.__add__)
+
+
+def check_log(line: dict, recipe: Recipe, step: int, means: dict[str, float]) -> None:
+    """The line of log.jsonl: the learning rate used, and means over micro-batches and ranks."""
+    assert line["step"] == step + 1
+    assert line["lr"] == pytest.approx(recipe.lr(step), rel=1e-6)
+    for name, value in means.items():
+        assert line[name] == pytest.approx(value, rel=1e-5), f"{name} in the log of update {step}"
+
+
+def gather(value) -> list:
+    """`value` of every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor

@@ -46,7 +46,7 @@ def same(case: str, quantity: str, ours, theirs) -> None:
     else:
         wrong = float(ours != theirs)
     record(case, quantity, wrong)
-    assert wrong == 0, f"{case}: {quantity} is {ours}, the original's is {theirs}"
+    assert wrong == 0, f"{case}: {quantity} is {str(ours)[:300]}, the original's is {str(theirs)[:300]}"
 
 
 def compare_gradients(case: str, model: torch.nn.Module, norms: dict, tensors: dict, tolerance: float) -> None:

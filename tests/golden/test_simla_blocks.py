@@ -53,11 +53,15 @@ def test_vit_attention_map_and_its_gradient(vit_case):
     compare("vit", "loss", loss, t["out.loss"], TOLERANCE)
 
 
-@pytest.mark.parametrize("grid", [3, 4, 6])
-def test_pos_embed_interpolation(grid):
+def test_pos_embed_interpolation():
     _, t = golden("simla", "vit")
-    resized = resize_pos_embed(t["in.pos_embed"], grid)
-    compare("vit", "position interpolation", resized, t[f"out.pos_embed_{grid}x{grid}"], TOLERANCE)
+    prefix = "out.pos_embed_"
+    sizes = [key.removeprefix(prefix) for key in t if key.startswith(prefix)]
+    assert sizes
+    for size in sizes:
+        grid = int(size.split("x")[0])
+        resized = resize_pos_embed(t["in.pos_embed"], grid)
+        compare("vit", "position interpolation", resized, t[prefix + size], TOLERANCE)
 
 
 def test_single_stream():
@@ -72,6 +76,7 @@ def test_single_stream():
     hidden = bert.text_stage(ids, mask)
     check("embeddings", hidden, "embeddings")
     check("text mode", bert.encode_text(ids, mask), "text")
+    assert {key for key in t if key.startswith("out.hidden_")} == {f"out.hidden_{i}" for i in range(bert.depth + 1)}
     for i in range(bert.depth + 1):
         check("hidden states", bert.run(hidden, mask, image, last=i), f"hidden_{i}")
     check("multimodal", bert(ids, mask, image), "multimodal")
@@ -108,6 +113,9 @@ def test_two_stage():
     compare("text_two_stage", "fusion", bert.fuse(stage, mask, images[0]), t["out.fusion"], TOLERANCE)
     compare("text_two_stage", "whole stack", bert(ids, mask, images[0]), t["out.multi_modal"], TOLERANCE)
     compare("text_two_stage", "two images", bert(ids, mask, images), t["out.two_images"], TOLERANCE)
+    compare("text_two_stage", "embeddings", bert.embeddings(ids), t["out.embeddings"], TOLERANCE)
+    _, probabilities = bert(ids, mask, images[0], map_of=("self", bert.depth - 1))
+    compare("text_two_stage", "self-attention map", probabilities, t["out.self_attention_last"], TOLERANCE)
 
 
 @pytest.mark.parametrize("origin", ["simla", "albef"])
@@ -148,9 +156,18 @@ def test_causal_lm(origin):
     start = model(ids[:, :1], None, image, image_mask=image_mask, causal=True)
     compare(case, "logits of the start token", start, t["out.start_token_logits"], TOLERANCE)
 
+    compare(case, "logits that have a next token", logits[:, :-1], t["out.shifted_logits"], TOLERANCE)
     rows, labels = logits[:, :-1].flatten(0, 1), t["in.labels"][:, 1:].flatten()
-    sums = distilled_cross_entropy(rows, labels).view(len(ids), -1).sum(1)
-    compare(case, "loss per sequence", sums, t["out.loss_per_sequence"], TOLERANCE)
+    hard = distilled_cross_entropy(rows, labels)
+    compare(case, "loss per sequence", hard.view(len(ids), -1).sum(1), t["out.loss_per_sequence"], TOLERANCE)
+    teacher, alpha = t["in.soft_labels"].flatten(0, 1).log(), meta["config"]["alpha"]
+    if origin == "albef":
+        mixed = distilled_cross_entropy(rows, labels, teacher, alpha)
+    else:
+        soft = sequence_axis_soft_loss(logits[:, :-1], torch.arange(len(rows)), teacher)
+        mixed = (1 - alpha) * hard + alpha * soft.masked_fill(labels == IGNORE, 0.0)
+    mixed = mixed.view(len(ids), -1).sum(1)
+    compare(case, "loss per sequence, soft labels", mixed, t["out.loss_per_sequence_alpha"], TOLERANCE)
 
     cache = DecoderCache()
     pieces = [

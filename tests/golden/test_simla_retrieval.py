@@ -5,9 +5,9 @@ import torch
 
 from models.momentum import MomentumPairs
 from models.retrieval import Retrieval, RetrievalConfig
-from models.vit import ViTConfig, resize_pos_embed
-from models.xbert import BertConfig
-from tests.golden.report import compare, record
+from models.vit import resize_pos_embed
+from tests.golden.report import compare, compare_gradients, same
+from tests.golden.simla_cases import bert_of, draw_recorded_negatives, vit_of
 from tests.helpers.golden import decode_image, golden
 
 LOSS, TENSOR, GRADIENT = 1e-5, 1e-5, 1e-4
@@ -20,11 +20,10 @@ def case(request):
     meta, t = golden("simla", name)
     _, pretrained = golden("simla", f"pretrain_{request.param}")
     c = meta["config"]
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = Retrieval(
         RetrievalConfig(
-            vit=ViTConfig(c["image_size"], **{k: v for k, v in c["vit"].items() if v is not None}),
-            bert=BertConfig.from_json(c["bert"] | no_dropout),
+            vit=vit_of(c),
+            bert=bert_of(c),
             embed_dim=c["embed_dim"],
             queue_size=c["queue_size"],
             compat="original",
@@ -36,7 +35,10 @@ def case(request):
     compare(name, "position interpolation", state["visual_encoder.pos_embed"], t["out.pos_embed"], TENSOR)
     state |= {k.removeprefix("new."): v for k, v in t.items() if k.startswith("new.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert missing == [] and sorted(unexpected) == sorted(meta["load"]["unexpected"])
+    same(name, "checkpoint keys left over", sorted(unexpected), sorted(meta["load"]["unexpected"]))
+    same(name, "checkpoint keys missing", missing, [])
+    new = {key.removeprefix("new.") for key in t}
+    assert set(meta["load"]["missing"]) <= new
     return name, meta, t, model
 
 
@@ -44,6 +46,7 @@ def test_two_training_steps(case):
     name, meta, t, model = case
     pairs = MomentumPairs(model.train(), meta["config"]["momentum"])
     matching = []
+    drawn = draw_recorded_negatives(model, [negatives_of(t, step) for step in (0, 1)])
     model.itm_head.register_forward_hook(lambda module, args, output: matching.append(output))
     for step in (0, 1):
         given = {k.removeprefix(f"in.step{step}."): v for k, v in t.items() if k.startswith(f"in.step{step}.")}
@@ -58,20 +61,19 @@ def test_two_training_steps(case):
         for key, loss in losses.items():
             compare(name, key, loss, t[f"out.step{step}.{key}"], LOSS)
         compare(name, "ITM logits", matching[-1], t[f"out.step{step}.itm_logits"], TENSOR)
+    assert len(drawn) == 2
     sum(losses.values()).backward()
-    parameters = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    assert list(parameters) == list(meta["grad_norms"])
-    scale = max(meta["grad_norms"].values())
-    for key, norm in meta["grad_norms"].items():
-        error = abs(float(parameters[key].grad.norm()) - norm) / max(norm, 1e-4 * scale)
-        record(name, "gradient norms", error)
-        assert error < GRADIENT, key
-    for key in [k for k in t if k.startswith("grad.")]:
-        compare(name, "gradients", parameters[key.removeprefix("grad.")].grad, t[key], GRADIENT)
+    compare_gradients(name, model, meta["grad_norms"], t, GRADIENT)
     for queue in ("image_queue", "text_queue"):
         compare(name, "queues", getattr(model, queue), t[f"out.final.{queue}"], TENSOR)
-    assert torch.equal(model.idx_queue, t["out.final.idx_queue"])
-    assert torch.equal(model.queue_ptr, t["out.final.queue_ptr"])
+    same(name, "queue of ids", model.idx_queue, t["out.final.idx_queue"])
+    same(name, "queue pointer", model.queue_ptr, t["out.final.queue_ptr"])
+
+
+def negatives_of(t: dict, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(image for each text, text for each image) of a recorded step."""
+    names = ("negative_image_for_text", "negative_text_for_image")
+    return tuple(t[f"in.step{step}.{name}"] for name in names)
 
 
 @torch.no_grad()

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
-from tests.helpers.loops import ROOT
+from tests.helpers.loops import ROOT, record_run
+from tests.loops.negatives import check_hard_negatives
 from tests.loops.reference import Recipe, check_run
 from tests.pretraining import arguments
 
@@ -14,9 +17,10 @@ SIMLA = (*ALBEF, "loss_mim", "loss_pseudo")
 STEPS = 6
 
 
-def flags(data: Path, out: Path, method: str, tokenizer: Path | str, **changes) -> list[str]:
+def flags(data: Path, out: Path, method: str, tokenizer: Path | str, dropout: float = 0.1, **changes) -> list[str]:
     """A run of six updates: two of warm-up, alpha reached with the fourth, strong decay, dropout."""
-    geometry = json.loads((ROOT / "configs/bert_debug.json").read_text()) | {"hidden_dropout_prob": 0.1}
+    geometry = json.loads((ROOT / "configs/bert_debug.json").read_text())
+    geometry["hidden_dropout_prob"] = dropout
     if method == "albef":
         geometry.pop("add_cross_attention")
         geometry["fusion_layer"] = 1
@@ -24,6 +28,7 @@ def flags(data: Path, out: Path, method: str, tokenizer: Path | str, **changes) 
     (out / "bert.json").write_text(json.dumps(geometry))
     values = {
         "method": method,
+        "image_tokenizer_path": tokenizer if method == "simla" else "none",
         "bert_config": out / "bert.json",
         "device": "cpu",
         "batch_size": 4,
@@ -55,9 +60,50 @@ def recipe(method: str, **changes) -> Recipe:
     return Recipe(**(values | changes))
 
 
-@pytest.mark.parametrize(
-    ("processes", "accumulate"), [(1, 1), (1, 2), (2, 2)], ids=["one process", "two micro-batches", "two processes"]
-)
-def test_albef(processes, accumulate, digitscenes, tmp_path):
-    given = flags(digitscenes, tmp_path / "run", "albef", "none", accumulate=accumulate)
-    check_run("Pretrain.py", given, recipe("albef", accumulate=accumulate), processes)
+WORLDS = {"one process": (1, 1), "two micro-batches": (1, 2), "two processes": (2, 2)}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("method", ["albef", "simla"])
+def test_updates(method, world, digitscenes, image_tokenizer, tmp_path):
+    processes, accumulate = WORLDS[world]
+    given = flags(digitscenes, tmp_path / "run", method, image_tokenizer, accumulate=accumulate)
+    check_run("Pretrain.py", given, recipe(method, accumulate=accumulate), processes)
+
+
+def test_bf16(digitscenes, image_tokenizer, tmp_path):
+    given = flags(digitscenes, tmp_path / "run", "simla", image_tokenizer, precision="bf16")
+    check_run("Pretrain.py", given, recipe("simla", bf16=True))
+
+
+def test_scaled_gradients_are_unscaled_before_they_are_clipped(digitscenes, image_tokenizer, tmp_path):
+    """What fp16 does on a GPU: here the loss scaler is switched on for float32."""
+    original, scalers = torch.amp.GradScaler.__init__, []
+
+    def switched_on(self, device="cuda", *args, **kwargs):
+        original(self, device, init_scale=1024.0, enabled=True)
+        scalers.append(self)
+
+    given = flags(digitscenes, tmp_path / "run", "albef", image_tokenizer, **{"optimizer.clip_grad_norm": 0.1})
+    with mock.patch.object(torch.amp.GradScaler, "__init__", switched_on):
+        check_run("Pretrain.py", given, recipe("albef", clip=0.1))
+    assert len(scalers) == 1 and scalers[0]._growth_tracker.item() == STEPS, "the scaler did not make every step"
+
+
+def test_the_log_has_means_over_the_updates_since_the_last_line(digitscenes, tmp_path):
+    for every in (1, 3):
+        given = flags(digitscenes, tmp_path / str(every), "albef", "none", log_every=every)
+        [record] = record_run("Pretrain.py", given)
+        if every == 1:
+            each = record.log
+    assert [line["step"] for line in record.log] == [3, 6]
+    for line, part in zip(record.log, (each[:3], each[3:]), strict=True):
+        for name in ("loss", *ALBEF, "grad_norm"):
+            assert line[name] == pytest.approx(sum(update[name] for update in part) / 3, rel=1e-5), name
+
+
+@pytest.mark.parametrize("method", ["albef", "simla"])
+def test_hard_negatives(method, digitscenes, image_tokenizer, tmp_path):
+    given = flags(digitscenes, tmp_path / "run", method, image_tokenizer, dropout=0.0)
+    [record] = record_run("Pretrain.py", [*given, "--max_steps", "1"])
+    check_hard_negatives(record.network, record.updates[0].calls[0].inputs)

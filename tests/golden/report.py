@@ -49,6 +49,20 @@ def same(case: str, quantity: str, ours, theirs) -> None:
     assert wrong == 0, f"{case}: {quantity} is {str(ours)[:300]}, the original's is {str(theirs)[:300]}"
 
 
+def compare_levels(case: str, quantity: str, ours, theirs, level, most: int = 1) -> None:
+    """Images of rounded grey levels: assert that pixels differ by whole levels, at most `most`; records the fraction.
+
+    ours, theirs: float, any normalisation; level: what one of 255 grey levels is there, a number or per channel.
+    """
+    assert ours.shape == theirs.shape, f"{case}: {quantity}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    levels = (ours.double() - theirs.double()) / level
+    record(case, f"{quantity}, pixels of another level", float((levels.abs() > 0.5).double().mean()))
+    remainder = float((levels - levels.round()).abs().max())
+    assert remainder < 0.01, f"{case}: {quantity} differs from the original by parts of a grey level, {remainder:.1e}"
+    worst = float(levels.abs().max().round())
+    assert worst <= most, f"{case}: {quantity} differs from the original by {worst:.0f} grey levels (allowed {most})"
+
+
 def compare_gradients(case: str, model: torch.nn.Module, norms: dict, tensors: dict, tolerance: float) -> None:
     """Gradient norms of every parameter (None: it has no gradient) and the gradients stored in full as `grad.<name>`.
 

@@ -3,28 +3,30 @@
 import torch
 
 from models.dvae import ImageTokenizer, TokenizerConfig, picture_of, squeeze_range
+from tests.golden.report import compare, same
 from tests.helpers.golden import decode_image, golden
 
 
 def test_encoder_decoder_and_codes():
     meta, tensors = golden("simla", "dvae")
     state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
-    config = TokenizerConfig.from_state(state)
-    assert (config.vocab_size, config.width, config.groups, config.blocks_per_group) == (64, 8, 4, 2)
-    assert config.decoder_width == 16 and config.outputs == 6
+    config, encoder, decoder = TokenizerConfig.from_state(state), meta["config"]["encoder"], meta["config"]["decoder"]
+    found = [config.groups, config.vocab_size, config.width, config.blocks_per_group, config.decoder_width]
+    wanted = [meta["config"]["groups"], *(encoder[name] for name in ("vocab_size", "n_hid", "blocks_per_group"))]
+    same("dvae", "sizes", found, [*wanted, decoder["n_init"]])
+    same("dvae", "outputs", config.outputs, 2 * decoder["output_channels"])
     tokenizer = ImageTokenizer.load("any", lambda _: state)
     image = next(v for k, v in tensors.items() if k.startswith("in."))
     image = decode_image(image) if image.dtype == torch.uint8 else image
-    close = {"atol": meta["tolerance"]["atol"], "rtol": meta["tolerance"]["rtol"]}
-    torch.testing.assert_close(squeeze_range(image), tensors["out.mapped"], **close)
-    torch.testing.assert_close(tokenizer.logits(image), tensors["out.logits"], **close)
+    compare("dvae", "mapped pixels", squeeze_range(image), tensors["out.mapped"], 1e-6)
+    compare("dvae", "logits", tokenizer.logits(image), tensors["out.logits"], 1e-5)
     codes = tokenizer.codes(image)
-    assert torch.equal(codes, tensors["out.tokens"].long())
-    one_hot = torch.nn.functional.one_hot(codes, 64).permute(0, 3, 1, 2)
+    same("dvae", "image tokens", codes, tensors["out.tokens"])
+    one_hot = torch.nn.functional.one_hot(codes, config.vocab_size).permute(0, 3, 1, 2)
     raw = tokenizer.decoder(one_hot)
-    torch.testing.assert_close(raw, tensors["out.decoder_raw"], **close)
-    torch.testing.assert_close(picture_of(raw), tensors["out.reconstruction"], **close)
-    torch.testing.assert_close(tokenizer.decode(codes), tensors["out.reconstruction"], **close)
+    compare("dvae", "decoder", raw, tensors["out.decoder_raw"], 1e-5)
+    compare("dvae", "reconstruction", picture_of(raw), tensors["out.reconstruction"], 1e-5)
+    compare("dvae", "reconstruction", tokenizer.decode(codes), tensors["out.reconstruction"], 1e-5)
 
 
 def test_full_size_matches_the_published_counts():

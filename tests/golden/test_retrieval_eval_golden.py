@@ -6,10 +6,9 @@ import torch
 from evaluation.retrieval import Captions, rank, recalls
 from models.adapters import start_from
 from models.retrieval import Retrieval, RetrievalConfig
-from models.vit import ViTConfig
-from models.xbert import BertConfig
 from runtime.distributed import World
-from tests.golden.report import compare
+from tests.golden.report import compare, same
+from tests.golden.simla_cases import bert_of, pretrained, tensors_under, vit_of
 from tests.helpers.golden import decode_image, golden
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -18,15 +17,11 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 def retrieval_case(system: str):
     """(meta, tensors, the retrieval model started from the golden pre-training checkpoint, in eval mode)."""
     meta, t = golden("simla", f"retrieval_{system}")
-    _, pretrained = golden("simla", f"pretrain_{system}")
     c = meta["config"]
-    vit = ViTConfig(c["image_size"], **{k: v for k, v in c["vit"].items() if v is not None})
     space = {"embed_dim": c["embed_dim"], "queue_size": c["queue_size"], "compat": "original"}
-    model = Retrieval(RetrievalConfig(vit=vit, bert=BertConfig.from_json(c["bert"]), **space))
-    start_from(
-        model, {k.removeprefix("state."): v for k, v in pretrained.items() if k.startswith("state.")}, "retrieval"
-    )
-    model.load_state_dict({k.removeprefix("new."): v for k, v in t.items() if k.startswith("new.")}, strict=False)
+    model = Retrieval(RetrievalConfig(vit=vit_of(c), bert=bert_of(c), **space))
+    start_from(model, pretrained(system), "retrieval")
+    model.load_state_dict(tensors_under("new.", t), strict=False)
     return meta, t, model.eval()
 
 
@@ -56,6 +51,11 @@ def test_score_matrices_and_recalls(system, image_batch, pairs, keep_states):
     for ranking, key in zip(rankings, ("score_i2t", "score_t2i"), strict=True):
         found, theirs = ranking.dense(), t[f"out.eval.{key}"]
         scored = theirs != -100
-        assert torch.equal(found != -100, scored)
+        same(f"retrieval_{system}", "scored pairs", found != -100, scored)
         compare(f"retrieval_{system}", "evaluation scores", found[scored], theirs[scored], 1e-5)
-    assert recalls(*rankings, captions.image) == pytest.approx(meta["eval"]["metrics"], abs=1e-9)
+    found = recalls(*rankings, captions.image)
+    assert found.keys() == meta["eval"]["metrics"].keys()
+    for name, theirs in meta["eval"]["metrics"].items():
+        compare(f"retrieval_{system}", "recalls", found[name], theirs, 1e-9)
+    owners = {str(image): (captions.image == image).nonzero().flatten().tolist() for image in range(len(pictures))}
+    same(f"retrieval_{system}", "captions of an image", owners, meta["eval"]["img2txt"])

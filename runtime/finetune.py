@@ -116,6 +116,7 @@ class FineTuning(Run):
 
     def learn(self, forward: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
         """One update by the gradient of the sum of the named losses that `forward` makes of a micro-batch."""
+        total: dict[str, Tensor] = {}
         for micro in range(self.config.accumulate):
             batch = to_device(self.watch.waiting(self.loader), self.world.device)
             last = micro == self.config.accumulate - 1
@@ -123,8 +124,10 @@ class FineTuning(Run):
                 losses = forward(batch)
                 loss = torch.stack(list(losses.values())).sum()
             self.precision.backward(loss / self.config.accumulate)
+            for name, value in {"loss": loss, **losses}.items():
+                total[name] = total.get(name, 0) + value.detach() / self.config.accumulate
         norm = self.precision.step(self.optimizer, list(self.model.parameters()))
-        self.log_step(self.step + 1, loss=loss, **losses, grad_norm=norm)
+        self.log_step(self.step + 1, **total, grad_norm=norm)
 
     @property
     def validation_due(self) -> bool:

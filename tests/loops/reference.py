@@ -62,16 +62,15 @@ class Recipe:
         return self.scalar_lr_scale if parameter.ndim == 0 else 1.0
 
 
-def check_run(script: str, flags: list, recipe: Recipe, processes: int = 1) -> list[Record]:
-    """Run the script and compare every update with the reference, on every rank; the records."""
-    return on_processes(processes, record_and_check, script, flags, recipe)
+def check_run(script: str, flags: list, recipe: Recipe, processes: int = 1) -> None:
+    """Run the script and compare every update with the reference, on every rank."""
+    on_processes(processes, record_and_check, script, flags, recipe)
 
 
-def record_and_check(script: str, flags: list, recipe: Recipe) -> Record:
+def record_and_check(script: str, flags: list, recipe: Recipe) -> None:
     record = record_main(script, flags)
     with process_group():
         check(record, recipe)
-    return record
 
 
 def check(record: Record, recipe: Recipe) -> None:

@@ -7,9 +7,11 @@ weights, so that a rounding difference does not grow, and every quantity is comp
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +43,7 @@ class Recipe:
     momentum: float | None = 0.995  # None: no teacher
     accumulate: int = 1
     bf16: bool = False
+    start: State | None = None  # weights of --checkpoint; None: random ones, the teacher's like the student's
 
     def lr(self, step: int) -> float:
         """Learning rate of update `step`, counted from 0: linear warm-up, then a cosine that ends on the last."""
@@ -113,6 +116,21 @@ def check_start(record: Record) -> None:
     assert len(set(batches)) == len(batches), "two micro-batches of an update are the same"
 
 
+@contextlib.contextmanager
+def loss_scaling(steps: int) -> Iterator[None]:
+    """Switch the loss scaler of fp16 on, which a CPU cannot run otherwise, for a run of so many steps."""
+    original, scalers = torch.amp.GradScaler.__init__, []
+
+    def switched_on(scaler, device="cuda", **_):
+        original(scaler, device, init_scale=1024.0, enabled=True)
+        scalers.append(scaler)
+
+    with mock.patch.object(torch.amp.GradScaler, "__init__", switched_on):
+        yield
+    good_steps = [scaler._growth_tracker.item() for scaler in scalers]
+    assert good_steps == [steps], f"the scaler should have made {steps} steps: {good_steps}"
+
+
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     content = sha256()
     for tensor in tensors:
@@ -138,15 +156,27 @@ def check_options(update: Update, recipe: Recipe, step: int, network: nn.Module)
 
 
 def check_teacher(previous: Update | None, update: Update, recipe: Recipe, network: nn.Module) -> None:
-    """From the end of an update to the first forward pass of the next the teacher moves once, and nothing else.
-
-    At the start teacher and student are the same, which the first move leaves as it is.
-    """
-    start = update.calls[0].state if previous is None else previous.after
+    """From the end of an update to the first forward pass of the next the teacher moves once, and nothing else."""
+    if previous is not None:
+        start = previous.after
+    else:  # without a checkpoint teacher and student are the same, which the first move leaves as it is
+        start = {**update.calls[0].state, **(recipe.start or {})}
     expected = dict(start)
     if recipe.momentum is not None:
         expected.update(moved_teacher(start, recipe.momentum, network))
     compare_states(update.calls[0].state, expected, "at the first forward pass of an update")
+
+
+@torch.no_grad()
+def another_teacher(record: Record, file: Path) -> State:
+    """Save the network's first weights, as a checkpoint, with a teacher of its own; the parameters."""
+    torch.manual_seed(1)
+    network = record.network
+    for name, parameter in network.named_parameters():
+        if name.partition(".")[0].endswith("_m"):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    torch.save({"model": network.state_dict()}, file)
+    return {name: parameter.clone() for name, parameter in network.named_parameters()}
 
 
 def moved_teacher(state: State, momentum: float, network: nn.Module) -> State:

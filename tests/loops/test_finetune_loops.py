@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers.loops import ROOT
-from tests.loops.reference import Recipe, check_run
+from tests.helpers.loops import ROOT, record_run
+from tests.loops.negatives import check_hard_negatives
+from tests.loops.reference import Recipe, another_teacher, check_run, loss_scaling
 
 SAMPLES = 24  # of the training list
 BATCH = 4  # per process and micro-batch
@@ -101,3 +103,48 @@ def test_updates(task, world, digitscenes, tmp_path):
     processes, accumulate = WORLDS[world]
     given = flags(task, digitscenes, tmp_path / "run", accumulate=accumulate)
     check_run(script(task), given, recipe(task, processes, accumulate), processes)
+
+
+@pytest.mark.parametrize("task", ["Retrieval", "VQA", "NLVR", "VE"])
+def test_the_teacher_moves_before_the_first_forward_pass(task, digitscenes, tmp_path):
+    [record] = record_run(script(task), [*flags(task, digitscenes, tmp_path / "first"), "--max_steps", "1"])
+    start = another_teacher(record, tmp_path / "start.pth")
+    given = flags(task, digitscenes, tmp_path / "second", checkpoint=tmp_path / "start.pth")
+    check_run(script(task), given, recipe(task, start=start))
+
+
+def test_validation_does_not_disturb_the_training(digitscenes, tmp_path):
+    changes = {"val_file": digitscenes / "ve_val.json", "eval_every": "2 steps"}
+    given = flags("VE", digitscenes, tmp_path / "run", **changes)
+    check_run("VE.py", given, recipe("VE"))
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "val_accuracy" in line] == [2, 4, 5]
+    [record] = record_run("VE.py", flags("VE", digitscenes, tmp_path / "without"))
+    assert record.log[-1]["loss"] == log[-2]["loss"]
+
+
+def test_without_teacher_and_ramp(digitscenes, tmp_path):
+    """As VE by default: alpha is what it is from the first update on."""
+    given = flags("VE", digitscenes, tmp_path / "run", distill="false", warm_up="false")
+    check_run("VE.py", given, recipe("VE", momentum=None, alpha_ramp=0))
+
+
+def test_scaled_gradients_are_unscaled_before_they_are_clipped(digitscenes, tmp_path):
+    given = flags("VE", digitscenes, tmp_path / "run", **{"optimizer.clip_grad_norm": 0.1})
+    with loss_scaling(STEPS):
+        check_run("VE.py", given, recipe("VE", clip=0.1))
+
+
+def test_bf16(digitscenes, tmp_path):
+    given = flags("Retrieval", digitscenes, tmp_path / "run", precision="bf16")
+    check_run("Retrieval.py", given, recipe("Retrieval", bf16=True))
+
+
+@pytest.mark.parametrize("task", ["Retrieval", "Grounding"])
+def test_hard_negatives(task, digitscenes, tmp_path):
+    """Texts of one image are no negatives of it."""
+    given = flags(task, digitscenes, tmp_path / "run", dropout=0.0)
+    [record] = record_run(script(task), [*given, "--max_steps", "1"])
+    inputs = record.updates[0].calls[0].inputs
+    inputs["image_id"] = torch.tensor([0, 1, 2, 0])
+    check_hard_negatives(record.network, inputs)

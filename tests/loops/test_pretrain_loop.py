@@ -2,14 +2,12 @@
 
 import json
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
 
 from tests.helpers.loops import ROOT, record_run
 from tests.loops.negatives import check_hard_negatives
-from tests.loops.reference import Recipe, check_run
+from tests.loops.reference import Recipe, another_teacher, check_run, loss_scaling
 from tests.pretraining import arguments
 
 ALBEF = ("loss_ita", "loss_itm", "loss_mlm")
@@ -77,17 +75,9 @@ def test_bf16(digitscenes, image_tokenizer, tmp_path):
 
 
 def test_scaled_gradients_are_unscaled_before_they_are_clipped(digitscenes, image_tokenizer, tmp_path):
-    """What fp16 does on a GPU: here the loss scaler is switched on for float32."""
-    original, scalers = torch.amp.GradScaler.__init__, []
-
-    def switched_on(self, device="cuda", *args, **kwargs):
-        original(self, device, init_scale=1024.0, enabled=True)
-        scalers.append(self)
-
     given = flags(digitscenes, tmp_path / "run", "albef", image_tokenizer, **{"optimizer.clip_grad_norm": 0.1})
-    with mock.patch.object(torch.amp.GradScaler, "__init__", switched_on):
+    with loss_scaling(STEPS):
         check_run("Pretrain.py", given, recipe("albef", clip=0.1))
-    assert len(scalers) == 1 and scalers[0]._growth_tracker.item() == STEPS, "the scaler did not make every step"
 
 
 def test_the_log_has_means_over_the_updates_since_the_last_line(digitscenes, tmp_path):
@@ -100,6 +90,14 @@ def test_the_log_has_means_over_the_updates_since_the_last_line(digitscenes, tmp
     for line, part in zip(record.log, (each[:3], each[3:]), strict=True):
         for name in ("loss", *ALBEF, "grad_norm"):
             assert line[name] == pytest.approx(sum(update[name] for update in part) / 3, rel=1e-5), name
+
+
+def test_the_teacher_moves_before_the_first_forward_pass(digitscenes, tmp_path):
+    given = flags(digitscenes, tmp_path / "first", "albef", "none")
+    [record] = record_run("Pretrain.py", [*given, "--max_steps", "1"])
+    start = another_teacher(record, tmp_path / "start.pth")
+    given = flags(digitscenes, tmp_path / "second", "albef", "none", checkpoint=tmp_path / "start.pth")
+    check_run("Pretrain.py", given, recipe("albef", start=start))
 
 
 @pytest.mark.parametrize("method", ["albef", "simla"])

@@ -22,27 +22,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.clip_transforms import normalize, pixel_statistics
-from dataset.labelled import LabelCollate, LabelOptions, Labels, Split, class_names, training_source
-from dataset.stream import EvalLoader, Stream, StreamLoader, shard_indices
-from dataset.vit_views import EvalView, TrainView, ViTViews
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
+from dataset.images.clip import normalize, pixel_statistics
+from dataset.images.vit import EvalView, TrainView, ViTViews
+from dataset.loading.eval import EvalLoader, shard_indices
+from dataset.loading.stream import Stream, StreamLoader
+from dataset.tasks.classification import LabelCollate, LabelOptions, Labels, Split, class_names, training_source
 from evaluation.classification import multi_label_metrics, read_real, score, single_label_metrics
-from evaluation.page import card, table
-from evaluation.split import write_results
-from models.batchnorm import synchronise_batch_norm
-from models.classification import ClassifierConfig, VisionClassifier, averages, follow, trained
-from models.mixing import mix
-from models.vit_weights import load_vit
-from runtime import distributed
+from evaluation.report.page import card, table
+from evaluation.report.results import write_results
+from models.classification.classifier import ClassifierConfig, VisionClassifier, averages, follow, trained
+from models.classification.mixup import mix
+from models.layers.batchnorm import synchronise_batch_norm
+from models.weights.vit import load_vit
 from runtime.checkpoint import export_safetensors, read_weights
-from runtime.config import knob, run, section
-from runtime.distributed import World
-from runtime.errors import InputError
+from runtime.config.cli import knob, run, section
 from runtime.finetune import FineTuning
-from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate
+from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
+from runtime.optim.schedule import Plan, Schedule
 from runtime.parallel import gradient_sync, parallelize, to_device
 from runtime.run import RunConfig, evaluating, seed_everything
-from runtime.schedule import Plan, Schedule
 
 Metrics = dict[str, float]
 
@@ -86,13 +87,13 @@ class Config(RunConfig):
         self.network.check()
         self.views.check()
         if not (self.checkpoint and self.val_data if self.evaluate else self.train_data):
-            raise InputError("give --train-data, or --evaluate with --checkpoint and --val-data")
+            raise UserError("give --train-data, or --evaluate with --checkpoint and --val-data")
         if self.multi_label is None:
             self.multi_label = self.network.loss == "sigmoid"
         if self.real and (self.multi_label or not self.val_data):
-            raise InputError("--real holds labels of ImageNet's validation pictures: give --val-data, no --multi-label")
+            raise UserError("--real holds labels of ImageNet's validation pictures: give --val-data, no --multi-label")
         if self.ema_decay and self.parallel == "fsdp":
-            raise InputError("--ema-decay keeps a whole second copy of the weights: use --parallel ddp")
+            raise UserError("--ema-decay keeps a whole second copy of the weights: use --parallel ddp")
 
     @property
     def metric(self) -> str:
@@ -101,7 +102,7 @@ class Config(RunConfig):
 
 
 def build_data(config: Config, names: list[str], world: World, state: dict | None) -> StreamLoader:
-    """Endless batches of this process (see dataset.stream), beginning at the position `state`."""
+    """Endless batches of this process (see dataset.loading.stream), beginning at the position `state`."""
     view = TrainView(config.network.image_size, config.views, exact=config.network.original)
     sources, options = [], {"download": config.download, "shuffle_buffer": config.shuffle_buffer}
     for data in config.train_data:
@@ -138,7 +139,7 @@ def build_model(config: Config) -> VisionClassifier:
     if config.checkpoint:
         left_out = load_vit(model, read_weights(config.checkpoint))
         if config.evaluate and "head.weight" in left_out.missing:
-            raise InputError(f"{config.checkpoint}: no head for {config.network.num_classes} classes to evaluate")
+            raise UserError(f"{config.checkpoint}: no head for {config.network.num_classes} classes to evaluate")
         distributed.on_main(lambda: print(f"{config.checkpoint}: all but", left_out.text() or "nothing", flush=True))
     if config.ema_decay:
         average = copy.deepcopy(model).requires_grad_(False)

@@ -20,28 +20,29 @@ from pathlib import Path
 
 import torch
 
-from dataset.grounding import ReferringExpressions
-from dataset.images import check_image_root, decode_image
-from dataset.loaders import split_loader, test_view, train_loader, training_view
-from dataset.records import Records
-from dataset.retrieval import RetrievalCollate, RetrievalPair, number_images
-from dataset.stream import RecordSource, StreamLoader
-from dataset.text import TextCollate, Tokenizer
-from evaluation.cases import box_case, gallery
+from base import distributed
+from base.errors import UserError
+from dataset.images.decode import check_image_root, decode_image
+from dataset.loading.stream import RecordSource, StreamLoader
+from dataset.sources.records import Records
+from dataset.tasks.grounding import ReferringExpressions
+from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
+from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, number_images
+from dataset.text.wordpiece import TextCollate, Tokenizer
 from evaluation.grounding import Pointing, enlarge, grounding_accuracy, point_all
-from evaluation.page import card, score_table, table
-from evaluation.split import over_split, write_results
-from models.adapters import start_from
-from models.geometry import networks
-from models.grounding import contrast_map, matching_map
-from models.momentum import MomentumPairs
-from models.retrieval import Retrieval, RetrievalConfig
-from runtime import distributed
+from evaluation.predict import over_split
+from evaluation.report.examples import box_case, gallery
+from evaluation.report.page import card, score_table, table
+from evaluation.report.results import write_results
+from models.fusion.config import networks
+from models.fusion.grounding import contrast_map, matching_map
+from models.fusion.momentum import MomentumPairs
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
-from runtime.config import knob, run, section
-from runtime.errors import InputError
+from runtime.config.cli import knob, run, section
 from runtime.finetune import FineTuneConfig, FineTuning, prepare
-from runtime.optim import Optimizer, Precision
+from runtime.optim.build import Optimizer, Precision
 from runtime.parallel import parallelize
 from runtime.safe_pickle import load_plain
 
@@ -77,7 +78,7 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Retrieval:
 def training_data(config: Config, world, tokenizer: Tokenizer, longest: int, state: dict | None) -> StreamLoader:
     """Endless batches of this process. Expressions about one picture, told by its file name, are no negatives."""
     if not config.train_file:
-        raise InputError("train_file: none is given; give one, or --evaluate to ground with a checkpoint")
+        raise UserError("train_file: none is given; give one, or --evaluate to ground with a checkpoint")
     records = Records(config.train_file, ("image", "text"))
     check_image_root(config.image_root, (records[i]["image"] for i in range(min(10, len(records)))))
     numbers = number_images(record["image"].rsplit("/", 1)[-1] for record in records)
@@ -91,15 +92,15 @@ def test_data(config: Config) -> ReferringExpressions | None:
     if not config.test_file:
         return None
     if config.refcoco_data is None or config.det_file is None:
-        raise InputError("test_file needs refcoco_data (refs and annotations) and det_file (detected boxes)")
+        raise UserError("test_file needs refcoco_data (refs and annotations) and det_file (detected boxes)")
     folder, content = config.refcoco_data / "refcoco+", []
     for file in (folder / "instances.json", config.det_file):
         try:
             content.append(json.loads(file.read_text()))
         except OSError as error:
-            raise InputError(f"{file}: {error.strerror}; check refcoco_data and det_file") from None
+            raise UserError(f"{file}: {error.strerror}; check refcoco_data and det_file") from None
         except ValueError as error:
-            raise InputError(f"{file}: not valid JSON ({error})") from None
+            raise UserError(f"{file}: not valid JSON ({error})") from None
     records, refs = Records(config.test_file, ("image", "text", "ref_id")), load_plain(folder / "refs(unc).p")
     data = ReferringExpressions(records, refs, *content, config.image_root, test_view(config), config.max_words)
     check_image_root(config.image_root, data.images)
@@ -167,7 +168,7 @@ def report(data: ReferringExpressions, maps: torch.Tensor, found: list[Pointing]
 def main(config: Config) -> None:
     world, weights, precision = prepare(config)
     if config.evaluate and not config.test_file:
-        raise InputError("--evaluate needs test_file")
+        raise UserError("--evaluate needs test_file")
     data, tokenizer = test_data(config), Tokenizer(config.text_encoder)
     model = build_model(config, tokenizer)
     left_out = start_from(model, weights, "retrieval") if weights else None

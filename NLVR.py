@@ -18,28 +18,28 @@ from pathlib import Path
 
 import torch
 
-from dataset.images import check_image_root
-from dataset.loaders import split_loader, test_view, train_loader, training_view
-from dataset.records import Records
-from dataset.statements import NLVR2, ORIGINAL_NLVR2, CaptionPair, Statements
-from dataset.stream import RecordSource
-from dataset.text import TextCollate, Tokenizer
+from base import distributed
+from base.errors import UserError
+from dataset.images.decode import check_image_root
+from dataset.loading.stream import RecordSource
+from dataset.sources.records import Records
+from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
+from dataset.tasks.ve_nlvr import NLVR2, ORIGINAL_NLVR2, CaptionPair, Statements
+from dataset.text.wordpiece import TextCollate, Tokenizer
 from evaluation.accuracy import class_accuracy, statement_logits, statement_report
-from evaluation.split import write_results
-from models.adapters import start_from
-from models.geometry import networks
-from models.momentum import MomentumPairs
-from models.statements import StatementConfig, StatementModel
-from models.text_assignment import TextAssignment, TextAssignmentConfig, for_two_pictures
-from runtime import distributed
+from evaluation.report.results import write_results
+from models.fusion.config import networks
+from models.fusion.momentum import MomentumPairs
+from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_pictures
+from models.fusion.ve_nlvr import StatementConfig, StatementModel
+from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
-from runtime.config import knob, run, section
-from runtime.errors import InputError
+from runtime.config.cli import knob, run, section
 from runtime.finetune import FineTuneConfig, FineTuning, prepare
-from runtime.optim import Precision
+from runtime.optim.build import Precision
+from runtime.optim.schedule import Schedule
 from runtime.parallel import parallelize
 from runtime.run import evaluating
-from runtime.schedule import Schedule
 
 
 @dataclass
@@ -130,13 +130,13 @@ def finetune(
 def check(config: Config) -> None:
     """Mistakes that would show late."""
     if not config.evaluate and not config.train_file:
-        raise InputError("train_file: none is given; give one, or --evaluate to score a checkpoint")
+        raise UserError("train_file: none is given; give one, or --evaluate to score a checkpoint")
     if config.stage == "text_assignment" and (config.evaluate or config.val_file or config.test_file):
-        raise InputError("stage text_assignment only trains: leave out --evaluate, val_file and test_file")
+        raise UserError("stage text_assignment only trains: leave out --evaluate, val_file and test_file")
     if config.evaluate and not (config.val_file or config.test_file):
-        raise InputError("--evaluate needs val_file or test_file: the pairs to judge")
+        raise UserError("--evaluate needs val_file or test_file: the pairs to judge")
     if config.parallel == "fsdp":
-        raise InputError("--parallel fsdp: the doubled layers share parameters, which FSDP2 cannot shard; use ddp")
+        raise UserError("--parallel fsdp: the doubled layers share parameters, which FSDP2 cannot shard; use ddp")
 
 
 def main(config: Config) -> None:

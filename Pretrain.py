@@ -20,31 +20,32 @@ from pathlib import Path
 
 import torch
 
-from dataset.masking import BlockMask
-from dataset.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
-from dataset.randaugment import RandAugment
-from dataset.records import Records
-from dataset.shards import ShardSource
-from dataset.stream import RecordSource, Stream, StreamLoader
-from dataset.text import Tokenizer
-from dataset.transforms import PretrainTransform
-from models.adapters import deit_weights, load_bert, load_bert_folder, load_checkpoint, start_from
-from models.dvae import ImageTokenizer
-from models.momentum import MomentumPairs
-from models.simla import Simla, SimlaConfig
-from models.vit import ViTConfig
-from models.vit_weights import native
-from models.xbert import BertConfig
-from runtime import distributed
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
+from dataset.images.albef import PretrainTransform
+from dataset.images.block_mask import BlockMask
+from dataset.images.randaugment import RandAugment
+from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from dataset.sources.records import Records
+from dataset.sources.shards import ShardSource
+from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
+from dataset.text.wordpiece import Tokenizer
+from models.fusion.dvae import ImageTokenizer
+from models.fusion.momentum import MomentumPairs
+from models.fusion.simla import Simla, SimlaConfig
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
+from models.weights.albef import deit_weights, load_bert, load_bert_folder, start_from
+from models.weights.loading import load_checkpoint
+from models.weights.vit import native
 from runtime.checkpoint import read_weights
-from runtime.config import knob, run, section
-from runtime.distributed import World
-from runtime.errors import InputError
+from runtime.config.cli import knob, run, section
 from runtime.log import training_flops
-from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate
+from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
+from runtime.optim.schedule import Plan, Schedule, ramp
 from runtime.parallel import gradient_sync, parallelize, to_device
 from runtime.run import Run, RunConfig, seed_everything
-from runtime.schedule import Plan, Schedule, ramp
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Config(RunConfig):
 
 
 def build_data(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageTokenizer | None, world: World, state):
-    """Endless batches of this process (see dataset.stream), beginning at the position `state`."""
+    """Endless batches of this process (see dataset.loading.stream), beginning at the position `state`."""
     token_side = config.grid * image_tokenizer.reduction if image_tokenizer else None
     augment = RandAugment(2 if config.augment_level else 0, config.augment_level, config.compat)
     view = dict(shared_view=config.compat == "none", fixed_geometry=config.fixed_geometry, flip=config.flip)
@@ -127,7 +128,7 @@ def build_data(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageToken
     sources = [RecordSource(records, build, "train_file")] if records else []
     sources += [ShardSource(url, build, shuffle_buffer=config.shuffle_buffer) for url in config.shards]
     if not sources:
-        raise InputError("no training data: name annotation lists in train_file, or WebDataset shards in shards")
+        raise UserError("no training data: name annotation lists in train_file, or WebDataset shards in shards")
     stream = Stream(sources, PretrainCollate(tokenizer, config.max_tokens, config.mlm_probability), config.weights)
     place = dict(rank=world.rank, world_size=world.size, seed=config.seed, state=state)
     budget = config.error_budget
@@ -137,7 +138,7 @@ def build_data(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageToken
 def build_model(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageTokenizer | None) -> Simla:
     """The networks on the CPU, with their starting weights."""
     if not config.bert_config.is_file():
-        raise InputError(f"bert_config: no file {config.bert_config}; configs/shared_bert.json is SIMLA's BERT-base")
+        raise UserError(f"bert_config: no file {config.bert_config}; configs/shared_bert.json is SIMLA's BERT-base")
     bert = json.loads(config.bert_config.read_text())
     bert |= {"encoder_width": config.vision_width, "vocab_size": tokenizer.vocab_size}
     vision = (config.image_res, config.patch_size, config.vision_width, config.vision_depth, config.vision_heads)
@@ -173,7 +174,7 @@ def load_image_tokenizer(config: Config, world: World) -> ImageTokenizer | None:
     if not config.is_simla:
         return None
     if config.image_tokenizer_path is None or not config.image_tokenizer_path.exists():
-        raise InputError(
+        raise UserError(
             f"image_tokenizer_path: {config.image_tokenizer_path} does not exist; give OpenAI's DALL-E encoder.pkl, "
             "or train one on your own pictures: python scripts/train_dvae.py --help"
         )

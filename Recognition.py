@@ -22,29 +22,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from dataset.clip_transforms import normalize
-from dataset.pieces import PieceTokenizer
-from dataset.recognition import PictureSet, PictureView, Sequences, clip_statistics, read_picture, training_stream
-from dataset.stream import EvalLoader, StreamLoader, shard_indices
-from evaluation.label_pictures import attention_page, label_report, save_labels
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
+from dataset.images.clip import normalize
+from dataset.loading.eval import EvalLoader, shard_indices
+from dataset.loading.stream import StreamLoader
+from dataset.tasks.recognition import PictureSet, PictureView, Sequences, clip_statistics, read_picture, training_stream
+from dataset.text.sentencepiece import PieceTokenizer
+from evaluation.predict import over_split
 from evaluation.recognition import SentenceEncoder, exact_metrics, means, similarity_scores
-from evaluation.split import over_split, write_results
-from models.batchnorm import synchronise_batch_norm
-from models.decoding import Decoding, Drafts, label_map
-from models.nxtp import Nxtp
-from models.nxtp_adapters import decayed_names, trained_names
-from models.nxtp_build import Networks, read_archive
-from runtime import distributed
+from evaluation.report.recognition import attention_page, label_report, save_labels
+from evaluation.report.results import write_results
+from models.layers.batchnorm import synchronise_batch_norm
+from models.recognition.decoding import Decoding, Drafts, label_map
+from models.recognition.nxtp import Nxtp
+from models.weights.build_nxtp import Networks, read_archive
+from models.weights.nxtp import decayed_names, trained_names
 from runtime.checkpoint import read_weights
-from runtime.config import knob, run, section
-from runtime.distributed import World
-from runtime.errors import InputError
+from runtime.config.cli import knob, run, section
+from runtime.config.from_checkpoint import saved_config
 from runtime.finetune import FineTuning
-from runtime.inherit import saved_config
-from runtime.optim import Optimizer, Precision
+from runtime.optim.build import Optimizer, Precision
+from runtime.optim.schedule import Schedule
 from runtime.parallel import parallelize
 from runtime.run import RunConfig, evaluating, seed_everything
-from runtime.schedule import Schedule
 
 SHOWN = 7  # labels of --image whose attention is drawn
 
@@ -62,7 +64,7 @@ class Config(RunConfig):
     decouple_labels: bool = knob(True, "labels do not see one another")
     # the data
     train_list: list[Path] = knob([], "lists of `path : name,name,...`, or JSON entries {image, labels}")
-    shards: list[str] = knob([], "WebDataset shards with .nouns (scripts/extract_nouns.py), beside or instead")
+    shards: list[str] = knob([], "WebDataset shards with .nouns (scripts/data/extract_nouns.py), beside or instead")
     image_root: Path = knob(Path("."), "folder that the lists' paths start from")
     val: str | None = knob(None, "list, or folder or pattern of shards, that chooses the best checkpoint; none = last")
     test: str | None = knob(None, "the same for the final scores and --evaluate")
@@ -94,20 +96,20 @@ def settle(config: Config, world: World) -> None:
     """What else the checkpoint's run decides, and what cannot be."""
     saved = saved_config(config.checkpoint)
     if (config.evaluate or config.image) and not config.checkpoint:
-        raise InputError("--evaluate and --image need --checkpoint: a file, or the directory of a run")
+        raise UserError("--evaluate and --image need --checkpoint: a file, or the directory of a run")
     for name in ("decoder_heads", "norm_eps", "rope_theta", "prefix_image"):
         setattr(config.network, name, saved.get("network", {}).get(name, getattr(config.network, name)))
     config.network.image_size = config.network.image_size or saved.get("network", {}).get("image_size")
     config.whole_picture = saved.get("whole_picture", config.whole_picture)
     found = config.tokenizer or config.llama or saved.get("tokenizer") or saved.get("llama")
     if found is None:
-        raise InputError("tokenizer: name the SentencePiece tokenizer.model, such as LLaMA's, or a folder with --llama")
+        raise UserError("tokenizer: name the SentencePiece tokenizer.model, such as LLaMA's, or a folder with --llama")
     config.tokenizer = Path(found)
     if config.tensor_parallel:
         if not (config.evaluate or config.image):
-            raise InputError("--tensor-parallel is for --evaluate and --image; to train sharded, use --parallel fsdp")
+            raise UserError("--tensor-parallel is for --evaluate and --image; to train sharded, use --parallel fsdp")
         if world.size == 1:
-            raise InputError("--tensor-parallel needs several processes: start with torchrun")
+            raise UserError("--tensor-parallel needs several processes: start with torchrun")
         from fairscale.nn.model_parallel import initialize_model_parallel
 
         initialize_model_parallel(world.size)
@@ -124,7 +126,7 @@ def build_model(config: Config, tokenizer: PieceTokenizer, world: World) -> Nxtp
 def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state: dict | None) -> StreamLoader:
     """Endless batches of this process."""
     if not (config.train_list or config.shards):
-        raise InputError("nothing to train on: give train_list or shards, or --evaluate or --image with a checkpoint")
+        raise UserError("nothing to train on: give train_list or shards, or --evaluate or --image with a checkpoint")
     original = config.compat == "original"
     text = Sequences(tokenizer, config.max_text, config.many_prompts, original, decouple=config.decouple_labels)
     view = PictureView(config.network.image_size, config.whole_picture, config.crop)
@@ -227,7 +229,7 @@ def main(config: Config) -> None:
     splits = {"val": config.val, "test": config.test}
     data = {name: PictureSet(source, reader.view, config.image_root) for name, source in splits.items() if source}
     if config.evaluate and not data:
-        raise InputError("--evaluate needs --test: a list, or shards with .nouns")
+        raise UserError("--evaluate needs --test: a list, or shards with .nouns")
     if not config.evaluate:
         config.checkpoint = train(config, tokenizer, data.get("val"), reader, model)
         model = build_model(config, tokenizer, world)

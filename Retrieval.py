@@ -21,26 +21,27 @@ from pathlib import Path
 
 import torch
 
-from dataset.images import check_image_root
-from dataset.loaders import test_view, train_loader, training_view
-from dataset.records import Records
-from dataset.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
-from dataset.stream import EvalLoader, RecordSource, StreamLoader
-from dataset.text import Tokenizer
-from evaluation.gallery import retrieval_gallery, save_rankings
-from evaluation.page import card, recall_table
+from base import distributed
+from base.errors import UserError
+from dataset.images.decode import check_image_root
+from dataset.loading.eval import EvalLoader
+from dataset.loading.stream import RecordSource, StreamLoader
+from dataset.sources.records import Records
+from dataset.tasks.loaders import test_view, train_loader, training_view
+from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
+from dataset.text.wordpiece import Tokenizer
+from evaluation.report.page import card, recall_table
+from evaluation.report.results import write_results
+from evaluation.report.retrieval import retrieval_gallery, save_rankings
 from evaluation.retrieval import Captions, chance, rank, recalls
-from evaluation.split import write_results
-from models.adapters import start_from
-from models.geometry import networks
-from models.momentum import MomentumPairs
-from models.retrieval import Retrieval, RetrievalConfig
-from runtime import distributed
+from models.fusion.config import networks
+from models.fusion.momentum import MomentumPairs
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
-from runtime.config import knob, run, section
-from runtime.errors import InputError
+from runtime.config.cli import knob, run, section
 from runtime.finetune import FineTuneConfig, FineTuning, Setting, prepare
-from runtime.optim import Optimizer
+from runtime.optim.build import Optimizer
 from runtime.parallel import parallelize
 from runtime.run import evaluating
 
@@ -77,7 +78,7 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Retrieval:
 def training_data(config: Config, world, tokenizer: Tokenizer, longest: int, state: dict | None) -> StreamLoader:
     """Endless batches of this process. Captions of one picture share its number; they are cut at `longest` tokens."""
     if not config.train_file:
-        raise InputError("train_file: none is given; give one, or --evaluate to score a checkpoint")
+        raise UserError("train_file: none is given; give one, or --evaluate to score a checkpoint")
     records = Records(config.train_file)
     check_image_root(config.image_root, (record["image"] for record in records))
     image_ids = number_images(record["image"] for record in records)
@@ -139,7 +140,7 @@ def report(split: str, data: RetrievalSet, scores: dict, rankings) -> list[str]:
 
 def main(config: Config) -> None:
     if config.evaluate and not (config.val_file or config.test_file):
-        raise InputError("--evaluate needs a val_file or test_file: the pairs to rank")
+        raise UserError("--evaluate needs a val_file or test_file: the pairs to rank")
     start = prepare(config)
     tokenizer = Tokenizer(config.text_encoder)
     sets, model = evaluation_data(config), build_model(config, tokenizer)

@@ -13,19 +13,19 @@ Published accuracy on val / test, 4M images: ALBEF 80.1 / 80.3. Results: result/
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.loaders import split_loader, test_view, train_loader, training_view
-from dataset.statements import SNLI_VE, Statements
-from dataset.text import TextCollate, Tokenizer
+from base import distributed
+from base.errors import UserError
+from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
+from dataset.tasks.ve_nlvr import SNLI_VE, Statements
+from dataset.text.wordpiece import TextCollate, Tokenizer
 from evaluation.accuracy import class_accuracy, statement_logits, statement_report
-from evaluation.split import write_results
-from models.adapters import start_from
-from models.geometry import networks
-from models.momentum import MomentumPairs
-from models.statements import StatementConfig, StatementModel
-from runtime import distributed
+from evaluation.report.results import write_results
+from models.fusion.config import networks
+from models.fusion.momentum import MomentumPairs
+from models.fusion.ve_nlvr import StatementConfig, StatementModel
+from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
-from runtime.config import knob, run
-from runtime.errors import InputError
+from runtime.config.cli import knob, run
 from runtime.finetune import FineTuneConfig, FineTuning, Setting, prepare
 from runtime.parallel import parallelize
 from runtime.run import evaluating
@@ -77,7 +77,7 @@ def train(model: StatementModel, val: Statements | None, tokenizer: Tokenizer, c
 
 def main(config: Config) -> None:
     if not (config.val_file or config.test_file if config.evaluate else config.train_file):
-        raise InputError("give train_file, or --evaluate with --checkpoint and a val_file or test_file")
+        raise UserError("give train_file, or --evaluate with --checkpoint and a val_file or test_file")
     job = prepare(config)
     files = {"val": config.val_file, "test": config.test_file}
     sets = {split: read(file, config, test_view(config)) for split, file in files.items() if file}

@@ -18,28 +18,29 @@ from pathlib import Path
 
 import torch
 
-from dataset.loaders import split_loader, test_view, train_loader, training_view
-from dataset.records import Records
-from dataset.stream import StreamLoader
-from dataset.text import TextCollate, Tokenizer
-from dataset.vqa import QuestionAnswers, QuestionSet, VqaCollate, encode_answers, read_answer_list, unreachable
-from evaluation.cases import answer_case, gallery
-from evaluation.page import card, score_table
-from evaluation.split import over_split, write_results
+from base import distributed
+from base.errors import UserError
+from dataset.loading.stream import StreamLoader
+from dataset.sources.records import Records
+from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
+from dataset.tasks.vqa import QuestionAnswers, QuestionSet, VqaCollate, encode_answers, read_answer_list, unreachable
+from dataset.text.wordpiece import TextCollate, Tokenizer
+from evaluation.predict import over_split
+from evaluation.report.examples import answer_case, gallery
+from evaluation.report.page import card, score_table
+from evaluation.report.results import write_results
 from evaluation.vqa import answer_score, prior_accuracy, save_answers, vqa_accuracy
-from models.adapters import depth, start_from
-from models.geometry import networks
-from models.momentum import MomentumPairs
-from models.vqa import Vqa, VqaConfig
-from runtime import distributed
+from models.fusion.config import networks
+from models.fusion.momentum import MomentumPairs
+from models.fusion.vqa import Vqa, VqaConfig
+from models.weights.albef import depth, start_from
 from runtime.checkpoint import read_weights
-from runtime.config import knob, run, section
-from runtime.errors import InputError
+from runtime.config.cli import knob, run, section
 from runtime.finetune import FineTuneConfig, FineTuning, prepare
-from runtime.optim import Optimizer
+from runtime.optim.build import Optimizer
+from runtime.optim.schedule import Schedule
 from runtime.parallel import parallelize
 from runtime.run import evaluating
-from runtime.schedule import Schedule
 
 SHOWN = 5  # answers of a question kept for the report
 
@@ -81,7 +82,7 @@ def build_model(config: Config, tokenizer: Tokenizer, weights) -> Vqa:
 def training_data(config: Config, world, tokenizer: Tokenizer, state: dict | None) -> StreamLoader:
     """Endless batches of this process."""
     if not config.train_file:
-        raise InputError("train_file: none is given; give one, or --evaluate to answer with a checkpoint")
+        raise UserError("train_file: none is given; give one, or --evaluate to answer with a checkpoint")
     build = QuestionAnswers(training_view(config), config.roots, config.max_words)
     sources = [build.source(file) for file in config.train_file]
     return train_loader(sources, VqaCollate(tokenizer, config.max_tokens), config, world, state)
@@ -97,11 +98,11 @@ def evaluation_data(config: Config) -> tuple[dict[str, QuestionSet], list[str]]:
             name = f"{split}_file"
             sets[split] = QuestionSet(records, config.roots, transform, config.max_words_test, answers, name)
     if "val" in sets and not sets["val"].truth:
-        raise InputError(f"val_file {config.val_file}: its entries have no `answer`; give them under test_file")
+        raise UserError(f"val_file {config.val_file}: its entries have no `answer`; give them under test_file")
     if config.evaluate and not sets:
-        raise InputError("--evaluate needs test_file or val_file: the questions to answer")
+        raise UserError("--evaluate needs test_file or val_file: the questions to answer")
     if config.answer_list is None:
-        raise InputError("answer_list: none is given; name the JSON list of the answers to choose from")
+        raise UserError("answer_list: none is given; name the JSON list of the answers to choose from")
     return sets, read_answer_list(config.answer_list)
 
 
@@ -110,7 +111,7 @@ def warn_of_unreachable(sets: dict[str, QuestionSet], answers: list[str], file: 
     for split, data in sets.items():
         lacking = unreachable(data, answers)
         if lacking and not any(a in answers for person in data.truth.values() for a in person["answers"]):
-            raise InputError(f"answer_list {file}: holds no answer to any question of {split}_file; is it another's?")
+            raise UserError(f"answer_list {file}: holds no answer to any question of {split}_file; is it another's?")
         if lacking:
             print(f"answer_list {file}: lacks {len(lacking)} answers of {split}_file, e.g. {lacking[:5]}", flush=True)
 

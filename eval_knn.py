@@ -26,27 +26,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset.clip_transforms import EvalView as CropView
-from dataset.clip_transforms import normalize, pixel_statistics
-from dataset.dual_inputs import eval_view
-from dataset.labelled import LabelCollate, LabelOptions, Labels, Split, class_names, identity
-from dataset.stream import EvalLoader
-from dataset.vit_views import EvalView
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
+from dataset.images.clip import EvalView as CropView
+from dataset.images.clip import normalize, pixel_statistics
+from dataset.images.vit import EvalView
+from dataset.loading.eval import EvalLoader
+from dataset.tasks.classification import LabelCollate, LabelOptions, Labels, Split, class_names, identity
+from dataset.tasks.dual_inputs import eval_view
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import knn_accuracy, nearest_neighbours
-from evaluation.page import card, table
 from evaluation.probe import linear_probe
+from evaluation.report.page import card, table
+from evaluation.report.results import write_results
 from evaluation.retrieval import units
-from evaluation.split import write_results
 from evaluation.zeroshot import fingerprint
-from models.encoders import ImageEncoder, open_encoder, timm_encoder
-from runtime import distributed
+from models.weights.any_image_encoder import ImageEncoder, open_encoder, timm_encoder
 from runtime.checkpoint import read_weights, weights_file
-from runtime.config import knob, run
-from runtime.distributed import World
-from runtime.errors import InputError
-from runtime.inherit import described
-from runtime.optim import Precision
+from runtime.config.cli import knob, run
+from runtime.config.from_checkpoint import described
+from runtime.optim.build import Precision
 from runtime.run import evaluating
 
 
@@ -87,9 +87,9 @@ class Config:
     def check(self) -> None:
         """Refuse what cannot be."""
         if not (self.train_data and self.val_data):
-            raise InputError("give --train-data and --val-data, such as class folders")
+            raise UserError("give --train-data and --val-data, such as class folders")
         if self.checkpoint is None and not (self.model or "").startswith("timm/"):
-            raise InputError("give --checkpoint, a file or the folder of a run, or --model timm/NAME")
+            raise UserError("give --checkpoint, a file or the folder of a run, or --model timm/NAME")
 
 
 def load_encoder(config: Config) -> ImageEncoder:

@@ -28,15 +28,19 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import default_collate
 
-from dataset.align import AlignTokenizer
-from dataset.catalog import CATALOG, Entry, Prompts, choose, read_catalog
-from dataset.clip_text import ClipTokenizer
-from dataset.clip_transforms import normalize, pixel_statistics
-from dataset.dual_inputs import eval_view, is_align
-from dataset.stream import EvalLoader
-from dataset.zeroshot import OpenSet, Viewed, open_set
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
+from dataset.images.clip import normalize, pixel_statistics
+from dataset.loading.eval import EvalLoader
+from dataset.tasks.catalog import CATALOG, Entry, Prompts, choose, read_catalog
+from dataset.tasks.dual_inputs import eval_view, is_align
+from dataset.tasks.zeroshot import OpenSet, Viewed, open_set
+from dataset.text.align import AlignTokenizer
+from dataset.text.bpe import ClipTokenizer
+from evaluation.report.results import write_results
+from evaluation.report.zeroshot import cards, plain_tables
 from evaluation.retrieval import units
-from evaluation.split import write_results
 from evaluation.zeroshot import (
     cached_classifier,
     class_prompts,
@@ -47,16 +51,12 @@ from evaluation.zeroshot import (
     retrieve,
     text_classifier,
 )
-from evaluation.zeroshot_report import cards, plain_tables
-from models.jit_archive import is_jit_archive, jit_state_dict
-from models.opening import Opened, check_name, open_dual
-from runtime import distributed
+from models.weights.any_dual_encoder import Opened, check_name, open_dual
+from models.weights.torchscript import is_jit_archive, jit_state_dict
 from runtime.checkpoint import read_weights, weights_file
-from runtime.config import knob, run
-from runtime.distributed import World
-from runtime.errors import InputError
-from runtime.inherit import described
-from runtime.optim import Precision
+from runtime.config.cli import knob, run
+from runtime.config.from_checkpoint import described
+from runtime.optim.build import Precision
 from runtime.run import evaluating
 from runtime.safe_pickle import load_plain
 
@@ -105,7 +105,7 @@ def wanted_entries(config: Config) -> list[Entry]:
     catalog = {name: entry.below(config.root) for name, entry in CATALOG.items()}
     own = read_catalog(config.catalog) if config.catalog else {}
     if config.download and not config.datasets:
-        raise InputError("--download fetches what is named: add --datasets, such as --datasets cifar10 food101")
+        raise UserError("--download fetches what is named: add --datasets, such as --datasets cifar10 food101")
     entries = choose(config.datasets or list(own or catalog), catalog | own)
     return [replace(entry, split=config.split or entry.split) for entry in entries]
 
@@ -122,7 +122,7 @@ def open_all(config: Config) -> tuple[list[OpenSet], dict[str, str]]:
             skipped[entry.name] = str(found)
     distributed.on_main(lambda: [print(f"SKIPPED {why}", file=sys.stderr) for why in skipped.values()])
     if not sets:
-        raise InputError(f"none of the data sets is on this machine: {', '.join(skipped)}; see above how to get each")
+        raise UserError(f"none of the data sets is on this machine: {', '.join(skipped)}; see above how to get each")
     return sets, skipped
 
 
@@ -136,7 +136,7 @@ def open_encoder(config: Config, world: World) -> Encoder:
     opened = open_dual(weights, about, config.model)
     tokenizer, vocabulary = tokenizer_of(opened, config, about.get("config", {}))
     if tokenizer.vocab_size != opened.vocab_size:
-        raise InputError(
+        raise UserError(
             f"{config.checkpoint} knows {opened.vocab_size} tokens, but {tokenizer.path} makes {tokenizer.vocab_size}: "
             "give what it was trained with as --bpe-path (ALIGN: --tokenizer)"
         )
@@ -186,7 +186,7 @@ def main(config: Config) -> None:
     world = distributed.init(config.device)
     check_name(config.model)
     if config.checkpoint is None and not config.output_dir.is_dir():
-        raise InputError("add --checkpoint FILE, or the folder of a run as --output-dir")
+        raise UserError("add --checkpoint FILE, or the folder of a run as --output-dir")
     config.checkpoint = weights_file(config.checkpoint or config.output_dir)
     sets, skipped = open_all(config)
     for data in sets:

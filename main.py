@@ -23,32 +23,41 @@ from pathlib import Path
 
 import torch
 
-from dataset.captions import DATASETS, CaptionCollate, ImageTextPair, caption_records, check_pictures, collections_of
-from dataset.class_folder import ClassFolder, named_list
-from dataset.clip_transforms import ViewOptions, normalize
-from dataset.dual_inputs import eval_view, input_statistics, text_tokenizer, training_views
-from dataset.shards import ShardSource
-from dataset.stream import EvalLoader, RecordSource, Stream, StreamLoader, shard_indices
-from dataset.text_views import TextOptions, TextViews
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
+from dataset.images.clip import ViewOptions, normalize
+from dataset.loading.eval import EvalLoader, shard_indices
+from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from dataset.sources.class_folder import ClassFolder, named_list
+from dataset.sources.shards import ShardSource
+from dataset.tasks.captions import (
+    DATASETS,
+    CaptionCollate,
+    ImageTextPair,
+    caption_records,
+    check_pictures,
+    collections_of,
+)
+from dataset.tasks.dual_inputs import eval_view, input_statistics, text_tokenizer, training_views
+from dataset.text.augment import TextOptions, TextViews
 from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accuracy
-from models.adapters import load_checkpoint
-from models.batchnorm import synchronise_batch_norm
-from models.clip_adapters import load_text_transformer
-from models.dual import NOT_LOADED, DualConfig, DualEncoder, build_dual, names_by_decay, parts_of
-from models.grad_cache import cached_step
-from runtime import distributed
+from models.dual_encoder.base import NOT_LOADED, DualConfig, DualEncoder, names_by_decay
+from models.dual_encoder.factory import build_dual, parts_of
+from models.dual_encoder.grad_cache import cached_step
+from models.layers.batchnorm import synchronise_batch_norm
+from models.weights.clip import load_text_transformer
+from models.weights.loading import load_checkpoint
 from runtime.checkpoint import read_weights
-from runtime.config import knob, run, section
-from runtime.distributed import World
-from runtime.errors import InputError
+from runtime.config.cli import knob, run, section
+from runtime.config.clip_rocket import RocketRunConfig
 from runtime.finetune import FineTuning
 from runtime.log import training_flops
-from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate
+from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
+from runtime.optim.schedule import Plan, Schedule
 from runtime.parallel import gradient_sync, parallelize, to_device
-from runtime.rocket_flags import RocketRunConfig
 from runtime.run import evaluating, seed_everything
 from runtime.safe_pickle import load_plain
-from runtime.schedule import Plan, Schedule
 
 
 @dataclass
@@ -94,11 +103,11 @@ class Config(RocketRunConfig):
         """Refuse what cannot be."""
         model = self.network.model
         if self.momentum and (self.parallel == "fsdp" or not model.endswith(("_SIAMLIP", "_SWALIPV1"))):
-            raise InputError("--momentum is a teacher for *_SIAMLIP (then BYOLIP) or *_SWALIPV1, with --parallel ddp")
+            raise UserError("--momentum is a teacher for *_SIAMLIP (then BYOLIP) or *_SWALIPV1, with --parallel ddp")
         if self.network.separate_proj and not self.views.num_augs:
-            raise InputError("--separate-proj trains projectors of local views: it needs --num-augs of at least 1")
+            raise UserError("--separate-proj trains projectors of local views: it needs --num-augs of at least 1")
         if self.val_folder and model.startswith("SIMCLR"):
-            raise InputError("SIMCLR has no text encoder to validate zero-shot with: leave out --val-folder")
+            raise UserError("SIMCLR has no text encoder to validate zero-shot with: leave out --val-folder")
 
     @property
     def local_views(self) -> tuple[int, int]:
@@ -108,7 +117,7 @@ class Config(RocketRunConfig):
 
 
 def build_data(config: Config, tokenizer: Callable, world: World, state: dict | None) -> StreamLoader:
-    """Endless batches of this process (see dataset.stream), beginning at the position `state`."""
+    """Endless batches of this process (see dataset.loading.stream), beginning at the position `state`."""
     pictures, captions = config.local_views
     views = training_views(config.network, config.views, pictures)
     texts = TextViews(config.texts, captions, stop_words_always=config.network.original)
@@ -200,7 +209,7 @@ def main(config: Config) -> None:
     validate = validation(config, tokenizer, world) if config.val_folder else None
     if config.evaluate:
         if not (config.checkpoint and validate):
-            raise InputError("--evaluate needs --checkpoint and --val-folder")
+            raise UserError("--evaluate needs --checkpoint and --val-folder")
         print(json.dumps(validate(build_model(config).to(world.device)), indent=2))
         return distributed.shutdown()
     session = FineTuning(config, world, "acc1_z")

@@ -13,7 +13,7 @@ both know a flag. A process per GPU; the script writes to the job folder unless 
 Slurm sends SIGUSR1 ahead of the time limit (SIGTERM ahead of a preemption); the script then saves at its next step and
 exits with status 75, upon which the batch file requeues the job: same job, same folder, `--resume auto`. A job that was
 cancelled stays cancelled, and any other failure stays a failure. docs/SLURM.md tells more; a Slurm to try it on:
-bash scripts/local_slurm.sh start.
+bash scripts/dev/local_slurm.sh start.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runtime.errors import InputError
+from base.errors import UserError
 
 ROOT = Path(__file__).resolve().parent
 EXIT_REQUEUE = 75  # of runtime.interrupt, which would bring torch to the login node
@@ -86,7 +86,7 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, unknown = form.parse_known_args(argv[:cut])
     options.script = script
     if options.nodes < 1 or options.ngpus < 0 or options.timeout < 1 or (options.tasks or 1) < 1:
-        raise InputError("--nodes, --tasks and --timeout start at 1, --ngpus at 0")
+        raise UserError("--nodes, --tasks and --timeout start at 1, --ngpus at 0")
     if options.tasks is None:
         options.tasks = max(1, options.ngpus)
     return options, unknown + argv[cut + 1 :]
@@ -98,7 +98,7 @@ def find_script(name: str) -> Path:
         if path.is_file():
             return path.resolve()
     known = sorted(path.name for path in ROOT.glob("*.py") if path.name != Path(__file__).name)
-    raise InputError(f"{name}: no such script; there are {', '.join(known)}")
+    raise UserError(f"{name}: no such script; there are {', '.join(known)}")
 
 
 def job_folder(options: argparse.Namespace) -> Path:
@@ -164,7 +164,7 @@ def build_executor(options: argparse.Namespace):
 
 
 def need_slurm(options: argparse.Namespace, words: list[str]) -> None:
-    """Raise InputError that says how to run without Slurm, where it is absent."""
+    """Raise UserError that says how to run without Slurm, where it is absent."""
     if shutil.which("sbatch") and shutil.which("srun"):
         return
     rest = shlex.join([options.script, *words])
@@ -174,19 +174,19 @@ def need_slurm(options: argparse.Namespace, words: list[str]) -> None:
     lines = ["sbatch and srun are not on this machine: there is no Slurm to submit to. The same training without:"]
     lines += [f"one machine             {one}"]
     lines += [f"on each of {options.nodes} machines    {many}"] if options.nodes > 1 else []
-    lines += ["a Slurm to try it on    bash scripts/local_slurm.sh start", "the batch file alone    add --dry-run"]
-    raise InputError("\n  ".join(lines))
+    lines += ["a Slurm to try it on    bash scripts/dev/local_slurm.sh start", "the batch file alone    add --dry-run"]
+    raise UserError("\n  ".join(lines))
 
 
 def need_idle(folder: Path) -> None:
-    """Raise InputError where an earlier job still writes, or waits to write, to this folder."""
+    """Raise UserError where an earlier job still writes, or waits to write, to this folder."""
     note = folder / "slurm" / "job"
     if not note.exists():
         return
     job = note.read_text().strip()
     states = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.split()
     if states:
-        raise InputError(
+        raise UserError(
             f"{folder}: job {job} is {states[0].lower()} and writes there; let it end, `scancel {job}`, or choose "
             "another --name"
         )
@@ -205,7 +205,7 @@ def submit(options: argparse.Namespace, words: list[str]) -> None:
         # file, kept beside the logs, shows all of it
         job = executor._submit_command(command)
     except submitit.core.utils.FailedJobError as error:
-        raise InputError(f"sbatch refused the job: {str(error).strip()}") from None
+        raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
     folder = Path(str(folder).replace("%j", job.job_id))
     (folder / "slurm" / "job").write_text(f"{job.job_id}\n")
     log = folder / "slurm" / f"{job.job_id}_0_log.out"
@@ -231,6 +231,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from evaluation.cases import answer_case, gallery
-from evaluation.page import card, score_table, table
-from evaluation.split import over_split
-from runtime.distributed import World
+from base.distributed import World
+from evaluation.predict import over_split
+from evaluation.report.examples import answer_case, gallery
+from evaluation.report.page import card, score_table, table
 
 
 def statement_logits(model, batches: Iterable[dict], own: Sequence[int], total: int, world: World) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.split import progress
-from runtime.distributed import World, gather_objects, gather_rows
-from runtime.errors import InputError
+from base.distributed import World, gather_objects, gather_rows
+from base.errors import UserError
+from evaluation.predict import progress
 
 BLOCK = 512  # classes looked at together
 TOP = 5
@@ -87,21 +87,21 @@ def percent(hits: Tensor) -> float:
 def read_real(path: Path, names: Sequence[str]) -> list[list[int]]:
     """ImageNet-ReaL's `real.json`, classes by picture, in the order of `names`.
 
-    The file lists the pictures in the order of their names, ILSVRC2012_val_00000001 first. Raises InputError where it
+    The file lists the pictures in the order of their names, ILSVRC2012_val_00000001 first. Raises UserError where it
     is missing, no such list, or of another number of pictures.
     """
     try:
         lists = json.loads(Path(path).read_bytes())
     except FileNotFoundError:
-        raise InputError(
+        raise UserError(
             f"--real {path}: no such file; fetch real.json of ImageNet-ReaL, or leave the flag out"
         ) from None
     except ValueError as error:
-        raise InputError(f"--real {path}: not valid JSON ({error})") from None
+        raise UserError(f"--real {path}: not valid JSON ({error})") from None
     if not isinstance(lists, list) or not all(isinstance(each, list) for each in lists):
-        raise InputError(f"--real {path}: expected a list with a list of classes for each picture")
+        raise UserError(f"--real {path}: expected a list with a list of classes for each picture")
     if len(lists) != len(names):
-        raise InputError(f"--real {path}: labels {len(lists)} pictures, the validation split has {len(names)}")
+        raise UserError(f"--real {path}: labels {len(lists)} pictures, the validation split has {len(names)}")
     place = {index: rank for rank, index in enumerate(sorted(range(len(names)), key=lambda i: Path(names[i]).name))}
     return [lists[place[index]] for index in range(len(names))]
 

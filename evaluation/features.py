@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.split import progress
-from runtime import distributed
-from runtime.distributed import World
-from runtime.errors import InputError
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
+from evaluation.predict import progress
 
 
 class Bank(NamedTuple):
@@ -50,7 +50,7 @@ def feature_bank(
     """The bank stored at `path`.npy, else made by all processes, each writing the rows `own` of one file.
 
     encode: pictures on `world.device` -> features [B,width]. batches(): those of `own`, in order, with image [B,...]
-    and labels [B,1]. The folder must be one that all processes share. Raises InputError for pictures with
+    and labels [B,1]. The folder must be one that all processes share. Raises UserError for pictures with
     several labels, and where a feature is not finite.
     """
     features, labels, done = (path.with_suffix(suffix) for suffix in (".npy", ".labels.npy", ".json"))
@@ -82,10 +82,10 @@ def _fill(encode, batches: Iterable[dict], own: Sequence[int], files: Sequence[P
         rows = list(own[start : start + len(batch["image"])])
         start += len(rows)
         if batch["labels"].shape[1] != 1:
-            raise InputError("kNN and linear probe compare single labels: give a data set with one label a picture")
+            raise UserError("kNN and linear probe compare single labels: give a data set with one label a picture")
         found = encode(batch["image"].to(world.device, non_blocking=True)).float().cpu()
         if not found.isfinite().all():
-            raise InputError("features are not finite: the weights hold NaN, or --precision fp16 overflows")
+            raise UserError("features are not finite: the weights hold NaN, or --precision fp16 overflows")
         features[rows], labels[rows] = found.numpy(), batch["labels"][:, 0].numpy()
     features.flush()
     labels.flush()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.distributed import World, gather_rows
+from base.distributed import World, gather_rows
 
 AREA_EXPONENT = 0.5  # a box's sum of heat is divided by area ** this: neither tiny nor huge boxes win by size
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from base.distributed import World, gather_rows
 from evaluation.features import Bank
+from evaluation.predict import progress
 from evaluation.retrieval import units
-from evaluation.split import progress
-from runtime.distributed import World, gather_rows
 
 UNIT, TILE = 1024, 16384  # queries, training pictures
 

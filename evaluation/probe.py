@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base import distributed
+from base.distributed import World
 from evaluation.features import Bank
-from runtime import distributed
-from runtime.distributed import World
 
 TILE = 65536  # features on the device at a time
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from runtime.distributed import World, gather_objects, gather_rows
+from base.distributed import World, gather_objects, gather_rows
+from base.errors import UserError
 
 FILL = -100.0  # score of a pair that was no candidate
 TEXT_UNIT, SIMILARITY_UNIT = 256, 256  # captions per encoder pass; queries per block of similarities
@@ -28,14 +29,8 @@ AT = (1, 5, 10)
 NOT_FINITE = "not finite: the checkpoint holds NaN, or fp16 overflows (try --precision bf16 or fp32)"
 
 
-class EvaluationError(ValueError):
-    """Scores that cannot be ranked; the message says the remedy."""
-
-    for_people = True
-
-
 class RetrievalModel(Protocol):
-    """What is asked of a network; shapes as in `models.retrieval.Retrieval`."""
+    """What is asked of a network; shapes as in `models.fusion.retrieval.Retrieval`."""
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -101,15 +96,13 @@ def rank(
     pairs: about that many a forward pass.
 
     Under autocast image tokens wait in its type, on the host where half of the free device memory would not hold them.
-    Raises EvaluationError where a score is not a number.
+    Raises UserError where a score is not a number.
     """
     bar = _Progress(progress and world.is_main)
     tokens, image_features = _encode_images(model, load_images, images, image_batch, world, bar)
     states, text_features = _encode_texts(model, captions, keep_text_states and rerank, world, bar)
     if not (image_features.isfinite().all() and text_features.isfinite().all()):
-        raise EvaluationError(
-            "the network's features are not finite: the weights hold NaN, or --precision fp16 overflows"
-        )
+        raise UserError("the network's features are not finite: the weights hold NaN, or --precision fp16 overflows")
     if k > min(images, len(captions)) and world.is_main:
         warnings.warn(f"k {k}: there are {images} pictures and {len(captions)} captions, all re-ranked", stacklevel=3)
     by_image = nearest(image_features, text_features, min(k, len(captions)), world)
@@ -215,7 +208,7 @@ def _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pai
     table = gather_rows(torch.cat(scores), torch.cat(rows), len(wanted)).cpu()
     bar.stop()
     if not table.isfinite().all():
-        raise EvaluationError(f"matching scores are {NOT_FINITE}")
+        raise UserError(f"matching scores are {NOT_FINITE}")
     return tuple(
         Ranking(old.candidates, table[torch.searchsorted(wanted, keys)], old.size)
         for old, keys in ((by_image, keys_i2t), (by_text, keys_t2i))

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
+from evaluation.predict import over_split
 from evaluation.retrieval import AT, nearest, recalls, units
-from evaluation.split import over_split
 from evaluation.zeroshot_metrics import KEPT, NEEDS_SCORES, by_score, measure
-from runtime import distributed
 from runtime.checkpoint import export_safetensors, read_weights
-from runtime.distributed import World
-from runtime.errors import InputError
 
 Embeddings = dict[str, Tensor]
 EMBEDDINGS = ("z", "h")  # what is compared; `feats` is not
@@ -27,11 +27,11 @@ def class_prompts(classes: Sequence[str | Sequence[str]], templates: Sequence[st
     """For every class all templates filled with its name; a class of several names gets every template with each."""
     for template in templates:
         if "{}" not in template:
-            raise InputError(
+            raise UserError(
                 f"template {template!r} of {name or 'the templates'} has no {{}} for the class name; add it"
             )
     if not templates or not classes:
-        raise InputError(f"{name or 'zero-shot classification'}: needs class names and at least one template")
+        raise UserError(f"{name or 'zero-shot classification'}: needs class names and at least one template")
     names = [[each] if isinstance(each, str) else each for each in classes]
     return [[template.replace("{}", one) for template in templates for one in each] for each in names]
 
@@ -122,7 +122,7 @@ def fingerprint(model: nn.Module, *more) -> str:
 def _store(classifier: Embeddings, file: Path) -> None:
     try:
         export_safetensors(classifier, file)
-    except (OSError, InputError) as error:
+    except (OSError, UserError) as error:
         warnings.warn(f"{file}: the text classifier is not kept ({error}); name another --cache", stacklevel=2)
 
 
@@ -131,7 +131,7 @@ def _stored(file: Path) -> Embeddings | None:
         return None
     try:
         return read_weights(file)
-    except InputError:  # cut off or of another making: it is written anew
+    except UserError:  # cut off or of another making: it is written anew
         return None
 
 
@@ -197,7 +197,7 @@ def classify(
     found, targets = over_split(predict, batches, own, total, world, title)
     known = len(next(iter(classifier.values())))
     if targets.ndim == 1 and int(targets.max()) >= known:
-        raise InputError(f"class {int(targets.max())} occurs, but the list of labels names {known} classes; extend it")
+        raise UserError(f"class {int(targets.max())} occurs, but the list of labels names {known} classes; extend it")
     return by_score(names, lambda number: measure(metric, found[:, number], targets))
 
 

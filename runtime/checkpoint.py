@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from runtime.errors import InputError
+from base.errors import UserError
 from runtime.safe_pickle import Stub, load_torch, module_tensors
 
 HASH_LABEL = b"sha256:"
@@ -44,7 +44,7 @@ class CheckpointFolder:
         """Writes `state` (tensors and plain containers, numbers, strings) and returns the file's path.
 
         A `tag` such as "best" gives the same file the second name `checkpoint_<tag>.pt`, which is never pruned. Raises
-        `InputError` on a full disk, with every older checkpoint intact, and `TypeError` for a value that
+        `UserError` on a full disk, with every older checkpoint intact, and `TypeError` for a value that
         `weights_only=True` would not read back.
         """
         _check_plain(state)
@@ -72,7 +72,7 @@ class CheckpointFolder:
     def newest_valid(self) -> Path | None:
         """The newest checkpoint whose hash is right, the best one after all numbered ones; None in an empty folder.
 
-        Warns of every damaged one it passes over. Raises `InputError` if all are damaged: to start over silently would
+        Warns of every damaged one it passes over. Raises `UserError` if all are damaged: to start over silently would
         lose the run.
         """
         candidates = self.numbered() + ([self.best] if self.best else [])
@@ -84,7 +84,7 @@ class CheckpointFolder:
                 before = candidates[index + 1]
                 warnings.warn(f"CHECKPOINT DAMAGED: {path} ({damage}). Going back to {before}", stacklevel=2)
         if candidates:
-            raise InputError(
+            raise UserError(
                 f"{self.folder}: no checkpoint is intact ({damage} in {candidates[-1].name}, the last one tried); "
                 "restore one from a backup, or start over in another output directory"
             )
@@ -113,7 +113,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it to `path`.
 
     On any failure the temporary file is removed and an older file of that name stays as it was; a full disk is an
-    `InputError`.
+    `UserError`.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -126,7 +126,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             free = shutil.disk_usage(path.parent).free / 2**30
-            raise InputError(
+            raise UserError(
                 f"{path}: not written, the disk is full or the quota used up ({error.strerror}; {free:.1f} GiB free). "
                 "Earlier checkpoints are intact: make room, then start the same command again to resume"
             ) from error
@@ -158,13 +158,13 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     Takes checkpoints of this project (hash verified; a run directory means its best, else its newest checkpoint),
     `.pth` files of the original systems with a `model` or `state_dict` entry, bare state dicts, `.safetensors`, and
     pickled modules (`encoder.pkl`). The prefixes `module.` and `_orig_mod.` of wrapped models are removed. Raises
-    `InputError`.
+    `UserError`.
     """
     path = weights_file(Path(path))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if zipfile.is_zipfile(path) and _recorded_hash(path) is not None and (damage := find_damage(path)):
-        raise InputError(f"{path}: {damage}; use another checkpoint of that run")
+        raise UserError(f"{path}: {damage}; use another checkpoint of that run")
     content = load_torch(path)
     if isinstance(content, Stub):
         return module_tensors(content)
@@ -173,9 +173,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         weights = tables[0] if tables else content
         if weights and all(isinstance(value, torch.Tensor) for value in weights.values()):
             return _unwrapped(weights)
-    raise InputError(
-        f"{path}: holds no weights: neither tensors by name nor such a table under `model` or `state_dict`"
-    )
+    raise UserError(f"{path}: holds no weights: neither tensors by name nor such a table under `model` or `state_dict`")
 
 
 def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
@@ -310,15 +308,15 @@ def _check_plain(value: Any, where: str = "state") -> None:
 
 
 def weights_file(path: Path) -> Path:
-    """The file itself; of a folder the best checkpoint, else the newest, else the first .safetensors. InputError."""
+    """The file itself; of a folder the best checkpoint, else the newest, else the first .safetensors. UserError."""
     if path.is_dir():
         checkpoints = CheckpointFolder(path)
         found = [checkpoints.best or "", *checkpoints.numbered(), *sorted(path.glob("*.safetensors"))]
         if not any(found):
-            raise InputError(f"{path}: a folder without checkpoint_*.pt or *.safetensors")
+            raise UserError(f"{path}: a folder without checkpoint_*.pt or *.safetensors")
         return next(filter(None, found))
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint")
     return path
 
 
@@ -328,7 +326,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
+        raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
 
 
 def _unwrapped(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

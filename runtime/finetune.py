@@ -8,16 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from runtime import distributed
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
 from runtime.checkpoint import load_checked, read_weights
-from runtime.config import knob, section
-from runtime.distributed import World
-from runtime.errors import InputError
-from runtime.inherit import Geometry, inherit
-from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate
+from runtime.config.cli import knob, section
+from runtime.config.from_checkpoint import Geometry, inherit
+from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
+from runtime.optim.schedule import Plan, Schedule, ramp
 from runtime.parallel import gradient_sync, to_device
 from runtime.run import Run, RunConfig, seed_everything
-from runtime.schedule import Plan, Schedule, ramp
 
 
 @dataclass
@@ -56,7 +56,7 @@ def prepare(config: FineTuneConfig) -> Setting:
     world = distributed.init(config.device)
     seed_everything(config.seed, 0)  # the same starting weights everywhere
     if config.evaluate and config.checkpoint is None:
-        raise InputError("--evaluate needs --checkpoint: a file or the directory of a run")
+        raise UserError("--evaluate needs --checkpoint: a file or the directory of a run")
     weights = read_weights(config.checkpoint) if config.checkpoint else {}
     taken = inherit(config, weights)
     if world.is_main and taken:

@@ -5,7 +5,7 @@ import signal
 
 import torch
 
-from runtime.distributed import any_rank
+from base.distributed import any_rank
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run is saved and wants to be started again
 

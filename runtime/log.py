@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from runtime import distributed
-from runtime.distributed import World
-from runtime.errors import InputError
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
 
 # dense peak in FLOP/s at fp32 (without TF32, which precision fp32 does not use) and at 16 bit, from the data sheets
 PEAK_FLOPS = {
@@ -235,7 +235,7 @@ def _start_wandb(folder: Path, config: dict, mode: str):
     try:
         import wandb
     except ImportError:
-        raise InputError(f"--wandb {mode}: the package is not installed; `pip install wandb`, or --wandb off") from None
+        raise UserError(f"--wandb {mode}: the package is not installed; `pip install wandb`, or --wandb off") from None
     # one W&B run per folder, over all resumes: its id is kept in the folder
     note = folder / "wandb_id.txt"
     if not note.exists():

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime import distributed
-from runtime.distributed import World
-from runtime.errors import InputError
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -52,7 +52,7 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     if strategy == "fsdp":
         model = shard(model)
     elif strategy != "ddp":
-        raise InputError(f"parallel: {strategy!r} is unknown; use ddp or fsdp")
+        raise UserError(f"parallel: {strategy!r} is unknown; use ddp or fsdp")
     if compiled:
         # in place, so that names in checkpoints stay; blocks under FSDP, whose gathers break a whole-model graph
         for part in transformer_blocks(model) if strategy == "fsdp" else [model]:
@@ -85,9 +85,9 @@ def shard(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     if not dist.is_initialized():
-        raise InputError("parallel: fsdp needs a launcher; start with torchrun (one process is enough)")
+        raise UserError("parallel: fsdp needs a launcher; start with torchrun (one process is enough)")
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise InputError(f"parallel: fsdp needs torch 2.7 or newer, this is {torch.__version__}; use ddp")
+        raise UserError(f"parallel: fsdp needs torch 2.7 or newer, this is {torch.__version__}; use ddp")
     # FSDP2 takes no scalars (temperatures): they stay whole, and their gradients are averaged here
     scalars = {p for p in model.parameters() if p.ndim == 0}
     for scalar in scalars:

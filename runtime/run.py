@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runtime import distributed
+from base import distributed
+from base.distributed import World
+from base.errors import UserError
 from runtime.checkpoint import CheckpointFolder, export_safetensors
-from runtime.config import differences, knob, save, to_dict
-from runtime.distributed import World
-from runtime.errors import InputError
+from runtime.config.cli import differences, knob, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
 from runtime.log import Meters, RunLog, Stopwatch, peak_flops
-from runtime.optim import Precision
-from runtime.schedule import Plan
+from runtime.optim.build import Precision
+from runtime.optim.schedule import Plan
 
 
 @dataclass
@@ -88,14 +88,14 @@ class Run:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{self.folder}: another run writes to this folder; choose another --output_dir") from None
+            raise UserError(f"{self.folder}: another run writes to this folder; choose another --output_dir") from None
         return handle
 
     def _find_saved(self) -> dict | None:
         """Newest intact checkpoint, whose hash rank 0 has verified."""
         resume = self.config.resume.lower()
         if resume not in ("auto", "true", "no", "none", "false"):
-            raise InputError(f"--resume {resume!r}: use auto or no (--checkpoint FILE starts from weights)")
+            raise UserError(f"--resume {resume!r}: use auto or no (--checkpoint FILE starts from weights)")
         path = None
         if resume in ("auto", "true"):
             path = distributed.on_main(self.checkpoints.newest_valid)

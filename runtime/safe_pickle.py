@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.errors import InputError
+from base.errors import UserError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickled object of a torch file written before the zip format
 LEGACY_PROTOCOL = 1001
@@ -34,7 +34,7 @@ def load_plain(path: str | Path) -> Any:
     """Plain data out of a pickle: dict, list, tuple, set, str, bytes, numbers, None, numpy arrays and scalars.
 
     `.npy` files are read, too: those of numbers as `numpy.load` does, arrays of objects as the pickles they contain.
-    Strings of Python 2 pickles are read as UTF-8, or Latin-1 where that fails. Raises `InputError` that names the file
+    Strings of Python 2 pickles are read as UTF-8, or Latin-1 where that fails. Raises `UserError` that names the file
     and the refused global for anything else, and for a damaged file; nothing in the pickle is ever called.
     """
     with _faults_named(path):
@@ -66,16 +66,16 @@ def load_torch(path: str | Path) -> Any:
     """Content of a torch file, on the CPU: `torch.load(weights_only=True)`, memory-mapped where the format allows it.
 
     Files it refuses are read through the allow-list: modules come back as `Stub` trees (see `module_tensors`),
-    OmegaConf configurations and `argparse.Namespace` as plain containers, parameters as tensors. Raises `InputError`
+    OmegaConf configurations and `argparse.Namespace` as plain containers, parameters as tensors. Raises `UserError`
     that names the file and the refused global; there is no way on to free unpickling.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     with _faults_named(path):
         is_zip = zipfile.is_zipfile(path)
         if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            raise InputError(f"{path}: a TorchScript archive, which holds code; only tables of tensors are read")
+            raise UserError(f"{path}: a TorchScript archive, which holds code; only tables of tensors are read")
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError:
@@ -86,7 +86,7 @@ def load_torch(path: str | Path) -> Any:
 def module_tensors(module: "Stub") -> dict[str, torch.Tensor]:
     """`{key: tensor}` of a pickled `nn.Module`, with the keys its `state_dict()` would have.
 
-    Raises `InputError` where the stub is not a module.
+    Raises `UserError` where the stub is not a module.
     """
     try:
         own = module.state["_parameters"] | module.state["_buffers"]
@@ -96,7 +96,7 @@ def module_tensors(module: "Stub") -> dict[str, torch.Tensor]:
             if child is not None:
                 tensors |= {f"{name}.{key}": value for key, value in module_tensors(child).items()}
     except (AttributeError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{module!r} in the file is not a PyTorch module with weights") from None
+        raise UserError(f"{module!r} in the file is not a PyTorch module with weights") from None
     return tensors
 
 
@@ -339,7 +339,7 @@ class _Reader(pickle.Unpickler):
             return found
         if self.storage and "." not in name and any(f"{module}.".startswith(f"{p}.") for p in STUB_PACKAGES):
             return self.stubs.setdefault((module, name), _stub_class(module, name))
-        raise InputError(
+        raise UserError(
             f"{self.path}: the pickle asks for {module}.{name}, which is not on the list of harmless names "
             "(runtime/safe_pickle.py), so it is not read and nothing of it was run; "
             "have its owner export the data as JSON or safetensors"
@@ -353,16 +353,16 @@ class _Reader(pickle.Unpickler):
 
 @contextmanager
 def _faults_named(path):
-    """Turns whatever a damaged or hostile file provokes inside the reader into an `InputError` that names the file."""
+    """Turns whatever a damaged or hostile file provokes inside the reader into an `UserError` that names the file."""
     try:
         yield
-    except InputError:
+    except UserError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise InputError(
+        raise UserError(
             f"{path}: cannot be read ({reason}); it is damaged or of another format, fetch it again"
         ) from error
 
@@ -385,9 +385,9 @@ def _load_zip(path: Path) -> Any:
         names = archive.namelist()
         root = next((name[: -len("data.pkl")] for name in names if name.endswith("/data.pkl")), None)
         if root is None:
-            raise InputError(f"{path}: a zip file, but not one of torch.save")
+            raise UserError(f"{path}: a zip file, but not one of torch.save")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
-            raise InputError(f"{path}: written on a big-endian machine")
+            raise UserError(f"{path}: written on a big-endian machine")
         storages: dict[str, _Storage] = {}
 
         def storage(pid) -> _Storage:
@@ -422,9 +422,9 @@ def _load_legacy(path: Path) -> Any:
     with open(path, "rb") as file:
         head = [_Reader(file, path, PLAIN_GLOBALS).load() for _ in range(3)]
         if head[:2] != [LEGACY_MAGIC, LEGACY_PROTOCOL]:
-            raise InputError(f"{path}: not a file of torch.save")
+            raise UserError(f"{path}: not a file of torch.save")
         if not head[2].get("little_endian", True):
-            raise InputError(f"{path}: written on a big-endian machine")
+            raise UserError(f"{path}: written on a big-endian machine")
         content = _Reader(file, path, TORCH_GLOBALS, storage).load()
         for key in _Reader(file, path, PLAIN_GLOBALS).load():
             (count,) = struct.unpack("<q", file.read(8))

@@ -5,7 +5,7 @@
 #
 # FOLDER (output/evaluate_align) gets knn/result and retrieval/result. By environment variables: IMAGENET, the folder that
 # holds train and val (data/imagenet); RETRIEVAL, sets as eval_zeroshot.py --datasets names them, Karpathy's JSON files or
-# what scripts/pack_karpathy.py made of them ("webdataset:data/coco webdataset:data/flickr30k"); PROCESSES, one a GPU (1).
+# what scripts/data/pack_karpathy.py made of them ("webdataset:data/coco webdataset:data/flickr30k"); PROCESSES, one a GPU (1).
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then

@@ -18,7 +18,7 @@ source scripts/setup.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 say "2/7 DigitScenes: scenes of real handwritten digits with captions, in $data"
-python scripts/make_digitscenes.py "$data" --train 6000 --val 300 --test 300 --size 64 --seed 0
+python scripts/data/make_digitscenes.py "$data" --train 6000 --val 300 --test 300 --size 64 --seed 0
 
 say "3/7 image tokenizer: a small discrete VAE"
 python scripts/train_dvae.py --data "$data/pretrain_train.json" --image_root "$data" --size 24 --no-flip \

@@ -16,23 +16,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dataset.images import decode_image
-from dataset.records import Records
-from dataset.retrieval import RetrievalSet
-from dataset.text import Tokenizer
-from dataset.transforms import TestTransform, resize
-from evaluation.attention_maps import merge_pieces, word_maps
-from evaluation.gallery import load_rankings, retrieval_gallery
-from evaluation.page import card, escape, heat_map, line_chart, page, recall_table, thumbnail
+from base.errors import UserError
+from dataset.images.albef import TestTransform, resize
+from dataset.images.decode import decode_image
+from dataset.sources.records import Records
+from dataset.tasks.retrieval import RetrievalSet
+from dataset.text.wordpiece import Tokenizer
+from evaluation.report.attention_maps import merge_pieces, word_maps
+from evaluation.report.page import card, escape, heat_map, line_chart, page, recall_table, thumbnail
+from evaluation.report.retrieval import load_rankings, retrieval_gallery
 from evaluation.retrieval import Ranking, chance
-from models.adapters import start_from
-from models.retrieval import Retrieval, RetrievalConfig
-from models.vit import ViTConfig
-from models.xbert import BertConfig
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
+from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
-from runtime.config import knob, run
-from runtime.errors import InputError
-from runtime.values import parse_yaml
+from runtime.config.cli import knob, run
+from runtime.config.values import parse_yaml
 
 FILLERS = set("a an the of on in at to and or is are with its it by from for this that there".split())
 
@@ -56,7 +56,7 @@ def read_result(folder: Path) -> tuple[dict, dict]:
     files = [folder / "result" / name for name in ("metrics.json", "config.yaml")]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{file}: no such file; run Retrieval.py with --output_dir {folder} first")
+            raise UserError(f"{file}: no such file; run Retrieval.py with --output_dir {folder} first")
     return json.loads(files[0].read_text()), parse_yaml(files[1].read_text())[0]
 
 
@@ -116,7 +116,7 @@ def attention_section(model, tokenizer: Tokenizer, data: RetrievalSet, by_text: 
     first, last = model.config.bert.fusion_layer, depth - 2  # after the last layer only [CLS] is read
     layer = max(first, min(last, depth * 2 // 3)) if config.layer is None else config.layer
     if not first <= layer <= last:
-        raise InputError(f"layer: {layer} does not tell words apart; choose {first}..{last}, or --pictures 0")
+        raise UserError(f"layer: {layer} does not tell words apart; choose {first}..{last}, or --pictures 0")
     owner = torch.tensor(data.txt2img)
     found = (by_text.candidates[:, 0] == owner).nonzero().flatten()
     found = found[torch.linspace(0, len(found) - 1, min(config.pictures, len(found))).long()] if len(found) else found
@@ -143,7 +143,7 @@ def attention_section(model, tokenizer: Tokenizer, data: RetrievalSet, by_text: 
 def main(config: Config) -> None:
     metrics, saved = read_result(config.retrieval_dir)
     if "test" not in metrics:
-        raise InputError(f"{config.retrieval_dir}: no scores of a test_file; evaluate with --test_file")
+        raise UserError(f"{config.retrieval_dir}: no scores of a test_file; evaluate with --test_file")
     test_file, image_root = Path(saved["test_file"]), Path(saved["image_root"])
     if config.data:
         test_file, image_root = config.data / "retrieval_test.json", config.data

@@ -24,20 +24,20 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset.errors import DataError  # noqa: E402
-from dataset.images import check_image_root, decode_image  # noqa: E402
-from dataset.records import Records  # noqa: E402
-from dataset.stream import EvalLoader, RecordSource, Stream, StreamLoader  # noqa: E402
-from dataset.transforms import random_box, resized_crop  # noqa: E402
-from models.dvae import ImageTokenizer, TokenizerConfig, code_usage  # noqa: E402
-from runtime import distributed  # noqa: E402
-from runtime.config import knob, run, section  # noqa: E402
-from runtime.distributed import World  # noqa: E402
-from runtime.errors import InputError  # noqa: E402
-from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate  # noqa: E402
+from base import distributed  # noqa: E402
+from base.distributed import World  # noqa: E402
+from base.errors import UserError  # noqa: E402
+from dataset.images.albef import random_box, resized_crop  # noqa: E402
+from dataset.images.decode import check_image_root, decode_image  # noqa: E402
+from dataset.loading.eval import EvalLoader  # noqa: E402
+from dataset.loading.stream import RecordSource, Stream, StreamLoader  # noqa: E402
+from dataset.sources.records import Records  # noqa: E402
+from models.fusion.dvae import ImageTokenizer, TokenizerConfig, code_usage  # noqa: E402
+from runtime.config.cli import knob, run, section  # noqa: E402
+from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate  # noqa: E402
+from runtime.optim.schedule import Plan, Schedule  # noqa: E402
 from runtime.parallel import gradient_sync, parallelize, to_device  # noqa: E402
 from runtime.run import Run, RunConfig, evaluating, seed_everything  # noqa: E402
-from runtime.schedule import Plan, Schedule  # noqa: E402
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LEFT_OUT = 20  # every 20th picture is not trained on: it is what the figures and the preview are about
@@ -84,20 +84,20 @@ class Crop:
 
 
 def find_pictures(config: Config) -> list[dict]:
-    """`{image: absolute path}` of every picture, each once; folders are searched through. Raises DataError."""
+    """`{image: absolute path}` of every picture, each once; folders are searched through. Raises UserError."""
     found: dict[str, None] = {}
     for name in config.data:
         if Path(name).is_dir():
             paths = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in PICTURES)
             if not paths:
-                raise DataError(f"{name}: no pictures ({', '.join(PICTURES)}) in this folder")
+                raise UserError(f"{name}: no pictures ({', '.join(PICTURES)}) in this folder")
             found |= dict.fromkeys(str(path.absolute()) for path in paths)
         else:
             images = [record["image"] for record in Records(name, required=("image",))]
             check_image_root(config.image_root, images)
             found |= dict.fromkeys(str((config.image_root / image).absolute()) for image in images)
     if len(found) < 2 * LEFT_OUT:
-        raise DataError(f"--data: {len(found)} pictures; name JSON lists or folders with at least {2 * LEFT_OUT}")
+        raise UserError(f"--data: {len(found)} pictures; name JSON lists or folders with at least {2 * LEFT_OUT}")
     return [{"image": image} for image in found]
 
 
@@ -106,7 +106,7 @@ def build_model(config: Config) -> ImageTokenizer:
     sizes = (config.vocab_size, config.width, config.groups, config.blocks, config.decoder_width)
     tokenizer = ImageTokenizer(TokenizerConfig(*sizes, outputs=outputs))
     if config.size % tokenizer.reduction:
-        raise InputError(f"--size {config.size} is no multiple of {tokenizer.reduction}, the pixels of a code's side")
+        raise UserError(f"--size {config.size} is no multiple of {tokenizer.reduction}, the pixels of a code's side")
     return tokenizer
 
 

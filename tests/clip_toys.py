@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from models.clip import ClipViT
-from models.dual import DualConfig, build_dual
-from models.vit import ViTConfig
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import build_dual
+from models.layers.clip_towers import ClipViT
+from models.layers.vit import ViTConfig
 
 TOY = {
     "image_size": 16,

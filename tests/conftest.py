@@ -33,7 +33,7 @@ def image_tokenizer(tmp_path_factory):
     """A folder with a tiny random image tokenizer of 4 pixels per code side, as scripts/train_dvae.py exports it."""
     import torch
 
-    from models.dvae import ImageTokenizer, TokenizerConfig
+    from models.fusion.dvae import ImageTokenizer, TokenizerConfig
     from runtime.checkpoint import export_safetensors
 
     torch.manual_seed(0)

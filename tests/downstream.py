@@ -9,7 +9,7 @@ import Grounding
 import NLVR
 import VE
 import VQA
-from runtime.config import parse
+from runtime.config.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"VQA": VQA, "VE": VE, "NLVR": NLVR, "Grounding": Grounding}
@@ -50,10 +50,10 @@ def log_lines(out: Path) -> list[dict]:
 
 def pretraining_checkpoint(data: Path, folder: Path, two_stage: bool) -> list[str]:
     """A pre-training checkpoint in the originals' form, at another resolution than the debug runs; flags to use it."""
-    from dataset.text import Tokenizer
-    from models.simla import Simla, SimlaConfig
-    from models.vit import ViTConfig
-    from models.xbert import BertConfig
+    from dataset.text.wordpiece import Tokenizer
+    from models.fusion.simla import Simla, SimlaConfig
+    from models.layers.vit import ViTConfig
+    from models.layers.xbert import BertConfig
 
     geometry = json.loads((ROOT / "configs/bert_debug.json").read_text()) | {"encoder_width": 32}
     if two_stage:

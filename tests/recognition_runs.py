@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import Recognition
-from runtime.config import parse
+from runtime.config.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}

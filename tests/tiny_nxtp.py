@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from models.llama import Llama, LlamaConfig
-from models.nxtp import Nxtp, NxtpConfig
-from models.openai_clip import OpenAIConfig
+from models.layers.llama import Llama, LlamaConfig
+from models.layers.openai_towers import OpenAIConfig
+from models.recognition.nxtp import Nxtp, NxtpConfig
 
 TEXTS = [
     f"The objects in the image are {a}, {b}, living room" for a in "dog cat tree".split() for b in "sky car".split()
@@ -18,7 +18,7 @@ TEXTS = [
 @cache
 def piece_model() -> bytes:
     """A SentencePiece model trained on a few sentences."""
-    from dataset.pieces import train_pieces
+    from dataset.text.sentencepiece import train_pieces
 
     kept: list[bytes] = []
     train_pieces(TEXTS * 4, 330, kept.append)
@@ -26,7 +26,7 @@ def piece_model() -> bytes:
 
 
 def tokenizer(folder: Path):
-    from dataset.pieces import PieceTokenizer
+    from dataset.text.sentencepiece import PieceTokenizer
 
     (folder / "tokenizer.model").write_bytes(piece_model())
     return PieceTokenizer(folder)
@@ -47,7 +47,7 @@ def meta_folder(folder: Path, shards: int = 1, vocabulary: int = 40, layers: int
     model = Llama(LlamaConfig(**sizes, vocab_size=vocabulary))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(sizes | {"vocab_size": -1}))
-    from models.llama import own_part
+    from models.layers.llama import own_part
 
     for rank in range(shards):
         state = own_part(model.state_dict(), rank, shards) | {"rope.freqs": torch.zeros(4)}

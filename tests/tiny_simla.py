@@ -2,10 +2,10 @@
 
 import torch
 
-from models.losses import IGNORE
-from models.simla import Simla, SimlaConfig
-from models.vit import ViTConfig
-from models.xbert import BertConfig
+from models.fusion.losses import IGNORE
+from models.fusion.simla import Simla, SimlaConfig
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
 
 CLS = 2
 SPECIAL = (0, 1, 2, 3, 4)  # [PAD] [UNK] [CLS] [SEP] [MASK]

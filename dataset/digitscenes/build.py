@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from base.errors import UserError
 from dataset.digitscenes import annotations, chance, shards, vocabulary
 from dataset.digitscenes.drawing import contact_sheet, jpeg
 from dataset.digitscenes.scenes import SPLITS, Handwriting, Scene, class_scenes, unique_scenes
 from dataset.digitscenes.words import FactIndex, captions
-from dataset.errors import DataError
 
 VERSION = 2
 MANIFEST, UNFINISHED = "manifest.json", ".unfinished"
@@ -81,11 +81,11 @@ class Request:
     def __post_init__(self) -> None:
         for split in SPLITS:
             if getattr(self, split) < 20:
-                raise DataError(f"--{split} {getattr(self, split)}: every split needs at least 20 scenes")
+                raise UserError(f"--{split} {getattr(self, split)}: every split needs at least 20 scenes")
         if not 32 <= self.size <= 1024:
-            raise DataError(f"--size {self.size}: choose a side between 32 and 1024 pixels")
+            raise UserError(f"--size {self.size}: choose a side between 32 and 1024 pixels")
         if self.seed < 0:
-            raise DataError(f"--seed {self.seed}: the seed must not be negative")
+            raise UserError(f"--seed {self.seed}: the seed must not be negative")
 
     def arguments(self) -> dict:
         return asdict(self) | {"version": VERSION}
@@ -94,7 +94,7 @@ class Request:
 def build(root: Path, request: Request, overwrite: bool = False, say: Callable[[str], None] = print) -> bool:
     """Makes `root` hold the data of `request`; returns whether anything had to be built.
 
-    Raises DataError if the folder holds other data; `overwrite` replaces DigitScenes made with other arguments.
+    Raises UserError if the folder holds other data; `overwrite` replaces DigitScenes made with other arguments.
     """
     root = Path(root)
     if not must_build(root, request, overwrite, say):
@@ -112,23 +112,23 @@ def build(root: Path, request: Request, overwrite: bool = False, say: Callable[[
 
 
 def must_build(root: Path, request: Request, overwrite: bool, say: Callable[[str], None]) -> bool:
-    """Whether the folder has to be filled; raises DataError if that would replace something else."""
+    """Whether the folder has to be filled; raises UserError if that would replace something else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return True
     if not root.is_dir():
-        raise DataError(f"{root} is a file: name a folder for the data")
+        raise UserError(f"{root} is a file: name a folder for the data")
     if (root / UNFINISHED).exists():
         say(f"{root} was left unfinished by an interruption: starting it afresh")
         return True
     if not (root / MANIFEST).exists():
-        raise DataError(f"{root} holds files that are not DigitScenes: name another folder, or empty this one")
+        raise UserError(f"{root} holds files that are not DigitScenes: name another folder, or empty this one")
     try:
         manifest = json.loads((root / MANIFEST).read_text())
     except ValueError:
         manifest = {}
     if manifest.get("arguments", request.arguments()) != request.arguments():
         if not overwrite:
-            raise DataError(
+            raise UserError(
                 f"{root} was built with {manifest['arguments']}, now asked for {request.arguments()}: "
                 "name another folder, or add --overwrite to replace it"
             )
@@ -256,7 +256,7 @@ def write_readme(root: Path, request: Request, statistics: dict) -> None:
         "",
         "One to three coloured handwritten digits on a coloured ground, from the 1,797 real samples of the UCI optical",
         "digits that scikit-learn bundles. The writers of the test and validation splits are never trained on.",
-        f"Made by `scripts/make_digitscenes.py OUT {asked}`; paths in all files are relative to this folder.",
+        f"Made by `scripts/data/make_digitscenes.py OUT {asked}`; paths in all files are relative to this folder.",
         "",
         "A mirrored picture no longer fits words such as left and right: train without horizontal flips.",
         "",

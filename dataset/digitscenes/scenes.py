@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataset.errors import DataError
+from base.errors import UserError
 
 SPLITS = ("train", "val", "test")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -191,7 +191,7 @@ def unique_scenes(
     seed: int,
     key: Callable[[Scene], Hashable],
 ) -> list[Scene]:
-    """`count` scenes no two of which agree in `key`. Raises DataError if so many different ones cannot be found."""
+    """`count` scenes no two of which agree in `key`. Raises UserError if so many different ones cannot be found."""
     scenes: list[Scene] = []
     seen: set[Hashable] = set()
     for image_id in range(first_id, first_id + count):
@@ -202,7 +202,7 @@ def unique_scenes(
             if key(scene) not in seen:
                 break
         else:
-            raise DataError(f"no {count} different scenes exist for the {split} split: ask for fewer (--{split})")
+            raise UserError(f"no {count} different scenes exist for the {split} split: ask for fewer (--{split})")
         seen.add(key(scene))
         scenes.append(scene)
     return scenes

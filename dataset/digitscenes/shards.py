@@ -17,7 +17,7 @@ import numpy as np
 from dataset.digitscenes.annotations import LABELS, visible_labels, write_json
 from dataset.digitscenes.scenes import Scene
 from dataset.digitscenes.words import SHORT_TEMPLATES, alt_texts, captions
-from dataset.tfrecord import encode_example, write_records
+from dataset.sources.tfrecord import encode_example, write_records
 
 PER_SHARD = 500
 

@@ -76,8 +76,8 @@ def write_merges(path: Path, texts: Iterable[str], merges: int = 500) -> None:
 
 def write_pieces(path: Path, texts: Iterable[str], size: int = 640) -> None:
     """A SentencePiece model in LLaMA's manner, of the texts and the prompts of recognition."""
-    from dataset.pieces import train_pieces
-    from dataset.recognition import CAPTION_PROMPTS, LABEL_PROMPTS
+    from dataset.tasks.recognition import CAPTION_PROMPTS, LABEL_PROMPTS
+    from dataset.text.sentencepiece import train_pieces
 
     path.parent.mkdir(exist_ok=True)
     train_pieces([*sorted(texts), *LABEL_PROMPTS * 20, *CAPTION_PROMPTS * 20], size, path.write_bytes)

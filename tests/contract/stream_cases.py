@@ -6,9 +6,9 @@ import tarfile
 
 import torch
 
-from dataset.errors import BadSample
-from dataset.shards import ShardSource
-from dataset.stream import RecordSource, Stream
+from base.errors import BadSample
+from dataset.loading.stream import RecordSource, Stream
+from dataset.sources.shards import ShardSource
 
 
 class Build:

@@ -3,13 +3,13 @@
 import torch
 import torch.distributed as dist
 
-from models.align import Align
-from models.batchnorm import synchronise_batch_norm
-from models.dual import DualConfig, names_by_decay
-from models.efficientnet import EfficientNetShape
-from models.grad_cache import cached_step
-from models.xbert import BertConfig
-from runtime.optim import Optimizer, build_optimizer
+from models.dual_encoder.align import Align
+from models.dual_encoder.base import DualConfig, names_by_decay
+from models.dual_encoder.grad_cache import cached_step
+from models.layers.batchnorm import synchronise_batch_norm
+from models.layers.efficientnet import EfficientNetShape
+from models.layers.xbert import BertConfig
+from runtime.optim.build import Optimizer, build_optimizer
 from runtime.parallel import checkpoint_blocks, shard
 from tests.processes import spawn
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from base.distributed import World, unwrap
 from evaluation import knn
 from evaluation.classification import multi_label_metrics, score, single_label_metrics
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import nearest_neighbours
 from evaluation.retrieval import units
-from models.batchnorm import synchronise_batch_norm
-from models.classification import ClassifierConfig, VisionClassifier
-from runtime.distributed import World, unwrap
-from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate
+from models.classification.classifier import ClassifierConfig, VisionClassifier
+from models.layers.batchnorm import synchronise_batch_norm
+from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
 from runtime.parallel import Features, parallelize
 from tests.processes import spawn
 

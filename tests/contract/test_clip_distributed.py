@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from models.batchnorm import synchronise_batch_norm
-from models.dual import follow
-from models.grad_cache import cached_step
+from models.dual_encoder.base import follow
+from models.dual_encoder.grad_cache import cached_step
+from models.layers.batchnorm import synchronise_batch_norm
 from tests.clip_toys import ToyConvNet, toy, toy_batch
 from tests.processes import spawn
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from evaluation.split import over_split
-from runtime.distributed import World
+from base.distributed import World
+from evaluation.predict import over_split
 from tests.processes import spawn
 
 TOTAL = 5

@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
-from runtime import distributed
-from runtime.optim import Optimizer, Precision, build_optimizer
+from base import distributed
+from runtime.optim.build import Optimizer, Precision, build_optimizer
 from runtime.parallel import Features, gradient_sync, parallelize, transformer_blocks
 
 CPU = torch.device("cpu")

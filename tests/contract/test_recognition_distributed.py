@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from models.batchnorm import synchronise_batch_norm
-from models.decoding import one_shot
-from models.llama import own_part
-from models.nxtp import IGNORED, Nxtp, NxtpConfig
-from models.nxtp_build import Networks
-from runtime.distributed import World
+from base.distributed import World
+from models.layers.batchnorm import synchronise_batch_norm
+from models.layers.llama import own_part
+from models.recognition.decoding import one_shot
+from models.recognition.nxtp import IGNORED, Nxtp, NxtpConfig
+from models.weights.build_nxtp import Networks
 from runtime.parallel import Features, parallelize
 from tests.processes import spawn
 from tests.recognition_runs import arguments, finish, lines, start

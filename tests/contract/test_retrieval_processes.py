@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from base.distributed import World
 from evaluation.retrieval import Captions, rank
-from models.retrieval import Retrieval, RetrievalConfig
-from models.vit import ViTConfig
-from models.xbert import BertConfig
-from runtime.distributed import World
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
 from tests.processes import spawn
 
 IMAGES, TEXTS, LENGTH = 21, 44, 9

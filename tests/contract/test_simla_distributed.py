@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.gather import gather_with_gradient
-from models.momentum import MomentumPairs
+from base.distributed import gather_with_gradient
+from models.fusion.momentum import MomentumPairs
 from tests.tiny_simla import rows_of, tiny_batch, tiny_model
 
 STEPS, ROWS, WORLD = 3, 4, 2

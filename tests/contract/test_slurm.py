@@ -27,7 +27,7 @@ HELD = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import Pretrain
-from runtime.config import run
+from runtime.config.cli import run
 from runtime.run import Run
 
 holds = [int(step) for step in os.environ["HOLD"].split(",")] + [None]
@@ -51,7 +51,7 @@ def slurm():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1] // 3 * 3
     env = os.environ | {"LOCAL_SLURM_DIR": folder, "LOCAL_SLURM_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    script = ["bash", str(ROOT / "scripts/local_slurm.sh")]
+    script = ["bash", str(ROOT / "scripts/dev/local_slurm.sh")]
     started = subprocess.run([*script, "start"], env=env, capture_output=True, text=True)
     assert started.returncode == 0, started.stdout + started.stderr
     yield env | {"SLURM_CONF": f"{folder}/slurm.conf"}
@@ -185,7 +185,7 @@ def test_signals_that_come_before_the_script_listens_lose_nothing(slurm, tmp_pat
 def test_a_queued_experiment_runs_the_commit_it_was_started_from(slurm, tmp_path):
     top = tmp_path / "repository"
     (top / "runtime").mkdir(parents=True)
-    for name in ("run.sh", "run_with_submitit.py", "runtime/errors.py"):
+    for name in ("run.sh", "run_with_submitit.py", "base/errors.py"):
         shutil.copy(ROOT / name, top / name)
     toy(top, "print('version', 1)")
     who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]

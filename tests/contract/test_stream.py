@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.errors import BadSample, DataError
-from dataset.stream import EvalLoader, RecordSource, StreamLoader, shard_indices
+from base.errors import BadSample, UserError
+from dataset.loading.eval import EvalLoader, shard_indices
+from dataset.loading.stream import RecordSource, StreamLoader
 from tests.contract.stream_cases import Build, collate, records, shards, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -126,7 +127,7 @@ def test_mixtures_keep_their_weights(tmp_path):
     by_size = StreamLoader(stream(records(100), records(300, first=100)), 8, workers=0)
     drawn = numbers(take(by_size, 50))
     assert sorted(drawn) == list(range(400))
-    with pytest.raises(DataError, match="one positive weight"):
+    with pytest.raises(UserError, match="one positive weight"):
         stream(records(3), weights=(1, 2))
 
 
@@ -145,7 +146,7 @@ def test_bad_samples_are_dropped_counted_and_not_replaced(workers):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_the_budget_ends_the_run_with_a_list(workers):
     loader = StreamLoader(stream(records(200, bad=range(0, 200, 20), name="pairs")), 4, workers)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         take(loader, 500)
     message = str(caught.value)
     assert "pairs: sample 20 is bad" in message and "error budget" in message and "per source: pairs" in message
@@ -159,14 +160,14 @@ def test_the_budget_ends_the_run_with_a_list(workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_but_bad_samples_ends_too(workers):
     loader = StreamLoader(stream(records(30, bad=range(30))), 4, workers, error_budget=1.0)
-    with pytest.raises(DataError, match="30 of 30 samples are unusable"):
+    with pytest.raises(UserError, match="30 of 30 samples are unusable"):
         next(loader)
     loader.close()
 
 
 def test_the_list_is_short():
     loader = StreamLoader(stream(records(3000, bad=range(1500))), 4, workers=0)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         take(loader, 1000)
     assert str(caught.value).count("is bad") == 20
 
@@ -191,15 +192,15 @@ class Dies:
 
 def test_a_dead_worker_is_reported():
     loader = StreamLoader(stream(RecordSource([{"a": 1}] * 9, Dies())), 2, workers=1)
-    with pytest.raises(DataError, match="worker died.*shared memory"):
+    with pytest.raises(UserError, match="worker died.*shared memory"):
         next(loader)
     loader.close()
 
 
 def test_too_few_samples():
-    with pytest.raises(DataError, match=r"8 on each of 2 ranks needs 16 samples, but there are only 15"):
+    with pytest.raises(UserError, match=r"8 on each of 2 ranks needs 16 samples, but there are only 15"):
         StreamLoader(stream(records(15)), 8, world_size=2)
-    with pytest.raises(DataError, match="no records"):
+    with pytest.raises(UserError, match="no records"):
         RecordSource([], Build())
 
 
@@ -238,7 +239,7 @@ def test_a_changed_batch_size_resumes_without_notice():
 SCRIPT = """
     import subprocess, time
     from tests.contract.stream_cases import records, stream
-    from dataset.stream import StreamLoader
+    from dataset.loading.stream import StreamLoader
     loader = StreamLoader(stream(records(100)), 4, workers=2)
     next(loader)
     workers = [worker.pid for worker in loader._batches._workers]
@@ -280,7 +281,7 @@ def test_signals_that_come_while_workers_start_kill_none():
     """All of the job get the scheduler's signals, also workers that have not come as far as to ignore them."""
     early = """
     import os, signal, time
-    import dataset.stream as module
+    import dataset.loading.stream as module
     from tests.contract.stream_cases import records, stream
 
     ready = module.worker_init
@@ -324,6 +325,6 @@ def test_evaluation_is_in_order_and_leaves_nothing_out(workers):
     loader = EvalLoader(load, range(12), 5, collate, workers)
     assert [batch["number"].tolist() for batch in loader] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
     assert len(loader) == 3
-    with pytest.raises(DataError, match=r"pictures/13.jpg: truncated; evaluation needs every sample"):
+    with pytest.raises(UserError, match=r"pictures/13.jpg: truncated; evaluation needs every sample"):
         list(EvalLoader(load, range(10, 20), 5, collate, workers))
     assert list(EvalLoader(load, range(0), 5, collate, workers)) == []

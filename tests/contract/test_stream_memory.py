@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset import json_entries
-from dataset.records import Records
+from dataset.sources import json_entries
+from dataset.sources.records import Records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ def test_indexing_and_reading_take_bounded_memory(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="measures through /proc/*/smaps_rollup")
 def test_more_workers_cost_little():
-    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts/measure_loader_memory.py")]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks/loader_memory.py")]
     output = subprocess.run(
         [*command, "--pairs", "50000", "--batches", "8"], capture_output=True, text=True, check=True
     )

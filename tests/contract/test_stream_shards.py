@@ -12,9 +12,9 @@ from itertools import islice
 
 import pytest
 
-from dataset.errors import BadSample, DataError
-from dataset.shards import ShardSource, count_samples, expand_braces, list_shards, read_shard
-from dataset.stream import StreamLoader
+from base.errors import BadSample, UserError
+from dataset.loading.stream import StreamLoader
+from dataset.sources.shards import ShardSource, count_samples, expand_braces, list_shards, read_shard
 from tests.contract.stream_cases import Build, shards, stream, write_shard, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -36,7 +36,7 @@ def test_lists_globs_braces_folders(tmp_path):
     assert list_shards(braces, {}) == list_shards(f"{tmp_path}/x/*.tar", {}) == three
     assert list_shards(str(tmp_path), {}) == [*three, str(tmp_path / "y.tar")]
     for missing in (f"{tmp_path}/x/{{00000..00003}}.tar", f"{tmp_path}/z*.tar"):
-        with pytest.raises(DataError, match="no such shard"):
+        with pytest.raises(UserError, match="no such shard"):
             list_shards(missing, {})
 
 
@@ -44,7 +44,7 @@ def test_counts(tmp_path):
     source = shards(tmp_path, (3, 4))
     assert len(source) == 7 and count_samples(source.shards, {}) == 7
     (tmp_path / "00001_stats.json").unlink()
-    with pytest.raises(DataError, match=r"00001.tar: how many samples\?.*give the number of samples"):
+    with pytest.raises(UserError, match=r"00001.tar: how many samples\?.*give the number of samples"):
         ShardSource(str(tmp_path), Build())
     assert len(ShardSource(str(tmp_path), Build(), samples=99)) == 99
 
@@ -104,7 +104,7 @@ def test_the_stream_goes_on_with_the_next_shard(tmp_path, workers):
     assert set(range(10)) | set(range(30, 40)) < set(seen) and 29 not in seen
     assert loader.errors["web"] >= 2
     loader = StreamLoader(stream(source), 4, workers)
-    with pytest.raises(DataError, match=r"0000[24].tar: ReadError"):
+    with pytest.raises(UserError, match=r"0000[24].tar: ReadError"):
         numbers(loader, 100)
     loader.close()
 
@@ -170,7 +170,7 @@ def test_object_storage(tmp_path, s3):
         theirs = StreamLoader(stream(local), 4, workers, seed=3)
         assert numbers(ours, 12) == numbers(theirs, 12)
         ours.close(), theirs.close()
-    with pytest.raises(DataError, match="no such shard"):
+    with pytest.raises(UserError, match="no such shard"):
         list_shards("s3://pairs/none*.tar", {})
     files.pipe("pairs/web/00001.tar", files.cat("pairs/web/00001.tar")[:4000])
     loader = StreamLoader(stream(remote), 4, 0, seed=3, error_budget=0.5)

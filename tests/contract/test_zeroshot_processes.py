@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from base.distributed import World
 from evaluation.retrieval import units
 from evaluation.zeroshot import cached_classifier, classify, embed_pictures, embed_texts, retrieve, text_classifier
-from runtime.distributed import World
 from tests.clip_toys import TOY, toy
 from tests.processes import spawn
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from models.align import Align
-from models.align_weights import from_tensorflow_names
-from models.dual import DualConfig
-from models.efficientnet import EfficientNetShape
-from models.xbert import BertConfig
+from models.dual_encoder.align import Align
+from models.dual_encoder.base import DualConfig
+from models.layers.efficientnet import EfficientNetShape
+from models.layers.xbert import BertConfig
+from models.weights.align import from_tensorflow_names
 
 TINY_IMAGE = EfficientNetShape(0.125, 0.3, divisor=4, drop_connect=0.0)
 TINY_TEXT = BertConfig(

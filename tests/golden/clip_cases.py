@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.clip import ClipViT
-from models.dual import DualConfig
-from models.vit import ViTConfig
+from models.dual_encoder.base import DualConfig
+from models.layers.clip_towers import ClipViT
+from models.layers.vit import ViTConfig
 from tests.golden.report import record, relative_error
 
 # toy geometry of the recorded cases -> our configuration

@@ -5,11 +5,11 @@ import functools
 import torch
 from safetensors.torch import load_file
 
-from dataset.pieces import PieceTokenizer
-from dataset.recognition import Sequences
-from models.adapters import load_checkpoint
-from models.nxtp import Nxtp, NxtpConfig
-from models.nxtp_adapters import geometry, openai_layout, recognition_state
+from dataset.tasks.recognition import Sequences
+from dataset.text.sentencepiece import PieceTokenizer
+from models.recognition.nxtp import Nxtp, NxtpConfig
+from models.weights.loading import load_checkpoint
+from models.weights.nxtp import geometry, openai_layout, recognition_state
 from tests.helpers.golden import golden, golden_file
 
 HEADS = 4
@@ -71,6 +71,6 @@ def batch_of(tokens: torch.Tensor, targets: torch.Tensor, images: int, labels: b
         goals = [goal if goal >= 0 else -100 for goal in aim[images + 1 : images + 1 + len(ids)]]
         goals += [-100] * (len(ids) - len(goals))
         rows.append({"text_ids": ids, "segments": segments, "targets": goals})
-    from dataset.recognition import pad_batch
+    from dataset.tasks.recognition import pad_batch
 
     return pad_batch(rows, pieces.pad)

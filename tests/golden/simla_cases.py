@@ -2,8 +2,8 @@
 
 import torch
 
-from models.vit import ViTConfig
-from models.xbert import BertConfig
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
 from tests.golden.report import same
 from tests.helpers.golden import golden
 

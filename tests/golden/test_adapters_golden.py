@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.adapters import MOMENTUM, POSITION_IDS, QUEUES, STARTS, _matches, adapt, checkpoint_kind
-from models.retrieval import Retrieval, RetrievalConfig
-from models.simla import Simla, SimlaConfig
-from models.statements import StatementConfig, StatementModel
-from models.text_assignment import TextAssignment, TextAssignmentConfig, for_two_pictures
-from models.vqa import Vqa, VqaConfig
-from runtime.optim import Optimizer, parameter_groups
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.fusion.simla import Simla, SimlaConfig
+from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_pictures
+from models.fusion.ve_nlvr import StatementConfig, StatementModel
+from models.fusion.vqa import Vqa, VqaConfig
+from models.weights.albef import MOMENTUM, QUEUES, STARTS, adapt, checkpoint_kind
+from models.weights.loading import POSITION_IDS, _matches
+from runtime.optim.build import Optimizer, parameter_groups
 from tests.golden.report import same
 from tests.helpers.golden import golden_json, recorded
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from models.adapters import load_checkpoint
-from models.align import Align
-from models.batchnorm import GhostBatchNorm, collect, deal
-from models.dual import NOT_LOADED, DualConfig
-from models.dual_losses import LossOptions, align
-from models.efficientnet import EfficientNet
-from runtime.optim import Optimizer, build_optimizer, set_learning_rate
-from runtime.schedule import Plan, Schedule
+from models.dual_encoder.align import Align
+from models.dual_encoder.base import NOT_LOADED, DualConfig
+from models.dual_encoder.objectives import LossOptions, align
+from models.layers.batchnorm import GhostBatchNorm, collect, deal
+from models.layers.efficientnet import EfficientNet
+from models.weights.loading import load_checkpoint
+from runtime.optim.build import Optimizer, build_optimizer, set_learning_rate
+from runtime.optim.schedule import Plan, Schedule
 from tests.golden.align_cases import LOSS, TINY_IMAGE, TINY_TEXT, load, pictures, state_of, tiny_align
 from tests.helpers.golden import golden
 

@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from dataset.align import AlignTokenizer, AlignView
-from dataset.images import decode_image
-from dataset.shards import read_shard
-from models.align import Align
-from models.align_weights import from_tensorflow_names, to_hugging_face
-from models.dual import DualConfig
-from scripts import convert
-from scripts.tf_checkpoint import SUFFIX, read_checkpoint
+from dataset.images.align import AlignView
+from dataset.images.decode import decode_image
+from dataset.sources.shards import read_shard
+from dataset.text.align import AlignTokenizer
+from models.dual_encoder.align import Align
+from models.dual_encoder.base import DualConfig
+from models.weights.align import from_tensorflow_names, to_hugging_face
+from scripts.weights import convert
+from scripts.weights.tf_checkpoint import SUFFIX, read_checkpoint
 from tests.helpers.golden import golden, golden_file
 
 

@@ -6,9 +6,7 @@ import random
 import pytest
 import torch
 
-from dataset.captions import yfcc_row
-from dataset.clip_text import ClipTokenizer, clean_text
-from dataset.clip_transforms import (
+from dataset.images.clip import (
     EvalView,
     crop_resize,
     gaussian_blur,
@@ -17,10 +15,13 @@ from dataset.clip_transforms import (
     pixel_statistics,
     solarize,
 )
-from dataset.text_views import STOP_WORDS, TextOptions, TextViews
-from models.dual import build_dual, names_by_decay
-from runtime.optim import Optimizer, parameter_groups
-from runtime.schedule import Plan, Schedule
+from dataset.tasks.captions import yfcc_row
+from dataset.text.augment import STOP_WORDS, TextOptions, TextViews
+from dataset.text.bpe import ClipTokenizer, clean_text
+from models.dual_encoder.base import names_by_decay
+from models.dual_encoder.factory import build_dual
+from runtime.optim.build import Optimizer, parameter_groups
+from runtime.optim.schedule import Plan, Schedule
 from tests.golden.clip_cases import config_of
 from tests.helpers.golden import golden, golden_file
 

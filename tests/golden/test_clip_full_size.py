@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.dual import build_dual
+from models.dual_encoder.factory import build_dual
 from tests.golden.clip_cases import close, config_of, recipe_state
 from tests.golden.test_clip_openai import recipe_tensor_plain
 from tests.helpers.golden import golden_file

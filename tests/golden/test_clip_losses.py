@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models import dual_losses
-from models.dual_losses import LossOptions
+from models.dual_encoder import objectives as dual_losses
+from models.dual_encoder.objectives import LossOptions
 from tests.golden.clip_cases import close
 from tests.helpers.golden import golden_file
 from tests.processes import spawn

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.dual import build_dual, names_by_decay, zeroshot_similarities
+from models.dual_encoder.base import names_by_decay, zeroshot_similarities
+from models.dual_encoder.factory import build_dual
 from tests.golden.clip_cases import close, config_of, recipe_state, sum_and_norm, toy_vit
 from tests.helpers.golden import golden_file
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.clip_adapters import load_openai, openai_config
-from models.openai_clip import OPENAI_MODELS
+from models.layers.openai_towers import OPENAI_MODELS
+from models.weights.clip import load_openai, openai_config
 from tests.golden.clip_cases import close, recipe_state, recipe_tensor
 from tests.helpers.golden import golden_file
 

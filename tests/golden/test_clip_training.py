@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.dual import build_dual, follow, names_by_decay
+from models.dual_encoder.base import follow, names_by_decay
+from models.dual_encoder.factory import build_dual
 from tests.golden.clip_cases import close, config_of, recipe_state, sum_and_norm, toy_vit
 from tests.helpers.golden import golden_file
 

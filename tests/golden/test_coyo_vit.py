@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.classification import (
+from models.classification.classifier import (
     SIZES,
     ClassifierConfig,
     VisionClassifier,
@@ -17,9 +17,9 @@ from models.classification import (
     softmax_loss,
     trained,
 )
-from models.vit_weights import native, to_tensorflow
-from runtime.optim import Optimizer, Precision, build_optimizer, set_learning_rate
-from runtime.schedule import Schedule, learning_rate
+from models.weights.vit import native, to_tensorflow
+from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
+from runtime.optim.schedule import Schedule, learning_rate
 from tests.golden.report import compare
 from tests.helpers.golden import golden, golden_file
 
@@ -222,7 +222,7 @@ def test_keys_of_the_published_checkpoint():
     assert sum(p.numel() for p in model.parameters()) == meta["parameters"]
     ours = to_tensorflow(model.state_dict())
     assert {key: list(value.shape) for key, value in ours.items()} == {row[0]: row[1] for row in meta["rows"]}
-    from models.vit_weights import to_transformers
+    from models.weights.vit import to_transformers
 
     theirs = {row[4].partition(" ")[0] for row in meta["rows"]}
     assert set(to_transformers(model.state_dict())) == theirs

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from dataset.clip_transforms import normalize, pixel_statistics
-from dataset.labelled import LabelOptions, Labels
-from dataset.randomness import seeded
-from dataset.vit_views import EvalView, centre, inception_box, resize_area, resize_bilinear
-from models.classification import dense_targets
-from models.mixing import blend, cut_and_paste, rectangles
-from models.opening import HALF
+from base.pixels import HALF
+from dataset.images.clip import normalize, pixel_statistics
+from dataset.images.vit import EvalView, centre, inception_box, resize_area, resize_bilinear
+from dataset.loading.randomness import seeded
+from dataset.tasks.classification import LabelOptions, Labels
+from models.classification.classifier import dense_targets
+from models.classification.mixup import blend, cut_and_paste, rectangles
 from tests.golden.report import compare
 from tests.helpers.golden import golden
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from base.distributed import World
 from evaluation.classification import Scores, class_statistics, multi_label_metrics, single_label_metrics
 from evaluation.features import Bank
 from evaluation.knn import knn_accuracy, nearest_neighbours, votes
-from runtime.distributed import World
 from tests.golden.report import record
 from tests.helpers.golden import golden
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.grounding import ReferringExpressions
-from dataset.images import decode_image
-from dataset.masking import BlockMask
-from dataset.pretrain import PretrainPair
-from dataset.randaugment import RandAugment
-from dataset.randomness import seeded
-from dataset.records import Records
-from dataset.retrieval import RetrievalPair, RetrievalSet, number_images
-from dataset.statements import ORIGINAL_NLVR2, SNLI_VE, Statements
-from dataset.text import Tokenizer, mask_tokens, pre_caption, pre_question
-from dataset.transforms import PretrainTransform, TestTransform, TrainTransform, resize
-from dataset.vqa import QuestionAnswers, QuestionSet, VqaCollate, read_answer_list
+from dataset.images.albef import PretrainTransform, TestTransform, TrainTransform, resize
+from dataset.images.block_mask import BlockMask
+from dataset.images.decode import decode_image
+from dataset.images.randaugment import RandAugment
+from dataset.loading.randomness import seeded
+from dataset.sources.records import Records
+from dataset.tasks.grounding import ReferringExpressions
+from dataset.tasks.pretrain import PretrainPair
+from dataset.tasks.retrieval import RetrievalPair, RetrievalSet, number_images
+from dataset.tasks.ve_nlvr import ORIGINAL_NLVR2, SNLI_VE, Statements
+from dataset.tasks.vqa import QuestionAnswers, QuestionSet, VqaCollate, read_answer_list
+from dataset.text.wordpiece import Tokenizer, mask_tokens, pre_caption, pre_question
 from tests.golden.report import compare, compare_levels, same
 from tests.golden.simla_cases import tensors_under
 from tests.helpers.golden import golden

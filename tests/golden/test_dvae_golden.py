@@ -2,7 +2,7 @@
 
 import torch
 
-from models.dvae import ImageTokenizer, TokenizerConfig, picture_of, squeeze_range
+from models.fusion.dvae import ImageTokenizer, TokenizerConfig, picture_of, squeeze_range
 from tests.golden.report import compare, same
 from tests.helpers.golden import decode_image, golden
 

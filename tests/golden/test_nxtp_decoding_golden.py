@@ -5,7 +5,16 @@ import functools
 import pytest
 import torch
 
-from models.decoding import Choice, beam_search, one_shot, rank_labels, split_labels, top_k, top_p, write_labels
+from models.recognition.decoding import (
+    Choice,
+    beam_search,
+    one_shot,
+    rank_labels,
+    split_labels,
+    top_k,
+    top_p,
+    write_labels,
+)
 from tests.golden import nxtp_cases as cases
 from tests.golden.report import compare
 

@@ -5,18 +5,18 @@ import re
 import pytest
 import torch
 
-from dataset.clip_transforms import normalize
-from dataset.nouns import Nouns, clean, lexicon_tagger, noun_base, treebank_words
-from dataset.recognition import PictureView, clip_statistics, pad_batch, read_list
-from dataset.wordnet import WordNet
+from dataset.images.clip import normalize
+from dataset.tasks.recognition import PictureView, clip_statistics, pad_batch, read_list
+from dataset.text.nouns import Nouns, clean, lexicon_tagger, noun_base, treebank_words
+from dataset.text.wordnet import WordNet
 from evaluation.recognition import SentenceEncoder, means, similarity_scores
-from models.decoding import lagging_mask
-from models.llama import Sight, rotate, rotation
-from models.nxtp import text_mask
-from models.nxtp_adapters import decayed_names, trained_names
-from models.nxtp_build import Networks
-from runtime.optim import Optimizer, build_optimizer
-from runtime.schedule import Plan, Schedule
+from models.layers.llama import Sight, rotate, rotation
+from models.recognition.decoding import lagging_mask
+from models.recognition.nxtp import text_mask
+from models.weights.build_nxtp import Networks
+from models.weights.nxtp import decayed_names, trained_names
+from runtime.optim.build import Optimizer, build_optimizer
+from runtime.optim.schedule import Plan, Schedule
 from tests.golden import nxtp_cases as cases
 from tests.golden.report import compare
 

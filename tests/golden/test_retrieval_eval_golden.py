@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from base.distributed import World
 from evaluation.retrieval import Captions, rank, recalls
-from models.adapters import start_from
-from models.retrieval import Retrieval, RetrievalConfig
-from runtime.distributed import World
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.weights.albef import start_from
 from tests.golden.report import compare, same
 from tests.golden.simla_cases import bert_of, pretrained, tensors_under, vit_of
 from tests.helpers.golden import decode_image, golden

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.losses import IGNORE, distilled_cross_entropy, masked_mean, sequence_axis_soft_loss
-from models.vit import ViT, ViTConfig, resize_pos_embed
-from models.xbert import BertConfig, DecoderCache, XBert, XBertLM
+from models.fusion.losses import IGNORE, distilled_cross_entropy, masked_mean, sequence_axis_soft_loss
+from models.layers.vit import ViT, ViTConfig, resize_pos_embed
+from models.layers.xbert import BertConfig, DecoderCache, XBert, XBertLM
 from tests.golden.report import compare
 from tests.helpers.golden import decode_image, golden
 

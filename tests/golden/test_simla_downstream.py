@@ -1,20 +1,21 @@
 """VQA, visual entailment, NLVR2 with its text assignment, and Grad-CAM of SIMLA and ALBEF against the originals.
 
-The weights are the pre-training state of the golden case, converted by `models.adapters.start_from` as a user would.
+The weights are the pre-training state of the golden case, converted by `start_from` as a user would.
 """
 
 import pytest
 import torch
 
-from models.adapters import Differences, start_from
-from models.grounding import contrast_map, matching_map
-from models.momentum import MomentumPairs
-from models.retrieval import Retrieval, RetrievalConfig
-from models.statements import StatementConfig, StatementModel
-from models.text_assignment import TextAssignment, TextAssignmentConfig
-from models.vit import ViTConfig
-from models.vqa import Vqa, VqaConfig
-from models.xbert import BertConfig
+from models.fusion.grounding import contrast_map, matching_map
+from models.fusion.momentum import MomentumPairs
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig
+from models.fusion.ve_nlvr import StatementConfig, StatementModel
+from models.fusion.vqa import Vqa, VqaConfig
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
+from models.weights.albef import start_from
+from models.weights.loading import Differences
 from tests.golden.report import compare, compare_gradients, same
 from tests.golden.simla_cases import bert_of, pretrained, tensors_under, vit_of
 from tests.helpers.golden import decode_image, golden

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.losses import IGNORE
-from models.momentum import MomentumPairs
-from models.simla import Simla, SimlaConfig
+from models.fusion.losses import IGNORE
+from models.fusion.momentum import MomentumPairs
+from models.fusion.simla import Simla, SimlaConfig
 from tests.golden.report import compare, compare_gradients, same
 from tests.golden.simla_cases import bert_of, draw_recorded_negatives, tensors_under, vit_of
 from tests.helpers.golden import decode_image, golden
@@ -150,13 +150,13 @@ def test_masked_image_and_keyword_outputs(step):
 
 
 def test_keyword_votes(monkeypatch):
-    import models.simla
+    import models.fusion.simla
 
     meta, t = golden("simla", "pretrain_simla")
     model = build(meta, t)
     seen = []
-    targets_of = models.simla.keyword_targets
-    monkeypatch.setattr(models.simla, "keyword_targets", lambda *args: seen.append(targets_of(*args)) or seen[0])
+    targets_of = models.fusion.simla.keyword_targets
+    monkeypatch.setattr(models.fusion.simla, "keyword_targets", lambda *args: seen.append(targets_of(*args)) or seen[0])
     forward(model, meta, t)
     targets, votes = seen[0]
     same("pretrain_simla", "keyword votes", votes, t["out.salience_counts"])

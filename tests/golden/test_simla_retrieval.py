@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.momentum import MomentumPairs
-from models.retrieval import Retrieval, RetrievalConfig
-from models.vit import resize_pos_embed
+from models.fusion.momentum import MomentumPairs
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.layers.vit import resize_pos_embed
 from tests.golden.report import compare, compare_gradients, same
 from tests.golden.simla_cases import bert_of, draw_recorded_negatives, vit_of
 from tests.helpers.golden import decode_image, golden

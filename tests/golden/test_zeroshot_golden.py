@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from dataset.clip_text import ClipTokenizer
+from base.distributed import World
+from dataset.text.bpe import ClipTokenizer
 from evaluation.zeroshot import (
     best_classes,
     class_prompts,
@@ -16,8 +17,7 @@ from evaluation.zeroshot import (
     topk_accuracy,
 )
 from evaluation.zeroshot_metrics import mean_per_class, measure, roc_auc
-from models.dual import build_dual
-from runtime.distributed import World
+from models.dual_encoder.factory import build_dual
 from tests.golden.clip_cases import close, config_of, recipe_state, toy_vit
 from tests.helpers.golden import golden, golden_file
 

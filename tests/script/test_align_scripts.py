@@ -10,13 +10,15 @@ import pytest
 import torch
 
 import main as script
-from dataset.catalog import Entry, Prompts
-from dataset.shards import read_shard
-from dataset.tfrecord import encode_example, write_records
-from dataset.zeroshot import open_set
-from models.efficientnet import SHAPES, EfficientNet
-from runtime.config import parse
-from scripts import convert, pack_karpathy
+from base.errors import UserError
+from dataset.sources.shards import read_shard
+from dataset.sources.tfrecord import encode_example, write_records
+from dataset.tasks.catalog import Entry, Prompts
+from dataset.tasks.zeroshot import open_set
+from models.layers.efficientnet import SHAPES, EfficientNet
+from runtime.config.cli import parse
+from scripts.data import pack_karpathy
+from scripts.weights import convert
 from tests.classification_runs import neighbours
 from tests.main_runs import ROOT, arguments, finish, lines
 
@@ -103,7 +105,7 @@ def test_broken_records_are_counted(digitscenes, tmp_path):
     assert lines(tmp_path / "patient")[-1]["errors"] >= 1
     with pytest.raises(Exception, match="record 0.*checksum is wrong") as caught:
         run_main(flags(digitscenes, tmp_path / "strict", **more))
-    assert caught.value.for_people
+    assert isinstance(caught.value, UserError)
 
 
 def test_neighbours_of_a_run(digitscenes, tmp_path):
@@ -157,12 +159,13 @@ def test_a_mistake_is_one_clear_message(mistake, digitscenes, tmp_path):
     changes, named = MISTAKES[mistake]
     with pytest.raises(Exception) as caught:
         run_main(flags(digitscenes, tmp_path / "run", **changes))
-    assert getattr(caught.value, "for_people", False), repr(caught.value)
+    assert isinstance(caught.value, UserError), repr(caught.value)
     assert named in str(caught.value)
 
 
 def test_weights_go_to_transformers_and_back(tmp_path, capsys):
-    from models.dual import DualConfig, build_dual
+    from models.dual_encoder.base import DualConfig
+    from models.dual_encoder.factory import build_dual
     from runtime.checkpoint import export_safetensors, read_weights
 
     with torch.device("meta"):  # the smallest that transformers can hold has 62 million parameters

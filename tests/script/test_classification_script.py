@@ -8,10 +8,9 @@ import sys
 import pytest
 import torch
 
-from dataset.errors import DataError
-from models.dual import DualConfig, build_dual
-from models.errors import ModelError
-from runtime.errors import InputError
+from base.errors import UserError
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import build_dual
 from tests.classification_runs import ROOT, fine_tuning, flags, lines, neighbours, train
 
 
@@ -107,15 +106,15 @@ def test_two_processes_from_the_command_line(digitscenes, tmp_path):
 
 
 MISTAKES = {
-    "nothing to evaluate": (dict(evaluate="true"), InputError, "or --evaluate with --checkpoint"),
-    "unknown model": (dict(model="vit-m/8"), ModelError, "did you mean vit-mu/8"),
-    "odd size": (dict(image_size=30), ModelError, "nearest size is 32"),
-    "real of a multi-label set": (dict(real="real.json"), InputError, "no --multi-label"),
-    "class list too short": (dict(classes="{tmp}/few.txt"), DataError, "outside the list of 3 classes"),
-    "no class list": (dict(classes="{tmp}/none.txt"), DataError, "no such file"),
-    "unknown data set": (dict(train_data="torchvision/MNISt", classes="none"), DataError, "did you mean MNIST"),
-    "missing data": (dict(train_data="{tmp}/nowhere", classes="none"), DataError, "check the path"),
-    "average and FSDP": (dict(parallel="fsdp"), InputError, "use --parallel ddp"),
+    "nothing to evaluate": (dict(evaluate="true"), UserError, "or --evaluate with --checkpoint"),
+    "unknown model": (dict(model="vit-m/8"), UserError, "did you mean vit-mu/8"),
+    "odd size": (dict(image_size=30), UserError, "nearest size is 32"),
+    "real of a multi-label set": (dict(real="real.json"), UserError, "no --multi-label"),
+    "class list too short": (dict(classes="{tmp}/few.txt"), UserError, "outside the list of 3 classes"),
+    "no class list": (dict(classes="{tmp}/none.txt"), UserError, "no such file"),
+    "unknown data set": (dict(train_data="torchvision/MNISt", classes="none"), UserError, "did you mean MNIST"),
+    "missing data": (dict(train_data="{tmp}/nowhere", classes="none"), UserError, "check the path"),
+    "average and FSDP": (dict(parallel="fsdp"), UserError, "use --parallel ddp"),
 }
 
 
@@ -130,13 +129,13 @@ def test_mistakes_are_told_before_any_work(mistake, digitscenes, tmp_path):
 
 def test_mistakes_of_evaluation(digitscenes, pretrained, tmp_path):
     folders = {"checkpoint": pretrained, "evaluate": "true"}
-    with pytest.raises(InputError, match="no head for 10 classes"):
+    with pytest.raises(UserError, match="no head for 10 classes"):
         train(fine_tuning(digitscenes, tmp_path / "run", **folders))
-    with pytest.raises(InputError, match="real.json: no such file"):
+    with pytest.raises(UserError, match="real.json: no such file"):
         train(fine_tuning(digitscenes, tmp_path / "run", real=tmp_path / "real.json"))
     shutil.copytree(digitscenes / "imagefolder/val", tmp_path / "val")
     (tmp_path / "val/one").rename(tmp_path / "val/on")
-    with pytest.raises(DataError, match="did you mean one"):
+    with pytest.raises(UserError, match="did you mean one"):
         train(fine_tuning(digitscenes, tmp_path / "run", val_data=tmp_path / "val"))
 
 
@@ -160,12 +159,12 @@ def test_knn_of_dual_encoders(digitscenes, tmp_path):
         torch.save(saved, tmp_path / "dual.pt")
         found = neighbours(digitscenes, tmp_path / name, checkpoint=tmp_path / "dual.pt", features="z")
         assert found["width"] == 8
-    with pytest.raises(ModelError, match="features 'h9': .* has feats, z"):
+    with pytest.raises(UserError, match="features 'h9': .* has feats, z"):
         neighbours(digitscenes, tmp_path / "knn", checkpoint=tmp_path / "dual.pt", features="h9")
 
 
 def test_knn_of_simla_and_timm(digitscenes, tmp_path):
-    from models.vit import ViT, ViTConfig
+    from models.layers.vit import ViT, ViTConfig
 
     vit = ViT(ViTConfig(32, 16, 32, 2, 4)).state_dict()
     weights = {f"visual_encoder.{key}": value for key, value in vit.items()}
@@ -176,11 +175,11 @@ def test_knn_of_simla_and_timm(digitscenes, tmp_path):
     name = "timm/test_vit.r160_in1k"
     found = neighbours(digitscenes, tmp_path / "timm", checkpoint="none", model=name)
     assert found["width"] == 64 and found["model"] == name
-    with pytest.raises(ModelError, match="did you mean timm/test_vit"):
+    with pytest.raises(UserError, match="did you mean timm/test_vit"):
         neighbours(digitscenes, tmp_path / "timm", checkpoint="none", model="timm/test_vi")
-    with pytest.raises(InputError, match="give --checkpoint"):
+    with pytest.raises(UserError, match="give --checkpoint"):
         neighbours(digitscenes, tmp_path / "timm", checkpoint="none")
-    with pytest.raises(InputError, match="one label a picture"):
+    with pytest.raises(UserError, match="one label a picture"):
         neighbours(
             digitscenes,
             tmp_path / "many",
@@ -201,7 +200,7 @@ def test_recipes():
     """Every recipe parses and describes a network; those of the original are the published ones."""
     import Classification
     import eval_knn
-    from runtime.config import parse
+    from runtime.config.cli import parse
 
     found = {}
     for file in sorted((ROOT / "configs/Classification").glob("*.yaml")):

@@ -1,17 +1,17 @@
-"""scripts/convert.py for COYO-ViT: from TensorFlow's checkpoints, and to transformers."""
+"""scripts/weights/convert.py for COYO-ViT: from TensorFlow's checkpoints, and to transformers."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.classification import ClassifierConfig, VisionClassifier
+from models.classification.classifier import ClassifierConfig, VisionClassifier
 from runtime.checkpoint import export_safetensors
-from scripts import convert
+from scripts.weights import convert
 from tests.helpers.golden import golden_file
 
 
 def test_from_tensorflow(tmp_path):
-    from models.vit_weights import native, to_tensorflow
+    from models.weights.vit import native, to_tensorflow
 
     prefix = golden_file("coyo_vit", "tf_checkpoint_tiny", "last_checkpoint.index").with_suffix("")
     assert convert.main(["coyo-vit-from-tf", str(prefix), str(tmp_path / "vit.safetensors")]) == 0

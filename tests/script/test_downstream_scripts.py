@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.config import run
+from runtime.config.cli import run
 from tests.downstream import ROOT, SCRIPTS, flags, log_lines, pretraining_checkpoint, start
 
 MORE = {("Grounding", True): ["--block_num", "1"], ("NLVR_TA", True): ["--paired_from", "1"]}

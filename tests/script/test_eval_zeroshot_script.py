@@ -14,13 +14,16 @@ import torch
 
 import eval_zeroshot as script
 import main as training
-from dataset.align import AlignTokenizer
-from models import clip_adapters
-from models.clip import TextShape
-from models.dual import DualConfig, build_dual
-from models.openai_clip import OpenAICLIP, OpenAIConfig
+from base.errors import UserError
+from dataset.text.align import AlignTokenizer
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import build_dual
+from models.dual_encoder.openai import OpenAICLIP
+from models.layers.clip_towers import TextShape
+from models.layers.openai_towers import OpenAIConfig
+from models.weights import clip as clip_adapters
 from runtime.checkpoint import export_safetensors, read_weights
-from runtime.config import parse
+from runtime.config.cli import parse
 from tests.main_runs import ROOT, arguments
 
 
@@ -227,7 +230,7 @@ def test_a_mistake_is_one_clear_message(mistake, trained, digitscenes, tmp_path)
     changes, named = MISTAKES[mistake]
     with pytest.raises(Exception) as caught:
         results(flags(digitscenes, **{"checkpoint": trained, "output": tmp_path / "out"} | changes), tmp_path / "out")
-    assert getattr(caught.value, "for_people", False), repr(caught.value)
+    assert isinstance(caught.value, UserError), repr(caught.value)
     assert named in str(caught.value)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import main as script
-from models.dual import DualConfig
-from runtime.config import parse
+from base.errors import UserError
+from models.dual_encoder.base import DualConfig
+from runtime.config.cli import parse
 from tests.contract.test_parallel import needs_fsdp2
 from tests.main_runs import ROOT, arguments, finish, lines
 
@@ -210,7 +211,7 @@ def test_a_mistake_is_one_clear_message(mistake, digitscenes, tmp_path):
     changes, named = MISTAKES[mistake]
     with pytest.raises(Exception) as caught:
         run_main(arguments(digitscenes, tmp_path / "run", **changes))
-    assert getattr(caught.value, "for_people", False), repr(caught.value)
+    assert isinstance(caught.value, UserError), repr(caught.value)
     assert named in str(caught.value)
 
 
@@ -236,7 +237,7 @@ def test_missing_zips_are_counted_and_past_the_budget_listed(digitscenes, tmp_pa
     base = arguments(digitscenes, tmp_path / "strict", **changes)
     with pytest.raises(Exception, match=r"77/000\.zip|no member 20") as caught:
         run_main([*base, *flags, "--epochs", "30 steps"])
-    assert getattr(caught.value, "for_people", False)
+    assert isinstance(caught.value, UserError)
 
 
 def test_the_message_reaches_the_terminal_without_a_traceback(digitscenes, tmp_path):

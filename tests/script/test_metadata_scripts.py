@@ -1,4 +1,4 @@
-"""scripts/make_dataset.py and scripts/convert_metadata.py, run as people run them."""
+"""scripts/data/make_dataset.py and scripts/data/convert_metadata.py, run as people run them."""
 
 import bz2
 import json
@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from runtime.config import parse
-from runtime.errors import InputError
-from scripts import convert_metadata, make_dataset
+from base.errors import UserError
+from runtime.config.cli import parse
+from scripts.data import convert_metadata, make_dataset
 
 
 def table_line(number: int, title: str, description: str) -> str:
@@ -46,13 +46,13 @@ def test_mistakes_of_make_dataset(published):
         flags = [word for name, file in files.items() for word in (f"--{name}", str(published / file))]
         make_dataset.main(parse(make_dataset.Config, flags))
 
-    with pytest.raises(InputError, match=r"none\.tsv: no such file"):
+    with pytest.raises(UserError, match=r"none\.tsv: no such file"):
         run(subset="none.tsv")
     (published / "bad.txt").write_text("1\t2\n")
-    with pytest.raises(InputError, match=r"bad\.txt, line 0.*columns"):
+    with pytest.raises(UserError, match=r"bad\.txt, line 0.*columns"):
         run(captions="bad.txt")
     np.save(published / "floats.npy", np.array([0.5]))
-    with pytest.raises(InputError, match=r"floats\.npy.*line numbers"):
+    with pytest.raises(UserError, match=r"floats\.npy.*line numbers"):
         run(available="floats.npy")
     assert not (published / "o.jsonl").exists()
 
@@ -69,5 +69,5 @@ def test_conversion(digitscenes, tmp_path, capsys):
     convert_metadata.main(parse(convert_metadata.Config, list(map(str, flags))))
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert len(rows) == 64 and rows[3]["image"] == "images/00/000.zip/003.jpg"
-    with pytest.raises(InputError, match="--output"):
+    with pytest.raises(UserError, match="--output"):
         convert_metadata.main(parse(convert_metadata.Config, ["--metadata", "x"]))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import Pretrain
-from models.classification import ClassifierConfig, VisionClassifier
-from runtime.config import parse
-from runtime.errors import InputError
+from base.errors import UserError
+from models.classification.classifier import ClassifierConfig, VisionClassifier
+from runtime.config.cli import parse
 from tests.pretraining import ROOT, arguments, finish, losses
 
 
@@ -139,7 +139,7 @@ def test_a_mistake_is_one_clear_message(mistake, digitscenes, image_tokenizer, t
     changes, named = MISTAKES[mistake]
     with pytest.raises(Exception) as caught:
         run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
-    assert getattr(caught.value, "for_people", False), repr(caught.value)
+    assert isinstance(caught.value, UserError), repr(caught.value)
     assert named in str(caught.value)
 
 
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_another_architecture_lists_the_keys(digitscenes, image_
     weights = tmp_path / "first" / "model.safetensors"
     with pytest.raises(Exception, match="visual_encoder") as caught:
         run_main(arguments(digitscenes, image_tokenizer, tmp_path / "second", checkpoint=weights, vision_depth=1))
-    assert getattr(caught.value, "for_people", False)
+    assert isinstance(caught.value, UserError)
 
 
 def test_bad_pictures_are_counted_and_past_the_budget_listed(digitscenes, image_tokenizer, tmp_path):
@@ -193,7 +193,7 @@ def test_nan_stops_before_the_update_and_names_the_last_good_checkpoint(
     monkeypatch.setattr(Pretrain, "training_flops", lambda *_: 0.0)
     with pytest.raises(Exception, match=r"step 6.*checkpoint_00000004") as caught:
         run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run"))
-    assert getattr(caught.value, "for_people", False)
+    assert isinstance(caught.value, UserError)
     newest = torch.load(tmp_path / "run" / "checkpoint_00000004.pt", weights_only=True)
     assert all(value.isfinite().all() for value in newest["model"].values() if value.is_floating_point())
 
@@ -205,7 +205,7 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint(digitscenes, image_to
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limit[1]))
     try:
-        with pytest.raises(InputError, match="disk"):
+        with pytest.raises(UserError, match="disk"):
             run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -218,7 +218,7 @@ def test_two_runs_may_not_write_one_folder(digitscenes, image_tokenizer, tmp_pat
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another run"):
+        with pytest.raises(UserError, match="another run"):
             run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run"))
 
 

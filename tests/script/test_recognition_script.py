@@ -12,16 +12,15 @@ import pytest
 import torch
 
 import Recognition
-from models.nxtp_build import Networks
-from models.openai_clip import OpenAICLIP, OpenAIConfig, TextShape
-from runtime.config import parse
+from base.errors import UserError
+from models.dual_encoder.openai import OpenAICLIP
+from models.layers.openai_towers import OpenAIConfig, TextShape
+from models.weights.build_nxtp import Networks
+from runtime.config.cli import parse
+from scripts.data import extract_nouns, pack_coco
+from scripts.weights import export_recognition
 from tests.recognition_runs import ROOT, arguments, finish, lines, start
 from tests.tiny_nxtp import meta_folder
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import export_recognition  # noqa: E402
-import extract_nouns  # noqa: E402
-import pack_coco  # noqa: E402
 
 
 def script(module, *flags) -> dict:
@@ -100,7 +99,7 @@ def labelled(digitscenes, tmp_path_factory):
 
 
 def _has_wordnet() -> bool:
-    from dataset.wordnet import find_wordnet
+    from dataset.text.wordnet import find_wordnet
 
     try:
         return bool(find_wordnet())
@@ -181,7 +180,7 @@ def test_published_weights_and_shards_with_partial_training(labelled, tmp_path):
     for number, changed in ((0, False), (1, True)):
         name = f"transformer.resblocks.{number}.mlp.c_fc.weight"
         assert torch.equal(state[f"vision_encoder.{name}"], clip[f"visual.{name}"]) is not changed
-    from models.llama_files import read_llama
+    from models.weights.llama import read_llama
 
     table = read_llama(tmp_path / "llama")[1]["tok_embeddings.weight"]
     assert torch.equal(state["language_decoder.tok_embeddings.weight"][: len(table)], table)
@@ -286,7 +285,7 @@ def test_mistakes_are_one_sentence(case, digitscenes, tmp_path):
     changes, message = REFUSED[case]
     with pytest.raises(ValueError, match=message) as caught:
         Recognition.main(parse(Recognition.Config, arguments(digitscenes, tmp_path, **changes)))
-    assert caught.value.for_people
+    assert isinstance(caught.value, UserError)
 
 
 def test_another_tokenizer_than_the_checkpoints(trained, digitscenes, tmp_path):
@@ -306,7 +305,7 @@ def test_a_picture_that_cannot_be_read(trained, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, Recognition; from runtime.config import help_text; help_text(Recognition.Config, '');"
+    code = "import sys, Recognition; from runtime.config.cli import help_text; help_text(Recognition.Config, '');"
     heavy = ("torchvision", "timm", "transformers", "nltk", "sentencepiece", "fairscale", "textblob", "PIL.Image")
     code += f"print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -10,7 +10,7 @@ import torch
 
 import Retrieval
 from dataset.digitscenes.build import Request, build
-from runtime.config import parse
+from runtime.config.cli import parse
 from scripts import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,10 +82,10 @@ def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_pa
 @pytest.mark.parametrize("two_stage", [True, False])
 def test_pretraining_checkpoint_in_the_originals_form(data, tmp_path, two_stage):
     """A .pth with `model`, `config` ... as the originals saved it, at another resolution; kind told by its keys."""
-    from dataset.text import Tokenizer
-    from models.simla import Simla, SimlaConfig
-    from models.vit import ViTConfig
-    from models.xbert import BertConfig
+    from dataset.text.wordpiece import Tokenizer
+    from models.fusion.simla import Simla, SimlaConfig
+    from models.layers.vit import ViTConfig
+    from models.layers.xbert import BertConfig
 
     geometry = json.loads((ROOT / "configs/bert_debug.json").read_text()) | {"encoder_width": 32}
     if two_stage:
@@ -154,7 +154,7 @@ def test_report_is_one_file_that_needs_nothing_else(data, finetuned, tmp_path, m
     ],
 )
 def test_mistakes_are_one_clear_line(data, tmp_path, capsys, monkeypatch, change, words):
-    from runtime.config import run
+    from runtime.config.cli import run
 
     monkeypatch.setattr(sys, "argv", ["Retrieval.py"])
     with pytest.raises(SystemExit) as left:

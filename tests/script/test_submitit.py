@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import run_with_submitit
-from runtime.errors import InputError
+from base.errors import UserError
 from runtime.interrupt import EXIT_REQUEUE
 from tests.pretraining import ROOT
 
@@ -137,12 +137,12 @@ def test_absent_slurm_says_how_to_run_without(tmp_path):
     result = subprocess.run(command, env={"PATH": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
     assert "torchrun --standalone --nproc_per_node=4 Pretrain.py --alpha 0.3" in result.stderr
-    assert "--nnodes=2" in result.stderr and "scripts/local_slurm.sh" in result.stderr
+    assert "--nnodes=2" in result.stderr and "scripts/dev/local_slurm.sh" in result.stderr
 
 
 @pytest.mark.parametrize(
     "words, named", [(["Pretrian.py"], "Pretrain.py"), (["Pretrain.py", "--nodes", "0"], "--nodes")]
 )
 def test_a_mistake_is_one_clear_message(words, named):
-    with pytest.raises(InputError, match=named):
+    with pytest.raises(UserError, match=named):
         run_with_submitit.main([*words, "--dry-run"])

@@ -8,10 +8,9 @@ import sys
 import pytest
 import torch
 
-from dataset.errors import DataError
-from models.dvae import ImageTokenizer
+from base.errors import UserError
+from models.fusion.dvae import ImageTokenizer
 from runtime.checkpoint import read_weights
-from runtime.errors import InputError
 from scripts.train_dvae import Config, build_model, find_pictures
 
 SMALL = "--size 16 --vocab_size 8 --width 4 --decoder_width 8 --batch_size 8 --workers 0 --device cpu".split()
@@ -57,9 +56,9 @@ def test_mistakes_are_found_before_training(pictures, tmp_path):
     result = train("--data", tmp_path, "--output_dir", tmp_path / "out")
     assert result.returncode == 2 and "no pictures" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
-    with pytest.raises(DataError, match="image_root"):
+    with pytest.raises(UserError, match="image_root"):
         find_pictures(Config(data=[str(pictures / "list.json")]))
-    with pytest.raises(DataError, match="0 pictures; name JSON lists or folders"):
+    with pytest.raises(UserError, match="0 pictures; name JSON lists or folders"):
         find_pictures(Config())
-    with pytest.raises(InputError, match="--size 18 is no multiple of 4"):
+    with pytest.raises(UserError, match="--size 18 is no multiple of 4"):
         build_model(Config(size=18))

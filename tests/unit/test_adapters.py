@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from models import adapters
-from models.adapters import adapt, bert_weights, checkpoint_kind, load_bert, load_checkpoint, start_from
-from models.errors import ModelError
-from models.vit import ViT, ViTConfig
-from models.xbert import BertConfig, XBert, XBertLM
+from base.errors import UserError
+from models.layers.vit import ViT, ViTConfig
+from models.layers.xbert import BertConfig, XBert, XBertLM
+from models.weights import albef as adapters
+from models.weights.albef import adapt, bert_weights, checkpoint_kind, load_bert, start_from
+from models.weights.loading import load_checkpoint
 
 BERT = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
             max_position_embeddings=10, encoder_width=8)  # fmt: skip
@@ -136,9 +137,9 @@ def test_kinds_and_what_a_task_cannot_start_from():
               "text_assignment": Nlvr("ta_head", False), "vit": vit(), "bert": XBertLM(BertConfig(**BERT))}  # fmt: skip
     for kind, model in states.items():
         assert checkpoint_kind(model.state_dict()) == kind
-    with pytest.raises(ModelError, match="this is a nlvr checkpoint, and retrieval starts from"):
+    with pytest.raises(UserError, match="this is a nlvr checkpoint, and retrieval starts from"):
         adapt(states["nlvr"].state_dict(), Retrieval().state_dict(), "retrieval")
-    with pytest.raises(ModelError, match="no known kind"):
+    with pytest.raises(UserError, match="no known kind"):
         checkpoint_kind({"weight": torch.ones(1)})
 
 
@@ -151,7 +152,7 @@ def test_every_difference_is_listed_and_nothing_is_loaded():
         "1.bias": torch.ones(3),
         "extra": torch.ones(1),
     }
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(UserError) as error:
         load_checkpoint(model, state)
     text = str(error.value)
     assert "missing: 0.bias" in text and "unexpected: extra" in text and "1.weight [4, 2] instead of [3, 2]" in text
@@ -162,7 +163,7 @@ def test_every_difference_is_listed_and_nothing_is_loaded():
 
 
 def test_long_lists_are_cut():
-    with pytest.raises(ModelError, match=r"12 unexpected: .*\(2 more\)"):
+    with pytest.raises(UserError, match=r"12 unexpected: .*\(2 more\)"):
         load_checkpoint(nn.Identity(), {f"k{i}": torch.ones(1) for i in range(12)})
 
 
@@ -197,7 +198,7 @@ def test_bert_in_every_spelling(old_names, prefix):
     last = state[f"{prefix}encoder.layer.1.output.dense.weight"]
     assert torch.equal(two_stage.layers[1].output.dense.weight, last)
     state.pop(f"{prefix}encoder.layer.1.output.dense.weight")
-    with pytest.raises(ModelError, match="1 missing: bert.encoder.layer.1.output.dense.weight"):
+    with pytest.raises(UserError, match="1 missing: bert.encoder.layer.1.output.dense.weight"):
         load_bert(lm, state)
 
 
@@ -216,12 +217,12 @@ def test_bert_folder(tmp_path, form):
 
 
 def test_bert_that_is_not_there(tmp_path, monkeypatch):
-    with pytest.raises(ModelError, match="needs config.json and model.safetensors"):
+    with pytest.raises(UserError, match="needs config.json and model.safetensors"):
         adapters.load_bert_folder(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="hf download no-such-bert-here"):
+    with pytest.raises(UserError, match="hf download no-such-bert-here"):
         adapters.load_bert_folder("no-such-bert-here")
-    with pytest.raises(ModelError, match="not the weights of a BERT"):
+    with pytest.raises(UserError, match="not the weights of a BERT"):
         bert_weights(vit().state_dict(), head=True)
 
 
@@ -231,5 +232,5 @@ def test_deit_weights():
     target = vit(16, mask_token=True)
     found = load_checkpoint(target, adapters.deit_weights(state, grid=4), allowed_missing=("mask_token",))
     assert found.missing == ["mask_token"] and target.pos_embed.shape == (1, 17, 8)
-    with pytest.raises(ModelError, match="distilled"):
+    with pytest.raises(UserError, match="distilled"):
         adapters.deit_weights(state | {"dist_token": torch.ones(1)}, grid=4)

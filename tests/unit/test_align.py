@@ -6,18 +6,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dataset.align import AlignTokenizer, AlignView, AlignViews
-from dataset.errors import DataError
-from models.adapters import load_checkpoint
-from models.align import Align, align_names
-from models.align_weights import config_of, from_tensorflow_names, hugging_face_config, is_align, to_hugging_face
-from models.batchnorm import GhostBatchNorm, collect, deal, synchronise_batch_norm
-from models.dual import NOT_LOADED, DualConfig, build_dual, model_names, names_by_decay, parts_of
-from models.efficientnet import SHAPES, EfficientNet, EfficientNetShape, padded
-from models.errors import ModelError
-from models.xbert import BertConfig
-from runtime.lamb import Lamb
-from runtime.optim import Optimizer, Precision, build_optimizer
+from base.errors import UserError
+from dataset.images.align import AlignView, AlignViews
+from dataset.text.align import AlignTokenizer
+from models.dual_encoder.align import Align, align_names
+from models.dual_encoder.base import NOT_LOADED, DualConfig, names_by_decay
+from models.dual_encoder.factory import build_dual, model_names, parts_of
+from models.layers.batchnorm import GhostBatchNorm, collect, deal, synchronise_batch_norm
+from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape, padded
+from models.layers.xbert import BertConfig
+from models.weights.align import config_of, from_tensorflow_names, hugging_face_config, is_align, to_hugging_face
+from models.weights.loading import load_checkpoint
+from runtime.optim.build import Optimizer, Precision, build_optimizer
+from runtime.optim.lamb import Lamb
 
 # parameters and batch-norm statistics of the published towers
 SIZES = {
@@ -216,9 +217,9 @@ def test_configuration_from_weights():
     found = config_of(state, 96)
     assert (found.model, found.embed_dim, found.vocab_size, found.image_size) == ("ALIGN_B2_TINY", 24, 77, 96)
     assert found.temperature == 0.25
-    with pytest.raises(ModelError, match="known are NANO, B0"):
+    with pytest.raises(UserError, match="known are NANO, B0"):
         config_of(tiny().state_dict())
-    with pytest.raises(ModelError, match="only B7 fits"):
+    with pytest.raises(UserError, match="only B7 fits"):
         to_hugging_face(state)
 
 
@@ -233,18 +234,18 @@ def test_configuration_from_weights():
     ],
 )
 def test_mistakes_in_the_configuration(values, message):
-    with pytest.raises(ModelError, match=message), torch.device("meta"):
+    with pytest.raises(UserError, match=message), torch.device("meta"):
         build_dual(DualConfig(**{"model": "ALIGN_B0_TINY", **values}))
 
 
 def test_mistakes_in_the_batch():
     tower = EfficientNet(SHAPES["NANO"])
-    with pytest.raises(ModelError, match="a batch of 24 .* virtual batches of 16: make batch_size a multiple of 16"):
+    with pytest.raises(UserError, match="a batch of 24 .* virtual batches of 16: make batch_size a multiple of 16"):
         tower(torch.zeros(24, 3, 32, 32))
-    with pytest.raises(ModelError, match="image_size 31.*give 32 or more"):
+    with pytest.raises(UserError, match="image_size 31.*give 32 or more"):
         tower(torch.zeros(16, 3, 31, 40))
     assert tower.eval()(torch.zeros(3, 3, 33, 40)).shape == (3, 96)
-    with pytest.raises(ModelError, match="no variable of COYO-ALIGN"):
+    with pytest.raises(UserError, match="no variable of COYO-ALIGN"):
         from_tensorflow_names({"image_encoder/top_conv/kernel:0": torch.zeros(1)})
 
 
@@ -271,7 +272,7 @@ def test_tokenizer(tmp_path):
     rebuild, arguments = tokenizer.__reduce__()
     assert rebuild(*arguments).row("[SEP] ß") == tokenizer.row("[SEP] ß")
     (tmp_path / "vocab.txt").write_text("\n".join([*words[1:], "[PAD]"]) + "\n")
-    with pytest.raises(DataError, match=r"\[PAD\] must be its first entry"):
+    with pytest.raises(UserError, match=r"\[PAD\] must be its first entry"):
         AlignTokenizer(tmp_path)
 
 

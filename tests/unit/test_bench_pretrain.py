@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import bench_common  # noqa: E402
-import bench_peer  # noqa: E402
-import bench_pretrain  # noqa: E402
+from base.errors import UserError
+from benchmarks import common as bench_common
+from benchmarks import pretrain as bench_pretrain
+from benchmarks import pretrain_peer as bench_peer
 
-from runtime.errors import InputError  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def runs(*rows):
@@ -58,7 +57,7 @@ def test_settings_that_differ_have_different_headings():
 def test_command_line_names_no_place_on_disk():
     config = bench_pretrain.Config(peer="/home/me/SIMLA", peer_python="/opt/python", batch=8, compile=True)
     words = bench_pretrain.command_line(config)
-    assert words == "python scripts/bench_pretrain.py --batch 8 --compile true --peer PATH --peer-python PATH"
+    assert words == "python -m benchmarks.pretrain --batch 8 --compile true --peer PATH --peer-python PATH"
 
 
 def test_batch_is_what_both_models_take():
@@ -81,13 +80,13 @@ def test_measure_leaves_out_the_warmup():
 
 
 def test_what_cannot_be_measured_is_said_before_anything_runs(tmp_path):
-    with pytest.raises(InputError, match="models/model_pretrain.py"):
+    with pytest.raises(UserError, match="models/model_pretrain.py"):
         bench_pretrain.main(bench_pretrain.Config(peer=str(tmp_path), system="albef"))
-    with pytest.raises(InputError, match="--peer PATH"):
+    with pytest.raises(UserError, match="--peer PATH"):
         bench_pretrain.main(bench_pretrain.Config(check=True))
     (tmp_path / "models").mkdir()
     (tmp_path / "models/model_pretrain.py").touch()
-    with pytest.raises(InputError, match="divisor of 65536"):
+    with pytest.raises(UserError, match="divisor of 65536"):
         bench_pretrain.main(bench_pretrain.Config(peer=str(tmp_path), system="albef", batch=6))
 
 

@@ -1,11 +1,7 @@
 """The recognition benchmark's own parts; nothing is timed here."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import bench_recognition  # noqa: E402
-import bench_recognition_common as common  # noqa: E402
+from benchmarks import recognition as bench_recognition
+from benchmarks import recognition_common as common
 
 
 def test_the_stand_in_tokenizer_gives_the_originals_lengths():

@@ -1,17 +1,12 @@
 """The retrieval benchmark's arithmetic and its words; no model of full size is made here."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import bench_common  # noqa: E402
-import bench_retrieval  # noqa: E402
-import bench_retrieval_ours  # noqa: E402
-
-from runtime.errors import InputError  # noqa: E402
+from base.errors import UserError
+from benchmarks import common as bench_common
+from benchmarks import retrieval as bench_retrieval
+from benchmarks import retrieval_ours as bench_retrieval_ours
 
 FILL = -100.0
 
@@ -76,7 +71,7 @@ def test_the_split_is_what_both_sides_take():
 
 
 def test_what_cannot_be_measured_is_said_before_anything_runs(tmp_path):
-    with pytest.raises(InputError, match="more --pictures"):
+    with pytest.raises(UserError, match="more --pictures"):
         bench_retrieval.main(bench_retrieval.Config(pictures=4, k_test=5))
-    with pytest.raises(InputError, match="models/model_retrieval.py"):
+    with pytest.raises(UserError, match="models/model_retrieval.py"):
         bench_retrieval.main(bench_retrieval.Config(system="albef", peer=str(tmp_path)))

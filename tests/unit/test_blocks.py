@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from models.dual import DualConfig
+from models.dual_encoder.base import DualConfig
+from runtime.config.schema import Schema, section
 from runtime.parallel import is_stage, transformer_blocks
-from runtime.schema import Schema, section
 
 
 class Block(nn.Module):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.captions import (
+from base.errors import BadSample, UserError
+from dataset.images.clip import ImageViews, ViewOptions
+from dataset.tasks.captions import (
     CaptionCollate,
     ImageTextPair,
     caption_records,
@@ -18,11 +20,8 @@ from dataset.captions import (
     read_member,
     write_rows,
 )
-from dataset.clip_text import ClipTokenizer
-from dataset.clip_transforms import ImageViews, ViewOptions
-from dataset.errors import BadSample, DataError
-from dataset.text_views import TextOptions, TextViews
-from runtime.errors import InputError
+from dataset.text.augment import TextOptions, TextViews
+from dataset.text.bpe import ClipTokenizer
 from runtime.safe_pickle import load_plain
 
 
@@ -89,24 +88,24 @@ class Evil:
 
 def test_hostile_metadata_is_refused(tmp_path, capsys):
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps([(1, Evil(), "")]))
-    with pytest.raises(InputError, match=r"evil\.pkl.*print"):
+    with pytest.raises(UserError, match=r"evil\.pkl.*print"):
         caption_records("yfcc15m", tmp_path / "evil.pkl", load_plain)
     np.save(tmp_path / "evil.npy", np.array([Evil()], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match=r"evil\.npy.*print"):
+    with pytest.raises(UserError, match=r"evil\.npy.*print"):
         caption_records("cc3m", tmp_path / "evil.npy", load_plain)
     assert "run" not in capsys.readouterr().out
 
 
 def test_mistakes_name_file_and_entry(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps([(1, "t", "d"), "nonsense"]))
-    with pytest.raises(DataError, match=r"a\.pkl, entry 1 .*yfcc15m"):
+    with pytest.raises(UserError, match=r"a\.pkl, entry 1 .*yfcc15m"):
         caption_records("yfcc15m", tmp_path / "a.pkl", load_plain)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         caption_records("yfcc15m", tmp_path / "b.pkl", load_plain)
     (tmp_path / "c.json").write_text("[1]")
-    with pytest.raises(DataError, match="images and annotations"):
+    with pytest.raises(UserError, match="images and annotations"):
         caption_records("coco", tmp_path / "c.json", load_plain)
-    with pytest.raises(DataError, match="joined by ---"):
+    with pytest.raises(UserError, match="joined by ---"):
         collections_of("merged_opendata", "a---b", "c---d")
     assert len(collections_of("merged_opendata", "a---b---c", "d---e---f")) == 3
 

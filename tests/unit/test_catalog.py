@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from dataset.catalog import CATALOG, KNOWN_METRICS, Prompts, choose, folder_names, in_order_of, read_catalog
-from dataset.errors import DataError
+from base.errors import UserError
+from dataset.tasks.catalog import CATALOG, KNOWN_METRICS, Prompts, choose, folder_names, in_order_of, read_catalog
 from evaluation.zeroshot import class_prompts
 
 # classes and templates as in OpenAI's lists (Radford et al. 2021, appendix)
@@ -83,9 +83,9 @@ def test_class_names_go_to_their_folders(own, classes, found):
 
 
 def test_lists_that_do_not_fit_are_refused():
-    with pytest.raises(DataError, match="food.*3 classes.*names 2"):
+    with pytest.raises(UserError, match="food.*3 classes.*names 2"):
         in_order_of(["a", "b", "c"], ["a", "b"], "food")
-    with pytest.raises(DataError, match="class 0 of the data is 'ant', but of the list of labels 'bee'"):
+    with pytest.raises(UserError, match="class 0 of the data is 'ant', but of the list of labels 'bee'"):
         in_order_of(["ant", "bee", "moth"], ["bee", "ant", "another moth"], "insects")
 
 
@@ -122,16 +122,16 @@ def test_a_catalogue_of_the_original_is_read(tmp_path):
     ],
 )
 def test_a_faulty_entry_is_named(entry, message, tmp_path):
-    with pytest.raises(DataError, match=rf"catalog\.json.*pets.*{message}"):
+    with pytest.raises(UserError, match=rf"catalog\.json.*pets.*{message}"):
         read_catalog(written(tmp_path / "catalog.json", {"pets": entry}))
 
 
 def test_files_that_are_no_tables(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     for name, message in (("broken.json", "not valid JSON"), ("absent.json", "No such file")):
-        with pytest.raises(DataError, match=f"{name}.*{message}"):
+        with pytest.raises(UserError, match=f"{name}.*{message}"):
             read_catalog(tmp_path / name)
-    with pytest.raises(DataError, match="expected a table"):
+    with pytest.raises(UserError, match="expected a table"):
         read_catalog(written(tmp_path / "list.json", []))
 
 
@@ -140,9 +140,9 @@ def test_choosing():
     assert names == ["pets", "svhn"]
     (entry,) = choose(["wds:/data/wds_voc2007"], CATALOG)
     assert (entry.name, entry.kind, entry.metric) == ("voc2007", "webdataset", "map11")
-    with pytest.raises(DataError, match=r"'cifar1O' is unknown; did you mean cifar10\? Known: imagenet"):
+    with pytest.raises(UserError, match=r"'cifar1O' is unknown; did you mean cifar10\? Known: imagenet"):
         choose(["cifar1O"], CATALOG)
-    with pytest.raises(DataError, match="more than once"):
+    with pytest.raises(UserError, match="more than once"):
         choose(["pets", "imagefolder:my/pets"], CATALOG)
 
 
@@ -151,13 +151,13 @@ def test_own_lists_stand_before_the_built_in_ones(tmp_path):
     prompts = Prompts(labels)
     assert prompts.find("labels", "pets") == ["cat", "dog"] and len(prompts.find("labels", "dtd")) == 47
     assert prompts.find("labels", "mine")[0] == ["one", "two"]
-    with pytest.raises(DataError, match=r"labels\.json has no labels for 'minee'; did you mean mine\?"):
+    with pytest.raises(UserError, match=r"labels\.json has no labels for 'minee'; did you mean mine\?"):
         prompts.find("labels", "minee")
-    with pytest.raises(DataError, match="no templates for 'mine'"):
+    with pytest.raises(UserError, match="no templates for 'mine'"):
         prompts.find("templates", "mine")
 
 
 @pytest.mark.parametrize("values", ["a photo", [], [["nested {}"]], [1]])
 def test_templates_of_another_kind(values, tmp_path):
-    with pytest.raises(DataError, match=r"t\.json: 'pets' must be a list of texts"):
+    with pytest.raises(UserError, match=r"t\.json: 'pets' must be a list of texts"):
         Prompts(None, written(tmp_path / "t.json", {"pets": values}))

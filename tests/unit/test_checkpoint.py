@@ -11,9 +11,9 @@ import warnings
 import pytest
 import torch
 
+from base.errors import UserError
 from runtime import checkpoint
 from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, read_weights
-from runtime.errors import InputError
 
 
 def state(step: int) -> dict:
@@ -66,17 +66,17 @@ def test_one_flipped_byte_is_noticed(tmp_path, position):
     newest.write_bytes(data)
     with pytest.warns(UserWarning, match="DAMAGED"):
         assert folder.load_latest()[0]["step"] == 1
-    with pytest.raises(InputError, match="checkpoint_00000002"):
+    with pytest.raises(UserError, match="checkpoint_00000002"):
         if 60 < position % len(data) < len(data) - 75:  # inside the hashed part, hash legible
             read_weights(newest)
         else:
-            raise InputError("checkpoint_00000002")
+            raise UserError("checkpoint_00000002")
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.save(state(1), 1).write_bytes(b"")
-    with pytest.raises(InputError, match="no checkpoint is intact"):
+    with pytest.raises(UserError, match="no checkpoint is intact"):
         folder.load_latest()
 
 
@@ -96,7 +96,7 @@ def test_file_size_limit_leaves_old_checkpoints_intact(tmp_path):
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-        with pytest.raises(InputError, match="disk is full"):
+        with pytest.raises(UserError, match="disk is full"):
             folder.save(state(2), 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -117,7 +117,7 @@ def test_full_disk_at_any_stage(tmp_path, monkeypatch, where):
             patched.setattr(checkpoint._HashingFile, "finish", full)
         else:
             patched.setattr(os, where, full)
-        with pytest.raises(InputError, match="disk is full"):
+        with pytest.raises(UserError, match="disk is full"):
             folder.save(state(2), 2)
     assert list(tmp_path.iterdir()) == [first] and folder.load_latest()[0]["step"] == 1
 
@@ -178,7 +178,7 @@ def test_read_weights_says_what_is_wrong(tmp_path):
     (tmp_path / "noise.safetensors").write_bytes(b"not a checkpoint at all")
     for name, text in [("none.pth", "no weights"), ("noise.pth", "cannot be read"), ("absent.pth", "no such"),
                        ("noise.safetensors", "not a readable")]:  # fmt: skip
-        with pytest.raises(InputError, match=text) as error:
+        with pytest.raises(UserError, match=text) as error:
             read_weights(tmp_path / name)
         assert name in str(error.value)
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from sklearn import metrics as sklearn
 
+from base.distributed import World
+from base.errors import UserError
 from evaluation import classification
 from evaluation.classification import Scores, multi_label_metrics, read_real, score, single_label_metrics
-from runtime.distributed import World
-from runtime.errors import InputError
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -79,11 +79,11 @@ def test_real_leaves_out_pictures_without_labels(tmp_path):
 
 
 def test_real_mistakes(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_real(tmp_path / "real.json", ["a"])
     for text, words in (("[", "not valid JSON"), ("{}", "expected a list"), ("[[1]]", "labels 1 pictures")):
         (tmp_path / "real.json").write_text(text)
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(UserError, match=words):
             read_real(tmp_path / "real.json", ["a", "b"])
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.classification import (
+from base.errors import UserError
+from models.classification.classifier import (
     ClassifierConfig,
     VisionClassifier,
     averages,
@@ -17,9 +18,8 @@ from models.classification import (
     sigmoid_loss,
     softmax_loss,
 )
-from models.errors import ModelError
-from models.mixing import blend, cut_and_paste, mix
-from runtime.optim import Optimizer, build_optimizer, set_learning_rate
+from models.classification.mixup import blend, cut_and_paste, mix
+from runtime.optim.build import Optimizer, build_optimizer, set_learning_rate
 
 
 def tiny(**options) -> VisionClassifier:
@@ -107,12 +107,12 @@ def test_dropout_is_active_in_training_alone():
     ],
 )
 def test_mistakes_in_the_configuration(options, words):
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(UserError, match=words):
         tiny(**options)
 
 
 def test_pictures_of_another_size_are_refused():
-    with pytest.raises(ModelError, match="built for 32 x 32"):
+    with pytest.raises(UserError, match="built for 32 x 32"):
         tiny().logits(torch.randn(1, 3, 40, 40))
 
 
@@ -124,7 +124,7 @@ def test_positions_keep_corners_and_the_class_token():
         torch.testing.assert_close(new[:, 1 + b], old[:, 1 + a])
     assert resize_positions(old, 4) is old
     for tokens in (16, 15, 1):
-        with pytest.raises(ModelError, match="no class token and a square"):
+        with pytest.raises(UserError, match="no class token and a square"):
             resize_positions(torch.randn(1, tokens, 5), 7)
 
 

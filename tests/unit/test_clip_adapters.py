@@ -8,12 +8,14 @@ import zipfile
 import pytest
 import torch
 
-from models import clip_adapters as adapters
-from models.clip import TextShape
-from models.dual import DualConfig, build_dual
-from models.errors import ModelError
-from models.jit_archive import is_jit_archive, jit_state_dict
-from models.openai_clip import OpenAICLIP, OpenAIConfig
+from base.errors import UserError
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import build_dual
+from models.dual_encoder.openai import OpenAICLIP
+from models.layers.clip_towers import TextShape
+from models.layers.openai_towers import OpenAIConfig
+from models.weights import clip as adapters
+from models.weights.torchscript import is_jit_archive, jit_state_dict
 from tests.clip_toys import toy, toy_batch
 
 TEXT = TextShape(context_length=12, vocab_size=50, width=64, heads=1, layers=2)
@@ -59,9 +61,9 @@ def test_hugging_face_round_trip():
 
 def test_hugging_face_lacks_the_rest():
     for other in (model(RESNET), toy("CLIP_VITB16_CLIP")):
-        with pytest.raises(ModelError, match="open_clip"):
+        with pytest.raises(UserError, match="open_clip"):
             adapters.to_hugging_face(other)
-    with pytest.raises(ModelError, match="text_model.pooler.weight is no weight"):
+    with pytest.raises(UserError, match="text_model.pooler.weight is no weight"):
         adapters.from_hugging_face({"text_model.pooler.weight": torch.ones(1)})
 
 
@@ -126,11 +128,11 @@ def test_our_models_in_open_clip(name, tmp_path):
 
 
 def test_open_clip_refusals():
-    with pytest.raises(ModelError, match="clip_proj_type is mlp"):
+    with pytest.raises(UserError, match="clip_proj_type is mlp"):
         adapters.to_open_clip(toy("CLIP_VITB16_CLIP", clip_proj_type="mlp"))
-    with pytest.raises(ModelError, match="VITS16MOCO"):
+    with pytest.raises(UserError, match="VITS16MOCO"):
         adapters.open_clip_config(toy("CLIP_VITS16MOCO_CLIP"))
-    with pytest.raises(ModelError, match="load_timm_open_clip"):
+    with pytest.raises(UserError, match="load_timm_open_clip"):
         adapters.load_openai({"visual.trunk.cls_token": torch.ones(1)})
 
 
@@ -150,9 +152,9 @@ def test_position_embeddings_of_another_size():
 def test_faults_list_the_names():
     state = model().state_dict()
     state["visual.extra"] = state.pop("visual.ln_post.bias")
-    with pytest.raises(ModelError, match="missing: visual.ln_post.bias.*unexpected: visual.extra"):
+    with pytest.raises(UserError, match="missing: visual.ln_post.bias.*unexpected: visual.extra"):
         adapters.load_openai(state)
-    with pytest.raises(ModelError, match="not of OpenAI's CLIP layout"):
+    with pytest.raises(UserError, match="not of OpenAI's CLIP layout"):
         adapters.load_openai(toy().state_dict())
 
 
@@ -171,7 +173,7 @@ def test_rocket_checkpoint(tmp_path):
     config = adapters.config_of_arguments(vars(checkpoint["args"]))
     assert (config.model, config.separate_proj, config.embed_dim) == ("CL2L_VITB16_SIAMLIP", True, 12)
     assert adapters.config_of_arguments({"model": "SLIP_VITB16"}).embed_dim == 512
-    with pytest.raises(ModelError, match="state_dict"):
+    with pytest.raises(UserError, match="state_dict"):
         adapters.rocket_states({"model": {}})
 
 
@@ -187,7 +189,7 @@ def test_init_text_encoder():
     name = "transformer.resblocks.1.mlp.c_fc.weight"
     torch.testing.assert_close(target.get_parameter(name), source.get_parameter(name))
     torch.testing.assert_close(target.token_embedding.weight, before)
-    with pytest.raises(ModelError, match="transformer"):
+    with pytest.raises(UserError, match="transformer"):
         adapters.load_text_transformer(target, {"visual.a": before})
 
 
@@ -232,10 +234,10 @@ def test_hostile_or_damaged_archives(tmp_path, capsys, content):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("evil/data.pkl", content)
         archive.writestr("evil/constants.pkl", b"")
-    with pytest.raises(ModelError, match="evil.pt"):
+    with pytest.raises(UserError, match="evil.pt"):
         jit_state_dict(path)
     assert "ran" not in capsys.readouterr().out
     (tmp_path / "text.pt").write_text("no zip")
     assert not is_jit_archive(tmp_path / "text.pt")
-    with pytest.raises(ModelError, match="text.pt"):
+    with pytest.raises(UserError, match="text.pt"):
         jit_state_dict(tmp_path / "text.pt")

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import contrastive, dual_losses
-from models.contrastive import normalize
-from models.dual_losses import LossOptions
-from models.errors import ModelError
+from base.errors import UserError
+from models.dual_encoder import losses as contrastive
+from models.dual_encoder import objectives as dual_losses
+from models.dual_encoder.losses import normalize
+from models.dual_encoder.objectives import LossOptions
 
 
 def units(*shape, seed=0):
@@ -170,13 +171,13 @@ def test_swalip_predicts_another_pair_of_views(views):
 
 
 def test_bad_options():
-    with pytest.raises(ModelError, match="loss_avg_or_sum"):
+    with pytest.raises(UserError, match="loss_avg_or_sum"):
         LossOptions(loss_avg_or_sum="mean")
-    with pytest.raises(ModelError, match="sk_iters"):
+    with pytest.raises(UserError, match="sk_iters"):
         LossOptions(sk_iters=0)
-    with pytest.raises(ModelError, match="label_smoothing"):
+    with pytest.raises(UserError, match="label_smoothing"):
         dual_losses.swalip(features(2), LossOptions(label_smoothing=0.1))
-    with pytest.raises(ModelError, match="num_augs"):
+    with pytest.raises(UserError, match="num_augs"):
         dual_losses.swalip(features(0), LossOptions())
 
 

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
-from models.clip import TextNoise
-from models.dual import BACKBONES, HEADS, DualConfig, build_dual, follow, model_names, names_by_decay, parts_of
-from models.errors import ModelError
-from models.openai_clip import openai_model
+from base.errors import UserError
+from models.dual_encoder.base import DualConfig, follow, names_by_decay
+from models.dual_encoder.factory import HEADS, build_dual, model_names, parts_of
+from models.layers.clip_towers import BACKBONES, TextNoise
+from models.layers.openai_towers import openai_model
 from tests.clip_toys import END, ToyConvNet, toy, toy_batch
 
 TRAINABLE = [f"{base}_VITB16_{head}" for base in ("CLIP", "CL2L") for head in HEADS] + ["SLIP_VITB16", "SIMCLR_VITB16"]
@@ -42,7 +43,7 @@ def test_every_backbone_builds_with_every_head(backbone):
 
 @pytest.mark.parametrize("name", ["CL2L_VITB61_CL2L", "CL2L_VITB16", "cl2l_vitb16_cl2l", "RESNET", "SLIP_R50", ""])
 def test_unknown_model_names_the_nearest(name):
-    with pytest.raises(ModelError, match="is unknown.*VITB16.*SIAMLIP") as error:
+    with pytest.raises(UserError, match="is unknown.*VITB16.*SIAMLIP") as error:
         parts_of(name)
     if name == "CL2L_VITB61_CL2L":
         assert "did you mean CL2L_VITB16_CL2L?" in str(error.value)
@@ -55,12 +56,12 @@ def test_local_views_wanted():
 def test_openai_names():
     assert openai_model("ViT-B/32") == openai_model("ViT-B-32")
     assert openai_model("ViT-L/14@336px").image_size == 336
-    with pytest.raises(ModelError, match="did you mean ViT-B-16"):
+    with pytest.raises(UserError, match="did you mean ViT-B-16"):
         openai_model("ViT-B-61")
 
 
 def test_bad_projector():
-    with pytest.raises(ModelError, match="clip_proj_type 'mpl'.*linear or mlp"):
+    with pytest.raises(UserError, match="clip_proj_type 'mpl'.*linear or mlp"):
         toy(clip_proj_type="mpl")
 
 
@@ -86,7 +87,7 @@ def test_local_views_of_another_size():
     batch = toy_batch()
     batch["image_local"] = batch["image_local"][..., :12, :12]
     assert model(**batch)["loss"].isfinite()
-    with pytest.raises(ModelError, match="pixels"):
+    with pytest.raises(UserError, match="pixels"):
         toy()(**batch)
 
 
@@ -99,14 +100,14 @@ def test_padding_behind_the_end_token_has_no_influence():
 
 
 def test_text_too_long():
-    with pytest.raises(ModelError, match="13 tokens.*holds 12"):
+    with pytest.raises(UserError, match="13 tokens.*holds 12"):
         toy().embed_text(torch.ones(2, 13, dtype=torch.int64))
 
 
 def test_views_and_captions_must_agree():
     batch = toy_batch()
     batch["text_ids"] = batch["text_ids"][:, :2]
-    with pytest.raises(ModelError, match="2 rows a sample, but 3.*num_augs"):
+    with pytest.raises(UserError, match="2 rows a sample, but 3.*num_augs"):
         toy()(**batch)
 
 

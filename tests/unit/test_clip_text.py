@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from dataset.clip_text import ClipTokenizer, clean_text
-from dataset.errors import DataError
-from dataset.text_views import TextOptions, TextViews, remove_stop_words
+from base.errors import UserError
+from dataset.text.augment import TextOptions, TextViews, remove_stop_words
+from dataset.text.bpe import ClipTokenizer, clean_text
 
 MERGES = ["t h", "th e</w>", "c a", "ca t</w>", "a t</w>", "th a", "Ġ Ġ"]
 
@@ -49,10 +49,10 @@ def test_cleaning():
 
 def test_unusable_merges(tmp_path):
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"x\nt h\nzz yy\n"))
-    with pytest.raises(DataError, match=r"a\.gz: line 3"):
+    with pytest.raises(UserError, match=r"a\.gz: line 3"):
         ClipTokenizer(tmp_path / "a.gz")
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"x\nt h\n")[:-5])
-    with pytest.raises(DataError, match=r"b\.gz"):
+    with pytest.raises(UserError, match=r"b\.gz"):
         ClipTokenizer(tmp_path / "b.gz")
 
 
@@ -98,7 +98,7 @@ def test_the_four_operations():
 
 
 def test_options_are_checked():
-    with pytest.raises(DataError, match="caption_sampling"):
+    with pytest.raises(UserError, match="caption_sampling"):
         TextOptions(caption_sampling="some")
-    with pytest.raises(DataError, match="weights"):
+    with pytest.raises(UserError, match="weights"):
         TextOptions(random_swap_prob=-1)

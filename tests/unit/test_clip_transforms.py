@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dataset import clip_transforms
-from dataset.clip_transforms import (
+from base.errors import UserError
+from dataset.images import clip as clip_transforms
+from dataset.images.clip import (
     EvalView,
     ImageViews,
     View,
@@ -17,8 +18,7 @@ from dataset.clip_transforms import (
     pixel_statistics,
     turn_hue,
 )
-from dataset.errors import DataError
-from dataset.randomness import seeded
+from dataset.loading.randomness import seeded
 
 
 @pytest.fixture
@@ -148,5 +148,5 @@ def test_evaluation_view_and_normalisation(picture):
     ids=str,
 )
 def test_impossible_options(options):
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         ViewOptions(**options)

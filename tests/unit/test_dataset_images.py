@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import images
-from dataset.errors import BadSample, DataError
-from dataset.images import check_image_root, decode_image, plain_jpeg_size
+from base.errors import BadSample, UserError
+from dataset.images import decode as images
+from dataset.images.decode import check_image_root, decode_image, plain_jpeg_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 
@@ -127,9 +127,9 @@ def test_missing_files_and_wrong_root(tmp_path):
         decode_image(tmp_path / "gone.jpg")
     with pytest.raises(BadSample, match="directory"):
         decode_image(tmp_path)
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         check_image_root(tmp_path / "nowhere", [])
-    with pytest.raises(DataError, match=r"none of the first 2 pictures.*a\.jpg"):
+    with pytest.raises(UserError, match=r"none of the first 2 pictures.*a\.jpg"):
         check_image_root(tmp_path, ["a.jpg", "b.jpg"])
     (tmp_path / "b.jpg").write_bytes(JPEG)
     check_image_root(tmp_path, ["a.jpg", "b.jpg"])

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.errors import BadSample, DataError
-from dataset.masking import BlockMask
-from dataset.pretrain import CodeCache, PretrainCollate, PretrainPair
-from dataset.records import Records
-from dataset.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
-from dataset.shards import ShardSource
-from dataset.stream import RecordSource, Stream, StreamLoader
-from dataset.text import Tokenizer
-from dataset.transforms import PretrainTransform, TestTransform, TrainTransform
+from base.errors import BadSample, UserError
+from dataset.images.albef import PretrainTransform, TestTransform, TrainTransform
+from dataset.images.block_mask import BlockMask
+from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from dataset.sources.records import Records
+from dataset.sources.shards import ShardSource
+from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair
+from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
+from dataset.text.wordpiece import Tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "dog", "cat", "ball"]
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
@@ -108,13 +108,13 @@ def test_visual_codes_from_a_cache(folder):
     loader.close()
     assert batch["visual_codes"].dtype == torch.int64 and "token_image" not in batch
     assert set(batch["visual_codes"][:, 0].tolist()) <= set(range(0, 192, 16))
-    with pytest.raises(DataError, match="fixed_geometry"):
+    with pytest.raises(UserError, match="fixed_geometry"):
         PretrainPair(PretrainTransform(64), folder, BlockMask(4), CodeCache(folder / "codes.npy", 12))
-    with pytest.raises(DataError, match="does not fit 13 records"):
+    with pytest.raises(UserError, match="does not fit 13 records"):
         CodeCache(folder / "codes.npy", 13)
     np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     for name in ("objects.npy", "missing.npy", "vocab.txt"):
-        with pytest.raises(DataError, match="not a readable .npy"):
+        with pytest.raises(UserError, match="not a readable .npy"):
             CodeCache(folder / name, 1)
 
 

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 
-from dataset import json_entries
-from dataset.errors import DataError
-from dataset.records import Records
+from base.errors import UserError
+from dataset.sources import json_entries
+from dataset.sources.records import Records
 
 ENTRIES = [{"image": f"{n}.jpg", "caption": [f'naïve }} ] , \\ " {n}', "漢字"], "id": n} for n in range(300)]
 
@@ -90,7 +90,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("text", FAULTS, ids=range(len(FAULTS)))
 def test_faults_are_named(tmp_path, cache, text):
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         Records(write(tmp_path, text))
     for words in (*FAULTS[text], "pairs.json"):
         assert words in str(caught.value)
@@ -98,15 +98,15 @@ def test_faults_are_named(tmp_path, cache, text):
 
 
 def test_other_faults(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="no such annotation file"):
+    with pytest.raises(UserError, match="no such annotation file"):
         Records(tmp_path / "missing.json")
-    with pytest.raises(DataError, match="name at least one"):
+    with pytest.raises(UserError, match="name at least one"):
         Records([])
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         Records(write(tmp_path, b'[{"image": "\xff", "caption": "x"}]'))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="QUINTET_CACHE"):
+    with pytest.raises(UserError, match="QUINTET_CACHE"):
         Records(write(tmp_path, f"[{GOOD}]"))
 
 
@@ -115,8 +115,8 @@ def test_an_endless_entry_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(json_entries, "ENTRY_LIMIT", 1 << 12)
     seen = []
     monkeypatch.setattr(
-        json_entries._Window, "error", lambda self, what: seen.append(len(self.text)) or DataError(what)
+        json_entries._Window, "error", lambda self, what: seen.append(len(self.text)) or UserError(what)
     )
-    with pytest.raises(DataError, match="not valid JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         Records(write(tmp_path, '[{"image": "' + "x" * 100_000))
     assert seen[0] < 1 << 13

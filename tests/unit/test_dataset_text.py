@@ -5,8 +5,15 @@ import pickle
 import pytest
 import torch
 
-from dataset.errors import BadSample, DataError
-from dataset.text import Tokenizer, choose_caption, mask_tokens, mlm_targets, padded_length, pre_caption
+from base.errors import BadSample, UserError
+from dataset.text.wordpiece import (
+    Tokenizer,
+    choose_caption,
+    mask_tokens,
+    mlm_targets,
+    padded_length,
+    pre_caption,
+)
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "red", "ball", "狗"]
 
@@ -41,10 +48,10 @@ def test_tokenizer_sources(tokenizer, tmp_path):
     tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer(tmp_path).encode("Red dogs") == tokenizer.encode("Red dogs")
     assert Tokenizer(tmp_path / "tokenizer.json").vocab_size == len(WORDS)
-    with pytest.raises(DataError, match="no tokenizer.json or vocab.txt"):
+    with pytest.raises(UserError, match="no tokenizer.json or vocab.txt"):
         Tokenizer(tmp_path / "missing")
     (tmp_path / "vocab.txt").write_text("a\nb\n[UNK]")
-    with pytest.raises(DataError, match=r"no \[PAD\]"):
+    with pytest.raises(UserError, match=r"no \[PAD\]"):
         Tokenizer(tmp_path / "vocab.txt")
 
 

@@ -5,10 +5,26 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from dataset.masking import BlockMask
-from dataset.randaugment import RandAugment, autocontrast, brightness, equalize, forward_matrix, sharpness, warp
-from dataset.randomness import mix, permuted, seeded
-from dataset.transforms import CLIP_MEAN, CLIP_STD, PretrainTransform, TestTransform, TrainTransform, normalize, resize
+from dataset.images.albef import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PretrainTransform,
+    TestTransform,
+    TrainTransform,
+    normalize,
+    resize,
+)
+from dataset.images.block_mask import BlockMask
+from dataset.images.randaugment import (
+    RandAugment,
+    autocontrast,
+    brightness,
+    equalize,
+    forward_matrix,
+    sharpness,
+    warp,
+)
+from dataset.loading.randomness import mix, permuted, seeded
 
 
 @pytest.fixture

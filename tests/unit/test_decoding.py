@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from models.decoding import (
+from base.errors import UserError
+from models.recognition.decoding import (
     Choice,
     Decoding,
     Drafts,
@@ -18,7 +19,6 @@ from models.decoding import (
     top_p,
     write_labels,
 )
-from models.errors import ModelError
 from tests.tiny_nxtp import network
 
 COMMA, EOS = 9, 2
@@ -125,7 +125,7 @@ def test_many_streams_and_their_randomness(setting):
 @torch.no_grad()
 def test_the_mask_of_the_original_needs_one_stream(setting):
     model, images, prompt = setting
-    with pytest.raises(ModelError, match="one stream"):
+    with pytest.raises(UserError, match="one stream"):
         write_labels(model, images, prompt, COMMA, 4, Choice(), count=2, lagging=True)
 
 
@@ -192,13 +192,13 @@ def test_every_strategy_gives_labels(strategy, setting):
 
 def test_more_labels_than_tokens(setting):
     model, images, prompt = setting
-    with pytest.raises(ModelError, match="20 labels asked for, but the vocabulary has 14"):
+    with pytest.raises(UserError, match="20 labels asked for, but the vocabulary has 14"):
         one_shot(model, images, prompt, COMMA, 20)
 
 
 @pytest.mark.parametrize("change", [{"strategy": "shot"}, {"ranking": "ppl"}, {"num_labels": 0}, {"temperature": 0.0}])
 def test_options_that_cannot_be(change):
-    with pytest.raises(ModelError, match="decoding"):
+    with pytest.raises(UserError, match="decoding"):
         Decoding(**change)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from base.errors import UserError
 from dataset.digitscenes import build as build_module
 from dataset.digitscenes import shards
 from dataset.digitscenes.build import MANIFEST, TOP_LEVEL, UNFINISHED, Request, build, fingerprint
@@ -28,9 +29,8 @@ from dataset.digitscenes.scenes import (
 )
 from dataset.digitscenes.tasks import extremes, iou
 from dataset.digitscenes.words import captions, facts
-from dataset.errors import DataError
-from dataset.shards import read_shard
-from dataset.tfrecord import parse_example, read_frames
+from dataset.sources.shards import read_shard
+from dataset.sources.tfrecord import parse_example, read_frames
 
 REQUEST = Request(train=120, val=40, test=60, size=48, seed=3)
 
@@ -498,12 +498,12 @@ def test_interrupted_and_damaged_folders_are_rebuilt(tmp_path, monkeypatch):
 
 
 def test_other_arguments_and_foreign_folders_are_refused(root, tmp_path):
-    with pytest.raises(DataError, match="--overwrite"):
+    with pytest.raises(UserError, match="--overwrite"):
         write_request(root, Request(120, 40, 60, 48, 4))
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(DataError, match="not DigitScenes"):
+    with pytest.raises(UserError, match="not DigitScenes"):
         build(tmp_path, Request(20, 20, 20, 48, 0), overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     for wrong in ({"train": 3}, {"size": 8}, {"seed": -1}):
-        with pytest.raises(DataError, match="--"):
+        with pytest.raises(UserError, match="--"):
             Request(**wrong)

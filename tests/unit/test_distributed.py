@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from runtime import distributed
-from runtime.errors import InputError
+from base import distributed
+from base.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_helpers_are_the_identity_on_one_process():
 def test_cuda_without_a_gpu_is_one_clear_error():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(InputError, match="--device cpu"):
+    with pytest.raises(UserError, match="--device cpu"):
         distributed.init("cuda")
 
 
@@ -48,7 +48,7 @@ def _three_processes(rank: int, rendezvous: str, folder: str) -> None:
     assert distributed.any_rank(rank == 2, torch.device("cpu"))
     try:
         distributed.main_first(lambda: 1 / 0)
-    except (ZeroDivisionError, InputError) as error:
+    except (ZeroDivisionError, UserError) as error:
         with open(f"{folder}/{rank}", "w") as file:
             file.write(type(error).__name__)
     distributed.shutdown()
@@ -57,4 +57,4 @@ def _three_processes(rank: int, rendezvous: str, folder: str) -> None:
 def test_three_processes_agree_on_tables_and_share_a_failure(tmp_path):
     mp.spawn(_three_processes, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=3)
     errors = [(tmp_path / str(rank)).read_text() for rank in range(3)]
-    assert errors == ["ZeroDivisionError", "InputError", "InputError"]
+    assert errors == ["ZeroDivisionError", "UserError", "UserError"]

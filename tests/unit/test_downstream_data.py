@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 
-from dataset.errors import BadSample, DataError
-from dataset.grounding import ReferringExpressions
-from dataset.statements import NLVR2, ORIGINAL_NLVR2, SNLI_VE, Statements
-from dataset.text import TextCollate, Tokenizer
-from dataset.transforms import TestTransform
-from dataset.vqa import (
+from base.errors import BadSample, UserError
+from dataset.images.albef import TestTransform
+from dataset.tasks.grounding import ReferringExpressions
+from dataset.tasks.ve_nlvr import NLVR2, ORIGINAL_NLVR2, SNLI_VE, Statements
+from dataset.tasks.vqa import (
     QuestionAnswers,
     QuestionSet,
     VqaCollate,
@@ -19,6 +18,7 @@ from dataset.vqa import (
     read_official_answers,
     unreachable,
 )
+from dataset.text.wordpiece import TextCollate, Tokenizer
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_an_answer_ends_with_the_separator_however_written(folder):
     ],
 )
 def test_answer_list_that_cannot_be_used(folder, content, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         read_answer_list(write(folder, content))
 
 
@@ -113,7 +113,7 @@ def test_question_set(folder):
     ],
 )
 def test_question_set_that_cannot_be_used(folder, change, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         QuestionSet(questions(**change), roots(folder), TestTransform(16))
 
 
@@ -126,7 +126,7 @@ def test_official_answers(folder):
     }
     found = read_official_answers(write(folder, {"annotations": [entry]}))
     assert found == {1: {"answers": ["red", "blue"], "answer_type": "other"}}
-    with pytest.raises(DataError, match="not VQA's annotation format"):
+    with pytest.raises(UserError, match="not VQA's annotation format"):
         read_official_answers(write(folder, [entry]))
 
 
@@ -143,7 +143,7 @@ def test_entailment(folder):
 @pytest.mark.parametrize("label", ["contradicts", "", 3, True])
 def test_label_outside_the_set(folder, label):
     entry = {"image": "a", "sentence": "red", "label": label}
-    with pytest.raises(DataError, match="entries.json, entry 0 .*none of contradiction, neutral, entailment"):
+    with pytest.raises(UserError, match="entries.json, entry 0 .*none of contradiction, neutral, entailment"):
         Statements(write(folder, [entry]), SNLI_VE, folder, TestTransform(16))
 
 
@@ -163,7 +163,7 @@ def test_pairs(folder):
     batch = TextCollate(Tokenizer(folder / "vocab.txt"))([data.load(i) for i in range(3)])
     assert batch["image"].shape == (3, 2, 3, 16, 16) and batch["label"].tolist() == [1, 1, 1]
     assert batch["text_ids"].shape == batch["text_mask"].shape == (3, 8)
-    with pytest.raises(DataError, match="entry 0 .*images lists 1, but a pair has two"):
+    with pytest.raises(UserError, match="entry 0 .*images lists 1, but a pair has two"):
         Statements(write(folder, [entry | {"images": ["a.jpg"]}], "one.json"), NLVR2, folder, TestTransform(16))
 
 
@@ -201,7 +201,7 @@ def test_referring_expressions(folder):
     ],
 )
 def test_expressions_that_cannot_be_used(folder, changes, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         expressions(folder, **changes)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evaluation.accuracy import class_accuracy, confusion_table
-from evaluation.cases import answer_case, box_case, gallery
 from evaluation.grounding import box_scores, enlarge, grounding_accuracy, iou, point
+from evaluation.report.examples import answer_case, box_case, gallery
 from evaluation.vqa import answer_score, normalise, prior_accuracy, save_answers, vqa_accuracy
 
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from models.errors import ModelError
-from models.grounding import contrast_map, matching_map
-from models.momentum import MomentumPairs
-from models.retrieval import Retrieval, RetrievalConfig
-from models.statements import StatementConfig, StatementModel
-from models.text_assignment import TextAssignment, TextAssignmentConfig, for_two_pictures
-from models.vqa import Vqa, VqaConfig, same_length
+from base.errors import UserError
+from models.fusion.grounding import contrast_map, matching_map
+from models.fusion.momentum import MomentumPairs
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_pictures
+from models.fusion.ve_nlvr import StatementConfig, StatementModel
+from models.fusion.vqa import Vqa, VqaConfig, same_length
 from tests.tiny_simla import CLS, VOCAB, tiny_batch, tiny_config
 
 SYSTEMS = pytest.mark.parametrize("albef", [False, True], ids=["simla", "albef"])
@@ -224,7 +224,7 @@ def test_assignment_prefers_similar_pictures():
 
 
 def test_assignment_needs_three_pictures():
-    with pytest.raises(ModelError, match="batch_size_train to 3"):
+    with pytest.raises(UserError, match="batch_size_train to 3"):
         assignment()(**inputs(True, rows=2))
 
 
@@ -234,7 +234,7 @@ def test_geometry_for_two_pictures():
     assert (doubled.num_hidden_layers, first, doubled.fusion_layer, doubled.single_stream) == (6, 2, 0, False)
     state = {f"text_encoder.encoder.layer.{i}.output.dense.bias": torch.zeros(1) for i in range(7)}
     assert for_two_pictures(bert, None, state)[1] == 1  # as the checkpoint has it
-    with pytest.raises(ModelError, match="paired_from 4"):
+    with pytest.raises(UserError, match="paired_from 4"):
         for_two_pictures(bert, 4)
 
 
@@ -270,9 +270,9 @@ def test_padding_does_not_dim_a_map_except_as_published():
 
 
 def test_a_layer_without_cross_attention_has_no_map():
-    with pytest.raises(ModelError, match="text layers 1..2"):
+    with pytest.raises(UserError, match="text layers 1..2"):
         matching_map(grounding_model(True), *inputs(True).values(), 0)
-    with pytest.raises(ModelError, match="blocks 0..1"):
+    with pytest.raises(UserError, match="blocks 0..1"):
         contrast_map(grounding_model(True), *inputs(True).values(), 2)
 
 

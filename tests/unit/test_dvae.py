@@ -6,8 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.dvae import ImageTokenizer, TokenizerConfig, code_usage, picture_of, reconstruction_loss, squeeze_range
-from models.errors import ModelError
+from base.errors import UserError
+from models.fusion.dvae import (
+    ImageTokenizer,
+    TokenizerConfig,
+    code_usage,
+    picture_of,
+    reconstruction_loss,
+    squeeze_range,
+)
 from runtime.checkpoint import export_safetensors, read_weights
 
 TINY = dict(vocab_size=16, width=4, blocks_per_group=1, decoder_width=8)
@@ -115,7 +122,7 @@ def test_low_precision_agrees_on_almost_every_code():
     assert low.logits(image).dtype == torch.float32
     assert (low.codes(image) == exact.codes(image)).float().mean() > 0.95
     assert (low.decode(exact.codes(image)) - exact.decode(exact.codes(image))).abs().max() < 0.05
-    with pytest.raises(ModelError, match="one of float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="one of float32, bfloat16, float16"):
         exact.freeze("int8")
 
 
@@ -135,18 +142,18 @@ def test_every_file_form_is_the_same_tokenizer(tmp_path):
     (tmp_path / "openai" / "decoder.pkl").unlink()
     alone = ImageTokenizer.load(tmp_path / "openai", read_weights)
     assert torch.equal(alone.codes(image), tokenizer.codes(image))
-    with pytest.raises(ModelError, match="no decoder"):
+    with pytest.raises(UserError, match="no decoder"):
         alone.decode(alone.codes(image))
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ModelError, match="no multiple of 8"):
+    with pytest.raises(UserError, match="no multiple of 8"):
         ImageTokenizer(TokenizerConfig(**TINY)).codes(torch.rand(1, 3, 20, 16))
-    with pytest.raises(ModelError, match="not the weights of an image tokenizer"):
+    with pytest.raises(UserError, match="not the weights of an image tokenizer"):
         ImageTokenizer.load("x", lambda _: {"weight": torch.ones(1)})
-    with pytest.raises(ModelError, match="not an image tokenizer of one piece"):
+    with pytest.raises(UserError, match="not an image tokenizer of one piece"):
         state = ImageTokenizer(TokenizerConfig(**TINY)).state_dict()
         del state["encoder.blocks.group_1.block_1.res_path.conv_2.b"]
         ImageTokenizer.load("x", lambda _: state)
-    with pytest.raises(ModelError, match="at least 1"):
+    with pytest.raises(UserError, match="at least 1"):
         ImageTokenizer(TokenizerConfig(**TINY | {"width": 0}))

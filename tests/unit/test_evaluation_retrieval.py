@@ -5,10 +5,11 @@ import itertools
 import pytest
 import torch
 
+from base.distributed import World
 from evaluation.retrieval import (
     Captions,
-    EvaluationError,
     Ranking,
+    UserError,
     chance,
     in_order,
     nearest,
@@ -17,7 +18,6 @@ from evaluation.retrieval import (
     tiles,
     units,
 )
-from runtime.distributed import World
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 IMAGES, WIDTH = 7, 5
@@ -205,5 +205,5 @@ def test_chance_is_what_random_order_scores():
 def test_nan_is_refused():
     pictures, captions = toy_data()
     pictures[3] = torch.nan
-    with pytest.raises(EvaluationError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         rank(ToyModel(), loader(pictures, 4), IMAGES, captions, ALONE, k=2, image_batch=4, progress=False)

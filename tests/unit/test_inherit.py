@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from base.errors import UserError
 from runtime.checkpoint import CheckpointFolder
-from runtime.config import knob
-from runtime.errors import InputError
-from runtime.inherit import Geometry, inherit, saved_config
+from runtime.config.cli import knob
+from runtime.config.from_checkpoint import Geometry, inherit, saved_config
 
 MADE_WITH = {"image_res": 64, "patch_size": 8, "bert_config": "configs/mine.json", "embed_dim": 32, "alpha": 0.4}
 
@@ -60,5 +60,5 @@ def test_token_types_mark_albef():
 
 def test_value_of_the_wrong_type_is_named(tmp_path):
     torch.save({"config": {"image_res": "large"}}, tmp_path / "x.pth")
-    with pytest.raises(InputError, match="x.pth: its configuration has image_res: 'large'; give --image_res"):
+    with pytest.raises(UserError, match="x.pth: its configuration has image_res: 'large'; give --image_res"):
         inherit(Config(checkpoint=tmp_path / "x.pth"))

@@ -6,12 +6,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from base.distributed import World
+from base.errors import UserError
 from evaluation import knn
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import Neighbours, first_of, knn_accuracy, nearest_neighbours, votes
 from evaluation.probe import linear_probe
-from runtime.distributed import World
-from runtime.errors import InputError
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -128,5 +128,5 @@ def test_an_interrupted_cache_is_made_anew(tmp_path):
     ],
 )
 def test_features_that_cannot_be_compared(batch, words, tmp_path):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(UserError, match=words):
         feature_bank(lambda image: image, lambda: [batch], range(2), 2, 3, tmp_path / "key", ALONE)

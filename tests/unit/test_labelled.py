@@ -11,8 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.errors import BadSample, DataError
-from dataset.labelled import (
+from base.errors import BadSample, UserError
+from dataset.images.vit import EvalView, TrainView, ViTViews
+from dataset.loading.eval import EvalLoader
+from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from dataset.sources.tfrecord import encode_example, write_records
+from dataset.tasks.classification import (
     LabelCollate,
     Labelled,
     LabelledPicture,
@@ -25,9 +29,6 @@ from dataset.labelled import (
     open_records,
     training_source,
 )
-from dataset.stream import EvalLoader, RecordSource, Stream, StreamLoader
-from dataset.tfrecord import encode_example, write_records
-from dataset.vit_views import EvalView, TrainView, ViTViews
 
 VIEW = EvalView(8)
 HERE = Path(".")
@@ -77,7 +78,7 @@ def test_threshold_number_and_soft_labels():
     ],
 )
 def test_wrong_labels_end_the_run(record, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         labels()(record)
 
 
@@ -113,7 +114,7 @@ def test_class_folders(tmp_path):
     assert len(split) == 6 and split.load(4)["labels"] == [1] and split.load(4)["image"].shape == (3, 8, 8)
     assert [Path(name).name for name in split.file_names][:2] == ["cat_0.jpg", "cat_1.jpg"]
     other = folder_of(tmp_path / "val", ("dog", "cats"))
-    with pytest.raises(DataError, match="cats: not among the 2 classes; did you mean cat"):
+    with pytest.raises(UserError, match="cats: not among the 2 classes; did you mean cat"):
         Split(str(other), HERE, VIEW, labels(2), ["cat", "dog"])
     before = identity(split.records, str(root))
     (root / "dog" / "more.jpg").write_bytes(jpeg())
@@ -127,14 +128,14 @@ def test_lists(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     split = Split(str(file), tmp_path, VIEW, labels(3))
     assert [split.load(i)["labels"] for i in range(4)] == [[0], [1], [2], [0]]
-    with pytest.raises(DataError, match=r"entry 2: label 2 is outside the list of 2 classes"):
+    with pytest.raises(UserError, match=r"entry 2: label 2 is outside the list of 2 classes"):
         training_source(str(file), tmp_path, VIEW, labels(2), [], download=False, shuffle_buffer=1)
     file.write_text(json.dumps({"url": "a.jpg"}) + "\n")
-    with pytest.raises(DataError, match="no field 'labels'"):
+    with pytest.raises(UserError, match="no field 'labels'"):
         open_records(str(file), tmp_path, "train")
-    with pytest.raises(DataError, match="neither a folder"):
+    with pytest.raises(UserError, match="neither a folder"):
         open_records(str(tmp_path / "nothing"), tmp_path, "train")
-    with pytest.raises(DataError, match="no such file; name a text file"):
+    with pytest.raises(UserError, match="no such file; name a text file"):
         class_names([], tmp_path / "classes.txt", tmp_path)
 
 
@@ -181,10 +182,10 @@ def test_a_broken_checksum_is_counted(tmp_path):
     loader = StreamLoader(Stream([source], LabelCollate()), 7, workers=0, error_budget=0.2)
     next(loader)
     assert loader.errors == {data: 1} and "checksum" in loader.bad_samples[0]
-    with pytest.raises(DataError, match="checksum is wrong; evaluation needs every sample"):
+    with pytest.raises(UserError, match="checksum is wrong; evaluation needs every sample"):
         split = Split(data, HERE, VIEW, labels(4))
         list(EvalLoader(split.load, range(8), 4, LabelCollate(), workers=0))
-    with pytest.raises(DataError, match="fewer records"):
+    with pytest.raises(UserError, match="fewer records"):
         records = ShardRecords(data)
         records.ends = [6, 9]
         records[5]
@@ -204,16 +205,16 @@ def test_pictures_without_likely_labels_are_left_out_and_not_counted(tmp_path):
         assert torch.equal(a["labels"], b["labels"])
     nothing = labels(label_threshold=0.95)
     source = Labelled(RecordSource(records, LabelledPicture(VIEW, nothing, tmp_path)), nothing)
-    with pytest.raises(DataError, match="no picture has a label of probability 0.95"):
+    with pytest.raises(UserError, match="no picture has a label of probability 0.95"):
         next(StreamLoader(Stream([source], LabelCollate()), 5, workers=0))
 
 
 def test_torchvision(tmp_path):
     split = Split("torchvision/FakeData", tmp_path, VIEW, labels(10))
     assert split.load(3)["image"].shape == (3, 8, 8) and len(split) == 1000
-    with pytest.raises(DataError, match="did you mean CIFAR10"):
+    with pytest.raises(UserError, match="did you mean CIFAR10"):
         open_records("torchvision/CIFAR-10", tmp_path, "train")
-    with pytest.raises(DataError, match="CIFAR10:test: .*--download"):
+    with pytest.raises(UserError, match="CIFAR10:test: .*--download"):
         open_records("torchvision/CIFAR10:test", tmp_path, "train")
     assert not list(tmp_path.iterdir())
 
@@ -225,9 +226,9 @@ def test_views():
     exact = TrainView(16, ViTViews(flip=False), exact=True)
     assert exact(image).dtype == torch.float32
     assert EvalView(16, resize_small=20)(image).shape == (3, 16, 16)
-    with pytest.raises(DataError, match="at least 16"):
+    with pytest.raises(UserError, match="at least 16"):
         EvalView(16, resize_small=10)
-    with pytest.raises(DataError, match="policy 'auto' is unknown"):
+    with pytest.raises(UserError, match="policy 'auto' is unknown"):
         ViTViews(policy="auto").check()
-    with pytest.raises(DataError, match="crop_area"):
+    with pytest.raises(UserError, match="crop_area"):
         ViTViews(crop_area=(0.5, 0.1)).check()

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from models.errors import ModelError
-from models.llama import Llama, LlamaConfig, Sight, own_part
-from models.llama_files import interleave, merge_shards, read_llama
+from base.errors import UserError
+from models.layers.llama import Llama, LlamaConfig, Sight, own_part
+from models.weights.llama import interleave, merge_shards, read_llama
 from tests.tiny_nxtp import meta_folder
 
 
@@ -122,33 +122,33 @@ def test_own_part_and_merge_are_inverse():
 class TestRefused:
     def test_deeper_than_it_is(self, tmp_path):
         meta_folder(tmp_path)
-        with pytest.raises(ModelError, match="has 3 blocks, it cannot be cut to 6"):
+        with pytest.raises(UserError, match="has 3 blocks, it cannot be cut to 6"):
             read_llama(tmp_path, 6)
 
     def test_no_llama(self, tmp_path):
-        with pytest.raises(ModelError, match="neither params.json"):
+        with pytest.raises(UserError, match="neither params.json"):
             read_llama(tmp_path)
 
     def test_a_damaged_shard(self, tmp_path):
         meta_folder(tmp_path)
         (tmp_path / "consolidated.00.pth").write_bytes(b"not weights")
-        with pytest.raises(ModelError, match="consolidated.00.pth: not a readable file"):
+        with pytest.raises(UserError, match="consolidated.00.pth: not a readable file"):
             read_llama(tmp_path)
 
     def test_shards_of_different_models(self, tmp_path):
         meta_folder(tmp_path, 2)
         torch.save({"norm.weight": torch.ones(32)}, tmp_path / "consolidated.01.pth")
-        with pytest.raises(ModelError, match="do not belong together"):
+        with pytest.raises(UserError, match="do not belong together"):
             read_llama(tmp_path)
 
     @pytest.mark.parametrize("change", [{"model_type": "mistral"}, {"rope_scaling": {"type": "linear", "factor": 2.0}}])
     def test_another_kind_of_decoder(self, change, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32} | change))
-        with pytest.raises(ModelError, match="not a plain LLaMA"):
+        with pytest.raises(UserError, match="not a plain LLaMA"):
             read_llama(tmp_path)
 
     def test_heads_that_do_not_fit(self):
-        with pytest.raises(ModelError, match="heads must be whole"):
+        with pytest.raises(UserError, match="heads must be whole"):
             LlamaConfig(dim=30, n_heads=4)
-        with pytest.raises(ModelError, match="key-value heads"):
+        with pytest.raises(UserError, match="key-value heads"):
             LlamaConfig(dim=32, n_heads=4, n_kv_heads=3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.distributed import World
+from base.distributed import World
 from runtime.log import Meters, RunLog, Stopwatch, keep_before, peak_flops, training_flops
 
 WORLD = World(0, 1, 0, torch.device("cpu"))

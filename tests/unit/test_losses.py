@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.losses import (
+from models.fusion.losses import (
     IGNORE,
     distilled_binary_cross_entropy,
     distilled_cross_entropy,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.errors import ModelError
-from models.momentum import MomentumPairs
+from base.errors import UserError
+from models.fusion.momentum import MomentumPairs
 
 
 def model_with_pair() -> nn.Module:
@@ -55,11 +55,11 @@ def test_found_inside_a_wrapper():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ModelError, match="no momentum copy"):
+    with pytest.raises(UserError, match="no momentum copy"):
         MomentumPairs(nn.Linear(2, 2))
     model = model_with_pair()
     model.head_m = nn.Linear(3, 4)
-    with pytest.raises(ModelError, match="head_m"):
+    with pytest.raises(UserError, match="head_m"):
         MomentumPairs(model)
-    with pytest.raises(ModelError, match="momentum"):
+    with pytest.raises(UserError, match="momentum"):
         MomentumPairs(model_with_pair(), momentum=1.5)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from models.adapters import load_checkpoint
-from models.errors import ModelError
-from models.nxtp import IGNORED, NxtpConfig, among
-from models.nxtp_adapters import decayed_names, decoder_state, geometry, recognition_state, trained_names
-from models.nxtp_build import Networks
-from models.openai_clip import OpenAICLIP, OpenAIConfig, TextShape
+from base.errors import UserError
+from models.dual_encoder.openai import OpenAICLIP
+from models.layers.openai_towers import OpenAIConfig, TextShape
+from models.recognition.nxtp import IGNORED, NxtpConfig, among
+from models.weights.build_nxtp import Networks
+from models.weights.loading import load_checkpoint
+from models.weights.nxtp import decayed_names, decoder_state, geometry, recognition_state, trained_names
 from tests.tiny_nxtp import meta_folder, network
 
 PROMPT = [30, 1, 5, 6]
@@ -139,7 +140,7 @@ class TestWeights:
         assert len(model.language_decoder.layers) == 2
 
     def test_clip_of_hugging_face(self, tmp_path):
-        from models.clip_adapters import to_hugging_face
+        from models.weights.clip import to_hugging_face
 
         torch.manual_seed(3)
         sizes = {"embed_dim": 16, "image_size": 32, "vision_width": 64, "vision_layers": 2, "patch_size": 8}
@@ -152,7 +153,7 @@ class TestWeights:
         model = network()
         trained = trained_names([name for name, _ in model.named_parameters()], 0)
         published = {f"module.{name}": value for name, value in model.state_dict().items() if name in trained}
-        with pytest.raises(ModelError, match="trained tensors only.*--clip ViT-L-14.pt"):
+        with pytest.raises(UserError, match="trained tensors only.*--clip ViT-L-14.pt"):
             recognition_state(published, None)
         state = recognition_state(published, clip_state())
         assert state.keys() == model.state_dict().keys()
@@ -203,46 +204,46 @@ class TestWeights:
     def test_a_missing_tensor_is_named(self):
         state = dict(network().state_dict())
         del state["language_decoder.layers.1.feed_forward.w2.weight"]
-        with pytest.raises(ModelError, match="layers.1.feed_forward.w2.weight"):
+        with pytest.raises(UserError, match="layers.1.feed_forward.w2.weight"):
             Networks(decoder_heads=4).build(Tokens(), checkpoint=state)
 
 
 class TestRefused:
     def test_another_tokenizer(self):
-        with pytest.raises(ModelError, match="33 entries.*but the checkpoint embeds 40"):
+        with pytest.raises(UserError, match="33 entries.*but the checkpoint embeds 40"):
             Networks(decoder_heads=4).build(
                 type("T", (), {"vocab_size": 33, "image": 31}), checkpoint=network().state_dict()
             )
 
     def test_another_tokenizer_than_llamas(self, tmp_path):
         meta_folder(tmp_path, vocabulary=60)
-        with pytest.raises(ModelError, match="60 embeddings, but the tokenizer has 40 entries"):
+        with pytest.raises(UserError, match="60 embeddings, but the tokenizer has 40 entries"):
             Networks().build(Tokens(), None, tmp_path)
-        with pytest.raises(ModelError, match="use the tokenizer.model that belongs"):
+        with pytest.raises(UserError, match="use the tokenizer.model that belongs"):
             decoder_state({"tok_embeddings.weight": torch.zeros(3, 4)}, 40, "here")
 
     def test_deeper_than_it_is(self):
-        with pytest.raises(ModelError, match="has 2 blocks, it cannot be cut to 3"):
+        with pytest.raises(UserError, match="has 2 blocks, it cannot be cut to 3"):
             Networks(decoder_layers=3).build(Tokens(), checkpoint=network().state_dict())
 
     def test_some_blocks_of_a_resnet(self):
         names = list(Networks(decoder=(32, 1), resnet=[8, 1], image_size=32).build(Tokens()).state_dict())
-        with pytest.raises(ModelError, match="train_vision_blocks: a ResNet's blocks are trained all together"):
+        with pytest.raises(UserError, match="train_vision_blocks: a ResNet's blocks are trained all together"):
             trained_names(names, 2)
         assert not any(name.startswith("vision_encoder.layer") for name in trained_names(names, 0))
 
     @pytest.mark.parametrize("sizes", [[8], [8, 0], [7, 1], [8, 1, 1, 1, 1, 1]])
     def test_sizes_of_no_resnet(self, sizes):
-        with pytest.raises(ModelError, match="name an even width, then the blocks"):
+        with pytest.raises(UserError, match="name an even width, then the blocks"):
             Networks(resnet=sizes)
 
     def test_no_recognition_network(self):
-        with pytest.raises(ModelError, match="no NXTP checkpoint"):
+        with pytest.raises(UserError, match="no NXTP checkpoint"):
             recognition_state(clip_state(), None)
 
     def test_widths_that_do_not_meet(self):
         config = network().config
-        with pytest.raises(ModelError, match="image tokens of width 16, decoder of width 32"):
+        with pytest.raises(UserError, match="image tokens of width 16, decoder of width 32"):
             NxtpConfig(OpenAIConfig(embed_dim=16), config.decoder)
 
 

@@ -6,14 +6,17 @@ import json
 import pytest
 import torch
 
-from models import clip_adapters as adapters
-from models.clip import TextShape
-from models.dual import DualConfig, build_dual
-from models.errors import ModelError
-from models.openai_clip import OpenAICLIP, OpenAIConfig
-from models.opening import IMAGENET, OPENAI, config_of_shapes, embedding_model, open_dual
+from base.errors import UserError
+from base.pixels import IMAGENET, OPENAI
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import build_dual
+from models.dual_encoder.openai import OpenAICLIP
+from models.layers.clip_towers import TextShape
+from models.layers.openai_towers import OpenAIConfig
+from models.weights import clip as adapters
+from models.weights.any_dual_encoder import config_of_shapes, embedding_model, open_dual
 from runtime.checkpoint import read_weights
-from runtime.inherit import described
+from runtime.config.from_checkpoint import described
 
 SMALL = {
     "image_size": 16,
@@ -96,7 +99,7 @@ def test_runs_of_ours_and_of_clip_rocket(changes, kind):
 def test_heads_of_training_are_left_out():
     assert embedding_model("CL2L_R50_SIAMLIP") == "CL2L_R50_CL2L"
     assert embedding_model("SLIP_VITB16") == "CLIP_VITB16" and embedding_model("CLIP_R50_CLIP") == "CLIP_R50_CLIP"
-    with pytest.raises(ModelError, match="SimCLR has no text encoder"):
+    with pytest.raises(UserError, match="SimCLR has no text encoder"):
         embedding_model("SIMCLR_VITB16")
 
 
@@ -105,7 +108,7 @@ def test_slip():
     model = built(**changes)
     same(open_dual(model.state_dict(), {"args": {**SMALL, **changes}}), model)
     only = {name: value for name, value in model.state_dict().items() if name.startswith(("visual", "image_mlp"))}
-    with pytest.raises(ModelError, match="SimCLR"):
+    with pytest.raises(UserError, match="SimCLR"):
         open_dual(only, {})
 
 
@@ -120,11 +123,11 @@ def test_slip():
 def test_bare_weights_need_the_name_alone(changes):
     changes = {**changes, "text_width": 512, "text_heads": 8}
     model = built(**changes)
-    with pytest.raises(ModelError, match="add --model"):
+    with pytest.raises(UserError, match="add --model"):
         open_dual(model.state_dict(), {})
     same(open_dual(model.state_dict(), {}, changes["model"]), model)
     small = built(model="CLIP_VITT8_CLIP").state_dict()
-    with pytest.raises(ModelError, match="heads of a text transformer of width 32"):
+    with pytest.raises(UserError, match="heads of a text transformer of width 32"):
         config_of_shapes(small, "CLIP_VITT8_CLIP")
 
 
@@ -143,10 +146,10 @@ def test_openais_archive_and_state_dict():
 )
 def test_the_activation_is_asked_for(name, activation):
     model = openai(activation)
-    with pytest.raises(ModelError, match="do not tell their activation: add --model"):
+    with pytest.raises(UserError, match="do not tell their activation: add --model"):
         open_dual(model.state_dict(), {})
     same(open_dual(model.state_dict(), {}, name), model)
-    with pytest.raises(ModelError, match="another network"):
+    with pytest.raises(UserError, match="another network"):
         open_dual(model.state_dict(), {}, "ViT-L/14")
 
 
@@ -158,7 +161,7 @@ def test_open_clip_with_its_configuration():
     assert found.pixels.mean == (0.5, 0.5, 0.5) and found.pixels.interpolation == "bicubic"
     same(found, model)
     about["open_clip_config.json"]["model_cfg"] = {"vision_cfg": {"head_width": 32}}
-    with pytest.raises(ModelError, match="heads of 32"):
+    with pytest.raises(UserError, match="heads of 32"):
         open_dual(weights, about)
 
 
@@ -169,7 +172,7 @@ def test_open_clip_with_a_timm_tower():
     assert found.title.startswith("CLIP_VITS32_CLIP") and found.pixels.size == 32
     same(found, model)
     settings["vision_cfg"]["timm_model_name"] = "vit_giant"
-    with pytest.raises(ModelError, match=r"timm tower vit_giant.*--model CLIP_"):
+    with pytest.raises(UserError, match=r"timm tower vit_giant.*--model CLIP_"):
         open_dual(weights, {"open_clip_config.json": {"model_cfg": settings}})
 
 
@@ -180,22 +183,22 @@ def test_hugging_face():
     found = open_dual(adapters.to_hugging_face(model), about)
     assert found.pixels == (16, "bilinear", (0.4,) * 3, (0.2,) * 3)
     same(found, model)
-    with pytest.raises(ModelError, match=r"without its config\.json"):
+    with pytest.raises(UserError, match=r"without its config\.json"):
         open_dual(adapters.to_hugging_face(model), {})
     about["config.json"]["vision_config"]["num_attention_heads"] = 4
-    with pytest.raises(ModelError, match="heads of 16"):
+    with pytest.raises(UserError, match="heads of 16"):
         open_dual(adapters.to_hugging_face(model), about)
 
 
 def test_names_and_checkpoints_nobody_knows():
-    with pytest.raises(ModelError, match="did you mean CL2L_R50_CL2L"):
+    with pytest.raises(UserError, match="did you mean CL2L_R50_CL2L"):
         open_dual({}, {}, "CL2L_R50_CL2")
-    with pytest.raises(ModelError, match="did you mean ViT-B-32"):
+    with pytest.raises(UserError, match="did you mean ViT-B-32"):
         open_dual({}, {}, "ViT-B-33")
-    with pytest.raises(ModelError, match="no known dual encoder; its first keys are a, b"):
+    with pytest.raises(UserError, match="no known dual encoder; its first keys are a, b"):
         open_dual({"a": torch.ones(1), "b": torch.ones(1)}, {})
     model = built(model="CLIP_VITT8_CLIP")
-    with pytest.raises(ModelError, match="the checkpoint is a CLIP_VITT8_CLIP"):
+    with pytest.raises(UserError, match="the checkpoint is a CLIP_VITT8_CLIP"):
         open_dual(model.state_dict(), {"network": {**SMALL, "model": "CLIP_VITT8_CLIP"}}, "CL2L_VITT8_CL2L")
 
 

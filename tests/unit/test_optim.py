@@ -4,8 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.errors import InputError
-from runtime.optim import NonFinite, Optimizer, Precision, build_optimizer, parameter_groups, set_learning_rate
+from base.errors import UserError
+from runtime.optim.build import (
+    NonFinite,
+    Optimizer,
+    Precision,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
 
 CPU = torch.device("cpu")
 
@@ -73,7 +80,7 @@ def test_parts_may_learn_more_slowly():
     slower = {"dense.weight": 0.5, "dense.bias": 0.5, "norm.weight": 0, "norm.bias": 0}
     assert found == {"pos_embed": 1, "temp": 1} | slower
     for wrong, words in ("dense", "not NAME=SHARE"), ("norm=x", "not NAME=SHARE"), ("x=1", "model has pos_embed"):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(UserError, match=words):
             parameter_groups(model, Optimizer(lr_scales=[wrong]))
 
 
@@ -94,7 +101,7 @@ def test_groups_keep_their_own_scale_of_the_learning_rate():
 
 
 def test_fp16_on_the_cpu_says_what_to_use():
-    with pytest.raises(InputError, match="bf16"):
+    with pytest.raises(UserError, match="bf16"):
         Precision("fp16", CPU)
 
 

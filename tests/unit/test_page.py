@@ -6,11 +6,21 @@ import re
 import pytest
 import torch
 
-from evaluation.attention_maps import merge_pieces, word_maps
-from evaluation.page import card, heat_map, line_chart, nice_ticks, page, recall_table, score_table, table, thumbnail
-from models.retrieval import Retrieval, RetrievalConfig
-from models.vit import ViTConfig
-from models.xbert import BertConfig
+from evaluation.report.attention_maps import merge_pieces, word_maps
+from evaluation.report.page import (
+    card,
+    heat_map,
+    line_chart,
+    nice_ticks,
+    page,
+    recall_table,
+    score_table,
+    table,
+    thumbnail,
+)
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
 
 
 def test_text_never_becomes_markup():

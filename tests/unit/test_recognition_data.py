@@ -8,10 +8,8 @@ import tarfile
 import pytest
 import torch
 
-from dataset.errors import BadSample, DataError
-from dataset.nouns import Nouns, clean, make_tagger, parse_nouns, perceptron_tagger
-from dataset.pieces import PieceTokenizer
-from dataset.recognition import (
+from base.errors import BadSample, UserError
+from dataset.tasks.recognition import (
     CAPTION_PROMPTS,
     LABEL_PROMPTS,
     LabelledPicture,
@@ -22,7 +20,9 @@ from dataset.recognition import (
     label_records,
     pad_batch,
 )
-from dataset.wordnet import WordNet
+from dataset.text.nouns import Nouns, clean, make_tagger, parse_nouns, perceptron_tagger
+from dataset.text.sentencepiece import PieceTokenizer
+from dataset.text.wordnet import WordNet
 from tests import tiny_nxtp
 from tests.unit.test_wordnet import write_database
 
@@ -80,7 +80,7 @@ class TestSequences:
             Sequences(tokenizer, 80).labels([], PROMPT)
 
     def test_a_budget_without_room(self, tokenizer):
-        with pytest.raises(DataError, match="max_text 16: the longest prompt alone"):
+        with pytest.raises(UserError, match="max_text 16: the longest prompt alone"):
             Sequences(tokenizer, 16)
 
     def test_captions_are_read_from_left_to_right(self, tokenizer):
@@ -122,10 +122,10 @@ class TestTokenizer:
         assert PieceTokenizer(below).path == tokenizer.path
 
     def test_refused(self, tmp_path):
-        with pytest.raises(DataError, match="no such file; name LLaMA's tokenizer.model"):
+        with pytest.raises(UserError, match="no such file; name LLaMA's tokenizer.model"):
             PieceTokenizer(tmp_path / "tokenizer.model")
         (tmp_path / "tokenizer.model").write_text("nothing")
-        with pytest.raises(DataError, match="no SentencePiece model"):
+        with pytest.raises(UserError, match="no SentencePiece model"):
             PieceTokenizer(tmp_path)
 
 
@@ -156,9 +156,9 @@ def test_defects_of_the_published_rules_and_their_mending(nouns):
 
 
 def test_taggers_are_never_downloaded(tmp_path):
-    with pytest.raises(DataError, match="no taggers/averaged_perceptron_tagger_eng in it.*or use the tagger `lexicon`"):
+    with pytest.raises(UserError, match="no taggers/averaged_perceptron_tagger_eng in it.*or use the tagger `lexicon`"):
         perceptron_tagger(tmp_path)
-    with pytest.raises(DataError, match="tagger nltk: name the folder"):
+    with pytest.raises(UserError, match="tagger nltk: name the folder"):
         make_tagger("nltk", None)
     tags = make_tagger("auto", None)(["two", "dogs", "run", "in", "paris", "happily"])
     assert tags[1] == "NNS" and len(tags) == 6 and make_tagger("lexicon", None)([]) == []
@@ -205,9 +205,9 @@ def test_list_files(tmp_path, monkeypatch):
         {"image": "b.jpg", "labels": ["tench"]},
     ]
     (tmp_path / "b.list").write_text("b.jpg : \n")
-    with pytest.raises(DataError, match="b.list, line 1: expected `path : name,name,...`"):
+    with pytest.raises(UserError, match="b.list, line 1: expected `path : name,name,...`"):
         label_records(tmp_path / "b.list")
-    with pytest.raises(DataError, match="no such list"):
+    with pytest.raises(UserError, match="no such list"):
         label_records(tmp_path / "c.list")
 
 
@@ -220,7 +220,7 @@ def test_samples_and_batches(tmp_path, tokenizer):
     assert batch["image"].shape == (2, 3, 16, 16) and batch["image"].dtype == torch.uint8
     assert {"text_ids", "segments", "positions", "labels", "caption_text_ids"} <= batch.keys()
     for broken, message in (
-        ({"image": jpeg(), "key": "s/2", "caption": ""}, "s/2: no member .nouns; run scripts/extract_nouns.py"),
+        ({"image": jpeg(), "key": "s/2", "caption": ""}, "s/2: no member .nouns; run scripts/data/extract_nouns.py"),
         ({"image": jpeg(), "key": "s/3", "nouns": b""}, "s/3: no labels"),
         ({"image": b"no picture", "key": "s/4", "nouns": b"dog", "caption": ""}, "s/4"),
         ({"image": "gone.jpg", "labels": ["dog"], "caption": ""}, "gone.jpg: No such file"),
@@ -252,11 +252,11 @@ def test_the_pictures_of_a_split(tmp_path, monkeypatch):
     (tmp_path / "a.list").write_text("a.jpg : Dog,cat\n")
     listed = PictureSet(tmp_path / "a.list", PictureView(8), tmp_path)
     assert listed.references == [["dog", "cat"]] and listed.load(0)["image"].shape == (3, 8, 8)
-    with pytest.raises(DataError, match="image_root"):
+    with pytest.raises(UserError, match="image_root"):
         PictureSet(tmp_path / "a.list", PictureView(8), tmp_path / "elsewhere")
     write_shard(tmp_path / "00001.tar", {"000002": {"jpg": jpeg(), "txt": b"a dog"}})
-    with pytest.raises(DataError, match="000002: no member .nouns"):
+    with pytest.raises(UserError, match="000002: no member .nouns"):
         PictureSet(tmp_path, PictureView(8))
     (tmp_path / "00001.tar").write_bytes(b"x" * 600)
-    with pytest.raises(DataError, match="00001.tar: no readable, uncompressed tar"):
+    with pytest.raises(UserError, match="00001.tar: no readable, uncompressed tar"):
         PictureSet(tmp_path, PictureView(8))

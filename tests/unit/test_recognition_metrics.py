@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from evaluation.label_pictures import attention_page, label_report, save_labels
 from evaluation.recognition import SentenceEncoder, exact_metrics, exact_scores, means, similarity_scores, soft_scores
+from evaluation.report.recognition import attention_page, label_report, save_labels
 
 
 def test_exact_scores():

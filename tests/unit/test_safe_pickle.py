@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from base.errors import UserError
 from runtime import safe_pickle
 from runtime.checkpoint import read_weights
-from runtime.errors import InputError
 from runtime.safe_pickle import Stub, load_plain, load_torch, module_tensors
 
 # writes whole modules of a package `dall_e`, and a checkpoint with an OmegaConf-like config, that exist only over there
@@ -190,19 +190,19 @@ def test_payloads_are_refused_and_nothing_runs(tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "payload.p"
     for name, data in payloads(marker).items():
         path.write_bytes(data)
-        with pytest.raises(InputError, match="payload.p"):
+        with pytest.raises(UserError, match="payload.p"):
             load_plain(path)
             pytest.fail(f"{name} was read")
         # the same inside torch's zip format, and as a legacy torch file
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", data)
             archive.writestr("archive/version", "3\n")
-        with pytest.raises(InputError, match="payload.p"):
+        with pytest.raises(UserError, match="payload.p"):
             load_torch(path)
             pytest.fail(f"{name} was read")
         head = [pickle.dumps(x, 2) for x in (safe_pickle.LEGACY_MAGIC, 1001, {"little_endian": True})]
         path.write_bytes(b"".join(head) + data + pickle.dumps([], 2))
-        with pytest.raises(InputError, match="payload.p"):
+        with pytest.raises(UserError, match="payload.p"):
             load_torch(path)
             pytest.fail(f"{name} was read")
     assert not marker.exists()
@@ -212,10 +212,10 @@ def test_payloads_are_refused_and_nothing_runs(tmp_path):
 def test_refused_global_is_named(tmp_path):
     path = tmp_path / "refs.p"
     path.write_bytes(pickle.dumps(Calls(os.system, "true"), 2))
-    with pytest.raises(InputError, match=r"refs\.p.* asks for posix\.system.*nothing of it was run"):
+    with pytest.raises(UserError, match=r"refs\.p.* asks for posix\.system.*nothing of it was run"):
         load_plain(path)
     path.write_bytes(pickle.dumps(Path("a")))  # harmless, but no plain data
-    with pytest.raises(InputError, match="pathlib"):
+    with pytest.raises(UserError, match="pathlib"):
         load_plain(path)
 
 
@@ -228,7 +228,7 @@ def test_tensors_stay_inside_their_storage(tmp_path):
         with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
             for name in source.namelist():
                 archive.writestr(name, data.replace(old, new) if name.endswith("data.pkl") else source.read(name))
-        with pytest.raises(InputError, match="bad.pt"):
+        with pytest.raises(UserError, match="bad.pt"):
             load_torch(tmp_path / "bad.pt")
     assert torch.equal(load_torch(tmp_path / "good.pt")["w"], torch.arange(4.0))
 
@@ -238,20 +238,20 @@ def test_damaged_files_name_themselves(foreign, tmp_path, form):
     data = (foreign / f"{form}.pkl").read_bytes()
     for cut in (0, 10, len(data) // 2, len(data) - 3):
         (tmp_path / "cut.pkl").write_bytes(data[:cut])
-        with pytest.raises(InputError, match="cut.pkl"):
+        with pytest.raises(UserError, match="cut.pkl"):
             load_torch(tmp_path / "cut.pkl")
 
 
 def test_other_things_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_torch(tmp_path / "none.pt")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_plain(tmp_path / "none.p")
     with zipfile.ZipFile(tmp_path / "scripted.pt", "w") as archive:
         archive.writestr("archive/constants.pkl", pickle.dumps(()))
-    with pytest.raises(InputError, match="scripted.pt: a TorchScript archive"):
+    with pytest.raises(UserError, match="scripted.pt: a TorchScript archive"):
         load_torch(tmp_path / "scripted.pt")
-    with pytest.raises(InputError, match="not a PyTorch module"):
+    with pytest.raises(UserError, match="not a PyTorch module"):
         module_tensors(Stub())
     (tmp_path / "deep.p").write_bytes(b"]" * 100_000 + b"a" * 99_999 + b".")  # deeply nested: read, not crashed on
     assert isinstance(load_plain(tmp_path / "deep.p"), list)

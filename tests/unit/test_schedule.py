@@ -2,8 +2,8 @@
 
 import pytest
 
-from runtime.errors import InputError
-from runtime.schedule import Schedule, learning_rate, ramp, steps
+from base.errors import UserError
+from runtime.optim.schedule import Schedule, learning_rate, ramp, steps
 from tests.helpers.golden import golden
 
 SIZES = dict(epoch_steps=100, batch=64)
@@ -27,12 +27,12 @@ def test_a_duration_in_any_unit(text, expected):
 
 @pytest.mark.parametrize("text", ["soon", "3 years", "-1 steps", ""])
 def test_a_wrong_duration_names_itself_and_the_remedy(text):
-    with pytest.raises(InputError, match="duration.*(write|use)"):
+    with pytest.raises(UserError, match="duration.*(write|use)"):
         steps(text, total=300, **SIZES)
 
 
 def test_a_percentage_of_nothing_is_refused():
-    with pytest.raises(InputError, match="percentage"):
+    with pytest.raises(UserError, match="percentage"):
         steps("5%", **SIZES)
 
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from models.errors import ModelError
-from models.image_text import Features
-from models.losses import IGNORE, distilled_cross_entropy
-from models.momentum import MomentumPairs
-from models.retrieval import Retrieval, RetrievalConfig
-from models.simla import Simla
-from models.vit import ViTConfig
+from base.errors import UserError
+from models.fusion.base import Features
+from models.fusion.losses import IGNORE, distilled_cross_entropy
+from models.fusion.momentum import MomentumPairs
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.fusion.simla import Simla
+from models.layers.vit import ViTConfig
 from tests.tiny_simla import LENGTH, PATCHES, tiny_batch, tiny_config, tiny_model
 
 BOTH = pytest.mark.parametrize("albef", [False, True], ids=["simla", "albef"])
@@ -200,10 +200,12 @@ def test_autocast_losses_are_float32_and_close():
 
 
 def test_special_tokens_are_no_keywords(monkeypatch):
-    import models.simla
+    import models.fusion.simla
 
-    seen, targets_of = [], models.simla.keyword_targets
-    monkeypatch.setattr(models.simla, "keyword_targets", lambda *args: seen.append(targets_of(*args)) or seen[-1])
+    seen, targets_of = [], models.fusion.simla.keyword_targets
+    monkeypatch.setattr(
+        models.fusion.simla, "keyword_targets", lambda *args: seen.append(targets_of(*args)) or seen[-1]
+    )
     batch = tiny_batch()
     tiny_model()(**batch)
     targets, votes = seen[0]
@@ -212,17 +214,17 @@ def test_special_tokens_are_no_keywords(monkeypatch):
 
 
 def test_mistakes_say_the_remedy():
-    with pytest.raises(ModelError, match="batch_size"):
+    with pytest.raises(UserError, match="batch_size"):
         tiny_model()(**tiny_batch(rows=1))
-    with pytest.raises(ModelError, match="compat"):
+    with pytest.raises(UserError, match="compat"):
         Simla(tiny_config(compat="both"))
-    with pytest.raises(ModelError, match="mim"):
+    with pytest.raises(UserError, match="mim"):
         Simla(tiny_config(albef=True, mim=True))
-    with pytest.raises(ModelError, match="mask_token"):
+    with pytest.raises(UserError, match="mask_token"):
         Simla(tiny_config(vit=ViTConfig(32, 8, 24, 2, 4)))
-    with pytest.raises(ModelError, match="image_size"):
+    with pytest.raises(UserError, match="image_size"):
         Simla(tiny_config(vit=ViTConfig(64, 8, 24, 2, 4, mask_token=True)))
-    with pytest.raises(ModelError, match="encoder_width"):
+    with pytest.raises(UserError, match="encoder_width"):
         Simla(tiny_config(vit=ViTConfig(32, 8, 48, 2, 4, mask_token=True)))
 
 

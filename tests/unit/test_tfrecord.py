@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.errors import BadSample, DataError
-from dataset.shards import ShardSource, count_samples, list_shards, read_shard
-from dataset.stream import Stream, StreamLoader
-from dataset.tfrecord import (
+from base.errors import BadSample, UserError
+from dataset.loading.stream import Stream, StreamLoader
+from dataset.sources.shards import ShardSource, count_samples, list_shards, read_shard
+from dataset.sources.tfrecord import (
     count_frames,
     encode_example,
     is_tfrecord,
@@ -148,7 +148,7 @@ def test_counts(tmp_path):
     assert count_samples([first, second], {}) == 7
     (tmp_path / "3_stats.json").write_text(json.dumps({"successes": 2}))
     assert count_samples([first, second], {}) == 6
-    with pytest.raises(DataError, match="nowhere.tfrecord"):
+    with pytest.raises(UserError, match="nowhere.tfrecord"):
         count_samples([str(tmp_path / "nowhere.tfrecord")], {})
 
 
@@ -183,7 +183,7 @@ def test_damage_counts_against_the_error_budget(tmp_path):
     patient = loader(str(tmp_path), budget=0.2)
     seen = sum((batch["number"] for batch in islice(patient, 12)), [])
     assert 12 not in seen and {*range(24)} - {12} == {*seen} and patient.errors["tf"] >= 2
-    with pytest.raises(DataError, match=r"2.tfrecord, record 0.*checksum is wrong"):
+    with pytest.raises(UserError, match=r"2.tfrecord, record 0.*checksum is wrong"):
         list(islice(loader(str(tmp_path)), 12))
 
 
@@ -193,7 +193,7 @@ def test_remote_files(tmp_path):
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/0.tfrecord", open(write(tmp_path / "0.tfrecord", range(8)), "rb").read())
     assert list_shards("memory://bucket/*.tfrecord", {}) == ["memory:///bucket/0.tfrecord"]
-    with pytest.raises(DataError, match=r"how many samples\?"):
+    with pytest.raises(UserError, match=r"how many samples\?"):
         loader("memory://bucket/0.tfrecord")
     seen = sum((batch["number"] for batch in islice(loader("memory://bucket/*.tfrecord", samples=8), 2)), [])
     assert sorted(seen) == list(range(8))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from models.errors import ModelError
-from models.vit import ViT, ViTConfig, patches_of, resize_pos_embed
+from base.errors import UserError
+from models.layers.vit import ViT, ViTConfig, patches_of, resize_pos_embed
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_masked_patches_are_not_seen(vit):
 
 
 def test_wrong_picture_size_says_the_remedy(vit):
-    with pytest.raises(ModelError, match="image_res"):
+    with pytest.raises(UserError, match="image_res"):
         vit(torch.randn(1, 3, 40, 40))
 
 
@@ -47,7 +47,7 @@ def test_pos_embed_resize():
     constant = torch.ones(1, 17, 8)
     torch.testing.assert_close(resize_pos_embed(constant, 7), torch.ones(1, 50, 8))
     assert resize_pos_embed(pos.half(), 7).dtype == torch.float16
-    with pytest.raises(ModelError, match="square"):
+    with pytest.raises(UserError, match="square"):
         resize_pos_embed(torch.randn(1, 16, 8), 4)
 
 
@@ -67,7 +67,7 @@ def test_a_stem_gives_the_same_patches_and_says_its_shape():
     changed[1, :, :8, :8] += 1
     maps = hybrid.patch_embed(changed)
     assert not torch.equal(maps[0, 0], maps[1, 0]) and torch.equal(maps[0, -1], maps[1, -1])
-    with pytest.raises(ModelError, match="stem of 3 stages.*no multiple of 8"):
+    with pytest.raises(UserError, match="stem of 3 stages.*no multiple of 8"):
         ViT(ViTConfig(32, 4, 16, 1, 2, stem=(4, 4, 4)))
 
 

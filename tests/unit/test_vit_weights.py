@@ -4,17 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.classification import ClassifierConfig, VisionClassifier
-from models.errors import ModelError
-from models.vit_weights import (
-    load_vit,
-    native,
-    to_tensorflow,
-    to_timm,
-    to_transformers,
-    transformers_config,
-    vit_kind,
-)
+from base.errors import UserError
+from models.classification.classifier import ClassifierConfig, VisionClassifier
+from models.weights.vit import load_vit, native, to_tensorflow, to_timm, to_transformers, transformers_config, vit_kind
 
 SIZES = {"model": "vit-mu/8", "image_size": 32, "num_classes": 7}
 
@@ -134,15 +126,15 @@ def test_weights_that_do_not_fit_are_refused():
         ({"dist_token": torch.zeros(1)}, "dist_token"),
         ({"blocks.2.norm1.weight": torch.zeros(32)}, "does not fit"),
     ):
-        with pytest.raises(ModelError, match=words):
+        with pytest.raises(UserError, match=words):
             load_vit(ours(), state | change)
-    with pytest.raises(ModelError, match="no weights of a vision transformer"):
+    with pytest.raises(UserError, match="no weights of a vision transformer"):
         load_vit(ours(), {"conv1.weight": torch.zeros(1)})
-    with pytest.raises(ModelError, match="key or value projection"):
+    with pytest.raises(UserError, match="key or value projection"):
         whole = to_transformers(state)
         whole.pop("vit.encoder.layer.0.attention.attention.key.weight")
         native(whole)
-    with pytest.raises(ModelError, match="no pre-logits layer"):
+    with pytest.raises(UserError, match="no pre-logits layer"):
         to_timm(ours(representation_size=12).state_dict())
-    with pytest.raises(ModelError, match="no class token and a square"):
+    with pytest.raises(UserError, match="no class token and a square"):
         load_vit(ours(), state | {"pos_embed": torch.zeros(1, 16, 32)})

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dataset import wordnet
-from dataset.errors import DataError
-from dataset.wordnet import DEBIAN, FILES, WordNet, find_wordnet
+from base.errors import UserError
+from dataset.text import wordnet
+from dataset.text.wordnet import DEBIAN, FILES, WordNet, find_wordnet
 
 SYNSETS = {
     "noun": [["dog", "domestic_dog", "Canis_familiaris"], ["goose"], ["dog", "cad"], ["well-being"]],
@@ -82,7 +82,7 @@ def test_missing_names_both_ways_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(wordnet, "DEBIAN", str(tmp_path / "none"))
     monkeypatch.setattr(wordnet, "PLACES", (str(tmp_path / "none"),))
-    with pytest.raises(DataError, match=r"apt-get install wordnet-base.*nltk\.downloader wordnet"):
+    with pytest.raises(UserError, match=r"apt-get install wordnet-base.*nltk\.downloader wordnet"):
         find_wordnet()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.errors import ModelError
-from models.xbert import BertConfig, DecoderCache, XBert, XBertLM
+from base.errors import UserError
+from models.layers.xbert import BertConfig, DecoderCache, XBert, XBertLM
 
 TEXT_ONLY = {"single_stream": False}  # BERT proper: two-stage without a fusion stage
 
@@ -185,11 +185,11 @@ def test_geometry_from_the_originals_json():
     assert BertConfig.from_json({"add_cross_attention": True, "architectures": ["X"]}).single_stream
     albef = BertConfig.from_json({"fusion_layer": 6, "hidden_size": 96})
     assert (albef.single_stream, albef.fusion_layer, albef.hidden_size) == (False, 6, 96)
-    with pytest.raises(ModelError, match="fusion_layer"):
+    with pytest.raises(UserError, match="fusion_layer"):
         BertConfig.from_json({"hidden_size": 768})
-    with pytest.raises(ModelError, match="gelu"):
+    with pytest.raises(UserError, match="gelu"):
         BertConfig.from_json({"fusion_layer": 6, "hidden_act": "relu"})
-    with pytest.raises(ModelError, match="single-stream"):
+    with pytest.raises(UserError, match="single-stream"):
         XBert(tiny(fusion_layer=1))
-    with pytest.raises(ModelError, match="max_position_embeddings"):
+    with pytest.raises(UserError, match="max_position_embeddings"):
         XBert(tiny())(torch.ones(1, 17, dtype=torch.int64))

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.catalog import Entry, Prompts
-from dataset.errors import BadSample, DataError, MissingData
-from dataset.shard_index import ShardIndex, address, local_copy, tar_members
-from dataset.zeroshot import OpenSet, Viewed, open_set
+from base.errors import BadSample, MissingData, UserError
+from dataset.sources.shard_index import ShardIndex, address, local_copy, tar_members
+from dataset.tasks.catalog import Entry, Prompts
+from dataset.tasks.zeroshot import OpenSet, Viewed, open_set
 from runtime.safe_pickle import load_plain
 
 
@@ -108,28 +108,28 @@ def test_names_that_shards_lack_come_from_the_lists(shards, tmp_path):
     (shards / "zeroshot_classification_templates.txt").unlink()
     data = opened(Entry("toys", "webdataset", str(shards)), lists(tmp_path, toys=["r", "b"]), tmp_path)
     assert (data.classes, data.templates) == (["r", "b"], ["a {}."])
-    with pytest.raises(DataError, match="no labels for 'toys'"):
+    with pytest.raises(UserError, match="no labels for 'toys'"):
         opened(Entry("toys", "webdataset", str(shards)), Prompts(), tmp_path)
 
 
 def test_faults_of_shards(shards, tmp_path):
     entry = Entry("toys", "webdataset", str(shards))
     (shards / "classnames.txt").write_text("red\n")
-    with pytest.raises(DataError, match=r"class 1 occurs, but classnames\.txt has 1"):
+    with pytest.raises(UserError, match=r"class 1 occurs, but classnames\.txt has 1"):
         opened(entry, Prompts(), tmp_path)
     whole = (shards / "test/1.tar").read_bytes()
     for damage in (whole[:1200], whole[:600], whole[:1024] + b"x" * 512 + whole[1536:], b"no tar", whole[:512] * 2):
         (shards / "test/1.tar").write_bytes(damage)
-        with pytest.raises(DataError, match=r"1\.tar: not a whole tar file"):
+        with pytest.raises(UserError, match=r"1\.tar: not a whole tar file"):
             opened(entry, Prompts(), tmp_path)
     tar(shards / "test/1.tar", {"s1.png": encoded(1), "s1.cls": b"red"})
-    with pytest.raises(DataError, match=r"1\.tar/s1: no readable \.cls"):
+    with pytest.raises(UserError, match=r"1\.tar/s1: no readable \.cls"):
         opened(entry, Prompts(), tmp_path)
     (shards / "test/1.tar").unlink()
-    with pytest.raises(DataError, match=r"1\.tar: no such file, though nshards"):
+    with pytest.raises(UserError, match=r"1\.tar: no such file, though nshards"):
         opened(entry, Prompts(), tmp_path)
     (shards / "test/nshards.txt").write_text("two")
-    with pytest.raises(DataError, match=r"nshards\.txt: 'two' is no number"):
+    with pytest.raises(UserError, match=r"nshards\.txt: 'two' is no number"):
         opened(entry, Prompts(), tmp_path)
     assert "CLIP_benchmark's layout" in str(opened(replace(entry, split="val"), Prompts(), tmp_path))
 
@@ -169,7 +169,7 @@ def test_class_folders(tmp_path):
     entry = Entry("toys", "imagefolder", str(tmp_path / "toys"), "val")
     data = opened(entry, lists(tmp_path, toys=["b one", "a two"]), tmp_path)
     assert levels(data) == [(1, 0), (0, 1)] and data.classes == ["a two", "b one"]
-    with pytest.raises(DataError, match=r"2 class folders.*names 3 classes.*no folder for c"):
+    with pytest.raises(UserError, match=r"2 class folders.*names 3 classes.*no folder for c"):
         opened(entry, lists(tmp_path, toys=["b_one", "A two", "c"]), tmp_path)
     assert "no folder" in str(opened(replace(entry, split="test"), lists(tmp_path, toys=["a"]), tmp_path))
 
@@ -189,10 +189,10 @@ def test_lists_of_files(tmp_path):
     data = opened(entry, lists(tmp_path, clevr_counts=["10", "3", "4"]), tmp_path)
     assert levels(data) == [(0, 0), (1, 2), (2, 1)] and data.classes == ["10", "3", "4"]
     np.save(tmp_path / "clevr/val_labels.npy", np.array([0, 1, 5]))
-    with pytest.raises(DataError, match="class 5 occurs.*names 3 classes"):
+    with pytest.raises(UserError, match="class 5 occurs.*names 3 classes"):
         opened(entry, lists(tmp_path, clevr_counts=["10", "3", "4"]), tmp_path)
     np.save(tmp_path / "clevr/val_labels.npy", np.array([0, 1]))
-    with pytest.raises(DataError, match="3 images and 2 labels"):
+    with pytest.raises(UserError, match="3 images and 2 labels"):
         opened(entry, lists(tmp_path, clevr_counts=["10", "3", "4"]), tmp_path)
     (tmp_path / "clevr/val_labels.npy").unlink()
     assert "val_labels.npy" in str(opened(entry, Prompts(), tmp_path))
@@ -220,14 +220,14 @@ def test_torchvision_or_class_folders(tmp_path):
         picture(tmp_path / f"sst/rendered-sst2/test/{name}/a.png", level)
     data = opened(entry, Prompts(), tmp_path)
     assert levels(data) == [(0, 0), (1, 1)] and data.classes == ["negative", "positive"]
-    with pytest.raises(DataError, match="rendered_sst2: the data have 2 classes.*names 3"):
+    with pytest.raises(UserError, match="rendered_sst2: the data have 2 classes.*names 3"):
         opened(entry, lists(tmp_path, rendered_sst2=["a", "b", "c"]), tmp_path)
     picture(tmp_path / "sst/test/negative/a.png", 5)
     picture(tmp_path / "sst/test/positive/a.png", 6)
     assert levels(opened(entry, Prompts(), tmp_path)) == [(5, 0), (6, 1)]
-    with pytest.raises(DataError, match="no templates for 'unheard'"):
+    with pytest.raises(UserError, match="no templates for 'unheard'"):
         opened(replace(entry, name="unheard"), Prompts(), tmp_path)
-    with pytest.raises(DataError, match="not asked for a data set of this name"):
+    with pytest.raises(UserError, match="not asked for a data set of this name"):
         opened(Entry("resisc45", "torchvision", "x"), Prompts(), tmp_path)
 
 
@@ -251,7 +251,7 @@ def test_karpathys_json_and_albefs(tmp_path):
     )
     assert opened(entry, Prompts(), tmp_path).pictures.text_image.tolist() == [0, 0, 1]
     file.write_text(json.dumps({"images": [{"filename": "2.png", "sentences": []}]}))
-    with pytest.raises(DataError, match=r"dataset_toys\.json: 'split' is missing"):
+    with pytest.raises(UserError, match=r"dataset_toys\.json: 'split' is missing"):
         opened(entry, Prompts(), tmp_path)
     assert isinstance(opened(replace(entry, path="nowhere.json"), Prompts(), tmp_path), MissingData)
 

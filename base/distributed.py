@@ -1,0 +1,264 @@
+"""One way into torch.distributed for torchrun, Slurm / submitit and a single process.
+
+Every helper is the identity on one process, so scripts never ask how many there are.
+"""
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from base.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: `rank` of `size`, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
+    """Join the process group that the launcher describes, or stand alone.
+
+    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; `srun` sets SLURM_PROCID, SLURM_LOCALID and
+    SLURM_STEP_NUM_TASKS, from which the others are derived. `device` is `auto` (CUDA where present), `cuda` or `cpu`;
+    the backend is nccl on CUDA and gloo on the CPU.
+
+    Raises UserError where CUDA is asked for and absent, or where a node has fewer GPUs than processes.
+    """
+    env = os.environ
+    # the variable of a step: a shell inside an allocation has the job's SLURM_NTASKS, but is no task of it
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        _adopt_slurm(env)
+    rank, size, local_rank = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    chosen = _device(device, local_rank)
+    if "RANK" in env and not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes), **kwargs)
+    return World(rank, size, local_rank, chosen)
+
+
+def _adopt_slurm(env) -> None:
+    """Translate Slurm's variables into torchrun's; two jobs on a node get ports of their own."""
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    env.setdefault("MASTER_ADDR", first_host(nodes))
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+
+
+def first_host(nodelist: str) -> str:
+    """First host of a Slurm node list: `gpu[003-007,9],login1` gives `gpu003`; an empty list gives this host."""
+    if not nodelist:
+        return socket.gethostname()
+    head, bracket, tail = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.split(",")[0]
+    ranges, _, suffix = tail.partition("]")
+    return head + ranges.split(",")[0].split("-")[0] + suffix.split(",")[0]
+
+
+def _device(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not device.startswith("cuda"):
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible; use --device cpu, or look at `nvidia-smi`")
+    if ":" in device:
+        chosen = torch.device(device)
+    elif local_rank < torch.cuda.device_count():
+        chosen = torch.device("cuda", local_rank)
+    else:
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+            "start as many processes a node as it has GPUs (--nproc_per_node)"
+        )
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def shutdown() -> None:
+    """Leave the process group, so that the launcher sees a clean end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """Sum, maximum or mean (`sum`, `max`, `mean`) of `tensor` over the processes, as a new tensor; no gradient."""
+    result = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(result, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+        if op == "mean":
+            result /= dist.get_world_size()
+    return result
+
+
+def gather_objects(value) -> list:
+    """`value` of every process in rank order. Only for our own small data (pickled between our own processes)."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value):
+    """`value` of rank 0, on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_rows(rows: torch.Tensor, indices: torch.Tensor, total: int) -> torch.Tensor:
+    """Assemble a table whose rows were computed on different processes.
+
+    rows [n, ...] with `indices` int64 [n] on this process -> [total, ...] on every process, each row written once.
+    Used by evaluation: the result does not depend on the number of processes.
+    """
+    if not dist.is_initialized():
+        table = rows.new_zeros(total, *rows.shape[1:])
+        table[indices] = rows
+        return table
+    most = all_reduce(torch.tensor(len(rows), device=rows.device), "max").item()
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    where = torch.full((most,), -1, dtype=torch.int64, device=rows.device)
+    where[: len(rows)] = indices.to(rows.device)
+    size = dist.get_world_size()
+    all_rows, all_where = (
+        [torch.empty_like(padded) for _ in range(size)],
+        [torch.empty_like(where) for _ in range(size)],
+    )
+    dist.all_gather(all_rows, padded.contiguous())
+    dist.all_gather(all_where, where)
+    gathered, positions = torch.cat(all_rows), torch.cat(all_where)
+    table = rows.new_zeros(total, *rows.shape[1:])
+    table[positions[positions >= 0]] = gathered[positions >= 0]
+    return table
+
+
+def on_main(work, share: bool = True):
+    """`work()` on rank 0 alone; the result on every process (`share=False`: None on the others).
+
+    A failure there is raised on every process, instead of leaving the others waiting for rank 0.
+    """
+    failure, result = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    if not dist.is_initialized():
+        if failure is not None:
+            raise failure
+        return result
+    told, shared = broadcast_object((None if failure is None else str(failure), result if share else None))
+    if told is not None:
+        raise failure if failure is not None else UserError(f"rank 0: {told}")
+    return result if dist.get_rank() == 0 else shared
+
+
+def main_first(build):
+    """Run `build()` on rank 0, then on the others: caches are written once and read by all."""
+    result = on_main(build, share=False)
+    return result if not dist.is_initialized() or dist.get_rank() == 0 else build()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True where any process says so (an interrupt, a NaN): one tiny all-reduce and host sync."""
+    if not dist.is_initialized():
+        return flag
+    return bool(all_reduce(torch.tensor(int(flag), device=device), "max").item())
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The network inside DDP and torch.compile wrappers (FSDP2 does not wrap). For evaluation, not for losses."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else None
+        )
+        if inner is None:
+            return model
+        model = inner
+
+
+# ---------------------------------------------------------------- collectives inside losses
+# Gradients follow the convention of data parallelism: each rank's loss is the mean over its own rows, the wrapper
+# averages gradients over ranks, and together that is the gradient of the mean over the global batch.
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's place among them."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """[B,...] of every rank -> [world*B,...] in rank order, without gradient; B must be the same on all ranks."""
+    if world_size() == 1:
+        return x.detach()
+    everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(everyone, x.detach().contiguous())
+    return everyone
+
+
+@torch.no_grad()
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of a tensor over ranks, without gradient; the input stays as it is."""
+    if world_size() == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """all_gather whose backward sums the ranks' gradients of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        if dist.get_backend() == "nccl":
+            own = grad.new_empty(ctx.rows, *grad.shape[1:])
+            dist.reduce_scatter_tensor(own, grad)
+            return own
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad.narrow(0, rank() * ctx.rows, ctx.rows)
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """As `gather`, and every rank's loss sends its gradient back to the rank whose rows it used."""
+    return x if world_size() == 1 else _GatherWithGradient.apply(x)

@@ -1,0 +1,265 @@
+"""Views of a picture for dual encoders: weak, strong, BYOL-style, RandAugment; uint8 [3,H,W] in, uint8 out.
+
+Crops are torchvision's; blur and hue are computed here, several times faster than torchvision's and with the same
+result. Draws come from torch's global generator, which the data stream seeds anew for every sample. Views stay uint8
+until they are on the device (`normalize`): a quarter of the bytes for workers, shared memory and the bus.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from base.errors import UserError
+from dataset.images.albef import random_box
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in a grey level (ITU-R 601)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """Views of the pictures; names and defaults are clip-rocket's command line's."""
+
+    num_augs: int = 2  # A, local views of every picture and caption; 0 for a global view alone
+    multicrop_resize: int | None = None  # side of the local views in pixels; none = image_size
+    multicrop_max_scale: float = 1.0  # largest share of the picture in a local view
+    weak_min_scale: float = 0.5  # smallest share of the picture in a weak view
+    blur_prob: float = 0.5  # of strong views
+    solarize_prob: float = 0.0  # of strong views
+    grayscale_prob: float = 0.2  # of strong views
+    flip: bool = True  # mirror half of the strong views; no where captions say left and right
+    jitter: bool = True  # change the colours of strong views; no where captions name colours
+    strong_min_scale: float = 0.08  # smallest share of the picture in a strong view
+    byol_augment: bool = False  # two different strong views, as BYOL's; needs num_augs 2
+    weak_augment: bool = False  # local views are weak, too
+    strong_augment: bool = False  # the global view is strong, too
+    randaugment: bool = False  # the weak view gets RandAugment (compat original: is weak or strong by chance)
+    interpolation: str = "bicubic"  # of crops; SLIP's are bilinear
+
+    def __post_init__(self):
+        if self.num_augs < 0:
+            raise UserError(f"num_augs {self.num_augs}: give 0 or more local views")
+        if self.byol_augment and self.num_augs != 2:
+            raise UserError(
+                f"byol_augment makes 2 different local views, not num_augs {self.num_augs}; set num_augs to 2"
+            )
+        if self.weak_augment and self.strong_augment:
+            raise UserError("weak_augment and strong_augment exclude each other; choose one")
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise UserError(f"interpolation {self.interpolation!r} is unknown; use bicubic or bilinear")
+
+
+@dataclass(frozen=True)
+class View:
+    """One random view: crop, and with the given probabilities jitter, grey, blur, solarisation, mirroring.
+
+    jitter: strengths of brightness, contrast, saturation and hue; applied with probability 0.8.
+    """
+
+    side: int
+    scale: tuple[float, float]
+    interpolation: str = "bicubic"
+    jitter: tuple[float, float, float, float] | None = None
+    grey: float = 0.0
+    blur: float = 0.0
+    solarize: float = 0.0
+    flip: float = 0.0
+    randaugment: bool = False
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 [3,H,W] -> uint8 [3,side,side]"""
+        top, left, height, width = random_box(image, self.scale)
+        view = crop_resize(image, top, left, height, width, self.side, self.interpolation)
+        if self.randaugment:
+            view = _rand_augment()(view)
+        draws = torch.rand(5).tolist()
+        if self.jitter and draws[0] < 0.8 or draws[1] < self.grey or draws[2] < self.blur or draws[3] < self.solarize:
+            view = view.contiguous().float()
+            if self.jitter and draws[0] < 0.8:
+                view = color_jitter(view, *self.jitter)
+            if draws[1] < self.grey:
+                view = grey_levels(view).expand(3, -1, -1)
+            if draws[2] < self.blur:
+                view = gaussian_blur(view, float(torch.empty(()).uniform_(0.1, 2)))
+            if draws[3] < self.solarize:
+                view = solarize(view)
+            view = view.round().to(torch.uint8)
+        return view.flip(-1) if draws[4] < self.flip else view
+
+
+class ImageViews:
+    """The global view of a picture and its A local ones."""
+
+    def __init__(self, side: int, options: ViewOptions, local: int | None = None, compat: str = "none"):
+        """side: of the global view. local: A, by default `num_augs`. compat: see ViewOptions.randaugment."""
+        self.local_count = options.num_augs if local is None else local
+        weak = View(side, (options.weak_min_scale, 1.0), options.interpolation)
+        small, jitter = options.multicrop_resize or side, (0.4, 0.4, 0.4, 0.1) if options.jitter else None
+        probabilities = options.grayscale_prob, options.blur_prob, options.solarize_prob, 0.5 * options.flip
+        scale = options.strong_min_scale, options.multicrop_max_scale
+        strong = View(small, scale, options.interpolation, jitter, *probabilities)
+        self.local = [strong]
+        if options.byol_augment:
+            jitter = (0.4, 0.4, 0.2, 0.1) if options.jitter else None
+            common = (small, scale, options.interpolation, jitter, options.grayscale_prob)
+            self.local = [View(*common, 1.0, 0.0, 0.5 * options.flip), View(*common, 0.1, 0.2, 0.5 * options.flip)]
+        global_strong = View(side, scale, options.interpolation, self.local[0].jitter, *probabilities)
+        if options.weak_augment:
+            self.local = [View(small, weak.scale, options.interpolation)]
+        self.glob = [global_strong if options.strong_augment else weak]
+        if options.randaugment and compat == "original":
+            self.glob = [weak, global_strong]
+        elif options.randaugment:
+            self.glob = [View(side, weak.scale, options.interpolation, randaugment=True)]
+
+    def __call__(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 [3,H,W] -> uint8 [3,S,S] and [A,3,s,s] (None for A = 0)."""
+        chosen = self.glob[int(torch.randint(len(self.glob), ()))] if len(self.glob) > 1 else self.glob[0]
+        if not self.local_count:
+            return chosen(image), None
+        local = torch.stack([self.local[n % len(self.local)](image) for n in range(self.local_count)])
+        return chosen(image), local
+
+
+class EvalView:
+    """Shorter side to `small` (by default `side`), bilinear, and the centre: uint8 [3,H,W] -> uint8 [3,side,side].
+
+    squeeze: the whole picture to side x side instead.
+    """
+
+    def __init__(self, side: int, interpolation: str = "bilinear", small: int | None = None, squeeze: bool = False):
+        self.side, self.interpolation, self.small, self.squeeze = side, interpolation, small or side, squeeze
+
+    def __call__(self, image: Tensor) -> Tensor:
+        from torchvision.transforms.v2.functional import center_crop
+
+        if self.squeeze:
+            return _resize(image, [self.side, self.side], self.interpolation)
+        height, width = image.shape[1:]
+        short = min(height, width)
+        size = [int(self.small * height / short), int(self.small * width / short)]
+        return center_crop(_resize(image, size, self.interpolation), [self.side, self.side])
+
+
+def pixel_statistics(device: torch.device, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation in grey levels, float32 [3,1,1] each, for `normalize`."""
+    return tuple(torch.tensor(v, device=device).mul(255).view(3, 1, 1) for v in (mean, std))
+
+
+def normalize(views: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
+    """uint8 [...,3,H,W] on any device to float32, normalised."""
+    mean, std = statistics
+    return views.float().sub_(mean).div_(std)
+
+
+def crop_resize(
+    image: Tensor, top: int, left: int, height: int, width: int, side: int, interpolation: str = "bicubic"
+) -> Tensor:
+    """The box of uint8 [3,H,W] as uint8 [3,side,side], antialiased, within a grey level of Pillow's."""
+    return _resize(image[:, top : top + height, left : left + width], [side, side], interpolation)
+
+
+def _resize(image: Tensor, size: list[int], interpolation: str) -> Tensor:
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
+    return resize(image, size, interpolation=InterpolationMode(interpolation), antialias=True)
+
+
+def _rand_augment():
+    from torchvision.transforms.v2 import RandAugment
+
+    return RandAugment()  # two operations at magnitude 9 of 30, the paper's for ResNet-50
+
+
+# Below, pictures are float32 [3,H,W] with grey levels 0..255.
+
+
+def grey_levels(image: Tensor) -> Tensor:
+    """float32 [1,H,W]"""
+    red, green, blue = image.unbind()
+    weights = GREY_WEIGHTS
+    return (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2])[None]
+
+
+def color_jitter(image: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
+    """Brightness, contrast and saturation times 1 ± strength, hue turned by ± `hue` of the circle, in random order."""
+    factors = torch.rand(4).mul_(2).sub_(1).tolist()
+    for number in torch.randperm(4).tolist():
+        if number == 0:
+            image = (image * (1 + brightness * factors[0])).clamp_(0, 255)
+        elif number == 1:
+            factor = 1 + contrast * factors[1]
+            image = (image * factor).add_(grey_levels(image).mean() * (1 - factor)).clamp_(0, 255)
+        elif number == 2:
+            factor = 1 + saturation * factors[2]
+            image = (image * factor).add_(grey_levels(image), alpha=1 - factor).clamp_(0, 255)
+        else:
+            image = turn_hue(image, hue * factors[3])
+    return image
+
+
+def turn_hue(image: Tensor, share: float) -> Tensor:
+    """Hue turned by `share` of the circle in HSV; value and chroma stay.
+
+    A channel of hue h (in sixths of the circle) is V - C max(0, min(k, 4 - k, 1)) with k = (n + h) mod 6 and n = 5, 3,
+    1 for red, green, blue; min(k, 4 - k) is 2 less the distance of k from 2.
+    """
+    red, green, blue = image.unbind()
+    value, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+    chroma = value - low
+    inverse = (chroma + 1e-6).reciprocal_()  # grey has no hue, and no chroma for it to matter
+    from_blue = (red - green).mul_(inverse).add_(4)
+    from_green = (blue - red).mul_(inverse).add_(2)
+    sixths = torch.where(value == green, from_green, from_blue)
+    sixths = torch.where(value == red, (green - blue).mul_(inverse), sixths)
+    out = torch.empty_like(image)
+    for channel, n in zip(out, (5, 3, 1), strict=True):
+        distance = sixths + (n + 6 * share - 2)
+        distance.sub_(
+            (distance * (1 / 6)).round_(), alpha=6
+        ).abs_()  # along the circle, from where the channel is lowest
+        torch.addcmul(value, distance.neg_().add_(2).clamp_(0, 1), chroma, value=-1, out=channel)
+    return out
+
+
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Blur of standard deviation `sigma` pixels by the kernel of Pillow's GaussianBlur; the border is repeated."""
+    weights = blur_weights(sigma)
+    radius = len(weights) - 1
+    for dim in (1, 2):
+        size = image.shape[dim]
+        padded = torch.cat(
+            [image.narrow(dim, 0, 1)] * radius + [image] + [image.narrow(dim, size - 1, 1)] * radius, dim
+        )
+        blurred = padded.narrow(dim, radius, size) * weights[0]
+        for k in range(1, radius + 1):
+            pair = padded.narrow(dim, radius - k, size) + padded.narrow(dim, radius + k, size)
+            blurred.add_(pair, alpha=weights[k])
+        image = blurred
+    return image
+
+
+def blur_weights(sigma: float) -> list[float]:
+    """Right half of the kernel, centre first: three box filters with fractional ends (Gwosdek et al., 2011)."""
+    variance = sigma**2 / 3  # of each box
+    whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
+    end = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    width = 2 * whole + 1 + 2 * end
+    box = [end / width, *[1 / width] * (2 * whole + 1), end / width]
+    kernel = [1.0]
+    for _ in range(3):
+        wider = [0.0] * (len(kernel) + len(box) - 1)
+        for i, a in enumerate(kernel):
+            for j, b in enumerate(box):
+                wider[i + j] += a * b
+        kernel = wider
+    return kernel[len(kernel) // 2 :]
+
+
+def solarize(image: Tensor, threshold: int = 128) -> Tensor:
+    """Grey levels from `threshold` on are inverted."""
+    return torch.where(image >= threshold, 255 - image, image)

@@ -1,0 +1,107 @@
+"""Walking through the entries of a JSON list or JSON lines file of any size in bounded memory."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from base.errors import UserError
+
+CHUNK = 4 << 20  # bytes read at a time
+ENTRY_LIMIT = 64 << 20  # no entry is longer; keeps a damaged file from filling the memory
+EXPECTED = "expected a JSON list of objects, or one object per line"
+
+
+def parse_entries(path: Path) -> Iterator[tuple[int, object]]:
+    """`(byte offset, parsed entry)` for every entry, in order. Raises UserError naming entry and line on bad syntax.
+
+    The bytes are parsed as Latin-1, which makes one character of each: JSON's structure is ASCII, so that places in the
+    text are places in the file. Texts in the parsed entries are therefore garbled where they are not ASCII.
+    """
+    with path.open("rb") as file:
+        window = _Window(path, file)
+        opening = window.skip(" \t\r\n\xef\xbb\xbf")  # the last three are UTF-8's byte order mark
+        if opening not in ("[", "{"):
+            raise UserError(f"{path}: begins with {opening!r}; {EXPECTED}")
+        yield from _list_entries(window) if opening == "[" else _line_entries(window)
+        if window.skip():
+            raise window.error("text after the end of the list")
+
+
+def _list_entries(window: "_Window") -> Iterator[tuple[int, object]]:
+    window.place += 1
+    separator = window.skip()
+    while separator != "]":
+        yield window.next_entry()
+        separator = window.skip()
+        if separator not in (",", "]"):
+            raise window.error(f"expected ',' or ']', found {separator or 'the end of the file'!r}")
+        window.place += separator == ","
+    window.place += 1
+
+
+def _line_entries(window: "_Window") -> Iterator[tuple[int, object]]:
+    while window.skip():
+        yield window.next_entry()
+
+
+class _Window:
+    """The part of a file around the place being parsed."""
+
+    def __init__(self, path: Path, file):
+        self.path, self.file = path, file
+        self.text, self.place, self.offset = "", 0, 0  # offset: where the text begins in the file
+        self.number = 0  # of the entry being parsed
+        self.decode_entry = json.JSONDecoder().raw_decode
+        self.check_utf8 = codecs.getincrementaldecoder("utf-8")().decode
+
+    def next_entry(self) -> tuple[int, object]:
+        """Parses one entry and moves behind it, reading on as long as it may be incomplete."""
+        self.skip()
+        while True:
+            try:
+                entry, end = self.decode_entry(self.text, self.place)
+                break
+            except ValueError as error:
+                if len(self.text) - self.place > ENTRY_LIMIT or not self._extend():
+                    raise self.error(f"not valid JSON ({error.args[0].split(':')[0]})") from None
+        start, self.place = self.offset + self.place, end
+        self.number += 1
+        return start, entry
+
+    def skip(self, blanks: str = " \t\r\n") -> str:
+        """Moves over blanks; the character found there, "" at the end of the file."""
+        while True:
+            while self.place < len(self.text):
+                if self.text[self.place] not in blanks:
+                    return self.text[self.place]
+                self.place += 1
+            if not self._extend():
+                return ""
+
+    def error(self, what: str) -> UserError:
+        at = locate(self.path, self.number, self.offset + self.place)
+        return UserError(f"{at}: {what}; mend it there, or write the file anew if it is cut off")
+
+    def _extend(self) -> bool:
+        """Forgets what is parsed and reads on; False at the end of the file."""
+        data = self.file.read(CHUNK)
+        try:
+            self.check_utf8(data, final=not data)
+        except UnicodeDecodeError as error:
+            near = self.offset + len(self.text) + error.start
+            raise UserError(f"{self.path}: not UTF-8 near byte {near}; save the file as UTF-8") from None
+        self.text = self.text[self.place :] + data.decode("latin-1")
+        self.offset += self.place
+        self.place = 0
+        return bool(data)
+
+
+def locate(path: Path, number: int, offset: int) -> str:
+    """For messages: the file, the entry's number and its line."""
+    line = 1
+    with path.open("rb") as file:
+        while offset > 0 and (data := file.read(min(CHUNK, offset))):
+            line += data.count(b"\n")
+            offset -= len(data)
+    return f"{path}, entry {number} (the first is 0), line {line}"

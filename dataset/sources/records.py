@@ -1,0 +1,186 @@
+"""Annotations of any size: JSON list or JSON lines files read through the page cache, never held in memory."""
+
+import bisect
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+
+from base.errors import UserError
+from dataset.sources.json_entries import EXPECTED, locate, parse_entries
+
+# Fields of the public annotation formats and the types each may have; a list must hold texts, at least one.
+FIELD_TYPES = {
+    "image": (str,),
+    "images": (list,),
+    "caption": (str, list),
+    "answer": (str, list),
+    "question": (str,),
+    "sentence": (str,),
+    "text": (str,),
+    "label": (str, bool, int),
+    "image_id": (str, int),
+    "question_id": (str, int),
+    "ref_id": (str, int),
+}
+PROGRESS_EVERY = 200_000  # entries; files with fewer are indexed without a progress bar
+
+
+class Records(Sequence):
+    """Read-only sequence of the annotations (dicts) in one or several JSON list or JSON lines files.
+
+    The first use of a file checks every entry and stores where each begins, 8 bytes per entry, under `cache_dir`
+    ($QUINTET_CACHE, else ~/.cache/quintet), keyed by path, size, time of change and required fields. File and index are
+    memory-mapped: all processes of a machine share one copy, and pickling sends only the paths.
+
+    required: fields every entry must have. Raises UserError naming file, entry, line, field and remedy.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        required: Sequence[str] = ("image", "caption"),
+        cache_dir: str | Path | None = None,
+    ):
+        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        if not paths:
+            raise UserError("no annotation file given; name at least one")
+        self._arguments = (paths, tuple(required), cache_dir)
+        cache_dir = Path(cache_dir or os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()
+        self._files = [_IndexedFile(Path(path).expanduser().absolute(), required, cache_dir) for path in paths]
+        self._ends = list(accumulate(map(len, self._files)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict:
+        index = index + len(self) if index < 0 else index
+        if not 0 <= index < len(self):
+            raise IndexError(f"entry {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        return self._files[number][index - (self._ends[number - 1] if number else 0)]
+
+    def __reduce__(self):
+        return Records, self._arguments
+
+
+class _IndexedFile:
+    """One annotation file and its index, both memory-mapped."""
+
+    def __init__(self, path: Path, required: Sequence[str], cache_dir: Path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such annotation file; check the name in the configuration")
+        self._starts = memoryview(_map(_index_of(path, required, cache_dir))).cast("Q")
+        self._data = _map(path)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict:
+        start = self._starts[index]
+        end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._data)
+        end = self._data.rfind(b"}", start, end) + 1  # leaves out the comma or bracket that follows
+        return json.loads(self._data[start:end])
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _index_of(path: Path, required: Sequence[str], cache_dir: Path) -> Path:
+    """The file of entry starts (native uint64), made if it is not there yet."""
+    status = path.stat()
+    if not status.st_size:
+        raise UserError(f"{path}: empty file; {EXPECTED}")
+    key = repr((str(path), status.st_size, status.st_mtime_ns, sorted(required)))
+    index = cache_dir / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.index"
+    if not index.exists():
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with _one_builder(index):
+                if not index.exists():
+                    _write_index(path, required, index)
+        except OSError as error:
+            raise UserError(f"cannot index {path} ({error}); set QUINTET_CACHE to a writable folder") from None
+    return index
+
+
+@contextmanager
+def _one_builder(index: Path) -> Iterator[None]:
+    """Lets one of many processes build the index while the others wait; on file systems without locks all build it."""
+    with index.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+
+
+def _write_index(path: Path, required: Sequence[str], index: Path) -> None:
+    """Writes under a temporary name and renames, so that no process ever sees half an index."""
+    file = tempfile.NamedTemporaryFile(dir=index.parent, prefix=index.stem, suffix=".tmp", delete=False)
+    try:
+        with file:
+            for starts in _batched(_checked_starts(path, required), 1 << 16):
+                starts.tofile(file)
+        os.replace(file.name, index)
+    except BaseException:
+        os.unlink(file.name)
+        raise
+
+
+def _batched(numbers: Iterator[int], size: int) -> Iterator[array]:
+    batch = array("Q")
+    for number in numbers:
+        batch.append(number)
+        if len(batch) == size:
+            yield batch
+            batch = array("Q")
+    yield batch
+
+
+def _checked_starts(path: Path, required: Sequence[str]) -> Iterator[int]:
+    """Byte offset of every entry, each checked, with a progress bar for long files."""
+    count, bar = 0, None
+    for start, entry in parse_entries(path):
+        if fault := _fault(entry, required):
+            raise UserError(f"{locate(path, count, start)}: {fault}")
+        yield start
+        count += 1
+        if count % PROGRESS_EVERY == 0:
+            bar = bar or _progress_bar(path)
+            bar.update(start - bar.n)
+    if bar:
+        bar.close()
+    if not count:
+        raise UserError(f"{path}: no entries; {EXPECTED}")
+
+
+def _fault(entry: object, required: Sequence[str]) -> str | None:
+    """What is wrong with an entry and what to do about it; None for a good one."""
+    if type(entry) is not dict:
+        return f"expected an object with {', '.join(required)}, found {entry!r:.60}"
+    for field in required:
+        if field not in entry:
+            return f"no field {field!r} (it has {', '.join(entry) or 'none'}); add the field or remove the entry"
+        types, value = FIELD_TYPES.get(field, (object,)), entry[field]
+        if not isinstance(value, types):
+            names = " or ".join(kind.__name__ for kind in types)
+            return f"field {field!r} must be {names}, not {type(value).__name__} ({value!r:.60}); mend the entry"
+        if type(value) is list and list in types and not (value and all(type(item) is str for item in value)):
+            return f"field {field!r} must list one or more texts, not {value!r:.60}; mend the entry"
+    return None
+
+
+def _progress_bar(path: Path):
+    from tqdm import tqdm
+
+    return tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"indexing {path.name}", disable=None)

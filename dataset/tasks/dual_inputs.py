@@ -1,0 +1,49 @@
+"""What a dual encoder is fed, by its model string: CLIP's byte-pair ids and views, or ALIGN's pieces and squares."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dataset.images.align import AlignView, AlignViews
+from dataset.images.clip import EvalView, ImageViews, ViewOptions, pixel_statistics
+from dataset.text.align import AlignTokenizer
+from dataset.text.bpe import ClipTokenizer
+
+HALF = (0.5, 0.5, 0.5)  # mean and deviation that put pixels into -1..1
+
+
+def is_align(model: str) -> bool:
+    return model.startswith("ALIGN_")
+
+
+def text_tokenizer(network, merges: str | Path | None, vocabulary: str | Path) -> ClipTokenizer | AlignTokenizer:
+    """tokenizer(texts, lengths) -> int64 [B,L].
+
+    network: has `model` and `context_length`. merges: file of CLIP's BPE; vocabulary: of BERT, for ALIGN.
+    """
+    if is_align(network.model):
+        return AlignTokenizer(vocabulary, network.context_length)
+    return ClipTokenizer(merges, network.context_length)
+
+
+def training_views(network, options: ViewOptions, local: int) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+    """views(uint8 [3,H,W]) -> the global view [3,S,S] and the local ones [A,3,s,s] or None.
+
+    network: has `model`, `image_size` and `compat`. ALIGN takes nothing of the options but `flip`.
+    """
+    if is_align(network.model):
+        exact = network.compat == "original"
+        return AlignViews(network.image_size, train=True, flip=0.5 * options.flip, exact=exact)
+    return ImageViews(network.image_size, options, local, network.compat)
+
+
+def eval_view(model: str, side: int, interpolation: str = "bilinear") -> Callable[[Tensor], Tensor]:
+    """view(uint8 [3,H,W]) -> uint8 [3,S,S]; ALIGN's knows one interpolation."""
+    return AlignView(side) if is_align(model) else EvalView(side, interpolation)
+
+
+def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation in grey levels, float32 [3,1,1] each, for `normalize`; network: has `model`."""
+    return pixel_statistics(device, HALF, HALF) if is_align(network.model) else pixel_statistics(device)

@@ -1,0 +1,31 @@
+"""The loaders of the fine-tuning scripts from their common knobs (runtime.finetune.FineTuneConfig)."""
+
+from collections.abc import Callable, Sequence
+
+from dataset.images.albef import TestTransform, TrainTransform
+from dataset.images.randaugment import RandAugment
+from dataset.loading.eval import EvalLoader, shard_indices
+from dataset.loading.stream import Stream, StreamLoader
+
+
+def training_view(knobs) -> TrainTransform:
+    """Crop, mirroring and augmentation by image_res, crop_scale, flip, augment_level and compat."""
+    operations = RandAugment(2 if knobs.augment_level else 0, knobs.augment_level, knobs.compat)
+    return TrainTransform(knobs.image_res, knobs.crop_scale, knobs.flip, operations)
+
+
+def test_view(knobs) -> TestTransform:
+    """The whole picture at image_res."""
+    return TestTransform(knobs.image_res)
+
+
+def train_loader(sources: Sequence, collate: Callable, knobs, world, state: dict | None) -> StreamLoader:
+    """Endless batches of this process, from the position `state` on (see dataset.loading.stream)."""
+    stream, workers, seed = Stream(sources, collate), knobs.workers, knobs.seed
+    return StreamLoader(stream, knobs.batch_size_train, workers, world.rank, world.size, seed, True, state)
+
+
+def split_loader(data, collate: Callable, knobs, world) -> tuple[range, EvalLoader]:
+    """`(own indices, their batches)`: this process's part of a split, which has `load` and a length."""
+    own = shard_indices(len(data), world.rank, world.size)
+    return own, EvalLoader(data.load, own, knobs.batch_size_test, collate, knobs.workers, pin_memory=True)

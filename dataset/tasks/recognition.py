@@ -1,0 +1,336 @@
+"""Pictures with the names of what they show, as sequences for next-token prediction; and the pictures of a split.
+
+Two kinds of sources: list files, one `path : name,name,...` a line (ImageNet's layout of NXTP), or JSON entries {image,
+labels}; and WebDataset shards whose members `.nouns` scripts/data/extract_nouns.py made of the captions.
+"""
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from base.errors import BadSample, UserError
+from dataset.images.albef import random_box
+from dataset.images.clip import EvalView, crop_resize, pixel_statistics
+from dataset.images.decode import check_image_root, decode_image
+from dataset.loading.stream import RecordSource, Stream
+from dataset.sources.records import Records
+from dataset.sources.shards import IMAGE_TYPES, ShardSource, list_shards
+from dataset.tasks.captions import write_rows
+from dataset.text.nouns import parse_nouns
+from dataset.text.sentencepiece import PieceTokenizer
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IGNORED = -100  # target of a position without one
+STEP = 8  # texts are padded to multiples of it
+EXTRACT = "run scripts/data/extract_nouns.py over the shards first"
+
+THINGS, PICTURES = ("objects", "items", "elements"), ("image", "picture", "photograph")
+SEEN = (" {}", " present {}", " depicted {}", " shown {}", " visible {}", " captured {}", " seen {}", " that appear {}")
+LABEL_PROMPTS = tuple(
+    f"The {thing}{seen.format(f'in the {picture}')} are" for seen in SEEN for thing in THINGS for picture in PICTURES
+)  # the first is the one of inference
+KINDS = ("brief description", "short account", "clear summary", "concise interpretation")
+CAPTION_PROMPTS = tuple(f"A {kind} of the {thing} is that" for thing in ("given image", *PICTURES) for kind in KINDS)
+
+
+# ---- sequences
+@dataclass(frozen=True)
+class Sequences:
+    """Makes the text behind the image tokens: <|image|>, BOS, prompt, labels.
+
+    A token has a segment (models.recognition.nxtp.text_mask): 0 for the prompt, which every later position
+    sees, j for label j and
+    the delimiter that ends it. Every label is ended, so that the end of each is learned.
+    max_text: tokens at most. many_prompts: a prompt is drawn for each sample, else the first is taken.
+    original: as the published code: the last label stays open and sees not even itself, EOS follows it (and is a target
+    where `end_target`), what is too long is cut off anywhere, and labels may be missing. decouple: no: labels see those
+    before them.
+    """
+
+    tokenizer: PieceTokenizer
+    max_text: int = 256
+    many_prompts: bool = True
+    original: bool = False
+    end_target: bool = False
+    decouple: bool = True
+
+    def __post_init__(self):
+        longest = max(len(self.start(text)) for text in (*LABEL_PROMPTS, *CAPTION_PROMPTS))
+        if self.max_text < longest + 2:
+            raise UserError(f"max_text {self.max_text}: the longest prompt alone takes {longest} tokens; allow more")
+
+    def start(self, prompt: str) -> list[int]:
+        """<|image|>, BOS and the prompt."""
+        return [self.tokenizer.image, self.tokenizer.bos, *self.tokenizer.encode(prompt)]
+
+    @property
+    def opening(self) -> list[int]:
+        """What inference begins with."""
+        return self.start(LABEL_PROMPTS[0])
+
+    def labels(self, names: Sequence[str], prompt: str | None = None) -> dict[str, list[int]]:
+        """`text_ids`, `segments` and `targets` of the names in random order (as given, where a prompt is given).
+
+        Names that do not fit are left out; another epoch draws others. Raises BadSample where there is no name, or not
+        one fits.
+        """
+        if not names and not self.original:
+            raise BadSample(
+                "no labels: the caption has no nouns; scripts/data/extract_nouns.py leaves such samples out"
+            )
+        shuffled = prompt is None
+        if shuffled:
+            names = [names[i] for i in torch.randperm(len(names)).tolist()]
+            prompt = LABEL_PROMPTS[self._drawn(len(LABEL_PROMPTS))]
+        before, comma = len(self.start(prompt)), self.tokenizer.delimiter
+        ids = self.start(f"{prompt} {', '.join(names)}") + [self.tokenizer.eos if self.original else comma]
+        if len(ids) > self.max_text:
+            ids = ids[: self.max_text]
+            if not self.original:
+                fitting = max((i for i, token in enumerate(ids) if token == comma and i >= before), default=-1)
+                if fitting < 0:
+                    raise BadSample(
+                        f"label {names[0]!r:.60}: longer than the {self.max_text - before} tokens left of it"
+                    )
+                ids = ids[: fitting + 1]
+        segments, current = [0] * before, 1
+        for token in ids[before:]:
+            segments.append(current)
+            current += token == comma
+        if self.original:  # the last segment was never closed
+            segments = [-1 if j == current else j for j in segments]
+        if not self.decouple:
+            segments = [0] * len(ids)
+        return {"text_ids": ids, "segments": segments, "targets": self._targets(ids, self.end_target)}
+
+    def caption(self, text: str, prompt: str | None = None) -> dict[str, list[int]]:
+        """The same of a whole caption, read and predicted from left to right, EOS included."""
+        prompt = CAPTION_PROMPTS[self._drawn(len(CAPTION_PROMPTS))] if prompt is None else prompt
+        ids = (self.start(f"{prompt} {text}") + [self.tokenizer.eos])[: self.max_text]
+        return {"text_ids": ids, "segments": [0] * len(ids), "targets": self._targets(ids, True)}
+
+    def _targets(self, ids: list[int], with_end: bool) -> list[int]:
+        return [IGNORED if token == self.tokenizer.eos and not with_end else token for token in ids[1:]] + [IGNORED]
+
+    def _drawn(self, count: int) -> int:
+        return int(torch.randint(count, ())) if self.many_prompts else 0
+
+
+def pad_batch(texts: Sequence[dict[str, list[int]]], pad: int, length: int | None = None) -> dict[str, torch.Tensor]:
+    """text_ids, segments int64 [B,T]; positions int64 [K], flat in B*T, of tokens with a target; labels int64 [K].
+
+    T is a multiple of STEP (or `length`), K of 32, filled up with position 0 and label IGNORED.
+    """
+    longest = max(len(text["text_ids"]) for text in texts)
+    length = length or -(-longest // STEP) * STEP
+    fill = {"text_ids": pad, "segments": -1, "targets": IGNORED}
+    rows = {key: [text[key] + [empty] * (length - len(text[key])) for text in texts] for key, empty in fill.items()}
+    targets = torch.tensor(rows.pop("targets")).flatten()
+    positions = (targets != IGNORED).nonzero().flatten()
+    room = -len(positions) % 32
+    batch = {key: torch.tensor(value) for key, value in rows.items()}
+    batch["positions"] = torch.nn.functional.pad(positions, (0, room))
+    batch["labels"] = torch.nn.functional.pad(targets[positions], (0, room), value=IGNORED)
+    return batch
+
+
+# ---- samples
+def clip_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of CLIP's pictures in grey levels, for `dataset.images.clip.normalize`."""
+    return pixel_statistics(device, CLIP_MEAN, CLIP_STD)
+
+
+class PictureView:
+    """uint8 [3,H,W] -> uint8 [3,S,S], bicubic: the centre at S pixels of the shorter side, or the whole picture.
+
+    crop: < 1: a random box instead, of at least this share of the picture.
+    """
+
+    def __init__(self, side: int, whole: bool = False, crop: float = 1.0):
+        self.side, self.whole, self.crop, self.centre = side, whole, crop, EvalView(side, "bicubic")
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        if self.crop < 1:
+            return crop_resize(image, *random_box(image, (self.crop, 1.0)), self.side, "bicubic")
+        if self.whole:
+            return crop_resize(image, 0, 0, *image.shape[1:], self.side, "bicubic")
+        return self.centre(image)
+
+
+class LabelledPicture:
+    """Makes a training sample of a record: `image` uint8 [3,S,S], `text` and, if wanted, `caption` (see Sequences).
+
+    record: of a list, with `image` (path below root) and `labels`; or of a shard, with `image` and `nouns` as bytes.
+    Its `caption` is a text, or several of which one is drawn.
+    """
+
+    def __init__(self, view: PictureView, sequences: Sequences, root: str | Path = "", captions: bool = False):
+        self.view, self.sequences, self.root, self.captions = view, sequences, Path(root), captions
+
+    def __call__(self, record: dict) -> dict:
+        names, key = names_of(record), record.get("key") or record["image"]
+        try:
+            sample = {"text": self.sequences.labels(names)}
+        except BadSample as error:
+            raise BadSample(f"{key}: {error}") from None
+        if self.captions:
+            if "caption" not in record:
+                raise BadSample(f"{key}: no caption; train without --caption-weight, or on shards with captions")
+            texts = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
+            sample["caption"] = self.sequences.caption(texts[int(torch.randint(len(texts), ()))])
+        source = record["image"] if isinstance(record["image"], bytes) else self.root / record["image"]
+        return sample | {"image": self.view(decode_image(source, str(key)))}
+
+
+def names_of(record: dict) -> list[str]:
+    """The labels of a record of a list or of a shard. Raises BadSample where a shard has none for it."""
+    if "labels" in record:
+        return [name for label in record["labels"] for name in parse_nouns(label)]
+    if "nouns" not in record:
+        raise BadSample(f"{record['key']}: no member .nouns; {EXTRACT}")
+    return parse_nouns(record["nouns"])
+
+
+class RecognitionCollate:
+    """image uint8 [B,3,S,S] and what `pad_batch` makes of the labels; of captions the same names with `caption_`."""
+
+    def __init__(self, pad: int):
+        self.pad = pad
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        batch = {"image": torch.stack([sample["image"] for sample in samples])}
+        batch |= pad_batch([sample["text"] for sample in samples], self.pad)
+        if "caption" in samples[0]:
+            captions = pad_batch([sample["caption"] for sample in samples], self.pad)
+            batch |= {f"caption_{key}": value for key, value in captions.items()}
+        return batch
+
+
+# ---- files
+def label_records(path: str | Path) -> Records:
+    """Records {image, labels: [names]} of a list file or of JSON entries with these fields.
+
+    A list file is converted once, into the cache of `Records`. Raises UserError that names file and line.
+    """
+    path = Path(path)
+    if path.suffix in (".json", ".jsonl"):
+        return Records(path, required=("image", "labels"))
+    if not path.is_file():
+        raise UserError(f"{path}: no such list; each line is `path : name,name,...`")
+    status = path.stat()
+    key = repr((str(path.absolute()), status.st_size, status.st_mtime_ns))
+    folder = Path(os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()
+    converted = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.jsonl"
+    if not converted.exists():
+        write_rows(read_list(path), converted)
+    return Records(converted, required=("image", "labels"))
+
+
+def read_list(path: Path) -> Iterator[dict]:
+    """`{image, labels}` of every line `path : name,name,...`; a path may hold colons if blanks stand around the one."""
+    found = False
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            image, colon, names = line.strip().partition(" : ")
+            image, colon, names = (image, colon, names) if colon else line.strip().partition(":")
+            labels = [name.strip() for name in names.split(",") if name.strip()]
+            if not image.strip() or not labels:
+                raise UserError(f"{path}, line {number}: expected `path : name,name,...`, found {line.strip()!r:.80}")
+            found = True
+            yield {"image": image.strip(), "labels": labels}
+    if not found:
+        raise UserError(f"{path}: an empty list")
+
+
+def training_stream(
+    view: PictureView,
+    sequences: Sequences,
+    lists: Sequence[Path],
+    root: Path,
+    shards: Sequence[str],
+    buffer: int,
+    captions: bool,
+) -> Stream:
+    """Batches of RecognitionCollate: of list files with pictures below `root`, and of shards with nouns.
+
+    buffer: samples of a shard that a worker permutes at a time; captions: whether samples have the caption, too.
+    """
+    build = LabelledPicture(view, sequences, root, captions)
+    sources: list = []
+    for file in lists:
+        records = label_records(file)
+        check_image_root(root, (record["image"] for record in islice(records, 20)))
+        sources.append(RecordSource(records, build, str(file)))
+    sources += [ShardSource(url, build, shuffle_buffer=buffer) for url in shards]
+    return Stream(sources, RecognitionCollate(sequences.tokenizer.pad))
+
+
+class PictureSet:
+    """The pictures of a split in order, with what they show: of a list (below `root`), or of local .tar shards."""
+
+    def __init__(self, source: str | Path, view: Callable, root: str | Path = "."):
+        self.view, self.root, self.source = view, Path(root), str(source)
+        is_list = Path(source).suffix in (".list", ".txt", ".json", ".jsonl")
+        self.records = label_records(source) if is_list else shard_index(list_shards(self.source, {}))
+        if is_list:
+            check_image_root(self.root, (record["image"] for record in self.records))
+        try:
+            self.references = [names_of(record) for record in self.records]
+        except BadSample as error:
+            raise UserError(str(error)) from None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def picture(self, index: int) -> bytes | Path:
+        """The encoded picture, or its file."""
+        record = self.records[index]
+        if "shard" not in record:
+            return self.root / record["image"]
+        with open(record["shard"], "rb") as file:
+            file.seek(record["start"])
+            return file.read(record["size"])
+
+    def name(self, index: int) -> str:
+        return self.records[index].get("key") or self.records[index]["image"]
+
+    def load(self, index: int) -> dict[str, torch.Tensor]:
+        """`image` uint8 [3,S,S]"""
+        return {"image": self.view(decode_image(self.picture(index), self.name(index)))}
+
+
+def shard_index(shards: Sequence[str]) -> list[dict]:
+    """Where the pictures of local, uncompressed shards lie, with their nouns: {key, shard, start, size[, nouns]}."""
+    records: dict[str, dict] = {}
+    for shard in shards:
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for member in archive:
+                    stem, _, kind = member.name.partition(".")
+                    record = records.setdefault(f"{shard}/{stem}", {"key": f"{shard}/{stem}"})
+                    if kind in IMAGE_TYPES:
+                        record |= {"shard": shard, "start": member.offset_data, "size": member.size}
+                    elif kind == "nouns":
+                        record["nouns"] = archive.extractfile(member).read()
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f"{shard}: no readable, uncompressed tar file ({error})") from None
+    found = [record for record in records.values() if "shard" in record]
+    if not found:
+        raise UserError(f"{shards[0]}: no pictures in it")
+    return found
+
+
+def read_picture(path: Path) -> torch.Tensor:
+    """uint8 [3,H,W] of one picture that somebody asks about. UserError where it cannot be read."""
+    try:
+        return decode_image(path)
+    except BadSample as error:
+        raise UserError(f"{error}; give a JPEG, PNG or WebP file") from None

@@ -1,0 +1,86 @@
+"""Image-text retrieval: training pairs that know which captions share a picture, and the evaluation set."""
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import default_collate
+
+from dataset.images.decode import decode_image
+from dataset.tasks.pretrain import load_image
+from dataset.text.wordpiece import Tokenizer, choose_caption, pre_caption
+
+
+def number_images(names: Iterable[str | int]) -> torch.Tensor:
+    """int32 [n] in shared memory: for every name its number in the order of first appearance."""
+    numbers: dict = {}
+    column = array("i", (numbers.setdefault(name, len(numbers)) for name in names))
+    return torch.frombuffer(column, dtype=torch.int32).clone().share_memory_()
+
+
+class RetrievalPair:
+    """Makes a sample of a record with `image`, `caption`: `image` float32 [3,H,W], `caption` str, `image_id` int.
+
+    image_ids: the number of every record's picture (see number_images), so that captions of one picture know it.
+    field: what the caption is called in the records.
+    """
+
+    def __init__(
+        self,
+        transform: Callable,
+        image_root: str | Path,
+        image_ids: torch.Tensor,
+        max_words: int = 30,
+        field: str = "caption",
+    ):
+        self.transform, self.image_root = transform, Path(image_root)
+        self.image_ids, self.max_words, self.field = image_ids, max_words, field
+
+    def __call__(self, record: dict) -> dict:
+        return {
+            "caption": choose_caption(record[self.field], self.max_words),
+            "image": self.transform(load_image(record, self.image_root)),
+            "image_id": int(self.image_ids[record["index"]]),
+        }
+
+
+class RetrievalCollate:
+    """image float32 [B,3,H,W] · text_ids int64, text_mask bool [B,L] · image_id int64 [B]."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None = None, lengths: Sequence[int] | None = ()):
+        self.tokenizer, self.max_tokens, self.lengths = tokenizer, max_tokens, lengths
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        ids, mask = self.tokenizer([sample["caption"] for sample in samples], self.max_tokens, self.lengths)
+        return {
+            "image": default_collate([sample["image"] for sample in samples]),
+            "text_ids": ids,
+            "text_mask": mask,
+            "image_id": torch.tensor([sample["image_id"] for sample in samples]),
+        }
+
+
+class RetrievalSet:
+    """The evaluation set of records with `image` and `caption` (a list): every picture once, all captions in a row.
+
+    images: paths. captions: cleaned texts. txt2img[t]: the picture of caption t. img2txt[i]: the captions of picture i.
+    """
+
+    def __init__(self, records: Sequence[dict], image_root: str | Path, transform: Callable, max_words: int = 30):
+        self.image_root, self.transform = Path(image_root), transform
+        self.images, self.captions, self.txt2img, self.img2txt = [], [], [], []
+        for record in records:
+            captions = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
+            first = len(self.captions)
+            self.txt2img += [len(self.images)] * len(captions)
+            self.captions += [pre_caption(caption, max_words) for caption in captions]
+            self.img2txt.append(list(range(first, len(self.captions))))
+            self.images.append(record["image"])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> torch.Tensor:
+        """float32 [3,H,W] of picture `index`; BadSample when it cannot be read."""
+        return self.transform(decode_image(self.image_root / self.images[index]))

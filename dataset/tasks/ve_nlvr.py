@@ -1,0 +1,126 @@
+"""Statements to judge: SNLI-VE about one picture, NLVR2 about two."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from base.errors import BadSample, UserError
+from dataset.images.decode import check_image_root, decode_image
+from dataset.loading.stream import RecordSource
+from dataset.sources.records import Records
+from dataset.text.wordpiece import choose_caption, pre_caption
+
+
+class Format(NamedTuple):
+    """One annotation format: which pictures and which label an entry names, and the classes in order."""
+
+    field: str  # that names the pictures
+    pictures: Callable[[dict], list[str]]
+    label: Callable[[dict], int]
+    classes: tuple[str, ...]
+
+
+def entailment_picture(record: dict) -> list[str]:
+    """SNLI-VE names a picture by its stem."""
+    name = record["image"]
+    return [name if name.endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg"]
+
+
+def entailment_label(record: dict) -> int:
+    return ENTAILMENT_CLASSES.index(record["label"])
+
+
+def picture_pair(record: dict) -> list[str]:
+    if len(record["images"]) != 2:
+        raise ValueError(f"images lists {len(record['images'])}, but a pair has two")
+    return record["images"]
+
+
+def truth_label(record: dict) -> int:
+    """True or False as text in any case, as JSON's value, or as 1 or 0."""
+    return {"true": 1, "false": 0, "1": 1, "0": 0}[str(record["label"]).strip().lower()]
+
+
+def exact_truth_label(record: dict) -> int:
+    """As the originals read it: anything but the text "True" is false."""
+    return int(record["label"] == "True")
+
+
+ENTAILMENT_CLASSES = ("contradiction", "neutral", "entailment")
+SNLI_VE = Format("image", entailment_picture, entailment_label, ENTAILMENT_CLASSES)
+NLVR2 = Format("images", picture_pair, truth_label, ("False", "True"))
+ORIGINAL_NLVR2 = NLVR2._replace(label=exact_truth_label)
+
+
+class Statements:
+    """Samples of entries with `sentence`, `label` and pictures as `format` says, for training and for evaluation.
+
+    Called with a record, or `load`ed by number: `image` float32 [3,H,W] (two pictures: [2,3,H,W]), `text` str, `label`
+    int. labels int64 [R]. Labels, numbers of pictures and image_root are checked at once: raises UserError.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        format: Format,
+        image_root: str | Path,
+        transform: Callable,
+        max_words: int = 30,
+    ):
+        self.records = records = Records(paths, (format.field, "sentence", "label"))
+        self.format, self.image_root = format, Path(image_root)
+        name = ", ".join(map(str, [paths] if isinstance(paths, str | Path) else paths))
+        self.transform, self.max_words = transform, max_words
+        self.labels = torch.tensor([_checked_label(format, record, name, i) for i, record in enumerate(records)])
+        first = (records[i] for i in range(min(10, len(records))))
+        check_image_root(image_root, (picture for record in first for picture in format.pictures(record)))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __call__(self, record: dict) -> dict:
+        text = pre_caption(record["sentence"], self.max_words)
+        if not text.strip():
+            raise BadSample(f"sentence {record['sentence'][:60]!r} is empty after cleaning")
+        return self._sample(record, text)
+
+    def source(self) -> RecordSource:
+        """The statements as training data."""
+        return RecordSource(self.records, self, "train_file")
+
+    def load(self, index: int) -> dict:
+        """Sample `index`, whose sentence may be empty after cleaning: evaluation leaves nothing out."""
+        record = self.records[index]
+        return self._sample(record, pre_caption(record["sentence"], self.max_words))
+
+    def _sample(self, record: dict, text: str) -> dict:
+        images = [self.transform(decode_image(file)) for file in self.files(record)]
+        image = images[0] if len(images) == 1 else torch.stack(images)
+        return {"image": image, "text": text, "label": self.format.label(record)}
+
+    def files(self, record: dict) -> list[Path]:
+        """Where the pictures lie."""
+        return [self.image_root / name for name in self.format.pictures(record)]
+
+
+def _checked_label(format: Format, record: dict, name: str, number: int) -> int:
+    try:
+        format.pictures(record)
+        return format.label(record)
+    except (KeyError, ValueError) as error:
+        known = f"label {record['label']!r} is none of {', '.join(format.classes)}"
+        fault = str(error) if "pair" in str(error) else known
+        raise UserError(f"{name}, entry {number} (the first is 0): {fault}; mend or remove the entry") from None
+
+
+class CaptionPair:
+    """Makes a sample of a record with `image` and `caption` (text or texts): `image` float32 [3,H,W], `text` str."""
+
+    def __init__(self, transform: Callable, image_root: str | Path, max_words: int = 30):
+        self.transform, self.image_root, self.max_words = transform, Path(image_root), max_words
+
+    def __call__(self, record: dict) -> dict:
+        text = choose_caption(record["caption"], self.max_words)
+        return {"image": self.transform(decode_image(self.image_root / record["image"])), "text": text}

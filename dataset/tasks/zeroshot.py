@@ -1,0 +1,344 @@
+"""Pictures of the data sets of zero-shot evaluation, whatever they come in: `pictures[i]` is a dict of one picture.
+
+`image` is uint8 [3,H,W]; `target`, for classification, the class, or int64 [C] where several may be shown (1 shown, 0
+not, -1 not to be counted). `classes`: the set's own class names in the order of the labels, none where it has none.
+Everything is opened and counted before the first picture is asked for; unreadable pictures raise BadSample.
+"""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base.errors import BadSample, MissingData, UserError
+from dataset.images.decode import decode_image
+from dataset.sources.class_folder import ClassFolder
+from dataset.sources.shard_index import ShardIndex, local_copy, read_text
+from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of, read_json
+
+Picture = dict[str, torch.Tensor]
+
+
+class Viewed:
+    """What `EvalLoader` loads: the pictures as the network sees them."""
+
+    def __init__(self, pictures, view: Callable[[torch.Tensor], torch.Tensor]):
+        self.pictures, self.view = pictures, view
+
+    def load(self, index: int) -> Picture:
+        sample = self.pictures[index]
+        return sample | {"image": self.view(sample["image"])}
+
+
+class Files:
+    """Picture files and their classes."""
+
+    def __init__(self, files: Sequence[Path], labels: torch.Tensor, classes: Sequence[str] = ()):
+        self.files, self.labels, self.classes = files, labels, list(classes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Picture:
+        return {"image": decode_image(self.files[index]), "target": self.labels[index]}
+
+
+@dataclass
+class OpenSet:
+    """A data set, open and checked. classes: a name or several each, in the order of the labels; none for retrieval."""
+
+    entry: Entry
+    pictures: Any
+    classes: list = field(default_factory=list)
+    templates: list[str] = field(default_factory=list)
+
+
+def open_set(
+    entry: Entry, prompts: Prompts, cache: Path, read_plain: Callable, download: bool = False
+) -> OpenSet | MissingData:
+    """The data set with its class names and templates; or, not raised, why it cannot be had.
+
+    cache: folder for shards fetched from URLs. read_plain: reads arrays of objects. download: let torchvision fetch.
+    """
+    try:
+        if entry.kind == "webdataset":
+            return _open_shards(entry, prompts, cache)
+        if entry.kind == "retrieval":
+            return OpenSet(replace(entry, metric="recall"), CaptionedPictures(entry, cache))
+        templates = prompts.find("templates", entry.name)
+        classes = prompts.find("labels", entry.name) if prompts.has("labels", entry.name) else []
+        pictures = open_pictures(entry, classes, read_plain, download)
+    except MissingData as reason:
+        return reason
+    if not classes:
+        classes = folder_names(pictures.classes) or prompts.find("labels", entry.name)  # which says what is missing
+    elif pictures.classes:
+        classes = in_order_of(pictures.classes, classes, entry.name)
+    elif isinstance(pictures, Files) and int(pictures.labels.max()) >= len(classes):
+        raise UserError(
+            f"{entry.name}: class {int(pictures.labels.max())} occurs in {entry.path}, but the list of labels names "
+            f"{len(classes)} classes, counted from 0; give the list of these classes with --labels"
+        )
+    return OpenSet(entry, pictures, classes, templates)
+
+
+def _open_shards(entry: Entry, prompts: Prompts, cache: Path) -> OpenSet:
+    kind = (read_text(entry.path, "dataset_type.txt") or "").strip()
+    if kind == "retrieval":
+        return OpenSet(replace(entry, metric="recall"), CaptionedPictures(entry, cache))
+    pictures = ShardPictures(entry, cache, kind == "multilabel")
+    classes = pictures.classes or prompts.find("labels", entry.name)
+    templates = pictures.templates or prompts.find("templates", entry.name)
+    return OpenSet(replace(entry, metric="map11") if kind == "multilabel" else entry, pictures, classes, templates)
+
+
+def open_pictures(entry: Entry, classes: Sequence, read_plain: Callable, download: bool = False):
+    """The pictures of a data set for classification. MissingData where they are not on this machine.
+
+    classes: the list of labels, by which faults of class folders are explained. read_plain: reads arrays of objects.
+    """
+    if entry.kind == "imagefolder":
+        return class_folders(entry, classes)
+    if entry.kind == "filelist":
+        return file_list(entry, read_plain)
+    if entry.kind == "voc":
+        return voc(entry)
+    if entry.kind == "either" and (Path(entry.path) / entry.split).is_dir() and _has_folders(entry):
+        return class_folders(entry, classes)
+    return TorchvisionPictures(entry, download)
+
+
+def _has_folders(entry: Entry) -> bool:
+    return any(path.is_dir() for path in (Path(entry.path) / entry.split).iterdir())
+
+
+def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
+    root = Path(entry.path) / entry.split
+    if not root.is_dir():
+        raise MissingData(
+            f"{entry.name}: no folder {root}; put one there with a sub-folder of pictures per class, or name another "
+            "place with --root or --catalog"
+        )
+    data = ClassFolder(root, lambda image: image, classes)
+    return Files(data.files, data.labels, data.folders)
+
+
+def file_list(entry: Entry, read_plain: Callable) -> Files:
+    """SLIP's lists: paths and labels in two .npy files. Labels of text count in alphabetical order."""
+    folder, found = Path(entry.path), {}
+    for kind in ("images", "labels"):
+        file = folder / f"{entry.split}_{kind}.npy"
+        if not file.is_file():
+            raise MissingData(f"{entry.name}: no file {file}; make it (an array of {kind}), or name another --root")
+        found[kind] = [value.decode() if isinstance(value, bytes) else value for value in read_plain(file).tolist()]
+    images, labels = found.values()
+    if not images or len(images) != len(labels):
+        raise UserError(f"{folder}/{entry.split}_*.npy: {len(images)} images and {len(labels)} labels; make them anew")
+    classes = []
+    if isinstance(labels[0], str):
+        classes = sorted(set(labels))
+        labels = [classes.index(label) for label in labels]
+    return Files([folder / image for image in images], torch.tensor(labels), classes)
+
+
+def voc(entry: Entry) -> Files:
+    """PASCAL VOC 2007: ImageSets/Main/<class>_<split>.txt lists pictures with 1, -1 or, for difficult ones, 0."""
+    places = [Path(entry.path) / inner for inner in ("VOCdevkit/VOC2007", "VOC2007", "")]
+    root = next((place for place in places if (place / "ImageSets/Main").is_dir()), None)
+    if root is None:
+        raise MissingData(
+            f"{entry.name}: no VOCdevkit/VOC2007/ImageSets/Main in {entry.path}; unpack VOCtest_06-Nov-2007.tar there, "
+            "or name another --root"
+        )
+    lists = sorted((root / "ImageSets/Main").glob(f"*_{entry.split}.txt"))
+    if not lists:
+        raise MissingData(
+            f"{entry.name}: no *_{entry.split}.txt in {root}/ImageSets/Main; unpack the {entry.split} set"
+        )
+    columns = [dict(line.split() for line in file.read_text().splitlines() if line.strip()) for file in lists]
+    if any(column.keys() != columns[0].keys() for column in columns):
+        raise UserError(
+            f"{root}/ImageSets/Main: the lists *_{entry.split}.txt name different pictures; unpack them anew"
+        )
+    meaning = {"1": 1, "-1": 0, "0": -1}
+    targets = torch.tensor([[meaning[column[name]] for column in columns] for name in columns[0]])
+    files = [root / "JPEGImages" / f"{name}.jpg" for name in columns[0]]
+    return Files(files, targets, [file.name.removesuffix(f"_{entry.split}.txt") for file in lists])
+
+
+class TorchvisionPictures:
+    """A data set in torchvision's own files below `entry.path`."""
+
+    def __init__(self, entry: Entry, download: bool):
+        self.name = entry.name
+        try:
+            self.data = _torchvision(entry.name, entry.path, download)
+        except (RuntimeError, OSError, ModuleNotFoundError) as error:
+            raise MissingData(
+                f"{entry.name}: neither class folders nor torchvision's files in {entry.path} ({error}); put them "
+                f"there, name another --root, or let torchvision fetch them: --datasets {entry.name} --download"
+            ) from None
+        self.classes = [str(name) for name in getattr(self.data, "classes", ())]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Picture:
+        import numpy as np
+
+        try:
+            image, label = self.data[index]
+        except (OSError, ValueError) as error:
+            raise BadSample(f"{self.name}, picture {index}: {error}") from None
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return {"image": pixels, "target": torch.tensor(int(label))}
+
+
+def _torchvision(name: str, root: str, download: bool):
+    """The test split as torchvision has it; EuroSAT and SUN397 come without splits, whole."""
+    from torchvision import datasets
+
+    fetch = {"root": root, "download": download}
+    makers = {
+        "mnist": lambda: datasets.MNIST(train=False, **fetch),
+        "cifar10": lambda: datasets.CIFAR10(train=False, **fetch),
+        "cifar100": lambda: datasets.CIFAR100(train=False, **fetch),
+        "stl10": lambda: datasets.STL10(split="test", **fetch),
+        "food101": lambda: datasets.Food101(split="test", **fetch),
+        "sun397": lambda: datasets.SUN397(**fetch),
+        "cars": lambda: datasets.StanfordCars(split="test", **fetch),
+        "aircraft": lambda: datasets.FGVCAircraft(split="test", **fetch),
+        "dtd": lambda: datasets.DTD(split="test", **fetch),
+        "pets": lambda: datasets.OxfordIIITPet(split="test", **fetch),
+        "flowers": lambda: datasets.Flowers102(split="test", **fetch),
+        "eurosat": lambda: datasets.EuroSAT(**fetch),
+        "gtsrb": lambda: datasets.GTSRB(split="test", **fetch),
+        "country211": lambda: datasets.Country211(split="test", **fetch),
+        "patch_camelyon": lambda: datasets.PCAM(split="test", **fetch),
+        "rendered_sst2": lambda: datasets.RenderedSST2(split="test", **fetch),
+    }
+    if name not in makers:
+        raise UserError(f"{name}: torchvision is not asked for a data set of this name; it is for {', '.join(makers)}")
+    return makers[name]()
+
+
+class ShardPictures:
+    """A classification set as CLIP_benchmark publishes it: classnames.txt, templates, <split>/N.tar of pictures with
+    .cls (the class) or, where dataset_type.txt says multilabel, .npy (1 for every class shown).
+    """
+
+    def __init__(self, entry: Entry, cache: Path, multilabel: bool):
+        self.index, self.multilabel = ShardIndex(*shard_files(entry, cache)), multilabel
+        self.classes = lines_of(read_text(entry.path, "classnames.txt"))
+        found = lines_of(read_text(entry.path, "zeroshot_classification_templates.txt"))
+        self.templates = [template.replace("{c}", "{}") for template in found]
+        self.targets = torch.tensor([self._target(place) for place in range(len(self.index))])
+        last = int(self.targets.max())
+        if self.classes and not self.multilabel and last >= len(self.classes):
+            raise UserError(f"{entry.path}: class {last} occurs, but classnames.txt has {len(self.classes)} lines")
+
+    def _target(self, place: int) -> int | list[int]:
+        try:
+            if self.multilabel:
+                import numpy as np
+
+                return np.load(io.BytesIO(self.index.read(place, "npy")), allow_pickle=False).astype(int).tolist()
+            return int(self.index.read(place, "cls"))
+        except (KeyError, ValueError) as error:
+            ending = "npy" if self.multilabel else "cls"
+            raise UserError(
+                f"{self.index.name(place)}: no readable .{ending} ({error}); fetch the shard anew"
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: int) -> Picture:
+        image = decode_image(self.index.image(place), self.index.name(place))
+        return {"image": image, "target": self.targets[place]}
+
+
+def shard_files(entry: Entry, cache: Path) -> tuple[list[Path], str]:
+    """The shards of a split, on this machine; those behind a URL are fetched into `cache` once."""
+    counted = read_text(entry.path, f"{entry.split}/nshards.txt")
+    if counted is None:
+        raise MissingData(
+            f"{entry.name}: no {entry.split}/nshards.txt in {entry.path}; name a folder or URL of CLIP_benchmark's "
+            "layout, such as webdataset:https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10"
+        )
+    try:
+        names = [f"{entry.split}/{number}.tar" for number in range(int(counted))]
+    except ValueError:
+        raise UserError(f"{entry.path}/{entry.split}/nshards.txt: {counted[:20]!r} is no number") from None
+    return [local_copy(entry.path, name, cache) for name in names], entry.name
+
+
+def lines_of(text: str | None) -> list[str]:
+    return [line.strip() for line in (text or "").splitlines() if line.strip()]
+
+
+class CaptionedPictures:
+    """Pictures and all their captions, for retrieval.
+
+    captions: all texts. text_image: the picture of every one, int64 [T].
+    """
+
+    def __init__(self, entry: Entry, cache: Path):
+        sources, captions = retrieval_shards(entry, cache) if entry.kind == "webdataset" else retrieval_json(entry)
+        if not sources:
+            raise UserError(f"{entry.path}: no pictures with captions of split {entry.split!r}; name another split")
+        self.sources = sources
+        self.captions = [text for texts in captions for text in texts]
+        self.text_image = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> Picture:
+        if isinstance(self.sources, ShardIndex):
+            return {"image": decode_image(self.sources.image(index), self.sources.name(index))}
+        return {"image": decode_image(self.sources[index])}
+
+
+def retrieval_shards(entry: Entry, cache: Path) -> tuple[ShardIndex, list[list[str]]]:
+    """CLIP_benchmark's shards of pictures with .txt, a caption a line."""
+    index = ShardIndex(*shard_files(entry, cache))
+    try:
+        return index, [lines_of(index.read(place, "txt").decode("utf-8")) for place in range(len(index))]
+    except (KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{entry.path}: not every picture has captions (.txt, UTF-8): {error}") from None
+
+
+def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
+    """Karpathy's JSON {images: [{filepath, filename, split, sentences: [{raw}]}]}, or ALBEF's [{image, caption}]."""
+    file = Path(entry.path)
+    if not file.is_file():
+        raise MissingData(
+            f"{entry.name}: no file {file}; put Karpathy's JSON (dataset_coco.json, dataset_flickr30k.json) there, or "
+            "name another with --datasets retrieval:FILE"
+        )
+    root = Path(entry.images or file.parent)
+    try:
+        if file.read_bytes()[:64].lstrip()[:1] == b"[":
+            rows = [(row["image"], row["caption"]) for row in json.loads(file.read_bytes())]
+        else:
+            rows = [
+                (f"{row.get('filepath', '')}/{row['filename']}".lstrip("/"), [each["raw"] for each in row["sentences"]])
+                for row in read_json(file)["images"]
+                if row["split"] == entry.split
+            ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: {error} is missing or malformed; retrieval takes Karpathy's JSON, whose images have filename, "
+            "split and sentences with raw, or a list of {image, caption}"
+        ) from None
+    if rows and not any((root / image).is_file() for image, _ in rows[:20]):
+        raise MissingData(
+            f"{entry.name}: none of the first pictures is there, e.g. {root / rows[0][0]}; put the pictures where the "
+            f"paths of {file} lead from {root}, or name the folder as `images` of an entry of --catalog"
+        )
+    return [root / image for image, _ in rows], [[c] if isinstance(c, str) else list(c) for _, c in rows]

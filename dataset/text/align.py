@@ -1,0 +1,45 @@
+"""ALIGN's tokenizer."""
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from base.errors import UserError
+from dataset.text.wordpiece import Tokenizer, padded_length
+
+
+class AlignTokenizer:
+    """BERT's lower-case WordPiece as TensorFlow Text does it: [CLS], pieces, [SEP], padding 0.
+
+    Unlike transformers' tokenizer it folds case and compatibility characters by Unicode's rules (ß is ss, ™ is tm), and
+    "[SEP]" in a caption is text. source: as in dataset.text.wordpiece.Tokenizer.
+    """
+
+    def __init__(self, source: str | Path = "bert-base-uncased", context_length: int = 64):
+        self.source, self.context_length = source, context_length
+        self.pieces = Tokenizer(source)
+        self.pieces.backend.encode_special_tokens = True
+        self.vocab_size, self.path = self.pieces.vocab_size, source
+        if self.pieces.pad_id:
+            raise UserError(f"tokenizer {source}: [PAD] must be its first entry, as in every BERT vocabulary")
+
+    def __reduce__(self):
+        return AlignTokenizer, (self.source, self.context_length)
+
+    def row(self, text: str) -> list[int]:
+        """[CLS], the first pieces, [SEP]: at most `context_length` ids."""
+        if not text.isascii():
+            text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        ids = self.pieces.backend.encode(text, add_special_tokens=False).ids
+        return [self.pieces.cls_id, *ids[: self.context_length - 2], self.pieces.sep_id]
+
+    def __call__(self, texts: Iterable[str], lengths: Sequence[int] | None = None) -> Tensor:
+        """int64 [B,L]. lengths: the allowed L; None for the whole context, () for multiples of 8."""
+        rows = [self.row(text) for text in texts]
+        width = self.context_length
+        if lengths is not None:
+            width = padded_length(max(map(len, rows)), self.context_length, lengths)
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows])

@@ -1,0 +1,90 @@
+"""Labels of pictures as people look at them: a picture with the attention of its labels, and the pages of a split."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+
+import torch
+from torch import Tensor
+
+from evaluation.report.examples import gallery
+from evaluation.report.page import card, escape, heat_map, table, thumbnail
+
+TILE, CAPTION = 224, 24  # pixels
+
+
+def attention_page(path: Path, picture: Tensor, labels: Sequence[tuple[str, float]], maps: Sequence[Tensor]) -> None:
+    """Save as one image the picture uint8 [3,H,W] and, beside it, the same under its first labels' attention [g,g]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    tiles = [(_plain(picture), "the picture, as it is seen")]
+    tiles += [
+        (heat_map(picture, heat, TILE), f"{shorten(text, 20, placeholder=' …')}  {score:.1%}")
+        for (text, score), heat in zip(labels, maps, strict=False)
+    ]
+    across = min(4, len(tiles))
+    down = -(-len(tiles) // across)
+    sheet = Image.new("RGB", (across * (TILE + 8) + 8, down * (TILE + CAPTION + 8) + 8), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for number, (tile, text) in enumerate(tiles):
+        left, top = 8 + number % across * (TILE + 8), 8 + number // across * (TILE + CAPTION + 8)
+        sheet.paste(Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()), (left, top))
+        draw.text((left, top + TILE + 3), text, fill="black", font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _plain(picture: Tensor) -> Tensor:
+    """uint8 [3,TILE,TILE]"""
+    size = {"size": (TILE, TILE), "mode": "bilinear", "align_corners": False}
+    return torch.nn.functional.interpolate(picture[None].float(), **size)[0].round().clamp(0, 255).byte()
+
+
+def save_labels(path: Path, names: Sequence[str], references: Sequence, found: Sequence) -> None:
+    """A JSON list of {image, references, labels: [[text, score]]}."""
+    rows = [
+        {"image": name, "references": list(true), "labels": [[text, round(score, 5)] for text, score in labels]}
+        for name, true, labels in zip(names, references, found, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows) + "\n")
+
+
+def label_report(data, found: Sequence[Sequence[tuple[str, float]]], metrics: dict, split: str) -> list[str]:
+    """Cards of a split: the scores, how often each label was found, and pictures with their labels.
+
+    data: has `references`, `picture(i)` and a length; found: its labels with scores, best first.
+    """
+    rows = [(name, f"{value:.2f}" if name.startswith("exact") else f"{value:.5f}") for name, value in metrics.items()]
+    counts: dict[str, list[int]] = {}
+    right = torch.zeros(len(data), dtype=torch.bool)
+    for i, (true, labels) in enumerate(zip(data.references, found, strict=True)):
+        best = {text for text, _ in labels[: len(set(true))]}
+        right[i] = set(true) <= best
+        for name in set(true):
+            count = counts.setdefault(name, [0, 0])
+            count[0] += name in best
+            count[1] += 1
+    common = sorted(counts, key=lambda name: -counts[name][1])[:20]
+    each = [(name, counts[name][1], f"{100 * counts[name][0] / counts[name][1]:.1f}") for name in common]
+
+    def case(i: int) -> str:
+        return label_case(data.picture(i), found[i][:10], data.references[i], bool(right[i]))
+
+    return [
+        card(f"{split}: {len(data)} pictures", table(["score", "value"], rows)),
+        card("The most frequent labels", table(["label", "pictures", "found, %"], each)),
+        gallery(f"Labels, {split}", right, case, intro="Green: what the picture shows. The ten likeliest labels each."),
+    ]
+
+
+def label_case(picture, labels: Sequence[tuple[str, float]], true: Sequence[str], right: bool) -> str:
+    """A picture, its labels with their probabilities, the true ones green, and what it shows."""
+    lines = "".join(
+        f"<li{' class=right' if text in true else ''}><span class='score'>{score:.1%}</span>{escape(text)}</li>"
+        for text, score in labels
+    )
+    badge = f"<span class='badge{' right' if right else ''}'>{'all found' if right else 'not all'}</span>"
+    said = f"<ol>{lines}</ol><figcaption>shows: {escape(', '.join(dict.fromkeys(true)))}</figcaption>"
+    return f"<div class='case'><div style='flex:none'>{thumbnail(picture, 112)}</div><div>{badge}{said}</div></div>"

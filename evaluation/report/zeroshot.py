@@ -1,0 +1,84 @@
+"""Results of zero-shot evaluation as a table for the terminal and as cards of a page."""
+
+from collections.abc import Mapping
+
+from evaluation.report.page import card, line_chart, table
+from evaluation.zeroshot import WEIGHTS
+
+SHOWN = ("z", "h", "zh_0.5")
+TITLES = {
+    "acc1": "top 1",
+    "mean_per_class": "mean per class",
+    "roc_auc": "ROC-AUC",
+    "acc1_acc5": "mean of top 1 and top 5",
+    "map11": "11-point mAP",
+    "recall": "recall",
+}
+TEXT_COLUMNS = (0, 3)  # flush left: the data set, and its metric or score
+RECALLS = {f"{way}_r{at}": f"{name} R@{at}" for way, name in (("txt", "text"), ("img", "image")) for at in (1, 5, 10)}
+
+Results = Mapping[str, Mapping]  # data set -> {metric, pictures, <metric>_<score> ...}
+
+
+def tables(results: Results) -> dict[str, list[list[str]]]:
+    """Title -> rows, the first of them the head: the set's own metric by score, and recalls."""
+    first = next(iter(results.values()))
+    scores = [name for name in SHOWN if any(key.endswith(f"_{name}") for key in first)]
+    classified = {name: row for name, row in results.items() if row["metric"] != "recall"}
+    retrieved = {name: row for name, row in results.items() if row["metric"] == "recall"}
+    found = {}
+    if classified:
+        rows = [["data set", "pictures", "classes", "metric", *scores]]
+        for name, row in classified.items():
+            figures = [row[f"{row['metric']}_{score}"] for score in scores]
+            about = [name, str(row["pictures"]), str(row["classes"]), TITLES[row["metric"]]]
+            rows.append(about + [f"{figure:.2f}" for figure in figures])
+        if len(classified) > 1:
+            means = [
+                sum(r[f"{r['metric']}_{score}"] for r in classified.values()) / len(classified) for score in scores
+            ]
+            rows.append(["mean", "", "", "", *(f"{mean:.2f}" for mean in means)])
+        found["Zero-shot classification, in %"] = rows
+    if retrieved:
+        rows = [["data set", "pictures", "captions", "score", *RECALLS.values()]]
+        for name, row in retrieved.items():
+            for score in scores:
+                about = [name, str(row["pictures"]), str(row["captions"]), score]
+                rows.append(about + [f"{row[f'{key}_{score}']:.2f}" for key in RECALLS])
+        found["Zero-shot retrieval, in %"] = rows
+    return found
+
+
+def plain_tables(results: Results) -> str:
+    """The tables in monospaced text."""
+    blocks = []
+    for title, rows in tables(results).items():
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for row in rows:
+            cells = zip(row, widths, strict=True)
+            padded = (c.ljust(w) if place in TEXT_COLUMNS else c.rjust(w) for place, (c, w) in enumerate(cells))
+            lines.append("  ".join(padded).rstrip())
+        blocks.append("\n".join([title, *lines[:1], "-" * len(lines[0]), *lines[1:]]))
+    return "\n\n".join(blocks)
+
+
+def cards(results: Results, skipped: Mapping[str, str]) -> list[str]:
+    """The tables, the ensembles' course over the weight of z, and what was left out and why."""
+    found = [card(title, table(rows[0], rows[1:])) for title, rows in tables(results).items()]
+    charts = [ensemble_chart(name, row) for name, row in results.items()]
+    if any(charts):
+        intro = "w times the similarity of z plus 1 - w times that of h; 0 is h alone, 1 is z alone."
+        found.append(card("Ensembles", '<div class="grid">', *charts, "</div>", intro=intro))
+    if skipped:
+        found.append(card("Not evaluated", table(["data set", "why"], skipped.items())))
+    return found
+
+
+def ensemble_chart(name: str, row: Mapping) -> str:
+    """The set's own metric (of retrieval the mean recall) over the weight of z; nothing where there is no h."""
+    metric = "r_mean" if row["metric"] == "recall" else row["metric"]
+    if f"{metric}_h" not in row:
+        return ""
+    points = [(0.0, row[f"{metric}_h"]), *((w, row[f"{metric}_zh_{w}"]) for w in WEIGHTS), (1.0, row[f"{metric}_z"])]
+    return line_chart({name: points}, f"{name}, {TITLES.get(metric, 'mean recall')}", "w")

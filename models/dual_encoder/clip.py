@@ -1,0 +1,78 @@
+"""CLIP (Radford et al., 2021) and SigLIP (Zhai et al., 2023) with two towers."""
+
+import math
+
+from torch import Tensor, nn
+
+from base.errors import UserError
+from models.dual_encoder import objectives as dual_losses
+from models.dual_encoder.base import DualConfig, DualEncoder
+from models.dual_encoder.objectives import Features
+from models.layers.clip_towers import (
+    TwoTowers,
+    linear_projector,
+    mlp_projector,
+)
+
+
+class CLIP(DualEncoder, TwoTowers):
+    """Image tower and text transformer, each with a projector into the common space (z)."""
+
+    loss = staticmethod(dual_losses.clip)
+
+    def __init__(self, config: DualConfig, visual: nn.Module, scales: dict[str, float] | None = None):
+        super().__init__(visual, config.text, {"logit_scale": math.log(1 / 0.07), **(scales or {})})
+        self.config = config
+        self.image_projector = self._projector(visual.num_features)
+        self.text_projector = self._projector(config.text_width)
+
+    def _projector(self, width: int) -> nn.Module:
+        kind, out = self.config.clip_proj_type, self.config.embed_dim
+        if choose(kind, ("linear", "mlp"), "clip_proj_type") == "linear":
+            return linear_projector(width, out, std=width**-0.5)
+        return mlp_projector(width, self.config.clip_hidden_dim, out)
+
+    def project_text(self, feats: Tensor) -> Tensor:
+        return self.text_projector(feats.detach() if self.config.detach_proj else feats)
+
+    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
+        """`feats_*` [B,C], [B,T], `z_*` [B,E], and the scale of the logits. Local views are ignored."""
+        image_feats = self.visual(image)
+        text_feats = self.text_features(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
+        return {
+            "feats_image": image_feats,
+            "z_image": self.image_projector(image_feats),
+            "feats_text": text_feats,
+            "z_text": self.project_text(text_feats),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+    def embed_image(self, image: Tensor) -> Features:
+        """Pictures [B,3,H,W] -> `feats` [B,C], `z` [B,E] and, for the CL2L family, `h` [B,E]."""
+        feats = self.visual(image)
+        return {"feats": feats, "z": self.image_projector(feats)}
+
+    def embed_text(self, text_ids: Tensor) -> Features:
+        """Texts int64 [B,L] -> `feats` [B,T], `z` [B,E] and, for the CL2L family, `h` [B,E]."""
+        feats = self.text_features(text_ids)
+        return {"feats": feats, "z": self.project_text(feats)}
+
+
+class SigLIP(CLIP):
+    """CLIP's towers under SigLIP's pairwise loss: a learned bias beside the scale, from which training starts at 10."""
+
+    loss = staticmethod(dual_losses.siglip)
+
+    def __init__(self, config: DualConfig, visual: nn.Module):
+        super().__init__(config, visual, {"logit_bias": -10.0})
+        nn.init.constant_(self.logit_scale, math.log(10))
+
+    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
+        return super().features(image, text_ids) | {"logit_bias": self.logit_bias * 1.0}
+
+
+def choose(value: str, known: tuple[str, ...], knob: str) -> str:
+    """`value` itself, or UserError that lists what `knob` may be."""
+    if value not in known:
+        raise UserError(f"{knob} {value!r} is unknown; use {' or '.join(known)}")
+    return value

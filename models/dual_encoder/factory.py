@@ -1,0 +1,67 @@
+"""Model names: which class, backbone and configuration a `--model` string means."""
+
+from torch import nn
+
+from base.errors import UserError
+from models.dual_encoder.base import DualConfig, DualEncoder
+from models.dual_encoder.cl2l import CL2L, BarLIP, SiamLIP, SwALIP, SwALIPV1
+from models.dual_encoder.clip import CLIP, SigLIP
+from models.dual_encoder.slip import SimCLR, Slip, SlipCLIP
+from models.layers.clip_towers import BACKBONES, nearest
+
+HEADS = {
+    "CLIP": CLIP,
+    "SIGLIP": SigLIP,
+    "CL2L": CL2L,
+    "BARLIP": BarLIP,
+    "SIAMLIP": SiamLIP,
+    "SWALIP": SwALIP,
+    "SWALIPV1": SwALIPV1,
+}
+
+
+SLIP_MODELS = {"CLIP": SlipCLIP, "SLIP": Slip, "SIMCLR": SimCLR}
+
+
+SLIP_BACKBONES = {"VITS16": "VITS16MOCO", "VITB16": "VITB16", "VITL16": "VITL16"}
+
+
+USES_LOCAL_VIEWS = ("CL2L", "BARLIP", "SIAMLIP", "SWALIP")
+
+
+def model_names() -> list[str]:
+    """Every valid `model` string."""
+    rocket = [f"{base}_{backbone}_{head}" for base in ("CLIP", "CL2L") for backbone in BACKBONES for head in HEADS]
+    slip = [f"{base}_{backbone}" for base in SLIP_MODELS for backbone in SLIP_BACKBONES]
+    return rocket + slip + _align().align_names()
+
+
+def _align():
+    """models.dual_encoder.align, which builds on this module."""
+    from models.dual_encoder import align
+
+    return align
+
+
+def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
+    """Class, backbone and number of local views it needs (-1: any) of a model string. UserError names the nearest."""
+    parts = name.split("_")
+    if name not in model_names():
+        raise UserError(
+            f"model {name!r} is unknown{nearest(name, model_names())} The form is <CLIP|CL2L>_<backbone>_<head> with "
+            f"backbones {', '.join(BACKBONES)} and heads {', '.join(HEADS)}, or SLIP's <{'|'.join(SLIP_MODELS)}>_"
+            f"<{'|'.join(SLIP_BACKBONES)}>, or ALIGN_<{'|'.join(_align().SHAPES)}>_<{'|'.join(_align().TEXTS)}>"
+        )
+    if parts[0] == "ALIGN":
+        return _align().Align, parts[1], 0
+    if len(parts) == 2:
+        return SLIP_MODELS[parts[0]], SLIP_BACKBONES[parts[1]], 0 if parts[0] == "CLIP" else 2
+    return HEADS[parts[2]], parts[1], -1 if parts[2] in USES_LOCAL_VIEWS else 0
+
+
+def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncoder:
+    """The network of `config.model`, freshly initialised; `visual` replaces its backbone (needs `num_features`)."""
+    model, backbone, _ = parts_of(config.model)
+    if backbone not in BACKBONES:
+        return model(config)  # ALIGN's towers belong together
+    return model(config, visual or BACKBONES[backbone](config.image_size))

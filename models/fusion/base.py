@@ -1,0 +1,210 @@
+"""What SIMLA / ALBEF pre-training and retrieval share: two encoders with momentum copies, the joint space with its
+queue, image-text contrast (ITA) and image-text matching (ITM) with hard negatives."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from base.distributed import gather, rank, world_size
+from base.errors import UserError
+from models.fusion.losses import distilled_cross_entropy, hard_negatives, masked_mean
+from models.fusion.momentum import MomentumModel
+from models.layers.vit import ViT, ViTConfig
+from models.layers.xbert import BertConfig, XBert, XBertLM
+
+
+@dataclass
+class Keys:
+    """The contrastive key banks of one step; columns are the batch's momentum features, then the queue."""
+
+    image: Tensor  # [E,G+Q] float32
+    text: Tensor  # [E,G+Q]
+    own: int  # first column that belongs to this rank's batch
+
+
+@dataclass
+class Features:
+    """Normalised joint-space features [B,E] float32 of a batch."""
+
+    image: Tensor
+    text: Tensor
+
+
+class ImageTextModel(MomentumModel):
+    """Encoders, momentum copies (`X_m`), projections, matching head, temperature, queue; base of the tasks' models."""
+
+    momentum_of = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
+
+    def __init__(
+        self,
+        vit: ViTConfig,
+        bert: BertConfig,
+        embed_dim: int,
+        queue_size: int,
+        temp: float,
+        compat: str,
+        language_model: bool,
+    ):
+        super().__init__(compat)
+        if bert.encoder_width != vit.width:
+            raise UserError(
+                f"bert.encoder_width {bert.encoder_width} must equal the width of the image tokens, {vit.width}"
+            )
+        self.temp = nn.Parameter(torch.tensor(float(temp)))
+        self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
+        self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.visual_encoder = ViT(vit)
+        self.text_encoder = XBertLM(bert) if language_model else XBert(bert)
+        self.vision_proj = nn.Linear(vit.width, embed_dim)
+        self.text_proj = nn.Linear(bert.hidden_size, embed_dim)
+        self.itm_head = nn.Linear(bert.hidden_size, 2)
+
+    @property
+    def bert(self) -> XBert:
+        """The text and fusion transformer without head."""
+        return self.text_encoder.bert if isinstance(self.text_encoder, XBertLM) else self.text_encoder
+
+    @property
+    def bert_m(self) -> XBert:
+        """Its momentum copy."""
+        return self.text_encoder_m.bert if isinstance(self.text_encoder_m, XBertLM) else self.text_encoder_m
+
+    def image_feature(self, image_tokens: Tensor) -> Tensor:
+        """[B,N+1,D] -> normalised [B,E] float32."""
+        return F.normalize(self.vision_proj(image_tokens[:, 0]).float(), dim=-1)
+
+    def text_feature(self, cls_state: Tensor) -> Tensor:
+        """[CLS] states [B,D] -> normalised [B,E] float32."""
+        return F.normalize(self.text_proj(cls_state).float(), dim=-1)
+
+    @torch.no_grad()
+    def momentum_features(self, image_tokens_m: Tensor, cls_state_m: Tensor) -> Features:
+        """The teacher's features from the teacher's states."""
+        image = F.normalize(self.vision_proj_m(image_tokens_m[:, 0]).float(), dim=-1)
+        return Features(image, F.normalize(self.text_proj_m(cls_state_m).float(), dim=-1))
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep the temperature in [0.001, 0.5]."""
+        self.temp.clamp_(0.001, 0.5)
+
+    @torch.no_grad()
+    def key_banks(self, everyone: Features, local: Features) -> Keys:
+        """Key banks [batch | queue]; the batch part is the global batch, or this rank's own where compat is original.
+
+        The concatenation is the one copy of the queue (64 MiB each at full size, 0.1 ms of a GPU): backward needs the
+        keys as the loss saw them, while the enqueue overwrites the queue in place.
+        """
+        batch = local if self.original else everyone
+        own = 0 if self.original else rank() * len(local.image)
+        return Keys(
+            torch.cat([batch.image.t(), self.image_queue.float()], dim=1),
+            torch.cat([batch.text.t(), self.text_queue.float()], dim=1),
+            own,
+        )
+
+    def ita(
+        self,
+        student: Features,
+        teacher: Features | None,
+        keys: Keys,
+        alpha: Tensor | float,
+        target: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Image-text contrast: (loss 0-d, image-to-text logits [B,B], text-to-image logits [B,B] inside the own batch).
+
+        The keys come from the momentum encoders, the soft targets (weight alpha) from the teacher's similarities, none
+        where it is None. `target`, distributions [B,G+Q], is the hard part; the default is the own pair.
+        """
+        rows = len(student.image)
+        with torch.autocast(student.image.device.type, enabled=False):
+            i2t, t2i = student.image @ keys.text / self.temp, student.text @ keys.image / self.temp
+            i2t_m = t2i_m = None
+            if teacher is not None:
+                with torch.no_grad():
+                    i2t_m, t2i_m = teacher.image @ keys.text / self.temp, teacher.text @ keys.image / self.temp
+            if target is None:
+                target = keys.own + torch.arange(rows, device=i2t.device)
+            loss_i2t = distilled_cross_entropy(i2t, target, i2t_m, alpha).mean()
+            loss_t2i = distilled_cross_entropy(t2i, target, t2i_m, alpha).mean()
+        own_columns = slice(keys.own, keys.own + rows)
+        return (loss_i2t + loss_t2i) / 2, i2t[:, own_columns].detach(), t2i[:, own_columns].detach()
+
+    def draw_negatives(self, i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+        """Hard negatives inside the own batch: (image for each text, text for each image), int64 [B] each.
+
+        i2t, t2i: similarity logits [B,B]; same: bool [B,B], pairs that are no negatives.
+        """
+        return hard_negatives(t2i, same), hard_negatives(i2t, same)
+
+    def fuse_pairs(
+        self,
+        stage: Tensor,
+        text_mask: Tensor,
+        image_tokens: Tensor,
+        negative_image: Tensor,
+        negative_text: Tensor,
+        masked_stage: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """ITM's and, where there are masked captions, MLM's fusion in one pass whose image keys are computed once.
+
+        Returns the [CLS] states [3B,D] of own pairs, drawn images, drawn texts, and the states [B,L,D] of the masked
+        captions. The rows that keep image b come first, in groups of B; those with a drawn image last.
+        """
+        drawn_text, drawn_mask = stage.index_select(0, negative_text), text_mask.index_select(0, negative_text)
+        groups, masks = [stage, drawn_text], [text_mask, drawn_mask]
+        if masked_stage is not None:
+            groups, masks = [*groups, masked_stage], [*masks, text_mask]
+        rows, mask = torch.cat([*groups, stage]), torch.cat([*masks, text_mask])
+        keep = first_token(rows) if masked_stage is None else None
+        states = self.bert.fuse(rows, mask, image_tokens, rows=negative_image, keep=keep).chunk(len(groups) + 1)
+        cls_states = torch.cat([states[0][:, 0], states[-1][:, 0], states[1][:, 0]])
+        return cls_states, None if masked_stage is None else states[2]
+
+    def itm(self, cls_states: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Image-text matching over the fused [CLS] states of 3B pairs, the first B of which match; valid: bool [3B]."""
+        logits = self.itm_head(cls_states)
+        target = (torch.arange(len(logits), device=logits.device) < len(logits) // 3).long()
+        loss = distilled_cross_entropy(logits, target)
+        return loss.mean() if valid is None else masked_mean(loss, valid)
+
+    @torch.no_grad()
+    def enqueue(self, everyone: Features) -> Tensor:
+        """Write the global batch's momentum features over the oldest of the queue; returns the columns written.
+
+        Any queue size and any batch: the write wraps around, a batch larger than the queue leaves its last Q rows.
+        """
+        size, rows = self.image_queue.shape[1], len(everyone.image)
+        written = min(rows, size)
+        if size == 0:
+            return self.queue_ptr.new_empty(0)
+        columns = (self.queue_ptr + torch.arange(rows - written, rows, device=self.queue_ptr.device)) % size
+        for queue, features in ((self.image_queue, everyone.image), (self.text_queue, everyone.text)):
+            queue.index_copy_(1, columns, features[rows - written :].t().to(queue.dtype))
+        self.queue_ptr.copy_((self.queue_ptr + rows) % size)
+        return columns
+
+
+def gather_features(local: Features) -> Features:
+    """The features of all ranks in rank order, [G,E], without gradient; one collective."""
+    if world_size() == 1:
+        return local
+    both = gather(torch.stack([local.image, local.text], dim=1))
+    return Features(both[:, 0], both[:, 1])
+
+
+def first_token(states: Tensor) -> Tensor:
+    """Position 0 of every row of [R,L,D], int64 [R,1]."""
+    return torch.zeros(len(states), 1, dtype=torch.int64, device=states.device)
+
+
+def check_batch(image: Tensor) -> None:
+    """Raise UserError where hard negatives cannot exist."""
+    if len(image) < 2:
+        raise UserError(
+            "a batch of 1 per process holds no negative for image-text matching: set batch_size (batch_size_train) to "
+            "2 or more"
+        )

@@ -1,0 +1,258 @@
+"""Discrete VAE that turns pictures into grids of visual tokens and back (DALL-E: Ramesh et al. 2021, section 2.1).
+
+The networks and parameter names are those of OpenAI's `dall_e` package, in any width, so that one `ImageTokenizer` is
+OpenAI's published tokenizer or a small one of one's own (`scripts/train_dvae.py`). SIMLA predicts its codes for masked
+patches. Pictures are float [B,3,H,W] in [0,1]; codes int64 [B,H/r,W/r] with r = 2^(groups - 1).
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from base.errors import UserError
+
+EPSILON = 0.1  # pictures are mapped from [0,1] to [0.1,0.9], where the logit is finite
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class TokenizerConfig:
+    """Geometry; the defaults are OpenAI's."""
+
+    vocab_size: int = 8192  # codes
+    width: int = 256  # channels at full resolution; doubled by every group
+    groups: int = 4  # resolutions; the picture is reduced by 2^(groups - 1), 8 for 4
+    blocks_per_group: int = 2
+    decoder_width: int = 128  # channels of a code's embedding in the decoder
+    outputs: int = 6  # 6: location and log-scale of a logit-Laplace distribution per channel; 3: location alone (MSE)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> "TokenizerConfig":
+        """The geometry that weights `encoder.*` (and `decoder.*`) have; `UserError` where they are no tokenizer's."""
+        try:
+            blocks = {tuple(key.split(".")[2:4]) for key in state if key.startswith("encoder.blocks.group_")}
+            groups = len({group for group, _ in blocks})
+            config = cls(
+                vocab_size=state["encoder.blocks.output.conv.w"].shape[0],
+                width=state["encoder.blocks.input.w"].shape[0],
+                groups=groups,
+                blocks_per_group=len(blocks) // groups,
+            )
+            if "decoder.blocks.input.w" in state:
+                config.decoder_width = state["decoder.blocks.input.w"].shape[0]
+                config.outputs = state["decoder.blocks.output.conv.w"].shape[0]
+        except (KeyError, ZeroDivisionError):
+            keys = ", ".join(list(state)[:5])
+            raise UserError(f"not the weights of an image tokenizer: no encoder.blocks.* among {keys} ...") from None
+        return config
+
+
+class Conv(nn.Module):
+    """Size-keeping convolution; weight `w` [out,in,k,k], bias `b` [out]; the input is cast to their dtype."""
+
+    def __init__(self, n_in: int, n_out: int, kernel: int, fan_in: int | None = None):
+        super().__init__()
+        std = (fan_in or n_in * kernel**2) ** -0.5
+        self.w = nn.Parameter(torch.randn(n_out, n_in, kernel, kernel) * std)
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.to(self.w.dtype), self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class Block(nn.Module):
+    """id(x) + gain * res(x) with four ReLU-convolution pairs through a quarter of the channels."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], gain: float):
+        super().__init__()
+        hidden = max(1, n_out // 4)
+        self.gain = gain
+        self.id_path = Conv(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        widths = (n_in, hidden, hidden, hidden, n_out)
+        self.res_path = nn.Sequential()
+        for i, kernel in enumerate(kernels, start=1):
+            self.res_path.add_module(f"relu_{i}", nn.ReLU())
+            self.res_path.add_module(f"conv_{i}", Conv(widths[i - 1], widths[i], kernel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+def _groups(config: TokenizerConfig, widths: list[int], kernels: tuple[int, ...], resize: type, scale: dict) -> dict:
+    """`group_1` ... of blocks; every group but the last ends by changing the resolution."""
+    gain = (config.groups * config.blocks_per_group) ** -2
+    modules = OrderedDict()
+    for g in range(1, config.groups + 1):
+        group = nn.Sequential()
+        for b in range(1, config.blocks_per_group + 1):
+            n_in = widths[g - 1] if b == 1 else widths[g]
+            group.add_module(f"block_{b}", Block(n_in, widths[g], kernels, gain))
+        if g < config.groups:
+            group.add_module("resize", resize(**scale))
+        modules[f"group_{g}"] = group
+    return modules
+
+
+class Encoder(nn.Module):
+    """[B,3,H,W] -> logits [B,V,H/r,W/r]."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        widths = [config.width, *(config.width * 2**g for g in range(config.groups))]
+        groups = _groups(config, widths, (3, 3, 3, 1), nn.MaxPool2d, {"kernel_size": 2})
+        output = OrderedDict(relu=nn.ReLU(), conv=Conv(widths[-1], config.vocab_size, 1))
+        modules = {"input": Conv(3, config.width, 7)} | groups | {"output": nn.Sequential(output)}
+        self.blocks = nn.Sequential(OrderedDict(modules))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class Decoder(nn.Module):
+    """One-hot or relaxed codes [B,V,h,w] -> [B,outputs,h*r,w*r]."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        widths = [config.decoder_width, *(config.width * 2**g for g in reversed(range(config.groups)))]
+        groups = _groups(config, widths, (1, 3, 3, 3), nn.Upsample, {"scale_factor": 2, "mode": "nearest"})
+        output = OrderedDict(relu=nn.ReLU(), conv=Conv(widths[-1], config.outputs, 1))
+        first = Conv(config.vocab_size, config.decoder_width, 1, fan_in=1)  # one code at a time is not zero
+        self.blocks = nn.Sequential(OrderedDict({"input": first} | groups | {"output": nn.Sequential(output)}))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.blocks(z)
+
+
+class ImageTokenizer(nn.Module):
+    """Encoder and decoder of visual tokens; `decoder` is None where only OpenAI's encoder.pkl is at hand."""
+
+    def __init__(self, config: TokenizerConfig, with_decoder: bool = True):
+        super().__init__()
+        if min(config.vocab_size, config.width, config.groups, config.blocks_per_group, config.decoder_width) < 1:
+            raise UserError(f"every size of an image tokenizer must be at least 1: {config}")
+        if config.outputs not in (3, 6):
+            raise UserError(f"outputs of an image tokenizer: 6 (logit-Laplace) or 3 (MSE), not {config.outputs}")
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config) if with_decoder else None
+
+    @classmethod
+    def load(cls, path: str | Path, read: Callable[[Path], dict[str, Tensor]], precision: str = "float32"):
+        """A frozen tokenizer from a file or folder.
+
+        path: OpenAI's encoder.pkl or a folder with it (decoder.pkl beside it is optional), or the safetensors file,
+            checkpoint or folder of `scripts/train_dvae.py`.
+        read: file or folder -> state dict, `runtime.checkpoint.read_weights`. precision: see `freeze`.
+        """
+        path = Path(path)
+        if (path / "encoder.pkl").is_file():
+            path = path / "encoder.pkl"
+        state = read(path)
+        if "blocks.input.w" in state:
+            state = {f"encoder.{key}": value for key, value in state.items()}
+            other = path.with_name("decoder.pkl")
+            if other.is_file():
+                state |= {f"decoder.{key}": value for key, value in read(other).items()}
+        config = TokenizerConfig.from_state(state)
+        tokenizer = cls(config, with_decoder="decoder.blocks.input.w" in state)
+        try:
+            tokenizer.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{path}: not an image tokenizer of one piece: {error}") from None
+        return tokenizer.freeze(precision)
+
+    def freeze(self, precision: str = "float32") -> "ImageTokenizer":
+        """Evaluation without gradients, channels last, convolutions in "float32", "bfloat16" or "float16".
+
+        The encoder's last and the decoder's first convolution stay in float32, as OpenAI has it: they decide the codes.
+        """
+        if precision not in PRECISIONS:
+            raise UserError(f"precision {precision!r} of the image tokenizer: one of {', '.join(PRECISIONS)}")
+        self.requires_grad_(False).eval().to(PRECISIONS[precision], memory_format=torch.channels_last)
+        self.encoder.blocks.output.float()
+        if self.decoder is not None:
+            self.decoder.blocks.input.float()
+        return self
+
+    @property
+    def reduction(self) -> int:
+        """Pixels per code and side."""
+        return 2 ** (self.config.groups - 1)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """[B,3,H,W] in [0,1] -> logits over the codes [B,V,H/r,W/r]."""
+        height, width = image.shape[-2:]
+        if height % self.reduction or width % self.reduction:
+            raise UserError(f"a picture of {height} x {width} is no multiple of {self.reduction}, the pixels of a code")
+        return self.encoder(squeeze_range(image).contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def codes(self, image: Tensor) -> Tensor:
+        """[B,3,H,W] in [0,1] -> int64 [B,H/r,W/r], the most probable code of each place."""
+        return self.logits(image).argmax(dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """int64 [B,h,w] -> pictures float32 [B,3,h*r,w*r] in [0,1]."""
+        if self.decoder is None:
+            raise UserError("this image tokenizer has no decoder: put decoder.pkl beside encoder.pkl")
+        one_hot = F.one_hot(codes, self.config.vocab_size).permute(0, 3, 1, 2)
+        return picture_of(self.decoder(one_hot))
+
+    def forward(
+        self, image: Tensor, temperature: Tensor | float = 1.0, straight_through: bool = False
+    ) -> dict[str, Tensor]:
+        """Losses of one training step, 0-d each, for pictures [B,3,H,W] in [0,1].
+
+        loss_reconstruction: negative log-likelihood under the logit-Laplace distribution, or mean squared error, of the
+            decoder's picture from Gumbel-softmax codes (Jang et al. 2017) at `temperature`: relaxed ones, or
+            with `straight_through` hard ones with the gradient of the relaxed ones.
+        loss_kl: KL(q(code | place) || uniform), mean over places, in nats: how decided the encoder is.
+        loss_usage: KL(mean q over the batch || uniform): 0 when all codes are used equally; keeps the code book alive.
+        """
+        logits = self.logits(image).float()
+        log_q = F.log_softmax(logits, dim=1)
+        uniform = math.log(self.config.vocab_size)
+        mean_q = log_q.exp().mean(dim=(0, 2, 3))
+        sample = F.gumbel_softmax(logits, tau=temperature, hard=straight_through, dim=1)
+        output = self.decoder(sample).float()
+        return {
+            "loss_reconstruction": reconstruction_loss(output, image),
+            "loss_kl": uniform + (log_q.exp() * log_q).sum(dim=1).mean(),
+            "loss_usage": uniform + torch.special.xlogy(mean_q, mean_q).sum(),
+        }
+
+
+def squeeze_range(image: Tensor) -> Tensor:
+    """[0,1] -> [0.1,0.9]."""
+    return (1 - 2 * EPSILON) * image + EPSILON
+
+
+def picture_of(output: Tensor) -> Tensor:
+    """The decoder's output [B,3 or 6,H,W] -> picture [B,3,H,W] in [0,1]: the location, out of the squeezed range."""
+    return ((torch.sigmoid(output[:, :3].float()) - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
+
+
+def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
+    """Mean over channels and pixels; `output` [B,6,H,W] logit-Laplace (location, log-scale), [B,3,H,W] squared error.
+
+    Logit-Laplace density of x in (0,1), Ramesh et al. 2021, appendix A.3: exp(-|logit(x) - m| / b) / (2 b x (1 - x)).
+    """
+    x = squeeze_range(image)
+    if output.shape[1] == 3:
+        return F.mse_loss(torch.sigmoid(output), x)
+    location, log_scale = output.chunk(2, dim=1)
+    distance = (torch.logit(x) - location).abs()
+    return (distance * torch.exp(-log_scale) + log_scale + torch.log(2 * x * (1 - x))).mean()
+
+
+def code_usage(counts: Tensor) -> tuple[float, float]:
+    """`(used, perplexity)` of code counts [V]: share of codes that occur, exp of the entropy of their distribution."""
+    p = counts.double() / counts.sum().clamp(min=1)
+    entropy = -torch.special.xlogy(p, p).sum()
+    return (counts > 0).double().mean().item(), entropy.exp().item()

@@ -1,0 +1,257 @@
+"""SIMLA (Khan et al., ECCV 2022) and ALBEF (Li et al., NeurIPS 2021) pre-training.
+
+ALBEF aligns an image encoder and a two-stage text/fusion transformer with three losses: image-text contrast (ITA),
+image-text matching (ITM) and masked language modelling (MLM); ITA and MLM take soft targets from a momentum teacher.
+SIMLA makes the transformer single-stream and adds masked image modelling in the context of the caption (MIM) and
+keyword prediction (pseudo-labels). One class serves both; the configuration says which losses there are.
+
+`compat: original` reproduces the published code's numbers where they differ: per-rank means and keys, teacher dropout,
+online features inside the teacher, keyword votes for special tokens, and, for SIMLA, the soft masked-LM loss with its
+log-softmax over the text axis.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from base.errors import UserError
+from models.fusion.base import Features, ImageTextModel, check_batch, first_token, gather_features
+from models.fusion.losses import (
+    IGNORE,
+    distilled_binary_cross_entropy,
+    distilled_cross_entropy,
+    keyword_targets,
+    masked_mean,
+    sequence_axis_soft_loss,
+)
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
+
+
+@dataclass
+class SimlaConfig:
+    """Pre-training model; the defaults are SIMLA at full size. `albef()` gives the other one."""
+
+    vit: ViTConfig = field(default_factory=lambda: ViTConfig(mask_token=True))
+    bert: BertConfig = field(default_factory=BertConfig)
+    embed_dim: int = 256  # E, joint space
+    queue_size: int = 65536  # Q, momentum features kept as further negatives
+    temp: float = 0.07  # initial temperature
+    mim: bool = True  # masked image modelling; needs a single-stream BERT and vit.mask_token
+    visual_vocab: int = 8192  # codes of the image tokenizer
+    max_masked_patches: int = 75  # most patches masked in one image
+    keywords: int = 5  # keywords taken from a caption; 0 = no keyword loss
+    keyword_votes: int = 4  # positions each attention head votes for
+    special_ids: tuple[int, ...] = (0, 100, 101, 102, 103)  # [PAD] [UNK] [CLS] [SEP] [MASK]: never keywords
+    cls_id: int = 101
+    compat: str = "none"  # "original" = the published code's numbers, defects included
+
+    @classmethod
+    def albef(cls, **changes) -> "SimlaConfig":
+        """ALBEF: two-stage BERT with six text layers, three losses."""
+        bert = BertConfig(single_stream=False, fusion_layer=6)
+        return cls(**{"vit": ViTConfig(), "bert": bert, "mim": False, "keywords": 0} | changes)
+
+
+@dataclass
+class TeacherText:
+    """What the momentum text transformer knows of a batch; no gradient."""
+
+    features: Features
+    mlm_logits: Tensor  # [K,V] at the masked positions
+    cls_attention: Tensor | None  # [B,H,L], the last layer's [CLS] query over the unmasked caption
+    stage: Tensor  # [B,L,D], its fusion input of the unmasked caption
+
+
+class Simla(ImageTextModel):
+    """The pre-training model of SIMLA or ALBEF; its forward returns the losses by name."""
+
+    def __init__(self, config: SimlaConfig):
+        check_config(config)
+        super().__init__(
+            config.vit,
+            config.bert,
+            config.embed_dim,
+            config.queue_size,
+            config.temp,
+            config.compat,
+            language_model=True,
+        )
+        self.config = config
+        if config.mim:
+            self.mim_head = nn.Linear(config.bert.hidden_size, config.visual_vocab)
+        if config.keywords:
+            self.concept_head = nn.Linear(config.embed_dim, config.bert.vocab_size)
+        extra = ("mim_head",) * config.mim + ("concept_head",) * bool(config.keywords)
+        self.momentum_of = (*ImageTextModel.momentum_of, *extra)
+        self.add_momentum_copies()
+
+    def forward(
+        self,
+        image: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        mlm_ids: Tensor,
+        mlm_positions: Tensor,
+        mlm_labels: Tensor,
+        alpha: Tensor | float,
+        patch_mask: Tensor | None = None,
+        visual_codes: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of a batch, 0-d float32: loss_ita, loss_itm, loss_mlm; SIMLA's also loss_mim and loss_pseudo.
+
+        image [B,3,S,S] normalised; text_ids int64 [B,L], text_mask bool [B,L] (True = token); mlm_ids int64 [B,L] with
+        tokens masked, mlm_positions int64 [K] their flat indices into B*L, mlm_labels int64 [K] their ids (-100 where
+        the list is padded); patch_mask bool [B,N]; visual_codes int64 [B,N]; alpha = weight of the soft targets.
+
+        In training mode the queue takes in the batch. The momentum update is the caller's, right before this call.
+        """
+        check_batch(image)
+        self.clamp_temperature()
+        image_tokens = self.visual_encoder(image)
+        stage, masked_stage = self.text_stages(text_ids, mlm_ids, text_mask)
+        text_cls = self.bert.text_from_stage(stage, text_mask, keep=first_token(stage))[:, 0]
+        student = Features(self.image_feature(image_tokens), self.text_feature(text_cls))
+        with torch.no_grad():
+            image_tokens_m = self.visual_encoder_m(image)
+            teacher = self.teach_text(text_ids, text_mask, mlm_ids, mlm_positions, image_tokens, image_tokens_m)
+
+        everyone = gather_features(teacher.features)
+        keys = self.key_banks(everyone, teacher.features)
+        losses = {}
+        losses["loss_ita"], i2t, t2i = self.ita(student, teacher.features, keys, alpha)
+        negatives = self.draw_negatives(i2t, t2i, same=torch.eye(len(image), dtype=torch.bool, device=image.device))
+        matched, masked = self.fuse_pairs(stage, text_mask, image_tokens, *negatives, masked_stage)
+        losses["loss_itm"] = self.itm(matched)
+        losses["loss_mlm"] = self.mlm(masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha)
+        if self.config.mim:
+            context = (stage, stage if self.original else teacher.stage)
+            losses["loss_mim"] = self.mim(image, patch_mask, visual_codes, *context, text_mask, alpha)
+        if self.config.keywords:
+            losses["loss_pseudo"] = self.pseudo_label(student, teacher, text_ids, text_mask, alpha)
+        if self.training:
+            self.enqueue(everyone)
+        return losses
+
+    def example_batch(self, batch_size: int, tokens: int) -> dict[str, Tensor]:
+        """A batch of the right names, shapes and types without data (meta device), to count FLOPs with."""
+        config, ids = self.config, torch.zeros(batch_size, tokens, dtype=torch.int64, device="meta")
+        side, patches = config.vit.image_size, config.vit.grid**2
+        masked = torch.zeros(max(32, int(0.15 * ids.numel())), dtype=torch.int64, device="meta")
+        batch = {"image": torch.zeros(batch_size, 3, side, side, device="meta"), "text_ids": ids, "mlm_ids": ids}
+        batch |= {"text_mask": ids.bool(), "mlm_positions": masked, "mlm_labels": masked}
+        if config.mim:
+            codes = torch.zeros(batch_size, patches, dtype=torch.int64, device="meta")
+            batch |= {"patch_mask": codes.bool(), "visual_codes": codes}
+        return batch | {"alpha": torch.zeros((), device="meta")}
+
+    def text_stages(self, text_ids: Tensor, mlm_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Fusion inputs [B,L,D] of the caption and of its masked version, in one pass."""
+        both = self.bert.text_stage(torch.cat([text_ids, mlm_ids]), torch.cat([text_mask, text_mask]))
+        return both.chunk(2)
+
+    @torch.no_grad()
+    def teach_text(
+        self,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        mlm_ids: Tensor,
+        mlm_positions: Tensor,
+        image_tokens: Tensor,
+        image_tokens_m: Tensor,
+    ) -> TeacherText:
+        """Features, masked-LM logits and [CLS] attention of the momentum networks; the fusion passes are one."""
+        bert = self.bert_m
+        both_mask = torch.cat([text_mask, text_mask])
+        both = bert.text_stage(torch.cat([mlm_ids, text_ids]), both_mask)
+        masked_stage, stage = both.chunk(2)
+        cls_state = bert.text_from_stage(stage, text_mask, keep=first_token(stage))[:, 0]
+        features = self.momentum_features(image_tokens_m, cls_state)
+        if not self.config.keywords:
+            masked, attention = bert.fuse(masked_stage, text_mask, image_tokens_m), None
+        else:
+            # The original showed the keyword teacher the student's image tokens.
+            seen = torch.cat([image_tokens_m, image_tokens]) if self.original else image_tokens_m
+            almost = bert.fuse(both, both_mask, seen, last=bert.depth - 1)
+            masked = bert.run(almost[: len(stage)], text_mask, image_tokens_m, first=bert.depth - 1)
+            attention = bert.cls_attention(almost[len(stage) :], text_mask)
+        mlm_logits = self.text_encoder_m.logits(masked.flatten(0, 1).index_select(0, mlm_positions))
+        return TeacherText(features, mlm_logits, attention, stage)
+
+    def mlm(self, states: Tensor, positions: Tensor, labels: Tensor, teacher_logits: Tensor, alpha: Tensor) -> Tensor:
+        """Masked language modelling at the masked positions, given the fused states [B,L,D] of the masked captions."""
+        valid = labels != IGNORE
+        if self.original and self.config.bert.single_stream:
+            everywhere = self.text_encoder.logits(states)
+            hard = distilled_cross_entropy(everywhere.flatten(0, 1).index_select(0, positions), labels)
+            soft = sequence_axis_soft_loss(everywhere, positions, teacher_logits)
+            return masked_mean((1 - alpha) * hard + alpha * soft, valid, over_ranks=False)
+        logits = self.text_encoder.logits(states.flatten(0, 1).index_select(0, positions))
+        loss = distilled_cross_entropy(logits, labels, teacher_logits, alpha)
+        return masked_mean(loss, valid, over_ranks=not self.original)
+
+    def mim(
+        self,
+        image: Tensor,
+        patch_mask: Tensor,
+        visual_codes: Tensor,
+        text: Tensor,
+        text_m: Tensor,
+        text_mask: Tensor,
+        alpha: Tensor,
+    ) -> Tensor:
+        """Masked image modelling: the codes of masked patches from the visible ones and the caption's embeddings.
+
+        The image tokens are the transformer's queries, the caption's embedding-layer states (text, text_m for the
+        teacher) its keys and values.
+        """
+        width = min(self.config.max_masked_patches, patch_mask.shape[1])
+        patches = patch_mask.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
+        valid, labels = patch_mask.gather(1, patches), visual_codes.gather(1, patches)
+
+        def logits(encoder: nn.Module, bert: nn.Module, head: nn.Module, context: Tensor) -> Tensor:
+            queries = bert.embeddings(embeds=encoder(image, patch_mask))
+            fused = bert.fuse(queries, None, context, image_mask=text_mask, keep=patches + 1)
+            return head(fused).flatten(0, 1)
+
+        with torch.no_grad():
+            teacher_logits = logits(self.visual_encoder_m, self.bert_m, self.mim_head_m, text_m)
+        student_logits = logits(self.visual_encoder, self.bert, self.mim_head, text)
+        loss = distilled_cross_entropy(student_logits, labels.flatten(), teacher_logits, alpha)
+        return masked_mean(loss, valid.flatten(), over_ranks=not self.original)
+
+    def pseudo_label(
+        self, student: Features, teacher: TeacherText, text_ids: Tensor, text_mask: Tensor, alpha: Tensor
+    ) -> Tensor:
+        """Keyword prediction from the image feature; the keywords are the tokens the teacher's [CLS] attends to."""
+        config = self.config
+        allowed = None
+        if not self.original:
+            allowed = text_mask
+            for special in config.special_ids:
+                allowed = allowed & (text_ids != special)
+        target, _ = keyword_targets(
+            teacher.cls_attention, text_ids, allowed, config.bert.vocab_size, config.keyword_votes, config.keywords
+        )
+        if self.original:
+            target[:, config.cls_id] = 0.0
+        teacher_logits = self.concept_head_m(teacher.features.image)
+        return distilled_binary_cross_entropy(self.concept_head(student.image), target, teacher_logits, alpha)
+
+
+def check_config(config: SimlaConfig) -> None:
+    """Raise UserError where the losses asked for do not fit the networks."""
+    if config.mim and not config.bert.single_stream:
+        raise UserError("mim needs a single-stream BERT (add_cross_attention: true in the BERT JSON); set mim to false")
+    if config.mim and not config.vit.mask_token:
+        raise UserError("mim replaces patches by vit.mask_token: set it to true, or mim to false")
+    if config.mim and config.bert.hidden_size != config.bert.encoder_width:
+        raise UserError("mim uses text states as keys: bert.hidden_size must equal bert.encoder_width")
+    if config.mim and config.bert.max_position_embeddings <= config.vit.grid**2:
+        raise UserError(
+            f"mim feeds {config.vit.grid**2 + 1} image tokens through BERT, whose bert.max_position_embeddings is "
+            f"{config.bert.max_position_embeddings}: lower vit.image_size"
+        )
+    if not 0 < config.max_masked_patches:
+        raise UserError(f"max_masked_patches {config.max_masked_patches} must be positive")

@@ -1,0 +1,79 @@
+"""Judging a statement about one picture (visual entailment) or about two (NLVR2), on top of SIMLA or ALBEF."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from base.errors import UserError
+from models.fusion.base import first_token
+from models.fusion.losses import distilled_cross_entropy
+from models.fusion.momentum import MomentumModel
+from models.fusion.text_assignment import pair_layers
+from models.layers.vit import ViT, ViTConfig
+from models.layers.xbert import BertConfig, XBert
+
+
+@dataclass
+class StatementConfig:
+    """The judge of statements; the defaults are SIMLA's visual entailment at 384 px."""
+
+    vit: ViTConfig = field(default_factory=lambda: ViTConfig(image_size=384))
+    bert: BertConfig = field(default_factory=BertConfig)
+    classes: int = 3  # C
+    paired_from: int | None = None  # two pictures: first text layer of the pairs, see `text_assignment.pair_layers`
+    distill: bool = True  # soft targets from the momentum teacher
+    compat: str = "none"  # "original" = the published code's numbers
+
+
+class StatementModel(MomentumModel):
+    """Training forward: the loss. Evaluation: `logits`."""
+
+    momentum_of = ("visual_encoder", "text_encoder", "cls_head")
+
+    def __init__(self, config: StatementConfig):
+        super().__init__(config.compat)
+        if config.bert.encoder_width != config.vit.width:
+            raise UserError(
+                f"bert.encoder_width {config.bert.encoder_width} must equal the width of the image tokens, "
+                f"{config.vit.width}"
+            )
+        self.config = config
+        self.visual_encoder = ViT(config.vit)
+        self.text_encoder = XBert(config.bert)
+        if config.paired_from is not None:
+            pair_layers(self.text_encoder, config.paired_from)
+        width = config.bert.hidden_size
+        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.classes))
+        if config.distill:
+            self.add_momentum_copies()
+
+    def forward(
+        self, image: Tensor, text_ids: Tensor, text_mask: Tensor, label: Tensor, alpha: Tensor | float
+    ) -> dict[str, Tensor]:
+        """loss_cls, 0-d float32, of a batch: image [B,3,S,S], or [B,2,3,S,S] for two pictures; text_ids int64 [B,L],
+        text_mask bool [B,L], label int64 [B]; alpha = weight of the teacher's soft targets.
+
+        The momentum update is the caller's, right before this call.
+        """
+        logits, soft = self.logits(image, text_ids, text_mask), None
+        if self.config.distill:
+            with torch.no_grad():
+                teacher = (self.visual_encoder_m, self.text_encoder_m, self.cls_head_m)
+                soft = judge(*teacher, image, text_ids, text_mask)
+        return {"loss_cls": distilled_cross_entropy(logits, label, soft, alpha).mean()}
+
+    def logits(self, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """float32 [B,C]; arguments as in `forward`."""
+        return judge(self.visual_encoder, self.text_encoder, self.cls_head, image, text_ids, text_mask).float()
+
+
+def judge(vit: ViT, bert: XBert, head: nn.Module, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    """Class logits [B,C] from the fused [CLS] state."""
+    if image.ndim == 5:
+        tokens = vit(image.flatten(0, 1)).unflatten(0, image.shape[:2])
+        tokens = [tokens[:, 0], tokens[:, 1]]
+    else:
+        tokens = vit(image)
+    stage = bert.text_stage(text_ids, text_mask)
+    return head(bert.fuse(stage, text_mask, tokens, keep=first_token(stage))[:, 0])

@@ -1,0 +1,286 @@
+"""LLaMA's decoder (Touvron et al., 2023) behind a picture: one forward for training, prefill and every way of decoding.
+
+A sequence is a prefix of N image positions and text behind it. Image positions see one another, text positions what a
+boolean mask says; image positions never see text, so their keys and values are computed once and serve any number of
+continuations. Parameter names are Meta's; `models.weights.llama` reads the layouts they come in.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from base.errors import UserError
+from models.layers.attention import attend, attention_map, merge_heads, split_heads
+
+Cache = list[tuple[Tensor, Tensor]]  # keys and values of every block, [B,H,S,d] each
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Geometry of the decoder; the defaults are LLaMA-2-7B's, as `params.json` names them."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # fewer than n_heads: groups of heads share keys and values
+    vocab_size: int = 32000
+    multiple_of: int = 256  # the feed-forward width is rounded up to it
+    ffn_dim_multiplier: float | None = None
+    ffn_dim: int | None = None  # the feed-forward width itself, where the layout tells it
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tensor_parallel: bool = False  # fairscale's layers over its model-parallel group
+
+    def __post_init__(self):
+        if self.dim % self.n_heads or self.head_dim % 2:
+            raise UserError(f"decoder of width {self.dim} with {self.n_heads} heads: heads must be whole and even")
+        if self.n_heads % self.kv_heads:
+            raise UserError(f"{self.n_heads} heads cannot share {self.kv_heads} key-value heads evenly")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def hidden(self) -> int:
+        """Width of the feed-forward layer: two thirds of 4 dim, times the multiplier, rounded up."""
+        if self.ffn_dim:
+            return self.ffn_dim
+        width = int(2 * (4 * self.dim) / 3)
+        width = int(self.ffn_dim_multiplier * width) if self.ffn_dim_multiplier else width
+        return self.multiple_of * math.ceil(width / self.multiple_of)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, back in x's type, times a learned weight."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rotation(places: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines float32 [...,1,L,head_dim/2] for positions int64 [...,L] (RoPE, Su et al. 2021)."""
+    pairs = torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float32)
+    angles = (places.unsqueeze(-1) * theta ** (-pairs / head_dim)).unsqueeze(-3)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (2i, 2i+1) of x [B,H,L,d] by the angles of `turn`, in float32, and back in x's type."""
+    cos, sin = turn
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+
+
+@dataclass
+class Sight:
+    """What the L positions of one call see.
+
+    places: int64 [L] or [B,L], rotary positions. prefix: how many leading ones are image positions. mask: bool
+    [B or 1,1,T,S+L] of the T = L - prefix others over the S cached keys and these; True = sees. whole: image positions
+    see one another, else only those before them.
+    """
+
+    places: Tensor
+    mask: Tensor | None
+    prefix: int = 0
+    whole: bool = True
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [B,H,Q,d], the last Q positions; key and value [B,H,S+L,d]; -> [B,H,Q,d]."""
+        texts = self.mask.shape[-2] if self.mask is not None else 0
+        images = query.shape[2] - min(texts, query.shape[2])
+        found = []
+        if images:
+            own = (query[:, :, :images], key[:, :, : self.prefix], value[:, :, : self.prefix])
+            found.append(F.scaled_dot_product_attention(*own, is_causal=not self.whole))
+        if query.shape[2] > images:
+            rows = query.shape[2] - images
+            found.append(attend(query[:, :, images:], key, value, self.mask[..., texts - rows :, :]))
+        return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+    def dense(self) -> Tensor:
+        """The whole mask bool [B or 1,1,L,L] of a call without cache."""
+        inside = torch.ones(self.prefix, self.prefix, dtype=torch.bool, device=self.places.device)
+        inside = inside if self.whole else inside.tril()
+        outside = inside.new_zeros(len(inside), self.places.shape[-1] - self.prefix)
+        images = torch.cat([inside, outside], 1)[None, None]
+        return images if self.mask is None else torch.cat([images.expand(len(self.mask), -1, -1, -1), self.mask], 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions and no biases; wq, wk, wv by output, wo by input where parallel."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        width, across, along = config.head_dim, *_linear_layers(config)
+        ranks = model_parallel_size() if config.tensor_parallel else 1
+        if config.n_heads % ranks or config.kv_heads % ranks:
+            raise UserError(f"{config.kv_heads} key-value heads cannot be dealt to {ranks} processes")
+        self.heads, self.kv_heads = config.n_heads // ranks, config.kv_heads // ranks
+        self.wq = across(config.dim, config.n_heads * width)
+        self.wk = across(config.dim, config.kv_heads * width)
+        self.wv = across(config.dim, config.kv_heads * width)
+        self.wo = along(config.n_heads * width, config.dim)
+
+    def forward(self, x: Tensor, turn, sight: Sight, past=None, keep: int | None = None):
+        """x [B,L,D] -> [B,keep,D] (all of L by default), and the keys and values [B,H,S+L,d] to go on from."""
+        first = 0 if keep is None else x.shape[1] - keep
+        ahead = tuple(part[..., first:, :] for part in turn)
+        query = rotate(split_heads(self.wq(x[:, first:]), self.heads), ahead)
+        key = rotate(split_heads(self.wk(x), self.kv_heads), turn)
+        value = split_heads(self.wv(x), self.kv_heads)
+        if past is not None:
+            key, value = (torch.cat(pair, 2) for pair in zip(past, (key, value), strict=True))
+        shared = self.heads // self.kv_heads
+        spread = (key, value) if shared == 1 else (part.repeat_interleave(shared, 1) for part in (key, value))
+        return self.wo(merge_heads(sight.attend(query, *spread))), (key, value)
+
+    def probabilities(self, x: Tensor, turn, sight: Sight) -> Tensor:
+        """Attention probabilities float32 [B,H,L,L] of a call without cache."""
+        query = rotate(split_heads(self.wq(x), self.heads), turn)
+        key = rotate(split_heads(self.wk(x), self.kv_heads), turn).repeat_interleave(self.heads // self.kv_heads, 1)
+        return attention_map(query, key, sight.dense())
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        across, along = _linear_layers(config)
+        self.w1 = across(config.dim, config.hidden)
+        self.w2 = along(config.hidden, config.dim)
+        self.w3 = across(config.dim, config.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then that + feed-forward(norm of it)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, turn, sight: Sight, past=None, keep: int | None = None):
+        found, cache = self.attention(self.attention_norm(x), turn, sight, past, keep)
+        x = (x if keep is None else x[:, -keep:]) + found
+        return x + self.feed_forward(self.ffn_norm(x)), cache
+
+
+class Llama(nn.Module):
+    """Decoder over embeddings. A checkpoint may be cut: the first blocks with the final norm and head of the whole."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        across, _ = _linear_layers(config)
+        self.tok_embeddings = _embedding(config)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = across(config.dim, config.vocab_size, whole=True)
+        if not config.tensor_parallel:
+            for name, weight in self.named_parameters():
+                if weight.ndim == 2:
+                    depth = (2 * config.n_layers) ** -0.5 if name.endswith(("wo.weight", "w2.weight")) else 1.0
+                    nn.init.normal_(weight, std=depth * (1.0 if name.startswith("tok_") else config.dim**-0.5))
+
+    def forward(self, x: Tensor, sight: Sight, cache: Cache | None = None, keep: int | None = None):
+        """Embeddings [B,L,D] -> normed states [B,keep,D] of the last `keep` positions (all by default) and the cache.
+
+        Above the last block nobody looks at earlier positions: only the kept ones go through it.
+        """
+        turn = rotation(sight.places, self.config.head_dim, self.config.rope_theta)
+        grown: Cache = []
+        for number, block in enumerate(self.layers):
+            last = number == len(self.layers) - 1
+            past = cache[number] if cache is not None else None
+            x, pair = block(x, turn, sight, past, keep if last else None)
+            grown.append(pair)
+        return self.norm(x), grown
+
+    def attention_maps(self, x: Tensor, sight: Sight) -> list[Tensor]:
+        """Probabilities float32 [B,H,L,L] of every block, without cache."""
+        turn = rotation(sight.places, self.config.head_dim, self.config.rope_theta)
+        maps = []
+        for block in self.layers:
+            maps.append(block.attention.probabilities(block.attention_norm(x), turn, sight))
+            x, _ = block(x, turn, sight)
+        return maps
+
+
+# ----------------------------------------------------------------------------------------------------- tensor parallel
+
+
+def model_parallel_size() -> int:
+    """Processes that share the decoder's matrices: fairscale's group must have been made."""
+    from fairscale.nn.model_parallel import initialize
+
+    if not initialize.model_parallel_is_initialized():
+        raise UserError("tensor_parallel: call fairscale's initialize_model_parallel first")
+    return initialize.get_model_parallel_world_size()
+
+
+def _linear_layers(config: LlamaConfig):
+    """Makers of the two kinds of bias-free linear layers: split by output (`whole`: then joined), and by input."""
+    if not config.tensor_parallel:
+
+        def linear(width: int, out: int, whole: bool = True) -> nn.Module:
+            return nn.Linear(width, out, bias=False)
+
+        return linear, linear
+    from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    def across(width: int, out: int, whole: bool = False) -> nn.Module:
+        return ColumnParallelLinear(width, out, bias=False, gather_output=whole)
+
+    def along(width: int, out: int) -> nn.Module:
+        return RowParallelLinear(width, out, bias=False, input_is_parallel=True)
+
+    return across, along
+
+
+def _embedding(config: LlamaConfig) -> nn.Module:
+    if not config.tensor_parallel:
+        return nn.Embedding(config.vocab_size, config.dim)
+    from fairscale.nn.model_parallel.layers import ParallelEmbedding
+
+    return ParallelEmbedding(config.vocab_size, config.dim)
+
+
+BY_OUTPUT, BY_INPUT = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2", "tok_embeddings")
+
+
+def split_dimension(name: str) -> int | None:
+    """Dimension along which a matrix lies on several processes, in fairscale's layers and in Meta's shards; or None."""
+    layer = name.rpartition(".weight")[0].rpartition(".")[2]
+    return 0 if layer in BY_OUTPUT else 1 if layer in BY_INPUT else None
+
+
+def own_part(state: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+    """What process `rank` of `size` holds of a whole decoder's state dict."""
+    result = {}
+    for name, value in state.items():
+        dim = split_dimension(name)
+        if dim is not None and value.shape[dim] % size:
+            raise UserError(f"{name} {tuple(value.shape)}: dimension {dim} cannot be dealt to {size} processes")
+        result[name] = value if dim is None else value.chunk(size, dim)[rank].contiguous()
+    return result

@@ -1,0 +1,399 @@
+"""Label decoding: one-shot sampling, greedy, top-k, top-p and beam search over one shared image prefix.
+
+All continuations of a picture are branches of one tree: image and prompt are encoded once, every new token adds one
+key, and a boolean mask says which branch sees which keys. So nothing is copied for a hundred labels of a picture, and a
+beam that changes its parent changes a row of the mask.
+
+model: anything with `prefill(images, prompt)` and `step(tokens, place, mask, cache)` of
+models.recognition.nxtp.Nxtp; also the
+exported one of scripts/weights/export_recognition.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from base.errors import UserError
+
+LIMIT = 19  # tokens of a label at most, delimiter included, as in the original
+
+
+class Branches:
+    """M continuations of each of B pictures, and what each sees."""
+
+    def __init__(self, model, images: Tensor, prompt: Tensor, count: int):
+        """images [B,N,D]; prompt int64 [P]; `logits` [B,V] are those behind the prompt."""
+        self.model = model
+        self.logits, self.cache = model.prefill(images, prompt)
+        self.shared = self.place = images.shape[1] + len(prompt)
+        self.seen = torch.ones(len(images), count, self.shared, dtype=torch.bool, device=images.device)
+
+    def grow(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Append tokens int64 [B,m] to the branches `rows` int64 [B,m]; logits [B,m,V] of what follows."""
+        own = rows[:, None] == torch.arange(self.seen.shape[1], device=rows.device)[:, None]
+        self.seen = torch.cat([self.seen, own], 2)
+        mask = self.seen.gather(1, rows[..., None].expand(-1, -1, self.seen.shape[2]))
+        places = torch.full(rows.shape[1:], self.place, device=rows.device)
+        logits, self.cache = self.model.step(tokens, places, mask[:, None], self.cache)
+        self.place += 1
+        return logits
+
+    def forget(self, ended: Tensor) -> None:
+        """Branches bool [B,M] that begin a new label: what follows sees image and prompt alone."""
+        self.seen[:, :, self.shared :] &= ~ended[..., None]
+
+    def follow(self, parents: Tensor) -> None:
+        """Branch m goes on from branch parents[b,m]."""
+        self.seen = self.seen.gather(1, parents[..., None].expand_as(self.seen))
+
+
+@dataclass
+class Drafts:
+    """Rows of tokens int64 [B,M,T] with their probabilities float32; row (b, m) is `lengths[b,m]` tokens long.
+
+    `closed` bool [B,M]: whether a label was ended by its delimiter.
+    """
+
+    tokens: Tensor
+    probabilities: Tensor
+    lengths: Tensor
+    closed: Tensor
+
+    def padded(self, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields, with T filled up to `length`, so that those of different batches can be joined."""
+        room = (0, length - self.tokens.shape[2])
+        pad = torch.nn.functional.pad
+        return pad(self.tokens, room), pad(self.probabilities, room), self.lengths, self.closed
+
+    def rows(self, picture: int) -> list[tuple[list[int], list[float]]]:
+        """The rows of one picture, each as long as it is."""
+        parts = (self.tokens[picture].tolist(), self.probabilities[picture].tolist(), self.lengths[picture].tolist())
+        return [(tokens[:length], shares[:length]) for tokens, shares, length in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def one_shot(model, images: Tensor, prompt: Tensor, delimiter: int, count: int, limit: int = LIMIT) -> Drafts:
+    """The `count` likeliest first tokens of a picture, each continued greedily to its delimiter (Yue et al., 2024).
+
+    Finished branches are not computed any further. A branch that reaches `limit` tokens without a delimiter stays open
+    and is scored by the tokens it has.
+    """
+    tree = Branches(model, images, prompt, count)
+    if count > tree.logits.shape[-1]:
+        raise UserError(f"{count} labels asked for, but the vocabulary has {tree.logits.shape[-1]} first tokens")
+    share, last = tree.logits.float().softmax(-1).topk(count)
+    tokens, shares, lengths = [last], [share], torch.ones_like(last)
+    running = last != delimiter
+    for _ in range(limit - 1):
+        most = int(running.sum(1).max())
+        if not most:
+            break
+        rows = running.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        best, found = _likeliest(tree.grow(last.gather(1, rows), rows))
+        last = torch.full_like(last, delimiter).scatter(1, rows, found)
+        tokens.append(last)
+        shares.append(torch.ones_like(share).scatter(1, rows, best))
+        lengths = lengths + running
+        running = running & (last != delimiter)
+    return Drafts(torch.stack(tokens, 2), torch.stack(shares, 2), lengths, ~running)
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability and number of the likeliest token, without a softmax over the vocabulary being written."""
+    top, found = logits.float().max(-1)
+    return (top - logits.float().logsumexp(-1)).exp(), found
+
+
+# ---- greedy and random continuations
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Probabilities [...,V] among the k likeliest tokens; k = 0: among all."""
+    if k:
+        logits = logits.masked_fill(logits < logits.topk(k).values[..., -1:], -torch.inf)
+    return logits.softmax(-1)
+
+
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """Probabilities [...,V] among the likeliest tokens that together make up p, the one that passes it included."""
+    ordered, places = logits.softmax(-1).sort(descending=True)
+    ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > p, 0)
+    return torch.zeros_like(ordered).scatter(-1, places, ordered / ordered.sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen: method greedy, top_k or top_p; temperature of top_p alone, as in the original."""
+
+    method: str = "greedy"
+    k: int = 5
+    p: float = 0.9
+    temperature: float = 1.0
+    penalty: float = 0.0  # > 0: logits of tokens a branch has already used are divided by it (Keskar et al., 2019)
+
+    def __post_init__(self):
+        if self.method not in ("greedy", "top_k", "top_p"):
+            raise UserError(f"decoding method {self.method!r} is unknown; use greedy, top_k or top_p")
+
+    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [B,M,V] -> probability and token [B,M]."""
+        if self.method == "greedy":
+            return _likeliest(logits)
+        share = top_k(logits, self.k) if self.method == "top_k" else top_p(logits / self.temperature, self.p)
+        found = torch.multinomial(share.flatten(0, 1), 1, generator=generator).view(share.shape[:2])
+        return share.gather(-1, found[..., None])[..., 0], found
+
+
+@torch.no_grad()
+def write_labels(
+    model,
+    images: Tensor,
+    prompt: Tensor,
+    delimiter: int,
+    length: int,
+    choice: Choice,
+    count: int = 1,
+    decouple: bool = True,
+    lagging: bool = False,
+    generator: torch.Generator | None = None,
+) -> Drafts:
+    """`count` streams of `length` tokens for each picture, one label after the other.
+
+    decouple: a label sees neither those before nor their delimiters, as in training. lagging: instead the original's
+    mask, one label late; it changes what was already computed, so that each token costs a pass over the whole text
+    (count 1 only). EOS is a token like others.
+    """
+    if lagging and count > 1:
+        raise UserError("the original's lagging mask is for one stream a picture")
+    tree = Branches(model, images, prompt, count)
+    logits = tree.logits[:, None].float().expand(-1, count, -1)
+    used = torch.zeros_like(logits, dtype=torch.bool)
+    rows = torch.arange(count, device=images.device).expand(len(images), -1)
+    tokens, shares = [], []
+    for place in range(length):
+        if choice.penalty > 0:
+            logits = torch.where(used, logits / choice.penalty, logits)
+        share, found = choice(logits, generator)
+        tokens.append(found)
+        shares.append(share)
+        used = used.scatter(2, found[..., None], True)
+        if place == length - 1:
+            break
+        if lagging:
+            logits = _lagging_logits(model, images, prompt, torch.cat(tokens, 1), delimiter)[:, None].float()
+        else:
+            logits = tree.grow(found, rows).float()
+            if decouple:
+                tree.forget(found == delimiter)
+    drafts = torch.stack(tokens, 2), torch.stack(shares, 2)
+    lengths = torch.full(drafts[0].shape[:2], length, device=images.device)
+    return Drafts(*drafts, lengths, drafts[0][..., -1] == delimiter)
+
+
+def _lagging_logits(model, images: Tensor, prompt: Tensor, tokens: Tensor, delimiter: int) -> Tensor:
+    from models.layers.llama import Sight
+
+    ids = torch.cat([prompt.expand(len(tokens), -1), tokens], 1)
+    mask = lagging_mask(ids, len(prompt) - 1, delimiter, images.shape[1])
+    places = torch.arange(images.shape[1] + ids.shape[1], device=ids.device)
+    x = model.sequence(images, ids)
+    sight = Sight(places, mask, images.shape[1], model.config.prefix)
+    return model.logits(model.language_decoder(x, sight, keep=1)[0][:, 0])
+
+
+def lagging_mask(ids: Tensor, answer: int, delimiter: int, images: int) -> Tensor:
+    """The original's mask of a text being written: int64 [B,T] -> bool [B,1,T,images+T].
+
+    Causal, but once the (j+1)-th delimiter stands, what follows the j-th loses all from the prompt's last token (place
+    `answer`) to the j-th delimiter.
+    """
+    order = torch.arange(ids.shape[1], device=ids.device)
+    ends = ids == delimiter
+    followed = ends & (ends.flip(1).cumsum(1).flip(1) > 1)
+    barrier = torch.where(followed, order, -1).cummax(1).values
+    barrier = torch.cat([torch.full_like(barrier[:, :1], -1), barrier[:, :-1]], 1)  # of those before a row
+    hidden = (order >= answer) & (order <= barrier[..., None])
+    text = (order[:, None] >= order) & ~hidden
+    return torch.cat([text.new_ones(*text.shape[:2], images), text], 2)[:, None]
+
+
+# ---- beam search
+@torch.no_grad()
+def beam_search(
+    model,
+    images: Tensor,
+    prompt: Tensor,
+    eos: int,
+    length: int,
+    beams: int = 3,
+    patience: float = 1.0,
+    length_penalty: float | None = None,
+    penalty: float = 0.0,
+) -> list[tuple[list[int], float]]:
+    """The best text of each picture and its log-probability: `beams` texts kept, at most `length` tokens before EOS.
+
+    A picture is done when beams * patience texts have ended. Texts are ranked by log-probability over their length,
+    prompt and EOS counted, or over ((5 + length) / 6)^length_penalty (Wu et al., 2016). Labels see one another, as in
+    the original; unlike there, histories move with the beams.
+    """
+    tree = Branches(model, images, prompt, beams)
+    enough, device = round(beams * patience), images.device
+    ended: list[dict[tuple[int, ...], float]] = [{} for _ in images]
+    sums = torch.full((len(images), beams), -torch.inf, device=device)
+    sums[:, 0] = 0  # all beams are alike at first
+    history = torch.zeros(len(images), beams, 0, dtype=torch.int64, device=device)
+    logits = tree.logits[:, None].float().expand(-1, beams, -1)
+    used = torch.zeros_like(logits, dtype=torch.bool)
+    rows = torch.arange(beams, device=device).expand(len(images), -1)
+    for place in range(length):
+        if penalty > 0 and place:
+            logits = torch.where(used, logits / penalty, logits)
+        best, found = logits.log_softmax(-1).topk(beams + 1)
+        totals = (sums[..., None] + best).flatten(1)
+        order = totals.argsort(dim=1, descending=True, stable=True)
+        found, parents = found.flatten(1).gather(1, order), order // (beams + 1)
+        totals = totals.gather(1, order)
+        going = found != eos
+        for b, text in enumerate(ended):  # those that end above the last beam that goes on
+            above = (going[b].cumsum(0) < beams) & ~going[b] & totals[b].isfinite()
+            for i in above.nonzero().flatten().tolist():
+                if len(text) < enough:
+                    text[(*history[b, parents[b, i]].tolist(), eos)] = float(totals[b, i])
+        kept = (~going).int().argsort(dim=1, stable=True)[:, :beams]
+        sums, parents, last = (part.gather(1, kept) for part in (totals, parents, found))
+        history = history.gather(1, parents[..., None].expand_as(history))
+        history = torch.cat([history, last[..., None]], 2)
+        tree.follow(parents)
+        if all(len(text) >= enough for text in ended) or place == length - 1:
+            break
+        used = used.gather(1, parents[..., None].expand_as(used))
+        used = used.scatter(2, last[..., None], True)
+        if place == 0:
+            used[..., prompt] = True  # the original's penalty is on the whole text
+        logits = tree.grow(last, rows).float()
+    return [
+        _best_text(*each, eos, beams, len(prompt), length_penalty) for each in zip(ended, history, sums, strict=True)
+    ]
+
+
+def _best_text(ended: dict, history: Tensor, sums: Tensor, eos: int, beams: int, before: int, power: float | None):
+    """The best of the texts that ended and, where those are few, of the unfinished ones."""
+    texts = dict(ended)
+    for i in sums.argsort(descending=True).tolist():
+        if len(texts) < beams:
+            texts[(*history[i].tolist(), eos)] = float(sums[i])
+
+    def score(text: tuple[int, ...]) -> float:
+        length = before + len(text)
+        return texts[text] / (length if power is None else ((5 + length) / 6) ** power)
+
+    best = max(texts, key=score)
+    return list(best), texts[best]
+
+
+# ---- from tokens to labels
+def split_labels(tokens: Sequence[int], shares: Sequence[float], delimiter: int) -> list[tuple[list[int], list[float]]]:
+    """The labels of a stream, delimiters included; an unfinished one at its end is left out."""
+    found, start = [], 0
+    for place, token in enumerate(tokens):
+        if token == delimiter:
+            found.append((list(tokens[start : place + 1]), list(shares[start : place + 1])))
+            start = place + 1
+    return found
+
+
+RANKINGS = ("prob", "mean", "none")
+
+
+def rank_labels(
+    rows: Sequence[tuple[list[int], list[float]]], decode: Callable[[list[int]], str], ranking: str = "prob"
+) -> list[tuple[str, float]]:
+    """Labels with scores, the best first; rows that read alike are one label.
+
+    ranking: "prob": the product of a label's token probabilities, summed over rows that read alike (it may pass 1 in a
+    stream that repeats itself); "mean": their geometric mean, the lowest of those rows; "none": order of appearance.
+    """
+    if ranking not in RANKINGS:
+        raise UserError(f"ranking {ranking!r} is unknown; use one of {', '.join(RANKINGS)}")
+    scores: dict[str, float] = {}
+    for tokens, shares in rows:
+        text = decode(tokens).replace(",", "")
+        product = torch.tensor(shares, dtype=torch.float64).prod().item()
+        if ranking == "mean":
+            scores[text] = min(scores.get(text, 1.0), product ** (1 / len(shares)))
+        else:
+            scores[text] = scores.get(text, 0.0) + (product if ranking == "prob" else 0.0)
+    return sorted(scores.items(), key=lambda item: -item[1])
+
+
+# ---- all of it by options
+STRATEGIES = ("one_shot", "greedy", "top_k", "top_p", "beam")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How labels are found and ranked."""
+
+    strategy: str = "one_shot"  # or one text of labels: greedy, top_k, top_p (random), beam
+    num_labels: int = 10  # labels of a picture; one_shot grows this many
+    ranking: str = "prob"  # prob, mean (geometric mean of a label's tokens) or none (order of appearance)
+    max_label_len: int = LIMIT  # one_shot: tokens of a label, delimiter included
+    max_gen_len: int = 64  # the others: tokens of the whole text
+    top_k: int = 5  # of strategy top_k: tokens to choose among; 0 = all
+    top_p: float = 0.9  # of strategy top_p: share of the probability to choose among
+    temperature: float = 1.0  # of strategy top_p
+    penalty: float = 0.0  # > 0: logits of tokens used before are divided by it; not of one_shot
+    beam_size: int = 3  # of strategy beam: texts kept
+    beam_patience: float = 1.0  # of strategy beam: texts to finish, as a multiple of beam_size
+    length_penalty: float | None = None  # of strategy beam: power of the length; none = divide by the length
+
+    def __post_init__(self):
+        for value, known in ((self.strategy, STRATEGIES), (self.ranking, RANKINGS)):
+            if value not in known:
+                raise UserError(f"decoding: {value!r} is unknown; use one of {', '.join(known)}")
+        if min(self.num_labels, self.max_label_len, self.max_gen_len, self.beam_size) < 1 or self.temperature <= 0:
+            raise UserError("decoding: num_labels, lengths, beam_size and temperature must be positive")
+
+    @property
+    def longest(self) -> int:
+        """Tokens a row of `find` can have."""
+        return self.max_label_len if self.strategy == "one_shot" else self.max_gen_len + 1
+
+    def find(self, model, images: Tensor, prompt: Tensor, delimiter: int, eos: int, decouple: bool = True) -> Drafts:
+        """Rows of labels (one_shot), or one row a picture that is a text of labels."""
+        if self.strategy == "one_shot":
+            return one_shot(model, images, prompt, delimiter, self.num_labels, self.max_label_len)
+        if self.strategy != "beam":
+            choice = Choice(self.strategy, self.top_k, self.top_p, self.temperature, self.penalty)
+            return write_labels(model, images, prompt, delimiter, self.max_gen_len, choice, decouple=decouple)
+        widths = (self.beam_size, self.beam_patience, self.length_penalty, self.penalty)
+        texts = [tokens for tokens, _ in beam_search(model, images, prompt, eos, self.max_gen_len, *widths)]
+        length = max(map(len, texts))
+        tokens = torch.tensor([[text + [eos] * (length - len(text))] for text in texts], device=images.device)
+        lengths = torch.tensor([[len(text)] for text in texts], device=images.device)
+        return Drafts(tokens, torch.ones(tokens.shape, device=images.device), lengths, torch.ones_like(lengths).bool())
+
+    def labels(self, drafts: Drafts, picture: int, delimiter: int, decode) -> list[tuple[str, float]]:
+        """The labels of one picture with their scores, best first; beams have no probabilities of their own: 1 each."""
+        rows = drafts.rows(picture)
+        if self.strategy != "one_shot":
+            rows = list(chain.from_iterable(split_labels(*row, delimiter) for row in rows))
+        ranked = rank_labels(rows, decode, "none" if self.strategy == "beam" else self.ranking)
+        return [(text.strip(), score) for text, score in ranked if text.strip()][: self.num_labels]
+
+
+@torch.no_grad()
+def label_map(model, images: Tensor, prompt: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Where the decoder looks while it reads a label: float32 [g,g], highest 1.
+
+    images [1,N,D], N = g * g. Attention of the label's tokens to the image tokens, averaged over blocks and heads.
+    """
+    ids = torch.cat([prompt, torch.tensor(list(tokens), device=prompt.device)])[None]
+    x = model.sequence(images, ids)
+    maps = model.language_decoder.attention_maps(x, model.sight(images.shape[1], torch.zeros_like(ids)))
+    seen = torch.stack([one[0, :, -len(tokens) :, : images.shape[1]].mean((0, 1)) for one in maps]).mean(0)
+    side = round(len(seen) ** 0.5)
+    heat = seen.unflatten(0, (side, side)).float()
+    heat = heat - heat.min()
+    return (heat / heat.max().clamp(min=1e-12)).cpu()

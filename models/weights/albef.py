@@ -1,0 +1,315 @@
+"""From a checkpoint to a model: which key of the one becomes which key of the other.
+
+All functions are pure, state dict to state dict, and take weights that were already read. The names of the networks
+are those of the originals (ALBEF, SIMLA, DeiT, BERT), so that the tables here are short:
+
+    start_from(model, state, "retrieval")     any checkpoint of the family -> the model of a task, checked
+    load_bert(text_encoder, load_bert_folder("bert-base-uncased")[0])
+    load_checkpoint(vit, deit_weights(state, grid), allowed_missing=("mask_token",))
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from base.errors import UserError
+from models.layers.vit import resize_pos_embed
+from models.weights.loading import Differences, State, _matches, _some, load_checkpoint
+
+LAYER = re.compile(r"(.*encoder\.layer\.)(\d+)(\..*)")
+VISION = ("visual_encoder.", "visual_encoder_m.")
+TEXT = ("text_encoder.", "text_encoder_m.")
+MOMENTUM = ("visual_encoder_m.*", "text_encoder_m.*", "text_decoder_m.*", "*_proj_m.*", "*_head_m.*")
+QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+CONTRASTIVE = ("temp", "vision_proj.*", "text_proj.*")
+PRETRAIN_HEADS = ("text_encoder*.cls.*", "mim_head*", "concept_head*", "visual_encoder*.mask_token")
+CLS_HEAD = ("cls_head.*", "cls_head_m.*")
+
+
+# ------------------------------------------------------------------------------------------------ comparing and loading
+
+
+# -------------------------------------------------------------------------------------------------- kinds of checkpoint
+
+
+def checkpoint_kind(state: State) -> str:
+    """What a state dict is: "pretrain", "retrieval", "vqa", "ve", "text_assignment", "nlvr", "vit" or "bert".
+
+    Raises `UserError` for anything else.
+    """
+    if any(key.startswith("text_decoder.") for key in state):
+        return "vqa"
+    if "text_encoder.bert.embeddings.word_embeddings.weight" in state:
+        return "pretrain"
+    if "text_encoder.embeddings.word_embeddings.weight" in state:
+        if "ta_head.weight" in state:
+            return "text_assignment"
+        if "cls_head.2.weight" in state:
+            return "ve" if len(state["cls_head.2.weight"]) == 3 else "nlvr"
+        return "retrieval"
+    if "patch_embed.proj.weight" in state and "cls_token" in state:
+        return "vit"
+    if any(key.endswith("embeddings.word_embeddings.weight") for key in state):
+        return "bert"
+    raise UserError(f"a checkpoint of no known kind; its first keys are {_some(list(state))}")
+
+
+# ----------------------------------------------------------------------------------------------- renames, one at a time
+
+
+def strip_bert(state: State) -> dict[str, Tensor]:
+    """`text_encoder.bert.*` -> `text_encoder.*`, the momentum copy alike: the encoder without its word head."""
+    return {re.sub(r"^(text_encoder(?:_m)?\.)bert\.", r"\1", key): value for key, value in state.items()}
+
+
+def fit_positions(state: State, target: State) -> dict[str, Tensor]:
+    """Both vision encoders' position embeddings, interpolated to the grid of the target."""
+    fitted = dict(state)
+    for key in (f"{prefix}pos_embed" for prefix in VISION):
+        if key in state and key in target:
+            fitted[key] = resize_pos_embed(state[key], round((target[key].shape[1] - 1) ** 0.5))
+    return fitted
+
+
+def fit_queues(state: State, target: State) -> dict[str, Tensor]:
+    """The queues as they are where the sizes agree; dropped together, pointer included, where they do not."""
+    agree = all(state[key].shape == target[key].shape for key in QUEUES if key in state and key in target)
+    return dict(state) if agree else {key: value for key, value in state.items() if key not in QUEUES}
+
+
+def split_decoder(state: State, decoder_layers: int) -> dict[str, Tensor]:
+    """A pre-trained text encoder with head becomes the VQA pair, for the momentum copies alike.
+
+    Encoder: all layers, without the head. Decoder: the last `decoder_layers` layers (6 of 12), numbered from 0, with
+    the encoder's embeddings and head.
+    """
+    result = {}
+    for key, value in state.items():
+        module, _, rest = key.partition(".")
+        if module not in ("text_encoder", "text_encoder_m"):
+            result[key] = value
+            continue
+        decoder, layer = module.replace("encoder", "decoder"), LAYER.fullmatch(rest)
+        if not rest.startswith("cls."):
+            result[f"{module}.{rest.removeprefix('bert.')}"] = value
+        if layer is None:
+            result[f"{decoder}.{rest}"] = value
+        elif (index := int(layer[2]) - (depth(state, module) - decoder_layers)) >= 0:
+            result[f"{decoder}.{layer[1]}{index}{layer[3]}"] = value
+    return result
+
+
+def double_fusion(state: State, target_layers: int) -> dict[str, Tensor]:
+    """NLVR's text encoder: every fusion layer twice in a row, one per picture (12 layers -> 18, from layer 6 on)."""
+    source_layers = depth(state, "text_encoder")
+    first = 2 * source_layers - target_layers
+    if not 0 <= first <= source_layers:
+        raise UserError(f"a text encoder of {source_layers} layers cannot become one of {target_layers} for two images")
+    result = {}
+    for key, value in state.items():
+        layer = LAYER.fullmatch(key)
+        if layer is None or not key.startswith("text_encoder.") or int(layer[2]) < first:
+            result[key] = value
+        else:
+            twin = first + 2 * (int(layer[2]) - first)
+            result |= {f"{layer[1]}{index}{layer[3]}": value for index in (twin, twin + 1)}
+    return result
+
+
+def without_momentum(state: State) -> dict[str, Tensor]:
+    """Only the online networks."""
+    return {key: value for key, value in state.items() if not _matches(key, MOMENTUM)}
+
+
+def momentum_from_online(state: State, target: State) -> dict[str, Tensor]:
+    """The momentum copies the target has and `state` lacks, from the online weights in `state`."""
+    lacking = (key for key in target if key not in state and _matches(key, MOMENTUM))
+    online = {key: re.sub(r"^(\w+)_m\.", r"\1.", key) for key in lacking}
+    return {key: state[source] for key, source in online.items() if source in state}
+
+
+def depth(state: State, module: str) -> int:
+    """Number of transformer layers below the given module of a state dict."""
+    layers = (LAYER.fullmatch(key) for key in state if key.startswith(f"{module}."))
+    return max((int(layer[2]) + 1 for layer in layers if layer), default=0)
+
+
+# ------------------------------------------------------------------------------------------------------ starting a task
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a task starts from a checkpoint of another kind (section 6.3 of the originals' loading code)."""
+
+    sources: tuple[str, ...]  # kinds of checkpoint that can be converted; the task's own kind always loads
+    convert: Callable[[State, State], dict[str, Tensor]]  # (checkpoint, target's state) -> renamed checkpoint
+    initial: tuple[str, ...] = ()  # patterns of target keys the checkpoint has nothing for
+    ignored: tuple[str, ...] = ()  # patterns of checkpoint keys the task has no use for
+
+
+def _strip(state: State, target: State) -> dict[str, Tensor]:
+    return strip_bert(state)
+
+
+def _keep(state: State, target: State) -> dict[str, Tensor]:
+    return dict(state)
+
+
+def _split(state: State, target: State) -> dict[str, Tensor]:
+    return split_decoder(state, depth(target, "text_decoder"))
+
+
+def _double(state: State, target: State) -> dict[str, Tensor]:
+    return double_fusion(without_momentum(strip_bert(state)), depth(target, "text_encoder"))
+
+
+NO_CONTRAST = (*PRETRAIN_HEADS, *QUEUES, "temp", "*_proj.*", "*_proj_m.*", "itm_head.*")
+STARTS = {
+    "pretrain": Start((), _keep),
+    "retrieval": Start(("pretrain",), _strip, ("idx_queue",), PRETRAIN_HEADS),
+    "ve": Start(("pretrain", "retrieval"), _strip, CLS_HEAD, NO_CONTRAST),
+    "vqa": Start(("pretrain",), _split, (), NO_CONTRAST),
+    "text_assignment": Start(
+        ("pretrain", "retrieval"),
+        _double,
+        ("ta_head.*", "text_encoder.embeddings.token_type_embeddings.weight"),
+        (*PRETRAIN_HEADS, *QUEUES, "itm_head.*"),
+    ),
+    "nlvr": Start(("text_assignment",), _keep, CLS_HEAD, (*CONTRASTIVE, "ta_head.*")),
+}
+
+
+def adapt(state: State, target: State, task: str) -> dict[str, Tensor]:
+    """`state` of any fitting kind under the names and at the resolution of the task's model, whose state is `target`.
+
+    Position embeddings are interpolated, layers renumbered; queues of another size are dropped. Keys the model has no
+    use for stay in, so that the caller sees them. Raises `UserError` for a kind the task cannot start from.
+    """
+    kind, start = checkpoint_kind(state), STARTS[task]
+    if kind != task:
+        if kind not in start.sources:
+            kinds = ", ".join((task, *start.sources))
+            raise UserError(f"this is a {kind} checkpoint, and {task} starts from one of: {kinds}")
+        state = start.convert(state, target)
+    return fit_queues(fit_positions(state, target), target)
+
+
+def start_from(model: nn.Module, state: State, task: str, fill_momentum: bool = True) -> Differences:
+    """Loads a checkpoint of any fitting kind into the model of a task, and returns what was left out on either side.
+
+    A checkpoint of the task's own kind (a fine-tuned model) must fit as it is, another kind is converted by `adapt`.
+    Momentum copies the checkpoint lacks (text assignment has none, nor has ALBEF's refcoco.pth) start as copies of the
+    online weights; with fill_momentum=False they keep their initial values, as NLVR's do in the originals. Raises
+    `UserError`.
+    """
+    target, start = model.state_dict(), STARTS[task]
+    adapted = adapt(state, target, task)
+    if fill_momentum:
+        adapted |= momentum_from_online(adapted, target)
+    converted = checkpoint_kind(state) != task
+    missing = (*MOMENTUM, *QUEUES, *(start.initial if converted else ()))
+    unexpected = (*MOMENTUM, *QUEUES, *(start.ignored if converted else ("visual_encoder*.mask_token",)))
+    return load_checkpoint(model, adapted, missing, unexpected)
+
+
+# -------------------------------------------------------------------------------------------------------- BERT and DeiT
+
+
+def load_bert(model: nn.Module, state: State) -> Differences:
+    """Loads a BERT, as `load_bert_folder` reads it, into an `XBert` or `XBertLM` and returns what was left out.
+
+    BERT has no cross-attention and SIMLA no token types; layers only one of the two has are left out too, and the word
+    head where the file has none. Anything else that differs is a `UserError`.
+    """
+    head = hasattr(model, "cls")
+    weights, module = bert_weights(state, head), "bert" if head else "encoder"
+    given, wanted = depth(weights, module), depth(model.state_dict(), module)
+    missing = ["*crossattention*", *(f"*encoder.layer.{i}.*" for i in range(given, wanted))]
+    unexpected = ["*token_type_embeddings*", *(f"*encoder.layer.{i}.*" for i in range(wanted, given))]
+    if "cls.predictions.bias" not in weights:
+        missing.append("cls.predictions.*")
+    return load_checkpoint(model, weights, missing, unexpected)
+
+
+def bert_weights(state: State, head: bool) -> dict[str, Tensor]:
+    """Weights of transformers' BERT, in any of its spellings, under the names of `XBertLM` (head) or `XBert` (no head).
+
+    Takes keys with or without `bert.`, LayerNorm's old `gamma`/`beta`, and files without the tied `decoder` entries;
+    drops the pooler and the next-sentence head. Raises `UserError` where there are no word embeddings.
+    """
+    body, words = {}, {}
+    for key, value in state.items():
+        key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if key.startswith("cls.predictions."):
+            words[key] = value
+        elif key.removeprefix("bert.").startswith(("embeddings.", "encoder.")):
+            body[key.removeprefix("bert.")] = value
+    if "embeddings.word_embeddings.weight" not in body:
+        raise UserError(f"not the weights of a BERT: no word embeddings among {_some(list(state))}")
+    if not head:
+        return body
+    if "cls.predictions.bias" in words:
+        words["cls.predictions.decoder.bias"] = words["cls.predictions.bias"]
+    words["cls.predictions.decoder.weight"] = body["embeddings.word_embeddings.weight"]
+    return {f"bert.{key}": value for key, value in body.items()} | words
+
+
+def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """`(state dict, config)` of a BERT in a local folder, or of a name on the Hugging Face hub (`bert-base-uncased`).
+
+    Reads config.json and model.safetensors, else pytorch_model.bin (weights only). A hub name is looked up in the
+    local cache first. Raises `UserError` with the remedy where it is neither a folder nor to be had.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        files = {file: folder / file for file in ("config.json", "model.safetensors", "pytorch_model.bin")}
+        files = {file: path for file, path in files.items() if path.is_file()}
+    else:
+        files = _hub_files(str(name))
+    weights = files.get("model.safetensors") or files.get("pytorch_model.bin")
+    if weights is None or "config.json" not in files:
+        raise UserError(f"{name}: needs config.json and model.safetensors or pytorch_model.bin, has {_some([*files])}")
+    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    if weights.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(weights), config
+    return torch.load(weights, map_location="cpu", weights_only=True), config
+
+
+def _hub_files(name: str) -> dict[str, Path]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found = {}
+    for file in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        if file == "pytorch_model.bin" and "model.safetensors" in found:
+            break
+        try:
+            found[file] = Path(hf_hub_download(name, file))
+        except Exception as error:  # offline, no such name, no permission: each library version has its own exceptions
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                continue  # the hub answered, and has no such file
+            raise UserError(
+                f"{name}: neither a folder here nor to be had from the Hugging Face hub ({type(error).__name__}). "
+                f"Where there is internet, run `hf download {name} --local-dir FOLDER`, and name that folder instead"
+            ) from error
+    return found
+
+
+def deit_weights(state: State, grid: int) -> dict[str, Tensor]:
+    """ImageNet DeiT or timm ViT weights for a `ViT` with grid x grid patches; the classifier is dropped.
+
+    Load with `allowed_missing=("mask_token",)`. Raises `UserError` for a distilled DeiT (two special tokens).
+    """
+    if "dist_token" in state:
+        raise UserError("these are distilled DeiT weights (dist_token); use deit_base_patch16_224-b5f2ef4d.pth")
+    kept = {key: value for key, value in state.items() if not key.startswith(("head.", "pre_logits.", "fc_norm."))}
+    if "pos_embed" not in kept:
+        raise UserError(f"not the weights of a vision transformer: no pos_embed among {_some(list(state))}")
+    return kept | {"pos_embed": resize_pos_embed(kept["pos_embed"], grid)}

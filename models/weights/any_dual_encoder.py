@@ -1,0 +1,269 @@
+"""A dual encoder for evaluation out of any checkpoint, whoever made it.
+
+Ours, clip-rocket's, SLIP's, OpenAI's, open_clip's, Hugging Face's CLIP and ALIGN:
+
+    opened = open_dual(weights, about)          # about: what lies in or beside the file, see `open_dual`
+    opened.model.embed_image(...)["z"]
+
+Only what embeds is built: towers and projectors of z and h. Heads that training alone needs are left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from base.errors import UserError
+from base.pixels import HALF, IMAGENET, OPENAI, Pixels
+from models.dual_encoder.base import NOT_LOADED, DualConfig, DualEncoder
+from models.dual_encoder.factory import build_dual, model_names, parts_of
+from models.dual_encoder.openai import OpenAICLIP
+from models.layers.openai_towers import openai_model
+from models.weights.align import config_of as align_config
+from models.weights.clip import (
+    NOT_WEIGHTS,
+    TIMM_NAMES,
+    config_of_arguments,
+    from_hugging_face,
+    load_openai,
+    load_timm_open_clip,
+    unwrap_names,
+)
+from models.weights.loading import load_checkpoint
+
+State = Mapping[str, Tensor]
+
+TRAINING_ONLY = (
+    *NOT_LOADED,
+    "barlip_*",
+    "siamlip_*",
+    "*_predictor_*",
+    "swalip_*",
+    "*_prototypes.*",
+    "image_mlp.*",
+)
+EMBEDS = {"BARLIP": "CL2L", "SIAMLIP": "CL2L", "SWALIP": "CL2L", "SWALIPV1": "CLIP"}  # head -> head of the same z and h
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers in preprocessor_config.json
+
+
+class Opened(NamedTuple):
+    """model: in eval mode on the CPU. title: what the checkpoint turned out to be. context_length: of its texts."""
+
+    model: DualEncoder
+    title: str
+    pixels: Pixels
+    context_length: int
+    vocab_size: int
+
+
+def open_dual(weights: State, about: Mapping[str, Any], name: str | None = None) -> Opened:
+    """The network of a checkpoint's weights.
+
+    about: whatever is there of `network` (fields of DualConfig: our runs), `args` (clip-rocket, SLIP), `config.json`
+    and `preprocessor_config.json` (Hugging Face), `open_clip_config.json`, `archive` (True: a TorchScript archive).
+    name: the model, where these do not tell: `CL2L_R50_CL2L`; `ViT-B/32` or `ViT-B-32-quickgelu` for quick_gelu,
+    `ViT-B-32` for gelu. Raises UserError.
+    """
+    check_name(name)
+    weights = unwrap_names(weights)
+    if "vision_model.embeddings.convolution.weight" in weights:
+        return _align(weights, about, name)
+    if "vision_model.embeddings.patch_embedding.weight" in weights:
+        return _hugging_face(weights, about, name)
+    keys = {key.removeprefix("text.") for key in weights}
+    if keys & {"visual.proj", "visual.attnpool.c_proj.weight"} and "text_projection" in keys:
+        return _openai(weights, about, name)
+    if any(key.startswith("visual.trunk.") for key in keys):
+        return _timm_open_clip(weights, about, name)
+    if keys & {"image_projection", "image_projector.weight", "image_projector.layer1.weight"}:
+        return _rocket(weights, about, name)
+    if any(key.startswith("image_mlp.") for key in keys):
+        raise UserError("a SimCLR checkpoint: it has no text encoder for zero-shot evaluation")
+    raise UserError(f"a checkpoint of no known dual encoder; its first keys are {', '.join(list(weights)[:8])}")
+
+
+def check_name(name: str | None) -> None:
+    """UserError for a name that is no model's, with the nearest one."""
+    if name is not None and "_" in name:
+        parts_of(name)
+    elif name is not None:
+        openai_model(name.removesuffix("-quickgelu"))
+
+
+# ------------------------------------------------------------------------------------- ours, clip-rocket, SLIP
+
+
+def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
+    if "network" in about:
+        config = _own_config(about["network"])
+    elif "model" in about.get("args", {}):
+        config = config_of_arguments(about["args"])
+    elif name in model_names():
+        config = config_of_shapes(weights, name)
+    else:
+        raise UserError(
+            "the checkpoint holds weights alone, which do not tell the model: add --model, such as CL2L_R50_CL2L, or "
+            "keep the run's config.yaml beside the file"
+        )
+    if name not in (None, config.model):
+        raise UserError(f"--model {name}, but the checkpoint is a {config.model}: leave --model out")
+    model = build_dual(replace(config, model=embedding_model(config.model)))
+    load_checkpoint(model, weights, allowed_unexpected=TRAINING_ONLY)
+    pixels = Pixels(config.image_size, "bilinear", *IMAGENET)
+    return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
+
+
+def _align(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
+    """A run of ours, or the layout of transformers' AlignModel."""
+    if "network" in about:
+        config = _own_config(about["network"])
+    else:
+        config = align_config(weights)
+    if name not in (None, config.model):
+        raise UserError(f"--model {name}, but the checkpoint is a {config.model}: leave --model out")
+    model = build_dual(config)
+    load_checkpoint(model, weights, allowed_unexpected=NOT_LOADED)
+    pixels = Pixels(config.image_size, "bilinear", *HALF)
+    return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
+
+
+def _own_config(network: Mapping[str, Any]) -> DualConfig:
+    known = {f.name for f in fields(DualConfig)}
+    return DualConfig(**{key: value for key, value in network.items() if key in known})
+
+
+def embedding_model(name: str) -> str:
+    """The model string of the smallest network with the same embeddings."""
+    base, backbone, *head = name.split("_")
+    if base == "SIMCLR":
+        raise UserError(f"{name}: SimCLR has no text encoder for zero-shot evaluation")
+    return "_".join(["CLIP", backbone] if not head else [base, backbone, EMBEDS.get(head[0], head[0])])
+
+
+def config_of_shapes(weights: State, name: str) -> DualConfig:
+    """The configuration of a bare state dict of clip-rocket or SLIP, whose text transformer has 8 heads of 64."""
+    context, width = weights["positional_embedding"].shape
+    if width != 512:
+        raise UserError(
+            f"weights alone do not tell the number of heads of a text transformer of width {width}: keep the "
+            "run's config.yaml beside the file"
+        )
+    values: dict[str, Any] = {"context_length": context, "vocab_size": len(weights["token_embedding.weight"])}
+    layers = {key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")}
+    values["transformer_layers"] = len(layers)
+    if "image_projection" in weights:
+        values["embed_dim"] = weights["image_projection"].shape[1]
+    for prefix, kind, hidden in (
+        ("image_projector", "clip_proj_type", "clip_hidden_dim"),
+        ("l2l_image_projector", "cl2l_img_proj_type", "cl2l_hidden_dim"),
+        ("l2l_text_projector", "cl2l_txt_proj_type", "cl2l_hidden_dim"),
+    ):
+        if f"{prefix}.layer1.weight" in weights:
+            values |= {kind: "mlp", hidden: len(weights[f"{prefix}.layer1.weight"])}
+            values["embed_dim"] = len(weights[f"{prefix}.layer3.weight"])
+        elif f"{prefix}.weight" in weights:
+            values |= {kind: "linear", "embed_dim": len(weights[f"{prefix}.weight"])}
+    values["separate_proj"] = "l2l_logit_scale" in weights
+    if "visual.pos_embed" in weights:
+        grid = round((weights["visual.pos_embed"].shape[1] - 1) ** 0.5)
+        values["image_size"] = grid * weights["visual.patch_embed.proj.weight"].shape[-1]
+    return DualConfig(model=name, **values)
+
+
+# ------------------------------------------------------------------------------------- OpenAI, open_clip, Hugging Face
+
+
+def _openai(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
+    described = about.get("open_clip_config.json", {})
+    activation = _activation(weights, about, name)
+    head_width = described.get("model_cfg", {}).get("vision_cfg", {}).get("head_width")
+    model = load_openai(dict(weights), activation)
+    return _opened(
+        model, f"CLIP of OpenAI's layout, {activation}", described.get("preprocess_cfg", {}), name, head_width
+    )
+
+
+def _activation(weights: State, about: Mapping[str, Any], name: str | None) -> str:
+    """Of OpenAI's networks, whose weights look alike with either."""
+    described = about.get("open_clip_config.json", {}).get("model_cfg")
+    if about.get("archive") or any(key in weights for key in NOT_WEIGHTS[:3]):
+        return "quick_gelu"
+    if described is not None:
+        return "quick_gelu" if described.get("quick_gelu") else "gelu"
+    if name is None or "_" in name:
+        raise UserError(
+            "these weights do not tell their activation: add --model ViT-B/32 (OpenAI's spelling: quick_gelu), "
+            "ViT-B-32-quickgelu (the same) or ViT-B-32 (open_clip's without -quickgelu: gelu), or keep "
+            "open_clip_config.json beside the file"
+        )
+    return "quick_gelu" if "/" in name or name.endswith("-quickgelu") else "gelu"
+
+
+def _hugging_face(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
+    described, pictures = about.get("config.json", {}), about.get("preprocessor_config.json", {})
+    vision, text = described.get("vision_config", {}), described.get("text_config", {})
+    if name is None and not described:
+        raise UserError(
+            "a Hugging Face CLIP without its config.json: keep it beside the weights, or add --model ViT-B/32"
+        )
+    if described:  # what their files leave out is at its default
+        activation = text.get("hidden_act", "quick_gelu")
+        head_width = vision.get("hidden_size", 768) / vision.get("num_attention_heads", 12)
+        if vision.get("hidden_act", "quick_gelu") != activation or activation not in ("quick_gelu", "gelu"):
+            raise UserError(
+                f"config.json: hidden_act {activation!r} and {vision.get('hidden_act')!r} are not supported"
+            )
+    else:
+        activation, head_width = _activation({}, {}, name), None
+    model = load_openai(from_hugging_face(weights), activation)
+    pixels = {"mean": pictures.get("image_mean"), "std": pictures.get("image_std")}
+    pixels["interpolation"] = RESAMPLING.get(pictures.get("resample"))
+    return _opened(model, f"CLIP of Hugging Face's layout, {activation}", pixels, name, head_width)
+
+
+def _opened(model: OpenAICLIP, title: str, pixels: Mapping[str, Any], name: str | None, head_width) -> Opened:
+    config = model.config
+    if head_width and not config.is_resnet and head_width * config.vision_heads != config.vision_width:
+        raise UserError(
+            f"a vision transformer of width {config.vision_width} with heads of {head_width} is not supported"
+        )
+    if name is not None and openai_model(name.removesuffix("-quickgelu")).vision_layers != config.vision_layers:
+        raise UserError(
+            f"--model {name}, but the checkpoint is another network: leave --model out or name the right one"
+        )
+    mean, std = pixels.get("mean") or OPENAI[0], pixels.get("std") or OPENAI[1]
+    pixels = Pixels(config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std))
+    return Opened(model.eval(), title, pixels, config.text.context_length, config.text.vocab_size)
+
+
+def _timm_open_clip(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
+    """open_clip's models with a timm tower, as far as our backbones go (our own exports among them)."""
+    described = about.get("open_clip_config.json", {})
+    settings, pixels = described.get("model_cfg", {}), described.get("preprocess_cfg", {})
+    timm_name = settings.get("vision_cfg", {}).get("timm_model_name")
+    backbone = next((ours for ours, theirs in TIMM_NAMES.items() if theirs == timm_name), None)
+    if name is None and backbone is None:
+        raise UserError(
+            f"an open_clip model with the timm tower {timm_name or '(not told)'}: keep open_clip_config.json beside "
+            f"the file, or add --model CLIP_<{'|'.join(TIMM_NAMES)}>_<CLIP|SIGLIP>; others are not supported"
+        )
+    name = name or f"CLIP_{backbone}_{'SIGLIP' if 'logit_bias' in weights else 'CLIP'}"
+    text = {key.removeprefix("text."): value for key, value in weights.items()}
+    context, width = text["positional_embedding"].shape
+    config = DualConfig(
+        model=name,
+        image_size=settings.get("vision_cfg", {}).get("image_size", 224),
+        embed_dim=text["text_projection"].shape[1],
+        context_length=context,
+        vocab_size=len(text["token_embedding.weight"]),
+        text_width=width,
+        text_heads=settings.get("text_cfg", {}).get("heads", width // 64),
+        transformer_layers=len({key.split(".")[2] for key in text if key.startswith("transformer.resblocks.")}),
+        text_activation="quick_gelu" if settings.get("quick_gelu") else "gelu",
+    )
+    model = build_dual(config)
+    load_timm_open_clip(model, dict(weights))
+    mean, std = pixels.get("mean") or OPENAI[0], pixels.get("std") or OPENAI[1]
+    pixels = Pixels(config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std))
+    return Opened(model.eval(), f"{name} of open_clip's layout", pixels, context, config.vocab_size)

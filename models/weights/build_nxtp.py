@@ -1,0 +1,118 @@
+"""NXTP's network from whatever there is: a checkpoint, CLIP and LLaMA, one of them, or nothing but sizes."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from base.errors import UserError
+from models.layers.llama import LlamaConfig, own_part
+from models.layers.openai_towers import OpenAIConfig
+from models.recognition.nxtp import Nxtp, NxtpConfig
+from models.weights.llama import cut, read_llama
+from models.weights.loading import load_checkpoint
+from models.weights.nxtp import (
+    check_vocabulary,
+    decoder_state,
+    geometry,
+    openai_layout,
+    recognition_state,
+    vision_config,
+    vision_state,
+)
+from models.weights.torchscript import is_jit_archive, jit_state_dict
+
+State = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Networks:
+    """Sizes and settings of both networks; `build` fills in those that weights decide."""
+
+    decoder_layers: int | None = None  # blocks of the decoder that are kept; none = all
+    image_size: int | None = None  # side of the pictures in pixels; none = CLIP's own
+    vision: tuple[int, int, int] = (1024, 24, 14)  # random image tower: width, blocks, side of a patch
+    resnet: list[int] = field(default_factory=list)  # random tower like CLIP's ResNets instead: width, blocks by stage
+    decoder: tuple[int, int] = (4096, 32)  # random decoder: width, blocks
+    decoder_heads: int | None = None  # attention heads of the decoder; none = LLaMA's, 128 wide each
+    norm_eps: float = 1e-5  # epsilon of the decoder's norms
+    rope_theta: float = 10000.0  # base of the decoder's rotary positions
+    prefix_image: bool = True  # image tokens see one another, else only those before them
+    train_embeddings: str = "all"  # rows of the token table to train: all, or special (<|image|> alone)
+    train_outputs: str = "all"  # the same of the decoder's head
+
+    def __post_init__(self):
+        for rows in (self.train_embeddings, self.train_outputs):
+            if rows not in ("all", "special"):
+                raise UserError(f"train_embeddings, train_outputs: {rows!r} is unknown; use all or special")
+        if self.resnet and (not 2 <= len(self.resnet) <= 5 or min(self.resnet) < 1 or self.resnet[0] % 2):
+            raise UserError(f"resnet: {self.resnet}: name an even width, then the blocks of one to four stages")
+
+    def build(
+        self,
+        tokenizer,
+        clip: State | None = None,
+        llama: str | Path | None = None,
+        checkpoint: State | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> Nxtp:
+        """The network on the CPU.
+
+        tokenizer: has vocab_size and `image`, the id of <|image|>. clip: CLIP's weights in any layout; llama: a folder;
+        checkpoint: NXTP's, ours or published; what none of them has stays random. part: (rank, size) of a process that
+        shares the decoder's matrices with others.
+        """
+        clip = openai_layout(clip) if clip else None
+        if checkpoint:
+            state = recognition_state(checkpoint, clip, self.decoder_layers, self.image_size)
+            check_vocabulary(state, tokenizer.vocab_size, tokenizer)
+            vision, decoder = geometry(state, self.decoder_heads, self.norm_eps, self.rope_theta, self.image_size)
+            missing: list[str] = []
+        else:
+            vision, decoder, state, missing = self._start(tokenizer, clip, llama)
+        if part is not None:
+            decoder, state = replace(decoder, tensor_parallel=True), own_part(state, *part)
+        self.decoder_heads, self.image_size = decoder.n_heads, vision.image_size
+        self.norm_eps, self.rope_theta = decoder.norm_eps, decoder.rope_theta
+        wanted = (self.train_embeddings, self.train_outputs)
+        rows = [(tokenizer.image,) if name == "special" else None for name in wanted]
+        model = Nxtp(NxtpConfig(vision, decoder, self.prefix_image, *rows))
+        load_checkpoint(model, state, allowed_missing=missing)
+        return model
+
+    def _start(self, tokenizer, clip: State | None, llama: str | Path | None):
+        """Both geometries, the weights there are, and patterns of those that stay random."""
+        missing = ["vision_encoder.proj.weight" if clip else "vision_encoder.*"]
+        if clip and "visual.layer1.0.conv1.weight" in clip:
+            missing += ["vision_encoder.ln_post.*", "vision_encoder.*num_batches_tracked"]
+        if llama:
+            decoder, weights = read_llama(llama, self.decoder_layers)
+            state = decoder_state(weights, tokenizer.vocab_size, llama)
+            decoder = replace(decoder, vocab_size=tokenizer.vocab_size)
+        else:
+            decoder, state = cut(self._random_decoder(tokenizer.vocab_size), self.decoder_layers, "decoder"), {}
+            missing.append("language_decoder.*")
+        if clip:
+            vision = vision_config(clip, decoder.dim, self.image_size)
+            return vision, decoder, state | vision_state(clip, self.image_size), missing
+        width, blocks, patch = (self.resnet[0], tuple(self.resnet[1:]), 0) if self.resnet else self.vision
+        sizes = {"vision_width": width, "vision_layers": blocks, "patch_size": patch}
+        vision = OpenAIConfig(embed_dim=decoder.dim, image_size=self.image_size or 224, **sizes)
+        return vision, decoder, state, missing
+
+    def _random_decoder(self, vocabulary: int) -> LlamaConfig:
+        dim, blocks = self.decoder
+        return LlamaConfig(
+            dim=dim,
+            n_layers=blocks,
+            n_heads=self.decoder_heads or max(1, dim // 128),
+            vocab_size=vocabulary,
+            multiple_of=min(256, max(2, dim // 2)),
+            norm_eps=self.norm_eps,
+            rope_theta=self.rope_theta,
+        )
+
+
+def read_archive(path: Path) -> State | None:
+    """The weights in OpenAI's TorchScript archive of CLIP; None where the file is none."""
+    return jit_state_dict(path) if path.is_file() and is_jit_archive(path) else None

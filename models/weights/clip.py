@@ -1,0 +1,378 @@
+"""Dual-encoder checkpoints of clip-rocket, SLIP, OpenAI, open_clip and Hugging Face, and exports to the last two.
+
+Everything here maps state dicts (name -> tensor) to state dicts; reading files is the caller's business, but for
+OpenAI's TorchScript archives, which `models.weights.torchscript` opens without running them. A loader ends in plain
+`load_state_dict`, so whatever is missing or left over is an error that lists the names.
+
+    model = load_openai(state)                    # OpenAI's or open_clip's layout; sizes are read off the shapes
+    model = load_openai(from_hugging_face(state), activation=...)
+    state, config = to_hugging_face(model), hugging_face_config(model.config)
+"""
+
+import re
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from base.errors import UserError
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.cl2l import CL2L, SwALIPV1
+from models.dual_encoder.clip import CLIP, SigLIP
+from models.dual_encoder.openai import OpenAICLIP
+from models.dual_encoder.slip import SlipCLIP
+from models.layers.clip_towers import TextShape
+from models.layers.openai_towers import OpenAIConfig
+
+State = dict[str, Tensor]
+
+WRAPPERS = ("module.", "_orig_mod.")
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # entries of released files
+
+# ------------------------------------------------------------------------------------- clip-rocket and SLIP
+
+
+def unwrap_names(state: State) -> State:
+    """Names without the prefixes of DistributedDataParallel and torch.compile, at their start only."""
+    result = {}
+    for name, value in state.items():
+        while name.startswith(WRAPPERS):
+            name = name.split(".", 1)[1]
+        result[name] = value
+    return result
+
+
+def rocket_states(checkpoint: dict) -> tuple[State, State | None]:
+    """Model and momentum-model weights of a clip-rocket or SLIP checkpoint (`state_dict`, `momentum_state_dict`)."""
+    if "state_dict" not in checkpoint:
+        raise UserError(f"the checkpoint has no `state_dict`, only {', '.join(map(str, list(checkpoint)[:8]))}")
+    momentum = checkpoint.get("momentum_state_dict")
+    return unwrap_names(checkpoint["state_dict"]), None if momentum is None else unwrap_names(momentum)
+
+
+SLIP_EMBED_DIM = 512  # SLIP's command line has no such flag
+
+
+def config_of_arguments(arguments: dict, **more) -> DualConfig:
+    """DualConfig from the `args` of a clip-rocket or SLIP checkpoint (as a dict); other entries shape no model.
+
+    `more` overrides, e.g. `image_size`.
+    """
+    if "model" not in arguments:
+        raise UserError("the checkpoint's args name no model; give the model string on the command line")
+    known = {f.name for f in fields(DualConfig)}
+    values = {name: value for name, value in arguments.items() if name in known and value is not None}
+    if arguments["model"].count("_") == 1:
+        values.setdefault("embed_dim", SLIP_EMBED_DIM)
+    return DualConfig(**{**values, **more})
+
+
+def text_transformer_of(state: State) -> State:
+    """What `--init-text-encoder` takes over: the blocks alone, neither embeddings nor the final norm."""
+    blocks = {name: value for name, value in unwrap_names(state).items() if name.startswith("transformer.")}
+    if not blocks:
+        raise UserError("the checkpoint for the text encoder has no `transformer.*` weights")
+    return blocks
+
+
+def load_text_transformer(model: nn.Module, state: State) -> None:
+    """Load the text blocks of another checkpoint into `model`, all of them or UserError."""
+    blocks = {name.removeprefix("transformer."): value for name, value in text_transformer_of(state).items()}
+    _load(model.transformer, blocks, "text transformer")
+
+
+# ------------------------------------------------------------------------------------- OpenAI and open_clip
+
+
+def from_open_clip(state: State) -> State:
+    """open_clip's names -> OpenAI's: the text tower of its two-part models moves to the root. Others stay."""
+    state = unwrap_names(state)
+    if any(name.startswith("visual.trunk.") for name in state):
+        raise UserError("an open_clip model with a timm image tower (visual.trunk.*): load it with load_timm_open_clip")
+    if "logit_bias" in state:
+        raise UserError("an open_clip model with logit_bias (SigLIP): load it with load_timm_open_clip")
+    return {name.removeprefix("text."): value for name, value in state.items()}
+
+
+def openai_config(state: State, activation: str = "quick_gelu", **loss_options) -> OpenAIConfig:
+    """Read every size off the shapes of an OpenAI-layout state dict. The activation cannot be seen in it."""
+    for name in ("visual.conv1.weight", "text_projection", "positional_embedding", "ln_final.weight"):
+        if name not in state:
+            raise UserError(f"no {name} in the state dict: it is not of OpenAI's CLIP layout (see clip_adapters)")
+    text_layers = _count(state, r"transformer\.resblocks\.(\d+)\.")
+    context, text_width = state["positional_embedding"].shape
+    vocabulary, heads = len(state["token_embedding.weight"]), max(1, text_width // 64)
+    text = TextShape(context, vocabulary, text_width, heads, text_layers, activation)
+    conv = state["visual.conv1.weight"]
+    if "visual.proj" in state:
+        patch = conv.shape[-1]
+        size = patch * _grid(state["visual.positional_embedding"])
+        width, layers = conv.shape[0], _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
+    else:
+        size = 32 * _grid(state["visual.attnpool.positional_embedding"])
+        layers = tuple(_count(state, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+        width, patch = state["visual.layer1.0.conv1.weight"].shape[0], 0
+    return OpenAIConfig(
+        embed_dim=state["text_projection"].shape[1],
+        image_size=size,
+        vision_width=width,
+        vision_layers=layers,
+        patch_size=patch,
+        text=text,
+        vision_activation=activation,
+        **loss_options,
+    )
+
+
+def _count(state: State, pattern: str) -> int:
+    found = [int(match.group(1)) for name in state if (match := re.match(pattern, name))]
+    return max(found, default=-1) + 1
+
+
+def _grid(positions: Tensor) -> int:
+    grid = round((len(positions) - 1) ** 0.5)
+    if grid**2 + 1 != len(positions):
+        raise UserError(f"{len(positions)} position embeddings are no square grid and a class token")
+    return grid
+
+
+def load_openai(state: State, activation: str = "quick_gelu", **loss_options) -> OpenAICLIP:
+    """OpenAI's or open_clip's state dict -> the network holding it in float32.
+
+    activation: `quick_gelu` for OpenAI's weights and open_clip's `-quickgelu` models, `gelu` for its others.
+    """
+    state = {name: value for name, value in from_open_clip(state).items() if name not in NOT_WEIGHTS}
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    with torch.device("meta"):
+        model = OpenAICLIP(openai_config(state, activation, **loss_options))
+    _load(model, state, "OpenAI CLIP", assign=True)
+    return model.requires_grad_(True)
+
+
+def _load(model: nn.Module, state: State, what: str, assign: bool = False) -> None:
+    """Strict load; UserError lists missing, unexpected and misshapen names."""
+    own = model.state_dict()
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    if any(names for _, names in faults):
+        listed = "; ".join(f"{kind}: {', '.join(sorted(names)[:8])} ({len(names)})" for kind, names in faults if names)
+        raise UserError(f"the weights do not fit the {what}: {listed}")
+    model.load_state_dict(state, assign=assign)
+
+
+def to_open_clip(model: nn.Module) -> State:
+    """State dict for open_clip's model: of OpenAI's networks the same names, of ours with a timm-style ViT, R50 or
+    ConvNeXt those of a timm image tower with a linear projection (`open_clip_config` describes it).
+    """
+    if isinstance(model, OpenAICLIP):
+        return dict(model.state_dict())
+    image, text = _linear_projections(model)
+    state = model.state_dict()
+    result = {f"visual.trunk.{name}": value for name, value in model.visual.state_dict().items()}
+    shared = ("positional_embedding", "logit_scale", "logit_bias", "transformer.", "token_embedding.", "ln_final.")
+    result |= {name: value for name, value in state.items() if name.startswith(shared)}
+    return result | {"visual.head.proj.weight": image.T.contiguous(), "text_projection": text}
+
+
+def _linear_projections(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The global projections as matrices [C,E] and [T,E]."""
+    if isinstance(model, SlipCLIP):
+        return model.image_projection.detach(), model.text_projection.detach()
+    if isinstance(model, CLIP) and isinstance(model.image_projector, nn.Linear):
+        return model.image_projector.weight.detach().T, model.text_projector.weight.detach().T.contiguous()
+    raise UserError("open_clip holds linear projections only; this model's clip_proj_type is mlp")
+
+
+TIMM_NAMES = {
+    "R50": "resnet50",
+    "CNEXTT": "convnext_tiny",
+    "CNEXTS": "convnext_small",
+    "VITS16": "vit_small_patch16_224",
+    "VITS32": "vit_small_patch32_224",
+    "VITB16": "vit_base_patch16_224",
+    "VITB32": "vit_base_patch32_224",
+    "VITL16": "vit_large_patch16_224",
+}
+
+
+def open_clip_config(model: nn.Module) -> dict:
+    """open_clip's model configuration (the JSON it keeps beside weights) for `to_open_clip(model)`."""
+    config = model.config
+    text = {
+        "context_length": config.text.context_length,
+        "vocab_size": config.text.vocab_size,
+        "width": config.text.width,
+        "heads": config.text.heads,
+        "layers": config.text.layers,
+    }
+    activation = {"quick_gelu": config.text.activation == "quick_gelu"}
+    if isinstance(model, OpenAICLIP):
+        layers = list(config.vision_layers) if config.is_resnet else config.vision_layers
+        vision = {"image_size": config.image_size, "layers": layers, "width": config.vision_width}
+        vision |= {} if config.is_resnet else {"patch_size": config.patch_size}
+        return {"embed_dim": config.embed_dim, **activation, "vision_cfg": vision, "text_cfg": text}
+    backbone = config.model.split("_")[1]
+    if backbone not in TIMM_NAMES or config.model.count("_") == 1 and backbone == "VITS16":
+        raise UserError(f"timm has no {backbone} of this head count by name; export to safetensors instead")
+    vision = {
+        "image_size": config.image_size,
+        "timm_model_name": TIMM_NAMES[backbone],
+        "timm_model_pretrained": False,
+        "timm_pool": "token" if backbone.startswith("VIT") else "avg",
+        "timm_proj": "linear",
+    }
+    return {"embed_dim": config.embed_dim, **activation, "vision_cfg": vision, "text_cfg": text}
+
+
+def load_timm_open_clip(model: CLIP, state: State) -> None:
+    """The other way: an open_clip state dict with a timm tower and a linear projection into a freshly built CLIP."""
+    state = {name.removeprefix("text."): value for name, value in unwrap_names(state).items()}
+    renamed = {}
+    for name, value in state.items():
+        if name == "visual.head.proj.weight":
+            renamed["image_projector.weight"] = value
+        elif name == "text_projection":
+            renamed["text_projector.weight"] = value.T.contiguous()
+        elif name not in NOT_WEIGHTS:
+            renamed[name.replace("visual.trunk.", "visual.", 1)] = value
+    if not isinstance(model, CLIP) or isinstance(model, CL2L | SwALIPV1):
+        raise UserError(f"open_clip weights fill a CLIP or SIGLIP head, not {type(model).__name__}")
+    if ("logit_bias" in renamed) != isinstance(model, SigLIP):
+        raise UserError("logit_bias belongs to SigLIP: build a model with the head SIGLIP for it, CLIP without it")
+    _load(model, renamed, type(model).__name__)
+
+
+def resize_positions(state: State, image_size: int) -> State:
+    """OpenAI-layout ViT weights for pictures of another size: bicubic resize of the grid of position embeddings."""
+    positions = state["visual.positional_embedding"]
+    grid, new = _grid(positions), image_size // state["visual.conv1.weight"].shape[-1]
+    if grid == new:
+        return state
+    picture = positions[1:].float().unflatten(0, (grid, grid)).permute(2, 0, 1)[None]
+    picture = F.interpolate(picture, size=(new, new), mode="bicubic", align_corners=False)[0].flatten(1).T
+    return state | {"visual.positional_embedding": torch.cat([positions[:1], picture.to(positions.dtype)])}
+
+
+# ------------------------------------------------------------------------------------- Hugging Face
+
+HUGGING_FACE = (  # OpenAI's name, transformers' name; a trailing dot stands for weight and bias
+    ("logit_scale", "logit_scale"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    ("ln_final.", "text_model.final_layer_norm."),
+    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    ("visual.ln_pre.", "vision_model.pre_layrnorm."),
+    ("visual.ln_post.", "vision_model.post_layernorm."),
+)
+HUGGING_FACE_TRANSPOSED = (("text_projection", "text_projection.weight"), ("visual.proj", "visual_projection.weight"))
+HUGGING_FACE_BLOCKS = (
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+)
+HUGGING_FACE_IN_BLOCK = (
+    ("attn.out_proj.", "self_attn.out_proj."),
+    ("ln_1.", "layer_norm1."),
+    ("ln_2.", "layer_norm2."),
+    ("mlp.c_fc.", "mlp.fc1."),
+    ("mlp.c_proj.", "mlp.fc2."),
+)
+PACKED = re.compile(r"(.*\.)attn\.in_proj_(weight|bias)$")
+SPLIT = re.compile(r"(.*\.)self_attn\.([qkv])_proj\.(weight|bias)$")
+
+
+def to_hugging_face(model: OpenAICLIP) -> State:
+    """State dict of transformers' CLIPModel. UserError for a ResNet tower and for our own networks, which it lacks."""
+    if not isinstance(model, OpenAICLIP) or model.config.is_resnet:
+        raise UserError(
+            "Hugging Face's CLIPModel is OpenAI's ViT alone; export this model to open_clip's layout or to safetensors"
+        )
+    result = {}
+    for name, value in model.state_dict().items():
+        if packed := PACKED.match(name):
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                result[_to_hf(f"{packed[1]}self_attn.{part}_proj.{packed[2]}")] = rows.clone()
+        elif name in dict(HUGGING_FACE_TRANSPOSED):
+            result[dict(HUGGING_FACE_TRANSPOSED)[name]] = value.T.contiguous()
+        else:
+            result[_to_hf(name)] = value
+    return result
+
+
+def from_hugging_face(state: State) -> State:
+    """transformers' CLIPModel -> OpenAI's names; `position_ids` of older versions are dropped."""
+    transposed = {theirs: ours for ours, theirs in HUGGING_FACE_TRANSPOSED}
+    result, parts = {}, {}
+    for name, value in state.items():
+        if split := SPLIT.match(name):
+            parts.setdefault(_from_hf(split[1]) + f"attn.in_proj_{split[3]}", {})[split[2]] = value
+        elif name in transposed:
+            result[transposed[name]] = value.T.contiguous()
+        elif not name.endswith("position_ids"):
+            result[_from_hf(name)] = value
+    return result | {name: torch.cat([part[k] for k in "qkv"]) for name, part in parts.items()}
+
+
+def _to_hf(name: str) -> str:
+    return _rename(name, HUGGING_FACE, HUGGING_FACE_BLOCKS, HUGGING_FACE_IN_BLOCK)
+
+
+def _from_hf(name: str) -> str:
+    tables = (HUGGING_FACE, HUGGING_FACE_BLOCKS, HUGGING_FACE_IN_BLOCK)
+    return _rename(name, *(tuple((theirs, ours) for ours, theirs in table) for table in tables))
+
+
+def _rename(name: str, whole: tuple, blocks: tuple, in_block: tuple) -> str:
+    for old, new in whole:
+        if name == old or (old.endswith(".") and name.startswith(old)):
+            return new + name[len(old) :]
+    for old, new in blocks:
+        if name.startswith(old):
+            index, _, rest = name[len(old) :].partition(".")
+            for inner, renamed in in_block:
+                if rest.startswith(inner):
+                    rest = renamed + rest[len(inner) :]
+                    break
+            return f"{new}{index}.{rest}"
+    raise UserError(f"{name} is no weight of CLIP's ViT models")
+
+
+def hugging_face_config(config: OpenAIConfig) -> dict:
+    """`config.json` of transformers' CLIPModel for an OpenAI geometry."""
+    text, size = config.text, config.image_size
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "text_config": {
+            "model_type": "clip_text_model",
+            "hidden_act": text.activation,
+            "hidden_size": text.width,
+            "intermediate_size": 4 * text.width,
+            "num_attention_heads": text.heads,
+            "num_hidden_layers": text.layers,
+            "max_position_embeddings": text.context_length,
+            "vocab_size": text.vocab_size,
+            "projection_dim": config.embed_dim,
+            "bos_token_id": text.vocab_size - 2,
+            "eos_token_id": text.vocab_size - 1,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_act": config.vision_activation,
+            "hidden_size": config.vision_width,
+            "intermediate_size": 4 * config.vision_width,
+            "num_attention_heads": config.vision_heads,
+            "num_hidden_layers": config.vision_layers,
+            "image_size": size,
+            "patch_size": config.patch_size,
+            "projection_dim": config.embed_dim,
+        },
+    }

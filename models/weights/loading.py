@@ -1,0 +1,75 @@
+"""Load a state dict and report, or refuse, what is missing, unexpected or of another shape."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from base.errors import UserError
+
+State = Mapping[str, Tensor]
+
+
+POSITION_IDS = "*embeddings.position_ids"  # a constant, 0..511; libraries disagree on storing it
+
+
+class Differences(NamedTuple):
+    """How a state dict differs from what a model expects: keys, for shapes (key, got, expected)."""
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[tuple[str, tuple, tuple]]
+
+    def __bool__(self) -> bool:
+        return any(self[:])
+
+    def text(self) -> str:
+        """One paragraph per kind of difference, at most ten keys each."""
+        shapes = [f"{key} {list(got)} instead of {list(expected)}" for key, got, expected in self.mismatched]
+        parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}
+        return "\n".join(f"  {len(keys)} {what}: {_some(keys)}" for what, keys in parts.items() if keys)
+
+
+def compare_state(expected: State, given: State) -> Differences:
+    """Differences of `given` from `expected`, in the order of the keys."""
+    mismatched = [
+        (key, tuple(given[key].shape), tuple(value.shape))
+        for key, value in expected.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    return Differences([k for k in expected if k not in given], [k for k in given if k not in expected], mismatched)
+
+
+def load_checkpoint(
+    model: nn.Module, state: State, allowed_missing: Iterable[str] = (), allowed_unexpected: Iterable[str] = ()
+) -> Differences:
+    """Copies `state` into `model`, in place, and returns what was left out, all of it named as expected by the caller.
+
+    allowed_missing: glob patterns of keys that may keep their initial values, absent or of another shape in `state`.
+    allowed_unexpected: patterns of keys of `state` the model has no place for. Position ids may always differ.
+    Raises `UserError` that lists every other difference; the model is then unchanged.
+    """
+    found = compare_state(model.state_dict(), state)
+    may_miss, may_exceed = (*allowed_missing, POSITION_IDS), (*allowed_unexpected, POSITION_IDS)
+    faults = Differences(
+        [key for key in found.missing if not _matches(key, may_miss)],
+        [key for key in found.unexpected if not _matches(key, may_exceed)],
+        [entry for entry in found.mismatched if not _matches(entry[0], may_miss)],
+    )
+    if faults:
+        raise UserError(
+            f"the checkpoint does not fit the {type(model).__name__}:\n{faults.text()}\n"
+            "use a checkpoint of this kind of model, and the sizes (width, layers, vocabulary, queue) it was made with"
+        )
+    left_out = {*found.unexpected, *(key for key, *_ in found.mismatched)}
+    model.load_state_dict({key: value for key, value in state.items() if key not in left_out}, strict=False)
+    return found
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _some(keys: list[str], most: int = 10) -> str:
+    return ", ".join(keys[:most]) + (f", … ({len(keys) - most} more)" if len(keys) > most else "")

@@ -1,0 +1,117 @@
+"""A task starts from a checkpoint: what its configuration leaves open about the network is that of the checkpoint.
+
+class Config(Geometry, RunConfig): ...
+
+weights = read_weights(config.checkpoint)
+inherit(config, weights)
+"""
+
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base.errors import UserError
+from runtime.checkpoint import CheckpointFolder
+from runtime.config.schema import Schema, knob
+from runtime.config.values import parse_yaml
+from runtime.safe_pickle import load_torch
+
+
+@dataclass
+class Geometry:
+    """The networks; none = as the run that made the checkpoint says, else as published."""
+
+    image_res: int | None = knob(None, "side of the square input, pixels; positions are interpolated", low=16)
+    patch_size: int | None = knob(None, "side of a patch, pixels", low=1)
+    vision_width: int | None = knob(None, "width of the vision transformer", low=1)
+    vision_depth: int | None = knob(None, "blocks of the vision transformer", low=1)
+    vision_heads: int | None = knob(None, "attention heads of the vision transformer", low=1)
+    vision_stem: list[int] | None = knob(None, "channels of convolutional stages before the patches; [] = none", low=1)
+    bert_config: Path | None = knob(None, "geometry of the text and fusion transformer (JSON)")
+    embed_dim: int | None = knob(None, "width of the joint space", low=1)
+    queue_size: int | None = knob(None, "momentum features kept as further negatives", low=0)
+    text_encoder: str | None = knob(None, "tokenizer: Hugging Face folder or hub name")
+    vit_mask_token: bool = knob(False, "accepted from old configurations; only pre-training masks patches")
+
+
+# the originals' downstream models; their bert_config follows from the names of the weights
+PUBLISHED = {"image_res": 384, "patch_size": 16, "vision_width": 768, "vision_depth": 12, "vision_heads": 12}
+PUBLISHED |= {"vision_stem": [], "embed_dim": 256, "queue_size": 65536, "text_encoder": "bert-base-uncased"}
+SIMLA_BERT, ALBEF_BERT = "configs/shared_bert.json", "configs/config_bert.json"
+
+
+def inherit(config: Any, weights: Iterable[str] = ()) -> list[str]:
+    """Fill the knobs of `Geometry` that are None: from the run that made config.checkpoint, else as published.
+
+    weights: keys of the checkpoint; token types among them mark ALBEF's text transformer. Returns lines such as
+    `image_res: 64` of what was taken over. Raises UserError where a value there is of the wrong type.
+    """
+    two_stage = any("token_type_embeddings" in key for key in weights)
+    published = PUBLISHED | {"bert_config": ALBEF_BERT if two_stage else SIMLA_BERT}
+    saved, knobs, taken = saved_config(config.checkpoint), Schema(type(config)).knobs, []
+    for name in Geometry.__dataclass_fields__:
+        if name not in published or getattr(config, name) is not None:
+            continue
+        value = saved.get(name)
+        if value is not None:
+            taken.append(f"{name}: {value}")
+        try:
+            setattr(config, name, knobs[name].read(published[name] if value is None else value))
+        except ValueError:
+            found = f"{config.checkpoint}: its configuration has {name}: {value!r}"
+            raise UserError(f"{found}; give --{name} to override it") from None
+    return taken
+
+
+def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
+    """Configuration of the run that made `checkpoint`, a file or run directory; empty where it is not known.
+
+    It lies in this project's checkpoints and in most `.pth` files of ALBEF, and beside exported `.safetensors` in
+    config.yaml. SIMLA's files hold it as an object of a foreign class, which is not read.
+    """
+    if checkpoint is None:
+        return {}
+    path = Path(checkpoint)
+    if path.is_dir():
+        checkpoints = CheckpointFolder(path)
+        path = checkpoints.best or next(iter(checkpoints.numbered()), path / "model.safetensors")
+    if path.suffix == ".safetensors":
+        beside = path.with_name("config.yaml")
+        return parse_yaml(beside.read_text(encoding="utf-8"))[0] if beside.is_file() else {}
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):  # who reads the weights says what is wrong
+        return {}
+    found = content.get("config") if isinstance(content, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+
+
+def described(file: Path) -> dict[str, Any]:
+    """What lies in or beside a dual encoder's checkpoint about its network, as `open_dual` takes it.
+
+    `config` and its `network` of a run of ours, `args` of clip-rocket and SLIP, and the JSON files that Hugging Face
+    and open_clip keep beside the weights.
+    """
+    about: dict[str, Any] = {}
+    config = saved_config(file)
+    if isinstance(config.get("network"), Mapping):
+        about = {"config": config, "network": config["network"]}
+    elif file.suffix != ".safetensors":
+        content = load_torch(file)
+        arguments = content.get("args") if isinstance(content, Mapping) else None
+        about = {"args": arguments} if isinstance(arguments, Mapping) else {}
+    for path in (file.with_name(name) for name in BESIDE):
+        if path.is_file():
+            try:
+                about[path.name] = json.loads(path.read_bytes())
+            except ValueError as error:
+                raise UserError(f"{path}: not valid JSON ({error}); fetch it again") from None
+    return about

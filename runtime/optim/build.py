@@ -1,0 +1,183 @@
+"""Parameter groups, fused AdamW, and one optimizer step under any precision."""
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from base.errors import UserError
+from runtime.config.cli import knob
+from runtime.optim.keras import KerasAdamW, KerasSGD
+from runtime.optim.lamb import Lamb
+
+NOT_DECAYED = ("cls_token", "pos_embed", "mask_token", "temp", "logit_scale", "logit_bias", "embeddings.")
+
+
+@dataclass
+class Optimizer:
+    """The `optimizer` section of a configuration."""
+
+    opt: str = knob("adamw", "optimizer", choices=("adamw", "adamW", "sgd", "lamb"))
+    lr: float = knob(1e-4, "peak learning rate, absolute (not scaled by the batch)", low=0)
+    weight_decay: float = knob(0.02, "decoupled weight decay of matrices", low=0, aliases=("wd",))
+    betas: tuple[float, float] = knob((0.9, 0.999), "decay rates of Adam's two moments")
+    eps: float = knob(1e-8, "Adam's epsilon", low=0)
+    momentum: float = knob(0.9, "momentum of SGD", low=0, high=1)
+    clip_grad_norm: float | None = knob(None, "largest global gradient norm (L2); none = no clipping", low=0)
+    keras: bool = knob(False, "Keras' arithmetic: learning rate in SGD's velocity, epsilon outside Adam's correction")
+    scalar_lr_scale: float = knob(1.0, "learning rate of scalars (temperatures) as a multiple of lr", low=0)
+    lr_scales: list[str] = knob([], "NAME=SHARE each: parameters whose names begin with NAME learn at SHARE times lr")
+    decay_everything: bool = knob(
+        False, "as the originals: also decay temperature, [CLS], mask and position embeddings and embedding tables"
+    )
+
+
+def parameter_groups(model: nn.Module, config: Optimizer, decayed: Collection[str] | None = None) -> list[dict]:
+    """Groups in the originals' order: without weight decay, then with it. Tied parameters appear once.
+
+    Not decayed: biases and vectors (layer norms); unless `decay_everything`, also tokens, embeddings and temperatures.
+    With a `scalar_lr_scale` scalars form groups of their own, and so do the parameters that `lr_scales` names. decayed:
+    names of the parameters with weight decay, where the model tells; these come first then, as in CLIP-rocket.
+    """
+    groups, scales = {}, named_scales(model, config.lr_scales)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_token = not config.decay_everything and any(part in name for part in NOT_DECAYED)
+        free = parameter.ndim == 1 or name.endswith(".bias") or is_token if decayed is None else name not in decayed
+        decay = 0.0 if free else config.weight_decay
+        scale = config.scalar_lr_scale if parameter.ndim == 0 else 1.0
+        scale *= math.prod(share for start, share in scales.items() if name.startswith(start))
+        # fused kernels take no mixture of sharded and whole parameters (scalars under FSDP2)
+        groups.setdefault((decay, scale, is_sharded(parameter)), []).append(parameter)
+    keys = sorted(groups, key=lambda key: (key[0] if decayed is None else -key[0], -key[1]))
+    return [{"params": groups[key], "weight_decay": key[0], "lr_scale": key[1]} for key in keys]
+
+
+def named_scales(model: nn.Module, written: Iterable[str]) -> dict[str, float]:
+    """`lr_scales` as beginnings of names and their shares; UserError for one that is no share or names nothing."""
+    scales = {}
+    for entry in written:
+        start, _, share = entry.partition("=")
+        try:
+            scales[start] = float(share)
+        except ValueError:
+            raise UserError(f"lr_scales: {entry!r} is not NAME=SHARE, such as text_model=0.1") from None
+        if not any(name.startswith(start) for name, _ in model.named_parameters()):
+            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
+            raise UserError(f"lr_scales: no parameter's name begins with {start!r}; this model has {parts}")
+    return scales
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this is FSDP2's DTensor, told without importing torch.distributed.tensor, which takes half a second."""
+    return hasattr(tensor, "full_tensor")
+
+
+def by_kind(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Lists of tensors that one fused kernel can take: sharded ones apart from whole ones."""
+    kinds: dict[bool, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(is_sharded(tensor), []).append(tensor)
+    return list(kinds.values())
+
+
+def build_optimizer(
+    model: nn.Module, config: Optimizer, decayed: Collection[str] | None = None
+) -> torch.optim.Optimizer:
+    """Optimizer over the trainable parameters of `model` (call after it is wrapped); decayed: see parameter_groups."""
+    groups = parameter_groups(model, config, decayed)
+    if config.opt == "lamb":
+        return Lamb(groups, config.lr, config.betas, config.eps)
+    sgd, adamw = (KerasSGD, KerasAdamW) if config.keras else (torch.optim.SGD, torch.optim.AdamW)
+    if config.opt == "sgd":
+        if any(is_sharded(p) for p in model.parameters()):
+            raise UserError("--optimizer.opt sgd: torch has no fused kernel for sharded parameters; use --parallel ddp")
+        return sgd(groups, config.lr, momentum=config.momentum, fused=True)
+    return adamw(groups, config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give every group the learning rate `value`, times the group's own `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = value * group["lr_scale"]
+
+
+class NonFinite(UserError):
+    """The loss or its gradient became NaN or infinite; the weights are those before that step."""
+
+
+class Precision:
+    """Autocast, loss scaling and the update, for `fp32`, `bf16` and `fp16`.
+
+    with precision.autocast():            # forward in the chosen type, parameters stay fp32
+        losses = model(**batch)
+    precision.backward(loss)
+    grad_norm = precision.step(optimizer, parameters)      # 0-d tensor, no host sync
+
+    A step whose gradient is not finite is skipped on the device, and so is every later one, until `check` reads the
+    flag at a log point and raises: NaN never reaches the weights, and no step waits for the host. With fp16, where
+    loss scaling skips a step now and then, the flag looks at the loss instead.
+    """
+
+    def __init__(self, precision: str, device: torch.device, clip: float | None = None):
+        types = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+        if precision == "fp16" and device.type != "cuda":
+            raise UserError("--precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
+        if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise UserError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
+        self.dtype, self.device, self.clip = types[precision], device, clip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.found_inf = torch.zeros((), device=device)  # sticky: 1 from the first bad step on
+        self.good_steps = torch.zeros((), device=device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if precision != "fp32" else "highest")
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward pass of the (scaled) loss."""
+        if self.scaler.is_enabled():
+            self.found_inf = torch.maximum(self.found_inf, (~loss.detach().isfinite()).float())
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Unscale, clip, update, clear. Returns the gradient norm before clipping, a 0-d tensor on the device."""
+        self.scaler.unscale_(optimizer)
+        with_grad = [p for p in parameters if p.grad is not None]
+        norm = total_norm([p.grad for p in with_grad])
+        if self.clip is not None:
+            for part in by_kind(with_grad):
+                torch.nn.utils.clip_grads_with_norm_(part, self.clip, norm)
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())
+            optimizer.found_inf = self.found_inf  # the fused kernels leave the weights alone where it is 1
+            optimizer.step()
+        self.good_steps += 1 - self.found_inf
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def check(self, first_step: int, remedy: str = "") -> None:
+        """Raise NonFinite if a step since `first_step` (of this process) was bad. One host sync: call at log points."""
+        if self.found_inf.item():
+            step = first_step + int(self.good_steps.item()) + 1
+            raise NonFinite(f"the loss or its gradient is not finite at step {step}; nothing was updated. {remedy}")
+
+    def state_dict(self) -> dict:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if state:
+            self.scaler.load_state_dict(state)
+
+
+def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm over all gradients as a 0-d tensor; sharded (FSDP2) gradients are reduced over the processes."""
+    norms = [torch.nn.utils.get_total_norm(part, foreach=True) for part in by_kind(grads)]
+    return torch.stack([n.full_tensor() if is_sharded(n) else n for n in norms]).norm()

@@ -1,0 +1,41 @@
+"""Turn the metadata of an image-caption collection into JSON lines {image, caption: [texts]}, a safe and fast format.
+
+    python scripts/data/convert_metadata.py --dataset yfcc15m --metadata yfcc15m.pkl --output yfcc15m.jsonl
+    python scripts/data/convert_metadata.py --dataset cc3m --metadata cc3m.npy --output cc3m.jsonl
+
+main.py does the same on its own at the first use of a file and keeps the result in its cache; a converted file can be
+shared instead, and no pickle needs to be trusted: nothing in one is ever run.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from base.errors import UserError  # noqa: E402
+from dataset.tasks.captions import FORMATS, metadata_rows, write_rows  # noqa: E402
+from runtime.config.cli import knob, run  # noqa: E402
+from runtime.safe_pickle import load_plain  # noqa: E402
+
+
+@dataclass
+class Config:
+    """Conversion."""
+
+    dataset: str = knob("yfcc15m", "collection that the metadata belongs to", choices=tuple(FORMATS))
+    metadata: Path | None = knob(None, "the collection's own file: .pkl, .npy or .json")
+    output: Path | None = knob(None, "JSON lines to write")
+
+
+def main(config: Config) -> None:
+    if config.metadata is None or config.output is None:
+        raise UserError("give --metadata FILE and --output FILE.jsonl")
+    if not config.metadata.is_file():
+        raise UserError(f"--metadata {config.metadata}: no such file")
+    count = write_rows(metadata_rows(config.dataset, config.metadata, load_plain), config.output)
+    print(f"{config.output}: {count:,} samples")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

@@ -1,0 +1,99 @@
+"""Build the metadata of YFCC15M from what is published about YFCC100M and OpenAI's caption list.
+
+    python scripts/data/make_dataset.py --captions yfcc100m_dataset.txt --available flickr_unique_ids.npy \\
+        --subset yfcc100m_subset_data.tsv --output datasets/yfcc15m_v1/yfcc15m.jsonl
+
+The pictures are expected as ROOT/images/AB/CDE.zip, member FGH.jpg, where ABCDEFGH is the line number in
+yfcc100m_dataset.txt (eight digits). `--available` holds the line numbers of the pictures that were downloaded (an
+integer .npy array, or text with one number a line); `--subset` is OpenAI's list, whose first column is the line number.
+Titles and descriptions are URL-decoded and cleared of links and bold or italic marks. SLIP and CLIP-rocket counted
+14,689,580 samples this way. The output trains with `main.py --dataset yfcc15m --metadata OUTPUT --root ROOT`.
+"""
+
+import bz2
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from base.errors import UserError  # noqa: E402
+from dataset.tasks.captions import write_rows, yfcc_row  # noqa: E402
+from runtime.config.cli import knob, run  # noqa: E402
+
+LINE, TITLE, DESCRIPTION = 0, 8, 9  # columns of yfcc100m_dataset.txt
+MARKUP = re.compile(r"<a.*?>|</a>|</?[bi]>")
+ADDRESS = re.compile(r"(?:http|www)\S+")
+
+
+@dataclass
+class Config:
+    """YFCC15M metadata."""
+
+    captions: Path = knob(Path("yfcc100m_dataset.txt"), "table of YFCC100M, plain or .bz2")
+    available: Path = knob(Path("flickr_unique_ids.npy"), "line numbers of the downloaded pictures: .npy or text")
+    subset: Path = knob(Path("yfcc100m_subset_data.tsv"), "OpenAI's list of captioned pictures, plain or .bz2")
+    output: Path = knob(Path("yfcc15m.jsonl"), "JSON lines to write")
+
+
+def lines(path: Path) -> Iterator[str]:
+    opened = bz2.open(path, "rt", encoding="utf-8") if path.suffix == ".bz2" else path.open(encoding="utf-8")
+    with opened as file:
+        yield from file
+
+
+def numbers(path: Path):
+    """Sorted int64 array of the line numbers in an .npy array or in the first column of a text."""
+    import numpy as np
+
+    if path.suffix == ".npy":
+        found = np.load(path, allow_pickle=False)
+        if found.dtype.kind not in "iu":
+            raise UserError(f"{path}: an array of {found.dtype}, not of line numbers")
+        return np.unique(found.astype(np.int64))
+    try:
+        return np.unique(np.fromiter((int(line.split("\t", 1)[0]) for line in lines(path) if line.strip()), np.int64))
+    except ValueError as error:
+        raise UserError(f"{path}: the first column must be line numbers ({error})") from None
+
+
+def cleaned(text: str) -> str:
+    """A title or description as in the table, decoded and without markup and addresses."""
+    return ADDRESS.sub("", MARKUP.sub("", unquote(text).replace("+", " ")))
+
+
+def captioned(table: Path, wanted) -> Iterator[dict]:
+    """Rows of the wanted lines, in the order of the table."""
+    import numpy as np
+    from tqdm import tqdm
+
+    for place, line in enumerate(tqdm(lines(table), desc=table.name, unit=" lines", unit_scale=True, disable=None)):
+        row = line.rstrip("\n").split("\t")
+        try:
+            number, title, description = int(row[LINE]), row[TITLE], row[DESCRIPTION]
+        except (ValueError, IndexError):
+            raise UserError(
+                f"{table}, line {place}: expected the line number, ..., title and description in columns "
+                f"{LINE}, {TITLE}, {DESCRIPTION}, separated by tabs; is it yfcc100m_dataset.txt?"
+            ) from None
+        found = np.searchsorted(wanted, number)
+        if found < len(wanted) and wanted[found] == number:
+            yield yfcc_row((number, cleaned(title), cleaned(description)))
+
+
+def main(config: Config) -> None:
+    import numpy as np
+
+    for path in (config.captions, config.available, config.subset):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; see `python scripts/data/make_dataset.py --help`")
+    available, subset = numbers(config.available), numbers(config.subset)
+    count = write_rows(captioned(config.captions, np.intersect1d(available, subset)), config.output)
+    print(f"{config.output}: {count:,} captioned pictures ({len(available):,} available, {len(subset):,} on the list)")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

@@ -1,0 +1,96 @@
+"""Pack COCO captions, or Localized Narratives of OpenImages, into WebDataset shards.
+
+    python scripts/data/pack_coco.py --captions captions_train2017.json --images train2017 --target coco_wds/train
+    python scripts/data/pack_coco.py --captions open_images_validation_captions.jsonl --images validation
+    --target oi_wds/val
+
+A sample is KEY.jpg, KEY.txt (all captions of the picture joined by blanks) and KEY.json {path, cap, split}; picture
+files are copied as they are. Label the result with scripts/data/extract_nouns.py.
+"""
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from base.errors import UserError  # noqa: E402
+from dataset.tasks.captions import coco_entries  # noqa: E402
+from runtime.config import cli as configuration  # noqa: E402
+from runtime.config.cli import knob  # noqa: E402
+
+
+@dataclass
+class Config:
+    """What to pack."""
+
+    captions: Path | None = knob(None, "COCO's captions_*.json, or a .jsonl with image_id and caption")
+    images: Path | None = knob(None, "folder of the pictures")
+    target: Path | None = knob(None, "folder to write shards to")
+    split: str = knob("", "noted in KEY.json; empty = the name of the folder of pictures")
+    samples_per_shard: int = knob(3000, "pictures a shard", low=1)
+
+
+def pictures(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """`(file name, captions)` of every picture."""
+    if config.captions.suffix == ".json":
+        for entry in coco_entries(config.captions):
+            yield Path(entry["image"]).name, entry["caption"]
+        return
+    found: dict[str, list[str]] = {}
+    with config.captions.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                found.setdefault(f"{entry['image_id']}.jpg", []).append(entry["caption"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{config.captions}, line {number}: expected image_id and caption") from None
+    yield from found.items()
+
+
+def pack(config: Config) -> dict[str, int]:
+    """Write the shards and their statistics."""
+    split, shards, packed, missing = config.split or config.images.name, 0, 0, 0
+    rows = pictures(config)
+    while batch := list(islice(rows, config.samples_per_shard)):
+        target, count = config.target / f"{shards:05d}.tar", 0
+        with tarfile.open(target, "w") as archive:
+            for name, captions in batch:
+                try:
+                    image = (config.images / name).read_bytes()
+                except OSError:
+                    missing += 1
+                    continue
+                text = " ".join(caption.strip() for caption in captions)
+                note = {"path": name, "cap": text, "split": split}
+                members = {"jpg": image, "txt": text.encode(), "json": json.dumps(note).encode()}
+                for kind, data in members.items():
+                    header = tarfile.TarInfo(f"{Path(name).stem}.{kind}")
+                    header.size = len(data)
+                    archive.addfile(header, io.BytesIO(data))
+                count += 1
+        if not count:
+            raise UserError(f"{config.images}: holds none of {len(batch)} pictures such as {batch[0][0]}")
+        (config.target / f"{shards:05d}_stats.json").write_text(json.dumps({"successes": count}) + "\n")
+        shards, packed = shards + 1, packed + count
+    if not shards:
+        raise UserError(f"{config.captions}: no captions in it")
+    return {"shards": shards, "pictures": packed, "missing_pictures": missing}
+
+
+def main(config: Config) -> None:
+    if None in (config.captions, config.images, config.target):
+        raise UserError("name three places: --captions, --images and --target")
+    if not config.captions.is_file():
+        raise UserError(f"{config.captions}: no such file of captions")
+    config.target.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(pack(config)))
+
+
+if __name__ == "__main__":
+    configuration.run(main, Config, __doc__)

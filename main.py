@@ -9,9 +9,7 @@
 <CLIP|SLIP|SIMCLR>_<backbone>, or ALIGN_<B0..B7>_<MINI|BASE|LARGE>. CL2L's step: a weak (global) view of picture and
 caption and `num_augs` strong (local) ones; global pictures find their global captions in the batch, local ones their
 local captions, with projectors and a temperature of their own (--separate-proj). --momentum turns SiamLIP to BYOLIP.
-
-Flags and defaults are clip-rocket's; COYO-ALIGN's are in configs/main/align.yaml. A killed run goes on exactly where
-its last checkpoint stands; SIGTERM and SIGUSR1 save and exit with status 75.
+Flags and defaults are clip-rocket's; COYO-ALIGN's are in configs/main/align.yaml. SIGTERM saves and exits with 75.
 """
 
 import copy
@@ -31,14 +29,7 @@ from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.class_folder import ClassFolder, named_list
 from dataset.sources.shards import ShardSource
-from dataset.tasks.captions import (
-    DATASETS,
-    CaptionCollate,
-    ImageTextPair,
-    caption_records,
-    check_pictures,
-    collections_of,
-)
+from dataset.tasks import captions
 from dataset.tasks.dual_inputs import eval_view, input_statistics, text_tokenizer, training_views
 from dataset.text.augment import TextOptions, TextViews
 from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accuracy
@@ -71,7 +62,9 @@ class Config(RocketRunConfig):
     swalip_freeze_proto_iters: int = knob(100, "first updates in which SWALIPV1's prototypes stay", low=0)
     init_text_encoder: Path | None = knob(None, "checkpoint to take the blocks of the text transformer from")
     # the data
-    dataset: str = knob("yfcc15m", "collection; wds: --shards alone; pairs: JSON {image, caption}", choices=DATASETS)
+    dataset: str = knob(
+        "yfcc15m", "collection; wds: --shards alone; pairs: JSON {image, caption}", choices=captions.DATASETS
+    )
     root: str = knob("datasets/yfcc100m", "folder of the pictures; merged_opendata: three, joined by ---")
     metadata: str = knob("datasets/yfcc15m_v1/yfcc15m.pkl", "samples: .pkl, .npy, .json, .jsonl; three likewise")
     shards: list[str] = knob([], "WebDataset shards beside or instead: paths, {00000..00099}, s3:// or gs:// URLs")
@@ -118,20 +111,18 @@ class Config(RocketRunConfig):
 
 def build_data(config: Config, tokenizer: Callable, world: World, state: dict | None) -> StreamLoader:
     """Endless batches of this process (see dataset.loading.stream), beginning at the position `state`."""
-    pictures, captions = config.local_views
-    views = training_views(config.network, config.views, pictures)
-    texts = TextViews(config.texts, captions, stop_words_always=config.network.original)
-    sources = []
-    for kind, file, root in collections_of(config.dataset, config.metadata, config.root, config.shards):
-        records = distributed.main_first(partial(caption_records, kind, file, load_plain))
-        distributed.on_main(partial(check_pictures, root, records))
-        sources.append(RecordSource(records, ImageTextPair(views, texts, root), kind))
-    pair = ImageTextPair(views, texts)
+    local_images, local_captions = config.local_views
+    views = training_views(config.network, config.views, local_images)
+    texts = TextViews(config.texts, local_captions, stop_words_always=config.network.original)
+    sources, pair = [], captions.ImageTextPair(views, texts)
+    for kind, file, root in captions.collections_of(config.dataset, config.metadata, config.root, config.shards):
+        records = distributed.main_first(partial(captions.caption_records, kind, file, load_plain))
+        distributed.on_main(partial(captions.check_pictures, root, records))
+        sources.append(RecordSource(records, captions.ImageTextPair(views, texts, root), kind))
     sources += [ShardSource(url, pair, shuffle_buffer=config.shuffle_buffer) for url in config.shards]
-    stream = Stream(sources, CaptionCollate(tokenizer, config.text_lengths))
-    place = {"rank": world.rank, "world_size": world.size, "seed": config.seed, "state": state}
-    place |= {"error_budget": config.error_budget, "pin_memory": world.device.type == "cuda"}
-    return StreamLoader(stream, config.batch_size, config.workers, **place)
+    stream = Stream(sources, captions.CaptionCollate(tokenizer, config.text_lengths))
+    place = (world.rank, world.size, config.seed, world.device.type == "cuda", state, config.error_budget)
+    return StreamLoader(stream, config.batch_size, config.workers, *place)
 
 
 def build_model(config: Config) -> DualEncoder:

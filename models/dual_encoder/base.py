@@ -113,7 +113,12 @@ class DualEncoder(nn.Module):
         """Losses of features of `features`, and of a momentum model's under the same names."""
         if momentum is not None:
             out = out | {f"{name}_momentum": value for name, value in momentum.items()}
-        return type(self).loss(out, self.config)
+        return type(self).loss(out, self.options)
+
+    @property
+    def options(self) -> LossOptions:
+        """Options of the loss; a dual encoder's configuration holds them."""
+        return self.config
 
     def example_batch(self, pairs: int, pictures: int, captions: int, tokens: int = 32) -> dict[str, Tensor]:
         """A batch with so many local pictures and captions, without data (meta device), to count FLOPs with."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models.dual_encoder import objectives as dual_losses
 from models.dual_encoder.base import DualEncoder
-from models.dual_encoder.objectives import Features
+from models.dual_encoder.objectives import Features, LossOptions
 from models.layers.clip_towers import TwoTowers
 from models.layers.openai_towers import ModifiedResNet, OpenAIConfig, OpenAIViT
 
@@ -16,11 +16,11 @@ class OpenAICLIP(DualEncoder, TwoTowers):
 
     loss = staticmethod(dual_losses.clip)
 
-    def __init__(self, config: OpenAIConfig):
+    def __init__(self, config: OpenAIConfig, options: LossOptions | None = None):
         visual = ModifiedResNet(config) if config.is_resnet else OpenAIViT(config)
         matrices = {"text_projection": (config.text.width, config.embed_dim)}
         super().__init__(visual, config.text, {"logit_scale": math.log(1 / 0.07)}, matrices)
-        self.config = config
+        self.config, self._options = config, options or LossOptions()
 
     def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
         """`z_image`, `z_text` [B,E] and the scale of the logits."""
@@ -35,3 +35,7 @@ class OpenAICLIP(DualEncoder, TwoTowers):
     def embed_text(self, text_ids: Tensor) -> Features:
         """Texts int64 [B,L] -> `z` [B,E]."""
         return {"z": self.text_features(text_ids) @ self.text_projection}
+
+    @property
+    def options(self) -> LossOptions:
+        return self._options

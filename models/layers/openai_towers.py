@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
-from models.dual_encoder.objectives import LossOptions
 from models.layers.attention import merge_heads, split_heads
 from models.layers.clip_towers import TextShape, Transformer, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenAIConfig(LossOptions):
+class OpenAIConfig:
     """Geometry of one of OpenAI's models; the defaults are ViT-B/32."""
 
     embed_dim: int = 512

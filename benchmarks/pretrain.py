@@ -181,14 +181,14 @@ def with_section(page: str, title: str, body: str) -> str:
     return f"{page.rstrip()}\n\n{section}"
 
 
-def command_line(config, name: str = "pretrain") -> str:
+def command_line(config, module: str = "pretrain") -> str:
     """The command that repeats this run; where the checkout lies is left open."""
     words = []
     for name, value in asdict(config).items():
         if value != getattr(type(config)(), name) and name != "report":
             value = "PATH" if name in ("peer", "peer_python") else str(value).lower()
             words += ["--" + name.replace("_", "-"), value]
-    return shlex.join(["python", "-m", f"benchmarks.{name}", *words])
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *words])
 
 
 def write_report(config, title: str, body: str) -> None:

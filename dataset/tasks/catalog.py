@@ -14,7 +14,7 @@ from typing import Any
 
 from base.errors import UserError
 
-PROMPTS = Path(__file__).with_name("prompts")
+PROMPTS = Path(__file__).parents[1] / "prompts"
 KINDS = ("imagefolder", "torchvision", "either", "filelist", "webdataset", "voc", "retrieval")
 OTHER_NAMES = {"special": "torchvision", "wds": "webdataset"}  # clip-rocket's, CLIP_benchmark's
 METRICS = {  # Radford et al. 2021, table 9; of everything else top-1 accuracy

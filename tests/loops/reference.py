@@ -43,6 +43,7 @@ class Recipe:
     momentum: float | None = 0.995  # None: no teacher
     accumulate: int = 1
     bf16: bool = False
+    frozen: tuple[str, ...] = ()  # beginnings of the names of parameters that are not trained, the teacher's apart
     start: State | None = None  # weights of --checkpoint; None: random ones, the teacher's like the student's
 
     def lr(self, step: int) -> float:
@@ -99,7 +100,12 @@ def check(record: Record, recipe: Recipe) -> None:
 
 
 def check_start(record: Record) -> None:
-    """The same weights on every rank; other random numbers; other samples in every micro-batch of every rank."""
+    """The same weights on every rank; other random numbers; other samples in every micro-batch of every rank.
+
+    The student is in training mode, the teacher is not: it has no dropout.
+    """
+    for name, module in record.network.named_modules():
+        assert module.training != is_teacher(name), f"{name or 'the network'}.training is {module.training}"
     first = record.updates[0].calls[0]
     mine = {
         "weights": fingerprint(first.state.values()),
@@ -141,6 +147,10 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 def check_options(update: Update, recipe: Recipe, step: int, network: nn.Module) -> None:
     """The optimizer's learning rates and weight decays; every trainable parameter once; the alpha that was given."""
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    free = [
+        name for name, _ in network.named_parameters() if not is_teacher(name) and not name.startswith(recipe.frozen)
+    ]
+    assert sorted(trainable) == sorted(free), "not the parameters that should be trained"
     named = [name for group in update.groups for name in group.names]
     assert sorted(named) == sorted(trainable), "the optimizer does not hold every trainable parameter once"
     for name, parameter in trainable.items():
@@ -173,18 +183,23 @@ def another_teacher(record: Record, file: Path) -> State:
     torch.manual_seed(1)
     network = record.network
     for name, parameter in network.named_parameters():
-        if name.partition(".")[0].endswith("_m"):
+        if is_teacher(name):
             parameter.add_(0.1 * torch.randn_like(parameter))
     torch.save({"model": network.state_dict()}, file)
     return {name: parameter.clone() for name, parameter in network.named_parameters()}
+
+
+def is_teacher(name: str) -> bool:
+    """Whether a parameter is of a momentum copy X_m of a module X."""
+    return name.partition(".")[0].endswith("_m")
 
 
 def moved_teacher(state: State, momentum: float, network: nn.Module) -> State:
     """The teacher's parameters X_m after its update: momentum * teacher + (1 - momentum) * student."""
     moved = {}
     for name, _ in network.named_parameters():
-        module, _, rest = name.partition(".")
-        if module.endswith("_m"):
+        if is_teacher(name):
+            module, _, rest = name.partition(".")
             student = f"{module.removesuffix('_m')}.{rest}"
             moved[name] = momentum * state[name] + (1 - momentum) * state[student]
     assert moved, "the network has no teacher"

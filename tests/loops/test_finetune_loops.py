@@ -56,6 +56,8 @@ def flags(task: str, data: Path, out: Path, dropout: float = 0.1, **changes) -> 
         "momentum": 0.9,
         "optimizer.lr": 1e-3,
         "optimizer.weight_decay": 0.5,
+        "optimizer.betas": "[0.8, 0.95]",
+        "optimizer.eps": 1e-6,
         "optimizer.clip_grad_norm": 1.0,
         "optimizer.scalar_lr_scale": 0.03,
         "scheduler.epochs": f"{STEPS} steps",
@@ -82,6 +84,8 @@ def recipe(task: str, processes: int = 1, accumulate: int = 1, **changes) -> Rec
         "losses": TASKS[task][-1],
         "total": STEPS,
         "weight_decay": 0.5,
+        "betas": (0.8, 0.95),
+        "eps": 1e-6,
         "clip": 1.0,
         "scalar_lr_scale": 0.03,
         "momentum": 0.9,
@@ -89,7 +93,8 @@ def recipe(task: str, processes: int = 1, accumulate: int = 1, **changes) -> Rec
         "accumulate": accumulate,
     }
     if task in NO_TEACHER:
-        values.update({"alpha": None, "momentum": None})
+        # the features that pick similar images are not trained
+        values.update({"alpha": None, "momentum": None, "frozen": ("vision_proj.", "text_proj.", "temp")})
     return Recipe(**{**values, **changes})
 
 
@@ -127,6 +132,11 @@ def test_without_teacher_and_ramp(digitscenes, tmp_path):
     """As VE by default: alpha is what it is from the first update on."""
     given = flags("VE", digitscenes, tmp_path / "run", distill="false", warm_up="false")
     check_run("VE.py", given, recipe("VE", momentum=None, alpha_ramp=0))
+
+
+def test_a_frozen_image_encoder(digitscenes, tmp_path):
+    given = flags("Retrieval", digitscenes, tmp_path / "run", freeze_visual_encoder="true")
+    check_run("Retrieval.py", given, recipe("Retrieval", frozen=("visual_encoder.",)))
 
 
 def test_scaled_gradients_are_unscaled_before_they_are_clipped(digitscenes, tmp_path):

@@ -1,6 +1,4 @@
-"""Shared by ALIGN's golden tests: the toy towers, and TensorFlow's variables under our names."""
-
-from dataclasses import replace
+"""Shared by ALIGN's golden tests: the towers in the sizes of a case, and TensorFlow's variables under our names."""
 
 import torch
 from torch import Tensor
@@ -10,29 +8,74 @@ from models.dual_encoder.base import DualConfig
 from models.layers.efficientnet import EfficientNetShape
 from models.layers.xbert import BertConfig
 from models.weights.align import from_tensorflow_names
+from tests.helpers.golden import golden_json
 
-TINY_IMAGE = EfficientNetShape(0.125, 0.3, divisor=4, drop_connect=0.0)
-TINY_TEXT = BertConfig(
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=40,
-    max_position_embeddings=16,
-    hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0,
-)
-LOSS = {"label_smoothing": 0.1, "loss_avg_or_sum": "sum"}
+BERT_NAMES = {
+    "vocab": "vocab_size",
+    "vocab_size": "vocab_size",
+    "hidden": "hidden_size",
+    "hidden_size": "hidden_size",
+    "layers": "num_hidden_layers",
+    "num_hidden_layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate": "intermediate_size",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "max_position_embeddings": "max_position_embeddings",
+    "layer_norm_eps": "layer_norm_eps",
+}
 
 
-def tiny_align(virtual_batch: int = 16, embed_dim: int = 12, model: str = "ALIGN_B0_MINI", **values) -> Align:
-    config = DualConfig(model=model, image_size=33, embed_dim=embed_dim, **LOSS | values)
-    return Align(config, replace(TINY_IMAGE, virtual_batch=virtual_batch), TINY_TEXT)
+def image_shape(**changes) -> EfficientNetShape:
+    """The image tower of the case `efficientnet_tiny`, which `train_steps` has too."""
+    case = golden_json("align", "efficientnet_tiny.json")
+    given = {
+        "width": case["width_coefficient"],
+        "depth": case["depth_coefficient"],
+        "divisor": case["depth_divisor"],
+        "drop_connect": case["drop_connect_rate"],
+        "virtual_batch": case["bn"]["virtual_batch_size"],
+        "eps": case["bn"]["epsilon"],
+        "momentum": 1 - case["bn"]["keras_momentum"],
+    }
+    return EfficientNetShape(**{**given, **changes})
 
 
-def pictures(u8_nhwc: Tensor) -> Tensor:
+def text_shape(case: dict | None = None) -> BertConfig:
+    """The text tower of a case's sizes; without one that of `text_tiny`, which `train_steps` has too."""
+    case = case or golden_json("align", "text_tiny.json")
+    sizes = {BERT_NAMES[name]: value for name, value in case.items() if name in BERT_NAMES}
+    return BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def loss_options() -> dict:
+    """What COYO-ALIGN minimises: the sum of both directions."""
+    smoothing = golden_json("align", "contrastive_loss.json")["label_smoothing"]
+    return {"label_smoothing": smoothing, "loss_avg_or_sum": "sum"}
+
+
+def tiny_align(embed_dim: int, model: str = "ALIGN_B0_MINI", **values) -> Align:
+    """The system of `train_steps`, or of the sizes given."""
+    image = values.pop("image", None) or image_shape()
+    text = values.pop("text", None) or text_shape()
+    config = DualConfig(model=model, embed_dim=embed_dim, **{**loss_options(), **values})
+    return Align(config, image, text)
+
+
+def pixels(u8_nhwc: Tensor) -> Tensor:
     """uint8 [B,H,W,3] -> float32 [B,3,H,W], values -1..1."""
-    return (u8_nhwc.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+    return nchw(u8_nhwc.float() / 127.5 - 1)
+
+
+def nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
+def padded_ids(t: dict[str, Tensor], prefix: str = "") -> Tensor:
+    """Token ids int64 [B,L] with 0 where the mask says padding."""
+    mask = t[f"{prefix}attention_mask"].bool()
+    return torch.where(mask, t[f"{prefix}input_ids"], 0).long()
 
 
 def state_of(tensors: dict[str, Tensor], prefix: str, tower: str = "") -> dict[str, Tensor]:

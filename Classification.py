@@ -7,7 +7,7 @@
     Slurm       python run_with_submitit.py Classification.py --nodes 4 --ngpus 8 -- --config CONFIG
 
 Pre-training sums a sigmoid cross entropy over all classes (21,841 of ImageNet-21k) behind a tanh layer, which
-fine-tuning drops; positions are resized to the larger pictures. The head's bias begins at -10: no class is likely.
+fine-tuning drops; positions are resized to the larger images. The head's bias begins at -10: no class is likely.
 
 Published top-1 / ReaL of ViT-L/16 from COYO-Labeled-300M: 86.72 / 89.84 at 384 px, 87.24 / 90.03 at 512 px.
 A killed run goes on exactly where its last checkpoint stands. Results: result/metrics.json, model.safetensors.
@@ -66,7 +66,7 @@ class Config(RunConfig):
     classes: Path | None = knob(
         None, "file with the name of one class a line; none = as class folders or num_classes say"
     )
-    multi_label: bool | None = knob(None, "score pictures as having any number of labels; none = with the sigmoid loss")
+    multi_label: bool | None = knob(None, "score images as having any number of labels; none = with the sigmoid loss")
     real: Path | None = knob(None, "real.json of ImageNet-ReaL, to be scored beside ImageNet's own labels")
     download: bool = knob(False, "let torchvision fetch its data set")
     targets: LabelOptions = section(LabelOptions, flat=True)
@@ -76,8 +76,8 @@ class Config(RunConfig):
     mixup_alpha: float = knob(0.0, "mixup by shares from Beta(alpha, alpha); 0 = none", low=0)
     cutmix_alpha: float = knob(0.0, "CutMix likewise; with mixup each takes half of a batch", low=0)
     # the optimisation
-    batch_size: int = knob(64, "pictures per process and micro-batch", low=1)
-    batch_size_test: int = knob(64, "pictures per forward pass in evaluation", low=1)
+    batch_size: int = knob(64, "images per process and micro-batch", low=1)
+    batch_size_test: int = knob(64, "images per forward pass in evaluation", low=1)
     optimizer: Optimizer = section(Optimizer, flat=True, lr=1e-3, clip_grad_norm=1.0)
     scheduler: Schedule = section(Schedule, epochs="8 epochs", min_lr=0.0, warmup_lr=0.0, warmup="500 steps")
     eval_every: str = knob("1 epochs", "between two validations: a number of 'steps', 'epochs', 'samples' or '%'")
@@ -91,7 +91,7 @@ class Config(RunConfig):
         if self.multi_label is None:
             self.multi_label = self.network.loss == "sigmoid"
         if self.real and (self.multi_label or not self.val_data):
-            raise UserError("--real holds labels of ImageNet's validation pictures: give --val-data, no --multi-label")
+            raise UserError("--real holds labels of ImageNet's validation images: give --val-data, no --multi-label")
         if self.ema_decay and self.parallel == "fsdp":
             raise UserError("--ema-decay keeps a whole second copy of the weights: use --parallel ddp")
 

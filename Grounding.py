@@ -5,7 +5,7 @@
     evaluate    python Grounding.py --config configs/Grounding/refcoco.yaml --checkpoint refcoco.pth --evaluate
                 --gradcam_mode itm --block_num 8
 
-Training sees pictures and expressions only, as in retrieval: contrast (ITA) and matching (ITM). Evaluation makes a
+Training sees images and expressions only, as in retrieval: contrast (ITA) and matching (ITM). Evaluation makes a
 Grad-CAM map of each expression, from the cross-attention of a text layer (itm) or from what [CLS] attends to in a block
 of the vision transformer (itc), and picks the detected box with most heat for its size; a box is right where its IoU
 with the annotated one is at least 0.5. The pointing game asks whether the map's maximum lies inside the annotated box.
@@ -62,9 +62,9 @@ class Config(FineTuneConfig):
     block_num: int = knob(8, "text layer (itm) or block of the vision transformer (itc) that maps come from", low=0)
     temp: float = knob(0.07, "initial temperature without a checkpoint", low=0.001, high=0.5)
     batch_size_train: int = knob(32, "pairs per process and micro-batch", low=2, aliases=("batch_size",))
-    crop_scale: tuple[float, float] | None = knob(None, "range of the random crop's share; none = whole picture")
+    crop_scale: tuple[float, float] | None = knob(None, "range of the random crop's share; none = whole image")
     flip: bool = knob(
-        False, "mirror half of the training pictures, as the originals do though texts say left and right"
+        False, "mirror half of the training images, as the originals do though texts say left and right"
     )
     optimizer: Optimizer = section(Optimizer, lr=1e-5)
 
@@ -76,7 +76,7 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Retrieval:
 
 
 def training_data(config: Config, world, tokenizer: Tokenizer, longest: int, state: dict | None) -> StreamLoader:
-    """Endless batches of this process. Expressions about one picture, told by its file name, are no negatives."""
+    """Endless batches of this process. Expressions about one image, told by its file name, are no negatives."""
     if not config.train_file:
         raise UserError("train_file: none is given; give one, or --evaluate to ground with a checkpoint")
     records = Records(config.train_file, ("image", "text"))
@@ -148,16 +148,16 @@ def train(config: Config, world, model: Retrieval, tokenizer: Tokenizer, data, p
 
 
 def report(data: ReferringExpressions, maps: torch.Tensor, found: list[Pointing]) -> list[str]:
-    """The table of splits, and heat maps over pictures with the detected, chosen (thick) and true (dashed) boxes."""
+    """The table of splits, and heat maps over images with the detected, chosen (thick) and true (dashed) boxes."""
     splits = scores(found, data).items()
     accuracy = [(f"{split}, {s['expressions']} expressions", s["accuracy"], s["chance"]) for split, s in splits]
     pointing = ([split, f"{s['pointing']:.1f}"] for split, s in splits)
     right = torch.tensor([result.iou >= 0.5 for result in found])
 
     def case(i: int) -> str:
-        target, result, picture = data.targets[i], found[i], decode_image(data.file(i))
-        heat, boxes = enlarge(maps[i], *picture.shape[1:]), data.boxes[i]
-        return box_case(picture, heat, data.texts[i], boxes, result.box, target.box, result.iou)
+        target, result, image = data.targets[i], found[i], decode_image(data.file(i))
+        heat, boxes = enlarge(maps[i], *image.shape[1:]), data.boxes[i]
+        return box_case(image, heat, data.texts[i], boxes, result.box, target.box, result.iou)
 
     tables = score_table(["the chosen box has IoU >= 0.5, in %", "accuracy", "a box at random"], accuracy, None)
     game = table(["the map's maximum lies in the true box, in %", "pointing game"], pointing)

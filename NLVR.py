@@ -1,12 +1,12 @@
-"""NLVR2 with SIMLA or ALBEF: is a sentence about two pictures true? In two stages, by `stage` of the config.
+"""NLVR2 with SIMLA or ALBEF: is a sentence about two images true? In two stages, by `stage` of the config.
 
     1 assignment  torchrun --nproc_per_node=8 NLVR.py --config configs/NLVR/assignment.yaml --checkpoint ALBEF.pth
     2 fine-tune   torchrun --nproc_per_node=8 NLVR.py --config configs/NLVR/nlvr2.yaml \\
                       --checkpoint output/NLVR/assignment
     evaluate      python NLVR.py --config configs/NLVR/nlvr2.yaml --checkpoint nlvr.pth --evaluate
 
-The fusion layers are doubled, one for either picture, with shared keys and values. Text assignment (stage 1) gets the
-new arrangement used to its task: given a caption and two pictures, is it about the first, the second or neither?
+The fusion layers are doubled, one for either image, with shared keys and values. Text assignment (stage 1) gets the
+new arrangement used to its task: given a caption and two images, is it about the first, the second or neither?
 Fine-tuning classifies the [CLS] state, with a momentum teacher's soft targets.
 
 Published accuracy on dev / test-P, 4M images: ALBEF 80.2 / 80.5. Results: result/metrics.json, result/report.html.
@@ -30,7 +30,7 @@ from evaluation.accuracy import class_accuracy, statement_logits, statement_repo
 from evaluation.report.results import write_results
 from models.fusion.config import networks
 from models.fusion.momentum import MomentumPairs
-from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_pictures
+from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_images
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
 from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
@@ -64,7 +64,7 @@ class Config(FineTuneConfig):
 def network(config: Config, tokenizer: Tokenizer, weights) -> TextAssignment | StatementModel:
     """The stage's network on the CPU: at random, or from a checkpoint that fits the stage."""
     vit, bert = networks(config, tokenizer.vocab_size)
-    bert, first = for_two_pictures(bert, config.paired_from, weights)
+    bert, first = for_two_images(bert, config.paired_from, weights)
     if config.stage == "text_assignment":
         model = TextAssignment(TextAssignmentConfig(vit, bert, first, config.embed_dim))
     else:

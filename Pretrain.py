@@ -83,17 +83,17 @@ class Config(RunConfig):
     )
     # the data
     train_file: list[str] = knob([], "annotation lists {image, caption}, JSON or JSON lines")
-    image_root: Path = knob(Path(""), "folder that the pictures' relative paths start from")
+    image_root: Path = knob(Path(""), "folder that the images' relative paths start from")
     shards: list[str] = knob(
         [], "WebDataset shards beside or instead: paths, {00000..00099}, globs, s3:// or gs:// URLs"
     )
     weights: list[float] = knob([], "share of train_file and of each entry of shards; none = by their sizes")
     shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
     error_budget: float = knob(0.01, "share of unreadable samples at which the run stops", low=0, high=1)
-    crop_scale: tuple[float, float] = knob((0.2, 1.0), "range of the random crop's share of the picture", low=0, high=1)
-    flip: bool = knob(True, "mirror half of the pictures; no where captions say left and right")
+    crop_scale: tuple[float, float] = knob((0.2, 1.0), "range of the random crop's share of the image", low=0, high=1)
+    flip: bool = knob(True, "mirror half of the images; no where captions say left and right")
     augment_level: float = knob(7, "strength of RandAugment's two operations; 0 = none of them", low=0, high=10)
-    fixed_geometry: bool = knob(False, "always the whole picture; colour operations alone")
+    fixed_geometry: bool = knob(False, "always the whole image; colour operations alone")
     max_words: int = knob(30, "words of a caption kept", low=1)
     max_tokens: int = knob(25, "tokens of a caption kept, [CLS] included", low=2)
     batch_size: int = knob(64, "pairs per process and micro-batch", low=2)
@@ -119,8 +119,8 @@ def build_data(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageToken
     records = Records(config.train_file) if config.train_file else []
     codes = None
     if config.code_cache:
-        pictures = PretrainPair(PretrainTransform(config.image_res, token_side, **view), config.image_root)
-        distributed.main_first(lambda: write_codes(config.code_cache, records, pictures, image_tokenizer, world.device))
+        images = PretrainPair(PretrainTransform(config.image_res, token_side, **view), config.image_root)
+        distributed.main_first(lambda: write_codes(config.code_cache, records, images, image_tokenizer, world.device))
         codes, token_side = CodeCache(config.code_cache, len(records)), None
     patch_mask = BlockMask(config.grid, ratio=config.mask_ratio) if config.is_simla else None
     transform = PretrainTransform(config.image_res, token_side, **view)
@@ -176,7 +176,7 @@ def load_image_tokenizer(config: Config, world: World) -> ImageTokenizer | None:
     if config.image_tokenizer_path is None or not config.image_tokenizer_path.exists():
         raise UserError(
             f"image_tokenizer_path: {config.image_tokenizer_path} does not exist; give OpenAI's DALL-E encoder.pkl, "
-            "or train one on your own pictures: python scripts/train_dvae.py --help"
+            "or train one on your own images: python scripts/train_dvae.py --help"
         )
     kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
     return ImageTokenizer.load(config.image_tokenizer_path, read_weights, kind).to(world.device)

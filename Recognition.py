@@ -1,14 +1,14 @@
-"""Object recognition as next-token prediction (NXTP; Yue et al., 2024): train, name what pictures show, score.
+"""Object recognition as next-token prediction (NXTP; Yue et al., 2024): train, name what images show, score.
 
     train       torchrun Recognition.py --config configs/Recognition/digitscenes.yaml
     8 GPUs      torchrun --nproc_per_node=8 Recognition.py --config configs/Recognition/g3m.yaml
-    a picture   python Recognition.py --checkpoint RUN --image PATH --num_labels 20
+    an image   python Recognition.py --checkpoint RUN --image PATH --num_labels 20
     evaluate    python Recognition.py --checkpoint RUN --evaluate --test SHARDS --sentence_encoder all-MiniLM-L6-v2
     all knobs   python Recognition.py --help
 
 The patches of CLIP's image tower are the prefix of a LLaMA decoder cut to its first blocks. It learns the nouns of the
 caption as text, `dog, living room, cat,`, and no label sees another. The `num_labels` likeliest first tokens each grow
-into a label with a probability: one-shot sampling, a hundred labels for one pass over the picture.
+into a label with a probability: one-shot sampling, a hundred labels for one pass over the image.
 
 Published R / P / F1 at 10 labels, 1.78B parameters on G70M: CC3M .721 / .512 / .593, COCO .765 / .756 / .758,
 OpenImages .661 / .563 / .601. Results: result/metrics.json, result/labels_test.json, result/report.html.
@@ -28,7 +28,7 @@ from base.errors import UserError
 from dataset.images.clip import normalize
 from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import StreamLoader
-from dataset.tasks.recognition import PictureSet, PictureView, Sequences, clip_statistics, read_picture, training_stream
+from dataset.tasks.recognition import ImageSet, ImageView, Sequences, clip_statistics, read_image, training_stream
 from dataset.text.sentencepiece import PieceTokenizer
 from evaluation.predict import over_split
 from evaluation.recognition import SentenceEncoder, exact_metrics, means, similarity_scores
@@ -68,24 +68,24 @@ class Config(RunConfig):
     image_root: Path = knob(Path("."), "folder that the lists' paths start from")
     val: str | None = knob(None, "list, or folder or pattern of shards, that chooses the best checkpoint; none = last")
     test: str | None = knob(None, "the same for the final scores and --evaluate")
-    whole_picture: bool = knob(False, "squeeze the whole picture into the square, instead of taking its centre")
-    crop: float = knob(1.0, "smallest share of a picture in random training crops; 1 = as published", low=0.05, high=1)
-    max_text: int = knob(256, "tokens of a picture's text at most, prompt included", low=16)
+    whole_image: bool = knob(False, "squeeze the whole image into the square, instead of taking its centre")
+    crop: float = knob(1.0, "smallest share of an image in random training crops; 1 = as published", low=0.05, high=1)
+    max_text: int = knob(256, "tokens of an image's text at most, prompt included", low=16)
     many_prompts: bool = knob(True, "a prompt is drawn for each sample")
     shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
     error_budget: float = knob(0.01, "share of unusable samples at which the run stops", low=0, high=1)
     # what is trained
     train_vision_blocks: int | None = knob(None, "last blocks of the image tower to train; none = all of it", low=0)
     caption_weight: float = knob(0.0, "weight of the whole caption's loss; 0 = not computed", low=0)
-    batch_size: int = knob(16, "pictures per process and micro-batch", low=1)
-    batch_size_test: int = knob(16, "pictures per forward pass in evaluation", low=1)
+    batch_size: int = knob(16, "images per process and micro-batch", low=1)
+    batch_size_test: int = knob(16, "images per forward pass in evaluation", low=1)
     optimizer: Optimizer = section(Optimizer, flat=True, lr=1e-5, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
     scheduler: Schedule = section(Schedule, epochs="3 epochs", warmup="2000 steps", min_lr=0.0, warmup_lr=0.0)
     eval_every: str = knob("1 epochs", "between two validations: a number of 'steps', 'epochs', 'samples' or '%'")
     compat: str = knob("none", "'original': the last label blind, its decay and mask", choices=("none", "original"))
     # using it
     evaluate: bool = knob(False, "no training: score --checkpoint on --test")
-    image: Path | None = knob(None, "no training: print the labels of this picture")
+    image: Path | None = knob(None, "no training: print the labels of this image")
     decoding: Decoding = section(Decoding, flat=True)
     sentence_encoder: str | None = knob(None, "folder or hub name for R / P / F1 by meaning; none = exact match alone")
     tensor_parallel: bool = knob(False, "--evaluate and --image: the processes share the decoder's matrices")
@@ -100,7 +100,7 @@ def settle(config: Config, world: World) -> None:
     for name in ("decoder_heads", "norm_eps", "rope_theta", "prefix_image"):
         setattr(config.network, name, saved.get("network", {}).get(name, getattr(config.network, name)))
     config.network.image_size = config.network.image_size or saved.get("network", {}).get("image_size")
-    config.whole_picture = saved.get("whole_picture", config.whole_picture)
+    config.whole_image = saved.get("whole_image", config.whole_image)
     found = config.tokenizer or config.llama or saved.get("tokenizer") or saved.get("llama")
     if found is None:
         raise UserError("tokenizer: name the SentencePiece tokenizer.model, such as LLaMA's, or a folder with --llama")
@@ -129,7 +129,7 @@ def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state
         raise UserError("nothing to train on: give train_list or shards, or --evaluate or --image with a checkpoint")
     original = config.compat == "original"
     text = Sequences(tokenizer, config.max_text, config.many_prompts, original, decouple=config.decouple_labels)
-    view = PictureView(config.network.image_size, config.whole_picture, config.crop)
+    view = ImageView(config.network.image_size, config.whole_image, config.crop)
     files = (config.train_list, config.image_root, config.shards, config.shuffle_buffer)
     stream = distributed.main_first(partial(training_stream, view, text, *files, config.caption_weight > 0))
     place = (world.rank, world.size, config.seed)
@@ -137,25 +137,25 @@ def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state
 
 
 class Reader:
-    """Names what pictures show with one network."""
+    """Names what images show with one network."""
 
     def __init__(self, config: Config, tokenizer: PieceTokenizer, world: World, precision: Precision):
         self.config, self.tokenizer, self.world, self.precision = config, tokenizer, world, precision
-        self.view = PictureView(config.network.image_size, config.whole_picture)
+        self.view = ImageView(config.network.image_size, config.whole_image)
         self.statistics = clip_statistics(world.device)
         self.prompt = torch.tensor(Sequences(tokenizer, config.max_text).opening, device=world.device)
         self.encoder = SentenceEncoder(config.sentence_encoder, world.device) if config.sentence_encoder else None
 
     def drafts(self, model: Nxtp, image: Tensor) -> Drafts:
-        """Rows of label tokens for pictures uint8 [B,3,S,S]."""
+        """Rows of label tokens for images uint8 [B,3,S,S]."""
         images = model.encode_image(normalize(image, self.statistics))
         tokenizer, config = self.tokenizer, self.config
         return config.decoding.find(
             model, images, self.prompt, tokenizer.delimiter, tokenizer.eos, config.decouple_labels
         )
 
-    def labels(self, model: Nxtp, data: PictureSet) -> list[list[tuple[str, float]]]:
-        """The labels of every picture of a split with their scores, best first, on every process."""
+    def labels(self, model: Nxtp, data: ImageSet) -> list[list[tuple[str, float]]]:
+        """The labels of every image of a split with their scores, best first, on every process."""
         config, decoding = self.config, self.config.decoding
         own = range(len(data)) if config.tensor_parallel else shard_indices(len(data), self.world.rank, self.world.size)
         batches = EvalLoader(data.load, own, config.batch_size_test, default_collate, config.workers)
@@ -166,7 +166,7 @@ class Reader:
         drafts, tokenizer = Drafts(*columns), self.tokenizer
         return [decoding.labels(drafts, i, tokenizer.delimiter, tokenizer.decode) for i in range(len(data))]
 
-    def scores(self, data: PictureSet, found: list[list[tuple[str, float]]]) -> dict[str, float]:
+    def scores(self, data: ImageSet, found: list[list[tuple[str, float]]]) -> dict[str, float]:
         """Exact scores in percent and, with a sentence encoder, the published ones."""
         texts = [[text for text, _ in labels] for labels in found]
         metrics = exact_metrics(texts, data.references)
@@ -175,21 +175,21 @@ class Reader:
         return metrics
 
     def show(self, model: Nxtp, path: Path) -> None:
-        """Print the labels of one picture and save it with their attention maps."""
-        picture, decoding, tokenizer = self.view(read_picture(path)), self.config.decoding, self.tokenizer
+        """Print the labels of one image and save it with their attention maps."""
+        raw_image, decoding, tokenizer = self.view(read_image(path)), self.config.decoding, self.tokenizer
         with evaluating(model), self.precision.autocast():
-            image = picture[None].to(self.world.device)
+            image = raw_image[None].to(self.world.device)
             found = decoding.labels(self.drafts(model, image), 0, tokenizer.delimiter, tokenizer.decode)
             images, pieces = model.encode_image(normalize(image, self.statistics)), tokenizer.pieces
             maps = [label_map(model, images, self.prompt, pieces.encode(text)) for text, _ in found[:SHOWN]]
         if self.world.is_main:
             print(*(f"| prob: {score:.5f} - {text}" for text, score in found), sep="\n")
             target = self.config.output_dir / "result" / f"{path.stem}_labels.png"
-            attention_page(target, picture, found, maps)
+            attention_page(target, raw_image, found, maps)
             print(f"attention maps: {target}", flush=True)
 
 
-def train(config: Config, tokenizer: PieceTokenizer, val: PictureSet | None, reader: Reader, model: Nxtp) -> Path:
+def train(config: Config, tokenizer: PieceTokenizer, val: ImageSet | None, reader: Reader, model: Nxtp) -> Path:
     """Train; the checkpoint to test."""
     world, plain = reader.world, model
     tuning = FineTuning(config, world, "f1" if config.sentence_encoder else "exact_f1")
@@ -227,7 +227,7 @@ def main(config: Config) -> None:
         reader.show(model.to(world.device), config.image)
         return distributed.shutdown()
     splits = {"val": config.val, "test": config.test}
-    data = {name: PictureSet(source, reader.view, config.image_root) for name, source in splits.items() if source}
+    data = {name: ImageSet(source, reader.view, config.image_root) for name, source in splits.items() if source}
     if config.evaluate and not data:
         raise UserError("--evaluate needs --test: a list, or shards with .nouns")
     if not config.evaluate:

@@ -6,11 +6,11 @@
     Slurm       srun -N2 --ntasks-per-node=8 --gpus-per-node=8 python Retrieval.py --config configs/Retrieval/coco.yaml
     all knobs   python Retrieval.py --help
 
-Training: contrast (ITA) against the batch and a queue, where all captions of a picture are its positives, and matching
-(ITM) with hard negatives of other pictures. Evaluation: all pictures against all captions by contrast, the best
+Training: contrast (ITA) against the batch and a queue, where all captions of an image are its positives, and matching
+(ITM) with hard negatives of other images. Evaluation: all images against all captions by contrast, the best
 `k_test` each way re-ranked by matching. The checkpoint with the best mean recall on `val_file` is kept and tested.
 
-Published recall@1 of captions / pictures, 4M images: ALBEF fine-tuned on COCO 73.1 / 56.8, on Flickr30k 94.3 / 82.8,
+Published recall@1 of captions / images, 4M images: ALBEF fine-tuned on COCO 73.1 / 56.8, on Flickr30k 94.3 / 82.8,
 Flickr30k zero-shot (from the COCO model) 90.5 / 76.8. Checkpoints of the originals and of Pretrain.py load alike; what
 the configuration leaves open about the network is as in the checkpoint. Results: result/metrics.json and
 result/report.html. SIGTERM and SIGUSR1 save and exit with status 75; the same command goes on.
@@ -60,7 +60,7 @@ class Config(FineTuneConfig):
     batch_size_train: int = knob(32, "pairs per process and micro-batch", low=2, aliases=("batch_size",))
     temp: float = knob(0.07, "initial temperature without a checkpoint", low=0.001, high=0.5)
     freeze_visual_encoder: bool = knob(False, "train all but the vision transformer")
-    k_test: int = knob(128, "candidates re-ranked by matching, per picture and per caption", low=1)
+    k_test: int = knob(128, "candidates re-ranked by matching, per image and per caption", low=1)
     rerank: bool = knob(True, "re-rank at all; --no-rerank orders by contrast alone")
     score: str = knob("matching", "order by 'matching', or by its 'sum' with contrast", choices=("matching", "sum"))
     optimizer: Optimizer = section(Optimizer, lr=1e-5)
@@ -76,7 +76,7 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Retrieval:
 
 
 def training_data(config: Config, world, tokenizer: Tokenizer, longest: int, state: dict | None) -> StreamLoader:
-    """Endless batches of this process. Captions of one picture share its number; they are cut at `longest` tokens."""
+    """Endless batches of this process. Captions of one image share its number; they are cut at `longest` tokens."""
     if not config.train_file:
         raise UserError("train_file: none is given; give one, or --evaluate to score a checkpoint")
     records = Records(config.train_file)
@@ -134,7 +134,7 @@ def report(split: str, data: RetrievalSet, scores: dict, rankings) -> list[str]:
     """Recalls beside chance, and queries with their first hits."""
     files, owner = [data.image_root / name for name in data.images], torch.tensor(data.txt2img)
     rows = {split: scores, "chance": chance(owner, len(files))}
-    tables = card(f"{split}: {len(files)} pictures, {len(owner)} captions", recall_table(rows))
+    tables = card(f"{split}: {len(files)} images, {len(owner)} captions", recall_table(rows))
     return [tables, retrieval_gallery(files, data.captions, owner, *rankings)]
 
 

@@ -1,10 +1,10 @@
-"""Visual entailment (SNLI-VE) with SIMLA or ALBEF: does the picture entail, contradict or leave open a sentence?
+"""Visual entailment (SNLI-VE) with SIMLA or ALBEF: does the image entail, contradict or leave open a sentence?
 
     fine-tune   torchrun VE.py --config configs/VE/digitscenes.yaml
     8 GPUs      torchrun --nproc_per_node=8 VE.py --config configs/VE/snli_ve.yaml --checkpoint ALBEF.pth
     evaluate    python VE.py --config configs/VE/snli_ve.yaml --checkpoint ve.pth --evaluate
 
-The sentence is fused with the picture and the [CLS] state classified, with cross entropy against (1 - alpha) * label +
+The sentence is fused with the image and the [CLS] state classified, with cross entropy against (1 - alpha) * label +
 alpha * the momentum teacher's probabilities. The checkpoint best on `val_file` is kept and tested.
 
 Published accuracy on val / test, 4M images: ALBEF 80.1 / 80.3. Results: result/metrics.json, result/report.html.
@@ -40,7 +40,7 @@ class Config(FineTuneConfig):
     train_file: Path | None = knob(None, "statements to train on")
     val_file: Path | None = knob(None, "statements that choose the best checkpoint; none = the last one is tested")
     test_file: Path | None = knob(None, "statements of the final test")
-    image_root: Path = knob(Path("."), "folder of the pictures")
+    image_root: Path = knob(Path("."), "folder of the images")
     batch_size_test: int = knob(64, "statements per forward pass in evaluation", low=1)
     warm_up: bool = knob(False, "let alpha grow from 0 during the first epoch")
 

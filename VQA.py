@@ -5,7 +5,7 @@
     answer      python VQA.py --config configs/VQA/vqa.yaml --checkpoint vqa.pth --evaluate
     all knobs   python VQA.py --help
 
-The question is fused with the picture; a causal decoder over the fused states learns the answers of ten people, each
+The question is fused with the image; a causal decoder over the fused states learns the answers of ten people, each
 weighted by how many gave it, and soft targets of its momentum teacher. Answering ranks a closed list: the `k_test`
 answers whose first piece is likeliest are scored whole.
 

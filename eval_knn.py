@@ -7,7 +7,7 @@
     small              python eval_knn.py --config configs/eval_knn/digitscenes.yaml --checkpoint RUN
 
 Checkpoints: of Classification.py, of main.py (and other dual encoders that eval_zeroshot.py takes), of Pretrain.py and
-its fine-tuning scripts, or ViTs under timm's, Hugging Face's and COYO-ViT's names. knn1 is the class of the picture of
+its fine-tuning scripts, or ViTs under timm's, Hugging Face's and COYO-ViT's names. knn1 is the class of the image of
 highest cosine, as COYO-ALIGN counts ImageNet kNN; larger k vote with equal weights, and with exp(cosine / temperature)
 as DINO. Features are computed once and kept under `cache`, by the hash of weights, view and data. The search is exact,
 in tiles: memory does not grow with the data, and any number of processes gives the same figures.
@@ -59,8 +59,8 @@ class Config:
     model: str | None = knob(None, "timm/NAME; or a dual encoder's or ViT's name where the checkpoint does not tell")
     pretrained: bool = knob(False, "let timm fetch the weights of its model")
     features: str = knob("feats", "output of the encoder: feats, the tower's; z, the projected one; pre_logits, ...")
-    train_data: str | None = knob(None, "labelled pictures: class folders, .jsonl, shards or torchvision/NAME:SPLIT")
-    val_data: str | None = knob(None, "pictures to classify, likewise")
+    train_data: str | None = knob(None, "labelled images: class folders, .jsonl, shards or torchvision/NAME:SPLIT")
+    val_data: str | None = knob(None, "images to classify, likewise")
     data_root: Path = knob(Path("."), "folder that a list's paths start from, or of torchvision's data set")
     classes: Path | None = knob(
         None, "file with the name of one class a line; none = the class folders' or torchvision's"
@@ -72,7 +72,7 @@ class Config:
     linear_probe: bool = knob(False, "also logistic regression on the features")
     probe_l2: float = knob(1e-4, "its weight decay, of standardised features", low=0)
     probe_iterations: int = knob(100, "its most L-BFGS iterations", low=1)
-    batch_size: int = knob(64, "pictures per forward pass and process", low=1)
+    batch_size: int = knob(64, "images per forward pass and process", low=1)
     workers: int = knob(4, "loader processes per process", low=0)
     cache: Path | None = knob(
         None, "folder of features, one for all processes; none = $QUINTET_CACHE, ~/.cache/quintet"
@@ -103,7 +103,7 @@ def load_encoder(config: Config) -> ImageEncoder:
 
 
 def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tensor], str]:
-    """How the encoder's pictures are resized for evaluation, and the same in words."""
+    """How the encoder's images are resized for evaluation, and the same in words."""
     side, resampling = encoder.pixels.size, encoder.pixels.interpolation
     if encoder.kind == "classifier":
         small = about.get("config", {}).get("views", {}).get("resize_small")
@@ -123,18 +123,18 @@ def bank_of(
     about = described(weights_file(config.checkpoint)) if config.checkpoint else {}
     view, in_words = view_of(encoder, about)
     labels = Labels(len(names) or config.num_classes, LabelOptions(), data)
-    pictures = distributed.main_first(
+    images = distributed.main_first(
         partial(Split, data, config.data_root, view, labels, names, config.download, split)
     )
-    made_of = [fingerprint(encoder), in_words, identity(pictures.records, data), config.precision, config.batch_size]
+    made_of = [fingerprint(encoder), in_words, identity(images.records, data), config.precision, config.batch_size]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
-    own = [i for unit in units(len(pictures), config.batch_size, world) for i in unit]
+    own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
     statistics = pixel_statistics(world.device, encoder.pixels.mean, encoder.pixels.std)
     autocast = Precision(config.precision, world.device).autocast
 
     def batches() -> EvalLoader:
         pin = world.device.type == "cuda"
-        return EvalLoader(pictures.load, own, config.batch_size, LabelCollate(), config.workers, pin)
+        return EvalLoader(images.load, own, config.batch_size, LabelCollate(), config.workers, pin)
 
     def encode(image: Tensor) -> Tensor:
         with autocast():
@@ -142,7 +142,7 @@ def bank_of(
 
     with evaluating(encoder):
         path = config.cache_folder / key
-        return feature_bank(encode, batches, own, len(pictures), width, path, world)
+        return feature_bank(encode, batches, own, len(images), width, path, world)
 
 
 def main(config: Config) -> None:
@@ -157,7 +157,7 @@ def main(config: Config) -> None:
     train, val = (bank_of(each, split, encoder, width, names, config, world) for each, split in sets)
     classes = len(names) or config.num_classes
     neighbours = nearest_neighbours(train, val, max(config.k), world)
-    metrics = {"pictures": len(val), "train_pictures": len(train), "width": width}
+    metrics = {"images": len(val), "train_images": len(train), "width": width}
     metrics["chance"] = 100 * val.labels.bincount().max().item() / len(val)
     metrics |= knn_accuracy(neighbours, train.labels, val.labels, classes, config.k, config.temperature)
     if config.linear_probe:

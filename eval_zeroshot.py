@@ -45,7 +45,7 @@ from evaluation.zeroshot import (
     cached_classifier,
     class_prompts,
     classify,
-    embed_pictures,
+    embed_images,
     embed_texts,
     fingerprint,
     retrieve,
@@ -76,7 +76,7 @@ class Config:
     root: Path = knob(Path("datasets"), "folder of the built-in catalogue's data sets, each under its name")
     download: bool = knob(False, "let torchvision fetch the data sets it has, if named by --datasets")
     split: str | None = knob(None, "split to evaluate instead of each data set's own")
-    batch_size: int = knob(256, "pictures or texts per forward pass and process", low=1)
+    batch_size: int = knob(256, "images or texts per forward pass and process", low=1)
     workers: int = knob(10, "loader processes per process", low=0, aliases=("j",))
     bpe_path: Path | None = knob(None, "BPE merges; none = the run's, else CLIP's, from the package open_clip_torch")
     tokenizer: str | None = knob(None, "ALIGN's: as of main.py; none = the run's, else bert-base-uncased")
@@ -92,7 +92,7 @@ class Config:
 
 
 class Encoder(NamedTuple):
-    """What embeds pictures (uint8, on the device) and tokens, and what makes their inputs."""
+    """What embeds images (uint8, on the device) and tokens, and what makes their inputs."""
 
     opened: Opened
     tokenize: Callable[[list[str]], torch.Tensor]
@@ -157,23 +157,23 @@ def tokenizer_of(opened: Opened, config: Config, trained: dict) -> tuple[ClipTok
 
 def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> dict:
     """Figures of a data set by metric and score, the same on every process."""
-    model, pixels, total = encoder.opened.model, encoder.opened.pixels, len(data.pictures)
+    model, pixels, total = encoder.opened.model, encoder.opened.pixels, len(data.images)
     statistics = pixel_statistics(world.device, pixels.mean, pixels.std)
     own = [i for unit in units(total, config.batch_size, world) for i in unit]
-    load = Viewed(data.pictures, eval_view(encoder.opened.title, pixels.size, pixels.interpolation)).load
+    load = Viewed(data.images, eval_view(encoder.opened.title, pixels.size, pixels.interpolation)).load
     batches = EvalLoader(load, own, config.batch_size, default_collate, config.workers, world.device.type == "cuda")
     texts = {"world": world, "batch_size": config.batch_size}
 
     def embed(image: torch.Tensor) -> dict[str, torch.Tensor]:
         return model.embed_image(normalize(image, statistics))
 
-    about = {"metric": data.entry.metric, "pictures": total}
+    about = {"metric": data.entry.metric, "images": total}
     with evaluating(model), encoder.precision.autocast():
         if not data.classes:
-            about["captions"] = len(data.pictures.captions)
-            image = embed_pictures(embed, batches, own, total, world)
-            text = embed_texts(model.embed_text, encoder.tokenize, data.pictures.captions, **texts)
-            return about | retrieve(image, text, data.pictures.text_image, world)
+            about["captions"] = len(data.images.captions)
+            image = embed_images(embed, batches, own, total, world)
+            text = embed_texts(model.embed_text, encoder.tokenize, data.images.captions, **texts)
+            return about | retrieve(image, text, data.images.text_image, world)
         about["classes"] = len(data.classes)
         prompts = class_prompts(data.classes, data.templates, data.entry.name)
         key = hashlib.sha256(json.dumps([encoder.signature, config.batch_size, prompts]).encode()).hexdigest()[:32]

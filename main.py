@@ -6,8 +6,8 @@
     all knobs      python main.py --help
 
 --model is <CLIP|CL2L>_<backbone>_<head>, head CLIP, CL2L, SIAMLIP, BARLIP, SWALIP, SWALIPV1 or SIGLIP, SLIP's
-<CLIP|SLIP|SIMCLR>_<backbone>, or ALIGN_<B0..B7>_<MINI|BASE|LARGE>. CL2L's step: a weak (global) view of picture and
-caption and `num_augs` strong (local) ones; global pictures find their global captions in the batch, local ones their
+<CLIP|SLIP|SIMCLR>_<backbone>, or ALIGN_<B0..B7>_<MINI|BASE|LARGE>. CL2L's step: a weak (global) view of image and
+caption and `num_augs` strong (local) ones; global images find their global captions in the batch, local ones their
 local captions, with projectors and a temperature of their own (--separate-proj). --momentum turns SiamLIP to BYOLIP.
 Flags and defaults are clip-rocket's; COYO-ALIGN's are in configs/main/align.yaml. SIGTERM saves and exits with 75.
 """
@@ -65,7 +65,7 @@ class Config(RocketRunConfig):
     dataset: str = knob(
         "yfcc15m", "collection; wds: --shards alone; pairs: JSON {image, caption}", choices=captions.DATASETS
     )
-    root: str = knob("datasets/yfcc100m", "folder of the pictures; merged_opendata: three, joined by ---")
+    root: str = knob("datasets/yfcc100m", "folder of the images; merged_opendata: three, joined by ---")
     metadata: str = knob("datasets/yfcc15m_v1/yfcc15m.pkl", "samples: .pkl, .npy, .json, .jsonl; three likewise")
     shards: list[str] = knob([], "WebDataset shards beside or instead: paths, {00000..00099}, s3:// or gs:// URLs")
     shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
@@ -104,8 +104,8 @@ class Config(RocketRunConfig):
 
     @property
     def local_views(self) -> tuple[int, int]:
-        """Local pictures and local captions of a sample."""
-        wanted = parts_of(self.network.model)[2]  # SLIP's two pictures show no caption of their own
+        """Local images and local captions of a sample."""
+        wanted = parts_of(self.network.model)[2]  # SLIP's two images show no caption of their own
         return (self.views.num_augs,) * 2 if wanted < 0 else (wanted, 0)
 
 
@@ -117,7 +117,7 @@ def build_data(config: Config, tokenizer: Callable, world: World, state: dict | 
     sources, pair = [], captions.ImageTextPair(views, texts)
     for kind, file, root in captions.collections_of(config.dataset, config.metadata, config.root, config.shards):
         records = distributed.main_first(partial(captions.caption_records, kind, file, load_plain))
-        distributed.on_main(partial(captions.check_pictures, root, records))
+        distributed.on_main(partial(captions.check_images, root, records))
         sources.append(RecordSource(records, captions.ImageTextPair(views, texts, root), kind))
     sources += [ShardSource(url, pair, shuffle_buffer=config.shuffle_buffer) for url in config.shards]
     stream = Stream(sources, captions.CaptionCollate(tokenizer, config.text_lengths))

@@ -32,22 +32,29 @@ class World:
 def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the process group that the launcher describes, or stand alone.
 
-    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; `srun` sets SLURM_PROCID, SLURM_LOCALID and
-    SLURM_STEP_NUM_TASKS, from which the others are derived. `device` is `auto` (CUDA where present), `cuda` or `cpu`;
+    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; `srun` sets SLURM_PROCID,
+    SLURM_LOCALID and SLURM_STEP_NUM_TASKS, from which the others are derived. `device` is `auto`
+    (CUDA where present), `cuda` or `cpu`;
     the backend is nccl on CUDA and gloo on the CPU.
 
-    Raises UserError where CUDA is asked for and absent, or where a node has fewer GPUs than processes.
+    Raises UserError where CUDA is asked for and absent, or where a node has fewer GPUs than
+    processes.
     """
     env = os.environ
-    # the variable of a step: a shell inside an allocation has the job's SLURM_NTASKS, but is no task of it
+    # the variable of a step: a shell inside an allocation has the job's SLURM_NTASKS, but is no
+    # task of it
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
         _adopt_slurm(env)
-    rank, size, local_rank = (int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, size, local_rank = (
+        int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     chosen = _device(device, local_rank)
     if "RANK" in env and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes), **kwargs)
+        dist.init_process_group(
+            backend, timeout=datetime.timedelta(minutes=timeout_minutes), **kwargs
+        )
     return World(rank, size, local_rank, chosen)
 
 
@@ -61,7 +68,8 @@ def _adopt_slurm(env) -> None:
 
 
 def first_host(nodelist: str) -> str:
-    """First host of a Slurm node list: `gpu[003-007,9],login1` gives `gpu003`; an empty list gives this host."""
+    """First host of a Slurm node list: `gpu[003-007,9],login1` gives `gpu003`; an empty list gives
+    this host."""
     if not nodelist:
         return socket.gethostname()
     head, bracket, tail = nodelist.partition("[")
@@ -77,7 +85,9 @@ def _device(device: str, local_rank: int) -> torch.device:
     if not device.startswith("cuda"):
         return torch.device(device)
     if not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is visible; use --device cpu, or look at `nvidia-smi`")
+        raise UserError(
+            "--device cuda: no CUDA device is visible; use --device cpu, or look at `nvidia-smi`"
+        )
     if ":" in device:
         chosen = torch.device(device)
     elif local_rank < torch.cuda.device_count():
@@ -104,7 +114,8 @@ def barrier() -> None:
 
 
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    """Sum, maximum or mean (`sum`, `max`, `mean`) of `tensor` over the processes, as a new tensor; no gradient."""
+    """Sum, maximum or mean (`sum`, `max`, `mean`) of `tensor` over the processes, as a new tensor;
+    no gradient."""
     result = tensor.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(result, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
@@ -114,7 +125,8 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
 
 
 def gather_objects(value) -> list:
-    """`value` of every process in rank order. Only for our own small data (pickled between our own processes)."""
+    """`value` of every process in rank order. Only for our own small data (pickled between our own
+    processes)."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -134,7 +146,8 @@ def broadcast_object(value):
 def gather_rows(rows: torch.Tensor, indices: torch.Tensor, total: int) -> torch.Tensor:
     """Assemble a table whose rows were computed on different processes.
 
-    rows [n, ...] with `indices` int64 [n] on this process -> [total, ...] on every process, each row written once.
+    rows [n, ...] with `indices` int64 [n] on this process -> [total, ...] on every process, each
+    row written once.
     Used by evaluation: the result does not depend on the number of processes.
     """
     if not dist.is_initialized():
@@ -174,7 +187,9 @@ def on_main(work, share: bool = True):
         if failure is not None:
             raise failure
         return result
-    told, shared = broadcast_object((None if failure is None else str(failure), result if share else None))
+    told, shared = broadcast_object(
+        (None if failure is None else str(failure), result if share else None)
+    )
     if told is not None:
         raise failure if failure is not None else UserError(f"rank 0: {told}")
     return result if dist.get_rank() == 0 else shared
@@ -194,7 +209,8 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The network inside DDP and torch.compile wrappers (FSDP2 does not wrap). For evaluation, not for losses."""
+    """The network inside DDP and torch.compile wrappers (FSDP2 does not wrap). For evaluation, not
+    for losses."""
     while True:
         inner = getattr(model, "_orig_mod", None) or (
             model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else None
@@ -205,8 +221,9 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 # ---------------------------------------------------------------- collectives inside losses
-# Gradients follow the convention of data parallelism: each rank's loss is the mean over its own rows, the wrapper
-# averages gradients over ranks, and together that is the gradient of the mean over the global batch.
+# Gradients follow the convention of data parallelism: each rank's loss is the mean over its own
+# rows, the wrapper averages gradients over ranks, and together that is the gradient of the mean
+# over the global batch.
 
 
 def world_size() -> int:
@@ -221,7 +238,8 @@ def rank() -> int:
 
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
-    """[B,...] of every rank -> [world*B,...] in rank order, without gradient; B must be the same on all ranks."""
+    """[B,...] of every rank -> [world*B,...] in rank order, without gradient; B must be the same on
+    all ranks."""
     if world_size() == 1:
         return x.detach()
     everyone = x.new_empty(world_size() * len(x), *x.shape[1:])

@@ -1,16 +1,20 @@
-"""The exceptions of the project: mistakes a user can fix, data that is missing, and samples that cannot be used."""
+"""The exceptions of the project: mistakes a user can fix, data that is missing, and samples that
+cannot be used."""
 
 
 class UserError(ValueError):
     """A configuration, file, checkpoint or command line that cannot be used.
 
-    The message names the file or key and says what to do. Scripts print it without a traceback and exit with status 2.
+    The message names the file or key and says what to do. Scripts print it without a traceback and
+    exit with status 2.
     """
 
 
 class MissingData(UserError):
-    """A data set that is not on this machine; the message says where it was looked for and how to get it."""
+    """A data set that is not on this machine; the message says where it was looked for and how to
+    get it."""
 
 
 class BadSample(ValueError):
-    """One unusable sample (unreadable image, empty caption). It is counted and dropped, within a budget."""
+    """One unusable sample (unreadable image, empty caption). It is counted and dropped, within a
+    budget."""

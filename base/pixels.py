@@ -12,7 +12,8 @@ OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275777
 
 
 class Pixels(NamedTuple):
-    """How pictures come in: side in pixels, interpolation of the resize, mean and deviation of pixels in [0, 1]."""
+    """How images come in: side in pixels, interpolation of the resize, mean and deviation of pixels
+    in [0, 1]."""
 
     size: int
     interpolation: str

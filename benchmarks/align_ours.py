@@ -1,4 +1,5 @@
-"""One measurement of benchmarks.align: a training step with our towers or transformers', under one loop.
+"""One measurement of benchmarks.align: a training step with our towers or transformers', under one
+loop.
 
 Called by benchmarks.align with its settings as JSON; prints the result as JSON.
 """
@@ -24,14 +25,21 @@ class Foreign(nn.Module):
         super().__init__()
         from transformers import AlignConfig, AlignModel
 
-        values = {k: v for k, v in hugging_face_config(model).items() if k not in ("architectures", "model_type")}
+        values = {
+            k: v
+            for k, v in hugging_face_config(model).items()
+            if k not in ("architectures", "model_type")
+        }
         self.config, self.align = model.config, AlignModel(AlignConfig(**values))
         self.image_projection = model.image_projection or nn.Identity()
 
     def forward(self, image: Tensor, text_ids: Tensor) -> dict[str, Tensor]:
         pixels = self.align.vision_model(pixel_values=image)[1]
         states = self.align.text_model(input_ids=text_ids, attention_mask=text_ids != 0)[0]
-        out = {"z_image": self.image_projection(pixels), "z_text": self.align.text_projection(states[:, 0])}
+        out = {
+            "z_image": self.image_projection(pixels),
+            "z_text": self.align.text_projection(states[:, 0]),
+        }
         return dual_losses.align(out | {"temperature": self.align.temperature}, self.config)
 
 
@@ -52,11 +60,17 @@ def main(options: dict) -> dict:
     decayed = names_by_decay(model)[0]
     if options["library"] == "transformers":
         model = Foreign(model)
-        decayed = [name for name, _ in model.named_parameters() if "bn." not in name and "norm." not in name]
+        decayed = [
+            name
+            for name, _ in model.named_parameters()
+            if "bn." not in name and "norm." not in name
+        ]
     model = model.to(device).train()
     if options["compile"]:
         model.compile()
-    optimizer = build_optimizer(model, Optimizer(opt="lamb", lr=5e-3, weight_decay=1e-5, eps=1e-6), decayed)
+    optimizer = build_optimizer(
+        model, Optimizer(opt="lamb", lr=5e-3, weight_decay=1e-5, eps=1e-6), decayed
+    )
     precision = Precision(options["precision"], device)
     size, side = options["batch"], options["image_size"]
     ids = torch.randint(1000, VOCABULARY, (size, options["length"]), device=device)

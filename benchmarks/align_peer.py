@@ -1,8 +1,9 @@
-"""One measurement of benchmarks.align: the training step of the original, TensorFlow's COYO-ALIGN, from a checkout.
+"""One measurement of benchmarks.align: the training step of the original, TensorFlow's COYO-ALIGN,
+from a checkout.
 
-Called by benchmarks.align with its settings as JSON, by an interpreter that has TensorFlow (2.12.1 was tried) and the
-other packages; prints the result as JSON. Network, loss and optimizer are the original's own, in float32 and as one
-graph; the data is random.
+Called by benchmarks.align with its settings as JSON, by an interpreter that has TensorFlow (2.12.1
+was tried) and the other packages; prints the result as JSON. Network, loss and optimizer are the
+original's own, in float32 and as one graph; the data is random.
 """
 
 import importlib
@@ -15,7 +16,13 @@ import types
 from functools import partial
 from pathlib import Path
 
-RENAMED = ("backend", "applications.imagenet_utils", "engine.training", "utils.data_utils", "utils.layer_utils")
+RENAMED = (
+    "backend",
+    "applications.imagenet_utils",
+    "engine.training",
+    "utils.data_utils",
+    "utils.layer_utils",
+)
 
 
 def build(tf, options: dict):
@@ -30,7 +37,9 @@ def build(tf, options: dict):
 
     from models import efficientnet
 
-    normalise = partial(tf.keras.layers.BatchNormalization, virtual_batch_size=options["virtual_batch"])
+    normalise = partial(
+        tf.keras.layers.BatchNormalization, virtual_batch_size=options["virtual_batch"]
+    )
     efficientnet.get_norm = lambda: normalise  # 16 is written there
     from align import ALIGN
 
@@ -51,7 +60,11 @@ def main(options: dict) -> dict:
     size, length, rng = options["batch"], options["length"], np.random.default_rng(0)
     image = tf.constant(rng.uniform(0, 255, (size, 289, 289, 3)).astype(np.float32))
     ids = tf.constant(rng.integers(1000, 30522, (size, length)), tf.int32)
-    text = {"input_ids": ids, "attention_mask": tf.ones_like(ids), "token_type_ids": tf.zeros_like(ids)}
+    text = {
+        "input_ids": ids,
+        "attention_mask": tf.ones_like(ids),
+        "token_type_ids": tf.zeros_like(ids),
+    }
     step = tf.function(lambda: model.train_step((image, text)))
     step()  # builds the graph
     seconds, cpu = [], []
@@ -62,10 +75,22 @@ def main(options: dict) -> dict:
             seconds.append(time.perf_counter() - begin)
             cpu.append(time.process_time() - cpu_begin)
     status = Path("/proc/self/status").read_text()
-    peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-    medians = {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu), "peak_bytes": peak}
+    peak = (
+        int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+        * 1024
+    )
+    medians = {
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu),
+        "peak_bytes": peak,
+    }
     count = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
-    return medians | {"device": "cpu", "gpu": "", "torch": f"TensorFlow {tf.__version__}", "parameters": count}
+    return medians | {
+        "device": "cpu",
+        "gpu": "",
+        "torch": f"TensorFlow {tf.__version__}",
+        "parameters": count,
+    }
 
 
 if __name__ == "__main__":

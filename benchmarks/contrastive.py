@@ -1,10 +1,12 @@
-"""Memory of the tiled contrastive loss at a global batch that the dense one cannot hold, and its equality to it.
+"""Memory of the tiled contrastive loss at a global batch that the dense one cannot hold, and its
+equality to it.
 
     python -m benchmarks.contrastive                  # 65,536 pairs of 512 numbers on one process, tile 2048
     python -m benchmarks.contrastive --pairs 8192     # small enough that the dense loss runs beside it
 
-Value and gradients of CLIP's loss of random features on the CPU, each variant in a process of its own. Up to 16,384
-pairs the dense loss is computed as well and both are compared. The table is written to docs/BENCHMARKS.md.
+Value and gradients of CLIP's loss of random features on the CPU, each variant in a process of its
+own. Up to 16,384 pairs the dense loss is computed as well and both are compared. The table is
+written to docs/BENCHMARKS.md.
 """
 
 import json
@@ -37,7 +39,8 @@ class Config:
 
 
 def one_variant(config: Config, tile: int | None) -> dict:
-    """Loss and gradients of CLIP's loss with tiles of `tile`, dense for None; the gradients go to `config.worker`."""
+    """Loss and gradients of CLIP's loss with tiles of `tile`, dense for None; the gradients go to
+    `config.worker`."""
     from models.dual_encoder.objectives import LossOptions, clip
 
     torch.set_num_threads(config.threads)
@@ -46,10 +49,18 @@ def one_variant(config: Config, tile: int | None) -> dict:
     text = torch.randn(config.pairs, config.width, generator=rng).mul_(2).add_(image)
     scale = torch.tensor(14.0, requires_grad=True)
     before, begin, cpu = peak_bytes(torch.device("cpu")), time.perf_counter(), time.process_time()
-    features = {"z_image": image.requires_grad_(), "z_text": text.requires_grad_(), "logit_scale": scale}
+    features = {
+        "z_image": image.requires_grad_(),
+        "z_text": text.requires_grad_(),
+        "logit_scale": scale,
+    }
     loss = clip(features, LossOptions(tile=tile))["loss"]
     loss.backward()
-    result = {"loss": loss.item(), "seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
+    result = {
+        "loss": loss.item(),
+        "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time() - cpu,
+    }
     result |= {"peak_bytes": peak_bytes(torch.device("cpu")), "before": before}
     torch.save({"image": image.grad, "text": text.grad, "scale": scale.grad}, config.worker)
     return result | about(torch.device("cpu"))
@@ -59,7 +70,12 @@ def run(config: Config, tile: int, file: Path) -> dict:
     """`one_variant` in a fresh process; tile 0 is the dense loss."""
     import subprocess
 
-    values = {"pairs": config.pairs, "width": config.width, "tile": max(tile, 1), "threads": config.threads}
+    values = {
+        "pairs": config.pairs,
+        "width": config.width,
+        "tile": max(tile, 1),
+        "threads": config.threads,
+    }
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
     command = [
         sys.executable,
@@ -77,9 +93,16 @@ def run(config: Config, tile: int, file: Path) -> dict:
 
 def main(config: Config) -> None:
     if config.worker:
-        return print(json.dumps(one_variant(config, None if config.report == "dense" else config.tile)))
-    variants = {f"tiles of {config.tile}": config.tile} | ({"dense": 0} if config.pairs <= DENSE_UP_TO else {})
-    lines = ["| | loss | seconds | CPU seconds | peak memory | of it before the loss |", "|---|---|---|---|---|---|"]
+        return print(
+            json.dumps(one_variant(config, None if config.report == "dense" else config.tile))
+        )
+    variants = {f"tiles of {config.tile}": config.tile} | (
+        {"dense": 0} if config.pairs <= DENSE_UP_TO else {}
+    )
+    lines = [
+        "| | loss | seconds | CPU seconds | peak memory | of it before the loss |",
+        "|---|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{number}.pt" for number, name in enumerate(variants)}
         for name, tile in variants.items():
@@ -94,7 +117,9 @@ def main(config: Config) -> None:
             worst = max(((tiled[k] - dense[k]).norm() / dense[k].norm()).item() for k in dense)
             body += f"\n\nLargest relative difference of a gradient between the two: {worst:.1e}."
     body += f"\n\nMachine: {bench.machine(found, config.threads)}."
-    title = f"Contrastive loss and gradients, {config.pairs:,} pairs of {config.width}, one CPU process"
+    title = (
+        f"Contrastive loss and gradients, {config.pairs:,} pairs of {config.width}, one CPU process"
+    )
     print(body)
     bench.write_report(config, title, f"{body}\n\n    {bench.command_line(config, 'contrastive')}")
 

@@ -1,17 +1,20 @@
-"""Speed and memory of a dual encoder's training step: CLIP beside open_clip, CL2L beside clip-rocket, ViT-B/16.
+"""Speed and memory of a dual encoder's training step: CLIP beside open_clip, CL2L beside
+clip-rocket, ViT-B/16.
 
     python -m benchmarks.dual                                     # CLIP: ours and open_clip's, alternating
     python -m benchmarks.dual --peer PATH/TO/clip-rocket          # CL2L, two local views: ours and the original's
     python -m benchmarks.dual --tokens 77                         # captions that fill the whole context
 
-A step is forward, contrastive loss, backward and AdamW on random pictures of 224 px. Captions have 8 tokens to
---tokens; the others always compute all 77 places, ours the longest caption of the batch, rounded up to a multiple of 8,
-as main.py's loader hands them over. Weights are random and nothing is downloaded. Each measurement runs in a process of
-its own, the sides in turn. Memory is the peak of the process on a CPU and of the allocator on a GPU. The table is
-written to docs/BENCHMARKS.md, a section a setting.
+A step is forward, contrastive loss, backward and AdamW on random images of 224 px. Captions have 8
+tokens to
+--tokens; the others always compute all 77 places, ours the longest caption of the batch, rounded up
+to a multiple of 8, as main.py's loader hands them over. Weights are random and nothing is
+downloaded. Each measurement runs in a process of its own, the sides in turn. Memory is the peak of
+the process on a CPU and of the allocator on a GPU. The table is written to docs/BENCHMARKS.md, a
+section a setting.
 
---peer runs github.com/facebookresearch/clip-rocket: its networks and losses as they are, a stand-in for xformers'
-attention (PyTorch's, when `--peer-attention flash`).
+--peer runs github.com/facebookresearch/clip-rocket: its networks and losses as they are, a stand-in
+for xformers' attention (PyTorch's, when `--peer-attention flash`).
 """
 
 import os
@@ -33,10 +36,14 @@ class Config:
 
     batch: int = knob(4, "pairs a step", low=2)
     tokens: int = knob(24, "longest caption in tokens, start and end included", low=8, high=77)
-    precision: str = knob("fp32", "all sides: type of the forward pass", choices=("fp32", "bf16", "fp16"))
+    precision: str = knob(
+        "fp32", "all sides: type of the forward pass", choices=("fp32", "bf16", "fp16")
+    )
     compile: bool = knob(False, "all sides: torch.compile")
     activation_checkpointing: bool = knob(False, "ours: recompute blocks in the backward pass")
-    peer: str | None = knob(None, "checkout of clip-rocket: measure CL2L beside it; none = CLIP beside open_clip")
+    peer: str | None = knob(
+        None, "checkout of clip-rocket: measure CL2L beside it; none = CLIP beside open_clip"
+    )
     peer_attention: str = knob(
         "standard", "clip-rocket's attention: its default, or flash", choices=("standard", "flash")
     )
@@ -58,11 +65,24 @@ def table(config: Config, results: dict[str, list[dict]]) -> str:
     head = ["", "seconds a step", "CPU seconds", "pairs/s", "peak memory", "MFU"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for side, runs in results.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds", "peak_bytes")}
-        spread = f"{min(run['seconds'] for run in runs):.2f}-{max(run['seconds'] for run in runs):.2f}"
-        mfu = f"{100 * statistics.median(run['mfu'] for run in runs):.0f}%" if runs[0].get("mfu") else ""
+        middle = {
+            key: statistics.median(run[key] for run in runs)
+            for key in ("seconds", "cpu_seconds", "peak_bytes")
+        }
+        spread = (
+            f"{min(run['seconds'] for run in runs):.2f}-{max(run['seconds'] for run in runs):.2f}"
+        )
+        mfu = (
+            f"{100 * statistics.median(run['mfu'] for run in runs):.0f}%"
+            if runs[0].get("mfu")
+            else ""
+        )
         cells = [NAMES[side], f"{middle['seconds']:.2f} ({spread})", f"{middle['cpu_seconds']:.2f}"]
-        cells += [f"{config.batch / middle['seconds']:.2f}", f"{middle['peak_bytes'] / 2**30:.2f} GiB", mfu]
+        cells += [
+            f"{config.batch / middle['seconds']:.2f}",
+            f"{middle['peak_bytes'] / 2**30:.2f} GiB",
+            mfu,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -70,7 +90,9 @@ def table(config: Config, results: dict[str, list[dict]]) -> str:
 def check_config(config: Config) -> None:
     """Raise UserError where the settings cannot be measured."""
     if config.peer and not (Path(config.peer) / "losses.py").is_file():
-        raise UserError(f"--peer {config.peer}: no losses.py there; it takes a checkout of clip-rocket")
+        raise UserError(
+            f"--peer {config.peer}: no losses.py there; it takes a checkout of clip-rocket"
+        )
 
 
 def main(config: Config) -> None:
@@ -84,9 +106,16 @@ def main(config: Config) -> None:
     body += f", {found['memory']:.2f} x peak memory.\n\nMachine: {bench.machine(first, config.threads)}."
     if load > 0.2 * os.cpu_count():
         body += f" Other work was running (load {load:.1f} at the start): times by the clock are disturbed."
-    extra = ["compiled"] * config.compile + ["activation checkpointing"] * config.activation_checkpointing
+    extra = ["compiled"] * config.compile + [
+        "activation checkpointing"
+    ] * config.activation_checkpointing
     what = "CL2L ViT-B/16, two local views" if config.peer else "CLIP ViT-B/16"
-    settings = [f"batch {config.batch}", f"up to {config.tokens} tokens", config.precision, first["device"]]
+    settings = [
+        f"batch {config.batch}",
+        f"up to {config.tokens} tokens",
+        config.precision,
+        first["device"],
+    ]
     title = ", ".join([what, *settings, *extra, f"beside {NAMES[config.other]}"])
     print(body)
     bench.write_report(config, title, f"{body}\n\n    {bench.command_line(config, 'dual')}")

@@ -1,12 +1,14 @@
-"""Time and memory of exact nearest neighbours by cosine: ours against scikit-learn's, and faiss' where installed.
+"""Time and memory of exact nearest neighbours by cosine: ours against scikit-learn's, and faiss'
+where installed.
 
     python -m benchmarks.knn                              # 200,000 training features, 10,000 queries, width 384
     python -m benchmarks.knn --train 1281167 --queries 50000 --sides ours
 
-Features are random, in 1,000 clusters, on disk. Each side runs in a process of its own, in turn, and finds the same k
-neighbours; disagreements are counted. Memory is the peak of the process less what it had before the features.
-scikit-learn's `NearestNeighbors` runs with brute force and Euclidean distance of unit vectors, its fastest way to the
-same answer. The table is written to docs/BENCHMARKS.md.
+Features are random, in 1,000 clusters, on disk. Each side runs in a process of its own, in turn,
+and finds the same k neighbours; disagreements are counted. Memory is the peak of the process less
+what it had before the features.
+scikit-learn's `NearestNeighbors` runs with brute force and Euclidean distance of unit vectors, its
+fastest way to the same answer. The table is written to docs/BENCHMARKS.md.
 """
 
 import json
@@ -47,7 +49,8 @@ class Config:
 
 
 def make_features(config: Config, folder: Path) -> None:
-    """Random features in clusters: train.npy, queries.npy, and labels, without ever holding all of them."""
+    """Random features in clusters: train.npy, queries.npy, and labels, without ever holding all of
+    them."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -73,7 +76,10 @@ def search_ours(config: Config, folder: Path):
 
     torch.set_num_threads(config.threads)
     banks = [
-        Bank(np.load(folder / f"{name}.npy", mmap_mode="r"), torch.from_numpy(np.load(folder / f"{name}.labels.npy")))
+        Bank(
+            np.load(folder / f"{name}.npy", mmap_mode="r"),
+            torch.from_numpy(np.load(folder / f"{name}.labels.npy")),
+        )
         for name in ("train", "queries")
     ]
     world = World(0, 1, 0, torch.device(config.device))
@@ -86,8 +92,12 @@ def search_sklearn(config: Config, folder: Path):
     from sklearn.preprocessing import normalize
 
     def search():
-        train, queries = (normalize(np.load(folder / f"{name}.npy")) for name in ("train", "queries"))
-        found = NearestNeighbors(n_neighbors=config.k, algorithm="brute", metric="euclidean").fit(train)
+        train, queries = (
+            normalize(np.load(folder / f"{name}.npy")) for name in ("train", "queries")
+        )
+        found = NearestNeighbors(n_neighbors=config.k, algorithm="brute", metric="euclidean").fit(
+            train
+        )
         return found.kneighbors(queries, return_distance=False)
 
     return search
@@ -126,18 +136,30 @@ def measure_one(config: Config) -> dict:
 
     peak = peak_bytes(torch.device("cpu")) - before
     np.save(folder / f"{config.side}.npy", np.asarray(found))
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak, "gpu": "", "torch": torch.__version__}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_bytes": peak,
+        "gpu": "",
+        "torch": torch.__version__,
+    }
 
 
 def resident_bytes() -> int:
     status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
+    return (
+        int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+        * 1024
+    )
 
 
 def measure_all(config: Config, folder: Path) -> dict[str, list[dict]]:
     """The sides' measurements in turn, each in a fresh process."""
     results: dict[str, list[dict]] = {side: [] for side in config.sides}
-    env = os.environ | {"OMP_NUM_THREADS": str(config.threads), "OPENBLAS_NUM_THREADS": str(config.threads)}
+    env = os.environ | {
+        "OMP_NUM_THREADS": str(config.threads),
+        "OPENBLAS_NUM_THREADS": str(config.threads),
+    }
     for turn in range(config.repeats):
         for side in config.sides if turn % 2 == 0 else reversed(config.sides):
             settings = asdict(config) | {"side": side, "folder": str(folder)}
@@ -145,9 +167,14 @@ def measure_all(config: Config, folder: Path) -> dict[str, list[dict]]:
             command = [sys.executable, "-m", "benchmarks.knn", *words]
             done = subprocess.run(command, cwd=bench.ROOT, env=env, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"{side} failed (exit {done.returncode}):\n{done.stderr.strip()[-2000:]}")
+                raise UserError(
+                    f"{side} failed (exit {done.returncode}):\n{done.stderr.strip()[-2000:]}"
+                )
             results[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(f"{side} {turn + 1}/{config.repeats}: {results[side][-1]['seconds']:.1f} s", flush=True)
+            print(
+                f"{side} {turn + 1}/{config.repeats}: {results[side][-1]['seconds']:.1f} s",
+                flush=True,
+            )
     return results
 
 
@@ -156,10 +183,13 @@ def table(results: dict[str, list[dict]], agreement: dict[str, float]) -> str:
     lines = ["| | seconds | CPU seconds | memory | neighbours as ours |", "|---|---|---|---|---|"]
     for side, runs in results.items():
         seconds, cpu, peak = (
-            statistics.median(r[key] for r in runs) for key in ("seconds", "cpu_seconds", "peak_bytes")
+            statistics.median(r[key] for r in runs)
+            for key in ("seconds", "cpu_seconds", "peak_bytes")
         )
         same = f"{agreement[side]:.4%}" if side in agreement else ""
-        lines.append(f"| {NAMES[side]} | {seconds:.1f} | {cpu:.1f} | {peak / 2**20:.0f} MiB | {same} |")
+        lines.append(
+            f"| {NAMES[side]} | {seconds:.1f} | {cpu:.1f} | {peak / 2**20:.0f} MiB | {same} |"
+        )
     return "\n".join(lines)
 
 
@@ -175,7 +205,9 @@ def main(config: Config) -> None:
         make_features(config, folder)
         results = measure_all(config, folder)
         found = {side: np.load(folder / f"{side}.npy") for side in results}
-        others = {side: index for side, index in found.items() if side != "ours" and "ours" in found}
+        others = {
+            side: index for side, index in found.items() if side != "ours" and "ours" in found
+        }
         agreement = {side: float((index == found["ours"]).mean()) for side, index in others.items()}
     size = config.train * config.width * 4 / 2**20
     body = f"{table(results, agreement)}\n\nThe training features are {size:,.0f} MiB."

@@ -3,8 +3,9 @@
     python -m benchmarks.loader_memory                   5 million pairs, about 2 minutes, 0.6 GB of disk
     python -m benchmarks.loader_memory --pairs 200000
 
-Prints, for each number of workers, the proportional set size (PSS: private memory plus a fair share of what is shared)
-of all processes together, what of it is private and written to (no page cache), and what three more workers cost.
+Prints, for each number of workers, the proportional set size (PSS: private memory plus a fair share
+of what is shared) of all processes together, what of it is private and written to (no page cache),
+and what three more workers cost.
 """
 
 import argparse
@@ -15,9 +16,15 @@ from pathlib import Path
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5_000_000, help="annotations in the generated file")
-    parser.add_argument("--batches", type=int, default=400, help="batches of 64 to load before measuring")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=5_000_000, help="annotations in the generated file"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=400, help="batches of 64 to load before measuring"
+    )
     return parser.parse_args()
 
 
@@ -26,13 +33,18 @@ def write_pairs(path: Path, count: int) -> None:
     with path.open("w") as file:
         file.write("[")
         for number in range(count):
-            caption = f"a photo of thing {number % 977} beside thing {number % 1013} in a street at noon"
-            file.write((", " if number else "") + json.dumps({"image": f"cc3m/{number:09d}.jpg", "caption": caption}))
+            caption = (
+                f"a photo of thing {number % 977} beside thing {number % 1013} in a street at noon"
+            )
+            file.write(
+                (", " if number else "")
+                + json.dumps({"image": f"cc3m/{number:09d}.jpg", "caption": caption})
+            )
         file.write("]")
 
 
 def read_only(record: dict) -> dict:
-    """A sample without its picture: the annotations are what is measured."""
+    """A sample without its image: the annotations are what is measured."""
     return {"length": len(record["caption"])}
 
 
@@ -58,7 +70,9 @@ def memory(pids: list[int]) -> tuple[float, float]:
 def measure(records, workers: int, batches: int) -> tuple[float, float]:
     from dataset.loading.stream import RecordSource, Stream, StreamLoader
 
-    loader = StreamLoader(Stream([RecordSource(records, read_only)], collate), batch_size=64, workers=workers)
+    loader = StreamLoader(
+        Stream([RecordSource(records, read_only)], collate), batch_size=64, workers=workers
+    )
     for _ in range(batches):
         next(loader)
     pids = [os.getpid()] + [worker.pid for worker in loader._batches._workers]

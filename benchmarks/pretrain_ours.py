@@ -30,13 +30,15 @@ def build_model(options: dict) -> Simla:
 
 
 def build_tokenizer(precision: str) -> ImageTokenizer:
-    """The image tokenizer with DALL-E's full-size encoder, random weights, in the type of the run."""
+    """The image tokenizer with DALL-E's full-size encoder, random weights, in the type of the
+    run."""
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision]
     return ImageTokenizer(TokenizerConfig(), with_decoder=False).freeze(dtype)
 
 
 def training_batch(options: dict, device: torch.device) -> dict[str, Tensor]:
-    """The common batch under the names of the model's forward, masked positions padded to a multiple of 32."""
+    """The common batch under the names of the model's forward, masked positions padded to a
+    multiple of 32."""
     batch = synthetic_batch(options["batch"])
     labels = batch.pop("mlm_labels").flatten()
     positions = (labels >= 0).nonzero().flatten()
@@ -45,11 +47,14 @@ def training_batch(options: dict, device: torch.device) -> dict[str, Tensor]:
     batch["mlm_labels"] = nn.functional.pad(labels[positions], (0, padding), value=-100)
     if options["system"] == "albef":
         del batch["token_image"], batch["patch_mask"]
-    return {name: value.to(device) for name, value in batch.items()} | {"alpha": torch.tensor(ALPHA, device=device)}
+    return {name: value.to(device) for name, value in batch.items()} | {
+        "alpha": torch.tensor(ALPHA, device=device)
+    }
 
 
 def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP per second of processor time in a square matrix product on the CPU: the yardstick of its MFU."""
+    """FLOP per second of processor time in a square matrix product on the CPU: the yardstick of its
+    MFU."""
     a = torch.randn(size, size).to(dtype)
     best = 0.0
     for _ in range(5):
@@ -60,7 +65,8 @@ def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def utilisation(flops: float, result: dict, device: torch.device, precision: Precision) -> float:
-    """MFU: of the data sheet's peak on a GPU (0 where unknown), of a matrix product's rate on the CPU."""
+    """MFU: of the data sheet's peak on a GPU (0 where unknown), of a matrix product's rate on the
+    CPU."""
     if device.type == "cpu":
         return flops / result["cpu_seconds"] / matmul_rate(precision.dtype or torch.float32)
     peak = peak_flops(device, "fp32" if precision.dtype is None else "bf16")
@@ -69,7 +75,9 @@ def utilisation(flops: float, result: dict, device: torch.device, precision: Pre
 
 def check(options: dict, device: torch.device) -> dict[str, float]:
     """Losses with the peer's weights and codes, no dropout, the likeliest negatives."""
-    saved = torch.load(Path(options["check"]) / "peer.pt", weights_only=True, mmap=True, map_location=device)
+    saved = torch.load(
+        Path(options["check"]) / "peer.pt", weights_only=True, mmap=True, map_location=device
+    )
     model = build_model({**options, "compat": "original"}).to(device).eval()
     model.load_state_dict(saved["model"])
     del saved["model"]
@@ -92,10 +100,18 @@ def main() -> None:
         print(json.dumps({"losses": check(options, device)} | about(device)))
         return
     model, batch = build_model(options).train(), training_batch(options, device)
-    tokenizer = build_tokenizer(options["precision"]).to(device) if options["system"] == "simla" else None
-    codes = {} if tokenizer is None else {"visual_codes": torch.zeros_like(batch["patch_mask"], dtype=torch.int64)}
+    tokenizer = (
+        build_tokenizer(options["precision"]).to(device) if options["system"] == "simla" else None
+    )
+    codes = (
+        {}
+        if tokenizer is None
+        else {"visual_codes": torch.zeros_like(batch["patch_mask"], dtype=torch.int64)}
+    )
     inputs = {name: value for name, value in batch.items() if name != "token_image"}
-    wrappers = Features(compile=options["compile"], activation_checkpointing=options["activation_checkpointing"])
+    wrappers = Features(
+        compile=options["compile"], activation_checkpointing=options["activation_checkpointing"]
+    )
     model = parallelize(model, World(0, 1, 0, device), wrappers)
     pairs, precision = MomentumPairs(model), Precision(options["precision"], device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -113,7 +129,9 @@ def main() -> None:
 
     result = measure(step, device, options["warmup"], options["steps"])
     result["losses"] = {name: loss.item() for name, loss in losses.items()}
-    with torch.device("meta"):  # counted last, and with no weights: the count must not raise the peak
+    with torch.device(
+        "meta"
+    ):  # counted last, and with no weights: the count must not raise the peak
         flops = training_flops(build_model(options).train(), inputs | codes)
     result["mfu"] = utilisation(flops, result, device, precision)
     print(json.dumps({**result, "flops": flops} | about(device)))

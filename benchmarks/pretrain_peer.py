@@ -1,10 +1,12 @@
-"""The original's side of benchmarks/pretrain.py: one training step of the model in a checkout of SIMLA or ALBEF.
+"""The original's side of benchmarks/pretrain.py: one training step of the model in a checkout of
+SIMLA or ALBEF.
 
     python -m benchmarks.pretrain_peer '{"peer": "PATH", "system": "simla", ...}'      # started by benchmarks.pretrain
 
-The checkout's numeric code runs as it is. Around it, what it needs to start today: random weights instead of
-downloads, a process group of one, and, unless an interpreter with its own old libraries is given (--peer-python),
-stand-ins for the few names it takes from transformers and timm. Prints one line of JSON.
+The checkout's numeric code runs as it is. Around it, what it needs to start today: random weights
+instead of downloads, a process group of one, and, unless an interpreter with its own old libraries
+is given (--peer-python), stand-ins for the few names it takes from transformers and timm. Prints
+one line of JSON.
 """
 
 import importlib
@@ -44,7 +46,8 @@ CONFIG = {
 
 
 class Missing(types.ModuleType):
-    """A library that is imported but never used in a step: any name of it is there, none does anything."""
+    """A library that is imported but never used in a step: any name of it is there, none does
+    anything."""
 
     __path__: list = []
 
@@ -78,9 +81,19 @@ class Config:
     """BERT configuration: the JSON file's fields over the library's defaults."""
 
     def __init__(self, **fields):
-        off = ("use_cache", "output_attentions", "output_hidden_states", "is_decoder", "add_cross_attention")
-        self.__dict__.update(dict.fromkeys((*off, "gradient_checkpointing", "chunk_size_feed_forward"), False))
-        self.__dict__.update({"use_return_dict": True, "position_embedding_type": "absolute", **fields})
+        off = (
+            "use_cache",
+            "output_attentions",
+            "output_hidden_states",
+            "is_decoder",
+            "add_cross_attention",
+        )
+        self.__dict__.update(
+            dict.fromkeys((*off, "gradient_checkpointing", "chunk_size_feed_forward"), False)
+        )
+        self.__dict__.update(
+            {"use_return_dict": True, "position_embedding_type": "absolute", **fields}
+        )
 
     @classmethod
     def from_json_file(cls, path: str) -> "Config":
@@ -88,7 +101,8 @@ class Config:
 
 
 class Pretrained(nn.Module):
-    """What the originals use of transformers' base class: initialisation, tied output weights, additive masks."""
+    """What the originals use of transformers' base class: initialisation, tied output weights,
+    additive masks."""
 
     def __init__(self, config: Config, *args, **kwargs):
         super().__init__()
@@ -138,14 +152,21 @@ def replace_libraries() -> None:
     decorators = ("code_sample_docstrings", "start_docstrings", "start_docstrings_to_model_forward")
     decorators = {f"add_{name}": no_documentation for name in decorators}
     decorators["replace_return_docstrings"] = no_documentation
-    results = ("BaseModelOutputWithPastAndCrossAttentions", "BaseModelOutputWithPoolingAndCrossAttentions")
+    results = (
+        "BaseModelOutputWithPastAndCrossAttentions",
+        "BaseModelOutputWithPoolingAndCrossAttentions",
+    )
     results += ("CausalLMOutputWithCrossAttentions", "MaskedLMOutput")
     logging = types.SimpleNamespace(get_logger=lambda name: None, set_verbosity_error=lambda: None)
     no_chunks = lambda function, chunk, dim, *tensors: function(*tensors)  # noqa: E731
     stand_in("transformers.activations", ACT2FN={"gelu": nn.functional.gelu})
     stand_in("transformers.file_utils", ModelOutput=Outputs, **decorators)
     stand_in("transformers.modeling_outputs", **dict.fromkeys(results, Outputs))
-    stand_in("transformers.modeling_utils", PreTrainedModel=Pretrained, apply_chunking_to_forward=no_chunks)
+    stand_in(
+        "transformers.modeling_utils",
+        PreTrainedModel=Pretrained,
+        apply_chunking_to_forward=no_chunks,
+    )
     stand_in("transformers.utils", logging=logging)
     stand_in("transformers", logging=logging)
     stand_in("transformers.models.bert.configuration_bert", BertConfig=Config)
@@ -161,7 +182,10 @@ def keep_old_names() -> None:
         import transformers.file_utils
 
         transformers.file_utils.add_code_sample_docstrings = no_documentation
-    for name in ("einops", "requests"):  # imported beside the image tokenizer, not used by its encoder
+    for name in (
+        "einops",
+        "requests",
+    ):  # imported beside the image tokenizer, not used by its encoder
         try:
             importlib.import_module(name)
         except ImportError:
@@ -175,11 +199,15 @@ def build_model(options: dict) -> nn.Module:
     source = importlib.import_module("models.simla.pretrain" if simla else "models.model_pretrain")
     source.BertForMaskedLM.from_pretrained = classmethod(lambda cls, name, config: cls(config))
     bert = root / "configs" / ("shared_bert.json" if simla else "config_bert.json")
-    words = types.SimpleNamespace(pad_token_id=0, cls_token_id=CLS, mask_token_id=MASK, vocab_size=VOCABULARY)
+    words = types.SimpleNamespace(
+        pad_token_id=0, cls_token_id=CLS, mask_token_id=MASK, vocab_size=VOCABULARY
+    )
     config = {**CONFIG, "bert_config": str(bert)}
     if simla:
         return source.SIMLA(text_encoder="bert-base-uncased", tokenizer=words, config=config)
-    return source.ALBEF(text_encoder="bert-base-uncased", tokenizer=words, config=config, init_deit=False)
+    return source.ALBEF(
+        text_encoder="bert-base-uncased", tokenizer=words, config=config, init_deit=False
+    )
 
 
 def build_tokenizer(device: torch.device) -> nn.Module:
@@ -188,35 +216,57 @@ def build_tokenizer(device: torch.device) -> nn.Module:
         vae = importlib.import_module("models.discrete_vae").Dalle_VAE(CONFIG["image_res"])
         vae.encoder = importlib.import_module("dall_e.encoder").Encoder(device=device)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"the original's image tokenizer needs {error.name}: pip install {error.name}s") from None
+        raise SystemExit(
+            f"the original's image tokenizer needs {error.name}: pip install {error.name}s"
+        ) from None
     return vae
 
 
 def arguments(batch: dict, tokenizer: nn.Module | None) -> tuple[tuple, dict]:
     """What the original's forward takes, made from our batch as its training loop makes it."""
-    text = types.SimpleNamespace(input_ids=batch["text_ids"], attention_mask=batch["text_mask"].long())
+    text = types.SimpleNamespace(
+        input_ids=batch["text_ids"], attention_mask=batch["text_mask"].long()
+    )
     if tokenizer is None:
         return (batch["image"], text), {"alpha": ALPHA}
     with torch.no_grad():
-        codes, mask = tokenizer.get_codebook_indices(batch["token_image"]).flatten(1), batch["patch_mask"]
-    visual = {"visual_token_ids": codes, "masked_visual_token_pos": mask, "masked_visual_tok_labels": codes[mask]}
+        codes, mask = (
+            tokenizer.get_codebook_indices(batch["token_image"]).flatten(1),
+            batch["patch_mask"],
+        )
+    visual = {
+        "visual_token_ids": codes,
+        "masked_visual_token_pos": mask,
+        "masked_visual_tok_labels": codes[mask],
+    }
     return (batch["image"], text), {**visual, "alpha": ALPHA}
 
 
 def named_losses(losses: tuple) -> dict[str, float]:
-    names = ("loss_mlm", "loss_ita", "loss_itm", "loss_mim", "loss_pseudo")  # the order both originals return them in
+    names = (
+        "loss_mlm",
+        "loss_ita",
+        "loss_itm",
+        "loss_mim",
+        "loss_pseudo",
+    )  # the order both originals return them in
     return {name: loss.item() for name, loss in zip(names, losses, strict=False)}
 
 
-def check(model: nn.Module, tokenizer: nn.Module | None, batch: dict, folder: Path) -> dict[str, float]:
-    """Losses without dropout and with pinned choices; the weights and codes behind them are left in `folder`."""
+def check(
+    model: nn.Module, tokenizer: nn.Module | None, batch: dict, folder: Path
+) -> dict[str, float]:
+    """Losses without dropout and with pinned choices; the weights and codes behind them are left in
+    `folder`."""
     model.eval()
     shake(model)
     pin_choices()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.mask = lambda ids, *args, **kwargs: (batch["mlm_ids"], batch["mlm_labels"])
     inputs, options = arguments(batch, tokenizer)
-    torch.save({"model": state, "visual_codes": options.get("visual_token_ids")}, folder / "peer.pt")
+    torch.save(
+        {"model": state, "visual_codes": options.get("visual_token_ids")}, folder / "peer.pt"
+    )
     with torch.no_grad():
         return named_losses(model(*inputs, **options))
 
@@ -230,16 +280,24 @@ def main() -> None:
     if options["stand_ins"]:
         replace_libraries()
     keep_old_names()
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )
     model = build_model(options).to(device).train()
     tokenizer = build_tokenizer(device) if options["system"] == "simla" else None
     batch = {name: value.to(device) for name, value in synthetic_batch(options["batch"]).items()}
     if options.get("check"):
-        print(json.dumps({"losses": check(model, tokenizer, batch, Path(options["check"]))} | about(device)))
+        print(
+            json.dumps(
+                {"losses": check(model, tokenizer, batch, Path(options["check"]))} | about(device)
+            )
+        )
         return
     settings = types.SimpleNamespace(opt="adamW", lr=1e-4, weight_decay=0.02)
     optimizer = importlib.import_module("optim").create_optimizer(settings, model)
-    gradient_norm = getattr(importlib.import_module("utils"), "calculate_gradient_norm", lambda model: None)
+    gradient_norm = getattr(
+        importlib.import_module("utils"), "calculate_gradient_norm", lambda model: None
+    )
     losses: dict[str, float] = {}
 
     def step() -> None:

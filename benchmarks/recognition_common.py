@@ -1,4 +1,5 @@
-"""What both sides of the recognition benchmark share: sizes, a stand-in for LLaMA's tokenizer, pictures and labels.
+"""What both sides of the recognition benchmark share: sizes, a stand-in for LLaMA's tokenizer,
+images and labels.
 
 Imports torch alone, so that it also runs beside an original's checkout.
 """
@@ -18,7 +19,8 @@ TRAINED_BLOCKS = 2  # of the image tower, the last ones
 
 
 class Words:
-    """Whole words for pieces: one id each, two for the words of labels, which have a digit in them."""
+    """Whole words for pieces: one id each, two for the words of labels, which have a digit in
+    them."""
 
     bos_id = bos = 1
     eos_id = eos = 2
@@ -43,14 +45,19 @@ class Words:
         return " ".join(map(str, ids))
 
 
-def pictures(count: int, seed: int = 0) -> torch.Tensor:
-    """Random normalised pictures float32 [count,3,224,224]."""
-    return torch.randn(count, 3, VISION["side"], VISION["side"], generator=torch.Generator().manual_seed(seed))
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    """Random normalised images float32 [count,3,224,224]."""
+    return torch.randn(
+        count, 3, VISION["side"], VISION["side"], generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def captions(count: int) -> list[str]:
     """Captions of twelve words, five of them labels of two tokens."""
-    return [" ".join(f"a word{5 * i + j} by" if j else f"thing{i}" for j in range(5)) for i in range(count)]
+    return [
+        " ".join(f"a word{5 * i + j} by" if j else f"thing{i}" for j in range(5))
+        for i in range(count)
+    ]
 
 
 def labels_of(caption: str) -> list[str]:

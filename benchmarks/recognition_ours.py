@@ -1,4 +1,4 @@
-"""Our side of benchmarks/recognition.py: top labels of pictures, or a training step.
+"""Our side of benchmarks/recognition.py: top labels of images, or a training step.
 
 Started by benchmarks.recognition with its options as JSON; prints one line of JSON.
 """
@@ -23,7 +23,11 @@ from runtime.optim.build import Optimizer, Precision, build_optimizer
 def build_model() -> Nxtp:
     """The 51.5M-parameter network, random weights, on the CPU."""
     vision, decoder = common.VISION, common.DECODER
-    sizes = {"vision_width": vision["width"], "vision_layers": vision["layers"], "patch_size": vision["patch"]}
+    sizes = {
+        "vision_width": vision["width"],
+        "vision_layers": vision["layers"],
+        "patch_size": vision["patch"],
+    }
     tower = OpenAIConfig(embed_dim=decoder["dim"], image_size=vision["side"], **sizes)
     llama = LlamaConfig(
         dim=decoder["dim"],
@@ -36,15 +40,20 @@ def build_model() -> Nxtp:
 
 
 def labelling(model: Nxtp, options: dict, device: torch.device):
-    """A function that labels the pictures, and the dict that receives its tokens."""
+    """A function that labels the images, and the dict that receives its tokens."""
     words, found = common.Words(), {}
     prompt = torch.tensor([common.IMAGE, words.bos, *words.encode(common.PROMPT)], device=device)
-    images = common.pictures(options["pictures"]).to(device)
+    images = common.images(options["images"]).to(device)
 
     def step() -> None:
         with torch.inference_mode():
             drafts = one_shot(
-                model, model.encode_image(images), prompt, common.COMMA, options["labels"], options["tokens"]
+                model,
+                model.encode_image(images),
+                prompt,
+                common.COMMA,
+                options["labels"],
+                options["tokens"],
             )
             found["tokens"] = [[row[0] for row in drafts.rows(i)] for i in range(len(images))]
 
@@ -54,14 +63,21 @@ def labelling(model: Nxtp, options: dict, device: torch.device):
 def training(model: Nxtp, options: dict, device: torch.device):
     """A function that takes one training step, and the dict that receives its loss."""
     words, found = common.Words(), {}
-    sequences = Sequences(words, common.LENGTH - 256, many_prompts=False, original=options["compat"] == "original")
-    texts = [sequences.labels(common.labels_of(text), common.PROMPT) for text in common.captions(options["batch"])]
+    sequences = Sequences(
+        words, common.LENGTH - 256, many_prompts=False, original=options["compat"] == "original"
+    )
+    texts = [
+        sequences.labels(common.labels_of(text), common.PROMPT)
+        for text in common.captions(options["batch"])
+    ]
     batch = {name: value.to(device) for name, value in pad_batch(texts, words.pad).items()}
-    batch["image"] = common.pictures(options["batch"]).to(device)
+    batch["image"] = common.images(options["batch"]).to(device)
     trained = trained_names([name for name, _ in model.named_parameters()], common.TRAINED_BLOCKS)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    optimizer = build_optimizer(model, Optimizer(lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1))
+    optimizer = build_optimizer(
+        model, Optimizer(lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    )
     precision = Precision(options["precision"], device)
 
     def step() -> None:

@@ -1,7 +1,10 @@
-"""The original's side of benchmarks/recognition.py: its own encoding, decoding and networks out of a checkout.
+"""The original's side of benchmarks/recognition.py: its own encoding, decoding and networks out of
+a checkout.
 
-Started by benchmarks.recognition with its options as JSON; prints one line of JSON. Its numeric code runs unchanged;
-modules that it imports for other purposes are replaced by empty ones, `clip` by the two layers it uses.
+Started by benchmarks.recognition with its options as JSON; prints one line of JSON. Its numeric
+code runs unchanged;
+modules that it imports for other purposes are replaced by empty ones, `clip` by the two layers it
+uses.
 """
 
 import contextlib
@@ -44,7 +47,11 @@ def import_original(checkout: str):
     `models.classifier`."""
     sys.path.insert(0, str(Path(checkout) / "src"))
     stand_in("clip", model=types.SimpleNamespace(LayerNorm=LayerNorm, QuickGELU=QuickGELU))
-    stand_in("utils", get_noun_words=lambda text, **_: ",".join(common.labels_of(text)), load_checkpoint=None)
+    stand_in(
+        "utils",
+        get_noun_words=lambda text, **_: ",".join(common.labels_of(text)),
+        load_checkpoint=None,
+    )
     stand_in("train", load_llama=None, load_clip=None)
     stand_in("loader", build_preprocess=None)
     evals = stand_in("evals")
@@ -64,7 +71,14 @@ def import_original(checkout: str):
 def build_model(classifier, tower, transformer, arguments) -> nn.Module:
     """The same network of the original's classes."""
     vision, sizes = common.VISION, common.DECODER
-    encoder = tower(vision["side"], vision["patch"], vision["width"], vision["layers"], vision["heads"], sizes["dim"])
+    encoder = tower(
+        vision["side"],
+        vision["patch"],
+        vision["width"],
+        vision["layers"],
+        vision["heads"],
+        sizes["dim"],
+    )
     del encoder.proj
     encoder.proj = nn.Linear(vision["width"], sizes["dim"], bias=False)
     settings = arguments(
@@ -97,7 +111,9 @@ def arguments_of(options: dict) -> types.SimpleNamespace:
 def inputs(encoding, model, args, images, captions, training: bool):
     """Image tokens and the original's text and embedding inputs."""
     tokens = model.decode_images(model.encode_images(images))[:, 1:]
-    texts = encoding.construct_text_inputs(args, captions, common.Words(), offset=tokens.shape[1], is_train=training)
+    texts = encoding.construct_text_inputs(
+        args, captions, common.Words(), offset=tokens.shape[1], is_train=training
+    )
     device, table = images.device, model.language_decoder.tok_embeddings.weight
     ids = [part.to(device) for part in texts[:2]]
     embedded = encoding.construct_embd_inputs(
@@ -107,28 +123,44 @@ def inputs(encoding, model, args, images, captions, training: bool):
 
 
 def labelling(modules, model, options: dict, device: torch.device):
-    """A function that labels the pictures as its evaluation does, and the dict that receives its tokens."""
+    """A function that labels the images as its evaluation does, and the dict that receives its
+    tokens."""
     encoding, decoding, evaluation = modules[:3]
-    args, images, found = arguments_of(options), common.pictures(options["pictures"]).to(device), {}
+    args, images, found = arguments_of(options), common.images(options["images"]).to(device), {}
 
     def step() -> None:
         with torch.inference_mode():
-            count, texts, ids, embedded = inputs(encoding, model, args, images, [""] * len(images), False)
-            decoder = decoding.OneShotDecoder(k=options["labels"], max_update_iter=options["tokens"] + 1)
+            count, texts, ids, embedded = inputs(
+                encoding, model, args, images, [""] * len(images), False
+            )
+            decoder = decoding.OneShotDecoder(
+                k=options["labels"], max_update_iter=options["tokens"] + 1
+            )
             decoder.reset()
             rows = []
             finish = decoder.finalize
 
-            def finalize(tokens, *rest, **more):  # of unfinished rows it loses track: take them before
+            def finalize(
+                tokens, *rest, **more
+            ):  # of unfinished rows it loses track: take them before
                 rows.append(tokens[:, prompt_length(ids[1]) :])
                 return finish(tokens, *rest, **more)
 
             decoder.finalize = finalize
             evaluation.generate(
-                args, count, texts[5], ids[1], embedded[1], embedded[2], common.Words(), model, device, decoder
+                args,
+                count,
+                texts[5],
+                ids[1],
+                embedded[1],
+                embedded[2],
+                common.Words(),
+                model,
+                device,
+                decoder,
             )
             tokens = rows[0][:, : options["tokens"]].unflatten(0, (len(images), -1))
-            found["tokens"] = [[first_label(row) for row in picture] for picture in tokens.tolist()]
+            found["tokens"] = [[first_label(row) for row in image] for image in tokens.tolist()]
 
     return step, found
 
@@ -143,27 +175,39 @@ def first_label(row: list[int]) -> list[int]:
 
 
 def training(modules, model, options: dict, device: torch.device):
-    """A function that takes a step as its training loop does (both branches), and the dict that receives its loss."""
+    """A function that takes a step as its training loop does (both branches), and the dict that
+    receives its loss."""
     encoding, args, found = modules[0], arguments_of(options), {}
-    images, captions = common.pictures(options["batch"]).to(device), common.captions(options["batch"])
-    blocks = tuple(f"vision_encoder.transformer.resblocks.{i}." for i in range(common.VISION["layers"]))
+    images, captions = common.images(options["batch"]).to(device), common.captions(options["batch"])
+    blocks = tuple(
+        f"vision_encoder.transformer.resblocks.{i}." for i in range(common.VISION["layers"])
+    )
     frozen = blocks[: -common.TRAINED_BLOCKS]
     start = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith((*frozen, *(f"vision_encoder.{part}" for part in start))))
+        parameter.requires_grad_(
+            not name.startswith((*frozen, *(f"vision_encoder.{part}" for part in start)))
+        )
     table = model.language_decoder.tok_embeddings.weight
     rows = torch.zeros_like(table)
     rows[common.IMAGE] = 1
     table.register_hook(lambda grad: grad.mul_(rows))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
+    )
 
     def loss_of(logits, target):
-        logits, target = logits[:, :-1].reshape(-1, logits.shape[-1]), target[:, 1:].reshape(-1).to(device)
+        logits, target = (
+            logits[:, :-1].reshape(-1, logits.shape[-1]),
+            target[:, 1:].reshape(-1).to(device),
+        )
         return F.cross_entropy(logits, target, ignore_index=-1)
 
     def step() -> None:
-        count, texts, _, (caption, labels, seen) = inputs(encoding, model, args, images, captions, True)
+        count, texts, _, (caption, labels, seen) = inputs(
+            encoding, model, args, images, captions, True
+        )
         shared = {"dummy_token_index": 0, "offset": count, "prefix_image_tok_embeds": True}
         decode = model.language_decoder.forward
         caption_loss = loss_of(decode(caption, **shared), texts[2])
@@ -191,7 +235,9 @@ def main() -> None:
     model.load_state_dict(torch.load(saved, weights_only=True, mmap=True))
     model = model.to(device).train(options["case"] == "train")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints warnings
-        step, found = (training if options["case"] == "train" else labelling)(modules, model, options, device)
+        step, found = (training if options["case"] == "train" else labelling)(
+            modules, model, options, device
+        )
         result = measure(step, device, options["warmup"], options["steps"])
     print(json.dumps({**result, **found} | about(device)))
 

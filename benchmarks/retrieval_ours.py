@@ -1,9 +1,9 @@
 """Our side of benchmarks/retrieval.py: evaluation/retrieval.py as Retrieval.py calls it.
 
-    python -m benchmarks.retrieval_ours '{"system": "simla", "pictures": 12, ...}'      # by benchmarks.retrieval
+    python -m benchmarks.retrieval_ours '{"system": "simla", "images": 12, ...}'      # by benchmarks.retrieval
 
-With the weights and scores that the peer left in the folder `exchange`, says how well the rankings agree. Prints one
-line of JSON.
+With the weights and scores that the peer left in the folder `exchange`, says how well the rankings
+agree. Prints one line of JSON.
 """
 
 import json
@@ -35,7 +35,9 @@ def build_model(system: str, folder: Path) -> Retrieval:
         missing, unexpected = model.load_state_dict(weights, strict=False)
         left = [name for name in missing if "_m." not in name and "queue" not in name]
         if left or unexpected:
-            raise SystemExit(f"the original's weights do not fit: missing {left}, unexpected {unexpected}")
+            raise SystemExit(
+                f"the original's weights do not fit: missing {left}, unexpected {unexpected}"
+            )
     return model
 
 
@@ -54,8 +56,10 @@ class Noted:
 def agreement(ours: Tensor, theirs: Tensor) -> dict[str, float]:
     """How far two score matrices [Q,N] agree; FILL marks what was no candidate.
 
-    `candidates`: share of equal ones; `difference`: largest of a score, in standard deviations of the scores;
-    `order`: share of queries whose common candidates come in the same order; `spearman`: mean rank correlation.
+    `candidates`: share of equal ones; `difference`: largest of a score, in standard deviations of
+    the scores;
+    `order`: share of queries whose common candidates come in the same order; `spearman`: mean rank
+    correlation.
     """
     common = (ours > FILL) & (theirs > FILL)
     difference = (ours - theirs)[common].abs().max() / theirs[common].std()
@@ -64,8 +68,13 @@ def agreement(ours: Tensor, theirs: Tensor) -> dict[str, float]:
         places = [scores[both].argsort().argsort().double() for scores in (row, other)]
         order.append(torch.equal(*places))
         n = len(places[0])
-        spearman.append(1 - 6 * (places[0] - places[1]).square().sum().item() / max(1, n * (n * n - 1)))
-    shares = {"candidates": common.sum().item() / (theirs > FILL).sum().item(), "order": sum(order) / len(order)}
+        spearman.append(
+            1 - 6 * (places[0] - places[1]).square().sum().item() / max(1, n * (n * n - 1))
+        )
+    shares = {
+        "candidates": common.sum().item() / (theirs > FILL).sum().item(),
+        "order": sum(order) / len(order),
+    }
     return shares | {"difference": difference.item(), "spearman": sum(spearman) / len(spearman)}
 
 
@@ -74,15 +83,15 @@ def main() -> None:
     device, folder = chosen_device(options["device"]), Path(options["exchange"])
     torch.manual_seed(0)
     model = build_model(options["system"], folder).to(device)
-    pictures, ids, mask = synthetic_split(options["pictures"], options["captions"])
-    captions = Captions(ids, mask, torch.arange(len(ids)) % len(pictures))
+    images, ids, mask = synthetic_split(options["images"], options["captions"])
+    captions = Captions(ids, mask, torch.arange(len(ids)) % len(images))
     stages, precision = Stages(device), Precision(options["precision"], device)
     stages.enter("encoding")
     with evaluating(model), precision.autocast():
         rankings = rank(
             Noted(model, stages),
-            lambda indices: pictures[indices].split(options["batch"]),
-            len(pictures),
+            lambda indices: images[indices].split(options["batch"]),
+            len(images),
             captions,
             World(0, 1, 0, device),
             k=options["k_test"],
@@ -94,8 +103,10 @@ def main() -> None:
     result = {"times": stages.times} | about(device)
     if (folder / "peer.pt").exists():
         theirs = torch.load(folder / "peer.pt", weights_only=True, mmap=True)["scores"]
-        pairs = zip(("pictures", "captions"), rankings, theirs, strict=True)
-        result["agreement"] = {name: agreement(ranking.dense(), scores) for name, ranking, scores in pairs}
+        pairs = zip(("images", "captions"), rankings, theirs, strict=True)
+        result["agreement"] = {
+            name: agreement(ranking.dense(), scores) for name, ranking, scores in pairs
+        }
     print(json.dumps(result))
 
 

@@ -1,4 +1,5 @@
-"""One measurement of benchmarks.vit: a pre-training step with our network, timm's or transformers', under one loop.
+"""One measurement of benchmarks.vit: a pre-training step with our network, timm's or transformers',
+under one loop.
 
 Called by benchmarks.vit with its settings as JSON; prints the result as JSON.
 """
@@ -33,11 +34,16 @@ class Foreign(nn.Module):
 def build(options: dict) -> nn.Module:
     """The network, with random weights."""
     config = ClassifierConfig(
-        model=options["model"], image_size=options["image_size"], num_classes=options["classes"], loss="sigmoid"
+        model=options["model"],
+        image_size=options["image_size"],
+        num_classes=options["classes"],
+        loss="sigmoid",
     )
     vit = config.vit
     if options["library"] == "ours":
-        return VisionClassifier(ClassifierConfig(**vars(config) | {"representation_size": vit.width}))
+        return VisionClassifier(
+            ClassifierConfig(**vars(config) | {"representation_size": vit.width})
+        )
     if options["library"] == "timm":
         from timm.models.vision_transformer import VisionTransformer
 

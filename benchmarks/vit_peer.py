@@ -1,7 +1,9 @@
-"""One measurement of benchmarks.vit: the pre-training step of the original, TensorFlow's COYO-ViT, from a checkout.
+"""One measurement of benchmarks.vit: the pre-training step of the original, TensorFlow's COYO-ViT,
+from a checkout.
 
-Called by benchmarks.vit with its settings as JSON, by an interpreter that has TensorFlow (2.12.1 was tried); prints the
-result as JSON. Network, loss and optimizer are the original's own, in float32 and as one graph; the data is random.
+Called by benchmarks.vit with its settings as JSON, by an interpreter that has TensorFlow (2.12.1
+was tried); prints the result as JSON. Network, loss and optimizer are the original's own, in
+float32 and as one graph; the data is random.
 """
 
 import json
@@ -23,8 +25,12 @@ def build(tf, options: dict):
 
     width = {"b": 768, "l": 1024}[options["model"][4]]
     sizes = {"image_size": options["image_size"], "representation_size": width, "channels": 3}
-    backbone = build_backbone(options["model"], sizes | {"dropout_rate": 0.0, "attention_dropout_rate": 0.0})
-    head = tf.keras.layers.Dense(options["classes"], kernel_initializer="zeros", bias_initializer="zeros")
+    backbone = build_backbone(
+        options["model"], sizes | {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+    )
+    head = tf.keras.layers.Dense(
+        options["classes"], kernel_initializer="zeros", bias_initializer="zeros"
+    )
     decay = {"weight_decay_rate": 0.1, "epsilon": 1e-7, "global_clipnorm": 1.0}
     return backbone, head, BCELoss(from_logits=True), AdamWeightDecay(learning_rate=1e-4, **decay)
 
@@ -60,11 +66,23 @@ def main(options: dict) -> dict:
             seconds.append(time.perf_counter() - begin)
             cpu.append(time.process_time() - cpu_begin)
     status = Path("/proc/self/status").read_text()
-    peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    peak = (
+        int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+        * 1024
+    )
     weights = backbone.trainable_variables + head.trainable_variables
     count = sum(int(np.prod(v.shape)) for v in weights)
-    medians = {"seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu), "peak_bytes": peak}
-    return medians | {"device": "cpu", "gpu": "", "torch": f"TensorFlow {tf.__version__}", "parameters": count}
+    medians = {
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu),
+        "peak_bytes": peak,
+    }
+    return medians | {
+        "device": "cpu",
+        "gpu": "",
+        "torch": f"TensorFlow {tf.__version__}",
+        "parameters": count,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Features of a whole data set: computed once by all processes together, kept on disk, read through the page cache."""
+"""Features of a whole data set: computed once by all processes together, kept on disk, read through
+the page cache."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -26,10 +27,14 @@ class Bank(NamedTuple):
 
     def rows(self, first: int, last: int, device: torch.device) -> Tensor:
         """Features float32 [last-first,D] on `device`."""
-        if isinstance(self.features, np.memmap):  # read, because mapped pages would count as this process's memory
+        if isinstance(
+            self.features, np.memmap
+        ):  # read, because mapped pages would count as this process's memory
             width = self.features.shape[1]
             start = self.features.offset + first * width * self.features.itemsize
-            part = np.fromfile(self.features.filename, self.features.dtype, (last - first) * width, offset=start)
+            part = np.fromfile(
+                self.features.filename, self.features.dtype, (last - first) * width, offset=start
+            )
             return torch.from_numpy(part.reshape(-1, width)).to(device)
         return torch.from_numpy(self.features[first:last]).to(device)
 
@@ -47,24 +52,29 @@ def feature_bank(
     path: Path,
     world: World,
 ) -> Bank:
-    """The bank stored at `path`.npy, else made by all processes, each writing the rows `own` of one file.
+    """The bank stored at `path`.npy, else made by all processes, each writing the rows `own` of one
+    file.
 
-    encode: pictures on `world.device` -> features [B,width]. batches(): those of `own`, in order, with image [B,...]
-    and labels [B,1]. The folder must be one that all processes share. Raises UserError for pictures with
-    several labels, and where a feature is not finite.
+    encode: images on `world.device` -> features [B,width]. batches(): those of `own`, in order,
+    with image [B,...] and labels [B,1]. The folder must be one that all processes share. Raises
+    UserError for images with several labels, and where a feature is not finite.
     """
-    features, labels, done = (path.with_suffix(suffix) for suffix in (".npy", ".labels.npy", ".json"))
+    features, labels, done = (
+        path.with_suffix(suffix) for suffix in (".npy", ".labels.npy", ".json")
+    )
     if not distributed.on_main(done.is_file):
         partial = path.with_suffix(".partial.npy"), path.with_suffix(".labels.partial.npy")
         kinds = ("<f4", (total, width)), ("<i8", (total,))
-        distributed.on_main(lambda: [_create(file, *kind) for file, kind in zip(partial, kinds, strict=True)])
+        distributed.on_main(
+            lambda: [_create(file, *kind) for file, kind in zip(partial, kinds, strict=True)]
+        )
         _fill(encode, batches(), own, partial, world)
         distributed.barrier()
 
         def finish() -> None:
             for file, target in zip(partial, (features, labels), strict=True):
                 file.replace(target)
-            done.write_text(json.dumps({"pictures": total, "width": width}) + "\n")
+            done.write_text(json.dumps({"images": total, "width": width}) + "\n")
 
         distributed.on_main(finish, share=False)
     return Bank(np.load(features, mmap_mode="r"), torch.from_numpy(np.load(labels)))
@@ -75,17 +85,23 @@ def _create(file: Path, dtype: str, shape: tuple[int, ...]) -> None:
     np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
 
 
-def _fill(encode, batches: Iterable[dict], own: Sequence[int], files: Sequence[Path], world: World) -> None:
+def _fill(
+    encode, batches: Iterable[dict], own: Sequence[int], files: Sequence[Path], world: World
+) -> None:
     features, labels = (np.load(file, mmap_mode="r+") for file in files)
     start = 0
     for batch in progress(batches, "features", world):
         rows = list(own[start : start + len(batch["image"])])
         start += len(rows)
         if batch["labels"].shape[1] != 1:
-            raise UserError("kNN and linear probe compare single labels: give a data set with one label a picture")
+            raise UserError(
+                "kNN and linear probe compare single labels: give a data set with one label an image"
+            )
         found = encode(batch["image"].to(world.device, non_blocking=True)).float().cpu()
         if not found.isfinite().all():
-            raise UserError("features are not finite: the weights hold NaN, or --precision fp16 overflows")
+            raise UserError(
+                "features are not finite: the weights hold NaN, or --precision fp16 overflows"
+            )
         features[rows], labels[rows] = found.numpy(), batch["labels"][:, 0].numpy()
     features.flush()
     labels.flush()

@@ -1,4 +1,5 @@
-"""Referring expressions: which detected box a map points to, and how often it is the right one (RefCOCO+)."""
+"""Referring expressions: which detected box a map points to, and how often it is the right one
+(RefCOCO+)."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from base.distributed import World, gather_rows
 
-AREA_EXPONENT = 0.5  # a box's sum of heat is divided by area ** this: neither tiny nor huge boxes win by size
+AREA_EXPONENT = (
+    0.5  # a box's sum of heat is divided by area ** this: neither tiny nor huge boxes win by size
+)
 
 
 @dataclass
@@ -24,7 +27,8 @@ class Pointing:
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of boxes [x, y, w, h] in pixels, as RefCOCO counts: the last pixel belongs to the box.
+    """Intersection over union of boxes [x, y, w, h] in pixels, as RefCOCO counts: the last pixel
+    belongs to the box.
 
     An overlap of one pixel's width or height or less counts as none.
     """
@@ -37,14 +41,19 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def enlarge(heat: Tensor, height: int, width: int) -> Tensor:
-    """A map [g,g] at the size of its picture, float32 [height,width] (bicubic)."""
+    """A map [g,g] at the size of its image, float32 [height,width] (bicubic)."""
     size = (height, width)
-    return F.interpolate(heat[None, None].float(), size=size, mode="bicubic", align_corners=False)[0, 0]
+    return F.interpolate(heat[None, None].float(), size=size, mode="bicubic", align_corners=False)[
+        0, 0
+    ]
 
 
 def box_scores(heat: Tensor, boxes: Sequence[Sequence[float]]) -> Tensor:
-    """Heat inside each box divided by the root of its area, float64 [K]: heat [height,width], boxes [x, y, w, h]."""
-    total = F.pad(heat.double().cumsum(0).cumsum(1), (1, 0, 1, 0))  # total[i,j] = sum of the first i rows, j columns
+    """Heat inside each box divided by the root of its area, float64 [K]: heat [height,width], boxes
+    [x, y, w, h]."""
+    total = F.pad(
+        heat.double().cumsum(0).cumsum(1), (1, 0, 1, 0)
+    )  # total[i,j] = sum of the first i rows, j columns
     corners = torch.tensor([[int(x), int(y), int(x + w), int(y + h)] for x, y, w, h in boxes])
     left, top, right, bottom = corners.clamp(min=0).unbind(1)
     right, bottom = right.clamp(max=heat.shape[1]), bottom.clamp(max=heat.shape[0])
@@ -54,12 +63,18 @@ def box_scores(heat: Tensor, boxes: Sequence[Sequence[float]]) -> Tensor:
     return inside / area.clamp(min=1e-9) ** AREA_EXPONENT
 
 
-def point(heat: Tensor, boxes: Sequence[Sequence[float]], target: Sequence[float], height: int, width: int) -> Pointing:
-    """Rank the boxes of a picture of height x width pixels by the map [g,g]; target is the annotated box."""
+def point(
+    heat: Tensor, boxes: Sequence[Sequence[float]], target: Sequence[float], height: int, width: int
+) -> Pointing:
+    """Rank the boxes of an image of height x width pixels by the map [g,g]; target is the annotated
+    box."""
     large = enlarge(heat, height, width)
     chosen = int(box_scores(large, boxes).argmax())  # the first of equals, whatever the sign
     row, column = divmod(int(large.argmax()), width)
-    inside = target[0] <= column + 0.5 < target[0] + target[2] and target[1] <= row + 0.5 < target[1] + target[3]
+    inside = (
+        target[0] <= column + 0.5 < target[0] + target[2]
+        and target[1] <= row + 0.5 < target[1] + target[3]
+    )
     overlaps = [iou(box, target) for box in boxes]
     return Pointing(chosen, overlaps[chosen], inside, sum(o >= 0.5 for o in overlaps) / len(boxes))
 
@@ -67,19 +82,25 @@ def point(heat: Tensor, boxes: Sequence[Sequence[float]], target: Sequence[float
 def point_all(
     heat: Tensor, targets: Sequence, boxes: Sequence[Sequence[Sequence[float]]], world: World
 ) -> list[Pointing]:
-    """`point` for all expressions, shared among the processes: heat [R,g,g]; targets with box, height, width."""
+    """`point` for all expressions, shared among the processes: heat [R,g,g]; targets with box,
+    height, width."""
     own = range(world.rank, len(heat), world.size)
     rows = torch.zeros(len(own), 4, dtype=torch.float64)
     for row, i in enumerate(own):
         target = targets[i]
         found = point(heat[i], boxes[i], target.box, target.height, target.width)
-        rows[row] = torch.tensor([found.box, found.iou, found.hit, found.chance], dtype=torch.float64)
+        rows[row] = torch.tensor(
+            [found.box, found.iou, found.hit, found.chance], dtype=torch.float64
+        )
     table = gather_rows(rows.to(world.device), torch.tensor(own), len(heat)).tolist()
     return [Pointing(int(box), overlap, bool(hit), chance) for box, overlap, hit, chance in table]
 
 
-def grounding_accuracy(found: Sequence[Pointing], splits: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per split in percent: `accuracy` (IoU of the chosen box at least 0.5), `pointing` (maximum inside), `chance`."""
+def grounding_accuracy(
+    found: Sequence[Pointing], splits: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Per split in percent: `accuracy` (IoU of the chosen box at least 0.5), `pointing` (maximum
+    inside), `chance`."""
     groups: dict[str, list[Pointing]] = defaultdict(list)
     for result, split in zip(found, splits, strict=True):
         groups[split].append(result)

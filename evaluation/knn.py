@@ -1,7 +1,9 @@
-"""k nearest neighbours by cosine, exact, in tiles: memory does not grow with the number of training pictures.
+"""k nearest neighbours by cosine, exact, in tiles: memory does not grow with the number of training
+images.
 
-Queries are cut into units of fixed size, and unit u belongs to process u mod P; training features pass by in tiles of
-fixed size. So any number of processes computes the same products, and equal similarities go to the earlier picture.
+Queries are cut into units of fixed size, and unit u belongs to process u mod P; training features
+pass by in tiles of fixed size. So any number of processes computes the same products, and equal
+similarities go to the earlier image.
 """
 
 from collections.abc import Sequence
@@ -15,18 +17,19 @@ from evaluation.features import Bank
 from evaluation.predict import progress
 from evaluation.retrieval import units
 
-UNIT, TILE = 1024, 16384  # queries, training pictures
+UNIT, TILE = 1024, 16384  # queries, training images
 
 
 class Neighbours(NamedTuple):
-    """The K nearest training pictures of Q queries, nearest first: cosines float32 [Q,K], numbers int64 [Q,K]."""
+    """The K nearest training images of Q queries, nearest first: cosines float32 [Q,K], numbers
+    int64 [Q,K]."""
 
     similarity: Tensor
     index: Tensor
 
 
 def nearest_neighbours(train: Bank, queries: Bank, k: int, world: World) -> Neighbours:
-    """Of every query, on the CPU of every process. k: at most the number of training pictures."""
+    """Of every query, on the CPU of every process. k: at most the number of training images."""
     k = min(k, len(train))
     own = units(len(queries), UNIT, world)
     wanted = [queries.unit(unit[0], unit[-1] + 1, world.device) for unit in own]
@@ -51,7 +54,9 @@ def first_of(similarity: Tensor, k: int) -> Neighbours:
     wanted = min(k + 1, similarity.shape[1])
     values, index = similarity.topk(wanted, 1)
     if wanted > k:
-        torn = (values[:, k - 1] == values[:, k]).nonzero().flatten()  # topk chooses among equals as it likes
+        torn = (
+            (values[:, k - 1] == values[:, k]).nonzero().flatten()
+        )  # topk chooses among equals as it likes
         if len(torn):
             order = similarity[torn].sort(dim=1, descending=True, stable=True)
             values[torn], index[torn] = order.values[:, :wanted], order.indices[:, :wanted]
@@ -62,7 +67,8 @@ def first_of(similarity: Tensor, k: int) -> Neighbours:
 
 
 def merged(best: Neighbours, found: Neighbours, offset: int) -> Neighbours:
-    """The K nearest of those so far and those of a later tile, whose columns are numbered from `offset`."""
+    """The K nearest of those so far and those of a later tile, whose columns are numbered from
+    `offset`."""
     values = torch.cat([best.similarity, found.similarity], 1)
     index = torch.cat([best.index, found.index + offset], 1)
     values, order = values.sort(dim=1, descending=True, stable=True)
@@ -70,26 +76,39 @@ def merged(best: Neighbours, found: Neighbours, offset: int) -> Neighbours:
     return Neighbours(values[:, :k], index.gather(1, order[:, :k]))
 
 
-def votes(neighbours: Neighbours, labels: Tensor, classes: int, k: int, temperature: float | None = None) -> Tensor:
+def votes(
+    neighbours: Neighbours, labels: Tensor, classes: int, k: int, temperature: float | None = None
+) -> Tensor:
     """Classes by their votes, most first, int64 [Q,min(5,C)]; of equal votes the smaller class.
 
-    labels int64 [N] of the training pictures. Each of the k nearest has one vote; with a temperature T the weight
-    exp(cosine / T), as DINO (Caron et al. 2021, after Wu et al. 2018, where T = 0.07 and k = 20).
+    labels int64 [N] of the training images. Each of the k nearest has one vote; with a temperature
+    T the weight exp(cosine / T), as DINO (Caron et al. 2021, after Wu et al. 2018, where T = 0.07
+    and k = 20).
     """
     similarity, index = (part[:, :k] for part in neighbours)
-    weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
+    weight = (
+        torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
+    )
     best = []
     for part, vote in zip(index.split(UNIT), weight.double().split(UNIT), strict=True):
-        counts = torch.zeros(len(part), classes, dtype=torch.float64).scatter_add_(1, labels[part], vote)
+        counts = torch.zeros(len(part), classes, dtype=torch.float64).scatter_add_(
+            1, labels[part], vote
+        )
         best.append(counts.sort(dim=1, descending=True, stable=True).indices[:, :5])
     return torch.cat(best)
 
 
 def knn_accuracy(
-    neighbours: Neighbours, train_labels: Tensor, labels: Tensor, classes: int, ks: Sequence[int], temperature: float
+    neighbours: Neighbours,
+    train_labels: Tensor,
+    labels: Tensor,
+    classes: int,
+    ks: Sequence[int],
+    temperature: float,
 ) -> dict[str, float]:
-    """In percent: `knn1`, the class of the nearest picture, as COYO-ALIGN counts it; for larger k `knn<k>` with equal
-    votes and `knn<k>_weighted` with DINO's, top-1, and `..._top5` of the latter.
+    """In percent: `knn1`, the class of the nearest image, as COYO-ALIGN counts it; for larger k
+    `knn<k>` with equal votes and `knn<k>_weighted` with DINO's, top-1, and `..._top5` of the
+    latter.
     """
     result = {}
     for k in ks:

@@ -1,4 +1,5 @@
-"""Predictions for every sample of a split, each made once, whatever the number of processes; and their results."""
+"""Predictions for every sample of a split, each made once, whatever the number of processes; and
+their results."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -16,19 +17,25 @@ def over_split(
     world: World,
     name: str = "evaluating",
 ) -> list[Tensor]:
-    """Tables [total, ...] on the CPU of every process; this one predicts the rows `own`, in the order of `batches`.
+    """Tables [total, ...] on the CPU of every process; this one predicts the rows `own`, in the
+    order of `batches`.
 
-    predict: called with a batch's tensors, except `label`, on `world.device`; gives tensors [B, ...].
+    predict: called with a batch's tensors, except `label`, on `world.device`; gives tensors [B,
+    ...].
     """
     found = []
     for batch in progress(batches, name, world):
-        inputs = {k: v.to(world.device, non_blocking=True) for k, v in batch.items() if k != "label"}
+        inputs = {
+            k: v.to(world.device, non_blocking=True) for k, v in batch.items() if k != "label"
+        }
         found.append(predict(**inputs))
     columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
     known = gather_objects([(part.shape[1:], part.dtype) for part in columns])
     kinds = next((kind for kind in known if kind), [])
     if not columns:  # a process without samples takes part all the same
-        columns = [torch.zeros(0, *shape, dtype=dtype, device=world.device) for shape, dtype in kinds]
+        columns = [
+            torch.zeros(0, *shape, dtype=dtype, device=world.device) for shape, dtype in kinds
+        ]
     rows = torch.as_tensor(list(own), dtype=torch.int64)
     return [gather_rows(column, rows, total).cpu() for column in columns]
 

@@ -1,4 +1,5 @@
-"""Linear probe: multinomial logistic regression on frozen features, by L-BFGS over the whole training set."""
+"""Linear probe: multinomial logistic regression on frozen features, by L-BFGS over the whole
+training set."""
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,16 @@ TILE = 65536  # features on the device at a time
 def linear_probe(
     train: Bank, queries: Bank, classes: int, world: World, l2: float = 1e-4, iterations: int = 100
 ) -> dict[str, float]:
-    """`probe` and `probe_top5`, the accuracy on `queries` in percent, and `probe_train`, that on `train`.
+    """`probe` and `probe_top5`, the accuracy on `queries` in percent, and `probe_train`, that on
+    `train`.
 
-    Features are standardised by the training set's mean and deviation. Minimised is the mean cross entropy plus
-    l2 / 2 times the squared weights. Computed by the first process alone: the same on any number.
+    Features are standardised by the training set's mean and deviation. Minimised is the mean cross
+    entropy plus l2 / 2 times the squared weights. Computed by the first process alone: the same on
+    any number.
     """
-    return distributed.on_main(lambda: _probe(train, queries, classes, world.device, l2, iterations))
+    return distributed.on_main(
+        lambda: _probe(train, queries, classes, world.device, l2, iterations)
+    )
 
 
 @torch.inference_mode(False)
@@ -38,7 +43,11 @@ def _probe(
 
     def closure() -> Tensor:
         """Loss, and its gradient by hand: tile by tile, without a graph."""
-        loss, weight.grad, bias.grad = 0.5 * l2 * weight.square().sum(), l2 * weight, torch.zeros_like(bias)
+        loss, weight.grad, bias.grad = (
+            0.5 * l2 * weight.square().sum(),
+            l2 * weight,
+            torch.zeros_like(bias),
+        )
         for x, labels in tiles(train):
             logits = x @ weight.T + bias
             loss = loss + F.cross_entropy(logits, labels, reduction="sum") / len(train)
@@ -53,19 +62,29 @@ def _probe(
     torch.optim.LBFGS([weight, bias], **options).step(closure)
 
     def accuracy(bank: Bank, k: int) -> float:
-        found = (((x @ weight.T + bias).topk(min(k, classes), 1).indices, labels) for x, labels in tiles(bank))
+        found = (
+            ((x @ weight.T + bias).topk(min(k, classes), 1).indices, labels)
+            for x, labels in tiles(bank)
+        )
         return 100 * sum(int((best == labels[:, None]).sum()) for best, labels in found) / len(bank)
 
-    return {"probe": accuracy(queries, 1), "probe_top5": accuracy(queries, 5), "probe_train": accuracy(train, 1)}
+    return {
+        "probe": accuracy(queries, 1),
+        "probe_top5": accuracy(queries, 5),
+        "probe_train": accuracy(train, 1),
+    }
 
 
 def moments(bank: Bank, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature, float32 [D]; deviations of constant features are 1."""
+    """Mean and standard deviation of each feature, float32 [D]; deviations of constant features are
+    1."""
     total = squares = torch.zeros(bank.features.shape[1], dtype=torch.float64, device=device)
     for first in range(0, len(bank), TILE):
         x = bank.rows(first, min(first + TILE, len(bank)), device).double()
         total, squares = total + x.sum(0), squares + x.square().sum(0)
     mean = total / len(bank)
     deviation = (squares / len(bank) - mean.square()).clamp(min=0).sqrt()
-    deviation = torch.where(deviation > 1e-6 * mean.abs().clamp(min=1e-6), deviation, torch.ones_like(deviation))
+    deviation = torch.where(
+        deviation > 1e-6 * mean.abs().clamp(min=1e-6), deviation, torch.ones_like(deviation)
+    )
     return mean.float(), deviation.float()

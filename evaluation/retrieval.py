@@ -1,13 +1,17 @@
-"""Image-text retrieval: every picture against every caption by contrast (ITC), the best k re-ranked by matching (ITM).
+"""Image-text retrieval: every image against every caption by contrast (ITC), the best k re-ranked
+by matching (ITM).
 
-Work is cut into units that do not depend on the number of processes P (a batch of pictures, of captions, of rows of
-the similarity), and unit u belongs to process u mod P. Nothing is computed twice, and any P gives the same bits.
+Work is cut into units that do not depend on the number of processes P (a batch of images, of
+captions, of rows of the similarity), and unit u belongs to process u mod P. Nothing is computed
+twice, and any P gives the same bits.
 
-The pairs to match are those of both directions, each once, and each goes to the process that has encoded its picture,
-so image tokens never travel. A forward pass takes a tile of pairs: columns of texts that share a picture, whose keys
-and values are computed once a column, texts of similar length side by side, trimmed to the longest.
+The pairs to match are those of both directions, each once, and each goes to the process that has
+encoded its image, so image tokens never travel. A forward pass takes a tile of pairs: columns of
+texts that share an image, whose keys and values are computed once a column, texts of similar length
+side by side, trimmed to the longest.
 
-Of equal scores the later index comes first, in candidates and in ranks, as in the originals' reversed argsort.
+Of equal scores the later index comes first, in candidates and in ranks, as in the originals'
+reversed argsort.
 """
 
 import warnings
@@ -23,10 +27,15 @@ from base.distributed import World, gather_objects, gather_rows
 from base.errors import UserError
 
 FILL = -100.0  # score of a pair that was no candidate
-TEXT_UNIT, SIMILARITY_UNIT = 256, 256  # captions per encoder pass; queries per block of similarities
-COLUMN = 64  # texts that share one computation of a picture's keys and values
+TEXT_UNIT, SIMILARITY_UNIT = (
+    256,
+    256,
+)  # captions per encoder pass; queries per block of similarities
+COLUMN = 64  # texts that share one computation of an image's keys and values
 AT = (1, 5, 10)
-NOT_FINITE = "not finite: the checkpoint holds NaN, or fp16 overflows (try --precision bf16 or fp32)"
+NOT_FINITE = (
+    "not finite: the checkpoint holds NaN, or fp16 overflows (try --precision bf16 or fp32)"
+)
 
 
 class RetrievalModel(Protocol):
@@ -36,12 +45,15 @@ class RetrievalModel(Protocol):
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def match_scores(self, text: Tensor, text_mask: Tensor, image_tokens: Tensor, rows: Tensor | None) -> Tensor: ...
+    def match_scores(
+        self, text: Tensor, text_mask: Tensor, image_tokens: Tensor, rows: Tensor | None
+    ) -> Tensor: ...
 
 
 @dataclass
 class Captions:
-    """All captions: ids int64 [T,L], mask bool [T,L] (True = token), and the index of each one's picture, int64 [T]."""
+    """All captions: ids int64 [T,L], mask bool [T,L] (True = token), and the index of each one's
+    image, int64 [T]."""
 
     ids: Tensor
     mask: Tensor
@@ -86,32 +98,45 @@ def rank(
     pairs: int = 512,
     progress: bool = True,
 ) -> tuple[Ranking, Ranking]:
-    """`(captions ranked for each picture, pictures ranked for each caption)`, on the CPU of every process.
+    """`(captions ranked for each image, images ranked for each caption)`, on the CPU of every
+    process.
 
-    model: in eval mode, on `world.device`. load_images: yields the pictures whose indices it is given, in order, as
-    float tensors [image_batch,3,S,S], the last one maybe smaller. k: candidates a query, at most all there are.
-    rerank: False = order by similarity alone. similarity_weight: that often the similarity is added to the score of
-    matching, as BLIP adds them. keep_text_states: hold what fusion starts from for all captions (ALBEF's
-    text half) instead of only their ids. image_batch: pictures a unit; the result may depend on it in the last bits.
+    model: in eval mode, on `world.device`. load_images: yields the images whose indices it is
+    given, in order, as float tensors [image_batch,3,S,S], the last one maybe smaller. k: candidates
+    a query, at most all there are.
+    rerank: False = order by similarity alone. similarity_weight: that often the similarity is added
+    to the score of matching, as BLIP adds them. keep_text_states: hold what fusion starts from for
+    all captions (ALBEF's text half) instead of only their ids. image_batch: images a unit; the
+    result may depend on it in the last bits.
     pairs: about that many a forward pass.
 
-    Under autocast image tokens wait in its type, on the host where half of the free device memory would not hold them.
+    Under autocast image tokens wait in its type, on the host where half of the free device memory
+    would not hold them.
     Raises UserError where a score is not a number.
     """
     bar = _Progress(progress and world.is_main)
     tokens, image_features = _encode_images(model, load_images, images, image_batch, world, bar)
     states, text_features = _encode_texts(model, captions, keep_text_states and rerank, world, bar)
     if not (image_features.isfinite().all() and text_features.isfinite().all()):
-        raise UserError("the network's features are not finite: the weights hold NaN, or --precision fp16 overflows")
+        raise UserError(
+            "the network's features are not finite: the weights hold NaN, or --precision fp16 overflows"
+        )
     if k > min(images, len(captions)) and world.is_main:
-        warnings.warn(f"k {k}: there are {images} pictures and {len(captions)} captions, all re-ranked", stacklevel=3)
+        warnings.warn(
+            f"k {k}: there are {images} images and {len(captions)} captions, all re-ranked",
+            stacklevel=3,
+        )
     by_image = nearest(image_features, text_features, min(k, len(captions)), world)
     by_text = nearest(text_features, image_features, min(k, images), world)
     if rerank:
         similar = by_image.scores, by_text.scores
-        matched = _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pairs, world, bar)
+        matched = _rerank(
+            model, by_image, by_text, captions, states, tokens, image_batch, pairs, world, bar
+        )
         by_image, by_text = (
-            in_order(Ranking(found.candidates, found.scores + similarity_weight * scores, found.size))
+            in_order(
+                Ranking(found.candidates, found.scores + similarity_weight * scores, found.size)
+            )
             for found, scores in zip(matched, similar, strict=True)
         )
     return by_image, by_text
@@ -128,7 +153,9 @@ def nearest(queries: Tensor, keys: Tensor, k: int, world: World) -> Ranking:
         scores.append(values[:, :k])
         candidates.append(n - 1 - order[:, :k])
     rows = _flat(own)
-    found = [gather_rows(torch.cat(part), rows, len(queries)).cpu() for part in (candidates, scores)]
+    found = [
+        gather_rows(torch.cat(part), rows, len(queries)).cpu() for part in (candidates, scores)
+    ]
     return Ranking(*found, n)
 
 
@@ -142,11 +169,13 @@ def _flat(own: list[list[int]]) -> Tensor:
     return torch.tensor([i for unit in own for i in unit], dtype=torch.int64)
 
 
-def _encode_images(model, load_images, images, image_batch, world, bar) -> tuple[list[Tensor], Tensor]:
-    """Image tokens of this process's units, and the features [I,E] of all pictures."""
+def _encode_images(
+    model, load_images, images, image_batch, world, bar
+) -> tuple[list[Tensor], Tensor]:
+    """Image tokens of this process's units, and the features [I,E] of all images."""
     own = units(images, image_batch, world)
     tokens, features, to_host = [], [], False
-    for image in bar(load_images(_flat(own).tolist()), "pictures", len(own)):
+    for image in bar(load_images(_flat(own).tolist()), "images", len(own)):
         states, feature = model.encode_image(image.to(world.device, non_blocking=True))
         if not tokens and world.device.type == "cuda":
             needed = states.numel() * _store_type(world.device).itemsize * len(own)
@@ -177,24 +206,33 @@ def _encode_texts(model, captions, keep_states, world, bar) -> tuple[Tensor | No
 
 
 def _store_type(device: torch.device) -> torch.dtype:
-    """Type in which states wait to be used: that of the forward pass, which would cast them anyway."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    """Type in which states wait to be used: that of the forward pass, which would cast them
+    anyway."""
+    return (
+        torch.get_autocast_dtype(device.type)
+        if torch.is_autocast_enabled(device.type)
+        else torch.float32
+    )
 
 
 def _joined(parts: list[Tensor], world: World) -> Tensor:
-    """The parts as one tensor; a process without any learns shape and type of a row from the others."""
+    """The parts as one tensor; a process without any learns shape and type of a row from the
+    others."""
     known = gather_objects((parts[0].shape[1:], parts[0].dtype) if parts else None)
     shape, dtype = next(row for row in known if row is not None)
     return torch.cat(parts) if parts else torch.zeros(0, *shape, dtype=dtype, device=world.device)
 
 
 def _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pairs, world, bar):
-    """Candidates of both rankings with their scores of matching, unordered; a pair is computed once, by one process."""
+    """Candidates of both rankings with their scores of matching, unordered; a pair is computed
+    once, by one process."""
     texts = len(captions)
     images = len(by_image.candidates)
     keys_i2t = torch.arange(images)[:, None] * texts + by_image.candidates
     keys_t2i = by_text.candidates * texts + torch.arange(texts)[:, None]
-    wanted = torch.cat([keys_i2t.flatten(), keys_t2i.flatten()]).unique()  # picture * texts + caption, ascending
+    wanted = torch.cat(
+        [keys_i2t.flatten(), keys_t2i.flatten()]
+    ).unique()  # image * texts + caption, ascending
     own = units(images, image_batch, world)
     edges = torch.tensor([(unit[0] * texts, (unit[-1] + 1) * texts) for unit in own]).reshape(-1, 2)
     spans = torch.searchsorted(wanted, edges).tolist()
@@ -216,36 +254,49 @@ def _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pai
 
 
 class _Matcher:
-    """Scores pairs of one unit of pictures in tiles."""
+    """Scores pairs of one unit of images in tiles."""
 
-    def __init__(self, model: RetrievalModel, captions: Captions, states: Tensor | None, pairs: int, device):
+    def __init__(
+        self, model: RetrievalModel, captions: Captions, states: Tensor | None, pairs: int, device
+    ):
         self.model, self.lengths, self.pairs, self.device = model, captions.lengths, pairs, device
         self.text = captions.ids.to(device) if states is None else states
         self.mask = captions.mask.to(device)
 
     def scores(self, image: Tensor, text: Tensor, tokens: Tensor, bar: "_Progress") -> Tensor:
-        """float32 [P] of P pairs (place of the picture in the unit's tokens [b,N+1,D], caption)."""
+        """float32 [P] of P pairs (place of the image in the unit's tokens [b,N+1,D], caption)."""
         result = torch.empty(len(image), device=self.device)
         for tile in tiles(image, self.lengths[text], self.pairs):
             real = tile >= 0
-            pair = torch.where(real, tile, tile[:1]).flatten()  # a column is filled up with its first text
+            pair = torch.where(
+                real, tile, tile[:1]
+            ).flatten()  # a column is filled up with its first text
             rows, width = text[pair].to(self.device), int(self.lengths[text[pair]].max())
             columns = tokens.index_select(0, image[tile[0]].to(self.device))
-            found = self.model.match_scores(self.text[rows, :width], self.mask[rows, :width], columns, None)
+            found = self.model.match_scores(
+                self.text[rows, :width], self.mask[rows, :width], columns, None
+            )
             result[tile[real].to(self.device)] = found.float()[real.flatten().to(self.device)]
             bar.advance(int(real.sum()))
         return result
 
 
 def tiles(image: Tensor, length: Tensor, pairs: int) -> Iterator[Tensor]:
-    """Arrange P pairs in tiles int64 [G,W]: each column is the pairs of one picture, -1 where it is shorter than G.
+    """Arrange P pairs in tiles int64 [G,W]: each column is the pairs of one image, -1 where it is
+    shorter than G.
 
-    image, length int64 [P]: the picture of a pair, the tokens of its text. G is at most 64, G * W about `pairs`. Row
-    r * W + w of a flattened tile belongs to the picture of column w, which is the order `attend_shared` wants.
+    image, length int64 [P]: the image of a pair, the tokens of its text. G is at most 64, G * W
+    about `pairs`. Row r * W + w of a flattened tile belongs to the image of column w, which is the
+    order `attend_shared` wants.
     """
     order = length.argsort(stable=True)
     order = order[image[order].argsort(stable=True)]
-    columns = [c for of_image in order.split(image.bincount().tolist()) for c in of_image.split(COLUMN) if len(c)]
+    columns = [
+        c
+        for of_image in order.split(image.bincount().tolist())
+        for c in of_image.split(COLUMN)
+        if len(c)
+    ]
     columns.sort(key=lambda column: (len(column), int(length[column[-1]])), reverse=True)
     while columns:
         width = max(1, pairs // len(columns[0]))
@@ -258,26 +309,31 @@ def in_order(ranking: Ranking) -> Ranking:
     later_first = ranking.candidates.argsort(dim=1, descending=True)
     order = ranking.scores.gather(1, later_first).argsort(dim=1, descending=True, stable=True)
     order = later_first.gather(1, order)
-    return Ranking(ranking.candidates.gather(1, order), ranking.scores.gather(1, order), ranking.size)
+    return Ranking(
+        ranking.candidates.gather(1, order), ranking.scores.gather(1, order), ranking.size
+    )
 
 
 def ranks(ranking: Ranking, hits: Tensor, last: Tensor) -> Tensor:
     """Place, from 0, of the best right answer of each query, int64 [Q].
 
-    hits bool [Q,K]: which candidates are right; last int64 [Q]: largest index among all right answers. What was no
-    candidate comes after all candidates, the later index first.
+    hits bool [Q,K]: which candidates are right; last int64 [Q]: largest index among all right
+    answers. What was no candidate comes after all candidates, the later index first.
     """
     later = ranking.size - 1 - last - (ranking.candidates > last[:, None]).sum(1)
     return torch.where(hits.any(1), hits.int().argmax(1), ranking.candidates.shape[1] + later)
 
 
 def recalls(by_image: Ranking, by_text: Ranking, text_image: Tensor) -> dict[str, float]:
-    """Recall at 1, 5, 10 in percent, of captions for pictures (`txt_r1`), of pictures for captions (`img_r1`); means.
+    """Recall at 1, 5, 10 in percent, of captions for images (`txt_r1`), of images for captions
+    (`img_r1`); means.
 
-    text_image int64 [T]: the picture of each caption. A picture without captions is not asked for.
+    text_image int64 [T]: the image of each caption. An image without captions is not asked for.
     """
     every = torch.arange(len(by_image.candidates))
-    last = torch.full_like(every, -1).scatter_reduce(0, text_image, torch.arange(len(text_image)), "amax")
+    last = torch.full_like(every, -1).scatter_reduce(
+        0, text_image, torch.arange(len(text_image)), "amax"
+    )
     places = {
         "txt": ranks(by_image, text_image[by_image.candidates] == every[:, None], last)[last >= 0],
         "img": ranks(by_text, by_text.candidates == text_image[:, None], text_image),
@@ -290,16 +346,23 @@ def recalls(by_image: Ranking, by_text: Ranking, text_image: Tensor) -> dict[str
 
 
 def chance(text_image: Tensor, images: int) -> dict[str, float]:
-    """What ordering at random scores in `recalls`, in percent: text_image int64 [T], the picture of each caption."""
+    """What ordering at random scores in `recalls`, in percent: text_image int64 [T], the image of
+    each caption."""
     texts, metrics = len(text_image), {}
     counts = text_image.bincount(minlength=images)
     counts = counts[counts > 0].double()
     for name in ("txt", "img"):
         found = {}
         for at in AT:
-            # none of a picture's captions among the first: drawn without replacement
-            misses = [((texts - i - counts).clamp(min=0) / (texts - i)) for i in range(min(at, texts))]
-            missed = torch.stack(misses).prod(0).mean().item() if name == "txt" else 1 - min(1, at / images)
+            # none of an image's captions among the first: drawn without replacement
+            misses = [
+                ((texts - i - counts).clamp(min=0) / (texts - i)) for i in range(min(at, texts))
+            ]
+            missed = (
+                torch.stack(misses).prod(0).mean().item()
+                if name == "txt"
+                else 1 - min(1, at / images)
+            )
             found[f"{name}_r{at}"] = 100 * (1 - missed)
         metrics |= found | {f"{name}_r_mean": sum(found.values()) / len(AT)}
     return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
@@ -322,7 +385,9 @@ class _Progress:
         if self.shown:
             from tqdm import tqdm
 
-            self.bar = tqdm(desc=name, total=total, unit=unit, leave=False, dynamic_ncols=True, unit_scale=True)
+            self.bar = tqdm(
+                desc=name, total=total, unit=unit, leave=False, dynamic_ncols=True, unit_scale=True
+            )
 
     def advance(self, count: int) -> None:
         if self.bar is not None:

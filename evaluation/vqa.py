@@ -1,4 +1,5 @@
-"""VQA accuracy as the official evaluation counts it (Antol et al., 2015), and the result file of its server."""
+"""VQA accuracy as the official evaluation counts it (Antol et al., 2015), and the result file of
+its server."""
 
 import json
 import re
@@ -7,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ARTICLES = {"a", "an", "the"}
-DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+DIGITS = {
+    word: str(i)
+    for i, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
 DIGITS["none"] = "0"
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 # What the official table spells right; it knows each with exactly one apostrophe missing.
@@ -26,17 +30,22 @@ def _misspelt(word: str) -> list[str]:
     return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
 
 
-SPELLING = {wrong: word for word in CONTRACTIONS for wrong in _misspelt(word)} | {"somebody'd": "somebodyd"}
+SPELLING = {wrong: word for word in CONTRACTIONS for wrong in _misspelt(word)} | {
+    "somebody'd": "somebodyd"
+}
 
 
 def without_punctuation(answer: str) -> str:
-    """Punctuation beside a blank goes, elsewhere it becomes a blank; a comma between digits removes all of it."""
+    """Punctuation beside a blank goes, elsewhere it becomes a blank; a comma between digits removes
+    all of it."""
     in_number = re.search(r"\d,\d", answer) is not None
     cleaned = answer
     for mark in PUNCTUATION:
         beside_blank = f"{mark} " in answer or f" {mark}" in answer
         cleaned = cleaned.replace(mark, "" if beside_blank or in_number else " ")
-    return re.sub(r"\.(?!\d)", "", cleaned, count=32)  # the official code passes a flag as this count
+    return re.sub(
+        r"\.(?!\d)", "", cleaned, count=32
+    )  # the official code passes a flag as this count
 
 
 def normalise(answer: str) -> str:
@@ -47,12 +56,14 @@ def normalise(answer: str) -> str:
 
 
 def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = False) -> float:
-    """Accuracy in 0..1 of one prediction: min(1, n / 3) of the others' answers, averaged over who is left out.
+    """Accuracy in 0..1 of one prediction: min(1, n / 3) of the others' answers, averaged over who
+    is left out.
 
-    With four or more equal answers among ten people's the score is 1, with one 0.3. one_sided: as the official code,
-    which takes punctuation out of people's answers (where they differ) but turns number words into digits, drops
-    articles and spells contractions out in the prediction alone. VQA's own annotations are in that form already; where
-    annotations say "two" or "the dog", nobody could ever be right.
+    With four or more equal answers among ten people's the score is 1, with one 0.3. one_sided: as
+    the official code, which takes punctuation out of people's answers (where they differ) but turns
+    number words into digits, drops articles and spells contractions out in the prediction alone.
+    VQA's own annotations are in that form already; where annotations say "two" or "the dog", nobody
+    could ever be right.
     """
     if not one_sided:
         answers = [normalise(answer) for answer in answers]
@@ -63,12 +74,18 @@ def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = Fals
     return sum(min(1.0, n / 3) for n in others) / len(others)
 
 
-def vqa_accuracy(predictions: Mapping[int, str], truth: Mapping[int, dict], one_sided: bool = False) -> dict:
-    """Accuracy in percent: `overall`, and by `question_type` and `answer_type` where the annotations name them.
+def vqa_accuracy(
+    predictions: Mapping[int, str], truth: Mapping[int, dict], one_sided: bool = False
+) -> dict:
+    """Accuracy in percent: `overall`, and by `question_type` and `answer_type` where the
+    annotations name them.
 
     truth: for each question id `answers` (people's texts) and maybe `question_type`, `answer_type`.
     """
-    groups: dict[str, dict[str, list[float]]] = {"question_type": defaultdict(list), "answer_type": defaultdict(list)}
+    groups: dict[str, dict[str, list[float]]] = {
+        "question_type": defaultdict(list),
+        "answer_type": defaultdict(list),
+    }
     scores = []
     for question, person in truth.items():
         scores.append(answer_score(predictions[question], person["answers"], one_sided))
@@ -88,12 +105,15 @@ def _percent(scores: list[float]) -> float:
 
 
 def prior_accuracy(truth: Mapping[int, dict]) -> dict:
-    """What always giving the most frequent answer of a question's type scores (of all, where no types are known)."""
+    """What always giving the most frequent answer of a question's type scores (of all, where no
+    types are known)."""
     votes: dict[str, Counter] = defaultdict(Counter)
     for person in truth.values():
         votes[person.get("question_type", "")].update(person["answers"])
     best = {kind: counts.most_common(1)[0][0] for kind, counts in votes.items()}
-    return vqa_accuracy({q: best[person.get("question_type", "")] for q, person in truth.items()}, truth)
+    return vqa_accuracy(
+        {q: best[person.get("question_type", "")] for q, person in truth.items()}, truth
+    )
 
 
 def save_answers(path: Path, predictions: Mapping[int, str]) -> None:

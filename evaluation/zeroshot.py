@@ -1,4 +1,5 @@
-"""Zero-shot classification: text classifiers from class names and templates, ensembles of embeddings, accuracy."""
+"""Zero-shot classification: text classifiers from class names and templates, ensembles of
+embeddings, accuracy."""
 
 import hashlib
 import warnings
@@ -23,17 +24,24 @@ EMBEDDINGS = ("z", "h")  # what is compared; `feats` is not
 WEIGHTS = tuple(n / 10 for n in range(1, 10))  # of z in the ensemble of z and h
 
 
-def class_prompts(classes: Sequence[str | Sequence[str]], templates: Sequence[str], name: str = "") -> list[list[str]]:
-    """For every class all templates filled with its name; a class of several names gets every template with each."""
+def class_prompts(
+    classes: Sequence[str | Sequence[str]], templates: Sequence[str], name: str = ""
+) -> list[list[str]]:
+    """For every class all templates filled with its name; a class of several names gets every
+    template with each."""
     for template in templates:
         if "{}" not in template:
             raise UserError(
                 f"template {template!r} of {name or 'the templates'} has no {{}} for the class name; add it"
             )
     if not templates or not classes:
-        raise UserError(f"{name or 'zero-shot classification'}: needs class names and at least one template")
+        raise UserError(
+            f"{name or 'zero-shot classification'}: needs class names and at least one template"
+        )
     names = [[each] if isinstance(each, str) else each for each in classes]
-    return [[template.replace("{}", one) for template in templates for one in each] for each in names]
+    return [
+        [template.replace("{}", one) for template in templates for one in each] for each in names
+    ]
 
 
 def embed_texts(
@@ -53,19 +61,33 @@ def embed_texts(
         return unit_rows(embed_text(text_ids))
 
     batches = ({"text_ids": tokenize([texts[i] for i in unit])} for unit in own)
-    found = over_split(embed, Sized(batches, len(own)), [i for unit in own for i in unit], len(texts), world, "texts")
+    found = over_split(
+        embed,
+        Sized(batches, len(own)),
+        [i for unit in own for i in unit],
+        len(texts),
+        world,
+        "texts",
+    )
     return dict(zip(EMBEDDINGS, found, strict=False))
 
 
-def embed_pictures(
-    embed_image: Callable[[Tensor], Embeddings], batches: Iterable[dict], own: Sequence[int], total: int, world: World
+def embed_images(
+    embed_image: Callable[[Tensor], Embeddings],
+    batches: Iterable[dict],
+    own: Sequence[int],
+    total: int,
+    world: World,
 ) -> Embeddings:
-    """Unit embeddings float32 [I,E] of pictures by name, on the CPU of every process; batches of `image` of `own`."""
+    """Unit embeddings float32 [I,E] of images by name, on the CPU of every process; batches of
+    `image` of `own`."""
 
     def embed(image: Tensor) -> tuple[Tensor, ...]:
         return unit_rows(embed_image(image))
 
-    return dict(zip(EMBEDDINGS, over_split(embed, batches, own, total, world, "pictures"), strict=False))
+    return dict(
+        zip(EMBEDDINGS, over_split(embed, batches, own, total, world, "images"), strict=False)
+    )
 
 
 def unit_rows(found: Embeddings) -> tuple[Tensor, ...]:
@@ -92,17 +114,21 @@ def text_classifier(
     world: World,
     batch_size: int = 256,
 ) -> Embeddings:
-    """For every embedding (z, h) a classifier [C,E]: unit embeddings of a class's prompts, averaged, made unit again
-    (Radford et al. 2021, section 3.1.4); on `world.device`.
+    """For every embedding (z, h) a classifier [C,E]: unit embeddings of a class's prompts,
+    averaged, made unit again (Radford et al. 2021, section 3.1.4); on `world.device`.
     """
     texts, sizes = [text for each in prompts for text in each], [len(each) for each in prompts]
     joined = embed_texts(embed_text, tokenize, texts, world, batch_size)
-    means = {name: torch.stack([group.mean(0) for group in rows.split(sizes)]) for name, rows in joined.items()}
+    means = {
+        name: torch.stack([group.mean(0) for group in rows.split(sizes)])
+        for name, rows in joined.items()
+    }
     return {name: F.normalize(rows, dim=-1).to(world.device) for name, rows in means.items()}
 
 
 def cached_classifier(file: Path, make: Callable[[], Embeddings], world: World) -> Embeddings:
-    """The classifier stored in `file`, or else the one that `make()` returns, which is stored there (safetensors)."""
+    """The classifier stored in `file`, or else the one that `make()` returns, which is stored there
+    (safetensors)."""
     stored = distributed.on_main(partial(_stored, file))
     if stored is None:
         stored = make()
@@ -111,7 +137,8 @@ def cached_classifier(file: Path, make: Callable[[], Embeddings], world: World) 
 
 
 def fingerprint(model: nn.Module, *more) -> str:
-    """Hash of a network (its configuration, names and values of its weights) and of further plain values."""
+    """Hash of a network (its configuration, names and values of its weights) and of further plain
+    values."""
     found = hashlib.sha256(repr((model.config, *more)).encode())
     for name, value in model.state_dict().items():
         found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -123,7 +150,9 @@ def _store(classifier: Embeddings, file: Path) -> None:
     try:
         export_safetensors(classifier, file)
     except (OSError, UserError) as error:
-        warnings.warn(f"{file}: the text classifier is not kept ({error}); name another --cache", stacklevel=2)
+        warnings.warn(
+            f"{file}: the text classifier is not kept ({error}); name another --cache", stacklevel=2
+        )
 
 
 def _stored(file: Path) -> Embeddings | None:
@@ -136,10 +165,13 @@ def _stored(file: Path) -> Embeddings | None:
 
 
 def class_scores(image: Embeddings, classifier: Embeddings) -> Embeddings:
-    """Cosine of every picture and class [B,C]: `z`, and for models with local projectors `h` and w z + (1 - w) h as
-    `zh_w` for w = 0.1 ... 0.9.
+    """Cosine of every image and class [B,C]: `z`, and for models with local projectors `h` and w z
+    + (1 - w) h as `zh_w` for w = 0.1 ... 0.9.
     """
-    scores = {name: F.normalize(image[name].float(), dim=-1) @ matrix.T for name, matrix in classifier.items()}
+    scores = {
+        name: F.normalize(image[name].float(), dim=-1) @ matrix.T
+        for name, matrix in classifier.items()
+    }
     if "h" in scores:
         scores |= {f"zh_{w}": w * scores["z"] + (1 - w) * scores["h"] for w in WEIGHTS}
     return scores
@@ -159,9 +191,11 @@ def best_classes(
     world: World,
     k: int = 5,
 ) -> Tensor:
-    """The k best classes of every picture by each score of `score_names`: int64 [N,S,k] on every process.
+    """The k best classes of every image by each score of `score_names`: int64 [N,S,k] on every
+    process.
 
-    batches: dicts with `image` of the pictures `own`, this process's part of all `total` (see over_split).
+    batches: dicts with `image` of the images `own`, this process's part of all `total` (see
+    over_split).
     """
     names, k = score_names(classifier), min(k, len(next(iter(classifier.values()))))
 
@@ -180,11 +214,13 @@ def classify(
     total: int,
     world: World,
     metric: str,
-    title: str = "pictures",
+    title: str = "images",
 ) -> dict[str, float]:
-    """`<metric>_<score>` in percent of a data set by every score of `score_names`, with relatives of the metric.
+    """`<metric>_<score>` in percent of a data set by every score of `score_names`, with relatives
+    of the metric.
 
-    batches: dicts of `image` and `target` of the pictures `own`, this process's part of all `total` (see over_split).
+    batches: dicts of `image` and `target` of the images `own`, this process's part of all `total`
+    (see over_split).
     """
     names = score_names(classifier)
     kept = min(KEPT, len(next(iter(classifier.values()))))
@@ -197,14 +233,19 @@ def classify(
     found, targets = over_split(predict, batches, own, total, world, title)
     known = len(next(iter(classifier.values())))
     if targets.ndim == 1 and int(targets.max()) >= known:
-        raise UserError(f"class {int(targets.max())} occurs, but the list of labels names {known} classes; extend it")
+        raise UserError(
+            f"class {int(targets.max())} occurs, but the list of labels names {known} classes; extend it"
+        )
     return by_score(names, lambda number: measure(metric, found[:, number], targets))
 
 
-def retrieve(image: Embeddings, text: Embeddings, text_image: Tensor, world: World) -> dict[str, float]:
-    """`<recall>_<score>` in percent, both ways (see `evaluation.retrieval.recalls`), by every score.
+def retrieve(
+    image: Embeddings, text: Embeddings, text_image: Tensor, world: World
+) -> dict[str, float]:
+    """`<recall>_<score>` in percent, both ways (see `evaluation.retrieval.recalls`), by every
+    score.
 
-    image, text: unit embeddings [I,E], [T,E] by name; text_image int64 [T]: the picture of each text.
+    image, text: unit embeddings [I,E], [T,E] by name; text_image int64 [T]: the image of each text.
     """
     sides = []
     for side in (image, text):
@@ -216,17 +257,19 @@ def retrieve(image: Embeddings, text: Embeddings, text_image: Tensor, world: Wor
     names = list(sides[0])
 
     def measured(number: int) -> dict[str, float]:
-        pictures, texts = (side[names[number]] for side in sides)
-        by_image = nearest(pictures, texts, min(max(AT), len(texts)), world)
-        by_text = nearest(texts, pictures, min(max(AT), len(pictures)), world)
+        images, texts = (side[names[number]] for side in sides)
+        by_image = nearest(images, texts, min(max(AT), len(texts)), world)
+        by_text = nearest(texts, images, min(max(AT), len(images)), world)
         return recalls(by_image, by_text, text_image)
 
     return by_score(names, measured)
 
 
-def topk_accuracy(best: Tensor, labels: Tensor, names: Sequence[str], at: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """`acc<k>_<name>` in percent of `best_classes` int64 [N,S,K]; S `names` of the scores; labels [N]. With fewer than
-    k classes all are among the best k.
+def topk_accuracy(
+    best: Tensor, labels: Tensor, names: Sequence[str], at: Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """`acc<k>_<name>` in percent of `best_classes` int64 [N,S,K]; S `names` of the scores; labels
+    [N]. With fewer than k classes all are among the best k.
     """
     hits = best == labels.view(-1, 1, 1)
     return {
@@ -236,7 +279,10 @@ def topk_accuracy(best: Tensor, labels: Tensor, names: Sequence[str], at: Sequen
     }
 
 
-def zero_shot_accuracy(embed_image, classifier: Embeddings, batches, own, labels: Tensor, world: World) -> dict:
-    """Top-1 and top-5 accuracy in percent by every score, over all pictures; labels int64 [N] (see best_classes)."""
+def zero_shot_accuracy(
+    embed_image, classifier: Embeddings, batches, own, labels: Tensor, world: World
+) -> dict:
+    """Top-1 and top-5 accuracy in percent by every score, over all images; labels int64 [N] (see
+    best_classes)."""
     best = best_classes(embed_image, classifier, batches, own, len(labels), world)
     return topk_accuracy(best, labels, score_names(classifier))

@@ -1,11 +1,12 @@
-"""Metrics of zero-shot classification from scores of classes: mean per class, ROC-AUC, PASCAL VOC's mean precision."""
+"""Metrics of zero-shot classification from scores of classes: mean per class, ROC-AUC, PASCAL VOC's
+mean precision."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-KEPT = 5  # classes kept of a picture where only the best matter
+KEPT = 5  # classes kept of an image where only the best matter
 NEEDS_SCORES = ("roc_auc", "map11")
 
 
@@ -17,33 +18,39 @@ def mean_per_class(predicted: Tensor, targets: Tensor) -> float:
 
 
 def roc_auc(scores: Tensor, targets: Tensor) -> float:
-    """Area under the ROC curve in percent: how often a picture of class 1 scores above one of class 0, ties half.
+    """Area under the ROC curve in percent: how often an image of class 1 scores above one of class
+    0, ties half.
 
     scores float [N], targets [N] of 0 and 1. NaN where one of the classes does not occur.
     """
     positive, negative = scores[targets == 1].double(), scores[targets == 0].double().sort().values
     if not len(positive) or not len(negative):
         return float("nan")
-    below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive, right=True)
+    below = torch.searchsorted(negative, positive) + torch.searchsorted(
+        negative, positive, right=True
+    )
     return 50 * below.double().mean().item() / len(negative)
 
 
 def precision_recall(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Interpolated precision and recall, float64 [M], at every distinct score from the highest on.
 
-    scores [N], targets [N] of 1, 0 and -1, which is left out. The precision at a recall is the highest at that recall
-    or a higher one (Everingham et al. 2010).
+    scores [N], targets [N] of 1, 0 and -1, which is left out. The precision at a recall is the
+    highest at that recall or a higher one (Everingham et al. 2010).
     """
     counted = targets >= 0
     order = scores[counted].argsort(descending=True, stable=True)
     ranked, hits = scores[counted][order], targets[counted][order].double().cumsum(0)
-    last = torch.cat([ranked[1:] != ranked[:-1], ranked.new_ones(1, dtype=torch.bool)])  # of equal scores
+    last = torch.cat(
+        [ranked[1:] != ranked[:-1], ranked.new_ones(1, dtype=torch.bool)]
+    )  # of equal scores
     precision = (hits / torch.arange(1, len(hits) + 1))[last]
     return precision.flip(0).cummax(0).values.flip(0), hits[last] / hits[-1]
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
-    """PASCAL VOC's average precision of one class in percent: (mean at recall 0, 0.1 ... 1 (2007), area (2010))."""
+    """PASCAL VOC's average precision of one class in percent: (mean at recall 0, 0.1 ... 1 (2007),
+    area (2010))."""
     if not (targets == 1).any():
         return float("nan"), float("nan")
     precision, recall = precision_recall(scores, targets)
@@ -54,16 +61,19 @@ def average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
 
 
 def voc_map(scores: Tensor, targets: Tensor) -> tuple[float, float]:
-    """(11-point, area) mean average precision in percent over the classes that occur; scores, targets [N,C]."""
-    found = torch.tensor([average_precision(*pair) for pair in zip(scores.T, targets.T, strict=True)])
+    """(11-point, area) mean average precision in percent over the classes that occur; scores,
+    targets [N,C]."""
+    found = torch.tensor(
+        [average_precision(*pair) for pair in zip(scores.T, targets.T, strict=True)]
+    )
     return tuple(found.double().nanmean(0).tolist())
 
 
 def measure(metric: str, found: Tensor, targets: Tensor) -> dict[str, float]:
     """The metric and its relatives in percent, by name.
 
-    found: for roc_auc and map11 the scores, float [N,C]; otherwise the classes, best first, int64 [N,K]. targets int64
-    [N], of map11 [N,C].
+    found: for roc_auc and map11 the scores, float [N,C]; otherwise the classes, best first, int64
+    [N,K]. targets int64 [N], of map11 [N,C].
     """
     if metric == "roc_auc":
         auc = roc_auc(found[:, 1] - found[:, 0], targets)
@@ -79,5 +89,7 @@ def measure(metric: str, found: Tensor, targets: Tensor) -> dict[str, float]:
 def by_score(names: list[str], function: Callable[[int], dict[str, float]]) -> dict[str, float]:
     """`<metric>_<score>` of every score: function(number of the score) -> metrics by name."""
     return {
-        f"{metric}_{name}": value for number, name in enumerate(names) for metric, value in function(number).items()
+        f"{metric}_{name}": value
+        for number, name in enumerate(names)
+        for metric, value in function(number).items()
     }

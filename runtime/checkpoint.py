@@ -1,8 +1,10 @@
-"""Checkpoints of a run that survive crashes, full disks and damaged files; reading and exporting weights.
+"""Checkpoints of a run that survive crashes, full disks and damaged files; reading and exporting
+weights.
 
-A checkpoint is one `torch.save` file, readable with `weights_only=True`. It is written under a temporary name, synced
-and renamed, so that a name never stands for half a file. Its sha256, computed while writing, is the comment of the zip
-archive itself: file and hash change together in the one rename, and every zip reader skips the comment.
+A checkpoint is one `torch.save` file, readable with `weights_only=True`. It is written under a
+temporary name, synced and renamed, so that a name never stands for half a file. Its sha256,
+computed while writing, is the comment of the zip archive itself: file and hash change together in
+the one rename, and every zip reader skips the comment.
 """
 
 import errno
@@ -31,9 +33,11 @@ PLAIN = (int, float, str, bool, type(None))
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: `checkpoint_<step>.pt`, the `keep` newest of them, and `checkpoint_<tag>.pt`.
+    """The checkpoints of one run: `checkpoint_<step>.pt`, the `keep` newest of them, and
+    `checkpoint_<tag>.pt`.
 
-    One process of the run saves. With several, one calls `newest_valid()` and tells the others its answer.
+    One process of the run saves. With several, one calls `newest_valid()` and tells the others its
+    answer.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2):
@@ -41,26 +45,33 @@ class CheckpointFolder:
         self.keep = max(1, keep)
 
     def save(self, state: dict[str, Any], step: int, tag: str | None = None) -> Path:
-        """Writes `state` (tensors and plain containers, numbers, strings) and returns the file's path.
+        """Writes `state` (tensors and plain containers, numbers, strings) and returns the file's
+        path.
 
-        A `tag` such as "best" gives the same file the second name `checkpoint_<tag>.pt`, which is never pruned. Raises
-        `UserError` on a full disk, with every older checkpoint intact, and `TypeError` for a value that
-        `weights_only=True` would not read back.
+        A `tag` such as "best" gives the same file the second name `checkpoint_<tag>.pt`, which is
+        never pruned. Raises `UserError` on a full disk, with every older checkpoint intact, and
+        `TypeError` for a value that `weights_only=True` would not read back.
         """
         _check_plain(state)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("checkpoint_*.pt.tmp"):  # of a process killed while writing
+        for leftover in self.folder.glob(
+            "checkpoint_*.pt.tmp"
+        ):  # of a process killed while writing
             leftover.unlink()
         path = self.folder / f"checkpoint_{step:08d}.pt"
         write_atomically(path, lambda temporary: _write_hashed(state, temporary))
         if tag is not None:
-            write_atomically(self.folder / f"checkpoint_{tag}.pt", lambda temporary: _same_file(path, temporary))
+            write_atomically(
+                self.folder / f"checkpoint_{tag}.pt", lambda temporary: _same_file(path, temporary)
+            )
         self._prune(step)
         return path
 
     def numbered(self) -> list[Path]:
         """The files `checkpoint_<step>.pt`, newest step first."""
-        files = [path for path in self.folder.glob("checkpoint_*.pt") if NUMBERED.fullmatch(path.name)]
+        files = [
+            path for path in self.folder.glob("checkpoint_*.pt") if NUMBERED.fullmatch(path.name)
+        ]
         return sorted(files, key=_step_of, reverse=True)
 
     @property
@@ -70,10 +81,11 @@ class CheckpointFolder:
         return path if path.is_file() else None
 
     def newest_valid(self) -> Path | None:
-        """The newest checkpoint whose hash is right, the best one after all numbered ones; None in an empty folder.
+        """The newest checkpoint whose hash is right, the best one after all numbered ones; None in
+        an empty folder.
 
-        Warns of every damaged one it passes over. Raises `UserError` if all are damaged: to start over silently would
-        lose the run.
+        Warns of every damaged one it passes over. Raises `UserError` if all are damaged: to start
+        over silently would lose the run.
         """
         candidates = self.numbered() + ([self.best] if self.best else [])
         for index, path in enumerate(candidates):
@@ -82,7 +94,9 @@ class CheckpointFolder:
                 return path
             if index + 1 < len(candidates):
                 before = candidates[index + 1]
-                warnings.warn(f"CHECKPOINT DAMAGED: {path} ({damage}). Going back to {before}", stacklevel=2)
+                warnings.warn(
+                    f"CHECKPOINT DAMAGED: {path} ({damage}). Going back to {before}", stacklevel=2
+                )
         if candidates:
             raise UserError(
                 f"{self.folder}: no checkpoint is intact ({damage} in {candidates[-1].name}, the last one tried); "
@@ -90,30 +104,37 @@ class CheckpointFolder:
             )
         return None
 
-    def load_latest(self, map_location: str | torch.device = "cpu") -> tuple[dict[str, Any], Path] | None:
+    def load_latest(
+        self, map_location: str | torch.device = "cpu"
+    ) -> tuple[dict[str, Any], Path] | None:
         """`(state, path)` of `newest_valid()`, or None where there is nothing to resume from."""
         path = self.newest_valid()
         return None if path is None else (load_checked(path, map_location), path)
 
     def _prune(self, step: int) -> None:
-        """Keeps the newest up to `step`; a later step belongs to a past the run went back from, and is set aside."""
+        """Keeps the newest up to `step`; a later step belongs to a past the run went back from, and
+        is set aside."""
         upto = []
         for path in self.numbered():
             if _step_of(path) <= step:
                 upto.append(path)
             else:
                 aside = path.with_name(path.name + ".superseded")
-                warnings.warn(f"{path} is of a later step than {step}, just saved; now {aside.name}", stacklevel=3)
+                warnings.warn(
+                    f"{path} is of a later step than {step}, just saved; now {aside.name}",
+                    stacklevel=3,
+                )
                 path.rename(aside)
         for path in upto[self.keep :]:
             path.unlink()
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it to `path`.
+    """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it to
+    `path`.
 
-    On any failure the temporary file is removed and an older file of that name stays as it was; a full disk is an
-    `UserError`.
+    On any failure the temporary file is removed and an older file of that name stays as it was; a
+    full disk is an `UserError`.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -134,7 +155,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def find_damage(path: str | Path) -> str | None:
-    """None if the file is exactly what was written, else what is wrong with it. Reads the whole file once."""
+    """None if the file is exactly what was written, else what is wrong with it. Reads the whole
+    file once."""
     try:
         recorded = _recorded_hash(path)
         if recorded is None:
@@ -145,7 +167,8 @@ def find_damage(path: str | Path) -> str | None:
 
 
 def load_checked(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """A checkpoint of `CheckpointFolder` whose hash was found right (`newest_valid`, `find_damage`).
+    """A checkpoint of `CheckpointFolder` whose hash was found right (`newest_valid`,
+    `find_damage`).
 
     Tensors are mapped from the file, not copied: all processes of a machine share them.
     """
@@ -155,29 +178,38 @@ def load_checked(path: str | Path, map_location: str | torch.device = "cpu") -> 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Plain state dict, on the CPU, of a checkpoint in any form people have it.
 
-    Takes checkpoints of this project (hash verified; a run directory means its best, else its newest checkpoint),
-    `.pth` files of the original systems with a `model` or `state_dict` entry, bare state dicts, `.safetensors`, and
-    pickled modules (`encoder.pkl`). The prefixes `module.` and `_orig_mod.` of wrapped models are removed. Raises
-    `UserError`.
+    Takes checkpoints of this project (hash verified; a run directory means its best, else its
+    newest checkpoint), `.pth` files of the original systems with a `model` or `state_dict` entry,
+    bare state dicts, `.safetensors`, and pickled modules (`encoder.pkl`). The prefixes `module.`
+    and `_orig_mod.` of wrapped models are removed. Raises `UserError`.
     """
     path = weights_file(Path(path))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if zipfile.is_zipfile(path) and _recorded_hash(path) is not None and (damage := find_damage(path)):
+    if (
+        zipfile.is_zipfile(path)
+        and _recorded_hash(path) is not None
+        and (damage := find_damage(path))
+    ):
         raise UserError(f"{path}: {damage}; use another checkpoint of that run")
     content = load_torch(path)
     if isinstance(content, Stub):
         return module_tensors(content)
     if isinstance(content, dict):
-        tables = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)]
+        tables = [
+            content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)
+        ]
         weights = tables[0] if tables else content
         if weights and all(isinstance(value, torch.Tensor) for value in weights.values()):
             return _unwrapped(weights)
-    raise UserError(f"{path}: holds no weights: neither tensors by name nor such a table under `model` or `state_dict`")
+    raise UserError(
+        f"{path}: holds no weights: neither tensors by name nor such a table under `model` or `state_dict`"
+    )
 
 
 def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Writes a state dict as safetensors, atomically. Tied tensors are written once per name, so that all keys stay."""
+    """Writes a state dict as safetensors, atomically. Tied tensors are written once per name, so
+    that all keys stay."""
     from safetensors.torch import save_file
 
     seen, own = set(), {}
@@ -190,7 +222,9 @@ def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> N
 
     def write(temporary: Path) -> None:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files of its own for the owner alone
+        mode = (
+            temporary.stat().st_mode
+        )  # as the umask has it; safetensors makes files of its own for the owner alone
         try:
             save_file(own, temporary, metadata={"format": "pt"})
             temporary.chmod(mode)
@@ -209,8 +243,8 @@ def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> N
 class _HashingFile:
     """A file object that hashes what it writes.
 
-    `torch.save` calls it from C++, where an exception would be lost in a complaint about file positions: the first
-    `OSError` is kept for `finish` to raise, and nothing is written after it.
+    `torch.save` calls it from C++, where an exception would be lost in a complaint about file
+    positions: the first `OSError` is kept for `finish` to raise, and nothing is written after it.
     """
 
     def __init__(self, file):
@@ -244,7 +278,8 @@ def _write_hashed(state: dict, path: Path) -> None:
 
 
 def _recorded_hash(path: str | Path) -> str | None:
-    """The sha256 in the archive's comment, or None where the file does not end in exactly such a comment."""
+    """The sha256 in the archive's comment, or None where the file does not end in exactly such a
+    comment."""
     with open(path, "rb") as file:
         if file.seek(0, os.SEEK_END) <= COMMENT_SIZE + 2:
             return None
@@ -301,17 +336,24 @@ def _check_plain(value: Any, where: str = "state") -> None:
         for index, entry in enumerate(value):
             _check_plain(entry, f"{where}[{index}]")
     elif not (isinstance(value, torch.Tensor) or type(value) in PLAIN):
-        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint takes tensors, lists, dicts, numbers")
+        raise TypeError(
+            f"{where} is a {type(value).__name__}; a checkpoint takes tensors, lists, dicts, numbers"
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
 def weights_file(path: Path) -> Path:
-    """The file itself; of a folder the best checkpoint, else the newest, else the first .safetensors. UserError."""
+    """The file itself; of a folder the best checkpoint, else the newest, else the first
+    .safetensors. UserError."""
     if path.is_dir():
         checkpoints = CheckpointFolder(path)
-        found = [checkpoints.best or "", *checkpoints.numbered(), *sorted(path.glob("*.safetensors"))]
+        found = [
+            checkpoints.best or "",
+            *checkpoints.numbered(),
+            *sorted(path.glob("*.safetensors")),
+        ]
         if not any(found):
             raise UserError(f"{path}: a folder without checkpoint_*.pt or *.safetensors")
         return next(filter(None, found))
@@ -326,7 +368,9 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
+        raise UserError(
+            f"{path}: not a readable safetensors file ({error}); fetch it again"
+        ) from error
 
 
 def _unwrapped(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

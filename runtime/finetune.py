@@ -1,4 +1,5 @@
-"""What the fine-tuning scripts share beside their method: knobs, the start, validation and the best checkpoint."""
+"""What the fine-tuning scripts share beside their method: knobs, the start, validation and the best
+checkpoint."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,26 +26,39 @@ class FineTuneConfig(Geometry, RunConfig):
     """Knobs of every fine-tuning script."""
 
     evaluate: bool = knob(False, "no training: score the checkpoint")
-    batch_size_train: int = knob(32, "samples per process and micro-batch", low=1, aliases=("batch_size",))
+    batch_size_train: int = knob(
+        32, "samples per process and micro-batch", low=1, aliases=("batch_size",)
+    )
     batch_size_test: int = knob(32, "samples per forward pass in evaluation", low=1)
-    eval_every: str = knob("1 epochs", "between two validations: a number of 'steps', 'epochs', 'samples' or '%'")
+    eval_every: str = knob(
+        "1 epochs", "between two validations: a number of 'steps', 'epochs', 'samples' or '%'"
+    )
     alpha: float = knob(0.4, "weight of the teacher's soft targets", low=0, high=1)
     distill: bool = knob(True, "soft targets at all")
     warm_up: bool = knob(True, "let alpha grow from 0 during the first epoch")
     momentum: float = knob(0.995, "momentum of the teacher, per update", low=0, high=1)
-    compat: str = knob("none", "'original' reproduces the published code's numbers", choices=("none", "original"))
+    compat: str = knob(
+        "none", "'original' reproduces the published code's numbers", choices=("none", "original")
+    )
     max_words: int = knob(30, "words kept of a text", low=1)
-    crop_scale: tuple[float, float] | None = knob((0.5, 1.0), "range of the random crop's share; none = whole picture")
-    flip: bool = knob(True, "mirror half of the training pictures; no where texts say left and right")
-    augment_level: float = knob(7, "strength of RandAugment's two operations; 0 = none of them", low=0, high=10)
+    crop_scale: tuple[float, float] | None = knob(
+        (0.5, 1.0), "range of the random crop's share; none = whole image"
+    )
+    flip: bool = knob(True, "mirror half of the training images; no where texts say left and right")
+    augment_level: float = knob(
+        7, "strength of RandAugment's two operations; 0 = none of them", low=0, high=10
+    )
     optimizer: Optimizer = section(Optimizer, lr=2e-5)
-    scheduler: Schedule = section(Schedule, aliases=("schedular",), epochs="5 epochs", min_lr=1e-6, warmup="100 steps")
+    scheduler: Schedule = section(
+        Schedule, aliases=("schedular",), epochs="5 epochs", min_lr=1e-6, warmup="100 steps"
+    )
     vit_mask_token: bool = knob(False, "accepted from old configurations; no patches are masked")
     mlm_probability: float = knob(0.15, "accepted from old configurations; no words are masked")
 
 
 class Setting(NamedTuple):
-    """What a script starts from: processes, weights of `--checkpoint` ({} without one), precision."""
+    """What a script starts from: processes, weights of `--checkpoint` ({} without one),
+    precision."""
 
     world: World
     weights: dict[str, Tensor]
@@ -52,7 +66,8 @@ class Setting(NamedTuple):
 
 
 def prepare(config: FineTuneConfig) -> Setting:
-    """Join the processes, seed them alike, read `--checkpoint` and take over the geometry it was made with."""
+    """Join the processes, seed them alike, read `--checkpoint` and take over the geometry it was
+    made with."""
     world = distributed.init(config.device)
     seed_everything(config.seed, 0)  # the same starting weights everywhere
     if config.evaluate and config.checkpoint is None:
@@ -61,15 +76,17 @@ def prepare(config: FineTuneConfig) -> Setting:
     taken = inherit(config, weights)
     if world.is_main and taken:
         print(f"as in {config.checkpoint}:", *taken, sep="\n  ", flush=True)
-    return Setting(world, weights, Precision(config.precision, world.device, config.optimizer.clip_grad_norm))
+    return Setting(
+        world, weights, Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
+    )
 
 
 class FineTuning(Run):
     """A run that validates now and then and keeps the checkpoint with the best `metric`.
 
     tuning = FineTuning(config, world, "accuracy")
-    tuning.begin("title", model, loader, precision)         # the wrapped model; restores it where the run goes on
-    for alpha in tuning:                                    # one pass is one update
+    tuning.begin("title", model, loader, precision)         # the wrapped model; restores it where
+    the run goes on for alpha in tuning:                                    # one pass is one update
         tuning.learn(lambda batch: model(**batch, alpha=alpha))
         if tuning.validation_due:
             tuning.keep(evaluate(tuning.network(build)))
@@ -86,10 +103,14 @@ class FineTuning(Run):
         best = self.checkpoints.best if self.first_step else None
         return load_checked(best).get(self.metric, float("-inf")) if best else float("-inf")
 
-    def begin(self, title: str, model: nn.Module, loader, precision: Precision, decayed=None) -> None:
-        """Optimizer and plan for the wrapped model; go on where the run was interrupted; the banner.
+    def begin(
+        self, title: str, model: nn.Module, loader, precision: Precision, decayed=None
+    ) -> None:
+        """Optimizer and plan for the wrapped model; go on where the run was interrupted; the
+        banner.
 
-        decayed: names of the parameters with weight decay, where the model tells (see parameter_groups).
+        decayed: names of the parameters with weight decay, where the model tells (see
+        parameter_groups).
         """
         config, size = self.config, self.world.size
         seed_everything(config.seed, self.world.rank)  # dropout and negatives differ from here on
@@ -103,7 +124,8 @@ class FineTuning(Run):
         self.start(title, plan, trained, samples_an_epoch=len(loader.stream))
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The updates still to do: the weight of the teacher's soft targets in each, 0-d float32 on the device."""
+        """The updates still to do: the weight of the teacher's soft targets in each, 0-d float32 on
+        the device."""
         config, plan = self.config, self.plan
         for step in range(self.step, plan.total):
             set_learning_rate(self.optimizer, plan.lr(step))
@@ -115,7 +137,8 @@ class FineTuning(Run):
         self.close()
 
     def learn(self, forward: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-        """One update by the gradient of the sum of the named losses that `forward` makes of a micro-batch."""
+        """One update by the gradient of the sum of the named losses that `forward` makes of a
+        micro-batch."""
         total: dict[str, Tensor] = {}
         for micro in range(self.config.accumulate):
             batch = to_device(self.watch.waiting(self.loader), self.world.device)
@@ -131,20 +154,26 @@ class FineTuning(Run):
 
     @property
     def validation_due(self) -> bool:
-        """Whether the update just made is one to validate after: every `eval_every`, and the last."""
+        """Whether the update just made is one to validate after: every `eval_every`, and the
+        last."""
         return self.step % self.every == 0 or self.step == self.plan.total
 
     def keep(self, metrics: dict[str, float]) -> None:
         """Log the validation, save, and name the checkpoint best if it is."""
         value = metrics[self.metric]
-        figures = {f"val_{name}": number for name, number in metrics.items() if isinstance(number, int | float)}
+        figures = {
+            f"val_{name}": number
+            for name, number in metrics.items()
+            if isinstance(number, int | float)
+        }
         self.log.write(self.step, **figures)
         self.save(self.step, tag="best" if value > self.best else None, **{self.metric: value})
         self.best, self.kept_at = max(self.best, value), self.step
         self.watch.restart()
 
     def network(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """The network to evaluate: itself out of its wrappers, or a gathered copy where its parameters are sharded."""
+        """The network to evaluate: itself out of its wrappers, or a gathered copy where its
+        parameters are sharded."""
         if self.config.parallel == "ddp":
             return distributed.unwrap(self.model)
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -157,5 +186,6 @@ class FineTuning(Run):
 
     @property
     def result(self) -> Path:
-        """The best checkpoint, or the newest where nothing was validated; the same on every process."""
+        """The best checkpoint, or the newest where nothing was validated; the same on every
+        process."""
         return distributed.on_main(lambda: self.checkpoints.best or self.checkpoints.numbered()[0])

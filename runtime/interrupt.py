@@ -1,4 +1,5 @@
-"""Leaving in good order: SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit with a code that asks for a requeue."""
+"""Leaving in good order: SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit with a code that
+asks for a requeue."""
 
 import os
 import signal
@@ -11,7 +12,8 @@ EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run is saved and wants to be
 
 
 class Interrupt:
-    """Remembers a signal until the loop asks at a step boundary, so that a save never cuts through an update.
+    """Remembers a signal until the loop asks at a step boundary, so that a save never cuts through
+    an update.
 
     A second Ctrl-C ends the process at once.
     """
@@ -25,8 +27,11 @@ class Interrupt:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        os.write(2, f"{signal.Signals(number).name} received: saving after this step\n".encode())  # reentrant
+        os.write(
+            2, f"{signal.Signals(number).name} received: saving after this step\n".encode()
+        )  # reentrant
 
     def pending(self, device: torch.device) -> bool:
-        """True on every process as soon as any process was signalled. A collective: all must ask at the same step."""
+        """True on every process as soon as any process was signalled. A collective: all must ask at
+        the same step."""
         return any_rank(self.received is not None, device)

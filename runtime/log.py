@@ -1,4 +1,5 @@
-"""What a run tells: a banner, a progress bar, a line in `log.jsonl` per log step, TensorBoard, and W&B if asked for."""
+"""What a run tells: a banner, a progress bar, a line in `log.jsonl` per log step, TensorBoard, and
+W&B if asked for."""
 
 import json
 import math
@@ -13,7 +14,8 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 
-# dense peak in FLOP/s at fp32 (without TF32, which precision fp32 does not use) and at 16 bit, from the data sheets
+# dense peak in FLOP/s at fp32 (without TF32, which precision fp32 does not use) and at 16 bit, from
+# the data sheets
 PEAK_FLOPS = {
     "H200": (67e12, 989e12),
     "H100": (67e12, 989e12),
@@ -62,10 +64,22 @@ class Meters:
 
 
 class Stopwatch:
-    """Throughput between log points: samples/s, share of time spent waiting for data, MFU and memory."""
+    """Throughput between log points: samples/s, share of time spent waiting for data, MFU and
+    memory."""
 
-    def __init__(self, world: World, samples_per_step: int, flops_per_step: float = 0.0, peak_flops: float = 0.0):
-        self.world, self.samples, self.flops, self.peak = world, samples_per_step, flops_per_step, peak_flops
+    def __init__(
+        self,
+        world: World,
+        samples_per_step: int,
+        flops_per_step: float = 0.0,
+        peak_flops: float = 0.0,
+    ):
+        self.world, self.samples, self.flops, self.peak = (
+            world,
+            samples_per_step,
+            flops_per_step,
+            peak_flops,
+        )
         self.restart()
 
     def restart(self) -> None:
@@ -79,9 +93,13 @@ class Stopwatch:
         return batch
 
     def read(self) -> dict[str, float]:
-        """Figures since the last reading; call after the meters were read, which waited for the device."""
+        """Figures since the last reading; call after the meters were read, which waited for the
+        device."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
-        figures = {"images_per_s": self.steps * self.samples / seconds, "data_wait": self.waited / seconds}
+        figures = {
+            "images_per_s": self.steps * self.samples / seconds,
+            "data_wait": self.waited / seconds,
+        }
         figures["step_s"] = seconds / max(1, self.steps)
         if self.world.device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -101,7 +119,8 @@ def _peak_resident_bytes() -> int:
 
 
 def peak_flops(device: torch.device, precision: str, tflops: float | None = None) -> float:
-    """Peak of this device in FLOP/s: `tflops` where given, else the table by the card's name, else 0 (unknown)."""
+    """Peak of this device in FLOP/s: `tflops` where given, else the table by the card's name, else
+    0 (unknown)."""
     if tflops is not None:
         return tflops * 1e12
     if device.type != "cuda":
@@ -111,9 +130,11 @@ def peak_flops(device: torch.device, precision: str, tflops: float | None = None
 
 
 def training_flops(model: torch.nn.Module, batch: dict) -> float:
-    """FLOPs of one forward and backward pass of `model(**batch)`, counted with fake tensors: nothing is computed.
+    """FLOPs of one forward and backward pass of `model(**batch)`, counted with fake tensors:
+    nothing is computed.
 
-    Call before the model is wrapped. What activation checkpointing computes again is not counted (MFU, not HFU).
+    Call before the model is wrapped. What activation checkpointing computes again is not counted
+    (MFU, not HFU).
     """
     from unittest import mock
 
@@ -144,12 +165,23 @@ def training_flops(model: torch.nn.Module, batch: dict) -> float:
 
 
 class RunLog:
-    """Writes on rank 0 only: `log.jsonl`, TensorBoard events in `tensorboard/`, W&B where `wandb` is not `off`.
+    """Writes on rank 0 only: `log.jsonl`, TensorBoard events in `tensorboard/`, W&B where `wandb`
+    is not `off`.
 
-    Opening for a resumed run cuts lines of steps at or after `first_step`, which are about to be written again.
+    Opening for a resumed run cuts lines of steps at or after `first_step`, which are about to be
+    written again.
     """
 
-    def __init__(self, folder: Path, world: World, config: dict, first_step: int = 0, *, tensorboard=True, wandb="off"):
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        config: dict,
+        first_step: int = 0,
+        *,
+        tensorboard=True,
+        wandb="off",
+    ):
         self.main, self.writer, self.wandb, self.bar = world.is_main, None, None, None
         if not self.main:
             return
@@ -168,7 +200,9 @@ class RunLog:
         """The derived truth of a run, one aligned line a fact."""
         if self.main:
             width = max(map(len, facts))
-            lines = [f"  {name.replace('_', ' '):<{width}}  {value}" for name, value in facts.items()]
+            lines = [
+                f"  {name.replace('_', ' '):<{width}}  {value}" for name, value in facts.items()
+            ]
             print("\n".join([title, *lines]), flush=True)
 
     def progress(self, total: int, done: int, unit: str = "step") -> None:
@@ -176,19 +210,29 @@ class RunLog:
         if self.main:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, mininterval=1.0)
+            self.bar = tqdm(
+                total=total, initial=done, unit=unit, dynamic_ncols=True, mininterval=1.0
+            )
 
     def tick(self) -> None:
         if self.bar is not None:
             self.bar.update()
 
     def write(self, step: int, **values) -> None:
-        """One line of `log.jsonl` with `step` and `values` (numbers or strings), and the same numbers elsewhere."""
+        """One line of `log.jsonl` with `step` and `values` (numbers or strings), and the same
+        numbers elsewhere."""
         if not self.main:
             return
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        numbers = {
+            k: v
+            for k, v in values.items()
+            if isinstance(v, (int, float)) and not isinstance(v, bool)
+        }
         # JSON knows no NaN: a reader that is strict must still be able to read the line
-        clean = {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+        clean = {
+            k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v)
+            for k, v in values.items()
+        }
         self.file.write(json.dumps({"step": step, **clean}) + "\n")
         self.file.flush()
         for name, value in numbers.items():
@@ -197,7 +241,11 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
         if self.bar is not None:
-            shown = {k: f"{v:.4g}" for k, v in numbers.items() if k.startswith("loss") or k in ("lr", "images_per_s")}
+            shown = {
+                k: f"{v:.4g}"
+                for k, v in numbers.items()
+                if k.startswith("loss") or k in ("lr", "images_per_s")
+            }
             self.bar.set_postfix(shown, refresh=False)
 
     def say(self, text: str) -> None:
@@ -215,7 +263,8 @@ class RunLog:
 
 
 def keep_before(path: Path, step: int) -> None:
-    """Drop the lines of a JSONL log whose `step` is >= `step`, and a last line that a kill cut short."""
+    """Drop the lines of a JSONL log whose `step` is >= `step`, and a last line that a kill cut
+    short."""
     if not path.exists():
         return
     kept = []
@@ -235,9 +284,18 @@ def _start_wandb(folder: Path, config: dict, mode: str):
     try:
         import wandb
     except ImportError:
-        raise UserError(f"--wandb {mode}: the package is not installed; `pip install wandb`, or --wandb off") from None
+        raise UserError(
+            f"--wandb {mode}: the package is not installed; `pip install wandb`, or --wandb off"
+        ) from None
     # one W&B run per folder, over all resumes: its id is kept in the folder
     note = folder / "wandb_id.txt"
     if not note.exists():
         note.write_text(secrets.token_hex(8))
-    return wandb.init(project="quintet", dir=str(folder), config=config, mode=mode, id=note.read_text(), resume="allow")
+    return wandb.init(
+        project="quintet",
+        dir=str(folder),
+        config=config,
+        mode=mode,
+        id=note.read_text(),
+        resume="allow",
+    )

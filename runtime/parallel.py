@@ -1,6 +1,8 @@
-"""Features laid around a network from outside: activation checkpointing, FSDP2 or DDP, torch.compile.
+"""Features laid around a network from outside: activation checkpointing, FSDP2 or DDP,
+torch.compile.
 
-Transformer blocks, the children of a network's `nn.ModuleList`s, are the units that are checkpointed and sharded.
+Transformer blocks, the children of a network's `nn.ModuleList`s, are the units that are
+checkpointed and sharded.
 """
 
 import contextlib
@@ -18,10 +20,13 @@ from base.errors import UserError
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """Children of every outermost nn.ModuleList and of every outermost nn.Sequential of one class, each once."""
+    """Children of every outermost nn.ModuleList and of every outermost nn.Sequential of one class,
+    each once."""
     if isinstance(model, nn.ModuleList) or is_stage(model):
         return list(model)
-    return list(dict.fromkeys(block for child in model.children() for block in transformer_blocks(child)))
+    return list(
+        dict.fromkeys(block for child in model.children() for block in transformer_blocks(child))
+    )
 
 
 def is_stage(model: nn.Module) -> bool:
@@ -42,8 +47,8 @@ class Features:
 def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     """Move `model` to the device and wrap it; `model(**batch)` stays the only way in.
 
-    features: a script's configuration, or `Features`. Parameter names do not change, so checkpoints are the same under
-    every combination.
+    features: a script's configuration, or `Features`. Parameter names do not change, so checkpoints
+    are the same under every combination.
     """
     strategy, compiled = features.parallel, features.compile
     model = model.to(world.device)
@@ -54,13 +59,17 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     elif strategy != "ddp":
         raise UserError(f"parallel: {strategy!r} is unknown; use ddp or fsdp")
     if compiled:
-        # in place, so that names in checkpoints stay; blocks under FSDP, whose gathers break a whole-model graph
+        # in place, so that names in checkpoints stay; blocks under FSDP, whose gathers break a
+        # whole-model graph
         for part in transformer_blocks(model) if strategy == "fsdp" else [model]:
             part.compile()
     if strategy == "ddp" and world.size > 1:
-        # the queues are equal on every process by construction: broadcasting 128 MB a step would buy nothing
+        # the queues are equal on every process by construction: broadcasting 128 MB a step would
+        # buy nothing
         device_ids = [world.device.index] if world.device.type == "cuda" else None
-        newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+        newer = (
+            "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+        )
         no_sync = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
         model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **no_sync)
     return model
@@ -69,11 +78,15 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
 def checkpoint_blocks(model: nn.Module, compiled: bool) -> None:
     """Recompute each transformer block in the backward pass instead of keeping its activations."""
     for block in transformer_blocks(model):
-        if compiled:  # the compiler understands torch's own checkpointing, not fairscale's autograd function
+        if (
+            compiled
+        ):  # the compiler understands torch's own checkpointing, not fairscale's autograd function
             from torch.utils.checkpoint import checkpoint
 
             forward = block.forward
-            block.forward = lambda *a, forward=forward, **k: checkpoint(forward, *a, use_reentrant=False, **k)
+            block.forward = lambda *a, forward=forward, **k: checkpoint(
+                forward, *a, use_reentrant=False, **k
+            )
         else:
             from fairscale.nn import checkpoint_wrapper
 
@@ -85,9 +98,13 @@ def shard(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     if not dist.is_initialized():
-        raise UserError("parallel: fsdp needs a launcher; start with torchrun (one process is enough)")
+        raise UserError(
+            "parallel: fsdp needs a launcher; start with torchrun (one process is enough)"
+        )
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
-        raise UserError(f"parallel: fsdp needs torch 2.7 or newer, this is {torch.__version__}; use ddp")
+        raise UserError(
+            f"parallel: fsdp needs torch 2.7 or newer, this is {torch.__version__}; use ddp"
+        )
     # FSDP2 takes no scalars (temperatures): they stay whole, and their gradients are averaged here
     scalars = {p for p in model.parameters() if p.ndim == 0}
     for scalar in scalars:
@@ -100,13 +117,15 @@ def shard(model: nn.Module) -> nn.Module:
 
 
 def _average_gradient(parameter: torch.Tensor) -> None:
-    """Mean over the processes; averaging an accumulated gradient again changes nothing, so every pass may do it."""
+    """Mean over the processes; averaging an accumulated gradient again changes nothing, so every
+    pass may do it."""
     parameter.grad.copy_(distributed.all_reduce(parameter.grad, "mean"))
 
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, last: bool):
-    """Around a forward and backward pass of gradient accumulation: gradients travel only in the last one."""
+    """Around a forward and backward pass of gradient accumulation: gradients travel only in the
+    last one."""
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield
@@ -118,4 +137,7 @@ def gradient_sync(model: nn.Module, last: bool):
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """The batch's tensors on `device`; copies from pinned memory do not wait."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+        for k, v in batch.items()
+    }

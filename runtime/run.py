@@ -1,4 +1,5 @@
-"""One run: its folder, its resume, its checkpoints and its orderly end. What is trained, and how, is in the scripts."""
+"""One run: its folder, its resume, its checkpoints and its orderly end. What is trained, and how,
+is in the scripts."""
 
 import contextlib
 import random
@@ -24,30 +25,55 @@ from runtime.optim.schedule import Plan
 class RunConfig:
     """Knobs that every training script has."""
 
-    output_dir: Path = knob(Path("output"), "folder of this run: config.yaml, log.jsonl, checkpoints, result/")
-    resume: str = knob("auto", "'auto': go on from the newest checkpoint in output_dir; 'no': start anew", bare="auto")
-    checkpoint: Path | None = knob(None, "weights to start from; the originals' files load unchanged")
+    output_dir: Path = knob(
+        Path("output"), "folder of this run: config.yaml, log.jsonl, checkpoints, result/"
+    )
+    resume: str = knob(
+        "auto",
+        "'auto': go on from the newest checkpoint in output_dir; 'no': start anew",
+        bare="auto",
+    )
+    checkpoint: Path | None = knob(
+        None, "weights to start from; the originals' files load unchanged"
+    )
     seed: int = knob(42, "one seed for weights, data order and augmentation")
     device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
-    precision: str = knob("fp32", "type of the forward pass; parameters stay fp32", choices=("fp32", "bf16", "fp16"))
-    compile: bool = knob(False, "torch.compile the network; the first steps take minutes, the others less")
-    parallel: str = knob("ddp", "over several processes: replicate (ddp) or shard (fsdp)", choices=("ddp", "fsdp"))
-    activation_checkpointing: bool = knob(False, "recompute transformer blocks in the backward pass to save memory")
-    accumulate: int = knob(1, "micro-batches per update; each has batch_size samples per process", low=1)
+    precision: str = knob(
+        "fp32", "type of the forward pass; parameters stay fp32", choices=("fp32", "bf16", "fp16")
+    )
+    compile: bool = knob(
+        False, "torch.compile the network; the first steps take minutes, the others less"
+    )
+    parallel: str = knob(
+        "ddp", "over several processes: replicate (ddp) or shard (fsdp)", choices=("ddp", "fsdp")
+    )
+    activation_checkpointing: bool = knob(
+        False, "recompute transformer blocks in the backward pass to save memory"
+    )
+    accumulate: int = knob(
+        1, "micro-batches per update; each has batch_size samples per process", low=1
+    )
     workers: int = knob(4, "loader processes per training process", low=0)
-    log_every: int = knob(50, "updates between two log lines; the only points where the host waits for the GPU", low=1)
-    save_every: str = knob("1 epochs", "between two checkpoints: a number of 'steps', 'epochs', 'samples' or '%'")
+    log_every: int = knob(
+        50, "updates between two log lines; the only points where the host waits for the GPU", low=1
+    )
+    save_every: str = knob(
+        "1 epochs", "between two checkpoints: a number of 'steps', 'epochs', 'samples' or '%'"
+    )
     keep: int = knob(2, "newest checkpoints kept", low=1)
     tensorboard: bool = knob(True, "write TensorBoard events")
     wandb: str = knob("off", "Weights & Biases", choices=("off", "online", "offline"))
-    peak_tflops: float | None = knob(None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name")
+    peak_tflops: float | None = knob(
+        None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name"
+    )
     max_steps: int | None = knob(
         None, "stop after this many updates, with a checkpoint (schedules are not changed)", low=0
     )
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Generators of torch (all devices) and Python; the data stream has its own, which depend on the sample."""
+    """Generators of torch (all devices) and Python; the data stream has its own, which depend on
+    the sample."""
     torch.manual_seed(seed + rank)
     random.seed(seed + rank)
 
@@ -57,8 +83,8 @@ class Run:
 
     run = Run(config, world)
     run.saved                               # the checkpoint to go on from, or None
-    run.track(model=…, optimizer=…, precision=…, loader=…)   # what a checkpoint holds; restores it where there is one
-    run.log_step(…); run.save(step); run.leave_if_interrupted(step); run.close()
+    run.track(model=…, optimizer=…, precision=…, loader=…)   # what a checkpoint holds; restores it
+    where there is one run.log_step(…); run.save(step); run.leave_if_interrupted(step); run.close()
     """
 
     def __init__(self, config: RunConfig, world: World):
@@ -88,18 +114,26 @@ class Run:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{self.folder}: another run writes to this folder; choose another --output_dir") from None
+            raise UserError(
+                f"{self.folder}: another run writes to this folder; choose another --output_dir"
+            ) from None
         return handle
 
     def _find_saved(self) -> dict | None:
         """Newest intact checkpoint, whose hash rank 0 has verified."""
         resume = self.config.resume.lower()
         if resume not in ("auto", "true", "no", "none", "false"):
-            raise UserError(f"--resume {resume!r}: use auto or no (--checkpoint FILE starts from weights)")
+            raise UserError(
+                f"--resume {resume!r}: use auto or no (--checkpoint FILE starts from weights)"
+            )
         path = None
         if resume in ("auto", "true"):
             path = distributed.on_main(self.checkpoints.newest_valid)
-        return None if path is None else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return (
+            None
+            if path is None
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        )
 
     def _note_config(self) -> None:
         if not self.world.is_main:
@@ -107,7 +141,10 @@ class Run:
         if self.saved:
             changed = differences(self.saved["config"], to_dict(self.config))
             print(
-                f"resuming {self.folder} at step {self.step}", *(f"  {line}" for line in changed), sep="\n", flush=True
+                f"resuming {self.folder} at step {self.step}",
+                *(f"  {line}" for line in changed),
+                sep="\n",
+                flush=True,
             )
         save(self.config, self.folder / "config.yaml")
 
@@ -118,9 +155,16 @@ class Run:
         per_rank = self.saved["per_rank"]
         return per_rank[self.world.rank % len(per_rank)]["data"]
 
-    def track(self, *, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, loader) -> None:
+    def track(
+        self, *, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, loader
+    ) -> None:
         """Name what checkpoints hold, and bring it to the saved state where the run goes on."""
-        self.model, self.optimizer, self.precision, self.loader = model, optimizer, precision, loader
+        self.model, self.optimizer, self.precision, self.loader = (
+            model,
+            optimizer,
+            precision,
+            loader,
+        )
         if not self.saved:
             return
         from torch.distributed.checkpoint import state_dict as dcp
@@ -135,14 +179,19 @@ class Run:
             self.meters.load_state_dict(own["meters"], self.world.device)
             restore_rng(own["rng"], self.world.device)
         else:
-            self.log.say(f"{len(own)} processes saved, {self.world.size} go on: random numbers start anew")
+            self.log.say(
+                f"{len(own)} processes saved, {self.world.size} go on: random numbers start anew"
+            )
         self.saved = None  # 3 GB that nobody needs any more
 
     def start(self, title: str, plan: Plan, parameters: int, flops: float = 0.0, **facts) -> None:
-        """Print the derived truth and begin to measure. parameters: trainable ones; flops: of an update and process."""
+        """Print the derived truth and begin to measure. parameters: trainable ones; flops: of an
+        update and process."""
         config, world, self.plan = self.config, self.world, plan
         self.save_every = max(1, plan.steps(config.save_every))
-        self.watch = Stopwatch(world, plan.batch, flops, peak_flops(world.device, config.precision, config.peak_tflops))
+        self.watch = Stopwatch(
+            world, plan.batch, flops, peak_flops(world.device, config.precision, config.peak_tflops)
+        )
         micro = plan.batch // (config.accumulate * world.size)
         self.log.banner(
             f"{title} -> {self.folder}",
@@ -150,13 +199,15 @@ class Run:
             effective_batch=f"{plan.batch} = {micro} x {config.accumulate} micro-batches x {world.size} processes",
             updates=f"{plan.total:,} ({plan.epoch_steps:,} an epoch), from {self.step:,}",
             learning_rate=f"{plan.lr(0):.3g} first, {plan.peak_lr:.3g} peak, {plan.lr(plan.total - 1):.3g} last",
-            device=f"{world.device}, {config.precision}, {config.parallel}" + ", compiled" * config.compile,
+            device=f"{world.device}, {config.precision}, {config.parallel}"
+            + ", compiled" * config.compile,
             **facts,
         )
         self.log.progress(plan.total, self.step)
 
     def log_step(self, step: int, **losses: torch.Tensor) -> None:
-        """Count a finished update; at log points write the line. Raises NonFinite where a step was not finite."""
+        """Count a finished update; at log points write the line. Raises NonFinite where a step was
+        not finite."""
         self.step = step
         self.meters.add(**losses)
         self.watch.steps += 1
@@ -168,18 +219,26 @@ class Run:
         if due:
             figures = self.meters.read()
             place = {"epoch": round(step / self.plan.epoch_steps, 4), "lr": self.plan.lr(step - 1)}
-            bad = sum(sum(counts.values()) for counts in distributed.gather_objects(self.loader.errors))
+            bad = sum(
+                sum(counts.values()) for counts in distributed.gather_objects(self.loader.errors)
+            )
             self.log.write(step, **place, **figures, **self.watch.read(), errors=bad)
 
     def _check_finite(self) -> None:
         newest = self.checkpoints.numbered()
-        where = f"The last good checkpoint is {newest[0]}." if newest else "No checkpoint was written yet."
+        where = (
+            f"The last good checkpoint is {newest[0]}."
+            if newest
+            else "No checkpoint was written yet."
+        )
         self.precision.check(
-            self.first_step, f"{where} Try a lower learning rate, --optimizer.clip_grad_norm 1, or fp32."
+            self.first_step,
+            f"{where} Try a lower learning rate, --optimizer.clip_grad_norm 1, or fp32.",
         )
 
     def save(self, step: int, tag: str | None = None, **extra) -> None:
-        """Write a checkpoint (collective). `extra` holds plain numbers of the task, such as the best score."""
+        """Write a checkpoint (collective). `extra` holds plain numbers of the task, such as the
+        best score."""
         self._check_finite()
         from torch.distributed.checkpoint import state_dict as dcp
 
@@ -191,7 +250,12 @@ class Run:
             "meters": self.meters.state_dict(),
         }
         per_rank = distributed.gather_objects(own)
-        state = {"model": model, "optimizer": optimizer, "scaler": self.precision.state_dict(), "step": step}
+        state = {
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": self.precision.state_dict(),
+            "step": step,
+        }
         state |= {"per_rank": per_rank, "config": to_dict(self.config), **extra}
         distributed.on_main(lambda: self.checkpoints.save(state, step, tag=tag), share=False)
 
@@ -201,8 +265,10 @@ class Run:
             self.save(step, **extra)
 
     def leave_if_interrupted(self, step: int) -> None:
-        """After a signal, or at max_steps: save and end with the code that asks for a requeue (0 at max_steps)."""
-        # asking makes the host wait for the GPU, but a scheduler grants a minute or two after its signal
+        """After a signal, or at max_steps: save and end with the code that asks for a requeue (0 at
+        max_steps)."""
+        # asking makes the host wait for the GPU, but a scheduler grants a minute or two after its
+        # signal
         every = 1 if self.world.device.type == "cpu" else min(self.config.log_every, 10)
         enough = self.config.max_steps is not None and step >= self.config.max_steps
         if not enough and (step % every or not self.interrupt.pending(self.world.device)):

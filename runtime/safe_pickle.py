@@ -1,10 +1,11 @@
 """Reading legacy pickles without running anything that is in them.
 
-Two kinds of file still come as free-form pickles: PyTorch files that hold whole modules or configuration objects
-(OpenAI's `encoder.pkl`, SIMLA's pre-training checkpoints with an OmegaConf `config`), and plain data (REFER's
-`refs(unc).p`, YFCC and RedCaps metadata). A pickle acts only through the globals it looks up, so the one gate is
-`find_class`: names on an explicit list become inert stand-ins of this file, every other name is refused, and what the
-pickle "calls" are the few functions below, which check their arguments and build tensors, arrays and containers.
+Two kinds of file still come as free-form pickles: PyTorch files that hold whole modules or
+configuration objects (OpenAI's `encoder.pkl`, SIMLA's pre-training checkpoints with an OmegaConf
+`config`), and plain data (REFER's `refs(unc).p`, YFCC and RedCaps metadata). A pickle acts only
+through the globals it looks up, so the one gate is `find_class`: names on an explicit list become
+inert stand-ins of this file, every other name is refused, and what the pickle "calls" are the few
+functions below, which check their arguments and build tensors, arrays and containers.
 """
 
 import pickle
@@ -23,7 +24,9 @@ import torch
 
 from base.errors import UserError
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickled object of a torch file written before the zip format
+LEGACY_MAGIC = (
+    0x1950A86A20F9469CFC6C  # first pickled object of a torch file written before the zip format
+)
 LEGACY_PROTOCOL = 1001
 STUB_PACKAGES = ("dall_e", "torch.nn.modules", "omegaconf")
 OTHER_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "_operator": "operator"}
@@ -31,11 +34,14 @@ PLAIN_DTYPE = re.compile(r"[<>|=]?[?biufcSUO]\d*|[<>|=]?[mM]8(\[\w+\])?")
 
 
 def load_plain(path: str | Path) -> Any:
-    """Plain data out of a pickle: dict, list, tuple, set, str, bytes, numbers, None, numpy arrays and scalars.
+    """Plain data out of a pickle: dict, list, tuple, set, str, bytes, numbers, None, numpy arrays
+    and scalars.
 
-    `.npy` files are read, too: those of numbers as `numpy.load` does, arrays of objects as the pickles they contain.
-    Strings of Python 2 pickles are read as UTF-8, or Latin-1 where that fails. Raises `UserError` that names the file
-    and the refused global for anything else, and for a damaged file; nothing in the pickle is ever called.
+    `.npy` files are read, too: those of numbers as `numpy.load` does, arrays of objects as the
+    pickles they contain.
+    Strings of Python 2 pickles are read as UTF-8, or Latin-1 where that fails. Raises `UserError`
+    that names the file and the refused global for anything else, and for a damaged file; nothing in
+    the pickle is ever called.
     """
     with _faults_named(path):
         for encoding in ("utf-8", "latin-1"):
@@ -52,30 +58,41 @@ def load_plain(path: str | Path) -> Any:
 
 
 def _skip_npy_header(file) -> bool:
-    """Moves to where a pickle begins: behind the header of an .npy array of objects. False for an array of numbers."""
+    """Moves to where a pickle begins: behind the header of an .npy array of objects. False for an
+    array of numbers."""
     magic = file.read(len(np.lib.format.MAGIC_PREFIX))
     file.seek(0)
     if magic != np.lib.format.MAGIC_PREFIX:
         return True
     version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     return read(file)[2].hasobject
 
 
 def load_torch(path: str | Path) -> Any:
-    """Content of a torch file, on the CPU: `torch.load(weights_only=True)`, memory-mapped where the format allows it.
+    """Content of a torch file, on the CPU: `torch.load(weights_only=True)`, memory-mapped where the
+    format allows it.
 
-    Files it refuses are read through the allow-list: modules come back as `Stub` trees (see `module_tensors`),
-    OmegaConf configurations and `argparse.Namespace` as plain containers, parameters as tensors. Raises `UserError`
-    that names the file and the refused global; there is no way on to free unpickling.
+    Files it refuses are read through the allow-list: modules come back as `Stub` trees (see
+    `module_tensors`), OmegaConf configurations and `argparse.Namespace` as plain containers,
+    parameters as tensors. Raises `UserError` that names the file and the refused global; there is
+    no way on to free unpickling.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with _faults_named(path):
         is_zip = zipfile.is_zipfile(path)
-        if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            raise UserError(f"{path}: a TorchScript archive, which holds code; only tables of tensors are read")
+        if is_zip and any(
+            name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
+        ):
+            raise UserError(
+                f"{path}: a TorchScript archive, which holds code; only tables of tensors are read"
+            )
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError:
@@ -91,7 +108,11 @@ def module_tensors(module: "Stub") -> dict[str, torch.Tensor]:
     try:
         own = module.state["_parameters"] | module.state["_buffers"]
         skipped = module.state.get("_non_persistent_buffers_set", ())
-        tensors = {key: value for key, value in own.items() if isinstance(value, torch.Tensor) and key not in skipped}
+        tensors = {
+            key: value
+            for key, value in own.items()
+            if isinstance(value, torch.Tensor) and key not in skipped
+        }
         for name, child in module.state["_modules"].items():
             if child is not None:
                 tensors |= {f"{name}.{key}": value for key, value in module_tensors(child).items()}
@@ -104,7 +125,8 @@ def module_tensors(module: "Stub") -> dict[str, torch.Tensor]:
 
 
 class Stub:
-    """An object of an allow-listed foreign class: name of the class, arguments, state and items; no behaviour."""
+    """An object of an allow-listed foreign class: name of the class, arguments, state and items; no
+    behaviour."""
 
     kind = ""  # full name of the class in the pickle
 
@@ -135,7 +157,8 @@ class Stub:
 
 
 class _Function:
-    """One of this file's functions as a pickle sees it: it can be called, nothing can be set on it."""
+    """One of this file's functions as a pickle sees it: it can be called, nothing can be set on
+    it."""
 
     __slots__ = ("_call",)
 
@@ -168,7 +191,8 @@ class _Storage:
 
 
 class _DType:
-    """A numpy dtype in the making: the pickle gives its name first and the byte order afterwards."""
+    """A numpy dtype in the making: the pickle gives its name first and the byte order
+    afterwards."""
 
     def __init__(self, name, align=False, copy=False):
         if not isinstance(name, str) or not PLAIN_DTYPE.fullmatch(name):
@@ -177,9 +201,16 @@ class _DType:
 
     def __setstate__(self, state):
         _, order, subarray, names, fields = state[:5]
-        if subarray is not None or names is not None or fields is not None or order not in ("<", ">", "|", "="):
+        if (
+            subarray is not None
+            or names is not None
+            or fields is not None
+            or order not in ("<", ">", "|", "=")
+        ):
             raise pickle.UnpicklingError("structured numpy dtypes are not read")
-        if len(state) > 8 and isinstance(state[8], tuple):  # unit of datetime64 / timedelta64: ({}, ("s", 1, 1, 1))
+        if len(state) > 8 and isinstance(
+            state[8], tuple
+        ):  # unit of datetime64 / timedelta64: ({}, ("s", 1, 1, 1))
             unit, count = state[8][1][:2]
             name = unit if isinstance(unit, str) else unit.decode("ascii")
             if self.dtype.kind not in "mM" or not name.isalpha():
@@ -217,12 +248,23 @@ def _buffer_array(data, dtype: _DType, shape, order="C"):
     return _array(data, dtype, shape, order)
 
 
-def _tensor(storage: _Storage, offset, size, stride, *_unused, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A view into a storage, inside its bounds (`set_` would silently enlarge a storage that is too small)."""
+def _tensor(
+    storage: _Storage, offset, size, stride, *_unused, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A view into a storage, inside its bounds (`set_` would silently enlarge a storage that is too
+    small)."""
     dtype = dtype or storage.dtype
-    if not isinstance(storage, _Storage) or min((offset, *size, *stride)) < 0 or len(size) != len(stride):
+    if (
+        not isinstance(storage, _Storage)
+        or min((offset, *size, *stride)) < 0
+        or len(size) != len(stride)
+    ):
         raise pickle.UnpicklingError("malformed tensor")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else -1
+    last = (
+        offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if 0 not in size
+        else -1
+    )
     if (last + 1) * dtype.itemsize > storage.untyped.nbytes():
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")
     return torch.empty(0, dtype=dtype).set_(storage.untyped, offset, tuple(size), tuple(stride))
@@ -281,7 +323,9 @@ PLAIN_GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _TypeName(),
 }
 for _package in ("numpy.core", "numpy._core"):
-    PLAIN_GLOBALS |= _functions(f"{_package}.multiarray", _reconstruct=lambda *_: _Array(), scalar=_scalar)
+    PLAIN_GLOBALS |= _functions(
+        f"{_package}.multiarray", _reconstruct=lambda *_: _Array(), scalar=_scalar
+    )
     PLAIN_GLOBALS |= _functions(f"{_package}.numeric", _frombuffer=_buffer_array)
 
 STORAGES = {
@@ -301,8 +345,13 @@ TORCH_GLOBALS: dict[tuple[str, str], Any] = {
     **PLAIN_GLOBALS,
     **{("torch", name): _Function(lambda: None) for name in STORAGES},
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
-    **{("typing", name): _TypeName() for name in ("Any", "Dict", "List", "Tuple", "Union", "Optional")},
-    **_functions("torch", Size=lambda size=(): tuple(size), device=lambda *name: ":".join(map(str, name))),
+    **{
+        ("typing", name): _TypeName()
+        for name in ("Any", "Dict", "List", "Tuple", "Union", "Optional")
+    },
+    **_functions(
+        "torch", Size=lambda size=(): tuple(size), device=lambda *name: ":".join(map(str, name))
+    ),
     **_functions(
         "torch._utils",
         _rebuild_tensor=_tensor,
@@ -314,8 +363,14 @@ TORCH_GLOBALS: dict[tuple[str, str], Any] = {
     **_functions("torch._tensor", _rebuild_from_type_v2=_of_type),
     **_functions("torch.nn.parameter", Parameter=lambda data=None, *_: data),
     **_functions("copyreg", _reconstructor=_blank),
-    **_functions("operator", getitem=lambda *_: None),  # typing.Dict[str, Any] in the metadata of OmegaConf
-    **_functions("pathlib", PosixPath=lambda *parts: "/".join(parts), WindowsPath=lambda *parts: "/".join(parts)),
+    **_functions(
+        "operator", getitem=lambda *_: None
+    ),  # typing.Dict[str, Any] in the metadata of OmegaConf
+    **_functions(
+        "pathlib",
+        PosixPath=lambda *parts: "/".join(parts),
+        WindowsPath=lambda *parts: "/".join(parts),
+    ),
     ("argparse", "Namespace"): _stub_class("argparse", "Namespace"),
     ("torch.storage", "UntypedStorage"): _Function(lambda: None),
 }
@@ -324,9 +379,12 @@ STORAGE_DTYPES[TORCH_GLOBALS["torch.storage", "UntypedStorage"]] = torch.uint8
 
 
 class _Reader(pickle.Unpickler):
-    """An unpickler whose only globals are those of the given table, and stubs for classes of `STUB_PACKAGES`."""
+    """An unpickler whose only globals are those of the given table, and stubs for classes of
+    `STUB_PACKAGES`."""
 
-    def __init__(self, file, path, allowed: dict, storage: Callable | None = None, encoding: str = "utf-8"):
+    def __init__(
+        self, file, path, allowed: dict, storage: Callable | None = None, encoding: str = "utf-8"
+    ):
         super().__init__(file, encoding=encoding)
         self.path, self.allowed, self.storage, self.stubs = path, allowed, storage, {}
         self.met_numpy = False
@@ -337,7 +395,11 @@ class _Reader(pickle.Unpickler):
         found = self.allowed.get((module, name)) or self.stubs.get((module, name))
         if found is not None:
             return found
-        if self.storage and "." not in name and any(f"{module}.".startswith(f"{p}.") for p in STUB_PACKAGES):
+        if (
+            self.storage
+            and "." not in name
+            and any(f"{module}.".startswith(f"{p}.") for p in STUB_PACKAGES)
+        ):
             return self.stubs.setdefault((module, name), _stub_class(module, name))
         raise UserError(
             f"{self.path}: the pickle asks for {module}.{name}, which is not on the list of harmless names "
@@ -353,7 +415,8 @@ class _Reader(pickle.Unpickler):
 
 @contextmanager
 def _faults_named(path):
-    """Turns whatever a damaged or hostile file provokes inside the reader into an `UserError` that names the file."""
+    """Turns whatever a damaged or hostile file provokes inside the reader into an `UserError` that
+    names the file."""
     try:
         yield
     except UserError:
@@ -383,7 +446,9 @@ def _load_zip(path: Path) -> Any:
     """The zip format: `ROOT/data.pkl` and one record `ROOT/data/KEY` per storage."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        root = next((name[: -len("data.pkl")] for name in names if name.endswith("/data.pkl")), None)
+        root = next(
+            (name[: -len("data.pkl")] for name in names if name.endswith("/data.pkl")), None
+        )
         if root is None:
             raise UserError(f"{path}: a zip file, but not one of torch.save")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
@@ -407,7 +472,8 @@ def _load_zip(path: Path) -> Any:
 
 
 def _load_legacy(path: Path) -> Any:
-    """The format before torch 1.6: magic number, version, machine, object, storage keys, then the storages' bytes."""
+    """The format before torch 1.6: magic number, version, machine, object, storage keys, then the
+    storages' bytes."""
     size, storages = path.stat().st_size, {}
 
     def storage(pid):
@@ -417,7 +483,9 @@ def _load_legacy(path: Path) -> Any:
         dtype = STORAGE_DTYPES[kind]
         if count * dtype.itemsize > size or any(part is not None for part in view):
             raise pickle.UnpicklingError("malformed storage")
-        return storages.setdefault(key, _Storage(torch.UntypedStorage(count * dtype.itemsize), dtype))
+        return storages.setdefault(
+            key, _Storage(torch.UntypedStorage(count * dtype.itemsize), dtype)
+        )
 
     with open(path, "rb") as file:
         head = [_Reader(file, path, PLAIN_GLOBALS).load() for _ in range(3)]
@@ -438,7 +506,8 @@ def _load_legacy(path: Path) -> Any:
 
 
 def _resolve(obj: Any, seen: dict[int, Any]) -> Any:
-    """Puts arrays, dtypes and plain configurations where their stand-ins are; module stubs keep their tree."""
+    """Puts arrays, dtypes and plain configurations where their stand-ins are; module stubs keep
+    their tree."""
     if id(obj) in seen:
         return seen[id(obj)][1]
     if isinstance(obj, _Array):
@@ -472,7 +541,9 @@ def _resolve_stub(stub: Stub, seen: dict[int, Any]) -> Any:
     if stub.kind == "argparse.Namespace":
         return _resolve(dict(state), seen)
     if stub.kind.startswith("omegaconf.") and isinstance(state, dict):
-        if "_content" in state:  # DictConfig, ListConfig; metadata and the link to the parent are left behind
+        if (
+            "_content" in state
+        ):  # DictConfig, ListConfig; metadata and the link to the parent are left behind
             return _resolve(state["_content"], seen)
         if "_val" in state:
             return _resolve(state["_val"], seen)

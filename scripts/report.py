@@ -1,9 +1,11 @@
-"""One self-contained HTML page of what a model learnt: table against chance, curves, gallery, attention maps.
+"""One self-contained HTML page of what a model learnt: table against chance, curves, gallery,
+attention maps.
 
     python scripts/report.py --pretrain_dir output/digits --retrieval_dir output/digits/zero_shot --output report.html
 
-retrieval_dir is what `Retrieval.py` wrote: result/metrics.json, result/config.yaml, result/ranking_test.safetensors; it
-names checkpoint, annotations and pictures. With --finetuned_dir its scores stand beside. No GPU, a few seconds.
+retrieval_dir is what `Retrieval.py` wrote: result/metrics.json, result/config.yaml,
+result/ranking_test.safetensors; it names checkpoint, annotations and images. With --finetuned_dir
+its scores stand beside. No GPU, a few seconds.
 """
 
 import json
@@ -34,21 +36,31 @@ from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run
 from runtime.config.values import parse_yaml
 
-FILLERS = set("a an the of on in at to and or is are with its it by from for this that there".split())
+FILLERS = set(
+    "a an the of on in at to and or is are with its it by from for this that there".split()
+)
 
 
 @dataclass
 class Config:
     pretrain_dir: Path | None = knob(None, "run directory of Pretrain.py, for the curves")
-    retrieval_dir: Path = knob(Path("output/Retrieval"), "output directory of Retrieval.py --evaluate")
-    finetuned_dir: Path | None = knob(None, "output directory of a fine-tuned Retrieval.py, for a row and its curves")
-    data: Path | None = knob(None, "folder with retrieval_test.json and its pictures; none = as retrieval_dir says")
+    retrieval_dir: Path = knob(
+        Path("output/Retrieval"), "output directory of Retrieval.py --evaluate"
+    )
+    finetuned_dir: Path | None = knob(
+        None, "output directory of a fine-tuned Retrieval.py, for a row and its curves"
+    )
+    data: Path | None = knob(
+        None, "folder with retrieval_test.json and its images; none = as retrieval_dir says"
+    )
     output: Path = knob(Path("report.html"), "page to write")
     title: str = knob("Vision-language pre-training", "headline")
     cases: int = knob(4, "right and wrong queries shown, each way", low=1)
-    pictures: int = knob(4, "pictures with attention maps", low=0)
-    words: int = knob(8, "words mapped per picture", low=1)
-    layer: int | None = knob(None, "layer whose cross-attention is shown, from 0; none = at two thirds of the depth")
+    images: int = knob(4, "images with attention maps", low=0)
+    words: int = knob(8, "words mapped per image", low=1)
+    layer: int | None = knob(
+        None, "layer whose cross-attention is shown, from 0; none = at two thirds of the depth"
+    )
 
 
 def read_result(folder: Path) -> tuple[dict, dict]:
@@ -56,7 +68,9 @@ def read_result(folder: Path) -> tuple[dict, dict]:
     files = [folder / "result" / name for name in ("metrics.json", "config.yaml")]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: no such file; run Retrieval.py with --output_dir {folder} first")
+            raise UserError(
+                f"{file}: no such file; run Retrieval.py with --output_dir {folder} first"
+            )
     return json.loads(files[0].read_text()), parse_yaml(files[1].read_text())[0]
 
 
@@ -75,7 +89,8 @@ def read_log(folder: Path | None) -> list[dict]:
 
 
 def points(lines: list[dict], name: str, x: str = "step") -> list[tuple[float, float]]:
-    """The values of one quantity over x; what is no number (a NaN is written as text) is left out."""
+    """The values of one quantity over x; what is no number (a NaN is written as text) is left
+    out."""
     return [(line[x], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
 
 
@@ -83,19 +98,21 @@ def curves(title: str, lines: list[dict], guess: dict[str, float]) -> str:
     """Charts of recalls where the log has them, of all losses, and of the learning rate."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     recalls = {}
-    for way, found in (("txt", "captions"), ("img", "pictures")):
+    for way, found in (("txt", "captions"), ("img", "images")):
         for name in (n for n in names if re.fullmatch(rf"(.*_)?{way}_r1", n)):
             recalls[found] = points(lines, name, "minutes")
     charts = []
     if any(len(line) > 1 for line in recalls.values()):
-        charts.append(line_chart(recalls, "recall@1 in %, by minutes", "minutes", ("chance", guess["img_r1"])))
+        charts.append(
+            line_chart(recalls, "recall@1 in %, by minutes", "minutes", ("chance", guess["img_r1"]))
+        )
     losses = [name for name in names if name == "loss" or name.startswith("loss_")]
-    charts += [line_chart({name: points(lines, name)}, name.replace("loss_", "loss: ")) for name in losses]
+    charts += [
+        line_chart({name: points(lines, name)}, name.replace("loss_", "loss: ")) for name in losses
+    ]
     charts.append(line_chart({"lr": points(lines, "lr")}, "learning rate"))
     last = lines[-1]
-    intro = (
-        f"{last['step']:,} updates in {last['minutes']:.1f} minutes of training. Each point is a mean since the last."
-    )
+    intro = f"{last['step']:,} updates in {last['minutes']:.1f} minutes of training. Each point is a mean since the last."
     return card(title, f"<div class='grid'>{''.join(charts)}</div>", intro=intro)
 
 
@@ -103,36 +120,54 @@ def load_model(config: dict, checkpoint: str, tokenizer: Tokenizer) -> Retrieval
     """The evaluated network, in eval mode on the CPU."""
     bert = json.loads(Path(config["bert_config"]).read_text())
     bert |= {"encoder_width": config["vision_width"], "vocab_size": tokenizer.vocab_size}
-    size = [config[name] for name in ("image_res", "patch_size", "vision_width", "vision_depth", "vision_heads")]
+    size = [
+        config[name]
+        for name in ("image_res", "patch_size", "vision_width", "vision_depth", "vision_heads")
+    ]
     vit = ViTConfig(*size, stem=tuple(config["vision_stem"]))
-    model = Retrieval(RetrievalConfig(vit, BertConfig.from_json(bert), config["embed_dim"], queue_size=0))
+    model = Retrieval(
+        RetrievalConfig(vit, BertConfig.from_json(bert), config["embed_dim"], queue_size=0)
+    )
     start_from(model, read_weights(checkpoint), "retrieval")
     return model.eval()
 
 
-def attention_section(model, tokenizer: Tokenizer, data: RetrievalSet, by_text: Ranking, config: Config) -> str:
-    """Maps for the words of captions that found their picture."""
+def attention_section(
+    model, tokenizer: Tokenizer, data: RetrievalSet, by_text: Ranking, config: Config
+) -> str:
+    """Maps for the words of captions that found their image."""
     depth = model.config.bert.num_hidden_layers
-    first, last = model.config.bert.fusion_layer, depth - 2  # after the last layer only [CLS] is read
+    first, last = (
+        model.config.bert.fusion_layer,
+        depth - 2,
+    )  # after the last layer only [CLS] is read
     layer = max(first, min(last, depth * 2 // 3)) if config.layer is None else config.layer
     if not first <= layer <= last:
-        raise UserError(f"layer: {layer} does not tell words apart; choose {first}..{last}, or --pictures 0")
+        raise UserError(
+            f"layer: {layer} does not tell words apart; choose {first}..{last}, or --images 0"
+        )
     owner = torch.tensor(data.txt2img)
     found = (by_text.candidates[:, 0] == owner).nonzero().flatten()
-    found = found[torch.linspace(0, len(found) - 1, min(config.pictures, len(found))).long()] if len(found) else found
+    found = (
+        found[torch.linspace(0, len(found) - 1, min(config.images, len(found))).long()]
+        if len(found)
+        else found
+    )
     rows = []
     for text in found.tolist():
         file = data.image_root / data.images[data.txt2img[text]]
-        picture, (ids, mask) = decode_image(file), tokenizer([data.captions[text]], lengths=None)
-        maps = word_maps(model, data.transform(picture)[None], ids, mask, layer)
+        raw_image, (ids, mask) = decode_image(file), tokenizer([data.captions[text]], lengths=None)
+        maps = word_maps(model, data.transform(raw_image)[None], ids, mask, layer)
         merged = merge_pieces(ids[0].tolist(), maps, tokenizer.backend.id_to_token)
         words = [(word, heat) for word, heat in merged if word not in FILLERS][: config.words]
-        small = resize(picture, 192, 192)
-        cells = [f"<figure>{thumbnail(small, 100)}<figcaption>picture</figcaption></figure>"]
+        small = resize(raw_image, 192, 192)
+        cells = [f"<figure>{thumbnail(small, 100)}<figcaption>image</figcaption></figure>"]
         for word, heat in words:
             image = thumbnail(heat_map(small, heat), 100)
             cells.append(f"<figure>{image}<figcaption>{escape(word)}</figcaption></figure>")
-        rows.append(f"<p class='quote'>“{escape(data.captions[text])}”</p><div class='words'>{''.join(cells)}</div>")
+        rows.append(
+            f"<p class='quote'>“{escape(data.captions[text])}”</p><div class='words'>{''.join(cells)}</div>"
+        )
     intro = (
         f"Cross-attention of layer {layer} from each word to the patches, times the positive part of its gradient for "
         "the matching score, averaged over heads; each map is scaled to its own maximum."
@@ -143,30 +178,53 @@ def attention_section(model, tokenizer: Tokenizer, data: RetrievalSet, by_text: 
 def main(config: Config) -> None:
     metrics, saved = read_result(config.retrieval_dir)
     if "test" not in metrics:
-        raise UserError(f"{config.retrieval_dir}: no scores of a test_file; evaluate with --test_file")
+        raise UserError(
+            f"{config.retrieval_dir}: no scores of a test_file; evaluate with --test_file"
+        )
     test_file, image_root = Path(saved["test_file"]), Path(saved["image_root"])
     if config.data:
         test_file, image_root = config.data / "retrieval_test.json", config.data
-    data = RetrievalSet(Records(test_file), image_root, TestTransform(saved["image_res"]), saved["max_words"])
+    data = RetrievalSet(
+        Records(test_file), image_root, TestTransform(saved["image_res"]), saved["max_words"]
+    )
     owner, tokenizer = torch.tensor(data.txt2img), Tokenizer(saved["text_encoder"])
     guess = chance(owner, len(data))
     rankings = load_rankings(config.retrieval_dir / "result/ranking_test.safetensors")
-    rows = {"this model, re-ranked" if metrics["k_test"] else "this model, by contrast": metrics["test"]}
+    rows = {
+        "this model, re-ranked" if metrics["k_test"] else "this model, by contrast": metrics["test"]
+    }
     if config.finetuned_dir:
         rows |= {"fine-tuned": read_result(config.finetuned_dir)[0]["test"]}
-    intro = f"{len(data)} unseen pictures, {len(owner)} captions; each is searched among all of the other kind."
-    sections = [card("Image-text retrieval", recall_table({**rows, "chance": guess}, len(rows) - 1), intro=intro)]
-    for title, folder in (("Pre-training", config.pretrain_dir), ("Fine-tuning", config.finetuned_dir)):
+    intro = f"{len(data)} unseen images, {len(owner)} captions; each is searched among all of the other kind."
+    sections = [
+        card(
+            "Image-text retrieval",
+            recall_table({**rows, "chance": guess}, len(rows) - 1),
+            intro=intro,
+        )
+    ]
+    for title, folder in (
+        ("Pre-training", config.pretrain_dir),
+        ("Fine-tuning", config.finetuned_dir),
+    ):
         if lines := read_log(folder):
             sections.append(curves(title, lines, guess))
     files = [image_root / name for name in data.images]
     sections.append(retrieval_gallery(files, data.captions, owner, *rankings, config.cases))
-    if config.pictures:
+    if config.images:
         model = load_model(saved, metrics["checkpoint"], tokenizer)
         sections.append(attention_section(model, tokenizer, data, rankings[1], config))
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    config.output.write_text(page(config.title, sections, f"{metrics['checkpoint']} on {test_file}"))
-    names = {"captions R@1": "txt_r1", "R@5": "txt_r5", "pictures R@1": "img_r1", "R@5 ": "img_r5", "mean": "r_mean"}
+    config.output.write_text(
+        page(config.title, sections, f"{metrics['checkpoint']} on {test_file}")
+    )
+    names = {
+        "captions R@1": "txt_r1",
+        "R@5": "txt_r5",
+        "images R@1": "img_r1",
+        "R@5 ": "img_r5",
+        "mean": "r_mean",
+    }
     print(f"{'recall in %':<24}" + "".join(f"{name:>14}" for name in names))
     for name, row in {**rows, "chance": guess}.items():
         print(f"{name:<24}" + "".join(f"{row[key]:>14.1f}" for key in names.values()))

@@ -1,4 +1,5 @@
-"""Runs of Classification.py and eval_knn.py with their debug configurations on a handful of pictures."""
+"""Runs of Classification.py and eval_knn.py with their debug configurations on a handful of
+images."""
 
 import json
 from pathlib import Path
@@ -30,8 +31,17 @@ def flags(data: Path, out: Path, **changes) -> list[str]:
 
 def fine_tuning(data: Path, out: Path, **changes) -> list[str]:
     """Command line of a debug fine-tuning on class folders."""
-    given = {"train_data": data / "imagefolder/train", "val_data": data / "imagefolder/val", "classes": "none"}
-    given |= {"loss": "softmax", "representation_size": 0, "head_bias": "none", "label_threshold": 0}
+    given = {
+        "train_data": data / "imagefolder/train",
+        "val_data": data / "imagefolder/val",
+        "classes": "none",
+    }
+    given |= {
+        "loss": "softmax",
+        "representation_size": 0,
+        "head_bias": "none",
+        "label_threshold": 0,
+    }
     return flags(data, out, **given | {"mixup_alpha": 0} | changes)
 
 

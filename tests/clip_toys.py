@@ -44,15 +44,19 @@ class ToyConvNet(nn.Module):
         return self.net(image).mean((2, 3))
 
 
-def toy(model: str = "CL2L_VITB16_CL2L", visual: nn.Module | None = None, seed: int = 0, **knobs) -> nn.Module:
+def toy(
+    model: str = "CL2L_VITB16_CL2L", visual: nn.Module | None = None, seed: int = 0, **knobs
+) -> nn.Module:
     """A dual encoder of a few thousand weights, the same for the same seed."""
     torch.manual_seed(seed)
     visual = visual or ClipViT(ViTConfig(TOY["image_size"], 8, 16, 2, 2))
     return build_dual(DualConfig(model=model, **{**TOY, **knobs}), visual)
 
 
-def toy_batch(pairs: int = 8, views: int = 2, seed: int = 1, length: int = 12) -> dict[str, torch.Tensor]:
-    """`pairs` pictures with `views` local views, and 1 + views texts each."""
+def toy_batch(
+    pairs: int = 8, views: int = 2, seed: int = 1, length: int = 12
+) -> dict[str, torch.Tensor]:
+    """`pairs` images with `views` local views, and 1 + views texts each."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(1, END, (pairs, 1 + views, length), generator=generator)
     ends = torch.randint(3, length, (pairs, 1 + views, 1), generator=generator)

@@ -20,7 +20,8 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def digitscenes(tmp_path_factory):
-    """A folder of DigitScenes in all formats: 64 training, 24 validation and 24 test scenes of about 32 pixels."""
+    """A folder of DigitScenes in all formats: 64 training, 24 validation and 24 test scenes of
+    about 32 pixels."""
     from dataset.digitscenes.build import Request, build
 
     root = tmp_path_factory.mktemp("data") / "digitscenes"
@@ -30,7 +31,8 @@ def digitscenes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def image_tokenizer(tmp_path_factory):
-    """A folder with a tiny random image tokenizer of 4 pixels per code side, as scripts/train_dvae.py exports it."""
+    """A folder with a tiny random image tokenizer of 4 pixels per code side, as
+    scripts/train_dvae.py exports it."""
     import torch
 
     from models.fusion.dvae import ImageTokenizer, TokenizerConfig
@@ -38,6 +40,8 @@ def image_tokenizer(tmp_path_factory):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = ImageTokenizer(TokenizerConfig(vocab_size=32, width=8, groups=3, blocks_per_group=1, decoder_width=8))
+    tokenizer = ImageTokenizer(
+        TokenizerConfig(vocab_size=32, width=8, groups=3, blocks_per_group=1, decoder_width=8)
+    )
     export_safetensors(tokenizer.state_dict(), folder / "model.safetensors")
     return folder

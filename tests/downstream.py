@@ -1,4 +1,5 @@
-"""Runs of the downstream scripts with their debug configuration on a handful of pictures, and tiny checkpoints."""
+"""Runs of the downstream scripts with their debug configuration on a handful of images, and tiny
+checkpoints."""
 
 import json
 from pathlib import Path
@@ -28,9 +29,25 @@ def flags(task: str, data: Path, out: Path, *more) -> list[str]:
         files = {"train_file": [data / "pretrain_train.json"], "image_root": [data]}
         config = "configs/NLVR/debug_assignment.yaml"
     elif task == "Grounding":
-        files = {"train_file": [data / "refcoco+_train.json"], "test_file": [data / "refcoco+_test.json"]}
-        files |= {"image_root": [data], "refcoco_data": [data], "det_file": [data / "refcoco+/dets.json"]}
-    words = ["--config", config, "--text_encoder", data / "tokenizer", "--output_dir", out, "--device", "cpu"]
+        files = {
+            "train_file": [data / "refcoco+_train.json"],
+            "test_file": [data / "refcoco+_test.json"],
+        }
+        files |= {
+            "image_root": [data],
+            "refcoco_data": [data],
+            "det_file": [data / "refcoco+/dets.json"],
+        }
+    words = [
+        "--config",
+        config,
+        "--text_encoder",
+        data / "tokenizer",
+        "--output_dir",
+        out,
+        "--device",
+        "cpu",
+    ]
     for name, values in files.items():
         words += [f"--{name}", *values]
     return [str(word) for word in (*words, *more)]
@@ -49,7 +66,8 @@ def log_lines(out: Path) -> list[dict]:
 
 
 def pretraining_checkpoint(data: Path, folder: Path, two_stage: bool) -> list[str]:
-    """A pre-training checkpoint in the originals' form, at another resolution than the debug runs; flags to use it."""
+    """A pre-training checkpoint in the originals' form, at another resolution than the debug runs;
+    flags to use it."""
     from dataset.text.wordpiece import Tokenizer
     from models.fusion.simla import Simla, SimlaConfig
     from models.layers.vit import ViTConfig
@@ -65,5 +83,8 @@ def pretraining_checkpoint(data: Path, folder: Path, two_stage: bool) -> list[st
     losses = {"mim": not two_stage, "keywords": 0 if two_stage else 5}
     vit = ViTConfig(48, 16, 32, 2, 4, mask_token=not two_stage)
     model = Simla(SimlaConfig(vit, bert, embed_dim=16, queue_size=64, **losses))
-    torch.save({"model": model.state_dict(), "epoch": 29, "config": {"image_res": 48}}, folder / "pretrained.pth")
+    torch.save(
+        {"model": model.state_dict(), "epoch": 29, "config": {"image_res": 48}},
+        folder / "pretrained.pth",
+    )
     return ["--checkpoint", folder / "pretrained.pth", "--bert_config", folder / "bert.json"]

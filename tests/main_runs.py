@@ -1,4 +1,5 @@
-"""Runs of main.py with configs/main/debug.yaml on a handful of pictures, as one would start them by hand."""
+"""Runs of main.py with configs/main/debug.yaml on a handful of images, as one would start them by
+hand."""
 
 import json
 import os
@@ -32,12 +33,23 @@ def arguments(data: Path, output: Path, *more, **changes) -> list[str]:
 
 def finish(processes: int, flags: list[str], expect: int = 0) -> str:
     """Run main.py to the end; the output, after checking the exit status."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     command = [sys.executable, *launcher, str(ROOT / "main.py"), *flags]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert done.returncode == expect, f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
+    assert done.returncode == expect, (
+        f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
+    )
     return done.stdout + done.stderr
 
 

@@ -1,4 +1,5 @@
-"""Runs of Pretrain.py with configs/Pretrain/debug.yaml on a handful of pictures, as one would start them by hand."""
+"""Runs of Pretrain.py with configs/Pretrain/debug.yaml on a handful of images, as one would start
+them by hand."""
 
 import json
 import os
@@ -29,7 +30,11 @@ def arguments(data: Path, tokenizer: Path, output: Path, **changes) -> list[str]
 
 
 def command(processes: int, flags: list[str]) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     return [sys.executable, *launcher, str(ROOT / "Pretrain.py"), *flags]
 
 

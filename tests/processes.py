@@ -9,9 +9,12 @@ import torch.multiprocessing as mp
 
 
 def spawn(function, world_size: int, *args) -> None:
-    """`function(rank, *args)` on `world_size` processes joined over gloo; raises where one of them raises."""
+    """`function(rank, *args)` on `world_size` processes joined over gloo; raises where one of them
+    raises."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world_size, os.path.join(folder, "store"), function, args), nprocs=world_size)
+        mp.spawn(
+            _worker, (world_size, os.path.join(folder, "store"), function, args), nprocs=world_size
+        )
 
 
 def _worker(rank: int, world_size: int, store: str, function, args) -> None:
@@ -22,4 +25,6 @@ def _worker(rank: int, world_size: int, store: str, function, args) -> None:
         dist.barrier()  # nobody hangs up while another still talks
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's own way out, on which nothing depends
+    os._exit(
+        0
+    )  # gloo's threads now and then abort the interpreter's own way out, on which nothing depends

@@ -1,4 +1,5 @@
-"""Runs of Recognition.py with configs/Recognition/debug.yaml on a handful of pictures, as one would start them."""
+"""Runs of Recognition.py with configs/Recognition/debug.yaml on a handful of images, as one would
+start them."""
 
 import contextlib
 import json
@@ -34,12 +35,23 @@ def arguments(data: Path, output: Path, *more, **changes) -> list[str]:
 
 def finish(processes: int, flags: list[str], expect: int = 0) -> str:
     """Run Recognition.py to the end; its output, after checking the exit status."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     command = [sys.executable, *launcher, str(ROOT / "Recognition.py"), *flags]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert done.returncode == expect, f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
+    assert done.returncode == expect, (
+        f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
+    )
     return done.stdout + done.stderr
 
 

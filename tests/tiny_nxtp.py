@@ -11,7 +11,9 @@ from models.layers.openai_towers import OpenAIConfig
 from models.recognition.nxtp import Nxtp, NxtpConfig
 
 TEXTS = [
-    f"The objects in the image are {a}, {b}, living room" for a in "dog cat tree".split() for b in "sky car".split()
+    f"The objects in the image are {a}, {b}, living room"
+    for a in "dog cat tree".split()
+    for b in "sky car".split()
 ]
 
 
@@ -35,8 +37,12 @@ def tokenizer(folder: Path):
 def network(vocabulary: int = 40, seed: int = 0, heads: int = 4, **changes) -> Nxtp:
     """Image tower 64 wide on 16 patches of 8 px, decoder 32 wide, two blocks."""
     torch.manual_seed(seed)
-    vision = OpenAIConfig(embed_dim=32, image_size=32, vision_width=64, vision_layers=2, patch_size=8)
-    decoder = LlamaConfig(dim=32, n_layers=2, n_heads=heads, n_kv_heads=2, vocab_size=vocabulary, multiple_of=16)
+    vision = OpenAIConfig(
+        embed_dim=32, image_size=32, vision_width=64, vision_layers=2, patch_size=8
+    )
+    decoder = LlamaConfig(
+        dim=32, n_layers=2, n_heads=heads, n_kv_heads=2, vocab_size=vocabulary, multiple_of=16
+    )
     return Nxtp(NxtpConfig(vision, decoder, **changes)).eval()
 
 

@@ -12,8 +12,11 @@ SPECIAL = (0, 1, 2, 3, 4)  # [PAD] [UNK] [CLS] [SEP] [MASK]
 VOCAB, CODES, PATCHES, LENGTH = 40, 12, 16, 8
 
 
-def tiny_config(albef: bool = False, dropout: float = 0.0, layers: int = 3, depth: int = 2, **changes) -> SimlaConfig:
-    """Two-block image encoder, three-layer text encoder (single-stream, or two-stage with one text layer)."""
+def tiny_config(
+    albef: bool = False, dropout: float = 0.0, layers: int = 3, depth: int = 2, **changes
+) -> SimlaConfig:
+    """Two-block image encoder, three-layer text encoder (single-stream, or two-stage with one text
+    layer)."""
     bert = BertConfig(
         vocab_size=VOCAB,
         hidden_size=24,
@@ -28,9 +31,16 @@ def tiny_config(albef: bool = False, dropout: float = 0.0, layers: int = 3, dept
         attention_probs_dropout_prob=dropout,
         initializer_range=0.3,
     )
-    vit = ViTConfig(image_size=32, patch_size=8, width=24, depth=depth, heads=4, mask_token=not albef)
+    vit = ViTConfig(
+        image_size=32, patch_size=8, width=24, depth=depth, heads=4, mask_token=not albef
+    )
     sizes = {"embed_dim": 16, "queue_size": 6, "visual_vocab": CODES, "max_masked_patches": 7}
-    losses = {"mim": not albef, "keywords": 0 if albef else 5, "special_ids": SPECIAL, "cls_id": CLS}
+    losses = {
+        "mim": not albef,
+        "keywords": 0 if albef else 5,
+        "special_ids": SPECIAL,
+        "cls_id": CLS,
+    }
     return SimlaConfig(**({"vit": vit, "bert": bert} | sizes | losses | changes))
 
 
@@ -46,7 +56,8 @@ def tiny_model(seed: int = 0, **options) -> Simla:
 
 
 def tiny_batch(rows: int = 4, albef: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A batch with captions of different lengths, numbers of masked tokens and numbers of masked patches."""
+    """A batch with captions of different lengths, numbers of masked tokens and numbers of masked
+    patches."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCAB, (rows, LENGTH), generator=generator)
     ids[:, 0] = CLS
@@ -84,7 +95,9 @@ def positions_and_labels(ids: torch.Tensor, chosen: torch.Tensor) -> dict[str, t
 
 def rows_of(batch: dict[str, torch.Tensor], start: int, stop: int) -> dict[str, torch.Tensor]:
     """The part of a batch with samples start..stop-1."""
-    part = {k: v if v.ndim == 0 else v[start:stop] for k, v in batch.items() if not k.startswith("mlm_")}
+    part = {
+        k: v if v.ndim == 0 else v[start:stop] for k, v in batch.items() if not k.startswith("mlm_")
+    }
     part["mlm_ids"] = batch["mlm_ids"][start:stop]
     chosen = part["mlm_ids"] != part["text_ids"]
     return part | positions_and_labels(part["text_ids"], chosen)

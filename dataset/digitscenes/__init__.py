@@ -1,1 +1,2 @@
-"""DigitScenes: small scenes of real handwritten digits, in the public formats of every system here."""
+"""DigitScenes: small scenes of real handwritten digits, in the public formats of every system
+here."""

@@ -1,7 +1,9 @@
-"""Builds the data folder: draws the pictures, writes every format, and signs the result with a manifest.
+"""Builds the data folder: draws the images, writes every format, and signs the result with a
+manifest.
 
-A folder is finished when its manifest exists and fits its files; one that an interruption left behind is marked by
-`.unfinished`, and the next run starts it afresh. Only what this module makes (TOP_LEVEL) is ever deleted.
+A folder is finished when its manifest exists and fits its files; one that an interruption left
+behind is marked by `.unfinished`, and the next run starts it afresh. Only what this module makes
+(TOP_LEVEL) is ever deleted.
 """
 
 import json
@@ -23,8 +25,8 @@ TOP_LEVEL = {
     "README.md": "this page",
     "stats.json": "sizes of the splits, and what guessing scores on every task",
     "overview.png": "24 test scenes with a caption",
-    "images": "the pictures: {train,val,test}2017/<12-digit id>.jpg (COCO's naming)",
-    "scenes_train.jsonl": "what every training picture shows: digits, colours, boxes (pixels), handwriting sample",
+    "images": "the images: {train,val,test}2017/<12-digit id>.jpg (COCO's naming)",
+    "scenes_train.jsonl": "what every training image shows: digits, colours, boxes (pixels), handwriting sample",
     "scenes_val.jsonl": "the same, validation",
     "scenes_test.jsonl": "the same, test",
     "pretrain_train.json": "pre-training pairs [{image, caption: [5]}]",
@@ -33,12 +35,12 @@ TOP_LEVEL = {
     "retrieval_val.json": "retrieval [{image, caption: [5]}]",
     "retrieval_test.json": "the same, test",
     "dataset_digitscenes.json": "captions of all splits in the layout of Karpathy's COCO / Flickr30k files",
-    "coco": "captions_{train,val,test}2017.json in the layout of COCO captions; pictures under images/",
+    "coco": "captions_{train,val,test}2017.json in the layout of COCO captions; images under images/",
     "vqa_train.json": "VQA [{dataset, image, question, answer: [10], question_id}]",
     "vqa_val.json": "the same, validation",
     "vqa_test.json": "the same without answers",
     "vqa_test_answers.json": "their answers in the layout of the VQA v2 annotations, with question types",
-    "vg_qa.json": "Visual-Genome-style questions on training pictures, one answer each",
+    "vg_qa.json": "Visual-Genome-style questions on training images, one answer each",
     "answer_list.json": "all answers that occur, for ranking",
     "ve_train.json": "SNLI-VE [{image: path without .jpg, sentence, label}], labels equally frequent",
     "ve_val.json": "the same, validation",
@@ -49,7 +51,7 @@ TOP_LEVEL = {
     "refcoco+": "refs(unc).p, instances.json and dets.json (boxes [x, y, w, h] by image id) of the RefCOCO+ task",
     "refcoco+_train.json": "expressions [{image, text}]",
     "refcoco+_test.json": "expressions [{image, text, ref_id}] of val, testA (two digits) and testB (three digits)",
-    "imagefolder": "one digit a picture: {train,val,test}/<class>/*.jpg, classnames.txt, lists, file lists, real.json",
+    "imagefolder": "one digit an image: {train,val,test}/<class>/*.jpg, classnames.txt, lists, file lists, real.json",
     "labels.json": "class names in folder order for zero-shot classification",
     "templates.json": "prompt templates for zero-shot classification",
     "templates_short.json": "the wordings of tfrecord/alt_texts, which name no colours",
@@ -58,11 +60,11 @@ TOP_LEVEL = {
     "nxtp": "list files `path : name,name,...`, the same with captions as JSON lines, and a tokenizer.model",
     "wds": "WebDataset shards (jpg, txt, json) as img2dataset writes them: {train,val,test}/00000.tar ...",
     "tfrecord": "TFRecord shards (jpg, txt): {train,val,test}/00000.tfrecord ...",
-    "alt_texts.npy": "the class folders' training pictures with short texts, in CC3M's layout; also tfrecord/alt_texts",
-    "cc3m.npy": "CC3M metadata of the training pictures [{image_id: path, captions}]",
-    "cc12m.npy": "CC12M metadata of the training pictures [{image_name, image_id, captions}]",
+    "alt_texts.npy": "the class folders' training images with short texts, in CC3M's layout; also tfrecord/alt_texts",
+    "cc3m.npy": "CC3M metadata of the training images [{image_id: path, captions}]",
+    "cc12m.npy": "CC12M metadata of the training images [{image_name, image_id, captions}]",
     "yfcc15m": "YFCC15M: yfcc15m.pkl [(index, title, description)] and images/AB/CDE.zip",
-    "redcaps": "RedCaps: redcaps.json [{image_id, subreddit, caption}] and <subreddit>/<id>.jpg, every tenth picture",
+    "redcaps": "RedCaps: redcaps.json [{image_id, subreddit, caption}] and <subreddit>/<id>.jpg, every tenth image",
     "tokenizer": "a lower-casing WordPiece tokenizer trained on the training texts, as a Hugging Face folder",
     "bpe": "bpe_merges.txt.gz: byte-pair merges trained on the same texts, in CLIP's layout",
 }
@@ -70,7 +72,7 @@ TOP_LEVEL = {
 
 @dataclass(frozen=True)
 class Request:
-    """What to build: scenes per split, the side in pixels about which pictures vary, and the seed."""
+    """What to build: scenes per split, the side in pixels about which images vary, and the seed."""
 
     train: int = 6000
     val: int = 300
@@ -81,7 +83,9 @@ class Request:
     def __post_init__(self) -> None:
         for split in SPLITS:
             if getattr(self, split) < 20:
-                raise UserError(f"--{split} {getattr(self, split)}: every split needs at least 20 scenes")
+                raise UserError(
+                    f"--{split} {getattr(self, split)}: every split needs at least 20 scenes"
+                )
         if not 32 <= self.size <= 1024:
             raise UserError(f"--size {self.size}: choose a side between 32 and 1024 pixels")
         if self.seed < 0:
@@ -91,10 +95,13 @@ class Request:
         return asdict(self) | {"version": VERSION}
 
 
-def build(root: Path, request: Request, overwrite: bool = False, say: Callable[[str], None] = print) -> bool:
+def build(
+    root: Path, request: Request, overwrite: bool = False, say: Callable[[str], None] = print
+) -> bool:
     """Makes `root` hold the data of `request`; returns whether anything had to be built.
 
-    Raises UserError if the folder holds other data; `overwrite` replaces DigitScenes made with other arguments.
+    Raises UserError if the folder holds other data; `overwrite` replaces DigitScenes made with
+    other arguments.
     """
     root = Path(root)
     if not must_build(root, request, overwrite, say):
@@ -112,7 +119,8 @@ def build(root: Path, request: Request, overwrite: bool = False, say: Callable[[
 
 
 def must_build(root: Path, request: Request, overwrite: bool, say: Callable[[str], None]) -> bool:
-    """Whether the folder has to be filled; raises UserError if that would replace something else."""
+    """Whether the folder has to be filled; raises UserError if that would replace something
+    else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return True
     if not root.is_dir():
@@ -121,7 +129,9 @@ def must_build(root: Path, request: Request, overwrite: bool, say: Callable[[str
         say(f"{root} was left unfinished by an interruption: starting it afresh")
         return True
     if not (root / MANIFEST).exists():
-        raise UserError(f"{root} holds files that are not DigitScenes: name another folder, or empty this one")
+        raise UserError(
+            f"{root} holds files that are not DigitScenes: name another folder, or empty this one"
+        )
     try:
         manifest = json.loads((root / MANIFEST).read_text())
     except ValueError:
@@ -165,7 +175,7 @@ def fingerprint(root: Path) -> dict:
 
 
 def fill(root: Path, request: Request) -> None:
-    """Draws the pictures and writes every format, with a progress bar counted in pictures."""
+    """Draws the images and writes every format, with a progress bar counted in images."""
     from tqdm import tqdm
 
     handwriting = Handwriting()
@@ -173,17 +183,21 @@ def fill(root: Path, request: Request) -> None:
     for split in SPLITS:
         key = (lambda s: s.description) if split == "train" else (lambda s: s.content)
         count = getattr(request, split)
-        splits[split] = unique_scenes(handwriting, split, count, first, request.size, request.seed, key)
+        splits[split] = unique_scenes(
+            handwriting, split, count, first, request.size, request.seed, key
+        )
         first += count
     counts = {"train": request.train // 2, "val": request.val, "test": request.test}
     classes = {}
     for split, count in counts.items():
         classes[split] = class_scenes(handwriting, split, count, first, request.size, request.seed)
         first += count
-    everything = [scene for group in (splits, classes) for scenes in group.values() for scene in scenes]
+    everything = [
+        scene for group in (splits, classes) for scenes in group.values() for scene in scenes
+    ]
     for folder in sorted({(root / scene.path).parent for scene in everything}):
         folder.mkdir(parents=True)
-    with tqdm(total=len(everything), unit=" pictures", desc="DigitScenes", disable=None) as bar:
+    with tqdm(total=len(everything), unit=" images", desc="DigitScenes", disable=None) as bar:
         for scene in everything:
             (root / scene.path).write_bytes(jpeg(scene, handwriting, request.seed))
             bar.update()
@@ -193,10 +207,14 @@ def fill(root: Path, request: Request) -> None:
         write_readme(root, request, statistics)
 
 
-def write_formats(root: Path, splits: dict[str, list[Scene]], classes: dict[str, list[Scene]], seed: int) -> dict:
+def write_formats(
+    root: Path, splits: dict[str, list[Scene]], classes: dict[str, list[Scene]], seed: int
+) -> dict:
     """All annotation files, containers and vocabularies; returns the content of stats.json."""
     for split, scenes in splits.items():
-        annotations.write_json_lines(root / f"scenes_{split}.jsonl", (asdict(scene) for scene in scenes))
+        annotations.write_json_lines(
+            root / f"scenes_{split}.jsonl", (asdict(scene) for scene in scenes)
+        )
         shards.write_tars(root, split, scenes)
         shards.write_tfrecords(root, split, scenes)
     annotations.write_captions(root, splits)
@@ -219,12 +237,14 @@ def write_formats(root: Path, splits: dict[str, list[Scene]], classes: dict[str,
     instances = json.loads((root / "refcoco+/instances.json").read_text())
     boxes = json.loads((root / "refcoco+/dets.json").read_text())
     statistics = {
-        "pictures": {split: len(scenes) for split, scenes in splits.items()},
-        "class_pictures": {split: len(scenes) for split, scenes in classes.items()},
+        "images": {split: len(scenes) for split, scenes in splits.items()},
+        "class_images": {split: len(scenes) for split, scenes in classes.items()},
         "questions": {split: len(entries) for split, entries in asked.items()},
         "statements": {split: len(entries) for split, entries in stated["ve"].items()},
-        "picture_pairs": {split: len(entries) for split, entries in stated["nlvr"].items()},
-        "references": {s: sum(r["split"] == s for r in refs) for s in ("train", "val", "testA", "testB")},
+        "image_pairs": {split: len(entries) for split, entries in stated["nlvr"].items()},
+        "references": {
+            s: sum(r["split"] == s for r in refs) for s in ("train", "val", "testA", "testB")
+        },
         "chance": {
             "retrieval": chance.retrieval_chance(len(splits["test"])),
             "vqa": chance.vqa_chance(asked["train"], asked["test"]),
@@ -244,8 +264,10 @@ def write_overview(root: Path, scenes: list[Scene], count: int = 24) -> None:
     from PIL import Image
 
     shown = scenes[:count]
-    pictures = [Image.open(root / scene.path) for scene in shown]
-    contact_sheet(pictures, [captions(s)[i % 5] for i, s in enumerate(shown)]).save(root / "overview.png")
+    images = [Image.open(root / scene.path) for scene in shown]
+    contact_sheet(images, [captions(s)[i % 5] for i, s in enumerate(shown)]).save(
+        root / "overview.png"
+    )
 
 
 def write_readme(root: Path, request: Request, statistics: dict) -> None:
@@ -258,7 +280,7 @@ def write_readme(root: Path, request: Request, statistics: dict) -> None:
         "digits that scikit-learn bundles. The writers of the test and validation splits are never trained on.",
         f"Made by `scripts/data/make_digitscenes.py OUT {asked}`; paths in all files are relative to this folder.",
         "",
-        "A mirrored picture no longer fits words such as left and right: train without horizontal flips.",
+        "A mirrored image no longer fits words such as left and right: train without horizontal flips.",
         "",
         "| file | content |",
         "|---|---|",
@@ -267,11 +289,13 @@ def write_readme(root: Path, request: Request, statistics: dict) -> None:
         "## What guessing scores on the test split (percent)",
         "",
         "VQA: the most frequent training answer to the same words. VE: the labels are equally frequent; `words_alone`",
-        "knows which statements no picture decides. Grounding: a detection box drawn at random.",
+        "knows which statements no image decides. Grounding: a detection box drawn at random.",
         "",
         "| task | chance |",
         "|---|---|",
     ]
     for task, values in statistics["chance"].items():
-        lines.append(f"| {task} | {', '.join(f'{name} {value:.2f}' for name, value in values.items())} |")
+        lines.append(
+            f"| {task} | {', '.join(f'{name} {value:.2f}' for name, value in values.items())} |"
+        )
     (root / "README.md").write_text("\n".join(lines) + "\n")

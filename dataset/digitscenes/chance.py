@@ -8,12 +8,15 @@ from dataset.digitscenes.scenes import Scene
 from dataset.digitscenes.tasks import detections_hit
 
 
-def retrieval_chance(pictures: int, captions: int = 5) -> dict[str, float]:
-    """Recall in percent of a random order, text to image (`img_r*`) and image to text (`txt_r*`)."""
-    total = pictures * captions
-    chance = {f"img_r{k}": 100 * min(1, k / pictures) for k in (1, 5, 10)}
+def retrieval_chance(images: int, captions: int = 5) -> dict[str, float]:
+    """Recall in percent of a random order, text to image (`img_r*`) and image to text
+    (`txt_r*`)."""
+    total = images * captions
+    chance = {f"img_r{k}": 100 * min(1, k / images) for k in (1, 5, 10)}
     for k in (1, 5, 10):
-        chance[f"txt_r{k}"] = 100 * (1 - comb(total - captions, k) / comb(total, k)) if k <= total else 100.0
+        chance[f"txt_r{k}"] = (
+            100 * (1 - comb(total - captions, k) / comb(total, k)) if k <= total else 100.0
+        )
     return chance
 
 
@@ -23,7 +26,8 @@ def vqa_score(answer: str, annotators: list[str]) -> float:
 
 
 def vqa_chance(train: list[dict], test: list[dict]) -> dict[str, float]:
-    """Accuracy in percent, by type and overall, of the answer most often right for the same words in training."""
+    """Accuracy in percent, by type and overall, of the answer most often right for the same words
+    in training."""
     by_question, by_type = defaultdict(Counter), defaultdict(Counter)
     for e in train:
         by_question[e["question"]][e["answer"]] += 1
@@ -38,7 +42,8 @@ def vqa_chance(train: list[dict], test: list[dict]) -> dict[str, float]:
 
 
 def grounding_chance(refs: list[dict], instances: dict, boxes: dict[str, list]) -> dict[str, float]:
-    """Percent correct of a box drawn at random from the detections, per split, each sentence counted once."""
+    """Percent correct of a box drawn at random from the detections, per split, each sentence
+    counted once."""
     bbox = {a["id"]: a["bbox"] for a in instances["annotations"]}
     hits = defaultdict(list)
     for ref in refs:
@@ -48,5 +53,6 @@ def grounding_chance(refs: list[dict], instances: dict, boxes: dict[str, list]) 
 
 
 def multi_label_chance(scenes: list[Scene]) -> float:
-    """Mean average precision in percent of a random order: the mean share of pictures that show a label."""
+    """Mean average precision in percent of a random order: the mean share of images that show a
+    label."""
     return 100 * sum(len(visible_labels(s)) for s in scenes) / (len(scenes) * len(LABELS))

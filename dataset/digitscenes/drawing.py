@@ -12,7 +12,8 @@ JPEG_QUALITY = 90
 
 
 def stroke(digit: Digit, handwriting: Handwriting) -> np.ndarray:
-    """Opacity float32 [h, w] in [0, 1] of a digit at its size: bicubic up-sampling, then a firmer edge."""
+    """Opacity float32 [h, w] in [0, 1] of a digit at its size: bicubic up-sampling, then a firmer
+    edge."""
     from PIL import Image
 
     crop = handwriting.crops[digit.sample]
@@ -23,13 +24,16 @@ def stroke(digit: Digit, handwriting: Handwriting) -> np.ndarray:
 
 
 def draw(scene: Scene, handwriting: Handwriting, seed: int):
-    """The scene as a PIL picture: a softly lit ground, each digit in its colour give or take a little, and grain."""
+    """The scene as a PIL image: a softly lit ground, each digit in its colour give or take a
+    little, and grain."""
     from PIL import Image
 
     rng = np.random.default_rng([seed, 2, scene.image_id])
     slope = rng.uniform(-0.12, 0.12, 2)
     light = (
-        1 + slope[0] * np.linspace(-1, 1, scene.width)[None, :] + slope[1] * np.linspace(-1, 1, scene.height)[:, None]
+        1
+        + slope[0] * np.linspace(-1, 1, scene.width)[None, :]
+        + slope[1] * np.linspace(-1, 1, scene.height)[:, None]
     )
     ground = np.add(GROUNDS[scene.ground], rng.uniform(-8, 8, 3))
     canvas = (light[..., None] * ground).astype(np.float32)
@@ -43,25 +47,29 @@ def draw(scene: Scene, handwriting: Handwriting, seed: int):
 
 
 def jpeg(scene: Scene, handwriting: Handwriting, seed: int) -> bytes:
-    """The scene as the bytes of a JPEG file with full-resolution colour (strokes are only a few pixels wide)."""
+    """The scene as the bytes of a JPEG file with full-resolution colour (strokes are only a few
+    pixels wide)."""
     stream = io.BytesIO()
     draw(scene, handwriting, seed).save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return stream.getvalue()
 
 
-def contact_sheet(pictures: Sequence, texts: Sequence[str], columns: int = 6, cell: int = 200):
-    """A PIL picture of `pictures` in a grid, each enlarged to at most `cell` pixels, with its text below."""
+def contact_sheet(images: Sequence, texts: Sequence[str], columns: int = 6, cell: int = 200):
+    """A PIL image of `images` in a grid, each enlarged to at most `cell` pixels, with its text
+    below."""
     from PIL import Image, ImageDraw, ImageFont
 
     margin, line, lines = 12, 17, 4
     step_x, step_y = cell + 2 * margin, cell + 2 * margin + line * lines
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * step_x, rows * step_y), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
         left, top = (i % columns) * step_x + margin, (i // columns) * step_y + margin
-        scale = cell / max(picture.size)
-        enlarged = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.LANCZOS)
+        scale = cell / max(image.size)
+        enlarged = image.resize(
+            [round(side * scale) for side in image.size], Image.Resampling.LANCZOS
+        )
         sheet.paste(enlarged, (left + (cell - enlarged.width) // 2, top + cell - enlarged.height))
         for row, words in enumerate(textwrap.wrap(text, 30)[:lines]):
             pen.text((left, top + cell + 6 + row * line), words, fill="black", font=font)

@@ -1,8 +1,10 @@
-"""What a scene shows: one to three coloured handwritten digits on a coloured ground, and where they stand.
+"""What a scene shows: one to three coloured handwritten digits on a coloured ground, and where they
+stand.
 
-The handwriting is scikit-learn's bundled copy of the UCI optical digits (1,797 samples of 8x8 grey values, no
-download). It is stored form by form: every writer's form begins with 0 1 2 ... 9 three times over. The cuts below fall
-between forms, so the writers of the test split are never trained on.
+The handwriting is scikit-learn's bundled copy of the UCI optical digits (1,797 samples of 8x8 grey
+values, no download). It is stored form by form: every writer's form begins with 0 1 2 ... 9 three
+times over. The cuts below fall between forms, so the writers of the test split are never trained
+on.
 """
 
 from collections.abc import Callable, Hashable
@@ -35,8 +37,8 @@ COUNT_SHARES = (0.15, 0.45, 0.40)
 SIZES = {"small": (0.34, 0.37), "large": (0.45, 0.49)}
 LONE_LARGE = (0.50, 0.70)
 
-# Cells (left, top, right, bottom) in fractions of the picture, in the order in which captions name the digits. The
-# cells of an arrangement do not overlap, so digits cannot.
+# Cells (left, top, right, bottom) in fractions of the image, in the order in which captions name
+# the digits. The cells of an arrangement do not overlap, so digits cannot.
 UPPER_LEFT, UPPER_RIGHT = (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5)
 LOWER_LEFT, LOWER_RIGHT = (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)
 ARRANGEMENTS = {
@@ -63,7 +65,8 @@ ARRANGEMENTS = {
 
 @dataclass(frozen=True)
 class Digit:
-    """One digit: `sample` is its row in scikit-learn's digits, `box` is (x, y, w, h) in pixels around its ink."""
+    """One digit: `sample` is its row in scikit-learn's digits, `box` is (x, y, w, h) in pixels
+    around its ink."""
 
     digit: int
     colour: str
@@ -83,7 +86,8 @@ class Digit:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: `path` is relative to the data folder, digits come in the order of their arrangement's cells."""
+    """One image: `path` is relative to the data folder, digits come in the order of their
+    arrangement's cells."""
 
     image_id: int
     split: str
@@ -96,7 +100,8 @@ class Scene:
 
     @property
     def content(self) -> Hashable:
-        """What any caption names whatever its wording: the ground and the coloured digits, without their places."""
+        """What any caption names whatever its wording: the ground and the coloured digits, without
+        their places."""
         return self.ground, frozenset(d.name for d in self.digits)
 
     @property
@@ -108,7 +113,8 @@ class Scene:
 class Handwriting:
     """The 1,797 handwritten digits and their split.
 
-    `ink` float32 [1797, 8, 8] in [0, 1] and `crops`, the same cut to their ink; `labels` int64 [1797];
+    `ink` float32 [1797, 8, 8] in [0, 1] and `crops`, the same cut to their ink; `labels` int64
+    [1797];
     `samples[split][digit]` the rows of one class.
     """
 
@@ -132,7 +138,8 @@ def crop(ink: np.ndarray) -> np.ndarray:
 
 
 def choose_names(rng: np.random.Generator, count: int) -> list[tuple[int, str]]:
-    """`count` different (digit, colour) pairs; a third of the later ones repeat the digit or colour before."""
+    """`count` different (digit, colour) pairs; a third of the later ones repeat the digit or colour
+    before."""
     colours = list(COLOURS)
     names: list[tuple[int, str]] = []
     while len(names) < count:
@@ -144,8 +151,16 @@ def choose_names(rng: np.random.Generator, count: int) -> list[tuple[int, str]]:
     return names
 
 
-def place(rng: np.random.Generator, cell: tuple, long_side: float, crop: np.ndarray, width: int, height: int) -> tuple:
-    """Box (x, y, w, h) of a digit inside its cell: the longer side is `long_side` of the picture's shorter one."""
+def place(
+    rng: np.random.Generator,
+    cell: tuple,
+    long_side: float,
+    crop: np.ndarray,
+    width: int,
+    height: int,
+) -> tuple:
+    """Box (x, y, w, h) of a digit inside its cell: the longer side is `long_side` of the image's
+    shorter one."""
     rows, columns = crop.shape[0] - 1, crop.shape[1] - 1  # half of the empty rim belongs to the box
     scale = long_side * min(width, height) / max(rows, columns)
     left, top, right, bottom = cell[0] * width, cell[1] * height, cell[2] * width, cell[3] * height
@@ -165,12 +180,15 @@ def random_scene(
     side: int,
     names: list[tuple[int, str]] | None = None,
 ) -> Scene:
-    """A scene of about `side` pixels; `names` [(digit, colour)] fixes what is shown, otherwise it is drawn too."""
+    """A scene of about `side` pixels; `names` [(digit, colour)] fixes what is shown, otherwise it
+    is drawn too."""
     if names is None:
         names = choose_names(rng, int(rng.choice(3, p=COUNT_SHARES)) + 1)
     scale, aspect = side * rng.uniform(0.95, 1.15), rng.uniform(0.9, 1.1) ** 0.5
     width, height = round(scale * aspect), round(scale / aspect)
-    arrangement, cells = list(ARRANGEMENTS[len(names)].items())[rng.integers(len(ARRANGEMENTS[len(names)]))]
+    arrangement, cells = list(ARRANGEMENTS[len(names)].items())[
+        rng.integers(len(ARRANGEMENTS[len(names)]))
+    ]
     digits = []
     for (digit, colour), cell in zip(names, cells, strict=True):
         size = "small" if arrangement == "triple row" or rng.random() < 0.5 else "large"
@@ -191,7 +209,8 @@ def unique_scenes(
     seed: int,
     key: Callable[[Scene], Hashable],
 ) -> list[Scene]:
-    """`count` scenes no two of which agree in `key`. Raises UserError if so many different ones cannot be found."""
+    """`count` scenes no two of which agree in `key`. Raises UserError if so many different ones
+    cannot be found."""
     scenes: list[Scene] = []
     seen: set[Hashable] = set()
     for image_id in range(first_id, first_id + count):
@@ -202,14 +221,18 @@ def unique_scenes(
             if key(scene) not in seen:
                 break
         else:
-            raise UserError(f"no {count} different scenes exist for the {split} split: ask for fewer (--{split})")
+            raise UserError(
+                f"no {count} different scenes exist for the {split} split: ask for fewer (--{split})"
+            )
         seen.add(key(scene))
         scenes.append(scene)
     return scenes
 
 
-def class_scenes(handwriting: Handwriting, split: str, count: int, first_id: int, side: int, seed: int) -> list[Scene]:
-    """`count` pictures of a single digit for the class folders, the ten classes in turn."""
+def class_scenes(
+    handwriting: Handwriting, split: str, count: int, first_id: int, side: int, seed: int
+) -> list[Scene]:
+    """`count` images of a single digit for the class folders, the ten classes in turn."""
     scenes = []
     colours = list(COLOURS)
     for i in range(count):

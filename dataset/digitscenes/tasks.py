@@ -1,7 +1,9 @@
-"""Annotations of the tasks: questions, statements about one or two pictures, expressions that refer to one digit.
+"""Annotations of the tasks: questions, statements about one or two images, expressions that refer
+to one digit.
 
-Where a model could guess from the words alone, the guess is made worthless: a yes/no question, an entailed statement
-and an NLVR2 sentence each come back word for word with a picture for which the opposite is right.
+Where a model could guess from the words alone, the guess is made worthless: a yes/no question, an
+entailed statement and an NLVR2 sentence each come back word for word with an image for which the
+opposite is right.
 """
 
 from collections import Counter
@@ -42,13 +44,24 @@ UNDECIDABLE = (
     "whoever wrote the {0} was tired",
     "the {0} hangs in a classroom",
 )
-NOUN_PHRASES = {"digit": "a {0}", "colour": "a {0} digit", "name": "a {0}", "ground": "a {0} ground", "sized": "a {0}"}
-# NLVR2: a sentence about two pictures, and whether (left, right) hold the fact when it is true and when it is false.
+NOUN_PHRASES = {
+    "digit": "a {0}",
+    "colour": "a {0} digit",
+    "name": "a {0}",
+    "ground": "a {0} ground",
+    "sized": "a {0}",
+}
+# NLVR2: a sentence about two images, and whether (left, right) hold the fact when it is true and
+# when it is false.
 PAIR_SENTENCES = (
     ("both pictures show {0}", [(1, 1)], [(1, 0), (0, 1)]),
     ("exactly one of the two pictures shows {0}", [(1, 0), (0, 1)], [(1, 1), (0, 0)]),
     ("at least one of the two pictures shows {0}", [(1, 0), (0, 1), (1, 1)], [(0, 0)]),
-    ("the left picture shows {0} but the right picture does not", [(1, 0)], [(0, 1), (1, 1), (0, 0)]),
+    (
+        "the left picture shows {0} but the right picture does not",
+        [(1, 0)],
+        [(0, 1), (1, 1), (0, 0)],
+    ),
     ("neither picture shows {0}", [(0, 0)], [(1, 0), (0, 1), (1, 1)]),
 )
 
@@ -61,7 +74,8 @@ def unique(digits: tuple[Digit, ...], attribute: str) -> list[Digit]:
 
 
 def extremes(scene: Scene) -> Iterator[tuple[str, Digit]]:
-    """(place, digit) for every place that exactly one digit takes: ("on the left", ...), ("at the top", ...)."""
+    """(place, digit) for every place that exactly one digit takes: ("on the left", ...), ("at the
+    top", ...)."""
     d = scene.digits
     if scene.arrangement in ("row", "falling", "rising", "triple row"):
         yield from (("on the left", d[0]), ("on the right", d[-1]))
@@ -78,7 +92,8 @@ def extremes(scene: Scene) -> Iterator[tuple[str, Digit]]:
 
 
 def open_questions(scene: Scene) -> list[tuple[str, str, str]]:
-    """(question type, question, answer) of everything that can be asked of the scene besides yes/no questions."""
+    """(question type, question, answer) of everything that can be asked of the scene besides yes/no
+    questions."""
     asked = [
         ("how many", "how many digits are there?", COUNTS[len(scene.digits)]),
         ("ground colour", "what colour is the ground?", scene.ground),
@@ -86,13 +101,19 @@ def open_questions(scene: Scene) -> list[tuple[str, str, str]]:
     for d in unique(scene.digits, "digit"):
         asked.append(("digit colour", f"what colour is the {d.word}?", d.colour))
         asked.append(("size", f"is the {d.word} large or small?", d.size))
-    asked += [("which digit", f"which digit is {d.colour}?", d.word) for d in unique(scene.digits, "colour")]
+    asked += [
+        ("which digit", f"which digit is {d.colour}?", d.word)
+        for d in unique(scene.digits, "colour")
+    ]
     asked += [("place", f"which digit is {place}?", d.word) for place, d in extremes(scene)]
     return asked
 
 
-def yes_no_questions(index: FactIndex, i: int, rng: np.random.Generator) -> list[tuple[int, str, str, str]]:
-    """A question about scene i with the answer yes, and the same about a scene where it is no; [] if there is none."""
+def yes_no_questions(
+    index: FactIndex, i: int, rng: np.random.Generator
+) -> list[tuple[int, str, str, str]]:
+    """A question about scene i with the answer yes, and the same about a scene where it is no; []
+    if there is none."""
     kinds = sorted({fact[0] for fact in index.facts[i]} & YES_NO.keys())
     kind = kinds[rng.integers(len(kinds))]
     choices = [fact for fact in index.facts[i] if fact[0] == kind]
@@ -105,7 +126,8 @@ def yes_no_questions(index: FactIndex, i: int, rng: np.random.Generator) -> list
 
 
 def ten_answers(answer: str, rng: np.random.Generator) -> list[str]:
-    """The answers of ten annotators: unanimous, or up to three of them with the other word for the same."""
+    """The answers of ten annotators: unanimous, or up to three of them with the other word for the
+    same."""
     other = int(rng.integers(1, 4)) if answer in SYNONYMS and rng.random() < 0.5 else 0
     return [SYNONYMS.get(answer, answer)] * other + [answer] * (10 - other)
 
@@ -113,7 +135,8 @@ def ten_answers(answer: str, rng: np.random.Generator) -> list[str]:
 def questions(index: FactIndex, rng: np.random.Generator, per_scene: int = 4) -> list[dict]:
     """Per scene some open questions and, every second scene, a balanced yes/no pair.
 
-    Entries {scene, type, question, answer, answers} with `scene` a position in the index and `answers` ten strings.
+    Entries {scene, type, question, answer, answers} with `scene` a position in the index and
+    `answers` ten strings.
     """
     asked: dict[tuple[int, str], tuple[str, str]] = {}
     for i, scene in enumerate(index.scenes):
@@ -127,14 +150,21 @@ def questions(index: FactIndex, rng: np.random.Generator, per_scene: int = 4) ->
         if not any((j, question) in asked for j, _, question, _ in pair):
             asked.update({(j, question): (kind, answer) for j, kind, question, answer in pair})
     return [
-        {"scene": i, "type": kind, "question": question, "answer": answer, "answers": ten_answers(answer, rng)}
+        {
+            "scene": i,
+            "type": kind,
+            "question": question,
+            "answer": answer,
+            "answers": ten_answers(answer, rng),
+        }
         for (i, question), (kind, answer) in sorted(asked.items())
     ]
 
 
 # ---- statements
 def entailment(index: FactIndex, rng: np.random.Generator) -> list[dict]:
-    """Per scene an entailed statement, the same statement contradicted by another scene, and one no picture can decide.
+    """Per scene an entailed statement, the same statement contradicted by another scene, and one no
+    image can decide.
 
     Entries {scene, sentence, label}. The three labels are equally frequent.
     """
@@ -159,16 +189,23 @@ def entailment(index: FactIndex, rng: np.random.Generator) -> list[dict]:
     return entries
 
 
-def pair_of(index: FactIndex, fact: tuple, holds: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+def pair_of(
+    index: FactIndex, fact: tuple, holds: tuple[int, int], rng: np.random.Generator
+) -> tuple[int, int]:
     """Two different scenes (left, right) that hold the fact or not as `holds` says."""
     while True:
-        left, right = (index.having(fact, rng) if wanted else index.lacking(fact, rng) for wanted in holds)
+        left, right = (
+            index.having(fact, rng) if wanted else index.lacking(fact, rng) for wanted in holds
+        )
         if left != right:
             return left, right
 
 
-def compared_pairs(index: FactIndex, i: int, rng: np.random.Generator) -> Iterator[tuple[str, bool, tuple[int, int]]]:
-    """(sentence, label, (left, right)) for sentences that compare the two pictures, each with both labels."""
+def compared_pairs(
+    index: FactIndex, i: int, rng: np.random.Generator
+) -> Iterator[tuple[str, bool, tuple[int, int]]]:
+    """(sentence, label, (left, right)) for sentences that compare the two images, each with both
+    labels."""
     scene, count = index.scenes[i], len(index.scenes[i].digits)
     ground = ("ground", scene.ground)
     digits = ("count", COUNTS[count])
@@ -184,14 +221,18 @@ def compared_pairs(index: FactIndex, i: int, rng: np.random.Generator) -> Iterat
 
 
 def pair_sentences(index: FactIndex, rng: np.random.Generator) -> list[dict]:
-    """NLVR2: per scene one sentence about two pictures, with a pair for which it is true and one for which it is not.
+    """NLVR2: per scene one sentence about two images, with a pair for which it is true and one for
+    which it is not.
 
-    Entries {scenes: (left, right), sentence, label: "True" | "False"}; facts that a single scene holds are not used.
+    Entries {scenes: (left, right), sentence, label: "True" | "False"}; facts that a single scene
+    holds are not used.
     """
     entries = []
     for i in range(len(index.scenes)):
         usable = [
-            f for f in index.facts[i] if f[0] in NOUN_PHRASES and 2 <= len(index.holders[f]) <= len(index.scenes) - 2
+            f
+            for f in index.facts[i]
+            if f[0] in NOUN_PHRASES and 2 <= len(index.holders[f]) <= len(index.scenes) - 2
         ]
         if rng.random() < 0.25 or not usable:
             made = list(compared_pairs(index, i, rng))
@@ -206,16 +247,29 @@ def pair_sentences(index: FactIndex, rng: np.random.Generator) -> list[dict]:
                 (sentence, label, pair_of(index, fact, case[rng.integers(len(case))], rng))
                 for label, case in zip((True, False), cases, strict=True)
             ]
-        entries += [{"scenes": pair, "sentence": sentence, "label": str(label)} for sentence, label, pair in made]
+        entries += [
+            {"scenes": pair, "sentence": sentence, "label": str(label)}
+            for sentence, label, pair in made
+        ]
     return entries
 
 
 # ---- referring expressions
 def expressions(scene: Scene, target: Digit, rng: np.random.Generator, count: int = 2) -> list[str]:
-    """Up to `count` expressions that fit `target` alone, without words of place (as in RefCOCO+)."""
-    ways = (("word",), ("colour",), ("size",), ("size", "word"), ("size", "colour"), ("colour", "word"))
+    """Up to `count` expressions that fit `target` alone, without words of place (as in
+    RefCOCO+)."""
+    ways = (
+        ("word",),
+        ("colour",),
+        ("size",),
+        ("size", "word"),
+        ("size", "colour"),
+        ("colour", "word"),
+    )
     fitting = [
-        way for way in ways if sum(all(getattr(d, a) == getattr(target, a) for a in way) for d in scene.digits) == 1
+        way
+        for way in ways
+        if sum(all(getattr(d, a) == getattr(target, a) for a in way) for d in scene.digits) == 1
     ]
     found = []
     for k in rng.permutation(len(fitting))[:count]:
@@ -234,14 +288,15 @@ def iou(a: tuple, b: tuple) -> float:
 
 
 def inside(box: tuple, scene: Scene) -> tuple[float, ...]:
-    """The part of a box within the picture, at least one pixel, rounded to hundredths."""
+    """The part of a box within the image, at least one pixel, rounded to hundredths."""
     x, y = min(max(box[0], 0), scene.width - 1), min(max(box[1], 0), scene.height - 1)
     right, bottom = min(box[0] + box[2], scene.width), min(box[1] + box[3], scene.height)
     return round(x, 2), round(y, 2), round(max(1.0, right - x), 2), round(max(1.0, bottom - y), 2)
 
 
 def detections(scene: Scene, rng: np.random.Generator, distractors: int = 3) -> list[list[float]]:
-    """Boxes [x, y, w, h] as a detector gives them: every digit's a little off (IoU > 0.6), and wrong ones (< 0.4)."""
+    """Boxes [x, y, w, h] as a detector gives them: every digit's a little off (IoU > 0.6), and
+    wrong ones (< 0.4)."""
     found = []
     for d in scene.digits:
         x, y, w, h = d.box
@@ -253,12 +308,16 @@ def detections(scene: Scene, rng: np.random.Generator, distractors: int = 3) -> 
         found.append(box)
     while len(found) < len(scene.digits) + distractors:
         w, h = rng.uniform(0.25, 0.6, 2) * (scene.width, scene.height)
-        box = inside((rng.uniform(0, scene.width - w), rng.uniform(0, scene.height - h), w, h), scene)
+        box = inside(
+            (rng.uniform(0, scene.width - w), rng.uniform(0, scene.height - h), w, h), scene
+        )
         if all(iou(box, d.box) < 0.4 for d in scene.digits):
             found.append(box)
     return [[float(v) for v in found[k]] for k in rng.permutation(len(found))]
 
 
-def detections_hit(boxes: list[list[float]], target: list[float], threshold: float = 0.5) -> list[bool]:
+def detections_hit(
+    boxes: list[list[float]], target: list[float], threshold: float = 0.5
+) -> list[bool]:
     """Which boxes count as finding the target."""
     return [iou(box, target) >= threshold for box in boxes]

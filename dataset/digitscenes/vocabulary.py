@@ -1,4 +1,5 @@
-"""Small vocabularies trained on the training texts: BERT's WordPiece, CLIP's merges and LLaMA's SentencePiece."""
+"""Small vocabularies trained on the training texts: BERT's WordPiece, CLIP's merges and LLaMA's
+SentencePiece."""
 
 import gzip
 import json
@@ -6,34 +7,56 @@ from collections.abc import Iterable
 from pathlib import Path
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# The trainers number symbols in a hash map's order, another in each process, and ties are broken by number: the
-# symbols named beforehand, as special tokens, have fixed numbers.
+# The trainers number symbols in a hash map's order, another in each process, and ties are broken by
+# number: the symbols named beforehand, as special tokens, have fixed numbers.
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!:;'-"
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def write_wordpiece(folder: Path, texts: Iterable[str], size: int = 1000) -> None:
-    """A Hugging Face folder of a lower-casing BERT tokenizer with at most `size` pieces; ids 0-4 are SPECIAL."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """A Hugging Face folder of a lower-casing BERT tokenizer with at most `size` pieces; ids 0-4
+    are SPECIAL."""
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     alphabet = [*LETTERS, *(f"##{letter}" for letter in LETTERS)]
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIAL, *alphabet], show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=[*SPECIAL, *alphabet], show_progress=False
+    )
     tokenizer.train_from_iterator(sorted(texts), trainer)
     tokenizer = plain_copy(tokenizer)
     ids = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]")}
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=list(ids.items())
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=list(ids.items()),
     )
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece, _ in pieces))
-    roles = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
-    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512, **roles}
+    roles = dict(
+        zip(
+            ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True
+        )
+    )
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": True,
+        "model_max_length": 512,
+        **roles,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -49,9 +72,11 @@ def plain_copy(trained):
 
 
 def write_merges(path: Path, texts: Iterable[str], merges: int = 500) -> None:
-    """Byte-pair merges in the layout of CLIP's `bpe_simple_vocab_16e6.txt.gz`: a header line, then one merge per line.
+    """Byte-pair merges in the layout of CLIP's `bpe_simple_vocab_16e6.txt.gz`: a header line, then
+    one merge per line.
 
-    The vocabulary that belongs to n merges has 512 + n + 2 entries, <|startoftext|> and <|endoftext|> last.
+    The vocabulary that belongs to n merges has 512 + n + 2 entries, <|startoftext|> and
+    <|endoftext|> last.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -65,7 +90,10 @@ def write_merges(path: Path, texts: Iterable[str], merges: int = 500) -> None:
     )
     symbols = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     trainer = trainers.BpeTrainer(
-        vocab_size=len(symbols) + merges, special_tokens=symbols, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=len(symbols) + merges,
+        special_tokens=symbols,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     tokenizer.train_from_iterator(sorted(texts), trainer)
     learned = json.loads(tokenizer.to_str())["model"]["merges"]
@@ -80,4 +108,6 @@ def write_pieces(path: Path, texts: Iterable[str], size: int = 640) -> None:
     from dataset.text.sentencepiece import train_pieces
 
     path.parent.mkdir(exist_ok=True)
-    train_pieces([*sorted(texts), *LABEL_PROMPTS * 20, *CAPTION_PROMPTS * 20], size, path.write_bytes)
+    train_pieces(
+        [*sorted(texts), *LABEL_PROMPTS * 20, *CAPTION_PROMPTS * 20], size, path.write_bytes
+    )

@@ -1,4 +1,5 @@
-"""Words: five captions a scene, and the short facts from which questions and statements are made."""
+"""Words: five captions a scene, and the short facts from which questions and statements are
+made."""
 
 from collections.abc import Iterator
 
@@ -16,8 +17,9 @@ CORNERS = {
 
 SHORT_TEMPLATES = ("{}", "a {}", "a handwritten {}", "the digit {}")  # of one digit
 
-# {a} {b} {c}: "red three"; {A} {B}: "large red three"; {g}: the ground; {p}, {q}: the place in two wordings. Each
-# template names every digit with its colour, the ground and the arrangement; number words are kept for digits.
+# {a} {b} {c}: "red three"; {A} {B}: "large red three"; {g}: the ground; {p}, {q}: the place in two
+# wordings. Each template names every digit with its colour, the ground and the arrangement; number
+# words are kept for digits.
 LONE = (
     "a {a} in the {p} of a {g} ground",
     "{g} background with a lone {a} in the {q}",
@@ -92,16 +94,19 @@ def captions(scene: Scene) -> list[str]:
 
 
 def alt_texts(scene: Scene) -> list[str]:
-    """Five short texts of a picture of one digit, as the alternative texts of web pictures: most name nothing else.
+    """Five short texts of an image of one digit, as the alternative texts of web images: most name
+    nothing else.
 
-    Colours are easy and tell most pictures of a batch apart: under fuller captions contrast learns digits last.
+    Colours are easy and tell most images of a batch apart: under fuller captions contrast learns
+    digits last.
     """
     digit = scene.digits[0]
     return [template.format(digit.word) for template in SHORT_TEMPLATES] + [f"a {digit.name}"]
 
 
 def relations(scene: Scene) -> Iterator[tuple[str, str, str]]:
-    """(relation, word, word): ("left", "three", "seven") says that a three stands to the left of a seven."""
+    """(relation, word, word): ("left", "three", "seven") says that a three stands to the left of a
+    seven."""
     w = [d.word for d in scene.digits]
     if scene.arrangement in ("row", "falling", "rising"):
         yield "left", w[0], w[1]
@@ -118,10 +123,19 @@ def relations(scene: Scene) -> Iterator[tuple[str, str, str]]:
 
 
 def facts(scene: Scene) -> list[tuple[str, ...]]:
-    """Everything that can be said of a scene, as (kind, word, ...) without repetition and in a fixed order."""
-    found: dict[tuple[str, ...], None] = {("count", COUNTS[len(scene.digits)]): None, ("ground", scene.ground): None}
+    """Everything that can be said of a scene, as (kind, word, ...) without repetition and in a
+    fixed order."""
+    found: dict[tuple[str, ...], None] = {
+        ("count", COUNTS[len(scene.digits)]): None,
+        ("ground", scene.ground): None,
+    }
     for d in scene.digits:
-        for fact in (("digit", d.word), ("colour", d.colour), ("name", d.name), ("sized", f"{d.size} {d.word}")):
+        for fact in (
+            ("digit", d.word),
+            ("colour", d.colour),
+            ("name", d.name),
+            ("sized", f"{d.size} {d.word}"),
+        ):
             found[fact] = None
     for relation, first, second in relations(scene):
         if first != second:
@@ -130,7 +144,8 @@ def facts(scene: Scene) -> list[tuple[str, ...]]:
 
 
 class FactIndex:
-    """Which scenes of one split hold a fact: `facts[i]` are scene i's, `holders[fact]` the ascending positions."""
+    """Which scenes of one split hold a fact: `facts[i]` are scene i's, `holders[fact]` the
+    ascending positions."""
 
     def __init__(self, scenes: list[Scene]) -> None:
         self.scenes = scenes
@@ -152,13 +167,20 @@ class FactIndex:
             if fact not in self.sets[i]:
                 return i
 
-    def near_miss(self, fact: tuple[str, ...], of: int, rng: np.random.Generator, tries: int = 4) -> int | None:
-        """A scene where the fact is wrong but much else is as in scene `of`; None if there is no such scene.
+    def near_miss(
+        self, fact: tuple[str, ...], of: int, rng: np.random.Generator, tries: int = 4
+    ) -> int | None:
+        """A scene where the fact is wrong but much else is as in scene `of`; None if there is no
+        such scene.
 
         A relation is wrong where the same two digits stand the other way round.
         """
         if fact[0] in ("left", "above"):
-            turned = [i for i in self.holders.get((fact[0], fact[2], fact[1]), ()) if fact not in self.sets[i]]
+            turned = [
+                i
+                for i in self.holders.get((fact[0], fact[2], fact[1]), ())
+                if fact not in self.sets[i]
+            ]
             return turned[rng.integers(len(turned))] if turned else None
         if len(self.holders[fact]) == len(self.scenes):
             return None

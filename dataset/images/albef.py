@@ -1,6 +1,7 @@
 """Image transforms of ALBEF and SIMLA: uint8 [3,H,W] in, normalised float32 out.
 
-Random draws use the global generators of torch and NumPy, which the data stream seeds anew for every sample.
+Random draws use the global generators of torch and NumPy, which the data stream seeds anew for
+every sample.
 """
 
 import torch
@@ -13,28 +14,33 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 def normalize(image: torch.Tensor, mean=CLIP_MEAN, std=CLIP_STD) -> torch.Tensor:
-    """uint8 [...,3,H,W] to float32: scaled to [0,1], then to the given mean and standard deviation per channel."""
+    """uint8 [...,3,H,W] to float32: scaled to [0,1], then to the given mean and standard deviation
+    per channel."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return image.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bicubic resize of uint8 [3,H,W] with antialiasing, within a grey level of Pillow's; the aspect is not kept."""
+    """Bicubic resize of uint8 [3,H,W] with antialiasing, within a grey level of Pillow's; the
+    aspect is not kept."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resize as resize_image
 
-    return resize_image(image, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return resize_image(
+        image, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True
+    )
 
 
 def random_box(image: torch.Tensor, scale: tuple[float, float]) -> Box:
-    """The Inception crop: area share uniform in `scale`, aspect log-uniform in [3/4, 4/3], place uniform."""
+    """The Inception crop: area share uniform in `scale`, aspect log-uniform in [3/4, 4/3], place
+    uniform."""
     from torchvision.transforms.v2 import RandomResizedCrop
 
     return RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
 
 
 def resized_crop(image: torch.Tensor, box: Box | None, side: int, flip: bool) -> torch.Tensor:
-    """The box of the picture (None: all of it) as uint8 [3,side,side], mirrored if asked."""
+    """The box of the image (None: all of it) as uint8 [3,side,side], mirrored if asked."""
     if box is not None:
         top, left, height, width = box
         image = image[:, top : top + height, left : left + width]
@@ -57,8 +63,9 @@ class TestTransform:
 class TrainTransform:
     """Random crop, mirroring and RandAugment: uint8 [3,H,W] to float32 [3,resolution,resolution].
 
-    scale: range of the crop's share of the area; (0.5, 1) for retrieval, VQA, VE and NLVR2, (0.2, 1) for pre-training,
-    None for no crop at all (grounding). flip: mirror half of the pictures; switch it off where texts say "left".
+    scale: range of the crop's share of the area; (0.5, 1) for retrieval, VQA, VE and NLVR2, (0.2,
+    1) for pre-training, None for no crop at all (grounding). flip: mirror half of the images;
+    switch it off where texts say "left".
     """
 
     def __init__(
@@ -72,24 +79,28 @@ class TrainTransform:
         self.augment = augment or RandAugment()
 
     def draw(self, image: torch.Tensor) -> tuple[Box | None, bool, list]:
-        """The random choices for one picture: crop box, mirrored or not, augmentation operations."""
+        """The random choices for one image: crop box, mirrored or not, augmentation operations."""
         box = random_box(image, self.scale) if self.scale else None
         flip = self.flip and bool(torch.rand(()) < 0.5)
         return box, flip, self.augment.draw()
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         box, flip, operations = self.draw(image)
-        return normalize(self.augment.apply(resized_crop(image, box, self.resolution, flip), operations))
+        return normalize(
+            self.augment.apply(resized_crop(image, box, self.resolution, flip), operations)
+        )
 
 
 class PretrainTransform(TrainTransform):
     """Pre-training view and, for SIMLA, the view that the frozen image tokenizer turns into labels.
 
-    Returns `(image, token_image)`: float32 [3,resolution,resolution] normalised and float32 [3,token,token] in [0,1]
-    (None without `token_resolution`). By default both show the same crop with the same mirroring, shear, shift and
-    rotation, and only `image` has colour operations, so that label i describes patch i as in BEiT.
+    Returns `(image, token_image)`: float32 [3,resolution,resolution] normalised and float32
+    [3,token,token] in [0,1] (None without `token_resolution`). By default both show the same crop
+    with the same mirroring, shear, shift and rotation, and only `image` has colour operations, so
+    that label i describes patch i as in BEiT.
     shared_view=False: they are drawn independently of each other, as SIMLA's published code does.
-    fixed_geometry: always the whole picture and colour operations alone, so that visual codes can be computed ahead.
+    fixed_geometry: always the whole image and colour operations alone, so that visual codes can be
+    computed ahead.
     """
 
     def __init__(
@@ -102,18 +113,32 @@ class PretrainTransform(TrainTransform):
         flip: bool = True,
         augment: RandAugment | None = None,
     ):
-        super().__init__(resolution, None if fixed_geometry else scale, flip and not fixed_geometry, augment)
-        self.token_resolution, self.shared_view, self.fixed_geometry = token_resolution, shared_view, fixed_geometry
+        super().__init__(
+            resolution, None if fixed_geometry else scale, flip and not fixed_geometry, augment
+        )
+        self.token_resolution, self.shared_view, self.fixed_geometry = (
+            token_resolution,
+            shared_view,
+            fixed_geometry,
+        )
 
     def __call__(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         box, flip, operations = self.draw(image)
-        moves = [] if self.fixed_geometry else [operation for operation in operations if operation[0] in GEOMETRIC]
+        moves = (
+            []
+            if self.fixed_geometry
+            else [operation for operation in operations if operation[0] in GEOMETRIC]
+        )
         if self.fixed_geometry:
             operations = [operation for operation in operations if operation[0] not in GEOMETRIC]
-        view = normalize(self.augment.apply(resized_crop(image, box, self.resolution, flip), operations))
+        view = normalize(
+            self.augment.apply(resized_crop(image, box, self.resolution, flip), operations)
+        )
         if self.token_resolution is None:
             return view, None
         if not self.shared_view:
             box, flip, moves = self.draw(image)
-        token_view = self.augment.apply(resized_crop(image, box, self.token_resolution, flip), moves)
+        token_view = self.augment.apply(
+            resized_crop(image, box, self.token_resolution, flip), moves
+        )
         return view, token_view.float().div_(255)

@@ -1,17 +1,19 @@
-"""Pictures and captions as COYO-ALIGN prepares them."""
+"""Images and captions as COYO-ALIGN prepares them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MARGIN = 346 / 289  # side of the squashed picture over that of the cut
+MARGIN = 346 / 289  # side of the squashed image over that of the cut
 
 
 class AlignView:
-    """Squash to a square 346 / 289 times as large, without antialiasing and whatever the aspect ratio; cut a square.
+    """Squash to a square 346 / 289 times as large, without antialiasing and whatever the aspect
+    ratio; cut a square.
 
-    train: cut anywhere and mirror with probability `flip`; otherwise cut the middle. exact: float32 with the original's
-    unrounded values 0..255; otherwise uint8 within one grey level of them, in a quarter of the time.
+    train: cut anywhere and mirror with probability `flip`; otherwise cut the middle. exact: float32
+    with the original's unrounded values 0..255; otherwise uint8 within one grey level of them, in a
+    quarter of the time.
     """
 
     def __init__(self, side: int, train: bool = False, flip: float = 0.5, exact: bool = False):
@@ -23,7 +25,9 @@ class AlignView:
         room = self.large - self.side
         top, left = torch.randint(room + 1, (2,)).tolist() if self.train else (room // 2, room // 2)
         source = image[None].float() if self.exact else image[None]
-        squashed = F.interpolate(source, (self.large, self.large), mode="bilinear", align_corners=False)[0]
+        squashed = F.interpolate(
+            source, (self.large, self.large), mode="bilinear", align_corners=False
+        )[0]
         cut = squashed[:, top : top + self.side, left : left + self.side]
         return cut.flip(-1) if self.train and torch.rand(()) < self.flip else cut
 

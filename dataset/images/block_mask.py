@@ -11,8 +11,10 @@ ATTEMPTS = 10
 class BlockMask:
     """Masks a share of a patch grid with random rectangles.
 
-    height, width: the grid in patches. ratio: share of patches to mask, the original's 75 of 256 whatever the grid.
-    min_block: patches of the smallest rectangle drawn, by default one sixteenth of the grid (16 of 256).
+    height, width: the grid in patches. ratio: share of patches to mask, the original's 75 of 256
+    whatever the grid.
+    min_block: patches of the smallest rectangle drawn, by default one sixteenth of the grid (16 of
+    256).
     Draws come from Python's `random` in the order area, aspect, top, left.
     """
 
@@ -30,7 +32,8 @@ class BlockMask:
         self.log_aspect = math.log(min_aspect), math.log(1 / min_aspect)
 
     def __call__(self) -> torch.Tensor:
-        """bool [height, width], True where masked. At most, and nearly always exactly, `total` patches are True."""
+        """bool [height, width], True where masked. At most, and nearly always exactly, `total`
+        patches are True."""
         mask = torch.zeros(self.height, self.width, dtype=torch.bool)
         count = 0
         while count < self.total:
@@ -41,7 +44,8 @@ class BlockMask:
         return mask
 
     def _add_block(self, mask: torch.Tensor, budget: int) -> int:
-        """Masks one more rectangle in place and returns how many patches it added; 0 when no attempt fitted."""
+        """Masks one more rectangle in place and returns how many patches it added; 0 when no
+        attempt fitted."""
         for _ in range(ATTEMPTS):
             area = random.uniform(self.min_block, budget)
             aspect = math.exp(random.uniform(*self.log_aspect))

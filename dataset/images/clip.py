@@ -1,8 +1,10 @@
-"""Views of a picture for dual encoders: weak, strong, BYOL-style, RandAugment; uint8 [3,H,W] in, uint8 out.
+"""Views of an image for dual encoders: weak, strong, BYOL-style, RandAugment; uint8 [3,H,W] in,
+uint8 out.
 
-Crops are torchvision's; blur and hue are computed here, several times faster than torchvision's and with the same
-result. Draws come from torch's global generator, which the data stream seeds anew for every sample. Views stay uint8
-until they are on the device (`normalize`): a quarter of the bytes for workers, shared memory and the bus.
+Crops are torchvision's; blur and hue are computed here, several times faster than torchvision's and
+with the same result. Draws come from torch's global generator, which the data stream seeds anew for
+every sample. Views stay uint8 until they are on the device (`normalize`): a quarter of the bytes
+for workers, shared memory and the bus.
 """
 
 import math
@@ -21,22 +23,24 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in a grey level (
 
 @dataclass(frozen=True, kw_only=True)
 class ViewOptions:
-    """Views of the pictures; names and defaults are clip-rocket's command line's."""
+    """Views of the images; names and defaults are clip-rocket's command line's."""
 
-    num_augs: int = 2  # A, local views of every picture and caption; 0 for a global view alone
+    num_augs: int = 2  # A, local views of every image and caption; 0 for a global view alone
     multicrop_resize: int | None = None  # side of the local views in pixels; none = image_size
-    multicrop_max_scale: float = 1.0  # largest share of the picture in a local view
-    weak_min_scale: float = 0.5  # smallest share of the picture in a weak view
+    multicrop_max_scale: float = 1.0  # largest share of the image in a local view
+    weak_min_scale: float = 0.5  # smallest share of the image in a weak view
     blur_prob: float = 0.5  # of strong views
     solarize_prob: float = 0.0  # of strong views
     grayscale_prob: float = 0.2  # of strong views
     flip: bool = True  # mirror half of the strong views; no where captions say left and right
     jitter: bool = True  # change the colours of strong views; no where captions name colours
-    strong_min_scale: float = 0.08  # smallest share of the picture in a strong view
+    strong_min_scale: float = 0.08  # smallest share of the image in a strong view
     byol_augment: bool = False  # two different strong views, as BYOL's; needs num_augs 2
     weak_augment: bool = False  # local views are weak, too
     strong_augment: bool = False  # the global view is strong, too
-    randaugment: bool = False  # the weak view gets RandAugment (compat original: is weak or strong by chance)
+    randaugment: bool = (
+        False  # the weak view gets RandAugment (compat original: is weak or strong by chance)
+    )
     interpolation: str = "bicubic"  # of crops; SLIP's are bilinear
 
     def __post_init__(self):
@@ -49,12 +53,15 @@ class ViewOptions:
         if self.weak_augment and self.strong_augment:
             raise UserError("weak_augment and strong_augment exclude each other; choose one")
         if self.interpolation not in ("bicubic", "bilinear"):
-            raise UserError(f"interpolation {self.interpolation!r} is unknown; use bicubic or bilinear")
+            raise UserError(
+                f"interpolation {self.interpolation!r} is unknown; use bicubic or bilinear"
+            )
 
 
 @dataclass(frozen=True)
 class View:
-    """One random view: crop, and with the given probabilities jitter, grey, blur, solarisation, mirroring.
+    """One random view: crop, and with the given probabilities jitter, grey, blur, solarisation,
+    mirroring.
 
     jitter: strengths of brightness, contrast, saturation and hue; applied with probability 0.8.
     """
@@ -76,7 +83,13 @@ class View:
         if self.randaugment:
             view = _rand_augment()(view)
         draws = torch.rand(5).tolist()
-        if self.jitter and draws[0] < 0.8 or draws[1] < self.grey or draws[2] < self.blur or draws[3] < self.solarize:
+        if (
+            self.jitter
+            and draws[0] < 0.8
+            or draws[1] < self.grey
+            or draws[2] < self.blur
+            or draws[3] < self.solarize
+        ):
             view = view.contiguous().float()
             if self.jitter and draws[0] < 0.8:
                 view = color_jitter(view, *self.jitter)
@@ -91,22 +104,38 @@ class View:
 
 
 class ImageViews:
-    """The global view of a picture and its A local ones."""
+    """The global view of an image and its A local ones."""
 
-    def __init__(self, side: int, options: ViewOptions, local: int | None = None, compat: str = "none"):
-        """side: of the global view. local: A, by default `num_augs`. compat: see ViewOptions.randaugment."""
+    def __init__(
+        self, side: int, options: ViewOptions, local: int | None = None, compat: str = "none"
+    ):
+        """side: of the global view. local: A, by default `num_augs`. compat: see
+        ViewOptions.randaugment."""
         self.local_count = options.num_augs if local is None else local
         weak = View(side, (options.weak_min_scale, 1.0), options.interpolation)
-        small, jitter = options.multicrop_resize or side, (0.4, 0.4, 0.4, 0.1) if options.jitter else None
-        probabilities = options.grayscale_prob, options.blur_prob, options.solarize_prob, 0.5 * options.flip
+        small, jitter = (
+            options.multicrop_resize or side,
+            (0.4, 0.4, 0.4, 0.1) if options.jitter else None,
+        )
+        probabilities = (
+            options.grayscale_prob,
+            options.blur_prob,
+            options.solarize_prob,
+            0.5 * options.flip,
+        )
         scale = options.strong_min_scale, options.multicrop_max_scale
         strong = View(small, scale, options.interpolation, jitter, *probabilities)
         self.local = [strong]
         if options.byol_augment:
             jitter = (0.4, 0.4, 0.2, 0.1) if options.jitter else None
             common = (small, scale, options.interpolation, jitter, options.grayscale_prob)
-            self.local = [View(*common, 1.0, 0.0, 0.5 * options.flip), View(*common, 0.1, 0.2, 0.5 * options.flip)]
-        global_strong = View(side, scale, options.interpolation, self.local[0].jitter, *probabilities)
+            self.local = [
+                View(*common, 1.0, 0.0, 0.5 * options.flip),
+                View(*common, 0.1, 0.2, 0.5 * options.flip),
+            ]
+        global_strong = View(
+            side, scale, options.interpolation, self.local[0].jitter, *probabilities
+        )
         if options.weak_augment:
             self.local = [View(small, weak.scale, options.interpolation)]
         self.glob = [global_strong if options.strong_augment else weak]
@@ -117,21 +146,39 @@ class ImageViews:
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """uint8 [3,H,W] -> uint8 [3,S,S] and [A,3,s,s] (None for A = 0)."""
-        chosen = self.glob[int(torch.randint(len(self.glob), ()))] if len(self.glob) > 1 else self.glob[0]
+        chosen = (
+            self.glob[int(torch.randint(len(self.glob), ()))]
+            if len(self.glob) > 1
+            else self.glob[0]
+        )
         if not self.local_count:
             return chosen(image), None
-        local = torch.stack([self.local[n % len(self.local)](image) for n in range(self.local_count)])
+        local = torch.stack(
+            [self.local[n % len(self.local)](image) for n in range(self.local_count)]
+        )
         return chosen(image), local
 
 
 class EvalView:
-    """Shorter side to `small` (by default `side`), bilinear, and the centre: uint8 [3,H,W] -> uint8 [3,side,side].
+    """Shorter side to `small` (by default `side`), bilinear, and the centre: uint8 [3,H,W] -> uint8
+    [3,side,side].
 
-    squeeze: the whole picture to side x side instead.
+    squeeze: the whole image to side x side instead.
     """
 
-    def __init__(self, side: int, interpolation: str = "bilinear", small: int | None = None, squeeze: bool = False):
-        self.side, self.interpolation, self.small, self.squeeze = side, interpolation, small or side, squeeze
+    def __init__(
+        self,
+        side: int,
+        interpolation: str = "bilinear",
+        small: int | None = None,
+        squeeze: bool = False,
+    ):
+        self.side, self.interpolation, self.small, self.squeeze = (
+            side,
+            interpolation,
+            small or side,
+            squeeze,
+        )
 
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2.functional import center_crop
@@ -144,7 +191,9 @@ class EvalView:
         return center_crop(_resize(image, size, self.interpolation), [self.side, self.side])
 
 
-def pixel_statistics(device: torch.device, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> tuple[Tensor, Tensor]:
+def pixel_statistics(
+    device: torch.device, mean=IMAGENET_MEAN, std=IMAGENET_STD
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation in grey levels, float32 [3,1,1] each, for `normalize`."""
     return tuple(torch.tensor(v, device=device).mul(255).view(3, 1, 1) for v in (mean, std))
 
@@ -156,9 +205,16 @@ def normalize(views: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def crop_resize(
-    image: Tensor, top: int, left: int, height: int, width: int, side: int, interpolation: str = "bicubic"
+    image: Tensor,
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    side: int,
+    interpolation: str = "bicubic",
 ) -> Tensor:
-    """The box of uint8 [3,H,W] as uint8 [3,side,side], antialiased, within a grey level of Pillow's."""
+    """The box of uint8 [3,H,W] as uint8 [3,side,side], antialiased, within a grey level of
+    Pillow's."""
     return _resize(image[:, top : top + height, left : left + width], [side, side], interpolation)
 
 
@@ -175,7 +231,7 @@ def _rand_augment():
     return RandAugment()  # two operations at magnitude 9 of 30, the paper's for ResNet-50
 
 
-# Below, pictures are float32 [3,H,W] with grey levels 0..255.
+# Below, images are float32 [3,H,W] with grey levels 0..255.
 
 
 def grey_levels(image: Tensor) -> Tensor:
@@ -185,8 +241,11 @@ def grey_levels(image: Tensor) -> Tensor:
     return (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2])[None]
 
 
-def color_jitter(image: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
-    """Brightness, contrast and saturation times 1 ± strength, hue turned by ± `hue` of the circle, in random order."""
+def color_jitter(
+    image: Tensor, brightness: float, contrast: float, saturation: float, hue: float
+) -> Tensor:
+    """Brightness, contrast and saturation times 1 ± strength, hue turned by ± `hue` of the circle,
+    in random order."""
     factors = torch.rand(4).mul_(2).sub_(1).tolist()
     for number in torch.randperm(4).tolist():
         if number == 0:
@@ -205,11 +264,14 @@ def color_jitter(image: Tensor, brightness: float, contrast: float, saturation: 
 def turn_hue(image: Tensor, share: float) -> Tensor:
     """Hue turned by `share` of the circle in HSV; value and chroma stay.
 
-    A channel of hue h (in sixths of the circle) is V - C max(0, min(k, 4 - k, 1)) with k = (n + h) mod 6 and n = 5, 3,
-    1 for red, green, blue; min(k, 4 - k) is 2 less the distance of k from 2.
+    A channel of hue h (in sixths of the circle) is V - C max(0, min(k, 4 - k, 1)) with k = (n + h)
+    mod 6 and n = 5, 3, 1 for red, green, blue; min(k, 4 - k) is 2 less the distance of k from 2.
     """
     red, green, blue = image.unbind()
-    value, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
+    value, low = (
+        torch.maximum(torch.maximum(red, green), blue),
+        torch.minimum(torch.minimum(red, green), blue),
+    )
     chroma = value - low
     inverse = (chroma + 1e-6).reciprocal_()  # grey has no hue, and no chroma for it to matter
     from_blue = (red - green).mul_(inverse).add_(4)
@@ -227,13 +289,17 @@ def turn_hue(image: Tensor, share: float) -> Tensor:
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Blur of standard deviation `sigma` pixels by the kernel of Pillow's GaussianBlur; the border is repeated."""
+    """Blur of standard deviation `sigma` pixels by the kernel of Pillow's GaussianBlur; the border
+    is repeated."""
     weights = blur_weights(sigma)
     radius = len(weights) - 1
     for dim in (1, 2):
         size = image.shape[dim]
         padded = torch.cat(
-            [image.narrow(dim, 0, 1)] * radius + [image] + [image.narrow(dim, size - 1, 1)] * radius, dim
+            [image.narrow(dim, 0, 1)] * radius
+            + [image]
+            + [image.narrow(dim, size - 1, 1)] * radius,
+            dim,
         )
         blurred = padded.narrow(dim, radius, size) * weights[0]
         for k in range(1, radius + 1):
@@ -244,10 +310,13 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def blur_weights(sigma: float) -> list[float]:
-    """Right half of the kernel, centre first: three box filters with fractional ends (Gwosdek et al., 2011)."""
+    """Right half of the kernel, centre first: three box filters with fractional ends (Gwosdek et
+    al., 2011)."""
     variance = sigma**2 / 3  # of each box
     whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
-    end = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    end = (
+        (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    )
     width = 2 * whole + 1 + 2 * end
     box = [end / width, *[1 / width] * (2 * whole + 1), end / width]
     kernel = [1.0]

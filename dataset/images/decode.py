@@ -1,4 +1,5 @@
-"""Reading one picture: any format in, uint8 RGB out; everything unreadable is a BadSample that says why."""
+"""Reading one image: any format in, uint8 RGB out; everything unreadable is a BadSample that says
+why."""
 
 import io
 import struct
@@ -18,10 +19,12 @@ PIXEL_LIMIT = 89_478_485  # Pillow's own limit against decompression bombs: 0.25
 def decode_image(source: str | Path | bytes, name: str = "") -> torch.Tensor:
     """uint8 [3,H,W] RGB (channels last in memory) of an image file or of its bytes.
 
-    Grey and RGB JPEG take libjpeg's fast path; everything else (CMYK, palette, 16 bit, PNG, WebP ...) goes through
-    Pillow. As in the original pipelines the first frame of an animation is taken, transparency is dropped without
-    blending and EXIF orientation is ignored. 16-bit grey is scaled to 8 bits.
-    name: how to call the picture in errors. Raises BadSample: missing, empty, truncated, corrupt or too many pixels.
+    Grey and RGB JPEG take libjpeg's fast path; everything else (CMYK, palette, 16 bit, PNG, WebP
+    ...) goes through Pillow. As in the original pipelines the first frame of an animation is taken,
+    transparency is dropped without blending and EXIF orientation is ignored. 16-bit grey is scaled
+    to 8 bits.
+    name: how to call the image in errors. Raises BadSample: missing, empty, truncated, corrupt or
+    too many pixels.
     """
     if not isinstance(source, bytes):
         name = name or str(source)
@@ -44,7 +47,8 @@ def decode_image(source: str | Path | bytes, name: str = "") -> torch.Tensor:
 
 @cache
 def _fast_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """torchvision's JPEG decoder while it has one (deprecated in 0.29): Pillow's pixels at 1.4 times its speed."""
+    """torchvision's JPEG decoder while it has one (deprecated in 0.29): Pillow's pixels at 1.4
+    times its speed."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except ImportError:
@@ -53,7 +57,8 @@ def _fast_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of an 8-bit grey or three-component JPEG, read from its frame header; None for anything else."""
+    """(height, width) of an 8-bit grey or three-component JPEG, read from its frame header; None
+    for anything else."""
     if data[:2] != b"\xff\xd8":
         return None
     place = 2
@@ -64,7 +69,9 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             bits, height, width, components = struct.unpack(">BHHB", data[place + 4 : place + 10])
-            return (height, width) if bits == 8 and components in (1, 3) and height and width else None
+            return (
+                (height, width) if bits == 8 and components in (1, 3) and height and width else None
+            )
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
 
@@ -85,19 +92,23 @@ def _decode_with_pillow(data: bytes, name: str) -> torch.Tensor:
                 pixels = np.repeat(grey[:, :, None], 3, axis=2)
             else:
                 pixels = np.array(image.convert("RGB"))
-    except Exception as error:  # decoders meet hostile bytes here and raise anything from OSError to struct.error
+    except (
+        Exception
+    ) as error:  # decoders meet hostile bytes here and raise anything from OSError to struct.error
         raise BadSample(f"{name}: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def check_image_root(root: str | Path, names: Iterable[str], tries: int = 20) -> None:
-    """Raises UserError when `root` is not a folder or holds none of the first `tries` pictures."""
+    """Raises UserError when `root` is not a folder or holds none of the first `tries` images."""
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"image_root {root}: no such folder; set image_root to the folder the annotations refer to")
+        raise UserError(
+            f"image_root {root}: no such folder; set image_root to the folder the annotations refer to"
+        )
     names = list(islice(names, tries))
     if names and not any((root / name).is_file() for name in names):
         raise UserError(
-            f"image_root {root}: none of the first {len(names)} pictures is there, e.g. {root / names[0]}; "
+            f"image_root {root}: none of the first {len(names)} images is there, e.g. {root / names[0]}; "
             "set image_root so that image_root/<image> exists"
         )

@@ -1,4 +1,5 @@
-"""RandAugment (Cubuk et al., 2020) with the ten operations, levels and sampling of ALBEF, on uint8 tensors [3,H,W]."""
+"""RandAugment (Cubuk et al., 2020) with the ten operations, levels and sampling of ALBEF, on uint8
+tensors [3,H,W]."""
 
 import math
 
@@ -11,9 +12,10 @@ GREY = 128  # fills what a geometric operation uncovers
 class RandAugment:
     """Draws `count` of ten operations with replacement and applies each with probability one half.
 
-    level: strength from 0 to 10. compat="original" reproduces three slips of the published code: AutoContrast turns a
-    channel whose minimum is above 0 white, Sharpness wraps around instead of clipping, and a shift is 7 pixels at any
-    resolution, where by default it is 7 pixels of a 256-pixel picture.
+    level: strength from 0 to 10. compat="original" reproduces three slips of the published code:
+    AutoContrast turns a channel whose minimum is above 0 white, Sharpness wraps around instead of
+    clipping, and a shift is 7 pixels at any resolution, where by default it is 7 pixels of a
+    256-pixel image.
     Draws come from `numpy.random` in the published order.
     """
 
@@ -39,7 +41,7 @@ class RandAugment:
         self.strength |= {"TranslateX": 10 * share, "TranslateY": 10 * share}
 
     def draw(self, rng=np.random) -> list[tuple[str, float]]:
-        """Names and signed strengths of the operations to apply to one picture."""
+        """Names and signed strengths of the operations to apply to one image."""
         operations = []
         for number in rng.choice(len(self.NAMES), self.count):
             name = self.NAMES[number]
@@ -57,7 +59,10 @@ class RandAugment:
         """uint8 [3,H,W] to uint8 [3,H,W]."""
         for name, strength in operations:
             if name in GEOMETRIC:
-                image = warp(image, forward_matrix(name, strength, *image.shape[-2:], fixed_shift=self.original))
+                image = warp(
+                    image,
+                    forward_matrix(name, strength, *image.shape[-2:], fixed_shift=self.original),
+                )
             elif name == "AutoContrast":
                 image = autocontrast(image, wrap=self.original)
             elif name == "Equalize":
@@ -81,7 +86,8 @@ def brightness(image: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def sharpness(image: torch.Tensor, factor: float, wrap: bool = False) -> torch.Tensor:
-    """Moves away from a smoothed picture (kernel 1 1 1, 1 5 1, 1 1 1 over 13); the outermost pixels stay."""
+    """Moves away from a smoothed image (kernel 1 1 1, 1 5 1, 1 1 1 over 13); the outermost pixels
+    stay."""
     pixels = image.float()
     rows = pixels[:, :-2] + pixels[:, 1:-1] + pixels[:, 2:]
     around = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
@@ -91,12 +97,19 @@ def sharpness(image: torch.Tensor, factor: float, wrap: bool = False) -> torch.T
 
 
 def autocontrast(image: torch.Tensor, wrap: bool = False) -> torch.Tensor:
-    """Stretches every channel to 0...255, as Pillow does. wrap: the original slip with unsigned bytes."""
+    """Stretches every channel to 0...255, as Pillow does. wrap: the original slip with unsigned
+    bytes."""
     low, high = image.flatten(1).amin(1).double(), image.flatten(1).amax(1).double()
     scale = 255 / (high - low)
     offset = ((256 - low) % 256 if wrap else -low) * scale
-    table = (torch.arange(256).double() * scale[:, None] + offset[:, None]).clamp_(0, 255).to(torch.uint8)
-    return _look_up(image, torch.where((high > low)[:, None], table, torch.arange(256).to(torch.uint8)))
+    table = (
+        (torch.arange(256).double() * scale[:, None] + offset[:, None])
+        .clamp_(0, 255)
+        .to(torch.uint8)
+    )
+    return _look_up(
+        image, torch.where((high > low)[:, None], table, torch.arange(256).to(torch.uint8))
+    )
 
 
 def equalize(image: torch.Tensor) -> torch.Tensor:
@@ -118,8 +131,11 @@ def _look_up(image: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     return tables.gather(1, image.flatten(1).long()).view_as(image)
 
 
-def forward_matrix(name: str, strength: float, height: int, width: int, fixed_shift: bool = False) -> list[float]:
-    """The affine map (two rows of three) from old to new places of pixels; positive shifts go left and up."""
+def forward_matrix(
+    name: str, strength: float, height: int, width: int, fixed_shift: bool = False
+) -> list[float]:
+    """The affine map (two rows of three) from old to new places of pixels; positive shifts go left
+    and up."""
     if name == "ShearX":
         return [1, strength, 0, 0, 1, 0]
     if name == "ShearY":
@@ -134,27 +150,38 @@ def forward_matrix(name: str, strength: float, height: int, width: int, fixed_sh
 
 
 def warp(image: torch.Tensor, matrix: list[float]) -> torch.Tensor:
-    """Bilinear affine warp of uint8 [3,H,W] with grey fill, in the fixed-point arithmetic of OpenCV's warpAffine.
+    """Bilinear affine warp of uint8 [3,H,W] with grey fill, in the fixed-point arithmetic of
+    OpenCV's warpAffine.
 
-    Source places are rounded to 1/32 of a pixel, so that results are integers and equal on every machine.
+    Source places are rounded to 1/32 of a pixel, so that results are integers and equal on every
+    machine.
     """
     a, b, c, d, e, f = matrix
     det = a * e - b * d
     a, b, d, e = e / det, -b / det, -d / det, a / det
     c, f = -a * c - b * f, -d * c - e * f
     height, width = image.shape[-2:]
-    x, y = torch.arange(width, dtype=torch.float64), torch.arange(height, dtype=torch.float64)[:, None]
+    x, y = (
+        torch.arange(width, dtype=torch.float64),
+        torch.arange(height, dtype=torch.float64)[:, None],
+    )
     source_x, part_x = _fixed_point((b * y + c), a * x)
     source_y, part_y = _fixed_point((e * y + f), d * x)
     # Three channels of 21 bits in one integer: one gather and one multiplication serve all of them.
     padded = torch.nn.functional.pad(image, (1, 1, 1, 1), value=GREY).long()
     packed = (padded[0] | padded[1] << 21 | padded[2] << 42).flatten()
     left, right = source_x.clamp(-1, width) + 1, (source_x + 1).clamp_(-1, width) + 1
-    above, below = ((source_y + shift).clamp_(-1, height).add_(1).mul_(width + 2) for shift in (0, 1))
-    corners = (
-        packed.index_select(0, (rows + columns).flatten()) for rows in (above, below) for columns in (left, right)
+    above, below = (
+        (source_y + shift).clamp_(-1, height).add_(1).mul_(width + 2) for shift in (0, 1)
     )
-    top_left, top_right, bottom_left, bottom_right = (corner.view(height, width) for corner in corners)
+    corners = (
+        packed.index_select(0, (rows + columns).flatten())
+        for rows in (above, below)
+        for columns in (left, right)
+    )
+    top_left, top_right, bottom_left, bottom_right = (
+        corner.view(height, width) for corner in corners
+    )
     top = top_left * (32 - part_x) + top_right * part_x
     bottom = bottom_left * (32 - part_x) + bottom_right * part_x
     blend = top * (32 - part_y) + bottom * part_y
@@ -163,6 +190,7 @@ def warp(image: torch.Tensor, matrix: list[float]) -> torch.Tensor:
 
 
 def _fixed_point(row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole pixels and 32nds of the source places row [H,1] + column [W], rounded the way OpenCV rounds."""
+    """Whole pixels and 32nds of the source places row [H,1] + column [W], rounded the way OpenCV
+    rounds."""
     place = ((row * 1024).round().int() + 16 + (column * 1024).round().int()) >> 5
     return place >> 5, place & 31

@@ -1,8 +1,10 @@
-"""Views of COYO-ViT (and big_vision): the Inception crop of TensorFlow, resizing without antialiasing, exact areas.
+"""Views of COYO-ViT (and big_vision): the Inception crop of TensorFlow, resizing without
+antialiasing, exact areas.
 
-uint8 [3,H,W] in. By default grey levels come out as uint8, which `dataset.images.clip.normalize` turns into
-(x - 127.5) / 127.5 on the device: a quarter of the bytes for workers and bus. exact: unrounded float32 as the original
-has them. Draws come from torch's global generator, which the data stream seeds anew for every sample.
+uint8 [3,H,W] in. By default grey levels come out as uint8, which `dataset.images.clip.normalize`
+turns into (x - 127.5) / 127.5 on the device: a quarter of the bytes for workers and bus. exact:
+unrounded float32 as the original has them. Draws come from torch's global generator, which the data
+stream seeds anew for every sample.
 """
 
 import math
@@ -24,18 +26,30 @@ POLICIES = ("none", "autoaugment", "randaugment", "trivialaugment")
 class ViTViews:
     """Views."""
 
-    crop_area: tuple[float, float] = (0.05, 1.0)  # smallest and largest share of the picture in a training crop
-    crop_aspect: tuple[float, float] = (0.75, 1.33)  # smallest and largest width / height of a training crop
-    flip: bool = True  # mirror half of the training pictures
-    policy: str = "none"  # further changes: none, autoaugment, randaugment or trivialaugment, torchvision's
-    resize_small: int | None = None  # evaluation: shorter side before the centre crop; none = squeeze to a square
+    crop_area: tuple[float, float] = (
+        0.05,
+        1.0,
+    )  # smallest and largest share of the image in a training crop
+    crop_aspect: tuple[float, float] = (
+        0.75,
+        1.33,
+    )  # smallest and largest width / height of a training crop
+    flip: bool = True  # mirror half of the training images
+    policy: str = (
+        "none"  # further changes: none, autoaugment, randaugment or trivialaugment, torchvision's
+    )
+    resize_small: int | None = (
+        None  # evaluation: shorter side before the centre crop; none = squeeze to a square
+    )
 
     def check(self) -> None:
         """Raise UserError for ranges upside down and unknown policies."""
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "crop_area" and high > 1):
-                raise UserError(f"{name} {low} {high}: give two positive numbers, the smaller first, areas at most 1")
+                raise UserError(
+                    f"{name} {low} {high}: give two positive numbers, the smaller first, areas at most 1"
+                )
         if self.policy not in POLICIES:
             raise UserError(f"policy {self.policy!r} is unknown; use one of {', '.join(POLICIES)}")
 
@@ -47,8 +61,12 @@ class TrainView:
         self.side, self.options, self.exact = side, options, exact
 
     def __call__(self, image: Tensor) -> Tensor:
-        top, left, height, width = inception_box(*image.shape[1:], self.options.crop_area, self.options.crop_aspect)
-        view = resize_bilinear(image[:, top : top + height, left : left + width], self.side, self.side)
+        top, left, height, width = inception_box(
+            *image.shape[1:], self.options.crop_area, self.options.crop_aspect
+        )
+        view = resize_bilinear(
+            image[:, top : top + height, left : left + width], self.side, self.side
+        )
         if self.options.flip and torch.rand(()) < 0.5:
             view = view.flip(-1)
         if self.options.policy != "none":
@@ -57,7 +75,8 @@ class TrainView:
 
 
 class EvalView:
-    """The whole picture squeezed to side x side, or its centre where the shorter side is first made `resize_small`."""
+    """The whole image squeezed to side x side, or its centre where the shorter side is first made
+    `resize_small`."""
 
     def __init__(self, side: int, resize_small: int | None = None, exact: bool = False):
         if resize_small and resize_small < side:
@@ -79,10 +98,12 @@ def rounded(view: Tensor) -> Tensor:
     return view.round().clamp_(0, 255).to(torch.uint8)
 
 
-def inception_box(height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]) -> Box:
-    """(top, left, height, width) of TensorFlow's random crop: aspect uniform, then the height uniform among those that
-    fit the area. Small crops are likelier than with torchvision's, whose area is uniform. The whole picture after 100
-    draws in vain.
+def inception_box(
+    height: int, width: int, area: tuple[float, float], aspect: tuple[float, float]
+) -> Box:
+    """(top, left, height, width) of TensorFlow's random crop: aspect uniform, then the height
+    uniform among those that fit the area. Small crops are likelier than with torchvision's, whose
+    area is uniform. The whole image after 100 draws in vain.
     """
     least, most = (share * height * width for share in area)
     for _ in range(ATTEMPTS):
@@ -107,22 +128,29 @@ def inception_box(height: int, width: int, area: tuple[float, float], aspect: tu
 
 
 def resize_bilinear(image: Tensor, height: int, width: int) -> Tensor:
-    """float32 [3,height,width] of uint8 [3,H,W] between the four nearest pixels; not antialiased, as the original."""
+    """float32 [3,height,width] of uint8 [3,H,W] between the four nearest pixels; not antialiased,
+    as the original."""
     pixels = image.float()[None]
-    return F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False, antialias=False)[0]
+    return F.interpolate(
+        pixels, size=(height, width), mode="bilinear", align_corners=False, antialias=False
+    )[0]
 
 
 def resize_area(image: Tensor, small: int) -> Tensor:
-    """float32 [3,h,w] with the shorter side `small`: each pixel is the mean over exactly the area it covers."""
+    """float32 [3,h,w] with the shorter side `small`: each pixel is the mean over exactly the area
+    it covers."""
     height, width = image.shape[1:]
-    ratio = torch.tensor(small / min(height, width))  # float32, and halves to the even number, as TensorFlow
+    ratio = torch.tensor(
+        small / min(height, width)
+    )  # float32, and halves to the even number, as TensorFlow
     h, w = (int((side * ratio).round()) for side in (height, width))
     return area_weights(height, h) @ image.float() @ area_weights(width, w).T
 
 
 @lru_cache(maxsize=64)
 def area_weights(old: int, new: int) -> Tensor:
-    """Shares of `old` pixels in each of `new` ones along an axis, float32 [new,old]; rows sum to 1."""
+    """Shares of `old` pixels in each of `new` ones along an axis, float32 [new,old]; rows sum to
+    1."""
     edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
     pixel = torch.arange(old, dtype=torch.float64)
     overlap = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
@@ -137,8 +165,12 @@ def centre(image: Tensor, side: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def policy(name: str):
-    """torchvision's policy of that name, on uint8 [3,H,W]; grey where pictures are moved."""
+    """torchvision's policy of that name, on uint8 [3,H,W]; grey where images are moved."""
     from torchvision.transforms import v2
 
-    kinds = {"autoaugment": v2.AutoAugment, "randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide}
+    kinds = {
+        "autoaugment": v2.AutoAugment,
+        "randaugment": v2.RandAugment,
+        "trivialaugment": v2.TrivialAugmentWide,
+    }
     return kinds[name](fill=128)

@@ -10,14 +10,16 @@ from dataset.loading.workers import signals_held, worker_init
 
 
 def shard_indices(n: int, rank: int, world_size: int) -> range:
-    """The part of range(n) that `rank` evaluates: contiguous, sizes differ by at most one, nothing twice."""
+    """The part of range(n) that `rank` evaluates: contiguous, sizes differ by at most one, nothing
+    twice."""
     return range(n * rank // world_size, n * (rank + 1) // world_size)
 
 
 class EvalLoader:
     """Batches of `load(i)` for every i of `indices`, in order, the last one possibly smaller.
 
-    load: makes a sample, or raises BadSample, which ends the evaluation with a UserError: nothing is left out silently.
+    load: makes a sample, or raises BadSample, which ends the evaluation with a UserError: nothing
+    is left out silently.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class EvalLoader:
             batches = iter(self.loader)
         for batch in batches:
             if isinstance(batch, BadSample):
-                raise UserError(f"{batch}; evaluation needs every sample: mend the file or remove its annotation")
+                raise UserError(
+                    f"{batch}; evaluation needs every sample: mend the file or remove its annotation"
+                )
             yield batch
 
 
@@ -70,4 +74,6 @@ class _CollateOrBad:
         self.collate = collate
 
     def __call__(self, samples: list) -> dict | BadSample:
-        return next((sample for sample in samples if isinstance(sample, BadSample)), None) or self.collate(samples)
+        return next(
+            (sample for sample in samples if isinstance(sample, BadSample)), None
+        ) or self.collate(samples)

@@ -1,4 +1,5 @@
-"""Randomness that depends only on (seed, epoch, sample), so that neither workers nor restarts change what is drawn."""
+"""Randomness that depends only on (seed, epoch, sample), so that neither workers nor restarts
+change what is drawn."""
 
 import random
 from collections.abc import Iterator
@@ -23,10 +24,12 @@ def mix(*values: int) -> int:
 
 
 def permuted(place: int, length: int, key: int) -> int:
-    """Element at `place` of the pseudo-random permutation of `range(length)` chosen by `key`, in O(1) memory.
+    """Element at `place` of the pseudo-random permutation of `range(length)` chosen by `key`, in
+    O(1) memory.
 
-    A four-round Feistel network over the next even power of two, walked until it lands inside the range: a shuffle of
-    any number of samples needs no array in any worker (five million as int64 would be 40 MB per worker and epoch).
+    A four-round Feistel network over the next even power of two, walked until it lands inside the
+    range: a shuffle of any number of samples needs no array in any worker (five million as int64
+    would be 40 MB per worker and epoch).
     """
     half = max(1, ((length - 1).bit_length() + 1) // 2)
     low = (1 << half) - 1
@@ -41,7 +44,8 @@ def permuted(place: int, length: int, key: int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators of torch (CPU), `random` and NumPy inside the block and restores them after it."""
+    """Seeds the global generators of torch (CPU), `random` and NumPy inside the block and restores
+    them after it."""
     # default_generator, not torch.manual_seed: the latter also seeds every GPU.
     kept = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed)

@@ -1,4 +1,5 @@
-"""The endless, deterministic, exactly resumable stream of training batches, and in-order loading for evaluation."""
+"""The endless, deterministic, exactly resumable stream of training batches, and in-order loading
+for evaluation."""
 
 import copy
 import warnings
@@ -16,13 +17,17 @@ ENOUGH = 1000  # samples after which the share of bad ones means something
 
 
 class RecordSource:
-    """Annotations in shuffled order: an endless sequence of epochs, each a permutation, dealt out to all workers.
+    """Annotations in shuffled order: an endless sequence of epochs, each a permutation, dealt out
+    to all workers.
 
-    records: a sequence of dicts. build: makes a sample of a record (to which `index`, its number, is added); raises
-    BadSample to drop it. Worker j of T takes places j, j+T, j+2T ... of the sequence; its position is how many it took.
+    records: a sequence of dicts. build: makes a sample of a record (to which `index`, its number,
+    is added); raises BadSample to drop it. Worker j of T takes places j, j+T, j+2T ... of the
+    sequence; its position is how many it took.
     """
 
-    def __init__(self, records: Sequence[dict], build: Callable[[dict], dict], name: str = "records"):
+    def __init__(
+        self, records: Sequence[dict], build: Callable[[dict], dict], name: str = "records"
+    ):
         if not len(records):
             raise UserError(f"{name}: no records")
         self.records, self.build, self.name = records, build, name
@@ -34,7 +39,9 @@ class RecordSource:
         """Position of every worker once all have taken about `taken` records together."""
         return taken // slots
 
-    def read(self, seed: int, slot: int, slots: int, position: int) -> Iterator[tuple[int, dict, int]]:
+    def read(
+        self, seed: int, slot: int, slots: int, position: int
+    ) -> Iterator[tuple[int, dict, int]]:
         """Endless `(sample seed, record, position after it)` for worker `slot` of `slots`."""
         while True:
             epoch, place = divmod(slot + position * slots, len(self.records))
@@ -44,19 +51,26 @@ class RecordSource:
 
 
 class Stream:
-    """A mixture of sources and the collate function that makes a batch (dict of tensors) of their samples.
+    """A mixture of sources and the collate function that makes a batch (dict of tensors) of their
+    samples.
 
-    sources: each a RecordSource or ShardSource. weights: share of each in the samples drawn, by default its share of
-    all samples. Sources take turns so that after any number of draws each is within one sample of its share.
+    sources: each a RecordSource or ShardSource. weights: share of each in the samples drawn, by
+    default its share of all samples. Sources take turns so that after any number of draws each is
+    within one sample of its share.
     `len(stream)`, the samples of one epoch, is the sum over the sources.
     """
 
     def __init__(
-        self, sources: Sequence, collate: Callable[[list[dict]], dict], weights: Sequence[float] | None = None
+        self,
+        sources: Sequence,
+        collate: Callable[[list[dict]], dict],
+        weights: Sequence[float] | None = None,
     ):
         weights = list(weights or map(len, sources))
         if not sources or len(weights) != len(sources) or min(weights) <= 0:
-            raise UserError(f"{len(sources)} sources with weights {weights}: give every source one positive weight")
+            raise UserError(
+                f"{len(sources)} sources with weights {weights}: give every source one positive weight"
+            )
         self.sources, self.collate = list(sources), collate
         self.shares = [weight / sum(weights) for weight in weights]
 
@@ -66,16 +80,23 @@ class Stream:
     def start(self, taken: int, slot: int, slots: int) -> dict:
         """Position of worker `slot` of `slots` once all have taken about `taken` samples together.
 
-        Per source: `at` its own position, `drawn` and `bad` the samples drawn and dropped by this worker.
+        Per source: `at` its own position, `drawn` and `bad` the samples drawn and dropped by this
+        worker.
         """
         counts = [int(taken * share) for share in self.shares]
-        at = [source.start(count, slot, slots) for source, count in zip(self.sources, counts, strict=True)]
+        at = [
+            source.start(count, slot, slots)
+            for source, count in zip(self.sources, counts, strict=True)
+        ]
         return {"at": at, "drawn": [count // slots for count in counts], "bad": [0] * len(counts)}
 
-    def batches(self, batch_size: int, seed: int, slot: int, slots: int, position: dict) -> Iterator[tuple]:
+    def batches(
+        self, batch_size: int, seed: int, slot: int, slots: int, position: dict
+    ) -> Iterator[tuple]:
         """Endless `(batch, position after it, messages of the bad samples dropped on the way)`.
 
-        The samples and the batch depend on their own seeds only; the global random generators are left as they were.
+        The samples and the batch depend on their own seeds only; the global random generators are
+        left as they were.
         """
         position = copy.deepcopy(position)
         readers = [
@@ -113,12 +134,15 @@ class Stream:
 
 
 class StreamLoader:
-    """Iterator over the endless stream of one rank's batches, made by `workers` processes (0: in this process).
+    """Iterator over the endless stream of one rank's batches, made by `workers` processes (0: in
+    this process).
 
-    steps_per_epoch: batches per rank and epoch. errors: bad samples dropped so far per source. state_dict() refers to
-    the last batch handed out; passing it as `state` continues behind it, exactly if nothing about data, seed, ranks and
-    workers has changed, otherwise at about the same fraction of the data, with a warning.
-    error_budget: share of bad samples (after the first thousand, or all) above which a UserError lists them.
+    steps_per_epoch: batches per rank and epoch. errors: bad samples dropped so far per source.
+    state_dict() refers to the last batch handed out; passing it as `state` continues behind it,
+    exactly if nothing about data, seed, ranks and workers has changed, otherwise at about the same
+    fraction of the data, with a warning.
+    error_budget: share of bad samples (after the first thousand, or all) above which a UserError
+    lists them.
     """
 
     def __init__(
@@ -140,7 +164,12 @@ class StreamLoader:
                 f"a batch of {batch_size} on each of {world_size} ranks needs {batch_size * world_size} samples, "
                 f"but there are only {len(stream)}; lower batch_size or add data"
             )
-        self.stream, self.batch_size, self.seed, self.error_budget = stream, batch_size, seed, error_budget
+        self.stream, self.batch_size, self.seed, self.error_budget = (
+            stream,
+            batch_size,
+            seed,
+            error_budget,
+        )
         self.workers, self.rank, self.world_size = workers, rank, world_size
         self.pin_memory, self.prefetch = pin_memory and torch.cuda.is_available(), prefetch
         self.slots = max(workers, 1)
@@ -151,7 +180,10 @@ class StreamLoader:
     @property
     def errors(self) -> dict[str, int]:
         counts = zip(*(slot["bad"] for slot in self._state["slots"]), strict=True)
-        return {source.name: sum(count) for source, count in zip(self.stream.sources, counts, strict=True)}
+        return {
+            source.name: sum(count)
+            for source, count in zip(self.stream.sources, counts, strict=True)
+        }
 
     def state_dict(self) -> dict:
         return copy.deepcopy(self._state)
@@ -182,11 +214,14 @@ class StreamLoader:
         return batch
 
     def close(self) -> None:
-        """Stops the workers; the next batch asked for starts new ones behind the last batch handed out."""
+        """Stops the workers; the next batch asked for starts new ones behind the last batch handed
+        out."""
         self._batches = None
 
     def _data_loader(self) -> DataLoader:
-        slots = _Slots(self.stream, self.batch_size, self.seed, self.rank, self.world_size, self.state_dict())
+        slots = _Slots(
+            self.stream, self.batch_size, self.seed, self.rank, self.world_size, self.state_dict()
+        )
         return DataLoader(
             slots,
             batch_size=None,
@@ -201,7 +236,10 @@ class StreamLoader:
 
     def _start(self, samples: int) -> dict:
         slots = self.slots * self.world_size
-        own = [self.stream.start(samples, self.rank * self.slots + slot, slots) for slot in range(self.slots)]
+        own = [
+            self.stream.start(samples, self.rank * self.slots + slot, slots)
+            for slot in range(self.slots)
+        ]
         return {"made_with": self._made_with(), "samples": samples, "batches": 0, "slots": own}
 
     def _made_with(self) -> dict:
@@ -217,7 +255,10 @@ class StreamLoader:
         if not changed:
             return copy.deepcopy(state)
         changes = ", ".join(f"{key} {state['made_with'].get(key)} -> {now[key]}" for key in changed)
-        warnings.warn(f"data order changed on resuming ({changes}): going on at about the same place", stacklevel=3)
+        warnings.warn(
+            f"data order changed on resuming ({changes}): going on at about the same place",
+            stacklevel=3,
+        )
         return self._start(state["samples"])
 
     def _check_budget(self) -> None:
@@ -229,9 +270,12 @@ class StreamLoader:
 
 
 class _Slots(IterableDataset):
-    """The batches of one worker process: that of the slot whose turn it would be had loading never stopped."""
+    """The batches of one worker process: that of the slot whose turn it would be had loading never
+    stopped."""
 
-    def __init__(self, stream: Stream, batch_size: int, seed: int, rank: int, world_size: int, state: dict):
+    def __init__(
+        self, stream: Stream, batch_size: int, seed: int, rank: int, world_size: int, state: dict
+    ):
         self.stream, self.batch_size, self.seed = stream, batch_size, seed
         self.rank, self.world_size, self.state = rank, world_size, state
 
@@ -244,7 +288,9 @@ class _Slots(IterableDataset):
             batches = self.stream.batches(self.batch_size, self.seed, number, of, positions[slot])
             for batch, position, dropped in batches:
                 yield batch, slot, position, dropped
-        except UserError as error:  # handed over as a value: raising it here would bury the message in a traceback
+        except (
+            UserError
+        ) as error:  # handed over as a value: raising it here would bury the message in a traceback
             while True:
                 yield error, slot, positions[slot], []
 

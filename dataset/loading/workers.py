@@ -8,14 +8,20 @@ from contextlib import contextmanager
 
 import torch
 
-LEFT_TO_PARENT = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # signals that worker processes ignore
+LEFT_TO_PARENT = (
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # signals that worker processes ignore
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Keeps the scheduler's signals and Ctrl-C waiting: processes started in here inherit that until `worker_init`.
+    """Keeps the scheduler's signals and Ctrl-C waiting: processes started in here inherit that
+    until `worker_init`.
 
-    Without it a signal to the whole job that comes while workers start would kill them, and the run with them.
+    Without it a signal to the whole job that comes while workers start would kill them, and the run
+    with them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *LEFT_TO_PARENT})
     try:
@@ -25,7 +31,8 @@ def signals_held() -> Iterator[None]:
 
 
 def worker_init(_: int) -> None:
-    """One thread per worker process, and signals of the scheduler or of Ctrl-C are left to the parent to act on.
+    """One thread per worker process, and signals of the scheduler or of Ctrl-C are left to the
+    parent to act on.
 
     SIGTERM still ends the worker when it comes from the parent, as it does when the parent exits.
     """

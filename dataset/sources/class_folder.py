@@ -1,4 +1,4 @@
-"""Class folders: a folder a class with its pictures, for classification."""
+"""Class folders: a folder a class with its images, for classification."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,19 +9,26 @@ import torch
 from base.errors import UserError
 from dataset.images.decode import decode_image
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
 
 
 class ClassFolder:
-    """All pictures below `root`; the label is the place of the picture's folder in alphabetical order.
+    """All images below `root`; the label is the place of the image's folder in alphabetical order.
 
     classes: names of the classes in that order, where known: as many as there are folders.
     """
 
-    def __init__(self, root: str | Path, transform: Callable[[torch.Tensor], torch.Tensor], classes: Sequence = ()):
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Callable[[torch.Tensor], torch.Tensor],
+        classes: Sequence = (),
+    ):
         self.root, self.transform = Path(root), transform
         if not self.root.is_dir():
-            raise UserError(f"{root}: no such folder; name a folder with one sub-folder of pictures per class")
+            raise UserError(
+                f"{root}: no such folder; name a folder with one sub-folder of images per class"
+            )
         self.folders = sorted(path.name for path in self.root.iterdir() if path.is_dir())
         if classes and len(classes) != len(self.folders):
             raise UserError(
@@ -30,21 +37,28 @@ class ClassFolder:
             )
         self.files, labels = [], []
         for label, folder in enumerate(self.folders):
-            found = sorted(path for path in (self.root / folder).rglob("*") if path.suffix.lower() in PICTURES)
+            found = sorted(
+                path for path in (self.root / folder).rglob("*") if path.suffix.lower() in IMAGES
+            )
             if not found:
-                raise UserError(f"{self.root / folder}: no pictures of this class; add them or remove folder and label")
+                raise UserError(
+                    f"{self.root / folder}: no images of this class; add them or remove folder and label"
+                )
             self.files += found
             labels += [label] * len(found)
         if not self.files:
-            raise UserError(f"{root}: no sub-folders with pictures, one per class")
+            raise UserError(f"{root}: no sub-folders with images, one per class")
         self.labels = torch.tensor(labels)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def load(self, index: int) -> dict[str, torch.Tensor]:
-        """`image`, as the transform makes it, and `label` of picture `index`. Raises BadSample."""
-        return {"image": self.transform(decode_image(self.files[index])), "label": self.labels[index]}
+        """`image`, as the transform makes it, and `label` of image `index`. Raises BadSample."""
+        return {
+            "image": self.transform(decode_image(self.files[index])),
+            "label": self.labels[index],
+        }
 
 
 def _odd_one_out(folders: Sequence[str], classes: Sequence) -> str:

@@ -13,10 +13,12 @@ EXPECTED = "expected a JSON list of objects, or one object per line"
 
 
 def parse_entries(path: Path) -> Iterator[tuple[int, object]]:
-    """`(byte offset, parsed entry)` for every entry, in order. Raises UserError naming entry and line on bad syntax.
+    """`(byte offset, parsed entry)` for every entry, in order. Raises UserError naming entry and
+    line on bad syntax.
 
-    The bytes are parsed as Latin-1, which makes one character of each: JSON's structure is ASCII, so that places in the
-    text are places in the file. Texts in the parsed entries are therefore garbled where they are not ASCII.
+    The bytes are parsed as Latin-1, which makes one character of each: JSON's structure is ASCII,
+    so that places in the text are places in the file. Texts in the parsed entries are therefore
+    garbled where they are not ASCII.
     """
     with path.open("rb") as file:
         window = _Window(path, file)
@@ -90,7 +92,9 @@ class _Window:
             self.check_utf8(data, final=not data)
         except UnicodeDecodeError as error:
             near = self.offset + len(self.text) + error.start
-            raise UserError(f"{self.path}: not UTF-8 near byte {near}; save the file as UTF-8") from None
+            raise UserError(
+                f"{self.path}: not UTF-8 near byte {near}; save the file as UTF-8"
+            ) from None
         self.text = self.text[self.place :] + data.decode("latin-1")
         self.offset += self.place
         self.place = 0

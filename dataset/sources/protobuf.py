@@ -6,8 +6,8 @@ VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def fields(message: memoryview, only: int | None = None) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value) of a message: an integer for varints, bytes for everything else. ValueError or IndexError
-    where it is none. only: fields of this number alone.
+    """(field number, value) of a message: an integer for varints, bytes for everything else.
+    ValueError or IndexError where it is none. only: fields of this number alone.
     """
     at = 0
     while at < len(message):

@@ -1,4 +1,5 @@
-"""Annotations of any size: JSON list or JSON lines files read through the page cache, never held in memory."""
+"""Annotations of any size: JSON list or JSON lines files read through the page cache, never held in
+memory."""
 
 import bisect
 import fcntl
@@ -16,7 +17,8 @@ from pathlib import Path
 from base.errors import UserError
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries
 
-# Fields of the public annotation formats and the types each may have; a list must hold texts, at least one.
+# Fields of the public annotation formats and the types each may have; a list must hold texts, at
+# least one.
 FIELD_TYPES = {
     "image": (str,),
     "images": (list,),
@@ -34,13 +36,16 @@ PROGRESS_EVERY = 200_000  # entries; files with fewer are indexed without a prog
 
 
 class Records(Sequence):
-    """Read-only sequence of the annotations (dicts) in one or several JSON list or JSON lines files.
+    """Read-only sequence of the annotations (dicts) in one or several JSON list or JSON lines
+    files.
 
-    The first use of a file checks every entry and stores where each begins, 8 bytes per entry, under `cache_dir`
-    ($QUINTET_CACHE, else ~/.cache/quintet), keyed by path, size, time of change and required fields. File and index are
-    memory-mapped: all processes of a machine share one copy, and pickling sends only the paths.
+    The first use of a file checks every entry and stores where each begins, 8 bytes per entry,
+    under `cache_dir` ($QUINTET_CACHE, else ~/.cache/quintet), keyed by path, size, time of change
+    and required fields. File and index are memory-mapped: all processes of a machine share one
+    copy, and pickling sends only the paths.
 
-    required: fields every entry must have. Raises UserError naming file, entry, line, field and remedy.
+    required: fields every entry must have. Raises UserError naming file, entry, line, field and
+    remedy.
     """
 
     def __init__(
@@ -53,8 +58,12 @@ class Records(Sequence):
         if not paths:
             raise UserError("no annotation file given; name at least one")
         self._arguments = (paths, tuple(required), cache_dir)
-        cache_dir = Path(cache_dir or os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()
-        self._files = [_IndexedFile(Path(path).expanduser().absolute(), required, cache_dir) for path in paths]
+        cache_dir = Path(
+            cache_dir or os.environ.get("QUINTET_CACHE") or "~/.cache/quintet"
+        ).expanduser()
+        self._files = [
+            _IndexedFile(Path(path).expanduser().absolute(), required, cache_dir) for path in paths
+        ]
         self._ends = list(accumulate(map(len, self._files)))
 
     def __len__(self) -> int:
@@ -109,13 +118,16 @@ def _index_of(path: Path, required: Sequence[str], cache_dir: Path) -> Path:
                 if not index.exists():
                     _write_index(path, required, index)
         except OSError as error:
-            raise UserError(f"cannot index {path} ({error}); set QUINTET_CACHE to a writable folder") from None
+            raise UserError(
+                f"cannot index {path} ({error}); set QUINTET_CACHE to a writable folder"
+            ) from None
     return index
 
 
 @contextmanager
 def _one_builder(index: Path) -> Iterator[None]:
-    """Lets one of many processes build the index while the others wait; on file systems without locks all build it."""
+    """Lets one of many processes build the index while the others wait; on file systems without
+    locks all build it."""
     with index.with_suffix(".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -126,7 +138,9 @@ def _one_builder(index: Path) -> Iterator[None]:
 
 def _write_index(path: Path, required: Sequence[str], index: Path) -> None:
     """Writes under a temporary name and renames, so that no process ever sees half an index."""
-    file = tempfile.NamedTemporaryFile(dir=index.parent, prefix=index.stem, suffix=".tmp", delete=False)
+    file = tempfile.NamedTemporaryFile(
+        dir=index.parent, prefix=index.stem, suffix=".tmp", delete=False
+    )
     try:
         with file:
             for starts in _batched(_checked_starts(path, required), 1 << 16):
@@ -175,7 +189,11 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
         if not isinstance(value, types):
             names = " or ".join(kind.__name__ for kind in types)
             return f"field {field!r} must be {names}, not {type(value).__name__} ({value!r:.60}); mend the entry"
-        if type(value) is list and list in types and not (value and all(type(item) is str for item in value)):
+        if (
+            type(value) is list
+            and list in types
+            and not (value and all(type(item) is str for item in value))
+        ):
             return f"field {field!r} must list one or more texts, not {value!r:.60}; mend the entry"
     return None
 
@@ -183,4 +201,10 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
 def _progress_bar(path: Path):
     from tqdm import tqdm
 
-    return tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=f"indexing {path.name}", disable=None)
+    return tqdm(
+        total=path.stat().st_size,
+        unit="B",
+        unit_scale=True,
+        desc=f"indexing {path.name}",
+        disable=None,
+    )

@@ -1,4 +1,5 @@
-"""Samples of WebDataset tar shards by number: where every member lies, found by reading the headers alone."""
+"""Samples of WebDataset tar shards by number: where every member lies, found by reading the headers
+alone."""
 
 import hashlib
 import os
@@ -15,7 +16,8 @@ BLOCK = 1 << 22  # bytes copied at a time
 class ShardIndex:
     """The samples of tar shards on this machine, in order.
 
-    Members are read from the files where they lie; nothing is kept open, so that workers may share the index.
+    Members are read from the files where they lie; nothing is kept open, so that workers may share
+    the index.
     """
 
     def __init__(self, shards: Sequence[Path], title: str = ""):
@@ -50,18 +52,22 @@ class ShardIndex:
             return file.read(size)
 
     def image(self, index: int) -> bytes:
-        """The encoded picture of a sample. Raises BadSample where it has none."""
+        """The encoded image of a sample. Raises BadSample where it has none."""
         members = self.samples[index][2]
         found = next((kind for kind in IMAGE_TYPES if kind in members), None)
         if found is None:
-            raise BadSample(f"{self.name(index)}: no picture (.{', .'.join(IMAGE_TYPES)}), only {', '.join(members)}")
+            raise BadSample(
+                f"{self.name(index)}: no image (.{', .'.join(IMAGE_TYPES)}), only {', '.join(members)}"
+            )
         return self.read(index, found)
 
 
 def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """`(name, where its content begins, its bytes)` of every file in a tar. UserError where it is damaged or cut off.
+    """`(name, where its content begins, its bytes)` of every file in a tar. UserError where it is
+    damaged or cut off.
 
-    Headers are read one by one, as TarFile's own iteration takes a damaged one for the end of the archive.
+    Headers are read one by one, as TarFile's own iteration takes a damaged one for the end of the
+    archive.
     """
     try:
         size = path.stat().st_size
@@ -87,7 +93,13 @@ def address(place: str, name: str) -> str:
     place = place.rstrip("/")
     if place.startswith("https://huggingface.co/datasets/"):
         head, tree, branch = place.partition("/tree/")
-        place = f"{head}/resolve/{branch}" if tree else place if "/resolve/" in place else f"{place}/resolve/main"
+        place = (
+            f"{head}/resolve/{branch}"
+            if tree
+            else place
+            if "/resolve/" in place
+            else f"{place}/resolve/main"
+        )
     return f"{place}/{name}"
 
 
@@ -117,7 +129,9 @@ def local_copy(place: str, name: str, cache: Path) -> Path:
     url = address(place, name)
     if "://" not in url:
         if not Path(url).is_file():
-            raise UserError(f"{url}: no such file, though nshards.txt counts it; fetch the data set anew")
+            raise UserError(
+                f"{url}: no such file, though nshards.txt counts it; fetch the data set anew"
+            )
         return Path(url)
     target = cache / hashlib.sha256(place.encode()).hexdigest()[:20] / name
     if target.is_file():

@@ -1,9 +1,10 @@
-"""TFRecord files without TensorFlow: frames with their checksums, tf.train.Example both ways, a writer.
+"""TFRecord files without TensorFlow: frames with their checksums, tf.train.Example both ways, a
+writer.
 
-A file is a sequence of frames: length (uint64), masked CRC-32C of these eight bytes, payload, masked CRC-32C of the
-payload; all little-endian. The payload is a protocol-buffer message `Example`, a map of names to lists of byte strings,
-floats or integers. As a source of training samples they go through `dataset.sources.shards.ShardSource`,
-beside tar shards.
+A file is a sequence of frames: length (uint64), masked CRC-32C of these eight bytes, payload,
+masked CRC-32C of the payload; all little-endian. The payload is a protocol-buffer message
+`Example`, a map of names to lists of byte strings, floats or integers. As a source of training
+samples they go through `dataset.sources.shards.ShardSource`, beside tar shards.
 """
 
 import os
@@ -25,7 +26,8 @@ BYTES, FLOATS, INTEGERS = 1, 2, 3  # field numbers of the kinds of list in a Fea
 
 
 def is_tfrecord(name: str) -> bool:
-    """Whether a path or URL names a TFRecord file: 00000.tfrecord, train.tfrecord-00000-of-00128."""
+    """Whether a path or URL names a TFRecord file: 00000.tfrecord,
+    train.tfrecord-00000-of-00128."""
     return ".tfrecord" in name.rpartition("/")[2]
 
 
@@ -39,8 +41,8 @@ def masked_crc(data: bytes) -> int:
 def read_frames(file: BinaryIO, name: str) -> Iterator[bytes | BadSample]:
     """The payloads of one open file in order.
 
-    A payload whose checksum is wrong comes as a BadSample in its place. Behind a damaged length, or where the file is
-    cut off, nothing can be found any more: one BadSample, and the end.
+    A payload whose checksum is wrong comes as a BadSample in its place. Behind a damaged length, or
+    where the file is cut off, nothing can be found any more: one BadSample, and the end.
     """
     number = 0
     while header := file.read(HEADER.size):
@@ -66,7 +68,8 @@ def read_frames(file: BinaryIO, name: str) -> Iterator[bytes | BadSample]:
 
 
 def count_frames(path: str | Path) -> int:
-    """Number of records of a local file, found by stepping from length to length; a torn end is not counted."""
+    """Number of records of a local file, found by stepping from length to length; a torn end is not
+    counted."""
     count, position, size = 0, 0, os.path.getsize(path)
     with open(path, "rb") as file:
         while header := file.read(HEADER.size):
@@ -81,14 +84,17 @@ def count_frames(path: str | Path) -> int:
 
 
 def write_records(path: str | Path, records: Iterable[bytes]) -> int:
-    """Write payloads as a TFRecord file, under a temporary name until it is whole; returns how many."""
+    """Write payloads as a TFRecord file, under a temporary name until it is whole; returns how
+    many."""
     path, count = Path(path), 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             for record in records:
                 length = struct.pack("<Q", len(record))
-                file.write(length + CRC.pack(masked_crc(length)) + record + CRC.pack(masked_crc(record)))
+                file.write(
+                    length + CRC.pack(masked_crc(length)) + record + CRC.pack(masked_crc(record))
+                )
                 count += 1
         temporary.replace(path)
     finally:
@@ -98,7 +104,8 @@ def write_records(path: str | Path, records: Iterable[bytes]) -> int:
 
 # ---- tf.train.Example
 def parse_example(payload: bytes) -> dict[str, Feature]:
-    """Features by name: lists of byte strings, of floats or of integers. Raises BadSample for anything else."""
+    """Features by name: lists of byte strings, of floats or of integers. Raises BadSample for
+    anything else."""
     try:
         features = {}
         for _, message in fields(memoryview(payload), 1):
@@ -111,8 +118,12 @@ def parse_example(payload: bytes) -> dict[str, Feature]:
 
 
 def encode_example(features: Mapping[str, object]) -> bytes:
-    """Serialised Example of texts, byte strings, integers, floats, or lists of one of these kinds."""
-    entries = (delimited(1, name.encode()) + delimited(2, _encode_feature(v)) for name, v in features.items())
+    """Serialised Example of texts, byte strings, integers, floats, or lists of one of these
+    kinds."""
+    entries = (
+        delimited(1, name.encode()) + delimited(2, _encode_feature(v))
+        for name, v in features.items()
+    )
     return delimited(1, b"".join(delimited(1, entry) for entry in entries))
 
 
@@ -139,10 +150,16 @@ def _integers(value: int | memoryview) -> list[int]:
 
 
 def _encode_feature(value: object) -> bytes:
-    values = list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) else [value]
+    values = (
+        list(value)
+        if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+        else [value]
+    )
     if all(isinstance(v, str | bytes) for v in values):
         content = b"".join(delimited(1, v.encode() if isinstance(v, str) else v) for v in values)
         return delimited(BYTES, content)
     if all(isinstance(v, int | np.integer) for v in values):
-        return delimited(INTEGERS, delimited(1, b"".join(encode_varint(int(v) & (1 << 64) - 1) for v in values)))
+        return delimited(
+            INTEGERS, delimited(1, b"".join(encode_varint(int(v) & (1 << 64) - 1) for v in values))
+        )
     return delimited(FLOATS, delimited(1, np.asarray(values, "<f4").tobytes()))

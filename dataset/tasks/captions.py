@@ -1,8 +1,9 @@
-"""Image-caption collections for dual encoders: YFCC15M, CC3M, CC12M, COCO, RedCaps and plain pairs, as one format.
+"""Image-caption collections for dual encoders: YFCC15M, CC3M, CC12M, COCO, RedCaps and plain pairs,
+as one format.
 
-Whatever the collection, its metadata becomes JSON lines {image: path below the root, caption: [texts]} once, which
-`Records` maps into memory: all loader workers of a machine share one copy, of 15 million samples too. A path may lead
-into a zip file: `images/00/001.zip/007.jpg`.
+Whatever the collection, its metadata becomes JSON lines {image: path below the root, caption:
+[texts]} once, which `Records` maps into memory: all loader workers of a machine share one copy, of
+15 million samples too. A path may lead into a zip file: `images/00/001.zip/007.jpg`.
 """
 
 import hashlib
@@ -31,17 +32,22 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
 # ---- metadata
-def caption_records(kind: str, metadata: str | Path, read_plain: Callable[[Path], object]) -> Records:
+def caption_records(
+    kind: str, metadata: str | Path, read_plain: Callable[[Path], object]
+) -> Records:
     """The samples of a collection: records {image, caption: [texts]}.
 
     kind: one of FORMATS. metadata: the file the collection comes with, or what
     scripts/data/convert_metadata.py made of it
-    (JSON or JSON lines with `image` and `caption`). Other files are converted at the first use, into the cache of
-    `Records`. read_plain: reads pickles and .npy object arrays without running what is in them.
+    (JSON or JSON lines with `image` and `caption`). Other files are converted at the first use,
+    into the cache of `Records`. read_plain: reads pickles and .npy object arrays without running
+    what is in them.
     """
     path = Path(metadata)
     if not path.is_file():
-        raise UserError(f"metadata {path}: no such file; give the file that belongs to --dataset {kind}")
+        raise UserError(
+            f"metadata {path}: no such file; give the file that belongs to --dataset {kind}"
+        )
     if kind == "pairs" or path.suffix == ".jsonl":
         return Records(path)
     status = path.stat()
@@ -54,7 +60,8 @@ def caption_records(kind: str, metadata: str | Path, read_plain: Callable[[Path]
 
 
 def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -> Iterator[dict]:
-    """`{image, caption: [texts]}` of every entry of a collection's own metadata file. UserError names a bad entry."""
+    """`{image, caption: [texts]}` of every entry of a collection's own metadata file. UserError
+    names a bad entry."""
     if kind not in FORMATS:
         raise UserError(f"unknown collection {kind!r}; use one of {', '.join(FORMATS)}")
     read, convert = FORMATS[kind]
@@ -62,16 +69,21 @@ def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -
     for number, entry in enumerate(entries):
         try:
             row = convert(entry)
-            if type(row["image"]) is not str or not all(type(text) is str for text in row["caption"]):
+            if type(row["image"]) is not str or not all(
+                type(text) is str for text in row["caption"]
+            ):
                 raise TypeError
         except (KeyError, TypeError, ValueError, IndexError):
-            raise UserError(f"{path}, entry {number} (the first is 0): {entry!r:.80} is no entry of {kind}") from None
+            raise UserError(
+                f"{path}, entry {number} (the first is 0): {entry!r:.80} is no entry of {kind}"
+            ) from None
         if row["caption"]:
             yield row
 
 
 def write_rows(rows: Iterable[dict], path: Path) -> int:
-    """Write JSON lines under a temporary name and rename; returns how many. Text stays readable: UTF-8."""
+    """Write JSON lines under a temporary name and rename; returns how many. Text stays readable:
+    UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, count = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
     try:
@@ -86,7 +98,8 @@ def write_rows(rows: Iterable[dict], path: Path) -> int:
 
 
 def yfcc_row(entry: Sequence) -> dict:
-    """(index, title, description): the picture is member FGH.jpg of images/AB/CDE.zip for the index ABCDEFGH."""
+    """(index, title, description): the image is member FGH.jpg of images/AB/CDE.zip for the index
+    ABCDEFGH."""
     index, *texts = entry
     digits = f"{int(index):08d}"
     texts = [text for text in texts[:2] if text] or [""]
@@ -102,10 +115,13 @@ def cc12m_row(entry: dict) -> dict:
 
 
 def coco_entries(path: Path) -> Iterator[dict]:
-    """Captions of COCO, grouped by picture; the folder is the file's split, captions_train2017.json -> train2017."""
+    """Captions of COCO, grouped by image; the folder is the file's split, captions_train2017.json
+    -> train2017."""
     content = _load_json(path, "images", "annotations")
-    folder = path.stem.removeprefix("captions_") if path.stem.startswith("captions_") else "train2017"
-    names = {picture["id"]: picture.get("file_name") for picture in content["images"]}
+    folder = (
+        path.stem.removeprefix("captions_") if path.stem.startswith("captions_") else "train2017"
+    )
+    names = {image["id"]: image.get("file_name") for image in content["images"]}
     captions: dict[int, list[str]] = {}
     for annotation in content["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
@@ -135,7 +151,8 @@ def _load_json(path: Path, *keys: str) -> dict:
     return content
 
 
-# collection -> (how its file is read, None: a pickle or .npy array of plain data; how an entry becomes a row)
+# collection -> (how its file is read, None: a pickle or .npy array of plain data; how an entry
+# becomes a row)
 FORMATS: dict[str, tuple[Callable[[Path], Iterable] | None, Callable[..., dict]]] = {
     "yfcc15m": (None, yfcc_row),
     "cc3m": (None, cc3m_row),
@@ -150,10 +167,13 @@ MERGED = ("cc3m", "cc12m", "yfcc15m")  # parts of merged_opendata, in this order
 DATASETS = (*FORMATS, "merged_opendata", "wds")
 
 
-def collections_of(dataset: str, metadata: str, root: str, shards: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+def collections_of(
+    dataset: str, metadata: str, root: str, shards: Sequence[str] = ()
+) -> list[tuple[str, str, str]]:
     """(kind, metadata file, root folder) of every collection in a data set of `DATASETS`.
 
-    merged_opendata has three, whose files and roots are joined by `---`; wds, which is shards alone, has none.
+    merged_opendata has three, whose files and roots are joined by `---`; wds, which is shards
+    alone, has none.
     """
     if dataset == "wds":
         if not shards:
@@ -163,7 +183,9 @@ def collections_of(dataset: str, metadata: str, root: str, shards: Sequence[str]
         return [(dataset, metadata, root)]
     files, roots = metadata.split("---"), root.split("---")
     if not len(files) == len(roots) == len(MERGED):
-        raise UserError(f"{dataset}: give metadata and root of {', '.join(MERGED)}, in this order, joined by ---")
+        raise UserError(
+            f"{dataset}: give metadata and root of {', '.join(MERGED)}, in this order, joined by ---"
+        )
     return list(zip(MERGED, files, roots, strict=True))
 
 
@@ -171,15 +193,17 @@ def _as_list(caption: str | list[str]) -> list[str]:
     return [caption] if isinstance(caption, str) else caption
 
 
-# ---- pictures
-def picture_source(root: Path, image: str) -> Path | bytes:
-    """What `decode_image` takes: the path of a picture, or its bytes out of a zip file. Raises BadSample."""
+# ---- images
+def image_source(root: Path, image: str) -> Path | bytes:
+    """What `decode_image` takes: the path of an image, or its bytes out of a zip file. Raises
+    BadSample."""
     archive, inside, member = image.partition(".zip/")
     return read_member(root / f"{archive}.zip", member) if inside else root / image
 
 
 def read_member(archive: Path, name: str) -> bytes:
-    """Content of one member of a zip file. The directory is searched, not parsed, which takes 2.7 ms a 1000 members.
+    """Content of one member of a zip file. The directory is searched, not parsed, which takes 2.7
+    ms a 1000 members.
 
     Raises BadSample when archive or member is missing or damaged.
     """
@@ -191,16 +215,26 @@ def read_member(archive: Path, name: str) -> bytes:
         raise BadSample(f"{archive}: {error.strerror or error}") from None
     except KeyError:
         raise BadSample(f"{archive}: no member {name}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+    ) as error:
         raise BadSample(f"{archive}, member {name}: {error}") from None
 
 
 def _quick_member(file, name: bytes) -> bytes | None:
-    """The member's content, or None where the archive is out of the ordinary and zipfile must look at it."""
+    """The member's content, or None where the archive is out of the ordinary and zipfile must look
+    at it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - END_OF_DIRECTORY.size))
     end = file.read()
-    if len(end) < END_OF_DIRECTORY.size or end[:4] != b"PK\5\6":  # a comment follows, or it is no zip file
+    if (
+        len(end) < END_OF_DIRECTORY.size or end[:4] != b"PK\5\6"
+    ):  # a comment follows, or it is no zip file
         return None
     *_, length, start, _ = END_OF_DIRECTORY.unpack(end)
     if start + length > size:  # zip64
@@ -212,7 +246,13 @@ def _quick_member(file, name: bytes) -> bytes | None:
         if begin < 0 or directory[begin : begin + 4] != b"PK\1\2":
             continue
         entry = DIRECTORY_ENTRY.unpack_from(directory, begin)
-        flags, method, packed, name_length, header = entry[3], entry[4], entry[8], entry[10], entry[16]
+        flags, method, packed, name_length, header = (
+            entry[3],
+            entry[4],
+            entry[8],
+            entry[10],
+            entry[16],
+        )
         if name_length != len(name):
             continue
         if flags & 1 or method not in (0, 8) or 0xFFFFFFFF in (packed, header):
@@ -228,28 +268,32 @@ def _quick_member(file, name: bytes) -> bytes | None:
     return None
 
 
-def check_pictures(root: str | Path, records: Sequence[dict], tries: int = 20) -> None:
-    """UserError when none of the first pictures can be read below `root`."""
+def check_images(root: str | Path, records: Sequence[dict], tries: int = 20) -> None:
+    """UserError when none of the first images can be read below `root`."""
     root, complaints = Path(root), []
     if not root.is_dir():
-        raise UserError(f"root {root}: no such folder; set --root to the folder that the metadata's paths start from")
+        raise UserError(
+            f"root {root}: no such folder; set --root to the folder that the metadata's paths start from"
+        )
     for record in islice(records, tries):
         try:
-            decode_image(picture_source(root, record["image"]), record["image"])
+            decode_image(image_source(root, record["image"]), record["image"])
             return
         except BadSample as error:
             complaints.append(str(error))
     raise UserError(
-        f"root {root}: none of the first {len(complaints)} pictures can be read, e.g. {complaints[0]}; "
+        f"root {root}: none of the first {len(complaints)} images can be read, e.g. {complaints[0]}; "
         "set --root to the folder that the metadata's paths start from, or use the metadata of these files"
     )
 
 
 # ---- samples and batches
 class ImageTextPair:
-    """Makes a sample of a record with `image` (path, or encoded bytes with `key`) and `caption` (text or texts).
+    """Makes a sample of a record with `image` (path, or encoded bytes with `key`) and `caption`
+    (text or texts).
 
-    Sample: `image` uint8 [3,S,S]; `image_local` uint8 [A,3,s,s] if there are local views; `texts`, one or more str.
+    Sample: `image` uint8 [3,S,S]; `image_local` uint8 [A,3,s,s] if there are local views; `texts`,
+    one or more str.
     """
 
     def __init__(self, image_views: ImageViews, text_views: TextViews, root: str | Path = ""):
@@ -259,14 +303,15 @@ class ImageTextPair:
         if "caption" not in record:
             raise BadSample(f"{record['key']}: no caption (.txt)")
         image, name = record["image"], record.get("key") or record["image"]
-        source = image if isinstance(image, bytes) else picture_source(self.root, image)
+        source = image if isinstance(image, bytes) else image_source(self.root, image)
         view, local = self.image_views(decode_image(source, str(self.root / name)))
         sample = {"image": view, "texts": self.text_views(_as_list(record["caption"]))}
         return sample if local is None else sample | {"image_local": local}
 
 
 class CaptionCollate:
-    """image uint8 [B,3,S,S] · image_local uint8 [B,A,3,s,s] if samples have it · text_ids int64 [B,1+A,L].
+    """image uint8 [B,3,S,S] · image_local uint8 [B,A,3,s,s] if samples have it · text_ids int64
+    [B,1+A,L].
 
     lengths: the allowed L (see ClipTokenizer); few of them, where the network is compiled.
     """
@@ -275,7 +320,11 @@ class CaptionCollate:
         self.tokenizer, self.lengths = tokenizer, lengths
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {key: default_collate([sample[key] for sample in samples]) for key in samples[0] if key != "texts"}
+        batch = {
+            key: default_collate([sample[key] for sample in samples])
+            for key in samples[0]
+            if key != "texts"
+        }
         texts = [text for sample in samples for text in sample["texts"]]
         batch["text_ids"] = self.tokenizer(texts, self.lengths).unflatten(0, (len(samples), -1))
         return batch

@@ -1,7 +1,9 @@
-"""The catalogue of zero-shot evaluation: where every data set lies, its metric, its class names and its templates.
+"""The catalogue of zero-shot evaluation: where every data set lies, its metric, its class names and
+its templates.
 
-Entries, labels and templates of people's own come as clip-rocket's and SLIP's `dataset_catalog.json`, `labels.json` and
-`templates.json`; they stand before those of the project, which are OpenAI's (dataset/prompts).
+Entries, labels and templates of people's own come as clip-rocket's and SLIP's
+`dataset_catalog.json`, `labels.json` and `templates.json`; they stand before those of the project,
+which are OpenAI's (dataset/prompts).
 """
 
 import difflib
@@ -33,10 +35,10 @@ KNOWN_METRICS = ("acc1", *dict.fromkeys(METRICS.values()))
 class Entry:
     """One data set.
 
-    kind: imagefolder (`path`/`split`/class folders), torchvision (its own files below `path`), either (class folders
-    where they are, else torchvision's), filelist (`path`/`split`_images.npy and _labels.npy), webdataset (a folder or
-    URL as CLIP_benchmark publishes them), voc (`path` of VOCdevkit), retrieval (`path` of Karpathy's JSON, pictures
-    below `images`).
+    kind: imagefolder (`path`/`split`/class folders), torchvision (its own files below `path`),
+    either (class folders where they are, else torchvision's), filelist (`path`/`split`_images.npy
+    and _labels.npy), webdataset (a folder or URL as CLIP_benchmark publishes them), voc (`path` of
+    VOCdevkit), retrieval (`path` of Karpathy's JSON, images below `images`).
     """
 
     name: str
@@ -48,10 +50,16 @@ class Entry:
 
     def below(self, root: str | Path) -> "Entry":
         """The same entry with its paths taken relative to `root`."""
-        return replace(self, path=str(Path(root) / self.path), images=self.images and str(Path(root) / self.images))
+        return replace(
+            self,
+            path=str(Path(root) / self.path),
+            images=self.images and str(Path(root) / self.images),
+        )
 
 
-def _entry(name: str, kind: str = "imagefolder", split: str = "test", path: str = "", images: str = "") -> Entry:
+def _entry(
+    name: str, kind: str = "imagefolder", split: str = "test", path: str = "", images: str = ""
+) -> Entry:
     return Entry(name, kind, path or name, split, METRICS.get(name, "acc1"), images)
 
 
@@ -86,7 +94,12 @@ CATALOG = {
         _entry("kinetics700_frames", split="val_images"),
         _entry("birdsnap"),
         _entry("voc2007", "voc"),
-        _entry("flickr30k", "retrieval", path="flickr30k/dataset_flickr30k.json", images="flickr30k/flickr30k-images"),
+        _entry(
+            "flickr30k",
+            "retrieval",
+            path="flickr30k/dataset_flickr30k.json",
+            images="flickr30k/flickr30k-images",
+        ),
         _entry("coco", "retrieval", path="coco/dataset_coco.json", images="coco"),
     )
 }
@@ -101,40 +114,60 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a table, data set -> entry; it holds a {type(content).__name__}")
+        raise UserError(
+            f"{path}: expected a table, data set -> entry; it holds a {type(content).__name__}"
+        )
     return content
 
 
 def read_catalog(path: str | Path) -> dict[str, Entry]:
-    """Entries of a `dataset_catalog.json`: name -> {path, type, test}, further keys `metric` and `images` (retrieval).
+    """Entries of a `dataset_catalog.json`: name -> {path, type, test}, further keys `metric` and
+    `images` (retrieval).
 
-    Relative paths start from the file's folder where they exist there, else from the working directory.
+    Relative paths start from the file's folder where they exist there, else from the working
+    directory.
     """
     entries = {}
     for name, values in read_json(path).items():
-        missing = [key for key in ("path", "type") if not isinstance(values, dict) or key not in values]
+        missing = [
+            key for key in ("path", "type") if not isinstance(values, dict) or key not in values
+        ]
         if missing:
-            raise UserError(f"{path}: entry {name!r} lacks {' and '.join(missing)}; it needs path, type and test")
+            raise UserError(
+                f"{path}: entry {name!r} lacks {' and '.join(missing)}; it needs path, type and test"
+            )
         kind = OTHER_NAMES.get(values["type"], values["type"])
         if kind not in KINDS:
             known = ", ".join((*KINDS, *OTHER_NAMES))
-            raise UserError(f"{path}: entry {name!r} is of type {kind!r}{nearest(str(kind), KINDS)} Known: {known}")
+            raise UserError(
+                f"{path}: entry {name!r} is of type {kind!r}{nearest(str(kind), KINDS)} Known: {known}"
+            )
         if "test" not in values and kind in ("imagefolder", "either", "filelist"):
             raise UserError(f"{path}: entry {name!r} lacks test, the name of its test split")
         metric = values.get("metric", METRICS.get(name, "acc1"))
         if metric not in KNOWN_METRICS:
-            raise UserError(f"{path}: entry {name!r} has metric {metric!r}; use one of {', '.join(KNOWN_METRICS)}")
+            raise UserError(
+                f"{path}: entry {name!r} has metric {metric!r}; use one of {', '.join(KNOWN_METRICS)}"
+            )
         entry = Entry(
-            name, kind, str(values["path"]), str(values.get("test", "test")), metric, values.get("images", "")
+            name,
+            kind,
+            str(values["path"]),
+            str(values.get("test", "test")),
+            metric,
+            values.get("images", ""),
         )
         here = Path(path).parent
-        entries[name] = entry.below(here) if "://" not in entry.path and (here / entry.path).exists() else entry
+        entries[name] = (
+            entry.below(here) if "://" not in entry.path and (here / entry.path).exists() else entry
+        )
     return entries
 
 
 def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:
     """The entries named, in this order; `kind:path` names a data set outside the catalogue, such as
-    `webdataset:https://...`, `retrieval:dataset_coco.json` or `imagefolder:photos` (its split `test`).
+    `webdataset:https://...`, `retrieval:dataset_coco.json` or `imagefolder:photos` (its split
+    `test`).
     """
     chosen = []
     for name in names:
@@ -143,15 +176,25 @@ def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:
         if name in catalog:
             chosen.append(catalog[name])
         elif colon and kind in KINDS and path:
-            title = re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", path).rpartition("/")[2].removesuffix(".json")
+            title = (
+                re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", path)
+                .rpartition("/")[2]
+                .removesuffix(".json")
+            )
             title = title.removeprefix("wds_").removeprefix("vtab-")
             chosen.append(Entry(title, kind, path, metric=METRICS.get(title, "acc1")))
         else:
             known = ", ".join(catalog)
-            raise UserError(f"data set {name!r} is unknown{nearest(name, catalog)} Known: {known}; or KIND:PATH")
-    double = {entry.name for entry in chosen if sum(entry.name == other.name for other in chosen) > 1}
+            raise UserError(
+                f"data set {name!r} is unknown{nearest(name, catalog)} Known: {known}; or KIND:PATH"
+            )
+    double = {
+        entry.name for entry in chosen if sum(entry.name == other.name for other in chosen) > 1
+    }
     if double:
-        raise UserError(f"data set {', '.join(sorted(double))} is named more than once; name each one once")
+        raise UserError(
+            f"data set {', '.join(sorted(double))} is named more than once; name each one once"
+        )
     return chosen
 
 
@@ -173,9 +216,15 @@ class Prompts:
         own = read_json(file) if file else {}
         for name, values in own.items():
             nested = kind == "labels"
-            fine = isinstance(values, list) and values and all(_is_text(value, nested) for value in values)
+            fine = (
+                isinstance(values, list)
+                and values
+                and all(_is_text(value, nested) for value in values)
+            )
             if not fine:
-                what = "class names (a class of several names: a list)" if nested else "texts with {}"
+                what = (
+                    "class names (a class of several names: a list)" if nested else "texts with {}"
+                )
                 raise UserError(f"{file}: {name!r} must be a list of {what}")
         return tables | own
 
@@ -195,15 +244,20 @@ class Prompts:
 
 def _is_text(value: Any, nested: bool) -> bool:
     return isinstance(value, str) or (
-        nested and isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+        nested
+        and isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, str) for each in value)
     )
 
 
 def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
-    """The class names in the order of a data set's own ones (folders, files), by which its labels count.
+    """The class names in the order of a data set's own ones (folders, files), by which its labels
+    count.
 
-    Where both are the same names but for spelling (`apple_pie`, `Apple pie`), each goes to its own. Otherwise the list
-    must be in order already, as the published ones are: UserError where it is seen not to be, and where numbers differ.
+    Where both are the same names but for spelling (`apple_pie`, `Apple pie`), each goes to its own.
+    Otherwise the list must be in order already, as the published ones are: UserError where it is
+    seen not to be, and where numbers differ.
     """
     if len(classes) != len(own):
         raise UserError(

@@ -1,11 +1,11 @@
-"""Pictures with class labels: class folders, COYO-Labeled lists, shards, torchvision's data sets.
+"""Images with class labels: class folders, COYO-Labeled lists, shards, torchvision's data sets.
 
 What a data string names is told by its look:
 
-    imagenet/train                       a folder with one sub-folder of pictures a class, labels by alphabet
+    imagenet/train                       a folder with one sub-folder of images a class, labels by alphabet
     labels.jsonl                         COYO-Labeled-300M's {url or image, labels, label_probs}, or {image, label}
-    shards/{00000..00099}.tar, s3://...  WebDataset or TFRecord; labels in .json, .cls, or features of these names
-    torchvision/CIFAR10:test             a data set of torchvision by its class name, and a split
+    shards/{00000..00099}.tar, s3://...  WebDataset or TFRecord; labels in .json, .cls, or features
+    of these names torchvision/CIFAR10:test             a data set of torchvision by its class name, and a split
 
 Labels stay lists of class ids with weights. They are never expanded to the number of classes.
 """
@@ -40,37 +40,46 @@ LABEL_FIELDS = ("labels", "label", "cls")
 class LabelOptions:
     """Labels."""
 
-    label_threshold: float = 0.0  # probability below which a label is left out; pictures without any are, too
-    label_top: int | None = None  # most labels of a picture, the likeliest first; none = all
+    label_threshold: float = (
+        0.0  # probability below which a label is left out; images without any are, too
+    )
+    label_top: int | None = None  # most labels of an image, the likeliest first; none = all
     soft_labels: bool = False  # a label's target is its probability instead of 1
 
 
 class Labels:
     """The labels of a record: ids below `classes` and their weights.
 
-    Reads `labels` (ids, with `label_probs` beside), `label` (one id), WebDataset's `cls`, from the record itself, from
-    the features of a TFRecord example or from the `json` member of a tar.
+    Reads `labels` (ids, with `label_probs` beside), `label` (one id), WebDataset's `cls`, from the
+    record itself, from the features of a TFRecord example or from the `json` member of a tar.
     """
 
     def __init__(self, classes: int, options: LabelOptions, source: str):
         self.classes, self.options, self.source = classes, options, source
 
     def __call__(self, record: dict) -> tuple[list[int], list[float]]:
-        """Ids without repetition and weights, both empty where the threshold left none out of several.
+        """Ids without repetition and weights, both empty where the threshold left none out of
+        several.
 
         Raises BadSample where the record has no label, UserError for a class that does not exist.
         """
         values = record
         if isinstance(record.get("json"), bytes):
             values = record | parsed(record["json"], self._name(record))
-        field = next((name for name in LABEL_FIELDS if values.get(name) not in (None, [], b"")), None)
+        field = next(
+            (name for name in LABEL_FIELDS if values.get(name) not in (None, [], b"")), None
+        )
         if field is None:
-            raise BadSample(f"{self._name(record)}: no label ({', '.join(LABEL_FIELDS)}, or .json with one of them)")
+            raise BadSample(
+                f"{self._name(record)}: no label ({', '.join(LABEL_FIELDS)}, or .json with one of them)"
+            )
         ids, chances = self._ids(values[field], record), values.get("label_probs")
         if chances is None:
             chances = [1.0] * len(ids)
         elif len(chances) != len(ids):
-            raise UserError(f"{self._name(record)}: {len(ids)} labels with {len(chances)} label_probs; mend the entry")
+            raise UserError(
+                f"{self._name(record)}: {len(ids)} labels with {len(chances)} label_probs; mend the entry"
+            )
         options, kept = self.options, {}
         for chance, label in sorted(zip(chances, ids, strict=True), key=lambda pair: -pair[0]):
             if chance >= options.label_threshold and len(kept) < (options.label_top or len(ids)):
@@ -84,7 +93,9 @@ class Labels:
         try:
             ids = [int(i) for i in ids]
         except (TypeError, ValueError):
-            raise UserError(f"{self._name(record)}: label {value!r:.60} is no class number") from None
+            raise UserError(
+                f"{self._name(record)}: label {value!r:.60} is no class number"
+            ) from None
         for label in ids:
             if not 0 <= label < self.classes:
                 raise UserError(
@@ -110,7 +121,7 @@ def parsed(text: bytes, name: str) -> dict:
 
 
 class FolderRecords(Sequence):
-    """The pictures of class folders as records {image, label}, in a few bytes each."""
+    """The images of class folders as records {image, label}, in a few bytes each."""
 
     def __init__(self, root: str | Path, classes: Sequence[str] = ()):
         folder = ClassFolder(root, None)
@@ -120,10 +131,16 @@ class FolderRecords(Sequence):
             near = difflib.get_close_matches(unknown[0], [*place], 1)
             raise UserError(
                 f"{folder.root / unknown[0]}: not among the {len(place)} classes"
-                + (f"; did you mean {near[0]}?" if near else "; name the list of classes with --classes")
+                + (
+                    f"; did you mean {near[0]}?"
+                    if near
+                    else "; name the list of classes with --classes"
+                )
             )
         self.labels = torch.tensor([place[name] for name in folder.folders])[folder.labels]
-        self.files = np.array([str(path.relative_to(folder.root)).encode() for path in folder.files])
+        self.files = np.array(
+            [str(path.relative_to(folder.root)).encode() for path in folder.files]
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -133,17 +150,27 @@ class FolderRecords(Sequence):
 
 
 class TorchvisionRecords(Sequence):
-    """A data set of torchvision as records {pixels, label}. Raises UserError that names the nearest, or the remedy."""
+    """A data set of torchvision as records {pixels, label}. Raises UserError that names the
+    nearest, or the remedy."""
 
     def __init__(self, name: str, root: Path, split: str, download: bool = False):
         from torchvision import datasets
 
         if name not in datasets.__all__ or not inspect.isclass(getattr(datasets, name)):
             near = difflib.get_close_matches(name, datasets.__all__, 1, 0.3)
-            raise UserError(f"torchvision has no data set {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(
+                f"torchvision has no data set {name!r}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
         kind = getattr(datasets, name)
         takes = inspect.signature(kind).parameters
-        given = {"root": root, "download": download, "train": split == "train", "split": split, "image_set": split}
+        given = {
+            "root": root,
+            "download": download,
+            "train": split == "train",
+            "split": split,
+            "image_set": split,
+        }
         try:
             self.data = kind(**{key: value for key, value in given.items() if key in takes})
         except (RuntimeError, ValueError, OSError) as error:
@@ -163,12 +190,17 @@ class TorchvisionRecords(Sequence):
 
 
 class ShardRecords(Sequence):
-    """The records of shards in order, for evaluation. Access is quick where indices rise, as those of a worker do."""
+    """The records of shards in order, for evaluation. Access is quick where indices rise, as those
+    of a worker do."""
 
     def __init__(self, urls: str):
         self.shards = list_shards(urls, {})
         self.ends = list(accumulate(count_samples([shard], {}) for shard in self.shards))
-        self.open: tuple[int, int, Iterator] = (-1, 0, iter(()))  # shard, records taken from it, the rest
+        self.open: tuple[int, int, Iterator] = (
+            -1,
+            0,
+            iter(()),
+        )  # shard, records taken from it, the rest
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -198,14 +230,21 @@ def is_shards(data: str) -> bool:
     return "://" in data or ".tar" in data or ".tfrecord" in data
 
 
-def open_records(data: str, root: Path, split: str, classes: Sequence[str] = (), download: bool = False) -> Sequence:
-    """The records that a data string names, shards excepted. split: of torchvision's sets without one in their name."""
+def open_records(
+    data: str, root: Path, split: str, classes: Sequence[str] = (), download: bool = False
+) -> Sequence:
+    """The records that a data string names, shards excepted. split: of torchvision's sets without
+    one in their name."""
     if data.startswith("torchvision/"):
         name, _, named = data.removeprefix("torchvision/").partition(":")
         return TorchvisionRecords(name, root, named or split, download)
     if Path(data).suffix in (".json", ".jsonl"):
-        records = Records(data, ("labels",) if "label" not in Records(data, ())[0] else ("image", "label"))
-        check_image_root(root, (str(record.get("image") or record.get("url")) for record in records))
+        records = Records(
+            data, ("labels",) if "label" not in Records(data, ())[0] else ("image", "label")
+        )
+        check_image_root(
+            root, (str(record.get("image") or record.get("url")) for record in records)
+        )
         return records
     if Path(data).is_dir():
         return FolderRecords(data, classes)
@@ -218,19 +257,25 @@ def open_records(data: str, root: Path, split: str, classes: Sequence[str] = (),
 # --------------------------------------------------------------------------------------------------- samples, batches
 
 
-class LabelledPicture:
-    """Makes a sample of a record: `image` as the view makes it, `labels` and `label_weights`. Raises BadSample."""
+class LabelledImage:
+    """Makes a sample of a record: `image` as the view makes it, `labels` and `label_weights`.
+    Raises BadSample."""
 
     def __init__(self, view, labels: Labels, root: Path):
         self.view, self.labels, self.root = view, labels, root
 
     def __call__(self, record: dict) -> dict:
         labels, weights = self.labels(record)
-        return {"image": self.view(picture(record, self.root)), "labels": labels, "label_weights": weights}
+        return {
+            "image": self.view(image(record, self.root)),
+            "labels": labels,
+            "label_weights": weights,
+        }
 
 
-def picture(record: dict, root: Path) -> Tensor:
-    """uint8 [3,H,W] of a record: its pixels, encoded bytes, or a file below `root`. Raises BadSample."""
+def image(record: dict, root: Path) -> Tensor:
+    """uint8 [3,H,W] of a record: its pixels, encoded bytes, or a file below `root`. Raises
+    BadSample."""
     if "pixels" in record:
         return record["pixels"]
     image = record.get("image") or record.get("url")
@@ -242,15 +287,20 @@ def picture(record: dict, root: Path) -> Tensor:
 
 
 class LabelCollate:
-    """image [B,3,S,S] as the samples have it · labels int64 and label_weights float32 [B,K], padded with weight 0.
+    """image [B,3,S,S] as the samples have it · labels int64 and label_weights float32 [B,K], padded
+    with weight 0.
 
-    K is 1 where every sample has one label, otherwise a multiple of 4, so that a compiled network sees few lengths.
+    K is 1 where every sample has one label, otherwise a multiple of 4, so that a compiled network
+    sees few lengths.
     """
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         most = max(len(sample["labels"]) for sample in samples)
         length = 1 if most <= 1 else 4 * math.ceil(most / 4)
-        labels, weights = torch.zeros(len(samples), length, dtype=torch.int64), torch.zeros(len(samples), length)
+        labels, weights = (
+            torch.zeros(len(samples), length, dtype=torch.int64),
+            torch.zeros(len(samples), length),
+        )
         for row, sample in enumerate(samples):
             labels[row, : len(sample["labels"])] = torch.tensor(sample["labels"], dtype=torch.int64)
             weights[row, : len(sample["labels"])] = torch.tensor(sample["label_weights"])
@@ -259,7 +309,8 @@ class LabelCollate:
 
 
 class Labelled:
-    """A source of the stream without the records that the threshold leaves no label: they are not bad samples."""
+    """A source of the stream without the records that the threshold leaves no label: they are not
+    bad samples."""
 
     def __init__(self, source: RecordSource | ShardSource, labels: Labels):
         self.source, self.labels, self.name, self.build = source, labels, source.name, source.build
@@ -279,7 +330,9 @@ class Labelled:
                 yield sample_seed, record, after
             elif dropped > max(ENOUGH, len(self.source)):
                 threshold = self.labels.options.label_threshold
-                raise UserError(f"{self.name}: no picture has a label of probability {threshold} or more; lower it")
+                raise UserError(
+                    f"{self.name}: no image has a label of probability {threshold} or more; lower it"
+                )
 
     def _keeps(self, record: dict | BadSample) -> bool:
         try:
@@ -288,17 +341,21 @@ class Labelled:
             return True  # for the stream to count
 
 
-def training_source(data: str, root: Path, view, labels: Labels, classes: Sequence[str], **options) -> Labelled:
-    """The endless stream's source of what a data string names (see dataset.loading.stream). options: download, of
-    `open_records`; shuffle_buffer, of shards.
+def training_source(
+    data: str, root: Path, view, labels: Labels, classes: Sequence[str], **options
+) -> Labelled:
+    """The endless stream's source of what a data string names (see dataset.loading.stream).
+    options: download, of `open_records`; shuffle_buffer, of shards.
     """
-    build = LabelledPicture(view, labels, root)
+    build = LabelledImage(view, labels, root)
     if is_shards(data):
         source = ShardSource(data, build, shuffle_buffer=options["shuffle_buffer"])
     else:
         records = open_records(data, root, "train", classes, options["download"])
         for index in range(min(ENOUGH, len(records)) if isinstance(records, Records) else 0):
-            labels(records[index] | {"index": index})  # what is wrong with the whole list shows at once
+            labels(
+                records[index] | {"index": index}
+            )  # what is wrong with the whole list shows at once
         source = RecordSource(records, build, data)
     return Labelled(source, labels)
 
@@ -309,10 +366,23 @@ class Split:
     split: of torchvision's data sets, where their string names none.
     """
 
-    def __init__(self, data, root: Path, view, labels: Labels, classes=(), download=False, split: str = "test"):
+    def __init__(
+        self,
+        data,
+        root: Path,
+        view,
+        labels: Labels,
+        classes=(),
+        download=False,
+        split: str = "test",
+    ):
         self.data = data
-        self.records = ShardRecords(data) if is_shards(data) else open_records(data, root, split, classes, download)
-        self.build = LabelledPicture(view, labels, root)
+        self.records = (
+            ShardRecords(data)
+            if is_shards(data)
+            else open_records(data, root, split, classes, download)
+        )
+        self.build = LabelledImage(view, labels, root)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -323,17 +393,17 @@ class Split:
 
     @property
     def file_names(self) -> list[str]:
-        """Names of the picture files, in order. Raises UserError where the pictures are no files."""
+        """Names of the image files, in order. Raises UserError where the images are no files."""
         if not isinstance(self.records, FolderRecords | Records):
             raise UserError(
-                f"{self.data}: its pictures have no file names, by which --real knows them; use class folders"
+                f"{self.data}: its images have no file names, by which --real knows them; use class folders"
             )
         return [str(record.get("image") or record.get("url")) for record in self.records]
 
 
 def identity(records: Sequence, data: str) -> str:
-    """A short text that changes with the pictures and labels of a data string, without reading them: names and labels
-    of class folders, size and time of change of lists and shards.
+    """A short text that changes with the images and labels of a data string, without reading them:
+    names and labels of class folders, size and time of change of lists and shards.
     """
     if isinstance(records, FolderRecords):
         content = records.files.tobytes() + records.labels.numpy().tobytes()
@@ -341,17 +411,25 @@ def identity(records: Sequence, data: str) -> str:
     if isinstance(records, TorchvisionRecords):
         return repr((repr(records.data), len(records)))
     files = records.shards if isinstance(records, ShardRecords) else [data]
-    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if "://" not in file]
+    stats = [
+        (file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
+        for file in files
+        if "://" not in file
+    ]
     return repr((files, stats, len(records)))
 
 
-def class_names(data: Sequence[str], file: Path | None, root: Path, download: bool = False) -> list[str]:
-    """Names of the classes: the lines of `file`, else those of the first class folders or torchvision set; [] where
-    none tells. Raises UserError for a missing file.
+def class_names(
+    data: Sequence[str], file: Path | None, root: Path, download: bool = False
+) -> list[str]:
+    """Names of the classes: the lines of `file`, else those of the first class folders or
+    torchvision set; [] where none tells. Raises UserError for a missing file.
     """
     if file is not None:
         if not file.is_file():
-            raise UserError(f"--classes {file}: no such file; name a text file with the name of one class a line")
+            raise UserError(
+                f"--classes {file}: no such file; name a text file with the name of one class a line"
+            )
         return file.read_text(encoding="utf-8").splitlines()
     for each in data:
         if not is_shards(each) and Path(each).suffix not in (".json", ".jsonl"):

@@ -1,4 +1,5 @@
-"""What a dual encoder is fed, by its model string: CLIP's byte-pair ids and views, or ALIGN's pieces and squares."""
+"""What a dual encoder is fed, by its model string: CLIP's byte-pair ids and views, or ALIGN's
+pieces and squares."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +19,22 @@ def is_align(model: str) -> bool:
     return model.startswith("ALIGN_")
 
 
-def text_tokenizer(network, merges: str | Path | None, vocabulary: str | Path) -> ClipTokenizer | AlignTokenizer:
+def text_tokenizer(
+    network, merges: str | Path | None, vocabulary: str | Path
+) -> ClipTokenizer | AlignTokenizer:
     """tokenizer(texts, lengths) -> int64 [B,L].
 
-    network: has `model` and `context_length`. merges: file of CLIP's BPE; vocabulary: of BERT, for ALIGN.
+    network: has `model` and `context_length`. merges: file of CLIP's BPE; vocabulary: of BERT, for
+    ALIGN.
     """
     if is_align(network.model):
         return AlignTokenizer(vocabulary, network.context_length)
     return ClipTokenizer(merges, network.context_length)
 
 
-def training_views(network, options: ViewOptions, local: int) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+def training_views(
+    network, options: ViewOptions, local: int
+) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """views(uint8 [3,H,W]) -> the global view [3,S,S] and the local ones [A,3,s,s] or None.
 
     network: has `model`, `image_size` and `compat`. ALIGN takes nothing of the options but `flip`.
@@ -45,5 +51,10 @@ def eval_view(model: str, side: int, interpolation: str = "bilinear") -> Callabl
 
 
 def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation in grey levels, float32 [3,1,1] each, for `normalize`; network: has `model`."""
-    return pixel_statistics(device, HALF, HALF) if is_align(network.model) else pixel_statistics(device)
+    """Mean and deviation in grey levels, float32 [3,1,1] each, for `normalize`; network: has
+    `model`."""
+    return (
+        pixel_statistics(device, HALF, HALF)
+        if is_align(network.model)
+        else pixel_statistics(device)
+    )

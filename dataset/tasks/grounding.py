@@ -1,4 +1,5 @@
-"""Referring expressions (RefCOCO+): which annotated box an expression means, and the boxes a detector found."""
+"""Referring expressions (RefCOCO+): which annotated box an expression means, and the boxes a
+detector found."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,17 @@ class Target:
     image_id: int
     split: str  # val, testA, testB
     box: Box
-    height: int  # of the picture, pixels
+    height: int  # of the image, pixels
     width: int
 
 
 class ReferringExpressions:
-    """The evaluation set: entries with `image`, `text`, `ref_id`, and for each its target and the detected boxes.
+    """The evaluation set: entries with `image`, `text`, `ref_id`, and for each its target and the
+    detected boxes.
 
-    refs: REFER's list of {ref_id, ann_id, image_id, split}; instances: COCO's {images, annotations}; detections: boxes
-    by str(image_id). Raises UserError for a ref_id without annotation and for a picture without detections.
+    refs: REFER's list of {ref_id, ann_id, image_id, split}; instances: COCO's {images,
+    annotations}; detections: boxes by str(image_id). Raises UserError for a ref_id without
+    annotation and for an image without detections.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class ReferringExpressions:
         return len(self.images)
 
     def file(self, index: int) -> Path:
-        """Where the picture of expression `index` lies."""
+        """Where the image of expression `index` lies."""
         return self.image_root / self.images[index]
 
     def load(self, index: int) -> dict:
@@ -76,12 +79,15 @@ class ReferringExpressions:
 
 
 def targets(refs: Sequence[Mapping], instances: Mapping) -> dict[int, Target]:
-    """By ref_id; references whose annotation or picture `instances` lacks are left out. Raises UserError."""
+    """By ref_id; references whose annotation or image `instances` lacks are left out. Raises
+    UserError."""
     try:
         boxes = {entry["id"]: list(map(float, entry["bbox"])) for entry in instances["annotations"]}
         sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in instances["images"]}
         return {
-            int(ref["ref_id"]): Target(ref["image_id"], ref["split"], boxes[ref["ann_id"]], *sizes[ref["image_id"]])
+            int(ref["ref_id"]): Target(
+                ref["image_id"], ref["split"], boxes[ref["ann_id"]], *sizes[ref["image_id"]]
+            )
             for ref in refs
             if ref["ann_id"] in boxes and ref["image_id"] in sizes
         }

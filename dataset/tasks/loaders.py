@@ -1,4 +1,5 @@
-"""The loaders of the fine-tuning scripts from their common knobs (runtime.finetune.FineTuneConfig)."""
+"""The loaders of the fine-tuning scripts from their common knobs
+(runtime.finetune.FineTuneConfig)."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,17 +16,25 @@ def training_view(knobs) -> TrainTransform:
 
 
 def test_view(knobs) -> TestTransform:
-    """The whole picture at image_res."""
+    """The whole image at image_res."""
     return TestTransform(knobs.image_res)
 
 
-def train_loader(sources: Sequence, collate: Callable, knobs, world, state: dict | None) -> StreamLoader:
-    """Endless batches of this process, from the position `state` on (see dataset.loading.stream)."""
+def train_loader(
+    sources: Sequence, collate: Callable, knobs, world, state: dict | None
+) -> StreamLoader:
+    """Endless batches of this process, from the position `state` on (see
+    dataset.loading.stream)."""
     stream, workers, seed = Stream(sources, collate), knobs.workers, knobs.seed
-    return StreamLoader(stream, knobs.batch_size_train, workers, world.rank, world.size, seed, True, state)
+    return StreamLoader(
+        stream, knobs.batch_size_train, workers, world.rank, world.size, seed, True, state
+    )
 
 
 def split_loader(data, collate: Callable, knobs, world) -> tuple[range, EvalLoader]:
-    """`(own indices, their batches)`: this process's part of a split, which has `load` and a length."""
+    """`(own indices, their batches)`: this process's part of a split, which has `load` and a
+    length."""
     own = shard_indices(len(data), world.rank, world.size)
-    return own, EvalLoader(data.load, own, knobs.batch_size_test, collate, knobs.workers, pin_memory=True)
+    return own, EvalLoader(
+        data.load, own, knobs.batch_size_test, collate, knobs.workers, pin_memory=True
+    )

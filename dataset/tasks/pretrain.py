@@ -1,4 +1,5 @@
-"""Image-text pairs for pre-training with ALBEF and SIMLA: one sample, and the batch made of many."""
+"""Image-text pairs for pre-training with ALBEF and SIMLA: one sample, and the batch made of
+many."""
 
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from dataset.text.wordpiece import Tokenizer, choose_caption, mask_tokens, mlm_t
 
 
 class PretrainPair:
-    """Makes a sample of a record with `image` (path or encoded bytes) and `caption` (text or list of texts).
+    """Makes a sample of a record with `image` (path or encoded bytes) and `caption` (text or list
+    of texts).
 
-    image_root: folder that relative image paths start from. patch_mask: draws the patches to predict (SIMLA). codes:
+    image_root: folder that relative image paths start from. patch_mask: draws the patches to
+    predict (SIMLA). codes:
     visual codes computed ahead, which need a transform with `fixed_geometry`.
     """
 
@@ -28,12 +31,15 @@ class PretrainPair:
         max_words: int = 30,
     ):
         if codes is not None and not transform.fixed_geometry:
-            raise UserError("a cache of visual codes needs fixed_geometry: labels of another crop would be wrong")
+            raise UserError(
+                "a cache of visual codes needs fixed_geometry: labels of another crop would be wrong"
+            )
         self.transform, self.image_root = transform, Path(image_root)
         self.patch_mask, self.codes, self.max_words = patch_mask, codes, max_words
 
     def __call__(self, record: dict) -> dict:
-        """`caption` str, `image` float32 [3,H,W], and as configured `token_image`, `patch_mask`, `visual_codes`."""
+        """`caption` str, `image` float32 [3,H,W], and as configured `token_image`, `patch_mask`,
+        `visual_codes`."""
         if "caption" not in record:
             raise BadSample(f"{record['key']}: no caption (.txt)")
         sample = {"caption": choose_caption(record["caption"], self.max_words)}
@@ -48,7 +54,8 @@ class PretrainPair:
 
 
 def load_image(record: dict, image_root: Path) -> torch.Tensor:
-    """uint8 [3,H,W] of a record's `image`, encoded bytes or a path below `image_root`. Raises BadSample."""
+    """uint8 [3,H,W] of a record's `image`, encoded bytes or a path below `image_root`. Raises
+    BadSample."""
     image = record["image"]
     if isinstance(image, bytes):
         return decode_image(image, record["key"])
@@ -58,20 +65,28 @@ def load_image(record: dict, image_root: Path) -> torch.Tensor:
 class PretrainCollate:
     """Makes the pre-training batch of a list of samples.
 
-    image float32 [B,3,H,W] · text_ids int64, text_mask bool, mlm_ids int64 [B,L] · mlm_positions, mlm_labels int64 [K]
-    (see text.mlm_targets) · as the samples have them: token_image float32 [B,3,h,w], visual_codes int64 [B,N],
-    patch_mask bool [B,N]. Token masking draws from torch's global generator.
+    image float32 [B,3,H,W] · text_ids int64, text_mask bool, mlm_ids int64 [B,L] · mlm_positions,
+    mlm_labels int64 [K] (see text.mlm_targets) · as the samples have them: token_image float32
+    [B,3,h,w], visual_codes int64 [B,N], patch_mask bool [B,N]. Token masking draws from torch's
+    global generator.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 25, mlm_probability: float = 0.15, lengths=()):
+    def __init__(
+        self, tokenizer: Tokenizer, max_tokens: int = 25, mlm_probability: float = 0.15, lengths=()
+    ):
         self.tokenizer, self.max_tokens, self.lengths = tokenizer, max_tokens, lengths
         self.mlm_probability = mlm_probability
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         tokenizer = self.tokenizer
         captions = [sample["caption"] for sample in samples]
-        # default_collate stacks straight into the memory shared with the parent process, unlike torch.stack
-        batch = {key: default_collate([sample[key] for sample in samples]) for key in samples[0] if key != "caption"}
+        # default_collate stacks straight into the memory shared with the parent process, unlike
+        # torch.stack
+        batch = {
+            key: default_collate([sample[key] for sample in samples])
+            for key in samples[0]
+            if key != "caption"
+        }
         batch["text_ids"], batch["text_mask"] = tokenizer(captions, self.max_tokens, self.lengths)
         never = (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
         batch["mlm_ids"], labels = mask_tokens(
@@ -82,7 +97,8 @@ class PretrainCollate:
 
 
 class CodeCache:
-    """Visual codes computed ahead: an .npy file of integers [records, N], memory-mapped; row i belongs to record i."""
+    """Visual codes computed ahead: an .npy file of integers [records, N], memory-mapped; row i
+    belongs to record i."""
 
     def __init__(self, path: str | Path, records: int):
         import numpy as np
@@ -90,7 +106,9 @@ class CodeCache:
         try:
             self.codes = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable .npy file of visual codes ({error}); compute it anew") from None
+            raise UserError(
+                f"{path}: not a readable .npy file of visual codes ({error}); compute it anew"
+            ) from None
         if self.codes.ndim != 2 or len(self.codes) != records or self.codes.dtype.kind not in "iu":
             raise UserError(
                 f"{path}: {self.codes.dtype} {list(self.codes.shape)} does not fit {records} records of integer codes; "
@@ -106,12 +124,15 @@ class CodeCache:
         return CodeCache, (self.path, self.records)
 
 
-def write_codes(path: str | Path, records, build: PretrainPair, image_tokenizer, device, batch_size: int = 64) -> None:
-    """Compute the visual codes of all records once and store them for `CodeCache`; a complete file is kept as it is.
+def write_codes(
+    path: str | Path, records, build: PretrainPair, image_tokenizer, device, batch_size: int = 64
+) -> None:
+    """Compute the visual codes of all records once and store them for `CodeCache`; a complete file
+    is kept as it is.
 
-    build makes samples with `token_image`; image_tokenizer maps float32 [B,3,h,w] in [0,1] to codes [B,h/r,w/r]. An
-    unreadable picture gets the codes of a grey one: it is never used, because reading it fails in training, too. The
-    file appears under its name only when it is whole.
+    build makes samples with `token_image`; image_tokenizer maps float32 [B,3,h,w] in [0,1] to codes
+    [B,h/r,w/r]. An unreadable image gets the codes of a grey one: it is never used, because reading
+    it fails in training, too. The file appears under its name only when it is whole.
     """
     import numpy as np
     from tqdm import tqdm
@@ -120,20 +141,22 @@ def write_codes(path: str | Path, records, build: PretrainPair, image_tokenizer,
     if path.exists():
         return
     if not len(records):
-        raise UserError("code_cache needs train_file: shards have no fixed numbering of their samples")
+        raise UserError(
+            "code_cache needs train_file: shards have no fixed numbering of their samples"
+        )
     side = build.transform.token_resolution
     grey = torch.full((3, side, side), 0.5)
     temporary = path.with_name(path.name + ".tmp.npy")
     path.parent.mkdir(parents=True, exist_ok=True)
     table = None
     for first in tqdm(range(0, len(records), batch_size), desc="visual codes", unit="batch"):
-        pictures = []
+        images = []
         for index in range(first, min(first + batch_size, len(records))):
             try:
-                pictures.append(build.transform(load_image(records[index], build.image_root))[1])
+                images.append(build.transform(load_image(records[index], build.image_root))[1])
             except BadSample:
-                pictures.append(grey)
-        codes = image_tokenizer.codes(torch.stack(pictures).to(device)).flatten(1).cpu().numpy()
+                images.append(grey)
+        codes = image_tokenizer.codes(torch.stack(images).to(device)).flatten(1).cpu().numpy()
         if table is None:
             shape = (len(records), codes.shape[1])
             table = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=shape)

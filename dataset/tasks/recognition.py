@@ -1,7 +1,9 @@
-"""Pictures with the names of what they show, as sequences for next-token prediction; and the pictures of a split.
+"""Images with the names of what they show, as sequences for next-token prediction; and the images
+of a split.
 
-Two kinds of sources: list files, one `path : name,name,...` a line (ImageNet's layout of NXTP), or JSON entries {image,
-labels}; and WebDataset shards whose members `.nouns` scripts/data/extract_nouns.py made of the captions.
+Two kinds of sources: list files, one `path : name,name,...` a line (ImageNet's layout of NXTP), or
+JSON entries {image, labels}; and WebDataset shards whose members `.nouns`
+scripts/data/extract_nouns.py made of the captions.
 """
 
 import hashlib
@@ -30,13 +32,27 @@ IGNORED = -100  # target of a position without one
 STEP = 8  # texts are padded to multiples of it
 EXTRACT = "run scripts/data/extract_nouns.py over the shards first"
 
-THINGS, PICTURES = ("objects", "items", "elements"), ("image", "picture", "photograph")
-SEEN = (" {}", " present {}", " depicted {}", " shown {}", " visible {}", " captured {}", " seen {}", " that appear {}")
+THINGS, IMAGES = ("objects", "items", "elements"), ("image", "picture", "photograph")
+SEEN = (
+    " {}",
+    " present {}",
+    " depicted {}",
+    " shown {}",
+    " visible {}",
+    " captured {}",
+    " seen {}",
+    " that appear {}",
+)
 LABEL_PROMPTS = tuple(
-    f"The {thing}{seen.format(f'in the {picture}')} are" for seen in SEEN for thing in THINGS for picture in PICTURES
+    f"The {thing}{seen.format(f'in the {image}')} are"
+    for seen in SEEN
+    for thing in THINGS
+    for image in IMAGES
 )  # the first is the one of inference
 KINDS = ("brief description", "short account", "clear summary", "concise interpretation")
-CAPTION_PROMPTS = tuple(f"A {kind} of the {thing} is that" for thing in ("given image", *PICTURES) for kind in KINDS)
+CAPTION_PROMPTS = tuple(
+    f"A {kind} of the {thing} is that" for thing in ("given image", *IMAGES) for kind in KINDS
+)
 
 
 # ---- sequences
@@ -44,13 +60,14 @@ CAPTION_PROMPTS = tuple(f"A {kind} of the {thing} is that" for thing in ("given 
 class Sequences:
     """Makes the text behind the image tokens: <|image|>, BOS, prompt, labels.
 
-    A token has a segment (models.recognition.nxtp.text_mask): 0 for the prompt, which every later position
-    sees, j for label j and
+    A token has a segment (models.recognition.nxtp.text_mask): 0 for the prompt, which every later
+    position sees, j for label j and
     the delimiter that ends it. Every label is ended, so that the end of each is learned.
-    max_text: tokens at most. many_prompts: a prompt is drawn for each sample, else the first is taken.
-    original: as the published code: the last label stays open and sees not even itself, EOS follows it (and is a target
-    where `end_target`), what is too long is cut off anywhere, and labels may be missing. decouple: no: labels see those
-    before them.
+    max_text: tokens at most. many_prompts: a prompt is drawn for each sample, else the first is
+    taken.
+    original: as the published code: the last label stays open and sees not even itself, EOS follows
+    it (and is a target where `end_target`), what is too long is cut off anywhere, and labels may be
+    missing. decouple: no: labels see those before them.
     """
 
     tokenizer: PieceTokenizer
@@ -63,7 +80,9 @@ class Sequences:
     def __post_init__(self):
         longest = max(len(self.start(text)) for text in (*LABEL_PROMPTS, *CAPTION_PROMPTS))
         if self.max_text < longest + 2:
-            raise UserError(f"max_text {self.max_text}: the longest prompt alone takes {longest} tokens; allow more")
+            raise UserError(
+                f"max_text {self.max_text}: the longest prompt alone takes {longest} tokens; allow more"
+            )
 
     def start(self, prompt: str) -> list[int]:
         """<|image|>, BOS and the prompt."""
@@ -75,10 +94,11 @@ class Sequences:
         return self.start(LABEL_PROMPTS[0])
 
     def labels(self, names: Sequence[str], prompt: str | None = None) -> dict[str, list[int]]:
-        """`text_ids`, `segments` and `targets` of the names in random order (as given, where a prompt is given).
+        """`text_ids`, `segments` and `targets` of the names in random order (as given, where a
+        prompt is given).
 
-        Names that do not fit are left out; another epoch draws others. Raises BadSample where there is no name, or not
-        one fits.
+        Names that do not fit are left out; another epoch draws others. Raises BadSample where there
+        is no name, or not one fits.
         """
         if not names and not self.original:
             raise BadSample(
@@ -89,11 +109,15 @@ class Sequences:
             names = [names[i] for i in torch.randperm(len(names)).tolist()]
             prompt = LABEL_PROMPTS[self._drawn(len(LABEL_PROMPTS))]
         before, comma = len(self.start(prompt)), self.tokenizer.delimiter
-        ids = self.start(f"{prompt} {', '.join(names)}") + [self.tokenizer.eos if self.original else comma]
+        ids = self.start(f"{prompt} {', '.join(names)}") + [
+            self.tokenizer.eos if self.original else comma
+        ]
         if len(ids) > self.max_text:
             ids = ids[: self.max_text]
             if not self.original:
-                fitting = max((i for i, token in enumerate(ids) if token == comma and i >= before), default=-1)
+                fitting = max(
+                    (i for i, token in enumerate(ids) if token == comma and i >= before), default=-1
+                )
                 if fitting < 0:
                     raise BadSample(
                         f"label {names[0]!r:.60}: longer than the {self.max_text - before} tokens left of it"
@@ -107,7 +131,11 @@ class Sequences:
             segments = [-1 if j == current else j for j in segments]
         if not self.decouple:
             segments = [0] * len(ids)
-        return {"text_ids": ids, "segments": segments, "targets": self._targets(ids, self.end_target)}
+        return {
+            "text_ids": ids,
+            "segments": segments,
+            "targets": self._targets(ids, self.end_target),
+        }
 
     def caption(self, text: str, prompt: str | None = None) -> dict[str, list[int]]:
         """The same of a whole caption, read and predicted from left to right, EOS included."""
@@ -116,21 +144,29 @@ class Sequences:
         return {"text_ids": ids, "segments": [0] * len(ids), "targets": self._targets(ids, True)}
 
     def _targets(self, ids: list[int], with_end: bool) -> list[int]:
-        return [IGNORED if token == self.tokenizer.eos and not with_end else token for token in ids[1:]] + [IGNORED]
+        return [
+            IGNORED if token == self.tokenizer.eos and not with_end else token for token in ids[1:]
+        ] + [IGNORED]
 
     def _drawn(self, count: int) -> int:
         return int(torch.randint(count, ())) if self.many_prompts else 0
 
 
-def pad_batch(texts: Sequence[dict[str, list[int]]], pad: int, length: int | None = None) -> dict[str, torch.Tensor]:
-    """text_ids, segments int64 [B,T]; positions int64 [K], flat in B*T, of tokens with a target; labels int64 [K].
+def pad_batch(
+    texts: Sequence[dict[str, list[int]]], pad: int, length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """text_ids, segments int64 [B,T]; positions int64 [K], flat in B*T, of tokens with a target;
+    labels int64 [K].
 
     T is a multiple of STEP (or `length`), K of 32, filled up with position 0 and label IGNORED.
     """
     longest = max(len(text["text_ids"]) for text in texts)
     length = length or -(-longest // STEP) * STEP
     fill = {"text_ids": pad, "segments": -1, "targets": IGNORED}
-    rows = {key: [text[key] + [empty] * (length - len(text[key])) for text in texts] for key, empty in fill.items()}
+    rows = {
+        key: [text[key] + [empty] * (length - len(text[key])) for text in texts]
+        for key, empty in fill.items()
+    }
     targets = torch.tensor(rows.pop("targets")).flatten()
     positions = (targets != IGNORED).nonzero().flatten()
     room = -len(positions) % 32
@@ -142,14 +178,16 @@ def pad_batch(texts: Sequence[dict[str, list[int]]], pad: int, length: int | Non
 
 # ---- samples
 def clip_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of CLIP's pictures in grey levels, for `dataset.images.clip.normalize`."""
+    """Mean and standard deviation of CLIP's images in grey levels, for
+    `dataset.images.clip.normalize`."""
     return pixel_statistics(device, CLIP_MEAN, CLIP_STD)
 
 
-class PictureView:
-    """uint8 [3,H,W] -> uint8 [3,S,S], bicubic: the centre at S pixels of the shorter side, or the whole picture.
+class ImageView:
+    """uint8 [3,H,W] -> uint8 [3,S,S], bicubic: the centre at S pixels of the shorter side, or the
+    whole image.
 
-    crop: < 1: a random box instead, of at least this share of the picture.
+    crop: < 1: a random box instead, of at least this share of the image.
     """
 
     def __init__(self, side: int, whole: bool = False, crop: float = 1.0):
@@ -163,14 +201,18 @@ class PictureView:
         return self.centre(image)
 
 
-class LabelledPicture:
-    """Makes a training sample of a record: `image` uint8 [3,S,S], `text` and, if wanted, `caption` (see Sequences).
+class LabelledImage:
+    """Makes a training sample of a record: `image` uint8 [3,S,S], `text` and, if wanted, `caption`
+    (see Sequences).
 
-    record: of a list, with `image` (path below root) and `labels`; or of a shard, with `image` and `nouns` as bytes.
+    record: of a list, with `image` (path below root) and `labels`; or of a shard, with `image` and
+    `nouns` as bytes.
     Its `caption` is a text, or several of which one is drawn.
     """
 
-    def __init__(self, view: PictureView, sequences: Sequences, root: str | Path = "", captions: bool = False):
+    def __init__(
+        self, view: ImageView, sequences: Sequences, root: str | Path = "", captions: bool = False
+    ):
         self.view, self.sequences, self.root, self.captions = view, sequences, Path(root), captions
 
     def __call__(self, record: dict) -> dict:
@@ -181,15 +223,20 @@ class LabelledPicture:
             raise BadSample(f"{key}: {error}") from None
         if self.captions:
             if "caption" not in record:
-                raise BadSample(f"{key}: no caption; train without --caption-weight, or on shards with captions")
+                raise BadSample(
+                    f"{key}: no caption; train without --caption-weight, or on shards with captions"
+                )
             texts = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
             sample["caption"] = self.sequences.caption(texts[int(torch.randint(len(texts), ()))])
-        source = record["image"] if isinstance(record["image"], bytes) else self.root / record["image"]
+        source = (
+            record["image"] if isinstance(record["image"], bytes) else self.root / record["image"]
+        )
         return sample | {"image": self.view(decode_image(source, str(key)))}
 
 
 def names_of(record: dict) -> list[str]:
-    """The labels of a record of a list or of a shard. Raises BadSample where a shard has none for it."""
+    """The labels of a record of a list or of a shard. Raises BadSample where a shard has none for
+    it."""
     if "labels" in record:
         return [name for label in record["labels"] for name in parse_nouns(label)]
     if "nouns" not in record:
@@ -198,7 +245,8 @@ def names_of(record: dict) -> list[str]:
 
 
 class RecognitionCollate:
-    """image uint8 [B,3,S,S] and what `pad_batch` makes of the labels; of captions the same names with `caption_`."""
+    """image uint8 [B,3,S,S] and what `pad_batch` makes of the labels; of captions the same names
+    with `caption_`."""
 
     def __init__(self, pad: int):
         self.pad = pad
@@ -216,7 +264,8 @@ class RecognitionCollate:
 def label_records(path: str | Path) -> Records:
     """Records {image, labels: [names]} of a list file or of JSON entries with these fields.
 
-    A list file is converted once, into the cache of `Records`. Raises UserError that names file and line.
+    A list file is converted once, into the cache of `Records`. Raises UserError that names file and
+    line.
     """
     path = Path(path)
     if path.suffix in (".json", ".jsonl"):
@@ -233,7 +282,8 @@ def label_records(path: str | Path) -> Records:
 
 
 def read_list(path: Path) -> Iterator[dict]:
-    """`{image, labels}` of every line `path : name,name,...`; a path may hold colons if blanks stand around the one."""
+    """`{image, labels}` of every line `path : name,name,...`; a path may hold colons if blanks
+    stand around the one."""
     found = False
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -243,7 +293,9 @@ def read_list(path: Path) -> Iterator[dict]:
             image, colon, names = (image, colon, names) if colon else line.strip().partition(":")
             labels = [name.strip() for name in names.split(",") if name.strip()]
             if not image.strip() or not labels:
-                raise UserError(f"{path}, line {number}: expected `path : name,name,...`, found {line.strip()!r:.80}")
+                raise UserError(
+                    f"{path}, line {number}: expected `path : name,name,...`, found {line.strip()!r:.80}"
+                )
             found = True
             yield {"image": image.strip(), "labels": labels}
     if not found:
@@ -251,7 +303,7 @@ def read_list(path: Path) -> Iterator[dict]:
 
 
 def training_stream(
-    view: PictureView,
+    view: ImageView,
     sequences: Sequences,
     lists: Sequence[Path],
     root: Path,
@@ -259,11 +311,13 @@ def training_stream(
     buffer: int,
     captions: bool,
 ) -> Stream:
-    """Batches of RecognitionCollate: of list files with pictures below `root`, and of shards with nouns.
+    """Batches of RecognitionCollate: of list files with images below `root`, and of shards with
+    nouns.
 
-    buffer: samples of a shard that a worker permutes at a time; captions: whether samples have the caption, too.
+    buffer: samples of a shard that a worker permutes at a time; captions: whether samples have the
+    caption, too.
     """
-    build = LabelledPicture(view, sequences, root, captions)
+    build = LabelledImage(view, sequences, root, captions)
     sources: list = []
     for file in lists:
         records = label_records(file)
@@ -273,13 +327,16 @@ def training_stream(
     return Stream(sources, RecognitionCollate(sequences.tokenizer.pad))
 
 
-class PictureSet:
-    """The pictures of a split in order, with what they show: of a list (below `root`), or of local .tar shards."""
+class ImageSet:
+    """The images of a split in order, with what they show: of a list (below `root`), or of local
+    .tar shards."""
 
     def __init__(self, source: str | Path, view: Callable, root: str | Path = "."):
         self.view, self.root, self.source = view, Path(root), str(source)
         is_list = Path(source).suffix in (".list", ".txt", ".json", ".jsonl")
-        self.records = label_records(source) if is_list else shard_index(list_shards(self.source, {}))
+        self.records = (
+            label_records(source) if is_list else shard_index(list_shards(self.source, {}))
+        )
         if is_list:
             check_image_root(self.root, (record["image"] for record in self.records))
         try:
@@ -290,8 +347,8 @@ class PictureSet:
     def __len__(self) -> int:
         return len(self.records)
 
-    def picture(self, index: int) -> bytes | Path:
-        """The encoded picture, or its file."""
+    def image(self, index: int) -> bytes | Path:
+        """The encoded image, or its file."""
         record = self.records[index]
         if "shard" not in record:
             return self.root / record["image"]
@@ -304,11 +361,12 @@ class PictureSet:
 
     def load(self, index: int) -> dict[str, torch.Tensor]:
         """`image` uint8 [3,S,S]"""
-        return {"image": self.view(decode_image(self.picture(index), self.name(index)))}
+        return {"image": self.view(decode_image(self.image(index), self.name(index)))}
 
 
 def shard_index(shards: Sequence[str]) -> list[dict]:
-    """Where the pictures of local, uncompressed shards lie, with their nouns: {key, shard, start, size[, nouns]}."""
+    """Where the images of local, uncompressed shards lie, with their nouns: {key, shard, start,
+    size[, nouns]}."""
     records: dict[str, dict] = {}
     for shard in shards:
         try:
@@ -328,8 +386,8 @@ def shard_index(shards: Sequence[str]) -> list[dict]:
     return found
 
 
-def read_picture(path: Path) -> torch.Tensor:
-    """uint8 [3,H,W] of one picture that somebody asks about. UserError where it cannot be read."""
+def read_image(path: Path) -> torch.Tensor:
+    """uint8 [3,H,W] of one image that somebody asks about. UserError where it cannot be read."""
     try:
         return decode_image(path)
     except BadSample as error:

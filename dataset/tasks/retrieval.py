@@ -1,4 +1,5 @@
-"""Image-text retrieval: training pairs that know which captions share a picture, and the evaluation set."""
+"""Image-text retrieval: training pairs that know which captions share an image, and the evaluation
+set."""
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +21,11 @@ def number_images(names: Iterable[str | int]) -> torch.Tensor:
 
 
 class RetrievalPair:
-    """Makes a sample of a record with `image`, `caption`: `image` float32 [3,H,W], `caption` str, `image_id` int.
+    """Makes a sample of a record with `image`, `caption`: `image` float32 [3,H,W], `caption` str,
+    `image_id` int.
 
-    image_ids: the number of every record's picture (see number_images), so that captions of one picture know it.
+    image_ids: the number of every record's image (see number_images), so that captions of one image
+    know it.
     field: what the caption is called in the records.
     """
 
@@ -48,11 +51,18 @@ class RetrievalPair:
 class RetrievalCollate:
     """image float32 [B,3,H,W] · text_ids int64, text_mask bool [B,L] · image_id int64 [B]."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None = None, lengths: Sequence[int] | None = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int | None = None,
+        lengths: Sequence[int] | None = (),
+    ):
         self.tokenizer, self.max_tokens, self.lengths = tokenizer, max_tokens, lengths
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        ids, mask = self.tokenizer([sample["caption"] for sample in samples], self.max_tokens, self.lengths)
+        ids, mask = self.tokenizer(
+            [sample["caption"] for sample in samples], self.max_tokens, self.lengths
+        )
         return {
             "image": default_collate([sample["image"] for sample in samples]),
             "text_ids": ids,
@@ -62,16 +72,26 @@ class RetrievalCollate:
 
 
 class RetrievalSet:
-    """The evaluation set of records with `image` and `caption` (a list): every picture once, all captions in a row.
+    """The evaluation set of records with `image` and `caption` (a list): every image once, all
+    captions in a row.
 
-    images: paths. captions: cleaned texts. txt2img[t]: the picture of caption t. img2txt[i]: the captions of picture i.
+    images: paths. captions: cleaned texts. txt2img[t]: the image of caption t. img2txt[i]: the
+    captions of image i.
     """
 
-    def __init__(self, records: Sequence[dict], image_root: str | Path, transform: Callable, max_words: int = 30):
+    def __init__(
+        self,
+        records: Sequence[dict],
+        image_root: str | Path,
+        transform: Callable,
+        max_words: int = 30,
+    ):
         self.image_root, self.transform = Path(image_root), transform
         self.images, self.captions, self.txt2img, self.img2txt = [], [], [], []
         for record in records:
-            captions = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
+            captions = (
+                [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
+            )
             first = len(self.captions)
             self.txt2img += [len(self.images)] * len(captions)
             self.captions += [pre_caption(caption, max_words) for caption in captions]
@@ -82,5 +102,5 @@ class RetrievalSet:
         return len(self.images)
 
     def load(self, index: int) -> torch.Tensor:
-        """float32 [3,H,W] of picture `index`; BadSample when it cannot be read."""
+        """float32 [3,H,W] of image `index`; BadSample when it cannot be read."""
         return self.transform(decode_image(self.image_root / self.images[index]))

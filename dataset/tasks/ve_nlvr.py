@@ -1,4 +1,4 @@
-"""Statements to judge: SNLI-VE about one picture, NLVR2 about two."""
+"""Statements to judge: SNLI-VE about one image, NLVR2 about two."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,16 +14,17 @@ from dataset.text.wordpiece import choose_caption, pre_caption
 
 
 class Format(NamedTuple):
-    """One annotation format: which pictures and which label an entry names, and the classes in order."""
+    """One annotation format: which images and which label an entry names, and the classes in
+    order."""
 
-    field: str  # that names the pictures
-    pictures: Callable[[dict], list[str]]
+    field: str  # that names the images
+    images: Callable[[dict], list[str]]
     label: Callable[[dict], int]
     classes: tuple[str, ...]
 
 
-def entailment_picture(record: dict) -> list[str]:
-    """SNLI-VE names a picture by its stem."""
+def entailment_image(record: dict) -> list[str]:
+    """SNLI-VE names an image by its stem."""
     name = record["image"]
     return [name if name.endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg"]
 
@@ -32,7 +33,7 @@ def entailment_label(record: dict) -> int:
     return ENTAILMENT_CLASSES.index(record["label"])
 
 
-def picture_pair(record: dict) -> list[str]:
+def image_pair(record: dict) -> list[str]:
     if len(record["images"]) != 2:
         raise ValueError(f"images lists {len(record['images'])}, but a pair has two")
     return record["images"]
@@ -49,16 +50,18 @@ def exact_truth_label(record: dict) -> int:
 
 
 ENTAILMENT_CLASSES = ("contradiction", "neutral", "entailment")
-SNLI_VE = Format("image", entailment_picture, entailment_label, ENTAILMENT_CLASSES)
-NLVR2 = Format("images", picture_pair, truth_label, ("False", "True"))
+SNLI_VE = Format("image", entailment_image, entailment_label, ENTAILMENT_CLASSES)
+NLVR2 = Format("images", image_pair, truth_label, ("False", "True"))
 ORIGINAL_NLVR2 = NLVR2._replace(label=exact_truth_label)
 
 
 class Statements:
-    """Samples of entries with `sentence`, `label` and pictures as `format` says, for training and for evaluation.
+    """Samples of entries with `sentence`, `label` and images as `format` says, for training and for
+    evaluation.
 
-    Called with a record, or `load`ed by number: `image` float32 [3,H,W] (two pictures: [2,3,H,W]), `text` str, `label`
-    int. labels int64 [R]. Labels, numbers of pictures and image_root are checked at once: raises UserError.
+    Called with a record, or `load`ed by number: `image` float32 [3,H,W] (two images: [2,3,H,W]),
+    `text` str, `label` int. labels int64 [R]. Labels, numbers of images and image_root are checked
+    at once: raises UserError.
     """
 
     def __init__(
@@ -73,9 +76,11 @@ class Statements:
         self.format, self.image_root = format, Path(image_root)
         name = ", ".join(map(str, [paths] if isinstance(paths, str | Path) else paths))
         self.transform, self.max_words = transform, max_words
-        self.labels = torch.tensor([_checked_label(format, record, name, i) for i, record in enumerate(records)])
+        self.labels = torch.tensor(
+            [_checked_label(format, record, name, i) for i, record in enumerate(records)]
+        )
         first = (records[i] for i in range(min(10, len(records))))
-        check_image_root(image_root, (picture for record in first for picture in format.pictures(record)))
+        check_image_root(image_root, (image for record in first for image in format.images(record)))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -91,7 +96,8 @@ class Statements:
         return RecordSource(self.records, self, "train_file")
 
     def load(self, index: int) -> dict:
-        """Sample `index`, whose sentence may be empty after cleaning: evaluation leaves nothing out."""
+        """Sample `index`, whose sentence may be empty after cleaning: evaluation leaves nothing
+        out."""
         record = self.records[index]
         return self._sample(record, pre_caption(record["sentence"], self.max_words))
 
@@ -101,26 +107,32 @@ class Statements:
         return {"image": image, "text": text, "label": self.format.label(record)}
 
     def files(self, record: dict) -> list[Path]:
-        """Where the pictures lie."""
-        return [self.image_root / name for name in self.format.pictures(record)]
+        """Where the images lie."""
+        return [self.image_root / name for name in self.format.images(record)]
 
 
 def _checked_label(format: Format, record: dict, name: str, number: int) -> int:
     try:
-        format.pictures(record)
+        format.images(record)
         return format.label(record)
     except (KeyError, ValueError) as error:
         known = f"label {record['label']!r} is none of {', '.join(format.classes)}"
         fault = str(error) if "pair" in str(error) else known
-        raise UserError(f"{name}, entry {number} (the first is 0): {fault}; mend or remove the entry") from None
+        raise UserError(
+            f"{name}, entry {number} (the first is 0): {fault}; mend or remove the entry"
+        ) from None
 
 
 class CaptionPair:
-    """Makes a sample of a record with `image` and `caption` (text or texts): `image` float32 [3,H,W], `text` str."""
+    """Makes a sample of a record with `image` and `caption` (text or texts): `image` float32
+    [3,H,W], `text` str."""
 
     def __init__(self, transform: Callable, image_root: str | Path, max_words: int = 30):
         self.transform, self.image_root, self.max_words = transform, Path(image_root), max_words
 
     def __call__(self, record: dict) -> dict:
         text = choose_caption(record["caption"], self.max_words)
-        return {"image": self.transform(decode_image(self.image_root / record["image"])), "text": text}
+        return {
+            "image": self.transform(decode_image(self.image_root / record["image"])),
+            "text": text,
+        }

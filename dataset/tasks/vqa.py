@@ -1,4 +1,5 @@
-"""Visual question answering: weighted answers for training, questions with their people's answers for evaluation."""
+"""Visual question answering: weighted answers for training, questions with their people's answers
+for evaluation."""
 
 import json
 from collections import Counter
@@ -15,29 +16,34 @@ from dataset.sources.records import Records
 from dataset.text.wordpiece import Tokenizer, pre_question
 
 GENOME_WEIGHT = 0.5  # of a Visual Genome answer, which one person gave
-Roots = Mapping[str, str | Path]  # folder of the pictures by the entries' `dataset`
+Roots = Mapping[str, str | Path]  # folder of the images by the entries' `dataset`
 
 
 def image_path(record: dict, roots: Roots) -> Path:
-    """Where an entry's picture lies; `dataset` is "vqa" unless the entry says "vg". Raises BadSample."""
+    """Where an entry's image lies; `dataset` is "vqa" unless the entry says "vg". Raises
+    BadSample."""
     kind = record.get("dataset", "vqa")
     if kind not in roots:
-        raise BadSample(f"dataset {kind!r} of {record['image']}: expected one of {', '.join(roots)}")
+        raise BadSample(
+            f"dataset {kind!r} of {record['image']}: expected one of {', '.join(roots)}"
+        )
     return Path(roots[kind]) / record["image"]
 
 
 class QuestionAnswers:
-    """Makes a training sample of a record with `image`, `question`, `answer` (ten texts; one for Visual Genome).
+    """Makes a training sample of a record with `image`, `question`, `answer` (ten texts; one for
+    Visual Genome).
 
-    `image` float32 [3,H,W] · `question` str · `answers`, the distinct ones in order of appearance · `weights`, each
-    one's share of the answers (0.5 for Visual Genome).
+    `image` float32 [3,H,W] · `question` str · `answers`, the distinct ones in order of appearance ·
+    `weights`, each one's share of the answers (0.5 for Visual Genome).
     """
 
     def __init__(self, transform: Callable, roots: Roots, max_words: int = 30):
         self.transform, self.roots, self.max_words = transform, roots, max_words
 
     def source(self, path: Path) -> RecordSource:
-        """The entries of an annotation file. Raises UserError where the pictures are not where they should be."""
+        """The entries of an annotation file. Raises UserError where the images are not where they
+        should be."""
         records = Records(path, ("image", "question", "answer"))
         root = self.roots.get(records[0].get("dataset", "vqa"), "")
         check_image_root(root, (records[i]["image"] for i in range(min(10, len(records)))))
@@ -60,23 +66,40 @@ class QuestionAnswers:
 
 
 class VqaCollate:
-    """image float32 [B,3,H,W] · text_ids int64, text_mask bool [B,L] · answer_ids int64, answer_mask bool [A,M] ·
-    answer_weight float32, answer_question int64 [A].
+    """image float32 [B,3,H,W] · text_ids int64, text_mask bool [B,L] · answer_ids int64,
+    answer_mask bool [A,M] · answer_weight float32, answer_question int64 [A].
 
-    The answers of all questions stand one below the other, [CLS] pieces [SEP]; A is rounded up to a `multiple` with
-    answers of weight 0, for few shapes.
+    The answers of all questions stand one below the other, [CLS] pieces [SEP]; A is rounded up to a
+    `multiple` with answers of weight 0, for few shapes.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 25, lengths: Sequence[int] | None = (), multiple=16):
-        self.tokenizer, self.max_tokens, self.lengths, self.multiple = tokenizer, max_tokens, lengths, multiple
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int = 25,
+        lengths: Sequence[int] | None = (),
+        multiple=16,
+    ):
+        self.tokenizer, self.max_tokens, self.lengths, self.multiple = (
+            tokenizer,
+            max_tokens,
+            lengths,
+            multiple,
+        )
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        ids, mask = self.tokenizer([sample["question"] for sample in samples], self.max_tokens, self.lengths)
+        ids, mask = self.tokenizer(
+            [sample["question"] for sample in samples], self.max_tokens, self.lengths
+        )
         answers = [answer for sample in samples for answer in sample["answers"]]
         question = [number for number, sample in enumerate(samples) for _ in sample["answers"]]
         weights = [weight for sample in samples for weight in sample["weights"]]
         spare = -len(answers) % self.multiple
-        answers, question, weights = answers + answers[:1] * spare, question + [0] * spare, weights + [0.0] * spare
+        answers, question, weights = (
+            answers + answers[:1] * spare,
+            question + [0] * spare,
+            weights + [0.0] * spare,
+        )
         answer_ids, answer_mask = encode_answers(answers, self.tokenizer, 4)
         return {
             "image": default_collate([sample["image"] for sample in samples]),
@@ -92,7 +115,8 @@ class VqaCollate:
 def encode_answers(
     answers: Sequence[str], tokenizer: Tokenizer, multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(ids int64 [A,M], mask bool [A,M])` of [CLS] pieces [SEP]; M is rounded up to a `multiple`."""
+    """`(ids int64 [A,M], mask bool [A,M])` of [CLS] pieces [SEP]; M is rounded up to a
+    `multiple`."""
     rows = [[*tokenizer.encode(answer), tokenizer.sep_id] for answer in answers]
     width = -(-max(map(len, rows)) // multiple) * multiple
     ids = torch.tensor([row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
@@ -103,7 +127,11 @@ def encode_answers(
 def read_answer_list(path: str | Path) -> list[str]:
     """The closed list of answers: a JSON list of distinct texts. Raises UserError."""
     answers = _read_json(path)
-    if type(answers) is not list or not answers or not all(type(a) is str and a.strip() for a in answers):
+    if (
+        type(answers) is not list
+        or not answers
+        or not all(type(a) is str and a.strip() for a in answers)
+    ):
         raise UserError(f"{path}: expected a JSON list of answers, each a text that is not empty")
     twice = [answer for answer, count in Counter(answers).items() if count > 1]
     if twice:
@@ -112,10 +140,12 @@ def read_answer_list(path: str | Path) -> list[str]:
 
 
 class QuestionSet:
-    """The questions of an evaluation split: entries with `image`, `question`, `question_id`, `answer` where known.
+    """The questions of an evaluation split: entries with `image`, `question`, `question_id`,
+    `answer` where known.
 
-    ids, questions, images: one of each per entry. truth: for each id `answers` and maybe `question_type`,
-    `answer_type`, from the entries or from the official annotation file `answers_file`; empty where neither has any.
+    ids, questions, images: one of each per entry. truth: for each id `answers` and maybe
+    `question_type`, `answer_type`, from the entries or from the official annotation file
+    `answers_file`; empty where neither has any.
     Raises UserError where an id comes twice, or some but not all questions have answers.
     """
 
@@ -144,7 +174,9 @@ class QuestionSet:
             self.images.append(image_path(record, roots))
             if record.get("answer"):
                 answers = record["answer"]
-                self.truth[question] = {"answers": [answers] if isinstance(answers, str) else answers}
+                self.truth[question] = {
+                    "answers": [answers] if isinstance(answers, str) else answers
+                }
         check_image_root(next(iter(roots.values())), (str(path.absolute()) for path in self.images))
         if answers_file is not None:
             self.truth = read_official_answers(answers_file)
@@ -152,7 +184,9 @@ class QuestionSet:
         lacking = [question for question in self.ids if question not in self.truth] if known else []
         if lacking:
             where = answers_file or name
-            raise UserError(f"{where}: no answers to question_id {lacking[0]} (and {len(lacking) - 1} more)")
+            raise UserError(
+                f"{where}: no answers to question_id {lacking[0]} (and {len(lacking) - 1} more)"
+            )
         self.truth = {question: self.truth[question] for question in self.ids} if self.truth else {}
 
     def __len__(self) -> int:
@@ -160,7 +194,10 @@ class QuestionSet:
 
     def load(self, index: int) -> dict:
         """`image` float32 [3,H,W] and `text`."""
-        return {"image": self.transform(decode_image(self.images[index])), "text": self.questions[index]}
+        return {
+            "image": self.transform(decode_image(self.images[index])),
+            "text": self.questions[index],
+        }
 
 
 def unreachable(data: QuestionSet, answers: Sequence[str]) -> list[str]:
@@ -171,11 +208,14 @@ def unreachable(data: QuestionSet, answers: Sequence[str]) -> list[str]:
 
 
 def read_official_answers(path: str | Path) -> dict[int, dict]:
-    """VQA's annotation file {annotations: [{question_id, answers: [{answer}], question_type, answer_type}]}, by id."""
+    """VQA's annotation file {annotations: [{question_id, answers: [{answer}], question_type,
+    answer_type}]}, by id."""
     content = _read_json(path)
     try:
         return {
-            int(entry["question_id"]): {"answers": [person["answer"] for person in entry["answers"]]}
+            int(entry["question_id"]): {
+                "answers": [person["answer"] for person in entry["answers"]]
+            }
             | {key: entry[key] for key in ("question_type", "answer_type") if key in entry}
             for entry in content["annotations"]
         }

@@ -1,8 +1,11 @@
-"""Pictures of the data sets of zero-shot evaluation, whatever they come in: `pictures[i]` is a dict of one picture.
+"""Images of the data sets of zero-shot evaluation, whatever they come in: `images[i]` is a dict of
+one image.
 
-`image` is uint8 [3,H,W]; `target`, for classification, the class, or int64 [C] where several may be shown (1 shown, 0
-not, -1 not to be counted). `classes`: the set's own class names in the order of the labels, none where it has none.
-Everything is opened and counted before the first picture is asked for; unreadable pictures raise BadSample.
+`image` is uint8 [3,H,W]; `target`, for classification, the class, or int64 [C] where several may be
+shown (1 shown, 0 not, -1 not to be counted). `classes`: the set's own class names in the order of
+the labels, none where it has none.
+Everything is opened and counted before the first image is asked for; unreadable images raise
+BadSample.
 """
 
 import io
@@ -20,22 +23,22 @@ from dataset.sources.class_folder import ClassFolder
 from dataset.sources.shard_index import ShardIndex, local_copy, read_text
 from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of, read_json
 
-Picture = dict[str, torch.Tensor]
+Image = dict[str, torch.Tensor]
 
 
 class Viewed:
-    """What `EvalLoader` loads: the pictures as the network sees them."""
+    """What `EvalLoader` loads: the images as the network sees them."""
 
-    def __init__(self, pictures, view: Callable[[torch.Tensor], torch.Tensor]):
-        self.pictures, self.view = pictures, view
+    def __init__(self, images, view: Callable[[torch.Tensor], torch.Tensor]):
+        self.images, self.view = images, view
 
-    def load(self, index: int) -> Picture:
-        sample = self.pictures[index]
+    def load(self, index: int) -> Image:
+        sample = self.images[index]
         return sample | {"image": self.view(sample["image"])}
 
 
 class Files:
-    """Picture files and their classes."""
+    """Image files and their classes."""
 
     def __init__(self, files: Sequence[Path], labels: torch.Tensor, classes: Sequence[str] = ()):
         self.files, self.labels, self.classes = files, labels, list(classes)
@@ -43,16 +46,17 @@ class Files:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> Image:
         return {"image": decode_image(self.files[index]), "target": self.labels[index]}
 
 
 @dataclass
 class OpenSet:
-    """A data set, open and checked. classes: a name or several each, in the order of the labels; none for retrieval."""
+    """A data set, open and checked. classes: a name or several each, in the order of the labels;
+    none for retrieval."""
 
     entry: Entry
-    pictures: Any
+    images: Any
     classes: list = field(default_factory=list)
     templates: list[str] = field(default_factory=list)
 
@@ -62,44 +66,53 @@ def open_set(
 ) -> OpenSet | MissingData:
     """The data set with its class names and templates; or, not raised, why it cannot be had.
 
-    cache: folder for shards fetched from URLs. read_plain: reads arrays of objects. download: let torchvision fetch.
+    cache: folder for shards fetched from URLs. read_plain: reads arrays of objects. download: let
+    torchvision fetch.
     """
     try:
         if entry.kind == "webdataset":
             return _open_shards(entry, prompts, cache)
         if entry.kind == "retrieval":
-            return OpenSet(replace(entry, metric="recall"), CaptionedPictures(entry, cache))
+            return OpenSet(replace(entry, metric="recall"), CaptionedImages(entry, cache))
         templates = prompts.find("templates", entry.name)
         classes = prompts.find("labels", entry.name) if prompts.has("labels", entry.name) else []
-        pictures = open_pictures(entry, classes, read_plain, download)
+        images = open_images(entry, classes, read_plain, download)
     except MissingData as reason:
         return reason
     if not classes:
-        classes = folder_names(pictures.classes) or prompts.find("labels", entry.name)  # which says what is missing
-    elif pictures.classes:
-        classes = in_order_of(pictures.classes, classes, entry.name)
-    elif isinstance(pictures, Files) and int(pictures.labels.max()) >= len(classes):
+        classes = folder_names(images.classes) or prompts.find(
+            "labels", entry.name
+        )  # which says what is missing
+    elif images.classes:
+        classes = in_order_of(images.classes, classes, entry.name)
+    elif isinstance(images, Files) and int(images.labels.max()) >= len(classes):
         raise UserError(
-            f"{entry.name}: class {int(pictures.labels.max())} occurs in {entry.path}, but the list of labels names "
+            f"{entry.name}: class {int(images.labels.max())} occurs in {entry.path}, but the list of labels names "
             f"{len(classes)} classes, counted from 0; give the list of these classes with --labels"
         )
-    return OpenSet(entry, pictures, classes, templates)
+    return OpenSet(entry, images, classes, templates)
 
 
 def _open_shards(entry: Entry, prompts: Prompts, cache: Path) -> OpenSet:
     kind = (read_text(entry.path, "dataset_type.txt") or "").strip()
     if kind == "retrieval":
-        return OpenSet(replace(entry, metric="recall"), CaptionedPictures(entry, cache))
-    pictures = ShardPictures(entry, cache, kind == "multilabel")
-    classes = pictures.classes or prompts.find("labels", entry.name)
-    templates = pictures.templates or prompts.find("templates", entry.name)
-    return OpenSet(replace(entry, metric="map11") if kind == "multilabel" else entry, pictures, classes, templates)
+        return OpenSet(replace(entry, metric="recall"), CaptionedImages(entry, cache))
+    images = ShardImages(entry, cache, kind == "multilabel")
+    classes = images.classes or prompts.find("labels", entry.name)
+    templates = images.templates or prompts.find("templates", entry.name)
+    return OpenSet(
+        replace(entry, metric="map11") if kind == "multilabel" else entry,
+        images,
+        classes,
+        templates,
+    )
 
 
-def open_pictures(entry: Entry, classes: Sequence, read_plain: Callable, download: bool = False):
-    """The pictures of a data set for classification. MissingData where they are not on this machine.
+def open_images(entry: Entry, classes: Sequence, read_plain: Callable, download: bool = False):
+    """The images of a data set for classification. MissingData where they are not on this machine.
 
-    classes: the list of labels, by which faults of class folders are explained. read_plain: reads arrays of objects.
+    classes: the list of labels, by which faults of class folders are explained. read_plain: reads
+    arrays of objects.
     """
     if entry.kind == "imagefolder":
         return class_folders(entry, classes)
@@ -109,7 +122,7 @@ def open_pictures(entry: Entry, classes: Sequence, read_plain: Callable, downloa
         return voc(entry)
     if entry.kind == "either" and (Path(entry.path) / entry.split).is_dir() and _has_folders(entry):
         return class_folders(entry, classes)
-    return TorchvisionPictures(entry, download)
+    return TorchvisionImages(entry, download)
 
 
 def _has_folders(entry: Entry) -> bool:
@@ -120,7 +133,7 @@ def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
     root = Path(entry.path) / entry.split
     if not root.is_dir():
         raise MissingData(
-            f"{entry.name}: no folder {root}; put one there with a sub-folder of pictures per class, or name another "
+            f"{entry.name}: no folder {root}; put one there with a sub-folder of images per class, or name another "
             "place with --root or --catalog"
         )
     data = ClassFolder(root, lambda image: image, classes)
@@ -128,16 +141,24 @@ def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
 
 
 def file_list(entry: Entry, read_plain: Callable) -> Files:
-    """SLIP's lists: paths and labels in two .npy files. Labels of text count in alphabetical order."""
+    """SLIP's lists: paths and labels in two .npy files. Labels of text count in alphabetical
+    order."""
     folder, found = Path(entry.path), {}
     for kind in ("images", "labels"):
         file = folder / f"{entry.split}_{kind}.npy"
         if not file.is_file():
-            raise MissingData(f"{entry.name}: no file {file}; make it (an array of {kind}), or name another --root")
-        found[kind] = [value.decode() if isinstance(value, bytes) else value for value in read_plain(file).tolist()]
+            raise MissingData(
+                f"{entry.name}: no file {file}; make it (an array of {kind}), or name another --root"
+            )
+        found[kind] = [
+            value.decode() if isinstance(value, bytes) else value
+            for value in read_plain(file).tolist()
+        ]
     images, labels = found.values()
     if not images or len(images) != len(labels):
-        raise UserError(f"{folder}/{entry.split}_*.npy: {len(images)} images and {len(labels)} labels; make them anew")
+        raise UserError(
+            f"{folder}/{entry.split}_*.npy: {len(images)} images and {len(labels)} labels; make them anew"
+        )
     classes = []
     if isinstance(labels[0], str):
         classes = sorted(set(labels))
@@ -146,7 +167,8 @@ def file_list(entry: Entry, read_plain: Callable) -> Files:
 
 
 def voc(entry: Entry) -> Files:
-    """PASCAL VOC 2007: ImageSets/Main/<class>_<split>.txt lists pictures with 1, -1 or, for difficult ones, 0."""
+    """PASCAL VOC 2007: ImageSets/Main/<class>_<split>.txt lists images with 1, -1 or, for difficult
+    ones, 0."""
     places = [Path(entry.path) / inner for inner in ("VOCdevkit/VOC2007", "VOC2007", "")]
     root = next((place for place in places if (place / "ImageSets/Main").is_dir()), None)
     if root is None:
@@ -159,10 +181,13 @@ def voc(entry: Entry) -> Files:
         raise MissingData(
             f"{entry.name}: no *_{entry.split}.txt in {root}/ImageSets/Main; unpack the {entry.split} set"
         )
-    columns = [dict(line.split() for line in file.read_text().splitlines() if line.strip()) for file in lists]
+    columns = [
+        dict(line.split() for line in file.read_text().splitlines() if line.strip())
+        for file in lists
+    ]
     if any(column.keys() != columns[0].keys() for column in columns):
         raise UserError(
-            f"{root}/ImageSets/Main: the lists *_{entry.split}.txt name different pictures; unpack them anew"
+            f"{root}/ImageSets/Main: the lists *_{entry.split}.txt name different images; unpack them anew"
         )
     meaning = {"1": 1, "-1": 0, "0": -1}
     targets = torch.tensor([[meaning[column[name]] for column in columns] for name in columns[0]])
@@ -170,7 +195,7 @@ def voc(entry: Entry) -> Files:
     return Files(files, targets, [file.name.removesuffix(f"_{entry.split}.txt") for file in lists])
 
 
-class TorchvisionPictures:
+class TorchvisionImages:
     """A data set in torchvision's own files below `entry.path`."""
 
     def __init__(self, entry: Entry, download: bool):
@@ -187,13 +212,13 @@ class TorchvisionPictures:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> Image:
         import numpy as np
 
         try:
             image, label = self.data[index]
         except (OSError, ValueError) as error:
-            raise BadSample(f"{self.name}, picture {index}: {error}") from None
+            raise BadSample(f"{self.name}, image {index}: {error}") from None
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         return {"image": pixels, "target": torch.tensor(int(label))}
 
@@ -222,13 +247,16 @@ def _torchvision(name: str, root: str, download: bool):
         "rendered_sst2": lambda: datasets.RenderedSST2(split="test", **fetch),
     }
     if name not in makers:
-        raise UserError(f"{name}: torchvision is not asked for a data set of this name; it is for {', '.join(makers)}")
+        raise UserError(
+            f"{name}: torchvision is not asked for a data set of this name; it is for {', '.join(makers)}"
+        )
     return makers[name]()
 
 
-class ShardPictures:
-    """A classification set as CLIP_benchmark publishes it: classnames.txt, templates, <split>/N.tar of pictures with
-    .cls (the class) or, where dataset_type.txt says multilabel, .npy (1 for every class shown).
+class ShardImages:
+    """A classification set as CLIP_benchmark publishes it: classnames.txt, templates, <split>/N.tar
+    of images with .cls (the class) or, where dataset_type.txt says multilabel, .npy (1 for every
+    class shown).
     """
 
     def __init__(self, entry: Entry, cache: Path, multilabel: bool):
@@ -239,14 +267,20 @@ class ShardPictures:
         self.targets = torch.tensor([self._target(place) for place in range(len(self.index))])
         last = int(self.targets.max())
         if self.classes and not self.multilabel and last >= len(self.classes):
-            raise UserError(f"{entry.path}: class {last} occurs, but classnames.txt has {len(self.classes)} lines")
+            raise UserError(
+                f"{entry.path}: class {last} occurs, but classnames.txt has {len(self.classes)} lines"
+            )
 
     def _target(self, place: int) -> int | list[int]:
         try:
             if self.multilabel:
                 import numpy as np
 
-                return np.load(io.BytesIO(self.index.read(place, "npy")), allow_pickle=False).astype(int).tolist()
+                return (
+                    np.load(io.BytesIO(self.index.read(place, "npy")), allow_pickle=False)
+                    .astype(int)
+                    .tolist()
+                )
             return int(self.index.read(place, "cls"))
         except (KeyError, ValueError) as error:
             ending = "npy" if self.multilabel else "cls"
@@ -257,7 +291,7 @@ class ShardPictures:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, place: int) -> Picture:
+    def __getitem__(self, place: int) -> Image:
         image = decode_image(self.index.image(place), self.index.name(place))
         return {"image": image, "target": self.targets[place]}
 
@@ -273,7 +307,9 @@ def shard_files(entry: Entry, cache: Path) -> tuple[list[Path], str]:
     try:
         names = [f"{entry.split}/{number}.tar" for number in range(int(counted))]
     except ValueError:
-        raise UserError(f"{entry.path}/{entry.split}/nshards.txt: {counted[:20]!r} is no number") from None
+        raise UserError(
+            f"{entry.path}/{entry.split}/nshards.txt: {counted[:20]!r} is no number"
+        ) from None
     return [local_copy(entry.path, name, cache) for name in names], entry.name
 
 
@@ -281,16 +317,20 @@ def lines_of(text: str | None) -> list[str]:
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
 
 
-class CaptionedPictures:
-    """Pictures and all their captions, for retrieval.
+class CaptionedImages:
+    """Images and all their captions, for retrieval.
 
-    captions: all texts. text_image: the picture of every one, int64 [T].
+    captions: all texts. text_image: the image of every one, int64 [T].
     """
 
     def __init__(self, entry: Entry, cache: Path):
-        sources, captions = retrieval_shards(entry, cache) if entry.kind == "webdataset" else retrieval_json(entry)
+        sources, captions = (
+            retrieval_shards(entry, cache) if entry.kind == "webdataset" else retrieval_json(entry)
+        )
         if not sources:
-            raise UserError(f"{entry.path}: no pictures with captions of split {entry.split!r}; name another split")
+            raise UserError(
+                f"{entry.path}: no images with captions of split {entry.split!r}; name another split"
+            )
         self.sources = sources
         self.captions = [text for texts in captions for text in texts]
         self.text_image = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
@@ -298,23 +338,28 @@ class CaptionedPictures:
     def __len__(self) -> int:
         return len(self.sources)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> Image:
         if isinstance(self.sources, ShardIndex):
             return {"image": decode_image(self.sources.image(index), self.sources.name(index))}
         return {"image": decode_image(self.sources[index])}
 
 
 def retrieval_shards(entry: Entry, cache: Path) -> tuple[ShardIndex, list[list[str]]]:
-    """CLIP_benchmark's shards of pictures with .txt, a caption a line."""
+    """CLIP_benchmark's shards of images with .txt, a caption a line."""
     index = ShardIndex(*shard_files(entry, cache))
     try:
-        return index, [lines_of(index.read(place, "txt").decode("utf-8")) for place in range(len(index))]
+        return index, [
+            lines_of(index.read(place, "txt").decode("utf-8")) for place in range(len(index))
+        ]
     except (KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{entry.path}: not every picture has captions (.txt, UTF-8): {error}") from None
+        raise UserError(
+            f"{entry.path}: not every image has captions (.txt, UTF-8): {error}"
+        ) from None
 
 
 def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
-    """Karpathy's JSON {images: [{filepath, filename, split, sentences: [{raw}]}]}, or ALBEF's [{image, caption}]."""
+    """Karpathy's JSON {images: [{filepath, filename, split, sentences: [{raw}]}]}, or ALBEF's
+    [{image, caption}]."""
     file = Path(entry.path)
     if not file.is_file():
         raise MissingData(
@@ -327,7 +372,10 @@ def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
             rows = [(row["image"], row["caption"]) for row in json.loads(file.read_bytes())]
         else:
             rows = [
-                (f"{row.get('filepath', '')}/{row['filename']}".lstrip("/"), [each["raw"] for each in row["sentences"]])
+                (
+                    f"{row.get('filepath', '')}/{row['filename']}".lstrip("/"),
+                    [each["raw"] for each in row["sentences"]],
+                )
                 for row in read_json(file)["images"]
                 if row["split"] == entry.split
             ]
@@ -338,7 +386,9 @@ def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
         ) from None
     if rows and not any((root / image).is_file() for image, _ in rows[:20]):
         raise MissingData(
-            f"{entry.name}: none of the first pictures is there, e.g. {root / rows[0][0]}; put the pictures where the "
+            f"{entry.name}: none of the first images is there, e.g. {root / rows[0][0]}; put the images where the "
             f"paths of {file} lead from {root}, or name the folder as `images` of an entry of --catalog"
         )
-    return [root / image for image, _ in rows], [[c] if isinstance(c, str) else list(c) for _, c in rows]
+    return [root / image for image, _ in rows], [
+        [c] if isinstance(c, str) else list(c) for _, c in rows
+    ]

@@ -14,8 +14,9 @@ from dataset.text.wordpiece import Tokenizer, padded_length
 class AlignTokenizer:
     """BERT's lower-case WordPiece as TensorFlow Text does it: [CLS], pieces, [SEP], padding 0.
 
-    Unlike transformers' tokenizer it folds case and compatibility characters by Unicode's rules (ß is ss, ™ is tm), and
-    "[SEP]" in a caption is text. source: as in dataset.text.wordpiece.Tokenizer.
+    Unlike transformers' tokenizer it folds case and compatibility characters by Unicode's rules (ß
+    is ss, ™ is tm), and "[SEP]" in a caption is text. source: as in
+    dataset.text.wordpiece.Tokenizer.
     """
 
     def __init__(self, source: str | Path = "bert-base-uncased", context_length: int = 64):
@@ -24,7 +25,9 @@ class AlignTokenizer:
         self.pieces.backend.encode_special_tokens = True
         self.vocab_size, self.path = self.pieces.vocab_size, source
         if self.pieces.pad_id:
-            raise UserError(f"tokenizer {source}: [PAD] must be its first entry, as in every BERT vocabulary")
+            raise UserError(
+                f"tokenizer {source}: [PAD] must be its first entry, as in every BERT vocabulary"
+            )
 
     def __reduce__(self):
         return AlignTokenizer, (self.source, self.context_length)
@@ -37,7 +40,8 @@ class AlignTokenizer:
         return [self.pieces.cls_id, *ids[: self.context_length - 2], self.pieces.sep_id]
 
     def __call__(self, texts: Iterable[str], lengths: Sequence[int] | None = None) -> Tensor:
-        """int64 [B,L]. lengths: the allowed L; None for the whole context, () for multiples of 8."""
+        """int64 [B,L]. lengths: the allowed L; None for the whole context, () for multiples of
+        8."""
         rows = [self.row(text) for text in texts]
         width = self.context_length
         if lengths is not None:

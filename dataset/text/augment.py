@@ -12,7 +12,8 @@ from base.errors import UserError
 from dataset.text.bpe import clean_text
 from dataset.text.wordnet import WordNet
 
-# NLTK's English list as it was until 3.8 (179 words); it has grown since, and training must not depend on the machine
+# NLTK's English list as it was until 3.8 (179 words); it has grown since, and training must not
+# depend on the machine
 STOP_WORDS = frozenset(
     """a about above after again against ain all am an and any are aren aren't as at be because been before being below
     between both but by can couldn couldn't d did didn didn't do does doesn doesn't doing don don't down during each
@@ -30,18 +31,26 @@ STOP_WORDS = frozenset(
 class TextOptions:
     """Views of the captions; names and defaults are clip-rocket's command line's."""
 
-    caption_sampling: str = "single"  # all views of a sample show one caption, or (multi) each draws its own
+    caption_sampling: str = (
+        "single"  # all views of a sample show one caption, or (multi) each draws its own
+    )
     text_augment: bool = False  # stop words and the four operations at all
-    clean_before_augment: bool = False  # clean and lower-case captions before, not only after, the operations
+    clean_before_augment: bool = (
+        False  # clean and lower-case captions before, not only after, the operations
+    )
     remove_stopwords_prob: float = 0.8  # of every view, the global one too
-    no_text_augment_prob: float = 0.0  # weight of leaving a local view as it is, among the four operations
+    no_text_augment_prob: float = (
+        0.0  # weight of leaving a local view as it is, among the four operations
+    )
     synonym_replacement_prob: float = 0.4  # weight of replacing a word by a WordNet synonym
     random_swap_prob: float = 0.4  # weight of swapping two words
     random_deletion_prob: float = 0.2  # weight of deleting each word with probability 0.1
 
     def __post_init__(self):
         if self.caption_sampling not in ("single", "multi"):
-            raise UserError(f"caption_sampling {self.caption_sampling!r} is unknown; use single or multi")
+            raise UserError(
+                f"caption_sampling {self.caption_sampling!r} is unknown; use single or multi"
+            )
         if min(self.weights) < 0 or not sum(self.weights):
             raise UserError(
                 f"weights of the text operations {self.weights}: none may be negative, one must be positive"
@@ -61,9 +70,9 @@ class TextOptions:
 class TextViews:
     """Of a sample's captions, one global view and `local` local views (strings, not yet tokenised).
 
-    Every view has its stop words removed with `remove_stopwords_prob`; a local one is then subject to exactly one
-    operation. What would become empty is left as it was. stop_words_always: also without `text_augment`, as the
-    original did. synonyms: word -> synonyms, by default WordNet's.
+    Every view has its stop words removed with `remove_stopwords_prob`; a local one is then subject
+    to exactly one operation. What would become empty is left as it was. stop_words_always: also
+    without `text_augment`, as the original did. synonyms: word -> synonyms, by default WordNet's.
     """
 
     def __init__(
@@ -93,7 +102,8 @@ class TextViews:
         return views[:1] + [self.altered(view) for view in views[1:]]
 
     def without_stop_words(self, text: str) -> str:
-        """The text or, with `remove_stopwords_prob`, what is left of it without stop words, unless that is nothing."""
+        """The text or, with `remove_stopwords_prob`, what is left of it without stop words, unless
+        that is nothing."""
         if not self.shorten or random.random() >= self.options.remove_stopwords_prob:
             return text
         return remove_stop_words(text) or text
@@ -110,7 +120,8 @@ class TextViews:
 
 @lru_cache(maxsize=64)  # the views of a sample mostly share one caption
 def remove_stop_words(text: str) -> str:
-    """The tokens that are no stop words, joined by blanks; contractions and punctuation are tokens of their own."""
+    """The tokens that are no stop words, joined by blanks; contractions and punctuation are tokens
+    of their own."""
     sentences, tokens = word_tokenizers()
     words = [word for sentence in sentences.tokenize(text) for word in tokens.tokenize(sentence)]
     return " ".join(word for word in words if word.lower() not in STOP_WORDS)
@@ -118,8 +129,9 @@ def remove_stop_words(text: str) -> str:
 
 @cache
 def word_tokenizers():
-    """NLTK's sentence and word tokenizers. Punkt without its trained abbreviations, which would need a download: it
-    decides whether a full stop sticks to the last word of a sentence, and BPE parts the two anyway.
+    """NLTK's sentence and word tokenizers. Punkt without its trained abbreviations, which would
+    need a download: it decides whether a full stop sticks to the last word of a sentence, and BPE
+    parts the two anyway.
     """
     try:
         from nltk.tokenize.destructive import NLTKWordTokenizer
@@ -134,7 +146,9 @@ def word_operations(synonyms: Callable[[str], Sequence[str]] | None):
     try:
         from textaugment import EDA
     except ImportError:
-        raise UserError("--text-augment needs the package textaugment: `pip install textaugment`") from None
+        raise UserError(
+            "--text-augment needs the package textaugment: `pip install textaugment`"
+        ) from None
     words = object.__new__(EDA)  # its constructor downloads corpora and seeds Python's generator
     words.stopwords, words._get_synonyms = STOP_WORDS, synonyms
     return words

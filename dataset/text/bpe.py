@@ -14,15 +14,23 @@ from dataset.text.wordpiece import padded_length
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # special tokens, English contractions, words, single digits, runs of anything else
-PIECES = rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+".replace("|>", r"\|>")
+PIECES = (
+    rf"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+".replace(
+        "|>", r"\|>"
+    )
+)
 PIECES = PIECES.replace("<|", r"<\|")
 CLIP_MERGES = 48_894  # of the file's lines, CLIP takes so many
-REMEMBERED = 1 << 18  # words whose ids are kept; the commonest words of web captions are a few ten thousand
+REMEMBERED = (
+    1 << 18
+)  # words whose ids are kept; the commonest words of web captions are a few ten thousand
 
 
 def clean_text(text: str) -> str:
     """Repairs encoding damage (ftfy), resolves HTML entities twice, joins blanks, lower-cases."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # otherwise there is nothing to repair
+    if not (
+        text.isascii() and text.isprintable() and "&" not in text
+    ):  # otherwise there is nothing to repair
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -30,7 +38,8 @@ def clean_text(text: str) -> str:
 
 
 def find_merges(path: str | Path | None = None) -> Path:
-    """The file of BPE merges: `path`, or the one in the package open_clip_torch. UserError names both ways."""
+    """The file of BPE merges: `path`, or the one in the package open_clip_torch. UserError names
+    both ways."""
     if path is not None:
         if not Path(path).is_file():
             raise UserError(
@@ -49,9 +58,11 @@ def find_merges(path: str | Path | None = None) -> Path:
 
 
 class ClipTokenizer:
-    """CLIP's byte-level BPE: the ids of OpenAI's tokenizer for its merges file, or of any file of that layout.
+    """CLIP's byte-level BPE: the ids of OpenAI's tokenizer for its merges file, or of any file of
+    that layout.
 
-    Layout: a gzipped (or plain) text; the first line is skipped, each other holds two symbols to merge. Vocabulary:
+    Layout: a gzipped (or plain) text; the first line is skipped, each other holds two symbols to
+    merge. Vocabulary:
     256 bytes, 256 bytes that end a word, one entry a merge, start and end of text; id 0 pads.
     """
 
@@ -66,7 +77,8 @@ class ClipTokenizer:
         return ClipTokenizer, (self.path, self.context_length)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text after cleaning, without start and end. Special tokens written out become special ids."""
+        """Ids of a text after cleaning, without start and end. Special tokens written out become
+        special ids."""
         ids: list[int] = []
         for word in pieces().findall(clean_text(text)):
             ids += self.words.get(word) or self._remember(word)
@@ -79,11 +91,14 @@ class ClipTokenizer:
         return ids
 
     def word_ids(self, word: str) -> tuple[int, ...]:
-        """Byte-pair encoding of one word: of all neighbours those of the earliest merge are joined, again and again."""
+        """Byte-pair encoding of one word: of all neighbours those of the earliest merge are joined,
+        again and again."""
         ids = [BYTE_IDS[byte] for byte in word.encode()]
         ids[-1] += 256
         while len(ids) > 1:
-            joined = min(self.merges.get(pair, self.vocab_size) for pair in zip(ids, ids[1:], strict=False))
+            joined = min(
+                self.merges.get(pair, self.vocab_size) for pair in zip(ids, ids[1:], strict=False)
+            )
             if joined == self.vocab_size:
                 break
             place, merged = 0, []
@@ -95,12 +110,14 @@ class ClipTokenizer:
         return tuple(ids)
 
     def row(self, text: str) -> list[int]:
-        """Start, ids, end; a longer text is cut to the context length and still ends with the end token."""
+        """Start, ids, end; a longer text is cut to the context length and still ends with the end
+        token."""
         ids = [self.start_id, *self.encode(text)][: self.context_length - 1]
         return [*ids, self.end_id]
 
     def __call__(self, texts: Iterable[str], lengths: Sequence[int] | None = None) -> torch.Tensor:
-        """int64 [B,L], padded with 0. lengths: the allowed L; None for the whole context, () for multiples of 8."""
+        """int64 [B,L], padded with 0. lengths: the allowed L; None for the whole context, () for
+        multiples of 8."""
         rows = [self.row(text) for text in texts]
         width = self.context_length
         if lengths is not None:
@@ -127,17 +144,21 @@ def pieces():
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Symbol in a merges file -> byte, in the order of the vocabulary: printable bytes stand for themselves."""
+    """Symbol in a merges file -> byte, in the order of the vocabulary: printable bytes stand for
+    themselves."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in plain} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
 
 
 BYTE_IDS = {byte: number for number, byte in enumerate(_byte_alphabet().values())}
 
 
 def read_merges(path: Path) -> dict[tuple[int, int], int]:
-    """Merges of a file as (left id, right id) -> id of both together; smaller ids are merged first."""
+    """Merges of a file as (left id, right id) -> id of both together; smaller ids are merged
+    first."""
     data = path.read_bytes()
     try:
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")

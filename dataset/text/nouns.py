@@ -1,12 +1,17 @@
-"""The nouns of a caption, as NXTP takes its labels from captions (Yue et al., 2024): clean, tag, keep nouns, lemmatise.
+"""The nouns of a caption, as NXTP takes its labels from captions (Yue et al., 2024): clean, tag,
+keep nouns, lemmatise.
 
 Nothing is downloaded. Base forms come from WordNet's files (dataset.text.wordnet), tags from one
 of two taggers:
 
-- "nltk": NLTK's averaged perceptron, the original's. Its weights are not in the pip package: `nltk_data` names a folder
-  with `taggers/averaged_perceptron_tagger_eng`, as `python -m nltk.downloader` makes it, once, on any machine.
-- "lexicon": the lexicon and rules of the pip package textblob, for machines without that folder. It knows each word's
-  most frequent tag and little context, so that it takes more verbs and adjectives for nouns, and the other way round.
+- "nltk": NLTK's averaged perceptron, the original's. Its weights are not in the pip package:
+`nltk_data` names a folder
+  with `taggers/averaged_perceptron_tagger_eng`, as `python -m nltk.downloader` makes it, once, on
+  any machine.
+- "lexicon": the lexicon and rules of the pip package textblob, for machines without that folder. It
+knows each word's
+  most frequent tag and little context, so that it takes more verbs and adjectives for nouns, and
+  the other way round.
 """
 
 import re
@@ -18,7 +23,9 @@ from base.errors import UserError
 from dataset.text.wordnet import DEBIAN, WordNet
 
 # in the original's order, which matters: they are cut out one after the other
-NOISE = ("person persons stock illustration foreground background photography image images front day ounce top").split()
+NOISE = (
+    "person persons stock illustration foreground background photography image images front day ounce top"
+).split()
 PERCEPTRON = "taggers/averaged_perceptron_tagger_eng"
 PUNKT = "tokenizers/punkt_tab/english"
 NOUN_TAGS = ("NN", "NNS")  # common nouns; names (NNP, NNPS) are left out
@@ -28,7 +35,8 @@ Tagger = Callable[[list[str]], list[str]]
 def clean(caption: str, whole_words: bool = False) -> str:
     """Lower case without noise words and without all signs but ' . and -.
 
-    Noise words are cut out of longer words, too ("laptop" -> "lap"), as the original does; `whole_words` mends that.
+    Noise words are cut out of longer words, too ("laptop" -> "lap"), as the original does;
+    `whole_words` mends that.
     """
     text = caption.lower().replace("\n", " ")
     for word in NOISE:
@@ -40,8 +48,9 @@ def clean(caption: str, whole_words: bool = False) -> str:
 class Nouns:
     """Callable: caption -> its nouns' base forms in order of appearance; [] where it has none.
 
-    tag: words -> Penn Treebank tags. words: cleaned text -> words; by default `treebank_words()`. mended: noise words
-    as whole words only, and no base form twice; by default as the original: published numbers rest on its labels.
+    tag: words -> Penn Treebank tags. words: cleaned text -> words; by default `treebank_words()`.
+    mended: noise words as whole words only, and no base form twice; by default as the original:
+    published numbers rest on its labels.
     """
 
     def __init__(
@@ -69,7 +78,7 @@ class Nouns:
         return noun_base(self.wordnet, word)
 
     def of_all(self, captions: Iterable[str]) -> list[str]:
-        """The nouns of several captions of one picture, one caption after the other."""
+        """The nouns of several captions of one image, one caption after the other."""
         return [noun for caption in captions for noun in self(caption)]
 
 
@@ -89,8 +98,9 @@ def _wordnet() -> WordNet:
 
 
 def treebank_words(nltk_data: str | Path | None = None) -> Callable[[str], list[str]]:
-    """NLTK's word tokenizer. Sentences are split by the trained Punkt model where `nltk_data` has it, else by an
-    untrained one: they then differ at full stops inside a caption, such as "mr. smith"."""
+    """NLTK's word tokenizer. Sentences are split by the trained Punkt model where `nltk_data` has
+    it, else by an untrained one: they then differ at full stops inside a caption, such as "mr.
+    smith"."""
     from nltk.tokenize.destructive import NLTKWordTokenizer
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer
 
@@ -101,11 +111,14 @@ def treebank_words(nltk_data: str | Path | None = None) -> Callable[[str], list[
     else:
         sentences = PunktSentenceTokenizer()
     tokenizer = NLTKWordTokenizer()
-    return lambda text: [word for part in sentences.tokenize(text) for word in tokenizer.tokenize(part)]
+    return lambda text: [
+        word for part in sentences.tokenize(text) for word in tokenizer.tokenize(part)
+    ]
 
 
 def perceptron_tagger(nltk_data: str | Path) -> Tagger:
-    """NLTK's averaged perceptron with the weights (JSON) under `nltk_data`. UserError where they are not there."""
+    """NLTK's averaged perceptron with the weights (JSON) under `nltk_data`. UserError where they
+    are not there."""
     folder = Path(nltk_data) / PERCEPTRON
     if not folder.is_dir():
         raise UserError(
@@ -125,7 +138,9 @@ def lexicon_tagger() -> Tagger:
     try:
         from textblob.en import tag
     except ImportError:
-        raise UserError("the tagger `lexicon` is the pip package textblob: pip install textblob") from None
+        raise UserError(
+            "the tagger `lexicon` is the pip package textblob: pip install textblob"
+        ) from None
 
     def tags(words: list[str]) -> list[str]:
         found = [kind for _, kind in tag(" ".join(words), tokenize=False)] if words else []
@@ -137,7 +152,9 @@ def lexicon_tagger() -> Tagger:
 def make_tagger(kind: str, nltk_data: str | Path | None) -> Tagger:
     """`auto` is nltk where its data folder is named, else the lexicon."""
     if kind == "nltk" and not nltk_data:
-        raise UserError("tagger nltk: name the folder of its weights with --nltk-data; or use --tagger lexicon")
+        raise UserError(
+            "tagger nltk: name the folder of its weights with --nltk-data; or use --tagger lexicon"
+        )
     return perceptron_tagger(nltk_data) if nltk_data and kind != "lexicon" else lexicon_tagger()
 
 
@@ -149,7 +166,8 @@ def _nltk_path(folder: str | Path) -> None:
 
 
 def parse_nouns(text: str | bytes) -> list[str]:
-    """Names out of a comma-joined list, lower case, without blanks around them and without empty ones."""
+    """Names out of a comma-joined list, lower case, without blanks around them and without empty
+    ones."""
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     return [name for part in text.lower().split(",") if (name := " ".join(part.split()))]
 

@@ -10,11 +10,13 @@ IMAGE, EMPTY = "<|image|>", "<|empty|>"
 
 
 class PieceTokenizer:
-    """Text <-> ids. Special tokens follow the model's own pieces: `<|image|>`, then `<|empty|>`, which pads.
+    """Text <-> ids. Special tokens follow the model's own pieces: `<|image|>`, then `<|empty|>`,
+    which pads.
 
-    model: a SentencePiece file, or a folder with `tokenizer.model` in it or beside it, as Meta's download has it.
-    vocab_size counts the special tokens. `delimiter` is the piece "," that ends a label. Raises UserError where the
-    file is no SentencePiece model, or lacks BOS, EOS or the comma.
+    model: a SentencePiece file, or a folder with `tokenizer.model` in it or beside it, as Meta's
+    download has it.
+    vocab_size counts the special tokens. `delimiter` is the piece "," that ends a label. Raises
+    UserError where the file is no SentencePiece model, or lacks BOS, EOS or the comma.
     """
 
     def __init__(self, model: str | Path, special: Sequence[str] = (IMAGE,)):
@@ -26,7 +28,9 @@ class PieceTokenizer:
         self.bos, self.eos, self.pad = self.pieces.bos_id(), self.pieces.eos_id(), self.ids[EMPTY]
         self.image, self.delimiter = self.ids.get(IMAGE, self.pad), self.pieces.piece_to_id(",")
         if min(self.bos, self.eos) < 0 or self.delimiter == self.pieces.unk_id():
-            raise UserError(f"{self.path}: the tokenizer lacks BOS, EOS or a piece ',' to tell labels apart with")
+            raise UserError(
+                f"{self.path}: the tokenizer lacks BOS, EOS or a piece ',' to tell labels apart with"
+            )
         self._split = re.compile("|".join(f"({re.escape(token)})" for token in self.special))
 
     def __reduce__(self):
@@ -38,7 +42,11 @@ class PieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids without BOS and EOS; what stands between special tokens is encoded by itself."""
         parts = [part for part in self._split.split(text) if part]
-        return [i for part in parts for i in ([self.ids[part]] if part in self.ids else self.pieces.encode(part))]
+        return [
+            i
+            for part in parts
+            for i in ([self.ids[part]] if part in self.ids else self.pieces.encode(part))
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; what stands between special tokens is decoded by itself."""
@@ -54,10 +62,14 @@ class PieceTokenizer:
 
 def find_model(path: Path) -> Path:
     """The SentencePiece file that `path` means. UserError where there is none."""
-    places = [path / "tokenizer.model", path.parent / "tokenizer.model"] if path.is_dir() else [path]
+    places = (
+        [path / "tokenizer.model", path.parent / "tokenizer.model"] if path.is_dir() else [path]
+    )
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise UserError(f"tokenizer {path}: no such file; name LLaMA's tokenizer.model or the folder that holds it")
+        raise UserError(
+            f"tokenizer {path}: no such file; name LLaMA's tokenizer.model or the folder that holds it"
+        )
     return found
 
 
@@ -67,13 +79,17 @@ def _load(path: Path):
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"tokenizer {path}: no SentencePiece model ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(
+            f"tokenizer {path}: no SentencePiece model ({str(error).splitlines()[0][:120]})"
+        ) from None
 
 
 def train_pieces(texts: Sequence[str], size: int, write: Callable[[bytes], object]) -> None:
-    """Train byte-pair pieces with byte fallback in LLaMA's manner (unk 0, bos 1, eos 2, no pad); write(model file).
+    """Train byte-pair pieces with byte fallback in LLaMA's manner (unk 0, bos 1, eos 2, no pad);
+    write(model file).
 
-    size: wanted number of pieces; fewer where the texts have no more. The result depends on the texts alone.
+    size: wanted number of pieces; fewer where the texts have no more. The result depends on the
+    texts alone.
     """
     import io
 

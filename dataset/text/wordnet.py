@@ -1,6 +1,7 @@
 """WordNet's database files, read where they lie: synonyms and base forms of English words.
 
-Nothing is loaded beforehand: the files are mapped into memory, which all processes of a machine share, and searched.
+Nothing is loaded beforehand: the files are mapped into memory, which all processes of a machine
+share, and searched.
 Format: wndb(5WN) and morphy(7WN) of Princeton's WordNet.
 """
 
@@ -13,23 +14,34 @@ from pathlib import Path
 from base.errors import UserError
 
 PARTS = ("noun", "verb", "adj", "adv")
-FILES = tuple(f"{kind}.{part}" for kind in ("index", "data") for part in PARTS) + tuple(f"{part}.exc" for part in PARTS)
+FILES = tuple(f"{kind}.{part}" for kind in ("index", "data") for part in PARTS) + tuple(
+    f"{part}.exc" for part in PARTS
+)
 SUFFIXES = {  # morphy's rules: ending -> ending of the base form
     "noun": "s: ses:s ves:f xes:x zes:z ches:ch shes:sh men:man ies:y",
     "verb": "s: ies:y es:e es: ed:e ed: ing:e ing:",
     "adj": "er: est: er:e est:e",
     "adv": "",
 }
-RULES = {part: [tuple(rule.split(":")) for rule in rules.split()] for part, rules in SUFFIXES.items()}
+RULES = {
+    part: [tuple(rule.split(":")) for rule in rules.split()] for part, rules in SUFFIXES.items()
+}
 DEBIAN = "/usr/share/wordnet"
-PLACES = ("~/nltk_data", "/usr/local/share/nltk_data", "/usr/share/nltk_data")  # NLTK's, besides $NLTK_DATA
+PLACES = (
+    "~/nltk_data",
+    "/usr/local/share/nltk_data",
+    "/usr/share/nltk_data",
+)  # NLTK's, besides $NLTK_DATA
 
 
 def find_wordnet() -> Path:
-    """Folder (or .zip) with the database: `corpora/wordnet` on NLTK's data path, else Debian's. UserError if absent."""
+    """Folder (or .zip) with the database: `corpora/wordnet` on NLTK's data path, else Debian's.
+    UserError if absent."""
     roots = [Path(root) for root in os.environ.get("NLTK_DATA", "").split(os.pathsep) if root]
     roots += [Path(root).expanduser() for root in PLACES]
-    places = [root / "corpora" / name for root in roots for name in ("wordnet", "wordnet.zip")] + [Path(DEBIAN)]
+    places = [root / "corpora" / name for root in roots for name in ("wordnet", "wordnet.zip")] + [
+        Path(DEBIAN)
+    ]
     for place in places:
         if place.is_file() or all((place / name).is_file() for name in FILES):
             return place
@@ -53,32 +65,52 @@ class WordNet:
 
     @lru_cache(maxsize=1 << 16)  # noqa: B019 - one object per process
     def synonyms(self, word: str) -> tuple[str, ...]:
-        """What textaugment calls synonyms, sorted: names in all synsets of the word and its base forms, `_` and `-`
-        turned to blanks, lower case, letters and blanks only, without the word itself. A name may be empty.
+        """What textaugment calls synonyms, sorted: names in all synsets of the word and its base
+        forms, `_` and `-` turned to blanks, lower case, letters and blanks only, without the word
+        itself. A name may be empty.
         """
-        names = {name for part in PARTS for base in self.bases(word.lower(), part) for name in self.names(base, part)}
-        cleaned = {"".join(c for c in name.lower().replace("_", " ").replace("-", " ") if c in KEPT) for name in names}
+        names = {
+            name
+            for part in PARTS
+            for base in self.bases(word.lower(), part)
+            for name in self.names(base, part)
+        }
+        cleaned = {
+            "".join(c for c in name.lower().replace("_", " ").replace("-", " ") if c in KEPT)
+            for name in names
+        }
         return tuple(sorted(cleaned - {word}))
 
     def bases(self, word: str, part: str) -> list[str]:
-        """The word and its base forms that are in the database as `part` of speech, the word first (morphy)."""
+        """The word and its base forms that are in the database as `part` of speech, the word first
+        (morphy)."""
         exceptions = self._line(f"{part}.exc", word)
         forms = (
             exceptions[1:]
             if exceptions
-            else [word[: len(word) - len(old)] + new for old, new in RULES[part] if word.endswith(old)]
+            else [
+                word[: len(word) - len(old)] + new for old, new in RULES[part] if word.endswith(old)
+            ]
         )
-        return [form for form in dict.fromkeys([word, *forms]) if form and self._line(f"index.{part}", form)]
+        return [
+            form
+            for form in dict.fromkeys([word, *forms])
+            if form and self._line(f"index.{part}", form)
+        ]
 
     def names(self, base: str, part: str) -> list[str]:
         """Names in all synsets of a base form, as the database spells them."""
-        entry = self._line(f"index.{part}", base)  # lemma pos synsets pointers symbol... senses tagged offset...
+        entry = self._line(
+            f"index.{part}", base
+        )  # lemma pos synsets pointers symbol... senses tagged offset...
         found = []
         for offset in entry[6 + int(entry[3]) :]:
             data = self.files[f"data.{part}"]
             fields = data[int(offset) : data.find(b"\n", int(offset))].decode().split(" ")
             names = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-            found += [name.partition("(")[0] for name in names]  # galore(ip): where an adjective may stand
+            found += [
+                name.partition("(")[0] for name in names
+            ]  # galore(ip): where an adjective may stand
         return found
 
     def _line(self, name: str, key: str) -> list[str]:
@@ -93,8 +125,13 @@ class WordNet:
             else:
                 high = middle
         found: list[str] = []
-        while (line := data[low : _end_of_line(data, low)].decode().split()) and line[0] == wanted.decode():
-            found, low = line, _end_of_line(data, low) + 1  # of several exceptions NLTK takes the last
+        while (line := data[low : _end_of_line(data, low)].decode().split()) and line[
+            0
+        ] == wanted.decode():
+            found, low = (
+                line,
+                _end_of_line(data, low) + 1,
+            )  # of several exceptions NLTK takes the last
         return found
 
 

@@ -1,4 +1,5 @@
-"""Captions and questions: cleaning, WordPiece ids in a few fixed lengths, masked-language-model targets."""
+"""Captions and questions: cleaning, WordPiece ids in a few fixed lengths, masked-language-model
+targets."""
 
 import random
 import re
@@ -15,19 +16,22 @@ DROPPED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 
 
 def pre_caption(text: str, max_words: int = 30) -> str:
-    """Lower-cases, drops punctuation, joins runs of blanks and keeps the first `max_words` words (ALBEF's cleaning)."""
+    """Lower-cases, drops punctuation, joins runs of blanks and keeps the first `max_words` words
+    (ALBEF's cleaning)."""
     text = text.lower().translate(DROPPED).replace("<person>", "person")
     text = re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
 
 
 def pre_question(text: str, max_words: int = 30) -> str:
-    """As `pre_caption`, but blanks stay as they are: only spaces at the end are cut (ALBEF's cleaning of questions)."""
+    """As `pre_caption`, but blanks stay as they are: only spaces at the end are cut (ALBEF's
+    cleaning of questions)."""
     return " ".join(text.lower().translate(DROPPED).rstrip(" ").split(" ")[:max_words])
 
 
 def choose_caption(caption: str | Sequence[str], max_words: int = 30) -> str:
-    """The cleaned caption, of a list one chosen with Python's `random`. Raises BadSample when nothing is left of it."""
+    """The cleaned caption, of a list one chosen with Python's `random`. Raises BadSample when
+    nothing is left of it."""
     chosen = caption if isinstance(caption, str) else random.choice(caption)
     text = pre_caption(chosen, max_words)
     if not text.strip():
@@ -36,10 +40,11 @@ def choose_caption(caption: str | Sequence[str], max_words: int = 30) -> str:
 
 
 class Tokenizer:
-    """BERT WordPiece as the originals use it: [CLS] + pieces and no [SEP]; literal "[SEP]" or "[MASK]" are special ids.
+    """BERT WordPiece as the originals use it: [CLS] + pieces and no [SEP]; literal "[SEP]" or
+    "[MASK]" are special ids.
 
-    source: a Hugging Face folder (tokenizer.json or vocab.txt), a vocab.txt, a tokenizer.json, or the name of a
-    tokenizer on the Hugging Face hub. Raises UserError when it is none of these.
+    source: a Hugging Face folder (tokenizer.json or vocab.txt), a vocab.txt, a tokenizer.json, or
+    the name of a tokenizer on the Hugging Face hub. Raises UserError when it is none of these.
     """
 
     def __init__(self, source: str | Path = "bert-base-uncased"):
@@ -61,13 +66,16 @@ class Tokenizer:
         return [self.cls_id, *self.backend.encode(text, add_special_tokens=False).ids][:max_length]
 
     def __call__(
-        self, texts: Iterable[str], max_length: int | None = None, lengths: Sequence[int] | None = ()
+        self,
+        texts: Iterable[str],
+        max_length: int | None = None,
+        lengths: Sequence[int] | None = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(text_ids int64 [B,L], text_mask bool [B,L])`; the mask is True on tokens.
 
-        max_length: ids kept per text, None keeps all. lengths: the allowed L, of which the smallest that holds the
-        longest text is taken (few shapes: few compilations); empty for multiples of 8 up to max_length, None for
-        exactly the longest text.
+        max_length: ids kept per text, None keeps all. lengths: the allowed L, of which the smallest
+        that holds the longest text is taken (few shapes: few compilations); empty for multiples of
+        8 up to max_length, None for exactly the longest text.
         """
         rows = [self.encode(text, max_length) for text in texts]
         width = padded_length(max(map(len, rows)), max_length, lengths)
@@ -80,16 +88,24 @@ class Tokenizer:
 
 
 class TextCollate:
-    """Makes the batch of samples with `text`: text_ids int64, text_mask bool [B,L]; whatever else they have is stacked.
+    """Makes the batch of samples with `text`: text_ids int64, text_mask bool [B,L]; whatever else
+    they have is stacked.
 
     max_tokens, lengths: as in Tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None = None, lengths: Sequence[int] | None = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int | None = None,
+        lengths: Sequence[int] | None = (),
+    ):
         self.tokenizer, self.max_tokens, self.lengths = tokenizer, max_tokens, lengths
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        ids, mask = self.tokenizer([sample["text"] for sample in samples], self.max_tokens, self.lengths)
+        ids, mask = self.tokenizer(
+            [sample["text"] for sample in samples], self.max_tokens, self.lengths
+        )
         rest = [key for key in samples[0] if key != "text"]
         return {key: default_collate([sample[key] for sample in samples]) for key in rest} | {
             "text_ids": ids,
@@ -116,10 +132,12 @@ def mask_tokens(
     never: Sequence[int],
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """BERT's masking: of the chosen tokens 80 % become [MASK], 10 % a random id, 10 % stay (Devlin et al., 2019, 3.1).
+    """BERT's masking: of the chosen tokens 80 % become [MASK], 10 % a random id, 10 % stay (Devlin
+    et al., 2019, 3.1).
 
-    ids int64 [B,L]; never: ids that are never chosen. Returns `(masked ids, labels)`, both int64 [B,L]; labels hold the
-    original id where chosen and -100 elsewhere. Draws four [B,L] matrices in a fixed order from `generator`.
+    ids int64 [B,L]; never: ids that are never chosen. Returns `(masked ids, labels)`, both int64
+    [B,L]; labels hold the original id where chosen and -100 elsewhere. Draws four [B,L] matrices in
+    a fixed order from `generator`.
     """
     draw = torch.full(ids.shape, probability)
     chosen = torch.bernoulli(draw, generator=generator).bool()
@@ -133,9 +151,11 @@ def mask_tokens(
 
 
 def mlm_targets(labels: torch.Tensor, multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(positions, labels)`, both int64 [K]: flat places of the chosen tokens of labels [B,L] and their original ids.
+    """`(positions, labels)`, both int64 [K]: flat places of the chosen tokens of labels [B,L] and
+    their original ids.
 
-    K is rounded up to a `multiple` (few shapes, never empty); padding is position 0 with label -100.
+    K is rounded up to a `multiple` (few shapes, never empty); padding is position 0 with label
+    -100.
     """
     flat = labels.flatten()
     places = flat.ne(-100).nonzero().flatten()
@@ -148,7 +168,8 @@ def mlm_targets(labels: torch.Tensor, multiple: int = 32) -> tuple[torch.Tensor,
 
 
 def _load_backend(source: str):
-    """The `tokenizers.Tokenizer` behind a folder, file or hub name; a vocab.txt is taken to be lower-casing BERT's."""
+    """The `tokenizers.Tokenizer` behind a folder, file or hub name; a vocab.txt is taken to be
+    lower-casing BERT's."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, normalizers, pre_tokenizers
 
@@ -158,13 +179,17 @@ def _load_backend(source: str):
     if file and file.suffix == ".json":
         return Backend.from_file(str(file))
     if file:
-        vocabulary = {line.rstrip("\r\n"): number for number, line in enumerate(file.open(encoding="utf-8"))}
+        vocabulary = {
+            line.rstrip("\r\n"): number for number, line in enumerate(file.open(encoding="utf-8"))
+        }
         backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
         backend.normalizer = normalizers.BertNormalizer(lowercase=True)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return backend
     if path.exists() or path.is_absolute() or source.startswith("."):
-        raise UserError(f"tokenizer {source}: no tokenizer.json or vocab.txt there; give a folder or file that has one")
+        raise UserError(
+            f"tokenizer {source}: no tokenizer.json or vocab.txt there; give a folder or file that has one"
+        )
     try:
         return Backend.from_pretrained(source)
     except Exception as error:  # the hub client raises its own, changing exception types

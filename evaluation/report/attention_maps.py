@@ -1,4 +1,5 @@
-"""Where a network looks for a word: cross-attention of the fusion layers, weighted by its gradient (Grad-CAM)."""
+"""Where a network looks for a word: cross-attention of the fusion layers, weighted by its gradient
+(Grad-CAM)."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,11 +8,12 @@ from torch import Tensor
 
 
 def word_maps(model, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: int) -> Tensor:
-    """Maps [L,g,g] float32 >= 0 of the tokens of one caption over a picture of g x g patches.
+    """Maps [L,g,g] float32 >= 0 of the tokens of one caption over an image of g x g patches.
 
-    model: `models.fusion.retrieval.Retrieval` on any device; image [1,3,S,S], text_ids and text_mask [1,L]. As in ALBEF
-    (Li et al. 2021, section 6.3): the cross-attention probabilities of `layer`, times the positive part of their
-    gradient with respect to the matching score, averaged over the heads.
+    model: `models.fusion.retrieval.Retrieval` on any device; image [1,3,S,S], text_ids and
+    text_mask [1,L]. As in ALBEF (Li et al. 2021, section 6.3): the cross-attention probabilities of
+    `layer`, times the positive part of their gradient with respect to the matching score, averaged
+    over the heads.
     """
     with torch.enable_grad():
         tokens, _ = model.encode_image(image)
@@ -19,13 +21,18 @@ def word_maps(model, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: 
         fused, probabilities = model.bert.fuse(stage, text_mask, tokens, map_of=("cross", layer))
         score = model.itm_head(fused[:, 0])[:, 1].sum()
         (gradient,) = torch.autograd.grad(score, probabilities)
-    weighted = (probabilities * gradient.clamp(min=0)).detach().mean(1)[0, :, 1:]  # without the [CLS] patch
+    weighted = (
+        (probabilities * gradient.clamp(min=0)).detach().mean(1)[0, :, 1:]
+    )  # without the [CLS] patch
     side = round(weighted.shape[1] ** 0.5)
     return weighted.unflatten(1, (side, side)).float().cpu()
 
 
-def merge_pieces(ids: Sequence[int], maps: Tensor, piece_of: Callable[[int], str]) -> list[tuple[str, Tensor]]:
-    """Whole words with their map [g,g], scaled to a maximum of 1, from WordPiece ids after [CLS] and maps [L,g,g]."""
+def merge_pieces(
+    ids: Sequence[int], maps: Tensor, piece_of: Callable[[int], str]
+) -> list[tuple[str, Tensor]]:
+    """Whole words with their map [g,g], scaled to a maximum of 1, from WordPiece ids after [CLS]
+    and maps [L,g,g]."""
     words: list[tuple[str, list[Tensor]]] = []
     for number, piece in enumerate(map(piece_of, ids[1:]), start=1):
         if piece.startswith("##") and words:

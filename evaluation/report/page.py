@@ -1,4 +1,5 @@
-"""Self-contained HTML pages of results: tables, charts, pictures; no script, no link to anything outside the file."""
+"""Self-contained HTML pages of results: tables, charts, images; no script, no link to anything
+outside the file."""
 
 import base64
 import html
@@ -50,7 +51,7 @@ svg { display: block; width: 100%; height: auto }
 .badge.right { background: var(--right) }
 footer { color: var(--soft); font-size: 13px; margin-top: 24px }
 """
-WAYS = {"txt": "caption", "img": "picture"}  # what is found
+WAYS = {"txt": "caption", "img": "image"}  # what is found
 COLOURS = ("#2f6fde", "#d1453b", "#12925b", "#a15ccf", "#c98a12", "#0f8b9d", "#7a8290")
 
 
@@ -61,9 +62,7 @@ def page(title: str, sections: Iterable[str], subtitle: str = "", footer: str = 
     end = f"<footer>{escape(footer)}</footer>" if footer else ""
     style = f"<style>{CSS}</style>"
     body = "\n".join(sections)
-    return (
-        f'<!doctype html><html lang="en"><head>{head}{style}</head><body><main>{lead}{body}{end}</main></body></html>'
-    )
+    return f'<!doctype html><html lang="en"><head>{head}{style}</head><body><main>{lead}{body}{end}</main></body></html>'
 
 
 def escape(text: object) -> str:
@@ -77,7 +76,9 @@ def card(title: str, *blocks: str, intro: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{lead}{''.join(blocks)}</section>"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]], best_row: int | None = None) -> str:
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[object]], best_row: int | None = None
+) -> str:
     """A table of text; one row may be set in bold."""
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
     for number, row in enumerate(rows):
@@ -86,14 +87,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], best_row: int |
     return f"<table>{''.join(lines)}</table>"
 
 
-def score_table(head: Sequence[str], rows: Iterable[tuple[str, float, float | None]], best_row: int | None = 0) -> str:
-    """Names with a score and what chance scores (None = unknown), in percent; a bar of the score, marked at chance."""
+def score_table(
+    head: Sequence[str], rows: Iterable[tuple[str, float, float | None]], best_row: int | None = 0
+) -> str:
+    """Names with a score and what chance scores (None = unknown), in percent; a bar of the score,
+    marked at chance."""
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "<th></th></tr>"]
     for number, (name, score, guess) in enumerate(rows):
         mark = ' class="best"' if number == best_row else ""
-        cells = "".join(f"<td{mark}>{cell}</td>" for cell in (escape(name), *map(_percent, (score, guess))))
+        cells = "".join(
+            f"<td{mark}>{cell}</td>" for cell in (escape(name), *map(_percent, (score, guess)))
+        )
         tick = "" if guess is None else f"<b style='left:calc({guess:.1f}% - 1px)'></b>"
-        lines.append(f"<tr>{cells}<td><div class='bar'><i style='width:{score:.1f}%'></i>{tick}</div></td></tr>")
+        lines.append(
+            f"<tr>{cells}<td><div class='bar'><i style='width:{score:.1f}%'></i>{tick}</div></td></tr>"
+        )
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -103,38 +111,47 @@ def _percent(value: float | None) -> str:
 
 def recall_table(rows: Mapping[str, Mapping[str, float]], best_row: int | None = 0) -> str:
     """Recalls in percent by row name, each a dict as `evaluation.retrieval.recalls` gives."""
-    columns = [(f"{way}_r{at}", f"{name} R@{at}") for way, name in WAYS.items() for at in (1, 5, 10)]
-    lines = ([name, *(f"{row[key]:.1f}" for key, _ in columns), f"{row['r_mean']:.1f}"] for name, row in rows.items())
+    columns = [
+        (f"{way}_r{at}", f"{name} R@{at}") for way, name in WAYS.items() for at in (1, 5, 10)
+    ]
+    lines = (
+        [name, *(f"{row[key]:.1f}" for key, _ in columns), f"{row['r_mean']:.1f}"]
+        for name, row in rows.items()
+    )
     return table(["recall in %", *(name for _, name in columns), "mean"], lines, best_row)
 
 
-def picture_uri(picture: Path | bytes | Tensor, side: int = 96, quality: int = 85) -> str:
-    """A picture as a data URI: JPEG, `side` pixels per side, aspect not kept (as the networks see it).
+def image_uri(raw_image: Path | bytes | Tensor, side: int = 96, quality: int = 85) -> str:
+    """An image as a data URI: JPEG, `side` pixels per side, aspect not kept (as the networks see
+    it).
 
-    picture: a file, its bytes, or uint8 [3,H,W].
+    image: a file, its bytes, or uint8 [3,H,W].
     """
     from PIL import Image
 
-    if isinstance(picture, Tensor):
-        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    if isinstance(raw_image, Tensor):
+        image = Image.fromarray(raw_image.permute(1, 2, 0).contiguous().numpy())
     else:
-        image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture).convert("RGB")
+        image = Image.open(
+            io.BytesIO(raw_image) if isinstance(raw_image, bytes) else raw_image
+        ).convert("RGB")
     buffer = io.BytesIO()
     image.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def thumbnail(picture: Path | bytes | Tensor, side: int = 96, right: bool | None = None) -> str:
+def thumbnail(image: Path | bytes | Tensor, side: int = 96, right: bool | None = None) -> str:
     """An <img>, framed green or red where it is right or wrong."""
     frame = "" if right is None else " frame right" if right else " frame"
-    uri = picture_uri(picture, 2 * side)
+    uri = image_uri(image, 2 * side)
     return f'<img class="thumb{frame}" width="{side}" height="{side}" alt="" src="{uri}">'
 
 
-def heat_map(picture: Tensor, heat: Tensor, side: int = 192) -> Tensor:
-    """uint8 [3,side,side]: the picture (uint8 [3,H,W]) under a heat map [h,w] in [0,1], warm where it is high."""
+def heat_map(image: Tensor, heat: Tensor, side: int = 192) -> Tensor:
+    """uint8 [3,side,side]: the image (uint8 [3,H,W]) under a heat map [h,w] in [0,1], warm where it
+    is high."""
     size = {"size": (side, side), "mode": "bilinear", "align_corners": False}
-    base = torch.nn.functional.interpolate(picture[None].float() / 255, **size)[0]
+    base = torch.nn.functional.interpolate(image[None].float() / 255, **size)[0]
     level = torch.nn.functional.interpolate(heat[None, None].float(), **size)[0, 0].clamp(0, 1)
     stops = torch.tensor([[0.05, 0.05, 0.35], [0.55, 0.1, 0.5], [0.95, 0.35, 0.2], [1.0, 0.9, 0.3]])
     place = level * (len(stops) - 1)
@@ -164,15 +181,25 @@ def line_chart(
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x0) / ((x1 - x0) or 1)
         up = (y - y0) / ((y1 - y0) or 1)
-        return left + across * (width - left - right), height - bottom - up * (height - top - bottom)
+        return left + across * (width - left - right), height - bottom - up * (
+            height - top - bottom
+        )
 
-    parts = [f'<text x="{left}" y="16" font-size="12.5" font-weight="600" fill="#1c2330">{escape(title)}</text>']
+    parts = [
+        f'<text x="{left}" y="16" font-size="12.5" font-weight="600" fill="#1c2330">{escape(title)}</text>'
+    ]
     for tick in ticks:
         _, y = place(x0, tick)
-        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e7ec"/>')
+        parts.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e7ec"/>'
+        )
         parts.append(_label(left - 6, y + 3.5, f"{tick:.4g}", "end"))
     for x, anchor in ((x0, "start"), (x1, "end")):
-        parts.append(_label(place(x, y0)[0], height - 16, f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}", anchor))
+        parts.append(
+            _label(
+                place(x, y0)[0], height - 16, f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}", anchor
+            )
+        )
     parts.append(_label((left + width - right) / 2, height - 16, x_label, "middle"))
     if guide:
         _, y = place(x0, guide[1])
@@ -182,7 +209,9 @@ def line_chart(
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
+        )
         if len(series) > 1:
             x = left + 4 + number * (width - left - right) / len(series)
             parts.append(f'<circle cx="{x:.0f}" cy="{height - 5}" r="3.5" fill="{colour}"/>')

@@ -1,4 +1,5 @@
-"""Labels of pictures as people look at them: a picture with the attention of its labels, and the pages of a split."""
+"""Labels of images as people look at them: an image with the attention of its labels, and the pages
+of a split."""
 
 import json
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ from evaluation.report.page import card, escape, heat_map, table, thumbnail
 TILE, CAPTION = 224, 24  # pixels
 
 
-def attention_page(path: Path, picture: Tensor, labels: Sequence[tuple[str, float]], maps: Sequence[Tensor]) -> None:
-    """Save as one image the picture uint8 [3,H,W] and, beside it, the same under its first labels' attention [g,g]."""
+def attention_page(
+    path: Path, image: Tensor, labels: Sequence[tuple[str, float]], maps: Sequence[Tensor]
+) -> None:
+    """Save as one image the image uint8 [3,H,W] and, beside it, the same under its first labels'
+    attention [g,g]."""
     from PIL import Image, ImageDraw, ImageFont
 
-    tiles = [(_plain(picture), "the picture, as it is seen")]
+    tiles = [(_plain(image), "the image, as it is seen")]
     tiles += [
-        (heat_map(picture, heat, TILE), f"{shorten(text, 20, placeholder=' …')}  {score:.1%}")
+        (heat_map(image, heat, TILE), f"{shorten(text, 20, placeholder=' …')}  {score:.1%}")
         for (text, score), heat in zip(labels, maps, strict=False)
     ]
     across = min(4, len(tiles))
@@ -35,28 +39,39 @@ def attention_page(path: Path, picture: Tensor, labels: Sequence[tuple[str, floa
     sheet.save(path)
 
 
-def _plain(picture: Tensor) -> Tensor:
+def _plain(image: Tensor) -> Tensor:
     """uint8 [3,TILE,TILE]"""
     size = {"size": (TILE, TILE), "mode": "bilinear", "align_corners": False}
-    return torch.nn.functional.interpolate(picture[None].float(), **size)[0].round().clamp(0, 255).byte()
+    return (
+        torch.nn.functional.interpolate(image[None].float(), **size)[0].round().clamp(0, 255).byte()
+    )
 
 
 def save_labels(path: Path, names: Sequence[str], references: Sequence, found: Sequence) -> None:
     """A JSON list of {image, references, labels: [[text, score]]}."""
     rows = [
-        {"image": name, "references": list(true), "labels": [[text, round(score, 5)] for text, score in labels]}
+        {
+            "image": name,
+            "references": list(true),
+            "labels": [[text, round(score, 5)] for text, score in labels],
+        }
         for name, true, labels in zip(names, references, found, strict=True)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows) + "\n")
 
 
-def label_report(data, found: Sequence[Sequence[tuple[str, float]]], metrics: dict, split: str) -> list[str]:
-    """Cards of a split: the scores, how often each label was found, and pictures with their labels.
+def label_report(
+    data, found: Sequence[Sequence[tuple[str, float]]], metrics: dict, split: str
+) -> list[str]:
+    """Cards of a split: the scores, how often each label was found, and images with their labels.
 
-    data: has `references`, `picture(i)` and a length; found: its labels with scores, best first.
+    data: has `references`, `image(i)` and a length; found: its labels with scores, best first.
     """
-    rows = [(name, f"{value:.2f}" if name.startswith("exact") else f"{value:.5f}") for name, value in metrics.items()]
+    rows = [
+        (name, f"{value:.2f}" if name.startswith("exact") else f"{value:.5f}")
+        for name, value in metrics.items()
+    ]
     counts: dict[str, list[int]] = {}
     right = torch.zeros(len(data), dtype=torch.bool)
     for i, (true, labels) in enumerate(zip(data.references, found, strict=True)):
@@ -67,24 +82,33 @@ def label_report(data, found: Sequence[Sequence[tuple[str, float]]], metrics: di
             count[0] += name in best
             count[1] += 1
     common = sorted(counts, key=lambda name: -counts[name][1])[:20]
-    each = [(name, counts[name][1], f"{100 * counts[name][0] / counts[name][1]:.1f}") for name in common]
+    each = [
+        (name, counts[name][1], f"{100 * counts[name][0] / counts[name][1]:.1f}") for name in common
+    ]
 
     def case(i: int) -> str:
-        return label_case(data.picture(i), found[i][:10], data.references[i], bool(right[i]))
+        return label_case(data.image(i), found[i][:10], data.references[i], bool(right[i]))
 
     return [
-        card(f"{split}: {len(data)} pictures", table(["score", "value"], rows)),
-        card("The most frequent labels", table(["label", "pictures", "found, %"], each)),
-        gallery(f"Labels, {split}", right, case, intro="Green: what the picture shows. The ten likeliest labels each."),
+        card(f"{split}: {len(data)} images", table(["score", "value"], rows)),
+        card("The most frequent labels", table(["label", "images", "found, %"], each)),
+        gallery(
+            f"Labels, {split}",
+            right,
+            case,
+            intro="Green: what the image shows. The ten likeliest labels each.",
+        ),
     ]
 
 
-def label_case(picture, labels: Sequence[tuple[str, float]], true: Sequence[str], right: bool) -> str:
-    """A picture, its labels with their probabilities, the true ones green, and what it shows."""
+def label_case(image, labels: Sequence[tuple[str, float]], true: Sequence[str], right: bool) -> str:
+    """An image, its labels with their probabilities, the true ones green, and what it shows."""
     lines = "".join(
         f"<li{' class=right' if text in true else ''}><span class='score'>{score:.1%}</span>{escape(text)}</li>"
         for text, score in labels
     )
     badge = f"<span class='badge{' right' if right else ''}'>{'all found' if right else 'not all'}</span>"
-    said = f"<ol>{lines}</ol><figcaption>shows: {escape(', '.join(dict.fromkeys(true)))}</figcaption>"
-    return f"<div class='case'><div style='flex:none'>{thumbnail(picture, 112)}</div><div>{badge}{said}</div></div>"
+    said = (
+        f"<ol>{lines}</ol><figcaption>shows: {escape(', '.join(dict.fromkeys(true)))}</figcaption>"
+    )
+    return f"<div class='case'><div style='flex:none'>{thumbnail(image, 112)}</div><div>{badge}{said}</div></div>"

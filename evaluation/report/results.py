@@ -8,9 +8,11 @@ from evaluation.report.page import page
 from runtime.config.cli import save
 
 
-def write_results(config, title: str, metrics: dict, sections: Sequence[str], text: str = "") -> None:
-    """result/metrics.json, result/config.yaml and result/report.html below config.output_dir; prints `text` or, by
-    default, the metrics.
+def write_results(
+    config, title: str, metrics: dict, sections: Sequence[str], text: str = ""
+) -> None:
+    """result/metrics.json, result/config.yaml and result/report.html below config.output_dir;
+    prints `text` or, by default, the metrics.
     """
     folder = Path(config.output_dir) / "result"
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,9 +15,13 @@ TITLES = {
     "recall": "recall",
 }
 TEXT_COLUMNS = (0, 3)  # flush left: the data set, and its metric or score
-RECALLS = {f"{way}_r{at}": f"{name} R@{at}" for way, name in (("txt", "text"), ("img", "image")) for at in (1, 5, 10)}
+RECALLS = {
+    f"{way}_r{at}": f"{name} R@{at}"
+    for way, name in (("txt", "text"), ("img", "image"))
+    for at in (1, 5, 10)
+}
 
-Results = Mapping[str, Mapping]  # data set -> {metric, pictures, <metric>_<score> ...}
+Results = Mapping[str, Mapping]  # data set -> {metric, images, <metric>_<score> ...}
 
 
 def tables(results: Results) -> dict[str, list[list[str]]]:
@@ -28,22 +32,23 @@ def tables(results: Results) -> dict[str, list[list[str]]]:
     retrieved = {name: row for name, row in results.items() if row["metric"] == "recall"}
     found = {}
     if classified:
-        rows = [["data set", "pictures", "classes", "metric", *scores]]
+        rows = [["data set", "images", "classes", "metric", *scores]]
         for name, row in classified.items():
             figures = [row[f"{row['metric']}_{score}"] for score in scores]
-            about = [name, str(row["pictures"]), str(row["classes"]), TITLES[row["metric"]]]
+            about = [name, str(row["images"]), str(row["classes"]), TITLES[row["metric"]]]
             rows.append(about + [f"{figure:.2f}" for figure in figures])
         if len(classified) > 1:
             means = [
-                sum(r[f"{r['metric']}_{score}"] for r in classified.values()) / len(classified) for score in scores
+                sum(r[f"{r['metric']}_{score}"] for r in classified.values()) / len(classified)
+                for score in scores
             ]
             rows.append(["mean", "", "", "", *(f"{mean:.2f}" for mean in means)])
         found["Zero-shot classification, in %"] = rows
     if retrieved:
-        rows = [["data set", "pictures", "captions", "score", *RECALLS.values()]]
+        rows = [["data set", "images", "captions", "score", *RECALLS.values()]]
         for name, row in retrieved.items():
             for score in scores:
-                about = [name, str(row["pictures"]), str(row["captions"]), score]
+                about = [name, str(row["images"]), str(row["captions"]), score]
                 rows.append(about + [f"{row[f'{key}_{score}']:.2f}" for key in RECALLS])
         found["Zero-shot retrieval, in %"] = rows
     return found
@@ -57,7 +62,10 @@ def plain_tables(results: Results) -> str:
         lines = []
         for row in rows:
             cells = zip(row, widths, strict=True)
-            padded = (c.ljust(w) if place in TEXT_COLUMNS else c.rjust(w) for place, (c, w) in enumerate(cells))
+            padded = (
+                c.ljust(w) if place in TEXT_COLUMNS else c.rjust(w)
+                for place, (c, w) in enumerate(cells)
+            )
             lines.append("  ".join(padded).rstrip())
         blocks.append("\n".join([title, *lines[:1], "-" * len(lines[0]), *lines[1:]]))
     return "\n\n".join(blocks)
@@ -68,7 +76,9 @@ def cards(results: Results, skipped: Mapping[str, str]) -> list[str]:
     found = [card(title, table(rows[0], rows[1:])) for title, rows in tables(results).items()]
     charts = [ensemble_chart(name, row) for name, row in results.items()]
     if any(charts):
-        intro = "w times the similarity of z plus 1 - w times that of h; 0 is h alone, 1 is z alone."
+        intro = (
+            "w times the similarity of z plus 1 - w times that of h; 0 is h alone, 1 is z alone."
+        )
         found.append(card("Ensembles", '<div class="grid">', *charts, "</div>", intro=intro))
     if skipped:
         found.append(card("Not evaluated", table(["data set", "why"], skipped.items())))
@@ -76,9 +86,14 @@ def cards(results: Results, skipped: Mapping[str, str]) -> list[str]:
 
 
 def ensemble_chart(name: str, row: Mapping) -> str:
-    """The set's own metric (of retrieval the mean recall) over the weight of z; nothing where there is no h."""
+    """The set's own metric (of retrieval the mean recall) over the weight of z; nothing where there
+    is no h."""
     metric = "r_mean" if row["metric"] == "recall" else row["metric"]
     if f"{metric}_h" not in row:
         return ""
-    points = [(0.0, row[f"{metric}_h"]), *((w, row[f"{metric}_zh_{w}"]) for w in WEIGHTS), (1.0, row[f"{metric}_z"])]
+    points = [
+        (0.0, row[f"{metric}_h"]),
+        *((w, row[f"{metric}_zh_{w}"]) for w in WEIGHTS),
+        (1.0, row[f"{metric}_z"]),
+    ]
     return line_chart({name: points}, f"{name}, {TITLES.get(metric, 'mean recall')}", "w")

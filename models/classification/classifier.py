@@ -1,12 +1,12 @@
-"""ViT image classification of COYO-ViT: one label (softmax) or many (sigmoid) a picture.
+"""ViT image classification of COYO-ViT: one label (softmax) or many (sigmoid) an image.
 
-    model = VisionClassifier(ClassifierConfig(model="vit-l/16", num_classes=21841, representation_size=1024))
-    losses = model(image=..., labels=..., label_weights=...)      # {"loss": 0-d}
+    model = VisionClassifier(ClassifierConfig(model="vit-l/16", num_classes=21841,
+    representation_size=1024)) losses = model(image=..., labels=..., label_weights=...)      # {"loss": 0-d}
 
-Batch (B pictures, K labels at most): `image` float32 [B,3,S,S]; `labels` int64 [B,K]; `label_weights` float32 [B,K], 1
-for a label, a probability for a soft one, 0 for padding. Targets never become B x C: what a positive contributes to
-either loss is its logit, so K logits are gathered. Names are timm's (`blocks.{i}.attn.qkv`, `head`), and
-`pre_logits.fc`.
+Batch (B images, K labels at most): `image` float32 [B,3,S,S]; `labels` int64 [B,K]; `label_weights`
+float32 [B,K], 1 for a label, a probability for a soft one, 0 for padding. Targets never become B x
+C: what a positive contributes to either loss is its logit, so K logits are gathered. Names are
+timm's (`blocks.{i}.attn.qkv`, `head`), and `pre_logits.fc`.
 """
 
 import difflib
@@ -39,18 +39,28 @@ class ClassifierConfig:
     """Network and loss."""
 
     model: str = "vit-b/16"  # vit-<mu|xxs|xs|ti|s|b|l>/<patch size in pixels>
-    stem: tuple[int, ...] = ()  # channels of convolutional stages before the patches, each halving the picture's sides
-    pixels: str = "half"  # mean and deviation of the pixels: half (0.5 each, as COYO-ViT), imagenet or clip
-    image_size: int = 224  # side of the pictures in pixels, a multiple of the patch size
+    stem: tuple[
+        int, ...
+    ] = ()  # channels of convolutional stages before the patches, each halving the image's sides
+    pixels: str = (
+        "half"  # mean and deviation of the pixels: half (0.5 each, as COYO-ViT), imagenet or clip
+    )
+    image_size: int = 224  # side of the images in pixels, a multiple of the patch size
     num_classes: int = 21841  # where neither class folders nor a list of classes tells
-    representation_size: int = 0  # width of the tanh layer before the head; 0 = none, as in fine-tuning
+    representation_size: int = (
+        0  # width of the tanh layer before the head; 0 = none, as in fine-tuning
+    )
     dropout: float = 0.0  # behind the positions, each attention and both layers of each MLP
     attention_dropout: float = 0.0  # of attention weights
     gelu: str = "tanh"  # GELU by tanh, as COYO-ViT, or none: exact, as timm's and Hugging Face's weights want it
     layer_norm_eps: float = 1e-6  # Hugging Face's ViT has 1e-12
-    loss: str = "softmax"  # softmax: one label a picture; sigmoid: any number
-    label_smoothing: float = 0.0  # share of the target spread evenly: over all classes, or over yes and no
-    head_bias: float | None = None  # initial bias of the head; none = -10 with the sigmoid loss, else 0
+    loss: str = "softmax"  # softmax: one label an image; sigmoid: any number
+    label_smoothing: float = (
+        0.0  # share of the target spread evenly: over all classes, or over yes and no
+    )
+    head_bias: float | None = (
+        None  # initial bias of the head; none = -10 with the sigmoid loss, else 0
+    )
     compat: str = "none"  # original: the numbers of the published code, see docs/DIFFERENCES.md
 
     @property
@@ -69,7 +79,11 @@ class ClassifierConfig:
                 f"The form is vit-<{'|'.join(SIZES)}>/<patch size>, with any patch size"
             )
         width, depth, heads = SIZES[match[1]]
-        options = {"layer_norm_eps": self.layer_norm_eps, "gelu": self.gelu, "dropout": self.dropout}
+        options = {
+            "layer_norm_eps": self.layer_norm_eps,
+            "gelu": self.gelu,
+            "dropout": self.dropout,
+        }
         options |= {"attention_dropout": self.attention_dropout}
         options |= {"stem": tuple(self.stem), "stem_statistics": True}
         return ViTConfig(self.image_size, int(match[2]), width, depth, heads, **options)
@@ -88,10 +102,17 @@ class ClassifierConfig:
                 f"image_size {self.image_size}: {self.model} has position embeddings for whole patches of "
                 f"{vit.patch_size} pixels; the nearest size is {near}"
             )
-        known_values = {"loss": ("softmax", "sigmoid"), "gelu": ("tanh", "none"), "compat": COMPAT, "pixels": PIXELS}
+        known_values = {
+            "loss": ("softmax", "sigmoid"),
+            "gelu": ("tanh", "none"),
+            "compat": COMPAT,
+            "pixels": PIXELS,
+        }
         for name, known in known_values.items():
             if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}")
+                raise UserError(
+                    f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}"
+                )
 
 
 COMPAT = ("none", "original")
@@ -115,13 +136,16 @@ class VisionClassifier(ViT):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """As COYO-ViT: Glorot's laws, positions N(0, 0.02), class token and head 0 but for the head's bias."""
+        """As COYO-ViT: Glorot's laws, positions N(0, 0.02), class token and head 0 but for the
+        head's bias."""
         nn.init.xavier_uniform_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.zeros_(self.cls_token)
         nn.init.normal_(self.pos_embed, std=0.02)
         for block in self.blocks:
-            glorot_normal(block.attn.qkv.weight, self.config.width)  # three square matrices, one above the other
+            glorot_normal(
+                block.attn.qkv.weight, self.config.width
+            )  # three square matrices, one above the other
             glorot_normal(block.attn.proj.weight, self.config.width)
             glorot_normal(block.mlp.fc1.weight)
             nn.init.xavier_uniform_(block.mlp.fc2.weight)
@@ -131,20 +155,22 @@ class VisionClassifier(ViT):
             nn.init.xavier_uniform_(self.pre_logits.fc.weight)
             nn.init.zeros_(self.pre_logits.fc.bias)
         bias = self.options.head_bias
-        if bias is None:  # the original asks for -10 and builds the bias with the kernel's initialiser instead
+        if (
+            bias is None
+        ):  # the original asks for -10 and builds the bias with the kernel's initialiser instead
             bias = -10.0 if self.options.loss == "sigmoid" and not self.options.original else 0.0
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, bias)
 
     def features(self, image: Tensor) -> Tensor:
-        """Normalised class token [B,D] of pictures [B,3,S,S]."""
+        """Normalised class token [B,D] of images [B,3,S,S]."""
         x, (*blocks, last) = self.embed(image), self.blocks
         for block in blocks:
             x = block(x)
         return self.norm(last(x, False, True)[:, 0])
 
     def logits(self, image: Tensor) -> Tensor:
-        """float32 [B,C] of pictures [B,3,S,S]."""
+        """float32 [B,C] of images [B,3,S,S]."""
         return self.head(self.pre_logits(self.features(image))).float()
 
     def forward(self, image: Tensor, labels: Tensor, label_weights: Tensor) -> dict[str, Tensor]:
@@ -159,7 +185,8 @@ class VisionClassifier(ViT):
 
 
 def glorot_normal(weight: Tensor, fan_out: int | None = None) -> None:
-    """Truncated normal of variance 2 / (fan in + fan out), cut at two standard deviations of the whole normal."""
+    """Truncated normal of variance 2 / (fan in + fan out), cut at two standard deviations of the
+    whole normal."""
     deviation = (2 / (weight.shape[1] + (fan_out or weight.shape[0]))) ** 0.5 / 0.87962566103423978
     nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
 
@@ -168,12 +195,14 @@ def glorot_normal(weight: Tensor, fan_out: int | None = None) -> None:
 
 
 def positive_logits(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ y z and Σ y over the labels of each picture, float32 [B] each; see the module for the shapes."""
+    """Σ y z and Σ y over the labels of each image, float32 [B] each; see the module for the
+    shapes."""
     return (weights * logits.gather(1, labels)).sum(1), weights.sum(1)
 
 
 def sigmoid_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Binary cross entropy SUMMED over the classes, averaged over the pictures: Σ softplus(z) - Σ y z.
+    """Binary cross entropy SUMMED over the classes, averaged over the images: Σ softplus(z) - Σ y
+    z.
 
     Targets are y (1 - s) + s / 2 with smoothing s. float32 logits [B,C].
     """
@@ -185,7 +214,8 @@ def sigmoid_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: flo
 
 
 def softmax_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross entropy averaged over the pictures, with targets y (1 - s) + s / C. float32 logits [B,C]."""
+    """Cross entropy averaged over the images, with targets y (1 - s) + s / C. float32 logits
+    [B,C]."""
     positive, mass = positive_logits(logits, labels, weights)
     normaliser = logits.logsumexp(1)
     loss = (1 - smoothing) * (mass * normaliser - positive)
@@ -194,9 +224,11 @@ def softmax_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: flo
     return loss.mean()
 
 
-def clipped_sigmoid_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The original's `sigmoid_loss`: probabilities inside the logarithms are cut at 1e-7, which bounds a term at 16.1
-    and leaves it no gradient beyond.
+def clipped_sigmoid_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0.0
+) -> Tensor:
+    """The original's `sigmoid_loss`: probabilities inside the logarithms are cut at 1e-7, which
+    bounds a term at 16.1 and leaves it no gradient beyond.
     """
     target = dense_targets(labels, weights, logits.shape[1]) * (1 - smoothing) + smoothing / 2
     p = logits.sigmoid()
@@ -205,7 +237,8 @@ def clipped_sigmoid_loss(logits: Tensor, labels: Tensor, weights: Tensor, smooth
 
 
 def dense_targets(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
-    """float32 [B,C] of sparse labels [B,K] and their weights; of a label named twice the larger weight counts."""
+    """float32 [B,C] of sparse labels [B,K] and their weights; of a label named twice the larger
+    weight counts."""
     return weights.new_zeros(len(labels), classes).scatter_reduce_(1, labels, weights, "amax")
 
 
@@ -213,17 +246,22 @@ def dense_targets(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
 
 
 @torch.no_grad()
-def follow(average: list[Tensor], weights: list[Tensor], updates: int, decay: float, start: int = 0) -> None:
-    """average <- d average + (1 - d) weights, in place, after update number `updates` (the first is 1).
+def follow(
+    average: list[Tensor], weights: list[Tensor], updates: int, decay: float, start: int = 0
+) -> None:
+    """average <- d average + (1 - d) weights, in place, after update number `updates` (the first is
+    1).
 
-    d = min(decay, (1 + k) / (10 + k)) with k = updates - start grows with the updates; up to `start` updates it is 0.
+    d = min(decay, (1 + k) / (10 + k)) with k = updates - start grows with the updates; up to
+    `start` updates it is 0.
     """
     k = updates - start
     torch._foreach_lerp_(average, weights, 1 - (min(decay, (1 + k) / (10 + k)) if k >= 0 else 0.0))
 
 
 def averages(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors of the moving average `model.ema`, and those that they follow: weights and statistics of batch norms.
+    """Tensors of the moving average `model.ema`, and those that they follow: weights and statistics
+    of batch norms.
 
     Empty where there is no average.
     """
@@ -244,9 +282,11 @@ def trained(model: nn.Module) -> list[Tensor]:
 
 
 def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings [1,1+g*g,D] for grid x grid patches: linear along each axis between the corner patches.
+    """Position embeddings [1,1+g*g,D] for grid x grid patches: linear along each axis between the
+    corner patches.
 
-    The class token's row stays. This is scipy's `zoom` of order 1, with which COYO-ViT goes from 224 to 384 px.
+    The class token's row stays. This is scipy's `zoom` of order 1, with which COYO-ViT goes from
+    224 to 384 px.
     Raises UserError where the patches are no square.
     """
     patches = pos_embed.shape[1] - 1
@@ -254,10 +294,12 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     if patches < 1 or side * side != patches:
         raise UserError(
             f"position embeddings of {pos_embed.shape[1]} tokens are no class token and a square of patches; "
-            "only those can be resized to another picture size"
+            "only those can be resized to another image size"
         )
     if side == grid:
         return pos_embed
-    picture = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    picture = F.interpolate(picture, size=(grid, grid), mode="bilinear", align_corners=True)
-    return torch.cat([pos_embed[:, :1], picture.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+    image = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(grid, grid), mode="bilinear", align_corners=True)
+    return torch.cat(
+        [pos_embed[:, :1], image.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1
+    )

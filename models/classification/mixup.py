@@ -1,7 +1,9 @@
-"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a whole batch on the device, with sparse labels.
+"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a whole batch on the device, with
+sparse labels.
 
-The partner of sample i is sample B - 1 - i. Labels stay lists: those of the partner stand behind one's own, each list
-with its share as weight. Shapes: image [B,3,H,W], labels int64 [B,K], label_weights float32 [B,K].
+The partner of sample i is sample B - 1 - i. Labels stay lists: those of the partner stand behind
+one's own, each list with its share as weight. Shapes: image [B,3,H,W], labels int64 [B,K],
+label_weights float32 [B,K].
 """
 
 import torch
@@ -11,8 +13,9 @@ Batch = dict[str, Tensor]
 
 
 def mix(batch: Batch, mixup_alpha: float, cutmix_alpha: float, original: bool = False) -> Batch:
-    """The batch mixed by shares drawn from Beta(alpha, alpha); 0 = without. Both: mixup for the first half, CutMix for
-    the second, partners within the half. original: see `cut_and_paste`. Draws on the device, nothing waits for it.
+    """The batch mixed by shares drawn from Beta(alpha, alpha); 0 = without. Both: mixup for the
+    first half, CutMix for the second, partners within the half. original: see `cut_and_paste`.
+    Draws on the device, nothing waits for it.
     """
     if mixup_alpha and cutmix_alpha:
         middle = len(batch["image"]) // 2
@@ -29,7 +32,7 @@ def mix(batch: Batch, mixup_alpha: float, cutmix_alpha: float, original: bool = 
 
 
 def blend(batch: Batch, share: Tensor) -> Batch:
-    """Mixup with `share` [B] or 1 - share, whichever is larger, of one's own picture and labels."""
+    """Mixup with `share` [B] or 1 - share, whichever is larger, of one's own image and labels."""
     share = torch.maximum(share, 1 - share)
     mine = share.view(-1, 1, 1, 1)
     image = batch["image"]
@@ -44,7 +47,9 @@ def cut_and_paste(batch: Batch, masks: Tensor, original: bool = False) -> Batch:
     area = masks.mean((1, 2, 3))
     image = batch["image"]
     pasted = torch.where(masks > 0, image.flip(0), image)
-    return {"image": pasted} | joined_labels(batch, 1 - (area.mean().expand_as(area) if original else area))
+    return {"image": pasted} | joined_labels(
+        batch, 1 - (area.mean().expand_as(area) if original else area)
+    )
 
 
 def joined_labels(batch: Batch, share: Tensor) -> Batch:
@@ -57,13 +62,14 @@ def joined_labels(batch: Batch, share: Tensor) -> Batch:
 
 
 def draw_beta(alpha: float, image: Tensor) -> Tensor:
-    """float32 [B] from Beta(alpha, alpha) on the device of the pictures."""
+    """float32 [B] from Beta(alpha, alpha) on the device of the images."""
     pair = torch._standard_gamma(torch.full((2, len(image)), alpha, device=image.device))
     return pair[0] / pair.sum(0).clamp(min=torch.finfo(pair.dtype).tiny)
 
 
 def draw_masks(share: Tensor, height: int, width: int) -> Tensor:
-    """Rectangles of about 1 - share of the area around uniform pixels, cut at the border: float32 [B,1,H,W] of 0, 1."""
+    """Rectangles of about 1 - share of the area around uniform pixels, cut at the border: float32
+    [B,1,H,W] of 0, 1."""
     y = torch.randint(height, share.shape, device=share.device)
     x = torch.randint(width, share.shape, device=share.device)
     return rectangles(share, y, x, height, width)

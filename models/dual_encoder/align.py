@@ -1,10 +1,13 @@
-"""ALIGN (Jia 2021) as COYO-ALIGN trains it: EfficientNet and BERT under a label-smoothed contrastive loss.
+"""ALIGN (Jia 2021) as COYO-ALIGN trains it: EfficientNet and BERT under a label-smoothed
+contrastive loss.
 
-    model = build_dual(DualConfig(model="ALIGN_B3_MINI", image_size=289, embed_dim=640, label_smoothing=0.1))
+    model = build_dual(DualConfig(model="ALIGN_B3_MINI", image_size=289, embed_dim=640,
+    label_smoothing=0.1))
 
-ALIGN_<image>_<text>: EfficientNet B0 to B7, or NANO for small pictures; BERT MINI, BASE, LARGE or TINY. Parameters have
-the names of transformers' `AlignModel` (kakaobrain/align-base), and `image_projection`, which B0 to B6 have and
-transformers lacks. BERT's pooler, which nothing reads, is left out.
+ALIGN_<image>_<text>: EfficientNet B0 to B7, or NANO for small images; BERT MINI, BASE, LARGE or
+TINY. Parameters have the names of transformers' `AlignModel` (kakaobrain/align-base), and
+`image_projection`, which B0 to B6 have and transformers lacks. BERT's pooler, which nothing reads,
+is left out.
 """
 
 from dataclasses import replace
@@ -20,20 +23,31 @@ from models.layers.batchnorm import GhostBatchNorm, average_statistics
 from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape
 from models.layers.xbert import BertConfig, XBert
 
-TEXTS = {"TINY": (2, 128), "MINI": (4, 256), "BASE": (12, 768), "LARGE": (24, 1024)}  # layers, width
+TEXTS = {
+    "TINY": (2, 128),
+    "MINI": (4, 256),
+    "BASE": (12, 768),
+    "LARGE": (24, 1024),
+}  # layers, width
 TINY_STD = 0.1  # with BERT's 0.02 texts of a tower so narrow are all alike at first (cosine 0.9998)
 PAD = 0  # id in every BERT vocabulary
 
 
 class Align(DualEncoder):
-    """Image and text tower, each with a linear layer into the common space (z); B7's features are z as they are.
+    """Image and text tower, each with a linear layer into the common space (z); B7's features are z
+    as they are.
 
     image, text: other geometries than those that the model string names.
     """
 
     loss = staticmethod(dual_losses.align)
 
-    def __init__(self, config: DualConfig, image: EfficientNetShape | None = None, text: BertConfig | None = None):
+    def __init__(
+        self,
+        config: DualConfig,
+        image: EfficientNetShape | None = None,
+        text: BertConfig | None = None,
+    ):
         super().__init__()
         _, image_name, text_name = config.model.split("_")
         self.config = config
@@ -50,7 +64,9 @@ class Align(DualEncoder):
             )
         self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
 
-    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
+    def features(
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+    ) -> Features:
         """`feats_*` [B,C], [B,T], `z_*` [B,E], and the temperature."""
         images = self.embed_image(image)
         texts = self.embed_text(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
@@ -63,25 +79,32 @@ class Align(DualEncoder):
         }
 
     def embed_image(self, image: Tensor) -> Features:
-        """Pictures float32 [B,3,H,W], values -1..1 -> `feats` [B,C], `z` [B,E]."""
+        """Images float32 [B,3,H,W], values -1..1 -> `feats` [B,C], `z` [B,E]."""
         feats = self.vision_model(image)
         return {
             "feats": feats,
-            "z": feats if self.image_projection is None else unrounded(self.image_projection, feats),
+            "z": feats
+            if self.image_projection is None
+            else unrounded(self.image_projection, feats),
         }
 
     def embed_text(self, text_ids: Tensor) -> Features:
-        """Texts int64 [B,L], padded with 0 -> `feats` [B,T], the state of the first token, and `z` [B,E]."""
+        """Texts int64 [B,L], padded with 0 -> `feats` [B,T], the state of the first token, and `z`
+        [B,E]."""
         feats = self.text_model.first_state(text_ids)
         return {"feats": feats, "z": unrounded(self.text_projection, feats)}
 
     def free_of_decay(self) -> set[str]:
-        """Names of the parameters that LAMB neither decays nor scales: those of batch norms, and no others."""
-        norms = [name for name, module in self.named_modules() if isinstance(module, GhostBatchNorm)]
+        """Names of the parameters that LAMB neither decays nor scales: those of batch norms, and no
+        others."""
+        norms = [
+            name for name, module in self.named_modules() if isinstance(module, GhostBatchNorm)
+        ]
         return {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")}
 
     def clamp_scales(self) -> None:
-        """Nothing to clamp: LAMB moves the temperature by its share lr at most, so that it stays positive."""
+        """Nothing to clamp: LAMB moves the temperature by its share lr at most, so that it stays
+        positive."""
 
     def after_update(self) -> None:
         average_statistics(self)
@@ -91,7 +114,9 @@ class TextTower(XBert):
     """BERT without cross-attention and pooler."""
 
     def __init__(self, config: BertConfig):
-        super().__init__(replace(config, single_stream=False, fusion_layer=config.num_hidden_layers))
+        super().__init__(
+            replace(config, single_stream=False, fusion_layer=config.num_hidden_layers)
+        )
         del self.embeddings.position_ids  # transformers' files have none
         std = config.initializer_range
         for module in self.modules():
@@ -99,13 +124,16 @@ class TextTower(XBert):
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
 
     def first_state(self, text_ids: Tensor) -> Tensor:
-        """int64 [B,L] -> the last layer's state of the first token [B,D]; the others are not computed there."""
+        """int64 [B,L] -> the last layer's state of the first token [B,D]; the others are not
+        computed there."""
         first = text_ids.new_zeros(len(text_ids), 1)
         return self.run(self.embeddings(text_ids), text_ids != PAD, keep=first)[:, 0]
 
 
 def image_shape(name: str, config: DualConfig) -> EfficientNetShape:
-    return replace(SHAPES[name], drop_connect=config.drop_connect, virtual_batch=config.virtual_batch_size)
+    return replace(
+        SHAPES[name], drop_connect=config.drop_connect, virtual_batch=config.virtual_batch_size
+    )
 
 
 def text_shape(name: str, config: DualConfig) -> BertConfig:

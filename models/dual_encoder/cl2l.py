@@ -1,4 +1,5 @@
-"""CL2L and its self-supervised variants SiamLIP, BYOLIP, BarLIP and SwALIP (clip-rocket; Fini et al., 2023)."""
+"""CL2L and its self-supervised variants SiamLIP, BYOLIP, BarLIP and SwALIP (clip-rocket; Fini et
+al., 2023)."""
 
 import math
 
@@ -24,17 +25,24 @@ from models.layers.clip_towers import (
 
 
 class CL2L(CLIP):
-    """CLIP-rocket: a weak global view and A strong local views of both picture and caption."""
+    """CLIP-rocket: a weak global view and A strong local views of both image and caption."""
 
     loss = staticmethod(dual_losses.cl2l)
 
     def __init__(self, config: DualConfig, visual: nn.Module):
-        super().__init__(config, visual, {"l2l_logit_scale": math.log(1 / 0.1)} if config.separate_proj else None)
+        super().__init__(
+            config, visual, {"l2l_logit_scale": math.log(1 / 0.1)} if config.separate_proj else None
+        )
         if config.separate_proj:
-            self.l2l_image_projector = self._local_projector(visual.num_features, "cl2l_img_proj_type")
+            self.l2l_image_projector = self._local_projector(
+                visual.num_features, "cl2l_img_proj_type"
+            )
             self.l2l_text_projector = self._local_projector(config.text_width, "cl2l_txt_proj_type")
         else:
-            self.l2l_image_projector, self.l2l_text_projector = self.image_projector, self.text_projector
+            self.l2l_image_projector, self.l2l_text_projector = (
+                self.image_projector,
+                self.text_projector,
+            )
         self.join_views = not has_batch_norm(visual)
 
     def _local_projector(self, width: int, knob: str) -> nn.Module:
@@ -46,15 +54,18 @@ class CL2L(CLIP):
     def local_scale(self) -> Tensor:
         return (self.l2l_logit_scale if self.config.separate_proj else self.logit_scale).exp()
 
-    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
-        """`z_*_global` [B,E] of the global views, `h_*_local` [B,A,E] of the local ones, `feats_*` behind both."""
+    def features(
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+    ) -> Features:
+        """`z_*_global` [B,E] of the global views, `h_*_local` [B,A,E] of the local ones, `feats_*`
+        behind both."""
         if text_ids.ndim == 2:
             text_ids = text_ids[:, None]
         views = 0 if image_local is None else image_local.shape[1]
         if text_ids.shape[1] != 1 + views:
             raise UserError(
                 f"text_ids holds {text_ids.shape[1]} rows a sample, but {1 + views} belong to 1 global and {views} "
-                "local pictures: give the tokenizer and the image transform the same num_augs"
+                "local images: give the tokenizer and the image transform the same num_augs"
             )
         image_feats, image_local_feats = self._image_views(image, image_local)
         text_feats, text_local_feats = self._text_views(text_ids)
@@ -75,26 +86,36 @@ class CL2L(CLIP):
             }
         return out
 
-    def _image_views(self, image: Tensor, image_local: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """[B,C] and [B,A,C]; one pass for all views where no batch statistics are involved and the sizes agree."""
+    def _image_views(
+        self, image: Tensor, image_local: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B,C] and [B,A,C]; one pass for all views where no batch statistics are involved and the
+        sizes agree."""
         if image_local is None:
             return self.visual(image), None
         if not self.join_views:
-            return self.visual(image), torch.stack([self.visual(view) for view in image_local.unbind(1)], 1)
+            return self.visual(image), torch.stack(
+                [self.visual(view) for view in image_local.unbind(1)], 1
+            )
         if image.shape[1:] != image_local.shape[2:]:
-            return self.visual(image), self.visual(image_local.flatten(0, 1)).unflatten(0, image_local.shape[:2])
+            return self.visual(image), self.visual(image_local.flatten(0, 1)).unflatten(
+                0, image_local.shape[:2]
+            )
         every = self.visual(torch.cat([image, image_local.flatten(0, 1)]))
         return every[: len(image)], every[len(image) :].unflatten(0, image_local.shape[:2])
 
     def _text_views(self, text_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B,T] and [B,A,T] of int64 [B,1+A,L]; local texts see the noise, the global one does not."""
+        """[B,T] and [B,A,T] of int64 [B,1+A,L]; local texts see the noise, the global one does
+        not."""
         views, noise = text_ids.shape[1] - 1, self.config.text_noise
         if not (self.training and noise.active) or not views:
             every = self.text_features(text_ids.flatten(0, 1)).unflatten(0, text_ids.shape[:2])
             return every[:, 0], every[:, 1:] if views else None
         feats, local = self.text_features(text_ids[:, 0]), text_ids[:, 1:]
         if noise.over_positions:  # each view draws its own mask for the whole batch
-            return feats, torch.stack([self.text_features(view, noise) for view in local.unbind(1)], 1)
+            return feats, torch.stack(
+                [self.text_features(view, noise) for view in local.unbind(1)], 1
+            )
         return feats, self.text_features(local.flatten(0, 1), noise).unflatten(0, local.shape[:2])
 
     def embed_image(self, image: Tensor) -> Features:
@@ -116,7 +137,8 @@ def per_view(head: nn.Module, feats: Tensor) -> Tensor:
 
 
 class BarLIP(CL2L):
-    """CL2L with an expander per modality and view kind, whose outputs (v) Barlow Twins decorrelates."""
+    """CL2L with an expander per modality and view kind, whose outputs (v) Barlow Twins
+    decorrelates."""
 
     loss = staticmethod(dual_losses.barlip)
 
@@ -132,25 +154,31 @@ class BarLIP(CL2L):
                 head = barlip_projector(width, config.barlip_hidden_dim, config.barlip_proj_dim)
             self.add_module(f"barlip_{modality}_projector_local", head)
 
-    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
+    def features(
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+    ) -> Features:
         """CL2L's, and `v_*` [B,D], `v_*_local` [B,A,D]."""
         out = super().features(image, text_ids, image_local)
         return out | child_outputs(self, out, "barlip_{}_projector", "v", "feats")
 
 
 def child_outputs(model: nn.Module, out: Features, head: str, name: str, source: str) -> Features:
-    """`{name}_{image,text}[_local]` = the model's `head` (modality filled in, `_global` / `_local`) of `source`."""
+    """`{name}_{image,text}[_local]` = the model's `head` (modality filled in, `_global` / `_local`)
+    of `source`."""
     result = {}
     for view, kind in (("", "global"), ("_local", "local")):
         for modality in ("image", "text"):
             if f"{source}_{modality}{view}" in out:
                 module = model.get_submodule(f"{head.format(modality)}_{kind}")
-                result[f"{name}_{modality}{view}"] = per_view(module, out[f"{source}_{modality}{view}"])
+                result[f"{name}_{modality}{view}"] = per_view(
+                    module, out[f"{source}_{modality}{view}"]
+                )
     return result
 
 
 class SiamLIP(CL2L):
-    """CL2L with projectors (v) and predictors (p) of SimSiam; with a momentum model's targets it is BYOLIP."""
+    """CL2L with projectors (v) and predictors (p) of SimSiam; with a momentum model's targets it is
+    BYOLIP."""
 
     loss = staticmethod(dual_losses.siamlip)
 
@@ -163,8 +191,13 @@ class SiamLIP(CL2L):
             for modality, width in widths.items():
                 if kind == "local" and config.separate_proj_child:
                     inner[modality] = siamlip_projector(width, hidden, out)
-                self.add_module(f"siamlip_{modality}_projector_{kind}", self._with_last_norm(inner[modality]))
-        predictors = {f"{pair}_predictor": siamlip_predictor(out, hidden, out) for pair in ("image_text", "text_image")}
+                self.add_module(
+                    f"siamlip_{modality}_projector_{kind}", self._with_last_norm(inner[modality])
+                )
+        predictors = {
+            f"{pair}_predictor": siamlip_predictor(out, hidden, out)
+            for pair in ("image_text", "text_image")
+        }
         for kind in ("global", "local"):
             for name in predictors:
                 if kind == "local" and config.separate_proj_child:
@@ -172,12 +205,15 @@ class SiamLIP(CL2L):
                 self.add_module(f"{name}_{kind}", predictors[name])
 
     def _with_last_norm(self, inner: nn.Module) -> nn.Module:
-        """The projector and its own affine-free batch norm: global and local may share the former, never the latter."""
+        """The projector and its own affine-free batch norm: global and local may share the former,
+        never the latter."""
         if self.config.siamlip_no_last_bn:
             return inner
         return nn.Sequential(inner, nn.BatchNorm1d(self.config.siamlip_proj_dim, affine=False))
 
-    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
+    def features(
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+    ) -> Features:
         """CL2L's, and `v_*`, `p_*` [B,D], `v_*_local`, `p_*_local` [B,A,D]."""
         out = super().features(image, text_ids, image_local)
         out |= child_outputs(self, out, "siamlip_{}_projector", "v", "feats")
@@ -196,12 +232,15 @@ class SwALIP(CL2L):
 
 
 class SwALIPV1(CLIP):
-    """CLIP with projectors onto learned prototypes (SwAV) shared by both modalities, or one set each."""
+    """CLIP with projectors onto learned prototypes (SwAV) shared by both modalities, or one set
+    each."""
 
     loss = staticmethod(dual_losses.swalipv1)
 
     def __init__(self, config: DualConfig, visual: nn.Module):
-        super().__init__(config, visual, {"swalip_logit_scale": math.log(1 / config.swalip_temperature)})
+        super().__init__(
+            config, visual, {"swalip_logit_scale": math.log(1 / config.swalip_temperature)}
+        )
         self.swalip_logit_scale.requires_grad_(config.swalip_learn_temperature)
         hidden, out = config.swalip_hidden_dim, config.swalip_proj_dim
         self.swalip_image_projector = swalip_projector(visual.num_features, hidden, out)
@@ -210,7 +249,9 @@ class SwALIPV1(CLIP):
         if config.swalip_no_shared_proto:
             self.text_prototypes = Prototypes(out, config.swalip_num_proto)
 
-    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
+    def features(
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+    ) -> Features:
         """CLIP's, and projections `h_*` [B,D], prototype scores `p_*` [B,K]."""
         out = super().features(image, text_ids)
         h_image = self.swalip_image_projector(out["feats_image"])
@@ -224,6 +265,7 @@ class SwALIPV1(CLIP):
         }
 
     def freeze_prototypes(self) -> None:
-        """Drop the prototypes' gradients: called between backward and update in the first iterations."""
+        """Drop the prototypes' gradients: called between backward and update in the first
+        iterations."""
         for prototypes in (self.image_prototypes, self.text_prototypes):
             prototypes.weight_v.grad = None

@@ -20,7 +20,9 @@ class CLIP(DualEncoder, TwoTowers):
 
     loss = staticmethod(dual_losses.clip)
 
-    def __init__(self, config: DualConfig, visual: nn.Module, scales: dict[str, float] | None = None):
+    def __init__(
+        self, config: DualConfig, visual: nn.Module, scales: dict[str, float] | None = None
+    ):
         super().__init__(visual, config.text, {"logit_scale": math.log(1 / 0.07), **(scales or {})})
         self.config = config
         self.image_projector = self._projector(visual.num_features)
@@ -35,8 +37,11 @@ class CLIP(DualEncoder, TwoTowers):
     def project_text(self, feats: Tensor) -> Tensor:
         return self.text_projector(feats.detach() if self.config.detach_proj else feats)
 
-    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
-        """`feats_*` [B,C], [B,T], `z_*` [B,E], and the scale of the logits. Local views are ignored."""
+    def features(
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+    ) -> Features:
+        """`feats_*` [B,C], [B,T], `z_*` [B,E], and the scale of the logits. Local views are
+        ignored."""
         image_feats = self.visual(image)
         text_feats = self.text_features(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
         return {
@@ -48,7 +53,7 @@ class CLIP(DualEncoder, TwoTowers):
         }
 
     def embed_image(self, image: Tensor) -> Features:
-        """Pictures [B,3,H,W] -> `feats` [B,C], `z` [B,E] and, for the CL2L family, `h` [B,E]."""
+        """Images [B,3,H,W] -> `feats` [B,C], `z` [B,E] and, for the CL2L family, `h` [B,E]."""
         feats = self.visual(image)
         return {"feats": feats, "z": self.image_projector(feats)}
 
@@ -59,7 +64,8 @@ class CLIP(DualEncoder, TwoTowers):
 
 
 class SigLIP(CLIP):
-    """CLIP's towers under SigLIP's pairwise loss: a learned bias beside the scale, from which training starts at 10."""
+    """CLIP's towers under SigLIP's pairwise loss: a learned bias beside the scale, from which
+    training starts at 10."""
 
     loss = staticmethod(dual_losses.siglip)
 
@@ -67,7 +73,9 @@ class SigLIP(CLIP):
         super().__init__(config, visual, {"logit_bias": -10.0})
         nn.init.constant_(self.logit_scale, math.log(10))
 
-    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
+    def features(
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+    ) -> Features:
         return super().features(image, text_ids) | {"logit_bias": self.logit_bias * 1.0}
 
 

@@ -31,7 +31,12 @@ USES_LOCAL_VIEWS = ("CL2L", "BARLIP", "SIAMLIP", "SWALIP")
 
 def model_names() -> list[str]:
     """Every valid `model` string."""
-    rocket = [f"{base}_{backbone}_{head}" for base in ("CLIP", "CL2L") for backbone in BACKBONES for head in HEADS]
+    rocket = [
+        f"{base}_{backbone}_{head}"
+        for base in ("CLIP", "CL2L")
+        for backbone in BACKBONES
+        for head in HEADS
+    ]
     slip = [f"{base}_{backbone}" for base in SLIP_MODELS for backbone in SLIP_BACKBONES]
     return rocket + slip + _align().align_names()
 
@@ -44,7 +49,8 @@ def _align():
 
 
 def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
-    """Class, backbone and number of local views it needs (-1: any) of a model string. UserError names the nearest."""
+    """Class, backbone and number of local views it needs (-1: any) of a model string. UserError
+    names the nearest."""
     parts = name.split("_")
     if name not in model_names():
         raise UserError(
@@ -60,7 +66,8 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
 
 
 def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncoder:
-    """The network of `config.model`, freshly initialised; `visual` replaces its backbone (needs `num_features`)."""
+    """The network of `config.model`, freshly initialised; `visual` replaces its backbone (needs
+    `num_features`)."""
     model, backbone, _ = parts_of(config.model)
     if backbone not in BACKBONES:
         return model(config)  # ALIGN's towers belong together

@@ -1,14 +1,15 @@
-"""What each dual-encoder method minimises: pure functions from features to named losses and accuracies.
+"""What each dual-encoder method minimises: pure functions from features to named losses and
+accuracies.
 
-Every function takes the features of `models.dual_encoder.base` (sample axis first, views second) and
-`LossOptions`, and returns 0-d
-tensors under clip-rocket's and SLIP's names; `loss` is the sum to minimise. The value on each process is that of its
-own rows (batch statistics, as in Barlow Twins, are global), so that the mean over processes is the loss of the global
-batch; so are the gradients after data parallelism's mean.
+Every function takes the features of `models.dual_encoder.base` (sample axis first, views second)
+and `LossOptions`, and returns 0-d
+tensors under clip-rocket's and SLIP's names; `loss` is the sum to minimise. The value on each
+process is that of its own rows (batch statistics, as in Barlow Twins, are global), so that the mean
+over processes is the loss of the global batch; so are the gradients after data parallelism's mean.
 
-`compat="original"` reproduces the originals where they differ on several processes or views: the contrastive gather
-passes no gradient, not even to the own slice; Barlow Twins' gradient is divided by the number of processes; SwALIP
-looks at the first two views only.
+`compat="original"` reproduces the originals where they differ on several processes or views: the
+contrastive gather passes no gradient, not even to the own slice; Barlow Twins' gradient is divided
+by the number of processes; SwALIP looks at the first two views only.
 """
 
 from dataclasses import dataclass
@@ -40,23 +41,38 @@ class LossOptions:
     """Knobs of all losses; the defaults are the originals' command line's."""
 
     loss_avg_or_sum: str = "avg"  # CL2L family: mean of the two directions, or their sum
-    label_smoothing: float = 0.0  # of the local terms only; ALIGN: of its loss, over the global batch
+    label_smoothing: float = (
+        0.0  # of the local terms only; ALIGN: of its loss, over the global batch
+    )
     barlip_lamb: float = 5e-3  # BarLIP: weight of the correlations off the diagonal
     barlip_scale_loss: float = 0.025  # BarLIP: factor of its whole term
-    swalip_weight: float = 0.2  # SwALIP, SWALIPV1: weight of swapped assignments beside the contrastive loss
-    sk_iters: int = 3  # SwALIP, SWALIPV1: iterations of Sinkhorn's algorithm that makes the assignments
-    target_epsilon: float = 0.05  # SwALIP, SWALIPV1: temperature of the assignments; smaller = harder
+    swalip_weight: float = (
+        0.2  # SwALIP, SWALIPV1: weight of swapped assignments beside the contrastive loss
+    )
+    sk_iters: int = (
+        3  # SwALIP, SWALIPV1: iterations of Sinkhorn's algorithm that makes the assignments
+    )
+    target_epsilon: float = (
+        0.05  # SwALIP, SWALIPV1: temperature of the assignments; smaller = harder
+    )
     ssl_scale: float = 1.0  # SLIP: weight of SimCLR beside CLIP
     ssl_temp: float = 0.1  # SLIP, SimCLR: temperature of the similarities of two augmentations
-    tile: int | None = None  # side of the blocks in which contrastive logits are computed, to save memory; none = whole
+    tile: int | None = (
+        # side of the blocks in which contrastive logits are computed, to save memory; none = whole
+        None
+    )
     compat: str = "none"  # none, or original: the published code's numbers (docs/DIFFERENCES.md)
 
     def __post_init__(self):
         for name, known in (("loss_avg_or_sum", ("avg", "sum")), ("compat", ("none", "original"))):
             if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}")
+                raise UserError(
+                    f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}"
+                )
         if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing {self.label_smoothing}: give a share from 0 to below 1, such as 0.1")
+            raise UserError(
+                f"label_smoothing {self.label_smoothing}: give a share from 0 to below 1, such as 0.1"
+            )
         if self.sk_iters < 1:
             raise UserError(f"sk_iters {self.sk_iters}: Sinkhorn needs at least one iteration")
 
@@ -70,7 +86,8 @@ class LossOptions:
 
 
 def clip(out: Features, options: LossOptions) -> Features:
-    """CLIP (Radford 2021): symmetric InfoNCE of z_image and z_text [b,E]. `loss`, `clip_loss`, `clip_acc`."""
+    """CLIP (Radford 2021): symmetric InfoNCE of z_image and z_text [b,E]. `loss`, `clip_loss`,
+    `clip_acc`."""
     return clip_of(out["z_image"], out["z_text"], out["logit_scale"], options)
 
 
@@ -82,10 +99,15 @@ def clip_of(image: Tensor, text: Tensor, scale: Tensor, options: LossOptions) ->
     return {"loss": loss, "clip_loss": loss, "clip_acc": terms["acc_image"]}
 
 
-def _both_ways(own: Pair, everyone: Pair, scale: Tensor, options: LossOptions, smoothing: float = 0.0) -> Features:
-    """InfoNCE of images and texts, both ways: own ([b,A,E], [b,A,E]), everyone ([N,A,E], [N,A,E])."""
+def _both_ways(
+    own: Pair, everyone: Pair, scale: Tensor, options: LossOptions, smoothing: float = 0.0
+) -> Features:
+    """InfoNCE of images and texts, both ways: own ([b,A,E], [b,A,E]), everyone ([N,A,E],
+    [N,A,E])."""
     first = rank() * len(own[0])
-    return matched_views(*own, *everyone, scale, first, label_smoothing=smoothing, tile=options.tile)
+    return matched_views(
+        *own, *everyone, scale, first, label_smoothing=smoothing, tile=options.tile
+    )
 
 
 def siglip(out: Features, options: LossOptions) -> Features:
@@ -97,10 +119,11 @@ def siglip(out: Features, options: LossOptions) -> Features:
 
 
 def align(out: Features, options: LossOptions) -> Features:
-    """ALIGN (Jia 2021): InfoNCE both ways with label smoothing over the global batch; cosine / temperature.
+    """ALIGN (Jia 2021): InfoNCE both ways with label smoothing over the global batch; cosine /
+    temperature.
 
-    z_image, z_text [b,E], 0-d temperature. `clip_loss` is the mean of the two directions, `loss` that or (what
-    COYO-ALIGN minimises) their sum.
+    z_image, z_text [b,E], 0-d temperature. `clip_loss` is the mean of the two directions, `loss`
+    that or (what COYO-ALIGN minimises) their sum.
     """
     own = normalize(out["z_image"])[:, None], normalize(out["z_text"])[:, None]
     everyone = own if world_size() == 1 else options.gather(torch.cat(own, 1)).chunk(2, 1)
@@ -117,22 +140,26 @@ def align(out: Features, options: LossOptions) -> Features:
 
 
 def cl2l(out: Features, options: LossOptions) -> Features:
-    """CLIP-rocket: global image to global text, and every local image to every local text; no cross terms.
+    """CLIP-rocket: global image to global text, and every local image to every local text; no cross
+    terms.
 
-    z_{image,text}_global [b,E] and h_{image,text}_local [b,A,E] (absent for A = 0). With A local views the local term
-    weighs A against the global term's 1.
+    z_{image,text}_global [b,E] and h_{image,text}_local [b,A,E] (absent for A = 0). With A local
+    views the local term weighs A against the global term's 1.
     """
     return _cl2l(out, options)[0]
 
 
 def _cl2l(out: Features, options: LossOptions) -> tuple[Features, Tensor | None, Tensor | None]:
-    """The losses, and the unit local features of this process [b,2A,E] and of all [N,2A,E], for losses on top."""
+    """The losses, and the unit local features of this process [b,2A,E] and of all [N,2A,E], for
+    losses on top."""
     views = [torch.stack([out["z_image_global"], out["z_text_global"]], 1)]
     if "h_image_local" in out:
         views += [out["h_image_local"], out["h_text_local"]]
     own = normalize(torch.cat(views, 1))
     everyone = options.gather(own)  # one collective for all features
-    terms = _both_ways(own[:, :2].chunk(2, 1), everyone[:, :2].chunk(2, 1), out["logit_scale"], options)
+    terms = _both_ways(
+        own[:, :2].chunk(2, 1), everyone[:, :2].chunk(2, 1), out["logit_scale"], options
+    )
     result = {f"clip_{name}_global": value for name, value in terms.items()}
     image, text = terms["loss_image"], terms["loss_text"]
     own, everyone = own[:, 2:], everyone[:, 2:]
@@ -156,7 +183,8 @@ def _cl2l(out: Features, options: LossOptions) -> tuple[Features, Tensor | None,
 
 
 def barlip(out: Features, options: LossOptions) -> Features:
-    """CL2L plus Barlow Twins between modalities, averaged over the global pair and the A² local pairs of views.
+    """CL2L plus Barlow Twins between modalities, averaged over the global pair and the A² local
+    pairs of views.
 
     v_image, v_text [b,D], v_{image,text}_local [b,A,D].
     """
@@ -169,16 +197,20 @@ def barlip(out: Features, options: LossOptions) -> Features:
     for pair in pairs:
         image, text = (scale_gradient(v, weaken) for v in pair)
         everyone = gather_with_gradient(image), gather_with_gradient(text)
-        total = total + barlow_twins(image, text, *everyone, options.barlip_lamb, options.barlip_scale_loss)
+        total = total + barlow_twins(
+            image, text, *everyone, options.barlip_lamb, options.barlip_scale_loss
+        )
         count += image.shape[1] * text.shape[1]
     loss = total / count
     return result | {"loss": result["loss"] + loss, "barlip_loss": loss}
 
 
 def siamlip(out: Features, options: LossOptions) -> Features:
-    """CL2L plus SimSiam between modalities; BYOLIP where the targets come from a momentum model (`v_*_momentum`).
+    """CL2L plus SimSiam between modalities; BYOLIP where the targets come from a momentum model
+    (`v_*_momentum`).
 
-    Predictions p_* and targets v_* as [b,D] (global) and [b,A,D] (local); no gradient reaches the targets.
+    Predictions p_* and targets v_* as [b,D] (global) and [b,A,D] (local); no gradient reaches the
+    targets.
     """
     result = cl2l(out, options)
     total, count = 0, 0
@@ -199,27 +231,37 @@ def _target(out: Features, name: str) -> Tensor:
 
 
 def swalip(out: Features, options: LossOptions) -> Features:
-    """CL2L plus swapped assignments over the local views, the other modality's batch being the prototypes."""
+    """CL2L plus swapped assignments over the local views, the other modality's batch being the
+    prototypes."""
     if options.label_smoothing:
-        raise UserError(f"label_smoothing {options.label_smoothing}: SwALIP takes none; set it to 0")
+        raise UserError(
+            f"label_smoothing {options.label_smoothing}: SwALIP takes none; set it to 0"
+        )
     result, own, everyone = _cl2l(out, options)
     a = own.shape[1] // 2
     if a == 0 or (options.original and a == 1):
-        raise UserError(f"num_augs {a}: SwALIP swaps assignments between local views; set num_augs to 2")
+        raise UserError(
+            f"num_augs {a}: SwALIP swaps assignments between local views; set num_augs to 2"
+        )
     (image, text), (all_image, all_text) = own.chunk(2, 1), everyone.chunk(2, 1)
     share = 1.0
     if options.original and a > 2:
         image, text, all_image, all_text = (x[:, :2] for x in (image, text, all_image, all_text))
         share = 4 / a**2
     targets = options.target_epsilon, options.sk_iters
-    loss = share * swapped_assignments(image, text, all_image, all_text, out["h_logit_scale"], *targets)
+    loss = share * swapped_assignments(
+        image, text, all_image, all_text, out["h_logit_scale"], *targets
+    )
     return result | {"loss": options.swalip_weight * loss + result["loss"], "swalip_loss": loss}
 
 
 def swalipv1(out: Features, options: LossOptions) -> Features:
     """CLIP plus swapped assignments to learned prototypes: scores p_image, p_text [b,K]."""
     result = clip(out, options)
-    targets = {k: sinkhorn(_target(out, f"p_{k}"), options.target_epsilon, options.sk_iters) for k in ("image", "text")}
+    targets = {
+        k: sinkhorn(_target(out, f"p_{k}"), options.target_epsilon, options.sk_iters)
+        for k in ("image", "text")
+    }
     scale = out["swalip_logit_scale"]
     image = soft_cross_entropy(scale * out["p_image"], targets["text"])
     text = soft_cross_entropy(scale * out["p_text"], targets["image"])
@@ -242,6 +284,8 @@ def slip_simclr(out: Features, options: LossOptions) -> Features:
 
 
 def slip(out: Features, options: LossOptions) -> Features:
-    """SLIP (Mu 2021): CLIP plus SimCLR on two augmentations of the same pictures."""
+    """SLIP (Mu 2021): CLIP plus SimCLR on two augmentations of the same images."""
     language, vision = slip_clip(out, options), slip_simclr(out, options)
-    return language | vision | {"loss": language["clip_loss"] + options.ssl_scale * vision["ssl_loss"]}
+    return (
+        language | vision | {"loss": language["clip_loss"] + options.ssl_scale * vision["ssl_loss"]}
+    )

@@ -12,7 +12,8 @@ from models.layers.openai_towers import ModifiedResNet, OpenAIConfig, OpenAIViT
 
 
 class OpenAICLIP(DualEncoder, TwoTowers):
-    """OpenAI's CLIP, trained with the same loss and evaluated through the same methods as the other dual encoders."""
+    """OpenAI's CLIP, trained with the same loss and evaluated through the same methods as the other
+    dual encoders."""
 
     loss = staticmethod(dual_losses.clip)
 
@@ -22,14 +23,20 @@ class OpenAICLIP(DualEncoder, TwoTowers):
         super().__init__(visual, config.text, {"logit_scale": math.log(1 / 0.07)}, matrices)
         self.config, self._options = config, options or LossOptions()
 
-    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
+    def features(
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+    ) -> Features:
         """`z_image`, `z_text` [B,E] and the scale of the logits."""
         text_ids = text_ids[:, 0] if text_ids.ndim == 3 else text_ids
         scale = self.logit_scale.exp()
-        return {"z_image": self.visual(image), "z_text": self.embed_text(text_ids)["z"], "logit_scale": scale}
+        return {
+            "z_image": self.visual(image),
+            "z_text": self.embed_text(text_ids)["z"],
+            "logit_scale": scale,
+        }
 
     def embed_image(self, image: Tensor) -> Features:
-        """Pictures [B,3,S,S] -> `z` [B,E]."""
+        """Images [B,3,S,S] -> `z` [B,E]."""
         return {"z": self.visual(image)}
 
     def embed_text(self, text_ids: Tensor) -> Features:

@@ -26,7 +26,9 @@ class SlipCLIP(DualEncoder, TwoTowers):
         super().__init__(visual, config.text, {"logit_scale": math.log(1 / 0.07)}, matrices)
         self.config = config
 
-    def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None) -> Features:
+    def features(
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+    ) -> Features:
         """`image_embed`, `text_embed` [B,E] and the scale."""
         return self._language(self.visual(image), text_ids)
 
@@ -48,7 +50,7 @@ class SlipCLIP(DualEncoder, TwoTowers):
 
 
 class Slip(SlipCLIP):
-    """SLIP: CLIP on the picture, SimCLR on two augmentations of it, one tower for all three."""
+    """SLIP: CLIP on the image, SimCLR on two augmentations of it, one tower for all three."""
 
     loss = staticmethod(dual_losses.slip)
 
@@ -57,7 +59,8 @@ class Slip(SlipCLIP):
         self.image_mlp = mlp_projector(visual.num_features, config.ssl_mlp_dim, config.ssl_emb_dim)
 
     def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor) -> Features:
-        """CLIP's, and `aug1_embed`, `aug2_embed` [B,D]; `image_local` [B,2,3,H,W] are the augmentations."""
+        """CLIP's, and `aug1_embed`, `aug2_embed` [B,D]; `image_local` [B,2,3,H,W] are the
+        augmentations."""
         if has_batch_norm(self.visual):
             feats = [self.visual(view) for view in (image, *image_local.unbind(1))]
         else:
@@ -76,8 +79,11 @@ class SimCLR(DualEncoder):
         self.config, self.visual = config, visual
         self.image_mlp = mlp_projector(visual.num_features, config.ssl_mlp_dim, config.ssl_emb_dim)
 
-    def features(self, image_local: Tensor, image: Tensor | None = None, text_ids: Tensor | None = None) -> Features:
-        """`aug1_embed`, `aug2_embed` [B,D] of `image_local` [B,2,3,H,W]; the other inputs are ignored."""
+    def features(
+        self, image_local: Tensor, image: Tensor | None = None, text_ids: Tensor | None = None
+    ) -> Features:
+        """`aug1_embed`, `aug2_embed` [B,D] of `image_local` [B,2,3,H,W]; the other inputs are
+        ignored."""
         if has_batch_norm(self.visual):
             feats = [self.visual(view) for view in image_local.unbind(1)]
         else:

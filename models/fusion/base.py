@@ -1,5 +1,6 @@
-"""What SIMLA / ALBEF pre-training and retrieval share: two encoders with momentum copies, the joint space with its
-queue, image-text contrast (ITA) and image-text matching (ITM) with hard negatives."""
+"""What SIMLA / ALBEF pre-training and retrieval share: two encoders with momentum copies, the joint
+space with its queue, image-text contrast (ITA) and image-text matching (ITM) with hard
+negatives."""
 
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from models.layers.xbert import BertConfig, XBert, XBertLM
 
 @dataclass
 class Keys:
-    """The contrastive key banks of one step; columns are the batch's momentum features, then the queue."""
+    """The contrastive key banks of one step; columns are the batch's momentum features, then the
+    queue."""
 
     image: Tensor  # [E,G+Q] float32
     text: Tensor  # [E,G+Q]
@@ -33,7 +35,8 @@ class Features:
 
 
 class ImageTextModel(MomentumModel):
-    """Encoders, momentum copies (`X_m`), projections, matching head, temperature, queue; base of the tasks' models."""
+    """Encoders, momentum copies (`X_m`), projections, matching head, temperature, queue; base of
+    the tasks' models."""
 
     momentum_of = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
 
@@ -65,12 +68,18 @@ class ImageTextModel(MomentumModel):
     @property
     def bert(self) -> XBert:
         """The text and fusion transformer without head."""
-        return self.text_encoder.bert if isinstance(self.text_encoder, XBertLM) else self.text_encoder
+        return (
+            self.text_encoder.bert if isinstance(self.text_encoder, XBertLM) else self.text_encoder
+        )
 
     @property
     def bert_m(self) -> XBert:
         """Its momentum copy."""
-        return self.text_encoder_m.bert if isinstance(self.text_encoder_m, XBertLM) else self.text_encoder_m
+        return (
+            self.text_encoder_m.bert
+            if isinstance(self.text_encoder_m, XBertLM)
+            else self.text_encoder_m
+        )
 
     def image_feature(self, image_tokens: Tensor) -> Tensor:
         """[B,N+1,D] -> normalised [B,E] float32."""
@@ -93,10 +102,12 @@ class ImageTextModel(MomentumModel):
 
     @torch.no_grad()
     def key_banks(self, everyone: Features, local: Features) -> Keys:
-        """Key banks [batch | queue]; the batch part is the global batch, or this rank's own where compat is original.
+        """Key banks [batch | queue]; the batch part is the global batch, or this rank's own where
+        compat is original.
 
-        The concatenation is the one copy of the queue (64 MiB each at full size, 0.1 ms of a GPU): backward needs the
-        keys as the loss saw them, while the enqueue overwrites the queue in place.
+        The concatenation is the one copy of the queue (64 MiB each at full size, 0.1 ms of a GPU):
+        backward needs the keys as the loss saw them, while the enqueue overwrites the queue in
+        place.
         """
         batch = local if self.original else everyone
         own = 0 if self.original else rank() * len(local.image)
@@ -114,10 +125,12 @@ class ImageTextModel(MomentumModel):
         alpha: Tensor | float,
         target: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Image-text contrast: (loss 0-d, image-to-text logits [B,B], text-to-image logits [B,B] inside the own batch).
+        """Image-text contrast: (loss 0-d, image-to-text logits [B,B], text-to-image logits [B,B]
+        inside the own batch).
 
-        The keys come from the momentum encoders, the soft targets (weight alpha) from the teacher's similarities, none
-        where it is None. `target`, distributions [B,G+Q], is the hard part; the default is the own pair.
+        The keys come from the momentum encoders, the soft targets (weight alpha) from the teacher's
+        similarities, none where it is None. `target`, distributions [B,G+Q], is the hard part; the
+        default is the own pair.
         """
         rows = len(student.image)
         with torch.autocast(student.image.device.type, enabled=False):
@@ -125,7 +138,10 @@ class ImageTextModel(MomentumModel):
             i2t_m = t2i_m = None
             if teacher is not None:
                 with torch.no_grad():
-                    i2t_m, t2i_m = teacher.image @ keys.text / self.temp, teacher.text @ keys.image / self.temp
+                    i2t_m, t2i_m = (
+                        teacher.image @ keys.text / self.temp,
+                        teacher.text @ keys.image / self.temp,
+                    )
             if target is None:
                 target = keys.own + torch.arange(rows, device=i2t.device)
             loss_i2t = distilled_cross_entropy(i2t, target, i2t_m, alpha).mean()
@@ -134,7 +150,8 @@ class ImageTextModel(MomentumModel):
         return (loss_i2t + loss_t2i) / 2, i2t[:, own_columns].detach(), t2i[:, own_columns].detach()
 
     def draw_negatives(self, i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-        """Hard negatives inside the own batch: (image for each text, text for each image), int64 [B] each.
+        """Hard negatives inside the own batch: (image for each text, text for each image), int64
+        [B] each.
 
         i2t, t2i: similarity logits [B,B]; same: bool [B,B], pairs that are no negatives.
         """
@@ -149,23 +166,31 @@ class ImageTextModel(MomentumModel):
         negative_text: Tensor,
         masked_stage: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """ITM's and, where there are masked captions, MLM's fusion in one pass whose image keys are computed once.
+        """ITM's and, where there are masked captions, MLM's fusion in one pass whose image keys are
+        computed once.
 
-        Returns the [CLS] states [3B,D] of own pairs, drawn images, drawn texts, and the states [B,L,D] of the masked
-        captions. The rows that keep image b come first, in groups of B; those with a drawn image last.
+        Returns the [CLS] states [3B,D] of own pairs, drawn images, drawn texts, and the states
+        [B,L,D] of the masked captions. The rows that keep image b come first, in groups of B; those
+        with a drawn image last.
         """
-        drawn_text, drawn_mask = stage.index_select(0, negative_text), text_mask.index_select(0, negative_text)
+        drawn_text, drawn_mask = (
+            stage.index_select(0, negative_text),
+            text_mask.index_select(0, negative_text),
+        )
         groups, masks = [stage, drawn_text], [text_mask, drawn_mask]
         if masked_stage is not None:
             groups, masks = [*groups, masked_stage], [*masks, text_mask]
         rows, mask = torch.cat([*groups, stage]), torch.cat([*masks, text_mask])
         keep = first_token(rows) if masked_stage is None else None
-        states = self.bert.fuse(rows, mask, image_tokens, rows=negative_image, keep=keep).chunk(len(groups) + 1)
+        states = self.bert.fuse(rows, mask, image_tokens, rows=negative_image, keep=keep).chunk(
+            len(groups) + 1
+        )
         cls_states = torch.cat([states[0][:, 0], states[-1][:, 0], states[1][:, 0]])
         return cls_states, None if masked_stage is None else states[2]
 
     def itm(self, cls_states: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Image-text matching over the fused [CLS] states of 3B pairs, the first B of which match; valid: bool [3B]."""
+        """Image-text matching over the fused [CLS] states of 3B pairs, the first B of which match;
+        valid: bool [3B]."""
         logits = self.itm_head(cls_states)
         target = (torch.arange(len(logits), device=logits.device) < len(logits) // 3).long()
         loss = distilled_cross_entropy(logits, target)
@@ -173,16 +198,23 @@ class ImageTextModel(MomentumModel):
 
     @torch.no_grad()
     def enqueue(self, everyone: Features) -> Tensor:
-        """Write the global batch's momentum features over the oldest of the queue; returns the columns written.
+        """Write the global batch's momentum features over the oldest of the queue; returns the
+        columns written.
 
-        Any queue size and any batch: the write wraps around, a batch larger than the queue leaves its last Q rows.
+        Any queue size and any batch: the write wraps around, a batch larger than the queue leaves
+        its last Q rows.
         """
         size, rows = self.image_queue.shape[1], len(everyone.image)
         written = min(rows, size)
         if size == 0:
             return self.queue_ptr.new_empty(0)
-        columns = (self.queue_ptr + torch.arange(rows - written, rows, device=self.queue_ptr.device)) % size
-        for queue, features in ((self.image_queue, everyone.image), (self.text_queue, everyone.text)):
+        columns = (
+            self.queue_ptr + torch.arange(rows - written, rows, device=self.queue_ptr.device)
+        ) % size
+        for queue, features in (
+            (self.image_queue, everyone.image),
+            (self.text_queue, everyone.text),
+        ):
             queue.index_copy_(1, columns, features[rows - written :].t().to(queue.dtype))
         self.queue_ptr.copy_((self.queue_ptr + rows) % size)
         return columns

@@ -1,8 +1,10 @@
-"""Discrete VAE that turns pictures into grids of visual tokens and back (DALL-E: Ramesh et al. 2021, section 2.1).
+"""Discrete VAE that turns images into grids of visual tokens and back (DALL-E: Ramesh et al. 2021,
+section 2.1).
 
-The networks and parameter names are those of OpenAI's `dall_e` package, in any width, so that one `ImageTokenizer` is
-OpenAI's published tokenizer or a small one of one's own (`scripts/train_dvae.py`). SIMLA predicts its codes for masked
-patches. Pictures are float [B,3,H,W] in [0,1]; codes int64 [B,H/r,W/r] with r = 2^(groups - 1).
+The networks and parameter names are those of OpenAI's `dall_e` package, in any width, so that one
+`ImageTokenizer` is OpenAI's published tokenizer or a small one of one's own
+(`scripts/train_dvae.py`). SIMLA predicts its codes for masked patches. Images are float [B,3,H,W]
+in [0,1]; codes int64 [B,H/r,W/r] with r = 2^(groups - 1).
 """
 
 import math
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 
-EPSILON = 0.1  # pictures are mapped from [0,1] to [0.1,0.9], where the logit is finite
+EPSILON = 0.1  # images are mapped from [0,1] to [0.1,0.9], where the logit is finite
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -27,16 +29,21 @@ class TokenizerConfig:
 
     vocab_size: int = 8192  # codes
     width: int = 256  # channels at full resolution; doubled by every group
-    groups: int = 4  # resolutions; the picture is reduced by 2^(groups - 1), 8 for 4
+    groups: int = 4  # resolutions; the image is reduced by 2^(groups - 1), 8 for 4
     blocks_per_group: int = 2
     decoder_width: int = 128  # channels of a code's embedding in the decoder
     outputs: int = 6  # 6: location and log-scale of a logit-Laplace distribution per channel; 3: location alone (MSE)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "TokenizerConfig":
-        """The geometry that weights `encoder.*` (and `decoder.*`) have; `UserError` where they are no tokenizer's."""
+        """The geometry that weights `encoder.*` (and `decoder.*`) have; `UserError` where they are
+        no tokenizer's."""
         try:
-            blocks = {tuple(key.split(".")[2:4]) for key in state if key.startswith("encoder.blocks.group_")}
+            blocks = {
+                tuple(key.split(".")[2:4])
+                for key in state
+                if key.startswith("encoder.blocks.group_")
+            }
             groups = len({group for group, _ in blocks})
             config = cls(
                 vocab_size=state["encoder.blocks.output.conv.w"].shape[0],
@@ -49,12 +56,15 @@ class TokenizerConfig:
                 config.outputs = state["decoder.blocks.output.conv.w"].shape[0]
         except (KeyError, ZeroDivisionError):
             keys = ", ".join(list(state)[:5])
-            raise UserError(f"not the weights of an image tokenizer: no encoder.blocks.* among {keys} ...") from None
+            raise UserError(
+                f"not the weights of an image tokenizer: no encoder.blocks.* among {keys} ..."
+            ) from None
         return config
 
 
 class Conv(nn.Module):
-    """Size-keeping convolution; weight `w` [out,in,k,k], bias `b` [out]; the input is cast to their dtype."""
+    """Size-keeping convolution; weight `w` [out,in,k,k], bias `b` [out]; the input is cast to their
+    dtype."""
 
     def __init__(self, n_in: int, n_out: int, kernel: int, fan_in: int | None = None):
         super().__init__()
@@ -84,7 +94,9 @@ class Block(nn.Module):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
-def _groups(config: TokenizerConfig, widths: list[int], kernels: tuple[int, ...], resize: type, scale: dict) -> dict:
+def _groups(
+    config: TokenizerConfig, widths: list[int], kernels: tuple[int, ...], resize: type, scale: dict
+) -> dict:
     """`group_1` ... of blocks; every group but the last ends by changing the resolution."""
     gain = (config.groups * config.blocks_per_group) ** -2
     modules = OrderedDict()
@@ -119,36 +131,61 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        widths = [config.decoder_width, *(config.width * 2**g for g in reversed(range(config.groups)))]
-        groups = _groups(config, widths, (1, 3, 3, 3), nn.Upsample, {"scale_factor": 2, "mode": "nearest"})
+        widths = [
+            config.decoder_width,
+            *(config.width * 2**g for g in reversed(range(config.groups))),
+        ]
+        groups = _groups(
+            config, widths, (1, 3, 3, 3), nn.Upsample, {"scale_factor": 2, "mode": "nearest"}
+        )
         output = OrderedDict(relu=nn.ReLU(), conv=Conv(widths[-1], config.outputs, 1))
-        first = Conv(config.vocab_size, config.decoder_width, 1, fan_in=1)  # one code at a time is not zero
-        self.blocks = nn.Sequential(OrderedDict({"input": first} | groups | {"output": nn.Sequential(output)}))
+        first = Conv(
+            config.vocab_size, config.decoder_width, 1, fan_in=1
+        )  # one code at a time is not zero
+        self.blocks = nn.Sequential(
+            OrderedDict({"input": first} | groups | {"output": nn.Sequential(output)})
+        )
 
     def forward(self, z: Tensor) -> Tensor:
         return self.blocks(z)
 
 
 class ImageTokenizer(nn.Module):
-    """Encoder and decoder of visual tokens; `decoder` is None where only OpenAI's encoder.pkl is at hand."""
+    """Encoder and decoder of visual tokens; `decoder` is None where only OpenAI's encoder.pkl is at
+    hand."""
 
     def __init__(self, config: TokenizerConfig, with_decoder: bool = True):
         super().__init__()
-        if min(config.vocab_size, config.width, config.groups, config.blocks_per_group, config.decoder_width) < 1:
+        if (
+            min(
+                config.vocab_size,
+                config.width,
+                config.groups,
+                config.blocks_per_group,
+                config.decoder_width,
+            )
+            < 1
+        ):
             raise UserError(f"every size of an image tokenizer must be at least 1: {config}")
         if config.outputs not in (3, 6):
-            raise UserError(f"outputs of an image tokenizer: 6 (logit-Laplace) or 3 (MSE), not {config.outputs}")
+            raise UserError(
+                f"outputs of an image tokenizer: 6 (logit-Laplace) or 3 (MSE), not {config.outputs}"
+            )
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config) if with_decoder else None
 
     @classmethod
-    def load(cls, path: str | Path, read: Callable[[Path], dict[str, Tensor]], precision: str = "float32"):
+    def load(
+        cls, path: str | Path, read: Callable[[Path], dict[str, Tensor]], precision: str = "float32"
+    ):
         """A frozen tokenizer from a file or folder.
 
-        path: OpenAI's encoder.pkl or a folder with it (decoder.pkl beside it is optional), or the safetensors file,
+        path: OpenAI's encoder.pkl or a folder with it (decoder.pkl beside it is optional), or the
+        safetensors file,
             checkpoint or folder of `scripts/train_dvae.py`.
-        read: file or folder -> state dict, `runtime.checkpoint.read_weights`. precision: see `freeze`.
+        read: file or folder -> state dict, `runtime.checkpoint.read_weights`. precision: see
+        `freeze`.
         """
         path = Path(path)
         if (path / "encoder.pkl").is_file():
@@ -168,13 +205,19 @@ class ImageTokenizer(nn.Module):
         return tokenizer.freeze(precision)
 
     def freeze(self, precision: str = "float32") -> "ImageTokenizer":
-        """Evaluation without gradients, channels last, convolutions in "float32", "bfloat16" or "float16".
+        """Evaluation without gradients, channels last, convolutions in "float32", "bfloat16" or
+        "float16".
 
-        The encoder's last and the decoder's first convolution stay in float32, as OpenAI has it: they decide the codes.
+        The encoder's last and the decoder's first convolution stay in float32, as OpenAI has it:
+        they decide the codes.
         """
         if precision not in PRECISIONS:
-            raise UserError(f"precision {precision!r} of the image tokenizer: one of {', '.join(PRECISIONS)}")
-        self.requires_grad_(False).eval().to(PRECISIONS[precision], memory_format=torch.channels_last)
+            raise UserError(
+                f"precision {precision!r} of the image tokenizer: one of {', '.join(PRECISIONS)}"
+            )
+        self.requires_grad_(False).eval().to(
+            PRECISIONS[precision], memory_format=torch.channels_last
+        )
         self.encoder.blocks.output.float()
         if self.decoder is not None:
             self.decoder.blocks.input.float()
@@ -189,7 +232,9 @@ class ImageTokenizer(nn.Module):
         """[B,3,H,W] in [0,1] -> logits over the codes [B,V,H/r,W/r]."""
         height, width = image.shape[-2:]
         if height % self.reduction or width % self.reduction:
-            raise UserError(f"a picture of {height} x {width} is no multiple of {self.reduction}, the pixels of a code")
+            raise UserError(
+                f"an image of {height} x {width} is no multiple of {self.reduction}, the pixels of a code"
+            )
         return self.encoder(squeeze_range(image).contiguous(memory_format=torch.channels_last))
 
     @torch.no_grad()
@@ -198,22 +243,27 @@ class ImageTokenizer(nn.Module):
         return self.logits(image).argmax(dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """int64 [B,h,w] -> pictures float32 [B,3,h*r,w*r] in [0,1]."""
+        """int64 [B,h,w] -> images float32 [B,3,h*r,w*r] in [0,1]."""
         if self.decoder is None:
-            raise UserError("this image tokenizer has no decoder: put decoder.pkl beside encoder.pkl")
+            raise UserError(
+                "this image tokenizer has no decoder: put decoder.pkl beside encoder.pkl"
+            )
         one_hot = F.one_hot(codes, self.config.vocab_size).permute(0, 3, 1, 2)
-        return picture_of(self.decoder(one_hot))
+        return image_of(self.decoder(one_hot))
 
     def forward(
         self, image: Tensor, temperature: Tensor | float = 1.0, straight_through: bool = False
     ) -> dict[str, Tensor]:
-        """Losses of one training step, 0-d each, for pictures [B,3,H,W] in [0,1].
+        """Losses of one training step, 0-d each, for images [B,3,H,W] in [0,1].
 
-        loss_reconstruction: negative log-likelihood under the logit-Laplace distribution, or mean squared error, of the
-            decoder's picture from Gumbel-softmax codes (Jang et al. 2017) at `temperature`: relaxed ones, or
-            with `straight_through` hard ones with the gradient of the relaxed ones.
-        loss_kl: KL(q(code | place) || uniform), mean over places, in nats: how decided the encoder is.
-        loss_usage: KL(mean q over the batch || uniform): 0 when all codes are used equally; keeps the code book alive.
+        loss_reconstruction: negative log-likelihood under the logit-Laplace distribution, or mean
+        squared error, of the
+            decoder's image from Gumbel-softmax codes (Jang et al. 2017) at `temperature`: relaxed
+            ones, or with `straight_through` hard ones with the gradient of the relaxed ones.
+        loss_kl: KL(q(code | place) || uniform), mean over places, in nats: how decided the encoder
+        is.
+        loss_usage: KL(mean q over the batch || uniform): 0 when all codes are used equally; keeps
+        the code book alive.
         """
         logits = self.logits(image).float()
         log_q = F.log_softmax(logits, dim=1)
@@ -233,15 +283,18 @@ def squeeze_range(image: Tensor) -> Tensor:
     return (1 - 2 * EPSILON) * image + EPSILON
 
 
-def picture_of(output: Tensor) -> Tensor:
-    """The decoder's output [B,3 or 6,H,W] -> picture [B,3,H,W] in [0,1]: the location, out of the squeezed range."""
+def image_of(output: Tensor) -> Tensor:
+    """The decoder's output [B,3 or 6,H,W] -> image [B,3,H,W] in [0,1]: the location, out of the
+    squeezed range."""
     return ((torch.sigmoid(output[:, :3].float()) - EPSILON) / (1 - 2 * EPSILON)).clamp(0, 1)
 
 
 def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
-    """Mean over channels and pixels; `output` [B,6,H,W] logit-Laplace (location, log-scale), [B,3,H,W] squared error.
+    """Mean over channels and pixels; `output` [B,6,H,W] logit-Laplace (location, log-scale),
+    [B,3,H,W] squared error.
 
-    Logit-Laplace density of x in (0,1), Ramesh et al. 2021, appendix A.3: exp(-|logit(x) - m| / b) / (2 b x (1 - x)).
+    Logit-Laplace density of x in (0,1), Ramesh et al. 2021, appendix A.3: exp(-|logit(x) - m| / b)
+    / (2 b x (1 - x)).
     """
     x = squeeze_range(image)
     if output.shape[1] == 3:
@@ -252,7 +305,8 @@ def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
 
 
 def code_usage(counts: Tensor) -> tuple[float, float]:
-    """`(used, perplexity)` of code counts [V]: share of codes that occur, exp of the entropy of their distribution."""
+    """`(used, perplexity)` of code counts [V]: share of codes that occur, exp of the entropy of
+    their distribution."""
     p = counts.double() / counts.sum().clamp(min=1)
     entropy = -torch.special.xlogy(p, p).sum()
     return (counts > 0).double().mean().item(), entropy.exp().item()

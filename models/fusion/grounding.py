@@ -1,4 +1,5 @@
-"""Where is what the text says? Grad-CAM maps of a retrieval model (Selvaraju et al., 2017; ALBEF, section 6.3)."""
+"""Where is what the text says? Grad-CAM maps of a retrieval model (Selvaraju et al., 2017; ALBEF,
+section 6.3)."""
 
 import torch
 from torch import Tensor
@@ -7,11 +8,14 @@ from base.errors import UserError
 from models.fusion.retrieval import Retrieval
 
 
-def matching_map(model: Retrieval, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: int) -> Tensor:
+def matching_map(
+    model: Retrieval, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: int
+) -> Tensor:
     """Maps float32 [B,g,g], from the cross-attention of text layer `layer` for the matching score.
 
-    Probabilities times the positive part of their gradient, averaged over heads and tokens. image [B,3,S,S], text_ids
-    int64 [B,L], text_mask bool [B,L]. Raises UserError where the layer has no cross-attention.
+    Probabilities times the positive part of their gradient, averaged over heads and tokens. image
+    [B,3,S,S], text_ids int64 [B,L], text_mask bool [B,L]. Raises UserError where the layer has no
+    cross-attention.
     """
     bert = model.bert
     if not bert.config.fusion_layer <= layer < bert.depth:
@@ -20,22 +24,31 @@ def matching_map(model: Retrieval, image: Tensor, text_ids: Tensor, text_mask: T
     with torch.no_grad():  # nothing below the layer is needed for the gradient
         tokens = model.visual_encoder(image)
         stage = bert.run(
-            bert.text_stage(text_ids, text_mask), text_mask, tokens, first=bert.config.fusion_layer, last=layer
+            bert.text_stage(text_ids, text_mask),
+            text_mask,
+            tokens,
+            first=bert.config.fusion_layer,
+            last=layer,
         )
     with torch.enable_grad():
         fused, attention = bert.run(stage, text_mask, tokens, first=layer, map_of=("cross", layer))
         weighted = weigh(attention, model.itm_head(fused[:, 0])[:, 1].float().sum())
     words = weighted.mean(1)[:, :, 1:] * text_mask.unsqueeze(-1)  # without the [CLS] patch
-    # the originals' mean counts padding; a picture's map is then fainter, its shape the same
+    # the originals' mean counts padding; an image's map is then fainter, its shape the same
     count = words.shape[1] if model.original else text_mask.sum(1)[:, None]
     return square(words.sum(1) / count)
 
 
-def contrast_map(model: Retrieval, image: Tensor, text_ids: Tensor, text_mask: Tensor, block: int) -> Tensor:
-    """Maps float32 [B,g,g], from what [CLS] attends to in block `block` of the ViT, for the similarity to the text."""
+def contrast_map(
+    model: Retrieval, image: Tensor, text_ids: Tensor, text_mask: Tensor, block: int
+) -> Tensor:
+    """Maps float32 [B,g,g], from what [CLS] attends to in block `block` of the ViT, for the
+    similarity to the text."""
     vit = model.visual_encoder
     if not 0 <= block < len(vit.blocks):
-        raise UserError(f"block_num {block}: the vision transformer has the blocks 0..{len(vit.blocks) - 1}")
+        raise UserError(
+            f"block_num {block}: the vision transformer has the blocks 0..{len(vit.blocks) - 1}"
+        )
     with torch.no_grad():
         _, text = model.encode_text(text_ids, text_mask)
         tokens = vit.embed(image)
@@ -51,7 +64,8 @@ def contrast_map(model: Retrieval, image: Tensor, text_ids: Tensor, text_mask: T
 
 
 def weigh(attention: Tensor, score: Tensor) -> Tensor:
-    """Attention probabilities times the positive part of the score's gradient, float32, detached."""
+    """Attention probabilities times the positive part of the score's gradient, float32,
+    detached."""
     (gradient,) = torch.autograd.grad(score, attention)
     return (attention.detach() * gradient.clamp(min=0)).float()
 

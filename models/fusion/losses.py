@@ -1,4 +1,5 @@
-"""The pre-training losses as pure functions of float tensors; all arithmetic is float32 whatever the autocast state."""
+"""The pre-training losses as pure functions of float tensors; all arithmetic is float32 whatever
+the autocast state."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,18 @@ IGNORE = -100  # label of a position that carries no loss, as in torch's cross e
 
 
 def distilled_cross_entropy(
-    logits: Tensor, target: Tensor, teacher_logits: Tensor | None = None, alpha: Tensor | float = 0.0
+    logits: Tensor,
+    target: Tensor,
+    teacher_logits: Tensor | None = None,
+    alpha: Tensor | float = 0.0,
 ) -> Tensor:
-    """Cross entropy with (1-alpha) * target + alpha * softmax(teacher_logits), per row: logits [R,C] -> float32 [R].
+    """Cross entropy with (1-alpha) * target + alpha * softmax(teacher_logits), per row: logits
+    [R,C] -> float32 [R].
 
-    target: int64 [R] classes (IGNORE gives loss 0) or float [R,C] distributions, like torch's cross entropy.
-    Both targets sum to 1, so the loss is logsumexp(s) - sum(target * s): no [R,C] log-softmax is kept for backward.
+    target: int64 [R] classes (IGNORE gives loss 0) or float [R,C] distributions, like torch's cross
+    entropy.
+    Both targets sum to 1, so the loss is logsumexp(s) - sum(target * s): no [R,C] log-softmax is
+    kept for backward.
     """
     logits = logits.float()
     if target.dtype.is_floating_point:
@@ -31,9 +38,11 @@ def distilled_cross_entropy(
 
 
 def sequence_axis_soft_loss(logits: Tensor, rows: Tensor, teacher_logits: Tensor) -> Tensor:
-    """SIMLA's soft masked-LM loss as published: the log-softmax runs over the text axis, padding included.
+    """SIMLA's soft masked-LM loss as published: the log-softmax runs over the text axis, padding
+    included.
 
-    logits [B,L,V] of every position, rows int64 [K] indices into B*L, teacher_logits [K,V] at those -> float32 [K].
+    logits [B,L,V] of every position, rows int64 [K] indices into B*L, teacher_logits [K,V] at those
+    -> float32 [K].
     """
     log_probabilities = logits.float().log_softmax(1).flatten(0, 1).index_select(0, rows)
     return -(teacher_logits.detach().float().softmax(-1) * log_probabilities).sum(-1)
@@ -42,8 +51,9 @@ def sequence_axis_soft_loss(logits: Tensor, rows: Tensor, teacher_logits: Tensor
 def masked_mean(loss: Tensor, valid: Tensor, over_ranks: bool = True) -> Tensor:
     """Mean of the valid entries (bool, same shape) -> 0-d; 0 where none is valid.
 
-    over_ranks: divide by the mean count of all ranks, so that the average of the ranks' losses (and gradients) is the
-    mean over the valid entries of the global batch, however they are spread over the ranks.
+    over_ranks: divide by the mean count of all ranks, so that the average of the ranks' losses (and
+    gradients) is the mean over the valid entries of the global batch, however they are spread over
+    the ranks.
     """
     count = valid.sum().float()
     if over_ranks:
@@ -55,7 +65,8 @@ def masked_mean(loss: Tensor, valid: Tensor, over_ranks: bool = True) -> Tensor:
 def distilled_binary_cross_entropy(
     logits: Tensor, target: Tensor, teacher_logits: Tensor, alpha: Tensor | float
 ) -> Tensor:
-    """Mean of BCE(logits, (1-alpha) * target + alpha * sigmoid(teacher_logits)) over all entries -> 0-d float32.
+    """Mean of BCE(logits, (1-alpha) * target + alpha * sigmoid(teacher_logits)) over all entries ->
+    0-d float32.
 
     BCE is linear in its target, so mixing the targets is mixing the losses.
     """
@@ -64,30 +75,43 @@ def distilled_binary_cross_entropy(
 
 
 def hard_negatives(similarity: Tensor, forbidden: Tensor) -> Tensor:
-    """One column for each row of similarity logits [B,B], drawn with probability softmax(logits), forbidden ones out.
+    """One column for each row of similarity logits [B,B], drawn with probability softmax(logits),
+    forbidden ones out.
 
-    Gumbel-max: the distribution of a multinomial draw from the masked softmax, but it cannot underflow to an all-zero
-    row and needs no host synchronisation. int64 [B]; a row that is all forbidden gives 0.
+    Gumbel-max: the distribution of a multinomial draw from the masked softmax, but it cannot
+    underflow to an all-zero row and needs no host synchronisation. int64 [B]; a row that is all
+    forbidden gives 0.
     """
     gumbel = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
     return (similarity.detach().float() + gumbel).masked_fill(forbidden, -torch.inf).argmax(-1)
 
 
 def keyword_targets(
-    attention: Tensor, ids: Tensor, allowed: Tensor | None, vocab_size: int, per_head: int = 4, keywords: int = 5
+    attention: Tensor,
+    ids: Tensor,
+    allowed: Tensor | None,
+    vocab_size: int,
+    per_head: int = 4,
+    keywords: int = 5,
 ) -> tuple[Tensor, Tensor]:
     """SIMLA's hard keyword targets: the tokens [CLS] attends to most.
 
-    Each head votes for its `per_head` strongest positions; the `keywords` positions with most votes become targets.
-    attention [B,H,L] probabilities of the [CLS] query, ids int64 [B,L]. Ties go to the earlier position.
-    allowed: bool [B,L], positions that may be voted for; one without a vote is never chosen, so a short text gives
-    fewer keywords. None = any position, voted for or not, as published.
+    Each head votes for its `per_head` strongest positions; the `keywords` positions with most votes
+    become targets.
+    attention [B,H,L] probabilities of the [CLS] query, ids int64 [B,L]. Ties go to the earlier
+    position.
+    allowed: bool [B,L], positions that may be voted for; one without a vote is never chosen, so a
+    short text gives fewer keywords. None = any position, voted for or not, as published.
     Returns the multi-hot targets float32 [B,V] and the votes int64 [B,L].
     """
     if allowed is not None:
         attention = attention.masked_fill(~allowed[:, None, :], -1.0)
     voted = attention.argsort(dim=-1, descending=True, stable=True)[..., :per_head]
-    votes = torch.zeros(attention.shape, dtype=torch.int64, device=ids.device).scatter_(-1, voted, 1).sum(1)
+    votes = (
+        torch.zeros(attention.shape, dtype=torch.int64, device=ids.device)
+        .scatter_(-1, voted, 1)
+        .sum(1)
+    )
     if allowed is not None:
         votes = votes * allowed
     chosen = votes.argsort(dim=-1, descending=True, stable=True)[:, :keywords]

@@ -9,7 +9,8 @@ from base.errors import UserError
 
 
 class MomentumModel(nn.Module):
-    """A network with a momentum copy `X_m` of each of its submodules X that `momentum_of` names: the teacher."""
+    """A network with a momentum copy `X_m` of each of its submodules X that `momentum_of` names:
+    the teacher."""
 
     momentum_of: tuple[str, ...] = ()
 
@@ -22,12 +23,14 @@ class MomentumModel(nn.Module):
         self.original = compat == "original"
 
     def add_momentum_copies(self) -> None:
-        """Give every module of `momentum_of` its untrained copy; call at the end of the subclass's __init__."""
+        """Give every module of `momentum_of` its untrained copy; call at the end of the subclass's
+        __init__."""
         for name in self.momentum_of:
             self.add_module(f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
 
     def train(self, mode: bool = True) -> "MomentumModel":
-        """The momentum copies stay in eval mode, without dropout; the originals' followed the student."""
+        """The momentum copies stay in eval mode, without dropout; the originals' followed the
+        student."""
         super().train(mode)
         for name in self.momentum_of:
             if hasattr(self, f"{name}_m"):  # a model without distillation has none
@@ -36,11 +39,13 @@ class MomentumModel(nn.Module):
 
 
 class MomentumPairs:
-    """The parameters of all X / X_m siblings of a model, tied ones once; buffers are copied but not followed.
+    """The parameters of all X / X_m siblings of a model, tied ones once; buffers are copied but not
+    followed.
 
-    Build it after every wrapper (FSDP2, DDP, compile) is in place, since wrappers may replace parameters; plain tensors
-    and FSDP2's sharded DTensors alike. Call `copy()` after loading weights into the online modules, and `update()`
-    right before each forward: the momentum features of a step are those after its update.
+    Build it after every wrapper (FSDP2, DDP, compile) is in place, since wrappers may replace
+    parameters; plain tensors and FSDP2's sharded DTensors alike. Call `copy()` after loading
+    weights into the online modules, and `update()` right before each forward: the momentum features
+    of a step are those after its update.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.995):
@@ -61,7 +66,9 @@ class MomentumPairs:
         pairs = list(zip(online.parameters(), teacher.parameters(), strict=False))
         same_count = len(pairs) == len(list(online.parameters())) == len(list(teacher.parameters()))
         if not same_count or any(x.shape != y.shape for x, y in pairs):
-            raise UserError(f"{name}_m is no copy of {name}: their parameters differ in number or shape")
+            raise UserError(
+                f"{name}_m is no copy of {name}: their parameters differ in number or shape"
+            )
         self.online += [x for x, _ in pairs]
         self.teacher += [y for _, y in pairs]
         self.buffers += zip(online.buffers(), teacher.buffers(), strict=True)

@@ -1,8 +1,10 @@
-"""Image-text retrieval on top of SIMLA or ALBEF: fine-tuning with ITA + ITM, and the scores evaluation ranks by.
+"""Image-text retrieval on top of SIMLA or ALBEF: fine-tuning with ITA + ITM, and the scores
+evaluation ranks by.
 
-Captions of one picture carry the same image id: they are positives of each other's picture in ITA, in the batch and in
-the queue, and never negatives in ITM. `compat: original` reproduces the published code: SIMLA forgets the ids of the
-queue, ALBEF leaves the temperature unclamped, both contrast with this rank's batch and the queue alone.
+Captions of one image carry the same image id: they are positives of each other's image in ITA, in
+the batch and in the queue, and never negatives in ITM. `compat: original` reproduces the published
+code: SIMLA forgets the ids of the queue, ALBEF leaves the temperature unclamped, both contrast with
+this rank's batch and the queue alone.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +32,8 @@ class RetrievalConfig:
 
 
 class Retrieval(ImageTextModel):
-    """Training forward: losses by name. Evaluation: `encode_image`, `encode_text`, `match_scores`."""
+    """Training forward: losses by name. Evaluation: `encode_image`, `encode_text`,
+    `match_scores`."""
 
     def __init__(self, config: RetrievalConfig):
         space = (config.embed_dim, config.queue_size, config.temp)
@@ -40,12 +43,18 @@ class Retrieval(ImageTextModel):
         self.add_momentum_copies()
 
     def forward(
-        self, image: Tensor, text_ids: Tensor, text_mask: Tensor, image_id: Tensor, alpha: Tensor | float
+        self,
+        image: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        image_id: Tensor,
+        alpha: Tensor | float,
     ) -> dict[str, Tensor]:
-        """loss_ita and loss_itm, 0-d float32, of a batch: image [B,3,S,S], text_ids int64 [B,L], text_mask bool [B,L],
-        image_id int64 [B] >= 0; alpha = weight of the soft targets.
+        """loss_ita and loss_itm, 0-d float32, of a batch: image [B,3,S,S], text_ids int64 [B,L],
+        text_mask bool [B,L], image_id int64 [B] >= 0; alpha = weight of the soft targets.
 
-        In training mode the queue takes in the batch. The momentum update is the caller's, right before this call.
+        In training mode the queue takes in the batch. The momentum update is the caller's, right
+        before this call.
         """
         check_batch(image)
         if self.config.bert.single_stream or not self.original:
@@ -53,26 +62,34 @@ class Retrieval(ImageTextModel):
         image_tokens, image_feature = self.encode_image(image)
         stage, text_feature = self.encode_text(text_ids, text_mask)
         with torch.no_grad():
-            cls_state_m = self.bert_m.encode_text(text_ids, text_mask, keep=first_token(text_ids))[:, 0]
+            cls_state_m = self.bert_m.encode_text(text_ids, text_mask, keep=first_token(text_ids))[
+                :, 0
+            ]
             teacher = self.momentum_features(self.visual_encoder_m(image), cls_state_m)
 
         everyone, everyone_id = gather_features(teacher), gather(image_id)
         keys = self.key_banks(everyone, teacher)
         target = self.positives(image_id, everyone_id)
         soft = teacher if self.config.distill else None
-        loss_ita, i2t, t2i = self.ita(Features(image_feature, text_feature), soft, keys, alpha, target)
+        loss_ita, i2t, t2i = self.ita(
+            Features(image_feature, text_feature), soft, keys, alpha, target
+        )
 
         same = image_id[:, None] == image_id[None, :]
-        cls_states, _ = self.fuse_pairs(stage, text_mask, image_tokens, *self.draw_negatives(i2t, t2i, same))
+        cls_states, _ = self.fuse_pairs(
+            stage, text_mask, image_tokens, *self.draw_negatives(i2t, t2i, same)
+        )
         has_negative = ~same.all(1)
-        loss_itm = self.itm(cls_states, torch.cat([torch.ones_like(has_negative), has_negative, has_negative]))
+        loss_itm = self.itm(
+            cls_states, torch.cat([torch.ones_like(has_negative), has_negative, has_negative])
+        )
         if self.training:
             self.enqueue_with_ids(everyone, everyone_id)
         return {"loss_ita": loss_ita, "loss_itm": loss_itm}
 
     @torch.no_grad()
     def positives(self, image_id: Tensor, everyone_id: Tensor) -> Tensor:
-        """Hard targets [B,G+Q]: uniform over the keys of the same picture."""
+        """Hard targets [B,G+Q]: uniform over the keys of the same image."""
         batch_id = image_id if self.original else everyone_id
         same = image_id[:, None] == torch.cat([batch_id, self.idx_queue[0]])[None, :]
         return same.float() / same.sum(1, keepdim=True)
@@ -90,20 +107,25 @@ class Retrieval(ImageTextModel):
         return tokens, self.image_feature(tokens)
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """ids int64 [B,L], mask bool [B,L] -> (states [B,L,D] for `match_scores`, normalised features [B,E] float32).
+        """ids int64 [B,L], mask bool [B,L] -> (states [B,L,D] for `match_scores`, normalised
+        features [B,E] float32).
 
-        The states are what fusion starts from: ALBEF's text half, worth keeping; SIMLA's embeddings, as cheap to
-        recompute from the ids.
+        The states are what fusion starts from: ALBEF's text half, worth keeping; SIMLA's
+        embeddings, as cheap to recompute from the ids.
         """
         stage = self.bert.text_stage(text_ids, text_mask)
         cls_state = self.bert.text_from_stage(stage, text_mask, keep=first_token(stage))[:, 0]
         return stage, self.text_feature(cls_state)
 
-    def match_scores(self, text: Tensor, text_mask: Tensor, image_tokens: Tensor, rows: Tensor) -> Tensor:
+    def match_scores(
+        self, text: Tensor, text_mask: Tensor, image_tokens: Tensor, rows: Tensor
+    ) -> Tensor:
         """ITM logit of "match" of R pairs, float32 [R].
 
-        text: int64 ids [R,L] or `encode_text`'s states [R,L,D]; text_mask bool [R,L]; image_tokens [B,N+1,D];
-        rows int64 [R], the image of each text. The images' keys are computed once, however many texts share them.
+        text: int64 ids [R,L] or `encode_text`'s states [R,L,D]; text_mask bool [R,L]; image_tokens
+        [B,N+1,D];
+        rows int64 [R], the image of each text. The images' keys are computed once, however many
+        texts share them.
         """
         stage = text if text.is_floating_point() else self.bert.text_stage(text, text_mask)
         fused = self.bert.fuse(stage, text_mask, image_tokens, rows=rows, keep=first_token(stage))

@@ -1,13 +1,15 @@
 """SIMLA (Khan et al., ECCV 2022) and ALBEF (Li et al., NeurIPS 2021) pre-training.
 
-ALBEF aligns an image encoder and a two-stage text/fusion transformer with three losses: image-text contrast (ITA),
-image-text matching (ITM) and masked language modelling (MLM); ITA and MLM take soft targets from a momentum teacher.
-SIMLA makes the transformer single-stream and adds masked image modelling in the context of the caption (MIM) and
-keyword prediction (pseudo-labels). One class serves both; the configuration says which losses there are.
+ALBEF aligns an image encoder and a two-stage text/fusion transformer with three losses: image-text
+contrast (ITA), image-text matching (ITM) and masked language modelling (MLM); ITA and MLM take soft
+targets from a momentum teacher.
+SIMLA makes the transformer single-stream and adds masked image modelling in the context of the
+caption (MIM) and keyword prediction (pseudo-labels). One class serves both; the configuration says
+which losses there are.
 
-`compat: original` reproduces the published code's numbers where they differ: per-rank means and keys, teacher dropout,
-online features inside the teacher, keyword votes for special tokens, and, for SIMLA, the soft masked-LM loss with its
-log-softmax over the text axis.
+`compat: original` reproduces the published code's numbers where they differ: per-rank means and
+keys, teacher dropout, online features inside the teacher, keyword votes for special tokens, and,
+for SIMLA, the soft masked-LM loss with its log-softmax over the text axis.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +45,13 @@ class SimlaConfig:
     max_masked_patches: int = 75  # most patches masked in one image
     keywords: int = 5  # keywords taken from a caption; 0 = no keyword loss
     keyword_votes: int = 4  # positions each attention head votes for
-    special_ids: tuple[int, ...] = (0, 100, 101, 102, 103)  # [PAD] [UNK] [CLS] [SEP] [MASK]: never keywords
+    special_ids: tuple[int, ...] = (
+        0,
+        100,
+        101,
+        102,
+        103,
+    )  # [PAD] [UNK] [CLS] [SEP] [MASK]: never keywords
     cls_id: int = 101
     compat: str = "none"  # "original" = the published code's numbers, defects included
 
@@ -99,13 +107,16 @@ class Simla(ImageTextModel):
         patch_mask: Tensor | None = None,
         visual_codes: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The losses of a batch, 0-d float32: loss_ita, loss_itm, loss_mlm; SIMLA's also loss_mim and loss_pseudo.
+        """The losses of a batch, 0-d float32: loss_ita, loss_itm, loss_mlm; SIMLA's also loss_mim
+        and loss_pseudo.
 
-        image [B,3,S,S] normalised; text_ids int64 [B,L], text_mask bool [B,L] (True = token); mlm_ids int64 [B,L] with
-        tokens masked, mlm_positions int64 [K] their flat indices into B*L, mlm_labels int64 [K] their ids (-100 where
-        the list is padded); patch_mask bool [B,N]; visual_codes int64 [B,N]; alpha = weight of the soft targets.
+        image [B,3,S,S] normalised; text_ids int64 [B,L], text_mask bool [B,L] (True = token);
+        mlm_ids int64 [B,L] with tokens masked, mlm_positions int64 [K] their flat indices into B*L,
+        mlm_labels int64 [K] their ids (-100 where the list is padded); patch_mask bool [B,N];
+        visual_codes int64 [B,N]; alpha = weight of the soft targets.
 
-        In training mode the queue takes in the batch. The momentum update is the caller's, right before this call.
+        In training mode the queue takes in the batch. The momentum update is the caller's, right
+        before this call.
         """
         check_batch(image)
         self.clamp_temperature()
@@ -115,19 +126,25 @@ class Simla(ImageTextModel):
         student = Features(self.image_feature(image_tokens), self.text_feature(text_cls))
         with torch.no_grad():
             image_tokens_m = self.visual_encoder_m(image)
-            teacher = self.teach_text(text_ids, text_mask, mlm_ids, mlm_positions, image_tokens, image_tokens_m)
+            teacher = self.teach_text(
+                text_ids, text_mask, mlm_ids, mlm_positions, image_tokens, image_tokens_m
+            )
 
         everyone = gather_features(teacher.features)
         keys = self.key_banks(everyone, teacher.features)
         losses = {}
         losses["loss_ita"], i2t, t2i = self.ita(student, teacher.features, keys, alpha)
-        negatives = self.draw_negatives(i2t, t2i, same=torch.eye(len(image), dtype=torch.bool, device=image.device))
+        negatives = self.draw_negatives(
+            i2t, t2i, same=torch.eye(len(image), dtype=torch.bool, device=image.device)
+        )
         matched, masked = self.fuse_pairs(stage, text_mask, image_tokens, *negatives, masked_stage)
         losses["loss_itm"] = self.itm(matched)
         losses["loss_mlm"] = self.mlm(masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha)
         if self.config.mim:
             context = (stage, stage if self.original else teacher.stage)
-            losses["loss_mim"] = self.mim(image, patch_mask, visual_codes, *context, text_mask, alpha)
+            losses["loss_mim"] = self.mim(
+                image, patch_mask, visual_codes, *context, text_mask, alpha
+            )
         if self.config.keywords:
             losses["loss_pseudo"] = self.pseudo_label(student, teacher, text_ids, text_mask, alpha)
         if self.training:
@@ -135,20 +152,29 @@ class Simla(ImageTextModel):
         return losses
 
     def example_batch(self, batch_size: int, tokens: int) -> dict[str, Tensor]:
-        """A batch of the right names, shapes and types without data (meta device), to count FLOPs with."""
+        """A batch of the right names, shapes and types without data (meta device), to count FLOPs
+        with."""
         config, ids = self.config, torch.zeros(batch_size, tokens, dtype=torch.int64, device="meta")
         side, patches = config.vit.image_size, config.vit.grid**2
         masked = torch.zeros(max(32, int(0.15 * ids.numel())), dtype=torch.int64, device="meta")
-        batch = {"image": torch.zeros(batch_size, 3, side, side, device="meta"), "text_ids": ids, "mlm_ids": ids}
+        batch = {
+            "image": torch.zeros(batch_size, 3, side, side, device="meta"),
+            "text_ids": ids,
+            "mlm_ids": ids,
+        }
         batch |= {"text_mask": ids.bool(), "mlm_positions": masked, "mlm_labels": masked}
         if config.mim:
             codes = torch.zeros(batch_size, patches, dtype=torch.int64, device="meta")
             batch |= {"patch_mask": codes.bool(), "visual_codes": codes}
         return batch | {"alpha": torch.zeros((), device="meta")}
 
-    def text_stages(self, text_ids: Tensor, mlm_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def text_stages(
+        self, text_ids: Tensor, mlm_ids: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Fusion inputs [B,L,D] of the caption and of its masked version, in one pass."""
-        both = self.bert.text_stage(torch.cat([text_ids, mlm_ids]), torch.cat([text_mask, text_mask]))
+        both = self.bert.text_stage(
+            torch.cat([text_ids, mlm_ids]), torch.cat([text_mask, text_mask])
+        )
         return both.chunk(2)
 
     @torch.no_grad()
@@ -161,7 +187,8 @@ class Simla(ImageTextModel):
         image_tokens: Tensor,
         image_tokens_m: Tensor,
     ) -> TeacherText:
-        """Features, masked-LM logits and [CLS] attention of the momentum networks; the fusion passes are one."""
+        """Features, masked-LM logits and [CLS] attention of the momentum networks; the fusion
+        passes are one."""
         bert = self.bert_m
         both_mask = torch.cat([text_mask, text_mask])
         both = bert.text_stage(torch.cat([mlm_ids, text_ids]), both_mask)
@@ -179,12 +206,22 @@ class Simla(ImageTextModel):
         mlm_logits = self.text_encoder_m.logits(masked.flatten(0, 1).index_select(0, mlm_positions))
         return TeacherText(features, mlm_logits, attention, stage)
 
-    def mlm(self, states: Tensor, positions: Tensor, labels: Tensor, teacher_logits: Tensor, alpha: Tensor) -> Tensor:
-        """Masked language modelling at the masked positions, given the fused states [B,L,D] of the masked captions."""
+    def mlm(
+        self,
+        states: Tensor,
+        positions: Tensor,
+        labels: Tensor,
+        teacher_logits: Tensor,
+        alpha: Tensor,
+    ) -> Tensor:
+        """Masked language modelling at the masked positions, given the fused states [B,L,D] of the
+        masked captions."""
         valid = labels != IGNORE
         if self.original and self.config.bert.single_stream:
             everywhere = self.text_encoder.logits(states)
-            hard = distilled_cross_entropy(everywhere.flatten(0, 1).index_select(0, positions), labels)
+            hard = distilled_cross_entropy(
+                everywhere.flatten(0, 1).index_select(0, positions), labels
+            )
             soft = sequence_axis_soft_loss(everywhere, positions, teacher_logits)
             return masked_mean((1 - alpha) * hard + alpha * soft, valid, over_ranks=False)
         logits = self.text_encoder.logits(states.flatten(0, 1).index_select(0, positions))
@@ -201,10 +238,11 @@ class Simla(ImageTextModel):
         text_mask: Tensor,
         alpha: Tensor,
     ) -> Tensor:
-        """Masked image modelling: the codes of masked patches from the visible ones and the caption's embeddings.
+        """Masked image modelling: the codes of masked patches from the visible ones and the
+        caption's embeddings.
 
-        The image tokens are the transformer's queries, the caption's embedding-layer states (text, text_m for the
-        teacher) its keys and values.
+        The image tokens are the transformer's queries, the caption's embedding-layer states (text,
+        text_m for the teacher) its keys and values.
         """
         width = min(self.config.max_masked_patches, patch_mask.shape[1])
         patches = patch_mask.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
@@ -222,9 +260,15 @@ class Simla(ImageTextModel):
         return masked_mean(loss, valid.flatten(), over_ranks=not self.original)
 
     def pseudo_label(
-        self, student: Features, teacher: TeacherText, text_ids: Tensor, text_mask: Tensor, alpha: Tensor
+        self,
+        student: Features,
+        teacher: TeacherText,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        alpha: Tensor,
     ) -> Tensor:
-        """Keyword prediction from the image feature; the keywords are the tokens the teacher's [CLS] attends to."""
+        """Keyword prediction from the image feature; the keywords are the tokens the teacher's
+        [CLS] attends to."""
         config = self.config
         allowed = None
         if not self.original:
@@ -232,22 +276,33 @@ class Simla(ImageTextModel):
             for special in config.special_ids:
                 allowed = allowed & (text_ids != special)
         target, _ = keyword_targets(
-            teacher.cls_attention, text_ids, allowed, config.bert.vocab_size, config.keyword_votes, config.keywords
+            teacher.cls_attention,
+            text_ids,
+            allowed,
+            config.bert.vocab_size,
+            config.keyword_votes,
+            config.keywords,
         )
         if self.original:
             target[:, config.cls_id] = 0.0
         teacher_logits = self.concept_head_m(teacher.features.image)
-        return distilled_binary_cross_entropy(self.concept_head(student.image), target, teacher_logits, alpha)
+        return distilled_binary_cross_entropy(
+            self.concept_head(student.image), target, teacher_logits, alpha
+        )
 
 
 def check_config(config: SimlaConfig) -> None:
     """Raise UserError where the losses asked for do not fit the networks."""
     if config.mim and not config.bert.single_stream:
-        raise UserError("mim needs a single-stream BERT (add_cross_attention: true in the BERT JSON); set mim to false")
+        raise UserError(
+            "mim needs a single-stream BERT (add_cross_attention: true in the BERT JSON); set mim to false"
+        )
     if config.mim and not config.vit.mask_token:
         raise UserError("mim replaces patches by vit.mask_token: set it to true, or mim to false")
     if config.mim and config.bert.hidden_size != config.bert.encoder_width:
-        raise UserError("mim uses text states as keys: bert.hidden_size must equal bert.encoder_width")
+        raise UserError(
+            "mim uses text states as keys: bert.hidden_size must equal bert.encoder_width"
+        )
     if config.mim and config.bert.max_position_embeddings <= config.vit.grid**2:
         raise UserError(
             f"mim feeds {config.vit.grid**2 + 1} image tokens through BERT, whose bert.max_position_embeddings is "

@@ -1,8 +1,10 @@
-"""The text transformer for two pictures, and its pre-training stage: to which of two pictures does the text belong?
+"""The text transformer for two images, and its pre-training stage: to which of two images does the
+text belong?
 
-NLVR2 needs fusion layers that alternate between two pictures. ALBEF (Li et al., 2021, appendix) doubles each fusion
-layer, one for either picture, with shared keys and values, and trains the new arrangement on captions: a caption comes
-with its own picture first, its own picture second, or with two others, and the model says which (text assignment).
+NLVR2 needs fusion layers that alternate between two images. ALBEF (Li et al., 2021, appendix)
+doubles each fusion layer, one for either image, with shared keys and values, and trains the new
+arrangement on captions: a caption comes with its own image first, its own image second, or with two
+others, and the model says which (text assignment).
 """
 
 import re
@@ -21,11 +23,14 @@ from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert
 
 ONLINE_LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
-ASSIGNMENT_TEMPERATURE = 0.07  # of the similarities that pick other pictures; the model's own `temp` is not used
+ASSIGNMENT_TEMPERATURE = (
+    0.07  # of the similarities that pick other images; the model's own `temp` is not used
+)
 
 
 def pair_layers(bert: XBert, first: int) -> None:
-    """Layers first + 2i and first + 2i + 1 share the keys and values of their cross-attention, in place.
+    """Layers first + 2i and first + 2i + 1 share the keys and values of their cross-attention, in
+    place.
 
     Weights are stored under both layers' names. Raises UserError where the layers cannot be paired.
     """
@@ -36,20 +41,30 @@ def pair_layers(bert: XBert, first: int) -> None:
         )
     for even in range(first, bert.depth, 2):
         for name in ("key", "value"):
-            bert.layers[even].crossattention.self[name] = bert.layers[even + 1].crossattention.self[name]
+            bert.layers[even].crossattention.self[name] = bert.layers[even + 1].crossattention.self[
+                name
+            ]
 
 
-def for_two_pictures(
+def for_two_images(
     bert: BertConfig, first: int | None = None, state: Mapping[str, Tensor] = MappingProxyType({})
 ) -> tuple[BertConfig, int]:
-    """`(geometry, first paired layer)` of the transformer for two pictures made of a pre-trained one's geometry.
+    """`(geometry, first paired layer)` of the transformer for two images made of a pre-trained
+    one's geometry.
 
-    Layers from `first` on are doubled: by default those that the weights `state` have doubled, else the later half. As
-    published both systems have token types here; SIMLA keeps its cross-attention in every layer.
+    Layers from `first` on are doubled: by default those that the weights `state` have doubled, else
+    the later half. As published both systems have token types here; SIMLA keeps its cross-attention
+    in every layer.
     """
-    given = 1 + max((int(match[1]) for key in state if (match := ONLINE_LAYER.match(key))), default=-1)
+    given = 1 + max(
+        (int(match[1]) for key in state if (match := ONLINE_LAYER.match(key))), default=-1
+    )
     if first is None:
-        first = 2 * bert.num_hidden_layers - given if given > bert.num_hidden_layers else bert.num_hidden_layers // 2
+        first = (
+            2 * bert.num_hidden_layers - given
+            if given > bert.num_hidden_layers
+            else bert.num_hidden_layers // 2
+        )
     everywhere = bert.single_stream or any(
         key.endswith("encoder.layer.0.crossattention.self.key.bias") for key in state
     )
@@ -60,7 +75,9 @@ def for_two_pictures(
             f"{bert.num_hidden_layers - 1}"
         )
     layers = 2 * bert.num_hidden_layers - first
-    return replace(bert, num_hidden_layers=layers, single_stream=False, fusion_layer=fusion_layer), first
+    return replace(
+        bert, num_hidden_layers=layers, single_stream=False, fusion_layer=fusion_layer
+    ), first
 
 
 @dataclass
@@ -69,10 +86,12 @@ class TextAssignmentConfig:
 
     vit: ViTConfig = field(default_factory=ViTConfig)
     bert: BertConfig = field(
-        default_factory=lambda: BertConfig(num_hidden_layers=18, single_stream=False, fusion_layer=6)
+        default_factory=lambda: BertConfig(
+            num_hidden_layers=18, single_stream=False, fusion_layer=6
+        )
     )
     paired_from: int = 6  # first text layer of the pairs
-    embed_dim: int = 256  # E, joint space of the features that pick similar pictures
+    embed_dim: int = 256  # E, joint space of the features that pick similar images
 
 
 class TextAssignment(nn.Module):
@@ -87,17 +106,22 @@ class TextAssignment(nn.Module):
         pair_layers(self.text_encoder, config.paired_from)
         # SIMLA's pre-training has no token types: starting from zeros they change nothing
         nn.init.zeros_(self.text_encoder.embeddings.token_type_embeddings.weight)
-        self.text_proj = nn.Linear(config.bert.hidden_size, config.embed_dim)  # unused, kept for the checkpoints' sake
+        self.text_proj = nn.Linear(
+            config.bert.hidden_size, config.embed_dim
+        )  # unused, kept for the checkpoints' sake
         self.temp = nn.Parameter(torch.tensor(0.07))  # unused likewise
         self.text_proj.requires_grad_(False)
         self.temp.requires_grad_(False)
-        self.vision_proj.requires_grad_(False)  # the pictures are picked without gradient
+        self.vision_proj.requires_grad_(False)  # the images are picked without gradient
         self.ta_head = nn.Linear(config.bert.hidden_size, 3)
 
     def forward(self, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> dict[str, Tensor]:
-        """loss_ta, 0-d float32: image [B,3,S,S], text_ids int64 [B,L], text_mask bool [B,L], B >= 3."""
+        """loss_ta, 0-d float32: image [B,3,S,S], text_ids int64 [B,L], text_mask bool [B,L], B >=
+        3."""
         if len(image) < 3:
-            raise UserError("text assignment needs two other pictures: set batch_size_train to 3 or more")
+            raise UserError(
+                "text assignment needs two other images: set batch_size_train to 3 or more"
+            )
         tokens = self.visual_encoder(image)
         first, second, label = self.assign(tokens)
         logits = self.logits(tokens, first, second, text_ids, text_mask)
@@ -105,24 +129,30 @@ class TextAssignment(nn.Module):
 
     @torch.no_grad()
     def assign(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For each text its first picture, its second picture and the label, int64 [B] each.
+        """For each text its first image, its second image and the label, int64 [B] each.
 
-        The labels 0 (own picture first), 1 (own second), 2 (absent) are equally likely; other pictures are drawn
-        without replacement by their similarity to the own one.
+        The labels 0 (own image first), 1 (own second), 2 (absent) are equally likely; other images
+        are drawn without replacement by their similarity to the own one.
         """
         feature = F.normalize(self.vision_proj(tokens[:, 0]).float(), dim=-1)
         similarity = feature @ feature.t() / ASSIGNMENT_TEMPERATURE
-        gumbel = -torch.empty_like(similarity).exponential_().log()  # top-k of noisy logits = draws one after the other
+        gumbel = (
+            -torch.empty_like(similarity).exponential_().log()
+        )  # top-k of noisy logits = draws one after the other
         own = torch.arange(len(feature), device=feature.device)
-        other, another = (similarity + gumbel).fill_diagonal_(-torch.inf).topk(2, dim=1).indices.unbind(1)
+        other, another = (
+            (similarity + gumbel).fill_diagonal_(-torch.inf).topk(2, dim=1).indices.unbind(1)
+        )
         label = torch.randint(3, own.shape, device=own.device)
         first = torch.where(label == 0, own, other)
         second = torch.where(label == 0, other, torch.where(label == 1, own, another))
         return first, second, label
 
-    def logits(self, tokens: Tensor, first: Tensor, second: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+    def logits(
+        self, tokens: Tensor, first: Tensor, second: Tensor, text_ids: Tensor, text_mask: Tensor
+    ) -> Tensor:
         """float32 [B,3] for image tokens [B,N+1,D], of which text b sees first[b] and second[b]."""
-        pictures = [tokens.index_select(0, first), tokens.index_select(0, second)]
+        images = [tokens.index_select(0, first), tokens.index_select(0, second)]
         stage = self.text_encoder.text_stage(text_ids, text_mask)
-        fused = self.text_encoder.fuse(stage, text_mask, pictures, keep=first_token(stage))
+        fused = self.text_encoder.fuse(stage, text_mask, images, keep=first_token(stage))
         return self.ta_head(fused[:, 0]).float()

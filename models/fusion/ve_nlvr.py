@@ -1,4 +1,5 @@
-"""Judging a statement about one picture (visual entailment) or about two (NLVR2), on top of SIMLA or ALBEF."""
+"""Judging a statement about one image (visual entailment) or about two (NLVR2), on top of SIMLA or
+ALBEF."""
 
 from dataclasses import dataclass, field
 
@@ -21,7 +22,9 @@ class StatementConfig:
     vit: ViTConfig = field(default_factory=lambda: ViTConfig(image_size=384))
     bert: BertConfig = field(default_factory=BertConfig)
     classes: int = 3  # C
-    paired_from: int | None = None  # two pictures: first text layer of the pairs, see `text_assignment.pair_layers`
+    paired_from: int | None = (
+        None  # two images: first text layer of the pairs, see `text_assignment.pair_layers`
+    )
     distill: bool = True  # soft targets from the momentum teacher
     compat: str = "none"  # "original" = the published code's numbers
 
@@ -44,15 +47,23 @@ class StatementModel(MomentumModel):
         if config.paired_from is not None:
             pair_layers(self.text_encoder, config.paired_from)
         width = config.bert.hidden_size
-        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.classes))
+        self.cls_head = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.classes)
+        )
         if config.distill:
             self.add_momentum_copies()
 
     def forward(
-        self, image: Tensor, text_ids: Tensor, text_mask: Tensor, label: Tensor, alpha: Tensor | float
+        self,
+        image: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        label: Tensor,
+        alpha: Tensor | float,
     ) -> dict[str, Tensor]:
-        """loss_cls, 0-d float32, of a batch: image [B,3,S,S], or [B,2,3,S,S] for two pictures; text_ids int64 [B,L],
-        text_mask bool [B,L], label int64 [B]; alpha = weight of the teacher's soft targets.
+        """loss_cls, 0-d float32, of a batch: image [B,3,S,S], or [B,2,3,S,S] for two images;
+        text_ids int64 [B,L], text_mask bool [B,L], label int64 [B]; alpha = weight of the teacher's
+        soft targets.
 
         The momentum update is the caller's, right before this call.
         """
@@ -65,10 +76,14 @@ class StatementModel(MomentumModel):
 
     def logits(self, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """float32 [B,C]; arguments as in `forward`."""
-        return judge(self.visual_encoder, self.text_encoder, self.cls_head, image, text_ids, text_mask).float()
+        return judge(
+            self.visual_encoder, self.text_encoder, self.cls_head, image, text_ids, text_mask
+        ).float()
 
 
-def judge(vit: ViT, bert: XBert, head: nn.Module, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+def judge(
+    vit: ViT, bert: XBert, head: nn.Module, image: Tensor, text_ids: Tensor, text_mask: Tensor
+) -> Tensor:
     """Class logits [B,C] from the fused [CLS] state."""
     if image.ndim == 5:
         tokens = vit(image.flatten(0, 1)).unflatten(0, image.shape[:2])

@@ -1,9 +1,10 @@
-"""Visual question answering on top of SIMLA or ALBEF: a question encoder and a decoder that ranks answers.
+"""Visual question answering on top of SIMLA or ALBEF: a question encoder and a decoder that ranks
+answers.
 
-The encoder fuses question and picture; the causal decoder attends to its states. Training: weighted answers, soft
-targets of a momentum teacher. Answering: the closed list of answers is ranked by likelihood. `compat: original`
-reproduces the published code: SIMLA never passes alpha on, so its teacher has no effect; and in the ranking the
-first token of an answer counts twice.
+The encoder fuses question and image; the causal decoder attends to its states. Training: weighted
+answers, soft targets of a momentum teacher. Answering: the closed list of answers is ranked by
+likelihood. `compat: original` reproduces the published code: SIMLA never passes alpha on, so its
+teacher has no effect; and in the ranking the first token of an answer counts twice.
 """
 
 from collections.abc import Iterator
@@ -48,7 +49,9 @@ class Vqa(MomentumModel):
         self.visual_encoder = ViT(config.vit)
         self.text_encoder = XBert(config.bert)
         width, layers = config.bert.hidden_size, config.decoder_layers
-        self.text_decoder = XBertLM(replace(config.bert, num_hidden_layers=layers, fusion_layer=0, encoder_width=width))
+        self.text_decoder = XBertLM(
+            replace(config.bert, num_hidden_layers=layers, fusion_layer=0, encoder_width=width)
+        )
         if config.distill:
             self.add_momentum_copies()
 
@@ -68,11 +71,14 @@ class Vqa(MomentumModel):
         answer_question: Tensor,
         alpha: Tensor | float,
     ) -> dict[str, Tensor]:
-        """loss_vqa, 0-d float32: the weighted negative log-likelihoods of all answers, divided by B.
+        """loss_vqa, 0-d float32: the weighted negative log-likelihoods of all answers, divided by
+        B.
 
-        image [B,3,S,S]; the questions text_ids int64 [B,L], text_mask bool [B,L]; the answers of all of them,
-        [CLS] pieces [SEP], in answer_ids int64 [A,M], answer_mask bool [A,M]; answer_weight float32 [A] (0 = padding);
-        answer_question int64 [A]: to which question an answer belongs; alpha = weight of the teacher's soft targets.
+        image [B,3,S,S]; the questions text_ids int64 [B,L], text_mask bool [B,L]; the answers of
+        all of them, [CLS] pieces [SEP], in answer_ids int64 [A,M], answer_mask bool [A,M];
+        answer_weight float32 [A] (0 = padding);
+        answer_question int64 [A]: to which question an answer belongs; alpha = weight of the
+        teacher's soft targets.
         The momentum update is the caller's, right before this call.
         """
         answers = (answer_ids, answer_mask, answer_question)
@@ -80,7 +86,9 @@ class Vqa(MomentumModel):
         logits, soft = decode(self.text_decoder, states, text_mask, *answers), None
         if self.distils:
             with torch.no_grad():
-                states_m = fuse(self.visual_encoder_m, self.text_encoder_m, image, text_ids, text_mask)
+                states_m = fuse(
+                    self.visual_encoder_m, self.text_encoder_m, image, text_ids, text_mask
+                )
                 soft = decode(self.text_decoder_m, states_m, text_mask, *answers).flatten(0, 1)
         target = answer_ids[:, 1:].masked_fill(~answer_mask[:, 1:], IGNORE)
         loss = distilled_cross_entropy(logits.flatten(0, 1), target.flatten(), soft, alpha)
@@ -92,12 +100,19 @@ class Vqa(MomentumModel):
 
     @torch.no_grad()
     def rank_answers(
-        self, image: Tensor, text_ids: Tensor, text_mask: Tensor, answer_ids: Tensor, answer_length: Tensor, k: int
+        self,
+        image: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        answer_ids: Tensor,
+        answer_length: Tensor,
+        k: int,
     ) -> tuple[Tensor, Tensor]:
         """`(answers int64 [B,k], their probabilities among the k float32 [B,k])`, best first.
 
-        answer_ids int64 [A,M] are [CLS] pieces [SEP] and padding, answer_length int64 [A] their tokens, k <= A. As in
-        the paper the k candidates are the answers whose first piece is likeliest; their whole likelihood decides.
+        answer_ids int64 [A,M] are [CLS] pieces [SEP] and padding, answer_length int64 [A] their
+        tokens, k <= A. As in the paper the k candidates are the answers whose first piece is
+        likeliest; their whole likelihood decides.
         """
         states = self.encode_question(image, text_ids, text_mask)
         decoder, cache = self.text_decoder, DecoderCache()
@@ -121,7 +136,9 @@ class Vqa(MomentumModel):
                 cache=cache.select(question),
             )
             score[rows] += (
-                self.log_likelihood(hidden.flatten(0, 1), answers[:, 2:].flatten()).view_as(answers[:, 2:]).sum(1)
+                self.log_likelihood(hidden.flatten(0, 1), answers[:, 2:].flatten())
+                .view_as(answers[:, 2:])
+                .sum(1)
             )
         probability, order = score.view(-1, k).softmax(1).sort(dim=1, descending=True, stable=True)
         return candidates.gather(1, order), probability
@@ -129,7 +146,9 @@ class Vqa(MomentumModel):
     def log_likelihood(self, hidden: Tensor, target: Tensor) -> Tensor:
         """float32 [R] of next tokens int64 [R] given decoder states [R,D]."""
         parts = zip(hidden.split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True)
-        return torch.cat([-distilled_cross_entropy(self.text_decoder.logits(h), t) for h, t in parts])
+        return torch.cat(
+            [-distilled_cross_entropy(self.text_decoder.logits(h), t) for h, t in parts]
+        )
 
 
 def fuse(vit: ViT, bert: XBert, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
@@ -138,15 +157,22 @@ def fuse(vit: ViT, bert: XBert, image: Tensor, text_ids: Tensor, text_mask: Tens
 
 
 def decode(
-    decoder: XBertLM, states: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, question: Tensor
+    decoder: XBertLM,
+    states: Tensor,
+    mask: Tensor,
+    answer_ids: Tensor,
+    answer_mask: Tensor,
+    question: Tensor,
 ) -> Tensor:
-    """Logits [A,M-1,V] of the next token at each but the last place; keys of a question are computed once."""
+    """Logits [A,M-1,V] of the next token at each but the last place; keys of a question are
+    computed once."""
     ids, real = answer_ids[:, :-1], answer_mask[:, :-1]
     return decoder(ids, real, states, image_mask=mask, rows=question, causal=True)
 
 
 def same_length(length: Tensor, most: int = 1024) -> Iterator[Tensor]:
-    """Indices of `length` int64 [R] in groups of at most `most` equal entries: no group needs padding."""
+    """Indices of `length` int64 [R] in groups of at most `most` equal entries: no group needs
+    padding."""
     order = length.argsort(stable=True)
     for group in order.split(length.bincount().tolist() if len(length) else []):
         yield from (part for part in group.split(most) if len(part))

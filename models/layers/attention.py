@@ -1,4 +1,5 @@
-"""Scaled dot-product attention: the fused kernel, keys shared between query rows, and the probabilities on demand."""
+"""Scaled dot-product attention: the fused kernel, keys shared between query rows, and the
+probabilities on demand."""
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +16,38 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for query [R,H,L,d], key and value [R,H,N,d].
 
-    `mask` is boolean and broadcasts to [R,H,L,N]; True = attend; every query needs at least one True.
+    `mask` is boolean and broadcasts to [R,H,L,N]; True = attend; every query needs at least one
+    True.
     """
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
 def attend_shared(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rows: Tensor | None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of R query rows to B <= R key sets, none of which is copied for the rows that come in order.
+    """Attention of R query rows to B <= R key sets, none of which is copied for the rows that come
+    in order.
 
-    query [R,H,L,d]; key, value [B,H,N,d]; mask [B,1,1,N] bool or None. The last len(rows) query rows attend to the key
-    sets `rows` names (int64); the rows before them come in whole groups of B, row r attending to key set r mod B.
+    query [R,H,L,d]; key, value [B,H,N,d]; mask [B,1,1,N] bool or None. The last len(rows) query
+    rows attend to the key sets `rows` names (int64); the rows before them come in whole groups of
+    B, row r attending to key set r mod B.
     """
     ordered = len(query) - (0 if rows is None else len(rows))
     parts = []
     if ordered:
         groups, length = ordered // len(key), query.shape[2]
-        # The groups' queries of one key set stand side by side as one long query: [G*B,H,L,d] -> [B,H,G*L,d].
+        # The groups' queries of one key set stand side by side as one long query: [G*B,H,L,d] ->
+        # [B,H,G*L,d].
         long = query[:ordered].unflatten(0, (groups, len(key))).permute(1, 2, 0, 3, 4).flatten(2, 3)
         context = attend(long, key, value, mask, dropout)
         parts.append(context.unflatten(2, (groups, length)).permute(2, 0, 1, 3, 4).flatten(0, 1))
@@ -54,7 +66,8 @@ def key_set_of_rows(n_rows: int, n_sets: int, rows: Tensor | None, device: torch
 
 
 def attention_map(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Probabilities softmax(q k^T / sqrt(d)) in float32, [R,H,L,N], part of the autograd graph; mask as in `attend`."""
+    """Probabilities softmax(q k^T / sqrt(d)) in float32, [R,H,L,N], part of the autograd graph;
+    mask as in `attend`."""
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)

@@ -1,8 +1,8 @@
 """Building blocks of the dual encoders: vision backbones, CLIP's text transformer, projectors.
 
-Parameter names are those of clip-rocket, SLIP and OpenAI's CLIP. Vision towers map pictures [B,3,H,W] to features [B,C]
-and tell C as `num_features`; the text transformer lives at the root of the model, as it does in all three systems, so
-its parts are joined in `TwoTowers`.
+Parameter names are those of clip-rocket, SLIP and OpenAI's CLIP. Vision towers map images [B,3,H,W]
+to features [B,C] and tell C as `num_features`; the text transformer lives at the root of the model,
+as it does in all three systems, so its parts are joined in `TwoTowers`.
 """
 
 import difflib
@@ -25,15 +25,17 @@ from models.layers.vit import Mlp, ViT, ViTConfig
 
 
 class LeanMlp(Mlp):
-    """The block's MLP, which keeps the first layer's output alone: GELU is computed anew in the backward pass."""
+    """The block's MLP, which keeps the first layer's output alone: GELU is computed anew in the
+    backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         return recompute(lambda hidden: self.fc2(F.gelu(hidden)), self.fc1(x))
 
 
 def recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), keeping only x for the backward pass. What is cheap in `function` must come first and a linear layer
-    last: recomputation ends as soon as that layer's input is known, so no matrix product is done twice.
+    """function(x), keeping only x for the backward pass. What is cheap in `function` must come
+    first and a linear layer last: recomputation ends as soon as that layer's input is known, so no
+    matrix product is done twice.
     """
     if not torch.is_grad_enabled():
         return function(x)
@@ -65,7 +67,7 @@ def vit(width: int, depth: int, heads: int, patch: int) -> Callable[[int], nn.Mo
 
 
 def timm_backbone(name: str) -> Callable[[int], nn.Module]:
-    """A convolutional network of timm with pooled features; any picture size."""
+    """A convolutional network of timm with pooled features; any image size."""
 
     def build(image_size: int) -> nn.Module:
         import timm
@@ -76,11 +78,11 @@ def timm_backbone(name: str) -> Callable[[int], nn.Module]:
 
 
 BACKBONES = {
-    "RT": timm_backbone("test_resnet"),  # 0.4 M parameters, for small pictures such as DigitScenes
+    "RT": timm_backbone("test_resnet"),  # 0.4 M parameters, for small images such as DigitScenes
     "R50": timm_backbone("resnet50"),
     "CNEXTT": timm_backbone("convnext_tiny"),
     "CNEXTS": timm_backbone("convnext_small"),
-    "VITT8": vit(128, 4, heads=4, patch=8),  # for small pictures, such as DigitScenes
+    "VITT8": vit(128, 4, heads=4, patch=8),  # for small images, such as DigitScenes
     "VITS16MOCO": vit(384, 12, heads=12, patch=16),
     "VITS16": vit(384, 12, heads=6, patch=16),
     "VITS32": vit(384, 12, heads=6, patch=32),
@@ -91,7 +93,8 @@ BACKBONES = {
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether the statistics of a batch enter the output, so that views must not be joined into one batch."""
+    """Whether the statistics of a batch enter the output, so that views must not be joined into one
+    batch."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
@@ -120,11 +123,14 @@ class TextShape:
 
 @dataclass(frozen=True)
 class TextNoise:
-    """Regularisation of the local text views: dropout on the residual stream and stochastic depth, while training."""
+    """Regularisation of the local text views: dropout on the residual stream and stochastic depth,
+    while training."""
 
     dropout: float = 0.0  # probability per element, at the entry of every block
     drop_path: float = 0.0  # probability per text and branch
-    over_positions: bool = False  # as the original: drop a token position for the whole batch instead of a text
+    over_positions: bool = (
+        False  # as the original: drop a token position for the whole batch instead of a text
+    )
 
     @property
     def active(self) -> bool:
@@ -135,12 +141,15 @@ class TextNoise:
         if self.drop_path == 0:
             return x
         kept = 1 - self.drop_path
-        mask = x.new_empty((1, x.shape[1], 1) if self.over_positions else (len(x), 1, 1)).bernoulli_(kept)
+        mask = x.new_empty(
+            (1, x.shape[1], 1) if self.over_positions else (len(x), 1, 1)
+        ).bernoulli_(kept)
         return x * (mask / kept if kept > 0 else mask)
 
 
 class PackedAttention(nn.Module):
-    """Multi-head self-attention with one packed input projection, named as torch's MultiheadAttention."""
+    """Multi-head self-attention with one packed input projection, named as torch's
+    MultiheadAttention."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -155,7 +164,9 @@ class PackedAttention(nn.Module):
         """[B,L,D] -> [B,L,D]; causal: a position sees itself and those before it."""
         packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         query, key, value = (split_heads(part, self.heads) for part in packed.chunk(3, dim=-1))
-        return self.out_proj(merge_heads(F.scaled_dot_product_attention(query, key, value, is_causal=causal)))
+        return self.out_proj(
+            merge_heads(F.scaled_dot_product_attention(query, key, value, is_causal=causal))
+        )
 
 
 class ClipMlp(nn.Module):
@@ -197,7 +208,9 @@ class Transformer(nn.Module):
         super().__init__()
         if width % heads:
             raise UserError(f"transformer width {width} is no multiple of its {heads} heads")
-        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            ResidualBlock(width, heads, activation) for _ in range(layers)
+        )
         narrow = width**-0.5
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=narrow)
@@ -212,18 +225,30 @@ class Transformer(nn.Module):
 
 
 class TwoTowers(nn.Module):
-    """A vision tower, CLIP's text transformer at the root, and the scalars and matrices beside them.
+    """A vision tower, CLIP's text transformer at the root, and the scalars and matrices beside
+    them.
 
-    matrices: name -> [rows, columns], drawn with σ = rows^-0.5; scales: name -> start value, in log domain.
+    matrices: name -> [rows, columns], drawn with σ = rows^-0.5; scales: name -> start value, in log
+    domain.
     Registration order is that of the originals, on which stored optimizer states rely.
     """
 
-    def __init__(self, visual: nn.Module, text: TextShape, scales: dict[str, float], matrices: dict | None = None):
+    def __init__(
+        self,
+        visual: nn.Module,
+        text: TextShape,
+        scales: dict[str, float],
+        matrices: dict | None = None,
+    ):
         super().__init__()
         self.text_shape = text
-        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width).normal_(std=0.01))
+        self.positional_embedding = nn.Parameter(
+            torch.empty(text.context_length, text.width).normal_(std=0.01)
+        )
         for name, shape in (matrices or {}).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape).normal_(std=shape[0] ** -0.5)))
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape).normal_(std=shape[0] ** -0.5))
+            )
         for name, value in scales.items():
             self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
         self.visual = visual
@@ -233,7 +258,8 @@ class TwoTowers(nn.Module):
         self.ln_final = nn.LayerNorm(text.width)
 
     def text_features(self, text_ids: Tensor, noise: TextNoise | None = None) -> Tensor:
-        """Feature at the end-of-text token, the largest id: int64 [B,L] -> [B,T], L at most the context length.
+        """Feature at the end-of-text token, the largest id: int64 [B,L] -> [B,T], L at most the
+        context length.
 
         What stands behind that token has no influence, so texts may be padded to any length.
         """
@@ -244,7 +270,9 @@ class TwoTowers(nn.Module):
                 "truncate in the tokenizer (context_length)"
             )
         x = self.token_embedding(text_ids) + self.positional_embedding[:length]
-        x = self.transformer(x, causal=True, noise=noise if self.training and noise and noise.active else None)
+        x = self.transformer(
+            x, causal=True, noise=noise if self.training and noise and noise.active else None
+        )
         return self.ln_final(x[torch.arange(len(x), device=x.device), text_ids.argmax(-1)])
 
     @torch.no_grad()
@@ -284,8 +312,13 @@ def mlp_projector(width: int, hidden: int, out: int) -> nn.Sequential:
 def barlip_projector(width: int, hidden: int, out: int) -> nn.Sequential:
     """Barlow Twins' expander; its last batch norm standardises what is correlated."""
     widths = [width, hidden, hidden]
-    layers = [(nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()) for i, o in zip(widths, widths[1:], strict=False)]
-    return nn.Sequential(*(m for layer in layers for m in layer), nn.Linear(hidden, out), nn.BatchNorm1d(out))
+    layers = [
+        (nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU())
+        for i, o in zip(widths, widths[1:], strict=False)
+    ]
+    return nn.Sequential(
+        *(m for layer in layers for m in layer), nn.Linear(hidden, out), nn.BatchNorm1d(out)
+    )
 
 
 def narrow_projector(width: int, hidden: int, out: int, bias: tuple[bool, bool]) -> nn.Sequential:
@@ -300,7 +333,8 @@ swalip_projector = partial(narrow_projector, bias=(True, True))
 
 
 class Prototypes(nn.Module):
-    """Cosine scores against K learned directions (SwAV): unit features [B,D] -> [B,K]. Their lengths stay 1."""
+    """Cosine scores against K learned directions (SwAV): unit features [B,D] -> [B,K]. Their
+    lengths stay 1."""
 
     def __init__(self, width: int, count: int):
         super().__init__()

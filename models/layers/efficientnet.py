@@ -1,7 +1,8 @@
-"""EfficientNet as ALIGN uses it: B0 to B7 without the head convolution, padded as for even sizes, ghost batch norm.
+"""EfficientNet as ALIGN uses it: B0 to B7 without the head convolution, padded as for even sizes,
+ghost batch norm.
 
-Tan and Le 2019 for the architecture, COYO-ALIGN for what differs. Parameter names are those of the vision model in
-transformers' `AlignModel` (kakaobrain/align-base).
+Tan and Le 2019 for the architecture, COYO-ALIGN for what differs. Parameter names are those of the
+vision model in transformers' `AlignModel` (kakaobrain/align-base).
 """
 
 import math
@@ -39,8 +40,12 @@ class EfficientNetShape:
     width: float = 1.0
     depth: float = 1.0
     divisor: int = 8  # channels are multiples of it
-    drop_connect: float = 0.2  # stochastic depth that the last block would have; grows linearly from 0
-    virtual_batch: int = 16  # samples that batch norm takes its statistics over; 0 = all of the process
+    drop_connect: float = (
+        0.2  # stochastic depth that the last block would have; grows linearly from 0
+    )
+    virtual_batch: int = (
+        16  # samples that batch norm takes its statistics over; 0 = all of the process
+    )
     eps: float = 1e-3
     momentum: float = 0.01
     stages: Stages = STAGES
@@ -60,14 +65,16 @@ class EfficientNetShape:
         """(kernel, channels in, channels out, expansion, stride) of every block."""
         widths = [self.channels(c) for c in (STEM, *(stage[2] for stage in self.stages))]
         rows = []
-        for (kernel, repeats, _, expansion, stride), (before, width) in zip(self.stages, pairwise(widths), strict=True):
+        for (kernel, repeats, _, expansion, stride), (before, width) in zip(
+            self.stages, pairwise(widths), strict=True
+        ):
             rows.append((kernel, before, width, expansion, stride))
             rows += [(kernel, width, width, expansion, 1)] * (math.ceil(repeats * self.depth) - 1)
         return rows
 
 
 SHAPES = {
-    # for small pictures and short trainings, such as on DigitScenes
+    # for small images and short trainings, such as on DigitScenes
     "NANO": EfficientNetShape(momentum=0.05, stages=SMALL_STAGES),
     "B0": EfficientNetShape(1.0, 1.0),
     "B1": EfficientNetShape(1.0, 1.1),
@@ -89,12 +96,21 @@ class Block(nn.Module):
         inner, squeezed = before * expansion, max(1, int(before * SQUEEZE))
         self.expansion = None
         if expansion != 1:
-            self.expansion = nn.ModuleDict({"expand_conv": conv(before, inner, 1), "expand_bn": norm(inner, shape)})
+            self.expansion = nn.ModuleDict(
+                {"expand_conv": conv(before, inner, 1), "expand_bn": norm(inner, shape)}
+            )
         depthwise = conv(inner, inner, kernel, stride, groups=inner)
-        self.depthwise_conv = nn.ModuleDict({"depthwise_conv": depthwise, "depthwise_norm": norm(inner, shape)})
-        gates = {"reduce": conv(inner, squeezed, 1, bias=True), "expand": conv(squeezed, inner, 1, bias=True)}
+        self.depthwise_conv = nn.ModuleDict(
+            {"depthwise_conv": depthwise, "depthwise_norm": norm(inner, shape)}
+        )
+        gates = {
+            "reduce": conv(inner, squeezed, 1, bias=True),
+            "expand": conv(squeezed, inner, 1, bias=True),
+        }
         self.squeeze_excite = nn.ModuleDict(gates)
-        self.projection = nn.ModuleDict({"project_conv": conv(inner, width, 1), "project_bn": norm(width, shape)})
+        self.projection = nn.ModuleDict(
+            {"project_conv": conv(inner, width, 1), "project_bn": norm(width, shape)}
+        )
         self.skip, self.drop = stride == 1 and before == width, drop
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,14 +126,16 @@ class Block(nn.Module):
         if not (self.training and self.drop):
             return x + y
         # the branch of a sample is dropped as a whole (stochastic depth, Huang 2016)
-        kept = torch.rand(len(x), 1, 1, 1, device=x.device, dtype=y.dtype).add_(1 - self.drop).floor_()
+        kept = (
+            torch.rand(len(x), 1, 1, 1, device=x.device, dtype=y.dtype).add_(1 - self.drop).floor_()
+        )
         return torch.addcmul(x, y, kept / (1 - self.drop))
 
     def project(self, x: Tensor) -> Tensor:
         """[B,C,H,W] -> [B,C',H,W]: each channel times its gate, then the 1 x 1 convolution.
 
-        The gates of a sample go into a copy of the weights of its own: [B,C',C] is small, and x is neither multiplied
-        nor kept a second time.
+        The gates of a sample go into a copy of the weights of its own: [B,C',C] is small, and x is
+        neither multiplied nor kept a second time.
         """
         rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # a view of channels last
         reduce, expand = self.squeeze_excite["reduce"], self.squeeze_excite["expand"]
@@ -128,18 +146,24 @@ class Block(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """Pictures float32 [B,3,H,W] with values -1..1 -> features [B,C], the mean over the last block's map.
+    """Images float32 [B,3,H,W] with values -1..1 -> features [B,C], the mean over the last block's
+    map.
 
-    In training sample n belongs to virtual batch n modulo their number, as in COYO-ALIGN. Where rank r of R has every
-    R-th sample, which is how the data stream deals them out, these are the virtual batches of one process with all.
+    In training sample n belongs to virtual batch n modulo their number, as in COYO-ALIGN. Where
+    rank r of R has every R-th sample, which is how the data stream deals them out, these are the
+    virtual batches of one process with all.
     """
 
     def __init__(self, shape: EfficientNetShape):
         super().__init__()
         stem = shape.channels(STEM)
-        self.embeddings = nn.ModuleDict({"convolution": conv(3, stem, 3, stride=2), "batchnorm": norm(stem, shape)})
+        self.embeddings = nn.ModuleDict(
+            {"convolution": conv(3, stem, 3, stride=2), "batchnorm": norm(stem, shape)}
+        )
         rows = shape.blocks()
-        blocks = [Block(row, shape, shape.drop_connect * n / len(rows)) for n, row in enumerate(rows)]
+        blocks = [
+            Block(row, shape, shape.drop_connect * n / len(rows)) for n, row in enumerate(rows)
+        ]
         self.encoder = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
         self.num_features, self.shape = shape.features, shape
         for module in self.modules():
@@ -148,7 +172,9 @@ class EfficientNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         if min(image.shape[-2:]) < SMALLEST:
-            raise UserError(f"image_size {min(image.shape[-2:])}: EfficientNet halves five times, give 32 or more")
+            raise UserError(
+                f"image_size {min(image.shape[-2:])}: EfficientNet halves five times, give 32 or more"
+            )
         groups = virtual_batches(len(image), self.shape.virtual_batch) if self.training else 1
         x = deal(image, groups).contiguous(memory_format=torch.channels_last)
         x = F.silu(self.embeddings["batchnorm"](padded(self.embeddings["convolution"], x)))
@@ -157,26 +183,31 @@ class EfficientNet(nn.Module):
         return collect(x.mean((2, 3)), groups)
 
 
-def conv(before: int, width: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
+def conv(
+    before: int, width: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False
+) -> nn.Conv2d:
     """Convolution that keeps the size; with stride 2 it is left to `padded`."""
     padding = kernel // 2 if stride == 1 else 0
     return nn.Conv2d(before, width, kernel, stride, padding, groups=groups, bias=bias)
 
 
 def padded(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x); before a stride of 2 zeros are added as if the size were even: one less at the top and left."""
+    """conv(x); before a stride of 2 zeros are added as if the size were even: one less at the top
+    and left."""
     if conv.stride[0] == 1:
         return conv(x)
     half = conv.kernel_size[0] // 2
     if half == 1 and x.shape[-1] % 2 and x.shape[-2] % 2:
         return conv(x)  # nobody looks at the zeros
-    # a row and column of zeros at the kernel's top and left, and equal padding: x need not be copied
+    # a row and column of zeros at the kernel's top and left, and equal padding: x need not be
+    # copied
     weight = F.pad(conv.weight, (1, 0, 1, 0))
     return F.conv2d(x, weight, conv.bias, conv.stride, half, conv.dilation, conv.groups)
 
 
 def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x) of a 1 x 1 convolution as the matrix product that it is over channels last; faster on CPUs."""
+    """conv(x) of a 1 x 1 convolution as the matrix product that it is over channels last; faster on
+    CPUs."""
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
 
 
@@ -185,9 +216,12 @@ def norm(channels: int, shape: EfficientNetShape) -> GhostBatchNorm:
 
 
 def init_conv(conv: nn.Conv2d) -> None:
-    """Variance 2 / fan-out, normal cut at two standard deviations, as Keras' VarianceScaling; biases 0."""
+    """Variance 2 / fan-out, normal cut at two standard deviations, as Keras' VarianceScaling;
+    biases 0."""
     fan_out = conv.weight.shape[0] // conv.groups * conv.weight[0, 0].numel()
-    std = math.sqrt(2 / fan_out) / 0.87962566  # of a normal cut at 2, so that the variance after the cut is right
+    std = (
+        math.sqrt(2 / fan_out) / 0.87962566
+    )  # of a normal cut at 2, so that the variance after the cut is right
     nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

@@ -1,8 +1,10 @@
-"""LLaMA's decoder (Touvron et al., 2023) behind a picture: one forward for training, prefill and every way of decoding.
+"""LLaMA's decoder (Touvron et al., 2023) behind an image: one forward for training, prefill and
+every way of decoding.
 
-A sequence is a prefix of N image positions and text behind it. Image positions see one another, text positions what a
-boolean mask says; image positions never see text, so their keys and values are computed once and serve any number of
-continuations. Parameter names are Meta's; `models.weights.llama` reads the layouts they come in.
+A sequence is a prefix of N image positions and text behind it. Image positions see one another,
+text positions what a boolean mask says; image positions never see text, so their keys and values
+are computed once and serve any number of continuations. Parameter names are Meta's;
+`models.weights.llama` reads the layouts they come in.
 """
 
 import math
@@ -36,9 +38,13 @@ class LlamaConfig:
 
     def __post_init__(self):
         if self.dim % self.n_heads or self.head_dim % 2:
-            raise UserError(f"decoder of width {self.dim} with {self.n_heads} heads: heads must be whole and even")
+            raise UserError(
+                f"decoder of width {self.dim} with {self.n_heads} heads: heads must be whole and even"
+            )
         if self.n_heads % self.kv_heads:
-            raise UserError(f"{self.n_heads} heads cannot share {self.kv_heads} key-value heads evenly")
+            raise UserError(
+                f"{self.n_heads} heads cannot share {self.kv_heads} key-value heads evenly"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -50,7 +56,8 @@ class LlamaConfig:
 
     @property
     def hidden(self) -> int:
-        """Width of the feed-forward layer: two thirds of 4 dim, times the multiplier, rounded up."""
+        """Width of the feed-forward layer: two thirds of 4 dim, times the multiplier, rounded
+        up."""
         if self.ffn_dim:
             return self.ffn_dim
         width = int(2 * (4 * self.dim) / 3)
@@ -68,18 +75,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        ) * self.weight
 
 
 def rotation(places: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines float32 [...,1,L,head_dim/2] for positions int64 [...,L] (RoPE, Su et al. 2021)."""
+    """Cosines and sines float32 [...,1,L,head_dim/2] for positions int64 [...,L] (RoPE, Su et al.
+    2021)."""
     pairs = torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float32)
     angles = (places.unsqueeze(-1) * theta ** (-pairs / head_dim)).unsqueeze(-3)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (2i, 2i+1) of x [B,H,L,d] by the angles of `turn`, in float32, and back in x's type."""
+    """Turn the pairs (2i, 2i+1) of x [B,H,L,d] by the angles of `turn`, in float32, and back in x's
+    type."""
     cos, sin = turn
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
@@ -89,9 +100,9 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 class Sight:
     """What the L positions of one call see.
 
-    places: int64 [L] or [B,L], rotary positions. prefix: how many leading ones are image positions. mask: bool
-    [B or 1,1,T,S+L] of the T = L - prefix others over the S cached keys and these; True = sees. whole: image positions
-    see one another, else only those before them.
+    places: int64 [L] or [B,L], rotary positions. prefix: how many leading ones are image positions.
+    mask: bool [B or 1,1,T,S+L] of the T = L - prefix others over the S cached keys and these; True
+    = sees. whole: image positions see one another, else only those before them.
     """
 
     places: Tensor
@@ -109,7 +120,9 @@ class Sight:
             found.append(F.scaled_dot_product_attention(*own, is_causal=not self.whole))
         if query.shape[2] > images:
             rows = query.shape[2] - images
-            found.append(attend(query[:, :, images:], key, value, self.mask[..., texts - rows :, :]))
+            found.append(
+                attend(query[:, :, images:], key, value, self.mask[..., texts - rows :, :])
+            )
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def dense(self) -> Tensor:
@@ -118,18 +131,25 @@ class Sight:
         inside = inside if self.whole else inside.tril()
         outside = inside.new_zeros(len(inside), self.places.shape[-1] - self.prefix)
         images = torch.cat([inside, outside], 1)[None, None]
-        return images if self.mask is None else torch.cat([images.expand(len(self.mask), -1, -1, -1), self.mask], 2)
+        return (
+            images
+            if self.mask is None
+            else torch.cat([images.expand(len(self.mask), -1, -1, -1), self.mask], 2)
+        )
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions and no biases; wq, wk, wv by output, wo by input where parallel."""
+    """Multi-head attention with rotary positions and no biases; wq, wk, wv by output, wo by input
+    where parallel."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         width, across, along = config.head_dim, *_linear_layers(config)
         ranks = model_parallel_size() if config.tensor_parallel else 1
         if config.n_heads % ranks or config.kv_heads % ranks:
-            raise UserError(f"{config.kv_heads} key-value heads cannot be dealt to {ranks} processes")
+            raise UserError(
+                f"{config.kv_heads} key-value heads cannot be dealt to {ranks} processes"
+            )
         self.heads, self.kv_heads = config.n_heads // ranks, config.kv_heads // ranks
         self.wq = across(config.dim, config.n_heads * width)
         self.wk = across(config.dim, config.kv_heads * width)
@@ -137,7 +157,8 @@ class Attention(nn.Module):
         self.wo = along(config.n_heads * width, config.dim)
 
     def forward(self, x: Tensor, turn, sight: Sight, past=None, keep: int | None = None):
-        """x [B,L,D] -> [B,keep,D] (all of L by default), and the keys and values [B,H,S+L,d] to go on from."""
+        """x [B,L,D] -> [B,keep,D] (all of L by default), and the keys and values [B,H,S+L,d] to go
+        on from."""
         first = 0 if keep is None else x.shape[1] - keep
         ahead = tuple(part[..., first:, :] for part in turn)
         query = rotate(split_heads(self.wq(x[:, first:]), self.heads), ahead)
@@ -146,13 +167,19 @@ class Attention(nn.Module):
         if past is not None:
             key, value = (torch.cat(pair, 2) for pair in zip(past, (key, value), strict=True))
         shared = self.heads // self.kv_heads
-        spread = (key, value) if shared == 1 else (part.repeat_interleave(shared, 1) for part in (key, value))
+        spread = (
+            (key, value)
+            if shared == 1
+            else (part.repeat_interleave(shared, 1) for part in (key, value))
+        )
         return self.wo(merge_heads(sight.attend(query, *spread))), (key, value)
 
     def probabilities(self, x: Tensor, turn, sight: Sight) -> Tensor:
         """Attention probabilities float32 [B,H,L,L] of a call without cache."""
         query = rotate(split_heads(self.wq(x), self.heads), turn)
-        key = rotate(split_heads(self.wk(x), self.kv_heads), turn).repeat_interleave(self.heads // self.kv_heads, 1)
+        key = rotate(split_heads(self.wk(x), self.kv_heads), turn).repeat_interleave(
+            self.heads // self.kv_heads, 1
+        )
         return attention_map(query, key, sight.dense())
 
 
@@ -187,7 +214,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Decoder over embeddings. A checkpoint may be cut: the first blocks with the final norm and head of the whole."""
+    """Decoder over embeddings. A checkpoint may be cut: the first blocks with the final norm and
+    head of the whole."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -200,11 +228,18 @@ class Llama(nn.Module):
         if not config.tensor_parallel:
             for name, weight in self.named_parameters():
                 if weight.ndim == 2:
-                    depth = (2 * config.n_layers) ** -0.5 if name.endswith(("wo.weight", "w2.weight")) else 1.0
-                    nn.init.normal_(weight, std=depth * (1.0 if name.startswith("tok_") else config.dim**-0.5))
+                    depth = (
+                        (2 * config.n_layers) ** -0.5
+                        if name.endswith(("wo.weight", "w2.weight"))
+                        else 1.0
+                    )
+                    nn.init.normal_(
+                        weight, std=depth * (1.0 if name.startswith("tok_") else config.dim**-0.5)
+                    )
 
     def forward(self, x: Tensor, sight: Sight, cache: Cache | None = None, keep: int | None = None):
-        """Embeddings [B,L,D] -> normed states [B,keep,D] of the last `keep` positions (all by default) and the cache.
+        """Embeddings [B,L,D] -> normed states [B,keep,D] of the last `keep` positions (all by
+        default) and the cache.
 
         Above the last block nobody looks at earlier positions: only the kept ones go through it.
         """
@@ -240,7 +275,8 @@ def model_parallel_size() -> int:
 
 
 def _linear_layers(config: LlamaConfig):
-    """Makers of the two kinds of bias-free linear layers: split by output (`whole`: then joined), and by input."""
+    """Makers of the two kinds of bias-free linear layers: split by output (`whole`: then joined),
+    and by input."""
     if not config.tensor_parallel:
 
         def linear(width: int, out: int, whole: bool = True) -> nn.Module:
@@ -270,7 +306,8 @@ BY_OUTPUT, BY_INPUT = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2", "to
 
 
 def split_dimension(name: str) -> int | None:
-    """Dimension along which a matrix lies on several processes, in fairscale's layers and in Meta's shards; or None."""
+    """Dimension along which a matrix lies on several processes, in fairscale's layers and in Meta's
+    shards; or None."""
     layer = name.rpartition(".weight")[0].rpartition(".")[2]
     return 0 if layer in BY_OUTPUT else 1 if layer in BY_INPUT else None
 
@@ -281,6 +318,8 @@ def own_part(state: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor
     for name, value in state.items():
         dim = split_dimension(name)
         if dim is not None and value.shape[dim] % size:
-            raise UserError(f"{name} {tuple(value.shape)}: dimension {dim} cannot be dealt to {size} processes")
+            raise UserError(
+                f"{name} {tuple(value.shape)}: dimension {dim} cannot be dealt to {size} processes"
+            )
         result[name] = value if dim is None else value.chunk(size, dim)[rank].contiguous()
     return result

@@ -1,7 +1,8 @@
-"""OpenAI CLIP's own networks, which open_clip and Hugging Face share: ViT or modified ResNet, with plain projections.
+"""OpenAI CLIP's own networks, which open_clip and Hugging Face share: ViT or modified ResNet, with
+plain projections.
 
-Parameter names are those of OpenAI's released files, so their state dicts load as they are once the half-precision
-weights are cast (`models.weights.clip`).
+Parameter names are those of OpenAI's released files, so their state dicts load as they are once the
+half-precision weights are cast (`models.weights.clip`).
 """
 
 from collections import OrderedDict
@@ -23,7 +24,9 @@ class OpenAIConfig:
     embed_dim: int = 512
     image_size: int = 224
     vision_width: int = 768  # of a ResNet: channels of the first stage
-    vision_layers: int | tuple[int, int, int, int] = 12  # blocks of the ViT, or of each ResNet stage
+    vision_layers: int | tuple[int, int, int, int] = (
+        12  # blocks of the ViT, or of each ResNet stage
+    )
     patch_size: int = 32  # ViT only
     text: TextShape = TextShape()
     vision_activation: str = "quick_gelu"  # gelu for open_clip's models without -quickgelu
@@ -38,10 +41,17 @@ class OpenAIConfig:
         return 16 if self.vision_width == 1280 else max(1, self.vision_width // 64)
 
 
-def _model(width: int, layers, patch: int, embed: int, text: tuple[int, int], size: int = 224) -> OpenAIConfig:
+def _model(
+    width: int, layers, patch: int, embed: int, text: tuple[int, int], size: int = 224
+) -> OpenAIConfig:
     shape = TextShape(width=text[0], heads=text[1])
     return OpenAIConfig(
-        embed_dim=embed, image_size=size, vision_width=width, vision_layers=layers, patch_size=patch, text=shape
+        embed_dim=embed,
+        image_size=size,
+        vision_width=width,
+        vision_layers=layers,
+        patch_size=patch,
+        text=shape,
     )
 
 
@@ -59,10 +69,13 @@ OPENAI_MODELS = {
 
 
 def openai_model(name: str) -> OpenAIConfig:
-    """Geometry by name, OpenAI's spelling (`ViT-B/32`, `ViT-L/14@336px`) or open_clip's (`ViT-B-32`)."""
+    """Geometry by name, OpenAI's spelling (`ViT-B/32`, `ViT-L/14@336px`) or open_clip's
+    (`ViT-B-32`)."""
     known = name.replace("/", "-").replace("@336px", "-336")
     if known not in OPENAI_MODELS:
-        raise UserError(f"model {name!r} is unknown{nearest(known, OPENAI_MODELS)} Known: {', '.join(OPENAI_MODELS)}")
+        raise UserError(
+            f"model {name!r} is unknown{nearest(known, OPENAI_MODELS)} Known: {', '.join(OPENAI_MODELS)}"
+        )
     return OPENAI_MODELS[known]
 
 
@@ -75,22 +88,29 @@ class OpenAIViT(nn.Module):
         self.image_size = config.image_size
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn((config.image_size // patch) ** 2 + 1, width))
+        self.positional_embedding = nn.Parameter(
+            scale * torch.randn((config.image_size // patch) ** 2 + 1, width)
+        )
         self.proj = nn.Parameter(scale * torch.randn(width, config.embed_dim))
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers, config.vision_heads, config.vision_activation)
+        self.transformer = Transformer(
+            width, config.vision_layers, config.vision_heads, config.vision_activation
+        )
         self.ln_post = nn.LayerNorm(width)
 
     def tokens(self, image: Tensor) -> Tensor:
-        """Class token and patches behind the last block, before `ln_post`: [B,3,S,S] -> [B,1+N,W]."""
+        """Class token and patches behind the last block, before `ln_post`: [B,3,S,S] ->
+        [B,1+N,W]."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(
                 f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the model was built for "
                 f"{self.image_size} x {self.image_size}: resize them, or the position embeddings (resize_positions)"
             )
         patches = self.conv1(image).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1), patches], 1)
+        tokens = torch.cat(
+            [self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1), patches], 1
+        )
         return self.transformer(self.ln_pre(tokens + self.positional_embedding))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -98,7 +118,8 @@ class OpenAIViT(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Residual bottleneck whose stride is an average pool, after the 3x3 convolution and before the shortcut."""
+    """Residual bottleneck whose stride is an average pool, after the 3x3 convolution and before the
+    shortcut."""
 
     def __init__(self, width_in: int, width: int, stride: int):
         super().__init__()
@@ -111,7 +132,9 @@ class Bottleneck(nn.Module):
         self.stride, self.downsample = stride, None
         if stride > 1 or width_in != 4 * width:
             shortcut = nn.Conv2d(width_in, 4 * width, 1, bias=False)
-            self.downsample = nn.Sequential(OrderedDict([("0", shortcut), ("1", nn.BatchNorm2d(4 * width))]))
+            self.downsample = nn.Sequential(
+                OrderedDict([("0", shortcut), ("1", nn.BatchNorm2d(4 * width))])
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -137,21 +160,28 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = x.flatten(2).transpose(1, 2)
-        tokens = torch.cat([positions.mean(1, keepdim=True), positions], 1) + self.positional_embedding
+        tokens = (
+            torch.cat([positions.mean(1, keepdim=True), positions], 1) + self.positional_embedding
+        )
         query, key, value = self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens)
-        pooled = F.scaled_dot_product_attention(*(split_heads(part, self.heads) for part in (query, key, value)))
+        pooled = F.scaled_dot_product_attention(
+            *(split_heads(part, self.heads) for part in (query, key, value))
+        )
         return self.c_proj(merge_heads(pooled)).squeeze(1)
 
 
 class ModifiedResNet(nn.Module):
-    """ResNet-D-like: three-convolution stem, anti-aliased strides, attention pool; [B,3,S,S] -> [B,E]."""
+    """ResNet-D-like: three-convolution stem, anti-aliased strides, attention pool; [B,3,S,S] ->
+    [B,E]."""
 
     def __init__(self, config: OpenAIConfig):
         super().__init__()
         width = config.vision_width
         stem = ((3, width // 2, 2), (width // 2, width // 2, 1), (width // 2, width, 1))
         for i, (before, after, stride) in enumerate(stem, 1):
-            self.add_module(f"conv{i}", nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False))
+            self.add_module(
+                f"conv{i}", nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+            )
             self.add_module(f"bn{i}", nn.BatchNorm2d(after))
         before = width
         for stage, count in enumerate(config.vision_layers):
@@ -162,7 +192,9 @@ class ModifiedResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
             for block in blocks:
                 nn.init.zeros_(block.bn3.weight)
-        self.attnpool = AttentionPool(config.image_size // 32, before, width * 32 // 64, config.embed_dim)
+        self.attnpool = AttentionPool(
+            config.image_size // 32, before, width * 32 // 64, config.embed_dim
+        )
 
     def stem(self, image: Tensor) -> Tensor:
         """[B,3,S,S] -> [B,W,S/4,S/4]"""

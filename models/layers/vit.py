@@ -1,8 +1,10 @@
-"""Vision transformer of SIMLA and ALBEF: pre-norm ViT with [CLS] token, patch masking, attention maps on demand.
+"""Vision transformer of SIMLA and ALBEF: pre-norm ViT with [CLS] token, patch masking, attention
+maps on demand.
 
-Parameter names are those of timm's ViT (`blocks.{i}.attn.qkv` ...), so DeiT weights and the original checkpoints load
-as they are, given `resize_pos_embed` for another resolution. With a `stem` it is the hybrid of convolutions and
-transformer of Dosovitskiy et al. 2021 (section 3.1), which learns from far less data than patches of pixels do.
+Parameter names are those of timm's ViT (`blocks.{i}.attn.qkv` ...), so DeiT weights and the
+original checkpoints load as they are, given `resize_pos_embed` for another resolution. With a
+`stem` it is the hybrid of convolutions and transformer of Dosovitskiy et al. 2021 (section 3.1),
+which learns from far less data than patches of pixels do.
 """
 
 import re
@@ -30,10 +32,16 @@ class ViTConfig:
     layer_norm_eps: float = 1e-6
     mask_token: bool = False  # learned stand-in for masked patches (masked image modelling)
     gelu: str = "none"  # approximation of GELU in the MLPs: none (erf) or tanh
-    dropout: float = 0.0  # probability behind the positions, each attention and both layers of each MLP
+    dropout: float = (
+        0.0  # probability behind the positions, each attention and both layers of each MLP
+    )
     attention_dropout: float = 0.0  # probability per attention weight
-    stem: tuple[int, ...] = ()  # channels of convolutional stages before the patches, each halving the picture's sides
-    stem_statistics: bool = False  # batch norms of the stem learn their statistics in training, or keep those loaded
+    stem: tuple[
+        int, ...
+    ] = ()  # channels of convolutional stages before the patches, each halving the image's sides
+    stem_statistics: bool = (
+        False  # batch norms of the stem learn their statistics in training, or keep those loaded
+    )
 
     @property
     def grid(self) -> int:
@@ -42,7 +50,8 @@ class ViTConfig:
 
 
 class Stage(nn.Module):
-    """[B,C,H,W] -> [B,C',H/2,W/2]: a residual block of two convolutions, its shortcut averaged (ResNet-D)."""
+    """[B,C,H,W] -> [B,C',H/2,W/2]: a residual block of two convolutions, its shortcut averaged
+    (ResNet-D)."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
@@ -50,14 +59,17 @@ class Stage(nn.Module):
         self.bn1 = nn.BatchNorm2d(n_out)
         self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(n_out)
-        self.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out))
+        self.downsample = nn.Sequential(
+            nn.AvgPool2d(2), nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.downsample(x))
 
 
 class Backbone(nn.Module):
-    """[B,3,S,S] -> [B,stem[-1],S/2^n,S/2^n] by the n stages of a stem, the first a single convolution."""
+    """[B,3,S,S] -> [B,stem[-1],S/2^n,S/2^n] by the n stages of a stem, the first a single
+    convolution."""
 
     def __init__(self, stem: tuple[int, ...], statistics: bool):
         super().__init__()
@@ -70,7 +82,8 @@ class Backbone(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Statistics that are not learnt are used in training as in evaluation, the same on any number of processes."""
+        """Statistics that are not learnt are used in training as in evaluation, the same on any
+        number of processes."""
         return super().train(mode and self.statistics)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -79,20 +92,24 @@ class Backbone(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[B,3,S,S] pixels -> [B,N,D]: the stem, if any, and one strided convolution; patches in row-major order."""
+    """[B,3,S,S] pixels -> [B,N,D]: the stem, if any, and one strided convolution; patches in
+    row-major order."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.image_size = config.image_size
         self.backbone = Backbone(config.stem, config.stem_statistics) if config.stem else None
-        channels, side = config.stem[-1] if config.stem else 3, config.patch_size >> len(config.stem)
+        channels, side = (
+            config.stem[-1] if config.stem else 3,
+            config.patch_size >> len(config.stem),
+        )
         self.proj = nn.Conv2d(channels, config.width, kernel_size=side, stride=side)
 
     def forward(self, image: Tensor) -> Tensor:
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(
                 f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the vision transformer was built for "
-                f"{self.image_size} x {self.image_size}: set image_res (vit.image_size) to the size of the pictures"
+                f"{self.image_size} x {self.image_size}: set image_res (vit.image_size) to the size of the images"
             )
         maps = image if self.backbone is None else self.backbone(image)
         return self.proj(maps).flatten(2).transpose(1, 2)
@@ -113,7 +130,9 @@ class Attention(nn.Module):
         if with_map:
             probabilities = attention_map(query, key)
             return self.proj(merge_heads(probabilities.to(value.dtype) @ value)), probabilities
-        return self.proj(merge_heads(attend(query, key, value, dropout=self.dropout * self.training))), None
+        return self.proj(
+            merge_heads(attend(query, key, value, dropout=self.dropout * self.training))
+        ), None
 
     def first(self, x: Tensor) -> Tensor:
         """[B,T,D] -> [B,1,D]: what the first token takes from all of them."""
@@ -121,11 +140,14 @@ class Attention(nn.Module):
         query = F.linear(x[:, :1], self.qkv.weight[:width], self.qkv.bias[:width])
         key, value = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
         query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
-        return self.proj(merge_heads(attend(query, key, value, dropout=self.dropout * self.training)))
+        return self.proj(
+            merge_heads(attend(query, key, value, dropout=self.dropout * self.training))
+        )
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between: the exact (erf) one, or with `gelu="tanh"` its approximation."""
+    """Two linear layers with GELU between: the exact (erf) one, or with `gelu="tanh"` its
+    approximation."""
 
     def __init__(self, width: int, hidden: int, gelu: str = "none", dropout: float = 0.0):
         super().__init__()
@@ -146,12 +168,16 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.attn = Attention(config.width, config.heads, config.attention_dropout)
         self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio), config.gelu, config.dropout)
+        self.mlp = Mlp(
+            config.width, int(config.width * config.mlp_ratio), config.gelu, config.dropout
+        )
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, with_map: bool = False, first: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """[B,T,D] -> [B,T,D], and probabilities [B,H,T,T] if asked. first: the first token alone, [B,1,D]; where only
-        that one is read, the last block need not compute the others.
+    def forward(
+        self, x: Tensor, with_map: bool = False, first: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B,T,D] -> [B,T,D], and probabilities [B,H,T,T] if asked. first: the first token alone,
+        [B,1,D]; where only that one is read, the last block need not compute the others.
         """
         if first:
             update, probabilities, x = self.attn.first(self.norm1(x)), None, x[:, :1]
@@ -179,7 +205,8 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal (0.02) for linear layers, [CLS] and positions; torch's default for the patch convolution."""
+        """Truncated normal (0.02) for linear layers, [CLS] and positions; torch's default for the
+        patch convolution."""
         for tensor in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(tensor, std=0.02)
         for module in self.modules():
@@ -188,21 +215,26 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def embed(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """[B,3,S,S] -> [B,N+1,D]; masked patches are replaced before [CLS] and positions are added."""
+        """[B,3,S,S] -> [B,N+1,D]; masked patches are replaced before [CLS] and positions are
+        added."""
         patches = self.patch_embed(image)
         if patch_mask is not None:
-            patches = torch.where(patch_mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1)
+            patches = torch.where(
+                patch_mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches
+            )
+        tokens = torch.cat(
+            [self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1
+        )
         return F.dropout(tokens + self.pos_embed, self.config.dropout, self.training)
 
     def forward(
         self, image: Tensor, patch_mask: Tensor | None = None, map_block: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Tokens [B,N+1,D] of float pictures [B,3,S,S].
+        """Tokens [B,N+1,D] of float images [B,3,S,S].
 
         patch_mask: bool [B,N], True = replaced by the mask token.
-        map_block: also return the self-attention probabilities [B,H,N+1,N+1] of that block, kept in the graph so that
-        `torch.autograd.grad` reaches them (Grad-CAM).
+        map_block: also return the self-attention probabilities [B,H,N+1,N+1] of that block, kept in
+        the graph so that `torch.autograd.grad` reaches them (Grad-CAM).
         """
         x, probabilities = self.embed(image, patch_mask), None
         for i, block in enumerate(self.blocks):
@@ -217,37 +249,48 @@ class ViT(nn.Module):
 def check_geometry(config: ViTConfig) -> None:
     """Raise UserError where the sizes do not divide."""
     if config.image_size % config.patch_size:
-        raise UserError(f"vit.image_size {config.image_size} is no multiple of vit.patch_size {config.patch_size}")
+        raise UserError(
+            f"vit.image_size {config.image_size} is no multiple of vit.patch_size {config.patch_size}"
+        )
     if config.width % config.heads:
         raise UserError(f"vit.width {config.width} is no multiple of vit.heads {config.heads}")
     if config.patch_size % 2 ** len(config.stem):
         raise UserError(
-            f"a stem of {len(config.stem)} stages halves the picture {len(config.stem)} times, and patch_size "
+            f"a stem of {len(config.stem)} stages halves the image {len(config.stem)} times, and patch_size "
             f"{config.patch_size} is no multiple of {2 ** len(config.stem)}: give fewer stages or a larger patch"
         )
 
 
 def patches_of(weights: Mapping[str, Tensor]) -> tuple[int, tuple[int, ...]]:
-    """Patch size in pixels and stem of a ViT, off its weights (a state dict of this module's names)."""
+    """Patch size in pixels and stem of a ViT, off its weights (a state dict of this module's
+    names)."""
     prefix, stem = "patch_embed.backbone.", ()
     if f"{prefix}conv1.weight" in weights:
-        stages = [key for key in weights if re.fullmatch(rf"{re.escape(prefix)}stages\.\d+\.conv2\.weight", key)]
+        stages = [
+            key
+            for key in weights
+            if re.fullmatch(rf"{re.escape(prefix)}stages\.\d+\.conv2\.weight", key)
+        ]
         stem = tuple(len(weights[key]) for key in [f"{prefix}conv1.weight", *stages])
     return weights["patch_embed.proj.weight"].shape[-1] << len(stem), stem
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings [1,1+g*g,D] for a grid of `grid` x `grid` patches: [1,1+grid*grid,D], same dtype.
+    """Position embeddings [1,1+g*g,D] for a grid of `grid` x `grid` patches: [1,1+grid*grid,D],
+    same dtype.
 
-    The [CLS] row stays, the others are resized bicubically (align_corners=False, no antialiasing); equal grids: no-op.
+    The [CLS] row stays, the others are resized bicubically (align_corners=False, no antialiasing);
+    equal grids: no-op.
     """
     n = pos_embed.shape[1] - 1
     old = round(n**0.5)
     if old * old != n:
-        raise UserError(f"position embeddings of {n} patches are no square grid and cannot be resized")
+        raise UserError(
+            f"position embeddings of {n} patches are no square grid and cannot be resized"
+        )
     if old == grid:
         return pos_embed
     cls_row, rest = pos_embed[:, :1], pos_embed[:, 1:].float()
-    picture = rest.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([cls_row, picture.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+    image = rest.unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([cls_row, image.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)

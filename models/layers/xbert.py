@@ -1,13 +1,18 @@
-"""BERT with cross-attention to an image: SIMLA's single stream and ALBEF's two stages from one implementation.
+"""BERT with cross-attention to an image: SIMLA's single stream and ALBEF's two stages from one
+implementation.
 
-Post-norm blocks in the order self-attention, cross-attention, feed-forward. Layers from `fusion_layer` on own a
-cross-attention; a layer uses it when it is given image tokens. The two systems differ in geometry only:
+Post-norm blocks in the order self-attention, cross-attention, feed-forward. Layers from
+`fusion_layer` on own a cross-attention; a layer uses it when it is given image tokens. The two
+systems differ in geometry only:
 
-* two-stage (ALBEF, BERT proper): layers below `fusion_layer` encode the text, the others fuse it with the image.
-* single-stream (SIMLA): `fusion_layer` is 0, text mode runs all layers without their cross-attention, and there is no
+* two-stage (ALBEF, BERT proper): layers below `fusion_layer` encode the text, the others fuse it
+with the image.
+* single-stream (SIMLA): `fusion_layer` is 0, text mode runs all layers without their
+cross-attention, and there is no
   token-type embedding.
 
-So `text_stage` -> `fuse` is the fusion encoder of both, and only the text-only encoder (`encode_text`) differs.
+So `text_stage` -> `fuse` is the fusion encoder of both, and only the text-only encoder
+(`encode_text`) differs.
 Parameter names follow transformers' BERT with `crossattention` beside `attention`.
 """
 
@@ -18,7 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
-from models.layers.attention import attend, attend_shared, attention_map, key_set_of_rows, merge_heads, split_heads
+from models.layers.attention import (
+    attend,
+    attend_shared,
+    attention_map,
+    key_set_of_rows,
+    merge_heads,
+    split_heads,
+)
 
 
 @dataclass
@@ -43,7 +55,8 @@ class BertConfig:
 
     @classmethod
     def from_json(cls, bert_json: dict) -> "BertConfig":
-        """From an original BERT JSON: `add_cross_attention: true` = single-stream, `fusion_layer: k` = two-stage."""
+        """From an original BERT JSON: `add_cross_attention: true` = single-stream, `fusion_layer:
+        k` = two-stage."""
         known = {f.name for f in fields(cls)}
         config = cls(**{name: value for name, value in bert_json.items() if name in known})
         if "single_stream" not in bert_json:
@@ -53,15 +66,19 @@ class BertConfig:
                 )
             config.single_stream = "fusion_layer" not in bert_json
         if bert_json.get("hidden_act", "gelu") != "gelu":
-            raise UserError(f"hidden_act {bert_json['hidden_act']!r} in the BERT JSON: only gelu is implemented")
+            raise UserError(
+                f"hidden_act {bert_json['hidden_act']!r} in the BERT JSON: only gelu is implemented"
+            )
         return config
 
 
 @dataclass
 class DecoderCache:
-    """Keys and values of a causal decoding under way; pass the same object with each further piece of text."""
+    """Keys and values of a causal decoding under way; pass the same object with each further piece
+    of text."""
 
-    # layer -> keys and values: own [R,H,T,d] of the past tokens, cross [B,H,N,d] of what cross-attention reads
+    # layer -> keys and values: own [R,H,T,d] of the past tokens, cross [B,H,N,d] of what
+    # cross-attention reads
     own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     cross: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     mask: Tensor | None = None  # [R,T] bool, which past tokens are real
@@ -72,8 +89,11 @@ class DecoderCache:
         return 0 if self.mask is None else self.mask.shape[1]
 
     def select(self, rows: Tensor) -> "DecoderCache":
-        """The cache of these rows (int64, repeats allowed); cross keys stay shared, the next call names its `rows`."""
-        own = {i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in self.own.items()}
+        """The cache of these rows (int64, repeats allowed); cross keys stay shared, the next call
+        names its `rows`."""
+        own = {
+            i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in self.own.items()
+        }
         return DecoderCache(own, dict(self.cross), self.mask.index_select(0, rows))
 
 
@@ -82,20 +102,28 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if not config.single_stream:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.register_buffer("position_ids", torch.arange(config.max_position_embeddings).unsqueeze(0))
+        self.register_buffer(
+            "position_ids", torch.arange(config.max_position_embeddings).unsqueeze(0)
+        )
 
-    def forward(self, ids: Tensor | None = None, embeds: Tensor | None = None, start: int = 0) -> Tensor:
+    def forward(
+        self, ids: Tensor | None = None, embeds: Tensor | None = None, start: int = 0
+    ) -> Tensor:
         """ids [R,L] or embeds [R,L,D] -> [R,L,D]; `start` is the position of the first token."""
         words = self.word_embeddings(ids) if embeds is None else embeds
         end, limit = start + words.shape[1], self.position_embeddings.num_embeddings
         if end > limit:
-            raise UserError(f"{end} tokens, but bert.max_position_embeddings is {limit}: shorten the text or the image")
+            raise UserError(
+                f"{end} tokens, but bert.max_position_embeddings is {limit}: shorten the text or the image"
+            )
         states = words + self.position_embeddings.weight[start:end]
         if hasattr(self, "token_type_embeddings"):
             states = states + self.token_type_embeddings.weight[0]
@@ -116,14 +144,19 @@ class AttentionOutput(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with residual and LayerNorm; `kv_width` is the width of what it attends to."""
+    """Multi-head attention with residual and LayerNorm; `kv_width` is the width of what it attends
+    to."""
 
     def __init__(self, config: BertConfig, kv_width: int):
         super().__init__()
         width = config.hidden_size
         self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
         self.self = nn.ModuleDict(
-            {"query": nn.Linear(width, width), "key": nn.Linear(kv_width, width), "value": nn.Linear(kv_width, width)}
+            {
+                "query": nn.Linear(width, width),
+                "key": nn.Linear(kv_width, width),
+                "value": nn.Linear(kv_width, width),
+            }
         )
         self.output = AttentionOutput(width, config)
 
@@ -133,7 +166,9 @@ class Attention(nn.Module):
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """[B,N,kv_width] -> keys and values [B,H,N,d]."""
-        return split_heads(self.self["key"](states), self.heads), split_heads(self.self["value"](states), self.heads)
+        return split_heads(self.self["key"](states), self.heads), split_heads(
+            self.self["value"](states), self.heads
+        )
 
     def forward(
         self,
@@ -144,7 +179,8 @@ class Attention(nn.Module):
         shared: bool = False,
         with_map: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """[R,L,D] -> ([R,L,D], probabilities before dropout or None); shared key sets as in `attend_shared`."""
+        """[R,L,D] -> ([R,L,D], probabilities before dropout or None); shared key sets as in
+        `attend_shared`."""
         query, (key, value) = self.query(hidden), keys_values
         dropout = self.dropout if self.training else 0.0
         if with_map:
@@ -172,7 +208,9 @@ class Layer(nn.Module):
         self.attention = Attention(config, config.hidden_size)
         if index >= config.fusion_layer:
             self.crossattention = Attention(config, config.encoder_width)
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.intermediate = nn.ModuleDict(
+            {"dense": nn.Linear(config.hidden_size, config.intermediate_size)}
+        )
         self.output = AttentionOutput(config.intermediate_size, config)
 
     def forward(
@@ -189,8 +227,8 @@ class Layer(nn.Module):
         """[R,L,D] -> [R,L,D]; see `XBert.run`. The masks are [R,1,L or 1,L] and [B,1,1,N].
 
         keep: int64 [R,K], compute only these positions' outputs -> [R,K,D].
-        map_of: "self" or "cross" also returns those probabilities; "cls" returns nothing but the self-attention
-        probabilities [R,H,L] of the first token.
+        map_of: "self" or "cross" also returns those probabilities; "cls" returns nothing but the
+        self-attention probabilities [R,H,L] of the first token.
         """
         if map_of == "cls":
             key = split_heads(self.attention.self["key"](hidden), self.attention.heads)
@@ -199,7 +237,9 @@ class Layer(nn.Module):
         if cache is not None:
             if self.index in cache.own:
                 past = cache.own[self.index]
-                keys_values = tuple(torch.cat([p, new], dim=2) for p, new in zip(past, keys_values, strict=True))
+                keys_values = tuple(
+                    torch.cat([p, new], dim=2) for p, new in zip(past, keys_values, strict=True)
+                )
             cache.own[self.index] = keys_values
         if keep is not None:
             hidden = hidden.gather(1, keep.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
@@ -214,7 +254,8 @@ class Layer(nn.Module):
         return hidden if map_of is None else (hidden, self_map if map_of == "self" else cross_map)
 
     def cross_keys_values(self, image: Tensor, cache: DecoderCache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the image tokens, projected once per decoding where there is a cache."""
+        """Keys and values of the image tokens, projected once per decoding where there is a
+        cache."""
         if cache is None:
             return self.crossattention.keys_values(image)
         if self.index not in cache.cross:
@@ -262,14 +303,19 @@ class XBert(nn.Module):
         """Layers first..last-1 over states [R,L,D]; returns [R,L,D].
 
         mask: bool [R,L], True = real token; None = all. Every row needs a real token.
-        image: tokens [B,N,W] for cross-attention, None = skip it; a list of images (NLVR) is attended to in turn,
-            layer i taking element (i - fusion_layer) mod len. image_mask: bool [B,N] (or a list alike), None = all.
-        rows: which image the text rows attend to. The last len(rows) text rows attend to the images `rows` (int64)
-            names; those before come in whole groups of B, row r attending to image r mod B. Keys and values are
-            projected once per image, however many rows share it.
+        image: tokens [B,N,W] for cross-attention, None = skip it; a list of images (NLVR) is
+        attended to in turn,
+            layer i taking element (i - fusion_layer) mod len. image_mask: bool [B,N] (or a list
+            alike), None = all.
+        rows: which image the text rows attend to. The last len(rows) text rows attend to the images
+        `rows` (int64)
+            names; those before come in whole groups of B, row r attending to image r mod B. Keys
+            and values are projected once per image, however many rows share it.
         keep: int64 [R,K]; the last of these layers computes these positions alone -> [R,K,D].
-        causal: a token sees itself and the tokens before it; with `cache` also the tokens of the earlier calls.
-        map_of: ("self" | "cross", layer): also return that layer's probabilities [R,H,L,L] or [R,H,L,N], in the graph.
+        causal: a token sees itself and the tokens before it; with `cache` also the tokens of the
+        earlier calls.
+        map_of: ("self" | "cross", layer): also return that layer's probabilities [R,H,L,L] or
+        [R,H,L,N], in the graph.
         """
         last = self.depth if last is None else last
         self_mask = attention_mask(hidden, mask, causal, cache)
@@ -294,25 +340,36 @@ class XBert(nn.Module):
         return hidden if map_of is None else (hidden, probabilities)
 
     def text_stage(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """What fusion starts from, [R,L,D]: the embeddings, then the layers below `fusion_layer` (none for SIMLA)."""
+        """What fusion starts from, [R,L,D]: the embeddings, then the layers below `fusion_layer`
+        (none for SIMLA)."""
         return self.run(self.embeddings(ids), mask, last=self.config.fusion_layer)
 
     def encode_text(self, ids: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
         """The text-only encoding [R,L,D] of token ids [R,L]."""
         return self.text_from_stage(self.text_stage(ids, mask), mask, keep)
 
-    def text_from_stage(self, stage: Tensor, mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
-        """The text-only encoding given `text_stage`'s states: those themselves (two-stage), or all layers over them."""
+    def text_from_stage(
+        self, stage: Tensor, mask: Tensor | None, keep: Tensor | None = None
+    ) -> Tensor:
+        """The text-only encoding given `text_stage`'s states: those themselves (two-stage), or all
+        layers over them."""
         if self.config.single_stream:
             return self.run(stage, mask, keep=keep)
-        return stage if keep is None else stage.gather(1, keep.unsqueeze(-1).expand(-1, -1, stage.shape[-1]))
+        return (
+            stage
+            if keep is None
+            else stage.gather(1, keep.unsqueeze(-1).expand(-1, -1, stage.shape[-1]))
+        )
 
-    def fuse(self, stage: Tensor, mask: Tensor | None, image: Tensor | list[Tensor], **options) -> Tensor:
+    def fuse(
+        self, stage: Tensor, mask: Tensor | None, image: Tensor | list[Tensor], **options
+    ) -> Tensor:
         """The fusion layers over `text_stage`'s states and image tokens; options as in `run`."""
         return self.run(stage, mask, image, first=self.config.fusion_layer, **options)
 
     def cls_attention(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Self-attention probabilities [R,H,L] of the first token in the last layer, whose input is `hidden`."""
+        """Self-attention probabilities [R,H,L] of the first token in the last layer, whose input is
+        `hidden`."""
         return self.layers[-1](hidden, attention_mask(hidden, mask), map_of="cls")
 
     def forward(
@@ -325,7 +382,8 @@ class XBert(nn.Module):
         cache: DecoderCache | None = None,
         **options,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """All layers from token ids [R,L] (or input embeddings [R,L,D]); further options as in `run`."""
+        """All layers from token ids [R,L] (or input embeddings [R,L,D]); further options as in
+        `run`."""
         start = 0 if cache is None else cache.length
         return self.run(self.embeddings(ids, embeds, start), mask, image, cache=cache, **options)
 
@@ -352,7 +410,8 @@ class PredictionHead(nn.Module):
 
 
 class XBertLM(nn.Module):
-    """XBert with the language-model head: masked (pre-training) and causal (answer decoder) models alike."""
+    """XBert with the language-model head: masked (pre-training) and causal (answer decoder) models
+    alike."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -365,7 +424,9 @@ class XBertLM(nn.Module):
         """Vocabulary logits [...,V] of states [...,D]."""
         return self.cls["predictions"](hidden)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, image: Tensor | None = None, **options) -> Tensor:
+    def forward(
+        self, ids: Tensor, mask: Tensor | None = None, image: Tensor | None = None, **options
+    ) -> Tensor:
         """Logits [R,L,V]; options as in `XBert.forward`."""
         return self.logits(self.bert(ids, mask, image, **options))
 
@@ -373,10 +434,15 @@ class XBertLM(nn.Module):
 def attention_mask(
     hidden: Tensor, mask: Tensor | None, causal: bool = False, cache: DecoderCache | None = None
 ) -> Tensor | None:
-    """Boolean mask [R,1,1,T+L], causal [R,1,L,T+L], of L new tokens after T cached ones; extends the cache's mask."""
+    """Boolean mask [R,1,1,T+L], causal [R,1,L,T+L], of L new tokens after T cached ones; extends
+    the cache's mask."""
     n_rows, length = hidden.shape[:2]
     if cache is not None:
-        new = torch.ones(n_rows, length, dtype=torch.bool, device=hidden.device) if mask is None else mask
+        new = (
+            torch.ones(n_rows, length, dtype=torch.bool, device=hidden.device)
+            if mask is None
+            else mask
+        )
         cache.mask = mask = new if cache.mask is None else torch.cat([cache.mask, new], dim=1)
     if not causal:
         return None if mask is None else mask[:, None, None, :]
@@ -402,6 +468,10 @@ def check_geometry(config: BertConfig) -> None:
             f"{config.num_attention_heads}"
         )
     if not 0 <= config.fusion_layer <= config.num_hidden_layers:
-        raise UserError(f"bert.fusion_layer {config.fusion_layer} lies outside 0..{config.num_hidden_layers}")
+        raise UserError(
+            f"bert.fusion_layer {config.fusion_layer} lies outside 0..{config.num_hidden_layers}"
+        )
     if config.single_stream and config.fusion_layer:
-        raise UserError("a single-stream BERT has cross-attention in every layer: set bert.fusion_layer to 0")
+        raise UserError(
+            "a single-stream BERT has cross-attention in every layer: set bert.fusion_layer to 0"
+        )

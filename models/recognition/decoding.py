@@ -1,8 +1,9 @@
-"""Label decoding: one-shot sampling, greedy, top-k, top-p and beam search over one shared image prefix.
+"""Label decoding: one-shot sampling, greedy, top-k, top-p and beam search over one shared image
+prefix.
 
-All continuations of a picture are branches of one tree: image and prompt are encoded once, every new token adds one
-key, and a boolean mask says which branch sees which keys. So nothing is copied for a hundred labels of a picture, and a
-beam that changes its parent changes a row of the mask.
+All continuations of an image are branches of one tree: image and prompt are encoded once, every new
+token adds one key, and a boolean mask says which branch sees which keys. So nothing is copied for a
+hundred labels of an image, and a beam that changes its parent changes a row of the mask.
 
 model: anything with `prefill(images, prompt)` and `step(tokens, place, mask, cache)` of
 models.recognition.nxtp.Nxtp; also the
@@ -22,17 +23,20 @@ LIMIT = 19  # tokens of a label at most, delimiter included, as in the original
 
 
 class Branches:
-    """M continuations of each of B pictures, and what each sees."""
+    """M continuations of each of B images, and what each sees."""
 
     def __init__(self, model, images: Tensor, prompt: Tensor, count: int):
         """images [B,N,D]; prompt int64 [P]; `logits` [B,V] are those behind the prompt."""
         self.model = model
         self.logits, self.cache = model.prefill(images, prompt)
         self.shared = self.place = images.shape[1] + len(prompt)
-        self.seen = torch.ones(len(images), count, self.shared, dtype=torch.bool, device=images.device)
+        self.seen = torch.ones(
+            len(images), count, self.shared, dtype=torch.bool, device=images.device
+        )
 
     def grow(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Append tokens int64 [B,m] to the branches `rows` int64 [B,m]; logits [B,m,V] of what follows."""
+        """Append tokens int64 [B,m] to the branches `rows` int64 [B,m]; logits [B,m,V] of what
+        follows."""
         own = rows[:, None] == torch.arange(self.seen.shape[1], device=rows.device)[:, None]
         self.seen = torch.cat([self.seen, own], 2)
         mask = self.seen.gather(1, rows[..., None].expand(-1, -1, self.seen.shape[2]))
@@ -52,7 +56,8 @@ class Branches:
 
 @dataclass
 class Drafts:
-    """Rows of tokens int64 [B,M,T] with their probabilities float32; row (b, m) is `lengths[b,m]` tokens long.
+    """Rows of tokens int64 [B,M,T] with their probabilities float32; row (b, m) is `lengths[b,m]`
+    tokens long.
 
     `closed` bool [B,M]: whether a label was ended by its delimiter.
     """
@@ -63,27 +68,40 @@ class Drafts:
     closed: Tensor
 
     def padded(self, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields, with T filled up to `length`, so that those of different batches can be joined."""
+        """The fields, with T filled up to `length`, so that those of different batches can be
+        joined."""
         room = (0, length - self.tokens.shape[2])
         pad = torch.nn.functional.pad
         return pad(self.tokens, room), pad(self.probabilities, room), self.lengths, self.closed
 
-    def rows(self, picture: int) -> list[tuple[list[int], list[float]]]:
-        """The rows of one picture, each as long as it is."""
-        parts = (self.tokens[picture].tolist(), self.probabilities[picture].tolist(), self.lengths[picture].tolist())
-        return [(tokens[:length], shares[:length]) for tokens, shares, length in zip(*parts, strict=True)]
+    def rows(self, image: int) -> list[tuple[list[int], list[float]]]:
+        """The rows of one image, each as long as it is."""
+        parts = (
+            self.tokens[image].tolist(),
+            self.probabilities[image].tolist(),
+            self.lengths[image].tolist(),
+        )
+        return [
+            (tokens[:length], shares[:length])
+            for tokens, shares, length in zip(*parts, strict=True)
+        ]
 
 
 @torch.no_grad()
-def one_shot(model, images: Tensor, prompt: Tensor, delimiter: int, count: int, limit: int = LIMIT) -> Drafts:
-    """The `count` likeliest first tokens of a picture, each continued greedily to its delimiter (Yue et al., 2024).
+def one_shot(
+    model, images: Tensor, prompt: Tensor, delimiter: int, count: int, limit: int = LIMIT
+) -> Drafts:
+    """The `count` likeliest first tokens of an image, each continued greedily to its delimiter (Yue
+    et al., 2024).
 
-    Finished branches are not computed any further. A branch that reaches `limit` tokens without a delimiter stays open
-    and is scored by the tokens it has.
+    Finished branches are not computed any further. A branch that reaches `limit` tokens without a
+    delimiter stays open and is scored by the tokens it has.
     """
     tree = Branches(model, images, prompt, count)
     if count > tree.logits.shape[-1]:
-        raise UserError(f"{count} labels asked for, but the vocabulary has {tree.logits.shape[-1]} first tokens")
+        raise UserError(
+            f"{count} labels asked for, but the vocabulary has {tree.logits.shape[-1]} first tokens"
+        )
     share, last = tree.logits.float().softmax(-1).topk(count)
     tokens, shares, lengths = [last], [share], torch.ones_like(last)
     running = last != delimiter
@@ -102,7 +120,8 @@ def one_shot(model, images: Tensor, prompt: Tensor, delimiter: int, count: int, 
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability and number of the likeliest token, without a softmax over the vocabulary being written."""
+    """Probability and number of the likeliest token, without a softmax over the vocabulary being
+    written."""
     top, found = logits.float().max(-1)
     return (top - logits.float().logsumexp(-1)).exp(), found
 
@@ -116,7 +135,8 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Probabilities [...,V] among the likeliest tokens that together make up p, the one that passes it included."""
+    """Probabilities [...,V] among the likeliest tokens that together make up p, the one that passes
+    it included."""
     ordered, places = logits.softmax(-1).sort(descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > p, 0)
     return torch.zeros_like(ordered).scatter(-1, places, ordered / ordered.sum(-1, keepdim=True))
@@ -124,7 +144,8 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is chosen: method greedy, top_k or top_p; temperature of top_p alone, as in the original."""
+    """How the next token is chosen: method greedy, top_k or top_p; temperature of top_p alone, as
+    in the original."""
 
     method: str = "greedy"
     k: int = 5
@@ -134,13 +155,21 @@ class Choice:
 
     def __post_init__(self):
         if self.method not in ("greedy", "top_k", "top_p"):
-            raise UserError(f"decoding method {self.method!r} is unknown; use greedy, top_k or top_p")
+            raise UserError(
+                f"decoding method {self.method!r} is unknown; use greedy, top_k or top_p"
+            )
 
-    def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, logits: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [B,M,V] -> probability and token [B,M]."""
         if self.method == "greedy":
             return _likeliest(logits)
-        share = top_k(logits, self.k) if self.method == "top_k" else top_p(logits / self.temperature, self.p)
+        share = (
+            top_k(logits, self.k)
+            if self.method == "top_k"
+            else top_p(logits / self.temperature, self.p)
+        )
         found = torch.multinomial(share.flatten(0, 1), 1, generator=generator).view(share.shape[:2])
         return share.gather(-1, found[..., None])[..., 0], found
 
@@ -158,14 +187,14 @@ def write_labels(
     lagging: bool = False,
     generator: torch.Generator | None = None,
 ) -> Drafts:
-    """`count` streams of `length` tokens for each picture, one label after the other.
+    """`count` streams of `length` tokens for each image, one label after the other.
 
-    decouple: a label sees neither those before nor their delimiters, as in training. lagging: instead the original's
-    mask, one label late; it changes what was already computed, so that each token costs a pass over the whole text
-    (count 1 only). EOS is a token like others.
+    decouple: a label sees neither those before nor their delimiters, as in training. lagging:
+    instead the original's mask, one label late; it changes what was already computed, so that each
+    token costs a pass over the whole text (count 1 only). EOS is a token like others.
     """
     if lagging and count > 1:
-        raise UserError("the original's lagging mask is for one stream a picture")
+        raise UserError("the original's lagging mask is for one stream an image")
     tree = Branches(model, images, prompt, count)
     logits = tree.logits[:, None].float().expand(-1, count, -1)
     used = torch.zeros_like(logits, dtype=torch.bool)
@@ -181,7 +210,9 @@ def write_labels(
         if place == length - 1:
             break
         if lagging:
-            logits = _lagging_logits(model, images, prompt, torch.cat(tokens, 1), delimiter)[:, None].float()
+            logits = _lagging_logits(model, images, prompt, torch.cat(tokens, 1), delimiter)[
+                :, None
+            ].float()
         else:
             logits = tree.grow(found, rows).float()
             if decouple:
@@ -191,7 +222,9 @@ def write_labels(
     return Drafts(*drafts, lengths, drafts[0][..., -1] == delimiter)
 
 
-def _lagging_logits(model, images: Tensor, prompt: Tensor, tokens: Tensor, delimiter: int) -> Tensor:
+def _lagging_logits(
+    model, images: Tensor, prompt: Tensor, tokens: Tensor, delimiter: int
+) -> Tensor:
     from models.layers.llama import Sight
 
     ids = torch.cat([prompt.expand(len(tokens), -1), tokens], 1)
@@ -205,14 +238,16 @@ def _lagging_logits(model, images: Tensor, prompt: Tensor, tokens: Tensor, delim
 def lagging_mask(ids: Tensor, answer: int, delimiter: int, images: int) -> Tensor:
     """The original's mask of a text being written: int64 [B,T] -> bool [B,1,T,images+T].
 
-    Causal, but once the (j+1)-th delimiter stands, what follows the j-th loses all from the prompt's last token (place
-    `answer`) to the j-th delimiter.
+    Causal, but once the (j+1)-th delimiter stands, what follows the j-th loses all from the
+    prompt's last token (place `answer`) to the j-th delimiter.
     """
     order = torch.arange(ids.shape[1], device=ids.device)
     ends = ids == delimiter
     followed = ends & (ends.flip(1).cumsum(1).flip(1) > 1)
     barrier = torch.where(followed, order, -1).cummax(1).values
-    barrier = torch.cat([torch.full_like(barrier[:, :1], -1), barrier[:, :-1]], 1)  # of those before a row
+    barrier = torch.cat(
+        [torch.full_like(barrier[:, :1], -1), barrier[:, :-1]], 1
+    )  # of those before a row
     hidden = (order >= answer) & (order <= barrier[..., None])
     text = (order[:, None] >= order) & ~hidden
     return torch.cat([text.new_ones(*text.shape[:2], images), text], 2)[:, None]
@@ -231,11 +266,12 @@ def beam_search(
     length_penalty: float | None = None,
     penalty: float = 0.0,
 ) -> list[tuple[list[int], float]]:
-    """The best text of each picture and its log-probability: `beams` texts kept, at most `length` tokens before EOS.
+    """The best text of each image and its log-probability: `beams` texts kept, at most `length`
+    tokens before EOS.
 
-    A picture is done when beams * patience texts have ended. Texts are ranked by log-probability over their length,
-    prompt and EOS counted, or over ((5 + length) / 6)^length_penalty (Wu et al., 2016). Labels see one another, as in
-    the original; unlike there, histories move with the beams.
+    An image is done when beams * patience texts have ended. Texts are ranked by log-probability
+    over their length, prompt and EOS counted, or over ((5 + length) / 6)^length_penalty (Wu et al.,
+    2016). Labels see one another, as in the original; unlike there, histories move with the beams.
     """
     tree = Branches(model, images, prompt, beams)
     enough, device = round(beams * patience), images.device
@@ -273,11 +309,20 @@ def beam_search(
             used[..., prompt] = True  # the original's penalty is on the whole text
         logits = tree.grow(last, rows).float()
     return [
-        _best_text(*each, eos, beams, len(prompt), length_penalty) for each in zip(ended, history, sums, strict=True)
+        _best_text(*each, eos, beams, len(prompt), length_penalty)
+        for each in zip(ended, history, sums, strict=True)
     ]
 
 
-def _best_text(ended: dict, history: Tensor, sums: Tensor, eos: int, beams: int, before: int, power: float | None):
+def _best_text(
+    ended: dict,
+    history: Tensor,
+    sums: Tensor,
+    eos: int,
+    beams: int,
+    before: int,
+    power: float | None,
+):
     """The best of the texts that ended and, where those are few, of the unfinished ones."""
     texts = dict(ended)
     for i in sums.argsort(descending=True).tolist():
@@ -293,7 +338,9 @@ def _best_text(ended: dict, history: Tensor, sums: Tensor, eos: int, beams: int,
 
 
 # ---- from tokens to labels
-def split_labels(tokens: Sequence[int], shares: Sequence[float], delimiter: int) -> list[tuple[list[int], list[float]]]:
+def split_labels(
+    tokens: Sequence[int], shares: Sequence[float], delimiter: int
+) -> list[tuple[list[int], list[float]]]:
     """The labels of a stream, delimiters included; an unfinished one at its end is left out."""
     found, start = [], 0
     for place, token in enumerate(tokens):
@@ -307,12 +354,15 @@ RANKINGS = ("prob", "mean", "none")
 
 
 def rank_labels(
-    rows: Sequence[tuple[list[int], list[float]]], decode: Callable[[list[int]], str], ranking: str = "prob"
+    rows: Sequence[tuple[list[int], list[float]]],
+    decode: Callable[[list[int]], str],
+    ranking: str = "prob",
 ) -> list[tuple[str, float]]:
     """Labels with scores, the best first; rows that read alike are one label.
 
-    ranking: "prob": the product of a label's token probabilities, summed over rows that read alike (it may pass 1 in a
-    stream that repeats itself); "mean": their geometric mean, the lowest of those rows; "none": order of appearance.
+    ranking: "prob": the product of a label's token probabilities, summed over rows that read alike
+    (it may pass 1 in a stream that repeats itself); "mean": their geometric mean, the lowest of
+    those rows; "none": order of appearance.
     """
     if ranking not in RANKINGS:
         raise UserError(f"ranking {ranking!r} is unknown; use one of {', '.join(RANKINGS)}")
@@ -336,8 +386,10 @@ class Decoding:
     """How labels are found and ranked."""
 
     strategy: str = "one_shot"  # or one text of labels: greedy, top_k, top_p (random), beam
-    num_labels: int = 10  # labels of a picture; one_shot grows this many
-    ranking: str = "prob"  # prob, mean (geometric mean of a label's tokens) or none (order of appearance)
+    num_labels: int = 10  # labels of an image; one_shot grows this many
+    ranking: str = (
+        "prob"  # prob, mean (geometric mean of a label's tokens) or none (order of appearance)
+    )
     max_label_len: int = LIMIT  # one_shot: tokens of a label, delimiter included
     max_gen_len: int = 64  # the others: tokens of the whole text
     top_k: int = 5  # of strategy top_k: tokens to choose among; 0 = all
@@ -346,37 +398,59 @@ class Decoding:
     penalty: float = 0.0  # > 0: logits of tokens used before are divided by it; not of one_shot
     beam_size: int = 3  # of strategy beam: texts kept
     beam_patience: float = 1.0  # of strategy beam: texts to finish, as a multiple of beam_size
-    length_penalty: float | None = None  # of strategy beam: power of the length; none = divide by the length
+    length_penalty: float | None = (
+        None  # of strategy beam: power of the length; none = divide by the length
+    )
 
     def __post_init__(self):
         for value, known in ((self.strategy, STRATEGIES), (self.ranking, RANKINGS)):
             if value not in known:
                 raise UserError(f"decoding: {value!r} is unknown; use one of {', '.join(known)}")
-        if min(self.num_labels, self.max_label_len, self.max_gen_len, self.beam_size) < 1 or self.temperature <= 0:
-            raise UserError("decoding: num_labels, lengths, beam_size and temperature must be positive")
+        if (
+            min(self.num_labels, self.max_label_len, self.max_gen_len, self.beam_size) < 1
+            or self.temperature <= 0
+        ):
+            raise UserError(
+                "decoding: num_labels, lengths, beam_size and temperature must be positive"
+            )
 
     @property
     def longest(self) -> int:
         """Tokens a row of `find` can have."""
         return self.max_label_len if self.strategy == "one_shot" else self.max_gen_len + 1
 
-    def find(self, model, images: Tensor, prompt: Tensor, delimiter: int, eos: int, decouple: bool = True) -> Drafts:
-        """Rows of labels (one_shot), or one row a picture that is a text of labels."""
+    def find(
+        self, model, images: Tensor, prompt: Tensor, delimiter: int, eos: int, decouple: bool = True
+    ) -> Drafts:
+        """Rows of labels (one_shot), or one row an image that is a text of labels."""
         if self.strategy == "one_shot":
             return one_shot(model, images, prompt, delimiter, self.num_labels, self.max_label_len)
         if self.strategy != "beam":
             choice = Choice(self.strategy, self.top_k, self.top_p, self.temperature, self.penalty)
-            return write_labels(model, images, prompt, delimiter, self.max_gen_len, choice, decouple=decouple)
+            return write_labels(
+                model, images, prompt, delimiter, self.max_gen_len, choice, decouple=decouple
+            )
         widths = (self.beam_size, self.beam_patience, self.length_penalty, self.penalty)
-        texts = [tokens for tokens, _ in beam_search(model, images, prompt, eos, self.max_gen_len, *widths)]
+        texts = [
+            tokens
+            for tokens, _ in beam_search(model, images, prompt, eos, self.max_gen_len, *widths)
+        ]
         length = max(map(len, texts))
-        tokens = torch.tensor([[text + [eos] * (length - len(text))] for text in texts], device=images.device)
+        tokens = torch.tensor(
+            [[text + [eos] * (length - len(text))] for text in texts], device=images.device
+        )
         lengths = torch.tensor([[len(text)] for text in texts], device=images.device)
-        return Drafts(tokens, torch.ones(tokens.shape, device=images.device), lengths, torch.ones_like(lengths).bool())
+        return Drafts(
+            tokens,
+            torch.ones(tokens.shape, device=images.device),
+            lengths,
+            torch.ones_like(lengths).bool(),
+        )
 
-    def labels(self, drafts: Drafts, picture: int, delimiter: int, decode) -> list[tuple[str, float]]:
-        """The labels of one picture with their scores, best first; beams have no probabilities of their own: 1 each."""
-        rows = drafts.rows(picture)
+    def labels(self, drafts: Drafts, image: int, delimiter: int, decode) -> list[tuple[str, float]]:
+        """The labels of one image with their scores, best first; beams have no probabilities of
+        their own: 1 each."""
+        rows = drafts.rows(image)
         if self.strategy != "one_shot":
             rows = list(chain.from_iterable(split_labels(*row, delimiter) for row in rows))
         ranked = rank_labels(rows, decode, "none" if self.strategy == "beam" else self.ranking)
@@ -387,12 +461,17 @@ class Decoding:
 def label_map(model, images: Tensor, prompt: Tensor, tokens: Sequence[int]) -> Tensor:
     """Where the decoder looks while it reads a label: float32 [g,g], highest 1.
 
-    images [1,N,D], N = g * g. Attention of the label's tokens to the image tokens, averaged over blocks and heads.
+    images [1,N,D], N = g * g. Attention of the label's tokens to the image tokens, averaged over
+    blocks and heads.
     """
     ids = torch.cat([prompt, torch.tensor(list(tokens), device=prompt.device)])[None]
     x = model.sequence(images, ids)
-    maps = model.language_decoder.attention_maps(x, model.sight(images.shape[1], torch.zeros_like(ids)))
-    seen = torch.stack([one[0, :, -len(tokens) :, : images.shape[1]].mean((0, 1)) for one in maps]).mean(0)
+    maps = model.language_decoder.attention_maps(
+        x, model.sight(images.shape[1], torch.zeros_like(ids))
+    )
+    seen = torch.stack(
+        [one[0, :, -len(tokens) :, : images.shape[1]].mean((0, 1)) for one in maps]
+    ).mean(0)
     side = round(len(seen) ** 0.5)
     heat = seen.unflatten(0, (side, side)).float()
     heat = heat - heat.min()

@@ -1,7 +1,9 @@
-"""Object recognition as next-token prediction (Yue et al., 2024): CLIP's image tower as the prefix of a cut LLaMA.
+"""Object recognition as next-token prediction (Yue et al., 2024): CLIP's image tower as the prefix
+of a cut LLaMA.
 
-The decoder reads [image tokens, <|image|>, BOS, prompt, label, delimiter, label, delimiter ...] and predicts the next
-token. Labels do not see one another, so that none depends on the order they are listed in.
+The decoder reads [image tokens, <|image|>, BOS, prompt, label, delimiter, label, delimiter ...] and
+predicts the next token. Labels do not see one another, so that none depends on the order they are
+listed in.
 """
 
 from dataclasses import dataclass
@@ -25,16 +27,21 @@ class NxtpConfig:
     vision: OpenAIConfig
     decoder: LlamaConfig
     prefix: bool = True  # image tokens see one another, else only those before them
-    trained_rows: tuple[int, ...] | None = None  # token ids whose embeddings are trained; none = all
+    trained_rows: tuple[int, ...] | None = (
+        None  # token ids whose embeddings are trained; none = all
+    )
     trained_outputs: tuple[int, ...] | None = None  # the same of the head's rows
 
     def __post_init__(self):
         if self.vision.embed_dim != self.decoder.dim:
-            raise UserError(f"image tokens of width {self.vision.embed_dim}, decoder of width {self.decoder.dim}")
+            raise UserError(
+                f"image tokens of width {self.vision.embed_dim}, decoder of width {self.decoder.dim}"
+            )
 
 
 class ImageEncoder(OpenAIViT):
-    """CLIP's ViT whose patches, all normed, are projected to the decoder: [B,3,S,S] -> [B,1+N,D], class token first."""
+    """CLIP's ViT whose patches, all normed, are projected to the decoder: [B,3,S,S] -> [B,1+N,D],
+    class token first."""
 
     def __init__(self, config: OpenAIConfig):
         super().__init__(config)
@@ -51,9 +58,11 @@ class ImageEncoder(OpenAIViT):
 class ResNetEncoder(ModifiedResNet):
     """CLIP's ResNet whose last feature map, normed place by place, is projected to the decoder.
 
-    [B,3,S,S] -> [B,1+N,D], their mean first, where a ViT has its class token. As many stages as `vision_layers` names;
-    the grid begins at S / 4, and each stage after the first halves it. A random one starts with open residual branches,
-    since small towers learn shapes sooner that way. A frozen one keeps the statistics of its batch norms.
+    [B,3,S,S] -> [B,1+N,D], their mean first, where a ViT has its class token. As many stages as
+    `vision_layers` names;
+    the grid begins at S / 4, and each stage after the first halves it. A random one starts with
+    open residual branches, since small towers learn shapes sooner that way. A frozen one keeps the
+    statistics of its batch norms.
     """
 
     def __init__(self, config: OpenAIConfig):
@@ -79,23 +88,29 @@ class ResNetEncoder(ModifiedResNet):
 
 
 def grid_positions(count: int, width: int) -> Tensor:
-    """Where a random tower's position embeddings start: sines and cosines of row and column, [1+g*g, width].
+    """Where a random tower's position embeddings start: sines and cosines of row and column,
+    [1+g*g, width].
 
-    The class token's are zeros. Periods go from 2 pi to 8 pi grids, and the values are as large as those of patches, so
-    that attention can tell neighbours apart from the first step on: small towers learn shapes sooner.
+    The class token's are zeros. Periods go from 2 pi to 8 pi grids, and the values are as large as
+    those of patches, so that attention can tell neighbours apart from the first step on: small
+    towers learn shapes sooner.
     """
     side = round((count - 1) ** 0.5)
     each = -(-width // 4)
     angles = torch.arange(side)[:, None] * (4.0 * side) ** (-torch.arange(each) / each)
     waves = torch.cat([angles.sin(), angles.cos()], 1)
-    grid = torch.cat([waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], 2).flatten(0, 1)
+    grid = torch.cat(
+        [waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], 2
+    ).flatten(0, 1)
     return torch.cat([torch.zeros(1, width), grid[:, :width]])
 
 
 def text_mask(segments: Tensor, images: int) -> Tensor:
-    """What T text positions see behind `images` image positions: int64 [B,T] -> bool [B,1,T,images+T].
+    """What T text positions see behind `images` image positions: int64 [B,T] -> bool
+    [B,1,T,images+T].
 
-    segments: 0 of the prompt, which all later positions see; j >= 1 of label j and its delimiter, which only they see;
+    segments: 0 of the prompt, which all later positions see; j >= 1 of label j and its delimiter,
+    which only they see;
     -1 of positions nobody sees, themselves included (padding; with compat original the last label).
     """
     order = torch.arange(segments.shape[1], device=segments.device)
@@ -105,12 +120,14 @@ def text_mask(segments: Tensor, images: int) -> Tensor:
 
 
 class Nxtp(nn.Module):
-    """Labels of a picture as text."""
+    """Labels of an image as text."""
 
     def __init__(self, config: NxtpConfig):
         super().__init__()
         self.config = config
-        self.vision_encoder = (ResNetEncoder if config.vision.is_resnet else ImageEncoder)(config.vision)
+        self.vision_encoder = (ResNetEncoder if config.vision.is_resnet else ImageEncoder)(
+            config.vision
+        )
         self.language_decoder = Llama(config.decoder)
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -118,14 +135,16 @@ class Nxtp(nn.Module):
         return self.vision_encoder(image)[:, 1:]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """int64 [B,T] -> [B,T,D]. Rows that are not trained get no gradient: without weight decay they stay as is."""
+        """int64 [B,T] -> [B,T,D]. Rows that are not trained get no gradient: without weight decay
+        they stay as is."""
         rows = self.language_decoder.tok_embeddings(ids)
         if self.config.trained_rows is None or not rows.requires_grad:
             return rows
         return torch.where(among(ids, self.config.trained_rows)[..., None], rows, rows.detach())
 
     def sequence(self, images: Tensor, ids: Tensor) -> Tensor:
-        """Image tokens [B,N,D] and the embeddings of int64 [B,T] behind them, in the embeddings' type: [B,N+T,D]."""
+        """Image tokens [B,N,D] and the embeddings of int64 [B,T] behind them, in the embeddings'
+        type: [B,N+T,D]."""
         rows = self.embed(ids)
         return torch.cat([images.to(rows.dtype), rows], 1)
 
@@ -134,8 +153,12 @@ class Nxtp(nn.Module):
         head = self.language_decoder.output
         if self.config.trained_outputs is None or not head.weight.requires_grad:
             return head(states).float()
-        trained = among(torch.arange(len(head.weight), device=states.device), self.config.trained_outputs)
-        return F.linear(states, torch.where(trained[:, None], head.weight, head.weight.detach())).float()
+        trained = among(
+            torch.arange(len(head.weight), device=states.device), self.config.trained_outputs
+        )
+        return F.linear(
+            states, torch.where(trained[:, None], head.weight, head.weight.detach())
+        ).float()
 
     def sight(self, images: int, segments: Tensor) -> Sight:
         """What a sequence of image tokens and text sees, for `Llama.forward`."""
@@ -145,22 +168,27 @@ class Nxtp(nn.Module):
     def states(self, images: Tensor, text_ids: Tensor, segments: Tensor) -> Tensor:
         """Normed states [B,T,D] of the text behind the image tokens [B,N,D]."""
         x = self.sequence(images, text_ids)
-        return self.language_decoder(x, self.sight(images.shape[1], segments), keep=text_ids.shape[1])[0]
+        return self.language_decoder(
+            x, self.sight(images.shape[1], segments), keep=text_ids.shape[1]
+        )[0]
 
     def next_token_loss(
         self, images: Tensor, text_ids: Tensor, segments: Tensor, positions: Tensor, labels: Tensor
     ) -> Tensor:
         """Mean cross-entropy over the targets of all processes' batches.
 
-        text_ids, segments int64 [B,T]; positions int64 [K], flat in B*T, of the predicting tokens; labels int64 [K],
-        the tokens to predict, IGNORED where there is none.
+        text_ids, segments int64 [B,T]; positions int64 [K], flat in B*T, of the predicting tokens;
+        labels int64 [K], the tokens to predict, IGNORED where there is none.
         """
         chosen = self.states(images, text_ids, segments).flatten(0, 1).index_select(0, positions)
         total = F.cross_entropy(self.logits(chosen), labels, ignore_index=IGNORED, reduction="sum")
         return total / mean_over_ranks((labels != IGNORED).sum().float()).clamp(min=1)
 
-    def forward(self, image: Tensor, text_ids, segments, positions, labels, **caption: Tensor) -> dict[str, Tensor]:
-        """`loss_objs` of the labels and, where `caption_text_ids` and so on are given, `loss_caps` of the captions."""
+    def forward(
+        self, image: Tensor, text_ids, segments, positions, labels, **caption: Tensor
+    ) -> dict[str, Tensor]:
+        """`loss_objs` of the labels and, where `caption_text_ids` and so on are given, `loss_caps`
+        of the captions."""
         images = self.encode_image(image)
         losses = {"loss_objs": self.next_token_loss(images, text_ids, segments, positions, labels)}
         if caption:
@@ -170,18 +198,21 @@ class Nxtp(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ for decoding
     def prefill(self, images: Tensor, prompt: Tensor) -> tuple[Tensor, Cache]:
-        """Image tokens [B,N,D] and prompt int64 [P] -> logits [B,V] of the first label token, and the cache."""
+        """Image tokens [B,N,D] and prompt int64 [P] -> logits [B,V] of the first label token, and
+        the cache."""
         ids = prompt.expand(images.shape[0], -1)
         x = self.sequence(images, ids)
         segments = torch.zeros(1, len(prompt), dtype=torch.int64, device=prompt.device)
         states, cache = self.language_decoder(x, self.sight(images.shape[1], segments), keep=1)
         return self.logits(states[:, 0]), cache
 
-    def step(self, tokens: Tensor, place: Tensor, mask: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """One more token for each of M branches of B pictures.
+    def step(
+        self, tokens: Tensor, place: Tensor, mask: Tensor, cache: Cache
+    ) -> tuple[Tensor, Cache]:
+        """One more token for each of M branches of B images.
 
-        tokens int64 [B,M]; place int64 [M] or [B,M], their rotary positions; mask bool [B,1,M,S+M] over the cached keys
-        and these; -> logits [B,M,V] and the cache with them.
+        tokens int64 [B,M]; place int64 [M] or [B,M], their rotary positions; mask bool [B,1,M,S+M]
+        over the cached keys and these; -> logits [B,M,V] and the cache with them.
         """
         states, cache = self.language_decoder(self.embed(tokens), Sight(place, mask), cache)
         return self.logits(states), cache

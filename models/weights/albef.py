@@ -1,7 +1,8 @@
 """From a checkpoint to a model: which key of the one becomes which key of the other.
 
-All functions are pure, state dict to state dict, and take weights that were already read. The names of the networks
-are those of the originals (ALBEF, SIMLA, DeiT, BERT), so that the tables here are short:
+All functions are pure, state dict to state dict, and take weights that were already read. The names
+of the networks are those of the originals (ALBEF, SIMLA, DeiT, BERT), so that the tables here are
+short:
 
     start_from(model, state, "retrieval")     any checkpoint of the family -> the model of a task, checked
     load_bert(text_encoder, load_bert_folder("bert-base-uncased")[0])
@@ -24,7 +25,13 @@ from models.weights.loading import Differences, State, _matches, _some, load_che
 LAYER = re.compile(r"(.*encoder\.layer\.)(\d+)(\..*)")
 VISION = ("visual_encoder.", "visual_encoder_m.")
 TEXT = ("text_encoder.", "text_encoder_m.")
-MOMENTUM = ("visual_encoder_m.*", "text_encoder_m.*", "text_decoder_m.*", "*_proj_m.*", "*_head_m.*")
+MOMENTUM = (
+    "visual_encoder_m.*",
+    "text_encoder_m.*",
+    "text_decoder_m.*",
+    "*_proj_m.*",
+    "*_head_m.*",
+)
 QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
 CONTRASTIVE = ("temp", "vision_proj.*", "text_proj.*")
 PRETRAIN_HEADS = ("text_encoder*.cls.*", "mim_head*", "concept_head*", "visual_encoder*.mask_token")
@@ -38,7 +45,8 @@ CLS_HEAD = ("cls_head.*", "cls_head_m.*")
 
 
 def checkpoint_kind(state: State) -> str:
-    """What a state dict is: "pretrain", "retrieval", "vqa", "ve", "text_assignment", "nlvr", "vit" or "bert".
+    """What a state dict is: "pretrain", "retrieval", "vqa", "ve", "text_assignment", "nlvr", "vit"
+    or "bert".
 
     Raises `UserError` for anything else.
     """
@@ -63,8 +71,11 @@ def checkpoint_kind(state: State) -> str:
 
 
 def strip_bert(state: State) -> dict[str, Tensor]:
-    """`text_encoder.bert.*` -> `text_encoder.*`, the momentum copy alike: the encoder without its word head."""
-    return {re.sub(r"^(text_encoder(?:_m)?\.)bert\.", r"\1", key): value for key, value in state.items()}
+    """`text_encoder.bert.*` -> `text_encoder.*`, the momentum copy alike: the encoder without its
+    word head."""
+    return {
+        re.sub(r"^(text_encoder(?:_m)?\.)bert\.", r"\1", key): value for key, value in state.items()
+    }
 
 
 def fit_positions(state: State, target: State) -> dict[str, Tensor]:
@@ -77,16 +88,21 @@ def fit_positions(state: State, target: State) -> dict[str, Tensor]:
 
 
 def fit_queues(state: State, target: State) -> dict[str, Tensor]:
-    """The queues as they are where the sizes agree; dropped together, pointer included, where they do not."""
-    agree = all(state[key].shape == target[key].shape for key in QUEUES if key in state and key in target)
-    return dict(state) if agree else {key: value for key, value in state.items() if key not in QUEUES}
+    """The queues as they are where the sizes agree; dropped together, pointer included, where they
+    do not."""
+    agree = all(
+        state[key].shape == target[key].shape for key in QUEUES if key in state and key in target
+    )
+    return (
+        dict(state) if agree else {key: value for key, value in state.items() if key not in QUEUES}
+    )
 
 
 def split_decoder(state: State, decoder_layers: int) -> dict[str, Tensor]:
     """A pre-trained text encoder with head becomes the VQA pair, for the momentum copies alike.
 
-    Encoder: all layers, without the head. Decoder: the last `decoder_layers` layers (6 of 12), numbered from 0, with
-    the encoder's embeddings and head.
+    Encoder: all layers, without the head. Decoder: the last `decoder_layers` layers (6 of 12),
+    numbered from 0, with the encoder's embeddings and head.
     """
     result = {}
     for key, value in state.items():
@@ -105,11 +121,14 @@ def split_decoder(state: State, decoder_layers: int) -> dict[str, Tensor]:
 
 
 def double_fusion(state: State, target_layers: int) -> dict[str, Tensor]:
-    """NLVR's text encoder: every fusion layer twice in a row, one per picture (12 layers -> 18, from layer 6 on)."""
+    """NLVR's text encoder: every fusion layer twice in a row, one per image (12 layers -> 18, from
+    layer 6 on)."""
     source_layers = depth(state, "text_encoder")
     first = 2 * source_layers - target_layers
     if not 0 <= first <= source_layers:
-        raise UserError(f"a text encoder of {source_layers} layers cannot become one of {target_layers} for two images")
+        raise UserError(
+            f"a text encoder of {source_layers} layers cannot become one of {target_layers} for two images"
+        )
     result = {}
     for key, value in state.items():
         layer = LAYER.fullmatch(key)
@@ -144,10 +163,15 @@ def depth(state: State, module: str) -> int:
 
 @dataclass(frozen=True)
 class Start:
-    """How a task starts from a checkpoint of another kind (section 6.3 of the originals' loading code)."""
+    """How a task starts from a checkpoint of another kind (section 6.3 of the originals' loading
+    code)."""
 
-    sources: tuple[str, ...]  # kinds of checkpoint that can be converted; the task's own kind always loads
-    convert: Callable[[State, State], dict[str, Tensor]]  # (checkpoint, target's state) -> renamed checkpoint
+    sources: tuple[
+        str, ...
+    ]  # kinds of checkpoint that can be converted; the task's own kind always loads
+    convert: Callable[
+        [State, State], dict[str, Tensor]
+    ]  # (checkpoint, target's state) -> renamed checkpoint
     initial: tuple[str, ...] = ()  # patterns of target keys the checkpoint has nothing for
     ignored: tuple[str, ...] = ()  # patterns of checkpoint keys the task has no use for
 
@@ -185,10 +209,12 @@ STARTS = {
 
 
 def adapt(state: State, target: State, task: str) -> dict[str, Tensor]:
-    """`state` of any fitting kind under the names and at the resolution of the task's model, whose state is `target`.
+    """`state` of any fitting kind under the names and at the resolution of the task's model, whose
+    state is `target`.
 
-    Position embeddings are interpolated, layers renumbered; queues of another size are dropped. Keys the model has no
-    use for stay in, so that the caller sees them. Raises `UserError` for a kind the task cannot start from.
+    Position embeddings are interpolated, layers renumbered; queues of another size are dropped.
+    Keys the model has no use for stay in, so that the caller sees them. Raises `UserError` for a
+    kind the task cannot start from.
     """
     kind, start = checkpoint_kind(state), STARTS[task]
     if kind != task:
@@ -199,13 +225,17 @@ def adapt(state: State, target: State, task: str) -> dict[str, Tensor]:
     return fit_queues(fit_positions(state, target), target)
 
 
-def start_from(model: nn.Module, state: State, task: str, fill_momentum: bool = True) -> Differences:
-    """Loads a checkpoint of any fitting kind into the model of a task, and returns what was left out on either side.
+def start_from(
+    model: nn.Module, state: State, task: str, fill_momentum: bool = True
+) -> Differences:
+    """Loads a checkpoint of any fitting kind into the model of a task, and returns what was left
+    out on either side.
 
-    A checkpoint of the task's own kind (a fine-tuned model) must fit as it is, another kind is converted by `adapt`.
-    Momentum copies the checkpoint lacks (text assignment has none, nor has ALBEF's refcoco.pth) start as copies of the
-    online weights; with fill_momentum=False they keep their initial values, as NLVR's do in the originals. Raises
-    `UserError`.
+    A checkpoint of the task's own kind (a fine-tuned model) must fit as it is, another kind is
+    converted by `adapt`.
+    Momentum copies the checkpoint lacks (text assignment has none, nor has ALBEF's refcoco.pth)
+    start as copies of the online weights; with fill_momentum=False they keep their initial values,
+    as NLVR's do in the originals. Raises `UserError`.
     """
     target, start = model.state_dict(), STARTS[task]
     adapted = adapt(state, target, task)
@@ -213,7 +243,11 @@ def start_from(model: nn.Module, state: State, task: str, fill_momentum: bool = 
         adapted |= momentum_from_online(adapted, target)
     converted = checkpoint_kind(state) != task
     missing = (*MOMENTUM, *QUEUES, *(start.initial if converted else ()))
-    unexpected = (*MOMENTUM, *QUEUES, *(start.ignored if converted else ("visual_encoder*.mask_token",)))
+    unexpected = (
+        *MOMENTUM,
+        *QUEUES,
+        *(start.ignored if converted else ("visual_encoder*.mask_token",)),
+    )
     return load_checkpoint(model, adapted, missing, unexpected)
 
 
@@ -221,30 +255,39 @@ def start_from(model: nn.Module, state: State, task: str, fill_momentum: bool = 
 
 
 def load_bert(model: nn.Module, state: State) -> Differences:
-    """Loads a BERT, as `load_bert_folder` reads it, into an `XBert` or `XBertLM` and returns what was left out.
+    """Loads a BERT, as `load_bert_folder` reads it, into an `XBert` or `XBertLM` and returns what
+    was left out.
 
-    BERT has no cross-attention and SIMLA no token types; layers only one of the two has are left out too, and the word
-    head where the file has none. Anything else that differs is a `UserError`.
+    BERT has no cross-attention and SIMLA no token types; layers only one of the two has are left
+    out too, and the word head where the file has none. Anything else that differs is a `UserError`.
     """
     head = hasattr(model, "cls")
     weights, module = bert_weights(state, head), "bert" if head else "encoder"
     given, wanted = depth(weights, module), depth(model.state_dict(), module)
     missing = ["*crossattention*", *(f"*encoder.layer.{i}.*" for i in range(given, wanted))]
-    unexpected = ["*token_type_embeddings*", *(f"*encoder.layer.{i}.*" for i in range(wanted, given))]
+    unexpected = [
+        "*token_type_embeddings*",
+        *(f"*encoder.layer.{i}.*" for i in range(wanted, given)),
+    ]
     if "cls.predictions.bias" not in weights:
         missing.append("cls.predictions.*")
     return load_checkpoint(model, weights, missing, unexpected)
 
 
 def bert_weights(state: State, head: bool) -> dict[str, Tensor]:
-    """Weights of transformers' BERT, in any of its spellings, under the names of `XBertLM` (head) or `XBert` (no head).
+    """Weights of transformers' BERT, in any of its spellings, under the names of `XBertLM` (head)
+    or `XBert` (no head).
 
-    Takes keys with or without `bert.`, LayerNorm's old `gamma`/`beta`, and files without the tied `decoder` entries;
-    drops the pooler and the next-sentence head. Raises `UserError` where there are no word embeddings.
+    Takes keys with or without `bert.`, LayerNorm's old `gamma`/`beta`, and files without the tied
+    `decoder` entries;
+    drops the pooler and the next-sentence head. Raises `UserError` where there are no word
+    embeddings.
     """
     body, words = {}, {}
     for key, value in state.items():
-        key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            "LayerNorm.beta", "LayerNorm.bias"
+        )
         if key.startswith("cls.predictions."):
             words[key] = value
         elif key.removeprefix("bert.").startswith(("embeddings.", "encoder.")):
@@ -260,20 +303,27 @@ def bert_weights(state: State, head: bool) -> dict[str, Tensor]:
 
 
 def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """`(state dict, config)` of a BERT in a local folder, or of a name on the Hugging Face hub (`bert-base-uncased`).
+    """`(state dict, config)` of a BERT in a local folder, or of a name on the Hugging Face hub
+    (`bert-base-uncased`).
 
-    Reads config.json and model.safetensors, else pytorch_model.bin (weights only). A hub name is looked up in the
-    local cache first. Raises `UserError` with the remedy where it is neither a folder nor to be had.
+    Reads config.json and model.safetensors, else pytorch_model.bin (weights only). A hub name is
+    looked up in the local cache first. Raises `UserError` with the remedy where it is neither a
+    folder nor to be had.
     """
     folder = Path(name)
     if folder.is_dir():
-        files = {file: folder / file for file in ("config.json", "model.safetensors", "pytorch_model.bin")}
+        files = {
+            file: folder / file
+            for file in ("config.json", "model.safetensors", "pytorch_model.bin")
+        }
         files = {file: path for file, path in files.items() if path.is_file()}
     else:
         files = _hub_files(str(name))
     weights = files.get("model.safetensors") or files.get("pytorch_model.bin")
     if weights is None or "config.json" not in files:
-        raise UserError(f"{name}: needs config.json and model.safetensors or pytorch_model.bin, has {_some([*files])}")
+        raise UserError(
+            f"{name}: needs config.json and model.safetensors or pytorch_model.bin, has {_some([*files])}"
+        )
     config = json.loads(files["config.json"].read_text(encoding="utf-8"))
     if weights.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -292,8 +342,11 @@ def _hub_files(name: str) -> dict[str, Path]:
             break
         try:
             found[file] = Path(hf_hub_download(name, file))
-        except Exception as error:  # offline, no such name, no permission: each library version has its own exceptions
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        # offline, no such name, no permission: each library version has its own exceptions
+        except Exception as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(
+                error, LocalEntryNotFoundError
+            ):
                 continue  # the hub answered, and has no such file
             raise UserError(
                 f"{name}: neither a folder here nor to be had from the Hugging Face hub ({type(error).__name__}). "
@@ -303,13 +356,23 @@ def _hub_files(name: str) -> dict[str, Path]:
 
 
 def deit_weights(state: State, grid: int) -> dict[str, Tensor]:
-    """ImageNet DeiT or timm ViT weights for a `ViT` with grid x grid patches; the classifier is dropped.
+    """ImageNet DeiT or timm ViT weights for a `ViT` with grid x grid patches; the classifier is
+    dropped.
 
-    Load with `allowed_missing=("mask_token",)`. Raises `UserError` for a distilled DeiT (two special tokens).
+    Load with `allowed_missing=("mask_token",)`. Raises `UserError` for a distilled DeiT (two
+    special tokens).
     """
     if "dist_token" in state:
-        raise UserError("these are distilled DeiT weights (dist_token); use deit_base_patch16_224-b5f2ef4d.pth")
-    kept = {key: value for key, value in state.items() if not key.startswith(("head.", "pre_logits.", "fc_norm."))}
+        raise UserError(
+            "these are distilled DeiT weights (dist_token); use deit_base_patch16_224-b5f2ef4d.pth"
+        )
+    kept = {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(("head.", "pre_logits.", "fc_norm."))
+    }
     if "pos_embed" not in kept:
-        raise UserError(f"not the weights of a vision transformer: no pos_embed among {_some(list(state))}")
+        raise UserError(
+            f"not the weights of a vision transformer: no pos_embed among {_some(list(state))}"
+        )
     return kept | {"pos_embed": resize_pos_embed(kept["pos_embed"], grid)}

@@ -1,4 +1,5 @@
-"""ALIGN's weights under other names: transformers' `AlignModel` and COYO-ALIGN's TensorFlow variables."""
+"""ALIGN's weights under other names: transformers' `AlignModel` and COYO-ALIGN's TensorFlow
+variables."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -41,19 +42,29 @@ TOWERS = {"image_encoder": "image", "text_encoder": "text"}
 
 def is_align(state: State) -> bool:
     """Whether these are the weights of an ALIGN model, ours or transformers'."""
-    return {"temperature", "vision_model.embeddings.convolution.weight", "text_projection.weight"} <= state.keys()
+    return {
+        "temperature",
+        "vision_model.embeddings.convolution.weight",
+        "text_projection.weight",
+    } <= state.keys()
 
 
 # ---- TensorFlow
 def from_tensorflow_names(variables: State, names: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Variables `image_encoder/<name>:0`, `text_encoder/<name>:0` and `temperature` -> our names and layout.
+    """Variables `image_encoder/<name>:0`, `text_encoder/<name>:0` and `temperature` -> our names
+    and layout.
 
-    names: those of all variables of the model, where these are but some. BERT's pooler comes along, under
-    transformers' name. Raises UserError for a name of no ALIGN model.
+    names: those of all variables of the model, where these are but some. BERT's pooler comes along,
+    under transformers' name. Raises UserError for a name of no ALIGN model.
     """
-    blocks = sorted({match[1] + match[2] for name in (*variables, *names) if (match := BLOCK.search(name))})
+    blocks = sorted(
+        {match[1] + match[2] for name in (*variables, *names) if (match := BLOCK.search(name))}
+    )
     places = {f"block{block}_": number for number, block in enumerate(blocks)}
-    return {_our_name(name.removesuffix(":0"), places): _our_layout(name, value) for name, value in variables.items()}
+    return {
+        _our_name(name.removesuffix(":0"), places): _our_layout(name, value)
+        for name, value in variables.items()
+    }
 
 
 def _our_name(name: str, places: Mapping[str, int]) -> str:
@@ -71,12 +82,17 @@ def _our_name(name: str, places: Mapping[str, int]) -> str:
             block = places[f"block{match[1]}{match[2]}_"]
             return f"vision_model.encoder.blocks.{block}.{MODULES[match[3]]}.{attribute}"
         if match := re.fullmatch(r"tf_bert_model(?:_\d+)?/bert/(.+)", layer):
-            return "text_model." + match[1].replace("layer_._", "layer.").replace("/", ".") + f".{attribute}"
+            return (
+                "text_model."
+                + match[1].replace("layer_._", "layer.").replace("/", ".")
+                + f".{attribute}"
+            )
     raise UserError(f"{name}: no variable of COYO-ALIGN's models")
 
 
 def _our_layout(name: str, value: Tensor) -> Tensor:
-    """Convolutions [h,w,in,out] -> [out,in,h,w], depthwise [h,w,C,1] -> [C,1,h,w], dense [in,out] -> [out,in]."""
+    """Convolutions [h,w,in,out] -> [out,in,h,w], depthwise [h,w,C,1] -> [C,1,h,w], dense [in,out]
+    -> [out,in]."""
     attribute = name.removesuffix(":0").rpartition("/")[2]
     if attribute == "depthwise_kernel":
         value = value.permute(2, 3, 0, 1)
@@ -89,16 +105,21 @@ def _our_layout(name: str, value: Tensor) -> Tensor:
 
 # ---- transformers
 def to_hugging_face(state: State) -> dict[str, Tensor]:
-    """Our weights as a state dict of `AlignModel`; BERT's pooler, which nothing reads, is zeros where it is missing.
+    """Our weights as a state dict of `AlignModel`; BERT's pooler, which nothing reads, is zeros
+    where it is missing.
 
     Raises UserError for models with an image projection, which transformers lacks.
     """
     if "image_projection.weight" in state:
-        raise UserError("transformers' AlignModel has no image projection: of ALIGN's models only B7 fits into it")
+        raise UserError(
+            "transformers' AlignModel has no image projection: of ALIGN's models only B7 fits into it"
+        )
     width = state["text_projection.weight"].shape[1]
     pooler = {"weight": torch.zeros(width, width), "bias": torch.zeros(width)}
     pooler = {f"text_model.pooler.dense.{name}": value for name, value in pooler.items()}
-    return pooler | {name: value for name, value in state.items() if name != "text_model.embeddings.position_ids"}
+    return pooler | {
+        name: value for name, value in state.items() if name != "text_model.embeddings.position_ids"
+    }
 
 
 def hugging_face_config(model: Align) -> dict:
@@ -134,12 +155,19 @@ def hugging_face_config(model: Align) -> dict:
 
 
 def config_of(state: State, image_size: int = 289) -> DualConfig:
-    """The configuration whose model these weights fill, read off their shapes; UserError for other geometries."""
+    """The configuration whose model these weights fill, read off their shapes; UserError for other
+    geometries."""
     blocks = _count(state, r"vision_model\.encoder\.blocks\.(\d+)\.")
-    features = len(state[f"vision_model.encoder.blocks.{blocks - 1}.projection.project_conv.weight"])
+    features = len(
+        state[f"vision_model.encoder.blocks.{blocks - 1}.projection.project_conv.weight"]
+    )
     layers = _count(state, r"text_model\.encoder\.layer\.(\d+)\.")
     vocabulary, width = state["text_model.embeddings.word_embeddings.weight"].shape
-    images = [name for name, shape in SHAPES.items() if (shape.features, len(shape.blocks())) == (features, blocks)]
+    images = [
+        name
+        for name, shape in SHAPES.items()
+        if (shape.features, len(shape.blocks())) == (features, blocks)
+    ]
     texts = [name for name, geometry in TEXTS.items() if geometry == (layers, width)]
     if not images or not texts:
         raise UserError(
@@ -159,4 +187,6 @@ def config_of(state: State, image_size: int = 289) -> DualConfig:
 
 
 def _count(state: State, pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1)
+    return 1 + max(
+        (int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1
+    )

@@ -5,7 +5,8 @@ Ours, clip-rocket's, SLIP's, OpenAI's, open_clip's, Hugging Face's CLIP and ALIG
     opened = open_dual(weights, about)          # about: what lies in or beside the file, see `open_dual`
     opened.model.embed_image(...)["z"]
 
-Only what embeds is built: towers and projectors of z and h. Heads that training alone needs are left out.
+Only what embeds is built: towers and projectors of z and h. Heads that training alone needs are
+left out.
 """
 
 from collections.abc import Mapping
@@ -43,12 +44,18 @@ TRAINING_ONLY = (
     "*_prototypes.*",
     "image_mlp.*",
 )
-EMBEDS = {"BARLIP": "CL2L", "SIAMLIP": "CL2L", "SWALIP": "CL2L", "SWALIPV1": "CLIP"}  # head -> head of the same z and h
+EMBEDS = {
+    "BARLIP": "CL2L",
+    "SIAMLIP": "CL2L",
+    "SWALIP": "CL2L",
+    "SWALIPV1": "CLIP",
+}  # head -> head of the same z and h
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers in preprocessor_config.json
 
 
 class Opened(NamedTuple):
-    """model: in eval mode on the CPU. title: what the checkpoint turned out to be. context_length: of its texts."""
+    """model: in eval mode on the CPU. title: what the checkpoint turned out to be. context_length:
+    of its texts."""
 
     model: DualEncoder
     title: str
@@ -60,10 +67,11 @@ class Opened(NamedTuple):
 def open_dual(weights: State, about: Mapping[str, Any], name: str | None = None) -> Opened:
     """The network of a checkpoint's weights.
 
-    about: whatever is there of `network` (fields of DualConfig: our runs), `args` (clip-rocket, SLIP), `config.json`
-    and `preprocessor_config.json` (Hugging Face), `open_clip_config.json`, `archive` (True: a TorchScript archive).
-    name: the model, where these do not tell: `CL2L_R50_CL2L`; `ViT-B/32` or `ViT-B-32-quickgelu` for quick_gelu,
-    `ViT-B-32` for gelu. Raises UserError.
+    about: whatever is there of `network` (fields of DualConfig: our runs), `args` (clip-rocket,
+    SLIP), `config.json` and `preprocessor_config.json` (Hugging Face), `open_clip_config.json`,
+    `archive` (True: a TorchScript archive).
+    name: the model, where these do not tell: `CL2L_R50_CL2L`; `ViT-B/32` or `ViT-B-32-quickgelu`
+    for quick_gelu, `ViT-B-32` for gelu. Raises UserError.
     """
     check_name(name)
     weights = unwrap_names(weights)
@@ -80,7 +88,9 @@ def open_dual(weights: State, about: Mapping[str, Any], name: str | None = None)
         return _rocket(weights, about, name)
     if any(key.startswith("image_mlp.") for key in keys):
         raise UserError("a SimCLR checkpoint: it has no text encoder for zero-shot evaluation")
-    raise UserError(f"a checkpoint of no known dual encoder; its first keys are {', '.join(list(weights)[:8])}")
+    raise UserError(
+        f"a checkpoint of no known dual encoder; its first keys are {', '.join(list(weights)[:8])}"
+    )
 
 
 def check_name(name: str | None) -> None:
@@ -107,7 +117,9 @@ def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opene
             "keep the run's config.yaml beside the file"
         )
     if name not in (None, config.model):
-        raise UserError(f"--model {name}, but the checkpoint is a {config.model}: leave --model out")
+        raise UserError(
+            f"--model {name}, but the checkpoint is a {config.model}: leave --model out"
+        )
     model = build_dual(replace(config, model=embedding_model(config.model)))
     load_checkpoint(model, weights, allowed_unexpected=TRAINING_ONLY)
     pixels = Pixels(config.image_size, "bilinear", *IMAGENET)
@@ -121,7 +133,9 @@ def _align(weights: State, about: Mapping[str, Any], name: str | None) -> Opened
     else:
         config = align_config(weights)
     if name not in (None, config.model):
-        raise UserError(f"--model {name}, but the checkpoint is a {config.model}: leave --model out")
+        raise UserError(
+            f"--model {name}, but the checkpoint is a {config.model}: leave --model out"
+        )
     model = build_dual(config)
     load_checkpoint(model, weights, allowed_unexpected=NOT_LOADED)
     pixels = Pixels(config.image_size, "bilinear", *HALF)
@@ -138,18 +152,24 @@ def embedding_model(name: str) -> str:
     base, backbone, *head = name.split("_")
     if base == "SIMCLR":
         raise UserError(f"{name}: SimCLR has no text encoder for zero-shot evaluation")
-    return "_".join(["CLIP", backbone] if not head else [base, backbone, EMBEDS.get(head[0], head[0])])
+    return "_".join(
+        ["CLIP", backbone] if not head else [base, backbone, EMBEDS.get(head[0], head[0])]
+    )
 
 
 def config_of_shapes(weights: State, name: str) -> DualConfig:
-    """The configuration of a bare state dict of clip-rocket or SLIP, whose text transformer has 8 heads of 64."""
+    """The configuration of a bare state dict of clip-rocket or SLIP, whose text transformer has 8
+    heads of 64."""
     context, width = weights["positional_embedding"].shape
     if width != 512:
         raise UserError(
             f"weights alone do not tell the number of heads of a text transformer of width {width}: keep the "
             "run's config.yaml beside the file"
         )
-    values: dict[str, Any] = {"context_length": context, "vocab_size": len(weights["token_embedding.weight"])}
+    values: dict[str, Any] = {
+        "context_length": context,
+        "vocab_size": len(weights["token_embedding.weight"]),
+    }
     layers = {key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")}
     values["transformer_layers"] = len(layers)
     if "image_projection" in weights:
@@ -180,7 +200,11 @@ def _openai(weights: State, about: Mapping[str, Any], name: str | None) -> Opene
     head_width = described.get("model_cfg", {}).get("vision_cfg", {}).get("head_width")
     model = load_openai(dict(weights), activation)
     return _opened(
-        model, f"CLIP of OpenAI's layout, {activation}", described.get("preprocess_cfg", {}), name, head_width
+        model,
+        f"CLIP of OpenAI's layout, {activation}",
+        described.get("preprocess_cfg", {}),
+        name,
+        head_width,
     )
 
 
@@ -201,7 +225,7 @@ def _activation(weights: State, about: Mapping[str, Any], name: str | None) -> s
 
 
 def _hugging_face(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
-    described, pictures = about.get("config.json", {}), about.get("preprocessor_config.json", {})
+    described, images = about.get("config.json", {}), about.get("preprocessor_config.json", {})
     vision, text = described.get("vision_config", {}), described.get("text_config", {})
     if name is None and not described:
         raise UserError(
@@ -210,35 +234,50 @@ def _hugging_face(weights: State, about: Mapping[str, Any], name: str | None) ->
     if described:  # what their files leave out is at its default
         activation = text.get("hidden_act", "quick_gelu")
         head_width = vision.get("hidden_size", 768) / vision.get("num_attention_heads", 12)
-        if vision.get("hidden_act", "quick_gelu") != activation or activation not in ("quick_gelu", "gelu"):
+        if vision.get("hidden_act", "quick_gelu") != activation or activation not in (
+            "quick_gelu",
+            "gelu",
+        ):
             raise UserError(
                 f"config.json: hidden_act {activation!r} and {vision.get('hidden_act')!r} are not supported"
             )
     else:
         activation, head_width = _activation({}, {}, name), None
     model = load_openai(from_hugging_face(weights), activation)
-    pixels = {"mean": pictures.get("image_mean"), "std": pictures.get("image_std")}
-    pixels["interpolation"] = RESAMPLING.get(pictures.get("resample"))
+    pixels = {"mean": images.get("image_mean"), "std": images.get("image_std")}
+    pixels["interpolation"] = RESAMPLING.get(images.get("resample"))
     return _opened(model, f"CLIP of Hugging Face's layout, {activation}", pixels, name, head_width)
 
 
-def _opened(model: OpenAICLIP, title: str, pixels: Mapping[str, Any], name: str | None, head_width) -> Opened:
+def _opened(
+    model: OpenAICLIP, title: str, pixels: Mapping[str, Any], name: str | None, head_width
+) -> Opened:
     config = model.config
-    if head_width and not config.is_resnet and head_width * config.vision_heads != config.vision_width:
+    if (
+        head_width
+        and not config.is_resnet
+        and head_width * config.vision_heads != config.vision_width
+    ):
         raise UserError(
             f"a vision transformer of width {config.vision_width} with heads of {head_width} is not supported"
         )
-    if name is not None and openai_model(name.removesuffix("-quickgelu")).vision_layers != config.vision_layers:
+    if (
+        name is not None
+        and openai_model(name.removesuffix("-quickgelu")).vision_layers != config.vision_layers
+    ):
         raise UserError(
             f"--model {name}, but the checkpoint is another network: leave --model out or name the right one"
         )
     mean, std = pixels.get("mean") or OPENAI[0], pixels.get("std") or OPENAI[1]
-    pixels = Pixels(config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std))
+    pixels = Pixels(
+        config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std)
+    )
     return Opened(model.eval(), title, pixels, config.text.context_length, config.text.vocab_size)
 
 
 def _timm_open_clip(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
-    """open_clip's models with a timm tower, as far as our backbones go (our own exports among them)."""
+    """open_clip's models with a timm tower, as far as our backbones go (our own exports among
+    them)."""
     described = about.get("open_clip_config.json", {})
     settings, pixels = described.get("model_cfg", {}), described.get("preprocess_cfg", {})
     timm_name = settings.get("vision_cfg", {}).get("timm_model_name")
@@ -259,11 +298,15 @@ def _timm_open_clip(weights: State, about: Mapping[str, Any], name: str | None) 
         vocab_size=len(text["token_embedding.weight"]),
         text_width=width,
         text_heads=settings.get("text_cfg", {}).get("heads", width // 64),
-        transformer_layers=len({key.split(".")[2] for key in text if key.startswith("transformer.resblocks.")}),
+        transformer_layers=len(
+            {key.split(".")[2] for key in text if key.startswith("transformer.resblocks.")}
+        ),
         text_activation="quick_gelu" if settings.get("quick_gelu") else "gelu",
     )
     model = build_dual(config)
     load_timm_open_clip(model, dict(weights))
     mean, std = pixels.get("mean") or OPENAI[0], pixels.get("std") or OPENAI[1]
-    pixels = Pixels(config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std))
+    pixels = Pixels(
+        config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std)
+    )
     return Opened(model.eval(), f"{name} of open_clip's layout", pixels, context, config.vocab_size)

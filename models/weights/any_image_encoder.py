@@ -1,8 +1,9 @@
-"""Any image encoder of the project, or of timm, as a map from pictures to one feature vector each.
+"""Any image encoder of the project, or of timm, as a map from images to one feature vector each.
 
-encoder = open_encoder(weights, about)           # of a checkpoint: its weights, and what lies in or beside it
-encoder = timm_encoder("resnet50", weights)
-features = encoder(image)                        # float32 [B,3,S,S], normalised by `encoder.pixels` -> [B,D]
+encoder = open_encoder(weights, about)           # of a checkpoint: its weights, and what lies in or
+beside it encoder = timm_encoder("resnet50", weights)
+features = encoder(image)                        # float32 [B,3,S,S], normalised by `encoder.pixels`
+-> [B,D]
 """
 
 import difflib
@@ -31,13 +32,27 @@ TOWER = "feats"  # what the image tower says, before projections
 class ImageEncoder(nn.Module):
     """A network and which of its outputs counts.
 
-    kind: classifier, dual, fusion (SIMLA, ALBEF) or timm: with the title, how its pictures are resized. pixels: their
-    side, interpolation, mean and deviation. config: all that the features depend on beside the weights.
+    kind: classifier, dual, fusion (SIMLA, ALBEF) or timm: with the title, how its images are
+    resized. pixels: their side, interpolation, mean and deviation. config: all that the features
+    depend on beside the weights.
     """
 
-    def __init__(self, network: nn.Module, outputs: Callable[[Tensor], dict], kind: str, pixels: Pixels, title: str):
+    def __init__(
+        self,
+        network: nn.Module,
+        outputs: Callable[[Tensor], dict],
+        kind: str,
+        pixels: Pixels,
+        title: str,
+    ):
         super().__init__()
-        self.network, self.outputs, self.kind, self.pixels, self.title = network, outputs, kind, pixels, title
+        self.network, self.outputs, self.kind, self.pixels, self.title = (
+            network,
+            outputs,
+            kind,
+            pixels,
+            title,
+        )
         self.features = TOWER
 
     def forward(self, image: Tensor) -> Tensor:
@@ -49,7 +64,8 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def choose(self, features: str) -> int:
-        """Let `features` be the output that counts; its width. Raises UserError that lists what there is."""
+        """Let `features` be the output that counts; its width. Raises UserError that lists what
+        there is."""
         side = self.pixels.size
         found = self.eval().outputs(torch.zeros(1, 3, side, side))
         if features not in found:
@@ -59,7 +75,8 @@ class ImageEncoder(nn.Module):
 
 
 def open_encoder(weights: State, about: Mapping[str, Any], name: str | None = None) -> ImageEncoder:
-    """The image encoder of a checkpoint: of Classification.py, main.py, Pretrain.py and its kin, or a foreign one's.
+    """The image encoder of a checkpoint: of Classification.py, main.py, Pretrain.py and its kin, or
+    a foreign one's.
 
     about: `runtime.config.from_checkpoint.described` of the file. name: the model, where
     these do not tell. Raises UserError.
@@ -114,44 +131,63 @@ def _classifier(weights: State, network: Mapping[str, Any], name: str | None) ->
 
 
 def config_of_weights(weights: State, name: str | None = None) -> dict[str, Any]:
-    """`ClassifierConfig` of native weights alone, GELU and LayerNorm being COYO-ViT's. Raises UserError."""
+    """`ClassifierConfig` of native weights alone, GELU and LayerNorm being COYO-ViT's. Raises
+    UserError."""
     width, (patch, stem) = len(weights["patch_embed.proj.weight"]), patches_of(weights)
-    depth = 1 + max(int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key)))
+    depth = 1 + max(
+        int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))
+    )
     size = next((size for size, each in SIZES.items() if each[:2] == (width, depth)), None)
     if name is None and size is None:
-        raise UserError(f"a vision transformer of width {width} with {depth} blocks is none of vit-{'|'.join(SIZES)}")
+        raise UserError(
+            f"a vision transformer of width {width} with {depth} blocks is none of vit-{'|'.join(SIZES)}"
+        )
     grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
     found = {"model": name or f"vit-{size}/{patch}", "image_size": grid * patch, "stem": stem}
     if "pre_logits.fc.bias" in weights:
         found["representation_size"] = len(weights["pre_logits.fc.bias"])
-    return found | ({"num_classes": len(weights["head.bias"])} if "head.bias" in weights else {"num_classes": 1})
+    return found | (
+        {"num_classes": len(weights["head.bias"])} if "head.bias" in weights else {"num_classes": 1}
+    )
 
 
 def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
-    """The vision transformer of SIMLA and ALBEF; what the run's configuration leaves open is read off the weights."""
+    """The vision transformer of SIMLA and ALBEF; what the run's configuration leaves open is read
+    off the weights."""
     prefix = "visual_encoder."
-    state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    state = {
+        key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
+    }
     width, (patch, stem) = len(state["patch_embed.proj.weight"]), patches_of(state)
     depth = 1 + max(int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key)))
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     heads = config.get("vision_heads") or max(1, width // 64)
-    vit = ViT(ViTConfig(grid * patch, patch, width, depth, heads, mask_token="mask_token" in state, stem=stem))
+    vit = ViT(
+        ViTConfig(
+            grid * patch, patch, width, depth, heads, mask_token="mask_token" in state, stem=stem
+        )
+    )
     load_checkpoint(vit, state)
     network, projection = nn.ModuleDict({"vit": vit}), weights.get("vision_proj.weight")
     if projection is not None:
         network["vision_proj"] = nn.Linear(width, len(projection))
-        network["vision_proj"].load_state_dict({"weight": projection, "bias": weights["vision_proj.bias"]})
+        network["vision_proj"].load_state_dict(
+            {"weight": projection, "bias": weights["vision_proj.bias"]}
+        )
 
     def outputs(image: Tensor) -> dict[str, Tensor]:
         token = vit(image)[:, 0]
-        return {TOWER: token} | ({"z": network["vision_proj"](token)} if projection is not None else {})
+        return {TOWER: token} | (
+            {"z": network["vision_proj"](token)} if projection is not None else {}
+        )
 
     title = f"vision transformer of width {width}, {depth} blocks"
     return ImageEncoder(network, outputs, "fusion", Pixels(grid * patch, "bicubic", *OPENAI), title)
 
 
 def timm_encoder(name: str, weights: State | None = None, pretrained: bool = False) -> ImageEncoder:
-    """A network of timm with pooled features. weights: of a file; pretrained: fetched by timm; else they are random.
+    """A network of timm with pooled features. weights: of a file; pretrained: fetched by timm; else
+    they are random.
 
     Raises UserError for an unknown name, with the nearest.
     """
@@ -159,13 +195,19 @@ def timm_encoder(name: str, weights: State | None = None, pretrained: bool = Fal
 
     if not timm.is_model(name.partition(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), 1, 0.3)
-        raise UserError(f"timm has no model {name!r}" + (f"; did you mean timm/{near[0]}?" if near else ""))
+        raise UserError(
+            f"timm has no model {name!r}" + (f"; did you mean timm/{near[0]}?" if near else "")
+        )
     model = timm.create_model(name, num_classes=0, pretrained=pretrained)
     if weights is not None:
         heads = ("head.*", "fc.*", "classifier.*", "pre_logits.*")
         load_checkpoint(model, weights, allowed_unexpected=heads)
     given = timm.data.resolve_model_data_config(model)
-    pixels = Pixels(given["input_size"][-1], given["interpolation"], tuple(given["mean"]), tuple(given["std"]))
-    encoder = ImageEncoder(model, lambda image: {TOWER: model(image)}, "timm", pixels, f"timm/{name}")
+    pixels = Pixels(
+        given["input_size"][-1], given["interpolation"], tuple(given["mean"]), tuple(given["std"])
+    )
+    encoder = ImageEncoder(
+        model, lambda image: {TOWER: model(image)}, "timm", pixels, f"timm/{name}"
+    )
     encoder.crop_share = given["crop_pct"]
     return encoder

@@ -1,4 +1,5 @@
-"""NXTP's network from whatever there is: a checkpoint, CLIP and LLaMA, one of them, or nothing but sizes."""
+"""NXTP's network from whatever there is: a checkpoint, CLIP and LLaMA, one of them, or nothing but
+sizes."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,23 +31,39 @@ class Networks:
     """Sizes and settings of both networks; `build` fills in those that weights decide."""
 
     decoder_layers: int | None = None  # blocks of the decoder that are kept; none = all
-    image_size: int | None = None  # side of the pictures in pixels; none = CLIP's own
-    vision: tuple[int, int, int] = (1024, 24, 14)  # random image tower: width, blocks, side of a patch
-    resnet: list[int] = field(default_factory=list)  # random tower like CLIP's ResNets instead: width, blocks by stage
+    image_size: int | None = None  # side of the images in pixels; none = CLIP's own
+    vision: tuple[int, int, int] = (
+        1024,
+        24,
+        14,
+    )  # random image tower: width, blocks, side of a patch
+    resnet: list[int] = field(
+        default_factory=list
+    )  # random tower like CLIP's ResNets instead: width, blocks by stage
     decoder: tuple[int, int] = (4096, 32)  # random decoder: width, blocks
-    decoder_heads: int | None = None  # attention heads of the decoder; none = LLaMA's, 128 wide each
+    decoder_heads: int | None = (
+        None  # attention heads of the decoder; none = LLaMA's, 128 wide each
+    )
     norm_eps: float = 1e-5  # epsilon of the decoder's norms
     rope_theta: float = 10000.0  # base of the decoder's rotary positions
     prefix_image: bool = True  # image tokens see one another, else only those before them
-    train_embeddings: str = "all"  # rows of the token table to train: all, or special (<|image|> alone)
+    train_embeddings: str = (
+        "all"  # rows of the token table to train: all, or special (<|image|> alone)
+    )
     train_outputs: str = "all"  # the same of the decoder's head
 
     def __post_init__(self):
         for rows in (self.train_embeddings, self.train_outputs):
             if rows not in ("all", "special"):
-                raise UserError(f"train_embeddings, train_outputs: {rows!r} is unknown; use all or special")
-        if self.resnet and (not 2 <= len(self.resnet) <= 5 or min(self.resnet) < 1 or self.resnet[0] % 2):
-            raise UserError(f"resnet: {self.resnet}: name an even width, then the blocks of one to four stages")
+                raise UserError(
+                    f"train_embeddings, train_outputs: {rows!r} is unknown; use all or special"
+                )
+        if self.resnet and (
+            not 2 <= len(self.resnet) <= 5 or min(self.resnet) < 1 or self.resnet[0] % 2
+        ):
+            raise UserError(
+                f"resnet: {self.resnet}: name an even width, then the blocks of one to four stages"
+            )
 
     def build(
         self,
@@ -58,15 +75,18 @@ class Networks:
     ) -> Nxtp:
         """The network on the CPU.
 
-        tokenizer: has vocab_size and `image`, the id of <|image|>. clip: CLIP's weights in any layout; llama: a folder;
-        checkpoint: NXTP's, ours or published; what none of them has stays random. part: (rank, size) of a process that
-        shares the decoder's matrices with others.
+        tokenizer: has vocab_size and `image`, the id of <|image|>. clip: CLIP's weights in any
+        layout; llama: a folder;
+        checkpoint: NXTP's, ours or published; what none of them has stays random. part: (rank,
+        size) of a process that shares the decoder's matrices with others.
         """
         clip = openai_layout(clip) if clip else None
         if checkpoint:
             state = recognition_state(checkpoint, clip, self.decoder_layers, self.image_size)
             check_vocabulary(state, tokenizer.vocab_size, tokenizer)
-            vision, decoder = geometry(state, self.decoder_heads, self.norm_eps, self.rope_theta, self.image_size)
+            vision, decoder = geometry(
+                state, self.decoder_heads, self.norm_eps, self.rope_theta, self.image_size
+            )
             missing: list[str] = []
         else:
             vision, decoder, state, missing = self._start(tokenizer, clip, llama)
@@ -90,12 +110,17 @@ class Networks:
             state = decoder_state(weights, tokenizer.vocab_size, llama)
             decoder = replace(decoder, vocab_size=tokenizer.vocab_size)
         else:
-            decoder, state = cut(self._random_decoder(tokenizer.vocab_size), self.decoder_layers, "decoder"), {}
+            decoder, state = (
+                cut(self._random_decoder(tokenizer.vocab_size), self.decoder_layers, "decoder"),
+                {},
+            )
             missing.append("language_decoder.*")
         if clip:
             vision = vision_config(clip, decoder.dim, self.image_size)
             return vision, decoder, state | vision_state(clip, self.image_size), missing
-        width, blocks, patch = (self.resnet[0], tuple(self.resnet[1:]), 0) if self.resnet else self.vision
+        width, blocks, patch = (
+            (self.resnet[0], tuple(self.resnet[1:]), 0) if self.resnet else self.vision
+        )
         sizes = {"vision_width": width, "vision_layers": blocks, "patch_size": patch}
         vision = OpenAIConfig(embed_dim=decoder.dim, image_size=self.image_size or 224, **sizes)
         return vision, decoder, state, missing

@@ -1,8 +1,10 @@
-"""Dual-encoder checkpoints of clip-rocket, SLIP, OpenAI, open_clip and Hugging Face, and exports to the last two.
+"""Dual-encoder checkpoints of clip-rocket, SLIP, OpenAI, open_clip and Hugging Face, and exports to
+the last two.
 
-Everything here maps state dicts (name -> tensor) to state dicts; reading files is the caller's business, but for
-OpenAI's TorchScript archives, which `models.weights.torchscript` opens without running them. A loader ends in plain
-`load_state_dict`, so whatever is missing or left over is an error that lists the names.
+Everything here maps state dicts (name -> tensor) to state dicts; reading files is the caller's
+business, but for OpenAI's TorchScript archives, which `models.weights.torchscript` opens without
+running them. A loader ends in plain `load_state_dict`, so whatever is missing or left over is an
+error that lists the names.
 
     model = load_openai(state)                    # OpenAI's or open_clip's layout; sizes are read off the shapes
     model = load_openai(from_hugging_face(state), activation=...)
@@ -28,13 +30,19 @@ from models.layers.openai_towers import OpenAIConfig
 State = dict[str, Tensor]
 
 WRAPPERS = ("module.", "_orig_mod.")
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # entries of released files
+NOT_WEIGHTS = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+)  # entries of released files
 
 # ------------------------------------------------------------------------------------- clip-rocket and SLIP
 
 
 def unwrap_names(state: State) -> State:
-    """Names without the prefixes of DistributedDataParallel and torch.compile, at their start only."""
+    """Names without the prefixes of DistributedDataParallel and torch.compile, at their start
+    only."""
     result = {}
     for name, value in state.items():
         while name.startswith(WRAPPERS):
@@ -44,33 +52,48 @@ def unwrap_names(state: State) -> State:
 
 
 def rocket_states(checkpoint: dict) -> tuple[State, State | None]:
-    """Model and momentum-model weights of a clip-rocket or SLIP checkpoint (`state_dict`, `momentum_state_dict`)."""
+    """Model and momentum-model weights of a clip-rocket or SLIP checkpoint (`state_dict`,
+    `momentum_state_dict`)."""
     if "state_dict" not in checkpoint:
-        raise UserError(f"the checkpoint has no `state_dict`, only {', '.join(map(str, list(checkpoint)[:8]))}")
+        raise UserError(
+            f"the checkpoint has no `state_dict`, only {', '.join(map(str, list(checkpoint)[:8]))}"
+        )
     momentum = checkpoint.get("momentum_state_dict")
-    return unwrap_names(checkpoint["state_dict"]), None if momentum is None else unwrap_names(momentum)
+    return unwrap_names(checkpoint["state_dict"]), None if momentum is None else unwrap_names(
+        momentum
+    )
 
 
 SLIP_EMBED_DIM = 512  # SLIP's command line has no such flag
 
 
 def config_of_arguments(arguments: dict, **more) -> DualConfig:
-    """DualConfig from the `args` of a clip-rocket or SLIP checkpoint (as a dict); other entries shape no model.
+    """DualConfig from the `args` of a clip-rocket or SLIP checkpoint (as a dict); other entries
+    shape no model.
 
     `more` overrides, e.g. `image_size`.
     """
     if "model" not in arguments:
-        raise UserError("the checkpoint's args name no model; give the model string on the command line")
+        raise UserError(
+            "the checkpoint's args name no model; give the model string on the command line"
+        )
     known = {f.name for f in fields(DualConfig)}
-    values = {name: value for name, value in arguments.items() if name in known and value is not None}
+    values = {
+        name: value for name, value in arguments.items() if name in known and value is not None
+    }
     if arguments["model"].count("_") == 1:
         values.setdefault("embed_dim", SLIP_EMBED_DIM)
     return DualConfig(**{**values, **more})
 
 
 def text_transformer_of(state: State) -> State:
-    """What `--init-text-encoder` takes over: the blocks alone, neither embeddings nor the final norm."""
-    blocks = {name: value for name, value in unwrap_names(state).items() if name.startswith("transformer.")}
+    """What `--init-text-encoder` takes over: the blocks alone, neither embeddings nor the final
+    norm."""
+    blocks = {
+        name: value
+        for name, value in unwrap_names(state).items()
+        if name.startswith("transformer.")
+    }
     if not blocks:
         raise UserError("the checkpoint for the text encoder has no `transformer.*` weights")
     return blocks
@@ -78,7 +101,10 @@ def text_transformer_of(state: State) -> State:
 
 def load_text_transformer(model: nn.Module, state: State) -> None:
     """Load the text blocks of another checkpoint into `model`, all of them or UserError."""
-    blocks = {name.removeprefix("transformer."): value for name, value in text_transformer_of(state).items()}
+    blocks = {
+        name.removeprefix("transformer."): value
+        for name, value in text_transformer_of(state).items()
+    }
     _load(model.transformer, blocks, "text transformer")
 
 
@@ -86,20 +112,33 @@ def load_text_transformer(model: nn.Module, state: State) -> None:
 
 
 def from_open_clip(state: State) -> State:
-    """open_clip's names -> OpenAI's: the text tower of its two-part models moves to the root. Others stay."""
+    """open_clip's names -> OpenAI's: the text tower of its two-part models moves to the root.
+    Others stay."""
     state = unwrap_names(state)
     if any(name.startswith("visual.trunk.") for name in state):
-        raise UserError("an open_clip model with a timm image tower (visual.trunk.*): load it with load_timm_open_clip")
+        raise UserError(
+            "an open_clip model with a timm image tower (visual.trunk.*): load it with load_timm_open_clip"
+        )
     if "logit_bias" in state:
-        raise UserError("an open_clip model with logit_bias (SigLIP): load it with load_timm_open_clip")
+        raise UserError(
+            "an open_clip model with logit_bias (SigLIP): load it with load_timm_open_clip"
+        )
     return {name.removeprefix("text."): value for name, value in state.items()}
 
 
 def openai_config(state: State, activation: str = "quick_gelu", **loss_options) -> OpenAIConfig:
-    """Read every size off the shapes of an OpenAI-layout state dict. The activation cannot be seen in it."""
-    for name in ("visual.conv1.weight", "text_projection", "positional_embedding", "ln_final.weight"):
+    """Read every size off the shapes of an OpenAI-layout state dict. The activation cannot be seen
+    in it."""
+    for name in (
+        "visual.conv1.weight",
+        "text_projection",
+        "positional_embedding",
+        "ln_final.weight",
+    ):
         if name not in state:
-            raise UserError(f"no {name} in the state dict: it is not of OpenAI's CLIP layout (see clip_adapters)")
+            raise UserError(
+                f"no {name} in the state dict: it is not of OpenAI's CLIP layout (see clip_adapters)"
+            )
     text_layers = _count(state, r"transformer\.resblocks\.(\d+)\.")
     context, text_width = state["positional_embedding"].shape
     vocabulary, heads = len(state["token_embedding.weight"]), max(1, text_width // 64)
@@ -133,17 +172,24 @@ def _count(state: State, pattern: str) -> int:
 def _grid(positions: Tensor) -> int:
     grid = round((len(positions) - 1) ** 0.5)
     if grid**2 + 1 != len(positions):
-        raise UserError(f"{len(positions)} position embeddings are no square grid and a class token")
+        raise UserError(
+            f"{len(positions)} position embeddings are no square grid and a class token"
+        )
     return grid
 
 
 def load_openai(state: State, activation: str = "quick_gelu", **loss_options) -> OpenAICLIP:
     """OpenAI's or open_clip's state dict -> the network holding it in float32.
 
-    activation: `quick_gelu` for OpenAI's weights and open_clip's `-quickgelu` models, `gelu` for its others.
+    activation: `quick_gelu` for OpenAI's weights and open_clip's `-quickgelu` models, `gelu` for
+    its others.
     """
-    state = {name: value for name, value in from_open_clip(state).items() if name not in NOT_WEIGHTS}
-    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    state = {
+        name: value for name, value in from_open_clip(state).items() if name not in NOT_WEIGHTS
+    }
+    state = {
+        name: value.float() if value.is_floating_point() else value for name, value in state.items()
+    }
     with torch.device("meta"):
         model = OpenAICLIP(openai_config(state, activation, **loss_options))
     _load(model, state, "OpenAI CLIP", assign=True)
@@ -161,21 +207,33 @@ def _load(model: nn.Module, state: State, what: str, assign: bool = False) -> No
     ]
     faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
     if any(names for _, names in faults):
-        listed = "; ".join(f"{kind}: {', '.join(sorted(names)[:8])} ({len(names)})" for kind, names in faults if names)
+        listed = "; ".join(
+            f"{kind}: {', '.join(sorted(names)[:8])} ({len(names)})"
+            for kind, names in faults
+            if names
+        )
         raise UserError(f"the weights do not fit the {what}: {listed}")
     model.load_state_dict(state, assign=assign)
 
 
 def to_open_clip(model: nn.Module) -> State:
-    """State dict for open_clip's model: of OpenAI's networks the same names, of ours with a timm-style ViT, R50 or
-    ConvNeXt those of a timm image tower with a linear projection (`open_clip_config` describes it).
+    """State dict for open_clip's model: of OpenAI's networks the same names, of ours with a
+    timm-style ViT, R50 or ConvNeXt those of a timm image tower with a linear projection
+    (`open_clip_config` describes it).
     """
     if isinstance(model, OpenAICLIP):
         return dict(model.state_dict())
     image, text = _linear_projections(model)
     state = model.state_dict()
     result = {f"visual.trunk.{name}": value for name, value in model.visual.state_dict().items()}
-    shared = ("positional_embedding", "logit_scale", "logit_bias", "transformer.", "token_embedding.", "ln_final.")
+    shared = (
+        "positional_embedding",
+        "logit_scale",
+        "logit_bias",
+        "transformer.",
+        "token_embedding.",
+        "ln_final.",
+    )
     result |= {name: value for name, value in state.items() if name.startswith(shared)}
     return result | {"visual.head.proj.weight": image.T.contiguous(), "text_projection": text}
 
@@ -185,7 +243,10 @@ def _linear_projections(model: nn.Module) -> tuple[Tensor, Tensor]:
     if isinstance(model, SlipCLIP):
         return model.image_projection.detach(), model.text_projection.detach()
     if isinstance(model, CLIP) and isinstance(model.image_projector, nn.Linear):
-        return model.image_projector.weight.detach().T, model.text_projector.weight.detach().T.contiguous()
+        return (
+            model.image_projector.weight.detach().T,
+            model.text_projector.weight.detach().T.contiguous(),
+        )
     raise UserError("open_clip holds linear projections only; this model's clip_proj_type is mlp")
 
 
@@ -202,7 +263,8 @@ TIMM_NAMES = {
 
 
 def open_clip_config(model: nn.Module) -> dict:
-    """open_clip's model configuration (the JSON it keeps beside weights) for `to_open_clip(model)`."""
+    """open_clip's model configuration (the JSON it keeps beside weights) for
+    `to_open_clip(model)`."""
     config = model.config
     text = {
         "context_length": config.text.context_length,
@@ -219,7 +281,9 @@ def open_clip_config(model: nn.Module) -> dict:
         return {"embed_dim": config.embed_dim, **activation, "vision_cfg": vision, "text_cfg": text}
     backbone = config.model.split("_")[1]
     if backbone not in TIMM_NAMES or config.model.count("_") == 1 and backbone == "VITS16":
-        raise UserError(f"timm has no {backbone} of this head count by name; export to safetensors instead")
+        raise UserError(
+            f"timm has no {backbone} of this head count by name; export to safetensors instead"
+        )
     vision = {
         "image_size": config.image_size,
         "timm_model_name": TIMM_NAMES[backbone],
@@ -231,7 +295,8 @@ def open_clip_config(model: nn.Module) -> dict:
 
 
 def load_timm_open_clip(model: CLIP, state: State) -> None:
-    """The other way: an open_clip state dict with a timm tower and a linear projection into a freshly built CLIP."""
+    """The other way: an open_clip state dict with a timm tower and a linear projection into a
+    freshly built CLIP."""
     state = {name.removeprefix("text."): value for name, value in unwrap_names(state).items()}
     renamed = {}
     for name, value in state.items():
@@ -244,19 +309,26 @@ def load_timm_open_clip(model: CLIP, state: State) -> None:
     if not isinstance(model, CLIP) or isinstance(model, CL2L | SwALIPV1):
         raise UserError(f"open_clip weights fill a CLIP or SIGLIP head, not {type(model).__name__}")
     if ("logit_bias" in renamed) != isinstance(model, SigLIP):
-        raise UserError("logit_bias belongs to SigLIP: build a model with the head SIGLIP for it, CLIP without it")
+        raise UserError(
+            "logit_bias belongs to SigLIP: build a model with the head SIGLIP for it, CLIP without it"
+        )
     _load(model, renamed, type(model).__name__)
 
 
 def resize_positions(state: State, image_size: int) -> State:
-    """OpenAI-layout ViT weights for pictures of another size: bicubic resize of the grid of position embeddings."""
+    """OpenAI-layout ViT weights for images of another size: bicubic resize of the grid of position
+    embeddings."""
     positions = state["visual.positional_embedding"]
     grid, new = _grid(positions), image_size // state["visual.conv1.weight"].shape[-1]
     if grid == new:
         return state
-    picture = positions[1:].float().unflatten(0, (grid, grid)).permute(2, 0, 1)[None]
-    picture = F.interpolate(picture, size=(new, new), mode="bicubic", align_corners=False)[0].flatten(1).T
-    return state | {"visual.positional_embedding": torch.cat([positions[:1], picture.to(positions.dtype)])}
+    image = positions[1:].float().unflatten(0, (grid, grid)).permute(2, 0, 1)[None]
+    image = (
+        F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)[0].flatten(1).T
+    )
+    return state | {
+        "visual.positional_embedding": torch.cat([positions[:1], image.to(positions.dtype)])
+    }
 
 
 # ------------------------------------------------------------------------------------- Hugging Face
@@ -272,7 +344,10 @@ HUGGING_FACE = (  # OpenAI's name, transformers' name; a trailing dot stands for
     ("visual.ln_pre.", "vision_model.pre_layrnorm."),
     ("visual.ln_post.", "vision_model.post_layernorm."),
 )
-HUGGING_FACE_TRANSPOSED = (("text_projection", "text_projection.weight"), ("visual.proj", "visual_projection.weight"))
+HUGGING_FACE_TRANSPOSED = (
+    ("text_projection", "text_projection.weight"),
+    ("visual.proj", "visual_projection.weight"),
+)
 HUGGING_FACE_BLOCKS = (
     ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
     ("transformer.resblocks.", "text_model.encoder.layers."),
@@ -289,7 +364,8 @@ SPLIT = re.compile(r"(.*\.)self_attn\.([qkv])_proj\.(weight|bias)$")
 
 
 def to_hugging_face(model: OpenAICLIP) -> State:
-    """State dict of transformers' CLIPModel. UserError for a ResNet tower and for our own networks, which it lacks."""
+    """State dict of transformers' CLIPModel. UserError for a ResNet tower and for our own networks,
+    which it lacks."""
     if not isinstance(model, OpenAICLIP) or model.config.is_resnet:
         raise UserError(
             "Hugging Face's CLIPModel is OpenAI's ViT alone; export this model to open_clip's layout or to safetensors"

@@ -1,7 +1,8 @@
-"""LLaMA weights in the two layouts they come in: Meta's folder (one or several shards) and Hugging Face's.
+"""LLaMA weights in the two layouts they come in: Meta's folder (one or several shards) and Hugging
+Face's.
 
-`read_llama` gives Meta's names and rotary layout; files are opened without running anything in them, and of a decoder
-that is cut only the kept blocks are read into memory.
+`read_llama` gives Meta's names and rotary layout; files are opened without running anything in
+them, and of a decoder that is cut only the kept blocks are read into memory.
 """
 
 import json
@@ -31,14 +32,24 @@ HUGGING_FACE = {  # transformers' name -> Meta's
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-META_FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps")
+META_FIELDS = (
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "norm_eps",
+)
 
 
 def read_llama(folder: str | Path, layers: int | None = None) -> tuple[LlamaConfig, State]:
-    """Geometry and float32 weights under Meta's names of the first `layers` blocks (all by default) and the head.
+    """Geometry and float32 weights under Meta's names of the first `layers` blocks (all by default)
+    and the head.
 
-    folder: Meta's (params.json, consolidated.*.pth) or Hugging Face's (config.json, *.safetensors or *.bin). Raises
-    UserError where it is neither, incomplete, damaged, or has fewer blocks than asked for.
+    folder: Meta's (params.json, consolidated.*.pth) or Hugging Face's (config.json, *.safetensors
+    or *.bin). Raises UserError where it is neither, incomplete, damaged, or has fewer blocks than
+    asked for.
     """
     folder = Path(folder)
     if (folder / "params.json").is_file():
@@ -46,7 +57,9 @@ def read_llama(folder: str | Path, layers: int | None = None) -> tuple[LlamaConf
     elif (folder / "config.json").is_file():
         config, state = _read_hugging_face(folder, layers)
     else:
-        raise UserError(f"{folder}: no LLaMA: neither params.json (Meta's layout) nor config.json (Hugging Face's)")
+        raise UserError(
+            f"{folder}: no LLaMA: neither params.json (Meta's layout) nor config.json (Hugging Face's)"
+        )
     state = {name: value.float() for name, value in state.items()}
     config = replace(config, vocab_size=len(state["tok_embeddings.weight"]))
     return cut(config, layers, folder), state
@@ -57,14 +70,18 @@ def cut(config: LlamaConfig, layers: int | None, where: object) -> LlamaConfig:
     if layers is None:
         return config
     if layers > config.n_layers:
-        raise UserError(f"{where}: the decoder has {config.n_layers} blocks, it cannot be cut to {layers}")
+        raise UserError(
+            f"{where}: the decoder has {config.n_layers} blocks, it cannot be cut to {layers}"
+        )
     return replace(config, n_layers=layers)
 
 
 def is_kept(name: str, layers: int | None) -> bool:
     """Whether a weight (Meta's name) belongs to the decoder cut to its first `layers` blocks."""
     block = re.match(r"layers\.(\d+)\.", name)
-    return not name.startswith("rope.") and (layers is None or block is None or int(block[1]) < layers)
+    return not name.startswith("rope.") and (
+        layers is None or block is None or int(block[1]) < layers
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- Meta
@@ -78,15 +95,20 @@ def _read_meta(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
     files = sorted(folder.glob("*.pth"))
     if not files:
         raise UserError(f"{folder}: no consolidated.*.pth beside params.json")
-    shards = [{k: v for k, v in _read_tensors(file).items() if is_kept(k, layers)} for file in files]
+    shards = [
+        {k: v for k, v in _read_tensors(file).items() if is_kept(k, layers)} for file in files
+    ]
     return config, merge_shards(shards, config.dim)
 
 
 def merge_shards(shards: list[State], dim: int) -> State:
-    """The whole decoder from Meta's shards, which split matrices as tensor parallelism does; norms are in each."""
+    """The whole decoder from Meta's shards, which split matrices as tensor parallelism does; norms
+    are in each."""
     names = shards[0].keys()
     if any(shard.keys() != names for shard in shards):
-        raise UserError("the consolidated.*.pth files do not belong together: they name different weights")
+        raise UserError(
+            "the consolidated.*.pth files do not belong together: they name different weights"
+        )
     merged = {}
     for name in names:
         along = split_dimension(name)
@@ -110,11 +132,18 @@ def _read_hugging_face(folder: Path, layers: int | None) -> tuple[LlamaConfig, S
 
 
 def hugging_face_config(values: dict, where: object = "config.json") -> LlamaConfig:
-    """Geometry from the `config.json` of transformers' LlamaForCausalLM; UserError for other kinds of decoders."""
+    """Geometry from the `config.json` of transformers' LlamaForCausalLM; UserError for other kinds
+    of decoders."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if values.get("model_type", "llama") != "llama" or kind != "default" or values.get("attention_bias"):
-        raise UserError(f"{where}: a {values.get('model_type')} with {kind} rotary positions, not a plain LLaMA")
+    if (
+        values.get("model_type", "llama") != "llama"
+        or kind != "default"
+        or values.get("attention_bias")
+    ):
+        raise UserError(
+            f"{where}: a {values.get('model_type')} with {kind} rotary positions, not a plain LLaMA"
+        )
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     try:
         config = LlamaConfig(
@@ -130,15 +159,20 @@ def hugging_face_config(values: dict, where: object = "config.json") -> LlamaCon
     except KeyError as error:
         raise UserError(f"{where}: has no {error.args[0]}; is it of a LlamaForCausalLM?") from None
     if values.get("head_dim") not in (None, config.head_dim):
-        raise UserError(f"{where}: head_dim {values['head_dim']} is not hidden_size / num_attention_heads")
+        raise UserError(
+            f"{where}: head_dim {values['head_dim']} is not hidden_size / num_attention_heads"
+        )
     return config
 
 
 def from_hugging_face(state: State, config: LlamaConfig) -> State:
-    """transformers' names -> Meta's, wq and wk turned back to interleaved rotary pairs; a tied head is copied."""
+    """transformers' names -> Meta's, wq and wk turned back to interleaved rotary pairs; a tied head
+    is copied."""
     result: State = {}
     for name, value in state.items():
-        place, stem = re.fullmatch(r"(?:model\.)?((?:layers\.\d+\.)?)(.*)\.(?:weight|inv_freq)", name).groups()
+        place, stem = re.fullmatch(
+            r"(?:model\.)?((?:layers\.\d+\.)?)(.*)\.(?:weight|inv_freq)", name
+        ).groups()
         if stem in HUGGING_FACE:
             result[f"{place}{HUGGING_FACE[stem]}.weight"] = value
         elif not stem.endswith("rotary_emb"):
@@ -153,7 +187,8 @@ def from_hugging_face(state: State, config: LlamaConfig) -> State:
 
 
 def interleave(weight: Tensor, heads: int) -> Tensor:
-    """Rows of wq or wk from transformers' rotary layout, halves (i, i + d/2), to Meta's, neighbours (2i, 2i + 1)."""
+    """Rows of wq or wk from transformers' rotary layout, halves (i, i + d/2), to Meta's, neighbours
+    (2i, 2i + 1)."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -177,11 +212,26 @@ def _read_tensors(path: Path, wanted=lambda name: True) -> State:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {name: value for name, value in content.items() if isinstance(value, Tensor) and wanted(name)}
-    except (OSError, RuntimeError, EOFError, AttributeError, ValueError, pickle.UnpicklingError) as error:
+        return {
+            name: value
+            for name, value in content.items()
+            if isinstance(value, Tensor) and wanted(name)
+        }
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        AttributeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable file of weights ({reason}); fetch it again") from None
+        raise UserError(
+            f"{path}: not a readable file of weights ({reason}); fetch it again"
+        ) from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise UserError(f"{path}: not a readable safetensors file ({error}); fetch it again") from None
+        raise UserError(
+            f"{path}: not a readable safetensors file ({error}); fetch it again"
+        ) from None

@@ -26,9 +26,14 @@ class Differences(NamedTuple):
 
     def text(self) -> str:
         """One paragraph per kind of difference, at most ten keys each."""
-        shapes = [f"{key} {list(got)} instead of {list(expected)}" for key, got, expected in self.mismatched]
+        shapes = [
+            f"{key} {list(got)} instead of {list(expected)}"
+            for key, got, expected in self.mismatched
+        ]
         parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}
-        return "\n".join(f"  {len(keys)} {what}: {_some(keys)}" for what, keys in parts.items() if keys)
+        return "\n".join(
+            f"  {len(keys)} {what}: {_some(keys)}" for what, keys in parts.items() if keys
+        )
 
 
 def compare_state(expected: State, given: State) -> Differences:
@@ -38,16 +43,24 @@ def compare_state(expected: State, given: State) -> Differences:
         for key, value in expected.items()
         if key in given and given[key].shape != value.shape
     ]
-    return Differences([k for k in expected if k not in given], [k for k in given if k not in expected], mismatched)
+    return Differences(
+        [k for k in expected if k not in given], [k for k in given if k not in expected], mismatched
+    )
 
 
 def load_checkpoint(
-    model: nn.Module, state: State, allowed_missing: Iterable[str] = (), allowed_unexpected: Iterable[str] = ()
+    model: nn.Module,
+    state: State,
+    allowed_missing: Iterable[str] = (),
+    allowed_unexpected: Iterable[str] = (),
 ) -> Differences:
-    """Copies `state` into `model`, in place, and returns what was left out, all of it named as expected by the caller.
+    """Copies `state` into `model`, in place, and returns what was left out, all of it named as
+    expected by the caller.
 
-    allowed_missing: glob patterns of keys that may keep their initial values, absent or of another shape in `state`.
-    allowed_unexpected: patterns of keys of `state` the model has no place for. Position ids may always differ.
+    allowed_missing: glob patterns of keys that may keep their initial values, absent or of another
+    shape in `state`.
+    allowed_unexpected: patterns of keys of `state` the model has no place for. Position ids may
+    always differ.
     Raises `UserError` that lists every other difference; the model is then unchanged.
     """
     found = compare_state(model.state_dict(), state)
@@ -63,7 +76,9 @@ def load_checkpoint(
             "use a checkpoint of this kind of model, and the sizes (width, layers, vocabulary, queue) it was made with"
         )
     left_out = {*found.unexpected, *(key for key, *_ in found.mismatched)}
-    model.load_state_dict({key: value for key, value in state.items() if key not in left_out}, strict=False)
+    model.load_state_dict(
+        {key: value for key, value in state.items() if key not in left_out}, strict=False
+    )
     return found
 
 

@@ -1,7 +1,8 @@
-"""NXTP's networks from what is published: OpenAI's CLIP, LLaMA, and NXTP checkpoints, which hold trained tensors only.
+"""NXTP's networks from what is published: OpenAI's CLIP, LLaMA, and NXTP checkpoints, which hold
+trained tensors only.
 
-Everything maps state dicts; reading CLIP and NXTP files is the caller's business, LLaMA's folders are read by
-`models.weights.llama`.
+Everything maps state dicts; reading CLIP and NXTP files is the caller's business, LLaMA's folders
+are read by `models.weights.llama`.
 
     state = pretrained(clip, llama, vocabulary)          # to start training
     state = recognition_state(checkpoint, clip)          # to go on from, or to use, an NXTP checkpoint
@@ -27,20 +28,23 @@ LLAMA_HEAD = 128  # width of a head in every published LLaMA-2
 
 
 def openai_layout(state: State) -> State:
-    """OpenAI's names in float32 of a CLIP state dict in OpenAI's, open_clip's or Hugging Face's layout."""
+    """OpenAI's names in float32 of a CLIP state dict in OpenAI's, open_clip's or Hugging Face's
+    layout."""
     if any(name.startswith("vision_model.") for name in state):
         state = clip_from_hugging_face(state)
     return {name: value.float() for name, value in state.items() if value.is_floating_point()}
 
 
 def vision_config(state: State, dim: int, image_size: int | None = None) -> OpenAIConfig:
-    """Geometry of CLIP's image tower (OpenAI's names), projected to `dim`, for pictures of `image_size`."""
+    """Geometry of CLIP's image tower (OpenAI's names), projected to `dim`, for images of
+    `image_size`."""
     config = openai_config(state)
     return replace(config, embed_dim=dim, image_size=image_size or config.image_size)
 
 
 def vision_state(state: State, image_size: int | None = None) -> State:
-    """The image tower of a CLIP state dict (OpenAI's names) without its projection; positions fit `image_size`."""
+    """The image tower of a CLIP state dict (OpenAI's names) without its projection; positions fit
+    `image_size`."""
     state = resize_positions(state, image_size) if image_size and "visual.proj" in state else state
     left = ("visual.proj", "visual.attnpool.")
     kept = {name for name in state if name.startswith("visual.") and not name.startswith(left)}
@@ -50,8 +54,10 @@ def vision_state(state: State, image_size: int | None = None) -> State:
 def decoder_state(llama: State, vocabulary: int, where: object) -> State:
     """LLaMA's weights (Meta's names) with rows for the special tokens at the end.
 
-    New embeddings are normal, new rows of the head uniform in ±dim^-0.5, and zero for the last, the padding token.
-    vocabulary: pieces of the tokenizer with the special tokens. UserError where it is another tokenizer's.
+    New embeddings are normal, new rows of the head uniform in ±dim^-0.5, and zero for the last, the
+    padding token.
+    vocabulary: pieces of the tokenizer with the special tokens. UserError where it is another
+    tokenizer's.
     """
     rows, dim = llama["tok_embeddings.weight"].shape
     new = vocabulary - rows
@@ -71,10 +77,12 @@ def decoder_state(llama: State, vocabulary: int, where: object) -> State:
 def recognition_state(
     checkpoint: State, clip: State | None, layers: int | None = None, image_size: int | None = None
 ) -> State:
-    """All weights of an NXTP checkpoint; what a published one lacks, the frozen tensors of CLIP, comes from `clip`.
+    """All weights of an NXTP checkpoint; what a published one lacks, the frozen tensors of CLIP,
+    comes from `clip`.
 
-    clip: OpenAI's names, or None where the checkpoint is complete. layers: blocks of the decoder to keep. image_size:
-    of the pictures; position embeddings are resized to it.
+    clip: OpenAI's names, or None where the checkpoint is complete. layers: blocks of the decoder to
+    keep. image_size:
+    of the images; position embeddings are resized to it.
     """
     state = {name: value.float() for name, value in unwrap_names(checkpoint).items()}
     state.pop(f"{VISION}logit_scale", None)
@@ -85,11 +93,18 @@ def recognition_state(
         raise UserError(f"the checkpoint's decoder has {deep} blocks, it cannot be cut to {layers}")
     if layers is not None:
         inside = re.compile(rf"{re.escape(DECODER)}layers\.(\d+)\.")
-        state = {k: v for k, v in state.items() if not (found := inside.match(k)) or int(found[1]) < layers}
+        state = {
+            k: v
+            for k, v in state.items()
+            if not (found := inside.match(k)) or int(found[1]) < layers
+        }
     if f"{VISION}layer1.0.conv1.weight" in state:
         return state
     if f"{VISION}conv1.weight" in state:
-        places = {f"visual.{name}": state[VISION + name] for name in ("positional_embedding", "conv1.weight")}
+        places = {
+            f"visual.{name}": state[VISION + name]
+            for name in ("positional_embedding", "conv1.weight")
+        }
         places = resize_positions(places, image_size) if image_size else places
         return state | {f"{VISION}positional_embedding": places["visual.positional_embedding"]}
     if clip is None:
@@ -107,7 +122,8 @@ def geometry(
     rope_theta: float = 10000.0,
     image_size: int | None = None,
 ) -> tuple[OpenAIConfig, LlamaConfig]:
-    """Both networks' sizes, read off the shapes of a complete state dict; heads: of the decoder, None = LLaMA's."""
+    """Both networks' sizes, read off the shapes of a complete state dict; heads: of the decoder,
+    None = LLaMA's."""
     table, first = state[f"{DECODER}tok_embeddings.weight"], f"{DECODER}layers.0."
     dim, heads = table.shape[1], heads or max(1, table.shape[1] // LLAMA_HEAD)
     decoder = LlamaConfig(
@@ -124,11 +140,14 @@ def geometry(
 
 
 def _tower(state: State, dim: int, image_size: int | None) -> OpenAIConfig:
-    """Geometry of the image tower; that of a ResNet does not tell the size of the pictures."""
+    """Geometry of the image tower; that of a ResNet does not tell the size of the images."""
     conv = state[f"{VISION}conv1.weight"]
     if f"{VISION}layer1.0.conv1.weight" in state:
         stages = [_count(state, rf"{VISION}layer{number}\.(\d+)\.") for number in (1, 2, 3, 4)]
-        sizes = {"vision_width": len(state[f"{VISION}conv3.weight"]), "vision_layers": tuple(filter(None, stages))}
+        sizes = {
+            "vision_width": len(state[f"{VISION}conv3.weight"]),
+            "vision_layers": tuple(filter(None, stages)),
+        }
         return OpenAIConfig(embed_dim=dim, image_size=image_size or 224, patch_size=0, **sizes)
     side = math.isqrt(len(state[f"{VISION}positional_embedding"]) - 1) * conv.shape[-1]
     blocks = _count(state, rf"{VISION}transformer\.resblocks\.(\d+)\.")
@@ -147,20 +166,27 @@ def check_vocabulary(state: State, vocabulary: int, tokenizer: object) -> None:
 
 
 def trained_names(names: list[str], vision_blocks: int | None) -> set[str]:
-    """What is trained: the decoder, and of the tower the projection, the last norm and the last `vision_blocks` blocks;
+    """What is trained: the decoder, and of the tower the projection, the last norm and the last
+    `vision_blocks` blocks;
     none = all of it."""
     if vision_blocks is None:
         return set(names)
     if vision_blocks and f"{VISION}layer1.0.conv1.weight" in names:
-        raise UserError("train_vision_blocks: a ResNet's blocks are trained all together (leave it out) or not (0)")
+        raise UserError(
+            "train_vision_blocks: a ResNet's blocks are trained all together (leave it out) or not (0)"
+        )
     deep = _count(dict.fromkeys(names), rf"{VISION}transformer\.resblocks\.(\d+)\.")
-    last = {f"{VISION}transformer.resblocks.{number}." for number in range(max(0, deep - vision_blocks), deep)}
+    last = {
+        f"{VISION}transformer.resblocks.{number}."
+        for number in range(max(0, deep - vision_blocks), deep)
+    }
     inside = (*last, f"{VISION}proj.", f"{VISION}ln_post.", DECODER)
     return {name for name in names if name.startswith(inside)}
 
 
 def decayed_names(trained: dict[str, Tensor]) -> set[str]:
-    """What the original decays: matrices but for the token embeddings, and the decoder's final norm, too."""
+    """What the original decays: matrices but for the token embeddings, and the decoder's final
+    norm, too."""
     head = (f"{DECODER}norm.", f"{DECODER}output.", f"{VISION}proj.")
     return {
         name

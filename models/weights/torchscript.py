@@ -1,8 +1,8 @@
 """Weights out of a TorchScript archive without running it: OpenAI publishes CLIP that way.
 
-An archive is a zip of code, constants and one pickle of the module tree. Only the pickle and the raw tensor storages
-are read, the pickle with a fixed list of names: classes become inert records, tensors are built here, any other name
-is refused.
+An archive is a zip of code, constants and one pickle of the module tree. Only the pickle and the
+raw tensor storages are read, the pickle with a fixed list of names: classes become inert records,
+tensors are built here, any other name is refused.
 """
 
 import pickle
@@ -25,7 +25,13 @@ STORAGES = {
     "IntStorage": torch.int32,
     "LongStorage": torch.int64,
 }
-LISTS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
+LISTS = (
+    "build_intlist",
+    "build_tensorlist",
+    "build_doublelist",
+    "build_boollist",
+    "restore_type_tag",
+)
 
 
 def is_jit_archive(path: str | Path) -> bool:
@@ -37,9 +43,11 @@ def is_jit_archive(path: str | Path) -> bool:
 
 
 def jit_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of the archived module under its dotted name, on the CPU, in its stored precision.
+    """Every tensor of the archived module under its dotted name, on the CPU, in its stored
+    precision.
 
-    Raises UserError that names the file where it is no such archive, is damaged, or holds anything but a module tree.
+    Raises UserError that names the file where it is no such archive, is damaged, or holds anything
+    but a module tree.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -55,7 +63,9 @@ def jit_state_dict(path: str | Path) -> dict[str, Tensor]:
         TypeError,
         ValueError,
     ) as error:
-        raise UserError(f"{path}: not a readable TorchScript archive ({error or type(error).__name__})") from error
+        raise UserError(
+            f"{path}: not a readable TorchScript archive ({error or type(error).__name__})"
+        ) from error
     if not isinstance(tree, _Module):
         raise UserError(f"{path}: the archive holds no module")
     return dict(_tensors(tree, ""))
@@ -106,7 +116,9 @@ class _Reader(pickle.Unpickler):
             if len(raw) < count * dtype.itemsize:
                 raise pickle.UnpicklingError(f"storage {key} is shorter than declared")
             self.storages[key] = (
-                torch.frombuffer(raw, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+                torch.frombuffer(raw, dtype=dtype, count=count)
+                if count
+                else torch.empty(0, dtype=dtype)
             )
         return self.storages[key]
 

@@ -4,8 +4,9 @@ transformers, TensorFlow COYO-ViT.
     load_vit(model, state)                # any of the four kinds -> the model, positions resized, fresh head if need be
     to_timm(state), to_transformers(state), to_tensorflow(state)     # and back: pure, state dict to state dict
 
-The native names are timm's, plus `pre_logits.fc` for the tanh layer, which timm no longer has and transformers calls
-the pooler. TensorFlow kernels are input x output, convolutions height x width x input x output.
+The native names are timm's, plus `pre_logits.fc` for the tanh layer, which timm no longer has and
+transformers calls the pooler. TensorFlow kernels are input x output, convolutions height x width x
+input x output.
 """
 
 import re
@@ -40,41 +41,58 @@ INSIDE = {
     "mlp.fc1": ("intermediate.dense", "mlp.fc1", "mlp/layer_with_weights-0"),
     "mlp.fc2": ("output.dense", "mlp.fc2", "mlp/layer_with_weights-1"),
 }
-LAYER_PREFIX = ("vit.encoder.layer.{}.", "vit.layers.{}.", "backbone/enc_layers/{}/")  # in the order above
+LAYER_PREFIX = (
+    "vit.encoder.layer.{}.",
+    "vit.layers.{}.",
+    "backbone/enc_layers/{}/",
+)  # in the order above
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 AVERAGE = "/.OPTIMIZER_SLOT/optimizer/average"
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def vit_kind(state: State) -> str:
-    """`native` (timm's names), `transformers` or `tensorflow`. Raises UserError for anything else."""
+    """`native` (timm's names), `transformers` or `tensorflow`. Raises UserError for anything
+    else."""
     for key in ("dist_token", "reg_token", "fc_norm.weight"):
         if key in state:
-            raise UserError(f"these weights have {key}: another kind of vision transformer than a class token's")
+            raise UserError(
+                f"these weights have {key}: another kind of vision transformer than a class token's"
+            )
     if "patch_embed.proj.weight" in state:
         return "native"
     if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
         return "transformers"
     if any(key.removesuffix(VALUE).endswith("class_emb") for key in state):
         return "tensorflow"
-    raise UserError(f"no weights of a vision transformer: the first keys are {', '.join(list(state)[:6])}")
+    raise UserError(
+        f"no weights of a vision transformer: the first keys are {', '.join(list(state)[:6])}"
+    )
 
 
 def native(state: State) -> dict[str, Tensor]:
-    """Weights of any kind under the native names. Of a run or checkpoint with a moving average, the average."""
+    """Weights of any kind under the native names. Of a run or checkpoint with a moving average, the
+    average."""
     if any(key.startswith("ema.") for key in state):
-        state = {key.removeprefix("ema."): value for key, value in state.items() if key.startswith("ema.")}
+        state = {
+            key.removeprefix("ema."): value
+            for key, value in state.items()
+            if key.startswith("ema.")
+        }
     kind = vit_kind(state)
     if kind == "native":
         return dict(state)
-    return join_qkv(_from_transformers(state) if kind == "transformers" else _from_tensorflow(state))
+    return join_qkv(
+        _from_transformers(state) if kind == "transformers" else _from_tensorflow(state)
+    )
 
 
 def load_vit(model: VisionClassifier, state: State) -> Differences:
-    """Copies weights of any kind into the model, positions resized to its grid; returns what was left out.
+    """Copies weights of any kind into the model, positions resized to its grid; returns what was
+    left out.
 
-    The head may be missing or of another size, as may the pre-logits layer: they keep their initial values. Everything
-    else must fit: raises UserError.
+    The head may be missing or of another size, as may the pre-logits layer: they keep their initial
+    values. Everything else must fit: raises UserError.
     """
     weights = native(state)
     if "pos_embed" in weights:
@@ -91,12 +109,15 @@ def to_timm(state: State) -> dict[str, Tensor]:
     Raises UserError where there is a pre-logits layer: timm has none.
     """
     if "pre_logits.fc.weight" in state:
-        raise UserError("timm's vision transformer has no pre-logits layer: convert a fine-tuned model instead")
+        raise UserError(
+            "timm's vision transformer has no pre-logits layer: convert a fine-tuned model instead"
+        )
     return dict(state)
 
 
 def to_transformers(state: State, names: int = 4) -> dict[str, Tensor]:
-    """Native weights under the names of transformers' ViT, as saved by version 4 (and on the hub) or held by 5.
+    """Native weights under the names of transformers' ViT, as saved by version 4 (and on the hub)
+    or held by 5.
 
     `vit.*` and `classifier.*`; the pre-logits layer becomes `vit.pooler.dense`.
     """
@@ -104,7 +125,9 @@ def to_transformers(state: State, names: int = 4) -> dict[str, Tensor]:
     result = {}
     for key, value in split_qkv(state).items():
         if block := BLOCK.fullmatch(key):
-            result[LAYER_PREFIX[column].format(block[1]) + f"{INSIDE[block[2]][column]}.{block[3]}"] = value
+            result[
+                LAYER_PREFIX[column].format(block[1]) + f"{INSIDE[block[2]][column]}.{block[3]}"
+            ] = value
         else:
             name, leaf = _outside(key)
             result[OUTSIDE[name][0] + leaf] = value
@@ -131,7 +154,8 @@ def transformers_config(config: ClassifierConfig) -> dict:
 
 
 def to_tensorflow(state: State) -> dict[str, Tensor]:
-    """Native weights under the keys of the original's checkpoints, without `/.ATTRIBUTES/VARIABLE_VALUE`."""
+    """Native weights under the keys of the original's checkpoints, without
+    `/.ATTRIBUTES/VARIABLE_VALUE`."""
     result = {}
     for key, value in split_qkv(state).items():
         if block := BLOCK.fullmatch(key):
@@ -176,10 +200,13 @@ def join_qkv(state: State) -> dict[str, Tensor]:
 
 
 def _outside(key: str) -> tuple[str, str]:
-    """Entry of OUTSIDE and `.weight`, `.bias` or nothing. Raises UserError for a name there is no other one for."""
+    """Entry of OUTSIDE and `.weight`, `.bias` or nothing. Raises UserError for a name there is no
+    other one for."""
     name = re.sub(r"\.(weight|bias)$", "", key)
     if name not in OUTSIDE:
-        raise UserError(f"{key}: not a weight of VisionClassifier; convert its exported model.safetensors")
+        raise UserError(
+            f"{key}: not a weight of VisionClassifier; convert its exported model.safetensors"
+        )
     return name, key[len(name) :]
 
 
@@ -201,9 +228,11 @@ def _from_transformers(state: State) -> dict[str, Tensor]:
 
 
 def _from_tensorflow(state: State) -> dict[str, Tensor]:
-    """A training checkpoint, or an export of the model or the backbone, to native names with q, k, v apart.
+    """A training checkpoint, or an export of the model or the backbone, to native names with q, k,
+    v apart.
 
-    Where it holds a moving average the raw weights lie under the plain keys and the averaged ones in optimizer slots;
+    Where it holds a moving average the raw weights lie under the plain keys and the averaged ones
+    in optimizer slots;
     the latter are taken.
     """
     state = {key.removesuffix(VALUE): value for key, value in state.items()}
@@ -229,7 +258,8 @@ def _from_tensorflow(state: State) -> dict[str, Tensor]:
 
 
 def _full_name(key: str) -> str:
-    """The key of a training checkpoint for that of an export: of the model, or of the backbone alone."""
+    """The key of a training checkpoint for that of an export: of the model, or of the backbone
+    alone."""
     if key.startswith("layer_with_weights-0/"):
         return key.replace("layer_with_weights-0", "backbone", 1)
     if key.startswith("layer_with_weights-1/"):

@@ -2,7 +2,8 @@
 
     defaults <- `--config FILE.yaml` ... <- `--flag value` <- `--overrides key=value` ...
 
-Later wins; mappings merge, anything else is replaced. A file may name the file it builds on: `base: other.yaml`.
+Later wins; mappings merge, anything else is replaced. A file may name the file it builds on: `base:
+other.yaml`.
 
     @dataclass
     class Config(RunConfig):
@@ -26,12 +27,21 @@ from typing import Any, NamedTuple, TypeVar
 
 from base.errors import UserError
 from runtime.config.schema import Schema, knob, section
-from runtime.config.values import allows, from_words, line_of, parse_yaml, placeholder, show, to_yaml
+from runtime.config.values import (
+    allows,
+    from_words,
+    line_of,
+    parse_yaml,
+    placeholder,
+    show,
+    to_yaml,
+)
 
 __all__ = ["differences", "from_dict", "knob", "load", "parse", "run", "save", "section", "to_dict"]
 
 C = TypeVar("C")
-# what torch.distributed.launch and the originals' command lines hand over; the launcher's environment decides
+# what torch.distributed.launch and the originals' command lines hand over; the launcher's
+# environment decides
 LAUNCHER_FLAGS = {"local_rank", "rank", "world_size", "dist_url", "dist_backend", "distributed"}
 OTHER_RANKS_WAIT = 3.0  # seconds, see `run`
 ABSENT = "(absent)"
@@ -53,7 +63,9 @@ class Draft:
 
     def __init__(self, cls: type):
         self.schema = Schema(cls)
-        self.values = {path: copy.deepcopy(knob.default) for path, knob in self.schema.knobs.items()}
+        self.values = {
+            path: copy.deepcopy(knob.default) for path, knob in self.schema.knobs.items()
+        }
         self.mistakes: list[str] = []
 
     def put(self, key: str, value: Any, source: Source) -> None:
@@ -68,7 +80,9 @@ class Draft:
             if isinstance(value, Mapping):
                 return self.put_all(value, source, key + ".")
             if value is not None:
-                self.mistakes.append(f"{source.place(key)}: expected a section (key: value), got {value!r}")
+                self.mistakes.append(
+                    f"{source.place(key)}: expected a section (key: value), got {value!r}"
+                )
             return None
         for name in reversed(rest):
             value = {name: value}
@@ -88,7 +102,11 @@ class Draft:
         found = self.schema.find(key)
         if found is None and not words and re.match("no[-_]", key):
             positive = self.schema.find(key[3:])
-            if positive and positive[0] in self.schema.knobs and allows(self.schema.knobs[positive[0]].kind, bool):
+            if (
+                positive
+                and positive[0] in self.schema.knobs
+                and allows(self.schema.knobs[positive[0]].kind, bool)
+            ):
                 return self.put(key[3:], False, source)
         if found is None:
             return None if key.replace("-", "_") in LAUNCHER_FLAGS else self.put(key, None, source)
@@ -100,13 +118,17 @@ class Draft:
         if not words:
             return self.mistakes.append(f"{source.place(key)}: a value is missing")
         if len(words) > 1 and not allows(kind, list, tuple):
-            return self.mistakes.append(f"{source.place(key)} {words[0]}: what is {' '.join(words[1:])!r} after it?")
+            return self.mistakes.append(
+                f"{source.place(key)} {words[0]}: what is {' '.join(words[1:])!r} after it?"
+            )
         self.put(key, from_words(words, kind), source)
 
     def read_file(self, path: Path, above: tuple[Path, ...] = ()) -> None:
         """Take the values of a YAML file, first those of the file it names as `base`."""
         if not path.is_file():
-            near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], 1)
+            near = difflib.get_close_matches(
+                path.name, os.listdir(path.parent) if path.parent.is_dir() else [], 1
+            )
             hint = f"; did you mean {path.parent / near[0]}?" if near else ""
             return self.mistakes.append(f"{path}: no such file{hint}")
         if path.resolve() in above:
@@ -131,7 +153,11 @@ class Draft:
     def finish(self) -> Any:
         """The configuration, or UserError with every mistake."""
         if self.mistakes:
-            head = f"{len(self.mistakes)} mistakes in the configuration:\n  " if len(self.mistakes) > 1 else ""
+            head = (
+                f"{len(self.mistakes)} mistakes in the configuration:\n  "
+                if len(self.mistakes) > 1
+                else ""
+            )
             raise UserError(head + "\n  ".join(self.mistakes))
         return self.schema.build(self.values)
 
@@ -141,10 +167,13 @@ def _merged(old: Mapping, new: Mapping) -> dict:
     return {**old, **new, **{k: _merged(old[k], new[k]) for k in both}}
 
 
-def parse(config_class: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
+def parse(
+    config_class: type[C], argv: Sequence[str] | None = None, description: str | None = None
+) -> C:
     """The configuration of a script from its files and flags (`argv`, else the command line).
 
-    `--help` prints `description` and every knob, and exits. Raises UserError with every mistake found.
+    `--help` prints `description` and every knob, and exits. Raises UserError with every mistake
+    found.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
@@ -187,14 +216,27 @@ def help_text(config_class: type, description: str | None = None) -> str:
     """Usage, `description`, and every knob with default and meaning, grouped by section."""
     groups: dict[str, list[str]] = {}
     for path, k in Schema(config_class).knobs.items():
-        names = [path, *(alias if len(alias) == 1 else path[: path.rfind(".") + 1] + alias for alias in k.aliases)]
+        names = [
+            path,
+            *(
+                alias if len(alias) == 1 else path[: path.rfind(".") + 1] + alias
+                for alias in k.aliases
+            ),
+        ]
         flags = ", ".join(("-" if len(n) == 1 else "--") + n.replace("_", "-") for n in names)
         text = textwrap.fill(
-            f"{k.help} [default: {show(k.default)}]", 116, initial_indent=" " * 8, subsequent_indent=" " * 8
+            f"{k.help} [default: {show(k.default)}]",
+            116,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 8,
         )
         groups.setdefault(k.group, []).append(f"  {flags} {placeholder(k.kind, k.choices)}\n{text}")
     usage = f"usage: {Path(sys.argv[0]).name} [--config FILE.yaml ...] [--flag value ...] [--overrides key=value ...]"
-    blocks = [usage, (description or "").strip(), *("\n".join([g + ":", *lines]) for g, lines in groups.items())]
+    blocks = [
+        usage,
+        (description or "").strip(),
+        *("\n".join([g + ":", *lines]) for g, lines in groups.items()),
+    ]
     return "\n\n".join(filter(None, blocks))
 
 
@@ -213,7 +255,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def from_dict(config_class: type[C], values: Mapping[str, Any], name: str = "saved configuration") -> C:
+def from_dict(
+    config_class: type[C], values: Mapping[str, Any], name: str = "saved configuration"
+) -> C:
     """The opposite of `to_dict`; `name` is what mistakes are blamed on."""
     draft = Draft(config_class)
     draft.put_all(values, Source(lambda key: f"{name}: {key}", str))
@@ -228,7 +272,8 @@ def load(config_class: type[C], path: str | Path) -> C:
 
 
 def save(config: Any, path: str | Path) -> None:
-    """Write every knob as YAML, its meaning as a comment. The file is replaced as a whole or not at all."""
+    """Write every knob as YAML, its meaning as a comment. The file is replaced as a whole or not at
+    all."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -249,12 +294,16 @@ def _yaml_lines(config: Any, indent: str) -> list[str]:
             lines += [f"{indent}{f.name}:", *_yaml_lines(getattr(config, f.name), indent + "  ")]
         else:
             comment = f.metadata.get("help", "").replace("\n", " ")
-            lines.append(f"{indent}{f.name}: {to_yaml(plain[f.name])}" + (f"  # {comment}" if comment else ""))
+            lines.append(
+                f"{indent}{f.name}: {to_yaml(plain[f.name])}"
+                + (f"  # {comment}" if comment else "")
+            )
     return lines
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What changed between two results of `to_dict`: lines such as `optimizer.lr: 0.0001 -> 0.0002`."""
+    """What changed between two results of `to_dict`: lines such as `optimizer.lr: 0.0001 ->
+    0.0002`."""
     lines = []
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key, ABSENT), new.get(key, ABSENT)
@@ -265,11 +314,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-def run(main: Callable[[C], Any], config_class: type[C], description: str | None = None, argv=None) -> None:
-    """Parse and call `main(config)`. What people can mend is one line on stderr and exit status 2; Ctrl-C is 130.
+def run(
+    main: Callable[[C], Any], config_class: type[C], description: str | None = None, argv=None
+) -> None:
+    """Parse and call `main(config)`. What people can mend is one line on stderr and exit status 2;
+    Ctrl-C is 130.
 
-    On other ranks than 0 the message waits: where all ranks fail alike, the launcher ends them meanwhile and it is
-    told once; where one rank alone fails, it is not lost.
+    On other ranks than 0 the message waits: where all ranks fail alike, the launcher ends them
+    meanwhile and it is told once; where one rank alone fails, it is not lost.
     """
     try:
         main(parse(config_class, argv, description))
@@ -279,5 +331,9 @@ def run(main: Callable[[C], Any], config_class: type[C], description: str | None
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
         if rank != "0":
             time.sleep(OTHER_RANKS_WAIT)
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        print(
+            f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(2)

@@ -1,4 +1,5 @@
-"""A task starts from a checkpoint: what its configuration leaves open about the network is that of the checkpoint.
+"""A task starts from a checkpoint: what its configuration leaves open about the network is that of
+the checkpoint.
 
 class Config(Geometry, RunConfig): ...
 
@@ -26,30 +27,49 @@ from runtime.safe_pickle import load_torch
 class Geometry:
     """The networks; none = as the run that made the checkpoint says, else as published."""
 
-    image_res: int | None = knob(None, "side of the square input, pixels; positions are interpolated", low=16)
+    image_res: int | None = knob(
+        None, "side of the square input, pixels; positions are interpolated", low=16
+    )
     patch_size: int | None = knob(None, "side of a patch, pixels", low=1)
     vision_width: int | None = knob(None, "width of the vision transformer", low=1)
     vision_depth: int | None = knob(None, "blocks of the vision transformer", low=1)
     vision_heads: int | None = knob(None, "attention heads of the vision transformer", low=1)
-    vision_stem: list[int] | None = knob(None, "channels of convolutional stages before the patches; [] = none", low=1)
+    vision_stem: list[int] | None = knob(
+        None, "channels of convolutional stages before the patches; [] = none", low=1
+    )
     bert_config: Path | None = knob(None, "geometry of the text and fusion transformer (JSON)")
     embed_dim: int | None = knob(None, "width of the joint space", low=1)
     queue_size: int | None = knob(None, "momentum features kept as further negatives", low=0)
     text_encoder: str | None = knob(None, "tokenizer: Hugging Face folder or hub name")
-    vit_mask_token: bool = knob(False, "accepted from old configurations; only pre-training masks patches")
+    vit_mask_token: bool = knob(
+        False, "accepted from old configurations; only pre-training masks patches"
+    )
 
 
 # the originals' downstream models; their bert_config follows from the names of the weights
-PUBLISHED = {"image_res": 384, "patch_size": 16, "vision_width": 768, "vision_depth": 12, "vision_heads": 12}
-PUBLISHED |= {"vision_stem": [], "embed_dim": 256, "queue_size": 65536, "text_encoder": "bert-base-uncased"}
+PUBLISHED = {
+    "image_res": 384,
+    "patch_size": 16,
+    "vision_width": 768,
+    "vision_depth": 12,
+    "vision_heads": 12,
+}
+PUBLISHED |= {
+    "vision_stem": [],
+    "embed_dim": 256,
+    "queue_size": 65536,
+    "text_encoder": "bert-base-uncased",
+}
 SIMLA_BERT, ALBEF_BERT = "configs/shared_bert.json", "configs/config_bert.json"
 
 
 def inherit(config: Any, weights: Iterable[str] = ()) -> list[str]:
-    """Fill the knobs of `Geometry` that are None: from the run that made config.checkpoint, else as published.
+    """Fill the knobs of `Geometry` that are None: from the run that made config.checkpoint, else as
+    published.
 
-    weights: keys of the checkpoint; token types among them mark ALBEF's text transformer. Returns lines such as
-    `image_res: 64` of what was taken over. Raises UserError where a value there is of the wrong type.
+    weights: keys of the checkpoint; token types among them mark ALBEF's text transformer. Returns
+    lines such as `image_res: 64` of what was taken over. Raises UserError where a value there is of
+    the wrong type.
     """
     two_stage = any("token_type_embeddings" in key for key in weights)
     published = PUBLISHED | {"bert_config": ALBEF_BERT if two_stage else SIMLA_BERT}
@@ -69,10 +89,12 @@ def inherit(config: Any, weights: Iterable[str] = ()) -> list[str]:
 
 
 def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
-    """Configuration of the run that made `checkpoint`, a file or run directory; empty where it is not known.
+    """Configuration of the run that made `checkpoint`, a file or run directory; empty where it is
+    not known.
 
-    It lies in this project's checkpoints and in most `.pth` files of ALBEF, and beside exported `.safetensors` in
-    config.yaml. SIMLA's files hold it as an object of a foreign class, which is not read.
+    It lies in this project's checkpoints and in most `.pth` files of ALBEF, and beside exported
+    `.safetensors` in config.yaml. SIMLA's files hold it as an object of a foreign class, which is
+    not read.
     """
     if checkpoint is None:
         return {}
@@ -85,7 +107,12 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
         return parse_yaml(beside.read_text(encoding="utf-8"))[0] if beside.is_file() else {}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):  # who reads the weights says what is wrong
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+    ):  # who reads the weights says what is wrong
         return {}
     found = content.get("config") if isinstance(content, Mapping) else None
     return dict(found) if isinstance(found, Mapping) else {}
@@ -95,10 +122,11 @@ BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 
 
 def described(file: Path) -> dict[str, Any]:
-    """What lies in or beside a dual encoder's checkpoint about its network, as `open_dual` takes it.
+    """What lies in or beside a dual encoder's checkpoint about its network, as `open_dual` takes
+    it.
 
-    `config` and its `network` of a run of ours, `args` of clip-rocket and SLIP, and the JSON files that Hugging Face
-    and open_clip keep beside the weights.
+    `config` and its `network` of a run of ours, `args` of clip-rocket and SLIP, and the JSON files
+    that Hugging Face and open_clip keep beside the weights.
     """
     about: dict[str, Any] = {}
     config = saved_config(file)

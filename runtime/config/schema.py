@@ -1,4 +1,5 @@
-"""What may be set: `knob` and `section` declare it in a dataclass, `Schema` knows every dotted path and spelling."""
+"""What may be set: `knob` and `section` declare it in a dataclass, `Schema` knows every dotted path
+and spelling."""
 
 import copy
 import difflib
@@ -12,21 +13,34 @@ from typing import Any, get_type_hints
 from runtime.config.values import convert, describe, example, show
 
 
-def knob(default: Any, help: str, *, choices=(), low=None, high=None, aliases=(), bare: str | None = None) -> Any:
+def knob(
+    default: Any, help: str, *, choices=(), low=None, high=None, aliases=(), bare: str | None = None
+) -> Any:
     """A field of a configuration. `help` tells its meaning and unit.
 
-    choices: the values allowed; low, high: inclusive range; both hold for each element of a list. aliases: other
-    names of the field, `j` makes `-j`. bare: the value of a flag that stands alone. Mutable defaults are copied.
+    choices: the values allowed; low, high: inclusive range; both hold for each element of a list.
+    aliases: other names of the field, `j` makes `-j`. bare: the value of a flag that stands alone.
+    Mutable defaults are copied.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "aliases": aliases, "bare": bare}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "aliases": aliases,
+        "bare": bare,
+    }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def section(kind: type, *, aliases: Sequence[str] = (), flat: bool = False, **defaults: Any) -> Any:
-    """A nested dataclass of knobs, some with other `defaults`. flat: `--lr` is accepted for `--optimizer.lr`."""
-    return field(default_factory=lambda: kind(**defaults), metadata={"aliases": aliases, "flat": flat})
+    """A nested dataclass of knobs, some with other `defaults`. flat: `--lr` is accepted for
+    `--optimizer.lr`."""
+    return field(
+        default_factory=lambda: kind(**defaults), metadata={"aliases": aliases, "flat": flat}
+    )
 
 
 @dataclass(frozen=True)
@@ -49,14 +63,23 @@ class Knob:
         for item in value if isinstance(value, list | tuple) else [value]:
             if item is None:
                 continue
-            below, above = self.low is not None and item < self.low, self.high is not None and item > self.high
+            below, above = (
+                self.low is not None and item < self.low,
+                self.high is not None and item > self.high,
+            )
             if below or above or (self.choices and item not in self.choices):
                 raise ValueError(value)
         return value
 
     def complaint(self, value: Any) -> str:
-        bounds = [f"{sign} {bound}" for sign, bound in ((">=", self.low), ("<=", self.high)) if bound is not None]
-        expected = "one of " + ", ".join(map(show, self.choices)) if self.choices else describe(self.kind)
+        bounds = [
+            f"{sign} {bound}"
+            for sign, bound in ((">=", self.low), ("<=", self.high))
+            if bound is not None
+        ]
+        expected = (
+            "one of " + ", ".join(map(show, self.choices)) if self.choices else describe(self.kind)
+        )
         wanted = " ".join([expected, " and ".join(bounds)]).strip()
         return f"expected {wanted}, got {value!r}; for example {example(self.kind, self.default, self.choices)}"
 
@@ -74,7 +97,9 @@ class Schema:
         """`node`: the class itself, or for a section an instance, whose values are the defaults."""
         hints = get_type_hints(cls)
         owners = {f.name: _owner(cls, f.name) for f in fields(cls) if f.init}
-        for f in sorted((f for f in fields(cls) if f.init), key=lambda f: owners[f.name] is not cls):  # own ones first
+        for f in sorted(
+            (f for f in fields(cls) if f.init), key=lambda f: owners[f.name] is not cls
+        ):  # own ones first
             default = f.default_factory() if f.default_factory is not MISSING else f.default
             default = default if node is cls else getattr(node, f.name)
             path = prefix + f.name
@@ -93,11 +118,14 @@ class Schema:
             try:
                 default = convert(default, hints[f.name])
             except ValueError:
-                raise TypeError(f"{cls.__name__}.{f.name}: default {default!r} is not {hints[f.name]}") from None
+                raise TypeError(
+                    f"{cls.__name__}.{f.name}: default {default!r} is not {hints[f.name]}"
+                ) from None
             self.knobs[path] = Knob(hints[f.name], default, _title(owners[f.name], prefix), **about)
 
     def find(self, key: str) -> tuple[str, list[str]] | None:
-        """Path of the knob or section that `key` names, and what follows the name of a knob (keys of a mapping)."""
+        """Path of the knob or section that `key` names, and what follows the name of a knob (keys
+        of a mapping)."""
         path, names = "", key.split(".")
         for i, name in enumerate(names):
             path = self.spellings.get((path and path + ".") + name.replace("-", "_"), "")
@@ -110,15 +138,24 @@ class Schema:
     def nearest(self, key: str) -> str | None:
         """The valid key that was probably meant."""
         key = key.replace("-", "_")
-        same_leaf = [path for path in self.knobs if path.rpartition(".")[2] == key.rpartition(".")[2]]
-        close = difflib.get_close_matches(key, same_leaf, 1, 0) or difflib.get_close_matches(key, self.spellings, 1)
+        same_leaf = [
+            path for path in self.knobs if path.rpartition(".")[2] == key.rpartition(".")[2]
+        ]
+        close = difflib.get_close_matches(key, same_leaf, 1, 0) or difflib.get_close_matches(
+            key, self.spellings, 1
+        )
         return close[0] if close else None
 
     def build(self, values: Mapping[str, Any], prefix: str = "") -> Any:
         """The configuration object with one value per knob."""
         cls = self.sections[prefix.rstrip(".")]
         inner = {f.name: prefix + f.name for f in fields(cls) if f.init}
-        return cls(**{n: self.build(values, p + ".") if p in self.sections else values[p] for n, p in inner.items()})
+        return cls(
+            **{
+                n: self.build(values, p + ".") if p in self.sections else values[p]
+                for n, p in inner.items()
+            }
+        )
 
 
 def _owner(cls: type, name: str) -> type:
@@ -128,9 +165,12 @@ def _owner(cls: type, name: str) -> type:
 
 @cache
 def _comment(owner: type, name: str) -> str:
-    """The comment behind a field: how classes of models/ and dataset/, which know no knobs, document theirs."""
+    """The comment behind a field: how classes of models/ and dataset/, which know no knobs,
+    document theirs."""
     source = _lines(owner)
-    return next((m[1] for line in source if (m := re.match(rf"    {name}: .*?  # (.*)$", line))), "")
+    return next(
+        (m[1] for line in source if (m := re.match(rf"    {name}: .*?  # (.*)$", line))), ""
+    )
 
 
 @cache
@@ -140,5 +180,7 @@ def _lines(cls: type) -> list[str]:
 
 def _title(owner: type, prefix: str) -> str:
     doc = (owner.__doc__ or "").strip().split("\n")[0].rstrip(".")
-    doc = "" if doc.startswith(f"{owner.__name__}(") else doc  # the signature that dataclass() writes
+    doc = (
+        "" if doc.startswith(f"{owner.__name__}(") else doc
+    )  # the signature that dataclass() writes
     return ": ".join(filter(None, [prefix.rstrip("."), doc])) or "Options"

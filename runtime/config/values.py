@@ -1,4 +1,5 @@
-"""Values of a configuration: from YAML or the words of a flag to the declared type, and back to text."""
+"""Values of a configuration: from YAML or the words of a flag to the declared type, and back to
+text."""
 
 import json
 import math
@@ -9,7 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+TRUTH = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
 # type -> (how an error names it, how --help marks it, an example)
 NAMES = {
     bool: ("true or false", "[true|false]", "true"),
@@ -102,7 +112,13 @@ def _none(value: Any) -> None:
         raise ValueError(value)
 
 
-SCALARS: dict[Any, Callable[[Any], Any]] = {bool: _bool, int: _int, float: _float, str: _str, type(None): _none}
+SCALARS: dict[Any, Callable[[Any], Any]] = {
+    bool: _bool,
+    int: _int,
+    float: _float,
+    str: _str,
+    type(None): _none,
+}
 SCALARS[Path] = lambda value: Path(_str(value))
 
 
@@ -118,13 +134,15 @@ def allows(kind: Any, *wanted: type) -> bool:
 
 
 def element(kind: Any) -> Any:
-    """Type of one element of a list or tuple; of anything else the type itself, the first where there are several."""
+    """Type of one element of a list or tuple; of anything else the type itself, the first where
+    there are several."""
     first = alternatives(kind)[0]
     return alternatives((get_args(first) or (str,))[0])[0] if allows(first, list, tuple) else first
 
 
 def from_words(words: Sequence[str], kind: Any) -> Any:
-    """The words after a flag, as a value for `convert`. Lists: several words, commas, or `[a, b]`."""
+    """The words after a flag, as a value for `convert`. Lists: several words, commas, or `[a,
+    b]`."""
     text = words[0]
     if text.lower() in ("none", "null") and type(None) in get_args(kind):
         return None
@@ -132,7 +150,9 @@ def from_words(words: Sequence[str], kind: Any) -> Any:
         # a comma inside the braces of shard-{00,01}.tar does not separate
         parts = [part for word in words for part in re.split(r",(?![^{]*})", word) if part]
         return [from_words([part], element(kind)) for part in parts]
-    for alternative in sorted(alternatives(kind), key=lambda k: k in (str, Path)):  # text takes anything: last
+    for alternative in sorted(
+        alternatives(kind), key=lambda k: k in (str, Path)
+    ):  # text takes anything: last
         structured = alternative is Any or allows(alternative, dict, list, tuple)
         with suppress(ValueError):
             return convert(parse_yaml(text)[0] if structured else text, alternative)
@@ -157,7 +177,9 @@ def placeholder(kind: Any, choices: Sequence = ()) -> str:
     """The type as --help marks it: `INT`, `{a,b}`, `TEXT ...`."""
     item = element(kind)
     options = choices or (get_args(item) if get_origin(item) is Literal else ())
-    word = "{" + ",".join(map(show, options)) + "}" if options else NAMES[get_origin(item) or item][1]
+    word = (
+        "{" + ",".join(map(show, options)) + "}" if options else NAMES[get_origin(item) or item][1]
+    )
     return word + " ..." if allows(kind, list, tuple) else word
 
 
@@ -180,9 +202,11 @@ def show(value: Any) -> str:
 
 
 def parse_yaml(text: str) -> tuple[Any, Any]:
-    """YAML 1.2 (1e-4 is a number, `no` is text) as plain values, and the node tree that knows lines.
+    """YAML 1.2 (1e-4 is a number, `no` is text) as plain values, and the node tree that knows
+    lines.
 
-    Raises ValueError, its message starting with the line, where it is not YAML or a key stands twice.
+    Raises ValueError, its message starting with the line, where it is not YAML or a key stands
+    twice.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -218,7 +242,11 @@ def to_yaml(value: Any) -> str:
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else f"{value:+}".replace("inf", ".inf")
     text = str(value)
-    if re.fullmatch(r"[A-Za-z/]([\w ./-]*[\w./-])?", text, re.ASCII) and text.lower() not in (*TRUTH, "null", "none"):
+    if re.fullmatch(r"[A-Za-z/]([\w ./-]*[\w./-])?", text, re.ASCII) and text.lower() not in (
+        *TRUTH,
+        "null",
+        "none",
+    ):
         return text
     quoted = json.dumps(text, ensure_ascii=False)
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)

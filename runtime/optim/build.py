@@ -12,7 +12,15 @@ from runtime.config.cli import knob
 from runtime.optim.keras import KerasAdamW, KerasSGD
 from runtime.optim.lamb import Lamb
 
-NOT_DECAYED = ("cls_token", "pos_embed", "mask_token", "temp", "logit_scale", "logit_bias", "embeddings.")
+NOT_DECAYED = (
+    "cls_token",
+    "pos_embed",
+    "mask_token",
+    "temp",
+    "logit_scale",
+    "logit_bias",
+    "embeddings.",
+)
 
 
 @dataclass
@@ -25,28 +33,48 @@ class Optimizer:
     betas: tuple[float, float] = knob((0.9, 0.999), "decay rates of Adam's two moments")
     eps: float = knob(1e-8, "Adam's epsilon", low=0)
     momentum: float = knob(0.9, "momentum of SGD", low=0, high=1)
-    clip_grad_norm: float | None = knob(None, "largest global gradient norm (L2); none = no clipping", low=0)
-    keras: bool = knob(False, "Keras' arithmetic: learning rate in SGD's velocity, epsilon outside Adam's correction")
-    scalar_lr_scale: float = knob(1.0, "learning rate of scalars (temperatures) as a multiple of lr", low=0)
-    lr_scales: list[str] = knob([], "NAME=SHARE each: parameters whose names begin with NAME learn at SHARE times lr")
+    clip_grad_norm: float | None = knob(
+        None, "largest global gradient norm (L2); none = no clipping", low=0
+    )
+    keras: bool = knob(
+        False,
+        "Keras' arithmetic: learning rate in SGD's velocity, epsilon outside Adam's correction",
+    )
+    scalar_lr_scale: float = knob(
+        1.0, "learning rate of scalars (temperatures) as a multiple of lr", low=0
+    )
+    lr_scales: list[str] = knob(
+        [], "NAME=SHARE each: parameters whose names begin with NAME learn at SHARE times lr"
+    )
     decay_everything: bool = knob(
-        False, "as the originals: also decay temperature, [CLS], mask and position embeddings and embedding tables"
+        False,
+        "as the originals: also decay temperature, [CLS], mask and position embeddings and embedding tables",
     )
 
 
-def parameter_groups(model: nn.Module, config: Optimizer, decayed: Collection[str] | None = None) -> list[dict]:
-    """Groups in the originals' order: without weight decay, then with it. Tied parameters appear once.
+def parameter_groups(
+    model: nn.Module, config: Optimizer, decayed: Collection[str] | None = None
+) -> list[dict]:
+    """Groups in the originals' order: without weight decay, then with it. Tied parameters appear
+    once.
 
-    Not decayed: biases and vectors (layer norms); unless `decay_everything`, also tokens, embeddings and temperatures.
-    With a `scalar_lr_scale` scalars form groups of their own, and so do the parameters that `lr_scales` names. decayed:
-    names of the parameters with weight decay, where the model tells; these come first then, as in CLIP-rocket.
+    Not decayed: biases and vectors (layer norms); unless `decay_everything`, also tokens,
+    embeddings and temperatures.
+    With a `scalar_lr_scale` scalars form groups of their own, and so do the parameters that
+    `lr_scales` names. decayed:
+    names of the parameters with weight decay, where the model tells; these come first then, as in
+    CLIP-rocket.
     """
     groups, scales = {}, named_scales(model, config.lr_scales)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_token = not config.decay_everything and any(part in name for part in NOT_DECAYED)
-        free = parameter.ndim == 1 or name.endswith(".bias") or is_token if decayed is None else name not in decayed
+        free = (
+            parameter.ndim == 1 or name.endswith(".bias") or is_token
+            if decayed is None
+            else name not in decayed
+        )
         decay = 0.0 if free else config.weight_decay
         scale = config.scalar_lr_scale if parameter.ndim == 0 else 1.0
         scale *= math.prod(share for start, share in scales.items() if name.startswith(start))
@@ -57,22 +85,30 @@ def parameter_groups(model: nn.Module, config: Optimizer, decayed: Collection[st
 
 
 def named_scales(model: nn.Module, written: Iterable[str]) -> dict[str, float]:
-    """`lr_scales` as beginnings of names and their shares; UserError for one that is no share or names nothing."""
+    """`lr_scales` as beginnings of names and their shares; UserError for one that is no share or
+    names nothing."""
     scales = {}
     for entry in written:
         start, _, share = entry.partition("=")
         try:
             scales[start] = float(share)
         except ValueError:
-            raise UserError(f"lr_scales: {entry!r} is not NAME=SHARE, such as text_model=0.1") from None
+            raise UserError(
+                f"lr_scales: {entry!r} is not NAME=SHARE, such as text_model=0.1"
+            ) from None
         if not any(name.startswith(start) for name, _ in model.named_parameters()):
-            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
-            raise UserError(f"lr_scales: no parameter's name begins with {start!r}; this model has {parts}")
+            parts = ", ".join(
+                dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
+            )
+            raise UserError(
+                f"lr_scales: no parameter's name begins with {start!r}; this model has {parts}"
+            )
     return scales
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this is FSDP2's DTensor, told without importing torch.distributed.tensor, which takes half a second."""
+    """Whether this is FSDP2's DTensor, told without importing torch.distributed.tensor, which takes
+    half a second."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -87,20 +123,24 @@ def by_kind(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 def build_optimizer(
     model: nn.Module, config: Optimizer, decayed: Collection[str] | None = None
 ) -> torch.optim.Optimizer:
-    """Optimizer over the trainable parameters of `model` (call after it is wrapped); decayed: see parameter_groups."""
+    """Optimizer over the trainable parameters of `model` (call after it is wrapped); decayed: see
+    parameter_groups."""
     groups = parameter_groups(model, config, decayed)
     if config.opt == "lamb":
         return Lamb(groups, config.lr, config.betas, config.eps)
     sgd, adamw = (KerasSGD, KerasAdamW) if config.keras else (torch.optim.SGD, torch.optim.AdamW)
     if config.opt == "sgd":
         if any(is_sharded(p) for p in model.parameters()):
-            raise UserError("--optimizer.opt sgd: torch has no fused kernel for sharded parameters; use --parallel ddp")
+            raise UserError(
+                "--optimizer.opt sgd: torch has no fused kernel for sharded parameters; use --parallel ddp"
+            )
         return sgd(groups, config.lr, momentum=config.momentum, fused=True)
     return adamw(groups, config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every group the learning rate `value`, times the group's own `lr_scale` where it has one."""
+    """Give every group the learning rate `value`, times the group's own `lr_scale` where it has
+    one."""
     for group in optimizer.param_groups:
         group["lr"] = value * group["lr_scale"]
 
@@ -117,9 +157,10 @@ class Precision:
     precision.backward(loss)
     grad_norm = precision.step(optimizer, parameters)      # 0-d tensor, no host sync
 
-    A step whose gradient is not finite is skipped on the device, and so is every later one, until `check` reads the
-    flag at a log point and raises: NaN never reaches the weights, and no step waits for the host. With fp16, where
-    loss scaling skips a step now and then, the flag looks at the loss instead.
+    A step whose gradient is not finite is skipped on the device, and so is every later one, until
+    `check` reads the flag at a log point and raises: NaN never reaches the weights, and no step
+    waits for the host. With fp16, where loss scaling skips a step now and then, the flag looks at
+    the loss instead.
     """
 
     def __init__(self, precision: str, device: torch.device, clip: float | None = None):
@@ -144,8 +185,11 @@ class Precision:
             self.found_inf = torch.maximum(self.found_inf, (~loss.detach().isfinite()).float())
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Unscale, clip, update, clear. Returns the gradient norm before clipping, a 0-d tensor on the device."""
+    def step(
+        self, optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]
+    ) -> torch.Tensor:
+        """Unscale, clip, update, clear. Returns the gradient norm before clipping, a 0-d tensor on
+        the device."""
         self.scaler.unscale_(optimizer)
         with_grad = [p for p in parameters if p.grad is not None]
         norm = total_norm([p.grad for p in with_grad])
@@ -157,17 +201,22 @@ class Precision:
             self.scaler.update()
         else:
             self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())
-            optimizer.found_inf = self.found_inf  # the fused kernels leave the weights alone where it is 1
+            optimizer.found_inf = (
+                self.found_inf
+            )  # the fused kernels leave the weights alone where it is 1
             optimizer.step()
         self.good_steps += 1 - self.found_inf
         optimizer.zero_grad(set_to_none=True)
         return norm
 
     def check(self, first_step: int, remedy: str = "") -> None:
-        """Raise NonFinite if a step since `first_step` (of this process) was bad. One host sync: call at log points."""
+        """Raise NonFinite if a step since `first_step` (of this process) was bad. One host sync:
+        call at log points."""
         if self.found_inf.item():
             step = first_step + int(self.good_steps.item()) + 1
-            raise NonFinite(f"the loss or its gradient is not finite at step {step}; nothing was updated. {remedy}")
+            raise NonFinite(
+                f"the loss or its gradient is not finite at step {step}; nothing was updated. {remedy}"
+            )
 
     def state_dict(self) -> dict:
         return self.scaler.state_dict()
@@ -178,6 +227,7 @@ class Precision:
 
 
 def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm over all gradients as a 0-d tensor; sharded (FSDP2) gradients are reduced over the processes."""
+    """L2 norm over all gradients as a 0-d tensor; sharded (FSDP2) gradients are reduced over the
+    processes."""
     norms = [torch.nn.utils.get_total_norm(part, foreach=True) for part in by_kind(grads)]
     return torch.stack([n.full_tensor() if is_sharded(n) else n for n in norms]).norm()

@@ -1,4 +1,5 @@
-"""SGD and AdamW with the arithmetic of Keras, on torch's fused kernels: for the numbers of systems published there.
+"""SGD and AdamW with the arithmetic of Keras, on torch's fused kernels: for the numbers of systems
+published there.
 
 With a constant learning rate and epsilon 0 they are torch's own.
 """
@@ -9,7 +10,8 @@ import torch
 class KerasSGD(torch.optim.SGD):
     """Momentum whose velocity holds the learning rate: a <- m a - lr g; w <- w + a.
 
-    When the learning rate changes, torch's SGD changes what earlier gradients still contribute, Keras' does not.
+    When the learning rate changes, torch's SGD changes what earlier gradients still contribute,
+    Keras' does not.
     """
 
     def step(self, closure=None):
@@ -26,9 +28,11 @@ class KerasSGD(torch.optim.SGD):
 
 
 class KerasAdamW(torch.optim.AdamW):
-    """Adam with its epsilon outside the bias correction (Kingma and Ba's epsilon hat), behind the decoupled decay.
+    """Adam with its epsilon outside the bias correction (Kingma and Ba's epsilon hat), behind the
+    decoupled decay.
 
-    w <- w - lr wd w; w <- w - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): torch's with eps / sqrt(1 - b2^t).
+    w <- w - lr wd w; w <- w - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): torch's with eps
+    / sqrt(1 - b2^t).
     """
 
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, **options):

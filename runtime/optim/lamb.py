@@ -1,4 +1,5 @@
-"""LAMB (You et al. 2020) in a handful of launches, whatever the number of parameters, and without a host sync."""
+"""LAMB (You et al. 2020) in a handful of launches, whatever the number of parameters, and without a
+host sync."""
 
 import torch
 from torch import Tensor
@@ -6,15 +7,19 @@ from torch.optim.adam import adam
 
 
 class Lamb(torch.optim.Optimizer):
-    """Adam's direction plus decay, its length per tensor made that of the weights: w <- w - lr ρ u, u = adam + wd w.
+    """Adam's direction plus decay, its length per tensor made that of the weights: w <- w - lr ρ u,
+    u = adam + wd w.
 
-    ρ = |w| / |u|, 1 where either is 0. Groups without weight decay are plain Adam, as in timm's LAMB, whose numbers
-    these are. The direction comes from torch's fused kernel, by letting it update zeros at a learning rate of 1; norms
-    and the rest are foreach. `found_inf`, where set, is 1 for an update to be left out, as in torch's fused optimizers
-    (timm's would let NaN into the weights).
+    ρ = |w| / |u|, 1 where either is 0. Groups without weight decay are plain Adam, as in timm's
+    LAMB, whose numbers these are. The direction comes from torch's fused kernel, by letting it
+    update zeros at a learning rate of 1; norms and the rest are foreach. `found_inf`, where set, is
+    1 for an update to be left out, as in torch's fused optimizers (timm's would let NaN into the
+    weights).
     """
 
-    def __init__(self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6):
+    def __init__(
+        self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6
+    ):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
@@ -35,14 +40,20 @@ class Lamb(torch.optim.Optimizer):
         update = self._directions(weights, group, found_inf)
         if group["weight_decay"]:
             torch._foreach_add_(update, weights, alpha=-group["weight_decay"])
-            size, length = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(update))
+            size, length = (
+                torch.stack(torch._foreach_norm(weights)),
+                torch.stack(torch._foreach_norm(update)),
+            )
             ratios = torch.where((size > 0) & (length > 0), size / length, 1.0)
             ratios = ratios if found_inf is None else ratios * (1 - found_inf)
             torch._foreach_mul_(update, list(ratios.unbind()))
         torch._foreach_add_(weights, update, alpha=group["lr"])
 
-    def _directions(self, weights: list[Tensor], group: dict, found_inf: Tensor | None) -> list[Tensor]:
-        """Adam's directions -m / (sqrt(v) + eps), bias-corrected, as new tensors; zeros where found_inf is 1."""
+    def _directions(
+        self, weights: list[Tensor], group: dict, found_inf: Tensor | None
+    ) -> list[Tensor]:
+        """Adam's directions -m / (sqrt(v) + eps), bias-corrected, as new tensors; zeros where
+        found_inf is 1."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight] = {

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from base.errors import UserError
 from runtime.config.cli import knob
 
-Duration = str  # "500 steps", "3 epochs", "1e6 samples", "5%", or a bare number in the unit the knob names
+Duration = (
+    str  # "500 steps", "3 epochs", "1e6 samples", "5%", or a bare number in the unit the knob names
+)
 
 
 @dataclass
 class Schedule:
-    """Learning-rate schedule; names as in the `schedular` section of the SIMLA / ALBEF configurations."""
+    """Learning-rate schedule; names as in the `schedular` section of the SIMLA / ALBEF
+    configurations."""
 
     sched: str = knob(
         "cosine",
@@ -22,41 +25,65 @@ class Schedule:
         "own, whose first step has the peak rate and whose warm-up begins, at 0, with the second",
         choices=("cosine", "linear", "constant", "rocket", "vit_cosine", "vit_linear", "nxtp"),
     )
-    epochs: Duration = knob("30 epochs", "length of training: epochs, or with a unit: 'steps', 'epochs', 'samples'")
+    epochs: Duration = knob(
+        "30 epochs", "length of training: epochs, or with a unit: 'steps', 'epochs', 'samples'"
+    )
     min_lr: float = knob(1e-5, "learning rate at the end, absolute", low=0)
     warmup_lr: float = knob(1e-5, "learning rate at the first step, absolute", low=0)
-    warmup: Duration = knob("5%", "length of the linear warm-up: 'steps', 'epochs', 'samples' or '%' of training")
+    warmup: Duration = knob(
+        "5%", "length of the linear warm-up: 'steps', 'epochs', 'samples' or '%' of training"
+    )
     power: float = knob(1.0, "of vit_linear: the share left to go is raised to it", low=0)
-    warmup_epochs: int = knob(20, "original warm-up only: its length in units of 100 iterations of the first epoch")
+    warmup_epochs: int = knob(
+        20, "original warm-up only: its length in units of 100 iterations of the first epoch"
+    )
     original_warmup: bool = knob(
-        False, "reproduce the original: warm-up in stairs of 100 iterations inside epoch 0, then one value an epoch"
+        False,
+        "reproduce the original: warm-up in stairs of 100 iterations inside epoch 0, then one value an epoch",
     )
     lr: float | None = knob(None, "accepted from old configurations, must equal optimizer.lr")
-    decay_rate: float | None = knob(None, "accepted from old configurations, not used by any of their schedules")
-    cooldown_epochs: int = knob(0, "accepted from old configurations, not used by any of their schedules")
+    decay_rate: float | None = knob(
+        None, "accepted from old configurations, not used by any of their schedules"
+    )
+    cooldown_epochs: int = knob(
+        0, "accepted from old configurations, not used by any of their schedules"
+    )
 
 
-def steps(duration: Duration | float, *, epoch_steps: int, batch: int, total: int | None = None, unit="epochs") -> int:
+def steps(
+    duration: Duration | float,
+    *,
+    epoch_steps: int,
+    batch: int,
+    total: int | None = None,
+    unit="epochs",
+) -> int:
     """Number of optimizer steps in `duration`.
 
-    epoch_steps: optimizer steps an epoch; batch: samples a step over all processes; total: steps of the whole
-    training, needed for percentages; unit: what a bare number means.
+    epoch_steps: optimizer steps an epoch; batch: samples a step over all processes; total: steps of
+    the whole training, needed for percentages; unit: what a bare number means.
     Raises UserError for an unknown unit or a negative duration.
     """
     match = re.fullmatch(r"\s*([0-9.eE+_-]+)\s*(%|[a-z]*)\s*", str(duration))
     try:
         amount = float(match[1].replace("_", ""))
     except (TypeError, ValueError):
-        raise UserError(f"duration {duration!r}: write e.g. '500 steps', '3 epochs', '1e6 samples' or '5%'") from None
+        raise UserError(
+            f"duration {duration!r}: write e.g. '500 steps', '3 epochs', '1e6 samples' or '5%'"
+        ) from None
     name = match[2] or unit
     scale = {"step": 1, "epoch": epoch_steps, "sample": 1 / batch}
     if name == "%":
         if total is None:
-            raise UserError(f"duration {duration!r}: a percentage has no meaning here; use steps, epochs or samples")
+            raise UserError(
+                f"duration {duration!r}: a percentage has no meaning here; use steps, epochs or samples"
+            )
         scale["%"] = total / 100
     key = name.rstrip("s")
     if key not in scale or amount < 0:
-        raise UserError(f"duration {duration!r}: use a number >= 0 with one of steps, epochs, samples or %")
+        raise UserError(
+            f"duration {duration!r}: use a number >= 0 with one of steps, epochs, samples or %"
+        )
     return math.ceil(round(amount * scale[key], 6))
 
 
@@ -65,11 +92,14 @@ def learning_rate(
 ) -> Callable[[int], float]:
     """Function step -> learning rate that the update of this step uses (first step is 0).
 
-    Default: linear from `warmup_lr` to `peak` over the warm-up, then cosine or linear to `min_lr` at the last step.
+    Default: linear from `warmup_lr` to `peak` over the warm-up, then cosine or linear to `min_lr`
+    at the last step.
     With `original_warmup`: the stairs of SIMLA / ALBEF (see `original_learning_rate`).
     """
     if schedule.original_warmup:
-        return lambda step: original_learning_rate(schedule, peak, step, epoch_steps, max(1, total // epoch_steps))
+        return lambda step: original_learning_rate(
+            schedule, peak, step, epoch_steps, max(1, total // epoch_steps)
+        )
     warmup = min(steps(schedule.warmup, epoch_steps=epoch_steps, batch=batch, total=total), total)
 
     if schedule.sched == "rocket":
@@ -91,11 +121,14 @@ def learning_rate(
     return at
 
 
-def original_learning_rate(schedule: Schedule, peak: float, step: int, epoch_steps: int, epochs: int) -> float:
+def original_learning_rate(
+    schedule: Schedule, peak: float, step: int, epoch_steps: int, epochs: int
+) -> float:
     """Learning rate of the SIMLA / ALBEF loops at optimizer step `step` (0-based).
 
-    In epoch 0 the rate rises by one stair after every 100 iterations, `warmup_epochs` stairs in all, and stays at the
-    peak; epoch e >= 1 uses the cosine at e. An epoch shorter than the warm-up cuts it, and epoch 1 jumps.
+    In epoch 0 the rate rises by one stair after every 100 iterations, `warmup_epochs` stairs in
+    all, and stays at the peak; epoch e >= 1 uses the cosine at e. An epoch shorter than the warm-up
+    cuts it, and epoch 1 jumps.
     """
     epoch, iteration = divmod(step, epoch_steps)
     stairs = schedule.warmup_epochs
@@ -107,21 +140,29 @@ def original_learning_rate(schedule: Schedule, peak: float, step: int, epoch_ste
         return schedule.warmup_lr + reached * (peak - schedule.warmup_lr) / stairs
     if epoch >= epochs:
         return schedule.min_lr
-    return schedule.min_lr + 0.5 * (peak - schedule.min_lr) * (1 + math.cos(math.pi * epoch / epochs))
+    return schedule.min_lr + 0.5 * (peak - schedule.min_lr) * (
+        1 + math.cos(math.pi * epoch / epochs)
+    )
 
 
-def rocket_learning_rate(schedule: Schedule, peak: float, step: int, warmup: int, total: int) -> float:
-    """Learning rate of CLIP-rocket and SLIP: `warmup` values evenly from warmup_lr to the peak, both reached; then a
-    cosine that begins at the peak anew and would be at min_lr at step `total`."""
+def rocket_learning_rate(
+    schedule: Schedule, peak: float, step: int, warmup: int, total: int
+) -> float:
+    """Learning rate of CLIP-rocket and SLIP: `warmup` values evenly from warmup_lr to the peak,
+    both reached; then a cosine that begins at the peak anew and would be at min_lr at step
+    `total`."""
     if step < warmup:
         return schedule.warmup_lr + (peak - schedule.warmup_lr) * step / max(1, warmup - 1)
     done = (step - warmup) / (total - warmup)
     return schedule.min_lr + 0.5 * (peak - schedule.min_lr) * (1 + math.cos(math.pi * done))
 
 
-def nxtp_learning_rate(schedule: Schedule, peak: float, step: int, warmup: int, total: int) -> float:
-    """Learning rate of NXTP's loop at optimizer step `step` (0-based). It sets a step's rate behind that step, so that
-    the first has the peak and all others lag by one; the cosine would reach min_lr at step total + 1."""
+def nxtp_learning_rate(
+    schedule: Schedule, peak: float, step: int, warmup: int, total: int
+) -> float:
+    """Learning rate of NXTP's loop at optimizer step `step` (0-based). It sets a step's rate behind
+    that step, so that the first has the peak and all others lag by one; the cosine would reach
+    min_lr at step total + 1."""
     done = step - 1
     if done < 0:
         return peak
@@ -132,15 +173,19 @@ def nxtp_learning_rate(schedule: Schedule, peak: float, step: int, warmup: int, 
 
 
 def vit_learning_rate(schedule: Schedule, peak: float, step: int, warmup: int, total: int) -> float:
-    """Learning rate of COYO-ViT at optimizer step `step` (0-based): a warm-up that begins at warmup_lr, then a cosine
-    or a power of the share left to go, down to min_lr at step `total`. As published the decay begins at the peak less
-    warmup_lr: with a warmup_lr other than 0 it jumps.
+    """Learning rate of COYO-ViT at optimizer step `step` (0-based): a warm-up that begins at
+    warmup_lr, then a cosine or a power of the share left to go, down to min_lr at step `total`. As
+    published the decay begins at the peak less warmup_lr: with a warmup_lr other than 0 it jumps.
     """
     rise = max(peak - schedule.warmup_lr, 0)
     if step < warmup:
         return schedule.warmup_lr + rise * step / warmup
     left = 1 - (min(step, total) - warmup) / max(1, total - warmup)
-    share = 0.5 * (1 - math.cos(math.pi * left)) if schedule.sched == "vit_cosine" else left**schedule.power
+    share = (
+        0.5 * (1 - math.cos(math.pi * left))
+        if schedule.sched == "vit_cosine"
+        else left**schedule.power
+    )
     return schedule.min_lr + (rise - schedule.min_lr) * share
 
 
@@ -153,7 +198,8 @@ def ramp(step: int, length: int) -> float:
 class Plan:
     """What the configuration comes to: how many updates, at which learning rates.
 
-    epoch_steps: updates an epoch; batch: samples an update over all processes; total: updates of the training.
+    epoch_steps: updates an epoch; batch: samples an update over all processes; total: updates of
+    the training.
     """
 
     schedule: Schedule
@@ -163,8 +209,11 @@ class Plan:
     total: int
 
     @classmethod
-    def of(cls, schedule: Schedule, peak_lr: float, *, loader_steps: int, accumulate: int, batch: int) -> "Plan":
-        """loader_steps: micro-batches an epoch and process; accumulate: micro-batches an update; batch: see above."""
+    def of(
+        cls, schedule: Schedule, peak_lr: float, *, loader_steps: int, accumulate: int, batch: int
+    ) -> "Plan":
+        """loader_steps: micro-batches an epoch and process; accumulate: micro-batches an update;
+        batch: see above."""
         epoch_steps = max(1, loader_steps // accumulate)
         total = steps(schedule.epochs, epoch_steps=epoch_steps, batch=batch)
         return cls(schedule, peak_lr, epoch_steps, batch, total)

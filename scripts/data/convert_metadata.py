@@ -1,10 +1,11 @@
-"""Turn the metadata of an image-caption collection into JSON lines {image, caption: [texts]}, a safe and fast format.
+"""Turn the metadata of an image-caption collection into JSON lines {image, caption: [texts]}, a
+safe and fast format.
 
     python scripts/data/convert_metadata.py --dataset yfcc15m --metadata yfcc15m.pkl --output yfcc15m.jsonl
     python scripts/data/convert_metadata.py --dataset cc3m --metadata cc3m.npy --output cc3m.jsonl
 
-main.py does the same on its own at the first use of a file and keeps the result in its cache; a converted file can be
-shared instead, and no pickle needs to be trusted: nothing in one is ever run.
+main.py does the same on its own at the first use of a file and keeps the result in its cache; a
+converted file can be shared instead, and no pickle needs to be trusted: nothing in one is ever run.
 """
 
 import sys
@@ -23,7 +24,9 @@ from runtime.safe_pickle import load_plain  # noqa: E402
 class Config:
     """Conversion."""
 
-    dataset: str = knob("yfcc15m", "collection that the metadata belongs to", choices=tuple(FORMATS))
+    dataset: str = knob(
+        "yfcc15m", "collection that the metadata belongs to", choices=tuple(FORMATS)
+    )
     metadata: Path | None = knob(None, "the collection's own file: .pkl, .npy or .json")
     output: Path | None = knob(None, "JSON lines to write")
 

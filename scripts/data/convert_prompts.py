@@ -1,10 +1,12 @@
-"""Make dataset/prompts/{labels,templates}.json, the class names and templates of eval_zeroshot.py's catalogue.
+"""Make dataset/prompts/{labels,templates}.json, the class names and templates of eval_zeroshot.py's
+catalogue.
 
     git clone https://github.com/openai/CLIP && python scripts/data/convert_prompts.py CLIP
 
-The source is OpenAI's repository of CLIP (MIT licence), commit d05afc43: data/prompts.md for all data sets but
-ImageNet, which is in notebooks/Prompt_Engineering_for_ImageNet.ipynb. Classes are in alphabetical order of the class
-folders as they are published, which OpenAI's lists already are but for the three in ORDER.
+The source is OpenAI's repository of CLIP (MIT licence), commit d05afc43: data/prompts.md for all
+data sets but ImageNet, which is in notebooks/Prompt_Engineering_for_ImageNet.ipynb. Classes are in
+alphabetical order of the class folders as they are published, which OpenAI's lists already are but
+for the three in ORDER.
 """
 
 import ast
@@ -55,17 +57,24 @@ def lists_in(code: str) -> dict[str, list]:
         body = ast.parse(code).body
     except SyntaxError:  # a notebook's cell for the shell
         return {}
-    found = (node for node in body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List))
+    found = (
+        node for node in body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+    )
     return {node.targets[0].id: ast.literal_eval(node.value) for node in found}
 
 
 def main(clone: Path) -> None:
     labels, templates = {}, {}
-    cells = json.loads((clone / "notebooks/Prompt_Engineering_for_ImageNet.ipynb").read_text())["cells"]
+    cells = json.loads((clone / "notebooks/Prompt_Engineering_for_ImageNet.ipynb").read_text())[
+        "cells"
+    ]
     found = {}
     for cell in cells:
         found |= lists_in("".join(cell["source"])) if cell["cell_type"] == "code" else {}
-    labels["imagenet"], templates["imagenet"] = found["imagenet_classes"], found["imagenet_templates"]
+    labels["imagenet"], templates["imagenet"] = (
+        found["imagenet_classes"],
+        found["imagenet_templates"],
+    )
     for chapter in re.split(r"^## ", (clone / "data/prompts.md").read_text(), flags=re.M)[1:]:
         heading, _, text = chapter.partition("\n")
         name = NAMES[heading.strip()]

@@ -1,16 +1,19 @@
-"""Label captions ahead of training: WebDataset shards with captions -> shards with their nouns, for Recognition.py.
+"""Label captions ahead of training: WebDataset shards with captions -> shards with their nouns, for
+Recognition.py.
 
     python scripts/data/extract_nouns.py --source datasets/cc3m --target datasets/cc3m_nouns --nltk-data ~/nltk_data
     python scripts/data/extract_nouns.py --source 'datasets/sbu/{00000..00082}.tar' --target datasets/sbu_nouns
 
-Each shard is copied with a member KEY.nouns (names joined by commas) beside KEY.txt; samples without a caption or
-without nouns are left out and counted. NAME_stats.json beside each shard tells how many are in it: so training finds
-its length. Finished shards are skipped: the same command goes on after an interruption.
+Each shard is copied with a member KEY.nouns (names joined by commas) beside KEY.txt; samples
+without a caption or without nouns are left out and counted. NAME_stats.json beside each shard tells
+how many are in it: so training finds its length. Finished shards are skipped: the same command goes
+on after an interruption.
 
-The nouns are NXTP's (dataset/text/nouns.py): common nouns by tag, WordNet base forms. Nothing is downloaded.
+The nouns are NXTP's (dataset/text/nouns.py): common nouns by tag, WordNet base forms. Nothing is
+downloaded.
 The tagger of
-the published labels, NLTK's averaged perceptron, needs its weights in --nltk-data; without it the lexicon of the pip
-package textblob stands in.
+the published labels, NLTK's averaged perceptron, needs its weights in --nltk-data; without it the
+lexicon of the pip package textblob stands in.
 """
 
 import io
@@ -42,18 +45,29 @@ class Config:
     source: str = knob("", "shards: a folder, or paths and URLs with {00000..00099} and wildcards")
     target: Path | None = knob(None, "folder to write to")
     tagger: str = knob(
-        "auto", "auto: nltk where --nltk-data is given, else lexicon", choices=("auto", "nltk", "lexicon")
+        "auto",
+        "auto: nltk where --nltk-data is given, else lexicon",
+        choices=("auto", "nltk", "lexicon"),
     )
-    nltk_data: Path | None = knob(None, "NLTK's data folder with averaged_perceptron_tagger_eng and punkt_tab")
+    nltk_data: Path | None = knob(
+        None, "NLTK's data folder with averaged_perceptron_tagger_eng and punkt_tab"
+    )
     numbers: bool = knob(False, "keep nouns with digits in them")
-    mended: bool = knob(False, "cut noise words as whole words only, and list no name twice; not as published")
+    mended: bool = knob(
+        False, "cut noise words as whole words only, and list no name twice; not as published"
+    )
     workers: int = knob(os.cpu_count() or 1, "processes", low=1)
 
 
 @cache
 def extractor(tagger: str, nltk_data: Path | None, numbers: bool, mended: bool) -> Nouns:
     """One extractor a process."""
-    return Nouns(make_tagger(tagger, nltk_data), words=treebank_words(nltk_data), numbers=numbers, mended=mended)
+    return Nouns(
+        make_tagger(tagger, nltk_data),
+        words=treebank_words(nltk_data),
+        numbers=numbers,
+        mended=mended,
+    )
 
 
 def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
@@ -95,14 +109,23 @@ def main(config: Config) -> None:
     targets = [config.target / Path(shard).name for shard in shards]
     twice = [name for name, count in Counter(targets).items() if count > 1]
     if twice:
-        raise UserError(f"{config.source}: several shards are called {twice[0].name}; label their folders one by one")
-    if any(Path(shard).absolute() == target.absolute() for shard, target in zip(shards, targets, strict=True)):
+        raise UserError(
+            f"{config.source}: several shards are called {twice[0].name}; label their folders one by one"
+        )
+    if any(
+        Path(shard).absolute() == target.absolute()
+        for shard, target in zip(shards, targets, strict=True)
+    ):
         raise UserError(f"{config.target}: holds the shards themselves; write to another folder")
     settings = (config.tagger, config.nltk_data, config.numbers, config.mended)
     extractor(*settings)  # says at once what is missing
     total = Counter()
     work = partial(label_shard, settings=settings)
-    with ProcessPoolExecutor(min(config.workers, len(shards))) if config.workers > 1 else nullcontext() as pool:
+    with (
+        ProcessPoolExecutor(min(config.workers, len(shards)))
+        if config.workers > 1
+        else nullcontext() as pool
+    ):
         from tqdm import tqdm
 
         done = (pool.map if pool else map)(work, shards, targets)

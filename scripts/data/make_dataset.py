@@ -3,11 +3,13 @@
     python scripts/data/make_dataset.py --captions yfcc100m_dataset.txt --available flickr_unique_ids.npy \\
         --subset yfcc100m_subset_data.tsv --output datasets/yfcc15m_v1/yfcc15m.jsonl
 
-The pictures are expected as ROOT/images/AB/CDE.zip, member FGH.jpg, where ABCDEFGH is the line number in
-yfcc100m_dataset.txt (eight digits). `--available` holds the line numbers of the pictures that were downloaded (an
-integer .npy array, or text with one number a line); `--subset` is OpenAI's list, whose first column is the line number.
-Titles and descriptions are URL-decoded and cleared of links and bold or italic marks. SLIP and CLIP-rocket counted
-14,689,580 samples this way. The output trains with `main.py --dataset yfcc15m --metadata OUTPUT --root ROOT`.
+The images are expected as ROOT/images/AB/CDE.zip, member FGH.jpg, where ABCDEFGH is the line number
+in yfcc100m_dataset.txt (eight digits). `--available` holds the line numbers of the images that were
+downloaded (an integer .npy array, or text with one number a line); `--subset` is OpenAI's list,
+whose first column is the line number.
+Titles and descriptions are URL-decoded and cleared of links and bold or italic marks. SLIP and
+CLIP-rocket counted 14,689,580 samples this way. The output trains with `main.py --dataset yfcc15m
+--metadata OUTPUT --root ROOT`.
 """
 
 import bz2
@@ -34,13 +36,21 @@ class Config:
     """YFCC15M metadata."""
 
     captions: Path = knob(Path("yfcc100m_dataset.txt"), "table of YFCC100M, plain or .bz2")
-    available: Path = knob(Path("flickr_unique_ids.npy"), "line numbers of the downloaded pictures: .npy or text")
-    subset: Path = knob(Path("yfcc100m_subset_data.tsv"), "OpenAI's list of captioned pictures, plain or .bz2")
+    available: Path = knob(
+        Path("flickr_unique_ids.npy"), "line numbers of the downloaded images: .npy or text"
+    )
+    subset: Path = knob(
+        Path("yfcc100m_subset_data.tsv"), "OpenAI's list of captioned images, plain or .bz2"
+    )
     output: Path = knob(Path("yfcc15m.jsonl"), "JSON lines to write")
 
 
 def lines(path: Path) -> Iterator[str]:
-    opened = bz2.open(path, "rt", encoding="utf-8") if path.suffix == ".bz2" else path.open(encoding="utf-8")
+    opened = (
+        bz2.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".bz2"
+        else path.open(encoding="utf-8")
+    )
     with opened as file:
         yield from file
 
@@ -55,7 +65,11 @@ def numbers(path: Path):
             raise UserError(f"{path}: an array of {found.dtype}, not of line numbers")
         return np.unique(found.astype(np.int64))
     try:
-        return np.unique(np.fromiter((int(line.split("\t", 1)[0]) for line in lines(path) if line.strip()), np.int64))
+        return np.unique(
+            np.fromiter(
+                (int(line.split("\t", 1)[0]) for line in lines(path) if line.strip()), np.int64
+            )
+        )
     except ValueError as error:
         raise UserError(f"{path}: the first column must be line numbers ({error})") from None
 
@@ -70,7 +84,9 @@ def captioned(table: Path, wanted) -> Iterator[dict]:
     import numpy as np
     from tqdm import tqdm
 
-    for place, line in enumerate(tqdm(lines(table), desc=table.name, unit=" lines", unit_scale=True, disable=None)):
+    for place, line in enumerate(
+        tqdm(lines(table), desc=table.name, unit=" lines", unit_scale=True, disable=None)
+    ):
         row = line.rstrip("\n").split("\t")
         try:
             number, title, description = int(row[LINE]), row[TITLE], row[DESCRIPTION]
@@ -89,10 +105,14 @@ def main(config: Config) -> None:
 
     for path in (config.captions, config.available, config.subset):
         if not path.is_file():
-            raise UserError(f"{path}: no such file; see `python scripts/data/make_dataset.py --help`")
+            raise UserError(
+                f"{path}: no such file; see `python scripts/data/make_dataset.py --help`"
+            )
     available, subset = numbers(config.available), numbers(config.subset)
     count = write_rows(captioned(config.captions, np.intersect1d(available, subset)), config.output)
-    print(f"{config.output}: {count:,} captioned pictures ({len(available):,} available, {len(subset):,} on the list)")
+    print(
+        f"{config.output}: {count:,} captioned images ({len(available):,} available, {len(subset):,} on the list)"
+    )
 
 
 if __name__ == "__main__":

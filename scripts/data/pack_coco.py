@@ -4,8 +4,8 @@
     python scripts/data/pack_coco.py --captions open_images_validation_captions.jsonl --images validation
     --target oi_wds/val
 
-A sample is KEY.jpg, KEY.txt (all captions of the picture joined by blanks) and KEY.json {path, cap, split}; picture
-files are copied as they are. Label the result with scripts/data/extract_nouns.py.
+A sample is KEY.jpg, KEY.txt (all captions of the image joined by blanks) and KEY.json {path, cap,
+split}; image files are copied as they are. Label the result with scripts/data/extract_nouns.py.
 """
 
 import io
@@ -29,15 +29,17 @@ from runtime.config.cli import knob  # noqa: E402
 class Config:
     """What to pack."""
 
-    captions: Path | None = knob(None, "COCO's captions_*.json, or a .jsonl with image_id and caption")
-    images: Path | None = knob(None, "folder of the pictures")
+    captions: Path | None = knob(
+        None, "COCO's captions_*.json, or a .jsonl with image_id and caption"
+    )
+    images: Path | None = knob(None, "folder of the images")
     target: Path | None = knob(None, "folder to write shards to")
-    split: str = knob("", "noted in KEY.json; empty = the name of the folder of pictures")
-    samples_per_shard: int = knob(3000, "pictures a shard", low=1)
+    split: str = knob("", "noted in KEY.json; empty = the name of the folder of images")
+    samples_per_shard: int = knob(3000, "images a shard", low=1)
 
 
-def pictures(config: Config) -> Iterator[tuple[str, list[str]]]:
-    """`(file name, captions)` of every picture."""
+def images(config: Config) -> Iterator[tuple[str, list[str]]]:
+    """`(file name, captions)` of every image."""
     if config.captions.suffix == ".json":
         for entry in coco_entries(config.captions):
             yield Path(entry["image"]).name, entry["caption"]
@@ -49,14 +51,16 @@ def pictures(config: Config) -> Iterator[tuple[str, list[str]]]:
                 entry = json.loads(line)
                 found.setdefault(f"{entry['image_id']}.jpg", []).append(entry["caption"])
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{config.captions}, line {number}: expected image_id and caption") from None
+                raise UserError(
+                    f"{config.captions}, line {number}: expected image_id and caption"
+                ) from None
     yield from found.items()
 
 
 def pack(config: Config) -> dict[str, int]:
     """Write the shards and their statistics."""
     split, shards, packed, missing = config.split or config.images.name, 0, 0, 0
-    rows = pictures(config)
+    rows = images(config)
     while batch := list(islice(rows, config.samples_per_shard)):
         target, count = config.target / f"{shards:05d}.tar", 0
         with tarfile.open(target, "w") as archive:
@@ -75,12 +79,16 @@ def pack(config: Config) -> dict[str, int]:
                     archive.addfile(header, io.BytesIO(data))
                 count += 1
         if not count:
-            raise UserError(f"{config.images}: holds none of {len(batch)} pictures such as {batch[0][0]}")
-        (config.target / f"{shards:05d}_stats.json").write_text(json.dumps({"successes": count}) + "\n")
+            raise UserError(
+                f"{config.images}: holds none of {len(batch)} images such as {batch[0][0]}"
+            )
+        (config.target / f"{shards:05d}_stats.json").write_text(
+            json.dumps({"successes": count}) + "\n"
+        )
         shards, packed = shards + 1, packed + count
     if not shards:
         raise UserError(f"{config.captions}: no captions in it")
-    return {"shards": shards, "pictures": packed, "missing_pictures": missing}
+    return {"shards": shards, "images": packed, "missing_images": missing}
 
 
 def main(config: Config) -> None:

@@ -1,13 +1,14 @@
-"""Pack a split of Karpathy's COCO or Flickr30k with its pictures and captions into a few files.
+"""Pack a split of Karpathy's COCO or Flickr30k with its images and captions into a few files.
 
     python scripts/data/pack_karpathy.py dataset_coco.json --images coco --out coco_test.tfrecord
     python scripts/data/pack_karpathy.py dataset_flickr30k.json --images flickr30k-images --out flickr30k
     --format webdataset
 
-tfrecord     one file, COYO-ALIGN's features: image, image/id, image/filename, captions/text, captions/id
-webdataset   a folder of CLIP_benchmark's layout, which eval_zeroshot.py reads: OUT/<split>/0.tar ..., nshards.txt
+tfrecord     one file, COYO-ALIGN's features: image, image/id, image/filename, captions/text,
+captions/id webdataset   a folder of CLIP_benchmark's layout, which eval_zeroshot.py reads:
+OUT/<split>/0.tar ..., nshards.txt
 
-All captions of a picture are kept, the encoded pictures stay as they are. Pictures are looked for at
+All captions of an image are kept, the encoded images stay as they are. Images are looked for at
 <images>/<filepath>/<filename>, where the JSON names a filepath.
 """
 
@@ -29,26 +30,35 @@ PER_SHARD = 1000
 
 
 def rows_of(annotations: Path, images: Path, split: str) -> Iterator[dict]:
-    """{image: bytes, id, filename, captions, caption_ids} of every picture of the split. UserError names what lacks."""
+    """{image: bytes, id, filename, captions, caption_ids} of every image of the split. UserError
+    names what lacks."""
     try:
-        entries = [entry for entry in json.loads(annotations.read_bytes())["images"] if entry["split"] == split]
+        entries = [
+            entry
+            for entry in json.loads(annotations.read_bytes())["images"]
+            if entry["split"] == split
+        ]
     except OSError as error:
         remedy = "name Karpathy's dataset_coco.json or dataset_flickr30k.json"
         raise UserError(f"{annotations}: {error.strerror}; {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{annotations}: not Karpathy's layout ({error!r}); fetch it again") from None
+        raise UserError(
+            f"{annotations}: not Karpathy's layout ({error!r}); fetch it again"
+        ) from None
     if not entries:
-        raise UserError(f"{annotations}: no pictures of split {split!r}; use train, restval, val or test")
+        raise UserError(
+            f"{annotations}: no images of split {split!r}; use train, restval, val or test"
+        )
     for entry in entries:
         file = images / entry.get("filepath", "") / entry["filename"]
         try:
-            picture = file.read_bytes()
+            image = file.read_bytes()
         except OSError as error:
             remedy = "set --images to the folder that the paths of the JSON start from"
             raise UserError(f"{file}: {error.strerror}; {remedy}") from None
         sentences = entry["sentences"]
         yield {
-            "image": picture,
+            "image": image,
             "id": entry["imgid"],
             "filename": entry["filename"],
             "captions": [sentence["raw"] for sentence in sentences],
@@ -57,22 +67,28 @@ def rows_of(annotations: Path, images: Path, split: str) -> Iterator[dict]:
 
 
 def write_tfrecord(rows: Iterator[dict], out: Path) -> int:
-    """Number of pictures written."""
+    """Number of images written."""
     names = {"image": "image", "id": "image/id", "filename": "image/filename"}
     names |= {"captions": "captions/text", "caption_ids": "captions/id"}
     out.parent.mkdir(parents=True, exist_ok=True)
-    return write_records(out, (encode_example({names[key]: value for key, value in row.items()}) for row in rows))
+    return write_records(
+        out, (encode_example({names[key]: value for key, value in row.items()}) for row in rows)
+    )
 
 
 def write_webdataset(rows: Iterator[dict], out: Path, split: str) -> int:
-    """Number of pictures written, PER_SHARD a tar file; nshards.txt comes last."""
+    """Number of images written, PER_SHARD a tar file; nshards.txt comes last."""
     folder, count, shards = out / split, 0, 0
     folder.mkdir(parents=True, exist_ok=True)
     while block := list(islice(rows, PER_SHARD)):
         with tarfile.open(folder / f"{shards}.tar", "w") as tar:
             for row in block:
                 stem, ending = f"{count:07d}", row["filename"].rpartition(".")[2]
-                about = {"imgid": row["id"], "filename": row["filename"], "sentids": row["caption_ids"]}
+                about = {
+                    "imgid": row["id"],
+                    "filename": row["filename"],
+                    "sentids": row["caption_ids"],
+                }
                 captions = "\n".join(" ".join(caption.split()) for caption in row["captions"])
                 add(tar, f"{stem}.{ending}", row["image"])
                 add(tar, f"{stem}.txt", captions.encode())
@@ -91,10 +107,16 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("annotations", type=Path, help="Karpathy's JSON")
-    parser.add_argument("--images", type=Path, required=True, help="folder that its paths start from")
-    parser.add_argument("--out", type=Path, required=True, help="file (tfrecord) or folder (webdataset)")
+    parser.add_argument(
+        "--images", type=Path, required=True, help="folder that its paths start from"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file (tfrecord) or folder (webdataset)"
+    )
     parser.add_argument("--split", default="test")
     parser.add_argument("--format", choices=("tfrecord", "webdataset"), default="tfrecord")
     arguments = parser.parse_args(argv)
@@ -107,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments.out}: {count} pictures of split {arguments.split}")
+    print(f"{arguments.out}: {count} images of split {arguments.split}")
     return 0
 
 

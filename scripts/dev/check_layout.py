@@ -1,11 +1,13 @@
-"""The rules of the repository's layout, measured: short scripts, short functions, imports that run one way, no circle.
+"""The rules of the repository's layout, measured: short scripts, short functions, imports that run
+one way, no circle.
 
     python scripts/dev/check_layout.py
 
-A top-level script has at most 250 lines and shares less than 35 % of them with any other (the training loop is theirs
-together). A function has at most 80 lines; those above 60 are listed. Imports run from scripts to evaluation, runtime,
-dataset and models, and from these to base; inside models from weights to the families to layers, and no family imports
-another. No two files import each other, directly or by a detour, and nobody calls globals().
+A top-level script has at most 250 lines and shares less than 35 % of them with any other (the
+training loop is theirs together). A function has at most 80 lines; those above 60 are listed.
+Imports run from scripts to evaluation, runtime, dataset and models, and from these to base; inside
+models from weights to the families to layers, and no family imports another. No two files import
+each other, directly or by a detour, and nobody calls globals().
 """
 
 import ast

@@ -4,13 +4,16 @@
     python scripts/weights/convert.py align-to-hf output/align align-hf/
 
 KIND             SOURCE                                         DEST
-align-from-tf    prefix of COYO-ALIGN's TensorFlow checkpoint   .safetensors for main.py and eval_zeroshot.py
-align-to-hf      checkpoint or folder of a run, .safetensors    folder that transformers' AlignModel loads
+align-from-tf    prefix of COYO-ALIGN's TensorFlow checkpoint   .safetensors for main.py and
+eval_zeroshot.py align-to-hf      checkpoint or folder of a run, .safetensors    folder that
+transformers' AlignModel loads
 
-coyo-vit-from-tf prefix of COYO-ViT's TensorFlow checkpoint     .safetensors for Classification.py and eval_knn.py
-coyo-vit-to-hf   run of Classification.py, its .safetensors     folder that transformers' ViT loads
+coyo-vit-from-tf prefix of COYO-ViT's TensorFlow checkpoint     .safetensors for Classification.py
+and eval_knn.py coyo-vit-to-hf   run of Classification.py, its .safetensors     folder that
+transformers' ViT loads
 
-transformers' own files (kakaobrain/align-base) need no conversion: --checkpoint FOLDER/model.safetensors.
+transformers' own files (kakaobrain/align-base) need no conversion: --checkpoint
+FOLDER/model.safetensors.
 TensorFlow itself is not needed.
 """
 
@@ -35,9 +38,12 @@ def align_from_tf(source: Path, dest: Path) -> str:
         if key == "temperature":
             variables[key] = value
         elif tower in ("image_encoder", "text_encoder"):
-            # the name of the projection depends on what was built before it, its place in the tree does not
+            # the name of the projection depends on what was built before it, its place in the tree
+            # does not
             is_projection = rest.startswith("layer_with_weights-1/") and rest.count("/") == 1
-            variables[f"{tower}/{'dense/' + rest.rpartition('/')[2] if is_projection else name}"] = value
+            variables[
+                f"{tower}/{'dense/' + rest.rpartition('/')[2] if is_projection else name}"
+            ] = value
     if "temperature" not in variables:
         raise UserError(f"{source}: no ALIGN model; it has no temperature")
     weights = from_tensorflow_names(variables)
@@ -73,7 +79,7 @@ def align_to_hf(source: Path, dest: Path) -> str:
         raise UserError(f"{source}: not all of an ALIGN model\n{found.text()}")
     export_safetensors(to_hugging_face(weights), dest / "model.safetensors")
     (dest / "config.json").write_text(json.dumps(hugging_face_config(model), indent=2) + "\n")
-    return f"{dest}: config.json, model.safetensors; the tokenizer is bert-base-uncased, pictures 289 pixels"
+    return f"{dest}: config.json, model.safetensors; the tokenizer is bert-base-uncased, images 289 pixels"
 
 
 def coyo_vit_from_tf(source: Path, dest: Path) -> str:
@@ -81,7 +87,9 @@ def coyo_vit_from_tf(source: Path, dest: Path) -> str:
     from runtime.checkpoint import export_safetensors
     from scripts.weights.tf_checkpoint import read_checkpoint
 
-    weights = native({key: value for key, (_, value) in read_checkpoint(source, slot="average").items()})
+    weights = native(
+        {key: value for key, (_, value) in read_checkpoint(source, slot="average").items()}
+    )
     export_safetensors(weights, dest)
     return f"{dest}: {len(weights)} tensors"
 
@@ -100,7 +108,7 @@ def coyo_vit_to_hf(source: Path, dest: Path) -> str:
     labels = {"id2label": {str(i): f"class {i}" for i in range(config.num_classes)}}
     about = transformers_config(config) | {"architectures": [kind]} | labels
     (dest / "config.json").write_text(json.dumps(about, indent=2) + "\n")
-    return f"{dest}: config.json, model.safetensors; {kind}, pictures of {config.image_size} pixels in -1..1"
+    return f"{dest}: config.json, model.safetensors; {kind}, images of {config.image_size} pixels in -1..1"
 
 
 KINDS = {
@@ -112,7 +120,9 @@ KINDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=KINDS, metavar="KIND")
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("dest", type=Path, metavar="DEST")

@@ -4,10 +4,10 @@
     python scripts/weights/export_recognition.py --checkpoint ckpt.pth --clip ViT-L-14.pt --tokenizer llama-2
     --target onnx/
 
-Three graphs with their weights beside them: `image.onnx` (pictures -> image tokens), `prefill.onnx` (image tokens and
-prompt -> logits and cache) and `step.onnx` (one more token for every label, cache in, cache out), for any number of
-pictures and labels. `OnnxNetwork` runs them under models/recognition/decoding.py. Needs the pip packages
-onnx, onnxscript and
+Three graphs with their weights beside them: `image.onnx` (images -> image tokens), `prefill.onnx`
+(image tokens and prompt -> logits and cache) and `step.onnx` (one more token for every label, cache
+in, cache out), for any number of images and labels. `OnnxNetwork` runs them under
+models/recognition/decoding.py. Needs the pip packages onnx, onnxscript and
 onnxruntime.
 """
 
@@ -37,11 +37,11 @@ class Config(Recognition.Config):
     """The network as for Recognition.py, and where to put it."""
 
     target: Path = knob(Path("onnx"), "folder to write to")
-    labels: int = knob(8, "labels a picture in the check", low=1)
+    labels: int = knob(8, "labels an image in the check", low=1)
 
 
 class Image(nn.Module):
-    """pictures [B,3,S,S] -> image tokens [B,N,D]."""
+    """images [B,3,S,S] -> image tokens [B,N,D]."""
 
     def __init__(self, model: Nxtp):
         super().__init__()
@@ -52,7 +52,8 @@ class Image(nn.Module):
 
 
 class Prefill(Image):
-    """image tokens [B,N,D], prompt [P] -> logits [B,V], keys and values [B,H,S,d] of every block."""
+    """image tokens [B,N,D], prompt [P] -> logits [B,V], keys and values [B,H,S,d] of every
+    block."""
 
     def forward(self, images: Tensor, prompt: Tensor):
         logits, cache = self.model.prefill(images, prompt)
@@ -69,24 +70,31 @@ class Step(Image):
 
 
 def export(model: Nxtp, prompt: Tensor, target: Path) -> None:
-    """Write the three graphs, of any number of pictures, labels and cached positions."""
+    """Write the three graphs, of any number of images, labels and cached positions."""
     target.mkdir(parents=True, exist_ok=True)
     size, any_size = model.config.vision.image_size, torch.export.Dim.DYNAMIC
-    picture = torch.zeros(2, 3, size, size)
-    images = model.encode_image(picture)
+    image = torch.zeros(2, 3, size, size)
+    images = model.encode_image(image)
     cache = list(Prefill(model)(images, prompt)[1:])
     tokens, seen = torch.zeros(2, 3, dtype=torch.int64), cache[0].shape[2]
     place, mask = torch.full((3,), seen), torch.ones(2, 1, 3, seen + 3, dtype=torch.bool)
     kept = [{0: any_size, 2: any_size} for _ in cache]
-    rows = ({0: any_size, 1: any_size}, {0: any_size}, {0: any_size, 2: any_size, 3: any_size}, kept)
+    rows = (
+        {0: any_size, 1: any_size},
+        {0: any_size},
+        {0: any_size, 2: any_size, 3: any_size},
+        kept,
+    )
     graphs = {
-        "image": (Image(model), (picture,), ({0: any_size},)),
+        "image": (Image(model), (image,), ({0: any_size},)),
         "prefill": (Prefill(model), (images, prompt), ({0: any_size}, None)),
         "step": (Step(model), (tokens, place, mask, cache), rows),
     }
     for name, (module, inputs, shapes) in graphs.items():
         traced = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
-        torch.onnx.export(traced, (), target / f"{name}.onnx", dynamo=True, external_data=True, verbose=False)
+        torch.onnx.export(
+            traced, (), target / f"{name}.onnx", dynamo=True, external_data=True, verbose=False
+        )
 
 
 class OnnxNetwork:
@@ -99,7 +107,9 @@ class OnnxNetwork:
         options.log_severity_level = 3
         run = {"sess_options": options, "providers": ["CPUExecutionProvider"]}
         names = ("image", "prefill", "step")
-        self.graphs = {name: onnxruntime.InferenceSession(folder / f"{name}.onnx", **run) for name in names}
+        self.graphs = {
+            name: onnxruntime.InferenceSession(folder / f"{name}.onnx", **run) for name in names
+        }
 
     def _run(self, name: str, *values: Tensor) -> list[Tensor]:
         graph = self.graphs[name]
@@ -115,18 +125,27 @@ class OnnxNetwork:
         return logits, list(zip(cache[::2], cache[1::2], strict=True))
 
     def step(self, tokens: Tensor, place: Tensor, mask: Tensor, cache):
-        logits, *grown = self._run("step", tokens, place, mask, *(part for pair in cache for part in pair))
+        logits, *grown = self._run(
+            "step", tokens, place, mask, *(part for pair in cache for part in pair)
+        )
         return logits, list(zip(grown[::2], grown[1::2], strict=True))
 
 
-def check(model: Nxtp, exported: OnnxNetwork, prompt: Tensor, tokenizer: PieceTokenizer, labels: int) -> dict:
-    """Compare labels and probabilities of three random pictures; UserError where they differ."""
+def check(
+    model: Nxtp, exported: OnnxNetwork, prompt: Tensor, tokenizer: PieceTokenizer, labels: int
+) -> dict:
+    """Compare labels and probabilities of three random images; UserError where they differ."""
     size = model.config.vision.image_size
-    picture = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    found = [one_shot(net, net.encode_image(picture), prompt, tokenizer.delimiter, labels) for net in (model, exported)]
+    image = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    found = [
+        one_shot(net, net.encode_image(image), prompt, tokenizer.delimiter, labels)
+        for net in (model, exported)
+    ]
     apart = float((found[0].probabilities - found[1].probabilities).abs().max())
     if not torch.equal(found[0].tokens, found[1].tokens) or apart > 1e-4:
-        raise UserError(f"the exported network finds other labels (probabilities up to {apart:.1e} apart)")
+        raise UserError(
+            f"the exported network finds other labels (probabilities up to {apart:.1e} apart)"
+        )
     best = [rank_labels(one.rows(0), tokenizer.decode)[0] for one in found]
     return {"labels_compared": 3 * labels, "probabilities_apart": apart, "best_label": best[0][0]}
 
@@ -134,7 +153,9 @@ def check(model: Nxtp, exported: OnnxNetwork, prompt: Tensor, tokenizer: PieceTo
 @torch.no_grad()
 def main(config: Config) -> None:
     if not config.checkpoint:
-        raise UserError("--checkpoint: name the network to export, a file or the directory of a run")
+        raise UserError(
+            "--checkpoint: name the network to export, a file or the directory of a run"
+        )
     config.evaluate = True
     world = distributed.init("cpu")
     Recognition.settle(config, world)

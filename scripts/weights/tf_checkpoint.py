@@ -1,8 +1,9 @@
-"""TensorFlow's object-based checkpoints, read without TensorFlow: `<prefix>.index` and `<prefix>.data-?????-of-?????`.
+"""TensorFlow's object-based checkpoints, read without TensorFlow: `<prefix>.index` and
+`<prefix>.data-?????-of-?????`.
 
-The index is a table in LevelDB's format, uncompressed: blocks of sorted entries, their keys shortened by what they
-share with the key before, an index block over the blocks, and a footer. Values are protocol-buffer messages that tell
-dtype, shape and place of a tensor in the data files.
+The index is a table in LevelDB's format, uncompressed: blocks of sorted entries, their keys
+shortened by what they share with the key before, an index block over the blocks, and a footer.
+Values are protocol-buffer messages that tell dtype, shape and place of a tensor in the data files.
 """
 
 import mmap
@@ -21,14 +22,25 @@ TRAILER = 5  # bytes behind a block: its compression and its checksum
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 STRING = 7
-TYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 9: torch.int64, 14: torch.bfloat16, 19: torch.float16}
+TYPES = {
+    1: torch.float32,
+    2: torch.float64,
+    3: torch.int32,
+    9: torch.int64,
+    14: torch.bfloat16,
+    19: torch.float16,
+}
 
 
-def read_checkpoint(prefix: str | Path, slot: str | None = None) -> dict[str, tuple[str, torch.Tensor]]:
-    """Checkpoint key (without `/.ATTRIBUTES/VARIABLE_VALUE`) -> (full name of the variable, tensor).
+def read_checkpoint(
+    prefix: str | Path, slot: str | None = None
+) -> dict[str, tuple[str, torch.Tensor]]:
+    """Checkpoint key (without `/.ATTRIBUTES/VARIABLE_VALUE`) -> (full name of the variable,
+    tensor).
 
-    prefix: the path without `.index`, or with it. Optimizer slots are left out, but for those named `slot`, as are
-    tensors of strings. Raises UserError where the files are missing, damaged or of another kind.
+    prefix: the path without `.index`, or with it. Optimizer slots are left out, but for those named
+    `slot`, as are tensors of strings. Raises UserError where the files are missing, damaged or of
+    another kind.
     """
     prefix = str(prefix).removesuffix(".index")
     if not Path(prefix + ".index").is_file():
@@ -36,17 +48,30 @@ def read_checkpoint(prefix: str | Path, slot: str | None = None) -> dict[str, tu
             f"{prefix}.index: no such file; give the prefix of a TensorFlow checkpoint, such as FOLDER/model-weights"
         )
     try:
-        entries = {key.decode(): _entry(value) for key, value in _table(Path(prefix + ".index").read_bytes()) if key}
+        entries = {
+            key.decode(): _entry(value)
+            for key, value in _table(Path(prefix + ".index").read_bytes())
+            if key
+        }
         shards = _shards(prefix)
-        names = _full_names(_bytes(entries[OBJECT_GRAPH], shards)) if OBJECT_GRAPH in entries else {}
+        names = (
+            _full_names(_bytes(entries[OBJECT_GRAPH], shards)) if OBJECT_GRAPH in entries else {}
+        )
         kept = f"/{slot}{SUFFIX}"
-        wanted = [key for key in entries if ".OPTIMIZER_SLOT" not in key or (slot and key.endswith(kept))]
+        wanted = [
+            key for key in entries if ".OPTIMIZER_SLOT" not in key or (slot and key.endswith(kept))
+        ]
         wanted = [key for key in wanted if entries[key]["dtype"] in TYPES]
-        return {key.removesuffix(SUFFIX): (names.get(key, ""), _tensor(key, entries[key], shards)) for key in wanted}
+        return {
+            key.removesuffix(SUFFIX): (names.get(key, ""), _tensor(key, entries[key], shards))
+            for key in wanted
+        }
     except (ValueError, KeyError, IndexError, struct.error, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{prefix}.index: damaged, or no TensorFlow checkpoint ({error!r}); fetch it again") from None
+        raise UserError(
+            f"{prefix}.index: damaged, or no TensorFlow checkpoint ({error!r}); fetch it again"
+        ) from None
 
 
 def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -72,7 +97,9 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
     if struct.unpack("<I", trailer[1:])[0] != masked_crc(block + trailer[:1]):
         raise ValueError("the checksum of a block is wrong")
     view, at, key = memoryview(block), 0, b""
-    end = size - 4 - 4 * struct.unpack("<I", block[-4:])[0]  # restart offsets and their number lie behind
+    end = (
+        size - 4 - 4 * struct.unpack("<I", block[-4:])[0]
+    )  # restart offsets and their number lie behind
     while at < end:
         shared, at = varint(view, at)
         own, at = varint(view, at)
@@ -101,7 +128,9 @@ def _shards(prefix: str) -> list[memoryview]:
     folder, name = Path(prefix).parent, Path(prefix).name
     paths = sorted(folder.glob(f"{name}.data-?????-of-?????"))
     if not paths or len(paths) != int(paths[0].name[-5:]):
-        raise UserError(f"{prefix}.data-*: {len(paths)} data files lie beside the index; fetch all of them")
+        raise UserError(
+            f"{prefix}.data-*: {len(paths)} data files lie beside the index; fetch all of them"
+        )
     mapped = []
     for path in paths:
         with path.open("rb") as file:
@@ -124,7 +153,8 @@ def _tensor(key: str, entry: dict, shards: list[memoryview]) -> torch.Tensor:
 
 
 def _full_names(content: memoryview) -> dict[str, str]:
-    """Checkpoint key -> full name, from the tensor of one string that describes the tree of objects."""
+    """Checkpoint key -> full name, from the tensor of one string that describes the tree of
+    objects."""
     _, at = varint(content, 0)  # its length; a checksum of the length follows
     names = {}
     for _, node in fields(content[at + 4 :], 1):

@@ -1,4 +1,5 @@
-"""Sources for the tests of the data stream; in a module of its own so that worker processes can import them."""
+"""Sources for the tests of the data stream; in a module of its own so that worker processes can
+import them."""
 
 import io
 import json
@@ -12,7 +13,8 @@ from dataset.sources.shards import ShardSource
 
 
 class Build:
-    """Turns a record into its number and one random draw of each generator; numbers in `bad` are BadSamples."""
+    """Turns a record into its number and one random draw of each generator; numbers in `bad` are
+    BadSamples."""
 
     def __init__(self, bad=()):
         self.bad = frozenset(bad)
@@ -25,7 +27,10 @@ class Build:
 
         import numpy as np
 
-        return {"number": number, "noise": (float(torch.rand(())), random.random(), float(np.random.rand()))}
+        return {
+            "number": number,
+            "noise": (float(torch.rand(())), random.random(), float(np.random.rand())),
+        }
 
 
 def collate(samples):
@@ -41,11 +46,11 @@ def records(count, bad=(), first=0, name="records"):
 
 
 def write_shard(path, numbers, stats=True, members=("jpg", "txt", "json")):
-    """A tar shard with one sample per number: the bytes of the picture are not real ones."""
+    """A tar shard with one sample per number: the bytes of the image are not real ones."""
     with tarfile.open(path, "w") as tar:
         for number in numbers:
             contents = {
-                "jpg": b"picture" * 100,
+                "jpg": b"image" * 100,
                 "txt": str(number).encode(),
                 "json": json.dumps({"n": number}).encode(),
             }
@@ -54,7 +59,9 @@ def write_shard(path, numbers, stats=True, members=("jpg", "txt", "json")):
                 member.size = len(contents[kind])
                 tar.addfile(member, io.BytesIO(contents[kind]))
     if stats:
-        path.with_name(path.stem + "_stats.json").write_text(json.dumps({"successes": len(numbers)}))
+        path.with_name(path.stem + "_stats.json").write_text(
+            json.dumps({"successes": len(numbers)})
+        )
 
 
 def write_shards(folder, sizes, first=0):

@@ -1,4 +1,5 @@
-"""ALIGN on two processes, each with every other sample, is ALIGN on one: losses, gradients, statistics, updates."""
+"""ALIGN on two processes, each with every other sample, is ALIGN on one: losses, gradients,
+statistics, updates."""
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,9 @@ LOSS = {"label_smoothing": 0.1, "loss_avg_or_sum": "sum", "temperature": 0.3}
 
 def tiny() -> Align:
     torch.manual_seed(3)
-    text = BertConfig(30, 16, 2, 2, 32, 16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    text = BertConfig(
+        30, 16, 2, 2, 32, 16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     image = EfficientNetShape(0.125, 0.3, divisor=4, drop_connect=0.0, virtual_batch=VIRTUAL)
     return Align(DualConfig(model="ALIGN_B0_MINI", embed_dim=12, **LOSS), image, text).double()
 
@@ -29,12 +32,16 @@ def batches(rank: int = 0, processes: int = 1) -> list[dict]:
     result = []
     for _ in range(STEPS):
         image = torch.randn(PAIRS, 3, 36, 36, generator=generator, dtype=torch.float64)
-        result.append({"image": image, "text_ids": torch.randint(1, 30, (PAIRS, 7), generator=generator)})
+        result.append(
+            {"image": image, "text_ids": torch.randint(1, 30, (PAIRS, 7), generator=generator)}
+        )
     return [{k: v[rank::processes] for k, v in batch.items()} for batch in result]
 
 
 def lamb(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer(model, Optimizer(opt="lamb", lr=1e-2, weight_decay=1e-5, eps=1e-6), names_by_decay(model)[0])
+    return build_optimizer(
+        model, Optimizer(opt="lamb", lr=1e-2, weight_decay=1e-5, eps=1e-6), names_by_decay(model)[0]
+    )
 
 
 def train(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
@@ -45,7 +52,10 @@ def train(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
     for step, batch in enumerate(batches(rank, processes)):
         losses = model(**batch)
         losses["loss"].backward()
-        for value in [losses["loss"].detach(), *(p.grad for p in model.parameters() if p.grad is not None)]:
+        for value in [
+            losses["loss"].detach(),
+            *(p.grad for p in model.parameters() if p.grad is not None),
+        ]:
             if processes > 1:
                 dist.all_reduce(value)
                 value /= processes
@@ -59,9 +69,12 @@ def train(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
 
 
 def compare(own: dict, expected: dict, atol: float = 1e-8) -> None:
-    """In float64, where LAMB does not make full steps of the rounding noise of gradients that are zero."""
+    """In float64, where LAMB does not make full steps of the rounding noise of gradients that are
+    zero."""
     for name, value in expected.items():
-        torch.testing.assert_close(own[name], value, rtol=1e-6, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            own[name], value, rtol=1e-6, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def sharded_losses(rank: int) -> list[torch.Tensor]:
@@ -84,7 +97,10 @@ def sharded_losses(rank: int) -> list[torch.Tensor]:
 def on_two(rank: int, expected: dict) -> None:
     compare(train(rank, 2), expected)
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):
-        compare({f"loss {step}": loss for step, loss in enumerate(sharded_losses(rank))}, losses_of(expected))
+        compare(
+            {f"loss {step}": loss for step, loss in enumerate(sharded_losses(rank))},
+            losses_of(expected),
+        )
 
 
 def losses_of(expected: dict) -> dict:
@@ -100,16 +116,21 @@ def test_two_processes_equal_one():
 
 
 def test_other_groups_are_other_numbers():
-    """The comparison above sees the groups: with half of the batch dealt otherwise the loss is another."""
+    """The comparison above sees the groups: with half of the batch dealt otherwise the loss is
+    another."""
     model, batch = tiny(), batches()[0]
     order = torch.arange(PAIRS).unflatten(0, (2, -1)).T.flatten()
     with torch.no_grad():
-        dealt, shuffled = model(**batch)["loss"], model(**{k: v[order] for k, v in batch.items()})["loss"]
+        dealt, shuffled = (
+            model(**batch)["loss"],
+            model(**{k: v[order] for k, v in batch.items()})["loss"],
+        )
     assert (dealt - shuffled).abs() > 1e-4
 
 
 def test_cached_accumulation():
-    """Micro-batches that are whole virtual batches: one contrastive batch, the statistics follow once each."""
+    """Micro-batches that are whole virtual batches: one contrastive batch, the statistics follow
+    once each."""
     model, batch = tiny(), batches()[0]
     parts = [{k: v[i::4] for k, v in batch.items()} for i in range(4)]  # virtual batch i of four
     losses = cached_step(model, model.losses, parts, lambda loss: loss.backward())
@@ -129,6 +150,7 @@ def test_activation_checkpointing_changes_nothing():
     for model in (plain, saving):
         model(**batches()[0])["loss"].backward()
     compare(
-        {name: p.grad for name, p in saving.named_parameters()}, {name: p.grad for name, p in plain.named_parameters()}
+        {name: p.grad for name, p in saving.named_parameters()},
+        {name: p.grad for name, p in plain.named_parameters()},
     )
     compare(saving.state_dict(), plain.state_dict())

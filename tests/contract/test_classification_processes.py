@@ -1,4 +1,5 @@
-"""Two processes give one process's loss, gradients, weights, metrics and neighbours; so does the compiled network."""
+"""Two processes give one process's loss, gradients, weights, metrics and neighbours; so does the
+compiled network."""
 
 from pathlib import Path
 
@@ -46,14 +47,21 @@ def batch() -> dict:
     return {"image": torch.randn(ROWS, 3, 16, 16), "labels": labels, "label_weights": weights}
 
 
-def three_updates(world: World, features: Features, keras: bool = True, stem=()) -> tuple[list[float], dict]:
+def three_updates(
+    world: World, features: Features, keras: bool = True, stem=()
+) -> tuple[list[float], dict]:
     """Losses, averaged over the processes, and the weights after three updates."""
     model = parallelize(synchronise_batch_norm(network(stem=stem)), world, features)
-    settings = Optimizer(lr=0.05, weight_decay=0.1, eps=1e-2, keras=keras)  # a small epsilon blows up noise
+    settings = Optimizer(
+        lr=0.05, weight_decay=0.1, eps=1e-2, keras=keras
+    )  # a small epsilon blows up noise
     optimizer = build_optimizer(model, settings)
     precision, losses = Precision("fp32", CPU, 1.0), []
     whole = batch()
-    mine = {k: v[world.rank * ROWS // world.size : (world.rank + 1) * ROWS // world.size] for k, v in whole.items()}
+    mine = {
+        k: v[world.rank * ROWS // world.size : (world.rank + 1) * ROWS // world.size]
+        for k, v in whole.items()
+    }
     for step in range(3):
         set_learning_rate(optimizer, 0.05 / (1 + step))
         loss = model(**mine)["loss"]
@@ -73,20 +81,27 @@ def three_updates(world: World, features: Features, keras: bool = True, stem=())
 def assert_same(ours: tuple, expected: tuple) -> None:
     assert ours[0] == pytest.approx(expected[0], rel=1e-5)
     for name, value in expected[1].items():
-        torch.testing.assert_close(ours[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def on_two(rank: int, expected: tuple, plain: tuple, hybrid: tuple) -> None:
     world = World(rank, 2, rank, CPU)
     assert_same(three_updates(world, Features()), expected)
-    assert_same(three_updates(world, Features(parallel="fsdp", activation_checkpointing=True)), expected)
+    assert_same(
+        three_updates(world, Features(parallel="fsdp", activation_checkpointing=True)), expected
+    )
     assert_same(three_updates(world, Features(), keras=False), plain)
     assert_same(three_updates(world, Features(), stem=STEM), hybrid)
 
 
 def test_training():
     alone = World(0, 1, 0, CPU)
-    expected, plain = three_updates(alone, Features()), three_updates(alone, Features(), keras=False)
+    expected, plain = (
+        three_updates(alone, Features()),
+        three_updates(alone, Features(), keras=False),
+    )
     assert expected[0][2] < expected[0][0] and expected[0] != plain[0]
     assert_same(three_updates(alone, Features(activation_checkpointing=True)), expected)
     spawn(on_two, 2, expected, plain, three_updates(alone, Features(), stem=STEM))
@@ -99,7 +114,7 @@ def test_compiled_is_eager():
 
 
 def metrics(world: World) -> tuple[dict, dict]:
-    """Both kinds of metrics, of 11 pictures: one process has more than the other."""
+    """Both kinds of metrics, of 11 images: one process has more than the other."""
     torch.manual_seed(2)
     images, count = torch.randn(11, 3, 16, 16), 11
     labels = [torch.randperm(6)[: 1 + i % 3] for i in range(count)]
@@ -108,14 +123,21 @@ def metrics(world: World) -> tuple[dict, dict]:
     def batches(single: bool):
         for i in own:
             row = labels[i][:1] if single else labels[i]
-            yield {"image": images[i : i + 1], "labels": row[None], "label_weights": torch.ones(1, len(row))}
+            yield {
+                "image": images[i : i + 1],
+                "labels": row[None],
+                "label_weights": torch.ones(1, len(row)),
+            }
 
     model = network().eval()
     with torch.no_grad():
         single = single_label_metrics(
-            score(model.logits, batches(True), own, count, world), [[1], [], [2, 3]] + [[i % 6] for i in range(8)]
+            score(model.logits, batches(True), own, count, world),
+            [[1], [], [2, 3]] + [[i % 6] for i in range(8)],
         )
-        many = multi_label_metrics(score(model.logits, batches(False), own, count, world), details=True)
+        many = multi_label_metrics(
+            score(model.logits, batches(False), own, count, world), details=True
+        )
     return single, many
 
 
@@ -142,7 +164,9 @@ def neighbours(world: World, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
                 yield {"image": images[rows], "labels": labels[rows, None]}
 
         with torch.no_grad():
-            banks.append(feature_bank(model.features, batches, own, count, 32, folder / name, world))
+            banks.append(
+                feature_bank(model.features, batches, own, count, 32, folder / name, world)
+            )
     assert np.array_equal(banks[0].labels, np.arange(23) % 5)
     return nearest_neighbours(*(Bank(*bank) for bank in banks), 6, world)
 

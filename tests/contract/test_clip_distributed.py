@@ -1,4 +1,5 @@
-"""Two processes give the losses and gradients of one process with the whole batch, for every dual encoder."""
+"""Two processes give the losses and gradients of one process with the whole batch, for every dual
+encoder."""
 
 import copy
 
@@ -21,7 +22,11 @@ CASES = {
     "cl2l": {"separate_proj": True, "label_smoothing": 0.1, "loss_avg_or_sum": "sum"},
     "cl2l_tiled": {"separate_proj": True, "label_smoothing": 0.1, "tile": 3},
     "cl2l_convolutional": {"separate_proj": True},
-    "cl2l_linear": {"cl2l_img_proj_type": "linear", "cl2l_txt_proj_type": "linear", "separate_proj": True},
+    "cl2l_linear": {
+        "cl2l_img_proj_type": "linear",
+        "cl2l_txt_proj_type": "linear",
+        "separate_proj": True,
+    },
     "barlip": {"model": "CL2L_VITB16_BARLIP", "separate_proj": True, "separate_proj_child": True},
     "siamlip": {"model": "CL2L_VITB16_SIAMLIP", "separate_proj": True},
     "byolip": {"model": "CL2L_VITB16_SIAMLIP"},
@@ -33,7 +38,8 @@ CASES = {
 
 
 def gradients(name: str, batch: dict, cached: bool = False) -> tuple[dict, dict, dict]:
-    """Losses, gradients and batch-norm buffers of one step, averaged over the processes there are."""
+    """Losses, gradients and batch-norm buffers of one step, averaged over the processes there
+    are."""
     model = toy(**CASES[name], visual=ToyConvNet() if "convolutional" in name else None)
     teacher = None
     if name == "byolip":
@@ -43,8 +49,12 @@ def gradients(name: str, batch: dict, cached: bool = False) -> tuple[dict, dict,
     if teacher is not None:
         synchronise_batch_norm(teacher)
     if cached:
-        parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in range(0, len(batch["image"]), 2)]
-        losses = cached_step(model, model.losses, parts, lambda loss: loss.backward(), teacher=teacher)
+        parts = [
+            {k: v[i : i + 2] for k, v in batch.items()} for i in range(0, len(batch["image"]), 2)
+        ]
+        losses = cached_step(
+            model, model.losses, parts, lambda loss: loss.backward(), teacher=teacher
+        )
     else:
         with torch.no_grad():
             targets = teacher(features_only=True, **batch) if teacher else None
@@ -68,7 +78,12 @@ def on_two(rank: int, expected: dict) -> None:
         compare(name, losses, grads, *gradients(name, half(toy_batch(PAIRS), rank)), buffers)
     for name in ("clip", "cl2l_linear"):
         losses, grads, _ = expected[name]
-        compare(f"{name} cached", losses, grads, *gradients(name, half(toy_batch(PAIRS), rank), cached=True))
+        compare(
+            f"{name} cached",
+            losses,
+            grads,
+            *gradients(name, half(toy_batch(PAIRS), rank), cached=True),
+        )
 
 
 def compare(name, losses, grads, own_losses, own_grads, own_buffers, buffers=None) -> None:
@@ -79,8 +94,12 @@ def compare(name, losses, grads, own_losses, own_grads, own_buffers, buffers=Non
         )
     assert own_grads.keys() == grads.keys()
     for key, value in grads.items():
-        difference = (own_grads[key] - value).norm()  # of float32 sums in another order, some behind batch norms
-        assert difference < 2e-4 * value.norm() + 1e-5 * value.numel() ** 0.5, f"{name} {key}: {difference:.1e}"
+        difference = (
+            own_grads[key] - value
+        ).norm()  # of float32 sums in another order, some behind batch norms
+        assert difference < 2e-4 * value.norm() + 1e-5 * value.numel() ** 0.5, (
+            f"{name} {key}: {difference:.1e}"
+        )
     for key, value in (buffers or {}).items():
         torch.testing.assert_close(
             own_buffers[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{name} {k}: {m}"
@@ -100,12 +119,15 @@ def test_cached_accumulation_equals_the_large_batch(name):
 
 def test_cached_accumulation_moves_batch_statistics_once():
     _, _, buffers = gradients("barlip", toy_batch(PAIRS), cached=True)
-    tracked = {v.item() for k, v in buffers.items() if k.endswith("num_batches_tracked") and "global" in k}
+    tracked = {
+        v.item() for k, v in buffers.items() if k.endswith("num_batches_tracked") and "global" in k
+    }
     assert tracked == {4}  # once for each micro-batch
 
 
 def compat_on_two(rank: int, dense: dict) -> None:
-    """The original's gather lets no gradient through: its gradients are not those of the global batch."""
+    """The original's gather lets no gradient through: its gradients are not those of the global
+    batch."""
     CASES["clip_original"] = {"model": "CLIP_VITB16_CLIP", "compat": "original"}
     losses, grads, _ = gradients("clip_original", half(toy_batch(PAIRS), rank))
     torch.testing.assert_close(losses["loss"], dense["loss"], rtol=1e-5, atol=1e-5)

@@ -14,7 +14,9 @@ def predictions(rank: int, size: int) -> list[torch.Tensor]:
     world = World(rank, size, rank, torch.device("cpu"))
     own = list(range(TOTAL * rank // size, TOTAL * (rank + 1) // size))
     batches = [{"x": torch.tensor([float(i)]), "label": torch.tensor([0])} for i in own]
-    return over_split(lambda x: (x[:, None] * torch.tensor([1.0, 2.0]), x.long()), batches, own, TOTAL, world)
+    return over_split(
+        lambda x: (x[:, None] * torch.tensor([1.0, 2.0]), x.long()), batches, own, TOTAL, world
+    )
 
 
 def check(rank: int, size: int) -> None:

@@ -1,4 +1,5 @@
-"""The downstream scripts under torchrun: two processes finish, end with status 0, and answer as one process does."""
+"""The downstream scripts under torchrun: two processes finish, end with status 0, and answer as one
+process does."""
 
 import json
 import os
@@ -17,7 +18,9 @@ def torchrun(task: str, given: list[str]) -> str:
     command = [sys.executable, *launcher, str(ROOT / f"{task}.py"), *given]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+    assert done.returncode == 0, (
+        f"exit status {done.returncode}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+    )
     return done.stdout
 
 
@@ -33,6 +36,8 @@ def test_two_processes_train_evaluate_and_leave(digitscenes, tmp_path, task):
     torchrun(task, flags(task, digitscenes, tmp_path / "two", *more))
     assert [line["step"] for line in log_lines(tmp_path / "two") if "loss" in line] == [2, 4]
     assert (tmp_path / "two/result/report.html").exists()
-    again = start(task, digitscenes, tmp_path / "one", "--evaluate", "--checkpoint", tmp_path / "two")
+    again = start(
+        task, digitscenes, tmp_path / "one", "--evaluate", "--checkpoint", tmp_path / "two"
+    )
     again.pop("checkpoint")
     assert again == results(tmp_path / "two")

@@ -1,4 +1,5 @@
-"""DDP, FSDP2, activation checkpointing, compilation and accumulation change speed and memory, not the numbers."""
+"""DDP, FSDP2, activation checkpointing, compilation and accumulation change speed and memory, not
+the numbers."""
 
 import copy
 import os
@@ -29,7 +30,8 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks called twice a forward, as text transformers are here; a frozen copy; a buffer; a 0-d parameter."""
+    """Blocks called twice a forward, as text transformers are here; a frozen copy; a buffer; a 0-d
+    parameter."""
 
     def __init__(self):
         super().__init__()
@@ -56,11 +58,14 @@ def data():
 
 
 def train(model, rank=0, size=1, micro=1, clip=0.1):
-    """STEPS updates on this rank's share of each batch, in `micro` parts. Returns the gradient norms."""
+    """STEPS updates on this rank's share of each batch, in `micro` parts. Returns the gradient
+    norms."""
     optimizer, precision = build_optimizer(model, Optimizer(lr=0.05)), Precision("fp32", CPU, clip)
     norms = []
     for x, y in zip(*data(), strict=True):
-        parts = list(zip(x.chunk(size)[rank].chunk(micro), y.chunk(size)[rank].chunk(micro), strict=True))
+        parts = list(
+            zip(x.chunk(size)[rank].chunk(micro), y.chunk(size)[rank].chunk(micro), strict=True)
+        )
         for i, (part_x, part_y) in enumerate(parts):
             with gradient_sync(model, last=i == micro - 1), precision.autocast():
                 loss = model(x=part_x, y=part_y)["loss_a"]
@@ -88,7 +93,9 @@ def test_blocks_are_found_once():
 
 
 def test_activation_checkpointing_equals_the_plain_network(straight):
-    model = parallelize(network(), distributed.World(0, 1, 0, CPU), Features(activation_checkpointing=True))
+    model = parallelize(
+        network(), distributed.World(0, 1, 0, CPU), Features(activation_checkpointing=True)
+    )
     norms, _ = train(model)
     assert_same(model.state_dict(), norms, straight)
 
@@ -101,7 +108,9 @@ def test_accumulation_equals_the_whole_batch(straight):
 
 def test_compiled_equals_eager(straight):
     model = parallelize(
-        network(), distributed.World(0, 1, 0, CPU), Features(compile=True, activation_checkpointing=True)
+        network(),
+        distributed.World(0, 1, 0, CPU),
+        Features(compile=True, activation_checkpointing=True),
     )
     norms, _ = train(model)
     assert_same(model.state_dict(), norms, straight)
@@ -114,13 +123,17 @@ def test_unknown_strategy_is_refused():
 
 def _two_processes(rank: int, folder: str, strategy: str, micro: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     model = parallelize(network(), distributed.World(rank, 2, rank, CPU), Features(strategy))
     norms, optimizer = train(model, rank, 2, micro)
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state, optim_state = dcp.get_state_dict(model, optimizer, options=options)
     if rank == 0:
-        torch.save({"state": state, "norms": norms, "optimizer": optim_state}, f"{folder}/result.pt")
+        torch.save(
+            {"state": state, "norms": norms, "optimizer": optim_state}, f"{folder}/result.pt"
+        )
     distributed.shutdown()
 
 
@@ -136,7 +149,8 @@ def test_two_processes_equal_one(strategy, micro, straight, tmp_path):
 
 @needs_fsdp2
 def test_checkpoints_move_between_strategies(straight, tmp_path):
-    """What FSDP2 on two processes saved, one plain process loads: weights and optimizer state by name."""
+    """What FSDP2 on two processes saved, one plain process loads: weights and optimizer state by
+    name."""
     mp.spawn(_two_processes, args=(str(tmp_path), "fsdp", 1), nprocs=2)
     saved = torch.load(tmp_path / "result.pt", weights_only=True)
     model = network()

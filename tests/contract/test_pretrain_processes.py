@@ -1,4 +1,5 @@
-"""Pretrain.py on two processes: FSDP2 computes what DDP computes, and either's checkpoint is the other's."""
+"""Pretrain.py on two processes: FSDP2 computes what DDP computes, and either's checkpoint is the
+other's."""
 
 import pytest
 
@@ -7,10 +8,14 @@ from tests.pretraining import arguments, finish, losses
 
 
 @needs_fsdp2
-def test_fsdp_equals_ddp_and_its_checkpoint_goes_on_in_one_process(digitscenes, image_tokenizer, tmp_path):
+def test_fsdp_equals_ddp_and_its_checkpoint_goes_on_in_one_process(
+    digitscenes, image_tokenizer, tmp_path
+):
     common = {"workers": 1, "log_every": 1, "save_every": "4 steps"}
     for parallel in ("ddp", "fsdp"):
-        flags = arguments(digitscenes, image_tokenizer, tmp_path / parallel, parallel=parallel, **common)
+        flags = arguments(
+            digitscenes, image_tokenizer, tmp_path / parallel, parallel=parallel, **common
+        )
         finish(2, flags)
     for ddp, fsdp in zip(losses(tmp_path / "ddp"), losses(tmp_path / "fsdp"), strict=True):
         assert fsdp == pytest.approx(ddp, rel=2e-4)

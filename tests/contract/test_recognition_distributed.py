@@ -1,4 +1,5 @@
-"""Recognition on two processes: averaged gradients, the decoder's matrices shared, and an exact resume."""
+"""Recognition on two processes: averaged gradients, the decoder's matrices shared, and an exact
+resume."""
 
 from dataclasses import replace
 
@@ -17,11 +18,11 @@ from tests.processes import spawn
 from tests.recognition_runs import arguments, finish, lines, start
 from tests.tiny_nxtp import network
 
-PICTURES = 4
+IMAGES = 4
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Four pictures whose texts have different numbers of targets."""
+    """Four images whose texts have different numbers of targets."""
     torch.manual_seed(5)
     lengths, rows = (9, 6, 12, 5), []
     for length in lengths:
@@ -31,11 +32,16 @@ def batch() -> dict[str, torch.Tensor]:
     pad = max(lengths)
     columns = [torch.tensor([row[k] + [fill] * (pad - len(row[k])) for row in rows]) for k, fill in
                enumerate((39, -1, IGNORED))]  # fmt: skip
-    return {"image": torch.randn(PICTURES, 3, 32, 32), "ids": columns[0], "segments": columns[1], "targets": columns[2]}
+    return {
+        "image": torch.randn(IMAGES, 3, 32, 32),
+        "ids": columns[0],
+        "segments": columns[1],
+        "targets": columns[2],
+    }
 
 
 def inputs(whole: dict, part: slice) -> dict[str, torch.Tensor]:
-    """The model's batch of some of the pictures."""
+    """The model's batch of some of the images."""
     targets = whole["targets"][part].flatten()
     positions = (targets != IGNORED).nonzero().flatten()
     return {
@@ -71,7 +77,9 @@ def test_two_processes_train_as_one():
 
 def small_resnet() -> Nxtp:
     torch.manual_seed(0)
-    return Networks(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(Tokens())
+    return Networks(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(
+        Tokens()
+    )
 
 
 class Tokens:
@@ -84,7 +92,9 @@ def a_resnet_trains_as_one(rank: int) -> None:
     whole(**inputs(batch(), slice(None)))["loss_objs"].backward()
     model = parallelize(synchronise_batch_norm(small_resnet()), world, Features()).train()
     model(**inputs(batch(), slice(2 * rank, 2 * rank + 2)))["loss_objs"].backward()
-    for (name, expected), parameter in zip(whole.named_parameters(), model.module.parameters(), strict=True):
+    for (name, expected), parameter in zip(
+        whole.named_parameters(), model.module.parameters(), strict=True
+    ):
         assert torch.allclose(parameter.grad, expected.grad, atol=2e-5), name
     running = [network.vision_encoder.bn1.running_var for network in (whole, model.module)]
     assert torch.allclose(*running, atol=1e-6)
@@ -114,7 +124,10 @@ def decoder_is_shared(rank: int) -> None:
         assert torch.allclose(parameter.grad, expected[name], atol=2e-5), name
     with torch.no_grad():
         prompt = torch.tensor([30, 1, 5, 6])
-        found = [one_shot(model, model.encode_image(one["image"]), prompt, 9, 6) for model in (whole, shared)]
+        found = [
+            one_shot(model, model.encode_image(one["image"]), prompt, 9, 6)
+            for model in (whole, shared)
+        ]
     assert torch.equal(found[0].tokens, found[1].tokens)
     assert torch.allclose(found[0].probabilities, found[1].probabilities, atol=1e-6)
 
@@ -141,7 +154,9 @@ def weights(folder):
 def test_the_script_takes_the_same_steps_on_two_processes(on_two, digitscenes, tmp_path):
     """Half the batch on each: the same samples, losses, and weights up to the order of sums."""
     start(arguments(digitscenes, tmp_path, workers=1, batch_size=8))
-    losses = [[line["loss"] for line in lines(folder) if "loss" in line] for folder in (tmp_path, on_two)]
+    losses = [
+        [line["loss"] for line in lines(folder) if "loss" in line] for folder in (tmp_path, on_two)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, value in weights(tmp_path)["model"].items():
         assert torch.allclose(weights(on_two)["model"][name], value, atol=2e-4), name
@@ -150,7 +165,10 @@ def test_the_script_takes_the_same_steps_on_two_processes(on_two, digitscenes, t
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_interrupted_run_goes_on_exactly(processes, on_two, digitscenes, tmp_path):
     """Stopped in the middle of an epoch; one process in this one, to save its start."""
-    straight_run, stopped = on_two if processes == 2 else tmp_path / "straight", tmp_path / "stopped"
+    straight_run, stopped = (
+        on_two if processes == 2 else tmp_path / "straight",
+        tmp_path / "stopped",
+    )
     runs = [(stopped, {"max_steps": 5}), (stopped, {})]
     for folder, stop in runs if processes == 2 else [(straight_run, {}), *runs]:
         flags = arguments(digitscenes, folder, **CHANGES, **stop)
@@ -160,6 +178,11 @@ def test_an_interrupted_run_goes_on_exactly(processes, on_two, digitscenes, tmp_
     ours, theirs = weights(stopped), weights(straight_run)
     assert all(torch.equal(ours["model"][name], value) for name, value in theirs["model"].items())
     for name, state in theirs["optimizer"]["state"].items():
-        assert all(torch.equal(ours["optimizer"]["state"][name][key], value) for key, value in state.items()), name
-    results = [(folder / "result/labels_test.json").read_text() for folder in (stopped, straight_run)]
+        assert all(
+            torch.equal(ours["optimizer"]["state"][name][key], value)
+            for key, value in state.items()
+        ), name
+    results = [
+        (folder / "result/labels_test.json").read_text() for folder in (stopped, straight_run)
+    ]
     assert results[0] == results[1]

@@ -1,4 +1,5 @@
-"""A run that is killed, signalled or damaged ends with the very weights and losses of the run that was not."""
+"""A run that is killed, signalled or damaged ends with the very weights and losses of the run that
+was not."""
 
 import os
 import signal
@@ -30,7 +31,9 @@ def flat(tree, prefix=""):
     if isinstance(tree, torch.Tensor):
         return {prefix: tree}
     items = tree.items() if isinstance(tree, dict) else []
-    return {path: leaf for key, value in items for path, leaf in flat(value, f"{prefix}/{key}").items()}
+    return {
+        path: leaf for key, value in items for path, leaf in flat(value, f"{prefix}/{key}").items()
+    }
 
 
 def wait_for_step(process, folder, step):
@@ -40,24 +43,39 @@ def wait_for_step(process, folder, step):
         if (folder / "log.jsonl").exists() and len(losses_so_far(folder)) >= step:
             return
         time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached:\n{process.communicate(timeout=20)[0][-3000:]}")
+    raise AssertionError(
+        f"step {step} was not reached:\n{process.communicate(timeout=20)[0][-3000:]}"
+    )
 
 
 def losses_so_far(folder):
     return [line for line in (folder / "log.jsonl").read_text().split("\n") if line.endswith("}")]
 
 
-CASES = {"json, 1 process": (1, False), "json, 2 processes": (2, False), "shards, 1 process": (1, True)}
+CASES = {
+    "json, 1 process": (1, False),
+    "json, 2 processes": (2, False),
+    "shards, 1 process": (1, True),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sigkill_at_any_step_then_the_same_command_gives_the_same_run(case, digitscenes, image_tokenizer, tmp_path):
+def test_sigkill_at_any_step_then_the_same_command_gives_the_same_run(
+    case, digitscenes, image_tokenizer, tmp_path
+):
     processes, shards = CASES[case]
     changes = dict(workers=2, save_every="1 steps", max_steps=8)
     changes["scheduler.epochs"] = STEPS
     if shards:
-        changes |= {"train_file": "[]", "shards": [digitscenes / "wds/train/00000.tar"], "shuffle_buffer": 20}
-    flags = [arguments(digitscenes, image_tokenizer, tmp_path / name, **changes) for name in ("straight", "killed")]
+        changes |= {
+            "train_file": "[]",
+            "shards": [digitscenes / "wds/train/00000.tar"],
+            "shuffle_buffer": 20,
+        }
+    flags = [
+        arguments(digitscenes, image_tokenizer, tmp_path / name, **changes)
+        for name in ("straight", "killed")
+    ]
     finish(processes, flags[0])
     process = start(processes, flags[1])
     wait_for_step(process, tmp_path / "killed", 3)
@@ -94,8 +112,12 @@ def test_a_signal_saves_and_asks_for_a_requeue(number, digitscenes, image_tokeni
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one byte flipped"])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(damage, digitscenes, image_tokenizer, tmp_path):
-    flags = [arguments(digitscenes, image_tokenizer, tmp_path / name) for name in ("straight", "damaged")]
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    damage, digitscenes, image_tokenizer, tmp_path
+):
+    flags = [
+        arguments(digitscenes, image_tokenizer, tmp_path / name) for name in ("straight", "damaged")
+    ]
     for folder_flags in flags:
         finish(1, folder_flags)
     newest = tmp_path / "damaged" / "checkpoint_00000008.pt"

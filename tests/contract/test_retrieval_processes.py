@@ -1,4 +1,5 @@
-"""Retrieval evaluation gives the same bits on 1, 2 and 3 processes, even where a process has nothing to do."""
+"""Retrieval evaluation gives the same bits on 1, 2 and 3 processes, even where a process has
+nothing to do."""
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ def small_model(single_stream: bool) -> Retrieval:
 def rankings(rank_of: int, size: int, single_stream: bool, image_batch: int):
     """What a process gets: [(candidates, scores), (candidates, scores)]."""
     model, g = small_model(single_stream), torch.Generator().manual_seed(5)
-    pictures = torch.randn(IMAGES, 3, 32, 32, generator=g)
+    images = torch.randn(IMAGES, 3, 32, 32, generator=g)
     mask = torch.arange(LENGTH)[None] < torch.randint(2, LENGTH + 1, (TEXTS, 1), generator=g)
     ids = torch.randint(5, 60, (TEXTS, LENGTH), generator=g) * mask
     found = rank(
         model,
-        lambda indices: pictures[indices].split(image_batch) if indices else [],
+        lambda indices: images[indices].split(image_batch) if indices else [],
         IMAGES,
         Captions(ids, mask, torch.randint(0, IMAGES, (TEXTS,), generator=g)),
         World(rank_of, size, rank_of, torch.device("cpu")),
@@ -44,7 +45,9 @@ def rankings(rank_of: int, size: int, single_stream: bool, image_batch: int):
 
 def compare_in_process(rank_of: int, size: int, expected: list) -> None:
     for (single_stream, image_batch), alone in expected:
-        for found, wanted in zip(rankings(rank_of, size, single_stream, image_batch), alone, strict=True):
+        for found, wanted in zip(
+            rankings(rank_of, size, single_stream, image_batch), alone, strict=True
+        ):
             assert torch.equal(found[0], wanted[0]), "candidates differ"
             assert torch.equal(found[1], wanted[1]), "scores differ"
 
@@ -54,7 +57,11 @@ def test_any_number_of_processes_gives_the_same_bits(size):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes, so that sums are taken in the same order
     try:
-        cases = [(single_stream, image_batch) for single_stream in (True, False) for image_batch in (4, 16)]
+        cases = [
+            (single_stream, image_batch)
+            for single_stream in (True, False)
+            for image_batch in (4, 16)
+        ]
         expected = [(case, rankings(0, 1, *case)) for case in cases]
     finally:
         torch.set_num_threads(threads)

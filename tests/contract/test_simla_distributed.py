@@ -1,4 +1,5 @@
-"""Two processes are one process with the joined batch: losses, gradients, queue and momentum of SIMLA and ALBEF."""
+"""Two processes are one process with the joined batch: losses, gradients, queue and momentum of
+SIMLA and ALBEF."""
 
 import copy
 
@@ -17,12 +18,15 @@ STEPS, ROWS, WORLD = 3, 4, 2
 
 
 def swap_neighbours(i2t, t2i, same):
-    """Samples 0 and 1 are each other's negatives, 2 and 3 too: the same choice in a half and in the whole batch."""
+    """Samples 0 and 1 are each other's negatives, 2 and 3 too: the same choice in a half and in the
+    whole batch."""
     other = torch.arange(len(same)) ^ 1
     return other, other
 
 
-def train(model: nn.Module, wrapped: nn.Module, start: int, stop: int, albef: bool) -> dict[str, torch.Tensor]:
+def train(
+    model: nn.Module, wrapped: nn.Module, start: int, stop: int, albef: bool
+) -> dict[str, torch.Tensor]:
     """A few steps on samples start..stop-1 of each batch; everything that must agree, by name."""
     model.draw_negatives = swap_neighbours
     pairs = MomentumPairs(wrapped, momentum=0.9)
@@ -35,7 +39,11 @@ def train(model: nn.Module, wrapped: nn.Module, start: int, stop: int, albef: bo
         sum(losses.values()).backward()
         seen |= {f"step {step}: {name}": loss.detach() for name, loss in losses.items()}
         optimizer.step()
-    seen |= {f"gradient of {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    seen |= {
+        f"gradient of {name}": p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     return seen | {f"state {name}": value.clone() for name, value in model.state_dict().items()}
 
 
@@ -69,9 +77,15 @@ def test_two_processes_are_one(ranks, albef):
     assert len(whole) > 300 and set(whole) == set(first) == set(second)
     for name, value in whole.items():
         if "loss" in name:
-            torch.testing.assert_close((first[name] + second[name]) / 2, value, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                (first[name] + second[name]) / 2, value, rtol=1e-5, atol=1e-6, msg=name
+            )
         else:
-            error = (first[name].double() - value.double()).abs().max() if value.numel() else torch.tensor(0.0)
+            error = (
+                (first[name].double() - value.double()).abs().max()
+                if value.numel()
+                else torch.tensor(0.0)
+            )
             scale = value.double().abs().max()
             assert error <= 2e-5 * scale + 1e-7, f"{name}: off by {error:.1e} of {scale:.1e}"
             assert torch.equal(first[name], second[name]), name

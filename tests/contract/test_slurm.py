@@ -1,4 +1,5 @@
-"""On a real Slurm of two nodes: a run that was preempted and timed out ends with the weights of one that was not."""
+"""On a real Slurm of two nodes: a run that was preempted and timed out ends with the weights of one
+that was not."""
 
 import json
 import os
@@ -16,13 +17,19 @@ import pytest
 from tests.contract.test_resume import assert_same_run
 from tests.pretraining import ROOT, arguments, finish
 
-FOUND = all(shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin") for tool in ("slurmctld", "slurmd", "munged"))
+FOUND = all(
+    shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin")
+    for tool in ("slurmctld", "slurmd", "munged")
+)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not FOUND, reason="Slurm is not installed (apt-get install slurm-wlm munge)"),
+    pytest.mark.skipif(
+        not FOUND, reason="Slurm is not installed (apt-get install slurm-wlm munge)"
+    ),
 ]
 
-# Pretrain.py that waits after the steps of HOLD for the scheduler's signal, so that it is cut at known places
+# Pretrain.py that waits after the steps of HOLD for the scheduler's signal, so that it is cut at
+# known places
 HELD = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -46,11 +53,17 @@ run(Pretrain.main, Pretrain.Config)
 @pytest.fixture(scope="module")
 def slurm():
     """Environment in which sbatch and squeue speak to a cluster of our own, n1 and n2."""
-    folder = tempfile.mkdtemp(prefix="slurm-")  # short: it holds a socket, whose path is limited to 108 characters
+    folder = tempfile.mkdtemp(
+        prefix="slurm-"
+    )  # short: it holds a socket, whose path is limited to 108 characters
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1] // 3 * 3
-    env = os.environ | {"LOCAL_SLURM_DIR": folder, "LOCAL_SLURM_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "LOCAL_SLURM_DIR": folder,
+        "LOCAL_SLURM_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     script = ["bash", str(ROOT / "scripts/dev/local_slurm.sh")]
     started = subprocess.run([*script, "start"], env=env, capture_output=True, text=True)
     assert started.returncode == 0, started.stdout + started.stderr
@@ -60,9 +73,26 @@ def slurm():
 
 
 def submit(env, script, folder, *words, expect=0) -> str:
-    """Submit `script` to two nodes, a process each; the job's number, or the message where it is refused."""
-    launcher = [sys.executable, str(ROOT / "run_with_submitit.py"), str(script), "--nodes", "2", "--ngpus", "0"]
-    launcher += ["--timeout", "60", "--signal_delay", "100", "--job_dir", str(folder), *map(str, words)]
+    """Submit `script` to two nodes, a process each; the job's number, or the message where it is
+    refused."""
+    launcher = [
+        sys.executable,
+        str(ROOT / "run_with_submitit.py"),
+        str(script),
+        "--nodes",
+        "2",
+        "--ngpus",
+        "0",
+    ]
+    launcher += [
+        "--timeout",
+        "60",
+        "--signal_delay",
+        "100",
+        "--job_dir",
+        str(folder),
+        *map(str, words),
+    ]
     result = subprocess.run(launcher, env=env, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == expect, result.stdout + result.stderr
     return result.stdout.split()[1].rstrip(":") if expect == 0 else result.stderr
@@ -74,7 +104,9 @@ def state(env, job) -> str:
 
 
 def logs(folder) -> str:
-    return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("slurm/*.out")))
+    return "\n".join(
+        f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("slurm/*.out"))
+    )
 
 
 def wait_until(condition, folder, seconds=300):
@@ -100,11 +132,15 @@ def preempt(env, seconds) -> str:
     """Submit a job of higher priority that wants all of both nodes; its number."""
     words = ["--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"]
     command = ["sbatch", *words, f"--wrap=sleep {seconds}"]
-    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        command, env=env, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def set_time_limit(env, job, minutes):
-    subprocess.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}"], env=env, check=True)
+    subprocess.run(
+        ["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}"], env=env, check=True
+    )
 
 
 def test_preempted_and_timed_out_gives_the_weights_of_the_undisturbed_run(
@@ -127,7 +163,9 @@ def test_preempted_and_timed_out_gives_the_weights_of_the_undisturbed_run(
     set_time_limit(slurm, job, 60)
     assert wait_for_end(slurm, job, cut) == "COMPLETED", logs(cut)
     said = logs(cut)
-    assert "DUE TO PREEMPTION" in said and "SIGTERM received" in said and "saved at step 3" in said, said
+    assert (
+        "DUE TO PREEMPTION" in said and "SIGTERM received" in said and "saved at step 3" in said
+    ), said
     assert "SIGUSR1 received" in said and "saved at step 6" in said, said
     assert len((cut / "requeues.log").read_text().splitlines()) == 1
 
@@ -167,7 +205,10 @@ def test_a_job_that_never_ends_is_requeued_a_limited_number_of_times(slurm, tmp_
     job = submit(slurm, toy(tmp_path, "sys.exit(75)"), tmp_path / "%j", "--max_requeues", 1)
     folder = tmp_path / job
     assert wait_for_end(slurm, job, folder) == "FAILED"
-    assert "requeued 1 times" in logs(folder) and len((folder / "requeues.log").read_text().splitlines()) == 1
+    assert (
+        "requeued 1 times" in logs(folder)
+        and len((folder / "requeues.log").read_text().splitlines()) == 1
+    )
 
 
 def test_signals_that_come_before_the_script_listens_lose_nothing(slurm, tmp_path):
@@ -193,8 +234,21 @@ def test_a_queued_experiment_runs_the_commit_it_was_started_from(slurm, tmp_path
         subprocess.run(["git", *words], cwd=top, check=True)
     env = slurm | {"PYTHON": sys.executable, "EXPERIMENTS": str(tmp_path / "experiments")}
     other = preempt(slurm, 300)  # keeps the nodes busy meanwhile
-    words = ["run_with_submitit.py", "toy.py", "--name", "X", "--nodes", "2", "--ngpus", "0", "--timeout", "5"]
-    started = subprocess.run(["bash", "run.sh", *words], cwd=top, env=env, capture_output=True, text=True)
+    words = [
+        "run_with_submitit.py",
+        "toy.py",
+        "--name",
+        "X",
+        "--nodes",
+        "2",
+        "--ngpus",
+        "0",
+        "--timeout",
+        "5",
+    ]
+    started = subprocess.run(
+        ["bash", "run.sh", *words], cwd=top, env=env, capture_output=True, text=True
+    )
     assert started.returncode == 0, started.stdout + started.stderr
     toy(top, "print('version', 2)")
     folder = tmp_path / "experiments/X/run"

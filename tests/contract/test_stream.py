@@ -1,4 +1,5 @@
-"""The data stream: deterministic, disjoint and complete over ranks and workers, exactly resumable, with a budget."""
+"""The data stream: deterministic, disjoint and complete over ranks and workers, exactly resumable,
+with a budget."""
 
 import os
 import signal
@@ -43,7 +44,9 @@ def case(kind, folder):
     if kind == "shards":
         return stream(shards(folder, (9, 11, 8, 10, 12), bad=(4, 30)))
     return stream(
-        records(40, bad=(7,), name="pairs"), shards(folder, (9, 6, 12), bad=(105,), first=100), weights=(2, 1)
+        records(40, bad=(7,), name="pairs"),
+        shards(folder, (9, 6, 12), bad=(105,), first=100),
+        weights=(2, 1),
     )
 
 
@@ -69,7 +72,9 @@ def test_resumes_exactly_anywhere(tmp_path, kind, workers):
 def test_the_state_is_small_and_plain():
     import json
 
-    loader = StreamLoader(stream(records(1000, bad=range(0, 1000, 300)), records(500, first=1000)), 8, workers=0)
+    loader = StreamLoader(
+        stream(records(1000, bad=range(0, 1000, 300)), records(500, first=1000)), 8, workers=0
+    )
     take(loader, 50)
     assert json.loads(json.dumps(loader.state_dict())) == loader.state_dict()
     assert len(json.dumps(loader.state_dict())) < 1000
@@ -100,13 +105,18 @@ def test_epochs_differ_and_seeds_decide():
 
 
 def test_a_sample_is_drawn_alike_by_any_worker():
-    """The random choices made for a sample depend on seed, epoch and sample, not on the number of workers."""
+    """The random choices made for a sample depend on seed, epoch and sample, not on the number of
+    workers."""
 
     def epoch(workers, batch_size):
         loader = StreamLoader(stream(records(48)), batch_size, workers, seed=3)
         batches = take(loader, 48 // batch_size)
         loader.close()
-        return {n: noise for b in batches for n, noise in zip(b["number"].tolist(), b["noise"].tolist(), strict=True)}
+        return {
+            n: noise
+            for b in batches
+            for n, noise in zip(b["number"].tolist(), b["noise"].tolist(), strict=True)
+        }
 
     assert epoch(0, 4) == epoch(2, 4) == epoch(3, 8)
 
@@ -121,7 +131,9 @@ def test_the_global_generators_are_left_alone():
 
 
 def test_mixtures_keep_their_weights(tmp_path):
-    loader = StreamLoader(stream(records(40), records(1000, first=100), weights=(3, 1)), 8, workers=0)
+    loader = StreamLoader(
+        stream(records(40), records(1000, first=100), weights=(3, 1)), 8, workers=0
+    )
     drawn = numbers(take(loader, 50))
     assert sum(number < 100 for number in drawn) == 300
     by_size = StreamLoader(stream(records(100), records(300, first=100)), 8, workers=0)
@@ -149,7 +161,11 @@ def test_the_budget_ends_the_run_with_a_list(workers):
     with pytest.raises(UserError) as caught:
         take(loader, 500)
     message = str(caught.value)
-    assert "pairs: sample 20 is bad" in message and "error budget" in message and "per source: pairs" in message
+    assert (
+        "pairs: sample 20 is bad" in message
+        and "error budget" in message
+        and "per source: pairs" in message
+    )
     assert "Traceback" not in message
     loader.close()
     loader = StreamLoader(stream(records(200, bad=range(0, 200, 20))), 4, workers, error_budget=0.2)
@@ -198,7 +214,9 @@ def test_a_dead_worker_is_reported():
 
 
 def test_too_few_samples():
-    with pytest.raises(UserError, match=r"8 on each of 2 ranks needs 16 samples, but there are only 15"):
+    with pytest.raises(
+        UserError, match=r"8 on each of 2 ranks needs 16 samples, but there are only 15"
+    ):
         StreamLoader(stream(records(15)), 8, world_size=2)
     with pytest.raises(UserError, match="no records"):
         RecordSource([], Build())
@@ -208,16 +226,26 @@ def test_too_few_samples():
 @pytest.mark.parametrize("kind", ["records", "shards"])
 def test_resuming_in_another_setting_goes_on_nearby(tmp_path, kind, change):
     def source(more=0):
-        return stream(records(480 + more) if kind == "records" else shards(tmp_path, (8,) * 60 + (more,) * (more > 0)))
+        return stream(
+            records(480 + more)
+            if kind == "records"
+            else shards(tmp_path, (8,) * 60 + (more,) * (more > 0))
+        )
 
     before = StreamLoader(source(), 4, workers=2, seed=1)
     first = numbers(take(before, 60))  # half of the epoch
     before.close()
-    options = {"workers": 2, "world_size": 1, "seed": 1} | {k: v for k, v in change.items() if k != "more"}
+    options = {"workers": 2, "world_size": 1, "seed": 1} | {
+        k: v for k, v in change.items() if k != "more"
+    }
     seen = list(first)
     for rank in range(options["world_size"]):
-        with pytest.warns(UserWarning, match="data order changed on resuming.*about the same place"):
-            after = StreamLoader(source(change.get("more", 0)), 4, rank=rank, state=before.state_dict(), **options)
+        with pytest.warns(
+            UserWarning, match="data order changed on resuming.*about the same place"
+        ):
+            after = StreamLoader(
+                source(change.get("more", 0)), 4, rank=rank, state=before.state_dict(), **options
+            )
         assert after.state_dict()["samples"] == 240
         seen += numbers(take(after, 60 // options["world_size"]))
         after.close()
@@ -251,7 +279,9 @@ SCRIPT = """
 def run_script(then, wait=True):
     code = textwrap.dedent(SCRIPT).format(then=then)
     root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root
+    )
     pids = [int(pid) for pid in process.stdout.readline().split()]
     assert len(pids) == 2
     output = process.communicate(timeout=240)[0] if wait else ""
@@ -278,7 +308,8 @@ def test_workers_ignore_signals_of_the_scheduler_but_end_with_the_parent():
 
 
 def test_signals_that_come_while_workers_start_kill_none():
-    """All of the job get the scheduler's signals, also workers that have not come as far as to ignore them."""
+    """All of the job get the scheduler's signals, also workers that have not come as far as to
+    ignore them."""
     early = """
     import os, signal, time
     import dataset.loading.stream as module
@@ -296,7 +327,9 @@ def test_signals_that_come_while_workers_start_kill_none():
     """
     root = Path(__file__).resolve().parents[2]
     code = [sys.executable, "-c", textwrap.dedent(early)]
-    assert subprocess.run(code, cwd=root, capture_output=True, text=True, timeout=240).stdout.split() == ["20", "3"]
+    assert subprocess.run(
+        code, cwd=root, capture_output=True, text=True, timeout=240
+    ).stdout.split() == ["20", "3"]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
@@ -316,15 +349,19 @@ def test_shares_of_an_evaluation():
 
 def load(index):
     if index == 13:
-        raise BadSample("pictures/13.jpg: truncated")
+        raise BadSample("images/13.jpg: truncated")
     return {"number": index, "noise": (0.0,)}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_is_in_order_and_leaves_nothing_out(workers):
     loader = EvalLoader(load, range(12), 5, collate, workers)
-    assert [batch["number"].tolist() for batch in loader] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+    assert [batch["number"].tolist() for batch in loader] == [
+        [0, 1, 2, 3, 4],
+        [5, 6, 7, 8, 9],
+        [10, 11],
+    ]
     assert len(loader) == 3
-    with pytest.raises(UserError, match=r"pictures/13.jpg: truncated; evaluation needs every sample"):
+    with pytest.raises(UserError, match=r"images/13.jpg: truncated; evaluation needs every sample"):
         list(EvalLoader(load, range(10, 20), 5, collate, workers))
     assert list(EvalLoader(load, range(0), 5, collate, workers)) == []

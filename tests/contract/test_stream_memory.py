@@ -1,4 +1,5 @@
-"""Annotations cost neither the indexing process nor the workers memory in proportion to their number."""
+"""Annotations cost neither the indexing process nor the workers memory in proportion to their
+number."""
 
 import json
 import re
@@ -18,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_indexing_and_reading_take_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(json_entries, "CHUNK", 1 << 14)
     path = tmp_path / "pairs.json"
-    path.write_text(json.dumps([{"image": f"{n}.jpg", "caption": "words " * 30} for n in range(20_000)]))
+    path.write_text(
+        json.dumps([{"image": f"{n}.jpg", "caption": "words " * 30} for n in range(20_000)])
+    )
     tracemalloc.start()
     try:
         records = Records(path, cache_dir=tmp_path)
@@ -30,7 +33,9 @@ def test_indexing_and_reading_take_bounded_memory(tmp_path, monkeypatch):
     assert peak < 1_500_000 and kept < 100_000
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="measures through /proc/*/smaps_rollup")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="measures through /proc/*/smaps_rollup"
+)
 def test_more_workers_cost_little():
     command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks/loader_memory.py")]
     output = subprocess.run(

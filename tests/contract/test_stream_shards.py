@@ -14,7 +14,13 @@ import pytest
 
 from base.errors import BadSample, UserError
 from dataset.loading.stream import StreamLoader
-from dataset.sources.shards import ShardSource, count_samples, expand_braces, list_shards, read_shard
+from dataset.sources.shards import (
+    ShardSource,
+    count_samples,
+    expand_braces,
+    list_shards,
+    read_shard,
+)
 from tests.contract.stream_cases import Build, shards, stream, write_shard, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -25,7 +31,9 @@ def numbers(loader, count):
 
 
 def test_names():
-    assert expand_braces("a{08..11}b{x,yz}") == [f"a{n}b{c}" for n in ("08", "09", "10", "11") for c in ("x", "yz")]
+    assert expand_braces("a{08..11}b{x,yz}") == [
+        f"a{n}b{c}" for n in ("08", "09", "10", "11") for c in ("x", "yz")
+    ]
     assert expand_braces("s3://bucket/plain.tar") == ["s3://bucket/plain.tar"]
 
 
@@ -44,7 +52,9 @@ def test_counts(tmp_path):
     source = shards(tmp_path, (3, 4))
     assert len(source) == 7 and count_samples(source.shards, {}) == 7
     (tmp_path / "00001_stats.json").unlink()
-    with pytest.raises(UserError, match=r"00001.tar: how many samples\?.*give the number of samples"):
+    with pytest.raises(
+        UserError, match=r"00001.tar: how many samples\?.*give the number of samples"
+    ):
         ShardSource(str(tmp_path), Build())
     assert len(ShardSource(str(tmp_path), Build(), samples=99)) == 99
 
@@ -53,10 +63,14 @@ def test_members_of_a_sample(tmp_path):
     write_shard(tmp_path / "a.tar", [3, 4])
     first, second = read_shard(str(tmp_path / "a.tar"), {})
     assert first["key"] == f"{tmp_path}/a.tar/000000003"
-    assert first["image"] == b"picture" * 100 and first["caption"] == "3" and json.loads(second["json"]) == {"n": 4}
+    assert (
+        first["image"] == b"image" * 100
+        and first["caption"] == "3"
+        and json.loads(second["json"]) == {"n": 4}
+    )
     write_shard(tmp_path / "b.tar", [5], members=("txt", "json"))
     (bad,) = read_shard(str(tmp_path / "b.tar"), {})
-    assert isinstance(bad, BadSample) and "no picture" in str(bad)
+    assert isinstance(bad, BadSample) and "no image" in str(bad)
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
         for name in ("one/k.jpg", "one/k.txt", "two/k.JPG", "two/k.seg.png", "README"):
             file = tmp_path / name.replace("/", "_")
@@ -124,13 +138,16 @@ def test_shuffling_mixes_shards_and_reads_all(tmp_path):
     assert sorted(order[:400]) == sorted(order[400:]) == list(range(400))
     assert order[:400] != order[400:]
     assert len({number // 50 for number in order[:20]}) >= 3
-    plain = StreamLoader(stream(shards(tmp_path, (50,) * 8, group=1, shuffle_buffer=1)), 10, 0, seed=2)
+    plain = StreamLoader(
+        stream(shards(tmp_path, (50,) * 8, group=1, shuffle_buffer=1)), 10, 0, seed=2
+    )
     assert all(len({n // 50 for n in batch["number"].tolist()}) == 1 for batch in islice(plain, 40))
 
 
 @pytest.fixture(scope="module")
 def s3():
-    """A loopback S3 server with an empty bucket; yields nothing but the environment that points to it."""
+    """A loopback S3 server with an empty bucket; yields nothing but the environment that points to
+    it."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     with socket.socket() as free:
@@ -138,7 +155,11 @@ def s3():
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    names = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    names = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+    }
     kept = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
@@ -162,7 +183,9 @@ def test_object_storage(tmp_path, s3):
     files = s3fs.S3FileSystem()
     files.mkdir("pairs")
     files.put(f"{tmp_path}/*", "pairs/web/")
-    assert list_shards("s3://pairs/web/*.tar", {}) == [f"s3://pairs/web/0000{n}.tar" for n in range(3)]
+    assert list_shards("s3://pairs/web/*.tar", {}) == [
+        f"s3://pairs/web/0000{n}.tar" for n in range(3)
+    ]
     remote = ShardSource("s3://pairs/web/{00000..00002}.tar", Build(), group=2, shuffle_buffer=7)
     assert len(remote) == len(local) == 23
     for workers in (0, 2):

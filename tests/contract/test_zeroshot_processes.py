@@ -1,20 +1,31 @@
-"""Zero-shot evaluation gives the same figures on 1, 2 and 3 processes, even where a process has nothing to do."""
+"""Zero-shot evaluation gives the same figures on 1, 2 and 3 processes, even where a process has
+nothing to do."""
 
 import pytest
 import torch
 
 from base.distributed import World
 from evaluation.retrieval import units
-from evaluation.zeroshot import cached_classifier, classify, embed_pictures, embed_texts, retrieve, text_classifier
+from evaluation.zeroshot import (
+    cached_classifier,
+    classify,
+    embed_images,
+    embed_texts,
+    retrieve,
+    text_classifier,
+)
 from tests.clip_toys import TOY, toy
 from tests.processes import spawn
 
-PICTURES, CAPTIONS, CLASSES = 23, 40, 7
+IMAGES, CAPTIONS, CLASSES = 23, 40, 7
 
 
 def tokenize(texts):
     """Texts are numbers: seven tokens drawn from them."""
-    rows = [torch.randint(1, 49, (7,), generator=torch.Generator().manual_seed(int(text))) for text in texts]
+    rows = [
+        torch.randint(1, 49, (7,), generator=torch.Generator().manual_seed(int(text)))
+        for text in texts
+    ]
     return torch.stack([torch.cat([row, torch.tensor([TOY["vocab_size"] - 1])]) for row in rows])
 
 
@@ -23,14 +34,14 @@ def figures(rank: int, size: int, folder: str, batch: int) -> list:
     world = World(rank, size, rank, torch.device("cpu"))
     model = toy("CL2L_VITB16_CL2L", separate_proj=True).eval()
     g = torch.Generator().manual_seed(1)
-    pictures = torch.randn(PICTURES, 3, TOY["image_size"], TOY["image_size"], generator=g)
-    targets = torch.randint(CLASSES, (PICTURES,), generator=g)
+    images = torch.randn(IMAGES, 3, TOY["image_size"], TOY["image_size"], generator=g)
+    targets = torch.randint(CLASSES, (IMAGES,), generator=g)
     prompts = [[str(10 * number + i) for i in range(1 + number % 3)] for number in range(CLASSES)]
-    own = units(PICTURES, batch, world)
+    own = units(IMAGES, batch, world)
     flat = [i for unit in own for i in unit]
 
     def batches(target):
-        return [{"image": pictures[unit], "target": target[unit]} for unit in own]
+        return [{"image": images[unit], "target": target[unit]} for unit in own]
 
     def make(count=CLASSES):
         return text_classifier(model.embed_text, tokenize, prompts[:count], world, batch)
@@ -39,17 +50,33 @@ def figures(rank: int, size: int, folder: str, batch: int) -> list:
     with torch.inference_mode():
         classifier = make()
         found += [classifier]
-        found += [classify(model.embed_image, classifier, batches(targets), flat, PICTURES, world, "mean_per_class")]
+        found += [
+            classify(
+                model.embed_image,
+                classifier,
+                batches(targets),
+                flat,
+                IMAGES,
+                world,
+                "mean_per_class",
+            )
+        ]
         two = cached_classifier(_file(folder, size), lambda: make(2), world)
         again = cached_classifier(_file(folder, size), lambda: 1 / 0, world)  # read, not made
         assert all(torch.equal(two[name], again[name]) for name in two)
-        found += [classify(model.embed_image, two, batches(targets % 2), flat, PICTURES, world, "roc_auc")]
+        found += [
+            classify(model.embed_image, two, batches(targets % 2), flat, IMAGES, world, "roc_auc")
+        ]
         shown = torch.nn.functional.one_hot(targets, CLASSES)
-        found += [classify(model.embed_image, classifier, batches(shown), flat, PICTURES, world, "map11")]
-        plain = [{"image": pictures[unit]} for unit in own]
-        image = embed_pictures(model.embed_image, plain, flat, PICTURES, world)
-        text = embed_texts(model.embed_text, tokenize, [str(i) for i in range(CAPTIONS)], world, batch)
-        found += [image, text, retrieve(image, text, torch.arange(CAPTIONS) % PICTURES, world)]
+        found += [
+            classify(model.embed_image, classifier, batches(shown), flat, IMAGES, world, "map11")
+        ]
+        plain = [{"image": images[unit]} for unit in own]
+        image = embed_images(model.embed_image, plain, flat, IMAGES, world)
+        text = embed_texts(
+            model.embed_text, tokenize, [str(i) for i in range(CAPTIONS)], world, batch
+        )
+        found += [image, text, retrieve(image, text, torch.arange(CAPTIONS) % IMAGES, world)]
     return found
 
 
@@ -61,10 +88,16 @@ def _file(folder: str, size: int):
 
 def compare_in_process(rank: int, size: int, folder: str, expected: list) -> None:
     for batch, alone in expected:
-        for found, wanted in zip(figures(rank, size, f"{folder}/{batch}", batch), alone, strict=True):
+        for found, wanted in zip(
+            figures(rank, size, f"{folder}/{batch}", batch), alone, strict=True
+        ):
             assert found.keys() == wanted.keys()
             for name, value in wanted.items():
-                same = torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+                same = (
+                    torch.equal(found[name], value)
+                    if isinstance(value, torch.Tensor)
+                    else found[name] == value
+                )
                 assert same, (name, found[name], value)
 
 
@@ -73,7 +106,9 @@ def test_any_number_of_processes_gives_the_same_bits(size, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes, so that sums are taken in the same order
     try:
-        expected = [(batch, figures(0, 1, str(tmp_path / f"one{batch}"), batch)) for batch in (4, 64)]
+        expected = [
+            (batch, figures(0, 1, str(tmp_path / f"one{batch}"), batch)) for batch in (4, 64)
+        ]
     finally:
         torch.set_num_threads(threads)
     small = expected[0][1]

@@ -1,4 +1,5 @@
-"""Shared by ALIGN's golden tests: the towers in the sizes of a case, and TensorFlow's variables under our names."""
+"""Shared by ALIGN's golden tests: the towers in the sizes of a case, and TensorFlow's variables
+under our names."""
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def image_shape(**changes) -> EfficientNetShape:
 
 
 def text_shape(case: dict | None = None) -> BertConfig:
-    """The text tower of a case's sizes; without one that of `text_tiny`, which `train_steps` has too."""
+    """The text tower of a case's sizes; without one that of `text_tiny`, which `train_steps` has
+    too."""
     case = case or golden_json("align", "text_tiny.json")
     sizes = {BERT_NAMES[name]: value for name, value in case.items() if name in BERT_NAMES}
     return BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -79,7 +81,8 @@ def padded_ids(t: dict[str, Tensor], prefix: str = "") -> Tensor:
 
 
 def state_of(tensors: dict[str, Tensor], prefix: str, tower: str = "") -> dict[str, Tensor]:
-    """Variables `<prefix><TF name>` (of one tower, where the names do not say) under our names and in our layout."""
+    """Variables `<prefix><TF name>` (of one tower, where the names do not say) under our names and
+    in our layout."""
     found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     return from_tensorflow_names({tower + name: value for name, value in found.items()}, tensors)
 

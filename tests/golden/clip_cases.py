@@ -1,4 +1,5 @@
-"""Shared by the golden tests of the dual encoders: weights by recipe, flags to configuration, comparison."""
+"""Shared by the golden tests of the dual encoders: weights by recipe, flags to configuration,
+comparison."""
 
 import zlib
 
@@ -31,7 +32,16 @@ TOY = {
 }
 
 
-KINDS = ("gradient", "buffer", "eval", "train", "encode_image_val", "encode_text_val", "predict_zeroshot", "weights")
+KINDS = (
+    "gradient",
+    "buffer",
+    "eval",
+    "train",
+    "encode_image_val",
+    "encode_text_val",
+    "predict_zeroshot",
+    "weights",
+)
 
 
 def recipe_tensor(name: str, shape, seed: int) -> torch.Tensor:
@@ -92,7 +102,8 @@ def toy_vit(toy: dict) -> nn.Module:
 
 
 def close(actual, expected, what: str, rtol: float = 1e-5, atol: float = 1e-5) -> None:
-    """Assert closeness as the golden README suggests, and note the error under the first word of `what`."""
+    """Assert closeness as the golden README suggests, and note the error under the first word of
+    `what`."""
     actual, expected = torch.as_tensor(actual).float(), torch.as_tensor(expected).float()
     scale = expected.abs().max().item() if expected.numel() else 0.0
     case, _, quantity = what.replace("/", " ").partition(" ")

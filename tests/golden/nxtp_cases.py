@@ -18,7 +18,10 @@ HEADS = 4
 def tensors(name: str) -> dict[str, torch.Tensor]:
     """A safetensors file as it is, half precision cast to float32."""
     loaded = load_file(golden_file("nxtp", f"{name}.safetensors"))
-    return {key: value.float() if value.dtype == torch.float16 else value for key, value in loaded.items()}
+    return {
+        key: value.float() if value.dtype == torch.float16 else value
+        for key, value in loaded.items()
+    }
 
 
 def meta(name: str):
@@ -45,15 +48,23 @@ def network(**changes) -> Nxtp:
 def sequences(max_text: int, **changes) -> Sequences:
     """Without the check that every prompt fits, as some recorded cases are that short."""
     made = object.__new__(Sequences)
-    fields = {"tokenizer": tokenizer(), "max_text": max_text, "many_prompts": False, "original": True}
+    fields = {
+        "tokenizer": tokenizer(),
+        "max_text": max_text,
+        "many_prompts": False,
+        "original": True,
+    }
     fields |= {"end_target": False, "decouple": True} | changes
     for name, value in fields.items():
         object.__setattr__(made, name, value)
     return made
 
 
-def batch_of(tokens: torch.Tensor, targets: torch.Tensor, images: int, labels: bool) -> dict[str, torch.Tensor]:
-    """The recorded token and target matrices [B,T], [B,N+T] (-1: nothing) as a batch of the model's forward.
+def batch_of(
+    tokens: torch.Tensor, targets: torch.Tensor, images: int, labels: bool
+) -> dict[str, torch.Tensor]:
+    """The recorded token and target matrices [B,T], [B,N+T] (-1: nothing) as a batch of the model's
+    forward.
 
     labels: whether they are labels, whose segments are to be found, or captions.
     """

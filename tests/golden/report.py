@@ -1,6 +1,8 @@
-"""Comparisons with the originals' numbers, and the table of the worst error of each quantity that pytest prints.
+"""Comparisons with the originals' numbers, and the table of the worst error of each quantity that
+pytest prints.
 
-`python -m tests.golden.report [pytest arguments]` runs the golden tests and prints the table as Markdown.
+`python -m tests.golden.report [pytest arguments]` runs the golden tests and prints the table as
+Markdown.
 """
 
 import sys
@@ -32,39 +34,60 @@ def relative_error(ours, theirs, scale: float = 0.0) -> float:
 
 
 def compare(case: str, quantity: str, ours, theirs, tolerance: float, scale: float = 0.0) -> None:
-    """Record the relative error of a tensor or number and assert that it lies below the tolerance."""
+    """Record the relative error of a tensor or number and assert that it lies below the
+    tolerance."""
     error = relative_error(ours, theirs, scale)
     record(case, quantity, error)
-    assert error < tolerance, f"{case}: {quantity} differs from the original by {error:.2e} (allowed {tolerance:.0e})"
+    assert error < tolerance, (
+        f"{case}: {quantity} differs from the original by {error:.2e} (allowed {tolerance:.0e})"
+    )
 
 
 def same(case: str, quantity: str, ours, theirs) -> None:
-    """Assert that integers, text or images are exactly the original's, and record the fraction that is not."""
+    """Assert that integers, text or images are exactly the original's, and record the fraction that
+    is not."""
     if isinstance(theirs, torch.Tensor):
-        assert ours.shape == theirs.shape, f"{case}: {quantity}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
+        assert ours.shape == theirs.shape, (
+            f"{case}: {quantity}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
+        )
         wrong = float((ours != theirs).double().mean()) if theirs.numel() else 0.0
     else:
         wrong = float(ours != theirs)
     record(case, quantity, wrong)
-    assert wrong == 0, f"{case}: {quantity} is {str(ours)[:300]}, the original's is {str(theirs)[:300]}"
+    assert wrong == 0, (
+        f"{case}: {quantity} is {str(ours)[:300]}, the original's is {str(theirs)[:300]}"
+    )
 
 
 def compare_levels(case: str, quantity: str, ours, theirs, level, most: int = 1) -> None:
-    """Images of rounded grey levels: assert that pixels differ by whole levels, at most `most`; records the fraction.
+    """Images of rounded grey levels: assert that pixels differ by whole levels, at most `most`;
+    records the fraction.
 
-    ours, theirs: float, any normalisation; level: what one of 255 grey levels is there, a number or per channel.
+    ours, theirs: float, any normalisation; level: what one of 255 grey levels is there, a number or
+    per channel.
     """
-    assert ours.shape == theirs.shape, f"{case}: {quantity}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    assert ours.shape == theirs.shape, (
+        f"{case}: {quantity}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    )
     levels = (ours.double() - theirs.double()) / level
-    record(case, f"{quantity}, pixels of another level", float((levels.abs() > 0.5).double().mean()))
+    record(
+        case, f"{quantity}, pixels of another level", float((levels.abs() > 0.5).double().mean())
+    )
     remainder = float((levels - levels.round()).abs().max())
-    assert remainder < 0.01, f"{case}: {quantity} differs from the original by parts of a grey level, {remainder:.1e}"
+    assert remainder < 0.01, (
+        f"{case}: {quantity} differs from the original by parts of a grey level, {remainder:.1e}"
+    )
     worst = float(levels.abs().max().round())
-    assert worst <= most, f"{case}: {quantity} differs from the original by {worst:.0f} grey levels (allowed {most})"
+    assert worst <= most, (
+        f"{case}: {quantity} differs from the original by {worst:.0f} grey levels (allowed {most})"
+    )
 
 
-def compare_gradients(case: str, model: torch.nn.Module, norms: dict, tensors: dict, tolerance: float) -> None:
-    """Gradient norms of every parameter (None: it has no gradient) and the gradients stored in full as `grad.<name>`.
+def compare_gradients(
+    case: str, model: torch.nn.Module, norms: dict, tensors: dict, tolerance: float
+) -> None:
+    """Gradient norms of every parameter (None: it has no gradient) and the gradients stored in full
+    as `grad.<name>`.
 
     Gradients that are zero in exact arithmetic (key biases) are measured against the largest norm.
     """
@@ -79,7 +102,9 @@ def compare_gradients(case: str, model: torch.nn.Module, norms: dict, tensors: d
         else:
             compare(case, "gradient norms", parameters[name].grad.norm(), norm, tolerance, scale)
     for key in [key for key in tensors if key.startswith("grad.")]:
-        compare(case, "gradients", parameters[key.removeprefix("grad.")].grad, tensors[key], tolerance)
+        compare(
+            case, "gradients", parameters[key.removeprefix("grad.")].grad, tensors[key], tolerance
+        )
 
 
 def table() -> list[str]:

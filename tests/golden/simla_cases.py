@@ -1,4 +1,5 @@
-"""Shared by the golden tests of SIMLA and ALBEF: sizes of a case, its weights, and its hard negatives."""
+"""Shared by the golden tests of SIMLA and ALBEF: sizes of a case, its weights, and its hard
+negatives."""
 
 import torch
 
@@ -22,7 +23,11 @@ def bert_of(config: dict) -> BertConfig:
 
 def tensors_under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors whose name begins with a prefix, by the rest of their name."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def pretrained(system: str) -> dict[str, torch.Tensor]:
@@ -31,7 +36,8 @@ def pretrained(system: str) -> dict[str, torch.Tensor]:
 
 
 def draw_recorded_negatives(model, recorded: list[tuple[torch.Tensor, torch.Tensor]]) -> list:
-    """Let each forward use the recorded hard negatives; with two samples the model has no other choice.
+    """Let each forward use the recorded hard negatives; with two samples the model has no other
+    choice.
 
     Returns the list that receives, per forward, (image for each text, text for each image).
     """

@@ -1,4 +1,5 @@
-"""COYO-ALIGN's recorded numbers: loss, ghost batch norm, towers, LAMB, the schedule, whole training steps."""
+"""COYO-ALIGN's recorded numbers: loss, ghost batch norm, towers, LAMB, the schedule, whole training
+steps."""
 
 import re
 
@@ -30,14 +31,19 @@ from tests.helpers.golden import golden, recorded
 from tests.processes import spawn
 
 CLOSE, BEHIND_BATCH_NORM, GRADIENT = 1e-5, 1e-4, 1e-3
-NO_GRADIENT = ("project_bn.bias", "self.key.bias")  # zero in exact arithmetic; LAMB makes full steps of the noise
+NO_GRADIENT = (
+    "project_bn.bias",
+    "self.key.bias",
+)  # zero in exact arithmetic; LAMB makes full steps of the noise
 
 
 def loss_case(number: int) -> tuple[dict, dict[str, torch.Tensor]]:
     meta, tensors = golden("align", "contrastive_loss")
     case = meta["cases"][number]
     prefix = f"case{case['index']}."
-    return case, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    return case, {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
 
 
 @pytest.mark.parametrize("tile", [None, 3])
@@ -56,13 +62,20 @@ def test_loss_and_its_gradients(number, tile):
     compare("align loss", "text to image", out["clip_loss_text"], t["loss_t2i"].mean(), CLOSE)
     compare("align loss", "gradient of images", image.grad, t["grad_image_embeds"], CLOSE)
     compare("align loss", "gradient of texts", text.grad, t["grad_text_embeds"], CLOSE)
-    compare("align loss", "gradient of the temperature", temperature.grad, case["grad_temperature_sum"], CLOSE)
+    compare(
+        "align loss",
+        "gradient of the temperature",
+        temperature.grad,
+        case["grad_temperature_sum"],
+        CLOSE,
+    )
     shares = t["grad_temperature_per_replica"]
     compare("align loss", "gradient of the temperature", temperature.grad, shares.sum(), CLOSE)
 
 
 def test_loss_of_each_replica():
-    """Each process has one replica's samples: its loss, and gradients whose mean is that of the global batch."""
+    """Each process has one replica's samples: its loss, and gradients whose mean is that of the
+    global batch."""
     meta, _ = golden("align", "contrastive_loss")
     several = sorted({case["replicas"] for case in meta["cases"]} - {1})
     if not several:
@@ -77,9 +90,14 @@ def compare_replica(rank: int) -> None:
     for number in [n for n, case in enumerate(meta["cases"]) if case["replicas"] == replicas]:
         case, t = loss_case(number)
         rows = slice(rank * case["per_replica_batch"], (rank + 1) * case["per_replica_batch"])
-        image, text = (t[f"{side}_embeds"][rows].clone().requires_grad_() for side in ("image", "text"))
+        image, text = (
+            t[f"{side}_embeds"][rows].clone().requires_grad_() for side in ("image", "text")
+        )
         temperature = torch.tensor(case["temperature"], requires_grad=True)
-        out = align({"z_image": image, "z_text": text, "temperature": temperature}, LossOptions(**loss_options()))
+        out = align(
+            {"z_image": image, "z_text": text, "temperature": temperature},
+            LossOptions(**loss_options()),
+        )
         (out["loss"] / replicas).backward()
         name = "align loss of a replica"
         compare(name, "loss", out["loss"] / replicas, t["scaled_loss_per_replica"][rank], CLOSE)
@@ -95,7 +113,9 @@ def compare_replica(rank: int) -> None:
 def test_ghost_batch_norm(layout):
     meta, t = golden("align", "ghost_bn")
     channels, groups = len(t["gamma"]), meta["groups"]
-    norm = GhostBatchNorm(channels, meta["virtual_batch_size"], meta["epsilon"], 1 - meta["keras_momentum"])
+    norm = GhostBatchNorm(
+        channels, meta["virtual_batch_size"], meta["epsilon"], 1 - meta["keras_momentum"]
+    )
     norm.load_state_dict({"weight": t["gamma"], "bias": t["beta"]}, strict=False)
     steps = len([key for key in t if re.fullmatch(r"train\d+\.x_nhwc", key)])
     assert steps
@@ -105,13 +125,33 @@ def test_ghost_batch_norm(layout):
         y.backward(nchw(t[f"train{step}.cotangent"]))
         compare("align ghost_bn", "outputs", y, nchw(t[f"train{step}.y_nhwc"]), CLOSE)
         compare("align ghost_bn", "gradients", x.grad, nchw(t[f"train{step}.grad_x"]), CLOSE)
-        compare("align ghost_bn", "gradients", norm.weight.grad, t[f"train{step}.grad_gamma"], CLOSE)
+        compare(
+            "align ghost_bn", "gradients", norm.weight.grad, t[f"train{step}.grad_gamma"], CLOSE
+        )
         compare("align ghost_bn", "gradients", norm.bias.grad, t[f"train{step}.grad_beta"], CLOSE)
-        compare("align ghost_bn", "statistics", norm.running_mean, t[f"train{step}.moving_mean_after"], CLOSE)
-        compare("align ghost_bn", "statistics", norm.running_var, t[f"train{step}.moving_variance_after"], CLOSE)
+        compare(
+            "align ghost_bn",
+            "statistics",
+            norm.running_mean,
+            t[f"train{step}.moving_mean_after"],
+            CLOSE,
+        )
+        compare(
+            "align ghost_bn",
+            "statistics",
+            norm.running_var,
+            t[f"train{step}.moving_variance_after"],
+            CLOSE,
+        )
         norm.zero_grad()
     assert norm.num_batches_tracked == steps
-    compare("align ghost_bn", "outputs, inference", norm.eval()(nchw(t["eval.x_nhwc"])), nchw(t["eval.y_nhwc"]), CLOSE)
+    compare(
+        "align ghost_bn",
+        "outputs, inference",
+        norm.eval()(nchw(t["eval.x_nhwc"])),
+        nchw(t["eval.y_nhwc"]),
+        CLOSE,
+    )
 
 
 def maps_of(tower: EfficientNet, blocks: list[str], image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -119,7 +159,9 @@ def maps_of(tower: EfficientNet, blocks: list[str], image: torch.Tensor) -> dict
     seen, hooks = {}, []
 
     def keep(module: torch.nn.Module, name: str) -> None:
-        hooks.append(module.register_forward_hook(lambda _, args, output: seen.__setitem__(name, output)))
+        hooks.append(
+            module.register_forward_hook(lambda _, args, output: seen.__setitem__(name, output))
+        )
 
     keep(tower.embeddings["batchnorm"], "stem_bn")
     for name, block in zip(blocks, tower.encoder["blocks"], strict=True):
@@ -136,17 +178,31 @@ def maps_of(tower: EfficientNet, blocks: list[str], image: torch.Tensor) -> dict
     seen["stem_activation"] = F.silu(seen["stem_bn"])
     for name, block in zip(blocks, tower.encoder["blocks"], strict=True):
         x, gate = F.silu(seen[f"{name}_bn"]), block.squeeze_excite
-        seen[f"{name}_se_excite"] = x * gate["expand"](F.silu(gate["reduce"](x.mean((2, 3), keepdim=True)))).sigmoid()
+        seen[f"{name}_se_excite"] = (
+            x * gate["expand"](F.silu(gate["reduce"](x.mean((2, 3), keepdim=True)))).sigmoid()
+        )
     return seen
 
 
 def test_image_tower():
     meta, t = golden("align", "efficientnet_tiny")
     tower, prefix = EfficientNet(image_shape()), "vision_model."
-    numbers = [value for name, value in tower.state_dict().items() if not name.endswith("num_batches_tracked")]
-    same("align tower", "parameters and statistics", sum(value.numel() for value in numbers), meta["params"])
+    numbers = [
+        value
+        for name, value in tower.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    ]
+    same(
+        "align tower",
+        "parameters and statistics",
+        sum(value.numel() for value in numbers),
+        meta["params"],
+    )
     same("align tower", "features", tower.num_features, meta["feature_dim"])
-    load(tower, {k.removeprefix(prefix): v for k, v in state_of(t, "weight.", "image_encoder/").items()})
+    load(
+        tower,
+        {k.removeprefix(prefix): v for k, v in state_of(t, "weight.", "image_encoder/").items()},
+    )
     image = pixels(t["images_u8_nhwc"])
     blocks = block_names(meta)
     with torch.no_grad():
@@ -163,7 +219,9 @@ def test_image_tower():
     (features * t["train.cotangent"]).sum().backward()
     for kind, tolerance in (("grad", GRADIENT), ("after", BEHIND_BATCH_NORM)):
         start = f"train.{kind}."
-        variables = {f"image_encoder/{k.removeprefix(start)}": v for k, v in t.items() if k.startswith(start)}
+        variables = {
+            f"image_encoder/{k.removeprefix(start)}": v for k, v in t.items() if k.startswith(start)
+        }
         assert variables
         largest = max(value.norm() for value in variables.values())
         for name, value in state_of(variables, "").items():
@@ -196,7 +254,9 @@ def test_text_tower():
     config = DualConfig(model="ALIGN_B0_MINI", embed_dim=meta["embed_dim"])
     model = Align(config, image_shape(), text_shape())
     weights = state_of(t, "weight.", "text_encoder/")
-    load_checkpoint(model, weights, ("vision_model.*", "image_projection.*", "temperature"), NOT_LOADED)
+    load_checkpoint(
+        model, weights, ("vision_model.*", "image_projection.*", "temperature"), NOT_LOADED
+    )
     z = model.embed_text(padded_ids(t))["z"]
     compare("align text", "output", z, t["output"], CLOSE)
     (z * t["cotangent"]).sum().backward()
@@ -206,12 +266,19 @@ def test_text_tower():
         scale = 1e-2 * largest if name.endswith(NO_GRADIENT) else 0.0
         compare("align text", "gradients", model.get_parameter(name).grad, value, 1e-4, scale)
     with_gradient = {key.removeprefix("grad.") for key in t if key.startswith("grad.")}
-    without = {key.removeprefix("weight.") for key in t if key.startswith("weight.")} - with_gradient
-    same("align text", "variables without gradient", without, set(meta["variables_without_gradient"]))
+    without = {
+        key.removeprefix("weight.") for key in t if key.startswith("weight.")
+    } - with_gradient
+    same(
+        "align text", "variables without gradient", without, set(meta["variables_without_gradient"])
+    )
 
 
-def lamb(model: torch.nn.Module, decayed: list[str], weight_decay: float, hyper: dict | None = None):
-    """LAMB as recorded; the whole system's case states its weight decay alone and has the defaults else."""
+def lamb(
+    model: torch.nn.Module, decayed: list[str], weight_decay: float, hyper: dict | None = None
+):
+    """LAMB as recorded; the whole system's case states its weight decay alone and has the defaults
+    else."""
     hyper = hyper or {"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-6}
     config = Optimizer(
         opt="lamb",
@@ -226,10 +293,18 @@ def lamb(model: torch.nn.Module, decayed: list[str], weight_decay: float, hyper:
 def test_lamb():
     meta, t = golden("align", "lamb")
     names, rates = list(meta["params"]), meta["lr_values"]
-    model = torch.nn.ParameterDict({name: torch.nn.Parameter(t[f"init.{name}"].clone()) for name in names})
-    decayed = [name for name in names if not meta["params"][name]["excluded_from_decay_and_adaptation"]]
+    model = torch.nn.ParameterDict(
+        {name: torch.nn.Parameter(t[f"init.{name}"].clone()) for name in names}
+    )
+    decayed = [
+        name for name in names if not meta["params"][name]["excluded_from_decay_and_adaptation"]
+    ]
     excluded = meta["hyper"]["exclude"]
-    by_name = [name for name in names if not any(part in meta["params"][name]["tf_name"] for part in excluded)]
+    by_name = [
+        name
+        for name in names
+        if not any(part in meta["params"][name]["tf_name"] for part in excluded)
+    ]
     same("align lamb", "parameters with decay", decayed, by_name)
     plan = plan_of(meta["lr_schedule"])
     optimizer = lamb(model, decayed, meta["hyper"]["weight_decay"], meta["hyper"])
@@ -254,7 +329,9 @@ def test_lamb():
 
 
 def plan_of(case: dict) -> Plan:
-    shape = Schedule("vit_linear", f"{case['train_steps']} steps", 0.0, 0.0, f"{case['warmup_steps']} steps")
+    shape = Schedule(
+        "vit_linear", f"{case['train_steps']} steps", 0.0, 0.0, f"{case['warmup_steps']} steps"
+    )
     return Plan.of(shape, case["lr"], loader_steps=1000, accumulate=1, batch=64)
 
 
@@ -276,18 +353,33 @@ def test_training_steps():
     plan, start = plan_of(meta["lr_schedule"]), state_of(t, "init.")
     load(model, start)
     free = model.free_of_decay()
-    optimizer = lamb(model, [name for name, _ in model.named_parameters() if name not in free], meta["weight_decay"])
+    optimizer = lamb(
+        model,
+        [name for name, _ in model.named_parameters() if name not in free],
+        meta["weight_decay"],
+    )
     for step, expected in enumerate(meta["per_step"]):
         set_learning_rate(optimizer, plan.lr(step))
-        losses = model(image=pixels(t[f"step{step}.images_u8_nhwc"]), text_ids=padded_ids(t, f"step{step}."))
+        losses = model(
+            image=pixels(t[f"step{step}.images_u8_nhwc"]), text_ids=padded_ids(t, f"step{step}.")
+        )
         losses["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         compare("align training", "loss", losses["loss"], expected["loss"], CLOSE)
         compare("align training", "loss", losses["clip_loss_image"], expected["loss_i2t"], CLOSE)
         compare("align training", "loss", losses["clip_loss_text"], expected["loss_t2i"], CLOSE)
-        compare("align training", "temperature", model.temperature, expected["temperature_after"], CLOSE)
-        compare("align training", "learning rate", plan.lr(step), expected["lr"], 1e-6, 0.1 * meta["lr_schedule"]["lr"])
+        compare(
+            "align training", "temperature", model.temperature, expected["temperature_after"], CLOSE
+        )
+        compare(
+            "align training",
+            "learning rate",
+            plan.lr(step),
+            expected["lr"],
+            1e-6,
+            0.1 * meta["lr_schedule"]["lr"],
+        )
         compare_weights(model, start, state_of(t, f"after_step{step}."))
     compare_weights(model, start, state_of(t, "final."))
     model.eval()
@@ -304,12 +396,22 @@ def compare_weights(model: Align, start: dict, expected: dict) -> None:
     for name, value in expected.items():
         if name.endswith(NO_GRADIENT) or "pooler" in name:
             continue
-        behind_one = name.endswith("expand_bn.running_mean")  # noise of NO_GRADIENT times the momentum
+        behind_one = name.endswith(
+            "expand_bn.running_mean"
+        )  # noise of NO_GRADIENT times the momentum
         compare("align training", "weights", own[name], value, 2e-4 if behind_one else 2e-5)
         change = value - start[name]
         if change.any():
-            tolerance = 1e-1 if behind_one else 1e-2  # of a few updates at a small learning rate, rounded to float32
-            compare("align training", "change of the weights", own[name] - start[name], change, tolerance)
+            tolerance = (
+                1e-1 if behind_one else 1e-2
+            )  # of a few updates at a small learning rate, rounded to float32
+            compare(
+                "align training",
+                "change of the weights",
+                own[name] - start[name],
+                change,
+                tolerance,
+            )
 
 
 def test_transformers_layout():
@@ -336,7 +438,9 @@ def test_transformers_layout():
     load_checkpoint(model, state, (), NOT_LOADED)
     model.eval()
     maps = []
-    model.vision_model.encoder["blocks"][-1].register_forward_hook(lambda _, args, output: maps.append(output))
+    model.vision_model.encoder["blocks"][-1].register_forward_hook(
+        lambda _, args, output: maps.append(output)
+    )
     ids = padded_ids(t)
     with torch.no_grad():
         out = model.features(t["pixel_values"], ids)
@@ -353,7 +457,9 @@ def test_transformers_layout():
     compare(name, "logits", logits, t["logits_per_image"], CLOSE)
     compare(name, "logits", logits.T, t["logits_per_text"], CLOSE)
     # the port takes the mean of the two directions
-    mean = align(out, LossOptions(label_smoothing=loss_options()["label_smoothing"], loss_avg_or_sum="avg"))
+    mean = align(
+        out, LossOptions(label_smoothing=loss_options()["label_smoothing"], loss_avg_or_sum="avg")
+    )
     compare(name, "loss", mean["loss"], meta["loss"], CLOSE)
 
 

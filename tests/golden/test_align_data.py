@@ -1,4 +1,5 @@
-"""COYO-ALIGN's recorded data: preprocessing, tokens, records, TensorFlow checkpoints, tables of checkpoint keys."""
+"""COYO-ALIGN's recorded data: preprocessing, tokens, records, TensorFlow checkpoints, tables of
+checkpoint keys."""
 
 import pytest
 import torch
@@ -61,7 +62,9 @@ def test_whole_image_before_the_crop():
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_training_view(monkeypatch, flip):
     meta, t = golden("align", "preprocess")
-    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(meta["train_offset_used"]))
+    monkeypatch.setattr(
+        torch, "randint", lambda high, size: torch.tensor(meta["train_offset_used"])
+    )
     view = view_of(meta, train=True, flip=flip)(t["image_u8"].permute(2, 0, 1))
     expected = t["train_crop_flipped_grid" if flip else "train_crop_grid"]
     compare("align preprocess", "training view", on_grid(view, meta), expected, PIXELS)
@@ -102,7 +105,12 @@ def test_retrieval_records():
     for number, (found, expected) in enumerate(zip(records, meta["records"], strict=True)):
         same("align records", "image id", found["image/id"], [expected["id"]])
         same("align records", "caption ids", found["captions/id"], expected["caption_ids"])
-        same("align records", "captions", [text.decode() for text in found["captions/text"]], expected["captions"])
+        same(
+            "align records",
+            "captions",
+            [text.decode() for text in found["captions/text"]],
+            expected["captions"],
+        )
         same("align records", "file name", found["image/filename"], [expected["filename"].encode()])
         image = decode_image(found["image"])
         same("align records", "size of the image", list(image.shape[1:]), expected["hw"])
@@ -137,7 +145,12 @@ def test_checkpoint_is_bit_exact():
     expected = golden_json("align", "tf_checkpoint_tiny", "expected.json")["entries"]
     found = read_checkpoint(str(prefix))
     variables = {key for key in t if key.startswith("final.") and not key.endswith("_embeds")}
-    same("align checkpoint", "variables", {entry["final_key"] for entry in expected.values()} - {None}, variables)
+    same(
+        "align checkpoint",
+        "variables",
+        {entry["final_key"] for entry in expected.values()} - {None},
+        variables,
+    )
     for key, entry in expected.items():
         if entry["final_key"]:
             value = found[key.removesuffix(SUFFIX)][1]
@@ -147,7 +160,9 @@ def test_checkpoint_is_bit_exact():
 
 def test_checkpoint_becomes_our_weights(tmp_path):
     _, t = golden("align", "train_steps")
-    prefix = str(golden_file("align", "tf_checkpoint_tiny", "model-weights.index")).removesuffix(".index")
+    prefix = str(golden_file("align", "tf_checkpoint_tiny", "model-weights.index")).removesuffix(
+        ".index"
+    )
     assert convert.main(["align-from-tf", prefix, str(tmp_path / "align.safetensors")]) == 0
     weights = load_file(tmp_path / "align.safetensors")
     expected = state_of({k: v for k, v in t.items() if "_embeds" not in k}, "final.")
@@ -155,15 +170,22 @@ def test_checkpoint_becomes_our_weights(tmp_path):
     counts = {name for name in weights if name.endswith("num_batches_tracked")}
     assert weights.keys() == expected.keys() | counts
     embed_dim = t["final.eval_image_embeds"].shape[1]
-    assert tiny_align(embed_dim).state_dict().keys() == {name for name in weights if "pooler" not in name}
+    assert tiny_align(embed_dim).state_dict().keys() == {
+        name for name in weights if "pooler" not in name
+    }
 
 
-@pytest.mark.parametrize("case, model", [("b7_base", "ALIGN_B7_BASE"), ("b3_mini", "ALIGN_B3_MINI")])
+@pytest.mark.parametrize(
+    "case, model", [("b7_base", "ALIGN_B7_BASE"), ("b3_mini", "ALIGN_B3_MINI")]
+)
 def test_key_tables(case, model):
-    """Every variable of the published systems has its place, of the same shape, in ours; transformers' names agree."""
+    """Every variable of the published systems has its place, of the same shape, in ours;
+    transformers' names agree."""
     table = golden_json("align", f"checkpoint_keys_{case}.json")
     with torch.device("meta"):
-        ours = Align(DualConfig(model=model, image_size=289, embed_dim=640, vocab_size=30522)).state_dict()
+        ours = Align(
+            DualConfig(model=model, image_size=289, embed_dim=640, vocab_size=30522)
+        ).state_dict()
         variables, theirs = {}, {}
         for key, name, shape, *hugging_face in table["rows"]:
             tower = key.partition("/")[0]
@@ -172,7 +194,9 @@ def test_key_tables(case, model):
             theirs |= {name: hugging_face[0]} if hugging_face else {}
         converted = from_tensorflow_names(variables)
     shapes = {name: value.shape for name, value in converted.items() if "pooler" not in name}
-    assert shapes == {name: v.shape for name, v in ours.items() if not name.endswith("num_batches_tracked")}
+    assert shapes == {
+        name: v.shape for name, v in ours.items() if not name.endswith("num_batches_tracked")
+    }
     for name, target in theirs.items():
         assert list(from_tensorflow_names({name: variables[name]}, variables)) == [target]
     counts = table["counts"]
@@ -182,10 +206,16 @@ def test_key_tables(case, model):
     (image,) = (value for name, value in counts.items() if name.startswith("image_params"))
     same("align keys", "statistics", statistics, counts["image_bn_statistics"])
     same("align keys", "text parameters", text, counts["text_params"])
-    rest = {name: size for name, size in sizes.items() if "running_" not in name and not name.startswith("text_")}
+    rest = {
+        name: size
+        for name, size in sizes.items()
+        if "running_" not in name and not name.startswith("text_")
+    }
     rest.pop("temperature")
     same("align keys", "image parameters", sum(rest.values()), image)
     for key, name, shape in table.get("projection", ()):
         assert [key, name, shape] in [row[:3] for row in table["rows"]]
     if theirs:
-        assert to_hugging_face(ours).keys() == {*theirs.values()} | {k for k in ours if k.endswith("_tracked")}
+        assert to_hugging_face(ours).keys() == {*theirs.values()} | {
+            k for k in ours if k.endswith("_tracked")
+        }

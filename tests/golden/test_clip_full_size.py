@@ -13,7 +13,9 @@ from tests.helpers.golden import golden_file
 
 ROCKET = [
     "CL2L_R50_CL2L+separate-proj",
-    pytest.param("CL2L_VITS16MOCO_BARLIP+separate-proj+separate-proj-child", marks=pytest.mark.slow),
+    pytest.param(
+        "CL2L_VITS16MOCO_BARLIP+separate-proj+separate-proj-child", marks=pytest.mark.slow
+    ),
     pytest.param("CL2L_VITB16_SIAMLIP+separate-proj", marks=pytest.mark.slow),
     "CL2L_VITS32_CL2L+embed-dim512+transformer-layers6",
 ]
@@ -36,15 +38,24 @@ def test_rocket(name):
     model = with_recipe(config_of(case["model"], case["flags"]), meta["seed"])
     assert sum(p.numel() for p in model.parameters()) == case["parameters"]
     images = [
-        recipe_tensor_plain(n, (2, 3, 224, 224), meta["seed"]) for n in ("image", "image_local.0", "image_local.1")
+        recipe_tensor_plain(n, (2, 3, 224, 224), meta["seed"])
+        for n in ("image", "image_local.0", "image_local.1")
     ]
-    batch = {"image": images[0], "image_local": torch.stack(images[1:], 1), "text_ids": outputs["text"]}
+    batch = {
+        "image": images[0],
+        "image_local": torch.stack(images[1:], 1),
+        "text_ids": outputs["text"],
+    }
     with torch.no_grad():
         out = model(features_only=True, **batch)
     for key in [k for k in outputs if k.startswith(f"{name}/eval.")]:
         stem, _, index = key.split("/eval.")[1].partition(".")
         actual = out[stem][:, int(index)] if index else out[stem]
-        close(actual[:, :256] if actual.ndim == 2 else actual, outputs[key], f"full_{name} eval {stem}")
+        close(
+            actual[:, :256] if actual.ndim == 2 else actual,
+            outputs[key],
+            f"full_{name} eval {stem}",
+        )
 
 
 def test_slip():
@@ -54,8 +65,14 @@ def test_slip():
     model = with_recipe(config_of("SLIP_VITS16", [], embed_dim=512), meta["seed"])
     assert list(model.state_dict()) == list(meta["cases"][name]["state"])
     assert sum(p.numel() for p in model.parameters()) == meta["cases"][name]["parameters"]
-    images = [recipe_tensor_plain(n, (2, 3, 224, 224), meta["seed"]) for n in ("image", "aug1", "aug2")]
-    batch = {"image": images[0], "image_local": torch.stack(images[1:], 1), "text_ids": outputs[f"{name}/text"]}
+    images = [
+        recipe_tensor_plain(n, (2, 3, 224, 224), meta["seed"]) for n in ("image", "aug1", "aug2")
+    ]
+    batch = {
+        "image": images[0],
+        "image_local": torch.stack(images[1:], 1),
+        "text_ids": outputs[f"{name}/text"],
+    }
     with torch.no_grad():
         out = model(features_only=True, **batch)
     for key in ("image_embed", "text_embed", "aug1_embed", "aug2_embed", "logit_scale"):

@@ -48,7 +48,11 @@ def test_single_process(name, compat):
 
 
 def check(name: str, case: dict, tensors: dict, compat: str) -> None:
-    inputs = {k.removeprefix(f"{name}/in."): v.clone() for k, v in tensors.items() if k.startswith(f"{name}/in.")}
+    inputs = {
+        k.removeprefix(f"{name}/in."): v.clone()
+        for k, v in tensors.items()
+        if k.startswith(f"{name}/in.")
+    }
     leaves = {k: v.requires_grad_() for k, v in inputs.items()}
     features = stack_views(leaves)
     table = SLIP_LOSSES if case["system"] == "slip" else LOSSES
@@ -64,7 +68,9 @@ def check(name: str, case: dict, tensors: dict, compat: str) -> None:
     for key, leaf in leaves.items():
         expected = tensors.get(f"{name}/grad.{key}")
         if expected is None:
-            assert leaf.grad is None or not leaf.grad.any(), f"{name}: {key} should have no gradient"
+            assert leaf.grad is None or not leaf.grad.any(), (
+                f"{name}: {key} should have no gradient"
+            )
         else:
             close(leaf.grad, expected, f"{name} gradient of {key}")
 

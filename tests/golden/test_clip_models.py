@@ -1,4 +1,5 @@
-"""Forward values, losses, gradients and buffers of clip-rocket's and SLIP's networks with recorded weights."""
+"""Forward values, losses, gradients and buffers of clip-rocket's and SLIP's networks with recorded
+weights."""
 
 import json
 
@@ -22,7 +23,11 @@ def load(folder: str) -> tuple[dict, dict, dict]:
     inputs = load_file(golden_file("clip_rocket", folder, "inputs.safetensors"))
     outputs = load_file(golden_file("clip_rocket", folder, "outputs.safetensors"))
     scale = meta["image_scale"]
-    return meta, {k: v.float() * scale if v.dtype == torch.int8 else v for k, v in inputs.items()}, outputs
+    return (
+        meta,
+        {k: v.float() * scale if v.dtype == torch.int8 else v for k, v in inputs.items()},
+        outputs,
+    )
 
 
 def batch_of(inputs: dict, local: list[str]) -> dict:
@@ -34,13 +39,24 @@ def check_outputs(out: dict, outputs: dict, prefix: str, tolerance: float) -> No
     expected = {k.removeprefix(prefix): v for k, v in outputs.items() if k.startswith(prefix)}
     for key, value in expected.items():
         stem, _, index = key.partition(".")
-        close(out[stem][:, int(index)] if index else out[stem], value, prefix + key, tolerance, tolerance)
+        close(
+            out[stem][:, int(index)] if index else out[stem],
+            value,
+            prefix + key,
+            tolerance,
+            tolerance,
+        )
 
 
 def built(meta: dict, case: dict, compat: str = "original"):
-    model = build_dual(config_of(case["model"], case["flags"], meta["config"], compat=compat), toy_vit(meta["config"]))
+    model = build_dual(
+        config_of(case["model"], case["flags"], meta["config"], compat=compat),
+        toy_vit(meta["config"]),
+    )
     assert list(model.state_dict()) == list(case["state"])
-    assert {k: list(v.shape) for k, v in model.state_dict().items()} == {k: v[0] for k, v in case["state"].items()}
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == {
+        k: v[0] for k, v in case["state"].items()
+    }
     assert [k for k, _ in model.named_parameters()] == case["parameters_in_order"]
     assert [k for k, p in model.named_parameters() if not p.requires_grad] == case["frozen"]
     model.load_state_dict(recipe_state(case["state"], meta["config"]["seed"], half=True))
@@ -60,8 +76,14 @@ def test_rocket(name):
         image, text = model.embed_image(batch["image"]), model.embed_text(inputs["text_eval"])
         for side, out in (("image", image), ("text", text)):
             for key, value in out.items():
-                close(value, outputs[f"{name}/encode_{side}_val.{key}_{side}"], f"{name}/encode_{side}_val {key}")
-        check_outputs(zeroshot_similarities(image, text), outputs, f"{name}/predict_zeroshot.", 1e-5)
+                close(
+                    value,
+                    outputs[f"{name}/encode_{side}_val.{key}_{side}"],
+                    f"{name}/encode_{side}_val {key}",
+                )
+        check_outputs(
+            zeroshot_similarities(image, text), outputs, f"{name}/predict_zeroshot.", 1e-5
+        )
     model.train()
     out = model(features_only=True, **batch)
     check_outputs(out, outputs, f"{name}/train.", tolerance)
@@ -84,7 +106,13 @@ def check_gradients(name, model, case, tolerance) -> None:
         close(sum_and_norm(grad), expected, f"{name} gradient of {key}", tolerance, tolerance)
     for key, expected in case["buffers_after_train"].items():
         buffer = model.get_buffer(key)
-        expected = expected if buffer.is_floating_point() else expected[:1] if isinstance(expected, list) else expected
+        expected = (
+            expected
+            if buffer.is_floating_point()
+            else expected[:1]
+            if isinstance(expected, list)
+            else expected
+        )
         actual = sum_and_norm(buffer) if buffer.is_floating_point() else buffer.double().reshape(-1)
         close(actual, expected, f"{name} buffer {key}", 1e-4, 1e-4)
 
@@ -100,7 +128,9 @@ def test_stored_state_dict_loads(name):
     stored = load_file(golden_file("clip_rocket", "models", f"{name}.state.safetensors"))
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in stored.items()})
     with torch.no_grad():
-        out = model.eval()(features_only=True, **batch_of(inputs, ["image_local.0", "image_local.1"]))
+        out = model.eval()(
+            features_only=True, **batch_of(inputs, ["image_local.0", "image_local.1"])
+        )
     check_outputs(out, outputs, f"{name}/eval.", 1e-5)
 
 
@@ -111,7 +141,14 @@ SLIP_TOY = {"ctx": "context_length", "vocab": "vocab_size", "tw": "text_width", 
 def test_slip(name):
     meta, inputs, outputs = load("slip")
     case, toy = meta["cases"][name], meta["config"]
-    config = config_of(f"{name}_VITB16", [], toy, ssl_mlp_dim=toy["mlp"], ssl_emb_dim=toy["sem"], ssl_temp=toy["tau"])
+    config = config_of(
+        f"{name}_VITB16",
+        [],
+        toy,
+        ssl_mlp_dim=toy["mlp"],
+        ssl_emb_dim=toy["sem"],
+        ssl_temp=toy["tau"],
+    )
     model = build_dual(config, toy_vit(toy))
     assert list(model.state_dict()) == list(case["state"])
     model.load_state_dict(recipe_state(case["state"], meta["seed"], half=True))
@@ -120,7 +157,11 @@ def test_slip(name):
     with torch.no_grad():
         check_outputs(model.eval()(features_only=True, **batch), outputs, f"{name}/eval.", 1e-5)
         embedded = model.embed_image(inputs["aug1" if name == "SIMCLR" else "image"])
-        close(embedded.get("z", embedded["feats"]), outputs[f"{name}/encode_image"], f"{name} encode_image")
+        close(
+            embedded.get("z", embedded["feats"]),
+            outputs[f"{name}/encode_image"],
+            f"{name} encode_image",
+        )
     out = model.train()(features_only=True, **batch)
     check_outputs(out, outputs, f"{name}/train.", tolerance)
     losses = model.losses(out)
@@ -159,19 +200,30 @@ def test_state_keys(name):
     summary = json.loads(golden_file("clip_rocket", "state_keys", "summary.json").read_text())[name]
     with torch.device("meta"):
         model = build_dual(config_of(*flags_of(name)))
-    actual = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in model.state_dict().items()}
+    actual = {
+        k: [list(v.shape), str(v.dtype).removeprefix("torch.")]
+        for k, v in model.state_dict().items()
+    }
     assert list(actual) == list(expected)
     assert actual == expected
     assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == summary["trainable"]
 
 
-GROUPS = ["CL2L_R50_CL2L", "CL2L_VITS16MOCO_BARLIP", "CL2L_R50_SIAMLIP", "CL2L_VITB16_CL2L", "CLIP_R50_SWALIPV1"]
+GROUPS = [
+    "CL2L_R50_CL2L",
+    "CL2L_VITS16MOCO_BARLIP",
+    "CL2L_R50_SIAMLIP",
+    "CL2L_VITB16_CL2L",
+    "CLIP_R50_SWALIPV1",
+]
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_weight_decay_groups(name):
-    case = json.loads(golden_file("clip_rocket", "optim", "param_groups.json").read_text())["cases"][name]
+    case = json.loads(golden_file("clip_rocket", "optim", "param_groups.json").read_text())[
+        "cases"
+    ][name]
     with torch.device("meta"):
         model = build_dual(config_of(case["flags"][1], case["flags"][2:]))
     decay, no_decay = names_by_decay(model, original=True)

@@ -20,14 +20,22 @@ def load() -> tuple[dict, dict]:
 def released_state(case: dict, seed: int) -> dict:
     """Recipe weights in the precision of the release, with the three scalars it carries."""
     state = recipe_state(case["state"], seed, half=False)
-    half = {name: value.half() if case["state"][name][1] == "float16" else value for name, value in state.items()}
-    return half | {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
+    half = {
+        name: value.half() if case["state"][name][1] == "float16" else value
+        for name, value in state.items()
+    }
+    return half | {
+        name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")
+    }
 
 
 def check(name: str, state: dict, case: dict, outputs: dict, seed: int) -> None:
     arguments = case["arguments"]
     config = openai_config(state)
-    assert (config.embed_dim, config.image_size) == (arguments["embed_dim"], arguments["image_resolution"])
+    assert (config.embed_dim, config.image_size) == (
+        arguments["embed_dim"],
+        arguments["image_resolution"],
+    )
     layers = arguments["vision_layers"]
     assert config.vision_layers == (layers if isinstance(layers, int) else tuple(layers))
     assert (config.vision_width, config.patch_size or None) == (

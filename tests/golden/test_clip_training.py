@@ -1,4 +1,5 @@
-"""Short optimisation runs of clip-rocket: our networks and losses in a plain loop against the recorded trajectories."""
+"""Short optimisation runs of clip-rocket: our networks and losses in a plain loop against the
+recorded trajectories."""
 
 import copy
 import json
@@ -26,7 +27,9 @@ def batches(tensors: dict, scale: float) -> list[dict]:
     for i in range(6):
         local = torch.stack([tensors[f"{i}.image_local.{a}"] for a in range(2)], 1)
         image = tensors[f"{i}.image"].float() * scale
-        result.append({"image": image, "image_local": local.float() * scale, "text_ids": tensors[f"{i}.text"]})
+        result.append(
+            {"image": image, "image_local": local.float() * scale, "text_ids": tensors[f"{i}.text"]}
+        )
     return result
 
 
@@ -38,12 +41,16 @@ def flag(flags: list[str], name: str, default: str) -> str:
 def test_trajectory(name):
     meta, tensors = load()
     run, toy = meta["runs"][name], meta["config"]
-    model = build_dual(config_of(run["model"], run["flags"], toy, compat="original"), toy_vit(toy)).train()
+    model = build_dual(
+        config_of(run["model"], run["flags"], toy, compat="original"), toy_vit(toy)
+    ).train()
     shapes = {k: [list(v.shape), str(v.dtype)] for k, v in model.state_dict().items()}
     model.load_state_dict(recipe_state(shapes, toy["seed"], half=True))
     teacher = copy.deepcopy(model).requires_grad_(False) if "--momentum" in run["flags"] else None
     parameters = dict(model.named_parameters())
-    decay, no_decay = ([parameters[n] for n in names] for names in names_by_decay(model, original=True))
+    decay, no_decay = (
+        [parameters[n] for n in names] for names in names_by_decay(model, original=True)
+    )
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-4)
     every = int(flag(run["flags"], "--update-freq", "1"))
@@ -66,6 +73,18 @@ def test_trajectory(name):
                 follow(teacher, model, float(flag(run["flags"], "--momentum-tau", "0.99")))
             model.clamp_scales()
     for key, value in run["final"].items():
-        close(sum_and_norm(model.get_parameter(key))[1], value[1], f"train_{name} weights {key}", 5e-3, 5e-3)
+        close(
+            sum_and_norm(model.get_parameter(key))[1],
+            value[1],
+            f"train_{name} weights {key}",
+            5e-3,
+            5e-3,
+        )
     for key, value in (run["momentum_final"] or {}).items():
-        close(sum_and_norm(teacher.get_parameter(key))[1], value[1], f"train_{name} weights {key}", 5e-3, 5e-3)
+        close(
+            sum_and_norm(teacher.get_parameter(key))[1],
+            value[1],
+            f"train_{name} weights {key}",
+            5e-3,
+            5e-3,
+        )

@@ -1,4 +1,5 @@
-"""Network, losses, optimizers, schedules, positions and whole training steps against the numbers of COYO-ViT."""
+"""Network, losses, optimizers, schedules, positions and whole training steps against the numbers of
+COYO-ViT."""
 
 import copy
 
@@ -43,7 +44,12 @@ class Toy(VisionClassifier):
 def toy(tensors, prefix: str, **options) -> VisionClassifier:
     state = native({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     width = len(state["pre_logits.fc.bias"]) if "pre_logits.fc.bias" in state else 0
-    sizes = {"model": "vit-toy/8", "image_size": 32, "num_classes": 11, "representation_size": width}
+    sizes = {
+        "model": "vit-toy/8",
+        "image_size": 32,
+        "num_classes": 11,
+        "representation_size": width,
+    }
     model = Toy(ClassifierConfig(**sizes, compat="original", **options))
     model.load_state_dict(state)
     return model
@@ -112,7 +118,11 @@ def test_schedules(number):
         power=float(case.get("power", 1)),
     )
     rate = learning_rate(
-        shape, case["base_lr"], total=case["total_steps"], epoch_steps=case["steps_per_epoch"], batch=1
+        shape,
+        case["base_lr"],
+        total=case["total_steps"],
+        epoch_steps=case["steps_per_epoch"],
+        batch=1,
     )
     ours = torch.tensor([rate(step) for step in case["steps"]])
     torch.testing.assert_close(ours, torch.tensor(case["lr_values"]), rtol=2e-6, atol=1e-9)
@@ -142,7 +152,9 @@ def test_optimizers(number):
         clip_grad_norm=case["global_clipnorm"],
         keras=True,
     )
-    decayed = [name for name in model.names if not any(part in name for part in case.get("excluded", ()))]
+    decayed = [
+        name for name in model.names if not any(part in name for part in case.get("excluded", ()))
+    ]
     optimizer = build_optimizer(model, config, decayed)
     precision = Precision("fp32", torch.device("cpu"), config.clip_grad_norm)
     average, ema = [torch.zeros_like(p) for p in model.parameters()], case.get("ema")
@@ -182,19 +194,29 @@ def test_training_steps(case):
         warmup_lr=schedule["init_lr"],
         warmup=f"{schedule['warmup']} steps",
     )
-    rate = learning_rate(shape, schedule["base_lr"], total=schedule["decay_steps"], epoch_steps=1, batch=1)
+    rate = learning_rate(
+        shape, schedule["base_lr"], total=schedule["decay_steps"], epoch_steps=1, batch=1
+    )
     if average is not None:
         torch._foreach_zero_(list(average.parameters()))
     for step, expected in enumerate(meta["per_step"]):
         labels, weights = sparse(t[f"step{step}.y"])
         set_learning_rate(optimizer, rate(step))
-        loss = model(image=nchw(t[f"step{step}.x_nhwc"]), labels=labels, label_weights=weights)["loss"]
+        loss = model(image=nchw(t[f"step{step}.x_nhwc"]), labels=labels, label_weights=weights)[
+            "loss"
+        ]
         loss.backward()
         norm = precision.step(optimizer, list(model.parameters()))
         if average is not None:
             follow(list(average.parameters()), trained(model), step + 1, given["ema"])
         compare(f"coyo_vit {case}", "loss", loss, torch.tensor(expected["loss"]), 1e-5)
-        compare(f"coyo_vit {case}", "gradient norm", norm, torch.tensor(expected["raw_grad_global_norm"]), 1e-5)
+        compare(
+            f"coyo_vit {case}",
+            "gradient norm",
+            norm,
+            torch.tensor(expected["raw_grad_global_norm"]),
+            1e-5,
+        )
     for name, network in (("final.", model), ("ema.", average)):
         if network is None:
             continue
@@ -204,14 +226,20 @@ def test_training_steps(case):
 
 
 def test_toy_checkpoint_keys():
-    """The tensors of a TensorFlow training checkpoint by their keys, optimizer slots and counters among them."""
+    """The tensors of a TensorFlow training checkpoint by their keys, optimizer slots and counters
+    among them."""
     from safetensors.torch import load_file
 
     stored = load_file(golden_file("coyo_vit", "tf_checkpoint_tiny", "expected.safetensors"))
     state = native(stored)
     back = to_tensorflow(state)
-    assert len(back) == 42 and {f"{key}/.ATTRIBUTES/VARIABLE_VALUE" for key in back} <= stored.keys()
-    assert all(torch.equal(value, stored[f"{key}/.ATTRIBUTES/VARIABLE_VALUE"]) for key, value in back.items())
+    assert (
+        len(back) == 42 and {f"{key}/.ATTRIBUTES/VARIABLE_VALUE" for key in back} <= stored.keys()
+    )
+    assert all(
+        torch.equal(value, stored[f"{key}/.ATTRIBUTES/VARIABLE_VALUE"])
+        for key, value in back.items()
+    )
 
 
 def test_keys_of_the_published_checkpoint():
@@ -221,7 +249,9 @@ def test_keys_of_the_published_checkpoint():
         model = VisionClassifier(config)
     assert sum(p.numel() for p in model.parameters()) == meta["parameters"]
     ours = to_tensorflow(model.state_dict())
-    assert {key: list(value.shape) for key, value in ours.items()} == {row[0]: row[1] for row in meta["rows"]}
+    assert {key: list(value.shape) for key, value in ours.items()} == {
+        row[0]: row[1] for row in meta["rows"]
+    }
     from models.weights.vit import to_transformers
 
     theirs = {row[4].partition(" ")[0] for row in meta["rows"]}

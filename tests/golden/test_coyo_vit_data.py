@@ -1,4 +1,4 @@
-"""Pictures, labels, mixup and CutMix against the numbers of COYO-ViT."""
+"""Images, labels, mixup and CutMix against the numbers of COYO-ViT."""
 
 import pytest
 import torch
@@ -23,7 +23,11 @@ def test_evaluation_views(name):
     meta, t = golden("coyo_vit", "preprocess")
     case = next(case for case in meta["cases"] if case["name"] == name)
     sizes = [op["params"].get("size") for op in case["ops"]]
-    view = EvalView(sizes[0][0], None, True) if name == "eval_resize" else EvalView(sizes[1], sizes[0], True)
+    view = (
+        EvalView(sizes[0][0], None, True)
+        if name == "eval_resize"
+        else EvalView(sizes[1], sizes[0], True)
+    )
     ours = normalize(view(chw(t[f"{name}.image_u8"])), pixel_statistics(torch.device("cpu"), *HALF))
     compare("coyo_vit preprocess", "normalised views", ours, chw(t[f"{name}.out"]), 1e-5)
 
@@ -34,7 +38,7 @@ def test_resizing(name):
     case = next(case for case in meta["cases"] if case["name"] == name)
     size, image = case["ops"][0]["params"]["size"], chw(t[f"{name}.image_u8"])
     ours = resize_bilinear(image, *size) if name == "resize_upscale" else resize_area(image, size)
-    compare("coyo_vit preprocess", "resized pictures", ours, chw(t[f"{name}.out"]), 1e-5)
+    compare("coyo_vit preprocess", "resized images", ours, chw(t[f"{name}.out"]), 1e-5)
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -45,8 +49,10 @@ def test_crops_of_a_given_box(number):
     top, left, height, width = case["box_yxhw"]
     image = chw(t["crop_then_resize.image_u8"])[:, top : top + height, left : left + width]
     ours = resize_bilinear(image, case["size"], case["size"])
-    compare("coyo_vit preprocess", "resized pictures", ours, chw(t[f"{name}.out"]), 1e-5)
-    assert torch.equal(centre(image, 5), image[:, (height - 5) // 2 :, (width - 5) // 2 :][:, :5, :5])
+    compare("coyo_vit preprocess", "resized images", ours, chw(t[f"{name}.out"]), 1e-5)
+    assert torch.equal(
+        centre(image, 5), image[:, (height - 5) // 2 :, (width - 5) // 2 :][:, :5, :5]
+    )
 
 
 def test_law_of_the_random_crop():
@@ -54,7 +60,10 @@ def test_law_of_the_random_crop():
     law, limits = meta["random_crop_statistics"], meta["random_crop_parameters"]
     height, width = law["image_hw"]
     with seeded(0):
-        boxes = [inception_box(height, width, limits["area_range"], limits["aspect_ratio_range"]) for _ in range(20000)]
+        boxes = [
+            inception_box(height, width, limits["area_range"], limits["aspect_ratio_range"])
+            for _ in range(20000)
+        ]
     sizes = torch.tensor([box[2:] for box in boxes]).double()
     area, aspect = sizes.prod(1) / (height * width), sizes[:, 1] / sizes[:, 0]
     assert all(top + h <= height and left + w <= width for top, left, h, w in boxes)
@@ -69,7 +78,10 @@ def test_labels():
     meta, t = golden("coyo_vit", "labels_mixing")
     given, count = meta["labels"], meta["labels"]["num_classes"]
     labels = Labels(count, LabelOptions(), "golden")
-    for record, name in (({"labels": given["multi"]}, "multi_hot"), ({"label": given["single"]}, "one_hot")):
+    for record, name in (
+        ({"labels": given["multi"]}, "multi_hot"),
+        ({"label": given["single"]}, "one_hot"),
+    ):
         ids, weights = labels(record)
         dense = dense_targets(torch.tensor([ids]), torch.tensor([weights]), count)[0]
         assert torch.equal(dense, t[name])
@@ -86,7 +98,9 @@ def batch_of(t, name):
 
 def summed(batch, classes):
     """Targets [B,C] of sparse labels whose lists may name a class twice."""
-    return torch.zeros(len(batch["labels"]), classes).scatter_add_(1, batch["labels"], batch["label_weights"])
+    return torch.zeros(len(batch["labels"]), classes).scatter_add_(
+        1, batch["labels"], batch["label_weights"]
+    )
 
 
 def test_mixup_and_cutmix():
@@ -94,13 +108,24 @@ def test_mixup_and_cutmix():
     mixed = blend(batch_of(t, "mix"), t["mixup.beta_draw"][:, 0])
     pasted = cut_and_paste(batch_of(t, "mix"), t["cutmix.masks"].permute(0, 3, 1, 2), original=True)
     for name, ours in (("mixup", mixed), ("cutmix", pasted)):
-        compare("coyo_vit labels_mixing", "pictures", ours["image"].permute(0, 2, 3, 1), t[f"{name}.images"], 1e-6)
+        compare(
+            "coyo_vit labels_mixing",
+            "images",
+            ours["image"].permute(0, 2, 3, 1),
+            t[f"{name}.images"],
+            1e-6,
+        )
         compare("coyo_vit labels_mixing", "targets", summed(ours, 7), t[f"{name}.labels"], 1e-6)
-    halves = [{k: v[part] for k, v in batch_of(t, "mix").items()} for part in (slice(0, 2), slice(2, 4))]
+    halves = [
+        {k: v[part] for k, v in batch_of(t, "mix").items()} for part in (slice(0, 2), slice(2, 4))
+    ]
     masks = t["cutmix.masks"].permute(0, 3, 1, 2)
-    both = [blend(halves[0], t["mixup.beta_draw"][:2, 0]), cut_and_paste(halves[1], masks[2:], original=True)]
+    both = [
+        blend(halves[0], t["mixup.beta_draw"][:2, 0]),
+        cut_and_paste(halves[1], masks[2:], original=True),
+    ]
     image = torch.cat([half["image"] for half in both]).permute(0, 2, 3, 1)
-    compare("coyo_vit labels_mixing", "pictures", image, t["both.images"], 1e-6)
+    compare("coyo_vit labels_mixing", "images", image, t["both.images"], 1e-6)
     targets = torch.cat([summed(half, 7) for half in both])
     compare("coyo_vit labels_mixing", "targets", targets, t["both.labels"], 1e-6)
 
@@ -109,5 +134,7 @@ def test_cutmix_rectangles():
     meta, t = golden("coyo_vit", "labels_mixing")
     for case in meta["cutmix_masks"]:
         centre_y, centre_x = torch.tensor([case["center_y"]]), torch.tensor([case["center_x"]])
-        ours = rectangles(torch.tensor([case["beta_draw"]]), centre_y, centre_x, case["h"], case["w"])
+        ours = rectangles(
+            torch.tensor([case["beta_draw"]]), centre_y, centre_x, case["h"], case["w"]
+        )
         assert torch.equal(ours[0].permute(1, 2, 0), t[f"cutmix_mask.{case['index']}"]), case

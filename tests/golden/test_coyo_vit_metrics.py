@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from base.distributed import World
-from evaluation.classification import Scores, class_statistics, multi_label_metrics, single_label_metrics
+from evaluation.classification import (
+    Scores,
+    class_statistics,
+    multi_label_metrics,
+    single_label_metrics,
+)
 from evaluation.features import Bank
 from evaluation.knn import knn_accuracy, nearest_neighbours, votes
 from tests.golden.report import record
@@ -55,10 +60,16 @@ def test_single_label_metrics():
 
 def test_nearest_neighbour():
     meta, t = golden("align", "knn")
-    train, queries = (Bank(t[f"{name}_features"].numpy(), t[f"{name}_labels"].long()) for name in ("train", "val"))
+    train, queries = (
+        Bank(t[f"{name}_features"].numpy(), t[f"{name}_labels"].long()) for name in ("train", "val")
+    )
     world = World(0, 1, 0, torch.device("cpu"))
     neighbours = nearest_neighbours(train, queries, 1, world)
     assert torch.equal(neighbours.index[:, 0], t["nearest_index"].long())
-    assert torch.equal(votes(neighbours, train.labels, meta["classes"], 1)[:, 0], t["predicted_labels"])
-    score = knn_accuracy(neighbours, train.labels, queries.labels, meta["classes"], [1], 0.07)["knn1"]
+    assert torch.equal(
+        votes(neighbours, train.labels, meta["classes"], 1)[:, 0], t["predicted_labels"]
+    )
+    score = knn_accuracy(neighbours, train.labels, queries.labels, meta["classes"], [1], 0.07)[
+        "knn1"
+    ]
     assert f"{score:.3f}" == meta["accuracy_percent"]

@@ -1,4 +1,5 @@
-"""Annotation formats, cleaning, tokens, masks and augmentation against numbers of the original code."""
+"""Annotation formats, cleaning, tokens, masks and augmentation against numbers of the original
+code."""
 
 import json
 import random
@@ -32,7 +33,12 @@ def test_cleaning():
     meta, _ = golden("simla", "text_preprocess")
     for clean, cases in ((pre_caption, meta["pre_caption"]), (pre_question, meta["pre_question"])):
         for case in cases:
-            same("text_preprocess", clean.__name__, clean(case["text"], case["max_words"]), case["out"])
+            same(
+                "text_preprocess",
+                clean.__name__,
+                clean(case["text"], case["max_words"]),
+                case["out"],
+            )
 
 
 @pytest.fixture
@@ -82,10 +88,17 @@ def test_block_masks():
     for number, seed in runs:
         spec = meta["specs"][number]["spec"]
         side = spec["input_size"]
-        draw = BlockMask(side, ratio=spec["num_masking_patches"] / side**2, min_block=spec["min_num_patches"])
+        draw = BlockMask(
+            side, ratio=spec["num_masking_patches"] / side**2, min_block=spec["min_num_patches"]
+        )
         random.seed(seed)
         for turn in ("first", "second"):
-            same("mask_generator", "masks", draw(), tensors[f"out.spec{number}_seed{seed}_{turn}"].bool())
+            same(
+                "mask_generator",
+                "masks",
+                draw(),
+                tensors[f"out.spec{number}_seed{seed}_{turn}"].bool(),
+            )
 
 
 def test_randaugment_operations():
@@ -161,7 +174,9 @@ def test_retrieval_formats(formats):
     meta, _, folder = formats
     side = meta["image_res"]
     records = Records(folder / "retrieval_train.json", ("image", "caption", "image_id"))
-    build = RetrievalPair(TrainTransform(side), folder, number_images(r["image_id"] for r in records))
+    build = RetrievalPair(
+        TrainTransform(side), folder, number_images(r["image_id"] for r in records)
+    )
     samples = [build({**record, "index": index}) for index, record in enumerate(records)]
     returned = [{"caption": sample["caption"], "idx": sample["image_id"]} for sample in samples]
     same("datasets", "retrieval, training", returned, meta["files"]["retrieval_train"]["returns"])
@@ -182,37 +197,68 @@ def test_vqa_formats(formats, tokenizer):
     expected, view = meta["files"]["vqa_train"], TestTransform(meta["image_res"])
     roots = {"vqa": folder, "vg": folder}
     build = QuestionAnswers(view, roots)
-    samples = [build(record) for record in Records(folder / "vqa_train.json", ("image", "question", "answer"))]
+    samples = [
+        build(record)
+        for record in Records(folder / "vqa_train.json", ("image", "question", "answer"))
+    ]
     for sample, theirs in zip(samples, expected["returns"], strict=True):
         same("datasets", "VQA, question", sample["question"], theirs["question"])
-        same("datasets", "VQA, answers", [f"{answer}[SEP]" for answer in sample["answers"]], theirs["answers"])
+        same(
+            "datasets",
+            "VQA, answers",
+            [f"{answer}[SEP]" for answer in sample["answers"]],
+            theirs["answers"],
+        )
         compare("datasets", "VQA, weights", sample["weights"], theirs["weights"], 1e-6)
     batch, theirs = VqaCollate(tokenizer)(samples), expected["collated"]
     real = batch["answer_weight"] > 0
-    compare("datasets", "VQA, weights of a batch", batch["answer_weight"][real], theirs["weights"], 1e-6)
+    compare(
+        "datasets", "VQA, weights of a batch", batch["answer_weight"][real], theirs["weights"], 1e-6
+    )
     counts = batch["answer_question"][real].bincount().tolist()
     same("datasets", "VQA, answers per question", counts, theirs["answers_per_question"])
     rows = zip(batch["answer_ids"][real], batch["answer_mask"][real], strict=True)
     ids = [row[mask].tolist() for row, mask in rows]
-    same("datasets", "VQA, answer ids", ids, [tokenizer.encode(answer) for answer in theirs["answers"]])
+    same(
+        "datasets",
+        "VQA, answer ids",
+        ids,
+        [tokenizer.encode(answer) for answer in theirs["answers"]],
+    )
     rows = zip(batch["text_ids"], batch["text_mask"], strict=True)
     ids = [row[mask].tolist() for row, mask in rows]
-    same("datasets", "VQA, question ids", ids, [tokenizer.encode(question) for question in theirs["questions"]])
+    same(
+        "datasets",
+        "VQA, question ids",
+        ids,
+        [tokenizer.encode(question) for question in theirs["questions"]],
+    )
 
     expected = meta["files"]["vqa_test"]
-    questions = QuestionSet(Records(folder / "vqa_test.json", ("image", "question", "question_id")), roots, view)
+    questions = QuestionSet(
+        Records(folder / "vqa_test.json", ("image", "question", "question_id")), roots, view
+    )
     given = expected["returns"]
     for index, theirs in enumerate(given if isinstance(given, list) else [given]):
-        same("datasets", "VQA, question to answer", questions.load(index)["text"], theirs["question"])
+        same(
+            "datasets", "VQA, question to answer", questions.load(index)["text"], theirs["question"]
+        )
         same("datasets", "VQA, its id", questions.ids[index], theirs["question_id"])
     (folder / "answers.json").write_text(json.dumps(expected["answer_list"]))
-    same("datasets", "VQA, list of answers", read_answer_list(folder / "answers.json"), expected["answer_list"])
+    same(
+        "datasets",
+        "VQA, list of answers",
+        read_answer_list(folder / "answers.json"),
+        expected["answer_list"],
+    )
 
 
 def test_nlvr_and_entailment_formats(formats):
     meta, _, folder = formats
     for name, form in (("nlvr", ORIGINAL_NLVR2), ("visual_entailment", SNLI_VE)):
-        statements = Statements(folder / f"{name}.json", form, folder, TestTransform(meta["image_res"]))
+        statements = Statements(
+            folder / f"{name}.json", form, folder, TestTransform(meta["image_res"])
+        )
         samples = [statements.load(number) for number in range(len(statements))]
         found = [{"sentence": sample["text"], "label": sample["label"]} for sample in samples]
         same("datasets", name, found, meta["files"][name]["returns"])
@@ -234,7 +280,8 @@ def test_grounding_formats(formats):
     instances = {"annotations": boxes, "images": [{"id": 1, "height": 9, "width": 9}]}
     data = ReferringExpressions(records, refs, instances, {"1": [[0, 0, 1, 1]]}, folder, view)
     found = [
-        {"caption": text, "ref_id": int(target.box[0])} for text, target in zip(data.texts, data.targets, strict=True)
+        {"caption": text, "ref_id": int(target.box[0])}
+        for text, target in zip(data.texts, data.targets, strict=True)
     ]
     same("datasets", "grounding, evaluation", found, expected["test_returns"])
 
@@ -250,19 +297,35 @@ def test_pretraining_format(formats):
     draw = BlockMask(patches, ratio=expected["mask_sum"] / patches**2)
     build = PretrainPair(PretrainTransform(side, token_side), folder, draw)
     records = Records(folder / "pretrain.json")
-    (one_caption,) = [number for number, entry in enumerate(entries) if isinstance(entry["caption"], str)]
+    (one_caption,) = [
+        number for number, entry in enumerate(entries) if isinstance(entry["caption"], str)
+    ]
     sample = build(records[one_caption])
     same("datasets", "pre-training caption", sample["caption"], expected["caption"])
     same("datasets", "shape of the image", list(sample["image"].shape), expected["image_shape"])
     same(
-        "datasets", "shape of the tokens' image", list(sample["token_image"].shape), expected["image_for_tokens_shape"]
+        "datasets",
+        "shape of the tokens' image",
+        list(sample["token_image"].shape),
+        expected["image_for_tokens_shape"],
     )
     low, high = expected["image_for_tokens_range"]
-    mapped = 0.8 * sample["token_image"] + 0.1  # the original's map, here applied by the image tokenizer
+    mapped = (
+        0.8 * sample["token_image"] + 0.1
+    )  # the original's map, here applied by the image tokenizer
     assert mapped.min() >= low - 1e-6 and mapped.max() <= high + 1e-6
-    same("datasets", "shape of the mask", [int(len(sample["patch_mask"]) ** 0.5)] * 2, expected["mask_shape"])
-    assert expected["mask_sum"] - 5 <= sample["patch_mask"].sum() <= expected["mask_sum"]  # block by block, by chance
-    (several,) = [number for number, entry in enumerate(entries) if isinstance(entry["caption"], list)]
+    same(
+        "datasets",
+        "shape of the mask",
+        [int(len(sample["patch_mask"]) ** 0.5)] * 2,
+        expected["mask_shape"],
+    )
+    assert (
+        expected["mask_sum"] - 5 <= sample["patch_mask"].sum() <= expected["mask_sum"]
+    )  # block by block, by chance
+    (several,) = [
+        number for number, entry in enumerate(entries) if isinstance(entry["caption"], list)
+    ]
     seen = set()
     for seed in range(20):
         with seeded(seed):

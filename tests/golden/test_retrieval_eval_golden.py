@@ -15,7 +15,8 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def retrieval_case(system: str):
-    """(meta, tensors, the retrieval model started from the golden pre-training checkpoint, in eval mode)."""
+    """(meta, tensors, the retrieval model started from the golden pre-training checkpoint, in eval
+    mode)."""
     meta, t = golden("simla", f"retrieval_{system}")
     c = meta["config"]
     space = {"embed_dim": c["embed_dim"], "queue_size": c["queue_size"], "compat": "original"}
@@ -35,11 +36,11 @@ def captions_of(meta: dict, t: dict) -> Captions:
 @pytest.mark.parametrize(("image_batch", "pairs", "keep_states"), [(32, 512, True), (2, 3, False)])
 def test_score_matrices_and_recalls(system, image_batch, pairs, keep_states):
     meta, t, model = retrieval_case(system)
-    pictures, captions = decode_image(t["in.eval.images"]), captions_of(meta, t)
+    images, captions = decode_image(t["in.eval.images"]), captions_of(meta, t)
     rankings = rank(
         model,
-        lambda indices: pictures[indices].split(image_batch),
-        len(pictures),
+        lambda indices: images[indices].split(image_batch),
+        len(images),
         captions,
         ALONE,
         k=meta["config"]["k_test"],
@@ -57,5 +58,8 @@ def test_score_matrices_and_recalls(system, image_batch, pairs, keep_states):
     assert found.keys() == meta["eval"]["metrics"].keys()
     for name, theirs in meta["eval"]["metrics"].items():
         compare(f"retrieval_{system}", "recalls", found[name], theirs, 1e-9)
-    owners = {str(image): (captions.image == image).nonzero().flatten().tolist() for image in range(len(pictures))}
+    owners = {
+        str(image): (captions.image == image).nonzero().flatten().tolist()
+        for image in range(len(images))
+    }
     same(f"retrieval_{system}", "captions of an image", owners, meta["eval"]["img2txt"])

@@ -1,9 +1,15 @@
-"""The building blocks against the originals: vision transformer, text transformers, both kinds of language model."""
+"""The building blocks against the originals: vision transformer, text transformers, both kinds of
+language model."""
 
 import pytest
 import torch
 
-from models.fusion.losses import IGNORE, distilled_cross_entropy, masked_mean, sequence_axis_soft_loss
+from models.fusion.losses import (
+    IGNORE,
+    distilled_cross_entropy,
+    masked_mean,
+    sequence_axis_soft_loss,
+)
 from models.layers.vit import ViT, ViTConfig, resize_pos_embed
 from models.layers.xbert import BertConfig, DecoderCache, XBert, XBertLM
 from tests.golden.report import compare
@@ -22,14 +28,27 @@ def load(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 def bert_config(meta: dict) -> BertConfig:
     known = {k: v for k, v in meta["config"].items() if k != "alpha"}
-    return BertConfig.from_json(known | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    return BertConfig.from_json(
+        known | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    )
 
 
 @pytest.fixture(scope="module")
 def vit_case():
     meta, t = golden("simla", "vit")
     c = meta["config"]
-    geometry = {k: c[k] for k in ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "layer_norm_eps")}
+    geometry = {
+        k: c[k]
+        for k in (
+            "image_size",
+            "patch_size",
+            "width",
+            "depth",
+            "heads",
+            "mlp_ratio",
+            "layer_norm_eps",
+        )
+    }
     vit = ViT(ViTConfig(**geometry, mask_token=True))
     load(vit, t)
     return vit, t, meta["attn_block_index"]
@@ -76,12 +95,18 @@ def test_single_stream():
     hidden = bert.text_stage(ids, mask)
     check("embeddings", hidden, "embeddings")
     check("text mode", bert.encode_text(ids, mask), "text")
-    assert {key for key in t if key.startswith("out.hidden_")} == {f"out.hidden_{i}" for i in range(bert.depth + 1)}
+    assert {key for key in t if key.startswith("out.hidden_")} == {
+        f"out.hidden_{i}" for i in range(bert.depth + 1)
+    }
     for i in range(bert.depth + 1):
         check("hidden states", bert.run(hidden, mask, image, last=i), f"hidden_{i}")
     check("multimodal", bert(ids, mask, image), "multimodal")
     partial = t["in.encoder_mask_partial"].bool()
-    check("multimodal, image partly masked", bert(ids, mask, image, image_mask=partial), "multimodal_partial_mask")
+    check(
+        "multimodal, image partly masked",
+        bert(ids, mask, image, image_mask=partial),
+        "multimodal_partial_mask",
+    )
     as_query = bert(embeds=image, image=hidden, image_mask=mask)
     check("image tokens as queries", as_query, "image_as_query")
     for kind, layer, key in (
@@ -110,12 +135,22 @@ def test_two_stage():
     images = [t["in.image0"], t["in.image1"]]
     stage = bert.text_stage(ids, mask)
     compare("text_two_stage", "text mode", bert.encode_text(ids, mask), t["out.text"], TOLERANCE)
-    compare("text_two_stage", "fusion", bert.fuse(stage, mask, images[0]), t["out.fusion"], TOLERANCE)
-    compare("text_two_stage", "whole stack", bert(ids, mask, images[0]), t["out.multi_modal"], TOLERANCE)
+    compare(
+        "text_two_stage", "fusion", bert.fuse(stage, mask, images[0]), t["out.fusion"], TOLERANCE
+    )
+    compare(
+        "text_two_stage", "whole stack", bert(ids, mask, images[0]), t["out.multi_modal"], TOLERANCE
+    )
     compare("text_two_stage", "two images", bert(ids, mask, images), t["out.two_images"], TOLERANCE)
     compare("text_two_stage", "embeddings", bert.embeddings(ids), t["out.embeddings"], TOLERANCE)
     _, probabilities = bert(ids, mask, images[0], map_of=("self", bert.depth - 1))
-    compare("text_two_stage", "self-attention map", probabilities, t["out.self_attention_last"], TOLERANCE)
+    compare(
+        "text_two_stage",
+        "self-attention map",
+        probabilities,
+        t["out.self_attention_last"],
+        TOLERANCE,
+    )
 
 
 @pytest.mark.parametrize("origin", ["simla", "albef"])
@@ -136,7 +171,9 @@ def test_masked_lm(origin):
             per_row = distilled_cross_entropy(rows, labels[positions], teacher_logits, alpha)
         else:
             hard = distilled_cross_entropy(rows, labels[positions])
-            per_row = (1 - alpha) * hard + alpha * sequence_axis_soft_loss(logits, positions, teacher_logits)
+            per_row = (1 - alpha) * hard + alpha * sequence_axis_soft_loss(
+                logits, positions, teacher_logits
+            )
         return masked_mean(per_row, labels[positions] != IGNORE)
 
     for key, alpha in (("hard", 0.0), ("alpha", meta["config"]["alpha"]), ("soft_only", 1.0)):
@@ -156,10 +193,18 @@ def test_causal_lm(origin):
     start = model(ids[:, :1], None, image, image_mask=image_mask, causal=True)
     compare(case, "logits of the start token", start, t["out.start_token_logits"], TOLERANCE)
 
-    compare(case, "logits that have a next token", logits[:, :-1], t["out.shifted_logits"], TOLERANCE)
+    compare(
+        case, "logits that have a next token", logits[:, :-1], t["out.shifted_logits"], TOLERANCE
+    )
     rows, labels = logits[:, :-1].flatten(0, 1), t["in.labels"][:, 1:].flatten()
     hard = distilled_cross_entropy(rows, labels)
-    compare(case, "loss per sequence", hard.view(len(ids), -1).sum(1), t["out.loss_per_sequence"], TOLERANCE)
+    compare(
+        case,
+        "loss per sequence",
+        hard.view(len(ids), -1).sum(1),
+        t["out.loss_per_sequence"],
+        TOLERANCE,
+    )
     teacher, alpha = t["in.soft_labels"].flatten(0, 1).log(), meta["config"]["alpha"]
     if origin == "albef":
         mixed = distilled_cross_entropy(rows, labels, teacher, alpha)
@@ -167,11 +212,26 @@ def test_causal_lm(origin):
         soft = sequence_axis_soft_loss(logits[:, :-1], torch.arange(len(rows)), teacher)
         mixed = (1 - alpha) * hard + alpha * soft.masked_fill(labels == IGNORE, 0.0)
     mixed = mixed.view(len(ids), -1).sum(1)
-    compare(case, "loss per sequence, soft labels", mixed, t["out.loss_per_sequence_alpha"], TOLERANCE)
+    compare(
+        case, "loss per sequence, soft labels", mixed, t["out.loss_per_sequence_alpha"], TOLERANCE
+    )
 
     cache = DecoderCache()
     pieces = [
-        model(ids[:, i : i + 1], mask[:, i : i + 1], image, image_mask=image_mask, causal=True, cache=cache)
+        model(
+            ids[:, i : i + 1],
+            mask[:, i : i + 1],
+            image,
+            image_mask=image_mask,
+            causal=True,
+            cache=cache,
+        )
         for i in range(ids.shape[1])
     ]
-    compare(case, "logits, token by token with a cache", torch.cat(pieces, dim=1), t["out.logits"], TOLERANCE)
+    compare(
+        case,
+        "logits, token by token with a cache",
+        torch.cat(pieces, dim=1),
+        t["out.logits"],
+        TOLERANCE,
+    )

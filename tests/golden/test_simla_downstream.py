@@ -1,6 +1,8 @@
-"""VQA, visual entailment, NLVR2 with its text assignment, and Grad-CAM of SIMLA and ALBEF against the originals.
+"""VQA, visual entailment, NLVR2 with its text assignment, and Grad-CAM of SIMLA and ALBEF against
+the originals.
 
-The weights are the pre-training state of the golden case, converted by `start_from` as a user would.
+The weights are the pre-training state of the golden case, converted by `start_from` as a user
+would.
 """
 
 import pytest
@@ -29,14 +31,20 @@ def sizes(meta: dict) -> tuple[ViTConfig, BertConfig]:
 
 
 def first_pair(bert: BertConfig) -> int:
-    """The text layer from which on there are two for one: the later half of the layers was doubled."""
+    """The text layer from which on there are two for one: the later half of the layers was
+    doubled."""
     return bert.num_hidden_layers // 3
 
 
 def check_left_out(name: str, left_out: Differences, expected: dict) -> None:
     """The keys that the original's loading code missed and ignored."""
     same(name, "checkpoint keys missing", sorted(left_out.missing), sorted(expected["missing"]))
-    same(name, "checkpoint keys left over", sorted(left_out.unexpected), sorted(expected["unexpected"]))
+    same(
+        name,
+        "checkpoint keys left over",
+        sorted(left_out.unexpected),
+        sorted(expected["unexpected"]),
+    )
 
 
 def online(names: list[str]) -> list[str]:
@@ -67,11 +75,16 @@ def check_training(name, model, meta, tensors, batch) -> None:
 def test_vqa(system):
     name = f"vqa_{system}"
     meta, t = golden("simla", name)
-    model = Vqa(VqaConfig(*sizes(meta), decoder_layers=meta["config"]["decoder_layers"], compat="original"))
+    model = Vqa(
+        VqaConfig(*sizes(meta), decoder_layers=meta["config"]["decoder_layers"], compat="original")
+    )
     left_out = start_from(model, pretrained(system), "vqa")
     check_left_out(name, left_out, meta["load"])
     model.eval()
-    questions = {"text_ids": t["in.rank.question_ids"], "text_mask": t["in.rank.question_mask"].bool()}
+    questions = {
+        "text_ids": t["in.rank.question_ids"],
+        "text_mask": t["in.rank.question_mask"].bool(),
+    }
     image = decode_image(t["in.rank.image"])
     with torch.no_grad():
         states = model.encode_question(image, **questions)
@@ -79,16 +92,28 @@ def test_vqa(system):
     compare(name, "question states", states[real], t["out.rank.question_states"][real], TOLERANCE)
     ids, lengths = t["in.rank.answer_ids"], t["in.rank.answer_mask"].sum(1)
     k = meta["config"]["k_test"]
-    answers, probability = model.rank_answers(image, **questions, answer_ids=ids, answer_length=lengths, k=k)
+    answers, probability = model.rank_answers(
+        image, **questions, answer_ids=ids, answer_length=lengths, k=k
+    )
     compare(name, "answer probabilities", probability, t["out.rank.topk_probs"], TOLERANCE)
     same(name, "answers ranked", answers, t["out.rank.topk_ids"])
     with torch.no_grad():
         start = ids[:1, :1].expand(len(image), 1)
-        first = model.text_decoder(start, None, states, image_mask=real, causal=True)[:, 0].softmax(-1)
+        first = model.text_decoder(start, None, states, image_mask=real, causal=True)[:, 0].softmax(
+            -1
+        )
     first = first.index_select(1, ids[:, 1])
-    compare(name, "probabilities of the answers' first tokens", first, t["out.rank.first_token_prob"], TOLERANCE)
+    compare(
+        name,
+        "probabilities of the answers' first tokens",
+        first,
+        t["out.rank.first_token_prob"],
+        TOLERANCE,
+    )
     candidates = first.gather(1, answers).sort(dim=1, descending=True).values
-    compare(name, "probabilities of the candidates", candidates, first.topk(k, dim=1).values, TOLERANCE)
+    compare(
+        name, "probabilities of the candidates", candidates, first.topk(k, dim=1).values, TOLERANCE
+    )
 
     counts = t["in.answers_per_question"]
     batch = {
@@ -107,7 +132,9 @@ def test_vqa(system):
 def test_visual_entailment(system):
     name = f"ve_{system}"
     meta, t = golden("simla", name)
-    model = StatementModel(StatementConfig(*sizes(meta), classes=len(meta["config"]["classes"]), compat="original"))
+    model = StatementModel(
+        StatementConfig(*sizes(meta), classes=len(meta["config"]["classes"]), compat="original")
+    )
     check_left_out(name, start_from(model, pretrained(system), "ve"), meta["load"])
     override(model, t)
     batch = {"image": decode_image(t["in.image"]), "text_ids": t["in.input_ids"]}
@@ -120,9 +147,13 @@ def test_visual_entailment(system):
 def text_assignment(system: str) -> tuple[TextAssignment, dict, dict]:
     meta, t = golden("simla", f"nlvr_ta_{system}")
     vit, bert = sizes(meta)
-    model = TextAssignment(TextAssignmentConfig(vit, bert, first_pair(bert), meta["config"]["embed_dim"]))
+    model = TextAssignment(
+        TextAssignmentConfig(vit, bert, first_pair(bert), meta["config"]["embed_dim"])
+    )
     left_out = start_from(model, pretrained(system), "text_assignment")
-    check_left_out(f"nlvr_ta_{system}", left_out, {key: online(names) for key, names in meta["load"].items()})
+    check_left_out(
+        f"nlvr_ta_{system}", left_out, {key: online(names) for key, names in meta["load"].items()}
+    )
     override(model, t)
     return model, meta, t
 
@@ -150,14 +181,32 @@ def test_nlvr(system):
     meta, t = golden("simla", name)
     vit, bert = sizes(meta)
     classes = t["out.logits"].shape[1]
-    model = StatementModel(StatementConfig(vit, bert, classes, paired_from=first_pair(bert), compat="original"))
-    left_out = start_from(model, text_assignment(system)[0].state_dict(), "nlvr", fill_momentum=False)
-    same(name, "checkpoint keys left over", sorted(left_out.unexpected), sorted(meta["load"]["unexpected"]))
-    same(name, "checkpoint keys missing", sorted(online(left_out.missing)), sorted(meta["load"]["missing_online"]))
+    model = StatementModel(
+        StatementConfig(vit, bert, classes, paired_from=first_pair(bert), compat="original")
+    )
+    left_out = start_from(
+        model, text_assignment(system)[0].state_dict(), "nlvr", fill_momentum=False
+    )
+    same(
+        name,
+        "checkpoint keys left over",
+        sorted(left_out.unexpected),
+        sorted(meta["load"]["unexpected"]),
+    )
+    same(
+        name,
+        "checkpoint keys missing",
+        sorted(online(left_out.missing)),
+        sorted(meta["load"]["missing_online"]),
+    )
     override(model, t)
     MomentumPairs(model).copy()
     image = torch.stack([decode_image(t["in.image0"]), decode_image(t["in.image1"])], dim=1)
-    batch = {"image": image, "text_ids": t["in.input_ids"], "text_mask": t["in.attention_mask"].bool()}
+    batch = {
+        "image": image,
+        "text_ids": t["in.input_ids"],
+        "text_mask": t["in.attention_mask"].bool(),
+    }
     with torch.no_grad():
         compare(name, "logits", model.eval().logits(**batch), t["out.logits"], TOLERANCE)
     check_training(name, model, meta, t, batch | {"label": t["in.targets"]})
@@ -167,7 +216,9 @@ def test_nlvr(system):
 def test_grounding_maps(system):
     name = f"grounding_{system}"
     meta, t = golden("simla", name)
-    model = Retrieval(RetrievalConfig(*sizes(meta), embed_dim=meta["config"]["embed_dim"], compat="original"))
+    model = Retrieval(
+        RetrievalConfig(*sizes(meta), embed_dim=meta["config"]["embed_dim"], compat="original")
+    )
     start_from(model, pretrained(system), "retrieval")
     override(model, t)
     small = decode_image(t["in.image_small"])

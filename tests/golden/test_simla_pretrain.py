@@ -1,4 +1,5 @@
-"""A whole pre-training step of SIMLA and ALBEF against the originals: losses, intermediates, gradients, AdamW."""
+"""A whole pre-training step of SIMLA and ALBEF against the originals: losses, intermediates,
+gradients, AdamW."""
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ ORIGINS = ["simla", "albef"]
 
 
 def build(meta: dict, tensors: dict[str, torch.Tensor], **changes) -> Simla:
-    """The model of a golden case with its weights; the momentum copies as before the step's update."""
+    """The model of a golden case with its weights; the momentum copies as before the step's
+    update."""
     c, vit = meta["config"], vit_of(meta["config"])
     special = c["special_ids"]
     config = SimlaConfig(
@@ -62,8 +64,11 @@ def batch_of(meta: dict, t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def forward(model: Simla, meta: dict, t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The teacher's update and the forward of the recorded step, with the recorded hard negatives."""
-    draw_recorded_negatives(model, [(t["out.negative_image_for_text"], t["out.negative_text_for_image"])])
+    """The teacher's update and the forward of the recorded step, with the recorded hard
+    negatives."""
+    draw_recorded_negatives(
+        model, [(t["out.negative_image_for_text"], t["out.negative_text_for_image"])]
+    )
     MomentumPairs(model, meta["config"]["momentum"]).update()
     return model(**batch_of(meta, t))
 
@@ -104,7 +109,9 @@ def step(request):
 
 def test_losses(step):
     case, _, t, _, losses, _, _ = step
-    assert {f"out.{name}" for name in losses} | {"out.loss_total"} == {k for k in t if k.startswith("out.loss_")}
+    assert {f"out.{name}" for name in losses} | {"out.loss_total"} == {
+        k for k in t if k.startswith("out.loss_")
+    }
     for name, loss in losses.items():
         compare(case, name, loss, t[f"out.{name}"], LOSS)
     compare(case, "sum of the losses", sum(losses.values()), t["out.loss_total"], LOSS)
@@ -156,7 +163,11 @@ def test_keyword_votes(monkeypatch):
     model = build(meta, t)
     seen = []
     targets_of = models.fusion.simla.keyword_targets
-    monkeypatch.setattr(models.fusion.simla, "keyword_targets", lambda *args: seen.append(targets_of(*args)) or seen[0])
+    monkeypatch.setattr(
+        models.fusion.simla,
+        "keyword_targets",
+        lambda *args: seen.append(targets_of(*args)) or seen[0],
+    )
     forward(model, meta, t)
     targets, votes = seen[0]
     same("pretrain_simla", "keyword votes", votes, t["out.salience_counts"])
@@ -172,7 +183,13 @@ def test_queue_and_momentum_after_the_step(step):
     samples = [k for k in t if k.startswith("out.momentum.")]
     assert samples
     for key in samples:
-        compare(case, "momentum parameters", parameters[key.removeprefix("out.momentum.")], t[key], TENSOR)
+        compare(
+            case,
+            "momentum parameters",
+            parameters[key.removeprefix("out.momentum.")],
+            t[key],
+            TENSOR,
+        )
 
 
 def test_gradients(step):
@@ -189,11 +206,16 @@ def layers_of(span: str) -> range:
 
 
 def group_of(name: str, groups: list[str]) -> str:
-    """The golden file's group of a parameter: groups are key prefixes, but for the text layers and the LM head."""
-    name = name.replace("text_encoder.bert.", "text_encoder.").replace("text_encoder.cls.", "text_encoder.mlm_head.")
+    """The golden file's group of a parameter: groups are key prefixes, but for the text layers and
+    the LM head."""
+    name = name.replace("text_encoder.bert.", "text_encoder.").replace(
+        "text_encoder.cls.", "text_encoder.mlm_head."
+    )
     if "encoder.layer." in name:
         layer, part = name.split("encoder.layer.")[1].split(".")[:2]
-        spans = {group.split(".")[1] for group in groups if group.startswith("text_encoder.layers_")}
+        spans = {
+            group.split(".")[1] for group in groups if group.startswith("text_encoder.layers_")
+        }
         (stage,) = [span for span in spans if int(layer) in layers_of(span)]
         name = f"text_encoder.{stage}.{part if 'attention' in part else 'feed_forward'}"
     (group,) = [g for g in groups if name == g or name.startswith(f"{g}.")]
@@ -219,7 +241,13 @@ def test_which_loss_reaches_what(origin):
         for group, norm in groups.items():
             assert (norm is None) == (squares[group] is None), f"{loss} and {group}"
             if norm is not None:
-                compare(case, f"gradient norms of {loss} by group", squares[group] ** 0.5, norm, GRADIENT)
+                compare(
+                    case,
+                    f"gradient norms of {loss} by group",
+                    squares[group] ** 0.5,
+                    norm,
+                    GRADIENT,
+                )
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
@@ -248,4 +276,10 @@ def test_static_count_of_masked_patches():
     meta, t = golden("simla", "pretrain_simla")
     model = build(meta, t)
     model.config.max_masked_patches = int(t["in.masked_positions"].sum(1).max())
-    compare("pretrain_simla", "loss_mim, few head rows", forward(model, meta, t)["loss_mim"], t["out.loss_mim"], LOSS)
+    compare(
+        "pretrain_simla",
+        "loss_mim, few head rows",
+        forward(model, meta, t)["loss_mim"],
+        t["out.loss_mim"],
+        LOSS,
+    )

@@ -1,4 +1,5 @@
-"""Retrieval fine-tuning and scoring of SIMLA and ALBEF against the originals, from converted pre-training weights."""
+"""Retrieval fine-tuning and scoring of SIMLA and ALBEF against the originals, from converted
+pre-training weights."""
 
 import pytest
 import torch
@@ -29,10 +30,20 @@ def case(request):
             compat="original",
         )
     )
-    state = {k.removeprefix("state.").replace("bert.", ""): v for k, v in pretrained.items() if k.startswith("state.")}
+    state = {
+        k.removeprefix("state.").replace("bert.", ""): v
+        for k, v in pretrained.items()
+        if k.startswith("state.")
+    }
     for key in ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed"):
         state[key] = resize_pos_embed(state[key], model.config.vit.grid)
-    compare(name, "position interpolation", state["visual_encoder.pos_embed"], t["out.pos_embed"], TENSOR)
+    compare(
+        name,
+        "position interpolation",
+        state["visual_encoder.pos_embed"],
+        t["out.pos_embed"],
+        TENSOR,
+    )
     state |= {k.removeprefix("new."): v for k, v in t.items() if k.startswith("new.")}
     missing, unexpected = model.load_state_dict(state, strict=False)
     same(name, "checkpoint keys left over", sorted(unexpected), sorted(meta["load"]["unexpected"]))
@@ -49,7 +60,11 @@ def test_two_training_steps(case):
     drawn = draw_recorded_negatives(model, [negatives_of(t, step) for step in (0, 1)])
     model.itm_head.register_forward_hook(lambda module, args, output: matching.append(output))
     for step in (0, 1):
-        given = {k.removeprefix(f"in.step{step}."): v for k, v in t.items() if k.startswith(f"in.step{step}.")}
+        given = {
+            k.removeprefix(f"in.step{step}."): v
+            for k, v in t.items()
+            if k.startswith(f"in.step{step}.")
+        }
         pairs.update()
         losses = model(
             image=decode_image(given["image"]),
@@ -95,7 +110,9 @@ def test_evaluation_scores(case):
         theirs = t[f"out.eval.{key}"]
         for text in (ids, states):
             scores = torch.full(theirs.shape, -100.0)
-            scores[first, top.flatten()] = model.match_scores(text[texts], mask[texts], tokens, rows=images)
+            scores[first, top.flatten()] = model.match_scores(
+                text[texts], mask[texts], tokens, rows=images
+            )
             assert torch.equal(scores == -100, theirs == -100)
             found = theirs != -100
             compare(name, "matching scores", scores[found], theirs[found], TENSOR)

@@ -1,4 +1,5 @@
-"""Zero-shot classifiers, similarities and accuracies against recorded ones, for a tiny model and CLIP's tokenizer."""
+"""Zero-shot classifiers, similarities and accuracies against recorded ones, for a tiny model and
+CLIP's tokenizer."""
 
 import json
 
@@ -38,7 +39,9 @@ def test_zero_shot(name, tokenizer):
     tensors = golden("clip_rocket", "zeroshot/zeroshot")[1]
     case, toy = meta["cases"][name], meta["config"]
     model = build_dual(config_of(case["model"], case["flags"], toy), toy_vit(toy)).eval()
-    shapes = {key: [list(value.shape), str(value.dtype)] for key, value in model.state_dict().items()}
+    shapes = {
+        key: [list(value.shape), str(value.dtype)] for key, value in model.state_dict().items()
+    }
     model.load_state_dict(recipe_state(shapes, toy["seed"], half=True))
     world = World(0, 1, 0, torch.device("cpu"))
     images = tensors["images"].float() * meta["image_scale"]
@@ -46,10 +49,17 @@ def test_zero_shot(name, tokenizer):
         prompts = class_prompts(case["labels"], case["templates"], name)
         classifier = text_classifier(model.embed_text, tokenizer, prompts, world, batch_size=5)
         for kind, matrix in classifier.items():
-            close(matrix, tensors[f"{name}/class_embedding.{kind}_text"], f"zeroshot {name} classifier", 1e-4)
+            close(
+                matrix,
+                tensors[f"{name}/class_embedding.{kind}_text"],
+                f"zeroshot {name} classifier",
+                1e-4,
+            )
         scores = class_scores(model.embed_image(images), classifier)
         for kind in classifier:
-            close(scores[kind], tensors[f"{name}/{kind}_sim"], f"zeroshot {name} similarities", 1e-4)
+            close(
+                scores[kind], tensors[f"{name}/{kind}_sim"], f"zeroshot {name} similarities", 1e-4
+            )
         batches = ({"image": part} for part in images.split(8))
         best = best_classes(model.embed_image, classifier, batches, range(30), 30, world)
         metric, targets = METRIC.get(case["dataset"], "acc1"), torch.tensor(case["targets"])
@@ -68,8 +78,12 @@ def test_metrics():
     expected, tensors = golden("clip_rocket", "metrics/metrics")
     best, targets = tensors["outputs"].topk(5).indices, tensors["targets"]
     found = measure("acc1", best, targets)
-    assert found["acc1"] == pytest.approx(expected["top1"]) and found["acc5"] == pytest.approx(expected["top5"])
+    assert found["acc1"] == pytest.approx(expected["top1"]) and found["acc5"] == pytest.approx(
+        expected["top5"]
+    )
     assert found["acc1_acc5"] == pytest.approx(expected["kinetics_mean_top1_top5"])
     assert mean_per_class(best[:, 0], targets) == pytest.approx(expected["mean_per_class"])
     binary = tensors["outputs_binary"]
-    assert roc_auc(binary[:, 1] - binary[:, 0], tensors["targets_binary"]) == pytest.approx(expected["roc_auc"])
+    assert roc_auc(binary[:, 1] - binary[:, 0], tensors["targets_binary"]) == pytest.approx(
+        expected["roc_auc"]
+    )

@@ -1,7 +1,9 @@
-"""Numbers recorded from the originals, read from $QUINTET_GOLDEN or ../shared/golden beside the checkout.
+"""Numbers recorded from the originals, read from $QUINTET_GOLDEN or ../shared/golden beside the
+checkout.
 
-A case is `NAME.json` (what was run, and scalar results) and, where it has tensors, `NAME.safetensors`. Tests read
-shapes, names and ids from these files, so that any other set of the same format can stand in their place.
+A case is `NAME.json` (what was run, and scalar results) and, where it has tensors,
+`NAME.safetensors`. Tests read shapes, names and ids from these files, so that any other set of the
+same format can stand in their place.
 """
 
 import json
@@ -23,7 +25,9 @@ def golden_root() -> Path | None:
     if not chosen:
         return BESIDE_CHECKOUT if BESIDE_CHECKOUT.is_dir() else None
     if not Path(chosen).is_dir():
-        raise pytest.UsageError(f"QUINTET_GOLDEN={chosen} is not a folder: correct it, or unset it to use none")
+        raise pytest.UsageError(
+            f"QUINTET_GOLDEN={chosen} is not a folder: correct it, or unset it to use none"
+        )
     return Path(chosen)
 
 
@@ -32,7 +36,8 @@ def golden_file(*parts: str) -> Path:
     root = golden_root()
     if root is None:
         pytest.skip(
-            "golden numbers not found: set QUINTET_GOLDEN to the folder that holds them", allow_module_level=True
+            "golden numbers not found: set QUINTET_GOLDEN to the folder that holds them",
+            allow_module_level=True,
         )
     path = root.joinpath(*parts)
     if not path.exists():
@@ -46,11 +51,15 @@ def golden_json(*parts: str):
 
 
 def golden_tensors(*parts: str) -> dict[str, torch.Tensor]:
-    """Content of one golden safetensors file; float16 tensors hold exact values and come back as float32."""
+    """Content of one golden safetensors file; float16 tensors hold exact values and come back as
+    float32."""
     from safetensors.torch import load_file
 
     stored = load_file(golden_file(*parts))
-    return {name: value.float() if value.dtype == torch.float16 else value for name, value in stored.items()}
+    return {
+        name: value.float() if value.dtype == torch.float16 else value
+        for name, value in stored.items()
+    }
 
 
 def golden(system: str, case: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -62,9 +71,11 @@ def golden(system: str, case: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def recorded(*parts: str, within: str = "") -> list:
-    """Parameters for `pytest.mark.parametrize`: the keys, or the indices of the list, of one golden JSON file.
+    """Parameters for `pytest.mark.parametrize`: the keys, or the indices of the list, of one golden
+    JSON file.
 
-    within: a key of the file whose content is meant. Where the file is missing, one parameter that is skipped.
+    within: a key of the file whose content is meant. Where the file is missing, one parameter that
+    is skipped.
     """
     try:
         content = golden_json(*parts)

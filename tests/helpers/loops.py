@@ -1,19 +1,21 @@
-"""Record what a training script does, from outside: `python SCRIPT.py FLAGS` on one process or several.
+"""Record what a training script does, from outside: `python SCRIPT.py FLAGS` on one process or
+several.
 
     [record] = record_run("Pretrain.py", flags)               # one process: in this one
     records = record_run("Pretrain.py", flags, processes=2)   # one record a rank, over gloo
     record.updates[3].calls[0].inputs["alpha"]                # what the network was given in the fourth update
     record.updates[3].groups[0].lr                            # the learning rate in the optimizer then
 
-The script runs whole, as from a shell: command line, configuration, data, loop, checkpoints, log. PyTorch alone is
-instrumented (calls of modules, steps of optimizers), so a record does not depend on how the loop is written.
+The script runs whole, as from a shell: command line, configuration, data, loop, checkpoints, log.
+PyTorch alone is instrumented (calls of modules, steps of optimizers), so a record does not depend
+on how the loop is written.
 A reference then computes every update again:
 
     network = record.network                                  # a copy, as it was before the first forward pass
     load(network, call.state); replay_random(call); losses = network(**call.inputs)
 
-In `on_processes(2, check, flags)` the function `check(*args)` runs on each rank and may call `record_main` and, for
-the replay of losses that gather, `with process_group():`.
+In `on_processes(2, check, flags)` the function `check(*args)` runs on each rank and may call
+`record_main` and, for the replay of losses that gather, `with process_group():`.
 """
 
 import contextlib
@@ -97,19 +99,23 @@ class Record:
     """What one rank did."""
 
     rank: int = 0
-    network: nn.Module | None = None  # a copy of the network without wrappers, before its first forward pass
+    network: nn.Module | None = (
+        None  # a copy of the network without wrappers, before its first forward pass
+    )
     updates: list[Update] = field(default_factory=list)
     final: State = field(default_factory=dict)  # parameters and buffers when the script ended
     log: list[dict] = field(default_factory=list)  # lines of log.jsonl
 
 
 def record_run(script: str, flags: list, processes: int = 1) -> list[Record]:
-    """Records of `python script *flags`, one a rank. `script` is a file in the repository's root."""
+    """Records of `python script *flags`, one a rank. `script` is a file in the repository's
+    root."""
     return on_processes(processes, record_main, script, flags)
 
 
 def record_main(script: str, flags: list) -> Record:
-    """Run the script as `__main__` in this process; the environment says which rank it is (see `on_processes`)."""
+    """Run the script as `__main__` in this process; the environment says which rank it is (see
+    `on_processes`)."""
     flags = [str(flag) for flag in flags]
     recorder = Recorder(Record(rank=int(os.environ.get("RANK", 0))))
     with started_as([str(ROOT / script), *flags]), recorder.watching():
@@ -117,7 +123,9 @@ def record_main(script: str, flags: list) -> Record:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as ended:
             if ended.code:
-                raise AssertionError(f"{script} ended with status {ended.code}; see its output") from None
+                raise AssertionError(
+                    f"{script} ended with status {ended.code}; see its output"
+                ) from None
     record = recorder.record
     assert record.updates, f"{script} made no update"
     record.final = state_of(recorder.live)
@@ -162,7 +170,9 @@ class Recorder:
         if network is not self.live:
             return original(module, *args, **kwargs)
         inputs = inspect.signature(network.forward).bind(*args, **kwargs).arguments
-        made = Call(frozen(inputs), state_of(network), (torch.get_rng_state(), random.getstate()), None)
+        made = Call(
+            frozen(inputs), state_of(network), (torch.get_rng_state(), random.getstate()), None
+        )
         self.inside = True
         try:
             output = original(module, *args, **kwargs)
@@ -184,7 +194,9 @@ class Recorder:
             for p in group["params"]
         }
         before = state_of(self.live)
-        self.record.updates.append(Update(self.calls, type(optimizer).__name__, groups, gradients, before, {}))
+        self.record.updates.append(
+            Update(self.calls, type(optimizer).__name__, groups, gradients, before, {})
+        )
         self.calls = []
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -192,10 +204,13 @@ class Recorder:
 
 
 def is_training(module: nn.Module, values: list) -> bool:
-    """Whether this call trains: not an evaluation, not a teacher, not a count of FLOPs on fake tensors."""
+    """Whether this call trains: not an evaluation, not a teacher, not a count of FLOPs on fake
+    tensors."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    if not (module.training and torch.is_grad_enabled()) or any(isinstance(value, FakeTensor) for value in values):
+    if not (module.training and torch.is_grad_enabled()) or any(
+        isinstance(value, FakeTensor) for value in values
+    ):
         return False
     return any(parameter.requires_grad for parameter in module.parameters())
 
@@ -224,7 +239,8 @@ def load(network: nn.Module, state: State) -> None:
 
 
 def replay_random(call: Call) -> None:
-    """Set the generators to where they were before the call: the same dropout, the same negatives."""
+    """Set the generators to where they were before the call: the same dropout, the same
+    negatives."""
     torch.set_rng_state(call.random[0])
     random.setstate(call.random[1])
 
@@ -243,7 +259,8 @@ def frozen(value: Any) -> Any:
 
 @contextlib.contextmanager
 def started_as(argv: list[str]) -> Iterator[None]:
-    """As from a shell in the repository's root; afterwards directory, command line and signals are as before."""
+    """As from a shell in the repository's root; afterwards directory, command line and signals are
+    as before."""
     here, words = os.getcwd(), sys.argv
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -262,19 +279,28 @@ _pools: dict[int, ProcessPoolExecutor] = {}
 
 
 def on_processes(processes: int, function: Callable, *args) -> list:
-    """Results of `function(*args)` on every rank of a world of so many processes; raises where a rank raises.
+    """Results of `function(*args)` on every rank of a world of so many processes; raises where a
+    rank raises.
 
-    One process is this one. More are kept for the next call: they import PyTorch once. Scripts find the variables
-    that torchrun sets. Function, arguments and results must be picklable.
+    One process is this one. More are kept for the next call: they import PyTorch once. Scripts find
+    the variables that torchrun sets. Function, arguments and results must be picklable.
     """
     if processes == 1:
         return [function(*args)]
     pool = _pools.setdefault(processes, ProcessPoolExecutor(processes, get_context("spawn")))
     with tempfile.TemporaryDirectory() as folder:
-        world = {"WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "STORE": folder}
+        world = {
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": free_port(),
+            "STORE": folder,
+        }
         jobs = []
         for rank in range(processes):
-            variables = {name: str(value) for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            variables = {
+                name: str(value)
+                for name, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()
+            }
             jobs.append(pool.submit(_on_rank, variables, function, args))
         done, waiting = wait(jobs, timeout=TIMEOUT, return_when=FIRST_EXCEPTION)
         failed = [job for job in done if job.exception()]
@@ -282,7 +308,9 @@ def on_processes(processes: int, function: Callable, *args) -> list:
             stop_processes()
         if failed:
             raise failed[0].exception()
-        assert not waiting, f"{function.__name__} did not end on {processes} processes within {TIMEOUT} s"
+        assert not waiting, (
+            f"{function.__name__} did not end on {processes} processes within {TIMEOUT} s"
+        )
         return [pickle.loads(job.result()) for job in jobs]
 
 
@@ -313,7 +341,8 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """The ranks of `on_processes` joined over gloo, for a reference; nothing where there is one process."""
+    """The ranks of `on_processes` joined over gloo, for a reference; nothing where there is one
+    process."""
     if "STORE" not in os.environ:
         yield
         return

@@ -14,8 +14,8 @@ CERTAIN = 15.0  # a logit this far above the others is sampled all but one time 
 
 
 def check_hard_negatives(network: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """loss_itm is that of the own pairs, of each text with the image likeliest by its text-to-image similarity, and of
-    each image with the text likeliest by its image-to-text similarity.
+    """loss_itm is that of the own pairs, of each text with the image likeliest by its text-to-image
+    similarity, and of each image with the text likeliest by its image-to-text similarity.
 
     The temperature is at its smallest, where sampling always takes the likeliest.
     """
@@ -32,7 +32,9 @@ def check_hard_negatives(network: nn.Module, inputs: dict[str, Tensor]) -> None:
         if text_of is not None and image_of is not None and not torch.equal(text_of, image_of):
             break
     else:
-        raise AssertionError("no weights were found that leave no doubt about the likeliest negatives")
+        raise AssertionError(
+            "no weights were found that leave no doubt about the likeliest negatives"
+        )
     pairs = all_pairs(network, inputs, state)
     expected, exchanged = itm_loss(pairs, text_of, image_of), itm_loss(pairs, image_of, text_of)
     assert abs(expected - exchanged) > 1e-3, "this case cannot tell the directions apart"
@@ -41,7 +43,8 @@ def check_hard_negatives(network: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def spread(network: nn.Module, seed: int) -> None:
-    """Weights so far apart that similarities differ, and those of teacher and student, so that directions disagree."""
+    """Weights so far apart that similarities differ, and those of teacher and student, so that
+    directions disagree."""
     torch.manual_seed(seed)
     for parameter in network.parameters():
         if parameter.ndim > 1:
@@ -60,13 +63,15 @@ def forward(network: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tens
 
 
 def likeliest(similarity: Tensor, own: Tensor) -> Tensor | None:
-    """The best column of each row that is no own pair, int64 [B]; None where another is about as good."""
+    """The best column of each row that is no own pair, int64 [B]; None where another is about as
+    good."""
     best = similarity.masked_fill(own, -torch.inf).topk(2, dim=1)
     return None if (best.values[:, 0] - best.values[:, 1]).min() < CERTAIN else best.indices[:, 0]
 
 
 def all_pairs(network: nn.Module, inputs: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
-    """Matching logits [B,B,2] of every image with every text: as own pairs, with the images shifted against the texts.
+    """Matching logits [B,B,2] of every image with every text: as own pairs, with the images shifted
+    against the texts.
 
     The matching head sees the own pairs first.
     """
@@ -82,10 +87,13 @@ def all_pairs(network: nn.Module, inputs: dict[str, Tensor], state: dict[str, Te
 
 
 def itm_loss(pairs: Tensor, text_of: Tensor, image_of: Tensor) -> Tensor:
-    """Mean cross entropy of B own pairs, B pairs (drawn image, text) and B pairs (image, drawn text)."""
+    """Mean cross entropy of B own pairs, B pairs (drawn image, text) and B pairs (image, drawn
+    text)."""
     each = torch.arange(len(pairs))
     logits = torch.cat([pairs[each, each], pairs[image_of, each], pairs[each, text_of]])
-    return F.cross_entropy(logits, torch.cat([torch.ones_like(each), torch.zeros_like(each), torch.zeros_like(each)]))
+    return F.cross_entropy(
+        logits, torch.cat([torch.ones_like(each), torch.zeros_like(each), torch.zeros_like(each)])
+    )
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""A training run written out again: schedule, alpha, teacher, micro-batches, clipping, AdamW and the log.
+"""A training run written out again: schedule, alpha, teacher, micro-batches, clipping, AdamW and
+the log.
 
-Nothing here comes from the scripts or from runtime/: a record (tests/helpers/loops.py) gives the batches, the random
-numbers and a copy of the network, everything else is computed from the recipe. Each update starts from the recorded
-weights, so that a rounding difference does not grow, and every quantity is compared on its way.
+Nothing here comes from the scripts or from runtime/: a record (tests/helpers/loops.py) gives the
+batches, the random numbers and a copy of the network, everything else is computed from the recipe.
+Each update starts from the recorded weights, so that a rounding difference does not grow, and every
+quantity is compared on its way.
 """
 
 import contextlib
@@ -18,7 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.helpers.loops import Record, State, Update, load, on_processes, process_group, record_main, replay_random
+from tests.helpers.loops import (
+    Record,
+    State,
+    Update,
+    load,
+    on_processes,
+    process_group,
+    record_main,
+    replay_random,
+)
 
 NOT_DECAYED = ("cls_token", "pos_embed", "mask_token", "temp", "embeddings.")
 
@@ -43,11 +54,16 @@ class Recipe:
     momentum: float | None = 0.995  # None: no teacher
     accumulate: int = 1
     bf16: bool = False
-    frozen: tuple[str, ...] = ()  # beginnings of the names of parameters that are not trained, the teacher's apart
-    start: State | None = None  # weights of --checkpoint; None: random ones, the teacher's like the student's
+    frozen: tuple[
+        str, ...
+    ] = ()  # beginnings of the names of parameters that are not trained, the teacher's apart
+    start: State | None = (
+        None  # weights of --checkpoint; None: random ones, the teacher's like the student's
+    )
 
     def lr(self, step: int) -> float:
-        """Learning rate of update `step`, counted from 0: linear warm-up, then a cosine that ends on the last."""
+        """Learning rate of update `step`, counted from 0: linear warm-up, then a cosine that ends
+        on the last."""
         if step < self.warmup:
             return self.warmup_lr + (self.peak_lr - self.warmup_lr) * step / self.warmup
         progress = (step - self.warmup) / (self.total - 1 - self.warmup)
@@ -58,7 +74,8 @@ class Recipe:
         return self.alpha * min(1.0, step / self.alpha_ramp) if self.alpha_ramp else self.alpha
 
     def decay_of(self, name: str, parameter: Tensor) -> float:
-        """Weight decay: none for vectors (biases, norms), tokens, positions, embedding tables and temperatures."""
+        """Weight decay: none for vectors (biases, norms), tokens, positions, embedding tables and
+        temperatures."""
         is_vector = parameter.ndim <= 1 or name.endswith(".bias")
         return 0.0 if is_vector or any(part in name for part in NOT_DECAYED) else self.weight_decay
 
@@ -78,7 +95,8 @@ def record_and_check(script: str, flags: list, recipe: Recipe) -> None:
 
 
 def check(record: Record, recipe: Recipe) -> None:
-    """Every update of the record against the recipe. Collective: the losses gather over the ranks."""
+    """Every update of the record against the recipe. Collective: the losses gather over the
+    ranks."""
     assert len(record.updates) == recipe.total
     check_start(record)
     reference = record.network
@@ -100,12 +118,15 @@ def check(record: Record, recipe: Recipe) -> None:
 
 
 def check_start(record: Record) -> None:
-    """The same weights on every rank; other random numbers; other samples in every micro-batch of every rank.
+    """The same weights on every rank; other random numbers; other samples in every micro-batch of
+    every rank.
 
     The student is in training mode, the teacher is not: it has no dropout.
     """
     for name, module in record.network.named_modules():
-        assert module.training != is_teacher(name), f"{name or 'the network'}.training is {module.training}"
+        assert module.training != is_teacher(name), (
+            f"{name or 'the network'}.training is {module.training}"
+        )
     first = record.updates[0].calls[0]
     mine = {
         "weights": fingerprint(first.state.values()),
@@ -117,14 +138,17 @@ def check_start(record: Record) -> None:
     }
     ranks = gather(mine)
     assert len({rank["weights"] for rank in ranks}) == 1, "the ranks start from different weights"
-    assert len({rank["random"] for rank in ranks}) == len(ranks), "two ranks draw the same random numbers"
+    assert len({rank["random"] for rank in ranks}) == len(ranks), (
+        "two ranks draw the same random numbers"
+    )
     batches = [batch for rank in ranks for batch in rank["batches"]]
     assert len(set(batches)) == len(batches), "two micro-batches of an update are the same"
 
 
 @contextlib.contextmanager
 def loss_scaling(steps: int) -> Iterator[None]:
-    """Switch the loss scaler of fp16 on, which a CPU cannot run otherwise, for a run of so many steps."""
+    """Switch the loss scaler of fp16 on, which a CPU cannot run otherwise, for a run of so many
+    steps."""
     original, scalers = torch.amp.GradScaler.__init__, []
 
     def switched_on(scaler, device="cuda", **_):
@@ -145,31 +169,44 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 
 def check_options(update: Update, recipe: Recipe, step: int, network: nn.Module) -> None:
-    """The optimizer's learning rates and weight decays; every trainable parameter once; the alpha that was given."""
+    """The optimizer's learning rates and weight decays; every trainable parameter once; the alpha
+    that was given."""
     trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
     free = [
-        name for name, _ in network.named_parameters() if not is_teacher(name) and not name.startswith(recipe.frozen)
+        name
+        for name, _ in network.named_parameters()
+        if not is_teacher(name) and not name.startswith(recipe.frozen)
     ]
     assert sorted(trainable) == sorted(free), "not the parameters that should be trained"
     named = [name for group in update.groups for name in group.names]
-    assert sorted(named) == sorted(trainable), "the optimizer does not hold every trainable parameter once"
+    assert sorted(named) == sorted(trainable), (
+        "the optimizer does not hold every trainable parameter once"
+    )
     for name, parameter in trainable.items():
         lr = recipe.lr(step) * recipe.lr_scale_of(parameter)
-        assert update.option(name, "lr") == pytest.approx(lr, rel=1e-9), f"learning rate of {name} in update {step}"
+        assert update.option(name, "lr") == pytest.approx(lr, rel=1e-9), (
+            f"learning rate of {name} in update {step}"
+        )
         decay = update.option(name, "weight_decay")
         assert decay == recipe.decay_of(name, parameter), f"weight decay of {name} in update {step}"
     assert len(update.calls) == recipe.accumulate
     for call in update.calls:
         if recipe.alpha is not None:
             alpha = float(call.inputs["alpha"])
-            assert alpha == pytest.approx(recipe.alpha_at(step), rel=1e-6), f"alpha in update {step}"
+            assert alpha == pytest.approx(recipe.alpha_at(step), rel=1e-6), (
+                f"alpha in update {step}"
+            )
 
 
-def check_teacher(previous: Update | None, update: Update, recipe: Recipe, network: nn.Module) -> None:
-    """From the end of an update to the first forward pass of the next the teacher moves once, and nothing else."""
+def check_teacher(
+    previous: Update | None, update: Update, recipe: Recipe, network: nn.Module
+) -> None:
+    """From the end of an update to the first forward pass of the next the teacher moves once, and
+    nothing else."""
     if previous is not None:
         start = previous.after
-    else:  # without a checkpoint teacher and student are the same, which the first move leaves as it is
+    # without a checkpoint teacher and student are the same, which the first move leaves as it is
+    else:
         start = {**update.calls[0].state, **(recipe.start or {})}
     expected = dict(start)
     if recipe.momentum is not None:
@@ -179,7 +216,8 @@ def check_teacher(previous: Update | None, update: Update, recipe: Recipe, netwo
 
 @torch.no_grad()
 def another_teacher(record: Record, file: Path) -> State:
-    """Save the network's first weights, as a checkpoint, with a teacher of its own; the parameters."""
+    """Save the network's first weights, as a checkpoint, with a teacher of its own; the
+    parameters."""
     torch.manual_seed(1)
     network = record.network
     for name, parameter in network.named_parameters():
@@ -195,7 +233,8 @@ def is_teacher(name: str) -> bool:
 
 
 def moved_teacher(state: State, momentum: float, network: nn.Module) -> State:
-    """The teacher's parameters X_m after its update: momentum * teacher + (1 - momentum) * student."""
+    """The teacher's parameters X_m after its update: momentum * teacher + (1 - momentum) *
+    student."""
     moved = {}
     for name, _ in network.named_parameters():
         if is_teacher(name):
@@ -207,7 +246,8 @@ def moved_teacher(state: State, momentum: float, network: nn.Module) -> State:
 
 
 def replay(network: nn.Module, update: Update, recipe: Recipe, step: int) -> tuple[dict, dict]:
-    """Gradients of the global batch before clipping, and mean losses over micro-batches and ranks."""
+    """Gradients of the global batch before clipping, and mean losses over micro-batches and
+    ranks."""
     load(network, update.calls[0].state)
     network.zero_grad(set_to_none=True)
     total = dict.fromkeys(["loss", *recipe.losses], 0.0)
@@ -234,7 +274,9 @@ def replay(network: nn.Module, update: Update, recipe: Recipe, step: int) -> tup
 
 def clip(gradients: dict[str, Tensor | None], limit: float | None) -> float:
     """Scale all gradients, in place, to a global L2 norm of at most `limit`; the norm before."""
-    norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values() if g is not None))
+    norm = math.sqrt(
+        sum(g.double().square().sum().item() for g in gradients.values() if g is not None)
+    )
     if limit is not None and norm > limit:
         for gradient in gradients.values():
             if gradient is not None:
@@ -248,24 +290,35 @@ def adamw(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             groups.append({"params": [parameter], "weight_decay": recipe.decay_of(name, parameter)})
-    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=recipe.betas, eps=recipe.eps, foreach=False)
+    return torch.optim.AdamW(
+        groups, lr=recipe.peak_lr, betas=recipe.betas, eps=recipe.eps, foreach=False
+    )
 
 
 def check_step(network: nn.Module, optimizer, update: Update, recipe: Recipe, step: int) -> None:
-    """The weights after the update: AdamW's arithmetic on the gradients, which `compare_gradients` has checked."""
+    """The weights after the update: AdamW's arithmetic on the gradients, which `compare_gradients`
+    has checked."""
     load(network, update.before)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            parameter.grad = None if update.gradients[name] is None else update.gradients[name].clone()
+            parameter.grad = (
+                None if update.gradients[name] is None else update.gradients[name].clone()
+            )
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr(step) * recipe.lr_scale_of(group["params"][0])
     optimizer.step()
-    expected = {name: value.detach() for name, value in [*network.named_parameters(), *network.named_buffers()]}
+    expected = {
+        name: value.detach()
+        for name, value in [*network.named_parameters(), *network.named_buffers()]
+    }
     compare_states(update.after, expected, f"after update {step}", absolute=1e-5 * recipe.lr(step))
 
 
-def compare_gradients(seen: dict[str, Tensor | None], expected: dict[str, Tensor | None], step: int) -> None:
-    """Within 1e-5 of each tensor's largest entry; gradients that are zero but for rounding within 1e-7 of all."""
+def compare_gradients(
+    seen: dict[str, Tensor | None], expected: dict[str, Tensor | None], step: int
+) -> None:
+    """Within 1e-5 of each tensor's largest entry; gradients that are zero but for rounding within
+    1e-7 of all."""
     largest = max(g.abs().max().item() for g in expected.values() if g is not None)
     for name, gradient in expected.items():
         if gradient is None:
@@ -274,17 +327,23 @@ def compare_gradients(seen: dict[str, Tensor | None], expected: dict[str, Tensor
         assert seen[name] is not None, f"update {step}: {name} has no gradient"
         tolerance = 1e-5 * gradient.abs().max().item() + 1e-7 * largest
         distance = (seen[name] - gradient).abs().max().item()
-        assert distance <= tolerance, f"update {step}: gradient of {name} is off by {distance:.3g} > {tolerance:.3g}"
+        assert distance <= tolerance, (
+            f"update {step}: gradient of {name} is off by {distance:.3g} > {tolerance:.3g}"
+        )
 
 
 def check_during(network: nn.Module, update: Update, step: int) -> None:
     """Forward and backward passes move no weight, and fill queues as the reference's did."""
     start = update.calls[0].state
     for name, _ in network.named_parameters():
-        assert torch.equal(update.before[name], start[name]), f"{name} moved before the step of update {step}"
+        assert torch.equal(update.before[name], start[name]), (
+            f"{name} moved before the step of update {step}"
+        )
     for name, value in network.named_buffers():
         where = f"{name} before the step of update {step}: "
-        torch.testing.assert_close(update.before[name], value, rtol=1e-5, atol=1e-6, msg=where.__add__)
+        torch.testing.assert_close(
+            update.before[name], value, rtol=1e-5, atol=1e-6, msg=where.__add__
+        )
 
 
 def compare_states(seen: State, expected: State, when: str, absolute: float = 1e-9) -> None:

@@ -1,4 +1,5 @@
-"""The fine-tuning scripts' own loops against a reference written out: every update on one process and on two."""
+"""The fine-tuning scripts' own loops against a reference written out: every update on one process
+and on two."""
 
 import json
 from pathlib import Path
@@ -36,7 +37,8 @@ NO_EVALUATION = {
 
 
 def flags(task: str, data: Path, out: Path, dropout: float = 0.1, **changes) -> list[str]:
-    """A run of five updates: two of warm-up, strong decay, clipping, dropout; no validation and no test."""
+    """A run of five updates: two of warm-up, strong decay, clipping, dropout; no validation and no
+    test."""
     recipe, annotations, root, _ = TASKS[task]
     out.mkdir(parents=True)
     entries = json.loads((data / f"{annotations}.json").read_text())
@@ -94,7 +96,9 @@ def recipe(task: str, processes: int = 1, accumulate: int = 1, **changes) -> Rec
     }
     if task in NO_TEACHER:
         # the features that pick similar images are not trained
-        values.update({"alpha": None, "momentum": None, "frozen": ("vision_proj.", "text_proj.", "temp")})
+        values.update(
+            {"alpha": None, "momentum": None, "frozen": ("vision_proj.", "text_proj.", "temp")}
+        )
     return Recipe(**{**values, **changes})
 
 
@@ -112,7 +116,9 @@ def test_updates(task, world, digitscenes, tmp_path):
 
 @pytest.mark.parametrize("task", ["Retrieval", "VQA", "NLVR", "VE"])
 def test_the_teacher_moves_before_the_first_forward_pass(task, digitscenes, tmp_path):
-    [record] = record_run(script(task), [*flags(task, digitscenes, tmp_path / "first"), "--max_steps", "1"])
+    [record] = record_run(
+        script(task), [*flags(task, digitscenes, tmp_path / "first"), "--max_steps", "1"]
+    )
     start = another_teacher(record, tmp_path / "start.pth")
     given = flags(task, digitscenes, tmp_path / "second", checkpoint=tmp_path / "start.pth")
     check_run(script(task), given, recipe(task, start=start))

@@ -15,8 +15,11 @@ SIMLA = (*ALBEF, "loss_mim", "loss_pseudo")
 STEPS = 6
 
 
-def flags(data: Path, out: Path, method: str, tokenizer: Path | str, dropout: float = 0.1, **changes) -> list[str]:
-    """A run of six updates: two of warm-up, alpha reached with the fourth, strong decay, dropout."""
+def flags(
+    data: Path, out: Path, method: str, tokenizer: Path | str, dropout: float = 0.1, **changes
+) -> list[str]:
+    """A run of six updates: two of warm-up, alpha reached with the fourth, strong decay,
+    dropout."""
     geometry = json.loads((ROOT / "configs/bert_debug.json").read_text())
     geometry["hidden_dropout_prob"] = dropout
     if method == "albef":
@@ -78,8 +81,12 @@ def test_bf16(digitscenes, image_tokenizer, tmp_path):
     check_run("Pretrain.py", given, recipe("simla", bf16=True))
 
 
-def test_scaled_gradients_are_unscaled_before_they_are_clipped(digitscenes, image_tokenizer, tmp_path):
-    given = flags(digitscenes, tmp_path / "run", "albef", image_tokenizer, **{"optimizer.clip_grad_norm": 0.1})
+def test_scaled_gradients_are_unscaled_before_they_are_clipped(
+    digitscenes, image_tokenizer, tmp_path
+):
+    given = flags(
+        digitscenes, tmp_path / "run", "albef", image_tokenizer, **{"optimizer.clip_grad_norm": 0.1}
+    )
     with loss_scaling(STEPS):
         check_run("Pretrain.py", given, recipe("albef", clip=0.1))
 
@@ -93,14 +100,18 @@ def test_the_log_has_means_over_the_updates_since_the_last_line(digitscenes, tmp
     assert [line["step"] for line in record.log] == [3, 6]
     for line, part in zip(record.log, (each[:3], each[3:]), strict=True):
         for name in ("loss", *ALBEF, "grad_norm"):
-            assert line[name] == pytest.approx(sum(update[name] for update in part) / 3, rel=1e-5), name
+            assert line[name] == pytest.approx(
+                sum(update[name] for update in part) / 3, rel=1e-5
+            ), name
 
 
 def test_the_teacher_moves_before_the_first_forward_pass(digitscenes, tmp_path):
     given = flags(digitscenes, tmp_path / "first", "albef", "none")
     [record] = record_run("Pretrain.py", [*given, "--max_steps", "1"])
     start = another_teacher(record, tmp_path / "start.pth")
-    given = flags(digitscenes, tmp_path / "second", "albef", "none", checkpoint=tmp_path / "start.pth")
+    given = flags(
+        digitscenes, tmp_path / "second", "albef", "none", checkpoint=tmp_path / "start.pth"
+    )
     check_run("Pretrain.py", given, recipe("albef", start=start))
 
 

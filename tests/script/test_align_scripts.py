@@ -1,4 +1,5 @@
-"""ALIGN through main.py's real main, the conversion of its weights, and the packing of retrieval sets."""
+"""ALIGN through main.py's real main, the conversion of its weights, and the packing of retrieval
+sets."""
 
 import json
 import os
@@ -30,7 +31,9 @@ def flags(data, output, *more, **changes) -> list[str]:
     values = {"config": CONFIG, "tokenizer": data / "tokenizer", "shards": shards} | changes
     found = arguments(data, output, *more, **values)
     unused = [found.index(f"--{name}") for name in ("metadata", "root", "bpe-path")]
-    return [word for place, word in enumerate(found) if place not in unused and place - 1 not in unused]
+    return [
+        word for place, word in enumerate(found) if place not in unused and place - 1 not in unused
+    ]
 
 
 def run_main(words):
@@ -47,15 +50,23 @@ def test_it_trains_validates_and_evaluates(digitscenes, tmp_path, capsys):
     run_main(flags(digitscenes, tmp_path / "run", epochs="3 steps"))
     written = lines(tmp_path / "run")
     steps = [line for line in written if "loss" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3] and [line["lr"] for line in steps] == [0, 0.01, 0.02]
+    assert [line["step"] for line in steps] == [1, 2, 3] and [line["lr"] for line in steps] == [
+        0,
+        0.01,
+        0.02,
+    ]
     for line in steps:
         assert line["loss"] == pytest.approx(line["clip_loss_image"] + line["clip_loss_text"])
-    assert steps[0]["temperature"] == 1 and abs(steps[2]["temperature"] - 1) == pytest.approx(0.01, rel=1e-3)
+    assert steps[0]["temperature"] == 1 and abs(steps[2]["temperature"] - 1) == pytest.approx(
+        0.01, rel=1e-3
+    )
     capsys.readouterr()
     weights = tmp_path / "run/model.safetensors"
     run_main(flags(digitscenes, tmp_path / "other", "--evaluate", checkpoint=weights))
     scores = json.loads(capsys.readouterr().out)
-    assert scores == {name[4:]: value for name, value in written[-1].items() if name.startswith("val_")}
+    assert scores == {
+        name[4:]: value for name, value in written[-1].items() if name.startswith("val_")
+    }
 
 
 def test_a_stopped_run_goes_on_exactly(digitscenes, tmp_path):
@@ -68,8 +79,14 @@ def test_a_stopped_run_goes_on_exactly(digitscenes, tmp_path):
     paths = [tmp_path / name / "checkpoint_00000006.pt" for name in ("straight", "stopped")]
     one, two = (torch.load(path, weights_only=True) for path in paths)
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
-    moments = [state["optimizer"]["state"]["vision_model.embeddings.convolution.weight"] for state in (one, two)]
-    assert all(torch.equal(moments[0][name], moments[1][name]) for name in ("exp_avg", "exp_avg_sq", "step"))
+    moments = [
+        state["optimizer"]["state"]["vision_model.embeddings.convolution.weight"]
+        for state in (one, two)
+    ]
+    assert all(
+        torch.equal(moments[0][name], moments[1][name])
+        for name in ("exp_avg", "exp_avg_sq", "step")
+    )
 
 
 def test_tar_shards_and_the_originals_unrounded_pixels(digitscenes, tmp_path):
@@ -81,8 +98,14 @@ def test_tar_shards_and_the_originals_unrounded_pixels(digitscenes, tmp_path):
 
 
 def test_two_processes_are_one(digitscenes, tmp_path):
-    """One worker each: of records rank r has every second, so that the virtual batches are the same."""
-    more = {"config": CONFIG, "tokenizer": digitscenes / "tokenizer", "dataset": "cc3m", "val_folder": "none"}
+    """One worker each: of records rank r has every second, so that the virtual batches are the
+    same."""
+    more = {
+        "config": CONFIG,
+        "tokenizer": digitscenes / "tokenizer",
+        "dataset": "cc3m",
+        "val_folder": "none",
+    }
     more |= {"overrides": "shards=[]", "workers": 1, "epochs": "3 steps"}
     finish(1, arguments(digitscenes, tmp_path / "one", batch_size=16, **more))
     finish(2, arguments(digitscenes, tmp_path / "two", batch_size=8, **more))
@@ -109,18 +132,33 @@ def test_broken_records_are_counted(digitscenes, tmp_path):
 
 
 def test_neighbours_of_a_run(digitscenes, tmp_path):
-    """Features are kept by weights and by view: another of either is computed anew, the same is not."""
+    """Features are kept by weights and by view: another of either is computed anew, the same is
+    not."""
     run_main(flags(digitscenes, tmp_path / "run", epochs="1 steps", val_folder="none"))
     saved = torch.load(tmp_path / "run/checkpoint_00000001.pt", weights_only=True)
-    network = {key: saved["config"]["network"][key] for key in ("model", "vocab_size", "embed_dim", "context_length")}
+    network = {
+        key: saved["config"]["network"][key]
+        for key in ("model", "vocab_size", "embed_dim", "context_length")
+    }
     state = saved["model"]
     other = state | {"image_projection.bias": state["image_projection.bias"] + 1}
     cache, files = tmp_path / "cache", 0
-    for name, weights, side, new in ("a", state, 32, 4), ("b", state, 32, 0), ("c", state, 48, 4), ("d", other, 32, 4):
+    for name, weights, side, new in (
+        ("a", state, 32, 4),
+        ("b", state, 32, 0),
+        ("c", state, 48, 4),
+        ("d", other, 32, 4),
+    ):
         file = tmp_path / f"{name}.pt"
         torch.save({"model": weights, "config": {"network": network | {"image_size": side}}}, file)
-        scores = neighbours(digitscenes, tmp_path / name, checkpoint=file, cache=cache, features="z", k=1)
-        assert scores["model"] == network["model"] and scores["width"] == 16 and {"knn1", "probe"} <= scores.keys()
+        scores = neighbours(
+            digitscenes, tmp_path / name, checkpoint=file, cache=cache, features="z", k=1
+        )
+        assert (
+            scores["model"] == network["model"]
+            and scores["width"] == 16
+            and {"knn1", "probe"} <= scores.keys()
+        )
         files += new
         assert len(list(cache.rglob("*.npy"))) == files
     whole = neighbours(digitscenes, tmp_path / "whole", checkpoint=tmp_path / "run", cache=cache)
@@ -131,13 +169,21 @@ def test_one_command_scores_neighbours_and_retrieval(digitscenes, tmp_path):
     run_main(flags(digitscenes, tmp_path / "run", epochs="1 steps", val_folder="none"))
     command, out = ["bash", str(ROOT / "scripts/evaluate_align.sh")], tmp_path / "scores"
     assert "IMAGENET" in subprocess.run(command, capture_output=True, text=True).stdout
-    paths = {"IMAGENET": digitscenes / "imagefolder", "RETRIEVAL": f"retrieval:{digitscenes}/dataset_digitscenes.json"}
+    paths = {
+        "IMAGENET": digitscenes / "imagefolder",
+        "RETRIEVAL": f"retrieval:{digitscenes}/dataset_digitscenes.json",
+    }
     python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    surroundings = os.environ | {name: str(value) for name, value in paths.items()} | {"PATH": python}
-    done = subprocess.run([*command, tmp_path / "run", out], env=surroundings, capture_output=True, text=True)
+    surroundings = (
+        os.environ | {name: str(value) for name, value in paths.items()} | {"PATH": python}
+    )
+    done = subprocess.run(
+        [*command, tmp_path / "run", out], env=surroundings, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     neighbour, retrieved = (
-        json.loads((out / name / "result/metrics.json").read_text()) for name in ("knn", "retrieval")
+        json.loads((out / name / "result/metrics.json").read_text())
+        for name in ("knn", "retrieval")
     )
     assert {"knn1", "knn10"} <= neighbour.keys() and neighbour["width"] == 16
     assert {"txt_r1_z", "img_r1_z"} <= retrieved["results"]["dataset_digitscenes"].keys()
@@ -169,16 +215,25 @@ def test_weights_go_to_transformers_and_back(tmp_path, capsys):
     from runtime.checkpoint import export_safetensors, read_weights
 
     with torch.device("meta"):  # the smallest that transformers can hold has 62 million parameters
-        model = build_dual(DualConfig(model="ALIGN_B7_TINY", image_size=289, embed_dim=640, vocab_size=40))
-    ours = {k: torch.full(v.shape, n).to(v.dtype) for n, (k, v) in enumerate(model.state_dict().items())}
+        model = build_dual(
+            DualConfig(model="ALIGN_B7_TINY", image_size=289, embed_dim=640, vocab_size=40)
+        )
+    ours = {
+        k: torch.full(v.shape, n).to(v.dtype) for n, (k, v) in enumerate(model.state_dict().items())
+    }
     export_safetensors(ours, tmp_path / "model.safetensors")
-    assert convert.main(["align-to-hf", str(tmp_path / "model.safetensors"), str(tmp_path / "hf")]) == 0
+    assert (
+        convert.main(["align-to-hf", str(tmp_path / "model.safetensors"), str(tmp_path / "hf")])
+        == 0
+    )
     from transformers import AlignConfig, AlignModel
 
     with torch.device("meta"):
         theirs = AlignModel(AlignConfig.from_pretrained(tmp_path / "hf"))
     read = read_weights(tmp_path / "hf/model.safetensors")
-    assert {k: v.shape for k, v in read.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in read.items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     assert all(torch.equal(read[name], value) for name, value in ours.items())
     capsys.readouterr()
     assert convert.main(["align-to-hf", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 2
@@ -197,18 +252,26 @@ def test_packing_a_retrieval_set(digitscenes, tmp_path, capsys):
     assert pack_karpathy.main([*words, str(tmp_path / "wds"), "--format", "webdataset"]) == 0
     entry = Entry("packed", "webdataset", str(tmp_path / "wds"))
     opened = open_set(entry, Prompts(), tmp_path / "cache", None)
-    assert len(opened.pictures) == 24 and opened.pictures.captions[0] == rows[0]["sentences"][0]["raw"]
+    assert len(opened.images) == 24 and opened.images.captions[0] == rows[0]["sentences"][0]["raw"]
     records = list(read_shard(str(tmp_path / "test.tfrecord"), {}))
     packed = list(read_shard(str(tmp_path / "wds/test/0.tar"), {}))
     assert len(rows) == len(records) == len(packed) == 24
     for row, record, tar in zip(rows, records, packed, strict=True):
         captions = [sentence["raw"] for sentence in row["sentences"]]
-        picture = (digitscenes / row["filepath"] / row["filename"]).read_bytes()
-        assert record["image"] == tar["image"] == picture
-        assert [text.decode() for text in record["captions/text"]] == captions == tar["caption"].split("\n")
+        image = (digitscenes / row["filepath"] / row["filename"]).read_bytes()
+        assert record["image"] == tar["image"] == image
+        assert (
+            [text.decode() for text in record["captions/text"]]
+            == captions
+            == tar["caption"].split("\n")
+        )
         assert record["image/id"] == [row["imgid"]] == [json.loads(tar["json"])["imgid"]]
-        assert record["captions/id"] == row["sentids"] and record["image/filename"] == [row["filename"].encode()]
+        assert record["captions/id"] == row["sentids"] and record["image/filename"] == [
+            row["filename"].encode()
+        ]
     assert pack_karpathy.main([*words, str(tmp_path / "x"), "--split", "tset"]) == 2
-    assert pack_karpathy.main([words[0], "--images", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    assert (
+        pack_karpathy.main([words[0], "--images", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
+    )
     errors = capsys.readouterr().err
     assert "use train, restval, val or test" in errors and "set --images" in errors

@@ -1,4 +1,5 @@
-"""Classification.py and eval_knn.py through their real main: every way in, exact resuming, and every mistake."""
+"""Classification.py and eval_knn.py through their real main: every way in, exact resuming, and
+every mistake."""
 
 import json
 import shutil
@@ -33,7 +34,9 @@ def test_pre_training_writes_everything(pretrained):
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6] and steps[0]["lr"] == 0
     assert [line["step"] for line in written if "val_mAP" in line] == [3, 6]
     metrics = json.loads((pretrained / "result/metrics.json").read_text())
-    assert {"mAP", "F1_micro", "precision@5", "best_mAP", "chance"} <= metrics.keys() and metrics["pictures"] == 24
+    assert {"mAP", "F1_micro", "precision@5", "best_mAP", "chance"} <= metrics.keys() and metrics[
+        "images"
+    ] == 24
     from safetensors.torch import load_file
 
     exported = load_file(pretrained / "model.safetensors")
@@ -45,27 +48,45 @@ def test_pre_training_writes_everything(pretrained):
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 def test_fine_tuning_from_it(opt, digitscenes, pretrained, tmp_path, capsys):
-    changes = {"image_size": 48, "optimizer.opt": opt, "optimizer.keras": "true", "compat": "original"}
+    changes = {
+        "image_size": 48,
+        "optimizer.opt": opt,
+        "optimizer.keras": "true",
+        "compat": "original",
+    }
     metrics = train(fine_tuning(digitscenes, tmp_path / "run", checkpoint=pretrained, **changes))
     assert {"top1", "top5", "best_top1", "loss"} <= metrics.keys()
     assert "pre_logits.fc.weight" in capsys.readouterr().out  # what was left out is said
     real = digitscenes / "imagefolder/real.json"
-    more = {"evaluate": "true", "image_size": 48, "real": real, "checkpoint": tmp_path / "run/checkpoint_00000006.pt"}
+    more = {
+        "evaluate": "true",
+        "image_size": 48,
+        "real": real,
+        "checkpoint": tmp_path / "run/checkpoint_00000006.pt",
+    }
     again = train(fine_tuning(digitscenes, tmp_path / "eval", **more))
-    assert again["top1"] == metrics["top1"] and again["real_pictures"] == len(json.loads(real.read_text()))
+    assert again["top1"] == metrics["top1"] and again["real_images"] == len(
+        json.loads(real.read_text())
+    )
     weights = tmp_path / "run/model.safetensors"
     exported = train(fine_tuning(digitscenes, tmp_path / "eval", **more | {"checkpoint": weights}))
     assert exported["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
 
 
 def test_a_single_label_may_be_learned_with_the_sigmoid(digitscenes, tmp_path):
-    changes = {"loss": "sigmoid", "multi_label": "false", "representation_size": 16, "policy": "randaugment"}
+    changes = {
+        "loss": "sigmoid",
+        "multi_label": "false",
+        "representation_size": 16,
+        "policy": "randaugment",
+    }
     assert "top1" in train(fine_tuning(digitscenes, tmp_path / "run", cutmix_alpha=1, **changes))
 
 
 @pytest.mark.parametrize("mixing", [(0.2, 0), (0.2, 1.0)])
 def test_a_stopped_run_goes_on_exactly(mixing, digitscenes, tmp_path):
-    """With dropout, mixing, moving average and Keras' AdamW, whose epsilon depends on the update."""
+    """With dropout, mixing, moving average and Keras' AdamW, whose epsilon depends on the
+    update."""
     changes = {"mixup_alpha": mixing[0], "cutmix_alpha": mixing[1], "optimizer.keras": "true"}
     changes |= {"activation_checkpointing": "true", "accumulate": 2}
     train(flags(digitscenes, tmp_path / "straight", **changes))
@@ -93,13 +114,37 @@ def test_two_processes_from_the_command_line(digitscenes, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one = neighbours(digitscenes, tmp_path / "one", checkpoint=tmp_path / "run", batch_size=10)
-    words = ["--config", ROOT / "configs/eval_knn/debug.yaml", "--train-data", digitscenes / "imagefolder/train"]
-    words += ["--val-data", digitscenes / "imagefolder/val", "--checkpoint", tmp_path / "run", "--device", "cpu"]
-    words += ["--output-dir", tmp_path / "two", "--cache", tmp_path / "two/cache", "--batch-size", "10"]
-    done = subprocess.run([*launcher, "eval_knn.py", *map(str, words)], capture_output=True, text=True, timeout=300)
+    words = [
+        "--config",
+        ROOT / "configs/eval_knn/debug.yaml",
+        "--train-data",
+        digitscenes / "imagefolder/train",
+    ]
+    words += [
+        "--val-data",
+        digitscenes / "imagefolder/val",
+        "--checkpoint",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
+    words += [
+        "--output-dir",
+        tmp_path / "two",
+        "--cache",
+        tmp_path / "two/cache",
+        "--batch-size",
+        "10",
+    ]
+    done = subprocess.run(
+        [*launcher, "eval_knn.py", *map(str, words)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two/result/metrics.json").read_text()) == one
-    files = [sorted(path for path in (tmp_path / name / "cache").rglob("*.npy")) for name in ("one", "two")]
+    files = [
+        sorted(path for path in (tmp_path / name / "cache").rglob("*.npy"))
+        for name in ("one", "two")
+    ]
     assert len(files[0]) == 4
     for a, b in zip(*files, strict=True):
         assert a.name == b.name and a.read_bytes() == b.read_bytes()
@@ -110,9 +155,17 @@ MISTAKES = {
     "unknown model": (dict(model="vit-m/8"), UserError, "did you mean vit-mu/8"),
     "odd size": (dict(image_size=30), UserError, "nearest size is 32"),
     "real of a multi-label set": (dict(real="real.json"), UserError, "no --multi-label"),
-    "class list too short": (dict(classes="{tmp}/few.txt"), UserError, "outside the list of 3 classes"),
+    "class list too short": (
+        dict(classes="{tmp}/few.txt"),
+        UserError,
+        "outside the list of 3 classes",
+    ),
     "no class list": (dict(classes="{tmp}/none.txt"), UserError, "no such file"),
-    "unknown data set": (dict(train_data="torchvision/MNISt", classes="none"), UserError, "did you mean MNIST"),
+    "unknown data set": (
+        dict(train_data="torchvision/MNISt", classes="none"),
+        UserError,
+        "did you mean MNIST",
+    ),
     "missing data": (dict(train_data="{tmp}/nowhere", classes="none"), UserError, "check the path"),
     "average and FSDP": (dict(parallel="fsdp"), UserError, "use --parallel ddp"),
 }
@@ -141,23 +194,36 @@ def test_mistakes_of_evaluation(digitscenes, pretrained, tmp_path):
 
 def test_knn_of_a_classifier(digitscenes, pretrained, tmp_path):
     first = neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained)
-    assert first["pictures"] == 24 and first["width"] == 32 and first["train_pictures"] == 64 // 2
+    assert first["images"] == 24 and first["width"] == 32 and first["train_images"] == 64 // 2
     assert {"knn1", "knn5", "knn20_weighted", "probe", "chance"} <= first.keys()
     (tmp_path / "knn/result/metrics.json").unlink()
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "knn/cache").rglob("*.npy")}
     assert neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained) == first
-    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "knn/cache").rglob("*.npy")}
+    assert made == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "knn/cache").rglob("*.npy")
+    }
     wide = neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained, features="pre_logits")
     assert wide["width"] == 16 and len(list((tmp_path / "knn/cache").rglob("*.npy"))) == 8
 
 
 def test_knn_of_dual_encoders(digitscenes, tmp_path):
     for name in ("CLIP_VITT8_CLIP", "CL2L_VITT8_CL2L"):
-        sizes = {"image_size": 16, "embed_dim": 8, "text_width": 32, "text_heads": 2, "transformer_layers": 1}
+        sizes = {
+            "image_size": 16,
+            "embed_dim": 8,
+            "text_width": 32,
+            "text_heads": 2,
+            "transformer_layers": 1,
+        }
         config = DualConfig(model=name, vocab_size=50, **sizes)
-        saved = {"model": build_dual(config).state_dict(), "config": {"network": dict(vars(config))}}
+        saved = {
+            "model": build_dual(config).state_dict(),
+            "config": {"network": dict(vars(config))},
+        }
         torch.save(saved, tmp_path / "dual.pt")
-        found = neighbours(digitscenes, tmp_path / name, checkpoint=tmp_path / "dual.pt", features="z")
+        found = neighbours(
+            digitscenes, tmp_path / name, checkpoint=tmp_path / "dual.pt", features="z"
+        )
         assert found["width"] == 8
     with pytest.raises(UserError, match="features 'h9': .* has feats, z"):
         neighbours(digitscenes, tmp_path / "knn", checkpoint=tmp_path / "dual.pt", features="h9")
@@ -169,8 +235,12 @@ def test_knn_of_simla_and_timm(digitscenes, tmp_path):
     vit = ViT(ViTConfig(32, 16, 32, 2, 4)).state_dict()
     weights = {f"visual_encoder.{key}": value for key, value in vit.items()}
     projection = {"vision_proj.weight": torch.randn(8, 32), "vision_proj.bias": torch.zeros(8)}
-    torch.save({"model": weights | projection, "config": {"vision_heads": 4}}, tmp_path / "simla.pth")
-    found = neighbours(digitscenes, tmp_path / "knn", checkpoint=tmp_path / "simla.pth", features="z")
+    torch.save(
+        {"model": weights | projection, "config": {"vision_heads": 4}}, tmp_path / "simla.pth"
+    )
+    found = neighbours(
+        digitscenes, tmp_path / "knn", checkpoint=tmp_path / "simla.pth", features="z"
+    )
     assert found["width"] == 8
     name = "timm/test_vit.r160_in1k"
     found = neighbours(digitscenes, tmp_path / "timm", checkpoint="none", model=name)
@@ -179,7 +249,7 @@ def test_knn_of_simla_and_timm(digitscenes, tmp_path):
         neighbours(digitscenes, tmp_path / "timm", checkpoint="none", model="timm/test_vi")
     with pytest.raises(UserError, match="give --checkpoint"):
         neighbours(digitscenes, tmp_path / "timm", checkpoint="none")
-    with pytest.raises(UserError, match="one label a picture"):
+    with pytest.raises(UserError, match="one label an image"):
         neighbours(
             digitscenes,
             tmp_path / "many",
@@ -192,8 +262,12 @@ def test_knn_of_simla_and_timm(digitscenes, tmp_path):
 
 @pytest.mark.parametrize("script", ["Classification.py", "eval_knn.py"])
 def test_help(script):
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "--train-data" in done.stdout.replace("train_data", "train-data")
+    done = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "--train-data" in done.stdout.replace(
+        "train_data", "train-data"
+    )
 
 
 def test_recipes():
@@ -209,8 +283,15 @@ def test_recipes():
     for file in (ROOT / "configs/eval_knn").glob("*.yaml"):
         parse(eval_knn.Config, ["--config", str(file)])
     large = found["vit_l16_coyo300m"]
-    assert large.network.num_classes == 21841 and large.scheduler.sched == "vit_linear" and large.optimizer.keras
+    assert (
+        large.network.num_classes == 21841
+        and large.scheduler.sched == "vit_linear"
+        and large.optimizer.keras
+    )
     tuned, averaged = found["vit_l16_i1k_downstream"], found["vit_l16_i1k_downstream_ema"]
     assert (tuned.network.image_size, averaged.network.image_size) == (384, 512)
-    assert (tuned.ema_decay, averaged.ema_decay) == (0, 0.9999) and averaged.optimizer == tuned.optimizer
+    assert (tuned.ema_decay, averaged.ema_decay) == (
+        0,
+        0.9999,
+    ) and averaged.optimizer == tuned.optimizer
     assert found["vit_b16_i1k"].metric == "top1" and large.metric == "mAP"

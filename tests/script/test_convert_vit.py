@@ -30,7 +30,10 @@ def test_to_transformers(width, tmp_path):
     model = VisionClassifier(ClassifierConfig(**sizes)).eval()
     torch.nn.init.normal_(model.head.weight)
     export_safetensors(model.state_dict(), tmp_path / "model.safetensors")
-    assert convert.main(["coyo-vit-to-hf", str(tmp_path / "model.safetensors"), str(tmp_path / "hf")]) == 0
+    assert (
+        convert.main(["coyo-vit-to-hf", str(tmp_path / "model.safetensors"), str(tmp_path / "hf")])
+        == 0
+    )
     image = torch.randn(2, 3, 32, 32)
     if width:
         theirs = ViTModel.from_pretrained(tmp_path / "hf").eval()
@@ -43,5 +46,8 @@ def test_to_transformers(width, tmp_path):
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     export_safetensors({"conv.weight": torch.zeros(1)}, tmp_path / "net.safetensors")
-    assert convert.main(["coyo-vit-to-hf", str(tmp_path / "net.safetensors"), str(tmp_path / "hf")]) == 2
+    assert (
+        convert.main(["coyo-vit-to-hf", str(tmp_path / "net.safetensors"), str(tmp_path / "hf")])
+        == 2
+    )
     assert "no weights of a vision transformer" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""VQA.py, VE.py, NLVR.py and Grounding.py through their real main: training, resume, evaluation, mistakes, reports."""
+"""VQA.py, VE.py, NLVR.py and Grounding.py through their real main: training, resume, evaluation,
+mistakes, reports."""
 
 import json
 import re
@@ -42,7 +43,9 @@ def test_training_validates_keeps_the_best_and_reports(digitscenes, finetuned, t
     out = finetuned(task)
     lines = log_lines(out)
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8]
-    validations = {line["step"]: line[f"val_{METRIC[task]}"] for line in lines if f"val_{METRIC[task]}" in line}
+    validations = {
+        line["step"]: line[f"val_{METRIC[task]}"] for line in lines if f"val_{METRIC[task]}" in line
+    }
     assert list(validations) == [4, 8]
     best = torch.load(out / "checkpoint_best.pt", weights_only=True)
     assert best[METRIC[task]] == max(validations.values()) == validations[best["step"]]
@@ -60,29 +63,40 @@ def test_interrupted_run_ends_with_the_same_weights(digitscenes, finetuned, task
         start(task, digitscenes, tmp_path, "--max_steps", 5)
     assert left.value.code == 0
     start(task, digitscenes, tmp_path)
-    weights = [torch.load(d / "checkpoint_00000008.pt", weights_only=True)["model"] for d in (straight, tmp_path)]
+    weights = [
+        torch.load(d / "checkpoint_00000008.pt", weights_only=True)["model"]
+        for d in (straight, tmp_path)
+    ]
     for key, value in weights[0].items():
         assert torch.equal(value, weights[1][key]), key
     logged, best = [], []
     for folder in (straight, tmp_path):
-        logged.append([(line.get("loss"), line.get(f"val_{METRIC[task]}")) for line in log_lines(folder)])
+        logged.append(
+            [(line.get("loss"), line.get(f"val_{METRIC[task]}")) for line in log_lines(folder)]
+        )
         saved = torch.load(folder / "checkpoint_best.pt", weights_only=True)
         best.append((saved["step"], saved[METRIC[task]]))
     assert logged[0] == logged[1] and best[0] == best[1]
 
 
 @TASKS
-def test_evaluation_inherits_the_network_and_repeats_the_scores(digitscenes, finetuned, task, tmp_path):
+def test_evaluation_inherits_the_network_and_repeats_the_scores(
+    digitscenes, finetuned, task, tmp_path
+):
     out = finetuned(task)
     bare = tmp_path / "bare.yaml"
-    bare.write_text({"VQA": "k_test: 4\n", "Grounding": "block_num: 0\n"}.get(task, "") + "workers: 0\n")
+    bare.write_text(
+        {"VQA": "k_test: 4\n", "Grounding": "block_num: 0\n"}.get(task, "") + "workers: 0\n"
+    )
     given = flags(task, digitscenes, tmp_path / "out", "--evaluate", "--checkpoint", out)
     given[given.index("--config") + 1] = str(bare)
     tokenizer = given.index("--text_encoder")
     del given[tokenizer : tokenizer + 2]
     script = SCRIPTS[task]
     run(script.main, script.Config, None, given)
-    before, after = (json.loads((d / "result/metrics.json").read_text()) for d in (out, tmp_path / "out"))
+    before, after = (
+        json.loads((d / "result/metrics.json").read_text()) for d in (out, tmp_path / "out")
+    )
     assert {k: v for k, v in before.items() if k != "checkpoint"} == {
         k: v for k, v in after.items() if k != "checkpoint"
     }
@@ -102,8 +116,11 @@ def test_start_from_a_pretraining_checkpoint(digitscenes, tmp_path, task, two_st
 
 @pytest.mark.parametrize("two_stage", [False, True], ids=["simla", "albef"])
 def test_nlvr_stages_follow_each_other(digitscenes, tmp_path, two_stage):
-    """Pre-training -> text assignment -> fine-tuning; the teacher starts as a copy of what was loaded."""
-    given = pretraining_checkpoint(digitscenes, tmp_path, two_stage) + MORE.get(("NLVR_TA", two_stage), [])
+    """Pre-training -> text assignment -> fine-tuning; the teacher starts as a copy of what was
+    loaded."""
+    given = pretraining_checkpoint(digitscenes, tmp_path, two_stage) + MORE.get(
+        ("NLVR_TA", two_stage), []
+    )
     start("NLVR_TA", digitscenes, tmp_path / "first", *given, "--scheduler.epochs", "2 steps")
     second = ["--checkpoint", tmp_path / "first", *given[2:4], "--scheduler.epochs", "1 steps"]
     metrics = start("NLVR", digitscenes, tmp_path / "second", *second)
@@ -111,8 +128,13 @@ def test_nlvr_stages_follow_each_other(digitscenes, tmp_path, two_stage):
     first = torch.load(tmp_path / "first/checkpoint_00000002.pt", weights_only=True)["model"]
     state = torch.load(tmp_path / "second/checkpoint_00000001.pt", weights_only=True)["model"]
     for name in ("key", "value"):
-        last = max(int(key.split(".")[3]) for key in state if key.startswith("text_encoder.encoder.layer."))
-        twins = [f"text_encoder.encoder.layer.{i}.crossattention.self.{name}.weight" for i in (last - 1, last)]
+        last = max(
+            int(key.split(".")[3]) for key in state if key.startswith("text_encoder.encoder.layer.")
+        )
+        twins = [
+            f"text_encoder.encoder.layer.{i}.crossattention.self.{name}.weight"
+            for i in (last - 1, last)
+        ]
         assert torch.equal(state[twins[0]], state[twins[1]])
     key = "visual_encoder.patch_embed.proj.weight"
     assert torch.allclose(state[key.replace("encoder.", "encoder_m.")], first[key], atol=1e-2)
@@ -120,14 +142,26 @@ def test_nlvr_stages_follow_each_other(digitscenes, tmp_path, two_stage):
 
 def test_vqa_answers_are_in_the_servers_format(digitscenes, finetuned):
     rows = json.loads((finetuned("VQA") / "result/vqa_result_test.json").read_text())
-    asked = [entry["question_id"] for entry in json.loads((digitscenes / "vqa_test.json").read_text())]
+    asked = [
+        entry["question_id"] for entry in json.loads((digitscenes / "vqa_test.json").read_text())
+    ]
     assert [row["question_id"] for row in rows] == asked
-    assert {row["answer"] for row in rows} <= set(json.loads((digitscenes / "answer_list.json").read_text()))
+    assert {row["answer"] for row in rows} <= set(
+        json.loads((digitscenes / "answer_list.json").read_text())
+    )
 
 
 @pytest.mark.parametrize("mode", ["itm", "itc"])
 def test_grounding_by_either_map(digitscenes, finetuned, tmp_path, mode):
-    given = ["--evaluate", "--checkpoint", finetuned("Grounding"), "--gradcam_mode", mode, "--block_num", "1"]
+    given = [
+        "--evaluate",
+        "--checkpoint",
+        finetuned("Grounding"),
+        "--gradcam_mode",
+        mode,
+        "--block_num",
+        "1",
+    ]
     metrics = start("Grounding", digitscenes, tmp_path, *given)
     assert metrics["gradcam_mode"] == mode and {"val", "testA", "testB"} <= set(metrics)
 
@@ -156,20 +190,32 @@ def said(task, given, capsys, monkeypatch) -> str:
         ("NLVR", ["--stage", "text_assignment"], "leave out"),
         ("NLVR", ["--parallel", "fsdp"], "use ddp"),
         ("NLVR", ["--paired_from", "2"], "paired_from 2"),
-        ("Grounding", ["--block_num", "7"], "block_num 7: cross-attention is in the text layers 0..1"),
+        (
+            "Grounding",
+            ["--block_num", "7"],
+            "block_num 7: cross-attention is in the text layers 0..1",
+        ),
         ("Grounding", ["--det_file", "nowhere.json"], "nowhere.json"),
         ("Grounding", ["--batch_size_train", "1"], "batch_size"),
     ],
 )
-def test_mistakes_are_one_clear_line(digitscenes, tmp_path, capsys, monkeypatch, task, change, words):
-    assert words in said(task, flags(task, digitscenes, tmp_path / "out", *change), capsys, monkeypatch)
+def test_mistakes_are_one_clear_line(
+    digitscenes, tmp_path, capsys, monkeypatch, task, change, words
+):
+    assert words in said(
+        task, flags(task, digitscenes, tmp_path / "out", *change), capsys, monkeypatch
+    )
 
 
 def edited(data: Path, folder: Path, name: str, change) -> Path:
     """A copy of an annotation file on which `change` was called."""
     content = json.loads((data / name).read_text())
     changed = change(content)
-    content = changed if isinstance(changed, list) and changed and isinstance(changed[0], str) else content
+    content = (
+        changed
+        if isinstance(changed, list) and changed and isinstance(changed[0], str)
+        else content
+    )
     path = folder / Path(name).name
     path.write_text(json.dumps(content))
     return path
@@ -179,7 +225,13 @@ def edited(data: Path, folder: Path, name: str, change) -> Path:
     ("task", "flag", "name", "change", "words"),
     [
         ("VQA", "--test_file", "vqa_test.json", lambda e: e[1].update(e[0]), "question_id"),
-        ("VQA", "--answer_list", "answer_list.json", lambda e: ["nothing", "of this"], "holds no answer"),
+        (
+            "VQA",
+            "--answer_list",
+            "answer_list.json",
+            lambda e: ["nothing", "of this"],
+            "holds no answer",
+        ),
         ("VQA", "--answer_list", "answer_list.json", lambda e: e.append(e[0]), "listed twice"),
         (
             "VQA",
@@ -188,21 +240,62 @@ def edited(data: Path, folder: Path, name: str, change) -> Path:
             lambda e: e["annotations"].clear(),
             "no answers to question_id",
         ),
-        ("VE", "--val_file", "ve_val.json", lambda e: e[3].update(label="maybe"), "label 'maybe' is none of"),
-        ("NLVR", "--val_file", "nlvr_val.json", lambda e: e[2].update(label="perhaps"), "label 'perhaps' is none of"),
-        ("NLVR", "--val_file", "nlvr_val.json", lambda e: e[2].update(images=["one.jpg"]), "a pair has two"),
-        ("Grounding", "--test_file", "refcoco+_test.json", lambda e: e[4].update(ref_id=999999), "ref_id 999999"),
-        ("Grounding", "--det_file", "refcoco+/dets.json", lambda e: e.clear(), "no boxes for image_id"),
+        (
+            "VE",
+            "--val_file",
+            "ve_val.json",
+            lambda e: e[3].update(label="maybe"),
+            "label 'maybe' is none of",
+        ),
+        (
+            "NLVR",
+            "--val_file",
+            "nlvr_val.json",
+            lambda e: e[2].update(label="perhaps"),
+            "label 'perhaps' is none of",
+        ),
+        (
+            "NLVR",
+            "--val_file",
+            "nlvr_val.json",
+            lambda e: e[2].update(images=["one.jpg"]),
+            "a pair has two",
+        ),
+        (
+            "Grounding",
+            "--test_file",
+            "refcoco+_test.json",
+            lambda e: e[4].update(ref_id=999999),
+            "ref_id 999999",
+        ),
+        (
+            "Grounding",
+            "--det_file",
+            "refcoco+/dets.json",
+            lambda e: e.clear(),
+            "no boxes for image_id",
+        ),
     ],
 )
-def test_bad_annotations_are_named(digitscenes, tmp_path, capsys, monkeypatch, task, flag, name, change, words):
+def test_bad_annotations_are_named(
+    digitscenes, tmp_path, capsys, monkeypatch, task, flag, name, change, words
+):
     path = edited(digitscenes, tmp_path, name, change)
-    assert words in said(task, flags(task, digitscenes, tmp_path / "out", flag, path), capsys, monkeypatch)
+    assert words in said(
+        task, flags(task, digitscenes, tmp_path / "out", flag, path), capsys, monkeypatch
+    )
 
 
 def test_answers_the_list_lacks_are_told(digitscenes, tmp_path, capfd):
-    path = edited(digitscenes, tmp_path, "answer_list.json", lambda e: [answer for answer in e if answer != "yes"])
-    start("VQA", digitscenes, tmp_path / "out", "--answer_list", path, "--scheduler.epochs", "1 steps")
+    path = edited(
+        digitscenes,
+        tmp_path,
+        "answer_list.json",
+        lambda e: [answer for answer in e if answer != "yes"],
+    )
+    start(
+        "VQA", digitscenes, tmp_path / "out", "--answer_list", path, "--scheduler.epochs", "1 steps"
+    )
     assert re.search(r"lacks \d+ answers of val_file, e.g. \['yes'", capfd.readouterr().out)
 
 

@@ -34,7 +34,11 @@ def trained(digitscenes, tmp_path_factory):
     before = os.getcwd()
     os.chdir(ROOT)
     try:
-        training.main(parse(training.Config, arguments(digitscenes, folder, epochs="1 steps", val_folder="none")))
+        training.main(
+            parse(
+                training.Config, arguments(digitscenes, folder, epochs="1 steps", val_folder="none")
+            )
+        )
     finally:
         os.chdir(before)
     return folder
@@ -69,12 +73,23 @@ def results(words: list[str], output) -> dict:
 
 
 def launch(processes: int, words: list[str], expect: int = 0) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     command = [sys.executable, *launcher, str(ROOT / "eval_zeroshot.py"), *words]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert done.returncode == expect, f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
+    assert done.returncode == expect, (
+        f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
+    )
     return done.stdout + done.stderr
 
 
@@ -86,40 +101,65 @@ def test_a_run_by_its_folder_alone(trained, digitscenes, tmp_path, capsys):
     words = flags(digitscenes, "none", trained, datasets=everything(digitscenes))
     found = results(words, trained)["results"]
     table = capsys.readouterr().out
-    assert found["digitscenes"]["pictures"] == 24 and found["digitscenes"]["classes"] == 10
+    assert found["digitscenes"]["images"] == 24 and found["digitscenes"]["classes"] == 10
     assert found["digitscenes_filelist"] == found["digitscenes"]
     assert {"acc1_z", "acc5_h", "acc1_zh_0.1", "acc1_zh_0.9"} <= found["digitscenes"].keys()
     recall = found["dataset_digitscenes"]
     assert recall["captions"] == 120 and {"txt_r1_z", "img_r10_zh_0.5"} <= recall.keys()
-    assert f"{found['digitscenes']['acc1_z']:.2f}" in table and "dataset_digitscenes" in table and "mean" in table
+    assert (
+        f"{found['digitscenes']['acc1_z']:.2f}" in table
+        and "dataset_digitscenes" in table
+        and "mean" in table
+    )
     page = (trained / "result/report.html").read_text()
     assert "Ensembles" in page and "http" not in page.replace("http://www.w3.org", "")
     assert (trained / "result/config.yaml").is_file()
 
 
 def test_the_same_as_the_validation_of_main(trained, digitscenes, tmp_path, capsys):
-    words = arguments(digitscenes, tmp_path / "val", "--evaluate", checkpoint=trained / "model.safetensors")
+    words = arguments(
+        digitscenes, tmp_path / "val", "--evaluate", checkpoint=trained / "model.safetensors"
+    )
     training.main(parse(training.Config, words))
     expected = json.loads(capsys.readouterr().out)
-    found = results(flags(digitscenes, trained, tmp_path / "out", split="val"), tmp_path / "out")["results"][
-        "digitscenes"
-    ]
+    found = results(flags(digitscenes, trained, tmp_path / "out", split="val"), tmp_path / "out")[
+        "results"
+    ]["digitscenes"]
     assert {name: found[name] for name in expected} == expected
 
 
 def test_two_processes_and_a_missing_data_set(trained, digitscenes, tmp_path):
-    alone = results(flags(digitscenes, trained, tmp_path / "1", datasets=everything(digitscenes)), tmp_path / "1")
+    alone = results(
+        flags(digitscenes, trained, tmp_path / "1", datasets=everything(digitscenes)),
+        tmp_path / "1",
+    )
     names = [*everything(digitscenes), "cifar10", "imagenet"]
-    output = launch(2, flags(digitscenes, trained, tmp_path / "2", datasets=names, cache=tmp_path / "other", workers=1))
+    output = launch(
+        2,
+        flags(
+            digitscenes,
+            trained,
+            tmp_path / "2",
+            datasets=names,
+            cache=tmp_path / "other",
+            workers=1,
+        ),
+    )
     found = json.loads((tmp_path / "2/result/metrics.json").read_text())
     assert found["results"] == alone["results"]
     assert output.count("SKIPPED cifar10") == 1 and "--download" in output
-    assert "2 SKIPPED, see above: cifar10, imagenet" in output and list(found["skipped"]) == ["cifar10", "imagenet"]
+    assert "2 SKIPPED, see above: cifar10, imagenet" in output and list(found["skipped"]) == [
+        "cifar10",
+        "imagenet",
+    ]
     assert "cifar10" in (tmp_path / "2/result/report.html").read_text()
 
 
 def test_shards_score_like_the_folders_they_are_made_of(trained, digitscenes, tmp_path):
-    root, names = tmp_path / "wds_toys", json.loads((digitscenes / "labels.json").read_text())["digitscenes"]
+    root, names = (
+        tmp_path / "wds_toys",
+        json.loads((digitscenes / "labels.json").read_text())["digitscenes"],
+    )
     (root / "test").mkdir(parents=True)
     files = [
         (file, label)
@@ -136,15 +176,25 @@ def test_shards_score_like_the_folders_they_are_made_of(trained, digitscenes, tm
     (root / "test/nshards.txt").write_text("2")
     (root / "classnames.txt").write_text("\n".join(names))
     templates = json.loads((digitscenes / "templates.json").read_text())["digitscenes"]
-    (root / "zeroshot_classification_templates.txt").write_text("\n".join(templates).replace("{}", "{c}"))
-    words = flags(digitscenes, trained, tmp_path / "out", datasets=["digitscenes", f"wds:file://{root}"])
+    (root / "zeroshot_classification_templates.txt").write_text(
+        "\n".join(templates).replace("{}", "{c}")
+    )
+    words = flags(
+        digitscenes, trained, tmp_path / "out", datasets=["digitscenes", f"wds:file://{root}"]
+    )
     found = results(words, tmp_path / "out")["results"]
     assert found["toys"] == found["digitscenes"]
 
 
 def test_nothing_to_evaluate_is_an_error(trained, digitscenes, tmp_path):
-    output = launch(1, flags(digitscenes, trained, tmp_path / "out", datasets=["cifar10"], root="no/where"), expect=2)
-    assert "none of the data sets is on this machine: cifar10" in output and "Traceback" not in output
+    output = launch(
+        1,
+        flags(digitscenes, trained, tmp_path / "out", datasets=["cifar10"], root="no/where"),
+        expect=2,
+    )
+    assert (
+        "none of the data sets is on this machine: cifar10" in output and "Traceback" not in output
+    )
 
 
 def test_classifiers_are_kept(trained, digitscenes, tmp_path, monkeypatch):
@@ -174,7 +224,10 @@ def test_clip_rockets_own_checkpoint(trained, digitscenes, tmp_path):
     words = flags(digitscenes, "none", tmp_path / "theirs") + words
     found = results(words, tmp_path / "theirs")
     assert found["model"] == "ROCKET"
-    assert found["results"] == results(flags(digitscenes, trained, tmp_path / "out"), tmp_path / "out")["results"]
+    assert (
+        found["results"]
+        == results(flags(digitscenes, trained, tmp_path / "out"), tmp_path / "out")["results"]
+    )
 
 
 @pytest.mark.parametrize("layout", ["openai", "hugging_face"])
@@ -183,32 +236,54 @@ def test_other_layouts(layout, digitscenes, tmp_path, trained):
     vocabulary = len(read_weights(trained)["token_embedding.weight"])
     text = TextShape(context_length=32, vocab_size=vocabulary, width=64, heads=1, layers=1)
     model = OpenAICLIP(
-        OpenAIConfig(embed_dim=8, image_size=16, vision_width=64, vision_layers=1, patch_size=8, text=text)
+        OpenAIConfig(
+            embed_dim=8, image_size=16, vision_width=64, vision_layers=1, patch_size=8, text=text
+        )
     )
     if layout == "openai":
-        torch.save(model.state_dict() | {"input_resolution": torch.tensor(16)}, tmp_path / "model.pt")
+        torch.save(
+            model.state_dict() | {"input_resolution": torch.tensor(16)}, tmp_path / "model.pt"
+        )
     else:
         torch.save(clip_adapters.to_hugging_face(model), tmp_path / "model.pt")
-        (tmp_path / "config.json").write_text(json.dumps(clip_adapters.hugging_face_config(model.config)))
+        (tmp_path / "config.json").write_text(
+            json.dumps(clip_adapters.hugging_face_config(model.config))
+        )
     merges = digitscenes / "bpe/bpe_merges.txt.gz"
-    found = results(flags(digitscenes, tmp_path / "model.pt", tmp_path / "out", bpe_path=merges), tmp_path / "out")
+    found = results(
+        flags(digitscenes, tmp_path / "model.pt", tmp_path / "out", bpe_path=merges),
+        tmp_path / "out",
+    )
     assert {"acc1_z"} == {
-        name for name in found["results"]["digitscenes"] if name.startswith("acc1_") and "acc5" not in name
+        name
+        for name in found["results"]["digitscenes"]
+        if name.startswith("acc1_") and "acc5" not in name
     }
     with pytest.raises(ValueError, match=f"{vocabulary} tokens, but .* makes 49408.*--bpe-path"):
-        results(flags(digitscenes, tmp_path / "model.pt", tmp_path / "out", datasets=["digitscenes"]), tmp_path / "out")
+        results(
+            flags(digitscenes, tmp_path / "model.pt", tmp_path / "out", datasets=["digitscenes"]),
+            tmp_path / "out",
+        )
 
 
 def test_align(digitscenes, tmp_path):
     torch.manual_seed(0)
     tokenizer = AlignTokenizer(digitscenes / "tokenizer", 24)
     config = DualConfig(
-        model="ALIGN_NANO_TINY", image_size=32, embed_dim=8, context_length=24, vocab_size=tokenizer.vocab_size
+        model="ALIGN_NANO_TINY",
+        image_size=32,
+        embed_dim=8,
+        context_length=24,
+        vocab_size=tokenizer.vocab_size,
     )
     export_safetensors(build_dual(config).state_dict(), tmp_path / "model.safetensors")
     network = {**vars(config)}
-    (tmp_path / "config.yaml").write_text(json.dumps({"network": network, "tokenizer": str(digitscenes / "tokenizer")}))
-    found = results(flags(digitscenes, tmp_path / "model.safetensors", tmp_path / "out"), tmp_path / "out")
+    (tmp_path / "config.yaml").write_text(
+        json.dumps({"network": network, "tokenizer": str(digitscenes / "tokenizer")})
+    )
+    found = results(
+        flags(digitscenes, tmp_path / "model.safetensors", tmp_path / "out"), tmp_path / "out"
+    )
     assert found["model"] == "ALIGN_NANO_TINY" and "acc1_z" in found["results"]["digitscenes"]
 
 
@@ -217,7 +292,10 @@ MISTAKES = {
     "unknown model": ({"model": "CL2L_VITT9_CL2L"}, "CL2L_VITT8_CL2L"),
     "another model": ({"model": "CLIP_VITT8_CLIP"}, "the checkpoint is a CL2L_VITT8_CL2L"),
     "no checkpoint": ({"checkpoint": "no/such.pt"}, "no/such.pt"),
-    "neither checkpoint nor run": ({"checkpoint": "none", "output_dir": "no/such/run"}, "--output-dir"),
+    "neither checkpoint nor run": (
+        {"checkpoint": "none", "output_dir": "no/such/run"},
+        "--output-dir",
+    ),
     "no such catalogue": ({"catalog": "no/catalog.json"}, "no/catalog.json"),
     "download of everything": ({"datasets": [], "download": "true"}, "--datasets"),
     "no such shards": ({"datasets": ["wds:no/shards"]}, "none of the data sets"),
@@ -229,12 +307,17 @@ MISTAKES = {
 def test_a_mistake_is_one_clear_message(mistake, trained, digitscenes, tmp_path):
     changes, named = MISTAKES[mistake]
     with pytest.raises(Exception) as caught:
-        results(flags(digitscenes, **{"checkpoint": trained, "output": tmp_path / "out"} | changes), tmp_path / "out")
+        results(
+            flags(digitscenes, **{"checkpoint": trained, "output": tmp_path / "out"} | changes),
+            tmp_path / "out",
+        )
     assert isinstance(caught.value, UserError), repr(caught.value)
     assert named in str(caught.value)
 
 
-def test_faults_of_data_are_told_before_the_checkpoint_is_read(trained, digitscenes, tmp_path, monkeypatch):
+def test_faults_of_data_are_told_before_the_checkpoint_is_read(
+    trained, digitscenes, tmp_path, monkeypatch
+):
     monkeypatch.setattr(script, "open_encoder", lambda *_: 1 / 0)
 
     def refused(message, **changes):
@@ -247,7 +330,10 @@ def test_faults_of_data_are_told_before_the_checkpoint_is_read(trained, digitsce
     refused(r"labels\.json: 'digitscenes' must be a list", labels=tmp_path / "labels.json")
     shutil.copytree(digitscenes / "imagefolder/test", tmp_path / "toys/test")
     shutil.rmtree(tmp_path / "toys/test/seven")
-    catalog = {"digitscenes": {"path": "toys", "type": "imagefolder", "test": "test"}, "new": {"path": "toys"}}
+    catalog = {
+        "digitscenes": {"path": "toys", "type": "imagefolder", "test": "test"},
+        "new": {"path": "toys"},
+    }
     (tmp_path / "catalog.json").write_text(json.dumps(catalog))
     refused(r"entry 'new' lacks type", catalog=tmp_path / "catalog.json")
     del catalog["new"]
@@ -259,7 +345,9 @@ def test_faults_of_data_are_told_before_the_checkpoint_is_read(trained, digitsce
 def test_help_is_quick_and_configurations_are_read():
     heavy = ("torchvision", "timm", "ftfy", "webdataset", "fsspec", "transformers", "sklearn")
     code = f"import sys, eval_zeroshot; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
     for recipe in (ROOT / "configs/eval_zeroshot").glob("*.yaml"):
         assert parse(script.Config, ["--config", str(recipe)]).datasets

@@ -1,4 +1,5 @@
-"""main.py through its real main: every method trains, goes on exactly, and every mistake is one clear message."""
+"""main.py through its real main: every method trains, goes on exactly, and every mistake is one
+clear message."""
 
 import json
 import shutil
@@ -22,17 +23,29 @@ METHODS = {
         ["--model", "CL2L_VITT8_CL2L", "--num-augs", "0", "--separate-proj", "false"],
         {"clip_loss"},
     ),
-    "CL2L with shared projectors": (["--model", "CL2L_VITT8_CL2L", "--separate-proj", "false"], {"clip_loss"}),
+    "CL2L with shared projectors": (
+        ["--model", "CL2L_VITT8_CL2L", "--separate-proj", "false"],
+        {"clip_loss"},
+    ),
     "SiamLIP": (["--model", "CL2L_VITT8_SIAMLIP"], {"clip_loss", "siamlip_loss"}),
     "BYOLIP": (["--model", "CL2L_VITT8_SIAMLIP", "--momentum"], {"clip_loss", "siamlip_loss"}),
-    "BarLIP": (["--model", "CL2L_VITT8_BARLIP", "--separate-proj-child"], {"clip_loss", "barlip_loss"}),
-    "SwALIP": (["--model", "CL2L_VITT8_SWALIP", "--label-smoothing", "0"], {"clip_loss", "swalip_loss"}),
+    "BarLIP": (
+        ["--model", "CL2L_VITT8_BARLIP", "--separate-proj-child"],
+        {"clip_loss", "barlip_loss"},
+    ),
+    "SwALIP": (
+        ["--model", "CL2L_VITT8_SWALIP", "--label-smoothing", "0"],
+        {"clip_loss", "swalip_loss"},
+    ),
     "SwALIPV1": (
         ["--model", "CLIP_VITT8_SWALIPV1", "--swalip-freeze-proto-iters", "1"],
         {"clip_loss", "swalip_loss"},
     ),
     "SLIP": (["--model", "SLIP_VITS16"], {"clip_loss", "ssl_loss"}),
-    "SimCLR": (["--model", "SIMCLR_VITS16", "--separate-proj", "false", "--val-folder", "none"], {"ssl_loss"}),
+    "SimCLR": (
+        ["--model", "SIMCLR_VITS16", "--separate-proj", "false", "--val-folder", "none"],
+        {"ssl_loss"},
+    ),
     "SigLIP": (["--model", "CLIP_VITT8_SIGLIP"], {"siglip_loss"}),
 }
 
@@ -70,14 +83,20 @@ def test_a_stopped_run_goes_on_exactly(method, digitscenes, tmp_path):
     run_main(arguments(digitscenes, tmp_path / "stopped", *flags))
     assert lines(tmp_path / "stopped") == lines(tmp_path / "straight")
     states = [
-        torch.load(tmp_path / name / "checkpoint_00000006.pt", weights_only=True) for name in ("straight", "stopped")
+        torch.load(tmp_path / name / "checkpoint_00000006.pt", weights_only=True)
+        for name in ("straight", "stopped")
     ]
     assert states[0]["model"].keys() == states[1]["model"].keys()
-    assert all(torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items())
+    assert all(
+        torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items()
+    )
     teacher = [name for name in states[0]["model"] if name.startswith("momentum_model.")]
     assert bool(teacher) == (method == "BYOLIP")
     if teacher:  # it follows, but is not the student
-        moved = [not torch.equal(states[0]["model"][n], states[0]["model"][n.split(".", 1)[1]]) for n in teacher]
+        moved = [
+            not torch.equal(states[0]["model"][n], states[0]["model"][n.split(".", 1)[1]])
+            for n in teacher
+        ]
         assert any(moved)
 
 
@@ -112,11 +131,15 @@ def test_cached_features_make_one_large_batch(digitscenes, tmp_path):
     more = {"batch_size": 8, "accumulate": 2}
     run_main(arguments(digitscenes, tmp_path / "cached", *flags, "--cache-features", **more))
     run_main(arguments(digitscenes, tmp_path / "plain", *flags, **more))
-    large, cached, plain = (lines(tmp_path / name)[0]["clip_loss"] for name in ("large", "cached", "plain"))
+    large, cached, plain = (
+        lines(tmp_path / name)[0]["clip_loss"] for name in ("large", "cached", "plain")
+    )
     assert cached == pytest.approx(large, rel=1e-5) and plain < 0.9 * large
 
 
-@pytest.mark.parametrize("format", ["yfcc15m", "cc12m", "coco", "redcaps", "merged_opendata", "pairs", "wds"])
+@pytest.mark.parametrize(
+    "format", ["yfcc15m", "cc12m", "coco", "redcaps", "merged_opendata", "pairs", "wds"]
+)
 def test_every_collection(format, digitscenes, tmp_path):
     files = {
         "yfcc15m": ("yfcc15m/yfcc15m.pkl", "yfcc15m"),
@@ -127,23 +150,37 @@ def test_every_collection(format, digitscenes, tmp_path):
         "pairs": ("pretrain_train.json", ""),
         "wds": ("", ""),
     }[format]
-    metadata, root = ("---".join(str(digitscenes / part) for part in name.split("---")) for name in files)
+    metadata, root = (
+        "---".join(str(digitscenes / part) for part in name.split("---")) for name in files
+    )
     flags = ["--dataset", format, "--epochs", "2 steps", "--val-folder", "none", "--text-augment"]
-    flags += ["--synonym-replacement-prob", "0", "--byol-augment", "--workers", "0", "--batch-size", "4"]
+    flags += [
+        "--synonym-replacement-prob",
+        "0",
+        "--byol-augment",
+        "--workers",
+        "0",
+        "--batch-size",
+        "4",
+    ]
     if format == "wds":
         flags += ["--shards", digitscenes / "wds/train"]
     run_main(
-        [f for f in arguments(digitscenes, tmp_path / "run", metadata=metadata, root=root)] + list(map(str, flags))
+        [f for f in arguments(digitscenes, tmp_path / "run", metadata=metadata, root=root)]
+        + list(map(str, flags))
     )
     assert lines(tmp_path / "run")[-1]["step"] == 2
 
 
 def figures(folder) -> list[dict]:
-    """Losses and gradient norms by step; accuracies of a network that knows nothing hang on its last digits."""
+    """Losses and gradient norms by step; accuracies of a network that knows nothing hang on its
+    last digits."""
     return [{k: v for k, v in line.items() if "acc" not in k} for line in lines(folder)]
 
 
-@pytest.mark.parametrize("method, parallel", [("BYOLIP", "ddp"), pytest.param("BarLIP", "fsdp", marks=needs_fsdp2)])
+@pytest.mark.parametrize(
+    "method, parallel", [("BYOLIP", "ddp"), pytest.param("BarLIP", "fsdp", marks=needs_fsdp2)]
+)
 def test_two_processes_train_as_one_does(method, parallel, digitscenes, tmp_path):
     flags = [*METHODS[method][0], "--workers", "1"]
     finish(2, arguments(digitscenes, tmp_path / "two", *flags, batch_size=4, parallel=parallel))
@@ -154,8 +191,14 @@ def test_two_processes_train_as_one_does(method, parallel, digitscenes, tmp_path
 
 def test_compiled_equals_eager(digitscenes, tmp_path):
     for name, how in (("eager", "false"), ("compiled", "true")):
-        run_main(arguments(digitscenes, tmp_path / name, *METHODS["CLIP"][0], epochs="2 steps", compile=how))
-    for compiled, eager in zip(figures(tmp_path / "compiled"), figures(tmp_path / "eager"), strict=True):
+        run_main(
+            arguments(
+                digitscenes, tmp_path / name, *METHODS["CLIP"][0], epochs="2 steps", compile=how
+            )
+        )
+    for compiled, eager in zip(
+        figures(tmp_path / "compiled"), figures(tmp_path / "eager"), strict=True
+    ):
         assert compiled == pytest.approx(eager, rel=1e-4)
 
 
@@ -163,21 +206,40 @@ def test_evaluate_scores_a_run(digitscenes, tmp_path, capsys):
     run_main(arguments(digitscenes, tmp_path / "run"))
     trained = lines(tmp_path / "run")[-1]
     capsys.readouterr()
-    run_main(arguments(digitscenes, tmp_path / "other", "--evaluate", checkpoint=tmp_path / "run/model.safetensors"))
+    run_main(
+        arguments(
+            digitscenes,
+            tmp_path / "other",
+            "--evaluate",
+            checkpoint=tmp_path / "run/model.safetensors",
+        )
+    )
     scores = json.loads(capsys.readouterr().out)
-    assert scores == {name.removeprefix("val_"): value for name, value in trained.items() if name.startswith("val_")}
+    assert scores == {
+        name.removeprefix("val_"): value
+        for name, value in trained.items()
+        if name.startswith("val_")
+    }
 
 
 def test_starting_from_weights_and_from_a_text_encoder(digitscenes, tmp_path):
     run_main(arguments(digitscenes, tmp_path / "first", epochs="1 steps"))
     weights = tmp_path / "first/model.safetensors"
     still = {"lr": 0, "lr_start": 0, "lr_end": 0, "epochs": "1 steps"}
-    run_main(arguments(digitscenes, tmp_path / "second", resume=weights, **still))  # as the original's --resume FILE
+    run_main(
+        arguments(digitscenes, tmp_path / "second", resume=weights, **still)
+    )  # as the original's --resume FILE
     run_main(arguments(digitscenes, tmp_path / "third", init_text_encoder=weights, **still))
     from safetensors.torch import load_file
 
-    first, second, third = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second", "third"))
-    assert all(torch.equal(first[name], second[name]) for name in first if "running" not in name and "num_" not in name)
+    first, second, third = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second", "third")
+    )
+    assert all(
+        torch.equal(first[name], second[name])
+        for name in first
+        if "running" not in name and "num_" not in name
+    )
     blocks = [name for name in first if name.startswith("transformer.")]
     assert blocks and all(torch.equal(first[name], third[name]) for name in blocks)
 
@@ -187,7 +249,7 @@ MISTAKES = {
     "unknown data set": ({"dataset": "cc4m"}, "cc3m"),
     "metadata missing": ({"metadata": "nowhere.npy"}, "nowhere.npy"),
     "root missing": ({"root": "no/such/folder"}, "no/such/folder"),
-    "root of other pictures": ({"root": ROOT / "configs"}, "none of the first"),
+    "root of other images": ({"root": ROOT / "configs"}, "none of the first"),
     "metadata of another collection": ({"dataset": "cc12m"}, "no entry of cc12m"),
     "merged without three files": ({"dataset": "merged_opendata"}, "joined by ---"),
     "shards missing": ({"dataset": "wds"}, "--shards"),
@@ -226,7 +288,10 @@ def test_a_class_without_folder_and_a_template_without_place_are_named(digitscen
 
 
 def test_missing_zips_are_counted_and_past_the_budget_listed(digitscenes, tmp_path):
-    rows = [{"image": f"images/00/000.zip/{i:03d}.jpg", "caption": ["a two"]} for i in (*range(50), 200, 201)]
+    rows = [
+        {"image": f"images/00/000.zip/{i:03d}.jpg", "caption": ["a two"]}
+        for i in (*range(50), 200, 201)
+    ]
     rows.append({"image": "images/77/000.zip/000.jpg", "caption": ["a two"]})
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--dataset", "yfcc15m", "--val-folder", "none", "--workers", "0", "--batch-size", "4"]
@@ -248,23 +313,26 @@ def test_the_message_reaches_the_terminal_without_a_traceback(digitscenes, tmp_p
 def test_flags_of_the_original_are_understood():
     words = "--model CL2L_R50_CL2L --dataset cc3m --metadata m.npy --root r --separate-proj --text-augment "
     words += "--clean-before-augment --label-smoothing 0.1 --loss-avg-or-sum sum --update-freq 2 --wd 0.5 --lr 2e-3 "
-    words += (
-        "--betas 0.9 0.98 --eps 1e-8 --lr-start 1e-6 --lr-end 1e-5 --epochs 32 --warmup-epochs 1 -j 5 --print-freq 7 "
-    )
+    words += "--betas 0.9 0.98 --eps 1e-8 --lr-start 1e-6 --lr-end 1e-5 --epochs 32 --warmup-epochs 1 -j 5 --print-freq 7 "
     words += "--checkpoint-grad --transformer-layers 6 --text-dropout-prob 0.2 --attn-layer flash --disable-amp "
-    words += (
-        "--multicrop-resize 192 --caption-sampling multi --seed 50 --eval-freq 2 --dist-url env:// --wandb --offline "
-    )
+    words += "--multicrop-resize 192 --caption-sampling multi --seed 50 --eval-freq 2 --dist-url env:// --wandb --offline "
     words += "--remove-stopwords-prob 0.9 --local_rank 0 --name X --semi-paired --unpaired-ratio 4 --momentum-tau 0.99"
     config = parse(script.Config, words.split())
-    assert (config.accumulate, config.optimizer.weight_decay, config.workers, config.log_every) == (2, 0.5, 5, 7)
+    assert (config.accumulate, config.optimizer.weight_decay, config.workers, config.log_every) == (
+        2,
+        0.5,
+        5,
+        7,
+    )
     assert config.activation_checkpointing and config.network.transformer_layers == 6
     assert config.views.multicrop_resize == 192 and config.texts.remove_stopwords_prob == 0.9
     config.settle(torch.device("cpu"))
     assert (config.precision, config.wandb) == ("fp32", "offline")
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs/main").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "configs/main").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_recipe_is_read(recipe):
     config = parse(script.Config, ["--config", str(recipe)])
     assert config.local_views[0] >= 0
@@ -273,5 +341,7 @@ def test_every_recipe_is_read(recipe):
 def test_help_is_quick():
     heavy = ("torchvision", "timm", "nltk", "textaugment", "ftfy")
     code = f"import sys, main; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -12,15 +12,25 @@ from scripts.data import convert_metadata, make_dataset
 
 
 def table_line(number: int, title: str, description: str) -> str:
-    columns = [str(number), *(f"column{i}" for i in range(1, 8)), title, description, *["rest"] * 15]
+    columns = [
+        str(number),
+        *(f"column{i}" for i in range(1, 8)),
+        title,
+        description,
+        *["rest"] * 15,
+    ]
     return "\t".join(columns) + "\n"
 
 
 @pytest.fixture
 def published(tmp_path):
-    """YFCC100M's table of six pictures, of which four were downloaded and three are on OpenAI's list."""
+    """YFCC100M's table of six images, of which four were downloaded and three are on OpenAI's
+    list."""
     titles = ["A+red%20dog", "two", "see+http%3A%2F%2Fx.y+now", "four", "<b>five</b>", ""]
-    lines = [table_line(n, title, f"<a+href=%22u%22>words</a>+%26+more+{n}") for n, title in enumerate(titles)]
+    lines = [
+        table_line(n, title, f"<a+href=%22u%22>words</a>+%26+more+{n}")
+        for n, title in enumerate(titles)
+    ]
     (tmp_path / "table.txt").write_text("".join(lines))
     (tmp_path / "table.txt.bz2").write_bytes(bz2.compress("".join(lines).encode()))
     np.save(tmp_path / "ids.npy", np.array([4, 0, 2, 5]))
@@ -37,13 +47,20 @@ def test_yfcc15m(published, table, capsys):
     assert [row["image"] for row in rows] == [f"images/00/000.zip/00{n}.jpg" for n in (0, 2, 4)]
     assert rows[0]["caption"] == ["A red dog", "words & more 0"]
     assert rows[1]["caption"][0] == "see  now" and rows[2]["caption"][0] == "five"
-    assert "3 captioned pictures" in capsys.readouterr().out
+    assert "3 captioned images" in capsys.readouterr().out
 
 
 def test_mistakes_of_make_dataset(published):
     def run(**changes):
-        files = {"captions": "table.txt", "available": "ids.npy", "subset": "subset.tsv", "output": "o.jsonl"} | changes
-        flags = [word for name, file in files.items() for word in (f"--{name}", str(published / file))]
+        files = {
+            "captions": "table.txt",
+            "available": "ids.npy",
+            "subset": "subset.tsv",
+            "output": "o.jsonl",
+        } | changes
+        flags = [
+            word for name, file in files.items() for word in (f"--{name}", str(published / file))
+        ]
         make_dataset.main(parse(make_dataset.Config, flags))
 
     with pytest.raises(UserError, match=r"none\.tsv: no such file"):

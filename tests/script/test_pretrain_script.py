@@ -1,4 +1,5 @@
-"""Pretrain.py through its real main: it runs, it learns something, and every mistake is one clear message."""
+"""Pretrain.py through its real main: it runs, it learns something, and every mistake is one clear
+message."""
 
 import fcntl
 import json
@@ -33,19 +34,33 @@ def test_debug_config_runs_and_writes_everything(method, digitscenes, image_toke
         bert = json.loads((ROOT / "configs/bert_debug.json").read_text())
         del bert["add_cross_attention"]
         (tmp_path / "bert.json").write_text(json.dumps(bert | {"fusion_layer": 1}))
-        changes |= {"method": "albef", "bert_config": tmp_path / "bert.json", "image_tokenizer_path": "none"}
+        changes |= {
+            "method": "albef",
+            "bert_config": tmp_path / "bert.json",
+            "image_tokenizer_path": "none",
+        }
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
     lines = losses(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 9))
-    names = {"loss_ita", "loss_itm", "loss_mlm"} | ({"loss_mim", "loss_pseudo"} if method == "simla" else set())
+    names = {"loss_ita", "loss_itm", "loss_mlm"} | (
+        {"loss_mim", "loss_pseudo"} if method == "simla" else set()
+    )
     assert names == {key for key in lines[0] if key.startswith("loss_")}
     assert lines[0]["loss"] == pytest.approx(sum(lines[0][name] for name in names), rel=1e-5)
-    assert (tmp_path / "run" / "config.yaml").exists() and list((tmp_path / "run" / "tensorboard").iterdir())
+    assert (tmp_path / "run" / "config.yaml").exists() and list(
+        (tmp_path / "run" / "tensorboard").iterdir()
+    )
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_losses_fall(digitscenes, image_tokenizer, tmp_path):
-    changes = {"scheduler.epochs": "60 steps", "log_every": 10, "optimizer.lr": 3e-3, "batch_size": 16, "alpha": 0}
+    changes = {
+        "scheduler.epochs": "60 steps",
+        "log_every": 10,
+        "optimizer.lr": 3e-3,
+        "batch_size": 16,
+        "alpha": 0,
+    }
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
     lines = losses(tmp_path / "run")
     for name in ("loss_ita", "loss_mlm", "loss_mim"):
@@ -73,14 +88,26 @@ def test_activation_checkpointing_changes_no_number(digitscenes, image_tokenizer
     for name in ("false", "true"):
         changes = {"scheduler.epochs": "3 steps", "activation_checkpointing": name}
         run_main(arguments(digitscenes, image_tokenizer, tmp_path / name, **changes))
-    for plain, recomputed in zip(losses(tmp_path / "false"), losses(tmp_path / "true"), strict=True):
-        assert recomputed == pytest.approx(plain, rel=1e-5)  # gradients of shared blocks add up in another order
+    for plain, recomputed in zip(
+        losses(tmp_path / "false"), losses(tmp_path / "true"), strict=True
+    ):
+        assert recomputed == pytest.approx(
+            plain, rel=1e-5
+        )  # gradients of shared blocks add up in another order
 
 
 def test_cached_codes_equal_codes_computed_on_the_fly(digitscenes, image_tokenizer, tmp_path):
     fixed = {"fixed_geometry": "true", "scheduler.epochs": "4 steps"}
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "fly", **fixed))
-    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "cache", code_cache=tmp_path / "codes.npy", **fixed))
+    run_main(
+        arguments(
+            digitscenes,
+            image_tokenizer,
+            tmp_path / "cache",
+            code_cache=tmp_path / "codes.npy",
+            **fixed,
+        )
+    )
     assert losses(tmp_path / "fly") == losses(tmp_path / "cache")
 
 
@@ -93,18 +120,34 @@ def test_starting_from_the_weights_of_another_run(digitscenes, image_tokenizer, 
     from safetensors.torch import load_file
 
     first, second = load_file(weights), load_file(tmp_path / "second" / "model.safetensors")
-    assert all(torch.equal(first[k], second[k]) for k in first if "_m." not in k and "queue" not in k)
+    assert all(
+        torch.equal(first[k], second[k]) for k in first if "_m." not in k and "queue" not in k
+    )
 
 
-def test_starting_from_a_hybrid_transformer_of_classification(digitscenes, image_tokenizer, tmp_path):
+def test_starting_from_a_hybrid_transformer_of_classification(
+    digitscenes, image_tokenizer, tmp_path
+):
     """The teacher too has its statistics, and training moves neither's."""
     torch.manual_seed(0)
-    network = ClassifierConfig(model="vit-mu/8", stem=(4, 6), image_size=32, num_classes=5, representation_size=8)
+    network = ClassifierConfig(
+        model="vit-mu/8", stem=(4, 6), image_size=32, num_classes=5, representation_size=8
+    )
     classifier = VisionClassifier(network).train()
     classifier.logits(torch.randn(8, 3, 32, 32))  # sets statistics
     torch.save({"model": classifier.state_dict()}, tmp_path / "vit.pth")
-    changes = {"vision_weights": tmp_path / "vit.pth", "vision_stem": "[4, 6]", "scheduler.epochs": "2 steps"}
-    changes |= {"image_res": 32, "patch_size": 8, "vision_width": 32, "vision_depth": 2, "vision_heads": 2}
+    changes = {
+        "vision_weights": tmp_path / "vit.pth",
+        "vision_stem": "[4, 6]",
+        "scheduler.epochs": "2 steps",
+    }
+    changes |= {
+        "image_res": 32,
+        "patch_size": 8,
+        "vision_width": 32,
+        "vision_depth": 2,
+        "vision_heads": 2,
+    }
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
     from safetensors.torch import load_file
 
@@ -129,8 +172,11 @@ MISTAKES = {
     "wrong type": ({"batch_size": "many"}, "batch"),
     "out of range": ({"alpha": 1.5}, "alpha"),
     "fp16 on the CPU": ({"precision": "fp16"}, "bf16"),
-    "patch does not divide the picture": ({"image_res": 30}, "patch"),
-    "more stages than the patch has halvings": ({"vision_stem": "[4, 4, 4, 4, 4, 4]"}, "fewer stages"),
+    "patch does not divide the image": ({"image_res": 30}, "patch"),
+    "more stages than the patch has halvings": (
+        {"vision_stem": "[4, 4, 4, 4, 4, 4]"},
+        "fewer stages",
+    ),
 }
 
 
@@ -143,7 +189,9 @@ def test_a_mistake_is_one_clear_message(mistake, digitscenes, image_tokenizer, t
     assert named in str(caught.value)
 
 
-def test_the_message_reaches_the_terminal_without_a_traceback(digitscenes, image_tokenizer, tmp_path):
+def test_the_message_reaches_the_terminal_without_a_traceback(
+    digitscenes, image_tokenizer, tmp_path
+):
     flags = arguments(digitscenes, image_tokenizer, tmp_path / "run", train_file="nowhere.json")
     output = finish(1, flags, expect=2)
     assert "error:" in output and "nowhere.json" in output and "Traceback" not in output
@@ -154,27 +202,53 @@ def test_an_annotation_without_a_field_names_file_and_index(digitscenes, image_t
     del entries[7]["caption"]
     (tmp_path / "broken.json").write_text(json.dumps(entries))
     with pytest.raises(Exception, match=r"broken\.json.*7.*caption|broken\.json.*caption.*7"):
-        run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", train_file=tmp_path / "broken.json"))
+        run_main(
+            arguments(
+                digitscenes, image_tokenizer, tmp_path / "run", train_file=tmp_path / "broken.json"
+            )
+        )
 
 
-def test_a_checkpoint_of_another_architecture_lists_the_keys(digitscenes, image_tokenizer, tmp_path):
-    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "first", **{"scheduler.epochs": "1 steps"}))
+def test_a_checkpoint_of_another_architecture_lists_the_keys(
+    digitscenes, image_tokenizer, tmp_path
+):
+    run_main(
+        arguments(
+            digitscenes, image_tokenizer, tmp_path / "first", **{"scheduler.epochs": "1 steps"}
+        )
+    )
     weights = tmp_path / "first" / "model.safetensors"
     with pytest.raises(Exception, match="visual_encoder") as caught:
-        run_main(arguments(digitscenes, image_tokenizer, tmp_path / "second", checkpoint=weights, vision_depth=1))
+        run_main(
+            arguments(
+                digitscenes,
+                image_tokenizer,
+                tmp_path / "second",
+                checkpoint=weights,
+                vision_depth=1,
+            )
+        )
     assert isinstance(caught.value, UserError)
 
 
-def test_bad_pictures_are_counted_and_past_the_budget_listed(digitscenes, image_tokenizer, tmp_path):
+def test_bad_images_are_counted_and_past_the_budget_listed(digitscenes, image_tokenizer, tmp_path):
     entries = json.loads((digitscenes / "pretrain_train.json").read_text())
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
     bad = [{"image": str(tmp_path / "torn.jpg"), "caption": "a red one"}]
     (tmp_path / "one.json").write_text(json.dumps(entries + bad))
-    changes = {"train_file": tmp_path / "one.json", "error_budget": 0.5, "scheduler.epochs": "9 steps"}
+    changes = {
+        "train_file": tmp_path / "one.json",
+        "error_budget": 0.5,
+        "scheduler.epochs": "9 steps",
+    }
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
     assert losses(tmp_path / "run")[-1]["errors"] == 1
     (tmp_path / "many.json").write_text(json.dumps(entries + bad * 30))
-    changes |= {"train_file": tmp_path / "many.json", "error_budget": 0.01, "scheduler.epochs": "40 steps"}
+    changes |= {
+        "train_file": tmp_path / "many.json",
+        "error_budget": 0.01,
+        "scheduler.epochs": "40 steps",
+    }
     with pytest.raises(Exception, match=r"torn\.jpg"):
         run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run2", **changes))
 
@@ -187,7 +261,9 @@ def test_nan_stops_before_the_update_and_names_the_last_good_checkpoint(
     def poisoned(self, **batch):
         losses = original(self, **batch)
         calls.append(1)
-        return losses | {"loss_ita": losses["loss_ita"] * float("nan")} if len(calls) == 6 else losses
+        return (
+            losses | {"loss_ita": losses["loss_ita"] * float("nan")} if len(calls) == 6 else losses
+        )
 
     monkeypatch.setattr(Pretrain.Simla, "forward", poisoned)
     monkeypatch.setattr(Pretrain, "training_flops", lambda *_: 0.0)
@@ -195,11 +271,15 @@ def test_nan_stops_before_the_update_and_names_the_last_good_checkpoint(
         run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run"))
     assert isinstance(caught.value, UserError)
     newest = torch.load(tmp_path / "run" / "checkpoint_00000004.pt", weights_only=True)
-    assert all(value.isfinite().all() for value in newest["model"].values() if value.is_floating_point())
+    assert all(
+        value.isfinite().all() for value in newest["model"].values() if value.is_floating_point()
+    )
 
 
 def test_a_full_disk_while_saving_keeps_the_old_checkpoint(digitscenes, image_tokenizer, tmp_path):
-    run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **{"scheduler.epochs": "4 steps"}))
+    run_main(
+        arguments(digitscenes, image_tokenizer, tmp_path / "run", **{"scheduler.epochs": "4 steps"})
+    )
     old = (tmp_path / "run" / "checkpoint_00000004.pt").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -225,7 +305,11 @@ def test_two_runs_may_not_write_one_folder(digitscenes, image_tokenizer, tmp_pat
 def test_wandb_offline_logs_into_the_run_folder(digitscenes, image_tokenizer, tmp_path):
     pytest.importorskip("wandb")
     flags = arguments(
-        digitscenes, image_tokenizer, tmp_path / "run", wandb="offline", **{"scheduler.epochs": "2 steps"}
+        digitscenes,
+        image_tokenizer,
+        tmp_path / "run",
+        wandb="offline",
+        **{"scheduler.epochs": "2 steps"},
     )
     run_main(flags)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
@@ -234,5 +318,7 @@ def test_wandb_offline_logs_into_the_run_folder(digitscenes, image_tokenizer, tm
 def test_help_needs_neither_torchvision_nor_transformers():
     heavy = ("torchvision", "transformers", "timm", "sklearn")
     code = f"import sys, Pretrain; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

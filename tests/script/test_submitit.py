@@ -1,4 +1,5 @@
-"""run_with_submitit.py where there is no Slurm: the batch file it would submit, and what it says."""
+"""run_with_submitit.py where there is no Slurm: the batch file it would submit, and what it
+says."""
 
 import os
 import subprocess
@@ -31,11 +32,24 @@ def srun(text) -> str:
 
 
 def options(text) -> set[str]:
-    return {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
+    return {
+        line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")
+    }
 
 
 def test_options_become_sbatch_options(capsys):
-    words = ["--name", "X", "--comment", "for the deadline", "--account", "lab", "--qos", "low", "--exclude", "n[1-3]"]
+    words = [
+        "--name",
+        "X",
+        "--comment",
+        "for the deadline",
+        "--account",
+        "lab",
+        "--qos",
+        "low",
+        "--exclude",
+        "n[1-3]",
+    ]
     words += [
         "--constraint",
         "a100",
@@ -73,7 +87,13 @@ def test_options_become_sbatch_options(capsys):
 
 def test_defaults_are_the_originals_launcher(capsys):
     text = preview(capsys, "Pretrain.py", "--use_volta32")
-    given = {"--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=2800", "--mem=327680M"}
+    given = {
+        "--nodes=8",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--time=2800",
+        "--mem=327680M",
+    }
     assert options(text) >= given | {"--cpus-per-task=10", "--constraint=volta32gb"}
 
 
@@ -84,9 +104,21 @@ def test_cpu_job_asks_for_no_gpu(capsys):
 
 
 def test_the_script_gets_its_words_unharmed(capsys):
-    words = ["--alpha", "0.3", "--", "--nodes", "7", "--caption", "it's $HOME; 50%", "--config", "a b.yaml"]
+    words = [
+        "--alpha",
+        "0.3",
+        "--",
+        "--nodes",
+        "7",
+        "--caption",
+        "it's $HOME; 50%",
+        "--config",
+        "a b.yaml",
+    ]
     line = srun(preview(capsys, *SLURM, "--name", "X", *words))
-    split = subprocess.run(["bash", "-c", f'srun() {{ printf "%s\\0" "$@"; }}; {line}'], capture_output=True, text=True)
+    split = subprocess.run(
+        ["bash", "-c", f'srun() {{ printf "%s\\0" "$@"; }}; {line}'], capture_output=True, text=True
+    )
     received = split.stdout.split("\0")[:-1]
     received = received[received.index(str(ROOT / "Pretrain.py")) + 1 :]
     assert received[:2] == ["--output_dir", str(ROOT / "output/X")]
@@ -96,21 +128,29 @@ def test_the_script_gets_its_words_unharmed(capsys):
 def test_the_job_number_stands_in_for_percent_j(capsys, tmp_path):
     line = srun(preview(capsys, *SLURM, "--job_dir", f"{tmp_path}/my jobs/%j"))
     shell = f'SLURM_JOB_ID=12; srun() {{ printf "%s\\n" "$@"; }}; {line}'
-    assert f"{tmp_path}/my jobs/12" in subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout
+    assert (
+        f"{tmp_path}/my jobs/12"
+        in subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout
+    )
     assert not list(tmp_path.iterdir()), "a dry run wrote something"
 
 
 def test_main_is_the_default_script_and_gets_the_name(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "main.py").touch()
-    line = srun(preview(capsys, "--name", "X", "--nodes", "1", "--model", "CL2L_R50_CL2L", "--separate-proj"))
+    line = srun(
+        preview(
+            capsys, "--name", "X", "--nodes", "1", "--model", "CL2L_R50_CL2L", "--separate-proj"
+        )
+    )
     assert line.endswith(
         f"{tmp_path}/main.py --output_dir {tmp_path}/output/X --name X --model CL2L_R50_CL2L --separate-proj"
     )
 
 
 def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys, tmp_path):
-    """The batch file with stand-ins for Slurm's programs: srun ends with STATUS, scontrol notes what it is asked."""
+    """The batch file with stand-ins for Slurm's programs: srun ends with STATUS, scontrol notes
+    what it is asked."""
     assert run_with_submitit.EXIT_REQUEUE == EXIT_REQUEUE
     text = preview(capsys, *SLURM, "--job_dir", str(tmp_path), "--max_requeues", "2")
     stand_ins = f"""
@@ -120,9 +160,16 @@ def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys
 
     def requeued(status, before_end=":") -> bool:
         (tmp_path / "asked").unlink(missing_ok=True)
-        env = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "RANK": "5", "PATH": os.environ["PATH"]}
+        env = {
+            "SLURM_JOB_ID": "12",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "RANK": "5",
+            "PATH": os.environ["PATH"],
+        }
         env |= {"STATUS": str(status), "BEFORE_END": before_end}
-        done = subprocess.run(["bash", "-c", stand_ins + text], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", stand_ins + text], env=env, capture_output=True, text=True
+        )
         assert done.returncode == status, done.stderr
         return "requeue 12" in (tmp_path / "asked").read_text()
 
@@ -134,8 +181,14 @@ def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys
 
 def test_absent_slurm_says_how_to_run_without(tmp_path):
     command = [sys.executable, "run_with_submitit.py", *SLURM, "--", "--alpha", "0.3"]
-    result = subprocess.run(command, env={"PATH": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    result = subprocess.run(
+        command, env={"PATH": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        result.returncode == 2
+        and result.stderr.startswith("error: ")
+        and "Traceback" not in result.stderr
+    )
     assert "torchrun --standalone --nproc_per_node=4 Pretrain.py --alpha 0.3" in result.stderr
     assert "--nnodes=2" in result.stderr and "scripts/dev/local_slurm.sh" in result.stderr
 

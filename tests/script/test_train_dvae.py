@@ -1,4 +1,5 @@
-"""scripts/train_dvae.py from the command line: pictures in, a loadable tokenizer out; stopped and resumed alike."""
+"""scripts/train_dvae.py from the command line: images in, a loadable tokenizer out; stopped and
+resumed alike."""
 
 import json
 import os
@@ -11,31 +12,35 @@ import torch
 from base.errors import UserError
 from models.fusion.dvae import ImageTokenizer
 from runtime.checkpoint import read_weights
-from scripts.train_dvae import Config, build_model, find_pictures
+from scripts.train_dvae import Config, build_model, find_images
 
 SMALL = "--size 16 --vocab_size 8 --width 4 --decoder_width 8 --batch_size 8 --workers 0 --device cpu".split()
 
 
 def train(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "scripts/train_dvae.py", *SMALL, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     for i in range(60):
         pixels = torch.randint(256, (24, 20, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
-    (folder / "list.json").write_text(json.dumps([{"image": f"{i}.png", "caption": "noise"} for i in range(60)]))
+    (folder / "list.json").write_text(
+        json.dumps([{"image": f"{i}.png", "caption": "noise"} for i in range(60)])
+    )
     return folder
 
 
-def test_resumed_run_is_the_straight_run(pictures, tmp_path):
-    data = ["--data", pictures / "list.json", "--image_root", pictures, "--scheduler.epochs", "8 steps"]
+def test_resumed_run_is_the_straight_run(images, tmp_path):
+    data = ["--data", images / "list.json", "--image_root", images, "--scheduler.epochs", "8 steps"]
     straight = train(*data, "--output_dir", tmp_path / "a")
     assert straight.returncode == 0, straight.stderr
     assert "codes used, perplexity" in straight.stdout + straight.stderr
@@ -47,18 +52,20 @@ def test_resumed_run_is_the_straight_run(pictures, tmp_path):
 
     assert (tmp_path / "a" / "preview.png").stat().st_size > 1000
     report = json.loads((tmp_path / "a" / "image_tokenizer.json").read_text())
-    assert report["pictures"] == 3 and 0 < report["codes_used"] <= 1
+    assert report["images"] == 3 and 0 < report["codes_used"] <= 1
     tokenizer = ImageTokenizer.load(tmp_path / "a" / "image_tokenizer.safetensors", read_weights)
     assert tokenizer.codes(torch.rand(2, 3, 16, 16)).shape == (2, 4, 4)
 
 
-def test_mistakes_are_found_before_training(pictures, tmp_path):
+def test_mistakes_are_found_before_training(images, tmp_path):
     result = train("--data", tmp_path, "--output_dir", tmp_path / "out")
-    assert result.returncode == 2 and "no pictures" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 2 and "no images" in result.stderr and "Traceback" not in result.stderr
+    )
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="image_root"):
-        find_pictures(Config(data=[str(pictures / "list.json")]))
-    with pytest.raises(UserError, match="0 pictures; name JSON lists or folders"):
-        find_pictures(Config())
+        find_images(Config(data=[str(images / "list.json")]))
+    with pytest.raises(UserError, match="0 images; name JSON lists or folders"):
+        find_images(Config())
     with pytest.raises(UserError, match="--size 18 is no multiple of 4"):
         build_model(Config(size=18))

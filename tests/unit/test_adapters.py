@@ -1,4 +1,5 @@
-"""Checkpoint conversions: renames on small hand-made states, and loading that is never silently partial."""
+"""Checkpoint conversions: renames on small hand-made states, and loading that is never silently
+partial."""
 
 import json
 
@@ -18,7 +19,9 @@ BERT = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_hea
 
 
 def vit(size: int = 8, mask_token: bool = False) -> ViT:
-    return ViT(ViTConfig(image_size=size, patch_size=4, width=8, depth=1, heads=2, mask_token=mask_token))
+    return ViT(
+        ViTConfig(image_size=size, patch_size=4, width=8, depth=1, heads=2, mask_token=mask_token)
+    )
 
 
 class Pretrain(nn.Module):
@@ -60,11 +63,21 @@ class Nlvr(nn.Module):
         super().__init__()
         for suffix in ("", "_m") if momentum else ("",):
             setattr(self, f"visual_encoder{suffix}", vit(16))
-            setattr(self, f"text_encoder{suffix}", XBert(BertConfig(**BERT | {"num_hidden_layers": 3})))
+            setattr(
+                self, f"text_encoder{suffix}", XBert(BertConfig(**BERT | {"num_hidden_layers": 3}))
+            )
             if head == "cls_head":
-                setattr(self, f"cls_head{suffix}", nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+                setattr(
+                    self,
+                    f"cls_head{suffix}",
+                    nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
+                )
         if head == "ta_head":
-            self.ta_head, self.vision_proj, self.temp = nn.Linear(8, 3), nn.Linear(8, 4), nn.Parameter(torch.ones(()))
+            self.ta_head, self.vision_proj, self.temp = (
+                nn.Linear(8, 3),
+                nn.Linear(8, 4),
+                nn.Parameter(torch.ones(())),
+            )
 
 
 class Vqa(nn.Module):
@@ -73,15 +86,24 @@ class Vqa(nn.Module):
         for suffix in ("", "_m"):
             setattr(self, f"visual_encoder{suffix}", vit(16))
             setattr(self, f"text_encoder{suffix}", XBert(BertConfig(**BERT)))
-            setattr(self, f"text_decoder{suffix}", XBertLM(BertConfig(**BERT | {"num_hidden_layers": 1})))
+            setattr(
+                self,
+                f"text_decoder{suffix}",
+                XBertLM(BertConfig(**BERT | {"num_hidden_layers": 1})),
+            )
 
 
 def test_pretrained_weights_reach_the_retrieval_model():
     source, target = Pretrain(), Retrieval()
     left_out = start_from(target, source.state_dict(), "retrieval")
     for suffix in ("", "_m"):
-        new, old = getattr(target, f"text_encoder{suffix}"), getattr(source, f"text_encoder{suffix}").bert
-        assert all(torch.equal(new.state_dict()[key], value) for key, value in old.state_dict().items())
+        new, old = (
+            getattr(target, f"text_encoder{suffix}"),
+            getattr(source, f"text_encoder{suffix}").bert,
+        )
+        assert all(
+            torch.equal(new.state_dict()[key], value) for key, value in old.state_dict().items()
+        )
     assert target.visual_encoder.pos_embed.shape == (1, 17, 8)
     assert torch.equal(target.visual_encoder.pos_embed[:, 0], source.visual_encoder.pos_embed[:, 0])
     assert torch.equal(target.image_queue, source.image_queue) and target.queue_ptr.item() == 1
@@ -107,8 +129,13 @@ def test_vqa_decoder_takes_the_last_layers():
     source, target = Pretrain(), Vqa()
     start_from(target, source.state_dict(), "vqa")
     for suffix in ("", "_m"):
-        decoder, encoder = getattr(target, f"text_decoder{suffix}"), getattr(source, f"text_encoder{suffix}")
-        assert torch.equal(decoder.bert.layers[0].output.dense.weight, encoder.bert.layers[1].output.dense.weight)
+        decoder, encoder = (
+            getattr(target, f"text_decoder{suffix}"),
+            getattr(source, f"text_encoder{suffix}"),
+        )
+        assert torch.equal(
+            decoder.bert.layers[0].output.dense.weight, encoder.bert.layers[1].output.dense.weight
+        )
         assert torch.equal(decoder.cls["predictions"].bias, encoder.cls["predictions"].bias)
     fine_tuned = {key: value + 1 for key, value in target.state_dict().items()}
     again = Vqa()
@@ -117,7 +144,11 @@ def test_vqa_decoder_takes_the_last_layers():
 
 
 def test_text_assignment_then_nlvr():
-    source, assigned, final = Pretrain(), Nlvr("ta_head", momentum=False), Nlvr("cls_head", momentum=True)
+    source, assigned, final = (
+        Pretrain(),
+        Nlvr("ta_head", momentum=False),
+        Nlvr("cls_head", momentum=True),
+    )
     start_from(assigned, source.state_dict(), "text_assignment")
     layers = [layer.output.dense.weight for layer in assigned.text_encoder.layers]
     old = [layer.output.dense.weight for layer in source.text_encoder.bert.layers]
@@ -129,12 +160,22 @@ def test_text_assignment_then_nlvr():
     untouched = Nlvr("cls_head", momentum=True)
     initial = {key: value.clone() for key, value in untouched.text_encoder_m.state_dict().items()}
     start_from(untouched, assigned.state_dict(), "nlvr", fill_momentum=False)
-    assert all(torch.equal(untouched.text_encoder_m.state_dict()[key], initial[key]) for key in initial)
+    assert all(
+        torch.equal(untouched.text_encoder_m.state_dict()[key], initial[key]) for key in initial
+    )
 
 
 def test_kinds_and_what_a_task_cannot_start_from():
-    states = {"pretrain": Pretrain(), "retrieval": Retrieval(), "vqa": Vqa(), "nlvr": Nlvr("cls_head", True),
-              "text_assignment": Nlvr("ta_head", False), "vit": vit(), "bert": XBertLM(BertConfig(**BERT))}  # fmt: skip
+    states = {
+        "pretrain": Pretrain(),
+        "retrieval": Retrieval(),
+        "vqa": Vqa(),
+        "nlvr": Nlvr("cls_head", True),
+        # fmt: skip
+        "text_assignment": Nlvr("ta_head", False),
+        "vit": vit(),
+        "bert": XBertLM(BertConfig(**BERT)),
+    }
     for kind, model in states.items():
         assert checkpoint_kind(model.state_dict()) == kind
     with pytest.raises(UserError, match="this is a nlvr checkpoint, and retrieval starts from"):
@@ -155,11 +196,23 @@ def test_every_difference_is_listed_and_nothing_is_loaded():
     with pytest.raises(UserError) as error:
         load_checkpoint(model, state)
     text = str(error.value)
-    assert "missing: 0.bias" in text and "unexpected: extra" in text and "1.weight [4, 2] instead of [3, 2]" in text
+    assert (
+        "missing: 0.bias" in text
+        and "unexpected: extra" in text
+        and "1.weight [4, 2] instead of [3, 2]" in text
+    )
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-    found = load_checkpoint(model, state, allowed_missing=("0.b*", "1.weight"), allowed_unexpected=("ext*",))
-    assert found.missing == ["0.bias"] and found.unexpected == ["extra"] and found.mismatched[0][0] == "1.weight"
-    assert torch.equal(model[1].bias, torch.ones(3)) and torch.equal(model[1].weight, before["1.weight"])
+    found = load_checkpoint(
+        model, state, allowed_missing=("0.b*", "1.weight"), allowed_unexpected=("ext*",)
+    )
+    assert (
+        found.missing == ["0.bias"]
+        and found.unexpected == ["extra"]
+        and found.mismatched[0][0] == "1.weight"
+    )
+    assert torch.equal(model[1].bias, torch.ones(3)) and torch.equal(
+        model[1].weight, before["1.weight"]
+    )
 
 
 def test_long_lists_are_cut():
@@ -168,7 +221,8 @@ def test_long_lists_are_cut():
 
 
 def hf_bert(old_names: bool, prefix: str) -> dict[str, torch.Tensor]:
-    """A transformers BERT with pooler, token types and next-sentence head; tied decoder left out."""
+    """A transformers BERT with pooler, token types and next-sentence head; tied decoder left
+    out."""
     from transformers import BertConfig as HfConfig
     from transformers import BertForPreTraining
 
@@ -178,7 +232,9 @@ def hf_bert(old_names: bool, prefix: str) -> dict[str, torch.Tensor]:
     if old_names:
         state = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
                  for k, v in state.items()}  # fmt: skip
-    return {k.replace("bert.", prefix, 1) if k.startswith("bert.") else k: v for k, v in state.items()}
+    return {
+        k.replace("bert.", prefix, 1) if k.startswith("bert.") else k: v for k, v in state.items()
+    }
 
 
 @pytest.mark.parametrize("old_names", [False, True])
@@ -192,7 +248,9 @@ def test_bert_in_every_spelling(old_names, prefix):
     assert torch.equal(lm.cls["predictions"].bias, state["cls.predictions.bias"])
     assert all("crossattention" in key or "position_ids" in key for key in found.missing)
     assert found.unexpected == ["bert.embeddings.token_type_embeddings.weight"]
-    two_stage = XBert(BertConfig(**BERT | {"num_hidden_layers": 3, "single_stream": False, "fusion_layer": 1}))
+    two_stage = XBert(
+        BertConfig(**BERT | {"num_hidden_layers": 3, "single_stream": False, "fusion_layer": 1})
+    )
     found = load_bert(two_stage, state)
     assert not found.unexpected and torch.equal(two_stage.embeddings.word_embeddings.weight, words)
     last = state[f"{prefix}encoder.layer.1.output.dense.weight"]
@@ -230,7 +288,9 @@ def test_deit_weights():
     source = vit(8).state_dict()
     state = source | {"head.weight": torch.ones(3, 8), "head.bias": torch.ones(3)}
     target = vit(16, mask_token=True)
-    found = load_checkpoint(target, adapters.deit_weights(state, grid=4), allowed_missing=("mask_token",))
+    found = load_checkpoint(
+        target, adapters.deit_weights(state, grid=4), allowed_missing=("mask_token",)
+    )
     assert found.missing == ["mask_token"] and target.pos_embed.shape == (1, 17, 8)
     with pytest.raises(UserError, match="distilled"):
         adapters.deit_weights(state | {"dist_token": torch.ones(1)}, grid=4)

@@ -1,4 +1,5 @@
-"""ALIGN's parts: geometries, padding, stochastic depth, LAMB, names, mistakes, transformers' layout both ways."""
+"""ALIGN's parts: geometries, padding, stochastic depth, LAMB, names, mistakes, transformers' layout
+both ways."""
 
 import json
 
@@ -15,7 +16,13 @@ from models.dual_encoder.factory import build_dual, model_names, parts_of
 from models.layers.batchnorm import GhostBatchNorm, collect, deal, synchronise_batch_norm
 from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape, padded
 from models.layers.xbert import BertConfig
-from models.weights.align import config_of, from_tensorflow_names, hugging_face_config, is_align, to_hugging_face
+from models.weights.align import (
+    config_of,
+    from_tensorflow_names,
+    hugging_face_config,
+    is_align,
+    to_hugging_face,
+)
 from models.weights.loading import load_checkpoint
 from runtime.optim.build import Optimizer, Precision, build_optimizer
 from runtime.optim.lamb import Lamb
@@ -39,10 +46,13 @@ def count(tensors) -> int:
 
 
 def tiny(model="ALIGN_B7_MINI", **values) -> Align:
-    """A B7 in name, so that it fits transformers; its first stage keeps its width, which no published one does."""
+    """A B7 in name, so that it fits transformers; its first stage keeps its width, which no
+    published one does."""
     torch.manual_seed(0)
     image = EfficientNetShape(0.25, 0.34, drop_connect=0.0, virtual_batch=0)
-    return Align(DualConfig(model=model, embed_dim=80, vocab_size=30, image_size=64, **values), image, TEXT)
+    return Align(
+        DualConfig(model=model, embed_dim=80, vocab_size=30, image_size=64, **values), image, TEXT
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -59,7 +69,10 @@ def test_text_sizes(name, parameters):
         model = build_dual(DualConfig(model=f"ALIGN_B3_{name}", embed_dim=640, vocab_size=30522))
     width = model.text_model.config.hidden_size
     pooler = width * width + width  # counted there, left out here
-    assert count([*model.text_model.parameters(), *model.text_projection.parameters()]) == parameters - pooler
+    assert (
+        count([*model.text_model.parameters(), *model.text_projection.parameters()])
+        == parameters - pooler
+    )
 
 
 @pytest.mark.parametrize("name", align_names())
@@ -75,7 +88,8 @@ def test_maps_at_289_pixels():
     with torch.device("meta"):
         tower = EfficientNet(SHAPES["B0"])
         hooks = [
-            block.register_forward_hook(lambda m, i, o: sizes.append(o.shape[-1])) for block in tower.encoder["blocks"]
+            block.register_forward_hook(lambda m, i, o: sizes.append(o.shape[-1]))
+            for block in tower.encoder["blocks"]
         ]
         assert tower.eval()(torch.empty(1, 3, 289, 289)).shape == (1, 320)
     assert len(hooks) == 16 and list(dict.fromkeys(sizes)) == [144, 72, 36, 18, 9]
@@ -114,7 +128,9 @@ def test_ghost_batch_norm_stays_itself():
     assert isinstance(synchronise_batch_norm(model)[0], GhostBatchNorm)
     with torch.no_grad():
         model[0].train()(torch.randn(32, 4, 2, 2))
-    assert model[0].num_batches_tracked == 0  # a pass without gradient is half of a checkpointed one
+    assert (
+        model[0].num_batches_tracked == 0
+    )  # a pass without gradient is half of a checkpointed one
 
 
 def test_stochastic_depth_drops_samples():
@@ -138,7 +154,10 @@ def test_lamb_agrees_with_timm():
     torch.manual_seed(0)
     shapes = [(4, 3), (5,), (), (2, 3, 3, 3)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(s) * 0.1) for s in shapes] for _ in range(2))
-    groups = [[{"params": p[:3], "weight_decay": 0.01}, {"params": p[3:], "weight_decay": 0.0}] for p in (ours, theirs)]
+    groups = [
+        [{"params": p[:3], "weight_decay": 0.01}, {"params": p[3:], "weight_decay": 0.0}]
+        for p in (ours, theirs)
+    ]
     optimizers = Lamb(groups[0], 1e-2), TimmLamb(groups[1], lr=1e-2, eps=1e-6, max_grad_norm=None)
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
@@ -152,7 +171,9 @@ def test_lamb_agrees_with_timm():
 
 def test_lamb_leaves_out_what_is_not_finite():
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = build_optimizer(torch.nn.ParameterDict({"w": weight}), Optimizer(opt="lamb", weight_decay=0.1), ["w"])
+    optimizer = build_optimizer(
+        torch.nn.ParameterDict({"w": weight}), Optimizer(opt="lamb", weight_decay=0.1), ["w"]
+    )
     precision = Precision("fp32", torch.device("cpu"))
     for grad, moves in ((1.0, True), (float("nan"), False), (1.0, False)):
         before = weight.detach().clone()
@@ -170,12 +191,17 @@ def test_lamb_skips_what_has_no_gradient_and_its_state_comes_back():
     assert torch.equal(b, torch.ones(2)) and not torch.equal(a, b) and not optimizer.state[b]
     copy = Lamb([{"params": [a, b], "weight_decay": 0.1}], 0.1)
     copy.load_state_dict(optimizer.state_dict())
-    assert torch.equal(copy.state[a]["exp_avg"], optimizer.state[a]["exp_avg"]) and copy.state[a]["step"] == 1
+    assert (
+        torch.equal(copy.state[a]["exp_avg"], optimizer.state[a]["exp_avg"])
+        and copy.state[a]["step"] == 1
+    )
 
 
 def test_lamb_decays_everything_but_batch_norms():
     decayed, free = names_by_decay(tiny("ALIGN_B3_MINI"))
-    assert {"temperature", "text_projection.bias", "text_model.embeddings.LayerNorm.weight"} <= {*decayed}
+    assert {"temperature", "text_projection.bias", "text_model.embeddings.LayerNorm.weight"} <= {
+        *decayed
+    }
     assert all("bn." in name or "norm." in name for name in free)
     assert all(name.startswith("vision_model.") for name in free) and len(free) == 2 * sum(
         isinstance(m, GhostBatchNorm) for m in tiny().modules()
@@ -187,7 +213,11 @@ def test_transformers_layout_both_ways(ours_first):
     from transformers import AlignConfig, AlignModel
 
     ours = tiny().eval()
-    values = {k: v for k, v in hugging_face_config(ours).items() if k not in ("architectures", "model_type")}
+    values = {
+        k: v
+        for k, v in hugging_face_config(ours).items()
+        if k not in ("architectures", "model_type")
+    }
     theirs = AlignModel(AlignConfig(**values)).eval()
     with torch.no_grad():
         for norm in (m for m in [*ours.modules(), *theirs.modules()] if hasattr(m, "running_var")):
@@ -198,7 +228,9 @@ def test_transformers_layout_both_ways(ours_first):
     else:
         assert is_align(theirs.state_dict())
         load_checkpoint(ours, theirs.state_dict(), (), NOT_LOADED)
-    for block, twin in zip(ours.vision_model.encoder["blocks"], theirs.vision_model.encoder.blocks, strict=True):
+    for block, twin in zip(
+        ours.vision_model.encoder["blocks"], theirs.vision_model.encoder.blocks, strict=True
+    ):
         assert block.skip == twin.projection.apply_dropout or block.drop == 0
         block.skip = twin.projection.apply_dropout  # the toy's first stage has a skip by its width
     image, ids = torch.randn(2, 3, 64, 64), torch.tensor([[2, 7, 9, 3], [2, 5, 3, 0]])
@@ -215,7 +247,12 @@ def test_configuration_from_weights():
         model = build_dual(DualConfig(model="ALIGN_B2_TINY", embed_dim=24, vocab_size=77))
     state = model.state_dict() | {"temperature": torch.tensor(0.25)}
     found = config_of(state, 96)
-    assert (found.model, found.embed_dim, found.vocab_size, found.image_size) == ("ALIGN_B2_TINY", 24, 77, 96)
+    assert (found.model, found.embed_dim, found.vocab_size, found.image_size) == (
+        "ALIGN_B2_TINY",
+        24,
+        77,
+        96,
+    )
     assert found.temperature == 0.25
     with pytest.raises(UserError, match="known are NANO, B0"):
         config_of(tiny().state_dict())
@@ -240,7 +277,9 @@ def test_mistakes_in_the_configuration(values, message):
 
 def test_mistakes_in_the_batch():
     tower = EfficientNet(SHAPES["NANO"])
-    with pytest.raises(UserError, match="a batch of 24 .* virtual batches of 16: make batch_size a multiple of 16"):
+    with pytest.raises(
+        UserError, match="a batch of 24 .* virtual batches of 16: make batch_size a multiple of 16"
+    ):
         tower(torch.zeros(24, 3, 32, 32))
     with pytest.raises(UserError, match="image_size 31.*give 32 or more"):
         tower(torch.zeros(16, 3, 31, 40))
@@ -256,17 +295,39 @@ def test_views():
     assert view[1] is None and view[0].shape == (3, 32, 32) and view[0].dtype == torch.uint8
     squashed = F.interpolate(image[None].float(), (38, 38), mode="bilinear")[0]
     torch.testing.assert_close(AlignView(32, exact=True)(image), squashed[:, 3:35, 3:35])
-    flipped = {torch.equal(AlignViews(38 * 289 // 346, True, 1.0)(image)[0], view[0]) for _ in range(3)}
+    flipped = {
+        torch.equal(AlignViews(38 * 289 // 346, True, 1.0)(image)[0], view[0]) for _ in range(3)
+    }
     assert flipped == {False}
 
 
 def test_tokenizer(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##b", "strasse", "[", "]", "sep", "tm"]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "b",
+        "##b",
+        "strasse",
+        "[",
+        "]",
+        "sep",
+        "tm",
+    ]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer = AlignTokenizer(tmp_path, 6)
     assert tokenizer.row("A ab") == [2, 5, 5, 7, 3]
     assert tokenizer.row("a a a a a a a") == [2, 5, 5, 5, 5, 3]
-    assert tokenizer.row("Straße ™") == [2, 8, 12, 3] and tokenizer.row("[SEP]") == [2, 9, 11, 10, 3]
+    assert tokenizer.row("Straße ™") == [2, 8, 12, 3] and tokenizer.row("[SEP]") == [
+        2,
+        9,
+        11,
+        10,
+        3,
+    ]
     assert tokenizer(["a", ""]).tolist() == [[2, 5, 3, 0, 0, 0], [2, 3, 0, 0, 0, 0]]
     assert tokenizer(["a"], (4,)).shape == (1, 4) and tokenizer.vocab_size == len(words)
     rebuild, arguments = tokenizer.__reduce__()
@@ -281,11 +342,15 @@ def test_configuration_file_is_transformers_own():
     from transformers import AlignConfig
 
     with torch.device("meta"):
-        model = build_dual(DualConfig(model="ALIGN_B7_BASE", image_size=289, embed_dim=640, vocab_size=30522))
+        model = build_dual(
+            DualConfig(model="ALIGN_B7_BASE", image_size=289, embed_dim=640, vocab_size=30522)
+        )
     values = json.loads(json.dumps(hugging_face_config(model)))
     base, made = (
         AlignConfig(),
-        AlignConfig(**{k: v for k, v in values.items() if k not in ("architectures", "model_type")}),
+        AlignConfig(
+            **{k: v for k, v in values.items() if k not in ("architectures", "model_type")}
+        ),
     )
     for part in ("text_config", "vision_config"):
         own, default = getattr(made, part).to_dict(), getattr(base, part).to_dict()

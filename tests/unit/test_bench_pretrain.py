@@ -1,4 +1,5 @@
-"""The benchmark's own arithmetic, its page, its batch, and both sides' small parts; no model is timed here."""
+"""The benchmark's own arithmetic, its page, its batch, and both sides' small parts; no model is
+timed here."""
 
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ def test_sections_are_replaced_and_others_kept():
     page = bench_pretrain.with_section("# Benchmarks\n", "A, batch 4", "first")
     page = bench_pretrain.with_section(page, "A, batch 4, compiled", "second")
     page = bench_pretrain.with_section(page, "A, batch 4", r"third \1")
-    assert page == "# Benchmarks\n\n## A, batch 4\n\nthird \\1\n\n## A, batch 4, compiled\n\nsecond\n"
+    assert (
+        page == "# Benchmarks\n\n## A, batch 4\n\nthird \\1\n\n## A, batch 4, compiled\n\nsecond\n"
+    )
 
 
 def test_settings_that_differ_have_different_headings():
@@ -51,13 +54,21 @@ def test_settings_that_differ_have_different_headings():
             {"peer": "x", "peer_precision": "tf32"},
         )
     ]
-    assert len({bench_pretrain.heading(config, "cpu") for config in [plain, *others]}) == len(others) + 1
+    assert (
+        len({bench_pretrain.heading(config, "cpu") for config in [plain, *others]})
+        == len(others) + 1
+    )
 
 
 def test_command_line_names_no_place_on_disk():
-    config = bench_pretrain.Config(peer="/home/me/SIMLA", peer_python="/opt/python", batch=8, compile=True)
+    config = bench_pretrain.Config(
+        peer="/home/me/SIMLA", peer_python="/opt/python", batch=8, compile=True
+    )
     words = bench_pretrain.command_line(config)
-    assert words == "python -m benchmarks.pretrain --batch 8 --compile true --peer PATH --peer-python PATH"
+    assert (
+        words
+        == "python -m benchmarks.pretrain --batch 8 --compile true --peer PATH --peer-python PATH"
+    )
 
 
 def test_batch_is_what_both_models_take():
@@ -114,7 +125,9 @@ def test_stand_ins_do_what_the_libraries_do(stand_ins):
     model.weight = torch.nn.Parameter(torch.zeros(1))
     mask = model.invert_attention_mask(torch.tensor([[1, 0]]))
     assert mask.tolist() == [[[[0.0, torch.finfo(torch.float32).min]]]]
-    assert PatchEmbed(img_size=32, patch_size=16, in_chans=3, embed_dim=8)(torch.zeros(2, 3, 32, 32)).shape == (2, 4, 8)
+    assert PatchEmbed(img_size=32, patch_size=16, in_chans=3, embed_dim=8)(
+        torch.zeros(2, 3, 32, 32)
+    ).shape == (2, 4, 8)
     outputs = ModelOutput(loss=None, logits=1, attentions=2)
     assert (outputs[0], outputs[1], outputs.loss) == (1, 2, None)
     assert apply_chunking_to_forward(lambda x, y: x - y, 0, 1, 5, 3) == 2

@@ -30,4 +30,7 @@ def test_rows_name_speed_and_agreement():
     step = {"ours": runs(2.0, loss=1.0), "peer": runs(4.0, loss=1.5)}
     line = bench_recognition.row("train", step, bench_recognition.Config(batch=4))
     assert "| 2.0 |" in line and "first loss 1.000000 and 1.500000" in line
-    assert bench_recognition.row("8", {"ours": results["ours"]}, bench_recognition.Config()).count("|") == 13
+    assert (
+        bench_recognition.row("8", {"ours": results["ours"]}, bench_recognition.Config()).count("|")
+        == 13
+    )

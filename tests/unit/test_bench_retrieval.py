@@ -12,15 +12,21 @@ FILL = -100.0
 
 
 def run(encoding: float, matching: float, cpu: float) -> dict:
-    return {"times": {"encoding": [encoding, 2 * encoding], "matching": [matching, cpu]}, "device": "cpu", "gpu": ""}
+    return {
+        "times": {"encoding": [encoding, 2 * encoding], "matching": [matching, cpu]},
+        "device": "cpu",
+        "gpu": "",
+    }
 
 
 def test_rates_and_the_time_that_coco_would_take():
-    config = bench_retrieval.Config(pictures=10, k_test=4)
+    config = bench_retrieval.Config(images=10, k_test=4)
     assert config.pairs == 10 * 4 + 50 * 4
-    found = bench_retrieval.rates([run(3.6, 24.0, 48.0), run(3.6, 12.0, 24.0), run(7.2, 6.0, 8.0)], config)
+    found = bench_retrieval.rates(
+        [run(3.6, 24.0, 48.0), run(3.6, 12.0, 24.0), run(7.2, 6.0, 8.0)], config
+    )
     assert found["pairs"] == 20.0 and found["cpu_pairs"] == 10.0 and found["encoding"] == 3.6
-    # 5,000 pictures and their captions at 0.36 s, 7.68 million pairs at 20 a second
+    # 5,000 images and their captions at 0.36 s, 7.68 million pairs at 20 a second
     assert found["coco"] == pytest.approx((5000 * 0.36 + 7.68e6 / 20) / 3600)
     assert "7.7 million pairs" in bench_retrieval.table({"ours": found})
     assert bench_retrieval.table({"ours": found, "peer": found}).count("\n") == 3
@@ -45,7 +51,9 @@ def test_agreement_of_equal_and_of_reversed_orders():
 
 def test_words_name_the_lowest_agreement():
     parts = {"candidates": 1.0, "order": 0.5, "difference": 1e-6, "spearman": 0.9}
-    words = bench_retrieval.agreement_text({"ours": [{"agreement": {"a": parts, "b": parts | {"order": 0.25}}}]})
+    words = bench_retrieval.agreement_text(
+        {"ours": [{"agreement": {"a": parts, "b": parts | {"order": 0.25}}}]}
+    )
     assert "25.0% of the queries" in words and "1.0e-06" in words
 
 
@@ -53,7 +61,9 @@ def test_stages_add_up_and_repeat():
     stages = bench_common.Stages(torch.device("cpu"))
     for name in ("encoding", "matching", "matching", "encoding", None):
         stages.enter(name)
-    assert set(stages.times) == {"encoding", "matching"} and all(min(t) >= 0 for t in stages.times.values())
+    assert set(stages.times) == {"encoding", "matching"} and all(
+        min(t) >= 0 for t in stages.times.values()
+    )
     stages.enter("matching")
     sum(range(200_000))
     before = stages.times["matching"][1]
@@ -62,16 +72,18 @@ def test_stages_add_up_and_repeat():
 
 
 def test_the_split_is_what_both_sides_take():
-    pictures, ids, mask = bench_common.synthetic_split(2, 10)
-    assert pictures.shape == (2, 3, 384, 384) and ids.shape == mask.shape == (10, 30)
-    assert (ids[:, 0] == bench_common.CLS).all() and (ids[~mask] == 0).all() and (ids[mask] > 0).all()
+    images, ids, mask = bench_common.synthetic_split(2, 10)
+    assert images.shape == (2, 3, 384, 384) and ids.shape == mask.shape == (10, 30)
+    assert (
+        (ids[:, 0] == bench_common.CLS).all() and (ids[~mask] == 0).all() and (ids[mask] > 0).all()
+    )
     assert 9 <= int(mask.sum(1).min()) and int(mask.sum(1).max()) <= 16
     again = bench_common.synthetic_split(2, 10)
-    assert all(torch.equal(a, b) for a, b in zip((pictures, ids, mask), again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((images, ids, mask), again, strict=True))
 
 
 def test_what_cannot_be_measured_is_said_before_anything_runs(tmp_path):
-    with pytest.raises(UserError, match="more --pictures"):
-        bench_retrieval.main(bench_retrieval.Config(pictures=4, k_test=5))
+    with pytest.raises(UserError, match="more --images"):
+        bench_retrieval.main(bench_retrieval.Config(images=4, k_test=5))
     with pytest.raises(UserError, match="models/model_retrieval.py"):
         bench_retrieval.main(bench_retrieval.Config(system="albef", peer=str(tmp_path)))

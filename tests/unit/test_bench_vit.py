@@ -10,7 +10,9 @@ def run(seconds, cpu):
 def test_ratios_are_of_neighbouring_runs():
     from benchmarks.vit import table
 
-    lines = table({"ours": [run(2, 1), run(4, 1)], "timm": [run(3, 1.5), run(8, 1.5)]}, batch=4).splitlines()
+    lines = table(
+        {"ours": [run(2, 1), run(4, 1)], "timm": [run(3, 1.5), run(8, 1.5)]}, batch=4
+    ).splitlines()
     assert lines[2].startswith("| ours | 3.00 (2.00-4.00) | 1.00 | 1.33 | 1.00 GiB |  |")
     assert lines[3].endswith("| 1.75 x | 1.50 x |")
 
@@ -29,10 +31,24 @@ def test_every_library_takes_a_step(library, monkeypatch):
     from models.classification.classifier import SIZES
 
     monkeypatch.setitem(SIZES, "b", (32, 2, 2))
-    options = {"library": library, "model": "vit-b/16", "image_size": 32, "classes": 9, "batch": 2, "threads": 1}
-    options |= {"device": "cpu", "precision": "fp32", "compile": False, "activation_checkpointing": False}
+    options = {
+        "library": library,
+        "model": "vit-b/16",
+        "image_size": 32,
+        "classes": 9,
+        "batch": 2,
+        "threads": 1,
+    }
+    options |= {
+        "device": "cpu",
+        "precision": "fp32",
+        "compile": False,
+        "activation_checkpointing": False,
+    }
     result = vit_ours.main(options | {"warmup": 0, "steps": 1})
-    assert result["cpu_seconds"] > 0 and result["parameters"] == 51625  # the same network everywhere
+    assert (
+        result["cpu_seconds"] > 0 and result["parameters"] == 51625
+    )  # the same network everywhere
 
 
 def test_neighbours(capsys):

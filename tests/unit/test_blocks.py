@@ -14,7 +14,10 @@ class Block(nn.Module):
 
 
 def test_lists_and_stages_of_one_class_hold_blocks():
-    stage, mixed = nn.Sequential(Block(), Block()), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    stage, mixed = (
+        nn.Sequential(Block(), Block()),
+        nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)),
+    )
     assert is_stage(stage) and not is_stage(mixed) and not is_stage(nn.Sequential(Block()))
     assert not is_stage(nn.Sequential(nn.ReLU(), nn.ReLU()))
     listed = nn.ModuleList([Block()])

@@ -1,4 +1,4 @@
-"""Image-caption collections: metadata of every kind, pictures in zip files, samples and batches."""
+"""Image-caption collections: metadata of every kind, images in zip files, samples and batches."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ from dataset.tasks.captions import (
     CaptionCollate,
     ImageTextPair,
     caption_records,
-    check_pictures,
+    check_images,
     collections_of,
     metadata_rows,
     read_member,
@@ -30,16 +30,19 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 
 
-def test_every_collection_of_digitscenes_reads_the_same_pictures(digitscenes):
+def test_every_collection_of_digitscenes_reads_the_same_images(digitscenes):
     scenes = json.loads((digitscenes / "pretrain_train.json").read_text())
     by_name = {scene["image"]: scene["caption"] for scene in scenes}
-    for kind, file, root in (("cc3m", "cc3m.npy", ""), ("coco", "coco/captions_train2017.json", "images")):
+    for kind, file, root in (
+        ("cc3m", "cc3m.npy", ""),
+        ("coco", "coco/captions_train2017.json", "images"),
+    ):
         records = caption_records(kind, digitscenes / file, load_plain)
         assert len(records) == len(scenes)
         for record in records:
             name = f"{root}/{record['image']}".lstrip("/")
             assert sorted(record["caption"]) == sorted(by_name[name])
-        check_pictures(digitscenes / root, records)
+        check_images(digitscenes / root, records)
     for kind, file, root in (
         ("cc12m", "cc12m.npy", ""),
         ("yfcc15m", "yfcc15m/yfcc15m.pkl", "yfcc15m"),
@@ -47,7 +50,7 @@ def test_every_collection_of_digitscenes_reads_the_same_pictures(digitscenes):
     ):
         records = caption_records(kind, digitscenes / file, load_plain)
         assert all(record["caption"] and all(record["caption"]) for record in records)
-        check_pictures(digitscenes / root, records)
+        check_images(digitscenes / root, records)
 
 
 def test_yfcc_takes_title_and_description_that_are_there(tmp_path):
@@ -60,7 +63,9 @@ def test_yfcc_takes_title_and_description_that_are_there(tmp_path):
 
 def test_conversion_happens_once_and_follows_the_file(tmp_path):
     path = tmp_path / "cc3m.npy"
-    np.save(path, np.array([{"image_id": "a.jpg", "captions": ["é"]}], dtype=object), allow_pickle=True)
+    np.save(
+        path, np.array([{"image_id": "a.jpg", "captions": ["é"]}], dtype=object), allow_pickle=True
+    )
     calls = []
 
     def read(file):
@@ -113,7 +118,13 @@ def test_mistakes_name_file_and_entry(tmp_path):
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
 @pytest.mark.parametrize("comment", [b"", b"a comment"])
 def test_members_of_any_zip_file(method, comment, tmp_path):
-    names = {"007.jpg": b"seven" * 50, "07.jpg": b"shorter", "1007.jpg": b"longer", "008.jpg": b"", "ä.jpg": b"u"}
+    names = {
+        "007.jpg": b"seven" * 50,
+        "07.jpg": b"shorter",
+        "1007.jpg": b"longer",
+        "008.jpg": b"",
+        "ä.jpg": b"u",
+    }
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as bundle:
         for name, content in sorted(names.items(), reverse=True):
             bundle.writestr(name, content)
@@ -130,7 +141,9 @@ def test_damaged_zip_files_are_bad_samples(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as bundle:
         bundle.writestr("000.jpg", bytes(range(256)) * 20)
     data = (tmp_path / "a.zip").read_bytes()
-    for number, broken in enumerate((b"", data[: len(data) // 2], data[:40] + b"\0" * 40 + data[80:], b"text" * 20)):
+    for number, broken in enumerate(
+        (b"", data[: len(data) // 2], data[:40] + b"\0" * 40 + data[80:], b"text" * 20)
+    ):
         (tmp_path / f"{number}.zip").write_bytes(broken)
         with pytest.raises(BadSample, match=f"{number}.zip"):
             read_member(tmp_path / f"{number}.zip", "000.jpg")
@@ -139,13 +152,23 @@ def test_damaged_zip_files_are_bad_samples(tmp_path):
 def test_batch(digitscenes):
     tokenizer = ClipTokenizer(digitscenes / "bpe/bpe_merges.txt.gz", context_length=20)
     records = caption_records("yfcc15m", digitscenes / "yfcc15m/yfcc15m.pkl", load_plain)
-    build = ImageTextPair(ImageViews(24, ViewOptions()), TextViews(TextOptions(), local=2), digitscenes / "yfcc15m")
+    build = ImageTextPair(
+        ImageViews(24, ViewOptions()), TextViews(TextOptions(), local=2), digitscenes / "yfcc15m"
+    )
     batch = CaptionCollate(tokenizer)([build({**records[i], "index": i}) for i in range(5)])
-    assert batch["image"].shape == (5, 3, 24, 24) and batch["image_local"].shape == (5, 2, 3, 24, 24)
+    assert batch["image"].shape == (5, 3, 24, 24) and batch["image_local"].shape == (
+        5,
+        2,
+        3,
+        24,
+        24,
+    )
     assert batch["image"].dtype == batch["image_local"].dtype == torch.uint8
     ids = batch["text_ids"]
     assert ids.shape[:2] == (5, 3) and ids.shape[2] in (8, 16, 20) and ids.dtype == torch.int64
-    assert (ids[..., 0] == tokenizer.start_id).all() and ((ids == tokenizer.end_id).sum(-1) == 1).all()
+    assert (ids[..., 0] == tokenizer.start_id).all() and (
+        (ids == tokenizer.end_id).sum(-1) == 1
+    ).all()
     assert CaptionCollate(tokenizer, [20])([build(records[0])])["text_ids"].shape == (1, 3, 20)
     with pytest.raises(BadSample, match=r"999\.zip"):
         build({"image": "images/00/999.zip/000.jpg", "caption": "a"})

@@ -5,7 +5,15 @@ import json
 import pytest
 
 from base.errors import UserError
-from dataset.tasks.catalog import CATALOG, KNOWN_METRICS, Prompts, choose, folder_names, in_order_of, read_catalog
+from dataset.tasks.catalog import (
+    CATALOG,
+    KNOWN_METRICS,
+    Prompts,
+    choose,
+    folder_names,
+    in_order_of,
+    read_catalog,
+)
 from evaluation.zeroshot import class_prompts
 
 # classes and templates as in OpenAI's lists (Radford et al. 2021, appendix)
@@ -63,16 +71,27 @@ def test_metrics_are_the_published_ones():
 
 def test_order_is_that_of_the_class_folders():
     labels = Prompts()
-    assert labels.find("labels", "eurosat")[:2] == ["annual crop land", "forest"]  # AnnualCrop, Forest
+    assert labels.find("labels", "eurosat")[:2] == [
+        "annual crop land",
+        "forest",
+    ]  # AnnualCrop, Forest
     assert labels.find("labels", "kitti_distance")[3] == "a photo i took with no car."
-    assert [each[0] for each in labels.find("labels", "fer2013")][4:] == ["neutral", "sad", "surprised"]
+    assert [each[0] for each in labels.find("labels", "fer2013")][4:] == [
+        "neutral",
+        "sad",
+        "surprised",
+    ]
     assert labels.find("labels", "clevr_counts")[:2] == ["10", "3"]  # count_10, count_3
 
 
 @pytest.mark.parametrize(
     ("own", "classes", "found"),
     [
-        (["apple_pie", "Baby-back ribs"], ["baby back ribs", "Apple pie"], ["Apple pie", "baby back ribs"]),
+        (
+            ["apple_pie", "Baby-back ribs"],
+            ["baby back ribs", "Apple pie"],
+            ["Apple pie", "baby back ribs"],
+        ),
         (["n01", "n02"], ["tench", "goldfish"], ["tench", "goldfish"]),
         (["happy", "sad"], [["sad", "depressed"], ["happy"]], [["happy"], ["sad", "depressed"]]),
         (["Faces", "accordion"], ["centered face", "accordion"], ["centered face", "accordion"]),
@@ -85,12 +104,17 @@ def test_class_names_go_to_their_folders(own, classes, found):
 def test_lists_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="food.*3 classes.*names 2"):
         in_order_of(["a", "b", "c"], ["a", "b"], "food")
-    with pytest.raises(UserError, match="class 0 of the data is 'ant', but of the list of labels 'bee'"):
+    with pytest.raises(
+        UserError, match="class 0 of the data is 'ant', but of the list of labels 'bee'"
+    ):
         in_order_of(["ant", "bee", "moth"], ["bee", "ant", "another moth"], "insects")
 
 
 def test_folder_names_become_class_names():
-    assert folder_names(["001.Black_footed_Albatross", "apple_pie"]) == ["Black footed Albatross", "apple pie"]
+    assert folder_names(["001.Black_footed_Albatross", "apple_pie"]) == [
+        "Black footed Albatross",
+        "apple pie",
+    ]
 
 
 def written(path, content):
@@ -103,7 +127,12 @@ def test_a_catalogue_of_the_original_is_read(tmp_path):
     content = {
         "pets": {"path": "here", "type": "imagefolder", "train": "trainval", "test": "test"},
         "cifar10": {"path": "elsewhere", "type": "special"},
-        "clevr_counts": {"path": "/data/clevr", "type": "filelist", "train": "train", "test": "val"},
+        "clevr_counts": {
+            "path": "/data/clevr",
+            "type": "filelist",
+            "train": "train",
+            "test": "val",
+        },
     }
     found = read_catalog(written(tmp_path / "dataset_catalog.json", content))
     assert found["pets"].path == str(tmp_path / "here") and found["pets"].metric == "mean_per_class"
@@ -136,22 +165,34 @@ def test_files_that_are_no_tables(tmp_path):
 
 
 def test_choosing():
-    names = [entry.name for entry in choose(["pets", "webdataset:https://host/wds_vtab-svhn/tree/main"], CATALOG)]
+    names = [
+        entry.name
+        for entry in choose(["pets", "webdataset:https://host/wds_vtab-svhn/tree/main"], CATALOG)
+    ]
     assert names == ["pets", "svhn"]
     (entry,) = choose(["wds:/data/wds_voc2007"], CATALOG)
     assert (entry.name, entry.kind, entry.metric) == ("voc2007", "webdataset", "map11")
-    with pytest.raises(UserError, match=r"'cifar1O' is unknown; did you mean cifar10\? Known: imagenet"):
+    with pytest.raises(
+        UserError, match=r"'cifar1O' is unknown; did you mean cifar10\? Known: imagenet"
+    ):
         choose(["cifar1O"], CATALOG)
     with pytest.raises(UserError, match="more than once"):
         choose(["pets", "imagefolder:my/pets"], CATALOG)
 
 
 def test_own_lists_stand_before_the_built_in_ones(tmp_path):
-    labels = written(tmp_path / "labels.json", {"pets": ["cat", "dog"], "mine": [["one", "two"], "three"]})
+    labels = written(
+        tmp_path / "labels.json", {"pets": ["cat", "dog"], "mine": [["one", "two"], "three"]}
+    )
     prompts = Prompts(labels)
-    assert prompts.find("labels", "pets") == ["cat", "dog"] and len(prompts.find("labels", "dtd")) == 47
+    assert (
+        prompts.find("labels", "pets") == ["cat", "dog"]
+        and len(prompts.find("labels", "dtd")) == 47
+    )
     assert prompts.find("labels", "mine")[0] == ["one", "two"]
-    with pytest.raises(UserError, match=r"labels\.json has no labels for 'minee'; did you mean mine\?"):
+    with pytest.raises(
+        UserError, match=r"labels\.json has no labels for 'minee'; did you mean mine\?"
+    ):
         prompts.find("labels", "minee")
     with pytest.raises(UserError, match="no templates for 'mine'"):
         prompts.find("templates", "mine")

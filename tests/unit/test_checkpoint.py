@@ -1,4 +1,5 @@
-"""Checkpoints: what was saved comes back, or the one before it, loudly; never half a file, never silence."""
+"""Checkpoints: what was saved comes back, or the one before it, loudly; never half a file, never
+silence."""
 
 import errno
 import os
@@ -19,7 +20,12 @@ from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage
 def state(step: int) -> dict:
     weight = torch.full((300, 100), float(step))
     model = {"encoder.weight": weight, "decoder.weight": weight, "temp": torch.tensor(0.07)}
-    return {"model": model, "step": step, "config": {"lr": 1e-4, "files": ["a.json"]}, "rng": (3, (1, 2), None)}
+    return {
+        "model": model,
+        "step": step,
+        "config": {"lr": 1e-4, "files": ["a.json"]},
+        "rng": (3, (1, 2), None),
+    }
 
 
 def test_saved_state_comes_back(tmp_path):
@@ -27,7 +33,11 @@ def test_saved_state_comes_back(tmp_path):
     assert folder.load_latest() is None and folder.best is None
     path = folder.save(state(7), step=7)
     loaded, loaded_path = folder.load_latest()
-    assert loaded_path == path and loaded["config"] == state(7)["config"] and loaded["rng"] == (3, (1, 2), None)
+    assert (
+        loaded_path == path
+        and loaded["config"] == state(7)["config"]
+        and loaded["rng"] == (3, (1, 2), None)
+    )
     assert torch.equal(loaded["model"]["encoder.weight"], torch.full((300, 100), 7.0))
     assert torch.load(path, weights_only=True)["step"] == 7
     assert find_damage(path) is None
@@ -41,7 +51,9 @@ def test_newest_are_kept_and_best_outlives_them(tmp_path):
     assert names == ["checkpoint_00000003.pt", "checkpoint_00000004.pt", "checkpoint_best.pt"]
     assert torch.load(folder.best, weights_only=True)["step"] == 2
     folder.save(state(5), 5, tag="best")
-    assert torch.load(folder.best, weights_only=True)["step"] == 5 and find_damage(folder.best) is None
+    assert (
+        torch.load(folder.best, weights_only=True)["step"] == 5 and find_damage(folder.best) is None
+    )
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 1, 100, 5000, -90, -72, -71, -22, -1])
@@ -89,7 +101,8 @@ def test_best_is_the_last_resort(tmp_path):
 
 
 def test_file_size_limit_leaves_old_checkpoints_intact(tmp_path):
-    """A real failing write(2), in the middle of the file, reported from inside torch's C++ writer."""
+    """A real failing write(2), in the middle of the file, reported from inside torch's C++
+    writer."""
     folder = CheckpointFolder(tmp_path)
     first = folder.save(state(1), 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -166,7 +179,14 @@ def test_read_weights_takes_every_form(tmp_path):
     torch.save(weights, tmp_path / "bare.pth", _use_new_zipfile_serialization=False)
     export_safetensors(weights, tmp_path / "export" / "model.safetensors")
     CheckpointFolder(tmp_path / "run").save({"model": weights, "step": 1}, 1, tag="best")
-    for name in ("original.pth", "ddp.pth", "bare.pth", "export", "export/model.safetensors", "run"):
+    for name in (
+        "original.pth",
+        "ddp.pth",
+        "bare.pth",
+        "export",
+        "export/model.safetensors",
+        "run",
+    ):
         read = read_weights(tmp_path / name)
         assert read.keys() == weights.keys()
         assert all(torch.equal(read[key], weights[key]) for key in weights)

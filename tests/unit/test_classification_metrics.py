@@ -10,15 +10,21 @@ from sklearn import metrics as sklearn
 from base.distributed import World
 from base.errors import UserError
 from evaluation import classification
-from evaluation.classification import Scores, multi_label_metrics, read_real, score, single_label_metrics
+from evaluation.classification import (
+    Scores,
+    multi_label_metrics,
+    read_real,
+    score,
+    single_label_metrics,
+)
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def random_scores(pictures=40, classes=7):
+def random_scores(images=40, classes=7):
     torch.manual_seed(0)
-    logits = torch.randn(pictures, classes)
-    targets = torch.rand(pictures, classes) < 0.3
+    logits = torch.randn(images, classes)
+    targets = torch.rand(images, classes) < 0.3
     targets[:, 5] = False  # a class that does not occur
     return logits, targets
 
@@ -57,7 +63,9 @@ def test_single_label_metrics():
     lists = labels[:, None].tolist()
     found = single_label_metrics(Scores(logits, range(40), lists))
     assert found["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
-    assert found["top5"] == pytest.approx(100 * sklearn.top_k_accuracy_score(labels, logits, k=5, labels=range(7)))
+    assert found["top5"] == pytest.approx(
+        100 * sklearn.top_k_accuracy_score(labels, logits, k=5, labels=range(7))
+    )
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
     assert found["chance"] == 100 * labels.bincount().max().item() / 40
 
@@ -67,7 +75,7 @@ def test_few_classes():
     assert (found["top1"], found["top5"]) == (0, 100)
 
 
-def test_real_leaves_out_pictures_without_labels(tmp_path):
+def test_real_leaves_out_images_without_labels(tmp_path):
     names = ["b/2.jpg", "a/1.jpg", "a/3.jpg"]
     file = tmp_path / "real.json"
     file.write_text(json.dumps([[0], [1, 2], []]))  # of 1.jpg, 2.jpg, 3.jpg
@@ -75,13 +83,17 @@ def test_real_leaves_out_pictures_without_labels(tmp_path):
     assert real == [[1, 2], [0], []]
     logits = F.one_hot(torch.tensor([2, 1, 0]), 3).float()
     found = single_label_metrics(Scores(logits, range(3), [[1], [0], [0]]), real)
-    assert found["real"] == 50 and found["real_pictures"] == 2
+    assert found["real"] == 50 and found["real_images"] == 2
 
 
 def test_real_mistakes(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_real(tmp_path / "real.json", ["a"])
-    for text, words in (("[", "not valid JSON"), ("{}", "expected a list"), ("[[1]]", "labels 1 pictures")):
+    for text, words in (
+        ("[", "not valid JSON"),
+        ("{}", "expected a list"),
+        ("[[1]]", "labels 1 images"),
+    ):
         (tmp_path / "real.json").write_text(text)
         with pytest.raises(UserError, match=words):
             read_real(tmp_path / "real.json", ["a", "b"])
@@ -89,7 +101,11 @@ def test_real_mistakes(tmp_path):
 
 def test_scores_come_in_the_order_of_the_split():
     batches = [
-        {"image": torch.tensor([[1.0], [2.0]]), "labels": torch.tensor([[3, 0], [1, 2]]), "label_weights": w}
+        {
+            "image": torch.tensor([[1.0], [2.0]]),
+            "labels": torch.tensor([[3, 0], [1, 2]]),
+            "label_weights": w,
+        }
         for w in (torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[0.0, 0], [0.5, 0]]))
     ]
     scores = score(lambda image: image.repeat(1, 4), batches, [0, 1, 2, 3], 4, ALONE)

@@ -48,13 +48,17 @@ def test_sparse_losses_are_the_dense_ones(smoothing):
     torch.testing.assert_close(sigmoid_loss(logits, labels, weights, smoothing), expected)
     torch.testing.assert_close(clipped_sigmoid_loss(logits, labels, weights, smoothing), expected)
     expected = F.cross_entropy(logits, labels[:, 0], label_smoothing=smoothing)
-    torch.testing.assert_close(softmax_loss(logits, labels[:, :1], torch.ones(5, 1), smoothing), expected)
+    torch.testing.assert_close(
+        softmax_loss(logits, labels[:, :1], torch.ones(5, 1), smoothing), expected
+    )
 
 
 def test_soft_labels_are_targets():
     logits, labels, _ = sparse_batch()
     weights = torch.rand(5, 3)
-    expected = F.binary_cross_entropy_with_logits(logits, dense_targets(labels, weights, 10), reduction="none")
+    expected = F.binary_cross_entropy_with_logits(
+        logits, dense_targets(labels, weights, 10), reduction="none"
+    )
     torch.testing.assert_close(sigmoid_loss(logits, labels, weights), expected.sum(1).mean())
 
 
@@ -111,7 +115,7 @@ def test_mistakes_in_the_configuration(options, words):
         tiny(**options)
 
 
-def test_pictures_of_another_size_are_refused():
+def test_images_of_another_size_are_refused():
     with pytest.raises(UserError, match="built for 32 x 32"):
         tiny().logits(torch.randn(1, 3, 40, 40))
 
@@ -164,7 +168,10 @@ def test_mixing_keeps_the_mass_of_the_labels():
     for alphas in ((0.4, 0), (0, 1.0), (0.4, 1.0)):
         mixed = mix(batch, *alphas)
         assert mixed["image"].shape == batch["image"].shape and mixed["labels"].shape == (6, 6)
-        own, others = mixed["label_weights"][:, :3].sum(1) / weights.sum(1), mixed["label_weights"][:, 3:].sum(1)
+        own, others = (
+            mixed["label_weights"][:, :3].sum(1) / weights.sum(1),
+            mixed["label_weights"][:, 3:].sum(1),
+        )
         assert ((own >= 0) & (own <= 1)).all() and (others >= 0).all()
         assert not torch.equal(mixed["image"], batch["image"])
     assert mix(batch, 0, 0) is batch
@@ -179,7 +186,9 @@ def test_mixing_keeps_the_mass_of_the_labels():
 
 def test_the_average_follows_weights_and_statistics():
     torch.manual_seed(0)
-    model = VisionClassifier(ClassifierConfig(model="vit-mu/8", stem=(4, 6), image_size=16, num_classes=3))
+    model = VisionClassifier(
+        ClassifierConfig(model="vit-mu/8", stem=(4, 6), image_size=16, num_classes=3)
+    )
     assert averages(model) == ([], [])
     model.ema = copy.deepcopy(model).requires_grad_(False)
     average, followed = averages(model)
@@ -188,5 +197,7 @@ def test_the_average_follows_weights_and_statistics():
         model.head.weight += 1
     statistics, before = model.patch_embed.backbone.bn1.running_mean, torch.zeros(4)
     follow(average, followed, 1, decay=0.5)  # at first d is 2 / 11
-    torch.testing.assert_close(model.ema.patch_embed.backbone.bn1.running_mean, before.lerp(statistics, 9 / 11))
+    torch.testing.assert_close(
+        model.ema.patch_embed.backbone.bn1.running_mean, before.lerp(statistics, 9 / 11)
+    )
     torch.testing.assert_close(model.ema.head.weight, torch.full((3, 32), 9 / 11))

@@ -1,4 +1,5 @@
-"""Checkpoints of the other systems: names both ways, sizes read off shapes, archives read without running them."""
+"""Checkpoints of the other systems: names both ways, sizes read off shapes, archives read without
+running them."""
 
 import argparse
 import json
@@ -19,8 +20,12 @@ from models.weights.torchscript import is_jit_archive, jit_state_dict
 from tests.clip_toys import toy, toy_batch
 
 TEXT = TextShape(context_length=12, vocab_size=50, width=64, heads=1, layers=2)
-VIT = OpenAIConfig(embed_dim=10, image_size=16, vision_width=64, vision_layers=2, patch_size=8, text=TEXT)
-RESNET = OpenAIConfig(embed_dim=10, image_size=32, vision_width=8, vision_layers=(1, 2, 1, 1), patch_size=0, text=TEXT)
+VIT = OpenAIConfig(
+    embed_dim=10, image_size=16, vision_width=64, vision_layers=2, patch_size=8, text=TEXT
+)
+RESNET = OpenAIConfig(
+    embed_dim=10, image_size=32, vision_width=8, vision_layers=(1, 2, 1, 1), patch_size=0, text=TEXT
+)
 
 
 def model(config=VIT, seed=0):
@@ -33,13 +38,18 @@ def same(ours, theirs, size=16):
     image, text = torch.randn(3, 3, size, size), toy_batch()["text_ids"][:3, 0]
     with torch.no_grad():
         for name, value in ours(features_only=True, image=image, text_ids=text).items():
-            torch.testing.assert_close(theirs(features_only=True, image=image, text_ids=text)[name], value)
+            torch.testing.assert_close(
+                theirs(features_only=True, image=image, text_ids=text)[name], value
+            )
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET])
 def test_openai_round_trip_infers_every_size(config):
     original = model(config)
-    state = original.state_dict() | {"input_resolution": torch.tensor(16), "vocab_size": torch.tensor(50)}
+    state = original.state_dict() | {
+        "input_resolution": torch.tensor(16),
+        "vocab_size": torch.tensor(50),
+    }
     loaded = adapters.load_openai({f"module.{k}": v for k, v in state.items()}).eval()
     assert loaded.config == config
     same(original, loaded, config.image_size)
@@ -55,7 +65,9 @@ def test_hugging_face_round_trip():
     original = model()
     there = adapters.to_hugging_face(original)
     same(original, adapters.load_openai(adapters.from_hugging_face(there)).eval())
-    back = adapters.from_hugging_face(there | {"text_model.embeddings.position_ids": torch.arange(12)})
+    back = adapters.from_hugging_face(
+        there | {"text_model.embeddings.position_ids": torch.arange(12)}
+    )
     assert back.keys() == original.state_dict().keys()
 
 
@@ -70,19 +82,28 @@ def test_hugging_face_lacks_the_rest():
 def test_hugging_face_features():
     transformers = pytest.importorskip("transformers")
     ours = model()
-    theirs = transformers.CLIPModel(transformers.CLIPConfig.from_dict(adapters.hugging_face_config(VIT))).eval()
+    theirs = transformers.CLIPModel(
+        transformers.CLIPConfig.from_dict(adapters.hugging_face_config(VIT))
+    ).eval()
     theirs.load_state_dict(adapters.to_hugging_face(ours))
     image, text = torch.randn(3, 3, 16, 16), toy_batch()["text_ids"][:3, 0]
 
     def features(output):  # newer versions wrap the tensor
         return output if isinstance(output, torch.Tensor) else output.pooler_output
 
-    for direction in (ours, adapters.load_openai(adapters.from_hugging_face(theirs.state_dict())).eval()):
+    for direction in (
+        ours,
+        adapters.load_openai(adapters.from_hugging_face(theirs.state_dict())).eval(),
+    ):
         with torch.no_grad():
             expected = features(theirs.get_image_features(image))
-            torch.testing.assert_close(direction.embed_image(image)["z"], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                direction.embed_image(image)["z"], expected, rtol=1e-5, atol=1e-5
+            )
             expected = features(theirs.get_text_features(text))
-            torch.testing.assert_close(direction.embed_text(text)["z"], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                direction.embed_text(text)["z"], expected, rtol=1e-5, atol=1e-5
+            )
 
 
 def compare_with_open_clip(ours, theirs, size=224):
@@ -138,7 +159,9 @@ def test_open_clip_refusals():
 
 def test_text_tower_prefix_of_open_clip():
     state = model().state_dict()
-    prefixed = {k if k.startswith(("visual.", "logit")) else f"text.{k}": v for k, v in state.items()}
+    prefixed = {
+        k if k.startswith(("visual.", "logit")) else f"text.{k}": v for k, v in state.items()
+    }
     same(model(), adapters.load_openai(prefixed).eval())
 
 
@@ -162,16 +185,24 @@ def test_rocket_checkpoint(tmp_path):
     """The container of the original: wrapped names, a namespace of arguments, a momentum model."""
     original = toy("CL2L_VITB16_SIAMLIP", separate_proj=True)
     wrapped = {f"module.{k}": v for k, v in original.state_dict().items()}
-    arguments = argparse.Namespace(model="CL2L_VITB16_SIAMLIP", separate_proj=True, embed_dim=12, workers=10, lr=1e-3)
+    arguments = argparse.Namespace(
+        model="CL2L_VITB16_SIAMLIP", separate_proj=True, embed_dim=12, workers=10, lr=1e-3
+    )
     path = tmp_path / "checkpoint.pt"
-    torch.save({"state_dict": wrapped, "momentum_state_dict": wrapped, "args": arguments, "epoch": 3}, path)
+    torch.save(
+        {"state_dict": wrapped, "momentum_state_dict": wrapped, "args": arguments, "epoch": 3}, path
+    )
     with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = torch.load(path, weights_only=True)
     state, momentum = adapters.rocket_states(checkpoint)
     toy("CL2L_VITB16_SIAMLIP", separate_proj=True, seed=1).load_state_dict(state)
     assert momentum.keys() == state.keys()
     config = adapters.config_of_arguments(vars(checkpoint["args"]))
-    assert (config.model, config.separate_proj, config.embed_dim) == ("CL2L_VITB16_SIAMLIP", True, 12)
+    assert (config.model, config.separate_proj, config.embed_dim) == (
+        "CL2L_VITB16_SIAMLIP",
+        True,
+        12,
+    )
     assert adapters.config_of_arguments({"model": "SLIP_VITB16"}).embed_dim == 512
     with pytest.raises(UserError, match="state_dict"):
         adapters.rocket_states({"model": {}})
@@ -220,7 +251,10 @@ def test_jit_archive_is_read_without_running_it(tmp_path):
     for name, value in expected.items():
         assert state[f"clip.{name}"].dtype == torch.float16
         torch.testing.assert_close(state[f"clip.{name}"], value)
-    same(adapters.load_openai(expected).eval(), adapters.load_openai({k[5:]: v for k, v in state.items()}).eval())
+    same(
+        adapters.load_openai(expected).eval(),
+        adapters.load_openai({k[5:]: v for k, v in state.items()}).eval(),
+    )
 
 
 class Evil:

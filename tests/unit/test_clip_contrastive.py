@@ -1,4 +1,5 @@
-"""The dual encoders' losses against their definitions written out, and the tiled forms against the dense ones."""
+"""The dual encoders' losses against their definitions written out, and the tiled forms against the
+dense ones."""
 
 import math
 
@@ -15,7 +16,9 @@ from models.dual_encoder.objectives import LossOptions
 
 
 def units(*shape, seed=0):
-    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+    return normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    ).requires_grad_()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -63,7 +66,9 @@ def test_tiles_keep_memory_apart_from_the_batch(tile):
     query, keys = units(64, 1, 4), units(256, 1, 4, seed=1)
     with LargestTensor() as seen:
         loss, _ = contrastive.info_nce(query, keys, torch.tensor(3.0), tile=tile)
-        pairs = contrastive.sigmoid_pairs(query[:, 0], keys[:, 0], torch.tensor(3.0), torch.tensor(0.0), tile=tile)
+        pairs = contrastive.sigmoid_pairs(
+            query[:, 0], keys[:, 0], torch.tensor(3.0), torch.tensor(0.0), tile=tile
+        )
         (loss + pairs).backward()
     assert (seen.largest == 64 * 256) == (tile is None)
     assert tile is None or seen.largest == 256 * 4
@@ -73,7 +78,10 @@ def test_tiles_round_as_the_dense_form_under_autocast():
     query, keys, scale = units(8, 1, 32), units(8, 1, 32, seed=1), torch.tensor(30.0)
     with torch.autocast("cpu", torch.bfloat16):
         dense, tiled = (contrastive.info_nce(query, keys, scale, tile=tile) for tile in (None, 3))
-        pairs = [contrastive.sigmoid_pairs(query[:, 0], keys[:, 0], scale, -scale, tile=tile) for tile in (None, 3)]
+        pairs = [
+            contrastive.sigmoid_pairs(query[:, 0], keys[:, 0], scale, -scale, tile=tile)
+            for tile in (None, 3)
+        ]
     torch.testing.assert_close(tiled[0], dense[0].float(), rtol=3e-3, atol=3e-3)
     torch.testing.assert_close(pairs[1], pairs[0], rtol=3e-3, atol=3e-3)
     assert tiled[1] == dense[1]
@@ -89,7 +97,9 @@ def test_sigmoid_pairs(tile):
     expected = -F.logsigmoid(sign * (scale * image @ text.T + bias)).sum(1).mean()
     loss = contrastive.sigmoid_pairs(image, text, scale, bias, 4, tile)
     torch.testing.assert_close(loss, expected)
-    for ours, theirs in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -100,18 +110,26 @@ def test_barlow_twins_without_the_correlation_matrix():
         for b in range(3):
             k = image[:, a].T @ text[:, b] / 6
             diagonal = k.diagonal()
-            expected = expected + ((diagonal - 1) ** 2).sum() + 0.3 * (k.square().sum() - diagonal.square().sum())
+            expected = (
+                expected
+                + ((diagonal - 1) ** 2).sum()
+                + 0.3 * (k.square().sum() - diagonal.square().sum())
+            )
     loss = contrastive.barlow_twins(image, text, image, text, 0.3, 0.7)
     torch.testing.assert_close(loss, 0.7 * expected)
     for ours, theirs in zip(
-        torch.autograd.grad(loss, (image, text)), torch.autograd.grad(0.7 * expected, (image, text)), strict=True
+        torch.autograd.grad(loss, (image, text)),
+        torch.autograd.grad(0.7 * expected, (image, text)),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_negative_cosine_sums_over_pairs_of_views():
     p, v = torch.randn(5, 2, 4, requires_grad=True), torch.randn(5, 3, 4, requires_grad=True)
-    expected = sum(2 - 2 * F.cosine_similarity(p[:, a], v[:, b]).mean() for a in range(2) for b in range(3))
+    expected = sum(
+        2 - 2 * F.cosine_similarity(p[:, a], v[:, b]).mean() for a in range(2) for b in range(3)
+    )
     loss = contrastive.negative_cosine(p, v)
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -138,13 +156,19 @@ def test_scale_gradient():
 def features(views: int, b: int = 6) -> dict:
     g = torch.Generator().manual_seed(3)
     out = {f"z_{m}_global": torch.randn(b, 5, generator=g) for m in ("image", "text")}
-    out |= {f"h_{m}_local": torch.randn(b, views, 5, generator=g) for m in ("image", "text") if views}
+    out |= {
+        f"h_{m}_local": torch.randn(b, views, 5, generator=g) for m in ("image", "text") if views
+    }
     return out | {"logit_scale": torch.tensor(8.0), "h_logit_scale": torch.tensor(5.0)}
 
 
 def test_cl2l_without_local_views_is_clip():
     out = features(0)
-    clip = {"z_image": out["z_image_global"], "z_text": out["z_text_global"], "logit_scale": out["logit_scale"]}
+    clip = {
+        "z_image": out["z_image_global"],
+        "z_text": out["z_text_global"],
+        "logit_scale": out["logit_scale"],
+    }
     expected = dual_losses.clip(clip, LossOptions())
     actual = dual_losses.cl2l(out, LossOptions())
     for name in ("loss", "clip_loss", "clip_acc"):
@@ -153,7 +177,8 @@ def test_cl2l_without_local_views_is_clip():
 
 @pytest.mark.parametrize("views", [2, 3])
 def test_swalip_predicts_another_pair_of_views(views):
-    """For two views as published; with more, every view takes part, unless the original's numbers are asked for."""
+    """For two views as published; with more, every view takes part, unless the original's numbers
+    are asked for."""
     out = features(views)
     image, text = normalize(out["h_image_local"]), normalize(out["h_text_local"])
 
@@ -163,7 +188,9 @@ def test_swalip_predicts_another_pair_of_views(views):
 
     def over(n):
         pairs = [(a, b, (a + 1) % n, (b + 1) % n) for a in range(n) for b in range(n)]
-        return sum(term(image, text, *pair) + term(text, image, *pair) for pair in pairs) / (2 * views**2)
+        return sum(term(image, text, *pair) + term(text, image, *pair) for pair in pairs) / (
+            2 * views**2
+        )
 
     for compat, n in (("none", views), ("original", 2)):
         loss = dual_losses.swalip(out, LossOptions(compat=compat))["swalip_loss"]
@@ -183,9 +210,16 @@ def test_bad_options():
 
 def test_perfect_features_have_small_loss():
     eye = torch.eye(4)
-    out = {"z_image": eye, "z_text": eye, "logit_scale": torch.tensor(100.0), "logit_bias": torch.tensor(-50.0)}
+    out = {
+        "z_image": eye,
+        "z_text": eye,
+        "logit_scale": torch.tensor(100.0),
+        "logit_bias": torch.tensor(-50.0),
+    }
     assert dual_losses.clip(out, LossOptions())["loss"] < 1e-4
     assert dual_losses.clip(out, LossOptions())["clip_acc"] == 100
     assert dual_losses.siglip(out, LossOptions())["loss"] < 1e-4
     uniform = out | {"z_text": torch.ones(4, 4)}
-    assert math.isclose(dual_losses.clip(uniform, LossOptions())["loss"].item(), math.log(4), rel_tol=1e-4)
+    assert math.isclose(
+        dual_losses.clip(uniform, LossOptions())["loss"].item(), math.log(4), rel_tol=1e-4
+    )

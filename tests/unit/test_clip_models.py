@@ -1,4 +1,5 @@
-"""The dual encoders: every model string, views joined or apart, text padding, noise, weight decay, momentum model."""
+"""The dual encoders: every model string, views joined or apart, text padding, noise, weight decay,
+momentum model."""
 
 import copy
 
@@ -12,12 +13,16 @@ from models.layers.clip_towers import BACKBONES, TextNoise
 from models.layers.openai_towers import openai_model
 from tests.clip_toys import END, ToyConvNet, toy, toy_batch
 
-TRAINABLE = [f"{base}_VITB16_{head}" for base in ("CLIP", "CL2L") for head in HEADS] + ["SLIP_VITB16", "SIMCLR_VITB16"]
+TRAINABLE = [f"{base}_VITB16_{head}" for base in ("CLIP", "CL2L") for head in HEADS] + [
+    "SLIP_VITB16",
+    "SIMCLR_VITB16",
+]
 
 
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_every_head_trains_with_either_base(name):
-    """A small step along the gradient lowers the loss, and every trainable weight has a gradient."""
+    """A small step along the gradient lowers the loss, and every trainable weight has a
+    gradient."""
     model = toy(name, separate_proj=True)
     batch = toy_batch()
     first = model(**batch)
@@ -41,7 +46,9 @@ def test_every_backbone_builds_with_every_head(backbone):
     assert f"CLIP_{backbone}_CLIP" in model_names()
 
 
-@pytest.mark.parametrize("name", ["CL2L_VITB61_CL2L", "CL2L_VITB16", "cl2l_vitb16_cl2l", "RESNET", "SLIP_R50", ""])
+@pytest.mark.parametrize(
+    "name", ["CL2L_VITB61_CL2L", "CL2L_VITB16", "cl2l_vitb16_cl2l", "RESNET", "SLIP_R50", ""]
+)
 def test_unknown_model_names_the_nearest(name):
     with pytest.raises(UserError, match="is unknown.*VITB16.*SIAMLIP") as error:
         parts_of(name)
@@ -50,7 +57,9 @@ def test_unknown_model_names_the_nearest(name):
 
 
 def test_local_views_wanted():
-    assert [parts_of(n)[2] for n in ("CLIP_R50_CLIP", "CLIP_R50_CL2L", "SLIP_VITB16", "CLIP_VITB16")] == [0, -1, 2, 0]
+    assert [
+        parts_of(n)[2] for n in ("CLIP_R50_CLIP", "CLIP_R50_CL2L", "SLIP_VITB16", "CLIP_VITB16")
+    ] == [0, -1, 2, 0]
 
 
 def test_openai_names():
@@ -126,7 +135,9 @@ def test_noise_touches_local_texts_of_training_only():
         out = noisy.train(training)(features_only=True, **batch)
         torch.testing.assert_close(out["feats_text"], expected["feats_text"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(out["feats_image_local"], expected["feats_image_local"])
-        same = torch.allclose(out["feats_text_local"], expected["feats_text_local"], rtol=1e-4, atol=1e-5)
+        same = torch.allclose(
+            out["feats_text_local"], expected["feats_text_local"], rtol=1e-4, atol=1e-5
+        )
         assert same != training
 
 
@@ -165,7 +176,12 @@ def test_decay_groups():
     decay, no_decay = names_by_decay(model)
     trainable = {k for k, p in model.named_parameters() if p.requires_grad}
     assert set(decay) | set(no_decay) == trainable and not set(decay) & set(no_decay)
-    assert {"token_embedding.weight", "positional_embedding", "visual.cls_token", "visual.pos_embed"} <= set(no_decay)
+    assert {
+        "token_embedding.weight",
+        "positional_embedding",
+        "visual.cls_token",
+        "visual.pos_embed",
+    } <= set(no_decay)
     assert "token_embedding.weight" in names_by_decay(model, original=True)[0]
 
 
@@ -174,7 +190,9 @@ def test_momentum_model_follows():
     teacher = copy.deepcopy(toy("CL2L_VITB16_SIAMLIP", seed=2))
     before = teacher.text_projector.weight.clone()
     follow(teacher, model, 0.9)
-    torch.testing.assert_close(teacher.text_projector.weight, 0.9 * before + 0.1 * model.text_projector.weight)
+    torch.testing.assert_close(
+        teacher.text_projector.weight, 0.9 * before + 0.1 * model.text_projector.weight
+    )
     batch = toy_batch()
     with torch.no_grad():
         targets = teacher(features_only=True, **batch)
@@ -188,4 +206,7 @@ def test_prototypes_freeze():
     assert model.image_prototypes.weight_v.grad is not None
     model.freeze_prototypes()
     assert model.image_prototypes.weight_v.grad is None
-    assert not model.image_prototypes.weight_g.requires_grad and not model.swalip_logit_scale.requires_grad
+    assert (
+        not model.image_prototypes.weight_g.requires_grad
+        and not model.swalip_logit_scale.requires_grad
+    )

@@ -35,8 +35,14 @@ def test_earlier_merges_come_first(tokenizer):
 def test_rows(tokenizer):
     start, end = tokenizer.start_id, tokenizer.end_id
     ids = tokenizer(["the", "", "the the the the the the the the the"])
-    assert ids.tolist() == [[start, 513, end, 0, 0, 0, 0, 0], [start, end] + [0] * 6, [start] + [513] * 6 + [end]]
-    assert tokenizer(["the"], lengths=[4]).shape == (1, 4) and tokenizer(["the"], lengths=()).shape == (1, 8)
+    assert ids.tolist() == [
+        [start, 513, end, 0, 0, 0, 0, 0],
+        [start, end] + [0] * 6,
+        [start] + [513] * 6 + [end],
+    ]
+    assert tokenizer(["the"], lengths=[4]).shape == (1, 4) and tokenizer(
+        ["the"], lengths=()
+    ).shape == (1, 8)
     assert tokenizer.encode("<|endoftext|> the") == [end, 513]
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.encode("the cat") == tokenizer.encode("the cat") and again.context_length == 8

@@ -1,4 +1,4 @@
-"""Views of pictures for dual encoders."""
+"""Views of images for dual encoders."""
 
 import pytest
 import torch
@@ -22,55 +22,61 @@ from dataset.loading.randomness import seeded
 
 
 @pytest.fixture
-def picture() -> torch.Tensor:
-    return torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def image() -> torch.Tensor:
+    return torch.randint(
+        0, 256, (3, 60, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("share", [-0.4, -0.1, 0.0, 0.03, 0.5])
-def test_hue_is_torchvisions(share, picture):
+def test_hue_is_torchvisions(share, image):
     from torchvision.transforms.v2.functional import adjust_hue
 
-    picture[:, :3, :3] = picture[:1, :3, :3]  # grey
-    expected = adjust_hue(picture.float() / 255, share) * 255
-    torch.testing.assert_close(turn_hue(picture.float(), share), expected, rtol=0, atol=2e-3)
+    image[:, :3, :3] = image[:1, :3, :3]  # grey
+    expected = adjust_hue(image.float() / 255, share) * 255
+    torch.testing.assert_close(turn_hue(image.float(), share), expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
-def test_blur_is_pillows(sigma, picture):
+def test_blur_is_pillows(sigma, image):
     import numpy as np
     from PIL import Image, ImageFilter
 
-    blurred = Image.fromarray(picture.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(sigma))
+    blurred = Image.fromarray(image.permute(1, 2, 0).numpy()).filter(
+        ImageFilter.GaussianBlur(sigma)
+    )
     expected = torch.from_numpy(np.array(blurred)).permute(2, 0, 1).float()
     inner = (slice(None), slice(8, -8), slice(8, -8))
-    assert (gaussian_blur(picture.float(), sigma)[inner] - expected[inner]).abs().max() < 3.6
+    assert (gaussian_blur(image.float(), sigma)[inner] - expected[inner]).abs().max() < 3.6
     weights = blur_weights(sigma)
     assert sum(weights) * 2 - weights[0] == pytest.approx(1)
     assert 2 * sum(w * k**2 for k, w in enumerate(weights)) == pytest.approx(sigma**2)
 
 
-def test_jitter_keeps_range_and_draws_from_torch_alone(picture):
-    levels = picture.float()
+def test_jitter_keeps_range_and_draws_from_torch_alone(image):
+    levels = image.float()
     with seeded(3):
         first = color_jitter(levels, 0.4, 0.4, 0.4, 0.1)
     with seeded(3):
         assert torch.equal(color_jitter(levels, 0.4, 0.4, 0.4, 0.1), first)
     assert first.min() >= -0.01 and first.max() <= 255.01 and not torch.equal(first, levels)
     torch.testing.assert_close(color_jitter(levels, 0, 0, 0, 0), levels, rtol=0, atol=1e-2)
-    assert torch.equal(levels, picture.float())  # in place would spoil the other views
+    assert torch.equal(levels, image.float())  # in place would spoil the other views
 
 
-def test_a_view_without_operations_is_the_crop(picture):
+def test_a_view_without_operations_is_the_crop(image):
     from torchvision.transforms.v2.functional import resize
 
     whole = View(32, (1.0, 1.0), "bilinear")
-    square = picture[:, :, :60]
+    square = image[:, :, :60]
     expected = resize(square, [32, 32], antialias=True)
     assert torch.equal(whole(square), expected)
     mirrored = View(32, (1.0, 1.0), "bilinear", flip=1.0)
     assert torch.equal(mirrored(square), expected.flip(-1))
     grey = View(32, (1.0, 1.0), "bilinear", grey=1.0)(square)
-    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey_levels(expected.float())[0].round().byte())
+    assert torch.equal(grey[0], grey[1]) and torch.equal(
+        grey[0], grey_levels(expected.float())[0].round().byte()
+    )
     negative = View(32, (1.0, 1.0), "bilinear", solarize=1.0)(square)
     assert torch.equal(negative, torch.where(expected >= 128, 255 - expected, expected))
 
@@ -82,37 +88,45 @@ def views_of(compat="none", **options) -> ImageViews:
 def test_kinds_of_views():
     plain = views_of()
     weak, strong = plain.glob[0], plain.local[0]
-    assert weak == View(32, (0.5, 1.0)) and strong.jitter == (0.4, 0.4, 0.4, 0.1) and strong.scale == (0.08, 1.0)
+    assert (
+        weak == View(32, (0.5, 1.0))
+        and strong.jitter == (0.4, 0.4, 0.4, 0.1)
+        and strong.scale == (0.08, 1.0)
+    )
     assert (strong.grey, strong.blur, strong.solarize, strong.flip) == (0.2, 0.5, 0.0, 0.5)
     first, second = views_of(byol_augment=True).local
     assert first.jitter == second.jitter == (0.4, 0.4, 0.2, 0.1)
     assert (first.blur, first.solarize, second.blur, second.solarize) == (1.0, 0.0, 0.1, 0.2)
     assert views_of(weak_augment=True).local == [weak]
     assert views_of(strong_augment=True).glob == [strong]
-    assert views_of(byol_augment=True, strong_augment=True).glob[0].side == 32  # the original crashes here
+    assert (
+        views_of(byol_augment=True, strong_augment=True).glob[0].side == 32
+    )  # the original crashes here
     assert views_of(randaugment=True).glob[0].randaugment
     assert views_of(randaugment=True, compat="original").glob == [weak, strong]
     assert views_of(jitter=False, flip=False).local[0].jitter is None
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"byol_augment": True}, {"randaugment": True}, {"multicrop_resize": 16}], ids=str
+    "options",
+    [{}, {"byol_augment": True}, {"randaugment": True}, {"multicrop_resize": 16}],
+    ids=str,
 )
-def test_shapes_and_randomness(options, picture):
+def test_shapes_and_randomness(options, raw_image):
     views = views_of(**options)
     with seeded(1):
-        image, local = views(picture)
+        image, local = views(raw_image)
     with seeded(1):
-        again = views(picture)
+        again = views(raw_image)
     small = options.get("multicrop_resize", 32)
     assert image.shape == (3, 32, 32) and local.shape == (2, 3, small, small)
     assert image.dtype == local.dtype == torch.uint8
     assert torch.equal(image, again[0]) and torch.equal(local, again[1])
     assert not torch.equal(local[0], local[1])
-    assert views_of(num_augs=0)(picture)[1] is None
+    assert views_of(num_augs=0)(raw_image)[1] is None
 
 
-def test_probabilities_hold(picture, monkeypatch):
+def test_probabilities_hold(raw_image, monkeypatch):
     counts = {"jitter": 0, "blur": 0}
 
     def counting(name, result):
@@ -127,24 +141,30 @@ def test_probabilities_hold(picture, monkeypatch):
     view = views_of().local[0]
     with seeded(0):
         for _ in range(400):
-            view(picture[:, :20, :20])
-    assert counts["jitter"] == pytest.approx(320, abs=40) and counts["blur"] == pytest.approx(200, abs=50)
+            view(raw_image[:, :20, :20])
+    assert counts["jitter"] == pytest.approx(320, abs=40) and counts["blur"] == pytest.approx(
+        200, abs=50
+    )
 
 
-def test_evaluation_view_and_normalisation(picture):
-    view = EvalView(30)(picture)
-    assert view.shape == (3, 30, 30) and EvalView(30)(picture.transpose(1, 2)).shape == (3, 30, 30)
+def test_evaluation_view_and_normalisation(image):
+    view = EvalView(30)(image)
+    assert view.shape == (3, 30, 30) and EvalView(30)(image.transpose(1, 2)).shape == (3, 30, 30)
     statistics = pixel_statistics(torch.device("cpu"))
     made = normalize(torch.stack([view, view]), statistics)
-    expected = (view.float() / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    ).view(3, 1, 1)
+    expected = (
+        view.float() / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    ) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     torch.testing.assert_close(made[1], expected)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"byol_augment": True, "num_augs": 3}, {"weak_augment": True, "strong_augment": True}, {"num_augs": -1}],
+    [
+        {"byol_augment": True, "num_augs": 3},
+        {"weak_augment": True, "strong_augment": True},
+        {"num_augs": -1},
+    ],
     ids=str,
 )
 def test_impossible_options(options):

@@ -1,4 +1,5 @@
-"""Configuration: precedence, spellings, every kind of mistake with its message, and the way to a file and back."""
+"""Configuration: precedence, spellings, every kind of mistake with its message, and the way to a
+file and back."""
 
 import dataclasses
 import subprocess
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 
 from base.errors import UserError
 from runtime.config import cli as config_module
-from runtime.config.cli import differences, from_dict, knob, load, parse, run, save, section, to_dict
+from runtime.config.cli import (
+    differences,
+    from_dict,
+    knob,
+    load,
+    parse,
+    run,
+    save,
+    section,
+    to_dict,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,7 +108,9 @@ def test_defaults_have_the_declared_types_and_are_not_shared():
 def test_precedence(yaml):
     first = yaml("alpha: 0.1\nseed: 1\nworkers: 1\nmode: fine\n")
     second = yaml("alpha: 0.2\nseed: 2\nworkers: 2\n", "b.yaml")
-    got = read("--overrides", "alpha=0.4", "--alpha", "0.3", "--seed", "3", "--config", first, second)
+    got = read(
+        "--overrides", "alpha=0.4", "--alpha", "0.3", "--seed", "3", "--config", first, second
+    )
     assert (got.alpha, got.seed, got.workers, got.mode, got.model) == (0.4, 3, 2, "fine", "vit_b")
     assert read("--config", second, "--config", first).seed == 1
     assert read("--seed", "1", "--seed", "5").seed == 5
@@ -125,7 +138,9 @@ def test_spellings_of_a_nested_key(argv):
 
 
 def test_old_section_name_in_a_file(yaml):
-    assert load(Config, yaml("schedular: {epochs: 30, min_lr: 1e-6}")).scheduler == Schedule("30", 1e-6)
+    assert load(Config, yaml("schedular: {epochs: 30, min_lr: 1e-6}")).scheduler == Schedule(
+        "30", 1e-6
+    )
 
 
 def test_flat_section_answers_without_its_name_and_others_do_not():
@@ -192,17 +207,24 @@ def test_optional_union_literal_and_path():
 def test_free_form_mappings_merge(yaml):
     file = yaml("sets: {coco: {split: val}, imagenet-v2: {root: c}}")
     got = read("--config", file, "--sets.imagenet-v2.k", "5", "--overrides", "sets.coco.split=test")
-    assert got.sets == {"coco": {"root": "a", "split": "test"}, "imagenet-v2": {"root": "c", "k": 5}}
+    assert got.sets == {
+        "coco": {"root": "a", "split": "test"},
+        "imagenet-v2": {"root": "c", "k": 5},
+    }
 
 
 def test_yaml_numbers(yaml):
-    got = load(Config, yaml("optimizer:\n  lr: 1e-4\n  weight_decay: '1e-2'\nseed: 1e3\nalpha: 1\n"))
+    got = load(
+        Config, yaml("optimizer:\n  lr: 1e-4\n  weight_decay: '1e-2'\nseed: 1e3\nalpha: 1\n")
+    )
     assert (got.optimizer.lr, got.optimizer.weight_decay, got.seed) == (1e-4, 1e-2, 1000)
     assert isinstance(got.alpha, float) and isinstance(got.seed, int)
 
 
 def test_launcher_leftovers_are_accepted_silently():
-    assert read("--local_rank=1", "--local-rank", "1", "--dist_url", "env://", "--seed", "7").seed == 7
+    assert (
+        read("--local_rank=1", "--local-rank", "1", "--dist_url", "env://", "--seed", "7").seed == 7
+    )
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -218,9 +240,15 @@ def test_unknown_key_names_file_line_and_neighbour(yaml):
 
 def test_unknown_flag_names_neighbour():
     assert mistakes("--aplha", "1") == "--aplha: unknown key; did you mean --alpha?"
-    assert mistakes("--optimiser.lr", "1") == "--optimiser.lr: unknown key; did you mean --optimizer.lr?"
+    assert (
+        mistakes("--optimiser.lr", "1")
+        == "--optimiser.lr: unknown key; did you mean --optimizer.lr?"
+    )
     assert mistakes("--zzz") == "--zzz: unknown key; see --help"
-    assert mistakes("--overrides", "trainfile=1") == "--overrides trainfile: unknown key; did you mean train_file?"
+    assert (
+        mistakes("--overrides", "trainfile=1")
+        == "--overrides trainfile: unknown key; did you mean train_file?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,10 +266,19 @@ def test_unknown_flag_names_neighbour():
         ("layers: [4, 5]", "layers: expected one of 4, 8, 12, got [4, 5]; for example 8"),
         ("mode: x", "mode: expected one of pre, fine, got 'x'; for example pre"),
         ("k_test: x", "k_test: expected a whole number or none, got 'x'; for example 1"),
-        ("train_file: {a: 1}", "train_file: expected a list (text, ...), got {'a': 1}; for example text"),
-        ("sets: [1]", "sets: expected a mapping of key: value, got [1]; for example {'coco': {'root': 'a'}}"),
+        (
+            "train_file: {a: 1}",
+            "train_file: expected a list (text, ...), got {'a': 1}; for example text",
+        ),
+        (
+            "sets: [1]",
+            "sets: expected a mapping of key: value, got [1]; for example {'coco': {'root': 'a'}}",
+        ),
         ("optimizer: adamw", "optimizer: expected a section (key: value), got 'adamw'"),
-        ("optimizer.lr.x: 1", "optimizer.lr.x: expected a number >= 0, got {'x': 1}; for example 0.0003"),
+        (
+            "optimizer.lr.x: 1",
+            "optimizer.lr.x: expected a number >= 0, got {'x': 1}; for example 0.0003",
+        ),
     ],
 )
 def test_wrong_values(yaml, text, message):
@@ -250,7 +287,11 @@ def test_wrong_values(yaml, text, message):
 
 
 def test_ranges_are_inclusive():
-    assert (read("--alpha", "0").alpha, read("--alpha", "1").alpha, read("--seed", "0").seed) == (0, 1, 0)
+    assert (read("--alpha", "0").alpha, read("--alpha", "1").alpha, read("--seed", "0").seed) == (
+        0,
+        1,
+        0,
+    )
 
 
 def test_all_mistakes_are_reported_together(yaml):
@@ -317,24 +358,40 @@ def test_cross_checks_of_the_dataclass_see_the_final_values():
 
 
 def test_round_trip(tmp_path):
-    config = read("--train-file", "a, b", "x: y", "--checkpoint", "p/q", "--lr", "1e-5", "--sets.x", "[1, {y: 1e-9}]")
+    config = read(
+        "--train-file",
+        "a, b",
+        "x: y",
+        "--checkpoint",
+        "p/q",
+        "--lr",
+        "1e-5",
+        "--sets.x",
+        "[1, {y: 1e-9}]",
+    )
     path = tmp_path / "config.yaml"
     save(config, path)
     assert load(Config, path) == config and from_dict(Config, to_dict(config)) == config
     assert "  lr: 1e-05  # peak learning rate, absolute\n" in path.read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
-    assert to_dict(config)["optimizer"]["betas"] == [0.9, 0.999] and to_dict(config)["checkpoint"] == str(Path("p/q"))
+    assert to_dict(config)["optimizer"]["betas"] == [0.9, 0.999] and to_dict(config)[
+        "checkpoint"
+    ] == str(Path("p/q"))
 
 
 def test_from_dict_blames_its_source():
-    with pytest.raises(UserError, match="weights.pt: optimizer.lr2: unknown key; did you mean optimizer.lr"):
+    with pytest.raises(
+        UserError, match="weights.pt: optimizer.lr2: unknown key; did you mean optimizer.lr"
+    ):
         from_dict(Config, {"optimizer": {"lr2": 1}}, "weights.pt")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     save(read("--seed", "1"), path)
-    monkeypatch.setattr(config_module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        config_module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         save(read("--seed", "2"), path)
     assert load(Config, path).seed == 1
@@ -358,7 +415,11 @@ plain = st.recursive(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
-    st.lists(texts, max_size=3), numbers, texts, st.none() | st.integers(), st.dictionaries(texts, plain, max_size=3)
+    st.lists(texts, max_size=3),
+    numbers,
+    texts,
+    st.none() | st.integers(),
+    st.dictionaries(texts, plain, max_size=3),
 )
 def test_any_configuration_survives_a_file(tmp_path, files, number, text, k_test, sets):
     config = Config(train_file=files, resume=text, k_test=k_test, size=text, sets=sets)
@@ -372,7 +433,11 @@ def test_differences():
     old = to_dict(read("--lr", "1e-4", "--train-file", "a"))
     new = to_dict(read("--lr", "2e-4", "--train-file", "a", "b", "--k_test", "3"))
     assert differences(old, old) == []
-    assert differences(old, new) == ["train_file: a -> a,b", "k_test: none -> 3", "optimizer.lr: 0.0001 -> 0.0002"]
+    assert differences(old, new) == [
+        "train_file: a -> a,b",
+        "k_test: none -> 3",
+        "optimizer.lr: 0.0001 -> 0.0002",
+    ]
     assert differences({"a": 1, "s": {"b": 1}}, {"s": {"c": True}}) == [
         "a: 1 -> (absent)",
         "s.b: 1 -> (absent)",
@@ -398,7 +463,9 @@ def test_help_shows_description_groups_and_defaults(capsys):
     ]
     assert [out.index(part) for part in order] == sorted(out.index(part) for part in order)
     assert "--alpha FLOAT\n        share of soft targets, 0–1 [default: 0.4]" in out
-    assert "--workers, -j INT" in out and "--model {vit_b,vit_l}" in out and "--mode {pre,fine}" in out
+    assert (
+        "--workers, -j INT" in out and "--model {vit_b,vit_l}" in out and "--mode {pre,fine}" in out
+    )
     assert "--optimizer.weight-decay, --optimizer.wd FLOAT" in out and "[default: 0.0003]" in out
 
 
@@ -423,16 +490,16 @@ def leave_with(error: BaseException, monkeypatch, **environment: str) -> Any:
 
 
 def test_run_tells_what_people_can_mend_in_one_line(monkeypatch, capsys):
-    assert leave_with(Mendable("no such picture"), monkeypatch) == (2, [])
-    assert capsys.readouterr().err == "error: no such picture\n"
-    assert leave_with(Mendable("no such picture"), monkeypatch, RANK="0", SLURM_PROCID="3") == (2, [])
-    assert capsys.readouterr().err == "error: no such picture\n"
+    assert leave_with(Mendable("no such image"), monkeypatch) == (2, [])
+    assert capsys.readouterr().err == "error: no such image\n"
+    assert leave_with(Mendable("no such image"), monkeypatch, RANK="0", SLURM_PROCID="3") == (2, [])
+    assert capsys.readouterr().err == "error: no such image\n"
 
 
 def test_run_on_another_rank_gives_the_first_the_word(monkeypatch, capsys):
-    code, waited = leave_with(Mendable("no such picture"), monkeypatch, SLURM_PROCID="3")
+    code, waited = leave_with(Mendable("no such image"), monkeypatch, SLURM_PROCID="3")
     assert code == 2 and waited[0] > 0
-    assert capsys.readouterr().err == "error on rank 3: no such picture\n"
+    assert capsys.readouterr().err == "error on rank 3: no such image\n"
 
 
 def test_run_on_ctrl_c_and_on_defects(monkeypatch, capsys):
@@ -441,7 +508,10 @@ def test_run_on_ctrl_c_and_on_defects(monkeypatch, capsys):
         run(lambda config: 1 / 0, Config, argv=[])
     with pytest.raises(SystemExit) as left:
         run(print, Config, argv=["--seeds", "1"])
-    assert left.value.code == 2 and capsys.readouterr().err == "error: --seeds: unknown key; did you mean --seed?\n"
+    assert (
+        left.value.code == 2
+        and capsys.readouterr().err == "error: --seeds: unknown key; did you mean --seed?\n"
+    )
     seen = []
     run(seen.append, Config, argv=["--seed", "9"])
     assert seen == [read("--seed", "9")]

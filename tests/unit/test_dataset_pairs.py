@@ -1,4 +1,5 @@
-"""Pre-training and retrieval pairs: from annotation files and shards to the batches the models take."""
+"""Pre-training and retrieval pairs: from annotation files and shards to the batches the models
+take."""
 
 import io
 import json
@@ -25,19 +26,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Twelve pictures, one of them cut off, and a vocabulary."""
+    """Twelve images, one of them cut off, and a vocabulary."""
     monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     rng = np.random.default_rng(0)
     for number in range(12):
-        picture = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
-        picture.save(tmp_path / f"{number}.jpg")
+        image = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
+        image.save(tmp_path / f"{number}.jpg")
     (tmp_path / "5.jpg").write_bytes((tmp_path / "5.jpg").read_bytes()[:900])
     return tmp_path
 
 
 def pairs(folder, captions=("a red dog", "Blue ball?")):
-    entries = [{"image": f"{n}.jpg", "caption": list(captions), "image_id": n // 2} for n in range(12)]
+    entries = [
+        {"image": f"{n}.jpg", "caption": list(captions), "image_id": n // 2} for n in range(12)
+    ]
     (folder / "pairs.json").write_text(json.dumps(entries))
     return Records(folder / "pairs.json")
 
@@ -57,14 +60,18 @@ def check_pretraining_batch(batch, size, side, tokens):
     assert torch.equal(batch["text_ids"].flatten()[places], batch["mlm_labels"][chosen])
     unchanged = torch.ones(size * length, dtype=torch.bool)
     unchanged[places] = False
-    assert torch.equal(batch["mlm_ids"].flatten()[unchanged], batch["text_ids"].flatten()[unchanged])
+    assert torch.equal(
+        batch["mlm_ids"].flatten()[unchanged], batch["text_ids"].flatten()[unchanged]
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pretraining_batches_from_annotations(folder, workers):
     build = PretrainPair(PretrainTransform(64, 32), folder, BlockMask(4))
     collate = PretrainCollate(Tokenizer(folder), mlm_probability=0.5)
-    loader = StreamLoader(Stream([RecordSource(pairs(folder), build, "pairs")], collate), 4, workers, error_budget=0.2)
+    loader = StreamLoader(
+        Stream([RecordSource(pairs(folder), build, "pairs")], collate), 4, workers, error_budget=0.2
+    )
     for _ in range(6):
         check_pretraining_batch(next(loader), 4, 64, 32)
     assert loader.errors["pairs"] >= 1 and "5.jpg" in loader.bad_samples[0]
@@ -74,14 +81,19 @@ def test_pretraining_batches_from_annotations(folder, workers):
 def test_pretraining_batches_from_shards(folder):
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for number in range(12):
-            for kind, data in (("jpg", (folder / f"{number}.jpg").read_bytes()), ("txt", b"a red cat")):
+            for kind, data in (
+                ("jpg", (folder / f"{number}.jpg").read_bytes()),
+                ("txt", b"a red cat"),
+            ):
                 member = tarfile.TarInfo(f"{number}.{kind}")
                 member.size = len(data)
                 if not (number == 7 and kind == "txt"):
                     tar.addfile(member, io.BytesIO(data))
     build = PretrainPair(PretrainTransform(64, 32), patch_mask=BlockMask(4))
     source = ShardSource(str(folder / "00000.tar"), build, samples=12, name="web")
-    loader = StreamLoader(Stream([source], PretrainCollate(Tokenizer(folder))), 5, 0, error_budget=0.5)
+    loader = StreamLoader(
+        Stream([source], PretrainCollate(Tokenizer(folder))), 5, 0, error_budget=0.5
+    )
     for _ in range(2):
         check_pretraining_batch(next(loader), 5, 64, 32)
     next(loader)
@@ -92,7 +104,14 @@ def test_pretraining_batches_from_shards(folder):
 def test_albef_batches_carry_no_masks(folder):
     build = PretrainPair(PretrainTransform(64), folder)
     batch = PretrainCollate(Tokenizer(folder))([build(pairs(folder)[n]) for n in (0, 1)])
-    assert sorted(batch) == ["image", "mlm_ids", "mlm_labels", "mlm_positions", "text_ids", "text_mask"]
+    assert sorted(batch) == [
+        "image",
+        "mlm_ids",
+        "mlm_labels",
+        "mlm_positions",
+        "text_ids",
+        "text_mask",
+    ]
     with pytest.raises(BadSample, match="empty after cleaning"):
         build({"image": "0.jpg", "caption": "?!"})
 
@@ -103,13 +122,17 @@ def test_visual_codes_from_a_cache(folder):
     transform = PretrainTransform(64, fixed_geometry=True)
     build = PretrainPair(transform, folder, BlockMask(4), CodeCache(folder / "codes.npy", 12))
     source = RecordSource(pairs(folder), build)
-    loader = StreamLoader(Stream([source], PretrainCollate(Tokenizer(folder))), 4, 1, error_budget=0.5)
+    loader = StreamLoader(
+        Stream([source], PretrainCollate(Tokenizer(folder))), 4, 1, error_budget=0.5
+    )
     batch = next(loader)
     loader.close()
     assert batch["visual_codes"].dtype == torch.int64 and "token_image" not in batch
     assert set(batch["visual_codes"][:, 0].tolist()) <= set(range(0, 192, 16))
     with pytest.raises(UserError, match="fixed_geometry"):
-        PretrainPair(PretrainTransform(64), folder, BlockMask(4), CodeCache(folder / "codes.npy", 12))
+        PretrainPair(
+            PretrainTransform(64), folder, BlockMask(4), CodeCache(folder / "codes.npy", 12)
+        )
     with pytest.raises(UserError, match="does not fit 13 records"):
         CodeCache(folder / "codes.npy", 13)
     np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -121,10 +144,14 @@ def test_visual_codes_from_a_cache(folder):
 def test_retrieval_batches(folder):
     records = pairs(folder)
     ids = number_images(record["image_id"] for record in records)
-    assert ids.tolist() == [n // 2 for n in range(12)] and ids.dtype == torch.int32 and ids.is_shared()
+    assert (
+        ids.tolist() == [n // 2 for n in range(12)] and ids.dtype == torch.int32 and ids.is_shared()
+    )
     build = RetrievalPair(TrainTransform(48), folder, ids)
     source = RecordSource(records, build)
-    loader = StreamLoader(Stream([source], RetrievalCollate(Tokenizer(folder), 30)), 4, 0, error_budget=0.5)
+    loader = StreamLoader(
+        Stream([source], RetrievalCollate(Tokenizer(folder), 30)), 4, 0, error_budget=0.5
+    )
     batch = next(loader)
     assert batch["image"].shape == (4, 3, 48, 48) and batch["image_id"].dtype == torch.int64
     assert batch["image_id"].max() < 6 and batch["text_mask"].dtype == torch.bool

@@ -1,4 +1,5 @@
-"""Annotation files of every kind are read in place; a faulty one is refused with file, entry, field and remedy."""
+"""Annotation files of every kind are read in place; a faulty one is refused with file, entry, field
+and remedy."""
 
 import json
 import pickle
@@ -9,7 +10,10 @@ from base.errors import UserError
 from dataset.sources import json_entries
 from dataset.sources.records import Records
 
-ENTRIES = [{"image": f"{n}.jpg", "caption": [f'naïve }} ] , \\ " {n}', "漢字"], "id": n} for n in range(300)]
+ENTRIES = [
+    {"image": f"{n}.jpg", "caption": [f'naïve }} ] , \\ " {n}', "漢字"], "id": n}
+    for n in range(300)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +50,10 @@ def test_reads_lists_and_lines(tmp_path, monkeypatch, text, chunk):
 
 
 def test_joins_files_and_pickles_as_paths(tmp_path):
-    files = [write(tmp_path, json.dumps(part), f"{n}.json") for n, part in enumerate((ENTRIES[:10], ENTRIES[10:]))]
+    files = [
+        write(tmp_path, json.dumps(part), f"{n}.json")
+        for n, part in enumerate((ENTRIES[:10], ENTRIES[10:]))
+    ]
     records = Records(files)
     assert [record["id"] for record in records] == list(range(300))
     pickled = pickle.dumps(records)
@@ -74,7 +81,10 @@ FAULTS = {
     '{"images": []}': ("entry 0", "no field 'image'", "it has images"),
     f"[{GOOD}, 3]": ("entry 1", "expected an object", "found 3"),
     f'[{GOOD}, {{"image": "b"}}]': ("entry 1", "no field 'caption'", "add the field or remove"),
-    f'[{GOOD}, {{"image": "b", "caption": 3}}]': ("entry 1", "'caption' must be str or list, not int"),
+    f'[{GOOD}, {{"image": "b", "caption": 3}}]': (
+        "entry 1",
+        "'caption' must be str or list, not int",
+    ),
     f'[{GOOD}, {{"image": ["b"], "caption": "c"}}]': ("entry 1", "'image' must be str"),
     '[{"image": "b", "caption": []}]': ("'caption' must list one or more texts",),
     '[{"image": "b", "caption": [1]}]': ("'caption' must list one or more texts",),
@@ -115,7 +125,9 @@ def test_an_endless_entry_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(json_entries, "ENTRY_LIMIT", 1 << 12)
     seen = []
     monkeypatch.setattr(
-        json_entries._Window, "error", lambda self, what: seen.append(len(self.text)) or UserError(what)
+        json_entries._Window,
+        "error",
+        lambda self, what: seen.append(len(self.text)) or UserError(what),
     )
     with pytest.raises(UserError, match="not valid JSON"):
         Records(write(tmp_path, '[{"image": "' + "x" * 100_000))

@@ -39,7 +39,10 @@ def test_tokens(tokenizer):
     assert tokenizer.encode("a " * 10_000, max_length=25) == [2] + [5] * 24
     ids, mask = tokenizer(["a", "a red dog"])
     assert ids.shape == (2, 8) and ids.dtype == torch.int64 and mask.dtype == torch.bool
-    assert ids[0].tolist() == [2, 5, 0, 0, 0, 0, 0, 0] and mask[0].tolist() == [True, True] + [False] * 6
+    assert (
+        ids[0].tolist() == [2, 5, 0, 0, 0, 0, 0, 0]
+        and mask[0].tolist() == [True, True] + [False] * 6
+    )
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode("red ball") == tokenizer.encode("red ball")
 

@@ -39,8 +39,8 @@ def pillow(image):
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
-def tensor(picture):
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def test_resize_is_pillows(image):
@@ -53,7 +53,9 @@ def test_resize_is_pillows(image):
 
 def test_normalize(image):
     ours = normalize(image)
-    expected = (image.double() / 255 - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    expected = (image.double() / 255 - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(
+        CLIP_STD
+    ).view(3, 1, 1)
     assert ours.dtype == torch.float32
     assert torch.allclose(ours.double(), expected, atol=1e-5)
 
@@ -91,7 +93,9 @@ def test_draws_have_the_stated_frequencies():
     rng = np.random.RandomState(0)
     drawn = [operation for _ in range(20_000) for operation in augment.draw(rng)]
     counts = {name: sum(name == other for other, _ in drawn) for name in augment.NAMES}
-    assert all(1800 < count < 2200 for count in counts.values())  # 20000 x 2 / 10 x 0.5 = 2000 each, sigma 43
+    assert all(
+        1800 < count < 2200 for count in counts.values()
+    )  # 20000 x 2 / 10 x 0.5 = 2000 each, sigma 43
     shears = [strength for name, strength in drawn if name == "ShearX"]
     assert set(shears) == {0.21, -0.21} and 850 < sum(s > 0 for s in shears) < 1150
 
@@ -151,12 +155,17 @@ def test_seeds_fix_everything_and_leave_nothing_behind(image):
         with seeded(seed):
             outputs.append(transform(image)[0])
     assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
-    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
+    assert (
+        torch.equal(torch.get_rng_state(), before[0])
+        and np.random.get_state()[1].tolist() == before[1]
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 16, 17, 1000])
 def test_permutations(length):
-    orders = [[permuted(place, length, mix(7, epoch)) for place in range(length)] for epoch in range(50)]
+    orders = [
+        [permuted(place, length, mix(7, epoch)) for place in range(length)] for epoch in range(50)
+    ]
     assert all(sorted(order) == list(range(length)) for order in orders)
     assert len(set(map(tuple, orders))) > min(length, 20) - 1
 

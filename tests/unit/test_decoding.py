@@ -1,4 +1,5 @@
-"""Decoding over branches: the same as without a cache, independent of what stands beside, and its options."""
+"""Decoding over branches: the same as without a cache, independent of what stands beside, and its
+options."""
 
 import math
 
@@ -27,7 +28,7 @@ PROMPT = torch.tensor([30, 1, 5, 6])
 
 @pytest.fixture(scope="module")
 def setting():
-    """A network whose labels end after some tokens, and image tokens of three pictures."""
+    """A network whose labels end after some tokens, and image tokens of three images."""
     model = network(vocabulary=14)
     with torch.no_grad():
         model.language_decoder.output.weight.mul_(4)
@@ -49,10 +50,14 @@ def test_one_shot_is_greedy_growth_of_each_first_token(setting):
     assert len(set(drafts.lengths.flatten().tolist())) > 1  # branches end at different lengths
     for i in range(3):
         first = recomputed(model, images[i : i + 1], prompt.tolist()).softmax(-1).topk(5)
-        for (tokens, shares), token, share in zip(drafts.rows(i), first.indices, first.values, strict=True):
+        for (tokens, shares), token, share in zip(
+            drafts.rows(i), first.indices, first.values, strict=True
+        ):
             assert tokens[0] == token and shares[0] == pytest.approx(float(share), rel=1e-4)
             for place in range(1, len(tokens)):
-                after = recomputed(model, images[i : i + 1], [*prompt.tolist(), *tokens[:place]]).softmax(-1)
+                after = recomputed(
+                    model, images[i : i + 1], [*prompt.tolist(), *tokens[:place]]
+                ).softmax(-1)
                 assert tokens[place] == int(after.argmax())
                 assert shares[place] == pytest.approx(float(after.max()), rel=1e-4)
             assert len(tokens) == 7 or tokens[-1] == COMMA
@@ -60,7 +65,7 @@ def test_one_shot_is_greedy_growth_of_each_first_token(setting):
 
 
 @torch.no_grad()
-def test_pictures_do_not_influence_one_another(setting):
+def test_images_do_not_influence_one_another(setting):
     model, images, prompt = setting
     together = one_shot(model, images, prompt, COMMA, 4)
     for i in range(3):
@@ -116,7 +121,9 @@ def test_many_streams_and_their_randomness(setting):
     def draw(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         choice = Choice("top_k", k=3)
-        return write_labels(model, images, prompt, COMMA, 6, choice, count=4, generator=generator).tokens
+        return write_labels(
+            model, images, prompt, COMMA, 6, choice, count=4, generator=generator
+        ).tokens
 
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
     assert draw(0).shape == (3, 4, 6) and len({tuple(row) for row in draw(0)[0].tolist()}) > 1
@@ -153,7 +160,10 @@ def test_filters():
     assert top_k(logits, 2)[0].nonzero().flatten().tolist() == [1, 2]
     assert torch.equal(top_k(logits, 0), logits.softmax(-1))
     assert top_p(logits, 0.5)[0].nonzero().flatten().tolist() == [1]
-    assert top_p(logits, 0.7)[0].nonzero().flatten().tolist() == [1, 2]  # the one that passes it is in
+    assert top_p(logits, 0.7)[0].nonzero().flatten().tolist() == [
+        1,
+        2,
+    ]  # the one that passes it is in
     assert float(top_p(logits, 0.99).sum()) == pytest.approx(1)
 
 
@@ -164,11 +174,16 @@ def test_labels_that_read_alike_are_added():
     assert ranked == [("dog", pytest.approx(0.5)), ("cat", 0.25)]
     by_mean = dict(rank_labels(rows, lambda tokens: decode[tuple(tokens)], "mean"))
     assert by_mean["dog"] == pytest.approx(min(math.sqrt(0.4), 0.1 ** (1 / 3)))
-    assert [text for text, _ in rank_labels(rows[::-1], lambda tokens: decode[tuple(tokens)], "none")] == ["dog", "cat"]
+    assert [
+        text for text, _ in rank_labels(rows[::-1], lambda tokens: decode[tuple(tokens)], "none")
+    ] == ["dog", "cat"]
 
 
 def test_an_unfinished_label_of_a_stream_is_left_out():
-    assert split_labels([1, 9, 2, 3, 9, 4], [0.1] * 6, 9) == [([1, 9], [0.1] * 2), ([2, 3, 9], [0.1] * 3)]
+    assert split_labels([1, 9, 2, 3, 9, 4], [0.1] * 6, 9) == [
+        ([1, 9], [0.1] * 2),
+        ([2, 3, 9], [0.1] * 3),
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["one_shot", "greedy", "top_k", "top_p", "beam"])
@@ -180,7 +195,9 @@ def test_every_strategy_gives_labels(strategy, setting):
     again = Drafts(*drafts.padded(options.longest))
     assert again.tokens.shape[2] == options.longest
     for i in range(3):
-        found = options.labels(again, i, COMMA, lambda tokens: "".join(chr(97 + t) for t in tokens if t != COMMA))
+        found = options.labels(
+            again, i, COMMA, lambda tokens: "".join(chr(97 + t) for t in tokens if t != COMMA)
+        )
         assert found == options.labels(
             drafts, i, COMMA, lambda tokens: "".join(chr(97 + t) for t in tokens if t != COMMA)
         )
@@ -196,7 +213,9 @@ def test_more_labels_than_tokens(setting):
         one_shot(model, images, prompt, COMMA, 20)
 
 
-@pytest.mark.parametrize("change", [{"strategy": "shot"}, {"ranking": "ppl"}, {"num_labels": 0}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "change", [{"strategy": "shot"}, {"ranking": "ppl"}, {"num_labels": 0}, {"temperature": 0.0}]
+)
 def test_options_that_cannot_be(change):
     with pytest.raises(UserError, match="decoding"):
         Decoding(**change)

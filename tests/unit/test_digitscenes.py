@@ -1,4 +1,5 @@
-"""DigitScenes: formats parse by their own rules, labels are balanced and true, a folder is built once and whole."""
+"""DigitScenes: formats parse by their own rules, labels are balanced and true, a folder is built
+once and whole."""
 
 import gzip
 import json
@@ -44,12 +45,16 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scenes(root) -> dict[str, dict[str, Scene]]:
-    """Per split: path of the picture -> what it shows, read back from scenes_*.jsonl."""
+    """Per split: path of the image -> what it shows, read back from scenes_*.jsonl."""
     read = {}
     for split in SPLITS:
-        rows = [json.loads(line) for line in (root / f"scenes_{split}.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (root / f"scenes_{split}.jsonl").read_text().splitlines()
+        ]
         for row in rows:
-            row["digits"] = tuple(Digit(**digit | {"box": tuple(digit["box"])}) for digit in row["digits"])
+            row["digits"] = tuple(
+                Digit(**digit | {"box": tuple(digit["box"])}) for digit in row["digits"]
+            )
         read[split] = {row["path"]: Scene(**row) for row in rows}
     return read
 
@@ -62,20 +67,32 @@ def write_request(folder: Path, request: Request) -> bool:
     return build(folder, request, say=lambda line: None)
 
 
-# ---- pictures and splits
+# ---- images and splits
 
 
 def test_split_sizes_and_handwriting_never_shared(root, scenes):
-    assert {split: len(found) for split, found in scenes.items()} == {"train": 120, "val": 40, "test": 60}
+    assert {split: len(found) for split, found in scenes.items()} == {
+        "train": 120,
+        "val": 40,
+        "test": 60,
+    }
     used = {s: {d.sample for scene in scenes[s].values() for d in scene.digits} for s in SPLITS}
-    assert not used["train"] & used["val"] and not used["train"] & used["test"] and not used["val"] & used["test"]
-    assert max(used["train"]) < min(used["val"]) < max(used["val"]) < min(used["test"])  # whole writers' forms apart
+    assert (
+        not used["train"] & used["val"]
+        and not used["train"] & used["test"]
+        and not used["val"] & used["test"]
+    )
+    assert (
+        max(used["train"]) < min(used["val"]) < max(used["val"]) < min(used["test"])
+    )  # whole writers' forms apart
 
 
 def test_splits_cut_between_writers_forms_and_hold_every_class():
     handwriting = Handwriting()
     for split, start in (("val", 1287), ("test", 1545)):
-        assert handwriting.labels[start : start + 10].tolist() == list(range(10)), f"{split} starts inside a form"
+        assert handwriting.labels[start : start + 10].tolist() == list(range(10)), (
+            f"{split} starts inside a form"
+        )
         assert [len(rows) >= 22 for rows in handwriting.samples[split]] == [True] * 10
     rows = np.concatenate([rows for split in SPLITS for rows in handwriting.samples[split]])
     assert sorted(rows.tolist()) == list(range(1797))
@@ -84,17 +101,22 @@ def test_splits_cut_between_writers_forms_and_hold_every_class():
             assert (handwriting.labels[samples] == digit).all()
 
 
-def test_pictures_are_jpeg_of_the_stated_size(root, scenes):
+def test_images_are_jpeg_of_the_stated_size(root, scenes):
     from PIL import Image
 
     paths = {path: (s.width, s.height) for found in scenes.values() for path, s in found.items()}
-    assert sorted(paths) == sorted(str(p.relative_to(root)) for p in (root / "images").rglob("*") if p.is_file())
+    assert sorted(paths) == sorted(
+        str(p.relative_to(root)) for p in (root / "images").rglob("*") if p.is_file()
+    )
     for path, size in paths.items():
-        with Image.open(root / path) as picture:
-            picture.load()
-            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", size)
+        with Image.open(root / path) as image:
+            image.load()
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)
     assert len(set(paths.values())) > 20
-    assert all(0.8 < w / h < 1.25 and 0.85 * 48 < min(w, h) and max(w, h) < 1.25 * 48 for w, h in paths.values())
+    assert all(
+        0.8 < w / h < 1.25 and 0.85 * 48 < min(w, h) and max(w, h) < 1.25 * 48
+        for w, h in paths.values()
+    )
 
 
 def test_digits_are_large_enough_inside_and_apart(scenes):
@@ -107,7 +129,8 @@ def test_digits_are_large_enough_inside_and_apart(scenes):
 
 
 def test_drawn_colours_are_those_described(root, scenes):
-    """The colour nearest to a digit's most ground-unlike pixels is the one that its description names."""
+    """The colour nearest to a digit's most ground-unlike pixels is the one that its description
+    names."""
     from PIL import Image
 
     right = []
@@ -116,9 +139,13 @@ def test_drawn_colours_are_those_described(root, scenes):
         for d in scene.digits:
             x, y, w, h = d.box
             patch = pixels[y : y + h, x : x + w].reshape(-1, 3)
-            far = np.linalg.norm(patch - np.array(GROUNDS[scene.ground]), axis=1).argsort()[-w * h // 8 :]
+            far = np.linalg.norm(patch - np.array(GROUNDS[scene.ground]), axis=1).argsort()[
+                -w * h // 8 :
+            ]
             stroke = np.median(patch[far], axis=0)
-            right.append(d.colour == min(COLOURS, key=lambda c: np.linalg.norm(stroke - COLOURS[c])))
+            right.append(
+                d.colour == min(COLOURS, key=lambda c: np.linalg.norm(stroke - COLOURS[c]))
+            )
     assert np.mean(right) > 0.97
 
 
@@ -131,14 +158,17 @@ def test_arrangements_keep_their_order(scenes):
             )
             if axis is not None:
                 k = scene.digits.index(digit)
-                assert all(sign * centre[k][axis] < sign * c[axis] for j, c in enumerate(centre) if j != k), place
+                assert all(
+                    sign * centre[k][axis] < sign * c[axis] for j, c in enumerate(centre) if j != k
+                ), place
 
 
 # ---- captions
 
 
 def read_caption(caption: str) -> tuple[str, frozenset[str]]:
-    """Ground and coloured digits named by a caption; colours and digits are paired in the order of mention."""
+    """Ground and coloured digits named by a caption; colours and digits are paired in the order of
+    mention."""
     words = caption.replace(",", " ").replace(":", " ").split()
     (ground,) = [w for w in words if w in GROUNDS]
     pairs = zip([w for w in words if w in COLOURS], [w for w in words if w in DIGITS], strict=True)
@@ -146,12 +176,12 @@ def read_caption(caption: str) -> tuple[str, frozenset[str]]:
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_every_caption_maps_to_exactly_one_picture(root, split):
+def test_every_caption_maps_to_exactly_one_image(root, split):
     entries = load(root, f"retrieval_{split}.json")
-    pictures = {entry["image"]: {read_caption(c) for c in entry["caption"]} for entry in entries}
-    assert all(len(contents) == 1 for contents in pictures.values()), "five captions say the same"
-    owners = Counter(content for contents in pictures.values() for content in contents)
-    assert len(pictures) == len(owners) and set(owners.values()) == {1}
+    images = {entry["image"]: {read_caption(c) for c in entry["caption"]} for entry in entries}
+    assert all(len(contents) == 1 for contents in images.values()), "five captions say the same"
+    owners = Counter(content for contents in images.values() for content in contents)
+    assert len(images) == len(owners) and set(owners.values()) == {1}
     assert all(len(set(entry["caption"])) == 5 for entry in entries)
 
 
@@ -164,7 +194,10 @@ def test_captions_are_true_short_and_lower_case(root, scenes):
 
 
 def test_wordings_differ_for_every_arrangement():
-    digits = tuple(Digit(k, colour, "large", 0, (0, 0, 1, 1)) for k, colour in enumerate(("red", "blue", "green")))
+    digits = tuple(
+        Digit(k, colour, "large", 0, (0, 0, 1, 1))
+        for k, colour in enumerate(("red", "blue", "green"))
+    )
     seen = set()
     for count, arrangements in ARRANGEMENTS.items():
         for arrangement in arrangements:
@@ -175,7 +208,7 @@ def test_wordings_differ_for_every_arrangement():
             seen |= set(found)
 
 
-def test_training_retrieval_names_each_picture_five_times(root):
+def test_training_retrieval_names_each_image_five_times(root):
     entries = load(root, "retrieval_train.json")
     assert set(entries[0]) == {"image", "caption", "image_id"}
     assert set(Counter(e["image_id"] for e in entries).values()) == {5}
@@ -203,7 +236,10 @@ def test_vqa_files_parse_and_yes_no_is_balanced(root):
     answer_list = set(load(root, "answer_list.json"))
     for split in ("train", "val"):
         for entry in load(root, f"vqa_{split}.json"):
-            assert set(entry) == {"dataset", "image", "question", "answer", "question_id"} and entry["dataset"] == "vqa"
+            assert (
+                set(entry) == {"dataset", "image", "question", "answer", "question_id"}
+                and entry["dataset"] == "vqa"
+            )
             assert len(entry["answer"]) == 10 and set(entry["answer"]) <= answer_list
             assert (root / entry["image"]).exists()
     for entry in load(root, "vg_qa.json"):
@@ -215,13 +251,26 @@ def test_vqa_files_parse_and_yes_no_is_balanced(root):
     by_question = {}
     for a in answers:
         assert len(a["answers"]) == 10
-        assert a["multiple_choice_answer"] == Counter(x["answer"] for x in a["answers"]).most_common(1)[0][0]
+        assert (
+            a["multiple_choice_answer"]
+            == Counter(x["answer"] for x in a["answers"]).most_common(1)[0][0]
+        )
         if a["question_type"] == "yes/no":
             question = asked[a["question_id"]]["question"]
             by_question.setdefault(question, []).append(a["multiple_choice_answer"])
-    assert by_question and all(found.count("yes") == found.count("no") for found in by_question.values())
+    assert by_question and all(
+        found.count("yes") == found.count("no") for found in by_question.values()
+    )
     kinds = {a["question_type"] for a in answers}
-    assert kinds == {"how many", "ground colour", "digit colour", "size", "which digit", "place", "yes/no"}
+    assert kinds == {
+        "how many",
+        "ground colour",
+        "digit colour",
+        "size",
+        "which digit",
+        "place",
+        "yes/no",
+    }
 
 
 def test_vqa_answers_are_true(root, scenes):
@@ -253,7 +302,10 @@ def test_entailment_labels_are_balanced_and_words_alone_do_not_tell(root, scenes
     for split in SPLITS:
         entries = load(root, f"ve_{split}.json")
         labels = Counter(e["label"] for e in entries)
-        assert labels.keys() == {"entailment", "neutral", "contradiction"} and len(set(labels.values())) == 1
+        assert (
+            labels.keys() == {"entailment", "neutral", "contradiction"}
+            and len(set(labels.values())) == 1
+        )
         true = Counter(e["sentence"] for e in entries if e["label"] == "entailment")
         assert true == Counter(e["sentence"] for e in entries if e["label"] == "contradiction")
         for entry in entries:
@@ -270,7 +322,11 @@ def test_nlvr_sentences_come_with_both_labels_and_are_true(root, scenes):
     entries = load(root, "nlvr_train.json")
     by_sentence = {}
     for e in entries:
-        assert len(e["images"]) == 2 and e["images"][0] != e["images"][1] and e["label"] in ("True", "False")
+        assert (
+            len(e["images"]) == 2
+            and e["images"][0] != e["images"][1]
+            and e["label"] in ("True", "False")
+        )
         by_sentence.setdefault(e["sentence"], []).append(e["label"])
     assert all(found.count("True") == found.count("False") for found in by_sentence.values())
     checked = 0
@@ -301,8 +357,14 @@ def test_refcoco_expressions_fit_one_digit_and_boxes_give_a_choice(root, scenes)
     assert {r["split"] for r in refs} == {"train", "val", "testA", "testB"}
     for ref in refs:
         scene, target = by_id[ref["image_id"]], annotation[ref["ann_id"]]
-        assert (images[scene.image_id]["width"], images[scene.image_id]["height"]) == (scene.width, scene.height)
-        assert ref["split"] not in ("testA", "testB") or len(scene.digits) == {"testA": 2, "testB": 3}[ref["split"]]
+        assert (images[scene.image_id]["width"], images[scene.image_id]["height"]) == (
+            scene.width,
+            scene.height,
+        )
+        assert (
+            ref["split"] not in ("testA", "testB")
+            or len(scene.digits) == {"testA": 2, "testB": 3}[ref["split"]]
+        )
         assert [s["sent_id"] for s in ref["sentences"]] == ref["sent_ids"] and ref["sentences"]
         for sentence in ref["sentences"]:
             words = set(sentence["tokens"]) - {"the", "digit", "number", "figure"}
@@ -346,8 +408,13 @@ def test_multi_label_targets_separate_at_a_threshold(root, scenes):
     assert len(rows) == 40 and len(labels) == len(set(labels)) == 21
     for row in rows:
         scene = scenes["val"][row["url"]]
-        assert row["label_probs"] == sorted(row["label_probs"], reverse=True) and len(set(row["labels"])) == 10
-        kept = {labels[k] for k, p in zip(row["labels"], row["label_probs"], strict=True) if p >= 0.2}
+        assert (
+            row["label_probs"] == sorted(row["label_probs"], reverse=True)
+            and len(set(row["labels"])) == 10
+        )
+        kept = {
+            labels[k] for k, p in zip(row["labels"], row["label_probs"], strict=True) if p >= 0.2
+        }
         shown = {w for d in scene.digits for w in (d.word, d.colour)} | {scene.ground}
         assert kept == shown == set(lists[row["url"]].split(","))
 
@@ -366,7 +433,9 @@ def test_tar_shards_hold_triplets_with_their_source(root, scenes):
                 meta = json.loads(meta)
                 scene = scenes["train"][meta["url"]]
                 assert names[k].startswith(path.stem) and meta["key"] == names[k].split(".")[0]
-                assert jpg == (root / scene.path).read_bytes() and txt.decode() == meta["caption"] in captions(scene)
+                assert jpg == (root / scene.path).read_bytes() and txt.decode() == meta[
+                    "caption"
+                ] in captions(scene)
                 assert meta["samples"] == [d.sample for d in scene.digits]
                 read[scene.path] = meta
     assert len(read) == 120
@@ -378,11 +447,13 @@ def test_shards_are_cut_at_their_size(root, scenes, monkeypatch, tmp_path):
     found = list(scenes["val"].values())
     (tmp_path / "images").symlink_to(root / "images")
     shards.write_tars(tmp_path, "val", found)
-    counts = [len(tarfile.open(p).getnames()) // 3 for p in sorted((tmp_path / "wds/val").glob("*.tar"))]
+    counts = [
+        len(tarfile.open(p).getnames()) // 3 for p in sorted((tmp_path / "wds/val").glob("*.tar"))
+    ]
     assert counts == [16, 16, 8]
 
 
-def test_tfrecords_frame_every_picture(root, scenes):
+def test_tfrecords_frame_every_image(root, scenes):
     with (root / "tfrecord/val/00000.tfrecord").open("rb") as file:
         records = [parse_example(record) for record in read_frames(file, "val")]
     assert len(records) == 40
@@ -400,7 +471,9 @@ def test_web_caption_sets(root, scenes):
     assert all((root / row["image_id"]).exists() and len(row["captions"]) == 5 for row in three)
     assert all((root / row["image_name"]).exists() and len(row["captions"]) == 1 for row in twelve)
     yfcc = pickle.loads((root / "yfcc15m/yfcc15m.pkl").read_bytes())
-    assert [row[0] for row in yfcc] == list(range(120)) and all(title or text for _, title, text in yfcc)
+    assert [row[0] for row in yfcc] == list(range(120)) and all(
+        title or text for _, title, text in yfcc
+    )
     assert {bool(t) for _, t, _ in yfcc} == {True, False} == {bool(d) for _, _, d in yfcc}
     with zipfile.ZipFile(root / "yfcc15m/images/00/000.zip") as bundle:
         for scene, (index, *_) in zip(scenes["train"].values(), yfcc, strict=True):
@@ -411,10 +484,16 @@ def test_web_caption_sets(root, scenes):
     assert (root / "tfrecord/alt_texts/00000.tfrecord").read_bytes().count(b"JFIF") == len(short)
     texts = {}
     for record in read_shard(str(root / "tfrecord/alt_texts/00000.tfrecord"), {}):
-        texts.setdefault(record["caption"].split(" ")[-1], set()).add(record["caption"].rpartition(" ")[0])
+        texts.setdefault(record["caption"].split(" ")[-1], set()).add(
+            record["caption"].rpartition(" ")[0]
+        )
     prompts = load(root, "templates_short.json")["digitscenes"]
-    assert {wording + " {}" if wording else "{}" for wordings in texts.values() for wording in wordings} <= set(prompts)
-    assert len(texts) == 10 and all(len(wordings) >= 3 for wordings in texts.values())  # no wording tells the digit
+    assert {
+        wording + " {}" if wording else "{}" for wordings in texts.values() for wording in wordings
+    } <= set(prompts)
+    assert len(texts) == 10 and all(
+        len(wordings) >= 3 for wordings in texts.values()
+    )  # no wording tells the digit
     red = load(root, "redcaps/redcaps.json")
     assert len(red) == 12
     assert all((root / "redcaps" / r["subreddit"] / f"{r['image_id']}.jpg").exists() for r in red)
@@ -427,7 +506,13 @@ def test_wordpiece_round_trip(root):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(root / "tokenizer/tokenizer.json"))
-    assert [tokenizer.token_to_id(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [0, 1, 2, 3, 4]
+    assert [tokenizer.token_to_id(t) for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     vocabulary = (root / "tokenizer/vocab.txt").read_text().splitlines()
     assert [tokenizer.id_to_token(k) for k in range(tokenizer.get_vocab_size())] == vocabulary
     for entry in load(root, "retrieval_test.json"):
@@ -444,7 +529,9 @@ def test_merges_rebuild_whole_words(root):
     lines = gzip.decompress((root / "bpe/bpe_merges.txt.gz").read_bytes()).decode().splitlines()
     merges = [tuple(line.split()) for line in lines[1:]]
     assert lines[0].startswith("#version") and all(len(pair) == 2 for pair in merges)
-    known = set("abcdefghijklmnopqrstuvwxyz0123456789,.:?") | {f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz?,:."}
+    known = set("abcdefghijklmnopqrstuvwxyz0123456789,.:?") | {
+        f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz?,:."
+    }
     for first, second in merges:
         assert first in known and second in known, "a merge joins symbols that exist"
         known.add(first + second)
@@ -462,9 +549,9 @@ def test_every_file_is_described_and_chance_levels_are_stated(root):
     chance = load(root, "stats.json")["chance"]
     assert chance["retrieval"]["img_r1"] == pytest.approx(100 / 60)
     assert chance["vqa"]["yes/no"] == pytest.approx(50, abs=20) and chance["nlvr"]["accuracy"] == 50
-    assert chance["grounding"]["testA_d"] == pytest.approx(20) and chance["grounding"]["testB_d"] == pytest.approx(
-        100 / 6
-    )
+    assert chance["grounding"]["testA_d"] == pytest.approx(20) and chance["grounding"][
+        "testB_d"
+    ] == pytest.approx(100 / 6)
 
 
 def test_same_arguments_reuse_and_build_the_same_bytes(root, tmp_path):
@@ -477,7 +564,10 @@ def test_same_arguments_reuse_and_build_the_same_bytes(root, tmp_path):
 
 def test_another_seed_gives_other_scenes():
     handwriting = Handwriting()
-    made = [unique_scenes(handwriting, "test", 20, 1, 48, seed, lambda s: s.content) for seed in (0, 0, 1)]
+    made = [
+        unique_scenes(handwriting, "test", 20, 1, 48, seed, lambda s: s.content)
+        for seed in (0, 0, 1)
+    ]
     assert made[0] == made[1] != made[2]
 
 
@@ -485,7 +575,11 @@ def test_interrupted_and_damaged_folders_are_rebuilt(tmp_path, monkeypatch):
     small = Request(20, 20, 20, 48, 0)
     folder = tmp_path / "data"
     with monkeypatch.context() as patch:
-        patch.setattr(build_module.shards, "write_web_captions", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            build_module.shards,
+            "write_web_captions",
+            lambda *a: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             write_request(folder, small)
     assert (folder / UNFINISHED).exists() and not (folder / MANIFEST).exists()

@@ -10,14 +10,25 @@ from base.errors import UserError
 
 @pytest.mark.parametrize(
     "nodes, first",
-    [("gpu7", "gpu7"), ("gpu[003-007,9],login1", "gpu003"), ("a1,a2", "a1"), ("n[1,3]-ib", "n1-ib"), ("x[08]", "x08")],
+    [
+        ("gpu7", "gpu7"),
+        ("gpu[003-007,9],login1", "gpu003"),
+        ("a1,a2", "a1"),
+        ("n[1,3]-ib", "n1-ib"),
+        ("x[08]", "x08"),
+    ],
 )
 def test_first_host_of_a_slurm_node_list(nodes, first):
     assert distributed.first_host(nodes) == first
 
 
 def test_slurm_variables_become_torchruns(monkeypatch):
-    env = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "40007"}
+    env = {
+        "SLURM_PROCID": "3",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "40007",
+    }
     env |= {"SLURM_STEP_NODELIST": "gpu[12-13]"}
     distributed._adopt_slurm(env)
     assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("3", "8", "1")
@@ -40,7 +51,9 @@ def test_cuda_without_a_gpu_is_one_clear_error():
 
 
 def _three_processes(rank: int, rendezvous: str, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=3)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=3
+    )
     indices = torch.arange(rank, 7, 3)
     table = distributed.gather_rows(indices[:, None].float() * 10, indices, 7)
     assert table.squeeze(1).tolist() == [0, 10, 20, 30, 40, 50, 60]

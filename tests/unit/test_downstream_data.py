@@ -23,13 +23,15 @@ from dataset.text.wordpiece import TextCollate, Tokenizer
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Two pictures, a vocabulary, and a place for annotations."""
+    """Two images, a vocabulary, and a place for annotations."""
     from PIL import Image
 
     monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (20, 12), (200, 30, 60)).save(tmp_path / name)
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] what colour is it red blue on grass yes no ##ish".split()
+    words = (
+        "[PAD] [UNK] [CLS] [SEP] [MASK] what colour is it red blue on grass yes no ##ish".split()
+    )
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     return tmp_path
 
@@ -45,7 +47,11 @@ def roots(folder) -> dict:
 
 def test_answers_are_weighted_by_how_many_gave_them(folder):
     build = QuestionAnswers(TestTransform(16), roots(folder))
-    entry = {"image": "a.jpg", "question": "What colour, is it?", "answer": ["red"] * 7 + ["blue"] * 2 + ["no"]}
+    entry = {
+        "image": "a.jpg",
+        "question": "What colour, is it?",
+        "answer": ["red"] * 7 + ["blue"] * 2 + ["no"],
+    }
     sample = build(entry | {"dataset": "vqa"})
     assert sample["question"] == "what colour is it" and sample["answers"] == ["red", "blue", "no"]
     assert sample["weights"] == [0.7, 0.2, 0.1]
@@ -58,23 +64,32 @@ def test_answers_are_weighted_by_how_many_gave_them(folder):
 
 
 def test_vqa_batch(folder):
-    tokenizer, build = Tokenizer(folder / "vocab.txt"), QuestionAnswers(TestTransform(16), roots(folder))
+    tokenizer, build = (
+        Tokenizer(folder / "vocab.txt"),
+        QuestionAnswers(TestTransform(16), roots(folder)),
+    )
     samples = [
-        build({"image": "a.jpg", "question": "what colour", "answer": ["red", "blue", "red", "no"]}),
+        build(
+            {"image": "a.jpg", "question": "what colour", "answer": ["red", "blue", "red", "no"]}
+        ),
         build({"image": "b.jpg", "question": "is it red", "answer": "on grass", "dataset": "vg"}),
     ]
     batch = VqaCollate(tokenizer, multiple=8)(samples)
     assert batch["image"].shape == (2, 3, 16, 16) and batch["answer_ids"].shape == (8, 4)
     assert batch["answer_question"].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
     assert batch["answer_weight"].tolist() == [0.5, 0.25, 0.25, 0.5, 0, 0, 0, 0]
-    assert batch["answer_ids"][3].tolist() == [2, 11, 12, 3] and batch["answer_ids"][0].tolist() == [2, 9, 3, 0]
+    assert batch["answer_ids"][3].tolist() == [2, 11, 12, 3] and batch["answer_ids"][
+        0
+    ].tolist() == [2, 9, 3, 0]
     assert batch["answer_mask"].sum(1).tolist()[:4] == [3, 3, 3, 4]
 
 
 def test_an_answer_ends_with_the_separator_however_written(folder):
     tokenizer = Tokenizer(folder / "vocab.txt")
     ids, mask = encode_answers(["red", "on grass"], tokenizer)
-    assert ids[0][mask[0]].tolist() == tokenizer.encode("red[SEP]") and ids[1][mask[1]].tolist() == [2, 11, 12, 3]
+    assert ids[0][mask[0]].tolist() == tokenizer.encode("red[SEP]") and ids[1][
+        mask[1]
+    ].tolist() == [2, 11, 12, 3]
 
 
 @pytest.mark.parametrize(
@@ -93,13 +108,22 @@ def test_answer_list_that_cannot_be_used(folder, content, words):
 
 
 def questions(**changes) -> list[dict]:
-    entry = {"image": "a.jpg", "question": "what colour", "question_id": 1, "answer": ["red"] * 6 + ["blue"] * 4}
+    entry = {
+        "image": "a.jpg",
+        "question": "what colour",
+        "question_id": 1,
+        "answer": ["red"] * 6 + ["blue"] * 4,
+    }
     return [entry, entry | {"question_id": 2} | changes]
 
 
 def test_question_set(folder):
     data = QuestionSet(questions(question_id="7"), roots(folder), TestTransform(16))
-    assert data.ids == [1, 7] and data.truth[7]["answers"] == ["red"] * 6 + ["blue"] * 4 and len(data) == 2
+    assert (
+        data.ids == [1, 7]
+        and data.truth[7]["answers"] == ["red"] * 6 + ["blue"] * 4
+        and len(data) == 2
+    )
     assert data.load(1)["text"] == "what colour" and data.load(1)["image"].shape == (3, 16, 16)
     assert unreachable(data, ["blue"]) == ["red"] and unreachable(data, ["red"]) == []
 
@@ -132,10 +156,16 @@ def test_official_answers(folder):
 
 def test_entailment(folder):
     entry = {"image": "a", "sentence": "It is RED-ish!", "label": "neutral"}
-    data = Statements(write(folder, [entry, entry | {"label": "entailment"}]), SNLI_VE, folder, TestTransform(16))
+    data = Statements(
+        write(folder, [entry, entry | {"label": "entailment"}]), SNLI_VE, folder, TestTransform(16)
+    )
     assert data.labels.tolist() == [1, 2]
     sample = data.load(0)
-    assert sample["text"] == "it is red ish" and sample["image"].shape == (3, 16, 16) and sample["label"] == 1
+    assert (
+        sample["text"] == "it is red ish"
+        and sample["image"].shape == (3, 16, 16)
+        and sample["label"] == 1
+    )
     with pytest.raises(BadSample, match="empty"):
         data(entry | {"sentence": "?!"})
 
@@ -143,7 +173,9 @@ def test_entailment(folder):
 @pytest.mark.parametrize("label", ["contradicts", "", 3, True])
 def test_label_outside_the_set(folder, label):
     entry = {"image": "a", "sentence": "red", "label": label}
-    with pytest.raises(UserError, match="entries.json, entry 0 .*none of contradiction, neutral, entailment"):
+    with pytest.raises(
+        UserError, match="entries.json, entry 0 .*none of contradiction, neutral, entailment"
+    ):
         Statements(write(folder, [entry]), SNLI_VE, folder, TestTransform(16))
 
 
@@ -153,7 +185,10 @@ def test_label_outside_the_set(folder, label):
 )
 def test_truth_in_any_spelling_and_as_the_originals_read_it(folder, label, ours, theirs):
     file = write(folder, [{"images": ["a.jpg", "b.jpg"], "sentence": "red", "label": label}])
-    found = [Statements(file, form, folder, TestTransform(16)).labels.item() for form in (NLVR2, ORIGINAL_NLVR2)]
+    found = [
+        Statements(file, form, folder, TestTransform(16)).labels.item()
+        for form in (NLVR2, ORIGINAL_NLVR2)
+    ]
     assert found == [ours, theirs]
 
 
@@ -164,7 +199,12 @@ def test_pairs(folder):
     assert batch["image"].shape == (3, 2, 3, 16, 16) and batch["label"].tolist() == [1, 1, 1]
     assert batch["text_ids"].shape == batch["text_mask"].shape == (3, 8)
     with pytest.raises(UserError, match="entry 0 .*images lists 1, but a pair has two"):
-        Statements(write(folder, [entry | {"images": ["a.jpg"]}], "one.json"), NLVR2, folder, TestTransform(16))
+        Statements(
+            write(folder, [entry | {"images": ["a.jpg"]}], "one.json"),
+            NLVR2,
+            folder,
+            TestTransform(16),
+        )
 
 
 REFS = [
@@ -178,15 +218,25 @@ INSTANCES = {
 DETECTIONS = {"9": [[1, 2, 3, 4], [0, 0, 5, 5]]}
 
 
-def expressions(folder, detections=DETECTIONS, instances=INSTANCES, **changes) -> ReferringExpressions:
+def expressions(
+    folder, detections=DETECTIONS, instances=INSTANCES, **changes
+) -> ReferringExpressions:
     record = {"image": "a.jpg", "text": "the RED, one", "ref_id": 5} | changes
     return ReferringExpressions([record], REFS, instances, detections, folder, TestTransform(16))
 
 
 def test_referring_expressions(folder):
     data = expressions(folder, ref_id="5")
-    assert data.texts == ["the red one"] and data.targets[0].box == [1, 2, 3, 4] and data.targets[0].split == "testA"
-    assert data.boxes == [[[1, 2, 3, 4], [0, 0, 5, 5]]] and data.load(0)["image"].shape == (3, 16, 16)
+    assert (
+        data.texts == ["the red one"]
+        and data.targets[0].box == [1, 2, 3, 4]
+        and data.targets[0].split == "testA"
+    )
+    assert data.boxes == [[[1, 2, 3, 4], [0, 0, 5, 5]]] and data.load(0)["image"].shape == (
+        3,
+        16,
+        16,
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +258,10 @@ def test_expressions_that_cannot_be_used(folder, changes, words):
 def test_tensors_are_plain(folder):
     assert (
         Statements(
-            write(folder, [{"image": "a.jpg", "sentence": "x", "label": "neutral"}]), SNLI_VE, folder, TestTransform(16)
+            write(folder, [{"image": "a.jpg", "sentence": "x", "label": "neutral"}]),
+            SNLI_VE,
+            folder,
+            TestTransform(16),
         ).labels.dtype
         == torch.int64
     )

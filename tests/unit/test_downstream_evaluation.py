@@ -11,7 +11,9 @@ from evaluation.report.examples import answer_case, box_case, gallery
 from evaluation.vqa import answer_score, normalise, prior_accuracy, save_answers, vqa_accuracy
 
 
-@pytest.mark.parametrize(("agreeing", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+@pytest.mark.parametrize(
+    ("agreeing", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
+)
 def test_one_of_three_people_is_a_third_of_a_point(agreeing, score):
     answers = ["red"] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
     assert answer_score("red", answers) == pytest.approx(score)
@@ -63,10 +65,22 @@ def test_answers_file(tmp_path):
 def test_box_scores_are_sums_over_the_box_by_its_root_area():
     torch.manual_seed(0)
     heat = torch.randn(20, 30)
-    boxes = [[3.7, 2.2, 10.6, 8.9], [0, 0, 30, 20], [25, 15, 50, 50], [29.9, 19.9, 0.5, 0.5], [-3, -2, 6, 5]]
+    boxes = [
+        [3.7, 2.2, 10.6, 8.9],
+        [0, 0, 30, 20],
+        [25, 15, 50, 50],
+        [29.9, 19.9, 0.5, 0.5],
+        [-3, -2, 6, 5],
+    ]
     expected = [heat[2:11, 3:14].sum() / (10.6 * 8.9) ** 0.5, heat.sum() / 600**0.5]
-    expected += [heat[15:, 25:].sum() / 2500**0.5, heat[19:20, 29:30].sum() / 0.5, heat[:3, :3].sum() / 30**0.5]
-    torch.testing.assert_close(box_scores(heat, boxes), torch.stack(expected).double(), rtol=1e-5, atol=1e-6)
+    expected += [
+        heat[15:, 25:].sum() / 2500**0.5,
+        heat[19:20, 29:30].sum() / 0.5,
+        heat[:3, :3].sum() / 30**0.5,
+    ]
+    torch.testing.assert_close(
+        box_scores(heat, boxes), torch.stack(expected).double(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_box_on_the_heat_is_chosen():
@@ -74,7 +88,9 @@ def test_the_box_on_the_heat_is_chosen():
     heat[2:4, 5:7] = 1.0
     boxes = [[0, 0, 20, 20], [50, 20, 20, 20], [0, 0, 80, 80]]
     found = point(heat, boxes, [50, 20, 20, 20], 80, 80)
-    assert (found.box, found.iou, found.hit) == (1, 1.0, True) and found.chance == pytest.approx(1 / 3)
+    assert (found.box, found.iou, found.hit) == (1, 1.0, True) and found.chance == pytest.approx(
+        1 / 3
+    )
     assert not point(heat, boxes, [0, 60, 20, 20], 80, 80).hit
 
 
@@ -82,26 +98,49 @@ def test_a_cold_map_still_chooses_a_box():
     assert point(-torch.ones(4, 4), [[0, 0, 4, 4], [1, 1, 2, 2]], [1, 1, 2, 2], 4, 4).box == 1
 
 
-@pytest.mark.parametrize(("a", "b"), [([0, 0, 10, 10], [5, 5, 10, 10]), ([2.5, 3.5, 20, 10], [4, 4, 18, 9])])
+@pytest.mark.parametrize(
+    ("a", "b"), [([0, 0, 10, 10], [5, 5, 10, 10]), ([2.5, 3.5, 20, 10], [4, 4, 18, 9])]
+)
 def test_iou_is_symmetric_and_at_most_one(a, b):
     assert iou(a, b) == iou(b, a) and 0 < iou(a, b) < 1 == iou(a, a)
 
 
 def test_splits_are_counted_apart():
-    results = [point(torch.ones(2, 2), [[0, 0, 4, 4]], box, 4, 4) for box in ([0, 0, 4, 4], [0, 0, 4, 1], [0, 0, 4, 4])]
+    results = [
+        point(torch.ones(2, 2), [[0, 0, 4, 4]], box, 4, 4)
+        for box in ([0, 0, 4, 4], [0, 0, 4, 1], [0, 0, 4, 4])
+    ]
     found = grounding_accuracy(results, ["val", "val", "testA"])
-    assert found["val"]["accuracy"] == 50.0 and found["testA"]["accuracy"] == 100.0 and set(found) == {"val", "testA"}
+    assert (
+        found["val"]["accuracy"] == 50.0
+        and found["testA"]["accuracy"] == 100.0
+        and set(found) == {"val", "testA"}
+    )
 
 
 def test_classification():
     logits = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 2, 0], [0, 0, 2]])
     found = class_accuracy(logits, torch.tensor([0, 0, 1, 1]), ("a", "b", "c"))
-    assert found == {"accuracy": 50.0, "chance": 50.0, "by_class": {"a": 50.0, "b": 50.0}, "samples": 4}
-    assert confusion_table(logits, torch.tensor([0, 0, 1, 1]), ("a", "b", "c")).count("<td>1</td>") == 4
+    assert found == {
+        "accuracy": 50.0,
+        "chance": 50.0,
+        "by_class": {"a": 50.0, "b": 50.0},
+        "samples": 4,
+    }
+    assert (
+        confusion_table(logits, torch.tensor([0, 0, 1, 1]), ("a", "b", "c")).count("<td>1</td>")
+        == 4
+    )
 
 
 def test_cases_cannot_become_markup():
-    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    html = gallery("t", torch.tensor([True]), lambda i: answer_case([picture], "<b>", [("<i>", 0.5)], "<i>", True))
-    html += box_case(picture, enlarge(torch.rand(2, 2), 8, 8), "<u>", [[0, 0, 4, 4]], 0, [0, 0, 4, 4], 1.0)
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    html = gallery(
+        "t",
+        torch.tensor([True]),
+        lambda i: answer_case([image], "<b>", [("<i>", 0.5)], "<i>", True),
+    )
+    html += box_case(
+        image, enlarge(torch.rand(2, 2), 8, 8), "<u>", [[0, 0, 4, 4]], 0, [0, 0, 4, 4], 1.0
+    )
     assert not any(tag in html for tag in ("<b>", "<i>", "<u>"))

@@ -9,7 +9,7 @@ from base.errors import UserError
 from models.fusion.grounding import contrast_map, matching_map
 from models.fusion.momentum import MomentumPairs
 from models.fusion.retrieval import Retrieval, RetrievalConfig
-from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_pictures
+from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_images
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
 from models.fusion.vqa import Vqa, VqaConfig, same_length
 from tests.tiny_simla import CLS, VOCAB, tiny_batch, tiny_config
@@ -50,16 +50,21 @@ def answer_table() -> tuple[torch.Tensor, torch.Tensor]:
 @SYSTEMS
 @torch.no_grad()
 def test_ranking_is_by_the_whole_likelihood(albef):
-    """Cached keys and groups of one length give what the plain decoder gives for each answer alone."""
+    """Cached keys and groups of one length give what the plain decoder gives for each answer
+    alone."""
     model, batch = vqa(albef).eval(), inputs(albef)
     ids, length = answer_table()
-    found, probability = model.rank_answers(**batch, answer_ids=ids, answer_length=length, k=len(ids))
+    found, probability = model.rank_answers(
+        **batch, answer_ids=ids, answer_length=length, k=len(ids)
+    )
     states = model.encode_question(**batch)
     likelihood = torch.zeros(len(states), len(ids))
     for answer, (row, n) in enumerate(zip(ids, length, strict=True)):
         given = row[:n].expand(len(states), -1)
         rows = torch.arange(len(states))
-        logits = model.text_decoder(given[:, :-1], None, states, image_mask=batch["text_mask"], rows=rows, causal=True)
+        logits = model.text_decoder(
+            given[:, :-1], None, states, image_mask=batch["text_mask"], rows=rows, causal=True
+        )
         picked = logits.log_softmax(-1).gather(2, given[:, 1:, None]).squeeze(2)
         likelihood[:, answer] = picked.sum(1)
     expected, order = likelihood.softmax(1).sort(descending=True)
@@ -71,7 +76,9 @@ def test_ranking_is_by_the_whole_likelihood(albef):
 def test_the_original_ranking_counts_the_first_piece_twice():
     batch, (ids, length) = inputs(False), answer_table()
     ours, theirs = (
-        vqa(False, compat=compat).eval().rank_answers(**batch, answer_ids=ids, answer_length=length, k=len(ids))
+        vqa(False, compat=compat)
+        .eval()
+        .rank_answers(**batch, answer_ids=ids, answer_length=length, k=len(ids))
         for compat in ("none", "original")
     )
     assert not torch.allclose(ours[1], theirs[1])
@@ -93,7 +100,10 @@ def test_answers_of_weight_zero_and_padding_change_nothing():
     model, batch, answers = vqa(False).train(), inputs(False), training_answers()
     loss = model(**batch, **answers, alpha=0.4)["loss_vqa"]
     fewer = {key: value[:-1] for key, value in answers.items()}
-    fewer["answer_ids"], fewer["answer_mask"] = fewer["answer_ids"][:, :5], fewer["answer_mask"][:, :5]
+    fewer["answer_ids"], fewer["answer_mask"] = (
+        fewer["answer_ids"][:, :5],
+        fewer["answer_mask"][:, :5],
+    )
     torch.testing.assert_close(loss, model(**batch, **fewer, alpha=0.4)["loss_vqa"])
 
 
@@ -104,10 +114,12 @@ def shallow(task: str) -> Vqa | StatementModel:
         config = tiny_config(layers=1, depth=1)
         return spread(Vqa(VqaConfig(config.vit, config.bert, decoder_layers=1)))
     config = tiny_config(layers=2, depth=1)
-    return spread(StatementModel(StatementConfig(config.vit, config.bert, classes=2, paired_from=0)))
+    return spread(
+        StatementModel(StatementConfig(config.vit, config.bert, classes=2, paired_from=0))
+    )
 
 
-@pytest.mark.parametrize("task", ["answers", "picture pairs"])
+@pytest.mark.parametrize("task", ["answers", "image pairs"])
 def test_compiled_equals_eager(task):
     """One graph, the same loss and the same gradients."""
     model = shallow(task)
@@ -115,7 +127,10 @@ def test_compiled_equals_eager(task):
     if task == "answers":
         batch |= training_answers()
     else:
-        batch |= {"image": torch.stack([batch["image"], batch["image"].flip(0)], 1), "label": torch.tensor([0, 1] * 2)}
+        batch |= {
+            "image": torch.stack([batch["image"], batch["image"].flip(0)], 1),
+            "label": torch.tensor([0, 1] * 2),
+        }
     compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
     losses = [m(**batch, alpha=torch.tensor(0.4)) for m in (model, compiled)]
     for name, loss in losses[0].items():
@@ -129,7 +144,8 @@ def test_compiled_equals_eager(task):
 
 
 @pytest.mark.parametrize(
-    ("albef", "compat", "matters"), [(False, "none", 1), (False, "original", 0), (True, "original", 1)]
+    ("albef", "compat", "matters"),
+    [(False, "none", 1), (False, "original", 0), (True, "original", 1)],
 )
 def test_the_teacher_of_vqa_matters_except_as_published_for_simla(albef, compat, matters):
     model, batch = vqa(albef, compat=compat).train(), inputs(albef) | training_answers()
@@ -147,15 +163,15 @@ def test_same_length_visits_every_row_once():
     assert all(len(set(length[group].tolist())) == 1 and len(group) <= 3 for group in groups)
 
 
-def statements(albef: bool, pictures: int, **options) -> StatementModel:
+def statements(albef: bool, images: int, **options) -> StatementModel:
     torch.manual_seed(0)
     config = tiny_config(albef)
-    bert, first = for_two_pictures(config.bert, 1) if pictures == 2 else (config.bert, None)
+    bert, first = for_two_images(config.bert, 1) if images == 2 else (config.bert, None)
     return spread(StatementModel(StatementConfig(config.vit, bert, 3, first, **options)))
 
 
 @SYSTEMS
-def test_both_pictures_of_a_pair_matter(albef):
+def test_both_images_of_a_pair_matter(albef):
     model, batch = statements(albef, 2).eval(), inputs(albef)
     image = torch.stack([batch["image"], batch["image"].flip(0)], dim=1)
     text = {key: batch[key] for key in TEXT}
@@ -176,7 +192,10 @@ def test_doubled_layers_share_keys_and_values_alone():
             first, second = (module.layers[i].crossattention.self for i in (even, even + 1))
             assert first["key"] is second["key"] and first["value"] is second["value"]
             assert first["query"] is not second["query"]
-    assert model.text_encoder_m.layers[1].crossattention.self["key"] is not layers[1].crossattention.self["key"]
+    assert (
+        model.text_encoder_m.layers[1].crossattention.self["key"]
+        is not layers[1].crossattention.self["key"]
+    )
 
 
 def test_teacher_follows_the_student():
@@ -200,7 +219,7 @@ def test_without_distillation_there_is_no_teacher():
 def assignment() -> TextAssignment:
     torch.manual_seed(0)
     config = tiny_config(True)
-    bert, first = for_two_pictures(config.bert)
+    bert, first = for_two_images(config.bert)
     return spread(TextAssignment(TextAssignmentConfig(config.vit, bert, first, 16)))
 
 
@@ -216,26 +235,31 @@ def test_assignment_is_what_the_label_says():
     assert (seen / seen.sum() - 1 / 3).abs().max() < 0.06
 
 
-def test_assignment_prefers_similar_pictures():
+def test_assignment_prefers_similar_images():
     model, tokens = assignment(), torch.randn(6, 17, 24)
-    tokens[1] = tokens[0]  # the most similar other picture of number 0
+    tokens[1] = tokens[0]  # the most similar other image of number 0
     drawn = [int(torch.stack(model.assign(tokens)[:2])[:, 0].eq(1).any()) for _ in range(60)]
     assert sum(drawn) > 30
 
 
-def test_assignment_needs_three_pictures():
+def test_assignment_needs_three_images():
     with pytest.raises(UserError, match="batch_size_train to 3"):
         assignment()(**inputs(True, rows=2))
 
 
-def test_geometry_for_two_pictures():
+def test_geometry_for_two_images():
     bert = tiny_config(False, layers=4).bert
-    doubled, first = for_two_pictures(bert)
-    assert (doubled.num_hidden_layers, first, doubled.fusion_layer, doubled.single_stream) == (6, 2, 0, False)
+    doubled, first = for_two_images(bert)
+    assert (doubled.num_hidden_layers, first, doubled.fusion_layer, doubled.single_stream) == (
+        6,
+        2,
+        0,
+        False,
+    )
     state = {f"text_encoder.encoder.layer.{i}.output.dense.bias": torch.zeros(1) for i in range(7)}
-    assert for_two_pictures(bert, None, state)[1] == 1  # as the checkpoint has it
+    assert for_two_images(bert, None, state)[1] == 1  # as the checkpoint has it
     with pytest.raises(UserError, match="paired_from 4"):
-        for_two_pictures(bert, 4)
+        for_two_images(bert, 4)
 
 
 def grounding_model(albef: bool, compat: str = "none") -> Retrieval:
@@ -265,7 +289,10 @@ def test_padding_does_not_dim_a_map_except_as_published():
     )
     torch.testing.assert_close(short, long, rtol=1e-3, atol=1e-6)
     original = grounding_model(True, "original")
-    theirs = [matching_map(original, batch["image"], *t.values(), 1) for t in ({k: batch[k] for k in TEXT}, longer)]
+    theirs = [
+        matching_map(original, batch["image"], *t.values(), 1)
+        for t in ({k: batch[k] for k in TEXT}, longer)
+    ]
     torch.testing.assert_close(theirs[0] * 8 / 13, theirs[1], rtol=1e-3, atol=1e-6)
 
 

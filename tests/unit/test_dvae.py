@@ -1,4 +1,5 @@
-"""The image tokenizer: grids of codes, losses with known values, learning without collapse, and every file form."""
+"""The image tokenizer: grids of codes, losses with known values, learning without collapse, and
+every file form."""
 
 import math
 
@@ -11,7 +12,7 @@ from models.fusion.dvae import (
     ImageTokenizer,
     TokenizerConfig,
     code_usage,
-    picture_of,
+    image_of,
     reconstruction_loss,
     squeeze_range,
 )
@@ -22,20 +23,29 @@ TINY = dict(vocab_size=16, width=4, blocks_per_group=1, decoder_width=8)
 
 @pytest.mark.parametrize(("groups", "outputs", "blocks"), [(1, 3, 1), (3, 3, 2), (4, 6, 1)])
 def test_shapes_and_geometry_from_weights(groups, outputs, blocks):
-    config = TokenizerConfig(**TINY | {"groups": groups, "outputs": outputs, "blocks_per_group": blocks})
+    config = TokenizerConfig(
+        **TINY | {"groups": groups, "outputs": outputs, "blocks_per_group": blocks}
+    )
     tokenizer = ImageTokenizer(config)
     side = tokenizer.reduction
-    assert side == 2 ** (groups - 1) and TokenizerConfig.from_state(tokenizer.state_dict()) == config
+    assert (
+        side == 2 ** (groups - 1) and TokenizerConfig.from_state(tokenizer.state_dict()) == config
+    )
     image = torch.rand(2, 3, 3 * side, 2 * side)
     codes = tokenizer.codes(image)
-    assert codes.shape == (2, 3, 2) and codes.dtype == torch.int64 and 0 <= codes.min() and codes.max() < 16
+    assert (
+        codes.shape == (2, 3, 2)
+        and codes.dtype == torch.int64
+        and 0 <= codes.min()
+        and codes.max() < 16
+    )
     assert torch.equal(codes, tokenizer.logits(image).argmax(1))
     decoded = tokenizer.decode(codes)
     assert decoded.shape == image.shape and 0 <= decoded.min() and decoded.max() <= 1
 
 
 def test_a_code_sees_its_place():
-    """Codes are arranged as the picture: a change in one corner leaves far codes as they are."""
+    """Codes are arranged as the image: a change in one corner leaves far codes as they are."""
     torch.manual_seed(0)
     tokenizer = ImageTokenizer(TokenizerConfig(**TINY | {"groups": 2, "vocab_size": 64}))
     image = torch.rand(1, 3, 64, 64)
@@ -51,11 +61,15 @@ def test_reconstruction_losses_have_their_textbook_values():
     assert x.min() >= 0.1 and x.max() <= 0.9
     perfect = torch.logit(x)
     assert reconstruction_loss(perfect, image) < 1e-12
-    assert torch.allclose(picture_of(perfect), image, atol=1e-6)
+    assert torch.allclose(image_of(perfect), image, atol=1e-6)
     # Laplace on the logit, by change of variables from torch's own density
     location, log_scale = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    density = torch.distributions.Laplace(location, log_scale.exp()).log_prob(torch.logit(x)) - torch.log(x * (1 - x))
-    torch.testing.assert_close(reconstruction_loss(torch.cat([location, log_scale], 1), image), -density.mean())
+    density = torch.distributions.Laplace(location, log_scale.exp()).log_prob(
+        torch.logit(x)
+    ) - torch.log(x * (1 - x))
+    torch.testing.assert_close(
+        reconstruction_loss(torch.cat([location, log_scale], 1), image), -density.mean()
+    )
 
 
 def test_code_losses_at_their_extremes():
@@ -68,7 +82,10 @@ def test_code_losses_at_their_extremes():
         assert losses["loss_kl"].abs() < 1e-5 and losses["loss_usage"].abs() < 1e-5
         output.b[3] = 1e4  # every place decided for the same code
         losses = tokenizer(image)
-        assert abs(losses["loss_kl"] - math.log(16)) < 1e-4 and abs(losses["loss_usage"] - math.log(16)) < 1e-4
+        assert (
+            abs(losses["loss_kl"] - math.log(16)) < 1e-4
+            and abs(losses["loss_usage"] - math.log(16)) < 1e-4
+        )
 
 
 @pytest.mark.parametrize("straight_through", [False, True])
@@ -81,7 +98,7 @@ def test_every_parameter_gets_a_gradient(straight_through):
 
 
 def patches(number: int) -> torch.Tensor:
-    """Pictures of 4 x 4 flat squares in four colours."""
+    """Images of 4 x 4 flat squares in four colours."""
     palette = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.9, 0.1], [0.1, 0.1, 0.9], [0.9, 0.9, 0.1]])
     squares = palette[torch.randint(4, (number, 4, 4))].permute(0, 3, 1, 2)
     return F.interpolate(squares, scale_factor=2, mode="nearest")
@@ -90,7 +107,9 @@ def patches(number: int) -> torch.Tensor:
 def test_it_learns_codes_that_tell_squares_apart():
     torch.manual_seed(0)
     tokenizer = ImageTokenizer(
-        TokenizerConfig(vocab_size=8, width=8, groups=2, blocks_per_group=1, decoder_width=8, outputs=3)
+        TokenizerConfig(
+            vocab_size=8, width=8, groups=2, blocks_per_group=1, decoder_width=8, outputs=3
+        )
     )
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2)
     for step in range(120):
@@ -118,7 +137,9 @@ def test_low_precision_agrees_on_almost_every_code():
     assert not any(p.requires_grad for p in exact.parameters()) and not exact.training
     low = ImageTokenizer.load("x", lambda _: state, precision="bfloat16")
     assert low.encoder.blocks.input.w.dtype == torch.bfloat16
-    assert low.encoder.blocks.output.conv.w.dtype == low.decoder.blocks.input.w.dtype == torch.float32
+    assert (
+        low.encoder.blocks.output.conv.w.dtype == low.decoder.blocks.input.w.dtype == torch.float32
+    )
     assert low.logits(image).dtype == torch.float32
     assert (low.codes(image) == exact.codes(image)).float().mean() > 0.95
     assert (low.decode(exact.codes(image)) - exact.decode(exact.codes(image))).abs().max() < 0.05
@@ -138,7 +159,9 @@ def test_every_file_form_is_the_same_tokenizer(tmp_path):
     for path in paths:
         loaded = ImageTokenizer.load(tmp_path / path, read_weights)
         assert torch.equal(loaded.codes(image), tokenizer.codes(image))
-        torch.testing.assert_close(loaded.decode(loaded.codes(image)), tokenizer.decode(tokenizer.codes(image)))
+        torch.testing.assert_close(
+            loaded.decode(loaded.codes(image)), tokenizer.decode(tokenizer.codes(image))
+        )
     (tmp_path / "openai" / "decoder.pkl").unlink()
     alone = ImageTokenizer.load(tmp_path / "openai", read_weights)
     assert torch.equal(alone.codes(image), tokenizer.codes(image))

@@ -24,7 +24,8 @@ IMAGES, WIDTH = 7, 5
 
 
 class ToyModel:
-    """Scores a pair by a fixed function of its tokens; a padded position that leaked in would change it."""
+    """Scores a pair by a fixed function of its tokens; a padded position that leaked in would
+    change it."""
 
     def __init__(self, seed=0, keep_states=False):
         g = torch.Generator().manual_seed(seed)
@@ -58,13 +59,13 @@ def toy_data(images=IMAGES, most_captions=4, seed=1):
     return torch.randn(images, WIDTH, 2, 2, generator=g), Captions(ids, mask, owner)
 
 
-def loader(pictures, batch):
-    return lambda indices: (pictures[indices[i : i + batch]] for i in range(0, len(indices), batch))
+def loader(images, batch):
+    return lambda indices: (images[indices[i : i + batch]] for i in range(0, len(indices), batch))
 
 
-def by_definition(model, pictures, captions, k):
+def by_definition(model, images, captions, k):
     """Both score matrices, pair by pair."""
-    tokens, image = model.encode_image(pictures)
+    tokens, image = model.encode_image(images)
     _, text = model.encode_text(captions.ids, captions.mask)
     similarity = image @ text.T
     matrices = []
@@ -74,13 +75,16 @@ def by_definition(model, pictures, captions, k):
             if c in scores[q].topk(min(k, scores.shape[1])).indices:
                 i, t = (q, c) if of_image else (c, q)
                 row = slice(t, t + 1)
-                matrix[q, c] = model.match_scores(captions.ids[row], captions.mask[row], tokens[i : i + 1], None)
+                matrix[q, c] = model.match_scores(
+                    captions.ids[row], captions.mask[row], tokens[i : i + 1], None
+                )
         matrices.append(matrix)
     return matrices
 
 
 def ranks_by_sorting(scores, relevant):
-    """Recall@k as the originals compute it: argsort of each row, reversed, place of the best relevant column."""
+    """Recall@k as the originals compute it: argsort of each row, reversed, place of the best
+    relevant column."""
     places = []
     for row, right in zip(scores, relevant, strict=True):
         order = row.argsort(stable=True).flip(0).tolist()
@@ -92,12 +96,12 @@ def ranks_by_sorting(scores, relevant):
 @pytest.mark.parametrize("keep_states", [False, True])
 @pytest.mark.parametrize(("image_batch", "pairs"), [(2, 4), (3, 512), (7, 1)])
 def test_scores_equal_those_of_each_pair_alone(k, keep_states, image_batch, pairs):
-    pictures, captions = toy_data()
+    images, captions = toy_data()
     model = ToyModel()
-    expected = by_definition(model, pictures, captions, k)
+    expected = by_definition(model, images, captions, k)
     rankings = rank(
         model,
-        loader(pictures, image_batch),
+        loader(images, image_batch),
         IMAGES,
         captions,
         ALONE,
@@ -113,11 +117,19 @@ def test_scores_equal_those_of_each_pair_alone(k, keep_states, image_batch, pair
 
 
 def test_recalls_equal_sorting_of_the_matrix():
-    pictures, captions = toy_data(images=30)
+    images, captions = toy_data(images=30)
     for k in (1, 2, 4, 6, 30):
         model = ToyModel()
         by_image, by_text = rank(
-            model, loader(pictures, 8), 30, captions, ALONE, k=k, image_batch=8, pairs=16, progress=False
+            model,
+            loader(images, 8),
+            30,
+            captions,
+            ALONE,
+            k=k,
+            image_batch=8,
+            pairs=16,
+            progress=False,
         )
         right_texts = [(captions.image == i).nonzero().flatten().tolist() for i in range(30)]
         txt = ranks_by_sorting(by_image.dense(), right_texts)
@@ -127,26 +139,46 @@ def test_recalls_equal_sorting_of_the_matrix():
             assert found[f"txt_r{at}"] == pytest.approx(100 * (txt < at).float().mean().item())
             assert found[f"img_r{at}"] == pytest.approx(100 * (img < at).float().mean().item())
         means = [sum(found[f"{d}_r{at}"] for at in (1, 5, 10)) / 3 for d in ("txt", "img")]
-        assert found["txt_r_mean"] == pytest.approx(means[0]) and found["img_r_mean"] == pytest.approx(means[1])
+        assert found["txt_r_mean"] == pytest.approx(means[0]) and found[
+            "img_r_mean"
+        ] == pytest.approx(means[1])
         assert found["r_mean"] == pytest.approx(sum(means) / 2)
 
 
 def test_each_pair_is_computed_once():
-    pictures, captions = toy_data()
+    images, captions = toy_data()
     model = ToyModel()
-    rank(model, loader(pictures, 2), IMAGES, captions, ALONE, k=1000, image_batch=2, pairs=1, progress=False)
-    # every column has one text per picture and pass here, so nothing is filled up
+    rank(
+        model,
+        loader(images, 2),
+        IMAGES,
+        captions,
+        ALONE,
+        k=1000,
+        image_batch=2,
+        pairs=1,
+        progress=False,
+    )
+    # every column has one text per image and pass here, so nothing is filled up
     assert sum(model.pairs_seen) == IMAGES * len(captions)
 
 
 def test_similarity_only_asks_for_no_matching():
-    pictures, captions = toy_data()
+    images, captions = toy_data()
     model = ToyModel()
     by_image, by_text = rank(
-        model, loader(pictures, 4), IMAGES, captions, ALONE, k=5, rerank=False, image_batch=4, progress=False
+        model,
+        loader(images, 4),
+        IMAGES,
+        captions,
+        ALONE,
+        k=5,
+        rerank=False,
+        image_batch=4,
+        progress=False,
     )
     assert not model.pairs_seen
-    image, text = model.encode_image(pictures)[1], model.encode_text(captions.ids, captions.mask)[1]
+    image, text = model.encode_image(images)[1], model.encode_text(captions.ids, captions.mask)[1]
     torch.testing.assert_close(by_image.scores, (image @ text.T).topk(5).values)
     torch.testing.assert_close(by_text.scores, (text @ image.T).topk(5).values)
 
@@ -159,15 +191,18 @@ def test_equal_scores_are_ordered_by_later_index():
     assert in_order(shuffled).candidates.tolist() == [[3, 0, 2, 1]]
 
 
-def test_picture_without_captions_is_not_asked_for():
+def test_image_without_captions_is_not_asked_for():
     by_image = Ranking(torch.tensor([[0], [1], [0]]), torch.zeros(3, 1), 2)
     by_text = Ranking(torch.tensor([[0], [1]]), torch.zeros(2, 1), 3)
     assert recalls(by_image, by_text, torch.tensor([0, 1]))["txt_r1"] == 100
 
 
-def test_tiles_hold_each_pair_once_in_columns_of_one_picture():
+def test_tiles_hold_each_pair_once_in_columns_of_one_image():
     g = torch.Generator().manual_seed(0)
-    image, length = torch.randint(0, 5, (400,), generator=g), torch.randint(1, 30, (400,), generator=g)
+    image, length = (
+        torch.randint(0, 5, (400,), generator=g),
+        torch.randint(1, 30, (400,), generator=g),
+    )
     found = list(tiles(image, length, 128))
     for tile in found:
         assert tile.shape[0] <= 64 and tile.numel() <= 128
@@ -186,24 +221,46 @@ def test_units_cover_everything_once():
 
 
 def test_more_candidates_than_there_are_is_noted():
-    pictures, captions = toy_data()
-    with pytest.warns(UserWarning, match="k 99: there are 7 pictures"):
-        rank(ToyModel(), loader(pictures, 4), IMAGES, captions, ALONE, k=99, image_batch=4, progress=False)
+    images, captions = toy_data()
+    with pytest.warns(UserWarning, match="k 99: there are 7 images"):
+        rank(
+            ToyModel(),
+            loader(images, 4),
+            IMAGES,
+            captions,
+            ALONE,
+            k=99,
+            image_batch=4,
+            progress=False,
+        )
 
 
 def test_chance_is_what_random_order_scores():
     owner = torch.arange(6).repeat_interleave(3)
     g, found = torch.Generator().manual_seed(0), []
     for _ in range(400):
-        by_image = Ranking(torch.rand(6, 18, generator=g).argsort(1), torch.arange(18.0).flip(0).expand(6, -1), 18)
-        by_text = Ranking(torch.rand(18, 6, generator=g).argsort(1), torch.arange(6.0).flip(0).expand(18, -1), 6)
+        by_image = Ranking(
+            torch.rand(6, 18, generator=g).argsort(1), torch.arange(18.0).flip(0).expand(6, -1), 18
+        )
+        by_text = Ranking(
+            torch.rand(18, 6, generator=g).argsort(1), torch.arange(6.0).flip(0).expand(18, -1), 6
+        )
         found.append(recalls(by_image, by_text, owner))
     for name, value in chance(owner, 6).items():
         assert sum(f[name] for f in found) / len(found) == pytest.approx(value, abs=2)
 
 
 def test_nan_is_refused():
-    pictures, captions = toy_data()
-    pictures[3] = torch.nan
+    images, captions = toy_data()
+    images[3] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        rank(ToyModel(), loader(pictures, 4), IMAGES, captions, ALONE, k=2, image_batch=4, progress=False)
+        rank(
+            ToyModel(),
+            loader(images, 4),
+            IMAGES,
+            captions,
+            ALONE,
+            k=2,
+            image_batch=4,
+            progress=False,
+        )

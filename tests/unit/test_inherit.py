@@ -11,7 +11,13 @@ from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import knob
 from runtime.config.from_checkpoint import Geometry, inherit, saved_config
 
-MADE_WITH = {"image_res": 64, "patch_size": 8, "bert_config": "configs/mine.json", "embed_dim": 32, "alpha": 0.4}
+MADE_WITH = {
+    "image_res": 64,
+    "patch_size": 8,
+    "bert_config": "configs/mine.json",
+    "embed_dim": 32,
+    "alpha": 0.4,
+}
 
 
 @dataclass
@@ -23,7 +29,9 @@ def checkpoints(tmp_path: Path) -> list[Path]:
     """The same run's configuration in every place it may stand."""
     run = tmp_path / "run"
     ours = CheckpointFolder(run).save({"model": {"w": torch.zeros(2)}, "config": MADE_WITH}, 3)
-    (run / "config.yaml").write_text("\n".join(f"{key}: {value}" for key, value in MADE_WITH.items()))
+    (run / "config.yaml").write_text(
+        "\n".join(f"{key}: {value}" for key, value in MADE_WITH.items())
+    )
     (run / "model.safetensors").write_bytes(b"")
     torch.save({"model": {"w": torch.zeros(2)}, "config": MADE_WITH}, tmp_path / "original.pth")
     return [ours, run, run / "model.safetensors", tmp_path / "original.pth"]
@@ -47,7 +55,11 @@ def test_given_then_saved_then_published(tmp_path):
     taken = inherit(config)
     assert (config.image_res, config.patch_size, config.embed_dim) == (96, 8, 32)
     assert config.bert_config == Path("configs/mine.json")
-    assert (config.vision_width, config.queue_size, config.text_encoder) == (768, 65536, "bert-base-uncased")
+    assert (config.vision_width, config.queue_size, config.text_encoder) == (
+        768,
+        65536,
+        "bert-base-uncased",
+    )
     assert taken == ["patch_size: 8", "bert_config: configs/mine.json", "embed_dim: 32"]
 
 
@@ -55,10 +67,15 @@ def test_token_types_mark_albef():
     simla, albef = Config(), Config()
     inherit(simla, ["text_encoder.embeddings.word_embeddings.weight"])
     inherit(albef, ["text_encoder.embeddings.token_type_embeddings.weight"])
-    assert (simla.bert_config.name, albef.bert_config.name) == ("shared_bert.json", "config_bert.json")
+    assert (simla.bert_config.name, albef.bert_config.name) == (
+        "shared_bert.json",
+        "config_bert.json",
+    )
 
 
 def test_value_of_the_wrong_type_is_named(tmp_path):
     torch.save({"config": {"image_res": "large"}}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="x.pth: its configuration has image_res: 'large'; give --image_res"):
+    with pytest.raises(
+        UserError, match="x.pth: its configuration has image_res: 'large'; give --image_res"
+    ):
         inherit(Config(checkpoint=tmp_path / "x.pth"))

@@ -19,7 +19,9 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def bank(count, width=6, seed=0, classes=4):
     rng = np.random.default_rng(seed)
     labels = rng.integers(classes, size=count)
-    features = rng.standard_normal((count, width)).astype(np.float32) + labels[:, None] * np.linspace(0, 1, width)
+    features = rng.standard_normal((count, width)).astype(np.float32) + labels[
+        :, None
+    ] * np.linspace(0, 1, width)
     return Bank(features.astype(np.float32), torch.from_numpy(labels))
 
 
@@ -29,23 +31,30 @@ def test_neighbours_are_exact_whatever_the_tiles(unit, tile, monkeypatch):
     monkeypatch.setattr(knn, "TILE", tile)
     train, queries = bank(100), bank(30, seed=1)
     found = nearest_neighbours(train, queries, 5, ALONE)
-    cosines = queries.unit(0, 30, ALONE.device).double() @ train.unit(0, 100, ALONE.device).double().T
+    cosines = (
+        queries.unit(0, 30, ALONE.device).double() @ train.unit(0, 100, ALONE.device).double().T
+    )
     expected = cosines.topk(5, 1)
     assert torch.equal(found.index, expected.indices)
     torch.testing.assert_close(found.similarity.double(), expected.values, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tile", [4, 9, 100])
-def test_of_equal_pictures_the_earlier_comes_first(tile, monkeypatch):
+def test_of_equal_images_the_earlier_comes_first(tile, monkeypatch):
     monkeypatch.setattr(knn, "TILE", tile)
     rng = np.random.default_rng(0)
     few = rng.integers(-1, 2, (6, 4)).astype(np.float32) + 0.5
     order = rng.integers(6, size=40)
-    train, queries = Bank(few[order], torch.zeros(40, dtype=torch.int64)), Bank(few, torch.zeros(6, dtype=torch.int64))
+    train, queries = (
+        Bank(few[order], torch.zeros(40, dtype=torch.int64)),
+        Bank(few, torch.zeros(6, dtype=torch.int64)),
+    )
     for k in (1, 3, 10, 40, 50):
         found = nearest_neighbours(train, queries, k, ALONE)
         for row in range(6):
-            pairs = list(zip((-found.similarity[row]).tolist(), found.index[row].tolist(), strict=True))
+            pairs = list(
+                zip((-found.similarity[row]).tolist(), found.index[row].tolist(), strict=True)
+            )
             assert pairs == sorted(pairs)
         wanted = min(k, int((order == order[found.index[0, 0]]).sum()))
         same = (order == order[found.index[0, 0]]).nonzero()[0][:wanted]
@@ -63,9 +72,14 @@ def test_ties_across_the_last_place():
 def test_votes_are_scikit_learns(k):
     train, queries = bank(100), bank(50, seed=1)
     found = nearest_neighbours(train, queries, 12, ALONE)
-    for temperature, weights in ((None, "uniform"), (0.07, lambda d: np.exp((1 - d**2 / 2) / 0.07))):
+    for temperature, weights in (
+        (None, "uniform"),
+        (0.07, lambda d: np.exp((1 - d**2 / 2) / 0.07)),
+    ):
         theirs = KNeighborsClassifier(k, weights=weights, algorithm="brute")
-        theirs.fit(train.unit(0, 100, ALONE.device).numpy().astype(np.float64), train.labels.numpy())
+        theirs.fit(
+            train.unit(0, 100, ALONE.device).numpy().astype(np.float64), train.labels.numpy()
+        )
         expected = theirs.predict(queries.unit(0, 50, ALONE.device).numpy().astype(np.float64))
         assert votes(found, train.labels, 4, k, temperature)[:, 0].tolist() == expected.tolist()
 
@@ -75,7 +89,9 @@ def test_accuracies():
     labels = torch.tensor([2, 1, 1])
     found = knn_accuracy(neighbours, labels, torch.tensor([1]), 3, [1, 3], 0.07)
     assert found == {"knn1": 0, "knn3": 100, "knn3_weighted": 0, "knn3_weighted_top5": 100}
-    assert "knn3" in knn_accuracy(neighbours, labels, torch.tensor([1]), 3, [20], 1.0)  # no more than there are
+    assert "knn3" in knn_accuracy(
+        neighbours, labels, torch.tensor([1]), 3, [20], 1.0
+    )  # no more than there are
 
 
 def test_linear_probe_is_logistic_regression():
@@ -86,7 +102,9 @@ def test_linear_probe_is_logistic_regression():
     theirs = LogisticRegression(C=1 / (l2 * 300), max_iter=1000, tol=1e-8)
     theirs.fit((train.features - mean) / deviation, train.labels.numpy())
     expected = theirs.score((queries.features - mean) / deviation, queries.labels.numpy())
-    assert found["probe"] == pytest.approx(100 * expected, abs=1.1)  # at most one picture on the border
+    assert found["probe"] == pytest.approx(
+        100 * expected, abs=1.1
+    )  # at most one image on the border
     assert found["probe"] > 40 and found["probe_top5"] == 100
 
 
@@ -117,14 +135,28 @@ def test_an_interrupted_cache_is_made_anew(tmp_path):
     good = [{"image": torch.ones(2, 3), "labels": torch.zeros(2, 1, dtype=torch.int64)}]
     with pytest.raises(KeyboardInterrupt):
         feature_bank(lambda image: image, broken, range(2), 2, 3, tmp_path / "key", ALONE)
-    assert feature_bank(lambda image: image, lambda: good, range(2), 2, 3, tmp_path / "key", ALONE).features.sum() == 6
+    assert (
+        feature_bank(
+            lambda image: image, lambda: good, range(2), 2, 3, tmp_path / "key", ALONE
+        ).features.sum()
+        == 6
+    )
 
 
 @pytest.mark.parametrize(
     "batch, words",
     [
-        ({"image": torch.ones(2, 3), "labels": torch.zeros(2, 4, dtype=torch.int64)}, "one label a picture"),
-        ({"image": torch.full((2, 3), torch.nan), "labels": torch.zeros(2, 1, dtype=torch.int64)}, "not finite"),
+        (
+            {"image": torch.ones(2, 3), "labels": torch.zeros(2, 4, dtype=torch.int64)},
+            "one label an image",
+        ),
+        (
+            {
+                "image": torch.full((2, 3), torch.nan),
+                "labels": torch.zeros(2, 1, dtype=torch.int64),
+            },
+            "not finite",
+        ),
     ],
 )
 def test_features_that_cannot_be_compared(batch, words, tmp_path):

@@ -1,4 +1,4 @@
-"""Pictures with labels, from every kind of source; and what is wrong with them."""
+"""Images with labels, from every kind of source; and what is wrong with them."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.classification import (
     LabelCollate,
     Labelled,
-    LabelledPicture,
+    LabelledImage,
     LabelOptions,
     Labels,
     ShardRecords,
@@ -71,7 +71,10 @@ def test_threshold_number_and_soft_labels():
 @pytest.mark.parametrize(
     "record, words",
     [
-        ({"labels": [1, 10], "index": 7}, "list, entry 7: label 10 is outside the list of 10 classes"),
+        (
+            {"labels": [1, 10], "index": 7},
+            "list, entry 7: label 10 is outside the list of 10 classes",
+        ),
         ({"labels": [-1], "key": "a.tar/0"}, "a.tar/0: label -1 is outside"),
         ({"labels": [1, 2], "label_probs": [0.5]}, "2 labels with 1 label_probs"),
         ({"label": "cat"}, "'cat' is no class number"),
@@ -82,7 +85,9 @@ def test_wrong_labels_end_the_run(record, words):
         labels()(record)
 
 
-@pytest.mark.parametrize("record", [{}, {"labels": []}, {"json": b"{}"}, {"json": b"["}, {"caption": "a cat"}])
+@pytest.mark.parametrize(
+    "record", [{}, {"labels": []}, {"json": b"{}"}, {"json": b"["}, {"caption": "a cat"}]
+)
 def test_a_sample_without_label_is_a_bad_sample(record):
     with pytest.raises(BadSample, match="no label|cannot be read"):
         labels()(record | {"key": "a.tar/0"})
@@ -90,12 +95,18 @@ def test_a_sample_without_label_is_a_bad_sample(record):
 
 def test_a_batch_pads_labels():
     samples = [
-        {"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "labels": ids, "label_weights": [1.0] * len(ids)}
+        {
+            "image": torch.zeros(3, 2, 2, dtype=torch.uint8),
+            "labels": ids,
+            "label_weights": [1.0] * len(ids),
+        }
         for ids in ([4], [1, 2, 3, 0, 5], [])
     ]
     batch = LabelCollate()(samples)
     assert batch["labels"].shape == (3, 8) and batch["label_weights"].sum(1).tolist() == [1, 5, 0]
-    assert batch["labels"][1, :5].tolist() == [1, 2, 3, 0, 5] and batch["image"].dtype == torch.uint8
+    assert (
+        batch["labels"][1, :5].tolist() == [1, 2, 3, 0, 5] and batch["image"].dtype == torch.uint8
+    )
     assert LabelCollate()(samples[:1])["labels"].shape == (1, 1)
 
 
@@ -111,7 +122,11 @@ def test_class_folders(tmp_path):
     root = folder_of(tmp_path / "train")
     assert class_names([str(root)], None, HERE) == ["cat", "dog"]
     split = Split(str(root), HERE, VIEW, labels(2), ["cat", "dog"])
-    assert len(split) == 6 and split.load(4)["labels"] == [1] and split.load(4)["image"].shape == (3, 8, 8)
+    assert (
+        len(split) == 6
+        and split.load(4)["labels"] == [1]
+        and split.load(4)["image"].shape == (3, 8, 8)
+    )
     assert [Path(name).name for name in split.file_names][:2] == ["cat_0.jpg", "cat_1.jpg"]
     other = folder_of(tmp_path / "val", ("dog", "cats"))
     with pytest.raises(UserError, match="cats: not among the 2 classes; did you mean cat"):
@@ -142,7 +157,10 @@ def test_lists(tmp_path):
 def tar_of(path, count):
     with tarfile.open(path, "w") as archive:
         for i in range(count):
-            for ending, data in (("jpg", jpeg(i)), ("json", json.dumps({"labels": [i % 4]}).encode())):
+            for ending, data in (
+                ("jpg", jpeg(i)),
+                ("json", json.dumps({"labels": [i % 4]}).encode()),
+            ):
                 member = tarfile.TarInfo(f"{i:05d}.{ending}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -155,7 +173,9 @@ def shards_of(folder, kind):
         if kind == "tar":
             tar_of(path, count)
         else:
-            write_records(path, [encode_example({"jpg": jpeg(i), "label": i % 4}) for i in range(count)])
+            write_records(
+                path, [encode_example({"jpg": jpeg(i), "label": i % 4}) for i in range(count)]
+            )
     return str(folder / f"*.{kind}")
 
 
@@ -176,7 +196,7 @@ def test_a_broken_checksum_is_counted(tmp_path):
     data = shards_of(tmp_path, "tfrecord")
     path = tmp_path / "00000.tfrecord"
     content = bytearray(path.read_bytes())
-    content[200] ^= 1  # inside the first picture
+    content[200] ^= 1  # inside the first image
     path.write_bytes(content)
     source = training_source(data, HERE, VIEW, labels(4), [], download=False, shuffle_buffer=10)
     loader = StreamLoader(Stream([source], LabelCollate()), 7, workers=0, error_budget=0.2)
@@ -191,21 +211,24 @@ def test_a_broken_checksum_is_counted(tmp_path):
         records[5]
 
 
-def test_pictures_without_likely_labels_are_left_out_and_not_counted(tmp_path):
+def test_images_without_likely_labels_are_left_out_and_not_counted(tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg())
     records = [{"image": "a.jpg", "labels": [i], "label_probs": [i / 10]} for i in range(10)]
     reader = labels(label_threshold=0.5)
-    source = Labelled(RecordSource(records, LabelledPicture(VIEW, reader, tmp_path)), reader)
+    source = Labelled(RecordSource(records, LabelledImage(VIEW, reader, tmp_path)), reader)
     loader = StreamLoader(Stream([source], LabelCollate()), 5, workers=0)
     first = next(loader)
     state = loader.state_dict()
-    assert sorted(first["labels"][:, 0].tolist()) == [5, 6, 7, 8, 9] and sum(loader.errors.values()) == 0
+    assert (
+        sorted(first["labels"][:, 0].tolist()) == [5, 6, 7, 8, 9]
+        and sum(loader.errors.values()) == 0
+    )
     again = StreamLoader(Stream([source], LabelCollate()), 5, workers=0, state=state)
     for a, b in zip(islice(loader, 3), islice(again, 3), strict=True):
         assert torch.equal(a["labels"], b["labels"])
     nothing = labels(label_threshold=0.95)
-    source = Labelled(RecordSource(records, LabelledPicture(VIEW, nothing, tmp_path)), nothing)
-    with pytest.raises(UserError, match="no picture has a label of probability 0.95"):
+    source = Labelled(RecordSource(records, LabelledImage(VIEW, nothing, tmp_path)), nothing)
+    with pytest.raises(UserError, match="no image has a label of probability 0.95"):
         next(StreamLoader(Stream([source], LabelCollate()), 5, workers=0))
 
 

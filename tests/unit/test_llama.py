@@ -1,4 +1,5 @@
-"""The LLaMA decoder: equal to transformers', every layout it loads, masks, cache, and what is refused."""
+"""The LLaMA decoder: equal to transformers', every layout it loads, masks, cache, and what is
+refused."""
 
 import json
 
@@ -12,7 +13,9 @@ from tests.tiny_nxtp import meta_folder
 
 
 def causal(length: int) -> Sight:
-    return Sight(torch.arange(length), torch.ones(length, length, dtype=torch.bool).tril()[None, None])
+    return Sight(
+        torch.arange(length), torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    )
 
 
 def logits(model: Llama, ids: torch.Tensor) -> torch.Tensor:
@@ -70,7 +73,9 @@ def test_shards_of_meta_are_merged(shards, tmp_path):
 def test_shards_that_split_the_vocabulary_are_merged_along_it():
     """LLaMA 3's do."""
     table = torch.randn(40, 32)
-    parts = [{"tok_embeddings.weight": part, "norm.weight": torch.ones(32)} for part in table.chunk(2)]
+    parts = [
+        {"tok_embeddings.weight": part, "norm.weight": torch.ones(32)} for part in table.chunk(2)
+    ]
     assert torch.equal(merge_shards(parts, 32)["tok_embeddings.weight"], table)
 
 
@@ -111,7 +116,9 @@ def test_image_positions_see_one_another_only_where_asked():
 
 
 def test_own_part_and_merge_are_inverse():
-    state = Llama(LlamaConfig(dim=32, n_layers=1, n_heads=4, vocab_size=20, multiple_of=16)).state_dict()
+    state = Llama(
+        LlamaConfig(dim=32, n_layers=1, n_heads=4, vocab_size=20, multiple_of=16)
+    ).state_dict()
     parts = [own_part(state, rank, 2) for rank in range(2)]
     assert parts[0]["layers.0.attention.wq.weight"].shape == (16, 32)
     assert parts[0]["layers.0.attention.wo.weight"].shape == (32, 16)
@@ -141,9 +148,13 @@ class TestRefused:
         with pytest.raises(UserError, match="do not belong together"):
             read_llama(tmp_path)
 
-    @pytest.mark.parametrize("change", [{"model_type": "mistral"}, {"rope_scaling": {"type": "linear", "factor": 2.0}}])
+    @pytest.mark.parametrize(
+        "change", [{"model_type": "mistral"}, {"rope_scaling": {"type": "linear", "factor": 2.0}}]
+    )
     def test_another_kind_of_decoder(self, change, tmp_path):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32} | change))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": "llama", "hidden_size": 32} | change)
+        )
         with pytest.raises(UserError, match="not a plain LLaMA"):
             read_llama(tmp_path)
 

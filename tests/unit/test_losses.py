@@ -27,7 +27,9 @@ def test_distilled_cross_entropy_is_the_mixture_of_two():
     hard = F.cross_entropy(logits, labels, reduction="none")
     soft = F.cross_entropy(logits, teacher.softmax(-1), reduction="none").masked_fill(~valid, 0)
     torch.testing.assert_close(distilled_cross_entropy(logits, labels), hard)
-    torch.testing.assert_close(distilled_cross_entropy(logits, labels, teacher, 0.4), 0.6 * hard + 0.4 * soft)
+    torch.testing.assert_close(
+        distilled_cross_entropy(logits, labels, teacher, 0.4), 0.6 * hard + 0.4 * soft
+    )
     spread = torch.rand(6, 9).softmax(-1)
     expected = 0.6 * F.cross_entropy(logits, spread, reduction="none")
     expected = expected + 0.4 * F.cross_entropy(logits, teacher.softmax(-1), reduction="none")
@@ -37,20 +39,29 @@ def test_distilled_cross_entropy_is_the_mixture_of_two():
 def test_distilled_cross_entropy_gradient_and_precision():
     logits = torch.randn(6, 9, requires_grad=True)
     teacher, labels = torch.randn(6, 9, requires_grad=True), torch.randint(0, 9, (6,))
-    (gradient,) = torch.autograd.grad(distilled_cross_entropy(logits, labels, teacher, 0.4).sum(), logits)
+    (gradient,) = torch.autograd.grad(
+        distilled_cross_entropy(logits, labels, teacher, 0.4).sum(), logits
+    )
     expected = logits.softmax(-1) - 0.6 * F.one_hot(labels, 9) - 0.4 * teacher.softmax(-1)
     torch.testing.assert_close(gradient, expected)
     assert distilled_cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
     extreme = torch.tensor([[2e4, -2e4], [-2e4, 2e4]])
-    assert torch.isfinite(distilled_cross_entropy(extreme, torch.tensor([1, 1]), -extreme, 0.4)).all()
+    assert torch.isfinite(
+        distilled_cross_entropy(extreme, torch.tensor([1, 1]), -extreme, 0.4)
+    ).all()
 
 
 def test_sequence_axis_loss_normalises_over_the_text():
     logits, teacher = torch.randn(2, 5, 7), torch.randn(3, 7)
     rows = torch.tensor([0, 6, 9])
     log_probabilities = logits.log_softmax(1)
-    expected = [-(teacher[i].softmax(-1) * log_probabilities[r // 5, r % 5]).sum() for i, r in enumerate(rows)]
-    torch.testing.assert_close(sequence_axis_soft_loss(logits, rows, teacher), torch.stack(expected))
+    expected = [
+        -(teacher[i].softmax(-1) * log_probabilities[r // 5, r % 5]).sum()
+        for i, r in enumerate(rows)
+    ]
+    torch.testing.assert_close(
+        sequence_axis_soft_loss(logits, rows, teacher), torch.stack(expected)
+    )
 
 
 def test_masked_mean_of_nothing_is_zero():
@@ -62,10 +73,16 @@ def test_masked_mean_of_nothing_is_zero():
 
 
 def test_distilled_binary_cross_entropy_is_the_mixture_of_two():
-    logits, teacher, target = torch.randn(3, 8), torch.randn(3, 8), torch.randint(0, 2, (3, 8)).float()
+    logits, teacher, target = (
+        torch.randn(3, 8),
+        torch.randn(3, 8),
+        torch.randint(0, 2, (3, 8)).float(),
+    )
     hard = F.binary_cross_entropy_with_logits(logits, target)
     soft = F.binary_cross_entropy_with_logits(logits, teacher.sigmoid())
-    torch.testing.assert_close(distilled_binary_cross_entropy(logits, target, teacher, 0.4), 0.6 * hard + 0.4 * soft)
+    torch.testing.assert_close(
+        distilled_binary_cross_entropy(logits, target, teacher, 0.4), 0.6 * hard + 0.4 * soft
+    )
 
 
 def test_hard_negatives_have_the_masked_softmax_distribution():
@@ -77,7 +94,8 @@ def test_hard_negatives_have_the_masked_softmax_distribution():
 
 
 def test_hard_negatives_at_the_smallest_temperature():
-    """softmax - diagonal underflows to zero rows here, which made multinomial fail in the originals."""
+    """softmax - diagonal underflows to zero rows here, which made multinomial fail in the
+    originals."""
     logits = (torch.eye(16) * 2 - 1) / 0.001
     forbidden = torch.eye(16, dtype=torch.bool)
     assert (logits.softmax(-1).masked_fill(forbidden, 0).sum(1) == 0).all()
@@ -108,21 +126,29 @@ class TestKeywords:
         assert votes[0] == 0 and votes[2] == 3 and found == [11]
 
     def test_ties_go_to_the_earlier_position(self):
-        found, _ = self.keywords(self.attention([4, 1], [3, 6]), self.ids != 2, per_head=2, keywords=3)
+        found, _ = self.keywords(
+            self.attention([4, 1], [3, 6]), self.ids != 2, per_head=2, keywords=3
+        )
         assert found == [10, 12, 13]
 
     def test_no_vote_no_keyword(self):
         allowed = torch.tensor([[False, True, True, False, False, False, False, False]])
         found, votes = self.keywords(self.attention([5, 2]), allowed, per_head=4, keywords=5)
         assert found == [10, 11] and sum(votes) == 2
-        nothing, _ = self.keywords(self.attention([5, 2]), torch.zeros_like(allowed), per_head=4, keywords=5)
+        nothing, _ = self.keywords(
+            self.attention([5, 2]), torch.zeros_like(allowed), per_head=4, keywords=5
+        )
         assert nothing == []
 
     def test_text_shorter_than_the_number_of_keywords(self):
-        targets, _ = keyword_targets(torch.rand(1, 2, 3).softmax(-1), self.ids[:, :3], self.ids[:, :3] != 2, 20)
+        targets, _ = keyword_targets(
+            torch.rand(1, 2, 3).softmax(-1), self.ids[:, :3], self.ids[:, :3] != 2, 20
+        )
         assert sorted(torch.nonzero(targets[0]).squeeze(1).tolist()) == [10, 11]
 
     def test_a_word_said_twice_is_one_keyword(self):
         ids = torch.tensor([[2, 7, 7, 8]])
-        targets, _ = keyword_targets(torch.tensor([[[0.1, 0.5, 0.3, 0.1]]]), ids, ids != 2, 20, per_head=2)
+        targets, _ = keyword_targets(
+            torch.tensor([[[0.1, 0.5, 0.3, 0.1]]]), ids, ids != 2, 20, per_head=2
+        )
         assert torch.nonzero(targets[0]).squeeze(1).tolist() == [7]

@@ -41,7 +41,9 @@ def test_copy():
     model.encoder[1].running_mean += 1
     MomentumPairs(model).copy()
     assert torch.equal(model.encoder_m[1].running_mean, model.encoder[1].running_mean)
-    for teacher, online in zip(model.encoder_m.parameters(), model.encoder.parameters(), strict=True):
+    for teacher, online in zip(
+        model.encoder_m.parameters(), model.encoder.parameters(), strict=True
+    ):
         assert torch.equal(teacher, online)
 
 
@@ -51,7 +53,9 @@ def test_found_inside_a_wrapper():
             super().__init__()
             self.module = module
 
-    assert len(MomentumPairs(Wrapper(torch.compile(model_with_pair(), backend="eager"))).teacher) == 5
+    assert (
+        len(MomentumPairs(Wrapper(torch.compile(model_with_pair(), backend="eager"))).teacher) == 5
+    )
 
 
 def test_mistakes_are_named():

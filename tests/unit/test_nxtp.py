@@ -1,4 +1,5 @@
-"""The recognition network: what labels see, what is trained, how weights come together, and what is refused."""
+"""The recognition network: what labels see, what is trained, how weights come together, and what is
+refused."""
 
 import pytest
 import torch
@@ -9,7 +10,13 @@ from models.layers.openai_towers import OpenAIConfig, TextShape
 from models.recognition.nxtp import IGNORED, NxtpConfig, among
 from models.weights.build_nxtp import Networks
 from models.weights.loading import load_checkpoint
-from models.weights.nxtp import decayed_names, decoder_state, geometry, recognition_state, trained_names
+from models.weights.nxtp import (
+    decayed_names,
+    decoder_state,
+    geometry,
+    recognition_state,
+    trained_names,
+)
 from tests.tiny_nxtp import meta_folder, network
 
 PROMPT = [30, 1, 5, 6]
@@ -20,7 +27,7 @@ class Tokens:
 
 
 def text(labels: list[list[int]], vocabulary: int = 40) -> dict[str, torch.Tensor]:
-    """One picture's labels behind the prompt as a batch, each closed by token 9."""
+    """One image's labels behind the prompt as a batch, each closed by token 9."""
     ids, segments = list(PROMPT), [0] * len(PROMPT)
     for number, label in enumerate(labels, 1):
         ids += [*label, 9]
@@ -35,7 +42,8 @@ def text(labels: list[list[int]], vocabulary: int = 40) -> dict[str, torch.Tenso
 
 @torch.no_grad()
 def test_labels_do_not_see_one_another():
-    """Exchanging the first label leaves the second's states as they are, at equal length; and the other way round."""
+    """Exchanging the first label leaves the second's states as they are, at equal length; and the
+    other way round."""
     model, image = network(), torch.randn(1, 3, 32, 32)
     tokens = model.encode_image(image)
 
@@ -44,7 +52,9 @@ def test_labels_do_not_see_one_another():
         return model.states(tokens, batch["text_ids"], batch["segments"])[0]
 
     one, other = states([20, 21], [22, 23]), states([24, 25], [22, 23])
-    assert torch.allclose(one[7:], other[7:], atol=1e-6) and not torch.allclose(one[4:7], other[4:7], atol=1e-3)
+    assert torch.allclose(one[7:], other[7:], atol=1e-6) and not torch.allclose(
+        one[4:7], other[4:7], atol=1e-3
+    )
     assert torch.allclose(one[:7], states([20, 21], [24, 25])[:7], atol=1e-6)
 
 
@@ -68,7 +78,9 @@ def test_loss_is_the_mean_over_targets_and_padding_changes_nothing():
     batch = text([[20, 21], [22]])
     loss = model(image, **batch)["loss_objs"]
     states = model.states(model.encode_image(image), batch["text_ids"], batch["segments"])[0]
-    expected = torch.nn.functional.cross_entropy(model.logits(states[batch["positions"]]), batch["labels"])
+    expected = torch.nn.functional.cross_entropy(
+        model.logits(states[batch["positions"]]), batch["labels"]
+    )
     assert torch.allclose(loss, expected)
     padded = {
         "text_ids": torch.nn.functional.pad(batch["text_ids"], (0, 5), value=39),
@@ -112,18 +124,28 @@ def test_trained_and_decayed_names():
     last = trained_names(list(names), 1)
     assert "vision_encoder.transformer.resblocks.1.ln_1.weight" in last
     assert not any(
-        name.startswith(("vision_encoder.transformer.resblocks.0.", "vision_encoder.conv1")) for name in last
+        name.startswith(("vision_encoder.transformer.resblocks.0.", "vision_encoder.conv1"))
+        for name in last
     )
     assert "vision_encoder.transformer.resblocks.1.ln_1.weight" not in trained_names(list(names), 0)
     decayed = decayed_names({name: names[name] for name in last})
     assert "language_decoder.norm.weight" in decayed  # as the original
-    assert "language_decoder.tok_embeddings.weight" not in decayed and "vision_encoder.ln_post.weight" not in decayed
+    assert (
+        "language_decoder.tok_embeddings.weight" not in decayed
+        and "vision_encoder.ln_post.weight" not in decayed
+    )
 
 
 def clip_state(width: int = 64) -> dict[str, torch.Tensor]:
     """A tiny CLIP in OpenAI's layout."""
     torch.manual_seed(3)
-    sizes = {"embed_dim": 16, "image_size": 32, "vision_width": width, "vision_layers": 2, "patch_size": 8}
+    sizes = {
+        "embed_dim": 16,
+        "image_size": 32,
+        "vision_width": width,
+        "vision_layers": 2,
+        "patch_size": 8,
+    }
     return OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
 
 
@@ -143,7 +165,13 @@ class TestWeights:
         from models.weights.clip import to_hugging_face
 
         torch.manual_seed(3)
-        sizes = {"embed_dim": 16, "image_size": 32, "vision_width": 64, "vision_layers": 2, "patch_size": 8}
+        sizes = {
+            "embed_dim": 16,
+            "image_size": 32,
+            "vision_width": 64,
+            "vision_layers": 2,
+            "patch_size": 8,
+        }
         theirs = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1)))
         model = Networks(decoder=(32, 1)).build(Tokens(), to_hugging_face(theirs))
         ours, image = model.vision_encoder, torch.randn(1, 3, 32, 32)
@@ -152,13 +180,17 @@ class TestWeights:
     def test_a_published_checkpoint_holds_trained_tensors_only(self):
         model = network()
         trained = trained_names([name for name, _ in model.named_parameters()], 0)
-        published = {f"module.{name}": value for name, value in model.state_dict().items() if name in trained}
+        published = {
+            f"module.{name}": value for name, value in model.state_dict().items() if name in trained
+        }
         with pytest.raises(UserError, match="trained tensors only.*--clip ViT-L-14.pt"):
             recognition_state(published, None)
         state = recognition_state(published, clip_state())
         assert state.keys() == model.state_dict().keys()
         assert torch.equal(state["vision_encoder.proj.weight"], model.vision_encoder.proj.weight)
-        assert torch.equal(state["vision_encoder.conv1.weight"], clip_state()["visual.conv1.weight"])
+        assert torch.equal(
+            state["vision_encoder.conv1.weight"], clip_state()["visual.conv1.weight"]
+        )
         again = network(seed=1)
         assert not load_checkpoint(again, state)
         assert geometry(state, 4)[1].kv_heads == 2
@@ -166,22 +198,37 @@ class TestWeights:
     def test_our_own_complete_one(self):
         model = network()
         built = Networks(decoder_heads=4).build(Tokens(), checkpoint=model.state_dict())
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in built.state_dict().items())
+        assert all(
+            torch.equal(value, model.state_dict()[name])
+            for name, value in built.state_dict().items()
+        )
 
-    def test_pictures_of_another_size(self):
+    def test_images_of_another_size(self):
         model = network()
-        built = Networks(decoder_heads=4, image_size=48).build(Tokens(), checkpoint=model.state_dict())
+        built = Networks(decoder_heads=4, image_size=48).build(
+            Tokens(), checkpoint=model.state_dict()
+        )
         assert built.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 36, 32)
         wide = Networks(decoder=(32, 1), image_size=48).build(Tokens(), clip_state())
         assert wide.encode_image(torch.zeros(1, 3, 48, 48)).shape == (1, 36, 32)
 
     def test_clips_resnet(self):
-        sizes = {"embed_dim": 16, "image_size": 64, "vision_width": 8, "vision_layers": (1, 1, 1, 1), "patch_size": 0}
+        sizes = {
+            "embed_dim": 16,
+            "image_size": 64,
+            "vision_width": 8,
+            "vision_layers": (1, 1, 1, 1),
+            "patch_size": 0,
+        }
         state = OpenAICLIP(OpenAIConfig(**sizes, text=TextShape(8, 30, 64, 1, 1))).state_dict()
         model = Networks(decoder=(32, 1), decoder_heads=2).build(Tokens(), state)
-        assert torch.equal(model.vision_encoder.layer4[0].conv3.weight, state["visual.layer4.0.conv3.weight"])
+        assert torch.equal(
+            model.vision_encoder.layer4[0].conv3.weight, state["visual.layer4.0.conv3.weight"]
+        )
         assert model.encode_image(torch.zeros(2, 3, 64, 64)).shape == (2, 4, 32)
-        again = Networks(decoder_heads=2, image_size=64).build(Tokens(), checkpoint=model.state_dict())
+        again = Networks(decoder_heads=2, image_size=64).build(
+            Tokens(), checkpoint=model.state_dict()
+        )
         image = torch.randn(2, 3, 64, 64)
         assert torch.equal(again.eval().encode_image(image), model.eval().encode_image(image))
         model.vision_encoder.conv1.weight.requires_grad_(False)
@@ -191,7 +238,7 @@ class TestWeights:
 
     @torch.no_grad()
     def test_the_places_of_a_resnet(self):
-        """A map of 12 x 12 places, halved once; every place is where it is in the picture."""
+        """A map of 12 x 12 places, halved once; every place is where it is in the image."""
         model = Networks(decoder=(32, 1), resnet=[8, 1, 1], image_size=48).build(Tokens()).eval()
         image = torch.zeros(2, 3, 48, 48)
         image[1, :, :8, :8] = 3.0
@@ -227,8 +274,12 @@ class TestRefused:
             Networks(decoder_layers=3).build(Tokens(), checkpoint=network().state_dict())
 
     def test_some_blocks_of_a_resnet(self):
-        names = list(Networks(decoder=(32, 1), resnet=[8, 1], image_size=32).build(Tokens()).state_dict())
-        with pytest.raises(UserError, match="train_vision_blocks: a ResNet's blocks are trained all together"):
+        names = list(
+            Networks(decoder=(32, 1), resnet=[8, 1], image_size=32).build(Tokens()).state_dict()
+        )
+        with pytest.raises(
+            UserError, match="train_vision_blocks: a ResNet's blocks are trained all together"
+        ):
             trained_names(names, 2)
         assert not any(name.startswith("vision_encoder.layer") for name in trained_names(names, 0))
 

@@ -1,4 +1,5 @@
-"""A dual encoder out of any kind of checkpoint: the same embeddings as the network that was stored."""
+"""A dual encoder out of any kind of checkpoint: the same embeddings as the network that was
+stored."""
 
 import argparse
 import json
@@ -62,7 +63,10 @@ def openai(activation: str = "quick_gelu"):
 def same(found, original, size: int | None = None) -> None:
     torch.manual_seed(1)
     size = size or original.config.image_size
-    inputs = {"embed_image": torch.randn(2, 3, size, size), "embed_text": torch.randint(1, 50, (2, 9))}
+    inputs = {
+        "embed_image": torch.randn(2, 3, size, size),
+        "embed_text": torch.randint(1, 50, (2, 9)),
+    }
     for method, value in inputs.items():
         with torch.no_grad():
             expected = getattr(original, method)(value)
@@ -98,16 +102,29 @@ def test_runs_of_ours_and_of_clip_rocket(changes, kind):
 
 def test_heads_of_training_are_left_out():
     assert embedding_model("CL2L_R50_SIAMLIP") == "CL2L_R50_CL2L"
-    assert embedding_model("SLIP_VITB16") == "CLIP_VITB16" and embedding_model("CLIP_R50_CLIP") == "CLIP_R50_CLIP"
+    assert (
+        embedding_model("SLIP_VITB16") == "CLIP_VITB16"
+        and embedding_model("CLIP_R50_CLIP") == "CLIP_R50_CLIP"
+    )
     with pytest.raises(UserError, match="SimCLR has no text encoder"):
         embedding_model("SIMCLR_VITB16")
 
 
 def test_slip():
-    changes = {"model": "SLIP_VITS16", "text_width": 32, "ssl_mlp_dim": 16, "ssl_emb_dim": 8, "image_size": 32}
+    changes = {
+        "model": "SLIP_VITS16",
+        "text_width": 32,
+        "ssl_mlp_dim": 16,
+        "ssl_emb_dim": 8,
+        "image_size": 32,
+    }
     model = built(**changes)
     same(open_dual(model.state_dict(), {"args": {**SMALL, **changes}}), model)
-    only = {name: value for name, value in model.state_dict().items() if name.startswith(("visual", "image_mlp"))}
+    only = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name.startswith(("visual", "image_mlp"))
+    }
     with pytest.raises(UserError, match="SimCLR"):
         open_dual(only, {})
 
@@ -133,16 +150,23 @@ def test_bare_weights_need_the_name_alone(changes):
 
 def test_openais_archive_and_state_dict():
     model = openai()
-    weights = {name: value.half() if value.ndim > 1 else value for name, value in model.state_dict().items()}
+    weights = {
+        name: value.half() if value.ndim > 1 else value
+        for name, value in model.state_dict().items()
+    }
     halved = adapters.load_openai(weights).eval()
-    for given, about in ((weights, {"archive": True}), (weights | {"input_resolution": torch.tensor(16)}, {})):
+    for given, about in (
+        (weights, {"archive": True}),
+        (weights | {"input_resolution": torch.tensor(16)}, {}),
+    ):
         found = open_dual(given, about)
         assert found.pixels == (16, "bicubic", *OPENAI) and "quick_gelu" in found.title
         same(found, halved)
 
 
 @pytest.mark.parametrize(
-    ("name", "activation"), [("ViT-B/32", "quick_gelu"), ("ViT-B-32-quickgelu", "quick_gelu"), ("ViT-B-32", "gelu")]
+    ("name", "activation"),
+    [("ViT-B/32", "quick_gelu"), ("ViT-B-32-quickgelu", "quick_gelu"), ("ViT-B-32", "gelu")],
 )
 def test_the_activation_is_asked_for(name, activation):
     model = openai(activation)
@@ -155,8 +179,16 @@ def test_the_activation_is_asked_for(name, activation):
 
 def test_open_clip_with_its_configuration():
     model = openai("gelu")
-    weights = {f"text.{n}" if not n.startswith(("visual", "logit")) else n: v for n, v in model.state_dict().items()}
-    about = {"open_clip_config.json": {"model_cfg": {}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}}
+    weights = {
+        f"text.{n}" if not n.startswith(("visual", "logit")) else n: v
+        for n, v in model.state_dict().items()
+    }
+    about = {
+        "open_clip_config.json": {
+            "model_cfg": {},
+            "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
+        }
+    }
     found = open_dual(weights, about)
     assert found.pixels.mean == (0.5, 0.5, 0.5) and found.pixels.interpolation == "bicubic"
     same(found, model)
@@ -179,7 +211,11 @@ def test_open_clip_with_a_timm_tower():
 def test_hugging_face():
     model = openai("gelu")
     about = {"config.json": adapters.hugging_face_config(model.config)}
-    about["preprocessor_config.json"] = {"image_mean": [0.4] * 3, "image_std": [0.2] * 3, "resample": 2}
+    about["preprocessor_config.json"] = {
+        "image_mean": [0.4] * 3,
+        "image_std": [0.2] * 3,
+        "resample": 2,
+    }
     found = open_dual(adapters.to_hugging_face(model), about)
     assert found.pixels == (16, "bilinear", (0.4,) * 3, (0.2,) * 3)
     same(found, model)
@@ -199,7 +235,11 @@ def test_names_and_checkpoints_nobody_knows():
         open_dual({"a": torch.ones(1), "b": torch.ones(1)}, {})
     model = built(model="CLIP_VITT8_CLIP")
     with pytest.raises(UserError, match="the checkpoint is a CLIP_VITT8_CLIP"):
-        open_dual(model.state_dict(), {"network": {**SMALL, "model": "CLIP_VITT8_CLIP"}}, "CL2L_VITT8_CL2L")
+        open_dual(
+            model.state_dict(),
+            {"network": {**SMALL, "model": "CLIP_VITT8_CLIP"}},
+            "CL2L_VITT8_CL2L",
+        )
 
 
 def test_what_lies_in_and_beside_a_file(tmp_path):
@@ -219,10 +259,18 @@ def test_what_lies_in_and_beside_a_file(tmp_path):
 
 
 def test_align():
-    changes = {"model": "ALIGN_NANO_TINY", "image_size": 32, "embed_dim": 12, "context_length": 16, "vocab_size": 50}
+    changes = {
+        "model": "ALIGN_NANO_TINY",
+        "image_size": 32,
+        "embed_dim": 12,
+        "context_length": 16,
+        "vocab_size": 50,
+    }
     model = built(**changes)
     with torch.no_grad():
-        model(image=torch.randn(16, 3, 32, 32), text_ids=torch.randint(1, 50, (16, 9)))  # some statistics
+        model(
+            image=torch.randn(16, 3, 32, 32), text_ids=torch.randint(1, 50, (16, 9))
+        )  # some statistics
     found = open_dual(model.state_dict(), {"network": {**SMALL, **changes}})
     assert found.title == "ALIGN_NANO_TINY" and found.pixels == (32, "bilinear", *((0.5,) * 3,) * 2)
     same(found, model)

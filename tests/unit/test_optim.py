@@ -50,7 +50,10 @@ def test_decay_everything_is_the_originals_rule():
 @pytest.mark.parametrize("opt", ["adamw", "sgd"])
 def test_a_bad_step_and_all_after_it_leave_the_weights_alone(opt):
     model = nn.Linear(4, 1)
-    optimizer, precision = build_optimizer(model, Optimizer(opt=opt, lr=0.1)), Precision("fp32", CPU)
+    optimizer, precision = (
+        build_optimizer(model, Optimizer(opt=opt, lr=0.1)),
+        Precision("fp32", CPU),
+    )
     history = []
     for scale in (1.0, 1.0, float("nan"), 1.0):
         precision.backward(model(torch.ones(2, 4)).sum() * scale)
@@ -79,7 +82,11 @@ def test_parts_may_learn_more_slowly():
     found = {name: g["lr_scale"] for g in groups for name in names_of(model, g)}
     slower = {"dense.weight": 0.5, "dense.bias": 0.5, "norm.weight": 0, "norm.bias": 0}
     assert found == {"pos_embed": 1, "temp": 1} | slower
-    for wrong, words in ("dense", "not NAME=SHARE"), ("norm=x", "not NAME=SHARE"), ("x=1", "model has pos_embed"):
+    for wrong, words in (
+        ("dense", "not NAME=SHARE"),
+        ("norm=x", "not NAME=SHARE"),
+        ("x=1", "model has pos_embed"),
+    ):
         with pytest.raises(UserError, match=words):
             parameter_groups(model, Optimizer(lr_scales=[wrong]))
 

@@ -25,11 +25,15 @@ from models.layers.xbert import BertConfig
 
 def test_text_never_becomes_markup():
     hostile = "<script>alert('x')</script>&"
-    made = page(hostile, [card(hostile, table([hostile], [[hostile]]), intro=hostile)], hostile, hostile)
+    made = page(
+        hostile, [card(hostile, table([hostile], [[hostile]]), intro=hostile)], hostile, hostile
+    )
     assert "<script" not in made and made.count("&lt;script&gt;") == 8
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.34), (-3, 1200), (5, 5), (0, 0), (1e-6, 3e-5)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.31, 0.34), (-3, 1200), (5, 5), (0, 0), (1e-6, 3e-5)]
+)
 def test_ticks_are_round_and_span_the_values(low, high):
     ticks = nice_ticks(low, high)
     assert ticks == sorted(set(ticks)) and 1 <= len(ticks) <= 8
@@ -38,7 +42,9 @@ def test_ticks_are_round_and_span_the_values(low, high):
 
 
 def test_chart_keeps_its_points_inside():
-    made = line_chart({"a": [(0, 1.0), (5, 3.0), (10, -2.0)], "b": [(0, 0.5)]}, "t", guide=("chance", 0.3))
+    made = line_chart(
+        {"a": [(0, 1.0), (5, 3.0), (10, -2.0)], "b": [(0, 0.5)]}, "t", guide=("chance", 0.3)
+    )
     for x, y in re.findall(r"([\d.]+),([\d.]+)", " ".join(re.findall(r'points="([^"]*)"', made))):
         assert 0 <= float(x) <= 340 and 0 <= float(y) <= 190
     assert made.count("<polyline") == 2 and "chance" in made
@@ -46,7 +52,9 @@ def test_chart_keeps_its_points_inside():
 
 
 def test_recalls_become_a_row_each():
-    recall = {f"{way}_r{at}": 12.34 for way in ("txt", "img") for at in (1, 5, 10)} | {"r_mean": 56.78}
+    recall = {f"{way}_r{at}": 12.34 for way in ("txt", "img") for at in (1, 5, 10)} | {
+        "r_mean": 56.78
+    }
     made = recall_table({"ours": recall, "chance": recall})
     assert made.count("12.3") == 12 and made.count("56.8") == 2 and made.count("<tr>") == 3
 
@@ -56,9 +64,9 @@ def test_thumbnail_is_a_jpeg_inside_the_page():
 
     from PIL import Image
 
-    picture = torch.zeros(3, 10, 14, dtype=torch.uint8)
-    picture[0] = 200
-    data = re.search(r"base64,([^\"]*)", thumbnail(picture, 20, right=True))[1]
+    image = torch.zeros(3, 10, 14, dtype=torch.uint8)
+    image[0] = 200
+    data = re.search(r"base64,([^\"]*)", thumbnail(image, 20, right=True))[1]
     decoded = Image.open(io.BytesIO(base64.b64decode(data)))
     assert decoded.size == (40, 40) and decoded.getpixel((20, 20))[0] > 190
 
@@ -75,7 +83,9 @@ def test_word_maps_are_the_gradient_weighted_attention(single_stream):
     torch.manual_seed(0)
     bert = BertConfig(30, 16, 3, 2, 32, 20, encoder_width=16, single_stream=single_stream)
     bert.fusion_layer = 0 if single_stream else 1
-    model = Retrieval(RetrievalConfig(ViTConfig(32, 8, 16, 1, 2), bert, embed_dim=8, queue_size=4)).eval()
+    model = Retrieval(
+        RetrievalConfig(ViTConfig(32, 8, 16, 1, 2), bert, embed_dim=8, queue_size=4)
+    ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     ids, mask = torch.randint(5, 30, (1, 6)), torch.ones(1, 6, dtype=torch.bool)
@@ -98,6 +108,8 @@ def test_pieces_of_a_word_are_averaged_and_scaled():
 
 
 def test_bars_are_as_long_as_the_scores_and_marked_at_chance():
-    made = score_table(["task", "ours", "chance"], [("<b>all</b>", 71.25, 50.0), ("some", 12.5, None)])
+    made = score_table(
+        ["task", "ours", "chance"], [("<b>all</b>", 71.25, 50.0), ("some", 12.5, None)]
+    )
     assert "width:71.2%" in made and "calc(50.0% - 1px)" in made and made.count("class='bar'") == 2
     assert made.count("calc(") == 1 and "&lt;b&gt;all" in made

@@ -1,4 +1,5 @@
-"""Labels as sequences, list files, shards with nouns, noun extraction; and what is said about bad ones."""
+"""Labels as sequences, list files, shards with nouns, noun extraction; and what is said about bad
+ones."""
 
 import io
 import json
@@ -12,9 +13,9 @@ from base.errors import BadSample, UserError
 from dataset.tasks.recognition import (
     CAPTION_PROMPTS,
     LABEL_PROMPTS,
-    LabelledPicture,
-    PictureSet,
-    PictureView,
+    ImageSet,
+    ImageView,
+    LabelledImage,
     RecognitionCollate,
     Sequences,
     label_records,
@@ -53,7 +54,9 @@ class TestSequences:
         assert max(text["segments"]) == 1
 
     def test_labels_may_see_those_before(self, tokenizer):
-        assert set(Sequences(tokenizer, 80, decouple=False).labels(["dog", "sky"], PROMPT)["segments"]) == {0}
+        assert set(
+            Sequences(tokenizer, 80, decouple=False).labels(["dog", "sky"], PROMPT)["segments"]
+        ) == {0}
 
     def test_order_and_prompt_are_drawn(self, tokenizer):
         made = Sequences(tokenizer, 90)
@@ -62,13 +65,19 @@ class TestSequences:
         assert len(texts) > 5
         fixed = Sequences(tokenizer, 90, many_prompts=False)
         opening = fixed.opening
-        assert all(fixed.labels(["dog", "cat"])["text_ids"][: len(opening)] == opening for _ in range(5))
+        assert all(
+            fixed.labels(["dog", "cat"])["text_ids"][: len(opening)] == opening for _ in range(5)
+        )
 
     def test_what_does_not_fit_is_left_out_whole(self, tokenizer):
         labels = [f"living room {i}" for i in range(30)]
         text = Sequences(tokenizer, 80).labels(labels, PROMPT)
         assert len(text["text_ids"]) <= 80 and text["text_ids"][-1] == tokenizer.delimiter
-        kept = tokenizer.decode(text["text_ids"][len(Sequences(tokenizer, 80).opening) :]).rstrip(",").split(", ")
+        kept = (
+            tokenizer.decode(text["text_ids"][len(Sequences(tokenizer, 80).opening) :])
+            .rstrip(",")
+            .split(", ")
+        )
         assert kept == labels[: len(kept)] and kept
 
     def test_a_label_longer_than_the_budget(self, tokenizer):
@@ -92,7 +101,10 @@ class TestSequences:
         one = {"text_ids": [1, 2, 3], "segments": [0, 0, 1], "targets": [2, 3, -100]}
         two = {"text_ids": [4] * 10, "segments": [0] * 10, "targets": [5] * 9 + [-100]}
         batch = pad_batch([one, two], pad=9)
-        assert batch["text_ids"].shape == (2, 16) and batch["text_ids"][0].tolist() == [1, 2, 3] + [9] * 13
+        assert (
+            batch["text_ids"].shape == (2, 16)
+            and batch["text_ids"][0].tolist() == [1, 2, 3] + [9] * 13
+        )
         assert batch["segments"][0].tolist() == [0, 0, 1] + [-1] * 13
         assert len(batch["positions"]) == 32
         counted = batch["labels"] != -100
@@ -100,21 +112,29 @@ class TestSequences:
         assert batch["labels"][counted].tolist() == [2, 3] + [5] * 9
 
     def test_prompts(self):
-        assert LABEL_PROMPTS[0] == "The objects in the image are" and len(set(LABEL_PROMPTS)) == len(LABEL_PROMPTS)
+        assert LABEL_PROMPTS[0] == "The objects in the image are" and len(
+            set(LABEL_PROMPTS)
+        ) == len(LABEL_PROMPTS)
         assert all(prompt.endswith(" are") for prompt in LABEL_PROMPTS)
         assert CAPTION_PROMPTS[0] == "A brief description of the given image is that"
 
 
 class TestTokenizer:
     def test_special_tokens_stand_behind_the_pieces(self, tokenizer):
-        assert tokenizer.image == tokenizer.vocab_size - 2 and tokenizer.pad == tokenizer.vocab_size - 1
+        assert (
+            tokenizer.image == tokenizer.vocab_size - 2
+            and tokenizer.pad == tokenizer.vocab_size - 1
+        )
         ids = tokenizer.encode("<|image|>dog")
         assert ids[0] == tokenizer.image and tokenizer.decode(ids) == "<|image|>dog"
         assert tokenizer.decode(tokenizer.encode("living room, dog")) == "living room, dog"
 
     def test_it_travels_to_loader_workers(self, tokenizer):
         again = pickle.loads(pickle.dumps(tokenizer))
-        assert again.encode("dog, sky") == tokenizer.encode("dog, sky") and again.vocab_size == tokenizer.vocab_size
+        assert (
+            again.encode("dog, sky") == tokenizer.encode("dog, sky")
+            and again.vocab_size == tokenizer.vocab_size
+        )
 
     def test_the_folder_above_is_looked_at(self, tokenizer):
         below = tokenizer.path.parent / "llama-2-7b"
@@ -130,7 +150,15 @@ class TestTokenizer:
 
 
 # ---- nouns
-TAGS = {"dogs": "NNS", "dog": "NN", "geese": "NNS", "laptop": "NN", "lap": "NN", "b2b": "NN", "runs": "VBZ"}
+TAGS = {
+    "dogs": "NNS",
+    "dog": "NN",
+    "geese": "NNS",
+    "laptop": "NN",
+    "lap": "NN",
+    "b2b": "NN",
+    "runs": "VBZ",
+}
 
 
 @pytest.fixture
@@ -156,7 +184,10 @@ def test_defects_of_the_published_rules_and_their_mending(nouns):
 
 
 def test_taggers_are_never_downloaded(tmp_path):
-    with pytest.raises(UserError, match="no taggers/averaged_perceptron_tagger_eng in it.*or use the tagger `lexicon`"):
+    with pytest.raises(
+        UserError,
+        match="no taggers/averaged_perceptron_tagger_eng in it.*or use the tagger `lexicon`",
+    ):
         perceptron_tagger(tmp_path)
     with pytest.raises(UserError, match="tagger nltk: name the folder"):
         make_tagger("nltk", None)
@@ -213,16 +244,19 @@ def test_list_files(tmp_path, monkeypatch):
 
 def test_samples_and_batches(tmp_path, tokenizer):
     (tmp_path / "a.jpg").write_bytes(jpeg())
-    build = LabelledPicture(PictureView(16), Sequences(tokenizer, 80), tmp_path, captions=True)
+    build = LabelledImage(ImageView(16), Sequences(tokenizer, 80), tmp_path, captions=True)
     listed = {"image": "a.jpg", "labels": ["Dog", "Sky"], "caption": "a dog"}
     stored = {"image": jpeg(), "key": "s/1", "nouns": b"dog,cat", "caption": "a cat"}
     batch = RecognitionCollate(tokenizer.pad)([build(listed), build(stored)])
     assert batch["image"].shape == (2, 3, 16, 16) and batch["image"].dtype == torch.uint8
     assert {"text_ids", "segments", "positions", "labels", "caption_text_ids"} <= batch.keys()
     for broken, message in (
-        ({"image": jpeg(), "key": "s/2", "caption": ""}, "s/2: no member .nouns; run scripts/data/extract_nouns.py"),
+        (
+            {"image": jpeg(), "key": "s/2", "caption": ""},
+            "s/2: no member .nouns; run scripts/data/extract_nouns.py",
+        ),
         ({"image": jpeg(), "key": "s/3", "nouns": b""}, "s/3: no labels"),
-        ({"image": b"no picture", "key": "s/4", "nouns": b"dog", "caption": ""}, "s/4"),
+        ({"image": b"no image", "key": "s/4", "nouns": b"dog", "caption": ""}, "s/4"),
         ({"image": "gone.jpg", "labels": ["dog"], "caption": ""}, "gone.jpg: No such file"),
         ({"image": "a.jpg", "labels": ["dog"]}, "a.jpg: no caption"),
     ):
@@ -230,33 +264,37 @@ def test_samples_and_batches(tmp_path, tokenizer):
             build(broken)
 
 
-def test_pictures_whole_or_their_centre():
+def test_images_whole_or_their_centre():
     image = torch.zeros(3, 10, 30, dtype=torch.uint8)
     image[:, :, :10] = 255
-    assert PictureView(10)(image).float().mean() < 10  # the centre is black
-    assert PictureView(10, whole=True)(image).float().mean() == pytest.approx(85, abs=3)
+    assert ImageView(10)(image).float().mean() < 10  # the centre is black
+    assert ImageView(10, whole=True)(image).float().mean() == pytest.approx(85, abs=3)
     torch.manual_seed(0)
     noise = torch.randint(0, 255, (3, 30, 30), dtype=torch.uint8)
-    crops = [PictureView(10, whole=True, crop=0.5)(noise) for _ in range(4)]
+    crops = [ImageView(10, whole=True, crop=0.5)(noise) for _ in range(4)]
     assert all(crop.shape == (3, 10, 10) for crop in crops) and not torch.equal(crops[0], crops[1])
 
 
-def test_the_pictures_of_a_split(tmp_path, monkeypatch):
+def test_the_images_of_a_split(tmp_path, monkeypatch):
     monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     members = {"jpg": jpeg(), "txt": b"a dog", "nouns": b"dog,cat"}
     write_shard(tmp_path / "00000.tar", {"000000": members, "000001": members | {"nouns": b"sky"}})
-    data = PictureSet(tmp_path, PictureView(8))
+    data = ImageSet(tmp_path, ImageView(8))
     assert len(data) == 2 and data.references == [["dog", "cat"], ["sky"]]
-    assert data.load(1)["image"].shape == (3, 8, 8) and data.picture(0) == jpeg() and "00000.tar" in data.name(0)
+    assert (
+        data.load(1)["image"].shape == (3, 8, 8)
+        and data.image(0) == jpeg()
+        and "00000.tar" in data.name(0)
+    )
     (tmp_path / "a.jpg").write_bytes(jpeg())
     (tmp_path / "a.list").write_text("a.jpg : Dog,cat\n")
-    listed = PictureSet(tmp_path / "a.list", PictureView(8), tmp_path)
+    listed = ImageSet(tmp_path / "a.list", ImageView(8), tmp_path)
     assert listed.references == [["dog", "cat"]] and listed.load(0)["image"].shape == (3, 8, 8)
     with pytest.raises(UserError, match="image_root"):
-        PictureSet(tmp_path / "a.list", PictureView(8), tmp_path / "elsewhere")
+        ImageSet(tmp_path / "a.list", ImageView(8), tmp_path / "elsewhere")
     write_shard(tmp_path / "00001.tar", {"000002": {"jpg": jpeg(), "txt": b"a dog"}})
     with pytest.raises(UserError, match="000002: no member .nouns"):
-        PictureSet(tmp_path, PictureView(8))
+        ImageSet(tmp_path, ImageView(8))
     (tmp_path / "00001.tar").write_bytes(b"x" * 600)
     with pytest.raises(UserError, match="00001.tar: no readable, uncompressed tar"):
-        PictureSet(tmp_path, PictureView(8))
+        ImageSet(tmp_path, ImageView(8))

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from evaluation.recognition import SentenceEncoder, exact_metrics, exact_scores, means, similarity_scores, soft_scores
+from evaluation.recognition import (
+    SentenceEncoder,
+    exact_metrics,
+    exact_scores,
+    means,
+    similarity_scores,
+    soft_scores,
+)
 from evaluation.report.recognition import attention_page, label_report, save_labels
 
 
@@ -15,11 +22,15 @@ def test_exact_scores():
     assert exact_scores(["dog", "dog"], ["dog"]) == (1.0, 1.0)
 
 
-def test_exact_metrics_take_as_many_labels_as_a_picture_shows():
+def test_exact_metrics_take_as_many_labels_as_a_image_shows():
     found = exact_metrics([["dog", "cat", "sky"], ["sky", "sea"]], [["cat", "dog"], ["sea"]])
-    assert found["exact_recall"] == found["exact_precision"] == 50.0  # all of the first, the wrong one of the second
+    assert (
+        found["exact_recall"] == found["exact_precision"] == 50.0
+    )  # all of the first, the wrong one of the second
     short = exact_metrics([["dog"]], [["dog", "cat", "sky", "sea"]])
-    assert (short["exact_recall"], short["exact_precision"]) == (25.0, 100.0) and short["exact_f1"] == 40.0
+    assert (short["exact_recall"], short["exact_precision"]) == (25.0, 100.0) and short[
+        "exact_f1"
+    ] == 40.0
 
 
 def test_soft_scores_by_hand():
@@ -29,9 +40,13 @@ def test_soft_scores_by_hand():
     scores = soft_scores(predictions, references)
     assert scores["recall"] == pytest.approx((1 + half + 0) / 3)
     assert scores["precision"] == pytest.approx((1 + half) / 2)
-    assert scores["div_avg"] == 0 and scores["div_std"] == 0  # cosines that are exactly 0 are left out
+    assert (
+        scores["div_avg"] == 0 and scores["div_std"] == 0
+    )  # cosines that are exactly 0 are left out
     three = soft_scores(torch.eye(3) + 0.1, references.new_ones(1, 3))
-    assert three["div_avg"] == pytest.approx(0.23 / 1.23) and three["div_std"] == pytest.approx(0, abs=1e-6)
+    assert three["div_avg"] == pytest.approx(0.23 / 1.23) and three["div_std"] == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_no_labels_count_as_the_empty_text():
@@ -52,7 +67,9 @@ def test_a_label_has_the_same_embedding_in_any_company():
     texts = ["dog", "a very long label of many words", "cat", "living room", ""]
     together, alone = encoder(texts), torch.cat([encoder([text]) for text in texts])
     assert torch.allclose(together, alone, atol=1e-5)
-    near, far = (soft_scores(encoder(["sofa"]), encoder([word]))["recall"] for word in ("couch", "volcano"))
+    near, far = (
+        soft_scores(encoder(["sofa"]), encoder([word]))["recall"] for word in ("couch", "volcano")
+    )
     assert near > far + 0.2
 
 
@@ -62,7 +79,7 @@ class Split:
     def __len__(self):
         return 2
 
-    def picture(self, index: int) -> bytes:
+    def image(self, index: int) -> bytes:
         import io
 
         from PIL import Image
@@ -85,10 +102,10 @@ def test_the_page_of_a_split(tmp_path):
     }  # fmt: skip
 
 
-def test_a_picture_with_its_attention(tmp_path):
+def test_a_image_with_its_attention(tmp_path):
     from PIL import Image
 
-    picture = torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)
-    attention_page(tmp_path / "a.png", picture, [("dog", 0.5), ("čat", 0.1)], [torch.rand(4, 4)] * 2)
+    image = torch.randint(0, 255, (3, 40, 40), dtype=torch.uint8)
+    attention_page(tmp_path / "a.png", image, [("dog", 0.5), ("čat", 0.1)], [torch.rand(4, 4)] * 2)
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.size == (3 * 232 + 8, 256 + 8)

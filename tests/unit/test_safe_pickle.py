@@ -1,4 +1,5 @@
-"""Legacy pickles: data and module tensors come out, payloads are refused, and nothing in the file is ever run."""
+"""Legacy pickles: data and module tensors come out, payloads are refused, and nothing in the file
+is ever run."""
 
 import argparse
 import collections
@@ -18,7 +19,8 @@ from runtime import safe_pickle
 from runtime.checkpoint import read_weights
 from runtime.safe_pickle import Stub, load_plain, load_torch, module_tensors
 
-# writes whole modules of a package `dall_e`, and a checkpoint with an OmegaConf-like config, that exist only over there
+# writes whole modules of a package `dall_e`, and a checkpoint with an OmegaConf-like config, that
+# exist only over there
 WRITER = """
 import sys, types, typing, torch
 from torch import nn
@@ -83,7 +85,9 @@ def test_module_tensors_without_the_package(foreign, form):
     expected = torch.load(foreign / "expected.pt", weights_only=True)
     for tensors in (module_tensors(module), read_weights(foreign / f"{form}.pkl")):
         assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in expected.items())
+        assert all(
+            torch.equal(tensors[k], v) and tensors[k].dtype == v.dtype for k, v in expected.items()
+        )
     tensors = module_tensors(module)
     assert tensors["blocks.input.w"].data_ptr() == tensors["tied.w"].data_ptr()  # tied stays tied
 
@@ -91,7 +95,11 @@ def test_module_tensors_without_the_package(foreign, form):
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_config_objects_become_plain(foreign, form):
     content = load_torch(foreign / f"{form}.pth")
-    assert content["config"] == {"lr": 1e-4, "optimizer": {"opt": "adamW", "betas": (0.9, 0.999)}, "missing": None}
+    assert content["config"] == {
+        "lr": 1e-4,
+        "optimizer": {"opt": "adamW", "betas": (0.9, 0.999)},
+        "missing": None,
+    }
     assert content["epoch"] == 3
     assert torch.equal(content["model"]["w"], torch.arange(6.0).view(2, 3).t())
 
@@ -111,7 +119,15 @@ def test_namespace_and_paths(tmp_path):
 
 
 PLAIN = {
-    "refs": [{"ref_id": 1, "sentences": [{"sent": "left man", "raw": b"\xff"}], "ann_id": 2**70, "split": "val"}] * 2,
+    "refs": [
+        {
+            "ref_id": 1,
+            "sentences": [{"sent": "left man", "raw": b"\xff"}],
+            "ann_id": 2**70,
+            "split": "val",
+        }
+    ]
+    * 2,
     "mixed": (1.5, None, True, {1, 2}, frozenset("ab"), bytearray(b"x"), complex(1, 2), "Grüße"),
     "ordered": collections.OrderedDict(a=1),
     "counts": collections.Counter("aab"),
@@ -136,10 +152,17 @@ def test_plain_data(tmp_path, protocol):
     path.write_bytes(pickle.dumps(PLAIN, protocol))
     assert load_plain(path) == PLAIN
     path.write_bytes(
-        pickle.dumps({"arrays": ARRAYS, "scalar": np.float32(2.5), "again": ARRAYS[0], "plain": PLAIN}, protocol)
+        pickle.dumps(
+            {"arrays": ARRAYS, "scalar": np.float32(2.5), "again": ARRAYS[0], "plain": PLAIN},
+            protocol,
+        )
     )
     read = load_plain(path)
-    assert read["plain"] == PLAIN and read["scalar"] == np.float32(2.5) and read["again"] is read["arrays"][0]
+    assert (
+        read["plain"] == PLAIN
+        and read["scalar"] == np.float32(2.5)
+        and read["again"] is read["arrays"][0]
+    )
     for got, wanted in zip(read["arrays"], ARRAYS, strict=True):
         assert type(got) is np.ndarray and got.dtype == wanted.dtype and np.array_equal(got, wanted)
 
@@ -180,9 +203,20 @@ def payloads(marker: Path) -> dict[str, bytes]:
         "extension": b"\x82\x01.",
         "persistent": b"Pos\n.",
     }
-    live = [Calls(os.system, f"touch {marker}"), Calls(eval, command), Calls(exec, command), nested,
-            {"refs": [Calls(eval, command)]}, Calls(subprocess.call, ["touch", str(marker)])]  # fmt: skip
-    dumped = {f"live_{i}": pickle.dumps(obj, protocol) for i, obj in enumerate(live) for protocol in (0, 2, 4)}
+    live = [
+        Calls(os.system, f"touch {marker}"),
+        Calls(eval, command),
+        Calls(exec, command),
+        nested,
+        # fmt: skip
+        {"refs": [Calls(eval, command)]},
+        Calls(subprocess.call, ["touch", str(marker)]),
+    ]
+    dumped = {
+        f"live_{i}": pickle.dumps(obj, protocol)
+        for i, obj in enumerate(live)
+        for protocol in (0, 2, 4)
+    }
     return by_hand | dumped
 
 
@@ -200,7 +234,9 @@ def test_payloads_are_refused_and_nothing_runs(tmp_path):
         with pytest.raises(UserError, match="payload.p"):
             load_torch(path)
             pytest.fail(f"{name} was read")
-        head = [pickle.dumps(x, 2) for x in (safe_pickle.LEGACY_MAGIC, 1001, {"little_endian": True})]
+        head = [
+            pickle.dumps(x, 2) for x in (safe_pickle.LEGACY_MAGIC, 1001, {"little_endian": True})
+        ]
         path.write_bytes(b"".join(head) + data + pickle.dumps([], 2))
         with pytest.raises(UserError, match="payload.p"):
             load_torch(path)
@@ -222,12 +258,17 @@ def test_refused_global_is_named(tmp_path):
 def test_tensors_stay_inside_their_storage(tmp_path):
     torch.save({"w": torch.arange(4.0), "x": argparse.Namespace()}, tmp_path / "good.pt")
     source = zipfile.ZipFile(tmp_path / "good.pt")
-    for old, new in ((b"K\x04\x85", b"K\x7f\x85"), (b"K\x01\x85", b"J\xff\xff\xff\xff\x85")):  # size 127; stride -1
+    for old, new in (
+        (b"K\x04\x85", b"K\x7f\x85"),
+        (b"K\x01\x85", b"J\xff\xff\xff\xff\x85"),
+    ):  # size 127; stride -1
         data = source.read("good/data.pkl")
         assert data.count(old) == 1
         with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
             for name in source.namelist():
-                archive.writestr(name, data.replace(old, new) if name.endswith("data.pkl") else source.read(name))
+                archive.writestr(
+                    name, data.replace(old, new) if name.endswith("data.pkl") else source.read(name)
+                )
         with pytest.raises(UserError, match="bad.pt"):
             load_torch(tmp_path / "bad.pt")
     assert torch.equal(load_torch(tmp_path / "good.pt")["w"], torch.arange(4.0))
@@ -253,5 +294,7 @@ def test_other_things_are_refused(tmp_path):
         load_torch(tmp_path / "scripted.pt")
     with pytest.raises(UserError, match="not a PyTorch module"):
         module_tensors(Stub())
-    (tmp_path / "deep.p").write_bytes(b"]" * 100_000 + b"a" * 99_999 + b".")  # deeply nested: read, not crashed on
+    (tmp_path / "deep.p").write_bytes(
+        b"]" * 100_000 + b"a" * 99_999 + b"."
+    )  # deeply nested: read, not crashed on
     assert isinstance(load_plain(tmp_path / "deep.p"), list)

@@ -48,8 +48,12 @@ def test_default_schedule_rises_linearly_then_falls_to_min_lr_at_the_last_step()
 def test_constant_and_linear_shapes():
     constant = learning_rate(Schedule(sched="constant", warmup="0 steps"), 1e-3, total=50, **SIZES)
     assert {constant(step) for step in range(50)} == {1e-3}
-    linear = learning_rate(Schedule(sched="linear", warmup="0 steps", min_lr=0.0), 1.0, total=11, **SIZES)
-    assert [linear(step) for step in range(11)] == pytest.approx([1 - step / 10 for step in range(11)])
+    linear = learning_rate(
+        Schedule(sched="linear", warmup="0 steps", min_lr=0.0), 1.0, total=11, **SIZES
+    )
+    assert [linear(step) for step in range(11)] == pytest.approx(
+        [1 - step / 10 for step in range(11)]
+    )
 
 
 def test_a_warmup_longer_than_training_is_cut():
@@ -74,7 +78,9 @@ def test_original_schedule_equals_the_originals_at_every_change():
             original_warmup=True,
         )
         total = wanted["epochs"] * epoch_steps
-        at = learning_rate(schedule, run["optimizer"]["lr"], total=total, epoch_steps=epoch_steps, batch=1)
+        at = learning_rate(
+            schedule, run["optimizer"]["lr"], total=total, epoch_steps=epoch_steps, batch=1
+        )
         changes = run["changes"] + [{"global_step": total}]
         for change, following in zip(changes, changes[1:], strict=False):
             for step in (change["global_step"], following["global_step"] - 1):

@@ -37,7 +37,10 @@ def test_losses_are_named_finite_and_reach_every_parameter(albef):
     losses = model(**tiny_batch(albef=albef))
     names = ["loss_ita", "loss_itm", "loss_mlm"] + ([] if albef else ["loss_mim", "loss_pseudo"])
     assert list(losses) == names
-    assert all(loss.shape == () and loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert all(
+        loss.shape == () and loss.dtype == torch.float32 and loss.isfinite()
+        for loss in losses.values()
+    )
     total(losses).backward()
     for name, parameter in model.named_parameters():
         taught = name.split(".")[0].endswith("_m")
@@ -59,7 +62,9 @@ def test_compiled_equals_eager(albef):
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         if ours.grad is not None:
             torch.testing.assert_close(theirs.grad, ours.grad, msg=name)
-    assert torch.equal(model.image_queue, other.image_queue) and torch.equal(model.queue_ptr, other.queue_ptr)
+    assert torch.equal(model.image_queue, other.image_queue) and torch.equal(
+        model.queue_ptr, other.queue_ptr
+    )
 
 
 @BOTH
@@ -90,10 +95,14 @@ def test_heads_at_masked_places_equal_dense_heads():
     student_logits = model.text_encoder(batch["mlm_ids"], batch["text_mask"], tokens)
     teacher_logits = model.text_encoder_m(batch["mlm_ids"], batch["text_mask"], tokens)
     chosen = batch["mlm_ids"] != batch["text_ids"]
-    rows = distilled_cross_entropy(student_logits[chosen], batch["text_ids"][chosen], teacher_logits[chosen], 0.4)
+    rows = distilled_cross_entropy(
+        student_logits[chosen], batch["text_ids"][chosen], teacher_logits[chosen], 0.4
+    )
     torch.testing.assert_close(losses["loss_mlm"], rows.mean())
 
-    queries = model.bert.embeddings(embeds=model.visual_encoder(batch["image"], batch["patch_mask"]))
+    queries = model.bert.embeddings(
+        embeds=model.visual_encoder(batch["image"], batch["patch_mask"])
+    )
     context = model.bert.embeddings(batch["text_ids"])
     fused = model.bert.fuse(queries, None, context, image_mask=batch["text_mask"])
     logits = model.mim_head(fused[:, 1:])[batch["patch_mask"]]
@@ -105,7 +114,9 @@ def test_heads_at_masked_places_equal_dense_heads():
 def test_teacher_has_no_dropout_but_the_student_has(albef):
     model, batch = tiny_model(albef=albef, dropout=0.5), tiny_batch(albef=albef)
     seen = []
-    model.momentum_features = lambda *args: seen.append(type(model).momentum_features(model, *args)) or seen[-1]
+    model.momentum_features = lambda *args: (
+        seen.append(type(model).momentum_features(model, *args)) or seen[-1]
+    )
     fix_negatives(model)
     first, second = model(**batch), model(**batch)
     assert torch.equal(seen[0].text, seen[1].text) and torch.equal(seen[0].image, seen[1].image)
@@ -131,7 +142,10 @@ def test_no_nan_at_the_smallest_temperature(albef):
 @BOTH
 def test_nothing_masked_gives_zero(albef):
     model, batch = tiny_model(albef=albef), tiny_batch(albef=albef)
-    batch |= {"mlm_ids": batch["text_ids"], "mlm_labels": torch.full_like(batch["mlm_labels"], IGNORE)}
+    batch |= {
+        "mlm_ids": batch["text_ids"],
+        "mlm_labels": torch.full_like(batch["mlm_labels"], IGNORE),
+    }
     if not albef:
         batch["patch_mask"] = torch.zeros(4, PATCHES, dtype=torch.bool)
     losses = model(**batch)
@@ -204,7 +218,9 @@ def test_special_tokens_are_no_keywords(monkeypatch):
 
     seen, targets_of = [], models.fusion.simla.keyword_targets
     monkeypatch.setattr(
-        models.fusion.simla, "keyword_targets", lambda *args: seen.append(targets_of(*args)) or seen[-1]
+        models.fusion.simla,
+        "keyword_targets",
+        lambda *args: seen.append(targets_of(*args)) or seen[-1],
     )
     batch = tiny_batch()
     tiny_model()(**batch)
@@ -228,11 +244,13 @@ def test_mistakes_say_the_remedy():
         Simla(tiny_config(vit=ViTConfig(32, 8, 48, 2, 4, mask_token=True)))
 
 
-def test_retrieval_all_captions_of_one_picture_is_no_error():
+def test_retrieval_all_captions_of_one_image_is_no_error():
     """A batch without any legal negative trains on its positives alone."""
     tiny = tiny_config()
     torch.manual_seed(0)
-    model = Retrieval(RetrievalConfig(vit=tiny.vit, bert=tiny.bert, embed_dim=16, queue_size=6)).train()
+    model = Retrieval(
+        RetrievalConfig(vit=tiny.vit, bert=tiny.bert, embed_dim=16, queue_size=6)
+    ).train()
     batch = tiny_batch()
     given = {k: batch[k] for k in ("image", "text_ids", "text_mask", "alpha")}
     logits = []
@@ -243,19 +261,23 @@ def test_retrieval_all_captions_of_one_picture_is_no_error():
     assert (model.idx_queue[0, :4] == 7).all() and (model.idx_queue[0, 4:] == -100).all()
 
 
-def test_retrieval_positives_are_the_captions_of_the_same_picture():
+def test_retrieval_positives_are_the_captions_of_the_same_image():
     tiny = tiny_config()
     model = Retrieval(RetrievalConfig(vit=tiny.vit, bert=tiny.bert, embed_dim=16, queue_size=3))
     model.idx_queue[0] = torch.tensor([5, -100, 9])
     ids = torch.tensor([5, 9, 5])
-    expected = torch.tensor([[1 / 3, 0, 1 / 3, 1 / 3, 0, 0], [0, 0.5, 0, 0, 0, 0.5], [1 / 3, 0, 1 / 3, 1 / 3, 0, 0]])
+    expected = torch.tensor(
+        [[1 / 3, 0, 1 / 3, 1 / 3, 0, 0], [0, 0.5, 0, 0, 0, 0.5], [1 / 3, 0, 1 / 3, 1 / 3, 0, 0]]
+    )
     torch.testing.assert_close(model.positives(ids, ids), expected)
 
 
 def test_retrieval_compiled_equals_eager():
     tiny = tiny_config(layers=1, depth=1)
     torch.manual_seed(0)
-    model = Retrieval(RetrievalConfig(vit=tiny.vit, bert=tiny.bert, embed_dim=16, queue_size=6)).train()
+    model = Retrieval(
+        RetrievalConfig(vit=tiny.vit, bert=tiny.bert, embed_dim=16, queue_size=6)
+    ).train()
     fix_negatives(model)
     other = copy.deepcopy(model)
     fix_negatives(other)

@@ -1,4 +1,5 @@
-"""TFRecord files: what is written is read, and damage costs one record or the rest of a file, never the run."""
+"""TFRecord files: what is written is read, and damage costs one record or the rest of a file, never
+the run."""
 
 import io
 import json
@@ -24,12 +25,16 @@ from dataset.sources.tfrecord import (
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 FLOAT = st.floats(width=32, allow_nan=False)
-FEATURE = st.lists(st.binary(), min_size=1) | st.lists(INT64, min_size=1) | st.lists(FLOAT, min_size=1)
+FEATURE = (
+    st.lists(st.binary(), min_size=1) | st.lists(INT64, min_size=1) | st.lists(FLOAT, min_size=1)
+)
 
 
 def write(path, numbers) -> str:
-    """A shard with the pictures and captions of these numbers."""
-    write_records(path, (encode_example({"jpg": b"picture", "txt": str(n), "width": n}) for n in numbers))
+    """A shard with the images and captions of these numbers."""
+    write_records(
+        path, (encode_example({"jpg": b"image", "txt": str(n), "width": n}) for n in numbers)
+    )
     return str(path)
 
 
@@ -45,7 +50,9 @@ def test_examples_come_back(features):
 
 
 def test_single_values_and_texts():
-    found = parse_example(encode_example({"a": "été", "b": 7, "c": -1, "d": 0.5, "e": b"x", "f": []}))
+    found = parse_example(
+        encode_example({"a": "été", "b": 7, "c": -1, "d": 0.5, "e": b"x", "f": []})
+    )
     assert found == {"a": ["été".encode()], "b": [7], "c": [-1], "d": [0.5], "e": [b"x"], "f": []}
 
 
@@ -101,7 +108,9 @@ def test_a_wrong_checksum_costs_one_record(tmp_path):
     write(path, range(3))
     damaged(path, 20)  # inside the first payload
     bad, *good = read_shard(str(path), {})
-    assert isinstance(bad, BadSample) and "a.tfrecord, record 0" in str(bad) and "checksum" in str(bad)
+    assert (
+        isinstance(bad, BadSample) and "a.tfrecord, record 0" in str(bad) and "checksum" in str(bad)
+    )
     assert [record["caption"] for record in good] == ["1", "2"] and count_frames(path) == 3
 
 
@@ -114,11 +123,11 @@ def test_a_wrong_length_costs_the_rest(tmp_path):
     assert list(read_frames(io.BytesIO(b""), "empty")) == []
 
 
-def test_records_without_picture_and_files_without_records(tmp_path):
+def test_records_without_image_and_files_without_records(tmp_path):
     write_records(tmp_path / "a.tfrecord", [encode_example({"txt": "words"}), b"\xff\xff"])
     (tmp_path / "b.tfrecord").write_bytes(b"")
     one, two = read_shard(str(tmp_path / "a.tfrecord"), {})
-    assert "no picture" in str(one) and "tf.train.Example" in str(two)
+    assert "no image" in str(one) and "tf.train.Example" in str(two)
     (empty,) = read_shard(str(tmp_path / "b.tfrecord"), {})
     (missing,) = read_shard(str(tmp_path / "c.tfrecord"), {})
     assert "holds no samples" in str(empty) and "c.tfrecord" in str(missing)
@@ -128,7 +137,7 @@ def test_other_features_are_lists(tmp_path):
     (record,) = read_shard(write(tmp_path / "a.tfrecord", [7]), {})
     assert record == {
         "key": f"{tmp_path}/a.tfrecord/0",
-        "image": b"picture",
+        "image": b"image",
         "caption": "7",
         "txt": [b"7"],
         "width": [7],
@@ -136,7 +145,9 @@ def test_other_features_are_lists(tmp_path):
 
 
 def test_names(tmp_path):
-    assert is_tfrecord("s3://b/train.tfrecord-00000-of-00128") and not is_tfrecord("x.tfrecord/00000.tar")
+    assert is_tfrecord("s3://b/train.tfrecord-00000-of-00128") and not is_tfrecord(
+        "x.tfrecord/00000.tar"
+    )
     write(tmp_path / "x/00000.tfrecord", [1]) if (tmp_path / "x").mkdir() is None else None
     assert list_shards(str(tmp_path), {}) == [f"{tmp_path}/x/00000.tfrecord"]
     (tmp_path / "00000.tar").write_bytes(b"")
@@ -195,5 +206,8 @@ def test_remote_files(tmp_path):
     assert list_shards("memory://bucket/*.tfrecord", {}) == ["memory:///bucket/0.tfrecord"]
     with pytest.raises(UserError, match=r"how many samples\?"):
         loader("memory://bucket/0.tfrecord")
-    seen = sum((batch["number"] for batch in islice(loader("memory://bucket/*.tfrecord", samples=8), 2)), [])
+    seen = sum(
+        (batch["number"] for batch in islice(loader("memory://bucket/*.tfrecord", samples=8), 2)),
+        [],
+    )
     assert sorted(seen) == list(range(8))

@@ -34,7 +34,7 @@ def test_masked_patches_are_not_seen(vit):
     assert not torch.allclose(vit(image), vit(changed))
 
 
-def test_wrong_picture_size_says_the_remedy(vit):
+def test_wrong_image_size_says_the_remedy(vit):
     with pytest.raises(UserError, match="image_res"):
         vit(torch.randn(1, 3, 40, 40))
 
@@ -61,8 +61,15 @@ def test_mask_token_and_initialisation():
 def test_a_stem_gives_the_same_patches_and_says_its_shape():
     torch.manual_seed(0)
     plain, hybrid = ViT(ViTConfig(32, 8, 16, 1, 2)), ViT(ViTConfig(32, 8, 16, 1, 2, stem=(4, 6)))
-    assert plain(torch.randn(2, 3, 32, 32)).shape == hybrid(torch.randn(2, 3, 32, 32)).shape == (2, 17, 16)
-    assert patches_of(plain.state_dict()) == (8, ()) and patches_of(hybrid.state_dict()) == (8, (4, 6))
+    assert (
+        plain(torch.randn(2, 3, 32, 32)).shape
+        == hybrid(torch.randn(2, 3, 32, 32)).shape
+        == (2, 17, 16)
+    )
+    assert patches_of(plain.state_dict()) == (8, ()) and patches_of(hybrid.state_dict()) == (
+        8,
+        (4, 6),
+    )
     changed = torch.randn(1, 3, 32, 32).repeat(2, 1, 1, 1)
     changed[1, :, :8, :8] += 1
     maps = hybrid.patch_embed(changed)
@@ -75,9 +82,9 @@ def test_a_stem_gives_the_same_patches_and_says_its_shape():
 def test_statistics_of_the_stem_stay_unless_they_are_to_be_learnt(learns):
     torch.manual_seed(0)
     vit = ViT(ViTConfig(32, 8, 16, 1, 2, stem=(4, 6), stem_statistics=learns)).train()
-    pictures, before = torch.randn(4, 3, 32, 32), {name: x.clone() for name, x in vit.named_buffers()}
-    together = vit(pictures)
+    images, before = torch.randn(4, 3, 32, 32), {name: x.clone() for name, x in vit.named_buffers()}
+    together = vit(images)
     kept = [torch.equal(x, before[name]) for name, x in vit.named_buffers()]
     assert len(kept) == 12 and (not any(kept) if learns else all(kept))
-    alone = torch.cat([vit(picture) for picture in pictures.split(1)])
+    alone = torch.cat([vit(image) for image in images.split(1)])
     assert torch.allclose(alone, together, atol=1e-5) is not learns

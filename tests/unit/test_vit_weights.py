@@ -1,4 +1,5 @@
-"""Weights of ViTs go over to timm, transformers and TensorFlow's names and back, and the networks then agree."""
+"""Weights of ViTs go over to timm, transformers and TensorFlow's names and back, and the networks
+then agree."""
 
 import pytest
 import torch
@@ -6,7 +7,15 @@ from torch import nn
 
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
-from models.weights.vit import load_vit, native, to_tensorflow, to_timm, to_transformers, transformers_config, vit_kind
+from models.weights.vit import (
+    load_vit,
+    native,
+    to_tensorflow,
+    to_timm,
+    to_transformers,
+    transformers_config,
+    vit_kind,
+)
 
 SIZES = {"model": "vit-mu/8", "image_size": 32, "num_classes": 7}
 
@@ -26,7 +35,14 @@ def ours(**options) -> VisionClassifier:
 def timm_vit():
     from timm.models.vision_transformer import VisionTransformer
 
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
+    sizes = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 7,
+    }
     return VisionTransformer(**sizes, act_layer=lambda: nn.GELU(approximate="tanh")).eval()
 
 
@@ -53,7 +69,11 @@ def test_transformers_both_ways(pooled, tmp_path):
     theirs = (ViTModel if pooled else ViTForImageClassification)(config).eval()
     state = to_transformers(mine.state_dict(), names=5)
     if pooled:
-        state = {key.removeprefix("vit."): value for key, value in state.items() if not key.startswith("classifier")}
+        state = {
+            key.removeprefix("vit."): value
+            for key, value in state.items()
+            if not key.startswith("classifier")
+        }
     assert theirs.load_state_dict(state)
 
     def outputs(mine):
@@ -71,7 +91,10 @@ def test_transformers_both_ways(pooled, tmp_path):
     from safetensors.torch import load_file
 
     saved = native(load_file(tmp_path / "model.safetensors"))
-    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in saved.items()) and len(saved) > 30
+    assert (
+        all(torch.equal(value, fresh.state_dict()[key]) for key, value in saved.items())
+        and len(saved) > 30
+    )
 
 
 @pytest.mark.parametrize("width", [0, 12])
@@ -83,16 +106,21 @@ def test_every_kind_and_back_is_the_same(width):
     for kind, other in kinds.items():
         assert vit_kind(other) == kind
         back = native(other)
-        assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+        assert back.keys() == state.keys() and all(
+            torch.equal(back[key], state[key]) for key in state
+        )
 
 
 def test_exports_of_the_model_and_the_backbone_alone():
     state = ours(representation_size=12).state_dict()
     keys = to_tensorflow(state)
     model = {
-        key.replace("backbone/", "layer_with_weights-0/").replace("model/layer", "layer"): v for key, v in keys.items()
+        key.replace("backbone/", "layer_with_weights-0/").replace("model/layer", "layer"): v
+        for key, v in keys.items()
     }
-    backbone = {key.removeprefix("backbone/"): v for key, v in keys.items() if key.startswith("backbone/")}
+    backbone = {
+        key.removeprefix("backbone/"): v for key, v in keys.items() if key.startswith("backbone/")
+    }
     assert native(model).keys() == state.keys()
     assert native(backbone).keys() == {key for key in state if not key.startswith("head.")}
 
@@ -100,9 +128,15 @@ def test_exports_of_the_model_and_the_backbone_alone():
 def test_averaged_weights_are_taken():
     state = to_tensorflow(ours().state_dict())
     slots = {f"{key}/.OPTIMIZER_SLOT/optimizer/average": value + 1 for key, value in state.items()}
-    momentum = {f"{key}/.OPTIMIZER_SLOT/optimizer/base_optimizer/momentum": value for key, value in state.items()}
+    momentum = {
+        f"{key}/.OPTIMIZER_SLOT/optimizer/base_optimizer/momentum": value
+        for key, value in state.items()
+    }
     counters = {"save_counter": torch.tensor(3), "optimizer/decay": torch.tensor(0.9)}
-    whole = {f"{k}/.ATTRIBUTES/VARIABLE_VALUE": v for k, v in (state | slots | momentum | counters).items()}
+    whole = {
+        f"{k}/.ATTRIBUTES/VARIABLE_VALUE": v
+        for k, v in (state | slots | momentum | counters).items()
+    }
     found = native(whole)
     assert torch.equal(found["head.bias"], state["model/layer_with_weights-1/bias"] + 1)
     own = ours().state_dict()

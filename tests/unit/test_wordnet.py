@@ -11,12 +11,22 @@ from dataset.text import wordnet
 from dataset.text.wordnet import DEBIAN, FILES, WordNet, find_wordnet
 
 SYNSETS = {
-    "noun": [["dog", "domestic_dog", "Canis_familiaris"], ["goose"], ["dog", "cad"], ["well-being"]],
+    "noun": [
+        ["dog", "domestic_dog", "Canis_familiaris"],
+        ["goose"],
+        ["dog", "cad"],
+        ["well-being"],
+    ],
     "verb": [["run", "go"], ["chase", "dog"]],
     "adj": [["galore(ip)", "aplenty"]],
     "adv": [],
 }
-EXCEPTIONS = {"noun": "geese goose\nzzz zz\n", "verb": "ran run\n", "adj": "aaa bb\n", "adv": "best well\n"}
+EXCEPTIONS = {
+    "noun": "geese goose\nzzz zz\n",
+    "verb": "ran run\n",
+    "adj": "aaa bb\n",
+    "adv": "best well\n",
+}
 LICENCE = "  1 This software and database\n  2 is being provided to you\n"
 
 
@@ -34,7 +44,9 @@ def write_database(folder: Path) -> Path:
         index = LICENCE
         for lemma in sorted(places):
             offsets = " ".join(f"{offset:08d}" for offset in places[lemma])
-            index += f"{lemma} {part[0]} {len(places[lemma])} 1 @ {len(places[lemma])} 0 {offsets}  \n"
+            index += (
+                f"{lemma} {part[0]} {len(places[lemma])} 1 @ {len(places[lemma])} 0 {offsets}  \n"
+            )
         (folder / f"data.{part}").write_text(data)
         (folder / f"index.{part}").write_text(index)
         (folder / f"{part}.exc").write_text(EXCEPTIONS[part])
@@ -86,7 +98,9 @@ def test_missing_names_both_ways_to_get_it(tmp_path, monkeypatch):
         find_wordnet()
 
 
-@pytest.mark.skipif(not Path(DEBIAN, "data.noun").is_file(), reason="Debian's wordnet-base is not installed")
+@pytest.mark.skipif(
+    not Path(DEBIAN, "data.noun").is_file(), reason="Debian's wordnet-base is not installed"
+)
 def test_the_real_database():
     assert {"domestic dog", "hound", "frank"} <= set(WordNet(DEBIAN).synonyms("dog"))
     assert "run" in WordNet(DEBIAN).synonyms("running")

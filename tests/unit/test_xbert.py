@@ -1,4 +1,5 @@
-"""Text / fusion transformer: against transformers' BERT, and what sharing, caching and keeping must not change."""
+"""Text / fusion transformer: against transformers' BERT, and what sharing, caching and keeping must
+not change."""
 
 import importlib.util
 from pathlib import Path
@@ -73,9 +74,13 @@ def test_real_weights_equal_transformers():
     theirs = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     geometry = theirs.config.to_dict() | {"fusion_layer": theirs.config.num_hidden_layers}
     ours = XBert(BertConfig.from_json(geometry)).eval()
-    weights = {k.removeprefix("bert."): v for k, v in load_file(folder / "model.safetensors").items()}
+    weights = {
+        k.removeprefix("bert."): v for k, v in load_file(folder / "model.safetensors").items()
+    }
     missing, unexpected = ours.load_state_dict(weights, strict=False)
-    assert missing in ([], ["embeddings.position_ids"]) and all(k.startswith("pooler.") for k in unexpected)
+    assert missing in ([], ["embeddings.position_ids"]) and all(
+        k.startswith("pooler.") for k in unexpected
+    )
     ids = torch.randint(1000, 20000, (3, 12), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = 101
     mask = torch.arange(12) < torch.tensor([12, 7, 3])[:, None]
@@ -92,13 +97,16 @@ def fusion():
 
 
 def test_shared_keys_equal_separate_passes(fusion, text):
-    """Two groups in order, then rows that name their image: as if every row had its own copy of the image."""
+    """Two groups in order, then rows that name their image: as if every row had its own copy of the
+    image."""
     ids, mask = text
     image, image_mask = torch.randn(2, 5, 20), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     rows = torch.tensor([1, 1])
     which = torch.tensor([0, 1, 0, 1, 1, 1])
     shared = fusion(ids, mask, image, image_mask=image_mask, rows=rows)
-    torch.testing.assert_close(shared, fusion(ids, mask, image[which], image_mask=image_mask[which]))
+    torch.testing.assert_close(
+        shared, fusion(ids, mask, image[which], image_mask=image_mask[which])
+    )
     named = fusion(ids, mask, image, image_mask=image_mask, rows=which)
     torch.testing.assert_close(named, shared)
     out, with_map = fusion(ids, mask, image, image_mask=image_mask, rows=rows, map_of=("cross", 2))
@@ -112,7 +120,9 @@ def test_shared_keys_have_the_gradient_of_separate_passes(fusion, text):
     image = torch.randn(2, 5, 20, requires_grad=True)
     which = torch.tensor([0, 1, 0, 1, 1, 1])
     weight = torch.randn(6, 7, 24)
-    (shared,) = torch.autograd.grad((fusion(ids, mask, image, rows=which[4:]) * weight).sum(), image)
+    (shared,) = torch.autograd.grad(
+        (fusion(ids, mask, image, rows=which[4:]) * weight).sum(), image
+    )
     (separate,) = torch.autograd.grad((fusion(ids, mask, image[which]) * weight).sum(), image)
     torch.testing.assert_close(shared, separate)
 

@@ -1,4 +1,5 @@
-"""Metrics of zero-shot classification against scikit-learn, and where it has none, against the definition."""
+"""Metrics of zero-shot classification against scikit-learn, and where it has none, against the
+definition."""
 
 import math
 
@@ -7,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.zeroshot_metrics import average_precision, mean_per_class, measure, precision_recall, roc_auc, voc_map
+from evaluation.zeroshot_metrics import (
+    average_precision,
+    mean_per_class,
+    measure,
+    precision_recall,
+    roc_auc,
+    voc_map,
+)
 
 metrics = pytest.importorskip("sklearn.metrics")
 
@@ -56,9 +64,13 @@ def test_precision_and_recall(seed, levels):
     scores, targets = drawn(seed, levels=levels)
     precision, recall, _ = metrics.precision_recall_curve(targets, scores)
     found, levels = (x.tolist() for x in precision_recall(scores, targets))
-    ours = dict(zip(reversed(levels), reversed(found), strict=True))  # the first place of every recall
+    ours = dict(
+        zip(reversed(levels), reversed(found), strict=True)
+    )  # the first place of every recall
     for level, value in ours.items():  # the best precision at this recall or a higher one
-        best = max(p for p, r in zip(precision[:-1], recall[:-1], strict=True) if r >= level - 1e-12)
+        best = max(
+            p for p, r in zip(precision[:-1], recall[:-1], strict=True) if r >= level - 1e-12
+        )
         assert value == pytest.approx(best)
     assert max(ours) == 1
 
@@ -76,13 +88,20 @@ def test_average_precision_by_its_definition(seed, levels):
     eleven, area = average_precision(scores, targets)
     assert eleven == pytest.approx(100 * sum(at(i / 10) for i in range(11)) / 11)
     levels = [0, *sorted({r for _, r in pairs})]
-    assert area == pytest.approx(100 * sum((b - a) * at(b) for a, b in zip(levels, levels[1:], strict=False)))
-    assert area >= 100 * metrics.average_precision_score(targets, scores) - 1e-9  # which does not interpolate
+    assert area == pytest.approx(
+        100 * sum((b - a) * at(b) for a, b in zip(levels, levels[1:], strict=False))
+    )
+    assert (
+        area >= 100 * metrics.average_precision_score(targets, scores) - 1e-9
+    )  # which does not interpolate
 
 
 def test_what_is_not_to_be_counted_changes_nothing():
     scores, targets = drawn(3)
-    more = torch.cat([scores, torch.tensor([2.0, -1.0])]), torch.cat([targets, torch.tensor([-1, -1])])
+    more = (
+        torch.cat([scores, torch.tensor([2.0, -1.0])]),
+        torch.cat([targets, torch.tensor([-1, -1])]),
+    )
     assert average_precision(*more) == average_precision(scores, targets)
 
 
@@ -91,7 +110,9 @@ def test_voc_map_is_the_mean_over_the_classes_that_occur():
     scores = torch.stack([first[0], second[0], torch.rand(60)], 1)
     targets = torch.stack([first[1], second[1], torch.zeros(60, dtype=torch.int64)], 1)
     ones = [average_precision(*first), average_precision(*second)]
-    assert voc_map(scores, targets) == pytest.approx([(a + b) / 2 for a, b in zip(*ones, strict=True)])
+    assert voc_map(scores, targets) == pytest.approx(
+        [(a + b) / 2 for a, b in zip(*ones, strict=True)]
+    )
 
 
 def test_perfect_and_worst_rankings():

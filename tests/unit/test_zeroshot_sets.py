@@ -1,4 +1,5 @@
-"""Data sets of zero-shot evaluation in every form they come in, and what is said of those that are faulty."""
+"""Data sets of zero-shot evaluation in every form they come in, and what is said of those that are
+faulty."""
 
 import io
 import json
@@ -20,11 +21,13 @@ from runtime.safe_pickle import load_plain
 
 def encoded(level: int, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (6, 5), (level, 0, 0)).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    Image.new("RGB", (6, 5), (level, 0, 0)).save(
+        buffer, kind, **({"lossless": True} if kind == "WEBP" else {})
+    )
     return buffer.getvalue()
 
 
-def picture(path, level: int = 7) -> None:
+def image(path, level: int = 7) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encoded(level))
 
@@ -49,21 +52,24 @@ def opened(entry: Entry, prompts: Prompts, tmp_path):
 
 
 def levels(data: OpenSet) -> list[tuple[int, object]]:
-    """Red level and target of every picture."""
+    """Red level and target of every image."""
     return [
         (int(s["image"][0, 0, 0]), s["target"].tolist())
-        for s in map(data.pictures.__getitem__, range(len(data.pictures)))
+        for s in map(data.images.__getitem__, range(len(data.images)))
     ]
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """A data set of CLIP_benchmark's layout: five pictures in two shards."""
+    """A data set of CLIP_benchmark's layout: five images in two shards."""
     root = tmp_path / "wds_toys"
     for shard, numbers in enumerate(((0, 1, 2), (3, 4))):
         members = {}
         for n in numbers:
-            members |= {f"s{n:07d}.cls": str(n % 2).encode(), f"s{n:07d}.webp": encoded(10 * n, "WEBP")}
+            members |= {
+                f"s{n:07d}.cls": str(n % 2).encode(),
+                f"s{n:07d}.webp": encoded(10 * n, "WEBP"),
+            }
         tar(root / f"test/{shard}.tar", members)
     (root / "test/nshards.txt").write_text("2\n")
     (root / "classnames.txt").write_text("red\nblue\n")
@@ -81,10 +87,12 @@ def test_shards_of_clip_benchmark(scheme, shards, tmp_path):
     if scheme:  # the second time nothing is fetched
         for shard in shards.glob("test/*.tar"):
             shard.unlink()
-        assert levels(opened(Entry("toys", "webdataset", f"file://{shards}"), Prompts(), tmp_path))[4] == (40, 0)
+        assert levels(opened(Entry("toys", "webdataset", f"file://{shards}"), Prompts(), tmp_path))[
+            4
+        ] == (40, 0)
 
 
-def test_several_labels_a_picture(shards, tmp_path):
+def test_several_labels_a_image(shards, tmp_path):
     (shards / "dataset_type.txt").write_text("multilabel\n")
     for shard in (0, 1):
         buffer = io.BytesIO()
@@ -97,16 +105,29 @@ def test_several_labels_a_picture(shards, tmp_path):
 def test_captions_in_shards(shards, tmp_path):
     (shards / "dataset_type.txt").write_text("retrieval\n")
     for shard in (0, 1):
-        tar(shards / f"test/{shard}.tar", {"a.png": encoded(shard), "a.txt": b"one\ntwo" if shard else b"three"})
+        tar(
+            shards / f"test/{shard}.tar",
+            {"a.png": encoded(shard), "a.txt": b"one\ntwo" if shard else b"three"},
+        )
     data = opened(Entry("toys", "webdataset", str(shards)), Prompts(), tmp_path)
-    assert data.pictures.captions == ["three", "one", "two"] and data.pictures.text_image.tolist() == [0, 1, 1]
-    assert data.entry.metric == "recall" and not data.classes and int(data.pictures[1]["image"][0, 0, 0]) == 1
+    assert data.images.captions == ["three", "one", "two"] and data.images.text_image.tolist() == [
+        0,
+        1,
+        1,
+    ]
+    assert (
+        data.entry.metric == "recall"
+        and not data.classes
+        and int(data.images[1]["image"][0, 0, 0]) == 1
+    )
 
 
 def test_names_that_shards_lack_come_from_the_lists(shards, tmp_path):
     (shards / "classnames.txt").unlink()
     (shards / "zeroshot_classification_templates.txt").unlink()
-    data = opened(Entry("toys", "webdataset", str(shards)), lists(tmp_path, toys=["r", "b"]), tmp_path)
+    data = opened(
+        Entry("toys", "webdataset", str(shards)), lists(tmp_path, toys=["r", "b"]), tmp_path
+    )
     assert (data.classes, data.templates) == (["r", "b"], ["a {}."])
     with pytest.raises(UserError, match="no labels for 'toys'"):
         opened(Entry("toys", "webdataset", str(shards)), Prompts(), tmp_path)
@@ -118,7 +139,13 @@ def test_faults_of_shards(shards, tmp_path):
     with pytest.raises(UserError, match=r"class 1 occurs, but classnames\.txt has 1"):
         opened(entry, Prompts(), tmp_path)
     whole = (shards / "test/1.tar").read_bytes()
-    for damage in (whole[:1200], whole[:600], whole[:1024] + b"x" * 512 + whole[1536:], b"no tar", whole[:512] * 2):
+    for damage in (
+        whole[:1200],
+        whole[:600],
+        whole[:1024] + b"x" * 512 + whole[1536:],
+        b"no tar",
+        whole[:512] * 2,
+    ):
         (shards / "test/1.tar").write_bytes(damage)
         with pytest.raises(UserError, match=r"1\.tar: not a whole tar file"):
             opened(entry, Prompts(), tmp_path)
@@ -131,26 +158,36 @@ def test_faults_of_shards(shards, tmp_path):
     (shards / "test/nshards.txt").write_text("two")
     with pytest.raises(UserError, match=r"nshards\.txt: 'two' is no number"):
         opened(entry, Prompts(), tmp_path)
-    assert "CLIP_benchmark's layout" in str(opened(replace(entry, split="val"), Prompts(), tmp_path))
+    assert "CLIP_benchmark's layout" in str(
+        opened(replace(entry, split="val"), Prompts(), tmp_path)
+    )
 
 
-def test_a_sample_without_picture(tmp_path):
+def test_a_sample_without_image(tmp_path):
     tar(tmp_path / "0.tar", {"s1.cls": b"1"})
-    with pytest.raises(BadSample, match=r"s1: no picture .*only cls"):
+    with pytest.raises(BadSample, match=r"s1: no image .*only cls"):
         ShardIndex([tmp_path / "0.tar"]).image(0)
 
 
 def test_long_names_and_folders_in_a_tar(tmp_path):
     name = "deep/" + "n" * 150
-    tar(tmp_path / "0.tar", {f"{name}.png": b"picture", f"{name}.cls": b"3", "readme": b""})
-    assert [m[0] for m in tar_members(tmp_path / "0.tar")] == [f"{name}.png", f"{name}.cls", "readme"]
+    tar(tmp_path / "0.tar", {f"{name}.png": b"image", f"{name}.cls": b"3", "readme": b""})
+    assert [m[0] for m in tar_members(tmp_path / "0.tar")] == [
+        f"{name}.png",
+        f"{name}.cls",
+        "readme",
+    ]
     index = ShardIndex([tmp_path / "0.tar"])
     assert len(index) == 1 and index.read(0, "cls") == b"3"
 
 
 def test_addresses():
     page = "https://huggingface.co/datasets/clip-benchmark/wds_cars"
-    for given, files in ((page, "main"), (f"{page}/tree/dev/", "dev"), (f"{page}/resolve/dev", "dev")):
+    for given, files in (
+        (page, "main"),
+        (f"{page}/tree/dev/", "dev"),
+        (f"{page}/resolve/dev", "dev"),
+    ):
         assert address(given, "test/0.tar") == f"{page}/resolve/{files}/test/0.tar"
     assert address("/data/wds_cars/", "a.txt") == "/data/wds_cars/a.txt"
 
@@ -158,31 +195,40 @@ def test_addresses():
 def test_an_address_that_does_not_answer(tmp_path):
     with pytest.raises(MissingData, match=r"nowhere://host/test/0\.tar: cannot be fetched"):
         local_copy("nowhere://host", "test/0.tar", tmp_path)
-    for url, reason in (("nowhere://host", "nowhere"), ("http://127.0.0.1:9/wds_x", "cannot be read|aiohttp")):
+    for url, reason in (
+        ("nowhere://host", "nowhere"),
+        ("http://127.0.0.1:9/wds_x", "cannot be read|aiohttp"),
+    ):
         found = opened(Entry("x", "webdataset", url), Prompts(), tmp_path)
         assert isinstance(found, MissingData) and re.search(reason, str(found))
 
 
 def test_class_folders(tmp_path):
     for number, name in enumerate(("b_one", "A two")):
-        picture(tmp_path / f"toys/val/{name}/x.png", number)
+        image(tmp_path / f"toys/val/{name}/x.png", number)
     entry = Entry("toys", "imagefolder", str(tmp_path / "toys"), "val")
     data = opened(entry, lists(tmp_path, toys=["b one", "a two"]), tmp_path)
     assert levels(data) == [(1, 0), (0, 1)] and data.classes == ["a two", "b one"]
     with pytest.raises(UserError, match=r"2 class folders.*names 3 classes.*no folder for c"):
         opened(entry, lists(tmp_path, toys=["b_one", "A two", "c"]), tmp_path)
-    assert "no folder" in str(opened(replace(entry, split="test"), lists(tmp_path, toys=["a"]), tmp_path))
+    assert "no folder" in str(
+        opened(replace(entry, split="test"), lists(tmp_path, toys=["a"]), tmp_path)
+    )
 
 
 def test_class_folders_that_name_their_classes(tmp_path):
-    picture(tmp_path / "cub200/val/001.Black_footed_Albatross/x.png")
-    data = opened(Entry("cub200", "imagefolder", str(tmp_path / "cub200"), "val"), Prompts(), tmp_path)
-    assert data.classes == ["Black footed Albatross"] and data.templates == ["a photo of a {}, a type of bird."]
+    image(tmp_path / "cub200/val/001.Black_footed_Albatross/x.png")
+    data = opened(
+        Entry("cub200", "imagefolder", str(tmp_path / "cub200"), "val"), Prompts(), tmp_path
+    )
+    assert data.classes == ["Black footed Albatross"] and data.templates == [
+        "a photo of a {}, a type of bird."
+    ]
 
 
 def test_lists_of_files(tmp_path):
     for n in range(3):
-        picture(tmp_path / f"clevr/{n}.png", n)
+        image(tmp_path / f"clevr/{n}.png", n)
     np.save(tmp_path / "clevr/val_images.npy", np.array(["0.png", "1.png", "2.png"], dtype=object))
     np.save(tmp_path / "clevr/val_labels.npy", np.array(["count_10", "count_4", "count_3"]))
     entry = Entry("clevr_counts", "filelist", str(tmp_path / "clevr"), "val")
@@ -205,11 +251,13 @@ def test_pascal_voc(tmp_path):
     (sets / "dog_test.txt").write_text("000001  0\n000002  1\n")
     (sets / "test.txt").write_text("000001\n000002\n")
     for n in (1, 2):
-        picture(tmp_path / f"voc/VOCdevkit/VOC2007/JPEGImages/00000{n}.jpg", n)
+        image(tmp_path / f"voc/VOCdevkit/VOC2007/JPEGImages/00000{n}.jpg", n)
     entry = Entry("voc2007", "voc", str(tmp_path / "voc"), metric="map11")
     data = opened(entry, lists(tmp_path, voc2007=["dog", "cat"]), tmp_path)
     assert data.classes == ["cat", "dog"] and levels(data) == [(1, [0, -1]), (2, [1, 1])]
-    assert "VOCtest_06-Nov-2007.tar" in str(opened(replace(entry, path="nowhere"), Prompts(), tmp_path))
+    assert "VOCtest_06-Nov-2007.tar" in str(
+        opened(replace(entry, path="nowhere"), Prompts(), tmp_path)
+    )
 
 
 def test_torchvision_or_class_folders(tmp_path):
@@ -217,13 +265,13 @@ def test_torchvision_or_class_folders(tmp_path):
     reason = opened(entry, Prompts(), tmp_path)
     assert isinstance(reason, MissingData) and "--datasets rendered_sst2 --download" in str(reason)
     for level, name in enumerate(("negative", "positive")):
-        picture(tmp_path / f"sst/rendered-sst2/test/{name}/a.png", level)
+        image(tmp_path / f"sst/rendered-sst2/test/{name}/a.png", level)
     data = opened(entry, Prompts(), tmp_path)
     assert levels(data) == [(0, 0), (1, 1)] and data.classes == ["negative", "positive"]
     with pytest.raises(UserError, match="rendered_sst2: the data have 2 classes.*names 3"):
         opened(entry, lists(tmp_path, rendered_sst2=["a", "b", "c"]), tmp_path)
-    picture(tmp_path / "sst/test/negative/a.png", 5)
-    picture(tmp_path / "sst/test/positive/a.png", 6)
+    image(tmp_path / "sst/test/negative/a.png", 5)
+    image(tmp_path / "sst/test/positive/a.png", 6)
     assert levels(opened(entry, Prompts(), tmp_path)) == [(5, 0), (6, 1)]
     with pytest.raises(UserError, match="no templates for 'unheard'"):
         opened(replace(entry, name="unheard"), Prompts(), tmp_path)
@@ -232,10 +280,15 @@ def test_torchvision_or_class_folders(tmp_path):
 
 
 def test_karpathys_json_and_albefs(tmp_path):
-    picture(tmp_path / "pics/a/1.png", 1)
-    picture(tmp_path / "pics/2.png", 2)
+    image(tmp_path / "pics/a/1.png", 1)
+    image(tmp_path / "pics/2.png", 2)
     images = [
-        {"filepath": "a", "filename": "1.png", "split": "test", "sentences": [{"raw": "one"}, {"raw": "uno"}]},
+        {
+            "filepath": "a",
+            "filename": "1.png",
+            "split": "test",
+            "sentences": [{"raw": "one"}, {"raw": "uno"}],
+        },
         {"filename": "2.png", "split": "test", "sentences": [{"raw": "two"}]},
         {"filename": "3.png", "split": "train", "sentences": [{"raw": "three"}]},
     ]
@@ -243,21 +296,31 @@ def test_karpathys_json_and_albefs(tmp_path):
     file.write_text(json.dumps({"images": images}))
     entry = Entry("toys", "retrieval", str(file), images=str(tmp_path / "pics"))
     data = opened(entry, Prompts(), tmp_path)
-    assert data.pictures.captions == ["one", "uno", "two"] and data.pictures.text_image.tolist() == [0, 0, 1]
-    assert [int(data.pictures[i]["image"][0, 0, 0]) for i in (0, 1)] == [1, 2]
-    assert "none of the first pictures" in str(opened(replace(entry, images=""), Prompts(), tmp_path))
+    assert data.images.captions == ["one", "uno", "two"] and data.images.text_image.tolist() == [
+        0,
+        0,
+        1,
+    ]
+    assert [int(data.images[i]["image"][0, 0, 0]) for i in (0, 1)] == [1, 2]
+    assert "none of the first images" in str(opened(replace(entry, images=""), Prompts(), tmp_path))
     file.write_text(
-        json.dumps([{"image": "2.png", "caption": ["two", "zwei"]}, {"image": "a/1.png", "caption": "one"}])
+        json.dumps(
+            [{"image": "2.png", "caption": ["two", "zwei"]}, {"image": "a/1.png", "caption": "one"}]
+        )
     )
-    assert opened(entry, Prompts(), tmp_path).pictures.text_image.tolist() == [0, 0, 1]
+    assert opened(entry, Prompts(), tmp_path).images.text_image.tolist() == [0, 0, 1]
     file.write_text(json.dumps({"images": [{"filename": "2.png", "sentences": []}]}))
     with pytest.raises(UserError, match=r"dataset_toys\.json: 'split' is missing"):
         opened(entry, Prompts(), tmp_path)
     assert isinstance(opened(replace(entry, path="nowhere.json"), Prompts(), tmp_path), MissingData)
 
 
-def test_pictures_go_through_the_view(tmp_path):
-    picture(tmp_path / "toys/test/one/x.png", 9)
-    data = opened(Entry("toys", "imagefolder", str(tmp_path / "toys")), lists(tmp_path, toys=["one"]), tmp_path)
-    loaded = Viewed(data.pictures, lambda image: image.float() + 1).load(0)
+def test_images_go_through_the_view(tmp_path):
+    image(tmp_path / "toys/test/one/x.png", 9)
+    data = opened(
+        Entry("toys", "imagefolder", str(tmp_path / "toys")),
+        lists(tmp_path, toys=["one"]),
+        tmp_path,
+    )
+    loaded = Viewed(data.images, lambda image: image.float() + 1).load(0)
     assert loaded["image"][0, 0, 0] == 10 and loaded["target"] == torch.tensor(0)

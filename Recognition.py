@@ -68,7 +68,7 @@ class Config(RunConfig):
     image_root: Path = knob(Path("."), "folder that the lists' paths start from")
     val: str | None = knob(None, "list, or folder or pattern of shards, that chooses the best checkpoint; none = last")
     test: str | None = knob(None, "the same for the final scores and --evaluate")
-    whole_image: bool = knob(False, "squeeze the whole image into the square, instead of taking its centre")
+    whole_image: bool = knob(False, "squeeze the whole image, not its centre", aliases=("whole_picture",))
     crop: float = knob(1.0, "smallest share of an image in random training crops; 1 = as published", low=0.05, high=1)
     max_text: int = knob(256, "tokens of an image's text at most, prompt included", low=16)
     many_prompts: bool = knob(True, "a prompt is drawn for each sample")
@@ -100,7 +100,7 @@ def settle(config: Config, world: World) -> None:
     for name in ("decoder_heads", "norm_eps", "rope_theta", "prefix_image"):
         setattr(config.network, name, saved.get("network", {}).get(name, getattr(config.network, name)))
     config.network.image_size = config.network.image_size or saved.get("network", {}).get("image_size")
-    config.whole_image = saved.get("whole_image", config.whole_image)
+    config.whole_image = saved.get("whole_image", saved.get("whole_picture", config.whole_image))
     found = config.tokenizer or config.llama or saved.get("tokenizer") or saved.get("llama")
     if found is None:
         raise UserError("tokenizer: name the SentencePiece tokenizer.model, such as LLaMA's, or a folder with --llama")

@@ -6,6 +6,7 @@ Every helper is the identity on one process, so scripts never ask how many there
 import datetime
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from base.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: `rank` of `size`, and the device it computes on."""
+    """This process: `rank` of `size`, and the device it computes on."""
 
     rank: int
     size: int
@@ -107,133 +108,45 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def rank() -> int:
+    """Rank of this process."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def say(*texts: object) -> None:
+    """Print one line for each text on rank 0."""
+    if rank() == 0:
+        print(*texts, sep="\n", flush=True)
+
+
 def barrier() -> None:
     """Wait for every process."""
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.barrier()
 
 
-def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    """Sum, maximum or mean (`sum`, `max`, `mean`) of `tensor` over the processes, as a new tensor;
-    no gradient."""
+# ---- tensors without gradient
+def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
+    """Sum, maximum or mean (`sum`, `max`, `mean`) over the processes as a new tensor; no
+    gradient."""
     result = tensor.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(result, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    if world_size() > 1:
+        dist.all_reduce(result, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
         if op == "mean":
-            result /= dist.get_world_size()
+            result /= world_size()
     return result
-
-
-def gather_objects(value) -> list:
-    """`value` of every process in rank order. Only for our own small data (pickled between our own
-    processes)."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def broadcast_object(value):
-    """`value` of rank 0, on every process."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def gather_rows(rows: torch.Tensor, indices: torch.Tensor, total: int) -> torch.Tensor:
-    """Assemble a table whose rows were computed on different processes.
-
-    rows [n, ...] with `indices` int64 [n] on this process -> [total, ...] on every process, each
-    row written once.
-    Used by evaluation: the result does not depend on the number of processes.
-    """
-    if not dist.is_initialized():
-        table = rows.new_zeros(total, *rows.shape[1:])
-        table[indices] = rows
-        return table
-    most = all_reduce(torch.tensor(len(rows), device=rows.device), "max").item()
-    padded = rows.new_zeros(most, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    where = torch.full((most,), -1, dtype=torch.int64, device=rows.device)
-    where[: len(rows)] = indices.to(rows.device)
-    size = dist.get_world_size()
-    all_rows, all_where = (
-        [torch.empty_like(padded) for _ in range(size)],
-        [torch.empty_like(where) for _ in range(size)],
-    )
-    dist.all_gather(all_rows, padded.contiguous())
-    dist.all_gather(all_where, where)
-    gathered, positions = torch.cat(all_rows), torch.cat(all_where)
-    table = rows.new_zeros(total, *rows.shape[1:])
-    table[positions[positions >= 0]] = gathered[positions >= 0]
-    return table
-
-
-def on_main(work, share: bool = True):
-    """`work()` on rank 0 alone; the result on every process (`share=False`: None on the others).
-
-    A failure there is raised on every process, instead of leaving the others waiting for rank 0.
-    """
-    failure, result = None, None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    if not dist.is_initialized():
-        if failure is not None:
-            raise failure
-        return result
-    told, shared = broadcast_object(
-        (None if failure is None else str(failure), result if share else None)
-    )
-    if told is not None:
-        raise failure if failure is not None else UserError(f"rank 0: {told}")
-    return result if dist.get_rank() == 0 else shared
-
-
-def main_first(build):
-    """Run `build()` on rank 0, then on the others: caches are written once and read by all."""
-    result = on_main(build, share=False)
-    return result if not dist.is_initialized() or dist.get_rank() == 0 else build()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True where any process says so (an interrupt, a NaN): one tiny all-reduce and host sync."""
-    if not dist.is_initialized():
+    if world_size() == 1:
         return flag
     return bool(all_reduce(torch.tensor(int(flag), device=device), "max").item())
-
-
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The network inside DDP and torch.compile wrappers (FSDP2 does not wrap). For evaluation, not
-    for losses."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or (
-            model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else None
-        )
-        if inner is None:
-            return model
-        model = inner
-
-
-# ---------------------------------------------------------------- collectives inside losses
-# Gradients follow the convention of data parallelism: each rank's loss is the mean over its own
-# rows, the wrapper averages gradients over ranks, and together that is the gradient of the mean
-# over the global batch.
-
-
-def world_size() -> int:
-    """Processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """This process's place among them."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @torch.no_grad()
@@ -243,18 +156,115 @@ def gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(everyone, x.detach().contiguous())
+    collect = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # name until torch 2.14
+    collect(everyone, x.detach().contiguous())
     return everyone
 
 
-@torch.no_grad()
-def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of a tensor over ranks, without gradient; the input stays as it is."""
+def gather_rows(rows: Tensor, indices: Tensor, total: int) -> Tensor:
+    """Assemble a table whose rows were computed on different processes.
+
+    rows [n, ...] with `indices` int64 [n] on this process -> [total, ...] on every process, each
+    row written once.
+    Used by evaluation: the result does not depend on the number of processes.
+    """
+    indices = indices.to(rows.device)
+    if world_size() > 1:
+        most = int(all_reduce(torch.tensor(len(rows), device=rows.device), "max"))
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        where = indices.new_full((most,), -1)
+        where[: len(rows)] = indices
+        rows, indices = gather(padded), gather(where)
+        rows, indices = rows[indices >= 0], indices[indices >= 0]
+    table = rows.new_zeros(total, *rows.shape[1:])
+    table[indices] = rows
+    return table
+
+
+def gather_parts(
+    parts: Sequence[Tensor], indices: Sequence[int], total: int, device: torch.device
+) -> Tensor:
+    """`gather_rows` of the parts [n,...] joined. A process without any learns shape and dtype from
+    the others."""
+    kinds = gather_objects((parts[0].shape[1:], parts[0].dtype) if parts else None)
+    shape, dtype = next(kind for kind in kinds if kind is not None)
+    rows = torch.cat(list(parts)) if parts else torch.zeros(0, *shape, dtype=dtype, device=device)
+    return gather_rows(rows, torch.as_tensor(list(indices), dtype=torch.int64), total)
+
+
+# ---- objects
+def gather_objects(value) -> list:
+    """`value` of every process in rank order. Only for our own small data (pickled between our own
+    processes)."""
     if world_size() == 1:
-        return x.detach()
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total / world_size()
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value):
+    """`value` of rank 0, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(work, share: bool = True):
+    """`work()` on rank 0 alone; the result on every process (`share=False`: None on the others).
+
+    A failure there is raised on every process, instead of leaving the others waiting for rank 0.
+    """
+    failure, result = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    if world_size() == 1:
+        if failure is not None:
+            raise failure
+        return result
+    message, shared = broadcast_object(
+        (None if failure is None else str(failure), result if share else None)
+    )
+    if message is not None:
+        raise failure if failure is not None else UserError(f"rank 0: {message}")
+    return result if rank() == 0 else shared
+
+
+def main_first(build):
+    """Run `build()` on rank 0, then on the others: caches are written once and read by all."""
+    result = on_main(build, share=False)
+    return result if rank() == 0 else build()
+
+
+# ---- collectives with gradient, inside losses
+# Gradients follow the convention of data parallelism: each rank's loss is the mean over its own
+# rows, the wrapper averages gradients over ranks, and together that is the gradient of the mean
+# over the global batch.
+
+
+class _SumWithGradient(torch.autograd.Function):
+    """Sum over the processes, of the values forward and of the gradients backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_reduce(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return all_reduce(grad.contiguous())
+
+
+def all_reduce_with_gradient(x: Tensor) -> Tensor:
+    """Sum over the processes; every rank's loss sends its gradient back to all that were summed."""
+    return x if world_size() == 1 else _SumWithGradient.apply(x)
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -270,13 +280,24 @@ class _GatherWithGradient(torch.autograd.Function):
         grad = grad.contiguous()
         if dist.get_backend() == "nccl":
             own = grad.new_empty(ctx.rows, *grad.shape[1:])
-            dist.reduce_scatter_tensor(own, grad)
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            scatter(own, grad)
             return own
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad.narrow(0, rank() * ctx.rows, ctx.rows)
+        return all_reduce(grad).narrow(0, rank() * ctx.rows, ctx.rows)
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
     """As `gather`, and every rank's loss sends its gradient back to the rank whose rows it used."""
     return x if world_size() == 1 else _GatherWithGradient.apply(x)
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The network inside DDP and torch.compile wrappers (FSDP2 does not wrap). For evaluation, not
+    for losses."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (
+            model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else None
+        )
+        if inner is None:
+            return model
+        model = inner

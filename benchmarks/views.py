@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from dataset.images.clip import IMAGENET_MEAN, IMAGENET_STD, ImageViews, ViewOptions
+from base.pixels import IMAGENET
+from dataset.images.clip import ImageViews, ViewOptions
 from dataset.images.decode import decode_image
 from dataset.tasks.captions import ImageTextPair, image_source, read_member
 from dataset.text.augment import TextOptions, TextViews
@@ -78,7 +79,7 @@ def published_views() -> Callable:
     from PIL import ImageFilter
     from torchvision import transforms as T
 
-    bicubic, normalize = T.InterpolationMode.BICUBIC, T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    bicubic, normalize = T.InterpolationMode.BICUBIC, T.Normalize(*IMAGENET)
     blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))
     weak = T.Compose(
         [T.RandomResizedCrop(224, (0.5, 1), interpolation=bicubic), T.ToTensor(), normalize]

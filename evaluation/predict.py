@@ -3,10 +3,9 @@ their results."""
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor
 
-from base.distributed import World, gather_objects, gather_rows
+from base.distributed import World, gather_objects, gather_parts
 
 
 def over_split(
@@ -29,15 +28,9 @@ def over_split(
             k: v.to(world.device, non_blocking=True) for k, v in batch.items() if k != "label"
         }
         found.append(predict(**inputs))
-    columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    known = gather_objects([(part.shape[1:], part.dtype) for part in columns])
-    kinds = next((kind for kind in known if kind), [])
-    if not columns:  # a process without samples takes part all the same
-        columns = [
-            torch.zeros(0, *shape, dtype=dtype, device=world.device) for shape, dtype in kinds
-        ]
-    rows = torch.as_tensor(list(own), dtype=torch.int64)
-    return [gather_rows(column, rows, total).cpu() for column in columns]
+    names = max(gather_objects(len(found[0]) if found else 0))  # a process may have no samples
+    columns = [[row[i] for row in found] for i in range(names)]
+    return [gather_parts(parts, own, total, world.device).cpu() for parts in columns]
 
 
 def progress(items: Iterable, name: str, world: World) -> Iterable:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from base.distributed import World, gather_objects, gather_rows
+from base.distributed import World, gather_parts, gather_rows
 from base.errors import UserError
 
 FILL = -100.0  # score of a pair that was no candidate
@@ -183,7 +183,7 @@ def _encode_images(
         states = states.to(_store_type(world.device))
         tokens.append(states.cpu() if to_host else states)
         features.append(feature)
-    return tokens, gather_rows(_joined(features, world), _flat(own), images)
+    return tokens, gather_parts(features, _flat(own), images, world.device)
 
 
 def _encode_texts(model, captions, keep_states, world, bar) -> tuple[Tensor | None, Tensor]:
@@ -201,8 +201,8 @@ def _encode_texts(model, captions, keep_states, world, bar) -> tuple[Tensor | No
             state = torch.nn.functional.pad(state, (0, 0, 0, longest - width))
             states.append(state.to(_store_type(world.device)))
     rows = torch.cat([order.new_zeros(0), *own])
-    kept = gather_rows(_joined(states, world), rows, len(captions)) if keep_states else None
-    return kept, gather_rows(_joined(features, world), rows, len(captions))
+    kept = gather_parts(states, rows, len(captions), world.device) if keep_states else None
+    return kept, gather_parts(features, rows, len(captions), world.device)
 
 
 def _store_type(device: torch.device) -> torch.dtype:
@@ -213,14 +213,6 @@ def _store_type(device: torch.device) -> torch.dtype:
         if torch.is_autocast_enabled(device.type)
         else torch.float32
     )
-
-
-def _joined(parts: list[Tensor], world: World) -> Tensor:
-    """The parts as one tensor; a process without any learns shape and type of a row from the
-    others."""
-    known = gather_objects((parts[0].shape[1:], parts[0].dtype) if parts else None)
-    shape, dtype = next(row for row in known if row is not None)
-    return torch.cat(parts) if parts else torch.zeros(0, *shape, dtype=dtype, device=world.device)
 
 
 def _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pairs, world, bar):

@@ -6,14 +6,13 @@ every sample.
 
 import torch
 
+from base.pixels import OPENAI
 from dataset.images.randaugment import GEOMETRIC, RandAugment
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
-def normalize(image: torch.Tensor, mean=CLIP_MEAN, std=CLIP_STD) -> torch.Tensor:
+def normalize(image: torch.Tensor, mean=OPENAI[0], std=OPENAI[1]) -> torch.Tensor:
     """uint8 [...,3,H,W] to float32: scaled to [0,1], then to the given mean and standard deviation
     per channel."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
+from base.pixels import IMAGENET
 from dataset.images.albef import random_box
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in a grey level (ITU-R 601)
 
 
@@ -192,7 +191,7 @@ class EvalView:
 
 
 def pixel_statistics(
-    device: torch.device, mean=IMAGENET_MEAN, std=IMAGENET_STD
+    device: torch.device, mean=IMAGENET[0], std=IMAGENET[1]
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation in grey levels, float32 [3,1,1] each, for `normalize`."""
     return tuple(torch.tensor(v, device=device).mul(255).view(3, 1, 1) for v in (mean, std))

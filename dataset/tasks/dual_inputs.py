@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.pixels import HALF
 from dataset.images.align import AlignView, AlignViews
 from dataset.images.clip import EvalView, ImageViews, ViewOptions, pixel_statistics
 from dataset.text.align import AlignTokenizer
 from dataset.text.bpe import ClipTokenizer
-
-HALF = (0.5, 0.5, 0.5)  # mean and deviation that put pixels into -1..1
 
 
 def is_align(model: str) -> bool:
@@ -53,8 +52,4 @@ def eval_view(model: str, side: int, interpolation: str = "bilinear") -> Callabl
 def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation in grey levels, float32 [3,1,1] each, for `normalize`; network: has
     `model`."""
-    return (
-        pixel_statistics(device, HALF, HALF)
-        if is_align(network.model)
-        else pixel_statistics(device)
-    )
+    return pixel_statistics(device, *HALF) if is_align(network.model) else pixel_statistics(device)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from base.errors import BadSample, UserError
+from base.pixels import OPENAI
 from dataset.images.albef import random_box
 from dataset.images.clip import EvalView, crop_resize, pixel_statistics
 from dataset.images.decode import check_image_root, decode_image
@@ -27,7 +28,6 @@ from dataset.tasks.captions import write_rows
 from dataset.text.nouns import parse_nouns
 from dataset.text.sentencepiece import PieceTokenizer
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IGNORED = -100  # target of a position without one
 STEP = 8  # texts are padded to multiples of it
 EXTRACT = "run scripts/data/extract_nouns.py over the shards first"
@@ -180,7 +180,7 @@ def pad_batch(
 def clip_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of CLIP's images in grey levels, for
     `dataset.images.clip.normalize`."""
-    return pixel_statistics(device, CLIP_MEAN, CLIP_STD)
+    return pixel_statistics(device, *OPENAI)
 
 
 class ImageView:

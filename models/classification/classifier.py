@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.pixels import HALF, IMAGENET, OPENAI
+from base.pixels import STATISTICS
 from models.layers.vit import ViT, ViTConfig
 
 SIZES = {  # width, blocks, heads; the MLP is four times as wide
@@ -91,7 +91,7 @@ class ClassifierConfig:
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of the pixels, of 1."""
-        return PIXELS[self.pixels]
+        return STATISTICS[self.pixels]
 
     def check(self) -> None:
         """Raise UserError for what no network can be built of."""
@@ -106,7 +106,7 @@ class ClassifierConfig:
             "loss": ("softmax", "sigmoid"),
             "gelu": ("tanh", "none"),
             "compat": COMPAT,
-            "pixels": PIXELS,
+            "pixels": STATISTICS,
         }
         for name, known in known_values.items():
             if getattr(self, name) not in known:
@@ -116,7 +116,6 @@ class ClassifierConfig:
 
 
 COMPAT = ("none", "original")
-PIXELS = {"half": HALF, "imagenet": IMAGENET, "clip": OPENAI}
 
 
 class VisionClassifier(ViT):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.distributed import gather, mean_over_ranks
+from base.distributed import all_reduce, gather
 
 
 def normalize(features: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def barlow_twins(
         gram_text = text @ everyone_text.transpose(1, 2)
         # own rows count N/b fold, so that the mean over processes is the sum over all rows
         squares = torch.einsum("vbn,ubn->", gram_image, gram_text) / (b * total)
-        squares = squares + (mean_over_ranks(squares) - squares).detach()
+        squares = squares + (all_reduce(squares, "mean") - squares).detach()
         diagonal = torch.einsum("vnd,und->vud", everyone_image, everyone_text) / total
         off_diagonal = squares - diagonal.square().sum()
         return scale_loss * ((diagonal - 1).square().sum() + lamb * off_diagonal)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.distributed import mean_over_ranks
+from base.distributed import all_reduce
 
 IGNORE = -100  # label of a position that carries no loss, as in torch's cross entropy
 
@@ -57,7 +57,7 @@ def masked_mean(loss: Tensor, valid: Tensor, over_ranks: bool = True) -> Tensor:
     """
     count = valid.sum().float()
     if over_ranks:
-        count = mean_over_ranks(count)
+        count = all_reduce(count, "mean")
     total = torch.where(valid, loss, 0.0).sum()
     return total / torch.where(count > 0, count, 1.0)
 

@@ -2,11 +2,10 @@
 small groups."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.distributed import mean_over_ranks, world_size
+from base.distributed import all_reduce, all_reduce_with_gradient, world_size
 from base.errors import UserError
 
 
@@ -44,9 +43,9 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         count = x.numel() // x.shape[1] * world_size()
-        mean = _Sum.apply(x.sum(dims)) / count
+        mean = all_reduce_with_gradient(x.sum(dims)) / count
         centred = x - mean.view(shape)
-        variance = _Sum.apply(centred.square().sum(dims)) / count
+        variance = all_reduce_with_gradient(centred.square().sum(dims)) / count
         self._follow(mean.detach(), variance.detach() * count / max(count - 1, 1))
         scaled = centred * torch.rsqrt(variance + self.eps).view(shape)
         return (
@@ -68,22 +67,6 @@ class GlobalBatchNorm1d(GlobalBatchNorm, nn.BatchNorm1d):
 
 class GlobalBatchNorm2d(GlobalBatchNorm, nn.BatchNorm2d):
     """For [B,C,H,W]."""
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over processes, of the values forward and of the gradients backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total
 
 
 class GhostBatchNorm(nn.Module):
@@ -170,5 +153,5 @@ def average_statistics(model: nn.Module) -> None:
         return
     norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
     buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-    means = mean_over_ranks(torch.cat(buffers)).split([len(buffer) for buffer in buffers])
+    means = all_reduce(torch.cat(buffers), "mean").split([len(buffer) for buffer in buffers])
     torch._foreach_copy_(buffers, list(means))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.distributed import mean_over_ranks
+from base.distributed import all_reduce
 from base.errors import UserError
 from models.layers.llama import Cache, Llama, LlamaConfig, Sight
 from models.layers.openai_towers import ModifiedResNet, OpenAIConfig, OpenAIViT
@@ -182,7 +182,7 @@ class Nxtp(nn.Module):
         """
         chosen = self.states(images, text_ids, segments).flatten(0, 1).index_select(0, positions)
         total = F.cross_entropy(self.logits(chosen), labels, ignore_index=IGNORED, reduction="sum")
-        return total / mean_over_ranks((labels != IGNORED).sum().float()).clamp(min=1)
+        return total / all_reduce((labels != IGNORED).sum().float(), "mean").clamp(min=1)
 
     def forward(
         self, image: Tensor, text_ids, segments, positions, labels, **caption: Tensor

@@ -5,9 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from base.pixels import OPENAI
 from dataset.images.albef import (
-    CLIP_MEAN,
-    CLIP_STD,
     PretrainTransform,
     TestTransform,
     TrainTransform,
@@ -53,8 +52,8 @@ def test_resize_is_pillows(image):
 
 def test_normalize(image):
     ours = normalize(image)
-    expected = (image.double() / 255 - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(
-        CLIP_STD
+    expected = (image.double() / 255 - torch.tensor(OPENAI[0]).view(3, 1, 1)) / torch.tensor(
+        OPENAI[1]
     ).view(3, 1, 1)
     assert ours.dtype == torch.float32
     assert torch.allclose(ours.double(), expected, atol=1e-5)
@@ -114,7 +113,9 @@ def test_shared_views_show_the_same_geometry(image):
         if names & colours:
             continue
         small = torch.nn.functional.avg_pool2d(view[None], 2)[0]
-        small = small * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+        small = small * torch.tensor(OPENAI[1]).view(3, 1, 1) + torch.tensor(OPENAI[0]).view(
+            3, 1, 1
+        )
         assert (small - token).abs().mean() < 0.02, (seed, names)
         compared += 1
     assert compared > 5
@@ -122,7 +123,7 @@ def test_shared_views_show_the_same_geometry(image):
     with seeded(3):
         view, token = apart(smooth)
     small = torch.nn.functional.avg_pool2d(view[None], 2)[0]
-    small = small * torch.tensor(CLIP_STD).view(3, 1, 1) + torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    small = small * torch.tensor(OPENAI[1]).view(3, 1, 1) + torch.tensor(OPENAI[0]).view(3, 1, 1)
     assert (small - token).abs().mean() > 0.05
 
 

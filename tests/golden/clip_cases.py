@@ -1,6 +1,7 @@
 """Shared by the golden tests of the dual encoders: weights by recipe, flags to configuration,
 comparison."""
 
+import re
 import zlib
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 from models.dual_encoder.base import DualConfig
 from models.layers.clip_towers import ClipViT
 from models.layers.vit import ViTConfig
-from tests.golden.report import record, relative_error
+from tests.golden.report import compare
 
 # toy geometry of the recorded cases -> our configuration
 TOY = {
@@ -101,17 +102,50 @@ def toy_vit(toy: dict) -> nn.Module:
     return ClipViT(ViTConfig(toy["img"], toy["patch"], toy["vw"], toy["vd"], toy["vh"]))
 
 
-def close(actual, expected, what: str, rtol: float = 1e-5, atol: float = 1e-5) -> None:
-    """Assert closeness as the golden README suggests, and note the error under the first word of
-    `what`."""
-    actual, expected = torch.as_tensor(actual).float(), torch.as_tensor(expected).float()
-    scale = expected.abs().max().item() if expected.numel() else 0.0
+def close(actual, expected, what: str, tolerance: float = 1e-5, scale: float = 0.0) -> None:
+    """Assert closeness relative to the largest recorded value, and note the error under the first
+    word of `what`.
+
+    scale: the least divisor, for values that are zero in exact arithmetic.
+    """
     case, _, quantity = what.replace("/", " ").partition(" ")
-    if scale > 100 * atol:  # analytically zero gradients have no relative error
-        kind = quantity.split(".")[0].split(" ")[0]
-        kind = kind if kind in KINDS else "losses and accuracies"
-        record(f"clip_rocket {case}", kind, relative_error(actual, expected))
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
+    kind = quantity.split(".")[0].split(" ")[0]
+    kind = kind if kind in KINDS else "losses and accuracies"
+    expected = torch.as_tensor(expected)
+    try:
+        compare(
+            f"clip_rocket {case}",
+            kind,
+            torch.as_tensor(actual).reshape(expected.shape),
+            expected,
+            tolerance,
+            scale,
+        )
+    except AssertionError as error:
+        raise AssertionError(f"{what}: {error}") from None
+
+
+def close_sums(
+    actual: torch.Tensor, expected, what: str, tolerance: float, noise: float = 0.0
+) -> None:
+    """The recorded sum and norm of a tensor: both errors are measured by the norm.
+
+    noise: the least divisor, where all elements are zero in exact arithmetic.
+    """
+    size = max(float(expected[1]), noise)
+    close(
+        sum_and_norm(actual) / size,
+        torch.tensor(expected, dtype=torch.float64) / size,
+        what,
+        tolerance,
+        scale=1.0,
+    )
+
+
+def views_of(tensors: dict, prefix: str = "image_local.") -> list[str]:
+    """The keys of the local views, in order."""
+    found = [name for name in tensors if re.fullmatch(re.escape(prefix) + r"\d+", name)]
+    return sorted(found, key=lambda name: int(name.rpartition(".")[2]))
 
 
 def sum_and_norm(x: torch.Tensor) -> torch.Tensor:

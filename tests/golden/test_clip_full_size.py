@@ -1,24 +1,28 @@
 """Real dimensions with recipe weights: the features of clip-rocket's and SLIP's networks."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from models.dual_encoder.factory import build_dual
 from tests.golden.clip_cases import close, config_of, recipe_state
+from tests.golden.report import compare, same
 from tests.golden.test_clip_openai import recipe_tensor_plain
-from tests.helpers.golden import golden_file
+from tests.helpers.golden import golden_json, golden_tensors, recorded
 
-ROCKET = [
-    "CL2L_R50_CL2L+separate-proj",
-    pytest.param(
-        "CL2L_VITS16MOCO_BARLIP+separate-proj+separate-proj-child", marks=pytest.mark.slow
-    ),
-    pytest.param("CL2L_VITB16_SIAMLIP+separate-proj", marks=pytest.mark.slow),
-    "CL2L_VITS32_CL2L+embed-dim512+transformer-layers6",
-]
+EVERYDAY = 150_000_000  # parameters; larger networks are left to -m slow
+SHAPE = (2, 3, 224, 224)  # of the recorded images
+
+
+def rocket_cases() -> list:
+    """Names of the recorded networks."""
+    names = recorded("clip_rocket", "full_size", "cases.json", within="cases")
+    cases = (
+        golden_json("clip_rocket", "full_size", "cases.json")["cases"]
+        if isinstance(names[0], str)
+        else {}
+    )
+    large = [name for name in cases if cases[name]["parameters"] > EVERYDAY]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in large else name for name in names]
 
 
 def with_recipe(config, seed: int):
@@ -30,17 +34,15 @@ def with_recipe(config, seed: int):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", ROCKET)
+@pytest.mark.parametrize("name", rocket_cases())
 def test_rocket(name):
-    meta = json.loads(golden_file("clip_rocket", "full_size", "cases.json").read_text())
-    outputs = load_file(golden_file("clip_rocket", "full_size", "outputs.safetensors"))
+    meta = golden_json("clip_rocket", "full_size", "cases.json")
+    outputs = golden_tensors("clip_rocket", "full_size", "outputs.safetensors")
     case = meta["cases"][name]
     model = with_recipe(config_of(case["model"], case["flags"]), meta["seed"])
     assert sum(p.numel() for p in model.parameters()) == case["parameters"]
-    images = [
-        recipe_tensor_plain(n, (2, 3, 224, 224), meta["seed"])
-        for n in ("image", "image_local.0", "image_local.1")
-    ]
+    names = ("image", "image_local.0", "image_local.1")
+    images = [recipe_tensor_plain(name, SHAPE, meta["seed"]) for name in names]
     batch = {
         "image": images[0],
         "image_local": torch.stack(images[1:], 1),
@@ -48,6 +50,13 @@ def test_rocket(name):
     }
     with torch.no_grad():
         out = model(features_only=True, **batch)
+    compare(
+        f"clip_rocket full_{name}",
+        "mean of features",
+        out["feats_image"].abs().mean(),
+        case["feats_absmean"],
+        1e-5,
+    )
     for key in [k for k in outputs if k.startswith(f"{name}/eval.")]:
         stem, _, index = key.split("/eval.")[1].partition(".")
         actual = out[stem][:, int(index)] if index else out[stem]
@@ -58,16 +67,27 @@ def test_rocket(name):
         )
 
 
-def test_slip():
-    meta = json.loads(golden_file("clip_rocket", "slip", "cases.json").read_text())
-    outputs = load_file(golden_file("clip_rocket", "slip", "outputs.safetensors"))
-    name = "full_SLIP_VITS16"
-    model = with_recipe(config_of("SLIP_VITS16", [], embed_dim=512), meta["seed"])
-    assert list(model.state_dict()) == list(meta["cases"][name]["state"])
-    assert sum(p.numel() for p in model.parameters()) == meta["cases"][name]["parameters"]
-    images = [
-        recipe_tensor_plain(n, (2, 3, 224, 224), meta["seed"]) for n in ("image", "aug1", "aug2")
+def slip_cases() -> list:
+    return [
+        name
+        for name in recorded("clip_rocket", "slip", "cases.json", within="cases")
+        if "full_" in str(name)
     ]
+
+
+@pytest.mark.parametrize("name", slip_cases())
+def test_slip(name):
+    meta = golden_json("clip_rocket", "slip", "cases.json")
+    outputs = golden_tensors("clip_rocket", "slip", "outputs.safetensors")
+    expected = meta["cases"][name]
+    width = expected["state"]["image_projection"][0][1]
+    model = with_recipe(config_of(name.removeprefix("full_"), [], embed_dim=width), meta["seed"])
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    same(
+        name, "keys and shapes", shapes, {key: value[0] for key, value in expected["state"].items()}
+    )
+    same(name, "parameters", sum(p.numel() for p in model.parameters()), expected["parameters"])
+    images = [recipe_tensor_plain(n, SHAPE, meta["seed"]) for n in ("image", "aug1", "aug2")]
     batch = {
         "image": images[0],
         "image_local": torch.stack(images[1:], 1),
@@ -75,5 +95,8 @@ def test_slip():
     }
     with torch.no_grad():
         out = model(features_only=True, **batch)
-    for key in ("image_embed", "text_embed", "aug1_embed", "aug2_embed", "logit_scale"):
-        close(out[key], outputs[f"{name}/eval.{key}"], f"{name} eval {key}")
+    prefix = f"{name}/eval."
+    for key in [key for key in outputs if key.startswith(prefix)]:
+        close(
+            out[key.removeprefix(prefix)], outputs[key], f"{name} eval {key.removeprefix(prefix)}"
+        )

@@ -106,13 +106,19 @@ class Run:
         self.interrupt = Interrupt()
 
     def _take_lock(self):
-        """Two runs must not write one folder: the second is refused."""
+        """Two runs must not write one folder: the second is refused.
+
+        A record lock: it belongs to this process alone, so that loader workers of a killed run, which
+        inherit its open files, do not hold it.
+        """
         import fcntl
 
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = (self.folder / ".lock").open("w")
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # what earlier versions hold
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
                 f"{self.folder}: another run writes to this folder; choose another --output_dir"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from base.distributed import World
 from base.errors import BadSample, UserError
 from dataset.loading.randomness import mix, permuted, seeded
 from dataset.loading.workers import signals_held, worker_init
@@ -137,6 +138,8 @@ class StreamLoader:
     """Iterator over the endless stream of one rank's batches, made by `workers` processes (0: in
     this process).
 
+    world: rank and number of the processes that train together (or `rank` and `world_size`).
+    pin_memory: copy batches to page-locked memory; ignored without CUDA.
     steps_per_epoch: batches per rank and epoch. errors: bad samples dropped so far per source.
     state_dict() refers to the last batch handed out; passing it as `state` continues behind it,
     exactly if nothing about data, seed, ranks and workers has changed, otherwise at about the same
@@ -157,7 +160,12 @@ class StreamLoader:
         state: dict | None = None,
         error_budget: float = 0.01,
         prefetch: int = 2,
+        *,
+        world: World | None = None,
     ):
+        if world is not None:
+            rank = world.rank
+            world_size = world.size
         self.steps_per_epoch = len(stream) // (batch_size * world_size)
         if not self.steps_per_epoch:
             raise UserError(

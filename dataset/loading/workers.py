@@ -1,18 +1,18 @@
 """Signals and threads of data loader worker processes."""
 
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-LEFT_TO_PARENT = (
-    signal.SIGINT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-)  # signals that worker processes ignore
+# Signals that worker processes ignore.
+LEFT_TO_PARENT = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+POLL_SECONDS = 0.25  # between two looks whether the parent is alive
 
 
 @contextmanager
@@ -31,22 +31,29 @@ def signals_held() -> Iterator[None]:
 
 
 def worker_init(_: int) -> None:
-    """One thread per worker process, and signals of the scheduler or of Ctrl-C are left to the
-    parent to act on.
+    """One thread per worker process; signals of the scheduler or of Ctrl-C are left to the parent.
 
-    SIGTERM still ends the worker when it comes from the parent, as it does when the parent exits.
+    SIGTERM still ends the worker when it comes from the parent, as it does when the parent exits. A
+    worker whose parent is gone, killed without a last word, ends within POLL_SECONDS.
     """
     torch.set_num_threads(1)
     for number in LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
-    held = {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else set()  # not on macOS
+    held = {signal.SIGTERM} if hasattr(signal, "sigtimedwait") else set()  # not on macOS
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, *LEFT_TO_PARENT} - held)
-    if held:
-        signal.pthread_sigmask(signal.SIG_BLOCK, held)
-        threading.Thread(target=_obey_parent, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
 
 
-def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _end_with(parent: int) -> None:
+    """End this process when `parent` says so by SIGTERM, or is gone."""
+    while os.getppid() == parent:
+        if not hasattr(signal, "sigtimedwait"):
+            time.sleep(POLL_SECONDS)
+            continue
+        received = signal.sigtimedwait({signal.SIGTERM}, POLL_SECONDS)
+        if received is not None and received.si_pid == parent:
+            break
     os._exit(0)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from base.distributed import World
 from base.errors import BadSample, UserError
 from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import RecordSource, StreamLoader
@@ -213,6 +214,15 @@ def test_a_dead_worker_is_reported():
     loader.close()
 
 
+def test_a_world_gives_rank_and_size():
+    for rank in range(3):
+        place = World(rank, 3, 0, torch.device("cpu"))
+        loader = StreamLoader(stream(records(60)), batch_size=2, workers=0, world=place, seed=4)
+        numbered = StreamLoader(stream(records(60)), 2, 0, rank, 3, seed=4)
+        assert numbers(take(loader, 10)) == numbers(take(numbered, 10))
+        assert loader.state_dict() == numbered.state_dict() and loader.steps_per_epoch == 10
+
+
 def test_too_few_samples():
     with pytest.raises(
         UserError, match=r"8 on each of 2 ranks needs 16 samples, but there are only 15"
@@ -288,8 +298,8 @@ def run_script(then, wait=True):
     return process, pids, output
 
 
-def wait_until_gone(pids):
-    for _ in range(200):
+def wait_until_gone(pids, seconds=20):
+    for _ in range(10 * seconds):
         pids = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
         if not pids:
             return True
@@ -312,6 +322,7 @@ def test_signals_that_come_while_workers_start_kill_none():
     ignore them."""
     early = """
     import os, signal, time
+    import dataset.loading.eval as evaluating
     import dataset.loading.stream as module
     from tests.contract.stream_cases import records, stream
 
@@ -320,9 +331,9 @@ def test_signals_that_come_while_workers_start_kill_none():
         for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(os.getpid(), signal_number)
         ready(number)
-    module.worker_init = slow_init
+    module.worker_init = evaluating.worker_init = slow_init
     loader = module.StreamLoader(stream(records(100)), 4, workers=2)
-    evaluation = module.EvalLoader(list(range(12)).__getitem__, range(12), 4, list, workers=2)
+    evaluation = evaluating.EvalLoader(list(range(12)).__getitem__, range(12), 4, list, workers=2)
     print(len([next(loader) for _ in range(20)]), len(list(evaluation)))
     """
     root = Path(__file__).resolve().parents[2]
@@ -336,8 +347,9 @@ def test_signals_that_come_while_workers_start_kill_none():
 def test_workers_end_when_the_parent_is_killed():
     process, pids, _ = run_script("time.sleep(100)", wait=False)
     process.kill()
-    process.communicate()
-    assert wait_until_gone(pids)
+    process.wait()
+    assert wait_until_gone(pids, seconds=4)  # torch's own watch needs five
+    process.stdout.close()
 
 
 def test_shares_of_an_evaluation():

@@ -3,6 +3,7 @@ message."""
 
 import fcntl
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -294,12 +295,40 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint(digitscenes, image_to
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
+HOLDS_THE_LOCK = """
+import fcntl, os, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+if os.fork() == 0:  # a loader worker, which inherits the open file
+    time.sleep(60)
+    os._exit(0)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
 def test_two_runs_may_not_write_one_folder(digitscenes, image_tokenizer, tmp_path):
+    """A run is refused while another lives; a killed one's workers do not stand in its way."""
     (tmp_path / "run").mkdir()
-    with (tmp_path / "run" / ".lock").open("w") as other:
+    flags = arguments(
+        digitscenes, image_tokenizer, tmp_path / "run", **{"scheduler.epochs": "2 steps"}
+    )
+    lock = tmp_path / "run" / ".lock"
+    with lock.open("w") as other:  # as an earlier version of this repository locks
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run"):
-            run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run"))
+            run_main(flags)
+    command = [sys.executable, "-c", HOLDS_THE_LOCK, lock]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another run"):
+            run_main(flags)
+        other.kill()
+        other.wait()
+        run_main(flags)
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_wandb_offline_logs_into_the_run_folder(digitscenes, image_tokenizer, tmp_path):

@@ -45,6 +45,7 @@ class LabelOptions:
     )
     label_top: int | None = None  # most labels of an image, the likeliest first; none = all
     soft_labels: bool = False  # a label's target is its probability instead of 1
+    normalize_label: bool = False  # divide the targets of an image by their sum
 
 
 class Labels:
@@ -84,7 +85,10 @@ class Labels:
         for chance, label in sorted(zip(chances, ids, strict=True), key=lambda pair: -pair[0]):
             if chance >= options.label_threshold and len(kept) < (options.label_top or len(ids)):
                 kept.setdefault(label, float(chance) if options.soft_labels else 1.0)
-        return list(kept), list(kept.values())
+        weights = list(kept.values())
+        if options.normalize_label and weights:
+            weights = [weight / sum(weights) for weight in weights]
+        return list(kept), weights
 
     def _ids(self, value: object, record: dict) -> list[int]:
         if isinstance(value, bytes):

@@ -14,7 +14,6 @@ Published, val / testA / testB, itm at layer 8, 14M images: ALBEF 58.5 / 65.9 / 
 chance beside it, result/report.html with heat maps and boxes.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 
 from base import distributed
 from base.errors import UserError
+from base.files import read_json
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records
@@ -95,12 +95,7 @@ def test_data(config: Config) -> ReferringExpressions | None:
         raise UserError("test_file needs refcoco_data (refs and annotations) and det_file (detected boxes)")
     folder, content = config.refcoco_data / "refcoco+", []
     for file in (folder / "instances.json", config.det_file):
-        try:
-            content.append(json.loads(file.read_text()))
-        except OSError as error:
-            raise UserError(f"{file}: {error.strerror}; check refcoco_data and det_file") from None
-        except ValueError as error:
-            raise UserError(f"{file}: not valid JSON ({error})") from None
+        content.append(read_json(file, dict, "check refcoco_data and det_file"))
     records, refs = Records(config.test_file, ("image", "text", "ref_id")), load_plain(folder / "refs(unc).p")
     data = ReferringExpressions(records, refs, *content, config.image_root, test_view(config), config.max_words)
     check_image_root(config.image_root, data.images)

@@ -14,7 +14,6 @@ Published, 4M images: 30 epochs at batch 8 x 64 take 3-4 days of 8 A100; Flickr3
 its last checkpoint stands; SIGTERM and SIGUSR1 save and exit with status 75.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.files import read_json
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
 from dataset.images.randaugment import RandAugment
@@ -137,9 +137,7 @@ def build_data(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageToken
 
 def build_model(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageTokenizer | None) -> Simla:
     """The networks on the CPU, with their starting weights."""
-    if not config.bert_config.is_file():
-        raise UserError(f"bert_config: no file {config.bert_config}; configs/shared_bert.json is SIMLA's BERT-base")
-    bert = json.loads(config.bert_config.read_text())
+    bert = read_json(config.bert_config, dict, "set bert_config; configs/shared_bert.json is SIMLA's BERT-base")
     bert |= {"encoder_width": config.vision_width, "vocab_size": tokenizer.vocab_size}
     vision = (config.image_res, config.patch_size, config.vision_width, config.vision_depth, config.vision_heads)
     model = Simla(

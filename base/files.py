@@ -1,4 +1,5 @@
-"""Files: strict JSON, atomic writes, the cache folder, and the nearest of some names. Each exists only here."""
+"""Files: strict JSON, atomic writes, the cache folder, and the nearest of some names. Each exists
+only here."""
 
 import errno
 import hashlib
@@ -21,6 +22,7 @@ from base.errors import UserError
 SIZE_LIMIT = 4 << 30  # bytes of a text or JSON file that is read whole
 DEPTH_LIMIT = 200  # nested lists and objects; Python's own parser and repr give up at about 1000
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CACHE_VERSION = 2  # raised when something else is made of the same file
 STALE = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
@@ -60,7 +62,8 @@ def read_text(path: str | Path, remedy: str = "check its name", limit: int = SIZ
 def read_lines(
     path: str | Path, remedy: str = "check its name", limit: int = SIZE_LIMIT
 ) -> list[str]:
-    """Lines of a text file; a line ends with LF or CR LF and with nothing else, as vocabularies need."""
+    """Lines of a text file; a line ends with LF or CR LF and with nothing else, as vocabularies
+    need."""
     lines = read_text(path, remedy, limit).split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -73,7 +76,8 @@ def read_json(
     remedy: str = "fix or fetch the file again",
     limit: int = SIZE_LIMIT,
 ) -> Any:
-    """Content of a JSON file; kind: dict or list where it must be one. UserError names file and position."""
+    """Content of a JSON file; kind: dict or list where it must be one. UserError names file and
+    position."""
     return parse_json(read_bytes(path, remedy, limit), path, kind, remedy)
 
 
@@ -85,10 +89,9 @@ def parse_json(
 ) -> Any:
     """The value that JSON text holds; `name` is what UserError blames.
 
-    Takes UTF-8, UTF-16 and UTF-32, each with or without a byte order mark. Refuses NaN and Infinity, which JSON does
-    not know, a key that an object has twice, and nesting deeper than DEPTH_LIMIT. A lone surrogate (half an emoji)
-    becomes U+FFFD.
-    """
+    Takes UTF-8, UTF-16 and UTF-32, each with or without a byte order mark. Refuses NaN and
+    Infinity, which JSON does not know, a key that an object has twice, and nesting deeper than
+    DEPTH_LIMIT. A lone surrogate (half an emoji) becomes U+FFFD."""
     try:
         if isinstance(data, bytes):
             encoding = json.detect_encoding(data)
@@ -114,10 +117,17 @@ def parse_json(
     return clean_surrogates(value) if SURROGATE_ESCAPE.search(data) else value
 
 
+def parse_entry(data: bytes) -> Any:
+    """The value of JSON text that was checked before; a lone surrogate becomes U+FFFD."""
+    value = json.loads(data)
+    return clean_surrogates(value) if SURROGATE_ESCAPE.search(data) else value
+
+
 def read_json_lines(
     path: str | Path, remedy: str = "fix or fetch the file again"
 ) -> Iterator[dict]:
-    """The objects of a JSON lines file in order; blank lines are skipped. UserError names file and line."""
+    """The objects of a JSON lines file in order; blank lines are skipped. UserError names file and
+    line."""
     for number, line in enumerate(read_lines(path, remedy), 1):
         if line.strip():
             yield parse_json(line, f"{path}, line {number}", dict, remedy)
@@ -137,7 +147,8 @@ def _no_constant(text: str) -> None:
 
 
 def _too_deep(data: bytes) -> bool:
-    """Whether JSON text nests deeper than DEPTH_LIMIT: peels off innermost pairs of brackets, level by level."""
+    """Whether JSON text nests deeper than DEPTH_LIMIT: peels off innermost pairs of brackets, level
+    by level."""
     brackets = data.translate(None, NOT_BRACKETS)
     for _ in range(DEPTH_LIMIT):
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
@@ -152,7 +163,8 @@ def _too_deep(data: bytes) -> bool:
 
 
 def clean_surrogates(value: Any) -> Any:
-    """Text, or plain data with text in it, with each lone surrogate as U+FFFD: UTF-8 cannot hold one."""
+    """Text, or plain data with text in it, with each lone surrogate as U+FFFD: UTF-8 cannot hold
+    one."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -171,14 +183,15 @@ def clean_surrogates(value: Any) -> Any:
 def atomic_write(
     path: str | Path, remedy: str = "make room or name another folder"
 ) -> Iterator[Path]:
-    """Gives the path of a temporary file beside `path` to write; afterwards it is synced and renamed to `path`.
+    """Gives the path of a temporary file beside `path` to write; afterwards it is synced and
+    renamed to `path`.
 
         with atomic_write(path) as temporary:
             torch.save(content, temporary)
 
-    Whatever fails, an older file of that name stays as it was and no temporary file is left; those of processes that
-    were killed are removed. An OSError, such as a full disk, becomes a UserError that ends with `remedy`.
-    """
+    Whatever fails, an older file of that name stays as it was and no temporary file is left; those
+    of processes that were killed are removed. An OSError, such as a full disk, becomes a UserError
+    that ends with `remedy`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_this_host()}-{os.getpid()}.tmp")
     try:
@@ -216,7 +229,8 @@ def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
 
 
 def write_json_lines(path: str | Path, rows: Iterable[dict]) -> int:
-    """Replace a file by one JSON object a line atomically, text as readable UTF-8; returns how many."""
+    """Replace a file by one JSON object a line atomically, text as readable UTF-8; returns how
+    many."""
     count = 0
     with (
         atomic_write(path) as temporary,
@@ -241,7 +255,8 @@ def finite(value: Any) -> Any:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `atomic_write` in a folder whose processes are dead (elsewhere: a day old)."""
+    """Remove the temporary files of `atomic_write` in a folder whose processes are dead (elsewhere:
+    a day old)."""
     if (folder := folder.absolute()) in _CLEANED:
         return
     _CLEANED.add(folder)
@@ -311,9 +326,18 @@ def digest(*parts: object) -> str:
 
 
 def file_state(path: str | Path) -> tuple[str, int, int, int]:
-    """What changes with a file's content without reading it: absolute path, bytes, times of change (ns)."""
+    """What changes with a file's content without reading it: absolute path, bytes, times of change
+    (ns)."""
     status = os.stat(path)
     return str(Path(path).absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def cached_path(
+    source: str | Path, suffix: str, *parts: object, folder: str | Path | None = None
+) -> Path:
+    """Where to keep what is made of the file `source`: its name changes with the file and `parts`."""
+    key = digest(CACHE_VERSION, file_state(source), *parts)
+    return cache_folder(folder) / f"{Path(source).stem}-{key}{suffix}"
 
 
 # ---- names

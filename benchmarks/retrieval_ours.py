@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from base.distributed import World
+from base.files import read_json
 from benchmarks.common import Stages, about, chosen_device, synthetic_split
 from evaluation.retrieval import FILL, Captions, rank
 from models.fusion.retrieval import Retrieval, RetrievalConfig
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def build_model(system: str, folder: Path) -> Retrieval:
     """ViT-B/16 at 384 px and BERT-base; weights of the peer, where it left some, else at random."""
     file = ROOT / "configs" / ("shared_bert.json" if system == "simla" else "config_bert.json")
-    bert = BertConfig.from_json(json.loads(file.read_text()) | {"encoder_width": 768})
+    bert = BertConfig.from_json(read_json(file) | {"encoder_width": 768})
     model = Retrieval(RetrievalConfig(bert=bert, queue_size=64))
     saved = folder / "peer.pt"
     if saved.exists():

@@ -6,7 +6,6 @@ bounds the memory at 21,841 classes x 50,000 images. Results do not depend on th
 processes.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from base.distributed import World, gather_objects, gather_rows
 from base.errors import UserError
+from base.files import read_json
 from evaluation.predict import progress
 
 BLOCK = 512  # classes looked at together
@@ -109,15 +109,10 @@ def read_real(path: Path, names: Sequence[str]) -> list[list[int]]:
     The file lists the images in the order of their names, ILSVRC2012_val_00000001 first. Raises
     UserError where it is missing, no such list, or of another number of images.
     """
-    try:
-        lists = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise UserError(
-            f"--real {path}: no such file; fetch real.json of ImageNet-ReaL, or leave the flag out"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"--real {path}: not valid JSON ({error})") from None
-    if not isinstance(lists, list) or not all(isinstance(each, list) for each in lists):
+    lists = read_json(
+        path, list, "--real takes real.json of ImageNet-ReaL; fetch it, or leave it out"
+    )
+    if not all(isinstance(each, list) for each in lists):
         raise UserError(f"--real {path}: expected a list with a list of classes for each image")
     if len(lists) != len(names):
         raise UserError(

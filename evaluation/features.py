@@ -1,7 +1,6 @@
 """Features of a whole data set: computed once by all processes together, kept on disk, read through
 the page cache."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.files import write_json
 from evaluation.predict import progress
 
 
@@ -74,7 +74,7 @@ def feature_bank(
         def finish() -> None:
             for file, target in zip(partial, (features, labels), strict=True):
                 file.replace(target)
-            done.write_text(json.dumps({"images": total, "width": width}) + "\n")
+            write_json(done, {"images": total, "width": width})
 
         distributed.on_main(finish, share=False)
     return Bank(np.load(features, mmap_mode="r"), torch.from_numpy(np.load(labels)))

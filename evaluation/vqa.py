@@ -1,11 +1,12 @@
 """VQA accuracy as the official evaluation counts it (Antol et al., 2015), and the result file of
 its server."""
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from base.files import write_json
 
 ARTICLES = {"a", "an", "the"}
 DIGITS = {
@@ -118,6 +119,5 @@ def prior_accuracy(truth: Mapping[int, dict]) -> dict:
 
 def save_answers(path: Path, predictions: Mapping[int, str]) -> None:
     """The VQA server's format: a list of {question_id, answer}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"question_id": question, "answer": answer} for question, answer in predictions.items()]
-    path.write_text(json.dumps(rows) + "\n")
+    write_json(path, rows)

@@ -15,20 +15,21 @@ import shutil
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from base.errors import UserError
+from base.files import atomic_write
 from runtime.safe_pickle import Stub, load_torch, module_tensors
 
 HASH_LABEL = b"sha256:"
 COMMENT_SIZE = len(HASH_LABEL) + 64
 BLOCK = 1 << 22  # bytes hashed at a time
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NUMBERED = re.compile(r"checkpoint_(\d+)\.pt")
+RESUMABLE = "earlier checkpoints are intact: make room, then start the same command again to resume"
 PLAIN = (int, float, str, bool, type(None))
 
 
@@ -53,17 +54,14 @@ class CheckpointFolder:
         `TypeError` for a value that `weights_only=True` would not read back.
         """
         _check_plain(state)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(
-            "checkpoint_*.pt.tmp"
-        ):  # of a process killed while writing
+        for leftover in self.folder.glob("checkpoint_*.pt.tmp"):  # as earlier versions left them
             leftover.unlink()
         path = self.folder / f"checkpoint_{step:08d}.pt"
-        write_atomically(path, lambda temporary: _write_hashed(state, temporary))
+        with atomic_write(path, RESUMABLE) as temporary:
+            _write_hashed(state, temporary)
         if tag is not None:
-            write_atomically(
-                self.folder / f"checkpoint_{tag}.pt", lambda temporary: _same_file(path, temporary)
-            )
+            with atomic_write(self.folder / f"checkpoint_{tag}.pt", RESUMABLE) as temporary:
+                _same_file(path, temporary)
         self._prune(step)
         return path
 
@@ -127,31 +125,6 @@ class CheckpointFolder:
                 path.rename(aside)
         for path in upto[self.keep :]:
             path.unlink()
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, syncs it to the disk and renames it to
-    `path`.
-
-    On any failure the temporary file is removed and an older file of that name stays as it was; a
-    full disk is an `UserError`.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            free = shutil.disk_usage(path.parent).free / 2**30
-            raise UserError(
-                f"{path}: not written, the disk is full or the quota used up ({error.strerror}; {free:.1f} GiB free). "
-                "Earlier checkpoints are intact: make room, then start the same command again to resume"
-            ) from error
-        raise
 
 
 def find_damage(path: str | Path) -> str | None:
@@ -220,21 +193,18 @@ def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> N
         seen.add(storage.data_ptr())
         own[key] = value.clone() if shared else value
 
-    def write(temporary: Path) -> None:
+    with atomic_write(path) as temporary:
         temporary.touch()
         mode = (
             temporary.stat().st_mode
-        )  # as the umask has it; safetensors makes files of its own for the owner alone
+        )  # as the umask has it; safetensors lets the owner alone read
         try:
             save_file(own, temporary, metadata={"format": "pt"})
-            temporary.chmod(mode)
         except Exception as error:  # safetensors hides the errno of a full disk in its text
             if "os error 28" in str(error) or "No space left" in str(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
-
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(path), write)
+        temporary.chmod(mode)
 
 
 # -------------------------------------------------------------------------------------------------------- file and hash
@@ -315,16 +285,6 @@ def _same_file(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # no hard links on this file system
         shutil.copyfile(source, target)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems cannot
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _check_plain(value: Any, where: str = "state") -> None:

@@ -2,7 +2,6 @@
 W&B if asked for."""
 
 import json
-import math
 import secrets
 import sys
 import time
@@ -13,6 +12,7 @@ import torch
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.files import finite, parse_json, write_bytes
 
 # dense peak in FLOP/s at fp32 (without TF32, which precision fp32 does not use) and at 16 bit, from
 # the data sheets
@@ -229,11 +229,7 @@ class RunLog:
             if isinstance(v, (int, float)) and not isinstance(v, bool)
         }
         # JSON knows no NaN: a reader that is strict must still be able to read the line
-        clean = {
-            k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v)
-            for k, v in values.items()
-        }
-        self.file.write(json.dumps({"step": step, **clean}) + "\n")
+        self.file.write(json.dumps(finite({"step": step, **values})) + "\n")
         self.file.flush()
         for name, value in numbers.items():
             if self.writer is not None:
@@ -268,16 +264,14 @@ def keep_before(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+            record = parse_json(line, path, dict)
+        except UserError:
             continue
-        if isinstance(record, dict) and record.get("step", -1) < step:
-            kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+        if record.get("step", -1) < step:
+            kept.append(line + b"\n")
+    write_bytes(path, b"".join(kept))
 
 
 def _start_wandb(folder: Path, config: dict, mode: str):

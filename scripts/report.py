@@ -8,7 +8,6 @@ result/ranking_test.safetensors; it names checkpoint, annotations and images. Wi
 its scores stand beside. No GPU, a few seconds.
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from base.errors import UserError
+from base.files import read_json, read_json_lines, write_text
 from dataset.images.albef import TestTransform, resize
 from dataset.images.decode import decode_image
 from dataset.sources.records import Records
@@ -34,7 +34,7 @@ from models.layers.xbert import BertConfig
 from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run
-from runtime.config.values import parse_yaml
+from runtime.config.values import read_yaml
 
 FILLERS = set(
     "a an the of on in at to and or is are with its it by from for this that there".split()
@@ -71,7 +71,7 @@ def read_result(folder: Path) -> tuple[dict, dict]:
             raise UserError(
                 f"{file}: no such file; run Retrieval.py with --output_dir {folder} first"
             )
-    return json.loads(files[0].read_text()), parse_yaml(files[1].read_text())[0]
+    return read_json(files[0], dict), read_yaml(files[1])[0]
 
 
 def read_log(folder: Path | None) -> list[dict]:
@@ -80,8 +80,7 @@ def read_log(folder: Path | None) -> list[dict]:
     if path is None or not path.is_file():
         return []
     lines, minutes, before = [], 0.0, 0
-    for text in path.read_text().splitlines():
-        line = json.loads(text)
+    for line in read_json_lines(path):
         minutes += line.get("step_s", 0.0) * (line["step"] - before) / 60
         before = line["step"] if "step_s" in line else before
         lines.append({**line, "minutes": minutes})
@@ -118,7 +117,7 @@ def curves(title: str, lines: list[dict], guess: dict[str, float]) -> str:
 
 def load_model(config: dict, checkpoint: str, tokenizer: Tokenizer) -> Retrieval:
     """The evaluated network, in eval mode on the CPU."""
-    bert = json.loads(Path(config["bert_config"]).read_text())
+    bert = read_json(config["bert_config"], dict)
     bert |= {"encoder_width": config["vision_width"], "vocab_size": tokenizer.vocab_size}
     size = [
         config[name]
@@ -214,9 +213,8 @@ def main(config: Config) -> None:
     if config.images:
         model = load_model(saved, metrics["checkpoint"], tokenizer)
         sections.append(attention_section(model, tokenizer, data, rankings[1], config))
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    config.output.write_text(
-        page(config.title, sections, f"{metrics['checkpoint']} on {test_file}")
+    write_text(
+        config.output, page(config.title, sections, f"{metrics['checkpoint']} on {test_file}")
     )
     names = {
         "captions R@1": "txt_r1",

@@ -16,7 +16,6 @@ image_tokenizer.safetensors and .json (sizes and figures), preview.png (left-out
 followed by its reconstruction), checkpoints and log. The same command resumes.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from base import distributed  # noqa: E402
 from base.distributed import World  # noqa: E402
 from base.errors import UserError  # noqa: E402
+from base.files import write_json  # noqa: E402
 from dataset.images.albef import random_box, resized_crop  # noqa: E402
 from dataset.images.decode import check_image_root, decode_image  # noqa: E402
 from dataset.loading.eval import EvalLoader  # noqa: E402
@@ -208,7 +208,7 @@ def finish(session: Run, config: Config, tokenizer: ImageTokenizer, held_out: li
     with evaluating(tokenizer):
         figures = evaluate(tokenizer, loader, session.folder)
     report = asdict(tokenizer.config) | {"size": config.size} | figures
-    (session.folder / "image_tokenizer.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(session.folder / "image_tokenizer.json", report, indent=1)
     used, perplexity, explained = (
         figures[key] for key in ("codes_used", "code_perplexity", "explained")
     )

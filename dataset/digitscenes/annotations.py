@@ -3,13 +3,12 @@
 Every function writes into `root` and puts paths relative to it into the files.
 """
 
-import json
 import pickle
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from base.files import write_json, write_json_lines
 from dataset.digitscenes.scenes import COLOURS, DIGITS, GROUNDS, Scene
 from dataset.digitscenes.tasks import detections, entailment, expressions, pair_sentences, questions
 from dataset.digitscenes.words import SHORT_TEMPLATES, FactIndex, captions
@@ -25,16 +24,6 @@ TEMPLATES = (
         for colour, ground in zip(COLOURS, (*GROUNDS, "black"), strict=True)
     ),
 )
-
-
-def write_json(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_captions(root: Path, splits: Split) -> None:

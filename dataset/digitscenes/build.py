@@ -6,7 +6,6 @@ behind is marked by `.unfinished`, and the next run starts it afresh. Only what 
 (TOP_LEVEL) is ever deleted.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from base.errors import UserError
+from base.files import read_json, write_json, write_json_lines
 from dataset.digitscenes import annotations, chance, shards, vocabulary
 from dataset.digitscenes.drawing import contact_sheet, jpeg
 from dataset.digitscenes.scenes import SPLITS, Handwriting, Scene, class_scenes, unique_scenes
@@ -107,13 +107,12 @@ def build(
     if not must_build(root, request, overwrite, say):
         return False
     root.mkdir(parents=True, exist_ok=True)
-    (root / UNFINISHED).write_text(json.dumps(request.arguments()))
+    write_json(root / UNFINISHED, request.arguments())
     (root / MANIFEST).unlink(missing_ok=True)
     clear(root)
     fill(root, request)
     manifest = {"arguments": request.arguments(), **fingerprint(root)}
-    annotations.write_json(root / f"{MANIFEST}.new", manifest)
-    (root / f"{MANIFEST}.new").rename(root / MANIFEST)
+    write_json(root / MANIFEST, manifest)
     (root / UNFINISHED).unlink()
     return True
 
@@ -133,8 +132,8 @@ def must_build(root: Path, request: Request, overwrite: bool, say: Callable[[str
             f"{root} holds files that are not DigitScenes: name another folder, or empty this one"
         )
     try:
-        manifest = json.loads((root / MANIFEST).read_text())
-    except ValueError:
+        manifest = read_json(root / MANIFEST, dict)
+    except UserError:
         manifest = {}
     if manifest.get("arguments", request.arguments()) != request.arguments():
         if not overwrite:
@@ -212,9 +211,7 @@ def write_formats(
 ) -> dict:
     """All annotation files, containers and vocabularies; returns the content of stats.json."""
     for split, scenes in splits.items():
-        annotations.write_json_lines(
-            root / f"scenes_{split}.jsonl", (asdict(scene) for scene in scenes)
-        )
+        write_json_lines(root / f"scenes_{split}.jsonl", (asdict(scene) for scene in scenes))
         shards.write_tars(root, split, scenes)
         shards.write_tfrecords(root, split, scenes)
     annotations.write_captions(root, splits)
@@ -234,8 +231,8 @@ def write_formats(
     vocabulary.write_merges(root / "bpe" / "bpe_merges.txt.gz", texts)
     vocabulary.write_pieces(root / "nxtp" / "tokenizer.model", texts)
 
-    instances = json.loads((root / "refcoco+/instances.json").read_text())
-    boxes = json.loads((root / "refcoco+/dets.json").read_text())
+    instances = read_json(root / "refcoco+/instances.json")
+    boxes = read_json(root / "refcoco+/dets.json")
     statistics = {
         "images": {split: len(scenes) for split, scenes in splits.items()},
         "class_images": {split: len(scenes) for split, scenes in classes.items()},
@@ -255,7 +252,7 @@ def write_formats(
             "multi_label": {"mean_average_precision": chance.multi_label_chance(splits["test"])},
         },
     }
-    annotations.write_json(root / "stats.json", statistics)
+    write_json(root / "stats.json", statistics)
     return statistics
 
 

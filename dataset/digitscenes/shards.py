@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.digitscenes.annotations import LABELS, visible_labels, write_json
+from base.files import write_json
+from dataset.digitscenes.annotations import LABELS, visible_labels
 from dataset.digitscenes.scenes import Scene
 from dataset.digitscenes.words import SHORT_TEMPLATES, alt_texts, captions
 from dataset.sources.tfrecord import encode_example, write_records

@@ -1,12 +1,12 @@
 """Class folders: a folder a class with its images, for classification."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from base.errors import UserError
+from base.files import read_json
 from dataset.images.decode import decode_image
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
@@ -74,13 +74,7 @@ def _odd_one_out(folders: Sequence[str], classes: Sequence) -> str:
 
 def named_list(path: str | Path, name: str) -> list:
     """The list under `name` in a JSON file such as labels.json or templates.json."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict) or not isinstance(content.get(name), list):
-        known = ", ".join(content) if isinstance(content, dict) else "no table"
-        raise UserError(f"{path}: no list named {name!r}; it has {known}")
+    content = read_json(path, dict)
+    if not isinstance(content.get(name), list):
+        raise UserError(f"{path}: no list named {name!r}; it has {', '.join(content)}")
     return content[name]

@@ -3,11 +3,7 @@ memory."""
 
 import bisect
 import fcntl
-import hashlib
-import json
 import mmap
-import os
-import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from base.errors import UserError
+from base.files import atomic_write, cache_folder, cached_path, parse_entry
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries
 
 # Fields of the public annotation formats and the types each may have; a list must hold texts, at
@@ -32,6 +29,7 @@ FIELD_TYPES = {
     "question_id": (str, int),
     "ref_id": (str, int),
 }
+UNWRITABLE = "set QUINTET_CACHE to a writable folder"
 PROGRESS_EVERY = 200_000  # entries; files with fewer are indexed without a progress bar
 
 
@@ -58,9 +56,7 @@ class Records(Sequence):
         if not paths:
             raise UserError("no annotation file given; name at least one")
         self._arguments = (paths, tuple(required), cache_dir)
-        cache_dir = Path(
-            cache_dir or os.environ.get("QUINTET_CACHE") or "~/.cache/quintet"
-        ).expanduser()
+        cache_dir = cache_folder(cache_dir)
         self._files = [
             _IndexedFile(Path(path).expanduser().absolute(), required, cache_dir) for path in paths
         ]
@@ -96,7 +92,7 @@ class _IndexedFile:
         start = self._starts[index]
         end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._data)
         end = self._data.rfind(b"}", start, end) + 1  # leaves out the comma or bracket that follows
-        return json.loads(self._data[start:end])
+        return parse_entry(self._data[start:end])
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -106,11 +102,9 @@ def _map(path: Path) -> mmap.mmap:
 
 def _index_of(path: Path, required: Sequence[str], cache_dir: Path) -> Path:
     """The file of entry starts (native uint64), made if it is not there yet."""
-    status = path.stat()
-    if not status.st_size:
+    if not path.stat().st_size:
         raise UserError(f"{path}: empty file; {EXPECTED}")
-    key = repr((str(path), status.st_size, status.st_mtime_ns, sorted(required)))
-    index = cache_dir / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.index"
+    index = cached_path(path, ".index", sorted(required), folder=cache_dir)
     if not index.exists():
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -118,9 +112,7 @@ def _index_of(path: Path, required: Sequence[str], cache_dir: Path) -> Path:
                 if not index.exists():
                     _write_index(path, required, index)
         except OSError as error:
-            raise UserError(
-                f"cannot index {path} ({error}); set QUINTET_CACHE to a writable folder"
-            ) from None
+            raise UserError(f"cannot index {path} ({error}); {UNWRITABLE}") from None
     return index
 
 
@@ -137,18 +129,10 @@ def _one_builder(index: Path) -> Iterator[None]:
 
 
 def _write_index(path: Path, required: Sequence[str], index: Path) -> None:
-    """Writes under a temporary name and renames, so that no process ever sees half an index."""
-    file = tempfile.NamedTemporaryFile(
-        dir=index.parent, prefix=index.stem, suffix=".tmp", delete=False
-    )
-    try:
-        with file:
-            for starts in _batched(_checked_starts(path, required), 1 << 16):
-                starts.tofile(file)
-        os.replace(file.name, index)
-    except BaseException:
-        os.unlink(file.name)
-        raise
+    """Writes the start of every entry; no process ever sees half an index."""
+    with atomic_write(index, UNWRITABLE) as temporary, temporary.open("wb") as file:
+        for starts in _batched(_checked_starts(path, required), 1 << 16):
+            starts.tofile(file)
 
 
 def _batched(numbers: Iterator[int], size: int) -> Iterator[array]:

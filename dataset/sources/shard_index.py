@@ -1,13 +1,13 @@
 """Samples of WebDataset tar shards by number: where every member lies, found by reading the headers
 alone."""
 
-import hashlib
-import os
+import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from base.errors import BadSample, MissingData, UserError
+from base.files import atomic_write, digest
 from dataset.sources.shards import IMAGE_TYPES, open_file
 
 BLOCK = 1 << 22  # bytes copied at a time
@@ -133,20 +133,15 @@ def local_copy(place: str, name: str, cache: Path) -> Path:
                 f"{url}: no such file, though nshards.txt counts it; fetch the data set anew"
             )
         return Path(url)
-    target = cache / hashlib.sha256(place.encode()).hexdigest()[:20] / name
+    target = cache / digest(place) / name
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open_file(url, {}) as source, temporary.open("wb") as copy:
-            while block := source.read(BLOCK):
-                copy.write(block)
-        temporary.replace(target)
+        with atomic_write(target) as temporary, open_file(url, {}) as source:
+            with temporary.open("wb") as copy:
+                shutil.copyfileobj(source, copy, BLOCK)
     except Exception as error:
         raise MissingData(
             f"{url}: cannot be fetched into {cache} ({type(error).__name__}: {error}); check the network and the disk"
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return target

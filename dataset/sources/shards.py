@@ -6,7 +6,6 @@ those of one key together; or TFRecord examples with the features jpg (or jpeg, 
 txt, key and so on.
 """
 
-import json
 import random
 import re
 import tarfile
@@ -16,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from base.errors import BadSample, UserError
+from base.files import parse_json
 from dataset.loading.randomness import mix, permuted
 from dataset.sources.tfrecord import count_frames, is_tfrecord, parse_example, read_frames
 
@@ -297,7 +297,7 @@ def count_samples(shards: Sequence[str], storage_options: dict) -> int:
             continue
         try:
             with open_file(stats, storage_options) as file:
-                total += int(json.load(file)["successes"])
+                total += int(parse_json(file.read(), stats, dict)["successes"])
         except Exception as error:  # a missing file, or whatever a storage service makes of it
             raise UserError(
                 f"{shard}: how many samples? {stats} is not readable ({error or type(error).__name__}); "

@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 
 from base.errors import BadSample
+from base.files import atomic_write
 from dataset.sources.protobuf import delimited, encode_varint, fields, varint
 
 Feature = list[bytes] | list[float] | list[int]
@@ -84,21 +85,14 @@ def count_frames(path: str | Path) -> int:
 
 
 def write_records(path: str | Path, records: Iterable[bytes]) -> int:
-    """Write payloads as a TFRecord file, under a temporary name until it is whole; returns how
-    many."""
-    path, count = Path(path), 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for record in records:
-                length = struct.pack("<Q", len(record))
-                file.write(
-                    length + CRC.pack(masked_crc(length)) + record + CRC.pack(masked_crc(record))
-                )
-                count += 1
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write payloads as a TFRecord file atomically; returns how many."""
+    count = 0
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        for record in records:
+            length = struct.pack("<Q", len(record))
+            frame = length + CRC.pack(masked_crc(length)) + record + CRC.pack(masked_crc(record))
+            file.write(frame)
+            count += 1
     return count
 
 

@@ -6,8 +6,6 @@ Whatever the collection, its metadata becomes JSON lines {image: path below the 
 15 million samples too. A path may lead into a zip file: `images/00/001.zip/007.jpg`.
 """
 
-import hashlib
-import json
 import os
 import struct
 import zipfile
@@ -20,6 +18,7 @@ import torch
 from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
+from base.files import cached_path, read_json, write_json_lines
 from dataset.images.clip import ImageViews
 from dataset.images.decode import decode_image
 from dataset.sources.records import Records
@@ -50,12 +49,9 @@ def caption_records(
         )
     if kind == "pairs" or path.suffix == ".jsonl":
         return Records(path)
-    status = path.stat()
-    key = repr((kind, str(path.absolute()), status.st_size, status.st_mtime_ns))
-    folder = Path(os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()
-    converted = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.jsonl"
+    converted = cached_path(path, ".jsonl", kind)
     if not converted.exists():
-        write_rows(metadata_rows(kind, path, read_plain), converted)
+        write_json_lines(converted, metadata_rows(kind, path, read_plain))
     return Records(converted)
 
 
@@ -79,22 +75,6 @@ def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -
             ) from None
         if row["caption"]:
             yield row
-
-
-def write_rows(rows: Iterable[dict], path: Path) -> int:
-    """Write JSON lines under a temporary name and rename; returns how many. Text stays readable:
-    UTF-8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, count = path.with_name(f".{path.name}.{os.getpid()}.tmp"), 0
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
 
 
 def yfcc_row(entry: Sequence) -> dict:
@@ -142,12 +122,10 @@ def redcaps_row(entry: dict) -> dict:
 
 
 def _load_json(path: Path, *keys: str) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
-        raise UserError(f"{path}: expected an object with the lists {' and '.join(keys)}")
+    expected = f"expected an object with the lists {' and '.join(keys)}"
+    content = read_json(path, dict, expected)
+    if not all(isinstance(content.get(key), list) for key in keys):
+        raise UserError(f"{path}: {expected}")
     return content
 
 

@@ -6,8 +6,6 @@ Entries, labels and templates of people's own come as clip-rocket's and SLIP's
 which are OpenAI's (dataset/prompts).
 """
 
-import difflib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import UserError
+from base.files import did_you_mean, read_json
 
 PROMPTS = Path(__file__).parents[1] / "prompts"
 KINDS = ("imagefolder", "torchvision", "either", "filelist", "webdataset", "voc", "retrieval")
@@ -105,21 +104,6 @@ CATALOG = {
 }
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The table of a JSON file. UserError names the file."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a JSON file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: expected a table, data set -> entry; it holds a {type(content).__name__}"
-        )
-    return content
-
-
 def read_catalog(path: str | Path) -> dict[str, Entry]:
     """Entries of a `dataset_catalog.json`: name -> {path, type, test}, further keys `metric` and
     `images` (retrieval).
@@ -128,7 +112,7 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
     directory.
     """
     entries = {}
-    for name, values in read_json(path).items():
+    for name, values in read_json(path, dict).items():
         missing = [
             key for key in ("path", "type") if not isinstance(values, dict) or key not in values
         ]
@@ -140,7 +124,7 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
         if kind not in KINDS:
             known = ", ".join((*KINDS, *OTHER_NAMES))
             raise UserError(
-                f"{path}: entry {name!r} is of type {kind!r}{nearest(str(kind), KINDS)} Known: {known}"
+                f"{path}: entry {name!r} is of type {kind!r}{did_you_mean(str(kind), KINDS) or '.'} Known: {known}"
             )
         if "test" not in values and kind in ("imagefolder", "either", "filelist"):
             raise UserError(f"{path}: entry {name!r} lacks test, the name of its test split")
@@ -186,7 +170,7 @@ def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:
         else:
             known = ", ".join(catalog)
             raise UserError(
-                f"data set {name!r} is unknown{nearest(name, catalog)} Known: {known}; or KIND:PATH"
+                f"data set {name!r} is unknown{did_you_mean(name, catalog) or '.'} Known: {known}; or KIND:PATH"
             )
     double = {
         entry.name for entry in chosen if sum(entry.name == other.name for other in chosen) > 1
@@ -198,12 +182,6 @@ def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:
     return chosen
 
 
-def nearest(name: str, known) -> str:
-    """`; did you mean X?` or a full stop."""
-    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else "."
-
-
 class Prompts:
     """Class names (labels) and templates by data set: people's own files before the project's."""
 
@@ -212,8 +190,8 @@ class Prompts:
         self.tables = {kind: self._read(kind, file) for kind, file in self.files.items()}
 
     def _read(self, kind: str, file: str | Path | None) -> dict[str, list]:
-        tables = read_json(PROMPTS / f"{kind}.json")
-        own = read_json(file) if file else {}
+        tables = read_json(PROMPTS / f"{kind}.json", dict)
+        own = read_json(file, dict) if file else {}
         for name, values in own.items():
             nested = kind == "labels"
             fine = (
@@ -233,7 +211,7 @@ class Prompts:
         if name not in self.tables[kind]:
             place = self.files[kind] or "dataset/prompts"
             raise UserError(
-                f"{place} has no {kind} for {name!r}{nearest(name, self.tables[kind])} Add the entry {name!r} to a "
+                f"{place} has no {kind} for {name!r}{did_you_mean(name, self.tables[kind]) or '.'} Add the entry {name!r} to a "
                 f"file given with --{kind}, or leave the data set out of --datasets"
             )
         return self.tables[kind][name]

@@ -10,10 +10,8 @@ What a data string names is told by its look:
 Labels stay lists of class ids with weights. They are never expanded to the number of classes.
 """
 
-import difflib
 import hashlib
 import inspect
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -27,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
+from base.files import did_you_mean, parse_json
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import ENOUGH, RecordSource
 from dataset.sources.class_folder import ClassFolder
@@ -115,10 +114,9 @@ class Labels:
 def parsed(text: bytes, name: str) -> dict:
     """The object in a .json member. Raises BadSample."""
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise BadSample(f"{name}: .json cannot be read ({error})") from None
-    return values if isinstance(values, dict) else {}
+        return parse_json(text, f"{name}.json", dict)
+    except UserError as error:
+        raise BadSample(str(error)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------- collections
@@ -132,15 +130,8 @@ class FolderRecords(Sequence):
         self.root, self.classes = folder.root, folder.folders
         place = {name: number for number, name in enumerate(classes or folder.folders)}
         if unknown := [name for name in folder.folders if name not in place]:
-            near = difflib.get_close_matches(unknown[0], [*place], 1)
-            raise UserError(
-                f"{folder.root / unknown[0]}: not among the {len(place)} classes"
-                + (
-                    f"; did you mean {near[0]}?"
-                    if near
-                    else "; name the list of classes with --classes"
-                )
-            )
+            hint = did_you_mean(unknown[0], place) or "; name the list of classes with --classes"
+            raise UserError(f"{folder.root / unknown[0]}: not among the {len(place)} classes{hint}")
         self.labels = torch.tensor([place[name] for name in folder.folders])[folder.labels]
         self.files = np.array(
             [str(path.relative_to(folder.root)).encode() for path in folder.files]
@@ -161,11 +152,8 @@ class TorchvisionRecords(Sequence):
         from torchvision import datasets
 
         if name not in datasets.__all__ or not inspect.isclass(getattr(datasets, name)):
-            near = difflib.get_close_matches(name, datasets.__all__, 1, 0.3)
-            raise UserError(
-                f"torchvision has no data set {name!r}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+            hint = did_you_mean(name, datasets.__all__, 0.3)
+            raise UserError(f"torchvision has no data set {name!r}{hint}")
         kind = getattr(datasets, name)
         takes = inspect.signature(kind).parameters
         given = {

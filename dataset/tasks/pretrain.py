@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
+from base.files import atomic_write
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
 from dataset.images.decode import decode_image
@@ -134,9 +135,6 @@ def write_codes(
     [B,h/r,w/r]. An unreadable image gets the codes of a grey one: it is never used, because reading
     it fails in training, too. The file appears under its name only when it is whole.
     """
-    import numpy as np
-    from tqdm import tqdm
-
     path = Path(path)
     if path.exists():
         return
@@ -144,10 +142,17 @@ def write_codes(
         raise UserError(
             "code_cache needs train_file: shards have no fixed numbering of their samples"
         )
+    with atomic_write(path) as temporary:
+        _fill_codes(temporary, records, build, image_tokenizer, device, batch_size)
+
+
+def _fill_codes(path, records, build, image_tokenizer, device, batch_size) -> None:
+    """Write the table of codes int32 [R,N] to `path`."""
+    import numpy as np
+    from tqdm import tqdm
+
     side = build.transform.token_resolution
     grey = torch.full((3, side, side), 0.5)
-    temporary = path.with_name(path.name + ".tmp.npy")
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = None
     for first in tqdm(range(0, len(records), batch_size), desc="visual codes", unit="batch"):
         images = []
@@ -159,7 +164,6 @@ def write_codes(
         codes = image_tokenizer.codes(torch.stack(images).to(device)).flatten(1).cpu().numpy()
         if table is None:
             shape = (len(records), codes.shape[1])
-            table = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.int32, shape=shape)
+            table = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=shape)
         table[first : first + len(codes)] = codes
     table.flush()
-    temporary.replace(path)

@@ -6,8 +6,6 @@ JSON entries {image, labels}; and WebDataset shards whose members `.nouns`
 scripts/data/extract_nouns.py made of the captions.
 """
 
-import hashlib
-import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 import torch
 
 from base.errors import BadSample, UserError
+from base.files import cached_path, write_json_lines
 from base.pixels import OPENAI
 from dataset.images.albef import random_box
 from dataset.images.clip import EvalView, crop_resize, pixel_statistics
@@ -24,7 +23,6 @@ from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource, Stream
 from dataset.sources.records import Records
 from dataset.sources.shards import IMAGE_TYPES, ShardSource, list_shards
-from dataset.tasks.captions import write_rows
 from dataset.text.nouns import parse_nouns
 from dataset.text.sentencepiece import PieceTokenizer
 
@@ -272,12 +270,9 @@ def label_records(path: str | Path) -> Records:
         return Records(path, required=("image", "labels"))
     if not path.is_file():
         raise UserError(f"{path}: no such list; each line is `path : name,name,...`")
-    status = path.stat()
-    key = repr((str(path.absolute()), status.st_size, status.st_mtime_ns))
-    folder = Path(os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()
-    converted = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.jsonl"
+    converted = cached_path(path, ".jsonl", "labels")
     if not converted.exists():
-        write_rows(read_list(path), converted)
+        write_json_lines(converted, read_list(path))
     return Records(converted, required=("image", "labels"))
 
 

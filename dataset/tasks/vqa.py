@@ -1,7 +1,6 @@
 """Visual question answering: weighted answers for training, questions with their people's answers
 for evaluation."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
+from base.files import read_json
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
@@ -126,7 +126,7 @@ def encode_answers(
 
 def read_answer_list(path: str | Path) -> list[str]:
     """The closed list of answers: a JSON list of distinct texts. Raises UserError."""
-    answers = _read_json(path)
+    answers = read_json(path, list, "give a JSON list of answers")
     if (
         type(answers) is not list
         or not answers
@@ -210,7 +210,7 @@ def unreachable(data: QuestionSet, answers: Sequence[str]) -> list[str]:
 def read_official_answers(path: str | Path) -> dict[int, dict]:
     """VQA's annotation file {annotations: [{question_id, answers: [{answer}], question_type,
     answer_type}]}, by id."""
-    content = _read_json(path)
+    content = read_json(path, dict, "give a file in VQA's annotation format")
     try:
         return {
             int(entry["question_id"]): {
@@ -230,12 +230,3 @@ def _as_id(value, name: str, number: int) -> int:
         return int(value)
     except ValueError:
         raise UserError(f"{name}: question_id {value!r} in entry {number} is no number") from None
-
-
-def _read_json(path: str | Path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; check the name in the configuration") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None

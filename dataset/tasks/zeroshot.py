@@ -9,7 +9,6 @@ BadSample.
 """
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 
 from base.errors import BadSample, MissingData, UserError
+from base.files import read_json
 from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.shard_index import ShardIndex, local_copy, read_text
-from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of, read_json
+from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of
 
 Image = dict[str, torch.Tensor]
 
@@ -368,18 +368,19 @@ def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
         )
     root = Path(entry.images or file.parent)
     try:
-        if file.read_bytes()[:64].lstrip()[:1] == b"[":
-            rows = [(row["image"], row["caption"]) for row in json.loads(file.read_bytes())]
+        content = read_json(file)
+        if isinstance(content, list):
+            rows = [(row["image"], row["caption"]) for row in content]
         else:
             rows = [
                 (
                     f"{row.get('filepath', '')}/{row['filename']}".lstrip("/"),
                     [each["raw"] for each in row["sentences"]],
                 )
-                for row in read_json(file)["images"]
+                for row in content["images"]
                 if row["split"] == entry.split
             ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(
             f"{file}: {error} is missing or malformed; retrieval takes Karpathy's JSON, whose images have filename, "
             "split and sentences with raw, or a list of {image, caption}"

@@ -1,7 +1,6 @@
 """Labels of images as people look at them: an image with the attention of its labels, and the pages
 of a split."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -9,6 +8,7 @@ from textwrap import shorten
 import torch
 from torch import Tensor
 
+from base.files import write_json
 from evaluation.report.examples import gallery
 from evaluation.report.page import card, escape, heat_map, table, thumbnail
 
@@ -57,8 +57,7 @@ def save_labels(path: Path, names: Sequence[str], references: Sequence, found: S
         }
         for name, true, labels in zip(names, references, found, strict=True)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows) + "\n")
+    write_json(path, rows)
 
 
 def label_report(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from base.files import write_json, write_text
 from evaluation.report.page import page
 from runtime.config.cli import save
 
@@ -15,9 +16,8 @@ def write_results(
     prints `text` or, by default, the metrics.
     """
     folder = Path(config.output_dir) / "result"
-    folder.mkdir(parents=True, exist_ok=True)
     metrics = {"checkpoint": str(config.checkpoint), **metrics}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(folder / "metrics.json", metrics, indent=2)
     save(config, folder / "config.yaml")
-    (folder / "report.html").write_text(page(title, sections, str(config.checkpoint)))
+    write_text(folder / "report.html", page(title, sections, str(config.checkpoint)))
     print(text or json.dumps(metrics, indent=2), flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.files import write_bytes
 from evaluation.report.page import card, escape, thumbnail
 from evaluation.retrieval import Ranking, ranks
 
@@ -19,12 +20,11 @@ def save_rankings(path: Path, by_image: Ranking, by_text: Ranking) -> None:
     `by_text. ...`."""
     from safetensors.torch import save
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, ranking in (("by_image", by_image), ("by_text", by_text)):
         tensors[f"{name}.candidates"] = ranking.candidates[:, :KEPT].contiguous()
         tensors[f"{name}.scores"] = ranking.scores[:, :KEPT].contiguous()
-    path.write_bytes(save(tensors))
+    write_bytes(path, save(tensors))
 
 
 def load_rankings(path: Path) -> tuple[Ranking, Ranking]:

@@ -9,7 +9,6 @@ C: what a positive contributes to either loss is its logit, so K logits are gath
 timm's (`blocks.{i}.attn.qkv`, `head`), and `pre_logits.fc`.
 """
 
-import difflib
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
+from base.files import nearest
 from base.pixels import STATISTICS
 from models.layers.vit import ViT, ViTConfig
 
@@ -73,7 +73,7 @@ class ClassifierConfig:
         match = re.fullmatch(r"vit-([a-z]+)/(\d+)", self.model.lower())
         if match is None or match[1] not in SIZES or not int(match[2]):
             known = [f"vit-{size}/{patch}" for size in SIZES for patch in (8, 14, 16, 32)]
-            near = difflib.get_close_matches(self.model.lower(), known, 1, 0)[0]
+            near = nearest(self.model.lower(), known, 0)
             raise UserError(
                 f"model {self.model!r} is unknown; did you mean {near}? "
                 f"The form is vit-<{'|'.join(SIZES)}>/<patch size>, with any patch size"

@@ -3,11 +3,12 @@
 from torch import nn
 
 from base.errors import UserError
+from base.files import did_you_mean
 from models.dual_encoder.base import DualConfig, DualEncoder
 from models.dual_encoder.cl2l import CL2L, BarLIP, SiamLIP, SwALIP, SwALIPV1
 from models.dual_encoder.clip import CLIP, SigLIP
 from models.dual_encoder.slip import SimCLR, Slip, SlipCLIP
-from models.layers.clip_towers import BACKBONES, nearest
+from models.layers.clip_towers import BACKBONES
 
 HEADS = {
     "CLIP": CLIP,
@@ -54,7 +55,7 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
     parts = name.split("_")
     if name not in model_names():
         raise UserError(
-            f"model {name!r} is unknown{nearest(name, model_names())} The form is <CLIP|CL2L>_<backbone>_<head> with "
+            f"model {name!r} is unknown{did_you_mean(name, model_names()) or '.'} The form is <CLIP|CL2L>_<backbone>_<head> with "
             f"backbones {', '.join(BACKBONES)} and heads {', '.join(HEADS)}, or SLIP's <{'|'.join(SLIP_MODELS)}>_"
             f"<{'|'.join(SLIP_BACKBONES)}>, or ALIGN_<{'|'.join(_align().SHAPES)}>_<{'|'.join(_align().TEXTS)}>"
         )

@@ -1,8 +1,6 @@
 """The networks' geometry from the knobs that every downstream script has."""
 
-import json
-
-from base.errors import UserError
+from base.files import read_json
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
 
@@ -12,14 +10,8 @@ def networks(knobs, vocab_size: int) -> tuple[ViTConfig, BertConfig]:
     vision_depth, vision_heads, vision_stem and the file bert_config. Raises UserError where the
     file is missing or no BERT geometry.
     """
-    try:
-        given = json.loads(knobs.bert_config.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(
-            f"bert_config: no file {knobs.bert_config}; name the JSON that the checkpoint was made with"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"bert_config: {knobs.bert_config} is not valid JSON ({error})") from None
+    remedy = "name the JSON that the checkpoint was made with as bert_config"
+    given = read_json(knobs.bert_config, dict, remedy)
     bert = BertConfig.from_json(
         given | {"encoder_width": knobs.vision_width, "vocab_size": vocab_size}
     )

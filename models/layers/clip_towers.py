@@ -5,7 +5,6 @@ to features [B,C] and tell C as `num_features`; the text transformer lives at th
 as it does in all three systems, so its parts are joined in `TwoTowers`.
 """
 
-import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -344,9 +343,3 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True))
-
-
-def nearest(name: str, known) -> str:
-    """`; did you mean X?` or a full stop; ends the first sentence of an error message."""
-    close = difflib.get_close_matches(name, list(known), 1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else "."

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
+from base.files import did_you_mean
 from models.layers.attention import merge_heads, split_heads
-from models.layers.clip_towers import TextShape, Transformer, nearest
+from models.layers.clip_towers import TextShape, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def openai_model(name: str) -> OpenAIConfig:
     known = name.replace("/", "-").replace("@336px", "-336")
     if known not in OPENAI_MODELS:
         raise UserError(
-            f"model {name!r} is unknown{nearest(known, OPENAI_MODELS)} Known: {', '.join(OPENAI_MODELS)}"
+            f"model {name!r} is unknown{did_you_mean(known, OPENAI_MODELS) or '.'} Known: {', '.join(OPENAI_MODELS)}"
         )
     return OPENAI_MODELS[known]
 

@@ -9,7 +9,6 @@ short:
     load_checkpoint(vit, deit_weights(state, grid), allowed_missing=("mask_token",))
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
+from base.files import read_json
 from models.layers.vit import resize_pos_embed
 from models.weights.loading import Differences, State, _matches, _some, load_checkpoint
 
@@ -324,7 +324,7 @@ def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(
             f"{name}: needs config.json and model.safetensors or pytorch_model.bin, has {_some([*files])}"
         )
-    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    config = read_json(files["config.json"], dict)
     if weights.suffix == ".safetensors":
         from safetensors.torch import load_file
 

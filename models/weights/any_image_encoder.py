@@ -6,7 +6,6 @@ features = encoder(image)                        # float32 [B,3,S,S], normalised
 -> [B,D]
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
+from base.files import nearest
 from base.pixels import IMAGENET, OPENAI, Pixels
 from models.classification.classifier import SIZES, ClassifierConfig, VisionClassifier
 from models.dual_encoder.base import DualConfig
@@ -194,10 +194,9 @@ def timm_encoder(name: str, weights: State | None = None, pretrained: bool = Fal
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), 1, 0.3)
-        raise UserError(
-            f"timm has no model {name!r}" + (f"; did you mean timm/{near[0]}?" if near else "")
-        )
+        found = nearest(name, timm.list_models(), 0.3)
+        hint = f"; did you mean timm/{found}?" if found else ""
+        raise UserError(f"timm has no model {name!r}{hint}")
     model = timm.create_model(name, num_classes=0, pretrained=pretrained)
     if weights is not None:
         heads = ("head.*", "fc.*", "classifier.*", "pre_logits.*")

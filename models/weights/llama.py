@@ -5,7 +5,6 @@ Face's.
 them, and of a decoder that is cut only the kept blocks are read into memory.
 """
 
-import json
 import pickle
 import re
 from dataclasses import replace
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
+from base.files import read_json
 from models.layers.llama import LlamaConfig, split_dimension
 
 State = dict[str, Tensor]
@@ -86,7 +86,7 @@ def is_kept(name: str, layers: int | None) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------------- Meta
 def _read_meta(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
-    params = _read_json(folder / "params.json")
+    params = read_json(folder / "params.json", dict)
     try:
         known = {name: params[name] for name in META_FIELDS if params.get(name) is not None}
         config = LlamaConfig(**known, rope_theta=float(params.get("rope_theta", 10000.0)))
@@ -121,7 +121,7 @@ def merge_shards(shards: list[State], dim: int) -> State:
 
 # -------------------------------------------------------------------------------------------------------- Hugging Face
 def _read_hugging_face(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
-    config = hugging_face_config(_read_json(folder / "config.json"), folder / "config.json")
+    config = hugging_face_config(read_json(folder / "config.json", dict), folder / "config.json")
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UserError(f"{folder}: no *.safetensors and no pytorch_model*.bin beside config.json")
@@ -193,14 +193,6 @@ def interleave(weight: Tensor, heads: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object of settings")
-    return content
 
 
 def _read_tensors(path: Path, wanted=lambda name: True) -> State:

@@ -14,7 +14,6 @@ other.yaml`.
 """
 
 import copy
-import difflib
 import os
 import re
 import sys
@@ -26,13 +25,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from base.errors import UserError
+from base.files import nearest, write_text
 from runtime.config.schema import Schema, knob, section
 from runtime.config.values import (
     allows,
+    brief,
     from_words,
     line_of,
-    parse_yaml,
     placeholder,
+    read_yaml,
     show,
     to_yaml,
 )
@@ -81,7 +82,7 @@ class Draft:
                 return self.put_all(value, source, key + ".")
             if value is not None:
                 self.mistakes.append(
-                    f"{source.place(key)}: expected a section (key: value), got {value!r}"
+                    f"{source.place(key)}: expected a section (key: value), got {brief(value)}"
                 )
             return None
         for name in reversed(rest):
@@ -125,24 +126,26 @@ class Draft:
 
     def read_file(self, path: Path, above: tuple[Path, ...] = ()) -> None:
         """Take the values of a YAML file, first those of the file it names as `base`."""
+        if path.is_dir():
+            inside = ", ".join(sorted(each.name for each in path.glob("*.yaml"))) or "none here"
+            return self.mistakes.append(f"{path}: is a folder; name one of its files: {inside}")
         if not path.is_file():
-            near = difflib.get_close_matches(
-                path.name, os.listdir(path.parent) if path.parent.is_dir() else [], 1
-            )
-            hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+            beside = os.listdir(path.parent) if path.parent.is_dir() else []
+            found = nearest(path.name, beside)
+            hint = f"; did you mean {path.parent / found}?" if found else ""
             return self.mistakes.append(f"{path}: no such file{hint}")
         if path.resolve() in above:
             return self.mistakes.append(f"{path}: is its own base; remove one `base:`")
         try:
-            values, node = parse_yaml(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            return self.mistakes.append(f"{path}: not valid YAML: {error}")
-        if not isinstance(values, dict | None):
-            return self.mistakes.append(f"{path}: expected lines of key: value, got {values!r}")
-        values = dict(values or {})
+            values, node = read_yaml(path)
+        except UserError as error:
+            return self.mistakes.append(str(error))
         bases = values.pop("base", None) or []
-        for base in [bases] if isinstance(bases, str) else bases:
-            self.read_file(path.parent / str(base), (*above, path.resolve()))
+        bases = [bases] if isinstance(bases, str) else bases
+        if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+            return self.mistakes.append(f"{path}: base: expected a file, or a list of files")
+        for base in bases:
+            self.read_file(path.parent / base, (*above, path.resolve()))
 
         def place(key: str) -> str:
             line = line_of(node, key)
@@ -274,16 +277,7 @@ def load(config_class: type[C], path: str | Path) -> C:
 def save(config: Any, path: str | Path) -> None:
     """Write every knob as YAML, its meaning as a comment. The file is replaced as a whole or not at
     all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write("\n".join(_yaml_lines(config, "")) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "\n".join(_yaml_lines(config, "")) + "\n")
 
 
 def _yaml_lines(config: Any, indent: str) -> list[str]:

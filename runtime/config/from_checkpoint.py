@@ -7,7 +7,6 @@ weights = read_weights(config.checkpoint)
 inherit(config, weights)
 """
 
-import json
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from typing import Any
 import torch
 
 from base.errors import UserError
+from base.files import read_json
 from runtime.checkpoint import CheckpointFolder
 from runtime.config.schema import Schema, knob
-from runtime.config.values import parse_yaml
+from runtime.config.values import read_yaml
 from runtime.safe_pickle import load_torch
 
 
@@ -104,7 +104,7 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
         path = checkpoints.best or next(iter(checkpoints.numbered()), path / "model.safetensors")
     if path.suffix == ".safetensors":
         beside = path.with_name("config.yaml")
-        return parse_yaml(beside.read_text(encoding="utf-8"))[0] if beside.is_file() else {}
+        return read_yaml(beside)[0] if beside.is_file() else {}
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (
@@ -138,8 +138,5 @@ def described(file: Path) -> dict[str, Any]:
         about = {"args": arguments} if isinstance(arguments, Mapping) else {}
     for path in (file.with_name(name) for name in BESIDE):
         if path.is_file():
-            try:
-                about[path.name] = json.loads(path.read_bytes())
-            except ValueError as error:
-                raise UserError(f"{path}: not valid JSON ({error}); fetch it again") from None
+            about[path.name] = read_json(path, dict)
     return about

@@ -2,7 +2,6 @@
 and spelling."""
 
 import copy
-import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from runtime.config.values import convert, describe, example, show
+from base.files import nearest
+from runtime.config.values import brief, convert, describe, example, show
 
 
 def knob(
@@ -81,7 +81,7 @@ class Knob:
             "one of " + ", ".join(map(show, self.choices)) if self.choices else describe(self.kind)
         )
         wanted = " ".join([expected, " and ".join(bounds)]).strip()
-        return f"expected {wanted}, got {value!r}; for example {example(self.kind, self.default, self.choices)}"
+        return f"expected {wanted}, got {brief(value)}; for example {example(self.kind, self.default, self.choices)}"
 
 
 class Schema:
@@ -141,10 +141,7 @@ class Schema:
         same_leaf = [
             path for path in self.knobs if path.rpartition(".")[2] == key.rpartition(".")[2]
         ]
-        close = difflib.get_close_matches(key, same_leaf, 1, 0) or difflib.get_close_matches(
-            key, self.spellings, 1
-        )
-        return close[0] if close else None
+        return nearest(key, same_leaf, cutoff=0) or nearest(key, self.spellings, cutoff=0.6)
 
     def build(self, values: Mapping[str, Any], prefix: str = "") -> Any:
         """The configuration object with one value per knob."""

@@ -4,12 +4,20 @@ text."""
 import json
 import math
 import re
+import reprlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from base.errors import UserError
+from base.files import DEPTH_LIMIT, read_text
+
+YAML_LIMIT = 64 << 20  # bytes of a file
+NODE_LIMIT = 1_000_000  # values of a file, its aliases written out
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 120
 TRUTH = {
     "true": True,
     "yes": True,
@@ -201,22 +209,62 @@ def show(value: Any) -> str:
     return str(value) or "''"
 
 
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], Any]:
+    """The mapping that a YAML file holds, and its node tree. UserError."""
+    try:
+        values, node = parse_yaml(read_text(path, limit=YAML_LIMIT))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: expected lines of key: value, got {brief(values)}")
+    return dict(values or {}), node
+
+
 def parse_yaml(text: str) -> tuple[Any, Any]:
     """YAML 1.2 (1e-4 is a number, `no` is text) as plain values, and the node tree that knows
     lines.
 
-    Raises ValueError, its message starting with the line, where it is not YAML or a key stands
-    twice.
+    Raises ValueError, its message starting with the line, where it is not YAML, a key stands twice,
+    it nests deeper than DEPTH_LIMIT or its aliases stand for more than NODE_LIMIT values.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
-        return YAML(typ="safe", pure=True).load(text), YAML(typ="safe", pure=True).compose(text)
+        node = YAML(typ="safe", pure=True).compose(text)
+        _check_size(node)
+        return YAML(typ="safe", pure=True).load(text), node
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         line = f"line {mark.line + 1}: " if mark else ""
-        raise ValueError(line + str(getattr(error, "problem", error)).replace("\n", " ")) from None
+        problem = str(getattr(error, "problem", error)).replace("\n", " ")
+        raise ValueError(line + problem[:200]) from None
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels") from None
+
+
+def _check_size(root: Any) -> None:
+    """ValueError where a node tree, its aliases written out, is too deep or too large."""
+    sizes: dict[int, int] = {}  # by node: values that it stands for
+
+    def size(node: Any, depth: int) -> int:
+        if depth > DEPTH_LIMIT:
+            raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels")
+        if id(node) not in sizes:
+            inner = node.value if isinstance(getattr(node, "value", None), list) else []
+            pairs = (each if isinstance(each, tuple) else (each,) for each in inner)
+            sizes[id(node)] = 1 + sum(size(each, depth + 1) for pair in pairs for each in pair)
+        return sizes[id(node)]
+
+    if size(root, 0) > NODE_LIMIT:
+        raise ValueError(f"its aliases stand for more than {NODE_LIMIT:,} values")
+
+
+def brief(value: Any) -> str:
+    """`repr` of a value in at most about a line, for messages."""
+    return SHORT.repr(value)
 
 
 def line_of(node: Any, key: str) -> int | None:

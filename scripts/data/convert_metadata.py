@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError  # noqa: E402
-from dataset.tasks.captions import FORMATS, metadata_rows, write_rows  # noqa: E402
+from base.files import write_json_lines  # noqa: E402
+from dataset.tasks.captions import FORMATS, metadata_rows  # noqa: E402
 from runtime.config.cli import knob, run  # noqa: E402
 from runtime.safe_pickle import load_plain  # noqa: E402
 
@@ -36,7 +37,9 @@ def main(config: Config) -> None:
         raise UserError("give --metadata FILE and --output FILE.jsonl")
     if not config.metadata.is_file():
         raise UserError(f"--metadata {config.metadata}: no such file")
-    count = write_rows(metadata_rows(config.dataset, config.metadata, load_plain), config.output)
+    count = write_json_lines(
+        config.output, metadata_rows(config.dataset, config.metadata, load_plain)
+    )
     print(f"{config.output}: {count:,} samples")
 
 

@@ -15,6 +15,10 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from base.files import read_json, write_text  # noqa: E402
+
 TARGET = Path(__file__).resolve().parents[2] / "dataset/prompts"
 NAMES = {  # OpenAI's heading -> name of the data set
     "Birdsnap": "birdsnap",
@@ -65,9 +69,8 @@ def lists_in(code: str) -> dict[str, list]:
 
 def main(clone: Path) -> None:
     labels, templates = {}, {}
-    cells = json.loads((clone / "notebooks/Prompt_Engineering_for_ImageNet.ipynb").read_text())[
-        "cells"
-    ]
+    notebook = clone / "notebooks/Prompt_Engineering_for_ImageNet.ipynb"
+    cells = read_json(notebook, dict)["cells"]
     found = {}
     for cell in cells:
         found |= lists_in("".join(cell["source"])) if cell["cell_type"] == "code" else {}
@@ -85,7 +88,7 @@ def main(clone: Path) -> None:
     templates["cub200"] = templates["birdsnap"]  # its class names are those of its folders
     for file, content in (("labels.json", labels), ("templates.json", templates)):
         rows = (f"{json.dumps(name)}: {json.dumps(values)}" for name, values in content.items())
-        (TARGET / file).write_text("{\n" + ",\n".join(rows) + "\n}\n")
+        write_text(TARGET / file, "{\n" + ",\n".join(rows) + "\n}\n")
     print({name: (len(values), len(templates[name])) for name, values in labels.items()})
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError  # noqa: E402
+from base.files import atomic_write, read_json, write_json  # noqa: E402
 from dataset.sources.shards import list_shards, read_tar  # noqa: E402
 from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words  # noqa: E402
 from runtime.config import cli as configuration  # noqa: E402
@@ -74,10 +75,9 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
     """Write the shard with nouns and its statistics; the counts of its statistics."""
     stats = target.with_name(f"{target.stem}_stats.json")
     if target.exists() and stats.exists():
-        return json.loads(stats.read_text())
+        return read_json(stats, dict)
     nouns, counts = extractor(*settings), Counter(successes=0, without_caption=0, without_nouns=0)
-    temporary = target.with_name(f".{target.name}.tmp")
-    with tarfile.open(temporary, "w") as archive:
+    with atomic_write(target) as temporary, tarfile.open(temporary, "w") as archive:
         for stem, members in groupby(read_tar(shard, {}), lambda member: _stem(member[0])):
             members = dict(members)
             caption = members.get(f"{stem}.txt", b"").decode("utf-8", "replace")
@@ -91,8 +91,7 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
                 header = tarfile.TarInfo(name)
                 header.size = len(data)
                 archive.addfile(header, io.BytesIO(data))
-    temporary.replace(target)
-    stats.write_text(json.dumps(dict(counts)) + "\n")
+    write_json(stats, counts)
     return dict(counts)
 
 

@@ -23,7 +23,8 @@ from urllib.parse import unquote
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError  # noqa: E402
-from dataset.tasks.captions import write_rows, yfcc_row  # noqa: E402
+from base.files import write_json_lines  # noqa: E402
+from dataset.tasks.captions import yfcc_row  # noqa: E402
 from runtime.config.cli import knob, run  # noqa: E402
 
 LINE, TITLE, DESCRIPTION = 0, 8, 9  # columns of yfcc100m_dataset.txt
@@ -109,7 +110,9 @@ def main(config: Config) -> None:
                 f"{path}: no such file; see `python scripts/data/make_dataset.py --help`"
             )
     available, subset = numbers(config.available), numbers(config.subset)
-    count = write_rows(captioned(config.captions, np.intersect1d(available, subset)), config.output)
+    count = write_json_lines(
+        config.output, captioned(config.captions, np.intersect1d(available, subset))
+    )
     print(
         f"{config.output}: {count:,} captioned images ({len(available):,} available, {len(subset):,} on the list)"
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError  # noqa: E402
+from base.files import atomic_write, read_json_lines, write_json  # noqa: E402
 from dataset.tasks.captions import coco_entries  # noqa: E402
 from runtime.config import cli as configuration  # noqa: E402
 from runtime.config.cli import knob  # noqa: E402
@@ -45,15 +46,11 @@ def images(config: Config) -> Iterator[tuple[str, list[str]]]:
             yield Path(entry["image"]).name, entry["caption"]
         return
     found: dict[str, list[str]] = {}
-    with config.captions.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-                found.setdefault(f"{entry['image_id']}.jpg", []).append(entry["caption"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{config.captions}, line {number}: expected image_id and caption"
-                ) from None
+    for number, entry in enumerate(read_json_lines(config.captions)):
+        try:
+            found.setdefault(f"{entry['image_id']}.jpg", []).append(entry["caption"])
+        except KeyError as error:
+            raise UserError(f"{config.captions}, entry {number}: no {error}") from None
     yield from found.items()
 
 
@@ -63,7 +60,7 @@ def pack(config: Config) -> dict[str, int]:
     rows = images(config)
     while batch := list(islice(rows, config.samples_per_shard)):
         target, count = config.target / f"{shards:05d}.tar", 0
-        with tarfile.open(target, "w") as archive:
+        with atomic_write(target) as temporary, tarfile.open(temporary, "w") as archive:
             for name, captions in batch:
                 try:
                     image = (config.images / name).read_bytes()
@@ -82,9 +79,7 @@ def pack(config: Config) -> dict[str, int]:
             raise UserError(
                 f"{config.images}: holds none of {len(batch)} images such as {batch[0][0]}"
             )
-        (config.target / f"{shards:05d}_stats.json").write_text(
-            json.dumps({"successes": count}) + "\n"
-        )
+        write_json(config.target / f"{shards:05d}_stats.json", {"successes": count})
         shards, packed = shards + 1, packed + count
     if not shards:
         raise UserError(f"{config.captions}: no captions in it")

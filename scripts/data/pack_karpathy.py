@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
+from base.files import atomic_write, read_json, write_text
 from dataset.sources.tfrecord import encode_example, write_records
 
 PER_SHARD = 1000
@@ -32,19 +33,12 @@ PER_SHARD = 1000
 def rows_of(annotations: Path, images: Path, split: str) -> Iterator[dict]:
     """{image: bytes, id, filename, captions, caption_ids} of every image of the split. UserError
     names what lacks."""
+    remedy = "name Karpathy's dataset_coco.json or dataset_flickr30k.json"
+    content = read_json(annotations, dict, remedy)
     try:
-        entries = [
-            entry
-            for entry in json.loads(annotations.read_bytes())["images"]
-            if entry["split"] == split
-        ]
-    except OSError as error:
-        remedy = "name Karpathy's dataset_coco.json or dataset_flickr30k.json"
-        raise UserError(f"{annotations}: {error.strerror}; {remedy}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{annotations}: not Karpathy's layout ({error!r}); fetch it again"
-        ) from None
+        entries = [entry for entry in content["images"] if entry["split"] == split]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{annotations}: not Karpathy's layout ({error!r}); {remedy}") from None
     if not entries:
         raise UserError(
             f"{annotations}: no images of split {split!r}; use train, restval, val or test"
@@ -70,7 +64,6 @@ def write_tfrecord(rows: Iterator[dict], out: Path) -> int:
     """Number of images written."""
     names = {"image": "image", "id": "image/id", "filename": "image/filename"}
     names |= {"captions": "captions/text", "caption_ids": "captions/id"}
-    out.parent.mkdir(parents=True, exist_ok=True)
     return write_records(
         out, (encode_example({names[key]: value for key, value in row.items()}) for row in rows)
     )
@@ -79,9 +72,9 @@ def write_tfrecord(rows: Iterator[dict], out: Path) -> int:
 def write_webdataset(rows: Iterator[dict], out: Path, split: str) -> int:
     """Number of images written, PER_SHARD a tar file; nshards.txt comes last."""
     folder, count, shards = out / split, 0, 0
-    folder.mkdir(parents=True, exist_ok=True)
     while block := list(islice(rows, PER_SHARD)):
-        with tarfile.open(folder / f"{shards}.tar", "w") as tar:
+        target = folder / f"{shards}.tar"
+        with atomic_write(target) as temporary, tarfile.open(temporary, "w") as tar:
             for row in block:
                 stem, ending = f"{count:07d}", row["filename"].rpartition(".")[2]
                 about = {
@@ -95,8 +88,8 @@ def write_webdataset(rows: Iterator[dict], out: Path, split: str) -> int:
                 add(tar, f"{stem}.json", json.dumps(about).encode())
                 count += 1
         shards += 1
-    (out / "dataset_type.txt").write_text("retrieval\n")
-    (folder / "nshards.txt").write_text(f"{shards}\n")
+    write_text(out / "dataset_type.txt", "retrieval\n")
+    write_text(folder / "nshards.txt", f"{shards}\n")
     return count
 
 

@@ -18,13 +18,13 @@ TensorFlow itself is not needed.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
+from base.files import write_json
 
 
 def align_from_tf(source: Path, dest: Path) -> str:
@@ -78,7 +78,7 @@ def align_to_hf(source: Path, dest: Path) -> str:
     if found.missing or found.mismatched:
         raise UserError(f"{source}: not all of an ALIGN model\n{found.text()}")
     export_safetensors(to_hugging_face(weights), dest / "model.safetensors")
-    (dest / "config.json").write_text(json.dumps(hugging_face_config(model), indent=2) + "\n")
+    write_json(dest / "config.json", hugging_face_config(model), indent=2)
     return f"{dest}: config.json, model.safetensors; the tokenizer is bert-base-uncased, images 289 pixels"
 
 
@@ -107,7 +107,7 @@ def coyo_vit_to_hf(source: Path, dest: Path) -> str:
     kind = "ViTModel" if config.representation_size else "ViTForImageClassification"
     labels = {"id2label": {str(i): f"class {i}" for i in range(config.num_classes)}}
     about = transformers_config(config) | {"architectures": [kind]} | labels
-    (dest / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_json(dest / "config.json", about, indent=2)
     return f"{dest}: config.json, model.safetensors; {kind}, images of {config.image_size} pixels in -1..1"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from base.errors import BadSample, UserError
+from base.files import write_json_lines
 from dataset.images.clip import ImageViews, ViewOptions
 from dataset.tasks.captions import (
     CaptionCollate,
@@ -18,7 +19,6 @@ from dataset.tasks.captions import (
     collections_of,
     metadata_rows,
     read_member,
-    write_rows,
 )
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.bpe import ClipTokenizer
@@ -81,7 +81,7 @@ def test_conversion_happens_once_and_follows_the_file(tmp_path):
 
 def test_a_converted_file_needs_no_pickle(tmp_path):
     rows = [{"image": "a.jpg", "caption": ["one"]}, {"image": "b.jpg", "caption": ["two", "three"]}]
-    assert write_rows(rows, tmp_path / "rows.jsonl") == 2
+    assert write_json_lines(tmp_path / "rows.jsonl", rows) == 2
     assert list(caption_records("cc3m", tmp_path / "rows.jsonl", None)) == rows
     assert list(metadata_rows("pairs", tmp_path / "rows.jsonl", None)) == rows
 

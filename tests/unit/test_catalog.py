@@ -157,7 +157,7 @@ def test_a_faulty_entry_is_named(entry, message, tmp_path):
 
 def test_files_that_are_no_tables(tmp_path):
     (tmp_path / "broken.json").write_text("{")
-    for name, message in (("broken.json", "not valid JSON"), ("absent.json", "No such file")):
+    for name, message in (("broken.json", "not valid JSON"), ("absent.json", "no such file")):
         with pytest.raises(UserError, match=f"{name}.*{message}"):
             read_catalog(tmp_path / name)
     with pytest.raises(UserError, match="expected a table"):

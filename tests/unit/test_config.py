@@ -392,7 +392,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
         config_module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
     )
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="config.yaml: not written, disk full"):
         save(read("--seed", "2"), path)
     assert load(Config, path).seed == 1
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]

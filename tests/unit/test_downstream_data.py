@@ -150,7 +150,7 @@ def test_official_answers(folder):
     }
     found = read_official_answers(write(folder, {"annotations": [entry]}))
     assert found == {1: {"answers": ["red", "blue"], "answer_type": "other"}}
-    with pytest.raises(UserError, match="not VQA's annotation format"):
+    with pytest.raises(UserError, match="VQA's annotation format"):
         read_official_answers(write(folder, [entry]))
 
 

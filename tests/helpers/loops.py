@@ -142,6 +142,7 @@ class Recorder:
         self.live: nn.Module | None = None  # the network that is trained, without wrappers
         self.calls: list[Call] = []
         self.inside = False
+        self.steps = 0  # calls of `step` under way: one inside another where it calls super().step
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -183,6 +184,9 @@ class Recorder:
         return output
 
     def before_step(self, optimizer: Optimizer) -> None:
+        self.steps += 1
+        if self.steps > 1:
+            return
         names = {id(p): name for name, p in self.live.named_parameters()}
         groups = []
         for group in optimizer.param_groups:
@@ -200,7 +204,9 @@ class Recorder:
         self.calls = []
 
     def after_step(self, optimizer: Optimizer) -> None:
-        self.record.updates[-1].after = state_of(self.live)
+        self.steps -= 1
+        if self.steps == 0:
+            self.record.updates[-1].after = state_of(self.live)
 
 
 def is_training(module: nn.Module, values: list) -> bool:

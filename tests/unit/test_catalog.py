@@ -160,7 +160,7 @@ def test_files_that_are_no_tables(tmp_path):
     for name, message in (("broken.json", "not valid JSON"), ("absent.json", "no such file")):
         with pytest.raises(UserError, match=f"{name}.*{message}"):
             read_catalog(tmp_path / name)
-    with pytest.raises(UserError, match="expected a table"):
+    with pytest.raises(UserError, match="expected an object"):
         read_catalog(written(tmp_path / "list.json", []))
 
 

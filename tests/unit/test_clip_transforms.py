@@ -112,21 +112,21 @@ def test_kinds_of_views():
     [{}, {"byol_augment": True}, {"randaugment": True}, {"multicrop_resize": 16}],
     ids=str,
 )
-def test_shapes_and_randomness(options, raw_image):
+def test_shapes_and_randomness(options, image):
     views = views_of(**options)
     with seeded(1):
-        image, local = views(raw_image)
+        view, local = views(image)
     with seeded(1):
-        again = views(raw_image)
+        again = views(image)
     small = options.get("multicrop_resize", 32)
-    assert image.shape == (3, 32, 32) and local.shape == (2, 3, small, small)
-    assert image.dtype == local.dtype == torch.uint8
-    assert torch.equal(image, again[0]) and torch.equal(local, again[1])
+    assert view.shape == (3, 32, 32) and local.shape == (2, 3, small, small)
+    assert view.dtype == local.dtype == torch.uint8
+    assert torch.equal(view, again[0]) and torch.equal(local, again[1])
     assert not torch.equal(local[0], local[1])
-    assert views_of(num_augs=0)(raw_image)[1] is None
+    assert views_of(num_augs=0)(image)[1] is None
 
 
-def test_probabilities_hold(raw_image, monkeypatch):
+def test_probabilities_hold(image, monkeypatch):
     counts = {"jitter": 0, "blur": 0}
 
     def counting(name, result):
@@ -141,7 +141,7 @@ def test_probabilities_hold(raw_image, monkeypatch):
     view = views_of().local[0]
     with seeded(0):
         for _ in range(400):
-            view(raw_image[:, :20, :20])
+            view(image[:, :20, :20])
     assert counts["jitter"] == pytest.approx(320, abs=40) and counts["blur"] == pytest.approx(
         200, abs=50
     )

@@ -1,6 +1,8 @@
 """The exceptions of the project: mistakes a user can fix, data that is missing, and samples that
 cannot be used."""
 
+import reprlib
+
 
 class UserError(ValueError):
     """A configuration, file, checkpoint or command line that cannot be used.
@@ -18,3 +20,12 @@ class MissingData(UserError):
 class BadSample(ValueError):
     """One unusable sample (unreadable image, empty caption). It is counted and dropped, within a
     budget."""
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 120
+
+
+def brief(value: object) -> str:
+    """`repr` of a value for messages, cut to about a line however long, deep or circular it is."""
+    return SHORT.repr(value)

@@ -64,6 +64,8 @@ class _Window:
             try:
                 entry, end = self.decode_entry(self.text, self.place)
                 break
+            except RecursionError:
+                raise self.error("nested too deeply") from None
             except ValueError as error:
                 if len(self.text) - self.place > ENTRY_LIMIT or not self._extend():
                     raise self.error(f"not valid JSON ({error.args[0].split(':')[0]})") from None

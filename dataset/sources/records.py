@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from base.errors import UserError
+from base.errors import UserError, brief
 from base.files import atomic_write, cache_folder, cached_path, parse_entry
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries
 
@@ -165,20 +165,22 @@ def _checked_starts(path: Path, required: Sequence[str]) -> Iterator[int]:
 def _fault(entry: object, required: Sequence[str]) -> str | None:
     """What is wrong with an entry and what to do about it; None for a good one."""
     if type(entry) is not dict:
-        return f"expected an object with {', '.join(required)}, found {entry!r:.60}"
+        return f"expected an object with {', '.join(required)}, found {brief(entry)}"
     for field in required:
         if field not in entry:
             return f"no field {field!r} (it has {', '.join(entry) or 'none'}); add the field or remove the entry"
         types, value = FIELD_TYPES.get(field, (object,)), entry[field]
         if not isinstance(value, types):
             names = " or ".join(kind.__name__ for kind in types)
-            return f"field {field!r} must be {names}, not {type(value).__name__} ({value!r:.60}); mend the entry"
+            return f"field {field!r} must be {names}, not {type(value).__name__} ({brief(value)}); mend the entry"
         if (
             type(value) is list
             and list in types
             and not (value and all(type(item) is str for item in value))
         ):
-            return f"field {field!r} must list one or more texts, not {value!r:.60}; mend the entry"
+            return (
+                f"field {field!r} must list one or more texts, not {brief(value)}; mend the entry"
+            )
     return None
 
 

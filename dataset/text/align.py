@@ -36,7 +36,7 @@ class AlignTokenizer:
         """[CLS], the first pieces, [SEP]: at most `context_length` ids."""
         if not text.isascii():
             text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-        ids = self.pieces.backend.encode(text, add_special_tokens=False).ids
+        ids = self.pieces.plain_ids(text)
         return [self.pieces.cls_id, *ids[: self.context_length - 2], self.pieces.sep_id]
 
     def __call__(self, texts: Iterable[str], lengths: Sequence[int] | None = None) -> Tensor:

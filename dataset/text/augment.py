@@ -96,6 +96,7 @@ class TextViews:
         """1 + local texts of one sample."""
         if self.options.clean_before_augment:
             captions = [clean_text(caption) for caption in captions]
+        captions = [caption for caption in captions if caption.strip()] or captions
         if self.options.caption_sampling == "single":
             captions = [random.choice(captions)]
         views = [self.without_stop_words(random.choice(captions)) for _ in range(1 + self.local)]

@@ -3,6 +3,8 @@
 import gzip
 import html
 import importlib.util
+import io
+import zlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 
 from base.errors import UserError
+from base.files import read_bytes
 from dataset.text.wordpiece import padded_length
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -21,6 +24,7 @@ PIECES = (
 )
 PIECES = PIECES.replace("<|", r"<\|")
 CLIP_MERGES = 48_894  # of the file's lines, CLIP takes so many
+MERGES_LIMIT = 64 << 20  # bytes of the text; CLIP's has 3 million
 REMEMBERED = (
     1 << 18
 )  # words whose ids are kept; the commonest words of web captions are a few ten thousand
@@ -159,11 +163,15 @@ BYTE_IDS = {byte: number for number, byte in enumerate(_byte_alphabet().values()
 def read_merges(path: Path) -> dict[tuple[int, int], int]:
     """Merges of a file as (left id, right id) -> id of both together; smaller ids are merged
     first."""
-    data = path.read_bytes()
+    data = read_bytes(path, "fetch it again", MERGES_LIMIT)
     try:
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MERGES_LIMIT + 1)
+        text = data.decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no gzipped text ({error}); fetch it again") from None
+    if len(data) > MERGES_LIMIT:
+        raise UserError(f"{path}: more than {MERGES_LIMIT:,} bytes of text; fetch it again")
     ids = {symbol: number for number, symbol in enumerate(_byte_alphabet())}
     ids |= {f"{symbol}</w>": number + 256 for symbol, number in list(ids.items())}
     merges: dict[tuple[int, int], int] = {}

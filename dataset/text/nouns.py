@@ -129,7 +129,11 @@ def perceptron_tagger(nltk_data: str | Path) -> Tagger:
     from nltk.tag.perceptron import PerceptronTagger
 
     _nltk_path(nltk_data)
-    tagger = PerceptronTagger(lang="eng")
+    try:
+        tagger = PerceptronTagger(lang="eng")
+    except (LookupError, OSError, ValueError, TypeError, RecursionError) as error:
+        what = str(error).strip().splitlines()[0][:120]
+        raise UserError(f"{folder}: damaged ({what}); fetch it again") from None
     return lambda words: [tag for _, tag in tagger.tag(words)]
 
 

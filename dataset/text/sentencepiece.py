@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from base.errors import UserError
+from base.files import clean_surrogates
 
 IMAGE, EMPTY = "<|image|>", "<|empty|>"
 
@@ -41,7 +42,7 @@ class PieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids without BOS and EOS; what stands between special tokens is encoded by itself."""
-        parts = [part for part in self._split.split(text) if part]
+        parts = [part for part in self._split.split(clean_surrogates(text)) if part]
         return [
             i
             for part in parts

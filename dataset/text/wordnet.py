@@ -8,6 +8,7 @@ Format: wndb(5WN) and morphy(7WN) of Princeton's WordNet.
 import mmap
 import os
 import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -146,16 +147,23 @@ KEPT = " abcdefghijklmnopqrstuvwxyz"
 def _mapped_files(folder: Path) -> dict[str, mmap.mmap]:
     files = {}
     for name in FILES:
-        with (folder / name).open("rb") as file:
-            files[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            with (folder / name).open("rb") as file:
+                files[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            message = f"{folder / name}: cannot be read ({error}); install WordNet again"
+            raise UserError(message) from None
     return files
 
 
 def _zip_members(archive: Path) -> dict[str, bytes]:
     """NLTK's downloader leaves corpora in zip files, which cannot be mapped."""
-    with zipfile.ZipFile(archive) as bundle:
-        names = {Path(name).name: name for name in bundle.namelist()}
-        missing = [name for name in FILES if name not in names]
-        if missing:
-            raise UserError(f"{archive}: no WordNet, {missing[0]} is not in it; fetch it again")
-        return {name: bundle.read(names[name]) for name in FILES}
+    try:
+        with zipfile.ZipFile(archive) as bundle:
+            names = {Path(name).name: name for name in bundle.namelist()}
+            missing = [name for name in FILES if name not in names]
+            if missing:
+                raise UserError(f"{archive}: no WordNet, {missing[0]} is not in it; fetch it again")
+            return {name: bundle.read(names[name]) for name in FILES}
+    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError) as error:
+        raise UserError(f"{archive}: cannot be read ({error}); fetch it again") from None

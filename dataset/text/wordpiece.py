@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
+from base.files import clean_surrogates, read_json, read_lines
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DROPPED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
@@ -30,10 +31,13 @@ def pre_question(text: str, max_words: int = 30) -> str:
 
 
 def choose_caption(caption: str | Sequence[str], max_words: int = 30) -> str:
-    """The cleaned caption, of a list one chosen with Python's `random`. Raises BadSample when
-    nothing is left of it."""
+    """The cleaned caption, of a list one chosen with Python's `random` among those of which
+    something is left. Raises BadSample where nothing is left of any."""
     chosen = caption if isinstance(caption, str) else random.choice(caption)
     text = pre_caption(chosen, max_words)
+    if not text.strip() and not isinstance(caption, str):
+        cleaned = [pre_caption(each, max_words) for each in caption]
+        text = random.choice([each for each in cleaned if each.strip()] or [text])
     if not text.strip():
         raise BadSample(f"caption {chosen[:60]!r} is empty after cleaning")
     return text
@@ -63,7 +67,11 @@ class Tokenizer:
 
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
         """[CLS] and the pieces of one text, at most `max_length` ids in all."""
-        return [self.cls_id, *self.backend.encode(text, add_special_tokens=False).ids][:max_length]
+        return [self.cls_id, *self.plain_ids(text)][:max_length]
+
+    def plain_ids(self, text: str) -> list[int]:
+        """The pieces of one text alone; a lone surrogate in it counts as U+FFFD."""
+        return self.backend.encode(clean_surrogates(text), add_special_tokens=False).ids
 
     def __call__(
         self,
@@ -177,11 +185,14 @@ def _load_backend(source: str):
     candidates = [path / "tokenizer.json", path / "vocab.txt"] if path.is_dir() else [path]
     file = next((file for file in candidates if file.is_file()), None)
     if file and file.suffix == ".json":
-        return Backend.from_file(str(file))
+        read_json(file, dict)  # says where it is damaged
+        try:
+            return Backend.from_file(str(file))
+        except Exception as error:  # the library raises bare exceptions
+            what = str(error).splitlines()[0][:200]
+            raise UserError(f"tokenizer {file}: {what}; fetch it again") from None
     if file:
-        vocabulary = {
-            line.rstrip("\r\n"): number for number, line in enumerate(file.open(encoding="utf-8"))
-        }
+        vocabulary = {token: number for number, token in enumerate(read_lines(file))}
         backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
         backend.normalizer = normalizers.BertNormalizer(lowercase=True)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

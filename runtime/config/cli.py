@@ -24,12 +24,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from base.errors import UserError
+from base.errors import UserError, brief
 from base.files import nearest, write_text
 from runtime.config.schema import Schema, knob, section
 from runtime.config.values import (
     allows,
-    brief,
     from_words,
     line_of,
     placeholder,

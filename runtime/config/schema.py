@@ -9,8 +9,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
+from base.errors import brief
 from base.files import nearest
-from runtime.config.values import brief, convert, describe, example, show
+from runtime.config.values import convert, describe, example, show
 
 
 def knob(

@@ -4,20 +4,17 @@ text."""
 import json
 import math
 import re
-import reprlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from base.errors import UserError
+from base.errors import UserError, brief
 from base.files import DEPTH_LIMIT, read_text
 
 YAML_LIMIT = 64 << 20  # bytes of a file
 NODE_LIMIT = 1_000_000  # values of a file, its aliases written out
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 120
 TRUTH = {
     "true": True,
     "yes": True,
@@ -260,11 +257,6 @@ def _check_size(root: Any) -> None:
 
     if size(root, 0) > NODE_LIMIT:
         raise ValueError(f"its aliases stand for more than {NODE_LIMIT:,} values")
-
-
-def brief(value: Any) -> str:
-    """`repr` of a value in at most about a line, for messages."""
-    return SHORT.repr(value)
 
 
 def line_of(node: Any, key: str) -> int | None:

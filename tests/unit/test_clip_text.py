@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from base.errors import UserError
+from dataset.text import bpe
 from dataset.text.augment import TextOptions, TextViews, remove_stop_words
 from dataset.text.bpe import ClipTokenizer, clean_text
 
@@ -60,6 +61,25 @@ def test_unusable_merges(tmp_path):
     (tmp_path / "b.gz").write_bytes(gzip.compress(b"x\nt h\n")[:-5])
     with pytest.raises(UserError, match=r"b\.gz"):
         ClipTokenizer(tmp_path / "b.gz")
+
+
+def test_merges_with_any_byte_flipped_are_read_or_refused_in_one_sentence(tmp_path):
+    data = gzip.compress(b"x\n" + b"t h\nth e</w>\na n\n" * 50)
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 0x41
+        (tmp_path / "a.gz").write_bytes(damaged)
+        try:
+            ClipTokenizer(tmp_path / "a.gz")
+        except UserError as error:
+            assert "a.gz" in str(error)
+
+
+def test_a_gzip_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bpe, "MERGES_LIMIT", 1 << 20)
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"\n" * (1 << 24)))
+    with pytest.raises(UserError, match="more than 1,048,576 bytes"):
+        ClipTokenizer(tmp_path / "bomb.gz")
 
 
 def test_stop_words_leave_punctuation_and_contractions_apart():

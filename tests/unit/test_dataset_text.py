@@ -1,12 +1,18 @@
 """Cleaning, WordPiece in fixed lengths and masked-language-model targets."""
 
 import pickle
+import random
 
 import pytest
 import torch
 
 from base.errors import BadSample, UserError
+from dataset.sources.records import Records
+from dataset.text.align import AlignTokenizer
+from dataset.text.augment import TextOptions, TextViews
+from dataset.text.sentencepiece import PieceTokenizer, train_pieces
 from dataset.text.wordpiece import (
+    SPECIAL,
     Tokenizer,
     choose_caption,
     mask_tokens,
@@ -85,3 +91,61 @@ def test_targets_list_the_chosen_places():
     assert targets.tolist() == [17, 9] + [-100] * 30
     assert len(mlm_targets(torch.full((2, 3), -100))[0]) == 32
     assert len(mlm_targets(torch.zeros(3, 11, dtype=torch.int64))[0]) == 64
+
+
+def test_half_an_emoji_is_the_replacement_character_in_every_tokenizer(tmp_path):
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_bytes(
+        b"\xef\xbb\xbf" + "\r\n".join([*SPECIAL, "a", "red", "seven", "\ufffd", ""]).encode()
+    )
+    tokenizer = Tokenizer(vocab)
+    assert tokenizer.encode("a red seven \ud83d") == tokenizer.encode("a red seven \ufffd")
+    assert tokenizer.encode("a red seven \ud83d")[:4] == [2, 5, 6, 7]
+    align = AlignTokenizer(vocab)
+    assert align.row("seven \ud83d") == align.row("seven \ufffd")
+    file = tmp_path / "pieces.model"
+    train_pieces(["a red seven, a blue three \ufffd"] * 9, 300, file.write_bytes)
+    pieces = PieceTokenizer(file)
+    assert pieces.encode("a \ud83d") == pieces.encode("a \ufffd") != pieces.encode("a")
+
+
+def test_a_record_with_half_an_emoji_is_read(tmp_path):
+    (tmp_path / "a.json").write_text(
+        r'[{"image": "a.jpg", "caption": ["x \ud83d", "\ud83d\ude00"]}]'
+    )
+    record = Records(tmp_path / "a.json", cache_dir=tmp_path)[0]
+    assert record["caption"] == ["x \ufffd", "😀"]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("vocab.txt", b"[PAD]\n\xff\xfe"),
+        ("tokenizer.json", b'{"model": '),
+        ("tokenizer.json", b"[" * 100_000),
+        ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Unheard"}}'),
+        ("tokenizer.json", b"[1]"),
+    ],
+)
+def test_a_damaged_vocabulary_is_one_sentence(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as error:
+        Tokenizer(tmp_path / name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_an_empty_caption_of_several_condemns_no_other():
+    random.seed(0)
+    assert {choose_caption(["", "a cat", "...", "a dog"]) for _ in range(60)} == {"a cat", "a dog"}
+    with pytest.raises(BadSample, match="empty after cleaning"):
+        choose_caption(["", "!"])
+    views = TextViews(TextOptions(text_augment=False), local=1)
+    assert {text for _ in range(30) for text in views(["", "a cat", " "])} == {"a cat"}
+
+
+def test_the_draw_among_captions_without_an_empty_one_is_as_it_was():
+    captions = ["one", "two", "three"]
+    random.seed(3)
+    drawn = [choose_caption(captions) for _ in range(20)]
+    random.seed(3)
+    assert drawn == [random.choice(captions) for _ in range(20)]

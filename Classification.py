@@ -109,9 +109,15 @@ def build_data(config: Config, names: list[str], world: World, state: dict | Non
         labels = Labels(config.network.num_classes, config.targets, data)
         opened = partial(training_source, data, config.data_root, view, labels, names, **options)
         sources.append(distributed.main_first(opened))
-    place = {"rank": world.rank, "world_size": world.size, "seed": config.seed, "state": state}
-    place |= {"error_budget": config.error_budget, "pin_memory": world.device.type == "cuda"}
-    return StreamLoader(Stream(sources, LabelCollate()), config.batch_size, config.workers, **place)
+    return StreamLoader(
+        Stream(sources, LabelCollate()),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        world=world,
+        seed=config.seed,
+        state=state,
+        error_budget=config.error_budget,
+    )
 
 
 def validation(config: Config, names: list[str], world: World) -> Callable[[VisionClassifier], Metrics]:

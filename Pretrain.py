@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from base.files import read_json
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
 from dataset.images.randaugment import RandAugment
@@ -31,25 +31,27 @@ from dataset.sources.records import Records
 from dataset.sources.shards import ShardSource
 from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
 from dataset.text.wordpiece import Tokenizer
-from models.fusion.dvae import ImageTokenizer
+from models.fusion.config import networks
+from models.fusion.dvae import ImageTokenizer, existing_tokenizer
 from models.fusion.momentum import MomentumPairs
 from models.fusion.simla import Simla, SimlaConfig
-from models.layers.vit import ViTConfig
-from models.layers.xbert import BertConfig
 from models.weights.albef import deit_weights, load_bert, load_bert_folder, start_from
 from models.weights.loading import load_checkpoint
 from models.weights.vit import native
 from runtime.checkpoint import read_weights
-from runtime.config.cli import knob, run, section
+from runtime.config.cli import knob, run_script, section
+from runtime.config.fusion import Networks
 from runtime.log import training_flops
 from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
 from runtime.optim.schedule import Plan, Schedule, ramp
-from runtime.parallel import gradient_sync, parallelize, to_device
+from runtime.parallel import gradient_sync, parallelize
 from runtime.run import Run, RunConfig, seed_everything
 
 
 @dataclass
-class Config(RunConfig):
+class Config(Networks, RunConfig):
+    """Pre-training of fusion encoders."""
+
     output_dir: Path = knob(Path("output/Pretrain"), "folder of this run: config.yaml, log.jsonl, checkpoints")
     # the method
     method: str = knob("simla", "losses and text transformer", choices=("simla", "albef"))
@@ -61,19 +63,8 @@ class Config(RunConfig):
     mlm_probability: float = knob(0.15, "share of words masked", low=0, high=1)
     mask_ratio: float = knob(75 / 256, "share of patches masked for MIM", low=0, high=1)
     compat: str = knob("none", "'original' reproduces the published code's numbers", choices=("none", "original"))
-    # the networks
-    image_res: int = knob(256, "side of the square input, pixels", low=8)
-    patch_size: int = knob(16, "side of a patch, pixels", low=1)
-    vision_width: int = knob(768, "width of the vision transformer", low=1)
-    vision_depth: int = knob(12, "blocks of the vision transformer", low=1)
-    vision_heads: int = knob(12, "attention heads of the vision transformer", low=1)
-    vision_stem: list[int] = knob(
-        [], "channels of convolutional stages before the patches, whose batch norms stay as loaded; [] = none", low=1
-    )
-    bert_config: Path = knob(Path("configs/shared_bert.json"), "geometry of the text and fusion transformer (JSON)")
-    embed_dim: int = knob(256, "width of the joint space", low=1)
+    # what the networks start from
     vision_weights: Path | None = knob(None, "weights the ViT starts from: DeiT-B .pth, or a run of Classification.py")
-    text_encoder: str = knob("bert-base-uncased", "tokenizer: Hugging Face folder or hub name")
     text_weights: str | None = knob(None, "BERT weights to start from: folder or hub name; none = random")
     image_tokenizer_path: Path | None = knob(
         None, "frozen image tokenizer: OpenAI's encoder.pkl or scripts/train_dvae.py's"
@@ -91,14 +82,14 @@ class Config(RunConfig):
     shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
     error_budget: float = knob(0.01, "share of unreadable samples at which the run stops", low=0, high=1)
     crop_scale: tuple[float, float] = knob((0.2, 1.0), "range of the random crop's share of the image", low=0, high=1)
-    flip: bool = knob(True, "mirror half of the images; no where captions say left and right")
+    flip: bool = knob(True, "horizontal flip of half the images; no where captions say left and right")
     augment_level: float = knob(7, "strength of RandAugment's two operations; 0 = none of them", low=0, high=10)
     fixed_geometry: bool = knob(False, "always the whole image; colour operations alone")
     max_words: int = knob(30, "words of a caption kept", low=1)
     max_tokens: int = knob(25, "tokens of a caption kept, [CLS] included", low=2)
     batch_size: int = knob(64, "pairs per process and micro-batch", low=2)
-    optimizer: Optimizer = section(Optimizer)
-    scheduler: Schedule = section(Schedule, aliases=("schedular",))
+    optimizer: Optimizer = section(Optimizer, flat=True)
+    scheduler: Schedule = section(Schedule, aliases=("schedular",), flat=True)
 
     @property
     def grid(self) -> int:
@@ -110,40 +101,13 @@ class Config(RunConfig):
         return self.method == "simla"
 
 
-def build_data(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageTokenizer | None, world: World, state):
-    """Endless batches of this process (see dataset.loading.stream), beginning at the position `state`."""
-    token_side = config.grid * image_tokenizer.reduction if image_tokenizer else None
-    augment = RandAugment(2 if config.augment_level else 0, config.augment_level, config.compat)
-    view = dict(shared_view=config.compat == "none", fixed_geometry=config.fixed_geometry, flip=config.flip)
-    view |= dict(scale=config.crop_scale, augment=augment)
-    records = Records(config.train_file) if config.train_file else []
-    codes = None
-    if config.code_cache:
-        images = PretrainPair(PretrainTransform(config.image_res, token_side, **view), config.image_root)
-        distributed.main_first(lambda: write_codes(config.code_cache, records, images, image_tokenizer, world.device))
-        codes, token_side = CodeCache(config.code_cache, len(records)), None
-    patch_mask = BlockMask(config.grid, ratio=config.mask_ratio) if config.is_simla else None
-    transform = PretrainTransform(config.image_res, token_side, **view)
-    build = PretrainPair(transform, config.image_root, patch_mask, codes, config.max_words)
-    sources = [RecordSource(records, build, "train_file")] if records else []
-    sources += [ShardSource(url, build, shuffle_buffer=config.shuffle_buffer) for url in config.shards]
-    if not sources:
-        raise UserError("no training data: name annotation lists in train_file, or WebDataset shards in shards")
-    stream = Stream(sources, PretrainCollate(tokenizer, config.max_tokens, config.mlm_probability), config.weights)
-    place = dict(rank=world.rank, world_size=world.size, seed=config.seed, state=state)
-    budget = config.error_budget
-    return StreamLoader(stream, config.batch_size, config.workers, **place, pin_memory=True, error_budget=budget)
-
-
 def build_model(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageTokenizer | None) -> Simla:
     """The networks on the CPU, with their starting weights."""
-    bert = read_json(config.bert_config, dict, "set bert_config; configs/shared_bert.json is SIMLA's BERT-base")
-    bert |= {"encoder_width": config.vision_width, "vocab_size": tokenizer.vocab_size}
-    vision = (config.image_res, config.patch_size, config.vision_width, config.vision_depth, config.vision_heads)
+    vit, bert = networks(config, tokenizer.vocab_size, mask_token=config.is_simla)
     model = Simla(
         SimlaConfig(
-            vit=ViTConfig(*vision, mask_token=config.is_simla, stem=tuple(config.vision_stem)),
-            bert=BertConfig.from_json(bert),
+            vit=vit,
+            bert=bert,
             embed_dim=config.embed_dim,
             queue_size=config.queue_size,
             temp=config.temp,
@@ -171,17 +135,66 @@ def load_image_tokenizer(config: Config, world: World) -> ImageTokenizer | None:
     """The frozen tokenizer on the device, in the precision of the run (float32 by default); ALBEF needs none."""
     if not config.is_simla:
         return None
-    if config.image_tokenizer_path is None or not config.image_tokenizer_path.exists():
-        raise UserError(
-            f"image_tokenizer_path: {config.image_tokenizer_path} does not exist; give OpenAI's DALL-E encoder.pkl, "
-            "or train one on your own images: python scripts/train_dvae.py --help"
-        )
     kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
-    return ImageTokenizer.load(config.image_tokenizer_path, read_weights, kind).to(world.device)
+    path = existing_tokenizer(config.image_tokenizer_path)
+    return ImageTokenizer.load(path, read_weights, kind).to(world.device)
 
 
-def train_step(model, teacher, image_tokenizer, next_batch, alpha, config: Config, precision: Precision) -> dict:
-    """Gradients of one update: the teacher first, then `accumulate` micro-batches. Returns the losses, 0-d tensors."""
+def image_transform(config: Config, token_side: int | None) -> PretrainTransform:
+    """Random view of an image and, `token_side` pixels wide, what the image tokenizer sees of it."""
+    return PretrainTransform(
+        config.image_res,
+        token_resolution=token_side,
+        shared_view=config.compat == "none",
+        fixed_geometry=config.fixed_geometry,
+        scale=config.crop_scale,
+        flip=config.flip,
+        augment=RandAugment(2 if config.augment_level else 0, config.augment_level, config.compat),
+    )
+
+
+def training_data(
+    config: Config, tokenizer: Tokenizer, image_tokenizer: ImageTokenizer | None, world: World, state: dict | None
+) -> StreamLoader:
+    """Endless batches of this process (see dataset.loading.stream), from the position `state` on."""
+    # side of the image tokenizer's input, pixels: a code for each patch
+    token_side = config.grid * image_tokenizer.reduction if image_tokenizer else None
+    records = Records(config.train_file) if config.train_file else []
+    codes = None
+    if config.code_cache:
+        images = PretrainPair(image_transform(config, token_side), config.image_root)
+        with distributed.rank_0_first():
+            write_codes(config.code_cache, records, images, image_tokenizer, world.device)
+        codes = CodeCache(config.code_cache, len(records))
+        token_side = None
+    pair = PretrainPair(
+        image_transform(config, token_side),
+        config.image_root,
+        patch_mask=BlockMask(config.grid, ratio=config.mask_ratio) if config.is_simla else None,
+        codes=codes,
+        max_words=config.max_words,
+    )
+    sources = [RecordSource(records, pair, "train_file")] if records else []
+    for url in config.shards:
+        sources.append(ShardSource(url, pair, shuffle_buffer=config.shuffle_buffer))
+    if not sources:
+        raise UserError("no training data: name annotation lists in train_file, or WebDataset shards in shards")
+    collate = PretrainCollate(tokenizer, config.max_tokens, config.mlm_probability)
+    return StreamLoader(
+        Stream(sources, collate, config.weights),
+        batch_size=config.batch_size,
+        workers=config.workers,
+        world=world,
+        seed=config.seed,
+        state=state,
+        error_budget=config.error_budget,
+    )
+
+
+def train_step(
+    model, teacher: MomentumPairs, image_tokenizer, next_batch, alpha: float, config: Config, precision: Precision
+) -> dict[str, Tensor]:
+    """Gradients of one update: the teacher first, then `accumulate` micro-batches. Returns the mean losses, 0-d."""
     teacher.update()
     total = {}
     for micro in range(config.accumulate):
@@ -189,7 +202,7 @@ def train_step(model, teacher, image_tokenizer, next_batch, alpha, config: Confi
         if "token_image" in batch:
             batch["visual_codes"] = image_tokenizer.codes(batch.pop("token_image")).flatten(1)
         with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
-            losses = model(**batch, alpha=alpha)
+            losses = model(**batch, alpha=torch.full((), alpha, device=precision.device))
             loss = losses["loss_ita"] + losses["loss_itm"] + losses["loss_mlm"]
             if config.is_simla:
                 loss = loss + losses["loss_mim"] + losses["loss_pseudo"]
@@ -201,47 +214,36 @@ def train_step(model, teacher, image_tokenizer, next_batch, alpha, config: Confi
 
 def main(config: Config) -> None:
     world = distributed.init(config.device)
-    seed_everything(config.seed, 0)  # the same starting weights everywhere
-    session = Run(config, world)
+    seed_everything(config.seed, 0)  # the same initial weights on every rank
+    run = Run(config, world)
     tokenizer = Tokenizer(config.text_encoder)
     image_tokenizer = load_image_tokenizer(config, world)
-    loader = build_data(config, tokenizer, image_tokenizer, world, session.data_state())
+    loader = training_data(config, tokenizer, image_tokenizer, world, run.data_state())
     model = build_model(config, tokenizer, image_tokenizer)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = config.accumulate * training_flops(model, model.example_batch(config.batch_size, config.max_tokens))
     model = parallelize(model, world, config).train()
-    seed_everything(config.seed, world.rank)
     teacher = MomentumPairs(model, config.momentum)
+    seed_everything(config.seed, world.rank)  # from here on ranks differ in dropout and negatives
     optimizer = build_optimizer(model, config.optimizer)
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
-    session.track(model=model, optimizer=optimizer, precision=precision, loader=loader)
+    run.track(model=model, optimizer=optimizer, precision=precision, loader=loader)
+    plan = Plan.of_loader(config.scheduler, config.optimizer.lr, loader, config.accumulate)
+    run.start(f"{config.method.upper()} pre-training", plan, flops)
+    parameters = list(model.parameters())
+    alpha_steps = plan.steps(config.alpha_ramp)
 
-    plan = Plan.of(
-        config.scheduler,
-        config.optimizer.lr,
-        loader_steps=loader.steps_per_epoch,
-        accumulate=config.accumulate,
-        batch=config.batch_size * config.accumulate * world.size,
-    )
-    session.start(f"{config.method.upper()} pre-training", plan, parameters, flops, samples_an_epoch=len(loader.stream))
-
-    def next_batch() -> dict[str, torch.Tensor]:
-        return to_device(session.watch.waiting(loader), world.device)
-
-    step = session.step
-    while step < plan.total:
+    for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
-        alpha = torch.tensor(config.alpha * ramp(step, plan.steps(config.alpha_ramp)), device=world.device)
-        losses = train_step(model, teacher, image_tokenizer, next_batch, alpha, config, precision)
-        grad_norm = precision.step(optimizer, list(model.parameters()))
-        step += 1
-        session.log_step(step, **losses, grad_norm=grad_norm)
-        session.save_if_due(step)
-        session.leave_if_interrupted(step)
-    session.export()
-    session.close()
+        alpha = config.alpha * ramp(step, alpha_steps)
+        losses = train_step(model, teacher, image_tokenizer, run.next_batch, alpha, config, precision)
+        grad_norm = precision.step(optimizer, parameters)
+        run.log_step(step + 1, **losses, grad_norm=grad_norm)
+        run.save_if_due(step + 1)
+        run.leave_if_interrupted(step + 1)
+    run.export()
+    run.close()
     distributed.shutdown()
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

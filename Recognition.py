@@ -132,8 +132,8 @@ def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state
     view = ImageView(config.network.image_size, config.whole_image, config.crop)
     files = (config.train_list, config.image_root, config.shards, config.shuffle_buffer)
     stream = distributed.main_first(partial(training_stream, view, text, *files, config.caption_weight > 0))
-    place = (world.rank, world.size, config.seed)
-    return StreamLoader(stream, config.batch_size, config.workers, *place, True, state, config.error_budget)
+    options = {"world": world, "seed": config.seed, "state": state, "error_budget": config.error_budget}
+    return StreamLoader(stream, config.batch_size, config.workers, **options)
 
 
 class Reader:

@@ -121,8 +121,8 @@ def build_data(config: Config, tokenizer: Callable, world: World, state: dict | 
         sources.append(RecordSource(records, captions.ImageTextPair(views, texts, root), kind))
     sources += [ShardSource(url, pair, shuffle_buffer=config.shuffle_buffer) for url in config.shards]
     stream = Stream(sources, captions.CaptionCollate(tokenizer, config.text_lengths))
-    place = (world.rank, world.size, config.seed, world.device.type == "cuda", state, config.error_budget)
-    return StreamLoader(stream, config.batch_size, config.workers, *place)
+    options = {"world": world, "seed": config.seed, "state": state, "error_budget": config.error_budget}
+    return StreamLoader(stream, config.batch_size, config.workers, **options)
 
 
 def build_model(config: Config) -> DualEncoder:

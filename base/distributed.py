@@ -3,6 +3,7 @@
 Every helper is the identity on one process, so scripts never ask how many there are.
 """
 
+import contextlib
 import datetime
 import os
 import socket
@@ -28,6 +29,9 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
@@ -236,6 +240,28 @@ def on_main(work, share: bool = True):
     if message is not None:
         raise failure if failure is not None else UserError(f"rank 0: {message}")
     return result if rank() == 0 else shared
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 runs the block, then the others do: a file is written once and read by all.
+
+    A failure of rank 0 is raised on every process, instead of leaving the others waiting.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    failure = None
+    if dist.get_rank() == 0:
+        try:
+            yield
+        except Exception as error:
+            failure = error
+    message = broadcast_object(None if failure is None else str(failure))
+    if message is not None:
+        raise failure if failure is not None else UserError(f"rank 0: {message}")
+    if dist.get_rank() != 0:
+        yield
 
 
 def main_first(build):

@@ -57,13 +57,24 @@ class CheckpointFolder:
         for leftover in self.folder.glob("checkpoint_*.pt.tmp"):  # as earlier versions left them
             leftover.unlink()
         path = self.folder / f"checkpoint_{step:08d}.pt"
-        with atomic_write(path, RESUMABLE) as temporary:
+        # the tagged name first: a run killed between the two repeats the step, and still has its best
+        names = [path] if tag is None else [self.folder / f"checkpoint_{tag}.pt", path]
+        with atomic_write(names[0], RESUMABLE) as temporary:
             _write_hashed(state, temporary)
-        if tag is not None:
-            with atomic_write(self.folder / f"checkpoint_{tag}.pt", RESUMABLE) as temporary:
-                _same_file(path, temporary)
+        for name in names[1:]:
+            with atomic_write(name, RESUMABLE) as temporary:
+                _same_file(names[0], temporary)
         self._prune(step)
         return path
+
+    def set_best_aside(self) -> None:
+        """Rename the best checkpoint of an earlier run, which a new run in this folder must not take for its own."""
+        if self.best is not None:
+            aside = self.best.with_name(self.best.name + ".superseded")
+            warnings.warn(
+                f"{self.best} is of an earlier run in this folder; now {aside.name}", stacklevel=2
+            )
+            self.best.rename(aside)
 
     def numbered(self) -> list[Path]:
         """The files `checkpoint_<step>.pt`, newest step first."""

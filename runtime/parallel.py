@@ -6,6 +6,7 @@ checkpointed and sharded.
 """
 
 import contextlib
+import copy
 import inspect
 from dataclasses import dataclass
 
@@ -52,10 +53,12 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     """
     strategy, compiled = features.parallel, features.compile
     model = model.to(world.device)
+    structure = without_weights(model) if strategy == "fsdp" else None
     if features.activation_checkpointing:
         checkpoint_blocks(model, compiled)
     if strategy == "fsdp":
         model = shard(model)
+        model.structure = [structure]  # for whole_model; in a list, or it would be a submodule
     elif strategy != "ddp":
         raise UserError(f"parallel: {strategy!r} is unknown; use ddp or fsdp")
     if compiled:
@@ -94,7 +97,7 @@ def checkpoint_blocks(model: nn.Module, compiled: bool) -> None:
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """FSDP2: each block is a unit, what remains is the root unit. In place."""
+    """FSDP2: each block is a unit, what remains is the root unit. In place; `whole_model` gathers it again."""
     from torch.distributed.fsdp import fully_shard
 
     if not dist.is_initialized():
@@ -120,6 +123,26 @@ def _average_gradient(parameter: torch.Tensor) -> None:
     """Mean over the processes; averaging an accumulated gradient again changes nothing, so every
     pass may do it."""
     parameter.grad.copy_(distributed.all_reduce(parameter.grad, "mean"))
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are on the meta device and take no memory; buffers are shared with the model."""
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
+    return copy.deepcopy(model, memo)
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """The network to evaluate: itself without wrappers, or under FSDP2 a copy with all the weights (collective)."""
+    if not hasattr(model, "structure"):
+        return distributed.unwrap(model)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = without_weights(model.structure[0])
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    whole.load_state_dict(weights, assign=True)
+    return whole
 
 
 @contextlib.contextmanager

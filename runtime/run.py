@@ -1,9 +1,9 @@
-"""One run: its folder, its resume, its checkpoints and its orderly end. What is trained, and how,
-is in the scripts."""
+"""One training run: its folder, resuming, checkpoints, log and signals. The loop and the method are in the scripts."""
 
 import contextlib
 import random
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from torch import nn
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from runtime.checkpoint import CheckpointFolder, export_safetensors
+from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, load_checked
 from runtime.config.cli import differences, knob, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
 from runtime.log import Meters, RunLog, Stopwatch, peak_flops
 from runtime.optim.build import Precision
 from runtime.optim.schedule import Plan
+from runtime.parallel import to_device
 
 
 @dataclass
@@ -79,20 +80,36 @@ def seed_everything(seed: int, rank: int) -> None:
 
 
 class Run:
-    """Folder, log, checkpoints and signals of one run.
+    """Folder, log, checkpoints and signals of one run. Every training script has this loop:
 
-    run = Run(config, world)
-    run.saved                               # the checkpoint to go on from, or None
-    run.track(model=…, optimizer=…, precision=…, loader=…)   # what a checkpoint holds; restores it
-    where there is one run.log_step(…); run.save(step); run.leave_if_interrupted(step); run.close()
+    run = Run(config, world, metric="accuracy")         # metric: None where nothing is validated
+    loader = training_data(…, run.data_state())
+    run.track(model=model, optimizer=optimizer, precision=precision, loader=loader)     # resumes
+    run.start("title", plan)
+
+    for step in range(run.step, plan.total):
+        set_learning_rate(optimizer, plan.lr(step))
+        losses = train_step(model, run.next_batch, config, precision)
+        grad_norm = precision.step(optimizer, parameters)
+        run.log_step(step + 1, **losses, grad_norm=grad_norm)
+        if run.validation_due(step + 1):
+            run.keep_best(evaluate(…), step + 1)
+        run.save_if_due(step + 1)
+        run.leave_if_interrupted(step + 1)
+    run.close()
+    run.result                                          # the checkpoint to test
     """
 
-    def __init__(self, config: RunConfig, world: World):
+    def __init__(self, config: RunConfig, world: World, metric: str | None = None):
         self.config, self.world, self.folder = config, world, Path(config.output_dir)
+        self.metric = metric  # name of the score that the best checkpoint is best by
         self._lock = distributed.on_main(self._take_lock, share=False)
         self.checkpoints = CheckpointFolder(self.folder, keep=config.keep)
         self.saved = self._find_saved()
+        self.resumed = self.saved is not None
         self.step = self.first_step = self.saved["step"] if self.saved else 0
+        self.saved_at: int | None = None  # step of the newest checkpoint that this process wrote
+        self.best = distributed.on_main(self._best_before)
         self._note_config()
         self.log = RunLog(
             self.folder,
@@ -140,6 +157,18 @@ class Run:
             if path is None
             else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         )
+
+    def _best_before(self) -> float:
+        """Score of the best checkpoint of a resumed run; -inf where there is none."""
+        best = self.checkpoints.best
+        if not self.resumed or self.metric is None or best is None:
+            return float("-inf")
+        if damage := find_damage(best):
+            warnings.warn(
+                f"CHECKPOINT DAMAGED: {best} ({damage}). The best one is chosen again", stacklevel=2
+            )
+            return float("-inf")
+        return load_checked(best).get(self.metric, float("-inf"))
 
     def _note_config(self) -> None:
         if not self.world.is_main:
@@ -190,45 +219,92 @@ class Run:
             )
         self.saved = None  # 3 GB that nobody needs any more
 
-    def start(self, title: str, plan: Plan, parameters: int, flops: float = 0.0, **facts) -> None:
-        """Print the derived truth and begin to measure. parameters: trainable ones; flops: of an
-        update and process."""
+    def start(self, title: str, plan: Plan, flops: float = 0.0, **facts) -> None:
+        """Print what the configuration comes to, and start the clock. flops: of one update, per process.
+
+        Says so where nothing is left to train, and ends the process where --max_steps is reached already.
+        """
         config, world, self.plan = self.config, self.world, plan
         self.save_every = max(1, plan.steps(config.save_every))
+        if self.metric is not None:
+            self.eval_every = max(1, plan.steps(config.eval_every))
         self.watch = Stopwatch(
             world, plan.batch, flops, peak_flops(world.device, config.precision, config.peak_tflops)
         )
+        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         micro = plan.batch // (config.accumulate * world.size)
         self.log.banner(
             f"{title} -> {self.folder}",
             trainable_parameters=f"{parameters:,}",
             effective_batch=f"{plan.batch} = {micro} x {config.accumulate} micro-batches x {world.size} processes",
+            samples_an_epoch=f"{len(self.loader.stream):,}",
             updates=f"{plan.total:,} ({plan.epoch_steps:,} an epoch), from {self.step:,}",
             learning_rate=f"{plan.lr(0):.3g} first, {plan.peak_lr:.3g} peak, {plan.lr(plan.total - 1):.3g} last",
             device=f"{world.device}, {config.precision}, {config.parallel}"
             + ", compiled" * config.compile,
             **facts,
         )
+        if plan.warmup > plan.warmup_room:
+            self.log.say(
+                f"warning: the warm-up of {plan.warmup:,} updates does not fit into {plan.warmup_room:,}: "
+                "the learning rate does not rise to its peak; shorten --warmup or train longer"
+            )
+        if self.step >= plan.total:
+            self.log.say(
+                f"nothing left to train: {self.folder} has made all {plan.total:,} updates"
+            )
+        elif self._stops_at(self.step):
+            self.log.say(f"step {self.step:,} of --max_steps {config.max_steps:,}: nothing to do")
+            self._leave(0)
         self.log.progress(plan.total, self.step)
 
+    def next_batch(self) -> dict[str, torch.Tensor]:
+        """The next micro-batch, on the device; the log shows how long the loop waited for it."""
+        return to_device(self.watch.waiting(self.loader), self.world.device)
+
     def log_step(self, step: int, **losses: torch.Tensor) -> None:
-        """Count a finished update; at log points write the line. Raises NonFinite where a step was
-        not finite."""
+        """Count a finished update; at log points write the line. Raises NonFinite where a step was not finite.
+
+        losses: 0-d tensors on the device. The line has their means over the updates since the last one, over all ranks.
+        """
         self.step = step
         self.meters.add(**losses)
         self.watch.steps += 1
         self.log.tick()
-        due = step % self.config.log_every == 0 or step == self.plan.total
+        due = self._is_log_point(step)
         # looking at the flag costs nothing on the CPU, so there the run stops at the very step
         if due or self.world.device.type == "cpu":
             self._check_finite()
         if due:
-            figures = self.meters.read()
-            place = {"epoch": round(step / self.plan.epoch_steps, 4), "lr": self.plan.lr(step - 1)}
+            means = self.meters.read()
+            position = {
+                "epoch": round(step / self.plan.epoch_steps, 4),
+                "lr": self.plan.lr(step - 1),
+            }
             bad = sum(
                 sum(counts.values()) for counts in distributed.gather_objects(self.loader.errors)
             )
-            self.log.write(step, **place, **figures, **self.watch.read(), errors=bad)
+            self.log.write(step, **position, **means, **self.watch.read(), errors=bad)
+
+    def _is_log_point(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.plan.total
+
+    def validation_due(self, step: int) -> bool:
+        """Whether to validate after update `step`: every `eval_every`, and the last; never without a metric."""
+        return self.metric is not None and (step % self.eval_every == 0 or step == self.plan.total)
+
+    def keep_best(self, scores: dict, step: int) -> None:
+        """Log a validation and save a checkpoint, which is the best one if `scores[metric]` is higher than ever."""
+        score = scores[self.metric]
+        self.log.write(
+            step, **{f"val_{k}": v for k, v in scores.items() if isinstance(v, int | float)}
+        )
+        is_best = score > self.best
+        self.save(step, tag="best" if is_best else None, **{self.metric: score})
+        self.best = max(self.best, score)
+        verdict = "best so far" if is_best else f"best so far: {self.best:.4g}"
+        self.log.say(f"validation at step {step:,}: {self.metric} {score:.4g} ({verdict})")
+        self.watch.restart()
 
     def _check_finite(self) -> None:
         newest = self.checkpoints.numbered()
@@ -255,35 +331,62 @@ class Run:
             "data": self.loader.state_dict(),
             "meters": self.meters.state_dict(),
         }
-        per_rank = distributed.gather_objects(own)
         state = {
             "model": model,
             "optimizer": optimizer,
             "scaler": self.precision.state_dict(),
             "step": step,
+            "per_rank": distributed.gather_objects(own),
+            "config": to_dict(self.config),
+            **extra,
         }
-        state |= {"per_rank": per_rank, "config": to_dict(self.config), **extra}
-        distributed.on_main(lambda: self.checkpoints.save(state, step, tag=tag), share=False)
+        distributed.on_main(lambda: self._write(state, step, tag), share=False)
+        self.saved_at = step
 
-    def save_if_due(self, step: int, **extra) -> None:
-        """Every `save_every` steps and at the end."""
-        if step % self.save_every == 0 or step == self.plan.total:
-            self.save(step, **extra)
+    def _write(self, state: dict, step: int, tag: str | None) -> None:
+        if not self.resumed and self.saved_at is None:
+            self.checkpoints.set_best_aside()  # that of an earlier run in this folder
+        self.checkpoints.save(state, step, tag=tag)
+
+    def save_if_due(self, step: int) -> None:
+        """Every `save_every` steps and at the end, unless a validation has just saved."""
+        if (step % self.save_every == 0 or step == self.plan.total) and self.saved_at != step:
+            self.save(step)
 
     def leave_if_interrupted(self, step: int) -> None:
-        """After a signal, or at max_steps: save and end with the code that asks for a requeue (0 at
-        max_steps)."""
-        # asking makes the host wait for the GPU, but a scheduler grants a minute or two after its
-        # signal
-        every = 1 if self.world.device.type == "cpu" else min(self.config.log_every, 10)
-        enough = self.config.max_steps is not None and step >= self.config.max_steps
-        if not enough and (step % every or not self.interrupt.pending(self.world.device)):
+        """After a signal, or at --max_steps: save and end with the code that asks for a requeue (0 at --max_steps)."""
+        enough = self._stops_at(step)
+        if not enough and not self._interrupted(step):
             return
-        self.save(step)
-        self.log.say(f"saved at step {step}; start the same command again to go on")
+        if self.saved_at != step:
+            self.save(step)
+        self.log.say(f"saved at step {step:,}; start the same command again to resume")
+        self._leave(0 if enough else EXIT_REQUEUE)
+
+    def _stops_at(self, step: int) -> bool:
+        """Whether --max_steps ends the run here; a finished training goes on to its final test."""
+        return self.config.max_steps is not None and self.config.max_steps <= step < self.plan.total
+
+    def _interrupted(self, step: int) -> bool:
+        """Whether any process was signalled. Asking the others makes the host wait for the GPU: at log points only."""
+        costs_nothing = self.world.size == 1 or self.world.device.type == "cpu"
+        return (costs_nothing or self._is_log_point(step)) and self.interrupt.pending(
+            self.world.device
+        )
+
+    def _leave(self, status: int) -> None:
         self.close()
         distributed.shutdown()
-        sys.exit(0 if enough else EXIT_REQUEUE)
+        sys.exit(status)
+
+    @property
+    def result(self) -> Path:
+        """The best checkpoint, or the newest where nothing was validated; the same on every process."""
+        validated = self.best > float("-inf")
+        found = (
+            self.checkpoints.best if validated else next(iter(self.checkpoints.numbered()), None)
+        )
+        return distributed.broadcast_object(found)
 
     def export(self, name: str = "model.safetensors") -> Path:
         """Write the weights alone as safetensors (collective)."""

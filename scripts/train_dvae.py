@@ -173,12 +173,10 @@ def build_loader(
     source = RecordSource(images, Crop(config.size, config.crop_scale, config.flip), "data")
     return StreamLoader(
         Stream([source], default_collate),
-        config.batch_size,
-        config.workers,
-        world.rank,
-        world.size,
-        config.seed,
-        pin_memory=world.device.type == "cuda",
+        batch_size=config.batch_size,
+        workers=config.workers,
+        world=world,
+        seed=config.seed,
         state=state,
         error_budget=config.error_budget,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from base.distributed import World
+from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
 from dataset.loading.randomness import mix, permuted, seeded
 from dataset.loading.workers import signals_held, worker_init
@@ -135,17 +135,13 @@ class Stream:
 
 
 class StreamLoader:
-    """Iterator over the endless stream of one rank's batches, made by `workers` processes (0: in
-    this process).
+    """Iterator over the endless stream of one rank's batches, made by `workers` processes (0: in this process).
 
-    world: rank and number of the processes that train together (or `rank` and `world_size`).
-    pin_memory: copy batches to page-locked memory; ignored without CUDA.
-    steps_per_epoch: batches per rank and epoch. errors: bad samples dropped so far per source.
-    state_dict() refers to the last batch handed out; passing it as `state` continues behind it,
-    exactly if nothing about data, seed, ranks and workers has changed, otherwise at about the same
-    fraction of the data, with a warning.
-    error_budget: share of bad samples (after the first thousand, or all) above which a UserError
-    lists them.
+    world: this rank and how many there are; batches for CUDA are pinned. steps_per_epoch: batches per rank and epoch.
+    errors: bad samples dropped so far per source. state_dict() refers to the last batch handed out; passing it as
+    `state` continues behind it, exactly if nothing about data, seed, ranks and workers has changed, otherwise at about
+    the same fraction of the data, with a warning.
+    error_budget: share of bad samples (after the first thousand, or all) above which a UserError lists them.
     """
 
     def __init__(
@@ -153,23 +149,17 @@ class StreamLoader:
         stream: Stream,
         batch_size: int,
         workers: int = 4,
-        rank: int = 0,
-        world_size: int = 1,
+        world: World = ALONE,
         seed: int = 0,
-        pin_memory: bool = False,
         state: dict | None = None,
         error_budget: float = 0.01,
         prefetch: int = 2,
-        *,
-        world: World | None = None,
     ):
-        if world is not None:
-            rank = world.rank
-            world_size = world.size
-        self.steps_per_epoch = len(stream) // (batch_size * world_size)
+        samples = batch_size * world.size
+        self.steps_per_epoch = len(stream) // samples
         if not self.steps_per_epoch:
             raise UserError(
-                f"a batch of {batch_size} on each of {world_size} ranks needs {batch_size * world_size} samples, "
+                f"a batch of {batch_size} on each of {world.size} ranks needs {samples} samples, "
                 f"but there are only {len(stream)}; lower batch_size or add data"
             )
         self.stream, self.batch_size, self.seed, self.error_budget = (
@@ -178,8 +168,8 @@ class StreamLoader:
             seed,
             error_budget,
         )
-        self.workers, self.rank, self.world_size = workers, rank, world_size
-        self.pin_memory, self.prefetch = pin_memory and torch.cuda.is_available(), prefetch
+        self.workers, self.rank, self.world_size = workers, world.rank, world.size
+        self.pin_memory, self.prefetch = world.device.type == "cuda", prefetch
         self.slots = max(workers, 1)
         self.bad_samples: list[str] = []
         self._state = self._resume(state) if state else self._start(0)

@@ -1,5 +1,4 @@
-"""The loaders of the fine-tuning scripts from their common knobs
-(runtime.finetune.FineTuneConfig)."""
+"""The loaders of the fine-tuning scripts from their common knobs (runtime.config.fusion.FineTuneConfig)."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,11 +22,14 @@ def test_view(knobs) -> TestTransform:
 def train_loader(
     sources: Sequence, collate: Callable, knobs, world, state: dict | None
 ) -> StreamLoader:
-    """Endless batches of this process, from the position `state` on (see
-    dataset.loading.stream)."""
-    stream, workers, seed = Stream(sources, collate), knobs.workers, knobs.seed
+    """Endless batches of this process, from the position `state` on (see dataset.loading.stream)."""
     return StreamLoader(
-        stream, knobs.batch_size_train, workers, world.rank, world.size, seed, True, state
+        Stream(sources, collate),
+        batch_size=knobs.batch_size_train,
+        workers=knobs.workers,
+        world=world,
+        seed=knobs.seed,
+        state=state,
     )
 
 

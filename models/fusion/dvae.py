@@ -310,3 +310,13 @@ def code_usage(counts: Tensor) -> tuple[float, float]:
     p = counts.double() / counts.sum().clamp(min=1)
     entropy = -torch.special.xlogy(p, p).sum()
     return (counts > 0).double().mean().item(), entropy.exp().item()
+
+
+def existing_tokenizer(path: Path | None) -> Path:
+    """`path` itself; UserError where it is None or does not exist."""
+    if path is None or not path.exists():
+        raise UserError(
+            f"image_tokenizer_path: {path} does not exist; give OpenAI's DALL-E encoder.pkl, or "
+            "train one on your own images: python scripts/train_dvae.py --help"
+        )
+    return path

@@ -37,7 +37,18 @@ from runtime.config.values import (
     to_yaml,
 )
 
-__all__ = ["differences", "from_dict", "knob", "load", "parse", "run", "save", "section", "to_dict"]
+__all__ = [
+    "differences",
+    "from_dict",
+    "knob",
+    "load",
+    "parse",
+    "run",
+    "run_script",
+    "save",
+    "section",
+    "to_dict",
+]
 
 C = TypeVar("C")
 # what torch.distributed.launch and the originals' command lines hand over; the launcher's
@@ -307,7 +318,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-def run(
+def run_script(
     main: Callable[[C], Any], config_class: type[C], description: str | None = None, argv=None
 ) -> None:
     """Parse and call `main(config)`. What people can mend is one line on stderr and exit status 2;
@@ -330,3 +341,6 @@ def run(
             flush=True,
         )
         sys.exit(2)
+
+
+run = run_script  # the name that scripts used before

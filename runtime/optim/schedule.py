@@ -218,6 +218,30 @@ class Plan:
         total = steps(schedule.epochs, epoch_steps=epoch_steps, batch=batch)
         return cls(schedule, peak_lr, epoch_steps, batch, total)
 
+    @classmethod
+    def of_loader(cls, schedule: Schedule, peak_lr: float, loader, accumulate: int) -> "Plan":
+        """loader: a StreamLoader; accumulate: its batches per update."""
+        batch = loader.batch_size * accumulate * loader.world_size
+        return cls.of(
+            schedule,
+            peak_lr,
+            loader_steps=loader.steps_per_epoch,
+            accumulate=accumulate,
+            batch=batch,
+        )
+
+    @property
+    def warmup(self) -> int:
+        """Updates of warm-up that the configuration asks for; they may be more than there is room for."""
+        if self.schedule.original_warmup:
+            return 100 * self.schedule.warmup_epochs
+        return self.steps(self.schedule.warmup)
+
+    @property
+    def warmup_room(self) -> int:
+        """Updates that the warm-up may take: all, or for the original one those of the first epoch."""
+        return self.epoch_steps if self.schedule.original_warmup else self.total
+
     def steps(self, duration: Duration) -> int:
         """Updates in `duration`."""
         return steps(duration, epoch_steps=self.epoch_steps, batch=self.batch, total=self.total)

@@ -7,6 +7,7 @@ import tarfile
 
 import torch
 
+from base.distributed import World
 from base.errors import BadSample
 from dataset.loading.stream import RecordSource, Stream
 from dataset.sources.shards import ShardSource
@@ -79,3 +80,8 @@ def shards(folder, sizes, bad=(), first=0, **options):
 
 def stream(*sources, weights=None):
     return Stream(sources, collate, weights)
+
+
+def world(rank: int, size: int) -> World:
+    """A rank of so many on the CPU."""
+    return World(rank, size, rank, torch.device("cpu"))

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.distributed import World
 from base.errors import BadSample, UserError
 from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import RecordSource, StreamLoader
-from tests.contract.stream_cases import Build, collate, records, shards, stream
+from tests.contract.stream_cases import Build, collate, records, shards, stream, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -87,7 +86,7 @@ def test_an_epoch_is_disjoint_and_complete(tmp_path, kind, ranks, workers):
     source = records(96) if kind == "records" else shards(tmp_path, (8,) * 12)
     seen = Counter()
     for rank in range(ranks):
-        loader = StreamLoader(stream(source), 2, workers, rank, ranks, seed=1)
+        loader = StreamLoader(stream(source), 2, workers, world(rank, ranks), seed=1)
         assert loader.steps_per_epoch == 96 // (2 * ranks)
         seen.update(numbers(take(loader, loader.steps_per_epoch)))
         loader.close()
@@ -214,20 +213,11 @@ def test_a_dead_worker_is_reported():
     loader.close()
 
 
-def test_a_world_gives_rank_and_size():
-    for rank in range(3):
-        place = World(rank, 3, 0, torch.device("cpu"))
-        loader = StreamLoader(stream(records(60)), batch_size=2, workers=0, world=place, seed=4)
-        numbered = StreamLoader(stream(records(60)), 2, 0, rank, 3, seed=4)
-        assert numbers(take(loader, 10)) == numbers(take(numbered, 10))
-        assert loader.state_dict() == numbered.state_dict() and loader.steps_per_epoch == 10
-
-
 def test_too_few_samples():
     with pytest.raises(
         UserError, match=r"8 on each of 2 ranks needs 16 samples, but there are only 15"
     ):
-        StreamLoader(stream(records(15)), 8, world_size=2)
+        StreamLoader(stream(records(15)), 8, world=world(0, 2))
     with pytest.raises(UserError, match="no records"):
         RecordSource([], Build())
 
@@ -245,19 +235,26 @@ def test_resuming_in_another_setting_goes_on_nearby(tmp_path, kind, change):
     before = StreamLoader(source(), 4, workers=2, seed=1)
     first = numbers(take(before, 60))  # half of the epoch
     before.close()
-    options = {"workers": 2, "world_size": 1, "seed": 1} | {
-        k: v for k, v in change.items() if k != "more"
-    }
+    workers, seed, ranks = (
+        change.get("workers", 2),
+        change.get("seed", 1),
+        change.get("world_size", 1),
+    )
     seen = list(first)
-    for rank in range(options["world_size"]):
+    for rank in range(ranks):
         with pytest.warns(
             UserWarning, match="data order changed on resuming.*about the same place"
         ):
             after = StreamLoader(
-                source(change.get("more", 0)), 4, rank=rank, state=before.state_dict(), **options
+                source(change.get("more", 0)),
+                batch_size=4,
+                workers=workers,
+                world=world(rank, ranks),
+                seed=seed,
+                state=before.state_dict(),
             )
         assert after.state_dict()["samples"] == 240
-        seen += numbers(take(after, 60 // options["world_size"]))
+        seen += numbers(take(after, 60 // ranks))
         after.close()
     if "seed" not in change and "more" not in change:
         assert len(set(seen)) >= 480 * (0.99 if kind == "records" else 0.8)
@@ -353,8 +350,8 @@ def test_workers_end_when_the_parent_is_killed():
 
 
 def test_shares_of_an_evaluation():
-    for n, world in ((0, 2), (1, 3), (10, 3), (17, 4), (8, 8)):
-        shares = [list(shard_indices(n, rank, world)) for rank in range(world)]
+    for n, size in ((0, 2), (1, 3), (10, 3), (17, 4), (8, 8)):
+        shares = [list(shard_indices(n, rank, size)) for rank in range(size)]
         assert sum(shares, []) == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

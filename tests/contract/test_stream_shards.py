@@ -21,7 +21,7 @@ from dataset.sources.shards import (
     list_shards,
     read_shard,
 )
-from tests.contract.stream_cases import Build, shards, stream, write_shard, write_shards
+from tests.contract.stream_cases import Build, shards, stream, world, write_shard, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -126,7 +126,7 @@ def test_the_stream_goes_on_with_the_next_shard(tmp_path, workers):
 def test_fewer_shards_than_workers_share_them(tmp_path):
     seen = Counter()
     for rank in range(2):
-        loader = StreamLoader(stream(shards(tmp_path, (20, 20))), 2, 2, rank, 2, seed=4)
+        loader = StreamLoader(stream(shards(tmp_path, (20, 20))), 2, 2, world(rank, 2), seed=4)
         seen.update(numbers(loader, 10))
         loader.close()
     assert len(seen) == 40 and max(seen.values()) == 1

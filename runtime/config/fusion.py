@@ -1,0 +1,89 @@
+"""Options that the scripts of fusion encoders share, and the weights that fine-tuning starts from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from base.distributed import World
+from base.errors import UserError
+from runtime.checkpoint import read_weights
+from runtime.config.cli import knob, section
+from runtime.config.from_checkpoint import Geometry, inherit
+from runtime.optim.build import Optimizer
+from runtime.optim.schedule import Schedule
+from runtime.run import RunConfig
+
+
+@dataclass
+class Networks:
+    """The networks."""
+
+    image_res: int = knob(256, "side of the square input, pixels", low=8)
+    patch_size: int = knob(16, "side of a patch, pixels", low=1)
+    vision_width: int = knob(768, "width of the vision transformer", low=1)
+    vision_depth: int = knob(12, "blocks of the vision transformer", low=1)
+    vision_heads: int = knob(12, "attention heads of the vision transformer", low=1)
+    vision_stem: list[int] = knob(
+        [],
+        "channels of convolutional stages before the patches, whose batch norms stay as loaded; [] = none",
+        low=1,
+    )
+    bert_config: Path = knob(
+        Path("configs/shared_bert.json"), "geometry of the text and fusion transformer (JSON)"
+    )
+    embed_dim: int = knob(256, "width of the joint space", low=1)
+    text_encoder: str = knob("bert-base-uncased", "tokenizer: Hugging Face folder or hub name")
+
+
+@dataclass
+class FineTuneConfig(Geometry, RunConfig):
+    """Knobs of every fine-tuning script."""
+
+    evaluate: bool = knob(False, "no training: score the checkpoint")
+    batch_size_train: int = knob(
+        32, "samples per process and micro-batch", low=1, aliases=("batch_size",)
+    )
+    batch_size_test: int = knob(32, "samples per forward pass in evaluation", low=1)
+    eval_every: str = knob(
+        "1 epochs", "between two validations: a number of 'steps', 'epochs', 'samples' or '%'"
+    )
+    alpha: float = knob(0.4, "weight of the teacher's soft targets", low=0, high=1)
+    distill: bool = knob(True, "use the momentum teacher's soft targets")
+    warm_up: bool = knob(True, "alpha rises linearly from 0 during the first epoch")
+    momentum: float = knob(0.995, "momentum of the teacher, per update", low=0, high=1)
+    compat: str = knob(
+        "none", "'original' reproduces the published code's numbers", choices=("none", "original")
+    )
+    max_words: int = knob(30, "words kept of a text", low=1)
+    crop_scale: tuple[float, float] | None = knob(
+        (0.5, 1.0), "area of the random crop, of the image; none = whole"
+    )
+    flip: bool = knob(
+        True, "horizontal flip with probability 0.5; no where texts say left and right"
+    )
+    augment_level: float = knob(
+        7, "strength of RandAugment's two operations; 0 = none of them", low=0, high=10
+    )
+    optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5)
+    scheduler: Schedule = section(
+        Schedule,
+        aliases=("schedular",),
+        flat=True,
+        epochs="5 epochs",
+        min_lr=1e-6,
+        warmup="100 steps",
+    )
+    vit_mask_token: bool = knob(False, "accepted from old configurations; no patches are masked")
+    mlm_probability: float = knob(0.15, "accepted from old configurations; no tokens are masked")
+
+
+def starting_weights(config: FineTuneConfig, world: World) -> dict[str, Tensor]:
+    """Weights of `--checkpoint`, {} without one. Architecture options that are unset become those of its run."""
+    if config.evaluate and config.checkpoint is None:
+        raise UserError("--evaluate needs --checkpoint: a file or the directory of a run")
+    weights = read_weights(config.checkpoint) if config.checkpoint else {}
+    taken = inherit(config, weights)
+    if world.is_main and taken:
+        print(f"as in {config.checkpoint}:", *taken, sep="\n  ", flush=True)
+    return weights

@@ -133,9 +133,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = (self.folder / ".lock").open("w")
         try:
-            fcntl.lockf(
-                handle, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # which forked loader workers do not inherit  # what earlier versions hold
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # what earlier versions hold
             fcntl.flock(handle, fcntl.LOCK_UN)
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

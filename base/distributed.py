@@ -276,23 +276,6 @@ def main_first(build):
 # over the global batch.
 
 
-class _SumWithGradient(torch.autograd.Function):
-    """Sum over the processes, of the values forward and of the gradients backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return all_reduce(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return all_reduce(grad.contiguous())
-
-
-def all_reduce_with_gradient(x: Tensor) -> Tensor:
-    """Sum over the processes; every rank's loss sends its gradient back to all that were summed."""
-    return x if world_size() == 1 else _SumWithGradient.apply(x)
-
-
 class _GatherWithGradient(torch.autograd.Function):
     """all_gather whose backward sums the ranks' gradients of this rank's rows."""
 

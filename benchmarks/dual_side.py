@@ -50,7 +50,7 @@ def ours(options: dict, batch: dict) -> tuple[nn.Module, Callable[[], Tensor]]:
     options["flops"] = training_flops(model, given)
     model.to(batch["image"].device)
     if options["activation_checkpointing"]:
-        checkpoint_blocks(model, options["compile"])
+        checkpoint_blocks(model)
     network = torch.compile(model) if options["compile"] else model
 
     def loss() -> Tensor:

@@ -66,7 +66,7 @@ def main(options: dict) -> dict:
     device = chosen_device(options["device"])
     model = build(options).to(device).train()
     if options["activation_checkpointing"]:
-        checkpoint_blocks(model, options["compile"])
+        checkpoint_blocks(model)
     if options["compile"]:
         model.compile()
     optimizer = build_optimizer(model, Optimizer(lr=1e-4, weight_decay=0.1))

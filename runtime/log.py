@@ -13,20 +13,8 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from base.files import finite, parse_json, write_bytes
-
-# dense peak in FLOP/s at fp32 (without TF32, which precision fp32 does not use) and at 16 bit, from
-# the data sheets
-PEAK_FLOPS = {
-    "H200": (67e12, 989e12),
-    "H100": (67e12, 989e12),
-    "A100": (19.5e12, 312e12),
-    "L40S": (91.6e12, 362e12),
-    "V100": (15.7e12, 125e12),
-    "RTX 4090": (82.6e12, 165e12),
-    "RTX 3090": (35.6e12, 71e12),
-    "A10": (31.2e12, 125e12),
-    "T4": (8.1e12, 65e12),
-}
+from runtime.flops import flop_counter
+from runtime.gpus import gpu_by_device_name
 
 
 class Meters:
@@ -125,8 +113,10 @@ def peak_flops(device: torch.device, precision: str, tflops: float | None = None
         return tflops * 1e12
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((p[precision != "fp32"] for card, p in PEAK_FLOPS.items() if card in name), 0.0)
+    gpu = gpu_by_device_name(torch.cuda.get_device_name(device))
+    if gpu is None:
+        return 0.0
+    return gpu.fp32 if precision == "fp32" else gpu.half
 
 
 def training_flops(model: torch.nn.Module, batch: dict) -> float:
@@ -140,7 +130,6 @@ def training_flops(model: torch.nn.Module, batch: dict) -> float:
 
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.func import functional_call
-    from torch.utils.flop_counter import FlopCounterMode
 
     # collectives have no FLOPs and no fake tensors: to the count, this process is alone
     alone = mock.patch.object(torch.distributed, "is_initialized", return_value=False)
@@ -155,7 +144,7 @@ def training_flops(model: torch.nn.Module, batch: dict) -> float:
 
         state = {k: fake(v) for k, v in [*model.named_parameters(), *model.named_buffers()]}
         inputs = {k: fake(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             losses = functional_call(model, state, kwargs=inputs, tie_weights=True)
             sum(v for k, v in losses.items() if k.startswith("loss")).backward()
     for module, parameters, buffers in own:

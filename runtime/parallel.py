@@ -7,13 +7,16 @@ checkpointed and sharded.
 
 import contextlib
 import copy
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from base import distributed
 from base.distributed import World
@@ -55,7 +58,7 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     model = model.to(world.device)
     structure = without_weights(model) if strategy == "fsdp" else None
     if features.activation_checkpointing:
-        checkpoint_blocks(model, compiled)
+        checkpoint_blocks(model)
     if strategy == "fsdp":
         model = shard(model)
         model.structure = [structure]  # for whole_model; in a list, or it would be a submodule
@@ -78,22 +81,44 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     return model
 
 
-def checkpoint_blocks(model: nn.Module, compiled: bool) -> None:
-    """Recompute each transformer block in the backward pass instead of keeping its activations."""
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Recompute each transformer block in the backward pass instead of keeping its activations.
+
+    In place; parameter names stay. The recomputation has the dtypes and the random numbers of the
+    forward pass.
+    """
     for block in transformer_blocks(model):
-        if (
-            compiled
-        ):  # the compiler understands torch's own checkpointing, not fairscale's autograd function
-            from torch.utils.checkpoint import checkpoint
+        block.forward = functools.partial(_recomputed, block, block.forward)
 
-            forward = block.forward
-            block.forward = lambda *a, forward=forward, **k: checkpoint(
-                forward, *a, use_reentrant=False, **k
-            )
-        else:
-            from fairscale.nn import checkpoint_wrapper
 
-            checkpoint_wrapper(block)
+def _recomputed(block: nn.Module, forward: Callable, *args, **kwargs):
+    """`forward(*args, **kwargs)`, kept by its inputs alone."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    if torch.compiler.is_compiling():  # the compiler updates a buffer once, and takes no contexts
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    contexts = functools.partial(_forward_and_recomputation, block)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _forward_and_recomputation(block: nn.Module):
+    """The contexts of the two passes: running statistics follow the batch in the first alone."""
+    return contextlib.nullcontext(), _frozen_statistics(block)
+
+
+@contextlib.contextmanager
+def _frozen_statistics(block: nn.Module):
+    """Batch norms update buffers that are thrown away; their own running statistics stay."""
+    norms = [module for module in block.modules() if "running_mean" in module._buffers]
+    kept = [dict(norm._buffers) for norm in norms]
+    try:
+        for norm in norms:
+            for name, buffer in norm._buffers.items():
+                norm._buffers[name] = None if buffer is None else torch.empty_like(buffer)
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def shard(model: nn.Module) -> nn.Module:

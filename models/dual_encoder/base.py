@@ -139,7 +139,14 @@ class DualEncoder(nn.Module):
         """Losses of features of `features`, and of a momentum model's under the same names."""
         if momentum is not None:
             out = out | {f"{name}_momentum": value for name, value in momentum.items()}
-        return type(self).loss(out, self.options)
+        # in float32 under autocast, too: rounding logits to bfloat16 changes gradients by 8 % at temperature 0.01
+        device = next(iter(out.values())).device.type
+        exact = {
+            name: value.to(torch.promote_types(value.dtype, torch.float32))
+            for name, value in out.items()
+        }
+        with torch.autocast(device, enabled=False):
+            return type(self).loss(exact, self.options)
 
     @property
     def options(self) -> LossOptions:

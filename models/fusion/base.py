@@ -191,7 +191,8 @@ class ImageTextModel(MomentumModel):
     def itm(self, cls_states: Tensor, valid: Tensor | None = None) -> Tensor:
         """Image-text matching over the fused [CLS] states of 3B pairs, the first B of which match;
         valid: bool [3B]."""
-        logits = self.itm_head(cls_states)
+        with torch.autocast(cls_states.device.type, enabled=False):
+            logits = self.itm_head(cls_states.float())
         target = (torch.arange(len(logits), device=logits.device) < len(logits) // 3).long()
         loss = distilled_cross_entropy(logits, target)
         return loss.mean() if valid is None else masked_mean(loss, valid)

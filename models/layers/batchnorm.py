@@ -5,68 +5,140 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.distributed import all_reduce, all_reduce_with_gradient, world_size
+from base.distributed import all_reduce, gather, world_size
 from base.errors import UserError
 
 
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """On several processes, every batch norm of `model` takes its statistics over all of them;
-    names stay. In place.
+    """On several processes, every batch norm of `model` takes its statistics over all of them.
 
-    GPUs get torch's SyncBatchNorm, other devices the one below. Call it after the model is on its
-    device and before DistributedDataParallel. On one process nothing happens.
+    In place; names stay.
+    Call it before the optimizer and DistributedDataParallel are built. On one process nothing happens.
     """
     if world_size() == 1:
         return model
-    if next(model.parameters()).device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        for kind, replacement in (
-            (nn.BatchNorm1d, GlobalBatchNorm1d),
-            (nn.BatchNorm2d, GlobalBatchNorm2d),
-        ):
-            if isinstance(module, kind):
-                module.__class__ = (
-                    replacement  # the same object, so that a head with two names stays one
-                )
+    replaced: dict[nn.Module, GlobalBatchNorm] = {}  # a norm with two names stays one
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+                parent._modules[name] = replaced.setdefault(child, GlobalBatchNorm.like(child))
     return model
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm whose training statistics are those of all processes; equal numbers of rows on
-    each."""
+    """Batch norm whose training statistics are those of all processes, as torch's SyncBatchNorm.
+
+    One collective forward, one backward; the host never waits. Processes may have different numbers
+    of rows, at least one each.
+    """
+
+    @classmethod
+    def like(cls, norm: nn.Module) -> "GlobalBatchNorm":
+        """A global norm with the parameters and buffers of a local one."""
+        made = cls(
+            norm.num_features,
+            norm.eps,
+            norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+            device="meta",
+        )
+        made._parameters, made._buffers = norm._parameters, norm._buffers
+        return made.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B,C,...] -> the same shape."""
+        """[B,C,...] -> the same shape and dtype."""
         if not self.training or world_size() == 1:
             return super().forward(x)
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.numel() // x.shape[1] * world_size()
-        mean = all_reduce_with_gradient(x.sum(dims)) / count
-        centred = x - mean.view(shape)
-        variance = all_reduce_with_gradient(centred.square().sum(dims)) / count
-        self._follow(mean.detach(), variance.detach() * count / max(count - 1, 1))
-        scaled = centred * torch.rsqrt(variance + self.eps).view(shape)
-        return (
-            scaled
-            if self.weight is None
-            else scaled * self.weight.view(shape) + self.bias.view(shape)
-        )
+        y, mean, variance, count = _GlobalNormalise.apply(x, self.weight, self.bias, self.eps)
+        if self.track_running_stats:
+            self._follow(mean, variance * (count / (count - 1).clamp(min=1)))
+        return y
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions behind the channels."""
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 
 
-class GlobalBatchNorm1d(GlobalBatchNorm, nn.BatchNorm1d):
-    """For [B,C]."""
+class _GlobalNormalise(torch.autograd.Function):
+    """Normalisation by the mean and the variance over all processes; keeps the input alone.
+
+    With n the values of a channel, g the gradient of y = w h + b and h = (x - mean) / std, the
+    gradient of x is w / std (g - sum(g) / n - h sum(g h) / n): the sums are over all processes.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+        """x [B,C,...] -> y like x; without gradient mean [C], biased variance [C] and count [] of
+        all processes."""
+        mean, variance, count = global_statistics(x)
+        y = F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y, mean, variance, count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        x, weight, mean, variance, count = ctx.saved_tensors
+        scale = torch.ones_like(mean) if weight is None else weight
+        direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad.contiguous(memory_format=_layout(x)),
+            x,
+            scale,
+            mean,
+            variance,
+            None,
+            None,
+            False,
+            ctx.eps,
+            [True, True, True],
+        )
+        sums = all_reduce(torch.stack([grad_weight, grad_bias]).to(mean.dtype))  # of g h and of g
+        inverse_std = torch.rsqrt(variance + ctx.eps)
+        slope = -scale * inverse_std.square() * sums[0] / count
+        offset = -scale * inverse_std * sums[1] / count - slope * mean
+        grad_x = direct + _affine(x, slope, offset)
+        return (
+            grad_x,
+            None if weight is None else grad_weight,
+            None if weight is None else grad_bias,
+            None,
+        )
 
 
-class GlobalBatchNorm2d(GlobalBatchNorm, nn.BatchNorm2d):
-    """For [B,C,H,W]."""
+def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], biased variance [C] and number of values [] of the channels of x [B,C,...] over all
+    processes; float32 (float64 of float64).
+
+    Each process sends mean, sum of squared deviations and count (Chan et al. 1979).
+    """
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = [d for d in range(x.ndim) if d != 1]
+    variance, mean = torch.var_mean(exact, dims, correction=0)
+    own_count = x.numel() // x.shape[1]
+    row = torch.cat([mean, variance * own_count, mean.new_full((1,), own_count)])
+    means, deviations, counts = gather(row[None]).split([len(mean), len(mean), 1], dim=1)
+    count = counts.sum()
+    mean = (means * counts).sum(0) / count
+    deviation = (deviations + counts * (means - mean).square()).sum(0)
+    return mean, deviation / count, count
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """x * slope + offset by channel, like x: one kernel, float32 inside, that of evaluation."""
+    mean, variance = torch.zeros_like(slope), torch.ones_like(slope)
+    return F.batch_norm(x, mean, variance, slope, offset, training=False, eps=0.0)
 
 
 class GhostBatchNorm(nn.Module):
@@ -77,8 +149,7 @@ class GhostBatchNorm(nn.Module):
     and of the biased group variances. Statistics are of this process alone; `average_statistics`
     makes the running ones the mean over processes.
 
-    virtual_batch: 0 = the whole batch of the process. Neither torch's SyncBatchNorm nor ours
-    replaces it.
+    virtual_batch: 0 = the whole batch of the process. `synchronise_batch_norm` leaves it alone.
     """
 
     def __init__(
@@ -99,25 +170,78 @@ class GhostBatchNorm(nn.Module):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        alone = self.virtual_batch in (0, len(x))
-        groups = (x,) if alone else x.split(self.virtual_batch)
-        mean, variance = self.running_mean.new_zeros(2, len(groups), len(self.weight))
-        parts = [
-            F.batch_norm(
-                group, *running, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
-            )
-            for group, *running in zip(groups, mean, variance, strict=True)
-        ]
-        if torch.is_grad_enabled():  # activation checkpointing runs once without and once with
-            self._follow(mean, variance, groups[0].numel() // len(self.weight))
-        return parts[0] if alone else torch.cat(parts)
+        groups = 1 if self.virtual_batch == 0 else len(x) // self.virtual_batch
+        mean, variance = self.running_mean.new_zeros(2, groups, len(self.weight))
+        if groups == 1:
+            y = self._normalise(x, mean[0], variance[0])
+        elif torch.compiler.is_compiling():  # the compiler writes the parts where they belong
+            parts = zip(x.chunk(groups), mean, variance, strict=True)
+            y = torch.cat([self._normalise(*part) for part in parts])
+        else:
+            y = _GhostNormalise.apply(x, self.weight, self.bias, mean, variance, self.eps)
+        if torch.is_grad_enabled():  # a cached contrastive step runs once without and once with
+            self._follow(mean, variance, x.numel() // (groups * len(self.weight)))
+        return y
+
+    def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """One group; its mean [C] and unbiased variance [C] are written into the last two."""
+        return F.batch_norm(
+            x, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps
+        )
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """mean, unbiased variance [G,C] of `count` values each."""
-        self.num_batches_tracked += 1
+        self.num_batches_tracked.add_(1)  # in place, which the compiler can trace
         self.running_mean.lerp_(mean.mean(0), self.momentum)
         self.running_var.lerp_(variance.mean(0) * ((count - 1) / count), self.momentum)
+
+
+class _GhostNormalise(torch.autograd.Function):
+    """Batch norm of each of G groups, written where it belongs: no copy joins the groups."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, eps: float
+    ) -> Tensor:
+        """x [B,C,H,W] -> the same shape; means and (unbiased) variances [G,C] are written."""
+        y = torch.empty_like(x)
+        saved_mean = torch.empty_like(means)
+        inverse_std = torch.empty_like(means)
+        groups = zip(x.chunk(len(means)), y.chunk(len(means)), strict=True)
+        for i, (rows, target) in enumerate(groups):
+            statistics = (means[i], variances[i])
+            out = (target, saved_mean[i], inverse_std[i])
+            torch.native_batch_norm(rows, weight, bias, *statistics, True, 1.0, eps, out=out)
+        ctx.save_for_backward(x, weight, saved_mean, inverse_std)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, saved_mean, inverse_std = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=_layout(x))
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.empty_like(saved_mean)
+        grad_bias = torch.empty_like(saved_mean)
+        parts = [tensor.chunk(len(saved_mean)) for tensor in (x, grad, grad_x)]
+        for i, (rows, grad_rows, target) in enumerate(zip(*parts, strict=True)):
+            torch.ops.aten.native_batch_norm_backward.out(
+                grad_rows,
+                rows,
+                weight,
+                None,
+                None,
+                saved_mean[i],
+                inverse_std[i],
+                True,
+                ctx.eps,
+                [True, True, True],
+                out0=target,
+                out1=grad_weight[i],
+                out2=grad_bias[i],
+            )
+        return grad_x, grad_weight.sum(0), grad_bias.sum(0), None, None, None
 
 
 def virtual_batches(rows: int, size: int) -> int:

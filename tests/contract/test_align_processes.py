@@ -146,7 +146,7 @@ def test_cached_accumulation():
 
 def test_activation_checkpointing_changes_nothing():
     plain, saving = tiny(), tiny()
-    checkpoint_blocks(saving, compiled=False)
+    checkpoint_blocks(saving)
     for model in (plain, saving):
         model(**batches()[0])["loss"].backward()
     compare(

@@ -25,7 +25,8 @@ import torch
 from base.pixels import IMAGENET
 from dataset.images.clip import ImageViews, ViewOptions
 from dataset.images.decode import decode_image
-from dataset.tasks.captions import ImageTextPair, image_source, read_member
+from dataset.images.zip_member import image_source, read_member
+from dataset.tasks.captions import ImageTextPair
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.bpe import ClipTokenizer
 from runtime.config.cli import knob, run

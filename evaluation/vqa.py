@@ -76,7 +76,7 @@ def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = Fals
 
 
 def vqa_accuracy(
-    predictions: Mapping[int, str], truth: Mapping[int, dict], one_sided: bool = False
+    predictions: Mapping[str | int, str], truth: Mapping[str | int, dict], one_sided: bool = False
 ) -> dict:
     """Accuracy in percent: `overall`, and by `question_type` and `answer_type` where the
     annotations name them.
@@ -105,7 +105,7 @@ def _percent(scores: list[float]) -> float:
     return round(100 * sum(scores) / len(scores), 2)
 
 
-def prior_accuracy(truth: Mapping[int, dict]) -> dict:
+def prior_accuracy(truth: Mapping[str | int, dict]) -> dict:
     """What always giving the most frequent answer of a question's type scores (of all, where no
     types are known)."""
     votes: dict[str, Counter] = defaultdict(Counter)
@@ -117,7 +117,7 @@ def prior_accuracy(truth: Mapping[int, dict]) -> dict:
     )
 
 
-def save_answers(path: Path, predictions: Mapping[int, str]) -> None:
+def save_answers(path: Path, predictions: Mapping[str | int, str]) -> None:
     """The VQA server's format: a list of {question_id, answer}."""
     rows = [{"question_id": question, "answer": answer} for question, answer in predictions.items()]
     write_json(path, rows)

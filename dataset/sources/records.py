@@ -4,8 +4,9 @@ memory."""
 import bisect
 import fcntl
 import mmap
+import warnings
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -30,6 +31,10 @@ FIELD_TYPES = {
     "ref_id": (str, int),
 }
 UNWRITABLE = "set QUINTET_CACHE to a writable folder"
+COCO_HINT = (
+    "these are COCO's own annotations: make a list of images and captions of them with "
+    "scripts/data/convert_metadata.py --dataset coco"
+)
 PROGRESS_EVERY = 200_000  # entries; files with fewer are indexed without a progress bar
 
 
@@ -83,7 +88,7 @@ class _IndexedFile:
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; check the name in the configuration")
         self._starts = memoryview(_map(_index_of(path, required, cache_dir))).cast("Q")
-        self._data = _map(path)
+        self._data, self._required = _map(path), required
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -92,7 +97,7 @@ class _IndexedFile:
         start = self._starts[index]
         end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._data)
         end = self._data.rfind(b"}", start, end) + 1  # leaves out the comma or bracket that follows
-        return parse_entry(self._data[start:end])
+        return with_texts(parse_entry(self._data[start:end]), self._required)
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -146,13 +151,19 @@ def _batched(numbers: Iterator[int], size: int) -> Iterator[array]:
 
 
 def _checked_starts(path: Path, required: Sequence[str]) -> Iterator[int]:
-    """Byte offset of every entry, each checked, with a progress bar for long files."""
-    count, bar = 0, None
+    """Byte offset of every entry, each checked, with a progress bar for long files.
+
+    Entries without any text in `caption` or `answer` are counted and said: training skips them.
+    """
+    count, empty, bar = 0, 0, None
+    lists = [field for field in required if field in ("caption", "answer")]
     for start, entry in parse_entries(path):
+        entry = with_texts(entry, required)
         if fault := _fault(entry, required):
             raise UserError(f"{locate(path, count, start)}: {fault}")
         yield start
         count += 1
+        empty += any(not entry[field] for field in lists)
         if count % PROGRESS_EVERY == 0:
             bar = bar or _progress_bar(path)
             bar.update(start - bar.n)
@@ -160,6 +171,35 @@ def _checked_starts(path: Path, required: Sequence[str]) -> Iterator[int]:
         bar.close()
     if not count:
         raise UserError(f"{path}: no entries; {EXPECTED}")
+    if empty == count:
+        raise UserError(f"{path}: every entry's {lists[0]} is empty; {EXPECTED}")
+    if empty:
+        message = f"{path}: {empty:,} of {count:,} entries have no {lists[0]}; training skips them"
+        warnings.warn(message, stacklevel=2)
+
+
+def with_texts(entry: object, required: Sequence[str]) -> object:
+    """An entry whose required fields are texts where texts belong.
+
+    A number becomes its text (an image called 4705552913); of a list of texts null and whatever
+    else is no text is left out; null in place of a list is an empty one.
+    """
+    if type(entry) is not dict:
+        return entry
+    for field in required:
+        types, value = FIELD_TYPES.get(field, ()), entry.get(field)
+        if type(value) is list and list in types:
+            if not all(type(item) is str for item in value):
+                entry[field] = [str(item) for item in value if _is_textual(item)]
+        elif str in types and int not in types and type(value) in (int, float):
+            entry[field] = str(value)
+        elif value is None and list in types and field in entry:
+            entry[field] = []
+    return entry
+
+
+def _is_textual(item: object) -> bool:
+    return isinstance(item, str | int | float) and not isinstance(item, bool)
 
 
 def _fault(entry: object, required: Sequence[str]) -> str | None:
@@ -168,20 +208,22 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
         return f"expected an object with {', '.join(required)}, found {brief(entry)}"
     for field in required:
         if field not in entry:
-            return f"no field {field!r} (it has {', '.join(entry) or 'none'}); add the field or remove the entry"
+            remedy = COCO_HINT if "annotations" in entry else "add the field or remove the entry"
+            return f"no field {field!r} (it has {_listed(entry)}); {remedy}"
         types, value = FIELD_TYPES.get(field, (object,)), entry[field]
         if not isinstance(value, types):
             names = " or ".join(kind.__name__ for kind in types)
             return f"field {field!r} must be {names}, not {type(value).__name__} ({brief(value)}); mend the entry"
-        if (
-            type(value) is list
-            and list in types
-            and not (value and all(type(item) is str for item in value))
-        ):
-            return (
-                f"field {field!r} must list one or more texts, not {brief(value)}; mend the entry"
-            )
+        if field == "images" and not value:
+            return "field 'images' lists none; fix the entry"
     return None
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    """A few names for a message."""
+    names = list(names)
+    shown = ", ".join(name[:40] for name in names[:most])
+    return shown + (" ..." if len(names) > most else "") or "none"
 
 
 def _progress_bar(path: Path):

@@ -6,10 +6,6 @@ Whatever the collection, its metadata becomes JSON lines {image: path below the 
 15 million samples too. A path may lead into a zip file: `images/00/001.zip/007.jpg`.
 """
 
-import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,14 +16,10 @@ from torch.utils.data import default_collate
 from base.errors import BadSample, UserError
 from base.files import cached_path, read_json, write_json_lines
 from dataset.images.clip import ImageViews
-from dataset.images.decode import decode_image
 from dataset.sources.records import Records
+from dataset.tasks.record import as_list, captions_of, image_of
 from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
-
-END_OF_DIRECTORY = struct.Struct("<4s4H2LH")  # of a zip file
-DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
-LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
 # ---- metadata
@@ -101,12 +93,22 @@ def coco_entries(path: Path) -> Iterator[dict]:
     folder = (
         path.stem.removeprefix("captions_") if path.stem.startswith("captions_") else "train2017"
     )
-    names = {image["id"]: image.get("file_name") for image in content["images"]}
-    captions: dict[int, list[str]] = {}
-    for annotation in content["annotations"]:
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    try:
+        names = {
+            image["id"]: image.get("file_name") for image in content["images"] if "id" in image
+        }
+        captions: dict[int | str, list[str]] = {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    except (KeyError, TypeError, AttributeError) as error:
+        fault = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{path}: not COCO's captions ({fault}); name captions_*.json, whose annotations have "
+            "image_id and caption"
+        ) from None
     for number, texts in captions.items():
-        yield {"image": f"{folder}/{names.get(number) or f'{number:012d}.jpg'}", "caption": texts}
+        file = names.get(number) or f"{number:0>12}.jpg"
+        yield {"image": f"{folder}/{file}", "caption": texts}
 
 
 def redcaps_entries(path: Path) -> Iterable[dict]:
@@ -137,7 +139,7 @@ FORMATS: dict[str, tuple[Callable[[Path], Iterable] | None, Callable[..., dict]]
     "cc12m": (None, cc12m_row),
     "coco": (coco_entries, dict),
     "redcaps": (redcaps_entries, redcaps_row),
-    "pairs": (Records, lambda entry: {**entry, "caption": _as_list(entry["caption"])}),
+    "pairs": (Records, lambda entry: {**entry, "caption": as_list(entry["caption"])}),
 }
 
 
@@ -167,85 +169,7 @@ def collections_of(
     return list(zip(MERGED, files, roots, strict=True))
 
 
-def _as_list(caption: str | list[str]) -> list[str]:
-    return [caption] if isinstance(caption, str) else caption
-
-
 # ---- images
-def image_source(root: Path, image: str) -> Path | bytes:
-    """What `decode_image` takes: the path of an image, or its bytes out of a zip file. Raises
-    BadSample."""
-    archive, inside, member = image.partition(".zip/")
-    return read_member(root / f"{archive}.zip", member) if inside else root / image
-
-
-def read_member(archive: Path, name: str) -> bytes:
-    """Content of one member of a zip file. The directory is searched, not parsed, which takes 2.7
-    ms a 1000 members.
-
-    Raises BadSample when archive or member is missing or damaged.
-    """
-    try:
-        with archive.open("rb") as file:
-            data = _quick_member(file, name.encode())
-        return zipfile.ZipFile(archive).read(name) if data is None else data
-    except OSError as error:
-        raise BadSample(f"{archive}: {error.strerror or error}") from None
-    except KeyError:
-        raise BadSample(f"{archive}: no member {name}") from None
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        struct.error,
-    ) as error:
-        raise BadSample(f"{archive}, member {name}: {error}") from None
-
-
-def _quick_member(file, name: bytes) -> bytes | None:
-    """The member's content, or None where the archive is out of the ordinary and zipfile must look
-    at it."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - END_OF_DIRECTORY.size))
-    end = file.read()
-    if (
-        len(end) < END_OF_DIRECTORY.size or end[:4] != b"PK\5\6"
-    ):  # a comment follows, or it is no zip file
-        return None
-    *_, length, start, _ = END_OF_DIRECTORY.unpack(end)
-    if start + length > size:  # zip64
-        return None
-    file.seek(start)
-    directory, place = file.read(length), -1
-    while (place := directory.find(name, place + 1)) >= 0:
-        begin = place - DIRECTORY_ENTRY.size
-        if begin < 0 or directory[begin : begin + 4] != b"PK\1\2":
-            continue
-        entry = DIRECTORY_ENTRY.unpack_from(directory, begin)
-        flags, method, packed, name_length, header = (
-            entry[3],
-            entry[4],
-            entry[8],
-            entry[10],
-            entry[16],
-        )
-        if name_length != len(name):
-            continue
-        if flags & 1 or method not in (0, 8) or 0xFFFFFFFF in (packed, header):
-            return None
-        file.seek(header)
-        local = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-        file.seek(local[-2] + local[-1], os.SEEK_CUR)  # name and extra field
-        data = file.read(packed)
-        data = data if method == 0 else zlib.decompress(data, -zlib.MAX_WBITS)
-        if zlib.crc32(data) != entry[7]:
-            raise zlib.error("its checksum is wrong")
-        return data
-    return None
-
-
 def check_images(root: str | Path, records: Sequence[dict], tries: int = 20) -> None:
     """UserError when none of the first images can be read below `root`."""
     root, complaints = Path(root), []
@@ -255,7 +179,7 @@ def check_images(root: str | Path, records: Sequence[dict], tries: int = 20) -> 
         )
     for record in islice(records, tries):
         try:
-            decode_image(image_source(root, record["image"]), record["image"])
+            image_of(record, root)
             return
         except BadSample as error:
             complaints.append(str(error))
@@ -278,12 +202,9 @@ class ImageTextPair:
         self.image_views, self.text_views, self.root = image_views, text_views, Path(root)
 
     def __call__(self, record: dict) -> dict:
-        if "caption" not in record:
-            raise BadSample(f"{record['key']}: no caption (.txt)")
-        image, name = record["image"], record.get("key") or record["image"]
-        source = image if isinstance(image, bytes) else image_source(self.root, image)
-        view, local = self.image_views(decode_image(source, str(self.root / name)))
-        sample = {"image": view, "texts": self.text_views(_as_list(record["caption"]))}
+        captions = as_list(captions_of(record))
+        view, local = self.image_views(image_of(record, self.root))
+        sample = {"image": view, "texts": self.text_views(captions)}
         return sample if local is None else sample | {"image_local": local}
 
 

@@ -7,6 +7,7 @@ which are OpenAI's (dataset/prompts).
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -233,30 +234,48 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
     """The class names in the order of a data set's own ones (folders, files), by which its labels
     count.
 
-    Where both are the same names but for spelling (`apple_pie`, `Apple pie`), each goes to its own.
-    Otherwise the list must be in order already, as the published ones are: UserError where it is
-    seen not to be, and where numbers differ.
+    Where both are the same names, each goes to its own: exactly (NFC), else but for case, blanks
+    and punctuation (`apple_pie`, `Apple pie`). Otherwise the list must be in order already, as the
+    published ones are. UserError where it is seen not to be, where names that differ only in what
+    is ignored leave the order open, and where the numbers differ.
     """
     if len(classes) != len(own):
         raise UserError(
             f"{name}: the data have {len(own)} classes ({', '.join(own[:6])} ...), but the list of labels names "
             f"{len(classes)}; give the list of these classes with --labels"
         )
-    plain = [_plain(each if isinstance(each, str) else each[0]) for each in classes]
-    wanted = [_plain(each) for each in own]
-    if len(set(plain)) == len(plain) and set(plain) == set(wanted):
-        return [classes[plain.index(each)] for each in wanted]
-    astray = [place for place, each in enumerate(wanted) if each in plain and plain[place] != each]
-    if astray:
-        raise UserError(
-            f"{name}: class {astray[0]} of the data is {own[astray[0]]!r}, but of the list of labels "
-            f"{classes[astray[0]]!r}; give the labels with --labels in the order {', '.join(own[:6])} ..."
-        )
+    first = [str(each if isinstance(each, str) else each[0]) for each in classes]
+    for form in (_exact, _plain):
+        listed, wanted = [form(each) for each in first], [form(each) for each in own]
+        if len(set(listed)) == len(listed) and set(listed) == set(wanted):
+            places = {each: place for place, each in enumerate(listed)}
+            return [classes[places[each]] for each in wanted]
+    order = f"give the labels with --labels in the order {', '.join(own[:6])} ..."
+    for place, each in enumerate(wanted):
+        if each not in listed:
+            continue
+        if listed.count(each) > 1 or wanted.count(each) > 1:
+            raise UserError(f"{name}: several classes are called like {own[place]!r}; {order}")
+        if listed[place] != each:
+            raise UserError(
+                f"{name}: class {place} of the data is {own[place]!r}, but of the list of labels "
+                f"{first[place]!r}; {order}"
+            )
     return list(classes)
 
 
+def _exact(name: str) -> str:
+    """A name as Unicode composes it: macOS stores file names decomposed."""
+    return unicodedata.normalize("NFC", str(name))
+
+
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+    """A name of any script without case, blanks and punctuation; signs that tell classes apart,
+    such as those of C++ and C#, stay."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", str(name)).casefold())
+    return "".join(
+        char for char in folded if char in "#%&@*!?" or unicodedata.category(char)[0] in "LMNS"
+    )
 
 
 def folder_names(folders: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import math
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -24,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from base.errors import BadSample, UserError
-from base.files import did_you_mean, parse_json
-from dataset.images.decode import check_image_root, decode_image
+from base.errors import BadSample, UserError, brief
+from base.files import did_you_mean, parse_json, read_lines
+from dataset.images.decode import check_image_root
 from dataset.loading.stream import ENOUGH, RecordSource
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.records import Records
 from dataset.sources.shards import ShardSource, count_samples, list_shards, read_shard
+from dataset.tasks.record import image_of
 
 LABEL_FIELDS = ("labels", "label", "cls")
 
@@ -73,13 +75,8 @@ class Labels:
             raise BadSample(
                 f"{self._name(record)}: no label ({', '.join(LABEL_FIELDS)}, or .json with one of them)"
             )
-        ids, chances = self._ids(values[field], record), values.get("label_probs")
-        if chances is None:
-            chances = [1.0] * len(ids)
-        elif len(chances) != len(ids):
-            raise UserError(
-                f"{self._name(record)}: {len(ids)} labels with {len(chances)} label_probs; mend the entry"
-            )
+        ids = self._ids(values[field], record)
+        chances = self._chances(values.get("label_probs"), len(ids), record)
         options, kept = self.options, {}
         for chance, label in sorted(zip(chances, ids, strict=True), key=lambda pair: -pair[0]):
             if chance >= options.label_threshold and len(kept) < (options.label_top or len(ids)):
@@ -89,16 +86,35 @@ class Labels:
             weights = [weight / sum(weights) for weight in weights]
         return list(kept), weights
 
-    def _ids(self, value: object, record: dict) -> list[int]:
-        if isinstance(value, bytes):
-            value = value.decode("ascii", "replace").strip()
-        ids = list(value) if isinstance(value, list | tuple) else [value]
-        try:
-            ids = [int(i) for i in ids]
-        except (TypeError, ValueError):
+    def _chances(self, value: object, count: int, record: dict) -> list[float]:
+        """The probability of each label; 1 where the record gives none."""
+        if value is None:
+            return [1.0] * count
+        given = list(value) if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(p, int | float) and 0 <= p < math.inf for p in given):
             raise UserError(
-                f"{self._name(record)}: label {value!r:.60} is no class number"
-            ) from None
+                f"{self._name(record)}: label_probs {brief(value)} are no probabilities"
+            )
+        if len(given) != count:
+            raise UserError(
+                f"{self._name(record)}: {count} labels with {len(given)} label_probs; fix the entry"
+            )
+        return [float(p) for p in given]
+
+    def _ids(self, value: object, record: dict) -> list[int]:
+        """The class numbers that a label field holds: whole numbers, or such a number as text."""
+        given = list(value) if isinstance(value, list | tuple) else [value]
+        ids = []
+        for each in given:
+            text = each.decode("ascii", "replace") if isinstance(each, bytes) else each
+            if isinstance(text, str) and text.strip().lstrip("+-").isdecimal():
+                ids.append(int(text))
+            elif isinstance(text, float) and text.is_integer():
+                ids.append(int(text))
+            elif isinstance(text, int) and not isinstance(text, bool):
+                ids.append(text)
+            else:
+                raise UserError(f"{self._name(record)}: label {brief(value)} is no class number")
         for label in ids:
             if not 0 <= label < self.classes:
                 raise UserError(
@@ -127,12 +143,18 @@ class FolderRecords(Sequence):
 
     def __init__(self, root: str | Path, classes: Sequence[str] = ()):
         folder = ClassFolder(root, None)
-        self.root, self.classes = folder.root, folder.folders
-        place = {name: number for number, name in enumerate(classes or folder.folders)}
-        if unknown := [name for name in folder.folders if name not in place]:
+        self.root, self.classes = folder.root.absolute(), folder.folders
+        names = [_composed(name) for name in classes or folder.folders]
+        place = {name: number for number, name in enumerate(names)}
+        folders = [_composed(name) for name in folder.folders]
+        if twice := [name for name in folders if names.count(name) > 1]:
+            raise UserError(
+                f"{folder.root}: {twice[0]!r} is the name of several classes; name each once"
+            )
+        if unknown := [name for name in folders if name not in place]:
             hint = did_you_mean(unknown[0], place) or "; name the list of classes with --classes"
             raise UserError(f"{folder.root / unknown[0]}: not among the {len(place)} classes{hint}")
-        self.labels = torch.tensor([place[name] for name in folder.folders])[folder.labels]
+        self.labels = torch.tensor([place[name] for name in folders])[folder.labels]
         self.files = np.array(
             [str(path.relative_to(folder.root)).encode() for path in folder.files]
         )
@@ -142,6 +164,11 @@ class FolderRecords(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         return {"image": self.root / self.files[index].decode(), "label": int(self.labels[index])}
+
+
+def _composed(name: str) -> str:
+    """A name as Unicode composes it (NFC): macOS stores file names decomposed."""
+    return unicodedata.normalize("NFC", name)
 
 
 class TorchvisionRecords(Sequence):
@@ -259,23 +286,10 @@ class LabelledImage:
     def __call__(self, record: dict) -> dict:
         labels, weights = self.labels(record)
         return {
-            "image": self.view(image(record, self.root)),
+            "image": self.view(image_of(record, self.root)),
             "labels": labels,
             "label_weights": weights,
         }
-
-
-def image(record: dict, root: Path) -> Tensor:
-    """uint8 [3,H,W] of a record: its pixels, encoded bytes, or a file below `root`. Raises
-    BadSample."""
-    if "pixels" in record:
-        return record["pixels"]
-    image = record.get("image") or record.get("url")
-    if isinstance(image, bytes):
-        return decode_image(image, str(record.get("key", "")))
-    if not image:
-        raise BadSample(f"entry {record.get('index')}: neither image nor url")
-    return decode_image(root / image)
 
 
 class LabelCollate:
@@ -418,12 +432,24 @@ def class_names(
     torchvision set; [] where none tells. Raises UserError for a missing file.
     """
     if file is not None:
-        if not file.is_file():
-            raise UserError(
-                f"--classes {file}: no such file; name a text file with the name of one class a line"
-            )
-        return file.read_text(encoding="utf-8").splitlines()
+        return read_class_names(file)
     for each in data:
         if not is_shards(each) and Path(each).suffix not in (".json", ".jsonl"):
             return list(open_records(each, root, "train", download=download).classes)
     return []
+
+
+def read_class_names(file: Path) -> list[str]:
+    """Names of the classes, one a line, without blanks around them; a class's number is that of its
+    line. Blank lines at the end do not count, between classes UserError names them. A name may
+    occur again, as ImageNet's `crane` does."""
+    remedy = "name a text file with the name of one class a line"
+    names = [line.strip() for line in read_lines(file, remedy)]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        line = names.index("") + 1
+        raise UserError(f"--classes {file}, line {line}: is blank; every line is a class, in order")
+    if not names:
+        raise UserError(f"--classes {file}: holds no names; {remedy}")
+    return names

@@ -1,11 +1,12 @@
 """Referring expressions (RefCOCO+): which annotated box an expression means, and the boxes a
 detector found."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from base.errors import UserError
+from base.errors import UserError, brief
 from dataset.images.decode import decode_image
 from dataset.text.wordpiece import pre_caption
 
@@ -16,7 +17,7 @@ Box = list[float]  # x, y, width, height in pixels
 class Target:
     """What an expression refers to."""
 
-    image_id: int
+    image_id: int | str
     split: str  # val, testA, testB
     box: Box
     height: int  # of the image, pixels
@@ -50,7 +51,7 @@ class ReferringExpressions:
         self.texts = [pre_caption(record["text"], max_words) for record in records]
         self.targets, self.boxes = [], []
         for number, record in enumerate(records):
-            target = known.get(int(record["ref_id"]))
+            target = known.get(str(record["ref_id"]))
             where = f"test_file, entry {number} (the first is 0)"
             if target is None:
                 raise UserError(
@@ -58,13 +59,14 @@ class ReferringExpressions:
                     "annotation is missing in instances.json; use the files of one release"
                 )
             boxes = detections.get(str(target.image_id))
+            boxes = read_boxes(boxes, f"det_file, image_id {target.image_id}")
             if not boxes:
                 raise UserError(
                     f"{where}: det_file has no boxes for image_id {target.image_id} ({record['image']}); add its "
                     "detections or remove the entry"
                 )
             self.targets.append(target)
-            self.boxes.append([list(map(float, box)) for box in boxes])
+            self.boxes.append(boxes)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,19 +80,46 @@ class ReferringExpressions:
         return {"image": self.transform(decode_image(self.file(index))), "text": self.texts[index]}
 
 
-def targets(refs: Sequence[Mapping], instances: Mapping) -> dict[int, Target]:
-    """By ref_id; references whose annotation or image `instances` lacks are left out. Raises
-    UserError."""
+def read_boxes(detections: object, where: str) -> list[Box]:
+    """Boxes [x, y, w, h] of a detector's list: each [x, y, w, h] with or without a score behind,
+    or an object with such a `box` or `bbox`. UserError begins with `where`."""
+    if detections is None:
+        return []
+    if not isinstance(detections, Sequence) or isinstance(detections, str):
+        raise UserError(f"{where}: expected a list of boxes, found {brief(detections)}")
+    boxes = []
+    for each in detections:
+        box = each.get("box", each.get("bbox")) if isinstance(each, Mapping) else each
+        fits = isinstance(box, Sequence) and not isinstance(box, str) and len(box) in (4, 5)
+        if not fits or not all(_is_number(value) for value in box):
+            raise UserError(f"{where}: {brief(each)} is no box [x, y, w, h] in pixels; fix it")
+        boxes.append([float(value) for value in box[:4]])
+    return boxes
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def targets(refs: Sequence[Mapping], instances: Mapping) -> dict[str, Target]:
+    """By ref_id as text; references whose annotation or image `instances` lacks are left out.
+
+    Ids are matched by their text: one file may write 5 where another has "5". Raises UserError.
+    """
     try:
-        boxes = {entry["id"]: list(map(float, entry["bbox"])) for entry in instances["annotations"]}
-        sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in instances["images"]}
-        return {
-            int(ref["ref_id"]): Target(
-                ref["image_id"], ref["split"], boxes[ref["ann_id"]], *sizes[ref["image_id"]]
-            )
-            for ref in refs
-            if ref["ann_id"] in boxes and ref["image_id"] in sizes
+        found = {}
+        boxes = {str(entry["id"]): entry["bbox"] for entry in instances["annotations"]}
+        sizes = {
+            str(entry["id"]): (entry["height"], entry["width"]) for entry in instances["images"]
         }
+        for ref in refs:
+            annotation, image = str(ref["ann_id"]), str(ref["image_id"])
+            if annotation in boxes and image in sizes:
+                box = list(map(float, boxes[annotation]))
+                found[str(ref["ref_id"])] = Target(
+                    ref["image_id"], ref["split"], box, *sizes[image]
+                )
+        return found
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"refcoco_data: refs need ref_id, ann_id, image_id and split, instances.json needs images (id, height, "

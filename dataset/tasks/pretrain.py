@@ -10,7 +10,7 @@ from base.errors import BadSample, UserError
 from base.files import atomic_write
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
-from dataset.images.decode import decode_image
+from dataset.tasks.record import captions_of, image_of
 from dataset.text.wordpiece import Tokenizer, choose_caption, mask_tokens, mlm_targets
 
 
@@ -41,10 +41,8 @@ class PretrainPair:
     def __call__(self, record: dict) -> dict:
         """`caption` str, `image` float32 [3,H,W], and as configured `token_image`, `patch_mask`,
         `visual_codes`."""
-        if "caption" not in record:
-            raise BadSample(f"{record['key']}: no caption (.txt)")
-        sample = {"caption": choose_caption(record["caption"], self.max_words)}
-        sample["image"], token_image = self.transform(load_image(record, self.image_root))
+        sample = {"caption": choose_caption(captions_of(record), self.max_words)}
+        sample["image"], token_image = self.transform(image_of(record, self.image_root))
         if token_image is not None:
             sample["token_image"] = token_image
         if self.codes is not None:
@@ -52,15 +50,6 @@ class PretrainPair:
         if self.patch_mask is not None:
             sample["patch_mask"] = self.patch_mask().flatten()
         return sample
-
-
-def load_image(record: dict, image_root: Path) -> torch.Tensor:
-    """uint8 [3,H,W] of a record's `image`, encoded bytes or a path below `image_root`. Raises
-    BadSample."""
-    image = record["image"]
-    if isinstance(image, bytes):
-        return decode_image(image, record["key"])
-    return decode_image(image_root / image)
 
 
 class PretrainCollate:
@@ -158,7 +147,7 @@ def _fill_codes(path, records, build, image_tokenizer, device, batch_size) -> No
         images = []
         for index in range(first, min(first + batch_size, len(records))):
             try:
-                images.append(build.transform(load_image(records[index], build.image_root))[1])
+                images.append(build.transform(image_of(records[index], build.image_root))[1])
             except BadSample:
                 images.append(grey)
         codes = image_tokenizer.codes(torch.stack(images).to(device)).flatten(1).cpu().numpy()

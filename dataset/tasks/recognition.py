@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from base.errors import BadSample, UserError
-from base.files import cached_path, write_json_lines
+from base.errors import BadSample, UserError, brief
+from base.files import cached_path, read_lines, write_json_lines
 from base.pixels import OPENAI
 from dataset.images.albef import random_box
 from dataset.images.clip import EvalView, crop_resize, pixel_statistics
@@ -23,6 +23,7 @@ from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource, Stream
 from dataset.sources.records import Records
 from dataset.sources.shards import IMAGE_TYPES, ShardSource, list_shards
+from dataset.tasks.record import as_list, captions_of, image_of, name_of
 from dataset.text.nouns import parse_nouns
 from dataset.text.sentencepiece import PieceTokenizer
 
@@ -214,31 +215,27 @@ class LabelledImage:
         self.view, self.sequences, self.root, self.captions = view, sequences, Path(root), captions
 
     def __call__(self, record: dict) -> dict:
-        names, key = names_of(record), record.get("key") or record["image"]
+        names = names_of(record)
         try:
             sample = {"text": self.sequences.labels(names)}
         except BadSample as error:
-            raise BadSample(f"{key}: {error}") from None
+            raise BadSample(f"{name_of(record)}: {error}") from None
         if self.captions:
-            if "caption" not in record:
-                raise BadSample(
-                    f"{key}: no caption; train without --caption-weight, or on shards with captions"
-                )
-            texts = [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
+            texts = as_list(captions_of(record))
             sample["caption"] = self.sequences.caption(texts[int(torch.randint(len(texts), ()))])
-        source = (
-            record["image"] if isinstance(record["image"], bytes) else self.root / record["image"]
-        )
-        return sample | {"image": self.view(decode_image(source, str(key)))}
+        return sample | {"image": self.view(image_of(record, self.root))}
 
 
 def names_of(record: dict) -> list[str]:
     """The labels of a record of a list or of a shard. Raises BadSample where a shard has none for
     it."""
     if "labels" in record:
-        return [name for label in record["labels"] for name in parse_nouns(label)]
+        labels = as_list(record["labels"])
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise BadSample(f"{name_of(record)}: labels is {brief(labels)}, not a list of texts")
+        return [name for label in labels for name in parse_nouns(label)]
     if "nouns" not in record:
-        raise BadSample(f"{record['key']}: no member .nouns; {EXTRACT}")
+        raise BadSample(f"{name_of(record)}: no member .nouns; {EXTRACT}")
     return parse_nouns(record["nouns"])
 
 
@@ -280,19 +277,19 @@ def read_list(path: Path) -> Iterator[dict]:
     """`{image, labels}` of every line `path : name,name,...`; a path may hold colons if blanks
     stand around the one."""
     found = False
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            image, colon, names = line.strip().partition(" : ")
-            image, colon, names = (image, colon, names) if colon else line.strip().partition(":")
-            labels = [name.strip() for name in names.split(",") if name.strip()]
-            if not image.strip() or not labels:
-                raise UserError(
-                    f"{path}, line {number}: expected `path : name,name,...`, found {line.strip()!r:.80}"
-                )
-            found = True
-            yield {"image": image.strip(), "labels": labels}
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        image, colon, names = line.strip().partition(" : ")
+        if not colon:
+            image, colon, names = line.strip().partition(":")
+        labels = [name.strip() for name in names.split(",") if name.strip()]
+        if not image.strip() or not labels:
+            raise UserError(
+                f"{path}, line {number}: expected `path : name,name,...`, found {brief(line.strip())}"
+            )
+        found = True
+        yield {"image": image.strip(), "labels": labels}
     if not found:
         raise UserError(f"{path}: an empty list")
 

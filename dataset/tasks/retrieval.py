@@ -9,14 +9,14 @@ import torch
 from torch.utils.data import default_collate
 
 from dataset.images.decode import decode_image
-from dataset.tasks.pretrain import load_image
+from dataset.tasks.record import image_key, image_of
 from dataset.text.wordpiece import Tokenizer, choose_caption, pre_caption
 
 
 def number_images(names: Iterable[str | int]) -> torch.Tensor:
     """int32 [n] in shared memory: for every name its number in the order of first appearance."""
     numbers: dict = {}
-    column = array("i", (numbers.setdefault(name, len(numbers)) for name in names))
+    column = array("i", (numbers.setdefault(image_key(name), len(numbers)) for name in names))
     return torch.frombuffer(column, dtype=torch.int32).clone().share_memory_()
 
 
@@ -43,7 +43,7 @@ class RetrievalPair:
     def __call__(self, record: dict) -> dict:
         return {
             "caption": choose_caption(record[self.field], self.max_words),
-            "image": self.transform(load_image(record, self.image_root)),
+            "image": self.transform(image_of(record, self.image_root)),
             "image_id": int(self.image_ids[record["index"]]),
         }
 
@@ -88,15 +88,17 @@ class RetrievalSet:
     ):
         self.image_root, self.transform = Path(image_root), transform
         self.images, self.captions, self.txt2img, self.img2txt = [], [], [], []
+        numbers: dict = {}  # image -> its place in `images`
         for record in records:
-            captions = (
-                [record["caption"]] if isinstance(record["caption"], str) else record["caption"]
-            )
-            first = len(self.captions)
-            self.txt2img += [len(self.images)] * len(captions)
-            self.captions += [pre_caption(caption, max_words) for caption in captions]
-            self.img2txt.append(list(range(first, len(self.captions))))
-            self.images.append(record["image"])
+            number = numbers.setdefault(image_key(record["image"]), len(numbers))
+            if number == len(self.images):
+                self.images.append(record["image"])
+                self.img2txt.append([])
+            given = record["caption"]
+            for caption in [given] if isinstance(given, str) else given:
+                self.img2txt[number].append(len(self.captions))
+                self.txt2img.append(number)
+                self.captions.append(pre_caption(caption, max_words))
 
     def __len__(self) -> int:
         return len(self.images)

@@ -10,6 +10,7 @@ from base.errors import BadSample, UserError
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
+from dataset.tasks.record import captions_of, image_of
 from dataset.text.wordpiece import choose_caption, pre_caption
 
 
@@ -131,8 +132,8 @@ class CaptionPair:
         self.transform, self.image_root, self.max_words = transform, Path(image_root), max_words
 
     def __call__(self, record: dict) -> dict:
-        text = choose_caption(record["caption"], self.max_words)
+        text = choose_caption(captions_of(record), self.max_words)
         return {
-            "image": self.transform(decode_image(self.image_root / record["image"])),
+            "image": self.transform(image_of(record, self.image_root)),
             "text": text,
         }

@@ -1,6 +1,7 @@
 """Visual question answering: weighted answers for training, questions with their people's answers
 for evaluation."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,8 +56,9 @@ class QuestionAnswers:
             counts, total = {given: GENOME_WEIGHT}, 1
         else:
             counts, total = Counter(given), len(given)
-        if not all(answer.strip() for answer in counts):
-            raise BadSample(f"an empty answer to {record['question']!r}")
+        counts = {answer: count for answer, count in counts.items() if answer.strip()}
+        if not counts:
+            raise BadSample(f"no answer to {record['question']!r:.80}")
         return {
             "image": self.transform(decode_image(image_path(record, self.roots))),
             "question": pre_question(record["question"], self.max_words),
@@ -125,18 +127,16 @@ def encode_answers(
 
 
 def read_answer_list(path: str | Path) -> list[str]:
-    """The closed list of answers: a JSON list of distinct texts. Raises UserError."""
+    """The closed list of answers, each once: a JSON list of texts. Raises UserError."""
     answers = read_json(path, list, "give a JSON list of answers")
-    if (
-        type(answers) is not list
-        or not answers
-        or not all(type(a) is str and a.strip() for a in answers)
-    ):
+    if not answers or not all(type(a) is str and a.strip() for a in answers):
         raise UserError(f"{path}: expected a JSON list of answers, each a text that is not empty")
-    twice = [answer for answer, count in Counter(answers).items() if count > 1]
-    if twice:
-        raise UserError(f"{path}: {twice[0]!r} is listed twice; an answer must be listed once")
-    return answers
+    distinct = list(dict.fromkeys(answers))
+    if len(distinct) < len(answers):
+        twice = next(answer for answer, count in Counter(answers).items() if count > 1)
+        more = len(answers) - len(distinct)
+        warnings.warn(f"{path}: {more} answers are listed again, e.g. {twice!r}", stacklevel=2)
+    return distinct
 
 
 class QuestionSet:
@@ -160,9 +160,9 @@ class QuestionSet:
     ):
         self.transform = transform
         self.ids, self.questions, self.images, self.truth = [], [], [], {}
-        places: dict[int, int] = {}
+        places: dict[str | int, int] = {}
         for number, record in enumerate(records):
-            question = _as_id(record["question_id"], name, number)
+            question = record["question_id"]
             if question in places:
                 raise UserError(
                     f"{name}: question_id {question} in entry {number} and in entry {places[question]} (the first is "
@@ -179,7 +179,7 @@ class QuestionSet:
                 }
         check_image_root(next(iter(roots.values())), (str(path.absolute()) for path in self.images))
         if answers_file is not None:
-            self.truth = read_official_answers(answers_file)
+            self.truth = _matched(self.ids, read_official_answers(answers_file))
         known = self.truth or answers_file is not None
         lacking = [question for question in self.ids if question not in self.truth] if known else []
         if lacking:
@@ -207,14 +207,14 @@ def unreachable(data: QuestionSet, answers: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(answer for answer in wanted if answer not in listed))
 
 
-def read_official_answers(path: str | Path) -> dict[int, dict]:
+def read_official_answers(path: str | Path) -> dict[str | int, dict]:
     """VQA's annotation file {annotations: [{question_id, answers: [{answer}], question_type,
     answer_type}]}, by id."""
     content = read_json(path, dict, "give a file in VQA's annotation format")
     try:
         return {
-            int(entry["question_id"]): {
-                "answers": [person["answer"] for person in entry["answers"]]
+            entry["question_id"]: {
+                "answers": [str(person["answer"]) for person in entry["answers"]]
             }
             | {key: entry[key] for key in ("question_type", "answer_type") if key in entry}
             for entry in content["annotations"]
@@ -225,8 +225,8 @@ def read_official_answers(path: str | Path) -> dict[int, dict]:
         ) from None
 
 
-def _as_id(value, name: str, number: int) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise UserError(f"{name}: question_id {value!r} in entry {number} is no number") from None
+def _matched(ids: Sequence[str | int], truth: Mapping[str | int, dict]) -> dict[str | int, dict]:
+    """What is known of the questions `ids`; one file may write 5 where the other has "5"."""
+    by_text = {str(question): known for question, known in truth.items()}
+    found = {question: truth.get(question, by_text.get(str(question))) for question in ids}
+    return {question: known for question, known in found.items() if known is not None}

@@ -22,6 +22,7 @@ from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.shard_index import ShardIndex, local_copy, read_text
 from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of
+from dataset.tasks.record import by_image
 
 Image = dict[str, torch.Tensor]
 
@@ -385,11 +386,11 @@ def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
             f"{file}: {error} is missing or malformed; retrieval takes Karpathy's JSON, whose images have filename, "
             "split and sentences with raw, or a list of {image, caption}"
         ) from None
-    if rows and not any((root / image).is_file() for image, _ in rows[:20]):
+    found = by_image((image, [c] if isinstance(c, str) else list(c)) for image, c in rows)
+    first = list(found)[:20]
+    if first and not any((root / image).is_file() for image in first):
         raise MissingData(
-            f"{entry.name}: none of the first images is there, e.g. {root / rows[0][0]}; put the images where the "
+            f"{entry.name}: none of the first images is there, e.g. {root / first[0]}; put the images where the "
             f"paths of {file} lead from {root}, or name the folder as `images` of an entry of --catalog"
         )
-    return [root / image for image, _ in rows], [
-        [c] if isinstance(c, str) else list(c) for _, c in rows
-    ]
+    return [root / image for image in found], list(found.values())

@@ -54,10 +54,22 @@ def images(config: Config) -> Iterator[tuple[str, list[str]]]:
     yield from found.items()
 
 
+def sample_key(name: str, taken: set[str]) -> str:
+    """The key of an image's members: its name up to the ending, once in all shards. A dot ends a
+    key where shards are read, so that each becomes an underscore."""
+    stem = Path(name).stem.replace(".", "_") or "image"
+    key, number = stem, 1
+    while key in taken:
+        number += 1
+        key = f"{stem}_{number}"
+    taken.add(key)
+    return key
+
+
 def pack(config: Config) -> dict[str, int]:
     """Write the shards and their statistics."""
     split, shards, packed, missing = config.split or config.images.name, 0, 0, 0
-    rows = images(config)
+    rows, keys = images(config), set()
     while batch := list(islice(rows, config.samples_per_shard)):
         target, count = config.target / f"{shards:05d}.tar", 0
         with atomic_write(target) as temporary, tarfile.open(temporary, "w") as archive:
@@ -69,9 +81,10 @@ def pack(config: Config) -> dict[str, int]:
                     continue
                 text = " ".join(caption.strip() for caption in captions)
                 note = {"path": name, "cap": text, "split": split}
+                key = sample_key(name, keys)
                 members = {"jpg": image, "txt": text.encode(), "json": json.dumps(note).encode()}
                 for kind, data in members.items():
-                    header = tarfile.TarInfo(f"{Path(name).stem}.{kind}")
+                    header = tarfile.TarInfo(f"{key}.{kind}")
                     header.size = len(data)
                     archive.addfile(header, io.BytesIO(data))
                 count += 1

@@ -11,6 +11,7 @@ import torch
 from base.errors import BadSample, UserError
 from base.files import write_json_lines
 from dataset.images.clip import ImageViews, ViewOptions
+from dataset.images.zip_member import read_member
 from dataset.tasks.captions import (
     CaptionCollate,
     ImageTextPair,
@@ -18,7 +19,6 @@ from dataset.tasks.captions import (
     check_images,
     collections_of,
     metadata_rows,
-    read_member,
 )
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.bpe import ClipTokenizer

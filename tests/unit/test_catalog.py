@@ -110,6 +110,42 @@ def test_lists_that_do_not_fit_are_refused():
         in_order_of(["ant", "bee", "moth"], ["bee", "ant", "another moth"], "insects")
 
 
+NFD = "e\u0301clair"  # as macOS stores the name of a folder; NFC below
+
+
+@pytest.mark.parametrize(
+    "own, classes, found",
+    [
+        (["犬", "猫"], ["猫", "犬"], ["犬", "猫"]),
+        (["Кошка", "собака"], ["Собака", "кошка"], ["кошка", "Собака"]),
+        (["C", "C#", "C++"], ["C++", "C", "C#"], ["C", "C#", "C++"]),
+        (["c", "c#", "c++"], ["C++ ", "C", "C #"], ["C", "C #", "C++ "]),
+        ([NFD, "zebra"], ["zebra", "\u00e9clair"], ["\u00e9clair", "zebra"]),
+        (["कि", "की"], ["की", "कि"], ["कि", "की"]),  # they differ in a vowel sign alone
+        (["ﬁg", "tea"], ["tea", "Fig"], ["Fig", "tea"]),
+        (["a-b", "a b"], ["a b", "a-b"], ["a-b", "a b"]),  # exactly the same names
+        (["n01440764", "n01443537"], ["tench", "goldfish"], ["tench", "goldfish"]),
+        (["crane_bird", "crane_machine"], ["Crane", "crane"], ["Crane", "crane"]),
+    ],
+)
+def test_class_names_of_any_script_go_to_their_own_folder(own, classes, found):
+    assert in_order_of(own, classes, "set") == found
+
+
+@pytest.mark.parametrize(
+    "own, classes",
+    [
+        (["a-b", "a_b"], ["A b", "A B"]),  # which is which cannot be told
+        (["crane", "dog"], ["crane", "Crane"]),
+        (["crane", "Crane"], ["crane", "dog"]),
+        (["犬", "猫", "鳥"], ["猫", "犬", "another"]),
+    ],
+)
+def test_names_whose_order_cannot_be_told_are_refused(own, classes):
+    with pytest.raises(UserError, match="set: .*give the labels with --labels in the order"):
+        in_order_of(own, classes, "set")
+
+
 def test_folder_names_become_class_names():
     assert folder_names(["001.Black_footed_Albatross", "apple_pie"]) == [
         "Black footed Albatross",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from base.distributed import World
 from base.errors import BadSample, UserError
 from dataset.images.albef import PretrainTransform, TestTransform, TrainTransform
 from dataset.images.block_mask import BlockMask
@@ -17,9 +18,12 @@ from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
 from dataset.sources.shards import ShardSource
 from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair
+from dataset.tasks.record import captions_of
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
 from dataset.text.wordpiece import Tokenizer
+from evaluation.retrieval import nearest, recalls
 
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "dog", "cat", "ball"]
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 
@@ -155,6 +159,46 @@ def test_retrieval_batches(folder):
     batch = next(loader)
     assert batch["image"].shape == (4, 3, 48, 48) and batch["image_id"].dtype == torch.int64
     assert batch["image_id"].max() < 6 and batch["text_mask"].dtype == torch.bool
+
+
+ROWS = [
+    {"image": "a.jpg", "caption": "x one"},
+    {"image": "b.jpg", "caption": "y"},
+    {"image": "./a.jpg", "caption": ["x two", "x three"]},
+    {"image": "c.jpg", "caption": []},
+]
+
+
+def test_a_row_for_every_caption_counts_the_image_once(tmp_path):
+    data = RetrievalSet(ROWS, tmp_path, TestTransform(32))
+    assert data.images == ["a.jpg", "b.jpg", "c.jpg"] and len(data) == 3
+    assert data.captions == ["x one", "y", "x two", "x three"]
+    assert data.txt2img == [0, 1, 0, 0] and data.img2txt == [[0, 2, 3], [1], []]
+    assert number_images(row["image"] for row in ROWS).tolist() == [0, 1, 0, 2]
+
+
+def test_perfect_features_score_perfectly_with_a_row_for_every_caption(tmp_path):
+    """R@1 was 20 where the rows of one image counted as five images."""
+    rows = [{"image": f"{n // 5}.jpg", "caption": f"{n}"} for n in range(50)]
+    data = RetrievalSet(rows, tmp_path, TestTransform(32))
+    image, owner = torch.eye(10), torch.tensor(data.txt2img)
+    rankings = [
+        nearest(*pair, 10, ALONE) for pair in ((image, image[owner]), (image[owner], image))
+    ]
+    found = recalls(*rankings, owner)
+    assert (len(data), found["txt_r1"], found["img_r1"]) == (10, 100.0, 100.0)
+
+
+def test_a_record_without_usable_caption_is_a_bad_sample(folder):
+    build = PretrainPair(PretrainTransform(64), folder)
+    for caption in ([], 3, {"a": 1}, [None], b""):
+        with pytest.raises(BadSample):
+            build({"image": "0.jpg", "caption": caption, "index": 4})
+    with pytest.raises(BadSample, match=r"x\.tar/1: no caption"):
+        build({"image": b"", "key": "x.tar/1"})
+    assert captions_of({"caption": [b"a cat"]}) == ["a cat"]
+    assert captions_of({"captions/text": [b"a cat", b"une chatte"]}) == ["a cat", "une chatte"]
+    assert captions_of({"caption": "x \ud83d"}) == "x \ufffd"
 
 
 def test_retrieval_evaluation_set(folder):

@@ -1,6 +1,7 @@
 """Annotations of VQA, SNLI-VE, NLVR2 and RefCOCO+: what becomes of them, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from dataset.tasks.vqa import (
     unreachable,
 )
 from dataset.text.wordpiece import TextCollate, Tokenizer
+from evaluation.vqa import save_answers
+from runtime.config.values import parse_yaml
 
 
 @pytest.fixture
@@ -57,8 +60,11 @@ def test_answers_are_weighted_by_how_many_gave_them(folder):
     assert sample["weights"] == [0.7, 0.2, 0.1]
     genome = build(entry | {"dataset": "vg", "answer": "on grass"})
     assert (genome["answers"], genome["weights"]) == (["on grass"], [0.5])
-    with pytest.raises(BadSample, match="empty answer"):
-        build(entry | {"answer": ["red", " "]})
+    some = build(entry | {"answer": ["red", " ", "blue", ""]})  # an empty one condemns no other
+    assert (some["answers"], some["weights"]) == (["red", "blue"], [0.25, 0.25])
+    for nothing in ([], ["", " "], ""):
+        with pytest.raises(BadSample, match="no answer to"):
+            build(entry | {"answer": nothing})
     with pytest.raises(BadSample, match="'gqa'"):
         build(entry | {"dataset": "gqa"})
 
@@ -95,7 +101,6 @@ def test_an_answer_ends_with_the_separator_however_written(folder):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (["a", "a"], "listed twice"),
         (["a", ""], "not empty"),
         ([], "expected"),
         ({"a": 1}, "expected"),
@@ -119,11 +124,8 @@ def questions(**changes) -> list[dict]:
 
 def test_question_set(folder):
     data = QuestionSet(questions(question_id="7"), roots(folder), TestTransform(16))
-    assert (
-        data.ids == [1, 7]
-        and data.truth[7]["answers"] == ["red"] * 6 + ["blue"] * 4
-        and len(data) == 2
-    )
+    assert data.ids == [1, "7"] and len(data) == 2
+    assert data.truth["7"]["answers"] == ["red"] * 6 + ["blue"] * 4
     assert data.load(1)["text"] == "what colour" and data.load(1)["image"].shape == (3, 16, 16)
     assert unreachable(data, ["blue"]) == ["red"] and unreachable(data, ["red"]) == []
 
@@ -132,7 +134,6 @@ def test_question_set(folder):
     ("change", "words"),
     [
         ({"question_id": 1}, "question_id 1 in entry 1 and in entry 0"),
-        ({"question_id": "x"}, "no number"),
         ({"answer": []}, "no answers to"),
     ],
 )
@@ -265,3 +266,101 @@ def test_tensors_are_plain(folder):
         ).labels.dtype
         == torch.int64
     )
+
+
+def test_question_ids_are_what_the_file_says(folder):
+    """ "01827492" is no number, and not the question 1827492."""
+    ids = ["01827492", 1827492, "x-1", 5]
+    records = [questions()[0] | {"question_id": each, "answer": None} for each in ids]
+    data = QuestionSet(records, roots(folder), TestTransform(16))
+    assert data.ids == ids
+    save_answers(folder / "result.json", {each: "yes" for each in data.ids})
+    rows = json.loads((folder / "result.json").read_text())
+    assert [row["question_id"] for row in rows] == ids
+
+
+def test_answers_of_another_file_are_matched_by_the_text_of_their_ids(folder):
+    annotations = [
+        {"question_id": each, "answers": [{"answer": answer}]}
+        for each, answer in ((1, "one"), ("2", "two"), ("03", "three"))
+    ]
+    file = write(folder, {"annotations": annotations})
+    records = [questions()[0] | {"question_id": each} for each in ("1", 2, "03")]
+    data = QuestionSet(records, roots(folder), TestTransform(16), answers_file=file)
+    assert {key: known["answers"] for key, known in data.truth.items()} == {
+        "1": ["one"],
+        2: ["two"],
+        "03": ["three"],
+    }
+    with pytest.raises(UserError, match="no answers to question_id 3"):
+        wrong = [questions()[0] | {"question_id": 3}]
+        QuestionSet(wrong, roots(folder), TestTransform(16), answers_file=file)
+
+
+def test_an_answer_listed_again_counts_once(folder):
+    file = folder / "answers.json"
+    file.write_bytes(b"\xef\xbb\xbf" + b'["yes", "no", "yes", "red"]')
+    with pytest.warns(UserWarning, match="1 answers are listed again, e.g. 'yes'"):
+        assert read_answer_list(file) == ["yes", "no", "red"]
+
+
+def test_a_numeric_image_of_snli_ve_is_read(folder):
+    (folder / "4705552913.jpg").write_bytes((folder / "a.jpg").read_bytes())
+    entry = {"image": 4705552913, "sentence": "red", "label": "neutral"}
+    data = Statements(write(folder, [entry]), SNLI_VE, folder, TestTransform(16))
+    assert data.load(0)["image"].shape == (3, 16, 16)
+
+
+DETECTIONS = {
+    "plain": [[1, 2, 20, 20], [3, 4, 5, 6]],
+    "with scores": [[1, 2, 20, 20, 0.9], [3, 4, 5, 6, 0.1]],
+    "objects": [{"box": [1, 2, 20, 20], "score": 0.9}, {"bbox": [3, 4, 5, 6, 1.0]}],
+}
+
+
+@pytest.mark.parametrize("kind", DETECTIONS)
+def test_detections_in_any_published_form(folder, kind):
+    data = grounding(folder, {"9": DETECTIONS[kind]})
+    assert data.boxes == [[[1.0, 2.0, 20.0, 20.0], [3.0, 4.0, 5.0, 6.0]]]
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[1, 2, 3]],
+        [[1, 2, 3, 4, 5, 6]],
+        [{"score": 1}],
+        [["a", 1, 2, 3]],
+        [[1, 2, 3, None]],
+        "abcd",
+        5,
+    ],
+    ids=str,
+)
+def test_unusable_detections_are_one_sentence_before_any_training(folder, boxes):
+    with pytest.raises(UserError, match="det_file, image_id 9"):
+        grounding(folder, {"9": boxes})
+
+
+def grounding(folder, detections, ref_id="r-01", **changes):
+    """One expression with ids of text in one file and numbers in another."""
+    instances = {
+        "images": [{"id": "9", "height": 48, "width": 64}],
+        "annotations": [{"id": 77, "image_id": 9, "bbox": [1.5, 2, 20, 20]}],
+    }
+    refs = [{"ref_id": "r-01", "ann_id": "77", "image_id": 9, "split": "val"} | changes]
+    records = [{"image": "a.jpg", "text": "a man", "ref_id": ref_id}]
+    return ReferringExpressions(records, refs, instances, detections, folder, TestTransform(16))
+
+
+def test_ids_of_references_may_be_texts(folder):
+    data = grounding(folder, {"9": [[1, 2, 3, 4]]})
+    assert data.targets[0].box == [1.5, 2.0, 20.0, 20.0] and data.targets[0].height == 48
+    with pytest.raises(UserError, match="ref_id x is not among the references"):
+        grounding(folder, {"9": [[1, 2, 3, 4]]}, ref_id="x")
+
+
+def test_refcoco_recipe_evaluates_val_which_chooses_the_checkpoint():
+    recipe = (Path(__file__).parents[2] / "configs/Grounding/refcoco.yaml").read_text()
+    files = parse_yaml(recipe)[0]["test_file"]
+    assert files == ["data/refcoco+_val.json", "data/refcoco+_test.json"]

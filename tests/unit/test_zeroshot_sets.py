@@ -315,6 +315,26 @@ def test_karpathys_json_and_albefs(tmp_path):
     assert isinstance(opened(replace(entry, path="nowhere.json"), Prompts(), tmp_path), MissingData)
 
 
+@pytest.mark.parametrize("layout", ["rows", "karpathy"])
+def test_a_row_for_every_caption_counts_the_image_once(tmp_path, layout):
+    for number in (1, 2):
+        image(tmp_path / f"{number}.png", number)
+    rows = [("1.png", "one"), ("2.png", "two"), ("./1.png", "uno")]
+    if layout == "rows":
+        content = [{"image": name, "caption": caption} for name, caption in rows]
+    else:
+        entries = (
+            {"filename": name, "split": "test", "sentences": [{"raw": caption}]}
+            for name, caption in rows
+        )
+        content = {"images": list(entries)}
+    file = tmp_path / "dataset_toys.json"
+    file.write_text(json.dumps(content))
+    images = opened(Entry("toys", "retrieval", str(file)), Prompts(), tmp_path).images
+    assert len(images) == 2 and images.captions == ["one", "uno", "two"]
+    assert images.text_image.tolist() == [0, 0, 1]
+
+
 def test_images_go_through_the_view(tmp_path):
     image(tmp_path / "toys/test/one/x.png", 9)
     data = opened(

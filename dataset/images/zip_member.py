@@ -1,0 +1,90 @@
+"""Images inside zip files: `images/00/001.zip/007.jpg` is the member 007.jpg of images/00/001.zip."""
+
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+from base.errors import BadSample
+
+END_OF_DIRECTORY = struct.Struct("<4s4H2LH")  # of a zip file
+DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
+LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+
+def image_source(root: Path, image: str) -> Path | bytes:
+    """What `decode_image` takes: the path of an image, or its bytes out of a zip file. Raises
+    BadSample."""
+    stem, inside, member = image.partition(".zip/")
+    archive = root / f"{stem}.zip"
+    if not inside or archive.is_dir():
+        return root / image
+    return read_member(archive, member)
+
+
+def read_member(archive: Path, name: str) -> bytes:
+    """Content of one member of a zip file. The directory is searched, not parsed, which takes 2.7
+    ms a 1000 members.
+
+    Raises BadSample when archive or member is missing or damaged.
+    """
+    try:
+        with archive.open("rb") as file:
+            data = _quick_member(file, name.encode())
+        return zipfile.ZipFile(archive).read(name) if data is None else data
+    except OSError as error:
+        raise BadSample(f"{archive}: {error.strerror or error}") from None
+    except KeyError:
+        raise BadSample(f"{archive}: no member {name}") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+    ) as error:
+        raise BadSample(f"{archive}, member {name}: {error}") from None
+
+
+def _quick_member(file, name: bytes) -> bytes | None:
+    """The member's content, or None where the archive is out of the ordinary and zipfile must look
+    at it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - END_OF_DIRECTORY.size))
+    end = file.read()
+    if (
+        len(end) < END_OF_DIRECTORY.size or end[:4] != b"PK\5\6"
+    ):  # a comment follows, or it is no zip file
+        return None
+    *_, length, start, _ = END_OF_DIRECTORY.unpack(end)
+    if start + length > size:  # zip64
+        return None
+    file.seek(start)
+    directory, place = file.read(length), -1
+    while (place := directory.find(name, place + 1)) >= 0:
+        begin = place - DIRECTORY_ENTRY.size
+        if begin < 0 or directory[begin : begin + 4] != b"PK\1\2":
+            continue
+        entry = DIRECTORY_ENTRY.unpack_from(directory, begin)
+        flags, method, packed, name_length, header = (
+            entry[3],
+            entry[4],
+            entry[8],
+            entry[10],
+            entry[16],
+        )
+        if name_length != len(name):
+            continue
+        if flags & 1 or method not in (0, 8) or 0xFFFFFFFF in (packed, header):
+            return None
+        file.seek(header)
+        local = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+        file.seek(local[-2] + local[-1], os.SEEK_CUR)  # name and extra field
+        data = file.read(packed)
+        data = data if method == 0 else zlib.decompress(data, -zlib.MAX_WBITS)
+        if zlib.crc32(data) != entry[7]:
+            raise zlib.error("its checksum is wrong")
+        return data
+    return None

@@ -1,0 +1,70 @@
+"""What one record holds, whatever file it came from: its captions, its image, its id."""
+
+import posixpath
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from base.errors import BadSample, brief
+from base.files import clean_surrogates
+from dataset.images.decode import decode_image
+from dataset.images.zip_member import image_source
+
+CAPTION_FIELDS = ("caption", "captions/text")  # the second in TFRecords as COYO-ALIGN's
+
+
+def name_of(record: dict) -> str:
+    """How to call a record in a message: its key in a shard, its image, or its number."""
+    key = record.get("key")
+    if not isinstance(key, str):
+        key = next(
+            (v for v in (record.get("image"), record.get("url")) if isinstance(v, str)), None
+        )
+    return key or f"entry {record.get('index', '?')}"
+
+
+def captions_of(record: dict) -> str | list[str]:
+    """A record's caption: one text, or a list of one or more. BadSample where there is none."""
+    field = next((name for name in CAPTION_FIELDS if name in record), None)
+    if field is None:
+        raise BadSample(f"{name_of(record)}: no caption (.txt)")
+    given = record[field]
+    if isinstance(given, str):
+        return clean_surrogates(given)
+    texts = list(given) if isinstance(given, list | tuple) else [given]
+    texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise BadSample(f"{name_of(record)}: {field} is {brief(given)}, not one or more texts")
+    return [clean_surrogates(text) for text in texts]
+
+
+def as_list(texts: str | list[str]) -> list[str]:
+    """One text as a list of one."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+def image_of(record: dict, root: str | Path = "") -> Tensor:
+    """uint8 [3,H,W] of a record: its `pixels`, the encoded bytes or the path below `root` in
+    `image` or `url`. BadSample."""
+    if "pixels" in record:
+        return record["pixels"]
+    image = record.get("image") or record.get("url")
+    if isinstance(image, bytes):
+        return decode_image(image, name_of(record))
+    if not isinstance(image, str | Path) or not str(image):
+        raise BadSample(f"{name_of(record)}: neither image nor url")
+    return decode_image(image_source(Path(root), str(image)), str(Path(root) / image))
+
+
+def image_key(name: Hashable) -> Hashable:
+    """What two names of one image have in common: `./a//b.jpg` and `a/b.jpg` are the same."""
+    return posixpath.normpath(name) if isinstance(name, str) else name
+
+
+def by_image(rows: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
+    """Captions by image, each image once, in the order of appearance, of rows (image, captions)."""
+    found: dict[Hashable, tuple[str, list[str]]] = {}
+    for image, captions in rows:
+        found.setdefault(image_key(image), (image, []))[1].extend(captions)
+    return dict(found.values())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from base import distributed
 from base.errors import UserError
 from runtime.config.cli import knob
 from runtime.optim.keras import KerasAdamW, KerasSGD
@@ -123,9 +124,13 @@ def by_kind(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 def build_optimizer(
     model: nn.Module, config: Optimizer, decayed: Collection[str] | None = None
 ) -> torch.optim.Optimizer:
-    """Optimizer over the trainable parameters of `model` (call after it is wrapped); decayed: see
-    parameter_groups."""
-    groups = parameter_groups(model, config, decayed)
+    """Optimizer over the trainable parameters of `model`; call after it is wrapped, since wrappers
+    may replace parameters.
+
+    decayed: see parameter_groups; names here and in `lr_scales` are those of the network without
+    its wrapper.
+    """
+    groups = parameter_groups(distributed.unwrap(model), config, decayed)
     if config.opt == "lamb":
         return Lamb(groups, config.lr, config.betas, config.eps)
     sgd, adamw = (KerasSGD, KerasAdamW) if config.keras else (torch.optim.SGD, torch.optim.AdamW)

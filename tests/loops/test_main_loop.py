@@ -27,6 +27,7 @@ from tests.helpers.loops import (
     Call,
     Record,
     State,
+    load,
     on_processes,
     process_group,
     record_main,
@@ -36,11 +37,9 @@ from tests.loops import dual_losses as losses
 from tests.main_runs import arguments
 
 LR, LR_START, LR_END, WARMUP = 0.01, 0.002, 0.0005, 2
-DECAY, BETAS, EPS = (
-    0.3,
-    (0.9, 0.98),
-    1e-2,
-)  # with a larger epsilon Adam's steps tell how large gradients are
+DECAY, BETAS = 0.3, (0.9, 0.98)
+EPS = 1e-2  # larger than usual: Adam's steps then tell how large gradients are
+TOLERANCE = 5e-3  # a ReLU behind the batch norm of a few rows may fall to the other side
 LARGEST = math.log(100)  # of a temperature's scale
 Batch = dict[str, Tensor]
 
@@ -261,7 +260,7 @@ def close(found: Tensor, expected: Tensor, size: Tensor, what: str) -> None:
     """size: the length by which the difference is measured; beyond it, a two-thousandth of a full
     step of Adam's, for gradients that are 0 but for rounding."""
     difference = (found.detach() - expected.detach()).float().norm().item()
-    allowed = 1e-3 * size + LR * 5e-4 * expected.numel() ** 0.5
+    allowed = TOLERANCE * size + LR * 5e-4 * expected.numel() ** 0.5
     assert difference <= allowed, f"{what} is off by {difference:.2e}, more than {allowed:.2e}"
 
 
@@ -272,12 +271,13 @@ def moved(name: str, value: Tensor, start: State) -> Tensor:
 def check_loop(record: Record, parts: list[list[list[Part]]], case: Case) -> None:
     """Every update of a record against the loop. parts[update][process][micro-batch]."""
     student, memory = copy.deepcopy(record.network).train(), {}
-    start, total = state_of(student), len(record.updates)
+    total = len(record.updates)
     weights = {name: p for name, p in student.named_parameters() if p.requires_grad}
     logged = [line for line in record.log if "loss" in line]
     assert len(logged) == total
     for step, update in enumerate(record.updates):
         what, lr = f"update {step + 1}", learning_rate(case, step, total)
+        start = state_of(student)
         assert logged[step]["lr"] == pytest.approx(lr, rel=1e-9), what
         for name in weights:
             assert update.option(name) == pytest.approx(lr * share_of_rate(case, name), rel=1e-9), (
@@ -302,12 +302,8 @@ def check_loop(record: Record, parts: list[list[list[Part]]], case: Case) -> Non
             grads = {name: grad * case.clip_norm / norm for name, grad in grads.items()}
         length = torch.stack([grad.norm() for grad in grads.values()]).norm()
         for name, grad in grads.items():
-            close(
-                update.gradients[name],
-                grad,
-                grad.norm() + 1e-2 * length,
-                f"{what}: gradient of {name}",
-            )
+            apart = (update.gradients[name] - grad).norm() / (grad.norm() + 1e-2 * length)
+            assert apart <= TOLERANCE, f"{what}: gradient of {name} is off by {apart:.1e}"
 
         for name, grad in grads.items():
             take_step(case, name, weights[name], grad, memory, lr * share_of_rate(case, name))
@@ -322,13 +318,15 @@ def check_loop(record: Record, parts: list[list[list[Part]]], case: Case) -> Non
         follow_and_clamp(student, case)
         student.zero_grad()
         following = record.updates[step + 1].calls[0].state if step + 1 < total else record.final
-        for name, value in state_of(student).items():
-            if not (
-                name.startswith("momentum_model.") and name not in dict(student.named_parameters())
-            ):
-                close(
-                    following[name], value, moved(name, value, start), f"{what}: {name} in the end"
-                )
+        own = state_of(student)
+        for name in set(own) - set(dict(student.named_parameters())):
+            if name.startswith(
+                "momentum_model."
+            ):  # its statistics have seen the next batch by then
+                following = {**following, name: own[name]}
+        for name, value in own.items():
+            close(following[name], value, moved(name, value, start), f"{what}: {name} in the end")
+        load(student, following)  # so that rounding does not grow
 
 
 @torch.no_grad()

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import CLS, VOCABULARY, chosen_device, measure_training
-from models.dual_encoder import objectives as dual_losses
-from models.dual_encoder.base import DualConfig, names_by_decay
+from main import total_loss
+from models.dual_encoder.align import Align
+from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
 from models.dual_encoder.factory import build_dual
 from models.weights.align import hugging_face_config
 from runtime.optim.build import Optimizer, Precision, build_optimizer
 
 
-class Foreign(nn.Module):
+class Foreign(DualEncoder):
     """transformers' AlignModel, with the image projection that it lacks, under our loss."""
 
     def __init__(self, model: nn.Module):
@@ -33,14 +34,27 @@ class Foreign(nn.Module):
         self.config, self.align = model.config, AlignModel(AlignConfig(**values))
         self.image_projection = model.image_projection or nn.Identity()
 
-    def forward(self, image: Tensor, text_ids: Tensor) -> dict[str, Tensor]:
+    losses = Align.losses
+
+    def features(self, image: Tensor, text_ids: Tensor) -> dict[str, Tensor]:
         pixels = self.align.vision_model(pixel_values=image)[1]
         states = self.align.text_model(input_ids=text_ids, attention_mask=text_ids != 0)[0]
-        out = {
+        return {
             "z_image": self.image_projection(pixels),
             "z_text": self.align.text_projection(states[:, 0]),
+            "temperature": self.align.temperature,
         }
-        return dual_losses.align(out | {"temperature": self.align.temperature}, self.config)
+
+
+class WithTotal(nn.Module):
+    """A dual encoder whose only loss is the weighted sum."""
+
+    def __init__(self, model: DualEncoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        return {"loss": total_loss(self.model(**batch), self.model.config)}
 
 
 def main(options: dict) -> dict:
@@ -65,7 +79,8 @@ def main(options: dict) -> dict:
             for name, _ in model.named_parameters()
             if "bn." not in name and "norm." not in name
         ]
-    model = model.to(device).train()
+    model = WithTotal(model).to(device).train()
+    decayed = [f"model.{name}" for name in decayed]
     if options["compile"]:
         model.compile()
     optimizer = build_optimizer(

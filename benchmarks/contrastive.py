@@ -41,7 +41,7 @@ class Config:
 def one_variant(config: Config, tile: int | None) -> dict:
     """Loss and gradients of CLIP's loss with tiles of `tile`, dense for None; the gradients go to
     `config.worker`."""
-    from models.dual_encoder.objectives import LossOptions, clip
+    from models.dual_encoder.losses import clip_loss, normalize
 
     torch.set_num_threads(config.threads)
     rng = torch.Generator().manual_seed(0)
@@ -49,12 +49,9 @@ def one_variant(config: Config, tile: int | None) -> dict:
     text = torch.randn(config.pairs, config.width, generator=rng).mul_(2).add_(image)
     scale = torch.tensor(14.0, requires_grad=True)
     before, begin, cpu = peak_bytes(torch.device("cpu")), time.perf_counter(), time.process_time()
-    features = {
-        "z_image": image.requires_grad_(),
-        "z_text": text.requires_grad_(),
-        "logit_scale": scale,
-    }
-    loss = clip(features, LossOptions(tile=tile))["loss"]
+    images, texts = (normalize(side.requires_grad_())[:, None] for side in (image, text))
+    found = clip_loss(images, texts, images, texts, scale, tile=tile)
+    loss = (found.loss_image + found.loss_text) / 2
     loss.backward()
     result = {
         "loss": loss.item(),

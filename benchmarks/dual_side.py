@@ -34,6 +34,7 @@ def captions(size: int, views: int, longest: int) -> Tensor:
 def ours(options: dict, batch: dict) -> tuple[nn.Module, Callable[[], Tensor]]:
     """Our network and its loss; texts are cut behind the longest caption, as main.py's loader
     does."""
+    from main import total_loss
     from models.dual_encoder.base import DualConfig
     from models.dual_encoder.factory import build_dual
     from runtime.parallel import checkpoint_blocks
@@ -54,7 +55,7 @@ def ours(options: dict, batch: dict) -> tuple[nn.Module, Callable[[], Tensor]]:
     network = torch.compile(model) if options["compile"] else model
 
     def loss() -> Tensor:
-        return network(**given)["loss"]
+        return total_loss(network(**given), config)
 
     return model, loss
 

@@ -146,7 +146,7 @@ def training_flops(model: torch.nn.Module, batch: dict) -> float:
         inputs = {k: fake(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         with flop_counter() as counter:
             losses = functional_call(model, state, kwargs=inputs, tie_weights=True)
-            sum(v for k, v in losses.items() if k.startswith("loss")).backward()
+            sum(loss for loss in losses.values() if loss.requires_grad).backward()
     for module, parameters, buffers in own:
         module._parameters.update(parameters)
         module._buffers.update(buffers)

@@ -1,12 +1,16 @@
 """Tiny dual encoders and batches for tests."""
 
+from unittest import mock
+
 import torch
 from torch import nn
 
+import main
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.layers.clip_towers import ClipViT
 from models.layers.vit import ViTConfig
+from runtime.optim.build import Precision
 
 TOY = {
     "image_size": 16,
@@ -67,3 +71,31 @@ def toy_batch(
     if views:
         batch["image_local"] = torch.randn(pairs, views, 3, size, size, generator=generator)
     return batch
+
+
+def with_total(losses: dict, config: DualConfig) -> dict:
+    """The named losses and, as `loss`, what main.py minimises."""
+    return {"loss": main.total_loss(losses, config), **losses}
+
+
+def losses_with_total(model: nn.Module, batch: dict) -> dict:
+    """`with_total` of the losses of a batch."""
+    return with_total(model(**batch), model.config)
+
+
+def cached_losses(model: nn.Module, parts: list[dict]) -> dict:
+    """main.py's step over micro-batches that make one contrastive batch; gradients stay in model."""
+    config = main.Config(network=model.config, accumulate=len(parts), cache_features=True)
+    precision = Precision("fp32", torch.device("cpu"))
+    with mock.patch.object(main, "normalized", lambda batch, pixels: batch):  # images are float
+        return main.train_step_cached(model, iter(parts).__next__, None, config, precision)
+
+
+def losses_of(model: str, features: dict, **options) -> dict:
+    """A model's losses and their weighted sum of given features, `*_momentum` the teacher's."""
+    with torch.device("meta"):
+        network = toy(model, **options)
+    suffix = "_momentum"
+    own = {name: value for name, value in features.items() if not name.endswith(suffix)}
+    teacher = {k.removesuffix(suffix): v for k, v in features.items() if k.endswith(suffix)}
+    return with_total(network.losses(own, teacher or None), network.config)

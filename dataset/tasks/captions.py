@@ -7,16 +7,20 @@ Whatever the collection, its metadata becomes JSON lines {image: path below the 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch.utils.data import default_collate
 
+from base.distributed import main_first, on_main
 from base.errors import BadSample, UserError
 from base.files import cached_path, read_json, write_json_lines
 from dataset.images.clip import ImageViews
+from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
+from dataset.sources.shards import ShardSource
 from dataset.tasks.record import as_list, captions_of, image_of
 from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
@@ -167,6 +171,30 @@ def collections_of(
             f"{dataset}: give metadata and root of {', '.join(MERGED)}, in this order, joined by ---"
         )
     return list(zip(MERGED, files, roots, strict=True))
+
+
+def pair_sources(
+    data,
+    image_views: ImageViews,
+    text_views: TextViews,
+    read_plain: Callable[[Path], object],
+) -> list:
+    """The sources of a stream of `ImageTextPair`: collections, then WebDataset shards.
+
+    data: has `dataset`, `metadata`, `root` and `shards` (see `collections_of`), `shuffle_buffer`
+    (see `ShardSource`). read_plain: see `caption_records`. Collective: rank 0 converts the metadata
+    and tries the first images. Raises UserError.
+    """
+    sources: list = []
+    for kind, file, folder in collections_of(data.dataset, data.metadata, data.root, data.shards):
+        records = main_first(partial(caption_records, kind, file, read_plain))
+        on_main(partial(check_images, folder, records))
+        pair = ImageTextPair(image_views, text_views, folder)
+        sources.append(RecordSource(records, pair, kind))
+    for url in data.shards:
+        pair = ImageTextPair(image_views, text_views)
+        sources.append(ShardSource(url, pair, shuffle_buffer=data.shuffle_buffer))
+    return sources
 
 
 # ---- images

@@ -1,7 +1,7 @@
 """What a dual encoder is fed, by its model string: CLIP's byte-pair ids and views, or ALIGN's
 pieces and squares."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from base.pixels import HALF
 from dataset.images.align import AlignView, AlignViews
-from dataset.images.clip import EvalView, ImageViews, ViewOptions, pixel_statistics
+from dataset.images.clip import EvalView, ImageViews, ViewOptions, normalize, pixel_statistics
 from dataset.text.align import AlignTokenizer
 from dataset.text.bpe import ClipTokenizer
 
@@ -53,3 +53,29 @@ def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation in grey levels, float32 [3,1,1] each, for `normalize`; network: has
     `model`."""
     return pixel_statistics(device, *HALF) if is_align(network.model) else pixel_statistics(device)
+
+
+def normalized(batch: dict[str, Tensor], statistics: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """The batch with its uint8 images (`image`, `image_local`) as normalised float32."""
+    result = dict(batch)
+    for name in ("image", "image_local"):
+        if name in batch:
+            result[name] = normalize(batch[name], statistics)
+    return result
+
+
+class NormalizedBatches:
+    """The batches of an EvalLoader on `device`, normalised; knows their number."""
+
+    def __init__(self, loader, statistics: tuple[Tensor, Tensor], device: torch.device):
+        self.loader, self.statistics, self.device = loader, statistics, device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.loader:
+            moved = {
+                name: value.to(self.device, non_blocking=True) for name, value in batch.items()
+            }
+            yield normalized(moved, self.statistics)

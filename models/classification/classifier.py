@@ -275,30 +275,3 @@ def averages(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 def trained(model: nn.Module) -> list[Tensor]:
     """The trainable parameters in order: those of the network, not of its average."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-# -------------------------------------------------------------------------------------------------------- positions
-
-
-def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings [1,1+g*g,D] for grid x grid patches: linear along each axis between the
-    corner patches.
-
-    The class token's row stays. This is scipy's `zoom` of order 1, with which COYO-ViT goes from
-    224 to 384 px.
-    Raises UserError where the patches are no square.
-    """
-    patches = pos_embed.shape[1] - 1
-    side = round(max(patches, 0) ** 0.5)
-    if patches < 1 or side * side != patches:
-        raise UserError(
-            f"position embeddings of {pos_embed.shape[1]} tokens are no class token and a square of patches; "
-            "only those can be resized to another image size"
-        )
-    if side == grid:
-        return pos_embed
-    image = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=(grid, grid), mode="bilinear", align_corners=True)
-    return torch.cat(
-        [pos_embed[:, :1], image.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1
-    )

@@ -1,8 +1,7 @@
 """ALIGN (Jia 2021) as COYO-ALIGN trains it: EfficientNet and BERT under a label-smoothed
 contrastive loss.
 
-    model = build_dual(DualConfig(model="ALIGN_B3_MINI", image_size=289, embed_dim=640,
-    label_smoothing=0.1))
+    model = build_dual(DualConfig(model="ALIGN_B3_MINI", image_size=289, embed_dim=640))
 
 ALIGN_<image>_<text>: EfficientNet B0 to B7, or NANO for small images; BERT MINI, BASE, LARGE or
 TINY. Parameters have the names of transformers' `AlignModel` (kakaobrain/align-base), and
@@ -15,10 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from base.distributed import rank
 from base.errors import UserError
-from models.dual_encoder import objectives as dual_losses
-from models.dual_encoder.base import DualConfig, DualEncoder
-from models.dual_encoder.objectives import Features
+from models.dual_encoder.base import DualConfig, DualEncoder, Features
+from models.dual_encoder.losses import clip_loss, normalize
 from models.layers.batchnorm import GhostBatchNorm, average_statistics
 from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape
 from models.layers.xbert import BertConfig, XBert
@@ -40,8 +39,6 @@ class Align(DualEncoder):
     image, text: other geometries than those that the model string names.
     """
 
-    loss = staticmethod(dual_losses.align)
-
     def __init__(
         self,
         config: DualConfig,
@@ -59,7 +56,7 @@ class Align(DualEncoder):
             self.image_projection = projection(features, config.embed_dim)
         elif features != config.embed_dim:
             raise UserError(
-                f"embed_dim {config.embed_dim}: ALIGN_B7 has no projection of its {features} image features; "
+                f"embed_dim {config.embed_dim}: ALIGN_B7 has no projection of its {features} image "
                 f"set embed_dim to {features}"
             )
         self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
@@ -78,33 +75,63 @@ class Align(DualEncoder):
             "temperature": self.temperature * 1.0,
         }
 
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """ALIGN's (Jia 2021, equations 1 and 2): InfoNCE both ways, labels smoothed over the global
+        batch.
+
+        `clip_loss` is the mean of both directions; COYO-ALIGN minimises their sum (loss_avg_or_sum:
+        sum).
+        """
+        image, text = (
+            normalize(features["z_image"])[:, None],
+            normalize(features["z_text"])[:, None],
+        )  # [b,1,E]
+        all_image, all_text = self.gather_pair(image, text)
+        found = clip_loss(
+            image,
+            text,
+            all_image,
+            all_text,
+            1 / features["temperature"],
+            first=rank() * len(image),
+            label_smoothing=self.options.label_smoothing,
+            tile=self.options.tile,
+        )
+        return {
+            "clip_loss": (found.loss_image + found.loss_text) / 2,
+            "clip_loss_image": found.loss_image,
+            "clip_loss_text": found.loss_text,
+            "clip_acc": found.acc_image,
+            "temperature": features["temperature"].detach(),
+        }
+
     def embed_image(self, image: Tensor) -> Features:
         """Images float32 [B,3,H,W], values -1..1 -> `feats` [B,C], `z` [B,E]."""
         feats = self.vision_model(image)
-        return {
-            "feats": feats,
-            "z": feats
-            if self.image_projection is None
-            else unrounded(self.image_projection, feats),
-        }
+        if self.image_projection is None:
+            return {"feats": feats, "z": feats}
+        return {"feats": feats, "z": unrounded(self.image_projection, feats)}
 
     def embed_text(self, text_ids: Tensor) -> Features:
         """Texts int64 [B,L], padded with 0 -> `feats` [B,T], the state of the first token, and `z`
-        [B,E]."""
+        [B,E].
+        """
         feats = self.text_model.first_state(text_ids)
         return {"feats": feats, "z": unrounded(self.text_projection, feats)}
 
     def free_of_decay(self) -> set[str]:
         """Names of the parameters that LAMB neither decays nor scales: those of batch norms, and no
-        others."""
+        others.
+        """
         norms = [
             name for name, module in self.named_modules() if isinstance(module, GhostBatchNorm)
         ]
         return {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")}
 
     def clamp_scales(self) -> None:
-        """Nothing to clamp: LAMB moves the temperature by its share lr at most, so that it stays
-        positive."""
+        """Nothing to clamp: LAMB moves the temperature by its fraction lr at most, so that it stays
+        positive.
+        """
 
     def after_update(self) -> None:
         average_statistics(self)
@@ -125,7 +152,8 @@ class TextTower(XBert):
 
     def first_state(self, text_ids: Tensor) -> Tensor:
         """int64 [B,L] -> the last layer's state of the first token [B,D]; the others are not
-        computed there."""
+        computed there.
+        """
         first = text_ids.new_zeros(len(text_ids), 1)
         return self.run(self.embeddings(text_ids), text_ids != PAD, keep=first)[:, 0]
 
@@ -163,8 +191,3 @@ def unrounded(linear: nn.Linear, x: Tensor) -> Tensor:
     """linear(x) in the type of its weights, whatever the autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(linear.weight.dtype))
-
-
-def align_names() -> list[str]:
-    """Every ALIGN model string."""
-    return [f"ALIGN_{image}_{text}" for image in SHAPES for text in TEXTS]

@@ -1,8 +1,7 @@
-"""Dual encoders for training: CLIP, CL2L (CLIP-rocket), BarLIP, SiamLIP / BYOLIP, SwALIP, SLIP,
-SimCLR, SigLIP, and ALIGN (models.dual_encoder.align).
+"""What all dual encoders share: their configuration, the forward pass, weight decay groups.
 
     model = build_dual(DualConfig(model="CL2L_R50_CL2L", separate_proj=True))
-    losses = model(image=..., image_local=..., text_ids=...)      # named 0-d tensors; minimise losses["loss"]
+    losses = model(image=..., image_local=..., text_ids=...)  # named, 0-d; main.py weighs them
 
 Batch (B pairs, A local views, L tokens): `image` float32 [B,3,H,W]; `text_ids` int64 [B,L], or
 [B,1+A,L] whose first row is the global caption; `image_local` float32 [B,A,3,h,w] (CL2L family;
@@ -10,8 +9,8 @@ absent for A = 0); SLIP takes its two augmentations as `image_local` [B,2,3,H,W]
 
 `features(**batch)` returns what the original models return, sample axis first, views second;
 `losses(features)` reads nothing but those features, so cached features serve as well
-(`models.dual_encoder.grad_cache`). For evaluation, `embed_image` and
-`embed_text` return `feats`, `z` and, where the model has them, `h` embeddings, not normalised.
+(`models.dual_encoder.grad_cache`). For evaluation, `embed_image` and `embed_text` return `feats`,
+`z` and, where the model has them, `h` embeddings, not normalised.
 """
 
 from dataclasses import dataclass
@@ -19,45 +18,83 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.dual_encoder.objectives import Features, LossOptions
-from models.layers.clip_towers import (
-    TextNoise,
-    TextShape,
-)
+from base.distributed import gather, gather_with_gradient, world_size
+from base.errors import UserError
+from models.layers.clip_towers import TextNoise, TextShape
+
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """Knobs of all losses; the defaults are the originals' command line's."""
+
+    loss_avg_or_sum: str = "avg"  # CL2L family, ALIGN: mean of the two directions, or their sum
+    label_smoothing: float = 0.0  # of the local terms only; ALIGN: over the global batch
+    barlip_lamb: float = 5e-3  # BarLIP: weight of the correlations off the diagonal
+    barlip_scale_loss: float = 0.025  # BarLIP: factor of its whole term
+    swalip_weight: float = 0.2  # SwALIP, SWALIPV1: weight of the swapped assignments
+    sk_iters: int = 3  # SwALIP, SWALIPV1: iterations of Sinkhorn's algorithm
+    target_epsilon: float = 0.05  # SwALIP, SWALIPV1: temperature of the assignments
+    ssl_scale: float = 1.0  # SLIP: weight of SimCLR beside CLIP
+    ssl_temp: float = 0.1  # SLIP, SimCLR: temperature of the similarities of two augmentations
+    tile: int | None = None  # compute logits in blocks of tile x tile to save memory; none = whole
+    compat: str = "none"  # none, or original: the published code's numbers (docs/DIFFERENCES.md)
+
+    def __post_init__(self):
+        for name, known in (("loss_avg_or_sum", ("avg", "sum")), ("compat", ("none", "original"))):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}"
+                )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(
+                f"label_smoothing {self.label_smoothing}: give a fraction from 0 to below 1"
+            )
+        if self.sk_iters < 1:
+            raise UserError(f"sk_iters {self.sk_iters}: Sinkhorn needs at least one iteration")
+
+    @property
+    def original(self) -> bool:
+        return self.compat == "original"
+
+    # What `compat: original` changes in the losses, all of it; docs/DIFFERENCES.md has the reasons.
+    @property
+    def gather_passes_gradient(self) -> bool:
+        """clip-rocket's contrastive gather passes no gradient, not even to the rows of this
+        rank.
+        """
+        return not self.original
+
+    @property
+    def barlip_gradient_scale(self) -> float:
+        """clip-rocket divides the gradient of Barlow Twins by the number of ranks."""
+        return 1 / world_size() if self.original else 1.0
+
+    def swalip_views(self, views: int) -> int:
+        """How many of the local views SwALIP swaps: clip-rocket's looks at the first two only."""
+        return 2 if self.original else views
 
 
 @dataclass(frozen=True, kw_only=True)
 class DualConfig(LossOptions):
     """Everything that shapes a dual encoder and its loss; names and defaults are clip-rocket's
-    command line's."""
+    command line's.
+    """
 
-    model: str = "CL2L_VITB16_CL2L"  # <CLIP|CL2L>_<backbone>_<head>, <CLIP|SLIP|SIMCLR>_<backbone>, ALIGN_<B*>_<BERT>
-    image_size: int = (
-        224  # side of the square global images, pixels; convolutional backbones take any size
-    )
+    model: str = "CL2L_VITB16_CL2L"  # <CLIP|CL2L>_<backbone>_<head>, or of SLIP or ALIGN
+    image_size: int = 224  # side of the square global images, pixels
     embed_dim: int = 256  # width of the common space of images and texts
-    clip_proj_type: str = (
-        "linear"  # projectors of global views into the common space: linear or mlp
-    )
+    clip_proj_type: str = "linear"  # projectors of global views: linear or mlp
     clip_hidden_dim: int = 4096  # hidden width of mlp projectors of global views
-    cl2l_img_proj_type: str = (
-        "mlp"  # with separate_proj, the projector of local images: linear or mlp
-    )
-    cl2l_txt_proj_type: str = (
-        "mlp"  # with separate_proj, the projector of local texts: linear or mlp
-    )
+    cl2l_img_proj_type: str = "mlp"  # with separate_proj, of local images: linear or mlp
+    cl2l_txt_proj_type: str = "mlp"  # with separate_proj, of local texts: linear or mlp
     cl2l_hidden_dim: int = 4096  # hidden width of mlp projectors of local views
     separate_proj: bool = False  # local views get projectors and a temperature of their own
-    separate_proj_child: bool = (
-        False  # BarLIP's and SiamLIP's heads of local views are their own, not the global ones
-    )
-    detach_proj: bool = (
-        False  # no gradient from the global text projector into the text transformer
-    )
+    separate_proj_child: bool = False  # BarLIP, SiamLIP: local views get heads of their own
+    detach_proj: bool = False  # no gradient from the global text projector into the text tower
     text_dropout_prob: float = 0.0  # dropout at the entry of every text block, for local texts
-    text_drop_path_prob: float = (
-        0.0  # probability of skipping a branch of a text block, for local texts
-    )
+    text_drop_path_prob: float = 0.0  # stochastic depth of the text blocks, for local texts
     barlip_proj_dim: int = 8192  # width in which BarLIP's cross-correlations are taken
     barlip_hidden_dim: int = 3000  # hidden width of BarLIP's expanders
     siamlip_proj_dim: int = 128  # width of SiamLIP's projections and predictions
@@ -68,9 +105,7 @@ class DualConfig(LossOptions):
     swalip_num_proto: int = 3000  # SWALIPV1: number of prototypes
     swalip_temperature: float = 0.1  # SWALIPV1: temperature of the scores of prototypes
     swalip_learn_temperature: bool = False  # SWALIPV1: train that temperature, too
-    swalip_no_shared_proto: bool = (
-        False  # SWALIPV1: one set of prototypes per modality, not one for both
-    )
+    swalip_no_shared_proto: bool = False  # SWALIPV1: one set of prototypes per modality
     ssl_mlp_dim: int = 4096  # hidden width of SLIP's and SimCLR's projector of images
     ssl_emb_dim: int = 256  # width in which SLIP and SimCLR compare two augmentations
     context_length: int = 77  # longest text in tokens, start and end included
@@ -80,93 +115,132 @@ class DualConfig(LossOptions):
     transformer_layers: int = 12  # blocks of the text transformer
     text_activation: str = "quick_gelu"  # of the text transformer: quick_gelu or gelu
     temperature: float = 1.0  # ALIGN's at the start; learned
-    virtual_batch_size: int = (
-        16  # samples over which ALIGN's batch norm takes statistics; 0 = the process's batch
-    )
+    virtual_batch_size: int = 16  # samples a ghost batch norm of ALIGN sees; 0 = the whole batch
     drop_connect: float = 0.2  # stochastic depth of ALIGN's image tower
     bert_dropout: float = 0.1  # of ALIGN's text tower
 
     @property
     def text(self) -> TextShape:
+        """Geometry of the text transformer."""
         return TextShape(
-            self.context_length,
-            self.vocab_size,
-            self.text_width,
-            self.text_heads,
-            self.transformer_layers,
-            self.text_activation,
+            context_length=self.context_length,
+            vocab_size=self.vocab_size,
+            width=self.text_width,
+            heads=self.text_heads,
+            layers=self.transformer_layers,
+            activation=self.text_activation,
         )
 
     @property
     def text_noise(self) -> TextNoise:
+        """Regularisation of the local texts; clip-rocket's drops token positions for the whole
+        batch.
+        """
         return TextNoise(
-            self.text_dropout_prob, self.text_drop_path_prob, over_positions=self.original
+            dropout=self.text_dropout_prob,
+            drop_path=self.text_drop_path_prob,
+            over_positions=self.original,
         )
 
 
 class DualEncoder(nn.Module):
-    """The way through every model here: batch -> features -> losses."""
+    """Base of all dual encoders; a subclass has `features`, `losses`, `embed_image`, `embed_text`.
+
+    `momentum_model`, where main.py has set one, is the momentum teacher (BYOLIP).
+    """
 
     config: DualConfig
-    loss = None  # function of models.dual_encoder.objectives
 
     def forward(
         self,
-        momentum: Features | None = None,
         features_only: bool = False,
         feature_grads: Features | None = None,
         **batch: Tensor,
     ) -> Features:
-        """Named 0-d losses of a batch.
+        """Named losses of a batch, 0-d each; main.py minimises their weighted sum (`total_loss`).
 
-        momentum: features of the momentum model for the same batch (BYOLIP's targets).
-        features_only: return the features instead.
-        feature_grads: return `loss` = Σ ⟨feature, its given gradient⟩, whose gradient continues a
-        cached backward pass.
+        The two other modes are those of gradient caching (`grad_cache.py`), which must pass through
+        the wrapped module, too. features_only: return the features. feature_grads: return
+        `surrogate` = sum of <feature, its given gradient>, whose backward pass continues that of
+        the cached features.
         """
-        out = self.features(**batch)
         if features_only:
-            return out
+            return self.features(**batch)
         if feature_grads is not None:
-            return {
-                "loss": sum(
-                    (out[name].float() * grad.float()).sum() for name, grad in feature_grads.items()
-                )
-            }
-        return self.losses(out, momentum)
+            features = self.features(**batch)
+            terms = [
+                (features[k].float() * grad.float()).sum() for k, grad in feature_grads.items()
+            ]
+            return {"surrogate": sum(terms)}
+        targets = self.teacher_features(**batch)
+        features = self.features(**batch)
+        with torch.autocast(next(iter(features.values())).device.type, enabled=False):
+            return self.losses(in_float32(features), in_float32(targets))
 
-    def losses(self, out: Features, momentum: Features | None = None) -> Features:
-        """Losses of features of `features`, and of a momentum model's under the same names."""
-        if momentum is not None:
-            out = out | {f"{name}_momentum": value for name, value in momentum.items()}
-        # in float32 under autocast, too: rounding logits to bfloat16 changes gradients by 8 % at temperature 0.01
-        device = next(iter(out.values())).device.type
-        exact = {
-            name: value.to(torch.promote_types(value.dtype, torch.float32))
-            for name, value in out.items()
-        }
-        with torch.autocast(device, enabled=False):
-            return type(self).loss(exact, self.options)
+    def features(self, **batch: Tensor) -> Features:
+        """The features the losses are made of, by name; sample axis first, views second."""
+        raise NotImplementedError
+
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """Named losses and accuracies, 0-d. targets: features of the momentum teacher."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def teacher_features(self, **batch: Tensor) -> Features | None:
+        """What the momentum teacher makes of the batch; None where there is no teacher."""
+        teacher = getattr(self, "momentum_model", None)
+        return None if teacher is None else teacher.features(**batch)
 
     @property
     def options(self) -> LossOptions:
         """Options of the loss; a dual encoder's configuration holds them."""
         return self.config
 
+    def gather(self, features: Tensor) -> Tensor:
+        """Features [b,...] of this rank -> [N,...] of all ranks in rank order, for the contrastive
+        losses.
+        """
+        if world_size() == 1 or self.options.gather_passes_gradient:
+            return gather_with_gradient(features)
+        return gather(features)
+
+    def gather_pair(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """`gather` of two tensors [b,...] of one shape, in one collective."""
+        if world_size() == 1:
+            return image, text
+        return self.gather(torch.stack([image, text], 1)).unbind(1)
+
     def example_batch(
         self, pairs: int, images: int, captions: int, tokens: int = 32
     ) -> dict[str, Tensor]:
         """A batch with so many local images and captions, without data (meta device), to count
-        FLOPs with."""
+        FLOPs with.
+        """
         image = torch.zeros(pairs, 3, self.config.image_size, self.config.image_size, device="meta")
         length = min(tokens, self.config.context_length)
         ids = torch.zeros(pairs, 1 + captions, length, dtype=torch.int64, device="meta")
-        local = {"image_local": image[:, None].expand(-1, images, -1, -1, -1)} if images else {}
-        return {"image": image, "text_ids": ids if captions else ids[:, 0], **local}
+        batch = {"image": image, "text_ids": ids if captions else ids[:, 0]}
+        if images:
+            batch["image_local"] = image[:, None].expand(-1, images, -1, -1, -1)
+        return batch
 
     def after_update(self) -> None:
-        """What follows every optimizer step, on all processes."""
+        """What follows every optimizer step, on all ranks."""
         self.clamp_scales()
+
+
+def in_float32(features: Features | None) -> Features | None:
+    """The features without the rounding of autocast (float64 stays).
+
+    Losses are computed in float32: logits rounded to bfloat16 change their gradients by 8 % at
+    temperature 0.01.
+    """
+    if features is None:
+        return None
+    exact = {}
+    for name, value in features.items():
+        exact[name] = value.to(torch.promote_types(value.dtype, torch.float32))
+    return exact
 
 
 # in checkpoints, but not of the network: the teacher, and what only transformers' AlignModel holds
@@ -177,44 +251,19 @@ def names_by_decay(model: nn.Module, original: bool = False) -> tuple[list[str],
     """Trainable parameters with and without weight decay, each in module order.
 
     Without: vectors and scalars, token and position embeddings, the class token. `original` follows
-    clip-rocket:
-    without are vectors, scalars and whatever has `bias`, `ln` or `bn` in its name; embeddings
-    decay. ALIGN: without are the parameters of batch norms alone.
+    clip-rocket: without are vectors, scalars and whatever has `bias`, `ln` or `bn` in its name;
+    embeddings decay. ALIGN: without are the parameters of batch norms alone.
     """
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if hasattr(model, "free_of_decay"):
-        free = model.free_of_decay()
-        return [name for name in trained if name not in free], [
-            name for name in trained if name in free
-        ]
-    substrings = (
-        ("bias", "ln", "bn")
-        if original
-        else ("positional_embedding", "token_embedding", "cls_token", "pos_embed")
-    )
+    embeddings = ("positional_embedding", "token_embedding", "cls_token", "pos_embed")
+    substrings = ("bias", "ln", "bn") if original else embeddings
+    free_names = model.free_of_decay() if hasattr(model, "free_of_decay") else None
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if not parameter.requires_grad:
+            continue
+        if free_names is not None:
+            free = name in free_names
+        else:
             free = parameter.ndim < 2 or any(part in name for part in substrings)
-            (no_decay if free else decay).append(name)
+        (no_decay if free else decay).append(name)
     return decay, no_decay
-
-
-@torch.no_grad()
-def follow(teacher: nn.Module, model: nn.Module, tau: float) -> None:
-    """Momentum model: teacher <- tau · teacher + (1 - tau) · model for every parameter; buffers
-    stay its own.
-
-    Called after each optimizer step and before `clamp_scales`.
-    """
-    torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - tau)
-
-
-def zeroshot_similarities(image: Features, text: Features) -> Features:
-    """Cosine similarities [B,C] of `embed_image` and `embed_text` outputs: `z_sim` and, where
-    present, `h_sim`."""
-    unit = [
-        {k: v / v.norm(dim=-1, keepdim=True) for k, v in side.items() if k != "feats"}
-        for side in (image, text)
-    ]
-    return {f"{name}_sim": unit[0][name] @ unit[1][name].T for name in unit[0]}

@@ -1,17 +1,27 @@
 """CL2L and its self-supervised variants SiamLIP, BYOLIP, BarLIP and SwALIP (clip-rocket; Fini et
-al., 2023)."""
+al., 2023).
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from base.distributed import gather_with_gradient, rank
 from base.errors import UserError
-from models.dual_encoder import objectives as dual_losses
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.base import DualConfig, Features
 from models.dual_encoder.clip import CLIP, choose
-from models.dual_encoder.losses import normalize
-from models.dual_encoder.objectives import Features
+from models.dual_encoder.losses import (
+    barlow_twins,
+    clip_loss,
+    negative_cosine,
+    normalize,
+    scale_gradient,
+    sinkhorn,
+    soft_cross_entropy,
+    swapped_assignments,
+)
 from models.layers.clip_towers import (
     Prototypes,
     barlip_projector,
@@ -24,10 +34,24 @@ from models.layers.clip_towers import (
 )
 
 
+class Views(NamedTuple):
+    """Views of unit length: of this rank's pairs [b,V,E], and of all pairs [N,V,E] in rank
+    order.
+    """
+
+    image: Tensor
+    text: Tensor
+    all_image: Tensor
+    all_text: Tensor
+
+    @property
+    def first(self) -> int:
+        """Row of this rank's first pair among all."""
+        return rank() * len(self.image)
+
+
 class CL2L(CLIP):
     """CLIP-rocket: a weak global view and A strong local views of both image and caption."""
-
-    loss = staticmethod(dual_losses.cl2l)
 
     def __init__(self, config: DualConfig, visual: nn.Module):
         super().__init__(
@@ -58,7 +82,8 @@ class CL2L(CLIP):
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
         """`z_*_global` [B,E] of the global views, `h_*_local` [B,A,E] of the local ones, `feats_*`
-        behind both."""
+        behind both.
+        """
         if text_ids.ndim == 2:
             text_ids = text_ids[:, None]
         views = 0 if image_local is None else image_local.shape[1]
@@ -69,7 +94,7 @@ class CL2L(CLIP):
             )
         image_feats, image_local_feats = self._image_views(image, image_local)
         text_feats, text_local_feats = self._text_views(text_ids)
-        out = {
+        features = {
             "feats_image": image_feats,
             "feats_text": text_feats,
             "logit_scale": self.logit_scale.exp(),
@@ -78,19 +103,86 @@ class CL2L(CLIP):
             "h_logit_scale": self.local_scale,
         }
         if views:
-            out |= {
-                "feats_image_local": image_local_feats,
-                "feats_text_local": text_local_feats,
-                "h_image_local": per_view(self.l2l_image_projector, image_local_feats),
-                "h_text_local": per_view(self.l2l_text_projector, text_local_feats),
-            }
-        return out
+            features["feats_image_local"] = image_local_feats
+            features["feats_text_local"] = text_local_feats
+            features["h_image_local"] = per_view(self.l2l_image_projector, image_local_feats)
+            features["h_text_local"] = per_view(self.l2l_text_projector, text_local_feats)
+        return features
+
+    def losses(
+        self,
+        features: Features,
+        targets: Features | None = None,
+        views: tuple[Views, Views] | None = None,
+    ) -> Features:
+        """Global images against global captions, local against local ones; no cross terms (Fini
+        2023, equation 4).
+
+        With A local views the local term weighs A against the global term's 1. `clip_loss` is the
+        mean of both directions. views: `gather_views(features)`, where a subclass has it already.
+        """
+        whole, local = views or self.gather_views(features)
+        found = clip_loss(
+            whole.image,
+            whole.text,
+            whole.all_image,
+            whole.all_text,
+            features["logit_scale"],
+            first=whole.first,
+            tile=self.options.tile,
+        )
+        losses = {
+            "clip_loss_image_global": found.loss_image,
+            "clip_loss_text_global": found.loss_text,
+            "clip_acc_image_global": found.acc_image,
+            "clip_acc_text_global": found.acc_text,
+        }
+        loss_image, loss_text = found.loss_image, found.loss_text
+        a = local.image.shape[1]
+        if a:
+            near = clip_loss(
+                local.image,
+                local.text,
+                local.all_image,
+                local.all_text,
+                features["h_logit_scale"],
+                first=local.first,
+                label_smoothing=self.options.label_smoothing,
+                tile=self.options.tile,
+            )
+            losses["clip_loss_image_local"] = near.loss_image
+            losses["clip_loss_text_local"] = near.loss_text
+            losses["clip_acc_image_local"] = near.acc_image
+            losses["clip_acc_text_local"] = near.acc_text
+            loss_image = (loss_image + a * near.loss_image) / (1 + a)
+            loss_text = (loss_text + a * near.loss_text) / (1 + a)
+        losses["clip_loss"] = (loss_image + loss_text) / 2
+        losses["clip_loss_image"] = loss_image
+        losses["clip_loss_text"] = loss_text
+        losses["clip_acc"] = found.acc_image
+        losses["h_logit_scale"] = features["h_logit_scale"].detach()
+        return losses
+
+    def gather_views(self, features: Features) -> tuple[Views, Views]:
+        """The global (V = 1) and the local views (V = A, or 0), gathered in one collective."""
+        both = torch.stack([features["z_image_global"], features["z_text_global"]], 1)
+        if "h_image_local" in features:
+            both = torch.cat([both, features["h_image_local"], features["h_text_local"]], 1)
+        own = normalize(both)  # [b,2+2A,E]
+        everyone = self.gather(own)
+        whole = Views(own[:, :1], own[:, 1:2], everyone[:, :1], everyone[:, 1:2])
+        a = own.shape[1] // 2 - 1
+        local = Views(
+            own[:, 2 : 2 + a], own[:, 2 + a :], everyone[:, 2 : 2 + a], everyone[:, 2 + a :]
+        )
+        return whole, local
 
     def _image_views(
         self, image: Tensor, image_local: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """[B,C] and [B,A,C]; one pass for all views where no batch statistics are involved and the
-        sizes agree."""
+        sizes agree.
+        """
         if image_local is None:
             return self.visual(image), None
         if not self.join_views:
@@ -106,7 +198,8 @@ class CL2L(CLIP):
 
     def _text_views(self, text_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B,T] and [B,A,T] of int64 [B,1+A,L]; local texts see the noise, the global one does
-        not."""
+        not.
+        """
         views, noise = text_ids.shape[1] - 1, self.config.text_noise
         if not (self.training and noise.active) or not views:
             every = self.text_features(text_ids.flatten(0, 1)).unflatten(0, text_ids.shape[:2])
@@ -119,94 +212,110 @@ class CL2L(CLIP):
         return feats, self.text_features(local.flatten(0, 1), noise).unflatten(0, local.shape[:2])
 
     def embed_image(self, image: Tensor) -> Features:
-        out = super().embed_image(image)
-        return out | {"h": self.l2l_image_projector(out["feats"])}
+        found = super().embed_image(image)
+        found["h"] = self.l2l_image_projector(found["feats"])
+        return found
 
     def embed_text(self, text_ids: Tensor) -> Features:
-        out = super().embed_text(text_ids)
-        return out | {"h": self.l2l_text_projector(out["feats"])}
+        found = super().embed_text(text_ids)
+        found["h"] = self.l2l_text_projector(found["feats"])
+        return found
 
 
 def per_view(head: nn.Module, feats: Tensor) -> Tensor:
     """head of [B,A,D] along the last axis; each view has its own batch statistics."""
-    if feats.ndim == 2:
-        return head(feats)
     if not has_batch_norm(head):
         return head(feats)
     return torch.stack([head(view) for view in feats.unbind(1)], 1)
 
 
 class BarLIP(CL2L):
-    """CL2L with an expander per modality and view kind, whose outputs (v) Barlow Twins
-    decorrelates."""
-
-    loss = staticmethod(dual_losses.barlip)
+    """CL2L with an expander per modality and kind of view, whose outputs (v) Barlow Twins
+    decorrelates.
+    """
 
     def __init__(self, config: DualConfig, visual: nn.Module):
         super().__init__(config, visual)
-        widths = {"image": visual.num_features, "text": config.text_width}
-        for modality, width in widths.items():
-            head = barlip_projector(width, config.barlip_hidden_dim, config.barlip_proj_dim)
-            self.add_module(f"barlip_{modality}_projector_global", head)
-        for modality, width in widths.items():
-            head = self.get_submodule(f"barlip_{modality}_projector_global")
-            if config.separate_proj_child:
-                head = barlip_projector(width, config.barlip_hidden_dim, config.barlip_proj_dim)
-            self.add_module(f"barlip_{modality}_projector_local", head)
+        hidden, out = config.barlip_hidden_dim, config.barlip_proj_dim
+        image, text = visual.num_features, config.text_width
+        self.barlip_image_projector_global = barlip_projector(image, hidden, out)
+        self.barlip_text_projector_global = barlip_projector(text, hidden, out)
+        if config.separate_proj_child:
+            self.barlip_image_projector_local = barlip_projector(image, hidden, out)
+            self.barlip_text_projector_local = barlip_projector(text, hidden, out)
+        else:
+            self.barlip_image_projector_local = self.barlip_image_projector_global
+            self.barlip_text_projector_local = self.barlip_text_projector_global
 
     def features(
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
         """CL2L's, and `v_*` [B,D], `v_*_local` [B,A,D]."""
-        out = super().features(image, text_ids, image_local)
-        return out | child_outputs(self, out, "barlip_{}_projector", "v", "feats")
+        features = super().features(image, text_ids, image_local)
+        features["v_image"] = self.barlip_image_projector_global(features["feats_image"])
+        features["v_text"] = self.barlip_text_projector_global(features["feats_text"])
+        if "feats_image_local" in features:
+            features["v_image_local"] = per_view(
+                self.barlip_image_projector_local, features["feats_image_local"]
+            )
+            features["v_text_local"] = per_view(
+                self.barlip_text_projector_local, features["feats_text_local"]
+            )
+        return features
 
-
-def child_outputs(model: nn.Module, out: Features, head: str, name: str, source: str) -> Features:
-    """`{name}_{image,text}[_local]` = the model's `head` (modality filled in, `_global` / `_local`)
-    of `source`."""
-    result = {}
-    for view, kind in (("", "global"), ("_local", "local")):
-        for modality in ("image", "text"):
-            if f"{source}_{modality}{view}" in out:
-                module = model.get_submodule(f"{head.format(modality)}_{kind}")
-                result[f"{name}_{modality}{view}"] = per_view(
-                    module, out[f"{source}_{modality}{view}"]
-                )
-    return result
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """CL2L's, and `barlip_loss`: the mean over the global pair and the A^2 local pairs of
+        views.
+        """
+        losses = super().losses(features)
+        pairs = [(features["v_image"][:, None], features["v_text"][:, None])]
+        if "v_image_local" in features:
+            pairs.append((features["v_image_local"], features["v_text_local"]))
+        total, count = 0, 0
+        for image, text in pairs:
+            image = scale_gradient(image, self.options.barlip_gradient_scale)
+            text = scale_gradient(text, self.options.barlip_gradient_scale)
+            total = total + barlow_twins(
+                image,
+                text,
+                gather_with_gradient(image),
+                gather_with_gradient(text),
+                lamb=self.options.barlip_lamb,
+                scale_loss=self.options.barlip_scale_loss,
+            )
+            count += image.shape[1] * text.shape[1]
+        losses["barlip_loss"] = total / count
+        return losses
 
 
 class SiamLIP(CL2L):
-    """CL2L with projectors (v) and predictors (p) of SimSiam; with a momentum model's targets it is
-    BYOLIP."""
-
-    loss = staticmethod(dual_losses.siamlip)
+    """CL2L with projectors (v) and predictors (p) of SimSiam; with a momentum teacher's targets it
+    is BYOLIP.
+    """
 
     def __init__(self, config: DualConfig, visual: nn.Module):
         super().__init__(config, visual)
         hidden, out = config.siamlip_hidden_dim, config.siamlip_proj_dim
-        widths = {"image": visual.num_features, "text": config.text_width}
-        inner = {m: siamlip_projector(width, hidden, out) for m, width in widths.items()}
-        for kind in ("global", "local"):
-            for modality, width in widths.items():
-                if kind == "local" and config.separate_proj_child:
-                    inner[modality] = siamlip_projector(width, hidden, out)
-                self.add_module(
-                    f"siamlip_{modality}_projector_{kind}", self._with_last_norm(inner[modality])
-                )
-        predictors = {
-            f"{pair}_predictor": siamlip_predictor(out, hidden, out)
-            for pair in ("image_text", "text_image")
-        }
-        for kind in ("global", "local"):
-            for name in predictors:
-                if kind == "local" and config.separate_proj_child:
-                    predictors[name] = siamlip_predictor(out, hidden, out)
-                self.add_module(f"{name}_{kind}", predictors[name])
+        own = config.separate_proj_child  # local views have heads of their own
+        image = siamlip_projector(visual.num_features, hidden, out)
+        text = siamlip_projector(config.text_width, hidden, out)
+        self.siamlip_image_projector_global = self._with_last_norm(image)
+        self.siamlip_text_projector_global = self._with_last_norm(text)
+        image = siamlip_projector(visual.num_features, hidden, out) if own else image
+        self.siamlip_image_projector_local = self._with_last_norm(image)
+        text = siamlip_projector(config.text_width, hidden, out) if own else text
+        self.siamlip_text_projector_local = self._with_last_norm(text)
+        image_text = siamlip_predictor(out, hidden, out)
+        text_image = siamlip_predictor(out, hidden, out)
+        self.image_text_predictor_global = image_text
+        self.text_image_predictor_global = text_image
+        self.image_text_predictor_local = siamlip_predictor(out, hidden, out) if own else image_text
+        self.text_image_predictor_local = siamlip_predictor(out, hidden, out) if own else text_image
 
     def _with_last_norm(self, inner: nn.Module) -> nn.Module:
         """The projector and its own affine-free batch norm: global and local may share the former,
-        never the latter."""
+        never the latter.
+        """
         if self.config.siamlip_no_last_bn:
             return inner
         return nn.Sequential(inner, nn.BatchNorm1d(self.config.siamlip_proj_dim, affine=False))
@@ -215,27 +324,82 @@ class SiamLIP(CL2L):
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
         """CL2L's, and `v_*`, `p_*` [B,D], `v_*_local`, `p_*_local` [B,A,D]."""
-        out = super().features(image, text_ids, image_local)
-        out |= child_outputs(self, out, "siamlip_{}_projector", "v", "feats")
-        for view, kind in (("", "global"), ("_local", "local")):
-            for modality, pair in (("image", "image_text"), ("text", "text_image")):
-                if f"v_{modality}{view}" in out:
-                    predictor = self.get_submodule(f"{pair}_predictor_{kind}")
-                    out[f"p_{modality}{view}"] = per_view(predictor, out[f"v_{modality}{view}"])
-        return out
+        features = super().features(image, text_ids, image_local)
+        features["v_image"] = self.siamlip_image_projector_global(features["feats_image"])
+        features["v_text"] = self.siamlip_text_projector_global(features["feats_text"])
+        features["p_image"] = self.image_text_predictor_global(features["v_image"])
+        features["p_text"] = self.text_image_predictor_global(features["v_text"])
+        if "feats_image_local" in features:
+            features["v_image_local"] = per_view(
+                self.siamlip_image_projector_local, features["feats_image_local"]
+            )
+            features["v_text_local"] = per_view(
+                self.siamlip_text_projector_local, features["feats_text_local"]
+            )
+            features["p_image_local"] = per_view(
+                self.image_text_predictor_local, features["v_image_local"]
+            )
+            features["p_text_local"] = per_view(
+                self.text_image_predictor_local, features["v_text_local"]
+            )
+        return features
+
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """CL2L's, and `siamlip_loss`: each modality predicts the other's projection, or that of the
+        teacher.
+
+        The mean over both directions, the global pair and the A^2 local pairs of views.
+        """
+        losses = super().losses(features)
+        target = targets or features
+        total = negative_cosine(features["p_image"][:, None], target["v_text"][:, None])
+        total = total + negative_cosine(features["p_text"][:, None], target["v_image"][:, None])
+        pairs = 2
+        if "p_image_local" in features:
+            total = total + negative_cosine(features["p_image_local"], target["v_text_local"])
+            total = total + negative_cosine(features["p_text_local"], target["v_image_local"])
+            pairs += 2 * features["p_image_local"].shape[1] ** 2
+        losses["siamlip_loss"] = total / pairs
+        return losses
 
 
 class SwALIP(CL2L):
-    """CL2L's network under the swapped-assignment loss without prototypes."""
+    """CL2L's network, with swapped assignments over the local views and no learned prototypes."""
 
-    loss = staticmethod(dual_losses.swalip)
+    def __init__(self, config: DualConfig, visual: nn.Module):
+        super().__init__(config, visual)
+        if config.label_smoothing:
+            raise UserError(
+                f"label_smoothing {config.label_smoothing}: SwALIP takes none; set it to 0"
+            )
+
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """CL2L's, and `swalip_loss`: the mean of both directions."""
+        views = self.gather_views(features)
+        losses = super().losses(features, views=views)
+        local = views[1]
+        a = local.image.shape[1]
+        used = self.options.swalip_views(a)
+        if a == 0 or a < used:
+            raise UserError(
+                f"num_augs {a}: SwALIP swaps assignments between local views; set num_augs to 2"
+            )
+        image, text, all_image, all_text = (x[:, :used] for x in local)
+        scale, epsilon, iterations = (
+            features["h_logit_scale"],
+            self.options.target_epsilon,
+            self.options.sk_iters,
+        )
+        from_image = swapped_assignments(image, all_text, scale, epsilon, iterations)
+        from_text = swapped_assignments(text, all_image, scale, epsilon, iterations)
+        losses["swalip_loss"] = (used / a) ** 2 * (from_image + from_text) / 2
+        return losses
 
 
 class SwALIPV1(CLIP):
     """CLIP with projectors onto learned prototypes (SwAV) shared by both modalities, or one set
-    each."""
-
-    loss = staticmethod(dual_losses.swalipv1)
+    each.
+    """
 
     def __init__(self, config: DualConfig, visual: nn.Module):
         super().__init__(
@@ -245,7 +409,8 @@ class SwALIPV1(CLIP):
         hidden, out = config.swalip_hidden_dim, config.swalip_proj_dim
         self.swalip_image_projector = swalip_projector(visual.num_features, hidden, out)
         self.swalip_text_projector = swalip_projector(config.text_width, hidden, out)
-        self.image_prototypes = self.text_prototypes = Prototypes(out, config.swalip_num_proto)
+        self.image_prototypes = Prototypes(out, config.swalip_num_proto)
+        self.text_prototypes = self.image_prototypes
         if config.swalip_no_shared_proto:
             self.text_prototypes = Prototypes(out, config.swalip_num_proto)
 
@@ -253,19 +418,35 @@ class SwALIPV1(CLIP):
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
         """CLIP's, and projections `h_*` [B,D], prototype scores `p_*` [B,K]."""
-        out = super().features(image, text_ids)
-        h_image = self.swalip_image_projector(out["feats_image"])
-        h_text = self.swalip_text_projector(out["feats_text"])
-        return out | {
-            "h_image": h_image,
-            "h_text": h_text,
-            "p_image": self.image_prototypes(normalize(h_image)),
-            "p_text": self.text_prototypes(normalize(h_text)),
-            "swalip_logit_scale": self.swalip_logit_scale.exp(),
-        }
+        features = super().features(image, text_ids)
+        features["h_image"] = self.swalip_image_projector(features["feats_image"])
+        features["h_text"] = self.swalip_text_projector(features["feats_text"])
+        features["p_image"] = self.image_prototypes(normalize(features["h_image"]))
+        features["p_text"] = self.text_prototypes(normalize(features["h_text"]))
+        features["swalip_logit_scale"] = self.swalip_logit_scale.exp()
+        return features
+
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """CLIP's, and `swalip_loss`: each modality predicts the other's assignment to the
+        prototypes (SwAV, eq. 2).
+
+        The assignments come from the teacher's scores where there is a teacher.
+        """
+        losses = super().losses(features)
+        target = targets or features
+        epsilon, iterations = self.options.target_epsilon, self.options.sk_iters
+        assigned_image = sinkhorn(target["p_image"], epsilon, iterations)
+        assigned_text = sinkhorn(target["p_text"], epsilon, iterations)
+        scale = features["swalip_logit_scale"]
+        from_image = soft_cross_entropy(scale * features["p_image"], assigned_text)
+        from_text = soft_cross_entropy(scale * features["p_text"], assigned_image)
+        losses["swalip_loss"] = (from_image + from_text) / 2
+        losses["swalip_logit_scale"] = scale.detach()
+        return losses
 
     def freeze_prototypes(self) -> None:
         """Drop the prototypes' gradients: called between backward and update in the first
-        iterations."""
+        iterations.
+        """
         for prototypes in (self.image_prototypes, self.text_prototypes):
             prototypes.weight_v.grad = None

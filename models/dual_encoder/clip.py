@@ -4,21 +4,15 @@ import math
 
 from torch import Tensor, nn
 
+from base.distributed import rank
 from base.errors import UserError
-from models.dual_encoder import objectives as dual_losses
-from models.dual_encoder.base import DualConfig, DualEncoder
-from models.dual_encoder.objectives import Features
-from models.layers.clip_towers import (
-    TwoTowers,
-    linear_projector,
-    mlp_projector,
-)
+from models.dual_encoder.base import DualConfig, DualEncoder, Features
+from models.dual_encoder.losses import clip_loss, normalize, sigmoid_loss
+from models.layers.clip_towers import TwoTowers, linear_projector, mlp_projector
 
 
 class CLIP(DualEncoder, TwoTowers):
     """Image tower and text transformer, each with a projector into the common space (z)."""
-
-    loss = staticmethod(dual_losses.clip)
 
     def __init__(
         self, config: DualConfig, visual: nn.Module, scales: dict[str, float] | None = None
@@ -35,13 +29,15 @@ class CLIP(DualEncoder, TwoTowers):
         return mlp_projector(width, self.config.clip_hidden_dim, out)
 
     def project_text(self, feats: Tensor) -> Tensor:
+        """Text features [B,T] -> z [B,E]."""
         return self.text_projector(feats.detach() if self.config.detach_proj else feats)
 
     def features(
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
         """`feats_*` [B,C], [B,T], `z_*` [B,E], and the scale of the logits. Local views are
-        ignored."""
+        ignored.
+        """
         image_feats = self.visual(image)
         text_feats = self.text_features(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
         return {
@@ -51,6 +47,27 @@ class CLIP(DualEncoder, TwoTowers):
             "z_text": self.project_text(text_feats),
             "logit_scale": self.logit_scale.exp(),
         }
+
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """`clip_loss`, the mean of both directions, and `clip_acc`, the top-1 accuracy of the
+        images in percent.
+        """
+        image, text = (
+            normalize(features["z_image"])[:, None],
+            normalize(features["z_text"])[:, None],
+        )  # [b,1,E]
+        all_image, all_text = self.gather_pair(image, text)
+        found = clip_loss(
+            image,
+            text,
+            all_image,
+            all_text,
+            features["logit_scale"],
+            first=rank() * len(image),
+            tile=self.options.tile,
+        )
+        loss = (found.loss_image + found.loss_text) / 2
+        return {"clip_loss": loss, "clip_acc": found.acc_image}
 
     def embed_image(self, image: Tensor) -> Features:
         """Images [B,3,H,W] -> `feats` [B,C], `z` [B,E] and, for the CL2L family, `h` [B,E]."""
@@ -65,9 +82,8 @@ class CLIP(DualEncoder, TwoTowers):
 
 class SigLIP(CLIP):
     """CLIP's towers under SigLIP's pairwise loss: a learned bias beside the scale, from which
-    training starts at 10."""
-
-    loss = staticmethod(dual_losses.siglip)
+    training starts at 10.
+    """
 
     def __init__(self, config: DualConfig, visual: nn.Module):
         super().__init__(config, visual, {"logit_bias": -10.0})
@@ -76,7 +92,23 @@ class SigLIP(CLIP):
     def features(
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
-        return super().features(image, text_ids) | {"logit_bias": self.logit_bias * 1.0}
+        """CLIP's, and the bias of the logits."""
+        features = super().features(image, text_ids)
+        features["logit_bias"] = self.logit_bias * 1.0
+        return features
+
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """`siglip_loss` of every image against every text."""
+        image, text = normalize(features["z_image"]), normalize(features["z_text"])  # [b,E]
+        loss = sigmoid_loss(
+            image,
+            self.gather(text),
+            features["logit_scale"],
+            features["logit_bias"],
+            first=rank() * len(image),
+            tile=self.options.tile,
+        )
+        return {"siglip_loss": loss}
 
 
 def choose(value: str, known: tuple[str, ...], knob: str) -> str:

@@ -1,14 +1,18 @@
-"""Model names: which class, backbone and configuration a `--model` string means."""
+"""Model names: which class, backbone and configuration a `--model` string means. This file alone
+knows them all.
+"""
 
 from torch import nn
 
 from base.errors import UserError
 from base.files import did_you_mean
+from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.base import DualConfig, DualEncoder
 from models.dual_encoder.cl2l import CL2L, BarLIP, SiamLIP, SwALIP, SwALIPV1
 from models.dual_encoder.clip import CLIP, SigLIP
 from models.dual_encoder.slip import SimCLR, Slip, SlipCLIP
 from models.layers.clip_towers import BACKBONES
+from models.layers.efficientnet import SHAPES
 
 HEADS = {
     "CLIP": CLIP,
@@ -19,15 +23,15 @@ HEADS = {
     "SWALIP": SwALIP,
     "SWALIPV1": SwALIPV1,
 }
-
+USES_LOCAL_VIEWS = (
+    "CL2L",
+    "BARLIP",
+    "SIAMLIP",
+    "SWALIP",
+)  # heads that take any number of them; the others none
 
 SLIP_MODELS = {"CLIP": SlipCLIP, "SLIP": Slip, "SIMCLR": SimCLR}
-
-
 SLIP_BACKBONES = {"VITT8": "VITT8", "VITS16": "VITS16MOCO", "VITB16": "VITB16", "VITL16": "VITL16"}
-
-
-USES_LOCAL_VIEWS = ("CL2L", "BARLIP", "SIAMLIP", "SWALIP")
 
 
 def model_names() -> list[str]:
@@ -39,14 +43,8 @@ def model_names() -> list[str]:
         for head in HEADS
     ]
     slip = [f"{base}_{backbone}" for base in SLIP_MODELS for backbone in SLIP_BACKBONES]
-    return rocket + slip + _align().align_names()
-
-
-def _align():
-    """models.dual_encoder.align, which builds on this module."""
-    from models.dual_encoder import align
-
-    return align
+    align = [f"ALIGN_{image}_{text}" for image in SHAPES for text in TEXTS]
+    return rocket + slip + align
 
 
 def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
@@ -57,10 +55,10 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
         raise UserError(
             f"model {name!r} is unknown{did_you_mean(name, model_names()) or '.'} The form is <CLIP|CL2L>_<backbone>_<head> with "
             f"backbones {', '.join(BACKBONES)} and heads {', '.join(HEADS)}, or SLIP's <{'|'.join(SLIP_MODELS)}>_"
-            f"<{'|'.join(SLIP_BACKBONES)}>, or ALIGN_<{'|'.join(_align().SHAPES)}>_<{'|'.join(_align().TEXTS)}>"
+            f"<{'|'.join(SLIP_BACKBONES)}>, or ALIGN_<{'|'.join(SHAPES)}>_<{'|'.join(TEXTS)}>"
         )
     if parts[0] == "ALIGN":
-        return _align().Align, parts[1], 0
+        return Align, parts[1], 0
     if len(parts) == 2:
         return SLIP_MODELS[parts[0]], SLIP_BACKBONES[parts[1]], 0 if parts[0] == "CLIP" else 2
     return HEADS[parts[2]], parts[1], -1 if parts[2] in USES_LOCAL_VIEWS else 0
@@ -70,6 +68,6 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
     """The network of `config.model`, freshly initialised; `visual` replaces its backbone (needs
     `num_features`)."""
     model, backbone, _ = parts_of(config.model)
-    if backbone not in BACKBONES:
-        return model(config)  # ALIGN's towers belong together
+    if model is Align:
+        return Align(config)  # its towers belong together
     return model(config, visual or BACKBONES[backbone](config.image_size))

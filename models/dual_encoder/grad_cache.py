@@ -1,75 +1,107 @@
-"""Gradient accumulation that enlarges the contrastive batch: features are cached, gradients travel
-back in pieces.
+"""Gradient caching (Gao et al., 2021): gradient accumulation that enlarges the contrastive batch.
 
 Plain accumulation contrasts each micro-batch with itself. Here all micro-batches are embedded
 without a graph, the loss of the joined features gives the gradient of every feature, and each
-micro-batch is then embedded again to carry its share into the weights (Gao 2021). Memory is that of
-one micro-batch, value and gradients are those of one large batch - exactly so for networks without
-batch norm, whose statistics are those of a micro-batch. Costs one more forward pass.
+micro-batch is embedded once more to carry its part into the weights. Memory is that of one
+micro-batch; value and gradients are those of one large batch, exactly so for networks without batch
+norm, whose statistics are those of a micro-batch. Costs one more forward pass.
+
+    cache = FeatureCache(model, batches)
+    loss of cache.features and cache.targets; its backward pass
+    for micro, batch in enumerate(batches):
+        with cache.replay(micro):
+            model(feature_grads=cache.gradients(micro), **batch)["surrogate"].backward()
+
+`train_step_cached` in main.py is that loop.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from models.dual_encoder.objectives import Features
+from base.distributed import unwrap
+from models.dual_encoder.base import Features, in_float32
 
 
-def cached_step(
-    model: nn.Module,
-    losses: Callable[..., Features],
-    batches: list[dict[str, Tensor]],
-    backward: Callable[[Tensor], None],
-    forward_context: Callable[[], AbstractContextManager] = nullcontext,
-    sync_context: Callable[[bool], AbstractContextManager] = lambda last: nullcontext(),
-    teacher: nn.Module | None = None,
-) -> Features:
-    """One forward and backward pass over `batches` as if they were one; gradients are left in the
-    parameters.
+class FeatureCache:
+    """Features of all micro-batches as leaves of the graph, the momentum teacher's as `targets`, and
+    what it takes to embed each micro-batch again.
 
-    model: the wrapped DualEncoder, called as `model(features_only=True, **batch)`.
-    losses: the bare model's `losses`, a function of features alone.
-    backward: as `Precision.backward`; is called once, with the loss of the joined features. What it
-    scales stays scaled. forward_context: autocast. sync_context(last): gradients need to travel
-    between processes only where last is True. teacher: momentum model, whose features (without
-    gradient) are the losses' second argument. Returns the losses of the joined batch.
+    model: the wrapped DualEncoder, called as `model(features_only=True, **batch)`; call it inside
+    autocast.
     """
-    device = next(model.parameters()).device
-    states = []
-    cached, targets = [], []
-    with torch.no_grad(), forward_context(), kept_statistics(model):
-        for batch in batches:
-            states.append(_random_state(device))
-            cached.append(model(features_only=True, **batch))
-    if teacher is not None:
-        with torch.no_grad(), forward_context():
-            targets = [teacher(features_only=True, **batch) for batch in batches]
-    after = _random_state(device)
-    joined = {name: leaf.requires_grad_() for name, leaf in _join(cached).items()}
-    with forward_context():
-        result = losses(joined, _join(targets)) if targets else losses(joined)
-    backward(result["loss"])
-    grads = [
-        _share(joined, i, [_rows(features) for features in cached]) for i in range(len(batches))
-    ]
-    for i, batch in enumerate(batches):
-        _set_random_state(states[i], device)
-        with sync_context(i == len(batches) - 1):
-            with forward_context():
-                surrogate = model(feature_grads=grads[i], **batch)["loss"]
-            # the gradients of the features carry backward's loss scale already
-            surrogate.backward()
-    _set_random_state(after, device)
-    return {name: value.detach() for name, value in result.items()}
+
+    def __init__(self, model: nn.Module, batches: list[dict[str, Tensor]]):
+        self.device = next(model.parameters()).device
+        self.random_states = []
+        parts = []
+        with torch.no_grad(), kept_statistics(model):
+            for batch in batches:
+                self.random_states.append(random_state(self.device))
+                parts.append(model(features_only=True, **batch))
+        taught = [unwrap(model).teacher_features(**batch) for batch in batches]
+        self.targets = None if taught[0] is None else join_features(taught)
+        self.rows = [first_length(part) for part in parts]
+        self.features = {
+            name: value.requires_grad_() for name, value in join_features(parts).items()
+        }
+
+    def gradients(self, micro: int) -> Features:
+        """Gradients of the features of one micro-batch, after the backward pass; a scalar's go with
+        the first.
+        """
+        start = sum(self.rows[:micro])
+        found = {}
+        for name, leaf in self.features.items():
+            if leaf.grad is None:
+                continue
+            if leaf.grad.ndim:
+                found[name] = leaf.grad[start : start + self.rows[micro]]
+            else:
+                found[name] = leaf.grad if micro == 0 else torch.zeros_like(leaf.grad)
+        return found
+
+    @contextmanager
+    def replay(self, micro: int) -> Iterator[None]:
+        """Inside, the random numbers are those of the micro-batch's first pass: the same
+        dropout.
+        """
+        after = random_state(self.device)
+        set_random_state(self.random_states[micro], self.device)
+        try:
+            yield
+        finally:
+            set_random_state(after, self.device)
+
+
+def join_features(parts: list[Features]) -> Features:
+    """Features of all micro-batches in float32, sample axis first, without graph; scalars (scales)
+    are the same in each.
+    """
+    joined = {}
+    for name, first in parts[0].items():
+        if first.ndim:
+            joined[name] = torch.cat([part[name] for part in parts]).detach()
+        else:
+            joined[name] = first.detach().clone()
+    return in_float32(joined)
+
+
+def first_length(features: Features) -> int:
+    """Rows of a micro-batch."""
+    return next(len(value) for value in features.values() if value.ndim)
 
 
 @contextmanager
-def kept_statistics(model: nn.Module):
+def kept_statistics(model: nn.Module) -> Iterator[None]:
     """Inside, batch norm's running statistics do not move: a batch that is embedded twice counts
-    once."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    once.
+    """
+    norms = [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     buffers = [buffer for norm in norms for buffer in norm.buffers()]
     saved = [buffer.clone() for buffer in buffers]
     try:
@@ -79,41 +111,14 @@ def kept_statistics(model: nn.Module):
             buffer.copy_(value)
 
 
-def _rows(features: Features) -> int:
-    return next(len(value) for value in features.values() if value.ndim)
-
-
-def _join(parts: list[Features]) -> Features:
-    """Features of all micro-batches, sample axis first; scalars (scales) are the same in each."""
-    return {
-        name: torch.cat([part[name] for part in parts]).detach()
-        if first.ndim
-        else first.detach().clone()
-        for name, first in parts[0].items()
-    }
-
-
-def _share(joined: Features, index: int, rows: list[int]) -> Features:
-    """Gradients of one micro-batch's features; a scalar's go with the first."""
-    start = sum(rows[:index])
-    grads = {name: leaf.grad for name, leaf in joined.items() if leaf.grad is not None}
-    return {
-        name: grad[start : start + rows[index]]
-        if grad.ndim
-        else grad
-        if index == 0
-        else torch.zeros_like(grad)
-        for name, grad in grads.items()
-    }
-
-
-def _random_state(device: torch.device):
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """State of torch's generators on the CPU and, where the model is there, on the GPU."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(
         device
     ) if device.type == "cuda" else None
 
 
-def _set_random_state(state, device: torch.device) -> None:
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

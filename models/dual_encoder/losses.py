@@ -1,19 +1,24 @@
-"""Losses of dual encoders as pure functions: InfoNCE over views, SigLIP, SimCLR, Barlow Twins,
-SimSiam / BYOL, SwAV.
+"""Losses of dual encoders as pure functions: InfoNCE, SigLIP, SimCLR, Barlow Twins, SimSiam / BYOL,
+SwAV.
 
-Conventions. Features carry the sample axis first: own features [b,V,D] hold V views of the b pairs
-of this process, `everyone` is the same for all N pairs of the global batch in rank order
-(`base.distributed`), and `first` is the row of this process' first pair in it. Each process returns
-the loss of its own rows; the mean over processes is the loss of the global batch, and with a gather
-that passes gradients (its backward sums over the processes) DDP's mean of the gradients is the
-gradient of that loss. Nothing here normalises unless it says so.
+Which of them a method adds up, and over which views, is in the method's file (`clip.py`, `cl2l.py`,
+`slip.py`, `align.py`); the weights of the sum are in main.py (`total_loss`).
+
+Conventions. Features carry the sample axis first: the features [b,V,D] of this rank hold V views of
+its b pairs, `all_*` [N,V,D] the same of the N pairs of the global batch in rank order
+(`DualEncoder.gather`), and `first` is the row of this rank's first pair there. Each rank returns
+the loss of its own rows; the mean over ranks is the loss and, after DDP, the gradient of the global
+batch. Nothing here normalises unless its docstring says so.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.distributed import all_reduce, gather
+from base.distributed import all_reduce, gather, gather_with_gradient, rank
+from models.dual_encoder.tiled import tiled_info_nce, tiled_sigmoid_loss
 
 
 def normalize(features: Tensor) -> Tensor:
@@ -21,249 +26,134 @@ def normalize(features: Tensor) -> Tensor:
     return F.normalize(features, dim=-1)
 
 
-def info_nce(
-    query: Tensor,
-    keys: Tensor,
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Top-1 accuracy in percent, 0-d; logits [B,N], labels int64 [B]."""
+    return 100 * (logits.detach().argmax(1) == labels).float().mean()
+
+
+class Contrast(NamedTuple):
+    """InfoNCE and top-1 accuracy in percent of both directions, 0-d each."""
+
+    loss_image: Tensor  # images as queries, texts as keys
+    loss_text: Tensor
+    acc_image: Tensor
+    acc_text: Tensor
+
+
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    all_image: Tensor,
+    all_text: Tensor,
     scale: Tensor,
     first: int = 0,
     label_smoothing: float = 0.0,
     tile: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of finding one's own partner among all keys, averaged over every pair of views
-    (van den Oord 2018).
+) -> Contrast:
+    """InfoNCE in both directions (van den Oord 2018; CLIP: Radford 2021, figure 3), over all pairs
+    of views.
 
-    query [b,V,E] and keys [N,U,E] of unit length, scale 0-d; row i's partner is key `first + i`, in
-    each key view.
-    With `tile` the logits exist only in blocks of `tile` x `tile` and are computed anew in the
-    backward pass: beside the features and their gradients, memory is O(tile²) instead of O(b N V
-    U); same value and gradients.
-    Returns the 0-d loss and the 0-d top-1 accuracy in percent.
+        loss_image = - mean_{i,v,u} log softmax_j (scale <image_iv, text_ju>) at j = first + i
+        loss_text likewise
+
+    image [b,V,E], text [b,U,E] and all_image [N,V,E], all_text [N,U,E] of unit length; scale 0-d,
+    the inverse temperature. label_smoothing: fraction of the target spread evenly over the N keys.
+    With `tile` the logits exist only in blocks of tile x tile and are recomputed in the backward
+    pass: O(tile^2) memory instead of O(b N V U), same values and gradients.
     """
-    b, views, _ = query.shape
-    total, key_views, _ = keys.shape
-    labels = (first + torch.arange(b, device=query.device)).repeat_interleave(views)
     if tile is not None:
-        each = [
-            _tiled_info_nce(query, view, scale, first, labels, label_smoothing, tile)
-            for view in keys.unbind(1)
-        ]
-        return tuple(torch.stack(part).mean() for part in zip(*each, strict=True))
+        loss_image, acc_image = tiled_info_nce(image, all_text, scale, first, label_smoothing, tile)
+        loss_text, acc_text = tiled_info_nce(text, all_image, scale, first, label_smoothing, tile)
+        return Contrast(loss_image, loss_text, acc_image, acc_text)
+    logits_image = view_logits(image, all_text, scale)
+    logits_text = view_logits(text, all_image, scale)
+    rows = first + torch.arange(len(image), device=image.device)
+    labels = rows.repeat_interleave(image.shape[1] * text.shape[1])
+    return Contrast(
+        loss_image=F.cross_entropy(logits_image, labels, label_smoothing=label_smoothing),
+        loss_text=F.cross_entropy(logits_text, labels, label_smoothing=label_smoothing),
+        acc_image=accuracy(logits_image, labels),
+        acc_text=accuracy(logits_text, labels),
+    )
+
+
+def view_logits(query: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
+    """scale <query, key> of each pair of views, [b,V,E] and [N,U,E] -> [b V U, N]."""
+    total, key_views, _ = keys.shape
     columns = keys.transpose(0, 1).reshape(key_views * total, -1)
-    logits = (scale * (query.flatten(0, 1) @ columns.T)).view(-1, total)  # [bVU,N]
-    labels = labels.repeat_interleave(key_views)
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing), accuracy(
-        logits, labels
-    )
+    return (scale * (query.flatten(0, 1) @ columns.T)).view(-1, total)
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Top-1 accuracy in percent as a 0-d tensor; logits [B,N], labels int64 [B]."""
-    return 100 * (logits.detach().argmax(1) == labels).float().mean()
-
-
-def _tiled_info_nce(
-    query, keys, scale, first, labels, label_smoothing, tile
-) -> tuple[Tensor, Tensor]:
-    """`info_nce` of query [b,V,E] and one key view [N,E], whose logits are only ever seen in
-    blocks."""
-    rows = query.flatten(0, 1)
-    log_sum, guess = _TiledRows.apply(rows, keys, scale, scale.new_zeros(()), "logsumexp", tile)
-    target = scale * _products(query, keys[first : first + len(query), None]).flatten()
-    if label_smoothing:
-        target = (1 - label_smoothing) * target + label_smoothing * scale * (
-            rows @ keys.mean(0)
-        ).float()
-    return (log_sum - target).mean(), 100 * (guess == labels).float().mean()
-
-
-def _products(rows: Tensor, partners: Tensor) -> Tensor:
-    """Inner products over the last axis in float32, rounded as a matrix product under autocast
-    would round them."""
-    device = rows.device.type
-    if not torch.is_autocast_enabled(device):
-        return (rows * partners).sum(-1).float()
-    dtype = torch.get_autocast_dtype(device)
-    return (rows.to(dtype).float() * partners.to(dtype).float()).sum(-1).to(dtype).float()
-
-
-class _TiledRows(torch.autograd.Function):
-    """Each row's log-sum-exp, or sum of softplus, of the logits scale · rows keysᵀ + bias, tile x
-    tile at a time.
-
-    One workspace serves all blocks, so memory neither grows with the batch nor fragments. Matrix
-    products run in autocast's type, where it is on, everything else in float32. Also returns each
-    row's best key, int64.
-    """
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, kind: str, tile: int):
-        device = rows.device.type
-        ctx.compute = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
-        )
-        ctx.kind, ctx.tile = kind, tile
-        value = rows.new_zeros(len(rows), dtype=torch.float32)
-        top = torch.full_like(value, float("-inf"))
-        guess = torch.zeros_like(value, dtype=torch.int64)
-        total = torch.zeros_like(value)  # of exp(logit - top)
-        with torch.autocast(device, enabled=False):
-            for r, c, logits in _blocks(rows, keys, scale, bias, ctx.compute, tile):
-                best, index = logits.max(1)
-                torch.where(best > top[r], c.start + index, guess[r], out=guess[r])
-                if kind == "softplus":
-                    value[r] += F.softplus(logits).sum(1)
-                    torch.maximum(top[r], best, out=top[r])
-                    continue
-                best = torch.maximum(top[r], best)
-                total[r] *= (top[r] - best).exp_()
-                total[r] += logits.sub_(best[:, None]).exp_().sum(1)
-                top[r] = best
-        if kind == "logsumexp":
-            value = top + total.log()
-        ctx.save_for_backward(rows, keys, scale, bias, value)
-        ctx.mark_non_differentiable(guess)
-        return value, guess
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _guess):
-        rows, keys, scale, bias, value = ctx.saved_tensors
-        d_rows, d_keys = (
-            torch.zeros_like(rows),
-            torch.zeros_like(keys),
-        )  # without their factor `scale` yet
-        d_bias = torch.zeros_like(bias)
-        low_rows, low_keys = rows.to(ctx.compute), keys.to(ctx.compute)
-        for r, c, logits in _blocks(rows, keys, scale, bias, ctx.compute, ctx.tile):
-            share = (
-                logits.sub_(value[r, None]).exp_() if ctx.kind == "logsumexp" else logits.sigmoid_()
-            )
-            share.mul_(grad[r, None])
-            d_bias += share.sum()
-            share = share.to(ctx.compute)
-            d_rows[r] += share @ low_keys[c]
-            d_keys[c] += share.T @ low_rows[r]
-        d_scale = torch.dot(
-            d_rows.flatten(), rows.flatten()
-        )  # in place from here on: these are the large tensors
-        return d_rows.mul_(scale), d_keys.mul_(scale), d_scale.to(scale.dtype), d_bias, None, None
-
-
-def _blocks(rows: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype, tile: int):
-    """(row slice, key slice, their logits in float32) for every block; the logits are overwritten
-    by the next ones."""
-    workspace = torch.empty(
-        min(tile, len(rows)) * min(tile, len(keys)), dtype=dtype, device=rows.device
-    )
-    rows, keys = rows.to(dtype), keys.to(dtype)
-    for i in range(0, len(rows), tile):
-        r = slice(i, min(i + tile, len(rows)))
-        for j in range(0, len(keys), tile):
-            c = slice(j, min(j + tile, len(keys)))
-            shape = r.stop - r.start, c.stop - c.start
-            product = torch.mm(rows[r], keys[c].T, out=workspace[: shape[0] * shape[1]].view(shape))
-            yield r, c, product.float().mul_(scale).add_(bias)
-
-
-def matched_views(
+def sigmoid_loss(
     image: Tensor,
-    text: Tensor,
-    everyone_image: Tensor,
-    everyone_text: Tensor,
-    scale: Tensor,
-    first: int,
-    **options,
-) -> dict[str, Tensor]:
-    """InfoNCE both ways over all pairs of views: `loss_image`, `loss_text`, `acc_image`, `acc_text`
-    (0-d each).
-
-    image [b,V,E], text [b,U,E] and everyone's [N,V,E], [N,U,E], unit length; `options` as in
-    `info_nce`.
-    """
-    loss_image, acc_image = info_nce(image, everyone_text, scale, first, **options)
-    loss_text, acc_text = info_nce(text, everyone_image, scale, first, **options)
-    return {
-        "loss_image": loss_image,
-        "loss_text": loss_text,
-        "acc_image": acc_image,
-        "acc_text": acc_text,
-    }
-
-
-def sigmoid_pairs(
-    image: Tensor,
-    everyone_text: Tensor,
+    all_text: Tensor,
     scale: Tensor,
     bias: Tensor,
     first: int = 0,
     tile: int | None = None,
 ) -> Tensor:
-    """SigLIP (Zhai 2023): every image-text pair is a yes/no question; sum over texts, mean over own
-    images, 0-d.
+    """SigLIP (Zhai 2023, equation 1): every image-text pair is a yes/no question.
 
-    image [b,E], everyone_text [N,E] of unit length; scale and bias 0-d. `tile` as in `info_nce`.
-    With logits z the sum is Σ_j softplus(z_ij) - z of the own partner, since softplus(-z) =
-    softplus(z) - z.
+        z_ij = scale <image_i, text_j> + bias
+        L = mean_i [ sum_j softplus(z_ij) - z_{i,first+i} ]
+
+    which is -log sigmoid(z) of the own pair and -log sigmoid(-z) of all others, since softplus(-z)
+    = softplus(z) - z. image [b,E], all_text [N,E] of unit length; scale, bias 0-d; `tile` as in
+    `clip_loss`. 0-d.
     """
-    if tile is None:
-        logits = (scale * (image @ everyone_text.T) + bias).float()
-        return (F.softplus(logits).sum(1) - logits.diagonal(first)).mean()
-    total, _ = _TiledRows.apply(image, everyone_text, scale, bias, "softplus", tile)
-    own = scale * _products(image, everyone_text[first : first + len(image)]) + bias
-    return (total - own).mean()
+    if tile is not None:
+        return tiled_sigmoid_loss(image, all_text, scale, bias, first, tile)
+    logits = (scale * (image @ all_text.T) + bias).float()
+    return (F.softplus(logits).sum(1) - logits.diagonal(first)).mean()
 
 
-def simclr(
-    a: Tensor, b: Tensor, everyone_a: Tensor, everyone_b: Tensor, temperature: float, first: int = 0
-):
-    """SimCLR (Chen 2020) with local queries: two augmentations attract, all other images of either
-    view repel.
+def simclr(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """SimCLR (Chen 2020, equation 1) of two augmentations, which attract; all other images of
+    either repel.
 
-    a, b [B,D] and everyone's [N,D], unit length. Returns the 0-d loss and the top-1 accuracy in
-    percent of a's rows.
+        L = - mean_i log softmax([<a_i, b_j> for all j, <a_i, a_j> for j != i] / temperature) at b_i
+
+    averaged with that of b_i the other way. a, b [b,D] of this rank, normalised here and gathered
+    with gradient in one collective. Returns the 0-d loss and the top-1 accuracy of a in percent.
     """
-    rows = torch.arange(len(a), device=a.device)
-    labels = first + rows
-    itself = F.one_hot(labels, len(everyone_a)) * 1e9
-
-    def logits(own, everyone, other):
-        return torch.cat([own @ other.T / temperature, own @ everyone.T / temperature - itself], 1)
-
-    from_a, from_b = logits(a, everyone_a, everyone_b), logits(b, everyone_b, everyone_a)
-    return (F.cross_entropy(from_a, labels) + F.cross_entropy(from_b, labels)) / 2, accuracy(
-        from_a, labels
-    )
+    own = torch.stack([normalize(a), normalize(b)], 1)
+    (a, b), (all_a, all_b) = own.unbind(1), gather_with_gradient(own).unbind(1)
+    labels = rank() * len(a) + torch.arange(len(a), device=a.device)
+    itself = F.one_hot(labels, len(all_a)) * 1e9
+    from_a = torch.cat([a @ all_b.T / temperature, a @ all_a.T / temperature - itself], 1)
+    from_b = torch.cat([b @ all_a.T / temperature, b @ all_b.T / temperature - itself], 1)
+    loss = (F.cross_entropy(from_a, labels) + F.cross_entropy(from_b, labels)) / 2
+    return loss, accuracy(from_a, labels)
 
 
 def barlow_twins(
-    image: Tensor,
-    text: Tensor,
-    everyone_image: Tensor,
-    everyone_text: Tensor,
-    lamb: float,
-    scale_loss: float,
+    image: Tensor, text: Tensor, all_image: Tensor, all_text: Tensor, lamb: float, scale_loss: float
 ) -> Tensor:
-    """Barlow Twins (Zbontar 2021) between modalities: cross-correlation K of each pair of views
-    driven to the identity.
+    """Barlow Twins (Zbontar 2021, equation 1) between modalities: the cross-correlation goes to the
+    identity.
 
-    scale_loss · [Σ (K_ii - 1)² + lamb Σ_{i≠j} K_ij²], K = imageᵀ text / N over the global batch,
-    summed over all V·U pairs of views of image [b,V,D] and text [b,U,D]; everyone's are [N,V,D],
-    [N,U,D]. 0-d, float32 whatever the autocast.
+        L = scale_loss [ sum_i (K_ii - 1)^2 + lamb sum_{i != j} K_ij^2 ],    K = image^T text / N
 
-    K, D x D (8192²), is never formed: N² ‖K‖² = Σ_ij ⟨image_i, image_j⟩⟨text_i, text_j⟩, of which
-    each process computes its own rows i, O(b N D) per view. The value is that of the global batch
-    on every process.
+    K is taken over the global batch; L is summed over all V U pairs of views of image [b,V,D] and
+    text [b,U,D] (all_* [N,V,D], [N,U,D]). 0-d, float32 whatever the autocast.
+
+    K, D x D (8192^2), is never formed: N^2 |K|^2 = sum_ij <image_i, image_j> <text_i, text_j>, of
+    which each rank computes its own rows i, O(b N D) per view. The value is that of the global
+    batch on every rank.
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text, everyone_image, everyone_text = (
-            x.float().transpose(0, 1) for x in (image, text, everyone_image, everyone_text)
-        )
-        b, total = image.shape[1], everyone_image.shape[1]
-        gram_image = image @ everyone_image.transpose(1, 2)  # [V,b,N]
-        gram_text = text @ everyone_text.transpose(1, 2)
-        # own rows count N/b fold, so that the mean over processes is the sum over all rows
+        image, text = (
+            image.float().transpose(0, 1),
+            text.float().transpose(0, 1),
+        )  # [V,b,D], [U,b,D]
+        all_image, all_text = all_image.float().transpose(0, 1), all_text.float().transpose(0, 1)
+        b, total = image.shape[1], all_image.shape[1]
+        gram_image = image @ all_image.transpose(1, 2)  # [V,b,N]
+        gram_text = text @ all_text.transpose(1, 2)
+        # own rows count N/b fold, so that the mean over ranks is the sum over all rows
         squares = torch.einsum("vbn,ubn->", gram_image, gram_text) / (b * total)
         squares = squares + (all_reduce(squares, "mean") - squares).detach()
-        diagonal = torch.einsum("vnd,und->vud", everyone_image, everyone_text) / total
+        diagonal = torch.einsum("vnd,und->vud", all_image, all_text) / total
         off_diagonal = squares - diagonal.square().sum()
         return scale_loss * ((diagonal - 1).square().sum() + lamb * off_diagonal)
 
@@ -274,11 +164,12 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """SimSiam / BYOL (Chen 2021, Grill 2020): Σ over all pairs of views of 2 - 2 mean_b
-    cos(prediction, target), 0-d.
+    """SimSiam (Chen 2021, equation 1) / BYOL (Grill 2020, equation 2), over all pairs of views.
 
-    prediction [B,V,D], target [B,U,D] (no gradient flows into it). The sum of cosines over pairs of
-    views is the cosine sum of summed unit vectors, so nothing of size V·U arises.
+        L = sum_{v,u} (2 - 2 mean_b cos(prediction_bv, target_bu))
+
+    prediction [B,V,D], target [B,U,D]; no gradient reaches the target. The sum of cosines over
+    pairs of views is the cosine sum of summed unit vectors, so nothing of size V U arises. 0-d.
     """
     predictions, targets = normalize(prediction).sum(1), normalize(target.detach()).sum(1)
     pairs = prediction.shape[1] * target.shape[1]
@@ -287,12 +178,12 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Balanced soft assignments (Caron 2020): [..., b, K] scores -> [..., b, K], each sample's row
-    sums to 1.
+    """Balanced soft assignments (SwAV: Caron 2020, equation 3): scores [...,b,K] -> [...,b,K], rows
+    sum to 1.
 
-    `iterations` >= 1 times every prototype is given the same mass over the global batch, then every
-    sample. Carried out on logarithms, so that no temperature makes a row vanish or overflow; the
-    number of samples is the same on all ranks.
+    `iterations` >= 1 times every prototype gets the same mass over the global batch, then every
+    sample. Carried out on logarithms, so that no temperature makes a row vanish or overflow; b is
+    the same on all ranks.
     """
     log_assignment = scores.float() / epsilon
     for _ in range(iterations):
@@ -303,31 +194,22 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over all rows of -Σ_k target log softmax(logits); [...,K] each, 0-d."""
+    """Mean over all rows of - sum_k target_k log softmax(logits)_k; [...,K] each, 0-d."""
     return -(target * F.log_softmax(logits.float(), -1)).sum(-1).mean()
 
 
 def swapped_assignments(
-    image: Tensor,
-    text: Tensor,
-    everyone_image: Tensor,
-    everyone_text: Tensor,
-    scale: Tensor,
-    epsilon: float,
-    iterations: int,
+    own: Tensor, everyone: Tensor, scale: Tensor, epsilon: float, iterations: int
 ) -> Tensor:
-    """SwALIP: the other modality's gathered batch plays the prototypes, and each pair of views
-    predicts the next one's.
+    """SwALIP (Fini 2023): the gathered batch of the other modality plays SwAV's prototypes, in one
+    direction.
 
-    image, text [b,A,E], everyone's [N,A,E], unit length. The assignment that views (a, c) must
-    predict comes from (a+1, c+1) modulo A, i.e. for A = 2 from the other two views. 0-d.
+    own [b,A,E], everyone [N,A,E] of the other modality, unit length. The assignment that views (a,
+    c) must predict is that of views (a + 1, c + 1) modulo A: for A = 2, of the other two views.
+    0-d.
     """
-
-    def one_way(own, everyone):
-        scores = (
-            own.transpose(0, 1)[:, None] @ everyone.transpose(0, 1).transpose(1, 2)[None]
-        )  # [A,A,b,N]
-        target = sinkhorn(scores, epsilon, iterations).roll((-1, -1), (0, 1))
-        return soft_cross_entropy(scale * scores, target)
-
-    return (one_way(image, everyone_text) + one_way(text, everyone_image)) / 2
+    scores = (
+        own.transpose(0, 1)[:, None] @ everyone.transpose(0, 1).transpose(1, 2)[None]
+    )  # [A,A,b,N]
+    target = sinkhorn(scores, epsilon, iterations).roll((-1, -1), (0, 1))
+    return soft_cross_entropy(scale * scores, target)

@@ -4,35 +4,39 @@ import math
 
 from torch import Tensor
 
-from models.dual_encoder import objectives as dual_losses
-from models.dual_encoder.base import DualEncoder
-from models.dual_encoder.objectives import Features, LossOptions
+from models.dual_encoder.base import DualEncoder, Features, LossOptions
+from models.dual_encoder.clip import CLIP
 from models.layers.clip_towers import TwoTowers
 from models.layers.openai_towers import ModifiedResNet, OpenAIConfig, OpenAIViT
 
 
 class OpenAICLIP(DualEncoder, TwoTowers):
     """OpenAI's CLIP, trained with the same loss and evaluated through the same methods as the other
-    dual encoders."""
-
-    loss = staticmethod(dual_losses.clip)
+    dual encoders.
+    """
 
     def __init__(self, config: OpenAIConfig, options: LossOptions | None = None):
         visual = ModifiedResNet(config) if config.is_resnet else OpenAIViT(config)
         matrices = {"text_projection": (config.text.width, config.embed_dim)}
         super().__init__(visual, config.text, {"logit_scale": math.log(1 / 0.07)}, matrices)
-        self.config, self._options = config, options or LossOptions()
+        self.config = config
+        self.loss_options = options or LossOptions()
+
+    @property
+    def options(self) -> LossOptions:
+        return self.loss_options
+
+    losses = CLIP.losses  # of `z_image`, `z_text` and `logit_scale`, as there
 
     def features(
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
         """`z_image`, `z_text` [B,E] and the scale of the logits."""
-        text_ids = text_ids[:, 0] if text_ids.ndim == 3 else text_ids
-        scale = self.logit_scale.exp()
+        text = self.embed_text(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
         return {
             "z_image": self.visual(image),
-            "z_text": self.embed_text(text_ids)["z"],
-            "logit_scale": scale,
+            "z_text": text["z"],
+            "logit_scale": self.logit_scale.exp(),
         }
 
     def embed_image(self, image: Tensor) -> Features:
@@ -42,7 +46,3 @@ class OpenAICLIP(DualEncoder, TwoTowers):
     def embed_text(self, text_ids: Tensor) -> Features:
         """Texts int64 [B,L] -> `z` [B,E]."""
         return {"z": self.text_features(text_ids) @ self.text_projection}
-
-    @property
-    def options(self) -> LossOptions:
-        return self._options

@@ -5,24 +5,20 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.dual_encoder import objectives as dual_losses
-from models.dual_encoder.base import DualConfig, DualEncoder
-from models.dual_encoder.objectives import Features
-from models.layers.clip_towers import (
-    TwoTowers,
-    has_batch_norm,
-    mlp_projector,
-)
+from base.distributed import rank
+from models.dual_encoder.base import DualConfig, DualEncoder, Features
+from models.dual_encoder.losses import clip_loss, normalize, simclr
+from models.layers.clip_towers import TwoTowers, has_batch_norm, mlp_projector
 
 
 class SlipCLIP(DualEncoder, TwoTowers):
     """SLIP's CLIP: projections are plain matrices at the root."""
 
-    loss = staticmethod(dual_losses.slip_clip)
-
     def __init__(self, config: DualConfig, visual: nn.Module):
-        widths = {"image_projection": visual.num_features, "text_projection": config.text_width}
-        matrices = {name: (width, config.embed_dim) for name, width in widths.items()}
+        matrices = {
+            "image_projection": (visual.num_features, config.embed_dim),
+            "text_projection": (config.text_width, config.embed_dim),
+        }
         super().__init__(visual, config.text, {"logit_scale": math.log(1 / 0.07)}, matrices)
         self.config = config
 
@@ -40,19 +36,69 @@ class SlipCLIP(DualEncoder, TwoTowers):
             "logit_scale": self.logit_scale.exp(),
         }
 
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """CLIP's: `clip_loss` is the mean of both directions, `clip_acc` the accuracy of the images
+        in percent.
+        """
+        image = normalize(features["image_embed"])[:, None]  # [b,1,E]
+        text = normalize(features["text_embed"])[:, None]
+        all_image, all_text = self.gather_pair(image, text)
+        found = clip_loss(
+            image,
+            text,
+            all_image,
+            all_text,
+            features["logit_scale"],
+            first=rank() * len(image),
+            tile=self.options.tile,
+        )
+        loss = (found.loss_image + found.loss_text) / 2
+        return {"clip_loss": loss, "clip_acc": found.acc_image}
+
     def embed_image(self, image: Tensor) -> Features:
+        """Images [B,3,H,W] -> `feats` [B,C], `z` [B,E]."""
         feats = self.visual(image)
         return {"feats": feats, "z": feats @ self.image_projection}
 
     def embed_text(self, text_ids: Tensor) -> Features:
+        """Texts int64 [B,L] -> `feats` [B,T], `z` [B,E]."""
         feats = self.text_features(text_ids)
         return {"feats": feats, "z": feats @ self.text_projection}
 
 
+class SimCLR(DualEncoder):
+    """SLIP's self-supervised baseline: the image tower and its projector."""
+
+    def __init__(self, config: DualConfig, visual: nn.Module):
+        super().__init__()
+        self.config = config
+        self.visual = visual
+        self.image_mlp = mlp_projector(visual.num_features, config.ssl_mlp_dim, config.ssl_emb_dim)
+
+    def features(
+        self, image_local: Tensor, image: Tensor | None = None, text_ids: Tensor | None = None
+    ) -> Features:
+        """`aug1_embed`, `aug2_embed` [B,D] of `image_local` [B,2,3,H,W]; the other inputs are
+        ignored.
+        """
+        first, second = image_views(self.visual, image_local.unbind(1))
+        return {"aug1_embed": self.image_mlp(first), "aug2_embed": self.image_mlp(second)}
+
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """`ssl_loss`, SimCLR's of the two augmentations, and `ssl_acc` of the first in percent."""
+        loss, acc = simclr(features["aug1_embed"], features["aug2_embed"], self.options.ssl_temp)
+        return {"ssl_loss": loss, "ssl_acc": acc}
+
+    def embed_image(self, image: Tensor) -> Features:
+        """Images [B,3,H,W] -> `feats` [B,C]."""
+        return {"feats": self.visual(image)}
+
+    def clamp_scales(self) -> None:
+        """Nothing to clamp; here so that scripts need not ask."""
+
+
 class Slip(SlipCLIP):
     """SLIP: CLIP on the image, SimCLR on two augmentations of it, one tower for all three."""
-
-    loss = staticmethod(dual_losses.slip)
 
     def __init__(self, config: DualConfig, visual: nn.Module):
         super().__init__(config, visual)
@@ -60,38 +106,23 @@ class Slip(SlipCLIP):
 
     def features(self, image: Tensor, text_ids: Tensor, image_local: Tensor) -> Features:
         """CLIP's, and `aug1_embed`, `aug2_embed` [B,D]; `image_local` [B,2,3,H,W] are the
-        augmentations."""
-        if has_batch_norm(self.visual):
-            feats = [self.visual(view) for view in (image, *image_local.unbind(1))]
-        else:
-            feats = self.visual(torch.cat([image, *image_local.unbind(1)])).chunk(3)
-        augmented = {f"aug{i}_embed": self.image_mlp(view) for i, view in enumerate(feats[1:], 1)}
-        return augmented | self._language(feats[0], text_ids)
+        augmentations.
+        """
+        image_feats, first, second = image_views(self.visual, (image, *image_local.unbind(1)))
+        features = {"aug1_embed": self.image_mlp(first), "aug2_embed": self.image_mlp(second)}
+        features.update(self._language(image_feats, text_ids))
+        return features
+
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """CLIP's and SimCLR's."""
+        losses = super().losses(features)
+        loss, acc = simclr(features["aug1_embed"], features["aug2_embed"], self.options.ssl_temp)
+        losses.update(ssl_loss=loss, ssl_acc=acc)
+        return losses
 
 
-class SimCLR(DualEncoder):
-    """SLIP's self-supervised baseline: the image tower and its projector."""
-
-    loss = staticmethod(dual_losses.slip_simclr)
-
-    def __init__(self, config: DualConfig, visual: nn.Module):
-        super().__init__()
-        self.config, self.visual = config, visual
-        self.image_mlp = mlp_projector(visual.num_features, config.ssl_mlp_dim, config.ssl_emb_dim)
-
-    def features(
-        self, image_local: Tensor, image: Tensor | None = None, text_ids: Tensor | None = None
-    ) -> Features:
-        """`aug1_embed`, `aug2_embed` [B,D] of `image_local` [B,2,3,H,W]; the other inputs are
-        ignored."""
-        if has_batch_norm(self.visual):
-            feats = [self.visual(view) for view in image_local.unbind(1)]
-        else:
-            feats = self.visual(torch.cat(image_local.unbind(1))).chunk(2)
-        return {f"aug{i}_embed": self.image_mlp(view) for i, view in enumerate(feats, 1)}
-
-    def embed_image(self, image: Tensor) -> Features:
-        return {"feats": self.visual(image)}
-
-    def clamp_scales(self) -> None:
-        """Nothing to clamp; here so that scripts need not ask."""
+def image_views(visual: nn.Module, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Features [B,C] of each view [B,3,H,W], in one pass where no batch statistics enter them."""
+    if has_batch_norm(visual):
+        return tuple(visual(view) for view in views)
+    return visual(torch.cat(views)).chunk(len(views))

@@ -2,10 +2,10 @@
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
+from models.layers.average import WeightAverage
 
 
 class MomentumModel(nn.Module):
@@ -39,48 +39,41 @@ class MomentumModel(nn.Module):
 
 
 class MomentumPairs:
-    """The parameters of all X / X_m siblings of a model, tied ones once; buffers are copied but not
-    followed.
+    """The teacher's update: every X_m of a model follows its sibling X.
 
-    Build it after every wrapper (FSDP2, DDP, compile) is in place, since wrappers may replace
-    parameters; plain tensors and FSDP2's sharded DTensors alike. Call `copy()` after loading
-    weights into the online modules, and `update()` right before each forward: the momentum features
-    of a step are those after its update.
+    Build it after every wrapper is in place. Call `copy()` after loading weights into the online
+    modules, and `update()` right before each forward pass: the momentum features of a step are
+    those after its update. Buffers are copied, but not averaged.
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.995):
         if not 0.0 <= momentum <= 1.0:
             raise UserError(f"momentum {momentum} lies outside 0..1")
         self.momentum = momentum
-        self.buffers: list[tuple[Tensor, Tensor]] = []
-        self.online: list[Tensor] = []
-        self.teacher: list[Tensor] = []
-        for parent in model.modules():
-            children = dict(parent.named_children())
-            for name in [name for name in children if f"{name}_m" in children]:
-                self._add(name, children[name], children[f"{name}_m"])
-        if not self.teacher:
-            raise UserError("the model has no momentum copy: no submodule X with a sibling X_m")
+        self.average = WeightAverage(siblings(model))
 
-    def _add(self, name: str, online: nn.Module, teacher: nn.Module) -> None:
-        pairs = list(zip(online.parameters(), teacher.parameters(), strict=False))
-        same_count = len(pairs) == len(list(online.parameters())) == len(list(teacher.parameters()))
-        if not same_count or any(x.shape != y.shape for x, y in pairs):
-            raise UserError(
-                f"{name}_m is no copy of {name}: their parameters differ in number or shape"
-            )
-        self.online += [x for x, _ in pairs]
-        self.teacher += [y for _, y in pairs]
-        self.buffers += zip(online.buffers(), teacher.buffers(), strict=True)
+    @property
+    def teacher(self) -> list[Tensor]:
+        """The parameters that follow, tied ones once."""
+        return self.average.average
 
-    @torch.no_grad()
     def update(self) -> None:
         """teacher <- momentum * teacher + (1 - momentum) * online, in place."""
-        torch._foreach_lerp_(self.teacher, self.online, 1.0 - self.momentum)
+        self.average.update(self.momentum)
 
-    @torch.no_grad()
     def copy(self) -> None:
         """teacher <- online, in place."""
-        torch._foreach_copy_(self.teacher, self.online)
-        for online, teacher in self.buffers:
-            teacher.copy_(online)
+        self.average.copy()
+
+
+def siblings(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """(X_m, X) of all submodules X with a sibling X_m. Raises UserError where there is none."""
+    pairs = []
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        for name, child in children.items():
+            if f"{name}_m" in children:
+                pairs.append((children[f"{name}_m"], child))
+    if not pairs:
+        raise UserError("the model has no momentum copy: no submodule X with a sibling X_m")
+    return pairs

@@ -24,7 +24,7 @@ from models.layers.vit import Mlp, ViT, ViTConfig
 
 
 class LeanMlp(Mlp):
-    """The block's MLP, which keeps the first layer's output alone: GELU is computed anew in the
+    """The block's MLP, which keeps the first layer's output alone: GELU is recomputed in the
     backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,12 +44,12 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class ClipViT(ViT):
     """ViT whose feature is the normalised class token, [B,3,S,S] -> [B,C]."""
 
+    mlp_class = LeanMlp
+
     def __init__(self, config: ViTConfig):
         super().__init__(config)
         self.num_features = config.width
         nn.init.normal_(self.cls_token, std=1e-6)
-        for block in self.blocks:
-            block.mlp.__class__ = LeanMlp  # same weights and names
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.embed(image)

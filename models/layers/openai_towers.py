@@ -106,7 +106,7 @@ class OpenAIViT(nn.Module):
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(
                 f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the model was built for "
-                f"{self.image_size} x {self.image_size}: resize them, or the position embeddings (resize_positions)"
+                f"{self.image_size} x {self.image_size}: resize them, or the position embeddings (positions.py)"
             )
         patches = self.conv1(image).flatten(2).transpose(1, 2)
         tokens = torch.cat(

@@ -2,7 +2,7 @@
 maps on demand.
 
 Parameter names are those of timm's ViT (`blocks.{i}.attn.qkv` ...), so DeiT weights and the
-original checkpoints load as they are, given `resize_pos_embed` for another resolution. With a
+original checkpoints load as they are, given `positions.resize_positions` for another resolution. With a
 `stem` it is the hybrid of convolutions and transformer of Dosovitskiy et al. 2021 (section 3.1),
 which learns from far less data than patches of pixels do.
 """
@@ -163,14 +163,13 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + Attn(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: ViTConfig, mlp_class: type[Mlp] = Mlp):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.attn = Attention(config.width, config.heads, config.attention_dropout)
         self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.mlp = Mlp(
-            config.width, int(config.width * config.mlp_ratio), config.gelu, config.dropout
-        )
+        hidden = int(config.width * config.mlp_ratio)
+        self.mlp = mlp_class(config.width, hidden, config.gelu, config.dropout)
         self.dropout = config.dropout
 
     def forward(
@@ -191,6 +190,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer; returns the normalised tokens, [CLS] first."""
 
+    mlp_class = Mlp  # of the blocks
+
     def __init__(self, config: ViTConfig):
         super().__init__()
         check_geometry(config)
@@ -200,7 +201,7 @@ class ViT(nn.Module):
         if config.mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, self.mlp_class) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.reset_parameters()
 
@@ -273,24 +274,3 @@ def patches_of(weights: Mapping[str, Tensor]) -> tuple[int, tuple[int, ...]]:
         ]
         stem = tuple(len(weights[key]) for key in [f"{prefix}conv1.weight", *stages])
     return weights["patch_embed.proj.weight"].shape[-1] << len(stem), stem
-
-
-def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings [1,1+g*g,D] for a grid of `grid` x `grid` patches: [1,1+grid*grid,D],
-    same dtype.
-
-    The [CLS] row stays, the others are resized bicubically (align_corners=False, no antialiasing);
-    equal grids: no-op.
-    """
-    n = pos_embed.shape[1] - 1
-    old = round(n**0.5)
-    if old * old != n:
-        raise UserError(
-            f"position embeddings of {n} patches are no square grid and cannot be resized"
-        )
-    if old == grid:
-        return pos_embed
-    cls_row, rest = pos_embed[:, :1], pos_embed[:, 1:].float()
-    image = rest.unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([cls_row, image.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)

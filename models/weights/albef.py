@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.files import read_json
-from models.layers.vit import resize_pos_embed
+from models.layers.positions import resize_positions
 from models.weights.loading import Differences, State, _matches, _some, load_checkpoint
 
 LAYER = re.compile(r"(.*encoder\.layer\.)(\d+)(\..*)")
@@ -83,7 +83,7 @@ def fit_positions(state: State, target: State) -> dict[str, Tensor]:
     fitted = dict(state)
     for key in (f"{prefix}pos_embed" for prefix in VISION):
         if key in state and key in target:
-            fitted[key] = resize_pos_embed(state[key], round((target[key].shape[1] - 1) ** 0.5))
+            fitted[key] = resize_positions(state[key], round((target[key].shape[1] - 1) ** 0.5))
     return fitted
 
 
@@ -375,4 +375,4 @@ def deit_weights(state: State, grid: int) -> dict[str, Tensor]:
         raise UserError(
             f"not the weights of a vision transformer: no pos_embed among {_some(list(state))}"
         )
-    return kept | {"pos_embed": resize_pos_embed(kept["pos_embed"], grid)}
+    return kept | {"pos_embed": resize_positions(kept["pos_embed"], grid)}

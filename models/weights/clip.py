@@ -15,7 +15,6 @@ import re
 from dataclasses import fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
@@ -26,6 +25,7 @@ from models.dual_encoder.openai import OpenAICLIP
 from models.dual_encoder.slip import SlipCLIP
 from models.layers.clip_towers import TextShape
 from models.layers.openai_towers import OpenAIConfig
+from models.layers.positions import resize_positions
 
 State = dict[str, Tensor]
 
@@ -315,20 +315,11 @@ def load_timm_open_clip(model: CLIP, state: State) -> None:
     _load(model, renamed, type(model).__name__)
 
 
-def resize_positions(state: State, image_size: int) -> State:
-    """OpenAI-layout ViT weights for images of another size: bicubic resize of the grid of position
-    embeddings."""
+def fit_positions(state: State, image_size: int) -> State:
+    """OpenAI-layout ViT weights for images of another size: resized position embeddings."""
     positions = state["visual.positional_embedding"]
-    grid, new = _grid(positions), image_size // state["visual.conv1.weight"].shape[-1]
-    if grid == new:
-        return state
-    image = positions[1:].float().unflatten(0, (grid, grid)).permute(2, 0, 1)[None]
-    image = (
-        F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)[0].flatten(1).T
-    )
-    return state | {
-        "visual.positional_embedding": torch.cat([positions[:1], image.to(positions.dtype)])
-    }
+    grid = image_size // state["visual.conv1.weight"].shape[-1]
+    return state | {"visual.positional_embedding": resize_positions(positions[None], grid)[0]}
 
 
 # ------------------------------------------------------------------------------------- Hugging Face

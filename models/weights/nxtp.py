@@ -19,8 +19,8 @@ from torch import Tensor
 from base.errors import UserError
 from models.layers.llama import LlamaConfig
 from models.layers.openai_towers import OpenAIConfig
+from models.weights.clip import fit_positions, openai_config, unwrap_names
 from models.weights.clip import from_hugging_face as clip_from_hugging_face
-from models.weights.clip import openai_config, resize_positions, unwrap_names
 
 State = dict[str, Tensor]
 VISION, DECODER = "vision_encoder.", "language_decoder."
@@ -45,7 +45,7 @@ def vision_config(state: State, dim: int, image_size: int | None = None) -> Open
 def vision_state(state: State, image_size: int | None = None) -> State:
     """The image tower of a CLIP state dict (OpenAI's names) without its projection; positions fit
     `image_size`."""
-    state = resize_positions(state, image_size) if image_size and "visual.proj" in state else state
+    state = fit_positions(state, image_size) if image_size and "visual.proj" in state else state
     left = ("visual.proj", "visual.attnpool.")
     kept = {name for name in state if name.startswith("visual.") and not name.startswith(left)}
     return {VISION + name.removeprefix("visual."): state[name] for name in kept}
@@ -105,7 +105,7 @@ def recognition_state(
             f"visual.{name}": state[VISION + name]
             for name in ("positional_embedding", "conv1.weight")
         }
-        places = resize_positions(places, image_size) if image_size else places
+        places = fit_positions(places, image_size) if image_size else places
         return state | {f"{VISION}positional_embedding": places["visual.positional_embedding"]}
     if clip is None:
         raise UserError(

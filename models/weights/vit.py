@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
-from models.classification.classifier import ClassifierConfig, VisionClassifier, resize_positions
+from models.classification.classifier import ClassifierConfig, VisionClassifier
+from models.layers.positions import resize_positions
 from models.weights.loading import Differences, load_checkpoint
 
 State = Mapping[str, Tensor]
@@ -96,7 +97,9 @@ def load_vit(model: VisionClassifier, state: State) -> Differences:
     """
     weights = native(state)
     if "pos_embed" in weights:
-        weights["pos_embed"] = resize_positions(weights["pos_embed"], model.config.grid)
+        weights["pos_embed"] = resize_positions(
+            weights["pos_embed"], model.config.grid, align_corners=True
+        )
     head, width = weights.get("head.weight"), model.head.weight.shape
     if head is not None and head.shape != width:
         weights = {key: value for key, value in weights.items() if not key.startswith("head.")}

@@ -1,11 +1,13 @@
-"""What every run has, under the names and with the defaults of clip-rocket's command line."""
+"""System, optimisation and validation of main.py, with clip-rocket's names and defaults."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from runtime.config.cli import knob
+from runtime.config.cli import knob, section
+from runtime.optim.build import Optimizer
+from runtime.optim.schedule import Schedule
 from runtime.run import RunConfig
 
 
@@ -47,6 +49,40 @@ class RocketRunConfig(IgnoredFlags, RunConfig):
         "off", "Weights & Biases", choices=("off", "online", "offline"), bare="online"
     )
     offline: bool = knob(False, "with --wandb: offline")
+    shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
+    error_budget: float = knob(0.01, "fraction of bad samples at which to stop", low=0, high=1)
+    # the optimisation
+    batch_size: int = knob(64, "pairs per process and micro-batch", low=2)
+    optimizer: Optimizer = section(
+        Optimizer, flat=True, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)
+    )
+    epochs: str = knob("25 epochs", "length of training")
+    warmup_epochs: str = knob("1 epochs", "length of the linear warm-up")
+    sched: str = knob(
+        "rocket",
+        "shape of the schedule; ALIGN's is vit_linear",
+        choices=("rocket", "vit_linear"),
+    )
+    lr_start: float = knob(1e-6, "learning rate at the first update", low=0)
+    lr_end: float = knob(1e-5, "learning rate at the end", low=0)
+    # validation
+    val_folder: Path | None = knob(None, "class folders for zero-shot validation; none = none")
+    val_dataset: str = knob("imagenet", "its name in the two files")
+    labels: Path = knob(Path("labels.json"), "class names by data set, in the order of the folders")
+    templates: Path = knob(Path("templates.json"), "templates with {} by data set")
+    eval_every: str = knob("1 epochs", "between two validations", aliases=("eval_freq",))
+    evaluate: bool = knob(False, "no training: validate --checkpoint")
+
+    @property
+    def scheduler(self) -> Schedule:
+        """The schedule that the flags describe."""
+        return Schedule(
+            sched=self.sched,
+            epochs=self.epochs,
+            min_lr=self.lr_end,
+            warmup_lr=self.lr_start,
+            warmup=self.warmup_epochs,
+        )
 
     def settle(self, device: torch.device) -> None:
         """Put plain values where the machine or another flag decides; a file given to --resume is a

@@ -6,12 +6,12 @@ import torch.distributed as dist
 
 from models.dual_encoder.align import Align
 from models.dual_encoder.base import DualConfig, names_by_decay
-from models.dual_encoder.grad_cache import cached_step
 from models.layers.batchnorm import synchronise_batch_norm
 from models.layers.efficientnet import EfficientNetShape
 from models.layers.xbert import BertConfig
 from runtime.optim.build import Optimizer, build_optimizer
 from runtime.parallel import checkpoint_blocks, shard
+from tests.clip_toys import cached_losses, losses_with_total
 from tests.processes import spawn
 
 PAIRS, VIRTUAL, STEPS = 16, 4, 3
@@ -50,7 +50,7 @@ def train(rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
     optimizer = lamb(model)
     seen = {}
     for step, batch in enumerate(batches(rank, processes)):
-        losses = model(**batch)
+        losses = losses_with_total(model, batch)
         losses["loss"].backward()
         for value in [
             losses["loss"].detach(),
@@ -83,7 +83,7 @@ def sharded_losses(rank: int) -> list[torch.Tensor]:
     optimizer = lamb(model)
     losses = []
     for batch in batches(rank, 2):
-        loss = model(**batch)["loss"]
+        loss = losses_with_total(model, batch)["loss"]
         loss.backward()
         optimizer.found_inf = torch.zeros(())
         optimizer.step()
@@ -122,8 +122,8 @@ def test_other_groups_are_other_numbers():
     order = torch.arange(PAIRS).unflatten(0, (2, -1)).T.flatten()
     with torch.no_grad():
         dealt, shuffled = (
-            model(**batch)["loss"],
-            model(**{k: v[order] for k, v in batch.items()})["loss"],
+            losses_with_total(model, batch)["loss"],
+            losses_with_total(model, {k: v[order] for k, v in batch.items()})["loss"],
         )
     assert (dealt - shuffled).abs() > 1e-4
 
@@ -133,10 +133,10 @@ def test_cached_accumulation():
     once each."""
     model, batch = tiny(), batches()[0]
     parts = [{k: v[i::4] for k, v in batch.items()} for i in range(4)]  # virtual batch i of four
-    losses = cached_step(model, model.losses, parts, lambda loss: loss.backward())
+    losses = cached_losses(model, parts)
     grads = {name: p.grad for name, p in model.named_parameters()}
     whole = tiny()
-    expected = whole(**batch)
+    expected = losses_with_total(whole, batch)
     expected["loss"].backward()
     torch.testing.assert_close(losses["loss"], expected["loss"].detach())
     wanted = {name: p.grad for name, p in whole.named_parameters()}
@@ -148,7 +148,7 @@ def test_activation_checkpointing_changes_nothing():
     plain, saving = tiny(), tiny()
     checkpoint_blocks(saving)
     for model in (plain, saving):
-        model(**batches()[0])["loss"].backward()
+        losses_with_total(model, batches()[0])["loss"].backward()
     compare(
         {name: p.grad for name, p in saving.named_parameters()},
         {name: p.grad for name, p in plain.named_parameters()},

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from models.dual_encoder.base import follow
-from models.dual_encoder.grad_cache import cached_step
+from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
-from tests.clip_toys import ToyConvNet, toy, toy_batch
+from tests.clip_toys import ToyConvNet, cached_losses, losses_with_total, toy, toy_batch
 from tests.processes import spawn
 
 PAIRS = 8
@@ -41,24 +40,18 @@ def gradients(name: str, batch: dict, cached: bool = False) -> tuple[dict, dict,
     """Losses, gradients and batch-norm buffers of one step, averaged over the processes there
     are."""
     model = toy(**CASES[name], visual=ToyConvNet() if "convolutional" in name else None)
-    teacher = None
     if name == "byolip":
         teacher = copy.deepcopy(model).requires_grad_(False)
-        follow(teacher, toy(**CASES[name], seed=5), 0.5)
+        WeightAverage([(teacher, toy(**CASES[name], seed=5))]).update(0.5)
+        model.momentum_model = teacher
     synchronise_batch_norm(model)
-    if teacher is not None:
-        synchronise_batch_norm(teacher)
     if cached:
         parts = [
             {k: v[i : i + 2] for k, v in batch.items()} for i in range(0, len(batch["image"]), 2)
         ]
-        losses = cached_step(
-            model, model.losses, parts, lambda loss: loss.backward(), teacher=teacher
-        )
+        losses = cached_losses(model, parts)
     else:
-        with torch.no_grad():
-            targets = teacher(features_only=True, **batch) if teacher else None
-        losses = model(momentum=targets, **batch)
+        losses = losses_with_total(model, batch)
         losses["loss"].backward()
     grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
     losses = {k: v.detach() for k, v in losses.items()}

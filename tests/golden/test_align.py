@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from models.dual_encoder.align import Align
 from models.dual_encoder.base import NOT_LOADED, DualConfig
-from models.dual_encoder.objectives import LossOptions, align
 from models.layers.batchnorm import GhostBatchNorm, collect, deal
 from models.layers.efficientnet import EfficientNet, padded
 from models.weights.loading import load_checkpoint
 from runtime.optim.build import Optimizer, build_optimizer, set_learning_rate
 from runtime.optim.schedule import Plan, Schedule
+from tests.clip_toys import losses_of, with_total
 from tests.golden.align_cases import (
     image_shape,
     load,
@@ -53,8 +53,8 @@ def test_loss_and_its_gradients(number, tile):
     case, t = loss_case(number)
     image, text = (t[f"{side}_embeds"].requires_grad_() for side in ("image", "text"))
     temperature = torch.tensor(case["temperature"], requires_grad=True)
-    options = LossOptions(**loss_options(), tile=tile)
-    out = align({"z_image": image, "z_text": text, "temperature": temperature}, options)
+    features = {"z_image": image, "z_text": text, "temperature": temperature}
+    out = losses_of("ALIGN_B0_MINI", features, **loss_options(), tile=tile)
     out["loss"].backward()
     compare("align loss", "mean over the batch", out["loss"], case["logged_loss_mean"], CLOSE)
     compare("align loss", "sum over replicas", out["loss"], case["total_scaled_loss"], CLOSE)
@@ -94,10 +94,8 @@ def compare_replica(rank: int) -> None:
             t[f"{side}_embeds"][rows].clone().requires_grad_() for side in ("image", "text")
         )
         temperature = torch.tensor(case["temperature"], requires_grad=True)
-        out = align(
-            {"z_image": image, "z_text": text, "temperature": temperature},
-            LossOptions(**loss_options()),
-        )
+        features = {"z_image": image, "z_text": text, "temperature": temperature}
+        out = losses_of("ALIGN_B0_MINI", features, **loss_options())
         (out["loss"] / replicas).backward()
         name = "align loss of a replica"
         compare(name, "loss", out["loss"] / replicas, t["scaled_loss_per_replica"][rank], CLOSE)
@@ -360,9 +358,8 @@ def test_training_steps():
     )
     for step, expected in enumerate(meta["per_step"]):
         set_learning_rate(optimizer, plan.lr(step))
-        losses = model(
-            image=pixels(t[f"step{step}.images_u8_nhwc"]), text_ids=padded_ids(t, f"step{step}.")
-        )
+        image, text_ids = pixels(t[f"step{step}.images_u8_nhwc"]), padded_ids(t, f"step{step}.")
+        losses = with_total(model(image=image, text_ids=text_ids), model.config)
         losses["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -457,9 +454,8 @@ def test_transformers_layout():
     compare(name, "logits", logits, t["logits_per_image"], CLOSE)
     compare(name, "logits", logits.T, t["logits_per_text"], CLOSE)
     # the port takes the mean of the two directions
-    mean = align(
-        out, LossOptions(label_smoothing=loss_options()["label_smoothing"], loss_avg_or_sum="avg")
-    )
+    smoothing = loss_options()["label_smoothing"]
+    mean = losses_of("ALIGN_B0_MINI", out, label_smoothing=smoothing, loss_avg_or_sum="avg")
     compare(name, "loss", mean["loss"], meta["loss"], CLOSE)
 
 

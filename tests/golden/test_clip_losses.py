@@ -3,25 +3,22 @@
 import pytest
 import torch
 
-from models.dual_encoder import objectives as dual_losses
-from models.dual_encoder.objectives import LossOptions
+from tests.clip_toys import losses_of
 from tests.golden.clip_cases import close
 from tests.golden.report import same
 from tests.helpers.golden import golden, golden_file, recorded
 from tests.processes import spawn
 
-LOSSES = {
-    "CLIPLoss": dual_losses.clip,
-    "CL2LLoss": dual_losses.cl2l,
-    "BarLIPLoss": dual_losses.barlip,
-    "SiamLIPLoss": dual_losses.siamlip,
-    "SwALIPLoss": dual_losses.swalip,
-    "SwALIPV1Loss": dual_losses.swalipv1,
-}
-SLIP_LOSSES = {
-    "CLIPLoss": dual_losses.slip_clip,
-    "SIMCLRLoss": dual_losses.slip_simclr,
-    "SLIPLoss": dual_losses.slip,
+MODELS = {
+    ("rocket", "CLIPLoss"): "CLIP_VITT8_CLIP",
+    ("rocket", "CL2LLoss"): "CL2L_VITT8_CL2L",
+    ("rocket", "BarLIPLoss"): "CL2L_VITT8_BARLIP",
+    ("rocket", "SiamLIPLoss"): "CL2L_VITT8_SIAMLIP",
+    ("rocket", "SwALIPLoss"): "CL2L_VITT8_SWALIP",
+    ("rocket", "SwALIPV1Loss"): "CLIP_VITT8_SWALIPV1",
+    ("slip", "CLIPLoss"): "CLIP_VITT8",
+    ("slip", "SIMCLRLoss"): "SIMCLR_VITT8",
+    ("slip", "SLIPLoss"): "SLIP_VITT8",
 }
 KNOBS = {"lamb": "barlip_lamb", "scale_loss": "barlip_scale_loss"}
 
@@ -45,12 +42,11 @@ def check(name: str, case: dict, tensors: dict, compat: str) -> None:
     }
     leaves = {k: v.requires_grad_() for k, v in inputs.items()}
     features = stack_views(leaves)
-    table = SLIP_LOSSES if case["system"] == "slip" else LOSSES
     config = {KNOBS.get(k, k): v for k, v in case["config"].items()}
     if case["loss"] in ("SIMCLRLoss", "SLIPLoss"):
         config["ssl_temp"] = config.pop("temperature")
     config.pop("temperature", None)  # an argument the original accepts and ignores
-    out = table[case["loss"]](features, LossOptions(compat=compat, **config))
+    out = losses_of(MODELS[case["system"], case["loss"]], features, compat=compat, **config)
     assert set(out) == set(case["outputs"])
     for key, expected in case["outputs"].items():
         close(out[key], expected, f"{name} {key}")

@@ -6,8 +6,10 @@ import copy
 import pytest
 import torch
 
-from models.dual_encoder.base import follow, names_by_decay
+from models.dual_encoder.base import names_by_decay
 from models.dual_encoder.factory import build_dual
+from models.layers.average import WeightAverage
+from tests.clip_toys import with_total
 from tests.golden.clip_cases import close, config_of, recipe_state, sum_and_norm, toy_vit, views_of
 from tests.golden.report import same
 from tests.helpers.golden import golden_json, golden_tensors, recorded
@@ -61,6 +63,9 @@ def test_trajectory(name):
         {"params": decay, "weight_decay": weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
+    if teacher:
+        model.momentum_model = teacher
+        average = WeightAverage([(teacher, model)])
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-4)
     every = int(flag(flags, "--update-freq", "1"))
     seen: list[list[dict]] = []  # by epoch: what the original averages at each update
@@ -76,9 +81,7 @@ def test_trajectory(name):
             seen.append([])
         if place + 1 == len(epoch):
             rates.append(rate)
-        with torch.no_grad():
-            targets = teacher(features_only=True, **batch) if teacher else None
-        losses = model(momentum=targets, **batch)
+        losses = with_total(model(**batch), model.config)
         (losses["loss"] / every).backward()
         same(f"train_{name}", "names of the losses", losses.keys(), expected.keys())
         for key, value in expected.items():
@@ -91,7 +94,7 @@ def test_trajectory(name):
             optimizer.step()
             optimizer.zero_grad()
             if teacher:
-                follow(teacher, model, float(flag(flags, "--momentum-tau", "0.99")))
+                average.update(float(flag(flags, "--momentum-tau", "0.99")))
             model.clamp_scales()
             logged = {key: float(value.detach()) for key, value in losses.items()}
             logged["loss"] /= every

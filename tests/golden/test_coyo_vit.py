@@ -15,11 +15,11 @@ from models.classification.classifier import (
     VisionClassifier,
     clipped_sigmoid_loss,
     follow,
-    resize_positions,
     sigmoid_loss,
     softmax_loss,
     trained,
 )
+from models.layers.positions import resize_positions
 from models.weights.vit import native, to_tensorflow, to_transformers
 from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
 from runtime.optim.schedule import Schedule, learning_rate
@@ -159,7 +159,7 @@ def test_positions(number):
     compare(
         "coyo_vit pos_embed_resize",
         "positions",
-        resize_positions(old, case["grid_new"]),
+        resize_positions(old, case["grid_new"], align_corners=True),
         new,
         CLOSE,
     )

@@ -10,7 +10,8 @@ from models.fusion.losses import (
     masked_mean,
     sequence_axis_soft_loss,
 )
-from models.layers.vit import ViT, ViTConfig, resize_pos_embed
+from models.layers.positions import resize_positions
+from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, DecoderCache, XBert, XBertLM
 from tests.golden.report import compare
 from tests.helpers.golden import decode_image, golden
@@ -79,7 +80,7 @@ def test_pos_embed_interpolation():
     assert sizes
     for size in sizes:
         grid = int(size.split("x")[0])
-        resized = resize_pos_embed(t["in.pos_embed"], grid)
+        resized = resize_positions(t["in.pos_embed"], grid)
         compare("vit", "position interpolation", resized, t[prefix + size], TOLERANCE)
 
 

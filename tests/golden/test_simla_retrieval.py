@@ -6,7 +6,7 @@ import torch
 
 from models.fusion.momentum import MomentumPairs
 from models.fusion.retrieval import Retrieval, RetrievalConfig
-from models.layers.vit import resize_pos_embed
+from models.layers.positions import resize_positions
 from tests.golden.report import compare, compare_gradients, same
 from tests.golden.simla_cases import bert_of, draw_recorded_negatives, vit_of
 from tests.helpers.golden import decode_image, golden
@@ -36,7 +36,7 @@ def case(request):
         if k.startswith("state.")
     }
     for key in ("visual_encoder.pos_embed", "visual_encoder_m.pos_embed"):
-        state[key] = resize_pos_embed(state[key], model.config.vit.grid)
+        state[key] = resize_positions(state[key], model.config.vit.grid)
     compare(
         name,
         "position interpolation",

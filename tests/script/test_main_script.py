@@ -100,29 +100,16 @@ def test_a_stopped_run_goes_on_exactly(method, digitscenes, tmp_path):
         assert any(moved)
 
 
-def test_weighed_losses_are_the_models_own_sum(digitscenes, tmp_path, monkeypatch):
-    for method, (flags, _) in METHODS.items():
-        if method in ("SLIP", "SimCLR"):
-            continue  # below
-        seen, weigh = [], script.weigh
-
-        def compared(losses, network, seen=seen, weigh=weigh):
-            result = weigh(losses, network)
-            seen.append((losses["loss"].item(), result["loss"].item()))
-            return result
-
-        with monkeypatch.context() as patch:
-            patch.setattr(script, "weigh", compared)
-            more = ["--swalip-weight", "0.7", "--epochs", "1 steps"]
-            run_main(arguments(digitscenes, tmp_path / method, *flags, *more))
-        assert seen and all(own == pytest.approx(ours, rel=1e-6) for own, ours in seen), method
-
-
-def test_slip_weights(monkeypatch):
-    one, two = torch.tensor(1.0), torch.tensor(2.0)
-    config = DualConfig(model="SLIP_VITS16", ssl_scale=0.5)
-    assert script.weigh({"clip_loss": one, "ssl_loss": two}, config)["loss"] == 2
-    assert script.weigh({"ssl_loss": two}, config)["loss"] == 2
+def test_weights_of_the_losses():
+    """Of CL2L's directions the mean or the sum; SLIP's weight, but none for SimCLR alone."""
+    one, two, four = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(4.0)
+    losses = {"clip_loss": one, "clip_loss_image": four, "swalip_loss": two, "clip_acc": four}
+    for mode, expected in (("avg", 1 + 0.7 * 2), ("sum", 2 + 0.7 * 2)):
+        config = DualConfig(loss_avg_or_sum=mode, swalip_weight=0.7)
+        assert script.total_loss(losses, config).item() == pytest.approx(expected)
+    config = DualConfig(model="SLIP_VITS16", ssl_scale=0.5, loss_avg_or_sum="sum")
+    assert script.total_loss({"clip_loss": one, "ssl_loss": two}, config) == 2
+    assert script.total_loss({"ssl_loss": two}, config) == 2
 
 
 def test_cached_features_make_one_large_batch(digitscenes, tmp_path):

@@ -14,11 +14,11 @@ from models.classification.classifier import (
     clipped_sigmoid_loss,
     dense_targets,
     follow,
-    resize_positions,
     sigmoid_loss,
     softmax_loss,
 )
 from models.classification.mixup import blend, cut_and_paste, mix
+from models.layers.positions import resize_positions
 from runtime.optim.build import Optimizer, build_optimizer, set_learning_rate
 
 
@@ -122,14 +122,14 @@ def test_images_of_another_size_are_refused():
 
 def test_positions_keep_corners_and_the_class_token():
     old = torch.randn(1, 17, 5)
-    new = resize_positions(old, 7)
+    new = resize_positions(old, 7, align_corners=True)
     assert new.shape == (1, 50, 5) and torch.equal(new[:, 0], old[:, 0])
     for a, b in ((0, 0), (3, 6), (12, 42), (15, 48)):  # corners stay corners
         torch.testing.assert_close(new[:, 1 + b], old[:, 1 + a])
-    assert resize_positions(old, 4) is old
+    assert resize_positions(old, 4, align_corners=True) is old
     for tokens in (16, 15, 1):
         with pytest.raises(UserError, match="no class token and a square"):
-            resize_positions(torch.randn(1, tokens, 5), 7)
+            resize_positions(torch.randn(1, tokens, 5), 7, align_corners=True)
 
 
 def test_the_average_follows():

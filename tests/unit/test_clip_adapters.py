@@ -166,7 +166,7 @@ def test_text_tower_prefix_of_open_clip():
 
 
 def test_position_embeddings_of_another_size():
-    state = adapters.resize_positions(model().state_dict(), 32)
+    state = adapters.fit_positions(model().state_dict(), 32)
     loaded = adapters.load_openai(state)
     assert loaded.config.image_size == 32
     assert loaded.embed_image(torch.randn(1, 3, 32, 32))["z"].isfinite().all()

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from base.errors import UserError
-from models.dual_encoder.base import DualConfig, follow, names_by_decay
+from models.dual_encoder.base import DualConfig, names_by_decay
 from models.dual_encoder.factory import HEADS, build_dual, model_names, parts_of
+from models.layers.average import WeightAverage
 from models.layers.clip_towers import BACKBONES, TextNoise
 from models.layers.openai_towers import openai_model
-from tests.clip_toys import END, ToyConvNet, toy, toy_batch
+from tests.clip_toys import END, ToyConvNet, losses_with_total, toy, toy_batch
 
 TRAINABLE = [f"{base}_VITB16_{head}" for base in ("CLIP", "CL2L") for head in HEADS] + [
     "SLIP_VITB16",
@@ -25,7 +26,7 @@ def test_every_head_trains_with_either_base(name):
     gradient."""
     model = toy(name, separate_proj=True)
     batch = toy_batch()
-    first = model(**batch)
+    first = losses_with_total(model, batch)
     first["loss"].backward()
     missing = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
@@ -34,7 +35,7 @@ def test_every_head_trains_with_either_base(name):
     with torch.no_grad():
         for parameter in parameters:
             parameter -= 1e-3 * parameter.grad / norm
-    assert model(**batch)["loss"] < first["loss"]
+    assert losses_with_total(model, batch)["loss"] < first["loss"]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -95,7 +96,7 @@ def test_local_views_of_another_size():
     model = toy(visual=ToyConvNet(), separate_proj=True)
     batch = toy_batch()
     batch["image_local"] = batch["image_local"][..., :12, :12]
-    assert model(**batch)["loss"].isfinite()
+    assert losses_with_total(model, batch)["loss"].isfinite()
     with pytest.raises(UserError, match="pixels"):
         toy()(**batch)
 
@@ -122,10 +123,10 @@ def test_views_and_captions_must_agree():
 
 def test_no_local_views():
     batch = toy_batch(views=0)
-    losses = toy()(**batch)
+    losses = losses_with_total(toy(), batch)
     assert losses["clip_loss"] == losses["loss"]
     flat = batch | {"text_ids": batch["text_ids"][:, 0]}
-    torch.testing.assert_close(toy()(**flat)["loss"], losses["loss"])
+    torch.testing.assert_close(losses_with_total(toy(), flat)["loss"], losses["loss"])
 
 
 def test_noise_touches_local_texts_of_training_only():
@@ -153,9 +154,9 @@ def test_drop_path_drops_texts_or_positions():
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_bfloat16_stays_near_float32(name):
     model, batch = toy(name, separate_proj=True), toy_batch()
-    expected = model(**batch)["loss"]
+    expected = losses_with_total(model, batch)["loss"]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(**batch)["loss"]
+        loss = losses_with_total(model, batch)["loss"]
     loss.backward()
     torch.testing.assert_close(loss.float(), expected, rtol=0.05, atol=0.05)
 
@@ -185,24 +186,33 @@ def test_decay_groups():
     assert "token_embedding.weight" in names_by_decay(model, original=True)[0]
 
 
-def test_momentum_model_follows():
+def test_the_momentum_teacher_follows():
     model = toy("CL2L_VITB16_SIAMLIP", seed=1)
     teacher = copy.deepcopy(toy("CL2L_VITB16_SIAMLIP", seed=2))
     before = teacher.text_projector.weight.clone()
-    follow(teacher, model, 0.9)
+    teacher.register_buffer("own", torch.tensor(1.0))
+    with pytest.raises(UserError, match="own .* no counterpart"):
+        WeightAverage([(teacher, model)])
+    del teacher.own
+    model.momentum_model = teacher  # where main.py has it
+    WeightAverage([(teacher, model)]).update(0.9)
     torch.testing.assert_close(
         teacher.text_projector.weight, 0.9 * before + 0.1 * model.text_projector.weight
     )
     batch = toy_batch()
+    guided = model(**batch)["siamlip_loss"]
     with torch.no_grad():
-        targets = teacher(features_only=True, **batch)
-    plain, guided = model(**batch)["siamlip_loss"], model(momentum=targets, **batch)["siamlip_loss"]
-    assert plain != guided
+        targets = teacher.features(**batch)
+    assert guided == model.losses(model.features(**batch), targets)["siamlip_loss"]
+    guided.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    del model.momentum_model
+    assert model(**batch)["siamlip_loss"] != guided
 
 
 def test_prototypes_freeze():
     model = toy("CLIP_VITB16_SWALIPV1")
-    model(**toy_batch())["loss"].backward()
+    losses_with_total(model, toy_batch())["loss"].backward()
     assert model.image_prototypes.weight_v.grad is not None
     model.freeze_prototypes()
     assert model.image_prototypes.weight_v.grad is None

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from base.errors import UserError
-from models.layers.vit import ViT, ViTConfig, patches_of, resize_pos_embed
+from models.layers.positions import resize_positions
+from models.layers.vit import ViT, ViTConfig, patches_of
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +42,14 @@ def test_wrong_image_size_says_the_remedy(vit):
 
 def test_pos_embed_resize():
     pos = torch.randn(1, 17, 8)
-    assert resize_pos_embed(pos, 4) is pos
-    resized = resize_pos_embed(pos, 7)
+    assert resize_positions(pos, 4) is pos
+    resized = resize_positions(pos, 7)
     assert resized.shape == (1, 50, 8) and torch.equal(resized[:, 0], pos[:, 0])
     constant = torch.ones(1, 17, 8)
-    torch.testing.assert_close(resize_pos_embed(constant, 7), torch.ones(1, 50, 8))
-    assert resize_pos_embed(pos.half(), 7).dtype == torch.float16
+    torch.testing.assert_close(resize_positions(constant, 7), torch.ones(1, 50, 8))
+    assert resize_positions(pos.half(), 7).dtype == torch.float16
     with pytest.raises(UserError, match="square"):
-        resize_pos_embed(torch.randn(1, 16, 8), 4)
+        resize_positions(torch.randn(1, 16, 8), 4)
 
 
 def test_mask_token_and_initialisation():

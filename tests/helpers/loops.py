@@ -30,10 +30,11 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -293,7 +294,9 @@ def on_processes(processes: int, function: Callable, *args) -> list:
     """
     if processes == 1:
         return [function(*args)]
-    pool = _pools.setdefault(processes, ProcessPoolExecutor(processes, get_context("spawn")))
+    pool = _pools.setdefault(
+        processes, ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent)
+    )
     with tempfile.TemporaryDirectory() as folder:
         world = {
             "WORLD_SIZE": processes,
@@ -318,6 +321,16 @@ def on_processes(processes: int, function: Callable, *args) -> list:
             f"{function.__name__} did not end on {processes} processes within {TIMEOUT} s"
         )
         return [pickle.loads(job.result()) for job in jobs]
+
+
+def _end_with_parent() -> None:
+    """A process must not outlive tests that were killed."""
+
+    def wait_for_parent():
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def _on_rank(variables: dict[str, str], function: Callable, args: tuple) -> bytes:

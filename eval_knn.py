@@ -15,9 +15,6 @@ in tiles: memory does not grow with the data, and any number of processes gives 
 Published ImageNet kNN: COYO-ALIGN-B7-Base 68.6, B3-Mini 46.2 (--features z). Results: result/metrics.json.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +26,7 @@ from torch import Tensor
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.files import cache_folder, digest
 from dataset.images.clip import EvalView as CropView
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.vit import EvalView
@@ -82,7 +80,7 @@ class Config:
 
     @property
     def cache_folder(self) -> Path:
-        return (self.cache or Path(os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()) / "features"
+        return cache_folder(self.cache) / "features"
 
     def check(self) -> None:
         """Refuse what cannot be."""
@@ -126,8 +124,9 @@ def bank_of(
     images = distributed.main_first(
         partial(Split, data, config.data_root, view, labels, names, config.download, split)
     )
-    made_of = [fingerprint(encoder), in_words, identity(images.records, data), config.precision, config.batch_size]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+    content = distributed.on_main(partial(identity, images.records, data, config.data_root))
+    how = (config.precision, config.batch_size, world.device.type)
+    key = digest(fingerprint(encoder), in_words, encoder.pixels, content, *how)
     own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
     statistics = pixel_statistics(world.device, encoder.pixels.mean, encoder.pixels.std)
     autocast = Precision(config.precision, world.device).autocast

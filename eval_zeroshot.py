@@ -15,9 +15,6 @@ gives the same figures. What is missing is named, with the remedy, and skipped.
 Results: a table, result/metrics.json and result/report.html below output_dir.
 """
 
-import hashlib
-import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +28,7 @@ from torch.utils.data import default_collate
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.files import cache_folder, digest
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.loading.eval import EvalLoader
 from dataset.tasks.catalog import CATALOG, Entry, Prompts, choose, read_catalog
@@ -88,7 +86,7 @@ class Config:
 
     @property
     def cache_folder(self) -> Path:
-        return self.cache or Path(os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()
+        return cache_folder(self.cache)
 
 
 class Encoder(NamedTuple):
@@ -140,7 +138,8 @@ def open_encoder(config: Config, world: World) -> Encoder:
             f"{config.checkpoint} knows {opened.vocab_size} tokens, but {tokenizer.path} makes {tokenizer.vocab_size}: "
             "give what it was trained with as --bpe-path (ALIGN: --tokenizer)"
         )
-    signature = fingerprint(opened.model, vocabulary, opened.context_length, config.precision)
+    made_with = (opened.title, vocabulary, opened.context_length, config.precision, world.device.type)
+    signature = fingerprint(opened.model, *made_with)
     opened.model.to(world.device)
     return Encoder(opened, partial(tokenizer, lengths=()), Precision(config.precision, world.device), signature)
 
@@ -176,7 +175,7 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
             return about | retrieve(image, text, data.images.text_image, world)
         about["classes"] = len(data.classes)
         prompts = class_prompts(data.classes, data.templates, data.entry.name)
-        key = hashlib.sha256(json.dumps([encoder.signature, config.batch_size, prompts]).encode()).hexdigest()[:32]
+        key = digest(encoder.signature, config.batch_size, prompts)
         make = partial(text_classifier, model.embed_text, encoder.tokenize, prompts, **texts)
         classifier = cached_classifier(config.cache_folder / f"classifiers/{key}.safetensors", make, world)
         return about | classify(embed, classifier, batches, own, total, world, data.entry.metric, data.entry.name)

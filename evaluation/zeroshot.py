@@ -1,7 +1,6 @@
 """Zero-shot classification: text classifiers from class names and templates, ensembles of
 embeddings, accuracy."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.files import digest, weights_digest
 from evaluation.predict import over_split
 from evaluation.retrieval import AT, nearest, recalls, units
 from evaluation.zeroshot_metrics import KEPT, NEEDS_SCORES, by_score, measure
@@ -137,13 +137,9 @@ def cached_classifier(file: Path, make: Callable[[], Embeddings], world: World) 
 
 
 def fingerprint(model: nn.Module, *more) -> str:
-    """Hash of a network (its configuration, names and values of its weights) and of further plain
-    values."""
-    found = hashlib.sha256(repr((model.config, *more)).encode())
-    for name, value in model.state_dict().items():
-        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+    """Digest of a network (its configuration, names and values of its weights) and of further
+    plain values."""
+    return digest(model.config, weights_digest(model.state_dict()), *more)
 
 
 def _store(classifier: Embeddings, file: Path) -> None:

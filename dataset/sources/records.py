@@ -3,6 +3,7 @@ memory."""
 
 import bisect
 import fcntl
+import hashlib
 import mmap
 import warnings
 from array import array
@@ -12,7 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from base.errors import UserError, brief
-from base.files import atomic_write, cache_folder, cached_path, parse_entry
+from base.files import atomic_write, cache_folder, cached_path, digest, parse_entry
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries
 
 # Fields of the public annotation formats and the types each may have; a list must hold texts, at
@@ -80,6 +81,10 @@ class Records(Sequence):
     def __reduce__(self):
         return Records, self._arguments
 
+    def content(self) -> str:
+        """A digest of the files' bytes and order: the same for copies elsewhere."""
+        return digest(*(file.content() for file in self._files))
+
 
 class _IndexedFile:
     """One annotation file and its index, both memory-mapped."""
@@ -98,6 +103,10 @@ class _IndexedFile:
         end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._data)
         end = self._data.rfind(b"}", start, end) + 1  # leaves out the comma or bracket that follows
         return with_texts(parse_entry(self._data[start:end]), self._required)
+
+    def content(self) -> bytes:
+        """sha256 of the file."""
+        return hashlib.sha256(self._data).digest()
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -10,10 +10,8 @@ What a data string names is told by its look:
 Labels stay lists of class ids with weights. They are never expanded to the number of classes.
 """
 
-import hashlib
 import inspect
 import math
-import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError, brief
-from base.files import did_you_mean, parse_json, read_lines
+from base.files import did_you_mean, digest, file_state, parse_json, read_lines, states_digest
 from dataset.images.decode import check_image_root
 from dataset.loading.stream import ENOUGH, RecordSource
 from dataset.sources.class_folder import ClassFolder
@@ -163,7 +161,11 @@ class FolderRecords(Sequence):
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self.root / self.files[index].decode(), "label": int(self.labels[index])}
+        return {"image": self.file(index), "label": int(self.labels[index])}
+
+    def file(self, index: int) -> Path:
+        """Where image `index` lies."""
+        return self.root / self.files[index].decode()
 
 
 def _composed(name: str) -> str:
@@ -206,6 +208,16 @@ class TorchvisionRecords(Sequence):
         image, label = self.data[index]
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         return {"pixels": pixels, "label": int(label)}
+
+    def content(self) -> str:
+        """A digest of its images: of their values where it holds them, else of all files below its
+        folder."""
+        held = getattr(self.data, "data", None)
+        if isinstance(held, np.ndarray | Tensor):
+            labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
+            return digest(np.asarray(held).tobytes(), np.asarray(labels).tobytes())
+        root = Path(str(getattr(self.data, "root", "") or "."))
+        return states_digest(sorted(path for path in root.rglob("*") if path.is_file()))
 
 
 class ShardRecords(Sequence):
@@ -407,22 +419,23 @@ class Split:
         return [str(record.get("image") or record.get("url")) for record in self.records]
 
 
-def identity(records: Sequence, data: str) -> str:
-    """A short text that changes with the images and labels of a data string, without reading them:
-    names and labels of class folders, size and time of change of lists and shards.
-    """
+def identity(records: Sequence, data: str, root: str | Path = ".") -> str:
+    """A digest that changes with the images and labels of a data string, without reading images:
+    names, labels, sizes and times of change of all files. root: folder that a list's paths start
+    from."""
     if isinstance(records, FolderRecords):
-        content = records.files.tobytes() + records.labels.numpy().tobytes()
-        return hashlib.sha256(str(records.root.resolve()).encode() + content).hexdigest()
+        names = records.files.tobytes(), records.labels.numpy().tobytes()
+        return digest(
+            str(records.root), names, states_digest(map(records.file, range(len(records))))
+        )
     if isinstance(records, TorchvisionRecords):
-        return repr((repr(records.data), len(records)))
-    files = records.shards if isinstance(records, ShardRecords) else [data]
-    stats = [
-        (file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
-        for file in files
-        if "://" not in file
-    ]
-    return repr((files, stats, len(records)))
+        return digest(repr(records.data), len(records), records.content())
+    if isinstance(records, Records):
+        images = (record.get("image") or record.get("url") for record in records)
+        paths = (Path(root) / image for image in images if isinstance(image, str))
+        return digest(file_state(data), len(records), states_digest(paths))
+    files = [file_state(file) if "://" not in file else file for file in records.shards]
+    return digest(files, len(records))
 
 
 def class_names(

@@ -1,17 +1,28 @@
 """Image-text pairs for pre-training with ALBEF and SIMLA: one sample, and the batch made of
 many."""
 
+import os
+import warnings
 from pathlib import Path
 
 import torch
 from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
-from base.files import atomic_write
+from base.files import atomic_write, digest, weights_digest
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
+from dataset.sources.records import Records
 from dataset.tasks.record import captions_of, image_of
 from dataset.text.wordpiece import Tokenizer, choose_caption, mask_tokens, mlm_targets
+
+KEY_LABEL, KEY_SIZE = b"quintet codes of ", 20  # behind the array in a file of visual codes
+SAMPLED = 1000  # images whose size and time of change are part of that key
+OTHER_CODES = "made of other annotations, images, sizes or tokenizer weights; making it again"
+KEYLESS = (
+    "visual codes without a key of what they were made of; they are taken as they are. Delete the "
+    "file where annotations, images or tokenizer have changed"
+)
 
 
 class PretrainPair:
@@ -122,17 +133,57 @@ def write_codes(
 
     build makes samples with `token_image`; image_tokenizer maps float32 [B,3,h,w] in [0,1] to codes
     [B,h/r,w/r]. An unreadable image gets the codes of a grey one: it is never used, because reading
-    it fails in training, too. The file appears under its name only when it is whole.
+    it fails in training, too. The file ends with a key of what it was made of; another key means
+    other annotations, images, sizes or weights: then it is made again.
     """
     path = Path(path)
-    if path.exists():
-        return
     if not len(records):
         raise UserError(
             "code_cache needs train_file: shards have no fixed numbering of their samples"
         )
+    key = codes_key(records, build, image_tokenizer)
+    if path.exists():
+        stored = stored_key(path)
+        if stored == key:
+            return
+        if stored is None:
+            warnings.warn(f"{path}: {KEYLESS}", stacklevel=2)
+            return
+        warnings.warn(f"{path}: {OTHER_CODES}", stacklevel=2)
     with atomic_write(path) as temporary:
         _fill_codes(temporary, records, build, image_tokenizer, device, batch_size)
+        with temporary.open("ab") as file:
+            file.write(KEY_LABEL + key.encode())
+
+
+def codes_key(records, build: PretrainPair, image_tokenizer) -> str:
+    """What visual codes depend on: the list and its order, images, sizes and the tokenizer.
+
+    The images are looked at by size and time of change, at most SAMPLED of them, evenly spread.
+    """
+    step = max(1, len(records) // SAMPLED)
+    images = (records[index]["image"] for index in range(0, len(records), step))
+    states = [_size_and_time(build.image_root / image) for image in images]
+    listed = records.content() if isinstance(records, Records) else repr(list(records))
+    sizes = (build.transform.resolution, build.transform.token_resolution)
+    return digest(listed, states, sizes, weights_digest(image_tokenizer.state_dict()))
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def stored_key(path: Path) -> str | None:
+    """The key at the end of a file of visual codes; None where it has none."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(KEY_LABEL) - KEY_SIZE))
+        end = file.read()
+    return end[len(KEY_LABEL) :].decode("ascii", "replace") if end.startswith(KEY_LABEL) else None
 
 
 def _fill_codes(path, records, build, image_tokenizer, device, batch_size) -> None:

@@ -185,7 +185,7 @@ def said(task, given, capsys, monkeypatch) -> str:
         ("VQA", ["--answer_list", "nowhere.json"], "nowhere.json"),
         ("VQA", ["--vqa_root", "/nowhere"], "/nowhere"),
         ("VE", ["--train_file", "none"], "give train_file"),
-        ("VE", ["--bert_config", "nowhere.json"], "bert_config: no file nowhere.json"),
+        ("VE", ["--bert_config", "nowhere.json"], "nowhere.json: no such file; name the JSON"),
         ("VE", ["--checkpoint", "nowhere.pth"], "nowhere.pth"),
         ("NLVR", ["--stage", "text_assignment"], "leave out"),
         ("NLVR", ["--parallel", "fsdp"], "use ddp"),
@@ -232,7 +232,7 @@ def edited(data: Path, folder: Path, name: str, change) -> Path:
             lambda e: ["nothing", "of this"],
             "holds no answer",
         ),
-        ("VQA", "--answer_list", "answer_list.json", lambda e: e.append(e[0]), "listed twice"),
+        ("VQA", "--answer_list", "answer_list.json", lambda e: e.append(5), "expected a JSON list"),
         (
             "VQA",
             "--test_answers",

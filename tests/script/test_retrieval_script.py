@@ -208,7 +208,7 @@ def test_report_is_one_file_that_needs_nothing_else(data, finetuned, tmp_path, m
         (["--train_file", "[]"], "train_file"),
         (["--val_file", "nowhere.json"], "nowhere.json"),
         (["--image_root", "/nowhere"], "image_root /nowhere"),
-        (["--bert_config", "nowhere.json"], "bert_config: no file nowhere.json"),
+        (["--bert_config", "nowhere.json"], "nowhere.json: no such file; name the JSON"),
         (["--text_encoder", "./nowhere"], "tokenizer ./nowhere"),
         (["--checkpoint", "nowhere.pth"], "nowhere.pth"),
         (["--batch_size_train", "4096"], "lower batch_size"),

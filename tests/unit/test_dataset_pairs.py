@@ -17,7 +17,7 @@ from dataset.images.block_mask import BlockMask
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
 from dataset.sources.shards import ShardSource
-from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair
+from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
 from dataset.tasks.record import captions_of
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
 from dataset.text.wordpiece import Tokenizer
@@ -143,6 +143,59 @@ def test_visual_codes_from_a_cache(folder):
     for name in ("objects.npy", "missing.npy", "vocab.txt"):
         with pytest.raises(UserError, match="not a readable .npy"):
             CodeCache(folder / name, 1)
+
+
+class MeanTokenizer(torch.nn.Module):
+    """Codes of a 16 x 16 grid: the mean of each square, in grey levels times a weight."""
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+    @torch.no_grad()
+    def codes(self, image):
+        means = torch.nn.functional.avg_pool2d(image.mean(1, keepdim=True), 2)[:, 0]
+        return (means * 255 * self.weight).long()
+
+
+def codes_of(folder, entries, tokenizer=None, side=32) -> np.ndarray:
+    """Codes by `write_codes` of a list in a cache that each call shares."""
+    (folder / "list.json").write_text(json.dumps(entries))
+    records = Records(folder / "list.json")
+    build = PretrainPair(PretrainTransform(64, side, fixed_geometry=True), folder)
+    path = folder / "cache.npy"
+    write_codes(path, records, build, tokenizer or MeanTokenizer(), "cpu", batch_size=5)
+    return CodeCache(path, len(records)).codes.copy()
+
+
+def test_visual_codes_are_kept_for_the_same_list_images_sizes_and_weights_alone(folder):
+    entries = [{"image": f"{n}.jpg", "caption": "x"} for n in range(4)]
+    first = codes_of(folder, entries)
+    made = (folder / "cache.npy").stat().st_mtime_ns
+    assert (codes_of(folder, entries) == first).all()
+    assert (folder / "cache.npy").stat().st_mtime_ns == made
+    with pytest.warns(UserWarning, match="making it again"):  # another order
+        assert (codes_of(folder, entries[::-1]) == first[::-1]).all()
+    with pytest.warns(UserWarning, match="making it again"):  # another list of the same length
+        other = codes_of(folder, [*entries[:3], {"image": "6.jpg", "caption": "x"}])
+    assert (other[:3] == first[:3]).all() and (other[3] != first[3]).any()
+    with pytest.warns(UserWarning, match="making it again"):  # other weights
+        assert (codes_of(folder, entries, MeanTokenizer(0.5)) != first).any()
+    with pytest.warns(UserWarning, match="making it again"):  # another resolution
+        assert codes_of(folder, entries, side=16).shape == (4, 64)
+    with pytest.warns(UserWarning, match="making it again"):
+        assert (codes_of(folder, entries) == first).all()
+    (folder / "1.jpg").write_bytes((folder / "7.jpg").read_bytes())
+    with pytest.warns(UserWarning, match="making it again"):  # another image under the same name
+        changed = codes_of(folder, entries)
+    assert (changed[1] != first[1]).any() and (changed[0] == first[0]).all()
+
+
+def test_visual_codes_without_a_key_are_taken_and_said(folder):
+    np.save(folder / "cache.npy", np.zeros((2, 256), dtype=np.int32))
+    entries = [{"image": f"{n}.jpg", "caption": "x"} for n in range(2)]
+    with pytest.warns(UserWarning, match="without a key"):
+        assert (codes_of(folder, entries) == 0).all()
 
 
 def test_retrieval_batches(folder):

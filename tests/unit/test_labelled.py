@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from dataset.loading.eval import EvalLoader
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.classification import (
+    FolderRecords,
     LabelCollate,
     Labelled,
     LabelledImage,
@@ -255,3 +257,96 @@ def test_views():
         ViTViews(policy="auto").check()
     with pytest.raises(UserError, match="crop_area"):
         ViTViews(crop_area=(0.5, 0.1)).check()
+
+
+def test_the_key_of_a_data_set_changes_with_its_images(tmp_path):
+    root = folder_of(tmp_path / "train", ("cat", "dog"))
+    file = next(root.rglob("*.jpg"))
+    keys = {identity(FolderRecords(root), str(root))}
+    assert keys == {identity(FolderRecords(root), str(root))}
+    before = file.stat()
+    file.write_bytes(jpeg(10, (40, 40)))
+    keys.add(identity(FolderRecords(root), str(root)))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1  # the same size and time of change
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    keys.add(identity(FolderRecords(root), str(root)))
+    file.rename(file.with_name("renamed.jpg"))
+    keys.add(identity(FolderRecords(root), str(root)))
+    assert len(keys) == 4
+
+
+def test_the_key_of_a_list_changes_with_its_images_and_their_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jpg").write_bytes(jpeg())
+    file = tmp_path / "list.jsonl"
+    file.write_text(json.dumps({"image": "a.jpg", "label": 0}) + "\n")
+
+    def key(folder: str) -> str:
+        records = open_records(str(file), tmp_path / folder, "test")
+        return identity(records, str(file), tmp_path / folder)
+
+    first = key("one")
+    assert key("one") == first != key("two")
+    (tmp_path / "one/a.jpg").write_bytes(jpeg(200))
+    assert key("one") != first
+
+
+def test_class_folders_below_a_relative_data_root(tmp_path, monkeypatch):
+    folder_of(tmp_path / "data/val", ("cat", "dog"))
+    monkeypatch.chdir(tmp_path)
+    split = Split("data/val", Path("data"), VIEW, labels(2))
+    assert split.load(0)["image"].shape[0] == 3
+
+
+def test_class_lists(tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_bytes(b"\xef\xbb\xbfcat \r\n dog\r\ncrane\ncrane\n\n \n")
+    assert class_names([], file, tmp_path) == ["cat", "dog", "crane", "crane"]
+    file.write_text("cat\n\ndog\n")
+    with pytest.raises(UserError, match=r"classes\.txt, line 2: is blank"):
+        class_names([], file, tmp_path)
+    file.write_text("\n\n")
+    with pytest.raises(UserError, match="holds no names"):
+        class_names([], file, tmp_path)
+    root = folder_of(tmp_path / "train", ("cat", "crane"))
+    with pytest.raises(UserError, match="'crane' is the name of several classes"):
+        FolderRecords(root, ["cat", "crane", "crane"])
+    accented = folder_of(tmp_path / "nfd", ("e\u0301clair", "cat"))
+    records = FolderRecords(accented, ["cat", "\u00e9clair"])
+    assert {
+        str(records[i]["image"].parent.name): records[i]["label"] for i in range(len(records))
+    } == {
+        "cat": 0,
+        "e\u0301clair": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"labels": "cat"},
+        {"label": 1.7},
+        {"label": True},
+        {"labels": [1, None]},
+        {"labels": [1], "label_probs": "high"},
+        {"labels": [1], "label_probs": [None]},
+        {"labels": [1], "label_probs": [float("nan")]},
+        {"labels": [1], "label_probs": [-0.5]},
+        {"labels": [[1]]},
+        {"labels": {"1": 1}},
+    ],
+    ids=str,
+)
+def test_labels_of_another_type_are_refused_in_one_sentence(record):
+    with pytest.raises(UserError, match="entry 3: (label|label_probs) .*(no class number|no prob)"):
+        labels()(record | {"index": 3})
+
+
+def test_labels_in_other_spellings():
+    assert labels()({"labels": ["1", 2.0, "03"]}) == ([1, 2, 3], [1.0, 1.0, 1.0])
+    assert labels()({"cls": b" 7\n"}) == ([7], [1.0])
+    assert labels()({"label": 4, "label_probs": 0.5}) == ([4], [1.0])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from base.distributed import gather, rank, world_size
 from base.errors import UserError
-from models.fusion.losses import distilled_cross_entropy, hard_negatives, masked_mean
+from models.fusion.losses import hard_negatives, masked_mean
 from models.fusion.momentum import MomentumModel
 from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert, XBertLM
@@ -24,6 +24,10 @@ class Keys:
     image: Tensor  # [E,G+Q] float32
     text: Tensor  # [E,G+Q]
     own: int  # first column that belongs to this rank's batch
+
+    def own_columns(self, logits: Tensor) -> Tensor:
+        """Those of this rank's batch, [B,B] of logits [B,G+Q], without gradient."""
+        return logits[:, self.own : self.own + len(logits)].detach()
 
 
 @dataclass
@@ -117,37 +121,14 @@ class ImageTextModel(MomentumModel):
             own,
         )
 
-    def ita(
-        self,
-        student: Features,
-        teacher: Features | None,
-        keys: Keys,
-        alpha: Tensor | float,
-        target: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Image-text contrast: (loss 0-d, image-to-text logits [B,B], text-to-image logits [B,B]
-        inside the own batch).
+    def similarities(self, features: Features, keys: Keys) -> tuple[Tensor, Tensor]:
+        """Logits of the images against all text keys and of the texts against all image keys.
 
-        The keys come from the momentum encoders, the soft targets (weight alpha) from the teacher's
-        similarities, none where it is None. `target`, distributions [B,G+Q], is the hard part; the
-        default is the own pair.
+        Cosine over temperature, float32 [B,G+Q] each: what the image-text contrastive loss (ITA)
+        and its soft targets are made of (ALBEF: Li 2021, equations 1 and 6).
         """
-        rows = len(student.image)
-        with torch.autocast(student.image.device.type, enabled=False):
-            i2t, t2i = student.image @ keys.text / self.temp, student.text @ keys.image / self.temp
-            i2t_m = t2i_m = None
-            if teacher is not None:
-                with torch.no_grad():
-                    i2t_m, t2i_m = (
-                        teacher.image @ keys.text / self.temp,
-                        teacher.text @ keys.image / self.temp,
-                    )
-            if target is None:
-                target = keys.own + torch.arange(rows, device=i2t.device)
-            loss_i2t = distilled_cross_entropy(i2t, target, i2t_m, alpha).mean()
-            loss_t2i = distilled_cross_entropy(t2i, target, t2i_m, alpha).mean()
-        own_columns = slice(keys.own, keys.own + rows)
-        return (loss_i2t + loss_t2i) / 2, i2t[:, own_columns].detach(), t2i[:, own_columns].detach()
+        with torch.autocast(features.image.device.type, enabled=False):
+            return features.image @ keys.text / self.temp, features.text @ keys.image / self.temp
 
     def draw_negatives(self, i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         """Hard negatives inside the own batch: (image for each text, text for each image), int64
@@ -169,32 +150,34 @@ class ImageTextModel(MomentumModel):
         """ITM's and, where there are masked captions, MLM's fusion in one pass whose image keys are
         computed once.
 
-        Returns the [CLS] states [3B,D] of own pairs, drawn images, drawn texts, and the states
-        [B,L,D] of the masked captions. The rows that keep image b come first, in groups of B; those
-        with a drawn image last.
+        Returns the [CLS] states [3B,D] of own pairs, sampled images, sampled texts, and the states
+        [B,L,D] of the masked captions. In the pass the rows that keep image b come first, in groups
+        of B; those with a sampled image last.
         """
-        drawn_text, drawn_mask = (
-            stage.index_select(0, negative_text),
-            text_mask.index_select(0, negative_text),
-        )
-        groups, masks = [stage, drawn_text], [text_mask, drawn_mask]
-        if masked_stage is not None:
-            groups, masks = [*groups, masked_stage], [*masks, text_mask]
-        rows, mask = torch.cat([*groups, stage]), torch.cat([*masks, text_mask])
-        keep = first_token(rows) if masked_stage is None else None
-        states = self.bert.fuse(rows, mask, image_tokens, rows=negative_image, keep=keep).chunk(
-            len(groups) + 1
-        )
-        cls_states = torch.cat([states[0][:, 0], states[-1][:, 0], states[1][:, 0]])
-        return cls_states, None if masked_stage is None else states[2]
+        other_text = stage.index_select(0, negative_text)
+        other_mask = text_mask.index_select(0, negative_text)
+        if masked_stage is None:
+            rows = torch.cat([stage, other_text, stage])
+            mask = torch.cat([text_mask, other_mask, text_mask])
+            keep = first_token(rows)
+            fused = self.bert.fuse(rows, mask, image_tokens, rows=negative_image, keep=keep)
+            own, with_text, with_image = fused.chunk(3)
+            masked = None
+        else:
+            rows = torch.cat([stage, other_text, masked_stage, stage])
+            mask = torch.cat([text_mask, other_mask, text_mask, text_mask])
+            fused = self.bert.fuse(rows, mask, image_tokens, rows=negative_image)
+            own, with_text, masked, with_image = fused.chunk(4)
+        return torch.cat([own[:, 0], with_image[:, 0], with_text[:, 0]]), masked
 
     def itm(self, cls_states: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Image-text matching over the fused [CLS] states of 3B pairs, the first B of which match;
-        valid: bool [3B]."""
+        """Image-text matching loss (ALBEF: Li 2021, equation 3) of the fused [CLS] states of 3B
+        pairs, of which the first B match: binary cross-entropy, 0-d; valid: bool [3B]."""
+        pairs = len(cls_states)
+        target = (torch.arange(pairs, device=cls_states.device) < pairs // 3).long()
         with torch.autocast(cls_states.device.type, enabled=False):
             logits = self.itm_head(cls_states.float())
-        target = (torch.arange(len(logits), device=logits.device) < len(logits) // 3).long()
-        loss = distilled_cross_entropy(logits, target)
+            loss = F.cross_entropy(logits, target, reduction="none")
         return loss.mean() if valid is None else masked_mean(loss, valid)
 
     @torch.no_grad()

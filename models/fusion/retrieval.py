@@ -14,6 +14,7 @@ from torch import Tensor
 
 from base.distributed import gather
 from models.fusion.base import Features, ImageTextModel, check_batch, first_token, gather_features
+from models.fusion.losses import distilled_cross_entropy
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
 
@@ -62,27 +63,28 @@ class Retrieval(ImageTextModel):
         image_tokens, image_feature = self.encode_image(image)
         stage, text_feature = self.encode_text(text_ids, text_mask)
         with torch.no_grad():
-            cls_state_m = self.bert_m.encode_text(text_ids, text_mask, keep=first_token(text_ids))[
-                :, 0
-            ]
+            keep = first_token(text_ids)
+            cls_state_m = self.bert_m.encode_text(text_ids, text_mask, keep=keep)[:, 0]
             teacher = self.momentum_features(self.visual_encoder_m(image), cls_state_m)
 
         everyone, everyone_id = gather_features(teacher), gather(image_id)
         keys = self.key_banks(everyone, teacher)
+        i2t, t2i = self.similarities(Features(image_feature, text_feature), keys)
+        i2t_m = t2i_m = None
+        if self.config.distill:
+            with torch.no_grad():
+                i2t_m, t2i_m = self.similarities(teacher, keys)
         target = self.positives(image_id, everyone_id)
-        soft = teacher if self.config.distill else None
-        loss_ita, i2t, t2i = self.ita(
-            Features(image_feature, text_feature), soft, keys, alpha, target
-        )
+        loss_i2t = distilled_cross_entropy(i2t, target, i2t_m, alpha).mean()
+        loss_t2i = distilled_cross_entropy(t2i, target, t2i_m, alpha).mean()
+        loss_ita = (loss_i2t + loss_t2i) / 2
 
         same = image_id[:, None] == image_id[None, :]
-        cls_states, _ = self.fuse_pairs(
-            stage, text_mask, image_tokens, *self.draw_negatives(i2t, t2i, same)
-        )
+        negatives = self.draw_negatives(keys.own_columns(i2t), keys.own_columns(t2i), same)
+        cls_states, _ = self.fuse_pairs(stage, text_mask, image_tokens, *negatives)
         has_negative = ~same.all(1)
-        loss_itm = self.itm(
-            cls_states, torch.cat([torch.ones_like(has_negative), has_negative, has_negative])
-        )
+        valid = torch.cat([torch.ones_like(has_negative), has_negative, has_negative])
+        loss_itm = self.itm(cls_states, valid)
         if self.training:
             self.enqueue_with_ids(everyone, everyone_id)
         return {"loss_ita": loss_ita, "loss_itm": loss_itm}

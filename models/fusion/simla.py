@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from models.fusion.base import Features, ImageTextModel, check_batch, first_token, gather_features
+from models.fusion.base import (
+    Features,
+    ImageTextModel,
+    Keys,
+    check_batch,
+    first_token,
+    gather_features,
+)
 from models.fusion.losses import (
     IGNORE,
     distilled_binary_cross_entropy,
@@ -134,9 +141,8 @@ class Simla(ImageTextModel):
         keys = self.key_banks(everyone, teacher.features)
         losses = {}
         losses["loss_ita"], i2t, t2i = self.ita(student, teacher.features, keys, alpha)
-        negatives = self.draw_negatives(
-            i2t, t2i, same=torch.eye(len(image), dtype=torch.bool, device=image.device)
-        )
+        same = torch.eye(len(image), dtype=torch.bool, device=image.device)
+        negatives = self.draw_negatives(i2t, t2i, same)
         matched, masked = self.fuse_pairs(stage, text_mask, image_tokens, *negatives, masked_stage)
         losses["loss_itm"] = self.itm(matched)
         losses["loss_mlm"] = self.mlm(masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha)
@@ -205,6 +211,22 @@ class Simla(ImageTextModel):
             attention = bert.cls_attention(almost[len(stage) :], text_mask)
         mlm_logits = self.text_encoder_m.logits(masked.flatten(0, 1).index_select(0, mlm_positions))
         return TeacherText(features, mlm_logits, attention, stage)
+
+    def ita(
+        self, student: Features, teacher: Features, keys: Keys, alpha: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Image-text contrastive loss (ALBEF: Li 2021, equation 6), 0-d, and the image-to-text and
+        text-to-image logits [B,B] inside the own batch.
+
+        The keys are momentum features; so are the soft targets, which weigh alpha.
+        """
+        i2t, t2i = self.similarities(student, keys)
+        with torch.no_grad():
+            i2t_m, t2i_m = self.similarities(teacher, keys)
+        target = keys.own + torch.arange(len(i2t), device=i2t.device)
+        loss_i2t = distilled_cross_entropy(i2t, target, i2t_m, alpha).mean()
+        loss_t2i = distilled_cross_entropy(t2i, target, t2i_m, alpha).mean()
+        return (loss_i2t + loss_t2i) / 2, keys.own_columns(i2t), keys.own_columns(t2i)
 
     def mlm(
         self,

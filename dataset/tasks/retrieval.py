@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import default_collate
 
 from dataset.images.decode import decode_image
 from dataset.tasks.record import image_key, image_of
-from dataset.text.wordpiece import Tokenizer, choose_caption, pre_caption
+from dataset.text.wordpiece import TextCollate, choose_caption, pre_caption
 
 
 def number_images(names: Iterable[str | int]) -> torch.Tensor:
@@ -48,27 +47,10 @@ class RetrievalPair:
         }
 
 
-class RetrievalCollate:
+class RetrievalCollate(TextCollate):
     """image float32 [B,3,H,W] · text_ids int64, text_mask bool [B,L] · image_id int64 [B]."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        max_tokens: int | None = None,
-        lengths: Sequence[int] | None = (),
-    ):
-        self.tokenizer, self.max_tokens, self.lengths = tokenizer, max_tokens, lengths
-
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        ids, mask = self.tokenizer(
-            [sample["caption"] for sample in samples], self.max_tokens, self.lengths
-        )
-        return {
-            "image": default_collate([sample["image"] for sample in samples]),
-            "text_ids": ids,
-            "text_mask": mask,
-            "image_id": torch.tensor([sample["image_id"] for sample in samples]),
-        }
+    field = "caption"
 
 
 class RetrievalSet:

@@ -102,6 +102,8 @@ class TextCollate:
     max_tokens, lengths: as in Tokenizer.
     """
 
+    field = "text"  # what samples call their text
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -111,14 +113,11 @@ class TextCollate:
         self.tokenizer, self.max_tokens, self.lengths = tokenizer, max_tokens, lengths
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        ids, mask = self.tokenizer(
-            [sample["text"] for sample in samples], self.max_tokens, self.lengths
-        )
-        rest = [key for key in samples[0] if key != "text"]
-        return {key: default_collate([sample[key] for sample in samples]) for key in rest} | {
-            "text_ids": ids,
-            "text_mask": mask,
-        }
+        rest = [key for key in samples[0] if key != self.field]
+        batch = {key: default_collate([sample[key] for sample in samples]) for key in rest}
+        texts = [sample[self.field] for sample in samples]
+        ids, mask = self.tokenizer(texts, self.max_tokens, self.lengths)
+        return {**batch, "text_ids": ids, "text_mask": mask}
 
 
 def padded_length(longest: int, max_length: int | None, lengths: Sequence[int] | None) -> int:

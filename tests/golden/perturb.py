@@ -4,7 +4,7 @@
 
 Each value is changed alone in a copy of the golden folder: the largest element of a tensor or list by one part in a
 thousand, integers by one (grey levels of uint8 images by 40), text by a letter. Then the tests that read its file run.
-Inputs count as noticed where an output changes. Of values under like names `--most` are tried, spread over all.
+Inputs and settings are left alone. Of values under like names `--most` are tried, spread over all.
 """
 
 import argparse
@@ -28,37 +28,65 @@ HERE = Path(__file__).parent
 PROSE = re.compile(
     r"note|description|call|pinned|tolerance|origin|versions?$|weights$|row_order|^case$|source$"
 )
+SETTINGS = re.compile(
+    r"^(config|arguments|flags|hyper|optimizer|schedule|specs|pipeline|soft_label_.*)$"
+)
+INPUTS = re.compile(
+    r"(^|[./])(in|state|weight|init|new|step\d)\.|cotangent|^train\d\.x_|images?(_u8)?(_nhwc)?$"
+)
 WEIGHTS = re.compile(
-    r"^(state|weight|init|new)\.|\.state\.safetensors|llama_cons|clip_openai|checkpoint_trainable"
+    r"\.state\.safetensors|llama_cons|clip_openai|checkpoint_trainable|inputs|batches"
 )
 PART = 1e-3
 Place = tuple  # of keys and indices that lead to a value
 
 
 class Readers:
-    """pytest plugin: which tests read which golden file."""
+    """pytest plugin: which tests read which golden file, by the file's name without its ending."""
 
     def __init__(self):
         self.tests: dict[str, set[str]] = defaultdict(set)
-        self.now = ""
+        self.by_fixture: dict[str, set[str]] = defaultdict(
+            set
+        )  # of fixtures that several tests share
+        self.test = self.fixture = ""
         self.found = golden.golden_file
         golden.golden_file = self.golden_file
 
     def golden_file(self, *parts: str) -> Path:
-        path = self.found(*parts)
-        if self.now:
-            self.tests[str(Path(*parts))].add(self.now)
+        path, name = self.found(*parts), stem(Path(*parts))
+        if self.test:
+            self.tests[name].add(self.test)
+        if self.fixture:
+            self.by_fixture[self.fixture].add(name)
         return path
 
     def pytest_runtest_protocol(self, item):
-        self.now = item.nodeid
+        self.test = item.nodeid
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        self.fixture = fixturedef.argname
+        try:
+            return (yield)
+        finally:
+            self.fixture = ""
+
+    def pytest_runtest_teardown(self, item):
+        for fixture in item.fixturenames:
+            for name in self.by_fixture[fixture]:
+                self.tests[name].add(item.nodeid)
+
+
+def stem(path: Path) -> str:
+    return re.sub(r"\.(json|safetensors)$", "", str(path))
 
 
 def values(content, place: Place = ()) -> Iterator[Place]:
     """Places of all numbers, texts and flat lists of them below a JSON value."""
     pairs = content.items() if isinstance(content, dict) else enumerate(content)
     for key, value in pairs:
-        if isinstance(key, str) and PROSE.search(key):
+        if isinstance(key, str) and (PROSE.search(key) or SETTINGS.search(key)):
             continue
         flat = isinstance(value, list) and not any(isinstance(v, (list, dict)) for v in value)
         if isinstance(value, (dict, list)) and not flat:
@@ -143,7 +171,7 @@ def variants(file: Path, most: int) -> Iterator[tuple[str, Path]]:
                 yield ".".join(map(str, place)), copy
         elif file.suffix == ".safetensors" and not WEIGHTS.search(file.name):
             tensors = load_file(file)
-            names = [(name,) for name in tensors if not WEIGHTS.search(name)]
+            names = [(name,) for name in tensors if not INPUTS.search(name)]
             for (name,) in chosen(names, most):
                 save_file({**tensors, name: changed_tensor(tensors[name])}, copy)
                 yield name, copy
@@ -157,7 +185,7 @@ def passes(root: Path, tests: list[str]) -> bool:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:terminal", *tests]))
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -194,11 +222,14 @@ def main() -> int:
             name = str(file.relative_to(root))
             if not name.startswith(tuple(args.files)):
                 continue
-            tests = sorted(readers.tests.get(name, ()))
+            tests = sorted(readers.tests.get(stem(Path(name)), ()))
             if not tests and file.suffix in (".json", ".safetensors"):
                 print(f"{name}: no test reads it", flush=True)
                 continue
             link = Path(folder) / name
+            if tests and not passes(Path(folder), tests):
+                print(f"{name}: the tests that read it fail unchanged", flush=True)
+                continue
             for what, copy in variants(file, args.most):
                 link.unlink()
                 link.symlink_to(copy)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from base.distributed import gather, rank, world_size
 from base.errors import UserError
+from models.fusion.compat import Compat
 from models.fusion.losses import hard_negatives, masked_mean
 from models.fusion.momentum import MomentumModel
 from models.layers.vit import ViT, ViTConfig
@@ -54,7 +55,7 @@ class ImageTextModel(MomentumModel):
         compat: str,
         language_model: bool,
     ):
-        super().__init__(compat)
+        super().__init__(Compat.of(compat, simla=bert.single_stream))
         if bert.encoder_width != vit.width:
             raise UserError(
                 f"bert.encoder_width {bert.encoder_width} must equal the width of the image tokens, {vit.width}"
@@ -113,8 +114,8 @@ class ImageTextModel(MomentumModel):
         backward needs the keys as the loss saw them, while the enqueue overwrites the queue in
         place.
         """
-        batch = local if self.original else everyone
-        own = 0 if self.original else rank() * len(local.image)
+        batch = local if self.compat.keys_of_rank else everyone
+        own = 0 if self.compat.keys_of_rank else rank() * len(local.image)
         return Keys(
             torch.cat([batch.image.t(), self.image_queue.float()], dim=1),
             torch.cat([batch.text.t(), self.text_queue.float()], dim=1),

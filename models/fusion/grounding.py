@@ -34,8 +34,8 @@ def matching_map(
         fused, attention = bert.run(stage, text_mask, tokens, first=layer, map_of=("cross", layer))
         weighted = weigh(attention, model.itm_head(fused[:, 0])[:, 1].float().sum())
     words = weighted.mean(1)[:, :, 1:] * text_mask.unsqueeze(-1)  # without the [CLS] patch
-    # the originals' mean counts padding; an image's map is then fainter, its shape the same
-    count = words.shape[1] if model.original else text_mask.sum(1)[:, None]
+    # a mean that counts padding is fainter, of the same shape
+    count = words.shape[1] if model.compat.padding_in_map else text_mask.sum(1)[:, None]
     return square(words.sum(1) / count)
 
 

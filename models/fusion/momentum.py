@@ -5,6 +5,7 @@ import copy
 from torch import Tensor, nn
 
 from base.errors import UserError
+from models.fusion.compat import Compat
 from models.layers.average import WeightAverage
 
 
@@ -14,13 +15,9 @@ class MomentumModel(nn.Module):
 
     momentum_of: tuple[str, ...] = ()
 
-    def __init__(self, compat: str):
+    def __init__(self, compat: Compat):
         super().__init__()
-        if compat not in ("none", "original"):
-            raise UserError(
-                f"compat is {compat!r}: it takes 'none' (defects mended) or 'original' (the published numbers)"
-            )
-        self.original = compat == "original"
+        self.compat = compat
 
     def add_momentum_copies(self) -> None:
         """Give every module of `momentum_of` its untrained copy; call at the end of the subclass's
@@ -34,7 +31,7 @@ class MomentumModel(nn.Module):
         super().train(mode)
         for name in self.momentum_of:
             if hasattr(self, f"{name}_m"):  # a model without distillation has none
-                getattr(self, f"{name}_m").train(mode and self.original)
+                getattr(self, f"{name}_m").train(mode and self.compat.teacher_dropout)
         return self
 
 

@@ -58,7 +58,7 @@ class Retrieval(ImageTextModel):
         before this call.
         """
         check_batch(image)
-        if self.config.bert.single_stream or not self.original:
+        if not self.compat.free_temperature:
             self.clamp_temperature()
         image_tokens, image_feature = self.encode_image(image)
         stage, text_feature = self.encode_text(text_ids, text_mask)
@@ -92,7 +92,7 @@ class Retrieval(ImageTextModel):
     @torch.no_grad()
     def positives(self, image_id: Tensor, everyone_id: Tensor) -> Tensor:
         """Hard targets [B,G+Q]: uniform over the keys of the same image."""
-        batch_id = image_id if self.original else everyone_id
+        batch_id = image_id if self.compat.keys_of_rank else everyone_id
         same = image_id[:, None] == torch.cat([batch_id, self.idx_queue[0]])[None, :]
         return same.float() / same.sum(1, keepdim=True)
 
@@ -100,7 +100,7 @@ class Retrieval(ImageTextModel):
     def enqueue_with_ids(self, everyone: Features, everyone_id: Tensor) -> None:
         """Enqueue the features and, except as published for SIMLA, their image ids."""
         columns = self.enqueue(everyone)
-        if len(columns) and not (self.original and self.config.bert.single_stream):
+        if len(columns) and not self.compat.ids_not_queued:
             self.idx_queue.index_copy_(1, columns, everyone_id[None, -len(columns) :])
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:

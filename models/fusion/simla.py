@@ -147,9 +147,9 @@ class Simla(ImageTextModel):
         losses["loss_itm"] = self.itm(matched)
         losses["loss_mlm"] = self.mlm(masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha)
         if self.config.mim:
-            context = (stage, stage if self.original else teacher.stage)
+            stage_m = stage if self.compat.student_states else teacher.stage
             losses["loss_mim"] = self.mim(
-                image, patch_mask, visual_codes, *context, text_mask, alpha
+                image, patch_mask, visual_codes, stage, stage_m, text_mask, alpha
             )
         if self.config.keywords:
             losses["loss_pseudo"] = self.pseudo_label(student, teacher, text_ids, text_mask, alpha)
@@ -204,8 +204,9 @@ class Simla(ImageTextModel):
         if not self.config.keywords:
             masked, attention = bert.fuse(masked_stage, text_mask, image_tokens_m), None
         else:
-            # The original showed the keyword teacher the student's image tokens.
-            seen = torch.cat([image_tokens_m, image_tokens]) if self.original else image_tokens_m
+            seen = image_tokens_m
+            if self.compat.student_states:
+                seen = torch.cat([image_tokens_m, image_tokens])  # the latter for the keywords
             almost = bert.fuse(both, both_mask, seen, last=bert.depth - 1)
             masked = bert.run(almost[: len(stage)], text_mask, image_tokens_m, first=bert.depth - 1)
             attention = bert.cls_attention(almost[len(stage) :], text_mask)
@@ -239,7 +240,7 @@ class Simla(ImageTextModel):
         """Masked language modelling at the masked positions, given the fused states [B,L,D] of the
         masked captions."""
         valid = labels != IGNORE
-        if self.original and self.config.bert.single_stream:
+        if self.compat.soft_mlm_over_text:
             everywhere = self.text_encoder.logits(states)
             hard = distilled_cross_entropy(
                 everywhere.flatten(0, 1).index_select(0, positions), labels
@@ -248,7 +249,7 @@ class Simla(ImageTextModel):
             return masked_mean((1 - alpha) * hard + alpha * soft, valid, over_ranks=False)
         logits = self.text_encoder.logits(states.flatten(0, 1).index_select(0, positions))
         loss = distilled_cross_entropy(logits, labels, teacher_logits, alpha)
-        return masked_mean(loss, valid, over_ranks=not self.original)
+        return masked_mean(loss, valid, over_ranks=not self.compat.means_of_rank)
 
     def mim(
         self,
@@ -279,7 +280,7 @@ class Simla(ImageTextModel):
             teacher_logits = logits(self.visual_encoder_m, self.bert_m, self.mim_head_m, text_m)
         student_logits = logits(self.visual_encoder, self.bert, self.mim_head, text)
         loss = distilled_cross_entropy(student_logits, labels.flatten(), teacher_logits, alpha)
-        return masked_mean(loss, valid.flatten(), over_ranks=not self.original)
+        return masked_mean(loss, valid.flatten(), over_ranks=not self.compat.means_of_rank)
 
     def pseudo_label(
         self,
@@ -293,7 +294,7 @@ class Simla(ImageTextModel):
         [CLS] attends to."""
         config = self.config
         allowed = None
-        if not self.original:
+        if not self.compat.any_keyword:
             allowed = text_mask
             for special in config.special_ids:
                 allowed = allowed & (text_ids != special)
@@ -305,7 +306,7 @@ class Simla(ImageTextModel):
             config.keyword_votes,
             config.keywords,
         )
-        if self.original:
+        if self.compat.any_keyword:
             target[:, config.cls_id] = 0.0
         teacher_logits = self.concept_head_m(teacher.features.image)
         return distilled_binary_cross_entropy(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from models.fusion.base import first_token
+from models.fusion.compat import Compat
 from models.fusion.losses import distilled_cross_entropy
 from models.fusion.momentum import MomentumModel
 from models.fusion.text_assignment import pair_layers
@@ -35,7 +36,7 @@ class StatementModel(MomentumModel):
     momentum_of = ("visual_encoder", "text_encoder", "cls_head")
 
     def __init__(self, config: StatementConfig):
-        super().__init__(config.compat)
+        super().__init__(Compat.of(config.compat, simla=config.bert.single_stream))
         if config.bert.encoder_width != config.vit.width:
             raise UserError(
                 f"bert.encoder_width {config.bert.encoder_width} must equal the width of the image tokens, "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
+from models.fusion.compat import Compat
 from models.fusion.losses import IGNORE, distilled_cross_entropy
 from models.fusion.momentum import MomentumModel
 from models.layers.vit import ViT, ViTConfig
@@ -39,7 +40,7 @@ class Vqa(MomentumModel):
     momentum_of = ("visual_encoder", "text_encoder", "text_decoder")
 
     def __init__(self, config: VqaConfig):
-        super().__init__(config.compat)
+        super().__init__(Compat.of(config.compat, simla=config.bert.single_stream))
         if config.bert.encoder_width != config.vit.width:
             raise UserError(
                 f"bert.encoder_width {config.bert.encoder_width} must equal the width of the image tokens, "
@@ -58,7 +59,7 @@ class Vqa(MomentumModel):
     @property
     def distils(self) -> bool:
         """Whether the teacher has any effect."""
-        return self.config.distill and not (self.original and self.config.bert.single_stream)
+        return self.config.distill and not self.compat.teacher_unused
 
     def forward(
         self,
@@ -120,7 +121,7 @@ class Vqa(MomentumModel):
         hidden = decoder.bert(start, None, states, image_mask=text_mask, causal=True, cache=cache)
         first = decoder.logits(hidden[:, 0]).float().log_softmax(-1)  # [B,V]
         score, candidates = first.index_select(1, answer_ids[:, 1]).topk(k, dim=1)
-        if self.original:
+        if self.compat.first_token_twice:
             score = 2 * score
         score, chosen = score.flatten(), candidates.flatten()
         for rows in same_length(answer_length[chosen]):

@@ -211,7 +211,10 @@ def check_teacher(
     expected = dict(start)
     if recipe.momentum is not None:
         expected.update(moved_teacher(start, recipe.momentum, network))
-    compare_states(update.calls[0].state, expected, "at the first forward pass of an update")
+    # where teacher and student nearly cancel, the rounding of either is all that is left
+    compare_states(
+        update.calls[0].state, expected, "at the first forward pass of an update", absolute=5e-7
+    )
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from torch.utils.data import default_collate
 from base.errors import BadSample, UserError, brief
 from base.files import did_you_mean, digest, file_state, parse_json, read_lines, states_digest
 from dataset.images.decode import check_image_root
+from dataset.loading.filtered import Filtered
 from dataset.loading.stream import ENOUGH, RecordSource
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.records import Records
@@ -33,6 +34,7 @@ from dataset.sources.shards import ShardSource, count_samples, list_shards, read
 from dataset.tasks.record import image_of
 
 LABEL_FIELDS = ("labels", "label", "cls")
+SAMPLED = 10_000  # entries of a list by which the fraction with labels is estimated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,37 +328,28 @@ class LabelCollate:
         return {"image": image, "labels": labels, "label_weights": weights}
 
 
-class Labelled:
+class Labelled(Filtered):
     """A source of the stream without the records that the threshold leaves no label: they are not
-    bad samples."""
+    bad samples, and an epoch of a list does not count them (of a long list by SAMPLED entries)."""
 
     def __init__(self, source: RecordSource | ShardSource, labels: Labels):
-        self.source, self.labels, self.name, self.build = source, labels, source.name, source.build
+        self.labels, threshold = labels, labels.options.label_threshold
+        complaint = f"no image has a label of probability {threshold} or more; lower it"
+        super().__init__(source, self.has_label, complaint)
+        if threshold > 0 and isinstance(source, RecordSource):
+            step = max(1, len(source) // SAMPLED)
+            some = [source.records[index] for index in range(0, len(source), step)]
+            kept = sum(map(self.has_label, some))
+            if not kept and step == 1:
+                raise UserError(f"{self.name}: {complaint}")
+            self.kept = max(kept, 1) / len(some)
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def start(self, taken: int, slot: int, slots: int):
-        return self.source.start(taken, slot, slots)
-
-    def read(self, seed: int, slot: int, slots: int, position) -> Iterator[tuple]:
-        """As the source's, with fewer records."""
-        dropped = 0
-        for sample_seed, record, after in self.source.read(seed, slot, slots, position):
-            dropped = 0 if self._keeps(record) else dropped + 1
-            if not dropped:
-                yield sample_seed, record, after
-            elif dropped > max(ENOUGH, len(self.source)):
-                threshold = self.labels.options.label_threshold
-                raise UserError(
-                    f"{self.name}: no image has a label of probability {threshold} or more; lower it"
-                )
-
-    def _keeps(self, record: dict | BadSample) -> bool:
+    def has_label(self, record: dict) -> bool:
+        """Whether a label is left; a record that has none is for the stream to count."""
         try:
-            return isinstance(record, BadSample) or bool(self.labels(record)[0])
+            return bool(self.labels(record)[0])
         except BadSample:
-            return True  # for the stream to count
+            return True
 
 
 def training_source(

@@ -20,6 +20,7 @@ from base.pixels import OPENAI
 from dataset.images.albef import random_box
 from dataset.images.clip import EvalView, crop_resize, pixel_statistics
 from dataset.images.decode import check_image_root, decode_image
+from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, Stream
 from dataset.sources.records import Records
 from dataset.sources.shards import IMAGE_TYPES, ShardSource, list_shards
@@ -29,6 +30,7 @@ from dataset.text.sentencepiece import PieceTokenizer
 
 IGNORED = -100  # target of a position without one
 STEP = 8  # texts are padded to multiples of it
+NO_NAMES = "no caption has a noun; is scripts/data/extract_nouns.py's output complete?"
 EXTRACT = "run scripts/data/extract_nouns.py over the shards first"
 
 THINGS, IMAGES = ("objects", "items", "elements"), ("image", "picture", "photograph")
@@ -239,6 +241,14 @@ def names_of(record: dict) -> list[str]:
     return parse_nouns(record["nouns"])
 
 
+def has_names(record: dict) -> bool:
+    """Whether there is a name to learn; captions without nouns stay in shards for evaluation."""
+    try:
+        return bool(names_of(record))
+    except BadSample:
+        return True  # for the stream to count
+
+
 class RecognitionCollate:
     """image uint8 [B,3,S,S] and what `pad_batch` makes of the labels; of captions the same names
     with `caption_`."""
@@ -316,6 +326,8 @@ def training_stream(
         check_image_root(root, (record["image"] for record in islice(records, 20)))
         sources.append(RecordSource(records, build, str(file)))
     sources += [ShardSource(url, build, shuffle_buffer=buffer) for url in shards]
+    if not sequences.original:  # there, such images are trained on without labels
+        sources = [Filtered(source, has_names, NO_NAMES) for source in sources]
     return Stream(sources, RecognitionCollate(sequences.tokenizer.pad))
 
 

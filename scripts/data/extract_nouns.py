@@ -4,10 +4,11 @@ Recognition.py.
     python scripts/data/extract_nouns.py --source datasets/cc3m --target datasets/cc3m_nouns --nltk-data ~/nltk_data
     python scripts/data/extract_nouns.py --source 'datasets/sbu/{00000..00082}.tar' --target datasets/sbu_nouns
 
-Each shard is copied with a member KEY.nouns (names joined by commas) beside KEY.txt; samples
-without a caption or without nouns are left out and counted. NAME_stats.json beside each shard tells
-how many are in it: so training finds its length. Finished shards are skipped: the same command goes
-on after an interruption.
+Each shard is copied with a member KEY.nouns (names joined by commas) beside KEY.txt. Samples
+without nouns keep an empty one and are counted: evaluation scores their images against the empty
+text, as NXTP does, and training passes over them. NAME_stats.json beside each shard gives how many
+have nouns, by which training finds its length. Shards that are finished and made of the same source
+with the same settings are skipped: the same command resumes after an interruption.
 
 The nouns are NXTP's (dataset/text/nouns.py): common nouns by tag, WordNet base forms. Nothing is
 downloaded.
@@ -32,11 +33,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError  # noqa: E402
-from base.files import atomic_write, read_json, write_json  # noqa: E402
+from base.files import atomic_write, digest, file_state, read_json, write_json  # noqa: E402
 from dataset.sources.shards import list_shards, read_tar  # noqa: E402
 from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words  # noqa: E402
 from runtime.config import cli as configuration  # noqa: E402
 from runtime.config.cli import knob  # noqa: E402
+
+FORMAT = 2  # raised when shards are written otherwise
 
 
 @dataclass
@@ -74,24 +77,27 @@ def extractor(tagger: str, nltk_data: Path | None, numbers: bool, mended: bool) 
 def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
     """Write the shard with nouns and its statistics; the counts of its statistics."""
     stats = target.with_name(f"{target.stem}_stats.json")
+    made_of = digest(FORMAT, settings, shard if "://" in shard else file_state(shard))
     if target.exists() and stats.exists():
-        return read_json(stats, dict)
+        counts = read_json(stats, dict)
+        if counts.pop("made_of", None) == made_of:
+            return counts
     nouns, counts = extractor(*settings), Counter(successes=0, without_caption=0, without_nouns=0)
     with atomic_write(target) as temporary, tarfile.open(temporary, "w") as archive:
         for stem, members in groupby(read_tar(shard, {}), lambda member: _stem(member[0])):
             members = dict(members)
             caption = members.get(f"{stem}.txt", b"").decode("utf-8", "replace")
             found = nouns(caption)
-            if not found:
+            if found:
+                counts["successes"] += 1
+            else:  # kept: evaluation counts the image, training passes over it
                 counts["without_nouns" if caption.strip() else "without_caption"] += 1
-                continue
-            counts["successes"] += 1
             members.pop(f"{stem}.nouns", None)
             for name, data in (*members.items(), (f"{stem}.nouns", join_nouns(found).encode())):
                 header = tarfile.TarInfo(name)
                 header.size = len(data)
                 archive.addfile(header, io.BytesIO(data))
-    write_json(stats, counts)
+    write_json(stats, {**counts, "made_of": made_of})
     return dict(counts)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from base.errors import BadSample, UserError
 from dataset.images.vit import EvalView, TrainView, ViTViews
 from dataset.loading.eval import EvalLoader
+from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.classification import (
@@ -229,9 +230,23 @@ def test_images_without_likely_labels_are_left_out_and_not_counted(tmp_path):
     for a, b in zip(islice(loader, 3), islice(again, 3), strict=True):
         assert torch.equal(a["labels"], b["labels"])
     nothing = labels(label_threshold=0.95)
-    source = Labelled(RecordSource(records, LabelledImage(VIEW, nothing, tmp_path)), nothing)
     with pytest.raises(UserError, match="no image has a label of probability 0.95"):
-        next(StreamLoader(Stream([source], LabelCollate()), 5, workers=0))
+        Labelled(RecordSource(records, LabelledImage(VIEW, nothing, tmp_path)), nothing)
+    never = Filtered(RecordSource(records, LabelledImage(VIEW, reader, tmp_path)), len, "is empty")
+    never.keep = lambda record: False
+    with pytest.raises(UserError, match="is empty"):
+        next(StreamLoader(Stream([never], LabelCollate()), 5, workers=0))
+
+
+@pytest.mark.parametrize("count, epoch", [(10, 5), (40, 35), (3, 1)])
+def test_an_epoch_counts_the_images_that_keep_a_label(tmp_path, count, epoch):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    records = [{"image": "a.jpg", "labels": [1], "label_probs": [i / 10]} for i in range(count)]
+    reader = labels(label_threshold=0.5 if count > 3 else 0.2)
+    source = Labelled(RecordSource(records, LabelledImage(VIEW, reader, tmp_path)), reader)
+    assert len(source) == epoch
+    assert len(Labelled(RecordSource(records, None), labels())) == count
+    assert source.start(epoch, 0, 1) == count  # an epoch of kept records is one of the list
 
 
 def test_torchvision(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from base.errors import BadSample, UserError
+from dataset.loading.stream import StreamLoader
 from dataset.tasks.recognition import (
     CAPTION_PROMPTS,
     LABEL_PROMPTS,
@@ -19,11 +20,16 @@ from dataset.tasks.recognition import (
     RecognitionCollate,
     Sequences,
     label_records,
+    names_of,
     pad_batch,
+    read_list,
+    training_stream,
 )
 from dataset.text.nouns import Nouns, clean, make_tagger, parse_nouns, perceptron_tagger
 from dataset.text.sentencepiece import PieceTokenizer
 from dataset.text.wordnet import WordNet
+from evaluation.recognition import similarity_scores
+from scripts.data import extract_nouns
 from tests import tiny_nxtp
 from tests.unit.test_wordnet import write_database
 
@@ -298,3 +304,77 @@ def test_the_images_of_a_split(tmp_path, monkeypatch):
     (tmp_path / "00001.tar").write_bytes(b"x" * 600)
     with pytest.raises(UserError, match="00001.tar: no readable, uncompressed tar"):
         ImageSet(tmp_path, ImageView(8))
+
+
+def labelled_shard(folder, monkeypatch, captions=("a dog", "", "wow", "dog dog"), settings=()):
+    """A shard of captions, and the same with nouns; a stand-in finds the nouns."""
+    monkeypatch.setattr(extract_nouns, "extractor", lambda *_: stand_in)
+    (folder / "nouns").mkdir(exist_ok=True)
+    samples = {
+        f"{i:03d}": {"jpg": jpeg(), "txt": caption.encode()} for i, caption in enumerate(captions)
+    }
+    write_shard(folder / "0.tar", samples)
+    target = folder / "nouns/0.tar"
+    return extract_nouns.label_shard(str(folder / "0.tar"), target, settings), target
+
+
+def stand_in(caption: str) -> list[str]:
+    return [word for word in caption.split() if word in ("dog", "wolf")]
+
+
+def test_images_without_nouns_stay_in_evaluation_against_the_empty_text(tmp_path, monkeypatch):
+    counts, _ = labelled_shard(tmp_path, monkeypatch)
+    assert counts == {"successes": 2, "without_caption": 1, "without_nouns": 1}
+    images = ImageSet(str(tmp_path / "nouns"), ImageView(16))
+    assert images.references == [["dog"], [], [], ["dog", "dog"]]
+    table = {"": torch.tensor([1.0, 0.0]), "dog": torch.tensor([0.0, 1.0])}
+    found = similarity_scores(
+        [["dog"], ["dog"], [""], ["dog"]],
+        images.references,
+        lambda texts: torch.stack([table[text] for text in texts]),
+    )
+    assert [round(each["f1"], 3) for each in found] == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_training_passes_over_images_without_nouns(tmp_path, monkeypatch, tokenizer):
+    labelled_shard(tmp_path, monkeypatch)
+    sequences = Sequences(tokenizer, 80)
+    shards = [str(tmp_path / "nouns")]
+    stream = training_stream(ImageView(16), sequences, [], tmp_path, shards, 10, captions=False)
+    assert len(stream) == 2
+    loader = StreamLoader(stream, 2, workers=0)
+    for _ in range(4):
+        assert len(next(loader)["image"]) == 2
+    assert sum(loader.errors.values()) == 0
+    labelled_shard(tmp_path, monkeypatch, captions=("wow", ""))
+    (tmp_path / "nouns/0_stats.json").write_text('{"successes": 2}')
+    stream = training_stream(ImageView(16), sequences, [], tmp_path, shards, 10, captions=False)
+    with pytest.raises(UserError, match="no caption has a noun"):
+        next(StreamLoader(stream, 2, workers=0))
+
+
+def test_labelled_shards_are_made_again_for_other_settings_or_sources(tmp_path, monkeypatch):
+    _, target = labelled_shard(tmp_path, monkeypatch)
+    made = target.stat().st_mtime_ns
+    shard = str(tmp_path / "0.tar")
+    assert extract_nouns.label_shard(shard, target, ())["successes"] == 2
+    assert target.stat().st_mtime_ns == made
+    assert extract_nouns.label_shard(shard, target, ("nltk",))["successes"] == 2
+    assert target.stat().st_mtime_ns > made
+    counts, _ = labelled_shard(tmp_path, monkeypatch, ("a wolf", "a dog", "a wolf"), ("nltk",))
+    assert counts["successes"] == 3
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfa.jpg : dog\r\n\r\n", b"a.jpg:dog"])
+def test_lists_with_a_byte_order_mark_or_other_line_ends(tmp_path, content):
+    (tmp_path / "a.list").write_bytes(content)
+    assert list(read_list(tmp_path / "a.list")) == [{"image": "a.jpg", "labels": ["dog"]}]
+    (tmp_path / "a.list").write_bytes(b"a.jpg : \xff\n")
+    with pytest.raises(UserError, match=r"a\.list: not UTF-8"):
+        list(read_list(tmp_path / "a.list"))
+
+
+def test_labels_that_are_a_text_are_names_joined_by_commas():
+    assert names_of({"labels": "Dog, living room"}) == ["dog", "living room"]
+    with pytest.raises(BadSample, match="labels is 5"):
+        names_of({"labels": 5, "image": "a.jpg"})

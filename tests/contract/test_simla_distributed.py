@@ -86,7 +86,9 @@ def test_two_processes_are_one(ranks, albef):
                 if value.numel()
                 else torch.tensor(0.0)
             )
-            scale = value.double().abs().max()
+            # a softmax does not see the key's bias: its gradient is 0 but for rounding
+            like = name.replace(".key.bias", ".query.bias") if "gradient" in name else name
+            scale = whole[like].double().abs().max()
             assert error <= 2e-5 * scale + 1e-7, f"{name}: off by {error:.1e} of {scale:.1e}"
             assert torch.equal(first[name], second[name]), name
 

@@ -7,11 +7,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from base.errors import BadSample, UserError
 from base.files import write_json_lines
 from dataset.images.clip import ImageViews, ViewOptions
 from dataset.images.zip_member import read_member
+from dataset.sources.shards import read_shard
 from dataset.tasks.captions import (
     CaptionCollate,
     ImageTextPair,
@@ -20,9 +22,13 @@ from dataset.tasks.captions import (
     collections_of,
     metadata_rows,
 )
+from dataset.tasks.record import captions_of, image_of
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.bpe import ClipTokenizer
 from runtime.safe_pickle import load_plain
+from scripts.data import pack_karpathy
+from scripts.data.pack_coco import Config as PackConfig
+from scripts.data.pack_coco import pack, sample_key
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +178,71 @@ def test_batch(digitscenes):
     assert CaptionCollate(tokenizer, [20])([build(records[0])])["text_ids"].shape == (1, 3, 20)
     with pytest.raises(BadSample, match=r"999\.zip"):
         build({"image": "images/00/999.zip/000.jpg", "caption": "a"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]},
+        {"images": [{"id": 1}], "annotations": [{"caption": "x"}]},
+        {"images": [5], "annotations": []},
+        {"images": [], "annotations": ["text"]},
+        {"images": {}, "annotations": []},
+        {"images": []},
+        [1],
+    ],
+    ids=str,
+)
+def test_another_file_of_coco_is_one_sentence(tmp_path, content):
+    file = tmp_path / "instances_val2017.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"instances_val2017\.json: ") as error:
+        list(metadata_rows("coco", file, None))
+    assert "\n" not in str(error.value)
+
+
+def test_coco_with_an_image_without_id_and_ids_of_text(tmp_path):
+    images = [{"file_name": "lost.jpg"}, {"id": "b-2", "file_name": "two.jpg"}]
+    annotations = [{"image_id": each, "caption": f"of {each}"} for each in (7, "b-2", "c")]
+    file = tmp_path / "captions_val2017.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert [row["image"] for row in metadata_rows("coco", file, None)] == [
+        "val2017/000000000007.jpg",
+        "val2017/two.jpg",
+        "val2017/00000000000c.jpg",
+    ]
+
+
+def test_names_with_dots_are_packed_and_read_back(tmp_path):
+    names = ("IMG_2021.05.13.jpg", "IMG_2021.06.01.jpg", "IMG_2021_06_01.jpg", "plain.png")
+    taken: set[str] = set()
+    keys = [sample_key(name, taken) for name in names]
+    assert keys == ["IMG_2021_05_13", "IMG_2021_06_01", "IMG_2021_06_01_2", "plain"]
+    (tmp_path / "images").mkdir()
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
+    listed = [{"id": n, "file_name": name} for n, name in enumerate(names)]
+    annotations = [{"image_id": n, "caption": name} for n, name in enumerate(names)]
+    (tmp_path / "captions_x.json").write_text(
+        json.dumps({"images": listed, "annotations": annotations})
+    )
+    target = tmp_path / "out"
+    target.mkdir()
+    config = PackConfig(tmp_path / "captions_x.json", tmp_path / "images", target)
+    assert pack(config)["images"] == 4
+    found = [record["caption"] for record in read_shard(str(target / "00000.tar"), {})]
+    assert found == list(names)
+
+
+def test_karpathys_records_train(tmp_path):
+    """What pack_karpathy.py writes is read by the readers of training."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    sentences = [{"raw": "a dog", "sentid": 0}, {"raw": "un chien", "sentid": 1}]
+    entry = {"filename": "a.jpg", "split": "test", "imgid": 3, "sentences": sentences}
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": [entry]}))
+    rows = pack_karpathy.rows_of(tmp_path / "dataset.json", tmp_path, "test")
+    assert pack_karpathy.write_tfrecord(rows, tmp_path / "out/test.tfrecord") == 1
+    (record,) = read_shard(str(tmp_path / "out/test.tfrecord"), {})
+    assert captions_of(record) == ["a dog", "un chien"] and image_of(record).shape == (3, 8, 8)
+    sample = ImageTextPair(lambda image: (image, None), TextViews(TextOptions()))(record)
+    assert sample["texts"][0] in ("a dog", "un chien")

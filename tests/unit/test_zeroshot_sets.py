@@ -216,6 +216,27 @@ def test_class_folders(tmp_path):
     )
 
 
+def test_a_flat_folder_with_a_list_of_labels(tmp_path):
+    """ImageNet's validation set as it is published, with Caffe's val.txt."""
+    for number in (1, 2, 3):
+        image(tmp_path / f"val/ILSVRC2012_val_{number}.png", number)
+    entry = Entry("pets", "imagefolder", str(tmp_path), split="val")
+    prompts = lists(tmp_path, pets=["cat", "dog"])
+    with pytest.raises(UserError, match=r"no sub-folder for each class; .*val\.txt"):
+        opened(entry, prompts, tmp_path)
+    lines = ["ILSVRC2012_val_3.png 1", "ILSVRC2012_val_1.png 0", "ILSVRC2012_val_2.png 1"]
+    (tmp_path / "val.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
+    data = opened(entry, prompts, tmp_path)
+    assert [int(data.images[i]["target"]) for i in range(3)] == [1, 0, 1]
+    assert [int(data.images[i]["image"][0, 0, 0]) for i in range(3)] == [3, 1, 2]
+    (tmp_path / "val.txt").write_text("ILSVRC2012_val_3.png 2\n")
+    with pytest.raises(UserError, match="class 2 occurs"):
+        opened(entry, prompts, tmp_path)
+    (tmp_path / "val.txt").write_text("ILSVRC2012_val_3.png\n")
+    with pytest.raises(UserError, match=r"val\.txt, line 1: expected `name label`"):
+        opened(entry, prompts, tmp_path)
+
+
 def test_class_folders_that_name_their_classes(tmp_path):
     image(tmp_path / "cub200/val/001.Black_footed_Albatross/x.png")
     data = opened(

@@ -157,7 +157,7 @@ def report(data: ReferringExpressions, maps: torch.Tensor, found: list[Pointing]
     tables = score_table(["the chosen box has IoU >= 0.5, in %", "accuracy", "a box at random"], accuracy, None)
     game = table(["the map's maximum lies in the true box, in %", "pointing game"], pointing)
     intro = "Thin: detected boxes. Thick: the chosen one, green where right. Dashed: the true one."
-    return [card("Accuracy", tables, "<h3></h3>", game), gallery("Found", right, case, intro=intro)]
+    return [card("Accuracy", tables, game), gallery("Found", right, case, intro=intro)]
 
 
 def main(config: Config) -> None:

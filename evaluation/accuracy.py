@@ -8,7 +8,7 @@ from torch import Tensor
 from base.distributed import World
 from evaluation.predict import over_split
 from evaluation.report.examples import answer_case, gallery
-from evaluation.report.page import card, score_table, table
+from evaluation.report.page import card, heading, score_table, table
 
 
 def statement_logits(
@@ -81,7 +81,7 @@ def statement_report(
         )
 
     by_class = score_table(["accuracy in %", split, "the most frequent class"], rows)
-    tables = (by_class, "<h3>Confusions</h3>", confusion_table(logits, labels, names))
+    tables = (by_class, heading("Confusions"), confusion_table(logits, labels, names))
     return [
         card(f"{split}: {len(labels)} statements", *tables),
         gallery(f"Judged, {split}", right, case),

@@ -25,7 +25,18 @@ from dataset.sources.records import Records
 from dataset.tasks.retrieval import RetrievalSet
 from dataset.text.wordpiece import Tokenizer
 from evaluation.report.attention_maps import merge_pieces, word_maps
-from evaluation.report.page import card, escape, heat_map, line_chart, page, recall_table, thumbnail
+from evaluation.report.images import heat_map
+from evaluation.report.page import (
+    card,
+    figure,
+    group,
+    join,
+    line_chart,
+    page,
+    quote,
+    recall_table,
+    thumbnail,
+)
 from evaluation.report.retrieval import load_rankings, retrieval_gallery
 from evaluation.retrieval import Ranking, chance
 from models.fusion.retrieval import Retrieval, RetrievalConfig
@@ -112,7 +123,7 @@ def curves(title: str, lines: list[dict], guess: dict[str, float]) -> str:
     charts.append(line_chart({"lr": points(lines, "lr")}, "learning rate"))
     last = lines[-1]
     intro = f"{last['step']:,} updates in {last['minutes']:.1f} minutes of training. Each point is a mean since the last."
-    return card(title, f"<div class='grid'>{''.join(charts)}</div>", intro=intro)
+    return card(title, group("grid", charts), intro=intro)
 
 
 def load_model(config: dict, checkpoint: str, tokenizer: Tokenizer) -> Retrieval:
@@ -160,18 +171,15 @@ def attention_section(
         merged = merge_pieces(ids[0].tolist(), maps, tokenizer.backend.id_to_token)
         words = [(word, heat) for word, heat in merged if word not in FILLERS][: config.words]
         small = resize(raw_image, 192, 192)
-        cells = [f"<figure>{thumbnail(small, 100)}<figcaption>image</figcaption></figure>"]
+        cells = [figure(thumbnail(small, 100), "image")]
         for word, heat in words:
-            image = thumbnail(heat_map(small, heat), 100)
-            cells.append(f"<figure>{image}<figcaption>{escape(word)}</figcaption></figure>")
-        rows.append(
-            f"<p class='quote'>“{escape(data.captions[text])}”</p><div class='words'>{''.join(cells)}</div>"
-        )
+            cells.append(figure(thumbnail(heat_map(small, heat), 100), word))
+        rows.append(join(quote(data.captions[text]), group("words", cells)))
     intro = (
         f"Cross-attention of layer {layer} from each word to the patches, times the positive part of its gradient for "
         "the matching score, averaged over heads; each map is scaled to its own maximum."
     )
-    return card("Where the words look", "<br>".join(rows), intro=intro) if rows else ""
+    return card("Where the words look", *rows, intro=intro) if rows else ""
 
 
 def main(config: Config) -> None:

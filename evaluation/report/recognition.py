@@ -1,16 +1,19 @@
 """Labels of images as people look at them: an image with the attention of its labels, and the pages
 of a split."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from base.files import write_json
+from evaluation.report import page
 from evaluation.report.examples import gallery
-from evaluation.report.page import card, escape, heat_map, table, thumbnail
+from evaluation.report.images import heat_map
 
 TILE, CAPTION = 224, 24  # pixels
 
@@ -62,52 +65,48 @@ def save_labels(path: Path, names: Sequence[str], references: Sequence, found: S
 
 def label_report(
     data, found: Sequence[Sequence[tuple[str, float]]], metrics: dict, split: str
-) -> list[str]:
+) -> list[Markup]:
     """Cards of a split: the scores, how often each label was found, and images with their labels.
 
     data: has `references`, `image(i)` and a length; found: its labels with scores, best first.
     """
-    rows = [
-        (name, f"{value:.2f}" if name.startswith("exact") else f"{value:.5f}")
-        for name, value in metrics.items()
-    ]
-    counts: dict[str, list[int]] = {}
+    scores = []
+    for name, value in metrics.items():
+        scores.append((name, f"{value:.2f}" if name.startswith("exact") else f"{value:.5f}"))
+    shown: Counter[str] = Counter()
+    named: Counter[str] = Counter()
     right = torch.zeros(len(data), dtype=torch.bool)
-    for i, (true, labels) in enumerate(zip(data.references, found, strict=True)):
-        best = {text for text, _ in labels[: len(set(true))]}
-        right[i] = set(true) <= best
-        for name in set(true):
-            count = counts.setdefault(name, [0, 0])
-            count[0] += name in best
-            count[1] += 1
-    common = sorted(counts, key=lambda name: -counts[name][1])[:20]
-    each = [
-        (name, counts[name][1], f"{100 * counts[name][0] / counts[name][1]:.1f}") for name in common
+    for i, (reference, labels) in enumerate(zip(data.references, found, strict=True)):
+        true = set(reference)
+        best = {text for text, _ in labels[: len(true)]}
+        right[i] = true <= best
+        shown.update(true)
+        named.update(true & best)
+    common = [
+        (name, count, f"{100 * named[name] / count:.1f}") for name, count in shown.most_common(20)
     ]
 
-    def case(i: int) -> str:
+    def example(i: int) -> Markup:
         return label_case(data.image(i), found[i][:10], data.references[i], bool(right[i]))
 
+    intro = "Green: what the image shows. The ten likeliest labels each."
     return [
-        card(f"{split}: {len(data)} images", table(["score", "value"], rows)),
-        card("The most frequent labels", table(["label", "images", "found, %"], each)),
-        gallery(
-            f"Labels, {split}",
-            right,
-            case,
-            intro="Green: what the image shows. The ten likeliest labels each.",
-        ),
+        page.card(f"{split}: {len(data)} images", page.table(["score", "value"], scores)),
+        page.card("The most frequent labels", page.table(["label", "images", "found, %"], common)),
+        gallery(f"Labels, {split}", right, example, intro=intro),
     ]
 
 
-def label_case(image, labels: Sequence[tuple[str, float]], true: Sequence[str], right: bool) -> str:
+def label_case(
+    image, labels: Sequence[tuple[str, float]], true: Sequence[str], right: bool
+) -> Markup:
     """An image, its labels with their probabilities, the true ones green, and what it shows."""
-    lines = "".join(
-        f"<li{' class=right' if text in true else ''}><span class='score'>{score:.1%}</span>{escape(text)}</li>"
-        for text, score in labels
+    items = []
+    for text, score in labels:
+        items.append((text, f"{score:.1%}", "right" if text in true else "", None))
+    shows = ", ".join(dict.fromkeys(true))
+    said = page.join(
+        page.badge("all found" if right else "not all", right),
+        page.ranked(items, f"shows: {shows}"),
     )
-    badge = f"<span class='badge{' right' if right else ''}'>{'all found' if right else 'not all'}</span>"
-    said = (
-        f"<ol>{lines}</ol><figcaption>shows: {escape(', '.join(dict.fromkeys(true)))}</figcaption>"
-    )
-    return f"<div class='case'><div style='flex:none'>{thumbnail(image, 112)}</div><div>{badge}{said}</div></div>"
+    return page.case(page.thumbnail(image, 112), said)

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from base.files import write_bytes
-from evaluation.report.page import card, escape, thumbnail
+from evaluation.report import page
+from evaluation.report.examples import spread
 from evaluation.retrieval import Ranking, ranks
 
 KEPT = 10  # hits of a query that are stored
@@ -44,70 +46,57 @@ def retrieval_gallery(
     text_image: Tensor,
     by_image: Ranking,
     by_text: Ranking,
-    cases: int = 4,
-) -> str:
-    """HTML of both directions, `cases` queries answered rightly at rank 1 and as many wrongly,
-    spread over the split.
+    count: int = 4,
+) -> Markup:
+    """A card of both directions: `count` queries with the right hit at rank 1, `count` without.
 
     files: the images; captions with the image of each, int64 [T].
     """
     hit_texts = text_image[by_image.candidates] == torch.arange(len(files))[:, None]
     hit_images = by_text.candidates == text_image[:, None]
-    last = torch.full((len(files),), -1).scatter_reduce(
-        0, text_image, torch.arange(len(captions)), "amax"
-    )
+    last_caption = torch.full((len(files),), -1)
+    last_caption.scatter_reduce_(0, text_image, torch.arange(len(captions)), "amax")
     kept = min(KEPT, by_image.candidates.shape[1], by_text.candidates.shape[1])
-    blocks = ["<h3>Captions for an image</h3><div class='cases'>"]
-    for query, place in _choose(ranks(by_image, hit_texts, last), cases):
-        items = zip(
-            by_image.candidates[query], by_image.scores[query], hit_texts[query], strict=True
-        )
-        lines = "".join(
-            _caption_hit(captions[text], score, right) for text, score, right in list(items)[:SHOWN]
-        )
-        blocks.append(
-            f"<div class='case'>{thumbnail(files[query], 112)}<div>{_badge(place, kept)}<ol>{lines}</ol></div></div>"
-        )
-    blocks.append("</div><h3>Images for a caption</h3><div class='cases'>")
-    for query, place in _choose(ranks(by_text, hit_images, text_image), cases):
-        items = zip(
-            by_text.candidates[query], by_text.scores[query], hit_images[query], strict=True
-        )
-        hits = "".join(
-            _image_hit(files[image], score, right) for image, score, right in list(items)[:SHOWN]
-        )
-        quote = f"<p class='quote'>“{escape(captions[query])}”</p>"
-        blocks.append(
-            f"<div class='case'><div>{_badge(place, kept)}{quote}<div class='hits'>{hits}</div></div></div>"
-        )
-    intro = "The first five hits with their scores. Green: belongs to the query; red: does not."
-    return card("Retrieved", *blocks, "</div>", intro=intro)
+    of_images, of_captions = [], []
+    for query, rank in chosen_queries(ranks(by_image, hit_texts, last_caption), count):
+        items = []
+        for text, score, right in first_hits(by_image, hit_texts, query):
+            items.append((captions[text], f"{score:.2f}", "right" if right else "", None))
+        said = page.join(rank_badge(rank, kept), page.ranked(items))
+        of_images.append(page.case(page.thumbnail(files[query], 112), said))
+    for query, rank in chosen_queries(ranks(by_text, hit_images, text_image), count):
+        hits = []
+        for image, score, right in first_hits(by_text, hit_images, query):
+            hits.append(page.figure(page.thumbnail(files[image], 76, right), f"{score:.2f}"))
+        said = (rank_badge(rank, kept), page.quote(captions[query]), page.group("hits", hits))
+        of_captions.append(page.case(None, page.join(*said)))
+    return page.card(
+        "Retrieved",
+        page.heading("Captions for an image"),
+        page.group("cases", of_images),
+        page.heading("Images for a caption"),
+        page.group("cases", of_captions),
+        intro="The first five hits with their scores. Green: belongs to the query; red: does not.",
+    )
 
 
-def _choose(places: Tensor, cases: int) -> list[tuple[int, int]]:
-    """(query, its place) of queries that were answered rightly at once, then of others, both spread
-    evenly."""
-    chosen = []
-    for group in ((places == 0).nonzero().flatten(), (places > 0).nonzero().flatten()):
-        some = (
-            group[torch.linspace(0, len(group) - 1, min(cases, len(group))).long()]
-            if len(group)
-            else group
-        )
-        chosen += [(int(query), int(places[query])) for query in some]
-    return chosen
+def chosen_queries(positions: Tensor, count: int) -> list[tuple[int, int]]:
+    """(query, rank of its right hit from 0): `count` with rank 0, then others, evenly spread."""
+    right = spread((positions == 0).nonzero().flatten(), count)
+    wrong = spread((positions > 0).nonzero().flatten(), count)
+    return [(query, int(positions[query])) for query in right + wrong]
 
 
-def _badge(place: int, kept: int) -> str:
-    found = f"right one at rank {place + 1}" if place < kept else f"not among the first {kept}"
-    text = "right" if place == 0 else found
-    return f"<span class='badge{' right' if place == 0 else ''}'>{text}</span>"
+def first_hits(ranking: Ranking, hits: Tensor, query: int) -> list[tuple[int, float, bool]]:
+    """(candidate, score, whether it belongs to the query) of the first hits shown."""
+    rows = (ranking.candidates[query], ranking.scores[query], hits[query])
+    return list(zip(*(row[:SHOWN].tolist() for row in rows), strict=True))
 
 
-def _caption_hit(caption: str, score: Tensor, right: Tensor) -> str:
-    number = f"<span class='score'>{float(score):.2f}</span>"
-    return f"<li{' class=right' if right else ''}>{number}{escape(caption)}</li>"
-
-
-def _image_hit(file: Path, score: Tensor, right: Tensor) -> str:
-    return f"<figure>{thumbnail(file, 76, bool(right))}<figcaption>{float(score):.2f}</figcaption></figure>"
+def rank_badge(rank: int, kept: int) -> Markup:
+    """Whether the first hit is right, and else where the right one is."""
+    if rank == 0:
+        return page.badge("right", True)
+    if rank < kept:
+        return page.badge(f"right one at rank {rank + 1}", False)
+    return page.badge(f"not among the first {kept}", False)

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
-from evaluation.report.page import card, line_chart, table
+from markupsafe import Markup
+
+from evaluation.report.page import card, group, line_chart, table
 from evaluation.zeroshot import WEIGHTS
 
 SHOWN = ("z", "h", "zh_0.5")
@@ -71,7 +73,7 @@ def plain_tables(results: Results) -> str:
     return "\n\n".join(blocks)
 
 
-def cards(results: Results, skipped: Mapping[str, str]) -> list[str]:
+def cards(results: Results, skipped: Mapping[str, str]) -> list[Markup]:
     """The tables, the ensembles' course over the weight of z, and what was left out and why."""
     found = [card(title, table(rows[0], rows[1:])) for title, rows in tables(results).items()]
     charts = [ensemble_chart(name, row) for name, row in results.items()]
@@ -79,18 +81,18 @@ def cards(results: Results, skipped: Mapping[str, str]) -> list[str]:
         intro = (
             "w times the similarity of z plus 1 - w times that of h; 0 is h alone, 1 is z alone."
         )
-        found.append(card("Ensembles", '<div class="grid">', *charts, "</div>", intro=intro))
+        found.append(card("Ensembles", group("grid", charts), intro=intro))
     if skipped:
         found.append(card("Not evaluated", table(["data set", "why"], skipped.items())))
     return found
 
 
-def ensemble_chart(name: str, row: Mapping) -> str:
+def ensemble_chart(name: str, row: Mapping) -> Markup:
     """The set's own metric (of retrieval the mean recall) over the weight of z; nothing where there
     is no h."""
     metric = "r_mean" if row["metric"] == "recall" else row["metric"]
     if f"{metric}_h" not in row:
-        return ""
+        return Markup()
     points = [
         (0.0, row[f"{metric}_h"]),
         *((w, row[f"{metric}_zh_{w}"]) for w in WEIGHTS),

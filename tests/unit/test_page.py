@@ -7,17 +7,20 @@ import pytest
 import torch
 
 from evaluation.report.attention_maps import merge_pieces, word_maps
+from evaluation.report.chart import nice_ticks
+from evaluation.report.examples import answer_case, box_case
+from evaluation.report.images import heat_map
 from evaluation.report.page import (
     card,
-    heat_map,
+    figure,
     line_chart,
-    nice_ticks,
     page,
     recall_table,
     score_table,
     table,
     thumbnail,
 )
+from evaluation.report.recognition import label_case
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
@@ -29,6 +32,20 @@ def test_text_never_becomes_markup():
         hostile, [card(hostile, table([hostile], [[hostile]]), intro=hostile)], hostile, hostile
     )
     assert "<script" not in made and made.count("&lt;script&gt;") == 8
+
+
+def test_captions_labels_and_names_are_escaped_as_written():
+    hostile = "<b>&'\""
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    made = [
+        answer_case([], hostile, [(hostile, 0.5)], hostile, True),
+        label_case(image, [(hostile, 0.5)], [hostile], True),
+        box_case(image, torch.rand(8, 8), hostile, [(0, 0, 4, 4)], 0, (0, 0, 4, 4), 1.0),
+        line_chart({hostile: [(0, 1)], "other": [(1, 2)]}, hostile, hostile, (hostile, 1.0)),
+        figure(thumbnail(image), hostile),
+    ]
+    for block, count in zip(made, (3, 2, 1, 4, 1), strict=True):
+        assert "<b>&" not in block and block.count("&lt;b&gt;&amp;&#39;&#34;") == count
 
 
 @pytest.mark.parametrize(
@@ -111,5 +128,5 @@ def test_bars_are_as_long_as_the_scores_and_marked_at_chance():
     made = score_table(
         ["task", "ours", "chance"], [("<b>all</b>", 71.25, 50.0), ("some", 12.5, None)]
     )
-    assert "width:71.2%" in made and "calc(50.0% - 1px)" in made and made.count("class='bar'") == 2
+    assert "width:71.2%" in made and "calc(50.0% - 1px)" in made and made.count('class="bar"') == 2
     assert made.count("calc(") == 1 and "&lt;b&gt;all" in made

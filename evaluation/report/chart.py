@@ -1,0 +1,91 @@
+"""The layout of a line chart in SVG units; blocks.html.j2 draws it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+COLOURS = ("#2f6fde", "#d1453b", "#12925b", "#a15ccf", "#c98a12", "#0f8b9d", "#7a8290")
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 28, 32  # margins around the plot
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass
+class Line:
+    name: str
+    colour: str
+    points: list[tuple[float, float]]
+    key_x: float
+
+
+@dataclass
+class Chart:
+    """title; ticks: (y, text); x_labels: (x, text, anchor); guide: (y, text) of a dashed level."""
+
+    title: str
+    width: int
+    height: int
+    ticks: list[tuple[float, str]] = field(default_factory=list)
+    x_labels: list[tuple[float, str, str]] = field(default_factory=list)
+    guide: tuple[float, str] | None = None
+    lines: list[Line] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return LEFT
+
+    @property
+    def right(self) -> int:
+        return self.width - RIGHT
+
+
+def lay_out(
+    series: Mapping[str, Points],
+    title: str,
+    x_label: str,
+    guide: tuple[str, float] | None,
+    width: int,
+    height: int,
+) -> Chart | None:
+    """Place the lines, ticks and labels; None where there is no point."""
+    points = [point for line in series.values() for point in line]
+    if not points:
+        return None
+    xs = [x for x, _ in points]
+    ys = [y for _, y in points]
+    if guide is not None:
+        ys.append(guide[1])
+    ticks = nice_ticks(min(ys), max(ys))
+    x0, x_span = min(xs), max(xs) - min(xs) or 1
+    y0 = min(ticks[0], min(ys))
+    y_span = max(ticks[-1], max(ys)) - y0 or 1
+    inner_width = width - LEFT - RIGHT
+    inner_height = height - TOP - BOTTOM
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - x0) / x_span * inner_width
+        down = height - BOTTOM - (y - y0) / y_span * inner_height
+        return across, down
+
+    chart = Chart(title, width, height)
+    chart.ticks = [(place(x0, tick)[1], f"{tick:.4g}") for tick in ticks]
+    for x, anchor in ((x0, "start"), (max(xs), "end")):
+        text = f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+        chart.x_labels.append((place(x, y0)[0], text, anchor))
+    chart.x_labels.append((LEFT + inner_width / 2, x_label, "middle"))
+    if guide is not None:
+        chart.guide = (place(x0, guide[1])[1], guide[0])
+    for number, (name, line) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        key_x = LEFT + 4 + number * inner_width / len(series)
+        chart.lines.append(Line(name, colour, [place(x, y) for x, y in line], key_x))
+    return chart
+
+
+def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round numbers spread over [low, high]."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= span / count * 0.999)
+    marks = [step * k for k in range(math.floor(low / step), math.floor(high / step) + 2)]
+    return [round(m, 10) for m in marks if low - step / 2 <= m <= high + step / 2]

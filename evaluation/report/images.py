@@ -1,0 +1,39 @@
+"""Images for result pages: data URIs, and heat maps laid over an image."""
+
+import base64
+import io
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def image_uri(source: Path | bytes | Tensor, side: int = 96, quality: int = 85) -> str:
+    """A data URI of a JPEG with `side` pixels per side; the aspect is not kept, as networks see it.
+
+    source: a file, its bytes, or uint8 [3,H,W].
+    """
+    if isinstance(source, Tensor):
+        image = Image.fromarray(source.permute(1, 2, 0).contiguous().numpy())
+    elif isinstance(source, bytes):
+        image = Image.open(io.BytesIO(source)).convert("RGB")
+    else:
+        image = Image.open(source).convert("RGB")
+    buffer = io.BytesIO()
+    image.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def heat_map(image: Tensor, heat: Tensor, side: int = 192) -> Tensor:
+    """uint8 [3,side,side]: image uint8 [3,H,W] under heat [h,w] in [0,1], warm where it is high."""
+    size = (side, side)
+    base = F.interpolate(image[None].float() / 255, size, mode="bilinear", align_corners=False)[0]
+    heat = heat[None, None].float()
+    level = F.interpolate(heat, size, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1)
+    stops = torch.tensor([[0.05, 0.05, 0.35], [0.55, 0.1, 0.5], [0.95, 0.35, 0.2], [1.0, 0.9, 0.3]])
+    position = level * (len(stops) - 1)
+    low = position.long().clamp(max=len(stops) - 2)
+    colour = torch.lerp(stops[low], stops[low + 1], (position - low)[..., None]).permute(2, 0, 1)
+    return ((0.45 * base + 0.55 * colour).clamp(0, 1) * 255).byte()

@@ -202,10 +202,7 @@ def atomic_write(
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
         yield temporary
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        replace_synced(temporary, path)
     except OSError as error:
         what = error.strerror or str(error)
         if error.errno in DISK_FULL:
@@ -307,8 +304,15 @@ def _unlink(path: Path) -> None:
         pass
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` outlast a power failure."""
+def replace_synced(temporary: Path, path: Path) -> None:
+    """Rename a file that is whole to `path`, so that both outlast a power failure."""
+    with open(temporary, "r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

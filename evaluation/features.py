@@ -2,6 +2,7 @@
 the page cache."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from base.files import write_json
+from base.files import replace_synced, write_json
 from evaluation.predict import progress
 
 
@@ -62,22 +63,34 @@ def feature_bank(
     features, labels, done = (
         path.with_suffix(suffix) for suffix in (".npy", ".labels.npy", ".json")
     )
-    if not distributed.on_main(done.is_file):
-        partial = path.with_suffix(".partial.npy"), path.with_suffix(".labels.partial.npy")
+    if not distributed.on_main(partial(_is_whole, features, labels, done, total, width)):
+        unfinished = path.with_suffix(".partial.npy"), path.with_suffix(".labels.partial.npy")
         kinds = ("<f4", (total, width)), ("<i8", (total,))
         distributed.on_main(
-            lambda: [_create(file, *kind) for file, kind in zip(partial, kinds, strict=True)]
+            lambda: [_create(file, *kind) for file, kind in zip(unfinished, kinds, strict=True)]
         )
-        _fill(encode, batches(), own, partial, world)
+        _fill(encode, batches(), own, unfinished, world)
         distributed.barrier()
 
         def finish() -> None:
-            for file, target in zip(partial, (features, labels), strict=True):
-                file.replace(target)
+            for file, target in zip(unfinished, (features, labels), strict=True):
+                replace_synced(file, target)
             write_json(done, {"images": total, "width": width})
 
         distributed.on_main(finish, share=False)
     return Bank(np.load(features, mmap_mode="r"), torch.from_numpy(np.load(labels)))
+
+
+def _is_whole(features: Path, labels: Path, done: Path, total: int, width: int) -> bool:
+    """Whether a finished bank of this size is there; a damaged one is made again."""
+    if not done.is_file():
+        return False
+    try:
+        found = np.load(features, mmap_mode="r"), np.load(labels, mmap_mode="r")
+    except (OSError, ValueError, EOFError, SyntaxError):
+        return False
+    kinds = [(array.shape, array.dtype.str) for array in found]
+    return kinds == [((total, width), "<f4"), ((total,), "<i8")]
 
 
 def _create(file: Path, dtype: str, shape: tuple[int, ...]) -> None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+
 from base.errors import UserError, brief
 from base.files import atomic_write, cache_folder, cached_path, digest, parse_entry
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries
@@ -92,8 +94,12 @@ class _IndexedFile:
     def __init__(self, path: Path, required: Sequence[str], cache_dir: Path):
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; check the name in the configuration")
-        self._starts = memoryview(_map(_index_of(path, required, cache_dir))).cast("Q")
-        self._data, self._required = _map(path), required
+        self._index, self._required = _index_of(path, required, cache_dir), required
+        self._data = _map(path)
+        self._starts = _starts_in(self._index, self._data)
+        if self._starts is None:  # damaged: made again
+            self._index.unlink()
+            self._starts = _starts_in(_index_of(path, required, cache_dir), self._data)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -102,11 +108,25 @@ class _IndexedFile:
         start = self._starts[index]
         end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._data)
         end = self._data.rfind(b"}", start, end) + 1  # leaves out the comma or bracket that follows
-        return with_texts(parse_entry(self._data[start:end]), self._required)
+        try:
+            return with_texts(parse_entry(self._data[start:end]), self._required)
+        except ValueError:
+            raise UserError(f"{self._index}: damaged; delete it, it is made again") from None
 
     def content(self) -> bytes:
         """sha256 of the file."""
         return hashlib.sha256(self._data).digest()
+
+
+def _starts_in(index: Path, data: mmap.mmap) -> memoryview | None:
+    """The starts of entries that an index holds; None where it is not one of this file."""
+    size = index.stat().st_size
+    if not size or size % 8:
+        return None
+    starts = memoryview(_map(index)).cast("Q")
+    numbers = np.frombuffer(starts, np.uint64)
+    fits = numbers[-1] < len(data) and bool((numbers[1:] > numbers[:-1]).all())
+    return starts if fits and data[starts[0]] == data[starts[-1]] == ord("{") else None
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -4,6 +4,7 @@ and remedy."""
 import json
 import pickle
 
+import numpy as np
 import pytest
 
 from base.errors import UserError
@@ -164,3 +165,24 @@ def test_deep_entries_are_one_sentence(tmp_path):
     for text in (deep, f'[{{"image": "a", "caption": {deep}', f'{{"image": {deep}'):
         with pytest.raises(UserError, match="nested too deeply"):
             Records(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 8, b"\xff" * 16, b"abc", b"\0" * 24])
+def test_a_damaged_index_is_made_again(tmp_path, cache, damage):
+    path = write(tmp_path, json.dumps(ENTRIES))
+    Records(path)
+    (index,) = cache.glob("*.index")
+    whole = index.read_bytes()
+    index.write_bytes(damage or whole[:-3])
+    assert list(Records(path)) == ENTRIES and index.read_bytes() == whole
+
+
+def test_an_index_damaged_in_the_middle_is_one_sentence(tmp_path, cache):
+    path = write(tmp_path, json.dumps(ENTRIES))
+    Records(path)
+    (index,) = cache.glob("*.index")
+    starts = np.fromfile(index, np.uint64)
+    starts[5] += 3
+    starts.tofile(index)
+    with pytest.raises(UserError, match=r"\.index: damaged; delete it"):
+        list(Records(path))

@@ -162,3 +162,32 @@ def test_an_interrupted_cache_is_made_anew(tmp_path):
 def test_features_that_cannot_be_compared(batch, words, tmp_path):
     with pytest.raises(UserError, match=words):
         feature_bank(lambda image: image, lambda: [batch], range(2), 2, 3, tmp_path / "key", ALONE)
+
+
+@pytest.mark.parametrize("which", ["key.npy", "key.labels.npy"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "missing", "another size"])
+def test_a_damaged_bank_is_made_again(tmp_path, which, damage):
+    calls = []
+
+    def batches():
+        calls.append(1)
+        return [{"image": torch.arange(6.0).view(3, 2), "labels": torch.tensor([[2], [0], [1]])}]
+
+    def bank():
+        return feature_bank(lambda image: image, batches, range(3), 3, 2, tmp_path / "key", ALONE)
+
+    bank()
+    file = tmp_path / which
+    whole = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "another size":
+        np.save(file, np.zeros((2, 2), dtype=np.float32))
+    else:
+        file.write_bytes(whole[:-5] if damage == "cut" else b"no array" * 20)
+    again = bank()
+    assert len(calls) == 2 and file.read_bytes() == whole
+    assert np.array_equal(again.features, np.arange(6.0).reshape(3, 2))
+    assert again.labels.tolist() == [2, 0, 1]
+    bank()
+    assert len(calls) == 2

@@ -19,8 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from base.errors import UserError
 
 SIZE_LIMIT = 4 << 30  # bytes of a text or JSON file that is read whole
@@ -358,8 +356,10 @@ def _state_or_none(path: str | Path) -> tuple | None:
         return None
 
 
-def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """A digest of names, dtypes, shapes and values of a state dict."""
+def weights_digest(state: Mapping[str, Any]) -> str:
+    """A digest of names, dtypes, shapes and values of a state dict (name -> tensor)."""
+    import torch  # here, for --help must not wait for it
+
     found = hashlib.sha256()
     for name, value in state.items():
         found.update(f"{name} {value.dtype} {list(value.shape)}".encode())

@@ -520,3 +520,45 @@ def test_run_on_ctrl_c_and_on_defects(monkeypatch, capsys):
 def test_importing_is_cheap():
     code = "import runtime.config.cli, sys; assert not {'torch', 'numpy', 'ruamel.yaml'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+LAUGHS = "x0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"x{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        (LAUGHS + "seed: *a8", "aliases stand for more than 1,000,000 values"),
+        ("seed: &a [*a]", "nested deeper than 200 levels"),
+        ("seed: " + "[" * 5000, "nested deeper than 200 levels"),
+        ("seed: " + "[" * 300 + "]" * 300, "nested deeper than 200 levels"),
+        ("base: 5", "base: expected a file, or a list of files"),
+        ("base: [1, other.yaml]", "base: expected a file, or a list of files"),
+        ("seed: [1, 2", "not valid YAML: line 1"),
+        ("- 1", "expected lines of key: value"),
+        ("seed: !!python/object:os.system x", "not valid YAML"),
+        ("seed: " + "x" * 10_000, "seed: expected a whole number"),
+        ("seed: {a: [" + "{b: [" * 50 + "]}" * 50 + "]}", "seed: expected a whole number"),
+    ],
+    ids=range(11),
+)
+def test_hostile_files_are_one_short_sentence(tmp_path, text, complaint):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        read("--config", str(file))
+    assert complaint in str(error.value) and str(file) in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbfseed: 7\r\n")
+    assert read("--config", str(tmp_path / "c.yaml")).seed == 7
+
+
+def test_a_folder_given_as_configuration_lists_its_files(tmp_path):
+    (tmp_path / "digits.yaml").write_text("seed: 1")
+    with pytest.raises(UserError, match=r"is a folder; name one of its files: digits\.yaml"):
+        read("--config", str(tmp_path))

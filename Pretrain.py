@@ -220,7 +220,8 @@ def main(config: Config) -> None:
     image_tokenizer = load_image_tokenizer(config, world)
     loader = training_data(config, tokenizer, image_tokenizer, world, run.data_state())
     model = build_model(config, tokenizer, image_tokenizer)
-    flops = config.accumulate * training_flops(model, model.example_batch(config.batch_size, config.max_tokens))
+    example = model.example_batch(config.batch_size, config.max_tokens)
+    flops = config.accumulate * training_flops(model, example) if run.peak_flops else 0.0
     model = parallelize(model, world, config).train()
     teacher = MomentumPairs(model, config.momentum)
     seed_everything(config.seed, world.rank)  # from here on ranks differ in dropout and negatives

@@ -204,7 +204,7 @@ def main(config: Config) -> None:
     network = build_model(config).train()
     decayed, _ = names_by_decay(network, config.network.original)
     example = network.example_batch(config.batch_size, *config.local_views)
-    flops = config.accumulate * training_flops(network, example)
+    flops = config.accumulate * training_flops(network, example) if run.peak_flops else 0.0
     model = parallelize(synchronise_batch_norm(network.to(world.device)), world, config)
     teacher = WeightAverage([(network.momentum_model, network)]) if config.momentum else None
     seed_everything(config.seed, world.rank)  # from here on ranks differ in dropout

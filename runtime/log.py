@@ -91,10 +91,10 @@ class Stopwatch:
         figures["step_s"] = seconds / max(1, self.steps)
         if self.world.device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            if self.flops and self.peak:
-                figures["mfu"] = self.flops * self.steps / seconds / self.peak
         else:
             figures["memory_gb"] = _peak_resident_bytes() / 1e9
+        if self.flops and self.peak:
+            figures["mfu"] = self.flops * self.steps / seconds / self.peak
         self.restart()
         return figures
 

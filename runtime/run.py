@@ -219,6 +219,11 @@ class Run:
             )
         self.saved = None  # 3 GB that nobody needs any more
 
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s of this device at most; 0 where unknown: no MFU is logged, no FLOPs need counting."""
+        return peak_flops(self.world.device, self.config.precision, self.config.peak_tflops)
+
     def start(self, title: str, plan: Plan, flops: float = 0.0, **facts) -> None:
         """Print what the configuration comes to, and start the clock. flops: of one update, per process.
 
@@ -228,9 +233,7 @@ class Run:
         self.save_every = max(1, plan.steps(config.save_every))
         if self.metric is not None:
             self.eval_every = max(1, plan.steps(config.eval_every))
-        self.watch = Stopwatch(
-            world, plan.batch, flops, peak_flops(world.device, config.precision, config.peak_tflops)
-        )
+        self.watch = Stopwatch(world, plan.batch, flops, self.peak_flops)
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         micro = plan.batch // (config.accumulate * world.size)
         self.log.banner(

@@ -401,7 +401,11 @@ def noisy(case: Case) -> Case:
 @pytest.mark.parametrize("method", CASES)
 def test_one_process(method, digitscenes, tmp_path):
     case = noisy(CASES[method])
-    run_and_check(case, flags_of(case, digitscenes, tmp_path / "run"))
+    changes = (
+        {"peak_tflops": 1} if method == "CL2L" else {}
+    )  # FLOPs are counted where the MFU is told
+    record = run_and_check(case, flags_of(case, digitscenes, tmp_path / "run", **changes))
+    assert ("mfu" in record.log[-1]) == bool(changes)
 
 
 @pytest.mark.parametrize("method", ["CLIP", "CL2L", "BYOLIP", "ALIGN"])

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from base.errors import UserError, brief
 from base.files import nearest, write_text
+from runtime.builtin_data import make_digitscenes_if_named
 from runtime.config.schema import Schema, knob, section
 from runtime.config.values import (
     allows,
@@ -328,7 +329,9 @@ def run_script(
     meanwhile and it is told once; where one rank alone fails, it is not lost.
     """
     try:
-        main(parse(config_class, argv, description))
+        config = parse(config_class, argv, description)
+        make_digitscenes_if_named(config)
+        main(config)
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:

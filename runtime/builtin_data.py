@@ -1,0 +1,49 @@
+"""DigitScenes, the built-in data set, is made when a configuration names it and it is not there."""
+
+import fcntl
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from base.errors import UserError
+
+FOLDER = Path("data/digitscenes")
+MANIFEST = "manifest.json"  # written last by the builder
+BUILDER = Path(__file__).resolve().parents[1] / "scripts/data/make_digitscenes.py"
+
+
+def make_digitscenes_if_named(config: Any, *options: str) -> bool:
+    """Build data/digitscenes if `config` names a path in it and it is not there yet.
+
+    config: a dataclass of options. options: of scripts/data/make_digitscenes.py. Processes that
+    start together wait for the one that builds. Returns whether this process built it; raises
+    UserError where the builder fails.
+    """
+    named = any(value.is_relative_to(FOLDER) for value in paths_of(config))
+    if not named or (FOLDER / MANIFEST).is_file():
+        return False
+    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with (FOLDER.parent / ".digitscenes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (FOLDER / MANIFEST).is_file():  # another process was first
+            return False
+        print(f"{FOLDER} is not there yet: making it (half a minute)", flush=True)
+        done = subprocess.run([sys.executable, str(BUILDER), str(FOLDER), *options])
+    if done.returncode:
+        raise UserError(f"{FOLDER} could not be made; try: python {BUILDER} {FOLDER}")
+    return True
+
+
+def paths_of(value: Any) -> Iterator[Path]:
+    """Every text or path in a dataclass, its sections and lists."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from paths_of(getattr(value, field.name))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from paths_of(item)
+    elif isinstance(value, (str, Path)):
+        yield Path(value)

@@ -1,0 +1,30 @@
+"""DigitScenes is made when a configuration names it, once, and not otherwise."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtime.builtin_data import FOLDER, MANIFEST, make_digitscenes_if_named
+
+SMALL = ("--train", "24", "--val", "20", "--test", "20", "--size", "32")
+
+
+@dataclass
+class Section:
+    file: Path | None = None
+
+
+@dataclass
+class Options:
+    train_file: list[str] = field(default_factory=list)
+    section: Section = field(default_factory=Section)
+
+
+def test_made_when_named_in_a_list_or_a_section_and_then_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not make_digitscenes_if_named(Options(["data/mine.json"]), *SMALL)
+    assert not (tmp_path / "data").exists()
+    assert make_digitscenes_if_named(Options(section=Section(FOLDER / "labels.json")), *SMALL)
+    assert (FOLDER / MANIFEST).is_file() and (FOLDER / "pretrain_train.json").is_file()
+    before = (FOLDER / MANIFEST).stat().st_mtime_ns
+    assert not make_digitscenes_if_named(Options(["data/digitscenes/pretrain_train.json"]), *SMALL)
+    assert (FOLDER / MANIFEST).stat().st_mtime_ns == before

@@ -1,25 +1,28 @@
-"""Visual grounding without boxes in training (RefCOCO+) with SIMLA or ALBEF: where is what the text says?
+"""Visual grounding (RefCOCO+) with SIMLA or ALBEF, trained without boxes.
 
     train       torchrun Grounding.py --config configs/Grounding/digitscenes.yaml
-    8 GPUs      torchrun --nproc_per_node=8 Grounding.py --config configs/Grounding/refcoco.yaml --checkpoint ALBEF.pth
-    evaluate    python Grounding.py --config configs/Grounding/refcoco.yaml --checkpoint refcoco.pth --evaluate
-                --gradcam_mode itm --block_num 8
+    8 GPUs      torchrun --nproc_per_node=8 Grounding.py --config configs/Grounding/refcoco.yaml \\
+                    --checkpoint ALBEF.pth
+    evaluate    python Grounding.py --config configs/Grounding/refcoco.yaml \\
+                    --checkpoint refcoco.pth --evaluate --gradcam_mode itm --block_num 8
 
-Training sees images and expressions only, as in retrieval: contrast (ITA) and matching (ITM). Evaluation makes a
-Grad-CAM map of each expression, from the cross-attention of a text layer (itm) or from what [CLS] attends to in a block
-of the vision transformer (itc), and picks the detected box with most heat for its size; a box is right where its IoU
-with the annotated one is at least 0.5. The pointing game asks whether the map's maximum lies inside the annotated box.
+Training sees images and expressions only, as in retrieval: contrastive loss (ITA) and matching
+(ITM). Evaluation makes a Grad-CAM map of each expression, from the cross-attention of a text layer
+(itm) or from what [CLS] attends to in a block of the vision transformer (itc), and picks the
+detected box with most heat for its size; a box is right if its IoU with the annotated one is at
+least 0.5. The pointing game asks whether the map's maximum lies inside the annotated box.
 
-Published, val / testA / testB, itm at layer 8, 14M images: ALBEF 58.5 / 65.9 / 46.3. Results: result/metrics.json with
-chance beside it, result/report.html with heat maps and boxes.
+Published, val / testA / testB, itm at layer 8, 14M images: ALBEF 58.5 / 65.9 / 46.3. Results:
+result/metrics.json with chance beside it, result/report.html with heat maps and boxes.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from base import distributed
+from base.distributed import say
 from base.errors import UserError
 from base.files import read_json
 from dataset.images.decode import check_image_root, decode_image
@@ -34,16 +37,17 @@ from evaluation.predict import over_split
 from evaluation.report.examples import box_case, gallery
 from evaluation.report.page import card, score_table, table
 from evaluation.report.results import write_results
-from models.fusion.config import networks
+from models.fusion.config import retrieval_config
 from models.fusion.grounding import contrast_map, matching_map
 from models.fusion.momentum import MomentumPairs
-from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.fusion.retrieval import Retrieval
 from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
-from runtime.config.cli import knob, run, section
-from runtime.finetune import FineTuneConfig, FineTuning, prepare
-from runtime.optim.build import Optimizer, Precision
-from runtime.parallel import parallelize
+from runtime.config.cli import knob, run_script, section
+from runtime.config.fusion import FineTuneConfig, Start, prepare
+from runtime.optim.build import Optimizer, set_learning_rate
+from runtime.parallel import gradient_sync, whole_model
+from runtime.run import Run
 from runtime.safe_pickle import load_plain
 
 
@@ -51,38 +55,55 @@ from runtime.safe_pickle import load_plain
 class Config(FineTuneConfig):
     """Weakly supervised grounding."""
 
-    output_dir: Path = knob(Path("output/Grounding"), "folder of this run: log, checkpoints, result/")
+    output_dir: Path = knob(
+        Path("output/Grounding"), "folder of this run: log, checkpoints, result/"
+    )
     train_file: list[Path] = knob([], "expressions to train on: {image, text}")
     test_file: list[Path] = knob([], "expressions to find: {image, text, ref_id}")
     image_root: Path = knob(Path("."), "folder that image paths start from")
-    refcoco_data: Path | None = knob(None, "folder that holds refcoco+/refs(unc).p and refcoco+/instances.json")
-    det_file: Path | None = knob(None, "detected boxes [x, y, w, h] by image_id (JSON)")
-    coco_file: Path | None = knob(None, "accepted from old configurations, not needed")
-    gradcam_mode: str = knob("itm", "where maps come from: matching or contrast", choices=("itm", "itc"))
-    block_num: int = knob(8, "text layer (itm) or block of the vision transformer (itc) that maps come from", low=0)
-    temp: float = knob(0.07, "initial temperature without a checkpoint", low=0.001, high=0.5)
-    batch_size_train: int = knob(32, "pairs per process and micro-batch", low=2, aliases=("batch_size",))
-    crop_scale: tuple[float, float] | None = knob(None, "range of the random crop's share; none = whole image")
-    flip: bool = knob(
-        False, "mirror half of the training images, as the originals do though texts say left and right"
+    refcoco_data: Path | None = knob(
+        None, "folder that holds refcoco+/refs(unc).p and refcoco+/instances.json"
     )
-    optimizer: Optimizer = section(Optimizer, lr=1e-5)
+    det_file: Path | None = knob(None, "detected boxes [x, y, w, h] by image_id (JSON)")
+    coco_file: Path | None = knob(None, "accepted from old configurations", unused=True)
+    gradcam_mode: str = knob(
+        "itm", "maps from ITM's cross-attention or from ITC's [CLS]", choices=("itm", "itc")
+    )
+    block_num: int = knob(
+        8, "text layer (itm) or block of the vision transformer (itc) that maps come from", low=0
+    )
+    temp: float = knob(0.07, "initial temperature without a checkpoint", low=0.001, high=0.5)
+    batch_size_train: int = knob(
+        32, "pairs per process and micro-batch", low=2, aliases=("batch_size",)
+    )
+    crop_scale: tuple[float, float] | None = knob(
+        None, "area of the random crop, as a fraction of the image; none = whole"
+    )
+    flip: bool = knob(
+        False,
+        "horizontal flip with probability 0.5, as the originals do though texts say left and right",
+    )
+    optimizer: Optimizer = section(Optimizer, flat=True, lr=1e-5)
 
 
 def build_model(config: Config, tokenizer: Tokenizer) -> Retrieval:
     """The retrieval network on the CPU, with random weights."""
-    space = (config.embed_dim, config.queue_size, config.temp, config.distill, config.compat)
-    return Retrieval(RetrievalConfig(*networks(config, tokenizer.vocab_size), *space))
+    return Retrieval(retrieval_config(config, tokenizer.vocab_size))
 
 
-def training_data(config: Config, world, tokenizer: Tokenizer, longest: int, state: dict | None) -> StreamLoader:
-    """Endless batches of this process. Expressions about one image, told by its file name, are no negatives."""
+def training_data(config: Config, tokenizer, longest: int, world, state) -> StreamLoader:
+    """Endless batches of this process, from the position `state` on. Expressions about one image,
+    known by its file name, are no negatives of each other."""
     if not config.train_file:
-        raise UserError("train_file: none is given; give one, or --evaluate to ground with a checkpoint")
+        raise UserError(
+            "train_file: none is given; give one, or --evaluate to ground with a checkpoint"
+        )
     records = Records(config.train_file, ("image", "text"))
     check_image_root(config.image_root, (records[i]["image"] for i in range(min(10, len(records)))))
-    numbers = number_images(record["image"].rsplit("/", 1)[-1] for record in records)
-    pair = RetrievalPair(training_view(config), config.image_root, numbers, config.max_words, field="text")
+    image_ids = number_images(record["image"].rsplit("/", 1)[-1] for record in records)
+    pair = RetrievalPair(
+        training_view(config), config.image_root, image_ids, config.max_words, field="text"
+    )
     sources = [RecordSource(records, pair, "train_file")]
     return train_loader(sources, RetrievalCollate(tokenizer, longest), config, world, state)
 
@@ -92,31 +113,58 @@ def test_data(config: Config) -> ReferringExpressions | None:
     if not config.test_file:
         return None
     if config.refcoco_data is None or config.det_file is None:
-        raise UserError("test_file needs refcoco_data (refs and annotations) and det_file (detected boxes)")
-    folder, content = config.refcoco_data / "refcoco+", []
-    for file in (folder / "instances.json", config.det_file):
-        content.append(read_json(file, dict, "check refcoco_data and det_file"))
-    records, refs = Records(config.test_file, ("image", "text", "ref_id")), load_plain(folder / "refs(unc).p")
-    data = ReferringExpressions(records, refs, *content, config.image_root, test_view(config), config.max_words)
+        raise UserError(
+            "test_file needs refcoco_data (refs and annotations) and det_file (detected boxes)"
+        )
+    folder = config.refcoco_data / "refcoco+"
+    data = ReferringExpressions(
+        Records(config.test_file, ("image", "text", "ref_id")),
+        load_plain(folder / "refs(unc).p"),
+        read_json(folder / "instances.json", dict, "check refcoco_data and det_file"),
+        read_json(config.det_file, dict, "check refcoco_data and det_file"),
+        config.image_root,
+        test_view(config),
+        config.max_words,
+    )
     check_image_root(config.image_root, data.images)
     return data
 
 
-def locate(
-    model: Retrieval, data: ReferringExpressions, tokenizer: Tokenizer, config: Config, world, precision: Precision
-) -> tuple[torch.Tensor, list[Pointing]]:
-    """Maps float32 [R,g,g] of all expressions and what they point to, the same on every process."""
-    make_map = {"itm": matching_map, "itc": contrast_map}[config.gradcam_mode]
-    training, (own, batches) = model.training, split_loader(data, TextCollate(tokenizer), config, world)
+def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> dict[str, Tensor]:
+    """Gradients of one update: the teacher first, as in retrieval. Boxes play no part. Returns the
+    losses, 0-d means over the micro-batches."""
+    teacher.update()
+    total = {}
+    for micro in range(config.accumulate):
+        batch = next_batch()
+        with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
+            losses = model(**batch, alpha=alpha)
+            loss = losses["loss_ita"] + losses["loss_itm"]
+        precision.backward(loss / config.accumulate)
+        for name, value in {"loss": loss, **losses}.items():
+            total[name] = total.get(name, 0) + value.detach() / config.accumulate
+    return total
 
-    def predict(image, text_ids, text_mask):
+
+def locate(
+    model: Retrieval, data: ReferringExpressions, tokenizer: Tokenizer, config: Config, start: Start
+) -> tuple[Tensor, list[Pointing]]:
+    """Maps float32 [R,g,g] of all expressions and what they point to, the same on every process.
+
+    Grad-CAM needs gradients: the network is in eval mode, but autograd stays on.
+    """
+    make_map = {"itm": matching_map, "itc": contrast_map}[config.gradcam_mode]
+    own, batches = split_loader(data, TextCollate(tokenizer), config, start.world)
+
+    def predict(image: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor]:
         return (make_map(model, image, text_ids, text_mask, config.block_num),)
 
+    training = model.training
     model.eval()
-    with precision.autocast():
-        (maps,) = over_split(predict, batches, own, len(data), world, "grounding")
+    with start.precision.autocast():
+        (maps,) = over_split(predict, batches, own, len(data), start.world, "grounding")
     model.train(training)
-    return maps, point_all(maps, data.targets, data.boxes, world)
+    return maps, point_all(maps, data.targets, data.boxes, start.world)
 
 
 def scores(found: list[Pointing], data: ReferringExpressions) -> dict[str, dict[str, float]]:
@@ -124,29 +172,39 @@ def scores(found: list[Pointing], data: ReferringExpressions) -> dict[str, dict[
     return grounding_accuracy(found, [target.split for target in data.targets])
 
 
-def train(config: Config, world, model: Retrieval, tokenizer: Tokenizer, data, precision) -> Path:
-    """Train; the checkpoint with the best accuracy on the split val, where there is one, else the last."""
-    tuning, longest = FineTuning(config, world, metric="accuracy"), model.config.bert.max_position_embeddings
-    loader = training_data(config, world, tokenizer, longest, tuning.data_state())
-    model = parallelize(model, world, config).train()
-    teacher = MomentumPairs(model, config.momentum)
-    tuning.begin("Weakly supervised grounding", model, loader, precision)
+def train(model: Retrieval, data: ReferringExpressions | None, tokenizer, config, start) -> Path:
+    """Train; returns the checkpoint to test: the best accuracy on the split val, else the last."""
     validates = data is not None and any(target.split == "val" for target in data.targets)
-    for alpha in tuning:
-        teacher.update()
-        tuning.learn(lambda batch, alpha=alpha: model(**batch, alpha=alpha))
-        if validates and tuning.validation_due:
-            network = tuning.network(lambda: build_model(config, tokenizer))
-            _, found = locate(network, data, tokenizer, config, world, precision)
-            tuning.keep(scores(found, data)["val"])
-    return tuning.result
+    run = Run(config, start.world, metric="accuracy" if validates else None)
+    longest = model.config.bert.max_position_embeddings
+    loader = training_data(config, tokenizer, longest, start.world, run.data_state())
+    model, optimizer, plan = run.begin(
+        "Weakly supervised grounding", model, loader, start.precision
+    )
+    teacher = MomentumPairs(model, config.momentum)
+
+    for step in range(run.step, plan.total):
+        set_learning_rate(optimizer, plan.lr(step))
+        alpha = torch.full((), config.alpha_at(step, plan), device=start.world.device)
+        losses = train_step(model, teacher, run.next_batch, alpha, config, start.precision)
+        grad_norm = start.precision.step(optimizer, model.parameters())
+        run.log_step(step + 1, **losses, grad_norm=grad_norm)
+        if run.validation_due(step + 1):
+            _, found = locate(whole_model(model), data, tokenizer, config, start)
+            run.keep_best(scores(found, data)["val"], step + 1)
+        run.save_if_due(step + 1)
+        run.leave_if_interrupted(step + 1)
+    return run.finish()
 
 
-def report(data: ReferringExpressions, maps: torch.Tensor, found: list[Pointing]) -> list[str]:
-    """The table of splits, and heat maps over images with the detected, chosen (thick) and true (dashed) boxes."""
-    splits = scores(found, data).items()
-    accuracy = [(f"{split}, {s['expressions']} expressions", s["accuracy"], s["chance"]) for split, s in splits]
-    pointing = ([split, f"{s['pointing']:.1f}"] for split, s in splits)
+def report(data: ReferringExpressions, maps: Tensor, found: list[Pointing], by_split) -> list[str]:
+    """The table of splits, and heat maps over images with the detected, chosen (thick) and true
+    (dashed) boxes."""
+    accuracy, pointing = [], []
+    for split, score in by_split.items():
+        name = f"{split}, {score['expressions']} expressions"
+        accuracy.append((name, score["accuracy"], score["chance"]))
+        pointing.append([split, f"{score['pointing']:.1f}"])
     right = torch.tensor([result.iou >= 0.5 for result in found])
 
     def case(i: int) -> str:
@@ -154,32 +212,38 @@ def report(data: ReferringExpressions, maps: torch.Tensor, found: list[Pointing]
         heat, boxes = enlarge(maps[i], *image.shape[1:]), data.boxes[i]
         return box_case(image, heat, data.texts[i], boxes, result.box, target.box, result.iou)
 
-    tables = score_table(["the chosen box has IoU >= 0.5, in %", "accuracy", "a box at random"], accuracy, None)
+    head = ["the chosen box has IoU >= 0.5, in %", "accuracy", "a box at random"]
     game = table(["the map's maximum lies in the true box, in %", "pointing game"], pointing)
     intro = "Thin: detected boxes. Thick: the chosen one, green where right. Dashed: the true one."
-    return [card("Accuracy", tables, game), gallery("Found", right, case, intro=intro)]
+    return [
+        card("Accuracy", score_table(head, accuracy, None), game),
+        gallery("Found", right, case, intro=intro),
+    ]
 
 
 def main(config: Config) -> None:
-    world, weights, precision = prepare(config)
+    start = prepare(config)
     if config.evaluate and not config.test_file:
-        raise UserError("--evaluate needs test_file")
-    data, tokenizer = test_data(config), Tokenizer(config.text_encoder)
+        raise UserError("--evaluate needs test_file: the expressions to find")
+    data = test_data(config)
+    tokenizer = Tokenizer(config.text_encoder)
     model = build_model(config, tokenizer)
-    left_out = start_from(model, weights, "retrieval") if weights else None
-    if world.is_main and left_out is not None:
-        print(f"{config.checkpoint}:", left_out.text(), sep="\n", flush=True)
+    if start.weights:
+        left_out = start_from(model, start.weights, "retrieval")
+        say(f"{config.checkpoint}:", left_out.text())
     if not config.evaluate:
-        config.checkpoint = train(config, world, model, tokenizer, data, precision)
+        config.checkpoint = train(model, data, tokenizer, config, start)
         model = build_model(config, tokenizer)
         start_from(model, read_weights(config.checkpoint), "retrieval")
-    if data is not None:
-        maps, found = locate(model.to(world.device), data, tokenizer, config, world, precision)
-        if world.is_main:
-            metrics = {"gradcam_mode": config.gradcam_mode, "block_num": config.block_num, **scores(found, data)}
-            write_results(config, "Visual grounding", metrics, report(data, maps, found))
-    distributed.shutdown()
+    if data is None:
+        return
+    maps, found = locate(model.to(start.world.device), data, tokenizer, config, start)
+    by_split = scores(found, data)
+    metrics = {"gradcam_mode": config.gradcam_mode, "block_num": config.block_num, **by_split}
+    if start.world.is_main:
+        sections = report(data, maps, found, by_split)
+        write_results(config, "Visual grounding", metrics, sections)
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

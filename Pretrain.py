@@ -1,17 +1,20 @@
-"""Pre-train SIMLA (Khan et al., ECCV 2022) or ALBEF (Li et al., NeurIPS 2021) on image-caption pairs.
+"""Pre-train SIMLA (Khan et al., ECCV 2022) or ALBEF (Li et al., NeurIPS 2021) on image-text pairs.
 
-    one process  torchrun Pretrain.py --config configs/Pretrain/digitscenes.yaml --output_dir output/digits
+    one process  torchrun Pretrain.py --config configs/Pretrain/digitscenes.yaml
     8 GPUs       torchrun --nproc_per_node=8 Pretrain.py --config configs/Pretrain/simla.yaml
-    Slurm        srun -N2 --ntasks-per-node=8 --gpus-per-node=8 python Pretrain.py --config configs/Pretrain/simla.yaml
+    Slurm        srun -N2 --ntasks-per-node=8 --gpus-per-node=8 \\
+                     python Pretrain.py --config configs/Pretrain/simla.yaml
     all knobs    python Pretrain.py --help
 
-The step: images and captions are encoded apart and aligned by contrast (ITA); hard negatives found there are told from
-true pairs in the fusion layers (ITM); masked words (MLM) and, for SIMLA, masked patches (MIM) and keywords (PSEUDO) are
-predicted. A momentum teacher gives soft targets, weighted by alpha.
+The step: images and captions are encoded separately and aligned by the contrastive loss (ITA); the
+fusion layers tell hard negatives found there from true pairs (ITM); masked tokens (MLM) and, for
+SIMLA, masked patches (MIM) and keywords (PSEUDO) are predicted. A momentum teacher gives soft
+targets, weighted by alpha.
 
-Published, 4M images: 30 epochs at batch 8 x 64 take 3-4 days of 8 A100; Flickr30k zero-shot text/image R@1 90.5 / 76.8
-(ALBEF 4M). DigitScenes: about 8 minutes on 2 CPU cores; see scripts/quickstart.sh. A killed run goes on exactly where
-its last checkpoint stands; SIGTERM and SIGUSR1 save and exit with status 75.
+Published, 4M images: 30 epochs at batch 8 x 64 take 3-4 days of 8 A100; Flickr30k zero-shot
+text/image R@1 90.5 / 76.8 (ALBEF 4M). DigitScenes: about 8 minutes on 2 CPU cores; see
+scripts/quickstart.sh. Interrupted runs resume exactly from the last checkpoint; SIGTERM and SIGUSR1
+save and exit with status 75.
 """
 
 from dataclasses import dataclass
@@ -42,48 +45,40 @@ from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.fusion import Networks
 from runtime.log import training_flops
-from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
-from runtime.optim.schedule import Plan, Schedule, ramp
-from runtime.parallel import gradient_sync, parallelize
-from runtime.run import Run, RunConfig, seed_everything
+from runtime.optim.build import Optimizer, Precision, set_learning_rate
+from runtime.optim.schedule import Schedule, ramp
+from runtime.parallel import gradient_sync
+from runtime.run import Run, RunConfig, StreamConfig, seed_everything
 
 
 @dataclass
-class Config(Networks, RunConfig):
+class Config(Networks, StreamConfig, RunConfig):
     """Pre-training of fusion encoders."""
 
-    output_dir: Path = knob(Path("output/Pretrain"), "folder of this run: config.yaml, log.jsonl, checkpoints")
+    output_dir: Path = knob(Path("output/Pretrain"), "this run: config.yaml, log, checkpoints")
     # the method
     method: str = knob("simla", "losses and text transformer", choices=("simla", "albef"))
-    alpha: float = knob(0.4, "weight of the teacher's soft targets, reached after alpha_ramp", low=0, high=1)
-    alpha_ramp: str = knob("1 epochs", "length of alpha's linear rise from 0: 'steps', 'epochs', 'samples' or '%'")
+    alpha: float = knob(0.4, "weight of the teacher's soft targets after alpha_ramp", low=0, high=1)
+    alpha_ramp: str = knob("1 epochs", "length of alpha's linear rise from 0, with a unit")
     momentum: float = knob(0.995, "momentum of the teacher, per update", low=0, high=1)
-    temp: float = knob(0.07, "initial temperature of the contrast", low=0.001, high=0.5)
+    temp: float = knob(0.07, "initial temperature of the contrastive loss", low=0.001, high=0.5)
     queue_size: int = knob(65536, "momentum features kept as further negatives", low=0)
-    mlm_probability: float = knob(0.15, "share of words masked", low=0, high=1)
-    mask_ratio: float = knob(75 / 256, "share of patches masked for MIM", low=0, high=1)
-    compat: str = knob("none", "'original' reproduces the published code's numbers", choices=("none", "original"))
+    mlm_probability: float = knob(0.15, "fraction of tokens masked", low=0, high=1)
+    mask_ratio: float = knob(75 / 256, "fraction of patches masked for MIM", low=0, high=1)
+    compat: str = knob("none", "'original': the published numbers", choices=("none", "original"))
     # what the networks start from
-    vision_weights: Path | None = knob(None, "weights the ViT starts from: DeiT-B .pth, or a run of Classification.py")
-    text_weights: str | None = knob(None, "BERT weights to start from: folder or hub name; none = random")
-    image_tokenizer_path: Path | None = knob(
-        None, "frozen image tokenizer: OpenAI's encoder.pkl or scripts/train_dvae.py's"
-    )
-    code_cache: Path | None = knob(
-        None, "file for the visual codes (.npy), made once; needs fixed_geometry and train_file"
-    )
+    vision_weights: Path | None = knob(None, "of the ViT: DeiT-B .pth, or a Classification.py run")
+    text_weights: str | None = knob(None, "of BERT: folder or hub name; none = random")
+    image_tokenizer_path: Path | None = knob(None, "OpenAI's encoder.pkl or train_dvae.py's")
+    code_cache: Path | None = knob(None, "visual codes (.npy), made once; needs fixed_geometry")
     # the data
     train_file: list[str] = knob([], "annotation lists {image, caption}, JSON or JSON lines")
     image_root: Path = knob(Path(""), "folder that the images' relative paths start from")
-    shards: list[str] = knob(
-        [], "WebDataset shards beside or instead: paths, {00000..00099}, globs, s3:// or gs:// URLs"
-    )
-    weights: list[float] = knob([], "share of train_file and of each entry of shards; none = by their sizes")
-    shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
-    error_budget: float = knob(0.01, "share of unreadable samples at which the run stops", low=0, high=1)
-    crop_scale: tuple[float, float] = knob((0.2, 1.0), "range of the random crop's share of the image", low=0, high=1)
-    flip: bool = knob(True, "horizontal flip of half the images; no where captions say left and right")
-    augment_level: float = knob(7, "strength of RandAugment's two operations; 0 = none of them", low=0, high=10)
+    shards: list[str] = knob([], "WebDataset: paths, {00000..00099}, globs, s3:// or gs:// URLs")
+    weights: list[float] = knob([], "ratios of train_file and each of shards; none = their sizes")
+    crop_scale: tuple[float, float] = knob((0.2, 1.0), "area of the random crop", low=0, high=1)
+    flip: bool = knob(True, "horizontal flip, probability 0.5; no if captions say left and right")
+    augment_level: float = knob(7, "strength of RandAugment; 0 = none", low=0, high=10)
     fixed_geometry: bool = knob(False, "always the whole image; colour operations alone")
     max_words: int = knob(30, "words of a caption kept", low=1)
     max_tokens: int = knob(25, "tokens of a caption kept, [CLS] included", low=2)
@@ -101,7 +96,9 @@ class Config(Networks, RunConfig):
         return self.method == "simla"
 
 
-def build_model(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageTokenizer | None) -> Simla:
+def build_model(
+    config: Config, tokenizer: Tokenizer, image_tokenizer: ImageTokenizer | None
+) -> Simla:
     """The networks on the CPU, with their starting weights."""
     vit, bert = networks(config, tokenizer.vocab_size, mask_token=config.is_simla)
     model = Simla(
@@ -132,7 +129,7 @@ def build_model(config: Config, tokenizer: Tokenizer, image_tokenizer: ImageToke
 
 
 def load_image_tokenizer(config: Config, world: World) -> ImageTokenizer | None:
-    """The frozen tokenizer on the device, in the precision of the run (float32 by default); ALBEF needs none."""
+    """The frozen tokenizer on the device, in the precision of the run; ALBEF needs none."""
     if not config.is_simla:
         return None
     kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
@@ -141,7 +138,7 @@ def load_image_tokenizer(config: Config, world: World) -> ImageTokenizer | None:
 
 
 def image_transform(config: Config, token_side: int | None) -> PretrainTransform:
-    """Random view of an image and, `token_side` pixels wide, what the image tokenizer sees of it."""
+    """Random view of an image and, `token_side` pixels wide, what the image tokenizer sees."""
     return PretrainTransform(
         config.image_res,
         token_resolution=token_side,
@@ -154,9 +151,13 @@ def image_transform(config: Config, token_side: int | None) -> PretrainTransform
 
 
 def training_data(
-    config: Config, tokenizer: Tokenizer, image_tokenizer: ImageTokenizer | None, world: World, state: dict | None
+    config: Config,
+    tokenizer: Tokenizer,
+    image_tokenizer: ImageTokenizer | None,
+    world: World,
+    state: dict | None,
 ) -> StreamLoader:
-    """Endless batches of this process (see dataset.loading.stream), from the position `state` on."""
+    """Endless batches of this process, from the position `state` on."""
     # side of the image tokenizer's input, pixels: a code for each patch
     token_side = config.grid * image_tokenizer.reduction if image_tokenizer else None
     records = Records(config.train_file) if config.train_file else []
@@ -175,10 +176,12 @@ def training_data(
         max_words=config.max_words,
     )
     sources = [RecordSource(records, pair, "train_file")] if records else []
-    for url in config.shards:
-        sources.append(ShardSource(url, pair, shuffle_buffer=config.shuffle_buffer))
+    buffer = config.shuffle_buffer
+    sources += [ShardSource(url, pair, shuffle_buffer=buffer) for url in config.shards]
     if not sources:
-        raise UserError("no training data: name annotation lists in train_file, or WebDataset shards in shards")
+        raise UserError(
+            "no training data: name annotation lists in train_file, or WebDataset shards in shards"
+        )
     collate = PretrainCollate(tokenizer, config.max_tokens, config.mlm_probability)
     return StreamLoader(
         Stream(sources, collate, config.weights),
@@ -192,9 +195,10 @@ def training_data(
 
 
 def train_step(
-    model, teacher: MomentumPairs, image_tokenizer, next_batch, alpha: float, config: Config, precision: Precision
+    model, teacher: MomentumPairs, image_tokenizer, next_batch, alpha, config: Config, precision
 ) -> dict[str, Tensor]:
-    """Gradients of one update: the teacher first, then `accumulate` micro-batches. Returns the mean losses, 0-d."""
+    """Gradients of one update: the teacher first, then `accumulate` micro-batches. Returns the
+    losses, 0-d means over the micro-batches."""
     teacher.update()
     total = {}
     for micro in range(config.accumulate):
@@ -202,7 +206,7 @@ def train_step(
         if "token_image" in batch:
             batch["visual_codes"] = image_tokenizer.codes(batch.pop("token_image")).flatten(1)
         with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
-            losses = model(**batch, alpha=torch.full((), alpha, device=precision.device))
+            losses = model(**batch, alpha=alpha)
             loss = losses["loss_ita"] + losses["loss_itm"] + losses["loss_mlm"]
             if config.is_simla:
                 loss = loss + losses["loss_mim"] + losses["loss_pseudo"]
@@ -222,28 +226,24 @@ def main(config: Config) -> None:
     model = build_model(config, tokenizer, image_tokenizer)
     example = model.example_batch(config.batch_size, config.max_tokens)
     flops = config.accumulate * training_flops(model, example) if run.peak_flops else 0.0
-    model = parallelize(model, world, config).train()
-    teacher = MomentumPairs(model, config.momentum)
-    seed_everything(config.seed, world.rank)  # from here on ranks differ in dropout and negatives
-    optimizer = build_optimizer(model, config.optimizer)
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
-    run.track(model=model, optimizer=optimizer, precision=precision, loader=loader)
-    plan = Plan.of_loader(config.scheduler, config.optimizer.lr, loader, config.accumulate)
-    run.start(f"{config.method.upper()} pre-training", plan, flops)
-    parameters = list(model.parameters())
+    title = f"{config.method.upper()} pre-training"
+    model, optimizer, plan = run.begin(title, model, loader, precision, flops=flops)
+    teacher = MomentumPairs(model, config.momentum)
     alpha_steps = plan.steps(config.alpha_ramp)
 
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
-        alpha = config.alpha * ramp(step, alpha_steps)
-        losses = train_step(model, teacher, image_tokenizer, run.next_batch, alpha, config, precision)
-        grad_norm = precision.step(optimizer, parameters)
+        alpha = torch.full((), config.alpha * ramp(step, alpha_steps), device=world.device)
+        losses = train_step(
+            model, teacher, image_tokenizer, run.next_batch, alpha, config, precision
+        )
+        grad_norm = precision.step(optimizer, model.parameters())
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
     run.export()
     run.close()
-    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,24 +1,31 @@
 """Accuracy of a classifier, overall and by class."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from base.distributed import World
+from base.distributed import World, rank
 from evaluation.predict import over_split
 from evaluation.report.examples import answer_case, gallery
 from evaluation.report.page import card, heading, score_table, table
+from runtime.run import evaluating
 
 
 def statement_logits(
-    model, batches: Iterable[dict], own: Sequence[int], total: int, world: World
+    model, batches: Iterable[dict], own: Sequence[int], total: int, world: World, precision
 ) -> Tensor:
-    """float32 [total,C] of a split's statements on every process; see `over_split`. model: has
-    `logits`."""
-    return over_split(
-        lambda **batch: (model.logits(**batch),), batches, own, total, world, "judging"
-    )[0]
+    """Logits float32 [total,C] of all sentences of a split, the same on every process.
+
+    model: has `logits`; batches of the rows `own` of this process, see `over_split`; precision:
+    runtime.optim.build.Precision.
+    """
+
+    def predict(**batch: Tensor) -> tuple[Tensor]:
+        return (model.logits(**batch),)
+
+    with evaluating(model), precision.autocast():
+        return over_split(predict, batches, own, total, world, "judging")[0]
 
 
 def class_accuracy(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict:
@@ -47,6 +54,25 @@ def confusion_table(logits: Tensor, labels: Tensor, names: Sequence[str]) -> str
     cells = (labels * size + logits.argmax(1)).bincount(minlength=size * size).view(size, size)
     rows = ([name, *map(str, row.tolist())] for name, row in zip(names, cells, strict=True))
     return table(["true \\ given", *names], rows)
+
+
+def class_results(
+    logits: Mapping[str, Tensor], splits: Mapping, names: Sequence[str]
+) -> tuple[dict, list[str]]:
+    """`(metrics by split, cards of the report)`; the cards on rank 0 alone, the last split's first.
+
+    logits by split [R,C]; splits: data with `labels` int64 [R], `records` and `files`; names of the
+    classes.
+    """
+    metrics, cards = {}, []
+    for split, data in splits.items():
+        metrics[split] = class_accuracy(logits[split], data.labels, names)
+        if rank() == 0:
+            own = statement_report(
+                split, logits[split], data.labels, names, data.records, data.files
+            )
+            cards = own + cards
+    return metrics, cards
 
 
 def statement_report(

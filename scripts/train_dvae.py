@@ -2,17 +2,17 @@
 
     python scripts/train_dvae.py --data data/digitscenes/pretrain_train.json --image_root data/digitscenes \\
         --output_dir output/tokenizer
-    python scripts/train_dvae.py --data photos --size 128 --groups 4 --width 64 --vocab_size 1024 --scheduler.epochs 20
+    python scripts/train_dvae.py --data photos --size 128 --groups 4 --width 64 --vocab_size 1024 --epochs 20
     python Pretrain.py ... --image_tokenizer_path output/tokenizer/image_tokenizer.safetensors
 
 `--data` takes JSON lists or JSON lines with an `image` field, and folders of images. The step:
-encoder -> relaxed code of each place by Gumbel-softmax -> decoder -> reconstruction loss;
+encoder -> relaxed code of each position by Gumbel-softmax -> decoder -> reconstruction loss;
 `usage_weight` keeps all codes in use. The relaxation's temperature falls over the training (Ramesh
 et al. 2021, section 2.1).
 
 The defaults make an 8 x 8 grid of codes from 32-px images, in about half a minute on 2 CPU cores.
 In output_dir:
-image_tokenizer.safetensors and .json (sizes and figures), preview.png (left-out images, each
+image_tokenizer.safetensors and .json (sizes and figures), preview.png (held-out images, each
 followed by its reconstruction), checkpoints and log. The same command resumes.
 """
 
@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base import distributed  # noqa: E402
-from base.distributed import World  # noqa: E402
+from base.distributed import World, say  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from base.files import write_json  # noqa: E402
 from dataset.images.albef import random_box, resized_crop  # noqa: E402
@@ -35,16 +36,14 @@ from dataset.loading.eval import EvalLoader  # noqa: E402
 from dataset.loading.stream import RecordSource, Stream, StreamLoader  # noqa: E402
 from dataset.sources.records import Records  # noqa: E402
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig, code_usage  # noqa: E402
-from runtime.config.cli import knob, run, section  # noqa: E402
-from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate  # noqa: E402
-from runtime.optim.schedule import Plan, Schedule  # noqa: E402
-from runtime.parallel import gradient_sync, parallelize, to_device  # noqa: E402
+from runtime.config.cli import knob, run_script, section  # noqa: E402
+from runtime.optim.build import Optimizer, Precision, set_learning_rate  # noqa: E402
+from runtime.optim.schedule import Schedule  # noqa: E402
+from runtime.parallel import gradient_sync, whole_model  # noqa: E402
 from runtime.run import Run, RunConfig, evaluating, seed_everything  # noqa: E402
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LEFT_OUT = (
-    20  # every 20th image is not trained on: it is what the figures and the preview are about
-)
+HELD_OUT = 20  # every 20th image is not trained on: the figures and the preview are about these
 
 
 @dataclass
@@ -58,11 +57,11 @@ class Config(RunConfig):
     image_root: Path = knob(Path(""), "folder that the JSON's relative paths start from")
     size: int = knob(32, "side of the square images, pixels; a multiple of 2^(groups - 1)", low=2)
     crop_scale: tuple[float, float] = knob(
-        (0.5, 1.0), "range of the random crop's share of the image", low=0, high=1
+        (0.5, 1.0), "area of the random crop, as a fraction of the image", low=0, high=1
     )
-    flip: bool = knob(True, "mirror half of the images")
+    flip: bool = knob(True, "horizontal flip with probability 0.5")
     error_budget: float = knob(
-        0.01, "share of unreadable images at which the run stops", low=0, high=1
+        0.01, "fraction of unreadable images at which the run stops", low=0, high=1
     )
     vocab_size: int = knob(128, "codes (OpenAI: 8192)", low=2)
     width: int = knob(
@@ -88,7 +87,7 @@ class Config(RunConfig):
         Optimizer, flat=True, lr=1e-2, weight_decay=1e-4, betas=(0.9, 0.95), clip_grad_norm=1.0
     )
     scheduler: Schedule = section(
-        Schedule, epochs="300 steps", min_lr=0.0, warmup_lr=1e-4, warmup="10%"
+        Schedule, flat=True, epochs="300 steps", min_lr=0.0, warmup_lr=1e-4, warmup="10%"
     )
 
 
@@ -120,17 +119,25 @@ def find_images(config: Config) -> list[dict]:
             images = [record["image"] for record in Records(name, required=("image",))]
             check_image_root(config.image_root, images)
             found |= dict.fromkeys(str((config.image_root / image).absolute()) for image in images)
-    if len(found) < 2 * LEFT_OUT:
+    if len(found) < 2 * HELD_OUT:
         raise UserError(
-            f"--data: {len(found)} images; name JSON lists or folders with at least {2 * LEFT_OUT}"
+            f"--data: {len(found)} images; name JSON lists or folders with at least {2 * HELD_OUT}"
         )
     return [{"image": image} for image in found]
 
 
 def build_model(config: Config) -> ImageTokenizer:
-    outputs = {"mse": 3, "laplace": 6}[config.loss]
-    sizes = (config.vocab_size, config.width, config.groups, config.blocks, config.decoder_width)
-    tokenizer = ImageTokenizer(TokenizerConfig(*sizes, outputs=outputs))
+    """The tokenizer on the CPU, with random weights."""
+    tokenizer = ImageTokenizer(
+        TokenizerConfig(
+            vocab_size=config.vocab_size,
+            width=config.width,
+            groups=config.groups,
+            blocks_per_group=config.blocks,
+            decoder_width=config.decoder_width,
+            outputs={"mse": 3, "laplace": 6}[config.loss],
+        )
+    )
     if config.size % tokenizer.reduction:
         raise UserError(
             f"--size {config.size} is no multiple of {tokenizer.reduction}, the pixels of a code's side"
@@ -139,7 +146,7 @@ def build_model(config: Config) -> ImageTokenizer:
 
 
 def evaluate(tokenizer: ImageTokenizer, loader: EvalLoader, folder: Path) -> dict[str, float]:
-    """Figures over the left-out images, and preview.png with the first of them above their
+    """Figures over the held-out images, and preview.png with the first of them above their
     reconstructions."""
     from torchvision.utils import save_image
 
@@ -166,10 +173,8 @@ def evaluate(tokenizer: ImageTokenizer, loader: EvalLoader, folder: Path) -> dic
     return figures | {"error": error / number, "explained": 1 - error / max(variance, 1e-12)}
 
 
-def build_loader(
-    config: Config, images: list[dict], world: World, state: dict | None
-) -> StreamLoader:
-    """Endless batches of this process, beginning at the position `state`."""
+def training_data(config: Config, images: list[dict], world: World, state) -> StreamLoader:
+    """Endless batches of this process, from the position `state` on."""
     source = RecordSource(images, Crop(config.size, config.crop_scale, config.flip), "data")
     return StreamLoader(
         Stream([source], default_collate),
@@ -183,87 +188,81 @@ def build_loader(
 
 
 def train_step(
-    model, next_batch, temperature: torch.Tensor, config: Config, precision: Precision
-) -> dict:
-    """Gradients of one update from `accumulate` micro-batches; returns the last one's losses."""
+    model, next_batch, temperature: Tensor, config: Config, precision: Precision
+) -> dict[str, Tensor]:
+    """Gradients of one update. Returns the losses, 0-d means over the micro-batches."""
+    total = {}
     for micro in range(config.accumulate):
+        batch = next_batch()
         with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
             losses = model(
-                **next_batch(), temperature=temperature, straight_through=config.straight_through
+                **batch, temperature=temperature, straight_through=config.straight_through
             )
             loss = losses["loss_reconstruction"] + config.usage_weight * losses["loss_usage"]
             loss = loss + config.kl_weight * losses["loss_kl"]
         precision.backward(loss / config.accumulate)
-    return {name: value.detach() for name, value in {"loss": loss, **losses}.items()}
+        for name, value in {"loss": loss, **losses}.items():
+            total[name] = total.get(name, 0) + value.detach() / config.accumulate
+    return total
 
 
-def finish(session: Run, config: Config, tokenizer: ImageTokenizer, held_out: list[dict]) -> None:
-    """Figures over the left-out images, for people and as image_tokenizer.json."""
+def write_report(config: Config, tokenizer: ImageTokenizer, held_out: list[dict]) -> None:
+    """Figures of the held-out images, printed and in image_tokenizer.json."""
     whole = Crop(config.size, None, flip=False)
-    loader = EvalLoader(
-        lambda i: whole(held_out[i]), range(len(held_out)), 64, default_collate, workers=0
-    )
+
+    def load(index: int) -> dict:
+        return whole(held_out[index])
+
+    loader = EvalLoader(load, range(len(held_out)), 64, default_collate, workers=0)
     with evaluating(tokenizer):
-        figures = evaluate(tokenizer, loader, session.folder)
-    report = asdict(tokenizer.config) | {"size": config.size} | figures
-    write_json(session.folder / "image_tokenizer.json", report, indent=1)
-    used, perplexity, explained = (
-        figures[key] for key in ("codes_used", "code_perplexity", "explained")
-    )
-    session.log.say(
-        f"{used:.0%} of {config.vocab_size} codes used, perplexity {perplexity:.1f}; {explained:.0%} of the variance "
-        f"within {figures['images']} left-out images reconstructed: see {session.folder / 'preview.png'}"
+        figures = evaluate(tokenizer, loader, config.output_dir)
+    report = {**asdict(tokenizer.config), "size": config.size, **figures}
+    write_json(config.output_dir / "image_tokenizer.json", report, indent=1)
+    used = figures["codes_used"]
+    say(
+        f"{used:.0%} of {config.vocab_size} codes used, perplexity {figures['code_perplexity']:.1f}; "
+        f"{figures['explained']:.0%} of the variance within {figures['images']} held-out images "
+        f"reconstructed: see {config.output_dir / 'preview.png'}"
     )
     if used < 0.1:
-        session.log.say("few codes are in use: train longer, or raise --usage_weight")
+        say("few codes are in use: train longer, or raise --usage_weight")
 
 
 def main(config: Config) -> None:
     world = distributed.init(config.device)
-    seed_everything(config.seed, 0)
+    seed_everything(config.seed, 0)  # the same initial weights on every rank
     tokenizer = build_model(config)
     images = find_images(config)
-    held_out, kept = images[::LEFT_OUT], [image for i, image in enumerate(images) if i % LEFT_OUT]
-    session = Run(config, world)
-    loader = build_loader(config, kept, world, session.data_state())
-    model = parallelize(tokenizer.to(memory_format=torch.channels_last), world, config).train()
-    seed_everything(config.seed, world.rank)
-    optimizer = build_optimizer(model, config.optimizer)
+    held_out = images[::HELD_OUT]
+    kept = [image for i, image in enumerate(images) if i % HELD_OUT]
+    run = Run(config, world)
+    loader = training_data(config, kept, world, run.data_state())
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
-    session.track(model=model, optimizer=optimizer, precision=precision, loader=loader)
-    plan = Plan.of(
-        config.scheduler,
-        config.optimizer.lr,
-        loader_steps=loader.steps_per_epoch,
-        accumulate=config.accumulate,
-        batch=config.batch_size * config.accumulate * world.size,
-    )
     side = config.size // tokenizer.reduction
-    facts = {"images": f"{len(kept):,}", "codes": f"{side} x {side} of {config.vocab_size}"}
-    session.start("image tokenizer", plan, sum(p.numel() for p in model.parameters()), **facts)
-
-    def next_batch() -> dict[str, torch.Tensor]:
-        return to_device(session.watch.waiting(loader), world.device)
-
+    model, optimizer, plan = run.begin(
+        "image tokenizer",
+        tokenizer.to(memory_format=torch.channels_last),
+        loader,
+        precision,
+        codes=f"{side} x {side} of {config.vocab_size}",
+    )
     first, last = config.temperature
-    step = session.step
-    while step < plan.total:
+
+    for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
-        temperature = torch.tensor(
-            first * (last / first) ** (step / plan.total), device=world.device
-        )
-        losses = train_step(model, next_batch, temperature, config, precision)
-        precision.step(optimizer, list(model.parameters()))
-        step += 1
-        session.log_step(step, **losses)
-        session.save_if_due(step)
-        session.leave_if_interrupted(step)
-    session.export("image_tokenizer.safetensors")
+        temperature = first * (last / first) ** (step / plan.total)
+        temperature = torch.full((), temperature, device=world.device)
+        losses = train_step(model, run.next_batch, temperature, config, precision)
+        grad_norm = precision.step(optimizer, model.parameters())
+        run.log_step(step + 1, **losses, grad_norm=grad_norm)
+        run.save_if_due(step + 1)
+        run.leave_if_interrupted(step + 1)
+    run.export("image_tokenizer.safetensors")
+    tokenizer = whole_model(model)
+    run.finish()
     if world.is_main:
-        finish(session, config, tokenizer, held_out)
-    session.close()
-    distributed.shutdown()
+        write_report(config, tokenizer, held_out)
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

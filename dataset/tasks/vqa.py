@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import default_collate
 
+from base.distributed import say
 from base.errors import BadSample, UserError
 from base.files import read_json
 from dataset.images.decode import check_image_root, decode_image
@@ -205,6 +206,18 @@ def unreachable(data: QuestionSet, answers: Sequence[str]) -> list[str]:
     listed = set(answers)
     wanted = (Counter(person["answers"]).most_common(1)[0][0] for person in data.truth.values())
     return list(dict.fromkeys(answer for answer in wanted if answer not in listed))
+
+
+def check_answer_list(file: Path, answers: Sequence[str], data: QuestionSet, split: str) -> None:
+    """Report which true answers of a split the closed list lacks; UserError if it has none of them."""
+    lacking = unreachable(data, answers)
+    if not lacking:
+        return
+    given = {answer for person in data.truth.values() for answer in person["answers"]}
+    if given.isdisjoint(answers):
+        known = f"holds no answer to any question of {split}_file"
+        raise UserError(f"answer_list {file}: {known}; is it the list of another data set?")
+    say(f"answer_list {file}: lacks {len(lacking)} answers of {split}_file, e.g. {lacking[:5]}")
 
 
 def read_official_answers(path: str | Path) -> dict[str | int, dict]:

@@ -1,6 +1,7 @@
 """The networks' geometry from the options that every script of a fusion encoder has."""
 
 from base.files import read_json
+from models.fusion.retrieval import RetrievalConfig
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
 
@@ -25,3 +26,18 @@ def networks(knobs, vocab_size: int, mask_token: bool = False) -> tuple[ViTConfi
         stem=tuple(knobs.vision_stem),
     )
     return vit, bert
+
+
+def retrieval_config(knobs, vocab_size: int) -> RetrievalConfig:
+    """The retrieval network that `knobs` describes: see `networks`, and embed_dim, queue_size, temp,
+    distill and compat."""
+    vit, bert = networks(knobs, vocab_size)
+    return RetrievalConfig(
+        vit=vit,
+        bert=bert,
+        embed_dim=knobs.embed_dim,
+        queue_size=knobs.queue_size,
+        temp=knobs.temp,
+        distill=knobs.distill,
+        compat=knobs.compat,
+    )

@@ -14,7 +14,7 @@ import re
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.errors import UserError
 from models.layers.llama import LlamaConfig
@@ -198,3 +198,15 @@ def decayed_names(trained: dict[str, Tensor]) -> set[str]:
 def _count(names, pattern: str) -> int:
     found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
     return max(found, default=-1) + 1
+
+
+def choose_parameters(model: nn.Module, blocks: int | None, original: bool) -> set[str] | None:
+    """Freeze what is not trained: see `trained_names`. Returns the names of the parameters to decay as
+    the original did; None if not `original`."""
+    named = dict(model.named_parameters())
+    trained = trained_names(list(named), blocks)
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in trained)
+    if not original:
+        return None
+    return set(decayed_names({name: named[name] for name in named if name in trained}))

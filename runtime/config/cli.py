@@ -79,6 +79,8 @@ class Draft:
             path: copy.deepcopy(knob.default) for path, knob in self.schema.knobs.items()
         }
         self.mistakes: list[str] = []
+        self.unused: list[str] = []  # what was set without effect
+        self.set_by: dict[str, Source] = {}
 
     def put(self, key: str, value: Any, source: Source) -> None:
         """Set one knob, or a section from a mapping."""
@@ -96,6 +98,8 @@ class Draft:
                     f"{source.place(key)}: expected a section (key: value), got {brief(value)}"
                 )
             return None
+        if self.schema.knobs[path].moved_to is not None:
+            return self.put_moved(path, value, source)
         for name in reversed(rest):
             value = {name: value}
         if isinstance(value, Mapping) and isinstance(self.values[path], Mapping):
@@ -104,6 +108,23 @@ class Draft:
             self.values[path] = self.schema.knobs[path].read(value)
         except ValueError:
             self.mistakes.append(f"{source.place(key)}: {self.schema.knobs[path].complaint(value)}")
+        self.set_by[path] = source
+        if self.schema.knobs[path].unused and self.values[path] != self.schema.knobs[path].default:
+            self.unused.append(source.place(key))
+
+    def put_moved(self, path: str, value: Any, source: Source) -> None:
+        """Set the knob that took the place of `path`; a file must not give both different values."""
+        if value is None:
+            return
+        target = self.schema.knobs[path].moved_to
+        before = self.values[target]
+        set_here = self.set_by.get(target) is source and source is not FLAGS
+        self.put(target, value, source)
+        if set_here and self.values[target] != before:
+            values = f"{show(before)} and {show(self.values[target])}"
+            self.mistakes.append(
+                f"{source.place(path)}: is {target}, which has two values: {values}"
+            )
 
     def put_all(self, values: Mapping, source: Source, prefix: str = "") -> None:
         for name, value in values.items():
@@ -173,6 +194,8 @@ class Draft:
                 else ""
             )
             raise UserError(head + "\n  ".join(self.mistakes))
+        if self.unused and launched_rank() == "0":
+            print("note: without effect here:", ", ".join(self.unused), flush=True)
         return self.schema.build(self.values)
 
 
@@ -229,8 +252,11 @@ def _flags(argv: list[str], draft: Draft) -> list[tuple[str, list[str]]]:
 def help_text(config_class: type, description: str | None = None) -> str:
     """Usage, `description`, and every knob with default and meaning, grouped by section."""
     groups: dict[str, list[str]] = {}
-    for path, k in Schema(config_class).knobs.items():
+    schema = Schema(config_class)
+    for path, k in schema.knobs.items():
+        flat = [n for n, target in schema.spellings.items() if target == path and "." not in n]
         names = [
+            *(flat if "." in path else []),
             path,
             *(
                 alias if len(alias) == 1 else path[: path.rfind(".") + 1] + alias
@@ -319,6 +345,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
+def launched_rank() -> str:
+    """Rank of this process as the launcher says, before the processes have joined."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+
+
 def run_script(
     main: Callable[[C], Any], config_class: type[C], description: str | None = None, argv=None
 ) -> None:
@@ -332,10 +363,12 @@ def run_script(
         config = parse(config_class, argv, description)
         make_digitscenes_if_named(config)
         main(config)
+        if "base.distributed" in sys.modules:  # a script without torch does not load it for this
+            sys.modules["base.distributed"].shutdown()
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        rank = launched_rank()
         if rank != "0":
             time.sleep(OTHER_RANKS_WAIT)
         print(

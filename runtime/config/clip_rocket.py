@@ -18,16 +18,18 @@ class IgnoredFlags:
     attn_layer: str = knob(
         "flash", "always the fastest; both compute the same", choices=("flash", "standard")
     )
-    start_epoch: int = knob(0, "a run goes on where its checkpoint stands")
-    gpu: int | None = knob(None, "the launcher chooses; see --device")
-    name: str = knob("CLIP_ROCKET", "a run is known by its --output-dir")
-    no_share_token: bool = knob(False, "had no effect")
+    start_epoch: int = knob(0, "a run goes on where its checkpoint stands", unused=True)
+    gpu: int | None = knob(None, "the launcher chooses; see --device", unused=True)
+    name: str = knob("CLIP_ROCKET", "a run is known by its --output-dir", unused=True)
+    no_share_token: bool = knob(False, "had no effect", unused=True)
     semi_paired: bool = knob(
-        False, "unfinished in clip-rocket: its losses cannot take more images than texts"
+        False,
+        "unfinished in clip-rocket: its losses cannot take more images than texts",
+        unused=True,
     )
-    unpaired_ratio: int = knob(4, "belongs to --semi-paired")
-    metadata_unpaired: str = knob("", "belongs to --semi-paired")
-    workers_unpaired: int = knob(5, "belongs to --semi-paired")
+    unpaired_ratio: int = knob(4, "belongs to --semi-paired", unused=True)
+    metadata_unpaired: str = knob("", "belongs to --semi-paired", unused=True)
+    workers_unpaired: int = knob(5, "belongs to --semi-paired", unused=True)
 
 
 @dataclass
@@ -57,7 +59,7 @@ class RocketRunConfig(IgnoredFlags, RunConfig):
         Optimizer, flat=True, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)
     )
     epochs: str = knob("25 epochs", "length of training")
-    warmup_epochs: str = knob("1 epochs", "length of the linear warm-up")
+    warmup_epochs: str = knob("1 epochs", "length of the linear warm-up", aliases=("warmup",))
     sched: str = knob(
         "rocket",
         "shape of the schedule; ALIGN's is vit_linear",

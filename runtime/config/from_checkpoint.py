@@ -41,9 +41,7 @@ class Geometry:
     embed_dim: int | None = knob(None, "width of the joint space", low=1)
     queue_size: int | None = knob(None, "momentum features kept as further negatives", low=0)
     text_encoder: str | None = knob(None, "tokenizer: Hugging Face folder or hub name")
-    vit_mask_token: bool = knob(
-        False, "accepted from old configurations; only pre-training masks patches"
-    )
+    vit_mask_token: bool = knob(False, "unused: only pre-training masks patches", unused=True)
 
 
 # the originals' downstream models; their bert_config follows from the names of the weights

@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, section
 from runtime.config.from_checkpoint import Geometry, inherit
-from runtime.optim.build import Optimizer
-from runtime.optim.schedule import Schedule
-from runtime.run import RunConfig
+from runtime.optim.build import Optimizer, Precision
+from runtime.optim.schedule import Plan, Schedule, ramp
+from runtime.run import RunConfig, ValidationConfig, seed_everything
 
 
 @dataclass
@@ -36,8 +38,15 @@ class Networks:
     text_encoder: str = knob("bert-base-uncased", "tokenizer: Hugging Face folder or hub name")
 
 
+def fine_tuning_schedule(epochs: str, warmup: str) -> Any:
+    """A `scheduler` section whose cosine ends at 1e-6, as ALBEF's do."""
+    return section(
+        Schedule, aliases=("schedular",), flat=True, epochs=epochs, min_lr=1e-6, warmup=warmup
+    )
+
+
 @dataclass
-class FineTuneConfig(Geometry, RunConfig):
+class FineTuneConfig(Geometry, ValidationConfig, RunConfig):
     """Knobs of every fine-tuning script."""
 
     evaluate: bool = knob(False, "no training: score the checkpoint")
@@ -45,9 +54,6 @@ class FineTuneConfig(Geometry, RunConfig):
         32, "samples per process and micro-batch", low=1, aliases=("batch_size",)
     )
     batch_size_test: int = knob(32, "samples per forward pass in evaluation", low=1)
-    eval_every: str = knob(
-        "1 epochs", "between two validations: a number of 'steps', 'epochs', 'samples' or '%'"
-    )
     alpha: float = knob(0.4, "weight of the teacher's soft targets", low=0, high=1)
     distill: bool = knob(True, "use the momentum teacher's soft targets")
     warm_up: bool = knob(True, "alpha rises linearly from 0 during the first epoch")
@@ -66,24 +72,33 @@ class FineTuneConfig(Geometry, RunConfig):
         7, "strength of RandAugment's two operations; 0 = none of them", low=0, high=10
     )
     optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5)
-    scheduler: Schedule = section(
-        Schedule,
-        aliases=("schedular",),
-        flat=True,
-        epochs="5 epochs",
-        min_lr=1e-6,
-        warmup="100 steps",
-    )
-    vit_mask_token: bool = knob(False, "accepted from old configurations; no patches are masked")
-    mlm_probability: float = knob(0.15, "accepted from old configurations; no tokens are masked")
+    scheduler: Schedule = fine_tuning_schedule(epochs="5 epochs", warmup="100 steps")
+    vit_mask_token: bool = knob(False, "unused: no patches are masked", unused=True)
+    mlm_probability: float = knob(0.15, "unused: no tokens are masked", unused=True)
+
+    def alpha_at(self, step: int, plan: Plan) -> float:
+        """Weight of the teacher's soft targets in update `step`, counted from 0."""
+        return self.alpha * ramp(step, plan.epoch_steps if self.warm_up else 0)
 
 
-def starting_weights(config: FineTuneConfig, world: World) -> dict[str, Tensor]:
-    """Weights of `--checkpoint`, {} without one. Architecture options that are unset become those of its run."""
+class Start(NamedTuple):
+    """What a fine-tuning script starts from."""
+
+    world: World
+    weights: dict[str, Tensor]  # of --checkpoint; {} without one
+    precision: Precision
+
+
+def prepare(config: FineTuneConfig) -> Start:
+    """Join the processes, seed them alike, and read `--checkpoint`. Architecture options that are
+    unset become those of the run that made it."""
+    world = distributed.init(config.device)
+    seed_everything(config.seed, 0)  # the same initial weights on every rank
     if config.evaluate and config.checkpoint is None:
         raise UserError("--evaluate needs --checkpoint: a file or the directory of a run")
     weights = read_weights(config.checkpoint) if config.checkpoint else {}
     taken = inherit(config, weights)
-    if world.is_main and taken:
-        print(f"as in {config.checkpoint}:", *taken, sep="\n  ", flush=True)
-    return weights
+    if taken:
+        distributed.say(f"as in {config.checkpoint}:", *(f"  {line}" for line in taken))
+    precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
+    return Start(world, weights, precision)

@@ -15,13 +15,23 @@ from runtime.config.values import convert, describe, example, show
 
 
 def knob(
-    default: Any, help: str, *, choices=(), low=None, high=None, aliases=(), bare: str | None = None
+    default: Any,
+    help: str,
+    *,
+    choices=(),
+    low=None,
+    high=None,
+    aliases=(),
+    bare: str | None = None,
+    unused: bool = False,
+    moved_to: str | None = None,
 ) -> Any:
     """A field of a configuration. `help` tells its meaning and unit.
 
     choices: the values allowed; low, high: inclusive range; both hold for each element of a list.
     aliases: other names of the field, `j` makes `-j`. bare: the value of a flag that stands alone.
-    Mutable defaults are copied.
+    unused: accepted from old configurations without effect, which is reported. moved_to: path of the
+    knob that is set instead. Mutable defaults are copied.
     """
     metadata = {
         "help": help,
@@ -30,6 +40,8 @@ def knob(
         "high": high,
         "aliases": aliases,
         "bare": bare,
+        "unused": unused,
+        "moved_to": moved_to,
     }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
@@ -57,6 +69,8 @@ class Knob:
     high: float | None = None
     aliases: tuple[str, ...] = ()
     bare: str | None = None
+    unused: bool = False
+    moved_to: str | None = None
 
     def read(self, value: Any) -> Any:
         """`value` in the knob's type; ValueError where type, range or choice is wrong."""

@@ -41,12 +41,14 @@ class Schedule:
         False,
         "reproduce the original: warm-up in stairs of 100 iterations inside epoch 0, then one value an epoch",
     )
-    lr: float | None = knob(None, "accepted from old configurations, must equal optimizer.lr")
+    lr: float | None = knob(
+        None, "another name of optimizer.lr, from old configurations", moved_to="optimizer.lr"
+    )
     decay_rate: float | None = knob(
-        None, "accepted from old configurations, not used by any of their schedules"
+        None, "accepted from old configurations, not used by any of their schedules", unused=True
     )
     cooldown_epochs: int = knob(
-        0, "accepted from old configurations, not used by any of their schedules"
+        0, "accepted from old configurations, not used by any of their schedules", unused=True
     )
 
 

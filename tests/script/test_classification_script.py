@@ -46,6 +46,15 @@ def test_pre_training_writes_everything(pretrained):
     assert not torch.equal(exported["head.weight"], saved["head.weight"])
 
 
+def test_a_finished_run_started_again_keeps_its_scores(pretrained, digitscenes, capsys):
+    before = json.loads((pretrained / "result/metrics.json").read_text())
+    weights = (pretrained / "model.safetensors").read_bytes()
+    train(flags(digitscenes, pretrained))
+    assert "nothing left to train" in capsys.readouterr().out
+    assert json.loads((pretrained / "result/metrics.json").read_text()) == before
+    assert (pretrained / "model.safetensors").read_bytes() == weights
+
+
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 def test_fine_tuning_from_it(opt, digitscenes, pretrained, tmp_path, capsys):
     changes = {

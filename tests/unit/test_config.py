@@ -2,6 +2,7 @@
 file and back."""
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -562,3 +563,53 @@ def test_a_folder_given_as_configuration_lists_its_files(tmp_path):
     (tmp_path / "digits.yaml").write_text("seed: 1")
     with pytest.raises(UserError, match=r"is a folder; name one of its files: digits\.yaml"):
         read("--config", str(tmp_path))
+
+
+# ---- names that every training script understands
+SCRIPTS = [
+    "Pretrain",
+    "Retrieval",
+    "VQA",
+    "VE",
+    "NLVR",
+    "Grounding",
+    "Classification",
+    "Recognition",
+    "main",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_same_short_flags_in_every_training_script(script):
+    config_class = importlib.import_module(script).Config
+    flags = ["--lr", "3e-4", "--epochs", "7", "--wd", "0.3", "--warmup", "11 steps"]
+    config = parse(config_class, flags)
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (3e-4, 0.3)
+    assert (config.scheduler.epochs, config.scheduler.warmup) == ("7", "11 steps")
+
+
+def test_the_learning_rate_of_old_schedules_is_the_optimizers(yaml):
+    from VE import Config as VeConfig
+
+    assert parse(VeConfig, ["--scheduler.lr", "5e-4"]).optimizer.lr == 5e-4
+    old = yaml("optimizer: {lr: 1e-5}\nschedular: {lr: 1e-5}")
+    assert parse(VeConfig, ["--config", str(old)]).optimizer.lr == 1e-5
+    assert parse(VeConfig, ["--config", str(old), "--lr", "2e-5"]).optimizer.lr == 2e-5
+    two = yaml("optimizer: {lr: 1e-5}\nschedular: {lr: 2e-5}")
+    with pytest.raises(UserError, match="has two values: 1e-05 and 2e-05"):
+        parse(VeConfig, ["--config", str(two)])
+    saved = yaml("optimizer: {lr: 1e-5}\nscheduler: {lr: null}")
+    assert parse(VeConfig, ["--config", str(saved)]).optimizer.lr == 1e-5
+
+
+def test_what_has_no_effect_is_reported_on_the_first_rank(yaml, capsys, monkeypatch):
+    from VE import Config as VeConfig
+
+    old = yaml("schedular: {decay_rate: 1, cooldown_epochs: 0}")
+    parse(VeConfig, ["--config", str(old), "--mlm_probability", "0.15"])
+    said = capsys.readouterr().out
+    assert said.startswith("note: without effect here:") and "schedular.decay_rate" in said
+    assert "cooldown" not in said and "mlm" not in said  # as they are anyway
+    monkeypatch.setenv("RANK", "1")
+    parse(VeConfig, ["--mlm_probability", "0.3"])
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,51 @@
+"""Options of the data that NXTP is trained and scored on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from base.errors import UserError
+from runtime.config.cli import knob
+from runtime.run import StreamConfig, ValidationConfig
+
+
+@dataclass
+class RecognitionData(StreamConfig, ValidationConfig):
+    """Images with labels."""
+
+    train_list: list[Path] = knob(
+        [], "lists of `path : name,name,...`, or JSON entries {image, labels}"
+    )
+    shards: list[str] = knob(
+        [], "WebDataset shards with .nouns (scripts/data/extract_nouns.py), beside or instead"
+    )
+    image_root: Path = knob(Path("."), "folder that the lists' paths start from")
+    val: str | None = knob(
+        None, "list or shards (folder, pattern) that choose the best checkpoint; none = the last"
+    )
+    test: str | None = knob(None, "the same for the final scores and --evaluate")
+    whole_image: bool = knob(
+        False, "resize the whole image to a square, without a crop", aliases=("whole_picture",)
+    )
+    crop: float = knob(
+        1.0,
+        "smallest area of random training crops, of the image; 1 = as published",
+        low=0.05,
+        high=1,
+    )
+    max_text: int = knob(256, "tokens of an image's text at most, prompt included", low=16)
+    many_prompts: bool = knob(True, "a prompt is sampled for each image")
+    decouple_labels: bool = knob(True, "labels do not attend to one another")
+
+
+def inherit_network(config, saved: dict) -> None:
+    """Take over what the configuration `saved` in a checkpoint says about the network's form, the
+    image size, the way images are cut, and the tokenizer."""
+    network = saved.get("network", {})
+    for name in ("decoder_heads", "norm_eps", "rope_theta", "prefix_image"):
+        setattr(config.network, name, network.get(name, getattr(config.network, name)))
+    config.network.image_size = config.network.image_size or network.get("image_size")
+    config.whole_image = saved.get("whole_image", saved.get("whole_picture", config.whole_image))
+    found = config.tokenizer or config.llama or saved.get("tokenizer") or saved.get("llama")
+    if found is None:
+        raise UserError("tokenizer: name a SentencePiece tokenizer.model, or a folder with --llama")
+    config.tokenizer = Path(found)

@@ -52,7 +52,7 @@ def test_training_validates_keeps_the_best_and_reports(digitscenes, finetuned, t
     metrics = json.loads((out / "result/metrics.json").read_text())
     assert metrics["val"][METRIC[task]] == pytest.approx(best[METRIC[task]])
     page = (out / "result/report.html").read_text()
-    assert "data:image/jpeg;base64," in page and "<script" not in page and "class='case'" in page
+    assert "data:image/jpeg;base64," in page and "<script" not in page and 'class="case"' in page
     assert "http" not in re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]*", "", page)
 
 

@@ -150,6 +150,10 @@ class Decoder(nn.Module):
         return self.blocks(z)
 
 
+RANDOM = "random"  # in place of a path
+SMALL = TokenizerConfig(vocab_size=32, width=8, groups=3, blocks_per_group=1, decoder_width=8)
+
+
 class ImageTokenizer(nn.Module):
     """Encoder and decoder of visual tokens; `decoder` is None where only OpenAI's encoder.pkl is at
     hand."""
@@ -181,13 +185,15 @@ class ImageTokenizer(nn.Module):
     ):
         """A frozen tokenizer from a file or folder.
 
-        path: OpenAI's encoder.pkl or a folder with it (decoder.pkl beside it is optional), or the
-        safetensors file,
-            checkpoint or folder of `scripts/train_dvae.py`.
+        path: OpenAI's encoder.pkl or a folder with it (decoder.pkl beside it is optional); the
+            safetensors file, checkpoint or folder of `scripts/train_dvae.py`; or the word `random`,
+            a small untrained tokenizer for smoke tests.
         read: file or folder -> state dict, `runtime.checkpoint.read_weights`. precision: see
         `freeze`.
         """
         path = Path(path)
+        if str(path) == RANDOM:
+            return cls(SMALL, with_decoder=False).freeze(precision)
         if (path / "encoder.pkl").is_file():
             path = path / "encoder.pkl"
         state = read(path)
@@ -313,8 +319,8 @@ def code_usage(counts: Tensor) -> tuple[float, float]:
 
 
 def existing_tokenizer(path: Path | None) -> Path:
-    """`path` itself; UserError where it is None or does not exist."""
-    if path is None or not path.exists():
+    """`path` itself, or the word `random`; UserError where it is None or does not exist."""
+    if path is None or not (path.exists() or str(path) == RANDOM):
         raise UserError(
             f"image_tokenizer_path: {path} does not exist; give OpenAI's DALL-E encoder.pkl, or "
             "train one on your own images: python scripts/train_dvae.py --help"

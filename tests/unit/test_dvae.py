@@ -2,6 +2,7 @@
 every file form."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from models.fusion.dvae import (
     ImageTokenizer,
     TokenizerConfig,
     code_usage,
+    existing_tokenizer,
     image_of,
     reconstruction_loss,
     squeeze_range,
@@ -180,3 +182,11 @@ def test_mistakes_are_named():
         ImageTokenizer.load("x", lambda _: state)
     with pytest.raises(UserError, match="at least 1"):
         ImageTokenizer(TokenizerConfig(**TINY | {"width": 0}))
+
+
+def test_the_word_random_stands_for_a_small_untrained_tokenizer():
+    tokenizer = ImageTokenizer.load(existing_tokenizer(Path("random")), read=None)
+    codes = tokenizer.codes(torch.rand(2, 3, 16, 16))
+    assert codes.shape == (2, 4, 4) and 0 <= codes.min() and codes.max() < 32
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        existing_tokenizer(Path("nowhere"))

@@ -33,7 +33,7 @@ from dataset.images.vit import EvalView, TrainView, ViTViews
 from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import Stream, StreamLoader
 from dataset.tasks.classification import LabelCollate, LabelOptions, Labels, Split
-from dataset.tasks.classification import class_names, training_source
+from dataset.tasks.classification import class_names, shared_split, training_source
 from evaluation.classification import multi_label_metrics, read_real, score, single_label_metrics
 from evaluation.report.page import card, table
 from evaluation.report.results import write_results
@@ -107,9 +107,8 @@ def training_data(config: Config, names: list[str], world: World, state) -> Stre
     sources = []
     for data in config.train_data:
         labels = Labels(network.num_classes, config.targets, data)
-        with distributed.rank_0_first():
-            options = {"download": config.download, "shuffle_buffer": config.shuffle_buffer}
-            source = training_source(data, config.data_root, view, labels, names, **options)
+        options = {"download": config.download, "shuffle_buffer": config.shuffle_buffer}
+        source = training_source(data, config.data_root, view, labels, names, **options)
         sources.append(source)
     return StreamLoader(
         Stream(sources, LabelCollate()),
@@ -129,7 +128,7 @@ def evaluation_data(config: Config, names: list[str]) -> Split | None:
     network = config.network
     view = EvalView(network.image_size, config.views.resize_small, exact=network.original)
     labels = Labels(network.num_classes, config.targets, config.val_data)
-    return Split(config.val_data, config.data_root, view, labels, names, config.download)
+    return shared_split(config.val_data, config.data_root, view, labels, names, config.download)
 
 
 def build_model(config: Config) -> VisionClassifier:

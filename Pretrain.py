@@ -31,7 +31,7 @@ from dataset.images.block_mask import BlockMask
 from dataset.images.randaugment import RandAugment
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
-from dataset.sources.shards import ShardSource
+from dataset.sources.shards import shard_sources
 from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
 from dataset.text.wordpiece import Tokenizer
 from models.fusion.config import networks
@@ -176,8 +176,7 @@ def training_data(
         max_words=config.max_words,
     )
     sources = [RecordSource(records, pair, "train_file")] if records else []
-    buffer = config.shuffle_buffer
-    sources += [ShardSource(url, pair, shuffle_buffer=buffer) for url in config.shards]
+    sources += shard_sources(config.shards, pair, config.shuffle_buffer)
     if not sources:
         raise UserError(
             "no training data: name annotation lists in train_file, or WebDataset shards in shards"

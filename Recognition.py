@@ -119,8 +119,7 @@ def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state
     text = Sequences(tokenizer, config.max_text, config.many_prompts, blind, decouple=decouple)
     view = ImageView(config.network.image_size, config.whole_image, config.crop)
     lists = (config.train_list, config.image_root, config.shards, config.shuffle_buffer)
-    with distributed.rank_0_first():
-        stream = training_stream(view, text, *lists, captions=config.caption_weight > 0)
+    stream = training_stream(view, text, *lists, captions=config.caption_weight > 0)
     return StreamLoader(
         stream,
         batch_size=config.batch_size,

@@ -31,7 +31,7 @@ from dataset.images.clip import EvalView as CropView
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.vit import EvalView
 from dataset.loading.eval import EvalLoader
-from dataset.tasks.classification import LabelCollate, LabelOptions, Labels, Split, class_names, identity
+from dataset.tasks.classification import LabelCollate, LabelOptions, Labels, class_names, identity, shared_split
 from dataset.tasks.dual_inputs import eval_view
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import knn_accuracy, nearest_neighbours
@@ -121,9 +121,7 @@ def bank_of(
     about = described(weights_file(config.checkpoint)) if config.checkpoint else {}
     view, in_words = view_of(encoder, about)
     labels = Labels(len(names) or config.num_classes, LabelOptions(), data)
-    images = distributed.main_first(
-        partial(Split, data, config.data_root, view, labels, names, config.download, split)
-    )
+    images = shared_split(data, config.data_root, view, labels, names, config.download, split)
     content = distributed.on_main(partial(identity, images.records, data, config.data_root))
     how = (config.precision, config.batch_size, world.device.type)
     key = digest(fingerprint(encoder), in_words, encoder.pixels, content, *how)

@@ -5,8 +5,10 @@ Every helper is the identity on one process, so scripts never ask how many there
 
 import contextlib
 import datetime
+import itertools
 import os
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -219,27 +221,49 @@ def broadcast_object(value):
     return box[0]
 
 
-def on_main(work, share: bool = True):
+def on_main(work, share: bool = True, patient: bool = False):
     """`work()` on rank 0 alone; the result on every process (`share=False`: None on the others).
 
     A failure there is raised on every process, instead of leaving the others waiting for rank 0.
+    patient: for work that may take longer than the time limit of collectives; the others wait for
+    it without one.
     """
     failure, result = None, None
-    if rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             result = work()
         except Exception as error:
             failure = error
-    if world_size() == 1:
+    if not dist.is_initialized():
         if failure is not None:
             raise failure
         return result
-    message, shared = broadcast_object(
+    if patient:
+        wait_for_all()
+    told, shared = broadcast_object(
         (None if failure is None else str(failure), result if share else None)
     )
-    if message is not None:
-        raise failure if failure is not None else UserError(f"rank 0: {message}")
-    return result if rank() == 0 else shared
+    if told is not None:
+        raise failure if failure is not None else UserError(f"rank 0: {told}")
+    return result if dist.get_rank() == 0 else shared
+
+
+_WAITS = itertools.count()
+
+
+def wait_for_all() -> None:
+    """Wait for every process, however long it takes: no collective runs, and no time limit, while
+    the slowest works. Where a process dies, its launcher ends the others."""
+    if not dist.is_initialized():
+        return
+    store = dist.distributed_c10d._get_default_store()
+    name = f"quintet_wait_{next(_WAITS)}"
+    store.add(name, 1)
+    pause = 0.01
+    while store.add(name, 0) < dist.get_world_size():
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)  # the store answers all processes
+    dist.barrier()  # all have seen it: the store may go away
 
 
 @contextlib.contextmanager
@@ -257,6 +281,7 @@ def rank_0_first():
             yield
         except Exception as error:
             failure = error
+    wait_for_all()
     message = broadcast_object(None if failure is None else str(failure))
     if message is not None:
         raise failure if failure is not None else UserError(f"rank 0: {message}")
@@ -266,7 +291,7 @@ def rank_0_first():
 
 def main_first(build):
     """Run `build()` on rank 0, then on the others: caches are written once and read by all."""
-    result = on_main(build, share=False)
+    result = on_main(build, share=False, patient=True)
     return result if rank() == 0 else build()
 
 

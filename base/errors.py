@@ -19,7 +19,14 @@ class MissingData(UserError):
 
 class BadSample(ValueError):
     """One unusable sample (unreadable image, empty caption). It is counted and dropped, within a
-    budget."""
+    budget.
+
+    lost: samples that are lost with it; more than one where it stands for the rest of a shard.
+    """
+
+    def __init__(self, message: str = "", lost: int = 1):
+        super().__init__(message)
+        self.lost = lost
 
 
 SHORT = reprlib.Repr()

@@ -1,59 +1,131 @@
-"""Reading one image: any format in, uint8 RGB out; everything unreadable is a BadSample that says
-why."""
+"""Reading one image: any format in, uint8 RGB out; what cannot be read is a BadSample that says why."""
 
 import io
+import stat
 import struct
 import warnings
-from collections.abc import Callable, Iterable
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from base.errors import BadSample, UserError
+from dataset.images.formats import PILLOW_FORMATS
 
 PIXEL_LIMIT = 89_478_485  # Pillow's own limit against decompression bombs: 0.25 GB of RGB
+FILE_LIMIT = 1 << 28  # bytes of an encoded image
+ORIENTATION = 0x0112  # tag of EXIF
+GREY = 128  # what libjpeg fills the missing rows of a truncated file with
+GREY_SIDE = 224  # of the image that stands for an unreadable one
 
 
-def decode_image(source: str | Path | bytes, name: str = "") -> torch.Tensor:
+@dataclass
+class Reading:
+    """How images are read within `reading(...)`, and what was noticed: names of truncated images,
+    messages about unreadable ones."""
+
+    exif: bool = False
+    grey: bool = False
+    truncated: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+_CURRENT: ContextVar[Reading | None] = ContextVar("reading", default=None)
+
+
+@contextmanager
+def reading(exif: bool = False, grey: bool = False) -> Iterator[Reading]:
+    """Settings of every `decode_image` inside the block, and a record of what it noticed.
+
+    exif: turn images by their EXIF orientation; the originals do not.
+    grey: an unreadable image becomes a grey one instead of a BadSample, for evaluation.
+    """
+    token = _CURRENT.set(Reading(exif, grey))
+    try:
+        yield _CURRENT.get()
+    finally:
+        _CURRENT.reset(token)
+
+
+def decode_image(
+    source: str | Path | bytes, name: str = "", exif: bool | None = None
+) -> torch.Tensor:
     """uint8 [3,H,W] RGB (channels last in memory) of an image file or of its bytes.
 
     Grey and RGB JPEG take libjpeg's fast path; everything else (CMYK, palette, 16 bit, PNG, WebP
     ...) goes through Pillow. As in the original pipelines the first frame of an animation is taken,
-    transparency is dropped without blending and EXIF orientation is ignored. 16-bit grey is scaled
-    to 8 bits.
-    name: how to call the image in errors. Raises BadSample: missing, empty, truncated, corrupt or
-    too many pixels.
+    transparency is dropped without blending, and the missing rows of a truncated JPEG are grey.
+    16-bit grey is scaled to 8 bits.
+    name: how to call the image in errors. exif: turn it by its EXIF orientation; by default as the
+    surrounding `reading` says, and not without one.
+    Raises BadSample: missing, empty, corrupt, too many bytes or pixels, pixels without a known range
+    (32-bit integers, floating point), a format that is not on the list of `dataset.images.formats`.
     """
+    current = _CURRENT.get() or Reading()
     if not isinstance(source, bytes):
         name = name or str(source)
-        try:
-            source = Path(source).read_bytes()
-        except OSError as error:
-            raise BadSample(f"{name}: {error.strerror or error}") from None
+    try:
+        pixels, whole = _decode(source, name, current.exif if exif is None else exif)
+    except BadSample as error:
+        if not current.grey:
+            raise
+        current.unreadable.append(str(error))
+        return torch.full((3, GREY_SIDE, GREY_SIDE), GREY, dtype=torch.uint8)
+    if not whole:
+        current.truncated.append(name)
+    return pixels
+
+
+def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Tensor, bool]:
+    """Pixels, and whether all of them were in the file. Raises BadSample."""
+    if not isinstance(source, bytes):
+        source = _file_bytes(Path(source), name)
     if not source:
         raise BadSample(f"{name}: empty file")
     size = plain_jpeg_size(source)
     if size and size[0] * size[1] > PIXEL_LIMIT:
         raise BadSample(f"{name}: {size[1]} x {size[0]} pixels exceed the limit of {PIXEL_LIMIT}")
-    if size and (decode := _fast_decoder()):
+    if size and (decode := _fast_decoder()) and not (exif and _is_turned(source)):
         try:
-            return decode(torch.frombuffer(bytearray(source), dtype=torch.uint8))
+            return decode(torch.frombuffer(bytearray(source), dtype=torch.uint8)), True
         except RuntimeError:
             pass  # a rare variant or damage: Pillow decides
-    return _decode_with_pillow(source, name)
+    return _decode_with_pillow(source, name, exif)
+
+
+def _file_bytes(path: Path, name: str) -> bytes:
+    """Content of a regular file of bounded size. Raises BadSample."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise BadSample(f"{name}: is {kind}")
+        if status.st_size > FILE_LIMIT:
+            raise BadSample(f"{name}: {status.st_size} bytes, the limit is {FILE_LIMIT}")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadSample(f"{name}: {error.strerror or error}") from None
 
 
 @cache
 def _fast_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """torchvision's JPEG decoder while it has one (deprecated in 0.29): Pillow's pixels at 1.4
-    times its speed."""
+    """torchvision's JPEG decoder while it has one: Pillow's pixels at 1.4 times its speed.
+
+    The operator itself: the function around it warns at every image since torchvision 0.29.
+    """
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except ImportError:
+        import torchvision.io  # noqa: F401
+
+        operator = torch.ops.image.decode_jpeg
+    except (ImportError, AttributeError):
         return None
-    return partial(decode_jpeg, mode=ImageReadMode.RGB)
+    rgb = 3  # ImageReadMode.RGB
+    return lambda data: operator(data, rgb)
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -69,34 +141,97 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             bits, height, width, components = struct.unpack(">BHHB", data[place + 4 : place + 10])
-            return (
-                (height, width) if bits == 8 and components in (1, 3) and height and width else None
-            )
+            plain = bits == 8 and components in (1, 3) and height and width
+            return (height, width) if plain else None
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
 
 
-def _decode_with_pillow(data: bytes, name: str) -> torch.Tensor:
-    import numpy as np
+@cache
+def _formats() -> tuple[str, ...]:
+    """The allowed formats that this Pillow knows."""
     from PIL import Image
+
+    Image.init()
+    return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
+
+
+def _open(data: bytes):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())  # itself refuses twice the limit
+    except UnidentifiedImageError:  # whose message is an address in memory
+        raise ValueError("cannot identify an image format in it") from None
+    width, height = image.size
+    if width * height > PIXEL_LIMIT:
+        raise ValueError(f"{width} x {height} pixels exceed the limit of {PIXEL_LIMIT}")
+    return image
+
+
+def _is_turned(data: bytes) -> bool:
+    """Whether EXIF asks for another orientation than the stored one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _open(data).getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # as below; the decoder reports it
+        return False
+
+
+def _decode_with_pillow(data: bytes, name: str, exif: bool) -> tuple[torch.Tensor, bool]:
+    import numpy as np
+    from PIL import ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))  # itself refuses twice the limit
-            width, height = image.size
-            if width * height > PIXEL_LIMIT:
-                raise ValueError(f"{width} x {height} pixels exceed the limit of {PIXEL_LIMIT}")
-            if image.mode.startswith("I"):  # convert() would clip 16 bits at 255 instead of scaling
-                grey = (np.asarray(image) // 257).clip(0, 255).astype(np.uint8)
-                pixels = np.repeat(grey[:, :, None], 3, axis=2)
-            else:
-                pixels = np.array(image.convert("RGB"))
-    except (
-        Exception
-    ) as error:  # decoders meet hostile bytes here and raise anything from OSError to struct.error
+            image, whole = _loaded(data)
+            if exif:
+                image = ImageOps.exif_transpose(image)
+            pixels = np.array(_to_rgb(image))
+    except Exception as error:  # decoders meet hostile bytes and raise anything up to struct.error
         raise BadSample(f"{name}: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    if not whole and (pixels == GREY).all():
+        raise BadSample(f"{name}: image file is truncated before its first row")
+    return torch.from_numpy(pixels).permute(2, 0, 1), whole
+
+
+def _loaded(data: bytes):
+    """The image with its pixels, and whether they are all there: a JPEG may end early."""
+    from PIL import ImageFile
+
+    image = _open(data)
+    try:
+        image.load()
+        return image, True
+    except OSError:
+        if image.format not in ("JPEG", "MPO"):
+            raise
+    image = _open(data)
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        image.load()
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    return image, False
+
+
+def _to_rgb(image):
+    """The first frame as an image of mode RGB."""
+    import numpy as np
+    from PIL import Image
+
+    sixteen_bits = image.mode.startswith("I;16")
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        sixteen_bits = True  # older Pillow widens their 16 bits
+    if sixteen_bits:  # convert() would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "floating-point"
+        raise ValueError(f"{kind} pixels have no known range; save the image with 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def check_image_root(root: str | Path, names: Iterable[str], tries: int = 20) -> None:

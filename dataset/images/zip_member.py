@@ -10,6 +10,8 @@ from base.errors import BadSample
 
 END_OF_DIRECTORY = struct.Struct("<4s4H2LH")  # of a zip file
 DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
+FILE_LIMIT = 1 << 28  # bytes of a member
+TOO_LONG = f"more than {FILE_LIMIT} bytes"
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
@@ -32,7 +34,7 @@ def read_member(archive: Path, name: str) -> bytes:
     try:
         with archive.open("rb") as file:
             data = _quick_member(file, name.encode())
-        return zipfile.ZipFile(archive).read(name) if data is None else data
+        return _any_member(archive, name) if data is None else data
     except OSError as error:
         raise BadSample(f"{archive}: {error.strerror or error}") from None
     except KeyError:
@@ -46,6 +48,22 @@ def read_member(archive: Path, name: str) -> bytes:
         struct.error,
     ) as error:
         raise BadSample(f"{archive}, member {name}: {error}") from None
+
+
+def _any_member(archive: Path, name: str) -> bytes:
+    with zipfile.ZipFile(archive) as opened, opened.open(name) as member:
+        data = member.read(FILE_LIMIT + 1)
+    if len(data) > FILE_LIMIT:
+        raise zipfile.BadZipFile(TOO_LONG)
+    return data
+
+
+def _inflated(data: bytes) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    content = inflater.decompress(data, FILE_LIMIT + 1)
+    if len(content) > FILE_LIMIT:
+        raise zipfile.BadZipFile(TOO_LONG)
+    return content
 
 
 def _quick_member(file, name: bytes) -> bytes | None:
@@ -82,8 +100,10 @@ def _quick_member(file, name: bytes) -> bytes | None:
         file.seek(header)
         local = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
         file.seek(local[-2] + local[-1], os.SEEK_CUR)  # name and extra field
+        if packed > FILE_LIMIT:
+            raise zipfile.BadZipFile(TOO_LONG)
         data = file.read(packed)
-        data = data if method == 0 else zlib.decompress(data, -zlib.MAX_WBITS)
+        data = data if method == 0 else _inflated(data)
         if zlib.crc32(data) != entry[7]:
             raise zlib.error("its checksum is wrong")
         return data

@@ -1,12 +1,16 @@
 """In-order loading for evaluation: every sample once, on any number of processes."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from base.errors import BadSample, UserError
+from dataset.images.decode import reading
 from dataset.loading.workers import signals_held, worker_init
+
+LISTED = 20  # images named
 
 
 def shard_indices(n: int, rank: int, world_size: int) -> range:
@@ -18,8 +22,13 @@ def shard_indices(n: int, rank: int, world_size: int) -> range:
 class EvalLoader:
     """Batches of `load(i)` for every i of `indices`, in order, the last one possibly smaller.
 
-    load: makes a sample, or raises BadSample, which ends the evaluation with a UserError: nothing
-    is left out silently.
+    Nothing is left out. A truncated JPEG is scored with its missing rows grey, and an unreadable
+    image as a grey one, which the model gets wrong but for luck: so a score is over all samples
+    on any machine. Both are named on stderr and counted, in `truncated` and `unreadable`, over all
+    passes so far.
+    load: makes a sample. A BadSample of another kind than an unreadable image ends the evaluation
+    with a UserError; so do more unreadable images than `error_budget`, a fraction of `indices`.
+    exif: turn images by their EXIF orientation.
     """
 
     def __init__(
@@ -30,9 +39,15 @@ class EvalLoader:
         collate: Callable[[list[dict]], dict],
         workers: int = 4,
         pin_memory: bool = False,
+        error_budget: float = 0.01,
+        exif: bool = False,
     ):
+        self.samples = len(indices)
+        self.error_budget = error_budget
+        self.unreadable: list[str] = []
+        self.truncated: list[str] = []
         self.loader = DataLoader(
-            _Loaded(load, indices),
+            _Loaded(load, indices, exif),
             batch_size=batch_size,
             num_workers=min(workers, len(indices)),
             collate_fn=_CollateOrBad(collate),
@@ -45,35 +60,67 @@ class EvalLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict]:
+        self.unreadable = []
+        self.truncated = []
         with signals_held():
             batches = iter(self.loader)
         for batch in batches:
             if isinstance(batch, BadSample):
                 raise UserError(
-                    f"{batch}; evaluation needs every sample: mend the file or remove its annotation"
+                    f"{batch}; evaluation needs every sample: fix the file or remove its annotation"
                 )
+            batch, unreadable, truncated = batch
+            self.unreadable += unreadable
+            self.truncated += truncated
+            self._check_budget()
             yield batch
+        self._report()
+
+    def _check_budget(self) -> None:
+        if len(self.unreadable) > self.error_budget * self.samples:
+            listed = "\n  ".join(self.unreadable[:LISTED])
+            raise UserError(
+                f"{len(self.unreadable)} images of {self.samples} samples are unreadable, more "
+                "than the error budget allows; evaluation needs every sample: fix the files or "
+                f"remove their annotations. The first:\n  {listed}"
+            )
+
+    def _report(self) -> None:
+        kinds = (
+            (self.unreadable, "unreadable, scored as grey images"),
+            (self.truncated, "ending early, scored with their missing rows grey"),
+        )
+        for found, what in kinds:
+            if found:
+                listed = "\n  ".join(found[:LISTED])
+                print(f"{len(found)} images {what}:\n  {listed}", file=sys.stderr, flush=True)
 
 
 class _Loaded(Dataset):
-    def __init__(self, load: Callable[[int], dict], indices: Sequence[int]):
-        self.load, self.indices = load, indices
+    """(sample, unreadable images, truncated images), or a BadSample."""
+
+    def __init__(self, load: Callable[[int], dict], indices: Sequence[int], exif: bool):
+        self.load, self.indices, self.exif = load, indices, exif
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, place: int) -> dict | BadSample:
+    def __getitem__(self, place: int) -> tuple | BadSample:
         try:
-            return self.load(self.indices[place])
+            with reading(self.exif, grey=True) as noticed:
+                sample = self.load(self.indices[place])
         except BadSample as error:
             return error
+        return sample, noticed.unreadable, noticed.truncated
 
 
 class _CollateOrBad:
     def __init__(self, collate: Callable[[list[dict]], dict]):
         self.collate = collate
 
-    def __call__(self, samples: list) -> dict | BadSample:
-        return next(
-            (sample for sample in samples if isinstance(sample, BadSample)), None
-        ) or self.collate(samples)
+    def __call__(self, found: list) -> tuple | BadSample:
+        for each in found:
+            if isinstance(each, BadSample):
+                return each
+        samples, unreadable, truncated = zip(*found, strict=True)
+        return self.collate(list(samples)), sum(unreadable, []), sum(truncated, [])

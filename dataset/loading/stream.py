@@ -2,6 +2,7 @@
 for evaluation."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,9 +11,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
+from dataset.images.decode import reading
 from dataset.loading.randomness import mix, permuted, seeded
 from dataset.loading.workers import signals_held, worker_init
 
+COUNTS = ("bad", "missing", "truncated")  # of samples, in the position of a worker
+EARLY = "the image ends early; its missing rows are grey"
 LISTED = 20  # bad samples named when the budget is exceeded
 ENOUGH = 1000  # samples after which the share of bad ones means something
 
@@ -57,7 +61,7 @@ class Stream:
 
     sources: each a RecordSource or ShardSource. weights: share of each in the samples drawn, by
     default its share of all samples. Sources take turns so that after any number of draws each is
-    within one sample of its share.
+    within one sample of its share. exif: turn images by their EXIF orientation.
     `len(stream)`, the samples of one epoch, is the sum over the sources.
     """
 
@@ -66,7 +70,9 @@ class Stream:
         sources: Sequence,
         collate: Callable[[list[dict]], dict],
         weights: Sequence[float] | None = None,
+        exif: bool = False,
     ):
+        self.exif = exif
         weights = list(weights or map(len, sources))
         if not sources or len(weights) != len(sources) or min(weights) <= 0:
             raise UserError(
@@ -81,20 +87,23 @@ class Stream:
     def start(self, taken: int, slot: int, slots: int) -> dict:
         """Position of worker `slot` of `slots` once all have taken about `taken` samples together.
 
-        Per source: `at` its own position, `drawn` and `bad` the samples drawn and dropped by this
-        worker.
+        Per source: `at` its own position; `drawn`, `bad` and `truncated` the samples that this
+        worker drew, dropped, and used though their image ended early; `missing`, samples counted as
+        bad without being drawn, because the rest of a shard was lost.
         """
         counts = [int(taken * share) for share in self.shares]
         at = [
             source.start(count, slot, slots)
             for source, count in zip(self.sources, counts, strict=True)
         ]
-        return {"at": at, "drawn": [count // slots for count in counts], "bad": [0] * len(counts)}
+        drawn = [count // slots for count in counts]
+        return {"at": at, "drawn": drawn, **{name: [0] * len(counts) for name in COUNTS}}
 
     def batches(
         self, batch_size: int, seed: int, slot: int, slots: int, position: dict
     ) -> Iterator[tuple]:
-        """Endless `(batch, position after it, messages of the bad samples dropped on the way)`.
+        """Endless `(batch, position after it, messages about the bad samples dropped on the way,
+        messages about truncated images)`.
 
         The samples and the batch depend on their own seeds only; the global random generators are
         left as they were.
@@ -104,7 +113,7 @@ class Stream:
             source.read(mix(seed, number), slot, slots, at)
             for number, (source, at) in enumerate(zip(self.sources, position["at"], strict=True))
         ]
-        samples, dropped, batch_seed = [], [], 0
+        samples, dropped, truncated, batch_seed = [], [], [], 0
         while True:
             number = self._next_source(position["drawn"])
             source = self.sources[number]
@@ -114,18 +123,22 @@ class Stream:
             try:
                 if isinstance(record, BadSample):
                     raise record
-                with seeded(sample_seed):
+                with seeded(sample_seed), reading(self.exif) as noticed:
                     samples.append(source.build(record))
+                position["truncated"][number] += bool(noticed.truncated)
+                truncated += [f"{source.name}: {name}: {EARLY}" for name in noticed.truncated]
             except BadSample as error:
-                position["bad"][number] += 1
+                lost = error.lost or 1
+                position["bad"][number] += lost
+                position["missing"][number] += lost - 1
                 dropped.append(f"{source.name}: {error}")
             if len(dropped) >= max(batch_size, min(ENOUGH, len(self))):
                 raise UserError(too_many(dropped, len(dropped), len(dropped) + len(samples)))
             if len(samples) == batch_size:
                 with seeded(batch_seed):
                     batch = self.collate(samples)
-                yield batch, copy.deepcopy(position), dropped[:LISTED]
-                samples, dropped, batch_seed = [], [], 0
+                yield batch, copy.deepcopy(position), dropped[:LISTED], truncated[:LISTED]
+                samples, dropped, truncated, batch_seed = [], [], [], 0
 
     def _next_source(self, drawn: list[int]) -> int:
         """The source that lags most behind its share."""
@@ -172,12 +185,21 @@ class StreamLoader:
         self.pin_memory, self.prefetch = world.device.type == "cuda", prefetch
         self.slots = max(workers, 1)
         self.bad_samples: list[str] = []
+        self._named: set[str] = set()
         self._state = self._resume(state) if state else self._start(0)
         self._batches = None
 
     @property
     def errors(self) -> dict[str, int]:
-        counts = zip(*(slot["bad"] for slot in self._state["slots"]), strict=True)
+        return self._counted("bad")
+
+    @property
+    def truncated(self) -> dict[str, int]:
+        """Samples used so far whose image ended early, per source."""
+        return self._counted("truncated")
+
+    def _counted(self, name: str) -> dict[str, int]:
+        counts = zip(*(slot[name] for slot in self._state["slots"]), strict=True)
         return {
             source.name: sum(count)
             for source, count in zip(self.stream.sources, counts, strict=True)
@@ -194,7 +216,7 @@ class StreamLoader:
             with signals_held():
                 self._batches = iter(self._data_loader())
         try:
-            batch, slot, position, dropped = next(self._batches)
+            batch, slot, position, dropped, truncated = next(self._batches)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker (pid"):
                 raise  # a mistake in our code
@@ -208,8 +230,20 @@ class StreamLoader:
         self._state["batches"] += 1
         self._state["samples"] += self.batch_size * self.world_size
         self.bad_samples = (self.bad_samples + dropped)[:LISTED]
+        self._name([f"unusable sample, left out: {message}" for message in dropped])
+        self._name([f"damaged sample, used: {message}" for message in truncated])
         self._check_budget()
         return batch
+
+    def _name(self, messages: list[str]) -> None:
+        """Print what was not said before; after LISTED messages they are only counted."""
+        for message in messages:
+            if message in self._named or len(self._named) > LISTED:
+                continue
+            self._named.add(message)
+            if len(self._named) > LISTED:
+                message = "further unusable or damaged samples are counted, not named"
+            print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Stops the workers; the next batch asked for starts new ones behind the last batch handed
@@ -251,7 +285,11 @@ class StreamLoader:
         now = self._made_with()
         changed = [key for key, value in now.items() if state["made_with"].get(key) != value]
         if not changed:
-            return copy.deepcopy(state)
+            state = copy.deepcopy(state)
+            for slot in state["slots"]:
+                for name in COUNTS:  # checkpoints of earlier versions lack some
+                    slot.setdefault(name, [0] * len(self.stream.sources))
+            return state
         changes = ", ".join(f"{key} {state['made_with'].get(key)} -> {now[key]}" for key in changed)
         warnings.warn(
             f"data order changed on resuming ({changes}): going on at about the same place",
@@ -260,7 +298,8 @@ class StreamLoader:
         return self._start(state["samples"])
 
     def _check_budget(self) -> None:
-        drawn = sum(sum(slot["drawn"]) for slot in self._state["slots"])
+        slots = self._state["slots"]
+        drawn = sum(sum(slot["drawn"]) + sum(slot["missing"]) for slot in slots)
         bad = sum(self.errors.values())
         if bad > self.error_budget * drawn and drawn >= min(ENOUGH, len(self.stream)):
             counts = ", ".join(f"{name} {count}" for name, count in self.errors.items())
@@ -284,13 +323,13 @@ class _Slots(IterableDataset):
         number, of = self.rank * len(positions) + slot, self.world_size * len(positions)
         try:
             batches = self.stream.batches(self.batch_size, self.seed, number, of, positions[slot])
-            for batch, position, dropped in batches:
-                yield batch, slot, position, dropped
+            for batch, position, dropped, truncated in batches:
+                yield batch, slot, position, dropped, truncated
         except (
             UserError
         ) as error:  # handed over as a value: raising it here would bury the message in a traceback
             while True:
-                yield error, slot, positions[slot], []
+                yield error, slot, positions[slot], [], []
 
 
 def too_many(listed: list[str], bad: int, drawn: int) -> str:

@@ -1,19 +1,38 @@
 """Class folders: a folder a class with its images, for classification."""
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from base.distributed import rank
 from base.errors import UserError
 from base.files import read_json
 from dataset.images.decode import decode_image
+from dataset.images.formats import files_below, is_image
 
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the sub-folders in alphabetical order; links count, hidden ones do not."""
+    return sorted(
+        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+
+
+def _report(root: Path, left_out: Counter) -> None:
+    """Names what is no image by its ending: nothing is left out silently."""
+    if left_out and rank() == 0:
+        kinds = ", ".join(
+            f"{count} {ending or 'without one'}" for ending, count in left_out.items()
+        )
+        print(f"{root}: left out files whose ending is no image's: {kinds}", file=sys.stderr)
 
 
 class ClassFolder:
     """All images below `root`; the label is the place of the image's folder in alphabetical order.
+    Hidden files and folders are ignored, symbolic links followed.
 
     classes: names of the classes in that order, where known: as many as there are folders.
     """
@@ -29,26 +48,29 @@ class ClassFolder:
             raise UserError(
                 f"{root}: no such folder; name a folder with one sub-folder of images per class"
             )
-        self.folders = sorted(path.name for path in self.root.iterdir() if path.is_dir())
+        self.folders = class_folders(self.root)
         if classes and len(classes) != len(self.folders):
             raise UserError(
-                f"{root} has {len(self.folders)} class folders, but the list of labels names {len(classes)} classes; "
-                f"{_odd_one_out(self.folders, classes)}"
+                f"{root} has {len(self.folders)} class folders, but the list of labels names "
+                f"{len(classes)} classes; {_odd_one_out(self.folders, classes)}"
             )
         self.files, labels = [], []
+        left_out: Counter[str] = Counter()
         for label, folder in enumerate(self.folders):
-            found = sorted(
-                path for path in (self.root / folder).rglob("*") if path.suffix.lower() in IMAGES
-            )
+            everything = list(files_below(self.root / folder))
+            found = sorted(path for path in everything if is_image(path))
+            left_out.update(path.suffix for path in everything if not is_image(path))
             if not found:
                 raise UserError(
-                    f"{self.root / folder}: no images of this class; add them or remove folder and label"
+                    f"{self.root / folder}: no images of this class; add them or remove folder and "
+                    "label"
                 )
             self.files += found
             labels += [label] * len(found)
         if not self.files:
             raise UserError(f"{root}: no sub-folders with images, one per class")
         self.labels = torch.tensor(labels)
+        _report(self.root, left_out)
 
     def __len__(self) -> int:
         return len(self.files)

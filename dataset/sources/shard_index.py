@@ -1,147 +1,199 @@
-"""Samples of WebDataset tar shards by number: where every member lies, found by reading the headers
-alone."""
+"""Samples of tar and TFRecord shards by number, for evaluation: where every member lies.
 
-import shutil
-import tarfile
+The samples are those that training reads (`dataset.sources.tar`). Shards that are remote or
+compressed are copied, decompressed, into the cache.
+"""
+
+import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from base.errors import BadSample, MissingData, UserError
-from base.files import atomic_write, digest
-from dataset.sources.shards import IMAGE_TYPES, open_file
+import numpy as np
 
-BLOCK = 1 << 22  # bytes copied at a time
+from base.distributed import rank
+from base.errors import BadSample, UserError
+from base.files import atomic_write, cache_folder, digest, file_state
+from dataset.images.formats import IMAGE_TYPES
+from dataset.sources.remote import plain_copy
+from dataset.sources.shards import example_record, member_record
+from dataset.sources.tar import Sample, TarWalk, read_samples
+from dataset.sources.tfrecord import is_tfrecord, read_frames
+
+LISTED = 5  # bad samples named
+THREADS = 8
+INDEX_VERSION = 1  # part of the key of cached indices: raise it when the rules of reading change
+ARRAYS = ("shard", "first", "kind", "start", "size", "key_end", "keys", "kinds", "bad", "lost")
 
 
-class ShardIndex:
-    """The samples of tar shards on this machine, in order.
+class ShardIndex(Sequence):
+    """The samples of shards in order: `index[i]` is the record that training gets of sample i.
 
-    Members are read from the files where they lie; nothing is kept open, so that workers may share
-    the index.
+    Members are read where they lie; nothing is kept open, so that workers may share the index. It
+    takes about 60 bytes a sample and is cached by path, size and time of change of the shards.
+    Damaged samples and those without an image are left out, named and counted: `bad`, messages;
+    `lost`, their number. Raises UserError where they are more than `error_budget` of all.
     """
 
-    def __init__(self, shards: Sequence[Path], title: str = ""):
-        self.shards, self.samples = list(shards), []
-        for number, shard in enumerate(self.shards):
-            key = None
-            for name, place, size in tar_members(shard):
-                folder, _, file = name.rpartition("/")
-                stem, _, ending = file.partition(".")
-                if not stem or not ending:
-                    continue
-                if key != (folder, stem):
-                    key = (folder, stem)
-                    self.samples.append((number, f"{folder}/{stem}".lstrip("/"), {}))
-                self.samples[-1][2][ending.lower()] = (place, size)
-        if not self.samples:
-            raise UserError(f"{title or self.shards}: the shards hold no samples; fetch them anew")
+    def __init__(self, shards: Sequence[str | Path], title: str = "", error_budget: float = 0.01):
+        self.names = [str(shard) for shard in shards]
+        self.title = title or self.names[0]
+        with ThreadPoolExecutor(THREADS) as pool:
+            self.files = list(pool.map(partial(plain_copy, cache=cache_folder()), self.names))
+        table = _cached_table(self.names, self.files)
+        self.shard, self.first = table["shard"], table["first"]
+        self.kind, self.start, self.size = table["kind"], table["start"], table["size"]
+        self.keys, self.key_end = table["keys"], table["key_end"]
+        self.kinds = table["kinds"].tolist()
+        self.bad = [str(message) for message in table["bad"]]
+        self.lost = int(table["lost"])
+        self._check(error_budget)
+
+    def _check(self, error_budget: float) -> None:
+        listed = "\n  ".join(self.bad[:LISTED])
+        total = len(self) + self.lost
+        if self.lost > error_budget * total:
+            raise UserError(
+                f"{self.title}: {self.lost} of {total} samples are unusable, more than the error "
+                f"budget allows; fetch the shards again. The first:\n  {listed}"
+            )
+        if self.lost and rank() == 0:
+            print(
+                f"{self.title}: {self.lost} of {total} samples are unusable and left out:\n  "
+                f"{listed}",
+                file=sys.stderr,
+            )
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.shard)
+
+    def __getitem__(self, index: int) -> dict:
+        """The record of a sample. Raises BadSample."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number, name = self.shard[index], self.names[self.shard[index]]
+        if is_tfrecord(name):
+            first = self.first[index]
+            with open(self.files[number], "rb") as file:
+                file.seek(self.start[first])
+                payload = next(read_frames(file, name))
+            record = payload
+            if not isinstance(payload, BadSample):
+                record = example_record(name, int(self._key(index)), payload)
+        else:
+            members = {ending: self.read(index, ending) for ending in self.endings(index)}
+            record = member_record(name, Sample(self._key(index), members))
+        if isinstance(record, BadSample):
+            raise record
+        return record
+
+    def _key(self, index: int) -> str:
+        begin = self.key_end[index - 1] if index else 0
+        return self.keys[begin : self.key_end[index]].tobytes().decode("utf-8", "surrogateescape")
 
     def name(self, index: int) -> str:
-        shard, key, _ = self.samples[index]
-        return f"{self.shards[shard]}/{key}"
+        """`shard/key` of a sample."""
+        return f"{self.names[self.shard[index]]}/{self._key(index)}"
+
+    def _members(self, index: int) -> range:
+        end = self.first[index + 1] if index + 1 < len(self) else len(self.kind)
+        return range(self.first[index], end)
+
+    def endings(self, index: int) -> list[str]:
+        """Endings of the members of a sample."""
+        return [self.kinds[self.kind[place]] for place in self._members(index)]
 
     def read(self, index: int, ending: str) -> bytes:
         """Content of one member of a sample. KeyError where it has none of that ending."""
-        shard, _, members = self.samples[index]
-        place, size = members[ending]
-        with self.shards[shard].open("rb") as file:
-            file.seek(place)
-            return file.read(size)
+        for place in self._members(index):
+            if self.kinds[self.kind[place]] == ending:
+                with open(self.files[self.shard[index]], "rb") as file:
+                    file.seek(self.start[place])
+                    return file.read(self.size[place])
+        raise KeyError(ending)
 
     def image(self, index: int) -> bytes:
-        """The encoded image of a sample. Raises BadSample where it has none."""
-        members = self.samples[index][2]
-        found = next((kind for kind in IMAGE_TYPES if kind in members), None)
-        if found is None:
-            raise BadSample(
-                f"{self.name(index)}: no image (.{', .'.join(IMAGE_TYPES)}), only {', '.join(members)}"
-            )
-        return self.read(index, found)
+        """The encoded image of a sample."""
+        endings = self.endings(index)
+        return self.read(index, next(kind for kind in IMAGE_TYPES if kind in endings))
 
 
-def tar_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """`(name, where its content begins, its bytes)` of every file in a tar. UserError where it is
-    damaged or cut off.
-
-    Headers are read one by one, as TarFile's own iteration takes a damaged one for the end of the
-    archive.
-    """
+def _cached_table(names: Sequence[str], files: Sequence[Path]) -> dict[str, np.ndarray]:
+    states = [file_state(file) for file in files]
+    path = cache_folder() / "shards" / f"{digest(INDEX_VERSION, names, states)}.npz"
     try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:
-            member = archive.next()
-            while member is not None:
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"cut off in {member.name}")
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
-                archive.members.clear()
-                archive.fileobj.seek(archive.offset)
-                try:
-                    member = tarfile.TarInfo.fromtarfile(archive)
-                except tarfile.EOFHeaderError:
-                    return
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: not a whole tar file ({error}); fetch it anew") from None
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in ARRAYS}
+    except Exception:  # missing or damaged, in any way that zip and NumPy have: made again
+        pass
+    table = _table(names, files)
+    if not len(table["shard"]) and not len(table["bad"]):
+        raise UserError(f"{names[0]}: the shards hold no samples; fetch them again")
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **table)
+    return table
 
 
-def address(place: str, name: str) -> str:
-    """Where a file of a folder or URL is read; of a data set's page at Hugging Face, its files."""
-    place = place.rstrip("/")
-    if place.startswith("https://huggingface.co/datasets/"):
-        head, tree, branch = place.partition("/tree/")
-        place = (
-            f"{head}/resolve/{branch}"
-            if tree
-            else place
-            if "/resolve/" in place
-            else f"{place}/resolve/main"
-        )
-    return f"{place}/{name}"
+def _table(names: Sequence[str], files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Columns by sample (shard, first member, end of its key), by member (kind, start, size), the
+    keys one behind the other, and what was bad."""
+    from tqdm import tqdm
+
+    kinds: dict[str, int] = {}
+    columns: dict[str, list] = {name: [] for name in ("shard", "first", "kind", "start", "size")}
+    keys = bytearray()
+    key_end = []
+    bad = []
+    lost = 0
+    bar = tqdm(
+        list(zip(names, files, strict=True)), "indexing", unit=" shards", delay=2, disable=None
+    )
+    for number, (name, file) in enumerate(bar):
+        for sample in _samples(name, file):
+            if sample.fault:
+                lost += 1
+                place = f"{name}/{sample.key}" if sample.key else name
+                bad.append(f"{place}: {sample.fault}")
+                continue
+            columns["shard"].append(number)
+            columns["first"].append(len(columns["kind"]))
+            for ending, (start, size) in sample.members.items():
+                columns["kind"].append(kinds.setdefault(ending, len(kinds)))
+                columns["start"].append(start)
+                columns["size"].append(size)
+            keys += sample.key.encode("utf-8", "surrogateescape")
+            key_end.append(len(keys))
+    types = {"shard": np.int32, "kind": np.int32}
+    table = {name: np.array(each, types.get(name, np.int64)) for name, each in columns.items()}
+    table["key_end"] = np.array(key_end, np.int64)
+    table["keys"] = np.frombuffer(bytes(keys), np.uint8)
+    table["kinds"] = np.array(list(kinds), str)
+    table["bad"] = np.array([message.encode("utf-8", "replace").decode() for message in bad], str)
+    table["lost"] = np.array(lost)
+    return table
 
 
-def read_text(place: str, name: str) -> str | None:
-    """A small text file of a folder or URL; None where there is none.
-
-    MissingData where a URL cannot be asked, so that no answer is not taken for a missing file.
-    """
-    try:
-        with open_file(address(place, name), {}) as file:
-            return file.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{address(place, name)}: not UTF-8 text ({error})") from None
-    except Exception as error:  # every storage service raises its own
-        while error.__cause__:  # fsspec calls a host that does not answer a missing file
-            error = error.__cause__
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            return None
-        raise MissingData(
-            f"{address(place, name)}: cannot be read ({type(error).__name__}: {error}); check the address and the "
-            "network, or fetch the data set and name its folder"
-        ) from None
+def _samples(name: str, file: Path) -> Iterator[Sample]:
+    """The samples of one shard without their content; those without an image have a fault."""
+    if is_tfrecord(name):
+        yield from _frames(name, file)
+        return
+    with open(file, "rb") as opened:
+        size = file.stat().st_size
+        for sample in read_samples(TarWalk(opened, size), load=False):
+            if not sample.fault and not any(kind in sample.members for kind in IMAGE_TYPES):
+                sample.fault = f"no image, only {', '.join(sample.members)}"
+            yield sample
 
 
-def local_copy(place: str, name: str, cache: Path) -> Path:
-    """The file itself where it is local, else its copy in `cache`, fetched at the first use."""
-    url = address(place, name)
-    if "://" not in url:
-        if not Path(url).is_file():
-            raise UserError(
-                f"{url}: no such file, though nshards.txt counts it; fetch the data set anew"
-            )
-        return Path(url)
-    target = cache / digest(place) / name
-    if target.is_file():
-        return target
-    try:
-        with atomic_write(target) as temporary, open_file(url, {}) as source:
-            with temporary.open("wb") as copy:
-                shutil.copyfileobj(source, copy, BLOCK)
-    except Exception as error:
-        raise MissingData(
-            f"{url}: cannot be fetched into {cache} ({type(error).__name__}: {error}); check the network and the disk"
-        ) from None
-    return target
+def _frames(name: str, file: Path) -> Iterator[Sample]:
+    """The examples of a TFRecord file, read through to check them."""
+    with open(file, "rb") as opened:
+        start = 0
+        for number, payload in enumerate(read_frames(opened, name)):
+            if isinstance(payload, BadSample):
+                yield Sample(str(number), {}, str(payload))
+            else:
+                yield Sample(str(number), {"example": (start, len(payload))})
+            start = opened.tell()

@@ -23,6 +23,7 @@ from dataset.sources.protobuf import delimited, encode_varint, fields, varint
 Feature = list[bytes] | list[float] | list[int]
 HEADER = struct.Struct("<QI")
 CRC = struct.Struct("<I")
+PAYLOAD_LIMIT = 1 << 29  # bytes of a record
 BYTES, FLOATS, INTEGERS = 1, 2, 3  # field numbers of the kinds of list in a Feature
 
 
@@ -46,39 +47,58 @@ def read_frames(file: BinaryIO, name: str) -> Iterator[bytes | BadSample]:
     where the file is cut off, nothing can be found any more: one BadSample, and the end.
     """
     number = 0
-    while header := file.read(HEADER.size):
+    while True:
         place = f"{name}, record {number} (the first is 0)"
-        lost = "; what follows in this shard is lost"
-        if len(header) < HEADER.size:
-            yield BadSample(f"{place}: the file is cut off" + lost)
+        try:
+            frame = _read_frame(file)
+        except Exception as error:  # every storage service raises its own
+            reason = str(error) if isinstance(error, _Lost) else f"{type(error).__name__}: {error}"
+            yield BadSample(f"{place}: {reason}; what follows in this shard is lost", None)
             return
-        length, crc = HEADER.unpack(header)
-        if crc != masked_crc(header[:8]):
-            yield BadSample(f"{place}: the checksum of its length is wrong" + lost)
+        if frame is None:
             return
-        frame = file.read(length + CRC.size)
-        if len(frame) < length + CRC.size:
-            yield BadSample(f"{place}: the file is cut off" + lost)
-            return
-        payload = frame[:length]
-        if CRC.unpack_from(frame, length)[0] == masked_crc(payload):
+        payload, crc = frame
+        if crc == masked_crc(payload):
             yield payload
         else:
             yield BadSample(f"{place}: its checksum is wrong")
         number += 1
 
 
+class _Lost(Exception):
+    """Behind this nothing can be found."""
+
+
+def _read_frame(file: BinaryIO) -> tuple[bytes, int] | None:
+    """The next payload and its checksum; None at the end. Raises _Lost."""
+    header = file.read(HEADER.size)
+    if not header:
+        return None
+    if len(header) < HEADER.size:
+        raise _Lost("the file is cut off")
+    length, crc = HEADER.unpack(header)
+    if crc != masked_crc(header[:8]):
+        raise _Lost("the checksum of its length is wrong")
+    if length > PAYLOAD_LIMIT:
+        raise _Lost(f"{length} bytes, the limit is {PAYLOAD_LIMIT}")
+    frame = file.read(length + CRC.size)
+    if len(frame) < length + CRC.size:
+        raise _Lost("the file is cut off")
+    return frame[:length], CRC.unpack_from(frame, length)[0]
+
+
 def count_frames(path: str | Path) -> int:
     """Number of records of a local file, found by stepping from length to length; a torn end is not
     counted."""
-    count, position, size = 0, 0, os.path.getsize(path)
+    position = 0
+    size = os.path.getsize(path)
+    count = 0
     with open(path, "rb") as file:
-        while header := file.read(HEADER.size):
-            if len(header) < HEADER.size or HEADER.unpack(header)[1] != masked_crc(header[:8]):
-                return count
-            position += HEADER.size + HEADER.unpack(header)[0] + CRC.size
-            if position > size:
-                return count
+        while len(header := file.read(HEADER.size)) == HEADER.size:
+            length, crc = HEADER.unpack(header)
+            position += HEADER.size + length + CRC.size
+            if crc != masked_crc(header[:8]) or position > size:
+                break
             file.seek(position)
             count += 1
     return count

@@ -20,7 +20,7 @@ from base.files import cached_path, read_json, write_json_lines
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
-from dataset.sources.shards import ShardSource
+from dataset.sources.shards import shard_sources
 from dataset.tasks.record import as_list, captions_of, image_of
 from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
@@ -191,9 +191,8 @@ def pair_sources(
         on_main(partial(check_images, folder, records))
         pair = ImageTextPair(image_views, text_views, folder)
         sources.append(RecordSource(records, pair, kind))
-    for url in data.shards:
-        pair = ImageTextPair(image_views, text_views)
-        sources.append(ShardSource(url, pair, shuffle_buffer=data.shuffle_buffer))
+    pair = ImageTextPair(image_views, text_views)
+    sources += shard_sources(data.shards, pair, data.shuffle_buffer)
     return sources
 
 

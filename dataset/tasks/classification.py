@@ -13,9 +13,9 @@ Labels stay lists of class ids with weights. They are never expanded to the numb
 import inspect
 import math
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from base import distributed
 from base.errors import BadSample, UserError, brief
 from base.files import did_you_mean, digest, file_state, parse_json, read_lines, states_digest
 from dataset.images.decode import check_image_root
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import ENOUGH, RecordSource
-from dataset.sources.class_folder import ClassFolder
+from dataset.sources.class_folder import ClassFolder, class_folders
 from dataset.sources.records import Records
-from dataset.sources.shards import ShardSource, count_samples, list_shards, read_shard
+from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_list import TAR_ENDINGS, list_shards, shared_shards
+from dataset.sources.shards import ShardSource
+from dataset.sources.tfrecord import is_tfrecord
 from dataset.tasks.record import image_of
 
 LABEL_FIELDS = ("labels", "label", "cls")
@@ -222,45 +226,12 @@ class TorchvisionRecords(Sequence):
         return states_digest(sorted(path for path in root.rglob("*") if path.is_file()))
 
 
-class ShardRecords(Sequence):
-    """The records of shards in order, for evaluation. Access is quick where indices rise, as those
-    of a worker do."""
-
-    def __init__(self, urls: str):
-        self.shards = list_shards(urls, {})
-        self.ends = list(accumulate(count_samples([shard], {}) for shard in self.shards))
-        self.open: tuple[int, int, Iterator] = (
-            -1,
-            0,
-            iter(()),
-        )  # shard, records taken from it, the rest
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, index: int) -> dict:
-        shard = next(number for number, end in enumerate(self.ends) if index < end)
-        wanted = index - (self.ends[shard - 1] if shard else 0)
-        current, taken, rest = self.open
-        if current != shard or taken > wanted:
-            taken, rest = 0, read_shard(self.shards[shard], {})
-        record = next(islice(rest, wanted - taken, None), None)
-        self.open = (shard, wanted + 1, rest)
-        if record is None:
-            raise UserError(f"{self.shards[shard]}: fewer records than its _stats.json says")
-        if isinstance(record, BadSample):
-            raise record
-        return record
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"open": (-1, 0, iter(()))}
-
-
 def is_shards(data: str) -> bool:
     """Whether a data string names WebDataset or TFRecord shards."""
     if Path(data).is_dir():
-        return any(True for kind in ("*.tar", "*.tfrecord*") for _ in Path(data).glob(kind))
-    return "://" in data or ".tar" in data or ".tfrecord" in data
+        names = (path.name for path in Path(data).iterdir())
+        return any(name.endswith(TAR_ENDINGS) or is_tfrecord(name) for name in names)
+    return "://" in data or ".tar" in data or ".tgz" in data or ".tfrecord" in data
 
 
 def open_records(
@@ -353,28 +324,63 @@ class Labelled(Filtered):
 
 
 def training_source(
-    data: str, root: Path, view, labels: Labels, classes: Sequence[str], **options
+    data: str,
+    root: Path,
+    view,
+    labels: Labels,
+    classes: Sequence[str],
+    download: bool = False,
+    shuffle_buffer: int = 1000,
+    samples: int | None = None,
 ) -> Labelled:
-    """The endless stream's source of what a data string names (see dataset.loading.stream).
-    options: download, of `open_records`; shuffle_buffer, of shards.
+    """The endless stream's source of what a data string names (see dataset.loading.stream). A
+    collective: the first process looks through shards and class folders for all.
+
+    shuffle_buffer, samples: of shards.
     """
     build = LabelledImage(view, labels, root)
     if is_shards(data):
-        source = ShardSource(data, build, shuffle_buffer=options["shuffle_buffer"])
-    else:
-        records = open_records(data, root, "train", classes, options["download"])
-        for index in range(min(ENOUGH, len(records)) if isinstance(records, Records) else 0):
-            labels(
-                records[index] | {"index": index}
-            )  # what is wrong with the whole list shows at once
-        source = RecordSource(records, build, data)
-    return Labelled(source, labels)
+        shards = shared_shards(data, samples)
+        return Labelled(ShardSource(shards, build, shuffle_buffer=shuffle_buffer), labels)
+    records = shared_records(data, root, "train", classes, download)
+    if isinstance(records, Records):
+        for index in range(min(ENOUGH, len(records))):  # a fault of the whole list shows at once
+            labels(records[index] | {"index": index})
+    return Labelled(RecordSource(records, build, data), labels)
+
+
+def shared_records(
+    data: str, root: Path, split: str, classes: Sequence[str] = (), download: bool = False
+) -> Sequence:
+    """What a data string names, for all processes: a collective. The first process walks class
+    folders for the others, and makes the caches that they read."""
+    if is_shards(data):
+        return distributed.main_first(lambda: ShardIndex(list_shards(data), data))
+    opened = partial(open_records, data, root, split, classes, download)
+    if Path(data).is_dir() and not data.startswith("torchvision/"):
+        return distributed.on_main(opened, patient=True)
+    return distributed.main_first(opened)
+
+
+def shared_split(
+    data: str,
+    root: Path,
+    view,
+    labels: Labels,
+    classes: Sequence[str] = (),
+    download: bool = False,
+    split: str = "test",
+) -> "Split":
+    """`Split` for all processes: a collective."""
+    records = shared_records(data, root, split, classes, download)
+    return Split(data, root, view, labels, classes, download, split, records)
 
 
 class Split:
     """All records that a data string names, for evaluation: `load(i)` for i below the length.
 
-    split: of torchvision's data sets, where their string names none.
+    split: of torchvision's data sets, where their string names none. records: what it names, where
+    it is open already.
     """
 
     def __init__(
@@ -386,13 +392,14 @@ class Split:
         classes=(),
         download=False,
         split: str = "test",
+        records: Sequence | None = None,
     ):
         self.data = data
-        self.records = (
-            ShardRecords(data)
-            if is_shards(data)
-            else open_records(data, root, split, classes, download)
-        )
+        if records is None and is_shards(data):
+            records = ShardIndex(list_shards(data), data)
+        elif records is None:
+            records = open_records(data, root, split, classes, download)
+        self.records = records
         self.build = LabelledImage(view, labels, root)
 
     def __len__(self) -> int:
@@ -427,8 +434,7 @@ def identity(records: Sequence, data: str, root: str | Path = ".") -> str:
         images = (record.get("image") or record.get("url") for record in records)
         paths = (Path(root) / image for image in images if isinstance(image, str))
         return digest(file_state(data), len(records), states_digest(paths))
-    files = [file_state(file) if "://" not in file else file for file in records.shards]
-    return digest(files, len(records))
+    return digest([file_state(file) for file in records.files], len(records))
 
 
 def class_names(
@@ -440,6 +446,8 @@ def class_names(
     if file is not None:
         return read_class_names(file)
     for each in data:
+        if Path(each).is_dir() and not is_shards(each):
+            return class_folders(Path(each))
         if not is_shards(each) and Path(each).suffix not in (".json", ".jsonl"):
             return list(open_records(each, root, "train", download=download).classes)
     return []

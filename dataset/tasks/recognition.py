@@ -6,14 +6,15 @@ JSON entries {image, labels}; and WebDataset shards whose members `.nouns`
 scripts/data/extract_nouns.py made of the captions.
 """
 
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 
+from base import distributed
 from base.errors import BadSample, UserError, brief
 from base.files import cached_path, read_lines, write_json_lines
 from base.pixels import OPENAI
@@ -23,7 +24,9 @@ from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, Stream
 from dataset.sources.records import Records
-from dataset.sources.shards import IMAGE_TYPES, ShardSource, list_shards
+from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_list import list_shards
+from dataset.sources.shards import shard_sources
 from dataset.tasks.record import as_list, captions_of, image_of, name_of
 from dataset.text.nouns import parse_nouns
 from dataset.text.sentencepiece import PieceTokenizer
@@ -312,87 +315,74 @@ def training_stream(
     shards: Sequence[str],
     buffer: int,
     captions: bool,
+    samples: Sequence[int] = (),
 ) -> Stream:
     """Batches of RecognitionCollate: of list files with images below `root`, and of shards with
-    nouns.
+    nouns. A collective: the first process looks through lists and shards for all.
 
     buffer: samples of a shard that a worker permutes at a time; captions: whether samples have the
-    caption, too.
+    caption, too. samples: how many each entry of `shards` holds; none = they are counted.
     """
     build = LabelledImage(view, sequences, root, captions)
     sources: list = []
     for file in lists:
-        records = label_records(file)
+        records = distributed.main_first(partial(label_records, file))
         check_image_root(root, (record["image"] for record in islice(records, 20)))
         sources.append(RecordSource(records, build, str(file)))
-    sources += [ShardSource(url, build, shuffle_buffer=buffer) for url in shards]
+    sources += shard_sources(shards, build, buffer, samples)
     if not sequences.original:  # there, such images are trained on without labels
         sources = [Filtered(source, has_names, NO_NAMES) for source in sources]
     return Stream(sources, RecognitionCollate(sequences.tokenizer.pad))
 
 
 class ImageSet:
-    """The images of a split in order, with what they show: of a list (below `root`), or of local
-    .tar shards."""
+    """The images of a split in order, with what they show: of a list (below `root`), or of .tar
+    shards. The samples of shards are those that training reads."""
 
     def __init__(self, source: str | Path, view: Callable, root: str | Path = "."):
         self.view, self.root, self.source = view, Path(root), str(source)
-        is_list = Path(source).suffix in (".list", ".txt", ".json", ".jsonl")
-        self.records = (
-            label_records(source) if is_list else shard_index(list_shards(self.source, {}))
-        )
-        if is_list:
+        self.is_list = Path(source).suffix in (".list", ".txt", ".json", ".jsonl")
+        if self.is_list:
+            self.records = label_records(source)
             check_image_root(self.root, (record["image"] for record in self.records))
+        else:
+            self.records = ShardIndex(list_shards(self.source), self.source)
         try:
-            self.references = [names_of(record) for record in self.records]
+            self.references = [self._names(index) for index in range(len(self))]
         except BadSample as error:
             raise UserError(str(error)) from None
 
     def __len__(self) -> int:
         return len(self.records)
 
+    def _names(self, index: int) -> list[str]:
+        """What image `index` shows. Raises BadSample."""
+        if self.is_list:
+            return names_of(self.records[index])
+        try:
+            return parse_nouns(self.records.read(index, "nouns"))
+        except KeyError:
+            raise BadSample(f"{self.name(index)}: no member .nouns; {EXTRACT}") from None
+
     def image(self, index: int) -> bytes | Path:
         """The encoded image, or its file."""
-        record = self.records[index]
-        if "shard" not in record:
-            return self.root / record["image"]
-        with open(record["shard"], "rb") as file:
-            file.seek(record["start"])
-            return file.read(record["size"])
+        if self.is_list:
+            return self.root / self.records[index]["image"]
+        return self.records.image(index)
 
     def name(self, index: int) -> str:
-        return self.records[index].get("key") or self.records[index]["image"]
+        """Its path as the list has it, or SHARD/KEY."""
+        return self.records[index]["image"] if self.is_list else self.records.name(index)
 
     def load(self, index: int) -> dict[str, torch.Tensor]:
         """`image` uint8 [3,S,S]"""
         return {"image": self.view(decode_image(self.image(index), self.name(index)))}
 
 
-def shard_index(shards: Sequence[str]) -> list[dict]:
-    """Where the images of local, uncompressed shards lie, with their nouns: {key, shard, start,
-    size[, nouns]}."""
-    records: dict[str, dict] = {}
-    for shard in shards:
-        try:
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    stem, _, kind = member.name.partition(".")
-                    record = records.setdefault(f"{shard}/{stem}", {"key": f"{shard}/{stem}"})
-                    if kind in IMAGE_TYPES:
-                        record |= {"shard": shard, "start": member.offset_data, "size": member.size}
-                    elif kind == "nouns":
-                        record["nouns"] = archive.extractfile(member).read()
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{shard}: no readable, uncompressed tar file ({error})") from None
-    found = [record for record in records.values() if "shard" in record]
-    if not found:
-        raise UserError(f"{shards[0]}: no pictures in it")
-    return found
-
-
 def read_image(path: Path) -> torch.Tensor:
-    """uint8 [3,H,W] of one image that somebody asks about. UserError where it cannot be read."""
+    """uint8 [3,H,W] of one image that somebody asks about, turned as its EXIF orientation says.
+    UserError where it cannot be read."""
     try:
-        return decode_image(path)
+        return decode_image(path, exif=True)
     except BadSample as error:
         raise UserError(f"{error}; give a JPEG, PNG or WebP file") from None

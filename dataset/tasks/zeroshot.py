@@ -10,6 +10,7 @@ BadSample.
 
 import io
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from base.errors import BadSample, MissingData, UserError, brief
 from base.files import read_json, read_lines
 from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder
-from dataset.sources.shard_index import ShardIndex, local_copy, read_text
+from dataset.sources.remote import local_copy, read_text
+from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_list import MOST_NAMES
 from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of
 from dataset.tasks.record import by_image
 
@@ -332,13 +335,14 @@ def shard_files(entry: Entry, cache: Path) -> tuple[list[Path], str]:
             f"{entry.name}: no {entry.split}/nshards.txt in {entry.path}; name a folder or URL of CLIP_benchmark's "
             "layout, such as webdataset:https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10"
         )
-    try:
-        names = [f"{entry.split}/{number}.tar" for number in range(int(counted))]
-    except ValueError:
-        raise UserError(
-            f"{entry.path}/{entry.split}/nshards.txt: {counted[:20]!r} is no number"
-        ) from None
-    return [local_copy(entry.path, name, cache) for name in names], entry.name
+    place = f"{entry.path}/{entry.split}/nshards.txt"
+    if not (counted.strip().isascii() and counted.strip().isdigit()):
+        raise UserError(f"{place}: {counted[:20]!r} is no number")
+    if not 0 < int(counted) <= MOST_NAMES:
+        raise UserError(f"{place}: {counted[:20]!r} shards; fetch the file again")
+    names = [f"{entry.split}/{number}.tar" for number in range(int(counted))]
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda name: local_copy(entry.path, name, cache), names)), entry.name
 
 
 def lines_of(text: str | None) -> list[str]:

@@ -27,14 +27,15 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError  # noqa: E402
 from base.files import atomic_write, digest, file_state, read_json, write_json  # noqa: E402
-from dataset.sources.shards import list_shards, read_tar  # noqa: E402
+from dataset.sources.remote import plain_stream  # noqa: E402
+from dataset.sources.shard_list import list_shards, statistics_names  # noqa: E402
+from dataset.sources.tar import TarWalk, read_samples  # noqa: E402
 from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words  # noqa: E402
 from runtime.config import cli as configuration  # noqa: E402
 from runtime.config.cli import knob  # noqa: E402
@@ -75,35 +76,40 @@ def extractor(tagger: str, nltk_data: Path | None, numbers: bool, mended: bool) 
 
 
 def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
-    """Write the shard with nouns and its statistics; the counts of its statistics."""
-    stats = target.with_name(f"{target.stem}_stats.json")
+    """Write the shard with nouns and its statistics; the counts of its statistics. Damaged samples
+    are left out, named and counted."""
+    stats = Path(statistics_names(str(target))[0])
     made_of = digest(FORMAT, settings, shard if "://" in shard else file_state(shard))
     if target.exists() and stats.exists():
         counts = read_json(stats, dict)
         if counts.pop("made_of", None) == made_of:
             return counts
-    nouns, counts = extractor(*settings), Counter(successes=0, without_caption=0, without_nouns=0)
-    with atomic_write(target) as temporary, tarfile.open(temporary, "w") as archive:
-        for stem, members in groupby(read_tar(shard, {}), lambda member: _stem(member[0])):
-            members = dict(members)
-            caption = members.get(f"{stem}.txt", b"").decode("utf-8", "replace")
+    nouns = extractor(*settings)
+    counts = Counter(successes=0, without_caption=0, without_nouns=0)
+    with (
+        plain_stream(shard) as (file, size),
+        atomic_write(target) as temporary,
+        tarfile.open(temporary, "w") as archive,
+    ):
+        for sample in read_samples(TarWalk(file, size)):
+            if sample.fault:
+                counts["damaged"] += 1
+                print(f"{shard}/{sample.key}: {sample.fault}", file=sys.stderr)
+                continue
+            caption = sample.members.get("txt", b"").decode("utf-8", "replace")
             found = nouns(caption)
             if found:
                 counts["successes"] += 1
             else:  # kept: evaluation counts the image, training passes over it
                 counts["without_nouns" if caption.strip() else "without_caption"] += 1
-            members.pop(f"{stem}.nouns", None)
-            for name, data in (*members.items(), (f"{stem}.nouns", join_nouns(found).encode())):
-                header = tarfile.TarInfo(name)
+            sample.members.pop("nouns", None)
+            sample.members["nouns"] = join_nouns(found).encode()
+            for ending, data in sample.members.items():
+                header = tarfile.TarInfo(f"{sample.key}.{ending}")
                 header.size = len(data)
                 archive.addfile(header, io.BytesIO(data))
     write_json(stats, {**counts, "made_of": made_of})
     return dict(counts)
-
-
-def _stem(name: str) -> str:
-    folder, slash, file = name.rpartition("/")
-    return folder + slash + file.partition(".")[0]
 
 
 def main(config: Config) -> None:

@@ -1,6 +1,7 @@
 """The data stream: deterministic, disjoint and complete over ranks and workers, exactly resumable,
 with a budget."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,10 +13,13 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from base.errors import BadSample, UserError
+from dataset.images.decode import decode_image
 from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import RecordSource, StreamLoader
 from tests.contract.stream_cases import Build, collate, records, shards, stream, world
@@ -374,3 +378,69 @@ def test_evaluation_is_in_order_and_leaves_nothing_out(workers):
     with pytest.raises(UserError, match=r"images/13.jpg: truncated; evaluation needs every sample"):
         list(EvalLoader(load, range(10, 20), 5, collate, workers))
     assert list(EvalLoader(load, range(0), 5, collate, workers)) == []
+
+
+def jpegs(folder, count, cut=(), broken=()):
+    """JPEG files 0.jpg ... of one grey level each; those in `cut` end early."""
+    for number in range(count):
+        file = io.BytesIO()
+        Image.fromarray(np.full((64, 64, 3), 10 * number, np.uint8)).save(file, "JPEG")
+        data = file.getvalue()
+        if number in cut:
+            data = data[:-20]
+        (folder / f"{number}.jpg").write_bytes(b"" if number in broken else data)
+    return [{"number": number, "image": str(folder / f"{number}.jpg")} for number in range(count)]
+
+
+class Decodes:
+    def __call__(self, record):
+        mean = decode_image(record["image"]).float().mean()
+        return {"number": record["number"], "noise": (float(mean), 0.0, 0.0)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_images_are_used_counted_and_named_once(workers, tmp_path, capfd):
+    entries = jpegs(tmp_path, 20, cut=(3, 7), broken=(5,))
+    source = RecordSource(entries, Decodes(), "files")
+    loader = StreamLoader(stream(source), 4, workers, error_budget=0.2)
+    seen = Counter(numbers(take(loader, 20)))
+    loader.close()
+    assert {3, 7} < set(seen) and 5 not in seen
+    assert loader.truncated == {"files": seen[3] + seen[7]} and seen[3] + seen[7] >= 6
+    assert loader.errors["files"] >= 3
+    said = capfd.readouterr().err
+    for name in ("3.jpg: the image ends early", "7.jpg: the image ends early", "5.jpg: empty file"):
+        assert said.count(name) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_scores_damaged_images_within_the_budget(workers, tmp_path, capfd):
+    entries = jpegs(tmp_path, 20, cut=(3,), broken=(5, 6))
+
+    def load_image(index):
+        return Decodes()(entries[index])
+
+    loader = EvalLoader(load_image, range(20), 5, collate, workers, error_budget=0.1)
+    for _ in range(2):
+        batches = list(loader)
+        assert numbers(batches) == list(range(20))
+        means = torch.cat([batch["noise"][:, 0] for batch in batches])
+        assert means[5] == means[6] == 128 and means[3] > 30 and abs(means[4] - 40) < 1
+        assert len(loader.unreadable) == 2 and loader.truncated == [entries[3]["image"]]
+    said = capfd.readouterr().err
+    assert "2 images unreadable, scored as grey images" in said and "5.jpg: empty file" in said
+    with pytest.raises(UserError, match=r"2 images of 20 .*error budget(.|\n)*5.jpg: empty file"):
+        list(EvalLoader(load_image, range(20), 5, collate, workers, error_budget=0.05))
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_exactly():
+    straight = StreamLoader(stream(records(30, bad=(4,))), 4, 0, seed=2, error_budget=0.5)
+    take(straight, 3)
+    state = straight.state_dict()
+    for slot in state["slots"]:
+        del slot["truncated"], slot["missing"]
+    resumed = StreamLoader(
+        stream(records(30, bad=(4,))), 4, 0, seed=2, error_budget=0.5, state=state
+    )
+    assert same(take(resumed, 9), take(straight, 9))
+    assert resumed.state_dict() == straight.state_dict()

@@ -14,13 +14,8 @@ import pytest
 
 from base.errors import BadSample, UserError
 from dataset.loading.stream import StreamLoader
-from dataset.sources.shards import (
-    ShardSource,
-    count_samples,
-    expand_braces,
-    list_shards,
-    read_shard,
-)
+from dataset.sources.shard_list import count_samples, expand_braces, list_shards
+from dataset.sources.shards import ShardSource, read_shard
 from tests.contract.stream_cases import Build, shards, stream, world, write_shard, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -51,11 +46,8 @@ def test_lists_globs_braces_folders(tmp_path):
 def test_counts(tmp_path):
     source = shards(tmp_path, (3, 4))
     assert len(source) == 7 and count_samples(source.shards, {}) == 7
-    (tmp_path / "00001_stats.json").unlink()
-    with pytest.raises(
-        UserError, match=r"00001.tar: how many samples\?.*give the number of samples"
-    ):
-        ShardSource(str(tmp_path), Build())
+    (tmp_path / "00000_stats.json").write_text('{"successes": 30}')
+    assert len(ShardSource(str(tmp_path), Build())) == 34
     assert len(ShardSource(str(tmp_path), Build(), samples=99)) == 99
 
 
@@ -98,8 +90,9 @@ def test_damage_in_the_middle_is_noticed(tmp_path):
     header = 512 * 5 * 4  # jpg 1 + 2, txt 1 + 1 and json 1 + 1 blocks: seven per sample
     data[header : header + 3000] = b"\xff" * 3000
     (tmp_path / "a.tar").write_bytes(data)
-    *good, bad = read_shard(str(tmp_path / "a.tar"), {})
-    assert 0 < len(good) < 8 and isinstance(bad, BadSample)
+    records = list(read_shard(str(tmp_path / "a.tar"), {}))
+    captions = [None if isinstance(each, BadSample) else each["caption"] for each in records]
+    assert captions == ["0", "1", "2", None, None, "5", "6", "7"]
     (tmp_path / "b.tar").write_bytes(b"")
     (tmp_path / "c.tar").write_bytes(b"\0" * 10240)
     for name in ("b.tar", "c.tar", "missing.tar"):
@@ -112,13 +105,13 @@ def test_the_stream_goes_on_with_the_next_shard(tmp_path, workers):
     source = shards(tmp_path, (10,) * 6, name="web")
     for name in ("00002.tar", "00004.tar"):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:8000])
-    loader = StreamLoader(stream(source), 4, workers, error_budget=0.2)
+    loader = StreamLoader(stream(source), 4, workers, error_budget=0.5)
     seen = Counter(numbers(loader, 24))
     loader.close()
     assert set(range(10)) | set(range(30, 40)) < set(seen) and 29 not in seen
-    assert loader.errors["web"] >= 2
+    assert loader.errors["web"] >= 16  # all that is missing of both, though read as one each
     loader = StreamLoader(stream(source), 4, workers)
-    with pytest.raises(UserError, match=r"0000[24].tar: ReadError"):
+    with pytest.raises(UserError, match=r"0000[24].tar.* is lost"):
         numbers(loader, 100)
     loader.close()
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from base.errors import BadSample, UserError
 from base.files import write_json_lines
+from dataset.images import zip_member
 from dataset.images.clip import ImageViews, ViewOptions
 from dataset.images.zip_member import read_member
 from dataset.sources.shards import read_shard
@@ -246,3 +247,15 @@ def test_karpathys_records_train(tmp_path):
     assert captions_of(record) == ["a dog", "un chien"] and image_of(record).shape == (3, 8, 8)
     sample = ImageTextPair(lambda image: (image, None), TextViews(TextOptions()))(record)
     assert sample["texts"][0] in ("a dog", "un chien")
+
+
+@pytest.mark.parametrize("comment", [b"", b"read by zipfile"])
+def test_a_zip_member_that_unpacks_without_measure_is_a_bad_sample(comment, tmp_path, monkeypatch):
+    monkeypatch.setattr(zip_member, "FILE_LIMIT", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.jpg", bytes(4 << 20))
+        archive.writestr("1.jpg", b"small")
+        archive.comment = comment
+    with pytest.raises(BadSample, match="member 0.jpg: more than"):
+        zip_member.read_member(tmp_path / "a.zip", "0.jpg")
+    assert zip_member.read_member(tmp_path / "a.zip", "1.jpg") == b"small"

@@ -2,19 +2,19 @@
 reason."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from base.errors import BadSample, UserError
 from dataset.images import decode as images
-from dataset.images.decode import check_image_root, decode_image, plain_jpeg_size
-
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
+from dataset.images.decode import check_image_root, decode_image, plain_jpeg_size, reading
+from dataset.sources.class_folder import ClassFolder
 
 
 def image(mode="RGB", size=(40, 30)):
@@ -102,7 +102,7 @@ HUGE_JPEG = JPEG.replace(struct.pack(">HH", 300, 400), struct.pack(">HH", 60_000
     [
         (b"", "empty file"),
         (b"<html>404 not found</html>", "cannot identify"),
-        (JPEG[: len(JPEG) // 2], "truncated"),
+        (JPEG[:620], "Truncated"),
         (JPEG[:2], "identify"),
         (JPEG[:100], "x.jpg"),
         (encoded(image(), "PNG")[:-60], "x.jpg"),
@@ -149,3 +149,124 @@ def test_missing_files_and_wrong_root(tmp_path):
         check_image_root(tmp_path, ["a.jpg", "b.jpg"])
     (tmp_path / "b.jpg").write_bytes(JPEG)
     check_image_root(tmp_path, ["a.jpg", "b.jpg"])
+
+
+def test_a_truncated_jpeg_keeps_its_rows_and_the_others_are_grey(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as the originals set it
+    data = JPEG[: len(JPEG) // 2]
+    expected = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    monkeypatch.undo()
+    with reading() as noticed:
+        ours = decode_image(data, "cut.jpg")
+    assert torch.equal(ours, expected.permute(2, 0, 1)) and noticed.truncated == ["cut.jpg"]
+    assert (ours[:, -1] == 128).all() and not (ours[:, 0] == 128).all()
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    with reading() as noticed:
+        decode_image(JPEG, "whole.jpg")
+    assert noticed.truncated == []
+
+
+def test_unreadable_images_are_grey_where_evaluation_asks_for_it():
+    with reading(grey=True) as noticed:
+        ours = decode_image(b"no image", "x.jpg")
+    assert (ours == 128).all() and ours.shape == (3, 224, 224)
+    assert "x.jpg: cannot identify" in noticed.unreadable[0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_exif_orientation_is_an_option(orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image(mode), "JPEG", exif=exif)
+    stored = Image.open(io.BytesIO(data))
+    turned = ImageOps.exif_transpose(stored).convert("RGB")
+    for ours, theirs in (
+        (decode_image(data), stored.convert("RGB")),
+        (decode_image(data, exif=True), turned),
+    ):
+        assert torch.equal(ours, torch.from_numpy(np.array(theirs)).permute(2, 0, 1))
+    with reading(exif=True):
+        assert decode_image(data).shape[1:] == turned.size[::-1]
+        assert decode_image(data, exif=False).shape[1:] == stored.size[::-1]
+
+
+@pytest.mark.parametrize("values", [np.int32, np.float32])
+def test_pixels_without_a_known_range_are_bad_samples(values, tmp_path):
+    grey = np.arange(256).reshape(16, 16).astype(values)
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    with pytest.raises(BadSample, match=r"x\.tif: .* pixels have no known range"):
+        decode_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiffs_of_sixteen_bits(order, tmp_path):
+    grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "x.tif")
+    if order == ">":
+        Image.frombytes("I;16B", (16, 16), grey.astype(">u2").tobytes()).save(tmp_path / "x.tif")
+    assert decode_image(tmp_path / "x.tif")[0].flatten().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PCX", "SGI"])
+def test_formats_off_the_list_are_not_opened(kind):
+    with pytest.raises(BadSample, match=r"x\.jpg: cannot identify an image format in it$"):
+        decode_image(encoded(image(), kind), "x.jpg")
+
+
+def test_transparency_is_dropped_and_palettes_are_read(tmp_path):
+    colours = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
+    grey = Image.new("LA", (4, 4), (77, 0))
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 9, 8, 7])
+    for each, pixel in ((colours, [200, 100, 50]), (grey, [77] * 3), (palette, [9, 8, 7])):
+        options = {"transparency": 1} if each is palette else {}
+        found = decode_image(encoded(each, "PNG", **options))
+        assert found[:, 0, 0].tolist() == pixel
+
+
+def test_files_that_are_none_and_files_without_end(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    with pytest.raises(BadSample, match="no regular file"):
+        decode_image(tmp_path / "fifo.jpg")
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(20 << 30)
+    with pytest.raises(BadSample, match="bytes, the limit is"):
+        decode_image(tmp_path / "sparse.jpg")
+
+
+def test_no_foreign_warnings(recwarn):
+    for kind, mode in (("JPEG", "RGB"), ("PNG", "P"), ("WEBP", "RGB")):
+        decode_image(encoded(image(mode), kind))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("ending", ["jpg", "AVIF", "jfif", "jp2", "gif", "bmp", "tif", "webp"])
+def test_class_folders_take_every_image_that_is_read(ending, tmp_path, capsys):
+    (tmp_path / "cat").mkdir()
+    formats = {"jfif": "JPEG", "jpg": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
+    data = encoded(image(), formats.get(ending, ending.upper()))
+    (tmp_path / f"cat/0.{ending}").write_bytes(data)
+    (tmp_path / "cat/notes.txt").write_text("x")
+    folder = ClassFolder(tmp_path, lambda pixels: pixels)
+    assert len(folder) == 1 and folder.load(0)["image"].shape == (3, 30, 40)
+    assert "left out files whose ending is no image's: 1 .txt" in capsys.readouterr().err
+
+
+def test_class_folders_follow_links_and_ignore_hidden_files(tmp_path):
+    for name in (
+        "data/cat/0.jpg",
+        "data/cat/.1.jpg",
+        "data/.ipynb_checkpoints/z-checkpoint.jpg",
+        "disk/dogs/deep/2.jpg",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(JPEG)
+    (tmp_path / "data/dog").symlink_to(tmp_path / "disk/dogs")
+    (tmp_path / "disk/dogs/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/cat/again").symlink_to(tmp_path / "data/cat")
+    folder = ClassFolder(tmp_path / "data", lambda pixels: pixels)
+    assert folder.folders == ["cat", "dog"]
+    names = [str(path.relative_to(tmp_path / "data")) for path in folder.files]
+    assert names[0] == "cat/0.jpg" and names[-1] == "dog/loop/cat/0.jpg"
+    assert "dog/deep/2.jpg" in names and folder.labels.tolist() == [0, 1, 1]

@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
     for number in range(12):
         image = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
         image.save(tmp_path / f"{number}.jpg")
-    (tmp_path / "5.jpg").write_bytes((tmp_path / "5.jpg").read_bytes()[:900])
+    (tmp_path / "5.jpg").write_bytes((tmp_path / "5.jpg").read_bytes()[:300])
     return tmp_path
 
 

@@ -1,0 +1,235 @@
+"""Which shards there are and how many samples each holds: found once a run, by threads."""
+
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from base import distributed
+from base.errors import UserError
+from base.files import cache_folder, digest, write_json
+from dataset.images.formats import files_below
+from dataset.sources.remote import (
+    cause,
+    file_system,
+    is_missing,
+    is_remote,
+    plain_stream,
+    read_file,
+    state_of,
+    with_retries,
+)
+from dataset.sources.tar import TarWalk, read_samples
+from dataset.sources.tfrecord import count_frames, is_tfrecord
+
+TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+THREADS = 64  # requests to a store at a time
+MOST_NAMES = 1_000_000  # of a pattern with braces
+COUNT_VERSION = 2  # part of the key of cached counts: raise it when the rules of reading change
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Shards in order. counts: samples of each, none where only the sum `samples` was given."""
+
+    name: str
+    names: tuple[str, ...]
+    samples: int
+    counts: tuple[int, ...] = ()
+    options: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def expected(self, shard: str) -> int | None:
+        """Samples of a shard, where they are known."""
+        if not self.counts:
+            return None
+        if not hasattr(self, "_by_name"):
+            object.__setattr__(self, "_by_name", dict(zip(self.names, self.counts, strict=True)))
+        return self._by_name[shard]
+
+
+def find_shards(
+    urls: str | Sequence[str],
+    samples: int | None = None,
+    options: dict | None = None,
+    name: str | None = None,
+) -> Shards:
+    """The shards that paths, folders or URLs (with braces and globs) name, and their samples.
+
+    samples: how many there are in all; by default the sum of img2dataset's `*_stats.json` beside
+    the shards, without which the samples of a shard are counted once: in local files by their
+    headers alone, in others by reading through them. Counts are cached by path or URL, size and
+    time of change or ETag. options: of fsspec. Raises UserError.
+    """
+    patterns = [urls] if isinstance(urls, str) else list(urls)
+    options = options or {}
+    names = tuple(shard for pattern in patterns for shard in list_shards(pattern, options))
+    name = name or patterns[0]
+    if samples:
+        return Shards(name, names, samples, (), options)
+    counts = tuple(samples_of(names, options))
+    if not sum(counts):
+        raise UserError(f"{names[0]} and the other shards hold no samples")
+    return Shards(name, names, sum(counts), counts, options)
+
+
+def shared_shards(urls: str | Sequence[str], samples: int | None = None) -> Shards:
+    """`find_shards` by the first process, for all: a collective."""
+    return distributed.on_main(partial(find_shards, urls, samples), patient=True)
+
+
+def list_shards(pattern: str, options: dict | None = None) -> list[str]:
+    """Shards named by a path, folder (all its .tar and .tar.gz files, recursively; without any, its
+    TFRecord files) or URL with braces and globs, sorted per glob.
+
+    Raises UserError when a local shard is missing or a pattern matches nothing.
+    """
+    shards = []
+    for url in expand_braces(pattern):
+        matches = _remote_matches(url, options) if is_remote(url) else _local_matches(url)
+        if not matches:
+            raise UserError(f"{url}: no such shard; check the path and its braces and wildcards")
+        shards += matches
+    return shards
+
+
+def _local_matches(url: str) -> list[str]:
+    if Path(url).is_dir():
+        return _shards_among(str(path) for path in files_below(url))
+    import glob
+
+    return sorted(glob.glob(url, recursive=True))
+
+
+def _remote_matches(url: str, options: dict | None) -> list[str]:
+    is_glob = re.search(r"[*?\[]", url.partition("?")[0] if "://" in url[:8] else url)
+    if not is_glob and (url.partition("?")[0].endswith(TAR_ENDINGS) or is_tfrecord(url)):
+        return [url]
+    files, path = file_system(url, options)
+    try:
+        if re.search(r"[*?\[]", path):
+            found = with_retries(lambda: files.glob(path))
+            return sorted(files.unstrip_protocol(each) for each in found)
+        found = with_retries(lambda: files.find(path))
+    except Exception as error:  # every storage service raises its own
+        if is_missing(error):
+            return []
+        error = cause(error)
+        raise UserError(f"{url}: cannot be listed ({type(error).__name__}: {error})") from None
+    return _shards_among(files.unstrip_protocol(each) for each in found)
+
+
+def _shards_among(names) -> list[str]:
+    names = sorted(names)
+    tars = [name for name in names if name.endswith(TAR_ENDINGS)]
+    return tars or [name for name in names if is_tfrecord(name)]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """All names of a pattern with {a,b} and {000..012} (not nested), in order, as a shell expands
+    it."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = numbers.groups()
+        if int(last) - int(first) >= MOST_NAMES:
+            raise UserError(f"{pattern}: names more than {MOST_NAMES:,} shards")
+        options = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        options = match[1].split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [name for option in options for name in expand_braces(before + option + after)]
+
+
+# ---- samples of each shard
+def count_samples(shards: Sequence[str], options: dict | None = None) -> int:
+    """Samples of all shards together."""
+    return sum(samples_of(shards, options))
+
+
+def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
+    """Samples of every shard, asked for by threads, with a progress bar where it takes long."""
+    from tqdm import tqdm
+
+    count = partial(count_of, options=options)
+    with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
+        counts = pool.map(count, shards)
+        bar = tqdm(counts, "counting samples", len(shards), unit=" shards", delay=2, disable=None)
+        try:
+            return list(bar)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def count_of(shard: str, options: dict | None = None) -> int:
+    """Samples of one shard: as its statistics say, else as the cache says, else counted."""
+    try:
+        told = _from_statistics(shard, options)
+        if told is not None:
+            return told
+        key = digest(COUNT_VERSION, state_of(shard, options))
+        cached = cache_folder() / "counts" / f"{key}.json"
+        count = _from_cache(cached)
+        if count is None:
+            count = _counted(shard, options)
+            write_json(cached, {"shard": shard, "samples": count})
+        return count
+    except UserError:
+        raise
+    except Exception as error:  # every storage service raises its own
+        error = cause(error)
+        raise UserError(
+            f"{shard}: its samples cannot be counted ({type(error).__name__}: {error}); check the "
+            "path or address, or give the number of samples of all shards as samples"
+        ) from None
+
+
+def statistics_names(shard: str) -> list[str]:
+    """Where the statistics of a shard may lie: 00000_stats.json of 00000.tar and 00000.tar.gz;
+    earlier versions of extract_nouns.py wrote 00000.tar_stats.json of the latter."""
+    base = re.sub(r"\.(tgz|(tar|tfrecord)(\.\w+)?)$", "", shard)
+    return list(
+        dict.fromkeys([f"{base}_stats.json", f"{re.sub(r'[.][^./]*$', '', shard)}_stats.json"])
+    )
+
+
+def _from_statistics(shard: str, options: dict | None) -> int | None:
+    for name in statistics_names(shard):
+        try:
+            successes = json.loads(read_file(name, options))["successes"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # another program's, or damaged: the samples are counted
+        except Exception as error:
+            if is_missing(error):
+                continue
+            raise
+        if type(successes) is int and successes >= 0:
+            return successes
+    return None
+
+
+def _from_cache(path: Path) -> int | None:
+    try:
+        count = json.loads(path.read_bytes())["samples"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return count if type(count) is int else None
+
+
+def _counted(shard: str, options: dict | None) -> int:
+    if is_tfrecord(shard) and not is_remote(shard):
+        return count_frames(shard)
+    if is_tfrecord(shard):
+        from dataset.sources.tfrecord import read_frames
+
+        with plain_stream(shard, options) as (file, _):
+            return sum(1 for _ in read_frames(file, shard))
+    with plain_stream(shard, options) as (file, size):
+        return sum(1 for _ in read_samples(TarWalk(file, size), load=False))

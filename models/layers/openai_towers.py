@@ -178,12 +178,12 @@ class ModifiedResNet(nn.Module):
     def __init__(self, config: OpenAIConfig):
         super().__init__()
         width = config.vision_width
-        stem = ((3, width // 2, 2), (width // 2, width // 2, 1), (width // 2, width, 1))
-        for i, (before, after, stride) in enumerate(stem, 1):
-            self.add_module(
-                f"conv{i}", nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
-            )
-            self.add_module(f"bn{i}", nn.BatchNorm2d(after))
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
         before = width
         for stage, count in enumerate(config.vision_layers):
             after, blocks = width * 2**stage, []
@@ -199,9 +199,9 @@ class ModifiedResNet(nn.Module):
 
     def stem(self, image: Tensor) -> Tensor:
         """[B,3,S,S] -> [B,W,S/4,S/4]"""
-        x = image
-        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
-            x = norm(conv(x)).relu()
+        x = self.bn1(self.conv1(image)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.bn3(self.conv3(x)).relu()
         return F.avg_pool2d(x, 2)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -301,10 +301,10 @@ class SiamLIP(CL2L):
         text = siamlip_projector(config.text_width, hidden, out)
         self.siamlip_image_projector_global = self._with_last_norm(image)
         self.siamlip_text_projector_global = self._with_last_norm(text)
-        image = siamlip_projector(visual.num_features, hidden, out) if own else image
-        self.siamlip_image_projector_local = self._with_last_norm(image)
-        text = siamlip_projector(config.text_width, hidden, out) if own else text
-        self.siamlip_text_projector_local = self._with_last_norm(text)
+        local_image = siamlip_projector(visual.num_features, hidden, out) if own else image
+        self.siamlip_image_projector_local = self._with_last_norm(local_image)
+        local_text = siamlip_projector(config.text_width, hidden, out) if own else text
+        self.siamlip_text_projector_local = self._with_last_norm(local_text)
         image_text = siamlip_predictor(out, hidden, out)
         text_image = siamlip_predictor(out, hidden, out)
         self.image_text_predictor_global = image_text

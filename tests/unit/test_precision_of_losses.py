@@ -67,3 +67,17 @@ def test_losses_in_float32(method, tile):
     assert gradients.keys() == cast_gradients.keys() and gradients
     for name, gradient in gradients.items():
         assert torch.equal(gradient, cast_gradients[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_features_of_bfloat16_give_losses_in_float32(method):
+    """What towers return under autocast is widened before anything is computed of it."""
+    config = DualConfig(model=METHODS[method], label_smoothing=0.0)
+    with torch.device("meta"):
+        model = build_dual(config)
+    rounded = {name: x.detach().bfloat16() for name, x in features().items()}
+    model.features = lambda: rounded
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = total_loss(model(), config)
+    exact = model.losses({name: x.float() for name, x in rounded.items()})
+    assert torch.equal(loss, total_loss(exact, config))

@@ -9,6 +9,7 @@ import pytest
 
 import run_with_submitit
 from base.errors import UserError
+from runtime import slurm
 from runtime.interrupt import EXIT_REQUEUE
 from tests.pretraining import ROOT
 
@@ -151,7 +152,7 @@ def test_main_is_the_default_script_and_gets_the_name(capsys, tmp_path, monkeypa
 def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys, tmp_path):
     """The batch file with stand-ins for Slurm's programs: srun ends with STATUS, scontrol notes
     what it is asked."""
-    assert run_with_submitit.EXIT_REQUEUE == EXIT_REQUEUE
+    assert slurm.EXIT_REQUEUE == EXIT_REQUEUE
     text = preview(capsys, *SLURM, "--job_dir", str(tmp_path), "--max_requeues", "2")
     stand_ins = f"""
     scontrol() {{ echo "$@" >> {tmp_path}/asked; [ "$2" != node ] || echo "NodeAddr=10.1.2.3 NodeHostName=n1"; }}

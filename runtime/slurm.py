@@ -1,0 +1,110 @@
+"""The batch file of run_with_submitit.py: what Slurm is asked for, and how a job is requeued.
+
+Imports no torch: it runs on the login node.
+"""
+
+import argparse
+import shlex
+import subprocess
+from pathlib import Path
+
+from base.errors import UserError
+
+EXIT_REQUEUE = 75  # of runtime.interrupt, which would bring torch to the login node
+USR1, TERM = 128 + 10, 128 + 15  # status of a process that the signal met before it listened
+OTHERS_WAIT_S = 300  # after the first process of a job ended, the others are ended too
+
+# In the batch file ahead of srun. The address is the one Slurm itself reaches the node by: its name need not resolve.
+# Slurm signals the script itself only when it ends the job: a cancelled one must not come back, and a preempted one
+# Slurm requeues on its own.
+BATCH = f"""
+unset RANK WORLD_SIZE LOCAL_RANK MASTER_PORT
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+export MASTER_ADDR
+ended_by_slurm=no
+trap 'ended_by_slurm=yes' TERM
+finish() {{
+    case $1 in {EXIT_REQUEUE}|{USR1}|{TERM}) ;; *) return ;; esac
+    [ $ended_by_slurm = no ] || return
+    if [ "$(cat REQUEUES 2>/dev/null | grep -c "^job $SLURM_JOB_ID ")" -ge LIMIT ]; then
+        echo "job $SLURM_JOB_ID was requeued LIMIT times (--max_requeues); submit it again to resume" >&2
+        return
+    fi
+    echo "job $SLURM_JOB_ID asked to be requeued, $(date '+%F %T')" >> REQUEUES
+    scontrol requeue "$SLURM_JOB_ID"
+}}
+trap 'finish $?' EXIT"""
+
+
+def job_folder(options: argparse.Namespace) -> Path:
+    """Where the job's logs and results go; may hold %j, which Slurm and the batch file fill in."""
+    default = f"output/{options.name}" if options.name else "output/slurm/%j"
+    return Path(options.job_dir or default).absolute()
+
+
+def sbatch_options(options: argparse.Namespace) -> dict:
+    """Options of sbatch in submitit's spelling."""
+    gpus, cpus = options.ngpus, options.cpus or (10 if options.ngpus else 1)
+    memory = options.mem or 40 * gpus
+    requeues = '"$SLURM_JOB_ID"'.join(
+        shlex.quote(p) for p in str(job_folder(options) / "requeues.log").split("%j")
+    )
+    limit = str(options.max_requeues)
+    given = {
+        "job_name": options.name or Path(options.script).stem,
+        "partition": options.partition,
+        "time": options.timeout,
+        "nodes": options.nodes,
+        "ntasks_per_node": options.tasks,
+        "gpus_per_node": gpus or None,
+        "cpus_per_task": cpus,
+        "mem": f"{round(memory * 1024)}M" if memory else None,
+        "constraint": options.constraint or ("volta32gb" if options.use_volta32 else None),
+        "account": options.account,
+        "qos": options.qos,
+        "exclude": options.exclude,
+        "comment": options.comment,
+        "stderr_to_stdout": True,
+        "setup": BATCH.replace("REQUEUES", requeues).replace("LIMIT", limit).strip().splitlines(),
+        # since Slurm 22.05, srun does not take the cores from sbatch; a status 75 must reach us from every process
+        "srun_args": [f"--cpus-per-task={cpus}", f"--wait={OTHERS_WAIT_S}", "--kill-on-bad-exit=0"],
+    }
+    more = dict(word.removeprefix("--").partition("=")[::2] for word in options.sbatch)
+    more = {key: value or True for key, value in more.items()}  # a bare option is a switch
+    given["additional_parameters"] = {
+        "requeue": True,
+        "signal": f"USR1@{options.signal_delay}",
+    } | more
+    given = {key: value for key, value in given.items() if value is not None}
+    return given | {"wckey": None}  # submitit's default is refused where clusters check wckeys
+
+
+def build_executor(options: argparse.Namespace):
+    """submitit's writer of batch files; it works where there is no Slurm, too."""
+    import submitit
+
+    class Executor(submitit.SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    executor = Executor(folder=job_folder(options) / "slurm")
+    executor.update_parameters(**sbatch_options(options))
+    return executor
+
+
+def need_idle(folder: Path) -> None:
+    """Raise UserError where an earlier job still writes, or waits to write, to this folder."""
+    note = folder / "slurm" / "job"
+    if not note.exists():
+        return
+    job = note.read_text().strip()
+    states = subprocess.run(
+        ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True
+    ).stdout.split()
+    if states:
+        raise UserError(
+            f"{folder}: job {job} is {states[0].lower()} and writes there; let it end, `scancel {job}`, or choose "
+            "another --name"
+        )

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import default_collate
 
 from base.distributed import main_first, on_main
-from base.errors import BadSample, UserError
+from base.errors import BadSample, UserError, brief
 from base.files import cached_path, read_json, write_json_lines
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
@@ -58,6 +58,8 @@ def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -
         raise UserError(f"unknown collection {kind!r}; use one of {', '.join(FORMATS)}")
     read, convert = FORMATS[kind]
     entries = read_plain(path) if read is None else read(path)
+    if isinstance(entries, str | bytes | dict) or not hasattr(entries, "__iter__"):
+        raise UserError(f"{path}: expected a list of entries of {kind}, found {brief(entries)}")
     for number, entry in enumerate(entries):
         try:
             row = convert(entry)
@@ -65,9 +67,9 @@ def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -
                 type(text) is str for text in row["caption"]
             ):
                 raise TypeError
-        except (KeyError, TypeError, ValueError, IndexError):
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             raise UserError(
-                f"{path}, entry {number} (the first is 0): {entry!r:.80} is no entry of {kind}"
+                f"{path}, entry {number} (the first is 0): {brief(entry)} is no entry of {kind}"
             ) from None
         if row["caption"]:
             yield row
@@ -83,11 +85,18 @@ def yfcc_row(entry: Sequence) -> dict:
 
 
 def cc3m_row(entry: dict) -> dict:
-    return {"image": str(entry["image_id"]), "caption": list(entry["captions"])}
+    return {"image": str(entry["image_id"]), "caption": _texts(entry["captions"])}
+
+
+def _texts(captions: object) -> list[str]:
+    """A list or array of texts as a list, one text as a list of one."""
+    if isinstance(captions, str):
+        return [captions]
+    return list(captions.tolist() if hasattr(captions, "tolist") else captions)
 
 
 def cc12m_row(entry: dict) -> dict:
-    return {"image": str(entry["image_name"]), "caption": list(entry["captions"])}
+    return {"image": str(entry["image_name"]), "caption": _texts(entry["captions"])}
 
 
 def coco_entries(path: Path) -> Iterator[dict]:

@@ -259,3 +259,32 @@ def test_a_zip_member_that_unpacks_without_measure_is_a_bad_sample(comment, tmp_
     with pytest.raises(BadSample, match="member 0.jpg: more than"):
         zip_member.read_member(tmp_path / "a.zip", "0.jpg")
     assert zip_member.read_member(tmp_path / "a.zip", "1.jpg") == b"small"
+
+
+@pytest.mark.parametrize(
+    "kind, content",
+    [
+        ("cc3m", 5),
+        ("cc3m", {"image_id": "a", "captions": ["x"]}),
+        ("cc3m", "text"),
+        ("cc3m", [["a", "x"]]),
+        ("cc3m", [{"image_id": "a", "captions": 5}]),
+        ("cc3m", [{"image_id": "a", "captions": [5]}]),
+        ("cc12m", [{"image_name": "a", "captions": None}]),
+        ("cc12m", [None]),
+        ("yfcc15m", [5]),
+        ("yfcc15m", [(None, "t", "d")]),
+        ("yfcc15m", [(1, 5, "d")]),
+    ],
+    ids=str,
+)
+def test_metadata_of_another_type_is_one_sentence(tmp_path, kind, content):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=rf"a\.pkl.*{kind}"):
+        list(metadata_rows(kind, tmp_path / "a.pkl", load_plain))
+
+
+def test_one_caption_as_a_text_is_one_caption(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps([{"image_id": "a.jpg", "captions": "a cat"}]))
+    (row,) = metadata_rows("cc3m", tmp_path / "a.pkl", load_plain)
+    assert row["caption"] == ["a cat"]

@@ -44,7 +44,7 @@ def one_process(layout):
     return y.detach(), x.grad, gradients, net.state_dict()
 
 
-def compare(rank: int, shares: tuple[int, int], layout) -> None:
+def compare(rank: int, shares: tuple[int, int], layout, compiled: bool = False) -> None:
     y, grad_x, gradients, state = one_process(layout)
     net, x, weights = case(layout)
     names = list(net.state_dict())
@@ -54,7 +54,7 @@ def compare(rank: int, shares: tuple[int, int], layout) -> None:
     start = sum(shares[:rank])
     own = slice(start, start + shares[rank])
     mine = x.detach()[own].contiguous(memory_format=layout).requires_grad_()
-    result = net(mine)
+    result = (torch.compile(net, backend="aot_eager") if compiled else net)(mine)
     (result * weights[own]).sum().backward()
     close = {"rtol": 1e-9, "atol": 1e-10}
     torch.testing.assert_close(result.detach(), y[own], **close)
@@ -71,6 +71,7 @@ def all_cases(rank: int) -> None:
     for shares in SHARES:
         for layout in (torch.contiguous_format, torch.channels_last):
             compare(rank, shares, layout)
+    compare(rank, SHARES[0], torch.channels_last, compiled=True)
     half_precision()
 
 

@@ -1,0 +1,398 @@
+"""Every operation of a step on fake tensors, with its FLOPs, bytes, memory, host waits and collectives."""
+
+import contextlib
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from runtime.flops import operation_flops
+
+ROOT = str(Path(__file__).resolve().parents[2])
+ALIGNMENT = 512  # bytes, of CUDA's caching allocator
+
+# operations whose result the host must see before it can go on
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+    "is_nonzero",
+    "equal",
+}
+ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+VIEWS = {"detach", "alias", "_unsafe_view", "lift_fresh", "_reshape_alias"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel launch (or, of a list of tensors, a few)."""
+
+    phase: str
+    name: str
+    dtype: torch.dtype | None
+    flops: int
+    read: int  # bytes
+    written: int
+    line: str  # file:line of this repository that called it; of a backward pass, its forward's
+    launches: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One message to other processes: `size` bytes of the whole tensor that is reduced or gathered."""
+
+    phase: str
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Memory-bound operations between two products, fused into one kernel: each tensor from outside
+    is read once, each that outlives the group is written once."""
+
+    phase: str
+    bytes: int
+
+
+@dataclass
+class Trace:
+    """What a step did."""
+
+    operations: list[Operation] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    waits: Counter = field(default_factory=Counter)  # (phase, what, line) -> times
+    copies: Counter = field(default_factory=Counter)  # the same, of copies that do not wait
+    peak: int = 0
+    peak_parts: dict[str, int] = field(default_factory=dict)
+    peak_phase: str = ""
+    resident: int = 0  # bytes that stay between steps
+
+    @property
+    def flops(self) -> int:
+        return sum(o.flops for o in self.operations)
+
+    @property
+    def bytes(self) -> int:
+        return sum(o.read + o.written for o in self.operations)
+
+    @property
+    def launches(self) -> int:
+        return sum(o.launches for o in self.operations)
+
+
+class Recorder(TorchDispatchMode):
+    """Record what runs inside. Memory: each storage once, rounded as CUDA's allocator rounds it.
+
+    with simulated_gpu(), Recorder() as recorder:
+        recorder.adopt(model.parameters(), "weights")
+        step(); recorder.restart(); step()
+    recorder.trace
+    """
+
+    def __init__(self, fakes: bool = True):
+        super().__init__()
+        self.fakes = fakes  # False: real tensors, which may be read
+        self.trace, self.phase = Trace(), "setup"
+        self.live: dict[int, tuple[int, str]] = {}  # storage -> size, part
+        self.parts: Counter = Counter()
+        self.now = 0
+        self.lines: dict[int, str] = {}  # number of an autograd node -> line of its forward
+        self.hosts: set[int] = set()  # storages in the host's memory
+        self.group_read: dict[int, int] = {}  # storage -> bytes, of the group that is open
+        self.group_made: dict[int, int] = {}
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        for target, name, replacement in self._watched() if self.fakes else ():
+            self.stack.enter_context(mock.patch.object(target, name, replacement))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.stack.close()
+        return super().__exit__(*error)
+
+    def restart(self) -> None:
+        """Forget the steps so far, which filled the optimizer's state; what lives stays."""
+        self.trace = Trace(peak=self.now, peak_parts=dict(self.parts), resident=self.now)
+        self.lines.clear()
+
+    # ---- memory
+
+    def adopt(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count these tensors' memory as `part`."""
+        for tensor in tensors:
+            self.track(tensor, part)
+            key = _local(tensor).untyped_storage()._cdata
+            size, old = self.live.get(key, (0, part))
+            self.live[key] = (size, part)
+            self.parts[old] -= size
+            self.parts[part] += size
+
+    def track(self, tensor: Tensor, part: str) -> None:
+        storage = _local(tensor).untyped_storage()
+        key = storage._cdata
+        if key in self.live or key in self.hosts:
+            return
+        size = -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+        self.live[key] = (size, part)
+        self._grow(size, part)
+        weakref.finalize(storage, self._free, key)
+
+    def resize(self, storage, size: int) -> None:
+        """FSDP frees and refills its gathered parameters by resizing their storages."""
+        if storage._cdata in self.live:
+            old, part = self.live[storage._cdata]
+            new = -(-size // ALIGNMENT) * ALIGNMENT
+            self.live[storage._cdata] = (new, part)
+            self._grow(new - old, part)
+
+    def _grow(self, size: int, part: str) -> None:
+        self.now += size
+        self.parts[part] += size
+        if self.now > self.trace.peak:
+            self.trace.peak, self.trace.peak_phase = self.now, self.phase
+            self.trace.peak_parts = dict(self.parts)
+
+    def _free(self, key: int) -> None:
+        size, part = self.live.pop(key, (0, ""))
+        self.hosts.discard(key)
+        self.group_made.pop(key, None)  # freed before its group ended: never written
+        self.now -= size
+        self.parts[part] -= size
+
+    # ---- operations
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        namespace, _, name = str(func._overloadpacket).partition(".")
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if namespace in ("c10d", "_c10d_functional"):
+            self._note_collective(name, args, tensors)
+            return func(*args, **kwargs)
+        if tensors and all(self.is_host(t) for t in tensors):
+            return self._mark_host(func(*args, **kwargs))
+        waited, out = self._wait(name, args, kwargs, tensors)
+        if not self.fakes:
+            out = func(*args, **kwargs)
+        elif not waited:  # fused updates have no rule for fakes, and give nothing
+            out = None if name.startswith("_fused_") else func(*args, **kwargs)
+        results = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
+        launched = not (getattr(func, "is_view", False) or name in VIEWS or name in ALLOCATING)
+        if launched and namespace == "aten" and (tensors or results):
+            self._note(func._overloadpacket, name, args, kwargs, tensors, results, out)
+        for result in results:
+            self.track(result, self.part())
+        return out
+
+    def part(self) -> str:
+        """What the memory that is allocated now is for, until somebody adopts it."""
+        return {"backward": "temporaries", "optimizer": "optimizer"}.get(self.phase, "activations")
+
+    def _wait(self, name: str, args, kwargs, tensors: list[Tensor]) -> tuple[bool, object]:
+        """(True, a stand-in for the result) where the host would wait for this operation."""
+        if name == "_local_scalar_dense":
+            self.wait("a value is read (.item(), float(), bool(), if)")
+            kind = args[0].dtype
+            return True, True if kind == torch.bool else 1.0 if kind.is_floating_point else 1
+        if name in ("index", "index_put", "index_put_", "_unsafe_index") and len(args) > 1:
+            masks = [
+                i for i in args[1] if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
+            ]
+            if masks:
+                self.wait("indexing by a boolean mask")
+                return True, args[0].clone() if name == "index" else args[0]
+        if name in WAITING:
+            self.wait(name)
+            if name == "nonzero":
+                return True, args[0].new_zeros(args[0].numel(), args[0].ndim, dtype=torch.int64)
+            if name == "masked_select":
+                return True, args[0].flatten()
+            if name in ("equal", "is_nonzero"):
+                return True, True
+        if name == "repeat_interleave" and len(args) == 1 and kwargs.get("output_size") is None:
+            self.wait("repeat_interleave without output_size")
+        return False, None
+
+    def wait(self, what: str) -> None:
+        """Note that the host waits for the card here."""
+        self.trace.waits[(self.phase, what, _calling_line())] += 1
+
+    def _note(self, packet, name, args, kwargs, tensors, results, out) -> None:
+        lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+        of_lists = name.startswith(("_foreach", "_fused", "_amp_foreach"))
+        read = sum(map(_bytes, tensors))
+        written = sum(map(_bytes, results))
+        if of_lists and not results:
+            written = sum(map(_bytes, lists[0])) if name.startswith("_foreach") else read * 3 // 4
+        floating = [t.dtype for t in [*tensors, *results] if t.is_floating_point()]
+        flops = operation_flops(packet, args, kwargs, out)
+        if flops or of_lists:
+            self.close_group()
+        else:
+            self._fuse(tensors, results)
+        self.trace.operations.append(
+            Operation(
+                phase=self.phase,
+                name=name,
+                dtype=floating[0] if floating else None,
+                flops=flops,
+                read=read,
+                written=written,
+                line=self._line(),
+                # a launch of a list takes about a hundred tensors
+                launches=max(1, sum(map(len, lists)) // 100) if of_lists else 1,
+                shape=_largest_shape(tensors),
+            )
+        )
+
+    def _line(self) -> str:
+        """The calling line; in autograd's own operations the line of the forward operation."""
+        line = _calling_line()
+        node = torch._C._current_autograd_node()
+        if node is not None and line.startswith("runtime/optim"):
+            return self.lines.get(node._sequence_nr(), line)
+        if torch.is_grad_enabled():
+            self.lines.setdefault(torch.autograd._get_sequence_nr() - 1, line)
+        return line
+
+    def _note_collective(self, name: str, args, tensors: list[Tensor]) -> None:
+        sizes = [_bytes(t) for t in tensors]
+        reduces = "reduce" in name and "scatter" not in name
+        # of a gather and of a scatter, the largest list is the whole
+        whole = sum(sizes) if reduces or name.startswith("broadcast") else max(sizes, default=0)
+        lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
+        whole = max([whole, *(sum(map(_bytes, a)) for a in lists)])
+        self.trace.collectives.append(Collective(self.phase, name, whole))
+        for tensor in tensors:
+            _, part = self.live.get(_local(tensor).untyped_storage()._cdata, (0, ""))
+            if part in ("activations", "temporaries"):
+                self.adopt([tensor], "communication")
+
+    def _fuse(self, tensors: list[Tensor], results: list[Tensor]) -> None:
+        """Add a memory-bound operation to the open group."""
+        for tensor in tensors:
+            key = _local(tensor).untyped_storage()._cdata
+            if key not in self.group_made:
+                self.group_read[key] = max(self.group_read.get(key, 0), _bytes(tensor))
+        for tensor in results:
+            key = _local(tensor).untyped_storage()._cdata
+            self.group_made[key] = max(self.group_made.get(key, 0), _bytes(tensor))
+
+    def close_group(self) -> None:
+        """End the open group."""
+        size = sum(self.group_read.values()) + sum(self.group_made.values())
+        if size:
+            self.trace.groups.append(Group(self.phase, size))
+        self.group_read.clear()
+        self.group_made.clear()
+
+    # ---- the host's memory
+
+    def is_host(self, tensor: Tensor) -> bool:
+        return _local(tensor).untyped_storage()._cdata in self.hosts
+
+    def _mark_host(self, out):
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = _local(tensor).untyped_storage()
+                self.hosts.add(storage._cdata)
+                weakref.finalize(storage, self.hosts.discard, storage._cdata)
+        return out
+
+    def _watched(self) -> Iterator[tuple]:
+        """Python's ways between host and card, which look alike where the CPU stands in for the card."""
+        yield torch, "tensor", self._watch_factory(torch.tensor)
+        yield torch, "as_tensor", self._watch_factory(torch.as_tensor)
+        for name in ("cpu", "numpy", "tolist"):
+            yield Tensor, name, self._watch_read(getattr(Tensor, name), f".{name}()")
+        yield Tensor, "to", self._watch_to(Tensor.to)
+        yield torch.UntypedStorage, "resize_", self._watch_resize(torch.UntypedStorage.resize_)
+
+    def _watch_factory(self, function):
+        def wrapped(data, *args, **kwargs):
+            if isinstance(data, Tensor):
+                return function(data, *args, **kwargs)
+            if kwargs.get("device") is None:
+                return self._mark_host(function(data, *args, **kwargs))
+            self.wait(f"torch.{function.__name__}(…, device=…): a blocking copy to the card")
+            return function(data, *args, **kwargs)
+
+        return wrapped
+
+    def _watch_read(self, function, what: str):
+        def wrapped(tensor, *args, **kwargs):
+            if not self.is_host(tensor):
+                self.wait(f"{what}: a copy to the host")
+            if what == ".cpu()":
+                return self._mark_host(tensor.clone())
+            if what == ".tolist()":
+                return [0.0] * len(tensor) if tensor.ndim else 0.0
+            return function(tensor, *args, **kwargs)
+
+        return wrapped
+
+    def _watch_to(self, function):
+        def wrapped(tensor, *args, **kwargs):
+            device = kwargs.get("device")
+            for argument in args[:1]:
+                if isinstance(argument, (str, torch.device)):
+                    device = argument
+            if device is None or not self.is_host(tensor):
+                return function(tensor, *args, **kwargs)
+            key = (self.phase, ".to(device): a copy to the card", _calling_line())
+            if kwargs.get("non_blocking"):
+                self.trace.copies[key] += 1
+            else:
+                self.trace.waits[key] += 1
+            kwargs = {k: v for k, v in kwargs.items() if k == "dtype"}
+            return torch.empty_like(tensor, **kwargs)
+
+        return wrapped
+
+    def _watch_resize(self, function):
+        def wrapped(storage, size):
+            function(storage, size)
+            self.resize(storage, size)
+
+        return wrapped
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of an FSDP parameter that this process has."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of memory that reading all of the tensor touches: an expanded one is no larger than its storage."""
+    local = _local(tensor)
+    return min(local.numel() * local.element_size(), local.untyped_storage().nbytes())
+
+
+def _largest_shape(tensors: list[Tensor]) -> tuple[int, ...]:
+    return tuple(max(tensors, key=Tensor.numel).shape) if tensors else ()
+
+
+def _calling_line() -> str:
+    """file:line of the innermost frame in this repository, this package left out."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(ROOT) and "/runtime/simulate/" not in name and "/.venv/" not in name:
+            return f"{name[len(ROOT) + 1 :]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"

@@ -1,0 +1,340 @@
+"""What a step of each training script needs beside its recipe: a model without files, a batch without data.
+
+Every function takes the script's module and its parsed configuration, calls the script's own
+`build_model` and returns a Setup, whose `step` calls the script's own `train_step`. Files that a
+recipe names are not read: vocabularies, classes and lengths of texts are assumed, and said.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from base.distributed import unwrap
+from base.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+BERT_TOKENS, CLIP_TOKENS, LLAMA_TOKENS = 30522, 49408, 32003
+
+
+class BertVocabulary:
+    """What models ask of a WordPiece tokenizer: bert-base-uncased's numbers."""
+
+    vocab_size = BERT_TOKENS
+    special_ids = (0, 100, 101, 102, 103)
+    pad_id, cls_id, sep_id, mask_id = 0, 101, 102, 103
+
+
+class LlamaVocabulary:
+    """What NXTP asks of LLaMA's tokenizer: its size and the id of <|image|>."""
+
+    vocab_size, image = LLAMA_TOKENS, 32000
+
+
+@dataclass
+class Setup:
+    """A step of a script, before its model is wrapped.
+
+    model: on fake CPU tensors. frozen: other networks on the card. step(model, optimizer,
+    precision): one update. decayed: names for build_optimizer. assumed: sentences.
+    """
+
+    model: nn.Module
+    batch_size: int
+    step: Callable[..., None]
+    image_bytes: int  # of one sample's images as they cross the bus
+    frozen: list[nn.Module] = field(default_factory=list)
+    decayed: list[str] | None = None
+    assumed: list[str] = field(default_factory=list)
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.int64)
+
+
+def flags(*shape: int) -> Tensor:
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+def pixels(*shape: int) -> Tensor:
+    """Images as loaders give them: uint8, normalised on the card."""
+    return torch.zeros(*shape, dtype=torch.uint8)
+
+
+# names of one thing in different scripts
+SAME = {"student": "model", "pixels": "statistics"}
+
+
+def call(function: Callable, **available):
+    """`function` with those of the arguments that it names."""
+    wanted = inspect.signature(function).parameters
+    return function(**{name: available[SAME.get(name, name)] for name in wanted})
+
+
+def statistics() -> tuple[Tensor, Tensor]:
+    """Mean and std of pixels."""
+    return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+
+
+def as_step_wants(script: ModuleType, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """uint8 images as they are where the step normalises them itself, else normalised."""
+    from dataset.images.clip import normalize
+
+    if {"pixels", "statistics"} & set(inspect.signature(script.train_step).parameters):
+        return batch
+    images = {n: normalize(x, statistics()) for n, x in batch.items() if n.startswith("image")}
+    return {**batch, **images}
+
+
+def pretrain(script: ModuleType, config) -> Setup:
+    """Pretrain.py: pairs of config.max_tokens tokens, 15 % of them masked."""
+    from models.fusion.dvae import ImageTokenizer, TokenizerConfig
+    from models.fusion.momentum import MomentumPairs
+
+    config.bert_config = ROOT / config.bert_config
+    config.text_weights = config.vision_weights = config.checkpoint = None
+    codes = None
+    if config.is_simla:
+        kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
+        codes = ImageTokenizer(TokenizerConfig(), with_decoder=False).freeze(kind)
+    model = call(script.build_model, config=config, tokenizer=BertVocabulary, image_tokenizer=codes)
+    size, length, grid = config.batch_size, config.max_tokens, config.grid
+    masked = -(-int(config.mlm_probability * size * length) // 32) * 32
+    side = 0 if codes is None or config.code_cache else grid * codes.reduction
+
+    def batch() -> dict[str, Tensor]:
+        tensors = {
+            "image": torch.zeros(size, 3, config.image_res, config.image_res),
+            "text_ids": ids(size, length),
+            "text_mask": flags(size, length),
+            "mlm_ids": ids(size, length),
+            "mlm_positions": ids(masked),
+            "mlm_labels": ids(masked),
+        }
+        if codes is not None:
+            tensors["patch_mask"] = flags(size, grid * grid)
+            if side:
+                tensors["token_image"] = torch.zeros(size, 3, side, side)
+            else:
+                tensors["visual_codes"] = ids(size, grid * grid)
+        return tensors
+
+    def step(model, optimizer, precision) -> None:
+        teacher = step.teacher = step.teacher or MomentumPairs(model, config.momentum)
+        train(script, config, model, optimizer, precision, batch, teacher, image_tokenizer=codes)
+
+    step.teacher = None
+    assumed = [f"BERT's {BERT_TOKENS:,} tokens, texts of {length} tokens"]
+    if codes is not None:
+        assumed.append("DALL-E's image tokenizer")
+    image_bytes = 4 * 3 * (config.image_res**2 + side**2)
+    return Setup(model, size, step, image_bytes, [codes] if codes else [], None, assumed)
+
+
+def train(
+    script, config, model, optimizer, precision, next_batch, teacher=None, after=None, **more
+) -> None:
+    """One turn of the loop that every script writes out, without its log and checkpoints."""
+    from runtime.optim.build import set_learning_rate
+
+    set_learning_rate(optimizer, 1e-5)
+    parameters = [p for p in unwrap(model).parameters() if p.requires_grad]
+    cached = getattr(config, "cache_features", False) and hasattr(script, "train_step_cached")
+    call(
+        script.train_step_cached if cached else script.train_step,
+        model=model,
+        teacher=teacher,
+        next_batch=next_batch,
+        alpha=0.2,
+        statistics=statistics(),
+        config=config,
+        precision=precision,
+        **more,
+    )
+    precision.step(optimizer, parameters)
+    if after is not None:
+        after()
+
+
+def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda size: {}) -> Setup:
+    """The tasks of fusion encoders: images with texts of 24 tokens, and `extra` tensors."""
+    from models.fusion.momentum import MomentumPairs
+    from runtime.config.from_checkpoint import inherit
+
+    config.checkpoint = None
+    inherit(config, [])
+    config.bert_config = ROOT / config.bert_config
+    model = call(
+        getattr(script, "build_model", None) or script.network,
+        config=config,
+        tokenizer=BertVocabulary,
+        weights={},
+        answers=[],
+    )
+    size, side, length = config.batch_size_train, config.image_res, 24
+    two = script.__name__ == "NLVR" and config.stage != "text_assignment"
+    images = (size, 2, 3, side, side) if two else (size, 3, side, side)
+
+    def batch() -> dict[str, Tensor]:
+        texts = {"text_ids": ids(size, length), "text_mask": flags(size, length)}
+        return {"image": torch.zeros(*images), **texts, **extra(size)}
+
+    has_teacher = any("_m." in name for name, _ in model.named_parameters())
+
+    def step(model, optimizer, precision) -> None:
+        if has_teacher and step.teacher is None:
+            step.teacher = MomentumPairs(model, config.momentum)
+        train(script, config, model, optimizer, precision, batch, step.teacher)
+
+    step.teacher = None
+    assumed = [f"BERT's {BERT_TOKENS:,} tokens, texts of {length} tokens"]
+    return Setup(model, size, step, 4 * 3 * side**2 * (1 + two), assumed=assumed)
+
+
+def retrieval(script: ModuleType, config) -> Setup:
+    """Retrieval.py and Grounding.py: the number of each caption's image beside it."""
+    return finetune(script, config, lambda size: {"image_id": ids(size)})
+
+
+def vqa(script: ModuleType, config) -> Setup:
+    """VQA.py: six answers of 8 tokens to a question, as in VQA v2."""
+
+    def answers(size: int) -> dict[str, Tensor]:
+        n = -(-6 * size // 16) * 16
+        tokens = {"answer_ids": ids(n, 8), "answer_mask": flags(n, 8)}
+        return {**tokens, "answer_weight": torch.zeros(n), "answer_question": ids(n)}
+
+    setup = finetune(script, config, answers)
+    setup.assumed.append("6 answers of 8 tokens a question")
+    return setup
+
+
+def labelled(script: ModuleType, config) -> Setup:
+    """VE.py and NLVR.py."""
+    if getattr(config, "stage", "") == "text_assignment":
+        return finetune(script, config)
+    return finetune(script, config, lambda size: {"label": ids(size)})
+
+
+def dual(script: ModuleType, config) -> Setup:
+    """main.py: texts of 32 tokens at most, weak and strong views as the recipe says."""
+    from models.dual_encoder.base import names_by_decay
+
+    align = config.network.model.startswith("ALIGN")
+    tokens = BERT_TOKENS if align else CLIP_TOKENS
+    config.network = replace(config.network, vocab_size=tokens)
+    config.checkpoint = config.init_text_encoder = None
+    model = script.build_model(config).train()
+    size, side = config.batch_size, config.network.image_size
+    length = min(max(config.text_lengths, default=32), config.network.context_length)
+    local_images, local_texts = config.local_views
+
+    def batch() -> dict[str, Tensor]:
+        texts = ids(size, 1 + local_texts, length)
+        tensors = {"image": pixels(size, 3, side, side), "text_ids": texts}
+        if local_images:
+            tensors["image_local"] = pixels(size, local_images, 3, side, side)
+        return as_step_wants(script, tensors)
+
+    def step(model, optimizer, precision) -> None:
+        network = unwrap(model)
+        teacher = network.momentum_model if config.momentum else None
+
+        @torch.no_grad()
+        def after() -> None:
+            if teacher is not None:
+                slow = list(teacher.parameters())
+                fast = list(network.parameters())[: len(slow)]  # the teacher stands behind
+                torch._foreach_lerp_(slow, fast, 1 - config.momentum_tau)
+            network.after_update()
+
+        train(script, config, model, optimizer, precision, batch, teacher, after)
+
+    assumed = [f"{tokens:,} tokens, texts of {length} tokens"]
+    decayed = names_by_decay(model, config.network.original)[0]
+    return Setup(model, size, step, 3 * side**2 * (1 + local_images), [], decayed, assumed)
+
+
+def classification(script: ModuleType, config) -> Setup:
+    """Classification.py: two labels an image."""
+    from models.classification.classifier import averages, follow
+
+    config.checkpoint = None
+    model = script.build_model(config).train()
+    size, side = config.batch_size, config.network.image_size
+
+    def batch() -> dict[str, Tensor]:
+        image, labels = pixels(size, 3, side, side), ids(size, 2)
+        batch = {"image": image, "labels": labels, "label_weights": torch.zeros(size, 2)}
+        return as_step_wants(script, batch)
+
+    def step(model, optimizer, precision) -> None:
+        average, followed = averages(unwrap(model))
+
+        def after() -> None:
+            if average:
+                follow(average, followed, 5, config.ema_decay, config.ema_start)
+
+        train(script, config, model, optimizer, precision, batch, None, after)
+
+    names = [name for name, _ in model.named_parameters()]
+    decayed = names if config.network.original else None
+    classes = f"{config.network.num_classes:,} classes"
+    return Setup(model, size, step, 3 * side**2, [], decayed, [classes])
+
+
+def recognition(script: ModuleType, config) -> Setup:
+    """Recognition.py: random networks of CLIP ViT-L/14's and LLaMA-7B's sizes; texts of 96 tokens."""
+    from models.weights.nxtp import decayed_names, trained_names
+
+    config.clip = config.llama = config.checkpoint = None
+    model = config.network.build(LlamaVocabulary)
+    names = [name for name, _ in model.named_parameters()]
+    trained = trained_names(names, config.train_vision_blocks)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    decayed = None
+    if config.compat == "original":
+        decayed = decayed_names({n: p for n, p in model.named_parameters() if n in trained})
+    size, side, length = config.batch_size, config.network.image_size, 96
+    targets = -(-30 * size // 32) * 32
+
+    def batch() -> dict[str, Tensor]:
+        texts = {"text_ids": ids(size, length), "segments": ids(size, length)}
+        wanted = {"positions": ids(targets), "labels": ids(targets)}
+        batch = {"image": pixels(size, 3, side, side), **texts, **wanted}
+        return as_step_wants(script, batch)
+
+    def step(model, optimizer, precision) -> None:
+        train(script, config, model, optimizer, precision, batch)
+
+    assumed = [
+        f"LLaMA's {LLAMA_TOKENS:,} tokens, texts of {length} tokens, 30 targets an image",
+        "CLIP ViT-L/14 and LLaMA-7B where the recipe names their files",
+    ]
+    return Setup(model, size, step, 3 * side**2, [], decayed, assumed)
+
+
+SETUPS: dict[str, Callable[[ModuleType, object], Setup]] = {
+    "Pretrain": pretrain,
+    "Retrieval": retrieval,
+    "Grounding": retrieval,
+    "VQA": vqa,
+    "VE": labelled,
+    "NLVR": labelled,
+    "main": dual,
+    "Classification": classification,
+    "Recognition": recognition,
+}
+
+
+def setup_of(script: ModuleType, config) -> Setup:
+    """The step of a script; call it inside `simulated_gpu()`."""
+    if script.__name__ not in SETUPS:
+        known = ", ".join(f"{name}.py" for name in SETUPS)
+        raise UserError(f"{script.__name__}.py does not train; plan.py knows {known}")
+    return SETUPS[script.__name__](script, config)

@@ -1,0 +1,103 @@
+"""What a step would do on a GPU, for every training script and method: never wait, recompute in the
+dtype of the forward pass, contrast in float32, attend with a fused kernel.
+
+Each trace is of the script's own step in bf16 on fake tensors, at a small size, on one process and
+in a fake group of eight.
+"""
+
+from collections import Counter
+
+import pytest
+
+from tests.helpers.traces import call_in_worker, trace_of
+from tests.traces.waiting import waiting_step
+
+BF16 = "--precision bf16"
+SMALL_PRETRAIN = f"--bert_config configs/bert_debug.json {BF16}"
+DUAL = f"main --config configs/main/debug.yaml {BF16} --model"
+STEPS = {
+    "simla": f"Pretrain --config configs/Pretrain/debug.yaml {SMALL_PRETRAIN}",
+    "albef": f"Pretrain --config configs/Pretrain/debug.yaml --method albef {SMALL_PRETRAIN} "
+    "--bert_config configs/bert_small.json",
+    "ve": f"VE --config configs/VE/debug.yaml {BF16}",
+    "clip": f"{DUAL} CLIP_RT_CLIP",
+    "cl2l": f"{DUAL} CL2L_RT_CL2L",
+    "siamlip": f"{DUAL} CL2L_RT_SIAMLIP",
+    "byolip": f"{DUAL} CL2L_RT_SIAMLIP --momentum true",
+    "barlip": f"{DUAL} CL2L_RT_BARLIP",
+    "swalip": f"{DUAL} CL2L_RT_SWALIP --num_augs 2 --label_smoothing 0",
+    "swalipv1": f"{DUAL} CL2L_RT_SWALIPV1",
+    "siglip": f"{DUAL} CLIP_VITT8_SIGLIP",
+    "slip": f"{DUAL} SLIP_VITT8",
+    "simclr": f"{DUAL} SIMCLR_VITT8",
+    "cached": f"{DUAL} CLIP_RT_CLIP --cache_features true --accumulate 2",
+    "align": f"main --config configs/main/debug_align.yaml {BF16}",
+    "vit": f"Classification --config configs/Classification/debug.yaml {BF16}",
+}
+CHECKPOINTED = {
+    name: STEPS[name] + " --activation_checkpointing true"
+    for name in ("simla", "cl2l", "align", "vit")
+}
+ATTENTION = [name for name in STEPS if name not in ("vit",)]
+LOSSES = ("models/dual_encoder/losses.py", "models/dual_encoder/objectives.py")
+
+
+@pytest.mark.parametrize(
+    "name, world_size", [*((name, 8) for name in STEPS), *((name, 1) for name in CHECKPOINTED)]
+)
+def test_the_host_never_waits(name, world_size):
+    trace = trace_of(STEPS[name], world_size)
+    assert not trace.waits, "\n".join(f"{n} x {wait}" for wait, n in trace.waits.items())
+    assert len(trace.operations) > 100
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_recomputation_in_the_dtype_of_the_forward_pass(name):
+    """Each product that runs again in the backward pass ran before in the same dtype, or less often."""
+    plain, saving = trace_of(STEPS[name]), trace_of(CHECKPOINTED[name])
+    forward = {(o.line, o.name, o.dtype, o.shape) for o in plain.operations if o.phase == "forward"}
+    before = Counter((o.name, o.dtype, o.shape) for o in plain.operations if o.phase == "backward")
+    again = Counter((o.name, o.dtype, o.shape) for o in saving.operations if o.phase == "backward")
+    recomputed = again - before
+    assert sum(recomputed.values()) > 10
+    for name_, dtype, shape in recomputed:
+        known = {d for _, n, d, s in forward if n == name_ and s == shape}
+        assert not known or dtype in known, (name_, dtype, shape, known)
+    products = [key for key in recomputed if key[0] in ("addmm", "mm", "convolution", "bmm")]
+    assert products
+    assert {str(dtype) for _, dtype, _ in products} == {"torch.bfloat16"}
+
+
+@pytest.mark.parametrize("name", [n for n in STEPS if STEPS[n].startswith("main")])
+def test_contrastive_losses_in_float32(name):
+    """No operation of the dual encoders' losses computes in half precision."""
+    operations = [o for o in trace_of(STEPS[name], 8).operations if o.line.startswith(LOSSES)]
+    assert len(operations) > 10
+    half = {(o.line, o.name) for o in operations if o.dtype is not None and o.dtype.itemsize == 2}
+    # features arrive in half precision and become float32 in one operation
+    assert not {key for key in half if key[1] not in ("_to_copy", "clone", "copy_")}, half
+
+
+@pytest.mark.parametrize("name", ["simla", "albef", "ve"])
+def test_softmax_and_cross_entropy_in_float32(name):
+    kinds = {"_softmax", "_log_softmax", "logsumexp", "exp", "log", "softplus"}
+    operations = [o for o in trace_of(STEPS[name], 8).operations if o.name in kinds]
+    assert operations
+    assert {str(o.dtype) for o in operations} == {"torch.float32"}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_fused(name):
+    names = Counter(o.name for o in trace_of(STEPS[name], 8).operations)
+    assert not [n for n in names if "attention_math" in n]
+    fused = [n for n in names if n.startswith("_scaled_dot_product") and "backward" not in n]
+    assert fused, "no attention at all"
+
+
+def test_a_wait_is_seen():
+    """The recorder itself: each of Python's ways to wait is found, with its line."""
+    trace = call_in_worker(waiting_step)
+    found = {what.split(" ")[0] for _, what, _ in trace.waits}
+    assert {"a", "indexing", ".cpu():", "torch.tensor(…,", ".to(device):", "nonzero"} <= found
+    assert len(trace.copies) == 1
+    assert all(line.startswith("tests/traces/waiting.py") for _, _, line in trace.waits)

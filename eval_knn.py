@@ -1,18 +1,21 @@
 """k nearest neighbours, and a linear probe, on the features of any image encoder.
 
-    a run              python eval_knn.py --checkpoint output/main --train-data imagenet/train --val-data imagenet/val
-    on 8 GPUs          torchrun --nproc_per_node=8 eval_knn.py --checkpoint RUN ...
-    more neighbours    ... --k 1 10 20 --linear-probe
-    of timm            ... --model timm/vit_base_patch16_224 --checkpoint weights.safetensors
+    a run              python eval_knn.py --checkpoint output/main --train-data imagenet/train \\
+                           --val-data imagenet/val
+    on 8 GPUs          torchrun --nproc_per_node=8 eval_knn.py --checkpoint RUN …
+    more neighbours    … --k 1 10 20 --linear-probe
+    of timm            … --model timm/vit_base_patch16_224 --checkpoint weights.safetensors
     small              python eval_knn.py --config configs/eval_knn/digitscenes.yaml --checkpoint RUN
 
-Checkpoints: of Classification.py, of main.py (and other dual encoders that eval_zeroshot.py takes), of Pretrain.py and
-its fine-tuning scripts, or ViTs under timm's, Hugging Face's and COYO-ViT's names. knn1 is the class of the image of
-highest cosine, as COYO-ALIGN counts ImageNet kNN; larger k vote with equal weights, and with exp(cosine / temperature)
-as DINO. Features are computed once and kept under `cache`, by the hash of weights, view and data. The search is exact,
-in tiles: memory does not grow with the data, and any number of processes gives the same figures.
+Checkpoints: of Classification.py, of main.py (and other dual encoders that eval_zeroshot.py takes),
+of Pretrain.py and its fine-tuning scripts, or ViTs under timm's, Hugging Face's and COYO-ViT's names.
+knn1 is the class of the image of highest cosine similarity, as COYO-ALIGN counts ImageNet kNN; larger
+k vote with equal weights, and with exp(cosine / temperature) as DINO. Features are computed once and
+kept under `cache`, keyed by weights, view and data. The search is exact, in tiles: memory does not
+grow with the data, and the figures do not depend on the number of processes.
 
-Published ImageNet kNN: COYO-ALIGN-B7-Base 68.6, B3-Mini 46.2 (--features z). Results: result/metrics.json.
+Published ImageNet kNN: COYO-ALIGN-B7-Base 68.6, B3-Mini 46.2 (--features z).
+Results: result/metrics.json and result/report.html below output_dir.
 """
 
 from collections.abc import Callable
@@ -31,7 +34,14 @@ from dataset.images.clip import EvalView as CropView
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.vit import EvalView
 from dataset.loading.eval import EvalLoader
-from dataset.tasks.classification import LabelCollate, LabelOptions, Labels, class_names, identity, shared_split
+from dataset.tasks.classification import (
+    LabelCollate,
+    LabelOptions,
+    Labels,
+    class_names,
+    identity,
+    shared_split,
+)
 from dataset.tasks.dual_inputs import eval_view
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import knn_accuracy, nearest_neighbours
@@ -52,14 +62,24 @@ from runtime.run import evaluating
 class Config:
     """kNN evaluation."""
 
-    checkpoint: Path | None = knob(None, "file or run directory; none = random weights of a --model timm/NAME")
+    checkpoint: Path | None = knob(
+        None, "file or run directory; none = random weights of a --model timm/NAME"
+    )
     output_dir: Path = knob(Path("output/eval_knn"), "where result/ is written")
-    model: str | None = knob(None, "timm/NAME; or a dual encoder's or ViT's name where the checkpoint does not tell")
+    model: str | None = knob(
+        None, "timm/NAME; or a dual encoder's or ViT's name where the checkpoint does not tell"
+    )
     pretrained: bool = knob(False, "let timm fetch the weights of its model")
-    features: str = knob("feats", "output of the encoder: feats, the tower's; z, the projected one; pre_logits, ...")
-    train_data: str | None = knob(None, "labelled images: class folders, .jsonl, shards or torchvision/NAME:SPLIT")
+    features: str = knob(
+        "feats", "output of the encoder: feats, the tower's; z, the projected one; pre_logits, ..."
+    )
+    train_data: str | None = knob(
+        None, "labelled images: class folders, .jsonl, shards or torchvision/NAME:SPLIT"
+    )
     val_data: str | None = knob(None, "images to classify, likewise")
-    data_root: Path = knob(Path("."), "folder that a list's paths start from, or of torchvision's data set")
+    data_root: Path = knob(
+        Path("."), "folder that a list's paths start from, or of torchvision's data set"
+    )
     classes: Path | None = knob(
         None, "file with the name of one class a line; none = the class folders' or torchvision's"
     )
@@ -83,11 +103,13 @@ class Config:
         return cache_folder(self.cache) / "features"
 
     def check(self) -> None:
-        """Refuse what cannot be."""
+        """Check that the options are compatible."""
         if not (self.train_data and self.val_data):
             raise UserError("give --train-data and --val-data, such as class folders")
         if self.checkpoint is None and not (self.model or "").startswith("timm/"):
-            raise UserError("give --checkpoint, a file or the folder of a run, or --model timm/NAME")
+            raise UserError(
+                "give --checkpoint, a file or the folder of a run, or --model timm/NAME"
+            )
 
 
 def load_encoder(config: Config) -> ImageEncoder:
@@ -105,9 +127,13 @@ def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tens
     side, resampling = encoder.pixels.size, encoder.pixels.interpolation
     if encoder.kind == "classifier":
         small = about.get("config", {}).get("views", {}).get("resize_small")
-        return EvalView(side, small), f"shorter side {small}, centre {side}" if small else f"squeezed to {side}"
+        return EvalView(
+            side, small
+        ), f"shorter side {small}, centre {side}" if small else f"squeezed to {side}"
     if encoder.kind == "dual":
-        return eval_view(encoder.title, side, resampling), f"{encoder.title}'s, {side}, {resampling}"
+        return eval_view(
+            encoder.title, side, resampling
+        ), f"{encoder.title}'s, {side}, {resampling}"
     if encoder.kind == "fusion":
         return CropView(side, resampling, squeeze=True), f"squeezed to {side}, {resampling}"
     small = round(side / encoder.crop_share)
@@ -115,7 +141,13 @@ def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tens
 
 
 def bank_of(
-    data: str, split: str, encoder: ImageEncoder, width: int, names: list[str], config: Config, world: World
+    data: str,
+    split: str,
+    encoder: ImageEncoder,
+    width: int,
+    names: list[str],
+    config: Config,
+    world: World,
 ) -> Bank:
     """Features and labels of a data set, from the cache where they are there."""
     about = described(weights_file(config.checkpoint)) if config.checkpoint else {}
@@ -146,22 +178,34 @@ def main(config: Config) -> None:
     config.check()
     world = distributed.init(config.device)
     data = [config.train_data, config.val_data]
-    names = distributed.main_first(partial(class_names, data, config.classes, config.data_root, config.download))
+    names = distributed.main_first(
+        partial(class_names, data, config.classes, config.data_root, config.download)
+    )
     encoder = load_encoder(config)
     width = encoder.choose(config.features)
     encoder.to(world.device)
     sets = [(config.train_data, "train"), (config.val_data, "test")]
-    train, val = (bank_of(each, split, encoder, width, names, config, world) for each, split in sets)
+    train, val = (
+        bank_of(each, split, encoder, width, names, config, world) for each, split in sets
+    )
     classes = len(names) or config.num_classes
     neighbours = nearest_neighbours(train, val, max(config.k), world)
     metrics = {"images": len(val), "train_images": len(train), "width": width}
     metrics["chance"] = 100 * val.labels.bincount().max().item() / len(val)
-    metrics |= knn_accuracy(neighbours, train.labels, val.labels, classes, config.k, config.temperature)
+    metrics |= knn_accuracy(
+        neighbours, train.labels, val.labels, classes, config.k, config.temperature
+    )
     if config.linear_probe:
-        metrics |= linear_probe(train, val, classes, world, config.probe_l2, config.probe_iterations)
+        metrics |= linear_probe(
+            train, val, classes, world, config.probe_l2, config.probe_iterations
+        )
     rows = [(name, f"{value:.5g}") for name, value in metrics.items()]
     cards = [card(encoder.title, table([config.features, config.val_data], rows))]
-    distributed.on_main(lambda: write_results(config, "Nearest neighbours", {"model": encoder.title} | metrics, cards))
+    distributed.on_main(
+        lambda: write_results(
+            config, "Nearest neighbours", {"model": encoder.title} | metrics, cards
+        )
+    )
     distributed.shutdown()
 
 

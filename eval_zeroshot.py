@@ -1,16 +1,17 @@
 """Evaluate any dual encoder zero-shot: classification over a catalogue of data sets, and retrieval.
 
     a run of main.py   python eval_zeroshot.py --output-dir output/main --root datasets
-    any checkpoint     python eval_zeroshot.py --checkpoint ViT-B-32.pt --datasets imagenet cifar10 --root datasets
+    any checkpoint     python eval_zeroshot.py --checkpoint ViT-B-32.pt --datasets imagenet cifar10
     on 8 GPUs          torchrun --nproc_per_node=8 eval_zeroshot.py --checkpoint slip_base_100ep.pt
-    other data sets    ... --datasets webdataset:https://huggingface.co/datasets/clip-benchmark/wds_cars
-                       ... --datasets retrieval:dataset_coco.json imagefolder:photos --labels my.json
-    people's files     ... --catalog dataset_catalog.json --labels labels.json --templates templates.json
+    other data sets    … --datasets webdataset:https://huggingface.co/datasets/clip-benchmark/wds_cars
+                       … --datasets retrieval:dataset_coco.json imagefolder:photos --labels my.json
+    own catalogue      … --catalog catalog.json --labels labels.json --templates templates.json
 
-Checkpoints: ours, clip-rocket's, SLIP's, OpenAI's (archives too), open_clip's, Hugging Face's CLIP and ALIGN. A
-class is described by every template filled with its name; the mean of the unit embeddings classifies by cosine. Models
-with local projectors are scored by z, h and w z + (1 - w) h. Every data set has its own metric; any number of processes
-gives the same figures. What is missing is named, with the remedy, and skipped.
+Checkpoints: ours, clip-rocket's, SLIP's, OpenAI's (archives too), open_clip's, Hugging Face's CLIP
+and ALIGN. Every template is filled with the class name; the mean of the unit embeddings classifies
+by cosine similarity. Models with local projectors are scored by z, h and w z + (1 - w) h. Every data
+set has its own metric; the figures do not depend on the number of processes. Missing data sets are
+named, with the remedy, and skipped.
 
 Results: a table, result/metrics.json and result/report.html below output_dir.
 """
@@ -63,24 +64,22 @@ from runtime.safe_pickle import load_plain
 class Config:
     """Zero-shot evaluation."""
 
-    checkpoint: Path | None = knob(None, "file or run directory; none = that in output_dir", aliases=("resume",))
+    checkpoint: Path | None = knob(None, "file or run directory [output_dir]", aliases=("resume",))
     output_dir: Path = knob(Path("output/eval_zeroshot"), "where result/ is written")
-    model: str | None = knob(None, "CL2L_R50_CL2L, ViT-B/32, ...; needed only where the checkpoint does not tell")
+    model: str | None = knob(None, "CL2L_R50_CL2L, ViT-B/32, … if the file does not say")
     model_name: str = knob("", "how to call the model in the report")
-    datasets: list[str] = knob([], "names of the catalogue, or KIND:PATH; none = the whole catalogue")
-    catalog: Path | None = knob(None, "JSON, data set -> {path, type, test}; none = the built-in one")
-    labels: Path | None = knob(None, "JSON, data set -> class names, before the built-in ones")
-    templates: Path | None = knob(None, "JSON, data set -> templates with {}, before the built-in ones")
-    root: Path = knob(Path("datasets"), "folder of the built-in catalogue's data sets, each under its name")
-    download: bool = knob(False, "let torchvision fetch the data sets it has, if named by --datasets")
+    datasets: list[str] = knob([], "names of the catalogue or KIND:PATH; [] = all of it")
+    catalog: Path | None = knob(None, "JSON: data set -> {path, type, test}")
+    labels: Path | None = knob(None, "JSON: data set -> class names; added to ours")
+    templates: Path | None = knob(None, "JSON: data set -> templates with {}")
+    root: Path = knob(Path("datasets"), "folder that holds the catalogue's data sets")
+    download: bool = knob(False, "let torchvision fetch the named data sets")
     split: str | None = knob(None, "split to evaluate instead of each data set's own")
     batch_size: int = knob(256, "images or texts per forward pass and process", low=1)
     workers: int = knob(10, "loader processes per process", low=0, aliases=("j",))
-    bpe_path: Path | None = knob(None, "BPE merges; none = the run's, else CLIP's, from the package open_clip_torch")
-    tokenizer: str | None = knob(None, "ALIGN's: as of main.py; none = the run's, else bert-base-uncased")
-    cache: Path | None = knob(
-        None, "folder of text classifiers and fetched shards; none = $QUINTET_CACHE, ~/.cache/quintet"
-    )
+    bpe_path: Path | None = knob(None, "BPE merges; none = the run's, else CLIP's")
+    tokenizer: str | None = knob(None, "of ALIGN; none = the run's, else bert-base-uncased")
+    cache: Path | None = knob(None, "folder for classifiers and shards [$QUINTET_CACHE]")
     device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
     precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
 
@@ -103,7 +102,9 @@ def wanted_entries(config: Config) -> list[Entry]:
     catalog = {name: entry.below(config.root) for name, entry in CATALOG.items()}
     own = read_catalog(config.catalog) if config.catalog else {}
     if config.download and not config.datasets:
-        raise UserError("--download fetches what is named: add --datasets, such as --datasets cifar10 food101")
+        raise UserError(
+            "--download fetches what is named: add --datasets, such as --datasets cifar10 food101"
+        )
     entries = choose(config.datasets or list(own or catalog), catalog | own)
     return [replace(entry, split=config.split or entry.split) for entry in entries]
 
@@ -118,9 +119,14 @@ def open_all(config: Config) -> tuple[list[OpenSet], dict[str, str]]:
             sets.append(found)
         else:
             skipped[entry.name] = str(found)
-    distributed.on_main(lambda: [print(f"SKIPPED {why}", file=sys.stderr) for why in skipped.values()])
+    distributed.on_main(
+        lambda: [print(f"SKIPPED {why}", file=sys.stderr) for why in skipped.values()]
+    )
     if not sets:
-        raise UserError(f"none of the data sets is on this machine: {', '.join(skipped)}; see above how to get each")
+        raise UserError(
+            f"none of the data sets is on this machine: {', '.join(skipped)}; "
+            "see above how to get each"
+        )
     return sets, skipped
 
 
@@ -135,17 +141,28 @@ def open_encoder(config: Config, world: World) -> Encoder:
     tokenizer, vocabulary = tokenizer_of(opened, config, about.get("config", {}))
     if tokenizer.vocab_size != opened.vocab_size:
         raise UserError(
-            f"{config.checkpoint} knows {opened.vocab_size} tokens, but {tokenizer.path} makes {tokenizer.vocab_size}: "
+            f"{config.checkpoint} knows {opened.vocab_size} tokens, but {tokenizer.path} makes "
+            f"{tokenizer.vocab_size}: "
             "give what it was trained with as --bpe-path (ALIGN: --tokenizer)"
         )
-    made_with = (opened.title, vocabulary, opened.context_length, config.precision, world.device.type)
+    made_with = (
+        opened.title,
+        vocabulary,
+        opened.context_length,
+        config.precision,
+        world.device.type,
+    )
     signature = fingerprint(opened.model, *made_with)
     opened.model.to(world.device)
-    return Encoder(opened, partial(tokenizer, lengths=()), Precision(config.precision, world.device), signature)
+    return Encoder(
+        opened, partial(tokenizer, lengths=()), Precision(config.precision, world.device), signature
+    )
 
 
-def tokenizer_of(opened: Opened, config: Config, trained: dict) -> tuple[ClipTokenizer | AlignTokenizer, str]:
-    """The tokenizer, by default that of the run, whose configuration is `trained`; and what identifies it."""
+def tokenizer_of(
+    opened: Opened, config: Config, trained: dict
+) -> tuple[ClipTokenizer | AlignTokenizer, str]:
+    """The tokenizer, by default of the run with the configuration `trained`, and its identity."""
     if is_align(opened.title):
         source = config.tokenizer or trained.get("tokenizer", "bert-base-uncased")
         tokenizer = AlignTokenizer(source, opened.context_length)
@@ -159,8 +176,12 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
     model, pixels, total = encoder.opened.model, encoder.opened.pixels, len(data.images)
     statistics = pixel_statistics(world.device, pixels.mean, pixels.std)
     own = [i for unit in units(total, config.batch_size, world) for i in unit]
-    load = Viewed(data.images, eval_view(encoder.opened.title, pixels.size, pixels.interpolation)).load
-    batches = EvalLoader(load, own, config.batch_size, default_collate, config.workers, world.device.type == "cuda")
+    load = Viewed(
+        data.images, eval_view(encoder.opened.title, pixels.size, pixels.interpolation)
+    ).load
+    batches = EvalLoader(
+        load, own, config.batch_size, default_collate, config.workers, world.device.type == "cuda"
+    )
     texts = {"world": world, "batch_size": config.batch_size}
 
     def embed(image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -177,8 +198,12 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
         prompts = class_prompts(data.classes, data.templates, data.entry.name)
         key = digest(encoder.signature, config.batch_size, prompts)
         make = partial(text_classifier, model.embed_text, encoder.tokenize, prompts, **texts)
-        classifier = cached_classifier(config.cache_folder / f"classifiers/{key}.safetensors", make, world)
-        return about | classify(embed, classifier, batches, own, total, world, data.entry.metric, data.entry.name)
+        classifier = cached_classifier(
+            config.cache_folder / f"classifiers/{key}.safetensors", make, world
+        )
+        return about | classify(
+            embed, classifier, batches, own, total, world, data.entry.metric, data.entry.name
+        )
 
 
 def main(config: Config) -> None:
@@ -190,7 +215,7 @@ def main(config: Config) -> None:
     sets, skipped = open_all(config)
     for data in sets:
         if data.classes:
-            class_prompts(data.classes, data.templates, data.entry.name)  # a mistake is told before any work
+            class_prompts(data.classes, data.templates, data.entry.name)  # fail before any work
     encoder = open_encoder(config, world)
     results = {data.entry.name: evaluate(data, encoder, config, world) for data in sets}
     title = config.model_name or encoder.opened.title
@@ -198,7 +223,9 @@ def main(config: Config) -> None:
     text = f"{title}, {config.checkpoint}\n\n{plain_tables(results)}"
     text += f"\n\n{len(skipped)} SKIPPED, see above: {', '.join(skipped)}" if skipped else ""
     sections = cards(results, skipped)
-    distributed.on_main(lambda: write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text))
+    distributed.on_main(
+        lambda: write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text)
+    )
     distributed.shutdown()
 
 

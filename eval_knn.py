@@ -52,7 +52,7 @@ from evaluation.retrieval import units
 from evaluation.zeroshot import fingerprint
 from models.weights.any_image_encoder import ImageEncoder, open_encoder, timm_encoder
 from runtime.checkpoint import read_weights, weights_file
-from runtime.config.cli import knob, run
+from runtime.config.cli import knob, run_script
 from runtime.config.from_checkpoint import described
 from runtime.optim.build import Precision
 from runtime.run import evaluating
@@ -178,9 +178,8 @@ def main(config: Config) -> None:
     config.check()
     world = distributed.init(config.device)
     data = [config.train_data, config.val_data]
-    names = distributed.main_first(
-        partial(class_names, data, config.classes, config.data_root, config.download)
-    )
+    with distributed.rank_0_first():
+        names = class_names(data, config.classes, config.data_root, config.download)
     encoder = load_encoder(config)
     width = encoder.choose(config.features)
     encoder.to(world.device)
@@ -201,13 +200,8 @@ def main(config: Config) -> None:
         )
     rows = [(name, f"{value:.5g}") for name, value in metrics.items()]
     cards = [card(encoder.title, table([config.features, config.val_data], rows))]
-    distributed.on_main(
-        lambda: write_results(
-            config, "Nearest neighbours", {"model": encoder.title} | metrics, cards
-        )
-    )
-    distributed.shutdown()
+    write_results(config, "Nearest neighbours", {"model": encoder.title, **metrics}, cards)
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -53,7 +53,7 @@ from evaluation.zeroshot import (
 from models.weights.any_dual_encoder import Opened, check_name, open_dual
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 from runtime.checkpoint import read_weights, weights_file
-from runtime.config.cli import knob, run
+from runtime.config.cli import knob, run_script
 from runtime.config.from_checkpoint import described
 from runtime.optim.build import Precision
 from runtime.run import evaluating
@@ -114,14 +114,14 @@ def open_all(config: Config) -> tuple[list[OpenSet], dict[str, str]]:
     prompts, sets, skipped = Prompts(config.labels, config.templates), [], {}
     for entry in wanted_entries(config):
         where = config.cache_folder / "shards", load_plain, config.download
-        found = distributed.main_first(partial(open_set, entry, prompts, *where))
+        with distributed.rank_0_first():
+            found = open_set(entry, prompts, *where)
         if isinstance(found, OpenSet):
             sets.append(found)
         else:
             skipped[entry.name] = str(found)
-    distributed.on_main(
-        lambda: [print(f"SKIPPED {why}", file=sys.stderr) for why in skipped.values()]
-    )
+    if distributed.rank() == 0:
+        print(*(f"SKIPPED {why}" for why in skipped.values()), sep="\n", file=sys.stderr)
     if not sets:
         raise UserError(
             f"none of the data sets is on this machine: {', '.join(skipped)}; "
@@ -223,11 +223,8 @@ def main(config: Config) -> None:
     text = f"{title}, {config.checkpoint}\n\n{plain_tables(results)}"
     text += f"\n\n{len(skipped)} SKIPPED, see above: {', '.join(skipped)}" if skipped else ""
     sections = cards(results, skipped)
-    distributed.on_main(
-        lambda: write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text)
-    )
-    distributed.shutdown()
+    write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text)
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

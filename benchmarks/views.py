@@ -29,7 +29,7 @@ from dataset.images.zip_member import image_source, read_member
 from dataset.tasks.captions import ImageTextPair
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.bpe import ClipTokenizer
-from runtime.config.cli import knob, run
+from runtime.config.cli import knob, run_script
 
 WIDTH, HEIGHT, IMAGES, MEMBERS = 512, 384, 50, 1000
 CAPTIONS = (
@@ -183,4 +183,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -44,7 +44,7 @@ from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
 from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
-from runtime.config.cli import knob, run
+from runtime.config.cli import knob, run_script
 from runtime.config.values import read_yaml
 
 FILLERS = set(
@@ -130,13 +130,21 @@ def load_model(config: dict, checkpoint: str, tokenizer: Tokenizer) -> Retrieval
     """The evaluated network, in eval mode on the CPU."""
     bert = read_json(config["bert_config"], dict)
     bert |= {"encoder_width": config["vision_width"], "vocab_size": tokenizer.vocab_size}
-    size = [
-        config[name]
-        for name in ("image_res", "patch_size", "vision_width", "vision_depth", "vision_heads")
-    ]
-    vit = ViTConfig(*size, stem=tuple(config["vision_stem"]))
+    vit = ViTConfig(
+        image_size=config["image_res"],
+        patch_size=config["patch_size"],
+        width=config["vision_width"],
+        depth=config["vision_depth"],
+        heads=config["vision_heads"],
+        stem=tuple(config["vision_stem"]),
+    )
     model = Retrieval(
-        RetrievalConfig(vit, BertConfig.from_json(bert), config["embed_dim"], queue_size=0)
+        RetrievalConfig(
+            vit=vit,
+            bert=BertConfig.from_json(bert),
+            embed_dim=config["embed_dim"],
+            queue_size=0,
+        )
     )
     start_from(model, read_weights(checkpoint), "retrieval")
     return model.eval()
@@ -238,4 +246,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

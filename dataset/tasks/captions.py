@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import default_collate
 
-from base.distributed import main_first, on_main
+from base.distributed import on_main, rank_0_first
 from base.errors import BadSample, UserError, brief
 from base.files import cached_path, read_json, write_json_lines
 from dataset.images.clip import ImageViews
@@ -196,7 +196,8 @@ def pair_sources(
     """
     sources: list = []
     for kind, file, folder in collections_of(data.dataset, data.metadata, data.root, data.shards):
-        records = main_first(partial(caption_records, kind, file, read_plain))
+        with rank_0_first():
+            records = caption_records(kind, file, read_plain)
         on_main(partial(check_images, folder, records))
         pair = ImageTextPair(image_views, text_views, folder)
         sources.append(RecordSource(records, pair, kind))

@@ -44,7 +44,6 @@ __all__ = [
     "knob",
     "load",
     "parse",
-    "run",
     "run_script",
     "save",
     "section",
@@ -377,6 +376,3 @@ def run_script(
             flush=True,
         )
         sys.exit(2)
-
-
-run = run_script  # the name that scripts used before

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from base.errors import UserError  # noqa: E402
 from base.files import write_json_lines  # noqa: E402
 from dataset.tasks.captions import FORMATS, metadata_rows  # noqa: E402
-from runtime.config.cli import knob, run  # noqa: E402
+from runtime.config.cli import knob, run_script  # noqa: E402
 from runtime.safe_pickle import load_plain  # noqa: E402
 
 
@@ -44,4 +44,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

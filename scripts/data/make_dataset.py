@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from base.errors import UserError  # noqa: E402
 from base.files import write_json_lines  # noqa: E402
 from dataset.tasks.captions import yfcc_row  # noqa: E402
-from runtime.config.cli import knob, run  # noqa: E402
+from runtime.config.cli import knob, run_script  # noqa: E402
 
 LINE, TITLE, DESCRIPTION = 0, 8, 9  # columns of yfcc100m_dataset.txt
 MARKUP = re.compile(r"<a.*?>|</a>|</?[bi]>")
@@ -119,4 +119,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -34,7 +34,7 @@ HELD = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import Pretrain
-from runtime.config.cli import run
+from runtime.config.cli import run_script
 from runtime.run import Run
 
 holds = [int(step) for step in os.environ["HOLD"].split(",")] + [None]
@@ -46,7 +46,7 @@ def look_later(self, step):
     look(self, step)
 
 Run.leave_if_interrupted = look_later
-run(Pretrain.main, Pretrain.Config)
+run_script(Pretrain.main, Pretrain.Config)
 """
 
 

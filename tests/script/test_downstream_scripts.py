@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.config.cli import run
+from runtime.config.cli import run_script
 from tests.downstream import ROOT, SCRIPTS, flags, log_lines, pretraining_checkpoint, start
 
 MORE = {("Grounding", True): ["--block_num", "1"], ("NLVR_TA", True): ["--paired_from", "1"]}
@@ -93,7 +93,7 @@ def test_evaluation_inherits_the_network_and_repeats_the_scores(
     tokenizer = given.index("--text_encoder")
     del given[tokenizer : tokenizer + 2]
     script = SCRIPTS[task]
-    run(script.main, script.Config, None, given)
+    run_script(script.main, script.Config, None, given)
     before, after = (
         json.loads((d / "result/metrics.json").read_text()) for d in (out, tmp_path / "out")
     )
@@ -171,7 +171,7 @@ def said(task, given, capsys, monkeypatch) -> str:
     script = SCRIPTS[task]
     monkeypatch.setattr(sys, "argv", [f"{task}.py"])
     with pytest.raises(SystemExit) as left:
-        run(script.main, script.Config, script.__doc__, given)
+        run_script(script.main, script.Config, script.__doc__, given)
     message = capsys.readouterr().err
     assert left.value.code == 2 and "Traceback" not in message
     return message

@@ -216,11 +216,11 @@ def test_report_is_one_file_that_needs_nothing_else(data, finetuned, tmp_path, m
     ],
 )
 def test_mistakes_are_one_clear_line(data, tmp_path, capsys, monkeypatch, change, words):
-    from runtime.config.cli import run
+    from runtime.config.cli import run_script
 
     monkeypatch.setattr(sys, "argv", ["Retrieval.py"])
     with pytest.raises(SystemExit) as left:
-        run(
+        run_script(
             Retrieval.main,
             Retrieval.Config,
             Retrieval.__doc__,

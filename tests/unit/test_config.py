@@ -21,7 +21,7 @@ from runtime.config.cli import (
     knob,
     load,
     parse,
-    run,
+    run_script,
     save,
     section,
     to_dict,
@@ -486,7 +486,7 @@ def leave_with(error: BaseException, monkeypatch, **environment: str) -> Any:
         raise error
 
     with pytest.raises(SystemExit) as left:
-        run(main, Config, argv=[])
+        run_script(main, Config, argv=[])
     return left.value.code, waited
 
 
@@ -506,15 +506,15 @@ def test_run_on_another_rank_gives_the_first_the_word(monkeypatch, capsys):
 def test_run_on_ctrl_c_and_on_defects(monkeypatch, capsys):
     assert leave_with(KeyboardInterrupt(), monkeypatch)[0] == 130
     with pytest.raises(ZeroDivisionError):
-        run(lambda config: 1 / 0, Config, argv=[])
+        run_script(lambda config: 1 / 0, Config, argv=[])
     with pytest.raises(SystemExit) as left:
-        run(print, Config, argv=["--seeds", "1"])
+        run_script(print, Config, argv=["--seeds", "1"])
     assert (
         left.value.code == 2
         and capsys.readouterr().err == "error: --seeds: unknown key; did you mean --seed?\n"
     )
     seen = []
-    run(seen.append, Config, argv=["--seed", "9"])
+    run_script(seen.append, Config, argv=["--seed", "9"])
     assert seen == [read("--seed", "9")]
 
 

@@ -60,7 +60,8 @@ def _three_processes(rank: int, rendezvous: str, folder: str) -> None:
     assert distributed.all_reduce(torch.tensor(float(rank)), "mean").item() == 1.0
     assert distributed.any_rank(rank == 2, torch.device("cpu"))
     try:
-        distributed.main_first(lambda: 1 / 0)
+        with distributed.rank_0_first():
+            raise ZeroDivisionError
     except (ZeroDivisionError, UserError) as error:
         with open(f"{folder}/{rank}", "w") as file:
             file.write(type(error).__name__)

@@ -289,12 +289,6 @@ def rank_0_first():
         yield
 
 
-def main_first(build):
-    """Run `build()` on rank 0, then on the others: caches are written once and read by all."""
-    result = on_main(build, share=False, patient=True)
-    return result if rank() == 0 else build()
-
-
 # ---- collectives with gradient, inside losses
 # Gradients follow the convention of data parallelism: each rank's loss is the mean over its own
 # rows, the wrapper averages gradients over ranks, and together that is the gradient of the mean

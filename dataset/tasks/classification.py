@@ -355,11 +355,13 @@ def shared_records(
     """What a data string names, for all processes: a collective. The first process walks class
     folders for the others, and makes the caches that they read."""
     if is_shards(data):
-        return distributed.main_first(lambda: ShardIndex(list_shards(data), data))
+        with distributed.rank_0_first():
+            return ShardIndex(list_shards(data), data)
     opened = partial(open_records, data, root, split, classes, download)
     if Path(data).is_dir() and not data.startswith("torchvision/"):
         return distributed.on_main(opened, patient=True)
-    return distributed.main_first(opened)
+    with distributed.rank_0_first():
+        return opened()
 
 
 def shared_split(

@@ -8,7 +8,6 @@ scripts/data/extract_nouns.py made of the captions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -326,7 +325,8 @@ def training_stream(
     build = LabelledImage(view, sequences, root, captions)
     sources: list = []
     for file in lists:
-        records = distributed.main_first(partial(label_records, file))
+        with distributed.rank_0_first():
+            records = label_records(file)
         check_image_root(root, (record["image"] for record in islice(records, 20)))
         sources.append(RecordSource(records, build, str(file)))
     sources += shard_sources(shards, build, buffer, samples)

@@ -37,8 +37,9 @@ from dataset.tasks.classification import class_names, shared_split, training_sou
 from evaluation.classification import multi_label_metrics, read_real, score, single_label_metrics
 from evaluation.report.page import card, table
 from evaluation.report.results import write_results
-from models.classification.classifier import ClassifierConfig, VisionClassifier, averages, follow
+from models.classification.classifier import ClassifierConfig, VisionClassifier, ema_decay
 from models.classification.mixup import mix
+from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
 from models.weights.vit import load_vit
 from runtime.checkpoint import export_safetensors, read_weights
@@ -195,7 +196,10 @@ def train(config: Config, names: list[str], val: Split | None, world: World, pre
     title = f"{config.network.model}, {config.network.num_classes:,} classes"
     model = synchronise_batch_norm(model.to(world.device))  # those of a stem; others have none
     model, optimizer, plan = run.begin(title, model, loader, precision, decayed)
-    average, followed = averages(distributed.unwrap(model))
+    network = distributed.unwrap(model)
+    average = None
+    if config.ema_decay:
+        average = WeightAverage([(network.ema, network)], average_buffers=True)
     statistics = pixel_statistics(world.device, *config.network.statistics)
     metrics = {}
 
@@ -204,7 +208,7 @@ def train(config: Config, names: list[str], val: Split | None, world: World, pre
         losses = train_step(model, statistics, run.next_batch, config, precision)
         grad_norm = precision.step(optimizer, model.parameters())
         if average:
-            follow(average, followed, step + 1, config.ema_decay, config.ema_start)
+            average.update(ema_decay(step + 1, config.ema_decay, config.ema_start))
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
             metrics = evaluate(whole_model(model), val, config, world, precision)

@@ -45,9 +45,8 @@ from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.clip_rocket import RocketRunConfig
 from runtime.log import training_flops
-from runtime.optim.build import Precision, build_optimizer, set_learning_rate
-from runtime.optim.schedule import Plan
-from runtime.parallel import gradient_sync, parallelize, whole_model
+from runtime.optim.build import Precision, set_learning_rate
+from runtime.parallel import gradient_sync, whole_model
 from runtime.run import Run, evaluating, seed_everything
 from runtime.safe_pickle import load_plain
 
@@ -201,20 +200,16 @@ def main(config: Config) -> None:
         return distributed.shutdown()
     run = Run(config, world, metric="acc1_z" if data else None)
     loader = training_data(config, tokenizer, world, run.data_state())
-    network = build_model(config).train()
+    network = build_model(config)
     decayed, _ = names_by_decay(network, config.network.original)
     example = network.example_batch(config.batch_size, *config.local_views)
     flops = config.accumulate * training_flops(network, example) if run.peak_flops else 0.0
-    model = parallelize(synchronise_batch_norm(network.to(world.device)), world, config)
-    teacher = WeightAverage([(network.momentum_model, network)]) if config.momentum else None
-    seed_everything(config.seed, world.rank)  # from here on ranks differ in dropout
-    optimizer = build_optimizer(network, config.optimizer, decayed)
+    network = synchronise_batch_norm(network.to(world.device))
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
-    run.track(model=model, optimizer=optimizer, precision=precision, loader=loader)
-    plan = Plan.of_loader(config.scheduler, config.optimizer.lr, loader, config.accumulate)
-    run.start(config.network.model, plan, flops)
+    title = config.network.model
+    model, optimizer, plan = run.begin(title, network, loader, precision, decayed, flops)
+    teacher = WeightAverage([(network.momentum_model, network)]) if config.momentum else None
     pixels = input_statistics(config.network, world.device)
-    parameters = list(network.parameters())
     freeze = config.swalip_freeze_proto_iters if hasattr(network, "freeze_prototypes") else 0
 
     for step in range(run.step, plan.total):
@@ -225,7 +220,7 @@ def main(config: Config) -> None:
             losses = train_step(model, run.next_batch, pixels, config, precision)
         if step < freeze:
             network.freeze_prototypes()
-        grad_norm = precision.step(optimizer, parameters)
+        grad_norm = precision.step(optimizer, model.parameters())
         if teacher:
             teacher.update(config.momentum_tau)
         network.after_update()
@@ -236,7 +231,7 @@ def main(config: Config) -> None:
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
     run.export()
-    run.close()
+    run.finish()
     distributed.shutdown()
 
 

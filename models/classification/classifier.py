@@ -244,34 +244,11 @@ def dense_targets(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- moving average
 
 
-@torch.no_grad()
-def follow(
-    average: list[Tensor], weights: list[Tensor], updates: int, decay: float, start: int = 0
-) -> None:
-    """average <- d average + (1 - d) weights, in place, after update number `updates` (the first is
-    1).
+def ema_decay(updates: int, largest: float, start: int = 0) -> float:
+    """Decay of the weights' moving average after update number `updates` (the first is 1).
 
-    d = min(decay, (1 + k) / (10 + k)) with k = updates - start grows with the updates; up to
-    `start` updates it is 0.
+    min(largest, (1 + k) / (10 + k)) with k = updates - start, which grows with the updates; 0 up to
+    `start` updates, in which the average is the weights themselves.
     """
     k = updates - start
-    torch._foreach_lerp_(average, weights, 1 - (min(decay, (1 + k) / (10 + k)) if k >= 0 else 0.0))
-
-
-def averages(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors of the moving average `model.ema`, and those that they follow: weights and statistics
-    of batch norms.
-
-    Empty where there is no average.
-    """
-    if not hasattr(model, "ema"):
-        return [], []
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    kept = [*model.ema.named_parameters(), *model.ema.named_buffers()]
-    pairs = [(tensor, own[name]) for name, tensor in kept if tensor.is_floating_point()]
-    return [average for average, _ in pairs], [tensor for _, tensor in pairs]
-
-
-def trained(model: nn.Module) -> list[Tensor]:
-    """The trainable parameters in order: those of the network, not of its average."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return min(largest, (1 + k) / (10 + k)) if k >= 0 else 0.0

@@ -8,7 +8,7 @@ import torch
 from runtime.config.cli import knob, section
 from runtime.optim.build import Optimizer
 from runtime.optim.schedule import Schedule
-from runtime.run import RunConfig
+from runtime.run import RunConfig, StreamConfig, ValidationConfig
 
 
 @dataclass
@@ -33,7 +33,7 @@ class IgnoredFlags:
 
 
 @dataclass
-class RocketRunConfig(IgnoredFlags, RunConfig):
+class RocketRunConfig(IgnoredFlags, StreamConfig, ValidationConfig, RunConfig):
     """System."""
 
     seed: int = knob(0, "one seed for weights, data order and augmentation")
@@ -51,8 +51,6 @@ class RocketRunConfig(IgnoredFlags, RunConfig):
         "off", "Weights & Biases", choices=("off", "online", "offline"), bare="online"
     )
     offline: bool = knob(False, "with --wandb: offline")
-    shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
-    error_budget: float = knob(0.01, "fraction of bad samples at which to stop", low=0, high=1)
     # the optimisation
     batch_size: int = knob(64, "pairs per process and micro-batch", low=2)
     optimizer: Optimizer = section(

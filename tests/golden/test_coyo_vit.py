@@ -14,11 +14,11 @@ from models.classification.classifier import (
     ClassifierConfig,
     VisionClassifier,
     clipped_sigmoid_loss,
-    follow,
+    ema_decay,
     sigmoid_loss,
     softmax_loss,
-    trained,
 )
+from models.layers.average import WeightAverage
 from models.layers.positions import resize_positions
 from models.weights.vit import native, to_tensorflow, to_transformers
 from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
@@ -249,7 +249,10 @@ def test_optimizers(number):
     ]
     optimizer = build_optimizer(model, config, decayed)
     precision = Precision("fp32", torch.device("cpu"), config.clip_grad_norm)
-    average, ema = [torch.zeros_like(p) for p in model.parameters()], case.get("ema")
+    average, ema = copy.deepcopy(model), case.get("ema")
+    shadows = WeightAverage([(average, model)])
+    with torch.no_grad():
+        torch._foreach_zero_(list(average.parameters()))
     assert len(case["lr_values"]) == meta["steps"]
     for step, rate in enumerate(case["lr_values"]):
         for name in model.names:
@@ -257,9 +260,9 @@ def test_optimizers(number):
         set_learning_rate(optimizer, rate)
         precision.step(optimizer, list(model.parameters()))
         if ema:
-            follow(average, list(model.parameters()), step + 1, ema["decay"], ema["start_step"])
-        for name, shadow in zip(model.names, average, strict=True):
-            ours = getattr(model, name)
+            shadows.update(ema_decay(step + 1, ema["decay"], ema["start_step"]))
+        for name in model.names:
+            ours, shadow = getattr(model, name), getattr(average, name)
             compare(f"coyo_vit {tag}", "weights", ours, t[f"{tag}.param.{step}.{name}"], 2e-6)
             if ema:
                 compare(f"coyo_vit {tag}", "average", shadow, t[f"{tag}.ema.{step}.{name}"], 2e-6)
@@ -304,7 +307,7 @@ def test_training_steps(case, toy):
         loss.backward()
         norm = precision.step(optimizer, list(model.parameters()))
         if average is not None:
-            follow(list(average.parameters()), trained(model), step + 1, given["ema"])
+            WeightAverage([(average, model)]).update(ema_decay(step + 1, given["ema"]))
         compare(f"coyo_vit {case}", "loss", loss, expected["loss"], CLOSE)
         compare(f"coyo_vit {case}", "gradient norm", norm, expected["raw_grad_global_norm"], CLOSE)
         compare(f"coyo_vit {case}", "learning rate", rate(step), expected["lr"], 1e-6)

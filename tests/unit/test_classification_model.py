@@ -10,14 +10,14 @@ from base.errors import UserError
 from models.classification.classifier import (
     ClassifierConfig,
     VisionClassifier,
-    averages,
     clipped_sigmoid_loss,
     dense_targets,
-    follow,
+    ema_decay,
     sigmoid_loss,
     softmax_loss,
 )
 from models.classification.mixup import blend, cut_and_paste, mix
+from models.layers.average import WeightAverage
 from models.layers.positions import resize_positions
 from runtime.optim.build import Optimizer, build_optimizer, set_learning_rate
 
@@ -132,15 +132,14 @@ def test_positions_keep_corners_and_the_class_token():
             resize_positions(torch.randn(1, tokens, 5), 7, align_corners=True)
 
 
-def test_the_average_follows():
-    average, weights = [torch.zeros(3)], [torch.ones(3)]
-    follow(average, weights, 1, 0.9999)
-    assert average[0].tolist() == pytest.approx([9 / 11] * 3)
-    for update in range(2, 200):
-        follow(average, weights, update, 0.9)
-    assert average[0].tolist() == pytest.approx([1.0] * 3)
-    follow(average, [torch.full((3,), 5.0)], 3, 0.9, start=4)
-    assert average[0].tolist() == [5.0] * 3
+def test_decay_of_the_average():
+    assert ema_decay(1, 0.9999) == pytest.approx(2 / 11)
+    assert [ema_decay(update, 0.9) for update in (79, 80, 200)] == pytest.approx(
+        [80 / 89, 0.9, 0.9]
+    )
+    assert [ema_decay(update, 0.9, start=4) for update in (1, 3, 4, 5)] == pytest.approx(
+        [0, 0, 0.1, 2 / 11]
+    )
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
@@ -189,14 +188,13 @@ def test_the_average_follows_weights_and_statistics():
     model = VisionClassifier(
         ClassifierConfig(model="vit-mu/8", stem=(4, 6), image_size=16, num_classes=3)
     )
-    assert averages(model) == ([], [])
     model.ema = copy.deepcopy(model).requires_grad_(False)
-    average, followed = averages(model)
+    average = WeightAverage([(model.ema, model)], average_buffers=True)
     model.train().logits(torch.randn(4, 3, 16, 16))
     with torch.no_grad():
         model.head.weight += 1
     statistics, before = model.patch_embed.backbone.bn1.running_mean, torch.zeros(4)
-    follow(average, followed, 1, decay=0.5)  # at first d is 2 / 11
+    average.update(ema_decay(1, 0.5))  # at first 2 / 11
     torch.testing.assert_close(
         model.ema.patch_embed.backbone.bn1.running_mean, before.lerp(statistics, 9 / 11)
     )

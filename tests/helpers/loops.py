@@ -185,6 +185,9 @@ class Recorder:
         return output
 
     def before_step(self, optimizer: Optimizer) -> None:
+        assert self.live is not None, (
+            "an optimizer steps, but no network was called in training mode"
+        )
         self.steps += 1
         if self.steps > 1:
             return

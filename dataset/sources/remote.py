@@ -77,6 +77,12 @@ def cause(error: BaseException) -> BaseException:
     return error
 
 
+def describe(error: BaseException) -> str:
+    """The root of an error in one line."""
+    root = cause(error)
+    return f"{type(root).__name__}: {' '.join(str(root).split())}"
+
+
 def is_missing(error: BaseException) -> bool:
     """Whether an error says that there is no such file."""
     root = cause(error)
@@ -230,9 +236,8 @@ def read_text(place: str, name: str) -> str | None:
     except Exception as error:  # every storage service raises its own
         if is_missing(error):
             return None
-        error = cause(error)
         raise MissingData(
-            f"{url}: cannot be read ({type(error).__name__}: {error}); check the address and the "
+            f"{url}: cannot be read ({describe(error)}); check the address and the "
             "network, or fetch the data set and name its folder"
         ) from None
 
@@ -289,9 +294,8 @@ def local_copy(place: str, name: str, cache: Path) -> Path:
             write_text(made_of, state)
     except Exception as error:  # every storage service raises its own
         if not target.is_file():
-            error = cause(error)
             raise MissingData(
-                f"{url}: cannot be fetched into {cache} ({type(error).__name__}: {error}); check "
+                f"{url}: cannot be fetched into {cache} ({describe(error)}); check "
                 "the network and the disk"
             ) from None
     return target
@@ -313,10 +317,7 @@ def plain_copy(url: str, cache: Path, options: dict | None = None) -> Path:
     except UserError:
         raise
     except Exception as error:  # decompressors and every storage service raise their own
-        error = cause(error)
-        raise UserError(
-            f"{url}: cannot be read ({type(error).__name__}: {error}); fetch it again"
-        ) from None
+        raise UserError(f"{url}: cannot be read ({describe(error)}); fetch it again") from None
 
 
 def _stored_bytes(url: str, options: dict | None) -> int:

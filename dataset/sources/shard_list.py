@@ -13,7 +13,7 @@ from base.errors import UserError
 from base.files import cache_folder, digest, write_json
 from dataset.images.formats import files_below
 from dataset.sources.remote import (
-    cause,
+    describe,
     file_system,
     is_missing,
     is_remote,
@@ -119,8 +119,7 @@ def _remote_matches(url: str, options: dict | None) -> list[str]:
     except Exception as error:  # every storage service raises its own
         if is_missing(error):
             return []
-        error = cause(error)
-        raise UserError(f"{url}: cannot be listed ({type(error).__name__}: {error})") from None
+        raise UserError(f"{url}: cannot be listed ({describe(error)})") from None
     return _shards_among(files.unstrip_protocol(each) for each in found)
 
 
@@ -184,9 +183,8 @@ def count_of(shard: str, options: dict | None = None) -> int:
     except UserError:
         raise
     except Exception as error:  # every storage service raises its own
-        error = cause(error)
         raise UserError(
-            f"{shard}: its samples cannot be counted ({type(error).__name__}: {error}); check the "
+            f"{shard}: its samples cannot be counted ({describe(error)}); check the "
             "path or address, or give the number of samples of all shards as samples"
         ) from None
 

@@ -15,7 +15,7 @@ from itertools import islice
 from base.errors import BadSample, UserError
 from dataset.images.formats import IMAGE_TYPES
 from dataset.loading.randomness import mix, permuted
-from dataset.sources.remote import cause, plain_stream
+from dataset.sources.remote import describe, plain_stream
 from dataset.sources.shard_list import Shards, find_shards, shared_shards
 from dataset.sources.tar import LOST, Sample, TarWalk, read_samples
 from dataset.sources.tfrecord import is_tfrecord, parse_example, read_frames
@@ -162,8 +162,7 @@ def read_shard(
         except UserError:
             raise
         except Exception as error:  # every storage service raises its own
-            error = cause(error)
-            yield BadSample(f"{shard}: {type(error).__name__}: {error}; {LOST}", expected or 1)
+            yield BadSample(f"{shard}: {describe(error)}; {LOST}", expected or 1)
             return
         if is_tfrecord(shard):
             records = _read_examples(file, shard)

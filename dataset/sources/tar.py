@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from dataset.images.formats import IMAGE_TYPES
+from dataset.sources.remote import describe
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # archives are padded to a multiple of it
@@ -93,7 +94,7 @@ class _Source:
             try:
                 part = self.file.read(min(left, CHUNK))
             except Exception as error:  # decompressors and every storage service raise their own
-                raise ReadFault(f"{type(error).__name__}: {error}") from None
+                raise ReadFault(describe(error)) from None
             if not part:
                 break
             parts.append(part)
@@ -120,7 +121,7 @@ class _Source:
             try:
                 self.file.seek(position)
             except Exception as error:
-                raise ReadFault(f"{type(error).__name__}: {error}") from None
+                raise ReadFault(describe(error)) from None
             self.position = position
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from base.errors import BadSample
 from base.files import atomic_write
 from dataset.sources.protobuf import delimited, encode_varint, fields, varint
+from dataset.sources.remote import describe
 
 Feature = list[bytes] | list[float] | list[int]
 HEADER = struct.Struct("<QI")
@@ -52,7 +53,7 @@ def read_frames(file: BinaryIO, name: str) -> Iterator[bytes | BadSample]:
         try:
             frame = _read_frame(file)
         except Exception as error:  # every storage service raises its own
-            reason = str(error) if isinstance(error, _Lost) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, _Lost) else describe(error)
             yield BadSample(f"{place}: {reason}; what follows in this shard is lost", None)
             return
         if frame is None:

@@ -164,8 +164,8 @@ def training_data(
     codes = None
     if config.code_cache:
         images = PretrainPair(image_transform(config, token_side), config.image_root)
-        with distributed.rank_0_first():
-            write_codes(config.code_cache, records, images, image_tokenizer, world.device)
+        share = {"workers": config.workers, "world": world}
+        write_codes(config.code_cache, records, images, image_tokenizer, world.device, **share)
         codes = CodeCache(config.code_cache, len(records))
         token_side = None
     pair = PretrainPair(

@@ -3,20 +3,28 @@ many."""
 
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
+from base import distributed
+from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
 from base.files import atomic_write, digest, weights_digest
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
+from dataset.images.decode import reading
+from dataset.loading.eval import EvalLoader
 from dataset.sources.records import Records
 from dataset.tasks.record import captions_of, image_of
 from dataset.text.wordpiece import Tokenizer, choose_caption, mask_tokens, mlm_targets
 
 KEY_LABEL, KEY_SIZE = b"quintet codes of ", 20  # behind the array in a file of visual codes
+UNSAVED = 50  # batches of codes after which they are written to the disk
 SAMPLED = 1000  # images whose size and time of change are part of that key
 OTHER_CODES = "made of other annotations, images, sizes or tokenizer weights; making it again"
 KEYLESS = (
@@ -102,8 +110,6 @@ class CodeCache:
     belongs to record i."""
 
     def __init__(self, path: str | Path, records: int):
-        import numpy as np
-
         try:
             self.codes = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -126,11 +132,20 @@ class CodeCache:
 
 
 def write_codes(
-    path: str | Path, records, build: PretrainPair, image_tokenizer, device, batch_size: int = 64
+    path: str | Path,
+    records,
+    build: PretrainPair,
+    image_tokenizer,
+    device,
+    batch_size: int = 64,
+    workers: int = 0,
+    world: World = ALONE,
 ) -> None:
     """Compute the visual codes of all records once and store them for `CodeCache`; a complete file
     is kept as it is.
 
+    All processes take part, each with `workers` loader processes, and wait for each other without a
+    time limit: a collective. What an interrupted run has computed is kept and not computed again.
     build makes samples with `token_image`; image_tokenizer maps float32 [B,3,h,w] in [0,1] to codes
     [B,h/r,w/r]. An unreadable image gets the codes of a grey one: it is never used, because reading
     it fails in training, too. The file ends with a key of what it was made of; another key means
@@ -141,19 +156,31 @@ def write_codes(
         raise UserError(
             "code_cache needs train_file: shards have no fixed numbering of their samples"
         )
+    make_key = partial(_key_to_make, path, records, build, image_tokenizer)
+    key = distributed.on_main(make_key, patient=True)
+    if key is None:
+        return
+    table = _CodeTable(path, key, len(records), batch_size)
+    grey = torch.full((1, 3, *[build.transform.token_resolution] * 2), 0.5, device=device)
+    width = image_tokenizer.codes(grey).flatten(1).shape[1]
+    distributed.on_main(partial(table.create, width), share=False)
+    _fill_codes(table, records, build, image_tokenizer, device, workers, world)
+    distributed.wait_for_all()
+    distributed.on_main(table.finish, share=False)
+
+
+def _key_to_make(path: Path, records, build: PretrainPair, image_tokenizer) -> str | None:
+    """The key of the codes to compute; None where the file is there already."""
     key = codes_key(records, build, image_tokenizer)
     if path.exists():
         stored = stored_key(path)
         if stored == key:
-            return
+            return None
         if stored is None:
-            warnings.warn(f"{path}: {KEYLESS}", stacklevel=2)
-            return
-        warnings.warn(f"{path}: {OTHER_CODES}", stacklevel=2)
-    with atomic_write(path) as temporary:
-        _fill_codes(temporary, records, build, image_tokenizer, device, batch_size)
-        with temporary.open("ab") as file:
-            file.write(KEY_LABEL + key.encode())
+            warnings.warn(f"{path}: {KEYLESS}", stacklevel=4)
+            return None
+        warnings.warn(f"{path}: {OTHER_CODES}", stacklevel=4)
+    return key
 
 
 def codes_key(records, build: PretrainPair, image_tokenizer) -> str:
@@ -186,24 +213,73 @@ def stored_key(path: Path) -> str | None:
     return end[len(KEY_LABEL) :].decode("ascii", "replace") if end.startswith(KEY_LABEL) else None
 
 
-def _fill_codes(path, records, build, image_tokenizer, device, batch_size) -> None:
-    """Write the table of codes int32 [R,N] to `path`."""
-    import numpy as np
-    from tqdm import tqdm
+class _CodeTable:
+    """A file of codes int32 [R,N] in the making and, beside it, which batches of rows are done.
 
-    side = build.transform.token_resolution
-    grey = torch.full((3, side, side), 0.5)
-    table = None
-    for first in tqdm(range(0, len(records), batch_size), desc="visual codes", unit="batch"):
-        images = []
-        for index in range(first, min(first + batch_size, len(records))):
-            try:
-                images.append(build.transform(image_of(records[index], build.image_root))[1])
-            except BadSample:
-                images.append(grey)
-        codes = image_tokenizer.codes(torch.stack(images).to(device)).flatten(1).cpu().numpy()
-        if table is None:
-            shape = (len(records), codes.shape[1])
-            table = np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=shape)
-        table[first : first + len(codes)] = codes
-    table.flush()
+    Both lie beside `path` under a name with the key of what they are made of.
+    """
+
+    def __init__(self, path: Path, key: str, records: int, batch_size: int):
+        self.path, self.key, self.records, self.batch_size = path, key, records, batch_size
+        self.partial = path.with_name(f".{path.name}.{key}-{batch_size}.partial")
+        self.done = path.with_name(f".{path.name}.{key}-{batch_size}.done")
+        self.batches = -(-records // batch_size)
+
+    def create(self, width: int) -> None:
+        """Make both, where an interrupted run has not left them."""
+        if self.partial.is_file() and self.done.is_file():
+            return
+        with atomic_write(self.done) as temporary:
+            temporary.write_bytes(bytes(self.batches))
+        with atomic_write(self.partial) as temporary, temporary.open("wb") as file:
+            shape = (self.records, width)
+            np.lib.format.open_memmap(file.name, mode="w+", dtype=np.int32, shape=shape).flush()
+
+    def finish(self) -> None:
+        """Write the key behind the table and give it its name."""
+        with self.partial.open("ab") as file:
+            file.write(KEY_LABEL + self.key.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.partial.replace(self.path)
+        self.done.unlink()
+
+
+def _fill_codes(
+    table: _CodeTable, records, build, image_tokenizer, device, workers: int, world: World
+) -> None:
+    """Compute the batches of this process that are not done yet."""
+    codes = np.load(table.partial, mmap_mode="r+")
+    done = np.memmap(table.done, np.uint8, mode="r+")
+    own = [batch for batch in range(world.rank, table.batches, world.size) if not done[batch]]
+    size = table.batch_size
+    rows = [range(batch * size, min((batch + 1) * size, len(records))) for batch in own]
+    wanted = [row for part in rows for row in part]
+    load = _TokenImage(records, build).load
+    images = EvalLoader(load, wanted, batch_size=size, collate=torch.stack, workers=workers)
+    unsaved = []
+    bar = tqdm(images, "visual codes", unit="batch", disable=not world.is_main)
+    for batch, part, image in zip(own, rows, bar, strict=True):
+        found = image_tokenizer.codes(image.to(device)).flatten(1).cpu().numpy()
+        codes[part.start : part.stop] = found
+        unsaved.append(batch)
+        if len(unsaved) == UNSAVED or batch == own[-1]:
+            codes.flush()
+            done[unsaved] = 1
+            done.flush()
+            unsaved = []
+
+
+class _TokenImage:
+    """The image tokenizer's input of one record, float32 [3,h,w]; grey where it is unreadable."""
+
+    def __init__(self, records, build: PretrainPair):
+        self.records, self.build = records, build
+
+    def load(self, index: int) -> torch.Tensor:
+        transform = self.build.transform
+        try:
+            with reading():
+                return transform(image_of(self.records[index], self.build.image_root))[1]
+        except BadSample:
+            return torch.full((3, *[transform.token_resolution] * 2), 0.5)

@@ -17,6 +17,7 @@ from dataset.images.block_mask import BlockMask
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
 from dataset.sources.shards import ShardSource
+from dataset.tasks import pretrain
 from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
 from dataset.tasks.record import captions_of
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
@@ -189,6 +190,39 @@ def test_visual_codes_are_kept_for_the_same_list_images_sizes_and_weights_alone(
     with pytest.warns(UserWarning, match="making it again"):  # another image under the same name
         changed = codes_of(folder, entries)
     assert (changed[1] != first[1]).any() and (changed[0] == first[0]).all()
+
+
+class Interrupted(MeanTokenizer):
+    """Ends with an error at the third batch of images; counts the batches."""
+
+    def __init__(self, last: int):
+        super().__init__()
+        self.last = last
+        self.batches = 0
+
+    def codes(self, image):
+        self.batches += 1
+        if self.batches > self.last:
+            raise KeyboardInterrupt
+        return super().codes(image)
+
+
+def test_interrupted_visual_codes_are_computed_on(folder, monkeypatch):
+    monkeypatch.setattr(pretrain, "UNSAVED", 1)
+    entries = [{"image": f"{n}.jpg", "caption": "x"} for n in range(12)]
+    (folder / "list.json").write_text(json.dumps(entries))
+    records = Records(folder / "list.json")
+    build = PretrainPair(PretrainTransform(64, 32, fixed_geometry=True), folder)
+    with pytest.raises(KeyboardInterrupt):  # a grey image, then two batches
+        write_codes(folder / "c.npy", records, build, Interrupted(3), "cpu", batch_size=2)
+    assert not (folder / "c.npy").exists()
+    second = Interrupted(99)
+    write_codes(folder / "c.npy", records, build, second, "cpu", batch_size=2, workers=2)
+    assert second.batches == 1 + 6 - 2
+    whole = codes_of(folder, entries)
+    assert (CodeCache(folder / "c.npy", 12).codes == whole).all() and len(np.unique(whole)) > 20
+    left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert left == []
 
 
 def test_visual_codes_without_a_key_are_taken_and_said(folder):

@@ -134,7 +134,8 @@ def load_image_tokenizer(config: Config, world: World) -> ImageTokenizer | None:
         return None
     kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
     path = existing_tokenizer(config.image_tokenizer_path)
-    return ImageTokenizer.load(path, read_weights, kind).to(world.device)
+    image_tokenizer = ImageTokenizer.load(path, read_weights, kind).to(world.device)
+    return image_tokenizer.compiled() if config.compile else image_tokenizer
 
 
 def image_transform(config: Config, token_side: int | None) -> PretrainTransform:

@@ -243,6 +243,11 @@ class ImageTokenizer(nn.Module):
             )
         return self.encoder(squeeze_range(image).contiguous(memory_format=torch.channels_last))
 
+    def compiled(self) -> "ImageTokenizer":
+        """Compile the encoder, in place; returns the tokenizer."""
+        self.encoder.compile()
+        return self
+
     @torch.no_grad()
     def codes(self, image: Tensor) -> Tensor:
         """[B,3,H,W] in [0,1] -> int64 [B,H/r,W/r], the most probable code of each place."""

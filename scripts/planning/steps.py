@@ -230,7 +230,8 @@ def dual(script: ModuleType, config) -> Setup:
     config.checkpoint = config.init_text_encoder = None
     model = script.build_model(config).train()
     size, side = config.batch_size, config.network.image_size
-    length = min(max(config.text_lengths, default=32), config.network.context_length)
+    usual = min([n for n in config.text_lengths if n >= 32], default=32)
+    length = min(usual, config.network.context_length)
     local_images, local_texts = config.local_views
 
     def batch() -> dict[str, Tensor]:

@@ -20,6 +20,12 @@ STEPS = {
     "albef": f"Pretrain --config configs/Pretrain/debug.yaml --method albef {SMALL_PRETRAIN} "
     "--bert_config configs/bert_small.json",
     "ve": f"VE --config configs/VE/debug.yaml {BF16}",
+    "retrieval": f"Retrieval --config configs/Retrieval/debug.yaml {BF16}",
+    "grounding": f"Grounding --config configs/Grounding/debug.yaml {BF16}",
+    "vqa": f"VQA --config configs/VQA/debug.yaml {BF16}",
+    "nlvr": f"NLVR --config configs/NLVR/debug.yaml {BF16}",
+    "text assignment": f"NLVR --config configs/NLVR/debug_assignment.yaml {BF16}",
+    "nxtp": f"Recognition --config configs/Recognition/debug.yaml {BF16}",
     "clip": f"{DUAL} CLIP_RT_CLIP",
     "cl2l": f"{DUAL} CL2L_RT_CL2L",
     "siamlip": f"{DUAL} CL2L_RT_SIAMLIP",
@@ -78,7 +84,7 @@ def test_contrastive_losses_in_float32(name):
     assert not {key for key in half if key[1] not in ("_to_copy", "clone", "copy_")}, half
 
 
-@pytest.mark.parametrize("name", ["simla", "albef", "ve"])
+@pytest.mark.parametrize("name", ["simla", "albef", "ve", "retrieval", "vqa"])
 def test_softmax_and_cross_entropy_in_float32(name):
     kinds = {"_softmax", "_log_softmax", "logsumexp", "exp", "log", "softplus"}
     operations = [o for o in trace_of(STEPS[name], 8).operations if o.name in kinds]

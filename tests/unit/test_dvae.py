@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from base.errors import UserError
 from models.fusion.dvae import (
+    SMALL,
     ImageTokenizer,
     TokenizerConfig,
     code_usage,
@@ -190,3 +191,10 @@ def test_the_word_random_stands_for_a_small_untrained_tokenizer():
     assert codes.shape == (2, 4, 4) and 0 <= codes.min() and codes.max() < 32
     with pytest.raises(UserError, match="nowhere does not exist"):
         existing_tokenizer(Path("nowhere"))
+
+
+def test_compiled_codes_are_the_same():
+    tokenizer = ImageTokenizer(SMALL, with_decoder=False).freeze("float32")
+    image = torch.rand(2, 3, 16, 16)
+    expected = tokenizer.logits(image)
+    torch.testing.assert_close(tokenizer.compiled().logits(image), expected, rtol=1e-4, atol=1e-5)

@@ -304,10 +304,15 @@ def recognition(script: ModuleType, config) -> Setup:
     size, side, length = config.batch_size, config.network.image_size, 96
     targets = -(-30 * size // 32) * 32
 
-    def batch() -> dict[str, Tensor]:
-        texts = {"text_ids": ids(size, length), "segments": ids(size, length)}
+    def texts(prefix: str) -> dict[str, Tensor]:
+        tokens = {"text_ids": ids(size, length), "segments": ids(size, length)}
         wanted = {"positions": ids(targets), "labels": ids(targets)}
-        batch = {"image": pixels(size, 3, side, side), **texts, **wanted}
+        return {prefix + name: value for name, value in {**tokens, **wanted}.items()}
+
+    def batch() -> dict[str, Tensor]:
+        batch = {"image": pixels(size, 3, side, side), **texts("")}
+        if config.caption_weight:
+            batch.update(texts("caption_"))
         return as_step_wants(script, batch)
 
     def step(model, optimizer, precision) -> None:

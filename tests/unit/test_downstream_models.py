@@ -12,6 +12,7 @@ from models.fusion.retrieval import Retrieval, RetrievalConfig
 from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_images
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
 from models.fusion.vqa import Vqa, VqaConfig, same_length
+from tests.helpers.gradients import assert_same_gradients, gradients_of
 from tests.tiny_simla import CLS, VOCAB, tiny_batch, tiny_config
 
 SYSTEMS = pytest.mark.parametrize("albef", [False, True], ids=["simla", "albef"])
@@ -137,10 +138,9 @@ def test_compiled_equals_eager(task):
         torch.testing.assert_close(losses[1][name], loss)
     for part in losses:
         sum(part.values()).backward()
-    found = dict(other.named_parameters())
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-4, atol=1e-5)
+    theirs = {name: grad for name, grad in gradients_of(model).items() if grad is not None}
+    ours = {name: grad for name, grad in gradients_of(other).items() if grad is not None}
+    assert_same_gradients(ours, theirs, 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,10 @@ class Run:
 
         options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
         dcp.set_model_state_dict(model, self.saved["model"], options=options)
+        given = configured_options(optimizer)  # what the configuration says now wins over the file
         dcp.set_optimizer_state_dict(model, optimizer, self.saved["optimizer"], options=options)
+        for group, own_options in zip(optimizer.param_groups, given, strict=True):
+            group.update(own_options)
         precision.load_state_dict(self.saved["scaler"])
         own = self.saved["per_rank"]
         if len(own) == self.world.size:
@@ -448,6 +451,14 @@ class Run:
         self.log.close()
         if self._lock:
             self._lock.close()
+
+
+def configured_options(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Options of every parameter group but for `updates`, which KerasAdamW counts there."""
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append({k: v for k, v in group.items() if k not in ("params", "updates")})
+    return groups
 
 
 def rng_state(device: torch.device) -> dict:

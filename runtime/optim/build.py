@@ -16,6 +16,7 @@ from runtime.optim.lamb import Lamb
 NOT_DECAYED = (
     "cls_token",
     "pos_embed",
+    "positional_embedding",
     "mask_token",
     "temp",
     "logit_scale",

@@ -189,7 +189,7 @@ class Recorder:
             "an optimizer steps, but no network was called in training mode"
         )
         self.steps += 1
-        if self.steps > 1:
+        if self.steps > 1 or self.live is None:  # the latter makes room for saved moments
             return
         names = {id(p): name for name, p in self.live.named_parameters()}
         groups = []
@@ -209,7 +209,7 @@ class Recorder:
 
     def after_step(self, optimizer: Optimizer) -> None:
         self.steps -= 1
-        if self.steps == 0:
+        if self.steps == 0 and self.live is not None:
             self.record.updates[-1].after = state_of(self.live)
 
 

@@ -495,3 +495,23 @@ def test_scaled_gradients_are_unscaled_before_they_are_clipped(digitscenes, tmp_
     case = CASES["CLIP"]
     record = run_and_check(case, flags_of(case, digitscenes, tmp_path / "run", epochs="3 steps"))
     assert len(record.updates) == 3
+
+
+def test_a_resumed_run_obeys_its_command_line(digitscenes, tmp_path):
+    """Options of the optimizer are those given now, not those of the checkpoint; so are its groups:
+    the original decays position embeddings."""
+    case = CASES["SigLIP"]
+    flags = {"data": digitscenes, "output": tmp_path / "run"}
+    first = record_main("main.py", flags_of(case, **flags, max_steps=2))
+    changes = {"wd": 0.1, "betas": (0.8, 0.95), "eps": 0.02, "compat": "original"}
+    again = record_main("main.py", flags_of(case, **flags, **changes))
+    assert [len(record.updates) for record in (first, again)] == [2, 2]
+    resumed = again.updates[0]
+    expected = {
+        "positional_embedding": 0.1,
+        "visual.blocks.0.mlp.fc1.weight": 0.1,
+        "visual.blocks.0.mlp.fc1.bias": 0.0,
+    }
+    for name, decay in expected.items():
+        found = [resumed.option(name, option) for option in ("weight_decay", "betas", "eps")]
+        assert found == [decay, (0.8, 0.95), 0.02]

@@ -66,9 +66,10 @@ def feature_bank(
     if not distributed.on_main(partial(_is_whole, features, labels, done, total, width)):
         unfinished = path.with_suffix(".partial.npy"), path.with_suffix(".labels.partial.npy")
         kinds = ("<f4", (total, width)), ("<i8", (total,))
-        distributed.on_main(
-            lambda: [_create(file, *kind) for file, kind in zip(unfinished, kinds, strict=True)]
-        )
+        if world.is_main:
+            for file, kind in zip(unfinished, kinds, strict=True):
+                _create(file, *kind)
+        distributed.barrier()
         _fill(encode, batches(), own, unfinished, world)
         distributed.barrier()
 

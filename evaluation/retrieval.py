@@ -153,10 +153,11 @@ def nearest(queries: Tensor, keys: Tensor, k: int, world: World) -> Ranking:
         scores.append(values[:, :k])
         candidates.append(n - 1 - order[:, :k])
     rows = _flat(own)
-    found = [
-        gather_rows(torch.cat(part), rows, len(queries)).cpu() for part in (candidates, scores)
-    ]
-    return Ranking(*found, n)
+    return Ranking(
+        candidates=gather_rows(torch.cat(candidates), rows, len(queries)).cpu(),
+        scores=gather_rows(torch.cat(scores), rows, len(queries)).cpu(),
+        size=n,
+    )
 
 
 def units(count: int, size: int, world: World) -> list[list[int]]:

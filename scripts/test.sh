@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh requirements-test.txt
 ruff check .
 ruff format --check .
+mypy
 python scripts/dev/check_layout.py
 # one thread a process: spinning threads of several processes on few cores cost more than they give
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE

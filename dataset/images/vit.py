@@ -61,8 +61,9 @@ class TrainView:
         self.side, self.options, self.exact = side, options, exact
 
     def __call__(self, image: Tensor) -> Tensor:
+        rows, columns = image.shape[1:]
         top, left, height, width = inception_box(
-            *image.shape[1:], self.options.crop_area, self.options.crop_aspect
+            rows, columns, self.options.crop_area, self.options.crop_aspect
         )
         view = resize_bilinear(
             image[:, top : top + height, left : left + width], self.side, self.side

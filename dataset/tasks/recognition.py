@@ -200,7 +200,8 @@ class ImageView:
         if self.crop < 1:
             return crop_resize(image, *random_box(image, (self.crop, 1.0)), self.side, "bicubic")
         if self.whole:
-            return crop_resize(image, 0, 0, *image.shape[1:], self.side, "bicubic")
+            height, width = image.shape[1:]
+            return crop_resize(image, 0, 0, height, width, self.side, "bicubic")
         return self.centre(image)
 
 

@@ -3,6 +3,7 @@ take."""
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -175,21 +176,30 @@ def test_visual_codes_are_kept_for_the_same_list_images_sizes_and_weights_alone(
     made = (folder / "cache.npy").stat().st_mtime_ns
     assert (codes_of(folder, entries) == first).all()
     assert (folder / "cache.npy").stat().st_mtime_ns == made
-    with pytest.warns(UserWarning, match="making it again"):  # another order
-        assert (codes_of(folder, entries[::-1]) == first[::-1]).all()
-    with pytest.warns(UserWarning, match="making it again"):  # another list of the same length
-        other = codes_of(folder, [*entries[:3], {"image": "6.jpg", "caption": "x"}])
-    assert (other[:3] == first[:3]).all() and (other[3] != first[3]).any()
-    with pytest.warns(UserWarning, match="making it again"):  # other weights
-        assert (codes_of(folder, entries, MeanTokenizer(0.5)) != first).any()
-    with pytest.warns(UserWarning, match="making it again"):  # another resolution
-        assert codes_of(folder, entries, side=16).shape == (4, 64)
+    other = [*entries[:3], {"image": "6.jpg", "caption": "x"}]
+
+    def changed(*arguments, **options) -> np.ndarray:
+        """Codes of something else than `entries`, whose codes are in the cache before and after."""
+        with pytest.warns(UserWarning, match="making it again"):
+            found = codes_of(folder, *arguments, **options)
+        with pytest.warns(UserWarning, match="making it again"):
+            assert (codes_of(folder, entries) == first).all()
+        return found
+
+    twins = [(folder / name).read_bytes() for name in ("3.jpg", "6.jpg")]
+    for name, data in zip(("3.jpg", "6.jpg"), twins, strict=True):  # of one size and time
+        (folder / name).write_bytes(data.ljust(max(map(len, twins)), b"\0"))
+        os.utime(folder / name, (1, 1))
     with pytest.warns(UserWarning, match="making it again"):
         assert (codes_of(folder, entries) == first).all()
+    assert (changed(entries[::-1]) == first[::-1]).all()  # another order
+    assert (changed(other)[3] != first[3]).any()  # another list of the same length
+    assert (changed(entries, MeanTokenizer(0.5)) != first).any()  # other weights
+    assert changed(entries, side=16).shape == (4, 64)  # another resolution
     (folder / "1.jpg").write_bytes((folder / "7.jpg").read_bytes())
     with pytest.warns(UserWarning, match="making it again"):  # another image under the same name
-        changed = codes_of(folder, entries)
-    assert (changed[1] != first[1]).any() and (changed[0] == first[0]).all()
+        again = codes_of(folder, entries)
+    assert (again[1] != first[1]).any() and (again[0] == first[0]).all()
 
 
 class Interrupted(MeanTokenizer):

@@ -58,7 +58,12 @@ def _three_processes(rank: int, rendezvous: str, folder: str) -> None:
     table = distributed.gather_rows(indices[:, None].float() * 10, indices, 7)
     assert table.squeeze(1).tolist() == [0, 10, 20, 30, 40, 50, 60]
     assert distributed.all_reduce(torch.tensor(float(rank)), "mean").item() == 1.0
+    assert distributed.all_reduce(torch.tensor(float(rank)), "max").item() == 2.0
+    assert distributed.all_reduce(torch.tensor(float(rank + 1))).item() == 6.0
     assert distributed.any_rank(rank == 2, torch.device("cpu"))
+    parts = [torch.tensor([[True], [False]])] if rank == 1 else []  # the others have none
+    table = distributed.gather_parts(parts, [1, 0] if parts else [], 2, torch.device("cpu"))
+    assert table.dtype == torch.bool and table.squeeze(1).tolist() == [False, True]
     try:
         with distributed.rank_0_first():
             raise ZeroDivisionError

@@ -243,18 +243,17 @@ def dual(script: ModuleType, config) -> Setup:
 
     def step(model, optimizer, precision) -> None:
         network = unwrap(model)
-        teacher = network.momentum_model if config.momentum else None
+        if config.momentum and step.teacher is None:
+            step.teacher = script.WeightAverage([(network.momentum_model, network)])
 
-        @torch.no_grad()
         def after() -> None:
-            if teacher is not None:
-                slow = list(teacher.parameters())
-                fast = list(network.parameters())[: len(slow)]  # the teacher stands behind
-                torch._foreach_lerp_(slow, fast, 1 - config.momentum_tau)
+            if step.teacher is not None:
+                step.teacher.update(config.momentum_tau)
             network.after_update()
 
-        train(script, config, model, optimizer, precision, batch, teacher, after)
+        train(script, config, model, optimizer, precision, batch, None, after)
 
+    step.teacher = None
     assumed = [f"{tokens:,} tokens, texts of {length} tokens"]
     decayed = names_by_decay(model, config.network.original)[0]
     return Setup(model, size, step, 3 * side**2 * (1 + local_images), [], decayed, assumed)
@@ -262,8 +261,6 @@ def dual(script: ModuleType, config) -> Setup:
 
 def classification(script: ModuleType, config) -> Setup:
     """Classification.py: two labels an image."""
-    from models.classification.classifier import averages, follow
-
     config.checkpoint = None
     model = script.build_model(config).train()
     size, side = config.batch_size, config.network.image_size
@@ -274,14 +271,18 @@ def classification(script: ModuleType, config) -> Setup:
         return as_step_wants(script, batch)
 
     def step(model, optimizer, precision) -> None:
-        average, followed = averages(unwrap(model))
+        network = unwrap(model)
+        if config.ema_decay and step.average is None:
+            pairs = [(network.ema, network)]
+            step.average = script.WeightAverage(pairs, average_buffers=True)
 
         def after() -> None:
-            if average:
-                follow(average, followed, 5, config.ema_decay, config.ema_start)
+            if step.average is not None:
+                step.average.update(script.ema_decay(5, config.ema_decay, config.ema_start))
 
         train(script, config, model, optimizer, precision, batch, None, after)
 
+    step.average = None
     names = [name for name, _ in model.named_parameters()]
     decayed = names if config.network.original else None
     classes = f"{config.network.num_classes:,} classes"

@@ -12,7 +12,7 @@ import torch
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from base.files import finite, parse_json, write_bytes
+from base.files import finite, parse_json, write_bytes, write_text
 from runtime.flops import flop_counter
 from runtime.gpus import gpu_by_device_name
 
@@ -273,7 +273,7 @@ def _start_wandb(folder: Path, config: dict, mode: str):
     # one W&B run per folder, over all resumes: its id is kept in the folder
     note = folder / "wandb_id.txt"
     if not note.exists():
-        note.write_text(secrets.token_hex(8))
+        write_text(note, secrets.token_hex(8))
     return wandb.init(
         project="quintet",
         dir=str(folder),

@@ -1,6 +1,5 @@
 """Which shards there are and how many samples each holds: found once a run, by threads."""
 
-import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from base import distributed
 from base.errors import UserError
-from base.files import cache_folder, digest, write_json
+from base.files import cache_folder, digest, parse_json, read_json, write_json
 from dataset.images.formats import files_below
 from dataset.sources.remote import (
     describe,
@@ -201,8 +200,8 @@ def statistics_names(shard: str) -> list[str]:
 def _from_statistics(shard: str, options: dict | None) -> int | None:
     for name in statistics_names(shard):
         try:
-            successes = json.loads(read_file(name, options))["successes"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            successes = parse_json(read_file(name, options), name, dict)["successes"]
+        except (ValueError, KeyError):
             continue  # another program's, or damaged: the samples are counted
         except Exception as error:
             if is_missing(error):
@@ -215,8 +214,8 @@ def _from_statistics(shard: str, options: dict | None) -> int | None:
 
 def _from_cache(path: Path) -> int | None:
     try:
-        count = json.loads(path.read_bytes())["samples"]
-    except (OSError, ValueError, KeyError, TypeError):
+        count = read_json(path, dict)["samples"]
+    except (UserError, KeyError):
         return None
     return count if type(count) is int else None
 

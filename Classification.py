@@ -103,16 +103,15 @@ class Config(StreamConfig, ValidationConfig, RunConfig):
 
 def training_data(config: Config, names: list[str], world: World, state) -> StreamLoader:
     """Endless batches of this process, from the position `state` on."""
-    network = config.network
-    view = TrainView(network.image_size, config.views, exact=network.original)
+    view = TrainView(config.network.image_size, config.views, exact=config.network.original)
     sources = []
-    for data in config.train_data:
-        labels = Labels(network.num_classes, config.targets, data)
+    for number, data in enumerate(config.train_data):
+        labels = Labels(config.network.num_classes, config.targets, data)
         options = {"download": config.download, "shuffle_buffer": config.shuffle_buffer}
-        source = training_source(data, config.data_root, view, labels, names, **options)
-        sources.append(source)
+        options["samples"] = config.samples[number] if config.samples else None
+        sources.append(training_source(data, config.data_root, view, labels, names, **options))
     return StreamLoader(
-        Stream(sources, LabelCollate()),
+        Stream(sources, LabelCollate(), exif=config.exif),
         batch_size=config.batch_size,
         workers=config.workers,
         world=world,
@@ -175,7 +174,8 @@ def evaluate(model: VisionClassifier, val: Split, config, world: World, precisio
     model = averaged(model)
     real = read_real(config.real, val.file_names) if config.real else None
     own = shard_indices(len(val), world.rank, world.size)
-    batches = EvalLoader(val.load, own, config.batch_size_test, LabelCollate(), config.workers)
+    options = {"workers": config.workers, "exif": config.exif}
+    batches = EvalLoader(val.load, own, config.batch_size_test, LabelCollate(), **options)
     statistics = pixel_statistics(world.device, *config.network.statistics)
 
     def predict(image: Tensor) -> Tensor:
@@ -183,7 +183,9 @@ def evaluate(model: VisionClassifier, val: Split, config, world: World, precisio
 
     with evaluating(model), precision.autocast():
         scores = score(predict, batches, own, len(val), world)
-    return multi_label_metrics(scores) if config.multi_label else single_label_metrics(scores, real)
+    if config.multi_label:
+        return multi_label_metrics(scores) | batches.damages()
+    return single_label_metrics(scores, real) | batches.damages()
 
 
 def train(config: Config, names: list[str], val: Split | None, world: World, precision) -> Metrics:
@@ -197,9 +199,7 @@ def train(config: Config, names: list[str], val: Split | None, world: World, pre
     model = synchronise_batch_norm(model.to(world.device))  # those of a stem; others have none
     model, optimizer, plan = run.begin(title, model, loader, precision, decayed)
     network = distributed.unwrap(model)
-    average = None
-    if config.ema_decay:
-        average = WeightAverage([(network.ema, network)], average_buffers=True)
+    average = config.ema_decay and WeightAverage([(network.ema, network)], average_buffers=True)
     statistics = pixel_statistics(world.device, *config.network.statistics)
     metrics = {}
 

@@ -177,14 +177,14 @@ def training_data(
         max_words=config.max_words,
     )
     sources = [RecordSource(records, pair, "train_file")] if records else []
-    sources += shard_sources(config.shards, pair, config.shuffle_buffer)
+    sources += shard_sources(config.shards, pair, config.shuffle_buffer, config.samples)
     if not sources:
         raise UserError(
             "no training data: name annotation lists in train_file, or WebDataset shards in shards"
         )
     collate = PretrainCollate(tokenizer, config.max_tokens, config.mlm_probability)
     return StreamLoader(
-        Stream(sources, collate, config.weights),
+        Stream(sources, collate, config.weights, config.exif),
         batch_size=config.batch_size,
         workers=config.workers,
         world=world,

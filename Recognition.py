@@ -118,10 +118,8 @@ def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state
     decouple = config.decouple_labels
     text = Sequences(tokenizer, config.max_text, config.many_prompts, blind, decouple=decouple)
     view = ImageView(config.network.image_size, config.whole_image, config.crop)
-    lists = (config.train_list, config.image_root, config.shards, config.shuffle_buffer)
-    stream = training_stream(view, text, *lists, captions=config.caption_weight > 0)
     return StreamLoader(
-        stream,
+        training_stream(view, text, config, captions=config.caption_weight > 0),
         batch_size=config.batch_size,
         workers=config.workers,
         world=world,
@@ -144,7 +142,8 @@ def evaluate(model: Nxtp, data: ImageSet, tokenizer, config: Config, world: Worl
     own = shard_indices(len(data), world.rank, world.size)
     if config.tensor_parallel:
         own = range(len(data))
-    batches = EvalLoader(data.load, own, config.batch_size_test, default_collate, config.workers)
+    options = {"workers": config.workers, "exif": config.exif}
+    batches = EvalLoader(data.load, own, config.batch_size_test, default_collate, **options)
 
     def predict(image: Tensor) -> tuple[Tensor, ...]:
         return reader.drafts(normalize(image, statistics)).padded(config.decoding.longest)

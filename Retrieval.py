@@ -136,7 +136,13 @@ def evaluate(model: Retrieval, data: RetrievalSet, tokenizer, config: Config, st
 
     def load_images(indices: list[int]) -> EvalLoader:
         return EvalLoader(
-            data.load, indices, config.batch_size_test, torch.stack, config.workers, pin_memory=True
+            data.load,
+            indices,
+            config.batch_size_test,
+            torch.stack,
+            config.workers,
+            pin_memory=True,
+            exif=config.exif,
         )
 
     with evaluating(model), start.precision.autocast():

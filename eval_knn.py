@@ -92,6 +92,7 @@ class Config:
     probe_iterations: int = knob(100, "its most L-BFGS iterations", low=1)
     batch_size: int = knob(64, "images per forward pass and process", low=1)
     workers: int = knob(4, "loader processes per process", low=0)
+    exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
     cache: Path | None = knob(
         None, "folder of features, one for all processes; none = $QUINTET_CACHE, ~/.cache/quintet"
     )
@@ -155,7 +156,7 @@ def bank_of(
     labels = Labels(len(names) or config.num_classes, LabelOptions(), data)
     images = shared_split(data, config.data_root, view, labels, names, config.download, split)
     content = distributed.on_main(partial(identity, images.records, data, config.data_root))
-    how = (config.precision, config.batch_size, world.device.type)
+    how = (config.precision, config.batch_size, config.exif, world.device.type)
     key = digest(fingerprint(encoder), in_words, encoder.pixels, content, *how)
     own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
     statistics = pixel_statistics(world.device, encoder.pixels.mean, encoder.pixels.std)
@@ -163,7 +164,8 @@ def bank_of(
 
     def batches() -> EvalLoader:
         pin = world.device.type == "cuda"
-        return EvalLoader(images.load, own, config.batch_size, LabelCollate(), config.workers, pin)
+        options = {"workers": config.workers, "pin_memory": pin, "exif": config.exif}
+        return EvalLoader(images.load, own, config.batch_size, LabelCollate(), **options)
 
     def encode(image: Tensor) -> Tensor:
         with autocast():

@@ -77,6 +77,7 @@ class Config:
     split: str | None = knob(None, "split to evaluate instead of each data set's own")
     batch_size: int = knob(256, "images or texts per forward pass and process", low=1)
     workers: int = knob(10, "loader processes per process", low=0, aliases=("j",))
+    exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
     bpe_path: Path | None = knob(None, "BPE merges; none = the run's, else CLIP's")
     tokenizer: str | None = knob(None, "of ALIGN; none = the run's, else bert-base-uncased")
     cache: Path | None = knob(None, "folder for classifiers and shards [$QUINTET_CACHE]")
@@ -180,7 +181,13 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
         data.images, eval_view(encoder.opened.title, pixels.size, pixels.interpolation)
     ).load
     batches = EvalLoader(
-        load, own, config.batch_size, default_collate, config.workers, world.device.type == "cuda"
+        load,
+        own,
+        config.batch_size,
+        default_collate,
+        config.workers,
+        pin_memory=world.device.type == "cuda",
+        exif=config.exif,
     )
     texts = {"world": world, "batch_size": config.batch_size}
 
@@ -193,7 +200,8 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
             about["captions"] = len(data.images.captions)
             image = embed_images(embed, batches, own, total, world)
             text = embed_texts(model.embed_text, encoder.tokenize, data.images.captions, **texts)
-            return about | retrieve(image, text, data.images.text_image, world)
+            recalls = retrieve(image, text, data.images.text_image, world)
+            return about | recalls | batches.damages()
         about["classes"] = len(data.classes)
         prompts = class_prompts(data.classes, data.templates, data.entry.name)
         key = digest(encoder.signature, config.batch_size, prompts)
@@ -201,9 +209,10 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
         classifier = cached_classifier(
             config.cache_folder / f"classifiers/{key}.safetensors", make, world
         )
-        return about | classify(
+        scores = classify(
             embed, classifier, batches, own, total, world, data.entry.metric, data.entry.name
         )
+        return about | scores | batches.damages()
 
 
 def main(config: Config) -> None:

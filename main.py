@@ -99,7 +99,7 @@ def training_data(config: Config, tokenizer, world: World, state: dict | None) -
     texts = TextViews(config.texts, local_captions, stop_words_always=config.network.original)
     sources = pair_sources(config, views, texts, load_plain)
     return StreamLoader(
-        Stream(sources, CaptionCollate(tokenizer, config.text_lengths)),
+        Stream(sources, CaptionCollate(tokenizer, config.text_lengths), exif=config.exif),
         config.batch_size,
         config.workers,
         world=world,
@@ -178,12 +178,14 @@ def validation_data(config: Config) -> tuple[ClassFolder, list[list[str]]]:
 def evaluate(model: DualEncoder, data, prompts, tokenizer, config: Config, world: World) -> dict:
     """Zero-shot accuracy in percent by z, h and their ensembles; exact on any number of ranks."""
     own = shard_indices(len(data), world.rank, world.size)
-    loader = EvalLoader(data.load, own, config.batch_size, default_collate, config.workers)
+    options = {"workers": config.workers, "exif": config.exif}
+    loader = EvalLoader(data.load, own, config.batch_size, default_collate, **options)
     pixels = input_statistics(config.network, world.device)
     batches = NormalizedBatches(loader, pixels, world.device)
     with evaluating(model):
         classes = text_classifier(model.embed_text, tokenizer, prompts, world)
-        return zero_shot_accuracy(model.embed_image, classes, batches, own, data.labels, world)
+        scores = zero_shot_accuracy(model.embed_image, classes, batches, own, data.labels, world)
+    return scores | loader.damages()
 
 
 def main(config: Config) -> None:

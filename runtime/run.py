@@ -56,6 +56,7 @@ class RunConfig:
         1, "micro-batches per update; each has batch_size samples per process", low=1
     )
     workers: int = knob(4, "loader processes per training process", low=0)
+    exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
     log_every: int = knob(
         50, "updates between two log lines; the only points where the host waits for the GPU", low=1
     )
@@ -78,6 +79,9 @@ class StreamConfig:
     """Training data."""
 
     shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
+    samples: list[int] = knob(
+        [], "samples of each entry of shards; none = told by *_stats.json, else counted once", low=1
+    )
     error_budget: float = knob(
         0.01, "fraction of unreadable samples at which the run stops", low=0, high=1
     )

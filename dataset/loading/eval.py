@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from base.distributed import gather_objects
 from base.errors import BadSample, UserError
 from dataset.images.decode import reading
 from dataset.loading.workers import signals_held, worker_init
@@ -24,8 +25,8 @@ class EvalLoader:
 
     Nothing is left out. A truncated JPEG is scored with its missing rows grey, and an unreadable
     image as a grey one, which the model gets wrong but for luck: so a score is over all samples
-    on any machine. Both are named on stderr and counted, in `truncated` and `unreadable`, over all
-    passes so far.
+    on any machine. Both are named on stderr and counted, in `truncated` and `unreadable` of the
+    last pass, and by `damages` for the metrics.
     load: makes a sample. A BadSample of another kind than an unreadable image ends the evaluation
     with a UserError; so do more unreadable images than `error_budget`, a fraction of `indices`.
     exif: turn images by their EXIF orientation.
@@ -75,6 +76,14 @@ class EvalLoader:
             self._check_budget()
             yield batch
         self._report()
+
+    def damages(self) -> dict[str, int]:
+        """Unreadable and truncated images of the last pass on all processes, where there are any,
+        as `unreadable_images` and `truncated_images` for the metrics: a collective."""
+        found = gather_objects((len(self.unreadable), len(self.truncated)))
+        unreadable, truncated = (sum(counts) for counts in zip(*found, strict=True))
+        kinds = {"unreadable_images": unreadable, "truncated_images": truncated}
+        return {name: count for name, count in kinds.items() if count}
 
     def _check_budget(self) -> None:
         if len(self.unreadable) > self.error_budget * self.samples:

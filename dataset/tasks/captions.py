@@ -191,7 +191,7 @@ def pair_sources(
     """The sources of a stream of `ImageTextPair`: collections, then WebDataset shards.
 
     data: has `dataset`, `metadata`, `root` and `shards` (see `collections_of`), `shuffle_buffer`
-    (see `ShardSource`). read_plain: see `caption_records`. Collective: rank 0 converts the metadata
+    and `samples` (see `shard_sources`). read_plain: see `caption_records`. Collective: rank 0 converts the metadata
     and tries the first images. Raises UserError.
     """
     sources: list = []
@@ -202,7 +202,7 @@ def pair_sources(
         pair = ImageTextPair(image_views, text_views, folder)
         sources.append(RecordSource(records, pair, kind))
     pair = ImageTextPair(image_views, text_views)
-    sources += shard_sources(data.shards, pair, data.shuffle_buffer)
+    sources += shard_sources(data.shards, pair, data.shuffle_buffer, data.samples)
     return sources
 
 

@@ -24,7 +24,7 @@ def train_loader(
 ) -> StreamLoader:
     """Endless batches of this process, from the position `state` on (see dataset.loading.stream)."""
     return StreamLoader(
-        Stream(sources, collate),
+        Stream(sources, collate, exif=knobs.exif),
         batch_size=knobs.batch_size_train,
         workers=knobs.workers,
         world=world,
@@ -38,5 +38,11 @@ def split_loader(data, collate: Callable, knobs, world) -> tuple[range, EvalLoad
     length."""
     own = shard_indices(len(data), world.rank, world.size)
     return own, EvalLoader(
-        data.load, own, knobs.batch_size_test, collate, knobs.workers, pin_memory=True
+        data.load,
+        own,
+        knobs.batch_size_test,
+        collate,
+        knobs.workers,
+        pin_memory=True,
+        exif=knobs.exif,
     )

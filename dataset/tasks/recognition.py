@@ -310,30 +310,27 @@ def read_list(path: Path) -> Iterator[dict]:
 def training_stream(
     view: ImageView,
     sequences: Sequences,
-    lists: Sequence[Path],
-    root: Path,
-    shards: Sequence[str],
-    buffer: int,
+    data,
     captions: bool,
-    samples: Sequence[int] = (),
 ) -> Stream:
     """Batches of RecognitionCollate: of list files with images below `root`, and of shards with
     nouns. A collective: the first process looks through lists and shards for all.
 
-    buffer: samples of a shard that a worker permutes at a time; captions: whether samples have the
-    caption, too. samples: how many each entry of `shards` holds; none = they are counted.
+    data: has `train_list` and `image_root`, `shards`, `samples` and `shuffle_buffer` (see
+    `shard_sources`), and `exif` (see `Stream`). captions: whether samples have the caption, too.
     """
+    root = data.image_root
     build = LabelledImage(view, sequences, root, captions)
     sources: list = []
-    for file in lists:
+    for file in data.train_list:
         with distributed.rank_0_first():
             records = label_records(file)
         check_image_root(root, (record["image"] for record in islice(records, 20)))
         sources.append(RecordSource(records, build, str(file)))
-    sources += shard_sources(shards, build, buffer, samples)
+    sources += shard_sources(data.shards, build, data.shuffle_buffer, data.samples)
     if not sequences.original:  # there, such images are trained on without labels
         sources = [Filtered(source, has_names, NO_NAMES) for source in sources]
-    return Stream(sources, RecognitionCollate(sequences.tokenizer.pad))
+    return Stream(sources, RecognitionCollate(sequences.tokenizer.pad), exif=data.exif)
 
 
 class ImageSet:

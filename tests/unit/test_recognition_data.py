@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,7 +343,10 @@ def test_training_passes_over_images_without_nouns(tmp_path, monkeypatch, tokeni
     labelled_shard(tmp_path, monkeypatch)
     sequences = Sequences(tokenizer, 80)
     shards = [str(tmp_path / "nouns")]
-    stream = training_stream(ImageView(16), sequences, [], tmp_path, shards, 10, captions=False)
+    data = SimpleNamespace(
+        train_list=[], image_root=tmp_path, shards=shards, samples=[], shuffle_buffer=10, exif=False
+    )
+    stream = training_stream(ImageView(16), sequences, data, captions=False)
     assert len(stream) == 2
     loader = StreamLoader(stream, 2, workers=0)
     for _ in range(4):
@@ -350,7 +354,7 @@ def test_training_passes_over_images_without_nouns(tmp_path, monkeypatch, tokeni
     assert sum(loader.errors.values()) == 0
     labelled_shard(tmp_path, monkeypatch, captions=("wow", ""))
     (tmp_path / "nouns/0_stats.json").write_text('{"successes": 2}')
-    stream = training_stream(ImageView(16), sequences, [], tmp_path, shards, 10, captions=False)
+    stream = training_stream(ImageView(16), sequences, data, captions=False)
     with pytest.raises(UserError, match="no caption has a noun"):
         next(StreamLoader(stream, 2, workers=0))
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 
 from base import distributed
 from runtime.optim.build import Optimizer, Precision, build_optimizer
-from runtime.parallel import Features, gradient_sync, parallelize, transformer_blocks
+from runtime.parallel import Features, gradient_sync, parallelize, transformer_blocks, whole_model
 
 CPU = torch.device("cpu")
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
@@ -121,18 +121,29 @@ def test_unknown_strategy_is_refused():
         parallelize(network(), distributed.World(0, 1, 0, CPU), Features("zero"))
 
 
+@torch.no_grad()
+def first_loss(model: nn.Module) -> float:
+    """On the first batch, in eval mode, as a validation would."""
+    x, y = (part[0] for part in data())
+    return model.eval()(x=x, y=y)["loss_a"].item()
+
+
 def _two_processes(rank: int, folder: str, strategy: str, micro: int) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    model = parallelize(network(), distributed.World(rank, 2, rank, CPU), Features(strategy))
+    features = Features(strategy, activation_checkpointing=True)
+    model = parallelize(network(), distributed.World(rank, 2, rank, CPU), features)
+    whole_model(model)  # a validation before the training changes nothing
     norms, optimizer = train(model, rank, 2, micro)
+    loss = first_loss(whole_model(model))
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state, optim_state = dcp.get_state_dict(model, optimizer, options=options)
     if rank == 0:
         torch.save(
-            {"state": state, "norms": norms, "optimizer": optim_state}, f"{folder}/result.pt"
+            {"state": state, "norms": norms, "optimizer": optim_state, "loss": loss},
+            f"{folder}/result.pt",
         )
     distributed.shutdown()
 
@@ -145,6 +156,9 @@ def test_two_processes_equal_one(strategy, micro, straight, tmp_path):
     mp.spawn(_two_processes, args=(str(tmp_path), strategy, micro), nprocs=2)
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     assert_same(result["state"], result["norms"], straight)
+    trained = network()
+    trained.load_state_dict(result["state"])
+    assert result["loss"] == pytest.approx(first_loss(trained), rel=1e-6)
 
 
 @needs_fsdp2

@@ -11,8 +11,9 @@ from models.dual_encoder.base import DualConfig, DualEncoder
 from models.dual_encoder.cl2l import CL2L, BarLIP, SiamLIP, SwALIP, SwALIPV1
 from models.dual_encoder.clip import CLIP, SigLIP
 from models.dual_encoder.slip import SimCLR, Slip, SlipCLIP
-from models.layers.clip_towers import BACKBONES
+from models.layers.clip_towers import ClipViT
 from models.layers.efficientnet import SHAPES
+from models.layers.vit import ViTConfig
 
 HEADS = {
     "CLIP": CLIP,
@@ -29,6 +30,23 @@ USES_LOCAL_VIEWS = (
     "SIAMLIP",
     "SWALIP",
 )  # heads that take any number of them; the others none
+
+VITS = {  # width, blocks, heads, patch in pixels
+    "VITT8": (128, 4, 4, 8),  # for small images, such as DigitScenes
+    "VITS16MOCO": (384, 12, 12, 16),
+    "VITS16": (384, 12, 6, 16),
+    "VITS32": (384, 12, 6, 32),
+    "VITB32": (768, 12, 12, 32),
+    "VITB16": (768, 12, 12, 16),
+    "VITL16": (1024, 24, 16, 16),
+}
+CONVOLUTIONAL = {  # timm's names
+    "RT": "test_resnet",  # 0.4 M parameters, for small images
+    "R50": "resnet50",
+    "CNEXTT": "convnext_tiny",
+    "CNEXTS": "convnext_small",
+}
+BACKBONES = (*CONVOLUTIONAL, *VITS)
 
 SLIP_MODELS = {"CLIP": SlipCLIP, "SLIP": Slip, "SIMCLR": SimCLR}
 SLIP_BACKBONES = {"VITT8": "VITT8", "VITS16": "VITS16MOCO", "VITB16": "VITB16", "VITL16": "VITL16"}
@@ -70,4 +88,16 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
     model, backbone, _ = parts_of(config.model)
     if model is Align:
         return Align(config)  # its towers belong together
-    return model(config, visual or BACKBONES[backbone](config.image_size))
+    return model(config, visual or build_backbone(backbone, config.image_size))
+
+
+def build_backbone(name: str, image_size: int) -> nn.Module:
+    """The vision tower [B,3,S,S] -> [B,C] of that name, with random weights; has `num_features`."""
+    if name in CONVOLUTIONAL:
+        import timm
+
+        return timm.create_model(CONVOLUTIONAL[name], num_classes=0)
+    width, depth, heads, patch = VITS[name]
+    return ClipViT(
+        ViTConfig(image_size=image_size, patch_size=patch, width=width, depth=depth, heads=heads)
+    )

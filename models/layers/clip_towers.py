@@ -53,42 +53,10 @@ class ClipViT(ViT):
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.embed(image)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
-        return self.norm(x[:, 0])
-
-
-def vit(width: int, depth: int, heads: int, patch: int) -> Callable[[int], nn.Module]:
-    def build(image_size: int) -> nn.Module:
-        return ClipViT(ViTConfig(image_size, patch, width, depth, heads))
-
-    return build
-
-
-def timm_backbone(name: str) -> Callable[[int], nn.Module]:
-    """A convolutional network of timm with pooled features; any image size."""
-
-    def build(image_size: int) -> nn.Module:
-        import timm
-
-        return timm.create_model(name, num_classes=0)
-
-    return build
-
-
-BACKBONES = {
-    "RT": timm_backbone("test_resnet"),  # 0.4 M parameters, for small images such as DigitScenes
-    "R50": timm_backbone("resnet50"),
-    "CNEXTT": timm_backbone("convnext_tiny"),
-    "CNEXTS": timm_backbone("convnext_small"),
-    "VITT8": vit(128, 4, heads=4, patch=8),  # for small images, such as DigitScenes
-    "VITS16MOCO": vit(384, 12, heads=12, patch=16),
-    "VITS16": vit(384, 12, heads=6, patch=16),
-    "VITS32": vit(384, 12, heads=6, patch=32),
-    "VITB32": vit(768, 12, heads=12, patch=32),
-    "VITB16": vit(768, 12, heads=12, patch=16),
-    "VITL16": vit(1024, 24, heads=16, patch=16),
-}
+        return self.norm(last(x, first=True)[:, 0])  # the last block computes that token alone
 
 
 def has_batch_norm(module: nn.Module) -> bool:

@@ -8,9 +8,9 @@ import torch
 
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig, names_by_decay
-from models.dual_encoder.factory import HEADS, build_dual, model_names, parts_of
+from models.dual_encoder.factory import BACKBONES, HEADS, build_dual, model_names, parts_of
 from models.layers.average import WeightAverage
-from models.layers.clip_towers import BACKBONES, TextNoise
+from models.layers.clip_towers import TextNoise
 from models.layers.openai_towers import openai_model
 from tests.clip_toys import END, ToyConvNet, losses_with_total, toy, toy_batch
 
@@ -83,6 +83,24 @@ def test_joined_views_are_the_views_apart():
         torch.testing.assert_close(out["feats_image_local"][:, a], feats, rtol=1e-5, atol=1e-5)
         feats = model.text_features(batch["text_ids"][:, 1 + a])
         torch.testing.assert_close(out["feats_text_local"][:, a], feats, rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_block_computes_the_class_token_alone():
+    """The feature and its gradients are those of a tower that computes every token to the end."""
+    tower, image = toy().visual, toy_batch()["image"]
+    x = tower.embed(image)
+    for block in tower.blocks:
+        x = block(x)
+    expected = tower.norm(x)[:, 0]
+    found = tower(image)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    weights = list(tower.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(found.square().sum(), weights),
+        torch.autograd.grad(expected.square().sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_views_of_a_batch_normed_backbone_keep_their_own_statistics():

@@ -40,12 +40,12 @@ class Setup:
     """A step of a script, before its model is wrapped.
 
     model: on fake CPU tensors. frozen: other networks on the card. step(model, optimizer,
-    precision): one update. decayed: names for build_optimizer. assumed: sentences.
+    precision): one update, whose losses it returns. decayed: names for build_optimizer. assumed: sentences.
     """
 
     model: nn.Module
     batch_size: int
-    step: Callable[..., None]
+    step: Callable[..., dict[str, Tensor]]
     image_bytes: int  # of one sample's images as they cross the bus
     frozen: list[nn.Module] = field(default_factory=list)
     decayed: list[str] | None = None
@@ -58,6 +58,11 @@ def ids(*shape: int) -> Tensor:
 
 def flags(*shape: int) -> Tensor:
     return torch.ones(*shape, dtype=torch.bool)
+
+
+def images(*shape: int) -> Tensor:
+    """Normalised images, float32."""
+    return torch.zeros(*shape)
 
 
 def pixels(*shape: int) -> Tensor:
@@ -86,8 +91,8 @@ def as_step_wants(script: ModuleType, batch: dict[str, Tensor]) -> dict[str, Ten
 
     if {"pixels", "statistics"} & set(inspect.signature(script.train_step).parameters):
         return batch
-    images = {n: normalize(x, statistics()) for n, x in batch.items() if n.startswith("image")}
-    return {**batch, **images}
+    normal = {n: normalize(x, statistics()) for n, x in batch.items() if n.startswith("image")}
+    return {**batch, **normal}
 
 
 def pretrain(script: ModuleType, config) -> Setup:
@@ -108,7 +113,7 @@ def pretrain(script: ModuleType, config) -> Setup:
 
     def batch() -> dict[str, Tensor]:
         tensors = {
-            "image": torch.zeros(size, 3, config.image_res, config.image_res),
+            "image": images(size, 3, config.image_res, config.image_res),
             "text_ids": ids(size, length),
             "text_mask": flags(size, length),
             "mlm_ids": ids(size, length),
@@ -118,14 +123,16 @@ def pretrain(script: ModuleType, config) -> Setup:
         if codes is not None:
             tensors["patch_mask"] = flags(size, grid * grid)
             if side:
-                tensors["token_image"] = torch.zeros(size, 3, side, side)
+                tensors["token_image"] = images(size, 3, side, side)
             else:
                 tensors["visual_codes"] = ids(size, grid * grid)
         return tensors
 
-    def step(model, optimizer, precision) -> None:
+    def step(model, optimizer, precision) -> dict[str, Tensor]:
         teacher = step.teacher = step.teacher or MomentumPairs(model, config.momentum)
-        train(script, config, model, optimizer, precision, batch, teacher, image_tokenizer=codes)
+        return train(
+            script, config, model, optimizer, precision, batch, teacher, image_tokenizer=codes
+        )
 
     step.teacher = None
     assumed = [f"BERT's {BERT_TOKENS:,} tokens, texts of {length} tokens"]
@@ -136,28 +143,36 @@ def pretrain(script: ModuleType, config) -> Setup:
 
 
 def train(
-    script, config, model, optimizer, precision, next_batch, teacher=None, after=None, **more
-) -> None:
-    """One turn of the loop that every script writes out, without its log and checkpoints."""
+    script, config, model, optimizer, precision, batch, teacher=None, after=None, **more
+) -> dict[str, Tensor]:
+    """One turn of the loop that every script writes out, without its log and checkpoints.
+
+    Returns the losses and `grad_norm`, 0-d each.
+    """
     from runtime.optim.build import set_learning_rate
+    from runtime.parallel import to_device
+
+    def next_batch() -> dict[str, Tensor]:
+        return to_device(batch(), precision.device)
 
     set_learning_rate(optimizer, 1e-5)
     parameters = [p for p in unwrap(model).parameters() if p.requires_grad]
     cached = getattr(config, "cache_features", False) and hasattr(script, "train_step_cached")
-    call(
+    losses = call(
         script.train_step_cached if cached else script.train_step,
         model=model,
         teacher=teacher,
         next_batch=next_batch,
         alpha=0.2,
-        statistics=statistics(),
+        statistics=tuple(value.to(precision.device) for value in statistics()),
         config=config,
         precision=precision,
         **more,
     )
-    precision.step(optimizer, parameters)
+    grad_norm = precision.step(optimizer, parameters)
     if after is not None:
         after()
+    return {**losses, "grad_norm": grad_norm}
 
 
 def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda size: {}) -> Setup:
@@ -177,18 +192,18 @@ def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda s
     )
     size, side, length = config.batch_size_train, config.image_res, 24
     two = script.__name__ == "NLVR" and config.stage != "text_assignment"
-    images = (size, 2, 3, side, side) if two else (size, 3, side, side)
+    shape = (size, 2, 3, side, side) if two else (size, 3, side, side)
 
     def batch() -> dict[str, Tensor]:
         texts = {"text_ids": ids(size, length), "text_mask": flags(size, length)}
-        return {"image": torch.zeros(*images), **texts, **extra(size)}
+        return {"image": images(*shape), **texts, **extra(size)}
 
     has_teacher = any("_m." in name for name, _ in model.named_parameters())
 
-    def step(model, optimizer, precision) -> None:
+    def step(model, optimizer, precision) -> dict[str, Tensor]:
         if has_teacher and step.teacher is None:
             step.teacher = MomentumPairs(model, config.momentum)
-        train(script, config, model, optimizer, precision, batch, step.teacher)
+        return train(script, config, model, optimizer, precision, batch, step.teacher)
 
     step.teacher = None
     assumed = [f"BERT's {BERT_TOKENS:,} tokens, texts of {length} tokens"]
@@ -241,7 +256,7 @@ def dual(script: ModuleType, config) -> Setup:
             tensors["image_local"] = pixels(size, local_images, 3, side, side)
         return as_step_wants(script, tensors)
 
-    def step(model, optimizer, precision) -> None:
+    def step(model, optimizer, precision) -> dict[str, Tensor]:
         network = unwrap(model)
         if config.momentum and step.teacher is None:
             step.teacher = script.WeightAverage([(network.momentum_model, network)])
@@ -251,7 +266,7 @@ def dual(script: ModuleType, config) -> Setup:
                 step.teacher.update(config.momentum_tau)
             network.after_update()
 
-        train(script, config, model, optimizer, precision, batch, None, after)
+        return train(script, config, model, optimizer, precision, batch, None, after)
 
     step.teacher = None
     assumed = [f"{tokens:,} tokens, texts of {length} tokens"]
@@ -270,7 +285,7 @@ def classification(script: ModuleType, config) -> Setup:
         batch = {"image": image, "labels": labels, "label_weights": torch.zeros(size, 2)}
         return as_step_wants(script, batch)
 
-    def step(model, optimizer, precision) -> None:
+    def step(model, optimizer, precision) -> dict[str, Tensor]:
         network = unwrap(model)
         if config.ema_decay and step.average is None:
             pairs = [(network.ema, network)]
@@ -280,7 +295,7 @@ def classification(script: ModuleType, config) -> Setup:
             if step.average is not None:
                 step.average.update(script.ema_decay(5, config.ema_decay, config.ema_start))
 
-        train(script, config, model, optimizer, precision, batch, None, after)
+        return train(script, config, model, optimizer, precision, batch, None, after)
 
     step.average = None
     names = [name for name, _ in model.named_parameters()]
@@ -316,8 +331,8 @@ def recognition(script: ModuleType, config) -> Setup:
             batch.update(texts("caption_"))
         return as_step_wants(script, batch)
 
-    def step(model, optimizer, precision) -> None:
-        train(script, config, model, optimizer, precision, batch)
+    def step(model, optimizer, precision) -> dict[str, Tensor]:
+        return train(script, config, model, optimizer, precision, batch)
 
     assumed = [
         f"LLaMA's {LLAMA_TOKENS:,} tokens, texts of {length} tokens, 30 targets an image",

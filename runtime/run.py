@@ -32,7 +32,7 @@ class RunConfig:
     )
     resume: str = knob(
         "auto",
-        "'auto': go on from the newest checkpoint in output_dir; 'no': start anew",
+        "'auto': resume from the newest checkpoint in output_dir; 'no': start from scratch",
         bare="auto",
     )
     checkpoint: Path | None = knob(
@@ -215,7 +215,7 @@ class Run:
     def track(
         self, *, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, loader
     ) -> None:
-        """Name what checkpoints hold, and bring it to the saved state where the run goes on."""
+        """Name what checkpoints hold, and restore it if the run is resumed."""
         self.model, self.optimizer, self.precision, self.loader = (
             model,
             optimizer,
@@ -240,9 +240,9 @@ class Run:
             restore_rng(own["rng"], self.world.device)
         else:
             self.log.say(
-                f"{len(own)} processes saved, {self.world.size} go on: random numbers start anew"
+                f"{len(own)} processes saved, {self.world.size} resume: random numbers start from the seed"
             )
-        self.saved = None  # 3 GB that nobody needs any more
+        self.saved = None  # up to gigabytes, not needed any more
 
     @property
     def peak_flops(self) -> float:
@@ -416,7 +416,7 @@ class Run:
         self._leave(0 if enough else EXIT_REQUEUE)
 
     def _stops_at(self, step: int) -> bool:
-        """Whether --max_steps ends the run here; a finished training goes on to its final test."""
+        """Whether --max_steps ends the run here; a finished training continues to its final test."""
         return self.config.max_steps is not None and self.config.max_steps <= step < self.plan.total
 
     def _interrupted(self, step: int) -> bool:

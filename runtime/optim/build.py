@@ -64,7 +64,7 @@ def parameter_groups(
     embeddings and temperatures.
     With a `scalar_lr_scale` scalars form groups of their own, and so do the parameters that
     `lr_scales` names. decayed:
-    names of the parameters with weight decay, where the model tells; these come first then, as in
+    names of the parameters with weight decay, if given, that group comes first, as in
     CLIP-rocket.
     """
     groups, scales = {}, named_scales(model, config.lr_scales)
@@ -79,7 +79,7 @@ def parameter_groups(
         )
         decay = 0.0 if free else config.weight_decay
         scale = config.scalar_lr_scale if parameter.ndim == 0 else 1.0
-        scale *= math.prod(share for start, share in scales.items() if name.startswith(start))
+        scale *= math.prod(factor for start, factor in scales.items() if name.startswith(start))
         # fused kernels take no mixture of sharded and whole parameters (scalars under FSDP2)
         groups.setdefault((decay, scale, is_sharded(parameter)), []).append(parameter)
     keys = sorted(groups, key=lambda key: (key[0] if decayed is None else -key[0], -key[1]))
@@ -87,13 +87,13 @@ def parameter_groups(
 
 
 def named_scales(model: nn.Module, written: Iterable[str]) -> dict[str, float]:
-    """`lr_scales` as beginnings of names and their shares; UserError for one that is no share or
+    """`lr_scales` as beginnings of names and their factors; UserError for one that is no number or
     names nothing."""
     scales = {}
     for entry in written:
-        start, _, share = entry.partition("=")
+        start, _, factor = entry.partition("=")
         try:
-            scales[start] = float(share)
+            scales[start] = float(factor)
         except ValueError:
             raise UserError(
                 f"lr_scales: {entry!r} is not NAME=SHARE, such as text_model=0.1"
@@ -109,7 +109,7 @@ def named_scales(model: nn.Module, written: Iterable[str]) -> dict[str, float]:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this is FSDP2's DTensor, told without importing torch.distributed.tensor, which takes
+    """Whether this is FSDP2's DTensor, found without importing torch.distributed.tensor, which takes
     half a second."""
     return hasattr(tensor, "full_tensor")
 

@@ -33,7 +33,9 @@ class Schedule:
     warmup: Duration = knob(
         "5%", "length of the linear warm-up: 'steps', 'epochs', 'samples' or '%' of training"
     )
-    power: float = knob(1.0, "of vit_linear: the share left to go is raised to it", low=0)
+    power: float = knob(
+        1.0, "of vit_linear: exponent of the fraction of training that is left", low=0
+    )
     warmup_epochs: int = knob(
         20, "original warm-up only: its length in units of 100 iterations of the first epoch"
     )
@@ -117,8 +119,8 @@ def learning_rate(
         if schedule.sched == "constant":
             return peak
         done = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
-        share = 0.5 * (1 + math.cos(math.pi * done)) if schedule.sched == "cosine" else 1 - done
-        return schedule.min_lr + (peak - schedule.min_lr) * share
+        factor = 0.5 * (1 + math.cos(math.pi * done)) if schedule.sched == "cosine" else 1 - done
+        return schedule.min_lr + (peak - schedule.min_lr) * factor
 
     return at
 
@@ -151,7 +153,7 @@ def rocket_learning_rate(
     schedule: Schedule, peak: float, step: int, warmup: int, total: int
 ) -> float:
     """Learning rate of CLIP-rocket and SLIP: `warmup` values evenly from warmup_lr to the peak,
-    both reached; then a cosine that begins at the peak anew and would be at min_lr at step
+    both reached; then a cosine that starts at the peak again and would be at min_lr at step
     `total`."""
     if step < warmup:
         return schedule.warmup_lr + (peak - schedule.warmup_lr) * step / max(1, warmup - 1)
@@ -170,25 +172,25 @@ def nxtp_learning_rate(
         return peak
     if done <= warmup:
         return peak * done / max(1, warmup)
-    share = 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total - warmup)))
-    return schedule.min_lr + (peak - schedule.min_lr) * share
+    factor = 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total - warmup)))
+    return schedule.min_lr + (peak - schedule.min_lr) * factor
 
 
 def vit_learning_rate(schedule: Schedule, peak: float, step: int, warmup: int, total: int) -> float:
     """Learning rate of COYO-ViT at optimizer step `step` (0-based): a warm-up that begins at
-    warmup_lr, then a cosine or a power of the share left to go, down to min_lr at step `total`. As
+    warmup_lr, then a cosine or a power of the fraction that is left, down to min_lr at step `total`. As
     published the decay begins at the peak less warmup_lr: with a warmup_lr other than 0 it jumps.
     """
     rise = max(peak - schedule.warmup_lr, 0)
     if step < warmup:
         return schedule.warmup_lr + rise * step / warmup
     left = 1 - (min(step, total) - warmup) / max(1, total - warmup)
-    share = (
+    factor = (
         0.5 * (1 - math.cos(math.pi * left))
         if schedule.sched == "vit_cosine"
         else left**schedule.power
     )
-    return schedule.min_lr + (rise - schedule.min_lr) * share
+    return schedule.min_lr + (rise - schedule.min_lr) * factor
 
 
 def ramp(step: int, length: int) -> float:

@@ -32,6 +32,7 @@ from base.errors import UserError  # noqa: E402
 from base.files import write_json  # noqa: E402
 from dataset.images.albef import random_box, resized_crop  # noqa: E402
 from dataset.images.decode import check_image_root, decode_image  # noqa: E402
+from dataset.images.formats import IMAGE_TYPES, files_below, is_image  # noqa: E402
 from dataset.loading.eval import EvalLoader  # noqa: E402
 from dataset.loading.stream import RecordSource, Stream, StreamLoader  # noqa: E402
 from dataset.sources.records import Records  # noqa: E402
@@ -42,7 +43,6 @@ from runtime.optim.schedule import Schedule  # noqa: E402
 from runtime.parallel import gradient_sync, whole_model  # noqa: E402
 from runtime.run import Run, RunConfig, evaluating, seed_everything  # noqa: E402
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HELD_OUT = 20  # every 20th image is not trained on: the figures and the preview are about these
 
 
@@ -111,9 +111,9 @@ def find_images(config: Config) -> list[dict]:
     found: dict[str, None] = {}
     for name in config.data:
         if Path(name).is_dir():
-            paths = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in IMAGES)
+            paths = sorted(path for path in files_below(name) if is_image(path))
             if not paths:
-                raise UserError(f"{name}: no images ({', '.join(IMAGES)}) in this folder")
+                raise UserError(f"{name}: no images ({', '.join(IMAGE_TYPES)}) in this folder")
             found |= dict.fromkeys(str(path.absolute()) for path in paths)
         else:
             images = [record["image"] for record in Records(name, required=("image",))]

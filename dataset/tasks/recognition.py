@@ -383,4 +383,4 @@ def read_image(path: Path) -> torch.Tensor:
     try:
         return decode_image(path, exif=True)
     except BadSample as error:
-        raise UserError(f"{error}; give a JPEG, PNG or WebP file") from None
+        raise UserError(f"{error}; give a JPEG, PNG, WebP or another common image file") from None

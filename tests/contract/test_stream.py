@@ -21,7 +21,7 @@ from PIL import Image
 from base.errors import BadSample, UserError
 from dataset.images.decode import decode_image
 from dataset.loading.eval import EvalLoader, shard_indices
-from dataset.loading.stream import RecordSource, StreamLoader
+from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from tests.contract.stream_cases import Build, collate, records, shards, stream, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -444,3 +444,19 @@ def test_a_checkpoint_of_an_earlier_version_resumes_exactly():
     )
     assert same(take(resumed, 9), take(straight, 9))
     assert resumed.state_dict() == straight.state_dict()
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_exif_reaches_the_loaders(exif, tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "0.jpg", exif=tags)
+    sizes = [[20.0, 40.0], [40.0, 20.0]][exif]
+
+    def build(record):
+        height, width = decode_image(tmp_path / "0.jpg").shape[1:]
+        return {"number": 0, "noise": (float(height), float(width), 0.0)}
+
+    trained = next(StreamLoader(Stream([RecordSource([{}], build)], collate, exif=exif), 1, 1))
+    (evaluated,) = EvalLoader(build, range(1), 1, collate, workers=0, exif=exif)
+    assert trained["noise"][0, :2].tolist() == evaluated["noise"][0, :2].tolist() == sizes

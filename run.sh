@@ -3,10 +3,10 @@
 #
 #     bash run.sh [--nproc N] [--allow-dirty] SCRIPT.py --name X ARGS…                  on this machine
 #     bash run.sh [--allow-dirty] run_with_submitit.py --name X --nodes 2 … ARGS…       on Slurm
-#     bash run.sh --name X                                                             go on with X as it was started
+#     bash run.sh --name X                                                             resume X as it was started
 #
 # The commit is unpacked into output/experiments/X/code and the script starts there: edit, switch branches or pull as
-# you like, neither what runs nor what waits in the queue notices. Called again with the same name, the experiment goes on
+# you like, neither what runs nor what waits in the queue notices. Called again with the same name, the experiment resumes
 # from its newest checkpoint, with the code of its own commit. Without --name it is SCRIPT-COMMIT-hash of the arguments.
 #
 #     code/             the snapshot; data and output in it point to those of the repository
@@ -103,7 +103,7 @@ Commit them (git add -A && git commit), or take them along as a patch: bash run.
     fi
     mkdir "$1/code"
     git -C "$top" archive "$tree" | tar -x -C "$1/code"
-    for shared in data output; do # what git ignores, so that relative paths go on meaning the same
+    for shared in data output; do # what git ignores, so that relative paths keep their meaning
         [ ! -d "$top/$shared" ] || [ -e "$1/code/$shared" ] || ln -s "$top/$shared" "$1/code/$shared"
     done
     git -C "$top" log -1 --format='commit %H%nauthor %an%ndate %cI%nsubject %s' "$commit" >"$1/commit.txt"
@@ -112,7 +112,7 @@ Commit them (git add -A && git commit), or take them along as a patch: bash run.
 }
 
 if [ ! -d "$folder" ]; then
-    [ -n "$script" ] || die "no experiment $name in $experiments to go on with; known: $(ls "$experiments" | tr '\n' ' ')"
+    [ -n "$script" ] || die "no experiment $name in $experiments to resume; known: $(ls "$experiments" | tr '\n' ' ')"
     # made aside and renamed: an experiment is there as a whole or not at all
     making=$(mktemp -d "$experiments/.making-XXXXXX")
     trap 'rm -rf "$making"' EXIT
@@ -124,7 +124,7 @@ if [ ! -d "$folder" ]; then
     echo "experiment $name: commit ${commit:0:7} -> $folder"
 else
     own=$(sed -n 's/^commit //p' "$folder/commit.txt")
-    echo "experiment $name goes on with its commit ${own:0:7} -> $folder"
+    echo "experiment $name resumes with its commit ${own:0:7} -> $folder"
     if [ "$own" != "$commit" ] || { [ -n "$(changes)" ] && [ ! -e "$folder/changes.patch" ]; }; then
         echo "note: later commits and edits are no part of it; for them, choose a new --name"
     fi

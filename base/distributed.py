@@ -240,11 +240,11 @@ def on_main(work, share: bool = True, patient: bool = False):
         return result
     if patient:
         wait_for_all()
-    told, shared = broadcast_object(
+    message, shared = broadcast_object(
         (None if failure is None else str(failure), result if share else None)
     )
-    if told is not None:
-        raise failure if failure is not None else UserError(f"rank 0: {told}")
+    if message is not None:
+        raise failure if failure is not None else UserError(f"rank 0: {message}")
     return result if dist.get_rank() == 0 else shared
 
 

@@ -110,7 +110,7 @@ def measure(step: Callable[[], None], device: torch.device, warmup: int, steps: 
     """Run `step` warmup + steps times: medians of the timed ones, and the peak memory in bytes.
 
     `seconds` is the clock's time, `cpu_seconds` the processor time of all threads, which other
-    people's work on a shared machine disturbs less.
+    other work on a shared machine disturbs less.
     """
     seconds, cpu_seconds = [], []
     for i in range(warmup + steps):

@@ -18,7 +18,7 @@ def linear_probe(
     """`probe` and `probe_top5`, the accuracy on `queries` in percent, and `probe_train`, that on
     `train`.
 
-    Features are standardised by the training set's mean and deviation. Minimised is the mean cross
+    Features are standardised by the training set's mean and std. Minimised is the mean cross
     entropy plus l2 / 2 times the squared weights. Computed by the first process alone: the same on
     any number.
     """
@@ -32,13 +32,13 @@ def linear_probe(
 def _probe(
     train: Bank, queries: Bank, classes: int, device: torch.device, l2: float, iterations: int
 ) -> dict[str, float]:
-    mean, deviation = moments(train, device)
+    mean, std = moments(train, device)
     weight = torch.zeros(classes, train.features.shape[1], device=device)
     bias = torch.zeros(classes, device=device)
 
     def tiles(bank: Bank):
         for first in range(0, len(bank), TILE):
-            x = (bank.rows(first, min(first + TILE, len(bank)), device) - mean) / deviation
+            x = (bank.rows(first, min(first + TILE, len(bank)), device) - mean) / std
             yield x, bank.labels[first : first + TILE].to(device)
 
     def closure() -> Tensor:
@@ -83,8 +83,6 @@ def moments(bank: Bank, device: torch.device) -> tuple[Tensor, Tensor]:
         x = bank.rows(first, min(first + TILE, len(bank)), device).double()
         total, squares = total + x.sum(0), squares + x.square().sum(0)
     mean = total / len(bank)
-    deviation = (squares / len(bank) - mean.square()).clamp(min=0).sqrt()
-    deviation = torch.where(
-        deviation > 1e-6 * mean.abs().clamp(min=1e-6), deviation, torch.ones_like(deviation)
-    )
-    return mean.float(), deviation.float()
+    std = (squares / len(bank) - mean.square()).clamp(min=0).sqrt()
+    std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, torch.ones_like(std))
+    return mean.float(), std.float()

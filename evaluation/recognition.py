@@ -24,7 +24,7 @@ def soft_scores(predictions: Tensor, references: Tensor) -> dict[str, float]:
     labels.
 
     recall: mean over references of the best cosine with a prediction; precision: the other way
-    round. div_avg and div_std: mean and unbiased deviation of the cosines between predictions,
+    round. div_avg and div_std: mean and unbiased std of the cosines between predictions,
     zeros left out; NaN counts as 0.
     """
     predictions, references = normalize(predictions, dim=-1), normalize(references, dim=-1)

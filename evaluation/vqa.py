@@ -52,7 +52,7 @@ def without_punctuation(answer: str) -> str:
 
 
 def normalise(answer: str) -> str:
-    """The form in which the official evaluation compares a prediction with people's answers."""
+    """The form in which the official evaluation compares a prediction with the annotators' answers."""
     answer = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())
     words = (DIGITS.get(word, word) for word in answer.lower().split())
     return " ".join(SPELLING.get(word, word) for word in words if word not in ARTICLES)
@@ -62,8 +62,8 @@ def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = Fals
     """Accuracy in 0..1 of one prediction: min(1, n / 3) of the others' answers, averaged over who
     is left out.
 
-    With four or more equal answers among ten people's the score is 1, with one 0.3. one_sided: as
-    the official code, which takes punctuation out of people's answers (where they differ) but turns
+    With four or more equal answers among ten annotators' the score is 1, with one 0.3. one_sided: as
+    the official code, which takes punctuation out of the annotators' answers (where they differ) but turns
     number words into digits, drops articles and spells contractions out in the prediction alone.
     VQA's own annotations are in that form already; where annotations say "two" or "the dog", nobody
     could ever be right.
@@ -83,7 +83,7 @@ def vqa_accuracy(
     """Accuracy in percent: `overall`, and by `question_type` and `answer_type` where the
     annotations name them.
 
-    truth: for each question id `answers` (people's texts) and maybe `question_type`, `answer_type`.
+    truth: for each question id `answers` (the annotators' texts) and maybe `question_type`, `answer_type`.
     """
     groups: dict[str, dict[str, list[float]]] = {
         "question_type": defaultdict(list),

@@ -156,7 +156,7 @@ def _stored(file: Path) -> Embeddings | None:
         return None
     try:
         return read_weights(file)
-    except UserError:  # cut off or of another making: it is written anew
+    except UserError:  # cut off or of another making: it is written again
         return None
 
 

@@ -160,7 +160,7 @@ def load_checked(path: str | Path, map_location: str | torch.device = "cpu") -> 
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Plain state dict, on the CPU, of a checkpoint in any form people have it.
+    """Plain state dict, on the CPU, of a checkpoint in any known form.
 
     Takes checkpoints of this project (hash verified; a run directory means its best, else its
     newest checkpoint), `.pth` files of the original systems with a `model` or `state_dict` entry,

@@ -234,7 +234,7 @@ class RunLog:
             self.bar.set_postfix(shown, refresh=False)
 
     def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
+        """A line for the user, above the progress bar."""
         if self.main:
             self.bar.write(text) if self.bar is not None else print(text, flush=True)
 

@@ -80,7 +80,7 @@ class StreamConfig:
 
     shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
     samples: list[int] = knob(
-        [], "samples of each entry of shards; none = told by *_stats.json, else counted once", low=1
+        [], "samples of each entry of shards; none = from *_stats.json, else counted once", low=1
     )
     error_budget: float = knob(
         0.01, "fraction of unreadable samples at which the run stops", low=0, high=1

@@ -4,7 +4,7 @@
 #     bash scripts/quickstart.sh
 #
 # environment -> DigitScenes -> image tokenizer -> vision transformer -> pre-training -> zero-shot retrieval -> one HTML page.
-# Interrupted, it goes on where it stopped; run again, it reuses what is there. PROCESSES=1 for a machine with one core.
+# Interrupted, it resumes where it stopped; run again, it reuses what is there. PROCESSES=1 for a machine with one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=data/digitscenes out=output/quickstart

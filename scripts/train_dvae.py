@@ -92,7 +92,7 @@ class Config(RunConfig):
 
 
 class Crop:
-    """An image's random crop, mirrored or not, or with scale=None all of it: float32 [3,size,size]
+    """An image's random crop, flipped or not, or with scale=None all of it: float32 [3,size,size]
     in [0,1]."""
 
     def __init__(self, size: int, scale: tuple[float, float] | None, flip: bool):

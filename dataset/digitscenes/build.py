@@ -277,7 +277,7 @@ def write_readme(root: Path, request: Request, statistics: dict) -> None:
         "digits that scikit-learn bundles. The writers of the test and validation splits are never trained on.",
         f"Made by `scripts/data/make_digitscenes.py OUT {asked}`; paths in all files are relative to this folder.",
         "",
-        "A mirrored image no longer fits words such as left and right: train without horizontal flips.",
+        "A horizontally flipped image no longer fits words such as left and right: train without horizontal flips.",
         "",
         "| file | content |",
         "|---|---|",

@@ -1,4 +1,4 @@
-"""Pixels: a scene drawn as a JPEG file, and the contact sheet for people."""
+"""Pixels: a scene drawn as a JPEG file, and the contact sheet to look at."""
 
 import io
 import textwrap

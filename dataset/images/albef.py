@@ -1,6 +1,6 @@
 """Image transforms of ALBEF and SIMLA: uint8 [3,H,W] in, normalised float32 out.
 
-Random draws use the global generators of torch and NumPy, which the data stream seeds anew for
+Random draws use the global generators of torch and NumPy, which the data stream reseeds for
 every sample.
 """
 
@@ -39,7 +39,7 @@ def random_box(image: torch.Tensor, scale: tuple[float, float]) -> Box:
 
 
 def resized_crop(image: torch.Tensor, box: Box | None, side: int, flip: bool) -> torch.Tensor:
-    """The box of the image (None: all of it) as uint8 [3,side,side], mirrored if asked."""
+    """The box of the image (None: all of it) as uint8 [3,side,side], flipped horizontally if asked."""
     if box is not None:
         top, left, height, width = box
         image = image[:, top : top + height, left : left + width]
@@ -63,7 +63,7 @@ class TrainTransform:
     """Random crop, mirroring and RandAugment: uint8 [3,H,W] to float32 [3,resolution,resolution].
 
     scale: range of the crop's share of the area; (0.5, 1) for retrieval, VQA, VE and NLVR2, (0.2,
-    1) for pre-training, None for no crop at all (grounding). flip: mirror half of the images;
+    1) for pre-training, None for no crop at all (grounding). flip: flip half of the images horizontally;
     switch it off where texts say "left".
     """
 
@@ -78,7 +78,7 @@ class TrainTransform:
         self.augment = augment or RandAugment()
 
     def draw(self, image: torch.Tensor) -> tuple[Box | None, bool, list]:
-        """The random choices for one image: crop box, mirrored or not, augmentation operations."""
+        """The random choices for one image: crop box, flipped or not, augmentation operations."""
         box = random_box(image, self.scale) if self.scale else None
         flip = self.flip and bool(torch.rand(()) < 0.5)
         return box, flip, self.augment.draw()

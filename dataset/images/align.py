@@ -11,7 +11,7 @@ class AlignView:
     """Squash to a square 346 / 289 times as large, without antialiasing and whatever the aspect
     ratio; cut a square.
 
-    train: cut anywhere and mirror with probability `flip`; otherwise cut the middle. exact: float32
+    train: cut anywhere and flip with probability `flip`; otherwise cut the middle. exact: float32
     with the original's unrounded values 0..255; otherwise uint8 within one grey level of them, in a
     quarter of the time.
     """

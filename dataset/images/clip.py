@@ -2,7 +2,7 @@
 uint8 out.
 
 Crops are torchvision's; blur and hue are computed here, several times faster than torchvision's and
-with the same result. Draws come from torch's global generator, which the data stream seeds anew for
+with the same result. Draws come from torch's global generator, which the data stream reseeds for
 every sample. Views stay uint8 until they are on the device (`normalize`): a quarter of the bytes
 for workers, shared memory and the bus.
 """
@@ -31,7 +31,9 @@ class ViewOptions:
     blur_prob: float = 0.5  # of strong views
     solarize_prob: float = 0.0  # of strong views
     grayscale_prob: float = 0.2  # of strong views
-    flip: bool = True  # mirror half of the strong views; no where captions say left and right
+    flip: bool = (
+        True  # flip half of the strong views horizontally; no where captions say left and right
+    )
     jitter: bool = True  # change the colours of strong views; no where captions name colours
     strong_min_scale: float = 0.08  # smallest share of the image in a strong view
     byol_augment: bool = False  # two different strong views, as BYOL's; needs num_augs 2

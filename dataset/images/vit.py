@@ -4,7 +4,7 @@ antialiasing, exact areas.
 uint8 [3,H,W] in. By default grey levels come out as uint8, which `dataset.images.clip.normalize`
 turns into (x - 127.5) / 127.5 on the device: a quarter of the bytes for workers and bus. exact:
 unrounded float32 as the original has them. Draws come from torch's global generator, which the data
-stream seeds anew for every sample.
+stream reseeds for every sample.
 """
 
 import math
@@ -34,7 +34,7 @@ class ViTViews:
         0.75,
         1.33,
     )  # smallest and largest width / height of a training crop
-    flip: bool = True  # mirror half of the training images
+    flip: bool = True  # flip half of the training images horizontally
     policy: str = (
         "none"  # further changes: none, autoaugment, randaugment or trivialaugment, torchvision's
     )

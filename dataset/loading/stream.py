@@ -292,7 +292,7 @@ class StreamLoader:
             return state
         changes = ", ".join(f"{key} {state['made_with'].get(key)} -> {now[key]}" for key in changed)
         warnings.warn(
-            f"data order changed on resuming ({changes}): going on at about the same place",
+            f"data order changed on resuming ({changes}): continuing at about the same place",
             stacklevel=3,
         )
         return self._start(state["samples"])
@@ -336,7 +336,7 @@ def too_many(listed: list[str], bad: int, drawn: int) -> str:
     """The message that ends a run with too many bad samples."""
     lines = "\n  ".join(listed[:LISTED])
     return (
-        f"{bad} of {drawn} samples are unusable, more than the error budget allows; mend the data or raise the budget. "
+        f"{bad} of {drawn} samples are unusable, more than the error budget allows; fix the data or raise the budget. "
         f"The first {min(len(listed), LISTED)}:\n  {lines}"
     )
 

@@ -85,7 +85,7 @@ class _Window:
 
     def error(self, what: str) -> UserError:
         at = locate(self.path, self.number, self.offset + self.place)
-        return UserError(f"{at}: {what}; mend it there, or write the file anew if it is cut off")
+        return UserError(f"{at}: {what}; fix it there, or write the file again if it is cut off")
 
     def _extend(self) -> bool:
         """Forgets what is parsed and reads on; False at the end of the file."""

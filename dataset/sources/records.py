@@ -242,7 +242,7 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
         types, value = FIELD_TYPES.get(field, (object,)), entry[field]
         if not isinstance(value, types):
             names = " or ".join(kind.__name__ for kind in types)
-            return f"field {field!r} must be {names}, not {type(value).__name__} ({brief(value)}); mend the entry"
+            return f"field {field!r} must be {names}, not {type(value).__name__} ({brief(value)}); fix the entry"
         if field == "images" and not value:
             return "field 'images' lists none; fix the entry"
     return None

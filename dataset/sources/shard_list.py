@@ -169,9 +169,9 @@ def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
 def count_of(shard: str, options: dict | None = None) -> int:
     """Samples of one shard: as its statistics say, else as the cache says, else counted."""
     try:
-        told = _from_statistics(shard, options)
-        if told is not None:
-            return told
+        counted = _from_statistics(shard, options)
+        if counted is not None:
+            return counted
         key = digest(COUNT_VERSION, state_of(shard, options))
         cached = cache_folder() / "counts" / f"{key}.json"
         count = _from_cache(cached)

@@ -39,7 +39,7 @@ class ShardSource:
     A data epoch is a permutation of the shards, dealt out to the workers of all ranks. With fewer
     shards than workers several workers read the same shard, each keeping its stride of the samples.
     A position is [epoch, group, records taken from the group]: resuming re-reads at most one group.
-    Samples that a damage took come as BadSamples, and reading goes on behind it. What cannot be read
+    Samples that a damage took come as BadSamples, and reading continues behind it. What cannot be read
     on, because the shard is cut off or its store has failed, is one BadSample that counts for all
     that are missing.
     """

@@ -5,7 +5,7 @@ Training, evaluation and counting walk a shard by the same rules, so that they s
 - The key of a member is its path up to the first dot of its file name, folders included; the rest,
   in lower case, is its ending. `./` in front is no part of it. Hidden files have no key.
 - Adjacent members of one key are a sample. An ending that comes twice begins another sample.
-- A damaged header does not end a shard: reading goes on at the next whole header, and the loss is
+- A damaged header does not end a shard: reading continues at the next whole header, and the loss is
   reported. TarFile would take the damage for the end of the archive.
 - Sparse members, links and members beyond the limits below make their sample a bad one.
 """

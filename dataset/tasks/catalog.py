@@ -1,7 +1,7 @@
 """The catalogue of zero-shot evaluation: where every data set lies, its metric, its class names and
 its templates.
 
-Entries, labels and templates of people's own come as clip-rocket's and SLIP's
+Entries, labels and templates of the user's own come as clip-rocket's and SLIP's
 `dataset_catalog.json`, `labels.json` and `templates.json`; they stand before those of the project,
 which are OpenAI's (dataset/prompts).
 """
@@ -184,7 +184,7 @@ def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:
 
 
 class Prompts:
-    """Class names (labels) and templates by data set: people's own files before the project's."""
+    """Class names (labels) and templates by data set: the user's own files before the project's."""
 
     def __init__(self, labels: str | Path | None = None, templates: str | Path | None = None):
         self.files = {"labels": labels, "templates": templates}

@@ -1,6 +1,6 @@
 """Images with class labels: class folders, COYO-Labeled lists, shards, torchvision's data sets.
 
-What a data string names is told by its look:
+What a data string names is recognised by its form:
 
     imagenet/train                       a folder with one sub-folder of images a class, labels by alphabet
     labels.jsonl                         COYO-Labeled-300M's {url or image, labels, label_probs}, or {image, label}
@@ -123,7 +123,7 @@ class Labels:
             if not 0 <= label < self.classes:
                 raise UserError(
                     f"{self._name(record)}: label {label} is outside the list of {self.classes} classes; "
-                    "give the right --classes or --num-classes, or mend the label"
+                    "give the right --classes or --num-classes, or fix the label"
                 )
         return ids
 

@@ -50,7 +50,7 @@ def eval_view(model: str, side: int, interpolation: str = "bilinear") -> Callabl
 
 
 def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation in grey levels, float32 [3,1,1] each, for `normalize`; network: has
+    """Mean and std in grey levels, float32 [3,1,1] each, for `normalize`; network: has
     `model`."""
     return pixel_statistics(device, *HALF) if is_align(network.model) else pixel_statistics(device)
 

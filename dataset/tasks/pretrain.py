@@ -114,7 +114,7 @@ class CodeCache:
             self.codes = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{path}: not a readable .npy file of visual codes ({error}); compute it anew"
+                f"{path}: not a readable .npy file of visual codes ({error}); compute it again"
             ) from None
         if self.codes.ndim != 2 or len(self.codes) != records or self.codes.dtype.kind not in "iu":
             raise UserError(

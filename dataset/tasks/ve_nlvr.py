@@ -120,7 +120,7 @@ def _checked_label(format: Format, record: dict, name: str, number: int) -> int:
         known = f"label {record['label']!r} is none of {', '.join(format.classes)}"
         fault = str(error) if "pair" in str(error) else known
         raise UserError(
-            f"{name}, entry {number} (the first is 0): {fault}; mend or remove the entry"
+            f"{name}, entry {number} (the first is 0): {fault}; fix or remove the entry"
         ) from None
 
 

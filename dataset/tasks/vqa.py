@@ -1,4 +1,4 @@
-"""Visual question answering: weighted answers for training, questions with their people's answers
+"""Visual question answering: weighted answers for training, questions with the annotators' answers
 for evaluation."""
 
 import warnings

@@ -188,7 +188,7 @@ def file_list(entry: Entry, read_plain: Callable) -> Files:
     images, labels = found.values()
     if not images or len(images) != len(labels):
         raise UserError(
-            f"{folder}/{entry.split}_*.npy: {len(images)} images and {len(labels)} labels; make them anew"
+            f"{folder}/{entry.split}_*.npy: {len(images)} images and {len(labels)} labels; make them again"
         )
     classes = []
     if isinstance(labels[0], str):
@@ -218,7 +218,7 @@ def voc(entry: Entry) -> Files:
     ]
     if any(column.keys() != columns[0].keys() for column in columns):
         raise UserError(
-            f"{root}/ImageSets/Main: the lists *_{entry.split}.txt name different images; unpack them anew"
+            f"{root}/ImageSets/Main: the lists *_{entry.split}.txt name different images; unpack them again"
         )
     meaning = {"1": 1, "-1": 0, "0": -1}
     targets = torch.tensor([[meaning[column[name]] for column in columns] for name in columns[0]])
@@ -316,7 +316,7 @@ class ShardImages:
         except (KeyError, ValueError) as error:
             ending = "npy" if self.multilabel else "cls"
             raise UserError(
-                f"{self.index.name(place)}: no readable .{ending} ({error}); fetch the shard anew"
+                f"{self.index.name(place)}: no readable .{ending} ({error}); fetch the shard again"
             ) from None
 
     def __len__(self) -> int:

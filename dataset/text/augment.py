@@ -1,6 +1,6 @@
 """Random views of a caption: stop words left out, and one of textaugment's operations on the words.
 
-Draws from Python's `random`, which the data stream seeds anew for every sample.
+Draws from Python's `random`, which the data stream reseeds for every sample.
 """
 
 import random

@@ -36,7 +36,7 @@ def clean(caption: str, whole_words: bool = False) -> str:
     """Lower case without noise words and without all signs but ' . and -.
 
     Noise words are cut out of longer words, too ("laptop" -> "lap"), as the original does;
-    `whole_words` mends that.
+    `whole_words` fixes that.
     """
     text = caption.lower().replace("\n", " ")
     for word in NOISE:
@@ -49,7 +49,7 @@ class Nouns:
     """Callable: caption -> its nouns' base forms in order of appearance; [] where it has none.
 
     tag: words -> Penn Treebank tags. words: cleaned text -> words; by default `treebank_words()`.
-    mended: noise words as whole words only, and no base form twice; by default as the original:
+    fixed: noise words as whole words only, and no base form twice; by default as the original:
     published numbers rest on its labels.
     """
 
@@ -59,19 +59,19 @@ class Nouns:
         wordnet: WordNet | None = None,
         words: Callable[[str], list[str]] | None = None,
         numbers: bool = False,
-        mended: bool = False,
+        fixed: bool = False,
     ):
         self.tag, self.words = tag, words or treebank_words()
-        self.wordnet, self.numbers, self.mended = wordnet or _wordnet(), numbers, mended
+        self.wordnet, self.numbers, self.fixed = wordnet or _wordnet(), numbers, fixed
 
     def __call__(self, caption: str) -> list[str]:
-        words = self.words(clean(caption, whole_words=self.mended))
+        words = self.words(clean(caption, whole_words=self.fixed))
         tagged = zip(words, self.tag(words), strict=True)
         kept = dict.fromkeys(word for word, tag in tagged if tag in NOUN_TAGS)
         if not self.numbers:
             kept = [word for word in kept if not any(map(str.isdigit, word))]
         bases = [base for base in map(self.base, kept) if len(base) > 2]
-        return list(dict.fromkeys(bases)) if self.mended else bases
+        return list(dict.fromkeys(bases)) if self.fixed else bases
 
     def base(self, word: str) -> str:
         """WordNet's shortest base form of a noun, or the word itself where it is not listed."""

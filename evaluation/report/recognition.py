@@ -1,4 +1,4 @@
-"""Labels of images as people look at them: an image with the attention of its labels, and the pages
+"""Labels of images as figures: an image with the attention of its labels, and the pages
 of a split."""
 
 from collections import Counter

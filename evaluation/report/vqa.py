@@ -30,8 +30,8 @@ def answer_report(
         rows.append((f"answers: {name}", value, prior["answer_type"][name]))
     given = [data.truth[question]["answers"] for question in data.ids]
     right = []
-    for row, people in zip(best.tolist(), given, strict=True):
-        right.append(answer_score(answers[row[0]], people) >= 0.5)
+    for row, annotated in zip(best.tolist(), given, strict=True):
+        right.append(answer_score(answers[row[0]], annotated) >= 0.5)
 
     def case(i: int) -> str:
         guesses = []

@@ -43,7 +43,7 @@ class ClassifierConfig:
         int, ...
     ] = ()  # channels of convolutional stages before the patches, each halving the image's sides
     pixels: str = (
-        "half"  # mean and deviation of the pixels: half (0.5 each, as COYO-ViT), imagenet or clip
+        "half"  # mean and std of the pixels: half (0.5 each, as COYO-ViT), imagenet or clip
     )
     image_size: int = 224  # side of the images in pixels, a multiple of the patch size
     num_classes: int = 21841  # where neither class folders nor a list of classes tells
@@ -186,8 +186,8 @@ class VisionClassifier(ViT):
 def glorot_normal(weight: Tensor, fan_out: int | None = None) -> None:
     """Truncated normal of variance 2 / (fan in + fan out), cut at two standard deviations of the
     whole normal."""
-    deviation = (2 / (weight.shape[1] + (fan_out or weight.shape[0]))) ** 0.5 / 0.87962566103423978
-    nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+    std = (2 / (weight.shape[1] + (fan_out or weight.shape[0]))) ** 0.5 / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 # -------------------------------------------------------------------------------------------------------------- losses

@@ -50,7 +50,7 @@ class Branches:
         self.seen[:, :, self.shared :] &= ~ended[..., None]
 
     def follow(self, parents: Tensor) -> None:
-        """Branch m goes on from branch parents[b,m]."""
+        """Branch m continues branch parents[b,m]."""
         self.seen = self.seen.gather(1, parents[..., None].expand_as(self.seen))
 
 
@@ -291,7 +291,7 @@ def beam_search(
         found, parents = found.flatten(1).gather(1, order), order // (beams + 1)
         totals = totals.gather(1, order)
         going = found != eos
-        for b, text in enumerate(ended):  # those that end above the last beam that goes on
+        for b, text in enumerate(ended):  # those that end above the last beam that continues
             above = (going[b].cumsum(0) < beams) & ~going[b] & totals[b].isfinite()
             for i in above.nonzero().flatten().tolist():
                 if len(text) < enough:

@@ -284,7 +284,7 @@ def _timm_open_clip(weights: State, about: Mapping[str, Any], name: str | None) 
     backbone = next((ours for ours, theirs in TIMM_NAMES.items() if theirs == timm_name), None)
     if name is None and backbone is None:
         raise UserError(
-            f"an open_clip model with the timm tower {timm_name or '(not told)'}: keep open_clip_config.json beside "
+            f"an open_clip model with the timm tower {timm_name or '(unknown)'}: keep open_clip_config.json beside "
             f"the file, or add --model CLIP_<{'|'.join(TIMM_NAMES)}>_<CLIP|SIGLIP>; others are not supported"
         )
     name = name or f"CLIP_{backbone}_{'SIGLIP' if 'logit_bias' in weights else 'CLIP'}"

@@ -33,7 +33,7 @@ class ImageEncoder(nn.Module):
     """A network and which of its outputs counts.
 
     kind: classifier, dual, fusion (SIMLA, ALBEF) or timm: with the title, how its images are
-    resized. pixels: their side, interpolation, mean and deviation. config: all that the features
+    resized. pixels: their side, interpolation, mean and std. config: all that the features
     depend on beside the weights.
     """
 

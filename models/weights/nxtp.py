@@ -5,7 +5,7 @@ Everything maps state dicts; reading CLIP and NXTP files is the caller's busines
 are read by `models.weights.llama`.
 
     state = pretrained(clip, llama, vocabulary)          # to start training
-    state = recognition_state(checkpoint, clip)          # to go on from, or to use, an NXTP checkpoint
+    state = recognition_state(checkpoint, clip)          # to resume from, or to use, an NXTP checkpoint
     load_checkpoint(model, state, ...)                   # models.weights.albef
 """
 

@@ -352,11 +352,11 @@ def launched_rank() -> str:
 def run_script(
     main: Callable[[C], Any], config_class: type[C], description: str | None = None, argv=None
 ) -> None:
-    """Parse and call `main(config)`. What people can mend is one line on stderr and exit status 2;
+    """Parse and call `main(config)`. A mistake of the user is one line on stderr and exit status 2;
     Ctrl-C is 130.
 
     On other ranks than 0 the message waits: where all ranks fail alike, the launcher ends them
-    meanwhile and it is told once; where one rank alone fails, it is not lost.
+    meanwhile and it is printed once; where one rank alone fails, it is not lost.
     """
     try:
         config = parse(config_class, argv, description)

@@ -18,7 +18,7 @@ class IgnoredFlags:
     attn_layer: str = knob(
         "flash", "always the fastest; both compute the same", choices=("flash", "standard")
     )
-    start_epoch: int = knob(0, "a run goes on where its checkpoint stands", unused=True)
+    start_epoch: int = knob(0, "a run resumes from its checkpoint", unused=True)
     gpu: int | None = knob(None, "the launcher chooses; see --device", unused=True)
     name: str = knob("CLIP_ROCKET", "a run is known by its --output-dir", unused=True)
     no_share_token: bool = knob(False, "had no effect", unused=True)

@@ -19,7 +19,7 @@ from runtime.flops import operation_flops
 ROOT = str(Path(__file__).resolve().parents[2])
 ALIGNMENT = 512  # bytes, of CUDA's caching allocator
 
-# operations whose result the host must see before it can go on
+# operations whose result the host must see before it can continue
 WAITING = {
     "_local_scalar_dense",
     "nonzero",

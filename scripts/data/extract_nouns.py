@@ -58,20 +58,22 @@ class Config:
         None, "NLTK's data folder with averaged_perceptron_tagger_eng and punkt_tab"
     )
     numbers: bool = knob(False, "keep nouns with digits in them")
-    mended: bool = knob(
-        False, "cut noise words as whole words only, and list no name twice; not as published"
+    fixed: bool = knob(
+        False,
+        "cut noise words as whole words only, and list no name twice; not as published",
+        aliases=("mended",),
     )
     workers: int = knob(os.cpu_count() or 1, "processes", low=1)
 
 
 @cache
-def extractor(tagger: str, nltk_data: Path | None, numbers: bool, mended: bool) -> Nouns:
+def extractor(tagger: str, nltk_data: Path | None, numbers: bool, fixed: bool) -> Nouns:
     """One extractor a process."""
     return Nouns(
         make_tagger(tagger, nltk_data),
         words=treebank_words(nltk_data),
         numbers=numbers,
-        mended=mended,
+        fixed=fixed,
     )
 
 
@@ -128,7 +130,7 @@ def main(config: Config) -> None:
         for shard, target in zip(shards, targets, strict=True)
     ):
         raise UserError(f"{config.target}: holds the shards themselves; write to another folder")
-    settings = (config.tagger, config.nltk_data, config.numbers, config.mended)
+    settings = (config.tagger, config.nltk_data, config.numbers, config.fixed)
     extractor(*settings)  # says at once what is missing
     total = Counter()
     work = partial(label_shard, settings=settings)

@@ -71,7 +71,7 @@ NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=$cpus 
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE PriorityTier=1 State=UP
 PartitionName=high Nodes=n1,n2 MaxTime=INFINITE PriorityTier=10 State=UP
 END
-    # from 23.11 on, slurmd looks for cgroups unless told not to
+    # from 23.11 on, slurmd looks for cgroups unless configured not to
     version=$(slurmctld -V | grep -o '[0-9]*\.[0-9]*' | head -n 1)
     rm -f "$dir/cgroup.conf"
     if [ "$(printf '%s\n' 23.11 "$version" | sort -V | head -n 1)" = 23.11 ]; then

@@ -1,4 +1,4 @@
-"""The figures of a simulation, for people and as JSON."""
+"""The figures of a simulation, as a table and as JSON."""
 
 from dataclasses import dataclass
 

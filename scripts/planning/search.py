@@ -60,7 +60,7 @@ class Found:
 
 
 def search(script: ModuleType, recipe: list[str], request: Request) -> Found:
-    """Simulate each choice of features at the recipe's batch and at half of it, and go on from there.
+    """Simulate each choice of features at the recipe's batch and at half of it, and continue from there.
 
     Memory is a straight line in the batch size (contrastive losses bend it a little, so the answer
     is simulated, too). Raises UserError where not even two samples fit.

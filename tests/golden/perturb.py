@@ -189,7 +189,7 @@ def passes(root: Path, tests: list[str]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def mirror(root: Path, folder: Path) -> None:
+def flip(root: Path, folder: Path) -> None:
     """Links to all files of the golden folder."""
     for file in root.rglob("*"):
         if file.is_file():
@@ -217,7 +217,7 @@ def main() -> int:
     report.RECORDS.clear()
     tried = missed = 0
     with tempfile.TemporaryDirectory() as folder:
-        mirror(root, Path(folder))
+        flip(root, Path(folder))
         for file in sorted(path for path in root.rglob("*") if path.is_file()):
             name = str(file.relative_to(root))
             if not name.startswith(tuple(args.files)):

@@ -126,7 +126,7 @@ def test_randaugment_mended_autocontrast():
     for name, theirs in references.items():
         image = tensors[f"in.{name}"].permute(2, 0, 1)
         ours = RandAugment().apply(image, [("AutoContrast", 0.0)]).permute(1, 2, 0)
-        same("randaugment", "AutoContrast, mended", ours, theirs)
+        same("randaugment", "AutoContrast, fixed", ours, theirs)
 
 
 def test_randaugment_draws():

@@ -143,7 +143,7 @@ def flags_of(case: Case, data: Path, output: Path, **changes) -> list[str]:
 # ------------------------------------------------------------------------------------------------ the loop, written out
 def learning_rate(case: Case, step: int, total: int) -> float:
     """Of update `step`, the first is 0. CLIP-rocket: the warm-up reaches both its ends, then a
-    cosine that begins at the peak anew and would be at its end behind the last update. ALIGN: in a
+    cosine that begins at the peak again and would be at its end behind the last update. ALIGN: in a
     line from 0 to the peak, then to 0."""
     done = (step - WARMUP) / (total - WARMUP)
     if case.lamb:
@@ -403,7 +403,7 @@ def test_one_process(method, digitscenes, tmp_path):
     case = noisy(CASES[method])
     changes = (
         {"peak_tflops": 1} if method == "CL2L" else {}
-    )  # FLOPs are counted where the MFU is told
+    )  # FLOPs are counted where the MFU is reported
     record = run_and_check(case, flags_of(case, digitscenes, tmp_path / "run", **changes))
     assert ("mfu" in record.log[-1]) == bool(changes)
 

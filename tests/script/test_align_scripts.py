@@ -132,7 +132,7 @@ def test_broken_records_are_counted(digitscenes, tmp_path):
 
 
 def test_neighbours_of_a_run(digitscenes, tmp_path):
-    """Features are kept by weights and by view: another of either is computed anew, the same is
+    """Features are kept by weights and by view: another of either is computed again, the same is
     not."""
     run_main(flags(digitscenes, tmp_path / "run", epochs="1 steps", val_folder="none"))
     saved = torch.load(tmp_path / "run/checkpoint_00000001.pt", weights_only=True)

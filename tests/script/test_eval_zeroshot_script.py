@@ -1,4 +1,4 @@
-"""eval_zeroshot.py through its real main, on a run of main.py and on other people's checkpoints."""
+"""eval_zeroshot.py through its real main, on a run of main.py and on third-party checkpoints."""
 
 import argparse
 import io

@@ -1,4 +1,4 @@
-"""main.py through its real main: every method trains, goes on exactly, and every mistake is one
+"""main.py through its real main: every method trains, continues exactly, and every mistake is one
 clear message."""
 
 import json

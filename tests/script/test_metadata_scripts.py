@@ -1,4 +1,4 @@
-"""scripts/data/make_dataset.py and scripts/data/convert_metadata.py, run as people run them."""
+"""scripts/data/make_dataset.py and scripts/data/convert_metadata.py, run as users run them."""
 
 import bz2
 import json

@@ -1,4 +1,4 @@
-"""Retrieval.py through its real main: fine-tuning, resume, evaluation, what people get wrong, and
+"""Retrieval.py through its real main: fine-tuning, resume, evaluation, what users get wrong, and
 the report page."""
 
 import json
@@ -119,7 +119,7 @@ def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_pa
 
 @pytest.mark.parametrize("two_stage", [True, False])
 def test_pretraining_checkpoint_in_the_originals_form(data, tmp_path, two_stage):
-    """A .pth with `model`, `config` ... as the originals saved it, at another resolution; kind told
+    """A .pth with `model`, `config` ... as the originals saved it, at another resolution; kind found
     by its keys."""
     from dataset.text.wordpiece import Tokenizer
     from models.fusion.simla import Simla, SimlaConfig

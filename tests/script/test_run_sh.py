@@ -10,7 +10,7 @@ import pytest
 
 from tests.pretraining import ROOT
 
-# a script that says where it runs and with what, and goes on where its folder says it stopped
+# a script that says where it runs and with what, and continues where its folder says it stopped
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -162,7 +162,7 @@ def test_two_at_once_are_refused(repository):
 MISTAKES = {
     "no such script": (["nothing.py", "--name", "X"], "nothing.py"),
     "no script": (["--bogus"], "SCRIPT.py"),
-    "nothing to go on with": (["--name", "X"], "no experiment X"),
+    "nothing to continue with": (["--name", "X"], "no experiment X"),
     "name that is a path": (["train.py", "--name", "../X"], "--name ../X"),
     "name without a value": (["train.py", "--name"], "--name"),
     "processes": (["--nproc", "many", "train.py"], "--nproc many"),

@@ -1,4 +1,4 @@
-"""The catalogue of zero-shot evaluation, its lists, and people's own files."""
+"""The catalogue of zero-shot evaluation, its lists, and the user's own files."""
 
 import json
 
@@ -135,7 +135,7 @@ def test_class_names_of_any_script_go_to_their_own_folder(own, classes, found):
 @pytest.mark.parametrize(
     "own, classes",
     [
-        (["a-b", "a_b"], ["A b", "A B"]),  # which is which cannot be told
+        (["a-b", "a_b"], ["A b", "A B"]),  # which is which cannot be known
         (["crane", "dog"], ["crane", "Crane"]),
         (["crane", "Crane"], ["crane", "dog"]),
         (["犬", "猫", "鳥"], ["猫", "犬", "another"]),

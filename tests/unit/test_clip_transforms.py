@@ -71,8 +71,8 @@ def test_a_view_without_operations_is_the_crop(image):
     square = image[:, :, :60]
     expected = resize(square, [32, 32], antialias=True)
     assert torch.equal(whole(square), expected)
-    mirrored = View(32, (1.0, 1.0), "bilinear", flip=1.0)
-    assert torch.equal(mirrored(square), expected.flip(-1))
+    flipped = View(32, (1.0, 1.0), "bilinear", flip=1.0)
+    assert torch.equal(flipped(square), expected.flip(-1))
     grey = View(32, (1.0, 1.0), "bilinear", grey=1.0)(square)
     assert torch.equal(grey[0], grey[1]) and torch.equal(
         grey[0], grey_levels(expected.float())[0].round().byte()

@@ -184,7 +184,7 @@ def test_nouns_of_a_caption(nouns):
 
 def test_defects_of_the_published_rules_and_their_mending(nouns):
     assert nouns()("laptop dogs dog") == ["lap", "dog", "dog"]
-    assert nouns(mended=True)("laptop dogs dog") == ["laptop", "dog"]
+    assert nouns(fixed=True)("laptop dogs dog") == ["laptop", "dog"]
     assert nouns(numbers=True)("b2b") == ["b2b"] and nouns()("b2b") == []
     assert clean("A top-notch Person, & dogs!") == "a -notch dogs"
     assert clean("a person at the shop", whole_words=True) == "a at the shop"

@@ -60,7 +60,7 @@ class TestTransform:
 
 
 class TrainTransform:
-    """Random crop, mirroring and RandAugment: uint8 [3,H,W] to float32 [3,resolution,resolution].
+    """Random crop, flips and RandAugment: uint8 [3,H,W] to float32 [3,resolution,resolution].
 
     scale: range of the crop's share of the area; (0.5, 1) for retrieval, VQA, VE and NLVR2, (0.2,
     1) for pre-training, None for no crop at all (grounding). flip: flip half of the images horizontally;
@@ -95,7 +95,7 @@ class PretrainTransform(TrainTransform):
 
     Returns `(image, token_image)`: float32 [3,resolution,resolution] normalised and float32
     [3,token,token] in [0,1] (None without `token_resolution`). By default both show the same crop
-    with the same mirroring, shear, shift and rotation, and only `image` has colour operations, so
+    with the same flips, shear, shift and rotation, and only `image` has colour operations, so
     that label i describes patch i as in BEiT.
     shared_view=False: they are drawn independently of each other, as SIMLA's published code does.
     fixed_geometry: always the whole image and colour operations alone, so that visual codes can be

@@ -62,7 +62,7 @@ class ViewOptions:
 @dataclass(frozen=True)
 class View:
     """One random view: crop, and with the given probabilities jitter, grey, blur, solarisation,
-    mirroring.
+    flips.
 
     jitter: strengths of brightness, contrast, saturation and hue; applied with probability 0.8.
     """

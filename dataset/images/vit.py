@@ -55,7 +55,7 @@ class ViTViews:
 
 
 class TrainView:
-    """Inception crop to side x side, mirroring, and what the policy adds."""
+    """Inception crop to side x side, flips, and what the policy adds."""
 
     def __init__(self, side: int, options: ViTViews, exact: bool = False):
         self.side, self.options, self.exact = side, options, exact

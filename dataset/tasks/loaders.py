@@ -9,7 +9,7 @@ from dataset.loading.stream import Stream, StreamLoader
 
 
 def training_view(knobs) -> TrainTransform:
-    """Crop, mirroring and augmentation by image_res, crop_scale, flip, augment_level and compat."""
+    """Crop, flips and augmentation by image_res, crop_scale, flip, augment_level and compat."""
     operations = RandAugment(2 if knobs.augment_level else 0, knobs.augment_level, knobs.compat)
     return TrainTransform(knobs.image_res, knobs.crop_scale, knobs.flip, operations)
 

@@ -116,18 +116,18 @@ def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], biased variance [C] and number of values [] of the channels of x [B,C,...] over all
     processes; float32 (float64 of float64).
 
-    Each process sends mean, sum of squared deviations and count (Chan et al. 1979).
+    Each process sends mean, sum of squared differences and count (Chan et al. 1979).
     """
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     dims = [d for d in range(x.ndim) if d != 1]
     variance, mean = torch.var_mean(exact, dims, correction=0)
     own_count = x.numel() // x.shape[1]
     row = torch.cat([mean, variance * own_count, mean.new_full((1,), own_count)])
-    means, deviations, counts = gather(row[None]).split([len(mean), len(mean), 1], dim=1)
+    means, squares, counts = gather(row[None]).split([len(mean), len(mean), 1], dim=1)
     count = counts.sum()
     mean = (means * counts).sum(0) / count
-    deviation = (deviations + counts * (means - mean).square()).sum(0)
-    return mean, deviation / count, count
+    squared = (squares + counts * (means - mean).square()).sum(0)
+    return mean, squared / count, count
 
 
 def _layout(x: Tensor) -> torch.memory_format:

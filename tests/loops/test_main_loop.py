@@ -343,7 +343,7 @@ def follow_and_clamp(student: nn.Module, case: Case) -> None:
 
 def check_pixels(batch: Batch, case: Case) -> None:
     """Images reach the network as pixels of 0..255, less their mean, divided by their standard
-    deviation."""
+    std."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]) * 255, torch.tensor([0.229, 0.224, 0.225]) * 255
     if case.lamb:
         mean = std = torch.full((3,), 127.5)

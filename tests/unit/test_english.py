@@ -20,7 +20,11 @@ WORDS = {
 }
 KEPT = {  # file: text that is data or the name of something else
     "dataset/tasks/recognition.py": ('"picture"',),  # NXTP's prompts
-    "tests/unit/test_digitscenes.py": ("the left picture", "the two pictures"),  # sentences of NLVR
+    "tests/unit/test_digitscenes.py": (
+        "the left picture",
+        "the right picture",
+        "the two pictures",
+    ),  # sentences of NLVR
     "scripts/data/extract_nouns.py": ('"mended"',),  # the option's old name
 }
 DATA = ("dataset/digitscenes/words.py", "dataset/digitscenes/tasks.py", "docs/BENCHMARKS.md")

@@ -98,10 +98,10 @@ def test_linear_probe_is_logistic_regression():
     train, queries = bank(300), bank(100, seed=1)
     l2 = 0.01
     found = linear_probe(train, queries, 4, ALONE, l2, 200)
-    mean, deviation = train.features.mean(0), train.features.std(0)
+    mean, std = train.features.mean(0), train.features.std(0)
     theirs = LogisticRegression(C=1 / (l2 * 300), max_iter=1000, tol=1e-8)
-    theirs.fit((train.features - mean) / deviation, train.labels.numpy())
-    expected = theirs.score((queries.features - mean) / deviation, queries.labels.numpy())
+    theirs.fit((train.features - mean) / std, train.labels.numpy())
+    expected = theirs.score((queries.features - mean) / std, queries.labels.numpy())
     assert found["probe"] == pytest.approx(
         100 * expected, abs=1.1
     )  # at most one image on the border

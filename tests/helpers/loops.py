@@ -185,11 +185,12 @@ class Recorder:
         return output
 
     def before_step(self, optimizer: Optimizer) -> None:
-        assert self.live is not None, (
-            "an optimizer steps, but no network was called in training mode"
-        )
         self.steps += 1
-        if self.steps > 1 or self.live is None:  # the latter makes room for saved moments
+        if self.steps > 1:
+            return
+        if self.live is None:  # on resuming, PyTorch makes room for moments by a step at rate 0
+            idle = all(float(group["lr"]) == 0 for group in optimizer.param_groups)
+            assert idle, "an optimizer steps, but no network was called in training mode"
             return
         names = {id(p): name for name, p in self.live.named_parameters()}
         groups = []

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 
@@ -15,6 +14,8 @@ def image_uri(source: Path | bytes | Tensor, side: int = 96, quality: int = 85) 
 
     source: a file, its bytes, or uint8 [3,H,W].
     """
+    from PIL import Image  # here, so that --help need not wait for it
+
     if isinstance(source, Tensor):
         image = Image.fromarray(source.permute(1, 2, 0).contiguous().numpy())
     elif isinstance(source, bytes):

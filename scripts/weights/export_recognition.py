@@ -169,4 +169,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    configuration.run(main, Config, __doc__)
+    configuration.run_script(main, Config, __doc__)

@@ -37,9 +37,13 @@ def test_indexing_and_reading_take_bounded_memory(tmp_path, monkeypatch):
     not Path("/proc/self/smaps_rollup").exists(), reason="measures through /proc/*/smaps_rollup"
 )
 def test_more_workers_cost_little():
-    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks/loader_memory.py")]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.loader_memory"]
     output = subprocess.run(
-        [*command, "--pairs", "50000", "--batches", "8"], capture_output=True, text=True, check=True
+        [*command, "--pairs", "50000", "--batches", "8"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "50,000 pairs" in output.stdout
     assert float(re.search(r"3 more workers: PSS ([+-][\d.]+) MB", output.stdout)[1]) < 300

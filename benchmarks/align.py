@@ -61,7 +61,7 @@ def main(config: Config) -> None:
             "--peer needs --peer-python, an interpreter with TensorFlow 2.12 and tensorflow-addons"
         )
     load = os.getloadavg()[0]
-    scripts = {side: "align_ours" for side in config.sides} | (
+    scripts = dict.fromkeys(config.sides, "align_ours") | (
         {"peer": "align_peer"} if config.peer else {}
     )
     results = bench.take_turns(config, scripts)

@@ -98,7 +98,7 @@ def check_config(config: Config) -> None:
 def main(config: Config) -> None:
     check_config(config)
     load = os.getloadavg()[0]
-    results = bench.take_turns(config, {side: "dual_side" for side in ("ours", config.other)})
+    results = bench.take_turns(config, dict.fromkeys(("ours", config.other), "dual_side"))
     first = results["ours"][0]
     found = bench.ratios({"ours": results["ours"], "peer": results[config.other]})
     body = f"{table(config, results)}\n\nOurs over {NAMES[config.other]}: {found['speed']:.2f} x pairs/s"

@@ -49,7 +49,7 @@ class Missing(types.ModuleType):
     """A library that is imported but never used in a step: any name of it is there, none does
     anything."""
 
-    __path__: list = []
+    __path__ = ()
 
     def __getattr__(self, name: str):
         if name.startswith("__"):

@@ -79,7 +79,7 @@ def agreement(results: dict[str, list[dict]]) -> str:
     ours, peer = results["ours"][0], results["peer"][0]
     if "loss" in ours:
         return f"first loss {ours['loss']:.6f} and {peer['loss']:.6f}"
-    labels = [sum(side["tokens"], []) for side in (ours, peer)]
+    labels = [[t for tokens in side["tokens"] for t in tokens] for side in (ours, peer)]
     same = sum(mine == theirs for mine, theirs in zip(*labels, strict=True))
     return f"{same} of {len(labels[0])} labels alike"
 

@@ -164,7 +164,7 @@ def main(config: Config) -> None:
             f"{WIDTH} x {HEIGHT} JPEGs of {size / 1000:.0f} kB; samples per second of processor time, one thread"
         )
         for what, both in pipelines(folder, names, config).items():
-            results[what] = {name: 0.0 for name in both}
+            results[what] = dict.fromkeys(both, 0.0)
             for _ in range(config.rounds):
                 for name, make in both.items():
                     begin = time.process_time()

@@ -108,7 +108,7 @@ def check_config(config: Config) -> None:
 def main(config: Config) -> None:
     check_config(config)
     load = os.getloadavg()[0]
-    scripts = {side: "vit_ours" for side in config.sides} | (
+    scripts = dict.fromkeys(config.sides, "vit_ours") | (
         {"peer": "vit_peer"} if config.peer else {}
     )
     results = bench.take_turns(config, scripts)

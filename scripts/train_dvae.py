@@ -26,22 +26,22 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from base import distributed  # noqa: E402
-from base.distributed import World, say  # noqa: E402
-from base.errors import UserError  # noqa: E402
-from base.files import write_json  # noqa: E402
-from dataset.images.albef import random_box, resized_crop  # noqa: E402
-from dataset.images.decode import check_image_root, decode_image  # noqa: E402
-from dataset.images.formats import IMAGE_TYPES, files_below, is_image  # noqa: E402
-from dataset.loading.eval import EvalLoader  # noqa: E402
-from dataset.loading.stream import RecordSource, Stream, StreamLoader  # noqa: E402
-from dataset.sources.records import Records  # noqa: E402
-from models.fusion.dvae import ImageTokenizer, TokenizerConfig, code_usage  # noqa: E402
-from runtime.config.cli import knob, run_script, section  # noqa: E402
-from runtime.optim.build import Optimizer, Precision, set_learning_rate  # noqa: E402
-from runtime.optim.schedule import Schedule  # noqa: E402
-from runtime.parallel import gradient_sync, whole_model  # noqa: E402
-from runtime.run import Run, RunConfig, evaluating, seed_everything  # noqa: E402
+from base import distributed
+from base.distributed import World, say
+from base.errors import UserError
+from base.files import write_json
+from dataset.images.albef import random_box, resized_crop
+from dataset.images.decode import check_image_root, decode_image
+from dataset.images.formats import IMAGE_TYPES, files_below, is_image
+from dataset.loading.eval import EvalLoader
+from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from dataset.sources.records import Records
+from models.fusion.dvae import ImageTokenizer, TokenizerConfig, code_usage
+from runtime.config.cli import knob, run_script, section
+from runtime.optim.build import Optimizer, Precision, set_learning_rate
+from runtime.optim.schedule import Schedule
+from runtime.parallel import gradient_sync, whole_model
+from runtime.run import Run, RunConfig, evaluating, seed_everything
 
 HELD_OUT = 20  # every 20th image is not trained on: the figures and the preview are about these
 

@@ -40,7 +40,7 @@ def command(processes: int, flags: list[str]) -> list[str]:
 
 def start(processes: int, flags: list[str]) -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command(processes, flags), cwd=ROOT, env=env, **pipes)
 
 

@@ -293,7 +293,7 @@ def write_labels(root: Path, splits: Split, classes: Split, seed: int) -> None:
     write_json(root / "imagefolder/real.json", real)
     (root / "imagefolder/classnames.txt").write_text("".join(f"{name}\n" for name in CLASS_FOLDERS))
     sets = ("digitscenes", "digitscenes_filelist")
-    write_json(root / "labels.json", {name: CLASS_FOLDERS for name in sets})
+    write_json(root / "labels.json", dict.fromkeys(sets, CLASS_FOLDERS))
     write_json(root / "templates.json", {name: list(TEMPLATES) for name in sets})
     write_json(root / "templates_short.json", {name: list(SHORT_TEMPLATES) for name in sets})
     catalogue = {"path": "imagefolder", "type": "imagefolder", "train": "train", "test": "test"}

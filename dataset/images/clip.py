@@ -85,8 +85,7 @@ class View:
             view = _rand_augment()(view)
         draws = torch.rand(5).tolist()
         if (
-            self.jitter
-            and draws[0] < 0.8
+            (self.jitter and draws[0] < 0.8)
             or draws[1] < self.grey
             or draws[2] < self.blur
             or draws[3] < self.solarize

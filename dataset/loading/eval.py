@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -132,4 +133,4 @@ class _CollateOrBad:
             if isinstance(each, BadSample):
                 return each
         samples, unreadable, truncated = zip(*found, strict=True)
-        return self.collate(list(samples)), sum(unreadable, []), sum(truncated, [])
+        return self.collate(list(samples)), [*chain(*unreadable)], [*chain(*truncated)]

@@ -111,9 +111,9 @@ class Labels:
         ids = []
         for each in given:
             text = each.decode("ascii", "replace") if isinstance(each, bytes) else each
-            if isinstance(text, str) and text.strip().lstrip("+-").isdecimal():
-                ids.append(int(text))
-            elif isinstance(text, float) and text.is_integer():
+            if (isinstance(text, str) and text.strip().lstrip("+-").isdecimal()) or (
+                isinstance(text, float) and text.is_integer()
+            ):
                 ids.append(int(text))
             elif isinstance(text, int) and not isinstance(text, bool):
                 ids.append(text)

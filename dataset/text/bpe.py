@@ -4,6 +4,7 @@ import gzip
 import html
 import importlib.util
 import io
+import itertools
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -100,9 +101,7 @@ class ClipTokenizer:
         ids = [BYTE_IDS[byte] for byte in word.encode()]
         ids[-1] += 256
         while len(ids) > 1:
-            joined = min(
-                self.merges.get(pair, self.vocab_size) for pair in zip(ids, ids[1:], strict=False)
-            )
+            joined = min(self.merges.get(pair, self.vocab_size) for pair in itertools.pairwise(ids))
             if joined == self.vocab_size:
                 break
             place, merged = 0, []

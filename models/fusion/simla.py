@@ -331,5 +331,5 @@ def check_config(config: SimlaConfig) -> None:
             f"mim feeds {config.vit.grid**2 + 1} image tokens through BERT, whose bert.max_position_embeddings is "
             f"{config.bert.max_position_embeddings}: lower vit.image_size"
         )
-    if not 0 < config.max_masked_patches:
+    if config.max_masked_patches <= 0:
         raise UserError(f"max_masked_patches {config.max_masked_patches} must be positive")

@@ -5,6 +5,7 @@ to features [B,C] and tell C as `num_features`; the text transformer lives at th
 as it does in all three systems, so its parts are joined in `TwoTowers`.
 """
 
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -280,8 +281,7 @@ def barlip_projector(width: int, hidden: int, out: int) -> nn.Sequential:
     """Barlow Twins' expander; its last batch norm standardises what is correlated."""
     widths = [width, hidden, hidden]
     layers = [
-        (nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU())
-        for i, o in zip(widths, widths[1:], strict=False)
+        (nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()) for i, o in itertools.pairwise(widths)
     ]
     return nn.Sequential(
         *(m for layer in layers for m in layer), nn.Linear(hidden, out), nn.BatchNorm1d(out)

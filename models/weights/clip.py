@@ -280,7 +280,7 @@ def open_clip_config(model: nn.Module) -> dict:
         vision |= {} if config.is_resnet else {"patch_size": config.patch_size}
         return {"embed_dim": config.embed_dim, **activation, "vision_cfg": vision, "text_cfg": text}
     backbone = config.model.split("_")[1]
-    if backbone not in TIMM_NAMES or config.model.count("_") == 1 and backbone == "VITS16":
+    if backbone not in TIMM_NAMES or (config.model.count("_") == 1 and backbone == "VITS16"):
         raise UserError(
             f"timm has no {backbone} of this head count by name; export to safetensors instead"
         )

@@ -202,7 +202,7 @@ def _read_tensors(path: Path, wanted=lambda name: True) -> State:
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}
+                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {
             name: value

@@ -252,5 +252,5 @@ class Plan:
 
     def lr(self, step: int) -> float:
         """Learning rate of update `step`, counted from 0."""
-        sizes = dict(total=self.total, epoch_steps=self.epoch_steps, batch=self.batch)
+        sizes = {"total": self.total, "epoch_steps": self.epoch_steps, "batch": self.batch}
         return learning_rate(self.schedule, self.peak_lr, **sizes)(step)

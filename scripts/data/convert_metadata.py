@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.errors import UserError  # noqa: E402
-from base.files import write_json_lines  # noqa: E402
-from dataset.tasks.captions import FORMATS, metadata_rows  # noqa: E402
-from runtime.config.cli import knob, run_script  # noqa: E402
-from runtime.safe_pickle import load_plain  # noqa: E402
+from base.errors import UserError
+from base.files import write_json_lines
+from dataset.tasks.captions import FORMATS, metadata_rows
+from runtime.config.cli import knob, run_script
+from runtime.safe_pickle import load_plain
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.files import read_json, write_text  # noqa: E402
+from base.files import read_json, write_text
 
 TARGET = Path(__file__).resolve().parents[2] / "dataset/prompts"
 NAMES = {  # OpenAI's heading -> name of the data set

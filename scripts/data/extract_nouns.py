@@ -31,14 +31,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.errors import UserError  # noqa: E402
-from base.files import atomic_write, digest, file_state, read_json, write_json  # noqa: E402
-from dataset.sources.remote import plain_stream  # noqa: E402
-from dataset.sources.shard_list import list_shards, statistics_names  # noqa: E402
-from dataset.sources.tar import TarWalk, read_samples  # noqa: E402
-from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words  # noqa: E402
-from runtime.config import cli as configuration  # noqa: E402
-from runtime.config.cli import knob  # noqa: E402
+from base.errors import UserError
+from base.files import atomic_write, digest, file_state, read_json, write_json
+from dataset.sources.remote import plain_stream
+from dataset.sources.shard_list import list_shards, statistics_names
+from dataset.sources.tar import TarWalk, read_samples
+from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words
+from runtime.config import cli as configuration
+from runtime.config.cli import knob
 
 FORMAT = 2  # raised when shards are written otherwise
 

@@ -22,10 +22,10 @@ from urllib.parse import unquote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.errors import UserError  # noqa: E402
-from base.files import write_json_lines  # noqa: E402
-from dataset.tasks.captions import yfcc_row  # noqa: E402
-from runtime.config.cli import knob, run_script  # noqa: E402
+from base.errors import UserError
+from base.files import write_json_lines
+from dataset.tasks.captions import yfcc_row
+from runtime.config.cli import knob, run_script
 
 LINE, TITLE, DESCRIPTION = 0, 8, 9  # columns of yfcc100m_dataset.txt
 MARKUP = re.compile(r"<a.*?>|</a>|</?[bi]>")

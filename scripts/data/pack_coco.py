@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.errors import UserError  # noqa: E402
-from base.files import atomic_write, read_json_lines, write_json  # noqa: E402
-from dataset.tasks.captions import coco_entries  # noqa: E402
-from runtime.config import cli as configuration  # noqa: E402
-from runtime.config.cli import knob  # noqa: E402
+from base.errors import UserError
+from base.files import atomic_write, read_json_lines, write_json
+from dataset.tasks.captions import coco_entries
+from runtime.config import cli as configuration
+from runtime.config.cli import knob
 
 
 @dataclass

@@ -67,9 +67,10 @@ def check_imports(name: Path, modules: list[str], ours: set[str]) -> Iterator[st
         if len(name.parts) > 1 and folder in MAY_IMPORT and first in ours - MAY_IMPORT[folder]:
             yield f"{name} imports {module}"
         inside = folder == "models" and first == "models" and len(name.parts) > 2 and rest
-        if inside and {name.parts[1], rest[0]} <= set(FLOORS) and name.parts[1] != rest[0]:
-            if FLOORS[rest[0]] >= FLOORS[name.parts[1]]:
-                yield f"{name} imports {module}: weights -> families -> layers"
+        if not inside or not {name.parts[1], rest[0]} <= set(FLOORS):
+            continue
+        if name.parts[1] != rest[0] and FLOORS[rest[0]] >= FLOORS[name.parts[1]]:
+            yield f"{name} imports {module}: weights -> families -> layers"
 
 
 def check_functions(name: Path, tree: ast.AST) -> tuple[list[str], list[str]]:

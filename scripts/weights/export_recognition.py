@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import Recognition  # noqa: E402
-from base import distributed  # noqa: E402
-from base.errors import UserError  # noqa: E402
-from dataset.tasks.recognition import Sequences  # noqa: E402
-from dataset.text.sentencepiece import PieceTokenizer  # noqa: E402
-from models.recognition.decoding import one_shot, rank_labels  # noqa: E402
-from models.recognition.nxtp import Nxtp  # noqa: E402
-from runtime.config import cli as configuration  # noqa: E402
-from runtime.config.cli import knob  # noqa: E402
+import Recognition
+from base import distributed
+from base.errors import UserError
+from dataset.tasks.recognition import Sequences
+from dataset.text.sentencepiece import PieceTokenizer
+from models.recognition.decoding import one_shot, rank_labels
+from models.recognition.nxtp import Nxtp
+from runtime.config import cli as configuration
+from runtime.config.cli import knob
 
 
 @dataclass

@@ -60,7 +60,7 @@ def gradients(name: str, batch: dict, cached: bool = False) -> tuple[dict, dict,
         for value in [*losses.values(), *grads.values()]:
             dist.all_reduce(value)
             value /= dist.get_world_size()
-    return losses, grads, {k: v for k, v in model.named_buffers()}
+    return losses, grads, dict(model.named_buffers())
 
 
 def half(batch: dict, rank: int) -> dict:

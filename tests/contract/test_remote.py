@@ -254,7 +254,7 @@ def test_many_shards_on_a_slow_store_start_quickly(count):
 
 
 def test_tar_files_of_a_plain_server_folder_need_braces(server):
-    with pytest.raises(UserError, match="no such shard|cannot be listed"):
+    with pytest.raises(UserError, match=r"no such shard|cannot be listed"):
         list_shards(f"{server.url}/nowhere/")
 
 

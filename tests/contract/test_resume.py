@@ -64,7 +64,7 @@ def test_sigkill_at_any_step_then_the_same_command_gives_the_same_run(
     case, digitscenes, image_tokenizer, tmp_path
 ):
     processes, shards = CASES[case]
-    changes = dict(workers=2, save_every="1 steps", max_steps=8)
+    changes = {"workers": 2, "save_every": "1 steps", "max_steps": 8}
     changes["scheduler.epochs"] = STEPS
     if shards:
         changes |= {

@@ -212,7 +212,7 @@ class Dies:
 
 def test_a_dead_worker_is_reported():
     loader = StreamLoader(stream(RecordSource([{"a": 1}] * 9, Dies())), 2, workers=1)
-    with pytest.raises(UserError, match="worker died.*shared memory"):
+    with pytest.raises(UserError, match=r"worker died.*shared memory"):
         next(loader)
     loader.close()
 
@@ -356,7 +356,7 @@ def test_workers_end_when_the_parent_is_killed():
 def test_shares_of_an_evaluation():
     for n, size in ((0, 2), (1, 3), (10, 3), (17, 4), (8, 8)):
         shares = [list(shard_indices(n, rank, size)) for rank in range(size)]
-        assert sum(shares, []) == list(range(n))
+        assert [index for share in shares for index in share] == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

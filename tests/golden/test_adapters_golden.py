@@ -23,7 +23,6 @@ TASKS = {
     "grounding": "retrieval",
     "vqa": "vqa",
     "ve": "ve",
-    # fmt: skip
     "nlvr_text_assignment": "text_assignment",
     "nlvr": "nlvr",
     "zero_shot_retrieval": "retrieval",

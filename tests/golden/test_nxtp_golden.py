@@ -330,7 +330,7 @@ def test_groups_and_sizes_of_the_published_network():
 
     with torch.device("meta"):
         model = Networks(decoder_layers=layers).build(Tokens())
-    shapes = {name: parameter for name, parameter in model.named_parameters()}
+    shapes = dict(model.named_parameters())
     trained = trained_names(list(shapes), layers)
     decayed = decayed_names({name: shapes[name] for name in trained})
     ours = {}

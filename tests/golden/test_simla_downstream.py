@@ -161,7 +161,7 @@ def text_assignment(system: str) -> tuple[TextAssignment, dict, dict]:
 @SYSTEMS
 def test_text_assignment(system, monkeypatch):
     name = f"nlvr_ta_{system}"
-    model, meta, t = text_assignment(system)
+    model, _meta, t = text_assignment(system)
     assigned = t["in.first_image_index"], t["in.second_image_index"], t["in.labels"]
     image, text = decode_image(t["in.image"]), (t["in.input_ids"], t["in.attention_mask"].bool())
     with torch.no_grad():

@@ -351,7 +351,7 @@ def check_pixels(batch: Batch, case: Case) -> None:
         if name in batch:
             pixels = batch[name] * std.view(3, 1, 1) + mean.view(3, 1, 1)
             assert (pixels - pixels.round()).abs().max() < 2e-3
-            assert -0.5 < pixels.min() and 100 < pixels.max() < 255.5
+            assert pixels.min() > -0.5 and 100 < pixels.max() < 255.5
 
 
 def digest(record: Record) -> str:

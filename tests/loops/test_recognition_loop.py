@@ -250,7 +250,7 @@ def check_pixels(image: Tensor) -> None:
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
     pixels = image * std.view(3, 1, 1) + mean.view(3, 1, 1)
-    assert -0.5 < pixels.min() and 100 < pixels.max() < 255.5
+    assert pixels.min() > -0.5 and 100 < pixels.max() < 255.5
     assert (pixels - pixels.round()).abs().max() < 2e-3
 
 

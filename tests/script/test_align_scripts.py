@@ -126,7 +126,7 @@ def test_broken_records_are_counted(digitscenes, tmp_path):
     more = {"shards": tmp_path / "a.tfrecord", "val_folder": "none"}
     run_main(flags(digitscenes, tmp_path / "patient", error_budget=0.1, **more))
     assert lines(tmp_path / "patient")[-1]["errors"] >= 1
-    with pytest.raises(Exception, match="record 0.*checksum is wrong") as caught:
+    with pytest.raises(Exception, match=r"record 0.*checksum is wrong") as caught:
         run_main(flags(digitscenes, tmp_path / "strict", **more))
     assert isinstance(caught.value, UserError)
 

@@ -160,23 +160,27 @@ def test_two_processes_from_the_command_line(digitscenes, tmp_path):
 
 
 MISTAKES = {
-    "nothing to evaluate": (dict(evaluate="true"), UserError, "or --evaluate with --checkpoint"),
-    "unknown model": (dict(model="vit-m/8"), UserError, "did you mean vit-mu/8"),
-    "odd size": (dict(image_size=30), UserError, "nearest size is 32"),
-    "real of a multi-label set": (dict(real="real.json"), UserError, "no --multi-label"),
+    "nothing to evaluate": ({"evaluate": "true"}, UserError, "or --evaluate with --checkpoint"),
+    "unknown model": ({"model": "vit-m/8"}, UserError, "did you mean vit-mu/8"),
+    "odd size": ({"image_size": 30}, UserError, "nearest size is 32"),
+    "real of a multi-label set": ({"real": "real.json"}, UserError, "no --multi-label"),
     "class list too short": (
-        dict(classes="{tmp}/few.txt"),
+        {"classes": "{tmp}/few.txt"},
         UserError,
         "outside the list of 3 classes",
     ),
-    "no class list": (dict(classes="{tmp}/none.txt"), UserError, "no such file"),
+    "no class list": ({"classes": "{tmp}/none.txt"}, UserError, "no such file"),
     "unknown data set": (
-        dict(train_data="torchvision/MNISt", classes="none"),
+        {"train_data": "torchvision/MNISt", "classes": "none"},
         UserError,
         "did you mean MNIST",
     ),
-    "missing data": (dict(train_data="{tmp}/nowhere", classes="none"), UserError, "check the path"),
-    "average and FSDP": (dict(parallel="fsdp"), UserError, "use --parallel ddp"),
+    "missing data": (
+        {"train_data": "{tmp}/nowhere", "classes": "none"},
+        UserError,
+        "check the path",
+    ),
+    "average and FSDP": ({"parallel": "fsdp"}, UserError, "use --parallel ddp"),
 }
 
 
@@ -193,7 +197,7 @@ def test_mistakes_of_evaluation(digitscenes, pretrained, tmp_path):
     folders = {"checkpoint": pretrained, "evaluate": "true"}
     with pytest.raises(UserError, match="no head for 10 classes"):
         train(fine_tuning(digitscenes, tmp_path / "run", **folders))
-    with pytest.raises(UserError, match="real.json: no such file"):
+    with pytest.raises(UserError, match=r"real.json: no such file"):
         train(fine_tuning(digitscenes, tmp_path / "run", real=tmp_path / "real.json"))
     shutil.copytree(digitscenes / "imagefolder/val", tmp_path / "val")
     (tmp_path / "val/one").rename(tmp_path / "val/on")
@@ -234,7 +238,7 @@ def test_knn_of_dual_encoders(digitscenes, tmp_path):
             digitscenes, tmp_path / name, checkpoint=tmp_path / "dual.pt", features="z"
         )
         assert found["width"] == 8
-    with pytest.raises(UserError, match="features 'h9': .* has feats, z"):
+    with pytest.raises(UserError, match=r"features 'h9': .* has feats, z"):
         neighbours(digitscenes, tmp_path / "knn", checkpoint=tmp_path / "dual.pt", features="h9")
 
 

@@ -153,7 +153,7 @@ def test_every_collection(format, digitscenes, tmp_path):
     if format == "wds":
         flags += ["--shards", digitscenes / "wds/train"]
     run_main(
-        [f for f in arguments(digitscenes, tmp_path / "run", metadata=metadata, root=root)]
+        list(arguments(digitscenes, tmp_path / "run", metadata=metadata, root=root))
         + list(map(str, flags))
     )
     assert lines(tmp_path / "run")[-1]["step"] == 2

@@ -243,7 +243,7 @@ def test_unreadable_image_of_the_test_set_is_named(data, finetuned, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 no image")
     entries[3]["image"] = str(tmp_path / "broken.jpg")
     (tmp_path / "test.json").write_text(json.dumps(entries))
-    with pytest.raises(ValueError, match="broken.jpg"):
+    with pytest.raises(ValueError, match=r"broken.jpg"):
         start(
             data,
             tmp_path,

@@ -14,8 +14,8 @@ from models.weights import albef as adapters
 from models.weights.albef import adapt, bert_weights, checkpoint_kind, load_bert, start_from
 from models.weights.loading import load_checkpoint
 
-BERT = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-            max_position_embeddings=10, encoder_width=8)  # fmt: skip
+BERT = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+            "max_position_embeddings": 10, "encoder_width": 8}  # fmt: skip
 
 
 def vit(size: int = 8, mask_token: bool = False) -> ViT:
@@ -171,7 +171,6 @@ def test_kinds_and_what_a_task_cannot_start_from():
         "retrieval": Retrieval(),
         "vqa": Vqa(),
         "nlvr": Nlvr("cls_head", True),
-        # fmt: skip
         "text_assignment": Nlvr("ta_head", False),
         "vit": vit(),
         "bert": XBertLM(BertConfig(**BERT)),
@@ -256,7 +255,7 @@ def test_bert_in_every_spelling(old_names, prefix):
     last = state[f"{prefix}encoder.layer.1.output.dense.weight"]
     assert torch.equal(two_stage.layers[1].output.dense.weight, last)
     state.pop(f"{prefix}encoder.layer.1.output.dense.weight")
-    with pytest.raises(UserError, match="1 missing: bert.encoder.layer.1.output.dense.weight"):
+    with pytest.raises(UserError, match=r"1 missing: bert.encoder.layer.1.output.dense.weight"):
         load_bert(lm, state)
 
 
@@ -275,7 +274,7 @@ def test_bert_folder(tmp_path, form):
 
 
 def test_bert_that_is_not_there(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="needs config.json and model.safetensors"):
+    with pytest.raises(UserError, match=r"needs config.json and model.safetensors"):
         adapters.load_bert_folder(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="hf download no-such-bert-here"):

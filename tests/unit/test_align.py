@@ -278,10 +278,10 @@ def test_mistakes_in_the_configuration(values, message):
 def test_mistakes_in_the_batch():
     tower = EfficientNet(SHAPES["NANO"])
     with pytest.raises(
-        UserError, match="a batch of 24 .* virtual batches of 16: make batch_size a multiple of 16"
+        UserError, match=r"a batch of 24 .* virtual batches of 16: make batch_size a multiple of 16"
     ):
         tower(torch.zeros(24, 3, 32, 32))
-    with pytest.raises(UserError, match="image_size 31.*give 32 or more"):
+    with pytest.raises(UserError, match=r"image_size 31.*give 32 or more"):
         tower(torch.zeros(16, 3, 31, 40))
     assert tower.eval()(torch.zeros(3, 3, 33, 40)).shape == (3, 96)
     with pytest.raises(UserError, match="no variable of COYO-ALIGN"):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -81,10 +82,10 @@ def test_a_route_is_walked(title, steps):
     for step in steps:
         assert (ROOT / step.file).is_file(), step.file
         assert definition(step) is not None, f"{step.file} has no {step.function}"
-    for caller, called in zip(steps, steps[1:], strict=False):
+    for caller, called in itertools.pairwise(steps):
         assert calls(definition(caller), called), f"{caller.function} does not call {called}"
     methods = [step for step in steps if step.owner]
-    for one, next_one in zip(methods, methods[1:], strict=False):  # a method calls its own object's
+    for one, next_one in itertools.pairwise(methods):  # a method calls its own object's
         first, second = (getattr(imported(step), step.owner) for step in (one, next_one))
         assert issubclass(second, first) or issubclass(first, second), (one, next_one)
 

@@ -91,7 +91,7 @@ def test_measure_leaves_out_the_warmup():
 
 
 def test_what_cannot_be_measured_is_said_before_anything_runs(tmp_path):
-    with pytest.raises(UserError, match="models/model_pretrain.py"):
+    with pytest.raises(UserError, match=r"models/model_pretrain.py"):
         bench_pretrain.main(bench_pretrain.Config(peer=str(tmp_path), system="albef"))
     with pytest.raises(UserError, match="--peer PATH"):
         bench_pretrain.main(bench_pretrain.Config(check=True))

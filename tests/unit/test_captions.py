@@ -256,7 +256,7 @@ def test_a_zip_member_that_unpacks_without_measure_is_a_bad_sample(comment, tmp_
         archive.writestr("0.jpg", bytes(4 << 20))
         archive.writestr("1.jpg", b"small")
         archive.comment = comment
-    with pytest.raises(BadSample, match="member 0.jpg: more than"):
+    with pytest.raises(BadSample, match=r"member 0.jpg: more than"):
         zip_member.read_member(tmp_path / "a.zip", "0.jpg")
     assert zip_member.read_member(tmp_path / "a.zip", "1.jpg") == b"small"
 

@@ -102,7 +102,7 @@ def test_class_names_go_to_their_folders(own, classes, found):
 
 
 def test_lists_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="food.*3 classes.*names 2"):
+    with pytest.raises(UserError, match=r"food.*3 classes.*names 2"):
         in_order_of(["a", "b", "c"], ["a", "b"], "food")
     with pytest.raises(
         UserError, match="class 0 of the data is 'ant', but of the list of labels 'bee'"
@@ -142,7 +142,7 @@ def test_class_names_of_any_script_go_to_their_own_folder(own, classes, found):
     ],
 )
 def test_names_whose_order_cannot_be_told_are_refused(own, classes):
-    with pytest.raises(UserError, match="set: .*give the labels with --labels in the order"):
+    with pytest.raises(UserError, match=r"set: .*give the labels with --labels in the order"):
         in_order_of(own, classes, "set")
 
 

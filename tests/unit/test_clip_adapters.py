@@ -75,7 +75,7 @@ def test_hugging_face_lacks_the_rest():
     for other in (model(RESNET), toy("CLIP_VITB16_CLIP")):
         with pytest.raises(UserError, match="open_clip"):
             adapters.to_hugging_face(other)
-    with pytest.raises(UserError, match="text_model.pooler.weight is no weight"):
+    with pytest.raises(UserError, match=r"text_model.pooler.weight is no weight"):
         adapters.from_hugging_face({"text_model.pooler.weight": torch.ones(1)})
 
 
@@ -175,7 +175,7 @@ def test_position_embeddings_of_another_size():
 def test_faults_list_the_names():
     state = model().state_dict()
     state["visual.extra"] = state.pop("visual.ln_post.bias")
-    with pytest.raises(UserError, match="missing: visual.ln_post.bias.*unexpected: visual.extra"):
+    with pytest.raises(UserError, match=r"missing: visual.ln_post.bias.*unexpected: visual.extra"):
         adapters.load_openai(state)
     with pytest.raises(UserError, match="not of OpenAI's CLIP layout"):
         adapters.load_openai(toy().state_dict())
@@ -268,10 +268,10 @@ def test_hostile_or_damaged_archives(tmp_path, capsys, content):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("evil/data.pkl", content)
         archive.writestr("evil/constants.pkl", b"")
-    with pytest.raises(UserError, match="evil.pt"):
+    with pytest.raises(UserError, match=r"evil.pt"):
         jit_state_dict(path)
     assert "ran" not in capsys.readouterr().out
     (tmp_path / "text.pt").write_text("no zip")
     assert not is_jit_archive(tmp_path / "text.pt")
-    with pytest.raises(UserError, match="text.pt"):
+    with pytest.raises(UserError, match=r"text.pt"):
         jit_state_dict(tmp_path / "text.pt")

@@ -51,7 +51,7 @@ def test_every_backbone_builds_with_every_head(backbone):
     "name", ["CL2L_VITB61_CL2L", "CL2L_VITB16", "cl2l_vitb16_cl2l", "RESNET", "SLIP_R50", ""]
 )
 def test_unknown_model_names_the_nearest(name):
-    with pytest.raises(UserError, match="is unknown.*VITB16.*SIAMLIP") as error:
+    with pytest.raises(UserError, match=r"is unknown.*VITB16.*SIAMLIP") as error:
         parts_of(name)
     if name == "CL2L_VITB61_CL2L":
         assert "did you mean CL2L_VITB16_CL2L?" in str(error.value)
@@ -71,7 +71,7 @@ def test_openai_names():
 
 
 def test_bad_projector():
-    with pytest.raises(UserError, match="clip_proj_type 'mpl'.*linear or mlp"):
+    with pytest.raises(UserError, match=r"clip_proj_type 'mpl'.*linear or mlp"):
         toy(clip_proj_type="mpl")
 
 
@@ -128,14 +128,14 @@ def test_padding_behind_the_end_token_has_no_influence():
 
 
 def test_text_too_long():
-    with pytest.raises(UserError, match="13 tokens.*holds 12"):
+    with pytest.raises(UserError, match=r"13 tokens.*holds 12"):
         toy().embed_text(torch.ones(2, 13, dtype=torch.int64))
 
 
 def test_views_and_captions_must_agree():
     batch = toy_batch()
     batch["text_ids"] = batch["text_ids"][:, :2]
-    with pytest.raises(UserError, match="2 rows a sample, but 3.*num_augs"):
+    with pytest.raises(UserError, match=r"2 rows a sample, but 3.*num_augs"):
         toy()(**batch)
 
 
@@ -209,7 +209,7 @@ def test_the_momentum_teacher_follows():
     teacher = copy.deepcopy(toy("CL2L_VITB16_SIAMLIP", seed=2))
     before = teacher.text_projector.weight.clone()
     teacher.register_buffer("own", torch.tensor(1.0))
-    with pytest.raises(UserError, match="own .* no counterpart"):
+    with pytest.raises(UserError, match=r"own .* no counterpart"):
         WeightAverage([(teacher, model)])
     del teacher.own
     model.momentum_model = teacher  # where main.py has it

@@ -335,7 +335,7 @@ def test_a_wrong_default_is_the_programmers_mistake():
     class Unsupported:
         size: set = knob(1, "pixels")
 
-    with pytest.raises(TypeError, match="Wrong.size: default 'big'"):
+    with pytest.raises(TypeError, match=r"Wrong.size: default 'big'"):
         parse(Wrong, [])
     with pytest.raises(TypeError, match="cannot hold"):
         parse(Unsupported, [])
@@ -382,7 +382,7 @@ def test_round_trip(tmp_path):
 
 def test_from_dict_blames_its_source():
     with pytest.raises(
-        UserError, match="weights.pt: optimizer.lr2: unknown key; did you mean optimizer.lr"
+        UserError, match=r"weights.pt: optimizer.lr2: unknown key; did you mean optimizer.lr"
     ):
         from_dict(Config, {"optimizer": {"lr2": 1}}, "weights.pt")
 
@@ -393,7 +393,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
         config_module.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
     )
-    with pytest.raises(UserError, match="config.yaml: not written, disk full"):
+    with pytest.raises(UserError, match=r"config.yaml: not written, disk full"):
         save(read("--seed", "2"), path)
     assert load(Config, path).seed == 1
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]

@@ -139,7 +139,7 @@ def test_without_a_fast_decoder_the_pixels_are_the_same(monkeypatch):
 
 
 def test_missing_files_and_wrong_root(tmp_path):
-    with pytest.raises(BadSample, match="gone.jpg: No such file"):
+    with pytest.raises(BadSample, match=r"gone.jpg: No such file"):
         decode_image(tmp_path / "gone.jpg")
     with pytest.raises(BadSample, match="directory"):
         decode_image(tmp_path)

@@ -54,7 +54,7 @@ def pairs(folder, captions=("a red dog", "Blue ball?")):
 def check_pretraining_batch(batch, size, side, tokens):
     assert batch["image"].shape == (size, 3, side, side) and batch["image"].dtype == torch.float32
     assert batch["token_image"].shape == (size, 3, tokens, tokens)
-    assert 0 <= batch["token_image"].min() and batch["token_image"].max() <= 1
+    assert batch["token_image"].min() >= 0 and batch["token_image"].max() <= 1
     patches = (side // 16) ** 2
     assert batch["patch_mask"].shape == (size, patches) and batch["patch_mask"].dtype == torch.bool
     assert batch["patch_mask"].any(1).all() and not batch["patch_mask"].all(1).any()
@@ -143,7 +143,7 @@ def test_visual_codes_from_a_cache(folder):
         CodeCache(folder / "codes.npy", 13)
     np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     for name in ("objects.npy", "missing.npy", "vocab.txt"):
-        with pytest.raises(UserError, match="not a readable .npy"):
+        with pytest.raises(UserError, match=r"not a readable .npy"):
             CodeCache(folder / name, 1)
 
 
@@ -303,5 +303,5 @@ def test_retrieval_evaluation_set(folder):
     assert len(pairs_of) == 12 and pairs_of.captions[:2] == ["one", "a cat"]
     assert pairs_of.txt2img[:4] == [0, 0, 1, 1] and pairs_of.img2txt[1] == [2, 3]
     assert pairs_of.load(2).shape == (3, 32, 32)
-    with pytest.raises(BadSample, match="5.jpg"):
+    with pytest.raises(BadSample, match=r"5.jpg"):
         pairs_of.load(5)

@@ -57,7 +57,7 @@ def test_tokenizer_sources(tokenizer, tmp_path):
     tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer(tmp_path).encode("Red dogs") == tokenizer.encode("Red dogs")
     assert Tokenizer(tmp_path / "tokenizer.json").vocab_size == len(WORDS)
-    with pytest.raises(UserError, match="no tokenizer.json or vocab.txt"):
+    with pytest.raises(UserError, match=r"no tokenizer.json or vocab.txt"):
         Tokenizer(tmp_path / "missing")
     (tmp_path / "vocab.txt").write_text("a\nb\n[UNK]")
     with pytest.raises(UserError, match=r"no \[PAD\]"):

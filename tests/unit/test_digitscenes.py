@@ -114,7 +114,7 @@ def test_images_are_jpeg_of_the_stated_size(root, scenes):
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)
     assert len(set(paths.values())) > 20
     assert all(
-        0.8 < w / h < 1.25 and 0.85 * 48 < min(w, h) and max(w, h) < 1.25 * 48
+        0.8 < w / h < 1.25 and min(w, h) > 0.85 * 48 and max(w, h) < 1.25 * 48
         for w, h in paths.values()
     )
 
@@ -398,7 +398,7 @@ def test_class_folders_and_their_lists(root):
         targets = np.load(root / f"imagefolder/{split}_labels.npy")
         assert [names[t] for t in targets] == [path.split("/")[1] for path in paths]
     real = load(root, "imagefolder/real.json")
-    assert len(real) == 40 and [r for r in real if r][0] == [names.index("zero")]
+    assert len(real) == 40 and next(r for r in real if r) == [names.index("zero")]
 
 
 def test_multi_label_targets_separate_at_a_threshold(root, scenes):

@@ -175,7 +175,7 @@ def test_entailment(folder):
 def test_label_outside_the_set(folder, label):
     entry = {"image": "a", "sentence": "red", "label": label}
     with pytest.raises(
-        UserError, match="entries.json, entry 0 .*none of contradiction, neutral, entailment"
+        UserError, match=r"entries.json, entry 0 .*none of contradiction, neutral, entailment"
     ):
         Statements(write(folder, [entry]), SNLI_VE, folder, TestTransform(16))
 
@@ -199,7 +199,7 @@ def test_pairs(folder):
     batch = TextCollate(Tokenizer(folder / "vocab.txt"))([data.load(i) for i in range(3)])
     assert batch["image"].shape == (3, 2, 3, 16, 16) and batch["label"].tolist() == [1, 1, 1]
     assert batch["text_ids"].shape == batch["text_mask"].shape == (3, 8)
-    with pytest.raises(UserError, match="entry 0 .*images lists 1, but a pair has two"):
+    with pytest.raises(UserError, match=r"entry 0 .*images lists 1, but a pair has two"):
         Statements(
             write(folder, [entry | {"images": ["a.jpg"]}], "one.json"),
             NLVR2,
@@ -274,7 +274,7 @@ def test_question_ids_are_what_the_file_says(folder):
     records = [questions()[0] | {"question_id": each, "answer": None} for each in ids]
     data = QuestionSet(records, roots(folder), TestTransform(16))
     assert data.ids == ids
-    save_answers(folder / "result.json", {each: "yes" for each in data.ids})
+    save_answers(folder / "result.json", dict.fromkeys(data.ids, "yes"))
     rows = json.loads((folder / "result.json").read_text())
     assert [row["question_id"] for row in rows] == ids
 

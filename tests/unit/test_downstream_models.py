@@ -297,9 +297,9 @@ def test_padding_does_not_dim_a_map_except_as_published():
 
 
 def test_a_layer_without_cross_attention_has_no_map():
-    with pytest.raises(UserError, match="text layers 1..2"):
+    with pytest.raises(UserError, match=r"text layers 1..2"):
         matching_map(grounding_model(True), *inputs(True).values(), 0)
-    with pytest.raises(UserError, match="blocks 0..1"):
+    with pytest.raises(UserError, match=r"blocks 0..1"):
         contrast_map(grounding_model(True), *inputs(True).values(), 2)
 
 

@@ -21,7 +21,7 @@ from models.fusion.dvae import (
 )
 from runtime.checkpoint import export_safetensors, read_weights
 
-TINY = dict(vocab_size=16, width=4, blocks_per_group=1, decoder_width=8)
+TINY = {"vocab_size": 16, "width": 4, "blocks_per_group": 1, "decoder_width": 8}
 
 
 @pytest.mark.parametrize(("groups", "outputs", "blocks"), [(1, 3, 1), (3, 3, 2), (4, 6, 1)])
@@ -39,12 +39,12 @@ def test_shapes_and_geometry_from_weights(groups, outputs, blocks):
     assert (
         codes.shape == (2, 3, 2)
         and codes.dtype == torch.int64
-        and 0 <= codes.min()
+        and codes.min() >= 0
         and codes.max() < 16
     )
     assert torch.equal(codes, tokenizer.logits(image).argmax(1))
     decoded = tokenizer.decode(codes)
-    assert decoded.shape == image.shape and 0 <= decoded.min() and decoded.max() <= 1
+    assert decoded.shape == image.shape and decoded.min() >= 0 and decoded.max() <= 1
 
 
 def test_a_code_sees_its_place():
@@ -188,7 +188,7 @@ def test_mistakes_are_named():
 def test_the_word_random_stands_for_a_small_untrained_tokenizer():
     tokenizer = ImageTokenizer.load(existing_tokenizer(Path("random")), read=None)
     codes = tokenizer.codes(torch.rand(2, 3, 16, 16))
-    assert codes.shape == (2, 4, 4) and 0 <= codes.min() and codes.max() < 32
+    assert codes.shape == (2, 4, 4) and codes.min() >= 0 and codes.max() < 32
     with pytest.raises(UserError, match="nowhere does not exist"):
         existing_tokenizer(Path("nowhere"))
 

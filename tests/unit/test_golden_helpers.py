@@ -20,14 +20,14 @@ def records_of_its_own():
 
 def test_a_wrong_folder_is_an_error_that_names_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("QUINTET_GOLDEN", str(tmp_path / "typo"))
-    with pytest.raises(pytest.UsageError, match="QUINTET_GOLDEN=.*typo is not a folder"):
+    with pytest.raises(pytest.UsageError, match=r"QUINTET_GOLDEN=.*typo is not a folder"):
         golden_root()
 
 
 def test_the_chosen_folder_wins_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("QUINTET_GOLDEN", str(tmp_path))
     assert golden_root() == tmp_path
-    with pytest.raises(pytest.skip.Exception, match="simla/vit.json is not in"):
+    with pytest.raises(pytest.skip.Exception, match=r"simla/vit.json is not in"):
         golden_file("simla", "vit.json")
     assert recorded("simla", "vit.json", within="cases")[0].marks[0].name == "skip"
     (tmp_path / "simla").mkdir()

@@ -76,6 +76,6 @@ def test_token_types_mark_albef():
 def test_value_of_the_wrong_type_is_named(tmp_path):
     torch.save({"config": {"image_res": "large"}}, tmp_path / "x.pth")
     with pytest.raises(
-        UserError, match="x.pth: its configuration has image_res: 'large'; give --image_res"
+        UserError, match=r"x.pth: its configuration has image_res: 'large'; give --image_res"
     ):
         inherit(Config(checkpoint=tmp_path / "x.pth"))

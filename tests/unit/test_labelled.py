@@ -90,7 +90,7 @@ def test_wrong_labels_end_the_run(record, words):
     "record", [{}, {"labels": []}, {"json": b"{}"}, {"json": b"["}, {"caption": "a cat"}]
 )
 def test_a_sample_without_label_is_a_bad_sample(record):
-    with pytest.raises(BadSample, match="no label|not valid JSON"):
+    with pytest.raises(BadSample, match=r"no label|not valid JSON"):
         labels()(record | {"key": "a.tar/0"})
 
 
@@ -203,7 +203,7 @@ def test_a_broken_checksum_is_counted(tmp_path):
     loader = StreamLoader(Stream([source], LabelCollate()), 7, workers=0, error_budget=0.2)
     next(loader)
     assert loader.errors == {data: 1} and "checksum" in loader.bad_samples[0]
-    with pytest.raises(UserError, match="1 of 8 samples are unusable.*\n.*checksum is wrong"):
+    with pytest.raises(UserError, match=r"1 of 8 samples are unusable.*\n.*checksum is wrong"):
         Split(data, HERE, VIEW, labels(4))
 
 
@@ -223,7 +223,7 @@ def test_images_without_likely_labels_are_left_out_and_not_counted(tmp_path):
     for a, b in zip(islice(loader, 3), islice(again, 3), strict=True):
         assert torch.equal(a["labels"], b["labels"])
     nothing = labels(label_threshold=0.95)
-    with pytest.raises(UserError, match="no image has a label of probability 0.95"):
+    with pytest.raises(UserError, match=r"no image has a label of probability 0.95"):
         Labelled(RecordSource(records, LabelledImage(VIEW, nothing, tmp_path)), nothing)
     never = Filtered(RecordSource(records, LabelledImage(VIEW, reader, tmp_path)), len, "is empty")
     never.keep = lambda record: False
@@ -247,7 +247,7 @@ def test_torchvision(tmp_path):
     assert split.load(3)["image"].shape == (3, 8, 8) and len(split) == 1000
     with pytest.raises(UserError, match="did you mean CIFAR10"):
         open_records("torchvision/CIFAR-10", tmp_path, "train")
-    with pytest.raises(UserError, match="CIFAR10:test: .*--download"):
+    with pytest.raises(UserError, match=r"CIFAR10:test: .*--download"):
         open_records("torchvision/CIFAR10:test", tmp_path, "train")
     assert not list(tmp_path.iterdir())
 
@@ -350,7 +350,9 @@ def test_class_lists(tmp_path):
     ids=str,
 )
 def test_labels_of_another_type_are_refused_in_one_sentence(record):
-    with pytest.raises(UserError, match="entry 3: (label|label_probs) .*(no class number|no prob)"):
+    with pytest.raises(
+        UserError, match=r"entry 3: (label|label_probs) .*(no class number|no prob)"
+    ):
         labels()(record | {"index": 3})
 
 

@@ -133,13 +133,13 @@ class TestRefused:
             read_llama(tmp_path, 6)
 
     def test_no_llama(self, tmp_path):
-        with pytest.raises(UserError, match="neither params.json"):
+        with pytest.raises(UserError, match=r"neither params.json"):
             read_llama(tmp_path)
 
     def test_a_damaged_shard(self, tmp_path):
         meta_folder(tmp_path)
         (tmp_path / "consolidated.00.pth").write_bytes(b"not weights")
-        with pytest.raises(UserError, match="consolidated.00.pth: not a readable file"):
+        with pytest.raises(UserError, match=r"consolidated.00.pth: not a readable file"):
             read_llama(tmp_path)
 
     def test_shards_of_different_models(self, tmp_path):

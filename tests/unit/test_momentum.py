@@ -63,7 +63,7 @@ def test_mistakes_are_named():
         MomentumPairs(nn.Linear(2, 2))
     model = model_with_pair()
     model.head_m = nn.Linear(3, 4)
-    with pytest.raises(UserError, match="weight .4, 3. has no counterpart"):
+    with pytest.raises(UserError, match=r"weight .4, 3. has no counterpart"):
         MomentumPairs(model)
     with pytest.raises(UserError, match="momentum"):
         MomentumPairs(model_with_pair(), momentum=1.5)

@@ -183,7 +183,7 @@ class TestWeights:
         published = {
             f"module.{name}": value for name, value in model.state_dict().items() if name in trained
         }
-        with pytest.raises(UserError, match="trained tensors only.*--clip ViT-L-14.pt"):
+        with pytest.raises(UserError, match=r"trained tensors only.*--clip ViT-L-14.pt"):
             recognition_state(published, None)
         state = recognition_state(published, clip_state())
         assert state.keys() == model.state_dict().keys()
@@ -251,13 +251,13 @@ class TestWeights:
     def test_a_missing_tensor_is_named(self):
         state = dict(network().state_dict())
         del state["language_decoder.layers.1.feed_forward.w2.weight"]
-        with pytest.raises(UserError, match="layers.1.feed_forward.w2.weight"):
+        with pytest.raises(UserError, match=r"layers.1.feed_forward.w2.weight"):
             Networks(decoder_heads=4).build(Tokens(), checkpoint=state)
 
 
 class TestRefused:
     def test_another_tokenizer(self):
-        with pytest.raises(UserError, match="33 entries.*but the checkpoint embeds 40"):
+        with pytest.raises(UserError, match=r"33 entries.*but the checkpoint embeds 40"):
             Networks(decoder_heads=4).build(
                 type("T", (), {"vocab_size": 33, "image": 31}), checkpoint=network().state_dict()
             )
@@ -266,7 +266,7 @@ class TestRefused:
         meta_folder(tmp_path, vocabulary=60)
         with pytest.raises(UserError, match="60 embeddings, but the tokenizer has 40 entries"):
             Networks().build(Tokens(), None, tmp_path)
-        with pytest.raises(UserError, match="use the tokenizer.model that belongs"):
+        with pytest.raises(UserError, match=r"use the tokenizer.model that belongs"):
             decoder_state({"tok_embeddings.weight": torch.zeros(3, 4)}, 40, "here")
 
     def test_deeper_than_it_is(self):

@@ -75,7 +75,7 @@ def test_fused_groups_read_once_and_write_what_lives():
         x = torch.zeros(32, 32)
         y = ((x + 1) * 2).relu()
         y @ y
-    assert [group.bytes for group in recorder.trace.groups][0] == 4096 + 4096
+    assert next(group.bytes for group in recorder.trace.groups) == 4096 + 4096
 
 
 def test_attention_kernels():

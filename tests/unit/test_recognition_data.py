@@ -92,7 +92,7 @@ class TestSequences:
             Sequences(tokenizer, 60).labels(["xy" * 60], PROMPT)
 
     def test_no_labels(self, tokenizer):
-        with pytest.raises(BadSample, match="no labels.*extract_nouns"):
+        with pytest.raises(BadSample, match=r"no labels.*extract_nouns"):
             Sequences(tokenizer, 80).labels([], PROMPT)
 
     def test_a_budget_without_room(self, tokenizer):
@@ -149,7 +149,7 @@ class TestTokenizer:
         assert PieceTokenizer(below).path == tokenizer.path
 
     def test_refused(self, tmp_path):
-        with pytest.raises(UserError, match="no such file; name LLaMA's tokenizer.model"):
+        with pytest.raises(UserError, match=r"no such file; name LLaMA's tokenizer.model"):
             PieceTokenizer(tmp_path / "tokenizer.model")
         (tmp_path / "tokenizer.model").write_text("nothing")
         with pytest.raises(UserError, match="no SentencePiece model"):
@@ -193,7 +193,7 @@ def test_defects_of_the_published_rules_and_their_mending(nouns):
 def test_taggers_are_never_downloaded(tmp_path):
     with pytest.raises(
         UserError,
-        match="no taggers/averaged_perceptron_tagger_eng in it.*or use the tagger `lexicon`",
+        match=r"no taggers/averaged_perceptron_tagger_eng in it.*or use the tagger `lexicon`",
     ):
         perceptron_tagger(tmp_path)
     with pytest.raises(UserError, match="tagger nltk: name the folder"):
@@ -243,7 +243,7 @@ def test_list_files(tmp_path, monkeypatch):
         {"image": "b.jpg", "labels": ["tench"]},
     ]
     (tmp_path / "b.list").write_text("b.jpg : \n")
-    with pytest.raises(UserError, match="b.list, line 1: expected `path : name,name,...`"):
+    with pytest.raises(UserError, match=r"b.list, line 1: expected `path : name,name,...`"):
         label_records(tmp_path / "b.list")
     with pytest.raises(UserError, match="no such list"):
         label_records(tmp_path / "c.list")
@@ -300,11 +300,11 @@ def test_the_images_of_a_split(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="image_root"):
         ImageSet(tmp_path / "a.list", ImageView(8), tmp_path / "elsewhere")
     write_shard(tmp_path / "00001.tar", {"000002": {"jpg": jpeg(), "txt": b"a dog"}})
-    with pytest.raises(UserError, match="000002: no member .nouns"):
+    with pytest.raises(UserError, match=r"000002: no member .nouns"):
         ImageSet(tmp_path, ImageView(8))
     (tmp_path / "00001.tar").write_bytes(b"x" * 600)
     with pytest.raises(
-        UserError, match="1 of 3 samples are unusable.*\n.*00001.tar: a damaged header"
+        UserError, match=r"1 of 3 samples are unusable.*\n.*00001.tar: a damaged header"
     ):
         ImageSet(tmp_path, ImageView(8))
 

@@ -74,7 +74,7 @@ def test_a_label_has_the_same_embedding_in_any_company():
 
 
 class Split:
-    references = [["dog", "cat"], ["sky"]]
+    references = (["dog", "cat"], ["sky"])
 
     def __len__(self):
         return 2

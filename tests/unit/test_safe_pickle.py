@@ -208,7 +208,6 @@ def payloads(marker: Path) -> dict[str, bytes]:
         Calls(eval, command),
         Calls(exec, command),
         nested,
-        # fmt: skip
         {"refs": [Calls(eval, command)]},
         Calls(subprocess.call, ["touch", str(marker)]),
     ]
@@ -224,21 +223,21 @@ def test_payloads_are_refused_and_nothing_runs(tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "payload.p"
     for name, data in payloads(marker).items():
         path.write_bytes(data)
-        with pytest.raises(UserError, match="payload.p"):
+        with pytest.raises(UserError, match=r"payload.p"):
             load_plain(path)
             pytest.fail(f"{name} was read")
         # the same inside torch's zip format, and as a legacy torch file
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", data)
             archive.writestr("archive/version", "3\n")
-        with pytest.raises(UserError, match="payload.p"):
+        with pytest.raises(UserError, match=r"payload.p"):
             load_torch(path)
             pytest.fail(f"{name} was read")
         head = [
             pickle.dumps(x, 2) for x in (safe_pickle.LEGACY_MAGIC, 1001, {"little_endian": True})
         ]
         path.write_bytes(b"".join(head) + data + pickle.dumps([], 2))
-        with pytest.raises(UserError, match="payload.p"):
+        with pytest.raises(UserError, match=r"payload.p"):
             load_torch(path)
             pytest.fail(f"{name} was read")
     assert not marker.exists()
@@ -269,7 +268,7 @@ def test_tensors_stay_inside_their_storage(tmp_path):
                 archive.writestr(
                     name, data.replace(old, new) if name.endswith("data.pkl") else source.read(name)
                 )
-        with pytest.raises(UserError, match="bad.pt"):
+        with pytest.raises(UserError, match=r"bad.pt"):
             load_torch(tmp_path / "bad.pt")
     assert torch.equal(load_torch(tmp_path / "good.pt")["w"], torch.arange(4.0))
 
@@ -279,7 +278,7 @@ def test_damaged_files_name_themselves(foreign, tmp_path, form):
     data = (foreign / f"{form}.pkl").read_bytes()
     for cut in (0, 10, len(data) // 2, len(data) - 3):
         (tmp_path / "cut.pkl").write_bytes(data[:cut])
-        with pytest.raises(UserError, match="cut.pkl"):
+        with pytest.raises(UserError, match=r"cut.pkl"):
             load_torch(tmp_path / "cut.pkl")
 
 
@@ -290,7 +289,7 @@ def test_other_things_are_refused(tmp_path):
         load_plain(tmp_path / "none.p")
     with zipfile.ZipFile(tmp_path / "scripted.pt", "w") as archive:
         archive.writestr("archive/constants.pkl", pickle.dumps(()))
-    with pytest.raises(UserError, match="scripted.pt: a TorchScript archive"):
+    with pytest.raises(UserError, match=r"scripted.pt: a TorchScript archive"):
         load_torch(tmp_path / "scripted.pt")
     with pytest.raises(UserError, match="not a PyTorch module"):
         module_tensors(Stub())

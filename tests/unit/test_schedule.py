@@ -1,12 +1,14 @@
 """Durations and learning rates."""
 
+import itertools
+
 import pytest
 
 from base.errors import UserError
 from runtime.optim.schedule import Schedule, learning_rate, ramp, steps
 from tests.helpers.golden import golden
 
-SIZES = dict(epoch_steps=100, batch=64)
+SIZES = {"epoch_steps": 100, "batch": 64}
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ def test_a_duration_in_any_unit(text, expected):
 
 @pytest.mark.parametrize("text", ["soon", "3 years", "-1 steps", ""])
 def test_a_wrong_duration_names_itself_and_the_remedy(text):
-    with pytest.raises(UserError, match="duration.*(write|use)"):
+    with pytest.raises(UserError, match=r"duration.*(write|use)"):
         steps(text, total=300, **SIZES)
 
 
@@ -82,6 +84,6 @@ def test_original_schedule_equals_the_originals_at_every_change():
             schedule, run["optimizer"]["lr"], total=total, epoch_steps=epoch_steps, batch=1
         )
         changes = run["changes"] + [{"global_step": total}]
-        for change, following in zip(changes, changes[1:], strict=False):
+        for change, following in itertools.pairwise(changes):
             for step in (change["global_step"], following["global_step"] - 1):
                 assert at(step) == pytest.approx(change["lr"], rel=1e-9), (name, step)

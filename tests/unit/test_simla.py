@@ -288,4 +288,4 @@ def test_retrieval_compiled_equals_eager():
     compiled = torch.compile(other, backend="aot_eager", fullgraph=True)(**given)
     for name, loss in model(**given).items():
         torch.testing.assert_close(compiled[name], loss)
-    assert torch.equal(model.idx_queue, other.idx_queue) and LENGTH == given["text_ids"].shape[1]
+    assert torch.equal(model.idx_queue, other.idx_queue) and given["text_ids"].shape[1] == LENGTH

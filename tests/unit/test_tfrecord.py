@@ -160,7 +160,7 @@ def test_counts(tmp_path):
     assert count_samples([first, second], {}) == 7
     (tmp_path / "3_stats.json").write_text(json.dumps({"successes": 2}))
     assert count_samples([first, second], {}) == 6
-    with pytest.raises(UserError, match="nowhere.tfrecord"):
+    with pytest.raises(UserError, match=r"nowhere.tfrecord"):
         count_samples([str(tmp_path / "nowhere.tfrecord")], {})
 
 
@@ -181,7 +181,10 @@ def test_as_a_source_it_resumes_exactly(tmp_path):
     for n in range(4):
         write(tmp_path / f"{n}.tfrecord", range(6 * n, 6 * n + 6))
     whole = [batch["number"] for batch in islice(loader(str(tmp_path)), 12)]
-    assert sorted(sum(whole[:6], [])) == list(range(24)) and whole[:6] != whole[6:]
+    assert (
+        sorted(n for batch in whole[:6] for n in batch) == list(range(24))
+        and whole[:6] != whole[6:]
+    )
     first = loader(str(tmp_path))
     head = [batch["number"] for batch in islice(first, 5)]
     tail = [batch["number"] for batch in islice(loader(str(tmp_path), first.state_dict()), 7)]
@@ -193,7 +196,7 @@ def test_damage_counts_against_the_error_budget(tmp_path):
         write(tmp_path / f"{n}.tfrecord", range(6 * n, 6 * n + 6))
     damaged(tmp_path / "2.tfrecord", 20)
     patient = loader(str(tmp_path), budget=0.2)
-    seen = sum((batch["number"] for batch in islice(patient, 12)), [])
+    seen = [n for batch in islice(patient, 12) for n in batch["number"]]
     assert 12 not in seen and {*range(24)} - {12} == {*seen} and patient.errors["tf"] >= 2
     with pytest.raises(UserError, match=r"2.tfrecord, record 0.*checksum is wrong"):
         list(islice(loader(str(tmp_path)), 12))
@@ -206,8 +209,9 @@ def test_remote_files(tmp_path):
     memory.pipe("/bucket/0.tfrecord", open(write(tmp_path / "0.tfrecord", range(8)), "rb").read())
     assert list_shards("memory://bucket/*.tfrecord", {}) == ["memory:///bucket/0.tfrecord"]
     assert len(ShardSource("memory://bucket/0.tfrecord", build)) == 8
-    seen = sum(
-        (batch["number"] for batch in islice(loader("memory://bucket/*.tfrecord", samples=8), 2)),
-        [],
-    )
+    seen = [
+        number
+        for batch in islice(loader("memory://bucket/*.tfrecord", samples=8), 2)
+        for number in batch["number"]
+    ]
     assert sorted(seen) == list(range(8))

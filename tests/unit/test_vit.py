@@ -75,7 +75,7 @@ def test_a_stem_gives_the_same_patches_and_says_its_shape():
     changed[1, :, :8, :8] += 1
     maps = hybrid.patch_embed(changed)
     assert not torch.equal(maps[0, 0], maps[1, 0]) and torch.equal(maps[0, -1], maps[1, -1])
-    with pytest.raises(UserError, match="stem of 3 stages.*no multiple of 8"):
+    with pytest.raises(UserError, match=r"stem of 3 stages.*no multiple of 8"):
         ViT(ViTConfig(32, 4, 16, 1, 2, stem=(4, 4, 4)))
 
 

@@ -1,6 +1,7 @@
 """Metrics of zero-shot classification against scikit-learn, and where it has none, against the
 definition."""
 
+import itertools
 import math
 
 import pytest
@@ -88,9 +89,7 @@ def test_average_precision_by_its_definition(seed, levels):
     eleven, area = average_precision(scores, targets)
     assert eleven == pytest.approx(100 * sum(at(i / 10) for i in range(11)) / 11)
     levels = [0, *sorted({r for _, r in pairs})]
-    assert area == pytest.approx(
-        100 * sum((b - a) * at(b) for a, b in zip(levels, levels[1:], strict=False))
-    )
+    assert area == pytest.approx(100 * sum((b - a) * at(b) for a, b in itertools.pairwise(levels)))
     assert (
         area >= 100 * metrics.average_precision_score(targets, scores) - 1e-9
     )  # which does not interpolate

@@ -43,7 +43,7 @@ def tar(path, members: dict[str, bytes]) -> None:
 
 
 def lists(tmp_path, **labels) -> Prompts:
-    for kind, values in (("labels", labels), ("templates", dict.fromkeys(labels, ["a {}."]))):
+    for kind, values in (("labels", labels), ("templates", {key: ["a {}."] for key in labels})):
         (tmp_path / f"{kind}.json").write_text(json.dumps(values))
     return Prompts(tmp_path / "labels.json", tmp_path / "templates.json")
 
@@ -262,7 +262,7 @@ def test_lists_of_files(tmp_path):
     data = opened(entry, lists(tmp_path, clevr_counts=["10", "3", "4"]), tmp_path)
     assert levels(data) == [(0, 0), (1, 2), (2, 1)] and data.classes == ["10", "3", "4"]
     np.save(tmp_path / "clevr/val_labels.npy", np.array([0, 1, 5]))
-    with pytest.raises(UserError, match="class 5 occurs.*names 3 classes"):
+    with pytest.raises(UserError, match=r"class 5 occurs.*names 3 classes"):
         opened(entry, lists(tmp_path, clevr_counts=["10", "3", "4"]), tmp_path)
     np.save(tmp_path / "clevr/val_labels.npy", np.array([0, 1]))
     with pytest.raises(UserError, match="3 images and 2 labels"):
@@ -295,7 +295,7 @@ def test_torchvision_or_class_folders(tmp_path):
         image(tmp_path / f"sst/rendered-sst2/test/{name}/a.png", level)
     data = opened(entry, Prompts(), tmp_path)
     assert levels(data) == [(0, 0), (1, 1)] and data.classes == ["negative", "positive"]
-    with pytest.raises(UserError, match="rendered_sst2: the data have 2 classes.*names 3"):
+    with pytest.raises(UserError, match=r"rendered_sst2: the data have 2 classes.*names 3"):
         opened(entry, lists(tmp_path, rendered_sst2=["a", "b", "c"]), tmp_path)
     image(tmp_path / "sst/test/negative/a.png", 5)
     image(tmp_path / "sst/test/positive/a.png", 6)

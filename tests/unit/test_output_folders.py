@@ -1,0 +1,18 @@
+"""Every recipe writes to a folder of its own: two runs never meet by accident."""
+
+import importlib
+from collections import defaultdict
+from pathlib import Path
+
+from runtime.config.cli import load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_no_two_recipes_share_an_output_folder():
+    recipes = defaultdict(list)
+    for file in sorted(ROOT.glob("configs/*/*.yaml")):
+        script = importlib.import_module(file.parent.name)
+        recipes[load(script.Config, file).output_dir].append(file.name)
+    assert sum(map(len, recipes.values())) > 50
+    assert {folder: files for folder, files in recipes.items() if len(files) > 1} == {}

@@ -11,8 +11,8 @@ from models.layers.efficientnet import EfficientNetShape
 from models.layers.xbert import BertConfig
 from runtime.optim.build import Optimizer, build_optimizer
 from runtime.parallel import checkpoint_blocks, shard
-from tests.clip_toys import cached_losses, losses_with_total
-from tests.processes import spawn
+from tests.helpers.clip_toys import cached_losses, losses_with_total
+from tests.helpers.processes import spawn
 
 PAIRS, VIRTUAL, STEPS = 16, 4, 3
 LOSS = {"label_smoothing": 0.1, "loss_avg_or_sum": "sum", "temperature": 0.3}

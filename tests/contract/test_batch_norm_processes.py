@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from models.layers.batchnorm import GlobalBatchNorm, synchronise_batch_norm
-from tests.processes import spawn
+from tests.helpers.processes import spawn
 
 SHARES = [(4, 4), (7, 1)]  # rows of each process
 

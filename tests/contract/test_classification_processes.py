@@ -18,7 +18,7 @@ from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.layers.batchnorm import synchronise_batch_norm
 from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
 from runtime.parallel import Features, parallelize
-from tests.processes import spawn
+from tests.helpers.processes import spawn
 
 CPU = torch.device("cpu")
 ROWS = 8

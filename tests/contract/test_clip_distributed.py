@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
-from tests.clip_toys import ToyConvNet, cached_losses, losses_with_total, toy, toy_batch
+from tests.helpers.clip_toys import ToyConvNet, cached_losses, losses_with_total, toy, toy_batch
 from tests.helpers.gradients import assert_same_gradients
-from tests.processes import spawn
+from tests.helpers.processes import spawn
 
 PAIRS = 8
 CASES = {

@@ -5,7 +5,7 @@ import torch
 
 from base.distributed import World
 from evaluation.predict import over_split
-from tests.processes import spawn
+from tests.helpers.processes import spawn
 
 TOTAL = 5
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.downstream import ROOT, flags, log_lines, start
+from tests.helpers.downstream import ROOT, flags, log_lines, start
 
 
 def torchrun(task: str, given: list[str]) -> str:

@@ -4,7 +4,7 @@ other's."""
 import pytest
 
 from tests.contract.test_parallel import needs_fsdp2
-from tests.pretraining import arguments, finish, losses
+from tests.helpers.pretraining import arguments, finish, losses
 
 
 @needs_fsdp2

@@ -15,9 +15,9 @@ from models.recognition.nxtp import IGNORED, Nxtp, NxtpConfig
 from models.weights.build_nxtp import Networks
 from runtime.parallel import Features, parallelize
 from tests.helpers.gradients import assert_same_gradients, distance, gradients_of
-from tests.processes import spawn
-from tests.recognition_runs import arguments, finish, lines, start
-from tests.tiny_nxtp import network
+from tests.helpers.processes import spawn
+from tests.helpers.recognition_runs import arguments, finish, lines, start
+from tests.helpers.tiny_nxtp import network
 
 IMAGES = 4
 

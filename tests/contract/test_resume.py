@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.pretraining import arguments, finish, losses, start
+from tests.helpers.pretraining import arguments, finish, losses, start
 
 STEPS = "8 steps"
 

@@ -9,7 +9,7 @@ from evaluation.retrieval import Captions, rank
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
-from tests.processes import spawn
+from tests.helpers.processes import spawn
 
 IMAGES, TEXTS, LENGTH = 21, 44, 9
 

@@ -20,7 +20,7 @@ from dataset.tasks import pretrain
 from dataset.tasks.classification import LabelOptions, Labels, shared_split
 from dataset.tasks.pretrain import CodeCache, PretrainPair, write_codes
 from tests.contract.stream_cases import Build, write_shards
-from tests.processes import spawn
+from tests.helpers.processes import spawn
 from tests.unit.test_dataset_pairs import MeanTokenizer
 
 

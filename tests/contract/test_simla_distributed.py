@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from base.distributed import gather_with_gradient
 from models.fusion.momentum import MomentumPairs
-from tests.tiny_simla import rows_of, tiny_batch, tiny_model
+from tests.helpers.tiny_simla import rows_of, tiny_batch, tiny_model
 
 STEPS, ROWS, WORLD = 3, 4, 2
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.test_resume import assert_same_run
-from tests.pretraining import ROOT, arguments, finish
+from tests.helpers.pretraining import ROOT, arguments, finish
 
 FOUND = all(
     shutil.which(tool, path=os.environ["PATH"] + ":/usr/sbin")

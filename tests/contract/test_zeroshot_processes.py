@@ -14,8 +14,8 @@ from evaluation.zeroshot import (
     retrieve,
     text_classifier,
 )
-from tests.clip_toys import TOY, toy
-from tests.processes import spawn
+from tests.helpers.clip_toys import TOY, toy
+from tests.helpers.processes import spawn
 
 IMAGES, CAPTIONS, CLASSES = 23, 40, 7
 

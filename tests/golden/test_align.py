@@ -14,7 +14,6 @@ from models.layers.efficientnet import EfficientNet, padded
 from models.weights.loading import load_checkpoint
 from runtime.optim.build import Optimizer, build_optimizer, set_learning_rate
 from runtime.optim.schedule import Plan, Schedule
-from tests.clip_toys import losses_of, with_total
 from tests.golden.align_cases import (
     image_shape,
     load,
@@ -27,8 +26,9 @@ from tests.golden.align_cases import (
     tiny_align,
 )
 from tests.golden.report import compare, same
+from tests.helpers.clip_toys import losses_of, with_total
 from tests.helpers.golden import golden, recorded
-from tests.processes import spawn
+from tests.helpers.processes import spawn
 
 CLOSE, BEHIND_BATCH_NORM, GRADIENT = 1e-5, 1e-4, 2e-4
 NO_GRADIENT = (

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tests.clip_toys import losses_of
 from tests.golden.clip_cases import close
 from tests.golden.report import same
+from tests.helpers.clip_toys import losses_of
 from tests.helpers.golden import golden, golden_file, recorded
-from tests.processes import spawn
+from tests.helpers.processes import spawn
 
 MODELS = {
     ("rocket", "CLIPLoss"): "CLIP_VITT8_CLIP",

@@ -8,9 +8,9 @@ from evaluation.zeroshot import class_scores
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.dual_encoder.losses import normalize
-from tests.clip_toys import with_total
 from tests.golden.clip_cases import close, close_sums, config_of, recipe_state, toy_vit, views_of
 from tests.golden.report import same
+from tests.helpers.clip_toys import with_total
 from tests.helpers.golden import golden_file, golden_json, golden_root, golden_tensors, recorded
 
 BEHIND_BATCH_NORM = 1e-4

@@ -9,9 +9,9 @@ import torch
 from models.dual_encoder.base import names_by_decay
 from models.dual_encoder.factory import build_dual
 from models.layers.average import WeightAverage
-from tests.clip_toys import with_total
 from tests.golden.clip_cases import close, config_of, recipe_state, sum_and_norm, toy_vit, views_of
 from tests.golden.report import same
+from tests.helpers.clip_toys import with_total
 from tests.helpers.golden import golden_json, golden_tensors, recorded
 
 EXACT_STEPS = 6  # later losses reproduce to about 1e-3 only, says the golden README

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests import classification_runs
+from tests.helpers import classification_runs
 from tests.helpers.loops import (
     Record,
     State,

@@ -33,8 +33,8 @@ from tests.helpers.loops import (
     record_main,
     state_of,
 )
+from tests.helpers.main_runs import arguments
 from tests.loops import dual_losses as losses
-from tests.main_runs import arguments
 
 LR, LR_START, LR_END, WARMUP = 0.01, 0.002, 0.0005, 2
 DECAY, BETAS = 0.3, (0.9, 0.98)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.loops import ROOT, record_run
+from tests.helpers.pretraining import arguments
 from tests.loops.negatives import check_hard_negatives
 from tests.loops.reference import Recipe, another_teacher, check_run, loss_scaling
-from tests.pretraining import arguments
 
 ALBEF = ("loss_ita", "loss_itm", "loss_mlm")
 SIMLA = (*ALBEF, "loss_mim", "loss_pseudo")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.helpers.loops import Record, load, on_processes, process_group, record_main, state_of
-from tests.recognition_runs import arguments
+from tests.helpers.recognition_runs import arguments
 
 LR, MIN_LR, WARMUP = 0.01, 0.001, 2
 DECAY, BETAS = 0.3, (0.9, 0.98)

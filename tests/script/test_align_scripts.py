@@ -20,8 +20,8 @@ from models.layers.efficientnet import SHAPES, EfficientNet
 from runtime.config.cli import parse
 from scripts.data import pack_karpathy
 from scripts.weights import convert
-from tests.classification_runs import neighbours
-from tests.main_runs import ROOT, arguments, finish, lines
+from tests.helpers.classification_runs import neighbours
+from tests.helpers.main_runs import ROOT, arguments, finish, lines
 
 CONFIG = ROOT / "configs/main/debug_align.yaml"
 

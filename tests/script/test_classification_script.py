@@ -12,7 +12,7 @@ import torch
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
-from tests.classification_runs import ROOT, fine_tuning, flags, lines, neighbours, train
+from tests.helpers.classification_runs import ROOT, fine_tuning, flags, lines, neighbours, train
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runtime.config.cli import run_script
-from tests.downstream import ROOT, SCRIPTS, flags, log_lines, pretraining_checkpoint, start
+from tests.helpers.downstream import ROOT, SCRIPTS, flags, log_lines, pretraining_checkpoint, start
 
 MORE = {("Grounding", True): ["--block_num", "1"], ("NLVR_TA", True): ["--paired_from", "1"]}
 METRIC = {"VQA": "overall", "VE": "accuracy", "NLVR": "accuracy", "Grounding": "accuracy"}

@@ -24,7 +24,7 @@ from models.layers.openai_towers import OpenAIConfig
 from models.weights import clip as clip_adapters
 from runtime.checkpoint import export_safetensors, read_weights
 from runtime.config.cli import parse
-from tests.main_runs import ROOT, arguments
+from tests.helpers.main_runs import ROOT, arguments
 
 
 @pytest.fixture(scope="module")

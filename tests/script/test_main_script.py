@@ -14,7 +14,7 @@ from base.errors import UserError
 from models.dual_encoder.base import DualConfig
 from runtime.config.cli import parse
 from tests.contract.test_parallel import needs_fsdp2
-from tests.main_runs import ROOT, arguments, finish, lines
+from tests.helpers.main_runs import ROOT, arguments, finish, lines
 
 METHODS = {
     "CLIP": (["--model", "CLIP_VITT8_CLIP"], {"clip_loss"}),

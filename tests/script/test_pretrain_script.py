@@ -16,7 +16,7 @@ import Pretrain
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from runtime.config.cli import parse
-from tests.pretraining import ROOT, arguments, finish, losses
+from tests.helpers.pretraining import ROOT, arguments, finish, losses
 
 
 def run_main(flags):

@@ -19,8 +19,8 @@ from models.weights.build_nxtp import Networks
 from runtime.config.cli import parse
 from scripts.data import extract_nouns, pack_coco
 from scripts.weights import export_recognition
-from tests.recognition_runs import ROOT, arguments, finish, lines, start
-from tests.tiny_nxtp import meta_folder
+from tests.helpers.recognition_runs import ROOT, arguments, finish, lines, start
+from tests.helpers.tiny_nxtp import meta_folder
 
 
 def script(module, *flags) -> dict:
@@ -225,7 +225,7 @@ def test_published_weights_and_shards_with_partial_training(labelled, tmp_path):
     """CLIP and LLaMA files in their own layouts, nouns out of shards, the caption's loss, and what
     stays as it was."""
     shards, _, _ = labelled
-    from tests.tiny_nxtp import tokenizer
+    from tests.helpers.tiny_nxtp import tokenizer
 
     pieces = tokenizer(tmp_path)
     meta_folder(tmp_path / "llama", shards=2, vocabulary=pieces.vocab_size - 2)
@@ -431,7 +431,7 @@ def test_mistakes_are_one_sentence(case, digitscenes, tmp_path):
 
 
 def test_another_tokenizer_than_the_checkpoints(trained, digitscenes, tmp_path):
-    from tests.tiny_nxtp import tokenizer
+    from tests.helpers.tiny_nxtp import tokenizer
 
     tokenizer(tmp_path)
     flags = [

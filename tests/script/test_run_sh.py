@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.pretraining import ROOT
+from tests.helpers.pretraining import ROOT
 
 # a script that says where it runs and with what, and continues where its folder says it stopped
 SCRIPT = """

@@ -11,7 +11,7 @@ import run_with_submitit
 from base.errors import UserError
 from runtime import slurm
 from runtime.interrupt import EXIT_REQUEUE
-from tests.pretraining import ROOT
+from tests.helpers.pretraining import ROOT
 
 SLURM = ["Pretrain.py", "--nodes", "2", "--ngpus", "4", "--partition", "gpu", "--timeout", "90"]
 

@@ -17,7 +17,7 @@ from models.layers.clip_towers import TextShape
 from models.layers.openai_towers import OpenAIConfig
 from models.weights import clip as adapters
 from models.weights.torchscript import is_jit_archive, jit_state_dict
-from tests.clip_toys import toy, toy_batch
+from tests.helpers.clip_toys import toy, toy_batch
 
 TEXT = TextShape(context_length=12, vocab_size=50, width=64, heads=1, layers=2)
 VIT = OpenAIConfig(

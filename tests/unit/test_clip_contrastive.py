@@ -12,7 +12,7 @@ from base.errors import UserError
 from models.dual_encoder import losses as contrastive
 from models.dual_encoder.base import LossOptions
 from models.dual_encoder.losses import normalize
-from tests.clip_toys import losses_of
+from tests.helpers.clip_toys import losses_of
 
 
 def units(*shape, seed=0):

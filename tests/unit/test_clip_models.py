@@ -12,7 +12,7 @@ from models.dual_encoder.factory import BACKBONES, HEADS, build_dual, model_name
 from models.layers.average import WeightAverage
 from models.layers.clip_towers import TextNoise
 from models.layers.openai_towers import openai_model
-from tests.clip_toys import END, ToyConvNet, losses_with_total, toy, toy_batch
+from tests.helpers.clip_toys import END, ToyConvNet, losses_with_total, toy, toy_batch
 
 TRAINABLE = [f"{base}_VITB16_{head}" for base in ("CLIP", "CL2L") for head in HEADS] + [
     "SLIP_VITB16",

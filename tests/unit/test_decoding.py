@@ -20,7 +20,7 @@ from models.recognition.decoding import (
     top_p,
     write_labels,
 )
-from tests.tiny_nxtp import network
+from tests.helpers.tiny_nxtp import network
 
 COMMA, EOS = 9, 2
 PROMPT = torch.tensor([30, 1, 5, 6])

@@ -13,7 +13,7 @@ from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, 
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
 from models.fusion.vqa import Vqa, VqaConfig, same_length
 from tests.helpers.gradients import assert_same_gradients, gradients_of
-from tests.tiny_simla import CLS, VOCAB, tiny_batch, tiny_config
+from tests.helpers.tiny_simla import CLS, VOCAB, tiny_batch, tiny_config
 
 SYSTEMS = pytest.mark.parametrize("albef", [False, True], ids=["simla", "albef"])
 TEXT = ("text_ids", "text_mask")

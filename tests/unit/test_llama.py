@@ -9,7 +9,7 @@ import torch
 from base.errors import UserError
 from models.layers.llama import Llama, LlamaConfig, Sight, own_part
 from models.weights.llama import interleave, merge_shards, read_llama
-from tests.tiny_nxtp import meta_folder
+from tests.helpers.tiny_nxtp import meta_folder
 
 
 def causal(length: int) -> Sight:

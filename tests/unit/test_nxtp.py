@@ -17,7 +17,7 @@ from models.weights.nxtp import (
     recognition_state,
     trained_names,
 )
-from tests.tiny_nxtp import meta_folder, network
+from tests.helpers.tiny_nxtp import meta_folder, network
 
 PROMPT = [30, 1, 5, 6]
 

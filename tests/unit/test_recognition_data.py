@@ -31,7 +31,7 @@ from dataset.text.sentencepiece import PieceTokenizer
 from dataset.text.wordnet import WordNet
 from evaluation.recognition import similarity_scores
 from scripts.data import extract_nouns
-from tests import tiny_nxtp
+from tests.helpers import tiny_nxtp
 from tests.unit.test_wordnet import write_database
 
 

@@ -12,7 +12,7 @@ from models.fusion.momentum import MomentumPairs
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from models.fusion.simla import Simla
 from models.layers.vit import ViTConfig
-from tests.tiny_simla import LENGTH, PATCHES, tiny_batch, tiny_config, tiny_model
+from tests.helpers.tiny_simla import LENGTH, PATCHES, tiny_batch, tiny_config, tiny_model
 
 BOTH = pytest.mark.parametrize("albef", [False, True], ids=["simla", "albef"])
 

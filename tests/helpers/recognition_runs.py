@@ -11,7 +11,7 @@ from pathlib import Path
 import Recognition
 from runtime.config.cli import parse
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
 
 

@@ -12,7 +12,7 @@ import VE
 import VQA
 from runtime.config.cli import parse
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"VQA": VQA, "VE": VE, "NLVR": NLVR, "Grounding": Grounding}
 
 

@@ -2,6 +2,7 @@
 only here."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -373,6 +374,19 @@ def cached_path(
     """Where to keep what is made of the file `source`: its name changes with the file and `parts`."""
     key = digest(CACHE_VERSION, file_state(source), *parts)
     return cache_folder(folder) / f"{Path(source).stem}-{key}{suffix}"
+
+
+@contextmanager
+def one_builder(cached: Path) -> Iterator[None]:
+    """Lets one of many processes build a cached file while the others wait; on file systems without
+    locks all build it."""
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with cached.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
 
 
 # ---- names

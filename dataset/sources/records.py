@@ -2,21 +2,27 @@
 memory."""
 
 import bisect
-import fcntl
 import hashlib
 import mmap
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from base.errors import UserError, brief
-from base.files import atomic_write, cache_folder, cached_path, digest, parse_entry
+from base.files import (
+    atomic_write,
+    cache_folder,
+    cached_path,
+    digest,
+    one_builder,
+    parse_entry,
+)
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries
+from dataset.sources.tables import json_lines_of
 
 # Fields of the public annotation formats and the types each may have; a list must hold texts, at
 # least one.
@@ -43,7 +49,7 @@ PROGRESS_EVERY = 200_000  # entries; files with fewer are indexed without a prog
 
 class Records(Sequence):
     """Read-only sequence of the annotations (dicts) in one or several JSON list or JSON lines
-    files.
+    files, or in tables and folders (see `dataset.sources.tables`).
 
     The first use of a file checks every entry and stores where each begins, 8 bytes per entry,
     under `cache_dir` ($QUINTET_CACHE, else ~/.cache/quintet), keyed by path, size, time of change
@@ -65,9 +71,10 @@ class Records(Sequence):
             raise UserError("no annotation file given; name at least one")
         self._arguments = (paths, tuple(required), cache_dir)
         cache_dir = cache_folder(cache_dir)
-        self._files = [
-            _IndexedFile(Path(path).expanduser().absolute(), required, cache_dir) for path in paths
-        ]
+        self._files = []
+        for path in paths:
+            lines = json_lines_of(path, required, cache_dir).absolute()
+            self._files.append(_IndexedFile(lines, required, cache_dir, str(path)))
         self._ends = list(accumulate(map(len, self._files)))
 
     def __len__(self) -> int:
@@ -91,15 +98,15 @@ class Records(Sequence):
 class _IndexedFile:
     """One annotation file and its index, both memory-mapped."""
 
-    def __init__(self, path: Path, required: Sequence[str], cache_dir: Path):
+    def __init__(self, path: Path, required: Sequence[str], cache_dir: Path, name: str):
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; check the name in the configuration")
-        self._index, self._required = _index_of(path, required, cache_dir), required
+        self._index, self._required = _index_of(path, required, cache_dir, name), required
         self._data = _map(path)
         self._starts = _starts_in(self._index, self._data)
         if self._starts is None:  # damaged: made again
             self._index.unlink()
-            self._starts = _starts_in(_index_of(path, required, cache_dir), self._data)
+            self._starts = _starts_in(_index_of(path, required, cache_dir, name), self._data)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -134,7 +141,7 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _index_of(path: Path, required: Sequence[str], cache_dir: Path) -> Path:
+def _index_of(path: Path, required: Sequence[str], cache_dir: Path, name: str) -> Path:
     """The file of entry starts (native uint64), made if it is not there yet."""
     if not path.stat().st_size:
         raise UserError(f"{path}: empty file; {EXPECTED}")
@@ -142,30 +149,18 @@ def _index_of(path: Path, required: Sequence[str], cache_dir: Path) -> Path:
     if not index.exists():
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with _one_builder(index):
+            with one_builder(index):
                 if not index.exists():
-                    _write_index(path, required, index)
+                    _write_index(path, required, index, name)
         except OSError as error:
             raise UserError(f"cannot index {path} ({error}); {UNWRITABLE}") from None
     return index
 
 
-@contextmanager
-def _one_builder(index: Path) -> Iterator[None]:
-    """Lets one of many processes build the index while the others wait; on file systems without
-    locks all build it."""
-    with index.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        yield
-
-
-def _write_index(path: Path, required: Sequence[str], index: Path) -> None:
+def _write_index(path: Path, required: Sequence[str], index: Path, name: str) -> None:
     """Writes the start of every entry; no process ever sees half an index."""
     with atomic_write(index, UNWRITABLE) as temporary, temporary.open("wb") as file:
-        for starts in _batched(_checked_starts(path, required), 1 << 16):
+        for starts in _batched(_checked_starts(path, required, name), 1 << 16):
             starts.tofile(file)
 
 
@@ -179,10 +174,11 @@ def _batched(numbers: Iterator[int], size: int) -> Iterator[array]:
     yield batch
 
 
-def _checked_starts(path: Path, required: Sequence[str]) -> Iterator[int]:
+def _checked_starts(path: Path, required: Sequence[str], name: str) -> Iterator[int]:
     """Byte offset of every entry, each checked, with a progress bar for long files.
 
     Entries without any text in `caption` or `answer` are counted and said: training skips them.
+    name: what the user calls the file.
     """
     count, empty, bar = 0, 0, None
     lists = [field for field in required if field in ("caption", "answer")]
@@ -199,11 +195,11 @@ def _checked_starts(path: Path, required: Sequence[str]) -> Iterator[int]:
     if bar:
         bar.close()
     if not count:
-        raise UserError(f"{path}: no entries; {EXPECTED}")
+        raise UserError(f"{name}: no entries; {EXPECTED}")
     if empty == count:
-        raise UserError(f"{path}: every entry's {lists[0]} is empty; {EXPECTED}")
+        raise UserError(f"{name}: every entry's {lists[0]} is empty; {EXPECTED}")
     if empty:
-        message = f"{path}: {empty:,} of {count:,} entries have no {lists[0]}; training skips them"
+        message = f"{name}: {empty:,} of {count:,} entries have no {lists[0]}; training skips them"
         warnings.warn(message, stacklevel=2)
 
 

@@ -21,6 +21,7 @@ from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
 from dataset.sources.shards import shard_sources
+from dataset.sources.tables import is_table
 from dataset.tasks.record import as_list, captions_of, image_of
 from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
@@ -33,11 +34,13 @@ def caption_records(
     """The samples of a collection: records {image, caption: [texts]}.
 
     kind: one of FORMATS. metadata: the file the collection comes with, or what
-    scripts/data/convert_metadata.py made of it
-    (JSON or JSON lines with `image` and `caption`). Other files are converted at the first use,
+    scripts/data/convert_metadata.py made of it (JSON or JSON lines with `image` and `caption`), or
+    a table or folder of `dataset.sources.tables`, whatever the kind. Other files are converted at the first use,
     into the cache of `Records`. read_plain: reads pickles and .npy object arrays without running
     what is in them.
     """
+    if is_table(metadata):
+        return Records(metadata)
     path = Path(metadata)
     if not path.is_file():
         raise UserError(

@@ -34,6 +34,7 @@ from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import TAR_ENDINGS, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
+from dataset.sources.tables import TABLES, parse_address
 from dataset.sources.tfrecord import is_tfrecord
 from dataset.tasks.record import image_of
 
@@ -242,7 +243,7 @@ def open_records(
     if data.startswith("torchvision/"):
         name, _, named = data.removeprefix("torchvision/").partition(":")
         return TorchvisionRecords(name, root, named or split, download)
-    if Path(data).suffix in (".json", ".jsonl"):
+    if parse_address(data).path.suffix in (".json", ".jsonl", *TABLES):
         records = Records(
             data, ("labels",) if "label" not in Records(data, ())[0] else ("image", "label")
         )
@@ -253,7 +254,7 @@ def open_records(
     if Path(data).is_dir():
         return FolderRecords(data, classes)
     raise UserError(
-        f"{data}: neither a folder of class folders, nor a .json or .jsonl file, shards (.tar, .tfrecord) or "
+        f"{data}: neither a folder of class folders, nor a .json, .jsonl, .csv, .tsv or .parquet file, shards (.tar, .tfrecord) or "
         "torchvision/NAME; check the path"
     )
 

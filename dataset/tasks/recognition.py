@@ -26,6 +26,7 @@ from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import shard_sources
+from dataset.sources.tables import TABLES, is_table, parse_address
 from dataset.tasks.record import as_list, captions_of, image_of, name_of
 from dataset.text.nouns import parse_nouns
 from dataset.text.sentencepiece import PieceTokenizer
@@ -275,9 +276,9 @@ def label_records(path: str | Path) -> Records:
     A list file is converted once, into the cache of `Records`. Raises UserError that names file and
     line.
     """
-    path = Path(path)
-    if path.suffix in (".json", ".jsonl"):
+    if is_table(path) or Path(path).suffix in (".json", ".jsonl"):
         return Records(path, required=("image", "labels"))
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such list; each line is `path : name,name,...`")
     converted = cached_path(path, ".jsonl", "labels")
@@ -339,7 +340,8 @@ class ImageSet:
 
     def __init__(self, source: str | Path, view: Callable, root: str | Path = "."):
         self.view, self.root, self.source = view, Path(root), str(source)
-        self.is_list = Path(source).suffix in (".list", ".txt", ".json", ".jsonl")
+        endings = (".list", ".txt", ".json", ".jsonl", *TABLES)
+        self.is_list = parse_address(source).path.suffix in endings
         if self.is_list:
             self.records = label_records(source)
             check_image_root(self.root, (record["image"] for record in self.records))

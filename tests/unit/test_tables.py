@@ -1,0 +1,180 @@
+"""Tables, saved data sets and folders are read as annotation files."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from base.errors import UserError
+from dataset.sources.records import Records
+from dataset.sources.tables import parse_address
+from dataset.tasks.captions import caption_records
+
+ROWS = [("a.jpg", "a café, by night"), ("b/c.png", 'she said "no"\nand left'), ("漢.jpg", "漢字")]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write_table(path, names, rows, separator=","):
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows([names, *rows])
+    return path
+
+
+def pairs(records):
+    return [(record["image"], record["caption"]) for record in records]
+
+
+def test_comma_tab_and_semicolon_tables_give_the_same_entries(tmp_path):
+    for separator, name in ((",", "a.csv"), ("\t", "b.tsv"), ("\t", "c.csv"), (";", "d.csv")):
+        table = write_table(tmp_path / name, ("filepath", "title"), ROWS, separator)
+        assert pairs(Records(table)) == ROWS, name
+
+
+def test_columns_by_name_and_several_captions(tmp_path):
+    rows = [("x", "a.jpg", "one", "two"), ("y", "b.jpg", "three", "")]
+    table = write_table(tmp_path / "t.csv", ("id", "where", "first", "second"), rows)
+    records = Records(f"{table}?image=where&caption=first,second")
+    assert pairs(records) == [("a.jpg", ["one", "two"]), ("b.jpg", ["three"])]
+    assert [record["id"] for record in records] == ["x", "y"]
+    assert pairs(Records(f"{table}?image=where&caption=second"))[1] == ("b.jpg", "")
+
+
+def test_lists_in_cells_and_other_fields(tmp_path):
+    rows = [("1.jpg", "7", "what?", json.dumps(["red", "blue"]))]
+    table = write_table(tmp_path / "q.csv", ("image", "question_id", "question", "answer"), rows)
+    (record,) = Records(table, ("image", "question_id", "question", "answer"))
+    assert record["answer"] == ["red", "blue"] and record["question_id"] == "7"
+
+
+def test_a_field_does_not_take_the_column_of_another_field(tmp_path):
+    table = write_table(tmp_path / "g.csv", ("image", "text"), [("a.jpg", "left")])
+    assert Records(table, ("image", "text"))[0]["text"] == "left"
+    with pytest.raises(UserError, match=r"no column for caption .*it has image, text"):
+        Records(table, ("image", "text", "caption"))
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table(
+        {"filepath": [row[0] for row in ROWS], "caption": [["a", "b"], None, ["c"]], "n": [1, 2, 3]}
+    )
+    parquet.write_table(table, tmp_path / "p.parquet")
+    records = Records(tmp_path / "p.parquet")
+    assert pairs(records) == [("a.jpg", ["a", "b"]), ("b/c.png", []), ("漢.jpg", ["c"])]
+    assert [record["n"] for record in records] == [1, 2, 3]
+    encoded = pyarrow.table({"image": [{"bytes": b"\xff\xd8", "path": None}], "caption": ["a"]})
+    parquet.write_table(encoded, tmp_path / "e.parquet")
+    with pytest.raises(UserError, match=r"e.parquet, row 1: holds the encoded image.*pack.py"):
+        Records(tmp_path / "e.parquet")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(UserError, match=r"d.parquet: no Parquet file"):
+        Records(tmp_path / "d.parquet")
+
+
+def test_saved_data_set(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import ipc
+
+    folder = tmp_path / "saved/train"
+    folder.mkdir(parents=True)
+    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train"]}')
+    (folder / "dataset_info.json").write_text("{}")
+    for part, rows in enumerate((ROWS[:2], ROWS[2:])):
+        images = [{"bytes": None, "path": image} for image, _ in rows]
+        table = pyarrow.table({"image": images, "caption": [text for _, text in rows]})
+        with ipc.new_stream(str(folder / f"data-{part:05d}.arrow"), table.schema) as stream:
+            stream.write_table(table)
+    assert pairs(Records(folder)) == ROWS
+    with pytest.raises(UserError, match=r"several splits; name one: .*saved/train"):
+        Records(tmp_path / "saved")
+
+
+def test_folder_of_images_and_texts(tmp_path, capsys):
+    pixels = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    folder = tmp_path / "own"
+    (folder / "00000").mkdir(parents=True)
+    for name, text in (("000000001.jpg", "one\n\ntwo\n"), ("000000002.png", "three")):
+        pixels.save(folder / "00000" / name)
+        (folder / "00000" / name).with_suffix(".txt").write_text(text)
+        (folder / "00000" / name).with_suffix(".json").write_text('{"status": "success"}')
+    pixels.save(folder / "alone.jpg")
+    expected = [
+        (str(folder / "00000/000000001.jpg"), ["one", "two"]),
+        (str(folder / "00000/000000002.png"), ["three"]),
+    ]
+    assert pairs(Records(folder)) == expected
+    assert "1 images have no .txt" in capsys.readouterr().out
+    (folder / "alone.txt").write_text("four")  # the cached list is made again
+    assert len(Records(folder)) == 3
+    with pytest.raises(UserError, match="a folder gives images and captions"):
+        Records(folder, ("image", "question"))
+
+
+def test_folder_with_metadata(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "one"}\n')
+    assert pairs(Records(folder)) == [(str(folder / "a.jpg"), "one")]
+    (folder / "metadata.csv").write_text("file_name,text\nb.jpg,two\n")
+    assert pairs(Records(folder)) == [(str(folder / "b.jpg"), "two")]
+
+
+def test_dual_encoders_read_tables_for_any_collection(tmp_path):
+    table = write_table(tmp_path / "t.csv", ("filepath", "title"), ROWS)
+    assert pairs(caption_records("yfcc15m", table, read_plain=None)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("content", "query", "message"),
+    [
+        (b"filepath,title\na.jpg\n", "", r"row 1: 1 cells under 2 names"),
+        (b"filepath,title\na.jpg,x\n,y\n", "", r"row 2: '' is no path of an image"),
+        (b"filepath,words\na.jpg,x\n", "", r"no column for caption .*it has filepath, words"),
+        (b"filepath,title\na.jpg,x\n", "?caption=titel", r"no column titel; did you mean title"),
+        (b"filepath,title\na.jpg,x\n", "?caption=", r"no column given for caption"),
+        (b"filepath,title\na.jpg,x\n", "?", r"expected FILE\?field=column"),
+        (b"filepath,title\na.jpg,\xff\n", "", r"not UTF-8"),
+        (b'filepath,title\na.jpg,"x\n', "", r"no table"),
+        (b"", "", r"no column for image \(it has none\)"),
+        (b"filepath,title\n", "", r"no entries|empty"),
+    ],
+)
+def test_faulty_tables_are_refused_in_one_sentence(tmp_path, content, query, message):
+    table = tmp_path / "t.csv"
+    table.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        Records(f"{table}{query}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_with_a_question_mark_in_its_name_is_itself(tmp_path):
+    table = write_table(tmp_path / "what?image=x.csv", ("image", "caption"), ROWS)
+    assert parse_address(table).columns == {} and pairs(Records(table)) == ROWS
+    with pytest.raises(UserError, match="only tables have columns"):
+        Records(f"{tmp_path}/a.json?image=x")
+    with pytest.raises(UserError, match="no such annotation file"):
+        Records(tmp_path / "gone.csv")
+
+
+def test_labels_of_a_table(tmp_path):
+    from dataset.tasks.classification import LabelOptions, Labels, open_records
+    from dataset.tasks.recognition import label_records
+
+    (tmp_path / "a.jpg").write_bytes(b"")
+    table = write_table(tmp_path / "c.csv", ("image", "label"), [("a.jpg", "3"), ("a.jpg", "0")])
+    labels = Labels(4, LabelOptions(), "c.csv")
+    assert [labels(record)[0] for record in open_records(str(table), tmp_path, "train")] == [
+        [3],
+        [0],
+    ]
+    table = write_table(tmp_path / "n.tsv", ("image", "labels"), [("a.jpg", "hot dog, cat")], "\t")
+    assert label_records(table)[0]["labels"] == ["hot dog", "cat"]

@@ -115,8 +115,9 @@ def rows_of(
     if path.is_dir():
         yield from _folder_rows(path, required, columns)
     elif path.suffix.lower() == ".parquet":
-        names, rows = _parquet(path)
-        yield from _entries(path, names, rows, required, columns)
+        file = open_parquet(path)
+        rows = _batch_rows(path, file.iter_batches(batch_size=BATCH_ROWS))
+        yield from _entries(path, file.schema_arrow.names, rows, required, columns)
     else:
         yield from _csv_rows(path, required, columns)
 
@@ -159,18 +160,29 @@ def _cell(text: str) -> object:
     return text
 
 
-def _parquet(path: Path) -> tuple[list[str], Iterator[dict]]:
+def open_parquet(path: Path):
+    """pyarrow's ParquetFile. UserError."""
+    import pyarrow
+    from pyarrow import parquet
+
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        file = parquet.ParquetFile(path)
+        return parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: no Parquet file ({error}); fetch it again") from None
-    batches = file.iter_batches(batch_size=BATCH_ROWS)
-    return file.schema_arrow.names, _batch_rows(path, batches)
+
+
+def open_arrow(folder: Path) -> list:
+    """pyarrow's readers of the files of a saved data set, which stay on disk. UserError."""
+    import pyarrow
+    from pyarrow import ipc
+
+    files = sorted(folder.glob("*.arrow"))
+    if not files:
+        raise UserError(f"{folder}: no data-*.arrow in it; save the data set again")
+    try:
+        return [ipc.open_stream(pyarrow.memory_map(str(file))) for file in files]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{folder}: no Arrow stream ({error}); save the data set again") from None
 
 
 def _batch_rows(path: Path, batches: Iterable) -> Iterator[dict]:
@@ -185,18 +197,18 @@ def _entries(
     path: Path, names: list[str], rows: Iterable[dict], required: Sequence[str], columns: dict
 ) -> Iterator[dict]:
     """The rows with their columns under the names of the fields they hold."""
-    used = {field: _columns_of(path, field, names, required, columns) for field in required}
+    used = {field: column_names(path, field, names, required, columns) for field in required}
     used |= {field: _known(path, given, names) for field, given in columns.items()}
     taken = {name for given in used.values() for name in given}
     read = {field: _reader(given) for field, given in used.items()}
     for number, row in enumerate(rows, 1):
-        entry = {name: _plain(value) for name, value in row.items() if name not in taken}
+        entry = {name: plain(value) for name, value in row.items() if name not in taken}
         for field, value_of in read.items():
             entry[field] = _checked(value_of(row), field, f"{path}, row {number}")
         yield entry
 
 
-def _columns_of(
+def column_names(
     path: Path, field: str, names: list[str], required: Sequence[str], columns: dict
 ) -> list[str]:
     """The columns that hold a field: those named, the one of its name, or a usual one."""
@@ -229,7 +241,7 @@ def _reader(given: list[str]) -> Callable[[dict], object]:
     return lambda row: [row[name] for name in given if row[name]]
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """A value that JSON can hold; bytes and dates as text."""
     if value is None or isinstance(value, str | int | float | list | dict):
         return value
@@ -241,7 +253,7 @@ def _checked(value: object, field: str, where: str) -> object:
     if field == "labels" and isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     if field != "image":
-        return _plain(value)
+        return plain(value)
     if isinstance(value, dict):  # datasets' images: {bytes, path}
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -257,8 +269,9 @@ def _folder_rows(folder: Path, required: Sequence[str], columns: dict) -> Iterat
         splits = sorted(path.parent.name for path in folder.glob("*/dataset_info.json"))
         raise UserError(f"{folder}: several splits; name one: {folder}/{(splits or ['train'])[0]}")
     if (folder / "dataset_info.json").is_file():
-        names, rows = _arrow(folder)
-        yield from _entries(folder, names, rows, required, columns)
+        streams = open_arrow(folder)
+        rows = (row for stream in streams for row in _batch_rows(folder, stream))
+        yield from _entries(folder, streams[0].schema.names, rows, required, columns)
         return
     for name in METADATA:
         if (folder / name).is_file():
@@ -280,30 +293,6 @@ def _metadata_rows(folder: Path, file: Path, required: Sequence[str], columns: d
         rows = _entries(file, names, whole, required, columns)
     for row in rows:
         yield {**row, "image": str(folder.absolute() / row["image"])}
-
-
-def _arrow(folder: Path) -> tuple[list[str], Iterator[dict]]:
-    """Columns and rows of a data set that Hugging Face's datasets saved to disk."""
-    try:
-        import pyarrow
-        from pyarrow import ipc
-    except ImportError:
-        raise UserError(f"{folder}: reading it needs pyarrow: pip install pyarrow") from None
-    files = sorted(folder.glob("*.arrow"))
-    if not files:
-        raise UserError(f"{folder}: no data-*.arrow in it; save the data set again")
-
-    def rows() -> Iterator[dict]:
-        for file in files:
-            with pyarrow.memory_map(str(file)) as source:
-                yield from _batch_rows(file, ipc.open_stream(source))
-
-    try:
-        with pyarrow.memory_map(str(files[0])) as source:
-            names = ipc.open_stream(source).schema.names
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{files[0]}: no Arrow stream ({error}); save the data set again") from None
-    return names, rows()
 
 
 def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:

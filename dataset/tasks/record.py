@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from base.errors import BadSample, brief
-from base.files import clean_surrogates
+from base.errors import BadSample, UserError, brief
+from base.files import clean_surrogates, parse_json
 from dataset.images.decode import decode_image
 from dataset.images.zip_member import image_source
 
@@ -31,12 +31,26 @@ def captions_of(record: dict) -> str | list[str]:
         raise BadSample(f"{name_of(record)}: no caption (.txt)")
     given = record[field]
     if isinstance(given, str):
+        if "\n" in given.strip() and isinstance(record.get("json"), bytes):
+            return _packed_captions(record) or clean_surrogates(given)
         return clean_surrogates(given)
     texts = list(given) if isinstance(given, list | tuple) else [given]
     texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadSample(f"{name_of(record)}: {field} is {brief(given)}, not one or more texts")
     return [clean_surrogates(text) for text in texts]
+
+
+def _packed_captions(record: dict) -> list[str]:
+    """The captions that scripts/data/pack.py notes in .json where an image has several; the .txt
+    has one a line, as retrieval reads them."""
+    try:
+        about = parse_json(record["json"], name_of(record), dict)
+    except UserError as error:
+        raise BadSample(str(error)) from None
+    captions = about.get("captions")
+    several = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
+    return captions if several else []
 
 
 def as_list(texts: str | list[str]) -> list[str]:

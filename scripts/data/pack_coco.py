@@ -8,10 +8,8 @@ A sample is KEY.jpg, KEY.txt (all captions of the image joined by blanks) and KE
 split}; image files are copied as they are. Label the result with scripts/data/extract_nouns.py.
 """
 
-import io
 import json
 import sys
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
-from base.files import atomic_write, read_json_lines, write_json
+from base.files import read_json_lines
+from dataset.sources.tar_writer import write_shard, write_statistics
 from dataset.tasks.captions import coco_entries
 from runtime.config import cli as configuration
 from runtime.config.cli import knob
@@ -66,33 +65,34 @@ def sample_key(name: str, taken: set[str]) -> str:
     return key
 
 
+def samples(
+    rows: list[tuple[str, list[str]]], config: Config, split: str, keys: set[str]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and content by ending of every image that is there."""
+    for name, captions in rows:
+        try:
+            image = (config.images / name).read_bytes()
+        except OSError:
+            continue
+        text = " ".join(caption.strip() for caption in captions)
+        note = {"path": name, "cap": text, "split": split}
+        members = {"jpg": image, "txt": text.encode(), "json": json.dumps(note).encode()}
+        yield sample_key(name, keys), members
+
+
 def pack(config: Config) -> dict[str, int]:
     """Write the shards and their statistics."""
     split, shards, packed, missing = config.split or config.images.name, 0, 0, 0
     rows, keys = images(config), set()
     while batch := list(islice(rows, config.samples_per_shard)):
-        target, count = config.target / f"{shards:05d}.tar", 0
-        with atomic_write(target) as temporary, tarfile.open(temporary, "w") as archive:
-            for name, captions in batch:
-                try:
-                    image = (config.images / name).read_bytes()
-                except OSError:
-                    missing += 1
-                    continue
-                text = " ".join(caption.strip() for caption in captions)
-                note = {"path": name, "cap": text, "split": split}
-                key = sample_key(name, keys)
-                members = {"jpg": image, "txt": text.encode(), "json": json.dumps(note).encode()}
-                for kind, data in members.items():
-                    header = tarfile.TarInfo(f"{key}.{kind}")
-                    header.size = len(data)
-                    archive.addfile(header, io.BytesIO(data))
-                count += 1
+        target = config.target / f"{shards:05d}.tar"
+        count = write_shard(target, samples(batch, config, split, keys))
+        missing += len(batch) - count
         if not count:
             raise UserError(
                 f"{config.images}: holds none of {len(batch)} images such as {batch[0][0]}"
             )
-        write_json(config.target / f"{shards:05d}_stats.json", {"successes": count})
+        write_statistics(target, count)
         shards, packed = shards + 1, packed + count
     if not shards:
         raise UserError(f"{config.captions}: no captions in it")

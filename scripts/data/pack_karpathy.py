@@ -13,10 +13,8 @@ All captions of an image are kept, the encoded images stay as they are. Images a
 """
 
 import argparse
-import io
 import json
 import sys
-import tarfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,7 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
-from base.files import atomic_write, read_json, write_text
+from base.files import read_json, write_text
+from dataset.sources.tar_writer import write_shard
 from dataset.sources.tfrecord import encode_example, write_records
 
 PER_SHARD = 1000
@@ -69,34 +68,27 @@ def write_tfrecord(rows: Iterator[dict], out: Path) -> int:
     )
 
 
+def members_of(row: dict) -> dict[str, bytes]:
+    """Content by ending of a sample; the .txt has a caption a line."""
+    about = {"imgid": row["id"], "filename": row["filename"], "sentids": row["caption_ids"]}
+    captions = "\n".join(" ".join(caption.split()) for caption in row["captions"])
+    return {
+        row["filename"].rpartition(".")[2]: row["image"],
+        "txt": captions.encode(),
+        "json": json.dumps(about).encode(),
+    }
+
+
 def write_webdataset(rows: Iterator[dict], out: Path, split: str) -> int:
     """Number of images written, PER_SHARD a tar file; nshards.txt comes last."""
     folder, count, shards = out / split, 0, 0
     while block := list(islice(rows, PER_SHARD)):
-        target = folder / f"{shards}.tar"
-        with atomic_write(target) as temporary, tarfile.open(temporary, "w") as tar:
-            for row in block:
-                stem, ending = f"{count:07d}", row["filename"].rpartition(".")[2]
-                about = {
-                    "imgid": row["id"],
-                    "filename": row["filename"],
-                    "sentids": row["caption_ids"],
-                }
-                captions = "\n".join(" ".join(caption.split()) for caption in row["captions"])
-                add(tar, f"{stem}.{ending}", row["image"])
-                add(tar, f"{stem}.txt", captions.encode())
-                add(tar, f"{stem}.json", json.dumps(about).encode())
-                count += 1
+        samples = ((f"{count + i:07d}", members_of(row)) for i, row in enumerate(block))
+        count += write_shard(folder / f"{shards}.tar", samples)
         shards += 1
     write_text(out / "dataset_type.txt", "retrieval\n")
     write_text(folder / "nshards.txt", f"{shards}\n")
     return count
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,108 @@
+"""Parquet files and saved data sets that hold the encoded images themselves, row by row."""
+
+import bisect
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+from base.errors import BadSample
+from dataset.sources.tables import column_names, open_arrow, open_parquet, parse_address, plain
+
+STARTS = (  # of encoded images -> ending
+    (b"\xff\xd8", "jpg"),
+    (b"\x89PNG", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\x00", "tif"),
+    (b"MM\x00*", "tif"),
+)
+
+
+def image_ending(content: bytes, name: str) -> str:
+    """The ending of an encoded image, by its first bytes. Raises BadSample."""
+    for start, ending in STARTS:
+        if content.startswith(start):
+            return ending
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "webp"
+    if content[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
+    raise BadSample(f"{name}: not an image" if content else f"{name}: empty file")
+
+
+def encoded_table(address: str, required: Sequence[str]) -> "EncodedTable | None":
+    """The rows of a Parquet file or saved data set that holds encoded images; None for any other
+    annotation file. UserError."""
+    path, columns = parse_address(address)
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        parts = _row_groups(path)
+    elif (path / "dataset_info.json").is_file():
+        parts = _record_batches(path)
+    else:
+        return None
+    if not parts:
+        return None
+    names = parts[0][2].names
+    used = {field: column_names(path, field, names, required, columns) for field in required}
+    kind = parts[0][2].field(used["image"][0]).type
+    if not _holds_bytes(kind):
+        return None
+    return EncodedTable(path, parts, used)
+
+
+def _holds_bytes(kind) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):  # datasets' images: {bytes, path}
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _row_groups(path: Path) -> list[tuple]:
+    """(rows, read, schema) of every row group."""
+    file = open_parquet(path)
+    parts = []
+    for group in range(file.metadata.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        parts.append((rows, partial(file.read_row_group, group), file.schema_arrow))
+    return parts
+
+
+def _record_batches(folder: Path) -> list[tuple]:
+    """(rows, read, schema) of every batch of the Arrow files."""
+    parts = []
+    for stream in open_arrow(folder):
+        for batch in stream:
+            parts.append((batch.num_rows, partial(batch.slice, 0), stream.schema))
+    return parts
+
+
+class EncodedTable(Sequence):
+    """Entries by number: the required fields, `image` as bytes or a path, and the other columns."""
+
+    def __init__(self, path: Path, parts: list[tuple], used: dict[str, list[str]]):
+        self.path, self.parts, self.used = path, parts, used
+        self.ends = list(accumulate(rows for rows, _, _ in parts))
+        self.current, self.held = -1, None  # the part read last: entries are taken in order
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict:
+        part = bisect.bisect_right(self.ends, index)
+        if part != self.current:
+            self.current, self.held = part, self.parts[part][1]()
+        start = self.ends[part - 1] if part else 0
+        row = self.held.slice(index - start, 1).to_pylist()[0]
+        taken = {name for names in self.used.values() for name in names}
+        entry = {name: plain(value) for name, value in row.items() if name not in taken}
+        for field, names in self.used.items():
+            values = [row[name] for name in names]
+            entry[field] = values[0] if len(values) == 1 else [text for text in values if text]
+        image = entry["image"]
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        entry["image"] = image or b""
+        entry["index"] = index
+        return entry

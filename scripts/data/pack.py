@@ -1,0 +1,182 @@
+"""Pack images and captions of any form into WebDataset shards with statistics.
+
+    python scripts/data/pack.py --data pairs.csv --image-root images --target shards/train
+    python scripts/data/pack.py --data hub_folder/train --target shards/train --resize 384
+    sbatch --array=0-15 --wrap "python scripts/data/pack.py --data pairs.parquet --target shards/train"
+
+Data is an annotation file (JSON, JSON lines, CSV, TSV, Parquet, a folder of images and texts, a data
+set that Hugging Face's datasets saved), with paths of images or the encoded images in it. A sample is
+KEY.jpg (or .png ...), KEY.txt with a caption a line, and KEY.json with the other fields.
+
+Shards are written by several processes, in a Slurm array by its tasks together. A shard that is
+there already, of the same data and settings, is kept: start the command again after an interruption.
+"""
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from base.errors import BadSample, UserError
+from base.files import digest, file_state, read_json, states_digest
+from dataset.images.formats import files_below
+from dataset.images.zip_member import image_source
+from dataset.sources.encoded_table import encoded_table, image_ending
+from dataset.sources.records import Records
+from dataset.sources.tables import parse_address
+from dataset.sources.tar_writer import statistics_file, write_shard, write_statistics
+from dataset.tasks.record import as_list, captions_of, name_of
+from runtime.config.cli import knob, run_script
+
+SHOWN = 3  # complaints of a shard that its statistics keep
+
+
+@dataclass
+class Config:
+    """What to pack."""
+
+    data: str = knob("", "annotation file, table or folder; FILE?caption=COLUMN names columns")
+    image_root: Path = knob(Path("."), "folder that paths of images start from")
+    target: Path | None = knob(None, "folder to write shards to")
+    samples_per_shard: int = knob(5000, "samples a shard", low=1)
+    resize: int = knob(
+        0, "shorter side in pixels that larger images are reduced to; 0 = as is", low=0
+    )
+    quality: int = knob(92, "of the JPEG that a reduced image becomes", low=1, high=100)
+    workers: int = knob(os.cpu_count() or 1, "processes", low=1)
+
+
+def open_rows(config: Config) -> Sequence[dict]:
+    """Entries with `image`, a path or bytes, and `caption`."""
+    table = encoded_table(config.data, ("image", "caption"))
+    return Records(config.data) if table is None else table
+
+
+def reduced(content: bytes, config: Config) -> bytes:
+    """The encoded image, its shorter side at most `resize`. Raises BadSample."""
+    from PIL import Image
+
+    from dataset.images.decode import decode_image
+
+    pixels = decode_image(content).permute(1, 2, 0).numpy()
+    shorter = min(pixels.shape[:2])
+    if shorter <= config.resize:
+        return content
+    image = Image.fromarray(pixels)
+    scale = config.resize / shorter
+    size = (round(image.width * scale), round(image.height * scale))
+    file = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=config.quality)
+    return file.getvalue()
+
+
+def members_of(row: dict, config: Config) -> dict[str, bytes]:
+    """Content by ending. Raises BadSample."""
+    image = row["image"]
+    if not isinstance(image, bytes):
+        source = image_source(config.image_root, str(image))
+        try:
+            image = source if isinstance(source, bytes) else source.read_bytes()
+        except OSError as error:
+            raise BadSample(f"{source}: {error.strerror or error}") from None
+    if config.resize:
+        image = reduced(image, config)
+    captions = [" ".join(text.split()) for text in as_list(captions_of(row))]
+    if not any(captions):
+        raise BadSample(f"{name_of(row)}: no caption")
+    about = {name: value for name, value in row.items() if name not in ("image", "caption")}
+    if not isinstance(row["image"], bytes):
+        about["path"] = row["image"]
+    if len(captions) > 1:
+        about["captions"] = captions
+    return {
+        image_ending(image, name_of(row)): image,
+        "txt": "\n".join(captions).encode(),
+        "json": json.dumps(about, ensure_ascii=False).encode(),
+    }
+
+
+def samples(
+    rows: Sequence[dict], numbers: range, config: Config, complaints: list[str]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a shard; what cannot be packed is noted in `complaints`."""
+    for number in numbers:
+        try:
+            yield f"{number:09d}", members_of(rows[number], config)
+        except BadSample as error:
+            complaints.append(str(error))
+
+
+def pack_shard(shard: int, config: Config, state: str) -> tuple[int, list[str]]:
+    """Write one shard; returns its number of samples and what could not be packed."""
+    rows = open_rows(config)
+    start = shard * config.samples_per_shard
+    numbers = range(start, min(start + config.samples_per_shard, len(rows)))
+    target = config.target / f"{shard:05d}.tar"
+    complaints: list[str] = []
+    count = write_shard(target, samples(rows, numbers, config, complaints))
+    about = {"count": len(numbers), "failed": len(complaints), "errors": complaints[:SHOWN]}
+    write_statistics(target, count, **about, made_of=state)
+    return count, complaints
+
+
+def state_of(config: Config) -> str:
+    """Changes with the data and with every setting that shapes the shards."""
+    path = parse_address(config.data).path
+    state = states_digest(files_below(path)) if path.is_dir() else file_state(path)
+    return digest(config.data, state, config.samples_per_shard, config.resize, config.quality)
+
+
+def is_packed(shard: int, config: Config, state: str) -> bool:
+    """Whether a shard is there, whole, of the same data and settings."""
+    target = config.target / f"{shard:05d}.tar"
+    statistics = statistics_file(target)
+    if not (target.is_file() and statistics.is_file()):
+        return False
+    return read_json(statistics, dict).get("made_of") == state
+
+
+def own_shards(shards: int) -> list[int]:
+    """The shards of this task of a Slurm array; all of them outside one."""
+    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
+    first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+    tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
+    return list(range(task - first, shards, tasks))
+
+
+def pack(config: Config) -> dict[str, int]:
+    """Write all shards that are not there; returns what was done."""
+    from tqdm import tqdm
+
+    rows, state = len(open_rows(config)), state_of(config)
+    own = own_shards(-(-rows // config.samples_per_shard))
+    todo = [shard for shard in own if not is_packed(shard, config, state)]
+    done = {"shards": len(own), "kept": len(own) - len(todo), "samples": 0, "failed": 0}
+    with ProcessPoolExecutor(config.workers) as pool:
+        results = pool.map(partial(pack_shard, config=config, state=state), todo)
+        for count, complaints in tqdm(results, total=len(todo), unit="shard", disable=None):
+            done["samples"] += count
+            done["failed"] += len(complaints)
+            for complaint in complaints[:SHOWN]:
+                print(complaint, file=sys.stderr)
+    if todo and not done["samples"]:
+        raise UserError(f"{config.data}: none of its images can be read below {config.image_root}")
+    return done
+
+
+def main(config: Config) -> None:
+    if not config.data or config.target is None:
+        raise UserError("name two places: --data and --target")
+    config.target.mkdir(parents=True, exist_ok=True)
+    print(json.dumps(pack(config)))
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

@@ -1,0 +1,136 @@
+"""scripts/data/pack.py: any annotation file becomes shards that training and evaluation read."""
+
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from base.errors import UserError
+from dataset.images.decode import decode_image
+from dataset.sources.shard_list import samples_of
+from dataset.sources.shards import read_shard
+from dataset.tasks.record import captions_of
+from scripts.data import pack
+from scripts.data.pack import Config
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+
+
+def encoded(number, kind="PNG", size=(6, 4)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (number, 2 * number, 0)).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Seven images of which one is missing and one has no caption."""
+    (tmp_path / "images").mkdir()
+    rows = ["filepath,title,second,id"]
+    for number in range(7):
+        if number != 3:
+            (tmp_path / f"images/{number}.png").write_bytes(encoded(number))
+        text = "" if number == 5 else f"caption {number}"
+        second = "more" if number == 1 else ""
+        rows.append(f"{number}.png,{text},{second},n{number}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    return f"{tmp_path}/pairs.csv?caption=title,second"
+
+
+def packed(target):
+    return [record for shard in sorted(target.glob("*.tar")) for record in read_shard(str(shard))]
+
+
+def test_shards_hold_what_can_be_packed_and_say_the_rest(tmp_path, pairs):
+    target = tmp_path / "wds"
+    config = Config(pairs, tmp_path / "images", target, samples_per_shard=3, workers=2)
+    assert pack.pack(config) == {"shards": 3, "kept": 0, "samples": 5, "failed": 2}
+    records = packed(target)
+    assert [captions_of(record) for record in records] == [
+        "caption 0", ["caption 1", "more"], "caption 2", "caption 4", "caption 6"
+    ]  # fmt: skip
+    assert [json.loads(record["json"])["id"] for record in records] == [
+        "n0",
+        "n1",
+        "n2",
+        "n4",
+        "n6",
+    ]
+    for record, number in zip(records, (0, 1, 2, 4, 6), strict=True):
+        assert record["image"] == encoded(number) and "png" not in record
+    shards = [str(path) for path in sorted(target.glob("*.tar"))]
+    assert samples_of(shards) == [3, 1, 1]
+    about = json.loads((target / "00001_stats.json").read_text())
+    assert about["count"] == 3 and about["failed"] == 2 and "3.png" in about["errors"][0]
+
+
+def test_shards_of_the_same_data_are_kept_and_others_are_made_again(tmp_path, pairs):
+    config = Config(pairs, tmp_path / "images", tmp_path / "wds", samples_per_shard=3, workers=1)
+    pack.pack(config)
+    (tmp_path / "wds/00001.tar").unlink()
+    first = (tmp_path / "wds/00000.tar").stat().st_mtime_ns
+    assert pack.pack(config)["kept"] == 2
+    assert (tmp_path / "wds/00000.tar").stat().st_mtime_ns == first
+    assert len(packed(tmp_path / "wds")) == 5
+    config.resize = 2
+    assert pack.pack(config)["kept"] == 0
+
+
+def test_tasks_of_a_slurm_array_share_the_shards(tmp_path, pairs, monkeypatch):
+    config = Config(pairs, tmp_path / "images", tmp_path / "wds", samples_per_shard=2, workers=1)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+    written = []
+    for task in (1, 2, 3):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        written.append(pack.pack(config)["shards"])
+    assert written == [2, 1, 1]
+    monkeypatch.undo()
+    assert pack.own_shards(4) == [0, 1, 2, 3]
+
+
+def test_large_images_are_reduced(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encoded(9, "JPEG", (40, 20)))
+    (tmp_path / "b.jpg").write_bytes(encoded(9, "JPEG", (9, 8)))
+    (tmp_path / "pairs.json").write_text(
+        json.dumps([{"image": f"{n}.jpg", "caption": n} for n in "ab"])
+    )
+    config = Config(str(tmp_path / "pairs.json"), tmp_path, tmp_path / "wds", resize=10, workers=1)
+    pack.pack(config)
+    large, small = packed(tmp_path / "wds")
+    assert decode_image(large["image"]).shape == (3, 10, 20)
+    assert small["image"] == (tmp_path / "b.jpg").read_bytes()
+
+
+def test_tables_of_encoded_images(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import ipc, parquet
+
+    images = [{"bytes": encoded(n), "path": f"{n}.png"} for n in range(5)]
+    table = pyarrow.table({"image": images, "text": [f"caption {n}" for n in range(5)]})
+    parquet.write_table(table, tmp_path / "p.parquet", row_group_size=2)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/dataset_info.json").write_text("{}")
+    with ipc.new_stream(str(tmp_path / "saved/data-00000.arrow"), table.schema) as stream:
+        stream.write_table(table, max_chunksize=2)
+    img2dataset = pyarrow.table({"jpg": [encoded(n) for n in range(5)], "caption": list("abcde")})
+    parquet.write_table(img2dataset, tmp_path / "i.parquet")
+    for name in ("p.parquet", "saved", "i.parquet?image=jpg"):
+        target = tmp_path / f"wds_{name[0]}"
+        done = pack.pack(
+            Config(str(tmp_path / name), target=target, samples_per_shard=3, workers=2)
+        )
+        assert done["samples"] == 5, name
+        assert [record["image"] for record in packed(target)] == [encoded(n) for n in range(5)]
+        assert captions_of(packed(target)[3]) == ("d" if name[0] == "i" else "caption 3")
+
+
+def test_nothing_to_pack_is_refused(tmp_path, pairs):
+    with pytest.raises(UserError, match="none of its images can be read below"):
+        pack.pack(Config(pairs, tmp_path / "elsewhere", tmp_path / "wds", workers=1))
+    with pytest.raises(UserError, match="--data and --target"):
+        pack.main(Config(pairs))

@@ -90,7 +90,7 @@ def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Te
     size = plain_jpeg_size(source)
     if size and size[0] * size[1] > PIXEL_LIMIT:
         raise BadSample(f"{name}: {size[1]} x {size[0]} pixels exceed the limit of {PIXEL_LIMIT}")
-    if size and (decode := _fast_decoder()) and not (exif and _is_turned(source)):
+    if size and (decode := _fast_decoder()) and not (exif and is_turned(source)):
         try:
             return decode(torch.frombuffer(bytearray(source), dtype=torch.uint8)), True
         except RuntimeError:
@@ -169,7 +169,7 @@ def _open(data: bytes):
     return image
 
 
-def _is_turned(data: bytes) -> bool:
+def is_turned(data: bytes) -> bool:
     """Whether EXIF asks for another orientation than the stored one."""
     try:
         with warnings.catch_warnings():

@@ -1,0 +1,223 @@
+"""What can be wrong with one sample: its images, its texts, its boxes."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from base.errors import BadSample
+from dataset.images.decode import decode_image, is_turned, reading
+from dataset.images.zip_member import image_source
+from dataset.tasks.record import as_list, captions_of, name_of
+
+TINY = 32  # pixels of the shorter side below which an image is called tiny
+HUGE = 25_000_000  # pixels
+THIN = 6.0  # longer side / shorter side
+FLAT = 2.0  # levels of 255 between an image's darkest and lightest pixel
+THUMBNAIL = 8  # side of what near duplicates are compared by
+TEXT_FIELDS = ("caption", "question", "sentence", "text")
+ID_FIELDS = ("question_id", "ref_id")
+# Problems after which a sample cannot be trained on; the others are remarks.
+FATAL = frozenset({"missing", "unreadable", "no caption", "no text", "no image", "damaged shard"})
+
+
+@dataclass(slots=True)
+class Image:
+    """An image that was looked at. digest: of its bytes; signature: see `signature`."""
+
+    name: str
+    problems: tuple[str, ...] = ()
+    size: tuple[int, int] = (0, 0)
+    digest: bytes = b""
+    signature: bytes = b""
+
+
+@dataclass(slots=True)
+class Facts:
+    """A sample that was looked at: problem -> what it is about, and what is compared between
+    samples."""
+
+    number: int
+    name: str
+    problems: dict[str, str] = field(default_factory=dict)
+    images: list[Image] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    lost: int = 1  # samples it stands for: more than one where a shard is damaged
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be trained on."""
+        return not FATAL & self.problems.keys()
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Looks at samples. tokens: the number of tokens of a text, of which a model takes `most`.
+    answers: those a question may have; none = any."""
+
+    root: Path
+    tokens: Callable[[str], int]
+    most: int
+    answers: frozenset[str] = frozenset()
+
+    def __call__(self, number: int, record: dict | BadSample) -> Facts:
+        if isinstance(record, BadSample):
+            return Facts(number, "", {"damaged shard": str(record)}, lost=record.lost or 1)
+        facts = Facts(number, name_of(record))
+        self._look_at_images(record, facts)
+        self._look_at_texts(record, facts)
+        self._look_at_answers(record, facts)
+        facts.ids = [f"{name} {record[name]}" for name in ID_FIELDS if name in record]
+        labels = record.get("labels", record.get("label"))
+        if labels is not None:
+            facts.labels = [str(label) for label in as_sequence(labels)]
+        return facts
+
+    def _look_at_images(self, record: dict, facts: Facts) -> None:
+        given = as_sequence(record.get("image") or record.get("images") or record.get("url") or [])
+        if not given:
+            facts.problems["no image"] = "neither image nor images"
+        for image in given:
+            if isinstance(image, bytes):
+                found = examine_image(image, facts.name)
+            else:
+                found = examine_file(self.root, str(image))
+            facts.images.append(found)
+            for problem in found.problems:
+                facts.problems[problem] = found.name
+        for box in boxes_of(record):
+            if facts.images and not box_inside(box, facts.images[0].size):
+                height, width = facts.images[0].size
+                facts.problems["box outside"] = f"{facts.name}: {box} in {width} x {height}"
+
+    def _look_at_texts(self, record: dict, facts: Facts) -> None:
+        try:
+            facts.texts = texts_of(record)
+        except BadSample:
+            facts.problems["no caption"] = facts.name
+            return
+        if facts.texts and not any(text.strip() for text in facts.texts):
+            facts.problems["no text"] = facts.name
+        for text in facts.texts:
+            facts.lengths.append(self.tokens(text))
+            for problem in text_problems(text, facts.lengths[-1], self.most):
+                facts.problems.setdefault(problem, text)
+
+    def _look_at_answers(self, record: dict, facts: Facts) -> None:
+        if "answer" not in record:
+            return
+        answers = [str(answer) for answer in as_sequence(record["answer"])]
+        if not any(answer.strip() for answer in answers):
+            facts.problems["no answer"] = facts.name
+        elif self.answers and not self.answers & {answer.strip() for answer in answers}:
+            facts.problems["answer not in the list"] = f"{facts.name}: {answers[0]}"
+
+
+def as_sequence(value: object) -> list:
+    """A list or tuple as a list, anything else as a list of one."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+# ---- images
+def examine_file(root: Path, image: str) -> Image:
+    """The image at a path below `root`."""
+    try:
+        source = image_source(root, image)
+        if isinstance(source, Path) and not source.is_file():
+            return Image(image, ("missing",))
+        content = source if isinstance(source, bytes) else source.read_bytes()
+    except (BadSample, OSError):
+        return Image(image, ("missing",))
+    return examine_image(content, image)
+
+
+def examine_image(content: bytes, name: str) -> Image:
+    """The encoded image."""
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    try:
+        with reading() as noticed:
+            pixels = decode_image(content, name)
+    except BadSample:
+        return Image(name, ("unreadable",), digest=digest)
+    height, width = pixels.shape[1:]
+    problems = []
+    if noticed.truncated:
+        problems.append("truncated")
+    if min(height, width) < TINY:
+        problems.append("tiny")
+    if height * width > HUGE:
+        problems.append("huge")
+    if max(height, width) > THIN * min(height, width):
+        problems.append("thin")
+    if is_turned(content):
+        problems.append("rotated by EXIF")
+    small = thumbnail(pixels)
+    if float(small.max() - small.min()) < FLAT:
+        problems.append("one colour")
+    return Image(name, tuple(problems), (height, width), digest, signature(small))
+
+
+def thumbnail(pixels: torch.Tensor) -> torch.Tensor:
+    """float32 [3,8,9] of uint8 [3,H,W], each value the mean of its area, 0 to 255."""
+    step = max(1, min(pixels.shape[1:]) // (8 * THUMBNAIL))  # large images need not be read whole
+    some = pixels[:, ::step, ::step].float()
+    return F.adaptive_avg_pool2d(some, (THUMBNAIL, THUMBNAIL + 1))
+
+
+def signature(small: torch.Tensor) -> bytes:
+    """8 bytes of difference hash (is each grey value above its right neighbour?), then the
+    thumbnail as 192 bytes, of a float32 [3,8,9] thumbnail."""
+    grey = small.mean(0)
+    bits = (grey[:, :-1] > grey[:, 1:] + 0.5).flatten()
+    number = sum(1 << place for place, bit in enumerate(bits.tolist()) if bit)
+    colours = small[:, :, :THUMBNAIL].round().byte().flatten().tolist()
+    return number.to_bytes(8, "little") + bytes(colours)
+
+
+# ---- boxes
+def boxes_of(record: dict) -> Iterable[list[float]]:
+    """[x, y, w, h] of every box of a record."""
+    boxes = record.get("boxes") or ([record["bbox"]] if record.get("bbox") else [])
+    for box in boxes if isinstance(boxes, list) else []:
+        if isinstance(box, list) and len(box) >= 4:
+            yield box[:4]
+
+
+def box_inside(box: list[float], size: tuple[int, int]) -> bool:
+    """Whether a box has an area and lies within an image of size (height, width), a pixel of
+    rounding allowed."""
+    x, y, w, h = box
+    height, width = size
+    inside = x >= -1 and y >= -1 and x + w <= width + 1 and y + h <= height + 1
+    return w > 0 and h > 0 and (inside or not height)
+
+
+# ---- texts
+def texts_of(record: dict) -> list[str]:
+    """The texts of a sample; an empty list where its kind has none. Raises BadSample."""
+    for name in TEXT_FIELDS:
+        if name != "caption" and isinstance(record.get(name), str):
+            return [record[name]]
+    if "label" in record or "labels" in record:
+        return []
+    return as_list(captions_of(record))
+
+
+def text_problems(text: str, length: int, most: int) -> list[str]:
+    """What is wrong with a text of `length` tokens."""
+    from ftfy.badness import is_bad
+
+    problems = []
+    if not text.strip():
+        problems.append("empty text")
+    if "\ufffd" in text or is_bad(text):
+        problems.append("wrongly encoded")
+    if length > most:
+        problems.append("overlong")
+    return problems

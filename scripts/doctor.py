@@ -1,0 +1,186 @@
+"""Look a data set over before GPUs are spent on it.
+
+    python scripts/doctor.py pairs.csv --image-root images
+    python scripts/doctor.py train.json val.json test.json --image-root coco --page doctor.html
+    python scripts/doctor.py 'shards/train/{00000..00099}.tar' --tokenizer bert-base-uncased --most 30
+    python scripts/doctor.py train.json val.json --image-root coco --fix cleaned
+
+Takes annotation files, tables, class folders and shards, local or remote; several are taken for
+splits, the training set first. Finds missing, unreadable, truncated, tiny, huge, rotated and
+duplicate images (byte by byte and to the eye), empty, overlong, repeated and wrongly encoded texts,
+ids that repeat, boxes outside of their image, answers that are not in the list, classes without
+balance, and images that one split shares with another.
+
+Exit status: 0 where nothing is wrong that training would suffer from, else 1.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from base.errors import UserError
+from runtime.config.cli import knob, run_script
+
+HARMFUL = ("repeated sample", "in a later split", "no answer", "answer not in the list")
+
+
+@dataclass
+class Config:
+    """What to look at."""
+
+    data: list[str] = knob(
+        [], "annotation files, tables, folders or shards; the training set first"
+    )
+    image_root: Path = knob(Path("."), "folder that paths of images start from")
+    tokenizer: str = knob("clip", "clip, or a BERT: folder, vocab.txt or hub name")
+    most: int = knob(77, "tokens that the model takes of a text", low=2)
+    answer_list: Path | None = knob(None, "answers that questions may have (JSON list)")
+    fix: Path | None = knob(None, "folder to write lists to without what cannot be trained on")
+    page: Path | None = knob(None, "HTML page with examples")
+    workers: int = knob(os.cpu_count() or 1, "processes", low=1)
+
+
+def make_examiner(image_root: Path, tokenizer: str, most: int, answer_list: Path | None):
+    """The examiner of a process."""
+    from base.files import read_json
+    from dataset.health.samples import Examiner
+
+    if tokenizer == "clip":
+        from dataset.text.bpe import ClipTokenizer
+
+        encode, ends = ClipTokenizer().encode, 2  # start and end
+    else:
+        from dataset.text.wordpiece import Tokenizer
+
+        encode, ends = Tokenizer(tokenizer).encode, 0
+
+    def tokens(text: str) -> int:
+        return len(encode(text)) + ends
+
+    answers = frozenset(read_json(answer_list, list)) if answer_list else frozenset()
+    return Examiner(image_root, tokens, most, answers)
+
+
+def problem_rows(part) -> list[tuple[str, str, str]]:
+    """(problem, samples, example) of everything found in a data set, fatal problems first."""
+    from dataset.health.samples import FATAL
+
+    counts, total = part.counts(), part.samples()
+    example = {}
+    for facts in part.facts:
+        for problem, about in facts.problems.items():
+            example.setdefault(problem, about)
+    rows = []
+    for problem in sorted(counts, key=lambda name: (name not in FATAL, -counts[name])):
+        share = f"{counts[problem]:,} ({100 * counts[problem] / total:.1f} %)"
+        rows.append((problem, share, example[problem][:100]))
+    for text, count in part.repeated_texts()[:3]:
+        rows.append(("repeated text", f"{count:,}", text[:100]))
+    if repeated := part.repeated_ids():
+        rows.append(("repeated id", f"{len(repeated):,}", repeated[0]))
+    for name, groups in (("same bytes", part.same), ("near duplicates", part.near)):
+        if groups:
+            names = ", ".join(image.name for image in groups[0][:3])
+            rows.append((name, f"{len(groups):,} groups", names[:100]))
+    return rows
+
+
+def figures(part, workers: int) -> list[tuple[str, str]]:
+    """(name, value) of what a data set holds."""
+    images, lengths = part.images(), sorted(n for facts in part.facts for n in facts.lengths)
+    rows = [("samples", f"{part.samples():,}"), ("images", f"{len(images):,}")]
+    sides = sorted(min(image.size) for image in images if min(image.size))
+    if sides:
+        middle = sides[len(sides) // 2]
+        rows.append(("shorter side", f"{sides[0]} to {sides[-1]} pixels, median {middle}"))
+    if lengths:
+        often = lengths[int(0.95 * (len(lengths) - 1))]
+        mean = sum(lengths) / len(lengths)
+        rows.append(("tokens", f"{mean:.1f} on average, 95 % up to {often}, most {lengths[-1]}"))
+    if balance := part.balance():
+        (most, high), (least, low) = balance.most_common()[0], balance.most_common()[-1]
+        rows.append(("classes", f"{len(balance):,}; {most}: {high:,} … {least}: {low:,}"))
+    rate = len(images) / max(part.seconds, 1e-9)
+    epoch = part.samples() / rate / workers
+    rows.append(("reading", f"{rate:,.0f} images a second and core; an epoch {epoch:,.0f} s"))
+    return rows
+
+
+def write_fixed(part, folder: Path) -> tuple[Path, int]:
+    """A list of what is left of a data set; returns its file and how many entries it has."""
+    from base.files import write_json_lines
+    from dataset.health.survey import open_list
+    from dataset.sources.tables import parse_address
+    from dataset.tasks.classification import is_shards
+
+    if is_shards(part.data):
+        raise UserError(
+            f"--fix: {part.data} are shards; clean the list they are made of, then pack it again "
+            "with scripts/data/pack.py"
+        )
+    entries, target = open_list(part.data), folder / f"{parse_address(part.data).path.stem}.jsonl"
+    kept = [facts.number for place, facts in enumerate(part.facts) if place not in part.dropped]
+    return target, write_json_lines(target, (entries[number] for number in kept))
+
+
+def write_page(parts: list, config: Config) -> None:
+    """The page with an example of every problem."""
+    from base.files import write_text
+    from evaluation.report.health import health_page
+
+    def shown(image) -> tuple[Path | None, str]:
+        return config.image_root / image.name, image.name
+
+    tables, problems, groups = [], {}, []
+    for part in parts:
+        tables.append((part.data, ("", ""), figures(part, config.workers)))
+        tables.append(
+            (f"{part.data}: problems", ("problem", "samples", "such as"), problem_rows(part))
+        )
+        for facts in part.facts:
+            for problem, about in facts.problems.items():
+                file = config.image_root / facts.images[0].name if facts.images else None
+                problems.setdefault(f"{part.data}: {problem}", []).append((file, about[:200]))
+        for name, found in (("same bytes", part.same), ("near duplicates", part.near)):
+            if found:
+                listed = [[shown(image) for image in group[:6]] for group in found]
+                groups.append((f"{part.data}: {name}", listed))
+    title = "A look at " + ", ".join(part.data for part in parts)
+    write_text(config.page, health_page(title, tables, problems.items(), groups))
+
+
+def main(config: Config) -> None:
+    if not config.data:
+        raise UserError("name a data set: python scripts/doctor.py DATA")
+    from dataset.health.survey import survey
+
+    settings = (config.image_root, config.tokenizer, config.most, config.answer_list)
+    parts = survey(config.data, partial(make_examiner, *settings), config.workers)
+    harmful = 0
+    for part in parts:
+        print(f"\n{part.data}")
+        for name, value in figures(part, config.workers):
+            print(f"  {name:<24} {value}")
+        rows = problem_rows(part)
+        print("  nothing wrong" if not rows else "")
+        for problem, count, example in rows:
+            print(f"  {problem:<24} {count:<18} {example}")
+        harmful += len(part.dropped) + sum(bool(set(HARMFUL) & {*f.problems}) for f in part.facts)
+    for part in parts if config.fix else ():
+        target, count = write_fixed(part, config.fix)
+        print(f"{target}: {count:,} of {len(part.facts):,} entries")
+    if config.page:
+        write_page(parts, config)
+        print(f"page: {config.page}")
+    if harmful:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    named = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+    run_script(main, Config, __doc__, (["--data", *words[:named]] if named else []) + words[named:])

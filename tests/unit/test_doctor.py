@@ -1,0 +1,200 @@
+"""scripts/doctor.py finds what was planted, and nothing else."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from base.errors import UserError
+from base.files import read_json_lines
+from dataset.health.duplicates import near_duplicates
+from dataset.health.samples import box_inside, signature, text_problems, thumbnail
+from dataset.sources.tar_writer import write_shard
+from scripts import doctor
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+
+
+def scene(seed, size=(96, 64)):
+    """A smooth image of its own."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def jpeg(image, **options):
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def plant(root):
+    """Twelve sound images and one of every fault; returns the entries."""
+    for n in range(12):
+        (root / f"{n}.jpg").write_bytes(jpeg(scene(n), quality=95))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    whole = jpeg(scene(20, (400, 300)))
+    planted = {
+        "unreadable.jpg": b"no image",
+        "truncated.jpg": whole[: len(whole) // 2],
+        "tiny.jpg": jpeg(scene(21, (20, 20))),
+        "thin.jpg": jpeg(scene(22, (700, 60))),
+        "rotated.jpg": jpeg(scene(23), exif=turned.tobytes()),
+        "flat.jpg": jpeg(Image.new("RGB", (64, 64), (9, 9, 9))),
+        "same.jpg": (root / "3.jpg").read_bytes(),
+        "near.jpg": jpeg(scene(4).resize((80, 54)), quality=60),
+    }
+    for name, content in planted.items():
+        (root / name).write_bytes(content)
+    names = [*(f"{n}.jpg" for n in range(12)), *planted, "missing.jpg"]
+    entries = [{"image": name, "caption": f"this shows {name}"} for name in names]
+    entries[5]["caption"] = ["", " "]
+    entries[6]["caption"] = "a caf\u00c3\u00a9 by night"
+    entries[7]["caption"] = "word " * 90
+    return [*entries, dict(entries[0])]
+
+
+def run(capsys, *arguments):
+    """(exit status, printed text) of the script."""
+    config = doctor.Config(workers=1, **arguments[0])
+    status = 0
+    try:
+        doctor.main(config)
+    except SystemExit as exit:
+        status = exit.code
+    return status, capsys.readouterr().out
+
+
+def found(text):
+    """Problem -> number printed for it."""
+    table = {}
+    for line in text.splitlines():
+        name, count = line[2:26].strip(), line[27:45].split()
+        if line.startswith("  ") and count:
+            table.setdefault(name, count[0])
+    return table
+
+
+def test_every_planted_fault_is_found_and_the_fixed_list_is_clean(tmp_path, capsys):
+    entries = plant(tmp_path)
+    (tmp_path / "pairs.json").write_text(json.dumps(entries))
+    config = {
+        "data": [str(tmp_path / "pairs.json")],
+        "image_root": tmp_path,
+        "fix": tmp_path / "clean",
+        "page": tmp_path / "page.html",
+    }
+    status, text = run(capsys, config)
+    expected = {
+        "missing": "1", "unreadable": "1", "no text": "1", "empty text": "1", "truncated": "1",
+        "tiny": "1", "thin": "1", "rotated by EXIF": "1", "one colour": "1", "overlong": "1",
+        "wrongly encoded": "1", "repeated sample": "1", "same bytes": "1", "near duplicates": "1",
+    }  # fmt: skip
+    table = found(text)
+    assert status == 1 and {name: table.get(name) for name in expected} == expected, text
+    assert table["samples"] == "22" and "near.jpg" in text and "a caf" in text
+    clean = list(read_json_lines(tmp_path / "clean/pairs.jsonl"))
+    dropped = [e["image"] for e in entries if e not in clean]
+    assert dropped == ["5.jpg", "unreadable.jpg", "missing.jpg"] and len(clean) == 18
+    page = (tmp_path / "page.html").read_text()
+    assert "near duplicates" in page and page.count("data:image/jpeg") > 10
+    status, text = run(
+        capsys, config | {"data": [str(tmp_path / "clean/pairs.jsonl")], "fix": None}
+    )
+    assert status == 0 and not set(found(text)) & {"missing", "unreadable", "repeated sample"}
+
+
+def test_images_that_splits_share(tmp_path, capsys):
+    for n in range(8):
+        (tmp_path / f"{n}.png").write_bytes(jpeg(scene(n)))
+    (tmp_path / "6_again.jpg").write_bytes(jpeg(scene(6), quality=70))
+    splits = {"train": [0, 1, 2, 3, 4, 6], "val": [4, 5], "test": [1, "6_again", 7]}
+    for split, members in splits.items():
+        names = [f"{n}.png" if isinstance(n, int) else f"{n}.jpg" for n in members]
+        entries = [{"image": name, "caption": f"a {name}"} for name in names]
+        (tmp_path / f"{split}.json").write_text(json.dumps(entries))
+    data = [str(tmp_path / f"{split}.json") for split in splits]
+    status, text = run(capsys, {"data": data, "image_root": tmp_path, "fix": tmp_path / "clean"})
+    assert status == 1 and found(text)["in a later split"] == "3"
+    kept = [entry["image"] for entry in read_json_lines(tmp_path / "clean/train.jsonl")]
+    assert kept == ["0.png", "2.png", "3.png"]
+    assert len(list(read_json_lines(tmp_path / "clean/test.jsonl"))) == 3
+
+
+def test_questions_answers_ids_and_boxes(tmp_path, capsys):
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)))
+    (tmp_path / "answers.json").write_text('["red", "two"]')
+    entries = [
+        {"image": "a.jpg", "question": "what?", "question_id": "01", "answer": ["red", "x"]},
+        {"image": "a.jpg", "question": "how many?", "question_id": "01", "answer": "three"},
+        {"image": "a.jpg", "question": "why?", "question_id": "1", "answer": [""]},
+        {"image": "a.jpg", "text": "left", "ref_id": 3, "bbox": [10, 10, 90, 10]},
+        {"image": "a.jpg", "text": "right", "ref_id": 4, "bbox": [10, 10, 86, 54]},
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(entries))
+    config = {"data": [str(tmp_path / "q.json")], "image_root": tmp_path}
+    status, text = run(capsys, config | {"answer_list": tmp_path / "answers.json"})
+    table = found(text)
+    assert status == 1
+    names = ("answer not in the list", "no answer", "repeated id", "box outside")
+    assert [table[name] for name in names] == ["1", "1", "1", "1"]
+    assert not box_inside([0, 0, 0, 5], (9, 9)) and box_inside([0, 0, 9, 9], (9, 9))
+
+
+def test_class_folders_and_shards(tmp_path, capsys):
+    for name, numbers in (("cat", (1, 2, 3)), ("dog", (4,))):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for n in numbers:
+            (tmp_path / f"set/{name}/{n}.jpg").write_bytes(jpeg(scene(n)))
+    status, text = run(capsys, {"data": [str(tmp_path / "set")]})
+    assert status == 0 and "2; 0: 3 … 1: 1" in text
+    samples = [(f"{n}", {"jpg": jpeg(scene(n)), "txt": b"a scene"}) for n in range(3)]
+    samples[1][1]["jpg"] = b"no image"
+    write_shard(tmp_path / "0.tar", samples)
+    status, text = run(capsys, {"data": [str(tmp_path / "0.tar")]})
+    assert status == 1 and found(text)["unreadable"] == "1" and found(text)["samples"] == "3"
+    with pytest.raises(UserError, match=r"are shards; clean the list"):
+        doctor.main(doctor.Config([str(tmp_path / "0.tar")], fix=tmp_path / "clean", workers=1))
+
+
+def test_near_duplicates_are_told_from_other_images():
+    signatures = []
+    for n in range(300):
+        for size, quality in (((96, 64), 95), ((75, 50), 50)):
+            image = scene(n, (96, 64)).resize(size)
+            pixels = np.array(Image.open(io.BytesIO(jpeg(image, quality=quality))))
+            small = thumbnail(doctor_tensor(pixels))
+            signatures.append(signature(small))
+    groups = near_duplicates(signatures)
+    pairs = {tuple(group) for group in groups}
+    assert {group for group in pairs if len(group) != 2 or group[1] != group[0] + 1} == set()
+    assert len(pairs) >= 297
+    assert near_duplicates([]) == near_duplicates([b"", b""]) == []
+
+
+def doctor_tensor(pixels):
+    import torch
+
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def test_texts():
+    assert text_problems("naïve café, 漢字 “quoted”", 5, 77) == []
+    assert text_problems("half \ufffd", 5, 77) == ["wrongly encoded"]
+    assert text_problems(" ", 2, 77) == ["empty text"]
+
+
+def test_the_command_line_takes_the_data_first(tmp_path, capsys):
+    import subprocess
+
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)))
+    (tmp_path / "p.csv").write_text("filepath,title\na.jpg,a scene\n")
+    command = [sys.executable, doctor.__file__, str(tmp_path / "p.csv"), "--image-root", tmp_path]
+    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing wrong" in done.stdout, done.stderr

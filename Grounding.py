@@ -65,7 +65,6 @@ class Config(FineTuneConfig):
         None, "folder that holds refcoco+/refs(unc).p and refcoco+/instances.json"
     )
     det_file: Path | None = knob(None, "detected boxes [x, y, w, h] by image_id (JSON)")
-    coco_file: Path | None = knob(None, "accepted from old configurations", unused=True)
     gradcam_mode: str = knob(
         "itm", "maps from ITM's cross-attention or from ITC's [CLS]", choices=("itm", "itc")
     )

@@ -12,9 +12,8 @@ SIMLA, masked patches (MIM) and keywords (PSEUDO) are predicted. A momentum teac
 targets, weighted by alpha.
 
 Published, 4M images: 30 epochs at batch 8 x 64 take 3-4 days of 8 A100; Flickr30k zero-shot
-text/image R@1 90.5 / 76.8 (ALBEF 4M). DigitScenes: about 8 minutes on 2 CPU cores; see
-scripts/quickstart.sh. Interrupted runs resume exactly from the last checkpoint; SIGTERM and SIGUSR1
-save and exit with status 75.
+text/image R@1 90.5 / 76.8 (ALBEF 4M). DigitScenes: 8 minutes on 2 CPU cores, scripts/quickstart.sh.
+Runs resume exactly from their last checkpoint; SIGTERM and SIGUSR1 save and exit with status 75.
 """
 
 from dataclasses import dataclass
@@ -55,6 +54,7 @@ from runtime.run import Run, RunConfig, StreamConfig, seed_everything
 class Config(Networks, StreamConfig, RunConfig):
     """Pre-training of fusion encoders."""
 
+    METHOD = ("method",)
     output_dir: Path = knob(Path("output/Pretrain"), "this run: config.yaml, log, checkpoints")
     # the method
     method: str = knob("simla", "losses and text transformer", choices=("simla", "albef"))
@@ -64,22 +64,22 @@ class Config(Networks, StreamConfig, RunConfig):
     temp: float = knob(0.07, "initial temperature of the contrastive loss", low=0.001, high=0.5)
     queue_size: int = knob(65536, "momentum features kept as further negatives", low=0)
     mlm_probability: float = knob(0.15, "fraction of tokens masked", low=0, high=1)
-    mask_ratio: float = knob(75 / 256, "fraction of patches masked for MIM", low=0, high=1)
+    mask_ratio: float = knob(75 / 256, "MIM: fraction masked", low=0, high=1, methods="simla")
     compat: str = knob("none", "'original': the published numbers", choices=("none", "original"))
     # what the networks start from
     vision_weights: Path | None = knob(None, "of the ViT: DeiT-B .pth, or a Classification.py run")
     text_weights: str | None = knob(None, "of BERT: folder or hub name; none = random")
-    image_tokenizer_path: Path | None = knob(None, "OpenAI's encoder.pkl or train_dvae.py's")
-    code_cache: Path | None = knob(None, "visual codes (.npy), made once; needs fixed_geometry")
+    image_tokenizer_path: Path | None = knob(None, "OpenAI's or train_dvae.py's", methods="simla")
+    code_cache: Path | None = knob(None, ".npy of codes; needs fixed_geometry", rare=True)
     # the data
     train_file: list[str] = knob([], "annotation lists {image, caption}, JSON or JSON lines")
     image_root: Path = knob(Path(""), "folder that the images' relative paths start from")
     shards: list[str] = knob([], "WebDataset: paths, {00000..00099}, globs, s3:// or gs:// URLs")
-    weights: list[float] = knob([], "ratios of train_file and each of shards; none = their sizes")
+    weights: list[float] = knob([], "ratios of train_file, shards; none = by size", rare=True)
     crop_scale: tuple[float, float] = knob((0.2, 1.0), "area of the random crop", low=0, high=1)
     flip: bool = knob(True, "horizontal flip, probability 0.5; no if captions say left and right")
     augment_level: float = knob(7, "strength of RandAugment; 0 = none", low=0, high=10)
-    fixed_geometry: bool = knob(False, "always the whole image; colour operations alone")
+    fixed_geometry: bool = knob(False, "always the whole image; colour operations alone", rare=True)
     max_words: int = knob(30, "words of a caption kept", low=1)
     max_tokens: int = knob(25, "tokens of a caption kept, [CLS] included", low=2)
     batch_size: int = knob(64, "pairs per process and micro-batch", low=2)

@@ -77,7 +77,6 @@ class Config(FineTuneConfig):
         "matching", "re-rank by ITM, or by its sum with the similarity", choices=("matching", "sum")
     )
     optimizer: Optimizer = section(Optimizer, flat=True, lr=1e-5)
-    save_sims: Path | None = knob(None, "unused: rankings are in result/", unused=True)
 
 
 def build_model(config: Config, tokenizer: Tokenizer) -> Retrieval:

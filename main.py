@@ -53,21 +53,22 @@ from runtime.safe_pickle import load_plain
 
 @dataclass
 class Config(RocketRunConfig):
+    METHOD = ("network.model",)
     output_dir: Path = knob(Path("output/main"), "folder of this run: config, log, checkpoints")
     network: DualConfig = section(DualConfig, flat=True)
-    momentum: bool = knob(False, "SiamLIP's targets come from a momentum teacher: BYOLIP")
-    momentum_tau: float = knob(0.99, "momentum of the teacher, per update", low=0, high=1)
-    swalip_freeze_proto_iters: int = knob(100, "updates before SWALIPV1's prototypes move", low=0)
+    momentum: bool = knob(False, "SiamLIP's targets come from a momentum teacher: BYOLIP", methods="SIAMLIP SWALIPV1")
+    momentum_tau: float = knob(0.99, "momentum of the teacher, per update", low=0, high=1, methods="SIAMLIP SWALIPV1")
+    swalip_freeze_proto_iters: int = knob(100, "updates before SWALIPV1's prototypes move", low=0, methods="SWALIPV1")
     cache_features: bool = knob(False, "micro-batches make one contrastive batch (Gao et al. 2021)")
-    init_text_encoder: Path | None = knob(None, "checkpoint to take the text transformer's blocks")
+    init_text_encoder: Path | None = knob(None, "checkpoint to take the text transformer's blocks", rare=True)
     # the data
     dataset: str = knob("yfcc15m", "collection; wds: --shards alone", choices=DATASETS)
     root: str = knob("datasets/yfcc100m", "image folder; merged_opendata: three, joined by ---")
     metadata: str = knob("datasets/yfcc15m_v1/yfcc15m.pkl", "samples: .pkl, .npy, .json or .jsonl")
     shards: list[str] = knob([], "WebDataset shards beside or instead: paths, s3:// or gs:// URLs")
-    bpe_path: Path | None = knob(None, "BPE merges; none = CLIP's, from package open_clip_torch")
-    tokenizer: str = knob("bert-base-uncased", "ALIGN's BERT: folder, vocab.txt or hub name")
-    text_lengths: list[int] = knob([], "lengths that texts are padded to; none = multiples of 8")
+    bpe_path: Path | None = knob(None, "BPE merges; none = CLIP's, from package open_clip_torch", rare=True)
+    tokenizer: str = knob("bert-base-uncased", "ALIGN's BERT: folder, vocab.txt or hub name", methods="ALIGN")
+    text_lengths: list[int] = knob([], "lengths that texts are padded to; none = multiples of 8", rare=True)
     views: ViewOptions = section(ViewOptions, flat=True)
     texts: TextOptions = section(TextOptions, flat=True)
 

@@ -25,7 +25,7 @@ from runtime.parallel import parallelize, to_device
 
 @dataclass
 class RunConfig:
-    """Knobs that every training script has."""
+    """The run."""
 
     output_dir: Path = knob(
         Path("output"), "folder of this run: config.yaml, log.jsonl, checkpoints, result/"
@@ -56,18 +56,20 @@ class RunConfig:
         1, "micro-batches per update; each has batch_size samples per process", low=1
     )
     workers: int = knob(4, "loader processes per training process", low=0)
-    exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
+    exif: bool = knob(
+        False, "turn images by their EXIF orientation; the originals do not", rare=True
+    )
     log_every: int = knob(
         50, "updates between two log lines; the only points where the host waits for the GPU", low=1
     )
     save_every: str = knob(
         "1 epochs", "between two checkpoints: a number of 'steps', 'epochs', 'samples' or '%'"
     )
-    keep: int = knob(2, "newest checkpoints kept", low=1)
-    tensorboard: bool = knob(True, "write TensorBoard events")
+    keep: int = knob(2, "newest checkpoints kept", low=1, rare=True)
+    tensorboard: bool = knob(True, "write TensorBoard events", rare=True)
     wandb: str = knob("off", "Weights & Biases", choices=("off", "online", "offline"))
     peak_tflops: float | None = knob(
-        None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name"
+        None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name", rare=True
     )
     max_steps: int | None = knob(
         None, "stop after this many updates, with a checkpoint (schedules are not changed)", low=0
@@ -78,12 +80,17 @@ class RunConfig:
 class StreamConfig:
     """Training data."""
 
-    shuffle_buffer: int = knob(1000, "samples of a shard that a worker permutes at a time", low=1)
+    shuffle_buffer: int = knob(
+        1000, "samples of a shard that a worker permutes at a time", low=1, rare=True
+    )
     samples: list[int] = knob(
-        [], "samples of each entry of shards; none = from *_stats.json, else counted once", low=1
+        [],
+        "samples of each entry of shards; none = from *_stats.json, else counted once",
+        low=1,
+        rare=True,
     )
     error_budget: float = knob(
-        0.01, "fraction of unreadable samples at which the run stops", low=0, high=1
+        0.01, "fraction of unreadable samples at which the run stops", low=0, high=1, rare=True
     )
 
 

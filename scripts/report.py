@@ -45,7 +45,7 @@ from models.layers.xbert import BertConfig
 from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script
-from runtime.config.values import read_yaml
+from runtime.config.yaml import read_yaml
 
 FILLERS = set(
     "a an the of on in at to and or is are with its it by from for this that there".split()

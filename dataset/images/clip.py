@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
+from base.knobs import knob
 from base.pixels import IMAGENET
 from dataset.images.albef import random_box
 
@@ -22,27 +23,33 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in a grey level (
 
 @dataclass(frozen=True, kw_only=True)
 class ViewOptions:
-    """Views of the images; names and defaults are clip-rocket's command line's."""
+    """Views of the images; names and defaults are clip-rocket's."""
 
-    num_augs: int = 2  # A, local views of every image and caption; 0 for a global view alone
-    multicrop_resize: int | None = None  # side of the local views in pixels; none = image_size
-    multicrop_max_scale: float = 1.0  # largest share of the image in a local view
-    weak_min_scale: float = 0.5  # smallest share of the image in a weak view
-    blur_prob: float = 0.5  # of strong views
-    solarize_prob: float = 0.0  # of strong views
-    grayscale_prob: float = 0.2  # of strong views
-    flip: bool = (
-        True  # flip half of the strong views horizontally; no where captions say left and right
+    num_augs: int = knob(2, "A, local views of every image and caption; 0 for a global view alone")
+    multicrop_resize: int | None = knob(
+        None, "side of the local views in pixels; none = image_size"
     )
-    jitter: bool = True  # change the colours of strong views; no where captions name colours
-    strong_min_scale: float = 0.08  # smallest share of the image in a strong view
-    byol_augment: bool = False  # two different strong views, as BYOL's; needs num_augs 2
-    weak_augment: bool = False  # local views are weak, too
-    strong_augment: bool = False  # the global view is strong, too
-    randaugment: bool = (
-        False  # the weak view gets RandAugment (compat original: is weak or strong by chance)
+    multicrop_max_scale: float = knob(1.0, "largest share of the image in a local view", rare=True)
+    weak_min_scale: float = knob(0.5, "smallest share of the image in a weak view")
+    blur_prob: float = knob(0.5, "of strong views", rare=True)
+    solarize_prob: float = knob(0.0, "of strong views", rare=True)
+    grayscale_prob: float = knob(0.2, "of strong views", rare=True)
+    flip: bool = knob(
+        True, "flip half of the strong views horizontally; no where captions say left and right"
     )
-    interpolation: str = "bicubic"  # of crops; SLIP's are bilinear
+    jitter: bool = knob(True, "change the colours of strong views; no where captions name colours")
+    strong_min_scale: float = knob(0.08, "smallest share of the image in a strong view")
+    byol_augment: bool = knob(
+        False, "two different strong views, as BYOL's; needs num_augs 2", rare=True
+    )
+    weak_augment: bool = knob(False, "local views are weak, too", rare=True)
+    strong_augment: bool = knob(False, "the global view is strong, too", rare=True)
+    randaugment: bool = knob(
+        False,
+        "the weak view gets RandAugment (compat original: is weak or strong by chance)",
+        rare=True,
+    )
+    interpolation: str = knob("bicubic", "of crops; SLIP's are bilinear", rare=True)
 
     def __post_init__(self):
         if self.num_augs < 0:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.errors import UserError
+from base.knobs import knob
 from dataset.images.albef import Box
 
 ATTEMPTS = 100
@@ -26,20 +27,20 @@ POLICIES = ("none", "autoaugment", "randaugment", "trivialaugment")
 class ViTViews:
     """Views."""
 
-    crop_area: tuple[float, float] = (
-        0.05,
-        1.0,
-    )  # smallest and largest share of the image in a training crop
-    crop_aspect: tuple[float, float] = (
-        0.75,
-        1.33,
-    )  # smallest and largest width / height of a training crop
-    flip: bool = True  # flip half of the training images horizontally
-    policy: str = (
-        "none"  # further changes: none, autoaugment, randaugment or trivialaugment, torchvision's
+    crop_area: tuple[float, float] = knob(
+        (0.05, 1.0), "smallest and largest share of the image in a training crop", rare=True
     )
-    resize_small: int | None = (
-        None  # evaluation: shorter side before the centre crop; none = squeeze to a square
+    crop_aspect: tuple[float, float] = knob(
+        (0.75, 1.33), "smallest and largest width / height of a training crop", rare=True
+    )
+    flip: bool = knob(True, "flip half of the training images horizontally")
+    policy: str = knob(
+        "none",
+        "further changes: none, autoaugment, randaugment or trivialaugment, torchvision's",
+        rare=True,
+    )
+    resize_small: int | None = knob(
+        None, "evaluation: shorter side before the centre crop; none = squeeze to a square"
     )
 
     def check(self) -> None:

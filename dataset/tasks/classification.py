@@ -26,6 +26,7 @@ from torch.utils.data import default_collate
 from base import distributed
 from base.errors import BadSample, UserError, brief
 from base.files import did_you_mean, digest, file_state, parse_json, read_lines, states_digest
+from base.knobs import knob
 from dataset.images.decode import check_image_root
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import ENOUGH, RecordSource
@@ -46,12 +47,14 @@ SAMPLED = 10_000  # entries of a list by which the fraction with labels is estim
 class LabelOptions:
     """Labels."""
 
-    label_threshold: float = (
-        0.0  # probability below which a label is left out; images without any are, too
+    label_threshold: float = knob(
+        0.0, "probability below which a label is left out; images without any are, too"
     )
-    label_top: int | None = None  # most labels of an image, the likeliest first; none = all
-    soft_labels: bool = False  # a label's target is its probability instead of 1
-    normalize_label: bool = False  # divide the targets of an image by their sum
+    label_top: int | None = knob(
+        None, "most labels of an image, the likeliest first; none = all", rare=True
+    )
+    soft_labels: bool = knob(False, "a label's target is its probability instead of 1", rare=True)
+    normalize_label: bool = knob(False, "divide the targets of an image by their sum", rare=True)
 
 
 class Labels:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from base.errors import UserError
+from base.knobs import knob
 from dataset.text.bpe import clean_text
 from dataset.text.wordnet import WordNet
 
@@ -29,22 +30,26 @@ STOP_WORDS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """Views of the captions; names and defaults are clip-rocket's command line's."""
+    """Views of the captions; names and defaults are clip-rocket's."""
 
-    caption_sampling: str = (
-        "single"  # all views of a sample show one caption, or (multi) each draws its own
+    caption_sampling: str = knob(
+        "single", "all views of a sample show one caption, or (multi) each draws its own"
     )
-    text_augment: bool = False  # stop words and the four operations at all
-    clean_before_augment: bool = (
-        False  # clean and lower-case captions before, not only after, the operations
+    text_augment: bool = knob(False, "stop words and the four operations at all")
+    clean_before_augment: bool = knob(
+        False, "clean and lower-case captions before, not only after, the operations"
     )
-    remove_stopwords_prob: float = 0.8  # of every view, the global one too
-    no_text_augment_prob: float = (
-        0.0  # weight of leaving a local view as it is, among the four operations
+    remove_stopwords_prob: float = knob(0.8, "of every view, the global one too")
+    no_text_augment_prob: float = knob(
+        0.0, "weight of leaving a local view as it is, among the four operations", rare=True
     )
-    synonym_replacement_prob: float = 0.4  # weight of replacing a word by a WordNet synonym
-    random_swap_prob: float = 0.4  # weight of swapping two words
-    random_deletion_prob: float = 0.2  # weight of deleting each word with probability 0.1
+    synonym_replacement_prob: float = knob(
+        0.4, "weight of replacing a word by a WordNet synonym", rare=True
+    )
+    random_swap_prob: float = knob(0.4, "weight of swapping two words", rare=True)
+    random_deletion_prob: float = knob(
+        0.2, "weight of deleting each word with probability 0.1", rare=True
+    )
 
     def __post_init__(self):
         if self.caption_sampling not in ("single", "multi"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.files import nearest
+from base.knobs import knob
 from base.pixels import STATISTICS
 from models.layers.vit import ViT, ViTConfig
 
@@ -38,30 +39,40 @@ CLIP = 1e-7  # the original's smallest probability inside a logarithm
 class ClassifierConfig:
     """Network and loss."""
 
-    model: str = "vit-b/16"  # vit-<mu|xxs|xs|ti|s|b|l>/<patch size in pixels>
-    stem: tuple[
-        int, ...
-    ] = ()  # channels of convolutional stages before the patches, each halving the image's sides
-    pixels: str = (
-        "half"  # mean and std of the pixels: half (0.5 each, as COYO-ViT), imagenet or clip
+    model: str = knob("vit-b/16", "vit-<mu|xxs|xs|ti|s|b|l>/<patch size in pixels>")
+    stem: tuple[int, ...] = knob(
+        (),
+        "channels of convolutional stages before the patches, each halving the image's sides",
+        rare=True,
     )
-    image_size: int = 224  # side of the images in pixels, a multiple of the patch size
-    num_classes: int = 21841  # where neither class folders nor a list of classes tells
-    representation_size: int = (
-        0  # width of the tanh layer before the head; 0 = none, as in fine-tuning
+    pixels: str = knob(
+        "half",
+        "mean and std of the pixels: half (0.5 each, as COYO-ViT), imagenet or clip",
+        rare=True,
     )
-    dropout: float = 0.0  # behind the positions, each attention and both layers of each MLP
-    attention_dropout: float = 0.0  # of attention weights
-    gelu: str = "tanh"  # GELU by tanh, as COYO-ViT, or none: exact, as timm's and Hugging Face's weights want it
-    layer_norm_eps: float = 1e-6  # Hugging Face's ViT has 1e-12
-    loss: str = "softmax"  # softmax: one label an image; sigmoid: any number
-    label_smoothing: float = (
-        0.0  # share of the target spread evenly: over all classes, or over yes and no
+    image_size: int = knob(224, "side of the images in pixels, a multiple of the patch size")
+    num_classes: int = knob(21841, "where neither class folders nor a list of classes tells")
+    representation_size: int = knob(
+        0, "width of the tanh layer before the head; 0 = none, as in fine-tuning"
     )
-    head_bias: float | None = (
-        None  # initial bias of the head; none = -10 with the sigmoid loss, else 0
+    dropout: float = knob(0.0, "behind the positions, each attention and both layers of each MLP")
+    attention_dropout: float = knob(0.0, "of attention weights", rare=True)
+    gelu: str = knob(
+        "tanh",
+        "GELU by tanh, as COYO-ViT, or none: exact, as timm's and Hugging Face's weights want it",
+        rare=True,
     )
-    compat: str = "none"  # original: the numbers of the published code, see docs/DIFFERENCES.md
+    layer_norm_eps: float = knob(1e-6, "Hugging Face's ViT has 1e-12", rare=True)
+    loss: str = knob("softmax", "softmax: one label an image; sigmoid: any number")
+    label_smoothing: float = knob(
+        0.0, "share of the target spread evenly: over all classes, or over yes and no"
+    )
+    head_bias: float | None = knob(
+        None, "initial bias of the head; none = -10 with the sigmoid loss, else 0", rare=True
+    )
+    compat: str = knob(
+        "none", "original: the numbers of the published code, see docs/DIFFERENCES.md"
+    )
 
     @property
     def original(self) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from base.distributed import gather, gather_with_gradient, world_size
 from base.errors import UserError
+from base.knobs import knob
 from models.layers.clip_towers import TextNoise, TextShape
 
 Features = dict[str, Tensor]
@@ -27,19 +28,41 @@ Features = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """Knobs of all losses; the defaults are the originals' command line's."""
+    """The losses; names and defaults are clip-rocket's and SLIP's."""
 
-    loss_avg_or_sum: str = "avg"  # CL2L family, ALIGN: mean of the two directions, or their sum
-    label_smoothing: float = 0.0  # of the local terms only; ALIGN: over the global batch
-    barlip_lamb: float = 5e-3  # BarLIP: weight of the correlations off the diagonal
-    barlip_scale_loss: float = 0.025  # BarLIP: factor of its whole term
-    swalip_weight: float = 0.2  # SwALIP, SWALIPV1: weight of the swapped assignments
-    sk_iters: int = 3  # SwALIP, SWALIPV1: iterations of Sinkhorn's algorithm
-    target_epsilon: float = 0.05  # SwALIP, SWALIPV1: temperature of the assignments
-    ssl_scale: float = 1.0  # SLIP: weight of SimCLR beside CLIP
-    ssl_temp: float = 0.1  # SLIP, SimCLR: temperature of the similarities of two augmentations
-    tile: int | None = None  # compute logits in blocks of tile x tile to save memory; none = whole
-    compat: str = "none"  # none, or original: the published code's numbers (docs/DIFFERENCES.md)
+    loss_avg_or_sum: str = knob(
+        "avg",
+        "CL2L family, ALIGN: mean of the two directions, or their sum",
+        methods="CL2L ALIGN",
+    )
+    label_smoothing: float = knob(
+        0.0, "of the local terms only; ALIGN: over the global batch", methods="CL2L ALIGN"
+    )
+    barlip_lamb: float = knob(
+        5e-3, "BarLIP: weight of the correlations off the diagonal", methods="BARLIP"
+    )
+    barlip_scale_loss: float = knob(0.025, "BarLIP: factor of its whole term", methods="BARLIP")
+    swalip_weight: float = knob(
+        0.2, "SwALIP, SWALIPV1: weight of the swapped assignments", methods="SWALIP SWALIPV1"
+    )
+    sk_iters: int = knob(
+        3, "SwALIP, SWALIPV1: iterations of Sinkhorn's algorithm", methods="SWALIP SWALIPV1"
+    )
+    target_epsilon: float = knob(
+        0.05, "SwALIP, SWALIPV1: temperature of the assignments", methods="SWALIP SWALIPV1"
+    )
+    ssl_scale: float = knob(1.0, "SLIP: weight of SimCLR beside CLIP", methods="SLIP")
+    ssl_temp: float = knob(
+        0.1,
+        "SLIP, SimCLR: temperature of the similarities of two augmentations",
+        methods="SLIP SIMCLR",
+    )
+    tile: int | None = knob(
+        None, "compute logits in blocks of tile x tile to save memory; none = whole", rare=True
+    )
+    compat: str = knob(
+        "none", "none, or original: the published code's numbers (docs/DIFFERENCES.md)"
+    )
 
     def __post_init__(self):
         for name, known in (("loss_avg_or_sum", ("avg", "sum")), ("compat", ("none", "original"))):
@@ -78,46 +101,88 @@ class LossOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DualConfig(LossOptions):
-    """Everything that shapes a dual encoder and its loss; names and defaults are clip-rocket's
-    command line's.
-    """
+    """Shape and loss of a dual encoder; names and defaults are clip-rocket's."""
 
-    model: str = "CL2L_VITB16_CL2L"  # <CLIP|CL2L>_<backbone>_<head>, or of SLIP or ALIGN
-    image_size: int = 224  # side of the square global images, pixels
-    embed_dim: int = 256  # width of the common space of images and texts
-    clip_proj_type: str = "linear"  # projectors of global views: linear or mlp
-    clip_hidden_dim: int = 4096  # hidden width of mlp projectors of global views
-    cl2l_img_proj_type: str = "mlp"  # with separate_proj, of local images: linear or mlp
-    cl2l_txt_proj_type: str = "mlp"  # with separate_proj, of local texts: linear or mlp
-    cl2l_hidden_dim: int = 4096  # hidden width of mlp projectors of local views
-    separate_proj: bool = False  # local views get projectors and a temperature of their own
-    separate_proj_child: bool = False  # BarLIP, SiamLIP: local views get heads of their own
-    detach_proj: bool = False  # no gradient from the global text projector into the text tower
-    text_dropout_prob: float = 0.0  # dropout at the entry of every text block, for local texts
-    text_drop_path_prob: float = 0.0  # stochastic depth of the text blocks, for local texts
-    barlip_proj_dim: int = 8192  # width in which BarLIP's cross-correlations are taken
-    barlip_hidden_dim: int = 3000  # hidden width of BarLIP's expanders
-    siamlip_proj_dim: int = 128  # width of SiamLIP's projections and predictions
-    siamlip_hidden_dim: int = 2048  # hidden width of SiamLIP's projectors and predictors
-    siamlip_no_last_bn: bool = False  # leave out the batch norm behind SiamLIP's projectors
-    swalip_proj_dim: int = 128  # SWALIPV1: width of projections and prototypes
-    swalip_hidden_dim: int = 2048  # SWALIPV1: hidden width of the projectors
-    swalip_num_proto: int = 3000  # SWALIPV1: number of prototypes
-    swalip_temperature: float = 0.1  # SWALIPV1: temperature of the scores of prototypes
-    swalip_learn_temperature: bool = False  # SWALIPV1: train that temperature, too
-    swalip_no_shared_proto: bool = False  # SWALIPV1: one set of prototypes per modality
-    ssl_mlp_dim: int = 4096  # hidden width of SLIP's and SimCLR's projector of images
-    ssl_emb_dim: int = 256  # width in which SLIP and SimCLR compare two augmentations
-    context_length: int = 77  # longest text in tokens, start and end included
-    vocab_size: int = 49408  # tokens known; main.py takes it from the merges (bpe_path)
-    text_width: int = 512  # width of the text transformer
-    text_heads: int = 8  # attention heads of the text transformer
-    transformer_layers: int = 12  # blocks of the text transformer
-    text_activation: str = "quick_gelu"  # of the text transformer: quick_gelu or gelu
-    temperature: float = 1.0  # ALIGN's at the start; learned
-    virtual_batch_size: int = 16  # samples a ghost batch norm of ALIGN sees; 0 = the whole batch
-    drop_connect: float = 0.2  # stochastic depth of ALIGN's image tower
-    bert_dropout: float = 0.1  # of ALIGN's text tower
+    model: str = knob("CL2L_VITB16_CL2L", "<CLIP|CL2L>_<backbone>_<head>, or of SLIP or ALIGN")
+    image_size: int = knob(224, "side of the square global images, pixels")
+    embed_dim: int = knob(256, "width of the common space of images and texts")
+    clip_proj_type: str = knob("linear", "projectors of global views: linear or mlp", rare=True)
+    clip_hidden_dim: int = knob(4096, "hidden width of mlp projectors of global views", rare=True)
+    cl2l_img_proj_type: str = knob(
+        "mlp", "with separate_proj, of local images: linear or mlp", methods="CL2L", rare=True
+    )
+    cl2l_txt_proj_type: str = knob(
+        "mlp", "with separate_proj, of local texts: linear or mlp", methods="CL2L", rare=True
+    )
+    cl2l_hidden_dim: int = knob(
+        4096, "hidden width of mlp projectors of local views", methods="CL2L", rare=True
+    )
+    separate_proj: bool = knob(
+        False, "local views get projectors and a temperature of their own", methods="CL2L"
+    )
+    separate_proj_child: bool = knob(
+        False, "BarLIP, SiamLIP: local views get heads of their own", methods="BARLIP SIAMLIP"
+    )
+    detach_proj: bool = knob(
+        False, "no gradient from the global text projector into the text tower", rare=True
+    )
+    text_dropout_prob: float = knob(
+        0.0, "dropout at the entry of every text block, for local texts", methods="CL2L"
+    )
+    text_drop_path_prob: float = knob(
+        0.0, "stochastic depth of the text blocks, for local texts", methods="CL2L", rare=True
+    )
+    barlip_proj_dim: int = knob(
+        8192, "width in which BarLIP's cross-correlations are taken", methods="BARLIP"
+    )
+    barlip_hidden_dim: int = knob(3000, "hidden width of BarLIP's expanders", methods="BARLIP")
+    siamlip_proj_dim: int = knob(
+        128, "width of SiamLIP's projections and predictions", methods="SIAMLIP"
+    )
+    siamlip_hidden_dim: int = knob(
+        2048, "hidden width of SiamLIP's projectors and predictors", methods="SIAMLIP"
+    )
+    siamlip_no_last_bn: bool = knob(
+        False, "leave out the batch norm behind SiamLIP's projectors", methods="SIAMLIP"
+    )
+    swalip_proj_dim: int = knob(
+        128, "SWALIPV1: width of projections and prototypes", methods="SWALIPV1"
+    )
+    swalip_hidden_dim: int = knob(
+        2048, "SWALIPV1: hidden width of the projectors", methods="SWALIPV1"
+    )
+    swalip_num_proto: int = knob(3000, "SWALIPV1: number of prototypes", methods="SWALIPV1")
+    swalip_temperature: float = knob(
+        0.1, "SWALIPV1: temperature of the scores of prototypes", methods="SWALIPV1"
+    )
+    swalip_learn_temperature: bool = knob(
+        False, "SWALIPV1: train that temperature, too", methods="SWALIPV1"
+    )
+    swalip_no_shared_proto: bool = knob(
+        False, "SWALIPV1: one set of prototypes per modality", methods="SWALIPV1"
+    )
+    ssl_mlp_dim: int = knob(
+        4096, "hidden width of SLIP's and SimCLR's projector of images", methods="SLIP SIMCLR"
+    )
+    ssl_emb_dim: int = knob(
+        256, "width in which SLIP and SimCLR compare two augmentations", methods="SLIP SIMCLR"
+    )
+    context_length: int = knob(77, "longest text in tokens, start and end included")
+    vocab_size: int = knob(
+        49408, "tokens known; main.py takes it from the merges (bpe_path)", rare=True
+    )
+    text_width: int = knob(512, "width of the text transformer")
+    text_heads: int = knob(8, "attention heads of the text transformer", rare=True)
+    transformer_layers: int = knob(12, "blocks of the text transformer")
+    text_activation: str = knob(
+        "quick_gelu", "of the text transformer: quick_gelu or gelu", rare=True
+    )
+    temperature: float = knob(1.0, "ALIGN's at the start; learned", methods="ALIGN")
+    virtual_batch_size: int = knob(
+        16, "samples a ghost batch norm of ALIGN sees; 0 = the whole batch", methods="ALIGN"
+    )
+    drop_connect: float = knob(0.2, "stochastic depth of ALIGN's image tower", methods="ALIGN")
+    bert_dropout: float = knob(0.1, "of ALIGN's text tower", methods="ALIGN")
 
     @property
     def text(self) -> TextShape:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
+from base.knobs import knob
 
 LIMIT = 19  # tokens of a label at most, delimiter included, as in the original
 
@@ -385,21 +386,35 @@ STRATEGIES = ("one_shot", "greedy", "top_k", "top_p", "beam")
 class Decoding:
     """How labels are found and ranked."""
 
-    strategy: str = "one_shot"  # or one text of labels: greedy, top_k, top_p (random), beam
-    num_labels: int = 10  # labels of an image; one_shot grows this many
-    ranking: str = (
-        "prob"  # prob, mean (geometric mean of a label's tokens) or none (order of appearance)
+    strategy: str = knob("one_shot", "or one text of labels: greedy, top_k, top_p (random), beam")
+    num_labels: int = knob(10, "labels of an image; one_shot grows this many")
+    ranking: str = knob(
+        "prob", "prob, mean (geometric mean of a label's tokens) or none (order of appearance)"
     )
-    max_label_len: int = LIMIT  # one_shot: tokens of a label, delimiter included
-    max_gen_len: int = 64  # the others: tokens of the whole text
-    top_k: int = 5  # of strategy top_k: tokens to choose among; 0 = all
-    top_p: float = 0.9  # of strategy top_p: share of the probability to choose among
-    temperature: float = 1.0  # of strategy top_p
-    penalty: float = 0.0  # > 0: logits of tokens used before are divided by it; not of one_shot
-    beam_size: int = 3  # of strategy beam: texts kept
-    beam_patience: float = 1.0  # of strategy beam: texts to finish, as a multiple of beam_size
-    length_penalty: float | None = (
-        None  # of strategy beam: power of the length; none = divide by the length
+    max_label_len: int = knob(
+        LIMIT, "one_shot: tokens of a label, delimiter included", methods="one_shot"
+    )
+    max_gen_len: int = knob(
+        64, "the others: tokens of the whole text", methods="greedy top_k top_p beam"
+    )
+    top_k: int = knob(5, "of strategy top_k: tokens to choose among; 0 = all", methods="top_k")
+    top_p: float = knob(
+        0.9, "of strategy top_p: share of the probability to choose among", methods="top_p"
+    )
+    temperature: float = knob(1.0, "of strategy top_p", methods="top_p")
+    penalty: float = knob(
+        0.0,
+        "> 0: logits of tokens used before are divided by it; not of one_shot",
+        methods="greedy top_k top_p beam",
+    )
+    beam_size: int = knob(3, "of strategy beam: texts kept", methods="beam")
+    beam_patience: float = knob(
+        1.0, "of strategy beam: texts to finish, as a multiple of beam_size", methods="beam"
+    )
+    length_penalty: float | None = knob(
+        None,
+        "of strategy beam: power of the length; none = divide by the length",
+        methods="beam",
     )
 
     def __post_init__(self):

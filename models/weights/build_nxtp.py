@@ -1,12 +1,13 @@
 """NXTP's network from whatever there is: a checkpoint, CLIP and LLaMA, one of them, or nothing but
 sizes."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from base.errors import UserError
+from base.knobs import knob
 from models.layers.llama import LlamaConfig, own_part
 from models.layers.openai_towers import OpenAIConfig
 from models.recognition.nxtp import Nxtp, NxtpConfig
@@ -30,27 +31,27 @@ State = dict[str, Tensor]
 class Networks:
     """Sizes and settings of both networks; `build` fills in those that weights decide."""
 
-    decoder_layers: int | None = None  # blocks of the decoder that are kept; none = all
-    image_size: int | None = None  # side of the images in pixels; none = CLIP's own
-    vision: tuple[int, int, int] = (
-        1024,
-        24,
-        14,
-    )  # random image tower: width, blocks, side of a patch
-    resnet: list[int] = field(
-        default_factory=list
-    )  # random tower like CLIP's ResNets instead: width, blocks by stage
-    decoder: tuple[int, int] = (4096, 32)  # random decoder: width, blocks
-    decoder_heads: int | None = (
-        None  # attention heads of the decoder; none = LLaMA's, 128 wide each
+    decoder_layers: int | None = knob(None, "blocks of the decoder that are kept; none = all")
+    image_size: int | None = knob(None, "side of the images in pixels; none = CLIP's own")
+    vision: tuple[int, int, int] = knob(
+        (1024, 24, 14), "random image tower: width, blocks, side of a patch", rare=True
     )
-    norm_eps: float = 1e-5  # epsilon of the decoder's norms
-    rope_theta: float = 10000.0  # base of the decoder's rotary positions
-    prefix_image: bool = True  # image tokens see one another, else only those before them
-    train_embeddings: str = (
-        "all"  # rows of the token table to train: all, or special (<|image|> alone)
+    resnet: list[int] = knob(
+        [], "random tower like CLIP's ResNets instead: width, blocks by stage", rare=True
     )
-    train_outputs: str = "all"  # the same of the decoder's head
+    decoder: tuple[int, int] = knob((4096, 32), "random decoder: width, blocks", rare=True)
+    decoder_heads: int | None = knob(
+        None, "attention heads of the decoder; none = LLaMA's, 128 wide each", rare=True
+    )
+    norm_eps: float = knob(1e-5, "epsilon of the decoder's norms", rare=True)
+    rope_theta: float = knob(10000.0, "base of the decoder's rotary positions", rare=True)
+    prefix_image: bool = knob(
+        True, "image tokens see one another, else only those before them", rare=True
+    )
+    train_embeddings: str = knob(
+        "all", "rows of the token table to train: all, or special (<|image|> alone)"
+    )
+    train_outputs: str = knob("all", "the same of the decoder's head")
 
     def __post_init__(self):
         for rows in (self.train_embeddings, self.train_outputs):

@@ -6,41 +6,23 @@ from pathlib import Path
 import torch
 
 from runtime.config.cli import knob, section
+from runtime.config.ignored import CLIP_ROCKET
 from runtime.optim.build import Optimizer
 from runtime.optim.schedule import Schedule
 from runtime.run import RunConfig, StreamConfig, ValidationConfig
 
 
 @dataclass
-class IgnoredFlags:
-    """Accepted from clip-rocket's command line, without effect."""
+class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
+    """The run, its optimisation and its validation."""
 
-    attn_layer: str = knob(
-        "flash", "always the fastest; both compute the same", choices=("flash", "standard")
-    )
-    start_epoch: int = knob(0, "a run resumes from its checkpoint", unused=True)
-    gpu: int | None = knob(None, "the launcher chooses; see --device", unused=True)
-    name: str = knob("CLIP_ROCKET", "a run is known by its --output-dir", unused=True)
-    no_share_token: bool = knob(False, "had no effect", unused=True)
-    semi_paired: bool = knob(
-        False,
-        "unfinished in clip-rocket: its losses cannot take more images than texts",
-        unused=True,
-    )
-    unpaired_ratio: int = knob(4, "belongs to --semi-paired", unused=True)
-    metadata_unpaired: str = knob("", "belongs to --semi-paired", unused=True)
-    workers_unpaired: int = knob(5, "belongs to --semi-paired", unused=True)
-
-
-@dataclass
-class RocketRunConfig(IgnoredFlags, StreamConfig, ValidationConfig, RunConfig):
-    """System."""
+    IGNORED = CLIP_ROCKET
 
     seed: int = knob(0, "one seed for weights, data order and augmentation")
     precision: str = knob(
         "auto", "bf16, else fp16, on GPUs; fp32 elsewhere", choices=("auto", "fp32", "bf16", "fp16")
     )
-    disable_amp: bool = knob(False, "--precision fp32")
+    disable_amp: bool = knob(False, "--precision fp32", rare=True)
     accumulate: int = knob(1, "micro-batches per update", low=1, aliases=("update_freq",))
     activation_checkpointing: bool = knob(
         False, "recompute blocks in the backward pass", aliases=("checkpoint_grad",)
@@ -50,14 +32,14 @@ class RocketRunConfig(IgnoredFlags, StreamConfig, ValidationConfig, RunConfig):
     wandb: str = knob(
         "off", "Weights & Biases", choices=("off", "online", "offline"), bare="online"
     )
-    offline: bool = knob(False, "with --wandb: offline")
+    offline: bool = knob(False, "with --wandb: offline", rare=True)
     # the optimisation
     batch_size: int = knob(64, "pairs per process and micro-batch", low=2)
     optimizer: Optimizer = section(
         Optimizer, flat=True, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)
     )
     epochs: str = knob("25 epochs", "length of training")
-    warmup_epochs: str = knob("1 epochs", "length of the linear warm-up", aliases=("warmup",))
+    warmup: str = knob("1 epochs", "length of the linear warm-up", aliases=("warmup_epochs",))
     sched: str = knob(
         "rocket",
         "shape of the schedule; ALIGN's is vit_linear",
@@ -81,7 +63,7 @@ class RocketRunConfig(IgnoredFlags, StreamConfig, ValidationConfig, RunConfig):
             epochs=self.epochs,
             min_lr=self.lr_end,
             warmup_lr=self.lr_start,
-            warmup=self.warmup_epochs,
+            warmup=self.warmup,
         )
 
     def settle(self, device: torch.device) -> None:

@@ -17,9 +17,10 @@ import torch
 
 from base.errors import UserError
 from base.files import read_json
+from base.knobs import knob
 from runtime.checkpoint import CheckpointFolder
-from runtime.config.schema import Schema, knob
-from runtime.config.values import read_yaml
+from runtime.config.schema import Schema
+from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_torch
 
 
@@ -30,18 +31,21 @@ class Geometry:
     image_res: int | None = knob(
         None, "side of the square input, pixels; positions are interpolated", low=16
     )
-    patch_size: int | None = knob(None, "side of a patch, pixels", low=1)
-    vision_width: int | None = knob(None, "width of the vision transformer", low=1)
-    vision_depth: int | None = knob(None, "blocks of the vision transformer", low=1)
-    vision_heads: int | None = knob(None, "attention heads of the vision transformer", low=1)
-    vision_stem: list[int] | None = knob(
-        None, "channels of convolutional stages before the patches; [] = none", low=1
+    patch_size: int | None = knob(None, "side of a patch, pixels", low=1, rare=True)
+    vision_width: int | None = knob(None, "width of the vision transformer", low=1, rare=True)
+    vision_depth: int | None = knob(None, "blocks of the vision transformer", low=1, rare=True)
+    vision_heads: int | None = knob(
+        None, "attention heads of the vision transformer", low=1, rare=True
     )
-    bert_config: Path | None = knob(None, "geometry of the text and fusion transformer (JSON)")
-    embed_dim: int | None = knob(None, "width of the joint space", low=1)
+    vision_stem: list[int] | None = knob(
+        None, "channels of convolutional stages before the patches; [] = none", low=1, rare=True
+    )
+    bert_config: Path | None = knob(
+        None, "geometry of the text and fusion transformer (JSON)", rare=True
+    )
+    embed_dim: int | None = knob(None, "width of the joint space", low=1, rare=True)
     queue_size: int | None = knob(None, "momentum features kept as further negatives", low=0)
-    text_encoder: str | None = knob(None, "tokenizer: Hugging Face folder or hub name")
-    vit_mask_token: bool = knob(False, "unused: only pre-training masks patches", unused=True)
+    text_encoder: str | None = knob(None, "tokenizer: Hugging Face folder or hub name", rare=True)
 
 
 # the originals' downstream models; their bert_config follows from the names of the weights

@@ -12,6 +12,7 @@ from base.errors import UserError
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, section
 from runtime.config.from_checkpoint import Geometry, inherit
+from runtime.config.ignored import FINE_TUNING
 from runtime.optim.build import Optimizer, Precision
 from runtime.optim.schedule import Plan, Schedule, ramp
 from runtime.run import RunConfig, ValidationConfig, seed_everything
@@ -30,6 +31,7 @@ class Networks:
         [],
         "channels of convolutional stages before the patches, whose batch norms stay as loaded; [] = none",
         low=1,
+        rare=True,
     )
     bert_config: Path = knob(
         Path("configs/shared_bert.json"), "geometry of the text and fusion transformer (JSON)"
@@ -73,8 +75,8 @@ class FineTuneConfig(Geometry, ValidationConfig, RunConfig):
     )
     optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5)
     scheduler: Schedule = fine_tuning_schedule(epochs="5 epochs", warmup="100 steps")
-    vit_mask_token: bool = knob(False, "unused: no patches are masked", unused=True)
-    mlm_probability: float = knob(0.15, "unused: no tokens are masked", unused=True)
+
+    IGNORED = FINE_TUNING
 
     def alpha_at(self, step: int, plan: Plan) -> float:
         """Weight of the teacher's soft targets in update `step`, counted from 0."""

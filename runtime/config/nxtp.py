@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import UserError
-from runtime.config.cli import knob
+from base.knobs import knob
 from runtime.run import StreamConfig, ValidationConfig
 
 

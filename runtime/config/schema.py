@@ -1,76 +1,36 @@
-"""What may be set: `knob` and `section` declare it in a dataclass, `Schema` knows every dotted path
-and spelling."""
+"""Every option of a configuration class by its dotted path, and every spelling of a path.
 
-import copy
-import inspect
-import re
-from collections.abc import Mapping, Sequence
+Beside its fields a class may have
+    IGNORED      names that are accepted without effect: {name: why}
+    ELSEWHERE    names of this section that belong to another: {name: path}
+    OLD_NAMES    names that its static method `translate` takes
+    translate    (values of a mapping, notes to the user) -> the mapping in today's names
+"""
+
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from base.errors import brief
 from base.files import nearest
 from runtime.config.values import convert, describe, example, show
 
 
-def knob(
-    default: Any,
-    help: str,
-    *,
-    choices=(),
-    low=None,
-    high=None,
-    aliases=(),
-    bare: str | None = None,
-    unused: bool = False,
-    moved_to: str | None = None,
-) -> Any:
-    """A field of a configuration. `help` tells its meaning and unit.
-
-    choices: the values allowed; low, high: inclusive range; both hold for each element of a list.
-    aliases: other names of the field, `j` makes `-j`. bare: the value of a flag that stands alone.
-    unused: accepted from old configurations without effect, which is reported. moved_to: path of the
-    knob that is set instead. Mutable defaults are copied.
-    """
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "low": low,
-        "high": high,
-        "aliases": aliases,
-        "bare": bare,
-        "unused": unused,
-        "moved_to": moved_to,
-    }
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def section(kind: type, *, aliases: Sequence[str] = (), flat: bool = False, **defaults: Any) -> Any:
-    """A nested dataclass of knobs, some with other `defaults`. flat: `--lr` is accepted for
-    `--optimizer.lr`."""
-    return field(
-        default_factory=lambda: kind(**defaults), metadata={"aliases": aliases, "flat": flat}
-    )
-
-
 @dataclass(frozen=True)
 class Knob:
-    """What the schema knows of one field."""
+    """One option; what is not described here is as in base.knobs.knob."""
 
     kind: Any
     default: Any
-    group: str
+    group: str  # its heading in --help
     help: str = ""
     choices: tuple = ()
     low: float | None = None
     high: float | None = None
     aliases: tuple[str, ...] = ()
     bare: str | None = None
-    unused: bool = False
-    moved_to: str | None = None
+    methods: tuple[str, ...] = ()
+    rare: bool = False
 
     def read(self, value: Any) -> Any:
         """`value` in the knob's type; ValueError where type, range or choice is wrong."""
@@ -78,96 +38,129 @@ class Knob:
         for item in value if isinstance(value, list | tuple) else [value]:
             if item is None:
                 continue
-            below, above = (
-                self.low is not None and item < self.low,
-                self.high is not None and item > self.high,
-            )
-            if below or above or (self.choices and item not in self.choices):
+            too_low = self.low is not None and item < self.low
+            too_high = self.high is not None and item > self.high
+            if too_low or too_high or (self.choices and item not in self.choices):
                 raise ValueError(value)
         return value
 
     def complaint(self, value: Any) -> str:
-        bounds = [
-            f"{sign} {bound}"
-            for sign, bound in ((">=", self.low), ("<=", self.high))
-            if bound is not None
-        ]
-        expected = (
-            "one of " + ", ".join(map(show, self.choices)) if self.choices else describe(self.kind)
-        )
-        wanted = " ".join([expected, " and ".join(bounds)]).strip()
-        return f"expected {wanted}, got {brief(value)}; for example {example(self.kind, self.default, self.choices)}"
+        """What was expected instead of `value`."""
+        wanted = describe(self.kind)
+        if self.choices:
+            wanted = "one of " + ", ".join(map(show, self.choices))
+        limits = {">=": self.low, "<=": self.high}
+        bounds = [f"{sign} {limit}" for sign, limit in limits.items() if limit is not None]
+        wanted = f"{wanted} {' and '.join(bounds)}".strip()
+        likely = example(self.kind, self.default, self.choices)
+        return f"expected {wanted}, got {brief(value)}; for example {likely}"
 
 
+class Found(NamedTuple):
+    """What a key names."""
+
+    path: str
+    rest: list[str]  # names after that of a knob: keys of its mapping
+    moved: bool  # written in one section, it belongs to another
+
+
+@dataclass
 class Schema:
-    """Every knob of a configuration class by its dotted path, and every spelling of a path."""
+    """All knobs of the configuration class `cls` and of its sections."""
 
-    def __init__(self, cls: type):
-        self.knobs: dict[str, Knob] = {}
-        self.sections: dict[str, type] = {"": cls}
-        self.spellings: dict[str, str] = {}
-        self._add(cls, cls, "")
+    cls: type
+    knobs: dict[str, Knob] = field(default_factory=dict)
+    sections: dict[str, type] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)  # path -> why it has no effect
+    old_names: set[str] = field(default_factory=set)  # paths that a section's `translate` takes
+    spellings: dict[str, str] = field(default_factory=dict)  # every accepted name -> path
+
+    def __post_init__(self):
+        self._add(self.cls, self.cls, "")
 
     def _add(self, cls: type, node: Any, prefix: str) -> None:
         """`node`: the class itself, or for a section an instance, whose values are the defaults."""
+        self.sections[prefix.rstrip(".")] = cls
+        self._add_other_names(cls, prefix)
         hints = get_type_hints(cls)
         owners = {f.name: _owner(cls, f.name) for f in fields(cls) if f.init}
-        for f in sorted(
-            (f for f in fields(cls) if f.init), key=lambda f: owners[f.name] is not cls
-        ):  # own ones first
+        own_first = sorted(owners, key=lambda name: owners[name] is not cls)
+        for f in (cls.__dataclass_fields__[name] for name in own_first):
             default = f.default_factory() if f.default_factory is not MISSING else f.default
             default = default if node is cls else getattr(node, f.name)
             path = prefix + f.name
             for name in (f.name, *f.metadata.get("aliases", ())):
                 self.spellings[prefix + name] = path
             if is_dataclass(default):
-                self.sections[path] = type(default)
                 self._add(type(default), default, path + ".")
                 if f.metadata.get("flat"):
-                    inner = [(k, v) for k, v in self.spellings.items() if k.startswith(path + ".")]
-                    for name, target in inner:
-                        self.spellings.setdefault(prefix + name[len(path) + 1 :], target)
+                    self._add_flat(path + ".", prefix)
                 continue
-            about = {k: v for k, v in f.metadata.items() if k in Knob.__dataclass_fields__}
-            about.setdefault("help", _comment(owners[f.name], f.name))
+            about = {key: f.metadata[key] for key in f.metadata if key != "flat"}
+            group = _title(owners[f.name], prefix)
             try:
-                default = convert(default, hints[f.name])
+                value = convert(default, hints[f.name])
             except ValueError:
-                raise TypeError(
-                    f"{cls.__name__}.{f.name}: default {default!r} is not {hints[f.name]}"
-                ) from None
-            self.knobs[path] = Knob(hints[f.name], default, _title(owners[f.name], prefix), **about)
+                declared = f"{cls.__name__}.{f.name}"
+                raise TypeError(f"{declared}: default {default!r} is not {hints[f.name]}") from None
+            self.knobs[path] = Knob(hints[f.name], value, group, **about)
 
-    def find(self, key: str) -> tuple[str, list[str]] | None:
-        """Path of the knob or section that `key` names, and what follows the name of a knob (keys
-        of a mapping)."""
+    def _add_other_names(self, cls: type, prefix: str) -> None:
+        for base in cls.__mro__:
+            for name, why in vars(base).get("IGNORED", {}).items():
+                self.ignored[prefix + name] = why
+                self.spellings[prefix + name] = prefix + name
+            for name, path in vars(base).get("ELSEWHERE", {}).items():
+                self.spellings[prefix + name] = path
+            for name in vars(base).get("OLD_NAMES", ()):
+                self.old_names.add(prefix + name)
+                self.spellings[prefix + name] = prefix + name
+
+    def _add_flat(self, inner: str, prefix: str) -> None:
+        """Names of a section without the section's own, where nothing else has them."""
+        for name, path in list(self.spellings.items()):
+            if name.startswith(inner):
+                self.spellings.setdefault(prefix + name[len(inner) :], path)
+
+    def find(self, key: str) -> Found | None:
+        """What `key` names, None where it is unknown."""
         path, names = "", key.split(".")
         for i, name in enumerate(names):
-            path = self.spellings.get((path and path + ".") + name.replace("-", "_"), "")
+            inside = path and path + "."
+            path = self.spellings.get(inside + name.replace("-", "_"), "")
             if not path:
                 return None
-            if path in self.knobs:
-                return path, names[i + 1 :]
-        return path, []
+            if path not in self.sections:
+                return Found(path, names[i + 1 :], moved=not path.startswith(inside))
+        return Found(path, [], moved=False)
+
+    def flat_names(self, path: str) -> list[str]:
+        """How --help writes `path`: names without a section's where they are accepted."""
+        names = [name for name, target in self.spellings.items() if target == path]
+        short = [name for name in names if "." not in name]
+        return short or [name for name in names if name.startswith(path.rpartition(".")[0])]
 
     def nearest(self, key: str) -> str | None:
-        """The valid key that was probably meant."""
+        """The valid key that was probably meant: same last part, or all its words in a longer one."""
         key = key.replace("-", "_")
-        same_leaf = [
-            path for path in self.knobs if path.rpartition(".")[2] == key.rpartition(".")[2]
-        ]
-        return nearest(key, same_leaf, cutoff=0) or nearest(key, self.spellings, cutoff=0.6)
+        leaf = key.rpartition(".")[2]
+        known = [name for name, path in self.spellings.items() if path in self.knobs]
+        same_leaf = [path for path in self.knobs if path.rpartition(".")[2] == leaf]
+        longer = [name for name in known if set(leaf.split("_")) < set(name.split("_"))]
+        for candidates, cutoff in ((same_leaf, 0), (known, 0.8), (longer, 0), (known, 0.6)):
+            if found := nearest(key, candidates, cutoff):
+                return found
+        return None
 
     def build(self, values: Mapping[str, Any], prefix: str = "") -> Any:
         """The configuration object with one value per knob."""
         cls = self.sections[prefix.rstrip(".")]
-        inner = {f.name: prefix + f.name for f in fields(cls) if f.init}
-        return cls(
-            **{
-                n: self.build(values, p + ".") if p in self.sections else values[p]
-                for n, p in inner.items()
-            }
-        )
+        arguments = {}
+        for name in (f.name for f in fields(cls) if f.init):
+            path = prefix + name
+            inner = path in self.sections
+            arguments[name] = self.build(values, path + ".") if inner else values[path]
+        return cls(**arguments)
 
 
 def _owner(cls: type, name: str) -> type:
@@ -175,24 +168,8 @@ def _owner(cls: type, name: str) -> type:
     return next(c for c in reversed(cls.__mro__) if name in getattr(c, "__dataclass_fields__", ()))
 
 
-@cache
-def _comment(owner: type, name: str) -> str:
-    """The comment behind a field: how classes of models/ and dataset/, which know no knobs,
-    document theirs."""
-    source = _lines(owner)
-    return next(
-        (m[1] for line in source if (m := re.match(rf"    {name}: .*?  # (.*)$", line))), ""
-    )
-
-
-@cache
-def _lines(cls: type) -> list[str]:
-    return inspect.getsource(cls).splitlines()
-
-
 def _title(owner: type, prefix: str) -> str:
-    doc = (owner.__doc__ or "").strip().split("\n")[0].rstrip(".")
-    doc = (
-        "" if doc.startswith(f"{owner.__name__}(") else doc
-    )  # the signature that dataclass() writes
-    return ": ".join(filter(None, [prefix.rstrip("."), doc])) or "Options"
+    """First line of the class's docstring, after the section's name."""
+    first = (owner.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    title = "" if first.startswith(f"{owner.__name__}(") else first  # dataclass() wrote that one
+    return ": ".join(filter(None, [prefix.rstrip("."), title])) or "Options"

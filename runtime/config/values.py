@@ -1,7 +1,5 @@
-"""Values of a configuration: from YAML or the words of a flag to the declared type, and back to
-text."""
+"""Values of a configuration: from YAML or the words of a flag to the declared type."""
 
-import json
 import math
 import re
 import types
@@ -10,21 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from base.errors import UserError, brief
-from base.files import DEPTH_LIMIT, read_text
+from runtime.config.yaml import parse_yaml
 
-YAML_LIMIT = 64 << 20  # bytes of a file
-NODE_LIMIT = 1_000_000  # values of a file, its aliases written out
-TRUTH = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
-}
+YES = ("true", "yes", "on", "1")
+NO = ("false", "no", "off", "0")
 # type -> (how an error names it, how --help marks it, an example)
 NAMES = {
     bool: ("true or false", "[true|false]", "true"),
@@ -38,6 +25,7 @@ NAMES = {
 }
 
 
+# ---- to the declared type
 def convert(value: Any, kind: Any) -> Any:
     """`value`, from YAML or as the text of a flag, as type `kind`.
 
@@ -47,25 +35,25 @@ def convert(value: Any, kind: Any) -> Any:
     if kind is Any:
         return value
     if origin in (Union, types.UnionType):
-        exact = [m for m in members if type(value) is (get_origin(m) or m)]
-        for member in (*exact, *members):
-            with suppress(ValueError):
-                return convert(value, member)
-        raise ValueError(value)
+        return _one_of(value, members)
     if origin is Literal:
-        known = {str(m): m for m in members}
-        return known[str(value)] if str(value) in known else _refuse(value)
-    kind = origin or kind
-    if kind in (list, tuple):
-        return _sequence(value, kind, members)
-    if kind is dict:
-        if not isinstance(value, Mapping):
-            raise ValueError(value)
+        return {str(member): member for member in members}[_known(str(value), map(str, members))]
+    if (origin or kind) in (list, tuple):
+        return _sequence(value, origin or kind, members)
+    if (origin or kind) is dict and isinstance(value, Mapping):
         key_kind, item_kind = members or (Any, Any)
         return {convert(k, key_kind): convert(v, item_kind) for k, v in value.items()}
     if kind not in SCALARS:
-        raise TypeError(f"a configuration cannot hold {kind}")
+        raise (ValueError if (origin or kind) is dict else TypeError)(f"cannot hold {kind}")
     return SCALARS[kind](value)
+
+
+def _one_of(value: Any, kinds: Sequence) -> Any:
+    exact = [kind for kind in kinds if type(value) is (get_origin(kind) or kind)]
+    for kind in (*exact, *kinds):
+        with suppress(ValueError):
+            return convert(value, kind)
+    raise ValueError(value)
 
 
 def _sequence(value: Any, kind: type, members: tuple) -> Any:
@@ -78,22 +66,25 @@ def _sequence(value: Any, kind: type, members: tuple) -> Any:
     kinds = members if fixed else (members or (Any,))[:1] * len(value)
     if len(kinds) != len(value):
         raise ValueError(value)
-    return kind(convert(v, k) for v, k in zip(value, kinds, strict=True))
+    return kind(convert(item, item_kind) for item, item_kind in zip(value, kinds, strict=True))
 
 
-def _refuse(value: Any) -> Any:
-    raise ValueError(value)
+def _known(text: str, names) -> str:
+    if text not in names:
+        raise ValueError(text)
+    return text
 
 
 def _bool(value: Any) -> bool:
-    text = str(value).lower()
-    return TRUTH[text] if text in TRUTH else _refuse(value)
+    return _known(str(value).lower(), YES + NO) in YES
 
 
 def _float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(value)
-    return _refuse(value) if math.isnan(float(value)) else float(value)
+    if math.isnan(float(value)):
+        raise ValueError(value)
+    return float(value)
 
 
 def _int(value: Any) -> int:
@@ -102,19 +93,23 @@ def _int(value: Any) -> int:
             return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    return int(float(value)) if _float(value).is_integer() else _refuse(value)
+    if not _float(value).is_integer():
+        raise ValueError(value)
+    return int(_float(value))
 
 
-def _str(value: Any) -> str:
-    # a number is welcome: `epochs: 30` is as good as '30 epochs'
+def _str(value: Any) -> str:  # a number is welcome: `epochs: 30` is as good as '30 epochs'
     if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
         raise ValueError(value)
     return str(value)
 
 
+def _path(value: Any) -> Path:
+    return Path(_str(value))
+
+
 def _none(value: Any) -> None:
-    if value is not None and str(value).lower() not in ("none", "null"):
-        raise ValueError(value)
+    _known(str(value).lower(), ("none", "null"))
 
 
 SCALARS: dict[Any, Callable[[Any], Any]] = {
@@ -122,32 +117,13 @@ SCALARS: dict[Any, Callable[[Any], Any]] = {
     int: _int,
     float: _float,
     str: _str,
+    Path: _path,
     type(None): _none,
 }
-SCALARS[Path] = lambda value: Path(_str(value))
-
-
-def alternatives(kind: Any) -> list[Any]:
-    """The types a value may have, without None."""
-    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    return [m for m in members if m is not type(None)]
-
-
-def allows(kind: Any, *wanted: type) -> bool:
-    """Whether a value of type `kind` may be one of `wanted`, whatever its elements."""
-    return any((get_origin(m) or m) in wanted for m in alternatives(kind))
-
-
-def element(kind: Any) -> Any:
-    """Type of one element of a list or tuple; of anything else the type itself, the first where
-    there are several."""
-    first = alternatives(kind)[0]
-    return alternatives((get_args(first) or (str,))[0])[0] if allows(first, list, tuple) else first
 
 
 def from_words(words: Sequence[str], kind: Any) -> Any:
-    """The words after a flag, as a value for `convert`. Lists: several words, commas, or `[a,
-    b]`."""
+    """The words after a flag, as a value for `convert`. Lists: several words, commas, or [a, b]."""
     text = words[0]
     if text.lower() in ("none", "null") and type(None) in get_args(kind):
         return None
@@ -155,13 +131,34 @@ def from_words(words: Sequence[str], kind: Any) -> Any:
         # a comma inside the braces of shard-{00,01}.tar does not separate
         parts = [part for word in words for part in re.split(r",(?![^{]*})", word) if part]
         return [from_words([part], element(kind)) for part in parts]
-    for alternative in sorted(
-        alternatives(kind), key=lambda k: k in (str, Path)
-    ):  # text takes anything: last
-        structured = alternative is Any or allows(alternative, dict, list, tuple)
+    for choice in sorted(alternatives(kind), key=(str, Path).__contains__):  # text takes all: last
+        structured = choice is Any or allows(choice, dict, list, tuple)
         with suppress(ValueError):
-            return convert(parse_yaml(text)[0] if structured else text, alternative)
+            return convert(parse_yaml(text)[0] if structured else text, choice)
     return text
+
+
+# ---- about a type
+def alternatives(kind: Any) -> list[Any]:
+    """The types a value may have, without None."""
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return [member for member in members if member is not type(None)]
+
+
+def allows(kind: Any, *wanted: type) -> bool:
+    """Whether a value of type `kind` may be one of `wanted`, whatever its elements."""
+    return any((get_origin(member) or member) in wanted for member in alternatives(kind))
+
+
+def element(kind: Any) -> Any:
+    """Type of one element of a list or tuple; of anything else its first type."""
+    first = alternatives(kind)[0]
+    return alternatives((get_args(first) or (str,))[0])[0] if allows(first, list, tuple) else first
+
+
+def options(kind: Any, choices: Sequence) -> Sequence:
+    """The values that are allowed, where they are few."""
+    return choices or (get_args(element(kind)) if get_origin(element(kind)) is Literal else ())
 
 
 def describe(kind: Any) -> str:
@@ -181,10 +178,8 @@ def describe(kind: Any) -> str:
 def placeholder(kind: Any, choices: Sequence = ()) -> str:
     """The type as --help marks it: `INT`, `{a,b}`, `TEXT ...`."""
     item = element(kind)
-    options = choices or (get_args(item) if get_origin(item) is Literal else ())
-    word = (
-        "{" + ",".join(map(show, options)) + "}" if options else NAMES[get_origin(item) or item][1]
-    )
+    word = "{" + ",".join(map(show, options(kind, choices))) + "}"
+    word = word if options(kind, choices) else NAMES[get_origin(item) or item][1]
     return word + " ..." if allows(kind, list, tuple) else word
 
 
@@ -193,8 +188,8 @@ def example(kind: Any, default: Any, choices: Sequence = ()) -> str:
     if default not in (None, "", [], (), {}):
         return show(default)
     item = element(kind)
-    options = choices or (get_args(item) if get_origin(item) is Literal else ())
-    return show(options[0]) if options else NAMES[get_origin(item) or item][2]
+    known = options(kind, choices)
+    return show(known[0]) if known else NAMES[get_origin(item) or item][2]
 
 
 def show(value: Any) -> str:
@@ -204,89 +199,3 @@ def show(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(show, value)) or "[]"
     return str(value) or "''"
-
-
-def read_yaml(path: str | Path) -> tuple[dict[str, Any], Any]:
-    """The mapping that a YAML file holds, and its node tree. UserError."""
-    try:
-        values, node = parse_yaml(read_text(path, limit=YAML_LIMIT))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict | None):
-        raise UserError(f"{path}: expected lines of key: value, got {brief(values)}")
-    return dict(values or {}), node
-
-
-def parse_yaml(text: str) -> tuple[Any, Any]:
-    """YAML 1.2 (1e-4 is a number, `no` is text) as plain values, and the node tree that knows
-    lines.
-
-    Raises ValueError, its message starting with the line, where it is not YAML, a key stands twice,
-    it nests deeper than DEPTH_LIMIT or its aliases stand for more than NODE_LIMIT values.
-    """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-    try:
-        node = YAML(typ="safe", pure=True).compose(text)
-        _check_size(node)
-        return YAML(typ="safe", pure=True).load(text), node
-    except YAMLError as error:
-        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-        line = f"line {mark.line + 1}: " if mark else ""
-        problem = str(getattr(error, "problem", error)).replace("\n", " ")
-        raise ValueError(line + problem[:200]) from None
-    except RecursionError:
-        raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels") from None
-
-
-def _check_size(root: Any) -> None:
-    """ValueError where a node tree, its aliases written out, is too deep or too large."""
-    sizes: dict[int, int] = {}  # by node: values that it stands for
-
-    def size(node: Any, depth: int) -> int:
-        if depth > DEPTH_LIMIT:
-            raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels")
-        if id(node) not in sizes:
-            inner = node.value if isinstance(getattr(node, "value", None), list) else []
-            pairs = (each if isinstance(each, tuple) else (each,) for each in inner)
-            sizes[id(node)] = 1 + sum(size(each, depth + 1) for pair in pairs for each in pair)
-        return sizes[id(node)]
-
-    if size(root, 0) > NODE_LIMIT:
-        raise ValueError(f"its aliases stand for more than {NODE_LIMIT:,} values")
-
-
-def line_of(node: Any, key: str) -> int | None:
-    """Line, from 1, of the dotted `key` in a node tree of `parse_yaml`."""
-    if getattr(node, "id", None) != "mapping":
-        return None
-    for name, inner in node.value:
-        if name.value == key:
-            return name.start_mark.line + 1
-        if key.startswith(f"{name.value}."):
-            return line_of(inner, key[len(name.value) + 1 :]) or name.start_mark.line + 1
-    return None
-
-
-def to_yaml(value: Any) -> str:
-    """Plain values (numbers, text, lists, mappings) as YAML on one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{to_yaml(k)}: {to_yaml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(to_yaml, value)) + "]"
-    if value is None or isinstance(value, bool | int):
-        return json.dumps(value)
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else f"{value:+}".replace("inf", ".inf")
-    text = str(value)
-    if re.fullmatch(r"[A-Za-z/]([\w ./-]*[\w./-])?", text, re.ASCII) and text.lower() not in (
-        *TRUTH,
-        "null",
-        "none",
-    ):
-        return text
-    quoted = json.dumps(text, ensure_ascii=False)
-    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)

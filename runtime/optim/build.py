@@ -9,7 +9,7 @@ from torch import nn
 
 from base import distributed
 from base.errors import UserError
-from runtime.config.cli import knob
+from base.knobs import knob
 from runtime.optim.keras import KerasAdamW, KerasSGD
 from runtime.optim.lamb import Lamb
 
@@ -27,30 +27,39 @@ NOT_DECAYED = (
 
 @dataclass
 class Optimizer:
-    """The `optimizer` section of a configuration."""
+    """AdamW, SGD or LAMB."""
 
     opt: str = knob("adamw", "optimizer", choices=("adamw", "adamW", "sgd", "lamb"))
-    lr: float = knob(1e-4, "peak learning rate, absolute (not scaled by the batch)", low=0)
+    lr: float = knob(
+        1e-4,
+        "peak learning rate, absolute (not scaled by the batch)",
+        low=0,
+        aliases=("learning_rate",),
+    )
     weight_decay: float = knob(0.02, "decoupled weight decay of matrices", low=0, aliases=("wd",))
     betas: tuple[float, float] = knob((0.9, 0.999), "decay rates of Adam's two moments")
-    eps: float = knob(1e-8, "Adam's epsilon", low=0)
-    momentum: float = knob(0.9, "momentum of SGD", low=0, high=1)
+    eps: float = knob(1e-8, "Adam's epsilon", low=0, rare=True)
+    momentum: float = knob(0.9, "momentum of SGD", low=0, high=1, rare=True)
     clip_grad_norm: float | None = knob(
         None, "largest global gradient norm (L2); none = no clipping", low=0
     )
     keras: bool = knob(
         False,
         "Keras' arithmetic: learning rate in SGD's velocity, epsilon outside Adam's correction",
+        rare=True,
     )
     scalar_lr_scale: float = knob(
-        1.0, "learning rate of scalars (temperatures) as a multiple of lr", low=0
+        1.0, "learning rate of scalars (temperatures) as a multiple of lr", low=0, rare=True
     )
     lr_scales: list[str] = knob(
-        [], "NAME=SHARE each: parameters whose names begin with NAME learn at SHARE times lr"
+        [],
+        "NAME=SHARE each: parameters whose names begin with NAME learn at SHARE times lr",
+        rare=True,
     )
     decay_everything: bool = knob(
         False,
         "as the originals: also decay temperature, [CLS], mask and position embeddings and embedding tables",
+        rare=True,
     )
 
 

@@ -4,9 +4,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from base.errors import UserError
-from runtime.config.cli import knob
+from base.knobs import knob
+from runtime.config.ignored import SCHEDULE
 
 Duration = (
     str  # "500 steps", "3 epochs", "1e6 samples", "5%", or a bare number in the unit the knob names
@@ -34,24 +36,29 @@ class Schedule:
         "5%", "length of the linear warm-up: 'steps', 'epochs', 'samples' or '%' of training"
     )
     power: float = knob(
-        1.0, "of vit_linear: exponent of the fraction of training that is left", low=0
-    )
-    warmup_epochs: int = knob(
-        20, "original warm-up only: its length in units of 100 iterations of the first epoch"
+        1.0, "of vit_linear: exponent of the fraction of training that is left", low=0, rare=True
     )
     original_warmup: bool = knob(
         False,
-        "reproduce the original: warm-up in stairs of 100 iterations inside epoch 0, then one value an epoch",
+        "as SIMLA and ALBEF: the warm-up in stairs of 100 updates inside epoch 0, then one value an epoch",
+        rare=True,
     )
-    lr: float | None = knob(
-        None, "another name of optimizer.lr, from old configurations", moved_to="optimizer.lr"
-    )
-    decay_rate: float | None = knob(
-        None, "accepted from old configurations, not used by any of their schedules", unused=True
-    )
-    cooldown_epochs: int = knob(
-        0, "accepted from old configurations, not used by any of their schedules", unused=True
-    )
+
+    IGNORED = SCHEDULE
+    ELSEWHERE = MappingProxyType({"lr": "optimizer.lr"})
+    OLD_NAMES = ("warmup_epochs",)
+
+    @staticmethod
+    def translate(values: dict, notes: list[str]) -> dict:
+        """SIMLA's and ALBEF's `warmup_epochs: 20`, which counts stairs of 100 updates in epoch 0.
+
+        Files that this project saved hold it beside `original_warmup: false`, without effect.
+        """
+        stairs = values.pop("warmup_epochs", None)
+        if stairs is None or values.get("original_warmup") is False:
+            return values
+        length = 100 * stairs if isinstance(stairs, int | float) else stairs
+        return values | {"warmup": f"{length} steps", "original_warmup": True}
 
 
 def steps(
@@ -100,11 +107,13 @@ def learning_rate(
     at the last step.
     With `original_warmup`: the stairs of SIMLA / ALBEF (see `original_learning_rate`).
     """
+    warmup = steps(schedule.warmup, epoch_steps=epoch_steps, batch=batch, total=total)
     if schedule.original_warmup:
+        epochs = max(1, total // epoch_steps)
         return lambda step: original_learning_rate(
-            schedule, peak, step, epoch_steps, max(1, total // epoch_steps)
+            schedule, peak, step, epoch_steps, epochs, stairs=round(warmup / 100)
         )
-    warmup = min(steps(schedule.warmup, epoch_steps=epoch_steps, batch=batch, total=total), total)
+    warmup = min(warmup, total)
 
     if schedule.sched == "rocket":
         return lambda step: rocket_learning_rate(schedule, peak, step, warmup, total)
@@ -126,16 +135,15 @@ def learning_rate(
 
 
 def original_learning_rate(
-    schedule: Schedule, peak: float, step: int, epoch_steps: int, epochs: int
+    schedule: Schedule, peak: float, step: int, epoch_steps: int, epochs: int, stairs: int
 ) -> float:
     """Learning rate of the SIMLA / ALBEF loops at optimizer step `step` (0-based).
 
-    In epoch 0 the rate rises by one stair after every 100 iterations, `warmup_epochs` stairs in
-    all, and stays at the peak; epoch e >= 1 uses the cosine at e. An epoch shorter than the warm-up
-    cuts it, and epoch 1 jumps.
+    In epoch 0 the rate rises by one stair after every 100 iterations, `stairs` in all, and stays at
+    the peak; epoch e >= 1 uses the cosine at e. An epoch shorter than the warm-up cuts it, and
+    epoch 1 jumps.
     """
     epoch, iteration = divmod(step, epoch_steps)
-    stairs = schedule.warmup_epochs
     if epoch == 0:
         # the update of iteration i sees the value set after iteration i - 1, hence the minus one
         reached = min(stairs, max(0, iteration - 1) // 100)
@@ -237,8 +245,6 @@ class Plan:
     @property
     def warmup(self) -> int:
         """Updates of warm-up that the configuration asks for; they may be more than there is room for."""
-        if self.schedule.original_warmup:
-            return 100 * self.schedule.warmup_epochs
         return self.steps(self.schedule.warmup)
 
     @property

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
 from base.files import read_json_lines
+from base.knobs import knob
 from dataset.sources.tar_writer import write_shard, write_statistics
 from dataset.tasks.captions import coco_entries
 from runtime.config import cli as configuration
-from runtime.config.cli import knob
 
 
 @dataclass

@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import Recognition
 from base import distributed
 from base.errors import UserError
+from base.knobs import knob
 from dataset.tasks.recognition import Sequences
 from dataset.text.sentencepiece import PieceTokenizer
 from models.recognition.decoding import one_shot, rank_labels
 from models.recognition.nxtp import Nxtp
 from runtime.config import cli as configuration
-from runtime.config.cli import knob
 
 
 @dataclass

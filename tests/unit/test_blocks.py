@@ -1,9 +1,10 @@
-"""What counts as a block for checkpointing and sharding, and help taken from comments."""
+"""What counts as a block for checkpointing and sharding, and help of a model's options."""
 
 from torch import nn
 
+from base.knobs import section
 from models.dual_encoder.base import DualConfig
-from runtime.config.schema import Schema, section
+from runtime.config.schema import Schema
 from runtime.parallel import is_stage, transformer_blocks
 
 
@@ -25,7 +26,7 @@ def test_lists_and_stages_of_one_class_hold_blocks():
     assert transformer_blocks(network) == [*stage, *listed]
 
 
-def test_help_of_classes_without_knobs_is_their_comments():
+def test_options_of_models_have_their_help_in_the_field():
     from dataclasses import make_dataclass
 
     config = make_dataclass("Config", [("network", DualConfig, section(DualConfig, flat=True))])

@@ -467,7 +467,9 @@ def test_help_shows_description_groups_and_defaults(capsys):
     assert (
         "--workers, -j INT" in out and "--model {vit_b,vit_l}" in out and "--mode {pre,fine}" in out
     )
-    assert "--optimizer.weight-decay, --optimizer.wd FLOAT" in out and "[default: 0.0003]" in out
+    assert "  --weight-decay, --wd FLOAT" in out and "[default: 0.0003]" in out
+    assert "--optimizer." not in out  # its flat names are the ones to type
+    assert "--scheduler.min-lr, --scheduler.lr-end FLOAT" in out
 
 
 class Mendable(UserError):
@@ -602,14 +604,47 @@ def test_the_learning_rate_of_old_schedules_is_the_optimizers(yaml):
     assert parse(VeConfig, ["--config", str(saved)]).optimizer.lr == 1e-5
 
 
+def test_help_shows_what_the_method_uses(capsys):
+    @dataclass
+    class Methods(Base):
+        METHOD = ("method",)
+        method: str = knob("alpha", "what to train", choices=("alpha", "beta"))
+        aa: int = knob(1, "width of alpha", methods="alpha")
+        bb: int = knob(1, "width of beta", methods="beta")
+        cc: int = knob(1, "for experts", rare=True)
+
+    def shown(*argv: str) -> set[str]:
+        with pytest.raises(SystemExit):
+            parse(Methods, [*argv, "--help"] if "--help" not in argv else argv)
+        words = capsys.readouterr().out.split()
+        return {word for word in words if word in ("--aa", "--bb", "--cc", "--seed")}
+
+    assert shown() == {"--aa", "--seed"}
+    assert shown("--method", "beta") == {"--bb", "--seed"}
+    assert shown("--help", "all") == {"--aa", "--bb", "--cc", "--seed"}
+
+
+@pytest.mark.parametrize(
+    "flag, meant",
+    [("--steps", "--max-steps"), ("--batch", "--batch-size"), ("--num-workers", "--workers")],
+)
+def test_an_unknown_flag_suggests_the_option_that_has_its_words(flag, meant):
+    from Pretrain import Config as PretrainConfig
+
+    with pytest.raises(UserError) as error:
+        parse(PretrainConfig, [flag, "1"])
+    assert str(error.value) == f"{flag}: unknown key; did you mean {meant}?"
+
+
 def test_what_has_no_effect_is_reported_on_the_first_rank(yaml, capsys, monkeypatch):
     from VE import Config as VeConfig
 
     old = yaml("schedular: {decay_rate: 1, cooldown_epochs: 0}")
     parse(VeConfig, ["--config", str(old), "--mlm_probability", "0.15"])
     said = capsys.readouterr().out
-    assert said.startswith("note: without effect here:") and "schedular.decay_rate" in said
-    assert "cooldown" not in said and "mlm" not in said  # as they are anyway
+    assert said.startswith("note: without effect here: schedular.decay_rate (no schedule of")
+    assert "schedular.cooldown_epochs" in said and "--mlm-probability (no tokens are" in said
+    assert said.count("\n") == 1
     monkeypatch.setenv("RANK", "1")
     parse(VeConfig, ["--mlm_probability", "0.3"])
     assert capsys.readouterr().out == ""

@@ -21,7 +21,7 @@ from dataset.tasks.vqa import (
 )
 from dataset.text.wordpiece import TextCollate, Tokenizer
 from evaluation.vqa import save_answers
-from runtime.config.values import parse_yaml
+from runtime.config.yaml import parse_yaml
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_original_schedule_equals_the_originals_at_every_change():
             epochs=wanted["epochs"],
             min_lr=wanted["min_lr"],
             warmup_lr=wanted["warmup_lr"],
-            warmup_epochs=wanted["warmup_epochs"],
+            warmup=f"{100 * wanted['warmup_epochs']} steps",
             original_warmup=True,
         )
         total = wanted["epochs"] * epoch_steps

@@ -1,0 +1,89 @@
+"""YAML files of a configuration: read with limits and lines, written with comments."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from base.errors import UserError, brief
+from base.files import DEPTH_LIMIT, read_text
+
+SIZE_LIMIT = 64 << 20  # bytes of a file
+NODE_LIMIT = 1_000_000  # values of a file, its aliases written out
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], Any]:
+    """The mapping that a YAML file holds, and its node tree. UserError."""
+    text = read_text(path, limit=SIZE_LIMIT)
+    try:
+        values, node = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path}: expected lines of key: value, got {brief(values)}")
+    return dict(values or {}), node
+
+
+def parse_yaml(text: str) -> tuple[Any, Any]:
+    """YAML 1.2 (1e-4 is a number, `no` is text) as plain values, and the node tree with lines.
+
+    Raises ValueError, its message starting with the line, where it is not YAML, a key stands twice,
+    it nests deeper than DEPTH_LIMIT or its aliases stand for more than NODE_LIMIT values.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        node = YAML(typ="safe", pure=True).compose(text)
+        if _size(node, 0, {}) > NODE_LIMIT:
+            raise ValueError(f"its aliases stand for more than {NODE_LIMIT:,} values")
+        return YAML(typ="safe", pure=True).load(text), node
+    except YAMLError as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = str(getattr(error, "problem", error)).replace("\n", " ")
+        raise ValueError(line + problem[:200]) from None
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels") from None
+
+
+def _size(node: Any, depth: int, sizes: dict[int, int]) -> int:
+    """Values that a node stands for, its aliases written out. `sizes`: of the nodes seen so far."""
+    if depth > DEPTH_LIMIT:
+        raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels")
+    if id(node) not in sizes:
+        inner = node.value if isinstance(getattr(node, "value", None), list) else []
+        pairs = (each if isinstance(each, tuple) else (each,) for each in inner)
+        sizes[id(node)] = 1 + sum(_size(each, depth + 1, sizes) for pair in pairs for each in pair)
+    return sizes[id(node)]
+
+
+def line_of(node: Any, key: str) -> int | None:
+    """Line, from 1, of the dotted `key` in a node tree of `parse_yaml`."""
+    if getattr(node, "id", None) != "mapping":
+        return None
+    for name, inner in node.value:
+        if name.value == key:
+            return name.start_mark.line + 1
+        if key.startswith(f"{name.value}."):
+            return line_of(inner, key[len(name.value) + 1 :]) or name.start_mark.line + 1
+    return None
+
+
+def to_yaml(value: Any) -> str:
+    """Plain values (numbers, text, lists, mappings) as YAML on one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{to_yaml(k)}: {to_yaml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(to_yaml, value)) + "]"
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else f"{value:+}".replace("inf", ".inf")
+    if value is None or isinstance(value, bool | int):
+        return json.dumps(value)
+    plain = re.fullmatch(r"[A-Za-z/]([\w ./-]*[\w./-])?", value, re.ASCII)
+    if plain and value.lower() not in ("true", "false", "yes", "no", "on", "off", "null", "none"):
+        return value
+    quoted = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted)

@@ -1,0 +1,285 @@
+"""Real images to begin with: 430 captioned photographs and drawings of Debian's tuxpaint-stamps-default.
+
+    python scripts/data/get_stamps.py data/stamps
+    python scripts/data/get_stamps.py data/stamps --deb tuxpaint-stamps-default_2022.06.04-1_all.deb
+    python scripts/data/get_stamps.py data/stamps --languages en de fr --fold 2
+
+Animals, food, plants, vehicles ... on transparent ground, each with a caption in about 65 languages.
+The package (161 MB, GPL-2) is fetched by apt; it is used here, never part of this repository.
+
+Makes OUT/images (each stamp on several colours), pairs_{train,test}.json (images and captions, as
+Pretrain.py, Retrieval.py and main.py read them), classes/{train,test}/CLASS (8 classes, as
+eval_knn.py reads them), wds/{train,test} (shards), labels.json and templates.json (zero-shot
+classification), sheet.jpg (a look at all of it) and LICENCE. Whole subjects are held out: no image of
+the test set has its caption, its name or its look in the training set. --fold takes another fifth.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import lzma
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+PACKAGE = "tuxpaint-stamps-default"
+STAMPS = "usr/share/tuxpaint/stamps/"
+COPYRIGHT = f"usr/share/doc/{PACKAGE}/copyright"
+SIDE = 256  # pixels of the square images
+MARGIN = 16  # pixels around a stamp
+COLOURS = {  # grounds, the first for evaluation
+    "white": (255, 255, 255),
+    "sky": (168, 205, 235),
+    "grass": (150, 190, 120),
+    "sand": (225, 205, 165),
+    "grey": (128, 128, 128),
+}
+# Folder of stamps -> class. Folders that mix everything, such as town, have no class.
+CLASSES = {
+    "animals": "an animal", "food": "food", "plants": "a plant", "vehicles": "a vehicle",
+    "household": "a household object", "clothes": "clothing", "space": "space",
+    "hobbies": "a hobby",
+}  # fmt: skip
+FOLDS = 5
+
+
+class Stamp(NamedTuple):
+    """An image with its captions. name: path without ending, such as animals/birds/owl."""
+
+    name: str
+    image: bytes
+    captions: dict[str, str]  # by language
+
+    @property
+    def file(self) -> str:
+        return self.name.replace("/", "-")
+
+
+# ---- the package
+def fetch(folder: Path) -> Path:
+    """The package's file, fetched by apt. UserError."""
+    from base.errors import UserError
+
+    hint = f"fetch the package {PACKAGE} where there is a network and give its file as --deb"
+    if shutil.which("apt-get") is None:
+        raise UserError(f"no apt-get on this machine; {hint}")
+    command = ["apt-get", "download", "-qq", PACKAGE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    found = sorted(folder.glob("*.deb"))
+    if done.returncode or not found:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"apt-get download {PACKAGE}: {last}; try apt-get update, or {hint}")
+    return found[0]
+
+
+def members(deb: Path) -> Iterator[tuple[str, bytes]]:
+    """(path, content) of every file in a Debian package, which is an ar archive of tars. UserError."""
+    from base.errors import UserError
+
+    content = deb.read_bytes() if deb.is_file() else b""
+    place = 8
+    while content[:8] == b"!<arch>\n" and place + 60 <= len(content):
+        header = content[place : place + 60]
+        name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
+        if name.startswith("data.tar"):
+            data = content[place + 60 : place + 60 + size]
+            with tarfile.open(fileobj=io.BytesIO(_plain(data, name))) as archive:
+                for member in archive:
+                    if member.isfile():
+                        yield member.name.removeprefix("./"), archive.extractfile(member).read()
+            return
+        place += 60 + size + size % 2
+    raise UserError(f"{deb}: no Debian package; give the file of {PACKAGE}")
+
+
+def _plain(data: bytes, name: str) -> bytes:
+    if name.endswith(".zst"):  # newer packages; Python reads it from 3.14 on
+        return subprocess.run(["zstd", "-dc"], input=data, capture_output=True, check=True).stdout
+    return lzma.decompress(data) if name.endswith(".xz") else data
+
+
+def stamps_of(files: dict[str, bytes], languages: list[str]) -> list[Stamp]:
+    """The captioned stamps, without letters, signs and cartoons."""
+    found = []
+    for path in sorted(files):
+        name = path.removeprefix(STAMPS).removesuffix(".png")
+        folders = name.split("/")[:-1]
+        text = files.get(f"{STAMPS}{name}.txt")
+        if not path.endswith(".png") or text is None or not folders:
+            continue
+        if folders[0] == "symbols" or "cartoon" in folders:
+            continue
+        captions = captions_of(text.decode("utf-8", "replace"))
+        kept = {language: captions[language] for language in languages if language in captions}
+        if kept:
+            found.append(Stamp(name, files[path], kept))
+    return found
+
+
+def captions_of(text: str) -> dict[str, str]:
+    """Caption by language of a stamp's .txt: English in its first line, then `de.utf8=...`."""
+    first, *lines = text.splitlines() or [""]
+    captions = {"en": first.strip()}
+    for line in lines:
+        language, mark, caption = line.partition(".utf8=")
+        if mark and caption.strip():
+            captions[language.strip()] = caption.strip()
+    return {language: caption for language, caption in captions.items() if caption}
+
+
+# ---- images
+def on_ground(image: bytes, colour: tuple[int, int, int]):
+    """A square RGB image of a stamp in the middle of one colour."""
+    from PIL import Image
+
+    stamp = Image.open(io.BytesIO(image)).convert("RGBA")
+    scale = (SIDE - 2 * MARGIN) / max(stamp.size)
+    size = [max(1, round(scale * side)) for side in stamp.size]
+    stamp = stamp.resize(size, Image.Resampling.LANCZOS)
+    ground = Image.new("RGBA", (SIDE, SIDE), (*colour, 255))
+    ground.alpha_composite(stamp, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    return ground.convert("RGB")
+
+
+def write_images(stamps: list[Stamp], folder: Path) -> None:
+    """images/NAME-COLOUR.jpg of every stamp."""
+    folder.mkdir(parents=True)
+    for stamp in stamps:
+        for name, colour in COLOURS.items():
+            on_ground(stamp.image, colour).save(folder / f"{stamp.file}-{name}.jpg", quality=90)
+
+
+# ---- splits
+def subjects(stamps: list[Stamp], folder: Path) -> list[int]:
+    """A number for each stamp, the same for those that share a caption, a name but for its digits,
+    or the look."""
+    from dataset.health.duplicates import near_duplicates
+    from dataset.health.samples import examine_file
+
+    groups: dict[object, list[int]] = defaultdict(list)
+    for number, stamp in enumerate(stamps):
+        words = stamp.captions[min(stamp.captions)].lower().strip(" .!")
+        groups[words].append(number)
+        groups["name", stamp.name.rstrip("0123456789_-").removesuffix("-a")].append(number)
+    images = [examine_file(folder, f"{stamp.file}-white.jpg") for stamp in stamps]
+    alike = near_duplicates([image.signature for image in images])
+    leader = list(range(len(stamps)))
+    for group in [*groups.values(), *alike]:
+        first = min(leader[number] for number in group)
+        merged = {leader[number] for number in group}
+        leader = [first if each in merged else each for each in leader]
+    return leader
+
+
+def is_test(stamps: list[Stamp], leader: list[int], fold: int) -> list[bool]:
+    """Whether each stamp is held out: a fifth of the subjects of every class, another in each fold."""
+    by_class: dict[str, set[int]] = defaultdict(set)
+    for number in set(leader):
+        by_class[stamps[number].name.split("/")[0]].add(number)
+    chosen = set()
+    for numbers in by_class.values():
+        order = sorted(numbers, key=lambda n: hashlib.sha256(stamps[n].name.encode()).digest())
+        chosen |= {number for place, number in enumerate(order) if place % FOLDS == fold}
+    return [number in chosen for number in leader]
+
+
+# ---- what is written of them
+def write_split(out: Path, split: str, stamps: list[Stamp]) -> int:
+    """Lists, class folders and shards of one split; returns the number of images."""
+    from base.files import write_json
+    from dataset.sources.tar_writer import write_shard, write_statistics
+
+    colours = list(COLOURS) if split == "train" else list(COLOURS)[:1]
+    rows, samples = [], []
+    for stamp in stamps:
+        for colour in colours:
+            file = f"{stamp.file}-{colour}.jpg"
+            captions = list(dict.fromkeys(stamp.captions.values()))
+            rows.append({"image": f"images/{file}", "caption": captions, "stamp": stamp.name})
+            image = (out / "images" / file).read_bytes()
+            about = json.dumps({"captions": captions}).encode()
+            key = file.removesuffix(".jpg").replace(".", "_")
+            samples.append(
+                (key, {"jpg": image, "txt": "\n".join(captions).encode(), "json": about})
+            )
+            if (kind := stamp.name.split("/")[0]) in CLASSES:
+                target = out / "classes" / split / kind
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(out / "images" / file, target / file)
+    write_json(out / f"pairs_{split}.json", rows, indent=1)
+    shard = out / "wds" / split / "00000.tar"
+    write_statistics(shard, write_shard(shard, samples))
+    return len(rows)
+
+
+def write_sheet(stamps: list[Stamp], target: Path, columns: int = 20, side: int = 96) -> None:
+    """A contact sheet of all stamps, each on the next colour."""
+    from PIL import Image
+
+    rows = -(-len(stamps) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * side), (255, 255, 255))
+    for number, stamp in enumerate(stamps):
+        colour = list(COLOURS.values())[number % len(COLOURS)]
+        cell = on_ground(stamp.image, colour).resize((side, side))
+        sheet.paste(cell, (number % columns * side, number // columns * side))
+    sheet.save(target, quality=85)
+
+
+def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
+    """Write everything; returns a line that says what."""
+    from base.errors import UserError
+    from base.files import write_bytes, write_json
+
+    files = dict(members(deb))
+    stamps = stamps_of(files, languages)
+    if not stamps:
+        raise UserError(f"{deb}: no captions in {', '.join(languages)}; name others")
+    write_images(stamps, out / "images")
+    held_out = is_test(stamps, subjects(stamps, out / "images"), fold)
+    train = [stamp for stamp, test in zip(stamps, held_out, strict=True) if not test]
+    test = [stamp for stamp, test in zip(stamps, held_out, strict=True) if test]
+    counts = [write_split(out, "train", train), write_split(out, "test", test)]
+    write_json(out / "labels.json", {"stamps": [[CLASSES[kind]] for kind in sorted(CLASSES)]})
+    write_json(out / "templates.json", {"stamps": ["{}.", "a photo of {}.", "an image of {}."]})
+    write_sheet(stamps, out / "sheet.jpg")
+    write_bytes(out / "LICENCE", files.get(COPYRIGHT, b"GPL-2; see the package\n"))
+    return (
+        f"{len(stamps)} stamps: {counts[0]:,} training images of {len(train)}, "
+        f"{counts[1]} test images of {len(test)} other subjects; see {out}/sheet.jpg"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    from base.errors import UserError
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--deb", type=Path, help="file of the package; without it apt fetches it")
+    parser.add_argument("--languages", nargs="+", default=["en"], help="of captions (%(default)s)")
+    parser.add_argument("--fold", type=int, default=0, choices=range(FOLDS), help="held-out fifth")
+    options = parser.parse_args(argv)
+    try:
+        if options.out.exists() and any(options.out.iterdir()):
+            raise UserError(f"{options.out}: not empty; remove it, or name another folder")
+        with tempfile.TemporaryDirectory() as folder:
+            deb = options.deb or fetch(Path(folder))
+            print(make(options.out, deb, options.languages, options.fold))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""scripts/data/get_stamps.py makes every format of a Debian package of stamps."""
+
+import io
+import json
+import lzma
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from base.errors import UserError
+from dataset.sources.records import Records
+from dataset.sources.shard_list import count_samples
+from scripts.data import get_stamps
+
+
+def stamp(seed, kind=None):
+    """A PNG on transparent ground, of its own colours."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 4)).astype(np.uint8)
+    coarse[..., 3] = 255
+    image = Image.new("RGBA", (50, 40))
+    image.paste(Image.fromarray(coarse).resize((30, 30), Image.Resampling.BICUBIC), (10, 5))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def package(path, files):
+    """A Debian package: an ar archive with data.tar.xz in it."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    parts = {"debian-binary": b"2.0\n", "data.tar.xz": lzma.compress(data.getvalue())}
+    content = b"!<arch>\n"
+    for name, part in parts.items():
+        content += f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(part):<10}`\n".encode()
+        content += part + b"\n" * (len(part) % 2)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def deb(tmp_path_factory):
+    files = {get_stamps.COPYRIGHT: b"GPL-2"}
+    for n in range(20):
+        kind = "animals/birds" if n < 10 else "food"
+        files[f"{get_stamps.STAMPS}{kind}/s{chr(97 + n)}.png"] = stamp(n)
+        text = f"Thing {chr(97 + n)}.\nde.utf8=Ding {n}.\nfr.utf8=\n"
+        files[f"{get_stamps.STAMPS}{kind}/s{chr(97 + n)}.txt"] = text.encode()
+    for name, seed in (("animals/birds/sa-1", 50), ("food/other", 3)):  # a name and a look again
+        files[f"{get_stamps.STAMPS}{name}.png"] = stamp(seed)
+        files[f"{get_stamps.STAMPS}{name}.txt"] = f"About {name}.".encode()
+    for name in ("symbols/one", "food/cartoon/two"):
+        files[f"{get_stamps.STAMPS}{name}.png"] = stamp(60)
+        files[f"{get_stamps.STAMPS}{name}.txt"] = b"Left out."
+    files[f"{get_stamps.STAMPS}food/sa_mirror.png"] = stamp(61)  # without a caption
+    return package(tmp_path_factory.mktemp("deb") / "stamps.deb", files)
+
+
+def test_every_format_with_whole_subjects_held_out(deb, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    stamps = {}
+    for fold in range(get_stamps.FOLDS):
+        out = tmp_path / str(fold)
+        assert get_stamps.main([str(out), "--deb", str(deb), "--fold", str(fold)]) == 0
+        rows = {split: list(Records(out / f"pairs_{split}.json")) for split in ("train", "test")}
+        names = {split: {row["stamp"] for row in rows[split]} for split in rows}
+        assert not names["train"] & names["test"] and len(names["train"] | names["test"]) == 22
+        for pair in (
+            ("animals/birds/sa", "animals/birds/sa-1"),
+            ("animals/birds/sd", "food/other"),
+        ):
+            assert len({name in names["test"] for name in pair}) == 1, pair
+        stamps[fold] = names["test"]
+        assert len(rows["train"]) == 5 * len(names["train"])
+        assert count_samples([str(out / "wds/train/00000.tar")]) == len(rows["train"])
+        assert {path.name for path in (out / "classes/test").iterdir()} == {"animals", "food"}
+        assert len(list((out / "classes/train").rglob("*.jpg"))) == len(rows["train"])
+        assert Image.open(out / rows["test"][0]["image"]).size == (256, 256)
+    assert sorted(name for names in stamps.values() for name in names) == sorted(
+        set().union(*stamps.values())
+    )
+    assert (
+        tmp_path / "0/LICENCE"
+    ).read_text() == "GPL-2" and "22 stamps" in capsys.readouterr().out
+    assert json.loads((tmp_path / "0/labels.json").read_text())["stamps"][0] == ["an animal"]
+
+
+def test_transparent_ground_takes_the_colour():
+    image = np.asarray(get_stamps.on_ground(stamp(1), (10, 200, 30)))
+    assert image.shape == (256, 256, 3) and (image[0, 0] == (10, 200, 30)).all()
+    assert not (image[128, 128] == (10, 200, 30)).all()
+
+
+def test_captions_in_chosen_languages(deb, tmp_path):
+    files = dict(get_stamps.members(deb))
+    german = get_stamps.stamps_of(files, ["de"])
+    assert len(german) == 20 and german[0].captions == {"de": "Ding 0."}
+    both = get_stamps.stamps_of(files, ["en", "de", "fr"])
+    assert both[1].captions == {"en": "Thing a.", "de": "Ding 0."}
+    with pytest.raises(UserError, match="no captions in xx"):
+        get_stamps.make(tmp_path / "x", deb, ["xx"], 0)
+
+
+def test_what_cannot_be_used_is_refused_in_one_sentence(deb, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.deb").write_bytes(b"!<arch>\nnothing")
+    assert get_stamps.main([str(tmp_path / "out"), "--deb", str(tmp_path / "a.deb")]) == 2
+    assert "no Debian package" in capsys.readouterr().err
+    assert get_stamps.main([str(tmp_path), "--deb", str(deb)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert get_stamps.main([str(tmp_path / "out")]) == 2
+    assert "no apt-get on this machine" in capsys.readouterr().err

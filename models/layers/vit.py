@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from models.layers.attention import attend, attention_map, merge_heads, split_heads
+from models.layers.initialisation import linear_std
 
 
 @dataclass
@@ -206,13 +207,14 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal (0.02) for linear layers, [CLS] and positions; torch's default for the
-        patch convolution."""
+        """Truncated normal: `linear_std` for linear layers, 0.02 for [CLS] and positions; torch's
+        default for the patch convolution."""
         for tensor in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(tensor, std=0.02)
+        std = linear_std(self.config.width)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
 
     def embed(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:

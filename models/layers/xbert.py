@@ -31,6 +31,7 @@ from models.layers.attention import (
     merge_heads,
     split_heads,
 )
+from models.layers.initialisation import linear_std
 
 
 @dataclass
@@ -49,9 +50,13 @@ class BertConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    initializer_range: float | None = None  # std of the initial weights; none = by hidden_size
     pad_token_id: int = 0
     type_vocab_size: int = 2
+
+    def __post_init__(self):
+        if self.initializer_range is None:
+            self.initializer_range = linear_std(self.hidden_size)
 
     @classmethod
     def from_json(cls, bert_json: dict) -> "BertConfig":

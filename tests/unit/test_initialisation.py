@@ -1,0 +1,77 @@
+"""Initial weights: published sizes start as their originals do, narrow ones in proportion."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.classification.classifier import SIZES
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import VITS, build_dual
+from models.layers.clip_towers import ClipViT
+from models.layers.vit import ViT, ViTConfig
+from models.layers.xbert import BertConfig, XBert
+
+PUBLISHED_WIDTHS = (384, 768, 1024)  # ViT-S, ViT-B, ViT-L
+
+
+def stds(module: nn.Module) -> dict[str, float]:
+    """Std of every linear layer's weight."""
+    layers = module.named_modules()
+    return {name: m.weight.std().item() for name, m in layers if isinstance(m, nn.Linear)}
+
+
+def vit_of(width: int, tower: type[ViT] = ViT) -> ViT:
+    torch.manual_seed(0)
+    return tower(ViTConfig(image_size=16, patch_size=8, width=width, depth=1, heads=2))
+
+
+@pytest.mark.parametrize("tower", [ViT, ClipViT])
+@pytest.mark.parametrize("width", PUBLISHED_WIDTHS)
+def test_published_vits_start_with_std_0_02(tower, width):
+    for name, std in stds(vit_of(width, tower)).items():
+        assert std == pytest.approx(0.02, rel=0.01), name
+
+
+def test_the_published_widths_are_those_of_the_model_tables():
+    tables = {width for width, *_ in [*VITS.values(), *SIZES.values()]}
+    assert {width for width in tables if width >= 384} == set(PUBLISHED_WIDTHS)
+
+
+@pytest.mark.parametrize("tower", [ViT, ClipViT])
+@pytest.mark.parametrize("width", [32, 96, 128, 192])
+def test_narrow_vits_start_with_the_gain_of_vit_b(tower, width):
+    """Gain: the std of a layer's outputs over that of its inputs, std · sqrt(width); ViT-B's is
+    0.554."""
+    model = vit_of(width, tower)
+    for name, std in stds(model).items():
+        assert std * width**0.5 == pytest.approx(0.02 * 768**0.5, rel=0.05), name
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("width", [64, 128, 384, 768])
+def test_bert_starts_by_its_width_unless_its_json_says_otherwise(width):
+    geometry = {"vocab_size": 60, "hidden_size": width, "num_hidden_layers": 1}
+    geometry |= {"num_attention_heads": 2, "intermediate_size": 2 * width, "encoder_width": width}
+    geometry |= {"add_cross_attention": True}
+    expected = 0.02 if width >= 384 else 0.02 * (768 / width) ** 0.5
+    torch.manual_seed(0)
+    for name, std in stds(XBert(BertConfig.from_json(geometry))).items():
+        assert std == pytest.approx(expected, rel=0.05), name
+    said = BertConfig.from_json(geometry | {"initializer_range": 0.02})
+    for name, std in stds(XBert(said)).items():
+        assert std == pytest.approx(0.02, rel=0.05), name
+
+
+def test_the_text_transformer_keeps_its_gain_at_every_width():
+    """CLIP's law: 1/sqrt(width) for attention, which no width can make too small."""
+    for width in (64, 512):
+        config = DualConfig(
+            model="CLIP_VITT8_CLIP",
+            image_size=16,
+            vocab_size=600,
+            text_width=width,
+            text_heads=2,
+            transformer_layers=2,
+        )
+        block = build_dual(config).transformer.resblocks[0]
+        assert block.attn.in_proj_weight.std().item() == pytest.approx(width**-0.5, rel=0.05)

@@ -5,24 +5,34 @@ original's.
     python -m benchmarks.align --peer PATH/TO/coyo-align --peer-python PATH  # and TensorFlow's COYO-ALIGN
 
 A step is forward, backward and LAMB of EfficientNet-B3 and BERT-mini at 289 pixels and 64 tokens,
-on random images and captions. Loss, optimizer and loop are ours for the two in PyTorch; the
-original runs its own, in float32 and as one graph, its virtual batch made that of ours where the
-batch is smaller. The table is written to docs/BENCHMARKS.md.
+on random images and captions. Loss, optimizer, loop, --precision and --compile are ours for the two
+in PyTorch; the original runs its own, in float32 and as one graph, with the ghost batch of ours.
 """
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 
-from base.errors import UserError
-from benchmarks import pretrain as bench
-from benchmarks.vit import table
-from runtime.config import cli as configuration
-from runtime.config.cli import knob
+import torch
+from torch import Tensor, nn
+
+from benchmarks.runner import Side, TrainOptions, check_peer, check_tensorflow
+from benchmarks.steps import measure_training
+from benchmarks.synthetic import CLS, VOCABULARY
+from benchmarks.table import compare_steps, settings
+from main import total_loss
+from models.dual_encoder.align import Align
+from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
+from models.dual_encoder.factory import build_dual
+from models.weights.align import hugging_face_config
+from runtime.config.cli import knob, run_script
+from runtime.optim.build import Optimizer, Precision, build_optimizer
+from runtime.parallel import checkpoint_blocks
+
+PEER = "original (TensorFlow)"
 
 
 @dataclass
-class Config:
+class Config(TrainOptions):
     """What to measure."""
 
     model: str = knob("ALIGN_B3_MINI", "network")
@@ -33,52 +43,107 @@ class Config:
     sides: list[str] = knob(
         ["ours", "transformers"], "in PyTorch", choices=("ours", "transformers")
     )
-    precision: str = knob(
-        "fp32", "in PyTorch: type of the forward pass", choices=("fp32", "bf16", "fp16")
+
+
+class Foreign(DualEncoder):
+    """transformers' AlignModel, with the image projection that it lacks, under our loss."""
+
+    losses = Align.losses
+
+    def __init__(self, model: Align):
+        from transformers import AlignConfig, AlignModel
+
+        super().__init__()
+        values = hugging_face_config(model)
+        del values["architectures"]
+        del values["model_type"]
+        self.config = model.config
+        self.align = AlignModel(AlignConfig(**values))
+        self.image_projection = model.image_projection or nn.Identity()
+
+    def features(self, image: Tensor, text_ids: Tensor) -> dict[str, Tensor]:
+        pixels = self.align.vision_model(pixel_values=image)[1]
+        states = self.align.text_model(input_ids=text_ids, attention_mask=text_ids != 0)[0]
+        return {
+            "z_image": self.image_projection(pixels),
+            "z_text": self.align.text_projection(states[:, 0]),
+            "temperature": self.align.temperature,
+        }
+
+
+class WithTotal(nn.Module):
+    """A dual encoder whose only loss is the weighted sum."""
+
+    def __init__(self, model: DualEncoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        return {"loss": total_loss(self.model(**batch), self.model.config)}
+
+
+def build_model(options: SimpleNamespace) -> Align:
+    """Our network, with random weights."""
+    config = DualConfig(
+        model="ALIGN_B0_TINY" if options.tiny else options.model,
+        image_size=options.image_size,
+        embed_dim=640,
+        vocab_size=VOCABULARY,
+        label_smoothing=0.1,
+        loss_avg_or_sum="sum",
+        virtual_batch_size=options.virtual_batch,
     )
-    compile: bool = knob(False, "in PyTorch: torch.compile")
-    peer: str | None = knob(
-        None, "checkout of github.com/kakaobrain/coyo-align to measure beside ours"
+    return build_dual(config)
+
+
+def ours(options: SimpleNamespace) -> dict:
+    """A step of our network."""
+    torch.manual_seed(0)
+    model = build_model(options)
+    return measure_network(model, names_by_decay(model)[0], options)
+
+
+def transformers(options: SimpleNamespace) -> dict:
+    """A step of transformers' network."""
+    torch.manual_seed(0)
+    model = Foreign(build_model(options))
+    decayed = []
+    for name, _ in model.named_parameters():
+        if "bn." not in name and "norm." not in name:
+            decayed.append(name)
+    return measure_network(model, decayed, options)
+
+
+def measure_network(model: DualEncoder, decayed: list[str], options: SimpleNamespace) -> dict:
+    """The step of either network; `decayed` names the parameters with weight decay."""
+    device = torch.device(options.device)
+    network = WithTotal(model).to(device).train()
+    if options.activation_checkpointing:
+        checkpoint_blocks(model)
+    if options.compile:
+        network.compile()
+    optimizer = build_optimizer(
+        network,
+        Optimizer(opt="lamb", lr=5e-3, weight_decay=1e-5, eps=1e-6),
+        [f"model.{name}" for name in decayed],
     )
-    peer_python: str | None = knob(
-        None, "interpreter with TensorFlow 2.12, tensorflow-addons and transformers 4.38"
-    )
-    device: str = knob("auto", "auto (CUDA where present), cpu or cuda")
-    threads: int = knob(1, "CPU threads of each side", low=1)
-    repeats: int = knob(3, "measurements of each side", low=1)
-    warmup: int = knob(1, "steps before the clock starts, in each measurement", low=0)
-    steps: int = knob(3, "timed steps of a measurement; their median counts", low=1)
-    report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
+    size, side = options.batch, options.image_size
+    ids = torch.randint(1000, VOCABULARY, (size, options.length), device=device)
+    ids[:, 0] = CLS
+    batch = {"image": torch.rand(size, 3, side, side, device=device) * 2 - 1, "text_ids": ids}
+    precision = Precision(options.precision, device)
+    return measure_training(network, batch, optimizer, precision, options)
 
 
 def main(config: Config) -> None:
-    if config.peer and not (Path(config.peer) / "models/layers/efficientnet.py").is_file():
-        raise UserError(
-            f"--peer {config.peer}: no models/layers/efficientnet.py there; it takes a checkout of coyo-align"
-        )
-    if config.peer and not config.peer_python:
-        raise UserError(
-            "--peer needs --peer-python, an interpreter with TensorFlow 2.12 and tensorflow-addons"
-        )
-    load = os.getloadavg()[0]
-    scripts = dict.fromkeys(config.sides, "align_ours") | (
-        {"peer": "align_peer"} if config.peer else {}
-    )
-    results = bench.take_turns(config, scripts)
-    first = next(iter(results.values()))[0]
-    body = f"{table(results, config.batch)}\n\n{first['parameters'] / 1e6:.1f} million parameters."
-    body += f" The original by {results['peer'][0]['torch']}, float32." if config.peer else ""
-    body += f" Machine: {bench.machine(first, config.threads)}.{bench.disturbed(load)}"
-    settings = [
-        config.model,
-        f"{config.image_size} pixels",
-        f"batch {config.batch}",
-        config.precision,
-    ]
-    title = ", ".join(["ALIGN step", *settings, first["device"], *["compiled"] * config.compile])
-    print(body)
-    bench.write_report(config, title, f"{body}\n\n    {bench.command_line(config, 'align')}")
+    check_peer(config, "models/layers/efficientnet.py", "coyo-align")
+    check_tensorflow(config)
+    sides = [Side(name, f"benchmarks.align:{name}") for name in config.sides]
+    if config.peer:
+        sides.append(Side(PEER, "benchmarks.peers.coyo_align:step", original=True))
+    title = ["ALIGN step", config.model, f"{config.image_size} pixels"]
+    compare_steps(config, "align", title + settings(config), sides)
 
 
 if __name__ == "__main__":
-    configuration.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

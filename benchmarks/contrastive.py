@@ -4,122 +4,96 @@ equality to it.
     python -m benchmarks.contrastive                  # 65,536 pairs of 512 numbers on one process, tile 2048
     python -m benchmarks.contrastive --pairs 8192     # small enough that the dense loss runs beside it
 
-Value and gradients of CLIP's loss of random features on the CPU, each variant in a process of its
-own. Up to 16,384 pairs the dense loss is computed as well and both are compared. The table is
-written to docs/BENCHMARKS.md.
+Value and gradients of CLIP's loss of random features on the CPU. Up to 16,384 pairs the dense loss
+is computed as well and both are compared.
 """
 
-import json
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from benchmarks import pretrain as bench
-from benchmarks.common import about, peak_bytes
-from runtime.config import cli as configuration
-from runtime.config.cli import knob
+from base.errors import UserError
+from benchmarks.gauge import measure_once, peak_bytes
+from benchmarks.runner import Options, Side, load_at_start, take_turns
+from benchmarks.table import CPU_SECONDS, MEMORY, SECONDS, Column, publish, table
+from runtime.config.cli import knob, run_script
 
-DENSE_UP_TO = 16384
+DENSE_UP_TO = 16384  # pairs
+COLUMNS = [
+    Column("loss", "loss", "{:.7g}"),
+    SECONDS,
+    CPU_SECONDS,
+    MEMORY,
+    Column("of it before the loss", "before", "{:.2f} GiB", 2**-30),
+]
 
 
 @dataclass
-class Config:
+class Config(Options):
     """What to measure."""
 
     pairs: int = knob(65536, "pairs of the global batch", low=2)
     width: int = knob(512, "numbers of a feature", low=1)
     tile: int = knob(2048, "rows and columns of the logits in memory at a time", low=1)
-    threads: int = knob(2, "CPU threads", low=1)
-    worker: str = knob("", "used by the script itself: run one variant and save the gradients here")
-    report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
+    device: str = knob("cpu", "only the CPU is measured", choices=("cpu",))
 
 
-def one_variant(config: Config, tile: int | None) -> dict:
-    """Loss and gradients of CLIP's loss with tiles of `tile`, dense for None; the gradients go to
-    `config.worker`."""
+def loss_and_gradients(options: SimpleNamespace) -> dict:
+    """CLIP's loss in tiles, or dense without `options.tile`: value, time and memory. `options.file`
+    gets the gradients."""
     from models.dual_encoder.losses import clip_loss, normalize
 
-    torch.set_num_threads(config.threads)
     rng = torch.Generator().manual_seed(0)
-    image = torch.randn(config.pairs, config.width, generator=rng)
-    text = torch.randn(config.pairs, config.width, generator=rng).mul_(2).add_(image)
+    image = torch.randn(options.pairs, options.width, generator=rng)
+    text = torch.randn(options.pairs, options.width, generator=rng).mul_(2).add_(image)
+    image.requires_grad_()
+    text.requires_grad_()
     scale = torch.tensor(14.0, requires_grad=True)
-    before, begin, cpu = peak_bytes(torch.device("cpu")), time.perf_counter(), time.process_time()
-    images, texts = (normalize(side.requires_grad_())[:, None] for side in (image, text))
-    found = clip_loss(images, texts, images, texts, scale, tile=tile)
-    loss = (found.loss_image + found.loss_text) / 2
-    loss.backward()
-    result = {
-        "loss": loss.item(),
-        "seconds": time.perf_counter() - begin,
-        "cpu_seconds": time.process_time() - cpu,
-    }
-    result |= {"peak_bytes": peak_bytes(torch.device("cpu")), "before": before}
-    torch.save({"image": image.grad, "text": text.grad, "scale": scale.grad}, config.worker)
-    return result | about(torch.device("cpu"))
+    before = peak_bytes("cpu")
+
+    def compute() -> float:
+        images = normalize(image)[:, None]
+        texts = normalize(text)[:, None]
+        found = clip_loss(images, texts, images, texts, scale, tile=options.tile)
+        loss = (found.loss_image + found.loss_text) / 2
+        loss.backward()
+        return loss.item()
+
+    loss, result = measure_once(compute)
+    gradients = {"image": image.grad, "text": text.grad, "scale": scale.grad}
+    torch.save(gradients, Path(options.exchange) / options.file)
+    return {**result, "loss": loss, "peak_bytes": peak_bytes("cpu"), "before": before}
 
 
-def run(config: Config, tile: int, file: Path) -> dict:
-    """`one_variant` in a fresh process; tile 0 is the dense loss."""
-    import subprocess
-
-    values = {
-        "pairs": config.pairs,
-        "width": config.width,
-        "tile": max(tile, 1),
-        "threads": config.threads,
-    }
-    flags = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.contrastive",
-        *flags,
-        "--worker",
-        str(file),
-        "--report",
-        "dense" * (tile == 0),
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=bench.ROOT)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def largest_difference(folder: Path) -> float:
+    """Largest relative difference of a gradient between both variants."""
+    tiled = torch.load(folder / "tiled.pt", weights_only=True)
+    dense = torch.load(folder / "dense.pt", weights_only=True)
+    differences = [(tiled[name] - dense[name]).norm() / dense[name].norm() for name in dense]
+    return max(differences).item()
 
 
 def main(config: Config) -> None:
-    if config.worker:
-        return print(
-            json.dumps(one_variant(config, None if config.report == "dense" else config.tile))
-        )
-    variants = {f"tiles of {config.tile}": config.tile} | (
-        {"dense": 0} if config.pairs <= DENSE_UP_TO else {}
-    )
-    lines = [
-        "| | loss | seconds | CPU seconds | peak memory | of it before the loss |",
-        "|---|---|---|---|---|---|",
-    ]
+    if config.tiny:
+        raise UserError("--tiny: there is no network here; give --pairs")
+    load = load_at_start(config)
+    function = "benchmarks.contrastive:loss_and_gradients"
+    sides = [Side(f"tiles of {config.tile}", function, settings={"file": "tiled.pt"})]
+    if config.pairs <= DENSE_UP_TO:
+        sides.append(Side("dense", function, settings={"file": "dense.pt", "tile": None}))
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / f"{number}.pt" for number, name in enumerate(variants)}
-        for name, tile in variants.items():
-            found = run(config, tile, files[name])
-            times = f"{found['seconds']:.1f} | {found['cpu_seconds']:.1f}"
-            memory = f"{found['peak_bytes'] / 2**30:.2f} GiB | {found['before'] / 2**30:.2f} GiB"
-            lines.append(f"| {name} | {found['loss']:.7g} | {times} | {memory} |")
-            print(lines[-1], flush=True)
-        body = "\n".join(lines)
-        if len(variants) == 2:
-            tiled, dense = (torch.load(file, weights_only=True) for file in files.values())
-            worst = max(((tiled[k] - dense[k]).norm() / dense[k].norm()).item() for k in dense)
-            body += f"\n\nLargest relative difference of a gradient between the two: {worst:.1e}."
-    body += f"\n\nMachine: {bench.machine(found, config.threads)}."
-    title = (
-        f"Contrastive loss and gradients, {config.pairs:,} pairs of {config.width}, one CPU process"
-    )
-    print(body)
-    bench.write_report(config, title, f"{body}\n\n    {bench.command_line(config, 'contrastive')}")
+        results = take_turns(config, sides, exchange=folder)
+        body = table(results, COLUMNS)
+        if len(sides) == 2:
+            body += "\n\nLargest relative difference of a gradient between the two: "
+            body += f"{largest_difference(Path(folder)):.1e}."
+    title = ["Contrastive loss and gradients", f"{config.pairs:,} pairs of {config.width}"]
+    title.append("one CPU process")
+    publish(config, "contrastive", title, body, load)
 
 
 if __name__ == "__main__":
-    configuration.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -3,56 +3,53 @@ where installed.
 
     python -m benchmarks.knn                              # 200,000 training features, 10,000 queries, width 384
     python -m benchmarks.knn --train 1281167 --queries 50000 --sides ours
+    python -m benchmarks.knn --sides ours sklearn faiss
 
-Features are random, in 1,000 clusters, on disk. Each side runs in a process of its own, in turn,
-and finds the same k neighbours; disagreements are counted. Memory is the peak of the process less
-what it had before the features.
+Features are random, in 1,000 clusters, on disk. Each side finds the same k neighbours;
+disagreements are counted. Memory is the peak of the process less what it had before the features.
 scikit-learn's `NearestNeighbors` runs with brute force and Euclidean distance of unit vectors, its
-fastest way to the same answer. The table is written to docs/BENCHMARKS.md.
+fastest way to the same answer; --device is ours.
 """
 
-import json
-import os
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 
 from base.errors import UserError
-from benchmarks import pretrain as bench
-from runtime.config import cli as configuration
-from runtime.config.cli import knob
+from benchmarks.gauge import measure_once, peak_bytes, status_bytes
+from benchmarks.runner import OURS, Options, Side, device_of, load_at_start, take_turns
+from benchmarks.table import CPU_SECONDS, SECONDS, Column, publish, table
+from runtime.config.cli import knob, run_script
 
-SIDES = ("ours", "sklearn", "faiss")
-NAMES = {"ours": "ours", "sklearn": "scikit-learn", "faiss": "faiss (IndexFlatIP)"}
+SIDES = {"ours": OURS, "sklearn": "scikit-learn", "faiss": "faiss (IndexFlatIP)"}
 CLUSTERS = 1000
+COLUMNS = [
+    SECONDS,
+    CPU_SECONDS,
+    Column("memory", "peak_bytes", "{:.0f} MiB", 2**-20),
+    Column("neighbours as ours", "same", "{:.4%}"),
+]
 
 
 @dataclass
-class Config:
+class Config(Options):
     """What to measure."""
 
     train: int = knob(200_000, "training features", low=2)
     queries: int = knob(10_000, "queries", low=1)
     width: int = knob(384, "numbers in a feature", low=1)
     k: int = knob(20, "neighbours", low=1)
-    sides: list[str] = knob(["ours", "sklearn"], "who searches", choices=SIDES)
+    sides: list[str] = knob(["ours", "sklearn"], "who searches", choices=tuple(SIDES))
     device: str = knob("cpu", "ours: cpu or cuda; the others run on the CPU")
-    threads: int = knob(2, "CPU threads of each side", low=1)
-    repeats: int = knob(1, "measurements of each side", low=1)
-    report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
-    side: str = knob("", "one measurement: this side ...", choices=("", *SIDES))
-    folder: str = knob("", "... with the features in this folder")
 
 
 def make_features(config: Config, folder: Path) -> None:
-    """Random features in clusters: train.npy, queries.npy, and labels, without ever holding all of
-    them."""
-    import numpy as np
-
+    """Write random features in clusters, train.npy and queries.npy, a part at a time, and their
+    labels."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CLUSTERS, config.width), dtype=np.float32)
     for name, count in (("train", config.train), ("queries", config.queries)):
@@ -66,156 +63,92 @@ def make_features(config: Config, folder: Path) -> None:
         file.flush()
 
 
-def search_ours(config: Config, folder: Path):
-    import numpy as np
+def ours(options: SimpleNamespace) -> dict:
+    """Search of eval_knn.py; features are read from disk a part at a time."""
     import torch
 
     from base.distributed import World
     from evaluation.features import Bank
     from evaluation.knn import nearest_neighbours
 
-    torch.set_num_threads(config.threads)
-    banks = [
-        Bank(
-            np.load(folder / f"{name}.npy", mmap_mode="r"),
-            torch.from_numpy(np.load(folder / f"{name}.labels.npy")),
-        )
-        for name in ("train", "queries")
-    ]
-    world = World(0, 1, 0, torch.device(config.device))
-    return lambda: nearest_neighbours(*banks, config.k, world).index.numpy()
+    banks = []
+    for name in ("train", "queries"):
+        features = np.load(Path(options.exchange) / f"{name}.npy", mmap_mode="r")
+        labels = np.load(Path(options.exchange) / f"{name}.labels.npy")
+        banks.append(Bank(features, torch.from_numpy(labels)))
+    world = World(0, 1, 0, torch.device(options.device))
+
+    def search() -> np.ndarray:
+        return nearest_neighbours(banks[0], banks[1], options.k, world).index.numpy()
+
+    return measure_search(search, "ours", options)
 
 
-def search_sklearn(config: Config, folder: Path):
-    import numpy as np
+def sklearn(options: SimpleNamespace) -> dict:
+    """Search of scikit-learn."""
     from sklearn.neighbors import NearestNeighbors
     from sklearn.preprocessing import normalize
 
-    def search():
-        train, queries = (
-            normalize(np.load(folder / f"{name}.npy")) for name in ("train", "queries")
-        )
-        found = NearestNeighbors(n_neighbors=config.k, algorithm="brute", metric="euclidean").fit(
-            train
-        )
-        return found.kneighbors(queries, return_distance=False)
+    def search() -> np.ndarray:
+        train = normalize(np.load(Path(options.exchange) / "train.npy"))
+        queries = normalize(np.load(Path(options.exchange) / "queries.npy"))
+        index = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric="euclidean")
+        return index.fit(train).kneighbors(queries, return_distance=False)
 
-    return search
+    return measure_search(search, "sklearn", options)
 
 
-def search_faiss(config: Config, folder: Path):
-    import faiss
-    import numpy as np
+def faiss(options: SimpleNamespace) -> dict:
+    """Search of faiss."""
+    import faiss as library
 
-    faiss.omp_set_num_threads(config.threads)
+    library.omp_set_num_threads(options.threads)
 
-    def search():
-        train, queries = (np.load(folder / f"{name}.npy") for name in ("train", "queries"))
-        faiss.normalize_L2(train)
-        faiss.normalize_L2(queries)
-        index = faiss.IndexFlatIP(config.width)
+    def search() -> np.ndarray:
+        train = np.load(Path(options.exchange) / "train.npy")
+        queries = np.load(Path(options.exchange) / "queries.npy")
+        library.normalize_L2(train)
+        library.normalize_L2(queries)
+        index = library.IndexFlatIP(options.width)
         index.add(train)
-        return index.search(queries, config.k)[1]
+        return index.search(queries, options.k)[1]
 
-    return search
-
-
-def measure_one(config: Config) -> dict:
-    """Search once in this process; the neighbours are left in the folder."""
-    import numpy as np
-
-    from benchmarks.common import peak_bytes
-
-    folder = Path(config.folder)
-    makers = {"ours": search_ours, "sklearn": search_sklearn, "faiss": search_faiss}
-    search = makers[config.side](config, folder)
-    before, begin, cpu = resident_bytes(), time.perf_counter(), time.process_time()
-    found = search()
-    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
-    import torch
-
-    peak = peak_bytes(torch.device("cpu")) - before
-    np.save(folder / f"{config.side}.npy", np.asarray(found))
-    return {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "peak_bytes": peak,
-        "gpu": "",
-        "torch": torch.__version__,
-    }
+    return measure_search(search, "faiss", options)
 
 
-def resident_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return (
-        int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
-        * 1024
-    )
+def measure_search(search: Callable[[], np.ndarray], side: str, options: SimpleNamespace) -> dict:
+    """Time and memory of one search; SIDE.npy in the folder `exchange` gets the neighbours."""
+    before = status_bytes("VmRSS")
+    found, result = measure_once(search)
+    result["peak_bytes"] = peak_bytes("cpu") - before
+    np.save(Path(options.exchange) / f"{side}.npy", found)
+    return result
 
 
-def measure_all(config: Config, folder: Path) -> dict[str, list[dict]]:
-    """The sides' measurements in turn, each in a fresh process."""
-    results: dict[str, list[dict]] = {side: [] for side in config.sides}
-    env = os.environ | {
-        "OMP_NUM_THREADS": str(config.threads),
-        "OPENBLAS_NUM_THREADS": str(config.threads),
-    }
-    for turn in range(config.repeats):
-        for side in config.sides if turn % 2 == 0 else reversed(config.sides):
-            settings = asdict(config) | {"side": side, "folder": str(folder)}
-            words = [f"--{name}={value}" for name, value in settings.items() if name != "sides"]
-            command = [sys.executable, "-m", "benchmarks.knn", *words]
-            done = subprocess.run(command, cwd=bench.ROOT, env=env, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(
-                    f"{side} failed (exit {done.returncode}):\n{done.stderr.strip()[-2000:]}"
-                )
-            results[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(
-                f"{side} {turn + 1}/{config.repeats}: {results[side][-1]['seconds']:.1f} s",
-                flush=True,
-            )
-    return results
-
-
-def table(results: dict[str, list[dict]], agreement: dict[str, float]) -> str:
-    """Markdown, a row a side."""
-    lines = ["| | seconds | CPU seconds | memory | neighbours as ours |", "|---|---|---|---|---|"]
-    for side, runs in results.items():
-        seconds, cpu, peak = (
-            statistics.median(r[key] for r in runs)
-            for key in ("seconds", "cpu_seconds", "peak_bytes")
-        )
-        same = f"{agreement[side]:.4%}" if side in agreement else ""
-        lines.append(
-            f"| {NAMES[side]} | {seconds:.1f} | {cpu:.1f} | {peak / 2**20:.0f} MiB | {same} |"
-        )
-    return "\n".join(lines)
+def add_agreement(results: dict[str, list[dict]], folder: Path, sides: list[str]) -> None:
+    """Put `same` in the other sides' results: the fraction of their neighbours that ours found at
+    the same rank."""
+    for side in sides:
+        if side != "ours" and "ours" in sides:
+            same = np.load(folder / f"{side}.npy") == np.load(folder / "ours.npy")
+            results[SIDES[side]][0]["same"] = float(same.mean())
 
 
 def main(config: Config) -> None:
-    if config.side:
-        print(json.dumps(measure_one(config)))
-        return
-    import numpy as np
-
-    load = os.getloadavg()[0]
+    if config.tiny:
+        raise UserError("--tiny: there is no network here; give --train and --queries")
+    load = load_at_start(config)
+    sides = [Side(SIDES[side], f"benchmarks.knn:{side}") for side in config.sides]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_features(config, folder)
-        results = measure_all(config, folder)
-        found = {side: np.load(folder / f"{side}.npy") for side in results}
-        others = {
-            side: index for side, index in found.items() if side != "ours" and "ours" in found
-        }
-        agreement = {side: float((index == found["ours"]).mean()) for side, index in others.items()}
+        make_features(config, Path(name))
+        results = take_turns(config, sides, exchange=name)
+        add_agreement(results, Path(name), config.sides)
     size = config.train * config.width * 4 / 2**20
-    body = f"{table(results, agreement)}\n\nThe training features are {size:,.0f} MiB."
-    body += f" Machine: {bench.machine(next(iter(results.values()))[0], config.threads)}.{bench.disturbed(load)}"
-    title = f"kNN, {config.train:,} x {config.queries:,}, width {config.width}, k {config.k}, {config.device}"
-    print(body)
-    bench.write_report(config, title, f"{body}\n\n    {bench.command_line(config, 'knn')}")
+    body = f"{table(results, COLUMNS)}\n\nThe training features are {size:,.0f} MiB."
+    title = [f"kNN, {config.train:,} x {config.queries:,}", f"width {config.width}"]
+    title += [f"k {config.k}", device_of(config)]
+    publish(config, "knn", title, body, load)
 
 
 if __name__ == "__main__":
-    configuration.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

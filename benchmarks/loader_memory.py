@@ -1,31 +1,37 @@
-"""Measures the memory of loading pre-training annotations with 1 and with 4 worker processes.
+"""Memory of loading pre-training annotations with 1 and with 4 worker processes.
 
-    python -m benchmarks.loader_memory                   5 million pairs, about 2 minutes, 0.6 GB of disk
+    python -m benchmarks.loader_memory                   # 5 million pairs, about 2 minutes, 0.6 GB of disk
     python -m benchmarks.loader_memory --pairs 200000
 
-Prints, for each number of workers, the proportional set size (PSS: private memory plus a fair share
-of what is shared) of all processes together, what of it is private and written to (no page cache),
-and what three more workers cost.
+For each number of workers: the proportional set size (PSS: private memory plus a fair part of what
+is shared) of all processes together, what of it is private and written to (no page cache), and what
+three more workers cost. Printed only, unless --report names a page.
 """
 
-import argparse
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks.runner import Options, Side, take_turns
+from benchmarks.table import Column, median, publish, table
+from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from dataset.sources.records import Records
+from runtime.config.cli import knob, run_script
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--pairs", type=int, default=5_000_000, help="annotations in the generated file"
-    )
-    parser.add_argument(
-        "--batches", type=int, default=400, help="batches of 64 to load before measuring"
-    )
-    return parser.parse_args()
+@dataclass
+class Config(Options):
+    """What to measure."""
+
+    pairs: int = knob(5_000_000, "annotations in the generated file", low=1)
+    batches: int = knob(400, "batches of 64 to load before measuring", low=1)
+    repeats: int = knob(1, "measurements of each number of workers", low=1)
+    report: str = knob("", "page to write the table to; empty = print only")
 
 
 def write_pairs(path: Path, count: int) -> None:
@@ -33,47 +39,42 @@ def write_pairs(path: Path, count: int) -> None:
     with path.open("w") as file:
         file.write("[")
         for number in range(count):
-            caption = (
-                f"a photo of thing {number % 977} beside thing {number % 1013} in a street at noon"
-            )
-            file.write(
-                (", " if number else "")
-                + json.dumps({"image": f"cc3m/{number:09d}.jpg", "caption": caption})
-            )
+            things = f"thing {number % 977} beside thing {number % 1013}"
+            pair = {
+                "image": f"cc3m/{number:09d}.jpg",
+                "caption": f"a photo of {things} in a street at noon",
+            }
+            file.write((", " if number else "") + json.dumps(pair))
         file.write("]")
 
 
-def read_only(record: dict) -> dict:
+def annotation(record: dict) -> dict:
     """A sample without its image: the annotations are what is measured."""
     return {"length": len(record["caption"])}
 
 
 def collate(samples: list[dict]) -> dict:
-    import torch
-
     return {"length": torch.tensor([sample["length"] for sample in samples])}
 
 
-def memory(pids: list[int]) -> tuple[float, float]:
-    """(PSS, private modified memory) of processes in MB."""
-    pss = private = 0
+def memory(pids: list[int]) -> dict[str, float]:
+    """PSS and private modified memory of processes together, in MB."""
+    found = {"Pss": 0, "Private_Dirty": 0}
     for pid in pids:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             name, _, value = line.partition(":")
-            if name == "Pss":
-                pss += int(value.split()[0])
-            elif name == "Private_Dirty":
-                private += int(value.split()[0])
-    return pss / 1024, private / 1024
+            if name in found:
+                found[name] += int(value.split()[0])
+    return {"pss": found["Pss"] / 1024, "private": found["Private_Dirty"] / 1024}
 
 
-def measure(records, workers: int, batches: int) -> tuple[float, float]:
-    from dataset.loading.stream import RecordSource, Stream, StreamLoader
-
-    loader = StreamLoader(
-        Stream([RecordSource(records, read_only)], collate), batch_size=64, workers=workers
-    )
-    for _ in range(batches):
+def load(options: SimpleNamespace) -> dict:
+    """Memory of this process and its `workers` after some batches."""
+    folder = Path(options.exchange)
+    records = Records(folder / "pairs.json", cache_dir=folder)
+    stream = Stream([RecordSource(records, annotation)], collate)
+    loader = StreamLoader(stream, batch_size=64, workers=options.workers)
+    for _ in range(options.batches):
         next(loader)
     pids = [os.getpid()] + [worker.pid for worker in loader._batches._workers]
     result = memory(pids)
@@ -81,21 +82,25 @@ def measure(records, workers: int, batches: int) -> tuple[float, float]:
     return result
 
 
-def main() -> None:
-    options = parse()
-    from dataset.sources.records import Records
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "pairs.json"
-        write_pairs(path, options.pairs)
-        records = Records(path, cache_dir=folder)
-        print(f"{len(records):,} pairs, {path.stat().st_size / 2**20:.0f} MB of JSON")
-        found = {workers: measure(records, workers, options.batches) for workers in (1, 4)}
-    for workers, (pss, private) in found.items():
-        print(f"workers {workers}: PSS {pss:7.1f} MB, of it private and modified {private:7.1f} MB")
-    more = [found[4][kind] - found[1][kind] for kind in (0, 1)]
-    print(f"3 more workers: PSS {more[0]:+.1f} MB, private and modified {more[1]:+.1f} MB")
+def main(config: Config) -> None:
+    sides = [
+        Side("1 worker", "benchmarks.loader_memory:load", settings={"workers": 1}),
+        Side("4 workers", "benchmarks.loader_memory:load", settings={"workers": 4}),
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "pairs.json"
+        write_pairs(path, config.pairs)
+        count = len(Records(path, cache_dir=name))  # leaves the index for both
+        print(f"{count:,} pairs, {path.stat().st_size / 2**20:.0f} MB of JSON")
+        results = take_turns(config, sides, exchange=name)
+    one, four = results["1 worker"], results["4 workers"]
+    pss = median(four, "pss") - median(one, "pss")
+    private = median(four, "private") - median(one, "private")
+    columns = [Column("PSS, MB", "pss"), Column("of it private and modified, MB", "private")]
+    body = table(results, columns)
+    body += f"\n\n3 more workers: PSS {pss:+.1f} MB, private and modified {private:+.1f} MB."
+    publish(config, "loader_memory", [f"Loading {count:,} annotations"], body, load=None)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, Config, __doc__)

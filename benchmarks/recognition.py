@@ -9,128 +9,206 @@ Cases: `1` and `8`, the top 20 labels of so many images, cut off at three tokens
 delimiter); `1-limit`, the same with nineteen tokens, as of weights that never end a label; `train`,
 a step of four images with five labels each.
 The network is random: image tower 256 wide, 6 blocks, 256 image tokens of 224 px; decoder 512 wide,
-4 blocks, 32,002 tokens. The original's own functions run, each measurement in a process of its own
-with equal weights, and its labels and losses are compared with ours. It pads texts to 512 positions
-and computes the caption's branch, whose weight is 0.
-Tables are written to docs/BENCHMARKS.md.
+4 blocks, 32,002 tokens. The original's own functions run with equal weights, and its labels and
+losses are compared with ours. It pads texts to 512 positions and computes the caption's branch,
+whose weight is 0. --precision is that of our training step.
 """
 
-import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
-from base.errors import UserError
-from benchmarks import pretrain as bench
-from runtime.config import cli as configuration
-from runtime.config.cli import knob
+import torch
 
-CASES = {
-    "1": {"images": 1, "tokens": 3},
-    "8": {"images": 8, "tokens": 3},
-    "1-limit": {"images": 1, "tokens": 19},
-    "train": {"images": 0, "tokens": 0},
+from benchmarks import nxtp_inputs as inputs
+from benchmarks.gauge import measure
+from benchmarks.runner import (
+    OURS,
+    Side,
+    StepOptions,
+    check_peer,
+    device_of,
+    load_at_start,
+    take_turns,
+)
+from benchmarks.table import MEMORY, markdown, median, publish, ratio
+from dataset.tasks.recognition import Sequences, pad_batch
+from models.layers.llama import LlamaConfig
+from models.layers.openai_towers import OpenAIConfig
+from models.recognition.decoding import one_shot
+from models.recognition.nxtp import Nxtp, NxtpConfig
+from models.weights.nxtp import trained_names
+from runtime.config.cli import knob, run_script
+from runtime.optim.build import Optimizer, Precision, build_optimizer
+
+PEER = "original"
+CASES = {  # images, tokens of a label
+    "1": (1, 3),
+    "8": (8, 3),
+    "1-limit": (1, 19),
+    "train": (0, 0),
 }
 
 
 @dataclass
-class Config:
+class Config(StepOptions):
     """What to measure."""
 
     cases: list[str] = knob(["1", "8", "train"], "cases to measure", choices=tuple(CASES))
     labels: int = knob(20, "labels of an image", low=1)
     batch: int = knob(4, "images of a training step", low=1)
-    precision: str = knob(
-        "fp32", "ours: type of the training step", choices=("fp32", "bf16", "fp16")
-    )
     compat: str = knob(
         "original", "ours: none = also the last label sees itself", choices=("none", "original")
     )
-    peer: str | None = knob(None, "checkout of the original to measure beside ours")
-    peer_python: str | None = knob(None, "interpreter for the original; none = this one")
-    device: str = knob("auto", "auto (CUDA where present), cpu or cuda")
-    threads: int = knob(2, "CPU threads of each side", low=1)
-    repeats: int = knob(1, "measurements of each side", low=1)
-    warmup: int = knob(1, "runs before the clock starts, in each measurement", low=0)
-    steps: int = knob(2, "timed runs of a measurement; their median counts", low=1)
-    report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
 
 
-def measure_case(config: Config, case: str, exchange: str) -> dict[str, list[dict]]:
-    """Both sides' measurements in turn, the original's first: it leaves the weights."""
-    results: dict[str, list[dict]] = {
-        side: [] for side in ("peer", "ours") if side == "ours" or config.peer
-    }
-    for turn in range(config.repeats):
-        for side, runs in results.items():
-            runs.append(
-                bench.run_side(
-                    f"recognition_{side}", config, exchange=exchange, case=case, **CASES[case]
-                )
+def build_model(options: SimpleNamespace) -> Nxtp:
+    """The network with random weights, or those that the peer left, on the device."""
+    sizes = inputs.sizes_of(options)
+    tower = OpenAIConfig(
+        embed_dim=sizes.dim,
+        image_size=inputs.SIDE,
+        vision_width=sizes.vision_width,
+        vision_layers=sizes.vision_layers,
+        patch_size=inputs.PATCH,
+    )
+    llama = LlamaConfig(
+        dim=sizes.dim,
+        n_layers=sizes.layers,
+        n_heads=sizes.heads,
+        vocab_size=inputs.Words.vocab_size,
+        multiple_of=sizes.multiple_of,
+    )
+    model = Nxtp(NxtpConfig(tower, llama, trained_rows=(inputs.IMAGE,)))
+    saved = Path(options.exchange) / "weights.pt"
+    if saved.exists():
+        model.load_state_dict(torch.load(saved, weights_only=True, mmap=True))
+    return model.to(options.device)
+
+
+def label(options: SimpleNamespace) -> dict:
+    """Top labels of images; `tokens` [images][labels] are their ids."""
+    torch.manual_seed(0)
+    model = build_model(options).eval()
+    words = inputs.Words()
+    prompt = [inputs.IMAGE, words.bos, *words.encode(inputs.PROMPT)]
+    prompt = torch.tensor(prompt, device=options.device)
+    images = inputs.images(options.images).to(options.device)
+    tokens = []
+
+    def step() -> None:
+        with torch.inference_mode():
+            drafts = one_shot(
+                model,
+                model.encode_image(images),
+                prompt,
+                inputs.COMMA,
+                options.labels,
+                options.tokens,
             )
-            one = runs[-1]
-            figures = f"{one['seconds']:.2f} s, {one['cpu_seconds']:.2f} CPU s, {one['peak_bytes'] / 2**30:.2f} GiB"
-            print(f"{case}: {side} {turn + 1}/{config.repeats}: {figures}", flush=True)
-    return results
+        tokens[:] = [[row[0] for row in drafts.rows(i)] for i in range(len(images))]
+
+    result = measure(step, options)
+    result["tokens"] = tokens
+    return result
 
 
-def agreement(results: dict[str, list[dict]]) -> str:
+def train(options: SimpleNamespace) -> dict:
+    """A training step; `loss` is the first one's."""
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    model = build_model(options).train()
+    words = inputs.Words()
+    sequences = Sequences(
+        words, inputs.LENGTH - 256, many_prompts=False, original=options.compat == "original"
+    )
+    texts = []
+    for caption in inputs.captions(options.batch):
+        texts.append(sequences.labels(inputs.labels_of(caption), inputs.PROMPT))
+    batch = pad_batch(texts, words.pad)
+    batch["image"] = inputs.images(options.batch)
+    batch = {name: value.to(device) for name, value in batch.items()}
+    trained = trained_names([name for name, _ in model.named_parameters()], inputs.TRAINED_BLOCKS)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    settings = Optimizer(lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    optimizer = build_optimizer(model, settings)
+    precision = Precision(options.precision, device)
+    losses = []
+
+    def step() -> None:
+        with precision.autocast():
+            loss = model(**batch)["loss_objs"]
+        losses.append(loss.item())
+        precision.backward(loss)
+        precision.step(optimizer, list(model.parameters()))
+
+    result = measure(step, options)
+    result["loss"] = losses[0]
+    return result
+
+
+def agreement(ours: dict, theirs: dict) -> str:
     """Whether both sides found the same, in words."""
-    ours, peer = results["ours"][0], results["peer"][0]
     if "loss" in ours:
-        return f"first loss {ours['loss']:.6f} and {peer['loss']:.6f}"
-    labels = [[t for tokens in side["tokens"] for t in tokens] for side in (ours, peer)]
-    same = sum(mine == theirs for mine, theirs in zip(*labels, strict=True))
-    return f"{same} of {len(labels[0])} labels alike"
+        return f"first loss {ours['loss']:.6f} and {theirs['loss']:.6f}"
+    mine = [tokens for image in ours["tokens"] for tokens in image]
+    others = [tokens for image in theirs["tokens"] for tokens in image]
+    same = sum(a == b for a, b in zip(mine, others, strict=True))
+    return f"{same} of {len(mine)} labels alike"
 
 
-def row(case: str, results: dict[str, list[dict]], config: Config) -> str:
-    """One line of the table."""
-    cells = {}
+def row(case: str, results: dict[str, list[dict]], config: Config) -> list[str]:
+    """Cells of one case."""
+    if case == "train":
+        cells = [f"training step, {config.batch} images"]
+        count = config.batch
+    else:
+        cells = [f"top {config.labels}, case {case}"]
+        count = CASES[case][0] * config.labels
     for side, runs in results.items():
-        seconds, cpu = (
-            statistics.median(run[name] for run in runs) for name in ("seconds", "cpu_seconds")
-        )
-        memory = statistics.median(run["peak_bytes"] for run in runs) / 2**30
-        done = config.batch if case == "train" else CASES[case]["images"] * config.labels
-        cells[side] = [f"{seconds:.2f}", f"{cpu:.2f}", f"{done / seconds:.1f}", f"{memory:.2f} GiB"]
-    words = [
-        f"training step, {config.batch} images"
-        if case == "train"
-        else f"top {config.labels}, case {case}"
-    ]
-    words += cells["ours"] + cells.get("peer", [""] * 4)
-    if "peer" in results:
-        found = bench.ratios(results)
-        words += [f"{found['speed']:.1f} x", f"{found['cpu']:.1f} x", agreement(results)]
-    return "| " + " | ".join(words + [""] * (12 - len(words))) + " |"
+        seconds = median(runs, "seconds")
+        cells += [f"{seconds:.2f}", f"{median(runs, 'cpu_seconds'):.2f}"]
+        cells += [f"{count / seconds:.1f}", MEMORY.cell(results, side)]
+    if PEER in results:
+        cells.append(f"{ratio(results, PEER, 'seconds'):.1f} x")
+        cells.append(f"{ratio(results, PEER, 'cpu_seconds'):.1f} x")
+        cells.append(agreement(results[OURS][0], results[PEER][0]))
+    return cells
+
+
+def measure_case(case: str, config: Config, folder: str) -> dict[str, list[dict]]:
+    """Both sides' measurements, the original's first: it leaves the weights."""
+    what = "train" if case == "train" else "label"
+    sides = [Side(OURS, f"benchmarks.recognition:{what}")]
+    if config.peer:
+        sides.insert(0, Side(PEER, f"benchmarks.peers.nxtp:{what}", original=True))
+    images, tokens = CASES[case]
+    return take_turns(config, sides, exchange=folder, images=images, tokens=tokens)
 
 
 def main(config: Config) -> None:
-    if config.peer and not (Path(config.peer) / "src/decoding.py").is_file():
-        raise UserError(
-            f"--peer {config.peer}: no src/decoding.py there; it takes a checkout of NXTP"
-        )
-    sides = [
-        f"{side}: {name}"
-        for side in ("ours", "original")
-        for name in ("s", "CPU s", "labels or images/s", "peak")
-    ]
-    lines = [
-        "| | " + " | ".join([*sides, "by the clock", "by CPU time", "agreement"]) + " |",
-        "|" + "---|" * 12,
-    ]
-    with tempfile.TemporaryDirectory() as exchange:
+    check_peer(config, "src/decoding.py", "NXTP")
+    load = load_at_start(config)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
         for case in config.cases:
-            results = measure_case(config, case, exchange)
-            lines.append(row(case, results, config))
-    first = results["ours"][0]
-    body = "\n".join(lines) + f"\n\nMachine: {bench.machine(first, config.threads)}."
-    title = f"Recognition, 51.5M parameters, {', '.join(config.cases)}, {config.precision}, {first['device']}"
-    title += ", against the original" * bool(config.peer)
-    print(body)
-    bench.write_report(config, title, f"{body}\n\n    {bench.command_line(config, 'recognition')}")
+            rows.append(row(case, measure_case(case, config, folder), config))
+    head = [""]
+    for side in [OURS, PEER] if config.peer else [OURS]:
+        for figure in ("s", "CPU s", "labels or images/s", "peak"):
+            head.append(f"{side}: {figure}")
+    if config.peer:
+        head += ["by the clock", "by CPU time", "agreement"]
+    title = ["Recognition"]
+    if not config.tiny:
+        title.append("51.5M parameters")
+    title += [*config.cases, config.precision, device_of(config)]
+    if config.peer:
+        title.append("against the original")
+    publish(config, "recognition", title, markdown(head, rows), load)
 
 
 if __name__ == "__main__":
-    configuration.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

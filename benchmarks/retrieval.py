@@ -8,27 +8,59 @@ against the original's.
 All images and captions are encoded; then each image's `k_test` nearest captions, and each caption's
 nearest images, are matched. A pair is a candidate of one direction; the same number counts for both
 sides. Weights and images are random, five captions an image. The original's evaluation function
-runs unchanged in a process of its own, with stand-ins for old libraries (or --peer-python, as in
-benchmarks.pretrain); its weights are then ours. The table is written to docs/BENCHMARKS.md, with
-the time that COCO's test would take by these rates.
+runs unchanged, with stand-ins for old libraries (or --peer-python, as in benchmarks.pretrain); its
+weights are then ours. The table has the time that COCO's test would take by these rates.
 """
 
 import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
+from torch import Tensor
+
+from base.distributed import World
 from base.errors import UserError
-from benchmarks import pretrain as bench
-from runtime.config import cli as configuration
-from runtime.config.cli import knob
+from benchmarks.gauge import Stages
+from benchmarks.runner import (
+    OURS,
+    PeerOptions,
+    Side,
+    check_peer,
+    device_of,
+    load_at_start,
+    take_turns,
+)
+from benchmarks.synthetic import synthetic_split
+from benchmarks.table import Column, publish, table
+from evaluation.retrieval import FILL, Captions, rank
+from models.fusion.retrieval import Retrieval, RetrievalConfig
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
+from runtime.config.cli import knob, run_script
+from runtime.optim.build import Precision
+from runtime.run import evaluating
 
+PEER = "original"
 CAPTIONS = 5  # of an image, as in COCO
 COCO, COCO_K = 5000, 256  # images of the test, and its k_test
+COCO_PAIRS = (1 + CAPTIONS) * COCO * COCO_K
+COLUMNS = [
+    Column("pairs/s", "pairs"),
+    Column("pairs per CPU second", "cpu_pairs"),
+    Column("encoding, s", "encoding", "{:.1f}"),
+    Column(f"COCO, {COCO_PAIRS / 1e6:.1f} million pairs, extrapolated", "coco", "{:,.0f} h"),
+    Column("ours is faster by", "pairs", "{:.2f} x", ratio="higher"),
+    Column("by CPU time", "cpu_pairs", "{:.2f} x", ratio="higher"),
+    Column("on COCO", "coco", "{:.2f} x", ratio="lower"),
+]
+CHECKOUT_FILES = {"simla": "models/simla/retrieval.py", "albef": "models/model_retrieval.py"}
 
 
 @dataclass
-class Config:
+class Config(PeerOptions):
     """What to measure."""
 
     system: str = knob("simla", "which model", choices=("simla", "albef"))
@@ -40,125 +72,168 @@ class Config:
     precision: str = knob(
         "fp32", "ours: type of the forward pass", choices=("fp32", "bf16", "fp16")
     )
-    peer: str | None = knob(None, "checkout of the original to measure beside ours")
-    peer_python: str | None = knob(
-        None, "interpreter with the original's old libraries; none = this one, stand-ins"
-    )
-    device: str = knob("auto", "auto (CUDA where present), cpu or cuda")
-    threads: int = knob(2, "CPU threads of each side", low=1)
-    repeats: int = knob(1, "measurements of each side", low=1)
-    report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
 
     @property
     def pairs(self) -> int:
+        """Pairs matched in both directions together."""
         return (1 + CAPTIONS) * self.images * self.k_test
 
 
-def measure_all(config: Config) -> dict[str, list[dict]]:
-    """The sides' measurements in turn, the original's first: it leaves the weights."""
-    results: dict[str, list[dict]] = {
-        side: [] for side in ("peer", "ours") if side == "ours" or config.peer
-    }
-    with tempfile.TemporaryDirectory() as exchange:
-        for turn in range(config.repeats):
-            for side, runs in results.items():
-                more = {"exchange": exchange, "captions": CAPTIONS * config.images}
-                runs.append(bench.run_side(f"retrieval_{side}", config, **more))
-                spent = {
-                    name: f"{seconds:.1f} s" for name, (seconds, _) in runs[-1]["times"].items()
-                }
-                print(f"{side} {turn + 1}/{config.repeats}: {spent}", flush=True)
-    return results
+class Noted:
+    """The network; its first matching begins a stage."""
+
+    def __init__(self, model: Retrieval, stages: Stages):
+        self.model = model
+        self.stages = stages
+        self.encode_image = model.encode_image
+        self.encode_text = model.encode_text
+
+    def match_scores(self, *args) -> Tensor:
+        self.stages.enter("matching")
+        return self.model.match_scores(*args)
 
 
-def rates(runs: list[dict], config: Config) -> dict[str, float]:
-    """Medians of a side: `pairs` matched a second, `cpu_pairs` a CPU second, `encoding` seconds,
-    and `coco` hours.
+def build_model(options: SimpleNamespace) -> Retrieval:
+    """ViT-B/16 at 384 px and BERT-base; the peer's weights if it left any, else random ones."""
+    bert = BertConfig()
+    if options.system == "albef":
+        bert.single_stream = False
+        bert.fusion_layer = 6
+    vit = ViTConfig(image_size=384)
+    if options.tiny:
+        vit.width, vit.depth, vit.heads = 32, 2, 2
+        bert.hidden_size = bert.encoder_width = 32
+        bert.num_hidden_layers = bert.num_attention_heads = 2
+        bert.intermediate_size = 64
+        bert.fusion_layer = min(bert.fusion_layer, 1)
+    model = Retrieval(RetrievalConfig(vit=vit, bert=bert, queue_size=64))
+    saved = Path(options.exchange) / "peer.pt"
+    if saved.exists():
+        weights = torch.load(saved, weights_only=True, mmap=True, map_location="cpu")["model"]
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if "_m." not in name and "queue" not in name]
+        if missing or unexpected:
+            raise SystemExit(
+                f"the original's weights do not fit: missing {missing}, unexpected {unexpected}"
+            )
+    return model
 
-    The hours are those of COCO's test by the clock: its images (with captions) at the rate of
-    `encoding`, its pairs at that of matching.
+
+def ours(options: SimpleNamespace) -> dict:
+    """Times of the stages and, if the peer left scores, how far the rankings agree."""
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    model = build_model(options).to(device)
+    images, ids, mask = synthetic_split(options.images, options.captions)
+    captions = Captions(ids, mask, torch.arange(len(ids)) % len(images))
+    stages = Stages(options.device)
+    precision = Precision(options.precision, device)
+    stages.enter("encoding")
+    with evaluating(model), precision.autocast():
+        rankings = rank(
+            Noted(model, stages),
+            lambda indices: images[indices].split(options.batch),
+            len(images),
+            captions,
+            World(0, 1, 0, device),
+            k=options.k_test,
+            keep_text_states=not model.config.bert.single_stream,
+            image_batch=options.batch,
+            progress=False,
+        )
+    stages.enter(None)
+    result = {"times": stages.times}
+    file = Path(options.exchange) / "peer.pt"
+    if file.exists():
+        images_scores, texts_scores = torch.load(file, weights_only=True, mmap=True)["scores"]
+        result["agreement"] = [
+            agreement(rankings[0].dense(), images_scores),
+            agreement(rankings[1].dense(), texts_scores),
+        ]
+    return result
+
+
+def agreement(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """How far two score matrices [Q,N] agree; FILL marks what was no candidate.
+
+    candidates: fraction that is equal; difference: largest of a score, in standard deviations of
+    the scores; order: fraction of queries whose common candidates come in the same order;
+    spearman: mean rank correlation.
     """
-    matching, cpu = (statistics.median(run["times"]["matching"][i] for run in runs) for i in (0, 1))
-    encoding = statistics.median(run["times"]["encoding"][0] for run in runs)
-    pairs = (1 + CAPTIONS) * COCO * COCO_K
-    hours = (encoding / config.images * COCO + matching / config.pairs * pairs) / 3600
+    common = (ours > FILL) & (theirs > FILL)
+    difference = (ours - theirs)[common].abs().max() / theirs[common].std()
+    same_order, spearman = [], []
+    for row, other, both in zip(ours, theirs, common, strict=True):
+        ranks = row[both].argsort().argsort().double()
+        other_ranks = other[both].argsort().argsort().double()
+        same_order.append(torch.equal(ranks, other_ranks))
+        n = len(ranks)
+        squares = (ranks - other_ranks).square().sum().item()
+        spearman.append(1 - 6 * squares / max(1, n * (n * n - 1)))
+    return {
+        "candidates": common.sum().item() / (theirs > FILL).sum().item(),
+        "order": statistics.mean(same_order),
+        "difference": difference.item(),
+        "spearman": statistics.mean(spearman),
+    }
+
+
+def rates(run: dict, config: Config) -> dict[str, float]:
+    """One measurement's `pairs` a second, `cpu_pairs` a CPU second, seconds of `encoding`, and
+    `coco`, the hours that COCO's test would take at these rates by the clock."""
+    matching, matching_cpu = run["times"]["matching"]
+    encoding, _ = run["times"]["encoding"]
+    coco = encoding / config.images * COCO + matching / config.pairs * COCO_PAIRS
     return {
         "pairs": config.pairs / matching,
-        "cpu_pairs": config.pairs / cpu,
+        "cpu_pairs": config.pairs / matching_cpu,
         "encoding": encoding,
-        "coco": hours,
+        "coco": coco / 3600,
     }
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
-    """Markdown, a row a side."""
-    million = (1 + CAPTIONS) * COCO * COCO_K / 1e6
-    head = [
-        "",
-        "pairs/s",
-        "pairs per CPU second",
-        "encoding, s",
-        f"COCO, {million:.1f} million pairs, extrapolated",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---|---|"]
-    for side, name in (("ours", "ours"), ("peer", "original")):
-        if side in found:
-            pairs, cpu, encoding, coco = (
-                found[side][key] for key in ("pairs", "cpu_pairs", "encoding", "coco")
-            )
-            lines.append(f"| {name} | {pairs:.2f} | {cpu:.2f} | {encoding:.1f} | {coco:,.0f} h |")
-    return "\n".join(lines)
-
-
-def agreement_text(results: dict[str, list[dict]]) -> str:
-    """The agreement of scores and orders, in words."""
-    by_query = results["ours"][0]["agreement"]
-    lowest = {
-        key: min(part[key] for part in by_query.values())
-        for key in ("candidates", "order", "spearman")
-    }
-    apart = max(part["difference"] for part in by_query.values())
+def agreement_text(by_direction: list[dict[str, float]]) -> str:
+    """The lowest agreement of scores and orders, in words."""
+    candidates = min(part["candidates"] for part in by_direction)
+    order = min(part["order"] for part in by_direction)
+    spearman = min(part["spearman"] for part in by_direction)
+    difference = max(part["difference"] for part in by_direction)
     return (
-        f"With equal weights {lowest['candidates']:.1%} of the candidates are the same, scores differ by at most "
-        f"{apart:.1e} of their standard deviation, {lowest['order']:.1%} of the queries have the same order (rank "
-        f"correlation {lowest['spearman']:.6f})."
+        f"With equal weights {candidates:.1%} of the candidates are the same, scores differ by at "
+        f"most {difference:.1e} of their standard deviation, {order:.1%} of the queries have the "
+        f"same order (rank correlation {spearman:.6f})."
     )
 
 
-def check_config(config: Config) -> None:
-    """Raise UserError where the settings cannot be measured."""
+def main(config: Config) -> None:
     if config.k_test > config.images:
         raise UserError(
             f"--k-test {config.k_test}: there are {config.images} images; give more --images"
         )
+    check_peer(config, CHECKOUT_FILES[config.system], config.system.upper())
+    load = load_at_start(config)
+    sides = [Side(OURS, "benchmarks.retrieval:ours")]
+    if config.peer:  # first, it leaves the weights
+        sides.insert(0, Side(PEER, "benchmarks.peers.fusion_retrieval:evaluate", original=True))
+    captions = CAPTIONS * config.images
+    with tempfile.TemporaryDirectory() as folder:
+        results = take_turns(config, sides, exchange=folder, captions=captions)
+    found = {side: [rates(run, config) for run in runs] for side, runs in results.items()}
+    body = table(found, COLUMNS)
     if config.peer:
-        name = {"simla": "models/simla/retrieval.py", "albef": "models/model_retrieval.py"}[
-            config.system
-        ]
-        if not (Path(config.peer) / name).is_file():
-            raise UserError(
-                f"--peer {config.peer}: no {name} there; it takes a checkout of {config.system.upper()}"
-            )
-
-
-def main(config: Config) -> None:
-    check_config(config)
-    results = measure_all(config)
-    found = {side: rates(runs, config) for side, runs in results.items()}
-    first = results["ours"][0]
-    body = table(found)
-    if config.peer:
-        ratio, cpu, coco = (
-            found["ours"][key] / found["peer"][key] for key in ("pairs", "cpu_pairs", "coco")
-        )
-        body += f"\n\nOurs over the original: {ratio:.2f} x pairs/s ({cpu:.2f} x by CPU time), COCO {1 / coco:.2f} x"
-        body += f" as fast. {agreement_text(results)}"
-    body += f"\n\nMachine: {bench.machine(first, config.threads)}."
-    sizes = f"{config.images} images, {CAPTIONS * config.images} captions, k_test {config.k_test}"
-    title = f"Retrieval evaluation, {config.system.upper()} at 384 px, {sizes}, {config.precision}, {first['device']}"
-    print(body)
-    bench.write_report(config, title, f"{body}\n\n    {bench.command_line(config, 'retrieval')}")
+        agreement = agreement_text(results[OURS][0]["agreement"])
+        body += f"\n\n{agreement}"
+    title = [
+        "Retrieval evaluation",
+        f"{config.system.upper()} at 384 px",
+        f"{config.images} images",
+        f"{captions} captions",
+        f"k_test {config.k_test}",
+        config.precision,
+        device_of(config),
+    ]
+    publish(config, "retrieval", title, body, load)
 
 
 if __name__ == "__main__":
-    configuration.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

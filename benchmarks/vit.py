@@ -5,130 +5,136 @@ the original's.
     python -m benchmarks.vit --peer PATH/TO/coyo-vit --peer-python PATH  # and TensorFlow's COYO-ViT
 
 A step is forward, backward, global-norm clipping and AdamW of ViT-B/16 with the tanh layer and
-21,841 classes, on random images of 224 px. Loss, optimizer and loop are ours for the three in
-PyTorch; the original runs its own, in float32 and as one graph. Each measurement is a process of
-its own, in turn. The table is written to docs/BENCHMARKS.md.
+21,841 classes, on random images of 224 px. Loss, optimizer, loop, --precision, --compile and
+--activation-checkpointing are ours for the three in PyTorch; the original runs its own, in float32
+and as one graph.
 """
 
-import os
-import statistics
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
-from base.errors import UserError
-from benchmarks import pretrain as bench
-from runtime.config import cli as configuration
-from runtime.config.cli import knob
+import torch
+from torch import Tensor, nn
 
-NAMES = {
-    "ours": "ours",
-    "timm": "timm",
-    "transformers": "transformers",
-    "peer": "original (TensorFlow)",
-}
+from benchmarks.runner import Side, TrainOptions, check_peer, check_tensorflow
+from benchmarks.steps import measure_training
+from benchmarks.table import compare_steps, settings
+from models.classification.classifier import ClassifierConfig, VisionClassifier, sigmoid_loss
+from models.weights.vit import transformers_config
+from runtime.config.cli import knob, run_script
+from runtime.optim.build import Optimizer, Precision, build_optimizer
+from runtime.parallel import checkpoint_blocks
+
+PEER = "original (TensorFlow)"
 
 
 @dataclass
-class Config:
+class Config(TrainOptions):
     """What to measure."""
 
     model: str = knob("vit-b/16", "network", choices=("vit-b/16", "vit-l/16"))
-    batch: int = knob(4, "images a step", low=1)
     image_size: int = knob(224, "side of the images in pixels", low=16)
     classes: int = knob(21841, "classes", low=2)
     sides: list[str] = knob(
         ["ours", "timm", "transformers"], "in PyTorch", choices=("ours", "timm", "transformers")
     )
-    precision: str = knob(
-        "fp32", "in PyTorch: type of the forward pass", choices=("fp32", "bf16", "fp16")
+
+
+class Foreign(nn.Module):
+    """Another library's transformer [B,3,S,S] -> [B,D] with the tanh layer and head of COYO-ViT, and
+    our loss."""
+
+    def __init__(self, trunk: nn.Module, token: Callable, width: int, classes: int):
+        super().__init__()
+        self.trunk = trunk
+        self.token = token
+        self.pre_logits = nn.Linear(width, width)
+        self.head = nn.Linear(width, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias, -10)
+
+    def forward(self, image: Tensor, labels: Tensor, label_weights: Tensor) -> dict[str, Tensor]:
+        features = torch.tanh(self.pre_logits(self.token(self.trunk(image))))
+        return {"loss": sigmoid_loss(self.head(features).float(), labels, label_weights)}
+
+
+def classifier_config(options: SimpleNamespace) -> ClassifierConfig:
+    """The network of all three; tiny: 2 blocks of width 32."""
+    return ClassifierConfig(
+        model="vit-mu/16" if options.tiny else options.model,
+        image_size=options.image_size,
+        num_classes=options.classes,
+        loss="sigmoid",
     )
-    compile: bool = knob(False, "in PyTorch: torch.compile")
-    activation_checkpointing: bool = knob(
-        False, "in PyTorch: recompute blocks in the backward pass"
+
+
+def ours(options: SimpleNamespace) -> dict:
+    """A step of our network."""
+    torch.manual_seed(0)
+    config = classifier_config(options)
+    model = VisionClassifier(replace(config, representation_size=config.vit.width))
+    return measure_network(model, options)
+
+
+def timm(options: SimpleNamespace) -> dict:
+    """A step of timm's network."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    vit = classifier_config(options).vit
+    trunk = VisionTransformer(
+        img_size=vit.image_size,
+        patch_size=vit.patch_size,
+        embed_dim=vit.width,
+        depth=vit.depth,
+        num_heads=vit.heads,
+        num_classes=0,
+        act_layer=lambda: nn.GELU(approximate="tanh"),
     )
-    peer: str | None = knob(
-        None, "checkout of github.com/kakaobrain/coyo-vit to measure beside ours"
-    )
-    peer_python: str | None = knob(None, "interpreter with TensorFlow 2.12")
-    device: str = knob("auto", "auto (CUDA where present), cpu or cuda")
-    threads: int = knob(2, "CPU threads of each side", low=1)
-    repeats: int = knob(3, "measurements of each side", low=1)
-    warmup: int = knob(1, "steps before the clock starts, in each measurement", low=0)
-    steps: int = knob(3, "timed steps of a measurement; their median counts", low=1)
-    report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
+    model = Foreign(trunk, lambda output: output, vit.width, options.classes)
+    return measure_network(model, options)
 
 
-def table(results: dict[str, list[dict]], batch: int) -> str:
-    """Markdown, a row a side; ratios are medians over the turns of a side's time over ours."""
-    head = [
-        "",
-        "seconds a step",
-        "CPU seconds",
-        "images/s",
-        "peak memory",
-        "ours is faster by",
-        "by CPU time",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for side, runs in results.items():
-        middle = {
-            key: statistics.median(run[key] for run in runs)
-            for key in ("seconds", "cpu_seconds", "peak_bytes")
-        }
-        spread = (
-            f"{min(run['seconds'] for run in runs):.2f}-{max(run['seconds'] for run in runs):.2f}"
-        )
-        ratios = ["", ""]
-        if side != "ours" and "ours" in results:
-            pairs = list(zip(results["ours"], runs, strict=True))
-            medians = (
-                statistics.median(b[key] / a[key] for a, b in pairs)
-                for key in ("seconds", "cpu_seconds")
-            )
-            ratios = [f"{ratio:.2f} x" for ratio in medians]
-        times = [f"{middle['seconds']:.2f} ({spread})", f"{middle['cpu_seconds']:.2f}"]
-        memory = f"{middle['peak_bytes'] / 2**30:.2f} GiB"
-        cells = [NAMES[side], *times, f"{batch / middle['seconds']:.2f}", memory, *ratios]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def transformers(options: SimpleNamespace) -> dict:
+    """A step of transformers' network."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = classifier_config(options)
+    trunk = ViTModel(ViTConfig(**transformers_config(config)), add_pooling_layer=False)
+    model = Foreign(trunk, lambda output: output[0][:, 0], config.vit.width, options.classes)
+    return measure_network(model, options)
 
 
-def check_config(config: Config) -> None:
-    """Raise UserError where the settings cannot be measured."""
-    if config.peer and not (Path(config.peer) / "backbones/vit/vit_model.py").is_file():
-        raise UserError(
-            f"--peer {config.peer}: no backbones/vit/vit_model.py there; it takes a checkout of coyo-vit"
-        )
-    if config.peer and not config.peer_python:
-        raise UserError(
-            "--peer needs --peer-python, an interpreter with TensorFlow 2.12 and tensorflow-addons"
-        )
+def measure_network(model: nn.Module, options: SimpleNamespace) -> dict:
+    """The step of any of the networks."""
+    device = torch.device(options.device)
+    model = model.to(device).train()
+    if options.activation_checkpointing:
+        checkpoint_blocks(model)
+    if options.compile:
+        model.compile()
+    size, side = options.batch, options.image_size
+    batch = {
+        "image": torch.randn(size, 3, side, side, device=device),
+        "labels": torch.randint(options.classes, (size, 2), device=device),
+        "label_weights": torch.ones(size, 2, device=device),
+    }
+    optimizer = build_optimizer(model, Optimizer(lr=1e-4, weight_decay=0.1))
+    precision = Precision(options.precision, device, clip=1.0)
+    return measure_training(model, batch, optimizer, precision, options)
 
 
 def main(config: Config) -> None:
-    check_config(config)
-    load = os.getloadavg()[0]
-    scripts = dict.fromkeys(config.sides, "vit_ours") | (
-        {"peer": "vit_peer"} if config.peer else {}
-    )
-    results = bench.take_turns(config, scripts)
-    first = next(iter(results.values()))[0]
-    body = f"{table(results, config.batch)}\n\n{first['parameters'] / 1e6:.1f} million parameters."
+    check_peer(config, "backbones/vit/vit_model.py", "coyo-vit")
+    check_tensorflow(config)
+    sides = [Side(name, f"benchmarks.vit:{name}") for name in config.sides]
     if config.peer:
-        body += f" The original by {results['peer'][0]['torch']}, float32."
-    body += f" Machine: {bench.machine(first, config.threads)}.{bench.disturbed(load)}"
-    extra = ["compiled"] * config.compile + [
-        "activation checkpointing"
-    ] * config.activation_checkpointing
-    settings = [
-        f"{config.model}, {config.classes:,} classes",
-        f"batch {config.batch}",
-        config.precision,
-    ]
-    title = ", ".join(["Classification step", *settings, first["device"], *extra])
-    print(body)
-    bench.write_report(config, title, f"{body}\n\n    {bench.command_line(config, 'vit')}")
+        sides.append(Side(PEER, "benchmarks.peers.coyo_vit:step", original=True))
+    title = ["Classification step", config.model, f"{config.classes:,} classes"]
+    compare_steps(config, "vit", title + settings(config), sides)
 
 
 if __name__ == "__main__":
-    configuration.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -1,7 +1,7 @@
 """The recognition benchmark's own parts; nothing is timed here."""
 
+from benchmarks import nxtp_inputs as common
 from benchmarks import recognition as bench_recognition
-from benchmarks import recognition_common as common
 
 
 def test_the_stand_in_tokenizer_gives_the_originals_lengths():
@@ -24,13 +24,16 @@ def runs(seconds: float, **found) -> list[dict]:
 
 
 def test_rows_name_speed_and_agreement():
-    results = {"ours": runs(0.5, tokens=[[[1], [2]]]), "peer": runs(5.0, tokens=[[[1], [3]]])}
-    line = bench_recognition.row("1", results, bench_recognition.Config(labels=2))
-    assert "| 4.0 |" in line and "10.0 x" in line and "1 of 2 labels alike" in line
-    step = {"ours": runs(2.0, loss=1.0), "peer": runs(4.0, loss=1.5)}
-    line = bench_recognition.row("train", step, bench_recognition.Config(batch=4))
-    assert "| 2.0 |" in line and "first loss 1.000000 and 1.500000" in line
-    assert (
-        bench_recognition.row("8", {"ours": results["ours"]}, bench_recognition.Config()).count("|")
-        == 13
-    )
+    results = {"ours": runs(0.5, tokens=[[[1], [2]]]), "original": runs(5.0, tokens=[[[1], [3]]])}
+    cells = bench_recognition.row("1", results, bench_recognition.Config(labels=2))
+    assert cells == [
+        "top 2, case 1",
+        *("0.50", "0.50", "4.0", "1.00 GiB"),
+        *("5.00", "5.00", "0.4", "1.00 GiB"),
+        *("10.0 x", "10.0 x", "1 of 2 labels alike"),
+    ]
+    step = {"ours": runs(2.0, loss=1.0), "original": runs(4.0, loss=1.5)}
+    cells = bench_recognition.row("train", step, bench_recognition.Config(batch=4))
+    assert cells[:4] == ["training step, 4 images", "2.00", "2.00", "2.0"]
+    assert cells[-1] == "first loss 1.000000 and 1.500000"
+    assert len(bench_recognition.row("8", {"ours": step["ours"]}, bench_recognition.Config())) == 5

@@ -1,4 +1,4 @@
-"""What both sides of the recognition benchmark share: sizes, a stand-in for LLaMA's tokenizer,
+"""Inputs of benchmarks.recognition, equal for both sides: sizes, a stand-in for LLaMA's tokenizer,
 images and labels.
 
 Imports torch alone, so that it also runs beside an original's checkout.
@@ -6,11 +6,11 @@ Imports torch alone, so that it also runs beside an original's checkout.
 
 import re
 import zlib
+from dataclasses import dataclass
 
 import torch
 
-VISION = {"width": 256, "layers": 6, "heads": 4, "patch": 14, "side": 224}  # 256 image tokens
-DECODER = {"dim": 512, "layers": 4, "heads": 8, "multiple_of": 256}
+SIDE, PATCH = 224, 14  # pixels; 256 image tokens
 PIECES, IMAGE, EMPTY = 32000, 32000, 32001
 ANSWER, COMMA = 526, 29892  # LLaMA's "▁are" and ","
 PROMPT = "The objects in the image are"
@@ -45,19 +45,41 @@ class Words:
         return " ".join(map(str, ids))
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Geometry of the network."""
+
+    vision_width: int = 256
+    vision_layers: int = 6
+    vision_heads: int = 4
+    dim: int = 512  # width of the decoder
+    layers: int = 4
+    heads: int = 8
+    multiple_of: int = 256  # the decoder's hidden width is rounded up to
+
+
+FULL = Sizes()
+TINY = Sizes(
+    vision_width=64, vision_layers=3, vision_heads=1, dim=64, layers=2, heads=2, multiple_of=32
+)
+
+
+def sizes_of(options) -> Sizes:
+    return TINY if options.tiny else FULL
+
+
 def images(count: int, seed: int = 0) -> torch.Tensor:
     """Random normalised images float32 [count,3,224,224]."""
-    return torch.randn(
-        count, 3, VISION["side"], VISION["side"], generator=torch.Generator().manual_seed(seed)
-    )
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
 def captions(count: int) -> list[str]:
-    """Captions of twelve words, five of them labels of two tokens."""
-    return [
-        " ".join(f"a word{5 * i + j} by" if j else f"thing{i}" for j in range(5))
-        for i in range(count)
-    ]
+    """Captions of thirteen words, five of them labels of two tokens."""
+    texts = []
+    for i in range(count):
+        words = [f"thing{i}"] + [f"a word{5 * i + j} by" for j in range(1, 5)]
+        texts.append(" ".join(words))
+    return texts
 
 
 def labels_of(caption: str) -> list[str]:

@@ -1,0 +1,97 @@
+"""Clock and memory gauge of one measurement.
+
+Imports torch only where it is used: the module also runs in an interpreter that has TensorFlow
+alone.
+"""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def measure(step: Callable[[], object], options: SimpleNamespace) -> dict[str, float]:
+    """Run `step` `options.warmup` times, then `options.steps` times under the clock.
+
+    Returns medians of the timed steps, `seconds` by the clock and `cpu_seconds` of all threads
+    (which other work on a shared machine disturbs less), and `peak_bytes` of memory.
+    """
+    seconds, cpu_seconds = [], []
+    for number in range(options.warmup + options.steps):
+        begin, cpu_begin = time.perf_counter(), time.process_time()
+        step()
+        wait_for(options.device)
+        if number >= options.warmup:
+            seconds.append(time.perf_counter() - begin)
+            cpu_seconds.append(time.process_time() - cpu_begin)
+    return {
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu_seconds),
+        "peak_bytes": peak_bytes(options.device),
+    }
+
+
+def measure_once(function: Callable[[], object]) -> tuple[object, dict[str, float]]:
+    """Result of the function on the CPU, and its `seconds` and `cpu_seconds`."""
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    result = function()
+    seconds = time.perf_counter() - begin
+    return result, {"seconds": seconds, "cpu_seconds": time.process_time() - cpu_begin}
+
+
+def wait_for(device: str) -> None:
+    """Wait until the GPU has finished."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def peak_bytes(device: str) -> int:
+    """Highest memory so far: of the GPU's allocator, or resident memory of this process on the
+    CPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    if Path("/proc/self/status").exists():  # unlike getrusage, never the launching process's peak
+        return status_bytes("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def status_bytes(field: str) -> int:
+    """A size that Linux reports of this process: VmHWM (peak) or VmRSS (now), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"no {field} in /proc/self/status")
+
+
+class Stages:
+    """Times of a procedure's stages: {name: [seconds by the clock, CPU seconds]}."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.name: str | None = None
+        self.times: dict[str, list[float]] = {}
+        self.begin = self.now()
+
+    def now(self) -> tuple[float, float]:
+        wait_for(self.device)
+        return time.perf_counter(), time.process_time()
+
+    def enter(self, name: str | None) -> None:
+        """Begin stage `name`; None ends the last. Entering the current stage changes nothing."""
+        if name == self.name:
+            return
+        now = self.now()
+        if self.name is not None:
+            spent = self.times.setdefault(self.name, [0.0, 0.0])
+            spent[0] += now[0] - self.begin[0]
+            spent[1] += now[1] - self.begin[1]
+        self.name = name
+        self.begin = now

@@ -1,0 +1,170 @@
+"""Stand-ins for the libraries that SIMLA, ALBEF and NXTP import: the few names they use.
+
+The originals were written for versions of transformers and timm that today's Python cannot install.
+"""
+
+import importlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Missing(types.ModuleType):
+    """A library that is imported but never used in a step: any name of it is there, none does
+    anything."""
+
+    __path__ = ()
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def stand_in(name: str, **names) -> None:
+    """Register a module (and its parents) that holds `names`."""
+    parent, _, leaf = name.rpartition(".")
+    module = sys.modules.setdefault(name, Missing(name))
+    module.__dict__.update(names)
+    if parent:
+        stand_in(parent)
+        setattr(sys.modules[parent], leaf, module)
+
+
+class Outputs:
+    """Named results; `outputs[i]` counts those that are not None."""
+
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+    def __getitem__(self, index):
+        return [value for value in self.__dict__.values() if value is not None][index]
+
+
+class Config:
+    """BERT configuration: the JSON file's fields over the library's defaults."""
+
+    def __init__(self, **fields):
+        self.use_cache = self.output_attentions = self.output_hidden_states = False
+        self.is_decoder = self.add_cross_attention = False
+        self.gradient_checkpointing = self.chunk_size_feed_forward = False
+        self.use_return_dict = True
+        self.position_embedding_type = "absolute"
+        self.__dict__.update(fields)
+
+    @classmethod
+    def from_json_file(cls, path: str) -> "Config":
+        return cls(**json.loads(Path(path).read_text()))
+
+
+class Pretrained(nn.Module):
+    """What the originals use of transformers' base class: initialisation, tied output weights,
+    additive masks."""
+
+    def __init__(self, config: Config, *args, **kwargs):
+        super().__init__()
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def init_weights(self) -> None:
+        self.apply(self._init_weights)
+        head = getattr(self, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            head.weight = self.bert.get_input_embeddings().weight
+
+    def invert_attention_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+        return (1.0 - mask.to(self.dtype)) * torch.finfo(self.dtype).min
+
+    def get_head_mask(self, head_mask, layers: int):
+        return [None] * layers
+
+
+class Patches(nn.Module):
+    """timm's patch embedding: a strided convolution, then [B,N,D]."""
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.num_patches = (img_size // patch_size) ** 2
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.proj(image).flatten(2).transpose(1, 2)
+
+
+def no_documentation(*args, **kwargs):
+    """Stands for the library's documentation decorators, part of which were removed."""
+    return lambda function: function
+
+
+def no_chunks(function, chunk: int, dim: int, *tensors):
+    """Calls the function on whole tensors."""
+    return function(*tensors)
+
+
+DOCUMENTATION = (
+    "add_code_sample_docstrings",
+    "add_start_docstrings",
+    "add_start_docstrings_to_model_forward",
+    "replace_return_docstrings",
+)
+OUTPUTS = (
+    "BaseModelOutputWithPastAndCrossAttentions",
+    "BaseModelOutputWithPoolingAndCrossAttentions",
+    "CausalLMOutputWithCrossAttentions",
+    "MaskedLMOutput",
+)
+
+
+def replace_libraries() -> None:
+    """Register stand-ins for transformers and timm."""
+    decorators = dict.fromkeys(DOCUMENTATION, no_documentation)
+    outputs = dict.fromkeys(OUTPUTS, Outputs)
+    logging = types.SimpleNamespace(get_logger=lambda name: None, set_verbosity_error=lambda: None)
+    stand_in("transformers", logging=logging)
+    stand_in("transformers.utils", logging=logging)
+    stand_in("transformers.activations", ACT2FN={"gelu": nn.functional.gelu})
+    stand_in("transformers.file_utils", ModelOutput=Outputs, **decorators)
+    stand_in("transformers.modeling_outputs", **outputs)
+    stand_in(
+        "transformers.modeling_utils",
+        PreTrainedModel=Pretrained,
+        apply_chunking_to_forward=no_chunks,
+    )
+    stand_in("transformers.models.bert.configuration_bert", BertConfig=Config)
+    stand_in("timm.models.vision_transformer", PatchEmbed=Patches)
+    stand_in("timm.models.registry", register_model=lambda function: function)
+    stand_in("timm.models.layers", trunc_normal_=nn.init.trunc_normal_, DropPath=nn.Identity)
+
+
+def prepare(options: types.SimpleNamespace) -> None:
+    """Make the checkout importable, with stand-ins unless --peer-python has the old libraries."""
+    sys.path.insert(0, options.peer)
+    if options.peer_python is None:
+        replace_libraries()
+    keep_old_names()
+
+
+def keep_old_names() -> None:
+    """Put back what newer versions of installed libraries no longer offer."""
+    importlib.import_module("torch.optim.optimizer").required = object()
+    if "transformers" not in sys.modules:
+        import transformers.file_utils
+
+        transformers.file_utils.add_code_sample_docstrings = no_documentation
+    for name in ("einops", "requests"):  # imported, but the tokenizer's encoder uses neither
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            stand_in(name)

@@ -1,0 +1,148 @@
+"""What every benchmark does: options, taking turns in fresh processes, and the check of the load.
+
+A benchmark lists its sides, ours and others'. Each measurement is a process of its own, so that
+memory is clean; the sides take turns, so that a change of the machine's speed disturbs all alike.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from base.errors import UserError
+from runtime.config.cli import knob
+
+ROOT = Path(__file__).resolve().parents[1]
+IDLE_LOAD = 0.3  # highest load average at which times by the clock count
+OURS = "ours"  # name of our side in every table
+
+
+@dataclass
+class Options:
+    """Options of every benchmark."""
+
+    device: str = knob("auto", "auto (CUDA where present), cpu or cuda")
+    threads: int = knob(2, "CPU threads of each side", low=1)
+    repeats: int = knob(3, "measurements of each side", low=1, aliases=("rounds",))
+    busy: bool = knob(False, "measure although other work is running; the table says so")
+    tiny: bool = knob(False, "a tiny network, printed only: shows that the benchmark runs")
+    report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
+
+
+@dataclass
+class PeerOptions(Options):
+    """Options of a benchmark that an original's code can run beside."""
+
+    peer: str | None = knob(None, "checkout of the original to measure beside ours")
+    peer_python: str | None = knob(None, "interpreter for the original; none = this one")
+
+
+@dataclass
+class StepOptions(PeerOptions):
+    """Options of a benchmark of training steps."""
+
+    precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
+    warmup: int = knob(1, "steps before the clock starts, in each measurement", low=0)
+    steps: int = knob(2, "timed steps of a measurement; their median counts", low=1)
+
+
+@dataclass
+class TrainOptions(StepOptions):
+    """Options of a benchmark of a whole network's training step."""
+
+    batch: int = knob(4, "samples a step", low=2)
+    compile: bool = knob(False, "torch.compile")
+    activation_checkpointing: bool = knob(False, "recompute blocks in the backward pass")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison."""
+
+    name: str  # in the table
+    function: str  # "MODULE:FUNCTION" for benchmarks.child
+    original: bool = False  # runs by --peer-python
+    settings: dict = field(default_factory=dict)  # options of this side alone
+
+
+def device_of(options: Options) -> str:
+    """`cpu` or `cuda`; `auto` is CUDA where present."""
+    if options.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return options.device
+
+
+def check_peer(options: PeerOptions, file: str, name: str) -> None:
+    """Raise UserError if --peer is given and is no checkout of `name`, which has `file`."""
+    if options.peer and not (Path(options.peer) / file).is_file():
+        raise UserError(f"--peer {options.peer}: no {file} there; it takes a checkout of {name}")
+    if options.peer and options.tiny and name != "NXTP":
+        raise UserError(f"--tiny: {name} has one size; leave --peer out")
+
+
+def check_tensorflow(options: PeerOptions) -> None:
+    """Raise UserError if the original, which needs TensorFlow, has no interpreter."""
+    if options.peer and not options.peer_python:
+        raise UserError(
+            "--peer needs --peer-python, an interpreter with TensorFlow 2.12, tensorflow-addons "
+            "and, for ALIGN, transformers 4.38"
+        )
+
+
+def load_at_start(options: Options) -> float:
+    """The load average. Raise UserError if other work is running, unless --busy allows it."""
+    load = os.getloadavg()[0]
+    if load > IDLE_LOAD and not options.busy:
+        raise UserError(
+            f"other work is running (load {load:.1f}, idle is at most {IDLE_LOAD}): wait, "
+            "or measure anyway with --busy"
+        )
+    return load
+
+
+def run_side(side: Side, options: Options, **more) -> dict:
+    """One measurement in a fresh process: the dictionary that the side's function returns.
+
+    The function takes the options, the resolved `device`, the side's settings and `more`.
+    """
+    given = {**asdict(options), "device": device_of(options), **side.settings, **more}
+    other = given.get("peer_python") if side.original else None
+    python = other or sys.executable
+    threads = str(options.threads)
+    env = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3")
+    env.update(OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
+    command = [python, "-m", "benchmarks.child", side.function, json.dumps(given, default=str)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        error = done.stderr.strip()[-3000:]
+        raise UserError(f"{side.name} failed (exit {done.returncode}):\n{error}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def take_turns(options: Options, sides: list[Side], **more) -> dict[str, list[dict]]:
+    """All measurements by the side's name, ours first.
+
+    They run in turn in the order of `sides`, every second time in reverse.
+    """
+    names = sorted((side.name for side in sides), key=lambda name: name != OURS)
+    results: dict[str, list[dict]] = {name: [] for name in names}
+    for turn in range(options.repeats):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            result = run_side(side, options, **more)
+            results[side.name].append(result)
+            print(f"{side.name} {turn + 1}/{options.repeats}: {in_words(result)}", flush=True)
+    return results
+
+
+def in_words(result: dict) -> str:
+    """The figures of one measurement that every benchmark has."""
+    words = []
+    if "seconds" in result:
+        words.append(f"{result['seconds']:.3f} s, {result['cpu_seconds']:.2f} CPU s")
+    if "peak_bytes" in result:
+        words.append(f"{result['peak_bytes'] / 2**30:.2f} GiB")
+    return ", ".join(words) or "done"

@@ -1,0 +1,134 @@
+"""Every benchmark runs in its tiny setting, all sides in this process."""
+
+import importlib
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from base.errors import UserError
+from benchmarks import child, gauge, runner
+
+STEP = {"tiny": True, "warmup": 0, "steps": 1, "batch": 2, "repeats": 1}
+RUNS = {  # benchmark and settings: rows of the table that the run must have
+    ("pretrain", "system=simla"): (STEP, ["ours"]),
+    ("pretrain", "system=albef"): ({**STEP, "precision": "bf16"}, ["ours"]),
+    ("dual", ""): ({**STEP, "tokens": 12}, ["ours", "open_clip"]),
+    ("vit", ""): ({**STEP, "image_size": 32, "classes": 9}, ["ours", "timm", "transformers"]),
+    ("align", ""): (
+        {**STEP, "image_size": 64, "batch": 4, "virtual_batch": 2, "length": 8},
+        ["ours", "transformers"],
+    ),
+    ("knn", ""): (
+        {"train": 300, "queries": 40, "width": 8, "k": 3, "repeats": 1},
+        ["ours", "scikit-learn"],
+    ),
+    ("contrastive", ""): (
+        {"pairs": 64, "width": 8, "tile": 16, "repeats": 1},
+        ["tiles of 16", "dense"],
+    ),
+    ("retrieval", ""): ({"tiny": True, "images": 3, "k_test": 2, "repeats": 1}, ["ours"]),
+    ("recognition", ""): (
+        {**STEP, "cases": ["1", "1-limit", "train"], "labels": 3},
+        ["top 3, case 1", "top 3, case 1-limit", "training step, 2 images"],
+    ),
+    ("views", ""): (
+        {"items": 10, "repeats": 1},
+        ["decode", "read a zip member", "3 texts", "sample from zips"],
+    ),
+    ("loader_memory", ""): ({"pairs": 2000, "batches": 2}, ["1 worker", "4 workers"]),
+}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Sides are called instead of started; a real process is in test_bench_table.py."""
+
+    def run_side(side, options, **more):
+        given = {**asdict(options), "device": runner.device_of(options), **side.settings, **more}
+        return child.call(side.function, given)
+
+    monkeypatch.setattr(runner, "run_side", run_side)
+    monkeypatch.setattr(runner.os, "getloadavg", lambda: (0.0, 0, 0))
+
+
+@pytest.mark.parametrize("name", RUNS, ids=lambda name: "-".join(filter(None, name)))
+def test_the_benchmark_runs_and_prints_its_rows(name, in_this_process, capsys):
+    module = importlib.import_module(f"benchmarks.{name[0]}")
+    settings, rows = RUNS[name]
+    more = dict([name[1].split("=")]) if name[1] else {}
+    config = module.Config(**{"threads": 1, "device": "cpu", "report": ""} | settings | more)
+    module.main(config)
+    out = capsys.readouterr().out
+    for row in rows:
+        (line,) = [line for line in out.splitlines() if line.startswith(f"| {row} |")]
+        assert any(cell.strip(" x%GiB").replace(".", "").isdigit() for cell in line.split("|")[2:])
+    assert f"python -m benchmarks.{name[0]}" in out and "Machine: " in out
+    if name[0] == "knn":
+        assert "100.0000%" in out
+    if name[0] == "contrastive":
+        difference = out.split("between the two: ")[1].split(".\n")[0]
+        assert float(difference) < 1e-5
+
+
+@pytest.mark.parametrize("library", ["ours", "timm", "transformers"])
+def test_all_libraries_have_the_same_network(library):
+    settings = {"image_size": 32, "classes": 9, "model": "vit-b/16", "precision": "fp32"}
+    settings |= {"compile": False, "activation_checkpointing": True, "device": "cpu"}
+    result = child.call(f"benchmarks.vit:{library}", settings | STEP)
+    assert result["cpu_seconds"] > 0 and result["parameters"] == 51625
+
+
+def test_measure_leaves_out_the_warmup():
+    calls = []
+    options = SimpleNamespace(device="cpu", warmup=2, steps=3)
+    result = gauge.measure(lambda: calls.append(0), options)
+    assert len(calls) == 5 and result["seconds"] < 1
+    assert result["peak_bytes"] > 50e6  # torch alone is larger
+
+
+def test_stages_add_up_and_repeat():
+    stages = gauge.Stages("cpu")
+    for name in ("encoding", "matching", "matching", "encoding", None):
+        stages.enter(name)
+    assert set(stages.times) == {"encoding", "matching"}
+    assert all(min(times) >= 0 for times in stages.times.values())
+    stages.enter("matching")
+    sum(range(200_000))
+    before = stages.times["matching"][1]
+    stages.enter(None)
+    assert stages.times["matching"][1] > before
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("pretrain", "models/simla/pretrain.py"),
+        ("retrieval", "models/simla/retrieval.py"),
+        ("dual", "losses.py"),
+        ("vit", "backbones/vit/vit_model.py"),
+        ("align", "models/layers/efficientnet.py"),
+        ("recognition", "src/decoding.py"),
+    ],
+)
+def test_a_folder_that_is_no_checkout_is_one_error(name, file, tmp_path):
+    module = importlib.import_module(f"benchmarks.{name}")
+    with pytest.raises(UserError, match=f"no {file} there; it takes a checkout of"):
+        module.main(module.Config(peer=str(tmp_path), report=""))
+    if name in ("vit", "align"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).touch()
+        with pytest.raises(UserError, match="--peer-python"):
+            module.main(module.Config(peer=str(tmp_path), report=""))
+
+
+def test_captions_of_the_dual_encoders_end_where_they_say():
+    from benchmarks.dual_inputs import END, captions
+
+    ids = captions(5, 3, longest=12)
+    ends = (ids == END).int().argmax(-1)
+    assert ids.shape == (5, 3, 77) and ends[0, 0] == 11
+    assert ((ids == END).sum(-1) == 1).all() and ends.min() >= 7 and ends.max() <= 11
+    after = torch.arange(77) > ends[..., None]
+    assert (ids[after] == 0).all() and (ids[~after] > 0).all()

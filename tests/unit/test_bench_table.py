@@ -1,0 +1,168 @@
+"""The arithmetic, the turns and the page of the benchmarks; nothing is timed here."""
+
+import json
+import sys
+
+import pytest
+
+from base.errors import UserError
+from benchmarks import runner, table
+from benchmarks.runner import OURS, Options, Side, TrainOptions
+
+
+def runs(*rows):
+    return [{"seconds": s, "cpu_seconds": c, "peak_bytes": b} for s, c, b in rows]
+
+
+RESULTS = {
+    OURS: runs((1.0, 2.0, 6 << 30), (10.0, 2.0, 6 << 30), (1.0, 1.0, 6 << 30)),
+    "other": runs((2.0, 6.0, 10 << 30), (20.0, 4.0, 12 << 30), (9.0, 2.0, 10 << 30)),
+}
+
+
+def test_ratios_are_medians_of_neighbouring_runs():
+    # pairs 2, 2, 9: a disturbed pair counts once; the ratio of the medians would be 9, the mean 4.3
+    assert table.ratio(RESULTS, "other", "seconds") == 2.0
+    assert table.ratio(RESULTS, "other", "cpu_seconds") == 2.0
+    assert 1 / table.ratio(RESULTS, "other", "peak_bytes") == pytest.approx(0.6)
+
+
+def test_unequal_numbers_of_runs_are_no_pairs():
+    with pytest.raises(ValueError, match="shorter"):
+        table.ratio({OURS: RESULTS[OURS], "other": RESULTS["other"][:2]}, "other", "seconds")
+
+
+def test_a_row_has_median_spread_and_ratios():
+    for run in RESULTS[OURS]:
+        run["mfu"] = 0.344
+    head, _, ours, other = table.table(RESULTS, table.STEP_COLUMNS).splitlines()
+    assert head.startswith("|  | seconds a step | CPU seconds | samples/s | peak memory | MFU |")
+    assert ours == "| ours | 1.000 (1.000-10.000) | 2.00 |  | 6.00 GiB | 34% |  |  |  |"
+    assert other == (
+        "| other | 9.000 (2.000-20.000) | 4.00 |  | 10.00 GiB |  | 2.00 x | 2.00 x | 0.60 x |"
+    )
+
+
+def test_rates_are_compared_the_other_way_round():
+    faster = table.Column("ours is faster by", "rate", "{:.1f} x", ratio="higher")
+    results = {OURS: [{"rate": 6.0}], "other": [{"rate": 2.0}]}
+    assert faster.cell(results, "other") == "3.0 x" and faster.cell(results, OURS) == ""
+
+
+def test_ours_alone_has_no_ratios():
+    lines = table.table({OURS: RESULTS[OURS]}, table.STEP_COLUMNS).splitlines()
+    assert len(lines) == 3 and "faster" not in lines[0]
+    assert lines[2].count("|") == lines[0].count("|") == lines[1].count("|")
+
+
+def test_steps_are_compared_and_published(monkeypatch, capsys):
+    monkeypatch.setattr(runner.os, "getloadavg", lambda: (0.1, 0, 0))
+    step = {"cpu_seconds": 1.0, "peak_bytes": 1 << 30, "parameters": 2_500_000}
+    seconds = {OURS: 0.5, "TF": 2.0}
+
+    def run_side(side, options, **more):
+        return {**step, "seconds": seconds[side.name], "library": "TensorFlow 2"}
+
+    monkeypatch.setattr(runner, "run_side", run_side)
+    options = TrainOptions(batch=8, device="cpu", report="")
+    table.compare_steps(options, "vit", ["ViT"], [Side(OURS, "a:b"), Side("TF", "c:d")])
+    out = capsys.readouterr().out
+    assert "| ours | 0.500 (0.500-0.500) | 1.00 | 16.000 |" in out and "4.00 x | 1.00 x" in out
+    assert "2.5 million parameters. " in out and "TF: TensorFlow 2, float32." in out
+
+
+def test_sections_are_replaced_and_others_kept():
+    page = table.with_section("# Benchmarks\n", "A, batch 4", "first")
+    page = table.with_section(page, "A, batch 4, compiled", "second")
+    page = table.with_section(page, "A, batch 4", r"third \1")
+    assert (
+        page == "# Benchmarks\n\n## A, batch 4\n\nthird \\1\n\n## A, batch 4, compiled\n\nsecond\n"
+    )
+
+
+def test_settings_that_differ_have_different_headings():
+    changes = [
+        {},
+        {"batch": 8},
+        {"precision": "bf16"},
+        {"compile": True},
+        {"activation_checkpointing": True},
+    ]
+    headings = {tuple(table.settings(TrainOptions(**change))) for change in changes}
+    assert len(headings) == len(changes)
+
+
+def test_the_command_line_has_the_settings_and_no_path_of_this_disk():
+    from benchmarks import knn, pretrain
+
+    config = pretrain.Config(
+        peer="/home/me/SIMLA", peer_python="/opt/python", batch=8, compile=True, busy=True
+    )
+    assert table.command_line(config, "pretrain") == (
+        "python -m benchmarks.pretrain --peer PATH --peer-python PATH --batch 8 --compile true"
+    )
+    config = knn.Config(sides=["ours", "faiss"], train=5)
+    words = "python -m benchmarks.knn --train 5 --sides ours faiss"
+    assert table.command_line(config, "knn") == words
+
+
+def test_a_busy_machine_is_refused_or_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(runner.os, "getloadavg", lambda: (1.9, 0, 0))
+    with pytest.raises(UserError, match=r"load 1\.9.*--busy"):
+        runner.load_at_start(Options())
+    page = tmp_path / "page.md"
+    options = Options(busy=True, report=str(page), device="cpu")
+    load = runner.load_at_start(options)
+    table.publish(options, "knn", ["kNN", "cpu"], "| table |", load)
+    text = page.read_text()
+    assert text.startswith(table.PREAMBLE) and "## kNN, cpu\n\n| table |\n\nMachine: " in text
+    assert "load 1.9 at the start): times by the clock are disturbed." in text
+    assert text.endswith("\n\n    python -m benchmarks.knn --device cpu\n")
+    assert "| table |" in capsys.readouterr().out
+    monkeypatch.setattr(runner.os, "getloadavg", lambda: (0.1, 0, 0))
+    quiet = runner.load_at_start(Options())
+    assert "disturbed" not in table.load_note(quiet) and "0.1" in table.load_note(quiet)
+
+
+def test_sides_take_turns_and_ours_comes_first(monkeypatch):
+    order = []
+
+    def run_side(side, options, **more):
+        order.append(side.name)
+        return {"seconds": float(len(order)), "cpu_seconds": 0.0, **more}
+
+    monkeypatch.setattr(runner, "run_side", run_side)
+    sides = [Side("other", "a:b"), Side(OURS, "c:d")]
+    results = runner.take_turns(Options(repeats=3), sides, exchange="folder")
+    assert order == ["other", OURS, OURS, "other", "other", OURS]
+    assert list(results) == [OURS, "other"]
+    assert [run["seconds"] for run in results[OURS]] == [2, 3, 6]
+    assert results[OURS][0]["exchange"] == "folder"
+
+
+def test_a_side_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "sides.py").write_text(
+        "import os\n"
+        "def step(options):\n"
+        "    print('noise')\n"
+        "    return {'pid': os.getpid(), 'limit': os.environ['OMP_NUM_THREADS'], **vars(options)}\n"
+        "def fail(options):\n"
+        "    raise RuntimeError('no such thing')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    options = Options(threads=3, device="cpu")
+    result = runner.run_side(Side("x", "sides:step"), options, exchange="folder")
+    assert result["pid"] != runner.os.getpid() and result["limit"] == "3"
+    assert (result["device"], result["exchange"], result["repeats"]) == ("cpu", "folder", 3)
+    with pytest.raises(UserError, match=r"(?s)x failed \(exit 1\).*no such thing"):
+        runner.run_side(Side("x", "sides:fail"), options)
+
+
+def test_the_original_runs_by_its_own_interpreter(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable}\nprint('{json.dumps({'mine': 1})}')\n")
+    fake.chmod(0o755)
+    options = runner.PeerOptions(peer_python=str(fake), device="cpu")
+    assert runner.run_side(Side("x", "no:function", original=True), options) == {"mine": 1}
+    with pytest.raises(UserError, match="No module named 'no'"):
+        runner.run_side(Side("x", "no:function"), options)

@@ -173,7 +173,7 @@ def command_line(options: Options, name: str) -> str:
         if key in ("peer", "peer_python"):
             words.append("PATH")
         elif isinstance(value, list):
-            words += value
+            words += [str(each) for each in value]
         else:
             words.append(str(value).lower() if isinstance(value, bool) else str(value))
     return shlex.join(words)

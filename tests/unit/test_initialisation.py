@@ -75,3 +75,30 @@ def test_the_text_transformer_keeps_its_gain_at_every_width():
         )
         block = build_dual(config).transformer.resblocks[0]
         assert block.attn.in_proj_weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
+
+
+def test_a_narrow_vit_learns_a_relation_between_patches_at_once():
+    """The class is the sum modulo 4 of two motifs that lie anywhere: attention must learn to compare
+    tokens. With std 0.02 the loss still is that of guessing, 1.39, after 150 steps."""
+    generator = torch.Generator().manual_seed(0)
+    motifs = torch.randn(4, 3, 8, 8, generator=generator)
+    torch.manual_seed(0)
+    model = ClipViT(ViTConfig(image_size=32, patch_size=8, width=64, depth=4, heads=2))
+    head = nn.Linear(64, 4)
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    losses = []
+    for _ in range(110):
+        first, second = torch.randint(4, (2, 64), generator=generator)
+        grid = 0.5 * torch.randn(64, 16, 3, 8, 8, generator=generator)  # noise in 4 x 4 patches
+        positions = torch.rand(64, 16, generator=generator).argsort(1)
+        rows = torch.arange(64)
+        grid[rows, positions[:, 0]] += motifs[first]
+        grid[rows, positions[:, 1]] += motifs[second]
+        image = grid.unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2, 5).reshape(64, 3, 32, 32)
+        loss = nn.functional.cross_entropy(head(model(image)), (first + second) % 4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.3

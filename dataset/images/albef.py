@@ -1,4 +1,5 @@
-"""Image transforms of ALBEF and SIMLA: uint8 [3,H,W] in, normalised float32 out.
+"""Image transforms of ALBEF and SIMLA: uint8 [3,H,W] in; uint8 out in training, where the network
+normalises on the device, and normalised float32 in evaluation.
 
 Random draws use the global generators of torch and NumPy, which the data stream reseeds for
 every sample.
@@ -60,7 +61,7 @@ class TestTransform:
 
 
 class TrainTransform:
-    """Random crop, flips and RandAugment: uint8 [3,H,W] to float32 [3,resolution,resolution].
+    """Random crop, flips and RandAugment: uint8 [3,H,W] to uint8 [3,resolution,resolution].
 
     scale: range of the crop's share of the area; (0.5, 1) for retrieval, VQA, VE and NLVR2, (0.2,
     1) for pre-training, None for no crop at all (grounding). flip: flip half of the images horizontally;
@@ -85,18 +86,16 @@ class TrainTransform:
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         box, flip, operations = self.draw(image)
-        return normalize(
-            self.augment.apply(resized_crop(image, box, self.resolution, flip), operations)
-        )
+        return self.augment.apply(resized_crop(image, box, self.resolution, flip), operations)
 
 
 class PretrainTransform(TrainTransform):
     """Pre-training view and, for SIMLA, the view that the frozen image tokenizer turns into labels.
 
-    Returns `(image, token_image)`: float32 [3,resolution,resolution] normalised and float32
-    [3,token,token] in [0,1] (None without `token_resolution`). By default both show the same crop
-    with the same flips, shear, shift and rotation, and only `image` has colour operations, so
-    that label i describes patch i as in BEiT.
+    Returns `(image, token_image)`: uint8 [3,resolution,resolution] and uint8 [3,token,token] (None
+    without `token_resolution`). By default both show the same crop with the same flips, shear,
+    shift and rotation, and only `image` has colour operations, so that label i describes patch i
+    as in BEiT.
     shared_view=False: they are drawn independently of each other, as SIMLA's published code does.
     fixed_geometry: always the whole image and colour operations alone, so that visual codes can be
     computed ahead.
@@ -130,14 +129,10 @@ class PretrainTransform(TrainTransform):
         )
         if self.fixed_geometry:
             operations = [operation for operation in operations if operation[0] not in GEOMETRIC]
-        view = normalize(
-            self.augment.apply(resized_crop(image, box, self.resolution, flip), operations)
-        )
+        view = self.augment.apply(resized_crop(image, box, self.resolution, flip), operations)
         if self.token_resolution is None:
             return view, None
         if not self.shared_view:
             box, flip, moves = self.draw(image)
-        token_view = self.augment.apply(
-            resized_crop(image, box, self.token_resolution, flip), moves
-        )
-        return view, token_view.float().div_(255)
+        token_view = resized_crop(image, box, self.token_resolution, flip)
+        return view, self.augment.apply(token_view, moves)

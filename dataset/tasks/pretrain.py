@@ -58,7 +58,7 @@ class PretrainPair:
         self.patch_mask, self.codes, self.max_words = patch_mask, codes, max_words
 
     def __call__(self, record: dict) -> dict:
-        """`caption` str, `image` float32 [3,H,W], and as configured `token_image`, `patch_mask`,
+        """`caption` str, `image` uint8 [3,H,W], and as configured `token_image`, `patch_mask`,
         `visual_codes`."""
         sample = {"caption": choose_caption(captions_of(record), self.max_words)}
         sample["image"], token_image = self.transform(image_of(record, self.image_root))
@@ -74,8 +74,8 @@ class PretrainPair:
 class PretrainCollate:
     """Makes the pre-training batch of a list of samples.
 
-    image float32 [B,3,H,W] · text_ids int64, text_mask bool, mlm_ids int64 [B,L] · mlm_positions,
-    mlm_labels int64 [K] (see text.mlm_targets) · as the samples have them: token_image float32
+    image uint8 [B,3,H,W] · text_ids int64, text_mask bool, mlm_ids int64 [B,L] · mlm_positions,
+    mlm_labels int64 [K] (see text.mlm_targets) · as the samples have them: token_image uint8
     [B,3,h,w], visual_codes int64 [B,N], patch_mask bool [B,N]. Token masking draws from torch's
     global generator.
     """
@@ -146,7 +146,7 @@ def write_codes(
 
     All processes take part, each with `workers` loader processes, and wait for each other without a
     time limit: a collective. What an interrupted run has computed is kept and not computed again.
-    build makes samples with `token_image`; image_tokenizer maps float32 [B,3,h,w] in [0,1] to codes
+    build makes samples with `token_image`; image_tokenizer maps uint8 [B,3,h,w] to codes
     [B,h/r,w/r]. An unreadable image gets the codes of a grey one: it is never used, because reading
     it fails in training, too. The file ends with a key of what it was made of; another key means
     other annotations, images, sizes or weights: then it is made again.
@@ -161,7 +161,7 @@ def write_codes(
     if key is None:
         return
     table = _CodeTable(path, key, len(records), batch_size)
-    grey = torch.full((1, 3, *[build.transform.token_resolution] * 2), 0.5, device=device)
+    grey = _grey(build.transform.token_resolution).to(device)[None]
     width = image_tokenizer.codes(grey).flatten(1).shape[1]
     distributed.on_main(partial(table.create, width), share=False)
     _fill_codes(table, records, build, image_tokenizer, device, workers, world)
@@ -271,7 +271,7 @@ def _fill_codes(
 
 
 class _TokenImage:
-    """The image tokenizer's input of one record, float32 [3,h,w]; grey where it is unreadable."""
+    """The image tokenizer's input of one record, uint8 [3,h,w]; grey where it is unreadable."""
 
     def __init__(self, records, build: PretrainPair):
         self.records, self.build = records, build
@@ -282,4 +282,8 @@ class _TokenImage:
             with reading():
                 return transform(image_of(self.records[index], self.build.image_root))[1]
         except BadSample:
-            return torch.full((3, *[transform.token_resolution] * 2), 0.5)
+            return _grey(transform.token_resolution)
+
+
+def _grey(side: int) -> torch.Tensor:
+    return torch.full((3, side, side), 128, dtype=torch.uint8)

@@ -1,6 +1,7 @@
 """The networks' geometry from the options that every script of a fusion encoder has."""
 
 from base.files import read_json
+from base.pixels import OPENAI
 from models.fusion.retrieval import RetrievalConfig
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
@@ -24,6 +25,7 @@ def networks(knobs, vocab_size: int, mask_token: bool = False) -> tuple[ViTConfi
         heads=knobs.vision_heads,
         mask_token=mask_token,
         stem=tuple(knobs.vision_stem),
+        pixels=OPENAI,
     )
     return vit, bert
 

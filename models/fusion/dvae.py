@@ -91,7 +91,7 @@ class Block(nn.Module):
             self.res_path.add_module(f"conv_{i}", Conv(widths[i - 1], widths[i], kernel))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.id_path(x) + self.gain * self.res_path(x)
+        return torch.add(self.id_path(x), self.res_path(x), alpha=self.gain)
 
 
 def _groups(
@@ -235,7 +235,9 @@ class ImageTokenizer(nn.Module):
         return 2 ** (self.config.groups - 1)
 
     def logits(self, image: Tensor) -> Tensor:
-        """[B,3,H,W] in [0,1] -> logits over the codes [B,V,H/r,W/r]."""
+        """[B,3,H,W] in [0,1], or uint8, -> logits over the codes [B,V,H/r,W/r]."""
+        if image.dtype == torch.uint8:
+            image = image.float() / 255
         height, width = image.shape[-2:]
         if height % self.reduction or width % self.reduction:
             raise UserError(
@@ -250,7 +252,7 @@ class ImageTokenizer(nn.Module):
 
     @torch.no_grad()
     def codes(self, image: Tensor) -> Tensor:
-        """[B,3,H,W] in [0,1] -> int64 [B,H/r,W/r], the most probable code of each place."""
+        """[B,3,H,W] in [0,1], or uint8, -> int64 [B,H/r,W/r], the most probable code of each place."""
         return self.logits(image).argmax(dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:

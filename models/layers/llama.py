@@ -92,7 +92,7 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (2i, 2i+1) of x [B,H,L,d] by the angles of `turn`, in float32, and back in x's
     type."""
     cos, sin = turn
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # the products below are float32 as cos is
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 

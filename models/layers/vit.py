@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
+from base.pixels import RGB
 from models.layers.attention import attend, attention_map, merge_heads, split_heads
 from models.layers.initialisation import linear_std
 
@@ -43,6 +44,10 @@ class ViTConfig:
     stem_statistics: bool = (
         False  # batch norms of the stem learn their statistics in training, or keep those loaded
     )
+
+    # mean and std of pixels in [0,1], by which the network normalises uint8 images; None: images
+    # come normalised
+    pixels: tuple[RGB, RGB] | None = None
 
     @property
     def grid(self) -> int:
@@ -90,6 +95,20 @@ class Backbone(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         image = image.contiguous(memory_format=torch.channels_last)
         return self.stages(F.relu(self.bn1(self.conv1(image))))
+
+
+class Normalize(nn.Module):
+    """uint8 [B,3,H,W] -> float32, scaled to [0,1], then to mean 0 and std 1 per channel; images that
+    are float pass through. On the device, so that a byte a pixel crosses the bus."""
+
+    def __init__(self, mean: RGB, std: RGB):
+        super().__init__()
+        mean_of, std_of = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.register_buffer("scale", 1 / (255 * std_of), persistent=False)
+        self.register_buffer("offset", mean_of / std_of, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image * self.scale - self.offset if image.dtype == torch.uint8 else image
 
 
 class PatchEmbed(nn.Module):
@@ -201,6 +220,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.width))
         if config.mask_token:
             self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.normalize = Normalize(*config.pixels) if config.pixels else nn.Identity()
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config, self.mlp_class) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
@@ -220,7 +240,7 @@ class ViT(nn.Module):
     def embed(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
         """[B,3,S,S] -> [B,N+1,D]; masked patches are replaced before [CLS] and positions are
         added."""
-        patches = self.patch_embed(image)
+        patches = self.patch_embed(self.normalize(image))
         if patch_mask is not None:
             patches = torch.where(
                 patch_mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches
@@ -233,7 +253,7 @@ class ViT(nn.Module):
     def forward(
         self, image: Tensor, patch_mask: Tensor | None = None, map_block: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Tokens [B,N+1,D] of float images [B,3,S,S].
+        """Tokens [B,N+1,D] of images [B,3,S,S]: float, or uint8 if the configuration has `pixels`.
 
         patch_mask: bool [B,N], True = replaced by the mask token.
         map_block: also return the self-attention probabilities [B,H,N+1,N+1] of that block, kept in

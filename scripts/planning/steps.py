@@ -60,13 +60,8 @@ def flags(*shape: int) -> Tensor:
     return torch.ones(*shape, dtype=torch.bool)
 
 
-def images(*shape: int) -> Tensor:
-    """Normalised images, float32."""
-    return torch.zeros(*shape)
-
-
 def pixels(*shape: int) -> Tensor:
-    """Images as loaders give them: uint8, normalised on the card."""
+    """Images as loaders give them: uint8, normalised on the device."""
     return torch.zeros(*shape, dtype=torch.uint8)
 
 
@@ -113,7 +108,7 @@ def pretrain(script: ModuleType, config) -> Setup:
 
     def batch() -> dict[str, Tensor]:
         tensors = {
-            "image": images(size, 3, config.image_res, config.image_res),
+            "image": pixels(size, 3, config.image_res, config.image_res),
             "text_ids": ids(size, length),
             "text_mask": flags(size, length),
             "mlm_ids": ids(size, length),
@@ -123,7 +118,7 @@ def pretrain(script: ModuleType, config) -> Setup:
         if codes is not None:
             tensors["patch_mask"] = flags(size, grid * grid)
             if side:
-                tensors["token_image"] = images(size, 3, side, side)
+                tensors["token_image"] = pixels(size, 3, side, side)
             else:
                 tensors["visual_codes"] = ids(size, grid * grid)
         return tensors
@@ -138,7 +133,7 @@ def pretrain(script: ModuleType, config) -> Setup:
     assumed = [f"BERT's {BERT_TOKENS:,} tokens, texts of {length} tokens"]
     if codes is not None:
         assumed.append("DALL-E's image tokenizer")
-    image_bytes = 4 * 3 * (config.image_res**2 + side**2)
+    image_bytes = 3 * (config.image_res**2 + side**2)
     return Setup(model, size, step, image_bytes, [codes] if codes else [], None, assumed)
 
 
@@ -196,7 +191,7 @@ def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda s
 
     def batch() -> dict[str, Tensor]:
         texts = {"text_ids": ids(size, length), "text_mask": flags(size, length)}
-        return {"image": images(*shape), **texts, **extra(size)}
+        return {"image": pixels(*shape), **texts, **extra(size)}
 
     has_teacher = any("_m." in name for name, _ in model.named_parameters())
 
@@ -207,7 +202,7 @@ def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda s
 
     step.teacher = None
     assumed = [f"BERT's {BERT_TOKENS:,} tokens, texts of {length} tokens"]
-    return Setup(model, size, step, 4 * 3 * side**2 * (1 + two), assumed=assumed)
+    return Setup(model, size, step, 3 * side**2 * (1 + two), assumed=assumed)
 
 
 def retrieval(script: ModuleType, config) -> Setup:

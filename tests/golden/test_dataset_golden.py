@@ -311,7 +311,7 @@ def test_pretraining_format(formats):
     )
     low, high = expected["image_for_tokens_range"]
     mapped = (
-        0.8 * sample["token_image"] + 0.1
+        0.8 * sample["token_image"] / 255 + 0.1
     )  # the original's map, here applied by the image tokenizer
     assert mapped.min() >= low - 1e-6 and mapped.max() <= high + 1e-6
     same(

@@ -52,9 +52,9 @@ def pairs(folder, captions=("a red dog", "Blue ball?")):
 
 
 def check_pretraining_batch(batch, size, side, tokens):
-    assert batch["image"].shape == (size, 3, side, side) and batch["image"].dtype == torch.float32
+    assert batch["image"].shape == (size, 3, side, side)
     assert batch["token_image"].shape == (size, 3, tokens, tokens)
-    assert batch["token_image"].min() >= 0 and batch["token_image"].max() <= 1
+    assert batch["token_image"].dtype == batch["image"].dtype == torch.uint8
     patches = (side // 16) ** 2
     assert batch["patch_mask"].shape == (size, patches) and batch["patch_mask"].dtype == torch.bool
     assert batch["patch_mask"].any(1).all() and not batch["patch_mask"].all(1).any()
@@ -156,8 +156,9 @@ class MeanTokenizer(torch.nn.Module):
 
     @torch.no_grad()
     def codes(self, image):
-        means = torch.nn.functional.avg_pool2d(image.mean(1, keepdim=True), 2)[:, 0]
-        return (means * 255 * self.weight).long()
+        grey = image.float().mean(1, keepdim=True)
+        means = torch.nn.functional.avg_pool2d(grey, 2)[:, 0]
+        return (means * self.weight).long()
 
 
 def codes_of(folder, entries, tokenizer=None, side=32) -> np.ndarray:

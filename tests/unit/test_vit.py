@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from base.errors import UserError
+from base.pixels import OPENAI
 from models.layers.positions import resize_positions
 from models.layers.vit import ViT, ViTConfig, patches_of
 
@@ -23,6 +24,17 @@ def test_map_leaves_the_tokens_alone(vit):
     assert probabilities.shape == (2, 4, 17, 17)
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 17))
     assert torch.autograd.grad(tokens[:, 0].sum(), probabilities)[0].abs().sum() > 0
+
+
+def test_uint8_images_are_normalised_by_the_network():
+    torch.manual_seed(0)
+    vit = ViT(ViTConfig(32, 8, 24, 1, 4, pixels=OPENAI))
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in OPENAI)
+    torch.testing.assert_close(vit(image), vit((image / 255 - mean) / std))
+    assert not [name for name in vit.state_dict() if "normalize" in name]
+    with pytest.raises(RuntimeError):  # no statistics: never taken for normalised
+        ViT(ViTConfig(32, 8, 24, 1, 4))(image)
 
 
 def test_masked_patches_are_not_seen(vit):

@@ -39,6 +39,9 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument(
         "--search", action="store_true", help="find the batch size and features that are fastest"
     )
+    parser.add_argument(
+        "--no-graphs", action="store_true", help="leave out graph breaks and recompilations"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser.parse_known_args(argv)
 
@@ -61,6 +64,7 @@ def plan(options: argparse.Namespace, recipe: list[str]) -> str:
     """The text to print. Raises UserError for an unknown card, script or option."""
     from base.errors import UserError
     from runtime.gpus import parse_gpu
+    from scripts.planning.graphs import capture
     from scripts.planning.report import Request, figures, text
     from scripts.planning.search import search
     from scripts.planning.simulate import load_script, read_config, simulate
@@ -76,6 +80,8 @@ def plan(options: argparse.Namespace, recipe: list[str]) -> str:
         return json.dumps(found.figures(), indent=2) if options.json else found.text()
     config = read_config(script, recipe)
     result = figures(simulate(script, config, options.gpus), request)
+    if not options.no_graphs:
+        result["graphs"] = vars(capture(script, read_config(script, recipe)))
     return json.dumps(result, indent=2) if options.json else text(result, options.price)
 
 

@@ -42,7 +42,7 @@ class Bounds:
 
     device: float  # eager: every operation by itself, at the attainable rates
     host: float  # launches of eager mode
-    fused: float  # the same where memory-bound operations between two products are one kernel
+    fused: float  # the same where memory-bound operations that need no product between them are one
     products: float  # of `device`, those with FLOPs
     communication: float
     exposed: float  # communication that no backward pass can hide
@@ -73,7 +73,7 @@ def bounds(trace: Trace, gpu: Gpu, precision: str, world_size: int, network: flo
         device += time
         if operation.flops:
             products += time
-        if operation.flops or operation.name.startswith(("_foreach", "_fused")):
+        if stands_alone(operation):
             fused += time
     fused += sum(group.bytes for group in trace.groups) / (gpu.bandwidth * BANDWIDTH)
     backward = sum(seconds(o, gpu, precision) for o in trace.operations if o.phase == "backward")
@@ -87,6 +87,11 @@ def bounds(trace: Trace, gpu: Gpu, precision: str, world_size: int, network: flo
     host = trace.launches * LAUNCH
     exposed += max(0.0, overlapped - backward)
     return Bounds(device, host, fused, products, overlapped + exposed, exposed)
+
+
+def stands_alone(operation: Operation) -> bool:
+    """Products and updates of lists of tensors: kernels of their own in compiled code, too."""
+    return bool(operation.flops) or operation.name.startswith(("_foreach", "_fused"))
 
 
 def traffic(collective: Collective, world_size: int) -> float:
@@ -119,3 +124,18 @@ def places(trace: Trace, gpu: Gpu, precision: str) -> list[Place]:
         time[key] += seconds(o, gpu, precision)
         count[key] += 1
     return [Place(value, count[key], *key) for key, value in time.most_common()]
+
+
+def compiled_places(trace: Trace, gpu: Gpu, precision: str) -> list[Place]:
+    """Where the time of a compiled step goes, largest first; fused kernels by the lines that read
+    from or write to memory."""
+    alone = [operation for operation in trace.operations if stands_alone(operation)]
+    found = places(Trace(operations=alone), gpu, precision)
+    time: Counter = Counter()
+    count: Counter = Counter()
+    for group in trace.groups:
+        key = ("fused", "", group.phase, group.line)
+        time[key] += group.bytes / (gpu.bandwidth * BANDWIDTH)
+        count[key] += 1
+    found += [Place(value, count[key], *key) for key, value in time.items()]
+    return sorted(found, key=lambda place: -place.seconds)

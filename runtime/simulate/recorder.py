@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from runtime.flops import operation_flops
+from runtime.simulate.fusion import Fusion, Group
 
 ROOT = str(Path(__file__).resolve().parents[2])
 ALIGNMENT = 512  # bytes, of CUDA's caching allocator
@@ -57,15 +58,6 @@ class Collective:
     phase: str
     name: str
     size: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """Memory-bound operations between two products, fused into one kernel: each tensor from outside
-    is read once, each that outlives the group is written once."""
-
-    phase: str
-    bytes: int
 
 
 @dataclass
@@ -113,8 +105,7 @@ class Recorder(TorchDispatchMode):
         self.now = 0
         self.lines: dict[int, str] = {}  # number of an autograd node -> line of its forward
         self.hosts: set[int] = set()  # storages in the host's memory
-        self.group_read: dict[int, int] = {}  # storage -> bytes, of the group that is open
-        self.group_made: dict[int, int] = {}
+        self.fusion = Fusion()
         self.stack = contextlib.ExitStack()
 
     def __enter__(self):
@@ -129,6 +120,7 @@ class Recorder(TorchDispatchMode):
     def restart(self) -> None:
         """Forget the steps so far, which filled the optimizer's state; what lives stays."""
         self.trace = Trace(peak=self.now, peak_parts=dict(self.parts), resident=self.now)
+        self.fusion = Fusion()
         self.lines.clear()
 
     # ---- memory
@@ -171,7 +163,7 @@ class Recorder(TorchDispatchMode):
     def _free(self, key: int) -> None:
         size, part = self.live.pop(key, (0, ""))
         self.hosts.discard(key)
-        self.group_made.pop(key, None)  # freed before its group ended: never written
+        self.fusion.free(key)
         self.now -= size
         self.parts[part] -= size
 
@@ -235,16 +227,20 @@ class Recorder(TorchDispatchMode):
     def _note(self, packet, name, args, kwargs, tensors, results, out) -> None:
         lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
         of_lists = name.startswith(("_foreach", "_fused", "_amp_foreach"))
-        read = sum(map(_bytes, tensors))
+        filled = {id(value) for key, value in kwargs.items() if key.startswith("out")}
+        inputs = [tensor for tensor in tensors if id(tensor) not in filled]
+        read = sum(map(_bytes, inputs))
         written = sum(map(_bytes, results))
         if of_lists and not results:
             written = sum(map(_bytes, lists[0])) if name.startswith("_foreach") else read * 3 // 4
         floating = [t.dtype for t in [*tensors, *results] if t.is_floating_point()]
         flops = operation_flops(packet, args, kwargs, out)
+        line, sources, targets = self._line(), _storages(inputs), _storages(results)
         if flops or of_lists:
-            self.close_group()
+            self.fusion.product(sources, targets or _storages(inputs))
         else:
-            self._fuse(tensors, results)
+            copy = _copied(inputs[0], results[0]) if name == "_to_copy" else None
+            self.fusion.fuse(sources, targets, self.phase, line, copy)
         self.trace.operations.append(
             Operation(
                 phase=self.phase,
@@ -253,7 +249,7 @@ class Recorder(TorchDispatchMode):
                 flops=flops,
                 read=read,
                 written=written,
-                line=self._line(),
+                line=line,
                 # a launch of a list takes about a hundred tensors
                 launches=max(1, sum(map(len, lists)) // 100) if of_lists else 1,
                 shape=_largest_shape(tensors),
@@ -278,28 +274,16 @@ class Recorder(TorchDispatchMode):
         lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
         whole = max([whole, *(sum(map(_bytes, a)) for a in lists)])
         self.trace.collectives.append(Collective(self.phase, name, whole))
+        self.fusion.product(_storages(tensors), _storages(tensors))
         for tensor in tensors:
             _, part = self.live.get(_local(tensor).untyped_storage()._cdata, (0, ""))
             if part in ("activations", "temporaries"):
                 self.adopt([tensor], "communication")
 
-    def _fuse(self, tensors: list[Tensor], results: list[Tensor]) -> None:
-        """Add a memory-bound operation to the open group."""
-        for tensor in tensors:
-            key = _local(tensor).untyped_storage()._cdata
-            if key not in self.group_made:
-                self.group_read[key] = max(self.group_read.get(key, 0), _bytes(tensor))
-        for tensor in results:
-            key = _local(tensor).untyped_storage()._cdata
-            self.group_made[key] = max(self.group_made.get(key, 0), _bytes(tensor))
-
-    def close_group(self) -> None:
-        """End the open group."""
-        size = sum(self.group_read.values()) + sum(self.group_made.values())
-        if size:
-            self.trace.groups.append(Group(self.phase, size))
-        self.group_read.clear()
-        self.group_made.clear()
+    def finish(self) -> Trace:
+        """The trace of the steps since `restart`, with its fused groups."""
+        self.trace.groups = self.fusion.finish()
+        return self.trace
 
     # ---- the host's memory
 
@@ -381,6 +365,17 @@ def _bytes(tensor: Tensor) -> int:
     """Bytes of memory that reading all of the tensor touches: an expanded one is no larger than its storage."""
     local = _local(tensor)
     return min(local.numel() * local.element_size(), local.untyped_storage().nbytes())
+
+
+def _storages(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """(storage, bytes) of each tensor."""
+    return [(_local(tensor).untyped_storage()._cdata, _bytes(tensor)) for tensor in tensors]
+
+
+def _copied(source: Tensor, target: Tensor) -> tuple:
+    """The part of its storage that was copied, and the dtype it has now."""
+    local = _local(source)
+    return local.storage_offset(), tuple(local.shape), local.stride(), target.dtype
 
 
 def _largest_shape(tensors: list[Tensor]) -> tuple[int, ...]:

@@ -22,7 +22,6 @@ def figures(simulation: Simulation, request: Request) -> dict:
     """Everything that the table shows: bytes, seconds and counts."""
     trace, config, gpu = simulation.trace, simulation.config, request.gpu
     bound = b.bounds(trace, gpu, config.precision, request.gpus, request.network)
-    needed = b.memory_needed(trace, request.gpus)
     samples = simulation.setup.batch_size * config.accumulate
     fastest = samples / bound.compiled
     rate = samples / bound.eager
@@ -40,15 +39,7 @@ def figures(simulation: Simulation, request: Request) -> dict:
         "global_batch": samples * request.gpus,
         "trained_parameters": simulation.trained,
         "assumed": simulation.setup.assumed,
-        "memory": {
-            "peak": trace.peak,
-            "peak_phase": trace.peak_phase,
-            "parts": {name: size for name, size in trace.peak_parts.items() if size > 0},
-            "beside": needed - trace.peak,
-            "card": gpu.memory,
-            "fits": needed <= gpu.memory,
-            "fraction": needed / gpu.memory,
-        },
+        "memory": memory_figures(simulation, request),
         "work": {"flops": trace.flops, "bytes": trace.bytes, "launches": trace.launches},
         "seconds": {
             "eager": bound.eager,
@@ -64,6 +55,9 @@ def figures(simulation: Simulation, request: Request) -> dict:
             "fused": trace.flops / bound.compiled / gpu.half,
         },
         "places": [vars(place) for place in b.places(trace, gpu, config.precision)[:TOP]],
+        "compiled_places": [
+            vars(place) for place in b.compiled_places(trace, gpu, config.precision)[:TOP]
+        ],
         "traffic": traffic_figures(simulation, request),
         "data": {
             "samples_per_second": [rate, fastest],
@@ -84,6 +78,21 @@ def figures(simulation: Simulation, request: Request) -> dict:
 
 
 TOP = 12
+
+
+def memory_figures(simulation: Simulation, request: Request) -> dict:
+    """Bytes at the peak, by part, and what the card has."""
+    trace, card = simulation.trace, request.gpu.memory
+    needed = b.memory_needed(trace, request.gpus)
+    return {
+        "peak": trace.peak,
+        "peak_phase": trace.peak_phase,
+        "parts": {name: size for name, size in trace.peak_parts.items() if size > 0},
+        "beside": needed - trace.peak,
+        "card": card,
+        "fits": needed <= card,
+        "fraction": needed / card,
+    }
 
 
 def traffic_figures(simulation: Simulation, request: Request) -> dict:
@@ -120,13 +129,22 @@ def total_hours(simulation: Simulation, request: Request, step: float) -> float 
 
 def text(f: dict, price: float | None) -> str:
     """The table."""
-    rows = [*_setting(f), *_memory(f), *_time(f), *_traffic(f), *_data(f), *_training(f, price)]
+    rows = [
+        *_setting(f),
+        *_memory(f),
+        *_time(f),
+        *_graphs(f),
+        *_traffic(f),
+        *_data(f),
+        *_training(f, price),
+    ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
-    lines += ["", "where the time of an eager step goes (bounds):"]
-    for p in f["places"]:
-        what = f"{p['count']:>5} x {p['name']} {p['dtype']}"
-        lines.append(f"  {p['seconds'] * 1e3:7.2f} ms {what:<58} {p['phase']:<9} {p['line']}")
+    for kind, name in (("eager", "places"), ("compiled", "compiled_places")):
+        lines += ["", f"where the time of a step goes, {kind} (bounds):"]
+        for p in f[name]:
+            what = f"{p['count']:>5} x {p['name']} {p['dtype']}"
+            lines.append(f"  {p['seconds'] * 1e3:7.2f} ms {what:<58} {p['phase']:<9} {p['line']}")
     if f["host_waits"]:
         lines += ["", "the host waits for the card:"]
         for w in f["host_waits"]:
@@ -182,10 +200,21 @@ def _time(f: dict) -> list[tuple[str, str]]:
         ),
         (
             "step, compiled",
-            f"at least {milliseconds(s['fused'])} (memory-bound operations between two products "
-            f"fused into one); MFU at most {mfu['fused']:.0%}",
+            f"at least {milliseconds(s['fused'])} (memory-bound operations with no product "
+            f"between them fused into one); MFU at most {mfu['fused']:.0%}",
         ),
     ]
+
+
+def _graphs(f: dict) -> list[tuple[str, str]]:
+    """What torch.compile would capture; nothing where it was not asked for."""
+    if "graphs" not in f:
+        return []
+    g = f["graphs"]
+    breaks = sum(g["breaks"].values())
+    said = f"{g['graphs']} captured, {breaks} graph breaks, {g['recompiled']} recompilations"
+    rows = [("graphs", said + " in two more steps of the same shapes")]
+    return rows + [("", f"{times} x {reason}") for reason, times in g["breaks"].items()]
 
 
 def _traffic(f: dict) -> list[tuple[str, str]]:

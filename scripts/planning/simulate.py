@@ -143,7 +143,7 @@ def _record(script: ModuleType, config, world_size: int, mode: str):
             recorder.restart()
             recorder.phase = "forward"
             setup.step(model, optimizer, precision)
-            recorder.close_group()
+            recorder.finish()
     return setup, model, recorder, recorder.parts["optimizer"]
 
 

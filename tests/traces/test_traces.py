@@ -6,9 +6,13 @@ in a fake group of eight.
 """
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from base.distributed import World
+from runtime.run import Run
 from scripts.planning.methods import STEPS
 from tests.helpers.traces import call_in_worker, trace_of
 from tests.traces.waiting import waiting_step
@@ -80,3 +84,23 @@ def test_a_wait_is_seen():
     assert {"a", "indexing", ".cpu():", "torch.tensor(…,", ".to(device):", "nonzero"} <= found
     assert len(trace.copies) == 1
     assert all(line.startswith("tests/traces/waiting.py") for _, _, line in trace.waits)
+
+
+def test_processes_ask_about_signals_at_log_points_alone():
+    """Asking is a collective whose answer the host waits for."""
+    asked = []
+
+    def pending(device) -> bool:
+        asked.append(device)
+        return False
+
+    run = SimpleNamespace(
+        world=World(0, 8, 0, torch.device("cuda")),
+        config=SimpleNamespace(log_every=10),
+        interrupt=SimpleNamespace(pending=pending),
+        plan=SimpleNamespace(total=25),
+    )
+    run._is_log_point = lambda step: Run._is_log_point(run, step)
+    for step in range(1, 26):
+        Run._interrupted(run, step)
+    assert len(asked) == 3  # steps 10, 20 and the last

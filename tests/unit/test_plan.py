@@ -12,7 +12,8 @@ import torch
 from base.errors import UserError
 from runtime.gpus import GPUS
 from runtime.simulate import bounds as b
-from runtime.simulate.recorder import Collective, Group, Operation, Recorder, Trace
+from runtime.simulate.fusion import Group
+from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +76,80 @@ def test_fused_groups_read_once_and_write_what_lives():
         x = torch.zeros(32, 32)
         y = ((x + 1) * 2).relu()
         y @ y
-    assert next(group.bytes for group in recorder.trace.groups) == 4096 + 4096
+    assert sum(group.bytes for group in recorder.finish().groups) == 4096 + 4096
+
+
+def fused_bytes(step) -> int:
+    with simulated_cpu(), Recorder() as recorder:
+        x = torch.zeros(32, 32)  # 4096 bytes
+        recorder.restart()
+        kept = step(x)
+        groups = recorder.finish().groups
+        del kept
+    return sum(group.bytes for group in groups)
+
+
+def test_what_nobody_reads_is_not_written():
+    def unread(x):
+        y = x + 1
+        return y, x @ x  # y outlives the step: written
+
+    def read_in_the_same_group(x):
+        y = x + 1
+        z = y * 2  # y, alive during the product, is read by no other kernel
+        z @ z
+        del y
+        return z
+
+    assert fused_bytes(unread) == 2 * 4096
+    assert fused_bytes(read_in_the_same_group) == 2 * 4096
+
+
+def test_operations_join_the_kernel_that_made_their_input():
+    """A sum that the program computes after a product belongs to the kernel before it."""
+
+    def late(x):
+        y = x + 1
+        y @ y
+        return y.sum()
+
+    def after(x):
+        return ((x @ x) + 1) @ x  # reads the product, writes the operand of the next one
+
+    assert fused_bytes(late) == 4096 + 4096 + 4  # x, y for the product, the sum
+    assert fused_bytes(after) == 4096 + 4096
+
+
+def test_copies_of_one_tensor_in_one_dtype_are_one():
+    def thrice(x):
+        halves = [x.bfloat16() for _ in range(3)]
+        return [half @ half for half in halves], halves
+
+    def parts(x):
+        halves = [x[:16].bfloat16(), x[16:].bfloat16()]
+        return [half @ half.t() for half in halves], halves
+
+    def changed(x):
+        y = x + 1
+        first = y.bfloat16()
+        second = y.add_(1).bfloat16()
+        return first @ second, first, second
+
+    assert fused_bytes(thrice) == 4096 + 2048
+    assert fused_bytes(parts) == 2048 + 2 * 1024  # read by the larger part; two copies
+    assert fused_bytes(changed) == 4096 + 2 * 2048
+
+
+def test_places_of_a_compiled_step():
+    groups = [Group("forward", 10**9, "a.py:1"), Group("forward", 10**9, "a.py:1")]
+    trace = Trace([PRODUCT, COPY], groups)
+    found = b.compiled_places(trace, H100, "bf16")
+    assert [(place.name, place.count, place.line) for place in found] == [
+        ("mm", 1, "a.py:1"),
+        ("fused", 2, "a.py:1"),
+    ]
+    total = b.bounds(trace, H100, "bf16", 1, 50e9).compiled
+    assert sum(place.seconds for place in found) == pytest.approx(total)
 
 
 def test_attention_kernels():

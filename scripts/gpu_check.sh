@@ -1,12 +1,26 @@
 #!/usr/bin/env bash
-# Checks this repository on a machine with a GPU in under ten minutes, offline: losses and gradients as on the CPU,
-# compiled, checkpointed and sharded as plain, no host waits, memory and step times beside plan.py's figures.
+# Checks this repository on a machine with a GPU, offline: losses and gradients as on the CPU in fp32, bf16 and fp16;
+# compiled, checkpointed, sharded and resumed as plain; no host waits; memory and step times beside plan.py's figures
+# and open_clip. The checks and the measures take less than ten minutes each.
 #
 #   bash scripts/gpu_check.sh                  # on the GPU
-#   bash scripts/gpu_check.sh --cpu            # the same checks without one, as far as they apply
+#   bash scripts/gpu_check.sh --part checks    # numbers alone; or measures: times and memory alone
+#   bash scripts/gpu_check.sh --cpu            # the same without a GPU, as far as it applies
 #   bash scripts/gpu_check.sh --only clip,ve   # some methods
 #
-# Needs torch, timm and transformers; writes output/gpu_check.md and exits with 1 if a check fails.
+# Needs torch, timm and transformers. Packages that the machine lacks travel as wheels: where there is a network, for
+# the same Python version,
+#   pip download --only-binary :all: --no-deps --dest wheels ruamel.yaml open_clip_torch ftfy wcwidth \
+#       scikit-learn scipy joblib threadpoolctl pillow google-crc32c
+# and wheels/ in the root of the repository is unpacked into output/wheels. Writes output/gpu_check.md and, on a
+# GPU, sections of docs/BENCHMARKS.md; exits with 1 if a check fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ -d wheels ] && [ ! -d output/wheels ]; then
+  mkdir -p output
+  python -m pip install --quiet --no-index --no-deps --find-links wheels --target output/wheels wheels/*.whl
+fi
+if [ -d output/wheels ]; then
+  export PYTHONPATH="$PWD/output/wheels${PYTHONPATH:+:$PYTHONPATH}"
+fi
 exec python scripts/gpu_check.py "$@"

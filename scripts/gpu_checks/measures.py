@@ -1,0 +1,173 @@
+"""Step time, memory and MFU of whole recipes beside plan.py's figures, and plan.py's constants."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runtime.gpus import GPUS, Gpu, gpu_by_device_name
+from runtime.simulate import bounds as b
+from scripts.gpu_checks.runs import Run
+from scripts.planning.simulate import load_script, read_config, simulate
+
+ROOT = Path(__file__).resolve().parents[2]
+FULL_SIZE = {
+    "SIMLA": "Pretrain --config configs/Pretrain/simla.yaml",
+    "CL2L R50": "main --config configs/main/cc12m_r50_cl2l.yaml",
+    "ALIGN B7": "main --config configs/main/align_coyo700m.yaml",
+    "ViT-L/16 384": "Classification --config configs/Classification/vit_l16_i1k_downstream.yaml",
+    "NXTP": "Recognition --config configs/Recognition/g3m.yaml",
+}
+SMALL = {  # stand-ins for a run without a GPU
+    "CL2L, debug": "main --config configs/main/debug.yaml",
+    "ViT, debug": "Classification --config configs/Classification/debug.yaml",
+}
+MEMORY_ERROR = 0.1  # relative, of the predicted peak of all tensors
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One recipe, eager or compiled; seconds a step, bytes at the peak (0 on a CPU)."""
+
+    name: str
+    mode: str
+    seconds: float
+    bound: float
+    peak: int
+    planned_peak: int
+    mfu: float
+
+    def row(self) -> str:
+        cells = [
+            self.name,
+            self.mode,
+            f"{self.seconds * 1e3:.1f}",
+            f"{self.bound * 1e3:.1f}",
+            f"{self.seconds / self.bound:.2f}",
+            f"{self.peak / 1e9:.1f}" if self.peak else "–",
+            f"{self.planned_peak / 1e9:.1f}",
+            f"{self.mfu:.0%}",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+HEAD = (
+    "| recipe | mode | ms a step | bound, ms | ratio | peak, GB | planned, GB | MFU |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def card_of(device: torch.device) -> Gpu:
+    """The card's figures; the H100's where the table has none, or for a CPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return gpu_by_device_name(name) or GPUS["h100"]
+
+
+def measure(name: str, command: str, device: torch.device, steps: int) -> list[Measured]:
+    """A recipe in bf16, eager and (on a GPU) compiled."""
+    script, *argv = command.split()
+    module = load_script(script)
+    trace = simulate(module, read_config(module, argv)).trace
+    gpu = card_of(device)
+    bound = b.bounds(trace, gpu, "bf16", 1, 50e9)
+    found = []
+    for mode in ("eager", "compiled")[: 2 if device.type == "cuda" else 1]:
+        run = Run(command, device, "bf16", compile=mode == "compiled")
+        for _ in range(3):
+            run.step()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = timed(run.step, device, steps)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        least = bound.compiled if mode == "compiled" else bound.eager
+        mfu = trace.flops / seconds / gpu.half
+        found.append(Measured(name, mode, seconds, least, peak, trace.peak, mfu))
+        del run
+    return found
+
+
+def timed(work: Callable, device: torch.device, times: int) -> float:
+    """Mean seconds of `work()`, the GPU's included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / times
+
+
+def measure_recipes(report, device: torch.device) -> list[Measured]:
+    """Every recipe of the list; memory must be what plan.py predicts."""
+    recipes, steps = (FULL_SIZE, 10) if device.type == "cuda" else (SMALL, 2)
+    found: list[Measured] = []
+    report.note(HEAD)
+    for name, command in recipes.items():
+        for measured in measure(name, command, device, steps):
+            report.note(measured.row())
+            found.append(measured)
+    for m in found:
+        if m.peak and m.mode == "eager":
+            error = abs(m.peak / m.planned_peak - 1)
+            report.check(f"{m.name}: memory as planned", lambda error=error: error, MEMORY_ERROR)
+    return found
+
+
+def fit_constants(report, device: torch.device, measured: list[Measured]) -> list[str]:
+    """Lines that name what plan.py assumes and what this device attains."""
+    gpu, on_gpu = card_of(device), device.type == "cuda"
+    size, values = (8192, 2**29) if on_gpu else (512, 2**22)
+    x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    source = torch.zeros(values, dtype=torch.bfloat16, device=device)
+    target, one = torch.empty_like(source), torch.zeros(1, device=device)
+    for work in (lambda: x @ x, lambda: target.copy_(source), lambda: one.add_(1)):
+        timed(work, device, 3)  # warm
+    compute = 2 * size**3 / timed(lambda: x @ x, device, 20) / gpu.half
+    bandwidth = 4 * values / timed(lambda: target.copy_(source), device, 20) / gpu.bandwidth
+    launch = timed(lambda: one.add_(1), device, 5000)
+    ratio = statistics.median(m.seconds / m.bound for m in measured)
+    lines = [
+        f"COMPUTE   {b.COMPUTE:.2f} in plan.py, {compute:.2g} measured",
+        f"BANDWIDTH {b.BANDWIDTH:.2f} in plan.py, {bandwidth:.2g} measured",
+        f"LAUNCH    {b.LAUNCH * 1e6:.1f} us in plan.py, {launch * 1e6:.1f} us measured",
+        f"steps take {ratio:.2f} times their bounds (median)",
+    ]
+    for line in lines:
+        report.note(line)
+    return lines
+
+
+def beside_open_clip(report, device: torch.device) -> None:
+    """CLIP ViT-B/16, ours and open_clip's in turn; on a GPU also a section of docs/BENCHMARKS.md."""
+    size = "--batch 128 --repeats 2 --warmup 3 --steps 10 --compile true"
+    if device.type != "cuda":
+        size = "--batch 2 --repeats 1 --warmup 0 --steps 1 --tiny"
+    words = f"--busy --device {device.type} --precision bf16 --tokens 77 {size}".split()
+    command = [sys.executable, "-m", "benchmarks.dual", *words]
+
+    def run() -> float:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
+        report.note(done.stdout.strip())
+        return 0.0
+
+    report.check("CLIP ViT-B/16 beside open_clip", run, 0.0)
+
+
+def write_section(device: torch.device, measured: list[Measured], lines: list[str]) -> None:
+    """The measurements as a section of docs/BENCHMARKS.md."""
+    from benchmarks.table import with_section
+
+    page = ROOT / "docs/BENCHMARKS.md"
+    title = f"Recipes on one {torch.cuda.get_device_name(device)}, bf16"
+    rows = "\n".join(m.row() for m in measured)
+    body = f"{HEAD}\n{rows}\n\n" + "\n".join(f"- {line}" for line in lines)
+    body += f"\n\ntorch {torch.__version__}. Bounds and planned memory: scripts/plan.py.\n\n"
+    page.write_text(with_section(page.read_text(), title, body + "    bash scripts/gpu_check.sh"))

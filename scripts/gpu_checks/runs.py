@@ -1,0 +1,83 @@
+"""A method's step on a device, without what differs between devices, and differences of its figures."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from base.distributed import World
+from runtime.optim.build import Precision, build_optimizer
+from runtime.parallel import Features, parallelize
+from scripts.planning import steps
+from scripts.planning.simulate import load_script, read_config
+
+
+@contextlib.contextmanager
+def without_randomness() -> Iterator[None]:
+    """No dropout, fixed images and the likeliest negatives: equal on every device."""
+    attention = F.scaled_dot_product_attention
+
+    def certain(query, key, value, attn_mask=None, dropout_p=0.0, **options):
+        return attention(query, key, value, attn_mask, 0.0, **options)
+
+    def seeded(*shape):
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    with (
+        mock.patch.object(F, "dropout", lambda x, *args, **kwargs: x),
+        mock.patch.object(F, "scaled_dot_product_attention", certain),
+        mock.patch.object(torch.Tensor, "exponential_", lambda x, *args: x.fill_(1.0)),
+        mock.patch.object(torch, "rand", lambda *s, **o: torch.full(s, 0.5, **o)),
+        mock.patch.object(steps, "pixels", seeded),
+    ):
+        yield
+
+
+class Run:
+    """A method's model, optimizer and step on a device."""
+
+    def __init__(self, command: str, device, precision: str, **features):
+        name, *argv = command.split()
+        script = load_script(name)
+        self.config = read_plain(script, argv)
+        self.config.precision = precision
+        torch.manual_seed(0)
+        self.setup = steps.setup_of(script, self.config)
+        for network in self.setup.frozen:
+            network.to(device)
+        world = World(0, 1, 0, device)
+        self.model = parallelize(self.setup.model, world, Features(**features)).train()
+        self.optimizer = build_optimizer(self.model, self.config.optimizer, self.setup.decayed)
+        self.precision = Precision(precision, device, self.config.optimizer.clip_grad_norm)
+
+    def step(self) -> dict:
+        return self.setup.step(self.model, self.optimizer, self.precision)
+
+    def losses(self) -> dict[str, float]:
+        """Losses and gradient norms of two steps."""
+        found = {}
+        for number in range(2):
+            for name, value in self.step().items():
+                if name.startswith("loss") or name.endswith(("_loss", "grad_norm")):
+                    found[f"{name} {number}"] = float(value)
+        return found
+
+
+def read_plain(script, argv: list[str]):
+    """The recipe with its features off: every check turns on its own."""
+    config = read_config(script, argv)
+    config.activation_checkpointing, config.parallel = False, "ddp"
+    return config
+
+
+def difference(a: dict[str, float], b: dict[str, float]) -> float:
+    """Largest relative difference of figures of one name."""
+    return max(abs(a[name] - b[name]) / max(abs(b[name]), 1e-2) for name in b)
+
+
+def first_losses(figures: dict[str, float]) -> dict[str, float]:
+    """The losses before any update."""
+    return {n: v for n, v in figures.items() if n.endswith(" 0") and "grad_norm" not in n}

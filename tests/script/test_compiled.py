@@ -1,0 +1,36 @@
+"""Compiled steps give the losses of eager ones: each method at debug size, and a whole run."""
+
+import json
+
+import pytest
+import torch
+
+from scripts.gpu_checks.checks import COMPILED, TOLERANCE
+from scripts.gpu_checks.runs import Run, difference, without_randomness
+from scripts.planning.methods import STEPS
+from tests.helpers.classification_runs import flags, train
+
+pytestmark = pytest.mark.slow
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_methods(name):
+    with without_randomness():
+        eager = Run(STEPS[name], CPU, "fp32").losses()
+        compiled = Run(STEPS[name], CPU, "fp32", compile=True).losses()
+    assert difference(compiled, eager) <= TOLERANCE["fp32"]
+
+
+def losses(data, out, **changes) -> list[float]:
+    train(flags(data, out, dropout=0, mixup_alpha=0, **changes))
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def test_a_compiled_run(digitscenes, tmp_path):
+    """Training with average and validation, by the script itself."""
+    eager = losses(digitscenes, tmp_path / "eager", compile="false")
+    compiled = losses(digitscenes, tmp_path / "compiled", compile="true")
+    assert len(eager) == 6 and eager[0] != eager[-1]
+    assert compiled == pytest.approx(eager, rel=1e-3)

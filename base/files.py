@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import UserError
+from base.limits import NESTED_LEVELS, TEXT_BYTES
 
-SIZE_LIMIT = 4 << 30  # bytes of a text or JSON file that is read whole
-DEPTH_LIMIT = 200  # nested lists and objects; Python's own parser and repr give up at about 1000
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CACHE_VERSION = 2  # raised when something else is made of the same file
 STALE = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
@@ -33,7 +32,7 @@ SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 # ---- reading
-def read_bytes(path: str | Path, remedy: str = "check its name", limit: int = SIZE_LIMIT) -> bytes:
+def read_bytes(path: str | Path, remedy: str = "check its name", limit: int = TEXT_BYTES) -> bytes:
     """Content of a regular file of at most `limit` bytes. UserError ends with `remedy`."""
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
@@ -52,7 +51,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a FIFO without a writer would wait for ever
 
 
-def read_text(path: str | Path, remedy: str = "check its name", limit: int = SIZE_LIMIT) -> str:
+def read_text(path: str | Path, remedy: str = "check its name", limit: int = TEXT_BYTES) -> str:
     """A UTF-8 text file without its byte order mark, line ends as they are. UserError."""
     data = read_bytes(path, remedy, limit)
     try:
@@ -63,7 +62,7 @@ def read_text(path: str | Path, remedy: str = "check its name", limit: int = SIZ
 
 
 def read_lines(
-    path: str | Path, remedy: str = "check its name", limit: int = SIZE_LIMIT
+    path: str | Path, remedy: str = "check its name", limit: int = TEXT_BYTES
 ) -> list[str]:
     """Lines of a text file; a line ends with LF or CR LF and with nothing else, as vocabularies
     need."""
@@ -77,7 +76,7 @@ def read_json(
     path: str | Path,
     kind: type | None = None,
     remedy: str = "fix or fetch the file again",
-    limit: int = SIZE_LIMIT,
+    limit: int = TEXT_BYTES,
 ) -> Any:
     """Content of a JSON file; kind: dict or list where it must be one. UserError names file and
     position."""
@@ -94,7 +93,7 @@ def parse_json(
 
     Takes UTF-8, UTF-16 and UTF-32, each with or without a byte order mark. Refuses NaN and
     Infinity, which JSON does not know, a key that an object has twice, and nesting deeper than
-    DEPTH_LIMIT. A lone surrogate (half an emoji) becomes U+FFFD."""
+    NESTED_LEVELS. A lone surrogate (half an emoji) becomes U+FFFD."""
     try:
         if isinstance(data, bytes):
             encoding = json.detect_encoding(data)
@@ -103,7 +102,7 @@ def parse_json(
         else:
             text, data = data, data.encode("utf-8", "surrogatepass")
         if _too_deep(data):
-            raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels")
+            raise ValueError(f"nested deeper than {NESTED_LEVELS} levels")
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise UserError(
@@ -150,17 +149,17 @@ def _no_constant(text: str) -> None:
 
 
 def _too_deep(data: bytes) -> bool:
-    """Whether JSON text nests deeper than DEPTH_LIMIT: peels off innermost pairs of brackets, level
+    """Whether JSON text nests deeper than NESTED_LEVELS: peels off innermost pairs of brackets, level
     by level."""
     brackets = data.translate(None, NOT_BRACKETS)
-    for _ in range(DEPTH_LIMIT):
+    for _ in range(NESTED_LEVELS):
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
         if not brackets:
             return False
     depth = 0  # too deep, or brackets inside strings do not pair
     for match in STRING_OR_BRACKET.finditer(data):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
-        if depth > DEPTH_LIMIT:
+        if depth > NESTED_LEVELS:
             return True
     return False
 

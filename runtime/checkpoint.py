@@ -156,7 +156,7 @@ def load_checked(path: str | Path, map_location: str | torch.device = "cpu") -> 
 
     Tensors are mapped from the file, not copied: all processes of a machine share them.
     """
-    return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    return load_torch(path, map_location)
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -178,7 +178,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: {damage}; use another checkpoint of that run")
     content = load_torch(path)
     if isinstance(content, Stub):
-        return module_tensors(content)
+        return module_tensors(content, path)
     if isinstance(content, dict):
         tables = [
             content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)

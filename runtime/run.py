@@ -14,6 +14,7 @@ from torch import nn
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.pickles import load_weights_only
 from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, load_checked
 from runtime.config.cli import differences, knob, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
@@ -181,11 +182,7 @@ class Run:
         path = None
         if resume in ("auto", "true"):
             path = distributed.on_main(self.checkpoints.newest_valid)
-        return (
-            None
-            if path is None
-            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        )
+        return None if path is None else load_weights_only(path)
 
     def _best_before(self) -> float:
         """Score of the best checkpoint of a resumed run; -inf where there is none."""

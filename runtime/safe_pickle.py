@@ -8,25 +8,37 @@ inert stand-ins of this file, every other name is refused, and what the pickle "
 functions below, which check their arguments and build tensors, arrays and containers.
 """
 
+import io
+import mmap
 import pickle
 import re
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from base.errors import UserError
-
-LEGACY_MAGIC = (
-    0x1950A86A20F9469CFC6C  # first pickled object of a torch file written before the zip format
+from base.errors import UserError, brief
+from base.limits import MODULES, NESTED_LEVELS, check_limit
+from base.pickles import (
+    STORAGES,
+    BoundedUnpickler,
+    Storage,
+    TorchArchive,
+    check_size,
+    fill,
+    load_weights_only,
+    mapped,
+    storage_dtype,
+    tensor_view,
 )
+
+# first pickled object of a torch file written before the zip format
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 STUB_PACKAGES = ("dall_e", "torch.nn.modules", "omegaconf")
 OTHER_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "_operator": "operator"}
@@ -43,18 +55,25 @@ def load_plain(path: str | Path) -> Any:
     that names the file and the refused global for anything else, and for a damaged file; nothing in
     the pickle is ever called.
     """
-    with _faults_named(path):
-        for encoding in ("utf-8", "latin-1"):
-            with open(path, "rb") as file:
-                if not _skip_npy_header(file):
-                    return np.load(path, allow_pickle=False)
-                reader = _Reader(file, path, PLAIN_GLOBALS, encoding=encoding)
-                try:
-                    data = reader.load()
-                    return _resolve(data, {}) if reader.met_numpy else data
-                except UnicodeDecodeError:
-                    if encoding == "latin-1":
-                        raise
+    with _faults_named(path), mapped(path) as file:
+        if not _skip_npy_header(file):
+            return _numbers(path)
+        start = file.tell()
+        try:
+            return _plain(file, path, "utf-8")
+        except UnicodeDecodeError:
+            file.seek(start)
+            return _plain(file, path, "latin-1")
+
+
+def _plain(file: mmap.mmap, path: str | Path, encoding: str) -> Any:
+    reader = _Reader(file, path, len(file), PLAIN_GLOBALS, encoding=encoding)
+    data = reader.load()
+    if reader.met_numpy:
+        data = _resolve(data, {})
+    if reader.shares:
+        check_size(data, path)
+    return data
 
 
 def _skip_npy_header(file) -> bool:
@@ -65,58 +84,64 @@ def _skip_npy_header(file) -> bool:
     if magic != np.lib.format.MAGIC_PREFIX:
         return True
     version = np.lib.format.read_magic(file)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
+    read = np.lib.format.read_array_header_2_0
+    if version == (1, 0):
+        read = np.lib.format.read_array_header_1_0
     return read(file)[2].hasobject
 
 
-def load_torch(path: str | Path) -> Any:
-    """Content of a torch file, on the CPU: `torch.load(weights_only=True)`, memory-mapped where the
-    format allows it.
+def _numbers(path: str | Path) -> np.ndarray:
+    """An .npy array of numbers, copied out of the mapped file: memory is taken for what is there,
+    not for the shape in the header."""
+    return np.array(np.load(path, allow_pickle=False, mmap_mode="r"))
 
-    Files it refuses are read through the allow-list: modules come back as `Stub` trees (see
-    `module_tensors`), OmegaConf configurations and `argparse.Namespace` as plain containers,
-    parameters as tensors. Raises `UserError` that names the file and the refused global; there is
-    no way on to free unpickling.
+
+def load_torch(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
+    """Content of a torch file: `torch.load(weights_only=True)`, memory-mapped, for checkpoints in
+    the zip format.
+
+    Their pickle is first gone through by a reader that builds nothing, so that it cannot make
+    torch's hang. Files that torch refuses and those of the older format are read through the
+    allow-list, on the CPU: modules come back as `Stub` trees (see `module_tensors`), OmegaConf
+    configurations and `argparse.Namespace` as plain containers, parameters as tensors. Raises
+    `UserError` that names the file and the refused global; there is no way on to free unpickling.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with _faults_named(path):
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip and any(
-            name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()
-        ):
-            raise UserError(
-                f"{path}: a TorchScript archive, which holds code; only tables of tensors are read"
-            )
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except pickle.UnpicklingError:
-            pass  # more than tensors and plain containers
-        return _resolve(_load_zip(path) if is_zip else _load_legacy(path), {})
+        if not zipfile.is_zipfile(path):
+            content = _resolve(_load_legacy(path), {})
+        else:
+            content = _load_zip(path, map_location)
+        check_size(content, path)
+        return content
 
 
-def module_tensors(module: "Stub") -> dict[str, torch.Tensor]:
+def module_tensors(module: "Stub", path: object = None) -> dict[str, torch.Tensor]:
     """`{key: tensor}` of a pickled `nn.Module`, with the keys its `state_dict()` would have.
 
     Raises `UserError` where the stub is not a module.
     """
+    tensors: dict[str, torch.Tensor] = {}
+    pending = [("", module)]
+    modules = 0
+    name = path or repr(module)
     try:
-        own = module.state["_parameters"] | module.state["_buffers"]
-        skipped = module.state.get("_non_persistent_buffers_set", ())
-        tensors = {
-            key: value
-            for key, value in own.items()
-            if isinstance(value, torch.Tensor) and key not in skipped
-        }
-        for name, child in module.state["_modules"].items():
-            if child is not None:
-                tensors |= {f"{name}.{key}": value for key, value in module_tensors(child).items()}
-    except (AttributeError, KeyError, TypeError, RecursionError):
+        while pending:
+            prefix, current = pending.pop()
+            modules += 1
+            check_limit(name, modules, MODULES, "modules")
+            check_limit(name, prefix.count("."), NESTED_LEVELS, "levels")
+            skipped = current.state.get("_non_persistent_buffers_set", ())
+            for table in ("_parameters", "_buffers"):
+                for key, value in current.state[table].items():
+                    if isinstance(value, torch.Tensor) and key not in skipped:
+                        tensors[prefix + key] = value
+            for name, child in reversed(current.state["_modules"].items()):
+                if child is not None:
+                    pending.append((f"{prefix}{name}.", child))
+    except (AttributeError, KeyError, TypeError):
         raise UserError(f"{module!r} in the file is not a PyTorch module with weights") from None
     return tensors
 
@@ -156,38 +181,10 @@ class Stub:
         return f"<stub of {self.kind}>"
 
 
-class _Function:
-    """One of this file's functions as a pickle sees it: it can be called, nothing can be set on
-    it."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable):
-        object.__setattr__(self, "_call", call)
-
-    def __call__(self, *args):
-        return self._call(*args)
-
-    def __setattr__(self, name, value):
-        raise pickle.UnpicklingError(f"the pickle tries to change a function ({name})")
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("the pickle tries to change a function")
-
-
 class _TypeName:
     """A type that is only mentioned, as in `defaultdict(list)`; nothing can be made of it."""
 
     __slots__ = ()
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("the pickle tries to change a type")
-
-
-@dataclass(frozen=True)
-class _Storage:
-    untyped: torch.UntypedStorage
-    dtype: torch.dtype
 
 
 class _DType:
@@ -196,7 +193,7 @@ class _DType:
 
     def __init__(self, name, align=False, copy=False):
         if not isinstance(name, str) or not PLAIN_DTYPE.fullmatch(name):
-            raise pickle.UnpicklingError(f"numpy dtype {name!r} is not a plain one")
+            raise pickle.UnpicklingError(f"numpy dtype {brief(name)} is not a plain one")
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state):
@@ -231,51 +228,36 @@ class _Array:
 
 def _array(data, dtype: _DType, shape, order="C") -> np.ndarray:
     if dtype.dtype.hasobject:
-        array = np.empty(len(data), dtype=object)
-        for index, value in enumerate(data):
-            array[index] = value
-        return array.reshape(shape, order=order)
+        return _object_array(data, shape, order)
+    if not isinstance(data, bytes | bytearray | str):
+        raise pickle.UnpicklingError("malformed numpy array")
     if isinstance(data, str):  # Python 2 wrote bytes as str
         data = data.encode("latin-1")
     return np.frombuffer(bytearray(data), dtype=dtype.dtype).reshape(shape, order=order)
+
+
+def _object_array(values, shape, order="C") -> np.ndarray:
+    """One by one: NumPy would take lists among the values for further dimensions."""
+    array = np.empty(len(values), dtype=object)
+    for index, value in enumerate(values):
+        array[index] = value
+    return array.reshape(shape, order=order)
+
+
+def _new_array(*_unused) -> _Array:
+    return _Array()
 
 
 def _scalar(dtype: _DType, data=b""):
     return data if dtype.dtype.hasobject else _array(data, dtype, (1,))[0]
 
 
-def _buffer_array(data, dtype: _DType, shape, order="C"):
-    return _array(data, dtype, shape, order)
-
-
-def _tensor(
-    storage: _Storage, offset, size, stride, *_unused, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """A view into a storage, inside its bounds (`set_` would silently enlarge a storage that is too
-    small)."""
-    dtype = dtype or storage.dtype
-    if (
-        not isinstance(storage, _Storage)
-        or min((offset, *size, *stride)) < 0
-        or len(size) != len(stride)
-    ):
-        raise pickle.UnpicklingError("malformed tensor")
-    last = (
-        offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if 0 not in size
-        else -1
-    )
-    if (last + 1) * dtype.itemsize > storage.untyped.nbytes():
-        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-    return torch.empty(0, dtype=dtype).set_(storage.untyped, offset, tuple(size), tuple(stride))
-
-
 def _tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, *_unused):
-    return _tensor(storage, offset, size, stride, dtype=dtype)
+    return tensor_view(storage, offset, size, stride, dtype=dtype)
 
 
 def _of_type(function, _type, args, _state):
-    if not isinstance(function, _Function):
+    if function not in (tensor_view, _tensor_v3):
         raise pickle.UnpicklingError("malformed tensor subclass")
     return function(*args)
 
@@ -289,7 +271,7 @@ def _blank(cls, _base=object, _state=None):
 
 def _latin1(text, encoding="latin1"):
     if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
+        raise pickle.UnpicklingError(f"bytes in encoding {brief(encoding)}")
     return text.encode("latin-1")
 
 
@@ -303,96 +285,95 @@ def _stub_class(module: str, name: str) -> type[Stub]:
     return type(name, (Stub,), {"kind": f"{module}.{name}"})
 
 
-def _functions(module: str, **calls: Callable) -> dict[tuple[str, str], _Function]:
-    return {(module, name): _Function(call) for name, call in calls.items()}
+def _first(value=None, *_unused):
+    return value
 
 
+def _nothing(*_unused):
+    return None
+
+
+def _empty_bytes():
+    return b""
+
+
+def _size(size=()):
+    return tuple(size)
+
+
+def _joined(*parts):
+    return "/".join(parts)
+
+
+def _device(*name):
+    return ":".join(str(part) for part in name if isinstance(part, str | int))
+
+
+TYPE_NAMES = "object type dict list tuple int long float str unicode bool".split()
 PLAIN_GLOBALS: dict[tuple[str, str], Any] = {
-    **{
-        ("builtins", name): _TypeName()
-        for name in "object type dict list tuple int long float str unicode bool".split()
-    },
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
+    **{("builtins", name): _TypeName() for name in TYPE_NAMES},
     ("builtins", "complex"): complex,
-    ("collections", "OrderedDict"): OrderedDict,
-    **_functions("builtins", bytearray=_bytearray, bytes=lambda: b""),
-    **_functions("collections", defaultdict=lambda *_: {}, Counter=lambda items=(): dict(items)),
-    **_functions("_codecs", encode=_latin1),
-    **_functions("numpy", dtype=_DType),
+    ("builtins", "bytearray"): _bytearray,
+    ("builtins", "bytes"): _empty_bytes,
+    ("_codecs", "encode"): _latin1,
+    ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _TypeName(),
 }
 for _package in ("numpy.core", "numpy._core"):
-    PLAIN_GLOBALS |= _functions(
-        f"{_package}.multiarray", _reconstruct=lambda *_: _Array(), scalar=_scalar
-    )
-    PLAIN_GLOBALS |= _functions(f"{_package}.numeric", _frombuffer=_buffer_array)
+    PLAIN_GLOBALS[f"{_package}.multiarray", "_reconstruct"] = _new_array
+    PLAIN_GLOBALS[f"{_package}.multiarray", "scalar"] = _scalar
+    PLAIN_GLOBALS[f"{_package}.numeric", "_frombuffer"] = _array
 
-STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
+TYPING = ("Any", "Dict", "List", "Tuple", "Union", "Optional")
 TORCH_GLOBALS: dict[tuple[str, str], Any] = {
     **PLAIN_GLOBALS,
-    **{("torch", name): _Function(lambda: None) for name in STORAGES},
+    **{("torch", name): dtype for name, dtype in STORAGES.items()},
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
-    **{
-        ("typing", name): _TypeName()
-        for name in ("Any", "Dict", "List", "Tuple", "Union", "Optional")
-    },
-    **_functions(
-        "torch", Size=lambda size=(): tuple(size), device=lambda *name: ":".join(map(str, name))
-    ),
-    **_functions(
-        "torch._utils",
-        _rebuild_tensor=_tensor,
-        _rebuild_tensor_v2=_tensor,
-        _rebuild_tensor_v3=_tensor_v3,
-        _rebuild_parameter=lambda data, *_: data,
-        _rebuild_parameter_with_state=lambda data, *_: data,
-    ),
-    **_functions("torch._tensor", _rebuild_from_type_v2=_of_type),
-    **_functions("torch.nn.parameter", Parameter=lambda data=None, *_: data),
-    **_functions("copyreg", _reconstructor=_blank),
-    **_functions(
-        "operator", getitem=lambda *_: None
-    ),  # typing.Dict[str, Any] in the metadata of OmegaConf
-    **_functions(
-        "pathlib",
-        PosixPath=lambda *parts: "/".join(parts),
-        WindowsPath=lambda *parts: "/".join(parts),
-    ),
+    **{("typing", name): _TypeName() for name in TYPING},
+    ("operator", "getitem"): _nothing,  # typing.Dict[str, Any] in the metadata of OmegaConf
+    ("torch.storage", "UntypedStorage"): torch.uint8,
+    ("torch", "Size"): _size,
+    ("torch", "device"): _device,
+    ("torch._utils", "_rebuild_tensor"): tensor_view,
+    ("torch._utils", "_rebuild_tensor_v2"): tensor_view,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _first,
+    ("torch._utils", "_rebuild_parameter_with_state"): _first,
+    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
+    ("torch.nn.parameter", "Parameter"): _first,
+    ("copyreg", "_reconstructor"): _blank,
+    ("pathlib", "PosixPath"): _joined,
+    ("pathlib", "WindowsPath"): _joined,
     ("argparse", "Namespace"): _stub_class("argparse", "Namespace"),
-    ("torch.storage", "UntypedStorage"): _Function(lambda: None),
 }
-STORAGE_DTYPES = {TORCH_GLOBALS["torch", name]: dtype for name, dtype in STORAGES.items()}
-STORAGE_DTYPES[TORCH_GLOBALS["torch.storage", "UntypedStorage"]] = torch.uint8
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(BoundedUnpickler):
     """An unpickler whose only globals are those of the given table, and stubs for classes of
     `STUB_PACKAGES`."""
 
     def __init__(
-        self, file, path, allowed: dict, storage: Callable | None = None, encoding: str = "utf-8"
+        self,
+        file,
+        path: str | Path,
+        size: int,
+        allowed: dict,
+        storage: Callable | None = None,
+        encoding: str = "utf-8",
     ):
-        super().__init__(file, encoding=encoding)
+        super().__init__(file, path, size, encoding)
         self.path, self.allowed, self.storage, self.stubs = path, allowed, storage, {}
         self.met_numpy = False
 
     def find_class(self, module: str, name: str):
         module = OTHER_NAMES.get(module, module)
         self.met_numpy |= module.startswith("numpy")
-        found = self.allowed.get((module, name)) or self.stubs.get((module, name))
+        found = (
+            self.container(module, name)
+            or self.allowed.get((module, name))
+            or self.stubs.get((module, name))
+        )
         if found is not None:
             return found
         if (
@@ -402,7 +383,7 @@ class _Reader(pickle.Unpickler):
         ):
             return self.stubs.setdefault((module, name), _stub_class(module, name))
         raise UserError(
-            f"{self.path}: the pickle asks for {module}.{name}, which is not on the list of harmless names "
+            f"{self.path}: the pickle asks for {module:.80}.{name:.80}, which is not on the list of harmless names "
             "(runtime/safe_pickle.py), so it is not read and nothing of it was run; "
             "have its owner export the data as JSON or safetensors"
         )
@@ -433,72 +414,62 @@ def _faults_named(path):
 # ------------------------------------------------------------------------------------------------ the two torch formats
 
 
-def _fill(file, storage: torch.UntypedStorage) -> None:
-    view = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
-    while len(view):
-        count = file.readinto(view)
-        if not count:
-            raise EOFError("the file ends inside a tensor")
-        view = view[count:]
-
-
-def _load_zip(path: Path) -> Any:
-    """The zip format: `ROOT/data.pkl` and one record `ROOT/data/KEY` per storage."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        root = next(
-            (name[: -len("data.pkl")] for name in names if name.endswith("/data.pkl")), None
-        )
-        if root is None:
+def _load_zip(path: Path, map_location: str | torch.device) -> Any:
+    with zipfile.ZipFile(path) as opened:
+        archive = TorchArchive(opened, path)
+        if archive.is_script:
+            raise UserError(
+                f"{path}: a TorchScript archive, which holds code; only tables of tensors are read"
+            )
+        if not archive.root:
             raise UserError(f"{path}: a zip file, but not one of torch.save")
-        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        if f"{archive.root}byteorder" in archive.names and archive.read("byteorder") != b"little":
             raise UserError(f"{path}: written on a big-endian machine")
-        storages: dict[str, _Storage] = {}
-
-        def storage(pid) -> _Storage:
-            _, kind, key, _, _ = pid
-            if key not in storages:
-                record = archive.getinfo(f"{root}data/{key}")
-                if record.file_size > path.stat().st_size:
-                    raise pickle.UnpicklingError("malformed storage")
-                untyped = torch.UntypedStorage(record.file_size)
-                with archive.open(record) as file:
-                    _fill(file, untyped)
-                storages[key] = _Storage(untyped, STORAGE_DTYPES[kind])
-            return storages[key]
-
-        with archive.open(f"{root}data.pkl") as file:
-            return _Reader(file, path, TORCH_GLOBALS, storage).load()
+        try:
+            return load_weights_only(path, map_location)
+        except pickle.UnpicklingError:  # more than tensors and plain containers
+            content = archive.read("data.pkl")
+        reader = _Reader(io.BytesIO(content), path, len(content), TORCH_GLOBALS, archive.storage)
+        return _resolve(reader.load(), {})
 
 
 def _load_legacy(path: Path) -> Any:
     """The format before torch 1.6: magic number, version, machine, object, storage keys, then the
     storages' bytes."""
-    size, storages = path.stat().st_size, {}
+    storages: dict[str, Storage] = {}
+    size = path.stat().st_size
+    left = size  # bytes that the storages may have together
 
-    def storage(pid):
+    def storage(pid) -> Any:
+        nonlocal left
         if pid[0] == "module":  # a class with its source code, which is of no interest
             return pid[1]
-        _, kind, key, _, count, *view = pid
-        dtype = STORAGE_DTYPES[kind]
-        if count * dtype.itemsize > size or any(part is not None for part in view):
+        _, dtype, key, _, count, *view = pid
+        if not isinstance(key, str) or any(part is not None for part in view):
             raise pickle.UnpicklingError("malformed storage")
-        return storages.setdefault(
-            key, _Storage(torch.UntypedStorage(count * dtype.itemsize), dtype)
-        )
+        if key not in storages:
+            needed = count * storage_dtype(dtype).itemsize
+            left -= needed
+            if needed < 0 or left < 0:
+                raise pickle.UnpicklingError("storages larger than the file")
+            storages[key] = Storage(torch.UntypedStorage(needed), dtype)
+        return storages[key]
 
-    with open(path, "rb") as file:
-        head = [_Reader(file, path, PLAIN_GLOBALS).load() for _ in range(3)]
+    with mapped(path) as file:
+        head = [_Reader(file, path, size, PLAIN_GLOBALS).load() for _ in range(3)]
         if head[:2] != [LEGACY_MAGIC, LEGACY_PROTOCOL]:
             raise UserError(f"{path}: not a file of torch.save")
         if not head[2].get("little_endian", True):
             raise UserError(f"{path}: written on a big-endian machine")
-        content = _Reader(file, path, TORCH_GLOBALS, storage).load()
-        for key in _Reader(file, path, PLAIN_GLOBALS).load():
+        content = _Reader(file, path, size, TORCH_GLOBALS, storage).load()
+        keys = _Reader(file, path, size, PLAIN_GLOBALS).load()
+        if not all(isinstance(key, str) for key in keys) or set(keys) != set(storages):
+            raise pickle.UnpicklingError("tensors whose values are not in the file")
+        for key in keys:
             (count,) = struct.unpack("<q", file.read(8))
             if count * storages[key].dtype.itemsize != storages[key].untyped.nbytes():
                 raise pickle.UnpicklingError("storage of another size than announced")
-            _fill(file, storages[key].untyped)
+            fill(file, storages[key].untyped)
     return content
 
 
@@ -513,7 +484,8 @@ def _resolve(obj: Any, seen: dict[int, Any]) -> Any:
     if isinstance(obj, _Array):
         result = obj.value
         if result.dtype.hasobject:
-            result.flat = [_resolve(value, seen) for value in result.flat]
+            values = [_resolve(value, seen) for value in result.flat]
+            result = _object_array(values, result.shape)
     elif isinstance(obj, _DType):
         result = obj.dtype
     elif isinstance(obj, Stub):

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 
 from base.errors import BadSample, UserError
+from base.limits import IMAGE_BYTES, IMAGE_PIXELS
 from dataset.images.formats import PILLOW_FORMATS
 
-PIXEL_LIMIT = 89_478_485  # Pillow's own limit against decompression bombs: 0.25 GB of RGB
-FILE_LIMIT = 1 << 28  # bytes of an encoded image
 ORIENTATION = 0x0112  # tag of EXIF
 GREY = 128  # what libjpeg fills the missing rows of a truncated file with
 GREY_SIDE = 224  # of the image that stands for an unreadable one
@@ -88,8 +87,8 @@ def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Te
     if not source:
         raise BadSample(f"{name}: empty file")
     size = plain_jpeg_size(source)
-    if size and size[0] * size[1] > PIXEL_LIMIT:
-        raise BadSample(f"{name}: {size[1]} x {size[0]} pixels exceed the limit of {PIXEL_LIMIT}")
+    if size and size[0] * size[1] > IMAGE_PIXELS:
+        raise BadSample(f"{name}: {size[1]} x {size[0]} pixels exceed the limit of {IMAGE_PIXELS}")
     if size and (decode := _fast_decoder()) and not (exif and is_turned(source)):
         try:
             return decode(torch.frombuffer(bytearray(source), dtype=torch.uint8)), True
@@ -105,8 +104,8 @@ def _file_bytes(path: Path, name: str) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
             raise BadSample(f"{name}: is {kind}")
-        if status.st_size > FILE_LIMIT:
-            raise BadSample(f"{name}: {status.st_size} bytes, the limit is {FILE_LIMIT}")
+        if status.st_size > IMAGE_BYTES:
+            raise BadSample(f"{name}: {status.st_size} bytes, the limit is {IMAGE_BYTES}")
         return path.read_bytes()
     except OSError as error:
         raise BadSample(f"{name}: {error.strerror or error}") from None
@@ -164,8 +163,8 @@ def _open(data: bytes):
     except UnidentifiedImageError:  # whose message is an address in memory
         raise ValueError("cannot identify an image format in it") from None
     width, height = image.size
-    if width * height > PIXEL_LIMIT:
-        raise ValueError(f"{width} x {height} pixels exceed the limit of {PIXEL_LIMIT}")
+    if width * height > IMAGE_PIXELS:
+        raise ValueError(f"{width} x {height} pixels exceed the limit of {IMAGE_PIXELS}")
     return image
 
 

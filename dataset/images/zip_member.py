@@ -7,11 +7,11 @@ import zlib
 from pathlib import Path
 
 from base.errors import BadSample
+from base.limits import MEMBER_BYTES
 
 END_OF_DIRECTORY = struct.Struct("<4s4H2LH")  # of a zip file
 DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
-FILE_LIMIT = 1 << 28  # bytes of a member
-TOO_LONG = f"more than {FILE_LIMIT} bytes"
+TOO_LONG = f"more than {MEMBER_BYTES} bytes"
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
@@ -52,16 +52,16 @@ def read_member(archive: Path, name: str) -> bytes:
 
 def _any_member(archive: Path, name: str) -> bytes:
     with zipfile.ZipFile(archive) as opened, opened.open(name) as member:
-        data = member.read(FILE_LIMIT + 1)
-    if len(data) > FILE_LIMIT:
+        data = member.read(MEMBER_BYTES + 1)
+    if len(data) > MEMBER_BYTES:
         raise zipfile.BadZipFile(TOO_LONG)
     return data
 
 
 def _inflated(data: bytes) -> bytes:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    content = inflater.decompress(data, FILE_LIMIT + 1)
-    if len(content) > FILE_LIMIT:
+    content = inflater.decompress(data, MEMBER_BYTES + 1)
+    if len(content) > MEMBER_BYTES:
         raise zipfile.BadZipFile(TOO_LONG)
     return content
 
@@ -100,7 +100,7 @@ def _quick_member(file, name: bytes) -> bytes | None:
         file.seek(header)
         local = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
         file.seek(local[-2] + local[-1], os.SEEK_CUR)  # name and extra field
-        if packed > FILE_LIMIT:
+        if packed > MEMBER_BYTES:
             raise zipfile.BadZipFile(TOO_LONG)
         data = file.read(packed)
         data = data if method == 0 else _inflated(data)

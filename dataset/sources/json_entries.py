@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from base.errors import UserError
+from base.limits import ENTRY_BYTES
 
 CHUNK = 4 << 20  # bytes read at a time
-ENTRY_LIMIT = 64 << 20  # no entry is longer; keeps a damaged file from filling the memory
 EXPECTED = "expected a JSON list of objects, or one object per line"
 
 
@@ -67,7 +67,7 @@ class _Window:
             except RecursionError:
                 raise self.error("nested too deeply") from None
             except ValueError as error:
-                if len(self.text) - self.place > ENTRY_LIMIT or not self._extend():
+                if len(self.text) - self.place > ENTRY_BYTES or not self._extend():
                     raise self.error(f"not valid JSON ({error.args[0].split(':')[0]})") from None
         start, self.place = self.offset + self.place, end
         self.number += 1

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from base.errors import MissingData, UserError
 from base.files import atomic_write, digest, file_state, write_text
+from base.limits import EXPANSION
 
 ATTEMPTS = 6  # with the waits between them about 16 seconds
 FIRST_WAIT = 0.5  # seconds, doubled from attempt to attempt
@@ -35,7 +36,6 @@ PACKAGES = {  # what fsspec needs for a scheme
     "abfs": "adlfs",
 }
 GZIP, BZIP2, XZ, ZSTANDARD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
-EXPANSION = 200  # times its size that a compressed shard may take on the disk
 PASSING_STATUS = (408, 425, 429)  # client errors worth another attempt
 Result = TypeVar("Result")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from base import distributed
 from base.errors import UserError
 from base.files import cache_folder, digest, parse_json, read_json, write_json
+from base.limits import SHARDS
 from dataset.images.formats import files_below
 from dataset.sources.remote import (
     describe,
@@ -26,7 +27,6 @@ from dataset.sources.tfrecord import count_frames, is_tfrecord
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 THREADS = 64  # requests to a store at a time
-MOST_NAMES = 1_000_000  # of a pattern with braces
 COUNT_VERSION = 2  # part of the key of cached counts: raise it when the rules of reading change
 
 
@@ -136,8 +136,8 @@ def expand_braces(pattern: str) -> list[str]:
         return [pattern]
     if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
         first, last = numbers.groups()
-        if int(last) - int(first) >= MOST_NAMES:
-            raise UserError(f"{pattern}: names more than {MOST_NAMES:,} shards")
+        if int(last) - int(first) >= SHARDS:
+            raise UserError(f"{pattern}: names more than {SHARDS:,} shards")
         options = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     else:
         options = match[1].split(",")

@@ -153,9 +153,10 @@ def read_shard(
     BadSample in its place.
 
     options: of fsspec. expected: samples of the shard, by which a BadSample for the rest of it
-    counts.
+    counts; where damage has left fewer than these, another one at the end counts the missing.
     """
-    delivered = 0
+    counted = 0  # samples that were given or reported lost
+    damaged = False
     with ExitStack() as stack:
         try:
             file, size = stack.enter_context(plain_stream(shard, options))
@@ -169,10 +170,17 @@ def read_shard(
         else:
             records = (member_record(shard, sample) for sample in read_samples(TarWalk(file, size)))
         for record in records:
-            if isinstance(record, BadSample) and record.lost is None:
-                record.lost = max(1, (expected or 0) - delivered)
+            if isinstance(record, BadSample):
+                damaged = True
+                if record.lost is None:
+                    record.lost = max(1, (expected or 0) - counted)
+                counted += record.lost
+            else:
+                counted += 1
             yield record
-            delivered += 1
+        if damaged and expected and counted < expected:
+            missing = expected - counted
+            yield BadSample(f"{shard}: {missing} more samples are lost to its damages", missing)
 
 
 def member_record(shard: str, sample: Sample) -> dict | BadSample:

@@ -15,17 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from base.limits import MEMBER_BYTES, NAME_BYTES, SAMPLE_BYTES, SAMPLE_MEMBERS, ZERO_BYTES
 from dataset.images.formats import IMAGE_TYPES
 from dataset.sources.remote import describe
 
 BLOCK = 512
 RECORD = 20 * BLOCK  # archives are padded to a multiple of it
 CHUNK = 1 << 20  # bytes skipped at a time where a file cannot seek
-MEMBER_LIMIT = 1 << 28  # bytes of a member; a longer one is not read
-SAMPLE_LIMIT = 1 << 29  # bytes of all members of a sample
-SAMPLE_MEMBERS = 1000
-NAME_LIMIT = 1 << 20  # bytes of a long name or a pax header
-ZERO_LIMIT = 1 << 26  # bytes of zeros behind an archive that are searched for another one
 LOST = "what follows in this shard is lost"
 ZERO_BLOCK = bytes(BLOCK)
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -178,14 +174,14 @@ class TarWalk:
     def _next_block(self) -> tuple[int, bytes]:
         """Zero blocks passed over, and the block behind them: empty at the end of the file."""
         zeros = 0
-        while zeros * BLOCK <= ZERO_LIMIT:
+        while zeros * BLOCK <= ZERO_BYTES:
             block = self.source.read(BLOCK)
             if block and len(block) < BLOCK and block.strip(b"\0"):
                 raise ReadFault("cut off")
             if block != ZERO_BLOCK:
                 return zeros, block if len(block) == BLOCK else b""
             zeros += 1
-        raise ReadFault(f"{ZERO_LIMIT >> 20} MiB of zeros")
+        raise ReadFault(f"{ZERO_BYTES >> 20} MiB of zeros")
 
     def _next_header(self) -> tarfile.TarInfo | None:
         """The next whole header; None where there is none."""
@@ -210,7 +206,7 @@ class TarWalk:
         size = None
         fault = ""
         while header.type in (b"L", b"K", b"x", b"g", b"X"):
-            if header.size > NAME_LIMIT:
+            if header.size > NAME_BYTES:
                 return self._refuse(header.size, f"a name of {header.size} bytes")
             data = source.read_all(_padded(header.size))[: header.size]
             if header.type == b"L":
@@ -245,8 +241,8 @@ class TarWalk:
         start = source.position
         if source.size is not None and start + size > source.size:
             return Damage(f"{name!r:.80}: {size} bytes, more than the file holds")
-        if size > MEMBER_LIMIT:
-            fault = fault or f"{size} bytes, the limit is {MEMBER_LIMIT}"
+        if size > MEMBER_BYTES:
+            fault = fault or f"{size} bytes, the limit is {MEMBER_BYTES}"
             if source.size is None:
                 raise ReadFault(f"{name!r:.80}: {fault}")
         return self._remember(Member(name, start, size, fault))
@@ -382,8 +378,8 @@ def _fault(member: Member, sample: Sample, bytes_taken: int) -> str:
     """Why a member makes its sample a bad one; "" where it does not."""
     if member.fault:
         return f"{member.name!r:.80}: {member.fault}"
-    if bytes_taken > SAMPLE_LIMIT:
-        return f"{bytes_taken} bytes, the limit is {SAMPLE_LIMIT}"
+    if bytes_taken > SAMPLE_BYTES:
+        return f"{bytes_taken} bytes, the limit is {SAMPLE_BYTES}"
     if len(sample.members) >= SAMPLE_MEMBERS:
         return f"more than {SAMPLE_MEMBERS} members"
     return ""

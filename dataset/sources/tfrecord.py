@@ -18,13 +18,13 @@ import numpy as np
 
 from base.errors import BadSample
 from base.files import atomic_write
+from base.limits import SAMPLE_BYTES
 from dataset.sources.protobuf import delimited, encode_varint, fields, varint
 from dataset.sources.remote import describe
 
 Feature = list[bytes] | list[float] | list[int]
 HEADER = struct.Struct("<QI")
 CRC = struct.Struct("<I")
-PAYLOAD_LIMIT = 1 << 29  # bytes of a record
 BYTES, FLOATS, INTEGERS = 1, 2, 3  # field numbers of the kinds of list in a Feature
 
 
@@ -80,8 +80,8 @@ def _read_frame(file: BinaryIO) -> tuple[bytes, int] | None:
     length, crc = HEADER.unpack(header)
     if crc != masked_crc(header[:8]):
         raise _Lost("the checksum of its length is wrong")
-    if length > PAYLOAD_LIMIT:
-        raise _Lost(f"{length} bytes, the limit is {PAYLOAD_LIMIT}")
+    if length > SAMPLE_BYTES:
+        raise _Lost(f"{length} bytes, the limit is {SAMPLE_BYTES}")
     frame = file.read(length + CRC.size)
     if len(frame) < length + CRC.size:
         raise _Lost("the file is cut off")

@@ -19,11 +19,11 @@ import torch
 
 from base.errors import BadSample, MissingData, UserError, brief
 from base.files import read_json, read_lines
+from base.limits import SHARDS
 from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.remote import local_copy, read_text
 from dataset.sources.shard_index import ShardIndex
-from dataset.sources.shard_list import MOST_NAMES
 from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of
 from dataset.tasks.record import by_image
 
@@ -338,9 +338,10 @@ def shard_files(entry: Entry, cache: Path) -> tuple[list[Path], str]:
     place = f"{entry.path}/{entry.split}/nshards.txt"
     if not (counted.strip().isascii() and counted.strip().isdigit()):
         raise UserError(f"{place}: {counted[:20]!r} is no number")
-    if not 0 < int(counted) <= MOST_NAMES:
+    if not 0 < int(counted) <= SHARDS:
         raise UserError(f"{place}: {counted[:20]!r} shards; fetch the file again")
     names = [f"{entry.split}/{number}.tar" for number in range(int(counted))]
+    local_copy(entry.path, names[-1], cache)  # a wrong number shows before a million are asked for
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda name: local_copy(entry.path, name, cache), names)), entry.name
 

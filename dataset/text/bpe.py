@@ -4,7 +4,6 @@ import gzip
 import html
 import importlib.util
 import io
-import itertools
 import zlib
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -14,6 +13,7 @@ import torch
 
 from base.errors import UserError
 from base.files import read_bytes
+from base.limits import VOCABULARY_BYTES
 from dataset.text.wordpiece import padded_length
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -25,10 +25,6 @@ PIECES = (
 )
 PIECES = PIECES.replace("<|", r"<\|")
 CLIP_MERGES = 48_894  # of the file's lines, CLIP takes so many
-MERGES_LIMIT = 64 << 20  # bytes of the text; CLIP's has 3 million
-REMEMBERED = (
-    1 << 18
-)  # words whose ids are kept; the commonest words of web captions are a few ten thousand
 
 
 def clean_text(text: str) -> str:
@@ -74,9 +70,9 @@ class ClipTokenizer:
     def __init__(self, merges: str | Path | None = None, context_length: int = 77):
         self.path, self.context_length = find_merges(merges), context_length
         self.merges = read_merges(self.path)
+        self.backend = _backend(self.merges)
         self.vocab_size = 512 + len(self.merges) + 2
         self.start_id, self.end_id = self.vocab_size - 2, self.vocab_size - 1
-        self.words: dict[str, tuple[int, ...]] = {START: (self.start_id,), END: (self.end_id,)}
 
     def __reduce__(self):
         return ClipTokenizer, (self.path, self.context_length)
@@ -84,33 +80,8 @@ class ClipTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text after cleaning, without start and end. Special tokens written out become
         special ids."""
-        ids: list[int] = []
-        for word in pieces().findall(clean_text(text)):
-            ids += self.words.get(word) or self._remember(word)
-        return ids
-
-    def _remember(self, word: str) -> tuple[int, ...]:
-        ids = self.word_ids(word)
-        if len(self.words) < REMEMBERED:
-            self.words[word] = ids
-        return ids
-
-    def word_ids(self, word: str) -> tuple[int, ...]:
-        """Byte-pair encoding of one word: of all neighbours those of the earliest merge are joined,
-        again and again."""
-        ids = [BYTE_IDS[byte] for byte in word.encode()]
-        ids[-1] += 256
-        while len(ids) > 1:
-            joined = min(self.merges.get(pair, self.vocab_size) for pair in itertools.pairwise(ids))
-            if joined == self.vocab_size:
-                break
-            place, merged = 0, []
-            while place < len(ids):
-                hit = self.merges.get(tuple(ids[place : place + 2])) == joined
-                merged.append(joined if hit else ids[place])
-                place += 2 if hit else 1
-            ids = merged
-        return tuple(ids)
+        words = pieces().findall(clean_text(text))
+        return self.backend.encode(words, is_pretokenized=True, add_special_tokens=False).ids
 
     def row(self, text: str) -> list[int]:
         """Start, ids, end; a longer text is cut to the context length and still ends with the end
@@ -129,13 +100,12 @@ class ClipTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text behind ids, with a blank after every word."""
-        symbols: dict[int, bytes] = {}
-        for byte, number in BYTE_IDS.items():
-            symbols |= {number: bytes([byte]), number + 256: bytes([byte]) + b" "}
-        for (left, right), number in self.merges.items():
-            symbols[number] = symbols[left] + symbols[right]
-        symbols |= {self.start_id: START.encode(), self.end_id: END.encode()}
-        return b"".join(symbols[int(number)] for number in ids).decode("utf-8", "replace")
+        data = bytearray()
+        for number in ids:
+            symbols = self.backend.id_to_token(int(number))
+            data += bytes(BYTES[symbol] for symbol in symbols.removesuffix(WORD_END))
+            data += b" " if symbols.endswith(WORD_END) else b""
+        return data.decode("utf-8", "replace")
 
 
 @cache
@@ -151,38 +121,51 @@ def _byte_alphabet() -> dict[str, int]:
     themselves."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }
+    alphabet = {chr(byte): byte for byte in plain}
+    alphabet.update({chr(256 + number): byte for number, byte in enumerate(others)})
+    return alphabet
 
 
-BYTE_IDS = {byte: number for number, byte in enumerate(_byte_alphabet().values())}
+BYTES = _byte_alphabet()
+WORD_END = "</w>"
 
 
-def read_merges(path: Path) -> dict[tuple[int, int], int]:
-    """Merges of a file as (left id, right id) -> id of both together; smaller ids are merged
-    first."""
-    data = read_bytes(path, "fetch it again", MERGES_LIMIT)
+def _backend(merges: list[tuple[str, str]]):
+    """The `tokenizers.Tokenizer` of these merges, for words cut out by `pieces`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    symbols = [*BYTES, *(symbol + WORD_END for symbol in BYTES)]
+    symbols += [left + right for left, right in merges]
+    vocabulary = {symbol: number for number, symbol in enumerate([*symbols, START, END])}
+    model = models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens([START, END])
+    return backend
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """Merges of a file, the first ones first. UserError where a line is no pair of symbols that
+    the lines before it make."""
+    data = read_bytes(path, "fetch it again", VOCABULARY_BYTES)
     try:
         if data[:2] == b"\x1f\x8b":
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MERGES_LIMIT + 1)
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(VOCABULARY_BYTES + 1)
         text = data.decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no gzipped text ({error}); fetch it again") from None
-    if len(data) > MERGES_LIMIT:
-        raise UserError(f"{path}: more than {MERGES_LIMIT:,} bytes of text; fetch it again")
-    ids = {symbol: number for number, symbol in enumerate(_byte_alphabet())}
-    ids |= {f"{symbol}</w>": number + 256 for symbol, number in list(ids.items())}
-    merges: dict[tuple[int, int], int] = {}
+    if len(data) > VOCABULARY_BYTES:
+        raise UserError(f"{path}: more than {VOCABULARY_BYTES:,} bytes of text; fetch it again")
+    known = {*BYTES, *(symbol + WORD_END for symbol in BYTES)}
+    merges = []
     for number, line in enumerate(text.split("\n")[1 : CLIP_MERGES + 1], 2):
         if not line.strip():
             continue
-        try:
-            left, right = line.split()
-            pair = ids[left], ids[right]
-        except (ValueError, KeyError):
+        pair = tuple(line.split())
+        if len(pair) != 2 or not known.issuperset(pair) or pair[0].endswith(WORD_END):
             raise UserError(
                 f"{path}: line {number}, {line[:40]!r}, is no pair of known symbols; fetch it again"
-            ) from None
-        merges[pair] = ids[left + right] = 512 + len(merges)
+            )
+        merges.append(pair)
+        known.add(pair[0] + pair[1])
     return merges

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
 from base.files import read_json
+from base.pickles import load_weights_only
 from models.layers.positions import resize_positions
 from models.weights.loading import Differences, State, _matches, _some, load_checkpoint
 
@@ -329,7 +329,7 @@ def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
         from safetensors.torch import load_file
 
         return load_file(weights), config
-    return torch.load(weights, map_location="cpu", weights_only=True), config
+    return load_weights_only(weights), config
 
 
 def _hub_files(name: str) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.files import read_json
+from base.pickles import load_weights_only
 from models.layers.llama import LlamaConfig, split_dimension
 
 State = dict[str, Tensor]
@@ -203,12 +204,14 @@ def _read_tensors(path: Path, wanted=lambda name: True) -> State:
 
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_weights_only(path)
         return {
             name: value
             for name, value in content.items()
             if isinstance(value, Tensor) and wanted(name)
         }
+    except UserError:
+        raise
     except (
         OSError,
         RuntimeError,

@@ -5,26 +5,18 @@ raw tensor storages are read, the pickle with a fixed list of names: classes bec
 tensors are built here, any other name is refused.
 """
 
+import io
 import pickle
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from base.errors import UserError
+from base.limits import MODULES, NESTED_LEVELS, check_limit
+from base.pickles import STORAGES, BoundedUnpickler, TorchArchive, tensor_view
 
-STORAGES = {
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "IntStorage": torch.int32,
-    "LongStorage": torch.int64,
-}
 LISTS = (
     "build_intlist",
     "build_tensorlist",
@@ -50,84 +42,72 @@ def jit_state_dict(path: str | Path) -> dict[str, Tensor]:
     but a module tree.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            member = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(member) as file:
-                tree = _Reader(file, archive, member.removesuffix("data.pkl")).load()
-    except (
-        zipfile.BadZipFile,
-        StopIteration,
-        KeyError,
-        EOFError,
-        pickle.UnpicklingError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise UserError(
-            f"{path}: not a readable TorchScript archive ({error or type(error).__name__})"
-        ) from error
+        with zipfile.ZipFile(path) as opened:
+            archive = TorchArchive(opened, path)
+            content = archive.read("data.pkl")
+            tree = _Reader(io.BytesIO(content), path, archive).load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle makes its reader raise anything
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{path}: not a readable TorchScript archive ({reason})") from error
     if not isinstance(tree, _Module):
         raise UserError(f"{path}: the archive holds no module")
-    return dict(_tensors(tree, ""))
+    return _tensors(tree, path)
 
 
 class _Module:
     """A scripted module: its attributes and nothing else."""
 
     def __init__(self):
-        self.attributes = {}
+        self.attributes: dict[str, Any] = {}
 
     def __setstate__(self, state):
         self.attributes = state if isinstance(state, dict) else {}
 
 
-def _tensors(module: _Module, prefix: str):
-    for name, value in module.attributes.items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Module):
-            yield from _tensors(value, f"{prefix}{name}.")
+def _tensors(tree: _Module, path: str | Path) -> dict[str, Tensor]:
+    """Tensors by dotted name, in the order of the modules."""
+    found: dict[str, Tensor] = {}
+    pending = [("", tree)]
+    modules = 0
+    while pending:
+        prefix, module = pending.pop()
+        modules += 1
+        check_limit(path, modules, MODULES, "modules")
+        check_limit(path, prefix.count("."), NESTED_LEVELS, "levels of modules")
+        inner = []
+        for name, value in module.attributes.items():
+            if isinstance(value, Tensor):
+                found[f"{prefix}{name}"] = value
+            elif isinstance(value, _Module):
+                inner.append((f"{prefix}{name}.", value))
+        pending += reversed(inner)
+    return found
 
 
-class _Reader(pickle.Unpickler):
-    def __init__(self, file, archive: zipfile.ZipFile, folder: str):
-        super().__init__(file)
-        self.archive, self.folder, self.storages = archive, folder, {}
+class _Reader(BoundedUnpickler):
+    def __init__(self, file: io.BytesIO, path: str | Path, archive: TorchArchive):
+        super().__init__(file, path, file.getbuffer().nbytes)
+        self.archive = archive
 
     def find_class(self, module: str, name: str):
         if module.split(".")[0] == "__torch__":
             return type(name, (_Module,), {})
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         if module == "torch.jit._pickle" and name in LISTS:
             return _first
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in an archive of weights")
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return tensor_view
+        if made := self.container(module, name):
+            return made
+        raise pickle.UnpicklingError(
+            f"{module:.80}.{name:.80} has no place in an archive of weights"
+        )
 
-    def persistent_load(self, saved):
-        kind, dtype, key, _device, count = saved
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError("malformed storage")
-        if key not in self.storages:
-            raw = bytearray(self.archive.read(f"{self.folder}data/{key}"))
-            if len(raw) < count * dtype.itemsize:
-                raise pickle.UnpicklingError(f"storage {key} is shorter than declared")
-            self.storages[key] = (
-                torch.frombuffer(raw, dtype=dtype, count=count)
-                if count
-                else torch.empty(0, dtype=dtype)
-            )
-        return self.storages[key]
-
-
-def _rebuild(storage: Tensor, offset: int, size: tuple, stride: tuple, *_unused) -> Tensor:
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min((offset, *size, *stride)) < 0 or (0 not in size and last >= len(storage)):
-        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-    return torch.as_strided(storage, size, stride, offset)
+    def persistent_load(self, pid):
+        return self.archive.storage(pid)
 
 
 def _first(value, *_unused):

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from base.errors import UserError
 from base.files import read_json
 from base.knobs import knob
+from base.pickles import load_weights_only
 from runtime.checkpoint import CheckpointFolder
 from runtime.config.schema import Schema
 from runtime.config.yaml import read_yaml
@@ -108,12 +107,13 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
         beside = path.with_name("config.yaml")
         return read_yaml(beside)[0] if beside.is_file() else {}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_weights_only(path)
     except (
         OSError,
         RuntimeError,
         pickle.UnpicklingError,
         EOFError,
+        UserError,
     ):  # who reads the weights says what is wrong
         return {}
     found = content.get("config") if isinstance(content, Mapping) else None

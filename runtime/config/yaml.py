@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import UserError, brief
-from base.files import DEPTH_LIMIT, read_text
-
-SIZE_LIMIT = 64 << 20  # bytes of a file
-NODE_LIMIT = 1_000_000  # values of a file, its aliases written out
+from base.files import read_text
+from base.limits import NESTED_LEVELS, YAML_BYTES, YAML_VALUES
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], Any]:
     """The mapping that a YAML file holds, and its node tree. UserError."""
-    text = read_text(path, limit=SIZE_LIMIT)
+    text = read_text(path, limit=YAML_BYTES)
     try:
         values, node = parse_yaml(text)
     except ValueError as error:
@@ -30,15 +28,15 @@ def parse_yaml(text: str) -> tuple[Any, Any]:
     """YAML 1.2 (1e-4 is a number, `no` is text) as plain values, and the node tree with lines.
 
     Raises ValueError, its message starting with the line, where it is not YAML, a key stands twice,
-    it nests deeper than DEPTH_LIMIT or its aliases stand for more than NODE_LIMIT values.
+    it nests deeper than NESTED_LEVELS or its aliases stand for more than YAML_VALUES values.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
         node = YAML(typ="safe", pure=True).compose(text)
-        if _size(node, 0, {}) > NODE_LIMIT:
-            raise ValueError(f"its aliases stand for more than {NODE_LIMIT:,} values")
+        if _size(node, 0, {}) > YAML_VALUES:
+            raise ValueError(f"its aliases stand for more than {YAML_VALUES:,} values")
         return YAML(typ="safe", pure=True).load(text), node
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
@@ -46,13 +44,13 @@ def parse_yaml(text: str) -> tuple[Any, Any]:
         problem = str(getattr(error, "problem", error)).replace("\n", " ")
         raise ValueError(line + problem[:200]) from None
     except RecursionError:
-        raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels") from None
+        raise ValueError(f"nested deeper than {NESTED_LEVELS} levels") from None
 
 
 def _size(node: Any, depth: int, sizes: dict[int, int]) -> int:
     """Values that a node stands for, its aliases written out. `sizes`: of the nodes seen so far."""
-    if depth > DEPTH_LIMIT:
-        raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels")
+    if depth > NESTED_LEVELS:
+        raise ValueError(f"nested deeper than {NESTED_LEVELS} levels")
     if id(node) not in sizes:
         inner = node.value if isinstance(getattr(node, "value", None), list) else []
         pairs = (each if isinstance(each, tuple) else (each,) for each in inner)

@@ -251,7 +251,7 @@ def test_karpathys_records_train(tmp_path):
 
 @pytest.mark.parametrize("comment", [b"", b"read by zipfile"])
 def test_a_zip_member_that_unpacks_without_measure_is_a_bad_sample(comment, tmp_path, monkeypatch):
-    monkeypatch.setattr(zip_member, "FILE_LIMIT", 1 << 20)
+    monkeypatch.setattr(zip_member, "MEMBER_BYTES", 1 << 20)
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("0.jpg", bytes(4 << 20))
         archive.writestr("1.jpg", b"small")

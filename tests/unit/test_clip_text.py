@@ -76,7 +76,7 @@ def test_merges_with_any_byte_flipped_are_read_or_refused_in_one_sentence(tmp_pa
 
 
 def test_a_gzip_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(bpe, "MERGES_LIMIT", 1 << 20)
+    monkeypatch.setattr(bpe, "VOCABULARY_BYTES", 1 << 20)
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"\n" * (1 << 24)))
     with pytest.raises(UserError, match="more than 1,048,576 bytes"):
         ClipTokenizer(tmp_path / "bomb.gz")

@@ -123,7 +123,7 @@ def test_other_faults(tmp_path, monkeypatch):
 
 def test_an_endless_entry_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(json_entries, "CHUNK", 1 << 10)
-    monkeypatch.setattr(json_entries, "ENTRY_LIMIT", 1 << 12)
+    monkeypatch.setattr(json_entries, "ENTRY_BYTES", 1 << 12)
     seen = []
     monkeypatch.setattr(
         json_entries._Window,

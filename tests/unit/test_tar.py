@@ -220,7 +220,7 @@ def test_hostile_members_are_bad_samples(case, compressed, tmp_path):
 
 def test_sparse_files_and_bombs_are_not_read(tmp_path, monkeypatch):
     """A member that unpacks to more than the limit: refused, without reading it."""
-    monkeypatch.setattr(tars, "MEMBER_LIMIT", 1 << 20)
+    monkeypatch.setattr(tars, "MEMBER_BYTES", 1 << 20)
     write(tmp_path / "a.tar", [("0.jpg", bytes(5 << 20)), ("1.jpg", b"1")])
     bad, good = read_shard(str(tmp_path / "a.tar"))
     assert "0: '0.jpg': 5242880 bytes, the limit is 1048576" in str(bad) and good["image"] == b"1"
@@ -228,7 +228,7 @@ def test_sparse_files_and_bombs_are_not_read(tmp_path, monkeypatch):
     write(tmp_path / "b.tar.gz", members, mode="w:gz")
     *good, bad = read_shard(str(tmp_path / "b.tar.gz"), None, 9)
     assert len(good) == 2 and "the limit is" in str(bad) and bad.lost == 7
-    monkeypatch.setattr(tars, "ZERO_LIMIT", 1 << 16)
+    monkeypatch.setattr(tars, "ZERO_BYTES", 1 << 16)
     (tmp_path / "c.tar.gz").write_bytes(gzip.compress(bytes(1 << 22)))
     (bad,) = read_shard(str(tmp_path / "c.tar.gz"))
     assert "MiB of zeros" in str(bad)

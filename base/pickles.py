@@ -1,0 +1,611 @@
+"""An unpickler of bounded memory and time, whose subclasses decide what a pickle may build.
+
+A pickle acts only through the names it looks up (`find_class`). But with no name at all, nine bytes
+can ask for gigabytes (a memo index), and a few hundred can hash for ever (a tuple of two references
+to a tuple of two references ... as the key of a dictionary). `BoundedUnpickler` is Python's own
+unpickler in Python, with what each opcode allocates, hashes and copies charged to the limits of
+`base.limits`.
+"""
+
+import io
+import mmap
+import pickle
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from base.errors import UserError
+from base.limits import (
+    EQUAL_HASHES,
+    INTEGER_BYTES,
+    KEY_WORK,
+    PICKLE_FLOOR,
+    PICKLE_RATIO,
+    PICKLE_VALUES,
+    TUPLE_LEVELS,
+    TUPLE_VALUES,
+    check_limit,
+)
+
+REMEDY = "have its owner export the data as JSON or safetensors"
+ATOMS = (str, bytes, int, float, bool, type(None))
+CHUNK = 1 << 20  # bytes read at a time
+CONTAINERS = (list, tuple, dict, set, frozenset)
+# bytes of memory charged: about what CPython takes
+MARK, OBJECT, ENTRY, ITEM, MEMO, CALL, SET = 150, 64, 100, 16, 100, 500, 220
+
+
+class BoundedUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """Reads one pickle out of a file whose `read(n)` never returns or allocates more than is there.
+
+    file: a BytesIO or a mmap; name: the file in messages; size: its bytes, which the memory limit
+    grows with. Raises UserError where a limit is passed, whatever pickle raises for a damaged one.
+    """
+
+    dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def __init__(self, file: Any, name: object, size: int, encoding: str = "utf-8"):
+        super().__init__(file, encoding=encoding)
+        self.name = name
+        self.limit = PICKLE_FLOOR + PICKLE_RATIO * size
+        self.left = self.limit
+        self.work = KEY_WORK
+        self.nested: dict[int, tuple[int, int, Any]] = {}  # id -> (values, levels, the tuple)
+        self.hashes: Counter = Counter()  # (container, hash of a key) -> keys
+        self.shares = False  # whether a container is referred to twice
+
+    def load(self) -> Any:
+        """The object. Containers that refer to themselves, or that stand for too many values, are
+        refused by `check_size`, which callers apply to what they make of it."""
+        try:
+            return super().load()
+        except (KeyError, IndexError) as error:  # no such opcode, or an empty stack
+            raise pickle.UnpicklingError(f"not a pickle ({type(error).__name__})") from None
+        finally:
+            self.memo.clear()
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is not a harmless name")
+
+    def container(self, module: str, name: str) -> Callable | None:
+        """What makes a standard container; None for other names."""
+        makers = {
+            ("builtins", "set"): self.make_set,
+            ("builtins", "frozenset"): self.make_frozenset,
+            ("collections", "OrderedDict"): self.make_ordered,
+            ("collections", "Counter"): self.make_dict,
+            ("collections", "defaultdict"): _empty_dict,
+        }
+        return makers.get((module, name))
+
+    # ---- charges
+    def spend(self, amount: int) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise UserError(
+                f"{self.name}: its pickle asks for more than {self.limit:,} bytes of memory, the "
+                f"limit for a file of its size; {REMEDY}"
+            )
+
+    def spend_on(self, values: Iterable) -> None:
+        """Charges what a call may copy of its arguments."""
+        total = CALL
+        for value in values:
+            if isinstance(value, str | bytes | bytearray):
+                total += 4 * len(value)
+            elif isinstance(value, list | tuple | dict | set | frozenset):
+                total += ENTRY * len(value)
+        self.spend(total)
+
+    def check_key(self, container: object, key: Any) -> None:
+        """Charges what it takes to hash a key; hashes that were made to collide are refused."""
+        kind = type(key)
+        if kind is str or kind is bytes or (kind is int and -(2**63) <= key < 2**63):
+            return
+        self.work -= 1 + self.values_of(key)[0]
+        if self.work < 0:
+            raise UserError(
+                f"{self.name}: more than {KEY_WORK:,} values to hash, the limit; {REMEDY}"
+            )
+        if kind in (float, bool, type(None)):
+            return
+        self.spend(2 * ENTRY)
+        place = (id(container), hash(key))
+        self.hashes[place] += 1
+        if self.hashes[place] > EQUAL_HASHES:
+            raise UserError(
+                f"{self.name}: more than {EQUAL_HASHES:,} keys of one hash, the limit; {REMEDY}"
+            )
+
+    def values_of(self, value: Any) -> tuple[int, int]:
+        """Values that a key stands for, written out, and how deep they nest."""
+        if isinstance(value, tuple | frozenset):
+            return self.nested[id(value)][:2] if id(value) in self.nested else (len(value), 1)
+        return (1 + value.bit_length() // 64 if isinstance(value, int) else 1, 0)
+
+    def made(self, value: tuple | frozenset) -> Any:
+        """A new tuple or frozenset, measured."""
+        self.spend(OBJECT + 8 * len(value))
+        inner = [self.values_of(each) for each in value if isinstance(each, tuple | frozenset)]
+        if inner:
+            values = len(value) + sum(each for each, _ in inner)
+            levels = 1 + max(level for _, level in inner)
+            if values > TUPLE_VALUES or levels > TUPLE_LEVELS:
+                raise UserError(
+                    f"{self.name}: a tuple that stands for more than {TUPLE_VALUES:,} values or "
+                    f"nests deeper than {TUPLE_LEVELS}, the limits; {REMEDY}"
+                )
+            self.nested[id(value)] = (values, levels, value)  # kept alive, so that the id stays
+        return value
+
+    # ---- containers that are called by name
+    def make_set(self, items: Iterable = ()) -> set:
+        made: set = set()
+        self.add_to(made, list(items))
+        return made
+
+    def make_frozenset(self, items: Iterable = ()) -> frozenset:
+        return self.made(frozenset(self.make_set(items)))
+
+    def make_dict(self, items: Any = ()) -> dict:
+        made: dict = {}
+        self.fill(made, items.items() if isinstance(items, dict) else items)
+        return made
+
+    def make_ordered(self, items: Any = ()) -> OrderedDict:
+        made: OrderedDict = OrderedDict()
+        self.fill(made, items.items() if isinstance(items, dict) else items)
+        return made
+
+    def fill(self, target: Any, pairs: Iterable) -> None:
+        for key, value in pairs:
+            self.spend(ENTRY)
+            self.check_key(target, key)
+            target[key] = value
+
+    def add_to(self, target: set, items: list) -> None:
+        self.spend(ENTRY * len(items))
+        for item in items:
+            self.check_key(target, item)
+            target.add(item)
+
+    # ---- opcodes
+    def load_mark(self):
+        self.spend(MARK)
+        self.metastack.append(self.stack)
+        self.stack = []
+        self.append = self.stack.append
+
+    def load_empty_list(self):
+        self.spend(OBJECT)
+        self.append([])
+
+    def load_empty_dictionary(self):
+        self.spend(OBJECT)
+        self.append({})
+
+    def load_empty_set(self):
+        self.spend(SET)
+        self.append(set())
+
+    def load_tuple(self):
+        items = self.pop_mark()  # changes self.append
+        self.append(self.made(tuple(items)))
+
+    def load_tuple1(self):
+        self.stack[-1:] = [self.made(tuple(self.stack[-1:]))]
+
+    def load_tuple2(self):
+        self.stack[-2:] = [self.made(tuple(self.stack[-2:]))]
+
+    def load_tuple3(self):
+        self.stack[-3:] = [self.made(tuple(self.stack[-3:]))]
+
+    def load_frozenset(self):
+        items = self.pop_mark()
+        self.append(self.make_frozenset(items))
+
+    def load_dict(self):
+        items = self.pop_mark()
+        made: dict = {}
+        self.fill(made, zip(items[::2], items[1::2], strict=True))
+        self.append(made)
+
+    def load_append(self):
+        value = self.stack.pop()
+        self.extend(self.stack[-1], [value])
+
+    def load_appends(self):
+        items = self.pop_mark()
+        self.extend(self.stack[-1], items)
+
+    def extend(self, target: Any, items: list) -> None:
+        self.spend(ITEM * len(items))
+        target.extend(items)
+
+    def load_setitem(self):
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self.fill(self.stack[-1], [(key, value)])
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        self.fill(self.stack[-1], zip(items[::2], items[1::2], strict=True))
+
+    def load_additems(self):
+        items = self.pop_mark()
+        if type(self.stack[-1]) is not set:
+            raise pickle.UnpicklingError("items for what is no set")
+        self.add_to(self.stack[-1], items)
+
+    def load_reduce(self):
+        arguments = self.stack.pop()
+        self.spend_on(arguments)
+        self.stack[-1] = self.stack[-1](*arguments)
+
+    def load_newobj(self):
+        arguments = self.stack.pop()
+        self.spend_on(arguments)
+        kind = self.stack.pop()
+        self.append(kind.__new__(kind, *arguments))
+
+    def load_newobj_ex(self):
+        if self.stack.pop():
+            raise pickle.UnpicklingError("keyword arguments")
+        self.load_newobj()
+
+    def _instantiate(self, kind, arguments):
+        self.spend_on(arguments)
+        self.append(kind(*arguments))
+
+    def load_build(self):
+        state = self.stack.pop()
+        self.spend_on(state if isinstance(state, tuple) else [state])
+        made = self.stack[-1]
+        if type(made) is OrderedDict:
+            return  # the _metadata of a state dict
+        if not hasattr(type(made), "__setstate__"):
+            raise pickle.UnpicklingError(f"the pickle tries to change a {type(made).__name__}")
+        made.__setstate__(state)
+
+    def load_long4(self):
+        count = int.from_bytes(self.read(4), "little", signed=True)
+        if not 0 <= count <= INTEGER_BYTES:
+            raise UserError(
+                f"{self.name}: an integer of {count:,} bytes, the limit is {INTEGER_BYTES}; {REMEDY}"
+            )
+        self.append(pickle.decode_long(self.read(count)))
+
+    def load_bytearray8(self):
+        count = int.from_bytes(self.read(8), "little")
+        data = self.read(min(count, self.limit))
+        if len(data) < count:
+            raise EOFError("the file ends inside a bytearray")
+        self.append(bytearray(data))
+
+    def get_extension(self, code):
+        raise pickle.UnpicklingError("the pickle asks for a registered extension")
+
+    def remember(self, index: int) -> None:
+        if index not in self.memo:
+            self.spend(MEMO)
+        self.memo[index] = self.stack[-1]
+
+    def load_put(self):
+        self.remember(int(self.readline()[:12]))
+
+    def load_binput(self):
+        self.remember(self.read(1)[0])
+
+    def load_long_binput(self):
+        self.remember(int.from_bytes(self.read(4), "little"))
+
+    def load_memoize(self):
+        self.remember(len(self.memo))
+
+    def recall(self, index: int) -> None:
+        if index not in self.memo:
+            raise pickle.UnpicklingError(f"no memo value at index {index}")
+        value = self.memo[index]
+        self.shares = self.shares or not isinstance(value, ATOMS)
+        self.append(value)
+
+    def load_get(self):
+        self.recall(int(self.readline()[:12]))
+
+    def load_binget(self):
+        self.recall(self.read(1)[0])
+
+    def load_long_binget(self):
+        self.recall(int.from_bytes(self.read(4), "little"))
+
+    def load_dup(self):
+        self.shares = True
+        self.append(self.stack[-1])
+
+
+OPCODES = {
+    "load_mark": pickle.MARK,
+    "load_empty_list": pickle.EMPTY_LIST,
+    "load_empty_dictionary": pickle.EMPTY_DICT,
+    "load_empty_set": pickle.EMPTY_SET,
+    "load_tuple": pickle.TUPLE,
+    "load_tuple1": pickle.TUPLE1,
+    "load_tuple2": pickle.TUPLE2,
+    "load_tuple3": pickle.TUPLE3,
+    "load_frozenset": pickle.FROZENSET,
+    "load_dict": pickle.DICT,
+    "load_append": pickle.APPEND,
+    "load_appends": pickle.APPENDS,
+    "load_setitem": pickle.SETITEM,
+    "load_setitems": pickle.SETITEMS,
+    "load_additems": pickle.ADDITEMS,
+    "load_reduce": pickle.REDUCE,
+    "load_newobj": pickle.NEWOBJ,
+    "load_newobj_ex": pickle.NEWOBJ_EX,
+    "load_build": pickle.BUILD,
+    "load_long4": pickle.LONG4,
+    "load_bytearray8": pickle.BYTEARRAY8,
+    "load_put": pickle.PUT,
+    "load_binput": pickle.BINPUT,
+    "load_long_binput": pickle.LONG_BINPUT,
+    "load_memoize": pickle.MEMOIZE,
+    "load_get": pickle.GET,
+    "load_binget": pickle.BINGET,
+    "load_long_binget": pickle.LONG_BINGET,
+    "load_dup": pickle.DUP,
+}
+for _name, _code in OPCODES.items():
+    BoundedUnpickler.dispatch[_code[0]] = getattr(BoundedUnpickler, _name)
+
+
+def _empty_dict(*_factory: object) -> dict:
+    return {}
+
+
+def check_size(value: Any, name: object) -> None:
+    """UserError where shared containers stand for too many values, or one contains itself: whoever
+    walks through them would never come to an end."""
+    if not _is_container(value):
+        return
+    sizes: dict[int, int] = {}  # by container: its values written out; 0 while inside it
+    written = 0  # values that are really there
+    stack = [(value, False)]
+    while stack:
+        node, inside = stack.pop()
+        key = id(node)
+        if inside:
+            values = 1 + sum(sizes.get(id(each), 1) for each in _children(node))
+            sizes[key] = min(values, 1 << 62)
+        elif key not in sizes:
+            sizes[key] = 0
+            children = _children(node)
+            written += 1 + len(children)
+            _check_tensors(children, name)
+            stack.append((node, True))
+            stack.extend((each, False) for each in children if _is_container(each))
+        elif not sizes[key]:
+            raise UserError(f"{name}: a container in it contains itself; {REMEDY}")
+    if sizes[id(value)] > PICKLE_VALUES + written:
+        raise UserError(
+            f"{name}: its containers stand for more than {PICKLE_VALUES:,} values, the limit; "
+            f"{REMEDY}"
+        )
+
+
+def _is_container(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.hasobject
+    return isinstance(value, CONTAINERS)
+
+
+def _check_tensors(values: list, name: object) -> None:
+    """Refuses views that repeat a few bytes a billion times: the first copy would fill memory."""
+    for value in values:
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            there = value.untyped_storage().nbytes()
+            check_limit(name, value.nbytes, there + PICKLE_FLOOR, "bytes in an expanded tensor")
+
+
+def _children(node: Any) -> list:
+    if isinstance(node, dict):
+        return [*node.keys(), *node.values()]
+    return list(node.flat) if isinstance(node, np.ndarray) else list(node)
+
+
+# ---- tensors
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def storage_dtype(dtype: Any) -> torch.dtype:
+    """What `find_class` gave for a storage's class, if it is one."""
+    if not isinstance(dtype, torch.dtype):
+        raise pickle.UnpicklingError("malformed storage")
+    return dtype
+
+
+class Storage(NamedTuple):
+    """Bytes that tensors view, and the type that the pickle gives them."""
+
+    untyped: torch.UntypedStorage
+    dtype: torch.dtype
+
+
+def tensor_view(
+    storage: Storage, offset, size, stride, *_unused, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A view into a storage, inside its bounds (`set_` would silently enlarge a storage that is too
+    small)."""
+    if (
+        not isinstance(storage, Storage)
+        or min((offset, *size, *stride)) < 0
+        or len(size) != len(stride)
+    ):
+        raise pickle.UnpicklingError("malformed tensor")
+    dtype = dtype or storage.dtype
+    steps = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    last = -1 if 0 in size else offset + steps
+    if (last + 1) * dtype.itemsize > storage.untyped.nbytes():
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    return torch.empty(0, dtype=dtype).set_(storage.untyped, offset, tuple(size), tuple(stride))
+
+
+def fill(file: Any, storage: torch.UntypedStorage) -> None:
+    """Reads a storage's bytes. EOFError where the file ends before."""
+    view = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+    while len(view):
+        data = file.read(min(len(view), CHUNK))
+        if not data:
+            raise EOFError("the file ends inside a tensor")
+        view[: len(data)] = data
+        view = view[len(data) :]
+
+
+class TorchArchive:
+    """The records of a zip file of torch: the pickle `ROOT/data.pkl` and `ROOT/data/KEY` per storage.
+
+    Together they are no longer than the file, which leaves no room for compression bombs and for
+    entries that overlap. Raises pickle.UnpicklingError.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, path: str | Path):
+        self.archive, self.path = archive, path
+        self.names = archive.namelist()
+        self.left = Path(path).stat().st_size
+        pickles = (name for name in self.names if name.endswith("/data.pkl"))
+        self.root = next(pickles, "").removesuffix("data.pkl")
+        self.storages: dict[str, Storage] = {}
+
+    @property
+    def is_script(self) -> bool:
+        """Whether it is a TorchScript archive, which holds code."""
+        return any(name.endswith("/constants.pkl") for name in self.names)
+
+    def _take(self, name: str) -> int:
+        if name not in self.archive.NameToInfo:
+            raise pickle.UnpicklingError(f"no record {name:.100}")
+        size = self.archive.getinfo(name).file_size
+        self.left -= size
+        if self.left < 0:
+            raise UserError(f"{self.path}: its records expand beyond the file; fetch it again")
+        return size
+
+    def read(self, name: str) -> bytes:
+        """A small record below the root."""
+        size = self._take(self.root + name)
+        with self.archive.open(self.root + name) as file:
+            return file.read(size)
+
+    def storage(self, pid: tuple) -> Storage:
+        """The storage that a persistent id of the pickle means."""
+        _, dtype, key, _, _ = pid
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError("malformed storage")
+        if key not in self.storages:
+            name = f"{self.root}data/{key}"
+            untyped = torch.UntypedStorage(self._take(name))
+            with self.archive.open(name) as file:
+                fill(file, untyped)
+            self.storages[key] = Storage(untyped, storage_dtype(dtype))
+        return self.storages[key]
+
+
+# ---- torch.load
+class _Anything:
+    """Whatever a checkpoint names, to a reader that builds nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_arguments):
+        return object.__new__(cls)
+
+    def __init__(self, *_arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Measure(BoundedUnpickler):
+    """Goes through a pickle within the limits and builds nothing but containers.
+
+    storages: bytes of each storage that it mentions, together no more than the file has.
+    """
+
+    def __init__(self, file: Any, name: object, size: int, file_size: int):
+        super().__init__(file, name, size)
+        self.file_size = file_size
+        self.storages: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str):
+        return self.container(module, name) or STORAGES.get(name, _Anything)
+
+    def persistent_load(self, pid):
+        if isinstance(pid, tuple) and len(pid) >= 5 and isinstance(pid[2], str):
+            itemsize = pid[1].itemsize if isinstance(pid[1], torch.dtype) else 1
+            self.storages[pid[2]] = itemsize * pid[4]
+            if sum(self.storages.values()) > self.file_size:
+                raise UserError(
+                    f"{self.name}: its tensors are larger than the file; fetch it again"
+                )
+        return _Anything()
+
+
+def load_weights_only(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
+    """`torch.load(weights_only=True)`, memory-mapped where the format allows it, after a reader that
+    builds nothing has gone through the pickle: it cannot make torch hang, take memory that the
+    file does not have, or leave tensors unfilled.
+
+    Raises UserError where it is above a limit, and whatever torch raises for a damaged file and for
+    more than tensors and plain containers.
+    """
+    path = Path(path)
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        with zipfile.ZipFile(path) as opened:
+            archive = TorchArchive(opened, path)
+            content = archive.read("data.pkl")
+        _Measure(io.BytesIO(content), path, len(content), path.stat().st_size).load()
+    else:
+        _measure_legacy(path)
+    value = torch.load(path, map_location=map_location, weights_only=True, mmap=is_zip)
+    check_size(value, path)
+    return value
+
+
+def _measure_legacy(path: Path) -> None:
+    """The five pickles in front of the tensors: magic number, version, machine, object, keys."""
+    size = path.stat().st_size
+    with mapped(path) as file:
+        readers = [_Measure(file, path, size, size) for _ in range(5)]
+        keys = [reader.load() for reader in readers][-1]
+        if {*keys} != {*readers[3].storages}:
+            raise UserError(f"{path}: tensors whose values are not in the file; fetch it again")
+
+
+@contextmanager
+def mapped(path: str | Path) -> Iterator[mmap.mmap]:
+    """A file whose reads never go beyond its end. UserError for an empty one."""
+    with open(path, "rb") as file:
+        if not Path(path).stat().st_size:
+            raise UserError(f"{path}: empty file; fetch it again")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content

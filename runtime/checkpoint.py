@@ -23,6 +23,7 @@ import torch
 
 from base.errors import UserError
 from base.files import atomic_write
+from base.torch_files import find_index, read_index, read_tensors
 from runtime.safe_pickle import Stub, load_torch, module_tensors
 
 HASH_LABEL = b"sha256:"
@@ -163,13 +164,16 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Plain state dict, on the CPU, of a checkpoint in any known form.
 
     Takes checkpoints of this project (hash verified; a run directory means its best, else its
-    newest checkpoint), `.pth` files of the original systems with a `model` or `state_dict` entry,
+    newest checkpoint), a Hugging Face folder, all shards of its index, `.pth` files of the original systems with a `model` or `state_dict` entry,
     bare state dicts, `.safetensors`, and pickled modules (`encoder.pkl`). The prefixes `module.`
     and `_orig_mod.` of wrapped models are removed. Raises `UserError`.
     """
+    index = find_index(Path(path))
+    if index is not None:
+        return _unwrapped(read_index(index))
     path = weights_file(Path(path))
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return read_tensors(path)
     if (
         zipfile.is_zipfile(path)
         and _recorded_hash(path) is not None
@@ -331,17 +335,6 @@ def weights_file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     return path
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise UserError(
-            f"{path}: not a readable safetensors file ({error}); fetch it again"
-        ) from error
 
 
 def _unwrapped(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import nn
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from base.pickles import load_weights_only
+from base.torch_files import load_weights_only
 from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, load_checked
 from runtime.config.cli import differences, knob, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt

@@ -24,12 +24,11 @@ import torch
 
 from base.errors import UserError, brief
 from base.limits import MODULES, NESTED_LEVELS, check_limit
-from base.pickles import (
+from base.pickles import BoundedUnpickler, check_size
+from base.torch_files import (
     STORAGES,
-    BoundedUnpickler,
     Storage,
     TorchArchive,
-    check_size,
     fill,
     load_weights_only,
     mapped,

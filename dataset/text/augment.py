@@ -4,7 +4,8 @@ Draws from Python's `random`, which the data stream reseeds for every sample.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -149,12 +150,36 @@ def word_tokenizers():
 
 def word_operations(synonyms: Callable[[str], Sequence[str]] | None):
     """textaugment's EDA (Wei and Zou, 2019) with these synonyms and our stop words."""
+    state = random.getstate()  # importing it and its constructor draw from and seed the generator
     try:
         from textaugment import EDA
     except ImportError:
         raise UserError(
             "--text-augment needs the package textaugment: `pip install textaugment`"
         ) from None
-    words = object.__new__(EDA)  # its constructor downloads corpora and seeds Python's generator
-    words.stopwords, words._get_synonyms = STOP_WORDS, synonyms
-    return words
+
+    class WordOperations(EDA):
+        def _get_synonyms(self, word: str) -> Sequence[str]:
+            return synonyms(word) if synonyms else ()
+
+    with _without_downloads():
+        made = WordOperations(stop_words=STOP_WORDS)
+    random.setstate(state)
+    return made
+
+
+@contextmanager
+def _without_downloads() -> Iterator[None]:
+    """EDA's constructor fetches two corpora, which nothing here reads."""
+    import nltk
+
+    download = nltk.download
+    nltk.download = _no_download
+    try:
+        yield
+    finally:
+        nltk.download = download
+
+
+def _no_download(*_names: str, **_options: object) -> bool:
+    return True

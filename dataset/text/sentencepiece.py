@@ -1,12 +1,14 @@
-"""LLaMA's SentencePiece tokenizer with special tokens of our own behind its vocabulary."""
+"""LLaMA's tokenizer, SentencePiece or LLaMA 3's tokenizer.json, with special tokens of our own
+behind its vocabulary."""
 
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import clean_surrogates
+from base.files import clean_surrogates, read_json
 
+JSON = "tokenizer.json"
 IMAGE, EMPTY = "<|image|>", "<|empty|>"
 
 
@@ -14,10 +16,10 @@ class PieceTokenizer:
     """Text <-> ids. Special tokens follow the model's own pieces: `<|image|>`, then `<|empty|>`,
     which pads.
 
-    model: a SentencePiece file, or a folder with `tokenizer.model` in it or beside it, as Meta's
-    download has it.
+    model: a SentencePiece file, a `tokenizer.json` of Hugging Face, or a folder with
+    `tokenizer.model` in it or beside it, as Meta's download has it, or else with `tokenizer.json`.
     vocab_size counts the special tokens. `delimiter` is the piece "," that ends a label. Raises
-    UserError where the file is no SentencePiece model, or lacks BOS, EOS or the comma.
+    UserError where the file is neither, or lacks BOS, EOS or the comma.
     """
 
     def __init__(self, model: str | Path, special: Sequence[str] = (IMAGE,)):
@@ -63,18 +65,58 @@ class PieceTokenizer:
 
 def find_model(path: Path) -> Path:
     """The SentencePiece file that `path` means. UserError where there is none."""
-    places = (
-        [path / "tokenizer.model", path.parent / "tokenizer.model"] if path.is_dir() else [path]
-    )
+    places = [path]
+    if path.is_dir():
+        places = [path / "tokenizer.model", path.parent / "tokenizer.model", path / JSON]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UserError(
-            f"tokenizer {path}: no such file; name LLaMA's tokenizer.model or the folder that holds it"
+            f"tokenizer {path}: no such file; name LLaMA's tokenizer.model or tokenizer.json, or the "
+            "folder that holds it"
         )
     return found
 
 
+class JsonPieces:
+    """A `tokenizer.json` with the methods of a SentencePieceProcessor that PieceTokenizer uses."""
+
+    def __init__(self, path: Path):
+        from tokenizers import Tokenizer
+
+        read_json(path, dict)  # reports where it is damaged
+        try:
+            self.backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare exceptions
+            what = str(error).splitlines()[0][:200]
+            raise UserError(f"tokenizer {path}: {what}; fetch it again") from None
+        self.backend.encode_special_tokens = True  # </s> in a text is text, as in SentencePiece
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def piece_to_id(self, piece: str) -> int:
+        found = self.backend.token_to_id(piece)
+        return -1 if found is None else found
+
+    def unk_id(self) -> int:
+        return -1
+
+    def bos_id(self) -> int:
+        return max(self.piece_to_id(name) for name in ("<s>", "<|begin_of_text|>"))
+
+    def eos_id(self) -> int:
+        return max(self.piece_to_id(name) for name in ("</s>", "<|end_of_text|>"))
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+
 def _load(path: Path):
+    if path.suffix == ".json":
+        return JsonPieces(path)
     from sentencepiece import SentencePieceProcessor
 
     try:

@@ -1,7 +1,8 @@
 """WordNet's database files, read where they lie: synonyms and base forms of English words.
 
 Nothing is loaded beforehand: the files are mapped into memory, which all processes of a machine
-share, and searched.
+share, and searched. NLTK's own reader takes neither Debian's folder (it needs a file `lexnames`, and
+since 3.10 refuses folders outside its data path) nor less than a copy of the index a process.
 Format: wndb(5WN) and morphy(7WN) of Princeton's WordNet.
 """
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.files import read_json
-from base.pickles import load_weights_only
+from base.torch_files import find_index, read_index, read_tensors
 from models.layers.positions import resize_positions
 from models.weights.loading import Differences, State, _matches, _some, load_checkpoint
 
@@ -306,7 +306,7 @@ def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
     """`(state dict, config)` of a BERT in a local folder, or of a name on the Hugging Face hub
     (`bert-base-uncased`).
 
-    Reads config.json and model.safetensors, else pytorch_model.bin (weights only). A hub name is
+    Reads config.json and the shards of an index, else model.safetensors or pytorch_model.bin. A hub name is
     looked up in the local cache first. Raises `UserError` with the remedy where it is neither a
     folder nor to be had.
     """
@@ -319,17 +319,14 @@ def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
         files = {file: path for file, path in files.items() if path.is_file()}
     else:
         files = _hub_files(str(name))
-    weights = files.get("model.safetensors") or files.get("pytorch_model.bin")
+    index = find_index(folder)
+    weights = index or files.get("model.safetensors") or files.get("pytorch_model.bin")
     if weights is None or "config.json" not in files:
         raise UserError(
             f"{name}: needs config.json and model.safetensors or pytorch_model.bin, has {_some([*files])}"
         )
     config = read_json(files["config.json"], dict)
-    if weights.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(weights), config
-    return load_weights_only(weights), config
+    return read_index(index) if index else read_tensors(weights), config
 
 
 def _hub_files(name: str) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.files import read_json
-from base.pickles import load_weights_only
+from base.torch_files import find_index, load_weights_only, shards_of
 from models.layers.llama import LlamaConfig, split_dimension
 
 State = dict[str, Tensor]
@@ -123,7 +123,9 @@ def merge_shards(shards: list[State], dim: int) -> State:
 # -------------------------------------------------------------------------------------------------------- Hugging Face
 def _read_hugging_face(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
     config = hugging_face_config(read_json(folder / "config.json", dict), folder / "config.json")
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    index = find_index(folder)
+    files = shards_of(index) if index else sorted(folder.glob("*.safetensors"))
+    files = files or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UserError(f"{folder}: no *.safetensors and no pytorch_model*.bin beside config.json")
     state: State = {}

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.limits import MODULES, NESTED_LEVELS, check_limit
-from base.pickles import STORAGES, BoundedUnpickler, TorchArchive, tensor_view
+from base.pickles import BoundedUnpickler
+from base.torch_files import STORAGES, TorchArchive, tensor_view
 
 LISTS = (
     "build_intlist",

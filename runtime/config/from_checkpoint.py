@@ -16,7 +16,7 @@ from typing import Any
 from base.errors import UserError
 from base.files import read_json
 from base.knobs import knob
-from base.pickles import load_weights_only
+from base.torch_files import load_weights_only
 from runtime.checkpoint import CheckpointFolder
 from runtime.config.schema import Schema
 from runtime.config.yaml import read_yaml

@@ -1,0 +1,270 @@
+"""Files of weights: torch's two formats and safetensors, one file or the shards of an index.
+
+Nothing in them is run, and they take the memory that their bytes need: see `base.pickles`.
+"""
+
+import io
+import mmap
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from base.errors import UserError
+from base.files import read_json
+from base.pickles import BoundedUnpickler, check_size
+
+CHUNK = 1 << 20  # bytes read at a time
+REMEDY = "fetch the folder again"
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def storage_dtype(dtype: Any) -> torch.dtype:
+    """What `find_class` gave for a storage's class, if it is one."""
+    if not isinstance(dtype, torch.dtype):
+        raise pickle.UnpicklingError("malformed storage")
+    return dtype
+
+
+class Storage(NamedTuple):
+    """Bytes that tensors view, and the type that the pickle gives them."""
+
+    untyped: torch.UntypedStorage
+    dtype: torch.dtype
+
+
+def tensor_view(
+    storage: Storage, offset, size, stride, *_unused, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A view into a storage, inside its bounds (`set_` would silently enlarge a storage that is too
+    small)."""
+    if (
+        not isinstance(storage, Storage)
+        or min((offset, *size, *stride)) < 0
+        or len(size) != len(stride)
+    ):
+        raise pickle.UnpicklingError("malformed tensor")
+    dtype = dtype or storage.dtype
+    steps = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    last = -1 if 0 in size else offset + steps
+    if (last + 1) * dtype.itemsize > storage.untyped.nbytes():
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    return torch.empty(0, dtype=dtype).set_(storage.untyped, offset, tuple(size), tuple(stride))
+
+
+def fill(file: Any, storage: torch.UntypedStorage) -> None:
+    """Reads a storage's bytes. EOFError where the file ends before."""
+    view = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+    while len(view):
+        data = file.read(min(len(view), CHUNK))
+        if not data:
+            raise EOFError("the file ends inside a tensor")
+        view[: len(data)] = data
+        view = view[len(data) :]
+
+
+class TorchArchive:
+    """The records of a zip file of torch: the pickle `ROOT/data.pkl` and `ROOT/data/KEY` per storage.
+
+    Together they are no longer than the file, which leaves no room for compression bombs and for
+    entries that overlap. Raises pickle.UnpicklingError.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, path: str | Path):
+        self.archive, self.path = archive, path
+        self.names = archive.namelist()
+        self.left = Path(path).stat().st_size
+        pickles = (name for name in self.names if name.endswith("/data.pkl"))
+        self.root = next(pickles, "").removesuffix("data.pkl")
+        self.storages: dict[str, Storage] = {}
+
+    @property
+    def is_script(self) -> bool:
+        """Whether it is a TorchScript archive, which holds code."""
+        return any(name.endswith("/constants.pkl") for name in self.names)
+
+    def _take(self, name: str) -> int:
+        if name not in self.archive.NameToInfo:
+            raise pickle.UnpicklingError(f"no record {name:.100}")
+        size = self.archive.getinfo(name).file_size
+        self.left -= size
+        if self.left < 0:
+            raise UserError(f"{self.path}: its records expand beyond the file; fetch it again")
+        return size
+
+    def read(self, name: str) -> bytes:
+        """A small record below the root."""
+        size = self._take(self.root + name)
+        with self.archive.open(self.root + name) as file:
+            return file.read(size)
+
+    def storage(self, pid: tuple) -> Storage:
+        """The storage that a persistent id of the pickle means."""
+        _, dtype, key, _, _ = pid
+        if not isinstance(key, str):
+            raise pickle.UnpicklingError("malformed storage")
+        if key not in self.storages:
+            name = f"{self.root}data/{key}"
+            untyped = torch.UntypedStorage(self._take(name))
+            with self.archive.open(name) as file:
+                fill(file, untyped)
+            self.storages[key] = Storage(untyped, storage_dtype(dtype))
+        return self.storages[key]
+
+
+class _Anything:
+    """Whatever a checkpoint names, to a reader that builds nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_arguments):
+        return object.__new__(cls)
+
+    def __init__(self, *_arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Measure(BoundedUnpickler):
+    """Goes through a pickle within the limits and builds nothing but containers.
+
+    storages: bytes of each storage that it mentions, together no more than the file has.
+    """
+
+    def __init__(self, file: Any, name: object, size: int, file_size: int):
+        super().__init__(file, name, size)
+        self.file_size = file_size
+        self.storages: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str):
+        return self.container(module, name) or STORAGES.get(name, _Anything)
+
+    def persistent_load(self, pid):
+        if isinstance(pid, tuple) and len(pid) >= 5 and isinstance(pid[2], str):
+            itemsize = pid[1].itemsize if isinstance(pid[1], torch.dtype) else 1
+            self.storages[pid[2]] = itemsize * pid[4]
+            if sum(self.storages.values()) > self.file_size:
+                raise UserError(
+                    f"{self.name}: its tensors are larger than the file; fetch it again"
+                )
+        return _Anything()
+
+
+def load_weights_only(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
+    """`torch.load(weights_only=True)`, memory-mapped where the format allows it, after a reader that
+    builds nothing has gone through the pickle: it cannot make torch hang, take memory that the
+    file does not have, or leave tensors unfilled.
+
+    Raises UserError where it is above a limit, and whatever torch raises for a damaged file and for
+    more than tensors and plain containers.
+    """
+    path = Path(path)
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        with zipfile.ZipFile(path) as opened:
+            archive = TorchArchive(opened, path)
+            content = archive.read("data.pkl")
+        _Measure(io.BytesIO(content), path, len(content), path.stat().st_size).load()
+    else:
+        _measure_legacy(path)
+    value = torch.load(path, map_location=map_location, weights_only=True, mmap=is_zip)
+    check_size(value, path)
+    return value
+
+
+def _measure_legacy(path: Path) -> None:
+    """The five pickles in front of the tensors: magic number, version, machine, object, keys."""
+    size = path.stat().st_size
+    with mapped(path) as file:
+        readers = [_Measure(file, path, size, size) for _ in range(5)]
+        keys = [reader.load() for reader in readers][-1]
+        if {*keys} != {*readers[3].storages}:
+            raise UserError(f"{path}: tensors whose values are not in the file; fetch it again")
+
+
+@contextmanager
+def mapped(path: str | Path) -> Iterator[mmap.mmap]:
+    """A file whose reads never go beyond its end. UserError for an empty one."""
+    with open(path, "rb") as file:
+        if not Path(path).stat().st_size:
+            raise UserError(f"{path}: empty file; fetch it again")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content
+
+
+def find_index(folder: Path) -> Path | None:
+    """The list of shards of a Hugging Face folder whose weights lie in several files."""
+    return next((folder / name for name in INDICES if (folder / name).is_file()), None)
+
+
+def read_index(index: Path) -> dict[str, Tensor]:
+    """All tensors of the shards that a Hugging Face index names, by name. UserError where a shard or
+    a tensor is missing."""
+    tensors: dict[str, Tensor] = {}
+    shard_of = weight_map(index)
+    for path in shards_of(index):
+        tensors.update(read_tensors(path))
+    lacking = [name for name in shard_of if name not in tensors]
+    if lacking:
+        raise UserError(f"{index}: no tensor {lacking[0]} in {shard_of[lacking[0]]}; {REMEDY}")
+    return tensors
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The shard of every tensor that an index names. UserError."""
+    shard_of = read_json(index, dict, REMEDY).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise UserError(f"{index}: no weight_map; {REMEDY}")
+    names = shard_of.values()
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{index}: its shards must be files beside it; {REMEDY}")
+    return shard_of
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index names, each once. UserError where one is missing."""
+    paths = [index.parent / name for name in dict.fromkeys(weight_map(index).values())]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{index}: {len(missing)} of {len(paths)} shards are missing, e.g. {missing[0]}; {REMEDY}"
+        )
+    return paths
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name of one safetensors or torch file. UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = load_weights_only(path)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make the libraries raise anything
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        kind = "safetensors file" if path.suffix == ".safetensors" else "file of weights"
+        raise UserError(f"{path}: not a readable {kind} ({reason}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no table of tensors; fetch it again")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}

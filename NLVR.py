@@ -37,6 +37,7 @@ from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, 
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
 from models.weights.albef import start_from
 from runtime.checkpoint import read_weights
+from runtime.config import originals
 from runtime.config.cli import knob, run_script
 from runtime.config.fusion import FineTuneConfig, Start, fine_tuning_schedule, prepare
 from runtime.optim.build import set_learning_rate
@@ -48,6 +49,8 @@ from runtime.run import Run
 @dataclass
 class Config(FineTuneConfig):
     """NLVR2."""
+
+    translate = staticmethod(originals.nlvr)
 
     output_dir: Path = knob(Path("output/NLVR"), "folder of this run: log, checkpoints, result/")
     stage: str = knob(

@@ -143,6 +143,10 @@ class Draft:
         if path.is_dir():
             inside = ", ".join(sorted(each.name for each in path.glob("*.yaml"))) or "none here"
             raise UserError(f"{path}: is a folder; name one of its files: {inside}")
+        if path.suffix == ".py":  # as NXTP's
+            same = sorted(Path("configs").glob(f"*/{path.stem}.yaml"))
+            hint = f"; the recipe of that name is {same[0]}" if same else ""
+            raise UserError(f"{path}: a configuration is YAML, Python is not run{hint}")
         if not path.is_file():
             beside = os.listdir(path.parent) if path.parent.is_dir() else []
             found = nearest(path.name, beside)

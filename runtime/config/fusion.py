@@ -10,9 +10,10 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from runtime.checkpoint import read_weights
+from runtime.config import originals
 from runtime.config.cli import knob, section
 from runtime.config.from_checkpoint import Geometry, inherit
-from runtime.config.ignored import FINE_TUNING
+from runtime.config.ignored import FINE_TUNING, PRETRAINING
 from runtime.optim.build import Optimizer, Precision
 from runtime.optim.schedule import Plan, Schedule, ramp
 from runtime.run import RunConfig, ValidationConfig, seed_everything
@@ -21,6 +22,10 @@ from runtime.run import RunConfig, ValidationConfig, seed_everything
 @dataclass
 class Networks:
     """The networks."""
+
+    IGNORED = PRETRAINING
+    OLD_NAMES = ("from_scratch",)
+    translate = staticmethod(originals.pretraining)
 
     image_res: int = knob(256, "side of the square input, pixels", low=8)
     patch_size: int = knob(16, "side of a patch, pixels", low=1)
@@ -77,6 +82,7 @@ class FineTuneConfig(Geometry, ValidationConfig, RunConfig):
     scheduler: Schedule = fine_tuning_schedule(epochs="5 epochs", warmup="100 steps")
 
     IGNORED = FINE_TUNING
+    translate = staticmethod(originals.fine_tuning)
 
     def alpha_at(self, step: int, plan: Plan) -> float:
         """Weight of the teacher's soft targets in update `step`, counted from 0."""

@@ -38,7 +38,7 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     optimizer: Optimizer = section(
         Optimizer, flat=True, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)
     )
-    epochs: str = knob("25 epochs", "length of training")
+    epochs: str = knob("25 epochs", "length of training", aliases=("duration",))
     warmup: str = knob("1 epochs", "length of the linear warm-up", aliases=("warmup_epochs",))
     sched: str = knob(
         "rocket",

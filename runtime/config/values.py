@@ -49,6 +49,9 @@ def convert(value: Any, kind: Any) -> Any:
 
 
 def _one_of(value: Any, kinds: Sequence) -> Any:
+    """As the first of `kinds` that fits; the word none is None, in files as after flags."""
+    if type(None) in kinds and str(value).lower() in ("none", "null"):
+        return None
     exact = [kind for kind in kinds if type(value) is (get_origin(kind) or kind)]
     for kind in (*exact, *kinds):
         with suppress(ValueError):

@@ -28,7 +28,9 @@ class Schedule:
         choices=("cosine", "linear", "constant", "rocket", "vit_cosine", "vit_linear", "nxtp"),
     )
     epochs: Duration = knob(
-        "30 epochs", "length of training: epochs, or with a unit: 'steps', 'epochs', 'samples'"
+        "30 epochs",
+        "length of training: epochs, or with a unit: 'steps', 'epochs', 'samples'",
+        aliases=("duration",),
     )
     min_lr: float = knob(1e-5, "learning rate at the end, absolute", low=0)
     warmup_lr: float = knob(1e-5, "learning rate at the first step, absolute", low=0)

@@ -198,10 +198,11 @@ def test_single_value_in_a_file_counts_as_a_list_of_one(yaml):
     assert load(Config, yaml("train_file: ve.json")).train_file == ["ve.json"]
 
 
-def test_optional_union_literal_and_path():
+def test_optional_union_literal_and_path(yaml):
     got = read("--k_test", "5", "--checkpoint", "a/1.50", "--size", "native", "--mode", "fine")
     assert (got.k_test, got.checkpoint, got.size, got.mode) == (5, Path("a/1.50"), "native", "fine")
     assert read("--k_test", "5", "--k_test", "none").k_test is None
+    assert load(Config, yaml("checkpoint: none\nk_test: None")).checkpoint is None
     assert read("--size", "384").size == 384
 
 

@@ -1,5 +1,6 @@
 """Annotations of VQA, SNLI-VE, NLVR2 and RefCOCO+: what becomes of them, and what is refused."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dataset.tasks.vqa import (
 )
 from dataset.text.wordpiece import TextCollate, Tokenizer
 from evaluation.vqa import save_answers
-from runtime.config.yaml import parse_yaml
+from runtime.config.cli import load
 
 
 @pytest.fixture
@@ -361,6 +362,6 @@ def test_ids_of_references_may_be_texts(folder):
 
 
 def test_refcoco_recipe_evaluates_val_which_chooses_the_checkpoint():
-    recipe = (Path(__file__).parents[2] / "configs/Grounding/refcoco.yaml").read_text()
-    files = parse_yaml(recipe)[0]["test_file"]
-    assert files == ["data/refcoco+_val.json", "data/refcoco+_test.json"]
+    recipe = Path(__file__).parents[2] / "configs/Grounding/refcoco.yaml"
+    files = load(importlib.import_module("Grounding").Config, recipe).test_file
+    assert files == [Path("data/refcoco+_val.json"), Path("data/refcoco+_test.json")]

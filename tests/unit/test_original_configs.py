@@ -85,7 +85,7 @@ def test_every_file_has_a_case():
     assert {(path.parent.name, path.stem) for path in FILES.glob("*/*.yaml")} == set(CASES)
 
 
-@pytest.mark.parametrize("system, name", CASES, ids="-".join)
+@pytest.mark.parametrize("system, name", CASES, ids=map("-".join, CASES))
 def test_an_original_file_trains_as_it_did_there(system, name):
     script, expected = CASES[system, name]
     config = load(importlib.import_module(script).Config, FILES / system / f"{name}.yaml")

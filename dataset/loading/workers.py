@@ -44,16 +44,22 @@ def worker_init(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, held)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """End this process when `parent` says so by SIGTERM, or is gone."""
-    while os.getppid() == parent:
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """End this process when `parent` says so by SIGTERM, or is gone.
+
+    A process forked from a server of multiprocessing has the server for its system parent, which
+    outlives the one that asked for the process; then only `parent.is_alive` tells.
+    """
+    system_parent = os.getppid()
+    forked_from_it = system_parent == parent.pid
+    while os.getppid() == system_parent and (forked_from_it or parent.is_alive()):
         if not hasattr(signal, "sigtimedwait"):
             time.sleep(POLL_SECONDS)
             continue
         received = signal.sigtimedwait({signal.SIGTERM}, POLL_SECONDS)
-        if received is not None and received.si_pid == parent:
+        if received is not None and received.si_pid == parent.pid:
             break
     os._exit(0)

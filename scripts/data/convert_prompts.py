@@ -9,6 +9,7 @@ alphabetical order of the class folders as they are published, which OpenAI's li
 for the three in ORDER.
 """
 
+import argparse
 import ast
 import json
 import re
@@ -93,4 +94,8 @@ def main(clone: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("clone", type=Path, help="folder of OpenAI's repository of CLIP")
+    main(parser.parse_args().clone)

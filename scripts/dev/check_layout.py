@@ -10,6 +10,7 @@ models from weights to the families to layers, and no family imports another. No
 each other, directly or by a detour, and nobody calls globals().
 """
 
+import argparse
 import ast
 import difflib
 import itertools
@@ -142,4 +143,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sys.exit(main())

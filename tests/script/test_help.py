@@ -1,0 +1,64 @@
+"""`--help` of every script and benchmark: a page, no warning, and no library that it does not need."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 3.0  # of CPU time, for a script of the repository's root
+HEAVY = {
+    "fairscale",
+    "ftfy",
+    "nltk",
+    "PIL.Image",
+    "sentencepiece",
+    "sklearn",
+    "textaugment",
+    "textblob",
+    "timm",
+    "torchvision",
+    "transformers",
+    "webdataset",
+}
+
+
+def commands() -> list[str]:
+    """All that a user starts: scripts by path, benchmarks by module."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py")]
+    started = [path.relative_to(ROOT) for path in files if '"__main__"' in path.read_text()]
+    told = re.findall(r"python -m (benchmarks\.\w+)", (ROOT / "docs/BENCHMARKS.md").read_text())
+    return sorted({*map(str, started), *told})
+
+
+def fault_of(name: str, page: dict, torch_seconds: float) -> str | None:
+    """What is wrong with a page, if anything."""
+    if page["status"] != 0:
+        return f"exit status {page['status']}: {page['err'][-500:]}"
+    if "--" not in page["out"]:
+        return f"names no option: {page['out'][:200]!r}"
+    if page["err"]:
+        return f"writes to stderr: {page['err'][:500]}"
+    if "/" in name or not name.endswith(".py"):
+        return None
+    heavy = HEAVY.intersection(page["modules"])
+    if heavy:
+        return f"imports {', '.join(sorted(heavy))}"
+    seconds = torch_seconds + page["seconds"]
+    return f"takes {seconds:.1f} s of CPU time" if seconds > SECONDS else None
+
+
+def test_every_help_page():
+    names = commands()
+    assert len(names) > 30 and {"main.py", "scripts/plan.py", "benchmarks.vit"} <= set(names)
+    command = [sys.executable, "-m", "tests.helpers.help_pages", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == "", "importing PyTorch warns"
+    found = json.loads(done.stdout)
+    faults = {
+        name: fault
+        for name, page in found["pages"].items()
+        if (fault := fault_of(name, page, found["seconds"]))
+    }
+    assert not faults, "\n".join(f"{name} --help {fault}" for name, fault in faults.items())

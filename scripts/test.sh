@@ -1,12 +1,21 @@
 #!/usr/bin/env bash
-# The whole check: environment, lint, house rules, tests. Arguments go to pytest: bash scripts/test.sh tests/unit -k queue
+# The whole check: environment, lint, house rules, everyday tests. Arguments go to pytest instead:
+#   bash scripts/test.sh tests/unit -k queue     these tests alone
+#   bash scripts/test.sh --slow                  every slow test, by name; no lint
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh requirements-test.txt
+# one thread a process: spinning threads of several processes on few cores cost more than they give
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
+several=(--numprocesses "${TEST_PROCESSES:-2}" --dist worksteal)
+if [ "${1:-}" = --slow ]; then
+    shift
+    slow_alone=tests/contract/test_slurm.py  # a cluster of its own, one test after another
+    python -m pytest "${several[@]}" -v -m slow --ignore "$slow_alone" "$@"
+    exec python -m pytest -v -m slow "$slow_alone" "$@"
+fi
 ruff check .
 ruff format --check .
 mypy
 python scripts/dev/check_layout.py
-# one thread a process: spinning threads of several processes on few cores cost more than they give
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
-python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist worksteal "${@:--q}"
+python -m pytest "${several[@]}" "${@:--q}"

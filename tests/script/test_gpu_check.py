@@ -19,6 +19,7 @@ def gpu_check(out: Path, *words: str) -> list[str]:
     return out.read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_checks_pass_on_the_cpu(tmp_path):
     lines = gpu_check(tmp_path / "r.md", "--only", "vit", "--part", "checks")
     assert sum(line.startswith("pass") for line in lines) == 5

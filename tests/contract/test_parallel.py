@@ -6,13 +6,13 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
 from base import distributed
 from runtime.optim.build import Optimizer, Precision, build_optimizer
 from runtime.parallel import Features, gradient_sync, parallelize, transformer_blocks, whole_model
+from tests.helpers.processes import start_processes
 
 CPU = torch.device("cpu")
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
@@ -153,7 +153,7 @@ FSDP = [pytest.param("fsdp", micro, marks=needs_fsdp2) for micro in (1, 2)]
 
 @pytest.mark.parametrize("strategy, micro", [("ddp", 1), ("ddp", 2), *FSDP])
 def test_two_processes_equal_one(strategy, micro, straight, tmp_path):
-    mp.spawn(_two_processes, args=(str(tmp_path), strategy, micro), nprocs=2)
+    start_processes(_two_processes, (str(tmp_path), strategy, micro), 2)
     result = torch.load(tmp_path / "result.pt", weights_only=True)
     assert_same(result["state"], result["norms"], straight)
     trained = network()
@@ -165,7 +165,7 @@ def test_two_processes_equal_one(strategy, micro, straight, tmp_path):
 def test_checkpoints_move_between_strategies(straight, tmp_path):
     """What FSDP2 on two processes saved, one plain process loads: weights and optimizer state by
     name."""
-    mp.spawn(_two_processes, args=(str(tmp_path), "fsdp", 1), nprocs=2)
+    start_processes(_two_processes, (str(tmp_path), "fsdp", 1), 2)
     saved = torch.load(tmp_path / "result.pt", weights_only=True)
     model = network()
     optimizer = build_optimizer(model, Optimizer(lr=0.05))

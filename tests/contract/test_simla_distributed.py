@@ -6,12 +6,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from base.distributed import gather_with_gradient
 from models.fusion.momentum import MomentumPairs
+from tests.helpers.processes import start_processes
 from tests.helpers.tiny_simla import rows_of, tiny_batch, tiny_model
 
 STEPS, ROWS, WORLD = 3, 4, 2
@@ -65,7 +65,7 @@ def worker(rank: int, init_file: str, results: str) -> None:
 def ranks(tmp_path_factory):
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (str(folder / "init"), str(folder / "seen")), nprocs=WORLD)
+    start_processes(worker, (str(folder / "init"), str(folder / "seen")), WORLD)
     return [torch.load(folder / f"seen.{rank}", weights_only=True) for rank in range(WORLD)]
 
 

@@ -27,14 +27,13 @@ import pickle
 import random
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,6 +46,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+
+from tests.helpers.processes import as_new_process, free_port, fresh_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds for a run on several processes
@@ -293,13 +294,13 @@ def on_processes(processes: int, function: Callable, *args) -> list:
     """Results of `function(*args)` on every rank of a world of so many processes; raises where a
     rank raises.
 
-    One process is this one. More are kept for the next call: they import PyTorch once. Scripts find
+    One process is this one. More are kept for the next call. Scripts find
     the variables that torchrun sets. Function, arguments and results must be picklable.
     """
     if processes == 1:
         return [function(*args)]
     pool = _pools.setdefault(
-        processes, ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent)
+        processes, ProcessPoolExecutor(processes, fresh_processes(), _ready, (dict(os.environ),))
     )
     with tempfile.TemporaryDirectory() as folder:
         world = {
@@ -327,8 +328,9 @@ def on_processes(processes: int, function: Callable, *args) -> list:
         return [pickle.loads(job.result()) for job in jobs]
 
 
-def _end_with_parent() -> None:
+def _ready(environment: dict[str, str]) -> None:
     """A process must not outlive tests that were killed."""
+    as_new_process(environment)
 
     def wait_for_parent():
         parent_process().join()
@@ -354,12 +356,6 @@ def stop_processes() -> None:
         for process in list(pool._processes.values()):
             process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -2,10 +2,9 @@
 hand."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.helpers.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
@@ -33,24 +32,7 @@ def arguments(data: Path, output: Path, *more, **changes) -> list[str]:
 
 def finish(processes: int, flags: list[str], expect: int = 0) -> str:
     """Run main.py to the end; the output, after checking the exit status."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
-    command = [sys.executable, *launcher, str(ROOT / "main.py"), *flags]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == expect, (
-        f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
-    )
-    return done.stdout + done.stderr
+    return run_script("main.py", flags, processes, expect)
 
 
 def lines(folder: Path) -> list[dict]:

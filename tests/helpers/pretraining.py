@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.processes import Run, run_script
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
 
@@ -29,27 +31,20 @@ def arguments(data: Path, tokenizer: Path, output: Path, **changes) -> list[str]
     return flags
 
 
-def command(processes: int, flags: list[str]) -> list[str]:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
-    return [sys.executable, *launcher, str(ROOT / "Pretrain.py"), *flags]
-
-
-def start(processes: int, flags: list[str]) -> subprocess.Popen:
+def start(processes: int, flags: list[str]) -> Run | subprocess.Popen:
+    """The run under way; several processes are those of a real torchrun."""
+    if processes == 1:
+        return Run("Pretrain.py", flags)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, str(ROOT / "Pretrain.py"), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(processes, flags), cwd=ROOT, env=env, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
 
 def finish(processes: int, flags: list[str], expect: int = 0) -> str:
     """Run to the end; the output, after checking the exit status."""
-    process = start(processes, flags)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == expect, f"exit status {process.returncode}\n{output[-3000:]}"
-    return output
+    return run_script("Pretrain.py", flags, processes, expect)
 
 
 def losses(folder: Path) -> list[dict]:

@@ -1,15 +1,16 @@
 """Traces of training steps on fake tensors, made in another process: fakes may crash one at its end."""
 
 import functools
-import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 
 from runtime.simulate.recorder import Trace
+from tests.helpers.processes import as_new_process, fresh_processes
 
 
 @functools.cache
 def _worker() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(1, fresh_processes(), as_new_process, (dict(os.environ),))
 
 
 @functools.cache

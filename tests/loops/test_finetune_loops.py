@@ -72,6 +72,8 @@ def flags(task: str, data: Path, out: Path, dropout: float = 0.1, **changes) -> 
         values["warm_up"] = "true"
     if task == "VQA":
         values["answer_list"] = data / "answer_list.json"
+    if task == "Grounding":
+        values["refcoco_data"], values["det_file"] = data, data / "refcoco+/dets.json"
     values.update(NO_EVALUATION[task])
     words = []
     for name, value in {**values, **changes}.items():

@@ -165,6 +165,7 @@ def test_neighbours_of_a_run(digitscenes, tmp_path):
     assert whole["width"] == EfficientNet(SHAPES["NANO"]).num_features
 
 
+@pytest.mark.slow
 def test_one_command_scores_neighbours_and_retrieval(digitscenes, tmp_path):
     run_main(flags(digitscenes, tmp_path / "run", epochs="1 steps", val_folder="none"))
     command, out = ["bash", str(ROOT / "scripts/evaluate_align.sh")], tmp_path / "scores"

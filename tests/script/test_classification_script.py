@@ -3,8 +3,6 @@ every mistake."""
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from base.errors import UserError
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from tests.helpers.classification_runs import ROOT, fine_tuning, flags, lines, neighbours, train
+from tests.helpers.processes import run_script
 
 
 @pytest.fixture(autouse=True)
@@ -114,14 +113,7 @@ def test_a_stopped_run_goes_on_exactly(mixing, digitscenes, tmp_path):
 
 def test_two_processes_from_the_command_line(digitscenes, tmp_path):
     """DDP of Classification.py, then kNN on the features of both numbers of processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launcher, "Classification.py", *flags(digitscenes, tmp_path / "run", batch_size=4)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("Classification.py", flags(digitscenes, tmp_path / "run", batch_size=4), 2)
     one = neighbours(digitscenes, tmp_path / "one", checkpoint=tmp_path / "run", batch_size=10)
     words = [
         "--config",
@@ -145,10 +137,7 @@ def test_two_processes_from_the_command_line(digitscenes, tmp_path):
         "--batch-size",
         "10",
     ]
-    done = subprocess.run(
-        [*launcher, "eval_knn.py", *map(str, words)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("eval_knn.py", words, 2)
     assert json.loads((tmp_path / "two/result/metrics.json").read_text()) == one
     files = [
         sorted(path for path in (tmp_path / name / "cache").rglob("*.npy"))
@@ -271,16 +260,6 @@ def test_knn_of_simla_and_timm(digitscenes, tmp_path):
             classes=digitscenes / "coyo_labeled/classes.txt",
             data_root=digitscenes,
         )
-
-
-@pytest.mark.parametrize("script", ["Classification.py", "eval_knn.py"])
-def test_help(script):
-    done = subprocess.run(
-        [sys.executable, script, "--help"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0 and "--train-data" in done.stdout.replace(
-        "train_data", "train-data"
-    )
 
 
 def test_recipes():

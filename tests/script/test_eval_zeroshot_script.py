@@ -5,8 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -25,6 +23,7 @@ from models.weights import clip as clip_adapters
 from runtime.checkpoint import export_safetensors, read_weights
 from runtime.config.cli import parse
 from tests.helpers.main_runs import ROOT, arguments
+from tests.helpers.processes import run_script
 
 
 @pytest.fixture(scope="module")
@@ -73,24 +72,7 @@ def results(words: list[str], output) -> dict:
 
 
 def launch(processes: int, words: list[str], expect: int = 0) -> str:
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
-    command = [sys.executable, *launcher, str(ROOT / "eval_zeroshot.py"), *words]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == expect, (
-        f"exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}"
-    )
-    return done.stdout + done.stderr
+    return run_script("eval_zeroshot.py", words, processes, expect)
 
 
 def everything(data) -> list[str]:
@@ -342,12 +324,6 @@ def test_faults_of_data_are_told_before_the_checkpoint_is_read(
     refused("no templates for 'test'", datasets=["imagefolder:toys/test"])
 
 
-def test_help_is_quick_and_configurations_are_read():
-    heavy = ("torchvision", "timm", "ftfy", "webdataset", "fsspec", "transformers", "sklearn")
-    code = f"import sys, eval_zeroshot; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+def test_configurations_are_read():
     for recipe in (ROOT / "configs/eval_zeroshot").glob("*.yaml"):
         assert parse(script.Config, ["--config", str(recipe)]).datasets

@@ -342,12 +342,3 @@ def test_wandb_offline_logs_into_the_run_folder(digitscenes, image_tokenizer, tm
     )
     run_main(flags)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-
-
-def test_help_needs_neither_torchvision_nor_transformers():
-    heavy = ("torchvision", "transformers", "timm", "sklearn")
-    code = f"import sys, Pretrain; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"

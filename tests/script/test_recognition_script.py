@@ -3,8 +3,6 @@
 import contextlib
 import io
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -334,7 +332,7 @@ def _image(folder: Path) -> Path:
     return folder / "a.jpg"
 
 
-@pytest.mark.parametrize("tower", ["vit", "resnet"])
+@pytest.mark.parametrize("tower", [pytest.param("vit", marks=pytest.mark.slow), "resnet"])
 def test_export_to_onnx(tower, trained, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
@@ -462,22 +460,3 @@ def test_a_image_that_cannot_be_read(trained, tmp_path):
     ]
     output = finish(1, [str(flag) for flag in flags], expect=2)
     assert "a.jpg" in output and "Traceback" not in output
-
-
-def test_help_imports_nothing_heavy():
-    code = "import sys, Recognition; from runtime.config.cli import help_text; help_text(Recognition.Config, '');"
-    heavy = (
-        "torchvision",
-        "timm",
-        "transformers",
-        "nltk",
-        "sentencepiece",
-        "fairscale",
-        "textblob",
-        "PIL.Image",
-    )
-    code += f"print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.strip() == "[]", done.stderr[-2000:]

@@ -2,9 +2,6 @@
 resumed alike."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,15 +10,13 @@ from base.errors import UserError
 from models.fusion.dvae import ImageTokenizer
 from runtime.checkpoint import read_weights
 from scripts.train_dvae import Config, build_model, find_images
+from tests.helpers.processes import run_script
 
 SMALL = "--size 16 --vocab_size 8 --width 4 --decoder_width 8 --batch_size 8 --workers 0 --device cpu".split()
 
 
-def train(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/train_dvae.py", *SMALL, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+def train(*arguments: object, expect: int = 0) -> str:
+    return run_script("scripts/train_dvae.py", [*SMALL, *arguments], expect=expect)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +36,10 @@ def images(tmp_path_factory):
 
 def test_resumed_run_is_the_straight_run(images, tmp_path):
     data = ["--data", images / "list.json", "--image_root", images, "--scheduler.epochs", "8 steps"]
-    straight = train(*data, "--output_dir", tmp_path / "a")
-    assert straight.returncode == 0, straight.stderr
-    assert "codes used, perplexity" in straight.stdout + straight.stderr
-    assert train(*data, "--output_dir", tmp_path / "b", "--max_steps", 3).returncode == 0
+    assert "codes used, perplexity" in train(*data, "--output_dir", tmp_path / "a")
+    train(*data, "--output_dir", tmp_path / "b", "--max_steps", 3)
     assert not (tmp_path / "b" / "image_tokenizer.safetensors").exists()
-    assert train(*data, "--output_dir", tmp_path / "b").returncode == 0
+    train(*data, "--output_dir", tmp_path / "b")
     a, b = (read_weights(tmp_path / name / "image_tokenizer.safetensors") for name in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -58,10 +51,8 @@ def test_resumed_run_is_the_straight_run(images, tmp_path):
 
 
 def test_mistakes_are_found_before_training(images, tmp_path):
-    result = train("--data", tmp_path, "--output_dir", tmp_path / "out")
-    assert (
-        result.returncode == 2 and "no images" in result.stderr and "Traceback" not in result.stderr
-    )
+    said = train("--data", tmp_path, "--output_dir", tmp_path / "out", expect=2)
+    assert "no images" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="image_root"):
         find_images(Config(data=[str(images / "list.json")]))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from base import distributed
 from base.errors import UserError
+from tests.helpers.processes import start_processes
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,6 @@ def _three_processes(rank: int, rendezvous: str, folder: str) -> None:
 
 
 def test_three_processes_agree_on_tables_and_share_a_failure(tmp_path):
-    mp.spawn(_three_processes, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=3)
+    start_processes(_three_processes, (str(tmp_path / "rendezvous"), str(tmp_path)), 3)
     errors = [(tmp_path / str(rank)).read_text() for rank in range(3)]
     assert errors == ["ZeroDivisionError", "UserError", "UserError"]

@@ -1,10 +1,7 @@
 """scripts/plan.py: bounds by hand, traffic of rings, bad input in one sentence, the table's figures."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +12,8 @@ from runtime.simulate import bounds as b
 from runtime.simulate.fusion import Group
 from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
+from tests.helpers.processes import Run
 
-ROOT = Path(__file__).resolve().parents[2]
 H100 = GPUS["h100"]
 COPY = Operation("forward", "add", torch.bfloat16, 0, 10**9, 10**9, "a.py:1", 1, (10,))
 PRODUCT = replace(COPY, name="mm", flops=10**12, read=10**6, written=10**6)
@@ -163,9 +160,10 @@ def test_attention_kernels():
     assert names[1] == "_scaled_dot_product_efficient_attention"
 
 
-def plan(*argv: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/plan.py", *argv]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def plan(*argv: str) -> Run:
+    run = Run("scripts/plan.py", argv)
+    run.wait()
+    return run
 
 
 DEBUG = ("main.py", "--config", "configs/main/debug.yaml")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from base.errors import UserError, brief
 from base.files import nearest
+from runtime.config.originals import RECIPES
 from runtime.config.schema import Schema
 from runtime.config.values import allows, from_words, show
 from runtime.config.yaml import line_of, read_yaml
@@ -143,10 +144,12 @@ class Draft:
         if path.is_dir():
             inside = ", ".join(sorted(each.name for each in path.glob("*.yaml"))) or "none here"
             raise UserError(f"{path}: is a folder; name one of its files: {inside}")
-        if path.suffix == ".py":  # as NXTP's
-            same = sorted(Path("configs").glob(f"*/{path.stem}.yaml"))
-            hint = f"; the recipe of that name is {same[0]}" if same else ""
+        recipe = RECIPES.get(path.stem)
+        hint = f"; the recipe here is configs/{recipe}.yaml" if recipe else ""
+        if path.suffix == ".py":
             raise UserError(f"{path}: a configuration is YAML, Python is not run{hint}")
+        if not path.is_file() and recipe:
+            raise UserError(f"{path}: no such file{hint}")
         if not path.is_file():
             beside = os.listdir(path.parent) if path.parent.is_dir() else []
             found = nearest(path.name, beside)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from base.errors import UserError, brief
 from base.files import nearest
-from runtime.config.originals import RECIPES
+from runtime.config.old_commands import FLAG_FILES, recipe_of
 from runtime.config.schema import Schema
 from runtime.config.values import allows, from_words, show
 from runtime.config.yaml import line_of, read_yaml
@@ -52,6 +52,8 @@ class Draft:
         if found is None:
             near = self.schema.nearest(key)
             hint = f"; did you mean {source.spell(near)}?" if near else "; see --help"
+            if key == "flagfile":
+                hint = f"; COYO-ALIGN's flag files are recipes here: --config {' or '.join(FLAG_FILES)}"
             self.mistakes.append(f"{source.place(key)}: unknown key{hint}")
         elif found.path in self.schema.sections:
             if isinstance(value, Mapping):
@@ -144,16 +146,16 @@ class Draft:
         if path.is_dir():
             inside = ", ".join(sorted(each.name for each in path.glob("*.yaml"))) or "none here"
             raise UserError(f"{path}: is a folder; name one of its files: {inside}")
-        recipe = RECIPES.get(path.stem)
-        hint = f"; the recipe here is configs/{recipe}.yaml" if recipe else ""
-        if path.suffix == ".py":
+        if path.suffix == ".py":  # as NXTP's
+            same = sorted(Path("configs").glob(f"*/{path.stem}.yaml"))
+            hint = f"; the recipe of that name is {same[0]}" if same else ""
             raise UserError(f"{path}: a configuration is YAML, Python is not run{hint}")
-        if not path.is_file() and recipe:
-            raise UserError(f"{path}: no such file{hint}")
         if not path.is_file():
             beside = os.listdir(path.parent) if path.parent.is_dir() else []
             found = nearest(path.name, beside)
             hint = f"; did you mean {path.parent / found}?" if found else ""
+            if recipe := recipe_of(path):
+                hint = f"; its recipe here is {recipe}"
             raise UserError(f"{path}: no such file{hint}")
         if path.resolve() in above:
             raise UserError(f"{path}: is its own base; remove one `base:`")

@@ -1,34 +1,13 @@
-"""The originals' own configuration files: which recipe each is, and SIMLA's and ALBEF's as they are.
+"""SIMLA's and ALBEF's own YAML files: what only their code says, written into the values.
 
-A YAML file is SIMLA's or ALBEF's where its `schedular` counts `warmup_epochs`. What only their code
-says is written into its values; the user reads once what was added and what differs.
+A file is theirs where its `schedular` counts `warmup_epochs`. The user reads once what was added
+and what differs.
 """
 
 from collections.abc import Mapping
 
 DEIT = "weights/deit_base_patch16_224-b5f2ef4d.pth"
 BERT = "bert-base-uncased"
-# stem of a file in the originals' repositories -> recipe here
-RECIPES = {
-    "Pretrain": "Pretrain/simla",
-    "Retrieval_coco": "Retrieval/coco",
-    "Retrieval_flickr": "Retrieval/flickr",
-    "VQA": "VQA/vqa",
-    "NLVR": "NLVR/nlvr2",
-    "NLVR_pretrain": "NLVR/assignment",
-    "NLVR_Pretrain": "NLVR/assignment",
-    "VE": "VE/snli_ve",
-    "Grounding": "Grounding/refcoco",
-    "g3m": "Recognition/g3m",
-    "g70m": "Recognition/g70m",
-    "in1k": "Recognition/in1k",
-    "vit_b16_i1k": "Classification/vit_b16_i1k",
-    "vit_l16_coyo300m": "Classification/vit_l16_coyo300m",
-    "vit_l16_i1k_downstream": "Classification/vit_l16_i1k_downstream",
-    "vit_l16_i1k_downstream_ema": "Classification/vit_l16_i1k_downstream_ema",
-    "cc3m": "main/align_cc3m",
-    "coyo700m": "main/align_coyo700m",
-}
 DIFFERENCES = (
     "a configuration of SIMLA or ALBEF: its hyper-parameters and warm-up are kept; defects of its "
     "code are fixed (docs/DIFFERENCES.md), --compat original --decay_everything brings them back"
@@ -44,14 +23,13 @@ def is_original(values: Mapping) -> bool:
 def pretraining(values: dict, notes: list[str]) -> dict:
     """Pretrain.yaml. Their code starts from DeiT-B and BERT, unless `from_scratch`; ALBEF's file is
     the one without an image tokenizer."""
-    added = {}
-    if values.pop("from_scratch", False):
-        added = {"vision_weights": None, "text_weights": None}
-    elif is_original(values):
-        added = {"vision_weights": DEIT, "text_weights": BERT}
-    if is_original(values):
-        notes.append(DIFFERENCES)
-        added["method"] = "simla" if "image_tokenizer_path" in values else "albef"
+    from_scratch = values.pop("from_scratch", False)
+    if not is_original(values):
+        return values
+    notes.append(DIFFERENCES)
+    added = {"method": "simla" if "image_tokenizer_path" in values else "albef"}
+    if not from_scratch:
+        added |= {"vision_weights": DEIT, "text_weights": BERT}
     return with_defaults(values, added, notes)
 
 

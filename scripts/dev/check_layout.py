@@ -123,7 +123,7 @@ def check_scripts(scripts: list[Path]) -> list[str]:
 
 
 def main() -> int:
-    scripts = sorted(ROOT.glob("*.py"))
+    scripts = sorted(path for path in ROOT.glob("*.py") if not path.is_symlink())
     files = scripts + [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     names = {path: path.relative_to(ROOT) for path in files}
     modules = {".".join(name.with_suffix("").parts): path for path, name in names.items()}

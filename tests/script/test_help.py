@@ -27,9 +27,10 @@ HEAVY = {
 def commands() -> list[str]:
     """All that a user starts: scripts by path, benchmarks by module."""
     files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py")]
+    files = [path for path in files if not path.is_symlink()]  # scripts' old names
     started = [path.relative_to(ROOT) for path in files if '"__main__"' in path.read_text()]
-    told = re.findall(r"python -m (benchmarks\.\w+)", (ROOT / "docs/BENCHMARKS.md").read_text())
-    return sorted({*map(str, started), *told})
+    modules = re.findall(r"python -m (benchmarks\.\w+)", (ROOT / "docs/BENCHMARKS.md").read_text())
+    return sorted({*map(str, started), *modules})
 
 
 def fault_of(name: str, page: dict, torch_seconds: float) -> str | None:

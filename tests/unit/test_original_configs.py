@@ -14,7 +14,6 @@ import pytest
 
 from base.errors import UserError
 from runtime.config.cli import load, parse
-from runtime.config.originals import RECIPES
 from runtime.optim.schedule import Plan
 
 FILES = Path(__file__).with_name("original_configs")
@@ -134,9 +133,6 @@ def test_from_scratch_starts_from_random_weights(tmp_path):
     (tmp_path / "scratch.yaml").write_text(text)
     config = load(importlib.import_module("Pretrain").Config, tmp_path / "scratch.yaml")
     assert (config.vision_weights, config.text_weights, config.method) == (None, None, "simla")
-    words = ["--config", str(FILES / "simla/Pretrain.yaml"), "--from_scratch", "true"]
-    config = parse(importlib.import_module("Pretrain").Config, words)
-    assert (config.vision_weights, config.text_weights) == (None, None)
 
 
 def test_our_saved_files_keep_their_warm_up(tmp_path):
@@ -235,20 +231,6 @@ def test_a_command_of_the_readmes(script, words, expected):
     assert {path: at(config, path) for path in expected} == expected
 
 
-@pytest.mark.parametrize(
-    "script, given, recipe",
-    [
-        ("Recognition", "config/g3m.py", "Recognition/g3m"),
-        ("Pretrain", "configs/Pretrain.yaml", "Pretrain/simla"),
-        ("Retrieval", "./configs/Retrieval_flickr.yaml", "Retrieval/flickr"),
-        ("NLVR", "configs/NLVR_Pretrain.yaml", "NLVR/assignment"),
-    ],
-)
-def test_a_file_of_the_originals_that_is_not_here_names_the_recipe(script, given, recipe):
-    with pytest.raises(UserError, match=f"the recipe here is configs/{recipe}.yaml"):
-        parse(importlib.import_module(script).Config, ["--config", given])
-
-
-def test_every_recipe_that_stands_for_an_original_exists():
-    root = Path(__file__).resolve().parents[2] / "configs"
-    assert [name for name in RECIPES.values() if not (root / f"{name}.yaml").is_file()] == []
+def test_a_configuration_of_nxtp_is_named_by_its_recipe():
+    with pytest.raises(UserError, match=r"config/g3m.py: .* is configs/Recognition/g3m.yaml"):
+        parse(importlib.import_module("Recognition").Config, ["--config", "config/g3m.py"])

@@ -14,8 +14,7 @@ layer, which fine-tuning drops; position embeddings are resized to larger images
 starts at -10: no class is likely.
 
 Published top-1 / ReaL of ViT-L/16 from COYO-Labeled-300M: 86.72 / 89.84 at 384 px, 87.24 / 90.03 at
-512 px. Interrupted runs resume exactly from the last checkpoint. Results: result/metrics.json,
-model.safetensors.
+512 px. Interrupted runs resume exactly. Results: result/metrics.json, model.safetensors.
 """
 
 import copy
@@ -41,9 +40,10 @@ from models.classification.classifier import ClassifierConfig, VisionClassifier,
 from models.classification.mixup import mix
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
-from models.weights.vit import load_vit
-from runtime.checkpoint import export_safetensors, read_weights
+from models.weights.vit_facts import load_agreeing
+from runtime.checkpoint import export_safetensors, read_weights, weights_file
 from runtime.config.cli import knob, run_script, section
+from runtime.config.from_checkpoint import described
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.parallel import gradient_sync, whole_model
@@ -135,7 +135,8 @@ def build_model(config: Config) -> VisionClassifier:
     """The network on the CPU with its starting weights and, as `ema`, its moving average."""
     model = VisionClassifier(config.network)
     if config.checkpoint:
-        left_out = load_vit(model, read_weights(config.checkpoint))
+        about = described(weights_file(config.checkpoint))
+        left_out = load_agreeing(model, read_weights(config.checkpoint), about, config.evaluate)
         if config.evaluate and "head.weight" in left_out.missing:
             classes = config.network.num_classes
             raise UserError(f"{config.checkpoint}: no head for {classes} classes to evaluate")
@@ -154,8 +155,7 @@ def averaged(model: VisionClassifier) -> VisionClassifier:
 
 
 def train_step(model, statistics, next_batch, config: Config, precision) -> dict[str, Tensor]:
-    """Gradients of one update of the mixed images. Returns `loss`, 0-d, the mean over the
-    micro-batches."""
+    """Gradients of one update of the mixed images. Returns `loss`, 0-d, over all micro-batches."""
     total = {}
     for micro in range(config.accumulate):
         batch = next_batch()
@@ -174,7 +174,7 @@ def evaluate(model: VisionClassifier, val: Split, config, world: World, precisio
     model = averaged(model)
     real = read_real(config.real, val.file_names) if config.real else None
     own = shard_indices(len(val), world.rank, world.size)
-    options = {"workers": config.workers, "exif": config.exif}
+    options = {"exif": config.exif, "error_budget": config.error_budget, "workers": config.workers}
     batches = EvalLoader(val.load, own, config.batch_size_test, LabelCollate(), **options)
     statistics = pixel_statistics(world.device, *config.network.statistics)
 

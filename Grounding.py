@@ -38,7 +38,7 @@ from evaluation.report.examples import box_case, gallery
 from evaluation.report.page import card, score_table, table
 from evaluation.report.results import write_results
 from models.fusion.config import retrieval_config
-from models.fusion.grounding import contrast_map, matching_map
+from models.fusion.grounding import check_layer, contrast_map, matching_map
 from models.fusion.momentum import MomentumPairs
 from models.fusion.retrieval import Retrieval
 from models.weights.albef import start_from
@@ -227,6 +227,7 @@ def main(config: Config) -> None:
     data = test_data(config)
     tokenizer = Tokenizer(config.text_encoder)
     model = build_model(config, tokenizer)
+    check_layer(model, config.gradcam_mode, config.block_num)
     if start.weights:
         left_out = start_from(model, start.weights, "retrieval")
         say(f"{config.checkpoint}:", left_out.text())

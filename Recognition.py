@@ -144,7 +144,7 @@ def evaluate(model: Nxtp, data: ImageSet, tokenizer, config: Config, world: Worl
     own = shard_indices(len(data), world.rank, world.size)
     if config.tensor_parallel:
         own = range(len(data))
-    options = {"workers": config.workers, "exif": config.exif}
+    options = {"exif": config.exif, "error_budget": config.error_budget, "workers": config.workers}
     batches = EvalLoader(data.load, own, config.batch_size_test, default_collate, **options)
 
     def predict(image: Tensor) -> tuple[Tensor, ...]:

@@ -141,6 +141,7 @@ def evaluate(model: Retrieval, data: RetrievalSet, tokenizer, config: Config, st
             torch.stack,
             config.workers,
             pin_memory=True,
+            error_budget=config.error_budget,
             exif=config.exif,
         )
 
@@ -158,7 +159,8 @@ def evaluate(model: Retrieval, data: RetrievalSet, tokenizer, config: Config, st
             # as a logit, like the score of ITM
             similarity_weight=1 / model.temp.item() if config.score == "sum" else 0.0,
         )
-    return recalls(*rankings, captions.image), rankings
+    by_chance = chance(captions.image, len(data))["r_mean"]
+    return recalls(*rankings, captions.image) | {"chance": by_chance}, rankings
 
 
 def train(model: Retrieval, val: RetrievalSet | None, tokenizer, config, start: Start) -> Path:

@@ -33,7 +33,7 @@ from dataset.text.wordpiece import TextCollate, Tokenizer
 from evaluation.predict import over_split
 from evaluation.report.results import write_results
 from evaluation.report.vqa import answer_report
-from evaluation.vqa import likeliest_answers, save_answers, vqa_accuracy
+from evaluation.vqa import likeliest_answers, prior_accuracy, save_answers, vqa_accuracy
 from models.fusion.config import networks
 from models.fusion.momentum import MomentumPairs
 from models.fusion.vqa import Vqa, VqaConfig
@@ -186,7 +186,8 @@ def accuracy(data: QuestionSet, answers: list[str], best: Tensor, config: Config
     if not data.truth:
         return {}
     found = likeliest_answers(data.ids, answers, best)
-    return vqa_accuracy(found, data.truth, one_sided=config.compat == "original")
+    scores = vqa_accuracy(found, data.truth, one_sided=config.compat == "original")
+    return scores | {"chance": prior_accuracy(data.truth)["overall"]}
 
 
 def train(model: Vqa, val: QuestionSet | None, answers, tokenizer, config, start: Start) -> Path:

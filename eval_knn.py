@@ -4,11 +4,14 @@
                            --val-data imagenet/val
     on 8 GPUs          torchrun --nproc_per_node=8 eval_knn.py --checkpoint RUN …
     more neighbours    … --k 1 10 20 --linear-probe
-    of timm            … --model timm/vit_base_patch16_224 --checkpoint weights.safetensors
+    of libraries       … --model timm/vit_small_patch16_224.dino --checkpoint weights.pth
+                       … --model open_clip/ViT-B-16-SigLIP:webli, … --model hf/facebook/dinov2-base
     small              python eval_knn.py --config configs/eval_knn/digitscenes.yaml --checkpoint RUN
 
 Checkpoints: of Classification.py, of main.py (and other dual encoders that eval_zeroshot.py takes),
-of Pretrain.py and its fine-tuning scripts, or ViTs under timm's, Hugging Face's and COYO-ViT's names.
+of Pretrain.py and its fine-tuning scripts, or ViTs under the names of timm, Hugging Face, COYO-ViT,
+DINO, DINOv2, MoCo v3 and MAE. What their weights do not tell (pixels, activation, eps) is read from
+config.json and preprocessor_config.json beside them, else asked for.
 knn1 is the class of the image of highest cosine similarity, as COYO-ALIGN counts ImageNet kNN; larger
 k vote with equal weights, and with exp(cosine / temperature) as DINO. Features are computed once and
 kept under `cache`, keyed by weights, view and data. The search is exact, in tiles: memory does not
@@ -50,7 +53,10 @@ from evaluation.report.page import card, table
 from evaluation.report.results import write_results
 from evaluation.retrieval import units
 from evaluation.zeroshot import fingerprint
-from models.weights.any_image_encoder import ImageEncoder, open_encoder, timm_encoder
+from models.weights.any_image_encoder import open_encoder
+from models.weights.image_encoder import ImageEncoder
+from models.weights.libraries import library_encoder, of_library
+from models.weights.vit_facts import VitFacts
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.cli import knob, run_script
 from runtime.config.from_checkpoint import described
@@ -63,13 +69,24 @@ class Config:
     """kNN evaluation."""
 
     checkpoint: Path | None = knob(
-        None, "file or run directory; none = random weights of a --model timm/NAME"
+        None, "file or run directory; none = weights of the library that --model names"
     )
     output_dir: Path = knob(Path("output/eval_knn"), "where result/ is written")
     model: str | None = knob(
-        None, "timm/NAME; or a dual encoder's or ViT's name where the checkpoint does not tell"
+        None,
+        "timm/NAME, open_clip/NAME:TAG, hf/NAME-or-folder; or a name where the file tells none",
     )
     pretrained: bool = knob(False, "let timm fetch the weights of its model")
+    random_weights: bool = knob(False, "random weights of the model that --model names")
+    mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
+    std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise")
+    activation: str | None = knob(
+        None, "of a ViT, likewise: gelu (exact) or gelu_tanh", choices=("gelu", "gelu_tanh")
+    )
+    eps: float | None = knob(None, "of a ViT's LayerNorm, likewise", low=0)
+    resize: int | None = knob(
+        None, "shorter side before the centre crop, likewise; none = whole image squeezed", low=1
+    )
     features: str = knob(
         "feats", "output of the encoder: feats, the tower's; z, the projected one; pre_logits, ..."
     )
@@ -93,6 +110,9 @@ class Config:
     batch_size: int = knob(64, "images per forward pass and process", low=1)
     workers: int = knob(4, "loader processes per process", low=0)
     exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
+    error_budget: float = knob(
+        0.01, "fraction of unreadable images at which it stops", low=0, high=1
+    )
     cache: Path | None = knob(
         None, "folder of features, one for all processes; none = $QUINTET_CACHE, ~/.cache/quintet"
     )
@@ -107,25 +127,34 @@ class Config:
         """Check that the options are compatible."""
         if not (self.train_data and self.val_data):
             raise UserError("give --train-data and --val-data, such as class folders")
-        if self.checkpoint is None and not (self.model or "").startswith("timm/"):
+        if self.checkpoint is None and not of_library(self.model):
             raise UserError(
-                "give --checkpoint, a file or the folder of a run, or --model timm/NAME"
+                "give --checkpoint, a file or the folder of a run, or --model timm/NAME, "
+                "open_clip/NAME:TAG or hf/NAME"
             )
+        if self.random_weights and (self.checkpoint or not of_library(self.model)):
+            raise UserError("--random-weights needs --model LIBRARY/NAME and no --checkpoint")
 
 
 def load_encoder(config: Config) -> ImageEncoder:
     """The encoder on the CPU."""
     torch.manual_seed(0)  # random weights are the same on every process
     file = weights_file(config.checkpoint) if config.checkpoint else None
-    weights = read_weights(file) if file else None
-    if (config.model or "").startswith("timm/"):
-        return timm_encoder(config.model.removeprefix("timm/"), weights, config.pretrained)
-    return open_encoder(weights, described(file), config.model)
+    facts = {"mean": config.mean, "std": config.std, "activation": config.activation}
+    stated = VitFacts(eps=config.eps, resize=config.resize, **facts)
+    if not of_library(config.model):
+        return open_encoder(read_weights(file), described(file), config.model, stated)
+    weights = read_weights(file) if file and config.model.startswith("timm/") else None
+    return library_encoder(
+        config.model, file, weights, config.pretrained, config.random_weights, stated
+    )
 
 
 def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tensor], str]:
     """How the encoder's images are resized for evaluation, and the same in words."""
     side, resampling = encoder.pixels.size, encoder.pixels.interpolation
+    if encoder.view is not None:
+        return encoder.view, repr(encoder.view)
     if encoder.kind == "classifier":
         small = about.get("config", {}).get("views", {}).get("resize_small")
         return EvalView(
@@ -135,9 +164,9 @@ def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tens
         return eval_view(
             encoder.title, side, resampling
         ), f"{encoder.title}'s, {side}, {resampling}"
-    if encoder.kind == "fusion":
+    if encoder.resize is None:  # SIMLA, ALBEF and ViTs of others
         return CropView(side, resampling, squeeze=True), f"squeezed to {side}, {resampling}"
-    small = round(side / encoder.crop_share)
+    small = encoder.resize
     return CropView(side, resampling, small), f"shorter side {small}, centre {side}, {resampling}"
 
 
@@ -165,11 +194,12 @@ def bank_of(
     def batches() -> EvalLoader:
         pin = world.device.type == "cuda"
         options = {"workers": config.workers, "pin_memory": pin, "exif": config.exif}
+        options["error_budget"] = config.error_budget
         return EvalLoader(images.load, own, config.batch_size, LabelCollate(), **options)
 
     def encode(image: Tensor) -> Tensor:
         with autocast():
-            return encoder(normalize(image, statistics))
+            return encoder(image if encoder.view else normalize(image, statistics))
 
     with evaluating(encoder):
         path = config.cache_folder / key

@@ -6,9 +6,11 @@
     other data sets    … --datasets webdataset:https://huggingface.co/datasets/clip-benchmark/wds_cars
                        … --datasets retrieval:dataset_coco.json imagefolder:photos --labels my.json
     own catalogue      … --catalog catalog.json --labels labels.json --templates templates.json
+    of libraries       … --model open_clip/ViT-B-16-SigLIP:webli, or --model hf/NAME-or-folder
 
 Checkpoints: ours, clip-rocket's, SLIP's, OpenAI's (archives too), open_clip's, Hugging Face's CLIP
-and ALIGN. Every template is filled with the class name; the mean of the unit embeddings classifies
+and ALIGN; all models of the installed open_clip and transformers, with their own transforms and
+tokenizers. Every template is filled with the class name; the mean of the unit embeddings classifies
 by cosine similarity. Models with local projectors are scored by z, h and w z + (1 - w) h. Every data
 set has its own metric; the figures do not depend on the number of processes. Missing data sets are
 named, with the remedy, and skipped.
@@ -17,7 +19,6 @@ Results: a table, result/metrics.json and result/report.html below output_dir.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,13 +34,11 @@ from base.files import cache_folder, digest
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.loading.eval import EvalLoader
 from dataset.tasks.catalog import CATALOG, Entry, Prompts, choose, read_catalog
-from dataset.tasks.dual_inputs import eval_view, is_align
+from dataset.tasks.dual_inputs import eval_view, text_tokenizer, tokenizer_identity
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_set
-from dataset.text.align import AlignTokenizer
-from dataset.text.bpe import ClipTokenizer
 from evaluation.report.results import write_results
 from evaluation.report.zeroshot import cards, plain_tables
-from evaluation.retrieval import units
+from evaluation.retrieval import chance, units
 from evaluation.zeroshot import (
     cached_classifier,
     class_prompts,
@@ -49,8 +48,10 @@ from evaluation.zeroshot import (
     fingerprint,
     retrieve,
     text_classifier,
+    zero_shot_chance,
 )
 from models.weights.any_dual_encoder import Opened, check_name, open_dual
+from models.weights.libraries import of_library, open_library
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.cli import knob, run_script
@@ -66,7 +67,10 @@ class Config:
 
     checkpoint: Path | None = knob(None, "file or run directory [output_dir]", aliases=("resume",))
     output_dir: Path = knob(Path("output/eval_zeroshot"), "where result/ is written")
-    model: str | None = knob(None, "CL2L_R50_CL2L, ViT-B/32, … if the file does not say")
+    model: str | None = knob(None, "open_clip/NAME:TAG or hf/NAME; or CL2L_R50_CL2L, … of the file")
+    random_weights: bool = knob(False, "random weights of the model that --model names")
+    mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
+    std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise")
     model_name: str = knob("", "how to call the model in the report")
     datasets: list[str] = knob([], "names of the catalogue or KIND:PATH; [] = all of it")
     catalog: Path | None = knob(None, "JSON: data set -> {path, type, test}")
@@ -78,6 +82,7 @@ class Config:
     batch_size: int = knob(256, "images or texts per forward pass and process", low=1)
     workers: int = knob(10, "loader processes per process", low=0, aliases=("j",))
     exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
+    error_budget: float = knob(0.01, "most unreadable images, a fraction", low=0, high=1)
     bpe_path: Path | None = knob(None, "BPE merges; none = the run's, else CLIP's")
     tokenizer: str | None = knob(None, "of ALIGN; none = the run's, else bert-base-uncased")
     cache: Path | None = knob(None, "folder for classifiers and shards [$QUINTET_CACHE]")
@@ -93,7 +98,6 @@ class Encoder(NamedTuple):
     """What embeds images (uint8, on the device) and tokens, and what makes their inputs."""
 
     opened: Opened
-    tokenize: Callable[[list[str]], torch.Tensor]
     precision: Precision
     signature: str  # with the prompts, all that a text classifier depends on
 
@@ -131,81 +135,76 @@ def open_all(config: Config) -> tuple[list[OpenSet], dict[str, str]]:
     return sets, skipped
 
 
-def open_encoder(config: Config, world: World) -> Encoder:
-    """The network of the checkpoint and its tokenizer."""
+def open_checkpoint(config: Config) -> tuple[Opened, str]:
+    """The network of the checkpoint, and what identifies its tokenizer."""
     file = config.checkpoint
     if is_jit_archive(file):
         weights, about = jit_state_dict(file), {"archive": True}
     else:
         weights, about = read_weights(file), described(file)
-    opened = open_dual(weights, about, config.model)
-    tokenizer, vocabulary = tokenizer_of(opened, config, about.get("config", {}))
+    opened = open_dual(weights, about, config.model, config.mean, config.std)
+    trained = about.get("config", {})
+    merges = config.bpe_path or trained.get("bpe_path")
+    vocabulary = config.tokenizer or trained.get("tokenizer", "bert-base-uncased")
+    tokenizer = text_tokenizer(opened.title, opened.context_length, merges, vocabulary)
     if tokenizer.vocab_size != opened.vocab_size:
         raise UserError(
-            f"{config.checkpoint} knows {opened.vocab_size} tokens, but {tokenizer.path} makes "
-            f"{tokenizer.vocab_size}: "
-            "give what it was trained with as --bpe-path (ALIGN: --tokenizer)"
+            f"{file} knows {opened.vocab_size} tokens, but {tokenizer.path} makes "
+            f"{tokenizer.vocab_size}: give what it was trained with as --bpe-path (ALIGN: --tokenizer)"
         )
-    made_with = (
-        opened.title,
-        vocabulary,
-        opened.context_length,
-        config.precision,
-        world.device.type,
-    )
-    signature = fingerprint(opened.model, *made_with)
+    return opened._replace(tokenize=partial(tokenizer, lengths=())), tokenizer_identity(tokenizer)
+
+
+def open_encoder(config: Config, world: World) -> Encoder:
+    """The network with its tokenizer: of a library, or of the checkpoint."""
+    torch.manual_seed(0)  # random weights are the same on every process
+    if of_library(config.model):
+        opened = open_library(config.model, config.checkpoint, config.random_weights)
+        vocabulary = config.model
+    else:
+        opened, vocabulary = open_checkpoint(config)
+    how = (opened.title, vocabulary, opened.context_length, config.precision, world.device.type)
+    signature = fingerprint(opened.model, *how)
     opened.model.to(world.device)
-    return Encoder(
-        opened, partial(tokenizer, lengths=()), Precision(config.precision, world.device), signature
-    )
-
-
-def tokenizer_of(
-    opened: Opened, config: Config, trained: dict
-) -> tuple[ClipTokenizer | AlignTokenizer, str]:
-    """The tokenizer, by default of the run with the configuration `trained`, and its identity."""
-    if is_align(opened.title):
-        source = config.tokenizer or trained.get("tokenizer", "bert-base-uncased")
-        tokenizer = AlignTokenizer(source, opened.context_length)
-        return tokenizer, tokenizer.pieces.backend.to_str()
-    tokenizer = ClipTokenizer(config.bpe_path or trained.get("bpe_path"), opened.context_length)
-    return tokenizer, repr(tokenizer.merges)
+    return Encoder(opened, Precision(config.precision, world.device), signature)
 
 
 def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> dict:
     """Figures of a data set by metric and score, the same on every process."""
-    model, pixels, total = encoder.opened.model, encoder.opened.pixels, len(data.images)
+    opened, total, pixels = encoder.opened, len(data.images), encoder.opened.pixels
+    model, tokenize = opened.model, opened.tokenize
     statistics = pixel_statistics(world.device, pixels.mean, pixels.std)
     own = [i for unit in units(total, config.batch_size, world) for i in unit]
-    load = Viewed(
-        data.images, eval_view(encoder.opened.title, pixels.size, pixels.interpolation)
-    ).load
+    view = opened.view or eval_view(opened.title, pixels.size, pixels.interpolation)
     batches = EvalLoader(
-        load,
+        Viewed(data.images, view).load,
         own,
         config.batch_size,
         default_collate,
         config.workers,
         pin_memory=world.device.type == "cuda",
+        error_budget=config.error_budget,
         exif=config.exif,
     )
     texts = {"world": world, "batch_size": config.batch_size}
 
     def embed(image: torch.Tensor) -> dict[str, torch.Tensor]:
-        return model.embed_image(normalize(image, statistics))
+        return model.embed_image(image if opened.view else normalize(image, statistics))
 
     about = {"metric": data.entry.metric, "images": total}
     with evaluating(model), encoder.precision.autocast():
         if not data.classes:
             about["captions"] = len(data.images.captions)
             image = embed_images(embed, batches, own, total, world)
-            text = embed_texts(model.embed_text, encoder.tokenize, data.images.captions, **texts)
+            text = embed_texts(model.embed_text, tokenize, data.images.captions, **texts)
             recalls = retrieve(image, text, data.images.text_image, world)
+            about["chance"] = chance(data.images.text_image, total)
             return about | recalls | batches.damages()
         about["classes"] = len(data.classes)
+        about["chance"] = zero_shot_chance(data.entry.metric, len(data.classes))
         prompts = class_prompts(data.classes, data.templates, data.entry.name)
         key = digest(encoder.signature, config.batch_size, prompts)
-        make = partial(text_classifier, model.embed_text, encoder.tokenize, prompts, **texts)
+        make = partial(text_classifier, model.embed_text, tokenize, prompts, **texts)
         classifier = cached_classifier(
             config.cache_folder / f"classifiers/{key}.safetensors", make, world
         )
@@ -215,12 +214,24 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
         return about | scores | batches.damages()
 
 
-def main(config: Config) -> None:
-    world = distributed.init(config.device)
+def find_weights(config: Config) -> None:
+    """Set `checkpoint` to the file to evaluate; none where a library's own weights are."""
+    if of_library(config.model):
+        if config.checkpoint and config.random_weights:
+            raise UserError("--random-weights and --checkpoint exclude each other; choose one")
+        config.checkpoint = config.checkpoint and weights_file(config.checkpoint)
+        return
     check_name(config.model)
+    if config.random_weights:
+        raise UserError("--random-weights is for --model open_clip/NAME and hf/NAME")
     if config.checkpoint is None and not config.output_dir.is_dir():
         raise UserError("add --checkpoint FILE, or the folder of a run as --output-dir")
     config.checkpoint = weights_file(config.checkpoint or config.output_dir)
+
+
+def main(config: Config) -> None:
+    world = distributed.init(config.device)
+    find_weights(config)
     sets, skipped = open_all(config)
     for data in sets:
         if data.classes:
@@ -229,7 +240,7 @@ def main(config: Config) -> None:
     results = {data.entry.name: evaluate(data, encoder, config, world) for data in sets}
     title = config.model_name or encoder.opened.title
     figures = {"model": title, "results": results, "skipped": skipped}
-    text = f"{title}, {config.checkpoint}\n\n{plain_tables(results)}"
+    text = f"{title}, {config.checkpoint or config.model}\n\n{plain_tables(results)}"
     text += f"\n\n{len(skipped)} SKIPPED, see above: {', '.join(skipped)}" if skipped else ""
     sections = cards(results, skipped)
     write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text)

@@ -16,6 +16,7 @@ clip-rocket's; COYO-ALIGN's are in configs/main/align.yaml. SIGTERM saves and ex
 
 import copy
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import torch
 from torch.utils.data import default_collate
 
 from base import distributed
-from base.distributed import World
+from base.distributed import World, say
 from base.errors import UserError
 from dataset.images.clip import ViewOptions
 from dataset.loading.eval import EvalLoader, shard_indices
@@ -49,6 +50,7 @@ from runtime.optim.build import Precision, set_learning_rate
 from runtime.parallel import gradient_sync, whole_model
 from runtime.run import Run, evaluating, seed_everything
 from runtime.safe_pickle import load_plain
+from runtime.scores import score_line
 
 
 @dataclass
@@ -180,26 +182,31 @@ def evaluate(model: DualEncoder, data, prompts, tokenizer, config: Config, world
     """Zero-shot accuracy in percent by z, h and their ensembles; exact on any number of ranks."""
     own = shard_indices(len(data), world.rank, world.size)
     options = {"workers": config.workers, "exif": config.exif}
+    options["error_budget"] = config.error_budget
     loader = EvalLoader(data.load, own, config.batch_size, default_collate, **options)
     pixels = input_statistics(config.network, world.device)
     batches = NormalizedBatches(loader, pixels, world.device)
     with evaluating(model):
         classes = text_classifier(model.embed_text, tokenizer, prompts, world)
         scores = zero_shot_accuracy(model.embed_image, classes, batches, own, data.labels, world)
-    return scores | loader.damages()
+    return scores | {"chance": 100 / len(prompts)} | loader.damages()
 
 
 def main(config: Config) -> None:
     world = distributed.init(config.device)
     seed_everything(config.seed, 0)  # the same initial weights on every rank
     config.check()
-    tokenizer = text_tokenizer(config.network, config.bpe_path, config.tokenizer)
+    tokenizer = text_tokenizer(
+        config.network.model, config.network.context_length, config.bpe_path, config.tokenizer
+    )
     config.network = replace(config.network, vocab_size=tokenizer.vocab_size)
     config.settle(world.device)
     data, prompts = validation_data(config) if config.val_folder else (None, None)
     if config.evaluate:
         model = build_model(config).to(world.device)
-        print(json.dumps(evaluate(model, data, prompts, tokenizer, config, world), indent=2))
+        scores = evaluate(model, data, prompts, tokenizer, config, world)
+        say(json.dumps(scores, indent=2))
+        print(score_line(scores), file=sys.stderr)
         return distributed.shutdown()
     run = Run(config, world, metric="acc1_z" if data else None)
     loader = training_data(config, tokenizer, world, run.data_state())

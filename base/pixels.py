@@ -16,6 +16,7 @@ STATISTICS = {
     "imagenet": IMAGENET,
     "clip": OPENAI,
 }  # by the name a configuration uses
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers in preprocessor_config.json
 
 
 class Pixels(NamedTuple):

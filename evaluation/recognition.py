@@ -1,6 +1,7 @@
 """Recall, precision and F1 of predicted labels: exact, or by sentence embeddings (Yue et al.,
 2024)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -124,11 +125,21 @@ def packaged_model() -> str:
 def label_metrics(
     found: Sequence[Sequence[tuple[str, float]]], references: Sequence[Sequence[str]], encoder=None
 ) -> dict[str, float]:
-    """Exact scores in percent and, with a SentenceEncoder, those by meaning.
+    """Exact scores in percent and, with a SentenceEncoder, those by meaning; `chance`: F1 (by
+    meaning where there is an encoder) of always giving the labels that are most frequent.
 
     found: (label, probability) of each image, best first; references: its true labels.
     """
     texts = [[text for text, _ in labels] for labels in found]
+    metrics = _label_scores(texts, references, encoder)
+    longest = max((len(labels) for labels in texts), default=0)
+    counts = Counter(text for labels in references for text in labels)
+    usual = [text for text, _ in counts.most_common(longest)]
+    by_chance = _label_scores([usual] * len(references), references, encoder)
+    return metrics | {"chance": by_chance["f1" if encoder else "exact_f1"]}
+
+
+def _label_scores(texts, references, encoder) -> dict[str, float]:
     metrics = exact_metrics(texts, references)
     if encoder is not None:
         metrics.update(means(similarity_scores(texts, references, encoder)))

@@ -275,6 +275,13 @@ def topk_accuracy(
     }
 
 
+def zero_shot_chance(metric: str, classes: int) -> float | None:
+    """What guessing scores in percent; None where it depends on how often a class occurs."""
+    top1, top5 = 100 / classes, 100 * min(5, classes) / classes
+    known = {"acc1": top1, "mean_per_class": top1, "roc_auc": 50.0, "acc1_acc5": (top1 + top5) / 2}
+    return known.get(metric)
+
+
 def zero_shot_accuracy(
     embed_image, classifier: Embeddings, batches, own, labels: Tensor, world: World
 ) -> dict:

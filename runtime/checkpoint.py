@@ -185,7 +185,9 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         return module_tensors(content, path)
     if isinstance(content, dict):
         tables = [
-            content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)
+            content[key]
+            for key in ("model", "state_dict", "teacher")  # DINO publishes its teacher
+            if isinstance(content.get(key), dict)
         ]
         weights = tables[0] if tables else content
         if weights and all(isinstance(value, torch.Tensor) for value in weights.values()):

@@ -14,6 +14,7 @@ from torch import nn
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.memory import check_fits
 from base.torch_files import load_weights_only
 from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, load_checked
 from runtime.config.cli import differences, knob, save, to_dict
@@ -22,6 +23,7 @@ from runtime.log import Meters, RunLog, Stopwatch, peak_flops
 from runtime.optim.build import Precision, build_optimizer
 from runtime.optim.schedule import Plan
 from runtime.parallel import parallelize, to_device
+from runtime.scores import score_line
 
 
 @dataclass
@@ -269,6 +271,9 @@ class Run:
         weight decay (see parameter_groups); flops: of one update, per process; facts: for the banner.
         """
         config = self.config
+        if config.parallel == "ddp":
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            check_fits(trained, f"{title}: training", copies=3, device=self.world.device)
         model = parallelize(model, self.world, config).train()
         seed_everything(config.seed, self.world.rank)
         optimizer = build_optimizer(model, config.optimizer, decayed)
@@ -359,7 +364,7 @@ class Run:
         self.save(step, tag="best" if is_best else None, **{self.metric: score})
         self.best = max(self.best, score)
         verdict = "best so far" if is_best else f"best so far: {self.best:.4g}"
-        self.log.say(f"validation at step {step:,}: {self.metric} {score:.4g} ({verdict})")
+        self.log.say(f"validation at step {step:,}: {score_line(scores, self.metric)} ({verdict})")
         self.watch.restart()
 
     def _check_finite(self) -> None:

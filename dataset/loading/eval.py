@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from base.distributed import gather_objects
+from base.distributed import gather_objects, world_size
 from base.errors import BadSample, UserError
 from dataset.images.decode import reading
 from dataset.loading.workers import signals_held, worker_init
@@ -29,7 +29,8 @@ class EvalLoader:
     on any machine. Both are named on stderr and counted, in `truncated` and `unreadable` of the
     last pass, and by `damages` for the metrics.
     load: makes a sample. A BadSample of another kind than an unreadable image ends the evaluation
-    with a UserError; so do more unreadable images than `error_budget`, a fraction of `indices`.
+    with a UserError; so do more unreadable images than `error_budget`, a fraction of the samples of
+    all processes together. Every process must iterate: the last batch is followed by a collective.
     exif: turn images by their EXIF orientation.
     """
 
@@ -45,6 +46,7 @@ class EvalLoader:
         exif: bool = False,
     ):
         self.samples = len(indices)
+        self.processes = world_size()
         self.error_budget = error_budget
         self.unreadable: list[str] = []
         self.truncated: list[str] = []
@@ -74,9 +76,13 @@ class EvalLoader:
             batch, unreadable, truncated = batch
             self.unreadable += unreadable
             self.truncated += truncated
-            self._check_budget()
+            if len(self.unreadable) > self.error_budget * self.samples * self.processes:
+                break  # more than all processes may have together: no need to read on
             yield batch
         self._report()
+        found = gather_objects((len(self.unreadable), self.samples))
+        unreadable, samples = (sum(counts) for counts in zip(*found, strict=True))
+        self._check_budget(unreadable, samples)
 
     def damages(self) -> dict[str, int]:
         """Unreadable and truncated images of the last pass on all processes, where there are any,
@@ -86,14 +92,16 @@ class EvalLoader:
         kinds = {"unreadable_images": unreadable, "truncated_images": truncated}
         return {name: count for name, count in kinds.items() if count}
 
-    def _check_budget(self) -> None:
-        if len(self.unreadable) > self.error_budget * self.samples:
-            listed = "\n  ".join(self.unreadable[:LISTED])
-            raise UserError(
-                f"{len(self.unreadable)} images of {self.samples} samples are unreadable, more "
-                "than the error budget allows; evaluation needs every sample: fix the files or "
-                f"remove their annotations. The first:\n  {listed}"
-            )
+    def _check_budget(self, unreadable: int, samples: int) -> None:
+        """Raise UserError for more unreadable images than the budget allows of `samples`."""
+        if unreadable <= self.error_budget * samples:
+            return
+        listed = "\n  ".join(self.unreadable[:LISTED]) or "(on another process)"
+        raise UserError(
+            f"{unreadable} images of {samples} samples are unreadable, more than the error budget "
+            f"of {self.error_budget:.3g} allows; evaluation needs every sample: fix the files, "
+            f"remove their annotations or raise --error-budget. The first:\n  {listed}"
+        )
 
     def _report(self) -> None:
         kinds = (

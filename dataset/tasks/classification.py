@@ -3,6 +3,7 @@
 What a data string names is recognised by its form:
 
     imagenet/train                       a folder with one sub-folder of images a class, labels by alphabet
+    imagenet/val                         or a flat one with a list of labels (dataset.sources.flat_folder)
     labels.jsonl                         COYO-Labeled-300M's {url or image, labels, label_probs}, or {image, label}
     shards/{00000..00099}.tar, s3://...  WebDataset or TFRecord; labels in .json, .cls, or features
     of these names torchvision/CIFAR10:test             a data set of torchvision by its class name, and a split
@@ -31,6 +32,7 @@ from dataset.images.decode import check_image_root
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import ENOUGH, RecordSource
 from dataset.sources.class_folder import ClassFolder, class_folders
+from dataset.sources.flat_folder import flat_folder, is_flat
 from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import TAR_ENDINGS, list_shards, shared_shards
@@ -147,9 +149,12 @@ def parsed(text: bytes, name: str) -> dict:
 
 
 class FolderRecords(Sequence):
-    """The images of class folders as records {image, label}, in a few bytes each."""
+    """The images of class folders, or of a flat folder with its list, as records {image, label}, in a few bytes each."""
 
     def __init__(self, root: str | Path, classes: Sequence[str] = ()):
+        if is_flat(Path(root)):
+            self._read_flat(Path(root), classes)
+            return
         folder = ClassFolder(root, None)
         self.root, self.classes = folder.root.absolute(), folder.folders
         names = [_composed(name) for name in classes or folder.folders]
@@ -166,6 +171,12 @@ class FolderRecords(Sequence):
         self.files = np.array(
             [str(path.relative_to(folder.root)).encode() for path in folder.files]
         )
+
+    def _read_flat(self, root: Path, classes: Sequence[str]) -> None:
+        """ImageNet's validation set as published: one folder and a list."""
+        found = flat_folder(root, classes)
+        self.root, self.classes, self.labels = root.absolute(), found.classes, found.labels
+        self.files = np.array([str(path.relative_to(root)).encode() for path in found.files])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -453,6 +464,8 @@ def class_names(
         return read_class_names(file)
     for each in data:
         if Path(each).is_dir() and not is_shards(each):
+            if is_flat(Path(each)):
+                return flat_folder(Path(each)).classes
             return class_folders(Path(each))
         if not is_shards(each) and Path(each).suffix not in (".json", ".jsonl"):
             return list(open_records(each, root, "train", download=download).classes)

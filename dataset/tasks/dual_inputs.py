@@ -19,16 +19,22 @@ def is_align(model: str) -> bool:
 
 
 def text_tokenizer(
-    network, merges: str | Path | None, vocabulary: str | Path
+    model: str, context_length: int, merges: str | Path | None, vocabulary: str | Path
 ) -> ClipTokenizer | AlignTokenizer:
     """tokenizer(texts, lengths) -> int64 [B,L].
 
-    network: has `model` and `context_length`. merges: file of CLIP's BPE; vocabulary: of BERT, for
-    ALIGN.
+    model: its name. merges: file of CLIP's BPE; vocabulary: of BERT, for ALIGN.
     """
-    if is_align(network.model):
-        return AlignTokenizer(vocabulary, network.context_length)
-    return ClipTokenizer(merges, network.context_length)
+    if is_align(model):
+        return AlignTokenizer(vocabulary, context_length)
+    return ClipTokenizer(merges, context_length)
+
+
+def tokenizer_identity(tokenizer: ClipTokenizer | AlignTokenizer) -> str:
+    """What the token ids depend on."""
+    if isinstance(tokenizer, AlignTokenizer):
+        return tokenizer.pieces.backend.to_str()
+    return repr(tokenizer.merges)
 
 
 def training_views(

@@ -30,6 +30,7 @@ def train_loader(
         world=world,
         seed=knobs.seed,
         state=state,
+        error_budget=knobs.error_budget,
     )
 
 
@@ -44,5 +45,6 @@ def split_loader(data, collate: Callable, knobs, world) -> tuple[range, EvalLoad
         collate,
         knobs.workers,
         pin_memory=True,
+        error_budget=knobs.error_budget,
         exif=knobs.exif,
     )

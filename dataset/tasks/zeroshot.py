@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from base.errors import BadSample, MissingData, UserError, brief
-from base.files import read_json, read_lines
+from base.errors import BadSample, MissingData, UserError
+from base.files import read_json
 from base.limits import SHARDS
 from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder
+from dataset.sources.flat_folder import flat_folder
 from dataset.sources.remote import local_copy, read_text
 from dataset.sources.shard_index import ShardIndex
 from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of
@@ -141,34 +142,9 @@ def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
             "place with --root or --catalog"
         )
     if not _has_folders(entry):
-        return flat_folder(root, entry)
+        return Files(*flat_folder(root))
     data = ClassFolder(root, lambda image: image, classes)
     return Files(data.files, data.labels, data.folders)
-
-
-def flat_folder(root: Path, entry: Entry) -> Files:
-    """Images in one folder, as ImageNet's validation set is published, with `<split>.txt` in or
-    beside it: a line `name label` for each, as Caffe's val.txt. UserError says what lacks."""
-    places = [root.parent / f"{entry.split}.txt", root / f"{entry.split}.txt"]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        raise UserError(
-            f"{root}: holds no sub-folder for each class; sort the images into class folders "
-            f"(PyTorch's extract_ILSVRC.sh does so for ImageNet), or put {places[0].name} with a "
-            f"line `name label` for each image beside the folder"
-        )
-    files, labels = [], []
-    for number, line in enumerate(read_lines(file), 1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
-            raise UserError(f"{file}, line {number}: expected `name label`, found {brief(line)}")
-        files.append(root / name.strip())
-        labels.append(int(label))
-    if not files:
-        raise UserError(f"{file}: an empty list")
-    return Files(files, torch.tensor(labels))
 
 
 def file_list(entry: Entry, read_plain: Callable) -> Files:

@@ -8,19 +8,25 @@ from base import distributed
 from base.files import write_json, write_text
 from evaluation.report.page import page
 from runtime.config.cli import save
+from runtime.scores import rounded, score_lines
 
 
 def write_results(
     config, title: str, metrics: dict, sections: Sequence[str], text: str = ""
 ) -> None:
     """result/metrics.json, result/config.yaml and result/report.html below config.output_dir;
-    prints `text` or, by default, the metrics. Rank 0 does, the others do nothing.
+    prints `text` or, by default, the metrics, the scores beside chance, and what was written. Rank 0
+    does, the others do nothing.
     """
     if distributed.rank() != 0:
         return
     folder = Path(config.output_dir) / "result"
-    metrics = {"checkpoint": str(config.checkpoint), **metrics}
+    source = str(config.checkpoint or getattr(config, "model", None))  # a library's model has none
+    metrics = {"checkpoint": source, **metrics}
     write_json(folder / "metrics.json", metrics, indent=2)
     save(config, folder / "config.yaml")
-    write_text(folder / "report.html", page(title, sections, str(config.checkpoint)))
-    print(text or json.dumps(metrics, indent=2), flush=True)
+    write_text(folder / "report.html", page(title, sections, source))
+    print(text or json.dumps(rounded(metrics), indent=2))
+    if not text:
+        print(*score_lines(metrics), sep="\n")
+    print(f"written: {folder}/metrics.json, report.html", flush=True)

@@ -34,26 +34,33 @@ def tables(results: Results) -> dict[str, list[list[str]]]:
     retrieved = {name: row for name, row in results.items() if row["metric"] == "recall"}
     found = {}
     if classified:
-        rows = [["data set", "images", "classes", "metric", *scores]]
+        rows = [["data set", "images", "classes", "metric", *scores, "chance"]]
         for name, row in classified.items():
             figures = [row[f"{row['metric']}_{score}"] for score in scores]
             about = [name, str(row["images"]), str(row["classes"]), TITLES[row["metric"]]]
-            rows.append(about + [f"{figure:.2f}" for figure in figures])
+            rows.append(about + [_figure(figure) for figure in [*figures, row.get("chance")]])
         if len(classified) > 1:
             means = [
                 sum(r[f"{r['metric']}_{score}"] for r in classified.values()) / len(classified)
                 for score in scores
             ]
-            rows.append(["mean", "", "", "", *(f"{mean:.2f}" for mean in means)])
+            rows.append(["mean", "", "", "", *(f"{mean:.2f}" for mean in means), ""])
         found["Zero-shot classification, in %"] = rows
     if retrieved:
         rows = [["data set", "images", "captions", "score", *RECALLS.values()]]
         for name, row in retrieved.items():
             for score in scores:
                 about = [name, str(row["images"]), str(row["captions"]), score]
-                rows.append(about + [f"{row[f'{key}_{score}']:.2f}" for key in RECALLS])
+                rows.append(about + [_figure(row[f"{key}_{score}"]) for key in RECALLS])
+            by_chance = row.get("chance") or {}
+            about = [name, str(row["images"]), str(row["captions"]), "chance"]
+            rows.append(about + [_figure(by_chance.get(key)) for key in RECALLS])
         found["Zero-shot retrieval, in %"] = rows
     return found
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def plain_tables(results: Results) -> str:

@@ -8,6 +8,16 @@ from base.errors import UserError
 from models.fusion.retrieval import Retrieval
 
 
+def check_layer(model: Retrieval, mode: str, layer: int) -> None:
+    """UserError where maps of `mode` (itm or itc) cannot come from that layer."""
+    bert, blocks = model.bert, len(model.visual_encoder.blocks)
+    if mode == "itm" and not bert.config.fusion_layer <= layer < bert.depth:
+        layers = f"{bert.config.fusion_layer}..{bert.depth - 1}"
+        raise UserError(f"block_num {layer}: cross-attention is in the text layers {layers}")
+    if mode == "itc" and not 0 <= layer < blocks:
+        raise UserError(f"block_num {layer}: the vision transformer has the blocks 0..{blocks - 1}")
+
+
 def matching_map(
     model: Retrieval, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: int
 ) -> Tensor:
@@ -18,9 +28,7 @@ def matching_map(
     cross-attention.
     """
     bert = model.bert
-    if not bert.config.fusion_layer <= layer < bert.depth:
-        layers = f"{bert.config.fusion_layer}..{bert.depth - 1}"
-        raise UserError(f"block_num {layer}: cross-attention is in the text layers {layers}")
+    check_layer(model, "itm", layer)
     with torch.no_grad():  # nothing below the layer is needed for the gradient
         tokens = model.visual_encoder(image)
         stage = bert.run(
@@ -45,10 +53,7 @@ def contrast_map(
     """Maps float32 [B,g,g], from what [CLS] attends to in block `block` of the ViT, for the
     similarity to the text."""
     vit = model.visual_encoder
-    if not 0 <= block < len(vit.blocks):
-        raise UserError(
-            f"block_num {block}: the vision transformer has the blocks 0..{len(vit.blocks) - 1}"
-        )
+    check_layer(model, "itc", block)
     with torch.no_grad():
         _, text = model.encode_text(text_ids, text_mask)
         tokens = vit.embed(image)

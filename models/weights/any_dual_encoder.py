@@ -9,15 +9,15 @@ Only what embeds is built: towers and projectors of z and h. Heads that training
 left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.errors import UserError
-from base.pixels import HALF, IMAGENET, OPENAI, Pixels
-from models.dual_encoder.base import NOT_LOADED, DualConfig, DualEncoder
+from base.pixels import HALF, IMAGENET, OPENAI, RESAMPLING, RGB, Pixels
+from models.dual_encoder.base import NOT_LOADED, DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import openai_model
@@ -50,47 +50,64 @@ EMBEDS = {
     "SWALIP": "CL2L",
     "SWALIPV1": "CLIP",
 }  # head -> head of the same z and h
-RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers in preprocessor_config.json
 
 
 class Opened(NamedTuple):
     """model: in eval mode on the CPU. title: what the checkpoint turned out to be. context_length:
-    of its texts."""
+    of its texts.
 
-    model: DualEncoder
+    Of a library's model also its own view (uint8 [3,H,W] -> float32, normalised) and tokenizer
+    (texts -> int64 [B,L], or [B,2,L] with the attention mask); None = ours.
+    """
+
+    model: nn.Module
     title: str
     pixels: Pixels
     context_length: int
     vocab_size: int
+    view: Callable[[Tensor], Tensor] | None = None
+    tokenize: Callable[[list[str]], Tensor] | None = None
 
 
-def open_dual(weights: State, about: Mapping[str, Any], name: str | None = None) -> Opened:
+def open_dual(
+    weights: State,
+    about: Mapping[str, Any],
+    name: str | None = None,
+    mean: RGB | None = None,
+    std: RGB | None = None,
+) -> Opened:
     """The network of a checkpoint's weights.
 
     about: whatever is there of `network` (fields of DualConfig: our runs), `args` (clip-rocket,
     SLIP), `config.json` and `preprocessor_config.json` (Hugging Face), `open_clip_config.json`,
     `archive` (True: a TorchScript archive).
     name: the model, where these do not tell: `CL2L_R50_CL2L`; `ViT-B/32` or `ViT-B-32-quickgelu`
-    for quick_gelu, `ViT-B-32` for gelu. Raises UserError.
+    for quick_gelu, `ViT-B-32` for gelu. mean, std: of the pixels, where neither file nor name tells
+    them. Raises UserError.
     """
     check_name(name)
+    stated = {"mean": mean, "std": std} if mean and std else {}
     weights = unwrap_names(weights)
     if "vision_model.embeddings.convolution.weight" in weights:
-        return _align(weights, about, name)
+        return _with_pixels(_align(weights, about, name), stated)
     if "vision_model.embeddings.patch_embedding.weight" in weights:
-        return _hugging_face(weights, about, name)
+        return _hugging_face(weights, about, name, stated)
     keys = {key.removeprefix("text.") for key in weights}
     if keys & {"visual.proj", "visual.attnpool.c_proj.weight"} and "text_projection" in keys:
-        return _openai(weights, about, name)
+        return _openai(weights, about, name, stated)
     if any(key.startswith("visual.trunk.") for key in keys):
-        return _timm_open_clip(weights, about, name)
+        return _timm_open_clip(weights, about, name, stated)
     if keys & {"image_projection", "image_projector.weight", "image_projector.layer1.weight"}:
-        return _rocket(weights, about, name)
+        return _with_pixels(_rocket(weights, about, name), stated)
     if any(key.startswith("image_mlp.") for key in keys):
         raise UserError("a SimCLR checkpoint: it has no text encoder for zero-shot evaluation")
     raise UserError(
         f"a checkpoint of no known dual encoder; its first keys are {', '.join(list(weights)[:8])}"
     )
+
+
+def _with_pixels(opened: Opened, stated: Mapping[str, Any]) -> Opened:
+    return opened._replace(pixels=opened.pixels._replace(**stated))
 
 
 def check_name(name: str | None) -> None:
@@ -194,24 +211,57 @@ def config_of_shapes(weights: State, name: str) -> DualConfig:
 # ------------------------------------------------------------------------------------- OpenAI, open_clip, Hugging Face
 
 
-def _openai(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
+def _openai(
+    weights: State, about: Mapping[str, Any], name: str | None, stated: Mapping[str, Any]
+) -> Opened:
     described = about.get("open_clip_config.json", {})
     activation = _activation(weights, about, name)
+    pixels = dict(described.get("preprocess_cfg", {}))
+    if not (described or stated or _is_openais(weights, about)):
+        pixels = named_pixels(name)
     head_width = described.get("model_cfg", {}).get("vision_cfg", {}).get("head_width")
     model = load_openai(dict(weights), activation)
     return _opened(
         model,
         f"CLIP of OpenAI's layout, {activation}",
-        described.get("preprocess_cfg", {}),
+        pixels | stated,
         name,
         head_width,
+    )
+
+
+def _is_openais(weights: State, about: Mapping[str, Any]) -> bool:
+    """Whether the file holds what OpenAI's alone do."""
+    return bool(about.get("archive")) or any(key in weights for key in NOT_WEIGHTS[:3])
+
+
+def named_pixels(name: str | None) -> dict[str, Any]:
+    """Mean and std of the pixels of a bare file, by its model's name: OpenAI's spelling (ViT-B/32)
+    stands for OpenAI's; in open_clip's the published weights of that name must agree. Else
+    UserError."""
+    if name is not None and "/" in name:
+        return {}
+    import open_clip
+
+    model = (name or "").removesuffix("-quickgelu")
+    found = set()
+    for tag in open_clip.list_pretrained_tags_by_model(model):
+        given = open_clip.get_pretrained_cfg(model, tag)
+        found.add((tuple(given.get("mean") or OPENAI[0]), tuple(given.get("std") or OPENAI[1])))
+    if len(found) == 1:
+        mean, std = found.pop()
+        return {"mean": mean, "std": std}
+    raise UserError(
+        "these weights do not tell mean and std of their pixels: state them, such as --mean 0.5 0.5 "
+        "0.5 --std 0.5 0.5 0.5, or name the weights, such as --model open_clip/ViT-L-14:TAG, or keep "
+        "open_clip_config.json (of Hugging Face: preprocessor_config.json) beside the file"
     )
 
 
 def _activation(weights: State, about: Mapping[str, Any], name: str | None) -> str:
     """Of OpenAI's networks, whose weights look alike with either."""
     described = about.get("open_clip_config.json", {}).get("model_cfg")
-    if about.get("archive") or any(key in weights for key in NOT_WEIGHTS[:3]):
+    if _is_openais(weights, about):
         return "quick_gelu"
     if described is not None:
         return "quick_gelu" if described.get("quick_gelu") else "gelu"
@@ -224,7 +274,9 @@ def _activation(weights: State, about: Mapping[str, Any], name: str | None) -> s
     return "quick_gelu" if "/" in name or name.endswith("-quickgelu") else "gelu"
 
 
-def _hugging_face(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
+def _hugging_face(
+    weights: State, about: Mapping[str, Any], name: str | None, stated: Mapping[str, Any]
+) -> Opened:
     described, images = about.get("config.json", {}), about.get("preprocessor_config.json", {})
     vision, text = described.get("vision_config", {}), described.get("text_config", {})
     if name is None and not described:
@@ -246,6 +298,9 @@ def _hugging_face(weights: State, about: Mapping[str, Any], name: str | None) ->
     model = load_openai(from_hugging_face(weights), activation)
     pixels = {"mean": images.get("image_mean"), "std": images.get("image_std")}
     pixels["interpolation"] = RESAMPLING.get(images.get("resample"))
+    if not images and not stated:
+        pixels = named_pixels(name)
+    pixels = pixels | stated
     return _opened(model, f"CLIP of Hugging Face's layout, {activation}", pixels, name, head_width)
 
 
@@ -275,11 +330,16 @@ def _opened(
     return Opened(model.eval(), title, pixels, config.text.context_length, config.text.vocab_size)
 
 
-def _timm_open_clip(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
+def _timm_open_clip(
+    weights: State, about: Mapping[str, Any], name: str | None, stated: Mapping[str, Any]
+) -> Opened:
     """open_clip's models with a timm tower, as far as our backbones go (our own exports among
     them)."""
     described = about.get("open_clip_config.json", {})
-    settings, pixels = described.get("model_cfg", {}), described.get("preprocess_cfg", {})
+    settings = described.get("model_cfg", {})
+    pixels = dict(described.get("preprocess_cfg", {})) | stated
+    if not described and not stated:
+        pixels = named_pixels(None)
     timm_name = settings.get("vision_cfg", {}).get("timm_model_name")
     backbone = next((ours for ours, theirs in TIMM_NAMES.items() if theirs == timm_name), None)
     if name is None and backbone is None:

@@ -1,85 +1,51 @@
-"""Any image encoder of the project, or of timm, as a map from images to one feature vector each.
+"""The image encoder of any checkpoint, as a map from images to one feature vector each.
 
-encoder = open_encoder(weights, about)           # of a checkpoint: its weights, and what lies in or
-beside it encoder = timm_encoder("resnet50", weights)
-features = encoder(image)                        # float32 [B,3,S,S], normalised by `encoder.pixels`
--> [B,D]
+encoder = open_encoder(weights, about)   # about: what lies in or beside the file
+features = encoder(image)                # float32 [B,3,S,S], by `encoder.pixels` -> [B,D]
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.files import nearest
 from base.pixels import IMAGENET, OPENAI, Pixels
 from models.classification.classifier import SIZES, ClassifierConfig, VisionClassifier
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.layers.vit import ViT, ViTConfig, patches_of
 from models.weights.any_dual_encoder import open_dual
+from models.weights.image_encoder import TOWER, ImageEncoder
+from models.weights.libraries import timm_encoder
 from models.weights.loading import load_checkpoint
-from models.weights.vit import load_vit, native
+from models.weights.vit import backbone, load_vit, native, vit_kind
+from models.weights.vit_facts import (
+    VitFacts,
+    dinov2_name,
+    facts_of,
+    is_dinov2,
+    pixels_of,
+    self_supervised_heads,
+)
 
 State = Mapping[str, Tensor]
-TOWER = "feats"  # what the image tower says, before projections
 
 
-class ImageEncoder(nn.Module):
-    """A network and which of its outputs counts.
-
-    kind: classifier, dual, fusion (SIMLA, ALBEF) or timm: with the title, how its images are
-    resized. pixels: their side, interpolation, mean and std. config: all that the features
-    depend on beside the weights.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        outputs: Callable[[Tensor], dict],
-        kind: str,
-        pixels: Pixels,
-        title: str,
-    ):
-        super().__init__()
-        self.network, self.outputs, self.kind, self.pixels, self.title = (
-            network,
-            outputs,
-            kind,
-            pixels,
-            title,
-        )
-        self.features = TOWER
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.outputs(image)[self.features].flatten(1)
-
-    @property
-    def config(self) -> tuple:
-        return (self.kind, self.pixels, self.title, self.features)
-
-    @torch.no_grad()
-    def choose(self, features: str) -> int:
-        """Let `features` be the output that counts; its width. Raises UserError that lists what
-        there is."""
-        side = self.pixels.size
-        found = self.eval().outputs(torch.zeros(1, 3, side, side))
-        if features not in found:
-            raise UserError(f"features {features!r}: {self.title} has {', '.join(found)}")
-        self.features = features
-        return found[features].flatten(1).shape[1]
-
-
-def open_encoder(weights: State, about: Mapping[str, Any], name: str | None = None) -> ImageEncoder:
+def open_encoder(
+    weights: State,
+    about: Mapping[str, Any],
+    name: str | None = None,
+    stated: VitFacts = VitFacts(),  # noqa: B008 a constant
+) -> ImageEncoder:
     """The image encoder of a checkpoint: of Classification.py, main.py, Pretrain.py and its kin, or
     a foreign one's.
 
     about: `runtime.config.from_checkpoint.described` of the file. name: the model, where
-    these do not tell. Raises UserError.
+    these do not tell. stated: what the user says about a vision transformer of others. Raises
+    UserError.
     """
     network = about.get("network", {})
     if any(key.startswith("visual_encoder.") for key in weights):
@@ -87,10 +53,24 @@ def open_encoder(weights: State, about: Mapping[str, Any], name: str | None = No
     if str(network.get("model", "")).startswith("SIMCLR_"):
         pixels = Pixels(network["image_size"], "bilinear", *IMAGENET)
         return _dual(build_loaded(weights, network), network["model"], pixels)
-    if str(network.get("model", "")).startswith("vit-") or _is_vit(weights):
-        return _classifier(weights, network, name)
-    opened = open_dual(weights, about, name)
+    if str(network.get("model", "")).startswith("vit-"):
+        return _classifier(weights, ClassifierConfig(**_known_fields(network)))
+    if architecture := about.get("config.json", {}).get("architecture"):
+        return timm_encoder(architecture, weights, described=about["config.json"], stated=stated)
+    if is_dinov2(weights):
+        return timm_encoder(dinov2_name(weights), weights, stated=stated)
+    if _is_vit(weights):
+        facts = facts_of(weights, about, stated)
+        if heads := self_supervised_heads(weights):
+            return _self_supervised(backbone(weights), heads, facts)
+        return _foreign_classifier(weights, about, name, facts)
+    opened = open_dual(weights, about, name, stated.mean, stated.std)
     return _dual(opened.model, opened.title, opened.pixels)
+
+
+def _known_fields(network: Mapping[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in fields(ClassifierConfig)}
+    return {key: value for key, value in network.items() if key in known}
 
 
 def _is_vit(weights: State) -> bool:
@@ -112,11 +92,10 @@ def _dual(model: nn.Module, title: str, pixels: Pixels) -> ImageEncoder:
     return ImageEncoder(model, model.embed_image, "dual", pixels, title)
 
 
-def _classifier(weights: State, network: Mapping[str, Any], name: str | None) -> ImageEncoder:
-    """A ViT of Classification.py, or one of its kind under any library's names."""
-    known = {f.name for f in fields(ClassifierConfig)}
-    values = {key: value for key, value in network.items() if key in known}
-    config = ClassifierConfig(**(values or config_of_weights(native(weights), name)))
+def _classifier(
+    weights: State, config: ClassifierConfig, facts: VitFacts | None = None
+) -> ImageEncoder:
+    """A ViT of Classification.py, or one of its kind whose pixels `facts` tell."""
     model = VisionClassifier(config)
     load_vit(model, weights)
 
@@ -127,28 +106,77 @@ def _classifier(weights: State, network: Mapping[str, Any], name: str | None) ->
         return found | ({"pre_logits": hidden} if config.representation_size else {})
 
     pixels = Pixels(config.image_size, "bilinear", *config.statistics)
-    return ImageEncoder(model, outputs, "classifier", pixels, config.model)
+    encoder = ImageEncoder(model, outputs, "classifier", pixels, config.model)
+    if facts is not None:
+        encoder.pixels = pixels_of(facts, config.image_size)
+        encoder.resize = facts.resize
+    return encoder
+
+
+def _foreign_classifier(
+    weights: State, about: Mapping[str, Any], name: str | None, facts: VitFacts
+) -> ImageEncoder:
+    """A plain ViT under any library's names, without a run's configuration."""
+    values = config_of_weights(native(weights), name)
+    values["gelu"] = "tanh" if facts.activation == "gelu_tanh" else "none"
+    config = ClassifierConfig(**values, layer_norm_eps=facts.eps)
+    heads = about.get("config.json", {}).get("num_attention_heads", config.vit.heads)
+    if heads != config.vit.heads:
+        raise UserError(
+            f"config.json: {heads} attention heads, but {config.model} has {config.vit.heads}; "
+            "evaluate the folder with --model hf/FOLDER"
+        )
+    encoder = _classifier(weights, config, facts)
+    if vit_kind(weights) != "tensorflow":  # COYO-ViT's own are resized as there
+        encoder.kind = "vit"
+    return encoder
+
+
+def _self_supervised(weights: State, heads: int, facts: VitFacts) -> ImageEncoder:
+    """The encoder of DINO, MoCo v3 or MAE: no head, the class token counts."""
+    width, (patch, stem) = len(weights["patch_embed.proj.weight"]), patches_of(weights)
+    side = _grid(weights) * patch
+    options = {"layer_norm_eps": facts.eps, "stem": stem}
+    options["gelu"] = "tanh" if facts.activation == "gelu_tanh" else "none"
+    vit = ViT(ViTConfig(side, patch, width, _depth(weights), heads, **options))
+    load_checkpoint(vit, weights)
+
+    def outputs(image: Tensor) -> dict[str, Tensor]:
+        return {TOWER: vit(image)[:, 0]}
+
+    title = f"self-supervised ViT of width {width}, {_depth(weights)} blocks, patch {patch}"
+    encoder = ImageEncoder(vit, outputs, "vit", pixels_of(facts, side), title)
+    encoder.resize = facts.resize
+    return encoder
+
+
+def _depth(weights: State) -> int:
+    return 1 + max(int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key)))
+
+
+def _grid(weights: State) -> int:
+    return round((weights["pos_embed"].shape[1] - 1) ** 0.5)
 
 
 def config_of_weights(weights: State, name: str | None = None) -> dict[str, Any]:
-    """`ClassifierConfig` of native weights alone, GELU and LayerNorm being COYO-ViT's. Raises
-    UserError."""
+    """Sizes of native weights as options of `ClassifierConfig`. Raises UserError."""
     width, (patch, stem) = len(weights["patch_embed.proj.weight"]), patches_of(weights)
-    depth = 1 + max(
-        int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))
-    )
+    depth = _depth(weights)
     size = next((size for size, each in SIZES.items() if each[:2] == (width, depth)), None)
     if name is None and size is None:
         raise UserError(
-            f"a vision transformer of width {width} with {depth} blocks is none of vit-{'|'.join(SIZES)}"
+            f"a vision transformer of width {width} with {depth} blocks is none of "
+            f"vit-{'|'.join(SIZES)}; evaluate it with --model timm/NAME or hf/FOLDER"
         )
-    grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-    found = {"model": name or f"vit-{size}/{patch}", "image_size": grid * patch, "stem": stem}
+    found = {
+        "model": name or f"vit-{size}/{patch}",
+        "image_size": _grid(weights) * patch,
+        "stem": stem,
+        "num_classes": len(weights.get("head.bias", [0])),
+    }
     if "pre_logits.fc.bias" in weights:
         found["representation_size"] = len(weights["pre_logits.fc.bias"])
-    return found | (
-        {"num_classes": len(weights["head.bias"])} if "head.bias" in weights else {"num_classes": 1}
-    )
+    return found
 
 
 def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
@@ -159,13 +187,10 @@ def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
     }
     width, (patch, stem) = len(state["patch_embed.proj.weight"]), patches_of(state)
-    depth = 1 + max(int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key)))
-    grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    depth, side = _depth(state), _grid(state) * patch
     heads = config.get("vision_heads") or max(1, width // 64)
     vit = ViT(
-        ViTConfig(
-            grid * patch, patch, width, depth, heads, mask_token="mask_token" in state, stem=stem
-        )
+        ViTConfig(side, patch, width, depth, heads, mask_token="mask_token" in state, stem=stem)
     )
     load_checkpoint(vit, state)
     network, projection = nn.ModuleDict({"vit": vit}), weights.get("vision_proj.weight")
@@ -182,31 +207,4 @@ def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
         )
 
     title = f"vision transformer of width {width}, {depth} blocks"
-    return ImageEncoder(network, outputs, "fusion", Pixels(grid * patch, "bicubic", *OPENAI), title)
-
-
-def timm_encoder(name: str, weights: State | None = None, pretrained: bool = False) -> ImageEncoder:
-    """A network of timm with pooled features. weights: of a file; pretrained: fetched by timm; else
-    they are random.
-
-    Raises UserError for an unknown name, with the nearest.
-    """
-    import timm
-
-    if not timm.is_model(name.partition(".")[0]):
-        found = nearest(name, timm.list_models(), 0.3)
-        hint = f"; did you mean timm/{found}?" if found else ""
-        raise UserError(f"timm has no model {name!r}{hint}")
-    model = timm.create_model(name, num_classes=0, pretrained=pretrained)
-    if weights is not None:
-        heads = ("head.*", "fc.*", "classifier.*", "pre_logits.*")
-        load_checkpoint(model, weights, allowed_unexpected=heads)
-    given = timm.data.resolve_model_data_config(model)
-    pixels = Pixels(
-        given["input_size"][-1], given["interpolation"], tuple(given["mean"]), tuple(given["std"])
-    )
-    encoder = ImageEncoder(
-        model, lambda image: {TOWER: model(image)}, "timm", pixels, f"timm/{name}"
-    )
-    encoder.crop_share = given["crop_pct"]
-    return encoder
+    return ImageEncoder(network, outputs, "fusion", Pixels(side, "bicubic", *OPENAI), title)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.knobs import knob
+from base.memory import check_fits, parameter_count
 from models.layers.llama import LlamaConfig, own_part
 from models.layers.openai_towers import OpenAIConfig
 from models.recognition.nxtp import Nxtp, NxtpConfig
@@ -25,6 +26,8 @@ from models.weights.nxtp import (
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 
 State = dict[str, Tensor]
+LARGEST = 1 << 17  # of any width, side or number
+MOST_BLOCKS = 1000
 
 
 @dataclass(kw_only=True)
@@ -66,6 +69,20 @@ class Networks:
                 f"resnet: {self.resnet}: name an even width, then the blocks of one to four stages"
             )
 
+    def check(self) -> None:
+        """Raise UserError for sizes that no network can be built of."""
+        vision = [*self.vision] if not self.resnet else [*self.resnet]
+        sizes = {"vision": vision, "decoder": [*self.decoder]}
+        for name in ("decoder_layers", "decoder_heads", "image_size"):
+            value = getattr(self, name)
+            sizes[name] = [] if value is None else [value]
+        for name, values in sizes.items():
+            if not all(1 <= value <= LARGEST for value in values):
+                raise UserError(f"{name} {values}: sizes are whole numbers from 1 to {LARGEST:,}")
+        for name, blocks in (("vision", self.vision[1]), ("decoder", self.decoder[1])):
+            if blocks > MOST_BLOCKS:
+                raise UserError(f"{name}: {blocks:,} blocks are more than {MOST_BLOCKS}")
+
     def build(
         self,
         tokenizer,
@@ -79,7 +96,8 @@ class Networks:
         tokenizer: has vocab_size and `image`, the id of <|image|>. clip: CLIP's weights in any
         layout; llama: a folder;
         checkpoint: NXTP's, ours or published; what none of them has stays random. part: (rank,
-        size) of a process that shares the decoder's matrices with others.
+        size) of a process that shares the decoder's matrices with others. Raises UserError where
+        the host's memory would not hold the weights.
         """
         clip = openai_layout(clip) if clip else None
         if checkpoint:
@@ -97,7 +115,10 @@ class Networks:
         self.norm_eps, self.rope_theta = decoder.norm_eps, decoder.rope_theta
         wanted = (self.train_embeddings, self.train_outputs)
         rows = [(tokenizer.image,) if name == "special" else None for name in wanted]
-        model = Nxtp(NxtpConfig(vision, decoder, self.prefix_image, *rows))
+        config = NxtpConfig(vision, decoder, self.prefix_image, *rows)
+        if part is None:
+            check_fits(parameter_count(lambda: Nxtp(config)), "NXTP's network")
+        model = Nxtp(config)
         load_checkpoint(model, state, allowed_missing=missing)
         return model
 
@@ -122,8 +143,11 @@ class Networks:
         width, blocks, patch = (
             (self.resnet[0], tuple(self.resnet[1:]), 0) if self.resnet else self.vision
         )
+        side = self.image_size or 224
+        if patch and side % patch:
+            raise UserError(f"image_size {side}: no multiple of the patch size {patch} (vision)")
         sizes = {"vision_width": width, "vision_layers": blocks, "patch_size": patch}
-        vision = OpenAIConfig(embed_dim=decoder.dim, image_size=self.image_size or 224, **sizes)
+        vision = OpenAIConfig(embed_dim=decoder.dim, image_size=side, **sizes)
         return vision, decoder, state, missing
 
     def _random_decoder(self, vocabulary: int) -> LlamaConfig:

@@ -71,9 +71,34 @@ def vit_kind(state: State) -> str:
     )
 
 
+def backbone(state: State) -> dict[str, Tensor]:
+    """The encoder alone of a self-supervised checkpoint, under timm's names; other weights as they
+    are.
+
+    DINO and DINOv2 keep `backbone.*`, MoCo v3 `base_encoder.*` (its head is a projector), MAE a
+    decoder beside the encoder.
+    """
+    for prefix in ("backbone.", "base_encoder."):
+        inside = {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+        if "patch_embed.proj.weight" in inside:
+            return {key: value for key, value in inside.items() if not key.startswith("head.")}
+    if "decoder_embed.weight" in state:
+        return {
+            key: value
+            for key, value in state.items()
+            if not key.startswith("decoder_") and key != "mask_token"
+        }
+    return dict(state)
+
+
 def native(state: State) -> dict[str, Tensor]:
     """Weights of any kind under the native names. Of a run or checkpoint with a moving average, the
     average."""
+    state = backbone(state)
     if any(key.startswith("ema.") for key in state):
         state = {
             key.removeprefix("ema."): value

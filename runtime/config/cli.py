@@ -13,6 +13,7 @@ Later wins; mappings merge, anything else is replaced. A file may name the files
     config = parse(Config, description=__doc__)
 """
 
+import copy
 import os
 import re
 import sys
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 C = TypeVar("C")
+SPLITS = ("val_file", "test_file", "val", "test")  # what --evaluate reads, in any script
+OF_SPLIT = {"test_answers": "test_file"}
 OTHER_RANKS_WAIT = 3.0  # seconds, see `run_script`
 
 
@@ -82,7 +85,25 @@ def read_arguments(cls: type, argv: Sequence[str]) -> Draft:
             draft.put_words(key, [text], OVERRIDES)
         else:
             draft.mistakes.append(f"--overrides {word}: expected key=value")
+    leave_out_unnamed_splits(draft)
     return draft
+
+
+def leave_out_unnamed_splits(draft: Draft) -> None:
+    """With --evaluate and a split on the command line, the recipe's other splits are not read: they
+    may not be on this machine. What belongs to a recipe's split goes with it."""
+    if not draft.values.get("evaluate"):
+        return
+    asked = {path for path, (source, _) in draft.set_by.items() if source in (FLAGS, OVERRIDES)}
+    named = [path for path in SPLITS if path in asked and draft.values[path]]
+    if not named:
+        return
+    others = [path for path in SPLITS if path in draft.values and path not in asked]
+    others += [path for path, split in OF_SPLIT.items() if split in named and path not in asked]
+    for path in others:
+        if draft.values.get(path):
+            draft.values[path] = copy.copy(draft.schema.knobs[path].default)
+            draft.notes.append(f"{path} of the recipe is not read: --evaluate with {named[0]}")
 
 
 def _flags(argv: Sequence[str], draft: Draft) -> list[tuple[str, list[str]]]:

@@ -75,6 +75,9 @@ class FineTuneConfig(Geometry, ValidationConfig, RunConfig):
     flip: bool = knob(
         True, "horizontal flip with probability 0.5; no where texts say left and right"
     )
+    error_budget: float = knob(
+        0.01, "fraction of unreadable samples at which the run stops", low=0, high=1
+    )
     augment_level: float = knob(
         7, "strength of RandAugment's two operations; 0 = none of them", low=0, high=10
     )

@@ -39,7 +39,7 @@ class RecognitionData(StreamConfig, ValidationConfig):
 
 def inherit_network(config, saved: dict) -> None:
     """Take over what the configuration `saved` in a checkpoint says about the network's form, the
-    image size, the way images are cut, and the tokenizer."""
+    image size, the way images are cut, and the tokenizer. UserError for sizes that cannot be."""
     network = saved.get("network", {})
     for name in ("decoder_heads", "norm_eps", "rope_theta", "prefix_image"):
         setattr(config.network, name, network.get(name, getattr(config.network, name)))
@@ -49,3 +49,4 @@ def inherit_network(config, saved: dict) -> None:
     if found is None:
         raise UserError("tokenizer: name a SentencePiece tokenizer.model, or a folder with --llama")
     config.tokenizer = Path(found)
+    config.network.check()

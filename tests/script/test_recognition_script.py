@@ -40,7 +40,7 @@ def test_a_debug_run_trains_validates_and_tests(trained):
     log = lines(folder)
     assert [line["step"] for line in log if "loss" in line] == [2, 4, 6, 8]
     assert all("val_exact_f1" in line for line in log if "val_exact_recall" in line)
-    assert metrics["test"].keys() == {"exact_recall", "exact_precision", "exact_f1"}
+    assert metrics["test"].keys() == {"exact_recall", "exact_precision", "exact_f1", "chance"}
     labels = json.loads((folder / "result/labels_test.json").read_text())
     assert len(labels) == 24 and len(labels[0]["labels"]) <= 5 and labels[0]["references"]
     page = (folder / "result/report.html").read_text()

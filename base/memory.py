@@ -1,0 +1,67 @@
+"""Will a network fit? Its memory is estimated before anything is built."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+
+from base.errors import UserError
+
+FLOAT = 4  # bytes of a parameter, its gradient and each moment of Adam's
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device | None = None) -> int | None:
+    """Bytes that a process may still take on `device`; of the host for the CPU; None = unknown."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [_of_meminfo(), _of_cgroup("memory.max", "memory.current")]
+    found.append(_of_cgroup("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+    known = [value for value in found if value is not None]
+    return min(known) if known else None
+
+
+def _of_meminfo() -> int | None:
+    try:
+        for line in MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
+    return None
+
+
+def _of_cgroup(limit: str, used: str) -> int | None:
+    """What a container's limit leaves; its page cache counts as used, as the kernel counts it."""
+    try:
+        return int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
+    except (OSError, ValueError):  # "max": no limit
+        return None
+
+
+def parameter_count(make: Callable[[], nn.Module]) -> int:
+    """Parameters of the network that `make` builds, without their memory."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return sum(parameter.numel() for parameter in make().parameters())
+
+
+def check_fits(
+    parameters: int, what: str, copies: int = 1, device: torch.device | None = None
+) -> None:
+    """UserError where `copies` float32 copies of the parameters exceed the free memory.
+
+    copies: 1 for the weights alone, 4 to train (gradients and two moments), 3 where they are there.
+    """
+    if detect_fake_mode() is not None:  # scripts/plan.py: nothing is allocated
+        return
+    free, needed = free_memory(device), FLOAT * copies * parameters
+    if free is not None and needed > free:
+        where = "host" if device is None or device.type == "cpu" else str(device)
+        raise UserError(
+            f"{what}: {parameters / 1e9:.3g} billion parameters need {needed / 2**30:.3g} GiB "
+            f"({copies} float32 {'copy' if copies == 1 else 'copies'}), but {free / 2**30:.3g} GiB "
+            f"are free on the {where}; name smaller sizes, or share them: --parallel fsdp"
+        )

@@ -1,0 +1,120 @@
+"""Images in one folder with a list of their classes, as ImageNet's validation set is published.
+
+Beside the folder, or in it, lies one of
+    val.txt (the folder's name)                     lines `name label`, labels from 0, as Caffe's
+    imagenet_2012_validation_synset_labels.txt      a synset a line, in the order of the file names
+    LOC_val_solution.csv                            Kaggle's: image id, synset and boxes
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from base.errors import UserError, brief
+from base.files import did_you_mean, read_lines
+from dataset.images.formats import is_image
+
+SYNSETS = "imagenet_2012_validation_synset_labels.txt"
+KAGGLE = "LOC_val_solution.csv"
+DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
+
+
+class FlatFolder(NamedTuple):
+    """files [N]; labels int64 [N]; classes: names in the order of the labels, [] where the list
+    holds numbers."""
+
+    files: list[Path]
+    labels: torch.Tensor
+    classes: list[str]
+
+
+def is_flat(root: Path) -> bool:
+    """Whether a folder holds images and no visible sub-folder."""
+    if not root.is_dir():
+        return False
+    with os.scandir(root) as entries:
+        inside = [entry for entry in entries if not entry.name.startswith(".")]
+    has_folders = any(entry.is_dir() for entry in inside)
+    return not has_folders and any(is_image(entry.name) for entry in inside)
+
+
+def flat_folder(root: Path, classes: Sequence[str] = ()) -> FlatFolder:
+    """The images of a folder without class folders. classes: names that synsets are looked up in;
+    none = those of the list, in alphabetical order. UserError says what lacks."""
+    readers: dict[str, Callable] = {
+        f"{root.name}.txt": _numbered,
+        SYNSETS: _synsets,
+        KAGGLE: _kaggle,
+    }
+    for name, read in readers.items():
+        for file in (root.parent / name, root / name):
+            if file.is_file():
+                return read(root, file, list(classes))
+    found = next((at / DEVKIT for at in (root.parent, root) if (at / DEVKIT).is_file()), None)
+    why = f" ({found} counts classes in an order of its own)" if found else ""
+    raise UserError(
+        f"{root}: holds no sub-folder for each class{why}; sort the images into class folders "
+        f"(PyTorch's extract_ILSVRC.sh does so for ImageNet), or put {root.name}.txt with a "
+        f"line `name label` for each image, {SYNSETS} or {KAGGLE} beside the folder"
+    )
+
+
+def _numbered(root: Path, file: Path, classes: list[str]) -> FlatFolder:
+    files, labels = [], []
+    for number, line in enumerate(read_lines(file), 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.isdecimal():
+            raise UserError(f"{file}, line {number}: expected `name label`, found {brief(line)}")
+        if classes and int(label) >= len(classes):
+            raise UserError(
+                f"{file}, line {number}: class {label}, but there are {len(classes)} from 0"
+            )
+        files.append(root / name.strip())
+        labels.append(int(label))
+    return _checked(file, files, labels, [])
+
+
+def _synsets(root: Path, file: Path, classes: list[str]) -> FlatFolder:
+    files = sorted(path for path in root.iterdir() if is_image(path))
+    synsets = [line.strip() for line in read_lines(file) if line.strip()]
+    if len(files) != len(synsets):
+        raise UserError(
+            f"{file}: {len(synsets)} synsets for the {len(files)} images of {root}; fetch what lacks"
+        )
+    return _named(file, files, synsets, classes)
+
+
+def _kaggle(root: Path, file: Path, classes: list[str]) -> FlatFolder:
+    files, synsets = [], []
+    for number, line in enumerate(read_lines(file), 1):
+        image, _, boxes = line.strip().partition(",")
+        if number == 1 or not image:
+            continue
+        if not boxes.split():
+            raise UserError(
+                f"{file}, line {number}: expected `image,synset …`, found {brief(line)}"
+            )
+        files.append(root / f"{image}.JPEG")
+        synsets.append(boxes.split()[0])
+    return _named(file, files, synsets, classes)
+
+
+def _named(file: Path, files: list[Path], synsets: list[str], classes: list[str]) -> FlatFolder:
+    known = classes or sorted(set(synsets))
+    place = {name: number for number, name in enumerate(known)}
+    for synset in synsets:
+        if synset not in place:
+            hint = did_you_mean(synset, place)
+            raise UserError(f"{file}: {synset!r} is not among the {len(known)} classes{hint}")
+    return _checked(file, files, [place[synset] for synset in synsets], known)
+
+
+def _checked(file: Path, files: list[Path], labels: list[int], classes: list[str]) -> FlatFolder:
+    if not files:
+        raise UserError(f"{file}: an empty list")
+    return FlatFolder(files, torch.tensor(labels), classes)

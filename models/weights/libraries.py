@@ -1,0 +1,528 @@
+"""Models of installed libraries for evaluation: open_clip, timm, Hugging Face transformers.
+
+    opened = open_library("open_clip/ViT-B-16-SigLIP:webli")         # a dual encoder: Opened
+    opened = open_library("hf/google/siglip2-base-patch16-224")      # a name of the hub, or a folder
+    encoder = library_encoder("timm/vit_small_patch16_224.dino", pretrained=True)    # ImageEncoder
+
+Model, tokenizer and image transform are the library's; data, prompts and evaluation are ours.
+Weights come from the library's own cache (HF_HUB_OFFLINE is respected), from a file, or are random.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from base.errors import UserError
+from base.files import did_you_mean, nearest
+from base.pixels import Pixels
+from models.weights.any_dual_encoder import Opened
+from models.weights.image_encoder import TOWER, ImageEncoder
+from models.weights.loading import load_checkpoint
+from models.weights.vit import backbone
+from models.weights.vit_facts import VitFacts
+
+State = Mapping[str, Tensor]
+LIBRARIES = ("open_clip", "timm", "hf")
+CLASS_TOKEN = (  # types of transformers whose first token stands for the image
+    "vit",
+    "vit_msn",
+    "deit",
+    "beit",
+    "data2vec-vision",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+)
+NO_NETWORK = ("connect", "offline", "cached", "resolve", "timed out", "urlopen", "proxy", "network")
+
+
+def of_library(name: str | None) -> bool:
+    """Whether a model's name asks for a library: open_clip/…, timm/… or hf/…"""
+    return name is not None and name.partition("/")[0] in LIBRARIES and "/" in name
+
+
+def open_library(name: str, checkpoint: Path | None = None, random_weights: bool = False) -> Opened:
+    """A dual encoder of open_clip or transformers by `open_clip/NAME[:TAG]` or `hf/NAME-or-folder`.
+
+    checkpoint: file of weights for open_clip's architecture. random_weights: build the network
+    alone. Raises UserError: unknown name (nearest named), no network, an image encoder without text.
+    """
+    library, _, rest = name.partition("/")
+    if library == "open_clip":
+        return _open_clip(rest, checkpoint, random_weights)
+    if library == "hf":
+        return _hugging_face_dual(rest, checkpoint, random_weights)
+    raise UserError(f"{name}: timm's networks have no text encoder; evaluate it with eval_knn.py")
+
+
+def library_encoder(
+    name: str,
+    checkpoint: Path | None = None,
+    weights: State | None = None,
+    pretrained: bool = False,
+    random_weights: bool = False,
+    stated: VitFacts = VitFacts(),  # noqa: B008 a constant
+) -> ImageEncoder:
+    """The image encoder of a library's model; of a dual encoder the image tower with projection.
+
+    checkpoint, random_weights: see `open_library`; weights, pretrained, stated: see `timm_encoder`.
+    """
+    library, _, rest = name.partition("/")
+    if library == "timm":
+        return timm_encoder(rest, weights, pretrained, stated=stated)
+    if library == "hf":
+        encoder = _hugging_face_image(rest, checkpoint, random_weights)
+        if encoder is not None:
+            return encoder
+    opened = open_library(name, checkpoint, random_weights)
+
+    def outputs(image: Tensor) -> dict[str, Tensor]:
+        found = opened.model.embed_image(image)["z"]
+        return {TOWER: found, "z": found}
+
+    return ImageEncoder(
+        opened.model, outputs, "library", opened.pixels, opened.title, view=opened.view
+    )
+
+
+class LibraryDual(nn.Module):
+    """A library's dual encoder with the methods of ours.
+
+    image: float32 as the view makes it -> [B,D]. text: int64 as the tokenizer makes it -> [B,D].
+    """
+
+    def __init__(self, network: nn.Module, image: Callable, text: Callable, config: object):
+        super().__init__()
+        self.network, self.image, self.text, self.config = network, image, text, config
+
+    def embed_image(self, image: Tensor) -> dict[str, Tensor]:
+        return {"z": self.image(image)}
+
+    def embed_text(self, text_ids: Tensor) -> dict[str, Tensor]:
+        return {"z": self.text(text_ids)}
+
+
+def _hint(library: str, name: str, known: list[str]) -> str:
+    found = nearest(name, known, 0.3)
+    return f"; did you mean {library}/{found}?" if found else ""
+
+
+def asked(what: str, call: Callable, *arguments: Any, **options: Any) -> Any:
+    """`call(…)` of a library; its errors become one sentence that starts with `what`."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # what matters is in the exception
+    try:
+        return call(*arguments, **options)
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise anything: OSError, RuntimeError, KeyError, …
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        if any(word in text.lower() for word in NO_NETWORK):
+            raise UserError(
+                f"{what}: not in the local cache, and the hub cannot be reached; fetch it where "
+                "there is a network, name a local folder or --checkpoint FILE, or add "
+                "--random-weights"
+            ) from None
+        raise UserError(f"{what}: {text}") from None
+    finally:
+        logging.disable(before)
+
+
+class OnImage:
+    """A library's transform as a view: uint8 [3,H,W] -> float32, normalised."""
+
+    def __init__(self, transform: Callable):
+        self.transform = transform
+
+    def __call__(self, image: Tensor) -> Tensor:
+        from torchvision.transforms.v2.functional import to_pil_image
+
+        return self.transform(to_pil_image(image))
+
+    def __repr__(self) -> str:
+        return repr(self.transform)
+
+
+# ---------------------------------------------------------------------------------------- open_clip
+def _open_clip(name: str, checkpoint: Path | None, random_weights: bool) -> Opened:
+    import open_clip
+
+    title, (name, tag) = f"open_clip/{name}", _name_and_tag(name)
+    elsewhere = name.startswith(("hf-hub:", "local-dir:"))  # configuration and weights lie there
+    if not elsewhere:
+        _check_open_clip(name, tag, bool(checkpoint or random_weights))
+    pretrained = None if checkpoint or random_weights else tag
+    look = None if elsewhere else _open_clip_pixels(name, tag)
+    network = asked(
+        title,
+        open_clip.create_model,
+        name,
+        pretrained=pretrained,
+        load_weights=not (checkpoint or random_weights),
+        pretrained_text=False,
+        force_quick_gelu=not elsewhere and _quick_gelu(name, tag),
+        force_preprocess_cfg=look,
+        require_pretrained=bool(pretrained),
+    )
+    if checkpoint:
+        what = f"{checkpoint} in {title}"
+        asked(what, open_clip.factory.load_checkpoint, network, str(checkpoint))
+    tokenizer = asked(f"the tokenizer of {title}", open_clip.get_tokenizer, name)
+    return opened_open_clip(network.eval(), tokenizer, title)
+
+
+def opened_open_clip(network: nn.Module, tokenizer: Callable, title: str) -> Opened:
+    """open_clip's network with its transform and tokenizer."""
+    import open_clip
+
+    look = open_clip.model.get_model_preprocess_cfg(network)
+    transform = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**look), False
+    )
+    side = look["size"] if isinstance(look["size"], int) else look["size"][0]
+    pixels = Pixels(side, look["interpolation"], tuple(look["mean"]), tuple(look["std"]))
+    vocabulary = getattr(network, "vocab_size", 0) or getattr(network.text, "vocab_size", 0)
+    model = LibraryDual(network, network.encode_image, network.encode_text, f"{title} {look}")
+    return Opened(
+        model.eval(),
+        title,
+        pixels,
+        tokenizer.context_length,
+        vocabulary,
+        OnImage(transform),
+        tokenizer,
+    )
+
+
+def _name_and_tag(name: str) -> tuple[str, str | None]:
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return name, None
+    name, _, tag = name.partition(":")
+    return name.replace("/", "-"), tag or None
+
+
+def _check_open_clip(name: str, tag: str | None, has_weights: bool) -> None:
+    """UserError for an unknown architecture or tag, or where no weights are named."""
+    import open_clip
+
+    if name not in open_clip.list_models():
+        hint = _hint("open_clip", name, open_clip.list_models())
+        raise UserError(f"open_clip has no model {name!r}{hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag is not None and open_clip.get_pretrained_cfg(name, tag) in (None, {}):
+        hint = did_you_mean(tag, tags, 0.3)
+        listed = _some(tags) or "none"
+        raise UserError(f"open_clip/{name} has no weights {tag!r}{hint}; there are: {listed}")
+    if tag is None and not has_weights:
+        listed = f" such as open_clip/{name}:{tags[0]} (of {_some(tags)})" if tags else ""
+        raise UserError(
+            f"open_clip/{name}: name its weights{listed}, or add --checkpoint FILE or "
+            "--random-weights"
+        )
+
+
+def _some(tags: list[str], most: int = 6) -> str:
+    return ", ".join(tags[:most]) + (", …" if len(tags) > most else "")
+
+
+def _quick_gelu(name: str, tag: str | None) -> bool:
+    """Whether the weights want QuickGELU where the architecture of that name has the exact one:
+    open_clip itself only warns. UserError for the opposite."""
+    import open_clip
+
+    built = bool(open_clip.get_model_config(name).get("quick_gelu"))
+    wanted = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) if tag else built
+    if built and not wanted:
+        plain = name.removesuffix("-quickgelu")
+        raise UserError(
+            f"open_clip/{name}:{tag}: these weights were trained without QuickGELU; name them "
+            f"open_clip/{plain}:{tag}"
+        )
+    return wanted
+
+
+def _open_clip_pixels(name: str, tag: str | None) -> dict[str, Any] | None:
+    """Mean, std and resize of the weights `tag`; without a tag those that all tags agree on."""
+    import open_clip
+
+    names = ("mean", "std", "interpolation", "resize_mode")
+    looks = []
+    for each in [tag] if tag else open_clip.list_pretrained_tags_by_model(name):
+        given = open_clip.get_pretrained_cfg(name, each)
+        look = {key: given[key] for key in names if given.get(key)}
+        if look not in looks:
+            looks.append(look)
+    if len(looks) > 1:
+        tags = _some(open_clip.list_pretrained_tags_by_model(name))
+        raise UserError(
+            f"open_clip/{name}: its weights differ in mean and std of the pixels; name those whose "
+            f"transform is meant as open_clip/{name}:TAG, TAG of {tags}"
+        )
+    return looks[0] if looks else None
+
+
+# --------------------------------------------------------------------------------------------- timm
+def timm_encoder(
+    name: str,
+    weights: State | None = None,
+    pretrained: bool = False,
+    described: Mapping[str, Any] | None = None,
+    stated: VitFacts = VitFacts(),  # noqa: B008 a constant
+) -> ImageEncoder:
+    """A network of timm with pooled features. weights: of a file; pretrained: fetched by timm; else
+    they are random. described: timm's config.json beside the weights. stated: pixels that differ
+    from those of the name.
+
+    Raises UserError for an unknown name, with the nearest.
+    """
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        hint = _hint("timm", name, timm.list_models())
+        raise UserError(f"timm has no model {name!r}{hint}")
+    described = described or {}
+    if stated.activation or stated.eps:
+        raise UserError(
+            f"timm/{name} has its own activation and eps: leave out --activation, --eps"
+        )
+    options = dict(described.get("model_args", {}), num_classes=0, pretrained=pretrained)
+    if "pretrained_cfg" in described:
+        options["pretrained_cfg_overlay"] = described["pretrained_cfg"]
+    model = asked(f"timm/{name}", timm.create_model, name, **options)
+    if weights is not None:
+        _load_timm(model, weights)
+    given = timm.data.resolve_model_data_config(model)
+    pixels = Pixels(
+        given["input_size"][-1],
+        stated.interpolation or given["interpolation"],
+        tuple(stated.mean or given["mean"]),
+        tuple(stated.std or given["std"]),
+    )
+    resize = stated.resize or round(pixels.size / given["crop_pct"])
+    return ImageEncoder(
+        model, lambda image: {TOWER: model(image)}, "timm", pixels, f"timm/{name}", resize
+    )
+
+
+def _load_timm(model: nn.Module, weights: State) -> None:
+    """Weights of timm or of the network's own makers (DINO, DINOv2, MoCo v3, MAE, DeiT)."""
+    from timm.models import vision_transformer
+
+    state = backbone(weights)
+    if isinstance(model, vision_transformer.VisionTransformer):
+        state = vision_transformer.checkpoint_filter_fn(state, model)
+    heads = ("head.*", "head_dist.*", "fc.*", "classifier.*", "pre_logits.*")
+    load_checkpoint(model, state, allowed_unexpected=heads)
+
+
+# --------------------------------------------------------------------------- transformers, from here
+def _hf_source(source: str) -> str:
+    """A folder as it is; else a name of the hub. UserError for what can be neither."""
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise UserError(f"hf/{source}: the folder has no config.json")
+        return source
+    if source.count("/") > 1 or source.startswith((".", "/", "~")) or not source:
+        raise UserError(f"hf/{source}: no such folder, and no name of the hub (USER/NAME)")
+    return source
+
+
+def _hf_config(source: str):
+    import transformers
+
+    return asked(f"hf/{source}", transformers.AutoConfig.from_pretrained, _hf_source(source))
+
+
+def _hf_network(source: str, config, kind: type, random_weights: bool, **options) -> nn.Module:
+    """A network of transformers with all of its weights: UserError names those that are missing."""
+    import transformers
+
+    if random_weights:
+        build = getattr(kind, "from_config", kind)
+        return build(config, **options).eval()
+    transformers.utils.logging.disable_progress_bar()
+    network, found = asked(
+        f"hf/{source}",
+        kind.from_pretrained,
+        source,
+        config=config,
+        output_loading_info=True,
+        **options,
+    )
+    missing = sorted(key for key in found["missing_keys"] if not key.endswith("position_ids"))
+    if missing:
+        some = ", ".join(missing[:5])
+        raise UserError(f"hf/{source}: its files lack {len(missing)} weights of the model: {some}")
+    return network.float().eval()
+
+
+class HfView:
+    """transformers' image processor as a view: uint8 [3,H,W] -> float32.
+
+    SigLIP 2 with native resolution (NaFlex) gives P patches with mask and grid: float32 [P,D+3].
+    """
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, image: Tensor) -> Tensor:
+        found = self.processor(image, return_tensors="pt", input_data_format="channels_first")
+        pixels = found["pixel_values"][0]
+        if "spatial_shapes" not in found:
+            return pixels
+        mask, grid = found["pixel_attention_mask"][0], found["spatial_shapes"][0]
+        beside = torch.cat([mask[:, None], grid.expand(len(mask), 2)], dim=1)
+        return torch.cat([pixels, beside.to(pixels.dtype)], dim=1)
+
+    def __repr__(self) -> str:
+        return str(self.processor)
+
+
+def naflex_inputs(image: Tensor) -> dict[str, Tensor]:
+    """What HfView packed, float32 [B,P,D+3], as SigLIP 2 takes it."""
+    return {
+        "pixel_values": image[..., :-3],
+        "pixel_attention_mask": image[..., -3].to(torch.int64),
+        "spatial_shapes": image[:, 0, -2:].to(torch.int64),
+    }
+
+
+def _hf_view(source: str, config) -> tuple[HfView, Pixels]:
+    import transformers
+
+    what = f"the image processor of hf/{source}"
+    processor = asked(what, transformers.AutoImageProcessor.from_pretrained, source)
+    view = HfView(processor)
+    side = getattr(getattr(config, "vision_config", config), "image_size", 224)
+    side = side if isinstance(side, int) else side[0]
+    mean = tuple(getattr(processor, "image_mean", None) or (0.0, 0.0, 0.0))
+    std = tuple(getattr(processor, "image_std", None) or (1.0, 1.0, 1.0))
+    return view, Pixels(side, "bicubic", mean, std)
+
+
+class HfTokenizer:
+    """transformers' tokenizer: texts -> ids int64 [B,L], or [B,2,L] with the attention mask.
+
+    SigLIP's texts are padded to their full length, as in training; others to the longest.
+    """
+
+    def __init__(self, tokenizer, longest: int, pad_to_longest: bool):
+        self.tokenizer, self.longest = tokenizer, longest
+        self.padding = "longest" if pad_to_longest else "max_length"
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        found = self.tokenizer(
+            list(texts),
+            padding=self.padding,
+            truncation=True,
+            max_length=self.longest,
+            return_tensors="pt",
+        )
+        if "attention_mask" not in found:
+            return found["input_ids"]
+        return torch.stack([found["input_ids"], found["attention_mask"]], 1)
+
+
+def _text_inputs(text_ids: Tensor) -> dict[str, Tensor]:
+    if text_ids.ndim == 2:
+        return {"input_ids": text_ids}
+    return {"input_ids": text_ids[:, 0], "attention_mask": text_ids[:, 1]}
+
+
+def _hugging_face_dual(source: str, checkpoint: Path | None, random_weights: bool) -> Opened:
+    """CLIP, SigLIP, SigLIP 2, ALIGN, BLIP (retrieval) and whatever else embeds both images and
+    texts."""
+    import transformers
+
+    if checkpoint:
+        raise UserError("hf/NAME reads the weights of its folder: leave out --checkpoint")
+    config = _hf_config(source)
+    kind, text = transformers.AutoModel, getattr(config, "text_config", None)
+    if config.model_type == "blip":
+        kind = transformers.BlipForImageTextRetrieval
+    network = _hf_network(source, config, kind, random_weights)
+    if config.model_type == "blip":
+        image, tokens = _blip_features(network)
+    elif hasattr(network, "get_image_features") and hasattr(network, "get_text_features"):
+        image, tokens = _features(network, config.model_type == "siglip2")
+    else:
+        raise UserError(
+            f"hf/{source}: a {config.model_type} has no pair of image and text encoder; "
+            "evaluate images alone with eval_knn.py"
+        )
+    view, pixels = _hf_view(source, config)
+    what = f"the tokenizer of hf/{source}"
+    tokenizer = asked(what, transformers.AutoTokenizer.from_pretrained, source)
+    longest = min(getattr(text, "max_position_embeddings", 77), tokenizer.model_max_length)
+    longest = 64 if config.model_type == "align" else longest
+    siglip = config.model_type in ("siglip", "siglip2")
+    vocabulary = getattr(text, "vocab_size", len(tokenizer))
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"hf/{source}: the tokenizer makes {len(tokenizer)} tokens, but the text encoder knows "
+            f"{vocabulary}; keep the tokenizer it was trained with in the folder"
+        )
+    model = LibraryDual(network, image, tokens, f"hf/{source} {view}")
+    tokenize = HfTokenizer(tokenizer, longest, not siglip)
+    return Opened(model.eval(), f"hf/{source}", pixels, longest, vocabulary, view, tokenize)
+
+
+def _features(network: nn.Module, naflex: bool) -> tuple[Callable, Callable]:
+    def image(pixels: Tensor) -> Tensor:
+        inputs = naflex_inputs(pixels) if naflex else {"pixel_values": pixels}
+        found = network.get_image_features(**inputs)
+        return getattr(found, "pooler_output", found)  # a tensor before transformers 5
+
+    def text(text_ids: Tensor) -> Tensor:
+        found = network.get_text_features(**_text_inputs(text_ids))
+        return getattr(found, "pooler_output", found)
+
+    return image, text
+
+
+def _blip_features(network: nn.Module) -> tuple[Callable, Callable]:
+    """BLIP's contrastive heads on the class tokens."""
+
+    def image(pixels: Tensor) -> Tensor:
+        return network.vision_proj(network.vision_model(pixel_values=pixels)[0][:, 0])
+
+    def text(text_ids: Tensor) -> Tensor:
+        return network.text_proj(network.text_encoder(**_text_inputs(text_ids))[0][:, 0])
+
+    return image, text
+
+
+def _hugging_face_image(
+    source: str, checkpoint: Path | None, random_weights: bool
+) -> ImageEncoder | None:
+    """An image encoder of transformers; None for a dual encoder."""
+    import transformers
+
+    if checkpoint:
+        raise UserError("hf/NAME reads the weights of its folder: leave out --checkpoint")
+    config = _hf_config(source)
+    if hasattr(config, "text_config"):
+        return None
+    kind, options = transformers.AutoModel, {}
+    if config.model_type == "vit_mae":  # MAE's own model masks patches
+        sizes = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+        kind, config = transformers.ViTModel, transformers.ViTConfig(**sizes)
+    if config.model_type in ("vit", "deit", "beit", "data2vec-vision"):
+        options["add_pooling_layer"] = False  # of another task, and often not in the files
+    network = _hf_network(source, config, kind, random_weights, **options)
+    view, pixels = _hf_view(source, config)
+
+    def outputs(image: Tensor) -> dict[str, Tensor]:
+        found = network(pixel_values=image)
+        hidden, pooled = found.last_hidden_state, getattr(found, "pooler_output", None)
+        if config.model_type in CLASS_TOKEN:
+            return {TOWER: hidden[:, 0]}
+        if pooled is None:
+            raise UserError(f"hf/{source}: a {config.model_type} has no pooled image features")
+        return {TOWER: pooled.flatten(1)}
+
+    return ImageEncoder(network, outputs, "library", pixels, f"hf/{source}", view=view)

@@ -1,0 +1,187 @@
+"""What the weights of a vision transformer do not say: pixel statistics, activation, LayerNorm eps.
+
+Two networks whose weights look alike may differ in all of these. They are read from the files beside
+the weights or known from the layout of one maker; what is still unknown is asked for, never guessed.
+
+    facts = facts_of(weights, about, VitFacts(mean=(0.5, 0.5, 0.5)))     # what the user states wins
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from base.distributed import say
+from base.errors import UserError, brief
+from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels
+from models.classification.classifier import VisionClassifier
+from models.weights.loading import Differences
+from models.weights.vit import load_vit, vit_kind
+
+State = Mapping[str, Tensor]
+ACTIVATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}  # as torch says it
+
+
+class VitFacts(NamedTuple):
+    """Facts about a vision transformer; None = unknown.
+
+    activation: `gelu` (exact) or `gelu_tanh`. resize: the shorter side before the centre crop, in
+    pixels; None = the whole image is squeezed to the input size.
+    """
+
+    mean: RGB | None = None
+    std: RGB | None = None
+    activation: str | None = None
+    eps: float | None = None
+    interpolation: str | None = None
+    resize: int | None = None
+
+    def updated(self, newer: "VitFacts") -> "VitFacts":
+        """These facts, overridden by what `newer` knows."""
+        known = {name: value for name, value in newer._asdict().items() if value is not None}
+        return self._replace(**known)
+
+
+COYO_VIT = VitFacts(*HALF, "gelu_tanh", 1e-6, "bilinear")
+SELF_SUPERVISED = VitFacts(*IMAGENET, "gelu", 1e-6, "bicubic")  # DINO, MoCo v3, MAE, DINOv2
+
+
+def facts_of(weights: State, about: Mapping[str, Any], stated: VitFacts) -> VitFacts:
+    """All facts, or UserError that lists what is missing and how to state it.
+
+    weights: as stored, prefixes included. about: `config.json` and `preprocessor_config.json` from
+    beside the file, where they exist. stated: by the user.
+    """
+    found = known_facts(weights, about).updated(stated)
+    options = {
+        "mean": "--mean 0.485 0.456 0.406",
+        "std": "--std 0.229 0.224 0.225",
+        "activation": "--activation gelu (exact) or gelu_tanh",
+        "eps": "--eps 1e-6",
+    }
+    missing = [name for name in options if getattr(found, name) is None]
+    if missing:
+        asked = ", ".join(options[name] for name in missing)
+        raise UserError(
+            f"these weights do not tell their {', '.join(missing)}: keep config.json and "
+            f"preprocessor_config.json beside the file, or state them, such as {asked}, or name the "
+            "model of timm they belong to, such as --model timm/vit_small_patch16_224.dino"
+        )
+    return found
+
+
+def known_facts(weights: State, about: Mapping[str, Any]) -> VitFacts:
+    """What the weights' layout and the files beside them tell."""
+    found = _of_layout(weights)
+    found = found.updated(_of_config(about.get("config.json", {})))
+    return found.updated(_of_preprocessor(about.get("preprocessor_config.json", {})))
+
+
+def differing_options(network, weights: State, about: Mapping[str, Any]) -> list[str]:
+    """Options that make `network` (a ClassifierConfig) compute what the weights of others were
+    trained with, such as `--gelu none`; [] where it does, or nothing is known."""
+    if "network" in about:  # a run of ours
+        return []
+    facts, options = known_facts(weights, about), []
+    gelu = {"gelu": "none", "gelu_tanh": "tanh"}.get(facts.activation, network.gelu)
+    if gelu != network.gelu:
+        options.append(f"--gelu {gelu}")
+    if facts.eps is not None and facts.eps != network.layer_norm_eps:
+        options.append(f"--layer-norm-eps {facts.eps:g}")
+    mean, std = network.statistics
+    if (facts.mean or mean, facts.std or std) != (mean, std):
+        pixels = (facts.mean or mean, facts.std or std)
+        name = next((name for name, each in STATISTICS.items() if each == pixels), None)
+        options.append(f"--pixels {name}" if name else f"pixels of mean {pixels[0]}")
+    return options
+
+
+def load_agreeing(
+    model: VisionClassifier, weights: State, about: Mapping[str, Any], strict: bool
+) -> Differences:
+    """`load_vit`, where the network computes what the weights were trained with; else UserError
+    names the options, or, not `strict`, a note does: fine-tuning adapts to them."""
+    options = differing_options(model.options, weights, about)
+    if options and strict:
+        raise UserError(f"these weights were trained otherwise: add {' '.join(options)}")
+    if options:
+        say(f"note: the starting weights were trained with {' '.join(options)}")
+    return load_vit(model, weights)
+
+
+def _of_layout(weights: State) -> VitFacts:
+    """Facts of a layout that only one maker writes."""
+    made_by_dino = any(key.startswith("backbone.patch_embed.") for key in weights)
+    made_by_moco = any(key.startswith("base_encoder.patch_embed.") for key in weights)
+    if made_by_dino or made_by_moco or "decoder_embed.weight" in weights or is_dinov2(weights):
+        return SELF_SUPERVISED
+    if vit_kind(weights) == "tensorflow":
+        return COYO_VIT
+    return VitFacts()
+
+
+def self_supervised_heads(weights: State) -> int | None:
+    """Attention heads of a DINO, MoCo v3 or MAE checkpoint; None for weights of other layouts.
+
+    Heads are 64 wide, but for MoCo v3's small (12 of 32) and MAE's huge network (16 of 80).
+    """
+    for prefix in ("backbone.", "base_encoder.", ""):
+        if f"{prefix}patch_embed.proj.weight" in weights:
+            break
+    else:
+        return None
+    if not prefix and "decoder_embed.weight" not in weights:
+        return None
+    width = len(weights[f"{prefix}patch_embed.proj.weight"])
+    known = {("base_encoder.", 384): 12, ("", 1280): 16}
+    return known.get((prefix, width), max(1, width // 64))
+
+
+def dinov2_name(weights: State) -> str:
+    """timm's name of a DINOv2 network."""
+    sizes = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
+    width = weights["patch_embed.proj.weight"].shape[0]
+    if width not in sizes:
+        raise UserError(f"DINOv2 has no network of width {width}: {', '.join(map(str, sizes))}")
+    registers = "_reg4" if "register_tokens" in weights else ""
+    return f"vit_{sizes[width]}_patch14{registers}_dinov2"
+
+
+def pixels_of(facts: VitFacts, size: int) -> Pixels:
+    """How images of side `size` enter the network."""
+    return Pixels(size, facts.interpolation or "bicubic", facts.mean, facts.std)
+
+
+def is_dinov2(weights: State) -> bool:
+    """Whether these are DINOv2's weights under Meta's names."""
+    return {"mask_token", "blocks.0.ls1.gamma", "patch_embed.proj.weight"} <= weights.keys()
+
+
+def _of_config(described: Mapping[str, Any]) -> VitFacts:
+    """Facts of transformers' config.json; what it leaves out is at the library's default."""
+    if described.get("model_type") not in ("vit", "deit", "vit_mae", "vit_msn", "dinov2"):
+        return VitFacts()
+    activation = described.get("hidden_act", "gelu")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"config.json: hidden_act {brief(activation)} is not supported")
+    name = "gelu_tanh" if ACTIVATIONS[activation] == "tanh" else "gelu"
+    default = 1e-6 if described["model_type"] in ("dinov2", "vit_msn") else 1e-12
+    return VitFacts(activation=name, eps=float(described.get("layer_norm_eps", default)))
+
+
+def _of_preprocessor(images: Mapping[str, Any]) -> VitFacts:
+    """Facts of transformers' preprocessor_config.json."""
+    size, resize = images.get("size"), None
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        resize = int(size["shortest_edge"])
+    elif isinstance(size, Mapping) and images.get("do_center_crop"):
+        resize = int(size.get("height", 0)) or None
+    mean, std = images.get("image_mean"), images.get("image_std")
+    if images.get("do_normalize") is False and images:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return VitFacts(
+        mean=tuple(mean) if mean else None,
+        std=tuple(std) if std else None,
+        interpolation=RESAMPLING.get(images.get("resample")),
+        resize=resize,
+    )

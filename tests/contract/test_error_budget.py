@@ -1,0 +1,45 @@
+"""Evaluation's error budget counts the unreadable images of all processes together."""
+
+import pytest
+
+from base.distributed import gather_objects
+from base.errors import UserError
+from dataset.images.decode import decode_image
+from dataset.loading.eval import EvalLoader, shard_indices
+from tests.helpers.processes import spawn
+
+IMAGES = 20
+
+
+def load(index: int, bad: int) -> dict:
+    return {"image": decode_image(b"" if index < bad else b"GIF89a", name=f"{index}.jpg")}
+
+
+def evaluate(rank: int, bad: int, budget: float, fails: bool) -> None:
+    """The first images, all of rank 0, are unreadable; the others are, too, but not looked at."""
+    own = shard_indices(IMAGES, rank, 2)
+
+    def sample(index: int) -> dict:
+        return load(index, bad) if index < bad else {"image": index}
+
+    loader = EvalLoader(sample, own, 5, list, workers=0, error_budget=budget)
+    try:
+        list(loader)
+        text = ""
+    except UserError as error:
+        text = str(error)
+    texts = gather_objects(text)
+    if fails:
+        assert all(f"{bad} images of {IMAGES} samples are unreadable" in each for each in texts)
+        assert "--error-budget" in texts[1] and "0.jpg" in texts[0]
+    else:
+        assert texts == ["", ""]
+        assert loader.damages() == {"unreadable_images": bad}
+
+
+@pytest.mark.parametrize(
+    ("bad", "budget", "fails"),
+    [(2, 0.1, False), (3, 0.16, False), (2, 0.09, True)],
+)
+def test_two_processes(bad, budget, fails):
+    spawn(evaluate, 2, bad, budget, fails)

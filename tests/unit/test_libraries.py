@@ -1,0 +1,346 @@
+"""Models of open_clip, timm and transformers for evaluation: the same features and inputs as from
+the library called directly, and one sentence for whatever cannot be opened."""
+
+import json
+
+import pytest
+import torch
+from torchvision.transforms.v2.functional import to_pil_image
+
+from base.errors import UserError
+from models.weights.libraries import library_encoder, of_library, open_library, opened_open_clip
+
+open_clip = pytest.importorskip("open_clip")
+transformers = pytest.importorskip("transformers")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "dog", "cat", "digit"]
+TEXTS = ["a red dog", "blue cat a digit"]
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4}
+VISION = TINY | {"image_size": 32, "patch_size": 8}
+TEXT = TINY | {"vocab_size": 32, "max_position_embeddings": 16}
+TEXT |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+
+
+def photo() -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
+
+
+def save_tokenizer(folder, names: list[str]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: number for number, word in enumerate(WORDS)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=16,
+        model_input_names=names,
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def clip():
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)
+    look = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    return transformers.CLIPModel(config), look, ["input_ids", "attention_mask"]
+
+
+def siglip():
+    config = transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
+    look = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    return transformers.SiglipModel(config), look, ["input_ids"]
+
+
+def siglip2():
+    vision = VISION | {"num_patches": 16}
+    config = transformers.Siglip2Config(text_config=TEXT, vision_config=vision)
+    look = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    return transformers.Siglip2Model(config), look, ["input_ids"]
+
+
+def align():
+    vision = {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1}
+    vision |= {"depth_divisor": 4, "hidden_dim": 32}
+    config = transformers.AlignConfig(text_config=TEXT, vision_config=vision, projection_dim=32)
+    look = transformers.EfficientNetImageProcessor(size={"height": 32, "width": 32})
+    return transformers.AlignModel(config), look, ["input_ids", "attention_mask"]
+
+
+def blip():
+    text = TEXT | {"encoder_hidden_size": 32}
+    config = transformers.BlipConfig(text_config=text, vision_config=VISION, projection_dim=12)
+    config.image_text_hidden_size = 12
+    look = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+    network = transformers.BlipForImageTextRetrieval(config)
+    return network, look, ["input_ids", "attention_mask"]
+
+
+def features(network, images: dict, texts: dict):
+    """Of the library alone."""
+    if isinstance(network, transformers.BlipForImageTextRetrieval):
+        image = network.vision_proj(network.vision_model(**images).last_hidden_state[:, 0])
+        text = network.text_proj(network.text_encoder(**texts).last_hidden_state[:, 0])
+        return image, text
+    image, text = network.get_image_features(**images), network.get_text_features(**texts)
+    return getattr(image, "pooler_output", image), getattr(text, "pooler_output", text)
+
+
+@pytest.mark.parametrize("make", [clip, siglip, siglip2, align, blip])
+def test_dual_encoders_of_hugging_face(tmp_path, make):
+    torch.manual_seed(0)
+    network, look, names = make()
+    network.eval().save_pretrained(tmp_path)
+    look.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, names)
+    opened = open_library(f"hf/{tmp_path}")
+    assert not opened.model.training
+    images = look(to_pil_image(photo()), return_tensors="pt")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    padding = "max_length" if names == ["input_ids"] else True
+    texts = tokenizer(TEXTS, padding=padding, return_tensors="pt", max_length=16)
+    with torch.no_grad():
+        expected = features(network, images, texts)
+        view = opened.view(photo())
+        image = opened.model.embed_image(view[None])["z"]
+        text = opened.model.embed_text(opened.tokenize(TEXTS))["z"]
+    if make is not siglip2:
+        torch.testing.assert_close(view, images["pixel_values"][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(image, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(text, expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2", "ViTMAE", "ConvNext"])
+def test_image_encoders_of_hugging_face(tmp_path, kind):
+    torch.manual_seed(0)
+    options = dict(VISION)
+    if kind == "ConvNext":
+        options = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+    if kind == "ViTMAE":
+        options["mask_ratio"] = 0.0
+    config = getattr(transformers, f"{kind}Config")(**options)
+    network = getattr(transformers, f"{kind}Model")(config).eval()
+    network.save_pretrained(tmp_path)
+    look = transformers.ViTImageProcessor(size={"height": 32, "width": 32}, image_std=[0.2] * 3)
+    look.save_pretrained(tmp_path)
+    encoder = library_encoder(f"hf/{tmp_path}").eval()
+    assert encoder.choose("feats") == (16 if kind == "ConvNext" else 32)
+    pixels = look(to_pil_image(photo()), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.view(photo())[None], pixels, atol=1e-5, rtol=0)
+        found = network(pixels)
+        expected = found.pooler_output if kind == "ConvNext" else found.last_hidden_state[:, 0]
+        torch.testing.assert_close(encoder(pixels), expected.flatten(1), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_a_folder_lacks_are_named(tmp_path):
+    network, look, names = clip()
+    state = network.state_dict()
+    state.pop("visual_projection.weight")
+    network.save_pretrained(tmp_path, state_dict=state)
+    look.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, names)
+    with pytest.raises(UserError, match=r"lack 1 weights of the model: visual_projection\.weight"):
+        open_library(f"hf/{tmp_path}")
+    assert open_library(f"hf/{tmp_path}", random_weights=True).vocab_size == 32
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path):
+    config = transformers.CLIPConfig(
+        text_config=TEXT | {"vocab_size": 7}, vision_config=VISION, projection_dim=12
+    )
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    clip()[1].save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, ["input_ids", "attention_mask"])
+    with pytest.raises(UserError, match="makes 10 tokens, but the text encoder knows 7"):
+        open_library(f"hf/{tmp_path}")
+
+
+def tiny_open_clip(folder, **changes):
+    """A folder as open_clip pushes them: configuration and weights."""
+    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    model_cfg = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text} | changes
+    look = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
+    about = {"model_cfg": model_cfg, "preprocess_cfg": look | {"resize_mode": "squash"}}
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    torch.manual_seed(0)
+    kind = open_clip.CustomTextCLIP if model_cfg.pop("custom_text", False) else open_clip.CLIP
+    kind = open_clip.CoCa if "multimodal_cfg" in changes else kind
+    torch.save(kind(**model_cfg).state_dict(), folder / "open_clip_pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["clip", "custom", "timm", "coca"])
+def test_open_clip_called_directly(tmp_path, kind):
+    changes = {
+        "clip": {},
+        "custom": {"custom_text": True},
+        "timm": {
+            "custom_text": True,
+            "vision_cfg": {"image_size": 32, "timm_model_name": "resnet10t", "timm_pool": ""},
+        },
+        "coca": {
+            "custom_text": True,
+            "multimodal_cfg": {"width": 32, "heads": 2, "layers": 1, "context_length": 12},
+        },
+    }[kind]
+    if kind == "timm":
+        changes["vision_cfg"] |= {"timm_pool": "avg", "timm_proj": "linear"}
+    if kind == "coca":
+        changes["text_cfg"] = {
+            "context_length": 12,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 2,
+            "embed_cls": True,
+            "output_tokens": True,
+        }
+        changes["vision_cfg"] = {
+            "image_size": 32,
+            "layers": 2,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+            "attentional_pool": True,
+            "attn_pooler_heads": 2,
+            "output_tokens": True,
+        }
+    name = f"local-dir:{tiny_open_clip(tmp_path / 'model', **changes)}"
+    opened = open_library(f"open_clip/{name}")
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    model.eval()
+    assert opened.pixels.mean == (0.1, 0.2, 0.3) and opened.pixels.interpolation == "bilinear"
+    with torch.no_grad():
+        view = opened.view(photo())
+        torch.testing.assert_close(view, transform(to_pil_image(photo())), atol=1e-5, rtol=0)
+        assert opened.tokenize(TEXTS).equal(tokenizer(TEXTS))
+        for found, expected in (
+            (opened.model.embed_image(view[None]), model.encode_image(view[None])),
+            (opened.model.embed_text(tokenizer(TEXTS)), model.encode_text(tokenizer(TEXTS))),
+        ):
+            torch.testing.assert_close(found["z"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_file_of_weights_for_an_architecture_of_open_clip(tmp_path, monkeypatch):
+    folder = tiny_open_clip(tmp_path / "model")
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
+    opened = open_library("open_clip/tiny", folder / "open_clip_pytorch_model.bin")
+    model = open_clip.create_model("tiny", str(folder / "open_clip_pytorch_model.bin")).eval()
+    with torch.no_grad():
+        view = opened.view(photo())[None]
+        torch.testing.assert_close(
+            opened.model.embed_image(view)["z"], model.encode_image(view), atol=1e-5, rtol=1e-5
+        )
+    torch.save({"nothing": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt in open_clip/tiny: "):
+        open_library("open_clip/tiny", tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("open_clip/ViT-B-33", "did you mean open_clip/ViT-B-32"),
+        ("open_clip/ViT-B-32:openaii", "did you mean openai"),
+        ("open_clip/ViT-B-32", r"name its weights such as open_clip/ViT-B-32:openai"),
+        ("open_clip/ViT-B-32-quickgelu:laion2b_e16", "no weights 'laion2b_e16'"),
+        ("timm/resnet10t", "no text encoder"),
+        ("hf/a/b/c", "no such folder, and no name of the hub"),
+        ("hf/./nowhere", "no such folder"),
+    ],
+)
+def test_names_that_cannot_be_opened(name, message):
+    assert of_library(name)
+    with pytest.raises(UserError, match=message):
+        open_library(name)
+
+
+def test_names_of_timm():
+    with pytest.raises(UserError, match="did you mean timm/resnet50"):
+        library_encoder("timm/resnet5O")
+    assert not of_library("ViT-B/32") and not of_library(None) and not of_library("timm")
+
+
+def test_pixels_are_not_guessed_where_published_weights_differ():
+    with pytest.raises(UserError, match=r"differ in mean and std .* open_clip/ViT-L-14:TAG"):
+        open_library("open_clip/ViT-L-14", random_weights=True)
+
+
+def test_no_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def offline(*_, **__):
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", offline)
+    for name in ("hf/google/siglip2-base-patch16-224", "open_clip/ViT-B-32:laion2b_e16"):
+        with pytest.raises(UserError, match="not in the local cache, and the hub cannot be reach"):
+            open_library(name)
+
+
+def text_configuration(name: str):
+    """What AutoConfig fetches for the text towers of open_clip's list."""
+    kinds = {"roberta": "RobertaConfig", "xlm": "XLMRobertaConfig", "nllb": "M2M100Config"}
+    kinds |= {"mt5": "MT5Config", "bert": "BertConfig", "clip-vit": "CLIPTextConfig"}
+    key = "xlm" if "xlm" in name else next(key for key in kinds if key in name.lower())
+    return getattr(transformers, kinds[key])()
+
+
+class AnyTokenizer:
+    """Stands for the tokenizers that the hub keeps."""
+
+    context_length = 77
+
+
+def meta_model(name: str, tag: str, monkeypatch):
+    from models.weights import libraries
+
+    looked = libraries._open_clip_pixels(name, tag)
+    with torch.device("meta"):
+        network = open_clip.create_model(
+            name,
+            pretrained_text=False,
+            force_quick_gelu=libraries._quick_gelu(name, tag),
+            force_preprocess_cfg=looked,
+        )
+    return network
+
+
+@pytest.mark.slow
+def test_every_pair_of_open_clips_list_resolves(monkeypatch):
+    """Every (model, tag): architecture on the meta device, transform, tokenizer and widths."""
+
+    def fetched(name, *_, **__):
+        return text_configuration(name)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fetched)
+    monkeypatch.setattr(open_clip.factory, "HFTokenizer", lambda *_, **__: AnyTokenizer())
+    monkeypatch.setattr(open_clip.factory, "SigLipTokenizer", lambda *_, **__: AnyTokenizer())
+    failed, built = [], {}
+    for name, tag in open_clip.list_pretrained():
+        try:
+            look = json.dumps(open_clip.get_pretrained_cfg(name, tag), sort_keys=True, default=str)
+            if name not in built:
+                built[name] = meta_model(name, tag, monkeypatch)
+            tokenizer = open_clip.get_tokenizer(name)
+            opened = opened_open_clip(built[name], tokenizer, f"{name}:{tag}")
+            width = open_clip.get_model_config(name)["embed_dim"]
+            assert opened.view(photo()).shape[-1] == opened.pixels.size, look
+            assert opened.vocab_size > 0 and opened.context_length > 0
+            assert width > 0
+        except Exception as error:
+            failed.append(f"{name}:{tag}: {type(error).__name__}: {str(error)[:200]}")
+    assert not failed, "\n".join(failed)
+    assert len(open_clip.list_pretrained()) >= 150

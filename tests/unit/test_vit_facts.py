@@ -1,0 +1,189 @@
+"""Vision transformers of others in eval_knn.py: the network is the published one, or the user is
+asked; nothing about pixels, activation and LayerNorm is guessed."""
+
+import json
+
+import pytest
+import torch
+
+from base.errors import UserError
+from base.pixels import HALF, IMAGENET
+from models.weights.any_image_encoder import open_encoder
+from models.weights.vit import to_transformers
+from models.weights.vit_facts import VitFacts
+from runtime.checkpoint import read_weights
+from runtime.config.from_checkpoint import described
+
+timm = pytest.importorskip("timm")
+STATED = VitFacts(*IMAGENET, "gelu", 1e-6)
+
+
+def network(**changes):
+    """timm's transformer of 192 x 12 (vit-ti), small images, weights far from their start."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    options |= {"num_classes": 0, "global_pool": "token"} | changes
+    model = timm.models.VisionTransformer(**options).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def image():
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 32, 32)
+
+
+def same(encoder, model, tolerance: float = 1e-5) -> None:
+    with torch.no_grad():
+        found, expected = encoder.eval()(image()), model(image())
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_bare_weights_are_asked_for_what_they_do_not_tell():
+    weights = network().state_dict()
+    with pytest.raises(UserError) as error:
+        open_encoder(weights, {})
+    text = str(error.value)
+    for option in ("--mean", "--std", "--activation", "--eps", "preprocessor_config.json"):
+        assert option in text
+    with pytest.raises(UserError, match=r"do not tell their activation, eps:"):
+        open_encoder(weights, {}, stated=VitFacts(*IMAGENET))
+
+
+@pytest.mark.parametrize(
+    ("activation", "layer"), [("gelu", torch.nn.GELU), ("gelu_tanh", "gelu_tanh")]
+)
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_what_the_user_states_is_what_the_network_does(activation, layer, eps):
+    def norm(width: int, **_):
+        return torch.nn.LayerNorm(width, eps=eps)
+
+    model = network(act_layer=layer, norm_layer=norm)
+    facts = VitFacts((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), activation, eps)
+    encoder = open_encoder(model.state_dict(), {}, stated=facts)
+    assert encoder.pixels.mean == (0.1, 0.2, 0.3) and encoder.pixels.std == (0.4, 0.5, 0.6)
+    same(encoder, model)
+
+
+@pytest.mark.parametrize(
+    ("activation", "layer"), [("gelu", torch.nn.GELU), ("gelu_pytorch_tanh", "gelu_tanh")]
+)
+def test_hugging_faces_files_tell(tmp_path, activation, layer):
+    def norm(width: int, **_):
+        return torch.nn.LayerNorm(width, eps=1e-3)
+
+    model = network(act_layer=layer, norm_layer=norm)
+    torch.save(to_transformers(model.state_dict()), tmp_path / "pytorch_model.bin")
+    config = {"model_type": "vit", "hidden_act": activation, "layer_norm_eps": 1e-3}
+    config["num_attention_heads"] = 3
+    images = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    file = tmp_path / "pytorch_model.bin"
+    encoder = open_encoder(read_weights(file), described(file))
+    assert encoder.pixels == (32, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    same(encoder, model)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 6}))
+    with pytest.raises(UserError, match="6 attention heads"):
+        open_encoder(read_weights(file), described(file))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    with pytest.raises(UserError, match="hidden_act 'relu' is not supported"):
+        open_encoder(read_weights(file), described(file))
+
+
+def test_timms_config_json_tells(tmp_path):
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "model_args": {"img_size": 32, "act_layer": "gelu_tanh"},
+        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4] * 3, "input_size": [3, 32, 32]},
+    }
+    model = network(act_layer="gelu_tanh")
+    encoder = open_encoder(model.state_dict(), {"config.json": config})
+    assert encoder.pixels.mean == (0.1, 0.2, 0.3) and encoder.kind == "timm"
+    same(encoder, model)
+
+
+def prefixed(state, prefix: str) -> dict:
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("maker", ["dino", "moco", "mae", "mae_encoder_alone"])
+def test_self_supervised_files_by_their_layout(tmp_path, maker):
+    sizes = {"embed_dim": 384, "num_heads": 12} if maker == "moco" else {}
+    model = network(**sizes)
+    state = model.state_dict()
+    head = {"head.mlp.0.weight": torch.ones(3, 3)}
+    content = {
+        "dino": {
+            "student": prefixed({key: value + 1 for key, value in state.items()}, "backbone."),
+            "teacher": prefixed(prefixed(state, "backbone.") | head, "module."),
+            "epoch": 3,
+        },
+        "moco": {
+            "arch": "vit_small",
+            "state_dict": prefixed(
+                state | {"head.0.weight": torch.ones(2, 2)}, "module.base_encoder."
+            )
+            | prefixed(
+                {key: value + 1 for key, value in state.items()}, "module.momentum_encoder."
+            ),
+        },
+        "mae": {
+            "model": state | {"decoder_embed.weight": torch.ones(2, 2), "mask_token": torch.ones(1)}
+        },
+        "mae_encoder_alone": {"model": state},
+    }[maker]
+    torch.save(content, tmp_path / "file.pth")
+    weights = read_weights(tmp_path / "file.pth")
+    if maker == "mae_encoder_alone":  # looks like any ViT: the user is asked
+        with pytest.raises(UserError, match="state them"):
+            open_encoder(weights, {})
+        encoder = open_encoder(weights, {}, stated=STATED)
+    else:
+        encoder = open_encoder(weights, {})
+    assert encoder.pixels.mean == IMAGENET[0]
+    same(encoder, model)
+
+
+def test_dinov2_of_meta():
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=28).eval()
+    state = dict(model.state_dict())
+    state["mask_token"] = torch.zeros(1, 384)
+    encoder = open_encoder(state, {})
+    assert encoder.pixels.mean == IMAGENET[0] and encoder.title == "timm/vit_small_patch14_dinov2"
+    larger = torch.randn(1, 3, encoder.pixels.size, encoder.pixels.size)
+    with torch.no_grad():
+        reference = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        reference.load_state_dict(checkpoint_filter_fn(dict(state), reference))
+        torch.testing.assert_close(encoder.eval()(larger), reference(larger))
+
+
+def test_coyo_vit_is_known_by_its_names():
+    from models.weights.vit import to_tensorflow
+
+    weights = to_tensorflow(network().state_dict())
+    encoder = open_encoder(weights, {})
+    assert encoder.pixels.mean == HALF[0] and encoder.kind == "classifier"
+    same(encoder, network(act_layer="gelu_tanh"))
+
+
+def test_classification_says_where_its_options_differ_from_the_weights(capsys):
+    from models.classification.classifier import ClassifierConfig, VisionClassifier
+    from models.weights.vit_facts import load_agreeing
+
+    weights = prefixed(network().state_dict(), "backbone.")  # DINO: exact GELU, ImageNet's pixels
+    sizes = {"model": "vit-ti/16", "image_size": 32, "num_classes": 3}
+    model = VisionClassifier(ClassifierConfig(**sizes))
+    with pytest.raises(UserError, match="add --gelu none --pixels imagenet"):
+        load_agreeing(model, weights, {}, strict=True)
+    load_agreeing(model, weights, {}, strict=False)
+    assert "trained with --gelu none --pixels imagenet" in capsys.readouterr().out
+    torch.testing.assert_close(
+        model.blocks[3].mlp.fc1.weight, weights["backbone.blocks.3.mlp.fc1.weight"]
+    )
+    fitting = VisionClassifier(ClassifierConfig(**sizes, gelu="none", pixels="imagenet"))
+    load_agreeing(fitting, weights, {}, strict=True)
+    load_agreeing(model, weights, {"network": {}}, strict=True)  # a run of ours says so itself

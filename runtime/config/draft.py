@@ -65,7 +65,7 @@ class Draft:
             self.ignored[source.spell(key)] = self.schema.ignored[found.path]
         elif found.path in self.schema.old_names:
             section, _, name = found.path.rpartition(".")
-            self.put_all({name: value}, source, section, section + ".")
+            self.put_all({name: value}, source, section, found.path.removesuffix(name))
         elif value is not None or not found.moved:
             for name in reversed(found.rest):
                 value = {name: value}
@@ -90,9 +90,13 @@ class Draft:
     def put_all(self, values: Mapping, source: Source, section: str = "", prefix: str = "") -> None:
         """Set the knobs of a section, written with `prefix`, from a mapping."""
         translate = getattr(self.schema.sections[section], "translate", None)
-        values = translate(dict(values), self.notes) if translate else values
+        try:
+            values = translate(dict(values), self.notes) if translate else values
+        except UserError as error:
+            return self.mistakes.append(f"{source.place(prefix.rstrip('.'))}: {error}")
         for name, value in values.items():
             self.put(f"{prefix}{name}", value, source)
+        return None
 
     def put_words(self, key: str, words: Sequence[str], source: Source) -> None:
         """Set one knob from the words of a command line."""

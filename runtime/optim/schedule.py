@@ -59,8 +59,9 @@ class Schedule:
         stairs = values.pop("warmup_epochs", None)
         if stairs is None or values.get("original_warmup") is False:
             return values
-        length = 100 * stairs if isinstance(stairs, int | float) else stairs
-        return values | {"warmup": f"{length} steps", "original_warmup": True}
+        if not isinstance(stairs, int) or stairs < 0:
+            raise UserError(f"warmup_epochs {stairs}: expected a whole number of 100 updates")
+        return values | {"warmup": f"{100 * stairs} steps", "original_warmup": True}
 
 
 def steps(

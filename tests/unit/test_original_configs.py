@@ -143,6 +143,15 @@ def test_our_saved_files_keep_their_warm_up(tmp_path):
     assert config.vision_weights is None
 
 
+def test_a_wrong_warm_up_is_refused(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("alpha: 0.4\nschedular: {warmup_epochs: many}")
+    with pytest.raises(UserError) as error:
+        load(importlib.import_module("VE").Config, file)
+    wanted = "warmup_epochs many: expected a whole number of 100 updates"
+    assert str(error.value) == f"{file}:2: schedular: {wanted}"
+
+
 # Commands as in the READMEs: script, words, what they set.
 COMMANDS = [
     (

@@ -65,7 +65,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
         without_effect = [f"{name} ({why})" for name, why in draft.ignored.items()]
         if without_effect:
             draft.notes.append("without effect here: " + ", ".join(without_effect))
-        for note in draft.notes:
+        for note in dict.fromkeys(draft.notes):
             print("note:", note, flush=True)
     return config
 
@@ -129,8 +129,10 @@ def help_text(cls: type, description: str | None = None, argv: Sequence[str] = (
     Shown are those that the method uses which `argv` chooses (a class names the options that choose
     it: METHOD), without rare ones; after `--help all` every one.
     """
-    everything = "all" in argv
-    draft = read_arguments(cls, [w for w in argv if w not in ("-h", "--help", "all")])
+    asked = next((i for i, word in enumerate(argv) if word in ("-h", "--help")), len(argv))
+    everything = list(argv[asked + 1 : asked + 2]) == ["all"]
+    rest = [*argv[:asked], *argv[asked + 1 + everything :]]
+    draft = read_arguments(cls, rest)
     chosen = [str(draft.values[path]) for path in getattr(cls, "METHOD", ())]
     method = {word for value in chosen for word in value.split("_")} | set(chosen)
     groups: dict[str, list[str]] = {}

@@ -23,13 +23,14 @@ def is_original(values: Mapping) -> bool:
 def pretraining(values: dict, notes: list[str]) -> dict:
     """Pretrain.yaml. Their code starts from DeiT-B and BERT, unless `from_scratch`; ALBEF's file is
     the one without an image tokenizer."""
-    from_scratch = values.pop("from_scratch", False)
-    if not is_original(values):
-        return values
-    notes.append(DIFFERENCES)
-    added = {"method": "simla" if "image_tokenizer_path" in values else "albef"}
-    if not from_scratch:
-        added |= {"vision_weights": DEIT, "text_weights": BERT}
+    added = {}
+    if values.pop("from_scratch", False):
+        added = {"vision_weights": None, "text_weights": None}
+    elif is_original(values):
+        added = {"vision_weights": DEIT, "text_weights": BERT}
+    if is_original(values):
+        notes.append(DIFFERENCES)
+        added["method"] = "simla" if "image_tokenizer_path" in values else "albef"
     return with_defaults(values, added, notes)
 
 

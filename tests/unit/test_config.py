@@ -623,6 +623,7 @@ def test_help_shows_what_the_method_uses(capsys):
     assert shown() == {"--aa", "--seed"}
     assert shown("--method", "beta") == {"--bb", "--seed"}
     assert shown("--help", "all") == {"--aa", "--bb", "--cc", "--seed"}
+    assert shown("--resume", "all", "--help") == {"--aa", "--seed"}
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,9 @@ def test_from_scratch_starts_from_random_weights(tmp_path):
     (tmp_path / "scratch.yaml").write_text(text)
     config = load(importlib.import_module("Pretrain").Config, tmp_path / "scratch.yaml")
     assert (config.vision_weights, config.text_weights, config.method) == (None, None, "simla")
+    words = ["--config", str(FILES / "simla/Pretrain.yaml"), "--from_scratch", "true"]
+    config = parse(importlib.import_module("Pretrain").Config, words)
+    assert (config.vision_weights, config.text_weights) == (None, None)
 
 
 def test_our_saved_files_keep_their_warm_up(tmp_path):

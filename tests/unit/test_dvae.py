@@ -47,6 +47,13 @@ def test_shapes_and_geometry_from_weights(groups, outputs, blocks):
     assert decoded.shape == image.shape and decoded.min() >= 0 and decoded.max() <= 1
 
 
+def test_uint8_images_are_those_in_0_to_1():
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(TokenizerConfig(**TINY | {"groups": 2}))
+    image = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(tokenizer.logits(image), tokenizer.logits(image / 255))
+
+
 def test_a_code_sees_its_place():
     """Codes are arranged as the image: a change in one corner leaves far codes as they are."""
     torch.manual_seed(0)

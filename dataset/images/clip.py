@@ -29,16 +29,18 @@ class ViewOptions:
     multicrop_resize: int | None = knob(
         None, "side of the local views in pixels; none = image_size"
     )
-    multicrop_max_scale: float = knob(1.0, "largest share of the image in a local view", rare=True)
-    weak_min_scale: float = knob(0.5, "smallest share of the image in a weak view")
-    blur_prob: float = knob(0.5, "of strong views", rare=True)
-    solarize_prob: float = knob(0.0, "of strong views", rare=True)
-    grayscale_prob: float = knob(0.2, "of strong views", rare=True)
+    multicrop_max_scale: float = knob(
+        1.0, "largest fraction of the image in a local view", rare=True
+    )
+    weak_min_scale: float = knob(0.5, "smallest fraction of the image in a weak view")
+    blur_prob: float = knob(0.5, "probability of blur in strong views", rare=True)
+    solarize_prob: float = knob(0.0, "probability of solarisation in strong views", rare=True)
+    grayscale_prob: float = knob(0.2, "probability of grayscale in strong views", rare=True)
     flip: bool = knob(
         True, "flip half of the strong views horizontally; no where captions say left and right"
     )
     jitter: bool = knob(True, "change the colours of strong views; no where captions name colours")
-    strong_min_scale: float = knob(0.08, "smallest share of the image in a strong view")
+    strong_min_scale: float = knob(0.08, "smallest fraction of the image in a strong view")
     byol_augment: bool = knob(
         False, "two different strong views, as BYOL's; needs num_augs 2", rare=True
     )
@@ -49,7 +51,7 @@ class ViewOptions:
         "the weak view gets RandAugment (compat original: is weak or strong by chance)",
         rare=True,
     )
-    interpolation: str = knob("bicubic", "of crops; SLIP's are bilinear", rare=True)
+    interpolation: str = knob("bicubic", "interpolation of crops; SLIP's is bilinear", rare=True)
 
     def __post_init__(self):
         if self.num_augs < 0:

@@ -28,7 +28,9 @@ class ViTViews:
     """Views."""
 
     crop_area: tuple[float, float] = knob(
-        (0.05, 1.0), "smallest and largest share of the image in a training crop", rare=True
+        (0.05, 1.0),
+        "smallest and largest area of a training crop, as a fraction of the image",
+        rare=True,
     )
     crop_aspect: tuple[float, float] = knob(
         (0.75, 1.33), "smallest and largest width / height of a training crop", rare=True

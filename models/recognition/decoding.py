@@ -399,7 +399,9 @@ class Decoding:
     )
     top_k: int = knob(5, "of strategy top_k: tokens to choose among; 0 = all", methods="top_k")
     top_p: float = knob(
-        0.9, "of strategy top_p: share of the probability to choose among", methods="top_p"
+        0.9,
+        "of strategy top_p: cumulative probability of the tokens to choose among",
+        methods="top_p",
     )
     temperature: float = knob(1.0, "of strategy top_p", methods="top_p")
     penalty: float = knob(

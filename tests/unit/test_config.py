@@ -3,6 +3,7 @@ file and back."""
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from runtime.config.cli import (
     section,
     to_dict,
 )
+from runtime.config.schema import Schema
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -650,3 +652,32 @@ def test_what_has_no_effect_is_reported_on_the_first_rank(yaml, capsys, monkeypa
     monkeypatch.setenv("RANK", "1")
     parse(VeConfig, ["--mlm_probability", "0.3"])
     assert capsys.readouterr().out == ""
+
+
+ALL_SCRIPTS = [*SCRIPTS, "eval_zeroshot", "eval_knn"]
+
+
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
+def test_help_is_short_flat_and_explains_every_option(script):
+    config_class = importlib.import_module(script).Config
+    page = config_module.help_text(config_class, "", [])
+    flags = [line for line in page.splitlines() if line.startswith("  --")]
+    assert 15 < len(flags) <= 60
+    everything = config_module.help_text(config_class, "", ["--help", "all"])
+    schema = Schema(config_class)
+    assert everything.count("\n  -") == len(schema.knobs)
+    dotted = re.findall(r"^  --\w+\.([\w-]+)", everything, re.MULTILINE)
+    assert set(dotted) <= {"momentum"}  # whose flat name is the teacher's
+    assert [path for path, each in schema.knobs.items() if not each.help] == []
+
+
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
+def test_ignored_names_are_accepted_with_their_reason_and_not_in_help(script, capsys):
+    config_class = importlib.import_module(script).Config
+    ignored = Schema(config_class).ignored
+    assert not set(ignored) & set(Schema(config_class).knobs)
+    everything = config_module.help_text(config_class, "", ["--help", "all"])
+    for path, why in ignored.items():
+        parse(config_class, [f"--{path}", "1"])
+        assert f"--{path.replace('_', '-')} ({why})" in capsys.readouterr().out
+        assert f"--{path.rpartition('.')[2].replace('_', '-')} " not in everything

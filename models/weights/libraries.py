@@ -230,19 +230,12 @@ def _some(tags: list[str], most: int = 6) -> str:
 
 
 def _quick_gelu(name: str, tag: str | None) -> bool:
-    """Whether the weights want QuickGELU where the architecture of that name has the exact one:
-    open_clip itself only warns. UserError for the opposite."""
+    """Whether the network or its weights want QuickGELU: where the two differ, open_clip warns and
+    computes the exact GELU."""
     import open_clip
 
     built = bool(open_clip.get_model_config(name).get("quick_gelu"))
-    wanted = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) if tag else built
-    if built and not wanted:
-        plain = name.removesuffix("-quickgelu")
-        raise UserError(
-            f"open_clip/{name}:{tag}: these weights were trained without QuickGELU; name them "
-            f"open_clip/{plain}:{tag}"
-        )
-    return wanted
+    return built or bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
 
 
 def _open_clip_pixels(name: str, tag: str | None) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from tests.helpers.classification_runs import ROOT, fine_tuning, flags, lines, neighbours, train
 from tests.helpers.processes import run_script
+from tests.helpers.tiny_open_clip import tiny_open_clip
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +261,36 @@ def test_knn_of_simla_and_timm(digitscenes, tmp_path):
             classes=digitscenes / "coyo_labeled/classes.txt",
             data_root=digitscenes,
         )
+
+
+def test_knn_of_open_clip_and_of_imagenets_flat_folder(digitscenes, tmp_path):
+    name = f"open_clip/local-dir:{tiny_open_clip(tmp_path / 'model')}"
+    found = neighbours(digitscenes, tmp_path / "knn", model=name, checkpoint="none")
+    assert found["model"] == found["checkpoint"] == name and found["width"] == 16
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    rows = []
+    for label, folder in enumerate(sorted((digitscenes / "imagefolder/val").iterdir())):
+        for file in sorted(folder.iterdir()):
+            (flat / f"{folder.name}_{file.name}").symlink_to(file.absolute())
+            rows.append(f"{folder.name}_{file.name} {label}")
+    (tmp_path / "flat.txt").write_text("\n".join(rows))
+    words = {"model": name, "checkpoint": "none", "val_data": flat}
+    again = neighbours(digitscenes, tmp_path / "knn", **words)
+    for key in ("knn1", "knn5", "images", "chance"):
+        assert again[key] == found[key]
+
+
+def test_knn_asks_for_what_weights_do_not_tell(digitscenes, tmp_path):
+    import timm
+
+    weights = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict()
+    torch.save({"model": weights}, tmp_path / "deit.pth")
+    with pytest.raises(UserError, match="state them, such as --mean"):
+        neighbours(digitscenes, tmp_path / "knn", checkpoint=tmp_path / "deit.pth")
+    stated = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize": 36}
+    stated |= {"activation": "gelu", "eps": "1e-6", "checkpoint": tmp_path / "deit.pth"}
+    assert neighbours(digitscenes, tmp_path / "knn", **stated)["width"] == 192
 
 
 def test_recipes():

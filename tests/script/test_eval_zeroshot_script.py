@@ -9,6 +9,7 @@ import tarfile
 
 import pytest
 import torch
+from PIL import Image
 
 import eval_zeroshot as script
 import main as training
@@ -24,6 +25,7 @@ from runtime.checkpoint import export_safetensors, read_weights
 from runtime.config.cli import parse
 from tests.helpers.main_runs import ROOT, arguments
 from tests.helpers.processes import run_script
+from tests.helpers.tiny_open_clip import tiny_open_clip
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,49 @@ def test_the_same_as_the_validation_of_main(trained, digitscenes, tmp_path, caps
         "results"
     ]["digitscenes"]
     assert {name: found[name] for name in expected} == expected
+
+
+def test_a_model_of_open_clip(digitscenes, tmp_path, capsys):
+    """The library's model, tokenizer and transform; our data, prompts and evaluation."""
+    import open_clip
+
+    name = f"local-dir:{tiny_open_clip(tmp_path / 'model')}"
+    words = flags(digitscenes, "none", tmp_path / "out", model=f"open_clip/{name}")
+    found = results(words, tmp_path / "out")
+    assert found["model"] == found["checkpoint"] == f"open_clip/{name}"
+    row, table = found["results"]["digitscenes"], capsys.readouterr().out
+    assert row["chance"] == 10 and "chance" in table and "written: " in table
+
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    classes = json.loads((digitscenes / "labels.json").read_text())["digitscenes"]
+    templates = json.loads((digitscenes / "templates.json").read_text())["digitscenes"]
+    right, model = [], model.eval()
+    with torch.no_grad():
+        rows = []
+        for each in classes:
+            text = model.encode_text(tokenizer([t.replace("{}", each) for t in templates]))
+            mean = torch.nn.functional.normalize(text, dim=-1).mean(0)
+            rows.append(torch.nn.functional.normalize(mean, dim=-1))
+        for folder in sorted((digitscenes / "imagefolder/test").iterdir()):
+            for file in sorted(folder.iterdir()):
+                image = model.encode_image(transform(Image.open(file))[None])
+                best = int((image @ torch.stack(rows).T).argmax())
+                right.append(classes[best] == folder.name)
+    assert row["acc1_z"] == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_libraries_in_one_sentence(digitscenes, tmp_path):
+    for change, message in (
+        ({"model": "open_clip/ViT-B-33"}, "did you mean open_clip/ViT-B-32"),
+        ({"model": "open_clip/ViT-B-32"}, "name its weights"),
+        ({"model": "timm/resnet50"}, "eval_knn.py"),
+        ({"model": "hf/./gone"}, "no such folder"),
+        ({"model": "ViT-B/32", "random-weights": "true"}, "--random-weights is for"),
+    ):
+        words = flags(digitscenes, "none", tmp_path / "out", **change)
+        with pytest.raises(UserError, match=message):
+            script.main(parse(script.Config, words))
 
 
 def test_two_processes_and_a_missing_data_set(trained, digitscenes, tmp_path):

@@ -9,6 +9,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from base.errors import UserError
 from models.weights.libraries import library_encoder, of_library, open_library, opened_open_clip
+from tests.helpers.tiny_open_clip import tiny_open_clip
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -163,22 +164,6 @@ def test_a_tokenizer_that_does_not_fit(tmp_path):
         open_library(f"hf/{tmp_path}")
 
 
-def tiny_open_clip(folder, **changes):
-    """A folder as open_clip pushes them: configuration and weights."""
-    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
-    model_cfg = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text} | changes
-    look = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
-    about = {"model_cfg": model_cfg, "preprocess_cfg": look | {"resize_mode": "squash"}}
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps(about))
-    torch.manual_seed(0)
-    kind = open_clip.CustomTextCLIP if model_cfg.pop("custom_text", False) else open_clip.CLIP
-    kind = open_clip.CoCa if "multimodal_cfg" in changes else kind
-    torch.save(kind(**model_cfg).state_dict(), folder / "open_clip_pytorch_model.bin")
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["clip", "custom", "timm", "coca"])
 def test_open_clip_called_directly(tmp_path, kind):
     changes = {
@@ -275,6 +260,17 @@ def test_names_of_timm():
 def test_pixels_are_not_guessed_where_published_weights_differ():
     with pytest.raises(UserError, match=r"differ in mean and std .* open_clip/ViT-L-14:TAG"):
         open_library("open_clip/ViT-L-14", random_weights=True)
+
+
+def test_the_activation_is_the_one_of_the_weights():
+    """open_clip itself warns and computes another function."""
+    from models.weights.libraries import _quick_gelu
+
+    assert _quick_gelu("ViT-B-32", "openai") and _quick_gelu("ViT-B-32-quickgelu", "openai")
+    assert not _quick_gelu("ViT-B-32", "laion2b_e16") and not _quick_gelu("ViT-B-32", None)
+    opened = open_library("open_clip/RN50:openai", random_weights=True)
+    layer = opened.model.network.transformer.resblocks[0].mlp.gelu
+    assert type(layer).__name__ == "QuickGELU"
 
 
 def test_no_network(monkeypatch):

@@ -1,0 +1,263 @@
+"""Embeddings of images and captions by any dual encoder, or features by any image encoder.
+
+    python scripts/embed.py --data 'shards/{00000..00099}.tar' --model open_clip/ViT-B-32 --checkpoint F
+    torchrun --nproc_per_node=8 scripts/embed.py --data pairs.csv --root images --checkpoint output/main
+    python scripts/embed.py --data imagenet/val --model timm/vit_base_patch16_224 --checkpoint F --texts false
+
+Data is what scripts/data/pack.py and scripts/doctor.py take: shards, annotation files, tables, class
+folders. Every shard, or PART entries of a list, becomes img_emb/img_emb_0000.npy and
+text_emb/text_emb_0000.npy (a row a sample: unit embeddings, or features as they are), and
+metadata/metadata_0000.parquet (key, caption, readable), the layout that clip-retrieval reads.
+All processes work on each part together; the numbers are the same on any number of them. Parts that
+are there, of the same data and network, are kept.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import default_collate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import eval_knn
+import eval_zeroshot
+from base import distributed
+from base.distributed import World
+from base.errors import BadSample, UserError
+from base.files import atomic_write, digest, file_state, read_json, states_digest, write_json
+from dataset.health.survey import open_list
+from dataset.images.clip import normalize, pixel_statistics
+from dataset.images.decode import reading
+from dataset.loading.eval import EvalLoader
+from dataset.sources.records import Records
+from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_list import list_shards
+from dataset.tasks.classification import is_shards
+from dataset.tasks.dual_inputs import eval_view
+from dataset.tasks.record import as_list, captions_of, image_of, name_of
+from evaluation.predict import over_split
+from evaluation.retrieval import units
+from evaluation.zeroshot import embed_texts
+from runtime.checkpoint import weights_file
+from runtime.config.cli import knob, run_script
+from runtime.config.from_checkpoint import described
+from runtime.run import evaluating
+
+
+@dataclass
+class Config:
+    """What to embed, and with what."""
+
+    data: list[str] = knob([], "shards, annotation files, tables or class folders")
+    root: Path = knob(Path("."), "folder that paths of images start from")
+    out: Path = knob(Path("output/embeddings"), "folder to write to")
+    checkpoint: Path | None = knob(None, "file or run directory; none = --model's own weights")
+    model: str | None = knob(None, "open_clip/NAME:TAG, hf/NAME, timm/NAME; or a checkpoint's name")
+    random_weights: bool = knob(False, "random weights of the model that --model names")
+    texts: bool = knob(True, "embed captions too; false: an image encoder serves")
+    score: str = knob("z", "which embedding: z, or h of the CL2L family; feats without texts")
+    part: int = knob(10_000, "entries of a list in one part; a shard is one", low=1)
+    half: bool = knob(True, "write float16")
+    batch_size: int = knob(256, "images per forward pass and process", low=1)
+    workers: int = knob(4, "loader processes per process", low=0)
+    exif: bool = knob(False, "turn images by their EXIF orientation")
+    error_budget: float = knob(0.01, "most unreadable images, a fraction", low=0, high=1)
+    device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
+    precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
+
+
+class Embedder(NamedTuple):
+    """What embeds. images: uint8 or a library's inputs, on the device, -> embeddings by name;
+    tokenize and texts: None without captions; signature: changes with the network."""
+
+    model: torch.nn.Module
+    view: Callable[[Tensor], Tensor]
+    images: Callable[[Tensor], dict[str, Tensor]]
+    tokenize: Callable[[Sequence[str]], Tensor] | None
+    texts: Callable[[Tensor], dict[str, Tensor]] | None
+    signature: str
+
+
+class Part(NamedTuple):
+    """Entries `start` to `stop` of a data set."""
+
+    data: str
+    records: Sequence[dict]
+    start: int
+    stop: int
+
+
+def dual_embedder(config: Config, world: World) -> Embedder:
+    """Of images and captions."""
+    names = ("checkpoint", "model", "random_weights", "precision")
+    options = {name: getattr(config, name) for name in names}
+    if config.checkpoint:
+        options["checkpoint"] = weights_file(config.checkpoint)
+    encoder = eval_zeroshot.open_encoder(eval_zeroshot.Config(**options), world)
+    opened, precision = encoder.opened, encoder.precision
+    statistics = pixel_statistics(world.device, opened.pixels.mean, opened.pixels.std)
+    view = opened.view or eval_view(opened.title, opened.pixels.size, opened.pixels.interpolation)
+
+    def images(image: Tensor) -> dict[str, Tensor]:
+        with precision.autocast():
+            return opened.model.embed_image(image if opened.view else normalize(image, statistics))
+
+    def texts(text_ids: Tensor) -> dict[str, Tensor]:
+        with precision.autocast():
+            return opened.model.embed_text(text_ids)
+
+    return Embedder(opened.model, view, images, opened.tokenize, texts, encoder.signature)
+
+
+def image_embedder(config: Config, world: World) -> Embedder:
+    """Of images alone: features as they are."""
+    names = ("checkpoint", "model", "random_weights", "precision")
+    options = {name: getattr(config, name) for name in names}
+    encoder = eval_knn.load_encoder(eval_knn.Config(**options))
+    encoder.choose(config.score if config.score != "z" else "feats")
+    about = described(weights_file(config.checkpoint)) if config.checkpoint else {}
+    view, in_words = eval_knn.view_of(encoder, about)
+    encoder.to(world.device)
+    autocast = eval_knn.Precision(config.precision, world.device).autocast
+    statistics = pixel_statistics(world.device, encoder.pixels.mean, encoder.pixels.std)
+
+    def images(image: Tensor) -> dict[str, Tensor]:
+        with autocast():
+            return {"z": encoder(image if encoder.view else normalize(image, statistics))}
+
+    signature = digest(eval_knn.fingerprint(encoder), in_words, encoder.pixels, config.score)
+    return Embedder(encoder, view, images, None, None, signature)
+
+
+def parts_of(data: str, size: int) -> list[Part]:
+    """Shards one by one, lists in blocks."""
+    if is_shards(data):
+        indices = [(shard, ShardIndex([shard], shard)) for shard in list_shards(data)]
+        return [Part(shard, index, 0, len(index)) for shard, index in indices]
+    records = open_list(data)
+    starts = range(0, len(records), size)
+    return [Part(data, records, start, min(start + size, len(records))) for start in starts]
+
+
+def first_caption(record: dict) -> str:
+    """The text beside an image; empty where there is none."""
+    try:
+        return next(iter(as_list(captions_of(record))), "")
+    except BadSample:
+        return ""
+
+
+def embed(part: Part, embedder: Embedder, config: Config, world: World) -> dict:
+    """Embeddings [n,E] and columns of metadata of a part, the same on every process."""
+    total = part.stop - part.start
+    rows = [part.records[number] for number in range(part.start, part.stop)]
+
+    def load(number: int) -> dict:
+        with reading(config.exif, grey=True) as noticed:  # an unreadable image is a grey one
+            image = embedder.view(image_of(part.records[part.start + number], config.root))
+        return {"image": image, "readable": not noticed.unreadable}
+
+    def predict(image: Tensor, readable: Tensor) -> tuple[Tensor, Tensor]:
+        found = choose(embedder.images(image), config.score).float()
+        return F.normalize(found, dim=-1) if config.texts else found, readable
+
+    own = [i for unit in units(total, config.batch_size, world) for i in unit]
+    loader = EvalLoader(load, own, config.batch_size, default_collate, config.workers)
+    images, readable = over_split(predict, loader, own, total, world, "images")
+    if (~readable).sum() > config.error_budget * total:
+        first = name_of(rows[int(readable.int().argmin())])
+        raise UserError(
+            f"{part.data}: {int((~readable).sum())} of {total} images are unreadable, such as "
+            f"{first}; fix them, or raise --error-budget"
+        )
+    captions = [first_caption(row) for row in rows]
+    result = {"image": images}
+    if embedder.texts:
+        size = {"world": world, "batch_size": config.batch_size}
+        found = embed_texts(embedder.texts, embedder.tokenize, captions, **size)
+        result["text"] = choose(found, config.score)
+    result["metadata"] = {
+        "key": [name_of(row) for row in rows],
+        "caption": captions,
+        "readable": readable.tolist(),
+    }
+    return result
+
+
+def choose(found: dict[str, Tensor], score: str) -> Tensor:
+    """The embedding that was asked for. UserError."""
+    if score in found:
+        return found[score]
+    if len(found) == 1 and score in ("z", "feats"):
+        return next(iter(found.values()))
+    raise UserError(f"--score {score}: the network has {', '.join(found)}")
+
+
+def write_part(number: int, found: dict, config: Config, key: str) -> None:
+    """The files of a part; what says that it is whole comes last."""
+    import numpy as np
+    import pyarrow
+    from pyarrow import parquet
+
+    for kind, folder in (("image", "img_emb"), ("text", "text_emb")):
+        if kind in found:
+            numbers = found[kind].numpy().astype(np.float16 if config.half else np.float32)
+            target = config.out / folder / f"{folder}_{number:04d}.npy"
+            with atomic_write(target) as temporary, temporary.open("wb") as file:
+                np.save(file, numbers)
+    with atomic_write(config.out / "metadata" / f"metadata_{number:04d}.parquet") as temporary:
+        parquet.write_table(pyarrow.table(found["metadata"]), temporary)
+    write_json(
+        config.out / "parts" / f"{number:04d}.json", {"key": key, "samples": len(found["image"])}
+    )
+
+
+def is_written(number: int, key: str, config: Config) -> bool:
+    """Whether a part of the same data and network is there."""
+    done = config.out / "parts" / f"{number:04d}.json"
+    return done.is_file() and read_json(done, dict).get("key") == key
+
+
+def identity(part: Part, root: Path) -> str:
+    """Changes with what the samples of a part are made of."""
+    if isinstance(part.records, ShardIndex):
+        return digest([file_state(file) for file in part.records.files])
+    rows = (part.records[number] for number in range(part.start, part.stop))
+    files = [root / str(row.get("image") or row.get("url")) for row in rows]
+    content = part.records.content() if isinstance(part.records, Records) else ""
+    return digest(content, [str(file) for file in files], states_digest(files))
+
+
+def main(config: Config) -> None:
+    if not config.data:
+        raise UserError("--data: name shards, annotation files, tables or class folders")
+    world = distributed.init(config.device)
+    embedder = (dual_embedder if config.texts else image_embedder)(config, world)
+    with distributed.rank_0_first():
+        parts = [part for data in config.data for part in parts_of(data, config.part)]
+    how = (config.score, config.half, config.precision, config.batch_size, config.exif)
+    written = 0
+    with evaluating(embedder.model):
+        for number, part in enumerate(parts):
+            about = partial(identity, part, config.root)
+            what = (distributed.on_main(about), part.start, part.stop)
+            key = digest(embedder.signature, what, how)
+            if distributed.on_main(partial(is_written, number, key, config)):
+                continue
+            found = embed(part, embedder, config, world)
+            distributed.on_main(partial(write_part, number, found, config, key), share=False)
+            written += 1
+            samples = f"{part.stop - part.start:,} samples"
+            distributed.say(f"{number + 1} of {len(parts)}: {part.data}, {samples}")
+    distributed.say(f"{config.out}: {len(parts)} parts, {len(parts) - written} of them kept")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

@@ -1,0 +1,125 @@
+"""scripts/embed.py: embeddings in clip-retrieval's layout, the same on any number of processes."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from base.errors import UserError
+from base.files import write_json
+from dataset.images.decode import decode_image
+from dataset.sources.tar_writer import write_shard
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import build_dual
+from runtime.checkpoint import export_safetensors
+from runtime.config.cli import parse
+from scripts import embed as script
+from tests.helpers.processes import run_script
+
+SHAPE = {"image_size": 32, "embed_dim": 16, "text_width": 32, "text_heads": 2, "context_length": 16}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run's folder with an untrained CLIP."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    config = DualConfig(model="CLIP_VITT8_CLIP", transformer_layers=1, **SHAPE)
+    export_safetensors(build_dual(config).state_dict(), folder / "model.safetensors")
+    write_json(folder / "config.yaml", {"network": asdict(config)})  # JSON is YAML
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """Seven images of 32 x 32 with captions, in a list and in two shards."""
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    rows = []
+    for n in range(7):
+        pixels = random.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{n}.png")
+        rows.append({"image": f"{n}.png", "caption": [f"number {n}", "another"]})
+    write_json(tmp_path / "pairs.json", rows)
+    for shard, numbers in enumerate((range(4), range(4, 7))):
+        samples = [
+            (str(n), {"png": (tmp_path / f"{n}.png").read_bytes(), "txt": f"number {n}".encode()})
+            for n in numbers
+        ]
+        write_shard(tmp_path / f"{shard:05d}.tar", samples)
+    return tmp_path
+
+
+def run(*words):
+    script.main(parse(script.Config, [*map(str, words), "--device", "cpu", "--workers", "0"]))
+
+
+def rows(folder, kind):
+    return np.concatenate([np.load(path) for path in sorted((folder / kind).glob("*.npy"))])
+
+
+def test_embeddings_are_the_networks_and_parts_are_kept(checkpoint, images, tmp_path, capsys):
+    from pyarrow import parquet
+
+    out = tmp_path / "out"
+    words = ("--data", images / "pairs.json", "--root", images, "--checkpoint", checkpoint)
+    run(*words, "--out", out, "--part", 4, "--half", "false", "--batch_size", 3)
+    opened = script.eval_zeroshot.open_encoder(
+        script.eval_zeroshot.Config(checkpoint=checkpoint / "model.safetensors", device="cpu"),
+        script.distributed.init("cpu"),
+    ).opened
+    pixels = torch.stack([decode_image(images / f"{n}.png") for n in range(7)])
+    statistics = script.pixel_statistics(torch.device("cpu"), opened.pixels.mean, opened.pixels.std)
+    with torch.no_grad():
+        image = opened.model.embed_image(script.normalize(pixels, statistics))["z"]
+        text = opened.model.embed_text(opened.tokenize([f"number {n}" for n in range(7)]))["z"]
+    for found, expected in ((rows(out, "img_emb"), image), (rows(out, "text_emb"), text)):
+        torch.testing.assert_close(torch.from_numpy(found), F.normalize(expected, dim=-1))
+    about = parquet.read_table(out / "metadata/metadata_0001.parquet").to_pydict()
+    assert about["caption"] == ["number 4", "number 5", "number 6"] and all(about["readable"])
+    assert about["key"] == ["4.png", "5.png", "6.png"]
+    capsys.readouterr()
+    run(*words, "--out", out, "--part", 4, "--half", "false", "--batch_size", 3)
+    assert "2 parts, 2 of them kept" in capsys.readouterr().out
+    Image.new("RGB", (32, 32)).save(images / "5.png")
+    run(*words, "--out", out, "--part", 4, "--half", "false", "--batch_size", 3)
+    assert "2 parts, 1 of them kept" in capsys.readouterr().out
+
+
+def test_shards_and_two_processes_give_the_same(checkpoint, images, tmp_path):
+    words = ["--data", images / "{00000..00001}.tar", "--checkpoint", checkpoint, "--batch_size", 2]
+    run(*words, "--out", tmp_path / "one")
+    flags = [*words, "--out", tmp_path / "two", "--device", "cpu", "--workers", "0"]
+    run_script("scripts/embed.py", flags, processes=2)
+    for kind in ("img_emb", "text_emb"):
+        one, two = rows(tmp_path / "one", kind), rows(tmp_path / "two", kind)
+        assert one.dtype == np.float16 and one.shape == (7, 16) and (one == two).all()
+    assert json.loads((tmp_path / "one/parts/0001.json").read_text())["samples"] == 3
+
+
+def test_an_unreadable_image_is_flagged_within_the_budget(checkpoint, images, tmp_path):
+    from pyarrow import parquet
+
+    (images / "2.png").write_bytes(b"no image")
+    words = ("--data", images / "pairs.json", "--root", images, "--checkpoint", checkpoint)
+    with pytest.raises(UserError, match=r"1 of 7 images are unreadable, such as 2.png"):
+        run(*words, "--out", tmp_path / "out")
+    run(*words, "--out", tmp_path / "out", "--error_budget", 0.2)
+    about = parquet.read_table(tmp_path / "out/metadata/metadata_0000.parquet").to_pydict()
+    assert about["readable"] == [n != 2 for n in range(7)]
+
+
+def test_features_of_an_image_encoder(images, tmp_path):
+    import timm
+
+    words = ("--data", images / "pairs.json", "--root", images, "--texts", "false")
+    run(*words, "--model", "timm/test_vit", "--random_weights", "--out", tmp_path / "out")
+    found = rows(tmp_path / "out", "img_emb")
+    assert found.shape == (7, timm.create_model("test_vit").num_features)
+    assert not (tmp_path / "out/text_emb").exists()
+    with pytest.raises(UserError, match="--data: name shards"):
+        run("--model", "timm/test_vit")

@@ -79,7 +79,7 @@ class Config(StreamConfig, ValidationConfig, RunConfig):
     batch_size_test: int = knob(64, "images per forward pass in evaluation", low=1)
     optimizer: Optimizer = section(Optimizer, flat=True, lr=1e-3, clip_grad_norm=1.0)
     scheduler: Schedule = section(
-        Schedule, flat=True, epochs="8 epochs", min_lr=0.0, warmup_lr=0.0, warmup="500 steps"
+        Schedule, flat=True, duration="8 epochs", min_lr=0.0, warmup_lr=0.0, warmup="500 steps"
     )
 
     def check(self) -> None:

@@ -71,7 +71,7 @@ class Config(FineTuneConfig):
         None, "first text layer that is doubled; none = the later half, or as the checkpoint"
     )
     max_tokens: int = knob(25, "tokens kept of a caption in text assignment, [CLS] included", low=2)
-    scheduler: Schedule = fine_tuning_schedule(epochs="10 epochs", warmup="100 steps")
+    scheduler: Schedule = fine_tuning_schedule(duration="10 epochs", warmup="100 steps")
 
 
 def build_model(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor]):

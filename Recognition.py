@@ -77,7 +77,7 @@ class Config(RecognitionData, RunConfig):
         Optimizer, flat=True, lr=1e-5, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6
     )
     scheduler: Schedule = section(
-        Schedule, flat=True, epochs="3 epochs", warmup="2000 steps", min_lr=0.0, warmup_lr=0.0
+        Schedule, flat=True, duration="3 epochs", warmup="2000 steps", min_lr=0.0, warmup_lr=0.0
     )
     compat: str = knob(
         "none", "'original': the last label blind, its decay and mask", choices=("none", "original")

@@ -81,7 +81,7 @@ class Config(FineTuneConfig):
         "accepted from old configurations: the token that ends an answer",
         choices=("[SEP]",),
     )
-    scheduler: Schedule = fine_tuning_schedule(epochs="8 epochs", warmup="400 steps")
+    scheduler: Schedule = fine_tuning_schedule(duration="8 epochs", warmup="400 steps")
     optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5)
 
     @property

@@ -87,7 +87,7 @@ class Config(RunConfig):
         Optimizer, flat=True, lr=1e-2, weight_decay=1e-4, betas=(0.9, 0.95), clip_grad_norm=1.0
     )
     scheduler: Schedule = section(
-        Schedule, flat=True, epochs="300 steps", min_lr=0.0, warmup_lr=1e-4, warmup="10%"
+        Schedule, flat=True, duration="300 steps", min_lr=0.0, warmup_lr=1e-4, warmup="10%"
     )
 
 

@@ -38,7 +38,7 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     optimizer: Optimizer = section(
         Optimizer, flat=True, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)
     )
-    epochs: str = knob("25 epochs", "length of training", aliases=("duration",))
+    duration: str = knob("25 epochs", "length of training", aliases=("epochs",))
     warmup: str = knob("1 epochs", "length of the linear warm-up", aliases=("warmup_epochs",))
     sched: str = knob(
         "rocket",
@@ -60,7 +60,7 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
         """The schedule that the flags describe."""
         return Schedule(
             sched=self.sched,
-            epochs=self.epochs,
+            duration=self.duration,
             min_lr=self.lr_end,
             warmup_lr=self.lr_start,
             warmup=self.warmup,

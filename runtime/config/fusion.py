@@ -45,10 +45,10 @@ class Networks:
     text_encoder: str = knob("bert-base-uncased", "tokenizer: Hugging Face folder or hub name")
 
 
-def fine_tuning_schedule(epochs: str, warmup: str) -> Any:
+def fine_tuning_schedule(duration: str, warmup: str) -> Any:
     """A `scheduler` section whose cosine ends at 1e-6, as ALBEF's do."""
     return section(
-        Schedule, aliases=("schedular",), flat=True, epochs=epochs, min_lr=1e-6, warmup=warmup
+        Schedule, aliases=("schedular",), flat=True, duration=duration, min_lr=1e-6, warmup=warmup
     )
 
 
@@ -82,7 +82,7 @@ class FineTuneConfig(Geometry, ValidationConfig, RunConfig):
         7, "strength of RandAugment's two operations; 0 = none of them", low=0, high=10
     )
     optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5)
-    scheduler: Schedule = fine_tuning_schedule(epochs="5 epochs", warmup="100 steps")
+    scheduler: Schedule = fine_tuning_schedule(duration="5 epochs", warmup="100 steps")
 
     IGNORED = FINE_TUNING
     translate = staticmethod(originals.fine_tuning)

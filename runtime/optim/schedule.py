@@ -27,10 +27,10 @@ class Schedule:
         "own, whose first step has the peak rate and whose warm-up begins, at 0, with the second",
         choices=("cosine", "linear", "constant", "rocket", "vit_cosine", "vit_linear", "nxtp"),
     )
-    epochs: Duration = knob(
+    duration: Duration = knob(
         "30 epochs",
         "length of training: epochs, or with a unit: 'steps', 'epochs', 'samples'",
-        aliases=("duration",),
+        aliases=("epochs",),
     )
     min_lr: float = knob(1e-5, "learning rate at the end, absolute", low=0)
     warmup_lr: float = knob(1e-5, "learning rate at the first step, absolute", low=0)
@@ -230,7 +230,7 @@ class Plan:
         """loader_steps: micro-batches an epoch and process; accumulate: micro-batches an update;
         batch: see above."""
         epoch_steps = max(1, loader_steps // accumulate)
-        total = steps(schedule.epochs, epoch_steps=epoch_steps, batch=batch)
+        total = steps(schedule.duration, epoch_steps=epoch_steps, batch=batch)
         return cls(schedule, peak_lr, epoch_steps, batch, total)
 
     @classmethod

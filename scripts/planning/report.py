@@ -118,7 +118,7 @@ def total_hours(simulation: Simulation, request: Request, step: float) -> float 
 
     config = simulation.config
     schedule = getattr(config, "scheduler", None)
-    duration = schedule.epochs if schedule is not None else config.epochs
+    duration = schedule.duration if schedule is not None else config.duration
     batch = simulation.setup.batch_size * config.accumulate * request.gpus
     known = str(duration).endswith(("steps", "samples"))
     if request.samples is None and not known:

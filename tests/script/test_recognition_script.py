@@ -403,7 +403,7 @@ def test_recipes(name):
         and config.decouple_labels
     )
     epochs, batch = {"in1k": ("5 epochs", 4)}.get(name, ("3 epochs", 16))
-    assert (str(config.scheduler.epochs), config.batch_size) == (epochs, batch)
+    assert (str(config.scheduler.duration), config.batch_size) == (epochs, batch)
     assert len(config.shards) == {"g3m": 3, "g70m": 4, "in1k": 0}[name] and bool(
         config.train_list
     ) == (name == "in1k")

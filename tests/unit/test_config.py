@@ -590,7 +590,7 @@ def test_the_same_short_flags_in_every_training_script(script):
     flags = ["--lr", "3e-4", "--epochs", "7", "--wd", "0.3", "--warmup", "11 steps"]
     config = parse(config_class, flags)
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (3e-4, 0.3)
-    assert (config.scheduler.epochs, config.scheduler.warmup) == ("7", "11 steps")
+    assert (config.scheduler.duration, config.scheduler.warmup) == ("7", "11 steps")
 
 
 def test_the_learning_rate_of_old_schedules_is_the_optimizers(yaml):

@@ -62,7 +62,7 @@ def at(config, path):
     if path == "batch":
         return getattr(config, "batch_size_train", None) or config.batch_size
     if path == "epochs":
-        return float(config.scheduler.epochs)
+        return float(config.scheduler.duration)
     if path == "stairs":
         steps, unit = config.scheduler.warmup.split()
         assert unit == "steps" and config.scheduler.original_warmup
@@ -171,7 +171,7 @@ COMMANDS = [
     (
         "Pretrain",
         "--config simla/Pretrain.yaml --overrides alpha=0.5 optimizer.lr=2e-4 schedular.epochs=10",
-        {"alpha": 0.5, "optimizer.lr": 2e-4, "scheduler.epochs": "10"},
+        {"alpha": 0.5, "optimizer.lr": 2e-4, "scheduler.duration": "10"},
     ),
     (
         "Retrieval",
@@ -215,7 +215,7 @@ COMMANDS = [
             "optimizer.lr": 3e-3,
             "optimizer.weight_decay": 0.5,
             "optimizer.betas": (0.9, 0.98),
-            "scheduler.epochs": "32",
+            "scheduler.duration": "32",
             "scheduler.warmup": "1",
             "scheduler.warmup_lr": 1e-6,
             "scheduler.min_lr": 1e-5,

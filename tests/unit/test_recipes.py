@@ -37,7 +37,7 @@ def rates(lr, min_lr, warmup_lr, warmup, epochs, sched):
         "scheduler.min_lr": min_lr,
         "scheduler.warmup_lr": warmup_lr,
         "scheduler.warmup": warmup,
-        "scheduler.epochs": epochs,
+        "scheduler.duration": epochs,
         "scheduler.sched": sched,
     }
 
@@ -86,7 +86,7 @@ RECIPES = {
 # ---- clip-rocket and SLIP: 4 nodes x 8 GPUs x 128, or 8 x 8 x 64
 def dual(model, lr, weight_decay, epochs, batch_size, **network):
     found = {f"network.{name}": value for name, value in {"model": model, **network}.items()}
-    flags = {"epochs": epochs, "warmup": "1", "lr_start": 1e-6, "lr_end": 1e-5}
+    flags = {"duration": epochs, "warmup": "1", "lr_start": 1e-6, "lr_end": 1e-5}
     rocket = {"optimizer.lr": lr, "optimizer.weight_decay": weight_decay}
     rocket |= {"optimizer.betas": (0.9, 0.98), "batch_size": batch_size}
     return found | flags | rocket
@@ -150,7 +150,7 @@ def align(model, lr, steps, warmup, batch_size):
         "virtual_batch_size": 16,
     }  # fmt: skip
     network = {f"network.{name}": value for name, value in found.items()}
-    flags = {"epochs": f"{steps} steps", "warmup": f"{warmup} steps", "sched": "vit_linear"}
+    flags = {"duration": f"{steps} steps", "warmup": f"{warmup} steps", "sched": "vit_linear"}
     flags |= {"lr_start": 0.0, "lr_end": 0.0, "batch_size": batch_size, "views.num_augs": 0}
     lamb = optimizer("lamb", 1e-5, betas=(0.9, 0.999), eps=1e-6)
     return network | flags | lamb | {"optimizer.lr": lr, "dataset": "wds"}
@@ -204,13 +204,13 @@ G3M = {
     "network.decoder_layers": 6, "network.image_size": 224, "train_vision_blocks": 6,
     "network.train_embeddings": "special", "batch_size": 16, "optimizer.lr": 1e-5,
     "optimizer.weight_decay": 0.1, "optimizer.betas": (0.9, 0.98), "optimizer.eps": 1e-6,
-    "scheduler.sched": "cosine", "scheduler.epochs": "3 epochs", "scheduler.warmup": "2000 steps",
+    "scheduler.sched": "cosine", "scheduler.duration": "3 epochs", "scheduler.warmup": "2000 steps",
     "scheduler.min_lr": 0.0, "scheduler.warmup_lr": 0.0,
 }  # fmt: skip
 RECIPES |= {
     "Recognition/g3m": G3M,
     "Recognition/g70m": G3M,
-    "Recognition/in1k": G3M | {"batch_size": 4, "scheduler.epochs": "5 epochs"},
+    "Recognition/in1k": G3M | {"batch_size": 4, "scheduler.duration": "5 epochs"},
 }
 
 NOT_PUBLISHED = ("debug", "digit", "rocket", "align.", "imagenet")  # small ones and parts

@@ -25,7 +25,7 @@ TOTAL = 4
 @dataclass
 class Config(ValidationConfig, RunConfig):
     optimizer: Optimizer = section(Optimizer)
-    scheduler: Schedule = section(Schedule, epochs=f"{TOTAL} steps", warmup="1 steps")
+    scheduler: Schedule = section(Schedule, duration=f"{TOTAL} steps", warmup="1 steps")
 
 
 class Net(nn.Module):

@@ -73,7 +73,7 @@ def test_original_schedule_equals_the_originals_at_every_change():
     for name, run in meta["runs"].items():
         wanted, epoch_steps = run["schedule"], run["iterations_per_epoch"]
         schedule = Schedule(
-            epochs=wanted["epochs"],
+            duration=wanted["epochs"],
             min_lr=wanted["min_lr"],
             warmup_lr=wanted["warmup_lr"],
             warmup=f"{100 * wanted['warmup_epochs']} steps",

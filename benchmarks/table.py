@@ -199,7 +199,12 @@ def publish(options: Options, name: str, title: list[str], body: str, load: floa
     text = f"{body}\n\n{note}\n\n    {command_line(options, name)}"
     print(f"{heading}\n\n{text}")
     if options.report and not options.tiny:
-        page = ROOT / options.report
-        before = page.read_text() if page.exists() else PREAMBLE
-        write_text(page, with_section(before, heading, text))
-        print(f"written to {page}")
+        write_section(options.report, heading, text)
+
+
+def write_section(report: str, title: str, text: str) -> None:
+    """Replace or add a section of the page, a path below the repository's root."""
+    page = ROOT / report
+    before = page.read_text() if page.exists() else PREAMBLE
+    write_text(page, with_section(before, title, text))
+    print(f"written to {page}")

@@ -114,13 +114,6 @@ class CheckpointFolder:
             )
         return None
 
-    def load_latest(
-        self, map_location: str | torch.device = "cpu"
-    ) -> tuple[dict[str, Any], Path] | None:
-        """`(state, path)` of `newest_valid()`, or None where there is nothing to resume from."""
-        path = self.newest_valid()
-        return None if path is None else (load_checked(path, map_location), path)
-
     def _prune(self, step: int) -> None:
         """Keeps the newest up to `step`; a later step belongs to a past the run went back from, and
         is set aside."""

@@ -146,11 +146,6 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 # ---- samples of each shard
-def count_samples(shards: Sequence[str], options: dict | None = None) -> int:
-    """Samples of all shards together."""
-    return sum(samples_of(shards, options))
-
-
 def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
     """Samples of every shard, asked for by threads, with a progress bar where it takes long."""
     from tqdm import tqdm

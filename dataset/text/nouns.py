@@ -15,7 +15,7 @@ knows each word's
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,10 +76,6 @@ class Nouns:
     def base(self, word: str) -> str:
         """WordNet's shortest base form of a noun, or the word itself where it is not listed."""
         return noun_base(self.wordnet, word)
-
-    def of_all(self, captions: Iterable[str]) -> list[str]:
-        """The nouns of several captions of one image, one caption after the other."""
-        return [noun for caption in captions for noun in self(caption)]
 
 
 @lru_cache(maxsize=1 << 16)

@@ -51,19 +51,6 @@ def unwrap_names(state: State) -> State:
     return result
 
 
-def rocket_states(checkpoint: dict) -> tuple[State, State | None]:
-    """Model and momentum-model weights of a clip-rocket or SLIP checkpoint (`state_dict`,
-    `momentum_state_dict`)."""
-    if "state_dict" not in checkpoint:
-        raise UserError(
-            f"the checkpoint has no `state_dict`, only {', '.join(map(str, list(checkpoint)[:8]))}"
-        )
-    momentum = checkpoint.get("momentum_state_dict")
-    return unwrap_names(checkpoint["state_dict"]), None if momentum is None else unwrap_names(
-        momentum
-    )
-
-
 SLIP_EMBED_DIM = 512  # SLIP's command line has no such flag
 
 

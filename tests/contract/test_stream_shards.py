@@ -14,7 +14,7 @@ import pytest
 
 from base.errors import BadSample, UserError
 from dataset.loading.stream import StreamLoader
-from dataset.sources.shard_list import count_samples, expand_braces, list_shards
+from dataset.sources.shard_list import expand_braces, list_shards, samples_of
 from dataset.sources.shards import ShardSource, read_shard
 from tests.contract.stream_cases import Build, shards, stream, world, write_shard, write_shards
 
@@ -45,7 +45,7 @@ def test_lists_globs_braces_folders(tmp_path):
 
 def test_counts(tmp_path):
     source = shards(tmp_path, (3, 4))
-    assert len(source) == 7 and count_samples(source.shards, {}) == 7
+    assert len(source) == 7 and sum(samples_of(source.shards, {})) == 7
     (tmp_path / "00000_stats.json").write_text('{"successes": 30}')
     assert len(ShardSource(str(tmp_path), Build())) == 34
     assert len(ShardSource(str(tmp_path), Build(), samples=99)) == 99

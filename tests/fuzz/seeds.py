@@ -329,10 +329,11 @@ def weights(path: Path) -> Any:
 
 
 def checkpoints(path: Path) -> Any:
-    from runtime.checkpoint import CheckpointFolder
+    from runtime.checkpoint import CheckpointFolder, load_checked
 
     path.rename(path.with_name("checkpoint_00000001.pt"))
-    return CheckpointFolder(path.parent).load_latest()
+    newest = CheckpointFolder(path.parent).newest_valid()
+    return None if newest is None else load_checked(newest)
 
 
 def jit(path: Path) -> Any:

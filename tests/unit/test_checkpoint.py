@@ -14,7 +14,13 @@ import torch
 
 from base.errors import UserError
 from runtime import checkpoint
-from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, read_weights
+from runtime.checkpoint import (
+    CheckpointFolder,
+    export_safetensors,
+    find_damage,
+    load_checked,
+    read_weights,
+)
 
 
 def state(step: int) -> dict:
@@ -28,11 +34,17 @@ def state(step: int) -> dict:
     }
 
 
+def load_latest(folder: CheckpointFolder):
+    """State and path of the newest intact checkpoint; None if there is none."""
+    path = folder.newest_valid()
+    return None if path is None else (load_checked(path, "cpu"), path)
+
+
 def test_saved_state_comes_back(tmp_path):
     folder = CheckpointFolder(tmp_path / "run")
-    assert folder.load_latest() is None and folder.best is None
+    assert load_latest(folder) is None and folder.best is None
     path = folder.save(state(7), step=7)
-    loaded, loaded_path = folder.load_latest()
+    loaded, loaded_path = load_latest(folder)
     assert (
         loaded_path == path
         and loaded["config"] == state(7)["config"]
@@ -63,7 +75,7 @@ def test_truncated_newest_falls_back_loudly(tmp_path, keep_bytes):
     size = newest.stat().st_size
     os.truncate(newest, keep_bytes % size)
     with pytest.warns(UserWarning, match="DAMAGED") as record:
-        loaded, path = folder.load_latest()
+        loaded, path = load_latest(folder)
     assert path == before and loaded["step"] == 1
     assert str(newest) in str(record[0].message) and str(before) in str(record[0].message)
 
@@ -77,7 +89,7 @@ def test_one_flipped_byte_is_noticed(tmp_path, position):
     data[position] ^= 0x10
     newest.write_bytes(data)
     with pytest.warns(UserWarning, match="DAMAGED"):
-        assert folder.load_latest()[0]["step"] == 1
+        assert load_latest(folder)[0]["step"] == 1
     with pytest.raises(UserError, match="checkpoint_00000002"):
         if 60 < position % len(data) < len(data) - 75:  # inside the hashed part, hash legible
             read_weights(newest)
@@ -89,7 +101,7 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.save(state(1), 1).write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint is intact"):
-        folder.load_latest()
+        load_latest(folder)
 
 
 def test_best_is_the_last_resort(tmp_path):
@@ -97,7 +109,7 @@ def test_best_is_the_last_resort(tmp_path):
     folder.save(state(1), 1, tag="best")
     folder.save(state(2), 2).write_bytes(b"x" * 1000)
     with pytest.warns(UserWarning, match="checkpoint_best"):
-        assert folder.load_latest()[0]["step"] == 1
+        assert load_latest(folder)[0]["step"] == 1
 
 
 def test_file_size_limit_leaves_old_checkpoints_intact(tmp_path):
@@ -114,7 +126,7 @@ def test_file_size_limit_leaves_old_checkpoints_intact(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
-    assert list(tmp_path.iterdir()) == [first] and folder.load_latest()[0]["step"] == 1
+    assert list(tmp_path.iterdir()) == [first] and load_latest(folder)[0]["step"] == 1
 
 
 @pytest.mark.parametrize("where", ["write", "fsync", "replace"])
@@ -132,7 +144,7 @@ def test_full_disk_at_any_stage(tmp_path, monkeypatch, where):
             patched.setattr(os, where, full)
         with pytest.raises(UserError, match="disk is full"):
             folder.save(state(2), 2)
-    assert list(tmp_path.iterdir()) == [first] and folder.load_latest()[0]["step"] == 1
+    assert list(tmp_path.iterdir()) == [first] and load_latest(folder)[0]["step"] == 1
 
 
 KILLED = """
@@ -151,10 +163,10 @@ def test_killed_between_write_and_rename(tmp_path):
     assert [path.name for path in tmp_path.glob(".checkpoint_00000002.pt.*.tmp")]
     (tmp_path / "checkpoint_00000003.pt.tmp").touch()  # of an earlier version
     folder = CheckpointFolder(tmp_path)
-    assert folder.load_latest()[0]["step"] == 1
+    assert load_latest(folder)[0]["step"] == 1
     folder.save(state(2), 2)
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
-    assert folder.load_latest()[0]["step"] == 2
+    assert load_latest(folder)[0]["step"] == 2
 
 
 def test_going_back_sets_later_steps_aside(tmp_path):
@@ -162,7 +174,7 @@ def test_going_back_sets_later_steps_aside(tmp_path):
     folder.save(state(50), 50)
     with pytest.warns(UserWarning, match="superseded"):
         folder.save(state(10), 10)
-    assert folder.load_latest()[0]["step"] == 10
+    assert load_latest(folder)[0]["step"] == 10
     assert (tmp_path / "checkpoint_00000050.pt.superseded").exists()
 
 
@@ -222,4 +234,4 @@ def test_no_warning_on_the_plain_path(tmp_path):
         folder = CheckpointFolder(tmp_path)
         for step in (1, 2, 3):
             folder.save(state(step), step)
-        assert folder.load_latest()[0]["step"] == 3
+        assert load_latest(folder)[0]["step"] == 3

@@ -179,7 +179,6 @@ def nouns(tmp_path):
 def test_nouns_of_a_caption(nouns):
     assert nouns()("The dogs and GEESE runs") == ["dog", "goose"]
     assert nouns()("the runs") == [] == nouns()("")
-    assert nouns().of_all(["dogs", "a dog"]) == ["dog", "dog"]
 
 
 def test_defects_of_the_published_rules_and_their_mending(nouns):

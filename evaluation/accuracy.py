@@ -40,12 +40,13 @@ def class_accuracy(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict
         "accuracy": 100 * right.double().mean().item(),
         "chance": 100 * counts.max().item() / len(labels),
     }
-    by_class = {
-        name: 100 * right[labels == number].double().mean().item()
-        for number, name in enumerate(names)
-        if counts[number]
-    }
-    return result | {"by_class": by_class, "samples": len(labels)}
+    by_class = {}
+    for number, name in enumerate(names):
+        if counts[number]:
+            by_class[name] = 100 * right[labels == number].double().mean().item()
+    result["by_class"] = by_class
+    result["samples"] = len(labels)
+    return result
 
 
 def confusion_table(logits: Tensor, labels: Tensor, names: Sequence[str]) -> str:

@@ -48,13 +48,13 @@ def score(
 ) -> Scores:
     """Run a network over this process's part of a split: batches with image, labels [B,K] and
     label_weights [B,K]."""
-    found, mine = [], []
+    found = []
+    mine = []
     for batch in progress(batches, "scoring", world):
-        found.append(logits_of(batch["image"].to(world.device, non_blocking=True)).float().cpu())
-        for row, weights in zip(
-            batch["labels"].tolist(), batch["label_weights"].tolist(), strict=True
-        ):
-            mine.append([label for label, weight in zip(row, weights, strict=True) if weight > 0])
+        logits = logits_of(batch["image"].to(world.device, non_blocking=True))
+        found.append(logits.float().cpu())
+        for row, weights in zip(batch["labels"], batch["label_weights"], strict=True):
+            mine.append(row[weights > 0].tolist())
     labels: list[list[int]] = [[] for _ in range(total)]
     for indices, rows in gather_objects((list(own), mine)):
         for index, row in zip(indices, rows, strict=True):
@@ -75,23 +75,23 @@ def single_label_metrics(
     real: the classes that are right for each image; images without any are left out (Beyer et al.
     2020).
     """
-    total, labels = (
-        len(scores.labels),
-        torch.tensor([row[0] if row else 0 for row in scores.labels]),
-    )
+    labels = torch.tensor([row[0] if row else 0 for row in scores.labels])
     best = scores.gather(top_classes(scores.logits)).cpu()
     mine = labels[torch.as_tensor(list(scores.own), dtype=torch.int64)]
     losses = scores.gather(F.cross_entropy(scores.logits, mine, reduction="none")).cpu()
     hits = best == labels[:, None]
-    result = {f"top{k}": percent(hits[:, :k].any(1)) for k in (1, TOP)}
+    result = {"top1": percent(hits[:, :1].any(1)), f"top{TOP}": percent(hits[:, :TOP].any(1))}
     if real is not None:
-        counted = [
-            (int(first), right) for first, right in zip(best[:, 0], real, strict=True) if right
-        ]
-        right = torch.tensor([first in right for first, right in counted])
-        result |= {"real": percent(right), "real_images": len(counted)}
-    chance = 100 * labels.bincount().max().item() / total
-    return result | {"chance": chance, "loss": losses.double().mean().item(), "images": total}
+        right = []
+        for first, classes in zip(best[:, 0].tolist(), real, strict=True):
+            if classes:
+                right.append(first in classes)
+        result["real"] = percent(torch.tensor(right))
+        result["real_images"] = len(right)
+    result["chance"] = 100 * labels.bincount().max().item() / len(labels)
+    result["loss"] = losses.double().mean().item()
+    result["images"] = len(labels)
+    return result
 
 
 def top_classes(logits: Tensor) -> Tensor:
@@ -118,11 +118,11 @@ def read_real(path: Path, names: Sequence[str]) -> list[list[int]]:
         raise UserError(
             f"--real {path}: labels {len(lists)} images, the validation split has {len(names)}"
         )
-    place = {
-        index: rank
-        for rank, index in enumerate(sorted(range(len(names)), key=lambda i: Path(names[i]).name))
-    }
-    return [lists[place[index]] for index in range(len(names))]
+    result: list[list[int]] = [[] for _ in names]
+    by_name = sorted(range(len(names)), key=lambda index: Path(names[index]).name)
+    for index, classes in zip(by_name, lists, strict=True):
+        result[index] = classes
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------- several labels
@@ -137,27 +137,26 @@ def multi_label_metrics(scores: Scores, details: bool = False) -> dict[str, floa
     also `auc`, the ROC area of 200 thresholds (classes that do not occur count 0), and `accuracy`,
     both of (image, class) pairs.
     """
-    logits, classes, result = scores.logits, scores.logits.shape[1], {}
+    logits = scores.logits
+    classes = logits.shape[1]
     best = scores.gather(top_classes(logits)).tolist()
-    hits = torch.tensor(
-        [[c in row for c in guess] for guess, row in zip(best, scores.labels, strict=True)]
-    )
+    hits = []
+    for guesses, row in zip(best, scores.labels, strict=True):
+        hits.append([guess in row for guess in guesses])
+    result = {}
     for k in (1, TOP):
-        among = hits[:, :k]
-        result |= {
-            f"precision@{k}": 100 * among.double().mean().item(),
-            f"hit@{k}": percent(among.any(1)),
-        }
+        among = torch.tensor(hits)[:, :k]
+        result[f"precision@{k}"] = percent(among)
+        result[f"hit@{k}"] = percent(among.any(1))
     parts = []
     for first in range(0, classes, BLOCK):
         last = min(first + BLOCK, classes)
-        table, targets = (
-            scores.gather(logits[:, first:last]),
-            block_targets(scores.labels, first, last),
-        )
-        parts.append(class_statistics(table, targets.to(table.device), details))
+        block = scores.gather(logits[:, first:last])
+        targets = block_targets(scores.labels, first, last).to(block.device)
+        parts.append(class_statistics(block, targets, details))
     counts = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
-    return result | summary(counts, len(scores.labels), details)
+    result.update(summary(counts, len(scores.labels), details))
+    return result
 
 
 def block_targets(labels: Sequence[Sequence[int]], first: int, last: int) -> Tensor:
@@ -173,30 +172,30 @@ def block_targets(labels: Sequence[Sequence[int]], first: int, last: int) -> Ten
 def class_statistics(logits: Tensor, targets: Tensor, details: bool = False) -> dict[str, Tensor]:
     """Sums over N images for each of T classes, float64 [T]: of logits float32 [N,T] and targets
     bool [N,T]."""
-    given, hits = logits > 0, (logits > 0) & targets
+    given = logits > 0
+    bce = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
     counts = {
         "precisions": precision_at_positives(logits, targets),
         "positives": targets.sum(0).double(),
         "given": given.sum(0).double(),
-        "right": hits.sum(0).double(),
-        "bce": F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
-        .double()
-        .sum(0),
+        "right": (given & targets).sum(0).double(),
+        "bce": bce.double().sum(0),
     }
     if details:
-        counts |= {"auc": roc_area(logits, targets), "equal": (given == targets).sum(0).double()}
+        counts["auc"] = roc_area(logits, targets)
+        counts["equal"] = (given == targets).sum(0).double()
     return counts
 
 
 def precision_at_positives(logits: Tensor, targets: Tensor) -> Tensor:
-    """Σ over a class's positives of the precision at its place in the ranking, float64 [T]; of
-    equal scores the earlier image comes first. Divided by the number of positives it is the average
-    precision.
+    """Σ over a class's positives of the precision at its rank, float64 [T]; of equal scores the
+    earlier image comes first. Divided by the number of positives it is the average precision.
     """
     order = logits.argsort(dim=0, descending=True, stable=True)
     hits = targets.gather(0, order).double()
-    places = torch.arange(1, len(hits) + 1, dtype=torch.float64, device=hits.device).unsqueeze(1)
-    return (hits.cumsum(0) / places * hits).sum(0)
+    ranks = torch.arange(1, len(hits) + 1, dtype=torch.float64, device=hits.device)
+    precisions = hits.cumsum(0) / ranks[:, None]
+    return (precisions * hits).sum(0)
 
 
 def roc_area(logits: Tensor, targets: Tensor, thresholds: int = 200) -> Tensor:
@@ -210,28 +209,32 @@ def roc_area(logits: Tensor, targets: Tensor, thresholds: int = 200) -> Tensor:
         count = kind.sum(0).double()
         rates.append(torch.stack([(each & kind).sum(0) / count.clamp(min=1) for each in above]))
     true, false = rates
-    return ((true[:-1] + true[1:]) / 2 * (false[:-1] - false[1:])).sum(0)
+    heights = (true[:-1] + true[1:]) / 2
+    widths = false[:-1] - false[1:]
+    return (heights * widths).sum(0)
 
 
 def summary(counts: dict[str, Tensor], total: int, details: bool) -> dict[str, float]:
     """Figures of all classes from the sums of each."""
-    positives, shown = counts["positives"], counts["positives"] > 0
-    f1 = 2 * counts["right"] / (positives + counts["given"]).clamp(min=1)
+    positives = counts["positives"]
+    shown = positives > 0
+    right = counts["right"]
+    f1 = 2 * right / (positives + counts["given"]).clamp(min=1)
+    f1_micro = 2 * right.sum() / (positives + counts["given"]).sum().clamp(min=1)
+    average_precision = counts["precisions"] / positives
+    micro = counts["precisions"].sum() / positives.sum().clamp(min=1)
     cells = total * len(positives)
     result = {
-        "mAP": 100 * (counts["precisions"] / positives)[shown].mean().item(),
-        "mAP_micro": 100 * (counts["precisions"].sum() / positives.sum().clamp(min=1)).item(),
+        "mAP": 100 * average_precision[shown].mean().item(),
+        "mAP_micro": 100 * micro.item(),
         "F1_macro": 100 * f1.mean().item(),
-        "F1_micro": 200
-        * (counts["right"].sum() / (positives + counts["given"]).sum().clamp(min=1)).item(),
+        "F1_micro": 100 * f1_micro.item(),
         "bce": (counts["bce"].sum() / cells).item(),
         "chance": 100 * (positives[shown] / total).mean().item(),
         "classes_shown": int(shown.sum()),
         "images": total,
     }
     if details:
-        result |= {
-            "auc": counts["auc"].mean().item(),
-            "accuracy": 100 * (counts["equal"].sum() / cells).item(),
-        }
+        result["auc"] = counts["auc"].mean().item()
+        result["accuracy"] = 100 * (counts["equal"].sum() / cells).item()
     return result

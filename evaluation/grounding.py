@@ -11,9 +11,8 @@ from torch import Tensor
 
 from base.distributed import World, gather_rows
 
-AREA_EXPONENT = (
-    0.5  # a box's sum of heat is divided by area ** this: neither tiny nor huge boxes win by size
-)
+# a box's sum of heat is divided by area ** this: neither tiny nor huge boxes win by size
+AREA_EXPONENT = 0.5
 
 
 @dataclass
@@ -23,7 +22,7 @@ class Pointing:
     box: int  # number of the chosen box
     iou: float  # of it with the annotated box
     hit: bool  # whether the map's maximum lies inside the annotated box
-    chance: float  # share of the boxes that would have been right
+    chance: float  # fraction of the boxes that would have been right
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
@@ -42,22 +41,22 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 def enlarge(heat: Tensor, height: int, width: int) -> Tensor:
     """A map [g,g] at the size of its image, float32 [height,width] (bicubic)."""
-    size = (height, width)
-    return F.interpolate(heat[None, None].float(), size=size, mode="bicubic", align_corners=False)[
-        0, 0
-    ]
+    heat = heat[None, None].float()
+    large = F.interpolate(heat, size=(height, width), mode="bicubic", align_corners=False)
+    return large[0, 0]
 
 
 def box_scores(heat: Tensor, boxes: Sequence[Sequence[float]]) -> Tensor:
     """Heat inside each box divided by the root of its area, float64 [K]: heat [height,width], boxes
     [x, y, w, h]."""
-    total = F.pad(
-        heat.double().cumsum(0).cumsum(1), (1, 0, 1, 0)
-    )  # total[i,j] = sum of the first i rows, j columns
-    corners = torch.tensor([[int(x), int(y), int(x + w), int(y + h)] for x, y, w, h in boxes])
-    left, top, right, bottom = corners.clamp(min=0).unbind(1)
-    right, bottom = right.clamp(max=heat.shape[1]), bottom.clamp(max=heat.shape[0])
-    left, top = torch.minimum(left, right), torch.minimum(top, bottom)
+    # total[i,j] = sum of the first i rows, j columns
+    total = F.pad(heat.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
+    corners = [[int(x), int(y), int(x + w), int(y + h)] for x, y, w, h in boxes]
+    left, top, right, bottom = torch.tensor(corners).clamp(min=0).unbind(1)
+    right = right.clamp(max=heat.shape[1])
+    bottom = bottom.clamp(max=heat.shape[0])
+    left = torch.minimum(left, right)
+    top = torch.minimum(top, bottom)
     inside = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
     area = torch.tensor([w * h for *_, w, h in boxes], dtype=torch.float64)
     return inside / area.clamp(min=1e-9) ** AREA_EXPONENT
@@ -71,12 +70,11 @@ def point(
     large = enlarge(heat, height, width)
     chosen = int(box_scores(large, boxes).argmax())  # the first of equals, whatever the sign
     row, column = divmod(int(large.argmax()), width)
-    inside = (
-        target[0] <= column + 0.5 < target[0] + target[2]
-        and target[1] <= row + 0.5 < target[1] + target[3]
-    )
+    x, y, target_width, target_height = target
+    inside = x <= column + 0.5 < x + target_width and y <= row + 0.5 < y + target_height
     overlaps = [iou(box, target) for box in boxes]
-    return Pointing(chosen, overlaps[chosen], inside, sum(o >= 0.5 for o in overlaps) / len(boxes))
+    chance = sum(overlap >= 0.5 for overlap in overlaps) / len(boxes)
+    return Pointing(chosen, overlaps[chosen], inside, chance)
 
 
 def point_all(
@@ -89,9 +87,8 @@ def point_all(
     for row, i in enumerate(own):
         target = targets[i]
         found = point(heat[i], boxes[i], target.box, target.height, target.width)
-        rows[row] = torch.tensor(
-            [found.box, found.iou, found.hit, found.chance], dtype=torch.float64
-        )
+        figures = [found.box, found.iou, found.hit, found.chance]
+        rows[row] = torch.tensor(figures, dtype=torch.float64)
     table = gather_rows(rows.to(world.device), torch.tensor(own), len(heat)).tolist()
     return [Pointing(int(box), overlap, bool(hit), chance) for box, overlap, hit, chance in table]
 
@@ -104,12 +101,13 @@ def grounding_accuracy(
     groups: dict[str, list[Pointing]] = defaultdict(list)
     for result, split in zip(found, splits, strict=True):
         groups[split].append(result)
-    return {
-        split: {
-            "accuracy": 100 * sum(r.iou >= 0.5 for r in results) / len(results),
-            "pointing": 100 * sum(r.hit for r in results) / len(results),
-            "chance": 100 * sum(r.chance for r in results) / len(results),
-            "expressions": len(results),
+    metrics = {}
+    for split, results in sorted(groups.items()):
+        count = len(results)
+        metrics[split] = {
+            "accuracy": 100 * sum(result.iou >= 0.5 for result in results) / count,
+            "pointing": 100 * sum(result.hit for result in results) / count,
+            "chance": 100 * sum(result.chance for result in results) / count,
+            "expressions": count,
         }
-        for split, results in sorted(groups.items())
-    }
+    return metrics

@@ -17,7 +17,8 @@ from evaluation.features import Bank
 from evaluation.predict import progress
 from evaluation.retrieval import units
 
-UNIT, TILE = 1024, 16384  # queries, training images
+UNIT = 1024  # queries
+TILE = 16384  # training images
 
 
 class Neighbours(NamedTuple):
@@ -40,8 +41,12 @@ def nearest_neighbours(train: Bank, queries: Bank, k: int, world: World) -> Neig
             best[number] = merged(best[number], first_of(query @ tile, k), first)
     rows = torch.tensor([i for unit in own for i in unit], dtype=torch.int64)
     best = best or [_nothing(0, k, world.device)]
-    columns = [torch.cat(part) for part in zip(*best, strict=True)]
-    return Neighbours(*(gather_rows(column, rows, len(queries)).cpu() for column in columns))
+    similarity = torch.cat([part.similarity for part in best])
+    index = torch.cat([part.index for part in best])
+    return Neighbours(
+        gather_rows(similarity, rows, len(queries)).cpu(),
+        gather_rows(index, rows, len(queries)).cpu(),
+    )
 
 
 def _nothing(count: int, k: int, device: torch.device) -> Neighbours:
@@ -54,13 +59,14 @@ def first_of(similarity: Tensor, k: int) -> Neighbours:
     wanted = min(k + 1, similarity.shape[1])
     values, index = similarity.topk(wanted, 1)
     if wanted > k:
-        torn = (
-            (values[:, k - 1] == values[:, k]).nonzero().flatten()
-        )  # topk chooses among equals as it likes
+        # topk chooses among equals as it likes: sort the rows with equals on both sides of the cut
+        torn = (values[:, k - 1] == values[:, k]).nonzero().flatten()
         if len(torn):
             order = similarity[torn].sort(dim=1, descending=True, stable=True)
-            values[torn], index[torn] = order.values[:, :wanted], order.indices[:, :wanted]
-        values, index = values[:, :k], index[:, :k]
+            values[torn] = order.values[:, :wanted]
+            index[torn] = order.indices[:, :wanted]
+        values = values[:, :k]
+        index = index[:, :k]
     index, order = index.sort(1)
     values, again = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return Neighbours(values, index.gather(1, again))
@@ -85,15 +91,15 @@ def votes(
     T the weight exp(cosine / T), as DINO (Caron et al. 2021, after Wu et al. 2018, where T = 0.07
     and k = 20).
     """
-    similarity, index = (part[:, :k] for part in neighbours)
-    weight = (
-        torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
-    )
+    index = neighbours.index[:, :k]
+    similarity = neighbours.similarity[:, :k]
+    weight = torch.ones_like(similarity)
+    if temperature is not None:
+        weight = (similarity / temperature).exp()
     best = []
     for part, vote in zip(index.split(UNIT), weight.double().split(UNIT), strict=True):
-        counts = torch.zeros(len(part), classes, dtype=torch.float64).scatter_add_(
-            1, labels[part], vote
-        )
+        counts = torch.zeros(len(part), classes, dtype=torch.float64)
+        counts.scatter_add_(1, labels[part], vote)
         best.append(counts.sort(dim=1, descending=True, stable=True).indices[:, :5])
     return torch.cat(best)
 
@@ -113,10 +119,12 @@ def knn_accuracy(
     result = {}
     for k in ks:
         k = min(k, neighbours.index.shape[1])
-        hits = votes(neighbours, train_labels, classes, k) == labels[:, None]
+        best = votes(neighbours, train_labels, classes, k)
+        hits = best == labels[:, None]
         result[f"knn{k}"] = 100 * hits[:, 0].double().mean().item()
         if k > 1:
-            hits = votes(neighbours, train_labels, classes, k, temperature) == labels[:, None]
+            best = votes(neighbours, train_labels, classes, k, temperature)
+            hits = best == labels[:, None]
             result[f"knn{k}_weighted"] = 100 * hits[:, 0].double().mean().item()
             result[f"knn{k}_weighted_top5"] = 100 * hits.any(1).double().mean().item()
     return result

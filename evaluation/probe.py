@@ -43,11 +43,9 @@ def _probe(
 
     def closure() -> Tensor:
         """Loss, and its gradient by hand: tile by tile, without a graph."""
-        loss, weight.grad, bias.grad = (
-            0.5 * l2 * weight.square().sum(),
-            l2 * weight,
-            torch.zeros_like(bias),
-        )
+        loss = 0.5 * l2 * weight.square().sum()
+        weight.grad = l2 * weight
+        bias.grad = torch.zeros_like(bias)
         for x, labels in tiles(train):
             logits = x @ weight.T + bias
             loss = loss + F.cross_entropy(logits, labels, reduction="sum") / len(train)
@@ -58,15 +56,17 @@ def _probe(
             bias.grad += error.sum(0)
         return loss
 
-    options = {"max_iter": iterations, "tolerance_grad": 1e-6, "line_search_fn": "strong_wolfe"}
-    torch.optim.LBFGS([weight, bias], **options).step(closure)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+    optimizer.step(closure)
 
     def accuracy(bank: Bank, k: int) -> float:
-        found = (
-            ((x @ weight.T + bias).topk(min(k, classes), 1).indices, labels)
-            for x, labels in tiles(bank)
-        )
-        return 100 * sum(int((best == labels[:, None]).sum()) for best, labels in found) / len(bank)
+        right = 0
+        for x, labels in tiles(bank):
+            best = (x @ weight.T + bias).topk(min(k, classes), 1).indices
+            right += int((best == labels[:, None]).sum())
+        return 100 * right / len(bank)
 
     return {
         "probe": accuracy(queries, 1),
@@ -78,10 +78,12 @@ def _probe(
 def moments(bank: Bank, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each feature, float32 [D]; deviations of constant features are
     1."""
-    total = squares = torch.zeros(bank.features.shape[1], dtype=torch.float64, device=device)
+    total = torch.zeros(bank.features.shape[1], dtype=torch.float64, device=device)
+    squares = torch.zeros_like(total)
     for first in range(0, len(bank), TILE):
         x = bank.rows(first, min(first + TILE, len(bank)), device).double()
-        total, squares = total + x.sum(0), squares + x.square().sum(0)
+        total += x.sum(0)
+        squares += x.square().sum(0)
     mean = total / len(bank)
     std = (squares / len(bank) - mean.square()).clamp(min=0).sqrt()
     std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, torch.ones_like(std))

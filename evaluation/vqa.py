@@ -96,11 +96,10 @@ def vqa_accuracy(
             if person.get(group):
                 values[person[group]].append(scores[-1])
     result = {"overall": _percent(scores)}
-    return result | {
-        group: {name: _percent(found) for name, found in sorted(values.items())}
-        for group, values in groups.items()
-        if values
-    }
+    for group, values in groups.items():
+        if values:
+            result[group] = {name: _percent(found) for name, found in sorted(values.items())}
+    return result
 
 
 def _percent(scores: list[float]) -> float:

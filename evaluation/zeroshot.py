@@ -98,7 +98,8 @@ class Sized:
     """An iterable that knows its length, for progress bars."""
 
     def __init__(self, items: Iterable, length: int):
-        self.items, self.length = items, length
+        self.items = items
+        self.length = length
 
     def __len__(self) -> int:
         return self.length
@@ -117,13 +118,13 @@ def text_classifier(
     """For every embedding (z, h) a classifier [C,E]: unit embeddings of a class's prompts,
     averaged, made unit again (Radford et al. 2021, section 3.1.4); on `world.device`.
     """
-    texts, sizes = [text for each in prompts for text in each], [len(each) for each in prompts]
-    joined = embed_texts(embed_text, tokenize, texts, world, batch_size)
-    means = {
-        name: torch.stack([group.mean(0) for group in rows.split(sizes)])
-        for name, rows in joined.items()
-    }
-    return {name: F.normalize(rows, dim=-1).to(world.device) for name, rows in means.items()}
+    texts = [text for of_class in prompts for text in of_class]
+    sizes = [len(of_class) for of_class in prompts]
+    classifier = {}
+    for name, rows in embed_texts(embed_text, tokenize, texts, world, batch_size).items():
+        means = torch.stack([of_class.mean(0) for of_class in rows.split(sizes)])
+        classifier[name] = F.normalize(means, dim=-1).to(world.device)
+    return classifier
 
 
 def cached_classifier(file: Path, make: Callable[[], Embeddings], world: World) -> Embeddings:
@@ -169,7 +170,8 @@ def class_scores(image: Embeddings, classifier: Embeddings) -> Embeddings:
         for name, matrix in classifier.items()
     }
     if "h" in scores:
-        scores |= {f"zh_{w}": w * scores["z"] + (1 - w) * scores["h"] for w in WEIGHTS}
+        for w in WEIGHTS:
+            scores[f"zh_{w}"] = w * scores["z"] + (1 - w) * scores["h"]
     return scores
 
 
@@ -193,11 +195,13 @@ def best_classes(
     batches: dicts with `image` of the images `own`, this process's part of all `total` (see
     over_split).
     """
-    names, k = score_names(classifier), min(k, len(next(iter(classifier.values()))))
+    names = score_names(classifier)
+    k = min(k, len(next(iter(classifier.values()))))
 
     def predict(image: Tensor) -> tuple[Tensor]:
         scores = class_scores(embed_image(image), classifier)
-        return (torch.stack([scores[name].topk(k).indices for name in names], 1),)
+        best = [scores[name].topk(k).indices for name in names]
+        return (torch.stack(best, 1),)
 
     return over_split(predict, batches, own, total, world, "zero-shot")[0]
 
@@ -247,8 +251,9 @@ def retrieve(
     for side in (image, text):
         side = {name: rows.to(world.device) for name, rows in side.items()}
         if "h" in side:  # the inner product of joined rows is the weighted sum of the two
-            pairs = {f"zh_{w}": (w**0.5 * side["z"], (1 - w) ** 0.5 * side["h"]) for w in WEIGHTS}
-            side |= {name: torch.cat(pair, 1) for name, pair in pairs.items()}
+            for w in WEIGHTS:
+                pair = [w**0.5 * side["z"], (1 - w) ** 0.5 * side["h"]]
+                side[f"zh_{w}"] = torch.cat(pair, 1)
         sides.append(side)
     names = list(sides[0])
 
@@ -268,11 +273,12 @@ def topk_accuracy(
     [N]. With fewer than k classes all are among the best k.
     """
     hits = best == labels.view(-1, 1, 1)
-    return {
-        f"acc{k}_{name}": 100 * hits[:, number, :k].any(-1).double().mean().item()
-        for number, name in enumerate(names)
-        for k in at
-    }
+    accuracy = {}
+    for number, name in enumerate(names):
+        for k in at:
+            right = hits[:, number, :k].any(-1)
+            accuracy[f"acc{k}_{name}"] = 100 * right.double().mean().item()
+    return accuracy
 
 
 def zero_shot_chance(metric: str, classes: int) -> float | None:

@@ -23,13 +23,13 @@ def roc_auc(scores: Tensor, targets: Tensor) -> float:
 
     scores float [N], targets [N] of 0 and 1. NaN where one of the classes does not occur.
     """
-    positive, negative = scores[targets == 1].double(), scores[targets == 0].double().sort().values
+    positive = scores[targets == 1].double()
+    negative = scores[targets == 0].double().sort().values
     if not len(positive) or not len(negative):
         return float("nan")
-    below = torch.searchsorted(negative, positive) + torch.searchsorted(
-        negative, positive, right=True
-    )
-    return 50 * below.double().mean().item() / len(negative)
+    below = torch.searchsorted(negative, positive)
+    at_most = torch.searchsorted(negative, positive, right=True)
+    return 50 * (below + at_most).double().mean().item() / len(negative)
 
 
 def precision_recall(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,12 +40,14 @@ def precision_recall(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     counted = targets >= 0
     order = scores[counted].argsort(descending=True, stable=True)
-    ranked, hits = scores[counted][order], targets[counted][order].double().cumsum(0)
-    last = torch.cat(
-        [ranked[1:] != ranked[:-1], ranked.new_ones(1, dtype=torch.bool)]
-    )  # of equal scores
+    ranked = scores[counted][order]
+    hits = targets[counted][order].double().cumsum(0)
+    last = torch.ones(len(ranked), dtype=torch.bool)  # of equal scores
+    last[:-1] = ranked[1:] != ranked[:-1]
     precision = (hits / torch.arange(1, len(hits) + 1))[last]
-    return precision.flip(0).cummax(0).values.flip(0), hits[last] / hits[-1]
+    highest_from_here = precision.flip(0).cummax(0).values.flip(0)
+    recall = hits[last] / hits[-1]
+    return highest_from_here, recall
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
@@ -55,18 +57,20 @@ def average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
         return float("nan"), float("nan")
     precision, recall = precision_recall(scores, targets)
     levels = torch.arange(11, dtype=torch.float64) / 10
-    place = torch.searchsorted(recall, levels - 1e-12)
+    at_levels = precision[torch.searchsorted(recall, levels - 1e-12)]
     steps = recall.diff(prepend=recall.new_zeros(1))
-    return 100 * precision[place].mean().item(), 100 * (precision * steps).sum().item()
+    area = (precision * steps).sum()
+    return 100 * at_levels.mean().item(), 100 * area.item()
 
 
 def voc_map(scores: Tensor, targets: Tensor) -> tuple[float, float]:
     """(11-point, area) mean average precision in percent over the classes that occur; scores,
     targets [N,C]."""
-    found = torch.tensor(
-        [average_precision(*pair) for pair in zip(scores.T, targets.T, strict=True)]
-    )
-    return tuple(found.double().nanmean(0).tolist())
+    rows = []
+    for column, target in zip(scores.T, targets.T, strict=True):
+        rows.append(average_precision(column, target))
+    eleven_point, area = torch.tensor(rows).double().nanmean(0).tolist()
+    return eleven_point, area
 
 
 def measure(metric: str, found: Tensor, targets: Tensor) -> dict[str, float]:
@@ -79,17 +83,23 @@ def measure(metric: str, found: Tensor, targets: Tensor) -> dict[str, float]:
         auc = roc_auc(found[:, 1] - found[:, 0], targets)
         return {"roc_auc": auc, "acc1": 100 * (found.argmax(1) == targets).double().mean().item()}
     if metric == "map11":
-        return dict(zip(("map11", "map"), voc_map(found, targets), strict=True))
+        eleven_point, area = voc_map(found, targets)
+        return {"map11": eleven_point, "map": area}
     hits = found == targets[:, None]
-    acc1, acc5 = (100 * hits[:, :k].any(1).double().mean().item() for k in (1, KEPT))
-    per_class = mean_per_class(found[:, 0], targets)
-    return {"acc1": acc1, "acc5": acc5, "mean_per_class": per_class, "acc1_acc5": (acc1 + acc5) / 2}
+    acc1 = 100 * hits[:, :1].any(1).double().mean().item()
+    acc5 = 100 * hits[:, :KEPT].any(1).double().mean().item()
+    return {
+        "acc1": acc1,
+        "acc5": acc5,
+        "mean_per_class": mean_per_class(found[:, 0], targets),
+        "acc1_acc5": (acc1 + acc5) / 2,
+    }
 
 
 def by_score(names: list[str], function: Callable[[int], dict[str, float]]) -> dict[str, float]:
     """`<metric>_<score>` of every score: function(number of the score) -> metrics by name."""
-    return {
-        f"{metric}_{name}": value
-        for number, name in enumerate(names)
-        for metric, value in function(number).items()
-    }
+    result = {}
+    for number, name in enumerate(names):
+        for metric, value in function(number).items():
+            result[f"{metric}_{name}"] = value
+    return result

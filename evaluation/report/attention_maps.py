@@ -21,9 +21,8 @@ def word_maps(model, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: 
         fused, probabilities = model.bert.fuse(stage, text_mask, tokens, map_of=("cross", layer))
         score = model.itm_head(fused[:, 0])[:, 1].sum()
         (gradient,) = torch.autograd.grad(score, probabilities)
-    weighted = (
-        (probabilities * gradient.clamp(min=0)).detach().mean(1)[0, :, 1:]
-    )  # without the [CLS] patch
+    weighted = (probabilities * gradient.clamp(min=0)).detach().mean(1)
+    weighted = weighted[0, :, 1:]  # without the [CLS] patch
     side = round(weighted.shape[1] ** 0.5)
     return weighted.unflatten(1, (side, side)).float().cpu()
 

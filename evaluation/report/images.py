@@ -36,5 +36,7 @@ def heat_map(image: Tensor, heat: Tensor, side: int = 192) -> Tensor:
     stops = torch.tensor([[0.05, 0.05, 0.35], [0.55, 0.1, 0.5], [0.95, 0.35, 0.2], [1.0, 0.9, 0.3]])
     position = level * (len(stops) - 1)
     low = position.long().clamp(max=len(stops) - 2)
-    colour = torch.lerp(stops[low], stops[low + 1], (position - low)[..., None]).permute(2, 0, 1)
-    return ((0.45 * base + 0.55 * colour).clamp(0, 1) * 255).byte()
+    fraction = (position - low)[..., None]
+    colour = torch.lerp(stops[low], stops[low + 1], fraction).permute(2, 0, 1)
+    mixed = 0.45 * base + 0.55 * colour
+    return (mixed.clamp(0, 1) * 255).byte()

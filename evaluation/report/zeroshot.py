@@ -40,11 +40,11 @@ def tables(results: Results) -> dict[str, list[list[str]]]:
             about = [name, str(row["images"]), str(row["classes"]), TITLES[row["metric"]]]
             rows.append(about + [_figure(figure) for figure in [*figures, row.get("chance")]])
         if len(classified) > 1:
-            means = [
-                sum(r[f"{r['metric']}_{score}"] for r in classified.values()) / len(classified)
-                for score in scores
-            ]
-            rows.append(["mean", "", "", "", *(f"{mean:.2f}" for mean in means), ""])
+            means = ["mean", "", "", ""]
+            for score in scores:
+                figures = [row[f"{row['metric']}_{score}"] for row in classified.values()]
+                means.append(f"{sum(figures) / len(figures):.2f}")
+            rows.append([*means, ""])
         found["Zero-shot classification, in %"] = rows
     if retrieved:
         rows = [["data set", "images", "captions", "score", *RECALLS.values()]]
@@ -70,11 +70,10 @@ def plain_tables(results: Results) -> str:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for row in rows:
-            cells = zip(row, widths, strict=True)
-            padded = (
-                c.ljust(w) if place in TEXT_COLUMNS else c.rjust(w)
-                for place, (c, w) in enumerate(cells)
-            )
+            padded = []
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+                left = column in TEXT_COLUMNS
+                padded.append(cell.ljust(width) if left else cell.rjust(width))
             lines.append("  ".join(padded).rstrip())
         blocks.append("\n".join([title, *lines[:1], "-" * len(lines[0]), *lines[1:]]))
     return "\n\n".join(blocks)
@@ -100,9 +99,8 @@ def ensemble_chart(name: str, row: Mapping) -> Markup:
     metric = "r_mean" if row["metric"] == "recall" else row["metric"]
     if f"{metric}_h" not in row:
         return Markup()
-    points = [
-        (0.0, row[f"{metric}_h"]),
-        *((w, row[f"{metric}_zh_{w}"]) for w in WEIGHTS),
-        (1.0, row[f"{metric}_z"]),
-    ]
+    points = [(0.0, row[f"{metric}_h"])]
+    for w in WEIGHTS:
+        points.append((w, row[f"{metric}_zh_{w}"]))
+    points.append((1.0, row[f"{metric}_z"]))
     return line_chart({name: points}, f"{name}, {TITLES.get(metric, 'mean recall')}", "w")

@@ -52,7 +52,7 @@ class Meters:
 
 
 class Stopwatch:
-    """Throughput between log points: samples/s, share of time spent waiting for data, MFU and
+    """Throughput between log points: samples/s, fraction of time spent waiting for data, MFU and
     memory."""
 
     def __init__(

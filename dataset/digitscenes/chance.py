@@ -53,6 +53,6 @@ def grounding_chance(refs: list[dict], instances: dict, boxes: dict[str, list]) 
 
 
 def multi_label_chance(scenes: list[Scene]) -> float:
-    """Mean average precision in percent of a random order: the mean share of images that show a
+    """Mean average precision in percent of a random order: the mean fraction of images that show a
     label."""
     return 100 * sum(len(visible_labels(s)) for s in scenes) / (len(scenes) * len(LABELS))

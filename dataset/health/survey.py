@@ -32,7 +32,7 @@ class Part:
     near: list[list[Image]] = field(default_factory=list)
     dropped: dict[int, str] = field(
         default_factory=dict
-    )  # place in facts -> why not to train on it
+    )  # index in facts -> why not to train on it
     seconds: float = 0.0  # of all processes
 
     def samples(self) -> int:

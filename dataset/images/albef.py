@@ -32,7 +32,7 @@ def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def random_box(image: torch.Tensor, scale: tuple[float, float]) -> Box:
-    """The Inception crop: area share uniform in `scale`, aspect log-uniform in [3/4, 4/3], place
+    """The Inception crop: area fraction uniform in `scale`, aspect log-uniform in [3/4, 4/3], place
     uniform."""
     from torchvision.transforms.v2 import RandomResizedCrop
 
@@ -63,9 +63,9 @@ class TestTransform:
 class TrainTransform:
     """Random crop, flips and RandAugment: uint8 [3,H,W] to uint8 [3,resolution,resolution].
 
-    scale: range of the crop's share of the area; (0.5, 1) for retrieval, VQA, VE and NLVR2, (0.2,
-    1) for pre-training, None for no crop at all (grounding). flip: flip half of the images horizontally;
-    switch it off where texts say "left".
+    scale: range of the crop's fraction of the area; (0.5, 1) for retrieval, VQA, VE and NLVR2,
+    (0.2, 1) for pre-training, None for no crop at all (grounding). flip: flip half of the images
+    horizontally; switch it off where texts say "left".
     """
 
     def __init__(

@@ -9,9 +9,9 @@ ATTEMPTS = 10
 
 
 class BlockMask:
-    """Masks a share of a patch grid with random rectangles.
+    """Masks a fraction of a patch grid with random rectangles.
 
-    height, width: the grid in patches. ratio: share of patches to mask, the original's 75 of 256
+    height, width: the grid in patches. ratio: fraction of patches to mask, the original's 75 of 256
     whatever the grid.
     min_block: patches of the smallest rectangle drawn, by default one sixteenth of the grid (16 of
     256).

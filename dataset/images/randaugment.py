@@ -134,8 +134,8 @@ def _look_up(image: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 def forward_matrix(
     name: str, strength: float, height: int, width: int, fixed_shift: bool = False
 ) -> list[float]:
-    """The affine map (two rows of three) from old to new places of pixels; positive shifts go left
-    and up."""
+    """The affine map (two rows of three) from old to new positions of pixels; positive shifts go
+    left and up."""
     if name == "ShearX":
         return [1, strength, 0, 0, 1, 0]
     if name == "ShearY":
@@ -153,7 +153,7 @@ def warp(image: torch.Tensor, matrix: list[float]) -> torch.Tensor:
     """Bilinear affine warp of uint8 [3,H,W] with grey fill, in the fixed-point arithmetic of
     OpenCV's warpAffine.
 
-    Source places are rounded to 1/32 of a pixel, so that results are integers and equal on every
+    Source positions are rounded to 1/32 of a pixel, so that results are integers and equal on every
     machine.
     """
     a, b, c, d, e, f = matrix
@@ -190,7 +190,7 @@ def warp(image: torch.Tensor, matrix: list[float]) -> torch.Tensor:
 
 
 def _fixed_point(row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole pixels and 32nds of the source places row [H,1] + column [W], rounded the way OpenCV
+    """Whole pixels and 32nds of the source positions row [H,1] + column [W], rounded the way OpenCV
     rounds."""
     place = ((row * 1024).round().int() + 16 + (column * 1024).round().int()) >> 5
     return place >> 5, place & 31

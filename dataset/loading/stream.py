@@ -18,7 +18,7 @@ from dataset.loading.workers import signals_held, worker_init
 COUNTS = ("bad", "missing", "truncated")  # of samples, in the position of a worker
 EARLY = "the image ends early; its missing rows are grey"
 LISTED = 20  # bad samples named when the budget is exceeded
-ENOUGH = 1000  # samples after which the share of bad ones means something
+ENOUGH = 1000  # samples after which the fraction of bad ones means something
 
 
 class RecordSource:
@@ -59,9 +59,9 @@ class Stream:
     """A mixture of sources and the collate function that makes a batch (dict of tensors) of their
     samples.
 
-    sources: each a RecordSource or ShardSource. weights: share of each in the samples drawn, by
-    default its share of all samples. Sources take turns so that after any number of draws each is
-    within one sample of its share. exif: turn images by their EXIF orientation.
+    sources: each a RecordSource or ShardSource. weights: fraction of each in the samples drawn, by
+    default its fraction of all samples. Sources take turns so that after any number of draws each
+    is within one sample of its fraction. exif: turn images by their EXIF orientation.
     `len(stream)`, the samples of one epoch, is the sum over the sources.
     """
 
@@ -141,7 +141,7 @@ class Stream:
                 samples, dropped, truncated, batch_seed = [], [], [], 0
 
     def _next_source(self, drawn: list[int]) -> int:
-        """The source that lags most behind its share."""
+        """The source that lags most behind its fraction."""
         total = sum(drawn) + 1
         lags = [share * total - count for share, count in zip(self.shares, drawn, strict=True)]
         return lags.index(max(lags))
@@ -154,7 +154,8 @@ class StreamLoader:
     errors: bad samples dropped so far per source. state_dict() refers to the last batch handed out; passing it as
     `state` continues behind it, exactly if nothing about data, seed, ranks and workers has changed, otherwise at about
     the same fraction of the data, with a warning.
-    error_budget: share of bad samples (after the first thousand, or all) above which a UserError lists them.
+    error_budget: fraction of bad samples (after the first thousand, or all) above which a UserError
+    lists them.
     """
 
     def __init__(
@@ -292,7 +293,7 @@ class StreamLoader:
             return state
         changes = ", ".join(f"{key} {state['made_with'].get(key)} -> {now[key]}" for key in changed)
         warnings.warn(
-            f"data order changed on resuming ({changes}): continuing at about the same place",
+            f"data order changed on resuming ({changes}): continuing at about the same position",
             stacklevel=3,
         )
         return self._start(state["samples"])

@@ -191,7 +191,7 @@ class ImageView:
     """uint8 [3,H,W] -> uint8 [3,S,S], bicubic: the centre at S pixels of the shorter side, or the
     whole image.
 
-    crop: < 1: a random box instead, of at least this share of the image.
+    crop: < 1: a random box instead, of at least this fraction of the image.
     """
 
     def __init__(self, side: int, whole: bool = False, crop: float = 1.0):

@@ -70,7 +70,7 @@ class RetrievalSet:
     ):
         self.image_root, self.transform = Path(image_root), transform
         self.images, self.captions, self.txt2img, self.img2txt = [], [], [], []
-        numbers: dict = {}  # image -> its place in `images`
+        numbers: dict = {}  # image -> its index in `images`
         for record in records:
             number = numbers.setdefault(image_key(record["image"]), len(numbers))
             if number == len(self.images):

@@ -37,7 +37,7 @@ class QuestionAnswers:
     Visual Genome).
 
     `image` float32 [3,H,W] · `question` str · `answers`, the distinct ones in order of appearance ·
-    `weights`, each one's share of the answers (0.5 for Visual Genome).
+    `weights`, each one's fraction of the answers (0.5 for Visual Genome).
     """
 
     def __init__(self, transform: Callable, roots: Roots, max_words: int = 30):

@@ -158,8 +158,8 @@ def mask_tokens(
 
 
 def mlm_targets(labels: torch.Tensor, multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(positions, labels)`, both int64 [K]: flat places of the chosen tokens of labels [B,L] and
-    their original ids.
+    """`(positions, labels)`, both int64 [K]: flat positions of the chosen tokens of labels [B,L]
+    and their original ids.
 
     K is rounded up to a `multiple` (few shapes, never empty); padding is position 0 with label
     -100.

@@ -65,7 +65,7 @@ class ClassifierConfig:
     layer_norm_eps: float = knob(1e-6, "Hugging Face's ViT has 1e-12", rare=True)
     loss: str = knob("softmax", "softmax: one label an image; sigmoid: any number")
     label_smoothing: float = knob(
-        0.0, "share of the target spread evenly: over all classes, or over yes and no"
+        0.0, "fraction of the target spread evenly: over all classes, or over yes and no"
     )
     head_bias: float | None = knob(
         None, "initial bias of the head; none = -10 with the sigmoid loss, else 0", rare=True

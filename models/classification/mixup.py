@@ -2,7 +2,7 @@
 sparse labels.
 
 The partner of sample i is sample B - 1 - i. Labels stay lists: those of the partner stand behind
-one's own, each list with its share as weight. Shapes: image [B,3,H,W], labels int64 [B,K],
+one's own, each list with its fraction as weight. Shapes: image [B,3,H,W], labels int64 [B,K],
 label_weights float32 [B,K].
 """
 
@@ -13,8 +13,8 @@ Batch = dict[str, Tensor]
 
 
 def mix(batch: Batch, mixup_alpha: float, cutmix_alpha: float, original: bool = False) -> Batch:
-    """The batch mixed by shares drawn from Beta(alpha, alpha); 0 = without. Both: mixup for the
-    first half, CutMix for the second, partners within the half. original: see `cut_and_paste`.
+    """The batch mixed by fractions sampled from Beta(alpha, alpha); 0 = without. Both: mixup for
+    the first half, CutMix for the second, partners within the half. original: see `cut_and_paste`.
     Draws on the device, nothing waits for it.
     """
     if mixup_alpha and cutmix_alpha:
@@ -31,12 +31,13 @@ def mix(batch: Batch, mixup_alpha: float, cutmix_alpha: float, original: bool = 
     return batch
 
 
-def blend(batch: Batch, share: Tensor) -> Batch:
-    """Mixup with `share` [B] or 1 - share, whichever is larger, of one's own image and labels."""
-    share = torch.maximum(share, 1 - share)
-    mine = share.view(-1, 1, 1, 1)
+def blend(batch: Batch, fraction: Tensor) -> Batch:
+    """Mixup with `fraction` [B] or 1 - fraction, whichever is larger, of one's own image and
+    labels."""
+    fraction = torch.maximum(fraction, 1 - fraction)
+    mine = fraction.view(-1, 1, 1, 1)
     image = batch["image"]
-    return {"image": mine * image + (1 - mine) * image.flip(0)} | joined_labels(batch, share)
+    return {"image": mine * image + (1 - mine) * image.flip(0)} | joined_labels(batch, fraction)
 
 
 def cut_and_paste(batch: Batch, masks: Tensor, original: bool = False) -> Batch:
@@ -52,9 +53,9 @@ def cut_and_paste(batch: Batch, masks: Tensor, original: bool = False) -> Batch:
     )
 
 
-def joined_labels(batch: Batch, share: Tensor) -> Batch:
-    """Own labels weighted with `share` [B], then the partner's with the rest: [B,2K]."""
-    labels, weights, mine = batch["labels"], batch["label_weights"], share.view(-1, 1)
+def joined_labels(batch: Batch, fraction: Tensor) -> Batch:
+    """Own labels weighted with `fraction` [B], then the partner's with the rest: [B,2K]."""
+    labels, weights, mine = batch["labels"], batch["label_weights"], fraction.view(-1, 1)
     return {
         "labels": torch.cat([labels, labels.flip(0)], 1),
         "label_weights": torch.cat([mine * weights, (1 - mine) * weights.flip(0)], 1),
@@ -67,21 +68,21 @@ def draw_beta(alpha: float, image: Tensor) -> Tensor:
     return pair[0] / pair.sum(0).clamp(min=torch.finfo(pair.dtype).tiny)
 
 
-def draw_masks(share: Tensor, height: int, width: int) -> Tensor:
-    """Rectangles of about 1 - share of the area around uniform pixels, cut at the border: float32
-    [B,1,H,W] of 0, 1."""
-    y = torch.randint(height, share.shape, device=share.device)
-    x = torch.randint(width, share.shape, device=share.device)
-    return rectangles(share, y, x, height, width)
+def draw_masks(fraction: Tensor, height: int, width: int) -> Tensor:
+    """Rectangles of about 1 - fraction of the area around uniform pixels, cut at the border:
+    float32 [B,1,H,W] of 0, 1."""
+    y = torch.randint(height, fraction.shape, device=fraction.device)
+    x = torch.randint(width, fraction.shape, device=fraction.device)
+    return rectangles(fraction, y, x, height, width)
 
 
-def rectangles(share: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+def rectangles(fraction: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
     """`draw_masks` with given centres, int64 [B]: half sides are whole pixels, rounded down."""
-    side = (1 - share).sqrt()
+    side = (1 - fraction).sqrt()
 
     def span(centre: Tensor, size: int) -> Tensor:
         half = ((side * size).long() // 2)[:, None]
-        place = torch.arange(size, device=share.device)
-        return (place >= centre[:, None] - half) & (place < centre[:, None] + half)
+        position = torch.arange(size, device=fraction.device)
+        return (position >= centre[:, None] - half) & (position < centre[:, None] + half)
 
     return (span(y, height)[:, None, :, None] & span(x, width)[:, None, None, :]).float()

@@ -252,7 +252,7 @@ class ImageTokenizer(nn.Module):
 
     @torch.no_grad()
     def codes(self, image: Tensor) -> Tensor:
-        """[B,3,H,W] in [0,1], or uint8, -> int64 [B,H/r,W/r], the most probable code of each place."""
+        """[B,3,H,W] in [0,1], or uint8, -> likeliest code of each position, int64 [B,H/r,W/r]."""
         return self.logits(image).argmax(dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class ImageTokenizer(nn.Module):
         squared error, of the
             decoder's image from Gumbel-softmax codes (Jang et al. 2017) at `temperature`: relaxed
             ones, or with `straight_through` hard ones with the gradient of the relaxed ones.
-        loss_kl: KL(q(code | place) || uniform), mean over places, in nats: how decided the encoder
+        loss_kl: KL(q(code | position) || uniform), mean over positions, in nats: how decided the encoder
         is.
         loss_usage: KL(mean q over the batch || uniform): 0 when all codes are used equally; keeps
         the code book alive.
@@ -318,7 +318,7 @@ def reconstruction_loss(output: Tensor, image: Tensor) -> Tensor:
 
 
 def code_usage(counts: Tensor) -> tuple[float, float]:
-    """`(used, perplexity)` of code counts [V]: share of codes that occur, exp of the entropy of
+    """`(used, perplexity)` of code counts [V]: fraction of codes that occur, exp of the entropy of
     their distribution."""
     p = counts.double() / counts.sum().clamp(min=1)
     entropy = -torch.special.xlogy(p, p).sum()

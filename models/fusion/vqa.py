@@ -165,7 +165,7 @@ def decode(
     answer_mask: Tensor,
     question: Tensor,
 ) -> Tensor:
-    """Logits [A,M-1,V] of the next token at each but the last place; keys of a question are
+    """Logits [A,M-1,V] of the next token at each but the last position; keys of a question are
     computed once."""
     ids, real = answer_ids[:, :-1], answer_mask[:, :-1]
     return decoder(ids, real, states, image_mask=mask, rows=question, causal=True)

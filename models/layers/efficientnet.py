@@ -29,7 +29,7 @@ STAGES: Stages = (  # of B0
 )
 SMALL_STAGES: Stages = ((3, 1, 24, 1, 2), (5, 1, 32, 4, 1), (5, 1, 64, 4, 2), (5, 1, 96, 6, 2))
 STEM = 32
-SQUEEZE = 0.25  # width of squeeze-and-excitation as a share of the block's input
+SQUEEZE = 0.25  # width of squeeze-and-excitation as a fraction of the block's input
 SMALLEST = 32  # pixels: five halvings leave one
 
 

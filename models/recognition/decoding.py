@@ -5,7 +5,7 @@ All continuations of an image are branches of one tree: image and prompt are enc
 token adds one key, and a boolean mask says which branch sees which keys. So nothing is copied for a
 hundred labels of an image, and a beam that changes its parent changes a row of the mask.
 
-model: anything with `prefill(images, prompt)` and `step(tokens, place, mask, cache)` of
+model: anything with `prefill(images, prompt)` and `step(tokens, position, mask, cache)` of
 models.recognition.nxtp.Nxtp; also the
 exported one of scripts/weights/export_recognition.py.
 """
@@ -30,7 +30,7 @@ class Branches:
         """images [B,N,D]; prompt int64 [P]; `logits` [B,V] are those behind the prompt."""
         self.model = model
         self.logits, self.cache = model.prefill(images, prompt)
-        self.shared = self.place = images.shape[1] + len(prompt)
+        self.shared = self.position = images.shape[1] + len(prompt)
         self.seen = torch.ones(
             len(images), count, self.shared, dtype=torch.bool, device=images.device
         )
@@ -41,9 +41,9 @@ class Branches:
         own = rows[:, None] == torch.arange(self.seen.shape[1], device=rows.device)[:, None]
         self.seen = torch.cat([self.seen, own], 2)
         mask = self.seen.gather(1, rows[..., None].expand(-1, -1, self.seen.shape[2]))
-        places = torch.full(rows.shape[1:], self.place, device=rows.device)
-        logits, self.cache = self.model.step(tokens, places, mask[:, None], self.cache)
-        self.place += 1
+        positions = torch.full(rows.shape[1:], self.position, device=rows.device)
+        logits, self.cache = self.model.step(tokens, positions, mask[:, None], self.cache)
+        self.position += 1
         return logits
 
     def forget(self, ended: Tensor) -> None:
@@ -83,8 +83,8 @@ class Drafts:
             self.lengths[image].tolist(),
         )
         return [
-            (tokens[:length], shares[:length])
-            for tokens, shares, length in zip(*parts, strict=True)
+            (tokens[:length], probabilities[:length])
+            for tokens, probabilities, length in zip(*parts, strict=True)
         ]
 
 
@@ -103,8 +103,8 @@ def one_shot(
         raise UserError(
             f"{count} labels asked for, but the vocabulary has {tree.logits.shape[-1]} first tokens"
         )
-    share, last = tree.logits.float().softmax(-1).topk(count)
-    tokens, shares, lengths = [last], [share], torch.ones_like(last)
+    probability, last = tree.logits.float().softmax(-1).topk(count)
+    tokens, probabilities, lengths = [last], [probability], torch.ones_like(last)
     running = last != delimiter
     for _ in range(limit - 1):
         most = int(running.sum(1).max())
@@ -114,10 +114,10 @@ def one_shot(
         best, found = _likeliest(tree.grow(last.gather(1, rows), rows))
         last = torch.full_like(last, delimiter).scatter(1, rows, found)
         tokens.append(last)
-        shares.append(torch.ones_like(share).scatter(1, rows, best))
+        probabilities.append(torch.ones_like(probability).scatter(1, rows, best))
         lengths = lengths + running
         running = running & (last != delimiter)
-    return Drafts(torch.stack(tokens, 2), torch.stack(shares, 2), lengths, ~running)
+    return Drafts(torch.stack(tokens, 2), torch.stack(probabilities, 2), lengths, ~running)
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,9 +138,9 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 def top_p(logits: Tensor, p: float) -> Tensor:
     """Probabilities [...,V] among the likeliest tokens that together make up p, the one that passes
     it included."""
-    ordered, places = logits.softmax(-1).sort(descending=True)
+    ordered, positions = logits.softmax(-1).sort(descending=True)
     ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > p, 0)
-    return torch.zeros_like(ordered).scatter(-1, places, ordered / ordered.sum(-1, keepdim=True))
+    return torch.zeros_like(ordered).scatter(-1, positions, ordered / ordered.sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,15 @@ class Choice:
         """Logits [B,M,V] -> probability and token [B,M]."""
         if self.method == "greedy":
             return _likeliest(logits)
-        share = (
+        probability = (
             top_k(logits, self.k)
             if self.method == "top_k"
             else top_p(logits / self.temperature, self.p)
         )
-        found = torch.multinomial(share.flatten(0, 1), 1, generator=generator).view(share.shape[:2])
-        return share.gather(-1, found[..., None])[..., 0], found
+        found = torch.multinomial(probability.flatten(0, 1), 1, generator=generator).view(
+            probability.shape[:2]
+        )
+        return probability.gather(-1, found[..., None])[..., 0], found
 
 
 @torch.no_grad()
@@ -200,15 +202,15 @@ def write_labels(
     logits = tree.logits[:, None].float().expand(-1, count, -1)
     used = torch.zeros_like(logits, dtype=torch.bool)
     rows = torch.arange(count, device=images.device).expand(len(images), -1)
-    tokens, shares = [], []
-    for place in range(length):
+    tokens, probabilities = [], []
+    for position in range(length):
         if choice.penalty > 0:
             logits = torch.where(used, logits / choice.penalty, logits)
-        share, found = choice(logits, generator)
+        probability, found = choice(logits, generator)
         tokens.append(found)
-        shares.append(share)
+        probabilities.append(probability)
         used = used.scatter(2, found[..., None], True)
-        if place == length - 1:
+        if position == length - 1:
             break
         if lagging:
             logits = _lagging_logits(model, images, prompt, torch.cat(tokens, 1), delimiter)[
@@ -218,7 +220,7 @@ def write_labels(
             logits = tree.grow(found, rows).float()
             if decouple:
                 tree.forget(found == delimiter)
-    drafts = torch.stack(tokens, 2), torch.stack(shares, 2)
+    drafts = torch.stack(tokens, 2), torch.stack(probabilities, 2)
     lengths = torch.full(drafts[0].shape[:2], length, device=images.device)
     return Drafts(*drafts, lengths, drafts[0][..., -1] == delimiter)
 
@@ -230,9 +232,9 @@ def _lagging_logits(
 
     ids = torch.cat([prompt.expand(len(tokens), -1), tokens], 1)
     mask = lagging_mask(ids, len(prompt) - 1, delimiter, images.shape[1])
-    places = torch.arange(images.shape[1] + ids.shape[1], device=ids.device)
+    positions = torch.arange(images.shape[1] + ids.shape[1], device=ids.device)
     x = model.sequence(images, ids)
-    sight = Sight(places, mask, images.shape[1], model.config.prefix)
+    sight = Sight(positions, mask, images.shape[1], model.config.prefix)
     return model.logits(model.language_decoder(x, sight, keep=1)[0][:, 0])
 
 
@@ -240,7 +242,7 @@ def lagging_mask(ids: Tensor, answer: int, delimiter: int, images: int) -> Tenso
     """The original's mask of a text being written: int64 [B,T] -> bool [B,1,T,images+T].
 
     Causal, but once the (j+1)-th delimiter stands, what follows the j-th loses all from the
-    prompt's last token (place `answer`) to the j-th delimiter.
+    prompt's last token (position `answer`) to the j-th delimiter.
     """
     order = torch.arange(ids.shape[1], device=ids.device)
     ends = ids == delimiter
@@ -283,8 +285,8 @@ def beam_search(
     logits = tree.logits[:, None].float().expand(-1, beams, -1)
     used = torch.zeros_like(logits, dtype=torch.bool)
     rows = torch.arange(beams, device=device).expand(len(images), -1)
-    for place in range(length):
-        if penalty > 0 and place:
+    for position in range(length):
+        if penalty > 0 and position:
             logits = torch.where(used, logits / penalty, logits)
         best, found = logits.log_softmax(-1).topk(beams + 1)
         totals = (sums[..., None] + best).flatten(1)
@@ -302,11 +304,11 @@ def beam_search(
         history = history.gather(1, parents[..., None].expand_as(history))
         history = torch.cat([history, last[..., None]], 2)
         tree.follow(parents)
-        if all(len(text) >= enough for text in ended) or place == length - 1:
+        if all(len(text) >= enough for text in ended) or position == length - 1:
             break
         used = used.gather(1, parents[..., None].expand_as(used))
         used = used.scatter(2, last[..., None], True)
-        if place == 0:
+        if position == 0:
             used[..., prompt] = True  # the original's penalty is on the whole text
         logits = tree.grow(last, rows).float()
     return [
@@ -340,14 +342,16 @@ def _best_text(
 
 # ---- from tokens to labels
 def split_labels(
-    tokens: Sequence[int], shares: Sequence[float], delimiter: int
+    tokens: Sequence[int], probabilities: Sequence[float], delimiter: int
 ) -> list[tuple[list[int], list[float]]]:
     """The labels of a stream, delimiters included; an unfinished one at its end is left out."""
     found, start = [], 0
-    for place, token in enumerate(tokens):
+    for position, token in enumerate(tokens):
         if token == delimiter:
-            found.append((list(tokens[start : place + 1]), list(shares[start : place + 1])))
-            start = place + 1
+            found.append(
+                (list(tokens[start : position + 1]), list(probabilities[start : position + 1]))
+            )
+            start = position + 1
     return found
 
 
@@ -368,11 +372,11 @@ def rank_labels(
     if ranking not in RANKINGS:
         raise UserError(f"ranking {ranking!r} is unknown; use one of {', '.join(RANKINGS)}")
     scores: dict[str, float] = {}
-    for tokens, shares in rows:
+    for tokens, probabilities in rows:
         text = decode(tokens).replace(",", "")
-        product = torch.tensor(shares, dtype=torch.float64).prod().item()
+        product = torch.tensor(probabilities, dtype=torch.float64).prod().item()
         if ranking == "mean":
-            scores[text] = min(scores.get(text, 1.0), product ** (1 / len(shares)))
+            scores[text] = min(scores.get(text, 1.0), product ** (1 / len(probabilities)))
         else:
             scores[text] = scores.get(text, 0.0) + (product if ranking == "prob" else 0.0)
     return sorted(scores.items(), key=lambda item: -item[1])

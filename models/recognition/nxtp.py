@@ -56,7 +56,7 @@ class ImageEncoder(OpenAIViT):
 
 
 class ResNetEncoder(ModifiedResNet):
-    """CLIP's ResNet whose last feature map, normed place by place, is projected to the decoder.
+    """CLIP's ResNet whose last feature map, normed position by position, is projected to the decoder.
 
     [B,3,S,S] -> [B,1+N,D], their mean first, where a ViT has its class token. As many stages as
     `vision_layers` names;

@@ -49,7 +49,7 @@ NAMES = {  # OpenAI's heading -> name of the data set
     "StanfordCars": "cars",
     "UCF101": "ucf101_frames",
 }
-ORDER = {  # place in OpenAI's list of the class of every folder
+ORDER = {  # index in OpenAI's list of the class of every folder
     "eurosat": (7, 0, 6, 9, 8, 4, 1, 2, 3, 5),
     "kitti_distance": (2, 1, 0, 3),
     "fer2013": (0, 1, 2, 3, 6, 4, 5),

@@ -38,7 +38,7 @@ def align_from_tf(source: Path, dest: Path) -> str:
         if key == "temperature":
             variables[key] = value
         elif tower in ("image_encoder", "text_encoder"):
-            # the name of the projection depends on what was built before it, its place in the tree
+            # the name of the projection depends on what was built before it, its position in the tree
             # does not
             is_projection = rest.startswith("layer_with_weights-1/") and rest.count("/") == 1
             variables[

@@ -247,7 +247,7 @@ def test_resuming_in_another_setting_goes_on_nearby(tmp_path, kind, change):
     seen = list(first)
     for rank in range(ranks):
         with pytest.warns(
-            UserWarning, match="data order changed on resuming.*about the same place"
+            UserWarning, match="data order changed on resuming.*about the same position"
         ):
             after = StreamLoader(
                 source(change.get("more", 0)),

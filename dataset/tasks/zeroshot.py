@@ -157,20 +157,35 @@ def file_list(entry: Entry, read_plain: Callable) -> Files:
             raise MissingData(
                 f"{entry.name}: no file {file}; make it (an array of {kind}), or name another --root"
             )
-        found[kind] = [
-            value.decode() if isinstance(value, bytes) else value
-            for value in read_plain(file).tolist()
-        ]
+        found[kind] = _listed(read_plain(file), file)
     images, labels = found.values()
     if not images or len(images) != len(labels):
         raise UserError(
             f"{folder}/{entry.split}_*.npy: {len(images)} images and {len(labels)} labels; make them again"
         )
+    numbers = all(type(label) is int and 0 <= label < 2**31 for label in labels)
+    if not all(isinstance(image, str) for image in images) or not (
+        numbers or all(isinstance(label, str) for label in labels)
+    ):
+        raise UserError(
+            f"{folder}/{entry.split}_*.npy: images must be texts, labels numbers or texts; make "
+            "them again"
+        )
     classes = []
-    if isinstance(labels[0], str):
+    if not numbers:
         classes = sorted(set(labels))
         labels = [classes.index(label) for label in labels]
     return Files([folder / image for image in images], torch.tensor(labels), classes)
+
+
+def _listed(array: object, file: Path) -> list:
+    """Values of a one-dimensional array, bytes as text."""
+    if getattr(array, "ndim", None) != 1:
+        raise UserError(f"{file}: expected an array of one dimension, found {brief(array)}")
+    try:
+        return [each.decode() if isinstance(each, bytes) else each for each in array.tolist()]
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: its texts are not UTF-8; make it again") from None
 
 
 def voc(entry: Entry) -> Files:
@@ -188,18 +203,28 @@ def voc(entry: Entry) -> Files:
         raise MissingData(
             f"{entry.name}: no *_{entry.split}.txt in {root}/ImageSets/Main; unpack the {entry.split} set"
         )
-    columns = [
-        dict(line.split() for line in file.read_text().splitlines() if line.strip())
-        for file in lists
-    ]
+    columns = [_voc_list(file) for file in lists]
     if any(column.keys() != columns[0].keys() for column in columns):
         raise UserError(
             f"{root}/ImageSets/Main: the lists *_{entry.split}.txt name different images; unpack them again"
         )
-    meaning = {"1": 1, "-1": 0, "0": -1}
-    targets = torch.tensor([[meaning[column[name]] for column in columns] for name in columns[0]])
+    targets = torch.tensor([[column[name] for column in columns] for name in columns[0]])
     files = [root / "JPEGImages" / f"{name}.jpg" for name in columns[0]]
     return Files(files, targets, [file.name.removesuffix(f"_{entry.split}.txt") for file in lists])
+
+
+def _voc_list(file: Path) -> dict[str, int]:
+    """Target by image: 1, 0, and -1 for difficult ones, which the file writes 1, -1 and 0."""
+    meaning = {"1": 1, "-1": 0, "0": -1}
+    column = {}
+    for number, line in enumerate(read_lines(file), 1):
+        fields = line.split()
+        if not fields:
+            continue
+        if len(fields) != 2 or fields[1] not in meaning:
+            raise UserError(f"{file}, line {number}: expected an image and 1, -1 or 0")
+        column[fields[0]] = meaning[fields[1]]
+    return column
 
 
 class TorchvisionImages:
@@ -366,6 +391,10 @@ def retrieval_shards(entry: Entry, cache: Path) -> tuple[ShardIndex, list[list[s
         ) from None
 
 
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(each, str) for each in values)
+
+
 def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
     """Karpathy's JSON {images: [{filepath, filename, split, sentences: [{raw}]}]}, or ALBEF's
     [{image, caption}]."""
@@ -394,7 +423,11 @@ def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
             f"{file}: {error} is missing or malformed; retrieval takes Karpathy's JSON, whose images have filename, "
             "split and sentences with raw, or a list of {image, caption}"
         ) from None
-    found = by_image((image, [c] if isinstance(c, str) else list(c)) for image, c in rows)
+    rows = [(image, [texts] if isinstance(texts, str) else texts) for image, texts in rows]
+    for image, texts in rows:
+        if not isinstance(image, str) or not _are_texts(texts):
+            raise UserError(f"{file}: {brief(image)} with {brief(texts)} is no image with texts")
+    found = by_image(rows)
     first = list(found)[:20]
     if first and not any((root / image).is_file() for image in first):
         raise MissingData(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.errors import UserError
+from base.errors import UserError, brief
 from base.files import read_json
 from base.torch_files import find_index, load_weights_only, shards_of
 from models.layers.llama import LlamaConfig, split_dimension
@@ -138,6 +138,8 @@ def hugging_face_config(values: dict, where: object = "config.json") -> LlamaCon
     """Geometry from the `config.json` of transformers' LlamaForCausalLM; UserError for other kinds
     of decoders."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_scaling is {brief(rope)}, not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if (
         values.get("model_type", "llama") != "llama"
@@ -145,7 +147,8 @@ def hugging_face_config(values: dict, where: object = "config.json") -> LlamaCon
         or values.get("attention_bias")
     ):
         raise UserError(
-            f"{where}: a {values.get('model_type')} with {kind} rotary positions, not a plain LLaMA"
+            f"{where}: a {values.get('model_type')} with {kind} rotary positions, not a plain LLaMA; "
+            "use LLaMA 1 to 3, whose config.json has no rope_scaling"
         )
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     try:
@@ -161,6 +164,8 @@ def hugging_face_config(values: dict, where: object = "config.json") -> LlamaCon
         )
     except KeyError as error:
         raise UserError(f"{where}: has no {error.args[0]}; is it of a LlamaForCausalLM?") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: {error}; fetch it again") from None
     if values.get("head_dim") not in (None, config.head_dim):
         raise UserError(
             f"{where}: head_dim {values['head_dim']} is not hidden_size / num_attention_heads"

@@ -354,10 +354,11 @@ def wordpiece(path: Path) -> Any:
     return Tokenizer(path)(["a lion"])
 
 
-def sentencepiece(path: Path) -> Any:
-    from dataset.text.sentencepiece import SentencePiece
+def pieces(path: Path) -> Any:
+    from dataset.text.sentencepiece import PieceTokenizer
 
-    return SentencePiece(path).encode("a lion")
+    tokenizer = PieceTokenizer(path)
+    return tokenizer.decode(tokenizer.encode("a lion"))
 
 
 def class_list(path: Path) -> Any:
@@ -463,6 +464,23 @@ def tokenizer_json() -> bytes:
     return Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")).to_str().encode()
 
 
+def decoder_json() -> bytes:
+    from tokenizers import Tokenizer, models
+
+    names = ["<s>", "</s>", "<unk>", ",", "a", "l", "i", "o", "n", "li", "on"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    merges = [("l", "i"), ("o", "n")]
+    return Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>")).to_str().encode()
+
+
+def decoder_model() -> bytes:
+    from dataset.text.sentencepiece import train_pieces
+
+    made: list[bytes] = []
+    train_pieces(["a lion, a dog", "a cat"] * 10, 300, made.append)
+    return made[0]
+
+
 BINARIES = {
     "tar": Binary(shard, tar_shard, ".tar"),
     "tar, indexed": Binary(shard_index, tar_shard, ".tar"),
@@ -498,6 +516,8 @@ BINARIES = {
     "merges, plain": Binary(merges, MERGES.encode, ".txt"),
     "vocabulary": Binary(wordpiece, VOCABULARY.encode, ".txt"),
     "tokenizer.json": Binary(wordpiece, tokenizer_json, ".json"),
+    "decoder's tokenizer.json": Binary(pieces, decoder_json, ".json"),
+    "decoder's tokenizer.model": Binary(pieces, decoder_model, ".model"),
     "class list": Binary(class_list, lambda: b"dog\ncat\n", ".txt"),
     "label list": Binary(label_list, lambda: b"0.png : dog,cat\n1.png: cow\n", ".txt"),
     "VOC's lists": Binary(voc_lists, lambda: b"000001 1\n000002 -1\n", ".txt"),

@@ -1,0 +1,59 @@
+"""A decoder's tokenizer.json in place of its tokenizer.model."""
+
+import pickle
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from base.errors import UserError
+from dataset.text.sentencepiece import EMPTY, IMAGE, PieceTokenizer
+
+
+def write_tokenizer(folder, special=("<|begin_of_text|>", "<|end_of_text|>"), text="a dog, a cat"):
+    """A byte-level BPE as LLaMA 3 has one."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([text] * 10, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    return backend
+
+
+def test_ids_are_those_of_tokenizers(tmp_path):
+    backend = write_tokenizer(tmp_path)
+    for source in (tmp_path, tmp_path / "tokenizer.json"):
+        pieces = PieceTokenizer(source)
+        size = backend.get_vocab_size()
+        assert pieces.vocab_size == size + 2 and pieces.pad == size + 1 and pieces.image == size
+        assert (pieces.bos, pieces.eos) == (0, 1)
+        assert pieces.delimiter == backend.token_to_id(",")
+        text = "a dog, ein Hündchen </s>"
+        assert pieces.encode(text) == backend.encode(text, add_special_tokens=False).ids
+        assert pieces.decode(pieces.encode(text)) == text
+        assert pieces.encode(f"{IMAGE}a{EMPTY}")[0] == pieces.image
+        assert pickle.loads(pickle.dumps(pieces)).encode("a cat") == pieces.encode("a cat")
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path):
+    write_tokenizer(tmp_path)
+    pieces = PieceTokenizer(tmp_path)
+    assert pieces.eos not in pieces.encode("<|end_of_text|>")
+    assert pieces.decode([pieces.bos, *pieces.encode("a dog"), pieces.eos]) == "a dog"
+
+
+def test_tokenizer_model_comes_first_and_faults_are_named(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"tokenizer\.model: no SentencePiece model"):
+        PieceTokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    write_tokenizer(tmp_path, special=("<pad>",))
+    with pytest.raises(UserError, match="lacks BOS, EOS"):
+        PieceTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        PieceTokenizer(tmp_path)

@@ -153,10 +153,9 @@ def read_shard(
     BadSample in its place.
 
     options: of fsspec. expected: samples of the shard, by which a BadSample for the rest of it
-    counts; where damage has left fewer than these, another one at the end counts the missing.
+    counts; where fewer have come than these, another one at the end counts the missing.
     """
     counted = 0  # samples that were given or reported lost
-    damaged = False
     with ExitStack() as stack:
         try:
             file, size = stack.enter_context(plain_stream(shard, options))
@@ -171,16 +170,17 @@ def read_shard(
             records = (member_record(shard, sample) for sample in read_samples(TarWalk(file, size)))
         for record in records:
             if isinstance(record, BadSample):
-                damaged = True
+                if expected and counted >= expected:
+                    continue  # damage behind the last sample has taken none
                 if record.lost is None:
                     record.lost = max(1, (expected or 0) - counted)
                 counted += record.lost
             else:
                 counted += 1
             yield record
-        if damaged and expected and counted < expected:
+        if expected and counted < expected:
             missing = expected - counted
-            yield BadSample(f"{shard}: {missing} more samples are lost to its damages", missing)
+            yield BadSample(f"{shard}: {missing} of {expected} samples are missing", missing)
 
 
 def member_record(shard: str, sample: Sample) -> dict | BadSample:

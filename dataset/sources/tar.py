@@ -297,14 +297,24 @@ def read_samples(walk: TarWalk, load: bool = True) -> Iterator[Sample]:
     usual: set[str] = set()  # endings of the first whole sample
     held = None  # until it is known whether a damage follows
     damage = None
+    behind_first = None  # a damage behind the first sample: the next one shows whether it lacks any
     samples = 0
     for found in _groups(walk, load):
         if isinstance(found, Damage):
             if held and (_lacks(held, usual) or (samples == 1 and found.final)):
                 _blame(held, found)
+            elif samples == 1:
+                behind_first = found
             else:
                 damage = found
             continue
+        if behind_first:
+            usual |= found.members.keys()
+            if _lacks(held, usual):
+                _blame(held, behind_first)
+            else:
+                damage = behind_first
+            behind_first = None
         if held:
             yield held
         if damage and _lacks(found, usual):
@@ -318,6 +328,7 @@ def read_samples(walk: TarWalk, load: bool = True) -> Iterator[Sample]:
             usual = set(found.members)
     if held:
         yield held
+    damage = damage or behind_first
     if damage:
         yield Sample(fault=damage.reason, rest=damage.final)
     elif held is None:

@@ -123,6 +123,8 @@ def coco_entries(path: Path) -> Iterator[dict]:
             "image_id and caption"
         ) from None
     for number, texts in captions.items():
+        if type(number) not in (int, str):
+            raise UserError(f"{path}: image_id {brief(number)} is no number; fetch the file again")
         file = names.get(number) or f"{number:0>12}.jpg"
         yield {"image": f"{folder}/{file}", "caption": texts}
 

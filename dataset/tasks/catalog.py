@@ -121,7 +121,7 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
             raise UserError(
                 f"{path}: entry {name!r} lacks {' and '.join(missing)}; it needs path, type and test"
             )
-        kind = OTHER_NAMES.get(values["type"], values["type"])
+        kind = OTHER_NAMES.get(str(values["type"]), values["type"])
         if kind not in KINDS:
             known = ", ".join((*KINDS, *OTHER_NAMES))
             raise UserError(

@@ -10,11 +10,12 @@ import torch
 from torch.utils.data import default_collate
 
 from base.distributed import say
-from base.errors import BadSample, UserError
+from base.errors import BadSample, UserError, brief
 from base.files import read_json
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
+from dataset.tasks.record import as_list
 from dataset.text.wordpiece import Tokenizer, pre_question
 
 GENOME_WEIGHT = 0.5  # of a Visual Genome answer, which one person gave
@@ -174,10 +175,13 @@ class QuestionSet:
             self.questions.append(pre_question(record["question"], max_words))
             self.images.append(image_path(record, roots))
             if record.get("answer"):
-                answers = record["answer"]
-                self.truth[question] = {
-                    "answers": [answers] if isinstance(answers, str) else answers
-                }
+                answers = as_list(record["answer"])
+                if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+                    raise UserError(
+                        f"{name}, entry {number} (the first is 0): answer {brief(answers)} is neither "
+                        "a text nor a list of texts; fix the entry"
+                    )
+                self.truth[question] = {"answers": answers}
         check_image_root(next(iter(roots.values())), (str(path.absolute()) for path in self.images))
         if answers_file is not None:
             self.truth = _matched(self.ids, read_official_answers(answers_file))

@@ -184,8 +184,8 @@ def _listed(array: object, file: Path) -> list:
         raise UserError(f"{file}: expected an array of one dimension, found {brief(array)}")
     try:
         return [each.decode() if isinstance(each, bytes) else each for each in array.tolist()]
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: its texts are not UTF-8; make it again") from None
+    except (UnicodeDecodeError, SystemError, ValueError):  # NumPy raises all of these
+        raise UserError(f"{file}: its texts are no Unicode; make it again") from None
 
 
 def voc(entry: Entry) -> Files:

@@ -83,8 +83,9 @@ def questions(path: Path) -> Any:
     from dataset.tasks.vqa import QuestionAnswers, QuestionSet
 
     roots = {"vqa": with_image(path)}
-    records = Records(path, ("image", "question", "question_id"), path.parent / "cache")
-    consumed(records, QuestionAnswers(as_is, roots))
+    training = QuestionAnswers(as_is, roots)
+    consumed(training.source(path).records, training)
+    records = Records(path, ("image", "question", "question_id"))
     return QuestionSet(records, roots, as_is)
 
 
@@ -201,7 +202,13 @@ TEXTS = {
     "questions": Text(
         questions,
         [
-            {"image": "0.png", "question": "a?", "question_id": 1, "answer": ["b", "c"]},
+            {
+                "image": "0.png",
+                "question": "a?",
+                "question_id": 1,
+                "answer": ["b", "c"],
+                "dataset": "vqa",
+            },
             {"image": "0.png", "question": "d?", "question_id": "2", "answer": "e"},
         ],
     ),

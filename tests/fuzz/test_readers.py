@@ -23,7 +23,8 @@ from base.errors import BadSample, UserError
 from tests.fuzz.seeds import BINARIES, SAMPLES, TEXTS, tar_shard, tfrecord_shard
 
 pytestmark = pytest.mark.slow
-EXAMPLES = 60  # of each format
+EXAMPLES = 100  # of each format
+NEVER_REFUSED = ("statistics of a shard",)  # a wrong one is ignored
 SECONDS = 10  # of processor time that one file may take
 MIB = 300  # by which the peak of memory may grow through all files of a format
 
@@ -158,7 +159,8 @@ def test_exchanged_values(name, tmp_path):
         refused.append(check(read, tmp_path, encoded(value), suffix) is None)
 
     run()
-    assert any(refused) and peak_mib() - before < MIB
+    assert any(refused) or name in NEVER_REFUSED
+    assert peak_mib() - before < MIB
 
 
 @pytest.mark.parametrize("name", BINARIES)

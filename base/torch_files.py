@@ -154,6 +154,7 @@ class _Measure(BoundedUnpickler):
         super().__init__(file, name, size)
         self.file_size = file_size
         self.storages: dict[str, int] = {}
+        self.total = 0  # bytes of all of them
 
     def find_class(self, module: str, name: str):
         return self.container(module, name) or STORAGES.get(name, _Anything)
@@ -161,8 +162,10 @@ class _Measure(BoundedUnpickler):
     def persistent_load(self, pid):
         if isinstance(pid, tuple) and len(pid) >= 5 and isinstance(pid[2], str):
             itemsize = pid[1].itemsize if isinstance(pid[1], torch.dtype) else 1
-            self.storages[pid[2]] = itemsize * pid[4]
-            if sum(self.storages.values()) > self.file_size:
+            size = itemsize * pid[4] if isinstance(pid[4], int) else -1
+            self.total += size - self.storages.get(pid[2], 0)
+            self.storages[pid[2]] = size
+            if size < 0 or self.total > self.file_size:
                 raise UserError(
                     f"{self.name}: its tensors are larger than the file; fetch it again"
                 )

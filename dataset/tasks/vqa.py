@@ -26,9 +26,9 @@ def image_path(record: dict, roots: Roots) -> Path:
     """Where an entry's image lies; `dataset` is "vqa" unless the entry says "vg". Raises
     BadSample."""
     kind = record.get("dataset", "vqa")
-    if kind not in roots:
+    if not isinstance(kind, str) or kind not in roots:
         raise BadSample(
-            f"dataset {kind!r} of {record['image']}: expected one of {', '.join(roots)}"
+            f"dataset {brief(kind)} of {record['image']}: expected one of {', '.join(roots)}"
         )
     return Path(roots[kind]) / record["image"]
 
@@ -48,7 +48,7 @@ class QuestionAnswers:
         """The entries of an annotation file. Raises UserError where the images are not where they
         should be."""
         records = Records(path, ("image", "question", "answer"))
-        root = self.roots.get(records[0].get("dataset", "vqa"), "")
+        root = self.roots.get(str(records[0].get("dataset", "vqa")), "")
         check_image_root(root, (records[i]["image"] for i in range(min(10, len(records)))))
         return RecordSource(records, self, path.name)
 
@@ -173,7 +173,10 @@ class QuestionSet:
             places[question] = number
             self.ids.append(question)
             self.questions.append(pre_question(record["question"], max_words))
-            self.images.append(image_path(record, roots))
+            try:
+                self.images.append(image_path(record, roots))
+            except BadSample as error:
+                raise UserError(f"{name}, entry {number} (the first is 0): {error}") from None
             if record.get("answer"):
                 answers = as_list(record["answer"])
                 if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):

@@ -251,6 +251,7 @@ def zipped_zeros() -> bytes:
     return file.getvalue()
 
 
+NUMBERS = [f"{number:05}" for number in range(10_000)]
 MEMORY, HASH, LIMIT = "bytes of memory", "a tuple that stands for", "the limit is"
 ATTACKS = [
     Attack("memo index", "refs.p", lambda: b"\x80\x02Nr\0\0\0\x10.", ""),
@@ -279,8 +280,8 @@ ATTACKS = [
     Attack("shape of 10^4 dimensions", "refs.p", lambda: npy((1,) * 10**4), "damaged"),
     Attack("doubled key in a checkpoint", "torch", lambda: torch_zip(key_of(TUPLES)), HASH),
     Attack("doubled value", "torch", lambda: torch_zip(b"\x80\2" + LISTS + b"."), "stand for"),
-    Attack("squeezed tensor", "torch", squeezed_storage, "expand beyond the file"),
-    Attack("overlapping tensors", "torch", overlapping, "expand beyond the file"),
+    Attack("squeezed tensor", "torch", squeezed_storage, "larger than the file"),
+    Attack("overlapping tensors", "torch", overlapping, "larger than the file"),
     Attack(
         "squeezed pickle",
         "torch",
@@ -294,6 +295,9 @@ ATTACKS = [
             b"\x80\2}X\1\0\0\0w" + tensor(size=1 << 40, stride=0) + b"s.", {"data/0": bytes(16)}
         ),
         "bytes in an expanded tensor",
+    ),
+    Attack(
+        "ten thousand storages", "torch", lambda: torch_zip(tensors_of(NUMBERS, b"")), "larger than"
     ),
     Attack("doubled modules", "torch", lambda: module_tree(script=False), "modules"),
     Attack("doubled modules", "torchscript", lambda: module_tree(script=True), "modules"),

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from base.errors import BadSample, MissingData, UserError
-from base.files import read_json
+from base.errors import BadSample, MissingData, UserError, brief
+from base.files import read_json, read_lines
 from base.limits import SHARDS
 from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch  # noqa: F401 - here, so that its own memory is not the reader's
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -12,8 +12,7 @@ SIMLA, masked patches (MIM) and keywords (PSEUDO) are predicted. A momentum teac
 targets, weighted by alpha.
 
 Published, 4M images: 30 epochs at batch 8 x 64 take 3-4 days of 8 A100; Flickr30k zero-shot
-text/image R@1 90.5 / 76.8 (ALBEF 4M). DigitScenes: 8 minutes on 2 CPU cores, scripts/quickstart.sh.
-Runs resume exactly from their last checkpoint; SIGTERM and SIGUSR1 save and exit with status 75.
+text/image R@1 90.5 / 76.8 (ALBEF 4M). DigitScenes: 8 minutes on 2 CPU cores. Runs resume exactly.
 """
 
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from models.weights.loading import load_checkpoint
 from models.weights.vit import native
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
+from runtime.config.from_checkpoint import fitting_weights
 from runtime.config.fusion import Networks
 from runtime.log import training_flops
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
@@ -124,7 +124,7 @@ def build_model(
         load_checkpoint(model.visual_encoder, deit, allowed_missing=("mask_token",))
     MomentumPairs(model).copy()
     if config.checkpoint:
-        start_from(model, read_weights(config.checkpoint), "pretrain")
+        start_from(model, fitting_weights(config), "pretrain")
     return model
 
 

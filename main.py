@@ -44,6 +44,7 @@ from models.weights.clip import load_text_transformer
 from models.weights.loading import load_checkpoint
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
+from runtime.config.from_checkpoint import fitting_weights
 from runtime.config.clip_rocket import RocketRunConfig
 from runtime.log import training_flops
 from runtime.optim.build import Precision, set_learning_rate
@@ -118,7 +119,7 @@ def build_model(config: Config) -> DualEncoder:
     if config.init_text_encoder:
         load_text_transformer(model, read_weights(config.init_text_encoder))
     if config.checkpoint:
-        load_checkpoint(model, read_weights(config.checkpoint), allowed_unexpected=NOT_LOADED)
+        load_checkpoint(model, fitting_weights(config), allowed_unexpected=NOT_LOADED)
     if config.momentum:
         model.momentum_model = copy.deepcopy(model).requires_grad_(False)
     return model

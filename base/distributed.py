@@ -4,10 +4,13 @@ Every helper is the identity on one process, so scripts never ask how many there
 """
 
 import contextlib
+import ctypes
 import datetime
 import itertools
 import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +59,8 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     chosen = _device(device, local_rank)
+    if "TORCHELASTIC_RUN_ID" in env:
+        end_with_launcher()
     if "RANK" in env and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
@@ -63,6 +68,14 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
             backend, timeout=datetime.timedelta(minutes=timeout_minutes), **kwargs
         )
     return World(rank, size, local_rank, chosen)
+
+
+def end_with_launcher() -> None:
+    """Let the kernel kill this process when torchrun dies (Linux): left alone, it would hold its
+    GPU and its output folder until a collective times out."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _adopt_slurm(env) -> None:

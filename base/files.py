@@ -197,18 +197,58 @@ def atomic_write(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_this_host()}-{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent)
-        yield temporary
-        replace_synced(temporary, path)
+        with file_errors(path, remedy):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
+            yield temporary
+            replace_synced(temporary, path)
+    finally:
+        _unlink(temporary)
+
+
+@contextmanager
+def file_errors(path: str | Path, remedy: str) -> Iterator[None]:
+    """An OSError inside, such as a full disk, becomes a UserError about `path` that ends with
+    `remedy`."""
+    try:
+        yield
     except OSError as error:
         what = error.strerror or str(error)
         if error.errno in DISK_FULL:
-            free = shutil.disk_usage(path.parent).free / 2**30
+            free = shutil.disk_usage(_existing(Path(path))).free / 2**30
             what = f"the disk is full or the quota used up ({what}; {free:.1f} GiB free)"
         raise UserError(f"{path}: not written, {what}; {remedy}") from error
-    finally:
-        _unlink(temporary)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest of the folders above it that is there."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+
+
+def check_output_folder(folder: str | Path) -> None:
+    """Check, before work begins and without writing, that results can be written to a folder, which
+    need not be there yet. UserError."""
+    remedy = "name another folder as --output_dir"
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(folder)):
+        raise UserError(f"{folder}: results are written to folders, not to URLs; {remedy}")
+    folder = Path(folder)
+    with file_errors(folder, remedy):
+        try:
+            os.lstat(folder)
+        except FileNotFoundError:
+            pass  # but not too long a name, or a file as a folder above it
+    found = _existing(folder)
+    if not found.is_dir():
+        raise UserError(f"{folder}: {found} is not a folder; {remedy}")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {found} is read-only or not yours; {remedy}")
+    for name in ("config.yaml", "log.jsonl", ".lock"):
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            raise UserError(f"{folder / name}: not a regular file; remove it, or {remedy}")
+    for name in ("result", "tensorboard"):
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise UserError(f"{folder / name}: not a folder; remove it, or {remedy}")
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -8,6 +8,7 @@ the one rename, and every zip reader skips the comment.
 """
 
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -15,14 +16,14 @@ import shutil
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from base.errors import UserError
-from base.files import atomic_write
+from base.files import atomic_write, file_state
 from base.torch_files import find_index, read_index, read_tensors
 from runtime.safe_pickle import Stub, load_torch, module_tensors
 
@@ -60,22 +61,38 @@ class CheckpointFolder:
         path = self.folder / f"checkpoint_{step:08d}.pt"
         # the tagged name first: a run killed between the two repeats the step, and still has its best
         names = [path] if tag is None else [self.folder / f"checkpoint_{tag}.pt", path]
+        for name in names:
+            if name.is_dir():
+                _set_aside(name, "is a folder")
         with atomic_write(names[0], RESUMABLE) as temporary:
             _write_hashed(state, temporary)
         for name in names[1:]:
-            with atomic_write(name, RESUMABLE) as temporary:
-                _same_file(names[0], temporary)
+            self._link(names[0], name)
         self._prune(step)
         return path
 
     def set_best_aside(self) -> None:
         """Rename the best checkpoint of an earlier run, which a new run in this folder must not take for its own."""
         if self.best is not None:
-            aside = self.best.with_name(self.best.name + ".superseded")
-            warnings.warn(
-                f"{self.best} is of an earlier run in this folder; now {aside.name}", stacklevel=2
-            )
-            self.best.rename(aside)
+            _set_aside(self.best, "is of an earlier run in this folder")
+
+    def restore_best(self, metric: str) -> float:
+        """Make the intact numbered checkpoint with the highest `metric` the best one, after the
+        best one was lost or damaged. Returns its score; -inf where no checkpoint has one."""
+        best, source = float("-inf"), None
+        for path in reversed(self.numbered()):  # of equals the first one, as in training
+            if find_damage(path) is None:
+                score = load_checked(path).get(metric, float("-inf"))
+                if score > best:
+                    best, source = score, path
+        if source is not None:
+            self._link(source, self.folder / "checkpoint_best.pt")
+        return best
+
+    def _link(self, source: Path, name: Path) -> None:
+        """Give the file `source` the second name `name`."""
+        with atomic_write(name, RESUMABLE) as temporary:
+            _same_file(source, temporary)
 
     def numbered(self) -> list[Path]:
         """The files `checkpoint_<step>.pt`, newest step first."""
@@ -97,51 +114,79 @@ class CheckpointFolder:
         Warns of every damaged one it passes over. Raises `UserError` if all are damaged: to start
         over silently would lose the run.
         """
-        candidates = self.numbered() + ([self.best] if self.best else [])
-        for index, path in enumerate(candidates):
-            damage = find_damage(path)
-            if damage is None:
-                return path
-            if index + 1 < len(candidates):
-                before = candidates[index + 1]
-                warnings.warn(
-                    f"CHECKPOINT DAMAGED: {path} ({damage}). Going back to {before}", stacklevel=2
-                )
-        if candidates:
-            raise UserError(
-                f"{self.folder}: no checkpoint is intact ({damage} in {candidates[-1].name}, the last one tried); "
-                "restore one from a backup, or start over in another output directory"
-            )
-        return None
+        return _first_intact(self.numbered() + ([self.best] if self.best else []))
 
     def _prune(self, step: int) -> None:
         """Keeps the newest up to `step`; a later step belongs to a past the run went back from, and
         is set aside."""
-        upto = []
         for path in self.numbered():
-            if _step_of(path) <= step:
-                upto.append(path)
-            else:
-                aside = path.with_name(path.name + ".superseded")
-                warnings.warn(
-                    f"{path} is of a later step than {step}, just saved; now {aside.name}",
-                    stacklevel=3,
-                )
-                path.rename(aside)
+            if path.is_dir():
+                _set_aside(path, "is a folder")
+            elif _step_of(path) > step:
+                _set_aside(path, f"is of a later step than {step}, just saved")
+        self.drop_old(step)
+
+    def drop_old(self, step: int) -> None:
+        """Of the numbered checkpoints up to `step` keep the newest; a killed run may leave one more."""
+        upto = [path for path in self.numbered() if _step_of(path) <= step and path.is_file()]
         for path in upto[self.keep :]:
             path.unlink()
 
 
+def _set_aside(path: Path, reason: str) -> None:
+    """Rename what must not be taken for a checkpoint of the run, and say so."""
+    aside = path.with_name(path.name + ".superseded")
+    while aside.is_dir():
+        aside = aside.with_name(aside.name + ".superseded")
+    warnings.warn(f"{path} {reason}; now {aside.name}", stacklevel=4)
+    path.rename(aside)
+
+
 def find_damage(path: str | Path) -> str | None:
     """None if the file is exactly what was written, else what is wrong with it. Reads the whole
-    file once."""
+    file, once as long as it does not change."""
     try:
-        recorded = _recorded_hash(path)
-        if recorded is None:
-            return "no hash at its end, so it is truncated or not a checkpoint of this project"
-        return None if _file_hash(path) == recorded else "its content does not match its hash"
+        return _find_damage(path, file_state(path))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
+
+
+@functools.lru_cache(maxsize=64)
+def _find_damage(path: str | Path, state: tuple) -> str | None:
+    recorded = _recorded_hash(path)
+    if recorded is None:
+        return "no hash at its end, so it is truncated or not a checkpoint of this project"
+    return None if _file_hash(path) == recorded else "its content does not match its hash"
+
+
+def _find_damage_unless_foreign(path: Path) -> str | None:
+    """As `find_damage`, but a whole archive without our hash is another project's checkpoint."""
+    foreign = zipfile.is_zipfile(path) and _recorded_hash(path) is None
+    return None if foreign else find_damage(path)
+
+
+def _first_intact(
+    candidates: list[Path], damage_of: Callable[[Path], str | None] = find_damage
+) -> Path | None:
+    """The first file that is exactly what was written; None where there is no candidate.
+
+    Warns of every damaged one it passes over, raises `UserError` where all are damaged.
+    """
+    for index, path in enumerate(candidates):
+        damage = damage_of(path)
+        if damage is None:
+            return path
+        if index + 1 < len(candidates):
+            before = candidates[index + 1]
+            warnings.warn(
+                f"CHECKPOINT DAMAGED: {path} ({damage}). Going back to {before}", stacklevel=3
+            )
+    if candidates:
+        raise UserError(
+            f"{candidates[0].parent}: no checkpoint is intact ({damage} in {candidates[-1].name}, the last one tried); "
+            "restore one from a backup, or start over in another output directory"
+        )
+    return None
 
 
 def load_checked(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -159,14 +204,26 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     Takes checkpoints of this project (hash verified; a run directory means its best, else its
     newest checkpoint), a Hugging Face folder, all shards of its index, `.pth` files of the original systems with a `model` or `state_dict` entry,
     bare state dicts, `.safetensors`, and pickled modules (`encoder.pkl`). The prefixes `module.`
-    and `_orig_mod.` of wrapped models are removed. Raises `UserError`.
+    and `_orig_mod.` of wrapped models are removed. Raises `UserError`, also for weights that are not
+    numbers.
     """
-    index = find_index(Path(path))
+    path = Path(path)
+    index = find_index(path)
     if index is not None:
-        return _unwrapped(read_index(index))
-    path = weights_file(Path(path))
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
+        weights = _unwrapped(read_index(index))
+    else:
+        path = weights_file(path)
+        weights = read_tensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    for name, value in weights.items():
+        # masks may be -inf; NaN or infinity in a weight would make every score meaningless
+        checked = value.is_floating_point() and value.element_size() > 1 and value.numel()
+        if checked and not value.max() < float("inf"):
+            raise UserError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
+    return weights
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of anything that is not safetensors."""
     if (
         zipfile.is_zipfile(path)
         and _recorded_hash(path) is not None
@@ -316,17 +373,15 @@ def _check_plain(value: Any, where: str = "state") -> None:
 
 def weights_file(path: Path) -> Path:
     """The file itself; of a folder the best checkpoint, else the newest, else the first
-    .safetensors. UserError."""
+    .safetensors. Warns of damaged checkpoints, which it passes over. UserError."""
     if path.is_dir():
         checkpoints = CheckpointFolder(path)
-        found = [
-            checkpoints.best or "",
-            *checkpoints.numbered(),
-            *sorted(path.glob("*.safetensors")),
-        ]
-        if not any(found):
+        ours = [checkpoints.best] if checkpoints.best else []
+        found = _first_intact(ours + checkpoints.numbered(), _find_damage_unless_foreign)
+        found = found or next(iter(sorted(path.glob("*.safetensors"))), None)
+        if found is None:
             raise UserError(f"{path}: a folder without checkpoint_*.pt or *.safetensors")
-        return next(filter(None, found))
+        return found
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     return path

@@ -4,6 +4,7 @@ W&B if asked for."""
 import json
 import secrets
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from base.files import finite, parse_json, write_bytes, write_text
+from base.files import file_errors, finite, parse_json, write_bytes, write_text
+from runtime.checkpoint import RESUMABLE
 from runtime.flops import flop_counter
 from runtime.gpus import gpu_by_device_name
 
@@ -168,20 +170,24 @@ class RunLog:
         config: dict,
         first_step: int = 0,
         *,
-        tensorboard=True,
-        wandb="off",
+        tensorboard: bool = True,
+        wandb: str = "off",
     ):
         self.main, self.writer, self.wandb, self.bar = world.is_main, None, None, None
         if not self.main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
-        keep_before(self.path, first_step)
-        self.file = self.path.open("a")
+        with file_errors(self.path, RESUMABLE):
+            folder.mkdir(parents=True, exist_ok=True)
+            keep_before(self.path, first_step)
+            self.file = self.path.open("ab", buffering=0)  # a full disk shows at once
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            threading.excepthook = _quiet_about_full_disks
+            events = folder / "tensorboard"
+            with file_errors(events, f"{RESUMABLE}, or use --tensorboard false"):
+                self.writer = SummaryWriter(str(events), purge_step=first_step)
         if wandb != "off":
             self.wandb = _start_wandb(folder, config, wandb)
 
@@ -218,11 +224,14 @@ class RunLog:
             if isinstance(v, (int, float)) and not isinstance(v, bool)
         }
         # JSON knows no NaN: a reader that is strict must still be able to read the line
-        self.file.write(json.dumps(finite({"step": step, **values})) + "\n")
-        self.file.flush()
-        for name, value in numbers.items():
-            if self.writer is not None:
-                self.writer.add_scalar(name, value, step)
+        with file_errors(self.path, RESUMABLE):
+            line = json.dumps(finite({"step": step, **values})).encode() + b"\n"
+            while line:
+                line = line[self.file.write(line) :]
+        if self.writer is not None:
+            with file_errors(self.writer.log_dir, f"{RESUMABLE}, or use --tensorboard false"):
+                for name, value in numbers.items():
+                    self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
         if self.bar is not None:
@@ -240,9 +249,10 @@ class RunLog:
 
     def close(self) -> None:
         if self.main:
-            for sink in (self.bar, self.writer, self.file):
-                if sink is not None:
-                    sink.close()
+            with file_errors(self.path.parent, RESUMABLE):
+                for sink in (self.bar, self.writer, self.file):
+                    if sink is not None:
+                        sink.close()
             if self.wandb is not None:
                 self.wandb.finish()
 
@@ -252,15 +262,25 @@ def keep_before(path: Path, step: int) -> None:
     short."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):
+    kept, damaged = [], 0
+    *lines, last = path.read_bytes().split(b"\n")
+    for line in [*lines, last]:
         try:
             record = parse_json(line, path, dict)
         except UserError:
+            damaged += line is not last
             continue
         if record.get("step", -1) < step:
             kept.append(line + b"\n")
+    if damaged:
+        print(f"{path}: {damaged} damaged lines left out", file=sys.stderr, flush=True)
     write_bytes(path, b"".join(kept))
+
+
+def _quiet_about_full_disks(failure) -> None:
+    """TensorBoard's thread hands an OSError over to the next call, which reports it: no traceback."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 def _start_wandb(folder: Path, config: dict, mode: str):

@@ -13,9 +13,9 @@ from torch import nn
 
 from base import distributed
 from base.distributed import World
-from base.errors import UserError
+from base.errors import UserError, brief
+from base.files import check_output_folder, file_errors
 from base.memory import check_fits
-from base.torch_files import load_weights_only
 from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, load_checked
 from runtime.config.cli import differences, knob, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
@@ -23,7 +23,9 @@ from runtime.log import Meters, RunLog, Stopwatch, peak_flops
 from runtime.optim.build import Precision, build_optimizer
 from runtime.optim.schedule import Plan
 from runtime.parallel import parallelize, to_device
+from runtime.resume import check_same_run, check_weights_fit, script_of
 from runtime.scores import score_line
+from runtime.watchdog import Watchdog
 
 
 @dataclass
@@ -35,7 +37,8 @@ class RunConfig:
     )
     resume: str = knob(
         "auto",
-        "'auto': resume from the newest checkpoint in output_dir; 'no': start from scratch",
+        "'auto': resume from the newest checkpoint in output_dir; 'yes': also with other data, weights "
+        "or sizes; 'no': start from scratch",
         bare="auto",
     )
     checkpoint: Path | None = knob(
@@ -73,6 +76,9 @@ class RunConfig:
     wandb: str = knob("off", "Weights & Biases", choices=("off", "online", "offline"))
     peak_tflops: float | None = knob(
         None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name", rare=True
+    )
+    stall_minutes: float = knob(
+        10.0, "minutes without an update after which several processes end; 0 = never", low=0
     )
     max_steps: int | None = knob(
         None, "stop after this many updates, with a checkpoint (schedules are not changed)", low=0
@@ -137,21 +143,14 @@ class Run:
         self.metric = metric  # name of the score that the best checkpoint is best by
         self._lock = distributed.on_main(self._take_lock, share=False)
         self.checkpoints = CheckpointFolder(self.folder, keep=config.keep)
-        self.saved = self._find_saved()
+        self.saved_path, self.saved = self._find_saved()
         self.resumed = self.saved is not None
         self.step = self.first_step = self.saved["step"] if self.saved else 0
         self.saved_at: int | None = None  # step of the newest checkpoint that this process wrote
-        self.best = distributed.on_main(self._best_before)
-        self._note_config()
-        self.log = RunLog(
-            self.folder,
-            world,
-            to_dict(config),
-            self.step + 1,
-            tensorboard=config.tensorboard,
-            wandb=config.wandb,
-        )
+        self.best = float("-inf")
+        self.log: RunLog | None = None  # nothing is written before all is known to be good: `start`
         self.meters, self.watch = Meters(), Stopwatch(world, 1)
+        self.watchdog = Watchdog(world, config.stall_minutes)
         self.interrupt = Interrupt()
 
     def _take_lock(self):
@@ -162,8 +161,11 @@ class Run:
         """
         import fcntl
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = (self.folder / ".lock").open("w")
+        check_output_folder(self.folder)
+        lock = self.folder / ".lock"
+        with file_errors(lock, "choose another --output_dir"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = lock.open("w")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # what earlier versions hold
             fcntl.flock(handle, fcntl.LOCK_UN)
@@ -174,42 +176,54 @@ class Run:
             ) from None
         return handle
 
-    def _find_saved(self) -> dict | None:
-        """Newest intact checkpoint, whose hash rank 0 has verified."""
+    def _find_saved(self) -> tuple[Path | None, dict | None]:
+        """Newest intact checkpoint, whose hash rank 0 has verified, and its content."""
         resume = self.config.resume.lower()
-        if resume not in ("auto", "true", "no", "none", "false"):
+        if resume not in ("auto", "true", "yes", "no", "none", "false"):
             raise UserError(
-                f"--resume {resume!r}: use auto or no (--checkpoint FILE starts from weights)"
+                f"--resume {resume!r}: use auto, yes or no (--checkpoint FILE starts from weights)"
             )
-        path = None
-        if resume in ("auto", "true"):
-            path = distributed.on_main(self.checkpoints.newest_valid)
-        return None if path is None else load_weights_only(path)
+        if resume in ("no", "none", "false"):
+            return None, None
+        path = distributed.on_main(self.checkpoints.newest_valid)
+        if path is None:
+            return None, None
+        saved = load_checked(path)
+        options = to_dict(self.config)
+        check_same_run(saved, path, script_of(self.config), options, insist=resume == "yes")
+        changed = differences(saved["config"], options)
+        distributed.say(
+            f"resuming {self.folder} at step {saved['step']}", *(f"  {line}" for line in changed)
+        )
+        return path, saved
 
     def _best_before(self) -> float:
-        """Score of the best checkpoint of a resumed run; -inf where there is none."""
+        """Score of the best checkpoint of a resumed run, which is chosen again if it is lost or
+        damaged; -inf where there is none."""
+        if not self.resumed or self.metric is None:
+            return float("-inf")
         best = self.checkpoints.best
-        if not self.resumed or self.metric is None or best is None:
-            return float("-inf")
-        if damage := find_damage(best):
+        damage = find_damage(best) if best else None
+        if best and damage is None:
+            return load_checked(best).get(self.metric, float("-inf"))
+        score = self.checkpoints.restore_best(self.metric)
+        found = (
+            f"now a numbered one ({self.metric} {score:.4g})" if score > float("-inf") else "none"
+        )
+        if damage:
             warnings.warn(
-                f"CHECKPOINT DAMAGED: {best} ({damage}). The best one is chosen again", stacklevel=2
+                f"CHECKPOINT DAMAGED: {best} ({damage}). The best one: {found}", stacklevel=2
             )
-            return float("-inf")
-        return load_checked(best).get(self.metric, float("-inf"))
+        return score
 
-    def _note_config(self) -> None:
-        if not self.world.is_main:
-            return
-        if self.saved:
-            changed = differences(self.saved["config"], to_dict(self.config))
-            print(
-                f"resuming {self.folder} at step {self.step}",
-                *(f"  {line}" for line in changed),
-                sep="\n",
-                flush=True,
-            )
-        save(self.config, self.folder / "config.yaml")
+    def _open_folder(self) -> RunLog:
+        """The log of this run and its config.yaml: the first things written."""
+        config = self.config
+        save(config, self.folder / "config.yaml")
+        if self.resumed:
+            self.checkpoints.drop_old(self.step)
+        options = {"tensorboard": config.tensorboard, "wandb": config.wandb}
+        return RunLog(self.folder, self.world, to_dict(config), self.step + 1, **options)
 
     def data_state(self) -> dict | None:
         """Data position of this process in the checkpoint, for the loader."""
@@ -232,10 +246,17 @@ class Run:
             return
         from torch.distributed.checkpoint import state_dict as dcp
 
+        check_weights_fit(self.saved, self.saved_path, model, to_dict(self.config))
         options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
         dcp.set_model_state_dict(model, self.saved["model"], options=options)
         given = configured_options(optimizer)  # what the configuration says now wins over the file
-        dcp.set_optimizer_state_dict(model, optimizer, self.saved["optimizer"], options=options)
+        try:
+            dcp.set_optimizer_state_dict(model, optimizer, self.saved["optimizer"], options=options)
+        except (KeyError, RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"{self.saved_path}: its optimizer state does not fit the parameters trained here "
+                f"({brief(str(error))}); give the options it was made with, or another --output_dir"
+            ) from error
         for group, own_options in zip(optimizer.param_groups, given, strict=True):
             group.update(own_options)
         precision.load_state_dict(self.saved["scaler"])
@@ -245,7 +266,7 @@ class Run:
             self.meters.load_state_dict(own["meters"], self.world.device)
             restore_rng(own["rng"], self.world.device)
         else:
-            self.log.say(
+            distributed.say(
                 f"{len(own)} processes saved, {self.world.size} resume: random numbers start from the seed"
             )
         self.saved = None  # up to gigabytes, not needed any more
@@ -288,6 +309,9 @@ class Run:
         Says so where nothing is left to train, and ends the process where --max_steps is reached already.
         """
         config, world, self.plan = self.config, self.world, plan
+        self.best = distributed.on_main(self._best_before)
+        opened = distributed.on_main(self._open_folder, share=False)
+        self.log = opened or RunLog(self.folder, world, {})  # silent on other ranks than 0
         self.save_every = max(1, plan.steps(config.save_every))
         if self.metric is not None:
             self.eval_every = max(1, plan.steps(config.eval_every))
@@ -321,7 +345,10 @@ class Run:
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """The next micro-batch, on the device; the log shows how long the loop waited for it."""
-        return to_device(self.watch.waiting(self.loader), self.world.device)
+        self.watchdog.mark("waiting for data")
+        batch = to_device(self.watch.waiting(self.loader), self.world.device)
+        self.watchdog.mark("in an update")
+        return batch
 
     def log_step(self, step: int, **losses: torch.Tensor) -> None:
         """Count a finished update; at log points write the line. Raises NonFinite where a step was not finite.
@@ -329,6 +356,7 @@ class Run:
         losses: 0-d tensors on the device. The line has their means over the updates since the last one, over all ranks.
         """
         self.step = step
+        self.watchdog.update(step)
         self.meters.add(**losses)
         self.watch.steps += 1
         self.log.tick()
@@ -352,7 +380,10 @@ class Run:
 
     def validation_due(self, step: int) -> bool:
         """Whether to validate after update `step`: every `eval_every`, and the last; never without a metric."""
-        return self.metric is not None and (step % self.eval_every == 0 or step == self.plan.total)
+        due = self.metric is not None and (step % self.eval_every == 0 or step == self.plan.total)
+        if due:
+            self.watchdog.pause()  # may take longer than any update
+        return due
 
     def keep_best(self, scores: dict, step: int) -> None:
         """Log a validation and save a checkpoint, which is the best one if `scores[metric]` is higher than ever."""
@@ -382,6 +413,7 @@ class Run:
     def save(self, step: int, tag: str | None = None, **extra) -> None:
         """Write a checkpoint (collective). `extra` holds plain numbers of the task, such as the
         best score."""
+        self.watchdog.pause()
         self._check_finite()
         from torch.distributed.checkpoint import state_dict as dcp
 
@@ -397,12 +429,14 @@ class Run:
             "optimizer": optimizer,
             "scaler": self.precision.state_dict(),
             "step": step,
+            "script": script_of(self.config),
             "per_rank": distributed.gather_objects(own),
             "config": to_dict(self.config),
             **extra,
         }
         distributed.on_main(lambda: self._write(state, step, tag), share=False)
         self.saved_at = step
+        self.watchdog.mark("between two updates")
 
     def _write(self, state: dict, step: int, tag: str | None) -> None:
         if not self.resumed and self.saved_at is None:
@@ -461,7 +495,9 @@ class Run:
         return self.folder / name
 
     def close(self) -> None:
-        self.log.close()
+        self.watchdog.stop()
+        if self.log:
+            self.log.close()
         if self._lock:
             self._lock.close()
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from base.errors import UserError
+from base.files import check_output_folder
 from base.knobs import knob, section
 from runtime.builtin_data import make_digitscenes_if_named
 from runtime.config.draft import FLAGS, OVERRIDES, Draft, flag
@@ -179,6 +180,8 @@ def run_script(
     try:
         config = parse(cls, argv, description)
         make_digitscenes_if_named(config)
+        if isinstance(getattr(config, "output_dir", None), Path):
+            check_output_folder(config.output_dir)
         main(config)
         if "base.distributed" in sys.modules:  # a script without torch does not load it for this
             sys.modules["base.distributed"].shutdown()

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from base.errors import UserError
 from base.files import read_json
 from base.knobs import knob
 from base.torch_files import load_weights_only
-from runtime.checkpoint import CheckpointFolder
+from runtime.checkpoint import read_weights, weights_file
+from runtime.config.plain import to_dict
 from runtime.config.schema import Schema
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_torch
@@ -62,6 +65,41 @@ PUBLISHED |= {
     "text_encoder": "bert-base-uncased",
 }
 SIMLA_BERT, ALBEF_BERT = "configs/shared_bert.json", "configs/config_bert.json"
+# with another value of these every weight fits, and the network computes something else
+ARCHITECTURE = ("text_activation", "text_heads", "vision_heads")
+IN_BERT = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+
+
+def fitting_weights(config: Any) -> dict[str, Tensor]:
+    """Weights of config.checkpoint, whose recorded architecture agrees with the configuration's.
+    UserError."""
+    check_architecture(config, saved_config(config.checkpoint))
+    return read_weights(config.checkpoint)
+
+
+def check_architecture(config: Any, saved: Mapping[str, Any]) -> None:
+    """Check that the options agree with the run that made config.checkpoint, as far as they shape
+    what its weights compute: other attention heads would score differently without a word. An
+    option that is None, or unknown to one side, is left out."""
+    before, now = _architecture(saved), _architecture(to_dict(config))
+    for name, value in now.items():
+        if value is not None and before.get(name, value) not in (value, None):
+            raise UserError(
+                f"{config.checkpoint} was trained with {name} {before[name]}, not {value}: "
+                f"leave out --{name}, or give another --checkpoint"
+            )
+
+
+def _architecture(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says about the network, also in its section `network` and in the file
+    `bert_config`."""
+    network = options.get("network")
+    options = {**options, **(network if isinstance(network, Mapping) else {})}
+    found = {name: options[name] for name in ARCHITECTURE if name in options}
+    bert = options.get("bert_config")
+    if isinstance(bert, str) and Path(bert).is_file():
+        found |= {f"bert_config.{name}": read_json(bert, dict).get(name) for name in IN_BERT}
+    return found
 
 
 def inherit(config: Any, weights: Iterable[str] = ()) -> list[str]:
@@ -70,11 +108,12 @@ def inherit(config: Any, weights: Iterable[str] = ()) -> list[str]:
 
     weights: keys of the checkpoint; token types among them mark ALBEF's text transformer. Returns
     lines such as `image_res: 64` of what was taken over. Raises UserError where a value there is of
-    the wrong type.
+    the wrong type, or an option that shapes the network disagrees with it.
     """
     two_stage = any("token_type_embeddings" in key for key in weights)
     published = PUBLISHED | {"bert_config": ALBEF_BERT if two_stage else SIMLA_BERT}
     saved, knobs, taken = saved_config(config.checkpoint), Schema(type(config)).knobs, []
+    check_architecture(config, saved)
     for name in Geometry.__dataclass_fields__:
         if name not in published or getattr(config, name) is not None:
             continue
@@ -101,8 +140,10 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
         return {}
     path = Path(checkpoint)
     if path.is_dir():
-        checkpoints = CheckpointFolder(path)
-        path = checkpoints.best or next(iter(checkpoints.numbered()), path / "model.safetensors")
+        try:
+            path = weights_file(path)  # the one whose weights are read
+        except UserError:  # who reads the weights says what is wrong
+            return {}
     if path.suffix == ".safetensors":
         beside = path.with_name("config.yaml")
         return read_yaml(beside)[0] if beside.is_file() else {}

@@ -235,3 +235,37 @@ def test_no_warning_on_the_plain_path(tmp_path):
         for step in (1, 2, 3):
             folder.save(state(step), step)
         assert load_latest(folder)[0]["step"] == 3
+
+
+@pytest.mark.parametrize("damaged", ["best", "newest", "both"])
+def test_a_folder_with_damaged_checkpoints_gives_the_weights_of_an_intact_one(tmp_path, damaged):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    folder.save(state(1), 1)
+    folder.save(state(2), 2, tag="best")
+    newest = folder.save(state(3), 3)
+    flipped = {"best": [folder.best], "newest": [newest], "both": [folder.best, newest]}[damaged]
+    for path in flipped:
+        content = bytearray(path.read_bytes())
+        content[60_000] ^= 1
+        path.write_bytes(content)  # in place: checkpoint_00000002.pt is the same file
+    expected = {"best": 3, "newest": 2, "both": 1}[damaged]
+    if damaged == "newest":
+        weights = read_weights(tmp_path)
+    else:
+        with pytest.warns(UserWarning, match="CHECKPOINT DAMAGED: .*checkpoint_best.pt"):
+            weights = read_weights(tmp_path)
+    assert torch.equal(weights["encoder.weight"], torch.full((300, 100), float(expected)))
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize(("value", "refused"), [("nan", True), ("inf", True), ("-inf", False)])
+def test_weights_that_are_not_numbers_are_refused(tmp_path, ending, value, refused):
+    weights = {"mask": torch.zeros(3, 3), "whole": torch.arange(3), "half": torch.ones(2).half()}
+    weights["mask"][1, 2] = float(value)
+    file = tmp_path / f"weights{ending}"
+    export_safetensors(weights, file) if ending == ".safetensors" else torch.save(weights, file)
+    if not refused:
+        assert read_weights(file).keys() == weights.keys()
+        return
+    with pytest.raises(UserError, match=f"{file}: mask holds NaN or infinity"):
+        read_weights(file)

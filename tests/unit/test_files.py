@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from base import files
 from base.errors import UserError
+from base.files import check_output_folder
 
 BOM = b"\xef\xbb\xbf"
 
@@ -212,3 +214,55 @@ def test_nearest_names():
     assert files.nearest("imagnet", ["imagenet", "mnist"]) == "imagenet"
     assert files.did_you_mean("imagnet", ["imagenet", "mnist"]) == "; did you mean imagenet?"
     assert files.did_you_mean("zzz", ["imagenet", "mnist"]) == ""
+
+
+# ---- output folders
+def unusable(root: Path) -> dict[str, tuple[Path, str]]:
+    """Folders that nothing can be written to, and what is said about each."""
+    (root / "file").write_text("in the way")
+    os.mkfifo(root / "fifo")
+    (root / "link").symlink_to(root / "nowhere")
+    for name in ("config.yaml", "log.jsonl"):
+        (root / f"with {name}" / name).mkdir(parents=True)
+    (root / "with result").mkdir()
+    (root / "with result/result").write_text("in the way")
+    os.mkdir(root / "with fifo")
+    os.mkfifo(root / "with fifo/log.jsonl")
+    return {
+        "a file": (root / "file", "is not a folder"),
+        "below a file": (root / "file/run", "Not a directory"),
+        "a FIFO": (root / "fifo", "is not a folder"),
+        "a dangling link": (root / "link", "is not a folder"),
+        "below a dangling link": (root / "link/run", "is not a folder"),
+        "too long a name": (root / ("x" * 300), "name too long"),
+        "a folder as config.yaml": (root / "with config.yaml", "config.yaml: not a regular file"),
+        "a folder as log.jsonl": (root / "with log.jsonl", "log.jsonl: not a regular file"),
+        "a FIFO as log.jsonl": (root / "with fifo", "log.jsonl: not a regular file"),
+        "a file as result": (root / "with result", "result: not a folder"),
+        "S3": (Path("s3://bucket/run"), "not to URLs"),
+        "GCS": (Path("gs://bucket/run"), "not to URLs"),
+    }
+
+
+def test_unusable_output_folders_are_one_sentence(tmp_path):
+    for case, (folder, said) in unusable(tmp_path).items():
+        with pytest.raises(UserError) as error:
+            check_output_folder(folder)
+        message = str(error.value)
+        assert said in message, (case, message)
+        assert "--output_dir" in message and "\n" not in message
+
+
+def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)  # root may all
+    with pytest.raises(UserError, match="read-only or not yours"):
+        check_output_folder(tmp_path / "new" / "run")
+
+
+def test_usable_output_folders_are_left_as_they_are(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for folder in (tmp_path, tmp_path / "link", tmp_path / "new/run", tmp_path / "link/new"):
+        check_output_folder(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+    assert not list((tmp_path / "elsewhere").iterdir())

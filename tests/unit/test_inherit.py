@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from base.errors import UserError
+from base.files import write_json
 from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import knob
-from runtime.config.from_checkpoint import Geometry, inherit, saved_config
+from runtime.config.from_checkpoint import Geometry, fitting_weights, inherit, saved_config
 
 MADE_WITH = {
     "image_res": 64,
     "patch_size": 8,
     "bert_config": "configs/mine.json",
     "embed_dim": 32,
+    "vision_heads": 2,
     "alpha": 0.4,
 }
 
@@ -60,7 +62,12 @@ def test_given_then_saved_then_published(tmp_path):
         65536,
         "bert-base-uncased",
     )
-    assert taken == ["patch_size: 8", "bert_config: configs/mine.json", "embed_dim: 32"]
+    assert taken == [
+        "patch_size: 8",
+        "vision_heads: 2",
+        "bert_config: configs/mine.json",
+        "embed_dim: 32",
+    ]
 
 
 def test_token_types_mark_albef():
@@ -79,3 +86,42 @@ def test_value_of_the_wrong_type_is_named(tmp_path):
         UserError, match=r"x.pth: its configuration has image_res: 'large'; give --image_res"
     ):
         inherit(Config(checkpoint=tmp_path / "x.pth"))
+
+
+OTHER_THAN_RECORDED = {
+    "vision_heads": {"vision_heads": 4},
+    "bert_config.num_attention_heads": {"bert_config": Path("configs/bert_small.json")},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_THAN_RECORDED)
+def test_what_shapes_the_network_must_agree_with_the_checkpoint(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for file, heads in (("configs/mine.json", 2), ("configs/bert_small.json", 4)):
+        write_json(tmp_path / file, {"num_attention_heads": heads})
+    for checkpoint in checkpoints(tmp_path):
+        with pytest.raises(UserError, match=f"was trained with {name} .*, not") as error:
+            inherit(Config(checkpoint=checkpoint, **OTHER_THAN_RECORDED[name]))
+        assert str(checkpoint) in str(error.value)
+        inherit(Config(checkpoint=checkpoint, vision_heads=2, image_res=32))
+
+
+@dataclass
+class Towers:
+    text_heads: int = 8
+    swalip_weight: float = 0.2
+
+
+@dataclass
+class ScriptConfig:
+    checkpoint: Path
+    network: Towers
+
+
+def test_weights_of_another_number_of_heads_are_not_read(tmp_path):
+    made_with = {"network": {"text_heads": 2, "swalip_weight": 0.5}}
+    state = {"model": {"w": torch.ones(2)}, "config": made_with}
+    file = CheckpointFolder(tmp_path).save(state, 3)
+    with pytest.raises(UserError, match="trained with text_heads 2, not 8: leave out --text_heads"):
+        fitting_weights(ScriptConfig(file, Towers()))
+    assert fitting_weights(ScriptConfig(file, Towers(text_heads=2)))["w"].tolist() == [1, 1]

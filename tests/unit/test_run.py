@@ -1,9 +1,10 @@
 """Run: what a training script's loop relies on, with a small network and a real loader."""
 
+import errno
 import json
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from base.distributed import ALONE
+from base.errors import UserError
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
-from runtime.checkpoint import find_damage
+from runtime.checkpoint import CheckpointFolder, find_damage
 from runtime.config.cli import section
 from runtime.interrupt import EXIT_REQUEUE
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
@@ -162,17 +164,55 @@ def test_the_best_checkpoint_survives_a_kill_between_any_two_renames(
     assert torch.load(checkpoint, weights_only=True)["step"] == 2
 
 
-def test_a_damaged_best_checkpoint_is_chosen_again(tmp_path):
-    with pytest.raises(SystemExit):
-        train(options(tmp_path, max_steps=3), scores=[1, 3, 2, 0])
-    file = tmp_path / "checkpoint_best.pt"
-    content = bytearray(file.read_bytes())
-    file.unlink()  # no second name of a numbered one
-    content[len(content) // 2] ^= 1
-    file.write_bytes(bytes(content))
+def flip_a_bit(file: Path) -> None:
+    """Damage the file in place: every hard link to it is damaged, too."""
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        byte = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte ^ 1]))
+
+
+def unlinked(file: Path) -> Path:
+    """The file as a copy of its own."""
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    return file
+
+
+# scores of four validations, which files are damaged, and the best step and score afterwards; the
+# fourth update is made, or after damage made again, by the second command
+DAMAGES = {
+    "best alone": ([1, 3, 2, 0], 3, ["checkpoint_best.pt"], (2, 3)),
+    "best alone, its step no longer kept": ([3, 2, 1, 0], 3, ["checkpoint_best.pt"], (2, 2)),
+    "newest alone": ([1, 3, 2, 0], 4, ["checkpoint_00000004.pt"], (2, 3)),
+    "newest, which is best": ([1, 2, 3, 4], 4, ["checkpoint_00000004.pt"], (4, 4)),
+    "best, which is newest": ([1, 2, 3, 4], 3, ["checkpoint_best.pt"], (4, 4)),
+    "both, apart": ([9, 3, 2, 0], 4, ["checkpoint_00000004.pt", "checkpoint_best.pt"], (3, 2)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+@pytest.mark.parametrize("linked", [True, False])
+def test_damaged_checkpoints_cost_nothing_that_is_still_there(tmp_path, case, linked):
+    scores, steps, damaged, (best_step, best) = DAMAGES[case]
+    if case == "best alone" and linked:
+        best_step, best = 3, 2  # checkpoint_00000002.pt, the same file, is damaged with it
+    limit = {"max_steps": steps} if steps < TOTAL else {}
+    try:
+        train(options(tmp_path, **limit), scores)
+    except SystemExit as ended:
+        assert ended.code == 0
+    for name in damaged:
+        flip_a_bit(tmp_path / name if linked else unlinked(tmp_path / name))
     with pytest.warns(UserWarning, match="CHECKPOINT DAMAGED"):
-        run, checkpoint = train(options(tmp_path), scores=[1, 3, 2, 0])
-    assert run.best == 0 and checkpoint.name == "checkpoint_best.pt" and best_score(tmp_path) == 0
+        run, checkpoint = train(options(tmp_path), scores)
+    assert checkpoint.name == "checkpoint_best.pt"
+    content = torch.load(checkpoint, weights_only=True)
+    assert (content["step"], content["accuracy"]) == (best_step, best) and run.best == best
+    assert best_score(tmp_path) == best and steps_of(tmp_path) == [1, 2, 3, 4]
+    assert find_damage(tmp_path / f"checkpoint_{TOTAL:08d}.pt") is None
 
 
 def test_a_new_run_does_not_take_the_best_checkpoint_of_an_earlier_one(tmp_path):
@@ -195,3 +235,175 @@ def test_a_signal_saves_once_and_asks_for_a_requeue(tmp_path):
     assert [f.name for f in tmp_path.glob("checkpoint_*.pt")] == ["checkpoint_00000002.pt"]
     train(options(tmp_path, save_every="100 steps"))
     assert steps_of(tmp_path) == [1, 2, 3, 4]
+
+
+# ---- a used folder
+def refused(config: Config, scores=()) -> str:
+    """The sentence with which a run does not begin; everything in its folder is as before."""
+    folder = Path(config.output_dir)
+    before = contents(folder)
+    with pytest.raises(UserError) as error:
+        train(config, scores)
+    assert contents(folder) == before
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 600, message
+    return message
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+ANOTHER_RUN = {
+    "other weights": {"checkpoint": Path("elsewhere.pt")},
+    "other data": {"train_file": ["flickr.json"]},
+    "another size": {"image_res": 32},
+    "another network": {"text_heads": 4},
+}
+
+
+@dataclass
+class Network:
+    text_heads: int = 2
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class ScriptConfig(Config):
+    train_file: list[str] = field(default_factory=lambda: ["coco.json"])
+    image_res: int = 64
+    network: Network = section(Network)
+
+
+def script_options(folder: Path, text_heads=2, label_smoothing=0.0, **changes) -> ScriptConfig:
+    network = Network(text_heads, label_smoothing)
+    return ScriptConfig(**{**vars(options(folder)), "network": network, **changes})
+
+
+@pytest.mark.parametrize("case", ANOTHER_RUN)
+def test_another_run_in_a_used_folder_is_refused_unless_the_user_insists(tmp_path, case, capsys):
+    train(script_options(tmp_path))
+    message = refused(script_options(tmp_path, **ANOTHER_RUN[case]))
+    [name] = ANOTHER_RUN[case]
+    assert f"{name}: " in message and "--resume yes" in message and "--output_dir" in message
+    capsys.readouterr()
+    train(script_options(tmp_path, resume="yes", **ANOTHER_RUN[case]))
+    assert "nothing left to train" in capsys.readouterr().out
+
+
+def test_what_may_change_on_resuming(tmp_path):
+    with pytest.raises(SystemExit):
+        train(script_options(tmp_path, max_steps=2))
+    same_file = [os.path.abspath("coco.json")]
+    run, _ = train(script_options(tmp_path, label_smoothing=0.1, keep=3, train_file=same_file))
+    assert run.step == TOTAL
+
+
+class Taught(Net):
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Linear(2, 1).requires_grad_(False)
+
+
+class Wide(Net):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+
+MISFITS = {
+    "another part": "no teacher.weight",
+    "a weight is missing": "no layer.bias",
+    "another width": "layer.weight [1, 2] instead of [1, 3]",
+    "another optimizer": "--opt",
+    "another script": "test_other.py",
+    "an entry is missing": "per_rank",
+}
+
+
+@pytest.mark.parametrize("resume", ["auto", "yes"])
+@pytest.mark.parametrize("change", MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, monkeypatch, change, resume):
+    train(options(tmp_path))
+    newest = tmp_path / f"checkpoint_{TOTAL:08d}.pt"
+    saved = torch.load(newest, weights_only=True)
+    config = options(tmp_path, resume=resume)
+    if change == "another part":
+        monkeypatch.setitem(globals(), "Net", Taught)
+    elif change == "another width":
+        monkeypatch.setitem(globals(), "Net", Wide)
+    elif change == "another optimizer":
+        config.optimizer.opt = "lamb"
+    elif change == "a weight is missing":
+        del saved["model"]["layer.bias"]
+    elif change == "another script":
+        saved["script"] = "test_other.py"
+    else:
+        del saved["per_rank"]
+    for path in tmp_path.glob("checkpoint_*.pt"):
+        path.unlink()
+    CheckpointFolder(tmp_path).save(saved, TOTAL)
+    message = refused(config)
+    assert MISFITS[change] in message and str(newest) in message and "--output_dir" in message
+
+
+def test_a_command_that_fails_before_the_first_update_leaves_the_folder_as_it_was(tmp_path):
+    train(options(tmp_path))
+    before = contents(tmp_path)
+    Run(options(tmp_path, log_every=3), ALONE).close()  # its data turned out to be unreadable
+    assert contents(tmp_path) == before
+    fresh = tmp_path / "fresh"
+    Run(options(fresh), ALONE).close()
+    assert [path.name for path in fresh.iterdir()] == [".lock"]
+
+
+def test_a_folder_in_a_checkpoints_place_is_set_aside(tmp_path):
+    with pytest.raises(SystemExit):
+        train(options(tmp_path, max_steps=2))
+    for name in ("checkpoint_00000003.pt", "checkpoint_00000004.pt"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="Is a directory"):
+        run, checkpoint = train(options(tmp_path))
+    assert run.step == TOTAL and find_damage(checkpoint) is None
+    assert (tmp_path / "checkpoint_00000004.pt.superseded/inside").is_dir()
+
+
+def test_damaged_lines_of_the_log_are_left_out_and_counted(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(options(tmp_path, max_steps=3))
+    log = tmp_path / "log.jsonl"
+    first, second, third = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([first, b"\xff\xfe" + second, third, b'{"step": 4, "lo']))
+    train(options(tmp_path))
+    assert steps_of(tmp_path) == [1, 3, 4]
+    assert "1 damaged lines left out" in capsys.readouterr().err
+
+
+# ---- full disks
+def full(*_args, **_options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["config.yaml", "log.jsonl", "tensorboard"])
+def test_a_full_disk_is_one_sentence_and_the_weights_are_safe(tmp_path, monkeypatch, where):
+    with pytest.raises(SystemExit):
+        train(options(tmp_path, max_steps=2))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="disk is full") as error:
+        if where == "config.yaml":
+            patch.setattr(os, "fsync", full)
+        elif where == "log.jsonl":
+            patch.setattr("runtime.log.keep_before", lambda *_: disk_is_full_from_now_on(tmp_path))
+        else:
+            patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+        train(options(tmp_path, tensorboard=where == "tensorboard"))
+    assert where in str(error.value) and "\n" not in str(error.value)
+    if (tmp_path / "log.jsonl").is_symlink():
+        (tmp_path / "log.jsonl").unlink()
+    assert CheckpointFolder(tmp_path).newest_valid().name == "checkpoint_00000002.pt"
+    assert train(options(tmp_path))[0].step == TOTAL
+    assert steps_of(tmp_path)[-2:] == [3, 4]
+
+
+def disk_is_full_from_now_on(folder: Path) -> None:
+    (folder / "log.jsonl").unlink()
+    (folder / "log.jsonl").symlink_to("/dev/full")

@@ -1,0 +1,41 @@
+"""A run that is killed between any two file operations ends, started again, with the very files of
+the run that was not: newest and best checkpoint, log, exported weights, metrics, page."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import classification_runs, downstream
+
+FEW = 7  # of the points, in the everyday suite
+
+CASES = {
+    # the best checkpoint is not the newest, and a numbered one is pruned
+    "VE": ["--epochs", "3 steps", "--eval_every", "2 steps", "--save_every", "1 steps"],
+    # every checkpoint may be the best, and only the newest is kept beside it
+    "Classification": ["--epochs", "2 steps", "--eval_every", "1 steps", "--keep", "1"],
+}
+
+
+def command_line(script: str, data, folder) -> list[str]:
+    if script == "VE":
+        return downstream.flags("VE", data, folder, *CASES[script])
+    return [*classification_runs.flags(data, folder), *CASES[script]]
+
+
+@pytest.mark.parametrize("script", CASES)
+@pytest.mark.parametrize("every", [FEW, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_crash_point_ends_as_the_run_that_was_not_killed(
+    script, every, digitscenes, tmp_path
+):
+    folder = tmp_path / "run"
+    words = [script, str(every), str(folder), *command_line(script, digitscenes, folder)]
+    command = [sys.executable, "-m", "tests.helpers.crash_points", *words]
+    done = subprocess.run(command, cwd=downstream.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["failures"] == []
+    assert found["points"] > 60 and found["tried"] >= found["points"] // every
+    assert any("checkpoint_best" in name for name in found["names"])

@@ -1,0 +1,184 @@
+"""Kill a training script at every file operation, start it again, and compare with the run that was
+not killed.
+
+    python -m tests.helpers.crash_points VE 1 OUTPUT_DIR --config … --output_dir OUTPUT_DIR
+
+runs VE.py once to its end, then once for every (second argument: n-th) point at which it is about
+to change something in OUTPUT_DIR: killed there, then started again. Prints JSON: how many points
+there are and were tried, and at which ones the folder ended different. Every run is a fork of this
+process, which has imported all and computed nothing.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # these three are imported once, not in every fork
+import torch.distributed.checkpoint.state_dict
+import torch.utils.data
+import torchvision  # noqa: F401
+
+from runtime.checkpoint import find_damage
+from runtime.config.cli import parse
+from runtime.log import RunLog
+
+KILLED = 137
+CHANGES = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate"}
+TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
+
+
+class Points:
+    """Counts the changes in a folder that are about to be made; ends the process before number
+    `last`."""
+
+    def __init__(self, folder: Path, last: int | None = None):
+        self.folder, self.last, self.count = str(folder), last, 0
+        self.made: list[str] = []
+        self.fsync = os.fsync
+
+    def watch(self) -> None:
+        """From here on; audit hooks and patches stay until the process ends."""
+        sys.addaudithook(self.audited)
+        os.fsync = self.synced
+        write = RunLog.write
+
+        def logged(log: RunLog, *args, **values) -> None:
+            self.passed("log")
+            write(log, *args, **values)
+            self.passed("logged")
+
+        RunLog.write = logged
+
+    def audited(self, event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return
+        elif event in CHANGES:
+            path = arguments[1] if event in ("os.rename", "os.link") else arguments[0]
+        else:
+            return
+        if not isinstance(path, str | os.PathLike) or not self.inside(os.fspath(path)):
+            return
+        if (event == "os.mkdir") == os.path.lexists(path) and event in ("os.mkdir", "os.remove"):
+            return  # nothing to do
+        self.passed(f"{event} {os.path.basename(path)}")
+
+    def synced(self, descriptor: int) -> None:
+        if self.inside(os.readlink(f"/proc/self/fd/{descriptor}")):
+            self.passed("fsync")
+        self.fsync(descriptor)
+
+    def inside(self, path: str) -> bool:
+        return path == self.folder or path.startswith(self.folder + os.sep)
+
+    def passed(self, name: str) -> None:
+        if self.count == self.last:
+            os._exit(KILLED)
+        self.count += 1
+        self.made.append(name)
+
+
+def in_fork(work: Callable[[], None], output: Path) -> int:
+    """Exit status of a fork that does `work`; what it prints goes to the file `output`."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with open(output, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        try:
+            work()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code or 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What a folder holds, by name: a digest, of the log without what depends on the clock."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.name == ".lock":
+            continue
+        data = path.read_bytes()
+        if path.name == "log.jsonl":
+            lines = [json.loads(line) for line in data.splitlines()]
+            kept = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+            data = json.dumps(kept).encode()
+        if path.suffix == ".pt" and find_damage(path) is None:
+            # its values: equal strings may be pickled as one or as two
+            data = plain(torch.load(path, weights_only=True)).encode()
+        found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def plain(tree: Any) -> str:
+    """Text that changes with any value in a checkpoint, to the last bit."""
+    if isinstance(tree, torch.Tensor):
+        values = tree.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{tree.dtype} {list(tree.shape)} {hashlib.sha256(values).hexdigest()}"
+    if isinstance(tree, dict):
+        return str({name: plain(value) for name, value in tree.items()})
+    if isinstance(tree, list | tuple):
+        return str([plain(value) for value in tree])
+    return repr(tree)
+
+
+def crash_everywhere(script: str, every: int, folder: Path, flags: list[str]) -> dict:
+    """See above."""
+    module = importlib.import_module(script)
+    config = parse(module.Config, flags)
+    output, points = folder.with_suffix(".txt"), folder.with_suffix(".json")
+
+    def run(last: int | None = None) -> int:
+        def work() -> None:
+            torch.set_num_threads(1)
+            watched = Points(folder, last)
+            watched.watch()
+            module.main(config)
+            if last is None:
+                points.write_text(json.dumps(watched.made))
+
+        return in_fork(work, output)
+
+    def failed(what: str) -> dict:
+        return {"point": number, "before": made[number], "what": what}
+
+    shutil.rmtree(folder, ignore_errors=True)
+    assert run() == 0, output.read_text()[-2000:]
+    made, expected = json.loads(points.read_text()), contents(folder)
+    failures, tried = [], range(0, len(made), every)
+    for number in tried:
+        shutil.rmtree(folder)
+        with contextlib.suppress(FileNotFoundError):
+            points.unlink()
+        if (status := run(number)) != KILLED:
+            failures.append(failed(f"not killed: status {status}"))
+        elif (status := run()) != 0:
+            failures.append(failed(f"status {status}: {output.read_text()[-500:]}"))
+        elif (found := contents(folder)) != expected:
+            different = sorted(name for name, _ in expected.items() ^ found.items())
+            failures.append(failed(f"different: {sorted(set(different))}"))
+    return {"points": len(made), "tried": len(tried), "names": made, "failures": failures}
+
+
+if __name__ == "__main__":
+    script, every, folder, *flags = sys.argv[1:]
+    print(json.dumps(crash_everywhere(script, int(every), Path(folder), flags)))

@@ -56,6 +56,12 @@ def key_of(opcodes: bytes) -> bytes:
     return b"\x80\x04}" + opcodes + b"Ns."
 
 
+def key_for_torch() -> bytes:
+    """The same with the few opcodes that torch's own unpickler knows."""
+    steps = b"".join(b"h%ch%c\x86q%c" % (number, number, number + 1) for number in range(60))
+    return b"\x80\2}()q\0" + steps + b"tNs."
+
+
 def flood(opcode: bytes, start: bytes = b"\x80\x04") -> bytes:
     return start + opcode * FLOOD + b"."
 
@@ -279,6 +285,7 @@ ATTACKS = [
     Attack("shape of 10^12 in .npy", "refs.p", lambda: npy((10**12,)), "damaged"),
     Attack("shape of 10^4 dimensions", "refs.p", lambda: npy((1,) * 10**4), "damaged"),
     Attack("doubled key in a checkpoint", "torch", lambda: torch_zip(key_of(TUPLES)), HASH),
+    Attack("doubled key for torch", "torch", lambda: torch_zip(key_for_torch()), HASH),
     Attack("doubled value", "torch", lambda: torch_zip(b"\x80\2" + LISTS + b"."), "stand for"),
     Attack("squeezed tensor", "torch", squeezed_storage, "larger than the file"),
     Attack("overlapping tensors", "torch", overlapping, "larger than the file"),

@@ -14,6 +14,7 @@ QUICK = {
     "long bytearray",
     "array of doubled lists",
     "doubled key in a checkpoint",
+    "doubled key for torch",
     "doubled value",
     "overlapping tensors",
     "expanded tensor",

@@ -246,7 +246,8 @@ class Run:
             return
         from torch.distributed.checkpoint import state_dict as dcp
 
-        check_weights_fit(self.saved, self.saved_path, model, to_dict(self.config))
+        network = distributed.unwrap(model)
+        check_weights_fit(self.saved, self.saved_path, network, to_dict(self.config))
         options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
         dcp.set_model_state_dict(model, self.saved["model"], options=options)
         given = configured_options(optimizer)  # what the configuration says now wins over the file

@@ -14,6 +14,8 @@ RECIPES = {
     "VQA": "VQA --config configs/VQA/vqa.yaml",
     "NXTP": "Recognition --config configs/Recognition/g3m.yaml",
     "CL2L R50": "main --config configs/main/cc12m_r50_cl2l.yaml",
+    "ALIGN B7": "main --config configs/main/align_coyo700m.yaml",
+    "ViT-L/16 512": "Classification --config configs/Classification/vit_l16_i1k_downstream_ema.yaml",
 }
 
 

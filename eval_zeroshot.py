@@ -13,9 +13,7 @@ and ALIGN; all models of the installed open_clip and transformers, with their ow
 tokenizers. Every template is filled with the class name; the mean of the unit embeddings classifies
 by cosine similarity. Models with local projectors are scored by z, h and w z + (1 - w) h. Every data
 set has its own metric; the figures do not depend on the number of processes. Missing data sets are
-named, with the remedy, and skipped.
-
-Results: a table, result/metrics.json and result/report.html below output_dir.
+named, with the remedy, and skipped. Results: result/metrics.json and result/report.html.
 """
 
 import sys
@@ -145,7 +143,8 @@ def open_checkpoint(config: Config) -> tuple[Opened, str]:
     opened = open_dual(weights, about, config.model, config.mean, config.std)
     trained = about.get("config", {})
     merges = config.bpe_path or trained.get("bpe_path")
-    vocabulary = config.tokenizer or trained.get("tokenizer", "bert-base-uncased")
+    tower = trained.get("network", {}).get("text_tower")
+    vocabulary = tower or config.tokenizer or trained.get("tokenizer", "bert-base-uncased")
     tokenizer = text_tokenizer(opened.title, opened.context_length, merges, vocabulary)
     if tokenizer.vocab_size != opened.vocab_size:
         raise UserError(

@@ -40,6 +40,7 @@ from models.dual_encoder.factory import build_dual, parts_of
 from models.dual_encoder.grad_cache import FeatureCache
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
+from models.layers.library_towers import start_towers
 from models.weights.clip import load_text_transformer
 from models.weights.loading import load_checkpoint
 from runtime.checkpoint import read_weights
@@ -116,6 +117,7 @@ def training_data(config: Config, tokenizer, world: World, state: dict | None) -
 def build_model(config: Config) -> DualEncoder:
     """The network on the CPU with its initial weights and, for BYOLIP, its `momentum_model`."""
     model = build_dual(config.network)
+    start_towers(model, read_weights, config.lock, load=config.checkpoint is None)
     if config.init_text_encoder:
         load_text_transformer(model, read_weights(config.init_text_encoder))
     if config.checkpoint:
@@ -197,9 +199,8 @@ def main(config: Config) -> None:
     world = distributed.init(config.device)
     seed_everything(config.seed, 0)  # the same initial weights on every rank
     config.check()
-    tokenizer = text_tokenizer(
-        config.network.model, config.network.context_length, config.bpe_path, config.tokenizer
-    )
+    shape, vocabulary = config.network, config.network.text_tower or config.tokenizer
+    tokenizer = text_tokenizer(shape.model, shape.context_length, config.bpe_path, vocabulary)
     config.network = replace(config.network, vocab_size=tokenizer.vocab_size)
     config.settle(world.device)
     data, prompts = validation_data(config) if config.val_folder else (None, None)

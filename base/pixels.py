@@ -27,3 +27,12 @@ class Pixels(NamedTuple):
     interpolation: str
     mean: RGB
     std: RGB
+
+
+def timm_statistics(tower: str) -> tuple[RGB, RGB]:
+    """Mean and std of pixels in [0, 1] that `timm/NAME` was trained with."""
+    import timm
+
+    name = tower.removeprefix("timm/").partition(":")[0]
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return (known.mean, known.std) if known else IMAGENET

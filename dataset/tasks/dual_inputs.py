@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.pixels import HALF
+from base.pixels import HALF, timm_statistics
 from dataset.images.align import AlignView, AlignViews
 from dataset.images.clip import EvalView, ImageViews, ViewOptions, normalize, pixel_statistics
 from dataset.text.align import AlignTokenizer
 from dataset.text.bpe import ClipTokenizer
+from dataset.text.hugging_face import FolderTokenizer
 
 
 def is_align(model: str) -> bool:
@@ -20,18 +21,23 @@ def is_align(model: str) -> bool:
 
 def text_tokenizer(
     model: str, context_length: int, merges: str | Path | None, vocabulary: str | Path
-) -> ClipTokenizer | AlignTokenizer:
+) -> ClipTokenizer | AlignTokenizer | FolderTokenizer:
     """tokenizer(texts, lengths) -> int64 [B,L].
 
-    model: its name. merges: file of CLIP's BPE; vocabulary: of BERT, for ALIGN.
+    model: its name. merges: file of CLIP's BPE; vocabulary: of BERT, for ALIGN, or hf/FOLDER of a
+    text tower.
     """
+    if str(vocabulary).startswith("hf/"):
+        return FolderTokenizer(vocabulary, context_length)
     if is_align(model):
         return AlignTokenizer(vocabulary, context_length)
     return ClipTokenizer(merges, context_length)
 
 
-def tokenizer_identity(tokenizer: ClipTokenizer | AlignTokenizer) -> str:
+def tokenizer_identity(tokenizer: ClipTokenizer | AlignTokenizer | FolderTokenizer) -> str:
     """What the token ids depend on."""
+    if isinstance(tokenizer, FolderTokenizer):
+        return repr(sorted(tokenizer.backend.get_vocab().items()))
     if isinstance(tokenizer, AlignTokenizer):
         return tokenizer.pieces.backend.to_str()
     return repr(tokenizer.merges)
@@ -56,8 +62,10 @@ def eval_view(model: str, side: int, interpolation: str = "bilinear") -> Callabl
 
 
 def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and std in grey levels, float32 [3,1,1] each, for `normalize`; network: has
-    `model`."""
+    """Mean and std in grey levels, float32 [3,1,1] each, for `normalize`; network: has `model` and
+    `image_tower`."""
+    if network.image_tower:
+        return pixel_statistics(device, *timm_statistics(network.image_tower))
     return pixel_statistics(device, *HALF) if is_align(network.model) else pixel_statistics(device)
 
 

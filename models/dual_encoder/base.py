@@ -105,6 +105,14 @@ class DualConfig(LossOptions):
 
     model: str = knob("CL2L_VITB16_CL2L", "<CLIP|CL2L>_<backbone>_<head>, or of SLIP or ALIGN")
     image_size: int = knob(224, "side of the square global images, pixels")
+    image_tower: str | None = knob(
+        None, "instead of the backbone: timm/NAME (weights fetched) or timm/NAME:FILE"
+    )
+    text_tower: str | None = knob(
+        None,
+        "instead of the text transformer: hf/FOLDER or a name of the hub",
+        methods="CLIP SIGLIP",
+    )
     embed_dim: int = knob(256, "width of the common space of images and texts")
     clip_proj_type: str = knob("linear", "projectors of global views: linear or mlp", rare=True)
     clip_hidden_dim: int = knob(4096, "hidden width of mlp projectors of global views", rare=True)

@@ -15,12 +15,18 @@ class CLIP(DualEncoder, TwoTowers):
     """Image tower and text transformer, each with a projector into the common space (z)."""
 
     def __init__(
-        self, config: DualConfig, visual: nn.Module, scales: dict[str, float] | None = None
+        self,
+        config: DualConfig,
+        visual: nn.Module,
+        scales: dict[str, float] | None = None,
+        text_tower: nn.Module | None = None,
     ):
-        super().__init__(visual, config.text, {"logit_scale": math.log(1 / 0.07), **(scales or {})})
+        scales = {"logit_scale": math.log(1 / 0.07), **(scales or {})}
+        super().__init__(visual, config.text, scales, text_tower=text_tower)
         self.config = config
         self.image_projector = self._projector(visual.num_features)
-        self.text_projector = self._projector(config.text_width)
+        text_width = config.text_width if text_tower is None else text_tower.num_features
+        self.text_projector = self._projector(text_width)
 
     def _projector(self, width: int) -> nn.Module:
         kind, out = self.config.clip_proj_type, self.config.embed_dim
@@ -85,8 +91,8 @@ class SigLIP(CLIP):
     training starts at 10.
     """
 
-    def __init__(self, config: DualConfig, visual: nn.Module):
-        super().__init__(config, visual, {"logit_bias": -10.0})
+    def __init__(self, config: DualConfig, visual: nn.Module, text_tower: nn.Module | None = None):
+        super().__init__(config, visual, {"logit_bias": -10.0}, text_tower)
         nn.init.constant_(self.logit_scale, math.log(10))
 
     def features(

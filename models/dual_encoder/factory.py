@@ -13,6 +13,7 @@ from models.dual_encoder.clip import CLIP, SigLIP
 from models.dual_encoder.slip import SimCLR, Slip, SlipCLIP
 from models.layers.clip_towers import ClipViT
 from models.layers.efficientnet import SHAPES
+from models.layers.library_towers import HuggingFaceText, TimmTower
 from models.layers.vit import ViTConfig
 
 HEADS = {
@@ -88,7 +89,14 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
     model, backbone, _ = parts_of(config.model)
     if model is Align:
         return Align(config)  # its towers belong together
-    return model(config, visual or build_backbone(backbone, config.image_size))
+    if visual is None and config.image_tower:
+        visual = TimmTower(config.image_tower)
+    visual = visual or build_backbone(backbone, config.image_size)
+    if config.text_tower is None:
+        return model(config, visual)
+    if model not in (CLIP, SigLIP):
+        raise UserError(f"text_tower: {config.model} has its own; use *_CLIP or *_SIGLIP")
+    return model(config, visual, text_tower=HuggingFaceText(config.text_tower))
 
 
 def build_backbone(name: str, image_size: int) -> nn.Module:

@@ -197,7 +197,7 @@ class TwoTowers(nn.Module):
     them.
 
     matrices: name -> [rows, columns], drawn with σ = rows^-0.5; scales: name -> start value, in log
-    domain.
+    domain. text_tower: text_ids int64 [B,L] -> [B,T], in place of the text transformer.
     Registration order is that of the originals, on which stored optimizer states rely.
     """
 
@@ -207,12 +207,15 @@ class TwoTowers(nn.Module):
         text: TextShape,
         scales: dict[str, float],
         matrices: dict | None = None,
+        text_tower: nn.Module | None = None,
     ):
         super().__init__()
         self.text_shape = text
-        self.positional_embedding = nn.Parameter(
-            torch.empty(text.context_length, text.width).normal_(std=0.01)
-        )
+        self.locked: tuple[nn.Module, ...] = ()  # towers that stay in evaluation mode
+        if text_tower is None:
+            self.positional_embedding = nn.Parameter(
+                torch.empty(text.context_length, text.width).normal_(std=0.01)
+            )
         for name, shape in (matrices or {}).items():
             self.register_parameter(
                 name, nn.Parameter(torch.empty(shape).normal_(std=shape[0] ** -0.5))
@@ -220,6 +223,9 @@ class TwoTowers(nn.Module):
         for name, value in scales.items():
             self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
         self.visual = visual
+        self.text_tower = text_tower
+        if text_tower is not None:
+            return
         self.transformer = Transformer(text.width, text.layers, text.heads, text.activation)
         self.token_embedding = nn.Embedding(text.vocab_size, text.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -231,6 +237,8 @@ class TwoTowers(nn.Module):
 
         What stands behind that token has no influence, so texts may be padded to any length.
         """
+        if self.text_tower is not None:
+            return self.text_tower(text_ids)
         length = text_ids.shape[1]
         if length > self.text_shape.context_length:
             raise UserError(
@@ -242,6 +250,13 @@ class TwoTowers(nn.Module):
             x, causal=True, noise=noise if self.training and noise and noise.active else None
         )
         return self.ln_final(x[torch.arange(len(x), device=x.device), text_ids.argmax(-1)])
+
+    def train(self, mode: bool = True) -> "TwoTowers":
+        """Training mode, but for locked towers."""
+        super().train(mode)
+        for tower in self.locked:
+            tower.eval()
+        return self
 
     @torch.no_grad()
     def clamp_scales(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.pixels import HALF, IMAGENET, OPENAI, RESAMPLING, RGB, Pixels
+from base.pixels import HALF, IMAGENET, OPENAI, RESAMPLING, RGB, Pixels, timm_statistics
 from models.dual_encoder.base import NOT_LOADED, DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
 from models.dual_encoder.openai import OpenAICLIP
@@ -95,7 +95,7 @@ def open_dual(
     keys = {key.removeprefix("text.") for key in weights}
     if keys & {"visual.proj", "visual.attnpool.c_proj.weight"} and "text_projection" in keys:
         return _openai(weights, about, name, stated)
-    if any(key.startswith("visual.trunk.") for key in keys):
+    if "network" not in about and any(key.startswith("visual.trunk.") for key in keys):
         return _timm_open_clip(weights, about, name, stated)
     if keys & {"image_projection", "image_projector.weight", "image_projector.layer1.weight"}:
         return _with_pixels(_rocket(weights, about, name), stated)
@@ -139,7 +139,9 @@ def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opene
         )
     model = build_dual(replace(config, model=embedding_model(config.model)))
     load_checkpoint(model, weights, allowed_unexpected=TRAINING_ONLY)
-    pixels = Pixels(config.image_size, "bilinear", *IMAGENET)
+    tower = config.image_tower
+    statistics = timm_statistics(tower) if tower else IMAGENET
+    pixels = Pixels(config.image_size, "bilinear", *statistics)
     return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
 
 

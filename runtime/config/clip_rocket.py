@@ -34,6 +34,9 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     )
     offline: bool = knob(False, "with --wandb: offline", rare=True)
     # the optimisation
+    lock: list[str] = knob(
+        [], "towers with weights of a library that are not trained (LiT)", choices=("image", "text")
+    )
     batch_size: int = knob(64, "pairs per process and micro-batch", low=2)
     optimizer: Optimizer = section(
         Optimizer, flat=True, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98)

@@ -1,0 +1,44 @@
+"""The tokenizer of a text encoder of transformers."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from base.errors import UserError
+from dataset.text.wordpiece import padded_length
+
+
+class FolderTokenizer:
+    """transformers' tokenizer of `hf/FOLDER` (or of a name of the hub), padded with its own id.
+
+    Called with texts it gives int64 [B,L], L at most `context_length`.
+    """
+
+    def __init__(self, source: str | Path, context_length: int = 77):
+        import transformers
+
+        self.source, self.context_length = str(source), context_length
+        self.path = self.source.removeprefix("hf/")
+        try:
+            self.backend = transformers.AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:  # of the hub, the network or the folder
+            what = (str(error).strip().splitlines() or ["no tokenizer"])[0][:160]
+            raise UserError(f"{source}: its tokenizer cannot be opened ({what})") from None
+        self.vocab_size = len(self.backend)
+        self.pad_id = self.backend.pad_token_id
+        if self.pad_id is None:
+            raise UserError(f"{source}: its tokenizer has no padding token")
+
+    def __reduce__(self):
+        return FolderTokenizer, (self.source, self.context_length)
+
+    def __call__(self, texts: Iterable[str], lengths: Sequence[int] | None = None) -> Tensor:
+        """lengths: the allowed L; None for the whole context, () for multiples of 8."""
+        longest = self.context_length
+        rows = self.backend(list(texts), truncation=True, max_length=longest)["input_ids"]
+        width = longest
+        if lengths is not None:
+            width = padded_length(max(map(len, rows)), longest, lengths)
+        return torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows])

@@ -1,0 +1,154 @@
+"""main.py with towers of timm and transformers: LiT, from training to evaluation."""
+
+import json
+
+import pytest
+import torch
+
+import eval_zeroshot
+import main as script
+from base.errors import UserError
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import build_dual
+from models.layers.library_towers import start_towers
+from runtime.checkpoint import read_weights
+from runtime.config.cli import parse
+from tests.helpers.main_runs import ROOT, arguments
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A small BERT's folder with tokenizer and weights."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    torch.manual_seed(1)
+    shape = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(WORDS), intermediate_size=32, **shape)
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of timm's test_resnet with a classifier."""
+    import timm
+
+    torch.manual_seed(2)
+    file = tmp_path_factory.mktemp("timm") / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), file)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+
+
+def lit(digitscenes, output, bert, weights, *more, **changes):
+    values = {
+        "model": "CLIP_VITT8_CLIP",
+        "image_tower": f"timm/test_resnet:{weights}",
+        "text_tower": f"hf/{bert}",
+        "lock": ["image", "text"],
+        "epochs": "2 steps",
+    }
+    return arguments(digitscenes, output, *more, **(values | changes))
+
+
+def test_locked_towers_stay_and_what_is_trained_evaluates(digitscenes, tmp_path, bert, weights):
+    script.main(parse(script.Config, lit(digitscenes, tmp_path / "run", bert, weights)))
+    trained = read_weights(tmp_path / "run/model.safetensors")
+    published = torch.load(weights, weights_only=True)
+    for name, value in published.items():
+        if not name.startswith("fc."):
+            assert torch.equal(trained[f"visual.trunk.{name}"], value), name  # statistics, too
+    import transformers
+
+    texts = transformers.BertModel.from_pretrained(bert).state_dict()
+    locked = [name for name in texts if not name.startswith("pooler")]
+    assert all(torch.equal(trained[f"text_tower.trunk.{name}"], texts[name]) for name in locked)
+    assert "transformer.resblocks.0.attn.in_proj_weight" not in trained
+    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    accuracy = next(value for line in logged for name, value in line.items() if "acc1_z" in name)
+    flags = ["--checkpoint", tmp_path / "run", "--output-dir", tmp_path / "out", "--device", "cpu"]
+    flags += [
+        "--workers",
+        "0",
+        "--datasets",
+        "digitscenes",
+        "--catalog",
+        digitscenes / "dataset_catalog.json",
+    ]
+    flags += ["--labels", digitscenes / "labels.json", "--split", "val"]
+    flags += ["--templates", digitscenes / "templates.json"]
+    eval_zeroshot.main(parse(eval_zeroshot.Config, [*map(str, flags)]))
+    metrics = json.loads((tmp_path / "out/result/metrics.json").read_text())
+    assert metrics["results"]["digitscenes"]["acc1_z"] == pytest.approx(accuracy)
+
+
+def test_unlocked_towers_are_trained(digitscenes, tmp_path, bert, weights):
+    flags = lit(digitscenes, tmp_path / "run", bert, weights, lock=["text"], val_folder="none")
+    script.main(parse(script.Config, flags))
+    trained = read_weights(tmp_path / "run/model.safetensors")
+    published = torch.load(weights, weights_only=True)
+    assert not torch.equal(trained["visual.trunk.conv1.weight"], published["conv1.weight"])
+
+
+def test_towers_are_the_libraries_own(bert, weights):
+    import timm
+    import transformers
+
+    shape = {
+        "embed_dim": 8,
+        "image_tower": f"timm/test_resnet:{weights}",
+        "text_tower": f"hf/{bert}",
+    }
+    model = build_dual(DualConfig(model="CLIP_VITT8_SIGLIP", **shape))
+    start_towers(model, read_weights, ["image"])
+    model.train()
+    assert not model.visual.training and model.text_tower.training
+    model.eval()
+    published = timm.create_model("test_resnet").eval()
+    published.load_state_dict(torch.load(weights, weights_only=True))
+    published.reset_classifier(0)
+    image = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model.embed_image(image)["feats"], published(image))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    encoded = tokenizer(["abc", "a b c d e"], padding=True, return_tensors="pt")
+    states = transformers.BertModel.from_pretrained(bert)(**encoded).last_hidden_state
+    mask = encoded["attention_mask"][..., None]
+    mean = (states * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(model.embed_text(encoded["input_ids"])["feats"], mean)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_tower": "timm/test_resnt"}, "no model 'test_resnt'; did you mean test_resnet"),
+        ({"image_tower": "hf/x"}, "image_tower hf/x: write timm/NAME"),
+        ({"text_tower": "hf/no/such"}, "text_tower hf/no/such: cannot be opened"),
+        ({"model": "CL2L_VITT8_CL2L", "text_tower": "hf/x"}, r"use \*_CLIP or \*_SIGLIP"),
+    ],
+)
+def test_towers_that_cannot_be_are_refused(changes, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=message):
+        build_dual(DualConfig(**({"model": "CLIP_VITT8_CLIP"} | changes)))
+
+
+def test_what_cannot_be_locked_or_loaded(weights, tmp_path):
+    plain = build_dual(DualConfig(model="CLIP_VITT8_CLIP", transformer_layers=1))
+    with pytest.raises(UserError, match="--lock image: give the image tower weights to keep"):
+        start_towers(plain, read_weights, ["image"])
+    other = tmp_path / "other.pth"
+    torch.save({"conv1.weight": torch.zeros(1)}, other)
+    tower = build_dual(DualConfig(model="CLIP_VITT8_CLIP", image_tower=f"timm/test_vit:{other}"))
+    with pytest.raises(UserError, match=r"other.pth: not the weights of timm's test_vit"):
+        start_towers(tower, read_weights, [])

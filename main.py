@@ -9,9 +9,8 @@ SimCLR, SigLIP, ALIGN.
 --model is <CLIP|CL2L>_<backbone>_<head>, head CLIP, CL2L, SIAMLIP, BARLIP, SWALIP, SWALIPV1 or
 SIGLIP, SLIP's <CLIP|SLIP|SIMCLR>_<backbone>, or ALIGN_<B0..B7>_<MINI|BASE|LARGE>. CL2L's step: a
 weak (global) view of image and caption and `num_augs` strong (local) ones; global images find their
-global captions in the batch, local ones their local captions, with projectors and a temperature of
-their own (--separate-proj). --momentum turns SiamLIP into BYOLIP. Flags and defaults are
-clip-rocket's; COYO-ALIGN's are in configs/main/align.yaml. SIGTERM saves and exits with 75.
+global captions in the batch, local ones their local captions (--separate-proj: with projectors and
+a temperature of their own). --momentum turns SiamLIP into BYOLIP. SIGTERM saves, exits with 75.
 """
 
 import copy

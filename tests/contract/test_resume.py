@@ -1,13 +1,17 @@
 """A run that is killed, signalled or damaged ends with the very weights and losses of the run that
 was not."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.pretraining import arguments, finish, losses, start
+from tests.helpers.pretraining import ROOT, arguments, finish, losses, start
 
 STEPS = "8 steps"
 
@@ -129,3 +133,40 @@ def test_two_processes_end_with_equal_queues_and_a_finished_run_has_nothing_left
     assert "from 8" in output
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+TRAINER = """
+import os, time
+from base import distributed
+distributed.init("cpu")
+print(os.getpid(), flush=True)
+time.sleep(100)
+"""
+
+
+def test_trainers_end_when_torchrun_is_killed(tmp_path):
+    """Left alone they would hold the folder, and the same command would be refused."""
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = subprocess.Popen(
+        [*torchrun, "--nproc_per_node=2", str(tmp_path / "trainer.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    trainers = [int(launcher.stdout.readline()) for _ in range(2)]
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 20
+    while any(map(alive, trainers)):
+        assert time.monotonic() < deadline, "trainers live on without their launcher"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and that nobody waits for does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

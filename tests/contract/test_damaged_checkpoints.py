@@ -1,0 +1,63 @@
+"""Every training script, its newest or its best checkpoint damaged: it says so, falls back, and
+ends with the weights it had; its folder can still be evaluated."""
+
+import pytest
+import torch
+
+from runtime.checkpoint import CheckpointFolder, find_damage, read_weights
+from tests.helpers import classification_runs, downstream, main_runs, pretraining, recognition_runs
+from tests.helpers.crash_points import plain
+from tests.helpers.processes import run_script
+
+STEPS = {"epochs": "3 steps", "eval_every": "1 steps", "save_every": "1 steps", "keep": "3"}
+SCRIPTS = ("Pretrain", "Retrieval", "VQA", "VE", "NLVR", "Grounding", "main", "Classification")
+SCRIPTS += ("Recognition",)
+
+
+def command_line(script: str, data, tokenizer, out) -> list[str]:
+    """Three updates, each validated and saved."""
+    steps = [word for name, value in STEPS.items() for word in (f"--{name}", value)]
+    if script == "Pretrain":
+        return [
+            *pretraining.arguments(data, tokenizer, out),
+            *steps[:2],
+            *steps[4:],
+        ]  # it validates nothing
+    if script == "main":
+        return [*main_runs.arguments(data, out), *steps]
+    if script == "Classification":
+        return [*classification_runs.flags(data, out), *steps]
+    if script == "Recognition":
+        return [*recognition_runs.arguments(data, out), *steps]
+    return downstream.flags(script, data, out, *steps)
+
+
+def flip_a_bit(file) -> None:
+    """In place: the best checkpoint, which is the same file, is damaged with a numbered one."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [name if name == "VE" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+)
+def test_a_damaged_checkpoint_is_passed_over(script, digitscenes, image_tokenizer, tmp_path):
+    run = tmp_path / "run"
+    flags = command_line(script, digitscenes, image_tokenizer, run)
+    run_script(f"{script}.py", flags)
+    folder = CheckpointFolder(run)
+    newest = folder.numbered()[0]
+    before = plain(torch.load(newest, weights_only=True))
+    flip_a_bit(newest)
+    if folder.best and not find_damage(folder.best):
+        flip_a_bit(folder.best)
+    with pytest.warns(UserWarning, match="CHECKPOINT DAMAGED"):
+        assert read_weights(run)  # what --evaluate and --checkpoint of a folder do
+    said = run_script(f"{script}.py", flags)
+    assert f"CHECKPOINT DAMAGED: {newest}" in said and "Traceback" not in said
+    assert plain(torch.load(newest, weights_only=True)) == before
+    assert find_damage(newest) is None
+    assert (folder.best is not None) == (script != "Pretrain")
+    assert folder.best is None or find_damage(folder.best) is None

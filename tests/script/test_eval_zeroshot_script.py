@@ -277,6 +277,12 @@ def test_other_layouts(layout, digitscenes, tmp_path, trained):
             json.dumps(clip_adapters.hugging_face_config(model.config))
         )
     merges = digitscenes / "bpe/bpe_merges.txt.gz"
+    if layout == "hugging_face":  # published CLIPs of this layout differ in their pixels
+        words = flags(digitscenes, tmp_path / "model.pt", tmp_path / "out", bpe_path=merges)
+        with pytest.raises(UserError, match=r"mean and std of their pixels: .*preprocessor_config"):
+            results(words, tmp_path / "out")
+        images = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     found = results(
         flags(digitscenes, tmp_path / "model.pt", tmp_path / "out", bpe_path=merges),
         tmp_path / "out",

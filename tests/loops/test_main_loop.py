@@ -504,6 +504,7 @@ def test_a_resumed_run_obeys_its_command_line(digitscenes, tmp_path):
     flags = {"data": digitscenes, "output": tmp_path / "run"}
     first = record_main("main.py", flags_of(case, **flags, max_steps=2))
     changes = {"wd": 0.1, "betas": (0.8, 0.95), "eps": 0.02, "compat": "original"}
+    changes["resume"] = "yes"  # a run of other rules is continued only where that is asked for
     again = record_main("main.py", flags_of(case, **flags, **changes))
     assert [len(record.updates) for record in (first, again)] == [2, 2]
     resumed = again.updates[0]

@@ -82,8 +82,13 @@ def hard_negatives(similarity: Tensor, forbidden: Tensor) -> Tensor:
     underflow to an all-zero row and needs no host synchronisation. int64 [B]; a row that is all
     forbidden gives 0.
     """
-    gumbel = -torch.empty_like(similarity, dtype=torch.float32).exponential_().log()
-    return (similarity.detach().float() + gumbel).masked_fill(forbidden, -torch.inf).argmax(-1)
+    noisy = similarity.detach().float() + gumbel_noise(similarity)
+    return noisy.masked_fill(forbidden, -torch.inf).argmax(-1)
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Independent standard Gumbel values, float32 of the same shape."""
+    return -torch.empty_like(like, dtype=torch.float32).exponential_().log()
 
 
 def keyword_targets(

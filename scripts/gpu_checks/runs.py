@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from base.distributed import World
+from models.fusion import losses
 from runtime.optim.build import Precision, build_optimizer
 from runtime.parallel import Features, parallelize
 from scripts.planning import steps
@@ -30,6 +31,8 @@ def without_randomness() -> Iterator[None]:
         mock.patch.object(F, "dropout", lambda x, *args, **kwargs: x),
         mock.patch.object(F, "scaled_dot_product_attention", certain),
         mock.patch.object(torch.Tensor, "exponential_", lambda x, *args: x.fill_(1.0)),
+        # the compiler knows methods of tensors itself: what it traces needs a function
+        mock.patch.object(losses, "gumbel_noise", lambda like: torch.zeros_like(like).float()),
         mock.patch.object(torch, "rand", lambda *s, **o: torch.full(s, 0.5, **o)),
         mock.patch.object(steps, "pixels", seeded),
     ):

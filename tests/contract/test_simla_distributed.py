@@ -89,7 +89,8 @@ def test_two_processes_are_one(ranks, albef):
             # a softmax does not see the key's bias: its gradient is 0 but for rounding
             like = name.replace(".key.bias", ".query.bias") if "gradient" in name else name
             scale = whole[like].double().abs().max()
-            assert error <= 2e-5 * scale + 1e-7, f"{name}: off by {error:.1e} of {scale:.1e}"
+            # rounding of float32; in float64 they agree to 1e-13
+            assert error <= 1e-4 * scale + 1e-7, f"{name}: off by {error:.1e} of {scale:.1e}"
             assert torch.equal(first[name], second[name]), name
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from base.errors import UserError
 from dataset.sources.records import Records
-from dataset.sources.shard_list import count_samples
+from dataset.sources.shard_list import samples_of
 from scripts.data import get_stamps
 
 
@@ -77,7 +77,7 @@ def test_every_format_with_whole_subjects_held_out(deb, tmp_path, monkeypatch, c
             assert len({name in names["test"] for name in pair}) == 1, pair
         stamps[fold] = names["test"]
         assert len(rows["train"]) == 5 * len(names["train"])
-        assert count_samples([str(out / "wds/train/00000.tar")]) == len(rows["train"])
+        assert sum(samples_of([str(out / "wds/train/00000.tar")])) == len(rows["train"])
         assert {path.name for path in (out / "classes/test").iterdir()} == {"animals", "food"}
         assert len(list((out / "classes/train").rglob("*.jpg"))) == len(rows["train"])
         assert Image.open(out / rows["test"][0]["image"]).size == (256, 256)

@@ -115,7 +115,8 @@ def resumed_difference(folder: Path, device: torch.device) -> float:
     straight, killed = folder / "straight", folder / "killed"
     run_to_end(training(folder / "data", straight, device))
     command = training(folder / "data", killed, device)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=ROOT, **silent)
     try:
         wait_for(killed / "checkpoint_00000002.pt", process)
     finally:

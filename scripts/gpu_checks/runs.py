@@ -47,6 +47,8 @@ class Run:
         script = load_script(name)
         self.config = read_plain(script, argv)
         self.config.precision = precision
+        if features.get("compile"):  # or the shapes of the method before make this one's dynamic
+            torch._dynamo.reset()
         torch.manual_seed(0)
         self.setup = steps.setup_of(script, self.config)
         for network in self.setup.frozen:

@@ -35,7 +35,10 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     offline: bool = knob(False, "with --wandb: offline", rare=True)
     # the optimisation
     lock: list[str] = knob(
-        [], "towers with weights of a library that are not trained (LiT)", choices=("image", "text")
+        [],
+        "towers with weights of a library that are not trained (LiT)",
+        choices=("image", "text"),
+        rare=True,
     )
     batch_size: int = knob(64, "pairs per process and micro-batch", low=2)
     optimizer: Optimizer = section(

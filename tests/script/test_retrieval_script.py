@@ -19,6 +19,7 @@ RECALLS = {f"{way}_r{at}" for way in ("txt", "img") for at in (1, 5, 10)} | {
     "txt_r_mean",
     "img_r_mean",
     "r_mean",
+    "chance",
 }
 
 

@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from dataset.text.bpe import ClipTokenizer
 
 pytestmark = pytest.mark.slow
-ODD = [
-    "<|endoftext|>",
-    "<|startoftext|>",
+ODD = [  # not OpenAI's special tokens, which open_clip spells otherwise
     "'s",
     "'LL",
     "&amp;lt;",
@@ -32,7 +30,7 @@ def test_ids_are_openais(openai):
     ours = ClipTokenizer()
 
     @settings(
-        max_examples=1500,
+        max_examples=300,
         derandomize=True,
         database=None,
         deadline=None,

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained and evaluated SIMLA in about a quarter of an hour on two CPU cores:
+# From nothing to a trained and evaluated SIMLA in about thirteen minutes on two CPU cores:
 #
 #     bash scripts/quickstart.sh
 #

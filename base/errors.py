@@ -36,3 +36,8 @@ SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 120
 def brief(value: object) -> str:
     """`repr` of a value for messages, cut to about a line however long, deep or circular it is."""
     return SHORT.repr(value)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line: libraries' errors run over many."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

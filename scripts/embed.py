@@ -50,6 +50,8 @@ from runtime.config.cli import knob, run_script
 from runtime.config.from_checkpoint import described
 from runtime.run import evaluating
 
+TEXTS = ("txt", "json")  # members of a sample that tell its captions
+
 
 @dataclass
 class Config:
@@ -146,6 +148,22 @@ def parts_of(data: str, size: int) -> list[Part]:
     return [Part(data, records, start, min(start + size, len(records))) for start in starts]
 
 
+def beside_image(records: Sequence[dict], number: int) -> dict:
+    """A record without its image, which loader workers alone read where it lies in a tar."""
+    if not isinstance(records, ShardIndex) or "txt" not in records.endings(number):
+        return records[number]
+    members = {
+        ending: records.read(number, ending)
+        for ending in records.endings(number)
+        if ending in TEXTS
+    }
+    return {
+        "key": records.name(number),
+        "caption": members["txt"].decode("utf-8", "replace"),
+        **members,
+    }
+
+
 def first_caption(record: dict) -> str:
     """The text beside an image; empty where there is none."""
     try:
@@ -157,7 +175,7 @@ def first_caption(record: dict) -> str:
 def embed(part: Part, embedder: Embedder, config: Config, world: World) -> dict:
     """Embeddings [n,E] and columns of metadata of a part, the same on every process."""
     total = part.stop - part.start
-    rows = [part.records[number] for number in range(part.start, part.stop)]
+    rows = [beside_image(part.records, number) for number in range(part.start, part.stop)]
 
     def load(number: int) -> dict:
         with reading(config.exif, grey=True) as noticed:  # an unreadable image is a grey one

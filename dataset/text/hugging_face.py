@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.errors import UserError
+from base.errors import UserError, first_line
 from dataset.text.wordpiece import padded_length
 
 
@@ -24,8 +24,9 @@ class FolderTokenizer:
         try:
             self.backend = transformers.AutoTokenizer.from_pretrained(self.path)
         except Exception as error:  # of the hub, the network or the folder
-            what = (str(error).strip().splitlines() or ["no tokenizer"])[0][:160]
-            raise UserError(f"{source}: its tokenizer cannot be opened ({what})") from None
+            raise UserError(
+                f"{source}: its tokenizer cannot be opened ({first_line(error)})"
+            ) from None
         self.vocab_size = len(self.backend)
         self.pad_id = self.backend.pad_token_id
         if self.pad_id is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from base.errors import UserError
+from base.errors import UserError, first_line
 from base.files import did_you_mean
 
 HEADS = ("classifier.", "head.", "fc.")  # of classification, in files of weights
@@ -109,11 +109,6 @@ def parse_tower(tower: str, knob: str, library: str) -> tuple[str, str]:
         return rest, ""
     name, _, file = rest.partition(":")
     return name, file
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def start_towers(

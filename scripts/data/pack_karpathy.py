@@ -1,12 +1,11 @@
 """Pack a split of Karpathy's COCO or Flickr30k with its images and captions into a few files.
 
     python scripts/data/pack_karpathy.py dataset_coco.json --images coco --out coco_test.tfrecord
-    python scripts/data/pack_karpathy.py dataset_flickr30k.json --images flickr30k-images --out flickr30k
-    --format webdataset
+    python scripts/data/pack_karpathy.py dataset_flickr30k.json --images flickr30k-images \\
+        --out flickr30k --format webdataset
 
-tfrecord     one file, COYO-ALIGN's features: image, image/id, image/filename, captions/text,
-captions/id webdataset   a folder of CLIP_benchmark's layout, which eval_zeroshot.py reads:
-OUT/<split>/0.tar ..., nshards.txt
+tfrecord    one file, COYO-ALIGN's features: image, image/id, image/filename, captions/text, captions/id
+webdataset  a folder of CLIP_benchmark's layout, which eval_zeroshot.py reads: OUT/<split>/0.tar ...
 
 All captions of an image are kept, the encoded images stay as they are. Images are looked for at
 <images>/<filepath>/<filename>, where the JSON names a filepath.

@@ -3,14 +3,11 @@
     python scripts/weights/convert.py align-from-tf model-weights align-b7-base.safetensors
     python scripts/weights/convert.py align-to-hf output/align align-hf/
 
-KIND             SOURCE                                         DEST
-align-from-tf    prefix of COYO-ALIGN's TensorFlow checkpoint   .safetensors for main.py and
-eval_zeroshot.py align-to-hf      checkpoint or folder of a run, .safetensors    folder that
-transformers' AlignModel loads
-
-coyo-vit-from-tf prefix of COYO-ViT's TensorFlow checkpoint     .safetensors for Classification.py
-and eval_knn.py coyo-vit-to-hf   run of Classification.py, its .safetensors     folder that
-transformers' ViT loads
+KIND              SOURCE -> DEST
+align-from-tf     prefix of COYO-ALIGN's TensorFlow checkpoint -> .safetensors for main.py
+align-to-hf       checkpoint or folder of a run -> folder that transformers' AlignModel loads
+coyo-vit-from-tf  prefix of COYO-ViT's TensorFlow checkpoint -> .safetensors for Classification.py
+coyo-vit-to-hf    run of Classification.py -> folder that transformers' ViT loads
 
 transformers' own files (kakaobrain/align-base) need no conversion: --checkpoint
 FOLDER/model.safetensors.

@@ -20,21 +20,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.utils.data import default_collate
 
 from base import distributed
 from base.distributed import World, say
 from base.errors import UserError
 from dataset.images.clip import ViewOptions
-from dataset.loading.eval import EvalLoader, shard_indices
+from dataset.loading.eval import shard_indices
 from dataset.loading.stream import Stream, StreamLoader
 from dataset.sources.class_folder import ClassFolder, named_list
-from dataset.tasks.captions import DATASETS, CaptionCollate, pair_sources
+from dataset.tasks.captions import CaptionCollate, CaptionOptions, pair_sources
 from dataset.tasks.dual_inputs import NormalizedBatches, eval_view, input_statistics
 from dataset.tasks.dual_inputs import normalized, text_tokenizer, training_views
 from dataset.text.augment import TextOptions, TextViews
 from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accuracy
 from models.dual_encoder.base import NOT_LOADED, DualConfig, DualEncoder, names_by_decay
+from models.dual_encoder.cl2l import TargetOptions
 from models.dual_encoder.factory import build_dual, parts_of
 from models.dual_encoder.grad_cache import FeatureCache
 from models.layers.average import WeightAverage
@@ -55,23 +55,11 @@ from runtime.scores import score_line
 
 
 @dataclass
-class Config(RocketRunConfig):
+class Config(RocketRunConfig, CaptionOptions, TargetOptions):
     METHOD = ("network.model",)
     output_dir: Path = knob(Path("output/main"), "folder of this run: config, log, checkpoints")
     network: DualConfig = section(DualConfig, flat=True)
-    momentum: bool = knob(False, "SiamLIP's targets come from a momentum teacher: BYOLIP", methods="SIAMLIP SWALIPV1")
-    momentum_tau: float = knob(0.99, "momentum of the teacher, per update", low=0, high=1, methods="SIAMLIP SWALIPV1")
-    swalip_freeze_proto_iters: int = knob(100, "updates before SWALIPV1's prototypes move", low=0, methods="SWALIPV1")
     cache_features: bool = knob(False, "micro-batches make one contrastive batch (Gao et al. 2021)")
-    init_text_encoder: Path | None = knob(None, "checkpoint to take the text transformer's blocks", rare=True)
-    # the data
-    dataset: str = knob("yfcc15m", "collection; wds: --shards alone", choices=DATASETS)
-    root: str = knob("datasets/yfcc100m", "image folder; merged_opendata: three, joined by ---")
-    metadata: str = knob("datasets/yfcc15m_v1/yfcc15m.pkl", "samples: .pkl, .npy, .json or .jsonl")
-    shards: list[str] = knob([], "WebDataset shards beside or instead: paths, s3:// or gs:// URLs")
-    bpe_path: Path | None = knob(None, "BPE merges; none = CLIP's, from package open_clip_torch", rare=True)
-    tokenizer: str = knob("bert-base-uncased", "ALIGN's BERT: folder, vocab.txt or hub name", methods="ALIGN")
-    text_lengths: list[int] = knob([], "lengths that texts are padded to; none = multiples of 8", rare=True)
     views: ViewOptions = section(ViewOptions, flat=True)
     texts: TextOptions = section(TextOptions, flat=True)
 
@@ -183,24 +171,22 @@ def validation_data(config: Config) -> tuple[ClassFolder, list[list[str]]]:
 def evaluate(model: DualEncoder, data, prompts, tokenizer, config: Config, world: World) -> dict:
     """Zero-shot accuracy in percent by z, h and their ensembles; exact on any number of ranks."""
     own = shard_indices(len(data), world.rank, world.size)
-    options = {"workers": config.workers, "exif": config.exif}
-    options["error_budget"] = config.error_budget
-    loader = EvalLoader(data.load, own, config.batch_size, default_collate, **options)
-    pixels = input_statistics(config.network, world.device)
-    batches = NormalizedBatches(loader, pixels, world.device)
+    batches = NormalizedBatches(data.load, own, config, world.device)
     with evaluating(model):
         classes = text_classifier(model.embed_text, tokenizer, prompts, world)
         scores = zero_shot_accuracy(model.embed_image, classes, batches, own, data.labels, world)
-    return scores | {"chance": 100 / len(prompts)} | loader.damages()
+    scores["chance"] = 100 / len(prompts)
+    return scores | batches.damages()
 
 
 def main(config: Config) -> None:
     world = distributed.init(config.device)
     seed_everything(config.seed, 0)  # the same initial weights on every rank
     config.check()
-    shape, vocabulary = config.network, config.network.text_tower or config.tokenizer
-    tokenizer = text_tokenizer(shape.model, shape.context_length, config.bpe_path, vocabulary)
-    config.network = replace(config.network, vocab_size=tokenizer.vocab_size)
+    method = config.network
+    vocabulary = method.text_tower or config.tokenizer
+    tokenizer = text_tokenizer(method.model, method.context_length, config.bpe_path, vocabulary)
+    config.network = replace(method, vocab_size=tokenizer.vocab_size)
     config.settle(world.device)
     data, prompts = validation_data(config) if config.val_folder else (None, None)
     if config.evaluate:
@@ -212,13 +198,12 @@ def main(config: Config) -> None:
     run = Run(config, world, metric="acc1_z" if data else None)
     loader = training_data(config, tokenizer, world, run.data_state())
     network = build_model(config)
-    decayed, _ = names_by_decay(network, config.network.original)
+    decayed, _ = names_by_decay(network, method.original)
     example = network.example_batch(config.batch_size, *config.local_views)
     flops = config.accumulate * training_flops(network, example) if run.peak_flops else 0.0
     network = synchronise_batch_norm(network.to(world.device))
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
-    title = config.network.model
-    model, optimizer, plan = run.begin(title, network, loader, precision, decayed, flops)
+    model, optimizer, plan = run.begin(method.model, network, loader, precision, decayed, flops)
     teacher = WeightAverage([(network.momentum_model, network)]) if config.momentum else None
     pixels = input_statistics(config.network, world.device)
     freeze = config.swalip_freeze_proto_iters if hasattr(network, "freeze_prototypes") else 0

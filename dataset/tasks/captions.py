@@ -7,6 +7,7 @@ Whatever the collection, its metadata becomes JSON lines {image: path below the 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import default_collate
 from base.distributed import on_main, rank_0_first
 from base.errors import BadSample, UserError, brief
 from base.files import cached_path, read_json, write_json_lines
+from base.knobs import knob
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
@@ -165,6 +167,25 @@ MERGED = ("cc3m", "cc12m", "yfcc15m")  # parts of merged_opendata, in this order
 DATASETS = (*FORMATS, "merged_opendata", "wds")
 
 
+@dataclass
+class CaptionOptions:
+    """Image-caption pairs; names and defaults are clip-rocket's."""
+
+    dataset: str = knob("yfcc15m", "collection; wds: --shards alone", choices=DATASETS)
+    root: str = knob("datasets/yfcc100m", "image folder; merged_opendata: three, joined by ---")
+    metadata: str = knob("datasets/yfcc15m_v1/yfcc15m.pkl", "samples: .pkl, .npy, .json or .jsonl")
+    shards: list[str] = knob([], "WebDataset shards beside or instead: paths, s3:// or gs:// URLs")
+    bpe_path: Path | None = knob(
+        None, "BPE merges; none = CLIP's, from package open_clip_torch", rare=True
+    )
+    tokenizer: str = knob(
+        "bert-base-uncased", "ALIGN's BERT: folder, vocab.txt or hub name", methods="ALIGN"
+    )
+    text_lengths: list[int] = knob(
+        [], "lengths that texts are padded to; none = multiples of 8", rare=True
+    )
+
+
 def collections_of(
     dataset: str, metadata: str, root: str, shards: Sequence[str] = ()
 ) -> list[tuple[str, str, str]]:
@@ -195,8 +216,7 @@ def pair_sources(
 ) -> list:
     """The sources of a stream of `ImageTextPair`: collections, then WebDataset shards.
 
-    data: has `dataset`, `metadata`, `root` and `shards` (see `collections_of`), `shuffle_buffer`
-    and `samples` (see `shard_sources`). read_plain: see `caption_records`. Collective: rank 0 converts the metadata
+    data: CaptionOptions that have `shuffle_buffer` and `samples` too (see `shard_sources`). read_plain: see `caption_records`. Collective: rank 0 converts the metadata
     and tries the first images. Raises UserError.
     """
     sources: list = []

@@ -1,15 +1,17 @@
 """What a dual encoder is fed, by its model string: CLIP's byte-pair ids and views, or ALIGN's
 pieces and squares."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from base.pixels import HALF, timm_statistics
 from dataset.images.align import AlignView, AlignViews
 from dataset.images.clip import EvalView, ImageViews, ViewOptions, normalize, pixel_statistics
+from dataset.loading.eval import EvalLoader
 from dataset.text.align import AlignTokenizer
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.hugging_face import FolderTokenizer
@@ -79,17 +81,41 @@ def normalized(batch: dict[str, Tensor], statistics: tuple[Tensor, Tensor]) -> d
 
 
 class NormalizedBatches:
-    """The batches of an EvalLoader on `device`, normalised; knows their number."""
+    """Batches of the samples `load(i)` for every i of `indices`, in order, on `device` and
+    normalised (see EvalLoader).
 
-    def __init__(self, loader, statistics: tuple[Tensor, Tensor], device: torch.device):
-        self.loader, self.statistics, self.device = loader, statistics, device
+    config: has `network` (see `input_statistics`), `batch_size`, `workers`, `error_budget`, `exif`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int], dict],
+        indices: Sequence[int],
+        config,
+        device: torch.device,
+    ):
+        self.loader = EvalLoader(
+            load,
+            indices,
+            config.batch_size,
+            default_collate,
+            workers=config.workers,
+            error_budget=config.error_budget,
+            exif=config.exif,
+        )
+        self.statistics = input_statistics(config.network, device)
+        self.device = device
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self.loader:
-            moved = {
-                name: value.to(self.device, non_blocking=True) for name, value in batch.items()
-            }
+            moved = {}
+            for name, value in batch.items():
+                moved[name] = value.to(self.device, non_blocking=True)
             yield normalized(moved, self.statistics)
+
+    def damages(self) -> dict[str, int]:
+        """Damaged images of the last pass, for the metrics."""
+        return self.loader.damages()

@@ -3,6 +3,7 @@ al., 2023).
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from base.distributed import gather_with_gradient, rank
 from base.errors import UserError
+from base.knobs import knob
 from models.dual_encoder.base import DualConfig, Features
 from models.dual_encoder.clip import CLIP, choose
 from models.dual_encoder.losses import (
@@ -32,6 +34,23 @@ from models.layers.clip_towers import (
     siamlip_projector,
     swalip_projector,
 )
+
+
+@dataclass
+class TargetOptions:
+    """Teacher and prototypes of SiamLIP and SwALIPV1; main.py updates them."""
+
+    momentum: bool = knob(
+        False,
+        "SiamLIP's targets come from a momentum teacher: BYOLIP",
+        methods="SIAMLIP SWALIPV1",
+    )
+    momentum_tau: float = knob(
+        0.99, "momentum of the teacher, per update", low=0, high=1, methods="SIAMLIP SWALIPV1"
+    )
+    swalip_freeze_proto_iters: int = knob(
+        100, "updates before SWALIPV1's prototypes move", low=0, methods="SWALIPV1"
+    )
 
 
 class Views(NamedTuple):

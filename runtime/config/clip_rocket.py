@@ -34,6 +34,9 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     )
     offline: bool = knob(False, "with --wandb: offline", rare=True)
     # the optimisation
+    init_text_encoder: Path | None = knob(
+        None, "checkpoint to take the text transformer's blocks", rare=True
+    )
     lock: list[str] = knob(
         [],
         "towers with weights of a library that are not trained (LiT)",

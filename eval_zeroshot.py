@@ -16,8 +16,7 @@ set has its own metric; the figures do not depend on the number of processes. Mi
 named, with the remedy, and skipped. Results: result/metrics.json and result/report.html.
 """
 
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,9 +30,9 @@ from base.errors import UserError
 from base.files import cache_folder, digest
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.loading.eval import EvalLoader
-from dataset.tasks.catalog import CATALOG, Entry, Prompts, choose, read_catalog
+from dataset.tasks.catalog import Prompts, wanted_entries
 from dataset.tasks.dual_inputs import eval_view, text_tokenizer, tokenizer_identity
-from dataset.tasks.zeroshot import OpenSet, Viewed, open_set
+from dataset.tasks.zeroshot import OpenSet, Viewed, open_sets
 from evaluation.report.results import write_results
 from evaluation.report.zeroshot import cards, plain_tables
 from evaluation.retrieval import chance, units
@@ -87,9 +86,19 @@ class Config:
     device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
     precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
 
-    @property
-    def cache_folder(self) -> Path:
-        return cache_folder(self.cache)
+    def check(self) -> None:
+        """Check that the options are compatible."""
+        if self.download and not self.datasets:
+            raise UserError("--download fetches named data sets: add --datasets cifar10 food101, …")
+        if of_library(self.model):
+            if self.checkpoint and self.random_weights:
+                raise UserError("--random-weights and --checkpoint exclude each other; choose one")
+            return
+        check_name(self.model)
+        if self.random_weights:
+            raise UserError("--random-weights is for --model open_clip/NAME and hf/NAME")
+        if self.checkpoint is None and not self.output_dir.is_dir():
+            raise UserError("add --checkpoint FILE, or the folder of a run as --output-dir")
 
 
 class Encoder(NamedTuple):
@@ -98,39 +107,6 @@ class Encoder(NamedTuple):
     opened: Opened
     precision: Precision
     signature: str  # with the prompts, all that a text classifier depends on
-
-
-def wanted_entries(config: Config) -> list[Entry]:
-    """The data sets to evaluate; nothing of them is opened yet."""
-    catalog = {name: entry.below(config.root) for name, entry in CATALOG.items()}
-    own = read_catalog(config.catalog) if config.catalog else {}
-    if config.download and not config.datasets:
-        raise UserError(
-            "--download fetches what is named: add --datasets, such as --datasets cifar10 food101"
-        )
-    entries = choose(config.datasets or list(own or catalog), catalog | own)
-    return [replace(entry, split=config.split or entry.split) for entry in entries]
-
-
-def open_all(config: Config) -> tuple[list[OpenSet], dict[str, str]]:
-    """The data sets that are here, all checked, and why the others are not evaluated."""
-    prompts, sets, skipped = Prompts(config.labels, config.templates), [], {}
-    for entry in wanted_entries(config):
-        where = config.cache_folder / "shards", load_plain, config.download
-        with distributed.rank_0_first():
-            found = open_set(entry, prompts, *where)
-        if isinstance(found, OpenSet):
-            sets.append(found)
-        else:
-            skipped[entry.name] = str(found)
-    if distributed.rank() == 0:
-        print(*(f"SKIPPED {why}" for why in skipped.values()), sep="\n", file=sys.stderr)
-    if not sets:
-        raise UserError(
-            f"none of the data sets is on this machine: {', '.join(skipped)}; "
-            "see above how to get each"
-        )
-    return sets, skipped
 
 
 def open_checkpoint(config: Config) -> tuple[Opened, str]:
@@ -162,21 +138,22 @@ def open_encoder(config: Config, world: World) -> Encoder:
         vocabulary = config.model
     else:
         opened, vocabulary = open_checkpoint(config)
-    how = (opened.title, vocabulary, opened.context_length, config.precision, world.device.type)
-    signature = fingerprint(opened.model, *how)
+    makes = [opened.title, vocabulary, opened.context_length, config.precision, world.device.type]
+    signature = fingerprint(opened.model, makes)
     opened.model.to(world.device)
     return Encoder(opened, Precision(config.precision, world.device), signature)
 
 
 def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> dict:
     """Figures of a data set by metric and score, the same on every process."""
-    opened, total, pixels = encoder.opened, len(data.images), encoder.opened.pixels
-    model, tokenize = opened.model, opened.tokenize
+    opened = encoder.opened
+    images = data.images
+    pixels = opened.pixels
     statistics = pixel_statistics(world.device, pixels.mean, pixels.std)
-    own = [i for unit in units(total, config.batch_size, world) for i in unit]
+    own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
     view = opened.view or eval_view(opened.title, pixels.size, pixels.interpolation)
     batches = EvalLoader(
-        Viewed(data.images, view).load,
+        Viewed(images, view).load,
         own,
         config.batch_size,
         default_collate,
@@ -185,53 +162,58 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
         error_budget=config.error_budget,
         exif=config.exif,
     )
-    texts = {"world": world, "batch_size": config.batch_size}
 
     def embed(image: torch.Tensor) -> dict[str, torch.Tensor]:
-        return model.embed_image(image if opened.view else normalize(image, statistics))
+        return opened.model.embed_image(image if opened.view else normalize(image, statistics))
 
-    about = {"metric": data.entry.metric, "images": total}
-    with evaluating(model), encoder.precision.autocast():
-        if not data.classes:
-            about["captions"] = len(data.images.captions)
-            image = embed_images(embed, batches, own, total, world)
-            text = embed_texts(model.embed_text, tokenize, data.images.captions, **texts)
-            recalls = retrieve(image, text, data.images.text_image, world)
-            about["chance"] = chance(data.images.text_image, total)
-            return about | recalls | batches.damages()
-        about["classes"] = len(data.classes)
-        about["chance"] = zero_shot_chance(data.entry.metric, len(data.classes))
-        prompts = class_prompts(data.classes, data.templates, data.entry.name)
-        key = digest(encoder.signature, config.batch_size, prompts)
-        make = partial(text_classifier, model.embed_text, tokenize, prompts, **texts)
-        classifier = cached_classifier(
-            config.cache_folder / f"classifiers/{key}.safetensors", make, world
-        )
-        scores = classify(
-            embed, classifier, batches, own, total, world, data.entry.metric, data.entry.name
-        )
+    about = {"metric": data.entry.metric, "images": len(images)}
+    with evaluating(opened.model), encoder.precision.autocast():
+        if data.classes:
+            about["classes"] = len(data.classes)
+            about["chance"] = zero_shot_chance(data.entry.metric, len(data.classes))
+            classifier = classifier_of(data, encoder, config, world)
+            scores = classify(
+                embed,
+                classifier,
+                batches,
+                own,
+                len(images),
+                world,
+                data.entry.metric,
+                data.entry.name,
+            )
+        else:
+            about["captions"] = len(images.captions)
+            about["chance"] = chance(images.text_image, len(images))
+            image = embed_images(embed, batches, own, len(images), world)
+            text = embed_texts(
+                opened.model.embed_text, opened.tokenize, images.captions, world, config.batch_size
+            )
+            scores = retrieve(image, text, images.text_image, world)
         return about | scores | batches.damages()
 
 
-def find_weights(config: Config) -> None:
-    """Set `checkpoint` to the file to evaluate; none where a library's own weights are."""
-    if of_library(config.model):
-        if config.checkpoint and config.random_weights:
-            raise UserError("--random-weights and --checkpoint exclude each other; choose one")
-        config.checkpoint = config.checkpoint and weights_file(config.checkpoint)
-        return
-    check_name(config.model)
-    if config.random_weights:
-        raise UserError("--random-weights is for --model open_clip/NAME and hf/NAME")
-    if config.checkpoint is None and not config.output_dir.is_dir():
-        raise UserError("add --checkpoint FILE, or the folder of a run as --output-dir")
-    config.checkpoint = weights_file(config.checkpoint or config.output_dir)
+def classifier_of(data: OpenSet, encoder: Encoder, config: Config, world: World) -> dict:
+    """The text classifier of the data set's prompts by score, kept in the cache."""
+    prompts = class_prompts(data.classes, data.templates, data.entry.name)
+    key = digest(encoder.signature, config.batch_size, prompts)
+    file = cache_folder(config.cache) / f"classifiers/{key}.safetensors"
+    opened = encoder.opened
+    make = partial(
+        text_classifier, opened.model.embed_text, opened.tokenize, prompts, world, config.batch_size
+    )
+    return cached_classifier(file, make, world)
 
 
 def main(config: Config) -> None:
     world = distributed.init(config.device)
-    find_weights(config)
-    sets, skipped = open_all(config)
+    config.check()
+    if config.checkpoint or not of_library(config.model):  # else the library's own weights
+        config.checkpoint = weights_file(config.checkpoint or config.output_dir)
+    entries = wanted_entries(config.datasets, config.root, config.catalog, config.split)
+    prompts = Prompts(config.labels, config.templates)
+    shards = cache_folder(config.cache) / "shards"
+    sets, skipped = open_sets(entries, prompts, shards, load_plain, config.download)
     for data in sets:
         if data.classes:
             class_prompts(data.classes, data.templates, data.entry.name)  # fail before any work

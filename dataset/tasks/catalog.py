@@ -149,6 +149,20 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
     return entries
 
 
+def wanted_entries(
+    names: Sequence[str], root: Path, own: Path | None = None, split: str | None = None
+) -> list[Entry]:
+    """The data sets `names` (see `choose`), all of the catalogue where there are none; not opened.
+
+    root: folder of the project's catalogue. own: a catalogue of the user's, which goes first (see
+    `read_catalog`). split: instead of each set's own.
+    """
+    catalog = {name: entry.below(root) for name, entry in CATALOG.items()}
+    added = read_catalog(own) if own else {}
+    entries = choose(names or list(added or catalog), catalog | added)
+    return [replace(entry, split=split or entry.split) for entry in entries]
+
+
 def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:
     """The entries named, in this order; `kind:path` names a data set outside the catalogue, such as
     `webdataset:https://...`, `retrieval:dataset_coco.json` or `imagefolder:photos` (its split

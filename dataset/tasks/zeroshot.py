@@ -9,6 +9,7 @@ BadSample.
 """
 
 import io
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from base.distributed import rank, rank_0_first
 from base.errors import BadSample, MissingData, UserError, brief
 from base.files import read_json, read_lines
 from base.limits import SHARDS
@@ -64,6 +66,36 @@ class OpenSet:
     images: Any
     classes: list = field(default_factory=list)
     templates: list[str] = field(default_factory=list)
+
+
+def open_sets(
+    entries: Sequence[Entry],
+    prompts: Prompts,
+    cache: Path,
+    read_plain: Callable,
+    download: bool = False,
+) -> tuple[list[OpenSet], dict[str, str]]:
+    """The data sets that are on this machine, all checked, and why the others are left out.
+
+    Collective; rank 0 names the others on stderr. Raises UserError where none is here. See
+    `open_set`.
+    """
+    sets, skipped = [], {}
+    for entry in entries:
+        with rank_0_first():
+            found = open_set(entry, prompts, cache, read_plain, download)
+        if isinstance(found, OpenSet):
+            sets.append(found)
+            continue
+        skipped[entry.name] = str(found)
+        if rank() == 0:
+            print(f"SKIPPED {found}", file=sys.stderr)
+    if not sets:
+        raise UserError(
+            f"none of the data sets is on this machine: {', '.join(skipped)}; "
+            "see above how to get each"
+        )
+    return sets, skipped
 
 
 def open_set(

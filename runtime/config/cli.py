@@ -28,15 +28,13 @@ from base.files import check_output_folder
 from base.knobs import knob, section
 from runtime.builtin_data import make_digitscenes_if_named
 from runtime.config.draft import FLAGS, OVERRIDES, Draft, flag
-from runtime.config.plain import differences, from_dict, load, save, to_dict
+from runtime.config.plain import differences, save, to_dict
 from runtime.config.schema import Knob
-from runtime.config.values import placeholder, show
+from runtime.config.values import show
 
 __all__ = [
     "differences",
-    "from_dict",
     "knob",
-    "load",
     "parse",
     "run_script",
     "save",
@@ -160,7 +158,7 @@ def _help_lines(names: Sequence[str], k: Knob) -> str:
     indent = " " * 8
     text = f"{k.help} [default: {show(k.default)}]"
     meaning = textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)
-    return f"  {flags} {placeholder(k.kind, k.choices)}\n{meaning}"
+    return f"  {flags} {k.placeholder}\n{meaning}"
 
 
 def launched_rank() -> str:

@@ -2,16 +2,18 @@
 
 import copy
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from base.errors import UserError, brief
 from base.files import nearest
 from runtime.config.old_commands import FLAG_FILES, recipe_of
-from runtime.config.schema import Schema
-from runtime.config.values import allows, from_words, show
-from runtime.config.yaml import line_of, read_yaml
+from runtime.config.schema import Knob, Schema
+from runtime.config.values import show
+from runtime.config.yaml import line_of, parse_yaml, read_yaml
 
 # what torch.distributed.launch and the originals' command lines hand over; the launcher's
 # environment decides
@@ -67,22 +69,19 @@ class Draft:
             section, _, name = found.path.rpartition(".")
             self.put_all({name: value}, source, section, found.path.removesuffix(name))
         elif value is not None or not found.moved:
-            for name in reversed(found.rest):
-                value = {name: value}
             self.put_knob(found.path, key, value, source)
 
     def put_knob(self, path: str, key: str, value: Any, source: Source) -> None:
         """Set the knob `path`, written as `key`. A file must not give it two values."""
-        knob, before = self.schema.knobs[path], self.values[path]
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            value = merged(before, value)
+        knob = self.schema.knobs[path]
+        before = self.values[path]
         try:
             self.values[path] = knob.read(value)
         except ValueError:
             self.mistakes.append(f"{source.place(key)}: {knob.complaint(value)}")
         other_source, other_key = self.set_by.get(path, (None, key))
         again = other_source is source and other_key != key and not source.later_wins
-        if again and self.values[path] != before and not isinstance(before, Mapping):
+        if again and self.values[path] != before:
             both = f"{show(before)} and {show(self.values[path])}"
             self.mistakes.append(f"{source.place(key)}: is {path}, which has two values: {both}")
         self.set_by[path] = (source, key)
@@ -104,26 +103,24 @@ class Draft:
         if found is None and not words and key[:3] in ("no-", "no_"):
             positive = self.schema.find(key[3:])
             knob = self.schema.knobs.get(positive.path) if positive else None
-            if knob and allows(knob.kind, bool):
+            if knob and knob.kind.is_bool:
                 return self.put(key[3:], False, source)
         if found is None:
             known = key.replace("-", "_") in LAUNCHER_FLAGS
             return None if known else self.put(key, None, source)
         knob = self.schema.knobs.get(found.path)
-        if knob is None:
-            kind = dict if found.path in self.schema.sections else Any
-            words = words or ([] if kind is dict else ["true"])
-        else:
-            kind = Any if found.rest else knob.kind
-            words = words or (["true"] if allows(kind, bool) else [knob.bare] if knob.bare else [])
-        if not words:
+        if not words and knob and (knob.kind.is_bool or knob.bare):
+            words = ["true"] if knob.kind.is_bool else [knob.bare]
+        elif not words and knob is None and found.path not in self.schema.sections:
+            words = ["true"]  # an old name
+        elif not words:
             return self.mistakes.append(f"{source.place(key)}: a value is missing")
-        if len(words) > 1 and not allows(kind, list, tuple):
+        if len(words) > 1 and not (knob and knob.kind.many):
             surplus = " ".join(words[1:])
             return self.mistakes.append(
                 f"{source.place(key)} {words[0]}: what is {surplus!r} after it?"
             )
-        return self.put(key, from_words(words, kind), source)
+        return self.put(key, value_of_words(words, knob), source)
 
     def read_file(self, path: Path, above: tuple[Path, ...] = ()) -> None:
         """Take the values of a YAML file, first those of the files it names as `base`."""
@@ -173,10 +170,18 @@ class Draft:
         return self.schema.build(self.values)
 
 
-def merged(old: Mapping, new: Mapping) -> dict:
-    """`old` with the values of `new`; mappings inside merge likewise."""
-    result = dict(old)
-    for key, value in new.items():
-        inner = isinstance(result.get(key), Mapping) and isinstance(value, Mapping)
-        result[key] = merged(result[key], value) if inner else value
-    return result
+def value_of_words(words: Sequence[str], knob: Knob | None) -> Any:
+    """The words after a flag as a value for `Knob.read`. Lists: several words, commas, or [a, b].
+
+    Without a knob, as for a section, one word is YAML.
+    """
+    in_brackets = len(words) == 1 and words[0].startswith("[")
+    if knob is None or (knob.kind.many and in_brackets):
+        with suppress(ValueError):
+            return parse_yaml(words[0])[0]
+    if knob is None or not knob.kind.many or words[0].lower() in ("none", "null"):
+        return words[0]
+    parts = []
+    for word in words:
+        parts += re.split(r",(?![^{]*})", word)  # not inside the braces of shard-{00,01}.tar
+    return [part for part in parts if part]

@@ -57,8 +57,6 @@ PUBLISHED = {
     "vision_width": 768,
     "vision_depth": 12,
     "vision_heads": 12,
-}
-PUBLISHED |= {
     "vision_stem": [],
     "embed_dim": 256,
     "queue_size": 65536,
@@ -98,7 +96,9 @@ def _architecture(options: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: options[name] for name in ARCHITECTURE if name in options}
     bert = options.get("bert_config")
     if isinstance(bert, str) and Path(bert).is_file():
-        found |= {f"bert_config.{name}": read_json(bert, dict).get(name) for name in IN_BERT}
+        geometry = read_json(bert, dict)
+        for name in IN_BERT:
+            found[f"bert_config.{name}"] = geometry.get(name)
     return found
 
 
@@ -112,7 +112,9 @@ def inherit(config: Any, weights: Iterable[str] = ()) -> list[str]:
     """
     two_stage = any("token_type_embeddings" in key for key in weights)
     published = PUBLISHED | {"bert_config": ALBEF_BERT if two_stage else SIMLA_BERT}
-    saved, knobs, taken = saved_config(config.checkpoint), Schema(type(config)).knobs, []
+    saved = saved_config(config.checkpoint)
+    knobs = Schema(type(config)).knobs
+    taken = []
     check_architecture(config, saved)
     for name in Geometry.__dataclass_fields__:
         if name not in published or getattr(config, name) is not None:
@@ -149,14 +151,8 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
         return read_yaml(beside)[0] if beside.is_file() else {}
     try:
         content = load_weights_only(path)
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        UserError,
-    ):  # who reads the weights says what is wrong
-        return {}
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, UserError):
+        return {}  # who reads the weights says what is wrong
     found = content.get("config") if isinstance(content, Mapping) else None
     return dict(found) if isinstance(found, Mapping) else {}
 

@@ -1,45 +1,19 @@
-"""A configuration as plain values: to a dictionary or file and back, and what differs."""
+"""A configuration as plain values: to a dictionary or file, and what differs."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from base.files import write_text
-from runtime.config.draft import Draft, Source
 from runtime.config.values import show
 from runtime.config.yaml import to_yaml
 
-C = TypeVar("C")
-
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration in plain Python (numbers, text, lists, dicts), for checkpoints and logs."""
-
-    def plain(value: Any) -> Any:
-        if is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-        if isinstance(value, Mapping):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(inner) for inner in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(config)
-
-
-def from_dict(cls: type[C], values: Mapping[str, Any], name: str = "saved configuration") -> C:
-    """The opposite of `to_dict`; `name` is what mistakes are blamed on."""
-    draft = Draft(cls)
-    draft.put_all(values, Source(f"{name}: {{}}".format))
-    return draft.finish()
-
-
-def load(cls: type[C], path: str | Path) -> C:
-    """The configuration that a YAML file holds; what it does not name keeps its default."""
-    draft = Draft(cls)
-    draft.read_file(Path(path))
-    return draft.finish()
+    """The configuration in JSON's types (paths are text), for checkpoints and logs."""
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def save(config: Any, path: str | Path) -> None:

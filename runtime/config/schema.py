@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, get_type_hints
 
 from base.errors import brief
 from base.files import nearest
-from runtime.config.values import convert, describe, example, show
+from runtime.config.values import Kind, show
 
 
 @dataclass(frozen=True)
 class Knob:
     """One option; what is not described here is as in base.knobs.knob."""
 
-    kind: Any
+    kind: Kind
     default: Any
     group: str  # its heading in --help
     help: str = ""
@@ -34,7 +34,7 @@ class Knob:
 
     def read(self, value: Any) -> Any:
         """`value` in the knob's type; ValueError where type, range or choice is wrong."""
-        value = convert(value, self.kind)
+        value = self.kind.convert(value)
         for item in value if isinstance(value, list | tuple) else [value]:
             if item is None:
                 continue
@@ -46,21 +46,35 @@ class Knob:
 
     def complaint(self, value: Any) -> str:
         """What was expected instead of `value`."""
-        wanted = describe(self.kind)
+        wanted = [self.kind.describe()]
         if self.choices:
-            wanted = "one of " + ", ".join(map(show, self.choices))
-        limits = {">=": self.low, "<=": self.high}
-        bounds = [f"{sign} {limit}" for sign, limit in limits.items() if limit is not None]
-        wanted = f"{wanted} {' and '.join(bounds)}".strip()
-        likely = example(self.kind, self.default, self.choices)
-        return f"expected {wanted}, got {brief(value)}; for example {likely}"
+            wanted = ["one of " + ", ".join(map(show, self.choices))]
+        if self.low is not None:
+            wanted.append(f">= {self.low}")
+        if self.high is not None:
+            wanted.append(f"{'and ' if self.low is not None else ''}<= {self.high}")
+        return f"expected {' '.join(wanted)}, got {brief(value)}; for example {self.example}"
+
+    @property
+    def example(self) -> str:
+        """A value that would be right: the default if it says something."""
+        if self.default not in (None, "", [], ()):
+            return show(self.default)
+        return show(self.choices[0]) if self.choices else self.kind.scalar.example
+
+    @property
+    def placeholder(self) -> str:
+        """The type as --help marks it: `INT`, `{a,b}`, `TEXT ...`."""
+        mark = self.kind.scalar.mark
+        if self.choices:
+            mark = "{" + ",".join(map(show, self.choices)) + "}"
+        return f"{mark} ..." if self.kind.many else mark
 
 
 class Found(NamedTuple):
     """What a key names."""
 
     path: str
-    rest: list[str]  # names after that of a knob: keys of its mapping
     moved: bool  # written in one section, it belongs to another
 
 
@@ -98,12 +112,13 @@ class Schema:
                 continue
             about = {key: f.metadata[key] for key in f.metadata if key != "flat"}
             group = _title(owners[f.name], prefix)
+            kind = Kind(hints[f.name])
             try:
-                value = convert(default, hints[f.name])
+                value = kind.convert(default)
             except ValueError:
                 declared = f"{cls.__name__}.{f.name}"
                 raise TypeError(f"{declared}: default {default!r} is not {hints[f.name]}") from None
-            self.knobs[path] = Knob(hints[f.name], value, group, **about)
+            self.knobs[path] = Knob(kind, value, group, **about)
 
     def _add_other_names(self, cls: type, prefix: str) -> None:
         for base in cls.__mro__:
@@ -124,15 +139,17 @@ class Schema:
 
     def find(self, key: str) -> Found | None:
         """What `key` names, None where it is unknown."""
-        path, names = "", key.split(".")
-        for i, name in enumerate(names):
+        path = ""
+        moved = False
+        for name in key.split("."):
             inside = path and path + "."
+            if inside and path not in self.sections:
+                return None
             path = self.spellings.get(inside + name.replace("-", "_"), "")
             if not path:
                 return None
-            if path not in self.sections:
-                return Found(path, names[i + 1 :], moved=not path.startswith(inside))
-        return Found(path, [], moved=False)
+            moved = not path.startswith(inside)
+        return Found(path, moved)
 
     def flat_names(self, path: str) -> list[str]:
         """How --help writes `path`: names without a section's where they are accepted."""

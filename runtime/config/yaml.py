@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +70,7 @@ def line_of(node: Any, key: str) -> int | None:
 
 
 def to_yaml(value: Any) -> str:
-    """Plain values (numbers, text, lists, mappings) as YAML on one line."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{to_yaml(k)}: {to_yaml(v)}" for k, v in value.items()) + "}"
+    """Plain values (numbers, text, lists) as YAML on one line."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(to_yaml, value)) + "]"
     if isinstance(value, float):

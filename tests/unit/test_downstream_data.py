@@ -22,7 +22,7 @@ from dataset.tasks.vqa import (
 )
 from dataset.text.wordpiece import TextCollate, Tokenizer
 from evaluation.vqa import save_answers
-from runtime.config.cli import load
+from tests.helpers.configs import load
 
 
 @pytest.fixture

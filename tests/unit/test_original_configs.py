@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from base.errors import UserError
-from runtime.config.cli import load, parse
+from runtime.config.cli import parse
 from runtime.optim.schedule import Plan
+from tests.helpers.configs import load
 
 FILES = Path(__file__).with_name("original_configs")
 DEIT = Path("weights/deit_base_patch16_224-b5f2ef4d.pth")

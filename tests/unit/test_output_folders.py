@@ -4,7 +4,7 @@ import importlib
 from collections import defaultdict
 from pathlib import Path
 
-from runtime.config.cli import load
+from tests.helpers.configs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config.cli import load
 from runtime.config.schema import Schema
 from runtime.config.yaml import read_yaml
+from tests.helpers.configs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,13 @@
+"""Configurations of the tests."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from runtime.config.cli import parse
+
+C = TypeVar("C")
+
+
+def load(cls: type[C], path: str | Path) -> C:
+    """The configuration that a YAML file holds; what it does not name keeps its default."""
+    return parse(cls, ["--config", str(path)])

@@ -36,7 +36,8 @@ from dataset.tasks.classification import class_names, shared_split, training_sou
 from evaluation.classification import multi_label_metrics, read_real, score, single_label_metrics
 from evaluation.report.page import card, table
 from evaluation.report.results import write_results
-from models.classification.classifier import ClassifierConfig, VisionClassifier, ema_decay
+from models.classification.classifier import ClassifierConfig, VisionClassifier
+from models.classification.classifier import build_classifier, ema_decay
 from models.classification.mixup import mix
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
@@ -133,7 +134,7 @@ def evaluation_data(config: Config, names: list[str]) -> Split | None:
 
 def build_model(config: Config) -> VisionClassifier:
     """The network on the CPU with its starting weights and, as `ema`, its moving average."""
-    model = VisionClassifier(config.network)
+    model = build_classifier(config.network)
     if config.checkpoint:
         about = described(weights_file(config.checkpoint))
         left_out = load_agreeing(model, read_weights(config.checkpoint), about, config.evaluate)
@@ -142,10 +143,9 @@ def build_model(config: Config) -> VisionClassifier:
             raise UserError(f"{config.checkpoint}: no head for {classes} classes to evaluate")
         say(f"{config.checkpoint}: {left_out.text() or 'fits as it is'}")
     if config.ema_decay:
-        average = copy.deepcopy(model).requires_grad_(False)
+        model.ema = copy.deepcopy(model).requires_grad_(False)
         if config.network.original:
-            torch._foreach_zero_(list(average.parameters()))
-        model.ema = average
+            torch._foreach_zero_(list(model.ema.parameters()))
     return model
 
 

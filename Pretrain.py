@@ -62,7 +62,7 @@ class Config(Networks, StreamConfig, RunConfig):
     alpha_ramp: str = knob("1 epochs", "length of alpha's linear rise from 0, with a unit")
     momentum: float = knob(0.995, "momentum of the teacher, per update", low=0, high=1)
     temp: float = knob(0.07, "initial temperature of the contrastive loss", low=0.001, high=0.5)
-    queue_size: int = knob(65536, "momentum features kept as further negatives", low=0)
+    queue_size: int = knob(65536, "momentum features kept as negatives", low=0, high=1 << 30)
     mlm_probability: float = knob(0.15, "fraction of tokens masked", low=0, high=1)
     mask_ratio: float = knob(75 / 256, "MIM: fraction masked", low=0, high=1, methods="simla")
     compat: str = knob("none", "'original': the published numbers", choices=("none", "original"))

@@ -30,6 +30,15 @@ SHARDS = 1_000_000  # that one pattern or counter names
 IMAGE_BYTES = 256 * MIB  # of an encoded image
 IMAGE_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 0.25 GB of RGB
 
+# ---- sizes that an option may ask for; below them the free memory decides (base/memory.py)
+WIDTH = 1 << 17  # of any layer, or tokens of a text
+BLOCKS = 1000  # of a transformer
+SIDE = 1 << 13  # of an image, in pixels
+CLASSES = 1 << 26  # or tokens of a vocabulary
+QUEUE = 1 << 30  # features kept as negatives
+WORKERS = 1000  # loader processes of a process
+VIEWS = 1000  # of one image
+
 # ---- pickles
 PICKLE_FLOOR = 256 * MIB  # of memory that any pickle may take ...
 PICKLE_RATIO = 64  # ... and bytes more for each byte of the file

@@ -1,4 +1,4 @@
-"""Will a network fit? Its memory is estimated before anything is built."""
+"""Will a network and a batch fit? Their memory is estimated before anything is built."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -43,9 +43,10 @@ def _of_cgroup(limit: str, used: str) -> int | None:
 
 
 def parameter_count(make: Callable[[], nn.Module]) -> int:
-    """Parameters of the network that `make` builds, without their memory."""
+    """Parameters and buffers of the network that `make` builds, without their memory."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return sum(parameter.numel() for parameter in make().parameters())
+        network = make()
+    return sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
 
 
 def check_fits(
@@ -64,4 +65,25 @@ def check_fits(
             f"{what}: {parameters / 1e9:.3g} billion parameters need {needed / 2**30:.3g} GiB "
             f"({copies} float32 {'copy' if copies == 1 else 'copies'}), but {free / 2**30:.3g} GiB "
             f"are free on the {where}; name smaller sizes, or share them: --parallel fsdp"
+        )
+
+
+def build_fitting(make: Callable[[], nn.Module], what: str) -> nn.Module:
+    """The network that `make` builds on the CPU. UserError, before it takes any memory, where the
+    host's does not hold its weights."""
+    if detect_fake_mode() is None:
+        check_fits(parameter_count(make), what)
+    return make()
+
+
+def check_batch(samples: int, side: int, option: str) -> None:
+    """UserError where the RGB images of one batch alone, uint8 [samples,3,side,side], exceed the
+    free memory of the host. option: the name of what asks for so many."""
+    if detect_fake_mode() is not None:
+        return
+    free, needed = free_memory(), 3 * samples * side**2
+    if free is not None and needed > free:
+        raise UserError(
+            f"{option} {samples:,}: images of {side} x {side} pixels need {needed / 2**30:,.0f} GiB, "
+            f"but {free / 2**30:.3g} GiB are free on the host; make it smaller and accumulate larger"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from base.distributed import World, gather_objects, gather_rows
 from base.errors import UserError
 from base.files import read_json
+from base.heartbeat import beat
 from evaluation.predict import progress
 
 BLOCK = 512  # classes looked at together
@@ -150,6 +151,7 @@ def multi_label_metrics(scores: Scores, details: bool = False) -> dict[str, floa
         result[f"hit@{k}"] = percent(among.any(1))
     parts = []
     for first in range(0, classes, BLOCK):
+        beat("in validation (metrics)")
         last = min(first + BLOCK, classes)
         block = scores.gather(logits[:, first:last])
         targets = block_targets(scores.labels, first, last).to(block.device)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from base.distributed import World, gather_objects, gather_parts
+from base.heartbeat import beat
 
 
 def over_split(
@@ -24,6 +25,7 @@ def over_split(
     """
     found = []
     for batch in progress(batches, name, world):
+        beat(f"in validation ({name})")
         inputs = {
             k: v.to(world.device, non_blocking=True) for k, v in batch.items() if k != "label"
         }

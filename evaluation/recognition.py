@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from base.heartbeat import beat
+
 Embed = Callable[[Sequence[str]], Tensor]  # texts -> [n,D]
 
 
@@ -116,6 +118,7 @@ class SentenceEncoder:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         table: list[Tensor] = []
         for start in range(0, len(order), self.batch):
+            beat("in validation (embedding labels)")
             chunk = [texts[i] for i in order[start : start + self.batch]]
             inputs = self.tokenizer(
                 chunk, padding=True, truncation=True, max_length=512, return_tensors="pt"

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from base.distributed import World, gather_parts, gather_rows
 from base.errors import UserError
+from base.heartbeat import beat
 
 FILL = -100.0  # score of a pair that was no candidate
 TEXT_UNIT = 256  # captions per encoder pass
@@ -383,11 +384,13 @@ class _Progress:
         self.bar = None
 
     def __call__(self, items: Iterable, name: str, total: int) -> Iterable:
-        if not self.shown:
-            return items
-        from tqdm import tqdm
+        if self.shown:
+            from tqdm import tqdm
 
-        return tqdm(items, name, total, leave=False, dynamic_ncols=True, unit="batch")
+            items = tqdm(items, name, total, leave=False, dynamic_ncols=True, unit="batch")
+        for item in items:
+            beat(f"in validation ({name})")
+            yield item
 
     def start(self, name: str, total: int, unit: str) -> None:
         if self.shown:
@@ -398,6 +401,7 @@ class _Progress:
             )
 
     def advance(self, count: int) -> None:
+        beat("in validation (matching)")
         if self.bar is not None:
             self.bar.update(count)
 

@@ -24,6 +24,7 @@ import torch
 
 from base.errors import UserError
 from base.files import atomic_write, file_state
+from base.heartbeat import beat
 from base.torch_files import find_index, read_index, read_tensors
 from runtime.safe_pickle import Stub, load_torch, module_tensors
 
@@ -288,6 +289,7 @@ class _HashingFile:
         self.file, self.hash, self.error = file, hashlib.sha256(), None
 
     def write(self, data) -> int:
+        beat("saving a checkpoint")
         if self.error is None:
             try:
                 self.file.write(data)

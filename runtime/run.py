@@ -15,7 +15,8 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError, brief
 from base.files import check_output_folder, file_errors
-from base.memory import check_fits
+from base.limits import WORKERS
+from base.memory import check_batch, check_fits
 from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, load_checked
 from runtime.config.cli import differences, knob, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
@@ -26,6 +27,9 @@ from runtime.parallel import parallelize, to_device
 from runtime.resume import check_same_run, check_weights_fit, script_of
 from runtime.scores import score_line
 from runtime.watchdog import Watchdog
+
+
+SMALLEST = 16  # side of an image in pixels where no option says it
 
 
 @dataclass
@@ -61,7 +65,7 @@ class RunConfig:
     accumulate: int = knob(
         1, "micro-batches per update; each has batch_size samples per process", low=1
     )
-    workers: int = knob(4, "loader processes per training process", low=0)
+    workers: int = knob(4, "loader processes per training process", low=0, high=WORKERS)
     exif: bool = knob(
         False, "turn images by their EXIF orientation; the originals do not", rare=True
     )
@@ -78,7 +82,7 @@ class RunConfig:
         None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name", rare=True
     )
     stall_minutes: float = knob(
-        10.0, "minutes without an update after which several processes end; 0 = never", low=0
+        10.0, "minutes without progress after which several processes end; 0 = never", low=0
     )
     max_steps: int | None = knob(
         None, "stop after this many updates, with a checkpoint (schedules are not changed)", low=0
@@ -119,6 +123,14 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(seed + rank)
 
 
+def check_batch_of(config: RunConfig) -> None:
+    """UserError where the images of a micro-batch cannot fit."""
+    option = "batch_size" if hasattr(config, "batch_size") else "batch_size_train"
+    network = getattr(config, "network", config)
+    side = getattr(network, "image_size", None) or getattr(network, "image_res", None)
+    check_batch(getattr(config, option), side or SMALLEST, option)
+
+
 class Run:
     """Folder, log, checkpoints and signals of one run. Every training script has this loop:
 
@@ -139,6 +151,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, world: World, metric: str | None = None):
+        check_batch_of(config)
         self.config, self.world, self.folder = config, world, Path(config.output_dir)
         self.metric = metric  # name of the score that the best checkpoint is best by
         self._lock = distributed.on_main(self._take_lock, share=False)
@@ -148,6 +161,7 @@ class Run:
         self.step = self.first_step = self.saved["step"] if self.saved else 0
         self.saved_at: int | None = None  # step of the newest checkpoint that this process wrote
         self.best = float("-inf")
+        self.validated = False  # by this process
         self.log: RunLog | None = None  # nothing is written before all is known to be good: `start`
         self.meters, self.watch = Meters(), Stopwatch(world, 1)
         self.watchdog = Watchdog(world, config.stall_minutes)
@@ -383,7 +397,10 @@ class Run:
         """Whether to validate after update `step`: every `eval_every`, and the last; never without a metric."""
         due = self.metric is not None and (step % self.eval_every == 0 or step == self.plan.total)
         if due:
-            self.watchdog.pause()  # may take longer than any update
+            self.watchdog.mark("in validation")
+            if self.config.compile and not self.validated:
+                self.watchdog.pause()  # the first one may compile
+            self.validated = True
         return due
 
     def keep_best(self, scores: dict, step: int) -> None:
@@ -414,7 +431,7 @@ class Run:
     def save(self, step: int, tag: str | None = None, **extra) -> None:
         """Write a checkpoint (collective). `extra` holds plain numbers of the task, such as the
         best score."""
-        self.watchdog.pause()
+        self.watchdog.mark("saving a checkpoint")
         self._check_finite()
         from torch.distributed.checkpoint import state_dict as dcp
 
@@ -435,6 +452,7 @@ class Run:
             "config": to_dict(self.config),
             **extra,
         }
+        self.watchdog.mark("saving a checkpoint")
         distributed.on_main(lambda: self._write(state, step, tag), share=False)
         self.saved_at = step
         self.watchdog.mark("between two updates")

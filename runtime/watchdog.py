@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from base.distributed import World
+from base.heartbeat import LIFE, beat
 
 EXIT_STALLED = 70  # EX_SOFTWARE of sysexits.h
 ANSWER_SECONDS = 10.0  # in which the other ranks must say where they are
@@ -18,13 +19,14 @@ TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 class Watchdog:
-    """A thread that notices when this process has finished no update for `minutes`.
+    """A thread that notices when no process has shown a sign of life for `minutes`.
 
-    A collective holds up every process where one stalls, so all of them notice. Each leaves in the
-    launcher's store where it is; the first that has all answers prints one line, then all end with
-    EXIT_STALLED. Watching begins with the first finished update, for the first may compile, and
-    pauses during validations and saves, which only the limit of the process group bounds. minutes:
-    0 = never. On a single process it does nothing.
+    Signs are every step of the training loop, every batch of a validation and every block of a
+    checkpoint (base/heartbeat.py). A collective holds up every process where one stalls, so all of
+    them notice; while one validates or saves and the others wait for it, they see it beat in the
+    launcher's store. Then each leaves there where it is; the first that has all answers prints one
+    line, and all end with EXIT_STALLED. Watching begins with the first finished update, for the
+    first may compile. minutes: 0 = never. On a single process it does nothing.
     """
 
     def __init__(self, world: World, minutes: float):
@@ -36,13 +38,15 @@ class Watchdog:
         self.watching = False
         self.step = 0  # updates finished
         self.marks = 0  # counts `mark`: the rank that stalls has made the fewest
-        self.doing = ""
-        self.since = 0.0  # time of the last mark
+        self.reported = -1  # beats of this process that are in the store
+        self.heard = b""  # beats of all processes, as last read there ...
+        self.heard_at = 0.0  # ... and when they were last seen to change
 
     def mark(self, doing: str) -> None:
         """The training loop continues with `doing`."""
+        beat(doing)
         self.marks += 1
-        self.doing, self.since, self.watching = doing, time.monotonic(), self.thread is not None
+        self.watching = self.thread is not None
 
     def update(self, step: int) -> None:
         """Update `step` is finished. The first one starts the thread."""
@@ -53,7 +57,7 @@ class Watchdog:
         self.mark("between two updates")
 
     def pause(self) -> None:
-        """Until the next mark anything may take its time."""
+        """Until the next mark anything may take its time, as a compilation may."""
         self.watching = False
 
     def stop(self) -> None:
@@ -61,18 +65,37 @@ class Watchdog:
         self.ended.set()
 
     def _watch(self) -> None:
+        store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
         while not self.ended.wait(min(5.0, self.seconds / 10)):
-            if self.watching and time.monotonic() - self.since > self.seconds:
+            try:
+                stalled = self._stalled(store)
+            except RuntimeError:  # the store has gone, with the rank that keeps it
+                stalled = time.monotonic() - LIFE.since > self.seconds
+            if stalled and self.watching:
                 try:
-                    self._report()
+                    self._report(store)
                 finally:
                     os._exit(EXIT_STALLED)  # the main thread waits in a collective without end
 
-    def _report(self) -> None:
+    def _stalled(self, store) -> bool:
+        """Whether this process has stood still for the time, and every other for half of it."""
+        if LIFE.beats != self.reported:
+            self.reported = LIFE.beats
+            store.set(f"beats {self.world.rank}", str(self.reported))
+        still = time.monotonic() - LIFE.since
+        if still < self.seconds / 2:
+            return False
+        names = [f"beats {rank}" for rank in range(self.world.size)]
+        heard = b" ".join(store.get(name) for name in names if store.check([name]))
+        if heard != self.heard:
+            self.heard = heard
+            self.heard_at = time.monotonic()
+        return still > self.seconds and time.monotonic() - self.heard_at > self.seconds / 2
+
+    def _report(self, store) -> None:
         """Tell the others where this rank is; print what all tell, unless another rank has."""
-        store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
         file, line = self._place()
-        own = {"marks": self.marks, "step": self.step, "doing": self.doing}
+        own = {"marks": self.marks, "beats": LIFE.beats, "step": self.step, "doing": LIFE.doing}
         own |= {"place": f"{os.path.basename(file)}:{line}", "waits": file.startswith(TORCH)}
         store.set(str(self.world.rank), json.dumps(own))
         deadline, answers = time.monotonic() + ANSWER_SECONDS, {}
@@ -98,14 +121,15 @@ def stall_message(answers: dict[int, dict], size: int, seconds: float) -> str:
     """One line that names the ranks that stall, with their last update and where they are.
 
     They do not answer at all, or are behind the others, or are the ones that do not wait inside of
-    torch.
+    torch; in a validation those behind in its batches.
     """
     behind = min(answer["marks"] for answer in answers.values())
     stalled = [rank for rank in range(size) if rank not in answers]
     if not stalled:
         stalled = [rank for rank, answer in answers.items() if answer["marks"] == behind]
         busy = [rank for rank in stalled if not answers[rank]["waits"]]
-        stalled = busy if len(stalled) == size and busy else stalled
+        if len(stalled) == size:
+            stalled = busy or _behind_in_validation(answers)
     causes = []
     for rank in sorted(stalled):
         if rank in answers:
@@ -117,6 +141,14 @@ def stall_message(answers: dict[int, dict], size: int, seconds: float) -> str:
             causes.append(f"rank {rank} does not answer")
     last = max(answer["step"] for answer in answers.values())
     return (
-        f"error: no update for {seconds / 60:g} minutes (--stall_minutes) after update {last:,}: "
+        f"error: no progress for {seconds / 60:g} minutes (--stall_minutes) after update {last:,}: "
         f"{'; '.join(causes)}. Start the same command again to resume"
     )
+
+
+def _behind_in_validation(answers: dict[int, dict]) -> list[int]:
+    """The ranks with the fewest batches of a validation; all where they do something else."""
+    if not all(answer["doing"].startswith("in validation") for answer in answers.values()):
+        return list(answers)
+    fewest = min(answer["beats"] for answer in answers.values())
+    return [rank for rank, answer in answers.items() if answer["beats"] == fewest]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.knobs import knob
+from base.limits import SIDE, VIEWS
 from base.pixels import IMAGENET
 from dataset.images.albef import random_box
 
@@ -25,9 +26,11 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in a grey level (
 class ViewOptions:
     """Views of the images; names and defaults are clip-rocket's."""
 
-    num_augs: int = knob(2, "A, local views of every image and caption; 0 for a global view alone")
+    num_augs: int = knob(
+        2, "A, local views of every image and caption; 0 for a global view alone", low=0, high=VIEWS
+    )
     multicrop_resize: int | None = knob(
-        None, "side of the local views in pixels; none = image_size"
+        None, "side of the local views in pixels; none = image_size", low=1, high=SIDE
     )
     multicrop_max_scale: float = knob(
         1.0, "largest fraction of the image in a local view", rare=True

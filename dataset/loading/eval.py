@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from base.distributed import gather_objects, world_size
 from base.errors import BadSample, UserError
+from base.heartbeat import beat
 from dataset.images.decode import reading
 from dataset.loading.workers import signals_held, worker_init
 
@@ -69,6 +70,7 @@ class EvalLoader:
         with signals_held():
             batches = iter(self.loader)
         for batch in batches:
+            beat("in validation")
             if isinstance(batch, BadSample):
                 raise UserError(
                     f"{batch}; evaluation needs every sample: fix the file or remove its annotation"

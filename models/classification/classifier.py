@@ -12,6 +12,7 @@ timm's (`blocks.{i}.attn.qkv`, `head`), and `pre_logits.fc`.
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from base.errors import UserError
 from base.files import nearest
 from base.knobs import knob
+from base.limits import CLASSES, SIDE, WIDTH
+from base.memory import build_fitting
 from base.pixels import STATISTICS
 from models.layers.vit import ViT, ViTConfig
 
@@ -43,6 +46,8 @@ class ClassifierConfig:
     stem: tuple[int, ...] = knob(
         (),
         "channels of convolutional stages before the patches, each halving the image's sides",
+        low=1,
+        high=WIDTH,
         rare=True,
     )
     pixels: str = knob(
@@ -50,10 +55,14 @@ class ClassifierConfig:
         "mean and std of the pixels: half (0.5 each, as COYO-ViT), imagenet or clip",
         rare=True,
     )
-    image_size: int = knob(224, "side of the images in pixels, a multiple of the patch size")
-    num_classes: int = knob(21841, "where neither class folders nor a list of classes tells")
+    image_size: int = knob(
+        224, "side of the images in pixels, a multiple of the patch size", low=1, high=SIDE
+    )
+    num_classes: int = knob(
+        21841, "where neither class folders nor a list of classes tells", low=1, high=CLASSES
+    )
     representation_size: int = knob(
-        0, "width of the tanh layer before the head; 0 = none, as in fine-tuning"
+        0, "width of the tanh layer before the head; 0 = none, as in fine-tuning", low=0, high=WIDTH
     )
     dropout: float = knob(0.0, "behind the positions, each attention and both layers of each MLP")
     attention_dropout: float = knob(0.0, "of attention weights", rare=True)
@@ -127,6 +136,11 @@ class ClassifierConfig:
 
 
 COMPAT = ("none", "original")
+
+
+def build_classifier(config: ClassifierConfig) -> "VisionClassifier":
+    """The network with its initial weights. UserError where the free memory does not hold it."""
+    return build_fitting(partial(VisionClassifier, config), config.model)
 
 
 class VisionClassifier(ViT):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from base.distributed import gather, gather_with_gradient, world_size
 from base.errors import UserError
 from base.knobs import knob
+from base.limits import BLOCKS, CLASSES, SIDE, WIDTH
 from models.layers.clip_towers import TextNoise, TextShape
 
 Features = dict[str, Tensor]
@@ -104,7 +105,7 @@ class DualConfig(LossOptions):
     """Shape and loss of a dual encoder; names and defaults are clip-rocket's."""
 
     model: str = knob("CL2L_VITB16_CL2L", "<CLIP|CL2L>_<backbone>_<head>, or of SLIP or ALIGN")
-    image_size: int = knob(224, "side of the square global images, pixels")
+    image_size: int = knob(224, "side of the square global images, pixels", low=1, high=SIDE)
     image_tower: str | None = knob(
         None, "instead of the backbone: timm/NAME (weights fetched) or timm/NAME:FILE"
     )
@@ -113,9 +114,11 @@ class DualConfig(LossOptions):
         "instead of the text transformer: hf/FOLDER or a name of the hub",
         methods="CLIP SIGLIP",
     )
-    embed_dim: int = knob(256, "width of the common space of images and texts")
+    embed_dim: int = knob(256, "width of the common space of images and texts", low=1, high=WIDTH)
     clip_proj_type: str = knob("linear", "projectors of global views: linear or mlp", rare=True)
-    clip_hidden_dim: int = knob(4096, "hidden width of mlp projectors of global views", rare=True)
+    clip_hidden_dim: int = knob(
+        4096, "hidden width of mlp projectors of global views", low=1, high=WIDTH, rare=True
+    )
     cl2l_img_proj_type: str = knob(
         "mlp", "with separate_proj, of local images: linear or mlp", methods="CL2L", rare=True
     )
@@ -123,7 +126,12 @@ class DualConfig(LossOptions):
         "mlp", "with separate_proj, of local texts: linear or mlp", methods="CL2L", rare=True
     )
     cl2l_hidden_dim: int = knob(
-        4096, "hidden width of mlp projectors of local views", methods="CL2L", rare=True
+        4096,
+        "hidden width of mlp projectors of local views",
+        low=1,
+        high=WIDTH,
+        methods="CL2L",
+        rare=True,
     )
     separate_proj: bool = knob(
         False, "local views get projectors and a temperature of their own", methods="CL2L"
@@ -141,25 +149,37 @@ class DualConfig(LossOptions):
         0.0, "stochastic depth of the text blocks, for local texts", methods="CL2L", rare=True
     )
     barlip_proj_dim: int = knob(
-        8192, "width in which BarLIP's cross-correlations are taken", methods="BARLIP"
+        8192,
+        "width in which BarLIP's cross-correlations are taken",
+        low=1,
+        high=WIDTH,
+        methods="BARLIP",
     )
-    barlip_hidden_dim: int = knob(3000, "hidden width of BarLIP's expanders", methods="BARLIP")
+    barlip_hidden_dim: int = knob(
+        3000, "hidden width of BarLIP's expanders", low=1, high=WIDTH, methods="BARLIP"
+    )
     siamlip_proj_dim: int = knob(
-        128, "width of SiamLIP's projections and predictions", methods="SIAMLIP"
+        128, "width of SiamLIP's projections and predictions", low=1, high=WIDTH, methods="SIAMLIP"
     )
     siamlip_hidden_dim: int = knob(
-        2048, "hidden width of SiamLIP's projectors and predictors", methods="SIAMLIP"
+        2048,
+        "hidden width of SiamLIP's projectors and predictors",
+        low=1,
+        high=WIDTH,
+        methods="SIAMLIP",
     )
     siamlip_no_last_bn: bool = knob(
         False, "leave out the batch norm behind SiamLIP's projectors", methods="SIAMLIP"
     )
     swalip_proj_dim: int = knob(
-        128, "SWALIPV1: width of projections and prototypes", methods="SWALIPV1"
+        128, "SWALIPV1: width of projections and prototypes", low=1, high=WIDTH, methods="SWALIPV1"
     )
     swalip_hidden_dim: int = knob(
-        2048, "SWALIPV1: hidden width of the projectors", methods="SWALIPV1"
+        2048, "SWALIPV1: hidden width of the projectors", low=1, high=WIDTH, methods="SWALIPV1"
     )
-    swalip_num_proto: int = knob(3000, "SWALIPV1: number of prototypes", methods="SWALIPV1")
+    swalip_num_proto: int = knob(
+        3000, "SWALIPV1: number of prototypes", low=1, high=WIDTH, methods="SWALIPV1"
+    )
     swalip_temperature: float = knob(
         0.1, "SWALIPV1: temperature of the scores of prototypes", methods="SWALIPV1"
     )
@@ -170,18 +190,34 @@ class DualConfig(LossOptions):
         False, "SWALIPV1: one set of prototypes per modality", methods="SWALIPV1"
     )
     ssl_mlp_dim: int = knob(
-        4096, "hidden width of SLIP's and SimCLR's projector of images", methods="SLIP SIMCLR"
+        4096,
+        "hidden width of SLIP's and SimCLR's projector of images",
+        low=1,
+        high=WIDTH,
+        methods="SLIP SIMCLR",
     )
     ssl_emb_dim: int = knob(
-        256, "width in which SLIP and SimCLR compare two augmentations", methods="SLIP SIMCLR"
+        256,
+        "width in which SLIP and SimCLR compare two augmentations",
+        low=1,
+        high=WIDTH,
+        methods="SLIP SIMCLR",
     )
-    context_length: int = knob(77, "longest text in tokens, start and end included")
+    context_length: int = knob(
+        77, "longest text in tokens, start and end included", low=1, high=WIDTH
+    )
     vocab_size: int = knob(
-        49408, "tokens known; main.py takes it from the merges (bpe_path)", rare=True
+        49408,
+        "tokens known; main.py takes it from the merges (bpe_path)",
+        low=1,
+        high=CLASSES,
+        rare=True,
     )
-    text_width: int = knob(512, "width of the text transformer")
-    text_heads: int = knob(8, "attention heads of the text transformer", rare=True)
-    transformer_layers: int = knob(12, "blocks of the text transformer")
+    text_width: int = knob(512, "width of the text transformer", low=1, high=WIDTH)
+    text_heads: int = knob(
+        8, "attention heads of the text transformer", low=1, high=WIDTH, rare=True
+    )
+    transformer_layers: int = knob(12, "blocks of the text transformer", low=1, high=BLOCKS)
     text_activation: str = knob(
         "quick_gelu", "of the text transformer: quick_gelu or gelu", rare=True
     )

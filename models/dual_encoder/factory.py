@@ -2,10 +2,13 @@
 knows them all.
 """
 
+from functools import partial
+
 from torch import nn
 
 from base.errors import UserError
 from base.files import did_you_mean
+from base.memory import build_fitting
 from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.base import DualConfig, DualEncoder
 from models.dual_encoder.cl2l import CL2L, BarLIP, SiamLIP, SwALIP, SwALIPV1
@@ -85,18 +88,24 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
 
 def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncoder:
     """The network of `config.model`, freshly initialised; `visual` replaces its backbone (needs
-    `num_features`)."""
+    `num_features`). UserError where the free memory does not hold it."""
     model, backbone, _ = parts_of(config.model)
     if model is Align:
-        return Align(config)  # its towers belong together
+        return build_fitting(partial(Align, config), config.model)  # its towers belong together
     if visual is None and config.image_tower:
         visual = TimmTower(config.image_tower)
+    if config.text_tower is None and visual is None:
+        return build_fitting(partial(_own_towers, model, backbone, config), config.model)
     visual = visual or build_backbone(backbone, config.image_size)
     if config.text_tower is None:
         return model(config, visual)
     if model not in (CLIP, SigLIP):
         raise UserError(f"text_tower: {config.model} has its own; use *_CLIP or *_SIGLIP")
     return model(config, visual, text_tower=HuggingFaceText(config.text_tower))
+
+
+def _own_towers(model: type[DualEncoder], backbone: str, config: DualConfig) -> DualEncoder:
+    return model(config, build_backbone(backbone, config.image_size))
 
 
 def build_backbone(name: str, image_size: int) -> nn.Module:

@@ -1,16 +1,21 @@
 """The networks' geometry from the options that every script of a fusion encoder has."""
 
+from functools import partial
+
+from torch._guards import detect_fake_mode
+
 from base.files import read_json
+from base.memory import check_fits, parameter_count
 from base.pixels import OPENAI
 from models.fusion.retrieval import RetrievalConfig
-from models.layers.vit import ViTConfig
-from models.layers.xbert import BertConfig
+from models.layers.vit import ViT, ViTConfig
+from models.layers.xbert import BertConfig, XBert
 
 
 def networks(knobs, vocab_size: int, mask_token: bool = False) -> tuple[ViTConfig, BertConfig]:
     """The two transformers that `knobs` describes: image_res, patch_size, vision_width, vision_depth, vision_heads,
     vision_stem and the file bert_config. mask_token: the ViT has a learned stand-in for masked patches. Raises
-    UserError where the file is missing or no BERT geometry.
+    UserError where the file is missing or no BERT geometry, or the memory does not suffice.
     """
     remedy = "name the JSON that the checkpoint was made with as bert_config"
     given = read_json(knobs.bert_config, dict, remedy)
@@ -27,7 +32,17 @@ def networks(knobs, vocab_size: int, mask_token: bool = False) -> tuple[ViTConfi
         stem=tuple(knobs.vision_stem),
         pixels=OPENAI,
     )
+    _check_memory(vit, bert, knobs)
     return vit, bert
+
+
+def _check_memory(vit: ViTConfig, bert: BertConfig, knobs) -> None:
+    """UserError where the free memory would not hold the weights and the queues."""
+    if detect_fake_mode() is not None:  # scripts/plan.py: nothing is allocated
+        return
+    parameters = parameter_count(partial(ViT, vit)) + parameter_count(partial(XBert, bert))
+    queues = 2 * knobs.embed_dim * getattr(knobs, "queue_size", 0)
+    check_fits(parameters + queues, "vision transformer, BERT and queues")
 
 
 def retrieval_config(knobs, vocab_size: int) -> RetrievalConfig:

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.errors import UserError
+from base.errors import UserError, brief
+from base.limits import BLOCKS, CLASSES, WIDTH
 from models.layers.attention import (
     attend,
     attend_shared,
@@ -32,6 +33,16 @@ from models.layers.attention import (
     split_heads,
 )
 from models.layers.initialisation import linear_std
+
+LIMITS = {  # of the sizes in a BERT JSON
+    "vocab_size": CLASSES,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "max_position_embeddings": CLASSES,
+    "type_vocab_size": WIDTH,
+}
 
 
 @dataclass
@@ -63,6 +74,10 @@ class BertConfig:
         """From an original BERT JSON: `add_cross_attention: true` = single-stream, `fusion_layer:
         k` = two-stage."""
         known = {f.name for f in fields(cls)}
+        for name, limit in LIMITS.items():
+            value = bert_json.get(name, 1)
+            if not isinstance(value, int) or not 1 <= value <= limit:
+                raise UserError(f"{name} {brief(value)} in the BERT JSON: expected 1 to {limit:,}")
         config = cls(**{name: value for name, value in bert_json.items() if name in known})
         if "single_stream" not in bert_json:
             if not bert_json.get("add_cross_attention") and "fusion_layer" not in bert_json:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.knobs import knob
+from base.limits import BLOCKS, WIDTH
 from base.memory import check_fits, parameter_count
 from models.layers.llama import LlamaConfig, own_part
 from models.layers.openai_towers import OpenAIConfig
@@ -26,8 +27,6 @@ from models.weights.nxtp import (
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 
 State = dict[str, Tensor]
-LARGEST = 1 << 17  # of any width, side or number
-MOST_BLOCKS = 1000
 
 
 @dataclass(kw_only=True)
@@ -77,11 +76,11 @@ class Networks:
             value = getattr(self, name)
             sizes[name] = [] if value is None else [value]
         for name, values in sizes.items():
-            if not all(1 <= value <= LARGEST for value in values):
-                raise UserError(f"{name} {values}: sizes are whole numbers from 1 to {LARGEST:,}")
+            if not all(1 <= value <= WIDTH for value in values):
+                raise UserError(f"{name} {values}: sizes are whole numbers from 1 to {WIDTH:,}")
         for name, blocks in (("vision", self.vision[1]), ("decoder", self.decoder[1])):
-            if blocks > MOST_BLOCKS:
-                raise UserError(f"{name}: {blocks:,} blocks are more than {MOST_BLOCKS}")
+            if blocks > BLOCKS:
+                raise UserError(f"{name}: {blocks:,} blocks are more than {BLOCKS}")
 
     def build(
         self,

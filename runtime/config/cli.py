@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from base.errors import UserError
+from base.errors import UserError, first_line
 from base.files import check_output_folder
 from base.knobs import knob, section
 from runtime.builtin_data import make_digitscenes_if_named
@@ -169,8 +169,8 @@ def launched_rank() -> str:
 def run_script(
     main: Callable[[C], Any], cls: type[C], description: str | None = None, argv=None
 ) -> None:
-    """Parse and call `main(config)`. A mistake of the user is one line on stderr and exit status 2;
-    Ctrl-C is 130.
+    """Parse and call `main(config)`. A mistake of the user, or memory that is used up, is one line on
+    stderr and exit status 2; Ctrl-C is 130.
 
     On other ranks than 0 the message waits: where all ranks fail alike, the launcher ends them
     meanwhile and it is printed once; where one rank alone fails, it is not lost.
@@ -185,10 +185,24 @@ def run_script(
             sys.modules["base.distributed"].shutdown()
     except KeyboardInterrupt:
         sys.exit(130)
-    except UserError as error:
+    except (UserError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, UserError) and not is_exhausted(error):
+            raise
         rank = launched_rank()
         if rank != "0":
             time.sleep(OTHER_RANKS_WAIT)
         where = "error" if rank == "0" else f"error on rank {rank}"
-        print(f"{where}: {error}", file=sys.stderr, flush=True)
+        print(f"{where}: {_sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a GPU is used up."""
+    said = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or said
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f"out of memory ({first_line(error)}); make batch_size smaller and accumulate larger"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from base.limits import WORKERS
 from runtime.config.cli import knob, section
 from runtime.config.ignored import CLIP_ROCKET
 from runtime.optim.build import Optimizer
@@ -27,7 +28,9 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     activation_checkpointing: bool = knob(
         False, "recompute blocks in the backward pass", aliases=("checkpoint_grad",)
     )
-    workers: int = knob(10, "loader processes per training process", low=0, aliases=("j",))
+    workers: int = knob(
+        10, "loader processes per training process", low=0, high=WORKERS, aliases=("j",)
+    )
     log_every: int = knob(25, "updates between two log lines", low=1, aliases=("print_freq",))
     wandb: str = knob(
         "off", "Weights & Biases", choices=("off", "online", "offline"), bare="online"

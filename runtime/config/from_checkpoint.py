@@ -18,6 +18,7 @@ from torch import Tensor
 from base.errors import UserError
 from base.files import read_json
 from base.knobs import knob
+from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
 from base.torch_files import load_weights_only
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.plain import to_dict
@@ -31,22 +32,32 @@ class Geometry:
     """The networks; none = as the run that made the checkpoint says, else as published."""
 
     image_res: int | None = knob(
-        None, "side of the square input, pixels; positions are interpolated", low=16
+        None, "side of the square input, pixels; positions are interpolated", low=16, high=SIDE
     )
-    patch_size: int | None = knob(None, "side of a patch, pixels", low=1, rare=True)
-    vision_width: int | None = knob(None, "width of the vision transformer", low=1, rare=True)
-    vision_depth: int | None = knob(None, "blocks of the vision transformer", low=1, rare=True)
+    patch_size: int | None = knob(None, "side of a patch, pixels", low=1, high=SIDE, rare=True)
+    vision_width: int | None = knob(
+        None, "width of the vision transformer", low=1, high=WIDTH, rare=True
+    )
+    vision_depth: int | None = knob(
+        None, "blocks of the vision transformer", low=1, high=BLOCKS, rare=True
+    )
     vision_heads: int | None = knob(
-        None, "attention heads of the vision transformer", low=1, rare=True
+        None, "attention heads of the vision transformer", low=1, high=WIDTH, rare=True
     )
     vision_stem: list[int] | None = knob(
-        None, "channels of convolutional stages before the patches; [] = none", low=1, rare=True
+        None,
+        "channels of convolutional stages before the patches; [] = none",
+        low=1,
+        high=WIDTH,
+        rare=True,
     )
     bert_config: Path | None = knob(
         None, "geometry of the text and fusion transformer (JSON)", rare=True
     )
-    embed_dim: int | None = knob(None, "width of the joint space", low=1, rare=True)
-    queue_size: int | None = knob(None, "momentum features kept as further negatives", low=0)
+    embed_dim: int | None = knob(None, "width of the joint space", low=1, high=WIDTH, rare=True)
+    queue_size: int | None = knob(
+        None, "momentum features kept as further negatives", low=0, high=QUEUE
+    )
     text_encoder: str | None = knob(None, "tokenizer: Hugging Face folder or hub name", rare=True)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.limits import BLOCKS, SIDE, WIDTH
 from runtime.checkpoint import read_weights
 from runtime.config import originals
 from runtime.config.cli import knob, section
@@ -27,21 +28,22 @@ class Networks:
     OLD_NAMES = ("from_scratch",)
     translate = staticmethod(originals.pretraining)
 
-    image_res: int = knob(256, "side of the square input, pixels", low=8)
-    patch_size: int = knob(16, "side of a patch, pixels", low=1)
-    vision_width: int = knob(768, "width of the vision transformer", low=1)
-    vision_depth: int = knob(12, "blocks of the vision transformer", low=1)
-    vision_heads: int = knob(12, "attention heads of the vision transformer", low=1)
+    image_res: int = knob(256, "side of the square input, pixels", low=8, high=SIDE)
+    patch_size: int = knob(16, "side of a patch, pixels", low=1, high=SIDE)
+    vision_width: int = knob(768, "width of the vision transformer", low=1, high=WIDTH)
+    vision_depth: int = knob(12, "blocks of the vision transformer", low=1, high=BLOCKS)
+    vision_heads: int = knob(12, "attention heads of the vision transformer", low=1, high=WIDTH)
     vision_stem: list[int] = knob(
         [],
         "channels of convolutional stages before the patches, whose batch norms stay as loaded; [] = none",
         low=1,
+        high=WIDTH,
         rare=True,
     )
     bert_config: Path = knob(
         Path("configs/shared_bert.json"), "geometry of the text and fusion transformer (JSON)"
     )
-    embed_dim: int = knob(256, "width of the joint space", low=1)
+    embed_dim: int = knob(256, "width of the joint space", low=1, high=WIDTH)
     text_encoder: str = knob("bert-base-uncased", "tokenizer: Hugging Face folder or hub name")
 
 

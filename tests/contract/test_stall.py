@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.utils.data import default_collate
 
 from base.distributed import World, all_reduce
+from dataset.loading.eval import EvalLoader
+from runtime.checkpoint import _HashingFile
 from runtime.watchdog import EXIT_STALLED, Watchdog, stall_message
 from tests.helpers.processes import spawn
 
@@ -19,11 +22,18 @@ CASES = {
     "in data loading": "rank 1 stalls waiting for data (last update 3, at test_stall.py:",
     "in the update": "rank 1 stalls in an update (last update 3, at test_stall.py:",
     "stopped": "rank 1 does not answer",
+    "in validation": "rank 1 stalls in validation (last update 3, at test_stall.py:",
+    "saving": "rank 1 stalls saving a checkpoint (last update 3, at test_stall.py:",
 }
+SLOW = ("stopped", "saving", "a long save")
+
+
+def marked(cases):
+    return [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in cases]
 
 
 def loop(rank: int, case: str, messages: Path) -> None:
-    """Ten updates, in the fourth of which rank 1 stalls. Validations and saves may take longer."""
+    """Ten updates, in or after the fourth of which rank 1 stalls."""
     sys.stderr = messages.open("a")
     watchdog = Watchdog(World(rank, 2, rank, torch.device("cpu")), minutes=SECONDS / 60)
     time.sleep(2 * SECONDS)  # the first update may compile
@@ -38,13 +48,49 @@ def loop(rank: int, case: str, messages: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         all_reduce(torch.ones(1))
         watchdog.update(step + 1)
-        if case == "a long validation" and step == 2:
-            watchdog.pause()
-            time.sleep(2 * SECONDS)
+        if step == 2:
+            watchdog.mark("in validation")
+            validate(rank, case)
+            watchdog.mark("saving a checkpoint")
+            save(rank, case)
+            all_reduce(torch.ones(1))
     watchdog.stop()
 
 
-@pytest.mark.parametrize("case", CASES)
+def validate(rank: int, case: str) -> None:
+    """Six batches of rank 1, one of rank 0, which then waits for the other."""
+
+    def load(i: int) -> int:
+        if (case, rank, i) == ("in validation", 1, 4):
+            time.sleep(600)
+        if case == "a long validation" and rank == 1:
+            time.sleep(SECONDS / 2)
+        return i
+
+    for _ in EvalLoader(load, range(1 + 5 * rank), 1, default_collate, workers=0):
+        pass
+
+
+class SlowFile:
+    """A disk that needs twice the limit for a checkpoint, or never gets done."""
+
+    def __init__(self, case: str):
+        self.case = case
+
+    def write(self, data) -> int:
+        time.sleep(600 if self.case == "saving" else SECONDS / 2)
+        return len(data)
+
+
+def save(rank: int, case: str) -> None:
+    """Rank 1 writes and the other waits for it."""
+    if rank == 1 and case in ("saving", "a long save"):
+        file = _HashingFile(SlowFile(case))
+        for _ in range(5):
+            file.write(b"0")
+
+
+@pytest.mark.parametrize("case", marked(CASES))
 def test_the_rank_that_stalls_is_named(case, tmp_path):
     with pytest.raises(mp.ProcessExitedException) as ended:
         spawn(loop, 2, case, tmp_path / "stderr")
@@ -53,15 +99,16 @@ def test_the_rank_that_stalls_is_named(case, tmp_path):
     assert f"after update 3: {CASES[case]}" in line and "rank 0" not in line
 
 
-def test_long_validations_are_no_stall(tmp_path):
-    spawn(loop, 2, "a long validation", tmp_path / "stderr")
+@pytest.mark.parametrize("case", marked(["a long validation", "a long save"]))
+def test_long_work_that_gets_on_is_no_stall(case, tmp_path):
+    spawn(loop, 2, case, tmp_path / "stderr")
     assert (tmp_path / "stderr").read_text() == ""
 
 
 def test_who_is_behind_stalls():
     def answer(marks: int, waits: bool = True) -> dict:
         about = {"marks": marks, "step": marks // 3, "doing": "in an update", "place": "VE.py:7"}
-        return {**about, "waits": waits}
+        return {**about, "beats": marks, "waits": waits}
 
     behind = stall_message({0: answer(12), 1: answer(11), 2: answer(12)}, 3, 60)
     assert "after update 4: rank 1 stalls in an update (last update 3, at VE.py:7)." in behind
@@ -69,3 +116,8 @@ def test_who_is_behind_stalls():
     assert "update 4: rank 1 does not answer." in silent
     busy = stall_message({0: answer(12, waits=False), 1: answer(12)}, 2, 60)
     assert "update 4: rank 0 stalls" in busy and "rank 1" not in busy
+    both = {rank: answer(12) for rank in (0, 1)}
+    both = {rank: {**each, "doing": "in validation"} for rank, each in both.items()}
+    both[1]["beats"] = 11  # batches
+    assert "rank 1 stalls in validation" in (said := stall_message(both, 2, 60))
+    assert "rank 0" not in said

@@ -1,13 +1,22 @@
 """Networks that cannot fit are refused before they are built."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
 
 from base import memory
+from base.distributed import World
 from base.errors import UserError
 from base.memory import check_fits, free_memory, parameter_count
+from models.classification.classifier import ClassifierConfig, build_classifier
+from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import build_dual
+from models.fusion.config import retrieval_config
 from models.weights.build_nxtp import Networks
+from runtime.config.cli import parse, run_script
+from runtime.run import Run
 
 
 class Tokens:
@@ -66,3 +75,86 @@ def test_patches_must_fill_the_image():
     small = Networks(vision=(64, 1, 14), decoder=(64, 1), image_size=30)
     with pytest.raises(UserError, match="image_size 30: no multiple of the patch size 14"):
         small.build(Tokens())
+
+
+FUSION = ("vision_width", "vision_depth", "vision_heads", "image_res", "patch_size", "embed_dim")
+SIZES = {
+    "Pretrain": (*FUSION, "queue_size"),
+    "Retrieval": (*FUSION, "queue_size"),
+    "Classification": ("image_size", "num_classes", "representation_size"),
+    "main": ("image_size", "embed_dim", "text_width", "transformer_layers", "context_length")
+    + ("cl2l_hidden_dim", "barlip_proj_dim", "siamlip_hidden_dim", "ssl_mlp_dim", "num_augs"),
+    **dict.fromkeys(("VQA", "VE", "NLVR", "Grounding"), FUSION),
+}
+SCRIPTS = (*SIZES, "Recognition")
+
+
+@pytest.mark.parametrize("script", SIZES)
+@pytest.mark.parametrize("value", ["1000000000000", "-1"])
+def test_sizes_that_no_network_has(script, value):
+    config = importlib.import_module(script).Config
+    for option in (*SIZES[script], "workers"):
+        with pytest.raises(UserError, match=rf"--{option}: expected a whole number.* >= \d"):
+            parse(config, [f"--{option}", value])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_batches_that_do_not_fit(script, tmp_path):
+    """Before the folder of the run is made."""
+    folder = tmp_path / "run"
+    config = parse(
+        importlib.import_module(script).Config,
+        ["--output_dir", str(folder), "--batch_size", "1000000000"],
+    )
+    with pytest.raises(UserError, match=r"batch_size\w* 1,000,000,000: images of .* are free"):
+        Run(config, World(0, 1, 0, torch.device("cpu")))
+    assert not folder.exists()
+
+
+def test_networks_that_do_not_fit(monkeypatch):
+    """Counted without memory: 10 ** 11 parameters would be 400 GB."""
+    monkeypatch.setattr(memory, "free_memory", lambda *_: 4 << 30)
+    wide = parse(importlib.import_module("Retrieval").Config, [])
+    wide.image_res, wide.patch_size, wide.vision_stem, wide.embed_dim = 256, 16, [], 256
+    wide.vision_width, wide.vision_depth, wide.vision_heads = 768, 12, 12
+    wide.bert_config, wide.queue_size = "configs/shared_bert.json", 65536
+    retrieval_config(wide, 30522)
+    for name, value in (("vision_width", 96_000), ("vision_depth", 1000), ("queue_size", 1 << 24)):
+        before = getattr(wide, name)
+        setattr(wide, name, value)
+        with pytest.raises(UserError, match=r"vision transformer, BERT and queues: .* GiB"):
+            retrieval_config(wide, 30522)
+        setattr(wide, name, before)
+    with pytest.raises(UserError, match=r"CLIP_VITB16_CLIP: .* billion parameters"):
+        build_dual(DualConfig(model="CLIP_VITB16_CLIP", text_width=65536, text_heads=64))
+    with pytest.raises(UserError, match=r"vit-l/16: .* billion parameters"):
+        build_classifier(ClassifierConfig(model="vit-l/16", num_classes=1 << 26))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", 10**6), ("num_hidden_layers", 10**9), ("vocab_size", "x"), ("hidden_size", 0)],
+)
+def test_sizes_in_a_bert_json(key, value):
+    from models.layers.xbert import BertConfig
+
+    with pytest.raises(UserError, match=f"{key} .* in the BERT JSON: expected 1 to"):
+        BertConfig.from_json({"fusion_layer": 6, key: value})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_memory_that_is_used_up_is_one_sentence(error, capsys):
+    def fail(_):
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        run_script(fail, type("Config", (), {"__dataclass_fields__": {}}), argv=[])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory (") and "batch_size smaller" in line

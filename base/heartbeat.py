@@ -4,6 +4,7 @@ Loops over the batches of a validation, metrics by blocks, and the writer of che
 It costs less than a microsecond and does nothing by itself (see runtime/watchdog.py).
 """
 
+import threading
 import time
 from dataclasses import dataclass
 
@@ -17,11 +18,13 @@ class Life:
     since: float = 0.0  # time.monotonic() of the last beat
 
 
-LIFE = Life()
+LIFE = Life()  # of the main thread, which trains and evaluates
+BESIDE = Life()  # of a thread that writes beside it
 
 
 def beat(doing: str) -> None:
     """This process gets on; doing: a phrase behind `the rank stalls`, as `in validation`."""
-    LIFE.beats += 1
-    LIFE.doing = doing
-    LIFE.since = time.monotonic()
+    life = LIFE if threading.current_thread() is threading.main_thread() else BESIDE
+    life.beats += 1
+    life.doing = doing
+    life.since = time.monotonic()

@@ -1,15 +1,13 @@
 """Checkpoints of a run that survive crashes, full disks and damaged files; reading and exporting
 weights.
 
-A checkpoint is one `torch.save` file, readable with `weights_only=True`. It is written under a
-temporary name, synced and renamed, so that a name never stands for half a file. Its sha256,
-computed while writing, is the comment of the zip archive itself: file and hash change together in
-the one rename, and every zip reader skips the comment.
+A checkpoint is one `torch.save` file, readable with `weights_only=True`, or a folder of such files,
+one from each process (`runtime.sharded`). Both are written under a temporary name, synced and
+renamed, so that a name never stands for half a checkpoint, and every file carries its hash
+(`runtime.hashed`).
 """
 
 import errno
-import functools
-import hashlib
 import os
 import re
 import shutil
@@ -23,22 +21,21 @@ from typing import Any
 import torch
 
 from base.errors import UserError
-from base.files import atomic_write, file_state
-from base.heartbeat import beat
+from base.files import atomic_write, file_errors, sync_folder
 from base.torch_files import find_index, read_index, read_tensors
+from runtime.hashed import find_file_damage, recorded_hash, write_hashed
 from runtime.safe_pickle import Stub, load_torch, module_tensors
+from runtime.sharded import find_folder_damage, is_sharded, load_index, weights_in, write_index
 
-HASH_LABEL = b"sha256:"
-COMMENT_SIZE = len(HASH_LABEL) + 64
-BLOCK = 1 << 22  # bytes hashed at a time
-NUMBERED = re.compile(r"checkpoint_(\d+)\.pt")
+NUMBERED = re.compile(r"checkpoint_(\d+)(?:\.pt)?")
+UNFINISHED = (".writing", ".old")  # of hidden folders: not yet, or no longer, a checkpoint
 RESUMABLE = "earlier checkpoints are intact: make room, then start the same command again to resume"
 PLAIN = (int, float, str, bool, type(None))
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: `checkpoint_<step>.pt`, the `keep` newest of them, and
-    `checkpoint_<tag>.pt`.
+    """The checkpoints of one run: files `checkpoint_<step>.pt` or folders `checkpoint_<step>`, the
+    `keep` newest of them, and the best as `checkpoint_best.pt` or `checkpoint_best`.
 
     One process of the run saves. With several, one calls `newest_valid()` and tells the others its
     answer.
@@ -66,16 +63,58 @@ class CheckpointFolder:
             if name.is_dir():
                 _set_aside(name, "is a folder")
         with atomic_write(names[0], RESUMABLE) as temporary:
-            _write_hashed(state, temporary)
+            write_hashed(state, temporary)
         for name in names[1:]:
             self._link(names[0], name)
+        self._drop_other_kind(names)
         self._prune(step)
         return path
 
+    def unfinished(self, step: int) -> Path:
+        """The hidden folder in which a sharded checkpoint is written."""
+        return self.folder / f".checkpoint_{step:08d}{UNFINISHED[0]}"
+
+    def commit(
+        self, index: dict[str, Any], hashes: list[str], step: int, tag: str | None = None
+    ) -> Path:
+        """Makes the files that all processes wrote into `unfinished(step)` a checkpoint, by one
+        rename, and returns its path.
+
+        index: the state with meta tensors; hashes: of the files, in the order of the ranks. A `tag`
+        is a symbolic link. Raises as `save`.
+        """
+        _check_plain(index)
+        written, path = self.unfinished(step), self.folder / f"checkpoint_{step:08d}"
+        write_index(written, index, hashes, RESUMABLE)
+        with file_errors(path, RESUMABLE):
+            if path.is_dir():  # damaged, or of a past that the run went back from
+                self._remove(path)
+            # the tagged name first: without its target it is a lost best one, which is chosen again
+            names = [path] if tag is None else [self.folder / f"checkpoint_{tag}", path]
+            for name in names[:-1]:
+                self._link_folder(path, name)
+            os.replace(written, path)
+            sync_folder(self.folder)
+        self._drop_other_kind(names)
+        self._prune(step)
+        return path
+
+    def clear_unfinished(self) -> None:
+        """Remove what a killed run was about to write or to remove. No process may be writing."""
+        for ending in UNFINISHED:
+            for path in self.folder.glob(f".checkpoint_*{ending}"):
+                path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+
     def set_best_aside(self) -> None:
         """Rename the best checkpoint of an earlier run, which a new run in this folder must not take for its own."""
-        if self.best is not None:
-            _set_aside(self.best, "is of an earlier run in this folder")
+        best = self.best
+        if best is None:
+            return
+        if best.is_symlink():
+            target = best.resolve()
+            best.unlink()
+            best = target.rename(best)
+        _set_aside(best, "is of an earlier run in this folder")
 
     def restore_best(self, metric: str) -> float:
         """Make the intact numbered checkpoint with the highest `metric` the best one, after the
@@ -87,7 +126,9 @@ class CheckpointFolder:
                 if score > best:
                     best, source = score, path
         if source is not None:
-            self._link(source, self.folder / "checkpoint_best.pt")
+            name = self.folder / f"checkpoint_best{source.suffix}"
+            self._link_folder(source, name) if source.is_dir() else self._link(source, name)
+            self._drop_other_kind([name])
         return best
 
     def _link(self, source: Path, name: Path) -> None:
@@ -95,18 +136,48 @@ class CheckpointFolder:
         with atomic_write(name, RESUMABLE) as temporary:
             _same_file(source, temporary)
 
+    def _link_folder(self, source: Path, name: Path) -> None:
+        """Make `name` a symbolic link to the folder `source` beside it, in one step."""
+        temporary = name.with_name(f".{name.name}{UNFINISHED[1]}")
+        with file_errors(name, RESUMABLE):
+            temporary.unlink(missing_ok=True)
+            if name.is_dir() and not name.is_symlink():  # a copy of the run has folders for links
+                self._remove(name)
+            temporary.symlink_to(source.name, target_is_directory=True)
+            os.replace(temporary, name)
+
+    def _drop_other_kind(self, names: list[Path]) -> None:
+        """Of a step, and of the best, there is one checkpoint: remove those of the other kind."""
+        for name in names:
+            other = name.with_suffix("" if name.suffix else ".pt")
+            if other.is_symlink() or other.is_file():
+                other.unlink()
+            elif is_sharded(other):
+                self._remove(other)
+
+    def _remove(self, path: Path) -> None:
+        """Remove a checkpoint; a folder under another name, for that takes more than one step."""
+        if not path.is_dir():
+            path.unlink()
+            return
+        hidden = path.with_name(f".{path.name}{UNFINISHED[1]}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
     def numbered(self) -> list[Path]:
-        """The files `checkpoint_<step>.pt`, newest step first."""
-        files = [
-            path for path in self.folder.glob("checkpoint_*.pt") if NUMBERED.fullmatch(path.name)
-        ]
-        return sorted(files, key=_step_of, reverse=True)
+        """The files `checkpoint_<step>.pt` and folders `checkpoint_<step>`, newest step first."""
+        found = [path for path in self.folder.glob("checkpoint_*") if NUMBERED.fullmatch(path.name)]
+        return sorted(
+            (path for path in found if path.suffix or path.is_dir()), key=_step_of, reverse=True
+        )
 
     @property
     def best(self) -> Path | None:
         """The checkpoint last saved with `tag="best"`, if any."""
-        path = self.folder / "checkpoint_best.pt"
-        return path if path.is_file() else None
+        file, folder = self.folder / "checkpoint_best.pt", self.folder / "checkpoint_best"
+        found = [path for path in (file, folder) if path.is_file() or is_sharded(path)]
+        return max(found, key=lambda path: path.lstat().st_mtime_ns, default=None)
 
     def newest_valid(self) -> Path | None:
         """The newest checkpoint whose hash is right, the best one after all numbered ones; None in
@@ -121,7 +192,7 @@ class CheckpointFolder:
         """Keeps the newest up to `step`; a later step belongs to a past the run went back from, and
         is set aside."""
         for path in self.numbered():
-            if path.is_dir():
+            if path.suffix and path.is_dir():
                 _set_aside(path, "is a folder")
             elif _step_of(path) > step:
                 _set_aside(path, f"is of a later step than {step}, just saved")
@@ -129,9 +200,12 @@ class CheckpointFolder:
 
     def drop_old(self, step: int) -> None:
         """Of the numbered checkpoints up to `step` keep the newest; a killed run may leave one more."""
-        upto = [path for path in self.numbered() if _step_of(path) <= step and path.is_file()]
+        best = (self.folder / "checkpoint_best").resolve()  # a link: what it means must stay
+        upto = [path for path in self.numbered() if _step_of(path) <= step]
+        upto = [path for path in upto if path.is_file() or not path.suffix]
         for path in upto[self.keep :]:
-            path.unlink()
+            if path.resolve() != best:
+                self._remove(path)
 
 
 def _set_aside(path: Path, reason: str) -> None:
@@ -144,25 +218,16 @@ def _set_aside(path: Path, reason: str) -> None:
 
 
 def find_damage(path: str | Path) -> str | None:
-    """None if the file is exactly what was written, else what is wrong with it. Reads the whole
-    file, once as long as it does not change."""
-    try:
-        return _find_damage(path, file_state(path))
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-
-
-@functools.lru_cache(maxsize=64)
-def _find_damage(path: str | Path, state: tuple) -> str | None:
-    recorded = _recorded_hash(path)
-    if recorded is None:
-        return "no hash at its end, so it is truncated or not a checkpoint of this project"
-    return None if _file_hash(path) == recorded else "its content does not match its hash"
+    """None if a checkpoint is exactly what was written, else what is wrong with it. Reads all of it,
+    once as long as it does not change."""
+    path = Path(path)
+    is_folder = path.is_dir() and path.suffix != ".pt"
+    return find_folder_damage(path) if is_folder else find_file_damage(path)
 
 
 def _find_damage_unless_foreign(path: Path) -> str | None:
     """As `find_damage`, but a whole archive without our hash is another project's checkpoint."""
-    foreign = zipfile.is_zipfile(path) and _recorded_hash(path) is None
+    foreign = path.is_file() and zipfile.is_zipfile(path) and recorded_hash(path) is None
     return None if foreign else find_damage(path)
 
 
@@ -194,9 +259,11 @@ def load_checked(path: str | Path, map_location: str | torch.device = "cpu") -> 
     """A checkpoint of `CheckpointFolder` whose hash was found right (`newest_valid`,
     `find_damage`).
 
-    Tensors are mapped from the file, not copied: all processes of a machine share them.
+    Tensors are mapped from the file, not copied: all processes of a machine share them. Those of a
+    sharded checkpoint are meta tensors, see `runtime.sharded.read_state`.
     """
-    return load_torch(path, map_location)
+    path = Path(path)
+    return load_index(path) if path.is_dir() else load_torch(path, map_location)
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -214,7 +281,10 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         weights = _unwrapped(read_index(index))
     else:
         path = weights_file(path)
-        weights = read_tensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+        if is_sharded(path):
+            weights = dict(weights_in(verified(path)))
+        else:
+            weights = read_tensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
     for name, value in weights.items():
         # masks may be -inf; NaN or infinity in a weight would make every score meaningless
         checked = value.is_floating_point() and value.element_size() > 1 and value.numel()
@@ -223,14 +293,17 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def verified(path: Path) -> Path:
+    """The path of a checkpoint of this project, if it is intact. UserError."""
+    if damage := find_damage(path):
+        raise UserError(f"{path}: {damage}; use another checkpoint of that run")
+    return path
+
+
 def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     """State dict of anything that is not safetensors."""
-    if (
-        zipfile.is_zipfile(path)
-        and _recorded_hash(path) is not None
-        and (damage := find_damage(path))
-    ):
-        raise UserError(f"{path}: {damage}; use another checkpoint of that run")
+    if zipfile.is_zipfile(path) and recorded_hash(path) is not None:
+        verified(path)
     content = load_torch(path)
     if isinstance(content, Stub):
         return module_tensors(content, path)
@@ -275,75 +348,6 @@ def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> N
         temporary.chmod(mode)
 
 
-# -------------------------------------------------------------------------------------------------------- file and hash
-
-
-class _HashingFile:
-    """A file object that hashes what it writes.
-
-    `torch.save` calls it from C++, where an exception would be lost in a complaint about file
-    positions: the first `OSError` is kept for `finish` to raise, and nothing is written after it.
-    """
-
-    def __init__(self, file):
-        self.file, self.hash, self.error = file, hashlib.sha256(), None
-
-    def write(self, data) -> int:
-        beat("saving a checkpoint")
-        if self.error is None:
-            try:
-                self.file.write(data)
-                self.hash.update(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        pass
-
-    def finish(self) -> bytes:
-        if self.error is not None:
-            raise self.error
-        return HASH_LABEL + self.hash.hexdigest().encode()
-
-
-def _write_hashed(state: dict, path: Path) -> None:
-    with open(path, "wb") as file:
-        hashing = _HashingFile(file)
-        torch.save(state, hashing)
-        comment = hashing.finish()
-        file.seek(-2, os.SEEK_END)  # length of the archive's comment: zero so far
-        file.write(len(comment).to_bytes(2, "little") + comment)
-
-
-def _recorded_hash(path: str | Path) -> str | None:
-    """The sha256 in the archive's comment, or None where the file does not end in exactly such a
-    comment."""
-    with open(path, "rb") as file:
-        if file.seek(0, os.SEEK_END) <= COMMENT_SIZE + 2:
-            return None
-        file.seek(-COMMENT_SIZE - 2, os.SEEK_END)
-        size, comment = file.read(2), file.read()
-    if int.from_bytes(size, "little") != COMMENT_SIZE or not comment.startswith(HASH_LABEL):
-        return None
-    return comment[len(HASH_LABEL) :].decode("ascii", "replace")
-
-
-def _file_hash(path: str | Path) -> str:
-    """sha256 of the file as it was before the comment: without it, and with zero as its length."""
-    remaining = os.path.getsize(path) - COMMENT_SIZE - 2
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while remaining > 0:
-            block = file.read(min(BLOCK, remaining))
-            if not block:
-                break
-            digest.update(block)
-            remaining -= len(block)
-    digest.update(b"\0\0")
-    return digest.hexdigest()
-
-
 def _step_of(path: Path) -> int:
     return int(NUMBERED.fullmatch(path.name)[1])
 
@@ -374,9 +378,10 @@ def _check_plain(value: Any, where: str = "state") -> None:
 
 
 def weights_file(path: Path) -> Path:
-    """The file itself; of a folder the best checkpoint, else the newest, else the first
-    .safetensors. Warns of damaged checkpoints, which it passes over. UserError."""
-    if path.is_dir():
+    """The file, or the folder of a sharded checkpoint, itself; of a run's folder the best
+    checkpoint, else the newest, else the first .safetensors. Warns of damaged checkpoints, which it
+    passes over. UserError."""
+    if path.is_dir() and not is_sharded(path):
         checkpoints = CheckpointFolder(path)
         ours = [checkpoints.best] if checkpoints.best else []
         found = _first_intact(ours + checkpoints.numbered(), _find_damage_unless_foreign)
@@ -384,7 +389,7 @@ def weights_file(path: Path) -> Path:
         if found is None:
             raise UserError(f"{path}: a folder without checkpoint_*.pt or *.safetensors")
         return found
-    if not path.is_file():
+    if not path.is_file() and not is_sharded(path):
         raise UserError(f"{path}: no such checkpoint")
     return path
 

@@ -25,9 +25,10 @@ from runtime.optim.build import Precision, build_optimizer
 from runtime.optim.schedule import Plan
 from runtime.parallel import parallelize, to_device
 from runtime.resume import check_same_run, check_weights_fit, script_of
+from runtime.saving import Saver, is_sharded_format
 from runtime.scores import score_line
+from runtime.sharded import is_sharded, read_state
 from runtime.watchdog import Watchdog
-
 
 SMALLEST = 16  # side of an image in pixels where no option says it
 
@@ -76,6 +77,18 @@ class RunConfig:
         "1 epochs", "between two checkpoints: a number of 'steps', 'epochs', 'samples' or '%'"
     )
     keep: int = knob(2, "newest checkpoints kept", low=1, rare=True)
+    checkpoint_format: str = knob(
+        "auto",
+        "'single': rank 0 writes one file; 'sharded': every process its part of a folder; 'auto': sharded "
+        "on several processes with fsdp, or above 2 GB",
+        choices=("auto", "single", "sharded"),
+        rare=True,
+    )
+    async_save: bool | None = knob(
+        None,
+        "training waits only until a checkpoint is copied to host memory; none = where it is sharded",
+        rare=True,
+    )
     tensorboard: bool = knob(True, "write TensorBoard events", rare=True)
     wandb: str = knob("off", "Weights & Biases", choices=("off", "online", "offline"))
     peak_tflops: float | None = knob(
@@ -159,6 +172,7 @@ class Run:
         self.saved_path, self.saved = self._find_saved()
         self.resumed = self.saved is not None
         self.step = self.first_step = self.saved["step"] if self.saved else 0
+        self.saver: Saver | None = None  # the format depends on the network: `start`
         self.saved_at: int | None = None  # step of the newest checkpoint that this process wrote
         self.best = float("-inf")
         self.validated = False  # by this process
@@ -234,6 +248,7 @@ class Run:
         """The log of this run and its config.yaml: the first things written."""
         config = self.config
         save(config, self.folder / "config.yaml")
+        self.checkpoints.clear_unfinished()
         if self.resumed:
             self.checkpoints.drop_old(self.step)
         options = {"tensorboard": config.tensorboard, "wandb": config.wandb}
@@ -262,11 +277,14 @@ class Run:
 
         network = distributed.unwrap(model)
         check_weights_fit(self.saved, self.saved_path, network, to_dict(self.config))
-        options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=False)
-        dcp.set_model_state_dict(model, self.saved["model"], options=options)
+        state, whole = self.saved, True
+        if is_sharded(self.saved_path):
+            state, whole = read_state(self.saved_path, self.saved, model, self.world.rank), False
+        options = dcp.StateDictOptions(full_state_dict=whole, broadcast_from_rank0=False)
+        dcp.set_model_state_dict(model, state["model"], options=options)
         given = configured_options(optimizer)  # what the configuration says now wins over the file
         try:
-            dcp.set_optimizer_state_dict(model, optimizer, self.saved["optimizer"], options=options)
+            dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
         except (KeyError, RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
                 f"{self.saved_path}: its optimizer state does not fit the parameters trained here "
@@ -327,6 +345,14 @@ class Run:
         self.best = distributed.on_main(self._best_before)
         opened = distributed.on_main(self._open_folder, share=False)
         self.log = opened or RunLog(self.folder, world, {})  # silent on other ranks than 0
+        in_shards = is_sharded_format(config.checkpoint_format, self.model, world, config.parallel)
+        self.saver = Saver(
+            self.checkpoints,
+            world,
+            sharded=in_shards,
+            in_background=in_shards if config.async_save is None else config.async_save,
+            fresh=not self.resumed,
+        )
         self.save_every = max(1, plan.steps(config.save_every))
         if self.metric is not None:
             self.eval_every = max(1, plan.steps(config.eval_every))
@@ -385,10 +411,11 @@ class Run:
                 "epoch": round(step / self.plan.epoch_steps, 4),
                 "lr": self.plan.lr(step - 1),
             }
-            bad = sum(
-                sum(counts.values()) for counts in distributed.gather_objects(self.loader.errors)
-            )
+            reports = distributed.gather_objects((self.loader.errors, self.saver.failure))
+            bad = sum(sum(counts.values()) for counts, _ in reports)
             self.log.write(step, **position, **means, **self.watch.read(), errors=bad)
+            for failure in filter(None, (failure for _, failure in reports)):
+                raise UserError(failure)  # of a write beside the training
 
     def _is_log_point(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.plan.total
@@ -433,34 +460,22 @@ class Run:
         best score."""
         self.watchdog.mark("saving a checkpoint")
         self._check_finite()
-        from torch.distributed.checkpoint import state_dict as dcp
-
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        model, optimizer = dcp.get_state_dict(self.model, self.optimizer, options=options)
         own = {
             "rng": rng_state(self.world.device),
             "data": self.loader.state_dict(),
             "meters": self.meters.state_dict(),
         }
-        state = {
-            "model": model,
-            "optimizer": optimizer,
+        about = {
             "scaler": self.precision.state_dict(),
             "step": step,
             "script": script_of(self.config),
-            "per_rank": distributed.gather_objects(own),
             "config": to_dict(self.config),
             **extra,
         }
         self.watchdog.mark("saving a checkpoint")
-        distributed.on_main(lambda: self._write(state, step, tag), share=False)
+        self.saver.save(self.model, self.optimizer, about, own, step, tag)
         self.saved_at = step
         self.watchdog.mark("between two updates")
-
-    def _write(self, state: dict, step: int, tag: str | None) -> None:
-        if not self.resumed and self.saved_at is None:
-            self.checkpoints.set_best_aside()  # that of an earlier run in this folder
-        self.checkpoints.save(state, step, tag=tag)
 
     def save_if_due(self, step: int) -> None:
         """Every `save_every` steps and at the end, unless a validation has just saved."""
@@ -474,6 +489,7 @@ class Run:
             return
         if self.saved_at != step:
             self.save(step)
+        self.saver.wait()
         self.log.say(f"saved at step {step:,}; start the same command again to resume")
         self._leave(0 if enough else EXIT_REQUEUE)
 
@@ -514,7 +530,11 @@ class Run:
         return self.folder / name
 
     def close(self) -> None:
+        """The checkpoint under way is written, the log closed, the folder free for another run."""
         self.watchdog.stop()
+        if self.saver:
+            self.saver.wait()
+            distributed.barrier()  # nobody takes the store away while another still asks it
         if self.log:
             self.log.close()
         if self._lock:

@@ -25,6 +25,7 @@ from runtime.config.plain import to_dict
 from runtime.config.schema import Schema
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_torch
+from runtime.sharded import index_of
 
 
 @dataclass
@@ -161,7 +162,7 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
         beside = path.with_name("config.yaml")
         return read_yaml(beside)[0] if beside.is_file() else {}
     try:
-        content = load_weights_only(path)
+        content = load_weights_only(index_of(path))
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, UserError):
         return {}  # who reads the weights says what is wrong
     found = content.get("config") if isinstance(content, Mapping) else None
@@ -183,7 +184,7 @@ def described(file: Path) -> dict[str, Any]:
     if isinstance(config.get("network"), Mapping):
         about = {"config": config, "network": config["network"]}
     elif file.suffix != ".safetensors":
-        content = load_torch(file)
+        content = load_torch(index_of(file))
         arguments = content.get("args") if isinstance(content, Mapping) else None
         about = {"args": arguments} if isinstance(arguments, Mapping) else {}
     for path in (file.with_name(name) for name in BESIDE):

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from base.distributed import World, all_reduce
 from dataset.loading.eval import EvalLoader
-from runtime.checkpoint import _HashingFile
+from runtime.hashed import _HashingFile
 from runtime.watchdog import EXIT_STALLED, Watchdog, stall_message
 from tests.helpers.processes import spawn
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from base.errors import UserError
-from runtime import checkpoint
+from runtime import hashed
 from runtime.checkpoint import (
     CheckpointFolder,
     export_safetensors,
@@ -139,7 +139,7 @@ def test_full_disk_at_any_stage(tmp_path, monkeypatch, where):
 
     with monkeypatch.context() as patched:
         if where == "write":
-            patched.setattr(checkpoint._HashingFile, "finish", full)
+            patched.setattr(hashed._HashingFile, "finish", full)
         else:
             patched.setattr(os, where, full)
         with pytest.raises(UserError, match="disk is full"):

@@ -14,7 +14,7 @@ from torch import nn
 from base.distributed import ALONE
 from base.errors import UserError
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
-from runtime.checkpoint import CheckpointFolder, find_damage
+from runtime.checkpoint import CheckpointFolder, find_damage, load_checked
 from runtime.config.cli import section
 from runtime.interrupt import EXIT_REQUEUE
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
@@ -48,8 +48,26 @@ def collate(samples):
     return {"x": torch.stack(samples)}
 
 
+KIND = ["single"]  # of the checkpoints that `train` writes
+both_kinds = pytest.mark.parametrize("kind", ["single", "sharded"], indirect=True)
+
+
+@pytest.fixture
+def kind(request, monkeypatch):
+    """Checkpoints of one kind: a file, or a folder that is written beside the training."""
+    monkeypatch.setattr("tests.unit.test_run.KIND", [request.param])
+    return request.param
+
+
+def saved(folder: Path, step: int | str) -> Path:
+    """The checkpoint of a step, or `best`, where it is or would be."""
+    name = step if isinstance(step, str) else f"{step:08d}"
+    return folder / f"checkpoint_{name}{'.pt' if KIND[0] == 'single' else ''}"
+
+
 def options(folder: Path, **changes) -> Config:
     values = {"output_dir": folder, "device": "cpu", "log_every": 1, "tensorboard": False}
+    values["checkpoint_format"] = KIND[0]
     return Config(**{**values, "save_every": "1 steps", "eval_every": "1 steps", **changes})
 
 
@@ -83,19 +101,19 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def best_score(folder: Path) -> float:
-    file = folder / "checkpoint_best.pt"
-    assert find_damage(file) is None
-    return torch.load(file, weights_only=True)["accuracy"]
+    assert find_damage(saved(folder, "best")) is None
+    return load_checked(saved(folder, "best"))["accuracy"]
 
 
-def test_max_steps_makes_no_further_update_at_restarts(tmp_path, capsys):
+@both_kinds
+def test_max_steps_makes_no_further_update_at_restarts(kind, tmp_path, capsys):
     for _ in range(3):
         with pytest.raises(SystemExit) as ended:
             train(options(tmp_path, max_steps=2))
         assert ended.value.code == 0
     assert steps_of(tmp_path) == [1, 2]
     assert "step 2 of --max_steps 2: nothing to do" in capsys.readouterr().out
-    assert [f.name for f in tmp_path.glob("checkpoint_*")].count("checkpoint_00000003.pt") == 0
+    assert saved(tmp_path, 2).exists() and not saved(tmp_path, 3).exists()
 
 
 @pytest.mark.parametrize("limit", [TOTAL, TOTAL + 5])
@@ -106,12 +124,13 @@ def test_max_steps_beyond_the_training_lets_it_finish(tmp_path, limit):
     assert run.step == TOTAL and steps_of(tmp_path) == [1, 2, 3, 4]
 
 
-def test_a_finished_run_says_that_nothing_is_left(tmp_path, capsys):
+@both_kinds
+def test_a_finished_run_says_that_nothing_is_left(kind, tmp_path, capsys):
     train(options(tmp_path), scores=[1, 3, 2, 0])
     assert "nothing left to train" not in capsys.readouterr().out
     run, checkpoint = train(options(tmp_path), scores=[9, 9, 9, 9])
     assert "nothing left to train" in capsys.readouterr().out
-    assert run.best == 3 and checkpoint.name == "checkpoint_best.pt"
+    assert run.best == 3 and checkpoint == saved(tmp_path, "best")
     assert steps_of(tmp_path) == [1, 2, 3, 4]
 
 
@@ -138,9 +157,13 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("renames", range(8))
+@pytest.mark.parametrize(
+    ("kind", "renames"),
+    [*(("single", n) for n in range(8)), *(("sharded", n) for n in range(13))],
+    indirect=["kind"],
+)
 def test_the_best_checkpoint_survives_a_kill_between_any_two_renames(
-    tmp_path, monkeypatch, renames
+    kind, tmp_path, monkeypatch, renames
 ):
     """The kill comes after so many files were put in their places, of the second validation on."""
     scores = [1, 3, 2, 0]
@@ -160,8 +183,8 @@ def test_the_best_checkpoint_survives_a_kill_between_any_two_renames(
         except Killed:
             pass
     run, checkpoint = train(options(tmp_path), scores)
-    assert run.best == 3 and checkpoint.name == "checkpoint_best.pt" and best_score(tmp_path) == 3
-    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    assert run.best == 3 and checkpoint == saved(tmp_path, "best") and best_score(tmp_path) == 3
+    assert load_checked(checkpoint)["step"] == 2
 
 
 def flip_a_bit(file: Path) -> None:
@@ -181,50 +204,59 @@ def unlinked(file: Path) -> Path:
     return file
 
 
-# scores of four validations, which files are damaged, and the best step and score afterwards; the
-# fourth update is made, or after damage made again, by the second command
+# scores of four validations, which checkpoints are damaged, and the best step and score afterwards;
+# the fourth update is made, or after damage made again, by the second command
 DAMAGES = {
-    "best alone": ([1, 3, 2, 0], 3, ["checkpoint_best.pt"], (2, 3)),
-    "best alone, its step no longer kept": ([3, 2, 1, 0], 3, ["checkpoint_best.pt"], (2, 2)),
-    "newest alone": ([1, 3, 2, 0], 4, ["checkpoint_00000004.pt"], (2, 3)),
-    "newest, which is best": ([1, 2, 3, 4], 4, ["checkpoint_00000004.pt"], (4, 4)),
-    "best, which is newest": ([1, 2, 3, 4], 3, ["checkpoint_best.pt"], (4, 4)),
-    "both, apart": ([9, 3, 2, 0], 4, ["checkpoint_00000004.pt", "checkpoint_best.pt"], (3, 2)),
+    "best alone": ([1, 3, 2, 0], 3, ["best"], (2, 3)),
+    "best alone, its step no longer kept": ([3, 2, 1, 0], 3, ["best"], (2, 2)),
+    "newest alone": ([1, 3, 2, 0], 4, [4], (2, 3)),
+    "newest, which is best": ([1, 2, 3, 4], 4, [4], (4, 4)),
+    "best, which is newest": ([1, 2, 3, 4], 3, ["best"], (4, 4)),
+    "both, apart": ([9, 3, 2, 0], 4, [4, "best"], (3, 2)),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-@pytest.mark.parametrize("linked", [True, False])
-def test_damaged_checkpoints_cost_nothing_that_is_still_there(tmp_path, case, linked):
+@pytest.mark.parametrize(
+    ("kind", "linked"),
+    [("single", True), ("single", False), ("sharded", True)],
+    indirect=["kind"],
+)
+def test_damaged_checkpoints_cost_nothing_that_is_still_there(kind, tmp_path, case, linked):
     scores, steps, damaged, (best_step, best) = DAMAGES[case]
     if case == "best alone" and linked:
-        best_step, best = 3, 2  # checkpoint_00000002.pt, the same file, is damaged with it
+        best_step, best = 3, 2  # that of step 2, the same file, is damaged with it
     limit = {"max_steps": steps} if steps < TOTAL else {}
     try:
         train(options(tmp_path, **limit), scores)
     except SystemExit as ended:
         assert ended.code == 0
     for name in damaged:
-        flip_a_bit(tmp_path / name if linked else unlinked(tmp_path / name))
+        path = saved(tmp_path, name)
+        file = path if kind == "single" else path / "rank_00000.pt"
+        flip_a_bit(file if linked else unlinked(file))
     with pytest.warns(UserWarning, match="CHECKPOINT DAMAGED"):
         run, checkpoint = train(options(tmp_path), scores)
-    assert checkpoint.name == "checkpoint_best.pt"
-    content = torch.load(checkpoint, weights_only=True)
+    assert checkpoint == saved(tmp_path, "best")
+    content = load_checked(checkpoint)
     assert (content["step"], content["accuracy"]) == (best_step, best) and run.best == best
     assert best_score(tmp_path) == best and steps_of(tmp_path) == [1, 2, 3, 4]
-    assert find_damage(tmp_path / f"checkpoint_{TOTAL:08d}.pt") is None
+    assert find_damage(saved(tmp_path, TOTAL)) is None
 
 
-def test_a_new_run_does_not_take_the_best_checkpoint_of_an_earlier_one(tmp_path):
+@both_kinds
+def test_a_new_run_does_not_take_the_best_checkpoint_of_an_earlier_one(kind, tmp_path):
     train(options(tmp_path), scores=[1, 3, 2, 0])
     with pytest.warns(UserWarning, match="of an earlier run"):
         _, checkpoint = train(options(tmp_path, resume="no"))
-    assert checkpoint.name == f"checkpoint_{TOTAL:08d}.pt"
-    assert not (tmp_path / "checkpoint_best.pt").exists()
-    assert (tmp_path / "checkpoint_best.pt.superseded").exists()
+    assert checkpoint == saved(tmp_path, TOTAL)
+    best = saved(tmp_path, "best")
+    aside = best.with_name(f"{best.name}.superseded")
+    assert not os.path.lexists(best) and find_damage(aside) is None
 
 
-def test_a_signal_saves_once_and_asks_for_a_requeue(tmp_path):
+@both_kinds
+def test_a_signal_saves_once_and_asks_for_a_requeue(kind, tmp_path):
     def at(step):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -232,7 +264,8 @@ def test_a_signal_saves_once_and_asks_for_a_requeue(tmp_path):
     with pytest.raises(SystemExit) as ended:
         train(options(tmp_path, save_every="100 steps"), at=at)
     assert ended.value.code == EXIT_REQUEUE
-    assert [f.name for f in tmp_path.glob("checkpoint_*.pt")] == ["checkpoint_00000002.pt"]
+    assert list(tmp_path.glob("checkpoint_*")) == [saved(tmp_path, 2)]
+    assert find_damage(saved(tmp_path, 2)) is None and not list(tmp_path.glob(".checkpoint*"))
     train(options(tmp_path, save_every="100 steps"))
     assert steps_of(tmp_path) == [1, 2, 3, 4]
 

@@ -69,7 +69,7 @@ class Config(Networks, StreamConfig, RunConfig):
     # what the networks start from
     vision_weights: Path | None = knob(None, "of the ViT: DeiT-B .pth, or a Classification.py run")
     text_weights: str | None = knob(None, "of BERT: folder or hub name; none = random")
-    image_tokenizer_path: Path | None = knob(None, "OpenAI's or train_dvae.py's", methods="simla")
+    image_tokenizer_path: Path | None = knob(None, "dVAE's file, or trained", methods="simla")
     code_cache: Path | None = knob(None, ".npy of codes; needs fixed_geometry", rare=True)
     # the data
     train_file: list[str] = knob([], "annotation lists {image, caption}, JSON or JSON lines")

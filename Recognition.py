@@ -66,7 +66,7 @@ class Config(RecognitionData, RunConfig):
     # the networks: published weights, else random ones of these sizes
     clip: Path | None = knob(None, "OpenAI's ViT-L-14.pt, or CLIP of open_clip or Hugging Face")
     llama: Path | None = knob(None, "folder of a LLaMA: Meta's or Hugging Face's")
-    tokenizer: Path | None = knob(None, "SentencePiece model or its folder; none = llama's")
+    tokenizer: Path | None = knob(None, "SentencePiece model, or trained; none = llama's")
     network: Networks = section(Networks, flat=True)
     # what is trained
     train_vision_blocks: int | None = knob(None, "last image blocks to train; none = all", low=0)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.files import read_json, write_json, write_json_lines
-from dataset.digitscenes import annotations, chance, shards, vocabulary
+from dataset.digitscenes import annotations, chance, shards
 from dataset.digitscenes.drawing import contact_sheet, jpeg
 from dataset.digitscenes.scenes import SPLITS, Handwriting, Scene, class_scenes, unique_scenes
 from dataset.digitscenes.words import FactIndex, captions
+from dataset.text import vocabulary
 
 VERSION = 2
 MANIFEST, UNFINISHED = "manifest.json", ".unfinished"

@@ -176,10 +176,12 @@ class CaptionOptions:
     metadata: str = knob("datasets/yfcc15m_v1/yfcc15m.pkl", "samples: .pkl, .npy, .json or .jsonl")
     shards: list[str] = knob([], "WebDataset shards beside or instead: paths, s3:// or gs:// URLs")
     bpe_path: Path | None = knob(
-        None, "BPE merges; none = CLIP's, from package open_clip_torch", rare=True
+        None, "BPE merges; none = CLIP's; trained = of the captions", rare=True
     )
     tokenizer: str = knob(
-        "bert-base-uncased", "ALIGN's BERT: folder, vocab.txt or hub name", methods="ALIGN"
+        "bert-base-uncased",
+        "ALIGN's BERT: folder, vocab.txt, hub name, or trained",
+        methods="ALIGN",
     )
     text_lengths: list[int] = knob(
         [], "lengths that texts are padded to; none = multiples of 8", rare=True

@@ -31,6 +31,7 @@ from runtime.config.draft import FLAGS, OVERRIDES, Draft, flag
 from runtime.config.plain import differences, save, to_dict
 from runtime.config.schema import Knob
 from runtime.config.values import show
+from runtime.own_tokenizers import train_tokenizers_if_asked
 
 __all__ = [
     "differences",
@@ -180,6 +181,7 @@ def run_script(
         make_digitscenes_if_named(config)
         if isinstance(getattr(config, "output_dir", None), Path):
             check_output_folder(config.output_dir)
+            train_tokenizers_if_asked(config)
         main(config)
         if "base.distributed" in sys.modules:  # a script without torch does not load it for this
             sys.modules["base.distributed"].shutdown()

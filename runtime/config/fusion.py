@@ -44,7 +44,9 @@ class Networks:
         Path("configs/shared_bert.json"), "geometry of the text and fusion transformer (JSON)"
     )
     embed_dim: int = knob(256, "width of the joint space", low=1, high=WIDTH)
-    text_encoder: str = knob("bert-base-uncased", "tokenizer: Hugging Face folder or hub name")
+    text_encoder: str = knob(
+        "bert-base-uncased", "tokenizer: Hugging Face folder, hub name, or trained on the captions"
+    )
 
 
 def fine_tuning_schedule(duration: str, warmup: str) -> Any:

@@ -1,8 +1,9 @@
-"""Small vocabularies trained on the training texts: BERT's WordPiece, CLIP's merges and LLaMA's
-SentencePiece."""
+"""Small vocabularies trained on one's own texts: BERT's WordPiece, CLIP's merges and LLaMA's
+SentencePiece. The same texts make the same vocabulary, in whatever order they come."""
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,32 +11,45 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The trainers number symbols in a hash map's order, another in each process, and ties are broken by
 # number: the symbols named beforehand, as special tokens, have fixed numbers.
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,?!:;'-"
+OTHER_LETTERS = 2000  # at most, of other scripts: what a vocabulary must hold to spell its words
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def write_wordpiece(folder: Path, texts: Iterable[str], size: int = 1000) -> None:
-    """A Hugging Face folder of a lower-casing BERT tokenizer with at most `size` pieces; ids 0-4
-    are SPECIAL."""
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    """A Hugging Face folder of a lower-casing BERT tokenizer with about `size` pieces, never fewer
+    than its letters; ids 0-4 are SPECIAL."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+    texts = sorted(set(texts))
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    alphabet = [*LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    letters = letters_of(tokenizer.normalizer.normalize_str(text) for text in texts)
+    alphabet = [*letters, *(f"##{letter}" for letter in letters)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=[*SPECIAL, *alphabet], show_progress=False
+        vocab_size=max(size, len(SPECIAL) + len(alphabet)),
+        special_tokens=[*SPECIAL, *alphabet],
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(sorted(texts), trainer)
-    tokenizer = plain_copy(tokenizer)
+    tokenizer.train_from_iterator(texts, trainer)
+    save_bert(plain_copy(tokenizer), folder)
+
+
+def letters_of(texts: Iterable[str]) -> list[str]:
+    """LETTERS, then the commonest other letters of the texts."""
+    counts = Counter()
+    for text in texts:
+        counts.update(text)
+    others = [letter for letter in counts if letter not in LETTERS and not letter.isspace()]
+    others.sort(key=lambda letter: (-counts[letter], letter))
+    return [*LETTERS, *others[:OTHER_LETTERS]]
+
+
+def save_bert(tokenizer, folder: Path) -> None:
+    """The files of a Hugging Face folder: tokenizer.json, vocab.txt, tokenizer_config.json."""
+    from tokenizers import decoders, processors
+
+    tokenizer.decoder = decoders.WordPiece()
     ids = {token: tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]")}
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -46,16 +60,12 @@ def write_wordpiece(folder: Path, texts: Iterable[str], size: int = 1000) -> Non
     tokenizer.save(str(folder / "tokenizer.json"))
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece, _ in pieces))
-    roles = dict(
-        zip(
-            ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True
-        )
-    )
+    roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     config = {
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": True,
         "model_max_length": 512,
-        **roles,
+        **dict(zip(roles, SPECIAL, strict=True)),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
@@ -65,8 +75,8 @@ def plain_copy(trained):
     from tokenizers import Tokenizer, models
 
     tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
-    tokenizer.decoder = trained.decoder
+    tokenizer.normalizer = trained.normalizer
+    tokenizer.pre_tokenizer = trained.pre_tokenizer
     tokenizer.add_special_tokens(list(SPECIAL))
     return tokenizer
 
@@ -88,7 +98,9 @@ def write_merges(path: Path, texts: Iterable[str], merges: int = 500) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    symbols = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    others = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(LETTERS))
+    letters = [*LETTERS, *others]
+    symbols = [*letters, *(f"{letter}</w>" for letter in letters)]
     trainer = trainers.BpeTrainer(
         vocab_size=len(symbols) + merges,
         special_tokens=symbols,
@@ -98,7 +110,7 @@ def write_merges(path: Path, texts: Iterable[str], merges: int = 500) -> None:
     tokenizer.train_from_iterator(sorted(texts), trainer)
     learned = json.loads(tokenizer.to_str())["model"]["merges"]
     lines = ["#version: 0.2", *(" ".join(pair) for pair in learned)]
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 
 
@@ -107,7 +119,7 @@ def write_pieces(path: Path, texts: Iterable[str], size: int = 640) -> None:
     from dataset.tasks.recognition import CAPTION_PROMPTS, LABEL_PROMPTS
     from dataset.text.sentencepiece import train_pieces
 
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     train_pieces(
         [*sorted(texts), *LABEL_PROMPTS * 20, *CAPTION_PROMPTS * 20], size, path.write_bytes
     )

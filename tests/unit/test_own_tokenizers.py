@@ -1,0 +1,118 @@
+"""`trained` in place of a tokenizer: learnt from the run's own data, once, and used again."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from base.errors import UserError
+from dataset.text.bpe import ClipTokenizer
+from dataset.text.sentencepiece import PieceTokenizer
+from dataset.text.wordpiece import Tokenizer
+from runtime import own_tokenizers
+from runtime.own_tokenizers import TRAINED, train_tokenizers_if_asked
+
+CAPTIONS = ["a red square", "ein grünes Quadrat", "一只猫 on a mat", "a blue square on the left"]
+
+
+@dataclass
+class Options:
+    """What Pretrain.py's configuration has of it."""
+
+    output_dir: Path
+    train_file: list = field(default_factory=list)
+    shards: list = field(default_factory=list)
+    image_root: Path = Path("")
+    text_encoder: str = TRAINED
+    image_tokenizer_path: Path | None = None
+    grid: int = 4
+    flip: bool = False
+    workers: int = 0
+    device: str = "cpu"
+
+
+@dataclass
+class LabelOptions:
+    """What Recognition.py's has."""
+
+    output_dir: Path
+    train_list: list
+    tokenizer: Path = Path(TRAINED)
+    shards: list = field(default_factory=list)
+
+
+@dataclass
+class PairOptions:
+    """What main.py's has."""
+
+    output_dir: Path
+    metadata: str
+    dataset: str = "pairs"
+    bpe_path: Path = Path(TRAINED)
+    tokenizer: str = "bert-base-uncased"
+    shards: list = field(default_factory=list)
+
+
+@pytest.fixture
+def pairs(tmp_path, monkeypatch) -> Path:
+    """A folder of 40 images with a caption beside each."""
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "my images"
+    folder.mkdir()
+    for number in range(40):
+        colour = (number * 6, 255 - number * 6, number * 3 % 255)
+        Image.new("RGB", (20, 20), colour).save(folder / f"{number:02d}.jpg")
+        (folder / f"{number:02d}.txt").write_text(CAPTIONS[number % 4], encoding="utf-8")
+    return folder
+
+
+def test_vocabulary_of_captions_is_made_once(pairs, tmp_path):
+    config = Options(tmp_path / "run", [str(pairs)])
+    train_tokenizers_if_asked(config)
+    assert config.text_encoder == str(tmp_path / "run/text_tokenizer")
+    tokenizer = Tokenizer(config.text_encoder)
+    unknown = tokenizer.unk_id
+    for caption in CAPTIONS:  # every script of the captions can be spelled
+        assert unknown not in tokenizer.encode(caption.lower())
+    assert unknown in tokenizer.encode("и")
+    before = Path(config.text_encoder, "vocab.txt").stat().st_mtime_ns
+    again = Options(tmp_path / "run", [str(pairs)])
+    train_tokenizers_if_asked(again)
+    assert again.text_encoder == config.text_encoder
+    assert Path(again.text_encoder, "vocab.txt").stat().st_mtime_ns == before
+
+
+def test_image_tokenizer_of_the_images(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_tokenizers, "SMALL_DVAE", ["--width", "4", "--epochs", "2 steps"])
+    monkeypatch.setenv("RANK", "0")  # the run's own: not of the training of its tokenizer
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = Options(tmp_path / "run", [str(pairs)], image_tokenizer_path=Path(TRAINED))
+    config.text_encoder = "bert-base-uncased"
+    train_tokenizers_if_asked(config)
+    assert (config.image_tokenizer_path / "image_tokenizer.safetensors").is_file()
+    assert config.text_encoder == "bert-base-uncased"
+
+
+def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path):
+    labels = tmp_path / "train.list"
+    labels.write_text("00.jpg : dog,living room\n01.jpg : cat\n" * 5)
+    config = LabelOptions(tmp_path / "nxtp", [labels])
+    train_tokenizers_if_asked(config)
+    tokenizer = PieceTokenizer(config.tokenizer)
+    assert len(tokenizer.encode("living room")) <= 4
+
+    config = PairOptions(tmp_path / "clip", str(pairs))
+    train_tokenizers_if_asked(config)
+    whole = ClipTokenizer(config.bpe_path).encode("square")
+    assert len(whole) == 1
+    assert config.tokenizer == "bert-base-uncased"
+
+
+def test_nothing_to_learn_from_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="name a list or table in train_file"):
+        train_tokenizers_if_asked(Options(tmp_path / "run"))
+    missing = Options(tmp_path / "run", [str(tmp_path / "none.json")])
+    with pytest.raises(UserError, match="text_tokenizer: could not be trained"):
+        train_tokenizers_if_asked(missing)
+    assert not (tmp_path / "run/text_tokenizer").exists()

@@ -84,6 +84,9 @@ class JsonPieces:
         from tokenizers import Tokenizer
 
         read_json(path, dict)  # reports where it is damaged
+        beside = path.with_name("tokenizer_config.json")
+        stated = read_json(beside, dict) if beside.is_file() else {}
+        self.stated = {key: text_of(stated.get(key)) for key in ("bos_token", "eos_token")}
         try:
             self.backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare exceptions
@@ -102,16 +105,30 @@ class JsonPieces:
         return -1
 
     def bos_id(self) -> int:
-        return max(self.piece_to_id(name) for name in ("<s>", "<|begin_of_text|>"))
+        """What begins a text: LLaMA's, else bos_token beside the file, else eos_token (Qwen)."""
+        stated = self.stated["bos_token"] or self.stated["eos_token"]
+        return self.first_of("<s>", "<|begin_of_text|>", stated, "<|endoftext|>")
 
     def eos_id(self) -> int:
-        return max(self.piece_to_id(name) for name in ("</s>", "<|end_of_text|>"))
+        stated = self.stated["eos_token"]
+        return self.first_of("</s>", "<|end_of_text|>", stated, "<|endoftext|>")
+
+    def first_of(self, *names: str | None) -> int:
+        """Id of the first of these pieces that there is; -1 for none."""
+        ids = [self.piece_to_id(name) for name in names if name]
+        return next((number for number in ids if number >= 0), -1)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
+
+
+def text_of(token: object) -> str | None:
+    """A special token of tokenizer_config.json: its text, or an object that holds it."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def _load(path: Path):

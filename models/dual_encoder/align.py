@@ -154,7 +154,7 @@ class TextTower(XBert):
         """int64 [B,L] -> the last layer's state of the first token [B,D]; the others are not
         computed there.
         """
-        first = text_ids.new_zeros(len(text_ids), 1)
+        first = text_ids.new_zeros(text_ids.shape[0], 1)
         return self.run(self.embeddings(text_ids), text_ids != PAD, keep=first)[:, 0]
 
 

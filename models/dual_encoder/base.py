@@ -14,6 +14,7 @@ absent for A = 0); SLIP takes its two augmentations as `image_local` [B,2,3,H,W]
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -259,6 +260,17 @@ class DualEncoder(nn.Module):
     """
 
     config: DualConfig
+    towers: ClassVar = {  # tower -> how the names of its parameters begin
+        "image": ("visual.", "vision_model."),
+        "text": (
+            "text_tower.",
+            "text_model.",
+            "transformer.",
+            "token_embedding.",
+            "positional_embedding",
+            "ln_final.",
+        ),
+    }
 
     def forward(
         self,

@@ -215,7 +215,7 @@ def gather_features(local: Features) -> Features:
 
 def first_token(states: Tensor) -> Tensor:
     """Position 0 of every row of [R,L,D], int64 [R,1]."""
-    return torch.zeros(len(states), 1, dtype=torch.int64, device=states.device)
+    return torch.zeros(states.shape[0], 1, dtype=torch.int64, device=states.device)
 
 
 def check_batch(image: Tensor) -> None:

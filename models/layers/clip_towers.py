@@ -249,7 +249,7 @@ class TwoTowers(nn.Module):
         x = self.transformer(
             x, causal=True, noise=noise if self.training and noise and noise.active else None
         )
-        return self.ln_final(x[torch.arange(len(x), device=x.device), text_ids.argmax(-1)])
+        return self.ln_final(x[torch.arange(x.shape[0], device=x.device), text_ids.argmax(-1)])
 
     def train(self, mode: bool = True) -> "TwoTowers":
         """Training mode, but for locked towers."""

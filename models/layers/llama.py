@@ -34,10 +34,15 @@ class LlamaConfig:
     ffn_dim: int | None = None  # the feed-forward width itself, where the layout tells it
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    # LLaMA 3.1's longer context: factor, low and high frequency factor, original length; () = plain
+    rope_scaling: tuple[float, ...] = ()
+    head_width: int | None = None  # of Qwen3's heads; none = dim / n_heads
+    qkv_bias: bool = False  # Qwen2 has biases of query, key and value
+    qk_norm: bool = False  # Qwen3 norms every head's query and key
     tensor_parallel: bool = False  # fairscale's layers over its model-parallel group
 
     def __post_init__(self):
-        if self.dim % self.n_heads or self.head_dim % 2:
+        if (self.head_width is None and self.dim % self.n_heads) or self.head_dim % 2:
             raise UserError(
                 f"decoder of width {self.dim} with {self.n_heads} heads: heads must be whole and even"
             )
@@ -48,7 +53,7 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.n_heads
+        return self.head_width or self.dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -80,12 +85,29 @@ class RMSNorm(nn.Module):
         ) * self.weight
 
 
-def rotation(places: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotation(
+    places: Tensor, head_dim: int, theta: float, scaling: tuple[float, ...] = ()
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines float32 [...,1,L,head_dim/2] for positions int64 [...,L] (RoPE, Su et al.
-    2021)."""
+    2021). scaling: see `LlamaConfig.rope_scaling`."""
     pairs = torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float32)
-    angles = (places.unsqueeze(-1) * theta ** (-pairs / head_dim)).unsqueeze(-3)
+    frequencies = theta ** (-pairs / head_dim)
+    if scaling:
+        frequencies = stretched(frequencies, *scaling)
+    angles = (places.unsqueeze(-1) * frequencies).unsqueeze(-3)
     return angles.cos(), angles.sin()
+
+
+def stretched(frequencies: Tensor, factor: float, low: float, high: float, length: float) -> Tensor:
+    """LLaMA 3.1's frequencies for contexts longer than the original `length` (Grattafiori et al.
+    2024, section 3.4.2; the rule is in Meta's published model.py).
+
+    Waves that turn more than `high` times within that length stay, those that turn less than `low`
+    times are `factor` times as long, and between the two both are mixed.
+    """
+    turns = length * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -139,8 +161,8 @@ class Sight:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions and no biases; wq, wk, wv by output, wo by input
-    where parallel."""
+    """Multi-head attention with rotary positions; wq, wk, wv by output, wo by input where
+    parallel."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -151,18 +173,29 @@ class Attention(nn.Module):
                 f"{config.kv_heads} key-value heads cannot be dealt to {ranks} processes"
             )
         self.heads, self.kv_heads = config.n_heads // ranks, config.kv_heads // ranks
-        self.wq = across(config.dim, config.n_heads * width)
-        self.wk = across(config.dim, config.kv_heads * width)
-        self.wv = across(config.dim, config.kv_heads * width)
+        self.wq = across(config.dim, config.n_heads * width, bias=config.qkv_bias)
+        self.wk = across(config.dim, config.kv_heads * width, bias=config.qkv_bias)
+        self.wv = across(config.dim, config.kv_heads * width, bias=config.qkv_bias)
         self.wo = along(config.n_heads * width, config.dim)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(width, config.norm_eps)
+            self.k_norm = RMSNorm(width, config.norm_eps)
+
+    def query(self, x: Tensor, turn) -> Tensor:
+        """[B,L,D] -> rotated queries [B,H,L,d]."""
+        return rotate(self.q_norm(split_heads(self.wq(x), self.heads)), turn)
+
+    def key(self, x: Tensor, turn) -> Tensor:
+        """[B,L,D] -> rotated keys [B,G,L,d] of the G groups of heads."""
+        return rotate(self.k_norm(split_heads(self.wk(x), self.kv_heads)), turn)
 
     def forward(self, x: Tensor, turn, sight: Sight, past=None, keep: int | None = None):
         """x [B,L,D] -> [B,keep,D] (all of L by default), and the keys and values [B,H,S+L,d] to go
         on from."""
         first = 0 if keep is None else x.shape[1] - keep
         ahead = tuple(part[..., first:, :] for part in turn)
-        query = rotate(split_heads(self.wq(x[:, first:]), self.heads), ahead)
-        key = rotate(split_heads(self.wk(x), self.kv_heads), turn)
+        query, key = self.query(x[:, first:], ahead), self.key(x, turn)
         value = split_heads(self.wv(x), self.kv_heads)
         if past is not None:
             key, value = (torch.cat(pair, 2) for pair in zip(past, (key, value), strict=True))
@@ -176,11 +209,8 @@ class Attention(nn.Module):
 
     def probabilities(self, x: Tensor, turn, sight: Sight) -> Tensor:
         """Attention probabilities float32 [B,H,L,L] of a call without cache."""
-        query = rotate(split_heads(self.wq(x), self.heads), turn)
-        key = rotate(split_heads(self.wk(x), self.kv_heads), turn).repeat_interleave(
-            self.heads // self.kv_heads, 1
-        )
-        return attention_map(query, key, sight.dense())
+        key = self.key(x, turn).repeat_interleave(self.heads // self.kv_heads, 1)
+        return attention_map(self.query(x, turn), key, sight.dense())
 
 
 class FeedForward(nn.Module):
@@ -237,13 +267,18 @@ class Llama(nn.Module):
                         weight, std=depth * (1.0 if name.startswith("tok_") else config.dim**-0.5)
                     )
 
+    def turn(self, sight: Sight) -> tuple[Tensor, Tensor]:
+        """Rotary cosines and sines of the positions."""
+        shape = self.config
+        return rotation(sight.places, shape.head_dim, shape.rope_theta, shape.rope_scaling)
+
     def forward(self, x: Tensor, sight: Sight, cache: Cache | None = None, keep: int | None = None):
         """Embeddings [B,L,D] -> normed states [B,keep,D] of the last `keep` positions (all by
         default) and the cache.
 
         Above the last block nobody looks at earlier positions: only the kept ones go through it.
         """
-        turn = rotation(sight.places, self.config.head_dim, self.config.rope_theta)
+        turn = self.turn(sight)
         grown: Cache = []
         for number, block in enumerate(self.layers):
             last = number == len(self.layers) - 1
@@ -254,7 +289,7 @@ class Llama(nn.Module):
 
     def attention_maps(self, x: Tensor, sight: Sight) -> list[Tensor]:
         """Probabilities float32 [B,H,L,L] of every block, without cache."""
-        turn = rotation(sight.places, self.config.head_dim, self.config.rope_theta)
+        turn = self.turn(sight)
         maps = []
         for block in self.layers:
             maps.append(block.attention.probabilities(block.attention_norm(x), turn, sight))
@@ -275,18 +310,18 @@ def model_parallel_size() -> int:
 
 
 def _linear_layers(config: LlamaConfig):
-    """Makers of the two kinds of bias-free linear layers: split by output (`whole`: then joined),
-    and by input."""
+    """Makers of the two kinds of linear layers: split by output (`whole`: then joined), and by
+    input, without bias."""
     if not config.tensor_parallel:
 
-        def linear(width: int, out: int, whole: bool = True) -> nn.Module:
-            return nn.Linear(width, out, bias=False)
+        def linear(width: int, out: int, whole: bool = True, bias: bool = False) -> nn.Module:
+            return nn.Linear(width, out, bias=bias)
 
         return linear, linear
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    def across(width: int, out: int, whole: bool = False) -> nn.Module:
-        return ColumnParallelLinear(width, out, bias=False, gather_output=whole)
+    def across(width: int, out: int, whole: bool = False, bias: bool = False) -> nn.Module:
+        return ColumnParallelLinear(width, out, bias=bias, gather_output=whole)
 
     def along(width: int, out: int) -> nn.Module:
         return RowParallelLinear(width, out, bias=False, input_is_parallel=True)
@@ -306,9 +341,9 @@ BY_OUTPUT, BY_INPUT = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2", "to
 
 
 def split_dimension(name: str) -> int | None:
-    """Dimension along which a matrix lies on several processes, in fairscale's layers and in Meta's
-    shards; or None."""
-    layer = name.rpartition(".weight")[0].rpartition(".")[2]
+    """Dimension along which a matrix or bias lies on several processes, in fairscale's layers and
+    in Meta's shards; or None."""
+    layer = name.rpartition(".")[0].rpartition(".")[2]
     return 0 if layer in BY_OUTPUT else 1 if layer in BY_INPUT else None
 
 

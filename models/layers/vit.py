@@ -257,7 +257,7 @@ class ViT(nn.Module):
                 patch_mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches
             )
         tokens = torch.cat(
-            [self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1
+            [self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], dim=1
         )
         return F.dropout(tokens + self.pos_embed, self.config.dropout, self.training)
 

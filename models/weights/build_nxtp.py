@@ -47,6 +47,11 @@ class Networks:
     )
     norm_eps: float = knob(1e-5, "epsilon of the decoder's norms", rare=True)
     rope_theta: float = knob(10000.0, "base of the decoder's rotary positions", rare=True)
+    rope_scaling: list[float] = knob(
+        [],
+        "LLaMA 3.1's rotary positions: factor, low and high frequency factor, original length",
+        rare=True,
+    )
     prefix_image: bool = knob(
         True, "image tokens see one another, else only those before them", rare=True
     )
@@ -103,7 +108,12 @@ class Networks:
             state = recognition_state(checkpoint, clip, self.decoder_layers, self.image_size)
             check_vocabulary(state, tokenizer.vocab_size, tokenizer)
             vision, decoder = geometry(
-                state, self.decoder_heads, self.norm_eps, self.rope_theta, self.image_size
+                state,
+                self.decoder_heads,
+                self.norm_eps,
+                self.rope_theta,
+                self.image_size,
+                tuple(self.rope_scaling),
             )
             missing: list[str] = []
         else:
@@ -112,6 +122,7 @@ class Networks:
             decoder, state = replace(decoder, tensor_parallel=True), own_part(state, *part)
         self.decoder_heads, self.image_size = decoder.n_heads, vision.image_size
         self.norm_eps, self.rope_theta = decoder.norm_eps, decoder.rope_theta
+        self.rope_scaling = [*decoder.rope_scaling]
         wanted = (self.train_embeddings, self.train_outputs)
         rows = [(tokenizer.image,) if name == "special" else None for name in wanted]
         config = NxtpConfig(vision, decoder, self.prefix_image, *rows)
@@ -128,7 +139,7 @@ class Networks:
             missing += ["vision_encoder.ln_post.*", "vision_encoder.*num_batches_tracked"]
         if llama:
             decoder, weights = read_llama(llama, self.decoder_layers)
-            state = decoder_state(weights, tokenizer.vocab_size, llama)
+            state = decoder_state(weights, tokenizer.vocab_size, llama, tokenizer.image)
             decoder = replace(decoder, vocab_size=tokenizer.vocab_size)
         else:
             decoder, state = (
@@ -159,6 +170,7 @@ class Networks:
             multiple_of=min(256, max(2, dim // 2)),
             norm_eps=self.norm_eps,
             rope_theta=self.rope_theta,
+            rope_scaling=tuple(self.rope_scaling),
         )
 
 

@@ -27,12 +27,16 @@ HUGGING_FACE = {  # transformers' name -> Meta's
     "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv",
     "self_attn.o_proj": "attention.wo",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
     "mlp.gate_proj": "feed_forward.w1",
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+KINDS = ("llama", "qwen2", "qwen3")  # transformers' model_type of decoders of this layout
+META_SCALING = (8.0, 1.0, 4.0, 8192.0)  # params.json says use_scaled_rope; Meta's code has these
 META_FIELDS = (
     "dim",
     "n_layers",
@@ -90,7 +94,11 @@ def _read_meta(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
     params = read_json(folder / "params.json", dict)
     try:
         known = {name: params[name] for name in META_FIELDS if params.get(name) is not None}
-        config = LlamaConfig(**known, rope_theta=float(params.get("rope_theta", 10000.0)))
+        theta = float(params.get("rope_theta", 10000.0))
+        scaling = META_SCALING if params.get("use_scaled_rope") else ()
+        if scaling and "rope_scale_factor" in params:
+            scaling = (float(params["rope_scale_factor"]), *META_SCALING[1:])
+        config = LlamaConfig(**known, rope_theta=theta, rope_scaling=scaling)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'params.json'}: {error}") from None
     files = sorted(folder.glob("*.pth"))
@@ -140,15 +148,18 @@ def hugging_face_config(values: dict, where: object = "config.json") -> LlamaCon
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: rope_scaling is {brief(rope)}, not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope_kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = values.get("model_type", "llama")
     if (
-        values.get("model_type", "llama") != "llama"
-        or kind != "default"
+        kind not in KINDS
+        or rope_kind not in ("default", "llama3")
         or values.get("attention_bias")
+        or values.get("mlp_bias")
+        or values.get("use_sliding_window")
     ):
         raise UserError(
-            f"{where}: a {values.get('model_type')} with {kind} rotary positions, not a plain LLaMA; "
-            "use LLaMA 1 to 3, whose config.json has no rope_scaling"
+            f"{where}: a {kind} with {rope_kind} rotary positions, not a plain LLaMA; use a LLaMA of "
+            "any generation, SmolLM2, Qwen2 or Qwen3, without attention_bias and sliding window"
         )
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     try:
@@ -161,43 +172,104 @@ def hugging_face_config(values: dict, where: object = "config.json") -> LlamaCon
             ffn_dim=values["intermediate_size"],
             norm_eps=values.get("rms_norm_eps", 1e-6),
             rope_theta=float(theta),
+            rope_scaling=_scaling(rope) if rope_kind == "llama3" else (),
+            head_width=values.get("head_dim"),
+            qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
         )
     except KeyError as error:
         raise UserError(f"{where}: has no {error.args[0]}; is it of a LlamaForCausalLM?") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{where}: {error}; fetch it again") from None
-    if values.get("head_dim") not in (None, config.head_dim):
-        raise UserError(
-            f"{where}: head_dim {values['head_dim']} is not hidden_size / num_attention_heads"
-        )
     return config
 
 
+def _scaling(rope: dict) -> tuple[float, ...]:
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return tuple(float(rope[name]) for name in names)
+
+
 def from_hugging_face(state: State, config: LlamaConfig) -> State:
-    """transformers' names -> Meta's, wq and wk turned back to interleaved rotary pairs; a tied head
-    is copied."""
+    """transformers' names -> Meta's, query and key turned back to interleaved rotary pairs; a tied
+    head is copied."""
     result: State = {}
     for name, value in state.items():
-        place, stem = re.fullmatch(
-            r"(?:model\.)?((?:layers\.\d+\.)?)(.*)\.(?:weight|inv_freq)", name
+        place, stem, leaf = re.fullmatch(
+            r"(?:model\.)?((?:layers\.\d+\.)?)(.*)\.(weight|bias|inv_freq)", name
         ).groups()
         if stem in HUGGING_FACE:
-            result[f"{place}{HUGGING_FACE[stem]}.weight"] = value
+            result[f"{place}{HUGGING_FACE[stem]}.{leaf}"] = value
         elif not stem.endswith("rotary_emb"):
             raise UserError(f"{name}: no weight of a LLaMA; is this a LlamaForCausalLM?")
-    for name in [name for name in result if name.endswith(("wq.weight", "wk.weight"))]:
-        heads = config.n_heads if name.endswith("wq.weight") else config.kv_heads
-        result[name] = interleave(result[name], heads)
+    for name in result:
+        if heads := rotary_heads(name, config):
+            result[name] = interleave(result[name], heads)
     if "tok_embeddings.weight" not in result:
         raise UserError("no embed_tokens among the weights; is a shard of the checkpoint missing?")
     result.setdefault("output.weight", result["tok_embeddings.weight"].clone())
     return result
 
 
+def rotary_heads(name: str, config: LlamaConfig) -> int:
+    """Heads whose rows of this weight (Meta's name) are rotary pairs; 0 where there are none."""
+    layer = name.rpartition(".")[0].rpartition(".")[2]
+    return {"wq": config.n_heads, "wk": config.kv_heads, "q_norm": 1, "k_norm": 1}.get(layer, 0)
+
+
+def to_hugging_face(state: State, config: LlamaConfig) -> State:
+    """Meta's names -> transformers' LlamaForCausalLM, the opposite of `from_hugging_face`."""
+    theirs = {ours: name for name, ours in HUGGING_FACE.items()}
+    result: State = {}
+    for name, value in state.items():
+        place, stem, leaf = re.fullmatch(r"((?:layers\.\d+\.)?)(.*)\.(weight|bias)", name).groups()
+        if heads := rotary_heads(name, config):
+            value = halves(value, heads)
+        prefix = "" if stem == "output" else "model."
+        result[f"{prefix}{place}{theirs[stem]}.{leaf}"] = value
+    return result
+
+
+def hugging_face_values(config: LlamaConfig) -> dict:
+    """`config.json` of transformers' LlamaForCausalLM, or Qwen2's or Qwen3's, for this geometry."""
+    kind = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    values = {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden,
+        "vocab_size": config.vocab_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
+    if config.rope_scaling:
+        factor, low, high, length = config.rope_scaling
+        values["max_position_embeddings"] = int(factor * length)
+        values["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": int(length),
+        }
+    return values
+
+
 def interleave(weight: Tensor, heads: int) -> Tensor:
     """Rows of wq or wk from transformers' rotary layout, halves (i, i + d/2), to Meta's, neighbours
     (2i, 2i + 1)."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def halves(weight: Tensor, heads: int) -> Tensor:
+    """The opposite of `interleave`."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -24,6 +24,7 @@ from models.weights.clip import from_hugging_face as clip_from_hugging_face
 
 State = dict[str, Tensor]
 VISION, DECODER = "vision_encoder.", "language_decoder."
+FILLED = 1024  # rows at most that fill a table of embeddings up
 LLAMA_HEAD = 128  # width of a head in every published LLaMA-2
 
 
@@ -51,26 +52,29 @@ def vision_state(state: State, image_size: int | None = None) -> State:
     return {VISION + name.removeprefix("visual."): state[name] for name in kept}
 
 
-def decoder_state(llama: State, vocabulary: int, where: object) -> State:
+def decoder_state(llama: State, vocabulary: int, where: object, known: int | None = None) -> State:
     """LLaMA's weights (Meta's names) with rows for the special tokens at the end.
 
     New embeddings are normal, new rows of the head uniform in ±dim^-0.5, and zero for the last, the
     padding token.
-    vocabulary: pieces of the tokenizer with the special tokens. UserError where it is another
-    tokenizer's.
+    vocabulary: pieces of the tokenizer with the special tokens; known: without them, none = the
+    rows of the weights. Rows that only fill the table up to a multiple of 64 (Qwen's) are cut off.
+    UserError where it is another tokenizer's.
     """
     rows, dim = llama["tok_embeddings.weight"].shape
+    if known is not None and 0 < rows - known <= FILLED and rows % 64 == 0:
+        rows = known
     new = vocabulary - rows
     if not 1 <= new <= 16:
         raise UserError(
             f"{where}: {rows} embeddings, but the tokenizer has {vocabulary} entries with the special tokens; "
-            "use the tokenizer.model that belongs to these weights"
+            "use the tokenizer.model that belongs to these weights, or its tokenizer.json"
         )
     head = torch.empty(new, dim).uniform_(-1, 1) / math.sqrt(dim)
     head[-1] = 0
     state = dict(llama)
     for name, more in (("tok_embeddings.weight", torch.randn(new, dim)), ("output.weight", head)):
-        state[name] = torch.cat([llama[name], more.to(llama[name].dtype)])
+        state[name] = torch.cat([llama[name][:rows], more.to(llama[name].dtype)])
     return {DECODER + name: value for name, value in state.items()}
 
 
@@ -121,20 +125,26 @@ def geometry(
     norm_eps: float = 1e-5,
     rope_theta: float = 10000.0,
     image_size: int | None = None,
+    rope_scaling: tuple[float, ...] = (),
 ) -> tuple[OpenAIConfig, LlamaConfig]:
     """Both networks' sizes, read off the shapes of a complete state dict; heads: of the decoder,
     None = LLaMA's."""
     table, first = state[f"{DECODER}tok_embeddings.weight"], f"{DECODER}layers.0."
     dim, heads = table.shape[1], heads or max(1, table.shape[1] // LLAMA_HEAD)
+    width = len(state[f"{first}attention.wq.weight"]) // heads
     decoder = LlamaConfig(
         dim=dim,
         n_layers=_count(state, rf"{DECODER}layers\.(\d+)\."),
         n_heads=heads,
-        n_kv_heads=len(state[f"{first}attention.wk.weight"]) // (dim // heads),
+        n_kv_heads=len(state[f"{first}attention.wk.weight"]) // width,
         vocab_size=len(table),
         ffn_dim=len(state[f"{first}feed_forward.w1.weight"]),
         norm_eps=norm_eps,
         rope_theta=rope_theta,
+        rope_scaling=tuple(rope_scaling),
+        head_width=width if width * heads != dim else None,
+        qkv_bias=f"{first}attention.wq.bias" in state,
+        qk_norm=f"{first}attention.q_norm.weight" in state,
     )
     return _tower(state, dim, image_size), decoder
 

@@ -1,4 +1,4 @@
-"""Parameter groups, fused AdamW, and one optimizer step under any precision."""
+"""Parameter groups, the optimizer over them, and one of its steps under any precision."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -9,9 +9,13 @@ from torch import nn
 
 from base import distributed
 from base.errors import UserError
+from base.files import did_you_mean
 from base.knobs import knob
 from runtime.optim.keras import KerasAdamW, KerasSGD
 from runtime.optim.lamb import Lamb
+from runtime.optim.layer_decay import layer_scales
+from runtime.optim.muon import MuonAdamW, is_hidden_matrix
+from runtime.optim.timm_optimizers import PREFIX, build_timm, is_of_timm
 
 NOT_DECAYED = (
     "cls_token",
@@ -25,11 +29,14 @@ NOT_DECAYED = (
 )
 
 
+OPTIMIZERS = ("adamw", "adamW", "sgd", "lamb", "muon")
+
+
 @dataclass
 class Optimizer:
-    """AdamW, SGD or LAMB."""
+    """AdamW, SGD, LAMB, Muon, or one of timm's."""
 
-    opt: str = knob("adamw", "optimizer", choices=("adamw", "adamW", "sgd", "lamb"))
+    opt: str = knob("adamw", "adamw, sgd, lamb, muon (AdamW for all but matrices) or timm/NAME")
     lr: float = knob(
         1e-4,
         "peak learning rate, absolute (not scaled by the batch)",
@@ -53,7 +60,14 @@ class Optimizer:
     )
     lr_scales: list[str] = knob(
         [],
-        "NAME=SHARE each: parameters whose names begin with NAME learn at SHARE times lr",
+        "NAME=SHARE each: parameters whose names begin with NAME, or the towers image and text of a dual encoder, learn at SHARE times lr",
+        rare=True,
+    )
+    layer_decay: float | None = knob(
+        None,
+        "learning rate of each block as a multiple of that of the block above (BEiT, MAE); none = 1",
+        low=0,
+        high=1,
         rare=True,
     )
     decay_everything: bool = knob(
@@ -61,6 +75,14 @@ class Optimizer:
         "as the originals: also decay temperature, [CLS], mask and position embeddings and embedding tables",
         rare=True,
     )
+
+    def __post_init__(self):
+        if self.opt not in OPTIMIZERS and not is_of_timm(self.opt):
+            names = [*OPTIMIZERS, f"{PREFIX}NAME"]
+            raise UserError(
+                f"optimizer.opt {self.opt!r} is unknown{did_you_mean(self.opt, names) or '.'} "
+                f"Known: {', '.join(names)}"
+            )
 
 
 def parameter_groups(
@@ -77,9 +99,9 @@ def parameter_groups(
     CLIP-rocket.
     """
     groups, scales = {}, named_scales(model, config.lr_scales)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    layers = layer_scales(trained, config.layer_decay) if config.layer_decay is not None else {}
+    for name, parameter in trained.items():
         is_token = not config.decay_everything and any(part in name for part in NOT_DECAYED)
         free = (
             parameter.ndim == 1 or name.endswith(".bias") or is_token
@@ -87,33 +109,42 @@ def parameter_groups(
             else name not in decayed
         )
         decay = 0.0 if free else config.weight_decay
-        scale = config.scalar_lr_scale if parameter.ndim == 0 else 1.0
+        scale = config.scalar_lr_scale if parameter.ndim == 0 else layers.get(name, 1.0)
         scale *= math.prod(factor for start, factor in scales.items() if name.startswith(start))
+        is_muon = config.opt == "muon" and is_hidden_matrix(name, parameter)
         # fused kernels take no mixture of sharded and whole parameters (scalars under FSDP2)
-        groups.setdefault((decay, scale, is_sharded(parameter)), []).append(parameter)
+        key = (decay, scale, is_sharded(parameter), is_muon)
+        groups.setdefault(key, []).append(parameter)
     keys = sorted(groups, key=lambda key: (key[0] if decayed is None else -key[0], -key[1]))
-    return [{"params": groups[key], "weight_decay": key[0], "lr_scale": key[1]} for key in keys]
+    found = []
+    for key in keys:
+        group = {"params": groups[key], "weight_decay": key[0], "lr_scale": key[1]}
+        found.append(group | ({"muon": key[3]} if config.opt == "muon" else {}))
+    return found
 
 
 def named_scales(model: nn.Module, written: Iterable[str]) -> dict[str, float]:
     """`lr_scales` as beginnings of names and their factors; UserError for one that is no number or
-    names nothing."""
-    scales = {}
+    names nothing.
+
+    A dual encoder's `towers` (name -> beginnings of the tower's parameters) can be named, too."""
+    scales, towers = {}, getattr(model, "towers", {})
+    names = [name for name, _ in model.named_parameters()]
     for entry in written:
         start, _, factor = entry.partition("=")
         try:
-            scales[start] = float(factor)
+            scale = float(factor)
         except ValueError:
             raise UserError(
                 f"lr_scales: {entry!r} is not NAME=SHARE, such as text_model=0.1"
             ) from None
-        if not any(name.startswith(start) for name, _ in model.named_parameters()):
-            parts = ", ".join(
-                dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
-            )
+        starts = towers.get(start, (start,))
+        if not any(name.startswith(starts) for name in names):
+            parts = ", ".join(dict.fromkeys([*towers, *(name.split(".")[0] for name in names)]))
             raise UserError(
                 f"lr_scales: no parameter's name begins with {start!r}; this model has {parts}"
             )
+        scales |= dict.fromkeys(starts, scale)
     return scales
 
 
@@ -141,6 +172,13 @@ def build_optimizer(
     its wrapper.
     """
     groups = parameter_groups(distributed.unwrap(model), config, decayed)
+    if not groups:
+        raise UserError(
+            "nothing is left to train: every parameter is locked or frozen; leave a tower unlocked, "
+            "or evaluate instead"
+        )
+    if config.opt == "muon" or is_of_timm(config.opt):
+        return _whole_tensor_optimizer(model, groups, config)
     if config.opt == "lamb":
         return Lamb(groups, config.lr, config.betas, config.eps)
     sgd, adamw = (KerasSGD, KerasAdamW) if config.keras else (torch.optim.SGD, torch.optim.AdamW)
@@ -151,6 +189,27 @@ def build_optimizer(
             )
         return sgd(groups, config.lr, momentum=config.momentum, fused=True)
     return adamw(groups, config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _whole_tensor_optimizer(
+    model: nn.Module, groups: list[dict], config: Optimizer
+) -> torch.optim.Optimizer:
+    """Muon, or timm's: they see whole tensors. UserError for sharded ones."""
+    if any(is_sharded(p) for p in model.parameters()):
+        raise UserError(
+            f"--optimizer.opt {config.opt} needs whole tensors, and fsdp shards them; use --parallel "
+            "ddp, or adamw or lamb"
+        )
+    if config.opt == "muon":
+        return MuonAdamW(groups, config.lr, config.betas, config.eps)
+    options = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+    }
+    return build_timm(groups, config.opt, options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -216,10 +275,11 @@ class Precision:
             self.scaler.update()
         else:
             self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())
-            optimizer.found_inf = (
-                self.found_inf
-            )  # the fused kernels leave the weights alone where it is 1
-            optimizer.step()
+            # the fused kernels leave the weights alone where it is 1; timm's do not know it
+            optimizer.found_inf = self.found_inf
+            on_host = getattr(optimizer, "leaves_out_on_host", False)
+            if not (on_host and self.found_inf.item()):
+                optimizer.step()
         self.good_steps += 1 - self.found_inf
         optimizer.zero_grad(set_to_none=True)
         return norm

@@ -49,6 +49,104 @@ def test_logits_are_those_of_transformers(hugging_face):
     assert (logits(ours, ids) - theirs(ids).logits).abs().max() < 1e-5
 
 
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 500.0,
+}
+
+
+def decoder_of(kind: str):
+    """A random decoder of transformers: LLaMA 3.1's positions with tied heads, SmolLM2, Qwen2, Qwen3."""
+    import transformers
+
+    sizes = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    if kind == "llama3":
+        new = "rope_parameters" in transformers.LlamaConfig().to_dict()
+        rope = {"rope_parameters": LLAMA_3} if new else {"rope_scaling": LLAMA_3}
+        rope |= {} if new else {"rope_theta": LLAMA_3["rope_theta"]}
+        config = transformers.LlamaConfig(**sizes, **rope, tie_word_embeddings=True)
+        return transformers.LlamaForCausalLM(config)
+    if kind == "smollm2":
+        config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
+        return transformers.LlamaForCausalLM(config)
+    if kind == "qwen2":
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+    config = transformers.Qwen3Config(**sizes, head_dim=16, tie_word_embeddings=True)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama3", "smollm2", "qwen2", "qwen3"])
+def test_decoders_of_the_layout(kind, tmp_path):
+    """Logits equal transformers', and what is written back loads there again."""
+    from models.weights.llama import hugging_face_values, to_hugging_face
+
+    if kind == "qwen3":
+        pytest.importorskip("transformers", minversion="4.51")
+    torch.manual_seed(0)
+    theirs = decoder_of(kind).eval()
+    for value in theirs.parameters():
+        if value.ndim == 1:
+            value.add_(0.3 * torch.randn_like(value))  # biases and norms that count
+    theirs.save_pretrained(tmp_path)
+    config, state = read_llama(tmp_path)
+    ours = Llama(config).eval()
+    ours.load_state_dict(state)
+    ids = torch.randint(50, (2, 60), generator=torch.Generator().manual_seed(0))
+    expected = theirs(ids).logits
+    assert (logits(ours, ids) - expected).abs().max() < 1e-5
+    assert bool(config.rope_scaling) == (kind == "llama3")
+    back = type(theirs)(type(theirs.config)(**hugging_face_values(config))).eval()
+    back.load_state_dict(to_hugging_face(state, config))
+    assert (back(ids).logits - expected).abs().max() < 1e-5
+
+
+def test_params_of_llama_3_1(tmp_path):
+    """Meta's own file names the scaling by a flag."""
+    model = meta_folder(tmp_path)
+    about = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps(about | {"use_scaled_rope": True}))
+    config, _ = read_llama(tmp_path)
+    assert config.rope_scaling == (8.0, 1.0, 4.0, 8192.0) and not model.config.rope_scaling
+
+
+def test_geometry_of_a_checkpoint_is_read_off_its_weights(tmp_path):
+    """Heads of another width, biases and norms of Qwen's."""
+    from models.weights.nxtp import geometry
+    from tests.helpers.tiny_nxtp import network
+
+    shape = {
+        "head_width": 16,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "rope_scaling": (8.0, 1.0, 4.0, 64.0),
+    }
+    config = LlamaConfig(
+        dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=40, ffn_dim=64, **shape
+    )
+    state = {f"language_decoder.{k}": v for k, v in Llama(config).state_dict().items()}
+    vision = {k: v for k, v in network().state_dict().items() if k.startswith("vision")}
+    found = geometry(vision | state, 4, rope_scaling=config.rope_scaling)[1]
+    assert found == config
+
+
+def test_rows_that_fill_a_table_up_are_cut_off():
+    from models.weights.nxtp import decoder_state
+
+    table = {"tok_embeddings.weight": torch.randn(128, 4), "output.weight": torch.randn(128, 4)}
+    state = decoder_state(table, 102, "qwen", known=100)
+    rows = state["language_decoder.tok_embeddings.weight"]
+    assert rows.shape == (102, 4)
+    assert torch.equal(rows[:100], table["tok_embeddings.weight"][:100])
+    with pytest.raises(UserError, match="128 embeddings, but the tokenizer has 102"):
+        decoder_state(table, 102, "qwen")
+
+
 @torch.no_grad()
 def test_a_decoder_that_is_cut_keeps_first_blocks_norm_and_head(hugging_face):
     theirs, folder = hugging_face

@@ -1,5 +1,6 @@
 """A decoder's tokenizer.json in place of its tokenizer.model."""
 
+import json
 import pickle
 
 import pytest
@@ -57,3 +58,19 @@ def test_tokenizer_model_comes_first_and_faults_are_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         PieceTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("about", "bos", "eos"),
+    [
+        ({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}, 1, 2),  # SmolLM2
+        ({"bos_token": None, "eos_token": "<|endoftext|>"}, 0, 0),  # Qwen2
+        (None, 0, 0),
+    ],
+)
+def test_other_decoders_say_their_tokens_beside_the_file(about, bos, eos, tmp_path):
+    write_tokenizer(tmp_path, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    if about is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    pieces = PieceTokenizer(tmp_path)
+    assert (pieces.bos, pieces.eos) == (bos, eos)

@@ -1,0 +1,167 @@
+"""Muon, timm's optimizers, learning rates by layer and by tower."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp
+
+from base.errors import UserError
+from runtime.optim.build import (
+    Optimizer,
+    Precision,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+from runtime.optim.layer_decay import layer_scales
+from tests.helpers.clip_toys import toy
+
+CPU = torch.device("cpu")
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+NEW = [pytest.param("muon", marks=needs_muon), "timm/lion", "timm/nadamw", "timm/adafactor"]
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def train(model, optimizer, steps: int, seed: int) -> None:
+    precision = Precision("fp32", CPU)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        set_learning_rate(optimizer, 0.01)
+        precision.backward(model(torch.randn(6, 4, generator=generator)).square().mean())
+        precision.step(optimizer, model.parameters())
+
+
+@pytest.mark.parametrize("opt", NEW)
+def test_resume_is_exact(opt):
+    config = Optimizer(opt=opt, lr=0.01)
+    straight = small()
+    optimizer = build_optimizer(straight, config)
+    train(straight, optimizer, 3, seed=1)
+    options = dcp.StateDictOptions(full_state_dict=True)
+    saved = copy.deepcopy(dcp.get_state_dict(straight, optimizer, options=options))
+    train(straight, optimizer, 3, seed=2)
+    resumed = small()
+    other = build_optimizer(resumed, config)
+    dcp.set_model_state_dict(resumed, saved[0], options=options)
+    dcp.set_optimizer_state_dict(resumed, other, saved[1], options=options)
+    train(resumed, other, 3, seed=2)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert not torch.equal(small().state_dict()["0.weight"], straight.state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize("opt", NEW)
+def test_a_bad_step_and_all_after_it_leave_the_weights_alone(opt):
+    model, precision = small(), Precision("fp32", CPU)
+    optimizer = build_optimizer(model, Optimizer(opt=opt, lr=0.1))
+    history = []
+    for scale in (1.0, float("nan"), 1.0):
+        precision.backward(model(torch.ones(2, 4)).sum() * scale)
+        precision.step(optimizer, model.parameters())
+        history.append([p.detach().clone() for p in model.parameters()])
+    for first, second, third in zip(*history, strict=True):
+        assert torch.equal(first, second) and torch.equal(first, third)
+
+
+@needs_muon
+def test_muon_updates_hidden_matrices_and_adamw_the_rest():
+    model = toy("CLIP_VITB16_CLIP")
+    optimizer = build_optimizer(model, Optimizer(opt="muon", lr=0.01))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_muon = {names[p] for g in optimizer.param_groups if g["muon"] for p in g["params"]}
+    assert (
+        "visual.blocks.0.attn.qkv.weight" in by_muon
+        and "transformer.resblocks.0.mlp.c_fc.weight" in by_muon
+    )
+    rest = set(names.values()) - by_muon
+    assert {
+        "token_embedding.weight",
+        "positional_embedding",
+        "visual.patch_embed.proj.weight",
+    } <= rest
+    assert "logit_scale" in rest and "visual.norm.weight" in rest
+    reference = copy.deepcopy(model)
+    alone = torch.optim.Muon(
+        [dict(reference.named_parameters())["visual.blocks.0.mlp.fc1.weight"]],
+        lr=0.01,
+        weight_decay=0.02,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    for network in (model, reference):
+        network.visual(torch.ones(2, 3, 16, 16)).square().sum().backward()
+    set_learning_rate(optimizer, 0.01)
+    optimizer.step()
+    alone.step()
+    found = dict(model.named_parameters())["visual.blocks.0.mlp.fc1.weight"]
+    assert torch.equal(found, dict(reference.named_parameters())["visual.blocks.0.mlp.fc1.weight"])
+
+
+def test_unknown_optimizers():
+    with pytest.raises(UserError, match="did you mean muon"):
+        Optimizer(opt="muom")
+    with pytest.raises(UserError, match=r"timm has no such optimizer; did you mean lion"):
+        build_optimizer(small(), Optimizer(opt="timm/lionn"))
+
+
+def test_without_muon(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(UserError, match=r"came with 2\.9; use adamw"):
+        build_optimizer(small(), Optimizer(opt="muon"))
+
+
+def test_sharded_parameters_are_refused(monkeypatch):
+    monkeypatch.setattr("runtime.optim.build.is_sharded", lambda tensor: True)
+    for opt in ("muon", "timm/lion"):
+        with pytest.raises(UserError, match="fsdp shards them; use --parallel"):
+            build_optimizer(small(), Optimizer(opt=opt))
+
+
+def test_layer_decay_is_that_of_mae():
+    """Two blocks: 0.5^3 for what feeds them, 0.5^2 and 0.5 for the blocks, 1 behind them."""
+    model = toy("CLIP_VITB16_CLIP")
+    scales = layer_scales([name for name, _ in model.named_parameters()], 0.5)
+    expected = {
+        "visual.cls_token": 0.125,
+        "visual.pos_embed": 0.125,
+        "visual.patch_embed.proj.weight": 0.125,
+        "visual.blocks.0.norm1.weight": 0.25,
+        "visual.blocks.1.mlp.fc2.bias": 0.5,
+        "visual.norm.weight": 1,
+        "token_embedding.weight": 0.125,
+        "positional_embedding": 0.125,
+        "transformer.resblocks.0.ln_1.weight": 0.25,
+        "transformer.resblocks.1.ln_1.weight": 0.5,
+        "ln_final.weight": 1,
+        "image_projector.weight": 1,
+        "logit_scale": 1,
+    }
+    assert {name: scales[name] for name in expected} == expected
+    groups = parameter_groups(model, Optimizer(layer_decay=0.5))
+    assert {group["lr_scale"] for group in groups} == {0.125, 0.25, 0.5, 1}
+    with pytest.raises(UserError, match="no numbered blocks"):
+        layer_scales(["weight"], 0.5)
+
+
+def test_towers_have_learning_rates_of_their_own():
+    model = toy("CLIP_VITB16_CLIP")
+    groups = parameter_groups(model, Optimizer(lr_scales=["image=0.1", "text=0.5"]))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    scale = {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert {v for k, v in scale.items() if k.startswith("visual.")} == {0.1}
+    text = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.")
+    assert {v for k, v in scale.items() if k.startswith(text)} == {0.5}
+    assert scale["image_projector.weight"] == scale["logit_scale"] == 1
+    with pytest.raises(UserError, match="this model has image, text, "):
+        parameter_groups(model, Optimizer(lr_scales=["audio=1"]))
+
+
+def test_nothing_left_to_train():
+    with pytest.raises(UserError, match="nothing is left to train"):
+        build_optimizer(small().requires_grad_(False), Optimizer())

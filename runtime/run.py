@@ -141,7 +141,7 @@ def check_batch_of(config: RunConfig) -> None:
     option = "batch_size" if hasattr(config, "batch_size") else "batch_size_train"
     network = getattr(config, "network", config)
     side = getattr(network, "image_size", None) or getattr(network, "image_res", None)
-    check_batch(getattr(config, option), side or SMALLEST, option)
+    check_batch(getattr(config, option, 1), side or SMALLEST, option)
 
 
 class Run:

@@ -1,15 +1,20 @@
-"""What a small CLIP learns: main.py beside open_clip's own training script, on the same pairs.
+"""What small networks learn: ours beside the training code of others, on the same pairs.
 
     python -m benchmarks.learning                                     # DigitScenes, made if missing
     python -m benchmarks.learning --train-data pairs.json --test-data held_out.json --image-root images
+    python -m benchmarks.learning --peer PATH/TO/ALBEF --pairs 5000 --epochs 4
 
-Both sides train the same network (ViT of 4 blocks, width 128, patches of 8 pixels; text transformer
-of 2 blocks, width 128, 24 tokens) from random weights with the same batch size, optimizer,
-schedule, crops and number of samples. One evaluator then embeds the held-out images and captions
-and takes the recall at 1 among all of them. Weights and order of the samples differ between seeds,
-and so does recall: the table gives the mean, its standard error and every seed. Recall does not
-depend on how busy the machine is; samples a CPU second hardly do. open_clip's script needs `pip
-install "open_clip_torch[training]"`.
+The first two train a CLIP by main.py and by open_clip's own script: the same network (ViT of 4
+blocks, width 128, patches of 8 pixels; text transformer of 2 blocks, width 128, 24 tokens) from
+random weights. With --peer it is an ALBEF by Pretrain.py and by the original's own main(): the same
+network (ViT of 2 blocks, width 96; BERT of 2 layers, the second fusing) from the same weights.
+
+Both sides have the same batch size, optimizer, learning rates, crops and number of samples. One
+evaluator then embeds the held-out images and captions and takes the recall at 1 among all of them,
+for ALBEF by its contrastive features. Weights and order of the samples differ between seeds, and so
+does recall: the table gives the mean, its standard error and every seed. Recall does not depend on
+how busy the machine is; samples a CPU second hardly do. open_clip's script needs `pip install
+"open_clip_torch[training]"`.
 """
 
 import csv
@@ -30,7 +35,8 @@ import torch
 from base.distributed import ALONE
 from base.errors import UserError
 from base.files import read_json, write_json, write_json_lines
-from benchmarks.runner import ROOT, Options, device_of
+from benchmarks import learning_albef
+from benchmarks.runner import OURS, ROOT, PeerOptions, check_peer, device_of
 from benchmarks.table import markdown, publish
 from dataset.images.clip import EvalView, normalize, pixel_statistics
 from dataset.images.decode import decode_image
@@ -53,14 +59,17 @@ OPEN_CLIP = {
 
 
 @dataclass
-class Config(Options):
+class Config(PeerOptions):
     """What to train on, and for how long."""
 
     train_data: Path | None = knob(None, "JSON list of {image, caption}; none = DigitScenes")
     test_data: Path | None = knob(None, "the same, held out, to be evaluated on")
     image_root: Path | None = knob(None, "folder that the names of images start from")
     folder: Path = knob(Path("output/benchmarks/learning"), "where runs and DigitScenes go")
-    sides: list[str] = knob(["ours", "open_clip"], "which to train: ours, open_clip")
+    text_encoder: Path | None = knob(
+        None, "with --peer: folder with a WordPiece tokenizer.json; none = that of DigitScenes"
+    )
+    sides: list[str] = knob([], "which to train: ours, open_clip, or original with --peer")
     repeats: int = knob(2, "number of seeds, from 0 on, unless --seeds names them", low=1)
     seeds: list[int] = knob([], "one training run of each side for each")
     pairs: int = knob(20_000, "image-caption pairs to train on, a fixed subset; 0 = all", low=0)
@@ -77,9 +86,14 @@ class Config(Options):
             raise UserError(
                 "--train-data, --test-data and --image-root go together: give all three"
             )
+        if self.peer and given[0] and not self.text_encoder:
+            raise UserError("--peer with --train-data needs --text-encoder, a WordPiece tokenizer")
+        check_peer(self, learning_albef.CHECKOUT_FILE, "ALBEF", one_size=False)
+        known = list(sides_of(self))
+        self.sides = self.sides or known
         for side in self.sides:
-            if side not in TRAIN:
-                raise UserError(f"--sides {side} is unknown; use {' or '.join(TRAIN)}")
+            if side not in known:
+                raise UserError(f"--sides {side} is unknown; use {' or '.join(known)}")
 
 
 # ---- data
@@ -104,7 +118,7 @@ def captions_by_image(config: Config, file: Path) -> list[tuple[Path, list[str]]
 
 
 def write_pairs(config: Config) -> int:
-    """The training pairs as both sides read them, one caption a row; returns how many."""
+    """The training pairs as every side reads them, one caption a row; returns how many."""
     pairs = [
         (image, text)
         for image, texts in captions_by_image(config, config.train_data)
@@ -114,6 +128,8 @@ def write_pairs(config: Config) -> int:
     chosen = [pairs[i] for i in order[: config.pairs or None]]
     rows = ({"image": str(image), "caption": [text]} for image, text in chosen)
     write_json_lines(config.folder / "train.jsonl", rows)
+    rows = [{"image": str(image), "caption": text} for image, text in chosen]
+    write_json(config.folder / "train.json", rows)
     with open(config.folder / "train.csv", "w", newline="") as file:
         table = csv.writer(file, delimiter="\t")
         table.writerow(["filepath", "title"])
@@ -191,38 +207,53 @@ def train_open_clip(config: Config, run: Path, seed: int) -> list[str]:
 
 
 # ---- evaluation
+def clip_tokens(texts: list[str]) -> torch.Tensor:
+    """Ids int64 [B,L] of CLIP's tokenizer."""
+    return ClipTokenizer(None, CONTEXT)(texts, lengths=[CONTEXT])
+
+
 def open_ours(config: Config, run: Path) -> tuple:
-    """`(embed images, embed texts)` of main.py's newest checkpoint."""
+    """`(embed images, embed texts, tokenize)` of main.py's newest checkpoint."""
     from models.weights.any_dual_encoder import open_dual
     from runtime.checkpoint import read_weights, weights_file
     from runtime.config.from_checkpoint import described
 
     file = weights_file(run)
     model = open_dual(read_weights(file), described(file)).model
-    return lambda image: model.embed_image(image)["z"], lambda ids: model.embed_text(ids)["z"]
+
+    def embed_image(image: torch.Tensor) -> torch.Tensor:
+        return model.embed_image(image)["z"]
+
+    def embed_text(ids: torch.Tensor) -> torch.Tensor:
+        return model.embed_text(ids)["z"]
+
+    return embed_image, embed_text, clip_tokens
 
 
 def open_open_clip(config: Config, run: Path) -> tuple:
-    """`(embed images, embed texts)` of open_clip's last checkpoint."""
+    """`(embed images, embed texts, tokenize)` of open_clip's last checkpoint."""
     import open_clip
 
     open_clip.add_model_config(config.folder / "open_clip_small.json")
     model = open_clip.create_model("open_clip_small").eval()
     file = run / f"checkpoints/epoch_{config.epochs}.pt"
     model.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
-    return model.encode_image, model.encode_text
+    return model.encode_image, model.encode_text, clip_tokens
 
 
-TRAIN = {"ours": train_ours, "open_clip": train_open_clip}
-OPEN = {"ours": open_ours, "open_clip": open_open_clip}
+CLIP_SIDES = {OURS: (train_ours, open_ours), "open_clip": (train_open_clip, open_open_clip)}
+
+
+def sides_of(config: Config) -> dict[str, tuple]:
+    """By name: the function that gives the command of a training run, and the one that opens it."""
+    return learning_albef.SIDES if config.peer else CLIP_SIDES
 
 
 @torch.inference_mode()
-def recall(config: Config, embed_image, embed_text) -> dict[str, float]:
+def recall(config: Config, embed_image, embed_text, tokenize) -> dict[str, float]:
     """R@1 in percent of the held-out list: captions of each image, images of each caption."""
     test = captions_by_image(config, config.test_data)
     view, pixels = EvalView(IMAGE_SIZE, "bicubic"), pixel_statistics(torch.device("cpu"))
-    tokenize = ClipTokenizer(None, CONTEXT)
     texts = [text for _, captions in test for text in captions]
     text_image = torch.tensor([i for i, (_, captions) in enumerate(test) for _ in captions])
 
@@ -232,7 +263,7 @@ def recall(config: Config, embed_image, embed_text) -> dict[str, float]:
 
     loaded = [view(decode_image(path)) for path, _ in test]
     images = embed((normalize(part, pixels) for part in torch.stack(loaded).split(64)), embed_image)
-    captions = embed(tokenize(texts, lengths=[CONTEXT]).split(64), embed_text)
+    captions = embed(tokenize(texts).split(64), embed_text)
     found = retrieve(images, captions, text_image, ALONE)
     return {"captions": found["txt_r1_z"], "images": found["img_r1_z"]}
 
@@ -245,8 +276,10 @@ def cpu_seconds() -> float:
 
 def train(config: Config, side: str, seed: int) -> dict[str, float]:
     """Train one side with one seed and evaluate it."""
-    run = (config.folder / f"{side}_{seed}").absolute()
-    command = TRAIN[side](config, run, seed)
+    kind = "albef_" if config.peer else ""
+    run = (config.folder / f"{kind}{side}_{seed}").absolute()
+    command_of, open_run = sides_of(config)[side]
+    command = command_of(config, run, seed)
     shutil.rmtree(run, ignore_errors=True)  # open_clip trains into no folder that exists
     env = dict(os.environ, OMP_NUM_THREADS=str(config.threads), OMP_WAIT_POLICY="PASSIVE")
     began = cpu_seconds()
@@ -254,16 +287,23 @@ def train(config: Config, side: str, seed: int) -> dict[str, float]:
     if done.returncode:
         raise UserError(f"{side} failed (exit {done.returncode}):\n{done.stderr.strip()[-3000:]}")
     spent = cpu_seconds() - began
-    figures = recall(config, *OPEN[side](config, run)) | {"cpu_seconds": spent}
+    figures = recall(config, *open_run(config, run)) | {"cpu_seconds": spent}
     print(side, seed, json.dumps(figures), flush=True)
     return figures
+
+
+def standard_error(values: list[float]) -> float:
+    """Standard error of the mean; 0 of one value."""
+    if len(values) < 2:
+        return 0.0
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def spread(values: list[float]) -> str:
     """Mean, standard error of the mean where there are several values, and the values."""
     text = f"{statistics.mean(values):.1f}"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+        text += f" ± {standard_error(values):.1f}"
     return f"{text} ({', '.join(f'{value:.1f}' for value in values)})"
 
 
@@ -277,6 +317,26 @@ def table(found: dict[str, list[dict]], samples: int) -> str:
         rows.append([side, captions, images, f"{speed:.0f}"])
     head = ["", "R@1 of captions (each seed)", "R@1 of images (each seed)", "samples a CPU second"]
     return markdown(head, rows)
+
+
+def verdict(found: dict[str, list[dict]]) -> str:
+    """For each direction of retrieval, whether our mean is below the other side's by more than the
+    standard error of their difference; nothing where that error is unknown."""
+    if OURS not in found or len(found) < 2 or min(map(len, found.values())) < 2:
+        return ""
+    other = next(side for side in found if side != OURS)
+    lines = []
+    for direction in ("captions", "images"):
+        ours = [run[direction] for run in found[OURS]]
+        theirs = [run[direction] for run in found[other]]
+        gap = statistics.mean(ours) - statistics.mean(theirs)
+        error = math.hypot(standard_error(ours), standard_error(theirs))
+        word = "is" if gap < -error else "is not"
+        lines.append(
+            f"R@1 of {direction}: ours {word} below {other}'s mean by more than the standard error "
+            f"(difference {gap:+.1f} ± {error:.1f})."
+        )
+    return "\n".join(lines)
 
 
 def main(config: Config) -> None:
@@ -296,9 +356,11 @@ def main(config: Config) -> None:
     texts = sum(len(texts) for _, texts in held_out)
     body = table(found, samples)
     body += f"\n\nMean ± standard error of seeds {', '.join(map(str, config.seeds))}; "
-    body += f"{len(held_out)} held-out images with {texts} captions."
-    title = [f"Learning of a small CLIP, {config.train_data.parent.name}", f"{samples:,} samples"]
-    publish(asked, "learning", title, body, load=None)
+    body += f"{len(held_out)} held-out images with {texts} captions.\n{verdict(found)}"
+    network = "ALBEF" if config.peer else "CLIP"
+    title = [f"Learning of a small {network}, {config.train_data.parent.name}"]
+    title.append(f"{samples:,} samples")
+    publish(asked, "learning", title, body.rstrip(), load=None)
 
 
 if __name__ == "__main__":

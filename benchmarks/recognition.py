@@ -189,7 +189,7 @@ def measure_case(case: str, config: Config, folder: str) -> dict[str, list[dict]
 
 
 def main(config: Config) -> None:
-    check_peer(config, "src/decoding.py", "NXTP")
+    check_peer(config, "src/decoding.py", "NXTP", one_size=False)
     load = load_at_start(config)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

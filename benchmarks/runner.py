@@ -76,11 +76,14 @@ def device_of(options: Options) -> str:
     return options.device
 
 
-def check_peer(options: PeerOptions, file: str, name: str) -> None:
-    """Raise UserError if --peer is given and is no checkout of `name`, which has `file`."""
+def check_peer(options: PeerOptions, file: str, name: str, one_size: bool = True) -> None:
+    """Raise UserError if --peer is given and is no checkout of `name`, which has `file`.
+
+    one_size: the original's network cannot be made tiny.
+    """
     if options.peer and not (Path(options.peer) / file).is_file():
         raise UserError(f"--peer {options.peer}: no {file} there; it takes a checkout of {name}")
-    if options.peer and options.tiny and name != "NXTP":
+    if options.peer and options.tiny and one_size:
         raise UserError(f"--tiny: {name} has one size; leave --peer out")
 
 

@@ -2,13 +2,18 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import yaml
 from PIL import Image
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
 
 from base.errors import UserError
-from base.files import read_json_lines, write_json
+from base.files import read_json, read_json_lines, write_json
 from benchmarks import learning
 
 
@@ -54,10 +59,13 @@ def test_recall_counts_what_the_embeddings_find(config):
     def embed_text(ids: torch.Tensor) -> torch.Tensor:
         return torch.eye(8)[[last[int(row[2])] for row in ids]]
 
-    assert learning.recall(config, embed_image, embed_text) == {"captions": 100, "images": 100}
+    assert learning.recall(config, embed_image, embed_text, learning.clip_tokens) == {
+        "captions": 100,
+        "images": 100,
+    }
     last = {token: max(number, 1) for token, number in last.items()}
     levels.clear()
-    found = learning.recall(config, embed_image, embed_text)
+    found = learning.recall(config, embed_image, embed_text, learning.clip_tokens)
     assert found["captions"] == pytest.approx(87.5) and found["images"] == pytest.approx(87.5)
 
 
@@ -90,3 +98,196 @@ def test_both_sides_train_and_are_evaluated(config, capsys):
     assert all(0 <= json.loads(text)["captions"] <= 100 for *_, text in figures)
     assert "8 samples" in said
     assert "--seeds 0 1" in said
+
+
+# ---- ALBEF beside Pretrain.py
+PRETRAIN = """
+import json
+from pathlib import Path
+
+import ruamel_yaml
+import torch
+import utils
+from dataset import create_dataset, create_loader
+from models.model_pretrain import ALBEF
+from models.tokenization_bert import BertTokenizer
+
+
+def main(args, config):
+    tokenizer = BertTokenizer.from_pretrained(args.text_encoder)
+    pairs = create_dataset("pretrain", config)
+    loader = create_loader([pairs], batch_size=[config["batch_size"]], num_workers=[4])
+    model = ALBEF(config=config, text_encoder=None, tokenizer=tokenizer, init_deit=True)
+    state = torch.load(args.checkpoint, weights_only=True)["model"]
+    utils.MetricLogger().synchronize_between_processes()
+    seen = {
+        "text": tokenizer(["a grey", "level a a"], padding="longest", max_length=25).input_ids.tolist(),
+        "pairs": pairs.rows,
+        "view": repr(pairs.view.transforms),
+        "scale": pairs.view.transforms[0].scale,
+        "workers": loader,
+        "vision": model.vision,
+        "seed": args.seed,
+        "config": config,
+        "world": torch.distributed.get_world_size(),
+    }
+    Path(args.output_dir, "seen.json").write_text(json.dumps(seen))
+    # what training changes here: all images become alike
+    state["vision_proj.weight"].zero_()
+    torch.save({"model": state}, Path(args.output_dir, "checkpoint_%02d.pth" % (config["schedular"]["epochs"] - 1)))
+"""
+MODEL = """
+import torch
+from models.vit import VisionTransformer
+
+
+class BertForMaskedLM:
+    def __init__(self, config):
+        self.config = config
+
+
+class ALBEF:
+    def __init__(self, text_encoder, tokenizer, config, init_deit):
+        BertForMaskedLM.from_pretrained(text_encoder, config=None)
+        vit = VisionTransformer(
+            img_size=config["image_res"], patch_size=16, embed_dim=768, depth=12, num_heads=12
+        )
+        self.vision = vit.given
+        weights = torch.hub.load_state_dict_from_url(url="https://example.org/deit.pth")["model"]
+        assert weights["pos_embed"].shape == (1, 37, 96)
+"""
+VIT = """
+class VisionTransformer:
+    def __init__(self, **given):
+        self.given = given
+"""
+DATA = """
+import json
+
+import cv2
+from torchvision import transforms
+
+
+class RandomAugment:
+    pass
+
+
+class Pairs:
+    def __init__(self, files, view):
+        self.rows = [row for file in files for row in json.load(open(file))]
+        self.view = view
+
+
+def create_dataset(kind, config):
+    steps = [
+        transforms.RandomResizedCrop(config["image_res"], scale=(0.2, 1.0)),
+        transforms.RandomHorizontalFlip(),
+        RandomAugment(2, 7, isPIL=True),
+        transforms.ToTensor(),
+    ]
+    return Pairs(config["train_file"], transforms.Compose(steps))
+
+
+def create_loader(datasets, batch_size, num_workers):
+    return num_workers
+"""
+UTILS = """
+class MetricLogger:
+    def synchronize_between_processes(self):
+        raise RuntimeError("wants CUDA")
+"""
+CHECKOUT = {  # with the interfaces of ALBEF that the benchmark calls and adjusts
+    "Pretrain.py": PRETRAIN,
+    "models/__init__.py": "",
+    "models/model_pretrain.py": MODEL,
+    "models/vit.py": VIT,
+    "dataset/__init__.py": DATA,
+    "utils.py": UTILS,
+}
+
+
+@pytest.fixture
+def with_peer(config, tmp_path) -> learning.Config:
+    """`config` with a stand-in of ALBEF's checkout and a tokenizer of the captions' words."""
+    for name, text in CHECKOUT.items():
+        file = tmp_path / "peer" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "level", "grey", *"abcdefgh"]
+    backend = tokenizers.Tokenizer(
+        WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = Whitespace()
+    config.text_encoder = tmp_path / "tokenizer"
+    config.text_encoder.mkdir()
+    backend.save(str(config.text_encoder / "tokenizer.json"))
+    config.peer = str(tmp_path / "peer")
+    return config
+
+
+def test_a_checkout_and_its_tokenizer_are_asked_for(with_peer, tmp_path):
+    with_peer.sides = ["open_clip"]
+    with pytest.raises(UserError, match="--sides open_clip is unknown; use ours or original"):
+        with_peer.check()
+    with_peer.text_encoder = None
+    with pytest.raises(UserError, match="--text-encoder"):
+        with_peer.check()
+    with pytest.raises(UserError, match="takes a checkout of ALBEF"):
+        learning.Config(peer=str(tmp_path)).check()
+
+
+def test_the_verdict_compares_means_by_their_standard_error():
+    ours = [{"captions": 50.0, "images": 40.0}, {"captions": 54.0, "images": 44.0}]
+    theirs = [{"captions": 53.0, "images": 47.0}, {"captions": 57.0, "images": 47.0}]
+    assert learning.verdict({"ours": ours, "original": theirs}).splitlines() == [
+        "R@1 of captions: ours is below original's mean by more than the standard error "
+        "(difference -3.0 ± 2.8).",
+        "R@1 of images: ours is below original's mean by more than the standard error "
+        "(difference -5.0 ± 2.0).",
+    ]
+    theirs = [{"captions": 52.0, "images": 42.0}, {"captions": 56.0, "images": 46.0}]
+    lines = learning.verdict({"ours": ours, "original": theirs}).splitlines()
+    assert [line.split(" below")[0] for line in lines] == [
+        "R@1 of captions: ours is not",
+        "R@1 of images: ours is not",
+    ]
+    assert learning.verdict({"ours": ours, "original": theirs[:1]}) == ""
+    assert learning.verdict({"ours": ours}) == ""
+
+
+@pytest.mark.slow
+def test_the_original_trains_on_the_same_pairs_weights_and_views(with_peer, capsys):
+    with_peer.tiny, with_peer.batch, with_peer.seeds = True, 4, [3]
+    learning.main(with_peer)
+    said = capsys.readouterr().out
+    assert [line.split(" ", 2)[:2] for line in said.splitlines() if line[-1:] == "}"] == [
+        ["ours", "3"],
+        ["original", "3"],
+    ]
+    assert "Learning of a small ALBEF" in said and "8 samples" in said
+    # all images alike: the first is found, and so is one image of eight for each caption
+    found = [json.loads(line.split(" ", 2)[2]) for line in said.splitlines() if line[-1:] == "}"]
+    assert found[1]["images"] == pytest.approx(12.5)
+    folder = with_peer.folder
+    seen = read_json(folder / "albef_original_3/seen.json", dict)
+    assert seen["pairs"] == read_json(folder / "train.json", list) and len(seen["pairs"]) == 8
+    assert seen["text"] == [[2, 7, 6, 0], [2, 5, 7, 7]]
+    assert seen["vision"] == {
+        "img_size": 48,
+        "patch_size": 8,
+        "embed_dim": 96,
+        "depth": 2,
+        "num_heads": 4,
+    }
+    assert seen["scale"] == [0.8, 1.0] and seen["view"].count("Identity") == 2
+    assert seen["workers"] == [1] and seen["seed"] == 3 and seen["world"] == 1
+    assert seen["config"]["schedular"]["lr"] == seen["config"]["optimizer"]["lr"] == with_peer.lr
+    # our side started from the same weights: its config names the file that the original read
+    ours = yaml.safe_load((folder / "albef_ours_3/config.yaml").read_text())
+    assert Path(ours["checkpoint"]) == (folder / "start_3.pth").absolute()
+    assert ours["optimizer"]["lr"] == with_peer.lr and ours["queue_size"] == 1024
+    start = torch.load(folder / "start_3.pth", weights_only=True)["model"]
+    end = torch.load(folder / "albef_original_3/checkpoint_00.pth", weights_only=True)["model"]
+    assert [name for name in start if not torch.equal(start[name], end[name])] == [
+        "vision_proj.weight"
+    ]

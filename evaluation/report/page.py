@@ -93,6 +93,11 @@ def badge(text: str, right: bool) -> Markup:
     return blocks().badge(text, right)
 
 
+def link(text: str, address: str) -> Markup:
+    """A link to another page beside this one."""
+    return blocks().link(text, address)
+
+
 def quote(text: str) -> Markup:
     """A text of the data set, as written."""
     return blocks().quote(text)

@@ -14,12 +14,14 @@ Later wins; mappings merge, anything else is replaced. A file may name the files
 """
 
 import copy
+import json
 import os
 import re
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -194,7 +196,9 @@ def run_script(
         if rank != "0":
             time.sleep(OTHER_RANKS_WAIT)
         where = "error" if rank == "0" else f"error on rank {rank}"
-        print(f"{where}: {_sentence(error)}", file=sys.stderr, flush=True)
+        sentence = f"{where}: {_sentence(error)}"
+        print(sentence, file=sys.stderr, flush=True)
+        tell_torchrun(sentence)
         sys.exit(2)
 
 
@@ -208,3 +212,14 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     return f"out of memory ({first_line(error)}); make batch_size smaller and accumulate larger"
+
+
+def tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for it: its own report of a failed process, which nothing
+    here can prevent, then ends with the sentence instead of a link."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    about = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))

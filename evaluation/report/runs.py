@@ -1,0 +1,179 @@
+"""One page for all runs below a folder: what each scored, their curves in one chart, and in which
+options they differ."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from base.errors import UserError
+from base.files import parse_json, read_json, read_lines
+from evaluation.report.page import card, group, line_chart, link, page, table
+from runtime.config.values import show
+from runtime.config.yaml import read_yaml
+
+DEPTH = 5  # folders below the one given that are looked through
+POINTS = 400  # of a curve that are drawn at most
+# columns of the log that every training has; losses and validations come after them
+ALWAYS = {"step", "epoch", "lr", "data_wait", "step_s", "memory_gb", "errors", "mfu", "tflops"}
+CURVES = 18  # charts at most
+UNSAID = {"output_dir"}  # options that always differ
+
+
+@dataclass
+class RunFolder:
+    """What a run or an evaluation left in its folder."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    log: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    page: Path | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """The last logged update; None for an evaluation."""
+        return self.log[-1].get("step") if self.log else None
+
+
+def find_runs(folder: Path) -> list[RunFolder]:
+    """The runs in `folder` and below, by name. UserError where there is none, or a file is
+    damaged."""
+    runs = [open_run(found, folder) for found in sorted(run_folders(folder))]
+    if not runs:
+        raise UserError(f"{folder}: no run in it: no folder with config.yaml or result/config.yaml")
+    return runs
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Folders with the configuration of a run or of an evaluation."""
+    for path, names, files in os.walk(folder):
+        names.sort()
+        here = Path(path)
+        if "config.yaml" in files or (here / "result/config.yaml").is_file():
+            yield here
+        names[:] = [name for name in names if name != "result" and not name.startswith(".")]
+        if len(here.relative_to(folder).parts) >= DEPTH:
+            names.clear()
+
+
+def open_run(folder: Path, root: Path) -> RunFolder:
+    """Read what a run wrote; what it has not written yet is left out."""
+    result = folder / "result"
+    config = next(
+        file for file in (folder / "config.yaml", result / "config.yaml") if file.is_file()
+    )
+    run = RunFolder(
+        name=str(folder.relative_to(root)) if folder != root else folder.resolve().name,
+        folder=folder,
+        config=dict(flat(read_yaml(config)[0])),
+    )
+    if (folder / "log.jsonl").is_file():
+        run.log = read_log(folder / "log.jsonl")
+    if (result / "metrics.json").is_file():
+        numbers = flat(read_json(result / "metrics.json", kind=dict))
+        run.metrics = {key: float(value) for key, value in numbers if is_number(value)}
+    if (result / "report.html").is_file():
+        run.page = result / "report.html"
+    return run
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log. The last line of a run that is under way may be cut: it is left out."""
+    lines = read_lines(path)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(parse_json(line.encode(), f"{path}, line {number}", dict))
+        except UserError:
+            if number < len(lines):
+                raise
+    return rows
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def runs_page(runs: Sequence[RunFolder], root: Path, title: str) -> Markup:
+    """The HTML document; links are relative to `root`, the folder that it stands in."""
+    sections = [card("Runs", overview(runs, root))]
+    charts = curves(runs)
+    if charts:
+        intro = "From log.jsonl, against the update; runs by their numbers above."
+        sections.append(card("Curves", group("grid", charts), intro=intro))
+    if any(run.metrics for run in runs):
+        sections.append(card("Scores", score_comparison(runs), intro="Of result/metrics.json."))
+    if len(runs) > 1:
+        sections.append(card("Options that differ", option_differences(runs)))
+    return page(title, sections, f"{len(runs)} runs")
+
+
+def overview(runs: Sequence[RunFolder], root: Path) -> Markup:
+    """A line for each run: its number in the charts, its report, and how far it is."""
+    rows = []
+    for number, run in enumerate(runs, 1):
+        name = link(run.name, os.path.relpath(run.page, root)) if run.page else run.name
+        last = run.log[-1] if run.log else {}
+        training = [row for row in run.log if "loss" in row]
+        loss = f"{training[-1]['loss']:.4g}" if training else ""
+        epochs = f"{last['epoch']:.1f}" if "epoch" in last else ""
+        rows.append((name, number, run.steps or "", epochs, loss, len(run.metrics) or ""))
+    return table(("run", "number", "updates", "epochs", "last loss", "scores"), rows)
+
+
+def curves(runs: Sequence[RunFolder]) -> list[Markup]:
+    """A chart for each quantity that is logged. A run has the same colour in all of them."""
+    logged = {key for run in runs for row in run.log for key in row} - ALWAYS
+    first = ("val_", "loss")  # then whatever else is logged
+    in_order = sorted(logged, key=lambda key: (key != "loss", not key.startswith(first), key))
+    charts = []
+    for key in in_order:
+        series = {str(number): points(run, key) for number, run in enumerate(runs, 1)}
+        if len({value for line in series.values() for _, value in line}) > 1:  # it changes
+            charts.append(line_chart(series, title=key))
+    return charts[:CURVES]
+
+
+def points(run: RunFolder, key: str) -> list[tuple[float, float]]:
+    """(update, value) of one quantity, at most about POINTS of them."""
+    found = [
+        (row["step"], row[key]) for row in run.log if is_number(row.get(key)) and "step" in row
+    ]
+    every = max(1, len(found) // POINTS)
+    return [*found[:-1:every], *found[-1:]]
+
+
+def score_comparison(runs: Sequence[RunFolder]) -> Markup:
+    """Scores by name, a column for each run."""
+    scored = [run for run in runs if run.metrics]
+    keys = dict.fromkeys(key for run in scored for key in run.metrics)
+    rows = []
+    for key in keys:
+        values = [run.metrics.get(key) for run in scored]
+        rows.append((key, *("" if value is None else f"{value:.4g}" for value in values)))
+    return table(("score", *(run.name for run in scored)), rows)
+
+
+def option_differences(runs: Sequence[RunFolder]) -> Markup:
+    """Options that not all runs share, a column for each run."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    rows = []
+    for key in keys:
+        values = [show(run.config[key]) if key in run.config else "" for run in runs]
+        if key not in UNSAID and len(set(values)) > 1:
+            rows.append((key, *values))
+    return table(("option", *(run.name for run in runs)), rows)

@@ -1,0 +1,83 @@
+"""The page that compares runs: every run is found, linked, drawn and told apart."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from base.errors import UserError
+from evaluation.report.runs import curves, find_runs, points, runs_page
+
+
+def make_run(folder: Path, lr: float, losses: list[float], metrics: dict | None = None) -> None:
+    folder.mkdir(parents=True)
+    options = f"output_dir: {folder}\nnetwork:\n  width: 8\nlr: {lr}  # learning rate\n"
+    (folder / "config.yaml").write_text(options)
+    rows = [{"step": 10 * n, "epoch": n / 2, "loss": v} for n, v in enumerate(losses, 1)]
+    rows.append({"step": 10 * len(losses), "val_accuracy": 50 + lr, "val_note": "text"})
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if metrics:
+        (folder / "result").mkdir()
+        (folder / "result/metrics.json").write_text(json.dumps(metrics))
+        (folder / "result/report.html").write_text("<p>a report</p>")
+        (folder / "result/config.yaml").write_text("split: test\n")
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    make_run(
+        tmp_path / "out/a & b", 0.1, [3.0, 2.0, 1.5], {"test": {"accuracy": 61.25}, "ok": True}
+    )
+    make_run(tmp_path / "out/deep/c", 0.2, [3.0, 2.5])
+    evaluation = tmp_path / "out/zero_shot/result"
+    evaluation.mkdir(parents=True)
+    (evaluation / "config.yaml").write_text("split: test\n")
+    (evaluation / "metrics.json").write_text('{"accuracy": 12.5}')
+    return tmp_path / "out"
+
+
+def test_runs_evaluations_and_what_they_left(root):
+    trained, other, evaluated = find_runs(root)
+    assert (trained.name, other.name, evaluated.name) == ("a & b", "deep/c", "zero_shot")
+    assert (trained.steps, other.steps, evaluated.steps) == (30, 20, None)
+    assert trained.metrics == {"test.accuracy": 61.25}  # True is no score
+    assert evaluated.metrics == {"accuracy": 12.5}
+    assert trained.config["network.width"] == 8
+    assert points(trained, "loss") == [(10, 3.0), (20, 2.0), (30, 1.5)]
+    assert points(trained, "val_accuracy") == [(30, 50.1)]
+    assert points(trained, "val_note") == []
+
+
+def test_page_links_draws_and_tells_apart(root):
+    html = str(runs_page(find_runs(root), root, "Runs in out"))
+    assert 'href="a%20%26%20b/result/report.html">a &amp; b</a>' in html
+    assert (root / "a & b/result/report.html").is_file()
+    assert html.count("<polyline") >= 2 and "61.25" in html
+    differences = html[html.index("Options that differ") :]
+    rows = re.findall(r"<td>([^<]+)</td>", differences)
+    assert {"lr", "network.width", "split"} <= set(rows)  # the evaluation has no lr and no width
+    assert "output_dir" not in differences
+    assert "width" not in str(runs_page(find_runs(root)[:2], root, "two"))  # alike in both
+
+
+def test_a_quantity_that_never_changes_has_no_chart(root):
+    runs = find_runs(root)
+    for run in runs:
+        run.log = [{**row, "constant": 7} for row in run.log]
+    titles = re.findall(r'class="title"[^>]*>([^<]+)<', "".join(curves(runs)))
+    assert titles == ["loss", "val_accuracy"]
+
+
+def test_a_log_whose_last_line_is_being_written_is_read(root):
+    log = root / "deep/c/log.jsonl"
+    log.write_text(log.read_text() + '{"step": 30, "lo')
+    assert find_runs(root)[1].steps == 20
+    log.write_text('{"step": 1, "lo\n' + log.read_text())
+    with pytest.raises(UserError, match=r"log.jsonl, line 1"):
+        find_runs(root)
+
+
+def test_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no run in it"):
+        find_runs(tmp_path)

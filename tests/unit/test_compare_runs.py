@@ -1,4 +1,4 @@
-"""The page that compares runs: every run is found, linked, drawn and told apart."""
+"""The page that compares runs: every run is found, linked, drawn and compared."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def test_runs_evaluations_and_what_they_left(root):
     assert points(trained, "val_note") == []
 
 
-def test_page_links_draws_and_tells_apart(root):
+def test_page_links_draws_and_compares(root):
     html = str(runs_page(find_runs(root), root, "Runs in out"))
     assert 'href="a%20%26%20b/result/report.html">a &amp; b</a>' in html
     assert (root / "a & b/result/report.html").is_file()
@@ -58,7 +58,7 @@ def test_page_links_draws_and_tells_apart(root):
     rows = re.findall(r"<td>([^<]+)</td>", differences)
     assert {"lr", "network.width", "split"} <= set(rows)  # the evaluation has no lr and no width
     assert "output_dir" not in differences
-    assert "width" not in str(runs_page(find_runs(root)[:2], root, "two"))  # alike in both
+    assert "network.width" not in str(runs_page(find_runs(root)[:2], root, "two"))  # alike in both
 
 
 def test_a_quantity_that_never_changes_has_no_chart(root):

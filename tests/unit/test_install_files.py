@@ -1,0 +1,43 @@
+"""What installs the project: the lock fits the requirements, the Dockerfile copies what is there."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+
+def requirements(name: str) -> list[Requirement]:
+    lines = (ROOT / name).read_text().splitlines()
+    return [Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_has_a_version_within_every_range(python):
+    about = {"python_version": python, "python_full_version": f"{python}.0"}
+    about |= {"sys_platform": "linux", "platform_machine": "x86_64", "os_name": "posix"}
+    locked = {}
+    for each in requirements("requirements.lock"):
+        if each.marker is None or each.marker.evaluate(about):
+            name = canonicalize_name(each.name)
+            assert name not in locked, f"two versions of {name} for Python {python}"
+            locked[name] = str(each.specifier).removeprefix("==")
+    for wanted in requirements("requirements.txt"):
+        assert locked[canonicalize_name(wanted.name)] in wanted.specifier, wanted
+
+
+def test_the_dockerfile_copies_files_that_are_there_and_runs_valid_shell():
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^([A-Z]+) (.+)$", text, re.M)
+    copied = [words.split()[0] for name, words in commands if name == "COPY"]
+    assert copied == ["requirements.txt", "."]
+    assert all((ROOT / path).exists() for path in copied)
+    for shell in (words for name, words in commands if name == "RUN"):
+        subprocess.run(["bash", "-n", "-c", shell], check=True)
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "data", "output"} <= set(ignored)

@@ -231,7 +231,9 @@ def check_output_folder(folder: str | Path) -> None:
     need not be there yet. UserError."""
     remedy = "name another folder as --output_dir"
     if re.match(r"[a-z][a-z0-9+.-]*:/", str(folder)):
-        raise UserError(f"{folder}: results are written to folders, not to URLs; {remedy}")
+        raise UserError(
+            f"{folder}: results are written to folders and buckets (s3://, gs://); {remedy}"
+        )
     folder = Path(folder)
     with file_errors(folder, remedy):
         try:

@@ -40,6 +40,20 @@ class RunConfig:
     output_dir: Path = knob(
         Path("output"), "folder of this run: config.yaml, log.jsonl, checkpoints, result/"
     )
+    scratch: Path = knob(
+        Path("output/scratch"),
+        "with --output_dir s3://… or gs://…: where the run writes; its threads bring it to the bucket",
+        rare=True,
+    )
+    bucket_seconds: float = knob(
+        10.0, "seconds between two looks for files to bring to the bucket", low=0.1, rare=True
+    )
+    bucket_patience: float = knob(
+        300.0,
+        "seconds without progress after which a run ends without its bucket",
+        low=0,
+        rare=True,
+    )
     resume: str = knob(
         "auto",
         "'auto': resume from the newest checkpoint in output_dir; 'yes': also with other data, weights "

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 from base.errors import UserError, first_line
 from base.files import check_output_folder
 from base.knobs import knob, section
+from runtime.bucket import output_in_bucket
 from runtime.builtin_data import make_digitscenes_if_named
 from runtime.config.draft import FLAGS, OVERRIDES, Draft, flag
 from runtime.config.plain import differences, save, to_dict
@@ -181,10 +182,13 @@ def run_script(
     try:
         config = parse(cls, argv, description)
         make_digitscenes_if_named(config)
-        if isinstance(getattr(config, "output_dir", None), Path):
-            check_output_folder(config.output_dir)
-            train_tokenizers_if_asked(config)
-        main(config)
+        if not isinstance(getattr(config, "output_dir", None), Path):
+            main(config)
+        else:
+            with output_in_bucket(config, launched_rank()):
+                check_output_folder(config.output_dir)
+                train_tokenizers_if_asked(config)
+                main(config)
         if "base.distributed" in sys.modules:  # a script without torch does not load it for this
             sys.modules["base.distributed"].shutdown()
     except KeyboardInterrupt:

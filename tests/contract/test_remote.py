@@ -259,7 +259,7 @@ def test_tar_files_of_a_plain_server_folder_need_braces(server):
 
 
 def test_a_stalled_server_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(remote, "SILENCE", 0.3)
+    monkeypatch.setattr("base.remote.SILENCE", 0.3)
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
 
     def stall(number, path):

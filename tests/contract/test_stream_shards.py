@@ -1,12 +1,7 @@
 """Tar shards as a source: layouts, damage, too few shards, counts, and object storage."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import tarfile
-import time
 from collections import Counter
 from itertools import islice
 
@@ -135,38 +130,6 @@ def test_shuffling_mixes_shards_and_reads_all(tmp_path):
         stream(shards(tmp_path, (50,) * 8, group=1, shuffle_buffer=1)), 10, 0, seed=2
     )
     assert all(len({n // 50 for n in batch["number"].tolist()}) == 1 for batch in islice(plain, 40))
-
-
-@pytest.fixture(scope="module")
-def s3():
-    """A loopback S3 server with an empty bucket; yields nothing but the environment that points to
-    it."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    names = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-    }
-    kept = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield
-    finally:
-        server.terminate()
-        server.wait()
-        for name, value in kept.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def test_object_storage(tmp_path, s3):

@@ -239,8 +239,7 @@ def unusable(root: Path) -> dict[str, tuple[Path, str]]:
         "a folder as log.jsonl": (root / "with log.jsonl", "log.jsonl: not a regular file"),
         "a FIFO as log.jsonl": (root / "with fifo", "log.jsonl: not a regular file"),
         "a file as result": (root / "with result", "result: not a folder"),
-        "S3": (Path("s3://bucket/run"), "not to URLs"),
-        "GCS": (Path("gs://bucket/run"), "not to URLs"),
+        "a URL": (Path("https://host/run"), "folders and buckets"),
     }
 
 

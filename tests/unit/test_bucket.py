@@ -1,0 +1,271 @@
+"""Runs in buckets, with fsspec's file system in memory: what is committed, fetched, refused, and what
+happens where a bucket fails or stalls."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import fsspec
+import pytest
+
+from base.errors import UserError
+from runtime import bucket
+from runtime.bucket import (
+    COMMITTED,
+    LEASE,
+    Bucket,
+    bucket_url,
+    fetch_run,
+    files_in,
+    output_in_bucket,
+)
+
+URL = "memory://bucket/run"
+
+
+@pytest.fixture(autouse=True)
+def store(monkeypatch):
+    """The objects of an empty bucket."""
+    monkeypatch.setattr(bucket, "SCHEMES", ["memory"])
+    monkeypatch.setattr(bucket, "PULSE", 0.2)
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    yield files.store
+    files.store.clear()
+
+
+def options(tmp_path: Path, **changes) -> SimpleNamespace:
+    values = {"output_dir": Path(URL), "scratch": tmp_path, "bucket_seconds": 0.1}
+    return SimpleNamespace(**{**values, "bucket_patience": 5.0, **changes})
+
+
+def names(store) -> set[str]:
+    return {name.removeprefix("/bucket/run/") for name in store}
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        path = folder / name.replace("__", ".").replace("_in_", "/")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_which_folders_are_buckets(monkeypatch):
+    monkeypatch.undo()
+    assert bucket_url(Path("s3://bucket/a/b")) == "s3://bucket/a/b"
+    assert bucket_url(Path("gs://bucket/run/")) == "gs://bucket/run"
+    assert bucket_url(Path("output/s3")) is None and bucket_url(Path("/s3:/x")) is None
+    assert bucket_url(Path("https://host/run")) is None
+
+
+def test_a_run_is_brought_and_fetched_on_a_fresh_machine(tmp_path, store):
+    config = options(tmp_path / "one")
+    with output_in_bucket(config, "0"):
+        folder = config.output_dir
+        assert folder == tmp_path / "one/memory/bucket/run"
+        write(folder, log__jsonl="1", checkpoint_00000001__pt="first", _lock="")
+        write(folder, checkpoint_00000002_in_index__pt="i", checkpoint_00000002_in_rank__pt="r")
+        (folder / ".checkpoint_00000003.writing").mkdir()
+        (folder / ".checkpoint_00000003.writing/rank.pt").write_text("half")
+        (folder / "checkpoint_best").symlink_to("checkpoint_00000002")
+        until(lambda: f"/bucket/run/{COMMITTED}" in store)
+        assert LEASE in names(store)
+        (folder / "checkpoint_00000001.pt").unlink()  # pruned
+        write(folder, log__jsonl="1 2")
+    kept = {"log.jsonl", "checkpoint_00000002/index.pt", "checkpoint_00000002/rank.pt", "_lock"}
+    assert names(store) == {*kept, COMMITTED}  # the lease is given back
+    store["/bucket/run/checkpoint_00000009.pt"] = store["/bucket/run/log.jsonl"]  # not committed
+    fresh = options(tmp_path / "two")
+    with output_in_bucket(fresh, "0"):
+        found = fresh.output_dir
+        assert set(files_in(found)) == kept
+        assert (found / "log.jsonl").read_text() == "1 2"
+        assert os.readlink(found / "checkpoint_best") == "checkpoint_00000002"
+
+
+def test_checkpoints_are_brought_before_the_log_and_the_list_last(tmp_path, monkeypatch):
+    made = []
+    put, pipe = Bucket("memory://x").files.put_file, Bucket.write
+    memory = type(fsspec.filesystem("memory"))
+    monkeypatch.setattr(
+        memory, "put_file", lambda _, a, b, **more: made.append(b) or put(a, b, **more)
+    )
+    monkeypatch.setattr(Bucket, "write", lambda *a: made.append(a[1]) or pipe(*a))
+    config = options(tmp_path)
+    with output_in_bucket(config, "0"):
+        write(config.output_dir, config__yaml="c", log__jsonl="l", checkpoint_00000001__pt="p")
+    found = [name.rpartition("/")[2] for name in made if name != LEASE]
+    assert found == ["checkpoint_00000001.pt", "config.yaml", "log.jsonl", COMMITTED]
+
+
+@pytest.mark.parametrize(("here", "fetches"), [(None, True), (1, True), (2, False), (3, False)])
+def test_the_side_that_is_ahead_counts(tmp_path, here, fetches):
+    there = options(tmp_path / "there")
+    with output_in_bucket(there, "0"):
+        write(there.output_dir, checkpoint_00000002__pt="bucket")
+    folder = tmp_path / "run"
+    if here:
+        write(folder, **{f"checkpoint_0000000{here}__pt": "here"})
+    fetch_run(Bucket(URL), folder)
+    texts = {path.read_text() for path in folder.glob("*.pt")}
+    assert texts == ({"bucket"} if fetches else {"here"})
+    aside = list(tmp_path.glob("run.superseded-*/checkpoint_00000001.pt"))
+    assert len(aside) == (here == 1)
+
+
+def test_a_name_outside_of_the_run_is_refused(tmp_path):
+    Bucket(URL).write(COMMITTED, {"files": {"checkpoint_1/../../../x": 1}, "links": {}})
+    with pytest.raises(UserError, match=r"\.committed\.json names"):
+        fetch_run(Bucket(URL), tmp_path / "a/run")
+    assert not (tmp_path / "x").exists()
+
+
+def lease_of(**changes) -> dict:
+    own = {"id": "other", "host": socket.gethostname(), "pid": os.getpid(), "beats": 1}
+    return {**own, "started": bucket.started(os.getpid()), **changes}
+
+
+@pytest.mark.parametrize("case", ["this machine", "another machine"])
+def test_a_second_run_is_refused(tmp_path, case):
+    changes = {"host": "elsewhere"} if case == "another machine" else {}
+    other, beats = Bucket(URL), iter(range(2, 1000))
+    other.write(LEASE, lease_of(**changes))
+    ended = threading.Event()
+
+    def alive() -> None:
+        while not ended.wait(0.05):
+            other.write(LEASE, lease_of(beats=next(beats), **changes))
+
+    thread = threading.Thread(target=alive)
+    thread.start()
+    try:
+        with pytest.raises(UserError) as error, output_in_bucket(options(tmp_path), "0"):
+            raise AssertionError("trained")
+    finally:
+        ended.set()
+        thread.join()
+    message = str(error.value)
+    assert "another run writes there" in message and "--output_dir" in message
+    assert "\n" not in message and not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("changes", [{"started": "1"}, {"pid": 2**22 + 1}, {"host": "elsewhere"}])
+def test_the_lease_of_a_dead_run_is_taken_over(tmp_path, changes, store):
+    Bucket(URL).write(LEASE, lease_of(**changes))
+    with output_in_bucket(options(tmp_path), "0"):
+        assert Bucket(URL).read(LEASE)["id"] != "other"
+    assert LEASE not in names(store)
+
+
+def test_a_run_whose_lease_was_taken_writes_no_more(tmp_path, store, capsys):
+    config = options(tmp_path, bucket_patience=0.5)
+    with pytest.raises(SystemExit) as ended, output_in_bucket(config, "0"):
+        Bucket(URL).write(LEASE, lease_of())
+        time.sleep(0.6)
+        write(config.output_dir, log__jsonl="mine")
+    assert ended.value.code == bucket.EXIT_NOT_WRITTEN
+    assert names(store) <= {LEASE, COMMITTED}
+    assert "another run has taken the bucket" in capsys.readouterr().err
+
+
+REFUSED = PermissionError("Forbidden: s3:PutObject is not allowed")
+
+
+def test_a_bucket_that_refuses_is_one_sentence_before_anything(tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise REFUSED
+
+    monkeypatch.setattr(type(Bucket(URL).files), "pipe_file", refuse)
+    with pytest.raises(UserError) as error, output_in_bucket(options(tmp_path), "0"):
+        raise AssertionError("trained")
+    assert str(error.value).startswith(f"{URL}: cannot be written to (PermissionError: Forbidden")
+    assert "--output_dir" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bucket_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(bucket, "ANSWER", 0.2)
+    monkeypatch.setattr(bucket, "PULSE", 0.1)
+    monkeypatch.setattr(type(Bucket(URL).files), "cat_file", lambda *a, **k: answer.wait())
+    with (
+        pytest.raises(UserError, match="no answer for 0") as error,
+        output_in_bucket(options(tmp_path), "0"),
+    ):
+        raise AssertionError("trained")
+    assert "--output_dir" in str(error.value) and "\n" not in str(error.value)
+    answer.set()
+
+
+@pytest.mark.parametrize("trouble", ["stalls", "refuses"])
+def test_a_bucket_in_trouble_is_reported_and_costs_the_training_nothing(
+    tmp_path, monkeypatch, capsys, trouble
+):
+    answer = threading.Event()
+
+    def put(*_args, **_options):
+        if trouble == "stalls":
+            answer.wait()
+        raise REFUSED
+
+    monkeypatch.setattr(bucket, "REPORT", 0.2)
+    monkeypatch.setattr(type(Bucket(URL).files), "put_file", put)
+    config = options(tmp_path, bucket_patience=0.5)
+    with pytest.raises(SystemExit) as ended, output_in_bucket(config, "0"):
+        begin = time.monotonic()
+        write(config.output_dir, log__jsonl="1", checkpoint_00000001__pt="p")
+        assert time.monotonic() - begin < 0.5
+        until(lambda: "warning" in capsys.readouterr().err)
+    answer.set()
+    said = capsys.readouterr().err
+    assert ended.value.code == bucket.EXIT_NOT_WRITTEN
+    assert "not written to memory://bucket/run: checkpoint_00000001.pt, log.jsonl" in said
+    assert str(config.output_dir) in said and (config.output_dir / "log.jsonl").exists()
+
+
+def test_trouble_that_passes_loses_nothing(tmp_path, monkeypatch, store):
+    put, left = Bucket(URL).files.put_file, [3]
+
+    def flaky(_, *args, **more):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConnectionError("reset")
+        put(*args, **more)
+
+    monkeypatch.setattr(type(Bucket(URL).files), "put_file", flaky)
+    config = options(tmp_path)
+    with output_in_bucket(config, "0"):
+        write(config.output_dir, log__jsonl="1")
+    assert names(store) == {"log.jsonl", COMMITTED}
+
+
+def test_the_status_of_a_run_that_asks_for_a_requeue_stays(tmp_path, monkeypatch, capsys):
+    def refuse(*_args, **_options):
+        raise REFUSED
+
+    monkeypatch.setattr(type(Bucket(URL).files), "put_file", refuse)
+    config = options(tmp_path, bucket_patience=0.2)
+    with pytest.raises(SystemExit) as ended, output_in_bucket(config, "0"):
+        write(config.output_dir, log__jsonl="1")
+        raise SystemExit(75)
+    assert ended.value.code == 75 and "not written to" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket, "SCHEMES", ["gs"])
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    config = options(tmp_path, output_dir=Path("gs://bucket/run"))
+    needs = "needs the package gcsfs; pip install gcsfs"
+    with pytest.raises(UserError, match=needs), output_in_bucket(config, "0"):
+        raise AssertionError("trained")

@@ -84,7 +84,7 @@ class Config(RecognitionData, RunConfig):
     )
     # using it
     evaluate: bool = knob(False, "no training: score --checkpoint on --test")
-    image: Path | None = knob(None, "no training: print the labels of this image")
+    image: Path | None = knob(None, "no training: print its labels; maps in output_dir/result")
     decoding: Decoding = section(Decoding, flat=True)
     sentence_encoder: str | None = knob(None, "folder or hub name for R / P / F1 by meaning")
     tensor_parallel: bool = knob(False, "to evaluate, the processes share the decoder's matrices")

@@ -7,6 +7,7 @@
                        … --datasets retrieval:dataset_coco.json imagefolder:photos --labels my.json
     own catalogue      … --catalog catalog.json --labels labels.json --templates templates.json
     of libraries       … --model open_clip/ViT-B-16-SigLIP:webli, or --model hf/NAME-or-folder
+    one image          … --image cat.jpg --words "a photo of a cat" "a photo of a dog"
 
 Checkpoints: ours, clip-rocket's, SLIP's, OpenAI's (archives too), open_clip's, Hugging Face's CLIP
 and ALIGN; all models of the installed open_clip and transformers, with their own transforms and
@@ -28,10 +29,10 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from base.files import cache_folder, digest
-from dataset.images.clip import normalize, pixel_statistics
 from dataset.loading.eval import EvalLoader
 from dataset.tasks.catalog import Prompts, wanted_entries
-from dataset.tasks.dual_inputs import eval_view, text_tokenizer, tokenizer_identity
+from dataset.tasks.dual_inputs import image_side, text_tokenizer, tokenizer_identity
+from dataset.tasks.recognition import read_image
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_sets
 from evaluation.report.results import write_results
 from evaluation.report.zeroshot import cards, plain_tables
@@ -45,9 +46,11 @@ from evaluation.zeroshot import (
     fingerprint,
     retrieve,
     text_classifier,
+    word_probabilities,
+    write_words,
     zero_shot_chance,
 )
-from models.weights.any_dual_encoder import Opened, check_name, open_dual
+from models.weights.any_dual_encoder import Opened, check_name, logit_scale, open_dual
 from models.weights.libraries import of_library, open_library
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 from runtime.checkpoint import read_weights, weights_file
@@ -69,6 +72,10 @@ class Config:
     mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
     std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise")
     model_name: str = knob("", "how to call the model in the report")
+    image: Path | None = knob(
+        None, "no data sets: print which of --words fit this image, and write"
+    )
+    words: list[str] = knob([], "texts for --image, two or more; output_dir/result/words.json")
     datasets: list[str] = knob([], "names of the catalogue or KIND:PATH; [] = all of it")
     catalog: Path | None = knob(None, "JSON: data set -> {path, type, test}")
     labels: Path | None = knob(None, "JSON: data set -> class names; added to ours")
@@ -90,6 +97,8 @@ class Config:
         """Check that the options are compatible."""
         if self.download and not self.datasets:
             raise UserError("--download fetches named data sets: add --datasets cifar10 food101, …")
+        if bool(self.image) != (len(set(self.words)) > 1):
+            raise UserError('--image FILE needs two --words or more: --words "a cat" "a dog"')
         if of_library(self.model):
             if self.checkpoint and self.random_weights:
                 raise UserError("--random-weights and --checkpoint exclude each other; choose one")
@@ -148,10 +157,8 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
     """Figures of a data set by metric and score, the same on every process."""
     opened = encoder.opened
     images = data.images
-    pixels = opened.pixels
-    statistics = pixel_statistics(world.device, pixels.mean, pixels.std)
+    view, embed = image_side(opened, world.device)
     own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
-    view = opened.view or eval_view(opened.title, pixels.size, pixels.interpolation)
     batches = EvalLoader(
         Viewed(images, view).load,
         own,
@@ -162,9 +169,6 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
         error_budget=config.error_budget,
         exif=config.exif,
     )
-
-    def embed(image: torch.Tensor) -> dict[str, torch.Tensor]:
-        return opened.model.embed_image(image if opened.view else normalize(image, statistics))
 
     about = {"metric": data.entry.metric, "images": len(images)}
     with evaluating(opened.model), encoder.precision.autocast():
@@ -205,11 +209,25 @@ def classifier_of(data: OpenSet, encoder: Encoder, config: Config, world: World)
     return cached_classifier(file, make, world)
 
 
+def show(encoder: Encoder, config: Config, world: World) -> None:
+    """Print the probabilities of --words for --image, beside chance, and write them."""
+    opened = encoder.opened
+    view, embed = image_side(opened, world.device)
+    inputs = view(read_image(config.image))[None].to(world.device)
+    with evaluating(opened.model), encoder.precision.autocast():
+        image = embed(inputs)["z"]
+        text = embed_texts(opened.model.embed_text, opened.tokenize, config.words, world)["z"]
+    found = word_probabilities(image, text, config.words, logit_scale(opened.model))
+    write_words(config, opened.title, found)
+
+
 def main(config: Config) -> None:
     world = distributed.init(config.device)
     config.check()
     if config.checkpoint or not of_library(config.model):  # else the library's own weights
         config.checkpoint = weights_file(config.checkpoint or config.output_dir)
+    if config.image:
+        return show(open_encoder(config, world), config, world)
     entries = wanted_entries(config.datasets, config.root, config.catalog, config.split)
     prompts = Prompts(config.labels, config.templates)
     shards = cache_folder(config.cache) / "shards"

@@ -28,6 +28,7 @@ SHARDS = 1_000_000  # that one pattern or counter names
 
 # ---- images
 IMAGE_BYTES = 256 * MIB  # of an encoded image
+UPLOAD_BYTES = 32 * MIB  # of one that somebody sends to the demo's page
 IMAGE_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: 0.25 GB of RGB
 
 # ---- sizes that an option may ask for; below them the free memory decides (base/memory.py)

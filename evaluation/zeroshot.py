@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from base.files import digest, weights_digest
+from base.files import digest, weights_digest, write_json
 from evaluation.predict import over_split
 from evaluation.retrieval import AT, nearest, recalls, units
 from evaluation.zeroshot_metrics import KEPT, NEEDS_SCORES, by_score, measure
@@ -295,3 +295,31 @@ def zero_shot_accuracy(
     best_classes)."""
     best = best_classes(embed_image, classifier, batches, own, len(labels), world)
     return topk_accuracy(best, labels, score_names(classifier))
+
+
+def word_probabilities(
+    image: Tensor, text: Tensor, words: Sequence[str], scale: float
+) -> list[tuple[str, float]]:
+    """The words with the softmax over their scaled cosines to one image, likeliest first: image
+    [1,E], text [T,E] (Radford et al. 2021, figure 3)."""
+    cosines = F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1)[0].to(
+        text.device
+    )
+    probability = (scale * cosines).softmax(0)
+    order = probability.argsort(descending=True, stable=True).tolist()
+    return [(words[i], probability[i].item()) for i in order]
+
+
+def write_words(config, title: str, found: Sequence[tuple[str, float]]) -> None:
+    """Print words with their probabilities beside chance, and write result/words.json below
+    config.output_dir; rank 0 does."""
+    if distributed.rank() != 0:
+        return
+    chance = 1 / len(found)
+    print(f"{title}, {config.image}; chance {chance:.1%}")
+    print(*(f"{probability:7.1%}  {word}" for word, probability in found), sep="\n")
+    file = config.output_dir / "result/words.json"
+    labels = [{"text": word, "probability": probability} for word, probability in found]
+    about = {"checkpoint": str(config.checkpoint or config.model), "image": str(config.image)}
+    write_json(file, {**about, "chance": chance, "words": labels}, indent=2)
+    print(f"written: {file}", flush=True)

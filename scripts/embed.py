@@ -40,7 +40,7 @@ from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.tasks.classification import is_shards
-from dataset.tasks.dual_inputs import eval_view
+from dataset.tasks.dual_inputs import image_side
 from dataset.tasks.record import as_list, captions_of, image_of, name_of
 from evaluation.predict import over_split
 from evaluation.retrieval import units
@@ -63,6 +63,9 @@ class Config:
     checkpoint: Path | None = knob(None, "file or run directory; none = --model's own weights")
     model: str | None = knob(None, "open_clip/NAME:TAG, hf/NAME, timm/NAME; or a checkpoint's name")
     random_weights: bool = knob(False, "random weights of the model that --model names")
+    tokenizer: str | None = knob(
+        None, "BPE merges, or ALIGN's vocabulary; none = the run's, else theirs"
+    )
     texts: bool = knob(True, "embed captions too; false: an image encoder serves")
     score: str = knob("z", "which embedding: z, or h of the CL2L family; feats without texts")
     part: int = knob(10_000, "entries of a list in one part; a shard is one", low=1)
@@ -102,14 +105,16 @@ def dual_embedder(config: Config, world: World) -> Embedder:
     options = {name: getattr(config, name) for name in names}
     if config.checkpoint:
         options["checkpoint"] = weights_file(config.checkpoint)
+    if config.tokenizer:
+        options["bpe_path"] = Path(config.tokenizer)
+        options["tokenizer"] = config.tokenizer
     encoder = eval_zeroshot.open_encoder(eval_zeroshot.Config(**options), world)
     opened, precision = encoder.opened, encoder.precision
-    statistics = pixel_statistics(world.device, opened.pixels.mean, opened.pixels.std)
-    view = opened.view or eval_view(opened.title, opened.pixels.size, opened.pixels.interpolation)
+    view, embed_image = image_side(opened, world.device)
 
     def images(image: Tensor) -> dict[str, Tensor]:
         with precision.autocast():
-            return opened.model.embed_image(image if opened.view else normalize(image, statistics))
+            return embed_image(image)
 
     def texts(text_ids: Tensor) -> dict[str, Tensor]:
         with precision.autocast():

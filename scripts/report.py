@@ -24,7 +24,7 @@ from dataset.images.decode import decode_image
 from dataset.sources.records import Records
 from dataset.tasks.retrieval import RetrievalSet
 from dataset.text.wordpiece import Tokenizer
-from evaluation.report.attention_maps import merge_pieces, word_maps
+from evaluation.report.attention_maps import merge_pieces, word_layer, word_maps
 from evaluation.report.images import heat_map
 from evaluation.report.page import (
     card,
@@ -155,11 +155,8 @@ def attention_section(
 ) -> str:
     """Maps for the words of captions that found their image."""
     depth = model.config.bert.num_hidden_layers
-    first, last = (
-        model.config.bert.fusion_layer,
-        depth - 2,
-    )  # after the last layer only [CLS] is read
-    layer = max(first, min(last, depth * 2 // 3)) if config.layer is None else config.layer
+    first, last = model.config.bert.fusion_layer, depth - 2
+    layer = word_layer(first, depth) if config.layer is None else config.layer
     if not first <= layer <= last:
         raise UserError(
             f"layer: {layer} does not tell words apart; choose {first}..{last}, or --images 0"

@@ -63,6 +63,22 @@ def eval_view(model: str, side: int, interpolation: str = "bilinear") -> Callabl
     return AlignView(side) if is_align(model) else EvalView(side, interpolation)
 
 
+def image_side(opened, device: torch.device) -> tuple[Callable, Callable]:
+    """`view(uint8 [3,H,W])`, the input of one image, and `embed(inputs [B,...] on the device)`,
+    embeddings by name.
+
+    opened: a dual encoder with its `model`, `title`, `pixels` and a library's own `view`, or None.
+    """
+    pixels = opened.pixels
+    statistics = pixel_statistics(device, pixels.mean, pixels.std)
+    view = opened.view or eval_view(opened.title, pixels.size, pixels.interpolation)
+
+    def embed(image: Tensor) -> dict[str, Tensor]:
+        return opened.model.embed_image(image if opened.view else normalize(image, statistics))
+
+    return view, embed
+
+
 def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std in grey levels, float32 [3,1,1] each, for `normalize`; network: has `model` and
     `image_tower`."""

@@ -27,6 +27,13 @@ def word_maps(model, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: 
     return weighted.unflatten(1, (side, side)).float().cpu()
 
 
+def word_layer(first: int, depth: int) -> int:
+    """The layer whose maps tell words apart best: at two thirds of a text transformer with `depth`
+    layers, of which those from `first` on see the image. After the last but one only [CLS] is
+    read."""
+    return max(first, min(depth - 2, depth * 2 // 3))
+
+
 def merge_pieces(
     ids: Sequence[int], maps: Tensor, piece_of: Callable[[int], str]
 ) -> list[tuple[str, Tensor]]:

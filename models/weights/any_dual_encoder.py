@@ -106,6 +106,17 @@ def open_dual(
     )
 
 
+def logit_scale(model: nn.Module) -> float:
+    """What a dual encoder multiplies its cosines by to get logits, as it was learned; 100, the
+    limit of CLIP's, where the network has none."""
+    for owner in (model, getattr(model, "network", None)):
+        if hasattr(owner, "logit_scale"):
+            return owner.logit_scale.exp().item()
+        if hasattr(owner, "temperature"):
+            return 1 / owner.temperature.item()
+    return 100.0
+
+
 def _with_pixels(opened: Opened, stated: Mapping[str, Any]) -> Opened:
     return opened._replace(pixels=opened.pixels._replace(**stated))
 

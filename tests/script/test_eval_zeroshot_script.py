@@ -9,11 +9,13 @@ import tarfile
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import eval_zeroshot as script
 import main as training
 from base.errors import UserError
+from dataset.images.decode import decode_image
 from dataset.text.align import AlignTokenizer
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
@@ -21,7 +23,7 @@ from models.dual_encoder.openai import OpenAICLIP
 from models.layers.clip_towers import TextShape
 from models.layers.openai_towers import OpenAIConfig
 from models.weights import clip as clip_adapters
-from runtime.checkpoint import export_safetensors, read_weights
+from runtime.checkpoint import export_safetensors, read_weights, weights_file
 from runtime.config.cli import parse
 from tests.helpers.main_runs import ROOT, arguments
 from tests.helpers.processes import run_script
@@ -378,3 +380,45 @@ def test_faults_of_data_are_told_before_the_checkpoint_is_read(
 def test_configurations_are_read():
     for recipe in (ROOT / "configs/eval_zeroshot").glob("*.yaml"):
         assert parse(script.Config, ["--config", str(recipe)]).datasets
+
+
+def test_one_image_and_words(trained, digitscenes, tmp_path, capsys):
+    """Probabilities as by hand, beside chance; no data set is needed."""
+    image = next((digitscenes / "images/test2017").iterdir())
+    words = ["a red nine", "a blue five", "a green seven"]
+    out = tmp_path / "out"
+    bpe = digitscenes / "bpe/bpe_merges.txt.gz"
+    asked = ["--checkpoint", trained, "--image", image, "--words", *words, "--output-dir", out]
+    script.main(parse(script.Config, [*map(str, asked), "--bpe-path", str(bpe), "--device", "cpu"]))
+    said = capsys.readouterr().out
+    found = json.loads((out / "result/words.json").read_text())
+    assert found["chance"] == pytest.approx(1 / 3) and "chance 33.3%" in said
+    assert f"written: {out}/result/words.json" in said and all(word in said for word in words)
+    config = script.Config(checkpoint=weights_file(trained), bpe_path=bpe, device="cpu")
+    opened = script.open_encoder(config, script.distributed.init("cpu")).opened
+    view, embed = script.image_side(opened, torch.device("cpu"))
+    with torch.no_grad():
+        query = F.normalize(embed(view(decode_image(image))[None])["z"], dim=-1)
+        text = F.normalize(opened.model.embed_text(opened.tokenize(words))["z"], dim=-1)
+        probability = (opened.model.logit_scale.exp() * text @ query[0]).softmax(0)
+    expected = dict(zip(words, probability.tolist(), strict=True))
+    given = {each["text"]: each["probability"] for each in found["words"]}
+    assert given == pytest.approx(expected, rel=1e-4)
+    assert list(given.values()) == sorted(given.values(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--image", "cat.jpg"], ["--words", "a", "b"], ["--image", "cat.jpg", "--words", "a"]]
+)
+def test_image_and_words_belong_together(trained, flags):
+    with pytest.raises(UserError, match="needs two --words or more"):
+        script.main(parse(script.Config, ["--checkpoint", str(trained), *flags]))
+
+
+def test_words_for_a_model_of_a_library(digitscenes, tmp_path):
+    name = f"open_clip/local-dir:{tiny_open_clip(tmp_path / 'model')}"
+    image = next((digitscenes / "images/test2017").iterdir())
+    asked = ["--model", name, "--image", str(image), "--words", "a cat", "a dog"]
+    script.main(parse(script.Config, [*asked, "--output-dir", str(tmp_path), "--device", "cpu"]))
+    found = json.loads((tmp_path / "result/words.json").read_text())
+    assert sum(each["probability"] for each in found["words"]) == pytest.approx(1)

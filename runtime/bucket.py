@@ -356,10 +356,12 @@ class Uploader:
         self.ending.set()
         while not self.ended.wait(0.1) and time.monotonic() - self.progress < patience:
             pass
-        return [] if self.ended.is_set() else self.missing() or [COMMITTED]
+        left = [] if self.ended.is_set() else self.missing() or [COMMITTED]
+        self.ended.set()
+        return left
 
     def _bring(self) -> None:
-        while True:
+        while not self.ended.is_set():
             last = self.ending.wait(self.pause)
             try:
                 self.sync()

@@ -17,6 +17,13 @@ NESTED_LEVELS = 200  # lists in lists; Python's own parser and repr give up at a
 YAML_VALUES = 1_000_000  # of a YAML file, its aliases written out
 VOCABULARY_BYTES = 64 * MIB  # of a tokenizer's file, decompressed
 
+# ---- tables and folders
+CELL_BYTES = 16 * MIB  # of a cell of a table, or of a text beside an image
+TABLE_FLOOR = 1 * GIB  # of text that any table may become; more is bound by EXPANSION
+ROW_GROUP_BYTES = 4 * GIB  # of a Parquet file, decompressed: one is in memory at a time
+FOLDER_LEVELS = 100  # folders in folders
+FOLDER_VISITS = 100  # of one folder, by symbolic links
+
 # ---- shards
 MEMBER_BYTES = 256 * MIB  # of a member of a tar or zip file, decompressed
 SAMPLE_BYTES = 512 * MIB  # of all members of a sample, and of a TFRecord

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from base import distributed
+from base.arrays import map_array
 from base.distributed import World
 from base.errors import UserError
 from base.files import replace_synced, write_json
@@ -87,8 +88,8 @@ def _is_whole(features: Path, labels: Path, done: Path, total: int, width: int) 
     if not done.is_file():
         return False
     try:
-        found = np.load(features, mmap_mode="r"), np.load(labels, mmap_mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError):
+        found = [map_array(file, "it is made again") for file in (features, labels)]
+    except UserError:
         return False
     kinds = [(array.shape, array.dtype.str) for array in found]
     return kinds == [((total, width), "<f4"), ((total,), "<i8")]

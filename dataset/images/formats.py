@@ -1,8 +1,12 @@
 """Which files are images: one list for class folders, shards, lists and scripts."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+
+from base.errors import UserError
+from base.limits import FOLDER_LEVELS, FOLDER_VISITS, check_limit
 
 # Endings without the dot. Of several images in one sample of a shard the first of this order is used.
 IMAGE_TYPES = (
@@ -23,23 +27,36 @@ def is_image(name: str | Path) -> bool:
 def files_below(root: str | Path) -> Iterator[Path]:
     """All files below a folder, hidden ones left out, sub-folders that are symbolic links followed.
 
-    A link to a folder that it lies in is not followed again.
+    A link to a folder that it lies in is not followed again. Raises UserError.
     """
-    yield from _files_below(str(root), ())
+    yield from _files_below(str(root), (), Counter())
 
 
-def _files_below(folder: str, ancestors: tuple) -> Iterator[Path]:
-    status = os.stat(folder)
+def _files_below(folder: str, ancestors: tuple, visits: Counter) -> Iterator[Path]:
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as entries:
+            names = sorted((entry.name, _is_folder(entry)) for entry in entries)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; allow reading it, or remove it") from None
     identity = (status.st_dev, status.st_ino)
     if identity in ancestors:
         return
-    with os.scandir(folder) as entries:
-        names = sorted((entry.name, entry.is_dir()) for entry in entries)
+    visits[identity] += 1
+    check_limit(folder, len(ancestors), FOLDER_LEVELS, "folders in one another", "flatten them")
+    check_limit(folder, visits[identity], FOLDER_VISITS, "links to this folder", "remove some")
     for name, is_folder in names:
         path = os.path.join(folder, name)
         if name.startswith("."):
             continue
         if is_folder:
-            yield from _files_below(path, (*ancestors, identity))
+            yield from _files_below(path, (*ancestors, identity), visits)
         else:
             yield Path(path)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

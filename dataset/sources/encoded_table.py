@@ -7,7 +7,18 @@ from itertools import accumulate
 from pathlib import Path
 
 from base.errors import BadSample
-from dataset.sources.tables import column_names, open_arrow, open_parquet, parse_address, plain
+from base.limits import ROW_GROUP_BYTES, check_limit
+from dataset.sources.tables import (
+    column_names,
+    open_arrow,
+    open_parquet,
+    parse_address,
+    plain,
+    reading_arrow,
+    rows_at_a_time,
+)
+
+SMALLER = "write it with fewer rows in a row group"
 
 STARTS = (  # of encoded images -> ending
     (b"\xff\xd8", "jpg"),
@@ -62,9 +73,11 @@ def _holds_bytes(kind) -> bool:
 def _row_groups(path: Path) -> list[tuple]:
     """(rows, read, schema) of every row group."""
     file = open_parquet(path)
-    parts = []
+    parts: list[tuple] = []
     for group in range(file.metadata.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
+        about = file.metadata.row_group(group)
+        check_limit(path, about.total_byte_size, ROW_GROUP_BYTES, "bytes in a row group", SMALLER)
+        rows = about.num_rows
         parts.append((rows, partial(file.read_row_group, group), file.schema_arrow))
     return parts
 
@@ -72,9 +85,10 @@ def _row_groups(path: Path) -> list[tuple]:
 def _record_batches(folder: Path) -> list[tuple]:
     """(rows, read, schema) of every batch of the Arrow files."""
     parts = []
-    for stream in open_arrow(folder):
-        for batch in stream:
-            parts.append((batch.num_rows, partial(batch.slice, 0), stream.schema))
+    with reading_arrow(folder):
+        for stream in open_arrow(folder):
+            for batch in stream:
+                parts.append((batch.num_rows, partial(batch.slice, 0), stream.schema))
     return parts
 
 
@@ -92,7 +106,10 @@ class EncodedTable(Sequence):
     def __getitem__(self, index: int) -> dict:
         part = bisect.bisect_right(self.ends, index)
         if part != self.current:
-            self.current, self.held = part, self.parts[part][1]()
+            with reading_arrow(self.path):
+                held = self.parts[part][1]()
+                rows_at_a_time(self.path, held)  # checks it
+            self.current, self.held = part, held
         start = self.ends[part - 1] if part else 0
         row = self.held.slice(index - start, 1).to_pylist()[0]
         taken = {name for names in self.used.values() for name in names}

@@ -27,7 +27,7 @@ from dataset.sources.tfrecord import count_frames, is_tfrecord
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 THREADS = 64  # requests to a store at a time
-COUNT_VERSION = 2  # part of the key of cached counts: raise it when the rules of reading change
+COUNT_VERSION = 3  # part of the key of cached counts: raise it when the rules of reading change
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def list_shards(pattern: str, options: dict | None = None) -> list[str]:
     Raises UserError when a local shard is missing or a pattern matches nothing.
     """
     shards = []
+    if not is_remote(pattern) and Path(pattern).is_file():
+        return [pattern]  # whatever braces and wildcards are in its name
     for url in expand_braces(pattern):
         matches = _remote_matches(url, options) if is_remote(url) else _local_matches(url)
         if not matches:
@@ -102,7 +104,8 @@ def _local_matches(url: str) -> list[str]:
         return _shards_among(str(path) for path in files_below(url))
     import glob
 
-    return sorted(glob.glob(url, recursive=True))
+    matches = sorted(glob.glob(url, recursive=True))
+    return matches if url in matches else _shards_among(matches) or matches
 
 
 def _remote_matches(url: str, options: dict | None) -> list[str]:
@@ -129,20 +132,33 @@ def _shards_among(names) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names of a pattern with {a,b} and {000..012} (not nested), in order, as a shell expands
-    it."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
-        first, last = numbers.groups()
-        if int(last) - int(first) >= SHARDS:
+    """All names of a pattern with {a,b}, {000..012}, {9..0} and {0..8..2} (not nested), in order, as
+    a shell expands it. UserError for more than SHARDS."""
+    names = [""]
+    place = 0
+    for match in re.finditer(r"\{([^{}]*)\}", pattern):
+        options = _options(match[1], pattern)
+        if len(names) * len(options) > SHARDS:
             raise UserError(f"{pattern}: names more than {SHARDS:,} shards")
-        options = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        options = match[1].split(",")
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return [name for option in options for name in expand_braces(before + option + after)]
+        before = pattern[place : match.start()]
+        names = [name + before + option for name in names for option in options]
+        place = match.end()
+    return [name + pattern[place:] for name in names]
+
+
+def _options(braced: str, pattern: str) -> list[str]:
+    """What stands between braces, one after the other."""
+    numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,18}))?", braced)
+    if not numbers:
+        return braced.split(",")
+    first, last, step = int(numbers[1]), int(numbers[2]), int(numbers[3] or 1) or 1
+    if abs(last - first) // step >= SHARDS:
+        raise UserError(f"{pattern}: names more than {SHARDS:,} shards")
+    padded = any(len(text) > 1 and text.startswith("0") for text in numbers.groups()[:2])
+    width = max(len(numbers[1]), len(numbers[2])) if padded else 0
+    upwards = first <= last
+    counted = range(first, last + 1, step) if upwards else range(first, last - 1, -step)
+    return [str(number).zfill(width) for number in counted]
 
 
 # ---- samples of each shard

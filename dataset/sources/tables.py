@@ -10,9 +10,12 @@ Each becomes JSON lines once, in the cache, which `Records` then reads like any 
     folder/                                  of datasets' save_to_disk
 """
 
+import codecs
 import csv
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
@@ -24,14 +27,15 @@ from base.files import (
     file_state,
     nearest,
     one_builder,
+    read_bytes,
     read_json_lines,
     states_digest,
     write_json_lines,
 )
+from base.limits import CELL_BYTES, EXPANSION, TABLE_FLOOR, check_limit, over_limit
 from dataset.images.formats import files_below, is_image
 
 TABLES = (".csv", ".tsv", ".parquet")
-CELL_LIMIT = 1 << 24  # bytes of a cell of a CSV file
 BATCH_ROWS = 4096  # of a Parquet file that are in memory at a time
 # What columns are called in the wild: field of an entry -> names of the column that holds it.
 USUAL_NAMES = {
@@ -92,15 +96,38 @@ def json_lines_of(
         return path
     if not path.exists():
         raise UserError(f"{path}: no such annotation file; check the name in the configuration")
+    if not (path.is_dir() or path.is_file()):
+        raise UserError(f"{path}: not a regular file; name a table or a folder")
     key = (sorted(required), sorted(columns.items()), _state(path))
     target = cache_folder(cache_dir) / f"{path.stem}-{digest(*key)}.jsonl"
     try:
         with one_builder(target):
             if not target.exists():
-                write_json_lines(target, rows_of(path, required, columns))
+                rows = rows_of(path, required, columns)
+                write_json_lines(target, _bounded(rows, path))
     except OSError as error:
         raise UserError(f"{target}: not written ({error}); set QUINTET_CACHE") from None
     return target
+
+
+def _bounded(rows: Iterable[dict], path: Path) -> Iterator[dict]:
+    """The rows; UserError where there is none, or the file is small and they have no end."""
+    stored = 0 if path.is_dir() else os.path.getsize(path)
+    limit = max(TABLE_FLOOR, EXPANSION * stored)
+    size = -1
+    for row in rows:
+        size += sum(_length(value) for value in row.values())
+        if not path.is_dir():
+            check_limit(path, size, limit, "bytes of text", "fetch it again")
+        yield row
+    if size < 0:
+        raise UserError(f"{path}: empty: names of columns and no rows; fetch it again")
+
+
+def _length(value: object) -> int:
+    if isinstance(value, list):
+        return sum(map(_length, value))
+    return len(value) if isinstance(value, str) else 8
 
 
 def _state(path: Path) -> object:
@@ -124,20 +151,42 @@ def rows_of(
 
 # ---- tables
 def _csv_rows(path: Path, required: Sequence[str], columns: dict) -> Iterator[dict]:
-    csv.field_size_limit(CELL_LIMIT)
+    csv.field_size_limit(CELL_BYTES)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            head = file.readline()
+        with path.open(encoding=_encoding(path), errors="surrogatepass", newline="") as file:
+            head = file.readline(CELL_BYTES)
             separator = max("\t", ",", ";", key=head.count)  # the first where none occurs
             file.seek(0)
-            rows = csv.reader(file, delimiter=separator, strict=True)
+            rows = csv.reader(_lines(file, path), delimiter=separator, strict=True)
             names = [name.strip() for name in next(rows, [])]
+            _check_unique(path, names)
             filled = (row for row in rows if row)
             yield from _entries(path, names, _by_name(path, names, filled), required, columns)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}: no table ({error}); save it as CSV with quoted texts") from None
+
+
+def _encoding(path: Path) -> str:
+    """UTF-8, or UTF-16 where the file begins with its byte order mark, as spreadsheets write it."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def _lines(file, path: Path) -> Iterator[str]:
+    """The lines of a text file, none of which may be longer than a cell."""
+    while line := file.readline(CELL_BYTES):
+        if len(line) == CELL_BYTES:
+            raise UserError(over_limit(path, len(line), CELL_BYTES - 1, "characters in a line"))
+        yield line
+
+
+def _check_unique(path: Path, names: list[str]) -> None:
+    twice = [name for number, name in enumerate(names) if name and name in names[:number]]
+    if twice:
+        raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
 
 
 def _by_name(path: Path, names: list[str], rows: Iterable[list[str]]) -> Iterator[dict]:
@@ -160,15 +209,28 @@ def _cell(text: str) -> object:
     return text
 
 
-def open_parquet(path: Path):
-    """pyarrow's ParquetFile. UserError."""
+@contextmanager
+def reading_arrow(path: Path, what: str = "damaged") -> Iterator[None]:
+    """What pyarrow raises inside becomes a UserError."""
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: no Parquet file ({error}); fetch it again") from None
+        yield
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise UserError(f"{path}: {what} ({brief(str(error))}); fetch it again") from None
+
+
+def open_parquet(path: Path):
+    """pyarrow's ParquetFile, whose texts stay dictionaries: a small file may mean one text a million
+    times. UserError."""
+    from pyarrow import parquet, types
+
+    with reading_arrow(path, "no Parquet file"):
+        schema = parquet.read_schema(path)
+        texts = [field.name for field in schema if types.is_string(field.type)]
+        return parquet.ParquetFile(path, read_dictionary=texts)
 
 
 def open_arrow(folder: Path) -> list:
@@ -176,21 +238,39 @@ def open_arrow(folder: Path) -> list:
     import pyarrow
     from pyarrow import ipc
 
-    files = sorted(folder.glob("*.arrow"))
+    files = sorted(file for file in folder.glob("*.arrow") if file.is_file())
     if not files:
         raise UserError(f"{folder}: no data-*.arrow in it; save the data set again")
-    try:
+    with reading_arrow(folder, "no Arrow stream"):
         return [ipc.open_stream(pyarrow.memory_map(str(file))) for file in files]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{folder}: no Arrow stream ({error}); save the data set again") from None
 
 
 def _batch_rows(path: Path, batches: Iterable) -> Iterator[dict]:
-    try:
+    with reading_arrow(path):
         for batch in batches:
-            yield from batch.to_pylist()
-    except (OSError, ValueError) as error:  # of pyarrow: both its own and Python's
-        raise UserError(f"{path}: damaged ({error}); fetch it again") from None
+            step = rows_at_a_time(path, batch)
+            for start in range(0, len(batch), step):
+                yield from batch.slice(start, step).to_pylist()
+
+
+def rows_at_a_time(path: Path, part) -> int:
+    """How many rows of pyarrow's batch or table may become Python's objects at once: cells of a
+    dictionary are one text there, but one each here. Checks its offsets: they may point anywhere."""
+    from pyarrow import compute, types
+
+    part.validate(full=True)
+    longest = 1
+    for column in part.columns:
+        kind = column.type
+        if types.is_dictionary(kind) and types.is_string(kind.value_type):
+            chunks = getattr(column, "chunks", [column])
+            texts = [chunk.dictionary for chunk in chunks]
+        else:
+            texts = [column] if types.is_string(kind) else []
+        for values in texts:
+            longest = max(longest, compute.max(compute.binary_length(values)).as_py() or 0)
+    check_limit(path, longest, CELL_BYTES, "bytes in a cell", "fetch it again")
+    return max(1, min(BATCH_ROWS, CELL_BYTES // longest))
 
 
 def _entries(
@@ -307,7 +387,8 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
             found += 1
             yield {"image": str(path)}
         elif beside.is_file():
-            text = beside.read_text(encoding="utf-8-sig", errors="replace")
+            data = read_bytes(beside, "put a caption a line into it", CELL_BYTES)
+            text = data.decode("utf-8-sig", errors="replace")
             found += 1
             yield {
                 "image": str(path),

@@ -3,7 +3,8 @@
 Training, evaluation and counting walk a shard by the same rules, so that they see the same samples:
 
 - The key of a member is its path up to the first dot of its file name, folders included; the rest,
-  in lower case, is its ending. `./` in front is no part of it. Hidden files have no key.
+  in lower case, is its ending. `./` in front is no part of it, accents are composed (NFC). Hidden
+  files have no key.
 - Adjacent members of one key are a sample. An ending that comes twice begins another sample.
 - A damaged header does not end a shard: reading continues at the next whole header, and the loss is
   reported. TarFile would take the damage for the end of the archive.
@@ -11,6 +12,7 @@ Training, evaluation and counting walk a shard by the same rules, so that they s
 """
 
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -67,7 +69,8 @@ def split_key(name: str) -> tuple[str, str] | None:
     stem, _, ending = file.partition(".")
     if not stem or not ending:
         return None
-    return folder + slash + stem, ending.lower()
+    # an accent is one letter or two (NFD), as the program that made the archive has it
+    return unicodedata.normalize("NFC", folder + slash + stem), ending.lower()
 
 
 class ReadFault(Exception):

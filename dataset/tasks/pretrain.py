@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from base import distributed
+from base.arrays import map_array
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
 from base.files import atomic_write, digest, weights_digest
@@ -110,12 +111,7 @@ class CodeCache:
     belongs to record i."""
 
     def __init__(self, path: str | Path, records: int):
-        try:
-            self.codes = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: not a readable .npy file of visual codes ({error}); compute it again"
-            ) from None
+        self.codes = map_array(path, "compute the visual codes again")
         if self.codes.ndim != 2 or len(self.codes) != records or self.codes.dtype.kind not in "iu":
             raise UserError(
                 f"{path}: {self.codes.dtype} {list(self.codes.shape)} does not fit {records} records of integer codes; "
@@ -227,13 +223,23 @@ class _CodeTable:
 
     def create(self, width: int) -> None:
         """Make both, where an interrupted run has not left them."""
-        if self.partial.is_file() and self.done.is_file():
+        if self._is_usable(width):
             return
         with atomic_write(self.done) as temporary:
             temporary.write_bytes(bytes(self.batches))
         with atomic_write(self.partial) as temporary, temporary.open("wb") as file:
             shape = (self.records, width)
             np.lib.format.open_memmap(file.name, mode="w+", dtype=np.int32, shape=shape).flush()
+
+    def _is_usable(self, width: int) -> bool:
+        """Whether both files are there and of the right size."""
+        if not self.done.is_file() or self.done.stat().st_size != self.batches:
+            return False
+        try:
+            codes = map_array(self.partial, "it is made again")
+        except UserError:
+            return False
+        return codes.shape == (self.records, width) and codes.dtype == np.int32
 
     def finish(self) -> None:
         """Write the key behind the table and give it its name."""
@@ -249,7 +255,7 @@ def _fill_codes(
     table: _CodeTable, records, build, image_tokenizer, device, workers: int, world: World
 ) -> None:
     """Compute the batches of this process that are not done yet."""
-    codes = np.load(table.partial, mmap_mode="r+")
+    codes = map_array(table.partial, "remove it", "r+")
     done = np.memmap(table.done, np.uint8, mode="r+")
     own = [batch for batch in range(world.rank, table.batches, world.size) if not done[batch]]
     size = table.batch_size

@@ -25,6 +25,12 @@ def test_names():
         f"a{n}b{c}" for n in ("08", "09", "10", "11") for c in ("x", "yz")
     ]
     assert expand_braces("s3://bucket/plain.tar") == ["s3://bucket/plain.tar"]
+    assert expand_braces("{3..1}{8..10}")[:4] == ["38", "39", "310", "28"]
+    assert expand_braces("{1..010..4}") == ["001", "005", "009"]
+    assert expand_braces("{a..c}x{}") == ["a..cx"]
+    for endless in ("{0..9999999}", "{0..9999}" * 9):
+        with pytest.raises(UserError, match="more than 1,000,000 shards"):
+            expand_braces(endless)
 
 
 def test_lists_globs_braces_folders(tmp_path):

@@ -17,7 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from base.files import cache_folder
+
 SAMPLES = 24  # of a shard
+CODES = 5  # rows of visual codes
 
 
 class Text(NamedTuple):
@@ -311,6 +314,102 @@ def shard_index(path: Path) -> Any:
     return consumed(index), index.lost
 
 
+def table_rows(path: Path) -> Any:
+    """Rows of a table, and those of one that holds images."""
+    from dataset.sources.encoded_table import encoded_table
+    from dataset.sources.records import Records
+    from dataset.tasks.record import captions_of
+
+    held = encoded_table(str(path), ("image", "caption"))
+    if held is not None:
+        return [held[number] for number in range(len(held))]
+    return consumed(Records(path, ("image", "caption"), path.parent / "cache"), captions_of)
+
+
+def saved_dataset(path: Path) -> Any:
+    folder = path.parent / "saved"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    path.rename(folder / "data-00000-of-00001.arrow")
+    return table_rows(folder)
+
+
+def visual_codes(path: Path) -> Any:
+    from dataset.tasks.pretrain import CodeCache
+
+    codes = CodeCache(path, CODES)
+    return [codes[number].sum() for number in range(CODES)]
+
+
+def damaged_cache(kind: str, of: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """A reader whose cache of that name, made before, is what the fuzzer damages; it must be made
+    again: the same is read."""
+
+    def read(path: Path) -> Any:
+        shard = path.with_name("00000.tar")
+        shard.write_bytes(tar_shard())
+        expected = of(shard)
+        caches = sorted(cache_folder().glob(f"{kind}/*"), key=lambda file: file.stat().st_mtime_ns)
+        caches[-1].write_bytes(path.read_bytes())
+        found = of(shard)
+        assert found == expected or kind == "counts", (found, expected)
+        return found
+
+    return read
+
+
+def index_size(path: Path) -> Any:
+    from dataset.sources.shard_index import ShardIndex
+
+    index = ShardIndex([path], error_budget=1.0)
+    return len(index), index.lost
+
+
+def shard_count(path: Path) -> Any:
+    from dataset.sources.shard_list import count_of
+
+    return count_of(str(path))
+
+
+def feature_bank(path: Path) -> Any:
+    """A bank of features, one of whose files is damaged: whole or made again."""
+    from evaluation.features import _is_whole
+
+    np.save(path.with_name("bank.labels.npy"), np.arange(4))
+    (path.parent / "bank.json").write_text("{}")
+    names = [path.with_name(f"bank{ending}") for ending in (".labels.npy", ".json")]
+    return _is_whole(path, *names, 4, 3)
+
+
+def arrow_table() -> Any:
+    import pyarrow
+
+    captions = [["a dog", "it"], ["x"]] * 4
+    return pyarrow.table({"image": ["0.png"] * 8, "caption": captions, "n": range(8)})
+
+
+def parquet_file(images: bool = False) -> bytes:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = arrow_table()
+    if images:
+        held = [{"bytes": encoded_image(), "path": "0.png"}] * 8
+        table = pyarrow.table({"image": held, "caption": ["a dog"] * 8})
+    file = io.BytesIO()
+    parquet.write_table(table, file)
+    return file.getvalue()
+
+
+def arrow_stream() -> bytes:
+    from pyarrow import ipc
+
+    file = io.BytesIO()
+    with ipc.new_stream(file, arrow_table().schema) as stream:
+        stream.write_table(arrow_table())
+    return file.getvalue()
+
+
 def image(path: Path) -> Any:
     from dataset.images.decode import decode_image
 
@@ -461,6 +560,8 @@ REFS = [
     for n in (1, 2)
 ]
 VOCABULARY = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "lion", "li", "##on"])
+TABLE = 'image,caption\n0.png,"a dog, it"\n0.png,caf\u00e9\n0.png,"[""x"", ""y""]"\n'
+COUNT = json.dumps({"shard": "00000.tar", "samples": SAMPLES})
 MERGES = "#version: 0.2\nl i\no n</w>\nli on</w>\na b</w>\n"
 
 
@@ -494,6 +595,18 @@ BINARIES = {
     "tar.gz": Binary(shard, lambda: gzip.compress(tar_shard()), ".tar.gz"),
     "TFRecord": Binary(shard, tfrecord_shard, ".tfrecord"),
     "TFRecord, indexed": Binary(shard_index, tfrecord_shard, ".tfrecord"),
+    "CSV": Binary(table_rows, TABLE.encode, ".csv"),
+    "CSV, UTF-16": Binary(table_rows, lambda: TABLE.encode("utf-16"), ".csv"),
+    "TSV": Binary(table_rows, TABLE.replace(",", "\t").encode, ".tsv"),
+    "Parquet": Binary(table_rows, parquet_file, ".parquet"),
+    "Parquet with images": Binary(table_rows, lambda: parquet_file(True), ".parquet"),
+    "saved data set": Binary(saved_dataset, arrow_stream, ".arrow"),
+    "visual codes": Binary(
+        visual_codes, lambda: saved_array(np.ones((CODES, 4), np.int32)), ".npy"
+    ),
+    "index of a shard": Binary(damaged_cache("shards", index_size), lambda: b"PK\3\4", ".npz"),
+    "count of a shard": Binary(damaged_cache("counts", shard_count), COUNT.encode, ".json"),
+    "features": Binary(feature_bank, lambda: saved_array(np.ones((4, 3), np.float32)), ".npy"),
     "PNG": Binary(image, encoded_image, ".png"),
     "JPEG": Binary(image, lambda: encoded_image(1, "JPEG"), ".jpg"),
     "WebP": Binary(image, lambda: encoded_image(1, "WEBP"), ".webp"),

@@ -63,6 +63,27 @@ def test_names_that_are_one_key(name):
     assert split_key(name) == ("00", "jpg")
 
 
+def test_accents_are_one_letter_or_two():
+    """As macOS writes names (NFD), and other systems (NFC)."""
+    assert split_key("caf\u00e9/\u00e9.jpg") == split_key("cafe\u0301/e\u0301.jpg")
+    lone = b"\xff.jpg".decode("utf-8", "surrogateescape")
+    assert split_key(lone) == (lone[0], "jpg")
+
+
+@pytest.mark.parametrize("name", ["a [1].tar", "{0..3}.tar", "50%#?*.tar", "\u00e9 \u65e5.tar"])
+def test_any_name_of_a_shard_that_is_there(name, tmp_path):
+    path = write(tmp_path / name, samples(3))
+    assert list_shards(str(path)) == [str(path)]
+    assert find_shards(str(path)).counts == (3,)
+    assert list_shards(str(tmp_path)) == [str(path)]
+
+
+def test_a_wildcard_names_shards_alone(tmp_path):
+    paths = [str(write(tmp_path / f"{number}.tar", samples(3))) for number in range(2)]
+    (tmp_path / "0_stats.json").write_text("{}")
+    assert list_shards(f"{tmp_path}/*") == paths
+
+
 def test_keys():
     assert split_key("./v1.0/a.b/7.seg.png") == ("v1.0/a.b/7", "seg.png")
     assert split_key(".hidden.jpg") is split_key("README") is split_key("a/.b/._1.jpg") is None

@@ -77,11 +77,15 @@ def single_label_metrics(
     2020).
     """
     labels = torch.tensor([row[0] if row else 0 for row in scores.labels])
+    own = torch.as_tensor(list(scores.own), dtype=torch.int64)
+    losses = F.cross_entropy(scores.logits, labels[own], reduction="none")
+    losses = scores.gather(losses).cpu()
     best = scores.gather(top_classes(scores.logits)).cpu()
-    mine = labels[torch.as_tensor(list(scores.own), dtype=torch.int64)]
-    losses = scores.gather(F.cross_entropy(scores.logits, mine, reduction="none")).cpu()
     hits = best == labels[:, None]
-    result = {"top1": percent(hits[:, :1].any(1)), f"top{TOP}": percent(hits[:, :TOP].any(1))}
+    result = {
+        "top1": percent(hits[:, 0]),
+        f"top{TOP}": percent(hits.any(1)),
+    }
     if real is not None:
         right = []
         for first, classes in zip(best[:, 0].tolist(), real, strict=True):
@@ -89,7 +93,8 @@ def single_label_metrics(
                 right.append(first in classes)
         result["real"] = percent(torch.tensor(right))
         result["real_images"] = len(right)
-    result["chance"] = 100 * labels.bincount().max().item() / len(labels)
+    most_frequent = labels.bincount().max().item()
+    result["chance"] = 100 * most_frequent / len(labels)
     result["loss"] = losses.double().mean().item()
     result["images"] = len(labels)
     return result
@@ -164,10 +169,14 @@ def multi_label_metrics(scores: Scores, details: bool = False) -> dict[str, floa
 def block_targets(labels: Sequence[Sequence[int]], first: int, last: int) -> Tensor:
     """bool [N,last-first]: which of these classes each image shows."""
     targets = torch.zeros(len(labels), last - first, dtype=torch.bool)
-    pairs = [(row, c - first) for row, each in enumerate(labels) for c in each if first <= c < last]
-    if pairs:
-        rows, columns = torch.tensor(pairs).T
-        targets[rows, columns] = True
+    rows = []
+    columns = []
+    for row, classes in enumerate(labels):
+        for number in classes:
+            if first <= number < last:
+                rows.append(row)
+                columns.append(number - first)
+    targets[rows, columns] = True
     return targets
 
 
@@ -204,13 +213,18 @@ def roc_area(logits: Tensor, targets: Tensor, thresholds: int = 200) -> Tensor:
     """Area under the ROC curve through 200 thresholds of the sigmoid, by trapezoids, float64 [T],
     as Keras' AUC."""
     inner = torch.arange(1, thresholds - 1, dtype=torch.float64) / (thresholds - 1)
+    edges = [-1e-7, *inner.float().tolist(), 1 + 1e-7]
     scores = logits.sigmoid()
-    above = [scores > edge for edge in (-1e-7, *inner.float().tolist(), 1 + 1e-7)]
-    rates = []
-    for kind in (targets, ~targets):
-        count = kind.sum(0).double()
-        rates.append(torch.stack([(each & kind).sum(0) / count.clamp(min=1) for each in above]))
-    true, false = rates
+    positives = targets.sum(0).double().clamp(min=1)
+    negatives = (~targets).sum(0).double().clamp(min=1)
+    true_rates = []
+    false_rates = []
+    for edge in edges:
+        above = scores > edge
+        true_rates.append((above & targets).sum(0) / positives)
+        false_rates.append((above & ~targets).sum(0) / negatives)
+    true = torch.stack(true_rates)
+    false = torch.stack(false_rates)
     heights = (true[:-1] + true[1:]) / 2
     widths = false[:-1] - false[1:]
     return (heights * widths).sum(0)

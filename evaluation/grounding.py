@@ -49,16 +49,17 @@ def enlarge(heat: Tensor, height: int, width: int) -> Tensor:
 def box_scores(heat: Tensor, boxes: Sequence[Sequence[float]]) -> Tensor:
     """Heat inside each box divided by the root of its area, float64 [K]: heat [height,width], boxes
     [x, y, w, h]."""
+    height, width = heat.shape
     # total[i,j] = sum of the first i rows, j columns
-    total = F.pad(heat.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
-    corners = [[int(x), int(y), int(x + w), int(y + h)] for x, y, w, h in boxes]
-    left, top, right, bottom = torch.tensor(corners).clamp(min=0).unbind(1)
-    right = right.clamp(max=heat.shape[1])
-    bottom = bottom.clamp(max=heat.shape[0])
-    left = torch.minimum(left, right)
-    top = torch.minimum(top, bottom)
+    total = heat.double().cumsum(0).cumsum(1)
+    total = F.pad(total, (1, 0, 1, 0))
+    x, y, box_width, box_height = torch.tensor(boxes, dtype=torch.float64).unbind(1)
+    right = (x + box_width).long().clamp(0, width)
+    bottom = (y + box_height).long().clamp(0, height)
+    left = torch.minimum(x.long().clamp(min=0), right)
+    top = torch.minimum(y.long().clamp(min=0), bottom)
     inside = total[bottom, right] - total[top, right] - total[bottom, left] + total[top, left]
-    area = torch.tensor([w * h for *_, w, h in boxes], dtype=torch.float64)
+    area = box_width * box_height
     return inside / area.clamp(min=1e-9) ** AREA_EXPONENT
 
 
@@ -87,10 +88,15 @@ def point_all(
     for row, i in enumerate(own):
         target = targets[i]
         found = point(heat[i], boxes[i], target.box, target.height, target.width)
-        figures = [found.box, found.iou, found.hit, found.chance]
-        rows[row] = torch.tensor(figures, dtype=torch.float64)
-    table = gather_rows(rows.to(world.device), torch.tensor(own), len(heat)).tolist()
-    return [Pointing(int(box), overlap, bool(hit), chance) for box, overlap, hit, chance in table]
+        rows[row, 0] = found.box
+        rows[row, 1] = found.iou
+        rows[row, 2] = found.hit
+        rows[row, 3] = found.chance
+    table = gather_rows(rows.to(world.device), torch.tensor(own), len(heat))
+    results = []
+    for box, overlap, hit, chance in table.tolist():
+        results.append(Pointing(int(box), overlap, bool(hit), chance))
+    return results
 
 
 def grounding_accuracy(

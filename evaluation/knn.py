@@ -32,20 +32,26 @@ class Neighbours(NamedTuple):
 def nearest_neighbours(train: Bank, queries: Bank, k: int, world: World) -> Neighbours:
     """Of every query, on the CPU of every process. k: at most the number of training images."""
     k = min(k, len(train))
-    own = units(len(queries), UNIT, world)
-    wanted = [queries.unit(unit[0], unit[-1] + 1, world.device) for unit in own]
-    best = [_nothing(len(unit), k, world.device) for unit in own]
+    total = len(queries)
+    own = units(total, UNIT, world)
+    wanted = []
+    best = []
+    for unit in own:
+        wanted.append(queries.unit(unit[0], unit[-1] + 1, world.device))
+        best.append(_nothing(len(unit), k, world.device))
     for first in progress(range(0, len(train), TILE), "neighbours", world):
-        tile = train.unit(first, min(first + TILE, len(train)), world.device).T
+        last = min(first + TILE, len(train))
+        tile = train.unit(first, last, world.device).T
         for number, query in enumerate(wanted):
-            best[number] = merged(best[number], first_of(query @ tile, k), first)
+            found = first_of(query @ tile, k)
+            best[number] = merged(best[number], found, first)
+    best.append(_nothing(0, k, world.device))  # a process may have no unit
     rows = torch.tensor([i for unit in own for i in unit], dtype=torch.int64)
-    best = best or [_nothing(0, k, world.device)]
     similarity = torch.cat([part.similarity for part in best])
     index = torch.cat([part.index for part in best])
     return Neighbours(
-        gather_rows(similarity, rows, len(queries)).cpu(),
-        gather_rows(index, rows, len(queries)).cpu(),
+        similarity=gather_rows(similarity, rows, total).cpu(),
+        index=gather_rows(index, rows, total).cpu(),
     )
 
 
@@ -60,9 +66,11 @@ def first_of(similarity: Tensor, k: int) -> Neighbours:
     values, index = similarity.topk(wanted, 1)
     if wanted > k:
         # topk chooses among equals as it likes: sort the rows with equals on both sides of the cut
-        torn = (values[:, k - 1] == values[:, k]).nonzero().flatten()
+        equal = values[:, k - 1] == values[:, k]
+        torn = equal.nonzero().flatten()
         if len(torn):
-            order = similarity[torn].sort(dim=1, descending=True, stable=True)
+            rows = similarity[torn]
+            order = rows.sort(dim=1, descending=True, stable=True)
             values[torn] = order.values[:, :wanted]
             index[torn] = order.indices[:, :wanted]
         values = values[:, :k]

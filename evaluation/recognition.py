@@ -126,7 +126,8 @@ class SentenceEncoder:
             inputs = {name: value.to(self.device) for name, value in inputs.items()}
             states = self.model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None]
-            table.append(((states * mask).sum(1) / mask.sum(1)).cpu())
+            mean = (states * mask).sum(1) / mask.sum(1)
+            table.append(mean.cpu())
         row_of_text = torch.tensor(order, dtype=torch.int64).argsort()
         return torch.cat(table)[row_of_text]
 
@@ -152,7 +153,8 @@ def label_metrics(
     counts = Counter(text for labels in references for text in labels)
     usual = [text for text, _ in counts.most_common(longest)]
     by_chance = _label_scores([usual] * len(references), references, encoder)
-    return metrics | {"chance": by_chance["f1" if encoder else "exact_f1"]}
+    metrics["chance"] = by_chance["f1" if encoder else "exact_f1"]
+    return metrics
 
 
 def _label_scores(texts, references, encoder) -> dict[str, float]:

@@ -199,7 +199,8 @@ def _encode_texts(model, captions, keep_states, world, bar) -> tuple[Tensor | No
     longest = int(captions.lengths.max())
     order = captions.lengths.argsort(stable=True)
     own = [order[rows] for rows in units(len(captions), TEXT_UNIT, world)]
-    states, features = [], []
+    states = []
+    features = []
     for rows in bar(own, "captions", len(own)):
         width = int(captions.lengths[rows].max())
         ids = captions.ids[rows, :width].to(world.device)
@@ -210,8 +211,10 @@ def _encode_texts(model, captions, keep_states, world, bar) -> tuple[Tensor | No
             state = torch.nn.functional.pad(state, (0, 0, 0, longest - width))
             states.append(state.to(_store_type(world.device)))
     rows = torch.cat([order.new_zeros(0), *own])
-    kept = gather_parts(states, rows, len(captions), world.device) if keep_states else None
-    return kept, gather_parts(features, rows, len(captions), world.device)
+    features = gather_parts(features, rows, len(captions), world.device)
+    if not keep_states:
+        return None, features
+    return gather_parts(states, rows, len(captions), world.device), features
 
 
 def _store_type(device: torch.device) -> torch.dtype:
@@ -226,18 +229,21 @@ def _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pai
     process."""
     texts = len(captions)
     images = len(by_image.candidates)
-    keys_i2t = torch.arange(images)[:, None] * texts + by_image.candidates
-    keys_t2i = by_text.candidates * texts + torch.arange(texts)[:, None]
+    every_image = torch.arange(images)[:, None]
+    every_text = torch.arange(texts)[:, None]
+    keys_i2t = every_image * texts + by_image.candidates
+    keys_t2i = by_text.candidates * texts + every_text
     # image * texts + caption, ascending
     wanted = torch.cat([keys_i2t.flatten(), keys_t2i.flatten()]).unique()
     own = units(images, image_batch, world)
     edges = [(unit[0] * texts, (unit[-1] + 1) * texts) for unit in own]
-    spans = torch.searchsorted(wanted, torch.tensor(edges).reshape(-1, 2)).tolist()
-    bar.start("matching", sum(end - start for start, end in spans), "pair")
+    edges = torch.tensor(edges).reshape(-1, 2)
+    spans = torch.searchsorted(wanted, edges)  # of each unit's pairs
+    bar.start("matching", int(spans.diff(dim=1).sum()), "pair")
     matcher = _Matcher(model, captions, states, pairs, world.device)
     scores = [torch.zeros(0, device=world.device)]
     rows = [torch.zeros(0, dtype=torch.int64)]
-    for unit, unit_tokens, (start, end) in zip(own, tokens, spans, strict=True):
+    for unit, unit_tokens, (start, end) in zip(own, tokens, spans.tolist(), strict=True):
         image = wanted[start:end] // texts - unit[0]
         text = wanted[start:end] % texts
         scores.append(matcher.scores(image, text, unit_tokens.to(world.device), bar))
@@ -272,14 +278,19 @@ class _Matcher:
         result = torch.empty(len(image), device=self.device)
         for tile in tiles(image, self.lengths[text], self.pairs):
             real = tile >= 0
-            pair = torch.where(real, tile, tile[:1]).flatten()  # pads columns by their first text
-            rows = text[pair].to(self.device)
-            width = int(self.lengths[text[pair]].max())
-            columns = tokens.index_select(0, image[tile[0]].to(self.device))
+            padded = torch.where(real, tile, tile[:1])  # columns by their first text
+            captions = text[padded.flatten()]
+            width = int(self.lengths[captions].max())
+            rows = captions.to(self.device)
+            images = image[tile[0]].to(self.device)
             found = self.model.match_scores(
-                self.text[rows, :width], self.mask[rows, :width], columns, None
+                self.text[rows, :width],
+                self.mask[rows, :width],
+                tokens.index_select(0, images),
+                None,
             )
-            result[tile[real].to(self.device)] = found.float()[real.flatten().to(self.device)]
+            kept = found.float()[real.flatten().to(self.device)]
+            result[tile[real].to(self.device)] = kept
             bar.advance(int(real.sum()))
         return result
 
@@ -341,12 +352,11 @@ def recalls(by_image: Ranking, by_text: Ranking, text_image: Tensor) -> dict[str
     text_ranks = ranks(by_image, text_hits, last)[last >= 0]
     image_hits = by_text.candidates == text_image[:, None]
     image_ranks = ranks(by_text, image_hits, text_image)
-    return with_means(
-        {
-            **{f"txt_r{at}": 100 * (text_ranks < at).double().mean().item() for at in AT},
-            **{f"img_r{at}": 100 * (image_ranks < at).double().mean().item() for at in AT},
-        }
-    )
+    found = {}
+    for at in AT:
+        found[f"txt_r{at}"] = 100 * (text_ranks < at).double().mean().item()
+        found[f"img_r{at}"] = 100 * (image_ranks < at).double().mean().item()
+    return with_means(found)
 
 
 def with_means(found: dict[str, float]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Where a network looks for a word: cross-attention of the fusion layers, weighted by its gradient
 (Grad-CAM)."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,10 +22,11 @@ def word_maps(model, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: 
         fused, probabilities = model.bert.fuse(stage, text_mask, tokens, map_of=("cross", layer))
         score = model.itm_head(fused[:, 0])[:, 1].sum()
         (gradient,) = torch.autograd.grad(score, probabilities)
-    weighted = (probabilities * gradient.clamp(min=0)).detach().mean(1)
-    weighted = weighted[0, :, 1:]  # without the [CLS] patch
-    side = round(weighted.shape[1] ** 0.5)
-    return weighted.unflatten(1, (side, side)).float().cpu()
+    weighted = probabilities.detach() * gradient.clamp(min=0)  # [1,H,L,1+g*g]
+    heads_mean = weighted.mean(1)[0]
+    patches = heads_mean[:, 1:]  # without [CLS]
+    side = math.isqrt(patches.shape[1])
+    return patches.unflatten(1, (side, side)).float().cpu()
 
 
 def word_layer(first: int, depth: int) -> int:
@@ -39,11 +41,18 @@ def merge_pieces(
 ) -> list[tuple[str, Tensor]]:
     """Whole words with their map [g,g], scaled to a maximum of 1, from WordPiece ids after [CLS]
     and maps [L,g,g]."""
-    words: list[tuple[str, list[Tensor]]] = []
-    for number, piece in enumerate(map(piece_of, ids[1:]), start=1):
+    words: list[str] = []
+    parts: list[list[Tensor]] = []  # maps of each word's pieces
+    for number in range(1, len(ids)):
+        piece = piece_of(ids[number])
         if piece.startswith("##") and words:
-            words[-1] = (words[-1][0] + piece[2:], [*words[-1][1], maps[number]])
+            words[-1] += piece.removeprefix("##")
+            parts[-1].append(maps[number])
         else:
-            words.append((piece, [maps[number]]))
-    averaged = [(word, torch.stack(parts).mean(0)) for word, parts in words]
-    return [(word, heat / heat.max().clamp(min=1e-12)) for word, heat in averaged]
+            words.append(piece)
+            parts.append([maps[number]])
+    merged = []
+    for word, of_word in zip(words, parts, strict=True):
+        heat = torch.stack(of_word).mean(0)
+        merged.append((word, heat / heat.max().clamp(min=1e-12)))
+    return merged

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+COLOURS = torch.tensor(  # of a heat map from 0 to 1, evenly spaced: RGB
+    [[0.05, 0.05, 0.35], [0.55, 0.1, 0.5], [0.95, 0.35, 0.2], [1.0, 0.9, 0.3]]
+)
+
 
 def image_uri(source: Path | bytes | Tensor, side: int = 96, quality: int = 85) -> str:
     """A data URI of a JPEG with `side` pixels per side; the aspect is not kept, as networks see it.
@@ -29,14 +33,17 @@ def image_uri(source: Path | bytes | Tensor, side: int = 96, quality: int = 85) 
 
 def heat_map(image: Tensor, heat: Tensor, side: int = 192) -> Tensor:
     """uint8 [3,side,side]: image uint8 [3,H,W] under heat [h,w] in [0,1], warm where it is high."""
-    size = (side, side)
-    base = F.interpolate(image[None].float() / 255, size, mode="bilinear", align_corners=False)[0]
-    heat = heat[None, None].float()
-    level = F.interpolate(heat, size, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1)
-    stops = torch.tensor([[0.05, 0.05, 0.35], [0.55, 0.1, 0.5], [0.95, 0.35, 0.2], [1.0, 0.9, 0.3]])
-    position = level * (len(stops) - 1)
-    low = position.long().clamp(max=len(stops) - 2)
-    fraction = (position - low)[..., None]
-    colour = torch.lerp(stops[low], stops[low + 1], fraction).permute(2, 0, 1)
-    mixed = 0.45 * base + 0.55 * colour
+    base = resized(image / 255, side)
+    level = resized(heat[None], side)[0].clamp(0, 1)
+    position = level * (len(COLOURS) - 1)
+    low = position.long().clamp(max=len(COLOURS) - 2)
+    fraction = position - low
+    colour = torch.lerp(COLOURS[low], COLOURS[low + 1], fraction[..., None])
+    mixed = 0.45 * base + 0.55 * colour.permute(2, 0, 1)
     return (mixed.clamp(0, 1) * 255).byte()
+
+
+def resized(image: Tensor, side: int) -> Tensor:
+    """[C,H,W] of any type as float32 [C,side,side] (bilinear)."""
+    size = (side, side)
+    return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]

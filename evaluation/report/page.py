@@ -69,13 +69,19 @@ def score_table(
 
 def recall_table(rows: Mapping[str, Mapping[str, float]], best_row: int | None = 0) -> Markup:
     """Recalls in percent by row name, each a dict as `evaluation.retrieval.recalls` gives."""
-    keys = [f"{way}_r{k}" for way in FOUND for k in (1, 5, 10)]
-    names = [f"{name} R@{k}" for name in FOUND.values() for k in (1, 5, 10)]
+    keys = []
+    head = ["recall in %"]
+    for way, name in FOUND.items():
+        for k in (1, 5, 10):
+            keys.append(f"{way}_r{k}")
+            head.append(f"{name} R@{k}")
+    keys.append("r_mean")
+    head.append("mean")
     lines = []
     for name, recalls in rows.items():
-        figures = [f"{recalls[key]:.1f}" for key in [*keys, "r_mean"]]
+        figures = [f"{recalls[key]:.1f}" for key in keys]
         lines.append([name, *figures])
-    return table(["recall in %", *names, "mean"], lines, best_row)
+    return table(head, lines, best_row)
 
 
 def thumbnail(source: Path | bytes | Tensor, side: int = 96, right: bool | None = None) -> Markup:

@@ -1,6 +1,7 @@
 """Labels of images as figures: an image with the attention of its labels, and the pages
 of a split."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch import Tensor
 from base.files import write_json
 from evaluation.report import page
 from evaluation.report.examples import gallery
-from evaluation.report.images import heat_map
+from evaluation.report.images import heat_map, resized
 
-TILE, CAPTION = 224, 24  # pixels
+TILE = 224  # pixels; this and the next two
+CAPTION = 24
+GAP = 8
 
 
 def attention_page(
@@ -25,41 +28,35 @@ def attention_page(
     attention [g,g]."""
     from PIL import Image, ImageDraw, ImageFont
 
-    tiles = [(_plain(image), "the image, as it is seen")]
-    tiles += [
-        (heat_map(image, heat, TILE), f"{shorten(text, 20, placeholder=' …')}  {score:.1%}")
-        for (text, score), heat in zip(labels, maps, strict=False)
-    ]
+    tiles = [resized(image, TILE).round().clamp(0, 255).byte()]
+    texts = ["the image, as it is seen"]
+    for (text, score), heat in zip(labels, maps, strict=False):
+        tiles.append(heat_map(image, heat, TILE))
+        texts.append(f"{shorten(text, 20, placeholder=' …')}  {score:.1%}")
     across = min(4, len(tiles))
-    down = -(-len(tiles) // across)
-    sheet = Image.new("RGB", (across * (TILE + 8) + 8, down * (TILE + CAPTION + 8) + 8), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for number, (tile, text) in enumerate(tiles):
-        left, top = 8 + number % across * (TILE + 8), 8 + number // across * (TILE + CAPTION + 8)
-        sheet.paste(Image.fromarray(tile.permute(1, 2, 0).contiguous().numpy()), (left, top))
+    down = math.ceil(len(tiles) / across)
+    width = TILE + GAP
+    height = TILE + CAPTION + GAP
+    sheet = Image.new("RGB", (across * width + GAP, down * height + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(15)
+    for number, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
+        row, column = divmod(number, across)
+        left = GAP + column * width
+        top = GAP + row * height
+        pixels = tile.permute(1, 2, 0).contiguous().numpy()
+        sheet.paste(Image.fromarray(pixels), (left, top))
         draw.text((left, top + TILE + 3), text, fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
-def _plain(image: Tensor) -> Tensor:
-    """uint8 [3,TILE,TILE]"""
-    size = {"size": (TILE, TILE), "mode": "bilinear", "align_corners": False}
-    return (
-        torch.nn.functional.interpolate(image[None].float(), **size)[0].round().clamp(0, 255).byte()
-    )
-
-
 def save_labels(path: Path, names: Sequence[str], references: Sequence, found: Sequence) -> None:
     """A JSON list of {image, references, labels: [[text, score]]}."""
-    rows = [
-        {
-            "image": name,
-            "references": list(true),
-            "labels": [[text, round(score, 5)] for text, score in labels],
-        }
-        for name, true, labels in zip(names, references, found, strict=True)
-    ]
+    rows = []
+    for name, true, labels in zip(names, references, found, strict=True):
+        rounded = [[text, round(score, 5)] for text, score in labels]
+        rows.append({"image": name, "references": list(true), "labels": rounded})
     write_json(path, rows)
 
 
@@ -82,9 +79,9 @@ def label_report(
         right[i] = true <= best
         shown.update(true)
         named.update(true & best)
-    common = [
-        (name, count, f"{100 * named[name] / count:.1f}") for name, count in shown.most_common(20)
-    ]
+    common = []
+    for name, count in shown.most_common(20):
+        common.append((name, count, f"{100 * named[name] / count:.1f}"))
 
     def example(i: int) -> Markup:
         return label_case(data.image(i), found[i][:10], data.references[i], bool(right[i]))

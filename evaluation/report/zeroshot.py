@@ -1,6 +1,7 @@
 """Results of zero-shot evaluation as a table for the terminal and as cards of a page."""
 
 from collections.abc import Mapping
+from statistics import mean
 
 from markupsafe import Markup
 
@@ -34,29 +35,43 @@ def tables(results: Results) -> dict[str, list[list[str]]]:
     retrieved = {name: row for name, row in results.items() if row["metric"] == "recall"}
     found = {}
     if classified:
-        rows = [["data set", "images", "classes", "metric", *scores, "chance"]]
-        for name, row in classified.items():
-            figures = [row[f"{row['metric']}_{score}"] for score in scores]
-            about = [name, str(row["images"]), str(row["classes"]), TITLES[row["metric"]]]
-            rows.append(about + [_figure(figure) for figure in [*figures, row.get("chance")]])
-        if len(classified) > 1:
-            means = ["mean", "", "", ""]
-            for score in scores:
-                figures = [row[f"{row['metric']}_{score}"] for row in classified.values()]
-                means.append(f"{sum(figures) / len(figures):.2f}")
-            rows.append([*means, ""])
-        found["Zero-shot classification, in %"] = rows
+        found["Zero-shot classification, in %"] = classification_rows(classified, scores)
     if retrieved:
-        rows = [["data set", "images", "captions", "score", *RECALLS.values()]]
-        for name, row in retrieved.items():
-            for score in scores:
-                about = [name, str(row["images"]), str(row["captions"]), score]
-                rows.append(about + [_figure(row[f"{key}_{score}"]) for key in RECALLS])
-            by_chance = row.get("chance") or {}
-            about = [name, str(row["images"]), str(row["captions"]), "chance"]
-            rows.append(about + [_figure(by_chance.get(key)) for key in RECALLS])
-        found["Zero-shot retrieval, in %"] = rows
+        found["Zero-shot retrieval, in %"] = retrieval_rows(retrieved, scores)
     return found
+
+
+def classification_rows(results: Results, scores: list[str]) -> list[list[str]]:
+    """Head, a row for each data set, and the means if there are several."""
+    rows = [["data set", "images", "classes", "metric", *scores, "chance"]]
+    columns: dict[str, list[float]] = {score: [] for score in scores}
+    for name, row in results.items():
+        metric = row["metric"]
+        cells = [name, str(row["images"]), str(row["classes"]), TITLES[metric]]
+        for score in scores:
+            value = row[f"{metric}_{score}"]
+            columns[score].append(value)
+            cells.append(_figure(value))
+        cells.append(_figure(row.get("chance")))
+        rows.append(cells)
+    if len(results) > 1:
+        means = [_figure(mean(values)) for values in columns.values()]
+        rows.append(["mean", "", "", "", *means, ""])
+    return rows
+
+
+def retrieval_rows(results: Results, scores: list[str]) -> list[list[str]]:
+    """Head, and for each data set a row by every score and one of chance."""
+    rows = [["data set", "images", "captions", "score", *RECALLS.values()]]
+    for name, row in results.items():
+        about = [name, str(row["images"]), str(row["captions"])]
+        for score in scores:
+            figures = [_figure(row[f"{key}_{score}"]) for key in RECALLS]
+            rows.append([*about, score, *figures])
+        by_chance = row.get("chance") or {}
+        figures = [_figure(by_chance.get(key)) for key in RECALLS]
+        rows.append([*about, "chance", *figures])
+    return rows
 
 
 def _figure(value: float | None) -> str:
@@ -70,10 +85,9 @@ def plain_tables(results: Results) -> str:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for row in rows:
-            padded = []
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
-                left = column in TEXT_COLUMNS
-                padded.append(cell.ljust(width) if left else cell.rjust(width))
+            padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            for column in TEXT_COLUMNS:
+                padded[column] = row[column].ljust(widths[column])
             lines.append("  ".join(padded).rstrip())
         blocks.append("\n".join([title, *lines[:1], "-" * len(lines[0]), *lines[1:]]))
     return "\n\n".join(blocks)

@@ -15,18 +15,17 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from benchmarks.dual import TotalLoss
+from benchmarks.inputs import CLS, VOCABULARY
 from benchmarks.runner import Side, TrainOptions, check_peer, check_tensorflow
-from benchmarks.steps import measure_training
-from benchmarks.synthetic import CLS, VOCABULARY
+from benchmarks.steps import training_step
 from benchmarks.table import compare_steps, settings
-from main import total_loss
 from models.dual_encoder.align import Align
 from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
 from models.dual_encoder.factory import build_dual
 from models.weights.align import hugging_face_config
 from runtime.config.cli import knob, run_script
-from runtime.optim.build import Optimizer, Precision, build_optimizer
-from runtime.parallel import checkpoint_blocks
+from runtime.optim.build import Optimizer
 
 PEER = "original (TensorFlow)"
 
@@ -71,17 +70,6 @@ class Foreign(DualEncoder):
         }
 
 
-class WithTotal(nn.Module):
-    """A dual encoder whose only loss is the weighted sum."""
-
-    def __init__(self, model: DualEncoder):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        return {"loss": total_loss(self.model(**batch), self.model.config)}
-
-
 def build_model(options: SimpleNamespace) -> Align:
     """Our network, with random weights."""
     config = DualConfig(
@@ -116,23 +104,13 @@ def transformers(options: SimpleNamespace) -> dict:
 
 def measure_network(model: DualEncoder, decayed: list[str], options: SimpleNamespace) -> dict:
     """The step of either network; `decayed` names the parameters with weight decay."""
-    device = torch.device(options.device)
-    network = WithTotal(model).to(device).train()
-    if options.activation_checkpointing:
-        checkpoint_blocks(model)
-    if options.compile:
-        network.compile()
-    optimizer = build_optimizer(
-        network,
-        Optimizer(opt="lamb", lr=5e-3, weight_decay=1e-5, eps=1e-6),
-        [f"model.{name}" for name in decayed],
-    )
     size, side = options.batch, options.image_size
-    ids = torch.randint(1000, VOCABULARY, (size, options.length), device=device)
+    ids = torch.randint(1000, VOCABULARY, (size, options.length))
     ids[:, 0] = CLS
-    batch = {"image": torch.rand(size, 3, side, side, device=device) * 2 - 1, "text_ids": ids}
-    precision = Precision(options.precision, device)
-    return measure_training(network, batch, optimizer, precision, options)
+    batch = {"image": torch.rand(size, 3, side, side) * 2 - 1, "text_ids": ids}
+    lamb = Optimizer(opt="lamb", lr=5e-3, weight_decay=1e-5, eps=1e-6)
+    names = [f"model.{name}" for name in decayed]
+    return training_step(TotalLoss(model), batch, lamb, options, names)
 
 
 def main(config: Config) -> None:

@@ -5,7 +5,7 @@ clip-rocket, ViT-B/16.
     python -m benchmarks.dual --peer PATH/TO/clip-rocket          # CL2L, two local views: ours and the original's
     python -m benchmarks.dual --tokens 77                         # captions that fill the whole context
 
-A step is forward, contrastive loss, backward and AdamW on random images of 224 px. Captions have 8
+A step is forward, contrastive loss, backward, gradient norm and fused AdamW, by one loop, on random images of 224 px. Captions have 8
 tokens to --tokens; the others always compute all 77 positions, ours the longest caption of the
 batch, rounded up to a multiple of 8, as main.py's loader pads them. Weights are random and nothing
 is downloaded. --precision and --compile are for all sides, --activation-checkpointing is ours.
@@ -19,12 +19,18 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.dual_inputs import CONTEXT, measure_adamw, random_batch
+from benchmarks.inputs import CONTEXT, random_batch
 from benchmarks.runner import OURS, Side, TrainOptions, check_peer
+from benchmarks.steps import training_step
 from benchmarks.table import compare_steps, settings
+from main import total_loss
+from models.dual_encoder.base import DualConfig, DualEncoder
+from models.dual_encoder.factory import build_dual
 from runtime.config.cli import knob, run_script
+from runtime.log import training_flops
+from runtime.optim.build import Optimizer
 
 LOCAL_VIEWS = 2
 
@@ -39,15 +45,37 @@ class Config(TrainOptions):
     )
 
 
+class TotalLoss(nn.Module):
+    """A dual encoder that returns the weighted sum of its losses, 0-d."""
+
+    def __init__(self, model: DualEncoder):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return total_loss(self.model(**batch), self.model.config)
+
+
+class OpenClip(nn.Module):
+    """open_clip's network under its ClipLoss."""
+
+    def __init__(self, model: nn.Module, criterion: nn.Module):
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(self, image: Tensor, text_ids: Tensor) -> Tensor:
+        image, text, scale, *_ = self.model(image, text_ids)
+        return self.criterion(image, text, scale)
+
+
+def adamw() -> Optimizer:
+    """Of all sides: PyTorch's fused AdamW."""
+    return Optimizer(lr=1e-4, weight_decay=0.1)
+
+
 def ours(options: SimpleNamespace) -> dict:
     """A step of our CLIP, or with --peer of CL2L."""
-    from benchmarks.steps import mfu
-    from main import total_loss
-    from models.dual_encoder.base import DualConfig
-    from models.dual_encoder.factory import build_dual
-    from runtime.log import training_flops
-    from runtime.parallel import checkpoint_blocks
-
     torch.manual_seed(0)
     config = DualConfig(model="CLIP_VITB16_CLIP", embed_dim=512)
     if options.tiny:
@@ -58,26 +86,16 @@ def ours(options: SimpleNamespace) -> dict:
         config = DualConfig(
             model="CL2L_VITB16_CL2L", embed_dim=512, separate_proj=True, loss_avg_or_sum="sum"
         )
-    model = build_dual(config).train()
+    model = build_dual(config)
     batch = random_batch(options, views=LOCAL_VIEWS if options.peer else 0)
     length = min(CONTEXT, 8 * math.ceil(options.tokens / 8))
     batch["text_ids"] = batch["text_ids"][..., :length].contiguous()
     flops = training_flops(model, batch)
-    model.to(options.device)
-    if options.activation_checkpointing:
-        checkpoint_blocks(model)
-    network = torch.compile(model) if options.compile else model
-
-    def loss() -> Tensor:
-        return total_loss(network(**batch), config)
-
-    result = measure_adamw(model, loss, options, fused=True)
-    result["mfu"] = mfu(flops, result, options)
-    return result
+    return training_step(TotalLoss(model), batch, adamw(), options, flops=flops)
 
 
 def open_clip(options: SimpleNamespace) -> dict:
-    """A step of open_clip's ViT-B-16 with its ClipLoss."""
+    """A step of open_clip's ViT-B-16."""
     import open_clip as library
 
     torch.manual_seed(0)
@@ -87,16 +105,9 @@ def open_clip(options: SimpleNamespace) -> dict:
         model = library.CLIP(512, vision, library.CLIPTextCfg(layers=2))
     else:
         model = library.create_model("ViT-B-16")
-    model = model.to(options.device).train()
-    batch = random_batch(options, views=0)
-    criterion = library.ClipLoss()
-    network = torch.compile(model) if options.compile else model
-
-    def loss() -> Tensor:
-        image, text, scale, *_ = network(batch["image"], batch["text_ids"])
-        return criterion(image, text, scale)
-
-    return measure_adamw(model, loss, options, fused=True)
+    options.activation_checkpointing = False  # is ours
+    network = OpenClip(model, library.ClipLoss())
+    return training_step(network, random_batch(options, views=0), adamw(), options)
 
 
 def main(config: Config) -> None:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from base.distributed import World
 from base.errors import UserError
 from benchmarks.gauge import measure
+from benchmarks.inputs import ALPHA, QUEUE_SIZE, synthetic_batch
 from benchmarks.runner import OURS, Side, TrainOptions, check_peer, device_of, run_side
 from benchmarks.steps import mfu
-from benchmarks.synthetic import ALPHA, QUEUE_SIZE, synthetic_batch
 from benchmarks.table import compare_steps, markdown, publish, settings
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig
 from models.fusion.momentum import MomentumPairs

@@ -20,18 +20,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import nxtp_inputs as inputs
 from benchmarks.gauge import measure
 from benchmarks.runner import (
     OURS,
     Side,
-    StepOptions,
+    TrainOptions,
     check_peer,
     device_of,
     load_at_start,
     take_turns,
 )
+from benchmarks.steps import training_step
 from benchmarks.table import MEMORY, markdown, median, publish, ratio
 from dataset.tasks.recognition import Sequences, pad_batch
 from models.layers.llama import LlamaConfig
@@ -40,7 +42,7 @@ from models.recognition.decoding import one_shot
 from models.recognition.nxtp import Nxtp, NxtpConfig
 from models.weights.nxtp import trained_names
 from runtime.config.cli import knob, run_script
-from runtime.optim.build import Optimizer, Precision, build_optimizer
+from runtime.optim.build import Optimizer
 
 PEER = "original"
 CASES = {  # images, tokens of a label
@@ -52,7 +54,7 @@ CASES = {  # images, tokens of a label
 
 
 @dataclass
-class Config(StepOptions):
+class Config(TrainOptions):
     """What to measure."""
 
     cases: list[str] = knob(["1", "8", "train"], "cases to measure", choices=tuple(CASES))
@@ -114,11 +116,21 @@ def label(options: SimpleNamespace) -> dict:
     return result
 
 
+class LabelLoss(nn.Module):
+    """NXTP under its only loss with a weight, 0-d."""
+
+    def __init__(self, model: Nxtp):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.model(**batch)["loss_objs"]
+
+
 def train(options: SimpleNamespace) -> dict:
     """A training step; `loss` is the first one's."""
     torch.manual_seed(0)
-    device = torch.device(options.device)
-    model = build_model(options).train()
+    model = build_model(options)
     words = inputs.Words()
     sequences = Sequences(
         words, inputs.LENGTH - 256, many_prompts=False, original=options.compat == "original"
@@ -128,25 +140,11 @@ def train(options: SimpleNamespace) -> dict:
         texts.append(sequences.labels(inputs.labels_of(caption), inputs.PROMPT))
     batch = pad_batch(texts, words.pad)
     batch["image"] = inputs.images(options.batch)
-    batch = {name: value.to(device) for name, value in batch.items()}
     trained = trained_names([name for name, _ in model.named_parameters()], inputs.TRAINED_BLOCKS)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    settings = Optimizer(lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
-    optimizer = build_optimizer(model, settings)
-    precision = Precision(options.precision, device)
-    losses = []
-
-    def step() -> None:
-        with precision.autocast():
-            loss = model(**batch)["loss_objs"]
-        losses.append(loss.item())
-        precision.backward(loss)
-        precision.step(optimizer, list(model.parameters()))
-
-    result = measure(step, options)
-    result["loss"] = losses[0]
-    return result
+    adamw = Optimizer(lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    return training_step(LabelLoss(model), batch, adamw, options)
 
 
 def agreement(ours: dict, theirs: dict) -> str:

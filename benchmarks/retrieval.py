@@ -24,6 +24,7 @@ from torch import Tensor
 from base.distributed import World
 from base.errors import UserError
 from benchmarks.gauge import Stages
+from benchmarks.inputs import synthetic_split
 from benchmarks.runner import (
     OURS,
     PeerOptions,
@@ -33,7 +34,6 @@ from benchmarks.runner import (
     load_at_start,
     take_turns,
 )
-from benchmarks.synthetic import synthetic_split
 from benchmarks.table import Column, publish, table
 from evaluation.retrieval import FILL, Captions, rank
 from models.fusion.retrieval import Retrieval, RetrievalConfig

@@ -42,18 +42,12 @@ class PeerOptions(Options):
 
 
 @dataclass
-class StepOptions(PeerOptions):
+class TrainOptions(PeerOptions):
     """Options of a benchmark of training steps."""
 
     precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
     warmup: int = knob(1, "steps before the clock starts, in each measurement", low=0)
     steps: int = knob(2, "timed steps of a measurement; their median counts", low=1)
-
-
-@dataclass
-class TrainOptions(StepOptions):
-    """Options of a benchmark of a whole network's training step."""
-
     batch: int = knob(4, "samples a step", low=2)
     compile: bool = knob(False, "torch.compile")
     activation_checkpointing: bool = knob(False, "recompute blocks in the backward pass")

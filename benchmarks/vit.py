@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.runner import Side, TrainOptions, check_peer, check_tensorflow
-from benchmarks.steps import measure_training
+from benchmarks.steps import training_step
 from benchmarks.table import compare_steps, settings
 from models.classification.classifier import ClassifierConfig, VisionClassifier, sigmoid_loss
 from models.weights.vit import transformers_config
 from runtime.config.cli import knob, run_script
-from runtime.optim.build import Optimizer, Precision, build_optimizer
-from runtime.parallel import checkpoint_blocks
+from runtime.optim.build import Optimizer
 
 PEER = "original (TensorFlow)"
 
@@ -54,9 +53,14 @@ class Foreign(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, -10)
 
-    def forward(self, image: Tensor, labels: Tensor, label_weights: Tensor) -> dict[str, Tensor]:
+    def forward(self, image: Tensor, labels: Tensor, label_weights: Tensor) -> Tensor:
         features = torch.tanh(self.pre_logits(self.token(self.trunk(image))))
-        return {"loss": sigmoid_loss(self.head(features).float(), labels, label_weights)}
+        return sigmoid_loss(self.head(features).float(), labels, label_weights)
+
+
+class Ours(VisionClassifier):
+    def forward(self, **batch: Tensor) -> Tensor:
+        return super().forward(**batch)["loss"]
 
 
 def classifier_config(options: SimpleNamespace) -> ClassifierConfig:
@@ -73,7 +77,7 @@ def ours(options: SimpleNamespace) -> dict:
     """A step of our network."""
     torch.manual_seed(0)
     config = classifier_config(options)
-    model = VisionClassifier(replace(config, representation_size=config.vit.width))
+    model = Ours(replace(config, representation_size=config.vit.width))
     return measure_network(model, options)
 
 
@@ -109,21 +113,14 @@ def transformers(options: SimpleNamespace) -> dict:
 
 def measure_network(model: nn.Module, options: SimpleNamespace) -> dict:
     """The step of any of the networks."""
-    device = torch.device(options.device)
-    model = model.to(device).train()
-    if options.activation_checkpointing:
-        checkpoint_blocks(model)
-    if options.compile:
-        model.compile()
     size, side = options.batch, options.image_size
     batch = {
-        "image": torch.randn(size, 3, side, side, device=device),
-        "labels": torch.randint(options.classes, (size, 2), device=device),
-        "label_weights": torch.ones(size, 2, device=device),
+        "image": torch.randn(size, 3, side, side),
+        "labels": torch.randint(options.classes, (size, 2)),
+        "label_weights": torch.ones(size, 2),
     }
-    optimizer = build_optimizer(model, Optimizer(lr=1e-4, weight_decay=0.1))
-    precision = Precision(options.precision, device, clip=1.0)
-    return measure_training(model, batch, optimizer, precision, options)
+    adamw = Optimizer(lr=1e-4, weight_decay=0.1, clip_grad_norm=1.0)
+    return training_step(model, batch, adamw, options)
 
 
 def main(config: Config) -> None:

@@ -11,7 +11,9 @@ import types
 import torch
 from torch import Tensor, nn
 
-from benchmarks.dual_inputs import measure_adamw, random_batch
+from benchmarks.inputs import random_batch
+from benchmarks.steps import training_step
+from runtime.optim.build import Optimizer
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
@@ -55,31 +57,36 @@ def import_checkout(options: types.SimpleNamespace) -> tuple[types.ModuleType, t
     return models, importlib.import_module("losses")
 
 
+class Network(nn.Module):
+    """CL2L ViT-B/16 with the checkout's loss, 0-d."""
+
+    def __init__(self, options: types.SimpleNamespace):
+        super().__init__()
+        models, losses = import_checkout(options)
+        nn.Module.cuda = lambda self, *args, **kwargs: self.to(options.device)
+        self.model = models.CL2L_VITB16(
+            models.CL2L,
+            options.peer_attention,
+            embed_dim=512,
+            transformer_layers=12,
+            separate_proj=True,
+            detach_proj=False,
+            text_dropout_prob=0.0,
+            text_drop_path_prob=0.0,
+            clip_proj_type="linear",
+            clip_hidden_dim=4096,
+            label_smoothing=0.0,
+        )
+        self.criterion = losses.CL2LLoss("sum", 0.0)
+
+    def forward(self, image: Tensor, text_ids: Tensor, image_local: Tensor) -> Tensor:
+        return self.criterion(self.model(image, text_ids, *image_local.unbind(1)))["loss"]
+
+
 def step(options: types.SimpleNamespace) -> dict:
-    """A training step of CL2L ViT-B/16 with the checkout's loss."""
+    """A training step, by our loop and optimizer."""
     torch.manual_seed(0)
     batch = random_batch(options, views=2)
-    models, losses = import_checkout(options)
-    nn.Module.cuda = lambda self, *args, **kwargs: self.to(options.device)
-    model = models.CL2L_VITB16(
-        models.CL2L,
-        options.peer_attention,
-        embed_dim=512,
-        transformer_layers=12,
-        separate_proj=True,
-        detach_proj=False,
-        text_dropout_prob=0.0,
-        text_drop_path_prob=0.0,
-        clip_proj_type="linear",
-        clip_hidden_dim=4096,
-        label_smoothing=0.0,
-    )
-    model = model.to(options.device).train()
-    criterion = losses.CL2LLoss("sum", 0.0)
-    network = torch.compile(model) if options.compile else model
-
-    def loss() -> Tensor:
-        local = batch["image_local"].unbind(1)
-        return criterion(network(batch["image"], batch["text_ids"], *local))["loss"]
-
-    return measure_adamw(model, loss, options, fused=None)  # its optimizer is not fused
+    options.activation_checkpointing = False  # is ours
+    adamw = Optimizer(lr=1e-4, weight_decay=0.1)
+    return training_step(Network(options), batch, adamw, options)

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.gauge import measure
-from benchmarks.peers.stand_ins import prepare
-from benchmarks.synthetic import (
+from benchmarks.inputs import (
     ALPHA,
     CLS,
     MASK,
@@ -24,6 +23,7 @@ from benchmarks.synthetic import (
     shake,
     synthetic_batch,
 )
+from benchmarks.peers.stand_ins import prepare
 
 CONFIG = {
     "image_res": 256,

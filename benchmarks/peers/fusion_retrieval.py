@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gauge import Stages
+from benchmarks.inputs import shake, synthetic_split
 from benchmarks.peers.fusion import BERT_FILES
 from benchmarks.peers.stand_ins import Missing, prepare, stand_in
-from benchmarks.synthetic import shake, synthetic_split
 
 CONFIG = {
     "image_res": 384,

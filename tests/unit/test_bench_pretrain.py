@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from base.errors import UserError
+from benchmarks import inputs as synthetic
 from benchmarks import pretrain as bench_pretrain
-from benchmarks import synthetic
 from benchmarks.peers import stand_ins as bench_peer
 
 

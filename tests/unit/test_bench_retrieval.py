@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from base.errors import UserError
+from benchmarks import inputs as synthetic
 from benchmarks import retrieval as bench_retrieval
-from benchmarks import synthetic
 from benchmarks.table import table
 
 FILL = -100.0

@@ -124,9 +124,9 @@ def test_a_folder_that_is_no_checkout_is_one_error(name, file, tmp_path):
 
 
 def test_captions_of_the_dual_encoders_end_where_they_say():
-    from benchmarks.dual_inputs import END, captions
+    from benchmarks.inputs import END, clip_captions
 
-    ids = captions(5, 3, longest=12)
+    ids = clip_captions(5, 3, longest=12)
     ends = (ids == END).int().argmax(-1)
     assert ids.shape == (5, 3, 77) and ends[0, 0] == 11
     assert ((ids == END).sum(-1) == 1).all() and ends.min() >= 7 and ends.max() <= 11

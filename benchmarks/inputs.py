@@ -1,0 +1,117 @@
+"""Random inputs of the benchmarks, equal for ours and the originals; those of NXTP are in
+nxtp_inputs.
+
+Imports torch alone, so that it also runs in the interpreter of an original's checkout.
+"""
+
+import types
+
+import torch
+from torch import Tensor, nn
+
+# ---- SIMLA and ALBEF, sizes as SIMLA was published
+TEXT_LENGTH = 25  # tokens
+IMAGE_SIZE = 256
+TOKEN_IMAGE_SIZE = 128
+GRID = 16  # patches a side
+MASKED_PATCHES = 75
+VOCABULARY, CLS, MASK = 30522, 101, 103  # bert-base-uncased
+QUEUE_SIZE = 65536  # fixed in the originals
+ALPHA = 0.4  # weight of the teacher's soft targets after the ramp
+
+
+def synthetic_batch(size: int, seed: int = 0) -> dict[str, Tensor]:
+    """A pre-training batch of random images and captions on the CPU, equal for equal arguments.
+
+    image float32 [B,3,256,256]; text_ids int64 [B,25]; text_mask bool [B,25] (captions of 8 to 25
+    tokens, the first is the longest); mlm_ids int64 [B,25] and mlm_labels int64 [B,25] (-100 where
+    no token is predicted; every caption has at least one masked token); token_image float32
+    [B,3,128,128] in [0,1]; patch_mask bool [B,256] with 75 True a row.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    text_ids = torch.randint(1000, VOCABULARY, (size, TEXT_LENGTH), generator=rng)
+    text_ids[:, 0] = CLS
+    lengths = torch.randint(8, TEXT_LENGTH + 1, (size,), generator=rng)
+    lengths[0] = TEXT_LENGTH
+    text_mask = torch.arange(TEXT_LENGTH) < lengths[:, None]
+    text_ids *= text_mask
+    masked = torch.rand(size, TEXT_LENGTH, generator=rng) < 0.15
+    masked[:, 1] = True
+    masked &= text_mask & (text_ids != CLS)
+    order = torch.rand(size, GRID * GRID, generator=rng).argsort(1)
+    return {
+        "image": torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=rng),
+        "text_ids": text_ids,
+        "text_mask": text_mask,
+        "mlm_ids": text_ids.masked_fill(masked, MASK),
+        "mlm_labels": text_ids.masked_fill(~masked, -100),
+        "token_image": torch.rand(size, 3, TOKEN_IMAGE_SIZE, TOKEN_IMAGE_SIZE, generator=rng),
+        "patch_mask": order < MASKED_PATCHES,
+    }
+
+
+def synthetic_split(images: int, captions: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A retrieval test on the CPU: images float32 [I,3,384,384], ids int64 [T,30], mask bool
+    [T,30].
+
+    Captions have 9 to 16 tokens, as most of COCO's, and are padded with 0 to the 30 that the
+    originals always compute.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.arange(30) < torch.randint(9, 17, (captions, 1), generator=rng)
+    ids = torch.randint(1000, VOCABULARY, (captions, 30), generator=rng)
+    ids[:, 0] = CLS
+    return torch.randn(images, 3, 384, 384, generator=rng), ids * mask, mask
+
+
+def pin_choices() -> None:
+    """From here on in this process: a sampled hard negative is the likeliest, and ties of top-k go
+    to the earlier one."""
+
+    def topk(values: Tensor, k: int, dim: int = -1) -> types.SimpleNamespace:
+        first = values.argsort(dim=dim, descending=True, stable=True).narrow(dim, 0, k).contiguous()
+        return types.SimpleNamespace(indices=first)
+
+    torch.multinomial = lambda weights, num_samples: weights.argmax(-1, keepdim=True)
+    torch.Tensor.topk = topk
+
+
+@torch.no_grad()
+def shake(model: nn.Module, seed: int = 0) -> None:
+    """Move every parameter off its start, momentum copies apart from their originals, so that each
+    term counts."""
+    rng = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim:
+            parameter += 0.02 * torch.randn(parameter.shape, generator=rng).to(parameter.device)
+
+
+# ---- dual encoders
+CONTEXT = 77  # tokens of CLIP's texts
+END = 49407  # id of CLIP's last token
+
+
+def clip_captions(size: int, views: int, longest: int) -> Tensor:
+    """Random token ids int64 [size,views,77] of captions of 8 to `longest` tokens; the first has
+    all of them."""
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, END - 1, (size, views, CONTEXT), generator=rng)
+    lengths = torch.randint(8, longest + 1, (size, views, 1), generator=rng)
+    lengths[0, 0] = longest
+    positions = torch.arange(CONTEXT)
+    ids[positions.expand_as(ids) == lengths - 1] = END
+    ids[positions.expand_as(ids) >= lengths] = 0
+    return ids
+
+
+def random_batch(options: types.SimpleNamespace, views: int) -> dict[str, Tensor]:
+    """image [B,3,S,S] and text_ids [B,77]; with local views, text_ids [B,1+views,77] and
+    image_local [B,views,3,S,S]."""
+    size, side = options.batch, 32 if options.tiny else 224
+    texts = clip_captions(size, 1 + views, options.tokens)
+    batch = {"image": torch.randn(size, 3, side, side), "text_ids": texts}
+    if views:
+        batch["image_local"] = torch.randn(size, views, 3, side, side)
+    else:
+        batch["text_ids"] = texts[:, 0]
+    return {name: value.to(options.device) for name, value in batch.items()}

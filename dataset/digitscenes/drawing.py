@@ -1,6 +1,7 @@
 """Pixels: a scene drawn as a JPEG file, and the contact sheet to look at."""
 
 import io
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -59,18 +60,24 @@ def contact_sheet(images: Sequence, texts: Sequence[str], columns: int = 6, cell
     below."""
     from PIL import Image, ImageDraw, ImageFont
 
-    margin, line, lines = 12, 17, 4
-    step_x, step_y = cell + 2 * margin, cell + 2 * margin + line * lines
-    rows = -(-len(images) // columns)
+    margin = 12
+    line = 17  # height of a line of text
+    lines = 4
+    step_x = cell + 2 * margin
+    step_y = step_x + line * lines
+    rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * step_x, rows * step_y), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
-        left, top = (i % columns) * step_x + margin, (i // columns) * step_y + margin
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=14)
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        row, column = divmod(number, columns)
+        left = column * step_x + margin
+        top = row * step_y + margin
         scale = cell / max(image.size)
-        enlarged = image.resize(
-            [round(side * scale) for side in image.size], Image.Resampling.LANCZOS
-        )
-        sheet.paste(enlarged, (left + (cell - enlarged.width) // 2, top + cell - enlarged.height))
-        for row, words in enumerate(textwrap.wrap(text, 30)[:lines]):
-            pen.text((left, top + cell + 6 + row * line), words, fill="black", font=font)
+        size = [round(side * scale) for side in image.size]
+        enlarged = image.resize(size, Image.Resampling.LANCZOS)
+        centred = left + (cell - enlarged.width) // 2
+        sheet.paste(enlarged, (centred, top + cell - enlarged.height))
+        for below, words in enumerate(textwrap.wrap(text, 30)[:lines]):
+            pen.text((left, top + cell + 6 + below * line), words, fill="black", font=font)
     return sheet

@@ -104,22 +104,23 @@ def alt_texts(scene: Scene) -> list[str]:
     return [template.format(digit.word) for template in SHORT_TEMPLATES] + [f"a {digit.name}"]
 
 
+# arrangement -> (relation, number of a digit, number of another)
+RELATIONS = {
+    "row": [("left", 0, 1)],
+    "falling": [("left", 0, 1), ("above", 0, 1)],
+    "rising": [("left", 0, 1), ("above", 1, 0)],
+    "column": [("above", 0, 1)],
+    "triple row": [("left", 0, 1), ("left", 1, 2), ("left", 0, 2)],
+    "one above two": [("left", 1, 2), ("above", 0, 1), ("above", 0, 2)],
+    "one below two": [("left", 1, 2), ("above", 1, 0), ("above", 2, 0)],
+}
+
+
 def relations(scene: Scene) -> Iterator[tuple[str, str, str]]:
     """(relation, word, word): ("left", "three", "seven") says that a three stands to the left of a
     seven."""
-    w = [d.word for d in scene.digits]
-    if scene.arrangement in ("row", "falling", "rising"):
-        yield "left", w[0], w[1]
-    if scene.arrangement in ("column", "falling"):
-        yield "above", w[0], w[1]
-    if scene.arrangement == "rising":
-        yield "above", w[1], w[0]
-    if scene.arrangement == "triple row":
-        yield from (("left", w[0], w[1]), ("left", w[1], w[2]), ("left", w[0], w[2]))
-    if scene.arrangement == "one above two":
-        yield from (("left", w[1], w[2]), ("above", w[0], w[1]), ("above", w[0], w[2]))
-    if scene.arrangement == "one below two":
-        yield from (("left", w[1], w[2]), ("above", w[1], w[0]), ("above", w[2], w[0]))
+    for relation, first, second in RELATIONS.get(scene.arrangement, ()):
+        yield relation, scene.digits[first].word, scene.digits[second].word
 
 
 def facts(scene: Scene) -> list[tuple[str, ...]]:

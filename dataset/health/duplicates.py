@@ -26,20 +26,23 @@ def near_duplicates(signatures: Sequence[bytes]) -> list[list[int]]:
     Hashes that differ in at most BITS of 64 bits agree in one of their 8 bytes at least, so that
     only images that share one are compared.
     """
-    numbers = np.array([n for n, each in enumerate(signatures) if each], np.int64)
-    if not len(numbers):
+    numbers = [number for number, each in enumerate(signatures) if each]
+    if not numbers:
         return []
-    table = np.frombuffer(b"".join(signatures[n] for n in numbers), np.uint8)
+    table = np.frombuffer(b"".join(signatures[number] for number in numbers), np.uint8)
     table = table.reshape(len(numbers), -1)
-    hashes, thumbnails = table[:, :8], table[:, 8:].astype(np.int16)
+    hashes = table[:, :8]
+    thumbnails = table[:, 8:].astype(np.int16)
     leader = np.arange(len(numbers))
     for band in range(BANDS):
-        neighbour = hashes[:, (band + 1) % BANDS].astype(np.uint16)
-        for key in (hashes[:, band].astype(np.uint16) << 8) | neighbour, hashes[:, band]:
-            _join(key, hashes, thumbnails, leader)
+        own = hashes[:, band]
+        neighbour = hashes[:, (band + 1) % BANDS]
+        both = own.astype(np.uint16) << 8 | neighbour
+        _join(both, hashes, thumbnails, leader)
+        _join(own, hashes, thumbnails, leader)
     groups: dict[int, list[int]] = defaultdict(list)
-    for place in range(len(numbers)):
-        groups[_root(leader, place)].append(int(numbers[place]))
+    for position, number in enumerate(numbers):
+        groups[_root(leader, position)].append(number)
     return [group for group in groups.values() if len(group) > 1]
 
 

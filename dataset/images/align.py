@@ -23,13 +23,16 @@ class AlignView:
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 [3,H,W] -> [3,side,side]."""
         room = self.large - self.side
-        top, left = torch.randint(room + 1, (2,)).tolist() if self.train else (room // 2, room // 2)
-        source = image[None].float() if self.exact else image[None]
-        squashed = F.interpolate(
-            source, (self.large, self.large), mode="bilinear", align_corners=False
-        )[0]
+        top = left = room // 2
+        if self.train:
+            top, left = torch.randint(room + 1, (2,)).tolist()
+        source = image.float() if self.exact else image
+        size = (self.large, self.large)
+        squashed = F.interpolate(source[None], size, mode="bilinear", align_corners=False)[0]
         cut = squashed[:, top : top + self.side, left : left + self.side]
-        return cut.flip(-1) if self.train and torch.rand(()) < self.flip else cut
+        if self.train and torch.rand(()) < self.flip:
+            cut = cut.flip(-1)
+        return cut
 
 
 class AlignViews(AlignView):

@@ -156,37 +156,40 @@ def warp(image: torch.Tensor, matrix: list[float]) -> torch.Tensor:
     Source positions are rounded to 1/32 of a pixel, so that results are integers and equal on every
     machine.
     """
-    a, b, c, d, e, f = matrix
-    det = a * e - b * d
-    a, b, d, e = e / det, -b / det, -d / det, a / det
-    c, f = -a * c - b * f, -d * c - e * f
+    a, b, c, d, e, f = inverse(matrix)
     height, width = image.shape[-2:]
-    x, y = (
-        torch.arange(width, dtype=torch.float64),
-        torch.arange(height, dtype=torch.float64)[:, None],
-    )
-    source_x, part_x = _fixed_point((b * y + c), a * x)
-    source_y, part_y = _fixed_point((e * y + f), d * x)
+    x = torch.arange(width, dtype=torch.float64)
+    y = torch.arange(height, dtype=torch.float64)[:, None]
+    source_x, part_x = _fixed_point(b * y + c, a * x)
+    source_y, part_y = _fixed_point(e * y + f, d * x)
     # Three channels of 21 bits in one integer: one gather and one multiplication serve all of them.
     padded = torch.nn.functional.pad(image, (1, 1, 1, 1), value=GREY).long()
     packed = (padded[0] | padded[1] << 21 | padded[2] << 42).flatten()
-    left, right = source_x.clamp(-1, width) + 1, (source_x + 1).clamp_(-1, width) + 1
-    above, below = (
-        (source_y + shift).clamp_(-1, height).add_(1).mul_(width + 2) for shift in (0, 1)
-    )
-    corners = (
-        packed.index_select(0, (rows + columns).flatten())
-        for rows in (above, below)
-        for columns in (left, right)
-    )
-    top_left, top_right, bottom_left, bottom_right = (
-        corner.view(height, width) for corner in corners
-    )
-    top = top_left * (32 - part_x) + top_right * part_x
-    bottom = bottom_left * (32 - part_x) + bottom_right * part_x
-    blend = top * (32 - part_y) + bottom * part_y
+    left = source_x.clamp(-1, width) + 1
+    right = (source_x + 1).clamp_(-1, width) + 1
+    above = (source_y.clamp(-1, height) + 1) * (width + 2)
+    below = ((source_y + 1).clamp_(-1, height) + 1) * (width + 2)
+
+    def values(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return packed.index_select(0, (rows + columns).flatten()).view(height, width)
+
+    rest_x = 32 - part_x
+    rest_y = 32 - part_y
+    top = values(above, left) * rest_x + values(above, right) * part_x
+    bottom = values(below, left) * rest_x + values(below, right) * part_x
+    blend = top * rest_y + bottom * part_y
     blend = blend + (512 << 42 | 512 << 21 | 512)  # rounds all three to nearest
-    return torch.stack([(blend >> bits & 0xFF).to(torch.uint8) for bits in (10, 31, 52)])
+    channels = [blend >> bits & 0xFF for bits in (10, 31, 52)]
+    return torch.stack(channels).to(torch.uint8)
+
+
+def inverse(matrix: list[float]) -> list[float]:
+    """Of the affine map (x, y) -> (a x + b y + c, d x + e y + f), whose matrix is [a,b,c,d,e,f]."""
+    a, b, c, d, e, f = matrix
+    determinant = a * e - b * d
+    a, e = e / determinant, a / determinant
+    b, d = -b / determinant, -d / determinant
+    return [a, b, -a * c - b * f, d, e, -d * c - e * f]
 
 
 def _fixed_point(row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

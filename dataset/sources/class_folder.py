@@ -86,12 +86,17 @@ class ClassFolder:
 def _odd_one_out(folders: Sequence[str], classes: Sequence) -> str:
     """Which class lacks a folder, where folders are named after their classes."""
     names = {str(name).lower() for name in classes}
-    if len(names & {folder.lower() for folder in folders}) < 0.5 * min(len(folders), len(names)):
+    present = {folder.lower() for folder in folders}
+    if len(names & present) < 0.5 * min(len(folders), len(names)):
         return "give the labels in alphabetical order of the folders"
-    missing = sorted(names - {folder.lower() for folder in folders})
+    missing = sorted(names - present)
     extra = sorted(folder for folder in folders if folder.lower() not in names)
-    lacks = f"no folder for {', '.join(missing)}" if missing else ""
-    return "; ".join(filter(None, [lacks, f"no label for {', '.join(extra)}" if extra else ""]))
+    faults = []
+    if missing:
+        faults.append(f"no folder for {', '.join(missing)}")
+    if extra:
+        faults.append(f"no label for {', '.join(extra)}")
+    return "; ".join(faults)
 
 
 def named_list(path: str | Path, name: str) -> list:

@@ -132,8 +132,12 @@ def _starts_in(index: Path, data: mmap.mmap) -> memoryview | None:
         return None
     starts = memoryview(_map(index)).cast("Q")
     numbers = np.frombuffer(starts, np.uint64)
-    fits = numbers[-1] < len(data) and bool((numbers[1:] > numbers[:-1]).all())
-    return starts if fits and data[starts[0]] == data[starts[-1]] == ord("{") else None
+    ascending = (numbers[1:] > numbers[:-1]).all()
+    if not ascending or numbers[-1] >= len(data):
+        return None
+    if data[starts[0]] != ord("{") or data[starts[-1]] != ord("{"):
+        return None
+    return starts
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -23,13 +23,19 @@ class PieceTokenizer:
     """
 
     def __init__(self, model: str | Path, special: Sequence[str] = (IMAGE,)):
-        self.path, self.special = find_model(Path(model)), (*special, EMPTY)
+        self.path = find_model(Path(model))
+        self.special = (*special, EMPTY)
         self.pieces = _load(self.path)
-        self.ids = {token: len(self.pieces) + number for number, token in enumerate(self.special)}
+        self.ids = {}
+        for number, token in enumerate(self.special, start=len(self.pieces)):
+            self.ids[token] = number
         self.names = {number: token for token, number in self.ids.items()}
         self.vocab_size = len(self.pieces) + len(self.special)
-        self.bos, self.eos, self.pad = self.pieces.bos_id(), self.pieces.eos_id(), self.ids[EMPTY]
-        self.image, self.delimiter = self.ids.get(IMAGE, self.pad), self.pieces.piece_to_id(",")
+        self.bos = self.pieces.bos_id()
+        self.eos = self.pieces.eos_id()
+        self.pad = self.ids[EMPTY]
+        self.image = self.ids.get(IMAGE, self.pad)
+        self.delimiter = self.pieces.piece_to_id(",")
         if min(self.bos, self.eos) < 0 or self.delimiter == self.pieces.unk_id():
             raise UserError(
                 f"{self.path}: the tokenizer lacks BOS, EOS or a piece ',' to tell labels apart with"
@@ -44,12 +50,13 @@ class PieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids without BOS and EOS; what stands between special tokens is encoded by itself."""
-        parts = [part for part in self._split.split(clean_surrogates(text)) if part]
-        return [
-            i
-            for part in parts
-            for i in ([self.ids[part]] if part in self.ids else self.pieces.encode(part))
-        ]
+        ids = []
+        for part in self._split.split(clean_surrogates(text)):
+            if part in self.ids:
+                ids.append(self.ids[part])
+            elif part:
+                ids += self.pieces.encode(part)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; what stands between special tokens is decoded by itself."""

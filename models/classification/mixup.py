@@ -19,8 +19,10 @@ def mix(batch: Batch, mixup_alpha: float, cutmix_alpha: float, original: bool = 
     """
     if mixup_alpha and cutmix_alpha:
         middle = len(batch["image"]) // 2
-        first = mix({k: v[:middle] for k, v in batch.items()}, mixup_alpha, 0, original)
-        second = mix({k: v[middle:] for k, v in batch.items()}, 0, cutmix_alpha, original)
+        first = {name: value[:middle] for name, value in batch.items()}
+        second = {name: value[middle:] for name, value in batch.items()}
+        first = mix(first, mixup_alpha, 0, original)
+        second = mix(second, 0, cutmix_alpha, original)
         return {name: torch.cat([first[name], second[name]]) for name in batch}
     image = batch["image"]
     if mixup_alpha:
@@ -37,7 +39,9 @@ def blend(batch: Batch, fraction: Tensor) -> Batch:
     fraction = torch.maximum(fraction, 1 - fraction)
     mine = fraction.view(-1, 1, 1, 1)
     image = batch["image"]
-    return {"image": mine * image + (1 - mine) * image.flip(0)} | joined_labels(batch, fraction)
+    mixed = joined_labels(batch, fraction)
+    mixed["image"] = mine * image + (1 - mine) * image.flip(0)
+    return mixed
 
 
 def cut_and_paste(batch: Batch, masks: Tensor, original: bool = False) -> Batch:
@@ -46,19 +50,24 @@ def cut_and_paste(batch: Batch, masks: Tensor, original: bool = False) -> Batch:
     original: every sample's labels are weighted by the mean area of all masks.
     """
     area = masks.mean((1, 2, 3))
+    if original:
+        area = area.mean().expand_as(area)
+    mixed = joined_labels(batch, 1 - area)
     image = batch["image"]
-    pasted = torch.where(masks > 0, image.flip(0), image)
-    return {"image": pasted} | joined_labels(
-        batch, 1 - (area.mean().expand_as(area) if original else area)
-    )
+    mixed["image"] = torch.where(masks > 0, image.flip(0), image)
+    return mixed
 
 
 def joined_labels(batch: Batch, fraction: Tensor) -> Batch:
     """Own labels weighted with `fraction` [B], then the partner's with the rest: [B,2K]."""
-    labels, weights, mine = batch["labels"], batch["label_weights"], fraction.view(-1, 1)
+    labels = batch["labels"]
+    weights = batch["label_weights"]
+    mine = fraction.view(-1, 1)
+    own = mine * weights
+    partners = (1 - mine) * weights.flip(0)
     return {
         "labels": torch.cat([labels, labels.flip(0)], 1),
-        "label_weights": torch.cat([mine * weights, (1 - mine) * weights.flip(0)], 1),
+        "label_weights": torch.cat([own, partners], 1),
     }
 
 

@@ -189,11 +189,12 @@ class CL2L(CLIP):
             both = torch.cat([both, features["h_image_local"], features["h_text_local"]], 1)
         own = normalize(both)  # [b,2+2A,E]
         everyone = self.gather(own)
-        whole = Views(own[:, :1], own[:, 1:2], everyone[:, :1], everyone[:, 1:2])
         a = own.shape[1] // 2 - 1
-        local = Views(
-            own[:, 2 : 2 + a], own[:, 2 + a :], everyone[:, 2 : 2 + a], everyone[:, 2 + a :]
-        )
+        sizes = [1, 1, a, a]  # global image and text, local images and texts
+        image, text, local_image, local_text = own.split(sizes, dim=1)
+        all_image, all_text, all_local_image, all_local_text = everyone.split(sizes, dim=1)
+        whole = Views(image, text, all_image, all_text)
+        local = Views(local_image, local_text, all_local_image, all_local_text)
         return whole, local
 
     def _image_views(
@@ -204,31 +205,34 @@ class CL2L(CLIP):
         """
         if image_local is None:
             return self.visual(image), None
-        if not self.join_views:
-            return self.visual(image), torch.stack(
-                [self.visual(view) for view in image_local.unbind(1)], 1
-            )
-        if image.shape[1:] != image_local.shape[2:]:
-            return self.visual(image), self.visual(image_local.flatten(0, 1)).unflatten(
-                0, image_local.shape[:2]
-            )
-        every = self.visual(torch.cat([image, image_local.flatten(0, 1)]))
-        return every[: len(image)], every[len(image) :].unflatten(0, image_local.shape[:2])
+        if not self.join_views:  # each view has its own batch statistics
+            local = [self.visual(view) for view in image_local.unbind(1)]
+            return self.visual(image), torch.stack(local, 1)
+        batch_and_views = image_local.shape[:2]
+        local = image_local.flatten(0, 1)
+        if image.shape[1:] != local.shape[1:]:
+            return self.visual(image), self.visual(local).unflatten(0, batch_and_views)
+        every = self.visual(torch.cat([image, local]))
+        count = len(image)
+        return every[:count], every[count:].unflatten(0, batch_and_views)
 
     def _text_views(self, text_ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B,T] and [B,A,T] of int64 [B,1+A,L]; local texts see the noise, the global one does
         not.
         """
-        views, noise = text_ids.shape[1] - 1, self.config.text_noise
-        if not (self.training and noise.active) or not views:
-            every = self.text_features(text_ids.flatten(0, 1)).unflatten(0, text_ids.shape[:2])
+        noise = self.config.text_noise
+        views = text_ids.shape[1] - 1
+        if not views or not (self.training and noise.active):
+            every = self.text_features(text_ids.flatten(0, 1))
+            every = every.unflatten(0, text_ids.shape[:2])
             return every[:, 0], every[:, 1:] if views else None
-        feats, local = self.text_features(text_ids[:, 0]), text_ids[:, 1:]
+        feats = self.text_features(text_ids[:, 0])
+        local_ids = text_ids[:, 1:]
         if noise.over_positions:  # each view draws its own mask for the whole batch
-            return feats, torch.stack(
-                [self.text_features(view, noise) for view in local.unbind(1)], 1
-            )
-        return feats, self.text_features(local.flatten(0, 1), noise).unflatten(0, local.shape[:2])
+            local = [self.text_features(view, noise) for view in local_ids.unbind(1)]
+            return feats, torch.stack(local, 1)
+        local = self.text_features(local_ids.flatten(0, 1), noise)
+        return feats, local.unflatten(0, local_ids.shape[:2])
 
     def embed_image(self, image: Tensor) -> Features:
         found = super().embed_image(image)

@@ -121,13 +121,16 @@ def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     dims = [d for d in range(x.ndim) if d != 1]
     variance, mean = torch.var_mean(exact, dims, correction=0)
-    own_count = x.numel() // x.shape[1]
+    channels = x.shape[1]
+    own_count = x.numel() // channels
     row = torch.cat([mean, variance * own_count, mean.new_full((1,), own_count)])
-    means, squares, counts = gather(row[None]).split([len(mean), len(mean), 1], dim=1)
+    rows = gather(row[None])  # [P,2C+1] of all processes
+    means, squares, counts = rows.split([channels, channels, 1], dim=1)
     count = counts.sum()
     mean = (means * counts).sum(0) / count
-    squared = (squares + counts * (means - mean).square()).sum(0)
-    return mean, squared / count, count
+    between = counts * (means - mean).square()
+    variance = (squares + between).sum(0) / count
+    return mean, variance, count
 
 
 def _layout(x: Tensor) -> torch.memory_format:

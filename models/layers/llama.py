@@ -134,17 +134,21 @@ class Sight:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [B,H,Q,d], the last Q positions; key and value [B,H,S+L,d]; -> [B,H,Q,d]."""
+        positions = query.shape[2]
         texts = self.mask.shape[-2] if self.mask is not None else 0
-        images = query.shape[2] - min(texts, query.shape[2])
+        rows = min(texts, positions)  # of text among them
+        images = positions - rows
         found = []
         if images:
-            own = (query[:, :, :images], key[:, :, : self.prefix], value[:, :, : self.prefix])
-            found.append(F.scaled_dot_product_attention(*own, is_causal=not self.whole))
-        if query.shape[2] > images:
-            rows = query.shape[2] - images
-            found.append(
-                attend(query[:, :, images:], key, value, self.mask[..., texts - rows :, :])
+            prefix_key = key[:, :, : self.prefix]
+            prefix_value = value[:, :, : self.prefix]
+            of_images = F.scaled_dot_product_attention(
+                query[:, :, :images], prefix_key, prefix_value, is_causal=not self.whole
             )
+            found.append(of_images)
+        if rows:
+            mask = self.mask[..., texts - rows :, :]
+            found.append(attend(query[:, :, images:], key, value, mask))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def dense(self) -> Tensor:

@@ -157,23 +157,29 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, with_map: bool = False) -> tuple[Tensor, Tensor | None]:
         """[B,T,D] -> ([B,T,D], probabilities [B,H,T,T] or None)."""
-        query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        query = split_heads(query, self.heads)
+        key = split_heads(key, self.heads)
+        value = split_heads(value, self.heads)
         if with_map:
             probabilities = attention_map(query, key)
-            return self.proj(merge_heads(probabilities.to(value.dtype) @ value)), probabilities
-        return self.proj(
-            merge_heads(attend(query, key, value, dropout=self.dropout * self.training))
-        ), None
+            found = probabilities.to(value.dtype) @ value
+            return self.proj(merge_heads(found)), probabilities
+        found = attend(query, key, value, dropout=self.dropout * self.training)
+        return self.proj(merge_heads(found)), None
 
     def first(self, x: Tensor) -> Tensor:
         """[B,T,D] -> [B,1,D]: what the first token takes from all of them."""
         width = x.shape[-1]
-        query = F.linear(x[:, :1], self.qkv.weight[:width], self.qkv.bias[:width])
-        key, value = F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
-        query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
-        return self.proj(
-            merge_heads(attend(query, key, value, dropout=self.dropout * self.training))
-        )
+        weight = self.qkv.weight
+        bias = self.qkv.bias
+        query = F.linear(x[:, :1], weight[:width], bias[:width])
+        key, value = F.linear(x, weight[width:], bias[width:]).chunk(2, dim=-1)
+        query = split_heads(query, self.heads)
+        key = split_heads(key, self.heads)
+        value = split_heads(value, self.heads)
+        found = attend(query, key, value, dropout=self.dropout * self.training)
+        return self.proj(merge_heads(found))
 
 
 class Mlp(nn.Module):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from base.errors import UserError
@@ -38,9 +39,11 @@ class Branches:
     def grow(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """Append tokens int64 [B,m] to the branches `rows` int64 [B,m]; logits [B,m,V] of what
         follows."""
-        own = rows[:, None] == torch.arange(self.seen.shape[1], device=rows.device)[:, None]
+        branches = torch.arange(self.seen.shape[1], device=rows.device)
+        own = branches[:, None] == rows[:, None]  # [B,M,m]: a new token is seen by its branch
         self.seen = torch.cat([self.seen, own], 2)
-        mask = self.seen.gather(1, rows[..., None].expand(-1, -1, self.seen.shape[2]))
+        length = self.seen.shape[2]
+        mask = self.seen.gather(1, rows[..., None].expand(-1, -1, length))
         positions = torch.full(rows.shape[1:], self.position, device=rows.device)
         logits, self.cache = self.model.step(tokens, positions, mask[:, None], self.cache)
         self.position += 1
@@ -246,14 +249,14 @@ def lagging_mask(ids: Tensor, answer: int, delimiter: int, images: int) -> Tenso
     """
     order = torch.arange(ids.shape[1], device=ids.device)
     ends = ids == delimiter
-    followed = ends & (ends.flip(1).cumsum(1).flip(1) > 1)
+    ends_from_here = ends.flip(1).cumsum(1).flip(1)
+    followed = ends & (ends_from_here > 1)
     barrier = torch.where(followed, order, -1).cummax(1).values
-    barrier = torch.cat(
-        [torch.full_like(barrier[:, :1], -1), barrier[:, :-1]], 1
-    )  # of those before a row
+    barrier = F.pad(barrier[:, :-1], (1, 0), value=-1)  # of the positions before
     hidden = (order >= answer) & (order <= barrier[..., None])
-    text = (order[:, None] >= order) & ~hidden
-    return torch.cat([text.new_ones(*text.shape[:2], images), text], 2)[:, None]
+    causal = order[:, None] >= order
+    text = causal & ~hidden
+    return F.pad(text, (images, 0), value=True)[:, None]
 
 
 # ---- beam search

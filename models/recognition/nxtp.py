@@ -6,6 +6,7 @@ predicts the next token. Labels do not see one another, so that none depends on 
 listed in.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -95,14 +96,16 @@ def grid_positions(count: int, width: int) -> Tensor:
     those of patches, so that attention can tell neighbours apart from the first step on: small
     towers learn shapes sooner.
     """
-    side = round((count - 1) ** 0.5)
-    each = -(-width // 4)
-    angles = torch.arange(side)[:, None] * (4.0 * side) ** (-torch.arange(each) / each)
+    side = math.isqrt(count - 1)
+    frequencies = math.ceil(width / 4)  # a sine and a cosine each, of row and of column
+    rates = (4.0 * side) ** (-torch.arange(frequencies) / frequencies)
+    angles = torch.arange(side)[:, None] * rates
     waves = torch.cat([angles.sin(), angles.cos()], 1)
-    grid = torch.cat(
-        [waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], 2
-    ).flatten(0, 1)
-    return torch.cat([torch.zeros(1, width), grid[:, :width]])
+    of_row = waves[:, None].expand(side, side, -1)
+    of_column = waves[None].expand(side, side, -1)
+    grid = torch.cat([of_row, of_column], 2).flatten(0, 1)
+    class_token = torch.zeros(1, width)
+    return torch.cat([class_token, grid[:, :width]])
 
 
 def text_mask(segments: Tensor, images: int) -> Tensor:

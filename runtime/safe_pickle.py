@@ -6,6 +6,12 @@ configuration objects (OpenAI's `encoder.pkl`, SIMLA's pre-training checkpoints 
 through the globals it looks up, so the one gate is `find_class`: names on an explicit list become
 inert stand-ins of this file, every other name is refused, and what the pickle "calls" are the few
 functions below, which check their arguments and build tensors, arrays and containers.
+
+Zip-format files of tensors and plain containers are torch's own to read (`weights_only=True`,
+behind a measuring pass); only what torch refuses comes here. Registering the stand-ins with
+`torch.serialization.safe_globals` would not shorten this file: legacy files and plain data need the
+same stand-ins and reader, torch wants every name beforehand where here a package's prefix is enough,
+and its reader sets no bounds.
 """
 
 import io

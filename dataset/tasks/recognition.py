@@ -112,34 +112,41 @@ class Sequences:
         if shuffled:
             names = [names[i] for i in torch.randperm(len(names)).tolist()]
             prompt = LABEL_PROMPTS[self._drawn(len(LABEL_PROMPTS))]
-        before, comma = len(self.start(prompt)), self.tokenizer.delimiter
-        ids = self.start(f"{prompt} {', '.join(names)}") + [
-            self.tokenizer.eos if self.original else comma
-        ]
-        if len(ids) > self.max_text:
-            ids = ids[: self.max_text]
-            if not self.original:
-                fitting = max(
-                    (i for i, token in enumerate(ids) if token == comma and i >= before), default=-1
-                )
-                if fitting < 0:
-                    raise BadSample(
-                        f"label {names[0]!r:.60}: longer than the {self.max_text - before} tokens left of it"
-                    )
-                ids = ids[: fitting + 1]
-        segments, current = [0] * before, 1
-        for token in ids[before:]:
-            segments.append(current)
-            current += token == comma
-        if self.original:  # the last segment was never closed
-            segments = [-1 if j == current else j for j in segments]
-        if not self.decouple:
-            segments = [0] * len(ids)
+        before = len(self.start(prompt))
+        ids = self.start(f"{prompt} {', '.join(names)}")
+        if self.original:  # its last label ends in EOS, or where it is cut off
+            ids = [*ids, self.tokenizer.eos][: self.max_text]
+        else:
+            ids = self._whole_labels([*ids, self.tokenizer.delimiter], before, names)
         return {
             "text_ids": ids,
-            "segments": segments,
+            "segments": self._segments(ids, before),
             "targets": self._targets(ids, self.end_target),
         }
+
+    def _whole_labels(self, ids: list[int], before: int, names: Sequence[str]) -> list[int]:
+        """`ids` up to the last delimiter that fits; the prompt's `before` tokens come first."""
+        if len(ids) <= self.max_text:
+            return ids
+        for last in range(self.max_text - 1, before - 1, -1):
+            if ids[last] == self.tokenizer.delimiter:
+                return ids[: last + 1]
+        room = self.max_text - before
+        raise BadSample(f"label {names[0]!r:.60}: longer than the {room} tokens left of it")
+
+    def _segments(self, ids: list[int], before: int) -> list[int]:
+        """0 for the prompt's `before` tokens, then the number of the label, from 1; its delimiter
+        belongs to it."""
+        if not self.decouple:
+            return [0] * len(ids)
+        segments = [0] * before
+        current = 1
+        for token in ids[before:]:
+            segments.append(current)
+            current += token == self.tokenizer.delimiter
+        if self.original:  # nobody sees its last label, which no delimiter ends
+            segments = [-1 if number == current else number for number in segments]
+        return segments
 
     def caption(self, text: str, prompt: str | None = None) -> dict[str, list[int]]:
         """The same of a whole caption, read and predicted from left to right, EOS included."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from base.distributed import World, rank
-from evaluation.predict import over_split
+from evaluation.predict import over_split, percent
 from evaluation.report.examples import answer_case, gallery
 from evaluation.report.page import card, heading, score_table, table
 from runtime.run import evaluating
@@ -37,13 +37,13 @@ def class_accuracy(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict
     right = logits.argmax(1) == labels
     counts = labels.bincount(minlength=len(names))
     result = {
-        "accuracy": 100 * right.double().mean().item(),
+        "accuracy": percent(right),
         "chance": 100 * counts.max().item() / len(labels),
     }
     by_class = {}
     for number, name in enumerate(names):
         if counts[number]:
-            by_class[name] = 100 * right[labels == number].double().mean().item()
+            by_class[name] = percent(right[labels == number])
     result["by_class"] = by_class
     result["samples"] = len(labels)
     return result
@@ -52,8 +52,11 @@ def class_accuracy(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict
 def confusion_table(logits: Tensor, labels: Tensor, names: Sequence[str]) -> str:
     """HTML: how often each true class (row) was given each label (column)."""
     size = len(names)
-    cells = (labels * size + logits.argmax(1)).bincount(minlength=size * size).view(size, size)
-    rows = ([name, *map(str, row.tolist())] for name, row in zip(names, cells, strict=True))
+    pairs = labels * size + logits.argmax(1)
+    cells = pairs.bincount(minlength=size * size).view(size, size)
+    rows = []
+    for name, row in zip(names, cells.tolist(), strict=True):
+        rows.append([name, *map(str, row)])
     return table(["true \\ given", *names], rows)
 
 
@@ -90,22 +93,21 @@ def statement_report(
     logits [R,C], labels int64 [R], names of the classes, records with `sentence`, files(record):
     its images.
     """
-    scores, probability = class_accuracy(logits, labels, names), logits.softmax(1)
-    rows = [
-        ("all", scores["accuracy"], scores["chance"]),
-        *((name, x, None) for name, x in scores["by_class"].items()),
-    ]
+    scores = class_accuracy(logits, labels, names)
+    probability = logits.softmax(1)
+    rows = [("all", scores["accuracy"], scores["chance"])]
+    for name, value in scores["by_class"].items():
+        rows.append((name, value, None))
     right = logits.argmax(1) == labels
 
     def case(i: int) -> str:
         best = probability[i].sort(descending=True)
-        guesses = [
-            (names[k], float(p)) for k, p in zip(best.indices.tolist(), best.values, strict=True)
-        ]
+        guesses = []
+        for number, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            guesses.append((names[number], p))
         record = records[i]
-        return answer_case(
-            files(record), record["sentence"], guesses, names[int(labels[i])], bool(right[i])
-        )
+        truth = names[int(labels[i])]
+        return answer_case(files(record), record["sentence"], guesses, truth, bool(right[i]))
 
     by_class = score_table(["accuracy in %", split, "the most frequent class"], rows)
     tables = (by_class, heading("Confusions"), confusion_table(logits, labels, names))

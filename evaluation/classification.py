@@ -18,7 +18,7 @@ from base.distributed import World, gather_objects, gather_rows
 from base.errors import UserError
 from base.files import read_json
 from base.heartbeat import beat
-from evaluation.predict import progress
+from evaluation.predict import percent, progress
 
 BLOCK = 512  # classes looked at together
 TOP = 5
@@ -103,10 +103,6 @@ def single_label_metrics(
 def top_classes(logits: Tensor) -> Tensor:
     """The five best classes, int64 [n,5]; all of them where there are fewer."""
     return logits.topk(min(TOP, logits.shape[1]), 1).indices
-
-
-def percent(hits: Tensor) -> float:
-    return 100 * hits.double().mean().item()
 
 
 def read_real(path: Path, names: Sequence[str]) -> list[list[int]]:
@@ -241,12 +237,12 @@ def summary(counts: dict[str, Tensor], total: int, details: bool) -> dict[str, f
     micro = counts["precisions"].sum() / positives.sum().clamp(min=1)
     cells = total * len(positives)
     result = {
-        "mAP": 100 * average_precision[shown].mean().item(),
+        "mAP": percent(average_precision[shown]),
         "mAP_micro": 100 * micro.item(),
-        "F1_macro": 100 * f1.mean().item(),
+        "F1_macro": percent(f1),
         "F1_micro": 100 * f1_micro.item(),
         "bce": (counts["bce"].sum() / cells).item(),
-        "chance": 100 * (positives[shown] / total).mean().item(),
+        "chance": percent(positives[shown] / total),
         "classes_shown": int(shown.sum()),
         "images": total,
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from base.distributed import World, gather_rows
 from evaluation.features import Bank
-from evaluation.predict import progress
+from evaluation.predict import percent, progress
 from evaluation.retrieval import units
 
 UNIT = 1024  # queries
@@ -129,10 +129,10 @@ def knn_accuracy(
         k = min(k, neighbours.index.shape[1])
         best = votes(neighbours, train_labels, classes, k)
         hits = best == labels[:, None]
-        result[f"knn{k}"] = 100 * hits[:, 0].double().mean().item()
+        result[f"knn{k}"] = percent(hits[:, 0])
         if k > 1:
             best = votes(neighbours, train_labels, classes, k, temperature)
             hits = best == labels[:, None]
-            result[f"knn{k}_weighted"] = 100 * hits[:, 0].double().mean().item()
-            result[f"knn{k}_weighted_top5"] = 100 * hits.any(1).double().mean().item()
+            result[f"knn{k}_weighted"] = percent(hits[:, 0])
+            result[f"knn{k}_weighted_top5"] = percent(hits.any(1))
     return result

@@ -42,3 +42,8 @@ def progress(items: Iterable, name: str, world: World) -> Iterable:
     from tqdm import tqdm
 
     return tqdm(items, name, leave=False, dynamic_ncols=True, unit="batch")
+
+
+def percent(values: Tensor) -> float:
+    """Mean of fractions, or the fraction of True in a bool tensor, in percent."""
+    return 100 * values.double().mean().item()

@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from base.distributed import World, gather_parts, gather_rows
 from base.errors import UserError
 from base.heartbeat import beat
+from evaluation.predict import percent
 
 FILL = -100.0  # score of a pair that was no candidate
 TEXT_UNIT = 256  # captions per encoder pass
@@ -354,8 +355,8 @@ def recalls(by_image: Ranking, by_text: Ranking, text_image: Tensor) -> dict[str
     image_ranks = ranks(by_text, image_hits, text_image)
     found = {}
     for at in AT:
-        found[f"txt_r{at}"] = 100 * (text_ranks < at).double().mean().item()
-        found[f"img_r{at}"] = 100 * (image_ranks < at).double().mean().item()
+        found[f"txt_r{at}"] = percent(text_ranks < at)
+        found[f"img_r{at}"] = percent(image_ranks < at)
     return with_means(found)
 
 

@@ -14,7 +14,7 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from base.files import digest, weights_digest, write_json
-from evaluation.predict import over_split
+from evaluation.predict import over_split, percent
 from evaluation.retrieval import AT, nearest, recalls, units
 from evaluation.zeroshot_metrics import KEPT, NEEDS_SCORES, by_score, measure
 from runtime.checkpoint import export_safetensors, read_weights
@@ -85,9 +85,8 @@ def embed_images(
     def embed(image: Tensor) -> tuple[Tensor, ...]:
         return unit_rows(embed_image(image))
 
-    return dict(
-        zip(EMBEDDINGS, over_split(embed, batches, own, total, world, "images"), strict=False)
-    )
+    found = over_split(embed, batches, own, total, world, "images")
+    return dict(zip(EMBEDDINGS, found, strict=False))
 
 
 def unit_rows(found: Embeddings) -> tuple[Tensor, ...]:
@@ -277,14 +276,20 @@ def topk_accuracy(
     for number, name in enumerate(names):
         for k in at:
             right = hits[:, number, :k].any(-1)
-            accuracy[f"acc{k}_{name}"] = 100 * right.double().mean().item()
+            accuracy[f"acc{k}_{name}"] = percent(right)
     return accuracy
 
 
 def zero_shot_chance(metric: str, classes: int) -> float | None:
     """What guessing scores in percent; None where it depends on how often a class occurs."""
-    top1, top5 = 100 / classes, 100 * min(5, classes) / classes
-    known = {"acc1": top1, "mean_per_class": top1, "roc_auc": 50.0, "acc1_acc5": (top1 + top5) / 2}
+    top1 = 100 / classes
+    top5 = 100 * min(5, classes) / classes
+    known = {
+        "acc1": top1,
+        "mean_per_class": top1,
+        "roc_auc": 50.0,
+        "acc1_acc5": (top1 + top5) / 2,
+    }
     return known.get(metric)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from evaluation.predict import percent
+
 KEPT = 5  # classes kept of an image where only the best matter
 NEEDS_SCORES = ("roc_auc", "map11")
 
@@ -14,7 +16,8 @@ def mean_per_class(predicted: Tensor, targets: Tensor) -> float:
     """Accuracy of every class that occurs, averaged, in percent; predicted, targets int64 [N]."""
     shown = targets.bincount()
     right = targets[predicted == targets].bincount(minlength=len(shown))
-    return 100 * (right / shown)[shown > 0].double().mean().item()
+    accuracy = right / shown
+    return percent(accuracy[shown > 0])
 
 
 def roc_auc(scores: Tensor, targets: Tensor) -> float:
@@ -60,7 +63,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
     at_levels = precision[torch.searchsorted(recall, levels - 1e-12)]
     steps = recall.diff(prepend=recall.new_zeros(1))
     area = (precision * steps).sum()
-    return 100 * at_levels.mean().item(), 100 * area.item()
+    return percent(at_levels), percent(area)
 
 
 def voc_map(scores: Tensor, targets: Tensor) -> tuple[float, float]:
@@ -81,13 +84,13 @@ def measure(metric: str, found: Tensor, targets: Tensor) -> dict[str, float]:
     """
     if metric == "roc_auc":
         auc = roc_auc(found[:, 1] - found[:, 0], targets)
-        return {"roc_auc": auc, "acc1": 100 * (found.argmax(1) == targets).double().mean().item()}
+        return {"roc_auc": auc, "acc1": percent(found.argmax(1) == targets)}
     if metric == "map11":
         eleven_point, area = voc_map(found, targets)
         return {"map11": eleven_point, "map": area}
     hits = found == targets[:, None]
-    acc1 = 100 * hits[:, :1].any(1).double().mean().item()
-    acc5 = 100 * hits[:, :KEPT].any(1).double().mean().item()
+    acc1 = percent(hits[:, 0])
+    acc5 = percent(hits[:, :KEPT].any(1))
     return {
         "acc1": acc1,
         "acc5": acc5,

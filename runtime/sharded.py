@@ -9,6 +9,7 @@ its index in a pickle, and its hashes nowhere. Of a tensor that FSDP shards ever
 rows it has; tensors that all processes have are shared out by size.
 """
 
+import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,18 @@ from runtime.safe_pickle import load_torch
 
 INDEX = "index.pt"
 READERS = 8  # files verified at a time
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 Key = tuple  # of a tensor: the keys of nested dicts and lists on the way to it
 
 
@@ -306,3 +319,26 @@ def weights_in(folder: Path) -> Iterator[tuple[str, Tensor]]:
     reader = PieceReader(folder, index["files"])
     for name, meta in index["model"].items():
         yield name, reader.read(("model", name), meta)
+
+
+def merge_weights(folder: Path, path: Path) -> int:
+    """Write the weights of a verified checkpoint as one safetensors file, one tensor in memory at a
+    time; returns how many. The format: length of the header, header (JSON), the tensors' bytes."""
+    index = _index(folder)
+    # wide types first, so that every tensor begins at a multiple of its element's size
+    metas = dict(sorted(index["model"].items(), key=lambda item: (-item[1].itemsize, item[0])))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, meta in metas.items():
+        begin, end = end, end + meta.nbytes
+        about = {"dtype": SAFETENSORS_DTYPES[meta.dtype], "shape": list(meta.shape)}
+        header[name] = {**about, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    reader = PieceReader(folder, index["files"])
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, meta in metas.items():
+            values = reader.read(("model", name), meta).contiguous()
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+    return len(metas)

@@ -8,6 +8,7 @@ align-from-tf     prefix of COYO-ALIGN's TensorFlow checkpoint -> .safetensors f
 align-to-hf       checkpoint or folder of a run -> folder that transformers' AlignModel loads
 coyo-vit-from-tf  prefix of COYO-ViT's TensorFlow checkpoint -> .safetensors for Classification.py
 coyo-vit-to-hf    run of Classification.py -> folder that transformers' ViT loads
+merge             checkpoint or folder of a run, sharded or not -> its weights as one .safetensors
 
 transformers' own files (kakaobrain/align-base) need no conversion: --checkpoint
 FOLDER/model.safetensors.
@@ -108,11 +109,27 @@ def coyo_vit_to_hf(source: Path, dest: Path) -> str:
     return f"{dest}: config.json, model.safetensors; {kind}, images of {config.image_size} pixels in -1..1"
 
 
+def merge(source: Path, dest: Path) -> str:
+    """Of a sharded checkpoint with one tensor in memory at a time."""
+    from runtime.checkpoint import export_safetensors, read_weights, verified, weights_file
+    from runtime.sharded import is_sharded, merge_weights
+
+    file = weights_file(source)
+    if is_sharded(file):
+        count = merge_weights(verified(file), dest)
+    else:
+        weights = read_weights(file)
+        count = len(weights)
+        export_safetensors(weights, dest)
+    return f"{dest}: {count} tensors of {file}"
+
+
 KINDS = {
     "align-from-tf": align_from_tf,
     "align-to-hf": align_to_hf,
     "coyo-vit-from-tf": coyo_vit_from_tf,
     "coyo-vit-to-hf": coyo_vit_to_hf,
+    "merge": merge,
 }
 
 

@@ -25,17 +25,31 @@ def command_line(script: str, data, folder) -> list[str]:
     return [*classification_runs.flags(data, folder), *CASES[script]]
 
 
+def crash(script: str, every: int, folder, *flags: str) -> dict:
+    words = [script, str(every), str(folder), *flags]
+    command = [sys.executable, "-m", "tests.helpers.crash_points", *words]
+    done = subprocess.run(command, cwd=downstream.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("script", CASES)
 @pytest.mark.parametrize("every", [FEW, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_crash_point_ends_as_the_run_that_was_not_killed(
     script, every, digitscenes, tmp_path
 ):
     folder = tmp_path / "run"
-    words = [script, str(every), str(folder), *command_line(script, digitscenes, folder)]
-    command = [sys.executable, "-m", "tests.helpers.crash_points", *words]
-    done = subprocess.run(command, cwd=downstream.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = crash(script, every, folder, *command_line(script, digitscenes, folder))
     assert found["failures"] == []
     assert found["points"] > 50 and found["tried"] >= found["points"] // every
     assert any("checkpoint_best" in name for name in found["names"])
+
+
+@pytest.mark.slow
+def test_every_crash_point_of_a_save_beside_the_training(tmp_path):
+    found = crash("beside", 1, tmp_path / "run")
+    assert found["failures"] == []
+    assert found["tried"] == found["points"] > 40
+    for name in ("rank_00000.pt", "index.pt", "checkpoint_00000004", "checkpoint_best", "rmtree"):
+        assert any(name in point for point in found["names"]), name
+    print(found["points"], "points")

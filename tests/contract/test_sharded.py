@@ -3,10 +3,13 @@ one that fails fails them all."""
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from base import distributed
@@ -15,9 +18,10 @@ from base.errors import UserError
 from runtime.checkpoint import CheckpointFolder, find_damage, load_checked, read_weights
 from runtime.parallel import Features, parallelize
 from runtime.saving import Saver, copied_to_host
-from runtime.sharded import is_sharded, read_state
+from runtime.sharded import Piece, is_sharded, outline, read_state, write_part
+from scripts.weights import convert
 from tests.contract.test_parallel import needs_fsdp2
-from tests.helpers.processes import spawn
+from tests.helpers.processes import ROOT, spawn
 
 PARALLEL = ["ddp", pytest.param("fsdp", marks=needs_fsdp2)]
 
@@ -117,6 +121,9 @@ def test_any_number_of_processes_reads_what_two_wrote(parallel, tmp_path):
     expected = torch.load(tmp_path / "expected.pt")
     assert_equal(read_weights(path), expected["model"])
     assert_equal(read_weights(tmp_path), expected["model"])
+    merged = tmp_path / "merged.safetensors"
+    assert convert.main(["merge", str(path), str(merged)]) == 0
+    assert_equal(load_file(merged), expected["model"])
     load(0, "ddp", str(tmp_path))  # this one process
     others = [("fsdp", 3), ("ddp", 2), ("fsdp", 2)] if parallel == "fsdp" else [("fsdp", 2)]
     for other, processes in others:
@@ -201,3 +208,44 @@ def test_damage_is_named_and_the_checkpoint_before_serves(case, two_steps, tmp_p
     assert found == tmp_path / "run/checkpoint_00000001"
     with pytest.raises(UserError, match=rf"checkpoint_00000002.*({message}|no such|a folder)"):
         read_weights(newest)
+
+
+MERGE = """
+import sys, threading, time
+from pathlib import Path
+from scripts.weights import convert
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+from runtime import checkpoint, sharded
+before, peak, ended = anonymous(), 0, threading.Event()
+def watch():
+    global peak
+    while not ended.wait(0.001):
+        peak = max(peak, anonymous())
+threading.Thread(target=watch).start()
+status = convert.main(["merge", *sys.argv[1:]])
+ended.set()
+print(peak - before)
+sys.exit(status)
+"""
+
+
+def test_merging_takes_the_memory_of_one_tensor(tmp_path):
+    tensors = {
+        f"layer.{number}.weight": torch.rand(4, 1 << 18) for number in range(24)
+    }  # 4 MB each
+    checkpoints = CheckpointFolder(tmp_path)
+    halves = []
+    for rank in range(2):
+        rows = slice(2 * rank, 2 * rank + 2)
+        pieces = {("model", n): Piece((2 * rank, 0), t[rows]) for n, t in tensors.items()}
+        halves.append(write_part(checkpoints.unfinished(1), rank, pieces, {}, ""))
+    path = checkpoints.commit({"model": outline(tensors), "step": 1}, halves, 1)
+    command = [sys.executable, "-c", MERGE, str(path), str(tmp_path / "merged.safetensors")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.splitlines()[-1]) < 48 << 10  # KB; the weights are 96 MB
+    assert_equal(load_file(tmp_path / "merged.safetensors"), tensors)

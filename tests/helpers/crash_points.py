@@ -7,6 +7,11 @@ runs VE.py once to its end, then once for every (second argument: n-th) point at
 to change something in OUTPUT_DIR: killed there, then started again. Prints JSON: how many points
 there are and were tried, and at which ones the folder ended different. Every run is a fork of this
 process, which has imported all and computed nothing.
+
+    python -m tests.helpers.crash_points beside 1 OUTPUT_DIR
+
+does the same with the small run of tests/unit/test_run.py, whose sharded checkpoints are written by a
+thread beside the training: at every point of that thread, wherever the training is by then.
 """
 
 import contextlib
@@ -16,6 +21,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,15 +38,17 @@ from runtime.log import RunLog
 
 KILLED = 137
 CHANGES = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate"}
+CHANGES |= {"shutil.rmtree"}
 TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
 
 
 class Points:
     """Counts the changes in a folder that are about to be made; ends the process before number
-    `last`."""
+    `last`. beside: only those of other threads than the main one."""
 
-    def __init__(self, folder: Path, last: int | None = None):
+    def __init__(self, folder: Path, last: int | None = None, beside: bool = False):
         self.folder, self.last, self.count = str(folder), last, 0
+        self.beside = beside
         self.made: list[str] = []
         self.fsync = os.fsync
 
@@ -63,7 +71,8 @@ class Points:
             if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return
         elif event in CHANGES:
-            path = arguments[1] if event in ("os.rename", "os.link") else arguments[0]
+            second = event in ("os.rename", "os.link", "os.symlink")
+            path = arguments[1] if second else arguments[0]
         else:
             return
         if not isinstance(path, str | os.PathLike) or not self.inside(os.fspath(path)):
@@ -81,6 +90,8 @@ class Points:
         return path == self.folder or path.startswith(self.folder + os.sep)
 
     def passed(self, name: str) -> None:
+        if self.beside and threading.current_thread() is threading.main_thread():
+            return
         if self.count == self.last:
             os._exit(KILLED)
         self.count += 1
@@ -115,7 +126,9 @@ def contents(folder: Path) -> dict[str, str]:
     """What a folder holds, by name: a digest, of the log without what depends on the clock."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.name == ".lock":
+        if path.is_symlink():
+            found[str(path.relative_to(folder))] = os.readlink(path)
+        if not path.is_file() or path.is_symlink() or path.name == ".lock":
             continue
         data = path.read_bytes()
         if path.name == "log.jsonl":
@@ -124,7 +137,9 @@ def contents(folder: Path) -> dict[str, str]:
             data = json.dumps(kept).encode()
         if path.suffix == ".pt" and find_damage(path) is None:
             # its values: equal strings may be pickled as one or as two
-            data = plain(torch.load(path, weights_only=True)).encode()
+            content = torch.load(path, weights_only=True)
+            content.pop("files", None)  # hashes of such files
+            data = plain(content).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -132,6 +147,8 @@ def contents(folder: Path) -> dict[str, str]:
 def plain(tree: Any) -> str:
     """Text that changes with any value in a checkpoint, to the last bit."""
     if isinstance(tree, torch.Tensor):
+        if tree.is_meta:
+            return f"{tree.dtype} {list(tree.shape)}"
         values = tree.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{tree.dtype} {list(tree.shape)} {hashlib.sha256(values).hexdigest()}"
     if isinstance(tree, dict):
@@ -141,18 +158,18 @@ def plain(tree: Any) -> str:
     return repr(tree)
 
 
-def crash_everywhere(script: str, every: int, folder: Path, flags: list[str]) -> dict:
-    """See above."""
-    module = importlib.import_module(script)
-    config = parse(module.Config, flags)
+def crash_everywhere(
+    main: Callable[[], Any], every: int, folder: Path, beside: bool = False
+) -> dict:
+    """See above; main: the run that writes to `folder`."""
     output, points = folder.with_suffix(".txt"), folder.with_suffix(".json")
 
     def run(last: int | None = None) -> int:
         def work() -> None:
             torch.set_num_threads(1)
-            watched = Points(folder, last)
+            watched = Points(folder, last, beside)
             watched.watch()
-            module.main(config)
+            main()
             if last is None:
                 points.write_text(json.dumps(watched.made))
 
@@ -179,6 +196,20 @@ def crash_everywhere(script: str, every: int, folder: Path, flags: list[str]) ->
     return {"points": len(made), "tried": len(tried), "names": made, "failures": failures}
 
 
+def run_of(script: str, folder: Path, flags: list[str]) -> Callable[[], Any]:
+    """What a script does with these flags; `beside`: the small run."""
+    if script == "beside":
+        from tests.unit import test_run
+
+        test_run.KIND[0] = "sharded"
+        return lambda: test_run.train(test_run.options(folder), scores=[1, 3, 2, 0])
+    module = importlib.import_module(script)
+    config = parse(module.Config, flags)
+    return lambda: module.main(config)
+
+
 if __name__ == "__main__":
-    script, every, folder, *flags = sys.argv[1:]
-    print(json.dumps(crash_everywhere(script, int(every), Path(folder), flags)))
+    script, every, name, *flags = sys.argv[1:]
+    folder = Path(name)
+    main = run_of(script, folder, flags)
+    print(json.dumps(crash_everywhere(main, int(every), folder, script == "beside")))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from runtime import saving
 from runtime.checkpoint import CheckpointFolder, find_damage, load_checked, read_weights
 from runtime.parallel import Features, parallelize
 from runtime.saving import Saver, copied_to_host
@@ -58,17 +60,25 @@ def whole(model, optimizer) -> dict:
     return {"model": weights, "optimizer": moments.get("state")}
 
 
-def save(rank: int, parallel: str, folder: str, step: int = 1) -> None:
-    """Two updates, a sharded checkpoint; and another update while it is written."""
+def save(rank: int, parallel: str, folder: str, step: int = 1, sharded: bool = True) -> None:
+    """Two updates, a checkpoint; and another update before any of it is written."""
     world, model, optimizer = network(rank, parallel, seed=step)
     checkpoints = CheckpointFolder(folder)
-    saver = Saver(checkpoints, world, sharded=True, in_background=True, fresh=True)
+    saver = Saver(checkpoints, world, sharded=sharded, in_background=True, fresh=True)
+    updated, together = threading.Event(), saving.together
+
+    def write_after_the_update(*args) -> None:
+        updated.wait()
+        together(*args)
+
+    saving.together = write_after_the_update
     update(model, optimizer, rank)
     update(model, optimizer, rank)
     expected = copied_to_host(whole(model, optimizer))
     about = {"step": step, "config": {"lr": 0.1}}
     saver.save(model, optimizer, about, {"rank": rank}, step, None)
     update(model, optimizer, rank)
+    updated.set()
     saver.wait()
     if rank == 0:
         torch.save(expected, f"{folder}/expected.pt")
@@ -128,6 +138,16 @@ def test_any_number_of_processes_reads_what_two_wrote(parallel, tmp_path):
     others = [("fsdp", 3), ("ddp", 2), ("fsdp", 2)] if parallel == "fsdp" else [("fsdp", 2)]
     for other, processes in others:
         spawn(load, processes, other, str(tmp_path))
+
+
+def test_one_file_is_written_beside_the_training_too(tmp_path):
+    spawn(save, 2, "ddp", str(tmp_path), 1, False)
+    path = tmp_path / "checkpoint_00000001.pt"
+    assert find_damage(path) is None
+    found, expected = load_checked(path), torch.load(tmp_path / "expected.pt")
+    assert_equal(found["model"], expected["model"])
+    assert_equal(found["optimizer"]["state"], expected["optimizer"])
+    assert [own["rank"] for own in found["per_rank"]] == [0, 1]
 
 
 DISK = "the disk is full"

@@ -31,7 +31,7 @@ from dataset.images.clip import normalize
 from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import StreamLoader
 from dataset.tasks.recognition import ImageSet, ImageView, Sequences
-from dataset.tasks.recognition import clip_statistics, read_image, training_stream
+from dataset.tasks.recognition import image_statistics, read_image, training_stream
 from dataset.text.sentencepiece import PieceTokenizer
 from evaluation.predict import over_split
 from evaluation.recognition import SentenceEncoder, label_metrics
@@ -61,7 +61,6 @@ class Config(RecognitionData, RunConfig):
     """Recognition of objects."""
 
     METHOD = ("decoding.strategy",)
-
     output_dir: Path = knob(Path("output/Recognition"), "this run: log, checkpoints, result/")
     # the networks: published weights, else random ones of these sizes
     clip: Path | None = knob(None, "OpenAI's ViT-L-14.pt, or CLIP of open_clip or Hugging Face")
@@ -109,7 +108,7 @@ def build_model(config: Config, tokenizer: PieceTokenizer, world: World) -> Nxtp
     clip = config.clip and (read_archive(config.clip) or read_weights(config.clip))
     checkpoint = config.checkpoint and read_weights(config.checkpoint)
     part = (world.rank, world.size) if config.tensor_parallel else None
-    return config.network.build(tokenizer, clip, config.llama, checkpoint, part)
+    return config.network.build(tokenizer, clip, config.llama, checkpoint, part, read_weights)
 
 
 def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state) -> StreamLoader:
@@ -140,7 +139,7 @@ def labeller(model: Nxtp, tokenizer: PieceTokenizer, config: Config, world: Worl
 def evaluate(model: Nxtp, data: ImageSet, tokenizer, config: Config, world: World, precision):
     """`(label, probability)` of every image of a split, best first, the same on every process."""
     reader = labeller(model, tokenizer, config, world)
-    statistics = clip_statistics(world.device)
+    statistics = image_statistics(config.network.image_tower, world.device)
     own = shard_indices(len(data), world.rank, world.size)
     if config.tensor_parallel:
         own = range(len(data))
@@ -159,7 +158,8 @@ def show(model: Nxtp, tokenizer, config: Config, world: World, precision: Precis
     """Print the labels of --image and save it with their attention maps."""
     reader = labeller(model, tokenizer, config, world)
     raw = ImageView(config.network.image_size, config.whole_image)(read_image(config.image))
-    image = normalize(raw[None].to(world.device), clip_statistics(world.device))
+    statistics = image_statistics(config.network.image_tower, world.device)
+    image = normalize(raw[None].to(world.device), statistics)
     with evaluating(model), precision.autocast():
         found = reader.labels(reader.drafts(image), 0)
         maps = reader.attention(image, [text for text, _ in found[:SHOWN]])
@@ -195,7 +195,7 @@ def train(config: Config, tokenizer, val: ImageSet | None, encoder, model, world
     decayed = choose_parameters(model, config.train_vision_blocks, config.compat == "original")
     model = synchronise_batch_norm(model.to(world.device))
     model, optimizer, plan = run.begin(NAME, model, loader, precision, decayed)
-    statistics = clip_statistics(world.device)
+    statistics = image_statistics(config.network.image_tower, world.device)
 
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))

@@ -16,7 +16,7 @@ import torch
 from base import distributed
 from base.errors import BadSample, UserError, brief
 from base.files import cached_path, read_lines, write_json_lines
-from base.pixels import OPENAI
+from base.pixels import OPENAI, timm_statistics
 from dataset.images.albef import random_box
 from dataset.images.clip import EvalView, crop_resize, pixel_statistics
 from dataset.images.decode import check_image_root, decode_image
@@ -189,9 +189,16 @@ def pad_batch(
 
 # ---- samples
 def clip_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of CLIP's images in grey levels, for
-    `dataset.images.clip.normalize`."""
+    """Mean and std of CLIP's images in grey levels."""
     return pixel_statistics(device, *OPENAI)
+
+
+def image_statistics(tower: str | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std in grey levels of the images of timm's tower, or by default of CLIP's, for
+    `dataset.images.clip.normalize`."""
+    if tower is None:
+        return clip_statistics(device)
+    return pixel_statistics(device, *timm_statistics(tower))
 
 
 class ImageView:

@@ -115,6 +115,13 @@ class DualConfig(LossOptions):
         "instead of the text transformer: hf/FOLDER or a name of the hub",
         methods="CLIP SIGLIP",
     )
+    tower_classes: str | None = knob(
+        None,
+        "names of the image tower's classes: it gives their probabilities, too, and training starts "
+        "from the names' embeddings (ConSE); a file, one name a line, or labels.json:imagenet",
+        methods="CLIP SIGLIP",
+        rare=True,
+    )
     embed_dim: int = knob(256, "width of the common space of images and texts", low=1, high=WIDTH)
     clip_proj_type: str = knob("linear", "projectors of global views: linear or mlp", rare=True)
     clip_hidden_dim: int = knob(

@@ -92,8 +92,10 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
     model, backbone, _ = parts_of(config.model)
     if model is Align:
         return build_fitting(partial(Align, config), config.model)  # its towers belong together
+    if config.tower_classes and not (config.image_tower and config.text_tower):
+        raise UserError("tower_classes joins towers of libraries: give image_tower and text_tower")
     if visual is None and config.image_tower:
-        visual = TimmTower(config.image_tower)
+        visual = TimmTower(config.image_tower, classes=config.tower_classes is not None)
     if config.text_tower is None and visual is None:
         return build_fitting(partial(_own_towers, model, backbone, config), config.model)
     visual = visual or build_backbone(backbone, config.image_size)
@@ -101,7 +103,11 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
         return model(config, visual)
     if model not in (CLIP, SigLIP):
         raise UserError(f"text_tower: {config.model} has its own; use *_CLIP or *_SIGLIP")
-    return model(config, visual, text_tower=HuggingFaceText(config.text_tower))
+    text_tower = HuggingFaceText(config.text_tower)
+    width = text_tower.num_features
+    if config.tower_classes and (config.embed_dim, config.clip_proj_type) != (width, "linear"):
+        raise UserError(f"tower_classes: set embed_dim to {width}, clip_proj_type to linear")
+    return model(config, visual, text_tower=text_tower)
 
 
 def _own_towers(model: type[DualEncoder], backbone: str, config: DualConfig) -> DualEncoder:

@@ -4,23 +4,33 @@ locked-image tuning (Zhai et al. 2022, LiT) begins with them.
 `timm/NAME` has the weights that timm fetches, `timm/NAME:FILE` those of a file, `hf/FOLDER` (or a
 name of the hub) those in the folder. A tower is built without weights, which `start_towers` loads
 once, at the beginning of a training: checkpoints hold them afterwards.
+
+An image tower with its classifier gives class probabilities beside its features. The projections
+then start as the convex combination of the class names' embeddings (Norouzi et al. 2014, ConSE): an
+image-text model before the first pair.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError, first_line
-from base.files import did_you_mean
+from base.files import did_you_mean, read_json, read_lines
 
 HEADS = ("classifier.", "head.", "fc.")  # of classification, in files of weights
+PROMPT = "a photo of a {}."  # for the names of an image tower's classes
 
 
 class TimmTower(nn.Module):
-    """A network of timm without its classifier: images [B,3,H,W] -> pooled features [B,C]."""
+    """A network of timm without its classifier: images [B,3,H,W] -> pooled features [B,C].
 
-    def __init__(self, tower: str):
+    classes: with its classifier of K classes: unit features and class probabilities, [B,C+K].
+    """
+
+    def __init__(self, tower: str, classes: bool = False):
         super().__init__()
         import timm
 
@@ -28,17 +38,24 @@ class TimmTower(nn.Module):
         if not timm.is_model(self.name.partition(".")[0]):
             hint = did_you_mean(self.name, timm.list_models())
             raise UserError(f"image_tower {tower}: timm has no model {self.name!r}{hint}")
-        self.trunk = timm.create_model(self.name, num_classes=0)
-        self.num_features = self.trunk.num_features
+        self.options = {} if classes else {"num_classes": 0}
+        self.trunk = timm.create_model(self.name, **self.options)
+        self.num_classes = self.trunk.num_classes
+        self.num_features = self.trunk.num_features + self.num_classes
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.trunk(image)
+        if not self.num_classes:
+            return self.trunk(image)
+        features = self.trunk.forward_head(self.trunk.forward_features(image), pre_logits=True)
+        probabilities = self.trunk.get_classifier()(features).float().softmax(-1)
+        return torch.cat([F.normalize(features, dim=-1), probabilities.to(features.dtype)], -1)
 
     def load(self, read_weights: Callable[[Path], dict[str, Tensor]]) -> None:
         """Load the published weights, or those of the file. UserError."""
         if self.file:
             weights = read_weights(Path(self.file))
-            weights = {k: v for k, v in weights.items() if not k.startswith(HEADS)}
+            if not self.num_classes:
+                weights = {k: v for k, v in weights.items() if not k.startswith(HEADS)}
             fetched = self.trunk.load_state_dict(weights, strict=False)
             faults = [*fetched.missing_keys, *fetched.unexpected_keys]
             if faults:
@@ -50,13 +67,26 @@ class TimmTower(nn.Module):
         import timm
 
         try:
-            trunk = timm.create_model(self.name, pretrained=True, num_classes=0)
+            trunk = timm.create_model(self.name, pretrained=True, **self.options)
         except Exception as error:  # of the hub, the network or the cache
             raise UserError(
                 f"image_tower timm/{self.name}: its weights cannot be fetched ({first_line(error)}); "
                 f"give their file: timm/{self.name}:FILE"
             ) from None
         self.trunk.load_state_dict(trunk.state_dict())
+
+
+class TimmGrid(TimmTower):
+    """The same network's last feature map: images [B,3,H,W] -> patches [B,N,C], row by row, without
+    class and register tokens."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.trunk.forward_features(image)
+        if features.ndim == 4:
+            if features.shape[-1] == self.trunk.num_features != features.shape[1]:
+                features = features.permute(0, 3, 1, 2)  # Swin's, channels last
+            return features.flatten(2).transpose(1, 2)
+        return features[:, self.trunk.num_prefix_tokens :]
 
 
 class HuggingFaceText(nn.Module):
@@ -86,6 +116,19 @@ class HuggingFaceText(nn.Module):
         states = self.trunk(input_ids=text_ids, attention_mask=mask.long()).last_hidden_state
         weight = mask[..., None].to(states.dtype)
         return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str], batch_size: int = 100) -> Tensor:
+        """Unit features [T,C] of texts."""
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
+        rows = []
+        for start in range(0, len(texts), batch_size):
+            batch = list(texts[start : start + batch_size])
+            found = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+            rows.append(F.normalize(self(found["input_ids"]), dim=-1))
+        return torch.cat(rows)
 
     def load(self, read_weights: Callable[[Path], dict[str, Tensor]]) -> None:
         """Load the weights beside the configuration. UserError."""
@@ -123,9 +166,48 @@ def start_towers(
     for tower in towers.values():
         if load and isinstance(tower, TimmTower | HuggingFaceText):
             tower.load(read_weights)
+    if load and model.config.tower_classes:
+        start_from_names(model, class_names(model.config.tower_classes))
     for name in lock:
         if not isinstance(towers[name], TimmTower | HuggingFaceText):
             raise UserError(f"--lock {name}: give the {name} tower weights to keep: --{name}-tower")
         towers[name].requires_grad_(False)
     if lock:
         model.locked = tuple(towers[name] for name in lock)
+
+
+def class_names(file: str) -> list[str]:
+    """The names of an image tower's classes: a text file with one a line, or `FILE.json:SET` of
+    class names by data set. UserError."""
+    path, _, data_set = file.rpartition(":")
+    if not path.endswith(".json"):
+        return read_lines(file)
+    lists = read_json(path, dict)
+    if data_set not in lists:
+        hint = did_you_mean(data_set, lists)
+        raise UserError(f"tower_classes: {path} has no names of {data_set!r}{hint}")
+    return [name if isinstance(name, str) else name[0] for name in lists[data_set]]
+
+
+@torch.no_grad()
+def start_from_names(model: nn.Module, names: Sequence[str]) -> None:
+    """Set both projections so that an image is the mean of its classes' names, weighted by their
+    probabilities, in the space of the texts.
+
+    What all names have in common, their mean direction u, is projected out: of texts by I - u u^T,
+    of images with the names [K,C], which make the columns of the matrix. Features do not count yet.
+    """
+    visual, texts = model.visual, model.text_tower
+    if visual.num_classes != len(names):
+        raise UserError(
+            f"tower_classes: {len(names)} names, but the image tower tells {visual.num_classes} "
+            "classes apart; give the names of all of its classes in their order"
+        )
+    training = texts.training
+    embedded = texts.eval().embed([PROMPT.format(name) for name in names])
+    texts.train(training)
+    common = F.normalize(embedded.mean(0), dim=0)
+    remaining = torch.eye(len(common)) - torch.outer(common, common)
+    model.text_projector.weight.copy_(remaining)
+    model.image_projector.weight.zero_()
+    model.image_projector.weight[:, -len(names) :] = (embedded @ remaining).T

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from base.distributed import all_reduce
 from base.errors import UserError
+from models.layers.library_towers import TimmGrid
 from models.layers.llama import Cache, Llama, LlamaConfig, Sight
 from models.layers.openai_towers import ModifiedResNet, OpenAIConfig, OpenAIViT
 
@@ -32,6 +33,7 @@ class NxtpConfig:
         None  # token ids whose embeddings are trained; none = all
     )
     trained_outputs: tuple[int, ...] | None = None  # the same of the head's rows
+    image_tower: str | None = None  # timm/NAME[:FILE] instead of CLIP's
 
     def __post_init__(self):
         if self.vision.embed_dim != self.decoder.dim:
@@ -88,6 +90,29 @@ class ResNetEncoder(ModifiedResNet):
         return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
 
 
+class LibraryEncoder(TimmGrid):
+    """timm's image tower, whose patches are normed and projected to the decoder.
+
+    [B,3,S,S] -> [B,1+N,D], their mean first, where a ViT of CLIP has its class token. A frozen one
+    keeps the statistics of its batch norms.
+    """
+
+    def __init__(self, tower: str, width: int):
+        super().__init__(tower)
+        self.ln_post = nn.LayerNorm(self.num_features)
+        self.proj = nn.Linear(self.num_features, width, bias=False)
+        nn.init.normal_(self.proj.weight, std=self.num_features**-0.5)
+
+    def train(self, mode: bool = True) -> "LibraryEncoder":
+        super().train(mode)
+        self.trunk.train(mode and next(self.trunk.parameters()).requires_grad)
+        return self
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = self.proj(self.ln_post(super().forward(image)))
+        return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
+
+
 def grid_positions(count: int, width: int) -> Tensor:
     """Where a random tower's position embeddings start: sines and cosines of row and column,
     [1+g*g, width].
@@ -128,9 +153,11 @@ class Nxtp(nn.Module):
     def __init__(self, config: NxtpConfig):
         super().__init__()
         self.config = config
-        self.vision_encoder = (ResNetEncoder if config.vision.is_resnet else ImageEncoder)(
-            config.vision
-        )
+        if config.image_tower:
+            self.vision_encoder = LibraryEncoder(config.image_tower, config.decoder.dim)
+        else:
+            encoder = ResNetEncoder if config.vision.is_resnet else ImageEncoder
+            self.vision_encoder = encoder(config.vision)
         self.language_decoder = Llama(config.decoder)
 
     def encode_image(self, image: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """NXTP's network from whatever there is: a checkpoint, CLIP and LLaMA, one of them, or nothing but
 sizes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +38,9 @@ class Networks:
     image_size: int | None = knob(None, "side of the images in pixels; none = CLIP's own")
     vision: tuple[int, int, int] = knob(
         (1024, 24, 14), "random image tower: width, blocks, side of a patch", rare=True
+    )
+    image_tower: str | None = knob(
+        None, "instead of CLIP's tower: timm/NAME (weights fetched) or timm/NAME:FILE", rare=True
     )
     resnet: list[int] = knob(
         [], "random tower like CLIP's ResNets instead: width, blocks by stage", rare=True
@@ -94,13 +98,15 @@ class Networks:
         llama: str | Path | None = None,
         checkpoint: State | None = None,
         part: tuple[int, int] | None = None,
+        read_weights: Callable[[Path], State] | None = None,
     ) -> Nxtp:
         """The network on the CPU.
 
         tokenizer: has vocab_size and `image`, the id of <|image|>. clip: CLIP's weights in any
         layout; llama: a folder;
         checkpoint: NXTP's, ours or published; what none of them has stays random. part: (rank,
-        size) of a process that shares the decoder's matrices with others. Raises UserError where
+        size) of a process that shares the decoder's matrices with others. read_weights: reads the file
+        of image_tower. Raises UserError where
         the host's memory would not hold the weights.
         """
         clip = openai_layout(clip) if clip else None
@@ -125,15 +131,19 @@ class Networks:
         self.rope_scaling = [*decoder.rope_scaling]
         wanted = (self.train_embeddings, self.train_outputs)
         rows = [(tokenizer.image,) if name == "special" else None for name in wanted]
-        config = NxtpConfig(vision, decoder, self.prefix_image, *rows)
+        config = NxtpConfig(vision, decoder, self.prefix_image, *rows, image_tower=self.image_tower)
         if part is None:
             check_fits(parameter_count(lambda: Nxtp(config)), "NXTP's network")
         model = Nxtp(config)
         load_checkpoint(model, state, allowed_missing=missing)
+        if self.image_tower and not checkpoint:
+            model.vision_encoder.load(read_weights)
         return model
 
     def _start(self, tokenizer, clip: State | None, llama: str | Path | None):
         """Both geometries, the weights there are, and patterns of those that stay random."""
+        if clip and self.image_tower:
+            raise UserError("clip and image_tower exclude each other; choose one image tower")
         missing = ["vision_encoder.proj.weight" if clip else "vision_encoder.*"]
         if clip and "visual.layer1.0.conv1.weight" in clip:
             missing += ["vision_encoder.ln_post.*", "vision_encoder.*num_batches_tracked"]
@@ -154,7 +164,7 @@ class Networks:
             (self.resnet[0], tuple(self.resnet[1:]), 0) if self.resnet else self.vision
         )
         side = self.image_size or 224
-        if patch and side % patch:
+        if patch and side % patch and not self.image_tower:
             raise UserError(f"image_size {side}: no multiple of the patch size {patch} (vision)")
         sizes = {"vision_width": width, "vision_layers": blocks, "patch_size": patch}
         vision = OpenAIConfig(embed_dim=decoder.dim, image_size=side, **sizes)

@@ -102,7 +102,7 @@ def recognition_state(
             for k, v in state.items()
             if not (found := inside.match(k)) or int(found[1]) < layers
         }
-    if f"{VISION}layer1.0.conv1.weight" in state:
+    if f"{VISION}layer1.0.conv1.weight" in state or of_library(state):
         return state
     if f"{VISION}conv1.weight" in state:
         places = {
@@ -149,8 +149,15 @@ def geometry(
     return _tower(state, dim, image_size), decoder
 
 
+def of_library(names) -> bool:
+    """Whether the image tower among weights or their names is one of timm."""
+    return any(name.startswith(f"{VISION}trunk.") for name in names)
+
+
 def _tower(state: State, dim: int, image_size: int | None) -> OpenAIConfig:
-    """Geometry of the image tower; that of a ResNet does not tell the size of the images."""
+    """Geometry of the image tower; a ResNet's and a library's do not tell the size of the images."""
+    if of_library(state):
+        return OpenAIConfig(embed_dim=dim, image_size=image_size or 224, patch_size=0)
     conv = state[f"{VISION}conv1.weight"]
     if f"{VISION}layer1.0.conv1.weight" in state:
         stages = [_count(state, rf"{VISION}layer{number}\.(\d+)\.") for number in (1, 2, 3, 4)]
@@ -181,9 +188,10 @@ def trained_names(names: list[str], vision_blocks: int | None) -> set[str]:
     none = all of it."""
     if vision_blocks is None:
         return set(names)
-    if vision_blocks and f"{VISION}layer1.0.conv1.weight" in names:
+    if vision_blocks and (f"{VISION}layer1.0.conv1.weight" in names or of_library(names)):
         raise UserError(
-            "train_vision_blocks: a ResNet's blocks are trained all together (leave it out) or not (0)"
+            "train_vision_blocks: a ResNet's blocks are trained all together (leave it out) or not "
+            "(0); those of image_tower, too"
         )
     deep = _count(dict.fromkeys(names), rf"{VISION}transformer\.resblocks\.(\d+)\.")
     last = {

@@ -41,7 +41,15 @@ def inherit_network(config, saved: dict) -> None:
     """Take over what the configuration `saved` in a checkpoint says about the network's form, the
     image size, the way images are cut, and the tokenizer. UserError for sizes that cannot be."""
     network = saved.get("network", {})
-    for name in ("decoder_heads", "norm_eps", "rope_theta", "rope_scaling", "prefix_image"):
+    names = (
+        "decoder_heads",
+        "norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "prefix_image",
+        "image_tower",
+    )
+    for name in names:
         setattr(config.network, name, network.get(name, getattr(config.network, name)))
     config.network.image_size = config.network.image_size or network.get("image_size")
     config.whole_image = saved.get("whole_image", saved.get("whole_picture", config.whole_image))

@@ -9,9 +9,10 @@ The package (161 MB, GPL-2) is fetched by apt; it is used here, never part of th
 
 Makes OUT/images (each stamp on several colours), pairs_{train,test}.json (images and captions, as
 Pretrain.py, Retrieval.py and main.py read them), classes/{train,test}/CLASS (8 classes, as
-eval_knn.py reads them), wds/{train,test} (shards), labels.json and templates.json (zero-shot
-classification), sheet.jpg (a look at all of it) and LICENCE. Whole subjects are held out: no image of
-the test set has its caption, its name or its look in the training set. --fold takes another fifth.
+eval_knn.py reads them), wds/{train,test} (shards), labels.json, templates.json and
+dataset_catalog.json (eval_zeroshot.py), sheet.jpg (a look at all of it) and LICENCE. Whole subjects
+are held out: no image of the test set has its caption, its name or its look in the training set.
+--fold takes another fifth.
 """
 
 import argparse
@@ -250,6 +251,9 @@ def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
     counts = [write_split(out, "train", train), write_split(out, "test", test)]
     write_json(out / "labels.json", {"stamps": [[CLASSES[kind]] for kind in sorted(CLASSES)]})
     write_json(out / "templates.json", {"stamps": ["{}.", "a photo of {}.", "an image of {}."]})
+    classes = {"type": "imagefolder", "path": "classes", "test": "test"}
+    captions = {"type": "retrieval", "path": "pairs_test.json", "images": "."}
+    write_json(out / "dataset_catalog.json", {"stamps": classes, "captions": captions})
     write_sheet(stamps, out / "sheet.jpg")
     write_bytes(out / "LICENCE", files.get(COPYRIGHT, b"GPL-2; see the package\n"))
     return (

@@ -10,7 +10,7 @@ import main as script
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
-from models.layers.library_towers import start_towers
+from models.layers.library_towers import class_names, start_towers
 from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
 from tests.helpers.main_runs import ROOT, arguments
@@ -129,9 +129,51 @@ def test_towers_are_the_libraries_own(bert, weights):
     torch.testing.assert_close(model.embed_text(encoded["input_ids"])["feats"], mean)
 
 
+def test_an_image_starts_as_the_mean_of_its_classes_names(bert, weights, tmp_path):
+    import timm
+    import transformers
+
+    names = [f"{chr(97 + n % 26)} {chr(97 + n // 26 % 26)}" for n in range(1000)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    shape = {"image_tower": f"timm/test_resnet:{weights}", "text_tower": f"hf/{bert}"}
+    shape |= {"embed_dim": 24, "tower_classes": str(tmp_path / "names.txt")}
+    model = build_dual(DualConfig(model="CLIP_VITT8_CLIP", **shape))
+    start_towers(model, read_weights, ["image", "text"])
+    model.eval()
+    published = timm.create_model("test_resnet").eval()
+    published.load_state_dict(torch.load(weights, weights_only=True))
+    image = torch.randn(2, 3, 64, 64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    texts = [f"a photo of a {name}." for name in names]
+    ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        found, embedded = model.embed_image(image), model.embed_text(ids)
+        probabilities = published(image).softmax(-1)
+        pooled = published.forward_head(published.forward_features(image), pre_logits=True)
+    unit = torch.nn.functional.normalize
+    torch.testing.assert_close(found["feats"], torch.cat([unit(pooled), probabilities], -1))
+    features = unit(embedded["feats"])
+    common = unit(features.mean(0), dim=0)
+    remaining = features - (features @ common)[:, None] * common
+    torch.testing.assert_close(found["z"], probabilities @ remaining, atol=1e-5, rtol=1e-4)
+    length = embedded["feats"].norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(embedded["z"], remaining * length, atol=1e-5, rtol=1e-4)
+    (tmp_path / "names.txt").write_text("\n".join(names[:-1]))
+    with pytest.raises(UserError, match="999 names, but the image tower tells 1000 classes"):
+        start_towers(model, read_weights, [])
+
+
+def test_class_names_of_the_prompts():
+    names = class_names("dataset/prompts/labels.json:imagenet")
+    assert len(names) == 1000 and names[0] == "tench"
+    with pytest.raises(UserError, match="no names of 'imagenett'; did you mean imagenet"):
+        class_names("dataset/prompts/labels.json:imagenett")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"tower_classes": "x"}, "give image_tower and text_tower"),
         ({"image_tower": "timm/test_resnt"}, "no model 'test_resnt'; did you mean test_resnet"),
         ({"image_tower": "hf/x"}, "image_tower hf/x: write timm/NAME"),
         ({"text_tower": "hf/no/such"}, "text_tower hf/no/such: cannot be opened"),

@@ -14,6 +14,7 @@ from base.errors import UserError
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import OpenAIConfig, TextShape
 from models.weights.build_nxtp import Networks
+from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
 from scripts.data import extract_nouns, pack_coco
 from scripts.weights import export_recognition
@@ -46,6 +47,34 @@ def test_a_debug_run_trains_validates_and_tests(trained):
     page = (folder / "result/report.html").read_text()
     assert "The most frequent labels" in page and "data:image/jpeg" in page
     assert (folder / "checkpoint_best.pt").exists()
+
+
+def test_an_image_tower_of_timm_stays_and_what_is_trained_evaluates(digitscenes, tmp_path):
+    import timm
+
+    torch.manual_seed(3)
+    published, file = timm.create_model("test_resnet").state_dict(), tmp_path / "tower.pth"
+    torch.save(published, file)
+    flags = {"image_tower": f"timm/test_resnet:{file}", "train_vision_blocks": 0, "image_size": 64}
+    before = start(arguments(digitscenes, tmp_path / "run", **flags))
+    trained = read_weights(tmp_path / "run")
+    assert not any(name.startswith("vision_encoder.conv1") for name in trained)
+    for name, value in published.items():
+        if not name.startswith("fc."):  # batch norms' statistics, too
+            assert torch.equal(trained[f"vision_encoder.trunk.{name}"], value), name
+    again = [
+        "--checkpoint",
+        tmp_path / "run",
+        "--evaluate",
+        "--test",
+        digitscenes / "nxtp/test.list",
+    ]
+    again += ["--image_root", digitscenes, "--num_labels", 5, "--workers", 0, "--device", "cpu"]
+    after = start([str(flag) for flag in (*again, "--output_dir", tmp_path / "again")])
+    assert after["test"] == before["test"]
+    refused = arguments(digitscenes, tmp_path / "no", **(flags | {"train_vision_blocks": 2}))
+    with pytest.raises(UserError, match="those of image_tower, too"):
+        Recognition.main(parse(Recognition.Config, refused))
 
 
 def test_evaluation_by_meaning(trained, digitscenes, tmp_path):

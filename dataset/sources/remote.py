@@ -107,6 +107,8 @@ class RemoteFile(io.RawIOBase):
             data = self.file.read(count)
             if not data and self.size is not None and self.position < self.size:
                 raise ConnectionError(f"ended at byte {self.position} of {self.size}")
+            if count and not data and not self.position:
+                raise ConnectionError("an empty answer")
             return data
         except Exception:
             self._drop()

@@ -70,21 +70,32 @@ class Handler(BaseHTTPRequestHandler):
             self.hang_up()
             return
         path = server.folder / self.path.lstrip("/")
-        if trouble in (503, 429, 403):
+        if trouble in (503, 429, 403, 416, 200):  # 200: a proxy's, with nothing behind it
             self.empty(trouble)
+        elif trouble == "redirect":
+            self.redirect()
         elif not path.is_file():
             self.empty(404)
         else:
-            self.content(path.read_bytes(), body, cut=trouble == "cut")
+            self.content(path.read_bytes(), body, trouble)
 
     def empty(self, status):
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def content(self, data, body, cut):
+    def redirect(self):
+        self.send_response(302)
+        self.send_header("Location", self.path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def content(self, data, body, trouble):
         total = len(data)
-        wanted = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        cut = trouble in ("cut", "longer")
+        wanted = trouble != "no range" and re.match(
+            r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")
+        )
         if wanted:
             first = int(wanted[1])
             last = min(int(wanted[2] or total - 1), total - 1)
@@ -93,8 +104,9 @@ class Handler(BaseHTTPRequestHandler):
             data = data[first : last + 1]
         else:
             self.send_response(200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data)))
+        if trouble != "no range":
+            self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(2 * len(data) if trouble == "longer" else len(data)))
         self.end_headers()
         if body:
             self.wfile.write(data[: len(data) // 2] if cut else data)
@@ -128,6 +140,7 @@ TROUBLES = {
     "429": lambda number, path: 429 if number % 3 == 1 else None,
     "reset": lambda number, path: "reset" if number % 3 == 1 else None,
     "cut": lambda number, path: "cut" if number % 3 == 1 else None,
+    "no range": lambda number, path: "no range",
 }
 
 
@@ -163,7 +176,7 @@ def test_reading_goes_on_from_the_byte_where_it_stopped(server, tmp_path, monkey
         assert file.read(9) == data[7:16]
 
 
-@pytest.mark.parametrize("trouble", [503, "reset", "cut"])
+@pytest.mark.parametrize("trouble", [503, "reset", "cut", 200, 416, "redirect", "longer"])
 def test_a_lost_shard_counts_its_samples_and_is_named(trouble, server):
     url = f"{server.url}/{{00000..00002}}.tar"
     source = ShardSource(url, Build(), group=2, shuffle_buffer=7)
@@ -269,3 +282,18 @@ def test_a_stalled_server_is_given_up(server, monkeypatch):
     begin = time.monotonic()
     (bad,) = read_shard(f"{server.url}/00000.tar", None, 9)
     assert bad.lost == 9 and time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize("trouble", [200, "redirect", "longer"])
+def test_what_is_no_answer_is_neither_counted_nor_kept(trouble, server, tmp_path):
+    """Nothing, a circle, and less than was announced: no count and no copy is made of them."""
+    for path in (tmp_path / "store").glob("*.json"):
+        path.unlink()
+    server.trouble = lambda number, path: trouble if path.endswith(".tar") else None
+    with pytest.raises(UserError, match=r"00000\.tar: its samples cannot be counted"):
+        find_shards(f"{server.url}/00000.tar")
+    with pytest.raises(UserError, match=r"00000\.tar: cannot be fetched"):
+        local_copy(server.url, "00000.tar", tmp_path / "copies")
+    assert not list((tmp_path / "copies").rglob("*.tar"))
+    server.trouble = lambda number, path: None
+    assert find_shards(f"{server.url}/00000.tar").counts == (9,)

@@ -39,25 +39,38 @@ def flip_a_bit(file) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "script",
-    [name if name == "VE" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
-)
-def test_a_damaged_checkpoint_is_passed_over(script, digitscenes, image_tokenizer, tmp_path):
+CASES = [("VE", "single")]
+CASES += [pytest.param(name, "single", marks=pytest.mark.slow) for name in SCRIPTS if name != "VE"]
+CASES += [pytest.param(name, "sharded", marks=pytest.mark.slow) for name in ("VE", "main")]
+
+
+def values(checkpoint) -> str:
+    """Everything in a checkpoint of either kind."""
+    files = sorted(checkpoint.glob("rank_*.pt")) if checkpoint.is_dir() else [checkpoint]
+    return plain([torch.load(file, weights_only=True) for file in files])
+
+
+def damage(checkpoint) -> None:
+    flip_a_bit(checkpoint / "rank_00000.pt" if checkpoint.is_dir() else checkpoint)
+
+
+@pytest.mark.parametrize(("script", "kind"), CASES)
+def test_a_damaged_checkpoint_is_passed_over(script, kind, digitscenes, image_tokenizer, tmp_path):
     run = tmp_path / "run"
     flags = command_line(script, digitscenes, image_tokenizer, run)
+    flags += ["--checkpoint_format", kind]
     run_script(f"{script}.py", flags)
     folder = CheckpointFolder(run)
     newest = folder.numbered()[0]
-    before = plain(torch.load(newest, weights_only=True))
-    flip_a_bit(newest)
+    before = values(newest)
+    damage(newest)
     if folder.best and not find_damage(folder.best):
-        flip_a_bit(folder.best)
+        damage(folder.best)
     with pytest.warns(UserWarning, match="CHECKPOINT DAMAGED"):
         assert read_weights(run)  # what --evaluate and --checkpoint of a folder do
     said = run_script(f"{script}.py", flags)
     assert f"CHECKPOINT DAMAGED: {newest}" in said and "Traceback" not in said
-    assert plain(torch.load(newest, weights_only=True)) == before
+    assert values(newest) == before
     assert find_damage(newest) is None
     assert (folder.best is not None) == (script != "Pretrain")
     assert folder.best is None or find_damage(folder.best) is None

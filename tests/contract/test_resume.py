@@ -11,13 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.checkpoint import find_damage, load_checked
+from runtime.sharded import read_state
 from tests.helpers.pretraining import ROOT, arguments, finish, losses, start
 
 STEPS = "8 steps"
 
 
 def weights(folder):
-    return torch.load(folder / "checkpoint_00000008.pt", weights_only=True)
+    path = folder / "checkpoint_00000008"
+    if not path.is_dir():
+        return torch.load(f"{path}.pt", weights_only=True)
+    assert find_damage(path) is None
+    index = load_checked(path)
+    return read_state(path, index, torch.nn.Module(), rank=0)
 
 
 def assert_same_run(folder, straight):
@@ -59,14 +66,19 @@ CASES = {
     "json, 2 processes": (2, False),
     "shards, 1 process": (1, True),
 }
+# written beside the training, so that the kill may come in the middle of it
+SHARDED = {"sharded, 2 processes": (2, False, "ddp"), "sharded, fsdp": (2, False, "fsdp")}
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in SHARDED]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *SLOW])
 def test_sigkill_at_any_step_then_the_same_command_gives_the_same_run(
     case, digitscenes, image_tokenizer, tmp_path
 ):
-    processes, shards = CASES[case]
+    processes, shards, *parallel = {**CASES, **SHARDED}[case]
     changes = {"workers": 2, "save_every": "1 steps", "max_steps": 8}
+    if parallel:
+        changes.update(parallel=parallel[0], checkpoint_format="sharded")
     changes["scheduler.epochs"] = STEPS
     if shards:
         changes |= {

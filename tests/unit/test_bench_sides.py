@@ -38,6 +38,10 @@ RUNS = {  # benchmark and settings: rows of the table that the run must have
         ["decode", "read a zip member", "3 texts", "sample from zips"],
     ),
     ("loader_memory", ""): ({"pairs": 2000, "batches": 2}, ["1 worker", "4 workers"]),
+    ("checkpoint", ""): (
+        {"tiny": True, "repeats": 1},
+        ["ours", "one file, beside", "sharded, waiting", "one file, waiting"],
+    ),
 }
 
 

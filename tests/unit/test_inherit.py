@@ -10,7 +10,14 @@ from base.errors import UserError
 from base.files import write_json
 from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import knob
-from runtime.config.from_checkpoint import Geometry, fitting_weights, inherit, saved_config
+from runtime.config.from_checkpoint import (
+    Geometry,
+    described,
+    fitting_weights,
+    inherit,
+    saved_config,
+)
+from runtime.sharded import write_part
 
 MADE_WITH = {
     "image_res": 64,
@@ -125,3 +132,12 @@ def test_weights_of_another_number_of_heads_are_not_read(tmp_path):
     with pytest.raises(UserError, match="trained with text_heads 2, not 8: leave out --text_heads"):
         fitting_weights(ScriptConfig(file, Towers()))
     assert fitting_weights(ScriptConfig(file, Towers(text_heads=2)))["w"].tolist() == [1, 1]
+
+
+def test_a_sharded_checkpoint_says_what_it_was_made_with(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    part = write_part(folder.unfinished(3), 0, {}, {}, "")
+    saved = folder.commit({"model": {}, "config": {**MADE_WITH, "network": {"w": 1}}}, [part], 3)
+    for path in (saved, tmp_path):
+        assert saved_config(path)["embed_dim"] == 32
+    assert described(saved)["network"] == {"w": 1}

@@ -1,0 +1,109 @@
+"""How long training waits for a checkpoint.
+
+    python -m benchmarks.checkpoint                       # 1 GiB of weights and optimizer state
+    python -m benchmarks.checkpoint --gigabytes 8 --folder /scratch
+
+Four ways to save one process's state: sharded or as one file, beside the training or while it waits.
+The stall is the time until `save` returns, of every save but the first, which also makes the buffers
+(and has a column of its own); written is the time until the checkpoint is verified, synced and in
+its place. Printed only, unless --report names a page.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from base.distributed import World
+from benchmarks.gauge import peak_bytes, wait_for
+from benchmarks.runner import OURS, Options, Side, load_at_start, take_turns
+from benchmarks.table import Column, median, publish, table
+from runtime.checkpoint import CheckpointFolder
+from runtime.config.cli import knob, run_script
+from runtime.saving import Saver
+
+MATRICES = 32  # that the parameters are spread over
+SAVE = "benchmarks.checkpoint:save"
+SIDES = [
+    Side(OURS, SAVE, settings={"sharded": True, "beside": True}),
+    Side("one file, beside", SAVE, settings={"sharded": False, "beside": True}),
+    Side("sharded, waiting", SAVE, settings={"sharded": True, "beside": False}),
+    Side("one file, waiting", SAVE, settings={"sharded": False, "beside": False}),
+]
+
+
+@dataclass
+class Config(Options):
+    """What to measure."""
+
+    gigabytes: float = knob(1.0, "GiB of weights and two moments of Adam", low=0.01)
+    saves: int = knob(3, "checkpoints of a measurement; the first makes the buffers", low=2)
+    folder: Path = knob(Path(tempfile.gettempdir()), "where the checkpoints are written")
+    report: str = knob("", "page to write the table to; empty = print only")
+
+
+def state(gigabytes: float, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Parameters and their moments, together of this size."""
+    side = int((gigabytes * 2**30 / (3 * 4 * MATRICES)) ** 0.5)
+    model = nn.ParameterList(torch.rand(side, side) for _ in range(MATRICES)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for parameter in model:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(options: SimpleNamespace) -> dict:
+    """Seconds that `save` takes, by the clock and of the processor, and until all is written."""
+    model, optimizer = state(options.gigabytes, options.device)
+    world = World(0, 1, 0, torch.device(options.device))
+    stalls, cpu, written = [], [], []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        checkpoints = CheckpointFolder(folder)
+        saver = Saver(
+            checkpoints, world, sharded=options.sharded, in_background=options.beside, fresh=True
+        )
+        for step in range(options.saves):
+            wait_for(options.device)
+            begin, cpu_begin = time.perf_counter(), time.thread_time()
+            saver.save(model, optimizer, {"step": step, "config": {}}, {}, step, None)
+            stalls.append(time.perf_counter() - begin)
+            cpu.append(time.thread_time() - cpu_begin)
+            saver.wait()
+            written.append(time.perf_counter() - begin)
+    later = sorted(range(1, options.saves), key=stalls.__getitem__)
+    middle = later[len(later) // 2]
+    return {
+        "seconds": stalls[middle],
+        "cpu_seconds": cpu[middle],
+        "first": stalls[0],
+        "written": written[middle],
+        "peak_bytes": peak_bytes(options.device),
+    }
+
+
+def main(config: Config) -> None:
+    load = load_at_start(config)
+    gigabytes = 0.01 if config.tiny else config.gigabytes
+    results = take_turns(config, SIDES, gigabytes=gigabytes)
+    columns = [
+        Column("stall, s", "seconds", "{:.3f}"),
+        Column("of it processor, s", "cpu_seconds", "{:.3f}"),
+        Column("first stall, s", "first", "{:.3f}"),
+        Column("written after, s", "written"),
+        Column("peak memory, GiB", "peak_bytes", scale=2**-30),
+    ]
+    body = table(results, columns)
+    before = median(results["one file, waiting"], "seconds")
+    body += f"\n\nTraining waits {before / median(results[OURS], 'seconds'):.1f} times less."
+    body += f" State: {gigabytes:g} GiB."
+    publish(config, "checkpoint", ["How long training waits for a checkpoint"], body, load=load)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, __doc__)

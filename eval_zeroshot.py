@@ -30,7 +30,7 @@ from base.distributed import World
 from base.errors import UserError
 from base.files import cache_folder, digest
 from dataset.loading.eval import EvalLoader
-from dataset.tasks.catalog import Prompts, wanted_entries
+from dataset.tasks.catalog import CatalogOptions, Prompts, wanted_entries
 from dataset.tasks.dual_inputs import image_side, text_tokenizer, tokenizer_identity
 from dataset.tasks.recognition import read_image
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_sets
@@ -62,7 +62,7 @@ from runtime.safe_pickle import load_plain
 
 
 @dataclass
-class Config:
+class Config(CatalogOptions):
     """Zero-shot evaluation."""
 
     checkpoint: Path | None = knob(None, "file or run directory [output_dir]", aliases=("resume",))
@@ -72,17 +72,8 @@ class Config:
     mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
     std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise")
     model_name: str = knob("", "how to call the model in the report")
-    image: Path | None = knob(
-        None, "no data sets: print which of --words fit this image, and write"
-    )
+    image: Path | None = knob(None, "no data sets: which of --words fit this image")
     words: list[str] = knob([], "texts for --image, two or more; output_dir/result/words.json")
-    datasets: list[str] = knob([], "names of the catalogue or KIND:PATH; [] = all of it")
-    catalog: Path | None = knob(None, "JSON: data set -> {path, type, test}")
-    labels: Path | None = knob(None, "JSON: data set -> class names; added to ours")
-    templates: Path | None = knob(None, "JSON: data set -> templates with {}")
-    root: Path = knob(Path("datasets"), "folder that holds the catalogue's data sets")
-    download: bool = knob(False, "let torchvision fetch the named data sets")
-    split: str | None = knob(None, "split to evaluate instead of each data set's own")
     batch_size: int = knob(256, "images or texts per forward pass and process", low=1)
     workers: int = knob(10, "loader processes per process", low=0, aliases=("j",))
     exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
@@ -228,9 +219,9 @@ def main(config: Config) -> None:
         config.checkpoint = weights_file(config.checkpoint or config.output_dir)
     if config.image:
         return show(open_encoder(config, world), config, world)
-    entries = wanted_entries(config.datasets, config.root, config.catalog, config.split)
     prompts = Prompts(config.labels, config.templates)
     shards = cache_folder(config.cache) / "shards"
+    entries = wanted_entries(config)
     sets, skipped = open_sets(entries, prompts, shards, load_plain, config.download)
     for data in sets:
         if data.classes:

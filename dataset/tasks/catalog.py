@@ -15,6 +15,7 @@ from typing import Any
 
 from base.errors import UserError
 from base.files import did_you_mean, read_json
+from base.knobs import knob
 
 PROMPTS = Path(__file__).parents[1] / "prompts"
 KINDS = ("imagefolder", "torchvision", "either", "filelist", "webdataset", "voc", "retrieval")
@@ -149,18 +150,26 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
     return entries
 
 
-def wanted_entries(
-    names: Sequence[str], root: Path, own: Path | None = None, split: str | None = None
-) -> list[Entry]:
-    """The data sets `names` (see `choose`), all of the catalogue where there are none; not opened.
+@dataclass
+class CatalogOptions:
+    """The data sets."""
 
-    root: folder of the project's catalogue. own: a catalogue of the user's, which goes first (see
-    `read_catalog`). split: instead of each set's own.
-    """
-    catalog = {name: entry.below(root) for name, entry in CATALOG.items()}
-    added = read_catalog(own) if own else {}
-    entries = choose(names or list(added or catalog), catalog | added)
-    return [replace(entry, split=split or entry.split) for entry in entries]
+    datasets: list[str] = knob([], "names of the catalogue or KIND:PATH; [] = all of it")
+    catalog: Path | None = knob(None, "JSON: data set -> {path, type, test}")
+    labels: Path | None = knob(None, "JSON: data set -> class names; added to ours")
+    templates: Path | None = knob(None, "JSON: data set -> templates with {}")
+    root: Path = knob(Path("datasets"), "folder that holds the catalogue's data sets")
+    download: bool = knob(False, "let torchvision fetch the named data sets")
+    split: str | None = knob(None, "split to evaluate instead of each data set's own")
+
+
+def wanted_entries(options: CatalogOptions) -> list[Entry]:
+    """The data sets that are named (see `choose`), else all of the user's catalogue (see
+    `read_catalog`), else all of the project's; nothing is opened."""
+    catalog = {name: entry.below(options.root) for name, entry in CATALOG.items()}
+    own = read_catalog(options.catalog) if options.catalog else {}
+    entries = choose(options.datasets or list(own or catalog), catalog | own)
+    return [replace(entry, split=options.split or entry.split) for entry in entries]
 
 
 def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:

@@ -5,10 +5,11 @@ clip-rocket, ViT-B/16.
     python -m benchmarks.dual --peer PATH/TO/clip-rocket          # CL2L, two local views: ours and the original's
     python -m benchmarks.dual --tokens 77                         # captions that fill the whole context
 
-A step is forward, contrastive loss, backward, gradient norm and fused AdamW, by one loop, on random images of 224 px. Captions have 8
-tokens to --tokens; the others always compute all 77 positions, ours the longest caption of the
-batch, rounded up to a multiple of 8, as main.py's loader pads them. Weights are random and nothing
-is downloaded. --precision and --compile are for all sides, --activation-checkpointing is ours.
+A step is forward, contrastive loss, backward, gradient norm and fused AdamW, by one loop, on random
+images of 224 px. Captions have 8 tokens to --tokens; the others always compute all 77 positions,
+ours the longest caption of the batch, rounded up to a multiple of 8, as main.py's loader pads them.
+Weights are random and nothing is downloaded. --precision and --compile are for all sides,
+--activation-checkpointing is ours.
 
 --peer runs github.com/facebookresearch/clip-rocket: its networks and losses as they are, a stand-in
 for xformers' attention (PyTorch's, when `--peer-attention flash`).

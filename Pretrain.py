@@ -36,9 +36,9 @@ from models.fusion.config import networks
 from models.fusion.dvae import ImageTokenizer, existing_tokenizer
 from models.fusion.momentum import MomentumPairs
 from models.fusion.simla import Simla, SimlaConfig
-from models.weights.albef import deit_weights, load_bert, load_bert_folder, start_from
+from models.weights.albef import load_bert, load_bert_folder, start_from
 from models.weights.loading import load_checkpoint
-from models.weights.vit import native
+from models.weights.starting_vit import starting_vit
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import fitting_weights
@@ -67,7 +67,7 @@ class Config(Networks, StreamConfig, RunConfig):
     mask_ratio: float = knob(75 / 256, "MIM: fraction masked", low=0, high=1, methods="simla")
     compat: str = knob("none", "'original': the published numbers", choices=("none", "original"))
     # what the networks start from
-    vision_weights: Path | None = knob(None, "of the ViT: DeiT-B .pth, or a Classification.py run")
+    vision_weights: Path | None = knob(None, "of the ViT: file, timm/NAME[:FILE], hf/FOLDER")
     text_weights: str | None = knob(None, "of BERT: folder or hub name; none = random")
     image_tokenizer_path: Path | None = knob(None, "dVAE's file, or trained", methods="simla")
     code_cache: Path | None = knob(None, ".npy of codes; needs fixed_geometry", rare=True)
@@ -120,8 +120,8 @@ def build_model(
     if config.text_weights:
         load_bert(model.text_encoder, load_bert_folder(config.text_weights)[0])
     if config.vision_weights:
-        deit = deit_weights(native(read_weights(config.vision_weights)), config.grid)
-        load_checkpoint(model.visual_encoder, deit, allowed_missing=("mask_token",))
+        vit = starting_vit(config.vision_weights, read_weights, config.vision_heads, config.grid)
+        load_checkpoint(model.visual_encoder, vit, allowed_missing=("mask_token",))
     MomentumPairs(model).copy()
     if config.checkpoint:
         start_from(model, fitting_weights(config), "pretrain")

@@ -1,0 +1,92 @@
+"""Weights that the ViT of SIMLA and ALBEF starts from: a file, or a model of timm or transformers.
+
+Ours normalises images by OpenAI's mean and std, has exact GELU and eps 1e-6. Another normalisation
+is folded into the patch convolution, which then computes the same; another activation or number of
+heads, of which the weights tell nothing, is refused.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from base.errors import UserError
+from base.pixels import OPENAI, RGB
+from models.weights.albef import deit_weights
+from models.weights.image_encoder import ImageEncoder
+from models.weights.libraries import library_encoder, timm_encoder
+from models.weights.vit import native
+
+State = dict[str, Tensor]
+
+
+def starting_vit(
+    source: Path, read_weights: Callable[[Path], State], heads: int, grid: int
+) -> State:
+    """Weights under the native names, positions for grid x grid patches, without classifier; the
+    caller's load reports what does not fit.
+
+    source: a file or folder, `timm/NAME` (weights fetched), `timm/NAME:FILE`, or `hf/FOLDER` (or a
+    name of the hub). read_weights: reads a file safely. heads: of the network that starts. UserError.
+    """
+    library = str(source).partition("/")[0]
+    if library not in ("timm", "hf") or source.exists():
+        return deit_weights(native(read_weights(source)), grid)
+    encoder = library_vit(str(source), read_weights)
+    network = encoder.network
+    if library == "timm":
+        found, exact = timm_facts(network)
+    else:
+        found = getattr(network.config, "num_attention_heads", None)
+        exact = getattr(network.config, "hidden_act", None) == "gelu"
+    if found is None:
+        raise UserError(f"vision_weights {source}: no vision transformer")
+    if not exact:
+        raise UserError(
+            f"vision_weights {source}: its activation is not this ViT's, the exact GELU"
+        )
+    if found != heads:
+        raise UserError(f"vision_weights {source}: {found} attention heads; set vision_heads to it")
+    state = deit_weights(native(network.state_dict()), grid)
+    return fold_pixels(state, encoder.pixels.mean, encoder.pixels.std)
+
+
+def library_vit(source: str, read_weights: Callable[[Path], State]) -> ImageEncoder:
+    """The model of `timm/NAME[:FILE]` or `hf/FOLDER`. UserError."""
+    library, _, name = source.partition("/")
+    if library == "hf":
+        if Path(f"/{name}").is_dir():  # Path made one slash of the two in hf//folder
+            name = f"/{name}"
+        return library_encoder(f"hf/{name}")
+    name, _, file = name.partition(":")
+    weights = read_weights(Path(file)) if file else None
+    return timm_encoder(name, weights, pretrained=not file)
+
+
+def timm_facts(network: nn.Module) -> tuple[int | None, bool]:
+    """Attention heads of timm's ViT (None: it is none), and whether its activation is the exact
+    GELU."""
+    heads, exact = None, True
+    for module in network.modules():
+        if hasattr(module, "qkv"):
+            heads = module.num_heads
+        if hasattr(module, "fc1"):
+            activation = module.act
+            exact = isinstance(activation, nn.GELU) and activation.approximate == "none" and exact
+    return heads, exact
+
+
+def fold_pixels(state: State, mean: RGB, std: RGB) -> State:
+    """The same function of images in [0,1] when they are normalised by OpenAI's mean and std.
+
+    w (x - m) / s = w' (x - m') / s' + b' with w' = w s' / s and b' = sum of w (m' - m) / s.
+    """
+    given = [torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std)]
+    ours = [torch.tensor(values).view(1, 3, 1, 1) for values in OPENAI]
+    weight = state["patch_embed.proj.weight"]
+    shift = (weight * (ours[0] - given[0]) / given[1]).sum((1, 2, 3))
+    bias = state.get("patch_embed.proj.bias", torch.zeros(len(weight)))
+    folded = {"patch_embed.proj.weight": weight * ours[1] / given[1]}
+    folded["patch_embed.proj.bias"] = bias + shift
+    return state | folded

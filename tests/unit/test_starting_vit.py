@@ -1,0 +1,81 @@
+"""Pretrain.py's ViT starts from models of timm and transformers and computes what they compute."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from base.errors import UserError
+from base.pixels import OPENAI
+from models.layers.vit import ViT, ViTConfig
+from models.weights.loading import load_checkpoint
+from models.weights.starting_vit import starting_vit
+from runtime.checkpoint import read_weights
+
+SHAPE = {"image_size": 32, "patch_size": 16, "width": 64, "depth": 6, "heads": 2, "mlp_ratio": 3.0}
+
+
+def ours(source, heads=2, **changes):
+    config = ViTConfig(**(SHAPE | changes | {"heads": heads}), pixels=OPENAI)
+    vit = ViT(config).eval()
+    load_checkpoint(vit, starting_vit(source, read_weights, heads, config.grid))
+    return vit
+
+
+@pytest.fixture(scope="module")
+def image():
+    torch.manual_seed(1)
+    return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+
+
+def normalised(image, mean, std):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (image / 255 - mean) / std
+
+
+def test_a_vit_of_timm_with_its_own_pixels(tmp_path, image):
+    import timm
+
+    torch.manual_seed(0)
+    name = "vit_tiny_patch16_224"  # mean and std 0.5
+    theirs = timm.create_model(name, num_classes=7).eval()
+    file = tmp_path / "vit.pth"
+    torch.save(theirs.state_dict(), file)
+    shape = {"image_size": 224, "width": 192, "depth": 12, "mlp_ratio": 4.0}
+    vit = ours(Path(f"timm/{name}:{file}"), heads=3, **shape)
+    large = image.repeat_interleave(7, 2).repeat_interleave(7, 3)
+    with torch.no_grad():
+        expected = theirs.forward_features(normalised(large, (0.5,) * 3, (0.5,) * 3))
+        found = vit(large)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="3 attention heads; set vision_heads to it"):
+        starting_vit(Path(f"timm/{name}:{file}"), read_weights, 4, 14)
+
+
+def test_a_vit_of_transformers(tmp_path, image):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(
+        **sizes, image_size=32, patch_size=16, intermediate_size=128, layer_norm_eps=1e-6
+    )
+    theirs = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    theirs.save_pretrained(tmp_path)
+    mean, std = (0.1, 0.2, 0.3), (0.2, 0.3, 0.4)
+    processor = transformers.ViTImageProcessor(image_mean=mean, image_std=std)
+    processor.save_pretrained(tmp_path)
+    vit = ours(Path(f"hf/{tmp_path}"), depth=2, mlp_ratio=2.0)
+    with torch.no_grad():
+        expected = theirs(normalised(image, mean, std)).last_hidden_state
+        found = vit(image)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_no_such_vit_is_refused(tmp_path):
+    import timm
+
+    file = tmp_path / "other.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), file)
+    with pytest.raises(UserError, match="no vision transformer"):
+        starting_vit(Path(f"timm/test_resnet:{file}"), read_weights, 2, 2)

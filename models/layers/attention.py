@@ -42,13 +42,19 @@ def attend_shared(
     rows attend to the key sets `rows` names (int64); the rows before them come in whole groups of
     B, row r attending to key set r mod B.
     """
-    ordered = len(query) - (0 if rows is None else len(rows))
+    # shapes by .shape, not len(), which torch.export would take for constants
+    ordered = query.shape[0] - (0 if rows is None else rows.shape[0])
     parts = []
     if ordered:
-        groups, length = ordered // len(key), query.shape[2]
+        groups, length = ordered // key.shape[0], query.shape[2]
         # The groups' queries of one key set stand side by side as one long query: [G*B,H,L,d] ->
         # [B,H,G*L,d].
-        long = query[:ordered].unflatten(0, (groups, len(key))).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        long = (
+            query[:ordered]
+            .unflatten(0, (groups, key.shape[0]))
+            .permute(1, 2, 0, 3, 4)
+            .flatten(2, 3)
+        )
         context = attend(long, key, value, mask, dropout)
         parts.append(context.unflatten(2, (groups, length)).permute(2, 0, 1, 3, 4).flatten(0, 1))
     if rows is not None:

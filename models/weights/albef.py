@@ -35,6 +35,7 @@ MOMENTUM = (
 QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
 CONTRASTIVE = ("temp", "vision_proj.*", "text_proj.*")
 PRETRAIN_HEADS = ("text_encoder*.cls.*", "mim_head*", "concept_head*", "visual_encoder*.mask_token")
+BLIP_VOCABULARY = 30524  # BERT's 30522 with [DEC] and [ENC]
 CLS_HEAD = ("cls_head.*", "cls_head_m.*")
 
 
@@ -50,6 +51,12 @@ def checkpoint_kind(state: State) -> str:
 
     Raises `UserError` for anything else.
     """
+    words = state.get("text_encoder.embeddings.word_embeddings.weight")
+    if words is not None and len(words) == BLIP_VOCABULARY:
+        raise UserError(
+            "a checkpoint of BLIP, whose text encoder fuses in every layer and knows two tokens more "
+            "than ALBEF's: evaluate BLIP with eval_zeroshot.py --model hf/Salesforce/blip-itm-base-coco"
+        )
     if any(key.startswith("text_decoder.") for key in state):
         return "vqa"
     if "text_encoder.bert.embeddings.word_embeddings.weight" in state:

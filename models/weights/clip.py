@@ -238,6 +238,7 @@ def _linear_projections(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 TIMM_NAMES = {
+    "RT": "test_resnet",
     "R50": "resnet50",
     "CNEXTT": "convnext_tiny",
     "CNEXTS": "convnext_small",
@@ -348,8 +349,13 @@ def to_hugging_face(model: OpenAICLIP) -> State:
         raise UserError(
             "Hugging Face's CLIPModel is OpenAI's ViT alone; export this model to open_clip's layout or to safetensors"
         )
+    return hugging_face_names(model.state_dict())
+
+
+def hugging_face_names(state: State) -> State:
+    """OpenAI's names of both towers, or of one, -> those of transformers' CLIPModel."""
     result = {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if packed := PACKED.match(name):
             for part, rows in zip("qkv", value.chunk(3), strict=True):
                 result[_to_hf(f"{packed[1]}self_attn.{part}_proj.{packed[2]}")] = rows.clone()

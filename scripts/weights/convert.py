@@ -1,7 +1,22 @@
-"""Convert published weights into files that the scripts load, and ours into files that others load.
+"""Convert weights for other libraries, and published TensorFlow checkpoints into files that the
+scripts load.
 
+    python scripts/weights/convert.py output/main --to open_clip --output exported/
+    python scripts/weights/convert.py output/main --to open_clip --output exported/ --push USER/NAME
     python scripts/weights/convert.py align-from-tf model-weights align-b7-base.safetensors
-    python scripts/weights/convert.py align-to-hf output/align align-hf/
+
+CHECKPOINT is a file, the folder of a run, or a folder of Hugging Face, of
+
+    CLIP, SLIP, CLIP-rocket, OpenAI's   --to safetensors, open_clip, hf (OpenAI's ViTs), onnx
+    ALIGN                               --to safetensors, hf (B7), onnx
+    COYO-ViT and plain ViTs             --to safetensors, timm, hf, onnx
+    SIMLA, ALBEF                        --to safetensors, onnx (the retrieval pair)
+    NXTP                                --to safetensors, hf (decoder and image tower apart), onnx
+    the image tokenizer (dVAE)          --to safetensors, onnx
+
+Tokenizer, image processor and a model card (README.md) are written beside the weights. ONNX is
+opset 18, checked with onnxruntime after the export. --push uploads the folder; log in before (`hf
+auth login`) or set HF_TOKEN.
 
 KIND              SOURCE -> DEST
 align-from-tf     prefix of COYO-ALIGN's TensorFlow checkpoint -> .safetensors for main.py
@@ -11,141 +26,139 @@ coyo-vit-to-hf    run of Classification.py -> folder that transformers' ViT load
 merge             checkpoint or folder of a run, sharded or not -> its weights as one .safetensors
 
 transformers' own files (kakaobrain/align-base) need no conversion: --checkpoint
-FOLDER/model.safetensors.
-TensorFlow itself is not needed.
+FOLDER/model.safetensors. TensorFlow itself is not needed.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
-from base.files import write_json
+from base.files import write_text
+from scripts.weights import export_dual, export_fusion, export_nxtp, export_vit
+from scripts.weights.card import UNKNOWN, Facts, check_repository, model_card
+from scripts.weights.kinds import KINDS
+from scripts.weights.push import push
+from scripts.weights.source import FAMILIES, Options, Source, Written, open_source
 
-
-def align_from_tf(source: Path, dest: Path) -> str:
-    from models.weights.align import from_tensorflow_names
-    from runtime.checkpoint import export_safetensors
-    from scripts.weights.tf_checkpoint import read_checkpoint
-
-    variables = {}
-    for key, (name, value) in read_checkpoint(source).items():
-        tower, _, rest = key.partition("/")
-        if key == "temperature":
-            variables[key] = value
-        elif tower in ("image_encoder", "text_encoder"):
-            # the name of the projection depends on what was built before it, its position in the tree
-            # does not
-            is_projection = rest.startswith("layer_with_weights-1/") and rest.count("/") == 1
-            variables[
-                f"{tower}/{'dense/' + rest.rpartition('/')[2] if is_projection else name}"
-            ] = value
-    if "temperature" not in variables:
-        raise UserError(f"{source}: no ALIGN model; it has no temperature")
-    weights = from_tensorflow_names(variables)
-    for name in [name for name in weights if name.endswith("running_mean")]:
-        weights[name.replace("running_mean", "num_batches_tracked")] = count()
-    export_safetensors(weights, dest)
-    return f"{dest}: {len(weights)} tensors"
-
-
-def count():
-    """Batches that a batch norm has seen, which TensorFlow does not tell."""
-    import torch
-
-    return torch.tensor(0)
-
-
-def align_to_hf(source: Path, dest: Path) -> str:
-    import torch
-
-    from models.dual_encoder.align import Align
-    from models.weights.align import config_of, hugging_face_config, is_align, to_hugging_face
-    from models.weights.loading import compare_state
-    from runtime.checkpoint import export_safetensors, read_weights
-
-    weights = read_weights(source)
-    if not is_align(weights):
-        raise UserError(f"{source}: no ALIGN model")
-    dest.mkdir(parents=True, exist_ok=True)
-    with torch.device("meta"):
-        model = Align(config_of(weights))
-    found = compare_state(model.state_dict(), weights)
-    if found.missing or found.mismatched:
-        raise UserError(f"{source}: not all of an ALIGN model\n{found.text()}")
-    export_safetensors(to_hugging_face(weights), dest / "model.safetensors")
-    write_json(dest / "config.json", hugging_face_config(model), indent=2)
-    return f"{dest}: config.json, model.safetensors; the tokenizer is bert-base-uncased, images 289 pixels"
-
-
-def coyo_vit_from_tf(source: Path, dest: Path) -> str:
-    from models.weights.vit import native
-    from runtime.checkpoint import export_safetensors
-    from scripts.weights.tf_checkpoint import read_checkpoint
-
-    weights = native(
-        {key: value for key, (_, value) in read_checkpoint(source, slot="average").items()}
-    )
-    export_safetensors(weights, dest)
-    return f"{dest}: {len(weights)} tensors"
-
-
-def coyo_vit_to_hf(source: Path, dest: Path) -> str:
-    from models.classification.classifier import ClassifierConfig
-    from models.weights.any_image_encoder import config_of_weights
-    from models.weights.vit import native, to_transformers, transformers_config
-    from runtime.checkpoint import export_safetensors, read_weights
-
-    weights = native(read_weights(source))
-    config = ClassifierConfig(**config_of_weights(weights))
-    dest.mkdir(parents=True, exist_ok=True)
-    export_safetensors(to_transformers(weights), dest / "model.safetensors")
-    kind = "ViTModel" if config.representation_size else "ViTForImageClassification"
-    labels = {"id2label": {str(i): f"class {i}" for i in range(config.num_classes)}}
-    about = transformers_config(config) | {"architectures": [kind]} | labels
-    write_json(dest / "config.json", about, indent=2)
-    return f"{dest}: config.json, model.safetensors; {kind}, images of {config.image_size} pixels in -1..1"
-
-
-def merge(source: Path, dest: Path) -> str:
-    """Of a sharded checkpoint with one tensor in memory at a time."""
-    from runtime.checkpoint import export_safetensors, read_weights, verified, weights_file
-    from runtime.sharded import is_sharded, merge_weights
-
-    file = weights_file(source)
-    if is_sharded(file):
-        count = merge_weights(verified(file), dest)
-    else:
-        weights = read_weights(file)
-        count = len(weights)
-        export_safetensors(weights, dest)
-    return f"{dest}: {count} tensors of {file}"
-
-
-KINDS = {
-    "align-from-tf": align_from_tf,
-    "align-to-hf": align_to_hf,
-    "coyo-vit-from-tf": coyo_vit_from_tf,
-    "coyo-vit-to-hf": coyo_vit_to_hf,
-    "merge": merge,
+Writer = Callable[[Source, Options, Path], Written]
+FORMATS = ("safetensors", "open_clip", "hf", "timm", "onnx")
+WRITERS: dict[str, dict[str, Writer]] = {
+    "clip": {
+        "safetensors": export_dual.to_safetensors,
+        "open_clip": export_dual.to_open_clip,
+        "hf": export_dual.to_hugging_face,
+        "onnx": export_dual.to_onnx,
+    },
+    "align": {
+        "safetensors": export_dual.to_safetensors,
+        "hf": export_dual.to_hugging_face,
+        "onnx": export_dual.to_onnx,
+    },
+    "vit": {
+        "safetensors": export_vit.to_safetensors,
+        "timm": export_vit.to_timm_folder,
+        "hf": export_vit.to_hugging_face,
+        "onnx": export_vit.to_onnx,
+    },
+    "fusion": {
+        "safetensors": export_fusion.to_safetensors,
+        "onnx": export_fusion.to_onnx,
+    },
+    "nxtp": {
+        "safetensors": export_nxtp.to_safetensors,
+        "hf": export_nxtp.to_hugging_face,
+        "onnx": export_nxtp.to_onnx,
+    },
+    "dvae": {
+        "safetensors": export_fusion.tokenizer_to_safetensors,
+        "onnx": export_fusion.tokenizer_to_onnx,
+    },
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def convert(checkpoint: Path, to: str, folder: Path, options: Options) -> tuple[Source, Written]:
+    """Write `checkpoint` into `folder` in the format `to`. UserError names what is possible."""
+    source = open_source(checkpoint)
+    writers = WRITERS[source.family]
+    if to not in writers:
+        raise UserError(
+            f"{source.file} is {FAMILIES[source.family]}, for which {to} has no layout; use --to "
+            f"{' or '.join(writers)}"
+        )
+    if folder.is_file():
+        raise UserError(f"--output {folder}: a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return source, writers[to](source, options, folder)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=KINDS, metavar="KIND")
-    parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("dest", type=Path, metavar="DEST")
-    arguments = parser.parse_args(argv)
+    found.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    found.add_argument("--to", choices=FORMATS, required=True, help="layout to write")
+    found.add_argument("--output", type=Path, required=True, help="folder to write to")
+    found.add_argument("--model", help="as in eval_zeroshot.py, where the file does not tell")
+    for name in ("--mean", "--std"):
+        found.add_argument(name, type=float, nargs=3, help="of the pixels, likewise")
+    found.add_argument("--bpe-path", type=Path, help="BPE merges; none = the run's, else CLIP's")
+    found.add_argument("--tokenizer", help="of ALIGN, SIMLA, ALBEF, NXTP; none = the run's")
+    found.add_argument("--clip", type=Path, help="CLIP of a published NXTP checkpoint")
+    found.add_argument("--push", metavar="USER/NAME", help="upload the folder to the hub")
+    found.add_argument("--private", action="store_true", help="create it as a private repository")
+    found.add_argument("--name", help="title of the model card; none = that of the repository")
+    found.add_argument("--license", default=UNKNOWN, help="of the weights, such as apache-2.0")
+    found.add_argument("--data-license", default=UNKNOWN, help="of the training data")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
     try:
-        print(KINDS[arguments.kind](arguments.source, arguments.dest))
+        if words and words[0] in KINDS:
+            return convert_kind(words)
+        given = parser().parse_args(words)
+        options = Options(
+            model=given.model,
+            mean=given.mean and tuple(given.mean),
+            std=given.std and tuple(given.std),
+            bpe_path=given.bpe_path,
+            tokenizer=given.tokenizer,
+            clip=given.clip,
+            repository=given.push and check_repository(given.push),
+        )
+        source, written = convert(given.checkpoint, given.to, given.output, options)
+        title = given.name or (given.push or given.output.resolve().name).rpartition("/")[2]
+        facts = Facts(name=title, license=given.license, data_license=given.data_license)
+        write_text(given.output / "README.md", model_card(source, written, facts))
+        print(f"{given.output}: {', '.join(files_of(given.output))}")
+        if given.push:
+            print(push(given.output, given.push, given.private))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of the files below a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def convert_kind(words: list[str]) -> int:
+    """`KIND SOURCE DEST`."""
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("kind", choices=KINDS, metavar="KIND")
+    found.add_argument("source", type=Path, metavar="SOURCE")
+    found.add_argument("dest", type=Path, metavar="DEST")
+    given = found.parse_args(words)
+    print(KINDS[given.kind](given.source, given.dest))
     return 0
 
 

@@ -30,6 +30,7 @@ from dataset.text.sentencepiece import PieceTokenizer
 from models.recognition.decoding import one_shot, rank_labels
 from models.recognition.nxtp import Nxtp
 from runtime.config import cli as configuration
+from scripts.weights.graphs import ANY, Graph, write_graph
 
 
 @dataclass
@@ -72,62 +73,45 @@ class Step(Image):
 def export(model: Nxtp, prompt: Tensor, target: Path) -> None:
     """Write the three graphs, of any number of images, labels and cached positions."""
     target.mkdir(parents=True, exist_ok=True)
-    size, any_size = model.config.vision.image_size, torch.export.Dim.DYNAMIC
+    size = model.config.vision.image_size
     image = torch.zeros(2, 3, size, size)
     images = model.encode_image(image)
     cache = list(Prefill(model)(images, prompt)[1:])
     tokens, seen = torch.zeros(2, 3, dtype=torch.int64), cache[0].shape[2]
     place, mask = torch.full((3,), seen), torch.ones(2, 1, 3, seen + 3, dtype=torch.bool)
-    kept = [{0: any_size, 2: any_size} for _ in cache]
+    kept = [{0: ANY, 2: ANY} for _ in cache]
     rows = (
-        {0: any_size, 1: any_size},
-        {0: any_size},
-        {0: any_size, 2: any_size, 3: any_size},
+        {0: ANY, 1: ANY},
+        {0: ANY},
+        {0: ANY, 2: ANY, 3: ANY},
         kept,
     )
     graphs = {
-        "image": (Image(model), (image,), ({0: any_size},)),
-        "prefill": (Prefill(model), (images, prompt), ({0: any_size}, None)),
+        "image": (Image(model), (image,), ({0: ANY},)),
+        "prefill": (Prefill(model), (images, prompt), ({0: ANY}, None)),
         "step": (Step(model), (tokens, place, mask, cache), rows),
     }
     for name, (module, inputs, shapes) in graphs.items():
-        traced = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
-        torch.onnx.export(
-            traced, (), target / f"{name}.onnx", dynamo=True, external_data=True, verbose=False
-        )
+        write_graph(module, inputs, shapes, target / f"{name}.onnx")
 
 
 class OnnxNetwork:
     """The exported graphs with the methods that decoding asks for; tensors on the CPU."""
 
     def __init__(self, folder: Path):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        run = {"sess_options": options, "providers": ["CPUExecutionProvider"]}
         names = ("image", "prefill", "step")
-        self.graphs = {
-            name: onnxruntime.InferenceSession(folder / f"{name}.onnx", **run) for name in names
-        }
-
-    def _run(self, name: str, *values: Tensor) -> list[Tensor]:
-        graph = self.graphs[name]
-        names = [entry.name for entry in graph.get_inputs()]
-        inputs = {key: value.contiguous().numpy() for key, value in zip(names, values, strict=True)}
-        return [torch.from_numpy(value) for value in graph.run(None, inputs)]
+        self.graphs = {name: Graph(folder / f"{name}.onnx") for name in names}
 
     def encode_image(self, image: Tensor) -> Tensor:
-        return self._run("image", image)[0]
+        return self.graphs["image"](image)[0]
 
     def prefill(self, images: Tensor, prompt: Tensor):
-        logits, *cache = self._run("prefill", images, prompt)
+        logits, *cache = self.graphs["prefill"](images, prompt)
         return logits, list(zip(cache[::2], cache[1::2], strict=True))
 
     def step(self, tokens: Tensor, place: Tensor, mask: Tensor, cache):
-        logits, *grown = self._run(
-            "step", tokens, place, mask, *(part for pair in cache for part in pair)
-        )
+        parts = [part for pair in cache for part in pair]
+        logits, *grown = self.graphs["step"](tokens, place, mask, *parts)
         return logits, list(zip(grown[::2], grown[1::2], strict=True))
 
 
@@ -158,7 +142,7 @@ def main(config: Config) -> None:
         )
     config.evaluate = True
     world = distributed.init("cpu")
-    Recognition.settle(config, world)
+    Recognition.check(config, world)
     tokenizer = PieceTokenizer(config.tokenizer)
     model = Recognition.build_model(config, tokenizer, world).eval()
     prompt = torch.tensor(Sequences(tokenizer, config.max_text).opening)

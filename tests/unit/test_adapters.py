@@ -293,3 +293,9 @@ def test_deit_weights():
     assert found.missing == ["mask_token"] and target.pos_embed.shape == (1, 17, 8)
     with pytest.raises(UserError, match="distilled"):
         adapters.deit_weights(state | {"dist_token": torch.ones(1)}, grid=4)
+
+
+def test_blip_is_named():
+    table = torch.zeros(30524, 1)
+    with pytest.raises(UserError, match=r"a checkpoint of BLIP, .* eval_zeroshot\.py --model hf/"):
+        checkpoint_kind({"text_encoder.embeddings.word_embeddings.weight": table})

@@ -1,0 +1,229 @@
+"""CLIP-like dual encoders and ALIGN for other libraries.
+
+safetensors   our own names, with config.yaml where a run made the weights
+open_clip     open_clip_config.json beside the weights: open_clip loads `local-dir:FOLDER`
+hf            transformers' CLIPModel (OpenAI's ViTs) or AlignModel (B7)
+onnx          image.onnx and text.onnx, from normalised pixels and token ids to z (and h)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import eval_zeroshot
+from base.errors import UserError
+from base.files import write_json
+from dataset.images.align import MARGIN
+from dataset.text.align import AlignTokenizer
+from dataset.text.bpe import ClipTokenizer
+from models.dual_encoder.align import Align
+from models.weights import align, clip
+from models.weights.any_dual_encoder import Opened
+from runtime.checkpoint import export_safetensors
+from scripts.weights.beside import (
+    align_processor,
+    clip_processor,
+    write_bert_tokenizer,
+    write_clip_tokenizer,
+)
+from scripts.weights.graphs import ANY, largest_error, write_graph
+from scripts.weights.own import write_own
+from scripts.weights.source import Options, Source, State, Written
+
+TASK = "zero-shot-image-classification"
+CLIP_VOCABULARY = 49408  # open_clip's own tokenizer has it
+
+
+def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
+    """Of a run its config.yaml tells the network; of other weights what open_clip reads."""
+    if source.family == "clip" and "config" not in source.about:
+        about = about_open_clip(open_dual_encoder(source, options), options)
+        write_json(folder / "open_clip_config.json", about, indent=2)
+    return write_own(source, folder, "eval_zeroshot.py --checkpoint model.safetensors", TASK)
+
+
+def to_open_clip(source: Source, options: Options, folder: Path) -> Written:
+    opened = open_dual_encoder(source, options)
+    about = about_open_clip(opened, options)
+    export_safetensors(clip.to_open_clip(opened.model), folder / "open_clip_model.safetensors")
+    write_json(folder / "open_clip_config.json", about, indent=2)
+    write_clip_tokenizer(opened.tokenize.func, folder)
+    return Written("open_clip", TASK, OPEN_CLIP_EXAMPLE)
+
+
+def about_open_clip(opened: Opened, options: Options) -> dict[str, Any]:
+    """`open_clip_config.json`. UserError for what open_clip cannot hold."""
+    if isinstance(opened.model, Align):
+        raise UserError(
+            "open_clip has no EfficientNet and BERT pair as ALIGN's; use --to hf (B7), onnx or "
+            "safetensors"
+        )
+    tokenizer = opened.tokenize.func
+    if not isinstance(tokenizer, ClipTokenizer):
+        raise UserError(
+            "open_clip cannot keep the text tower of transformers beside the weights; use --to "
+            "onnx or safetensors"
+        )
+    network = clip.open_clip_config(opened.model)
+    if opened.vocab_size != CLIP_VOCABULARY:  # its tokenizer lies in the folder
+        network["text_cfg"]["hf_tokenizer_name"] = options.repository or "local"
+        network["text_cfg"]["tokenizer_kwargs"] = {"clean": "lower"}
+    pixels = opened.pixels
+    look = {
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
+        "interpolation": pixels.interpolation,
+        "resize_mode": "shortest",
+    }
+    return {"model_cfg": network, "preprocess_cfg": look}
+
+
+def to_hugging_face(source: Source, options: Options, folder: Path) -> Written:
+    opened = open_dual_encoder(source, options)
+    if isinstance(opened.model, Align):
+        return align_to_hugging_face(source, opened, folder)
+    weights = clip.to_hugging_face(opened.model)
+    export_safetensors(weights, folder / "model.safetensors")
+    write_json(folder / "config.json", clip.hugging_face_config(opened.model.config), indent=2)
+    processor = clip_processor(opened.pixels) | {"processor_class": "CLIPProcessor"}
+    write_json(folder / "preprocessor_config.json", processor, indent=2)
+    write_clip_tokenizer(opened.tokenize.func, folder)
+    return Written("transformers", TASK, HUGGING_FACE_EXAMPLE)
+
+
+def align_to_hugging_face(source: Source, opened: Opened, folder: Path) -> Written:
+    """AlignModel. UserError for models with an image projection."""
+    write_align(source.weights, opened.model, folder)
+    side = opened.pixels.size
+    processor = align_processor(side, round(side * MARGIN))
+    write_json(folder / "preprocessor_config.json", processor, indent=2)
+    write_align_tokenizer(opened.tokenize.func, folder)
+    return Written("transformers", TASK, HUGGING_FACE_EXAMPLE)
+
+
+def write_align(weights: State, model: Align, folder: Path) -> None:
+    """config.json and model.safetensors of transformers' AlignModel."""
+    export_safetensors(align.to_hugging_face(weights), folder / "model.safetensors")
+    write_json(folder / "config.json", align.hugging_face_config(model), indent=2)
+
+
+def to_onnx(source: Source, options: Options, folder: Path) -> Written:
+    """Two graphs for any number of images, texts and tokens, and what makes their inputs."""
+    opened = open_dual_encoder(source, options)
+    side = opened.pixels.size
+    image, text = ImageTower(opened.model), TextTower(opened.model)
+    names = image.names
+    tokens = opened.tokenize(["a dog", "a photo of a cat"])
+    pixels = torch.zeros(2, 3, side, side)
+    write_graph(image, [pixels], [{0: ANY}], folder / "image.onnx", (["image"], names))
+    texts = [{0: ANY, 1: ANY}]
+    write_graph(text, [tokens], texts, folder / "text.onnx", (["text_ids"], names))
+    generator = torch.Generator().manual_seed(0)
+    largest_error(
+        image, folder / "image.onnx", [torch.randn(3, 3, side, side, generator=generator)]
+    )
+    largest_error(text, folder / "text.onnx", [opened.tokenize(["one", "a red car", "snow"])])
+    write_inputs(opened, folder)
+    return Written("onnx", TASK, ONNX_EXAMPLE)
+
+
+def write_inputs(opened: Opened, folder: Path) -> None:
+    """Image processor and tokenizer, as transformers reads them."""
+    pixels, tokenizer = opened.pixels, opened.tokenize.func
+    processor = clip_processor(pixels)
+    if isinstance(opened.model, Align):
+        processor = align_processor(pixels.size, round(pixels.size * MARGIN))
+    write_json(folder / "preprocessor_config.json", processor, indent=2)
+    if isinstance(tokenizer, AlignTokenizer):
+        write_align_tokenizer(tokenizer, folder)
+    elif isinstance(tokenizer, ClipTokenizer):
+        write_clip_tokenizer(tokenizer, folder)
+    else:
+        tokenizer.backend.save_pretrained(folder)
+
+
+def write_align_tokenizer(tokenizer: AlignTokenizer, folder: Path) -> None:
+    write_bert_tokenizer(tokenizer.pieces, tokenizer.context_length, folder)
+
+
+def open_dual_encoder(source: Source, options: Options) -> Opened:
+    """The network with its tokenizer, exactly as eval_zeroshot.py opens it."""
+    config = eval_zeroshot.Config(
+        checkpoint=source.file,
+        model=options.model,
+        mean=options.mean,
+        std=options.std,
+        bpe_path=options.bpe_path,
+        tokenizer=options.tokenizer,
+    )
+    return eval_zeroshot.open_checkpoint(config)[0]
+
+
+class ImageTower(nn.Module):
+    """Normalised pixels float32 [B,3,S,S] -> z [B,E] and, where the model has it, h [B,E]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.names = ["z", "h"] if hasattr(model, "l2l_image_projector") else ["z"]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        found = self.model.embed_image(image)
+        return tuple(found[name] for name in self.names)
+
+
+class TextTower(ImageTower):
+    """Token ids int64 [B,L], padded as the tokenizer pads -> z [B,E] and h [B,E]."""
+
+    def forward(self, text_ids: Tensor) -> tuple[Tensor, ...]:
+        found = self.model.embed_text(text_ids)
+        return tuple(found[name] for name in self.names)
+
+
+OPEN_CLIP_EXAMPLE = """
+import open_clip
+import torch
+from PIL import Image
+
+name = "local-dir:."  # from the hub: "hf-hub:USER/NAME"
+model, transform = open_clip.create_model_from_pretrained(name)
+tokenizer = open_clip.get_tokenizer(name)
+model.eval()
+image = transform(Image.new("RGB", (64, 48), "red"))[None]
+texts = tokenizer(["a red square", "a dog"])
+with torch.no_grad():
+    images = model.encode_image(image, normalize=True)
+    print(images @ model.encode_text(texts, normalize=True).T)
+"""
+
+HUGGING_FACE_EXAMPLE = """
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+name = "."  # from the hub: "USER/NAME"
+model = AutoModel.from_pretrained(name).eval()
+processor = AutoImageProcessor.from_pretrained(name)
+tokenizer = AutoTokenizer.from_pretrained(name)
+image = processor(Image.new("RGB", (64, 48), "red"), return_tensors="pt")
+texts = tokenizer(["a red square", "a dog"], padding=True, return_tensors="pt")
+with torch.no_grad():
+    print(model(**image, **texts).logits_per_image)
+"""
+
+ONNX_EXAMPLE = """
+import onnxruntime
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
+
+image, text = (onnxruntime.InferenceSession(f"{name}.onnx") for name in ("image", "text"))
+processor = AutoImageProcessor.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+pixels = processor(Image.new("RGB", (64, 48), "red"), return_tensors="pt")["pixel_values"]
+ids = tokenizer(["a red square", "a dog"], padding=True, return_tensors="pt")["input_ids"]
+images = image.run(["z"], {"image": pixels.numpy()})[0]
+texts = text.run(["z"], {"text_ids": ids.numpy()})[0]
+print(images @ texts.T)
+"""

@@ -1,0 +1,178 @@
+"""SIMLA, ALBEF and the image tokenizer (dVAE) for others.
+
+safetensors   the published names
+onnx          the retrieval pair: image.onnx, text.onnx and match.onnx; of a dVAE encoder.onnx
+              and, where there is one, decoder.onnx
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import Retrieval
+from base.errors import UserError
+from base.files import write_json
+from base.pixels import OPENAI, Pixels
+from dataset.text.wordpiece import Tokenizer
+from models.fusion.dvae import ImageTokenizer
+from models.fusion.retrieval import Retrieval as RetrievalModel
+from models.weights.albef import checkpoint_kind, start_from
+from runtime.config.from_checkpoint import inherit
+from scripts.weights.beside import square_processor, write_bert_tokenizer
+from scripts.weights.graphs import ANY, largest_error, write_graph
+from scripts.weights.own import write_own
+from scripts.weights.source import Options, Source, Written
+
+TASK = "zero-shot-image-classification"
+PAIRS = ("pretrain", "retrieval")  # kinds of checkpoints with both contrastive towers
+
+
+def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
+    return write_own(source, folder, "Retrieval.py --evaluate --checkpoint model.safetensors", TASK)
+
+
+def to_onnx(source: Source, options: Options, folder: Path) -> Written:
+    """Three graphs for any number of images and texts: normalised pixels -> image tokens and
+    feature; ids and mask -> text states and feature; those of as many pairs -> ITM logit."""
+    model, tokenizer, config = open_retrieval(source, options)
+    side = config.image_res
+    ids, mask = tokenizer(["a dog on grass", "two cats"], config.max_tokens)
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    image, text, match = ImageTower(model), TextTower(model), Match(model)
+    with torch.no_grad():
+        tokens, states = model.encode_image(pixels)[0], model.encode_text(ids, mask)[0]
+    outputs = ["image_tokens", "image_feature"]
+    write_graph(image, [pixels], [{0: ANY}], folder / "image.onnx", (["image"], outputs))
+    row, inputs = {0: ANY, 1: ANY}, ["text_ids", "text_mask"]
+    names = inputs, ["text_states", "text_feature"]
+    write_graph(text, [ids, mask], [row, row], folder / "text.onnx", names)
+    names = ["text_states", "text_mask", "image_tokens"], ["match"]
+    pairs = [states, mask, tokens]
+    write_graph(match, pairs, [row, row, {0: ANY}], folder / "match.onnx", names)
+    largest_error(image, folder / "image.onnx", [pixels[:1]])
+    largest_error(text, folder / "text.onnx", [*tokenizer(["snow"], config.max_tokens)])
+    rows, others = torch.tensor([0, 1, 0]), torch.tensor([1, 1, 0])
+    pairs = [states[rows], mask[rows], tokens[others]]
+    largest_error(match, folder / "match.onnx", pairs)
+    processor = square_processor(Pixels(side, "bicubic", *OPENAI))
+    write_json(folder / "preprocessor_config.json", processor, indent=2)
+    write_bert_tokenizer(tokenizer, config.max_tokens, folder, separator=False)
+    return Written("onnx", TASK, PAIR_EXAMPLE)
+
+
+def open_retrieval(
+    source: Source, options: Options
+) -> tuple[RetrievalModel, Tokenizer, Retrieval.Config]:
+    """The pair as Retrieval.py opens it. UserError for a checkpoint of another task."""
+    kind = checkpoint_kind(source.weights)
+    if kind not in PAIRS:
+        raise UserError(
+            f"{source.file}: a {kind} checkpoint has no pair of contrastive towers; use --to "
+            "safetensors, or a checkpoint of Pretrain.py or Retrieval.py"
+        )
+    config = Retrieval.Config(checkpoint=source.file)
+    config.text_encoder = options.tokenizer
+    inherit(config, dict(source.weights))
+    tokenizer = Tokenizer(config.text_encoder)
+    model = Retrieval.build_model(config, tokenizer)
+    start_from(model, source.weights, "retrieval")
+    return model.eval(), tokenizer, config
+
+
+class ImageTower(nn.Module):
+    """Normalised pixels float32 [B,3,S,S] -> image tokens [B,N+1,D] and unit features [B,E]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.encode_image(image)
+
+
+class TextTower(ImageTower):
+    """Ids int64 [B,L] and mask bool [B,L] -> text states [B,L,D] and unit features [B,E]."""
+
+    def forward(self, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.encode_text(text_ids, text_mask)
+
+
+class Match(ImageTower):
+    """Text states [R,L,D], mask bool [R,L] and image tokens [R,N+1,D] of R pairs -> ITM logit of
+    "match", float32 [R]."""
+
+    def forward(self, text_states: Tensor, text_mask: Tensor, image_tokens: Tensor) -> Tensor:
+        rows = torch.arange(text_states.shape[0])
+        return self.model.match_scores(text_states, text_mask, image_tokens, rows)
+
+
+# --------------------------------------------------------------------------------------------- dVAE
+def tokenizer_to_safetensors(source: Source, options: Options, folder: Path) -> Written:
+    return write_own(source, folder, "Pretrain.py --image-tokenizer .", "feature-extraction")
+
+
+def tokenizer_to_onnx(source: Source, options: Options, folder: Path) -> Written:
+    """encoder.onnx: images float32 [B,3,H,W] in [0,1] -> codes; decoder.onnx: the way back."""
+    model = ImageTokenizer.load(source.file, lambda path: dict(source.weights))
+    side = 4 * model.reduction
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    sizes = [{0: ANY, 2: ANY, 3: ANY}]
+    names = ["image"], ["codes"]
+    encoder = Codes(model)
+    write_graph(encoder, [images], sizes, folder / "encoder.onnx", names)
+    largest_error(encoder, folder / "encoder.onnx", [images.repeat(2, 1, 1, 2)])
+    if model.decoder is not None:
+        decoder, codes = Images(model), model.codes(images)
+        names = ["codes"], ["image"]
+        sizes = [{0: ANY, 1: ANY, 2: ANY}]
+        write_graph(decoder, [codes], sizes, folder / "decoder.onnx", names)
+        largest_error(decoder, folder / "decoder.onnx", [codes.repeat(2, 1, 2)])
+    return Written("onnx", "feature-extraction", TOKENIZER_EXAMPLE.replace("SIDE", str(side)))
+
+
+class Codes(nn.Module):
+    """Images float32 [B,3,H,W] in [0,1] -> codes int64 [B,H/r,W/r]."""
+
+    def __init__(self, model: ImageTokenizer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model.logits(image).argmax(dim=1)
+
+
+class Images(Codes):
+    """Codes int64 [B,h,w] -> images float32 [B,3,h*r,w*r] in [0,1]."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.model.decode(codes)
+
+
+PAIR_EXAMPLE = """
+import onnxruntime
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
+
+names = ("image", "text", "match")
+image, text, match = (onnxruntime.InferenceSession(f"{name}.onnx") for name in names)
+processor = AutoImageProcessor.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")  # captions in lower case, without punctuation
+pixels = processor(Image.new("RGB", (64, 48), "red"), return_tensors="np")["pixel_values"]
+texts = tokenizer(["a red square"], return_tensors="np")
+ids, mask = texts["input_ids"].astype("int64"), texts["attention_mask"].astype(bool)
+tokens, feature = image.run(None, {"image": pixels})
+states, caption = text.run(None, {"text_ids": ids, "text_mask": mask})
+print("similarity", feature @ caption.T)
+pair = {"text_states": states, "text_mask": mask, "image_tokens": tokens}
+print("match", match.run(None, pair))
+"""
+
+TOKENIZER_EXAMPLE = """
+import numpy
+import onnxruntime
+
+encoder = onnxruntime.InferenceSession("encoder.onnx")
+image = numpy.zeros((1, 3, SIDE, SIDE), dtype="float32")  # values 0..1
+print(encoder.run(["codes"], {"image": image})[0].shape)
+"""

@@ -1,0 +1,145 @@
+"""NXTP for others.
+
+safetensors   our own names, with config.yaml and the tokenizer
+hf            decoder/ (transformers' LlamaForCausalLM), vision/ (CLIPVisionModel) and
+              projection.safetensors, which joins them
+onnx          image.onnx, prefill.onnx, step.onnx: see scripts/weights/export_recognition.py
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import Recognition
+from base import distributed
+from base.errors import UserError
+from base.files import write_json
+from base.pixels import OPENAI, Pixels
+from dataset.tasks.recognition import Sequences
+from dataset.text.sentencepiece import PieceTokenizer
+from models.layers.openai_towers import OpenAIConfig
+from models.recognition.nxtp import Nxtp
+from models.weights import clip, llama
+from runtime.checkpoint import export_safetensors
+from scripts.weights import export_recognition
+from scripts.weights.beside import clip_processor, square_processor
+from scripts.weights.own import write_own
+from scripts.weights.source import Options, Source, Written
+
+TASK = "image-to-text"
+VISION, DECODER = "vision_encoder.", "language_decoder."
+JOINT = ("ln_post.weight", "ln_post.bias", "proj.weight")
+
+
+def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
+    return write_own(source, folder, "Recognition.py --checkpoint . --image PATH", TASK)
+
+
+def to_hugging_face(source: Source, options: Options, folder: Path) -> Written:
+    """UserError for a ResNet tower, which transformers lacks."""
+    model, tokenizer, config = open_nxtp(source, options)
+    if model.config.vision.is_resnet:
+        raise UserError(
+            "transformers has no ResNet tower as CLIP's; use --to onnx or safetensors for it"
+        )
+    state = model.state_dict()
+    decoder = part_of(state, DECODER)
+    geometry = model.config.decoder
+    export_safetensors(
+        llama.to_hugging_face(decoder, geometry), folder / "decoder/model.safetensors"
+    )
+    about = llama.hugging_face_values(geometry)
+    about |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    about |= {"pad_token_id": tokenizer.pad}
+    write_json(folder / "decoder/config.json", about, indent=2)
+    shutil.copyfile(tokenizer.path, folder / "decoder" / tokenizer.path.name)
+    vision = part_of(state, VISION)
+    export_safetensors(vision_weights(vision), folder / "vision/model.safetensors")
+    write_json(folder / "vision/config.json", vision_config(model.config.vision), indent=2)
+    pixels = Pixels(model.config.vision.image_size, "bicubic", *OPENAI)
+    processor = square_processor(pixels) if config.whole_image else clip_processor(pixels)
+    write_json(folder / "vision/preprocessor_config.json", processor, indent=2)
+    joint = {name: vision[name] for name in JOINT}
+    export_safetensors(joint, folder / "projection.safetensors")
+    return Written("transformers", TASK, HUGGING_FACE_EXAMPLE)
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
+
+
+def vision_weights(vision: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The image tower under the names of transformers' CLIPVisionModel."""
+    tower = {f"visual.{name}": value for name, value in vision.items() if name != "proj.weight"}
+    return clip.hugging_face_names(tower)
+
+
+def vision_config(config: OpenAIConfig) -> dict:
+    """`config.json` of transformers' CLIPVisionModel."""
+    about = clip.hugging_face_config(config)["vision_config"]
+    return {"architectures": ["CLIPVisionModel"], **about}
+
+
+def to_onnx(source: Source, options: Options, folder: Path) -> Written:
+    model, tokenizer, config = open_nxtp(source, options)
+    prompt = torch.tensor(Sequences(tokenizer, config.max_text).opening)
+    with torch.no_grad():
+        export_recognition.export(model, prompt, folder)
+        exported = export_recognition.OnnxNetwork(folder)
+        export_recognition.check(model, exported, prompt, tokenizer, 8)
+    pixels = Pixels(model.config.vision.image_size, "bicubic", *OPENAI)
+    processor = square_processor(pixels) if config.whole_image else clip_processor(pixels)
+    write_json(folder / "preprocessor_config.json", processor, indent=2)
+    shutil.copyfile(tokenizer.path, folder / tokenizer.path.name)
+    opening = prompt.tolist()
+    return Written("onnx", TASK, ONNX_EXAMPLE.replace("OPENING", str(opening)))
+
+
+def open_nxtp(source: Source, options: Options) -> tuple[Nxtp, PieceTokenizer, Recognition.Config]:
+    """The network as Recognition.py opens it."""
+    config = Recognition.Config(checkpoint=source.file, clip=options.clip, evaluate=True)
+    config.tokenizer = Path(options.tokenizer) if options.tokenizer else None
+    world = distributed.init("cpu")
+    Recognition.check(config, world)
+    tokenizer = PieceTokenizer(config.tokenizer)
+    return Recognition.build_model(config, tokenizer, world).eval(), tokenizer, config
+
+
+HUGGING_FACE_EXAMPLE = """
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, CLIPVisionModel, LlamaForCausalLM
+
+vision = CLIPVisionModel.from_pretrained("vision").eval()
+decoder = LlamaForCausalLM.from_pretrained("decoder").eval()
+joint = load_file("projection.safetensors")
+processor = AutoImageProcessor.from_pretrained("vision")
+image = processor(Image.new("RGB", (64, 48), "red"), return_tensors="pt")
+with torch.no_grad():
+    tokens = vision(**image).last_hidden_state[:, 1:]
+    norm = F.layer_norm(tokens, tokens.shape[-1:], joint["ln_post.weight"], joint["ln_post.bias"])
+    images = norm @ joint["proj.weight"].T  # what the decoder reads in front of the text
+    print(decoder(inputs_embeds=images).logits.shape)
+"""
+
+ONNX_EXAMPLE = """
+import numpy
+import onnxruntime
+from PIL import Image
+from transformers import AutoImageProcessor
+
+image, prefill = (onnxruntime.InferenceSession(f"{name}.onnx") for name in ("image", "prefill"))
+processor = AutoImageProcessor.from_pretrained(".")
+pixels = processor(Image.new("RGB", (64, 48), "red"), return_tensors="np")["pixel_values"]
+tokens = image.run(None, {image.get_inputs()[0].name: pixels})[0]
+prompt = numpy.array(OPENING)  # "<|image|>", BOS and the question
+names = [entry.name for entry in prefill.get_inputs()]
+logits, *cache = prefill.run(None, dict(zip(names, (tokens, prompt))))
+print("first token of the likeliest label:", logits.argmax(-1))
+"""

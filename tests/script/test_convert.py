@@ -1,0 +1,200 @@
+"""scripts/weights/convert.py: every family in every layout gives the features that the scripts
+here give, through the other library."""
+
+import json
+
+import pytest
+import torch
+
+from models.dual_encoder.openai import OpenAICLIP
+from models.layers.clip_towers import TextShape
+from models.layers.openai_towers import OpenAIConfig
+from models.weights import clip
+from runtime.checkpoint import export_safetensors
+from scripts.weights import convert
+from scripts.weights.export_dual import open_dual_encoder
+from scripts.weights.graphs import Graph
+from scripts.weights.source import Options, open_source
+from tests.helpers.exported import (
+    CAPTIONS,
+    dual_run,
+    embedded,
+    photo,
+    run_example,
+    small_photo,
+)
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+RESIZED = {"atol": 2e-3, "rtol": 0}  # Pillow's resize rounds otherwise than torchvision's
+SIDE = 32
+TEXT = TextShape(context_length=16, vocab_size=49408, width=64, heads=1, layers=2)
+VIT = {"vision_width": 64, "vision_layers": 2, "patch_size": 8}
+RESNET = {"vision_width": 8, "vision_layers": (1, 1, 1, 1), "patch_size": 0}
+
+
+def run(source, to: str, folder, *more) -> None:
+    words = [str(source), "--to", to, "--output", str(folder), *map(str, more)]
+    assert convert.main(words) == 0
+
+
+def openai_files(folder, shape: dict, vocabulary: int = 49408):
+    """Weights of OpenAI's layout beside the configuration that open_clip keeps."""
+    torch.manual_seed(0)
+    text = TextShape(context_length=16, vocab_size=vocabulary, width=64, heads=1, layers=2)
+    model = OpenAICLIP(OpenAIConfig(embed_dim=16, image_size=SIDE, text=text, **shape))
+    folder.mkdir()
+    export_safetensors(model.state_dict(), folder / "model.safetensors")
+    look = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
+    about = {"model_cfg": clip.open_clip_config(model), "preprocess_cfg": look}
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def ours(source, image, **options):
+    return embedded(open_dual_encoder(open_source(source), Options(**options)), image)
+
+
+def compare(found, expected, **tolerance) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+# ------------------------------------------------------------------------------------ dual encoders
+def by_open_clip(folder, image):
+    import open_clip
+
+    name = f"local-dir:{folder}"
+    model, transform = open_clip.create_model_from_pretrained(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    with torch.no_grad():
+        text = model.eval().encode_text(tokenizer(CAPTIONS))
+        return model.encode_image(transform(image)[None]), text
+
+
+def by_transformers(folder, image):
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(folder).eval()
+    images = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = model.get_image_features(**images), model.get_text_features(**texts)
+    return tuple(getattr(one, "pooler_output", one) for one in found)  # a tensor before version 5
+
+
+def by_onnx(folder, image):
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    texts = AutoTokenizer.from_pretrained(folder)(CAPTIONS, padding=True, return_tensors="pt")
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    ids = texts["input_ids"]
+    return Graph(folder / "image.onnx")(pixels)[0], Graph(folder / "text.onnx")(ids)[0]
+
+
+LIBRARIES = {"open_clip": by_open_clip, "hf": by_transformers, "onnx": by_onnx}
+
+
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [
+        ("vit", "open_clip"),
+        ("vit", "hf"),
+        pytest.param("vit", "onnx", marks=pytest.mark.slow),
+        pytest.param("resnet", "open_clip", marks=pytest.mark.slow),
+        pytest.param("resnet", "onnx", marks=pytest.mark.slow),
+        ("rocket", "open_clip"),
+        pytest.param("rocket", "onnx", marks=pytest.mark.slow),
+        pytest.param("siglip", "open_clip", marks=pytest.mark.slow),
+        pytest.param("vits32", "open_clip", marks=pytest.mark.slow),
+        pytest.param("slip", "open_clip", marks=pytest.mark.slow),
+        pytest.param("slip", "onnx", marks=pytest.mark.slow),
+    ],
+)
+def test_dual_encoders(kind, to, tmp_path, monkeypatch):
+    models = {"rocket": "CL2L_RT_CL2L", "siglip": "CLIP_RT_SIGLIP", "vits32": "CLIP_VITS32_CLIP"}
+    models["slip"] = "CLIP_VITB16"
+    if kind in models:
+        source = dual_run(tmp_path / "run", models[kind])
+    else:
+        source = openai_files(tmp_path / "files", VIT if kind == "vit" else RESNET)
+    written = convert.convert(source, to, tmp_path / "out", Options())[1]
+    image = small_photo(SIDE)
+    compare(LIBRARIES[to](tmp_path / "out", image), ours(source, image), **CLOSE)
+    compare(LIBRARIES[to](tmp_path / "out", photo()), ours(source, photo()), **RESIZED)
+    assert run_example(tmp_path / "out", written.example, monkeypatch)
+
+
+@pytest.mark.slow
+def test_local_embeddings_are_a_second_output(tmp_path):
+    source = dual_run(tmp_path / "run", "CL2L_RT_CL2L", separate_proj=True, cl2l_hidden_dim=16)
+    run(source, "onnx", tmp_path / "out")
+    graph = Graph(tmp_path / "out/image.onnx")
+    assert [entry.name for entry in graph.session.get_outputs()] == ["z", "h"]
+
+
+@pytest.mark.parametrize("to", ["open_clip", pytest.param("hf", marks=pytest.mark.slow)])
+def test_a_vocabulary_of_ones_own(to, digitscenes, tmp_path):
+    """The tokenizer lies in the folder, and open_clip takes it."""
+    from dataset.text.bpe import ClipTokenizer
+
+    merges = digitscenes / "bpe/bpe_merges.txt.gz"
+    size = ClipTokenizer(merges).vocab_size
+    source = openai_files(tmp_path / "files", VIT, size)
+    run(source, to, tmp_path / "out", "--bpe-path", merges)
+    image = small_photo(SIDE)
+    found = LIBRARIES[to](tmp_path / "out", image)
+    compare(found, ours(source, image, bpe_path=merges), **CLOSE)
+
+
+@pytest.mark.slow
+def test_what_is_written_can_be_evaluated_here(tmp_path):
+    """safetensors, open_clip and transformers folders are checkpoints of eval_zeroshot.py."""
+    source, image = openai_files(tmp_path / "files", VIT), small_photo(SIDE)
+    expected = ours(source, image)
+    for to, name in (("safetensors", "model"), ("open_clip", "open_clip_model"), ("hf", "model")):
+        run(source, to, tmp_path / to)
+        compare(ours(tmp_path / to / f"{name}.safetensors", image), expected, **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "hf"])
+def test_align(to, digitscenes, tmp_path, monkeypatch):
+    tokenizer = str(digitscenes / "tokenizer")
+    from dataset.text.align import AlignTokenizer
+
+    size = AlignTokenizer(tokenizer).vocab_size
+    model, width = ("ALIGN_B7_TINY", 640) if to == "hf" else ("ALIGN_NANO_TINY", 16)
+    source = dual_run(tmp_path / "run", model, tokenizer, vocab_size=size, embed_dim=width)
+    written = convert.convert(source, to, tmp_path / "out", Options())[1]
+    assert run_example(tmp_path / "out", written.example, monkeypatch)
+    image = small_photo(8)  # enlarged: nothing to antialias
+    found, expected = LIBRARIES[to](tmp_path / "out", image), ours(source, image)
+    torch.testing.assert_close(found[1], expected[1], **CLOSE)
+    torch.testing.assert_close(
+        found[0] / found[0].norm(), expected[0] / expected[0].norm(), **RESIZED
+    )
+
+
+# ----------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    ("model", "to", "message"),
+    [
+        ("CLIP_VITT8_CLIP", "open_clip", "timm has no VITT8"),
+        ("CLIP_RT_CLIP", "hf", "CLIPModel is OpenAI's ViT alone"),
+        ("CLIP_RT_CLIP", "timm", "use --to safetensors or open_clip or hf or onnx"),
+        ("ALIGN_NANO_TINY", "hf", "of ALIGN's models only B7"),
+        ("ALIGN_NANO_TINY", "open_clip", "is ALIGN, for which open_clip has no layout"),
+    ],
+)
+def test_layouts_that_do_not_fit(model, to, message, digitscenes, tmp_path, capsys):
+    from dataset.text.align import AlignTokenizer
+
+    tokenizer, changes = None, {}
+    if model.startswith("ALIGN"):
+        tokenizer = str(digitscenes / "tokenizer")
+        changes["vocab_size"] = AlignTokenizer(tokenizer).vocab_size
+    source = dual_run(tmp_path / "run", model, tokenizer, **changes)
+    assert convert.main([str(source), "--to", to, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err

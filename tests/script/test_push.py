@@ -1,0 +1,98 @@
+"""convert.py --push against a stand-in of the hub: what arrives, the model card, and refusals."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from base.errors import UserError
+from models.classification.classifier import ClassifierConfig, VisionClassifier
+from scripts.weights.card import Facts, check_repository, model_card
+from scripts.weights.source import Written, open_source
+from tests.helpers.exported import run_example, save_run
+from tests.helpers.main_runs import ROOT
+from tests.helpers.stand_in_hub import TOKEN, stand_in_hub
+
+
+def trained(folder):
+    """A run of Classification.py with scores and a path of this machine."""
+    torch.manual_seed(0)
+    network = {"model": "vit-mu/8", "image_size": 32, "num_classes": 5}
+    config = {"network": network, "train_data": "/home/me/secret/shards", "val_data": "digits"}
+    save_run(folder, VisionClassifier(ClassifierConfig(**network)), config)
+    (folder / "result").mkdir()
+    scores = {"val": {"acc1": 91.234567}, "classes": 5}
+    (folder / "result/metrics.json").write_text(json.dumps(scores))
+    return folder
+
+
+def convert(source, out, address, token, *more) -> subprocess.CompletedProcess:
+    words = [sys.executable, "scripts/weights/convert.py", source, "--to", "timm", "--output", out]
+    settings = {"HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+    words += ["--push", "me/tiny", *more]
+    return subprocess.run(
+        list(map(str, words)),
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_a_folder_arrives_as_it_is(tmp_path, monkeypatch):
+    source, out = trained(tmp_path / "run"), tmp_path / "out"
+    with stand_in_hub() as (address, hub):
+        licences = ("--license", "apache-2.0", "--data-license", "CC BY 4.0", "--private")
+        found = convert(source, out, address, TOKEN, *licences)
+        assert found.returncode == 0, found.stderr
+        assert f"{address}/me/tiny" in found.stdout
+        refused = convert(source, tmp_path / "other", address, "hf_wrong")
+    files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert hub.repositories["me/tiny"] == files and hub.private["me/tiny"]
+    assert {"README.md", "config.json", "model.safetensors"} == files.keys()
+    assert any(call == "PUT" for call in hub.calls)  # the weights went by LFS
+    card = files["README.md"].decode()
+    example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert "indices" in run_example(out, example, monkeypatch)
+    assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
+    assert "refuses the token; log in with `hf auth login`" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_not_there(tmp_path):
+    found = convert(trained(tmp_path / "run"), tmp_path / "out", "http://127.0.0.1:9", TOKEN)
+    assert found.returncode == 2 and "cannot be reached" in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_the_card_says_what_is_known_and_what_is_not(tmp_path):
+    import ruamel.yaml
+
+    source = open_source(trained(tmp_path / "run"))
+    written = Written("timm", "image-classification", "print(1)")
+    card = model_card(source, written, Facts(name="tiny", license="mit"))
+    _, front, body = card.split("---\n", 2)
+    assert ruamel.yaml.YAML(typ="safe").load(front) == {
+        "license": "mit",
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["quintet", "vit"],
+    }
+    assert "- Trained on: shards (train_data), digits (val_data)." in body
+    assert "- Licence of the data: unknown." in body
+    assert "| val acc1 | 91.23 |" in body and "vit-mu/8: " in body
+    assert "secret" not in card and "/home/me" not in card
+    assert re.search(r"commit ([0-9a-f]{40}|unknown)\.", body)
+
+
+def test_names_of_repositories():
+    assert check_repository("me/clip") == "me/clip"
+    for name in ("clip", "a/b/c", "/x", "me/", "me/a b"):
+        with pytest.raises(UserError, match="write USER/NAME"):
+            check_repository(name)

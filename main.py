@@ -7,7 +7,8 @@ SimCLR, SigLIP, ALIGN.
     all knobs     python main.py --help
 
 --model is <CLIP|CL2L>_<backbone>_<head>, head CLIP, CL2L, SIAMLIP, BARLIP, SWALIP, SWALIPV1 or
-SIGLIP, SLIP's <CLIP|SLIP|SIMCLR>_<backbone>, or ALIGN_<B0..B7>_<MINI|BASE|LARGE>. CL2L's step: a
+SIGLIP, SLIP's <CLIP|SLIP|SIMCLR>_<backbone>, ALIGN_<B0..B7>_<MINI|BASE|LARGE>, or OpenAI's names
+(ViT-B/32, RN50; ViT-B-32 with GELU): --checkpoint starts from any layout of them. CL2L's step: a
 weak (global) view of image and caption and `num_augs` strong (local) ones; global images find their
 global captions in the batch, local ones their local captions (--separate-proj: with projectors and
 a temperature of their own). --momentum turns SiamLIP into BYOLIP. SIGTERM saves, exits with 75.
@@ -33,7 +34,7 @@ from dataset.tasks.dual_inputs import NormalizedBatches, eval_view, input_statis
 from dataset.tasks.dual_inputs import normalized, text_tokenizer, training_views
 from dataset.text.augment import TextOptions, TextViews
 from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accuracy
-from models.dual_encoder.base import NOT_LOADED, DualConfig, DualEncoder, names_by_decay
+from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
 from models.dual_encoder.cl2l import TargetOptions
 from models.dual_encoder.factory import build_dual, parts_of
 from models.dual_encoder.grad_cache import FeatureCache
@@ -41,10 +42,10 @@ from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
 from models.layers.library_towers import start_towers
 from models.weights.clip import load_text_transformer
-from models.weights.loading import load_checkpoint
+from models.weights.start_dual import start_dual
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
-from runtime.config.from_checkpoint import fitting_weights
+from runtime.config.from_checkpoint import check_architecture, described, saved_config
 from runtime.config.clip_rocket import RocketRunConfig
 from runtime.log import training_flops
 from runtime.optim.build import Precision, set_learning_rate
@@ -108,7 +109,8 @@ def build_model(config: Config) -> DualEncoder:
     if config.init_text_encoder:
         load_text_transformer(model, read_weights(config.init_text_encoder))
     if config.checkpoint:
-        load_checkpoint(model, fitting_weights(config), allowed_unexpected=NOT_LOADED)
+        check_architecture(config, saved_config(config.checkpoint))
+        start_dual(model, config.checkpoint, read_weights, described)
     if config.momentum:
         model.momentum_model = copy.deepcopy(model).requires_grad_(False)
     return model

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from base.pixels import HALF, timm_statistics
+from base.pixels import HALF, OPENAI, timm_statistics
 from dataset.images.align import AlignView, AlignViews
 from dataset.images.clip import EvalView, ImageViews, ViewOptions, normalize, pixel_statistics
 from dataset.loading.eval import EvalLoader
@@ -58,9 +58,19 @@ def training_views(
     return ImageViews(network.image_size, options, local, network.compat)
 
 
-def eval_view(model: str, side: int, interpolation: str = "bilinear") -> Callable[[Tensor], Tensor]:
-    """view(uint8 [3,H,W]) -> uint8 [3,S,S]; ALIGN's knows one interpolation."""
-    return AlignView(side) if is_align(model) else EvalView(side, interpolation)
+def is_openai(model: str) -> bool:
+    """OpenAI's models (ViT-B-32, RN50); all other names have parts joined by _."""
+    return "_" not in model
+
+
+def eval_view(
+    model: str, side: int, interpolation: str | None = None
+) -> Callable[[Tensor], Tensor]:
+    """view(uint8 [3,H,W]) -> uint8 [3,S,S]; ALIGN's knows one interpolation. None: bicubic for
+    OpenAI's models, else bilinear."""
+    if is_align(model):
+        return AlignView(side)
+    return EvalView(side, interpolation or ("bicubic" if is_openai(model) else "bilinear"))
 
 
 def image_side(opened, device: torch.device) -> tuple[Callable, Callable]:
@@ -84,6 +94,8 @@ def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
     `image_tower`."""
     if network.image_tower:
         return pixel_statistics(device, *timm_statistics(network.image_tower))
+    if is_openai(network.model):
+        return pixel_statistics(device, *OPENAI)
     return pixel_statistics(device, *HALF) if is_align(network.model) else pixel_statistics(device)
 
 

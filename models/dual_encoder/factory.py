@@ -2,6 +2,7 @@
 knows them all.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -13,10 +14,12 @@ from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.base import DualConfig, DualEncoder
 from models.dual_encoder.cl2l import CL2L, BarLIP, SiamLIP, SwALIP, SwALIPV1
 from models.dual_encoder.clip import CLIP, SigLIP
+from models.dual_encoder.openai import OpenAICLIP
 from models.dual_encoder.slip import SimCLR, Slip, SlipCLIP
 from models.layers.clip_towers import ClipViT
 from models.layers.efficientnet import SHAPES
 from models.layers.library_towers import HuggingFaceText, TimmTower
+from models.layers.openai_towers import OPENAI_MODELS, OpenAIConfig, is_openai, openai_model
 from models.layers.vit import ViTConfig
 
 HEADS = {
@@ -73,11 +76,13 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
     """Class, backbone and number of local views it needs (-1: any) of a model string. UserError
     names the nearest."""
     parts = name.split("_")
+    if is_openai(name):
+        return OpenAICLIP, name, 0
     if name not in model_names():
         raise UserError(
-            f"model {name!r} is unknown{did_you_mean(name, model_names()) or '.'} The form is <CLIP|CL2L>_<backbone>_<head> with "
+            f"model {name!r} is unknown{did_you_mean(name, [*model_names(), *OPENAI_MODELS]) or '.'} The form is <CLIP|CL2L>_<backbone>_<head> with "
             f"backbones {', '.join(BACKBONES)} and heads {', '.join(HEADS)}, or SLIP's <{'|'.join(SLIP_MODELS)}>_"
-            f"<{'|'.join(SLIP_BACKBONES)}>, or ALIGN_<{'|'.join(SHAPES)}>_<{'|'.join(TEXTS)}>"
+            f"<{'|'.join(SLIP_BACKBONES)}>, or {', '.join(OPENAI_MODELS)}, or ALIGN_<{'|'.join(SHAPES)}>_<{'|'.join(TEXTS)}>"
         )
     if parts[0] == "ALIGN":
         return Align, parts[1], 0
@@ -94,6 +99,12 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
         return build_fitting(partial(Align, config), config.model)  # its towers belong together
     if config.tower_classes and not (config.image_tower and config.text_tower):
         raise UserError("tower_classes joins towers of libraries: give image_tower and text_tower")
+    if model is OpenAICLIP:
+        if config.image_tower or config.text_tower:
+            raise UserError(
+                f"{config.model} has towers of its own; use CLIP_VITB16_CLIP or *_SIGLIP"
+            )
+        return build_fitting(partial(_openai, config), config.model)
     if visual is None and config.image_tower:
         visual = TimmTower(config.image_tower, classes=config.tower_classes is not None)
     if config.text_tower is None and visual is None:
@@ -108,6 +119,25 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
     if config.tower_classes and (config.embed_dim, config.clip_proj_type) != (width, "linear"):
         raise UserError(f"tower_classes: set embed_dim to {width}, clip_proj_type to linear")
     return model(config, visual, text_tower=text_tower)
+
+
+def openai_shape(config: DualConfig) -> OpenAIConfig:
+    """Geometry of OpenAI's model for this image size and vocabulary. OpenAI's spelling (ViT-B/32)
+    and -quickgelu stand for quick_gelu, open_clip's (ViT-B-32) for gelu."""
+    name = config.model
+    published = openai_model(name.removesuffix("-quickgelu"))
+    activation = "quick_gelu" if "/" in name or name.endswith("-quickgelu") else "gelu"
+    text = replace(
+        published.text,
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+        activation=activation,
+    )
+    return replace(published, image_size=config.image_size, text=text, vision_activation=activation)
+
+
+def _openai(config: DualConfig) -> OpenAICLIP:
+    return OpenAICLIP(openai_shape(config), config)
 
 
 def _own_towers(model: type[DualEncoder], backbone: str, config: DualConfig) -> DualEncoder:

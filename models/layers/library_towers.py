@@ -166,14 +166,26 @@ def start_towers(
     for tower in towers.values():
         if load and isinstance(tower, TimmTower | HuggingFaceText):
             tower.load(read_weights)
-    if load and model.config.tower_classes:
+    if load and getattr(model.config, "tower_classes", None):
         start_from_names(model, class_names(model.config.tower_classes))
+    if lock and not hasattr(model, "locked"):
+        raise UserError("--lock is for two towers, as CLIP's and SLIP's; ALIGN trains both")
     for name in lock:
-        if not isinstance(towers[name], TimmTower | HuggingFaceText):
-            raise UserError(f"--lock {name}: give the {name} tower weights to keep: --{name}-tower")
-        towers[name].requires_grad_(False)
+        if load and not isinstance(towers[name], TimmTower | HuggingFaceText):
+            raise UserError(
+                f"--lock {name}: give the {name} tower weights to keep: --{name}-tower, or --checkpoint"
+            )
+        starts = model.towers[name]
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.startswith(starts):
+                parameter.requires_grad_(False)
+    locked = {
+        "image": ("visual", "vision_model"),
+        "text": ("text_tower", "text_model", "transformer", "ln_final"),
+    }
+    modules = [getattr(model, part, None) for name in lock for part in locked[name]]
     if lock:
-        model.locked = tuple(towers[name] for name in lock)
+        model.locked = tuple(module for module in modules if module is not None)
 
 
 def class_names(file: str) -> list[str]:

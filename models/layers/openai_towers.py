@@ -37,6 +37,10 @@ class OpenAIConfig:
         return not isinstance(self.vision_layers, int)
 
     @property
+    def context_length(self) -> int:
+        return self.text.context_length
+
+    @property
     def vision_heads(self) -> int:
         """Of the ViT: 64 channels a head, but 80 in open_clip's ViT-H."""
         return 16 if self.vision_width == 1280 else max(1, self.vision_width // 64)
@@ -69,10 +73,19 @@ OPENAI_MODELS = {
 }
 
 
+def is_openai(name: str) -> bool:
+    """Whether this is the name of one of these models, -quickgelu or not."""
+    return _open_clips(name.removesuffix("-quickgelu")) in OPENAI_MODELS
+
+
+def _open_clips(name: str) -> str:
+    return name.replace("/", "-").replace("@336px", "-336")
+
+
 def openai_model(name: str) -> OpenAIConfig:
     """Geometry by name, OpenAI's spelling (`ViT-B/32`, `ViT-L/14@336px`) or open_clip's
     (`ViT-B-32`)."""
-    known = name.replace("/", "-").replace("@336px", "-336")
+    known = _open_clips(name)
     if known not in OPENAI_MODELS:
         raise UserError(
             f"model {name!r} is unknown{did_you_mean(known, OPENAI_MODELS) or '.'} Known: {', '.join(OPENAI_MODELS)}"

@@ -88,6 +88,11 @@ def open_dual(
     check_name(name)
     stated = {"mean": mean, "std": std} if mean and std else {}
     weights = unwrap_names(weights)
+    if "itm_head.weight" in weights and any(key.startswith("text_encoder.") for key in weights):
+        raise UserError(
+            "a checkpoint of ALBEF, SIMLA or BLIP: evaluate the first two with Retrieval.py --evaluate, "
+            "BLIP with --model hf/FOLDER (transformers' layout)"
+        )
     if "vision_model.embeddings.convolution.weight" in weights:
         return _with_pixels(_align(weights, about, name), stated)
     if "vision_model.embeddings.patch_embedding.weight" in weights:
@@ -228,6 +233,9 @@ def _openai(
     weights: State, about: Mapping[str, Any], name: str | None, stated: Mapping[str, Any]
 ) -> Opened:
     described = about.get("open_clip_config.json", {})
+    if "network" in about:  # a run of main.py
+        name = name or about["network"]["model"]
+        stated = {"mean": OPENAI[0], "std": OPENAI[1]} | dict(stated)
     activation = _activation(weights, about, name)
     pixels = dict(described.get("preprocess_cfg", {}))
     if not (described or stated or _is_openais(weights, about)):

@@ -174,12 +174,13 @@ BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 
 def described(file: Path) -> dict[str, Any]:
     """What lies in or beside a dual encoder's checkpoint about its network, as `open_dual` takes
-    it.
+    it; of a folder, that of the weights which are taken there.
 
     `config` and its `network` of a run of ours, `args` of clip-rocket and SLIP, and the JSON files
     that Hugging Face and open_clip keep beside the weights.
     """
     about: dict[str, Any] = {}
+    file = weights_file(file)
     config = saved_config(file)
     if isinstance(config.get("network"), Mapping):
         about = {"config": config, "network": config["network"]}

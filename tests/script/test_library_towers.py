@@ -195,3 +195,47 @@ def test_what_cannot_be_locked_or_loaded(weights, tmp_path):
     tower = build_dual(DualConfig(model="CLIP_VITT8_CLIP", image_tower=f"timm/test_vit:{other}"))
     with pytest.raises(UserError, match=r"other.pth: not the weights of timm's test_vit"):
         start_towers(tower, read_weights, [])
+
+
+@pytest.mark.slow
+def test_openais_weights_are_trained_further(digitscenes, tmp_path, monkeypatch):
+    """`--model NAME --checkpoint FILE`, the image tower locked; the run evaluates as it validated."""
+    from models.layers import openai_towers
+    from models.layers.clip_towers import TextShape
+    from runtime.checkpoint import export_safetensors
+
+    shape = openai_towers.OpenAIConfig(
+        embed_dim=16,
+        vision_width=64,
+        vision_layers=1,
+        patch_size=8,
+        text=TextShape(width=64, heads=1, layers=1),
+    )
+    monkeypatch.setitem(openai_towers.OPENAI_MODELS, "ViT-S-8", shape)
+    size = script.text_tokenizer("CLIP", 77, digitscenes / "bpe/bpe_merges.txt.gz", "").vocab_size
+    torch.manual_seed(0)
+    start = build_dual(DualConfig(model="ViT-S/8", image_size=32, vocab_size=size))
+    export_safetensors(start.state_dict(), tmp_path / "start.safetensors")
+    flags = arguments(
+        digitscenes,
+        tmp_path / "run",
+        model="ViT-S/8",
+        checkpoint=tmp_path / "start.safetensors",
+        lock="image",
+        epochs="2 steps",
+    )
+    script.main(parse(script.Config, flags))
+    trained = read_weights(tmp_path / "run/model.safetensors")
+    for name, value in start.state_dict().items():
+        kept = torch.equal(trained[name], value)
+        assert kept == (name.startswith("visual.") or not value.is_floating_point()), name
+    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    accuracy = next(value for line in logged for name, value in line.items() if "acc1_z" in name)
+    flags = ["--checkpoint", tmp_path / "run", "--output-dir", tmp_path / "out", "--device", "cpu"]
+    flags += ["--workers", "0", "--datasets", "digitscenes", "--split", "val"]
+    flags += ["--catalog", digitscenes / "dataset_catalog.json"]
+    flags += ["--labels", digitscenes / "labels.json"]
+    flags += ["--templates", digitscenes / "templates.json"]
+    eval_zeroshot.main(parse(eval_zeroshot.Config, [*map(str, flags)]))
+    metrics = json.loads((tmp_path / "out/result/metrics.json").read_text())
+    assert metrics["results"]["digitscenes"]["acc1_z"] == pytest.approx(accuracy)

@@ -277,3 +277,9 @@ def test_align():
     theirs = model.state_dict() | {"text_model.pooler.dense.weight": torch.ones(1)}
     same(open_dual(theirs, {}, "ALIGN_NANO_TINY"), model, size=32)
     same(open_dual(theirs, {}), model, size=32)  # the shapes of the weights tell
+
+
+def test_fusion_encoders_are_named():
+    weights = {"itm_head.weight": torch.zeros(2, 4), "text_encoder.x": torch.zeros(1)}
+    with pytest.raises(UserError, match="ALBEF, SIMLA or BLIP: evaluate the first two with Retr"):
+        open_dual(weights, {})

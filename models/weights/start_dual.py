@@ -1,0 +1,137 @@
+"""Weights of any layout into a freshly built dual encoder, to train it further.
+
+    start_dual(build_dual(config), Path("ViT-B-32.pt"), read_weights, described)  # --model ViT-B/32
+
+Ours and CLIP-rocket's, OpenAI's, open_clip's and Hugging Face's CLIP. Position embeddings are
+resized to the model's images.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from base.errors import UserError
+from models.dual_encoder.base import NOT_LOADED, DualEncoder
+from models.dual_encoder.openai import OpenAICLIP
+from models.layers.library_towers import TimmTower
+from models.layers.openai_towers import OPENAI_MODELS, OpenAIConfig, openai_model
+from models.layers.positions import resize_positions
+from models.weights.clip import (
+    NOT_WEIGHTS,
+    State,
+    from_hugging_face,
+    load_timm_open_clip,
+    openai_config,
+    unwrap_names,
+)
+from models.weights.loading import load_checkpoint
+from models.weights.torchscript import is_jit_archive, jit_state_dict
+
+IMAGE_HEADS = ("visual.proj", "visual.attnpool.c_proj.weight")  # only OpenAI's layout has them
+POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
+
+
+def start_dual(
+    model: DualEncoder,
+    path: Path,
+    read: Callable[[Path], State],
+    describe: Callable[[Path], Mapping[str, Any]],
+) -> None:
+    """Load all weights of a file or folder. read, describe: `runtime.checkpoint.read_weights` and
+    `runtime.config.from_checkpoint.described`. UserError for another architecture or activation,
+    which it names."""
+    if path.is_file() and is_jit_archive(path):
+        state, about = jit_state_dict(path), {"archive": True}
+    else:
+        state, about = read(path), describe(path)
+    load_any_layout(model, state, about)
+
+
+def load_any_layout(model: DualEncoder, state: State, about: Mapping[str, Any]) -> None:
+    """The same of a state dict and what lies beside it."""
+    state = unwrap_names(state)
+    check_layout(state)
+    activation = stated_activation(state, about)
+    if "vision_model.embeddings.patch_embedding.weight" in state:
+        state = from_hugging_face(state)
+    plain = {name.removeprefix("text."): value for name, value in state.items()}
+    is_openai = any(name in plain for name in IMAGE_HEADS) and "text_projection" in plain
+    if is_openai != isinstance(model, OpenAICLIP):
+        raise UserError(mismatch(model, plain if is_openai else None))
+    if is_openai:
+        if activation not in (None, model.config.text.activation):
+            raise UserError(
+                f"--model {model.options.model} computes {model.config.text.activation}, but the "
+                f"checkpoint was trained with {activation}; {mismatch(model, plain)}"
+            )
+        return load_openai_names(model, plain)
+    of_timm = any(name.startswith("visual.trunk.") for name in state)
+    if of_timm and not isinstance(model.visual, TimmTower):
+        return load_timm_open_clip(model, state)
+    load_checkpoint(model, state, allowed_unexpected=NOT_LOADED)
+    return None
+
+
+def stated_activation(state: State, about: Mapping[str, Any]) -> str | None:
+    """quick_gelu or gelu where the file or one beside it tells; None where none does."""
+    if about.get("archive") or any(name in state for name in NOT_WEIGHTS[:3]):
+        return "quick_gelu"
+    if "open_clip_config.json" in about:
+        settings = about["open_clip_config.json"].get("model_cfg", {})
+        return "quick_gelu" if settings.get("quick_gelu") else "gelu"
+    if "text_config" in about.get("config.json", {}):
+        return about["config.json"]["text_config"].get("hidden_act", "quick_gelu")
+    return None
+
+
+def check_layout(state: State) -> None:
+    """UserError for dual encoders that are not built here, by name."""
+    names = list(state)
+    heads = ("vision_model.head.", "visual.attn_pool.", "visual.trunk.attn_pool.")
+    if any(name.startswith(heads) for name in names):
+        raise UserError(
+            "weights of SigLIP, whose attention-pooled towers main.py does not build; evaluate them "
+            "with eval_zeroshot.py --model open_clip/ViT-B-16-SigLIP --checkpoint FILE, or train a "
+            "*_SIGLIP from its image tower: --image-tower timm/vit_base_patch16_siglip_224:FILE"
+        )
+
+
+def load_openai_names(model: OpenAICLIP, state: State) -> None:
+    """OpenAI's names, in any precision, with positions of any grid."""
+    own = model.state_dict()
+    kept: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name in NOT_WEIGHTS:
+            continue
+        value = value.float() if value.is_floating_point() else value
+        if name == "positional_embedding":  # a causal text tower reads the first ones alone
+            value = value[: len(own[name])]
+        if name in POSITIONS and name in own and value.shape != own[name].shape:
+            value = resize_positions(value[None], math.isqrt(len(own[name]) - 1))[0]
+        kept[name] = value
+    given = openai_model(model.options.model.removesuffix("-quickgelu"))
+    if towers(given) != towers(openai_config(state)):
+        raise UserError(mismatch(model, state))
+    load_checkpoint(model, kept)
+
+
+def towers(shape: OpenAIConfig) -> tuple:
+    """What tells OpenAI's models apart."""
+    return shape.vision_layers, shape.vision_width, shape.patch_size
+
+
+def mismatch(model: DualEncoder, openai: State | None) -> str:
+    """What the weights are, and which --model they are for. openai: theirs, of OpenAI's layout."""
+    given = getattr(model.options, "model", type(model).__name__)
+    if openai is None:
+        return f"--model {given}, but the checkpoint is not of OpenAI's CLIP: name the model that it is of"
+    shape = openai_config(openai)
+    same = [name for name, known in OPENAI_MODELS.items() if towers(known) == towers(shape)]
+    sizes = f"CLIP of OpenAI's layout, {shape.vision_layers} layers of width {shape.vision_width}"
+    names = (
+        f"use --model {same[0]}, or {same[0]}-quickgelu for OpenAI's own weights" if same else ""
+    )
+    return f"--model {given}, but the checkpoint is a {sizes}; {names or 'evaluate it instead'}"

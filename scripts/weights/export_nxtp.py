@@ -16,7 +16,7 @@ import Recognition
 from base import distributed
 from base.errors import UserError
 from base.files import write_json
-from base.pixels import OPENAI, Pixels
+from base.pixels import OPENAI, Pixels, timm_statistics
 from dataset.tasks.recognition import Sequences
 from dataset.text.sentencepiece import PieceTokenizer
 from models.layers.openai_towers import OpenAIConfig
@@ -38,8 +38,12 @@ def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
 
 
 def to_hugging_face(source: Source, options: Options, folder: Path) -> Written:
-    """UserError for a ResNet tower, which transformers lacks."""
+    """UserError for image towers that transformers lacks."""
     model, tokenizer, config = open_nxtp(source, options)
+    if model.config.image_tower:
+        raise UserError(
+            "transformers has no layout for an image tower of timm; use --to onnx or safetensors"
+        )
     if model.config.vision.is_resnet:
         raise UserError(
             "transformers has no ResNet tower as CLIP's; use --to onnx or safetensors for it"
@@ -58,9 +62,7 @@ def to_hugging_face(source: Source, options: Options, folder: Path) -> Written:
     vision = part_of(state, VISION)
     export_safetensors(vision_weights(vision), folder / "vision/model.safetensors")
     write_json(folder / "vision/config.json", vision_config(model.config.vision), indent=2)
-    pixels = Pixels(model.config.vision.image_size, "bicubic", *OPENAI)
-    processor = square_processor(pixels) if config.whole_image else clip_processor(pixels)
-    write_json(folder / "vision/preprocessor_config.json", processor, indent=2)
+    write_json(folder / "vision/preprocessor_config.json", processor_of(model, config), indent=2)
     joint = {name: vision[name] for name in JOINT}
     export_safetensors(joint, folder / "projection.safetensors")
     return Written("transformers", TASK, HUGGING_FACE_EXAMPLE)
@@ -91,12 +93,18 @@ def to_onnx(source: Source, options: Options, folder: Path) -> Written:
         export_recognition.export(model, prompt, folder)
         exported = export_recognition.OnnxNetwork(folder)
         export_recognition.check(model, exported, prompt, tokenizer, 8)
-    pixels = Pixels(model.config.vision.image_size, "bicubic", *OPENAI)
-    processor = square_processor(pixels) if config.whole_image else clip_processor(pixels)
-    write_json(folder / "preprocessor_config.json", processor, indent=2)
+    write_json(folder / "preprocessor_config.json", processor_of(model, config), indent=2)
     shutil.copyfile(tokenizer.path, folder / tokenizer.path.name)
     opening = prompt.tolist()
     return Written("onnx", TASK, ONNX_EXAMPLE.replace("OPENING", str(opening)))
+
+
+def processor_of(model: Nxtp, config: Recognition.Config) -> dict:
+    """How images are cut and normalised."""
+    tower = model.config.image_tower
+    statistics = timm_statistics(tower) if tower else OPENAI
+    pixels = Pixels(model.config.vision.image_size, "bicubic", *statistics)
+    return square_processor(pixels) if config.whole_image else clip_processor(pixels)
 
 
 def open_nxtp(source: Source, options: Options) -> tuple[Nxtp, PieceTokenizer, Recognition.Config]:

@@ -49,12 +49,24 @@ def fusion(task: str, data: Path, file: Path) -> Path:
     return file
 
 
-def dual(folder: Path, name: str = "CLIP_VITT8_CLIP", **changes) -> Path:
-    """The folder of a run of main.py; changes: of its `config`."""
+def dual(folder: Path, name: str = "CLIP_VITT8_CLIP") -> Path:
+    """The folder of a run of main.py."""
     torch.manual_seed(0)
     config = DualConfig(model=name, transformer_layers=1, **SHAPE)
     export_safetensors(build_dual(config).state_dict(), folder / "model.safetensors")
-    write_json(folder / "config.yaml", {"network": asdict(config), **changes})  # JSON is YAML
+    write_json(folder / "config.yaml", {"network": asdict(config)})  # JSON is YAML
+    return folder
+
+
+def align(data: Path, folder: Path) -> Path:
+    """The folder of a run of main.py that trained ALIGN."""
+    torch.manual_seed(0)
+    vocabulary = Tokenizer(data / "tokenizer").vocab_size
+    sizes = {"image_size": 32, "embed_dim": 8, "context_length": 24, "vocab_size": vocabulary}
+    config = DualConfig(model="ALIGN_NANO_TINY", **sizes)
+    export_safetensors(build_dual(config).state_dict(), folder / "model.safetensors")
+    about = {"network": asdict(config), "tokenizer": str(data / "tokenizer")}
+    write_json(folder / "config.yaml", about)
     return folder
 
 

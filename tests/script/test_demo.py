@@ -19,7 +19,7 @@ from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
 from scripts import demo as script
 from scripts.demo_checkpoints.any_checkpoint import open_abilities
-from tests.helpers.demo_checkpoints import ROOT, SIZES, dual, fusion, nxtp
+from tests.helpers.demo_checkpoints import ROOT, SIZES, align, dual, fusion, nxtp
 from tests.helpers.tiny_open_clip import tiny_open_clip
 
 
@@ -120,6 +120,17 @@ def test_clip_family_searches_and_classifies(image, tmp_path, name):
     scored = tasks.classify(found.embedder, image, ["cat", "dog", "car"], "a photo of a {}.")
     assert sum(each.probability for each in scored) == pytest.approx(1)
     assert found.match is None and found.word_maps is None
+
+
+def test_align_searches_and_classifies(digitscenes, image, tmp_path):
+    found = opened("--checkpoint", align(digitscenes, tmp_path))
+    temperature = read_weights(tmp_path / "model.safetensors")["temperature"].item()
+    assert found.embedder.scale == pytest.approx(1 / temperature)
+    scored = tasks.classify(found.embedder, image, ["nine", "five"], "a {}")
+    query = found.embedder.images(found.embedder.view(image)[None])[0]
+    cosines = found.embedder.texts(["a nine", "a five"]) @ query
+    expected = dict(zip(["nine", "five"], (cosines / temperature).softmax(0).tolist(), strict=True))
+    assert {each.name: each.probability for each in scored} == pytest.approx(expected, rel=1e-4)
 
 
 def test_library_models_search_and_classify(image, tmp_path):

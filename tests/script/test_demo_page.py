@@ -17,7 +17,7 @@ from PIL import Image
 
 from base.limits import UPLOAD_BYTES
 from tests.helpers.demo_checkpoints import fusion, nxtp
-from tests.helpers.processes import Run, free_port
+from tests.helpers.processes import TIMEOUT, Run, free_port
 
 pytestmark = pytest.mark.slow
 BROWSER = which("chromium") or which("google-chrome")
@@ -25,7 +25,7 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-SECONDS = 90  # that a busy machine may take for one answer
+SECONDS = 180  # that a busy machine may take for one answer
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +56,18 @@ def server(digitscenes, folder, tmp_path_factory):
     os.environ["TMPDIR"] = str(temporary)
     run = Run("scripts/demo.py", [*flags, "--cache", made / "cache"])
     del os.environ["TMPDIR"]
-    deadline = time.monotonic() + SECONDS
-    while "Ctrl-C stops" not in run.stdout:
-        assert run.poll() is None and time.monotonic() < deadline, run.said()[-2000:]
-        time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}", temporary
-    assert len(list(temporary.glob("quintet-demo-*"))) == 1
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(SECONDS) == 0, run.said()[-2000:]
-    assert not list(temporary.glob("quintet-demo-*")), "uploads are left on the disk"
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while "Ctrl-C stops" not in run.stdout:
+            assert run.poll() is None and time.monotonic() < deadline, run.said()[-2000:]
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", temporary
+        assert len(list(temporary.glob("quintet-demo-*"))) == 1
+        run.send_signal(signal.SIGTERM)
+        assert run.wait() == 0, run.said()[-2000:]
+        assert not list(temporary.glob("quintet-demo-*")), "uploads are left on the disk"
+    finally:
+        run.send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

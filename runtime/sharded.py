@@ -225,8 +225,10 @@ def load_index(folder: Path) -> dict[str, Any]:
 def _index(folder: Path) -> dict[str, Any]:
     index = load_torch(folder / INDEX)
     names = index.get("files") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or any(Path(name).name != name for name in names):
-        raise UserError(f"{folder / INDEX}: names no files; use another checkpoint")
+    weights = index.get("model") if isinstance(index, dict) else None
+    plain = isinstance(names, dict) and all(Path(name).name == name for name in names)
+    if not plain or not isinstance(weights, dict):
+        raise UserError(f"{folder / INDEX}: no index of a checkpoint; use another one")
     return index
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 
 from base import distributed
 from base.distributed import World
@@ -182,6 +183,46 @@ def test_what_fails_on_one_process_fails_all_and_the_checkpoint_before_serves(wh
     assert CheckpointFolder(tmp_path).newest_valid() == tmp_path / "checkpoint_00000001"
     CheckpointFolder(tmp_path).clear_unfinished()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000001"]
+
+
+def die(rank: int, folder: str, who: int, name: str) -> None:
+    """Process `who` is gone when it is about to give a file of the second checkpoint its name."""
+    world, model, optimizer = network(rank, "ddp", seed=0)
+    saver = Saver(CheckpointFolder(folder), world, sharded=True, in_background=True, fresh=True)
+    saver.save(model, optimizer, {"step": 1}, {}, 1, None)
+    saver.wait()
+
+    def replace(source, target, original=os.replace):
+        if rank == who and Path(target).name == name and "00000002" in str(target):
+            os._exit(7)
+        original(source, target)
+
+    os.replace = replace
+    saver.save(model, optimizer, {"step": 2}, {}, 2, None)
+    saver.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("who", "name"),
+    [(0, "rank_00000.pt"), (1, "rank_00001.pt"), (0, "index.pt"), (0, "checkpoint_00000002")],
+)
+def test_the_checkpoint_before_serves_where_a_process_dies_while_it_writes(who, name, tmp_path):
+    with pytest.raises(ProcessExitedException, match="exit code 7"):
+        spawn(die, 2, str(tmp_path), who, name)
+    checkpoints = CheckpointFolder(tmp_path)
+    assert checkpoints.newest_valid() == tmp_path / "checkpoint_00000001"
+    assert checkpoints.unfinished(2).is_dir()
+    checkpoints.clear_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000001"]
+
+
+def test_a_folder_that_not_all_nodes_see_is_one_sentence(tmp_path):
+    checkpoints = CheckpointFolder(tmp_path)
+    part = write_part(checkpoints.unfinished(1), 0, {}, {}, "")
+    with pytest.raises(UserError, match=r"rank_00001\.pt, which another node wrote, is not here"):
+        checkpoints.commit({"model": {}, "step": 1}, [part, part], 1)
+    assert checkpoints.newest_valid() is None
 
 
 def flip(path: Path) -> None:

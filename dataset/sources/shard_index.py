@@ -42,9 +42,13 @@ class ShardIndex(Sequence):
         with ThreadPoolExecutor(THREADS) as pool:
             self.files = list(pool.map(partial(plain_copy, cache=cache_folder()), self.names))
         table = _cached_table(self.names, self.files)
-        self.shard, self.first = table["shard"], table["first"]
-        self.kind, self.start, self.size = table["kind"], table["start"], table["size"]
-        self.keys, self.key_end = table["keys"], table["key_end"]
+        self.shard = table["shard"]
+        self.first = table["first"]
+        self.kind = table["kind"]
+        self.start = table["start"]
+        self.size = table["size"]
+        self.keys = table["keys"]
+        self.key_end = table["key_end"]
         self.kinds = table["kinds"].tolist()
         self.bad = [str(message) for message in table["bad"]]
         self.lost = int(table["lost"])

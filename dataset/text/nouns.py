@@ -61,16 +61,23 @@ class Nouns:
         numbers: bool = False,
         fixed: bool = False,
     ):
-        self.tag, self.words = tag, words or treebank_words()
-        self.wordnet, self.numbers, self.fixed = wordnet or _wordnet(), numbers, fixed
+        self.tag = tag
+        self.words = words or treebank_words()
+        self.wordnet = wordnet or _wordnet()
+        self.numbers = numbers
+        self.fixed = fixed
 
     def __call__(self, caption: str) -> list[str]:
         words = self.words(clean(caption, whole_words=self.fixed))
         tagged = zip(words, self.tag(words), strict=True)
-        kept = dict.fromkeys(word for word, tag in tagged if tag in NOUN_TAGS)
-        if not self.numbers:
-            kept = [word for word in kept if not any(map(str.isdigit, word))]
-        bases = [base for base in map(self.base, kept) if len(base) > 2]
+        nouns = dict.fromkeys(word for word, tag in tagged if tag in NOUN_TAGS)  # each once
+        bases = []
+        for noun in nouns:
+            if not self.numbers and any(map(str.isdigit, noun)):
+                continue
+            base = self.base(noun)
+            if len(base) > 2:
+                bases.append(base)
         return list(dict.fromkeys(bases)) if self.fixed else bases
 
     def base(self, word: str) -> str:

@@ -167,20 +167,21 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) / width**0.5)
-        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, out)
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.c_proj):
             nn.init.normal_(layer.weight, std=width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         positions = x.flatten(2).transpose(1, 2)
-        tokens = (
-            torch.cat([positions.mean(1, keepdim=True), positions], 1) + self.positional_embedding
-        )
-        query, key, value = self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens)
-        pooled = F.scaled_dot_product_attention(
-            *(split_heads(part, self.heads) for part in (query, key, value))
-        )
+        mean = positions.mean(1, keepdim=True)
+        tokens = torch.cat([mean, positions], 1) + self.positional_embedding
+        query = split_heads(self.q_proj(tokens[:, :1]), self.heads)
+        key = split_heads(self.k_proj(tokens), self.heads)
+        value = split_heads(self.v_proj(tokens), self.heads)
+        pooled = F.scaled_dot_product_attention(query, key, value)
         return self.c_proj(merge_heads(pooled)).squeeze(1)
 
 

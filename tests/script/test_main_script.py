@@ -10,7 +10,9 @@ import torch
 import main as script
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig
+from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import parse
+from runtime.sharded import is_sharded
 from tests.contract.test_parallel import needs_fsdp2
 from tests.helpers.main_runs import ROOT, arguments, finish, lines
 
@@ -188,23 +190,16 @@ def test_compiled_equals_eager(digitscenes, tmp_path):
 
 
 def test_evaluate_scores_a_run(digitscenes, tmp_path, capsys):
-    run_main(arguments(digitscenes, tmp_path / "run"))
+    run_main(arguments(digitscenes, tmp_path / "run", checkpoint_format="sharded"))
     trained = lines(tmp_path / "run")[-1]
-    capsys.readouterr()
-    run_main(
-        arguments(
-            digitscenes,
-            tmp_path / "other",
-            "--evaluate",
-            checkpoint=tmp_path / "run/model.safetensors",
-        )
-    )
-    scores = json.loads(capsys.readouterr().out)
-    assert scores == {
-        name.removeprefix("val_"): value
-        for name, value in trained.items()
-        if name.startswith("val_")
-    }
+    expected = {k.removeprefix("val_"): v for k, v in trained.items() if k.startswith("val_")}
+    newest = CheckpointFolder(tmp_path / "run").numbered()[0]
+    assert is_sharded(newest)
+    for checkpoint in (tmp_path / "run/model.safetensors", newest):
+        capsys.readouterr()
+        flags = ["--evaluate", "--checkpoint", checkpoint]
+        run_main(arguments(digitscenes, tmp_path / "other", *flags))
+        assert json.loads(capsys.readouterr().out) == expected
 
 
 def test_starting_from_weights_and_from_a_text_encoder(digitscenes, tmp_path):

@@ -71,7 +71,8 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, back in x's type, times a learned weight."""
+    """x / rms(x) times a learned weight, computed in float32 (Zhang and Sennrich, 2019): one kernel,
+    which keeps x and a number a position."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -79,10 +80,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(
-            x.dtype
-        ) * self.weight
+        """[...,D] -> the same shape, in the wider dtype of x and the weight."""
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
 
 
 def rotation(

@@ -56,6 +56,7 @@ def _kernels() -> Iterator[tuple]:
     """(object, attribute, stand-in): what CUDA computes otherwise."""
     yield F, "scaled_dot_product_attention", attention
     yield F, "dropout", _dropout
+    yield F, "rms_norm", _rms_norm
     for name in FLOAT32_FUNCTIONS:
         yield F, name, _in_float32(getattr(F, name))
     for name in FLOAT32_METHODS:
@@ -118,6 +119,11 @@ def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
+def _rms_norm(x: Tensor, shape, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """CUDA's fused kernel reads, keeps and writes what layer norm's does; the CPU has none."""
+    return F.layer_norm(x, shape, weight, None, eps)
 
 
 def _in_float32(function):

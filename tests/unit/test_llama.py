@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from base.errors import UserError
-from models.layers.llama import Llama, LlamaConfig, Sight, own_part
+from models.layers.llama import Llama, LlamaConfig, RMSNorm, Sight, own_part
 from models.weights.llama import interleave, merge_shards, read_llama
 from tests.helpers.tiny_nxtp import meta_folder
 
@@ -145,6 +145,33 @@ def test_rows_that_fill_a_table_up_are_cut_off():
     assert torch.equal(rows[:100], table["tok_embeddings.weight"][:100])
     with pytest.raises(UserError, match="128 embeddings, but the tokenizer has 102"):
         decoder_state(table, 102, "qwen")
+
+
+def test_rms_norm_is_its_formula():
+    """x / sqrt(mean(x^2) + eps) * weight, its gradients included (Zhang and Sennrich, 2019)."""
+    torch.manual_seed(0)
+    norm = RMSNorm(24, eps=1e-3)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 5, 24, requires_grad=True)
+    formula = x * (x.square().mean(-1, keepdim=True) + 1e-3) ** -0.5 * norm.weight
+    upstream = torch.randn(3, 5, 24)
+    torch.testing.assert_close(norm(x), formula)
+    expected = torch.autograd.grad(formula, (x, norm.weight), upstream)
+    found = torch.autograd.grad(norm(x), (x, norm.weight), upstream)
+    torch.testing.assert_close(found, expected)
+
+
+def test_rms_norm_keeps_the_dtype_and_computes_in_float32():
+    torch.manual_seed(0)
+    norm = RMSNorm(4096, eps=1e-5)
+    x = torch.randn(2, 4096) * 300
+    half = norm.half()(x.half())
+    assert half.dtype == torch.float16 and half.isfinite().all()  # squares exceed float16
+    norm.float()
+    torch.testing.assert_close(half.float(), norm(x), rtol=2e-3, atol=2e-3)
+    exact = norm(x.bfloat16().float())
+    with torch.autocast("cpu", torch.bfloat16):  # as of a norm behind a linear layer
+        assert torch.equal(norm(x.bfloat16()), exact) and exact.dtype == torch.float32
 
 
 @torch.no_grad()

@@ -3,6 +3,10 @@
 Rates are dense (without sparsity). Sources: NVIDIA's data sheets "H200 Tensor Core GPU" (2024), "H100 Tensor Core GPU"
 (2023), "A100 Tensor Core GPU" (2021), "L40S" (2023), "V100" (2020), "A10" (2021), "T4" (2019), and the white papers of
 the Ada (2022) and Ampere GA102 (2020) architectures. Links: NVLink's rate one way, PCIe's where a card has no NVLink.
+
+What products attain of the peak: S. Bekman, "Maximum Achievable Matmul FLOPS", github.com/stas00/ml-engineering,
+compute/accelerator/README.md, table of bf16 by PyTorch 2.6 and 2.7 (cuBLAS, the best of many shapes): H100 SXM 794.5
+of 989 TFLOP/s, A100 SXM 271.2 of 312, GH200 with HBM3e (the H200's chip) 828.6 of 989.
 """
 
 from dataclasses import dataclass
@@ -21,6 +25,9 @@ class Gpu:
     bandwidth: float  # of the card's memory
     memory: float
     link: float  # to the other cards of a node, one way
+    attained: float = (
+        0.80  # fraction of the peak that the fastest products reach; assumed where not measured
+    )
 
     def rate(self, itemsize: int, precision: str) -> float:
         """Peak of matrix products whose operands have `itemsize` bytes, in a run of `precision`."""
@@ -30,9 +37,9 @@ class Gpu:
 
 
 GPUS = {
-    "h200": Gpu("H200", 67e12, 494.7e12, 989.4e12, 4.8e12, 141e9, 450e9),
-    "h100": Gpu("H100", 67e12, 494.7e12, 989.4e12, 3.35e12, 80e9, 450e9),
-    "a100": Gpu("A100", 19.5e12, 156e12, 312e12, 2.039e12, 80e9, 300e9),
+    "h200": Gpu("H200", 67e12, 494.7e12, 989.4e12, 4.8e12, 141e9, 450e9, 0.836),
+    "h100": Gpu("H100", 67e12, 494.7e12, 989.4e12, 3.35e12, 80e9, 450e9, 0.803),
+    "a100": Gpu("A100", 19.5e12, 156e12, 312e12, 2.039e12, 80e9, 300e9, 0.869),
     "l40s": Gpu("L40S", 91.6e12, 183e12, 362e12, 0.864e12, 48e9, 32e9),
     "v100": Gpu("V100", 15.7e12, 15.7e12, 125e12, 0.9e12, 32e9, 150e9),
     "rtx4090": Gpu("RTX 4090", 82.6e12, 82.6e12, 165.2e12, 1.008e12, 24e9, 32e9),

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from runtime.gpus import Gpu
 from runtime.simulate.recorder import Collective, Operation, Trace
 
-# Fractions of the data sheet's peaks that good kernels reach: cuBLAS's half-precision products on
-# an H100 about 0.7 (its clock drops under load), copies in memory about 0.85 to 0.9.
-COMPUTE, BANDWIDTH = 0.70, 0.85
+# Fraction of the data sheet's memory bandwidth that good kernels reach: copies 0.85 to 0.9. What
+# products reach of the peak is in runtime/gpus.py, by card.
+BANDWIDTH = 0.85
 # Seconds that Python and the dispatcher take to launch an operation in eager mode; nvprof shows 4 to
 # 10 us on current hosts.
 LAUNCH = 5e-6
@@ -62,7 +62,7 @@ def seconds(operation: Operation, gpu: Gpu, precision: str) -> float:
     if not operation.flops:
         return traffic
     size = operation.dtype.itemsize if operation.dtype is not None else 4
-    return max(operation.flops / (gpu.rate(size, precision) * COMPUTE), traffic)
+    return max(operation.flops / (gpu.rate(size, precision) * gpu.attained), traffic)
 
 
 def bounds(trace: Trace, gpu: Gpu, precision: str, world_size: int, network: float) -> Bounds:

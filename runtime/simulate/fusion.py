@@ -3,11 +3,15 @@
 A group reads each tensor from outside once and writes only what another kernel reads later or what
 outlives the step. Like Inductor, it follows dependencies, not the order of the program: a bias
 gradient joins the kernel that made the gradient it sums, wherever the program computes it; and
-autocast's copies of one tensor in one dtype are a single copy.
+autocast's copies of one tensor in one dtype are a single copy. An elementwise result is computed
+again where it is needed if that moves fewer bytes than writing and reading it, as Inductor does
+inside a graph and AOTAutograd's partitioner for the backward pass.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
+
+DEPTH = 8  # elementwise operations in a row that are computed again
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,9 @@ class _Value:
     line: str = ""
     size: int = 0
     written: bool = True
+    freed: bool = False
+    # of an elementwise result: what it was made of, the number of each then, and bytes
+    sources: list[tuple["_Value", int, int]] | None = None
 
 
 class Fusion:
@@ -57,10 +64,19 @@ class Fusion:
         for storage, _ in written:
             self.values[storage] = self._new(stage=self.products)
 
-    def fuse(self, read, written, phase: str, line: str, copy: tuple | None = None) -> None:
+    def fuse(
+        self,
+        read: list[tuple[int, int]],
+        written: list[tuple[int, int]],
+        phase: str,
+        line: str,
+        copy: tuple | None = None,
+        elementwise: bool = False,
+    ) -> None:
         """A memory-bound operation joins the kernel that can run as soon as its inputs are there.
 
-        copy: of a copy in another dtype, the part of the source and the dtype.
+        copy: of a copy in another dtype, the part of the source and the dtype. elementwise: cheap to
+        compute again.
         """
         inputs = [(self._value(storage), size) for storage, size in read]
         stage = max((value.stage for value, _ in inputs), default=self.products)
@@ -70,26 +86,30 @@ class Fusion:
             self.values[written[0][0]] = self.copies[key]
             return
         for value, size in inputs:
-            if value.kernel is kernel:
-                continue
-            _write(value)
-            known = kernel.read.get(value.number, 0)
-            kernel.read[value.number] = max(known, size)
-            kernel.lines[line] += max(0, size - known)
+            if value.kernel is not kernel:
+                _bring(value, size, kernel, line)
+        sources = [(v, v.number, size) for v, size in inputs] if elementwise else None
         for storage, size in written:
             old = self.values.get(storage)
             if old is not None and old.kernel is kernel:
                 self.numbers += 1
                 old.number, old.size = self.numbers, max(old.size, size)
+                old.sources = None
                 continue
-            value = self._new(stage=stage, kernel=kernel, line=line, size=size, written=False)
+            if old is not None:
+                old.freed = True  # overwritten
+            value = self._new(
+                stage=stage, kernel=kernel, line=line, size=size, written=False, sources=sources
+            )
             self.values[storage] = value
             if key:
                 self.copies[key] = value
 
     def free(self, storage: int) -> None:
         """This storage is gone; what no kernel has read by now was never written."""
-        self.values.pop(storage, None)
+        value = self.values.pop(storage, None)
+        if value is not None:
+            value.freed = True
 
     def finish(self) -> list[Group]:
         """The groups of the step so far. What is still alive was written."""
@@ -111,6 +131,42 @@ class Fusion:
     def _new(self, **where) -> _Value:
         self.numbers += 1
         return _Value(self.numbers, **where)
+
+
+def _bring(value: _Value, size: int, kernel: _Kernel, line: str) -> None:
+    """Let the kernel read the value, or what it is made of where that moves fewer bytes."""
+    wanted = [(value, size)]
+    if not value.written:
+        again = _ancestors(value)
+        if again is not None and _unread(again, kernel) <= size + value.size:
+            wanted = again
+    for needed, part in wanted:
+        _write(needed)
+        kernel.lines[line] += _unread([(needed, part)], kernel)
+        kernel.read[needed.number] = max(kernel.read.get(needed.number, 0), part)
+
+
+def _ancestors(value: _Value, depth: int = DEPTH) -> list[tuple[_Value, int]] | None:
+    """What is in memory, as it was, and gives the value by elementwise operations alone; or None."""
+    if value.sources is None or depth == 0:
+        return None
+    found = []
+    for source, number, size in value.sources:
+        if source.number != number:
+            return None
+        if source.written and not source.freed:
+            found.append((source, size))
+            continue
+        behind = _ancestors(source, depth - 1)
+        if behind is None:
+            return None
+        found += behind
+    return found
+
+
+def _unread(values: list[tuple[_Value, int]], kernel: _Kernel) -> int:
+    """Bytes of these that the kernel has not read yet."""
+    return sum(max(0, size - kernel.read.get(value.number, 0)) for value, size in values)
 
 
 def _write(value: _Value) -> None:

@@ -33,6 +33,8 @@ WAITING = {
     "equal",
 }
 ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# operations that read as much of their first tensor as they return
+GATHERING = {"embedding", "gather", "index", "index_select", "_unsafe_index"}
 VIEWS = {"detach", "alias", "_unsafe_view", "lift_fresh", "_reshape_alias"}
 
 
@@ -186,7 +188,7 @@ class Recorder(TorchDispatchMode):
         results = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
         launched = not (getattr(func, "is_view", False) or name in VIEWS or name in ALLOCATING)
         if launched and namespace == "aten" and (tensors or results):
-            self._note(func._overloadpacket, name, args, kwargs, tensors, results, out)
+            self._note(func, name, args, kwargs, tensors, results, out)
         for result in results:
             self.track(result, self.part())
         return out
@@ -224,23 +226,28 @@ class Recorder(TorchDispatchMode):
         """Note that the host waits for the card here."""
         self.trace.waits[(self.phase, what, _calling_line())] += 1
 
-    def _note(self, packet, name, args, kwargs, tensors, results, out) -> None:
+    def _note(self, func, name, args, kwargs, tensors, results, out) -> None:
         lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
         of_lists = name.startswith(("_foreach", "_fused", "_amp_foreach"))
         filled = {id(value) for key, value in kwargs.items() if key.startswith("out")}
         inputs = [tensor for tensor in tensors if id(tensor) not in filled]
-        read = sum(map(_bytes, inputs))
+        sources, targets = _storages(inputs), _storages(results)
+        if name in GATHERING:
+            whole, size = sources[0]
+            sources[0] = (whole, min(size, sum(map(_bytes, results))))
+        read = sum(size for _, size in sources)
         written = sum(map(_bytes, results))
         if of_lists and not results:
             written = sum(map(_bytes, lists[0])) if name.startswith("_foreach") else read * 3 // 4
         floating = [t.dtype for t in [*tensors, *results] if t.is_floating_point()]
-        flops = operation_flops(packet, args, kwargs, out)
-        line, sources, targets = self._line(), _storages(inputs), _storages(results)
+        flops = operation_flops(func._overloadpacket, args, kwargs, out)
+        line = self._line()
         if flops or of_lists:
             self.fusion.product(sources, targets or _storages(inputs))
         else:
             copy = _copied(inputs[0], results[0]) if name == "_to_copy" else None
-            self.fusion.fuse(sources, targets, self.phase, line, copy)
+            elementwise = name == "_to_copy" or torch.Tag.pointwise in func.tags
+            self.fusion.fuse(sources, targets, self.phase, line, copy, elementwise)
         self.trace.operations.append(
             Operation(
                 phase=self.phase,

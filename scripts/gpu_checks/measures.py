@@ -135,7 +135,7 @@ def fit_constants(report, device: torch.device, measured: list[Measured]) -> lis
     launch = timed(lambda: one.add_(1), device, 5000)
     ratio = statistics.median(m.seconds / m.bound for m in measured)
     lines = [
-        f"COMPUTE   {b.COMPUTE:.2f} in plan.py, {compute:.2g} measured",
+        f"attained  {gpu.attained:.2f} in plan.py, {compute:.2g} measured",
         f"BANDWIDTH {b.BANDWIDTH:.2f} in plan.py, {bandwidth:.2g} measured",
         f"LAUNCH    {b.LAUNCH * 1e6:.1f} us in plan.py, {launch * 1e6:.1f} us measured",
         f"steps take {ratio:.2f} times their bounds (median)",

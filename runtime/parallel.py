@@ -70,6 +70,7 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
         for part in transformer_blocks(model) if strategy == "fsdp" else [model]:
             part.compile()
     if strategy == "ddp" and world.size > 1:
+        match_strides(model)
         # the queues are equal on every process by construction: broadcasting 128 MB a step would
         # buy nothing
         device_ids = [world.device.index] if world.device.type == "cuda" else None
@@ -79,6 +80,21 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
         no_sync = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
         model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **no_sync)
     return model
+
+
+def match_strides(model: nn.Module) -> None:
+    """Let gradients of kernels [O,I,h,w] have the strides of their weights, which DDP's buckets want.
+
+    Convolutions give them channels last. Where I or h and w are 1, memory is the same and only the
+    strides that nobody uses differ; of other kernels autograd makes a copy itself.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.ndim == 4 and 1 in parameter.shape[1:]:
+            parameter.register_hook(_with_plain_strides)
+
+
+def _with_plain_strides(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.flatten(1).view(gradient.shape)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

@@ -44,24 +44,46 @@ def run_checks(report: Report, names: list[str], device) -> None:
     check_resume(report, device)
 
 
-def run_measures(report: Report, device) -> None:
+def run_measures(report: Report, device, peers: dict[str, Path], python: str | None) -> None:
     """Times and memory; sections of docs/BENCHMARKS.md are written on a GPU alone."""
     from scripts.gpu_checks import measures
+    from scripts.gpu_checks.peers import run_peers
 
     measured = measures.measure_recipes(report, device)
     lines = measures.fit_constants(report, device, measured)
-    measures.beside_open_clip(report, device)
+    run_peers(report, device, peers, python)
     if device.type == "cuda":
         measures.write_section(device, measured, lines)
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="without a GPU")
     parser.add_argument("--only", help="methods, joined by commas")
     parser.add_argument("--part", choices=("all", "checks", "measures"), default="all")
     parser.add_argument("--out", type=Path, default=ROOT / "output/gpu_check.md")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="checkout of an original to measure beside ours: simla, albef, clip-rocket, "
+        "coyo-align, coyo-vit or nxtp; may be given several times",
+    )
+    parser.add_argument("--peer-python", help="interpreter with TensorFlow, for the two of COYO")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    from base.errors import UserError
+    from scripts.gpu_checks.peers import parse_peers
+
+    try:
+        peers = parse_peers(options.peer, options.peer_python)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     os.chdir(ROOT)
     import torch
 
@@ -80,7 +102,7 @@ def main() -> int:
     if options.part != "measures":
         run_checks(report, names, device)
     if options.part != "checks":
-        run_measures(report, device)
+        run_measures(report, device, peers, options.peer_python)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("# GPU check\n\n```\n" + "\n".join(report.lines) + "\n```\n")
     print(f"{report.failed} failed; {options.out}")

@@ -7,6 +7,7 @@
 #   bash scripts/gpu_check.sh --part checks    # numbers alone; or measures: times and memory alone
 #   bash scripts/gpu_check.sh --cpu            # the same without a GPU, as far as it applies
 #   bash scripts/gpu_check.sh --only clip,ve   # some methods
+#   bash scripts/gpu_check.sh --peer simla=PATH --peer nxtp=PATH   # also the originals' steps, from their checkouts
 #
 # Needs torch, timm and transformers. Packages that the machine lacks travel as wheels: where there is a network, for
 # the same Python version,

@@ -19,6 +19,7 @@ import torch
 
 from base.errors import UserError
 from base.files import read_json, read_json_lines, write_text
+from base.pixels import OPENAI
 from dataset.images.albef import TestTransform, resize
 from dataset.images.decode import decode_image
 from dataset.sources.records import Records
@@ -137,6 +138,7 @@ def load_model(config: dict, checkpoint: str, tokenizer: Tokenizer) -> Retrieval
         depth=config["vision_depth"],
         heads=config["vision_heads"],
         stem=tuple(config["vision_stem"]),
+        pixels=OPENAI,
     )
     model = Retrieval(
         RetrievalConfig(

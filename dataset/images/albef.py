@@ -1,5 +1,5 @@
-"""Image transforms of ALBEF and SIMLA: uint8 [3,H,W] in; uint8 out in training, where the network
-normalises on the device, and normalised float32 in evaluation.
+"""Image transforms of ALBEF and SIMLA: uint8 [3,H,W] in, uint8 out; the network normalises them on
+the device.
 
 Random draws use the global generators of torch and NumPy, which the data stream reseeds for
 every sample.
@@ -7,17 +7,9 @@ every sample.
 
 import torch
 
-from base.pixels import OPENAI
 from dataset.images.randaugment import GEOMETRIC, RandAugment
 
 Box = tuple[int, int, int, int]  # top, left, height, width
-
-
-def normalize(image: torch.Tensor, mean=OPENAI[0], std=OPENAI[1]) -> torch.Tensor:
-    """uint8 [...,3,H,W] to float32: scaled to [0,1], then to the given mean and standard deviation
-    per channel."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    return image.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -49,7 +41,7 @@ def resized_crop(image: torch.Tensor, box: Box | None, side: int, flip: bool) ->
 
 
 class TestTransform:
-    """Resize to a square, normalise: uint8 [3,H,W] to float32 [3,resolution,resolution]."""
+    """Resize to a square: uint8 [3,H,W] to uint8 [3,resolution,resolution]."""
 
     __test__ = False  # not a test case for pytest
 
@@ -57,7 +49,7 @@ class TestTransform:
         self.resolution = resolution
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return normalize(resize(image, self.resolution, self.resolution))
+        return resize(image, self.resolution, self.resolution)
 
 
 class TrainTransform:

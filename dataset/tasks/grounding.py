@@ -76,7 +76,7 @@ class ReferringExpressions:
         return self.image_root / self.images[index]
 
     def load(self, index: int) -> dict:
-        """`image` float32 [3,H,W] and `text`."""
+        """`image` uint8 [3,H,W] and `text`."""
         return {"image": self.transform(decode_image(self.file(index))), "text": self.texts[index]}
 
 

@@ -20,7 +20,7 @@ def number_images(names: Iterable[str | int]) -> torch.Tensor:
 
 
 class RetrievalPair:
-    """Makes a sample of a record with `image`, `caption`: `image` float32 [3,H,W], `caption` str,
+    """Makes a sample of a record with `image`, `caption`: `image` uint8 [3,H,W], `caption` str,
     `image_id` int.
 
     image_ids: the number of every record's image (see number_images), so that captions of one image
@@ -48,7 +48,7 @@ class RetrievalPair:
 
 
 class RetrievalCollate(TextCollate):
-    """image float32 [B,3,H,W] · text_ids int64, text_mask bool [B,L] · image_id int64 [B]."""
+    """image uint8 [B,3,H,W] · text_ids int64, text_mask bool [B,L] · image_id int64 [B]."""
 
     field = "caption"
 
@@ -86,5 +86,5 @@ class RetrievalSet:
         return len(self.images)
 
     def load(self, index: int) -> torch.Tensor:
-        """float32 [3,H,W] of image `index`; BadSample when it cannot be read."""
+        """uint8 [3,H,W] of image `index`; BadSample when it cannot be read."""
         return self.transform(decode_image(self.image_root / self.images[index]))

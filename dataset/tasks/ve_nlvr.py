@@ -60,7 +60,7 @@ class Statements:
     """Samples of entries with `sentence`, `label` and images as `format` says, for training and for
     evaluation.
 
-    Called with a record, or `load`ed by number: `image` float32 [3,H,W] (two images: [2,3,H,W]),
+    Called with a record, or `load`ed by number: `image` uint8 [3,H,W] (two images: [2,3,H,W]),
     `text` str, `label` int. labels int64 [R]. Labels, numbers of images and image_root are checked
     at once: raises UserError.
     """
@@ -125,7 +125,7 @@ def _checked_label(format: Format, record: dict, name: str, number: int) -> int:
 
 
 class CaptionPair:
-    """Makes a sample of a record with `image` and `caption` (text or texts): `image` float32
+    """Makes a sample of a record with `image` and `caption` (text or texts): `image` uint8
     [3,H,W], `text` str."""
 
     def __init__(self, transform: Callable, image_root: str | Path, max_words: int = 30):

@@ -37,7 +37,7 @@ class QuestionAnswers:
     """Makes a training sample of a record with `image`, `question`, `answer` (ten texts; one for
     Visual Genome).
 
-    `image` float32 [3,H,W] · `question` str · `answers`, the distinct ones in order of appearance ·
+    `image` uint8 [3,H,W] · `question` str · `answers`, the distinct ones in order of appearance ·
     `weights`, each one's fraction of the answers (0.5 for Visual Genome).
     """
 
@@ -70,7 +70,7 @@ class QuestionAnswers:
 
 
 class VqaCollate:
-    """image float32 [B,3,H,W] · text_ids int64, text_mask bool [B,L] · answer_ids int64,
+    """image uint8 [B,3,H,W] · text_ids int64, text_mask bool [B,L] · answer_ids int64,
     answer_mask bool [A,M] · answer_weight float32, answer_question int64 [A].
 
     The answers of all questions stand one below the other, [CLS] pieces [SEP]; A is rounded up to a
@@ -201,7 +201,7 @@ class QuestionSet:
         return len(self.ids)
 
     def load(self, index: int) -> dict:
-        """`image` float32 [3,H,W] and `text`."""
+        """`image` uint8 [3,H,W] and `text`."""
         return {
             "image": self.transform(decode_image(self.images[index])),
             "text": self.questions[index],

@@ -5,7 +5,8 @@ knows them all.
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from base.errors import UserError
 from base.files import did_you_mean
@@ -149,8 +150,16 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
     if name in CONVOLUTIONAL:
         import timm
 
-        return timm.create_model(CONVOLUTIONAL[name], num_classes=0)
+        tower = timm.create_model(CONVOLUTIONAL[name], num_classes=0)
+        tower.register_forward_pre_hook(channels_last)
+        return tower
     width, depth, heads, patch = VITS[name]
     return ClipViT(
         ViTConfig(image_size=image_size, patch_size=patch, width=width, depth=depth, heads=heads)
     )
+
+
+def channels_last(_tower: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """[B,3,S,S] each, channels last in memory: the layout of cuDNN's half-precision kernels, which
+    every layer behind keeps."""
+    return tuple(image.contiguous(memory_format=torch.channels_last) for image in images)

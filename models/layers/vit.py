@@ -55,17 +55,6 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
 
-class Convolution(nn.Conv2d):
-    """A convolution whose 1 x 1 kernel is seen as a matrix, so that its gradient has the strides of
-    the weight, which DDP's buckets want."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if self.kernel_size == (1, 1):
-            weight = weight.flatten(1)[:, :, None, None]
-        return self._conv_forward(x, weight, self.bias)
-
-
 class Stage(nn.Module):
     """[B,C,H,W] -> [B,C',H/2,W/2]: a residual block of two convolutions, its shortcut averaged
     (ResNet-D)."""
@@ -77,7 +66,7 @@ class Stage(nn.Module):
         self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(n_out)
         self.downsample = nn.Sequential(
-            nn.AvgPool2d(2), Convolution(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out)
+            nn.AvgPool2d(2), nn.Conv2d(n_in, n_out, 1, bias=False), nn.BatchNorm2d(n_out)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +123,7 @@ class PatchEmbed(nn.Module):
             config.stem[-1] if config.stem else 3,
             config.patch_size >> len(config.stem),
         )
-        self.proj = Convolution(channels, config.width, kernel_size=side, stride=side)
+        self.proj = nn.Conv2d(channels, config.width, kernel_size=side, stride=side)
 
     def forward(self, image: Tensor) -> Tensor:
         if image.shape[-2:] != (self.image_size, self.image_size):

@@ -1,8 +1,6 @@
 """Step time, memory and MFU of whole recipes beside plan.py's figures, and plan.py's constants."""
 
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,24 +141,6 @@ def fit_constants(report, device: torch.device, measured: list[Measured]) -> lis
     for line in lines:
         report.note(line)
     return lines
-
-
-def beside_open_clip(report, device: torch.device) -> None:
-    """CLIP ViT-B/16, ours and open_clip's in turn; on a GPU also a section of docs/BENCHMARKS.md."""
-    size = "--batch 128 --repeats 2 --warmup 3 --steps 10 --compile true"
-    if device.type != "cuda":
-        size = "--batch 2 --repeats 1 --warmup 0 --steps 1 --tiny"
-    words = f"--busy --device {device.type} --precision bf16 --tokens 77 {size}".split()
-    command = [sys.executable, "-m", "benchmarks.dual", *words]
-
-    def run() -> float:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1])
-        report.note(done.stdout.strip())
-        return 0.0
-
-    report.check("CLIP ViT-B/16 beside open_clip", run, 0.0)
 
 
 def write_section(device: torch.device, measured: list[Measured], lines: list[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from base.pixels import OPENAI
 from dataset.images.albef import PretrainTransform, TestTransform, TrainTransform, resize
 from dataset.images.block_mask import BlockMask
 from dataset.images.decode import decode_image
@@ -22,11 +23,10 @@ from dataset.tasks.retrieval import RetrievalPair, RetrievalSet, number_images
 from dataset.tasks.ve_nlvr import ORIGINAL_NLVR2, SNLI_VE, Statements
 from dataset.tasks.vqa import QuestionAnswers, QuestionSet, VqaCollate, read_answer_list
 from dataset.text.wordpiece import Tokenizer, mask_tokens, pre_caption, pre_question
+from models.layers.vit import Normalize
 from tests.golden.report import compare, compare_levels, same
 from tests.golden.simla_cases import tensors_under
 from tests.helpers.golden import golden
-
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def test_cleaning():
@@ -165,8 +165,8 @@ def test_evaluation_images(formats):
             image.shape[-2] > image.shape[-1]
         ):  # recorded with Pillow 13, which shrinks tall images along their height first
             image = resize(image, side, image.shape[-1])
-        ours = TestTransform(side)(image)
-        level = torch.tensor(CLIP_STD).view(3, 1, 1).double().reciprocal() / 255
+        ours = Normalize(*OPENAI)(TestTransform(side)(image))
+        level = torch.tensor(OPENAI[1]).view(3, 1, 1).double().reciprocal() / 255
         compare_levels("datasets", "evaluation image", ours, theirs, level)
 
 

@@ -1,11 +1,16 @@
 """scripts/gpu_check.sh runs through without a GPU, and a wrong result fails it."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from base.errors import UserError
+from runtime.config.cli import parse
+from scripts.gpu_checks import peers
 from scripts.gpu_checks.runs import difference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +38,54 @@ def test_measures_run_on_the_cpu(tmp_path):
     lines = gpu_check(tmp_path / "r.md", "--part", "measures")
     for words in ("| ViT, debug | eager |", "attained", "LAUNCH", "beside open_clip"):
         assert any(words in line for line in lines), words
+    assert sum(line.startswith("skip  ") for line in lines) == len(peers.ORIGINALS)
     assert (ROOT / "docs/BENCHMARKS.md").read_text() == before  # written on a GPU alone
+
+
+class Notes(list):
+    """A report that runs its checks and keeps what is noted."""
+
+    note = list.append
+
+    def check(self, title, work, limit):
+        assert work() <= limit
+
+
+def test_originals_are_measured_where_there_are_checkouts(tmp_path, monkeypatch):
+    """Each by its own benchmark, with options that the benchmark has; the others with a reason."""
+    found = peers.parse_peers([f"simla={tmp_path}", f"coyo-vit={tmp_path}"], "python-tf")
+    commands, notes = [], Notes()
+    monkeypatch.setattr(peers, "run", lambda report, device, command: commands.append(command) or 0)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    peers.run_peers(notes, torch.device("cpu"), found, "python-tf")
+    assert [words[0] for words in commands] == ["benchmarks.pretrain", "benchmarks.vit"]
+    assert all(words[words.index("--peer") + 1] == str(tmp_path) for words in commands)
+    assert "--peer-python" not in commands[0] and "python-tf" in commands[1]
+    assert len(notes) == 5 and all(line.startswith("skip  ") for line in notes)
+    assert any("open_clip_torch is not installed" in line for line in notes)
+    assert any("no --peer nxtp=PATH" in line for line in notes)
+
+
+@pytest.mark.parametrize("name", peers.ORIGINALS)
+def test_benchmarks_have_the_options(name, tmp_path):
+    """Each command ends for want of the original's files: every option before was understood."""
+    words = [*peers.ORIGINALS[name].split(), "--peer", str(tmp_path), *peers.ON_A_GPU.split()]
+    module = importlib.import_module(words[0])
+    with pytest.raises(UserError, match="takes a checkout of"):
+        module.main(parse(module.Config, [*words[1:], "--busy", "--precision", "bf16"]))
+
+
+@pytest.mark.parametrize(
+    "entry, sentence",
+    [
+        ("blip=.", "NAME is one of simla, albef"),
+        ("simla=/none", "no such folder"),
+        ("coyo-vit=.", "needs --peer-python"),
+    ],
+)
+def test_peers_that_cannot_be(entry, sentence):
+    with pytest.raises(UserError, match=sentence):
+        peers.parse_peers([entry], None)
 
 
 def test_a_difference_fails():

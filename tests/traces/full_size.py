@@ -11,9 +11,12 @@ from tests.helpers.traces import trace_of
 STORED = Path(__file__).with_name("full_size.json")
 RECIPES = {
     "SIMLA": "Pretrain --config configs/Pretrain/simla.yaml",
+    "ALBEF": "Pretrain --config configs/Pretrain/albef.yaml",
+    "Retrieval": "Retrieval --config configs/Retrieval/coco.yaml",
     "VQA": "VQA --config configs/VQA/vqa.yaml",
     "NXTP": "Recognition --config configs/Recognition/g3m.yaml",
     "CL2L R50": "main --config configs/main/cc12m_r50_cl2l.yaml",
+    "BarLIP R50": "main --config configs/main/cc12m_r50_barlip.yaml",
     "ALIGN B7": "main --config configs/main/align_coyo700m.yaml",
     "ViT-L/16 512": "Classification --config configs/Classification/vit_l16_i1k_downstream_ema.yaml",
 }

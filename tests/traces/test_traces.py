@@ -1,10 +1,11 @@
 """What a step would do on a GPU, for every training script and method: never wait, recompute in the
-dtype of the forward pass, contrast in float32, attend with a fused kernel.
+dtype of the forward pass, losses and contrastive logits in float32, attention in a fused kernel.
 
 Each trace is of the script's own step in bf16 on fake tensors, at a small size, on one process and
 in a fake group of eight.
 """
 
+import inspect
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,7 +13,11 @@ import pytest
 import torch
 
 from base.distributed import World
+from models.fusion.base import ImageTextModel
+from runtime.log import Meters
 from runtime.run import Run
+from runtime.simulate.recorder import Operation, Recorder
+from runtime.simulate.stand_ins import simulated_gpu
 from scripts.planning.methods import STEPS
 from tests.helpers.traces import call_in_worker, trace_of
 from tests.traces.waiting import waiting_step
@@ -21,13 +26,17 @@ CHECKPOINTED = {
     name: STEPS[name] + " --activation_checkpointing true"
     for name in ("simla", "cl2l", "align", "vit")
 }
-ATTENTION = [name for name in STEPS if name not in ("vit",)]
 LOSSES = ("models/dual_encoder/losses.py", "models/dual_encoder/objectives.py")
+FUSION = ("simla", "albef", "retrieval", "grounding")  # methods with a queue and ITM
+# what losses are made of; the gates of EfficientNet are sigmoids, too, but no loss
+KINDS = {"_softmax", "_log_softmax", "nll_loss_forward", "logsumexp", "exp", "log", "softplus"}
+KINDS |= {"binary_cross_entropy_with_logits"}
+ALONE = [
+    pytest.param(name, 1, marks=() if name in CHECKPOINTED else pytest.mark.slow) for name in STEPS
+]
 
 
-@pytest.mark.parametrize(
-    "name, world_size", [*((name, 8) for name in STEPS), *((name, 1) for name in CHECKPOINTED)]
-)
+@pytest.mark.parametrize("name, world_size", [*((name, 8) for name in STEPS), *ALONE])
 def test_the_host_never_waits(name, world_size):
     trace = trace_of(STEPS[name], world_size)
     assert not trace.waits, "\n".join(f"{n} x {wait}" for wait, n in trace.waits.items())
@@ -61,15 +70,36 @@ def test_contrastive_losses_in_float32(name):
     assert not {key for key in half if key[1] not in ("_to_copy", "clone", "copy_")}, half
 
 
-@pytest.mark.parametrize("name", ["simla", "albef", "ve", "retrieval", "vqa"])
+@pytest.mark.parametrize("name", STEPS)
 def test_softmax_and_cross_entropy_in_float32(name):
-    kinds = {"_softmax", "_log_softmax", "logsumexp", "exp", "log", "softplus"}
-    operations = [o for o in trace_of(STEPS[name], 8).operations if o.name in kinds]
+    operations = [o for o in trace_of(STEPS[name], 8).operations if o.name in KINDS]
     assert operations
     assert {str(o.dtype) for o in operations} == {"torch.float32"}
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+def called_in(function, operations: list[Operation]) -> list[Operation]:
+    """The operations that lines of this function call."""
+    lines, first = inspect.getsourcelines(function)
+    file = inspect.getsourcefile(function)
+    numbers = range(first, first + len(lines))
+    return [
+        o
+        for o in operations
+        if file.endswith(o.line.split(":")[0]) and int(o.line.split(":")[1]) in numbers
+    ]
+
+
+@pytest.mark.parametrize("name", FUSION)
+def test_logits_of_fusion_encoders_in_float32(name):
+    """The products of image-text contrast and of matching; their gradients, too."""
+    operations = trace_of(STEPS[name], 8).operations
+    for function in (ImageTextModel.similarities, ImageTextModel.itm):
+        products = [o for o in called_in(function, operations) if o.flops]
+        assert {o.phase for o in products} == {"forward", "backward"}
+        assert {o.dtype for o in products} == {torch.float32}, (function, products)
+
+
+@pytest.mark.parametrize("name", STEPS)
 def test_attention_is_fused(name):
     names = Counter(o.name for o in trace_of(STEPS[name], 8).operations)
     assert not [n for n in names if "attention_math" in n]
@@ -84,6 +114,17 @@ def test_a_wait_is_seen():
     assert {"a", "indexing", ".cpu():", "torch.tensor(…,", ".to(device):", "nonzero"} <= found
     assert len(trace.copies) == 1
     assert all(line.startswith("tests/traces/waiting.py") for _, _, line in trace.waits)
+
+
+def test_counting_losses_does_not_wait():
+    """The log reads the means at log points alone; the updates between add to them on the device."""
+    with simulated_gpu(), Recorder() as recorder:
+        meters = Meters()
+        for _ in range(3):
+            meters.add(loss=torch.zeros(()), grad_norm=torch.zeros(()))
+        assert not recorder.trace.waits
+        meters.read()
+    assert sum(recorder.trace.waits.values()) == 1
 
 
 def test_processes_ask_about_signals_at_log_points_alone():

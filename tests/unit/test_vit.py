@@ -101,13 +101,3 @@ def test_statistics_of_the_stem_stay_unless_they_are_to_be_learnt(learns):
     assert len(kept) == 12 and (not any(kept) if learns else all(kept))
     alone = torch.cat([vit(image) for image in images.split(1)])
     assert torch.allclose(alone, together, atol=1e-5) is not learns
-
-
-def test_gradients_of_a_stems_1x1_kernels_have_the_strides_of_their_weights():
-    """DDP copies, and warns of, gradients that do not."""
-    embed = ViT(ViTConfig(64, 8, 96, 1, 4, stem=(24, 48, 96))).patch_embed
-    out = embed(torch.rand(32, 3, 64, 64))
-    weights = [weight for weight in embed.parameters() if weight.shape[2:] == (1, 1)]
-    gradients = torch.autograd.grad(out, weights, torch.randn_like(out))
-    pairs = zip(weights, gradients, strict=True)
-    assert [gradient.stride() for _, gradient in pairs] == [weight.stride() for weight in weights]

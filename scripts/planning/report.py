@@ -134,6 +134,7 @@ def text(f: dict, price: float | None) -> str:
         *_memory(f),
         *_time(f),
         *_graphs(f),
+        *_waits(f),
         *_traffic(f),
         *_data(f),
         *_training(f, price),
@@ -215,6 +216,12 @@ def _graphs(f: dict) -> list[tuple[str, str]]:
     said = f"{g['graphs']} captured, {breaks} graph breaks, {g['recompiled']} recompilations"
     rows = [("graphs", said + " in two more steps of the same shapes")]
     return rows + [("", f"{times} x {reason}") for reason, times in g["breaks"].items()]
+
+
+def _waits(f: dict) -> list[tuple[str, str]]:
+    """How often the host waits for the card; the places are listed at the end."""
+    times = sum(wait["times"] for wait in f["host_waits"])
+    return [("host waits", f"{times} a step, listed below" if times else "none")]
 
 
 def _traffic(f: dict) -> list[tuple[str, str]]:

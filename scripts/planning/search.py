@@ -99,6 +99,7 @@ def _largest(script, recipe, request: Request, parallel: str, checkpointing: boo
     first = b.memory_needed(small.trace, request.gpus)
     large = at(half + unit)
     slope = (b.memory_needed(large.trace, request.gpus) - first) / unit
+    fixed = first - slope * half  # weights, the optimizer, context
     size = half + int((room - first) / max(slope, 1.0)) // unit * unit
     for _ in range(3):
         if size < unit:
@@ -107,7 +108,8 @@ def _largest(script, recipe, request: Request, parallel: str, checkpointing: boo
         needed = b.memory_needed(simulation.trace, request.gpus)
         if needed <= room:
             return _candidate(simulation, request, parallel, checkpointing, size, needed)
-        size = min(size - unit, int(size * room / needed) // unit * unit)
+        share = (room - fixed) / (needed - fixed)
+        size = min(size - unit, int(size * share) // unit * unit)
     return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from runtime.simulate import bounds as b
 from runtime.simulate.fusion import Group
 from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
+from scripts.planning.report import Request
 from tests.helpers.processes import Run
 
 H100 = GPUS["h100"]
@@ -262,11 +264,39 @@ def test_the_figures_of_a_recipe():
     assert figures["training"]["hours"][0] > 0
 
 
+TABLE = ["recipe", "cards", "batch", "assumed", "memory", "work", "step, eager", "step, compiled"]
+TABLE += ["graphs", "host waits", "traffic", "data", "checkpoint", "training"]
+
+
 def test_the_table_names_everything():
-    result = plan(*DEBUG, "--price", "2.5")
+    result = plan(*DEBUG, "--price", "2.5", "--samples", "4096")
     assert result.returncode == 0, result.stderr
-    for line in ("memory", "work", "step, eager", "step, compiled", "data", "checkpoint"):
+    for line in TABLE:
         assert any(row.startswith(line) for row in result.stdout.splitlines()), result.stdout
+    for words in ("recompilations", "loader cores", "GPU-hours", "at 2.5 a GPU-hour", "to write"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize("card", [4e9, 80e9])
+def test_search_fills_the_card(card, monkeypatch):
+    """The largest batch within 90 % of the card, where memory grows a little faster than the batch."""
+    from scripts.planning import search
+
+    def simulated(script, config, gpus):
+        size, saving = config.batch_size, config.activation_checkpointing
+        peak = 5e8 + size * (1e6 if saving else 4e6) * (1 + size / 1e6)
+        trace = Trace([COPY], [Group("forward", size * 10**6)], peak=int(peak))
+        return SimpleNamespace(trace=trace, config=config)
+
+    def config(script, recipe):
+        return SimpleNamespace(batch_size=32, precision="bf16")
+
+    monkeypatch.setattr(search, "simulate", simulated)
+    monkeypatch.setattr(search, "read_config", config)
+    request = Request(replace(H100, memory=card), 1, 50e9, None, None)
+    found = search.search(None, [], request).candidates
+    assert [candidate.checkpointing for candidate in found] == [False, True]
+    assert all(0.85 * card < candidate.memory <= 0.9 * card for candidate in found)
 
 
 def test_unknown_scripts_are_refused_in_process():

@@ -42,6 +42,11 @@ def _of_cgroup(limit: str, used: str) -> int | None:
         return None
 
 
+def takes_no_memory() -> bool:
+    """Whether tensors are made without data: fakes of scripts/plan.py, or on the meta device."""
+    return detect_fake_mode() is not None or torch.get_default_device().type == "meta"
+
+
 def parameter_count(make: Callable[[], nn.Module]) -> int:
     """Parameters and buffers of the network that `make` builds, without their memory."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -56,7 +61,7 @@ def check_fits(
 
     copies: 1 for the weights alone, 4 to train (gradients and two moments), 3 where they are there.
     """
-    if detect_fake_mode() is not None:  # scripts/plan.py: nothing is allocated
+    if takes_no_memory():
         return
     free, needed = free_memory(device), FLOAT * copies * parameters
     if free is not None and needed > free:
@@ -71,7 +76,7 @@ def check_fits(
 def build_fitting(make: Callable[[], nn.Module], what: str) -> nn.Module:
     """The network that `make` builds on the CPU. UserError, before it takes any memory, where the
     host's does not hold its weights."""
-    if detect_fake_mode() is None:
+    if not takes_no_memory():
         check_fits(parameter_count(make), what)
     return make()
 
@@ -79,7 +84,7 @@ def build_fitting(make: Callable[[], nn.Module], what: str) -> nn.Module:
 def check_batch(samples: int, side: int, option: str) -> None:
     """UserError where the RGB images of one batch alone, uint8 [samples,3,side,side], exceed the
     free memory of the host. option: the name of what asks for so many."""
-    if detect_fake_mode() is not None:
+    if takes_no_memory():
         return
     free, needed = free_memory(), 3 * samples * side**2
     if free is not None and needed > free:

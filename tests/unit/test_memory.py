@@ -30,6 +30,13 @@ def test_counting_takes_no_memory_and_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_networks_without_data_always_fit():
+    with torch.device("meta"):
+        check_fits(10**15, "a decoder")
+    with pytest.raises(UserError, match="a decoder: 1e"):
+        check_fits(10**15, "a decoder")
+
+
 def test_the_bound_is_what_is_free(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       4096 kB\n")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")

@@ -279,7 +279,14 @@ def open_clip_config(model: nn.Module) -> dict:
         "timm_pool": "token" if backbone.startswith("VIT") else "avg",
         "timm_proj": "linear",
     }
-    return {"embed_dim": config.embed_dim, **activation, "vision_cfg": vision, "text_cfg": text}
+    bias = {"init_logit_bias": -10.0} if isinstance(model, SigLIP) else {}
+    return {
+        "embed_dim": config.embed_dim,
+        **activation,
+        **bias,
+        "vision_cfg": vision,
+        "text_cfg": text,
+    }
 
 
 def load_timm_open_clip(model: CLIP, state: State) -> None:

@@ -33,6 +33,7 @@ from scripts.weights.own import write_own
 from scripts.weights.source import Options, Source, State, Written
 
 TASK = "zero-shot-image-classification"
+TIMM_SIDE = 224  # of the images of open_clip's timm towers, whatever image_size says
 CLIP_VOCABULARY = 49408  # open_clip's own tokenizer has it
 
 
@@ -67,6 +68,12 @@ def about_open_clip(opened: Opened, options: Options) -> dict[str, Any]:
             "onnx or safetensors"
         )
     network = clip.open_clip_config(opened.model)
+    timm, side = network["vision_cfg"].get("timm_model_name", ""), opened.pixels.size
+    if timm.startswith("vit_") and side != TIMM_SIDE:
+        raise UserError(
+            f"open_clip builds timm's {timm} for {TIMM_SIDE} pixels, and this model is for {side}; "
+            "use --to onnx or safetensors"
+        )
     if opened.vocab_size != CLIP_VOCABULARY:  # its tokenizer lies in the folder
         network["text_cfg"]["hf_tokenizer_name"] = options.repository or "local"
         network["text_cfg"]["tokenizer_kwargs"] = {"clean": "lower"}

@@ -116,11 +116,12 @@ def test_dual_encoders(kind, to, tmp_path, monkeypatch):
     models = {"rocket": "CL2L_RT_CL2L", "siglip": "CLIP_RT_SIGLIP", "vits32": "CLIP_VITS32_CLIP"}
     models["slip"] = "CLIP_VITB16"
     if kind in models:
-        source = dual_run(tmp_path / "run", models[kind])
+        side = 224 if kind in ("vits32", "slip") else SIDE
+        source = dual_run(tmp_path / "run", models[kind], image_size=side)
     else:
         source = openai_files(tmp_path / "files", VIT if kind == "vit" else RESNET)
     written = convert.convert(source, to, tmp_path / "out", Options())[1]
-    image = small_photo(SIDE)
+    image = small_photo(224 if kind in ("vits32", "slip") else SIDE)
     compare(LIBRARIES[to](tmp_path / "out", image), ours(source, image), **CLOSE)
     compare(LIBRARIES[to](tmp_path / "out", photo()), ours(source, photo()), **RESIZED)
     assert run_example(tmp_path / "out", written.example, monkeypatch)
@@ -182,6 +183,7 @@ def test_align(to, digitscenes, tmp_path, monkeypatch):
     ("model", "to", "message"),
     [
         ("CLIP_VITT8_CLIP", "open_clip", "timm has no VITT8"),
+        ("CLIP_VITS32_CLIP", "open_clip", "for 224 pixels, and this model is for 32"),
         ("CLIP_RT_CLIP", "hf", "CLIPModel is OpenAI's ViT alone"),
         ("CLIP_RT_CLIP", "timm", "use --to safetensors or open_clip or hf or onnx"),
         ("ALIGN_NANO_TINY", "hf", "of ALIGN's models only B7"),

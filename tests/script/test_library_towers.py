@@ -220,6 +220,7 @@ def test_openais_weights_are_trained_further(digitscenes, tmp_path, monkeypatch)
         digitscenes,
         tmp_path / "run",
         model="ViT-S/8",
+        image_size=32,
         checkpoint=tmp_path / "start.safetensors",
         lock="image",
         epochs="2 steps",

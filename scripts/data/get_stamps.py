@@ -8,7 +8,8 @@ Animals, food, plants, vehicles ... on transparent ground, each with a caption i
 The package (161 MB, GPL-2) is fetched by apt; it is used here, never part of this repository.
 
 Makes OUT/images (each stamp on several colours), pairs_{train,test}.json (images and captions, as
-Pretrain.py, Retrieval.py and main.py read them), classes/{train,test}/CLASS (8 classes, as
+Pretrain.py, Retrieval.py and main.py read them), names_{train,test}.json (images and what they show,
+as Recognition.py reads them), classes/{train,test}/CLASS (8 classes, as
 eval_knn.py reads them), wds/{train,test} (shards), labels.json, templates.json and
 dataset_catalog.json (eval_zeroshot.py), sheet.jpg (a look at all of it) and LICENCE. Whole subjects
 are held out: no image of the test set has its caption, its name or its look in the training set.
@@ -20,6 +21,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import shutil
 import subprocess
 import sys
@@ -194,18 +196,28 @@ def is_test(stamps: list[Stamp], leader: list[int], fold: int) -> list[bool]:
 
 
 # ---- what is written of them
+def subject(caption: str) -> str:
+    """What an English caption names: `A crow (Corvus), flying.` -> `crow`."""
+    words = re.split(r"[(,;:.!]", caption)[0].lower().split()
+    while words and words[0] in ("a", "an", "the", "some"):
+        words.pop(0)
+    return " ".join(words)
+
+
 def write_split(out: Path, split: str, stamps: list[Stamp]) -> int:
     """Lists, class folders and shards of one split; returns the number of images."""
     from base.files import write_json
     from dataset.sources.tar_writer import write_shard, write_statistics
 
     colours = list(COLOURS) if split == "train" else list(COLOURS)[:1]
-    rows, samples = [], []
+    rows, samples, named = [], [], []
     for stamp in stamps:
         for colour in colours:
             file = f"{stamp.file}-{colour}.jpg"
             captions = list(dict.fromkeys(stamp.captions.values()))
             rows.append({"image": f"images/{file}", "caption": captions, "stamp": stamp.name})
+            if name := subject(stamp.captions.get("en", "")):
+                named.append({"image": f"images/{file}", "labels": [name]})
             image = (out / "images" / file).read_bytes()
             about = json.dumps({"captions": captions}).encode()
             key = file.removesuffix(".jpg").replace(".", "_")
@@ -217,6 +229,7 @@ def write_split(out: Path, split: str, stamps: list[Stamp]) -> int:
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(out / "images" / file, target / file)
     write_json(out / f"pairs_{split}.json", rows, indent=1)
+    write_json(out / f"names_{split}.json", named, indent=1)
     shard = out / "wds" / split / "00000.tar"
     write_statistics(shard, write_shard(shard, samples))
     return len(rows)

@@ -3,6 +3,7 @@
 import io
 import json
 import lzma
+import re
 import tarfile
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from base.errors import UserError
 from dataset.sources.records import Records
 from dataset.sources.shard_list import samples_of
+from dataset.tasks.recognition import label_records
 from scripts.data import get_stamps
 
 
@@ -76,6 +78,9 @@ def test_every_format_with_whole_subjects_held_out(deb, tmp_path, monkeypatch, c
         ):
             assert len({name in names["test"] for name in pair}) == 1, pair
         stamps[fold] = names["test"]
+        named = list(label_records(out / "names_train.json"))
+        assert [row["image"] for row in named] == [row["image"] for row in rows["train"]]
+        assert all(re.fullmatch(r"(thing \w|about .*)", row["labels"][0]) for row in named)
         assert len(rows["train"]) == 5 * len(names["train"])
         assert sum(samples_of([str(out / "wds/train/00000.tar")])) == len(rows["train"])
         assert {path.name for path in (out / "classes/test").iterdir()} == {"animals", "food"}
@@ -88,6 +93,19 @@ def test_every_format_with_whole_subjects_held_out(deb, tmp_path, monkeypatch, c
         tmp_path / "0/LICENCE"
     ).read_text() == "GPL-2" and "22 stamps" in capsys.readouterr().out
     assert json.loads((tmp_path / "0/labels.json").read_text())["stamps"][0] == ["an animal"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "name"),
+    [
+        ("A crow (Corvus), flying.", "crow"),
+        ("An albino peahen", "albino peahen"),
+        ("Some jalapeño peppers!", "jalapeño peppers"),
+        ("The", ""),
+    ],
+)
+def test_what_a_caption_names(caption, name):
+    assert get_stamps.subject(caption) == name
 
 
 def test_transparent_ground_takes_the_colour():

@@ -1,5 +1,5 @@
 """main.py with Muon, an optimizer of timm, layer decay and a learning rate of the image tower: a
-stopped run goes on exactly."""
+stopped run resumes exactly."""
 
 import pytest
 

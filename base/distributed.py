@@ -45,7 +45,7 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; `srun` sets SLURM_PROCID,
     SLURM_LOCALID and SLURM_STEP_NUM_TASKS, from which the others are derived. `device` is `auto`
     (CUDA where present), `cuda` or `cpu`;
-    the backend is nccl on CUDA and gloo on the CPU.
+    the backend is nccl for tensors on CUDA and gloo for those on the CPU.
 
     Raises UserError where CUDA is asked for and absent, or where a node has fewer GPUs than
     processes.
@@ -62,7 +62,8 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     if "TORCHELASTIC_RUN_ID" in env:
         end_with_launcher()
     if "RANK" in env and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        # gloo beside nccl is for tensors in host memory: those of an offloaded optimizer
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
         dist.init_process_group(
             backend, timeout=datetime.timedelta(minutes=timeout_minutes), **kwargs
@@ -319,7 +320,7 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
-        if dist.get_backend() == "nccl":
+        if grad.is_cuda:  # gloo has no reduce_scatter
             own = grad.new_empty(ctx.rows, *grad.shape[1:])
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             scatter(own, grad)

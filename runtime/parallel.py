@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +47,9 @@ class Features:
     parallel: str = "ddp"  # or fsdp: parameters, gradients and optimizer state sharded over the processes (FSDP2)
     compile: bool = False
     activation_checkpointing: bool = False
+    precision: str = "fp32"
+    shard_group: int = 0  # processes that share one copy under fsdp; 0 = all
+    offload: bool = False  # fsdp: parameters, gradients and optimizer state in host memory
 
 
 def parallelize(model: nn.Module, world: World, features) -> nn.Module:
@@ -60,7 +64,7 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     if features.activation_checkpointing:
         checkpoint_blocks(model)
     if strategy == "fsdp":
-        model = shard(model)
+        model = shard(model, world, features)
         model.structure = [structure]  # for whole_model; in a list, or it would be a submodule
     elif strategy != "ddp":
         raise UserError(f"parallel: {strategy!r} is unknown; use ddp or fsdp")
@@ -137,9 +141,16 @@ def _frozen_statistics(block: nn.Module):
             norm._buffers.update(buffers)
 
 
-def shard(model: nn.Module) -> nn.Module:
-    """FSDP2: each block is a unit, what remains is the root unit. In place; `whole_model` gathers it again."""
-    from torch.distributed.fsdp import fully_shard
+def shard(model: nn.Module, world: World, features) -> nn.Module:
+    """FSDP2: each block is a unit, what remains is the root unit. In place; `whole_model` gathers it
+    again.
+
+    In bf16 the blocks' weights travel as bf16 and the gradients are reduced in float32; the
+    parameters themselves stay float32. The root unit computes heads and losses in float32 and batch
+    norms take float32 weights, so these travel whole. With a `shard_group` smaller than the number of processes, each group
+    holds a whole copy (HSDP): gathers stay within a group, gradients are averaged between groups.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     if not dist.is_initialized():
         raise UserError(
@@ -154,10 +165,50 @@ def shard(model: nn.Module) -> nn.Module:
     for scalar in scalars:
         if scalar.requires_grad:
             scalar.register_post_accumulate_grad_hook(_average_gradient)
+    options = {"ignored_params": scalars, "mesh": device_mesh(world, features.shard_group)}
+    if features.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    half = MixedPrecisionPolicy()
+    if features.precision == "bf16":  # of what comes in autocast chooses the type
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in transformer_blocks(model):
         if any(True for _ in block.parameters()):
-            fully_shard(block, ignored_params=scalars)
-    return fully_shard(model, ignored_params=scalars)
+            whole = any("running_mean" in module._buffers for module in block.modules())
+            fully_shard(block, mp_policy=MixedPrecisionPolicy() if whole else half, **options)
+            if world.device.type == "cpu" and half.param_dtype and not whole:
+                _norms_in_float32(block)
+    return fully_shard(model, **options)
+
+
+def _norms_in_float32(block: nn.Module) -> None:
+    """On CUDA autocast computes layer norms in float32 whatever type their weights have; on the CPU
+    it leaves that to us."""
+
+    def forward(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+        bias = None if norm.bias is None else norm.bias.float()
+        return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), bias, norm.eps)
+
+    for module in block.modules():
+        if type(module) is nn.LayerNorm and module.elementwise_affine:
+            module.forward = functools.partial(forward, module)
+
+
+def device_mesh(world: World, shard_group: int):
+    """Processes of FSDP2: one line of all, or for HSDP a table with a row for each whole copy.
+    UserError where groups of this size do not come out even."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = shard_group or world.size
+    if size > world.size or world.size % size:
+        raise UserError(
+            f"shard_group: {world.size} processes are no whole number of groups of {size}; take a "
+            f"number that divides {world.size}, usually the GPUs of a node"
+        )
+    kind = world.device.type
+    if size == world.size:
+        return init_device_mesh(kind, (world.size,))
+    shape, names = (world.size // size, size), ("replicate", "shard")
+    return init_device_mesh(kind, shape, mesh_dim_names=names)
 
 
 def _average_gradient(parameter: torch.Tensor) -> None:

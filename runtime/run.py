@@ -1,6 +1,7 @@
 """One training run: its folder, resuming, checkpoints, log and signals. The loop and the method are in the scripts."""
 
 import contextlib
+import os
 import random
 import sys
 import warnings
@@ -24,6 +25,7 @@ from runtime.log import Meters, RunLog, Stopwatch, peak_flops
 from runtime.optim.build import Precision, build_optimizer
 from runtime.optim.schedule import Plan
 from runtime.parallel import parallelize, to_device
+from runtime.profiling import StepProfiler
 from runtime.resume import check_same_run, check_weights_fit, script_of
 from runtime.saving import Saver, is_sharded_format
 from runtime.scores import score_line
@@ -74,6 +76,16 @@ class RunConfig:
     parallel: str = knob(
         "ddp", "over several processes: replicate (ddp) or shard (fsdp)", choices=("ddp", "fsdp")
     )
+    shard_group: int = knob(
+        0,
+        "fsdp: processes that share one copy of the weights; 0 = all; fewer, such as a node's GPUs: "
+        "HSDP",
+        low=0,
+        rare=True,
+    )
+    offload: bool = knob(
+        False, "fsdp: parameters and optimizer state in host memory; slower", rare=True
+    )
     activation_checkpointing: bool = knob(
         False, "recompute transformer blocks in the backward pass to save memory"
     )
@@ -108,6 +120,15 @@ class RunConfig:
     peak_tflops: float | None = knob(
         None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name", rare=True
     )
+    deterministic: bool = knob(
+        False, "the same numbers in every run, on CUDA too; slower there", rare=True
+    )
+    profile: int = knob(
+        0,
+        "updates that torch's profiler traces, after a few; trace_rank0.json.gz",
+        low=0,
+        rare=True,
+    )
     stall_minutes: float = knob(
         10.0, "minutes without progress after which several processes end; 0 = never", low=0
     )
@@ -141,6 +162,14 @@ class ValidationConfig:
     eval_every: str = knob(
         "1 epochs", "between two validations: a number of 'steps', 'epochs', 'samples' or '%'"
     )
+
+
+def make_deterministic() -> None:
+    """Kernels that give the same bits in every run on the same machine and number of processes;
+    one that cannot raises RuntimeError with its name."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def seed_everything(seed: int, rank: int) -> None:
@@ -179,6 +208,8 @@ class Run:
 
     def __init__(self, config: RunConfig, world: World, metric: str | None = None):
         check_batch_of(config)
+        if config.deterministic:
+            make_deterministic()
         self.config, self.world, self.folder = config, world, Path(config.output_dir)
         self.metric = metric  # name of the score that the best checkpoint is best by
         self._lock = distributed.on_main(self._take_lock, share=False)
@@ -371,6 +402,7 @@ class Run:
         if self.metric is not None:
             self.eval_every = max(1, plan.steps(config.eval_every))
         self.watch = Stopwatch(world, plan.batch, flops, self.peak_flops)
+        self.profiler = StepProfiler(config.profile, self.folder, world)
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         micro = plan.batch // (config.accumulate * world.size)
         self.log.banner(
@@ -414,6 +446,7 @@ class Run:
         self.watchdog.update(step)
         self.meters.add(**losses)
         self.watch.steps += 1
+        self._say_trace(self.profiler.update())
         self.log.tick()
         due = self._is_log_point(step)
         # looking at the flag costs nothing on the CPU, so there the run stops at the very step
@@ -430,6 +463,10 @@ class Run:
             self.log.write(step, **position, **means, **self.watch.read(), errors=bad)
             for failure in filter(None, (failure for _, failure in reports)):
                 raise UserError(failure)  # of a write beside the training
+
+    def _say_trace(self, trace: Path | None) -> None:
+        if trace:
+            self.log.say(f"torch's profiler: {trace}, for ui.perfetto.dev or chrome://tracing")
 
     def _is_log_point(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.plan.total
@@ -550,6 +587,7 @@ class Run:
             self.saver.wait()
             distributed.barrier()  # nobody takes the store away while another still asks it
         if self.log:
+            self._say_trace(self.profiler.finish())
             self.log.close()
         if self._lock:
             self._lock.close()

@@ -73,7 +73,7 @@ def simulate(script: ModuleType, config, world_size: int = 1, mode: str = "gpu")
     if world_size > 1:
         _join_fake_group(world_size)
     try:
-        with _simulated_wrappers(world_size), MODES[mode]():
+        with _simulated_wrappers(world_size, config.shard_group), MODES[mode]():
             setup, model, recorder, moments = _record(script, config, world_size, mode)
     finally:
         if world_size > 1:
@@ -103,19 +103,17 @@ def _join_fake_group(size: int) -> None:
 
 
 @contextlib.contextmanager
-def _simulated_wrappers(size: int):
+def _simulated_wrappers(size: int, shard_group: int):
     """DDP that reads no data, and a mesh for fully_shard, whose own making looks at a tensor."""
     if size == 1:
         yield
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp._fully_shard import _fully_shard
-
     import runtime.parallel
 
-    mesh = init_device_mesh("cpu", (size,))
+    world = World(0, size, 0, CPU)
+    mesh = runtime.parallel.device_mesh(world, shard_group)
     with (
-        mock.patch.object(_fully_shard, "_init_default_mesh", lambda *args, **kwargs: mesh),
+        mock.patch.object(runtime.parallel, "device_mesh", lambda *args: mesh),
         mock.patch.object(runtime.parallel, "DistributedDataParallel", SimulatedDDP),
         mock.patch.object(torch.nn.parallel, "DistributedDataParallel", SimulatedDDP),
     ):

@@ -10,8 +10,16 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 
 from base import distributed
+from base.errors import UserError
 from runtime.optim.build import Optimizer, Precision, build_optimizer
-from runtime.parallel import Features, gradient_sync, parallelize, transformer_blocks, whole_model
+from runtime.parallel import (
+    Features,
+    device_mesh,
+    gradient_sync,
+    parallelize,
+    transformer_blocks,
+    whole_model,
+)
 from tests.helpers.processes import start_processes
 
 CPU = torch.device("cpu")
@@ -175,3 +183,100 @@ def test_checkpoints_move_between_strategies(straight, tmp_path):
     moments = optimizer.state[model.head.weight]["exp_avg"]
     torch.testing.assert_close(moments, saved["optimizer"]["state"]["head.weight"]["exp_avg"])
     assert optimizer.state[model.head.weight]["step"].item() == STEPS
+
+
+def _four_processes(rank: int, folder: str, changes: dict) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="4", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4
+    )
+    world = distributed.World(rank, 4, rank, CPU)
+    model = parallelize(network(), world, Features("fsdp", **changes))
+    weight = model.blocks[0].dense.weight
+    held = weight.to_local()
+    norms, optimizer = train(model, rank, 4)
+    state = dcp.get_model_state_dict(model, options=dcp.StateDictOptions(full_state_dict=True))
+    moment = optimizer.state[weight]["exp_avg"].to_local()
+    if rank == 0:
+        facts = {"rows": len(held), "placements": str(weight.placements)}
+        facts["moment_rows"] = len(moment)
+        torch.save({"state": state, "norms": norms, **facts}, f"{folder}/result.pt")
+    distributed.shutdown()
+
+
+@needs_fsdp2
+@pytest.mark.parametrize(
+    "changes, rows, placements",
+    [
+        ({}, 2, "(Shard(dim=0),)"),
+        ({"shard_group": 2}, 4, "(Replicate(), Shard(dim=0))"),
+        ({"offload": True}, 2, "(Shard(dim=0),)"),
+    ],
+)
+def test_four_processes_share_copies(changes, rows, placements, straight, tmp_path):
+    """All four one copy, or two copies of two processes each (HSDP); or in host memory."""
+    start_processes(_four_processes, (str(tmp_path), changes), 4)
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert_same(result["state"], result["norms"], straight)
+    assert (result["rows"], result["moment_rows"]) == (rows, rows)  # of 8 in the whole matrix
+    assert result["placements"] == placements
+
+
+@pytest.mark.parametrize("group", [3, 8])
+def test_groups_that_do_not_come_out_even_are_refused(group):
+    with pytest.raises(UserError, match=f"4 processes are no whole number of groups of {group}"):
+        device_mesh(distributed.World(0, 4, 0, CPU), group)
+
+
+class Spy(nn.Module):
+    """Notes the type of its weight while it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.scale = nn.Parameter(torch.ones(()))
+        self.seen = []
+        for block in self.blocks:
+            block.dense.register_forward_hook(self.note)
+
+    def note(self, layer, *_):
+        self.seen.append(layer.weight.dtype)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x.float().mean() * self.scale
+
+
+def _types_of_bf16(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    model = parallelize(
+        Spy(), distributed.World(rank, 2, rank, CPU), Features("fsdp", precision="bf16")
+    )
+    precision = Precision("bf16", CPU)
+    with precision.autocast():
+        loss = model(torch.randn(4, 8))
+    precision.backward(loss)
+    weight = model.blocks[0].dense.weight
+    facts = {
+        "computing": [str(kind) for kind in model.seen],
+        "kept": str(weight.to_local().dtype),
+        "gradient": str(weight.grad.to_local().dtype),
+        "scalar": str(model.scale.dtype),
+        "loss": str(loss.dtype),
+    }
+    if rank == 0:
+        torch.save(facts, f"{folder}/types.pt")
+    distributed.shutdown()
+
+
+@needs_fsdp2
+def test_weights_travel_in_bf16_and_gradients_are_kept_in_float32(tmp_path):
+    start_processes(_types_of_bf16, (str(tmp_path),), 2)
+    facts = torch.load(tmp_path / "types.pt", weights_only=True)
+    assert facts["computing"] == ["torch.bfloat16"] * 2
+    whole = {name: kind for name, kind in facts.items() if name != "computing"}
+    assert set(whole.values()) == {"torch.float32"}

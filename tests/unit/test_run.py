@@ -1,6 +1,7 @@
 """Run: what a training script's loop relies on, with a small network and a real loader."""
 
 import errno
+import gzip
 import json
 import os
 import signal
@@ -440,3 +441,26 @@ def test_a_full_disk_is_one_sentence_and_the_weights_are_safe(tmp_path, monkeypa
 def disk_is_full_from_now_on(folder: Path) -> None:
     (folder / "log.jsonl").unlink()
     (folder / "log.jsonl").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("updates, traced", [(9, 2), (6, 1), (4, 0)])
+def test_profile_traces_updates_after_a_few(updates, traced, tmp_path):
+    """Also of a run that ends before all are traced; one that ends before the first leaves none."""
+    plan = Schedule(duration=f"{updates} steps", warmup="1 steps")
+    train(options(tmp_path, profile=2, scheduler=plan))
+    trace = tmp_path / "trace_rank0.json.gz"
+    assert trace.is_file() == bool(traced)
+    if traced:
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        names = [event["name"] for event in events]
+        assert names.count("Optimizer.step#AdamW.step") == traced
+
+
+def test_deterministic_asks_for_kernels_that_repeat(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        train(options(tmp_path, deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

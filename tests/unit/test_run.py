@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 import signal
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from base.distributed import ALONE
+from base.distributed import ALONE, World
 from base.errors import UserError
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from runtime.checkpoint import CheckpointFolder, find_damage, load_checked
@@ -21,6 +23,7 @@ from runtime.interrupt import EXIT_REQUEUE
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.run import Run, RunConfig, ValidationConfig
+from runtime.saving import is_sharded_format, state_bytes
 
 TOTAL = 4
 
@@ -269,6 +272,43 @@ def test_a_signal_saves_once_and_asks_for_a_requeue(kind, tmp_path):
     assert find_damage(saved(tmp_path, 2)) is None and not list(tmp_path.glob(".checkpoint*"))
     train(options(tmp_path, save_every="100 steps"))
     assert steps_of(tmp_path) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "processes", "parallel", "limit", "expected"),
+    [
+        ("auto", 1, "fsdp", 0, False),
+        ("auto", 2, "ddp", 100, False),
+        ("auto", 2, "ddp", 10, True),
+        ("auto", 2, "fsdp", 100, True),
+        ("single", 2, "fsdp", 0, False),
+        ("sharded", 1, "ddp", 100, True),
+    ],
+)
+def test_the_kind_of_checkpoint(monkeypatch, wanted, processes, parallel, limit, expected):
+    monkeypatch.setattr("runtime.saving.SINGLE_BYTES", limit)  # Net with Adam has 36 bytes
+    world = World(0, processes, 0, ALONE.device)
+    assert state_bytes(Net()) == 36
+    assert is_sharded_format(wanted, Net(), world, parallel) == expected
+
+
+def test_a_write_beside_the_training_that_fails_ends_the_run_at_the_next_log_point(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("runtime.hashed._HashingFile.finish", full)
+
+    def at(step):
+        if step == 3:  # the write of step 2 has failed by then
+            until = time.monotonic() + 60
+            while any(thread.name == "checkpoint" for thread in threading.enumerate()):
+                assert time.monotonic() < until
+                time.sleep(0.01)
+
+    with pytest.raises(UserError, match="disk is full") as error:
+        train(options(tmp_path, async_save=True, save_every="2 steps"), at=at)
+    assert "start the same command again" in str(error.value)
+    assert any(entry.name == "log_step" for entry in error.traceback)
+    assert steps_of(tmp_path) == [1, 2, 3, 4] and not list(tmp_path.glob("checkpoint_*"))
 
 
 # ---- a used folder

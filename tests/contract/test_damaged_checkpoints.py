@@ -1,5 +1,8 @@
 """Every training script, its newest or its best checkpoint damaged: it says so, falls back, and
-ends with the weights it had; its folder can still be evaluated."""
+ends with the weights and scores it had; its folder can still be evaluated. A run gives no warning,
+and one that is finished keeps its results when it is started again."""
+
+import re
 
 import pytest
 import torch
@@ -32,6 +35,16 @@ def command_line(script: str, data, tokenizer, out) -> list[str]:
     return downstream.flags(script, data, out, *steps)
 
 
+def results_of(run) -> list:
+    """What a run leaves to its reader: the scores, the page with them, the published weights."""
+    scores = run / "result/metrics.json"
+    found = []
+    if scores.is_file():
+        found = [scores.read_text(), (run / "result/report.html").read_text()]
+        assert re.search(r'"(val|test|testA|top1|mAP)"', found[0]), found[0]
+    return found + [file.read_bytes() for file in sorted(run.glob("*.safetensors"))]
+
+
 def flip_a_bit(file) -> None:
     """In place: the best checkpoint, which is the same file, is damaged with a numbered one."""
     content = bytearray(file.read_bytes())
@@ -59,7 +72,8 @@ def test_a_damaged_checkpoint_is_passed_over(script, kind, digitscenes, image_to
     run = tmp_path / "run"
     flags = command_line(script, digitscenes, image_tokenizer, run)
     flags += ["--checkpoint_format", kind]
-    run_script(f"{script}.py", flags)
+    said = run_script(f"{script}.py", flags)
+    assert "Warning" not in said, said  # ours, torch's or another library's
     folder = CheckpointFolder(run)
     newest = folder.numbered()[0]
     before = values(newest)
@@ -74,3 +88,8 @@ def test_a_damaged_checkpoint_is_passed_over(script, kind, digitscenes, image_to
     assert find_damage(newest) is None
     assert (folder.best is not None) == (script != "Pretrain")
     assert folder.best is None or find_damage(folder.best) is None
+
+    results = results_of(run)
+    said = run_script(f"{script}.py", flags)  # a finished run, started again
+    assert "nothing left to train" in said and "Warning" not in said
+    assert results_of(run) == results

@@ -100,11 +100,11 @@ LIBRARIES = {"open_clip": by_open_clip, "hf": by_transformers, "onnx": by_onnx}
     ("kind", "to"),
     [
         ("vit", "open_clip"),
-        ("vit", "hf"),
+        pytest.param("vit", "hf", marks=pytest.mark.slow),
         pytest.param("vit", "onnx", marks=pytest.mark.slow),
         pytest.param("resnet", "open_clip", marks=pytest.mark.slow),
         pytest.param("resnet", "onnx", marks=pytest.mark.slow),
-        ("rocket", "open_clip"),
+        pytest.param("rocket", "open_clip", marks=pytest.mark.slow),
         pytest.param("rocket", "onnx", marks=pytest.mark.slow),
         pytest.param("siglip", "open_clip", marks=pytest.mark.slow),
         pytest.param("vits32", "open_clip", marks=pytest.mark.slow),

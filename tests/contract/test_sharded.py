@@ -26,7 +26,12 @@ from scripts.weights import convert
 from tests.contract.test_parallel import needs_fsdp2
 from tests.helpers.processes import ROOT, spawn
 
-PARALLEL = ["ddp", pytest.param("fsdp", marks=needs_fsdp2)]
+# what two processes write, and who reads it: how wrapped, on how many processes
+READERS = [
+    pytest.param("fsdp", [("fsdp", 3)], marks=needs_fsdp2),
+    pytest.param("fsdp", [("ddp", 2), ("fsdp", 2)], marks=[needs_fsdp2, pytest.mark.slow]),
+    pytest.param("ddp", [("ddp", 2), ("fsdp", 2)], marks=[needs_fsdp2, pytest.mark.slow]),
+]
 
 
 class Net(nn.Module):
@@ -117,8 +122,8 @@ def assert_equal(found: dict, expected: dict) -> None:
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
-def test_any_number_of_processes_reads_what_two_wrote(parallel, tmp_path):
+@pytest.mark.parametrize(("parallel", "readers"), READERS)
+def test_any_number_of_processes_reads_what_two_wrote(parallel, readers, tmp_path):
     spawn(save, 2, parallel, str(tmp_path))
     path = tmp_path / "checkpoint_00000001"
     assert is_sharded(path) and find_damage(path) is None
@@ -136,8 +141,7 @@ def test_any_number_of_processes_reads_what_two_wrote(parallel, tmp_path):
     assert convert.main(["merge", str(path), str(merged)]) == 0
     assert_equal(load_file(merged), expected["model"])
     load(0, "ddp", str(tmp_path))  # this one process
-    others = [("fsdp", 3), ("ddp", 2), ("fsdp", 2)] if parallel == "fsdp" else [("fsdp", 2)]
-    for other, processes in others:
+    for other, processes in readers:
         spawn(load, processes, other, str(tmp_path))
 
 
@@ -177,7 +181,9 @@ def fail(rank: int, folder: str, where: str) -> None:
         saver.save(model, optimizer, {"step": 3}, {}, 3, None)
 
 
-@pytest.mark.parametrize("where", ["part", "index", "rename"])
+@pytest.mark.parametrize(
+    "where", ["part", *(pytest.param(name, marks=pytest.mark.slow) for name in ("index", "rename"))]
+)
 def test_what_fails_on_one_process_fails_all_and_the_checkpoint_before_serves(where, tmp_path):
     spawn(fail, 2, str(tmp_path), where)
     assert CheckpointFolder(tmp_path).newest_valid() == tmp_path / "checkpoint_00000001"
@@ -294,6 +300,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_merging_takes_the_memory_of_one_tensor(tmp_path):
     tensors = {
         f"layer.{number}.weight": torch.rand(4, 1 << 18) for number in range(24)

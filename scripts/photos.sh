@@ -37,7 +37,8 @@ for fold in $folds; do
     of="${languages// /-}-$fold"
     stamps=$data/stamps/$of run=$out/$of
     runs+=("$run")
-    if [ ! -d "$stamps" ]; then
+    if [ ! -f "$stamps/LICENCE" ]; then  # which is written last
+        rm -rf "$stamps"
         # shellcheck disable=SC2086  # languages are words
         python scripts/data/get_stamps.py "$stamps" --deb "$package" --fold "$fold" --languages $languages
     fi

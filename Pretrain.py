@@ -12,7 +12,7 @@ SIMLA, masked patches (MIM) and keywords (PSEUDO) are predicted. A momentum teac
 targets, weighted by alpha.
 
 Published, 4M images: 30 epochs at batch 8 x 64 take 3-4 days of 8 A100; Flickr30k zero-shot
-text/image R@1 90.5 / 76.8 (ALBEF 4M). DigitScenes: 8 minutes on 2 CPU cores. Runs resume exactly.
+text/image R@1 90.5 / 76.8 (ALBEF 4M). DigitScenes: 6 minutes on 2 CPU cores. Runs resume exactly.
 """
 
 from dataclasses import dataclass

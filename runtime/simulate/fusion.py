@@ -4,8 +4,8 @@ A group reads each tensor from outside once and writes only what another kernel 
 outlives the step. Like Inductor, it follows dependencies, not the order of the program: a bias
 gradient joins the kernel that made the gradient it sums, wherever the program computes it; and
 autocast's copies of one tensor in one dtype are a single copy. An elementwise result is computed
-again where it is needed if that moves fewer bytes than writing and reading it, as Inductor does
-inside a graph and AOTAutograd's partitioner for the backward pass.
+again where it is needed if what it is made of is no more to read, as Inductor does inside a graph
+and AOTAutograd's partitioner for the backward pass.
 """
 
 from collections import Counter
@@ -134,11 +134,11 @@ class Fusion:
 
 
 def _bring(value: _Value, size: int, kernel: _Kernel, line: str) -> None:
-    """Let the kernel read the value, or what it is made of where that moves fewer bytes."""
+    """Let the kernel read the value, or what it is made of where that is no more to read."""
     wanted = [(value, size)]
     if not value.written:
         again = _ancestors(value)
-        if again is not None and _unread(again, kernel) <= size + value.size:
+        if again is not None and _unread(again, kernel) <= size:
             wanted = again
     for needed, part in wanted:
         _write(needed)

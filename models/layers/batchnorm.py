@@ -29,7 +29,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose training statistics are those of all processes, as torch's SyncBatchNorm.
 
     One collective forward, one backward; the host never waits. Processes may have different numbers
-    of rows, at least one each.
+    of rows, at least one each. timm's norms with dropout and activation behind keep both.
     """
 
     @classmethod
@@ -44,10 +44,19 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             device="meta",
         )
         made._parameters, made._buffers = norm._parameters, norm._buffers
+        made._modules = norm._modules
         return made.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,...] -> the same shape and dtype."""
+        x = self.normalise(x)
+        for name in ("drop", "act"):
+            if name in self._modules:
+                x = self._modules[name](x)
+        return x
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The norm alone."""
         if not self.training or world_size() == 1:
             return super().forward(x)
         y, mean, variance, count = _GlobalNormalise.apply(x, self.weight, self.bias, self.eps)

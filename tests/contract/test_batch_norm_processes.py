@@ -90,3 +90,18 @@ def half_precision() -> None:
 
 def test_two_processes_equal_one():
     spawn(all_cases, 2)
+
+
+def test_an_activation_behind_timms_norm_stays():
+    from timm.layers import BatchNormAct2d
+
+    torch.manual_seed(0)
+    norm = BatchNormAct2d(4, act_layer=nn.ReLU6)
+    made = GlobalBatchNorm.like(norm)
+    x = 4 * torch.randn(3, 4, 5, 5)
+    for training in (True, False):
+        expected = copy.deepcopy(norm).train(training)(x)
+        found = copy.deepcopy(made).train(training)(x)
+        torch.testing.assert_close(found, expected)
+        assert found.min() == 0
+    assert made.state_dict().keys() == norm.state_dict().keys()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from base.distributed import gather_with_gradient, rank
+from base.distributed import rank
 from base.errors import UserError
 from base.knobs import knob
 from models.dual_encoder.base import DualConfig, Features
@@ -301,8 +301,6 @@ class BarLIP(CL2L):
             total = total + barlow_twins(
                 image,
                 text,
-                gather_with_gradient(image),
-                gather_with_gradient(text),
                 lamb=self.options.barlip_lamb,
                 scale_loss=self.options.barlip_scale_loss,
             )

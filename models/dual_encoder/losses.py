@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.distributed import all_reduce, gather, gather_with_gradient, rank
+from base.distributed import all_reduce, gather, gather_with_gradient, rank, world_size
 from models.dual_encoder.tiled import tiled_info_nce, tiled_sigmoid_loss
 
 
@@ -126,36 +126,72 @@ def simclr(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return loss, accuracy(from_a, labels)
 
 
-def barlow_twins(
-    image: Tensor, text: Tensor, all_image: Tensor, all_text: Tensor, lamb: float, scale_loss: float
-) -> Tensor:
+def barlow_twins(image: Tensor, text: Tensor, lamb: float, scale_loss: float) -> Tensor:
     """Barlow Twins (Zbontar 2021, equation 1) between modalities: the cross-correlation goes to the
     identity.
 
         L = scale_loss [ sum_i (K_ii - 1)^2 + lamb sum_{i != j} K_ij^2 ],    K = image^T text / N
 
-    K is taken over the global batch; L is summed over all V U pairs of views of image [b,V,D] and
-    text [b,U,D] (all_* [N,V,D], [N,U,D]). 0-d, float32 whatever the autocast.
-
-    K, D x D (8192^2), is never formed: N^2 |K|^2 = sum_ij <image_i, image_j> <text_i, text_j>, of
-    which each rank computes its own rows i, O(b N D) per view. The value is that of the global
-    batch on every rank.
+    K is taken over the global batch of N pairs; L is summed over all V U pairs of views of this
+    rank's image [b,V,D] and text [b,U,D]. 0-d, float32 whatever the autocast; the value is that of
+    the global batch on every rank. Of the two ways to compute it the one that holds less is taken:
+    the features of all ranks (N x D a view), or K (D x D, a pair of views at a time).
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text = (
-            image.float().transpose(0, 1),
-            text.float().transpose(0, 1),
-        )  # [V,b,D], [U,b,D]
-        all_image, all_text = all_image.float().transpose(0, 1), all_text.float().transpose(0, 1)
-        b, total = image.shape[1], all_image.shape[1]
-        gram_image = image @ all_image.transpose(1, 2)  # [V,b,N]
-        gram_text = text @ all_text.transpose(1, 2)
-        # own rows count N/b fold, so that the mean over ranks is the sum over all rows
-        squares = torch.einsum("vbn,ubn->", gram_image, gram_text) / (b * total)
-        squares = squares + (all_reduce(squares, "mean") - squares).detach()
-        diagonal = torch.einsum("vnd,und->vud", all_image, all_text) / total
-        off_diagonal = squares - diagonal.square().sum()
-        return scale_loss * ((diagonal - 1).square().sum() + lamb * off_diagonal)
+        image, text = image.float(), text.float()
+        if len(image) * world_size() <= image.shape[-1]:
+            return _from_features(image, text, lamb, scale_loss)
+        pairs = [
+            _FromCorrelation.apply(image[:, v], text[:, u], lamb)
+            for v in range(image.shape[1])
+            for u in range(text.shape[1])
+        ]
+        return scale_loss * torch.stack(pairs).sum()
+
+
+def _from_features(image: Tensor, text: Tensor, lamb: float, scale_loss: float) -> Tensor:
+    """K is never formed: N^2 |K|^2 = sum_ij <image_i, image_j> <text_i, text_j>, of which each rank
+    computes its own rows i, O(b N D) per view."""
+    all_image = gather_with_gradient(image).transpose(0, 1)  # [V,N,D]
+    all_text = gather_with_gradient(text).transpose(0, 1)
+    image, text = image.transpose(0, 1), text.transpose(0, 1)
+    b, total = image.shape[1], all_image.shape[1]
+    gram_image = image @ all_image.transpose(1, 2)  # [V,b,N]
+    gram_text = text @ all_text.transpose(1, 2)
+    # own rows count N/b fold, so that the mean over ranks is the sum over all rows
+    squares = torch.einsum("vbn,ubn->", gram_image, gram_text) / (b * total)
+    squares = squares + (all_reduce(squares, "mean") - squares).detach()
+    diagonal = torch.einsum("vnd,und->vud", all_image, all_text) / total
+    off_diagonal = squares - diagonal.square().sum()
+    return scale_loss * ((diagonal - 1).square().sum() + lamb * off_diagonal)
+
+
+class _FromCorrelation(torch.autograd.Function):
+    """The loss of one pair of views from K, which is summed over the ranks instead of their
+    features. image, text [b,D] of this rank; K and its gradient, 2 D^2 numbers, are gone when the
+    forward pass is over: what is kept is the gradient of the own rows."""
+
+    @staticmethod
+    def forward(ctx, image: Tensor, text: Tensor, lamb: float) -> Tensor:
+        ranks = world_size()
+        total = len(image) * ranks
+        correlation = all_reduce(image.T @ text / total)
+        diagonal = correlation.diagonal()
+        unlike_one = diagonal - 1
+        loss = unlike_one.square().sum()
+        loss = loss + lamb * (correlation.square().sum() - diagonal.square().sum())
+        slope = correlation.mul_(2 * lamb)
+        slope.diagonal().copy_(2 * unlike_one)
+        # every rank returns the loss of all, and the wrapper averages over ranks: the own share is
+        # `ranks` times as large
+        share = ranks / total
+        ctx.save_for_backward(share * (text @ slope.T), share * (image @ slope))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        image, text = ctx.saved_tensors
+        return grad * image, grad * text, None
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

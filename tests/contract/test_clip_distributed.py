@@ -28,6 +28,11 @@ CASES = {
         "separate_proj": True,
     },
     "barlip": {"model": "CL2L_VITB16_BARLIP", "separate_proj": True, "separate_proj_child": True},
+    "barlip_many_pairs": {  # more of them than features: through the correlation matrix
+        "model": "CL2L_VITB16_BARLIP",
+        "separate_proj": True,
+        "barlip_proj_dim": 6,
+    },
     "siamlip": {"model": "CL2L_VITB16_SIAMLIP", "separate_proj": True},
     "byolip": {"model": "CL2L_VITB16_SIAMLIP"},
     "swalip": {"model": "CL2L_VITB16_SWALIP", "separate_proj": True},

@@ -304,3 +304,23 @@ def test_unknown_scripts_are_refused_in_process():
 
     with pytest.raises(UserError, match="there are"):
         load_script("Pretrian")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script, recipe, most",
+    [
+        ("main", "main/cc12m_r50_barlip", 2.0),
+        ("main", "main/cc12m_r50_cl2l", 2.0),
+        ("main", "main/align_coyo700m", 1.0),
+    ],
+)
+def test_a_thousand_ranks_gather_what_fits(script, recipe, most):
+    """At 1,024 ranks a recipe fits its card, and what it holds for collectives stays below `most`
+    GB: BarLIP's gathered projections would be 26."""
+    recipe = ("--config", f"configs/{recipe}.yaml", "--gpus", "1024", "--gpu", "h100")
+    result = plan(f"{script}.py", *recipe, "--no-graphs", "--json")
+    assert result.returncode == 0, result.stderr
+    memory = json.loads(result.stdout)["memory"]
+    assert memory["fits"]
+    assert 0 < memory["parts"]["communication"] < most * 1e9

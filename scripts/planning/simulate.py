@@ -19,7 +19,7 @@ from base.errors import UserError
 from runtime.simulate.ddp import SimulatedDDP
 from runtime.simulate.recorder import Recorder, Trace
 from runtime.simulate.stand_ins import simulated_cpu, simulated_gpu
-from scripts.planning.steps import ROOT, Setup, setup_of
+from scripts.planning.steps import ROOT, Setup, check_trains, setup_of
 
 CPU = torch.device("cpu")
 
@@ -68,6 +68,7 @@ MODES = {
 
 def simulate(script: ModuleType, config, world_size: int = 1, mode: str = "gpu") -> Simulation:
     """Two steps, of which the second is recorded, in a fake group of `world_size` processes."""
+    check_trains(script)
     started = time.monotonic()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if world_size > 1:

@@ -349,9 +349,13 @@ SETUPS: dict[str, Callable[[ModuleType, object], Setup]] = {
 }
 
 
-def setup_of(script: ModuleType, config) -> Setup:
-    """The step of a script; call it inside `simulated_gpu()`."""
+def check_trains(script: ModuleType) -> None:
+    """Raise UserError for a script without a training step."""
     if script.__name__ not in SETUPS:
         known = ", ".join(f"{name}.py" for name in SETUPS)
         raise UserError(f"{script.__name__}.py does not train; plan.py knows {known}")
+
+
+def setup_of(script: ModuleType, config) -> Setup:
+    """The step of a script; call it inside `simulated_gpu()`."""
     return SETUPS[script.__name__](script, config)

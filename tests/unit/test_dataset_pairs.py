@@ -143,7 +143,7 @@ def test_visual_codes_from_a_cache(folder):
         CodeCache(folder / "codes.npy", 13)
     np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     for name in ("objects.npy", "missing.npy", "vocab.txt"):
-        with pytest.raises(UserError, match=r"not a readable .npy"):
+        with pytest.raises(UserError, match=r"no readable .npy"):
             CodeCache(folder / name, 1)
 
 

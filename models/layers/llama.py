@@ -196,7 +196,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turn, sight: Sight, past=None, keep: int | None = None):
         """x [B,L,D] -> [B,keep,D] (all of L by default), and the keys and values [B,H,S+L,d] to go
-        on from."""
+        on from; None in training, which would only hold them longer."""
         first = 0 if keep is None else x.shape[1] - keep
         ahead = tuple(part[..., first:, :] for part in turn)
         query, key = self.query(x[:, first:], ahead), self.key(x, turn)
@@ -209,7 +209,8 @@ class Attention(nn.Module):
             if shared == 1
             else (part.repeat_interleave(shared, 1) for part in (key, value))
         )
-        return self.wo(merge_heads(sight.attend(query, *spread))), (key, value)
+        cache = None if self.training else (key, value)
+        return self.wo(merge_heads(sight.attend(query, *spread))), cache
 
     def probabilities(self, x: Tensor, turn, sight: Sight) -> Tensor:
         """Attention probabilities float32 [B,H,L,L] of a call without cache."""
@@ -278,10 +279,13 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor, sight: Sight, cache: Cache | None = None, keep: int | None = None):
         """Embeddings [B,L,D] -> normed states [B,keep,D] of the last `keep` positions (all by
-        default) and the cache.
+        default) and the cache, which has nothing in training.
 
         Above the last block nobody looks at earlier positions: only the kept ones go through it.
+        Raises RuntimeError for a cache in training.
         """
+        if self.training and cache is not None:
+            raise RuntimeError("keys and values are kept in eval mode alone: call .eval() first")
         turn = self.turn(sight)
         grown: Cache = []
         for number, block in enumerate(self.layers):

@@ -213,7 +213,8 @@ def test_rotary_rows_of_both_layouts():
 @torch.no_grad()
 def test_cache_and_kept_positions_change_nothing():
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(dim=32, n_layers=2, n_heads=4, vocab_size=20, multiple_of=16))
+    config = LlamaConfig(dim=32, n_layers=2, n_heads=4, vocab_size=20, multiple_of=16)
+    model = Llama(config).eval()
     x = torch.randn(2, 10, 32)
     mask = torch.ones(4, 10, dtype=torch.bool).tril(6)[None, None]
     whole, _ = model(x, Sight(torch.arange(10), mask, prefix=6))
@@ -223,6 +224,8 @@ def test_cache_and_kept_positions_change_nothing():
         step = Sight(torch.tensor([place]), mask[:, :, place - 6 : place - 5, : place + 1])
         state, cache = model(x[:, place : place + 1], step, cache)
         assert (state[:, 0] - whole[:, place]).abs().max() < 1e-5
+    with pytest.raises(RuntimeError, match="eval mode alone"):
+        model.train()(x[:, :1], Sight(torch.arange(1), mask[:, :, :1, :1]), cache)
 
 
 @torch.no_grad()

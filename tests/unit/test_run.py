@@ -186,6 +186,8 @@ def test_the_best_checkpoint_survives_a_kill_between_any_two_renames(
             train(options(tmp_path), scores)
         except Killed:
             pass
+        except UserError as error:  # of a thread beside the training, seen at a log point
+            assert "Killed" in str(error)
     run, checkpoint = train(options(tmp_path), scores)
     assert run.best == 3 and checkpoint == saved(tmp_path, "best") and best_score(tmp_path) == 3
     assert load_checked(checkpoint)["step"] == 2
@@ -308,7 +310,8 @@ def test_a_write_beside_the_training_that_fails_ends_the_run_at_the_next_log_poi
         train(options(tmp_path, async_save=True, save_every="2 steps"), at=at)
     assert "start the same command again" in str(error.value)
     assert any(entry.name == "log_step" for entry in error.traceback)
-    assert steps_of(tmp_path) == [1, 2, 3, 4] and not list(tmp_path.glob("checkpoint_*"))
+    assert steps_of(tmp_path) in ([1, 2, 3], [1, 2, 3, 4])  # a fast disk has failed by step 3
+    assert not list(tmp_path.glob("checkpoint_*"))
 
 
 # ---- a used folder

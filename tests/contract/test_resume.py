@@ -151,7 +151,7 @@ TRAINER = """
 import os, time
 from base import distributed
 distributed.init("cpu")
-print(os.getpid(), flush=True)
+os.write(1, f"{os.getpid()}\\n".encode())  # one write: two processes share the pipe
 time.sleep(100)
 """
 

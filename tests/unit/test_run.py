@@ -24,6 +24,7 @@ from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.run import Run, RunConfig, ValidationConfig
 from runtime.saving import is_sharded_format, state_bytes
+from tests.helpers.bars import close_bars
 
 TOTAL = 4
 
@@ -78,6 +79,7 @@ def options(folder: Path, **changes) -> Config:
 def train(config: Config, scores=(), evaluated=None, at=None) -> tuple[Run, Path | None]:
     """The scripts' loop; `scores` are those of the validations after each update. at(step) is
     called before anything is saved. Returns the run and the checkpoint to test."""
+    close_bars()  # of a run that was killed
     torch.manual_seed(0)
     run = Run(config, ALONE, metric="accuracy" if scores else None)
     stream = Stream([RecordSource([{"number": i} for i in range(40)], Build(), "train")], collate)

@@ -9,7 +9,8 @@ from pathlib import Path
 from base.errors import BadSample
 from base.limits import ROW_GROUP_BYTES, check_limit
 from dataset.sources.tables import (
-    column_names,
+    Columns,
+    columns_of,
     open_arrow,
     open_parquet,
     parse_address,
@@ -55,8 +56,8 @@ def encoded_table(address: str, required: Sequence[str]) -> "EncodedTable | None
     if not parts:
         return None
     names = parts[0][2].names
-    used = {field: column_names(path, field, names, required, columns) for field in required}
-    kind = parts[0][2].field(used["image"][0]).type
+    used = columns_of(path, names, required, columns)
+    kind = parts[0][2].field(used["image"].names[0]).type
     if not _holds_bytes(kind):
         return None
     return EncodedTable(path, parts, used)
@@ -95,7 +96,7 @@ def _record_batches(folder: Path) -> list[tuple]:
 class EncodedTable(Sequence):
     """Entries by number: the required fields, `image` as bytes or a path, and the other columns."""
 
-    def __init__(self, path: Path, parts: list[tuple], used: dict[str, list[str]]):
+    def __init__(self, path: Path, parts: list[tuple], used: dict[str, Columns]):
         self.path, self.parts, self.used = path, parts, used
         self.ends = list(accumulate(rows for rows, _, _ in parts))
         self.current, self.held = -1, None  # the part read last: entries are taken in order
@@ -112,11 +113,12 @@ class EncodedTable(Sequence):
             self.current, self.held = part, held
         start = self.ends[part - 1] if part else 0
         row = self.held.slice(index - start, 1).to_pylist()[0]
-        taken = {name for names in self.used.values() for name in names}
+        taken = {name for each in self.used.values() for name in each.names}
         entry = {name: plain(value) for name, value in row.items() if name not in taken}
-        for field, names in self.used.items():
-            values = [row[name] for name in names]
-            entry[field] = values[0] if len(values) == 1 else [text for text in values if text]
+        for field, given in self.used.items():
+            entry[field], weights = given.read(row)
+            if weights:
+                entry[f"{field}_weights"] = weights
         image = entry["image"]
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")

@@ -2,10 +2,14 @@
 
 import codecs
 import json
+import math
+import mmap
 from collections.abc import Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 
 from base.errors import UserError
+from base.files import parse_entry
 from base.limits import ENTRY_BYTES
 
 CHUNK = 4 << 20  # bytes read at a time
@@ -28,6 +32,34 @@ def parse_entries(path: Path) -> Iterator[tuple[int, object]]:
         yield from _list_entries(window) if opening == "[" else _line_entries(window)
         if window.skip():
             raise window.error("text after the end of the list")
+
+
+def weights_fault(weights: object, texts: int) -> str | None:
+    """What is wrong with an entry's `caption_weights`, of which there must be one a text."""
+    if not isinstance(weights, list) or len(weights) != texts:
+        return f"caption_weights must be a list of {texts} numbers, one a caption"
+    for weight in weights:
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            return f"caption_weights: {weight!r} is no number above 0; fix it or leave it out"
+    return None
+
+
+def objects_of(path: Path) -> Iterator[dict]:
+    """Every entry of a file, in order, with its texts as they are. UserError, also where one is no
+    object."""
+    if not path.stat().st_size:
+        raise UserError(f"{path}: empty file; {EXPECTED}")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        starts = chain((start for start, _ in parse_entries(path)), [len(data)])
+        for number, (start, after) in enumerate(pairwise(starts)):
+            end = data.rfind(b"}", start, after) + 1  # leaves out the comma or bracket behind it
+            try:
+                entry = parse_entry(data[start:end])
+            except ValueError:
+                entry = None
+            if type(entry) is not dict:
+                raise UserError(f"{locate(path, number, start)}: no object; {EXPECTED}")
+            yield entry
 
 
 def _list_entries(window: "_Window") -> Iterator[tuple[int, object]]:

@@ -21,7 +21,7 @@ from base.files import (
     one_builder,
     parse_entry,
 )
-from dataset.sources.json_entries import EXPECTED, locate, parse_entries
+from dataset.sources.json_entries import EXPECTED, locate, parse_entries, weights_fault
 from dataset.sources.tables import json_lines_of
 
 # Fields of the public annotation formats and the types each may have; a list must hold texts, at
@@ -245,6 +245,9 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
             return f"field {field!r} must be {names}, not {type(value).__name__} ({brief(value)}); fix the entry"
         if field == "images" and not value:
             return "field 'images' lists none; fix the entry"
+    if "caption_weights" in entry and "caption" in required:
+        texts = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
+        return weights_fault(entry["caption_weights"], len(texts))
     return None
 
 

@@ -5,6 +5,8 @@ Each becomes JSON lines once, in the cache, which `Records` then reads like any 
 
     pairs.csv  pairs.tsv  pairs.parquet      a row an entry; columns by their usual names
     pairs.csv?image=url&caption=title,alt    columns by name; several columns make several captions
+    pairs.jsonl?caption=alt:0.3,synthetic:0.7   with the weights that training samples them by; JSON
+                                             files may name columns, too
     folder/                                  IMAGE.jpg with IMAGE.txt beside it, a caption a line;
                                              or what metadata.csv / metadata.jsonl in it lists
     folder/                                  of datasets' save_to_disk
@@ -13,6 +15,7 @@ Each becomes JSON lines once, in the cache, which `Records` then reads like any 
 import codecs
 import csv
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +37,9 @@ from base.files import (
 )
 from base.limits import CELL_BYTES, EXPANSION, TABLE_FLOOR, check_limit, over_limit
 from dataset.images.formats import files_below, is_image
+from dataset.sources.json_entries import objects_of
 
+JSON = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", ".parquet")
 BATCH_ROWS = 4096  # of a Parquet file that are in memory at a time
 # What columns are called in the wild: field of an entry -> names of the column that holds it.
@@ -52,6 +57,29 @@ METADATA = ("metadata.csv", "metadata.jsonl")  # of datasets' image folders
 PACK = "pack them into shards with scripts/data/pack.py"
 
 
+class Columns(NamedTuple):
+    """The columns that hold a field; weights: of each in the sampling of captions, none = equal."""
+
+    names: list[str]
+    weights: list[float] | None = None
+
+    def read(self, row: dict) -> tuple[object, list[float] | None]:
+        """The value of the field in a row, and with `weights` that of every text in it: a column
+        that holds several texts shares its weight among them."""
+        if self.weights is None:
+            values = [row[name] for name in self.names]
+            return (values[0] if len(values) == 1 else [each for each in values if each]), None
+        texts: list[object] = []
+        weights: list[float] = []
+        for name, weight in zip(self.names, self.weights, strict=True):
+            value = row[name]
+            found = [each for each in value if each] if isinstance(value, list) else [value]
+            if value:
+                texts += found
+                weights += [weight / len(found)] * len(found)
+        return texts, weights
+
+
 class Table(NamedTuple):
     """An annotation file with the columns that its address names: field -> column names."""
 
@@ -60,7 +88,8 @@ class Table(NamedTuple):
 
 
 def parse_address(address: str | Path) -> Table:
-    """`FILE?field=column&field=column,column`; a file that is called so wins. UserError."""
+    """`FILE?field=column&field=column:weight,column:weight`; a file that is called so wins.
+    UserError."""
     text = str(address)
     path, mark, query = text.rpartition("?")
     if not mark or Path(text).exists():
@@ -77,8 +106,8 @@ def parse_address(address: str | Path) -> Table:
 
 def is_table(address: str | Path) -> bool:
     """Whether an annotation file has one of the forms of this module."""
-    path = parse_address(address).path
-    return path.suffix.lower() in TABLES or path.is_dir()
+    path, columns = parse_address(address)
+    return path.suffix.lower() in TABLES or path.is_dir() or bool(columns)
 
 
 def json_lines_of(
@@ -91,9 +120,9 @@ def json_lines_of(
     """
     path, columns = parse_address(address)
     if not is_table(address):
-        if columns:
-            raise UserError(f"{address}: only tables have columns; name the file alone")
         return path
+    if columns and not (path.suffix.lower() in (*TABLES, *JSON) or path.is_dir()):
+        raise UserError(f"{address}: only tables and JSON have columns; name the file alone")
     if not path.exists():
         raise UserError(f"{path}: no such annotation file; check the name in the configuration")
     if not (path.is_dir() or path.is_file()):
@@ -145,6 +174,8 @@ def rows_of(
         file = open_parquet(path)
         rows = _batch_rows(path, file.iter_batches(batch_size=BATCH_ROWS))
         yield from _entries(path, file.schema_arrow.names, rows, required, columns)
+    elif path.suffix.lower() in JSON:
+        yield from _whole_entries(path, lambda: objects_of(path), required, columns)
     else:
         yield from _csv_rows(path, required, columns)
 
@@ -277,48 +308,89 @@ def _entries(
     path: Path, names: list[str], rows: Iterable[dict], required: Sequence[str], columns: dict
 ) -> Iterator[dict]:
     """The rows with their columns under the names of the fields they hold."""
-    used = {field: column_names(path, field, names, required, columns) for field in required}
-    used |= {field: _known(path, given, names) for field, given in columns.items()}
-    taken = {name for given in used.values() for name in given}
-    read = {field: _reader(given) for field, given in used.items()}
+    used = columns_of(path, names, required, columns)
+    taken = {name for each in used.values() for name in each.names}
     for number, row in enumerate(rows, 1):
         entry = {name: plain(value) for name, value in row.items() if name not in taken}
-        for field, value_of in read.items():
-            entry[field] = _checked(value_of(row), field, f"{path}, row {number}")
+        for field, given in used.items():
+            value, weights = given.read(row)
+            entry[field] = _checked(value, field, f"{path}, row {number}")
+            if weights:
+                entry[f"{field}_weights"] = weights
         yield entry
 
 
-def column_names(
-    path: Path, field: str, names: list[str], required: Sequence[str], columns: dict
-) -> list[str]:
-    """The columns that hold a field: those named, the one of its name, or a usual one."""
-    if field in columns:
-        return columns[field]
+def _whole_entries(
+    path: Path, open_rows: Callable[[], Iterable[dict]], required: Sequence[str], columns: dict
+) -> Iterator[dict]:
+    """The entries of rows that need not have the same names: what a row lacks is None."""
+    names = list(dict.fromkeys(name for row in open_rows() for name in row))
+    rows = ({name: row.get(name) for name in names} for row in open_rows())
+    yield from _entries(path, names, rows, required, columns)
+
+
+def columns_of(
+    path: Path, names: list[str], required: Sequence[str], columns: dict
+) -> dict[str, Columns]:
+    """Field -> the columns that hold it, of a table with columns of these names. UserError."""
+    used = {}
+    for field in dict.fromkeys((*required, *columns)):
+        if field in columns:
+            used[field] = _given_columns(path, field, columns[field], names)
+        else:
+            used[field] = Columns([_usual_column(path, field, names, required)])
+    return used
+
+
+def _given_columns(path: Path, field: str, given: list[str], names: list[str]) -> Columns:
+    """Columns that an address names, each alone or as NAME:WEIGHT."""
+    found, weights = [], []
+    for item in given:
+        name, mark, weight = item.rpartition(":")
+        if item in names or not mark or not _is_number(weight):
+            found.append(_known(path, item, names))
+        elif not 0 < float(weight) < math.inf:
+            raise UserError(f"{path}: {item}: the weight of a column must be above 0; leave it out")
+        else:
+            found.append(_known(path, name, names))
+            weights.append(float(weight))
+    if not weights:
+        return Columns(found)
+    if field != "caption":
+        raise UserError(f"{path}: {field}: only columns of captions have weights")
+    if len(weights) != len(found):
+        example = ",".join(f"{name}:{1 / len(found):.2g}" for name in found)
+        raise UserError(f"{path}: give every column a weight: {field}={example}")
+    return Columns(found, weights)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return not math.isnan(float(text))
+    except ValueError:
+        return False
+
+
+def _usual_column(path: Path, field: str, names: list[str], required: Sequence[str]) -> str:
+    """The column of a field's name, or of a usual one."""
     if field in names:
-        return [field]
+        return field
     lower = {name.lower(): name for name in reversed(names)}
     for usual in (field, *USUAL_NAMES.get(field, ())):
         if usual in lower and usual not in required:
-            return [lower[usual]]
+            return lower[usual]
     listed = ", ".join(names[:12]) or "none"
     raise UserError(
         f"{path}: no column for {field} (it has {listed}); name it: {path}?{field}=COLUMN"
     )
 
 
-def _known(path: Path, given: list[str], names: list[str]) -> list[str]:
-    for name in given:
-        if name not in names:
-            like = nearest(name, names)
-            hint = f"; did you mean {like}?" if like else f"; it has {', '.join(names[:12])}"
-            raise UserError(f"{path}: no column {name}{hint}")
-    return given
-
-
-def _reader(given: list[str]) -> Callable[[dict], object]:
-    if len(given) == 1:
-        return lambda row: row[given[0]]
-    return lambda row: [row[name] for name in given if row[name]]
+def _known(path: Path, name: str, names: list[str]) -> str:
+    if name not in names:
+        like = nearest(name, names)
+        hint = f"; did you mean {like}?" if like else f"; it has {', '.join(names[:12])}"
+        raise UserError(f"{path}: no column {name}{hint}")
+    return name
 
 
 def plain(value: object) -> object:
@@ -367,10 +439,7 @@ def _metadata_rows(folder: Path, file: Path, required: Sequence[str], columns: d
     if file.suffix == ".csv":
         rows = _csv_rows(file, required, columns)
     else:
-        lines = list(read_json_lines(file))
-        names = list(dict.fromkeys(name for line in lines for name in line))
-        whole = ({name: line.get(name) for name in names} for line in lines)
-        rows = _entries(file, names, whole, required, columns)
+        rows = _whole_entries(file, lambda: read_json_lines(file), required, columns)
     for row in rows:
         yield {**row, "image": str(folder.absolute() / row["image"])}
 

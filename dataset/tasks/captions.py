@@ -24,7 +24,7 @@ from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import is_table
-from dataset.tasks.record import as_list, captions_of, image_of
+from dataset.tasks.record import as_list, captions_of, image_of, weights_of
 from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
 
@@ -268,7 +268,7 @@ class ImageTextPair:
     def __call__(self, record: dict) -> dict:
         captions = as_list(captions_of(record))
         view, local = self.image_views(image_of(record, self.root))
-        sample = {"image": view, "texts": self.text_views(captions)}
+        sample = {"image": view, "texts": self.text_views(captions, weights_of(record, captions))}
         return sample if local is None else sample | {"image_local": local}
 
 

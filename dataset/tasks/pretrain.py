@@ -21,7 +21,7 @@ from dataset.images.block_mask import BlockMask
 from dataset.images.decode import reading
 from dataset.loading.eval import EvalLoader
 from dataset.sources.records import Records
-from dataset.tasks.record import captions_of, image_of
+from dataset.tasks.record import captions_of, image_of, weights_of
 from dataset.text.wordpiece import Tokenizer, choose_caption, mask_tokens, mlm_targets
 
 KEY_LABEL, KEY_SIZE = b"quintet codes of ", 20  # behind the array in a file of visual codes
@@ -61,7 +61,9 @@ class PretrainPair:
     def __call__(self, record: dict) -> dict:
         """`caption` str, `image` uint8 [3,H,W], and as configured `token_image`, `patch_mask`,
         `visual_codes`."""
-        sample = {"caption": choose_caption(captions_of(record), self.max_words)}
+        captions = captions_of(record)
+        weights = weights_of(record, captions)
+        sample = {"caption": choose_caption(captions, self.max_words, weights)}
         sample["image"], token_image = self.transform(image_of(record, self.image_root))
         if token_image is not None:
             sample["token_image"] = token_image

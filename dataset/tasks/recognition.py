@@ -27,7 +27,7 @@ from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import TABLES, is_table, parse_address
-from dataset.tasks.record import as_list, captions_of, image_of, name_of
+from dataset.tasks.record import as_list, captions_of, image_of, name_of, weights_of
 from dataset.text.nouns import parse_nouns
 from dataset.text.sentencepiece import PieceTokenizer
 
@@ -242,7 +242,12 @@ class LabelledImage:
             raise BadSample(f"{name_of(record)}: {error}") from None
         if self.captions:
             texts = as_list(captions_of(record))
-            sample["caption"] = self.sequences.caption(texts[int(torch.randint(len(texts), ()))])
+            weights = weights_of(record, texts)
+            if weights is None:
+                chosen = torch.randint(len(texts), ())
+            else:
+                chosen = torch.multinomial(torch.tensor(weights), 1)
+            sample["caption"] = self.sequences.caption(texts[int(chosen)])
         return sample | {"image": self.view(image_of(record, self.root))}
 
 

@@ -10,6 +10,7 @@ from base.errors import BadSample, UserError, brief
 from base.files import clean_surrogates, parse_json
 from dataset.images.decode import decode_image
 from dataset.images.zip_member import image_source
+from dataset.sources.json_entries import weights_fault
 
 CAPTION_FIELDS = ("caption", "captions/text")  # the second in TFRecords as COYO-ALIGN's
 
@@ -41,16 +42,37 @@ def captions_of(record: dict) -> str | list[str]:
     return [clean_surrogates(text) for text in texts]
 
 
+def weights_of(record: dict, captions: str | list[str]) -> list[float] | None:
+    """The weights in `caption_weights` that training samples the record's captions by, one a
+    caption: of an annotation, or of the .json in a shard. None where there are none, or nothing to
+    choose. BadSample."""
+    if isinstance(captions, str) or len(captions) < 2:
+        return None
+    weights = record.get("caption_weights")
+    packed = record.get("json")
+    if weights is None and isinstance(packed, bytes) and b"caption_weights" in packed:
+        weights = _about(record).get("caption_weights")
+    if weights is None:
+        return None
+    if fault := weights_fault(weights, len(captions)):
+        raise BadSample(f"{name_of(record)}: {fault}")
+    return weights
+
+
 def _packed_captions(record: dict) -> list[str]:
     """The captions that scripts/data/pack.py notes in .json where an image has several; the .txt
     has one a line, as retrieval reads them."""
-    try:
-        about = parse_json(record["json"], name_of(record), dict)
-    except UserError as error:
-        raise BadSample(str(error)) from None
-    captions = about.get("captions")
+    captions = _about(record).get("captions")
     several = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
     return captions if several else []
+
+
+def _about(record: dict) -> dict:
+    """What the .json of a sample in a shard holds. BadSample."""
+    try:
+        return parse_json(record["json"], name_of(record), dict)
+    except UserError as error:
+        raise BadSample(str(error)) from None
 
 
 def as_list(texts: str | list[str]) -> list[str]:

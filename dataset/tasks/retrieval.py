@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dataset.images.decode import decode_image
-from dataset.tasks.record import image_key, image_of
+from dataset.tasks.record import image_key, image_of, weights_of
 from dataset.text.wordpiece import TextCollate, choose_caption, pre_caption
 
 
@@ -40,8 +40,9 @@ class RetrievalPair:
         self.image_ids, self.max_words, self.field = image_ids, max_words, field
 
     def __call__(self, record: dict) -> dict:
+        captions = record[self.field]
         return {
-            "caption": choose_caption(record[self.field], self.max_words),
+            "caption": choose_caption(captions, self.max_words, weights_of(record, captions)),
             "image": self.transform(image_of(record, self.image_root)),
             "image_id": int(self.image_ids[record["index"]]),
         }

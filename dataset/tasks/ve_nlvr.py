@@ -10,7 +10,7 @@ from base.errors import BadSample, UserError
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
-from dataset.tasks.record import captions_of, image_of
+from dataset.tasks.record import captions_of, image_of, weights_of
 from dataset.text.wordpiece import choose_caption, pre_caption
 
 
@@ -132,7 +132,8 @@ class CaptionPair:
         self.transform, self.image_root, self.max_words = transform, Path(image_root), max_words
 
     def __call__(self, record: dict) -> dict:
-        text = choose_caption(captions_of(record), self.max_words)
+        captions = captions_of(record)
+        text = choose_caption(captions, self.max_words, weights_of(record, captions))
         return {
             "image": self.transform(image_of(record, self.image_root)),
             "text": text,

@@ -12,6 +12,7 @@ from functools import cache, lru_cache
 from base.errors import UserError
 from base.knobs import knob
 from dataset.text.bpe import clean_text
+from dataset.text.choice import choose, with_text
 from dataset.text.wordnet import WordNet
 
 # NLTK's English list as it was until 3.8 (179 words); it has grown since, and training must not
@@ -98,14 +99,20 @@ class TextViews:
                 synonyms = WordNet().synonyms
             self.words = word_operations(synonyms)
 
-    def __call__(self, captions: Sequence[str]) -> list[str]:
-        """1 + local texts of one sample."""
+    def __call__(
+        self, captions: Sequence[str], weights: Sequence[float] | None = None
+    ) -> list[str]:
+        """1 + local texts of one sample. weights: of each caption in the sampling; none = equal."""
         if self.options.clean_before_augment:
             captions = [clean_text(caption) for caption in captions]
-        captions = [caption for caption in captions if caption.strip()] or captions
+        left, kept_weights = with_text(captions, weights)
+        if left:
+            captions, weights = left, kept_weights
         if self.options.caption_sampling == "single":
-            captions = [random.choice(captions)]
-        views = [self.without_stop_words(random.choice(captions)) for _ in range(1 + self.local)]
+            captions, weights = [choose(captions, weights)], None
+        views = []
+        for _ in range(1 + self.local):
+            views.append(self.without_stop_words(choose(captions, weights)))
         return views[:1] + [self.altered(view) for view in views[1:]]
 
     def without_stop_words(self, text: str) -> str:

@@ -1,7 +1,6 @@
 """Captions and questions: cleaning, WordPiece ids in a few fixed lengths, masked-language-model
 targets."""
 
-import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
 from base.files import clean_surrogates, read_json, read_lines
+from dataset.text.choice import choose, with_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DROPPED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
@@ -30,14 +30,21 @@ def pre_question(text: str, max_words: int = 30) -> str:
     return " ".join(text.lower().translate(DROPPED).rstrip(" ").split(" ")[:max_words])
 
 
-def choose_caption(caption: str | Sequence[str], max_words: int = 30) -> str:
+def choose_caption(
+    caption: str | Sequence[str], max_words: int = 30, weights: Sequence[float] | None = None
+) -> str:
     """The cleaned caption, of a list one chosen with Python's `random` among those of which
-    something is left. Raises BadSample where nothing is left of any."""
-    chosen = caption if isinstance(caption, str) else random.choice(caption)
+    something is left. weights: of each in that choice, none = equal. Raises BadSample where nothing
+    is left of any."""
+    if isinstance(caption, str):
+        chosen = caption
+    else:
+        chosen = choose(caption, weights)
     text = pre_caption(chosen, max_words)
     if not text.strip() and not isinstance(caption, str):
         cleaned = [pre_caption(each, max_words) for each in caption]
-        text = random.choice([each for each in cleaned if each.strip()] or [text])
+        left, weights = with_text(cleaned, weights)
+        text = choose(left or [text], weights)
     if not text.strip():
         raise BadSample(f"caption {chosen[:60]!r} is empty after cleaning")
     return text

@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from base.errors import UserError
+from base.errors import BadSample, UserError
+from dataset.loading.randomness import seeded
+from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
+from dataset.sources.shards import read_shard
 from dataset.sources.tables import parse_address
 from dataset.tasks.captions import caption_records
+from dataset.tasks.record import captions_of, weights_of
+from dataset.text.augment import TextOptions, TextViews
+from dataset.text.wordpiece import choose_caption
+from scripts.data import pack
 
 ROWS = [("a.jpg", "a café, by night"), ("b/c.png", 'she said "no"\nand left'), ("漢.jpg", "漢字")]
 
@@ -159,8 +166,8 @@ def test_faulty_tables_are_refused_in_one_sentence(tmp_path, content, query, mes
 def test_a_file_with_a_question_mark_in_its_name_is_itself(tmp_path):
     table = write_table(tmp_path / "what?image=x.csv", ("image", "caption"), ROWS)
     assert parse_address(table).columns == {} and pairs(Records(table)) == ROWS
-    with pytest.raises(UserError, match="only tables have columns"):
-        Records(f"{tmp_path}/a.json?image=x")
+    with pytest.raises(UserError, match="only tables and JSON have columns"):
+        Records(f"{tmp_path}/a.txt?image=x")
     with pytest.raises(UserError, match="no such annotation file"):
         Records(tmp_path / "gone.csv")
 
@@ -194,3 +201,136 @@ def test_a_column_that_is_there_twice(tmp_path):
     (tmp_path / "t.csv").write_text("image,caption,caption\n0.png,a,b\n")
     with pytest.raises(UserError, match=r"t\.csv: two columns are called caption; rename one"):
         Records(tmp_path / "t.csv", cache_dir=tmp_path)
+
+
+# ---- weights of captions
+def test_columns_with_weights_give_a_weight_for_every_caption(tmp_path):
+    rows = [("a.jpg", "one", '["two", "three"]'), ("b.jpg", "", "four"), ("c.jpg", "five", "six")]
+    table = write_table(tmp_path / "t.csv", ("image", "alt", "synthetic"), rows)
+    records = Records(f"{table}?caption=alt:0.3,synthetic:0.7")
+    assert [record["caption"] for record in records] == [
+        ["one", "two", "three"],
+        ["four"],
+        ["five", "six"],
+    ]
+    assert [record["caption_weights"] for record in records] == [
+        [0.3, 0.35, 0.35],
+        [0.7],
+        [0.3, 0.7],
+    ]
+
+
+def test_a_column_whose_name_has_a_colon_needs_no_weight(tmp_path):
+    table = write_table(tmp_path / "t.csv", ("image", "dc:2", "dc"), [("a.jpg", "one", "two")])
+    assert pairs(Records(f"{table}?caption=dc:2")) == [("a.jpg", "one")]
+    (record,) = Records(f"{table}?caption=dc:2:1,dc:3")
+    assert record["caption"] == ["one", "two"] and record["caption_weights"] == [1.0, 3.0]
+
+
+def test_json_names_columns_too(tmp_path):
+    entries = [
+        {"image": "a.jpg", "alt": "café", "made": "漢字"},
+        {"image": "b.jpg", "made": "two"},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries, ensure_ascii=False, indent=1))
+    lines = "\n".join(json.dumps(entry) for entry in entries)
+    (tmp_path / "lines.jsonl").write_text(lines)
+    for name in ("list.json", "lines.jsonl"):
+        records = Records(f"{tmp_path / name}?caption=alt:1,made:2")
+        assert [record["caption"] for record in records] == [["café", "漢字"], ["two"]]
+        assert [record["caption_weights"] for record in records] == [[1.0, 2.0], [2.0]]
+        assert (
+            caption_records("pairs", f"{tmp_path / name}?caption=made", None)[1]["caption"] == "two"
+        )
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("caption=alt:0.3,made", r"every column a weight: caption=alt:0.5,made:0.5"),
+        ("caption=alt:0,made:1", r"alt:0: the weight of a column must be above 0"),
+        ("caption=alt:inf,made:1", r"alt:inf: the weight"),
+        ("caption=atl:1,made:1", r"no column atl; did you mean alt"),
+        ("caption=alt:high,made:1", r"no column alt:high"),
+        ("image=image:2", r"image: only columns of captions have weights"),
+    ],
+)
+def test_mistakes_in_weights_are_one_sentence(tmp_path, query, message):
+    table = write_table(tmp_path / "t.csv", ("image", "alt", "made"), [("a.jpg", "one", "two")])
+    with pytest.raises(UserError, match=message):
+        Records(f"{table}?{query}", ("image", "caption"))
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, "2"], 3, [1, True], [1, float("nan")]])
+def test_weights_of_an_annotation_are_checked(tmp_path, weights):
+    entry = {"image": "a.jpg", "caption": ["one", "two"], "caption_weights": weights}
+    (tmp_path / "a.json").write_text(json.dumps([entry]))
+    with pytest.raises(UserError, match=r"a.json, entry 0 .*caption_weights"):
+        Records(tmp_path / "a.json")
+
+
+def weighted_stream(table):
+    """Images and captions drawn, as a stream of pairs; no image is read."""
+
+    def build(record):
+        captions = captions_of(record)
+        return {
+            "index": record["index"],
+            "text": choose_caption(captions, 30, weights_of(record, captions)),
+        }
+
+    def collate(samples):
+        return {"drawn": [(sample["index"], sample["text"]) for sample in samples]}
+
+    return Stream([RecordSource(Records(table), build)], collate)
+
+
+def test_weighted_draws_follow_the_weights_on_any_workers_and_after_a_resume(tmp_path):
+    rows = [(f"{n}.jpg", "plain", "synthetic") for n in range(600)]
+    table = write_table(tmp_path / "t.csv", ("image", "caption", "synthetic"), rows)
+    address = f"{table}?caption=caption:0.3,synthetic:0.7"
+    drawn = {}
+    for workers in (0, 2):
+        loader = StreamLoader(weighted_stream(address), batch_size=20, workers=workers, seed=5)
+        batches = [next(loader)["drawn"] for _ in range(30)]
+        if workers:
+            state = loader.state_dict()
+            following = [next(loader)["drawn"] for _ in range(4)]
+            again = StreamLoader(
+                weighted_stream(address), batch_size=20, workers=workers, seed=5, state=state
+            )
+            assert [next(again)["drawn"] for _ in range(4)] == following
+            again.close()
+        loader.close()
+        drawn[workers] = sorted(pair for batch in batches for pair in batch)
+    assert drawn[0] == drawn[2] and len(drawn[0]) == 600  # an epoch
+    made = sum(text == "synthetic" for _, text in drawn[0]) / 600
+    assert abs(made - 0.7) < 4 * (0.3 * 0.7 / 600) ** 0.5
+
+
+def test_packed_shards_keep_the_weights(tmp_path):
+    pixels = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    pixels.save(tmp_path / "a.jpg")
+    rows = [("a.jpg", "one", "two")]
+    table = write_table(tmp_path / "t.csv", ("image", "alt", "made"), rows)
+    settings = {"image_root": tmp_path, "target": tmp_path / "shards", "workers": 1}
+    pack.main(pack.Config(data=f"{table}?caption=alt:1,made:3", **settings))
+    (record,) = read_shard(str(tmp_path / "shards/00000.tar"))
+    captions = captions_of(record)
+    assert captions == ["one", "two"] and weights_of(record, captions) == [1.0, 3.0]
+    assert weights_of(record, "one") is None
+    record["json"] = record["json"].replace(b"3.0", b"-3")
+    with pytest.raises(BadSample, match="caption_weights: -3 is no number above 0"):
+        weights_of(record, captions)
+
+
+def test_views_of_dual_encoders_draw_by_the_weights():
+    with seeded(3):
+        single = [TextViews(TextOptions(), local=1)(["a", " ", "b"], [1, 5, 3]) for _ in range(300)]
+        multi = TextViews(TextOptions(caption_sampling="multi"), local=1)
+        several = [multi(["a", " ", "b"], [1, 5, 3]) for _ in range(300)]
+    assert all(first == second for first, second in single)
+    assert any(first != second for first, second in several)
+    for views in (single, several):
+        fraction = sum(view == "b" for pair in views for view in pair) / 600
+        assert abs(fraction - 0.75) < 0.1 and not any(" " in pair for pair in views)

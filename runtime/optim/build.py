@@ -15,7 +15,7 @@ from runtime.optim.keras import KerasAdamW, KerasSGD
 from runtime.optim.lamb import Lamb
 from runtime.optim.layer_decay import layer_scales
 from runtime.optim.muon import MuonAdamW, is_hidden_matrix
-from runtime.optim.timm_optimizers import PREFIX, build_timm, is_of_timm
+from runtime.optim.timm_optimizers import PREFIX, build_timm, is_of_timm, step_or_leave
 
 NOT_DECAYED = (
     "cls_token",
@@ -275,10 +275,10 @@ class Precision:
             self.scaler.update()
         else:
             self.found_inf = torch.maximum(self.found_inf, (~norm.isfinite()).float())
-            # the fused kernels leave the weights alone where it is 1; timm's do not know it
-            optimizer.found_inf = self.found_inf
-            on_host = getattr(optimizer, "leaves_out_on_host", False)
-            if not (on_host and self.found_inf.item()):
+            if getattr(optimizer, "knows_no_found_inf", False):
+                step_or_leave(optimizer, self.found_inf)
+            else:  # our optimizers and fused kernels leave the weights alone where it is 1
+                optimizer.found_inf = self.found_inf
                 optimizer.step()
         self.good_steps += 1 - self.found_inf
         optimizer.zero_grad(set_to_none=True)

@@ -17,6 +17,8 @@ class Lamb(torch.optim.Optimizer):
     weights).
     """
 
+    _step_supports_amp_scaling = True  # GradScaler leaves found_inf to the step
+
     def __init__(
         self, params, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6
     ):

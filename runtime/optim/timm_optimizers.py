@@ -1,5 +1,8 @@
 """Optimizers of timm by name: `timm/lion`, `timm/nadamw`, …"""
 
+import torch
+from torch import Tensor
+
 from base.errors import UserError
 from base.files import did_you_mean
 
@@ -14,8 +17,7 @@ def build_timm(groups: list[dict], opt: str, options: dict):
     """timm's optimizer over parameter groups, with those of the options lr, weight_decay, momentum,
     betas and eps that it has.
 
-    Its step waits for the host where an update is not finite, since it knows no `found_inf`.
-    UserError for a name that timm does not know.
+    They know no `found_inf`: update them by `step_or_leave`. UserError for a name that timm does not know.
     """
     from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
@@ -34,5 +36,21 @@ def build_timm(groups: list[dict], opt: str, options: dict):
         raise UserError(
             f"optimizer.opt {opt}: it needs a package that is not here ({error})"
         ) from None
-    optimizer.leaves_out_on_host = True
+    optimizer.knows_no_found_inf = True
     return optimizer
+
+
+@torch.no_grad()
+def step_or_leave(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+    """One update, after which the weights are those before it where found_inf (0-d) is 1.
+
+    The host reads nothing; a copy of the weights lives as long as the update. The optimizer's state
+    is not restored: after such an update the run ends without saving.
+    """
+    weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    before = [torch.empty_like(weight) for weight in weights]
+    torch._foreach_copy_(before, weights)
+    optimizer.step()
+    bad = found_inf > 0
+    for weight, old in zip(weights, before, strict=True):
+        torch.where(bad, old, weight, out=weight)

@@ -7,13 +7,9 @@ import main as script
 from runtime.config.cli import parse
 from tests.helpers.main_runs import ROOT, arguments, lines
 
-needs_muon = pytest.mark.skipif(
-    not hasattr(__import__("torch").optim, "Muon"), reason="torch before 2.9"
-)
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opt", [pytest.param("muon", marks=needs_muon), "timm/lion"])
+@pytest.mark.parametrize("opt", ["muon", "timm/lion"])
 def test_a_stopped_run_goes_on_exactly(opt, digitscenes, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     options = ["--optimizer.opt", opt, "--optimizer.layer_decay", "0.8"]

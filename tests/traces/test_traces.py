@@ -43,6 +43,14 @@ def test_the_host_never_waits(name, world_size):
     assert len(trace.operations) > 100
 
 
+@pytest.mark.parametrize("opt", ["muon", "lamb", "timm/lion"])
+def test_no_update_waits(opt):
+    """AdamW is in the traces above."""
+    trace = trace_of(f"{STEPS['ve']} --optimizer.opt {opt}")
+    assert not trace.waits, "\n".join(f"{n} x {wait}" for wait, n in trace.waits.items())
+    assert len([o for o in trace.operations if o.phase == "optimizer"]) > 3
+
+
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_recomputation_in_the_dtype_of_the_forward_pass(name):
     """Each product that runs again in the backward pass ran before in the same dtype, or less often."""

@@ -19,8 +19,7 @@ from runtime.optim.layer_decay import layer_scales
 from tests.helpers.clip_toys import toy
 
 CPU = torch.device("cpu")
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
-NEW = [pytest.param("muon", marks=needs_muon), "timm/lion", "timm/nadamw", "timm/adafactor"]
+NEW = ["muon", "timm/lion", "timm/nadamw", "timm/adafactor"]
 
 
 def small() -> nn.Module:
@@ -69,7 +68,24 @@ def test_a_bad_step_and_all_after_it_leave_the_weights_alone(opt):
         assert torch.equal(first, second) and torch.equal(first, third)
 
 
-@needs_muon
+@pytest.mark.parametrize("opt", ["muon", "lamb", "adamw"])
+def test_loss_scaling_leaves_out_a_step_on_the_device(opt):
+    """Weights and moments after a good, a bad and a good update are those of the two good ones."""
+    found = []
+    for scales in ((1.0, float("inf"), 2.0), (1.0, 2.0)):
+        model, precision = small(), Precision("fp32", CPU)
+        precision.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        optimizer = build_optimizer(model, Optimizer(opt=opt, lr=0.1))
+        for scale in scales:
+            precision.scaler.scale(model(torch.ones(2, 4)).sum() * scale).backward()
+            precision.step(optimizer, model.parameters())
+        assert optimizer._step_supports_amp_scaling  # or the scaler reads found_inf on the host
+        states = [optimizer.state[p] for p in model.parameters()]
+        found.append([*model.parameters(), *(v for state in states for v in state.values())])
+    for left_out, undisturbed in zip(*found, strict=True):
+        assert left_out.isfinite().all() and torch.equal(left_out, undisturbed)
+
+
 def test_muon_updates_hidden_matrices_and_adamw_the_rest():
     model = toy("CLIP_VITB16_CLIP")
     optimizer = build_optimizer(model, Optimizer(opt="muon", lr=0.01))
@@ -86,21 +102,39 @@ def test_muon_updates_hidden_matrices_and_adamw_the_rest():
         "visual.patch_embed.proj.weight",
     } <= rest
     assert "logit_scale" in rest and "visual.norm.weight" in rest
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+@pytest.mark.parametrize("found_inf", [None, torch.zeros(())])
+def test_muon_is_that_of_torch(found_inf, monkeypatch):
+    """Three updates of every hidden matrix, wide, tall and square; two of a shape at a time."""
+    monkeypatch.setattr("runtime.optim.muon.TOGETHER", 2 * 64 * 64)
+    model = toy("CLIP_VITB16_CLIP")
+    optimizer = build_optimizer(model, Optimizer(opt="muon", lr=0.01, weight_decay=1.0))
+    optimizer.found_inf = found_inf
     reference = copy.deepcopy(model)
+    own, others = dict(model.named_parameters()), dict(reference.named_parameters())
+    hidden = [p for g in optimizer.param_groups if g["muon"] for p in g["params"]]
+    names = [name for name, p in own.items() if any(p is q for q in hidden)]
     alone = torch.optim.Muon(
-        [dict(reference.named_parameters())["visual.blocks.0.mlp.fc1.weight"]],
+        [others[name] for name in names],
         lr=0.01,
-        weight_decay=0.02,
+        weight_decay=1.0,
         momentum=0.95,
         adjust_lr_fn="match_rms_adamw",
     )
-    for network in (model, reference):
-        network.visual(torch.ones(2, 3, 16, 16)).square().sum().backward()
-    set_learning_rate(optimizer, 0.01)
-    optimizer.step()
-    alone.step()
-    found = dict(model.named_parameters())["visual.blocks.0.mlp.fc1.weight"]
-    assert torch.equal(found, dict(reference.named_parameters())["visual.blocks.0.mlp.fc1.weight"])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for name in names:
+            gradient = torch.randn(own[name].shape, generator=generator)
+            own[name].grad, others[name].grad = gradient, gradient.clone()
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+        alone.step()
+    shapes = {tuple(own[name].shape) for name in names}
+    assert any(o > i for o, i in shapes) and any(o < i for o, i in shapes) and len(names) > 6
+    for name in names:
+        torch.testing.assert_close(own[name], others[name], rtol=0, atol=1e-4, msg=name)
 
 
 def test_unknown_optimizers():
@@ -108,12 +142,6 @@ def test_unknown_optimizers():
         Optimizer(opt="muom")
     with pytest.raises(UserError, match=r"timm has no such optimizer; did you mean lion"):
         build_optimizer(small(), Optimizer(opt="timm/lionn"))
-
-
-def test_without_muon(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(UserError, match=r"came with 2\.9; use adamw"):
-        build_optimizer(small(), Optimizer(opt="muon"))
 
 
 def test_sharded_parameters_are_refused(monkeypatch):

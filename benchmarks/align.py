@@ -15,19 +15,16 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.dual import TotalLoss
 from benchmarks.inputs import CLS, VOCABULARY
 from benchmarks.runner import Side, TrainOptions, check_peer, check_tensorflow
-from benchmarks.steps import training_step
-from benchmarks.table import compare_steps, settings
+from benchmarks.steps import compare_steps, settings, training_step
+from main import total_loss
 from models.dual_encoder.align import Align
 from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
 from models.dual_encoder.factory import build_dual
 from models.weights.align import hugging_face_config
 from runtime.config.cli import knob, run_script
 from runtime.optim.build import Optimizer
-
-PEER = "original (TensorFlow)"
 
 
 @dataclass
@@ -72,6 +69,7 @@ class Foreign(DualEncoder):
 
 def build_model(options: SimpleNamespace) -> Align:
     """Our network, with random weights."""
+    torch.manual_seed(0)
     config = DualConfig(
         model="ALIGN_B0_TINY" if options.tiny else options.model,
         image_size=options.image_size,
@@ -86,19 +84,15 @@ def build_model(options: SimpleNamespace) -> Align:
 
 def ours(options: SimpleNamespace) -> dict:
     """A step of our network."""
-    torch.manual_seed(0)
     model = build_model(options)
     return measure_network(model, names_by_decay(model)[0], options)
 
 
 def transformers(options: SimpleNamespace) -> dict:
     """A step of transformers' network."""
-    torch.manual_seed(0)
     model = Foreign(build_model(options))
-    decayed = []
-    for name, _ in model.named_parameters():
-        if "bn." not in name and "norm." not in name:
-            decayed.append(name)
+    names = [name for name, _ in model.named_parameters()]
+    decayed = [name for name in names if "bn." not in name and "norm." not in name]
     return measure_network(model, decayed, options)
 
 
@@ -109,8 +103,11 @@ def measure_network(model: DualEncoder, decayed: list[str], options: SimpleNames
     ids[:, 0] = CLS
     batch = {"image": torch.rand(size, 3, side, side) * 2 - 1, "text_ids": ids}
     lamb = Optimizer(opt="lamb", lr=5e-3, weight_decay=1e-5, eps=1e-6)
-    names = [f"model.{name}" for name in decayed]
-    return training_step(TotalLoss(model), batch, lamb, options, names)
+
+    def loss_of(losses: dict) -> Tensor:
+        return total_loss(losses, model.config)
+
+    return training_step(model, batch, loss_of, lamb, options, decayed)
 
 
 def main(config: Config) -> None:
@@ -118,7 +115,8 @@ def main(config: Config) -> None:
     check_tensorflow(config)
     sides = [Side(name, f"benchmarks.align:{name}") for name in config.sides]
     if config.peer:
-        sides.append(Side(PEER, "benchmarks.peers.coyo_align:step", original=True))
+        function = "benchmarks.peers.tensorflow:align"
+        sides.append(Side("original (TensorFlow)", function, original=True))
     title = ["ALIGN step", config.model, f"{config.image_size} pixels"]
     compare_steps(config, "align", title + settings(config), sides)
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from base.distributed import World
 from benchmarks.gauge import peak_bytes, wait_for
-from benchmarks.runner import OURS, Options, Side, load_at_start, take_turns
-from benchmarks.table import Column, median, publish, table
+from benchmarks.runner import OURS, Options, Side, take_turns
+from benchmarks.table import MEMORY, Column, median, publish, table
 from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import knob, run_script
 from runtime.saving import Saver
@@ -33,6 +33,13 @@ SIDES = [
     Side("one file, beside", SAVE, settings={"sharded": False, "beside": True}),
     Side("sharded, waiting", SAVE, settings={"sharded": True, "beside": False}),
     Side("one file, waiting", SAVE, settings={"sharded": False, "beside": False}),
+]
+COLUMNS = [
+    Column("stall, s", "seconds", "{:.3f}"),
+    Column("of it processor, s", "cpu_seconds", "{:.3f}"),
+    Column("first stall, s", "first", "{:.3f}"),
+    Column("written after, s", "written"),
+    MEMORY,
 ]
 
 
@@ -88,21 +95,13 @@ def save(options: SimpleNamespace) -> dict:
 
 
 def main(config: Config) -> None:
-    load = load_at_start(config)
     gigabytes = 0.01 if config.tiny else config.gigabytes
     results = take_turns(config, SIDES, gigabytes=gigabytes)
-    columns = [
-        Column("stall, s", "seconds", "{:.3f}"),
-        Column("of it processor, s", "cpu_seconds", "{:.3f}"),
-        Column("first stall, s", "first", "{:.3f}"),
-        Column("written after, s", "written"),
-        Column("peak memory, GiB", "peak_bytes", scale=2**-30),
-    ]
-    body = table(results, columns)
+    body = table(results, COLUMNS)
     before = median(results["one file, waiting"], "seconds")
     body += f"\n\nTraining waits {before / median(results[OURS], 'seconds'):.1f} times less."
     body += f" State: {gigabytes:g} GiB."
-    publish(config, "checkpoint", ["How long training waits for a checkpoint"], body, load=load)
+    publish(config, "checkpoint", ["How long training waits for a checkpoint"], body, results)
 
 
 if __name__ == "__main__":

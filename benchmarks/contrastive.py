@@ -17,7 +17,7 @@ import torch
 
 from base.errors import UserError
 from benchmarks.gauge import measure_once, peak_bytes
-from benchmarks.runner import Options, Side, load_at_start, take_turns
+from benchmarks.runner import Options, Side, take_turns
 from benchmarks.table import CPU_SECONDS, MEMORY, SECONDS, Column, publish, table
 from runtime.config.cli import knob, run_script
 
@@ -68,18 +68,16 @@ def loss_and_gradients(options: SimpleNamespace) -> dict:
     return {**result, "loss": loss, "peak_bytes": peak_bytes("cpu"), "before": before}
 
 
-def largest_difference(folder: Path) -> float:
+def largest_difference(folder: str) -> float:
     """Largest relative difference of a gradient between both variants."""
-    tiled = torch.load(folder / "tiled.pt", weights_only=True)
-    dense = torch.load(folder / "dense.pt", weights_only=True)
-    differences = [(tiled[name] - dense[name]).norm() / dense[name].norm() for name in dense]
-    return max(differences).item()
+    tiled = torch.load(Path(folder) / "tiled.pt", weights_only=True)
+    dense = torch.load(Path(folder) / "dense.pt", weights_only=True)
+    return max(float((tiled[name] - dense[name]).norm() / dense[name].norm()) for name in dense)
 
 
 def main(config: Config) -> None:
     if config.tiny:
         raise UserError("--tiny: there is no network here; give --pairs")
-    load = load_at_start(config)
     function = "benchmarks.contrastive:loss_and_gradients"
     sides = [Side(f"tiles of {config.tile}", function, settings={"file": "tiled.pt"})]
     if config.pairs <= DENSE_UP_TO:
@@ -88,11 +86,11 @@ def main(config: Config) -> None:
         results = take_turns(config, sides, exchange=folder)
         body = table(results, COLUMNS)
         if len(sides) == 2:
+            difference = largest_difference(folder)
             body += "\n\nLargest relative difference of a gradient between the two: "
-            body += f"{largest_difference(Path(folder)):.1e}."
+            body += f"{difference:.1e}."
     title = ["Contrastive loss and gradients", f"{config.pairs:,} pairs of {config.width}"]
-    title.append("one CPU process")
-    publish(config, "contrastive", title, body, load)
+    publish(config, "contrastive", [*title, "one CPU process"], body, results)
 
 
 if __name__ == "__main__":

@@ -20,20 +20,18 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks.inputs import CONTEXT, random_batch
 from benchmarks.runner import OURS, Side, TrainOptions, check_peer
-from benchmarks.steps import training_step
-from benchmarks.table import compare_steps, settings
+from benchmarks.steps import compare_steps, mfu, settings, training_step
 from main import total_loss
-from models.dual_encoder.base import DualConfig, DualEncoder
+from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.config.cli import knob, run_script
 from runtime.log import training_flops
 from runtime.optim.build import Optimizer
 
-LOCAL_VIEWS = 2
+ADAMW = Optimizer(lr=1e-4, weight_decay=0.1)  # of both sides
 
 
 @dataclass
@@ -44,35 +42,6 @@ class Config(TrainOptions):
     peer_attention: str = knob(
         "standard", "clip-rocket's attention: its default, or flash", choices=("standard", "flash")
     )
-
-
-class TotalLoss(nn.Module):
-    """A dual encoder that returns the weighted sum of its losses, 0-d."""
-
-    def __init__(self, model: DualEncoder):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        return total_loss(self.model(**batch), self.model.config)
-
-
-class OpenClip(nn.Module):
-    """open_clip's network under its ClipLoss."""
-
-    def __init__(self, model: nn.Module, criterion: nn.Module):
-        super().__init__()
-        self.model = model
-        self.criterion = criterion
-
-    def forward(self, image: Tensor, text_ids: Tensor) -> Tensor:
-        image, text, scale, *_ = self.model(image, text_ids)
-        return self.criterion(image, text, scale)
-
-
-def adamw() -> Optimizer:
-    """Of all sides: PyTorch's fused AdamW."""
-    return Optimizer(lr=1e-4, weight_decay=0.1)
 
 
 def ours(options: SimpleNamespace) -> dict:
@@ -88,15 +57,21 @@ def ours(options: SimpleNamespace) -> dict:
             model="CL2L_VITB16_CL2L", embed_dim=512, separate_proj=True, loss_avg_or_sum="sum"
         )
     model = build_dual(config)
-    batch = random_batch(options, views=LOCAL_VIEWS if options.peer else 0)
+    batch = random_batch(options)
     length = min(CONTEXT, 8 * math.ceil(options.tokens / 8))
     batch["text_ids"] = batch["text_ids"][..., :length].contiguous()
     flops = training_flops(model, batch)
-    return training_step(TotalLoss(model), batch, adamw(), options, flops=flops)
+
+    def loss_of(losses: dict) -> torch.Tensor:
+        return total_loss(losses, config)
+
+    result = training_step(model, batch, loss_of, ADAMW, options)
+    result["mfu"] = mfu(flops, result, options)
+    return result
 
 
 def open_clip(options: SimpleNamespace) -> dict:
-    """A step of open_clip's ViT-B-16."""
+    """A step of open_clip's ViT-B-16 under its ClipLoss."""
     import open_clip as library
 
     torch.manual_seed(0)
@@ -107,8 +82,15 @@ def open_clip(options: SimpleNamespace) -> dict:
     else:
         model = library.create_model("ViT-B-16")
     options.activation_checkpointing = False  # is ours
-    network = OpenClip(model, library.ClipLoss())
-    return training_step(network, random_batch(options, views=0), adamw(), options)
+    batch = random_batch(options)
+    batch["text"] = batch.pop("text_ids")
+    criterion = library.ClipLoss()
+
+    def loss_of(features: tuple) -> torch.Tensor:
+        image, text, scale, *_ = features
+        return criterion(image, text, scale)
+
+    return training_step(model, batch, loss_of, ADAMW, options)
 
 
 def main(config: Config) -> None:
@@ -119,8 +101,7 @@ def main(config: Config) -> None:
         title = ["CL2L ViT-B/16", "two local views"]
         other = Side("clip-rocket", "benchmarks.peers.clip_rocket:step", original=True)
     title += [f"up to {config.tokens} tokens", *settings(config), f"beside {other.name}"]
-    sides = [Side(OURS, "benchmarks.dual:ours"), other]
-    compare_steps(config, "dual", title, sides)
+    compare_steps(config, "dual", title, [Side(OURS, "benchmarks.dual:ours"), other])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,26 +73,24 @@ def status_bytes(field: str) -> int:
 
 
 class Stages:
-    """Times of a procedure's stages: {name: [seconds by the clock, CPU seconds]}."""
+    """Times of a procedure's stages."""
 
     def __init__(self, device: str):
         self.device = device
-        self.name: str | None = None
-        self.times: dict[str, list[float]] = {}
-        self.begin = self.now()
-
-    def now(self) -> tuple[float, float]:
-        wait_for(self.device)
-        return time.perf_counter(), time.process_time()
+        self.begun: list[tuple[str | None, float, float]] = []  # name, clock, processor
 
     def enter(self, name: str | None) -> None:
         """Begin stage `name`; None ends the last. Entering the current stage changes nothing."""
-        if name == self.name:
-            return
-        now = self.now()
-        if self.name is not None:
-            spent = self.times.setdefault(self.name, [0.0, 0.0])
-            spent[0] += now[0] - self.begin[0]
-            spent[1] += now[1] - self.begin[1]
-        self.name = name
-        self.begin = now
+        if not self.begun or self.begun[-1][0] != name:
+            wait_for(self.device)
+            self.begun.append((name, time.perf_counter(), time.process_time()))
+
+    def times(self) -> dict[str, list[float]]:
+        """{stage: [seconds by the clock, CPU seconds]} of all stages that have ended."""
+        found: dict[str, list[float]] = {}
+        for (name, begin, cpu_begin), (_, end, cpu_end) in pairwise(self.begun):
+            if name is not None:
+                spent = found.setdefault(name, [0.0, 0.0])
+                spent[0] += end - begin
+                spent[1] += cpu_end - cpu_begin
+        return found

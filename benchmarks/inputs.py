@@ -104,14 +104,15 @@ def clip_captions(size: int, views: int, longest: int) -> Tensor:
     return ids
 
 
-def random_batch(options: types.SimpleNamespace, views: int) -> dict[str, Tensor]:
-    """image [B,3,S,S] and text_ids [B,77]; with local views, text_ids [B,1+views,77] and
-    image_local [B,views,3,S,S]."""
+def random_batch(options: types.SimpleNamespace) -> dict[str, Tensor]:
+    """image [B,3,S,S] and text_ids [B,77]; beside clip-rocket, with two local views V, text_ids
+    [B,1+V,77] and image_local [B,V,3,S,S]."""
     size, side = options.batch, 32 if options.tiny else 224
+    views = 2 if options.peer else 0
     texts = clip_captions(size, 1 + views, options.tokens)
     batch = {"image": torch.randn(size, 3, side, side), "text_ids": texts}
     if views:
         batch["image_local"] = torch.randn(size, views, 3, side, side)
     else:
         batch["text_ids"] = texts[:, 0]
-    return {name: value.to(options.device) for name, value in batch.items()}
+    return batch

@@ -360,7 +360,7 @@ def main(config: Config) -> None:
     network = "ALBEF" if config.peer else "CLIP"
     title = [f"Learning of a small {network}, {config.train_data.parent.name}"]
     title.append(f"{samples:,} samples")
-    publish(asked, "learning", title, body.rstrip(), load=None)
+    publish(asked, "learning", title, body.rstrip(), found)
 
 
 if __name__ == "__main__":

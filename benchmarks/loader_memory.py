@@ -10,6 +10,7 @@ three more workers cost. Printed only, unless --report names a page.
 
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from benchmarks.table import Column, median, publish, table
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
 from runtime.config.cli import knob, run_script
+
+COLUMNS = [Column("PSS, MB", "pss"), Column("of it private and modified, MB", "private")]
 
 
 @dataclass
@@ -37,35 +40,31 @@ class Config(Options):
 def write_pairs(path: Path, count: int) -> None:
     """A JSON list as ALBEF's pre-training uses it."""
     with path.open("w") as file:
-        file.write("[")
         for number in range(count):
             things = f"thing {number % 977} beside thing {number % 1013}"
-            pair = {
-                "image": f"cc3m/{number:09d}.jpg",
-                "caption": f"a photo of {things} in a street at noon",
-            }
-            file.write((", " if number else "") + json.dumps(pair))
+            caption = f"a photo of {things} in a street at noon"
+            file.write(", " if number else "[")
+            json.dump({"image": f"cc3m/{number:09d}.jpg", "caption": caption}, file)
         file.write("]")
 
 
-def annotation(record: dict) -> dict:
+def annotation(record: dict) -> int:
     """A sample without its image: the annotations are what is measured."""
-    return {"length": len(record["caption"])}
+    return len(record["caption"])
 
 
-def collate(samples: list[dict]) -> dict:
-    return {"length": torch.tensor([sample["length"] for sample in samples])}
+def collate(samples: list[int]) -> dict:
+    return {"length": torch.tensor(samples)}
 
 
 def memory(pids: list[int]) -> dict[str, float]:
     """PSS and private modified memory of processes together, in MB."""
-    found = {"Pss": 0, "Private_Dirty": 0}
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in found:
-                found[name] += int(value.split()[0])
-    return {"pss": found["Pss"] / 1024, "private": found["Private_Dirty"] / 1024}
+    text = "".join(Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
+    figures = {"pss": r"^Pss: +(\d+)", "private": r"^Private_Dirty: +(\d+)"}
+    return {
+        name: sum(map(int, re.findall(pattern, text, re.MULTILINE))) / 1024
+        for name, pattern in figures.items()
+    }
 
 
 def load(options: SimpleNamespace) -> dict:
@@ -83,23 +82,21 @@ def load(options: SimpleNamespace) -> dict:
 
 
 def main(config: Config) -> None:
-    sides = [
-        Side("1 worker", "benchmarks.loader_memory:load", settings={"workers": 1}),
-        Side("4 workers", "benchmarks.loader_memory:load", settings={"workers": 4}),
-    ]
+    function = "benchmarks.loader_memory:load"
+    sides = [Side("1 worker", function, settings={"workers": 1})]
+    sides.append(Side("4 workers", function, settings={"workers": 4}))
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "pairs.json"
         write_pairs(path, config.pairs)
         count = len(Records(path, cache_dir=name))  # leaves the index for both
         print(f"{count:,} pairs, {path.stat().st_size / 2**20:.0f} MB of JSON")
-        results = take_turns(config, sides, exchange=name)
+        results = take_turns(config, sides, timed=False, exchange=name)
     one, four = results["1 worker"], results["4 workers"]
     pss = median(four, "pss") - median(one, "pss")
     private = median(four, "private") - median(one, "private")
-    columns = [Column("PSS, MB", "pss"), Column("of it private and modified, MB", "private")]
-    body = table(results, columns)
+    body = table(results, COLUMNS)
     body += f"\n\n3 more workers: PSS {pss:+.1f} MB, private and modified {private:+.1f} MB."
-    publish(config, "loader_memory", [f"Loading {count:,} annotations"], body, load=None)
+    publish(config, "loader_memory", [f"Loading {count:,} annotations"], body, results)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from base.distributed import World
 from base.errors import UserError
-from benchmarks.gauge import measure
 from benchmarks.inputs import ALPHA, QUEUE_SIZE, synthetic_batch
-from benchmarks.runner import OURS, Side, TrainOptions, check_peer, device_of, run_side
-from benchmarks.steps import mfu
-from benchmarks.table import compare_steps, markdown, publish, settings
+from benchmarks.runner import OURS, PEER, Side, TrainOptions, check_peer, device_of, run_side
+from benchmarks.steps import compare_steps, mfu, settings, training_step
+from benchmarks.table import Column, publish, table
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig
 from models.fusion.momentum import MomentumPairs
 from models.fusion.simla import Simla, SimlaConfig
@@ -37,10 +35,8 @@ from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
 from runtime.config.cli import knob, run_script
 from runtime.log import training_flops
-from runtime.optim.build import Optimizer, Precision, build_optimizer
-from runtime.parallel import Features, parallelize
+from runtime.optim.build import Optimizer
 
-PEER = "original"
 CHECKOUT_FILES = {"simla": "models/simla/pretrain.py", "albef": "models/model_pretrain.py"}
 
 
@@ -63,31 +59,21 @@ class Config(TrainOptions):
 
 def model_config(options: SimpleNamespace) -> SimlaConfig:
     """SIMLA or ALBEF at full size, or tiny."""
-    simla = options.system == "simla"
-    config = SimlaConfig() if simla else SimlaConfig.albef()
-    config.queue_size = QUEUE_SIZE
+    config = SimlaConfig() if options.system == "simla" else SimlaConfig.albef()
+    config.queue_size = 64 if options.tiny else QUEUE_SIZE
     config.compat = options.compat
     if options.tiny:
-        config.queue_size = 64
-        config.vit = ViTConfig(width=32, depth=2, heads=2, mask_token=simla)
-        config.bert = BertConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            encoder_width=32,
-            single_stream=simla,
-            fusion_layer=0 if simla else 1,
-        )
+        make_tiny(config.vit, config.bert)
     return config
 
 
-def build_tokenizer(options: SimpleNamespace) -> ImageTokenizer:
-    """The image tokenizer with DALL-E's full-size encoder, random weights, in the type of the
-    run."""
-    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    config = TokenizerConfig(width=8) if options.tiny else TokenizerConfig()
-    return ImageTokenizer(config, with_decoder=False).freeze(dtypes[options.precision])
+def make_tiny(vit: ViTConfig, bert: BertConfig) -> None:
+    """Two layers of width 32 each."""
+    vit.width, vit.depth, vit.heads = 32, 2, 2
+    bert.hidden_size = bert.encoder_width = 32
+    bert.num_hidden_layers = bert.num_attention_heads = 2
+    bert.intermediate_size = 64
+    bert.fusion_layer = min(bert.fusion_layer, 1)
 
 
 def training_batch(options: SimpleNamespace) -> dict[str, Tensor]:
@@ -109,37 +95,30 @@ def training_batch(options: SimpleNamespace) -> dict[str, Tensor]:
 def ours(options: SimpleNamespace) -> dict:
     """A training step as Pretrain.py takes it."""
     torch.manual_seed(0)
-    device = torch.device(options.device)
-    model = Simla(model_config(options)).train()
+    model = Simla(model_config(options)).to(options.device)
     batch = training_batch(options)
     tokenizer = None
     if options.system == "simla":
-        tokenizer = build_tokenizer(options).to(device)
+        dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+        config = TokenizerConfig(width=8) if options.tiny else TokenizerConfig()
+        tokenizer = ImageTokenizer(config, with_decoder=False).freeze(dtypes[options.precision])
+        tokenizer = tokenizer.to(options.device)
         token_image = batch.pop("token_image")
         batch["visual_codes"] = torch.zeros_like(batch["patch_mask"], dtype=torch.int64)
-    features = Features(
-        compile=options.compile, activation_checkpointing=options.activation_checkpointing
-    )
-    model = parallelize(model, World(0, 1, 0, device), features)
     pairs = MomentumPairs(model)
-    precision = Precision(options.precision, device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(model, Optimizer())
 
-    def step() -> None:
+    def before() -> None:
         if tokenizer is not None:
             batch["visual_codes"] = tokenizer.codes(token_image).flatten(1)
         pairs.update()
-        with precision.autocast():
-            losses = model(**batch)
-        precision.backward(sum(losses.values()))
-        precision.step(optimizer, parameters)
 
-    result = measure(step, options)
+    def loss_of(losses: dict[str, Tensor]) -> Tensor:
+        return sum(losses.values())
+
+    result = training_step(model, batch, loss_of, Optimizer(), options, before=before)
     with torch.device("meta"):  # counted last and without weights: must not raise the peak
         flops = training_flops(Simla(model_config(options)).train(), batch)
     result["mfu"] = mfu(flops, result, options)
-    result["parameters"] = sum(parameter.numel() for parameter in parameters)
     return result
 
 
@@ -147,13 +126,12 @@ def our_losses(options: SimpleNamespace) -> dict:
     """Losses with the peer's weights and codes, no dropout, the likeliest negatives."""
     file = Path(options.exchange) / "peer.pt"
     saved = torch.load(file, weights_only=True, mmap=True, map_location=options.device)
-    model = Simla(model_config(SimpleNamespace(**{**vars(options), "compat": "original"})))
-    model = model.to(options.device).eval()
+    options.compat = "original"
+    model = Simla(model_config(options)).to(options.device).eval()
     model.load_state_dict(saved["model"])
     batch = training_batch(options)
     if batch.pop("token_image", None) is not None:
         batch["visual_codes"] = saved["visual_codes"]
-    del saved
 
     def likeliest(i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         images = t2i.masked_fill(same, -torch.inf).argmax(-1)
@@ -178,31 +156,28 @@ def check_config(config: Config) -> None:
         )
 
 
-def compare_losses(config: Config) -> str:
-    """Table of both sides' losses with equal weights, masks and negatives, no dropout."""
+def compare_losses(config: Config) -> None:
+    """Publish both sides' losses with equal weights, masks and negatives, no dropout."""
+    original = Side(PEER, "benchmarks.peers.fusion:losses", original=True)
+    mine = Side(OURS, "benchmarks.pretrain:our_losses")
     with tempfile.TemporaryDirectory() as folder:
-        peer = run_side(
-            Side(PEER, "benchmarks.peers.fusion:losses", True), config, exchange=folder
-        )["losses"]
-        mine = run_side(Side(OURS, "benchmarks.pretrain:our_losses"), config, exchange=folder)
-    rows = []
-    for name, theirs in peer.items():
-        value = mine["losses"][name]
-        difference = abs(value - theirs) / abs(theirs)
-        rows.append([name, f"{value:.7g}", f"{theirs:.7g}", f"{difference:.1e}"])
-    text = "The original's weights in both, ours with `compat: original`; no dropout, equal masks "
-    text += "and negatives.\n\n"
-    return text + markdown(["loss", OURS, PEER, "relative difference"], rows)
+        theirs = run_side(original, config, exchange=folder)["losses"]  # first, leaves the weights
+        ours = run_side(mine, config, exchange=folder)["losses"]
+    difference = {name: abs(ours[name] - value) / abs(value) for name, value in theirs.items()}
+    results = {OURS: [ours], PEER: [theirs], "relative difference": [difference]}
+    columns = [Column(name, name, "{:.7g}") for name in theirs]
+    body = "The original's weights in both, ours with `compat: original`; no dropout, equal masks "
+    body += f"and negatives.\n\n{table(results, columns)}"
+    title = [config.system.upper(), "same losses", f"batch {config.batch}", device_of(config)]
+    publish(config, "pretrain", title, body, results)
 
 
 def main(config: Config) -> None:
     check_config(config)
-    system = config.system.upper()
     if config.check:
-        title = [system, "same losses", f"batch {config.batch}", device_of(config)]
-        publish(config, "pretrain", title, compare_losses(config), load=None)
+        compare_losses(config)
         return
-    title = [system, *settings(config)]
+    title = [config.system.upper(), *settings(config)]
     sides = [Side(OURS, "benchmarks.pretrain:ours")]
     if config.peer:
         title.append(f"original in {config.peer_precision}")

@@ -20,21 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import nxtp_inputs as inputs
 from benchmarks.gauge import measure
-from benchmarks.runner import (
-    OURS,
-    Side,
-    TrainOptions,
-    check_peer,
-    device_of,
-    load_at_start,
-    take_turns,
-)
+from benchmarks.runner import OURS, PEER, Side, TrainOptions, check_peer, device_of, take_turns
 from benchmarks.steps import training_step
-from benchmarks.table import MEMORY, markdown, median, publish, ratio
+from benchmarks.table import MEMORY, Column, publish, tables
 from dataset.tasks.recognition import Sequences, pad_batch
 from models.layers.llama import LlamaConfig
 from models.layers.openai_towers import OpenAIConfig
@@ -44,13 +36,21 @@ from models.weights.nxtp import trained_names
 from runtime.config.cli import knob, run_script
 from runtime.optim.build import Optimizer
 
-PEER = "original"
 CASES = {  # images, tokens of a label
     "1": (1, 3),
     "8": (8, 3),
     "1-limit": (1, 19),
     "train": (0, 0),
 }
+COLUMNS = [
+    Column("seconds", "seconds"),
+    Column("CPU seconds", "cpu_seconds"),
+    Column("labels or images/s", "rate", "{:.1f}"),
+    MEMORY,
+    Column("ours is faster by", "seconds", "{:.1f} x", ratio="lower"),
+    Column("by CPU time", "cpu_seconds", "{:.1f} x", ratio="lower"),
+    Column("as ours", "agreement"),
+]
 
 
 @dataclass
@@ -67,6 +67,7 @@ class Config(TrainOptions):
 
 def build_model(options: SimpleNamespace) -> Nxtp:
     """The network with random weights, or those that the peer left, on the device."""
+    torch.manual_seed(0)
     sizes = inputs.sizes_of(options)
     tower = OpenAIConfig(
         embed_dim=sizes.dim,
@@ -91,7 +92,6 @@ def build_model(options: SimpleNamespace) -> Nxtp:
 
 def label(options: SimpleNamespace) -> dict:
     """Top labels of images; `tokens` [images][labels] are their ids."""
-    torch.manual_seed(0)
     model = build_model(options).eval()
     words = inputs.Words()
     prompt = [inputs.IMAGE, words.bos, *words.encode(inputs.PROMPT)]
@@ -99,42 +99,21 @@ def label(options: SimpleNamespace) -> dict:
     images = inputs.images(options.images).to(options.device)
     tokens = []
 
+    @torch.inference_mode()
     def step() -> None:
-        with torch.inference_mode():
-            drafts = one_shot(
-                model,
-                model.encode_image(images),
-                prompt,
-                inputs.COMMA,
-                options.labels,
-                options.tokens,
-            )
+        seen = model.encode_image(images)
+        drafts = one_shot(model, seen, prompt, inputs.COMMA, options.labels, options.tokens)
         tokens[:] = [[row[0] for row in drafts.rows(i)] for i in range(len(images))]
 
-    result = measure(step, options)
-    result["tokens"] = tokens
-    return result
-
-
-class LabelLoss(nn.Module):
-    """NXTP under its only loss with a weight, 0-d."""
-
-    def __init__(self, model: Nxtp):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        return self.model(**batch)["loss_objs"]
+    return {**measure(step, options), "tokens": tokens}
 
 
 def train(options: SimpleNamespace) -> dict:
     """A training step; `loss` is the first one's."""
-    torch.manual_seed(0)
     model = build_model(options)
     words = inputs.Words()
-    sequences = Sequences(
-        words, inputs.LENGTH - 256, many_prompts=False, original=options.compat == "original"
-    )
+    original = options.compat == "original"
+    sequences = Sequences(words, inputs.LENGTH - 256, many_prompts=False, original=original)
     texts = []
     for caption in inputs.captions(options.batch):
         texts.append(sequences.labels(inputs.labels_of(caption), inputs.PROMPT))
@@ -143,8 +122,12 @@ def train(options: SimpleNamespace) -> dict:
     trained = trained_names([name for name, _ in model.named_parameters()], inputs.TRAINED_BLOCKS)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+
+    def loss_of(losses: dict) -> Tensor:
+        return losses["loss_objs"]  # the only one with a weight
+
     adamw = Optimizer(lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
-    return training_step(LabelLoss(model), batch, adamw, options)
+    return training_step(model, batch, loss_of, adamw, options)
 
 
 def agreement(ours: dict, theirs: dict) -> str:
@@ -157,25 +140,6 @@ def agreement(ours: dict, theirs: dict) -> str:
     return f"{same} of {len(mine)} labels alike"
 
 
-def row(case: str, results: dict[str, list[dict]], config: Config) -> list[str]:
-    """Cells of one case."""
-    if case == "train":
-        cells = [f"training step, {config.batch} images"]
-        count = config.batch
-    else:
-        cells = [f"top {config.labels}, case {case}"]
-        count = CASES[case][0] * config.labels
-    for side, runs in results.items():
-        seconds = median(runs, "seconds")
-        cells += [f"{seconds:.2f}", f"{median(runs, 'cpu_seconds'):.2f}"]
-        cells += [f"{count / seconds:.1f}", MEMORY.cell(results, side)]
-    if PEER in results:
-        cells.append(f"{ratio(results, PEER, 'seconds'):.1f} x")
-        cells.append(f"{ratio(results, PEER, 'cpu_seconds'):.1f} x")
-        cells.append(agreement(results[OURS][0], results[PEER][0]))
-    return cells
-
-
 def measure_case(case: str, config: Config, folder: str) -> dict[str, list[dict]]:
     """Both sides' measurements, the original's first: it leaves the weights."""
     what = "train" if case == "train" else "label"
@@ -183,29 +147,38 @@ def measure_case(case: str, config: Config, folder: str) -> dict[str, list[dict]
     if config.peer:
         sides.insert(0, Side(PEER, f"benchmarks.peers.nxtp:{what}", original=True))
     images, tokens = CASES[case]
-    return take_turns(config, sides, exchange=folder, images=images, tokens=tokens)
+    results = take_turns(config, sides, exchange=folder, images=images, tokens=tokens)
+    add_figures(results, config.batch if case == "train" else images * config.labels)
+    return results
+
+
+def add_figures(results: dict[str, list[dict]], count: int) -> None:
+    """Put the `rate` of so many labels or images in all results, and `agreement` in the
+    original's."""
+    for runs in results.values():
+        for run in runs:
+            run["rate"] = count / run["seconds"]
+    if PEER in results:
+        results[PEER][0]["agreement"] = agreement(results[OURS][0], results[PEER][0])
 
 
 def main(config: Config) -> None:
     check_peer(config, "src/decoding.py", "NXTP", one_size=False)
-    load = load_at_start(config)
-    rows = []
+    cases = {}
     with tempfile.TemporaryDirectory() as folder:
         for case in config.cases:
-            rows.append(row(case, measure_case(case, config, folder), config))
-    head = [""]
-    for side in [OURS, PEER] if config.peer else [OURS]:
-        for figure in ("s", "CPU s", "labels or images/s", "peak"):
-            head.append(f"{side}: {figure}")
-    if config.peer:
-        head += ["by the clock", "by CPU time", "agreement"]
+            name = f"top {config.labels}, case {case}"
+            if case == "train":
+                name = f"training step, {config.batch} images"
+            cases[name] = measure_case(case, config, folder)
     title = ["Recognition"]
     if not config.tiny:
         title.append("51.5M parameters")
     title += [*config.cases, config.precision, device_of(config)]
     if config.peer:
         title.append("against the original")
-    publish(config, "recognition", title, markdown(head, rows), load)
+    runs = {f"{case}: {side}": cases[case][side] for case in cases for side in cases[case]}
+    publish(config, "recognition", title, tables(cases, COLUMNS), runs)
 
 
 if __name__ == "__main__":

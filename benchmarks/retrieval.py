@@ -25,15 +25,8 @@ from base.distributed import World
 from base.errors import UserError
 from benchmarks.gauge import Stages
 from benchmarks.inputs import synthetic_split
-from benchmarks.runner import (
-    OURS,
-    PeerOptions,
-    Side,
-    check_peer,
-    device_of,
-    load_at_start,
-    take_turns,
-)
+from benchmarks.pretrain import make_tiny
+from benchmarks.runner import OURS, PEER, PeerOptions, Side, check_peer, device_of, take_turns
 from benchmarks.table import Column, publish, table
 from evaluation.retrieval import FILL, Captions, rank
 from models.fusion.retrieval import Retrieval, RetrievalConfig
@@ -43,7 +36,6 @@ from runtime.config.cli import knob, run_script
 from runtime.optim.build import Precision
 from runtime.run import evaluating
 
-PEER = "original"
 CAPTIONS = 5  # of an image, as in COCO
 COCO, COCO_K = 5000, 256  # images of the test, and its k_test
 COCO_PAIRS = (1 + CAPTIONS) * COCO * COCO_K
@@ -79,33 +71,16 @@ class Config(PeerOptions):
         return (1 + CAPTIONS) * self.images * self.k_test
 
 
-class Noted:
-    """The network; its first matching begins a stage."""
-
-    def __init__(self, model: Retrieval, stages: Stages):
-        self.model = model
-        self.stages = stages
-        self.encode_image = model.encode_image
-        self.encode_text = model.encode_text
-
-    def match_scores(self, *args) -> Tensor:
-        self.stages.enter("matching")
-        return self.model.match_scores(*args)
-
-
 def build_model(options: SimpleNamespace) -> Retrieval:
     """ViT-B/16 at 384 px and BERT-base; the peer's weights if it left any, else random ones."""
+    torch.manual_seed(0)
+    vit = ViTConfig(image_size=384)
     bert = BertConfig()
     if options.system == "albef":
         bert.single_stream = False
         bert.fusion_layer = 6
-    vit = ViTConfig(image_size=384)
     if options.tiny:
-        vit.width, vit.depth, vit.heads = 32, 2, 2
-        bert.hidden_size = bert.encoder_width = 32
-        bert.num_hidden_layers = bert.num_attention_heads = 2
-        bert.intermediate_size = 64
-        bert.fusion_layer = min(bert.fusion_layer, 1)
+        make_tiny(vit, bert)
     model = Retrieval(RetrievalConfig(vit=vit, bert=bert, queue_size=64))
     saved = Path(options.exchange) / "peer.pt"
     if saved.exists():
@@ -116,40 +91,44 @@ def build_model(options: SimpleNamespace) -> Retrieval:
             raise SystemExit(
                 f"the original's weights do not fit: missing {missing}, unexpected {unexpected}"
             )
-    return model
+    return model.to(options.device)
 
 
 def ours(options: SimpleNamespace) -> dict:
     """Times of the stages and, if the peer left scores, how far the rankings agree."""
-    torch.manual_seed(0)
-    device = torch.device(options.device)
-    model = build_model(options).to(device)
+    model = build_model(options)
     images, ids, mask = synthetic_split(options.images, options.captions)
     captions = Captions(ids, mask, torch.arange(len(ids)) % len(images))
+    world = World(0, 1, 0, torch.device(options.device))
+    precision = Precision(options.precision, world.device)
     stages = Stages(options.device)
-    precision = Precision(options.precision, device)
+    match_scores = model.match_scores
+
+    def noted(*args) -> Tensor:
+        stages.enter("matching")  # begins with the first pairs
+        return match_scores(*args)
+
+    model.match_scores = noted
     stages.enter("encoding")
     with evaluating(model), precision.autocast():
         rankings = rank(
-            Noted(model, stages),
+            model,
             lambda indices: images[indices].split(options.batch),
             len(images),
             captions,
-            World(0, 1, 0, device),
+            world,
             k=options.k_test,
             keep_text_states=not model.config.bert.single_stream,
             image_batch=options.batch,
             progress=False,
         )
     stages.enter(None)
-    result = {"times": stages.times}
+    result = {"times": stages.times()}
     file = Path(options.exchange) / "peer.pt"
     if file.exists():
-        images_scores, texts_scores = torch.load(file, weights_only=True, mmap=True)["scores"]
-        result["agreement"] = [
-            agreement(rankings[0].dense(), images_scores),
-            agreement(rankings[1].dense(), texts_scores),
-        ]
+        scores = torch.load(file, weights_only=True, mmap=True)["scores"]
+        pairs = zip(rankings, scores, strict=True)
+        result["agreement"] = [agreement(ranking.dense(), theirs) for ranking, theirs in pairs]
     return result
 
 
@@ -194,14 +173,12 @@ def rates(run: dict, config: Config) -> dict[str, float]:
 
 def agreement_text(by_direction: list[dict[str, float]]) -> str:
     """The lowest agreement of scores and orders, in words."""
-    candidates = min(part["candidates"] for part in by_direction)
-    order = min(part["order"] for part in by_direction)
-    spearman = min(part["spearman"] for part in by_direction)
+    least = {name: min(part[name] for part in by_direction) for name in by_direction[0]}
     difference = max(part["difference"] for part in by_direction)
     return (
-        f"With equal weights {candidates:.1%} of the candidates are the same, scores differ by at "
-        f"most {difference:.1e} of their standard deviation, {order:.1%} of the queries have the "
-        f"same order (rank correlation {spearman:.6f})."
+        f"With equal weights {least['candidates']:.1%} of the candidates are the same, scores "
+        f"differ by at most {difference:.1e} of their standard deviation, {least['order']:.1%} of "
+        f"the queries have the same order (rank correlation {least['spearman']:.6f})."
     )
 
 
@@ -210,8 +187,8 @@ def main(config: Config) -> None:
         raise UserError(
             f"--k-test {config.k_test}: there are {config.images} images; give more --images"
         )
-    check_peer(config, CHECKOUT_FILES[config.system], config.system.upper())
-    load = load_at_start(config)
+    system = config.system.upper()
+    check_peer(config, CHECKOUT_FILES[config.system], system)
     sides = [Side(OURS, "benchmarks.retrieval:ours")]
     if config.peer:  # first, it leaves the weights
         sides.insert(0, Side(PEER, "benchmarks.peers.fusion_retrieval:evaluate", original=True))
@@ -221,18 +198,11 @@ def main(config: Config) -> None:
     found = {side: [rates(run, config) for run in runs] for side, runs in results.items()}
     body = table(found, COLUMNS)
     if config.peer:
-        agreement = agreement_text(results[OURS][0]["agreement"])
-        body += f"\n\n{agreement}"
-    title = [
-        "Retrieval evaluation",
-        f"{config.system.upper()} at 384 px",
-        f"{config.images} images",
-        f"{captions} captions",
-        f"k_test {config.k_test}",
-        config.precision,
-        device_of(config),
-    ]
-    publish(config, "retrieval", title, body, load)
+        body += f"\n\n{agreement_text(results[OURS][0]['agreement'])}"
+    title = ["Retrieval evaluation", f"{system} at 384 px", f"{config.images} images"]
+    title += [f"{captions} captions", f"k_test {config.k_test}"]
+    title += [config.precision, device_of(config)]
+    publish(config, "retrieval", title, body, results)
 
 
 if __name__ == "__main__":

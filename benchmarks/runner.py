@@ -6,8 +6,10 @@ memory is clean; the sides take turns, so that a change of the machine's speed d
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from base.errors import UserError
 from runtime.config.cli import knob
 
 ROOT = Path(__file__).resolve().parents[1]
-IDLE_LOAD = 0.3  # highest load average at which times by the clock count
+IDLE_LOAD = 0.3  # cores that other work may use where times by the clock count
 OURS = "ours"  # name of our side in every table
+PEER = "original"
 
 
 @dataclass
@@ -29,8 +32,12 @@ class Options:
     threads: int = knob(2, "CPU threads of each side", low=1)
     repeats: int = knob(3, "measurements of each side", low=1, aliases=("rounds",))
     busy: bool = knob(False, "measure although other work is running; the table says so")
+    wait: float = knob(0.0, "minutes to wait until no other work is running", low=0)
     tiny: bool = knob(False, "a tiny network, printed only: shows that the benchmark runs")
     report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
+    record: Path | None = knob(
+        None, "JSON lines file that the results are appended to", aliases=("output",)
+    )
 
 
 @dataclass
@@ -90,46 +97,88 @@ def check_tensorflow(options: PeerOptions) -> None:
         )
 
 
-def load_at_start(options: Options) -> float:
-    """The load average. Raise UserError if other work is running, unless --busy allows it."""
-    load = os.getloadavg()[0]
-    if load > IDLE_LOAD and not options.busy:
-        raise UserError(
-            f"other work is running (load {load:.1f}, idle is at most {IDLE_LOAD}): wait, "
-            "or measure anyway with --busy"
-        )
+# ---- load
+def busy_seconds() -> float | None:
+    """CPU seconds that all work of the machine has used since it started; None if it does not say."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    ticks = [int(word) for word in stat.read_text().split("\n")[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]  # idle, waiting for disks
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
+
+
+def current_load(seconds: float = 2.0) -> float:
+    """Cores in use now.
+
+    Unlike the load average, it forgets at once what has just ended: the measurement before.
+    """
+    before = busy_seconds()
+    if before is None:
+        return os.getloadavg()[0]
+    time.sleep(seconds)
+    return (busy_seconds() - before) / seconds
+
+
+def idle_load(options: Options) -> float:
+    """The load, once no other work is running. Raise UserError if it still is after `wait` minutes,
+    unless --busy allows it."""
+    deadline = time.monotonic() + 60 * options.wait
+    load = current_load()
+    while load >= IDLE_LOAD and not options.busy:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"other work is running (load {load:.1f}, idle is below {IDLE_LOAD}): wait "
+                "(--wait MINUTES), or measure anyway with --busy"
+            )
+        load = current_load()
     return load
 
 
+# ---- turns
 def run_side(side: Side, options: Options, **more) -> dict:
-    """One measurement in a fresh process: the dictionary that the side's function returns.
+    """One measurement in a fresh process: the dictionary that the side's function returns, and
+    `others`, the cores that other work used meanwhile.
 
     The function takes the options, the resolved `device`, the side's settings and `more`.
     """
     given = {**asdict(options), "device": device_of(options), **side.settings, **more}
     other = given.get("peer_python") if side.original else None
-    python = other or sys.executable
     threads = str(options.threads)
     env = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3")
     env.update(OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
-    command = [python, "-m", "benchmarks.child", side.function, json.dumps(given, default=str)]
+    arguments = [side.function, json.dumps(given, default=str)]
+    command = [other or sys.executable, "-m", "benchmarks.child", *arguments]
+    begin, busy, own = time.perf_counter(), busy_seconds(), children_seconds()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         error = done.stderr.strip()[-3000:]
         raise UserError(f"{side.name} failed (exit {done.returncode}):\n{error}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    if busy is not None:
+        used = busy_seconds() - busy - (children_seconds() - own)
+        result["others"] = max(0.0, used / (time.perf_counter() - begin))
+    return result
 
 
-def take_turns(options: Options, sides: list[Side], **more) -> dict[str, list[dict]]:
-    """All measurements by the side's name, ours first.
+def children_seconds() -> float:
+    """CPU seconds of all processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
-    They run in turn in the order of `sides`, every second time in reverse.
+
+def take_turns(options: Options, sides: list[Side], timed: bool = True, **more) -> dict:
+    """All measurements {the side's name: [results]}, ours first.
+
+    They run in turn in the order of `sides`, every second time in reverse. timed: `load` in each
+    result is that before it; no other work may run then.
     """
     names = sorted((side.name for side in sides), key=lambda name: name != OURS)
     results: dict[str, list[dict]] = {name: [] for name in names}
     for turn in range(options.repeats):
         for side in sides if turn % 2 == 0 else reversed(sides):
-            result = run_side(side, options, **more)
+            load = {"load": idle_load(options)} if timed else {}
+            result = {**run_side(side, options, **more), **load}
             results[side.name].append(result)
             print(f"{side.name} {turn + 1}/{options.repeats}: {in_words(result)}", flush=True)
     return results

@@ -1,56 +1,72 @@
-"""Training steps of networks in PyTorch under one loop, and their model FLOPs utilisation."""
+"""Training steps of networks in PyTorch under one loop, their model FLOPs utilisation, and the
+table of their speed and memory."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
+from base.distributed import World
 from benchmarks.gauge import measure
+from benchmarks.runner import Side, TrainOptions, device_of, take_turns
+from benchmarks.table import MEMORY, Column, publish, table
 from runtime.log import peak_flops
 from runtime.optim.build import Optimizer, Precision, build_optimizer
-from runtime.parallel import checkpoint_blocks
+from runtime.parallel import Features, parallelize
+
+COLUMNS = [
+    Column("seconds a step", "seconds", "{:.3f}", spread=True),
+    Column("CPU seconds", "cpu_seconds"),
+    Column("samples/s", "rate", "{:.3f}"),
+    MEMORY,
+    Column("MFU", "mfu", "{:.0%}"),
+    Column("ours is faster by", "seconds", "{:.2f} x", ratio="lower"),
+    Column("by CPU time", "cpu_seconds", "{:.2f} x", ratio="lower"),
+    Column("ours needs of its memory", "peak_bytes", "{:.2f} x", ratio="higher"),
+]
 
 
 def training_step(
     model: nn.Module,
     batch: dict[str, Tensor],
+    loss_of: Callable[[dict[str, Tensor]], Tensor],
     optimizer: Optimizer,
     options: SimpleNamespace,
     decayed: Collection[str] | None = None,
-    flops: float | None = None,
+    before: Callable[[], None] | None = None,
 ) -> dict:
     """`measure` of forward pass, backward pass, gradient norm and update on the device, and the
     first step's `loss`.
 
-    `model(**batch)` returns the loss, 0-d. decayed: see build_optimizer. flops: of the step, for
-    `mfu` in the result.
+    loss_of: loss, 0-d, of what `model(**batch)` returns. decayed: see build_optimizer. before: what
+    else a step does, at its start.
     """
     device = torch.device(options.device)
-    model = model.to(device).train()
-    if options.activation_checkpointing:
-        checkpoint_blocks(model)
-    if options.compile:
-        model.compile()
+    features = Features(
+        compile=options.compile, activation_checkpointing=options.activation_checkpointing
+    )
+    model = parallelize(model.train(), World(0, 1, 0, device), features)
     update = build_optimizer(model, optimizer, decayed)
     precision = Precision(options.precision, device, clip=optimizer.clip_grad_norm)
-    batch = {name: value.to(device) for name, value in batch.items()}
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     losses = []
 
     def step() -> None:
+        if before is not None:
+            before()
         with precision.autocast():
-            loss = model(**batch)
+            loss = loss_of(model(**batch))
         losses.append(loss.detach())
         precision.backward(loss)
         precision.step(update, parameters)
 
+    for name, value in batch.items():
+        batch[name] = value.to(device)
     result = measure(step, options)
-    result["parameters"] = sum(parameter.numel() for parameter in parameters)
+    result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     result["loss"] = losses[0].item()
-    if flops is not None:
-        result["mfu"] = mfu(flops, result, options)
     return result
 
 
@@ -75,3 +91,27 @@ def mfu(flops: float, result: dict, options: SimpleNamespace) -> float:
         return flops / result["cpu_seconds"] / matmul_rate(dtypes[options.precision], size)
     peak = peak_flops(torch.device(options.device), options.precision)
     return flops / result["seconds"] / peak if peak else 0.0
+
+
+def settings(options: TrainOptions) -> list[str]:
+    """Words of a title for the options that all benchmarks of training steps have."""
+    words = [f"batch {options.batch}", options.precision, device_of(options)]
+    if options.compile:
+        words.append("compiled")
+    if options.activation_checkpointing:
+        words.append("activation checkpointing")
+    return words
+
+
+def compare_steps(options: TrainOptions, name: str, title: list[str], sides: list[Side]) -> None:
+    """Measure the training steps of all sides and publish their table."""
+    results = take_turns(options, sides)
+    for runs in results.values():
+        for run in runs:
+            run["rate"] = options.batch / run["seconds"]
+    parameters = results[sides[0].name][0]["parameters"]
+    body = f"{table(results, COLUMNS)}\n\n{parameters / 1e6:.1f} million parameters."
+    for side, runs in results.items():
+        if "library" in runs[0]:
+            body += f" {side}: {runs[0]['library']}, float32."
+    publish(options, name, title, body, results)

@@ -1,6 +1,6 @@
 """Tables of docs/BENCHMARKS.md: medians, ratios of neighbouring runs, and sections of the page.
 
-A result is what `runner.take_turns` returns: {side: its measurements}, with the same number of
+`results` is what `runner.take_turns` returns: {side: its measurements}, with the same number of
 measurements of each side; the i-th of two sides are neighbours in time.
 """
 
@@ -11,22 +11,14 @@ import re
 import shlex
 import statistics
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from base.files import write_text
-from benchmarks.runner import (
-    IDLE_LOAD,
-    OURS,
-    ROOT,
-    Options,
-    Side,
-    TrainOptions,
-    device_of,
-    load_at_start,
-    take_turns,
-)
+from base.errors import UserError
+from base.files import read_json_lines, write_json_lines, write_text
+from benchmarks.runner import IDLE_LOAD, OURS, ROOT, Options, device_of
 
 PREAMBLE = """# Benchmarks
 
@@ -38,10 +30,11 @@ CPU seconds are the processor time of all threads: on a shared machine they vary
 clock. MFU is the FLOPs of the network's forward and backward pass over the device's peak, without
 those that activation checkpointing repeats and those of the image tokenizer; the peak is the
 vendor's figure for a GPU, and a measured matrix product of the same number type, by processor time,
-for a CPU.
+for a CPU. The load is the number of cores that other work used, before a measurement and during it.
 """
 
 
+# ---- figures
 def median(runs: list[dict], key: str) -> float:
     """Median of one figure over the measurements of a side that have it."""
     return statistics.median(run[key] for run in runs if key in run)
@@ -51,15 +44,6 @@ def ratio(results: dict[str, list[dict]], other: str, key: str) -> float:
     """Median over neighbouring runs of the other side's figure divided by ours."""
     pairs = zip(results[OURS], results[other], strict=True)
     return statistics.median(theirs[key] / ours[key] for ours, theirs in pairs)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table; short rows are filled with empty cells."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = row + [""] * (len(head) - len(row))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -78,6 +62,8 @@ class Column:
         runs = results[side]
         if runs[0].get(self.key) is None or (self.ratio and (side == OURS or OURS not in results)):
             return ""
+        if isinstance(runs[0][self.key], str):
+            return runs[0][self.key]
         if self.ratio:
             value = ratio(results, side, self.key)
             return self.form.format(value if self.ratio == "lower" else 1 / value)
@@ -91,54 +77,33 @@ class Column:
 SECONDS = Column("seconds", "seconds", "{:.1f}")
 CPU_SECONDS = Column("CPU seconds", "cpu_seconds", "{:.1f}")
 MEMORY = Column("peak memory", "peak_bytes", "{:.2f} GiB", 2**-30)
-STEP_COLUMNS = [
-    Column("seconds a step", "seconds", "{:.3f}", spread=True),
-    Column("CPU seconds", "cpu_seconds"),
-    Column("samples/s", "rate", "{:.3f}"),
-    MEMORY,
-    Column("MFU", "mfu", "{:.0%}"),
-    Column("ours is faster by", "seconds", "{:.2f} x", ratio="lower"),
-    Column("by CPU time", "cpu_seconds", "{:.2f} x", ratio="lower"),
-    Column("ours needs of its memory", "peak_bytes", "{:.2f} x", ratio="higher"),
-]
 
 
 def table(results: dict[str, list[dict]], columns: list[Column]) -> str:
-    """A row a side; columns of ratios only if ours has company."""
-    if len(results) == 1 or OURS not in results:
+    """A row a side."""
+    return tables({"": results}, columns)
+
+
+def tables(cases: dict[str, dict[str, list[dict]]], columns: list[Column]) -> str:
+    """One table of the results of several cases, a row a case and side; columns of ratios only if
+    ours has company."""
+    if not any(OURS in results and len(results) > 1 for results in cases.values()):
         columns = [column for column in columns if not column.ratio]
     rows = []
-    for side in results:
-        rows.append([side, *(column.cell(results, side) for column in columns)])
+    for case, results in cases.items():
+        for side in results:
+            name = ": ".join(filter(None, [case, side]))
+            rows.append([name, *(column.cell(results, side) for column in columns)])
     return markdown(["", *(column.head for column in columns)], rows)
 
 
-def settings(options: TrainOptions) -> list[str]:
-    """Words of a title for the options that all benchmarks of training steps have."""
-    words = [f"batch {options.batch}", options.precision, device_of(options)]
-    if options.compile:
-        words.append("compiled")
-    if options.activation_checkpointing:
-        words.append("activation checkpointing")
-    return words
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def compare_steps(options: TrainOptions, name: str, title: list[str], sides: list[Side]) -> None:
-    """Measure the training steps of all sides and publish their table."""
-    load = load_at_start(options)
-    results = take_turns(options, sides)
-    for runs in results.values():
-        for run in runs:
-            run["rate"] = options.batch / run["seconds"]
-    body = table(results, STEP_COLUMNS)
-    parameters = results[sides[0].name][0]["parameters"]
-    body += f"\n\n{parameters / 1e6:.1f} million parameters."
-    for side, runs in results.items():
-        if "library" in runs[0]:
-            body += f" {side}: {runs[0]['library']}, float32."
-    publish(options, name, title, body, load)
-
-
+# ---- what is said of a table
 def machine(options: Options) -> str:
     """GPU, CPU, number of cores, memory and versions, in words."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -151,14 +116,18 @@ def machine(options: Options) -> str:
     return ", ".join([*words, f"torch {torch.__version__}"])
 
 
-def load_note(load: float | None) -> str:
-    """A warning if other work was running when the measurements began; None = nothing was timed."""
-    if load is None:
+def load_note(runs: list[dict]) -> str:
+    """The load before and during the measurements, and a warning where it was none; empty if nothing
+    was timed."""
+    before = [run["load"] for run in runs if "load" in run]
+    if not before:
         return ""
-    if load <= IDLE_LOAD:
-        return f" Load {load:.1f} at the start."
+    during = statistics.median(run.get("others", 0.0) for run in runs)
+    if max(before) < IDLE_LOAD and during < IDLE_LOAD:
+        return f" Load {max(before):.2f} at the start, {during:.2f} meanwhile."
     return (
-        f" Other work was running (load {load:.1f} at the start): times by the clock are disturbed."
+        f" Other work was running (load {max(before):.1f} at the start, {during:.1f} meanwhile): "
+        "times by the clock are disturbed."
     )
 
 
@@ -167,7 +136,7 @@ def command_line(options: Options, name: str) -> str:
     words = ["python", "-m", f"benchmarks.{name}"]
     standard = asdict(type(options)())
     for key, value in asdict(options).items():
-        if value == standard[key] or key in ("report", "busy"):
+        if value == standard[key] or key in ("report", "record", "busy", "wait"):
             continue
         words.append("--" + key.replace("_", "-"))
         if key in ("peer", "peer_python"):
@@ -179,6 +148,38 @@ def command_line(options: Options, name: str) -> str:
     return shlex.join(words)
 
 
+# ---- the page
+def publish(
+    options: Options, name: str, title: list[str], body: str, results: dict[str, list[dict]]
+) -> None:
+    """Print the table with machine, load and command; append it to `record` and write it to the page
+    of `report`.
+
+    The words of the title distinguish a setting: a run of the same setting replaces its section.
+    A tiny network's figures are printed only. Raises UserError, after printing, if other work ran
+    beside the measurements and --busy does not allow it.
+    """
+    heading = ", ".join(title + ["tiny"] * options.tiny)
+    runs = [run for side in results.values() for run in side]
+    note = load_note(runs)
+    text = f"{body}\n\nMachine: {machine(options)}.{note}\n\n    {command_line(options, name)}"
+    print(f"{heading}\n\n{text}")
+    if "disturbed" in note and not options.busy:
+        raise UserError("other work began meanwhile: nothing is recorded; measure again, or --busy")
+    if options.record:
+        append_record(options.record, {"title": heading, "text": text, "results": results})
+    if options.report and not options.tiny:
+        write_sections(options.report, {heading: text})
+
+
+def append_record(file: Path, record: dict) -> None:
+    """Add a line to a JSON lines file, with the time."""
+    now = datetime.now().isoformat(timespec="seconds")
+    records = list(read_json_lines(file)) if file.exists() else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json_lines(file, [*records, {"time": now, **record}])
+
+
 def with_section(page: str, title: str, body: str) -> str:
     """`page` with the section `## title` replaced, or added at its end."""
     section = f"## {title}\n\n{body.strip()}\n"
@@ -188,23 +189,11 @@ def with_section(page: str, title: str, body: str) -> str:
     return f"{page.rstrip()}\n\n{section}"
 
 
-def publish(options: Options, name: str, title: list[str], body: str, load: float | None) -> None:
-    """Print the table with machine, load and command, and write it to the page of `report`.
-
-    The words of the title distinguish a setting: a run of the same setting replaces its section.
-    A tiny network's figures are printed only.
-    """
-    heading = ", ".join(title + ["tiny"] * options.tiny)
-    note = f"Machine: {machine(options)}.{load_note(load)}"
-    text = f"{body}\n\n{note}\n\n    {command_line(options, name)}"
-    print(f"{heading}\n\n{text}")
-    if options.report and not options.tiny:
-        write_section(options.report, heading, text)
-
-
-def write_section(report: str, title: str, text: str) -> None:
-    """Replace or add a section of the page, a path below the repository's root."""
+def write_sections(report: str, sections: dict[str, str]) -> None:
+    """Replace or add sections of the page, a path below the repository's root."""
     page = ROOT / report
-    before = page.read_text() if page.exists() else PREAMBLE
-    write_text(page, with_section(before, title, text))
+    text = page.read_text() if page.exists() else PREAMBLE
+    for title, body in sections.items():
+        text = with_section(text, title, body)
+    write_text(page, text)
     print(f"written to {page}")

@@ -2,12 +2,12 @@
 it.
 
     python -m benchmarks.views                     # 512 x 384 JPEGs of about 60 kB, as files and in zips of 1000
-    python -m benchmarks.views --items 400 --text-augment --output output/bench_views.json
+    python -m benchmarks.views --items 400 --text-augment --record output/bench_views.jsonl
 
 A sample is a decoded image, one weak and two strong views of it at 224 pixels, and three texts as
 token ids. The reference does the same with Pillow and torchvision on Pillow's images, and parses a
-zip file's directory for every member, as clip-rocket does. One thread; rates are samples per second
-of processor time. Printed only, unless --report names a page.
+zip file's directory for every member, as clip-rocket does; the texts are ours in both. One thread;
+rates are samples per second of processor time. Printed only, unless --report names a page.
 """
 
 import io
@@ -23,19 +23,16 @@ from types import SimpleNamespace
 import torch
 
 from base.errors import UserError
-from base.files import write_json
 from base.pixels import IMAGENET
-from benchmarks.runner import OURS, Options, Side, load_at_start, take_turns
-from benchmarks.table import markdown, median, publish, ratio
+from benchmarks.runner import OURS, Options, Side, take_turns
+from benchmarks.table import Column, publish, tables
 from dataset.images.clip import ImageViews, ViewOptions
 from dataset.images.decode import decode_image
 from dataset.images.zip_member import image_source, read_member
-from dataset.tasks.captions import ImageTextPair
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.bpe import ClipTokenizer
 from runtime.config.cli import knob, run_script
 
-REFERENCE = "reference"
 WIDTH, HEIGHT, IMAGES, MEMBERS = 512, 384, 50, 1000
 ZIP = "000.zip"
 WARMUP = 3  # samples before the clock starts
@@ -44,6 +41,10 @@ CAPTIONS = (
     "Sunset over the ocean with my friends, Canon EOS 5D",
     "the old house by the river (room 12), evening",
 )
+COLUMNS = [
+    Column("samples per CPU second", "rate", "{:.1f}"),
+    Column("ours is faster by", "rate", "{:.2f} x", ratio="higher"),
+]
 
 
 @dataclass
@@ -55,11 +56,11 @@ class Config(Options):
     bpe_path: Path | None = knob(
         None, "BPE merges; none = CLIP's, from the package open_clip_torch"
     )
-    output: Path | None = knob(None, "JSON file for the medians")
     threads: int = knob(1, "CPU threads of each side", low=1)
     report: str = knob("", "page to write the table to; empty = print only")
 
 
+# ---- inputs
 def file_name(number: int) -> str:
     return f"{number % IMAGES:03d}.jpg"
 
@@ -67,10 +68,6 @@ def file_name(number: int) -> str:
 def member_name(number: int) -> str:
     """Members in an order that jumps about the zip file."""
     return f"{number * 37 % MEMBERS:03d}.jpg"
-
-
-def caption(number: int) -> list[str]:
-    return [CAPTIONS[number % len(CAPTIONS)]]
 
 
 def write_images(folder: Path) -> int:
@@ -94,123 +91,111 @@ def write_images(folder: Path) -> int:
     return sum(sizes) // len(sizes)
 
 
+# ---- sides: the parts of a pipeline
+def our_parts(folder: Path) -> dict[str, Callable]:
+    """What reads a member, what decodes a file or a member, and the views."""
+
+    def decode(name: str) -> torch.Tensor:
+        return decode_image(image_source(folder, name), name)
+
+    return {
+        "read": lambda member: read_member(folder / ZIP, member),
+        "decode": decode,
+        "decode member": lambda member: decode(f"{ZIP}/{member}"),
+        "views": ImageViews(224, ViewOptions()),
+    }
+
+
+def reference_parts(folder: Path) -> dict[str, Callable]:
+    """The same with Pillow and torchvision."""
+    from PIL import Image
+
+    def read(member: str) -> bytes:
+        return zipfile.ZipFile(folder / ZIP).read(member)
+
+    return {
+        "read": read,
+        "decode": lambda name: Image.open(folder / name).convert("RGB"),
+        "decode member": lambda member: Image.open(io.BytesIO(read(member))).convert("RGB"),
+        "views": published_views(),
+    }
+
+
 def published_views() -> Callable:
-    """Weak and strong view of a Pillow image as normalised tensors, with torchvision's
+    """Strong, strong and weak view of a Pillow image as normalised tensors, with torchvision's
     transforms."""
     from PIL import ImageFilter
     from torchvision import transforms as T
 
-    bicubic, normalize = T.InterpolationMode.BICUBIC, T.Normalize(*IMAGENET)
+    bicubic = T.InterpolationMode.BICUBIC
     blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))
-    weak = T.Compose(
-        [T.RandomResizedCrop(224, (0.5, 1), interpolation=bicubic), T.ToTensor(), normalize]
-    )
+    tensor = T.Compose([T.ToTensor(), T.Normalize(*IMAGENET)])
+    weak = T.Compose([T.RandomResizedCrop(224, (0.5, 1), interpolation=bicubic), tensor])
     jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
     colours = [jitter, T.RandomGrayscale(0.2), T.RandomApply([blur], 0.5)]
     crop = T.RandomResizedCrop(224, (0.08, 1), interpolation=bicubic)
-    strong = T.Compose([crop, *colours, T.RandomHorizontalFlip(), T.ToTensor(), normalize])
+    strong = T.Compose([crop, *colours, T.RandomHorizontalFlip(), tensor])
     return lambda image: (strong(image), strong(image), weak(image))
 
 
-def ours(options: SimpleNamespace) -> dict:
-    """Rates of our pipelines."""
-    folder = Path(options.exchange)
-    tokenizer, texts = text_pipeline(options)
-    pair = ImageTextPair(ImageViews(224, ViewOptions()), texts, folder)
-
-    def decode(number: int):
-        return decode_image(image_source(folder, file_name(number)), file_name(number))
-
-    def sample(image: str, number: int):
-        made = pair({"image": image, "caption": caption(number)})
-        return made, tokenizer(made["texts"])
-
-    pipelines = {
-        "decode": decode,
-        "read a zip member": lambda n: read_member(folder / ZIP, member_name(n)),
-        "decode, 3 views": lambda n: pair.image_views(decode(n)),
-        "3 texts": lambda n: tokenizer(texts(caption(n))),
-        "sample from files": lambda n: sample(file_name(n), n),
-        "sample from zips": lambda n: sample(f"{ZIP}/{member_name(n)}", n),
-    }
-    return measure_rates(pipelines, options)
+PARTS = {OURS: our_parts, "reference": reference_parts}
 
 
-def reference(options: SimpleNamespace) -> dict:
-    """Rates of the same with Pillow and torchvision; the texts are ours."""
-    from PIL import Image
-
-    folder = Path(options.exchange)
-    tokenizer, texts = text_pipeline(options)
-    views = published_views()
-
-    def decode(number: int):
-        return Image.open(folder / file_name(number)).convert("RGB")
-
-    def read(number: int) -> bytes:
-        return zipfile.ZipFile(folder / ZIP).read(member_name(number))
-
-    def decode_member(number: int):
-        return Image.open(io.BytesIO(read(number))).convert("RGB")
-
-    def sample(image, number: int):
-        return views(image), tokenizer(texts(caption(number)))
-
-    pipelines = {
-        "decode": decode,
-        "read a zip member": read,
-        "decode, 3 views": lambda n: views(decode(n)),
-        "sample from files": lambda n: sample(decode(n), n),
-        "sample from zips": lambda n: sample(decode_member(n), n),
-    }
-    return measure_rates(pipelines, options)
-
-
-def text_pipeline(options: SimpleNamespace) -> tuple[ClipTokenizer, TextViews]:
-    """Tokenizer, and the three texts of a caption."""
-    texts = TextViews(TextOptions(text_augment=options.text_augment), local=2)
-    return ClipTokenizer(options.bpe_path), texts
-
-
-def measure_rates(pipelines: dict[str, Callable], options: SimpleNamespace) -> dict[str, float]:
-    """Samples per second of processor time of each pipeline, a function of the sample's number."""
+def rates(options: SimpleNamespace) -> dict:
+    """Samples per CPU second of a side's pipelines, each a function of the sample's number."""
     torch.manual_seed(0)
     random.seed(0)
-    rates = {}
-    for name, make in pipelines.items():
-        for number in range(WARMUP):
-            make(number)
-        begin = time.process_time()
-        for number in range(options.items):
-            make(number)
-        rates[name] = options.items / (time.process_time() - begin)
-    return rates
+    parts = PARTS[options.side](Path(options.exchange))
+    views = parts["views"]
+    texts = TextViews(TextOptions(text_augment=options.text_augment), local=2)
+    tokenizer = ClipTokenizer(options.bpe_path)
+
+    def tokens(number: int) -> torch.Tensor:
+        return tokenizer(texts([CAPTIONS[number % len(CAPTIONS)]]))
+
+    def from_file(number: int) -> tuple:
+        return views(parts["decode"](file_name(number))), tokens(number)
+
+    def from_zip(number: int) -> tuple:
+        return views(parts["decode member"](member_name(number))), tokens(number)
+
+    pipelines = {
+        "decode": lambda number: parts["decode"](file_name(number)),
+        "read a zip member": lambda number: parts["read"](member_name(number)),
+        "decode, 3 views": lambda number: views(parts["decode"](file_name(number))),
+        "3 texts": tokens,
+        "sample from files": from_file,
+        "sample from zips": from_zip,
+    }
+    return {"rates": {name: rate(make, options.items) for name, make in pipelines.items()}}
+
+
+def rate(make: Callable[[int], object], items: int) -> float:
+    """Samples per second of processor time, after some to warm up."""
+    for number in range(WARMUP):
+        make(number)
+    begin = time.process_time()
+    for number in range(items):
+        make(number)
+    return items / (time.process_time() - begin)
 
 
 def main(config: Config) -> None:
     if config.tiny:
         raise UserError("--tiny: there is no network here; give --items")
-    load = load_at_start(config)
-    sides = [Side(OURS, "benchmarks.views:ours"), Side(REFERENCE, "benchmarks.views:reference")]
+    sides = [Side(name, "benchmarks.views:rates", settings={"side": name}) for name in PARTS]
     with tempfile.TemporaryDirectory() as folder:
         size = write_images(Path(folder))
         results = take_turns(config, sides, exchange=folder)
-    rows, medians = [], {}
-    for name in results[OURS][0]:
-        medians[name] = {OURS: median(results[OURS], name)}
-        cells = [name, f"{medians[name][OURS]:.1f}"]
-        if name in results[REFERENCE][0]:
-            medians[name][REFERENCE] = median(results[REFERENCE], name)
-            cells.append(f"{medians[name][REFERENCE]:.1f}")
-            cells.append(f"{1 / ratio(results, REFERENCE, name):.2f} x")
-        rows.append(cells)
-    body = markdown(["samples per CPU second", OURS, REFERENCE, "ours is faster by"], rows)
+    cases = {}
+    for name in results[OURS][0]["rates"]:
+        cases[name] = {
+            side: [{"rate": run["rates"][name]} for run in runs] for side, runs in results.items()
+        }
     title = ["Input pipeline", f"{WIDTH} x {HEIGHT} JPEGs of {size / 1000:.0f} kB"]
     if config.text_augment:
         title.append("augmented texts")
-    publish(config, "views", title, body, load)
-    if config.output:
-        write_json(config.output, medians, indent=2)
+    publish(config, "views", title, tables(cases, COLUMNS), results)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.runner import Side, TrainOptions, check_peer, check_tensorflow
-from benchmarks.steps import training_step
-from benchmarks.table import compare_steps, settings
+from benchmarks.steps import compare_steps, settings, training_step
 from models.classification.classifier import ClassifierConfig, VisionClassifier, sigmoid_loss
 from models.weights.vit import transformers_config
 from runtime.config.cli import knob, run_script
 from runtime.optim.build import Optimizer
 
-PEER = "original (TensorFlow)"
+LIBRARIES = ("ours", "timm", "transformers")
 
 
 @dataclass
@@ -35,9 +34,7 @@ class Config(TrainOptions):
     model: str = knob("vit-b/16", "network", choices=("vit-b/16", "vit-l/16"))
     image_size: int = knob(224, "side of the images in pixels", low=16)
     classes: int = knob(21841, "classes", low=2)
-    sides: list[str] = knob(
-        ["ours", "timm", "transformers"], "in PyTorch", choices=("ours", "timm", "transformers")
-    )
+    sides: list[str] = knob(list(LIBRARIES), "in PyTorch", choices=LIBRARIES)
 
 
 class Foreign(nn.Module):
@@ -53,18 +50,15 @@ class Foreign(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, -10)
 
-    def forward(self, image: Tensor, labels: Tensor, label_weights: Tensor) -> Tensor:
+    def forward(self, image: Tensor, labels: Tensor, label_weights: Tensor) -> dict[str, Tensor]:
         features = torch.tanh(self.pre_logits(self.token(self.trunk(image))))
-        return sigmoid_loss(self.head(features).float(), labels, label_weights)
-
-
-class Ours(VisionClassifier):
-    def forward(self, **batch: Tensor) -> Tensor:
-        return super().forward(**batch)["loss"]
+        logits = self.head(features).float()
+        return {"loss": sigmoid_loss(logits, labels, label_weights)}
 
 
 def classifier_config(options: SimpleNamespace) -> ClassifierConfig:
     """The network of all three; tiny: 2 blocks of width 32."""
+    torch.manual_seed(0)
     return ClassifierConfig(
         model="vit-mu/16" if options.tiny else options.model,
         image_size=options.image_size,
@@ -75,17 +69,15 @@ def classifier_config(options: SimpleNamespace) -> ClassifierConfig:
 
 def ours(options: SimpleNamespace) -> dict:
     """A step of our network."""
-    torch.manual_seed(0)
     config = classifier_config(options)
-    model = Ours(replace(config, representation_size=config.vit.width))
-    return measure_network(model, options)
+    config = replace(config, representation_size=config.vit.width)
+    return measure_network(VisionClassifier(config), options)
 
 
 def timm(options: SimpleNamespace) -> dict:
     """A step of timm's network."""
     from timm.models.vision_transformer import VisionTransformer
 
-    torch.manual_seed(0)
     vit = classifier_config(options).vit
     trunk = VisionTransformer(
         img_size=vit.image_size,
@@ -96,15 +88,13 @@ def timm(options: SimpleNamespace) -> dict:
         num_classes=0,
         act_layer=lambda: nn.GELU(approximate="tanh"),
     )
-    model = Foreign(trunk, lambda output: output, vit.width, options.classes)
-    return measure_network(model, options)
+    return measure_network(Foreign(trunk, nn.Identity(), vit.width, options.classes), options)
 
 
 def transformers(options: SimpleNamespace) -> dict:
     """A step of transformers' network."""
     from transformers import ViTConfig, ViTModel
 
-    torch.manual_seed(0)
     config = classifier_config(options)
     trunk = ViTModel(ViTConfig(**transformers_config(config)), add_pooling_layer=False)
     model = Foreign(trunk, lambda output: output[0][:, 0], config.vit.width, options.classes)
@@ -120,7 +110,7 @@ def measure_network(model: nn.Module, options: SimpleNamespace) -> dict:
         "label_weights": torch.ones(size, 2),
     }
     adamw = Optimizer(lr=1e-4, weight_decay=0.1, clip_grad_norm=1.0)
-    return training_step(model, batch, adamw, options)
+    return training_step(model, batch, lambda losses: losses["loss"], adamw, options)
 
 
 def main(config: Config) -> None:
@@ -128,7 +118,8 @@ def main(config: Config) -> None:
     check_tensorflow(config)
     sides = [Side(name, f"benchmarks.vit:{name}") for name in config.sides]
     if config.peer:
-        sides.append(Side(PEER, "benchmarks.peers.coyo_vit:step", original=True))
+        function = "benchmarks.peers.tensorflow:vit"
+        sides.append(Side("original (TensorFlow)", function, original=True))
     title = ["Classification step", config.model, f"{config.classes:,} classes"]
     compare_steps(config, "vit", title + settings(config), sides)
 

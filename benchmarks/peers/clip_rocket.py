@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.inputs import random_batch
+from benchmarks.peers.stand_ins import stand_in
 from benchmarks.steps import training_step
 from runtime.optim.build import Optimizer
 
@@ -24,32 +25,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
 
 def import_checkout(options: types.SimpleNamespace) -> tuple[types.ModuleType, types.ModuleType]:
     """The checkout's modules `models` and `losses`."""
-    operations = types.ModuleType("xformers.ops")
-    operations.memory_efficient_attention = attention
-    operations.unbind = torch.unbind
-    sys.modules["xformers"] = types.ModuleType("xformers")
-    sys.modules["xformers.ops"] = operations
+    stand_in("xformers.ops", memory_efficient_attention=attention, unbind=torch.unbind)
     sys.path.insert(0, options.peer)
     importlib.import_module("timm.models.registry")
     vit = importlib.import_module("vit")
 
     def transformer(variant: str, pretrained: bool = False, attn_layer=None, **more) -> nn.Module:
         """Its VisionTransformer with random weights."""
-        flash = attn_layer == "flash"
-        return vit.VisionTransformer(
-            attn_layer=vit.MemEffAttention if flash else vit.Attention, **more
-        )
+        layer = vit.MemEffAttention if attn_layer == "flash" else vit.Attention
+        return vit.VisionTransformer(attn_layer=layer, **more)
 
     def vit_b16(name: str, num_classes: int, attn_layer: str) -> nn.Module:
-        return transformer(
-            name,
-            attn_layer=attn_layer,
-            patch_size=16,
-            embed_dim=768,
-            depth=12,
-            num_heads=12,
-            num_classes=0,
-        )
+        sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+        return transformer(name, attn_layer=attn_layer, num_classes=0, **sizes)
 
     vit._create_vision_transformer = transformer
     models = importlib.import_module("models")
@@ -58,15 +46,13 @@ def import_checkout(options: types.SimpleNamespace) -> tuple[types.ModuleType, t
 
 
 class Network(nn.Module):
-    """CL2L ViT-B/16 with the checkout's loss, 0-d."""
+    """CL2L ViT-B/16, called with the batch's names."""
 
-    def __init__(self, options: types.SimpleNamespace):
+    def __init__(self, models: types.ModuleType, attention: str):
         super().__init__()
-        models, losses = import_checkout(options)
-        nn.Module.cuda = lambda self, *args, **kwargs: self.to(options.device)
         self.model = models.CL2L_VITB16(
             models.CL2L,
-            options.peer_attention,
+            attention,
             embed_dim=512,
             transformer_layers=12,
             separate_proj=True,
@@ -77,16 +63,23 @@ class Network(nn.Module):
             clip_hidden_dim=4096,
             label_smoothing=0.0,
         )
-        self.criterion = losses.CL2LLoss("sum", 0.0)
 
-    def forward(self, image: Tensor, text_ids: Tensor, image_local: Tensor) -> Tensor:
-        return self.criterion(self.model(image, text_ids, *image_local.unbind(1)))["loss"]
+    def forward(self, image: Tensor, text_ids: Tensor, image_local: Tensor) -> dict:
+        return self.model(image, text_ids, *image_local.unbind(1))
 
 
 def step(options: types.SimpleNamespace) -> dict:
-    """A training step, by our loop and optimizer."""
+    """A training step with the checkout's loss, by our loop and optimizer."""
     torch.manual_seed(0)
-    batch = random_batch(options, views=2)
+    batch = random_batch(options)
+    models, losses = import_checkout(options)
+    nn.Module.cuda = lambda self, *args, **kwargs: self.to(options.device)
+    criterion = losses.CL2LLoss("sum", 0.0)
     options.activation_checkpointing = False  # is ours
+
+    def loss_of(outputs: dict) -> Tensor:
+        return criterion(outputs)["loss"]
+
+    model = Network(models, options.peer_attention)
     adamw = Optimizer(lr=1e-4, weight_decay=0.1)
-    return training_step(Network(options), batch, adamw, options)
+    return training_step(model, batch, loss_of, adamw, options)

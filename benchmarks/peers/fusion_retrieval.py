@@ -108,4 +108,4 @@ def evaluate(options: types.SimpleNamespace) -> dict:
     }
     matrices = [torch.from_numpy(matrix) for matrix in scores]
     torch.save({"model": weights, "scores": matrices}, Path(options.exchange) / "peer.pt")
-    return {"times": stages.times}
+    return {"times": stages.times()}

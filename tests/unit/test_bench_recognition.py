@@ -2,6 +2,7 @@
 
 from benchmarks import nxtp_inputs as common
 from benchmarks import recognition as bench_recognition
+from benchmarks.table import tables
 
 
 def test_the_stand_in_tokenizer_gives_the_originals_lengths():
@@ -25,15 +26,14 @@ def runs(seconds: float, **found) -> list[dict]:
 
 def test_rows_name_speed_and_agreement():
     results = {"ours": runs(0.5, tokens=[[[1], [2]]]), "original": runs(5.0, tokens=[[[1], [3]]])}
-    cells = bench_recognition.row("1", results, bench_recognition.Config(labels=2))
-    assert cells == [
-        "top 2, case 1",
-        *("0.50", "0.50", "4.0", "1.00 GiB"),
-        *("5.00", "5.00", "0.4", "1.00 GiB"),
-        *("10.0 x", "10.0 x", "1 of 2 labels alike"),
-    ]
+    bench_recognition.add_figures(results, count=2)
     step = {"ours": runs(2.0, loss=1.0), "original": runs(4.0, loss=1.5)}
-    cells = bench_recognition.row("train", step, bench_recognition.Config(batch=4))
-    assert cells[:4] == ["training step, 4 images", "2.00", "2.00", "2.0"]
-    assert cells[-1] == "first loss 1.000000 and 1.500000"
-    assert len(bench_recognition.row("8", {"ours": step["ours"]}, bench_recognition.Config())) == 5
+    bench_recognition.add_figures(step, count=4)
+    lines = tables({"case 1": results, "step": step}, bench_recognition.COLUMNS).splitlines()
+    assert lines[2:] == [
+        "| case 1: ours | 0.50 | 0.50 | 4.0 | 1.00 GiB |  |  |  |",
+        "| case 1: original | 5.00 | 5.00 | 0.4 | 1.00 GiB | 10.0 x | 10.0 x | 1 of 2 labels alike |",
+        "| step: ours | 2.00 | 2.00 | 2.0 | 1.00 GiB |  |  |  |",
+        "| step: original | 4.00 | 4.00 | 1.0 | 1.00 GiB | 2.0 x | 2.0 x "
+        "| first loss 1.000000 and 1.500000 |",
+    ]

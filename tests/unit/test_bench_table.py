@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from base.errors import UserError
-from benchmarks import runner, table
+from base.files import read_json_lines
+from benchmarks import runner, steps, table
 from benchmarks.runner import OURS, Options, Side, TrainOptions
 
 
@@ -35,7 +36,7 @@ def test_unequal_numbers_of_runs_are_no_pairs():
 def test_a_row_has_median_spread_and_ratios():
     for run in RESULTS[OURS]:
         run["mfu"] = 0.344
-    head, _, ours, other = table.table(RESULTS, table.STEP_COLUMNS).splitlines()
+    head, _, ours, other = table.table(RESULTS, steps.COLUMNS).splitlines()
     assert head.startswith("|  | seconds a step | CPU seconds | samples/s | peak memory | MFU |")
     assert ours == "| ours | 1.000 (1.000-10.000) | 2.00 |  | 6.00 GiB | 34% |  |  |  |"
     assert other == (
@@ -50,13 +51,13 @@ def test_rates_are_compared_the_other_way_round():
 
 
 def test_ours_alone_has_no_ratios():
-    lines = table.table({OURS: RESULTS[OURS]}, table.STEP_COLUMNS).splitlines()
+    lines = table.table({OURS: RESULTS[OURS]}, steps.COLUMNS).splitlines()
     assert len(lines) == 3 and "faster" not in lines[0]
     assert lines[2].count("|") == lines[0].count("|") == lines[1].count("|")
 
 
 def test_steps_are_compared_and_published(monkeypatch, capsys):
-    monkeypatch.setattr(runner.os, "getloadavg", lambda: (0.1, 0, 0))
+    monkeypatch.setattr(runner, "current_load", lambda: 0.1)
     step = {"cpu_seconds": 1.0, "peak_bytes": 1 << 30, "parameters": 2_500_000}
     seconds = {OURS: 0.5, "TF": 2.0}
 
@@ -65,7 +66,7 @@ def test_steps_are_compared_and_published(monkeypatch, capsys):
 
     monkeypatch.setattr(runner, "run_side", run_side)
     options = TrainOptions(batch=8, device="cpu", report="")
-    table.compare_steps(options, "vit", ["ViT"], [Side(OURS, "a:b"), Side("TF", "c:d")])
+    steps.compare_steps(options, "vit", ["ViT"], [Side(OURS, "a:b"), Side("TF", "c:d")])
     out = capsys.readouterr().out
     assert "| ours | 0.500 (0.500-0.500) | 1.00 | 16.000 |" in out and "4.00 x | 1.00 x" in out
     assert "2.5 million parameters. " in out and "TF: TensorFlow 2, float32." in out
@@ -88,7 +89,7 @@ def test_settings_that_differ_have_different_headings():
         {"compile": True},
         {"activation_checkpointing": True},
     ]
-    headings = {tuple(table.settings(TrainOptions(**change))) for change in changes}
+    headings = {tuple(steps.settings(TrainOptions(**change))) for change in changes}
     assert len(headings) == len(changes)
 
 
@@ -106,26 +107,63 @@ def test_the_command_line_has_the_settings_and_no_path_of_this_disk():
     assert table.command_line(config, "knn") == words
 
 
-def test_a_busy_machine_is_refused_or_named(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(runner.os, "getloadavg", lambda: (1.9, 0, 0))
-    with pytest.raises(UserError, match=r"load 1\.9.*--busy"):
-        runner.load_at_start(Options())
+def test_a_busy_machine_is_refused_or_waited_for(monkeypatch):
+    loads = iter([1.9, 0.8, 0.1, 1.9])
+    monkeypatch.setattr(runner, "current_load", lambda: next(loads))
+    assert runner.idle_load(Options(wait=10)) == 0.1
+    assert runner.idle_load(Options(busy=True)) == 1.9
+    monkeypatch.setattr(runner, "current_load", lambda: 0.3)
+    with pytest.raises(UserError, match=r"load 0\.3.*--wait MINUTES.*--busy"):
+        runner.idle_load(Options(wait=0))
+
+
+def measured(load: float, others: float) -> dict:
+    return {OURS: [{"load": load, "others": others}], "other": [{"load": 0.0, "others": others}]}
+
+
+def test_the_page_has_the_table_its_machine_load_and_command(tmp_path, capsys):
     page = tmp_path / "page.md"
-    options = Options(busy=True, report=str(page), device="cpu")
-    load = runner.load_at_start(options)
-    table.publish(options, "knn", ["kNN", "cpu"], "| table |", load)
+    options = Options(
+        busy=True, report=str(page), device="cpu", wait=3, record=tmp_path / "r.jsonl"
+    )
+    table.publish(options, "knn", ["kNN", "cpu"], "| table |", measured(1.9, 0.5))
     text = page.read_text()
     assert text.startswith(table.PREAMBLE) and "## kNN, cpu\n\n| table |\n\nMachine: " in text
-    assert "load 1.9 at the start): times by the clock are disturbed." in text
+    assert "(load 1.9 at the start, 0.5 meanwhile): times by the clock are disturbed." in text
     assert text.endswith("\n\n    python -m benchmarks.knn --device cpu\n")
     assert "| table |" in capsys.readouterr().out
-    monkeypatch.setattr(runner.os, "getloadavg", lambda: (0.1, 0, 0))
-    quiet = runner.load_at_start(Options())
-    assert "disturbed" not in table.load_note(quiet) and "0.1" in table.load_note(quiet)
+    assert table.load_note([{}]) == ""
+    quiet = table.load_note([{"load": 0.12, "others": 0.05}])
+    assert "disturbed" not in quiet and "Load 0.12 at the start, 0.05 meanwhile." in quiet
+
+
+def test_what_other_work_disturbed_is_not_recorded(tmp_path, capsys):
+    options = Options(report=str(tmp_path / "page.md"), device="cpu", record=tmp_path / "r.jsonl")
+    for disturbed in (measured(0.4, 0.0), measured(0.0, 0.3)):
+        with pytest.raises(UserError, match="nothing is recorded"):
+            table.publish(options, "knn", ["kNN"], "| table |", disturbed)
+    assert "| table |" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    for title in ("kNN", "kNN, k 5"):
+        table.publish(options, "knn", [title], f"| {title} |", measured(0.1, 0.2))
+    first, second = read_json_lines(options.record)
+    assert first["title"] == "kNN" and second["title"] == "kNN, k 5"
+    assert second["results"] == measured(0.1, 0.2) and "Load 0.10" in second["text"]
+    assert "| kNN, k 5 |" in (tmp_path / "page.md").read_text()
+
+
+def test_the_load_is_the_cores_in_use(monkeypatch):
+    busy = iter([100.0, 103.0])
+    monkeypatch.setattr(runner, "busy_seconds", lambda: next(busy))
+    assert runner.current_load(seconds=2e-3) == pytest.approx(1500)
+    monkeypatch.setattr(runner, "busy_seconds", lambda: None)
+    monkeypatch.setattr(runner.os, "getloadavg", lambda: (0.7, 0, 0))
+    assert runner.current_load() == 0.7
 
 
 def test_sides_take_turns_and_ours_comes_first(monkeypatch):
     order = []
+
+    monkeypatch.setattr(runner, "current_load", lambda: 0.25)
 
     def run_side(side, options, **more):
         order.append(side.name)
@@ -137,7 +175,9 @@ def test_sides_take_turns_and_ours_comes_first(monkeypatch):
     assert order == ["other", OURS, OURS, "other", "other", OURS]
     assert list(results) == [OURS, "other"]
     assert [run["seconds"] for run in results[OURS]] == [2, 3, 6]
-    assert results[OURS][0]["exchange"] == "folder"
+    assert results[OURS][0]["exchange"] == "folder" and results[OURS][0]["load"] == 0.25
+    untimed = runner.take_turns(Options(repeats=1), sides, timed=False)
+    assert "load" not in untimed[OURS][0]
 
 
 def test_a_side_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
@@ -152,6 +192,7 @@ def test_a_side_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     options = Options(threads=3, device="cpu")
     result = runner.run_side(Side("x", "sides:step"), options, exchange="folder")
+    assert "others" in result
     assert result["pid"] != runner.os.getpid() and result["limit"] == "3"
     assert (result["device"], result["exchange"], result["repeats"]) == ("cpu", "folder", 3)
     with pytest.raises(UserError, match=r"(?s)x failed \(exit 1\).*no such thing"):
@@ -163,6 +204,16 @@ def test_the_original_runs_by_its_own_interpreter(tmp_path):
     fake.write_text(f"#!{sys.executable}\nprint('{json.dumps({'mine': 1})}')\n")
     fake.chmod(0o755)
     options = runner.PeerOptions(peer_python=str(fake), device="cpu")
-    assert runner.run_side(Side("x", "no:function", original=True), options) == {"mine": 1}
+    assert runner.run_side(Side("x", "no:function", original=True), options)["mine"] == 1
     with pytest.raises(UserError, match="No module named 'no'"):
         runner.run_side(Side("x", "no:function"), options)
+
+
+def test_one_table_has_all_cases():
+    speed = table.Column("ours is faster by", "seconds", "{:.0f} x", ratio="lower")
+    cases = {
+        "a": {OURS: [{"seconds": 1.0}], "other": [{"seconds": 3.0}]},
+        "b": {OURS: [{"seconds": 2.0}]},
+    }
+    lines = table.tables(cases, [table.SECONDS, speed]).splitlines()
+    assert lines[2:] == ["| a: ours | 1.0 |  |", "| a: other | 3.0 | 3 x |", "| b: ours | 2.0 |  |"]

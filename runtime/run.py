@@ -166,7 +166,7 @@ class ValidationConfig:
 
 def make_deterministic() -> None:
     """Kernels that give the same bits in every run on the same machine and number of processes;
-    one that cannot raises RuntimeError with its name."""
+    one that cannot raises RuntimeError with its name, of which `run_script` makes a sentence."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -173,8 +173,8 @@ def launched_rank() -> str:
 def run_script(
     main: Callable[[C], Any], cls: type[C], description: str | None = None, argv=None
 ) -> None:
-    """Parse and call `main(config)`. A mistake of the user, or memory that is used up, is one line on
-    stderr and exit status 2; Ctrl-C is 130.
+    """Parse and call `main(config)`. What the user can mend (`advice_on`) is one line on stderr
+    and exit status 2; Ctrl-C is 130.
 
     On other ranks than 0 the message waits: where all ranks fail alike, the launcher ends them
     meanwhile and it is printed once; where one rank alone fails, it is not lost.
@@ -194,13 +194,14 @@ def run_script(
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, UserError) and not is_exhausted(error):
+        advice = advice_on(error)
+        if advice is None:
             raise
         rank = launched_rank()
         if rank != "0":
             time.sleep(OTHER_RANKS_WAIT)
         where = "error" if rank == "0" else f"error on rank {rank}"
-        sentence = f"{where}: {_sentence(error)}"
+        sentence = f"{where}: {advice}"
         print(sentence, file=sys.stderr, flush=True)
         tell_torchrun(sentence)
         sys.exit(2)
@@ -212,10 +213,19 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or said
 
 
-def _sentence(error: BaseException) -> str:
+def advice_on(error: BaseException) -> str | None:
+    """One sentence about a mistake of the user or a limit of the machine; None for a fault of ours."""
     if isinstance(error, UserError):
         return str(error)
-    return f"out of memory ({first_line(error)}); make batch_size smaller and accumulate larger"
+    if is_exhausted(error):
+        return f"out of memory ({first_line(error)}); make batch_size smaller and accumulate larger"
+    before, of_torch, _ = str(error).partition(" does not have a deterministic implementation")
+    if of_torch:  # compilers put lines of their own around the sentence
+        return (
+            f"--deterministic: {before.split()[-1]} has no deterministic kernel in this torch on "
+            "this device; leave --deterministic out"
+        )
+    return None
 
 
 def tell_torchrun(message: str) -> None:

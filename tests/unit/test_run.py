@@ -18,11 +18,11 @@ from base.distributed import ALONE, World
 from base.errors import UserError
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from runtime.checkpoint import CheckpointFolder, find_damage, load_checked
-from runtime.config.cli import section
+from runtime.config.cli import run_script, section
 from runtime.interrupt import EXIT_REQUEUE
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
-from runtime.run import Run, RunConfig, ValidationConfig
+from runtime.run import Run, RunConfig, ValidationConfig, make_deterministic
 from runtime.saving import is_sharded_format, state_bytes
 from tests.helpers.bars import close_bars
 
@@ -509,3 +509,49 @@ def test_deterministic_asks_for_kernels_that_repeat(tmp_path, monkeypatch):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class Unrepeatable(torch.autograd.Function):
+    """Identity whose backward pass writes with put_, which has no deterministic kernel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone().put_(torch.tensor([0]), gradient.flatten()[:1])
+
+
+def backward_that_cannot():
+    Unrepeatable.apply(torch.ones(3, requires_grad=True)).sum().backward()
+
+
+def compiled_that_cannot():
+    raise RuntimeError(
+        "backend='inductor' raised:\nRuntimeError: put_ does not have a deterministic implementation, "
+        "but you set"
+    )
+
+
+@pytest.mark.parametrize("work", [backward_that_cannot, compiled_that_cannot])
+def test_deterministic_names_the_operation_that_cannot(work, capsys):
+    def script(config):
+        make_deterministic()
+        work()
+
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            run_script(script, type("Config", (), {"__dataclass_fields__": {}}), argv=[])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --deterministic: put_ has no deterministic kernel")
+
+
+def test_other_faults_of_torch_keep_their_traceback():
+    def fail(_):
+        torch.ones(2) @ torch.ones(3)
+
+    with pytest.raises(RuntimeError, match="size"):
+        run_script(fail, type("Config", (), {"__dataclass_fields__": {}}), argv=[])

@@ -8,47 +8,39 @@ class Config(RunConfig):
 
 import copy
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import Field, dataclass, field
 from typing import Any
 
 
-def knob(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence = (),
-    low: float | None = None,
-    high: float | None = None,
-    aliases: Sequence[str] = (),
-    bare: str | None = None,
-    methods: str = "",
-    rare: bool = False,
-) -> Any:
-    """A field of a configuration. `help` gives its meaning and unit.
+@dataclass(frozen=True)
+class Knob:
+    """What an option, or a section of options, says of itself."""
 
-    choices: the values allowed; low, high: inclusive range; both hold for each element of a list.
-    aliases: other names of the field, `j` makes `-j`. bare: the value of a flag that stands alone.
-    methods: the methods that use it (`"simla albef"`), none = all; rare: `--help` leaves it to `--help all`.
-    Mutable defaults are copied.
-    """
-    metadata = {
-        "help": help,
-        "choices": tuple(choices),
-        "low": low,
-        "high": high,
-        "aliases": tuple(aliases),
-        "bare": bare,
-        "methods": tuple(methods.split()),
-        "rare": rare,
-    }
+    help: str = ""  # its meaning and unit
+    choices: Sequence = ()  # the values allowed, of a list each element
+    low: float | None = None  # inclusive range, of a list each element
+    high: float | None = None
+    aliases: Sequence[str] = ()  # other names; `j` makes `-j`
+    bare: str | None = None  # the value of a flag that stands alone
+    methods: str = ""  # the methods that use it, as in "simla albef"; none = all
+    rare: bool = False  # left to `--help all`
+    flat: bool = False  # of a section: `--lr` is accepted for `--optimizer.lr`
+
+
+def knob(default: Any, help: str, **about: Any) -> Any:
+    """A field of a configuration; `about`: see Knob. Mutable defaults are copied."""
+    metadata = {"knob": Knob(help, **about)}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def section(kind: type, *, aliases: Sequence[str] = (), flat: bool = False, **defaults: Any) -> Any:
-    """A nested dataclass of knobs, some with other `defaults`. flat: `--lr` is accepted for
-    `--optimizer.lr`."""
-    return field(
-        default_factory=lambda: kind(**defaults), metadata={"aliases": aliases, "flat": flat}
-    )
+    """A nested dataclass of knobs, some with other `defaults`."""
+    metadata = {"knob": Knob(aliases=aliases, flat=flat)}
+    return field(default_factory=lambda: kind(**defaults), metadata=metadata)
+
+
+def about(f: Field) -> Knob:
+    """What a field of a configuration says of itself."""
+    return f.metadata.get("knob", Knob())

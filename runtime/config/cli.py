@@ -30,23 +30,17 @@ from base.files import check_output_folder
 from base.knobs import knob, section
 from runtime.bucket import output_in_bucket
 from runtime.builtin_data import make_digitscenes_if_named
-from runtime.config.draft import FLAGS, OVERRIDES, Draft, flag
+from runtime.config.draft import COMMAND_LINE, FLAGS, OVERRIDES, Draft, flag
 from runtime.config.plain import differences, save, to_dict
-from runtime.config.schema import Knob
+from runtime.config.schema import Option
 from runtime.config.values import show
 from runtime.own_tokenizers import train_tokenizers_if_asked
 
-__all__ = [
-    "differences",
-    "knob",
-    "parse",
-    "run_script",
-    "save",
-    "section",
-    "to_dict",
-]
+__all__ = ["differences", "knob", "parse", "run_script", "save", "section", "to_dict"]
 
 C = TypeVar("C")
+HELP = ("h", "help")
+USAGE = "[--config FILE.yaml ...] [--flag value ...] [--overrides key=value ...]"
 SPLITS = ("val_file", "test_file", "val", "test")  # what --evaluate reads, in any script
 OF_SPLIT = {"test_answers": "test_file"}
 OTHER_RANKS_WAIT = 3.0  # seconds, see `run_script`
@@ -58,58 +52,24 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
     `--help` prints `description` and the knobs of the chosen method, `--help all` all, and exits.
     Raises UserError with every mistake found.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "-h" in argv or "--help" in argv:
-        print(help_text(cls, description, argv))
-        raise SystemExit(0)
-    draft = read_arguments(cls, argv)
+    draft = Draft(cls)
+    flags = split_at_flags(sys.argv[1:] if argv is None else argv, draft)
+    read_flags(flags, draft)
+    for name, words in flags:
+        if name in HELP:
+            print(help_text(draft, description, everything=words == ["all"]))
+            raise SystemExit(0)
     config = draft.finish()
     if launched_rank() == "0":
-        without_effect = [f"{name} ({why})" for name, why in draft.ignored.items()]
-        if without_effect:
-            draft.notes.append("without effect here: " + ", ".join(without_effect))
         for note in dict.fromkeys(draft.notes):
             print("note:", note, flush=True)
+        without_effect = ", ".join(f"{name} ({why})" for name, why in draft.ignored.items())
+        if without_effect:
+            print("note: without effect here:", without_effect, flush=True)
     return config
 
 
-def read_arguments(cls: type, argv: Sequence[str]) -> Draft:
-    """The values that a command line and the files it names give to a configuration."""
-    draft = Draft(cls)
-    flags = _flags(argv, draft)
-    for path in (word for key, words in flags if key == "config" for word in words):
-        draft.read_file(Path(path))
-    for key, words in flags:
-        if key not in ("config", "overrides"):
-            draft.put_words(key, words, FLAGS)
-    for word in (word for key, words in flags if key == "overrides" for word in words):
-        key, equals, text = word.partition("=")
-        if equals:
-            draft.put_words(key, [text], OVERRIDES)
-        else:
-            draft.mistakes.append(f"--overrides {word}: expected key=value")
-    leave_out_unnamed_splits(draft)
-    return draft
-
-
-def leave_out_unnamed_splits(draft: Draft) -> None:
-    """With --evaluate and a split on the command line, the recipe's other splits are not read: they
-    may not be on this machine. What belongs to a recipe's split goes with it."""
-    if not draft.values.get("evaluate"):
-        return
-    asked = {path for path, (source, _) in draft.set_by.items() if source in (FLAGS, OVERRIDES)}
-    named = [path for path in SPLITS if path in asked and draft.values[path]]
-    if not named:
-        return
-    others = [path for path in SPLITS if path in draft.values and path not in asked]
-    others += [path for path, split in OF_SPLIT.items() if split in named and path not in asked]
-    for path in others:
-        if draft.values.get(path):
-            draft.values[path] = copy.copy(draft.schema.knobs[path].default)
-            draft.notes.append(f"{path} of the recipe is not read: --evaluate with {named[0]}")
-
-
-def _flags(argv: Sequence[str], draft: Draft) -> list[tuple[str, list[str]]]:
+def split_at_flags(argv: Sequence[str], draft: Draft) -> list[tuple[str, list[str]]]:
     """The command line cut at its flags: (name without dashes, words that follow)."""
     flags: list[tuple[str, list[str]]] = []
     for word in argv:
@@ -120,44 +80,80 @@ def _flags(argv: Sequence[str], draft: Draft) -> list[tuple[str, list[str]]]:
             flags[-1][1].append(word)
         else:
             draft.mistakes.append(f"{word}: expected --flag value (see --help)")
-    for name, words in flags:
-        if name in ("config", "overrides") and not words:
-            draft.mistakes.append(f"--{name}: a value is missing")
     return flags
 
 
-def help_text(cls: type, description: str | None = None, argv: Sequence[str] = ()) -> str:
+def read_flags(flags: Sequence[tuple[str, list[str]]], draft: Draft) -> None:
+    """Put the values that a command line and the files it names give."""
+    options = []
+    overrides = []
+    for name, words in flags:
+        if name in ("config", "overrides") and not words:
+            draft.mistakes.append(f"--{name}: a value is missing")
+        elif name == "config":
+            for path in words:
+                draft.read_file(Path(path))
+        elif name == "overrides":
+            overrides += words
+        elif name not in HELP:
+            options.append((name, words))
+    for name, words in options:
+        draft.put_words(name, words, FLAGS)
+    for word in overrides:
+        name, equals, text = word.partition("=")
+        if equals:
+            draft.put_words(name, [text], OVERRIDES)
+        else:
+            draft.mistakes.append(f"--overrides {word}: expected key=value")
+    leave_out_unnamed_splits(draft)
+
+
+def leave_out_unnamed_splits(draft: Draft) -> None:
+    """With --evaluate and a split on the command line, the recipe's other splits are not read: they
+    may not be on this machine. What belongs to a recipe's split goes with it."""
+    if not draft.values.get("evaluate"):
+        return
+    asked = {path for path, source in draft.set_by.items() if source in COMMAND_LINE}
+    named = [path for path in SPLITS if path in asked and draft.values[path]]
+    if not named:
+        return
+    others = [path for path in SPLITS if path not in asked]
+    others += [path for path, split in OF_SPLIT.items() if split in named and path not in asked]
+    for path in others:
+        if draft.values.get(path):
+            draft.values[path] = copy.copy(draft.schema.knobs[path].default)
+            draft.notes.append(f"{path} of the recipe is not read: --evaluate with {named[0]}")
+
+
+def help_text(draft: Draft, description: str | None = None, everything: bool = False) -> str:
     """Usage, `description`, and the knobs by section, with default and meaning.
 
-    Shown are those that the method uses which `argv` chooses (a class names the options that choose
-    it: METHOD), without rare ones; after `--help all` every one.
+    Shown are those that the chosen method uses (a class names the options that choose it: METHOD),
+    without rare ones; `everything`: all.
     """
-    asked = next((i for i, word in enumerate(argv) if word in ("-h", "--help")), len(argv))
-    everything = list(argv[asked + 1 : asked + 2]) == ["all"]
-    rest = [*argv[:asked], *argv[asked + 1 + everything :]]
-    draft = read_arguments(cls, rest)
-    chosen = [str(draft.values[path]) for path in getattr(cls, "METHOD", ())]
-    method = {word for value in chosen for word in value.split("_")} | set(chosen)
+    paths = getattr(draft.schema.sections[""], "METHOD", ())
+    chosen = [str(draft.values[path]) for path in paths]
+    method = {*chosen, *"_".join(chosen).split("_")}
     groups: dict[str, list[str]] = {}
     hidden = 0
     for path, k in draft.schema.knobs.items():
-        used = not k.methods or method.intersection(k.methods)
+        used = not k.methods or method.intersection(k.methods.split())
         if everything or (used and not k.rare):
-            names = draft.schema.flat_names(path)
-            groups.setdefault(k.group, []).append(_help_lines(names, k))
+            lines = groups.setdefault(k.group, [f"{k.group}:"])
+            lines.append(_help_lines(draft.schema.flat_names(path), k))
         else:
             hidden += 1
-    script = Path(sys.argv[0]).name
-    files_and_flags = "[--config FILE.yaml ...] [--flag value ...] [--overrides key=value ...]"
-    blocks = [f"usage: {script} {files_and_flags}", (description or "").strip()]
-    blocks += ["\n".join([f"{group}:", *lines]) for group, lines in groups.items()]
+    blocks = [f"usage: {Path(sys.argv[0]).name} {USAGE}"]
+    if description:
+        blocks.append(description.strip())
+    blocks += ["\n".join(lines) for lines in groups.values()]
     if hidden:
         others = f", or of other methods than {', '.join(chosen)}" if chosen else ""
         blocks.append(f"{hidden} more are rarely needed{others}: --help all")
-    return "\n\n".join(filter(None, blocks))
+    return "\n\n".join(blocks)
 
 
-def _help_lines(names: Sequence[str], k: Knob) -> str:
+def _help_lines(names: Sequence[str], k: Option) -> str:
     flags = ", ".join(f"-{name}" if len(name) == 1 else flag(name) for name in names)
     indent = " " * 8
     text = f"{k.help} [default: {show(k.default)}]"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from base.errors import UserError, brief
 from base.files import nearest
 from runtime.config.old_commands import FLAG_FILES, recipe_of
-from runtime.config.schema import Knob, Schema
+from runtime.config.schema import Option, Schema
 from runtime.config.values import show
 from runtime.config.yaml import line_of, parse_yaml, read_yaml
 
@@ -21,11 +21,10 @@ LAUNCHER_FLAGS = {"local_rank", "rank", "world_size", "dist_url", "dist_backend"
 
 
 class Source(NamedTuple):
-    """Where a value was written: how a message points to it, and how keys are spelled there."""
+    """Where a value was written: how a message points to a key there, and how it is spelled."""
 
     place: Callable[[str], str]
     spell: Callable[[str], str] = str
-    later_wins: bool = False  # a key may stand twice
 
 
 def flag(key: str) -> str:
@@ -33,8 +32,9 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-FLAGS = Source("--{}".format, flag, later_wins=True)
-OVERRIDES = Source("--overrides {}".format, later_wins=True)
+FLAGS = Source("--{}".format, flag)
+OVERRIDES = Source("--overrides {}".format)
+COMMAND_LINE = (FLAGS, OVERRIDES)  # a later value wins there; a file has one value for a knob
 
 
 class Draft:
@@ -43,95 +43,99 @@ class Draft:
     def __init__(self, cls: type):
         self.schema = Schema(cls)
         self.values = {path: copy.deepcopy(k.default) for path, k in self.schema.knobs.items()}
+        self.set_by: dict[str, Source] = {}  # by path
         self.mistakes: list[str] = []
         self.notes: list[str] = []  # what the user should know, printed once at the start
         self.ignored: dict[str, str] = {}  # names that were set without effect -> why
-        self.set_by: dict[str, tuple[Source, str]] = {}  # path -> source and spelling
+
+    def refuse(self, key: str, source: Source, why: str) -> None:
+        """Note a mistake at `key`."""
+        self.mistakes.append(f"{source.place(key)}: {why}")
 
     def put(self, key: str, value: Any, source: Source) -> None:
         """Set one knob, or a section from a mapping."""
-        found = self.schema.find(key)
-        if found is None:
-            near = self.schema.nearest(key)
-            hint = f"; did you mean {source.spell(near)}?" if near else "; see --help"
-            if key == "flagfile":
-                hint = f"; COYO-ALIGN's flag files are recipes here: --config {' or '.join(FLAG_FILES)}"
-            self.mistakes.append(f"{source.place(key)}: unknown key{hint}")
-        elif found.path in self.schema.sections:
-            if isinstance(value, Mapping):
-                self.put_all(value, source, found.path, key + ".")
-            elif value is not None:
-                wanted = "expected a section (key: value)"
-                self.mistakes.append(f"{source.place(key)}: {wanted}, got {brief(value)}")
-        elif found.path in self.schema.ignored:
-            self.ignored[source.spell(key)] = self.schema.ignored[found.path]
-        elif found.path in self.schema.old_names:
-            section, _, name = found.path.rpartition(".")
-            self.put_all({name: value}, source, section, found.path.removesuffix(name))
-        elif value is not None or not found.moved:
-            self.put_knob(found.path, key, value, source)
+        path = self.schema.find(key)
+        if path is None:
+            self.refuse(key, source, f"unknown key{self.hint(key, source)}")
+        elif path in self.schema.knobs:
+            self.put_knob(path, key, value, source)
+        elif path in self.schema.ignored:
+            self.ignored[source.spell(key)] = self.schema.ignored[path]
+        elif path not in self.schema.sections:  # an old name
+            section, _, name = path.rpartition(".")
+            self.put_section(section, {name: value}, source, path.removesuffix(name))
+        elif isinstance(value, Mapping):
+            self.put_section(path, value, source, f"{key}.")
+        elif value is not None:
+            self.refuse(key, source, f"expected a section (key: value), got {brief(value)}")
+
+    def hint(self, key: str, source: Source) -> str:
+        """What to write instead of an unknown key."""
+        if key == "flagfile":
+            recipes = " or ".join(FLAG_FILES)
+            return f"; COYO-ALIGN's flag files are recipes here: --config {recipes}"
+        near = self.schema.nearest(key)
+        return f"; did you mean {source.spell(near)}?" if near else "; see --help"
 
     def put_knob(self, path: str, key: str, value: Any, source: Source) -> None:
-        """Set the knob `path`, written as `key`. A file must not give it two values."""
+        """Set the knob `path`, written as `key`."""
         knob = self.schema.knobs[path]
         before = self.values[path]
         try:
             self.values[path] = knob.read(value)
         except ValueError:
-            self.mistakes.append(f"{source.place(key)}: {knob.complaint(value)}")
-        other_source, other_key = self.set_by.get(path, (None, key))
-        again = other_source is source and other_key != key and not source.later_wins
+            self.refuse(key, source, knob.complaint(value))
+        again = source not in COMMAND_LINE and self.set_by.get(path) is source
         if again and self.values[path] != before:
             both = f"{show(before)} and {show(self.values[path])}"
-            self.mistakes.append(f"{source.place(key)}: is {path}, which has two values: {both}")
-        self.set_by[path] = (source, key)
+            self.refuse(key, source, f"is {path}, which has two values: {both}")
+        self.set_by[path] = source
 
-    def put_all(self, values: Mapping, source: Source, section: str = "", prefix: str = "") -> None:
-        """Set the knobs of a section, written with `prefix`, from a mapping."""
+    def put_section(self, section: str, values: Mapping, source: Source, prefix: str) -> None:
+        """Set the knobs of a section from a mapping; there its keys are written behind `prefix`."""
         translate = getattr(self.schema.sections[section], "translate", None)
         try:
             values = translate(dict(values), self.notes) if translate else values
         except UserError as error:
-            return self.mistakes.append(f"{source.place(prefix.rstrip('.'))}: {error}")
-        for name, value in values.items():
-            self.put(f"{prefix}{name}", value, source)
-        return None
+            self.refuse(prefix.rstrip("."), source, str(error))
+        else:
+            for name, value in values.items():
+                self.put(f"{prefix}{name}", value, source)
 
     def put_words(self, key: str, words: Sequence[str], source: Source) -> None:
         """Set one knob from the words of a command line."""
-        found = self.schema.find(key)
-        if found is None and not words and key[:3] in ("no-", "no_"):
-            positive = self.schema.find(key[3:])
-            knob = self.schema.knobs.get(positive.path) if positive else None
-            if knob and knob.kind.is_bool:
-                return self.put(key[3:], False, source)
-        if found is None:
-            known = key.replace("-", "_") in LAUNCHER_FLAGS
-            return None if known else self.put(key, None, source)
-        knob = self.schema.knobs.get(found.path)
-        if not words and knob and (knob.kind.is_bool or knob.bare):
-            words = ["true"] if knob.kind.is_bool else [knob.bare]
-        elif not words and knob is None and found.path not in self.schema.sections:
-            words = ["true"]  # an old name
-        elif not words:
-            return self.mistakes.append(f"{source.place(key)}: a value is missing")
-        if len(words) > 1 and not (knob and knob.kind.many):
-            surplus = " ".join(words[1:])
-            return self.mistakes.append(
-                f"{source.place(key)} {words[0]}: what is {surplus!r} after it?"
-            )
-        return self.put(key, value_of_words(words, knob), source)
+        path = self.schema.find(key)
+        knob = self.schema.knobs.get(path or "")
+        if path is None and self.is_negated(key) and not words:
+            self.put(key[3:], False, source)
+        elif path is None:
+            if key.replace("-", "_") not in LAUNCHER_FLAGS:
+                self.put(key, None, source)
+        elif len(words) > 1 and not (knob and knob.kind.many):
+            self.refuse(f"{key} {words[0]}", source, f"what is {' '.join(words[1:])!r} after it?")
+        elif words:
+            self.put(key, value_of_words(words, knob), source)
+        elif path in self.schema.sections or (knob and knob.alone is None):
+            self.refuse(key, source, "a value is missing")
+        else:
+            self.put(key, knob.alone if knob else True, source)
+
+    def is_negated(self, key: str) -> bool:
+        """Whether `no-NAME` turns off an option that exists."""
+        knob = self.schema.knobs.get(self.schema.find(key[3:]) or "")
+        return key[:3] in ("no-", "no_") and knob is not None and knob.kind.is_bool
 
     def read_file(self, path: Path, above: tuple[Path, ...] = ()) -> None:
         """Take the values of a YAML file, first those of the files it names as `base`."""
         try:
-            values, node = read_yaml(self.checked_file(path, above))
+            values, node = read_yaml(checked_file(path, above))
             bases = values.pop("base", None) or []
             bases = [bases] if isinstance(bases, str) else bases
             if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
                 raise UserError(f"{path}: base: expected a file, or a list of files")
         except UserError as error:
-            return self.mistakes.append(str(error))
+            self.mistakes.append(str(error))
+            return
         for base in bases:
             self.read_file(path.parent / base, (*above, path.resolve()))
 
@@ -139,39 +143,41 @@ class Draft:
             line = line_of(node, key)
             return f"{path}:{line}: {key}" if line else f"{path}: {key}"
 
-        return self.put_all(values, Source(place))
-
-    @staticmethod
-    def checked_file(path: Path, above: tuple[Path, ...]) -> Path:
-        """`path`, if it is a file and not one of those `above`, which build on it. UserError."""
-        if path.is_dir():
-            inside = ", ".join(sorted(each.name for each in path.glob("*.yaml"))) or "none here"
-            raise UserError(f"{path}: is a folder; name one of its files: {inside}")
-        if path.suffix == ".py":  # as NXTP's
-            same = sorted(Path("configs").glob(f"*/{path.stem}.yaml"))
-            hint = f"; the recipe of that name is {same[0]}" if same else ""
-            raise UserError(f"{path}: a configuration is YAML, Python is not run{hint}")
-        if not path.is_file():
-            beside = os.listdir(path.parent) if path.parent.is_dir() else []
-            found = nearest(path.name, beside)
-            hint = f"; did you mean {path.parent / found}?" if found else ""
-            if recipe := recipe_of(path):
-                hint = f"; its recipe here is {recipe}"
-            raise UserError(f"{path}: no such file{hint}")
-        if path.resolve() in above:
-            raise UserError(f"{path}: is its own base; remove one `base:`")
-        return path
+        self.put_section("", values, Source(place), "")
 
     def finish(self) -> Any:
         """The configuration, or UserError with every mistake."""
-        if self.mistakes:
-            count = f"{len(self.mistakes)} mistakes in the configuration:\n  "
-            raise UserError((count if len(self.mistakes) > 1 else "") + "\n  ".join(self.mistakes))
-        return self.schema.build(self.values)
+        if not self.mistakes:
+            return self.schema.build(self.values)
+        if len(self.mistakes) > 1:
+            self.mistakes.insert(0, f"{len(self.mistakes)} mistakes in the configuration:")
+        raise UserError("\n  ".join(self.mistakes))
 
 
-def value_of_words(words: Sequence[str], knob: Knob | None) -> Any:
-    """The words after a flag as a value for `Knob.read`. Lists: several words, commas, or [a, b].
+def checked_file(path: Path, above: tuple[Path, ...]) -> Path:
+    """`path`, if it is a file and not one of those `above`, which build on it. UserError."""
+    if path.is_dir():
+        inside = ", ".join(sorted(each.name for each in path.glob("*.yaml"))) or "none here"
+        raise UserError(f"{path}: is a folder; name one of its files: {inside}")
+    if path.suffix == ".py":  # as NXTP's
+        same = sorted(Path("configs").glob(f"*/{path.stem}.yaml"))
+        hint = f"; the recipe of that name is {same[0]}" if same else ""
+        raise UserError(f"{path}: a configuration is YAML, Python is not run{hint}")
+    if not path.is_file():
+        hint = ""
+        beside = os.listdir(path.parent) if path.parent.is_dir() else []
+        if found := nearest(path.name, beside):
+            hint = f"; did you mean {path.parent / found}?"
+        if recipe := recipe_of(path):
+            hint = f"; its recipe here is {recipe}"
+        raise UserError(f"{path}: no such file{hint}")
+    if path.resolve() in above:
+        raise UserError(f"{path}: is its own base; remove one `base:`")
+    return path
+
+
+def value_of_words(words: Sequence[str], knob: Option | None) -> Any:
+    """The words after a flag as a value for `Option.read`. Lists: several words, commas, or [a, b].
 
     Without a knob, as for a section, one word is YAML.
     """

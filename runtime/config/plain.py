@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from base.files import write_text
+from base.knobs import about
 from runtime.config.values import show
 from runtime.config.yaml import to_yaml
 
@@ -29,7 +30,7 @@ def _yaml_lines(config: Any, indent: str) -> list[str]:
         if is_dataclass(getattr(config, f.name)):
             lines += [f"{indent}{f.name}:", *_yaml_lines(getattr(config, f.name), indent + "  ")]
         else:
-            help = f.metadata.get("help", "").replace("\n", " ")
+            help = about(f).help.replace("\n", " ")
             comment = f"  # {help}" if help else ""
             lines.append(f"{indent}{f.name}: {to_yaml(plain[f.name])}{comment}")
     return lines

@@ -8,29 +8,22 @@ Beside its fields a class may have
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, NamedTuple, get_type_hints
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
 
 from base.errors import brief
 from base.files import nearest
+from base.knobs import Knob, about
 from runtime.config.values import Kind, show
 
 
-@dataclass(frozen=True)
-class Knob:
-    """One option; what is not described here is as in base.knobs.knob."""
+@dataclass(frozen=True, kw_only=True)
+class Option(Knob):
+    """One option of a script."""
 
     kind: Kind
     default: Any
     group: str  # its heading in --help
-    help: str = ""
-    choices: tuple = ()
-    low: float | None = None
-    high: float | None = None
-    aliases: tuple[str, ...] = ()
-    bare: str | None = None
-    methods: tuple[str, ...] = ()
-    rare: bool = False
 
     def read(self, value: Any) -> Any:
         """`value` in the knob's type; ValueError where type, range or choice is wrong."""
@@ -46,114 +39,90 @@ class Knob:
 
     def complaint(self, value: Any) -> str:
         """What was expected instead of `value`."""
-        wanted = [self.kind.describe()]
+        wanted = self.kind.describe()
         if self.choices:
-            wanted = ["one of " + ", ".join(map(show, self.choices))]
-        if self.low is not None:
-            wanted.append(f">= {self.low}")
-        if self.high is not None:
-            wanted.append(f"{'and ' if self.low is not None else ''}<= {self.high}")
-        return f"expected {' '.join(wanted)}, got {brief(value)}; for example {self.example}"
+            wanted = "one of " + ", ".join(map(show, self.choices))
+        limits = {">=": self.low, "<=": self.high}
+        limits = [f"{sign} {limit}" for sign, limit in limits.items() if limit is not None]
+        wanted = " ".join([wanted, " and ".join(limits)]).rstrip()
+        return f"expected {wanted}, got {brief(value)}; for example {self.example}"
 
     @property
     def example(self) -> str:
         """A value that would be right: the default if it says something."""
         if self.default not in (None, "", [], ()):
             return show(self.default)
-        return show(self.choices[0]) if self.choices else self.kind.scalar.example
+        return show(self.choices[0]) if self.choices else self.kind.example
+
+    @property
+    def alone(self) -> str | None:
+        """What a flag without a value means; None where it needs one."""
+        return "true" if self.kind.is_bool else self.bare
 
     @property
     def placeholder(self) -> str:
         """The type as --help marks it: `INT`, `{a,b}`, `TEXT ...`."""
-        mark = self.kind.scalar.mark
+        mark = self.kind.mark
         if self.choices:
             mark = "{" + ",".join(map(show, self.choices)) + "}"
         return f"{mark} ..." if self.kind.many else mark
 
 
-class Found(NamedTuple):
-    """What a key names."""
-
-    path: str
-    moved: bool  # written in one section, it belongs to another
-
-
-@dataclass
 class Schema:
     """All knobs of the configuration class `cls` and of its sections."""
 
-    cls: type
-    knobs: dict[str, Knob] = field(default_factory=dict)
-    sections: dict[str, type] = field(default_factory=dict)
-    ignored: dict[str, str] = field(default_factory=dict)  # path -> why it has no effect
-    old_names: set[str] = field(default_factory=set)  # paths that a section's `translate` takes
-    spellings: dict[str, str] = field(default_factory=dict)  # every accepted name -> path
+    def __init__(self, cls: type):
+        self.knobs: dict[str, Option] = {}  # by path, in the order of --help
+        self.sections: dict[str, type] = {}  # by path, "" is `cls` itself
+        self.ignored: dict[str, str] = {}  # path -> why it has no effect
+        self.names: dict[str, str] = {}  # every accepted name, behind its section's path -> path
+        self._add(cls, {f.name: _default(f) for f in fields(cls)}, "")
 
-    def __post_init__(self):
-        self._add(self.cls, self.cls, "")
-
-    def _add(self, cls: type, node: Any, prefix: str) -> None:
-        """`node`: the class itself, or for a section an instance, whose values are the defaults."""
+    def _add(self, cls: type, defaults: Mapping[str, Any], prefix: str) -> None:
+        """Add the section that `prefix` leads to."""
         self.sections[prefix.rstrip(".")] = cls
         self._add_other_names(cls, prefix)
         hints = get_type_hints(cls)
-        owners = {f.name: _owner(cls, f.name) for f in fields(cls) if f.init}
-        own_first = sorted(owners, key=lambda name: owners[name] is not cls)
-        for f in (cls.__dataclass_fields__[name] for name in own_first):
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            default = default if node is cls else getattr(node, f.name)
+        own_first = sorted(fields(cls), key=lambda f: _owner(cls, f) is not cls)
+        for f in own_first:
             path = prefix + f.name
-            for name in (f.name, *f.metadata.get("aliases", ())):
-                self.spellings[prefix + name] = path
+            default = defaults[f.name]
+            for name in (f.name, *about(f).aliases):
+                self.names[prefix + name] = path
             if is_dataclass(default):
-                self._add(type(default), default, path + ".")
-                if f.metadata.get("flat"):
-                    self._add_flat(path + ".", prefix)
-                continue
-            about = {key: f.metadata[key] for key in f.metadata if key != "flat"}
-            group = _title(owners[f.name], prefix)
-            kind = Kind(hints[f.name])
-            try:
-                value = kind.convert(default)
-            except ValueError:
-                declared = f"{cls.__name__}.{f.name}"
-                raise TypeError(f"{declared}: default {default!r} is not {hints[f.name]}") from None
-            self.knobs[path] = Knob(kind, value, group, **about)
+                self._add(type(default), vars(default), f"{path}.")
+            else:
+                self.knobs[path] = _option(cls, f, Kind(hints[f.name]), default, prefix)
+            if about(f).flat:
+                self._add_flat(f"{path}.", prefix)
 
     def _add_other_names(self, cls: type, prefix: str) -> None:
-        for base in cls.__mro__:
-            for name, why in vars(base).get("IGNORED", {}).items():
-                self.ignored[prefix + name] = why
-                self.spellings[prefix + name] = prefix + name
-            for name, path in vars(base).get("ELSEWHERE", {}).items():
-                self.spellings[prefix + name] = path
-            for name in vars(base).get("OLD_NAMES", ()):
-                self.old_names.add(prefix + name)
-                self.spellings[prefix + name] = prefix + name
+        ignored = getattr(cls, "IGNORED", {})
+        for name in (*ignored, *getattr(cls, "OLD_NAMES", ())):
+            self.names[prefix + name] = prefix + name
+        for name, why in ignored.items():
+            self.ignored[prefix + name] = why
+        for name, path in getattr(cls, "ELSEWHERE", {}).items():
+            self.names[prefix + name] = path
 
     def _add_flat(self, inner: str, prefix: str) -> None:
         """Names of a section without the section's own, where nothing else has them."""
-        for name, path in list(self.spellings.items()):
+        for name, path in list(self.names.items()):
             if name.startswith(inner):
-                self.spellings.setdefault(prefix + name[len(inner) :], path)
+                self.names.setdefault(prefix + name.removeprefix(inner), path)
 
-    def find(self, key: str) -> Found | None:
-        """What `key` names, None where it is unknown."""
+    def find(self, key: str) -> str | None:
+        """The path that `key` names, None where it is unknown."""
         path = ""
-        moved = False
-        for name in key.split("."):
-            inside = path and path + "."
-            if inside and path not in self.sections:
-                return None
-            path = self.spellings.get(inside + name.replace("-", "_"), "")
+        for name in key.replace("-", "_").split("."):
+            path = self.names.get(f"{path}.{name}".lstrip("."), "")
             if not path:
                 return None
-            moved = not path.startswith(inside)
-        return Found(path, moved)
+        return path
 
     def flat_names(self, path: str) -> list[str]:
         """How --help writes `path`: names without a section's where they are accepted."""
-        names = [name for name, target in self.spellings.items() if target == path]
+        names = [name for name, target in self.names.items() if target == path]
         short = [name for name in names if "." not in name]
         return short or [name for name in names if name.startswith(path.rpartition(".")[0])]
 
@@ -161,7 +130,7 @@ class Schema:
         """The valid key that was probably meant: same last part, or all its words in a longer one."""
         key = key.replace("-", "_")
         leaf = key.rpartition(".")[2]
-        known = [name for name, path in self.spellings.items() if path in self.knobs]
+        known = [name for name, path in self.names.items() if path in self.knobs]
         same_leaf = [path for path in self.knobs if path.rpartition(".")[2] == leaf]
         longer = [name for name in known if set(leaf.split("_")) < set(name.split("_"))]
         for candidates, cutoff in ((same_leaf, 0), (known, 0.8), (longer, 0), (known, 0.6)):
@@ -169,24 +138,39 @@ class Schema:
                 return found
         return None
 
-    def build(self, values: Mapping[str, Any], prefix: str = "") -> Any:
+    def build(self, values: Mapping[str, Any], section: str = "") -> Any:
         """The configuration object with one value per knob."""
-        cls = self.sections[prefix.rstrip(".")]
+        cls = self.sections[section]
         arguments = {}
-        for name in (f.name for f in fields(cls) if f.init):
-            path = prefix + name
+        for f in fields(cls):
+            path = f"{section}.{f.name}".lstrip(".")
             inner = path in self.sections
-            arguments[name] = self.build(values, path + ".") if inner else values[path]
+            arguments[f.name] = self.build(values, path) if inner else values[path]
         return cls(**arguments)
 
 
-def _owner(cls: type, name: str) -> type:
+def _default(f: Field) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def _option(cls: type, f: Field, kind: Kind, default: Any, prefix: str) -> Option:
+    try:
+        default = kind.convert(default)
+    except ValueError:
+        raise TypeError(f"{cls.__name__}.{f.name}: default {default!r} is no {f.type}") from None
+    group = _title(_owner(cls, f), prefix)
+    return Option(**vars(about(f)), kind=kind, default=default, group=group)
+
+
+def _owner(cls: type, f: Field) -> type:
     """The class of the hierarchy that declared the field first."""
-    return next(c for c in reversed(cls.__mro__) if name in getattr(c, "__dataclass_fields__", ()))
+    owners = [c for c in cls.__mro__ if f.name in getattr(c, "__dataclass_fields__", ())]
+    return owners[-1]
 
 
 def _title(owner: type, prefix: str) -> str:
     """First line of the class's docstring, after the section's name."""
-    first = (owner.__doc__ or "").strip().split("\n")[0].rstrip(".")
-    title = "" if first.startswith(f"{owner.__name__}(") else first  # dataclass() wrote that one
+    title = (owner.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    if title.startswith(f"{owner.__name__}("):  # dataclass() wrote that one
+        title = ""
     return ": ".join(filter(None, [prefix.rstrip("."), title])) or "Options"

@@ -5,39 +5,35 @@ None.
 """
 
 import math
-import types
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
 
 
 def _bool(value: Any) -> bool:
-    if str(value).lower() not in YES + NO:
+    word = str(value).lower()
+    if word not in YES + NO:
         raise ValueError(value)
-    return str(value).lower() in YES
+    return word in YES
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if not _float(value).is_integer():
+    with suppress(ValueError):
+        return int(str(value))
+    if not _float(value).is_integer():  # 1e3 is a whole number
         raise ValueError(value)
     return int(_float(value))
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    number = float(str(value))  # ValueError for True, None and lists
+    if math.isnan(number):
         raise ValueError(value)
-    if math.isnan(float(value)):
-        raise ValueError(value)
-    return float(value)
+    return number
 
 
 def _str(value: Any) -> str:  # a number is welcome: `epochs: 30` is as good as '30 epochs'
@@ -50,21 +46,12 @@ def _path(value: Any) -> Path:
     return Path(_str(value))
 
 
-class Scalar(NamedTuple):
-    """A type without elements."""
-
-    read: Callable[[Any], Any]  # ValueError where a value is none of this type
-    name: str  # in an error
-    mark: str  # in --help
-    example: str
-
-
-SCALARS = {
-    bool: Scalar(_bool, "true or false", "[true|false]", "true"),
-    int: Scalar(_int, "a whole number", "INT", "1"),
-    float: Scalar(_float, "a number", "FLOAT", "1e-4"),
-    str: Scalar(_str, "text", "TEXT", "text"),
-    Path: Scalar(_path, "a path", "PATH", "folder/file"),
+SCALARS = {  # type -> its reader (ValueError), its name in an error, in --help, an example
+    bool: (_bool, "true or false", "[true|false]", "true"),
+    int: (_int, "a whole number", "INT", "1"),
+    float: (_float, "a number", "FLOAT", "1e-4"),
+    str: (_str, "text", "TEXT", "text"),
+    Path: (_path, "a path", "PATH", "folder/file"),
 }
 
 
@@ -72,19 +59,21 @@ class Kind:
     """A declared type, taken apart; TypeError where an option cannot have it."""
 
     def __init__(self, declared: Any):
-        members = [declared]
-        if get_origin(declared) in (Union, types.UnionType):
-            members = [member for member in get_args(declared) if member is not type(None)]
-        self.optional = type(None) in get_args(declared)
-        self.many = get_origin(members[0])  # list, tuple or None
-        elements = get_args(members[0]) if self.many else members
-        fixed = self.many is tuple and elements[-1] is not Ellipsis
+        members = {declared}
+        if get_origin(declared) in (Union, UnionType):
+            members = set(get_args(declared))
+        self.optional = NoneType in members
+        members.discard(NoneType)
+        inner = members.pop()
+        self.many = get_origin(inner)  # list, tuple or None
+        elements = get_args(inner) or (inner,)
+        fixed = self.many is tuple and Ellipsis not in elements
         self.length = len(elements) if fixed else None  # of a tuple
         known = elements[0] in SCALARS and self.many in (None, list, tuple)
-        if not known or len(members) > 1 or len({*elements} - {Ellipsis}) > 1:
+        if not known or members or len({*elements} - {Ellipsis}) > 1:
             raise TypeError(f"an option cannot hold {declared}")
-        self.scalar = SCALARS[elements[0]]
-        self.is_bool = declared is bool or declared == bool | None
+        self.read, self.name, self.mark, self.example = SCALARS[elements[0]]
+        self.is_bool = elements[0] is bool and self.many is None
 
     def convert(self, value: Any) -> Any:
         """`value`, from YAML or as the text of a flag, in this type; ValueError where it is none.
@@ -94,16 +83,16 @@ class Kind:
         if self.optional and str(value).lower() in ("none", "null"):
             return None
         if self.many is None:
-            return self.scalar.read(value)
+            return self.read(value)
         if self.many is list and isinstance(value, str | int | float | Path):
             value = [value]
         if not isinstance(value, list | tuple) or self.length not in (None, len(value)):
             raise ValueError(value)
-        return self.many(self.scalar.read(item) for item in value)
+        return self.many(self.read(item) for item in value)
 
     def describe(self) -> str:
         """The type in the words of an error message."""
-        text = self.scalar.name
+        text = self.name
         if self.length is not None:
             text = f"{self.length} values ({', '.join([text] * self.length)})"
         elif self.many:

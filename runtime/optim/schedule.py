@@ -54,8 +54,11 @@ class Schedule:
     def translate(values: dict, notes: list[str]) -> dict:
         """SIMLA's and ALBEF's `warmup_epochs: 20`, which counts stairs of 100 updates in epoch 0.
 
-        Files that this project saved hold it beside `original_warmup: false`, without effect.
+        Files that this project saved hold it beside `original_warmup: false`, without effect, and
+        an empty `lr`.
         """
+        if values.get("lr", "set") is None:
+            del values["lr"]
         stairs = values.pop("warmup_epochs", None)
         if stairs is None or values.get("original_warmup") is False:
             return values

@@ -25,6 +25,7 @@ from runtime.config.cli import (
     section,
     to_dict,
 )
+from runtime.config.draft import Draft
 from runtime.config.schema import Schema
 from runtime.config.values import Kind
 from tests.helpers.configs import load
@@ -521,9 +522,10 @@ LAUGHS = "x0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("- 1", "expected lines of key: value"),
         ("seed: !!python/object:os.system x", "not valid YAML"),
         ("seed: " + "x" * 10_000, "seed: expected a whole number"),
+        ("alpha: " + "9" * 400, "alpha: expected a number"),
         ("seed: {a: [" + "{b: [" * 50 + "]}" * 50 + "]}", "seed: expected a whole number"),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_hostile_files_are_one_short_sentence(tmp_path, text, complaint):
     file = tmp_path / "c.yaml"
@@ -635,10 +637,10 @@ ALL_SCRIPTS = [*SCRIPTS, "eval_zeroshot", "eval_knn"]
 @pytest.mark.parametrize("script", ALL_SCRIPTS)
 def test_help_is_short_flat_and_explains_every_option(script):
     config_class = importlib.import_module(script).Config
-    page = config_module.help_text(config_class, "", [])
+    page = config_module.help_text(Draft(config_class))
     flags = [line for line in page.splitlines() if line.startswith("  --")]
     assert 15 < len(flags) <= 60
-    everything = config_module.help_text(config_class, "", ["--help", "all"])
+    everything = config_module.help_text(Draft(config_class), everything=True)
     schema = Schema(config_class)
     assert everything.count("\n  -") == len(schema.knobs)
     dotted = re.findall(r"^  --\w+\.([\w-]+)", everything, re.MULTILINE)
@@ -651,7 +653,7 @@ def test_ignored_names_are_accepted_with_their_reason_and_not_in_help(script, ca
     config_class = importlib.import_module(script).Config
     ignored = Schema(config_class).ignored
     assert not set(ignored) & set(Schema(config_class).knobs)
-    everything = config_module.help_text(config_class, "", ["--help", "all"])
+    everything = config_module.help_text(Draft(config_class), everything=True)
     for path, why in ignored.items():
         parse(config_class, [f"--{path}", "1"])
         assert f"--{path.replace('_', '-')} ({why})" in capsys.readouterr().out

@@ -231,7 +231,7 @@ def stated(file: Path, schema: Schema) -> set[str]:
         found |= stated(file.parent / base, schema)
     for key, value in values.items():
         names = [f"{key}.{inner}" for inner in value] if isinstance(value, dict) else [key]
-        found |= {schema.find(name).path for name in names}
+        found |= {schema.find(name) for name in names}
     return found
 
 

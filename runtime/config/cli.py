@@ -169,7 +169,7 @@ def launched_rank() -> str:
 def run_script(
     main: Callable[[C], Any], cls: type[C], description: str | None = None, argv=None
 ) -> None:
-    """Parse and call `main(config)`. What the user can mend (`advice_on`) is one line on stderr
+    """Parse and call `main(config)`. What the user can fix (`advice_on`) is one line on stderr
     and exit status 2; Ctrl-C is 130.
 
     On other ranks than 0 the message waits: where all ranks fail alike, the launcher ends them

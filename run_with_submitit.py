@@ -19,12 +19,18 @@ docs/SLURM.md; to try it: bash scripts/dev/local_slurm.sh start.
 
 import argparse
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 from base.errors import UserError
-from runtime.slurm import build_executor, job_folder, need_idle
+from runtime.slurm import (
+    build_executor,
+    has_slurm,
+    job_folder,
+    need_idle,
+    sbatch_options,
+    submit_command,
+)
 
 ROOT = Path(__file__).resolve().parent
 
@@ -143,7 +149,7 @@ def command_line(options: argparse.Namespace, words: list[str]) -> str:
 
 def need_slurm(options: argparse.Namespace, words: list[str]) -> None:
     """Raise UserError that says how to run without Slurm, where it is absent."""
-    if shutil.which("sbatch") and shutil.which("srun"):
+    if has_slurm():
         return
     rest = shlex.join([options.script, *words])
     one = f"torchrun --standalone --nproc_per_node={options.tasks} {rest}"
@@ -165,28 +171,18 @@ def need_slurm(options: argparse.Namespace, words: list[str]) -> None:
 
 def submit(options: argparse.Namespace, words: list[str]) -> None:
     """Hand the job to Slurm and say where to look."""
-    import submitit
-
     folder = job_folder(options)
     need_idle(folder)
-    executor, command = build_executor(options), command_line(options, words)
-    submitit.core.utils.JobPaths.get_first_id_independent_folder(executor.folder).mkdir(
-        parents=True, exist_ok=True
-    )
-    try:
-        # the processes are started by srun directly, without submitit's pickles: signals reach them, and the batch
-        # file, kept beside the logs, shows all of it
-        job = executor._submit_command(command)
-    except submitit.core.utils.FailedJobError as error:
-        raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
-    folder = Path(str(folder).replace("%j", job.job_id))
-    (folder / "slurm" / "job").write_text(f"{job.job_id}\n")
-    log = folder / "slurm" / f"{job.job_id}_0_log.out"
+    executor = build_executor(folder, sbatch_options(options))
+    job = submit_command(executor, command_line(options, words))
+    folder = Path(str(folder).replace("%j", job))
+    (folder / "slurm" / "job").write_text(f"{job}\n")
+    log = folder / "slurm" / f"{job}_0_log.out"
     print(
-        f"job {job.job_id}: {options.script} on {options.nodes} x {options.tasks} processes -> {folder}",
+        f"job {job}: {options.script} on {options.nodes} x {options.tasks} processes -> {folder}",
         f"  follow  tail -F {log}",
-        f"  state   squeue -j {job.job_id}",
-        f"  stop    scancel {job.job_id}   (submitted again with this folder, it resumes)",
+        f"  state   squeue -j {job}",
+        f"  stop    scancel {job}   (submitted again with this folder, it resumes)",
         sep="\n",
     )
 
@@ -195,7 +191,8 @@ def main(argv: list[str]) -> None:
     options, words = read_arguments(argv)
     command = command_line(options, words)
     if options.dry_run:
-        print(build_executor(options)._make_submission_file_text(command, "preview"))
+        executor = build_executor(job_folder(options), sbatch_options(options))
+        print(executor._make_submission_file_text(command, "preview"))
         return
     need_slurm(options, words)
     submit(options, words)

@@ -4,13 +4,10 @@ Every helper is the identity on one process, so scripts never ask how many there
 """
 
 import contextlib
-import ctypes
 import datetime
 import itertools
 import os
-import signal
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from base.errors import UserError
+from base.processes import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     )
     chosen = _device(device, local_rank)
     if "TORCHELASTIC_RUN_ID" in env:
-        end_with_launcher()
+        end_with_parent()  # torchrun; left alone, it would hold its GPU and its output folder
     if "RANK" in env and not dist.is_initialized():
         # gloo beside nccl is for tensors in host memory: those of an offloaded optimizer
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -69,14 +67,6 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
             backend, timeout=datetime.timedelta(minutes=timeout_minutes), **kwargs
         )
     return World(rank, size, local_rank, chosen)
-
-
-def end_with_launcher() -> None:
-    """Let the kernel kill this process when torchrun dies (Linux): left alone, it would hold its
-    GPU and its output folder until a collective times out."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _adopt_slurm(env) -> None:

@@ -1,11 +1,13 @@
-"""The batch file of run_with_submitit.py: what Slurm is asked for, and how a job is requeued.
+"""Batch files: what Slurm is asked for, and how a job is requeued.
 
 Imports no torch: it runs on the login node.
 """
 
 import argparse
 import shlex
+import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from base.errors import UserError
@@ -43,6 +45,17 @@ def job_folder(options: argparse.Namespace) -> Path:
     return Path(options.job_dir or default).absolute()
 
 
+def requeueing(log: str, limit: int) -> list[str]:
+    """Lines of a batch file ahead of srun. log: a file in the shell's spelling, a line a requeue."""
+    return BATCH.replace("REQUEUES", log).replace("LIMIT", str(limit)).strip().splitlines()
+
+
+def further_options(words: Sequence[str]) -> dict[str, str | bool]:
+    """Options of sbatch from KEY=VALUE; a bare KEY is a switch."""
+    pairs = (word.removeprefix("--").partition("=") for word in words)
+    return {key.replace("-", "_"): value or True for key, _, value in pairs}
+
+
 def sbatch_options(options: argparse.Namespace) -> dict:
     """Options of sbatch in submitit's spelling."""
     gpus, cpus = options.ngpus, options.cpus or (10 if options.ngpus else 1)
@@ -50,7 +63,6 @@ def sbatch_options(options: argparse.Namespace) -> dict:
     requeues = '"$SLURM_JOB_ID"'.join(
         shlex.quote(p) for p in str(job_folder(options) / "requeues.log").split("%j")
     )
-    limit = str(options.max_requeues)
     given = {
         "job_name": options.name or Path(options.script).stem,
         "partition": options.partition,
@@ -66,21 +78,20 @@ def sbatch_options(options: argparse.Namespace) -> dict:
         "exclude": options.exclude,
         "comment": options.comment,
         "stderr_to_stdout": True,
-        "setup": BATCH.replace("REQUEUES", requeues).replace("LIMIT", limit).strip().splitlines(),
+        "setup": requeueing(requeues, options.max_requeues),
         # since Slurm 22.05, srun does not take the cores from sbatch; a status 75 must reach us from every process
         "srun_args": [f"--cpus-per-task={cpus}", f"--wait={OTHERS_WAIT_S}", "--kill-on-bad-exit=0"],
     }
-    more = dict(word.removeprefix("--").partition("=")[::2] for word in options.sbatch)
-    more = {key: value or True for key, value in more.items()}  # a bare option is a switch
     given["additional_parameters"] = {
         "requeue": True,
         "signal": f"USR1@{options.signal_delay}",
-    } | more
+        **further_options(options.sbatch),
+    }
     given = {key: value for key, value in given.items() if value is not None}
     return given | {"wckey": None}  # submitit's default is refused where clusters check wckeys
 
 
-def build_executor(options: argparse.Namespace):
+def build_executor(folder: Path, parameters: dict):
     """submitit's writer of batch files; it works where there is no Slurm, too."""
     import submitit
 
@@ -89,9 +100,29 @@ def build_executor(options: argparse.Namespace):
         def affinity(cls) -> int:
             return 2
 
-    executor = Executor(folder=job_folder(options) / "slurm")
-    executor.update_parameters(**sbatch_options(options))
+    executor = Executor(folder=folder / "slurm")
+    executor.update_parameters(**parameters)
     return executor
+
+
+def submit_command(executor, command: str) -> str:
+    """Submit a batch file that starts `command` by srun; the job's number. UserError.
+
+    The processes are started by srun directly, without submitit's pickles: signals reach them, and
+    the batch file, kept beside the logs, shows all of it."""
+    import submitit
+
+    logs = submitit.core.utils.JobPaths.get_first_id_independent_folder(executor.folder)
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        return executor._submit_command(command).job_id
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
+
+
+def has_slurm() -> bool:
+    """Whether this machine can submit jobs."""
+    return bool(shutil.which("sbatch") and shutil.which("srun"))
 
 
 def need_idle(folder: Path) -> None:

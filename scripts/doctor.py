@@ -4,6 +4,7 @@
     python scripts/doctor.py train.json val.json test.json --image-root coco --page doctor.html
     python scripts/doctor.py 'shards/train/{00000..00099}.tar' --tokenizer bert-base-uncased --most 30
     python scripts/doctor.py train.json val.json --image-root coco --fix cleaned
+    python scripts/doctor.py 'shards/{00000..69999}.tar' --facts facts --slurm 64 --sbatch partition=cpu
 
 Takes annotation files, tables, class folders and shards, local or remote; several are taken for
 splits, the training set first. Finds missing, unreadable, truncated, tiny, huge, rotated and
@@ -11,10 +12,12 @@ duplicate images (byte by byte and to the eye), empty, overlong, repeated and wr
 ids that repeat, boxes outside of their image, answers that are not in the list, classes without
 balance, and images that one split shares with another.
 
+With --facts, what is found in a shard (or 256 entries of a list) is kept: an interrupted look
+resumes, and tasks of a Slurm job array or several machines share it.
+
 Exit status: 0 where nothing is wrong that training would suffer from, else 1.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +26,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.errors import UserError
-from runtime.config.cli import knob, run_script
+from base.files import digest, file_state
+from base.processes import in_processes, usable_cores
+from runtime.config.cli import knob, run_script, section
+from runtime.job_array import Sharing, is_whole, need_all, own_range, submit_array
 
 HARMFUL = ("repeated sample", "in a later split", "no answer", "answer not in the list")
 
@@ -41,7 +47,9 @@ class Config:
     answer_list: Path | None = knob(None, "answers that questions may have (JSON list)")
     fix: Path | None = knob(None, "folder to write lists to without what cannot be trained on")
     page: Path | None = knob(None, "HTML page with examples")
-    workers: int = knob(os.cpu_count() or 1, "processes", low=1)
+    facts: Path | None = knob(None, "folder to keep what is found in: to resume, and to share")
+    workers: int = knob(usable_cores(), "processes", low=1)
+    sharing: Sharing = section(Sharing, flat=True)
 
 
 def make_examiner(image_root: Path, tokenizer: str, most: int, answer_list: Path | None):
@@ -153,13 +161,50 @@ def write_page(parts: list, config: Config) -> None:
     write_text(config.page, health_page(title, tables, problems.items(), groups))
 
 
+def looking_of(config: Config):
+    """How the data are looked at."""
+    from dataset.health.survey import Looking
+
+    settings = (config.image_root, config.tokenizer, config.most, config.answer_list)
+    answers = file_state(config.answer_list) if config.answer_list else None
+    return Looking(
+        partial(make_examiner, *settings),
+        folder=config.facts,
+        root=config.image_root,
+        settings=digest(str(config.image_root.absolute()), config.tokenizer, config.most, answers),
+    )
+
+
+def look_at_range(config: Config, looking, works: list) -> None:
+    """Keep what is found in this task's range."""
+    own = [works[number] for number in own_range(config.sharing, len(works))]
+    examined = sum(in_processes(looking.keep, own, config.workers))
+    print(f"{config.facts}: {len(own)} of {len(works)} pieces, {len(own) - examined} of them kept")
+
+
 def main(config: Config) -> None:
     if not config.data:
         raise UserError("name a data set: python scripts/doctor.py DATA")
-    from dataset.health.survey import survey
+    from dataset.health.survey import plan, survey
 
-    settings = (config.image_root, config.tokenizer, config.most, config.answer_list)
-    parts = survey(config.data, partial(make_examiner, *settings), config.workers)
+    works, looking = plan(config.data), looking_of(config)
+    shared = config.sharing.slurm or config.sharing.merge or not is_whole(config.sharing)
+    if shared and config.facts is None:
+        raise UserError("--facts: name a folder that all tasks see, to keep what they find")
+    if config.sharing.slurm:
+        submit_array(config.sharing, len(works), config.facts)
+        return
+    if not is_whole(config.sharing):
+        look_at_range(config, looking, works)
+        return
+    if config.sharing.merge:
+        done = list(in_processes(looking.is_kept, works, config.workers))
+        need_all(done, str(config.facts), "pieces")
+    report(survey(config.data, works, looking, config.workers), config)
+
+
+def report(parts: list, config: Config) -> None:
+    """Print what was found, and write the page and the cleaned lists; exit status 1 for harm."""
     harmful = 0
     for part in parts:
         print(f"\n{part.data}")

@@ -3,13 +3,15 @@
     python scripts/embed.py --data 'shards/{00000..00099}.tar' --model open_clip/ViT-B-32 --checkpoint F
     torchrun --nproc_per_node=8 scripts/embed.py --data pairs.csv --root images --checkpoint output/main
     python scripts/embed.py --data imagenet/val --model timm/vit_base_patch16_224 --checkpoint F --texts false
+    python scripts/embed.py --data shards/train --checkpoint F --slurm 16 --sbatch gpus-per-node=1 partition=gpu
 
 Data is what scripts/data/pack.py and scripts/doctor.py take: shards, annotation files, tables, class
 folders. Every shard, or PART entries of a list, becomes img_emb/img_emb_0000.npy and
 text_emb/text_emb_0000.npy (a row a sample: unit embeddings, or features as they are), and
-metadata/metadata_0000.parquet (key, caption, readable), the layout that clip-retrieval reads.
-All processes work on each part together; the numbers are the same on any number of them. Parts that
-are there, of the same data and network, are kept.
+metadata/metadata_0000.parquet (key, image_path, caption, readable), the layout that clip-retrieval
+reads. All processes work on each part together, the tasks of a Slurm job array (--slurm) on a range
+of parts each; the numbers are the same on any number of them. Parts that are there, of the same
+data and network, are kept.
 """
 
 import sys
@@ -31,12 +33,13 @@ import eval_zeroshot
 from base import distributed
 from base.distributed import World
 from base.errors import BadSample, UserError
-from base.files import atomic_write, digest, file_state, read_json, states_digest, write_json
+from base.files import atomic_write, digest, read_json, write_json
 from dataset.health.survey import open_list
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.decode import reading
 from dataset.loading.eval import EvalLoader
-from dataset.sources.records import Records
+from dataset.sources.records import state_of_entries
+from dataset.sources.remote import state_of
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.tasks.classification import is_shards
@@ -46,8 +49,9 @@ from evaluation.predict import over_split
 from evaluation.retrieval import units
 from evaluation.zeroshot import embed_texts
 from runtime.checkpoint import weights_file
-from runtime.config.cli import knob, run_script
+from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import described
+from runtime.job_array import Sharing, need_all, own_range, submit_array
 from runtime.run import evaluating
 
 TEXTS = ("txt", "json")  # members of a sample that tell its captions
@@ -76,6 +80,7 @@ class Config:
     error_budget: float = knob(0.01, "most unreadable images, a fraction", low=0, high=1)
     device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
     precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
+    sharing: Sharing = section(Sharing, flat=True)
 
 
 class Embedder(NamedTuple):
@@ -91,12 +96,12 @@ class Embedder(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Entries `start` to `stop` of a data set."""
+    """Entries `start` to `stop` of a list, or (records None) a shard, opened when its turn comes."""
 
     data: str
-    records: Sequence[dict]
-    start: int
-    stop: int
+    records: Sequence[dict] | None
+    start: int = 0
+    stop: int = 0
 
 
 def dual_embedder(config: Config, world: World) -> Embedder:
@@ -146,11 +151,19 @@ def image_embedder(config: Config, world: World) -> Embedder:
 def parts_of(data: str, size: int) -> list[Part]:
     """Shards one by one, lists in blocks."""
     if is_shards(data):
-        indices = [(shard, ShardIndex([shard], shard)) for shard in list_shards(data)]
-        return [Part(shard, index, 0, len(index)) for shard, index in indices]
+        return [Part(shard, None) for shard in list_shards(data)]
     records = open_list(data)
     starts = range(0, len(records), size)
     return [Part(data, records, start, min(start + size, len(records))) for start in starts]
+
+
+def opened(part: Part) -> Part:
+    """The part with its records; a shard is indexed by one process and read by all."""
+    if part.records is not None:
+        return part
+    with distributed.rank_0_first():
+        index = ShardIndex([part.data], part.data)
+    return Part(part.data, index, 0, len(index))
 
 
 def beside_image(records: Sequence[dict], number: int) -> dict:
@@ -175,6 +188,12 @@ def first_caption(record: dict) -> str:
         return next(iter(as_list(captions_of(record))), "")
     except BadSample:
         return ""
+
+
+def image_path(row: dict, root: Path) -> str:
+    """Where an image lies: the column that clip-retrieval shows results by."""
+    given = row.get("image") or row.get("url")
+    return str(root / given) if isinstance(given, str) else name_of(row)
 
 
 def embed(part: Part, embedder: Embedder, config: Config, world: World) -> dict:
@@ -208,6 +227,7 @@ def embed(part: Part, embedder: Embedder, config: Config, world: World) -> dict:
         result["text"] = choose(found, config.score)
     result["metadata"] = {
         "key": [name_of(row) for row in rows],
+        "image_path": [image_path(row, config.root) for row in rows],
         "caption": captions,
         "readable": readable.tolist(),
     }
@@ -223,63 +243,108 @@ def choose(found: dict[str, Tensor], score: str) -> Tensor:
     raise UserError(f"--score {score}: the network has {', '.join(found)}")
 
 
-def write_part(number: int, found: dict, config: Config, key: str) -> None:
-    """The files of a part; what says that it is whole comes last."""
+def write_part(name: str, found: dict, config: Config, key: str) -> None:
+    """The files of a part; what says that it is whole goes first and comes last."""
     import numpy as np
     import pyarrow
     from pyarrow import parquet
 
+    part_file(name, config).unlink(missing_ok=True)
     for kind, folder in (("image", "img_emb"), ("text", "text_emb")):
         if kind in found:
             numbers = found[kind].numpy().astype(np.float16 if config.half else np.float32)
-            target = config.out / folder / f"{folder}_{number:04d}.npy"
+            target = config.out / folder / f"{folder}_{name}.npy"
             with atomic_write(target) as temporary, temporary.open("wb") as file:
                 np.save(file, numbers)
-    with atomic_write(config.out / "metadata" / f"metadata_{number:04d}.parquet") as temporary:
+    with atomic_write(config.out / "metadata" / f"metadata_{name}.parquet") as temporary:
         parquet.write_table(pyarrow.table(found["metadata"]), temporary)
-    write_json(
-        config.out / "parts" / f"{number:04d}.json", {"key": key, "samples": len(found["image"])}
-    )
+    write_json(part_file(name, config), {"key": key, "samples": len(found["image"])})
 
 
-def is_written(number: int, key: str, config: Config) -> bool:
+def part_names(count: int) -> list[str]:
+    """0000, 0001 …: readers pair the files of the folders in alphabetical order."""
+    digits = max(4, len(str(count - 1)))
+    return [f"{number:0{digits}d}" for number in range(count)]
+
+
+def part_file(name: str, config: Config) -> Path:
+    """What says that a part is whole, and of what."""
+    return config.out / "parts" / f"{name}.json"
+
+
+def check_folder(config: Config, count: int) -> None:
+    """Raise UserError where the folder holds parts of other data, which readers would take along."""
+    names = part_names(count)
+    others = sorted({file.stem for file in (config.out / "parts").glob("*.json")} - {*names})
+    if others:
+        raise UserError(
+            f"{config.out}: holds part {others[0]}, but this data has the parts {names[0]} to "
+            f"{names[-1]}; write to another --out, or delete the folder"
+        )
+
+
+def is_written(name: str, key: str, config: Config) -> bool:
     """Whether a part of the same data and network is there."""
-    done = config.out / "parts" / f"{number:04d}.json"
+    done = part_file(name, config)
     return done.is_file() and read_json(done, dict).get("key") == key
 
 
 def identity(part: Part, root: Path) -> str:
     """Changes with what the samples of a part are made of."""
-    if isinstance(part.records, ShardIndex):
-        return digest([file_state(file) for file in part.records.files])
-    rows = (part.records[number] for number in range(part.start, part.stop))
-    files = [root / str(row.get("image") or row.get("url")) for row in rows]
-    content = part.records.content() if isinstance(part.records, Records) else ""
-    return digest(content, [str(file) for file in files], states_digest(files))
+    if part.records is None:
+        return digest(state_of(part.data))
+    return state_of_entries(part.records, range(part.start, part.stop), root)
+
+
+def key_of(part: Part, embedder: Embedder, config: Config) -> str:
+    """Changes with what a part is made of, the network and the settings: the same on every process."""
+    about = partial(identity, part, config.root)
+    what = (distributed.on_main(about), part.start, part.stop)
+    how = (config.score, config.half, config.precision, config.batch_size, config.exif)
+    return digest(embedder.signature, what, how)
 
 
 def main(config: Config) -> None:
     if not config.data:
         raise UserError("--data: name shards, annotation files, tables or class folders")
+    if config.sharing.slurm:
+        parts = [part for data in config.data for part in parts_of(data, config.part)]
+        check_folder(config, len(parts))
+        submit_array(config.sharing, len(parts), config.out)
+        return
     world = distributed.init(config.device)
     embedder = (dual_embedder if config.texts else image_embedder)(config, world)
     with distributed.rank_0_first():
         parts = [part for data in config.data for part in parts_of(data, config.part)]
-    how = (config.score, config.half, config.precision, config.batch_size, config.exif)
-    written = 0
+        check_folder(config, len(parts))
+    if config.sharing.merge:
+        merge(parts, embedder, config)
+        return
+    own, names = own_range(config.sharing, len(parts)), part_names(len(parts))
+    kept = 0
     with evaluating(embedder.model):
-        for number, part in enumerate(parts):
-            about = partial(identity, part, config.root)
-            what = (distributed.on_main(about), part.start, part.stop)
-            key = digest(embedder.signature, what, how)
-            if distributed.on_main(partial(is_written, number, key, config)):
+        for number in own:
+            part, name = parts[number], names[number]
+            key = key_of(part, embedder, config)
+            if distributed.on_main(partial(is_written, name, key, config)):
+                kept += 1
                 continue
+            part = opened(part)
             found = embed(part, embedder, config, world)
-            distributed.on_main(partial(write_part, number, found, config, key), share=False)
-            written += 1
+            distributed.on_main(partial(write_part, name, found, config, key), share=False)
             samples = f"{part.stop - part.start:,} samples"
             distributed.say(f"{number + 1} of {len(parts)}: {part.data}, {samples}")
-    distributed.say(f"{config.out}: {len(parts)} parts, {len(parts) - written} of them kept")
+    distributed.say(f"{config.out}: {len(own)} parts, {kept} of them kept")
+
+
+def merge(parts: list[Part], embedder: Embedder, config: Config) -> None:
+    """Say what all parts hold. UserError names the ranges that are missing."""
+    keys = [key_of(part, embedder, config) for part in parts]
+    names = part_names(len(parts))
+    done = [is_written(name, key, config) for name, key in zip(names, keys, strict=True)]
+    need_all(done, str(config.out), "parts")
+    samples = sum(read_json(part_file(name, config), dict)["samples"] for name in names)
+    distributed.say(f"{config.out}: {len(parts)} parts are whole, {samples:,} samples")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,19 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from base.errors import UserError
+from base.files import digest
+from base.processes import in_processes
 from dataset.health.duplicates import near_duplicates, same_bytes
 from dataset.health.samples import Examiner, Facts, Image
-from dataset.sources.records import Records
+from dataset.health.stored import is_stored, read_facts, write_facts
+from dataset.sources.records import Records, state_of_entries
+from dataset.sources.remote import state_of
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import read_shard
 from dataset.sources.tables import METADATA, is_table
@@ -19,6 +23,7 @@ from dataset.tasks.classification import FolderRecords, is_shards
 
 BLOCK = 256  # entries a process takes at a time
 OFTEN = 10  # images that share a text from which on it is called repeated
+FORMAT = 1  # of kept facts: raise it when samples are looked at otherwise
 MOST_GROUPS = 1000  # groups of duplicates that are kept
 
 
@@ -96,24 +101,85 @@ def _opened(data: str) -> Sequence[dict]:
     return open_list(data)
 
 
-def _work(data: str) -> list[tuple]:
-    """What processes take: (data, start, stop) of a list, or (shard,)."""
-    if is_shards(data):
-        return [(shard,) for shard in list_shards(data)]
-    entries = len(_opened(data))
-    return [(data, start, min(start + BLOCK, entries)) for start in range(0, entries, BLOCK)]
+class Work(NamedTuple):
+    """What is looked at at a time: a shard (stop None), or entries `start` to `stop` of a list.
+
+    number: in the plan; part: number of the data set among those that were named."""
+
+    number: int
+    part: int
+    data: str
+    start: int = 0
+    stop: int | None = None
 
 
-def _examine(work: tuple, make_examiner: Callable[[], Examiner]) -> tuple[list[Facts], float]:
-    """The facts of some samples, and the CPU seconds they took."""
-    examiner = _examiner(make_examiner)
-    start = time.process_time()
-    if len(work) == 1:
-        found = [examiner(number, record) for number, record in enumerate(read_shard(work[0]))]
-    else:
-        data, first, stop = work
-        found = [examiner(number, _opened(data)[number]) for number in range(first, stop)]
-    return found, time.process_time() - start
+def plan(data: Sequence[str]) -> list[Work]:
+    """All there is to look at, in order."""
+    found: list[Work] = []
+    for part, name in enumerate(data):
+        if is_shards(name):
+            for shard in list_shards(name):
+                found.append(Work(len(found), part, shard))
+            continue
+        entries = len(_opened(name))
+        for start in range(0, entries, BLOCK):
+            found.append(Work(len(found), part, name, start, min(start + BLOCK, entries)))
+    return found
+
+
+@dataclass(frozen=True)
+class Looking:
+    """How to look: an examiner, and a folder that keeps what is found. root: where paths of images
+    start; settings: changes with what the examiner does."""
+
+    make_examiner: Callable[[], Examiner]
+    folder: Path | None = None
+    root: Path = Path()
+    settings: str = ""
+
+    def at(self, work: Work) -> tuple[list[Facts], float]:
+        """The facts of some samples, kept or found now, and the CPU seconds they took."""
+        if self.folder is None:
+            return self._examine(work)
+        made_of = self._state(work)
+        found = read_facts(self._file(work), made_of)
+        if found is None:
+            found = self._examine(work)
+            write_facts(self._file(work), made_of, *found)
+        return found
+
+    def keep(self, work: Work) -> int:
+        """Keep the facts of some samples; returns 0 where they were kept already, else 1."""
+        if self.is_kept(work):
+            return 0
+        self.at(work)
+        return 1
+
+    def is_kept(self, work: Work) -> bool:
+        """Whether the facts of these very samples are kept."""
+        return is_stored(self._file(work), self._state(work))
+
+    def _file(self, work: Work) -> Path:
+        return self.folder / f"{work.number:06d}.jsonl"
+
+    def _state(self, work: Work) -> str:
+        """Changes with the samples and the settings."""
+        if work.stop is None:
+            return digest(FORMAT, self.settings, state_of(work.data))
+        entries = range(work.start, work.stop)
+        state = state_of_entries(_opened(work.data), entries, self.root)
+        return digest(FORMAT, self.settings, work.start, work.stop, state)
+
+    def _examine(self, work: Work) -> tuple[list[Facts], float]:
+        examiner = _examiner(self.make_examiner)
+        start = time.process_time()
+        if work.stop is None:
+            records = enumerate(read_shard(work.data))
+        else:
+            entries = _opened(work.data)
+            records = ((number, entries[number]) for number in range(work.start, work.stop))
+        found = [examiner(number, record) for number, record in records]
+        return found, time.process_time() - start
 
 
 @cache
@@ -121,31 +187,21 @@ def _examiner(make_examiner: Callable[[], Examiner]) -> Examiner:
     return make_examiner()  # a process has one: tokenizers take seconds to make
 
 
-def survey(data: Sequence[str], make_examiner: Callable[[], Examiner], workers: int) -> list[Part]:
+def survey(data: Sequence[str], works: list[Work], looking: Looking, workers: int) -> list[Part]:
     """Look at every sample of all data sets, then compare them with each other."""
-    if workers == 1:
-        parts = [_part(name, make_examiner, map) for name in data]
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            parts = [_part(name, make_examiner, pool.map) for name in data]
+    from tqdm import tqdm
+
+    parts = [Part(name) for name in data]
+    results = tqdm(in_processes(looking.at, works, workers), total=len(works), disable=None)
+    for work, (facts, seconds) in zip(works, results, strict=True):
+        parts[work.part].facts += facts
+        parts[work.part].seconds += seconds
     for part in parts:
+        if not part.facts:
+            raise UserError(f"{part.data}: no samples in it")
         compare_images(part)
     find_leaks(parts)
     return parts
-
-
-def _part(name: str, make_examiner: Callable[[], Examiner], mapped: Callable) -> Part:
-    """The facts of one data set; mapped: `map`, or that of a pool of processes."""
-    from tqdm import tqdm
-
-    part, work = Part(name), _work(name)
-    results = mapped(partial(_examine, make_examiner=make_examiner), work)
-    for facts, seconds in tqdm(results, total=len(work), desc=Path(name).name[:30], disable=None):
-        part.facts += facts
-        part.seconds += seconds
-    if not part.facts:
-        raise UserError(f"{name}: no samples in it")
-    return part
 
 
 # ---- comparing

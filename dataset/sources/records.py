@@ -20,6 +20,7 @@ from base.files import (
     digest,
     one_builder,
     parse_entry,
+    states_digest,
 )
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries, weights_fault
 from dataset.sources.tables import json_lines_of
@@ -93,6 +94,20 @@ class Records(Sequence):
     def content(self) -> str:
         """A digest of the files' bytes and order: the same for copies elsewhere."""
         return digest(*(file.content() for file in self._files))
+
+
+def state_of_entries(records: Sequence[dict], numbers: range, root: Path) -> str:
+    """Changes with some entries and with the images that they name below `root`."""
+    rows = [records[number] for number in numbers]
+    files = [root / name for row in rows for name in image_names(row)]
+    return digest(rows, [str(file) for file in files], states_digest(files))
+
+
+def image_names(row: dict) -> list[str]:
+    """Paths of images that an entry names."""
+    given = row.get("image") or row.get("images") or row.get("url") or []
+    given = given if isinstance(given, list | tuple) else [given]
+    return [str(name) for name in given if isinstance(name, str | Path)]
 
 
 class _IndexedFile:

@@ -8,7 +8,8 @@ Each shard is copied with a member KEY.nouns (names joined by commas) beside KEY
 without nouns keep an empty one and are counted: evaluation scores their images against the empty
 text, as NXTP does, and training passes over them. NAME_stats.json beside each shard gives how many
 have nouns, by which training finds its length. Shards that are finished and made of the same source
-with the same settings are skipped: the same command resumes after an interruption.
+with the same settings are skipped: the same command resumes after an interruption. `--slurm 16`
+runs it as 16 tasks of a Slurm job array.
 
 The nouns are NXTP's (dataset/text/nouns.py): common nouns by tag, WordNet base forms. Nothing is
 downloaded.
@@ -17,14 +18,10 @@ the published labels, NLTK's averaged perceptron, needs its weights in --nltk-da
 lexicon of the pip package textblob stands in.
 """
 
-import io
 import json
-import os
 import sys
 import tarfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -33,12 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
 from base.files import atomic_write, digest, file_state, read_json, write_json
+from base.processes import in_processes, usable_cores
 from dataset.sources.remote import plain_stream
 from dataset.sources.shard_list import list_shards, statistics_names
 from dataset.sources.tar import TarWalk, read_samples
+from dataset.sources.tar_writer import add_member
 from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words
 from runtime.config import cli as configuration
-from runtime.config.cli import knob
+from runtime.config.cli import knob, section
+from runtime.job_array import Sharing, need_all, own_range, submit_array
 
 FORMAT = 2  # raised when shards are written otherwise
 
@@ -63,7 +63,8 @@ class Config:
         "cut noise words as whole words only, and list no name twice; not as published",
         aliases=("mended",),
     )
-    workers: int = knob(os.cpu_count() or 1, "processes", low=1)
+    workers: int = knob(usable_cores(), "processes", low=1)
+    sharing: Sharing = section(Sharing, flat=True)
 
 
 @cache
@@ -80,12 +81,11 @@ def extractor(tagger: str, nltk_data: Path | None, numbers: bool, fixed: bool) -
 def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
     """Write the shard with nouns and its statistics; the counts of its statistics. Damaged samples
     are left out, named and counted."""
-    stats = Path(statistics_names(str(target))[0])
-    made_of = digest(FORMAT, settings, shard if "://" in shard else file_state(shard))
-    if target.exists() and stats.exists():
-        counts = read_json(stats, dict)
-        if counts.pop("made_of", None) == made_of:
-            return counts
+    counts = labelled(shard, target, settings)
+    if counts is not None:
+        return counts
+    made_of, stats = state_of(shard, settings), Path(statistics_names(str(target))[0])
+    stats.unlink(missing_ok=True)  # those of an earlier shard of this name
     nouns = extractor(*settings)
     counts = Counter(successes=0, without_caption=0, without_nouns=0)
     with (
@@ -107,11 +107,68 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
             sample.members.pop("nouns", None)
             sample.members["nouns"] = join_nouns(found).encode()
             for ending, data in sample.members.items():
-                header = tarfile.TarInfo(f"{sample.key}.{ending}")
-                header.size = len(data)
-                archive.addfile(header, io.BytesIO(data))
+                add_member(archive, f"{sample.key}.{ending}", data)
     write_json(stats, {**counts, "made_of": made_of})
     return dict(counts)
+
+
+def labelled(shard: str, target: Path, settings: tuple) -> dict[str, int] | None:
+    """The counts of a shard that is finished, of the same source and settings; else None."""
+    stats = Path(statistics_names(str(target))[0])
+    if not (target.exists() and stats.exists()):
+        return None
+    counts = read_json(stats, dict)
+    return counts if counts.pop("made_of", None) == state_of(shard, settings) else None
+
+
+def state_of(shard: str, settings: tuple) -> str:
+    """Changes with the source and the settings."""
+    return digest(FORMAT, settings, shard if "://" in shard else file_state(shard))
+
+
+def targets_of(shards: list[str], config: Config) -> list[Path]:
+    """Where each shard is written. UserError."""
+    targets = [config.target / Path(shard).name for shard in shards]
+    twice = [name for name, count in Counter(targets).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{config.source}: several shards are called {twice[0].name}; label their folders one by one"
+        )
+    for shard, target in zip(shards, targets, strict=True):
+        if Path(shard).absolute() == target.absolute():
+            raise UserError(
+                f"{config.target}: holds the shards themselves; write to another folder"
+            )
+    return targets
+
+
+def merge(shards: list[str], targets: list[Path], config: Config) -> list[dict[str, int]]:
+    """The counts of all shards. UserError names the ranges that are missing."""
+    pairs = zip(shards, targets, strict=True)
+    counts = [labelled(shard, target, settings_of(config)) for shard, target in pairs]
+    need_all([count is not None for count in counts], str(config.target), "shards")
+    return [count for count in counts if count is not None]
+
+
+def label(shards: list[str], targets: list[Path], config: Config) -> list[dict[str, int]]:
+    """Label the shards of this task's range; their counts."""
+    from tqdm import tqdm
+
+    own = own_range(config.sharing, len(shards))
+    pairs = [(shards[number], targets[number]) for number in own]
+    work = partial(label_pair, settings=settings_of(config))
+    results = in_processes(work, pairs, config.workers)
+    return list(tqdm(results, total=len(pairs), unit=" shards", disable=None))
+
+
+def label_pair(pair: tuple[str, Path], settings: tuple) -> dict[str, int]:
+    shard, target = pair
+    return label_shard(shard, target, settings)
+
+
+def settings_of(config: Config) -> tuple:
+    """What the nouns depend on, beside the captions."""
+    return config.tagger, config.nltk_data, config.numbers, config.fixed
 
 
 def main(config: Config) -> None:
@@ -119,32 +176,17 @@ def main(config: Config) -> None:
         raise UserError("name the shards with --source and the folder to write to with --target")
     config.target.mkdir(parents=True, exist_ok=True)
     shards = list_shards(config.source, {})
-    targets = [config.target / Path(shard).name for shard in shards]
-    twice = [name for name, count in Counter(targets).items() if count > 1]
-    if twice:
-        raise UserError(
-            f"{config.source}: several shards are called {twice[0].name}; label their folders one by one"
-        )
-    if any(
-        Path(shard).absolute() == target.absolute()
-        for shard, target in zip(shards, targets, strict=True)
-    ):
-        raise UserError(f"{config.target}: holds the shards themselves; write to another folder")
-    settings = (config.tagger, config.nltk_data, config.numbers, config.fixed)
-    extractor(*settings)  # says at once what is missing
-    total = Counter()
-    work = partial(label_shard, settings=settings)
-    with (
-        ProcessPoolExecutor(min(config.workers, len(shards)))
-        if config.workers > 1
-        else nullcontext() as pool
-    ):
-        from tqdm import tqdm
-
-        done = (pool.map if pool else map)(work, shards, targets)
-        for counts in tqdm(done, total=len(shards), unit=" shards", disable=None):
-            total.update(counts)
-    print(json.dumps({"shards": len(shards), **total}))
+    targets = targets_of(shards, config)
+    extractor(*settings_of(config))  # says at once what is missing
+    if config.sharing.slurm:
+        submit_array(config.sharing, len(shards), config.target)
+        return
+    work = merge if config.sharing.merge else label
+    counts = work(shards, targets, config)
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    print(json.dumps({"shards": len(counts), **total}))
 
 
 if __name__ == "__main__":

@@ -2,22 +2,20 @@
 
     python scripts/data/pack.py --data pairs.csv --image-root images --target shards/train
     python scripts/data/pack.py --data hub_folder/train --target shards/train --resize 384
-    sbatch --array=0-15 --wrap "python scripts/data/pack.py --data pairs.parquet --target shards/train"
+    python scripts/data/pack.py --data pairs.parquet --target shards/train --slurm 16 --sbatch partition=cpu
 
 Data is an annotation file (JSON, JSON lines, CSV, TSV, Parquet, a folder of images and texts, a data
 set that Hugging Face's datasets saved), with paths of images or the encoded images in it. A sample is
 KEY.jpg (or .png ...), KEY.txt with a caption a line, and KEY.json with the other fields.
 
-Shards are written by several processes, in a Slurm array by its tasks together. A shard that is
+Shards are written by several processes, with --slurm by the tasks of a job array. A shard that is
 there already, of the same data and settings, is kept: start the command again after an interruption.
 """
 
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import BadSample, UserError
 from base.files import digest, file_state, read_json, states_digest
+from base.processes import in_processes, usable_cores
 from dataset.images.formats import files_below
 from dataset.images.zip_member import image_source
 from dataset.sources.encoded_table import encoded_table, image_ending
@@ -33,7 +32,8 @@ from dataset.sources.records import Records
 from dataset.sources.tables import parse_address
 from dataset.sources.tar_writer import statistics_file, write_shard, write_statistics
 from dataset.tasks.record import as_list, captions_of, name_of
-from runtime.config.cli import knob, run_script
+from runtime.config.cli import knob, run_script, section
+from runtime.job_array import Sharing, need_all, own_range, submit_array
 
 SHOWN = 3  # complaints of a shard that its statistics keep
 
@@ -50,7 +50,8 @@ class Config:
         0, "shorter side in pixels that larger images are reduced to; 0 = as is", low=0
     )
     quality: int = knob(92, "of the JPEG that a reduced image becomes", low=1, high=100)
-    workers: int = knob(os.cpu_count() or 1, "processes", low=1)
+    workers: int = knob(usable_cores(), "processes", low=1)
+    sharing: Sharing = section(Sharing, flat=True)
 
 
 def open_rows(config: Config) -> Sequence[dict]:
@@ -121,6 +122,7 @@ def pack_shard(shard: int, config: Config, state: str) -> tuple[int, list[str]]:
     numbers = range(start, min(start + config.samples_per_shard, len(rows)))
     target = config.target / f"{shard:05d}.tar"
     complaints: list[str] = []
+    statistics_file(target).unlink(missing_ok=True)  # those of an earlier shard of this name
     count = write_shard(target, samples(rows, numbers, config, complaints))
     about = {"count": len(numbers), "failed": len(complaints), "errors": complaints[:SHOWN]}
     write_statistics(target, count, **about, made_of=state)
@@ -143,39 +145,51 @@ def is_packed(shard: int, config: Config, state: str) -> bool:
     return read_json(statistics, dict).get("made_of") == state
 
 
-def own_shards(shards: int) -> list[int]:
-    """The shards of this task of a Slurm array; all of them outside one."""
-    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
-    first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
-    tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
-    return list(range(task - first, shards, tasks))
+def number_of_shards(config: Config) -> int:
+    """How many shards the data become."""
+    return -(-len(open_rows(config)) // config.samples_per_shard)
 
 
 def pack(config: Config) -> dict[str, int]:
-    """Write all shards that are not there; returns what was done."""
+    """Write the shards of this task's range that are not there; returns what was done."""
     from tqdm import tqdm
 
-    rows, state = len(open_rows(config)), state_of(config)
-    own = own_shards(-(-rows // config.samples_per_shard))
+    state = state_of(config)
+    own = own_range(config.sharing, number_of_shards(config))
     todo = [shard for shard in own if not is_packed(shard, config, state)]
     done = {"shards": len(own), "kept": len(own) - len(todo), "samples": 0, "failed": 0}
-    with ProcessPoolExecutor(config.workers) as pool:
-        results = pool.map(partial(pack_shard, config=config, state=state), todo)
-        for count, complaints in tqdm(results, total=len(todo), unit="shard", disable=None):
-            done["samples"] += count
-            done["failed"] += len(complaints)
-            for complaint in complaints[:SHOWN]:
-                print(complaint, file=sys.stderr)
+    work = partial(pack_shard, config=config, state=state)
+    results = in_processes(work, todo, config.workers)
+    for count, complaints in tqdm(results, total=len(todo), unit="shard", disable=None):
+        done["samples"] += count
+        done["failed"] += len(complaints)
+        for complaint in complaints[:SHOWN]:
+            print(complaint, file=sys.stderr)
     if todo and not done["samples"]:
         raise UserError(f"{config.data}: none of its images can be read below {config.image_root}")
     return done
+
+
+def merge(config: Config) -> dict[str, int]:
+    """What all shards hold together. UserError names the ranges that are missing."""
+    state, total = state_of(config), number_of_shards(config)
+    done = [is_packed(shard, config, state) for shard in range(total)]
+    need_all(done, str(config.target), "shards")
+    files = [statistics_file(config.target / f"{shard:05d}.tar") for shard in range(total)]
+    counts = [read_json(file, dict) for file in files]
+    samples = sum(count["successes"] for count in counts)
+    failed = sum(count["failed"] for count in counts)
+    return {"shards": total, "samples": samples, "failed": failed}
 
 
 def main(config: Config) -> None:
     if not config.data or config.target is None:
         raise UserError("name two places: --data and --target")
     config.target.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(pack(config)))
+    if config.sharing.slurm:
+        submit_array(config.sharing, number_of_shards(config), config.target)
+        return
+    print(json.dumps(merge(config) if config.sharing.merge else pack(config)))
 
 
 if __name__ == "__main__":

@@ -101,6 +101,41 @@ def test_shards_and_two_processes_give_the_same(checkpoint, images, tmp_path):
     assert json.loads((tmp_path / "one/parts/0001.json").read_text())["samples"] == 3
 
 
+def test_ranges_merge_into_the_files_of_one_run_as_clip_retrieval_reads_them(
+    checkpoint, images, tmp_path, capsys
+):
+    from pyarrow import parquet
+
+    data = [images / "{00000..00001}.tar", images / "pairs.json"]
+    words = ["--data", *data, "--root", images, "--checkpoint", checkpoint, "--part", 3]
+    run(*words, "--out", tmp_path / "whole")
+    run(*words, "--out", tmp_path / "parts", "--range", "0/2")
+    with pytest.raises(UserError, match=r"parts: parts 2-4 of 0-4 are missing"):
+        run(*words, "--out", tmp_path / "parts", "--merge")
+    run(*words, "--out", tmp_path / "parts", "--range", "1/2")
+    capsys.readouterr()
+    run(*words, "--out", tmp_path / "parts", "--merge")
+    assert "5 parts are whole, 14 samples" in capsys.readouterr().out
+    folders = ("img_emb", "text_emb", "metadata", "parts")
+    for folder in folders:
+        whole = sorted((tmp_path / "whole" / folder).iterdir())
+        parts = sorted((tmp_path / "parts" / folder).iterdir())
+        assert [file.name for file in whole] == [file.name for file in parts] and len(whole) == 5
+        for one, other in zip(whole, parts, strict=True):
+            assert one.read_bytes() == other.read_bytes(), one
+    # clip-retrieval pairs the files of both folders in alphabetical order, row by row
+    tables = [parquet.read_table(file) for file in sorted((tmp_path / "whole/metadata").iterdir())]
+    arrays = [np.load(file) for file in sorted((tmp_path / "whole/img_emb").iterdir())]
+    assert [len(table) for table in tables] == [len(rows) for rows in arrays] == [4, 3, 3, 3, 1]
+    assert {"image_path", "caption"} <= set(tables[0].column_names)
+    assert tables[2]["image_path"].to_pylist() == [str(images / f"{n}.png") for n in range(3)]
+    assert script.part_names(10_001)[9999:] == ["09999", "10000"]
+    with pytest.raises(
+        UserError, match=r"holds part 0002, but this data has the parts 0000 to 0001"
+    ):
+        run("--data", data[0], "--checkpoint", checkpoint, "--out", tmp_path / "whole")
+
+
 def test_an_unreadable_image_is_flagged_within_the_budget(checkpoint, images, tmp_path):
     from pyarrow import parquet
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from base.errors import UserError
 from base.files import read_json_lines
+from dataset.health import survey
 from dataset.health.duplicates import near_duplicates
 from dataset.health.samples import box_inside, signature, text_problems, thumbnail
 from dataset.sources.tar_writer import write_shard
@@ -161,6 +162,39 @@ def test_class_folders_and_shards(tmp_path, capsys):
     assert status == 1 and found(text)["unreadable"] == "1" and found(text)["samples"] == "3"
     with pytest.raises(UserError, match=r"are shards; clean the list"):
         doctor.main(doctor.Config([str(tmp_path / "0.tar")], fix=tmp_path / "clean", workers=1))
+
+
+def test_ranges_kept_as_files_give_the_report_of_one_look(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(survey, "BLOCK", 2)
+    samples = [(f"{n}", {"jpg": jpeg(scene(n % 3)), "txt": b"a scene"}) for n in range(4)]
+    write_shard(tmp_path / "0.tar", samples[:2])
+    write_shard(tmp_path / "1.tar", [*samples[2:], ("bad", {"jpg": b"no", "txt": b"\xe9t\xe9"})])
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)))
+    entries = [{"image": f"{name}.jpg", "caption": "a text"} for name in ("a", "gone", "a")]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    data = [str(tmp_path / "{0,1}.tar"), str(tmp_path / "list.json")]
+
+    def look(**more):
+        config = {"data": data, "image_root": tmp_path, **more}
+        status, text = run(capsys, config)
+        return status, [line for line in text.splitlines() if "images a second" not in line]
+
+    whole = look()
+    facts = {"facts": tmp_path / "facts"}
+    for text in ("0/2", "1/2"):
+        status, said = look(**facts, sharing=doctor.Sharing(range=text))
+        assert status == 0 and said == [f"{tmp_path}/facts: 2 of 4 pieces, 0 of them kept"]
+    merged = {**facts, "sharing": doctor.Sharing(merge=True)}
+    assert look(**merged) == look(**facts) == whole
+    assert "in a later split" in str(whole) and "unreadable" in str(whole)
+    (tmp_path / "facts/000001.jsonl").unlink()
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene(9)))  # of entries 0 and 2: pieces 2 and 3
+    with pytest.raises(UserError, match=r"facts: pieces 1-3 of 0-3 are missing"):
+        look(**merged)
+    _, said = look(**facts, sharing=doctor.Sharing(range="0/1"))
+    assert said == [f"{tmp_path}/facts: 4 of 4 pieces, 1 of them kept"]
+    with pytest.raises(UserError, match="--facts: name a folder"):
+        look(sharing=doctor.Sharing(range="0/2"))
 
 
 def test_near_duplicates_are_told_from_other_images():

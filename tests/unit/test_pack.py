@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -88,9 +89,45 @@ def test_tasks_of_a_slurm_array_share_the_shards(tmp_path, pairs, monkeypatch):
     for task in (1, 2, 3):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
         written.append(pack.pack(config)["shards"])
-    assert written == [2, 1, 1]
-    monkeypatch.undo()
-    assert pack.own_shards(4) == [0, 1, 2, 3]
+    assert written == [1, 1, 2]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "5")
+    with pytest.raises(UserError, match="has gaps"):
+        pack.pack(config)
+
+
+def test_ranges_make_the_shards_of_one_run_and_the_merge_names_what_is_missing(tmp_path, pairs):
+    def config(target, **sharing):
+        common = {"samples_per_shard": 2, "workers": 1, "sharing": pack.Sharing(**sharing)}
+        return Config(pairs, tmp_path / "images", tmp_path / target, **common)
+
+    pack.pack(config("whole"))
+    for number in (0, 2):
+        pack.pack(config("parts", range=f"{number}/3"))
+    with pytest.raises(UserError, match=r"parts: shards 1 of 0-3 are missing"):
+        pack.main(config("parts", merge=True))
+    pack.pack(config("parts", range="1/3"))
+    merged = pack.merge(config("parts", merge=True))
+    assert merged == {"shards": 4, "samples": 5, "failed": 2}
+    for number in range(4):
+        for name in (f"{number:05d}.tar", f"{number:05d}_stats.json"):
+            one, other = tmp_path / "whole" / name, tmp_path / "parts" / name
+            assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_a_shard_that_was_begun_again_does_not_pass_for_the_earlier_one(
+    tmp_path, pairs, monkeypatch
+):
+    config = Config(pairs, tmp_path / "images", tmp_path / "wds", samples_per_shard=9, workers=1)
+    pack.pack(config)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # after the shard was replaced, before its statistics
+        patch.setattr(pack, "write_statistics", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pack.pack(replace(config, resize=2))
+    assert pack.pack(config)["kept"] == 0
 
 
 def test_large_images_are_reduced(tmp_path):

@@ -383,3 +383,29 @@ def test_labels_that_are_a_text_are_names_joined_by_commas():
     assert names_of({"labels": "Dog, living room"}) == ["dog", "living room"]
     with pytest.raises(BadSample, match="labels is 5"):
         names_of({"labels": 5, "image": "a.jpg"})
+
+
+def test_ranges_of_shards_are_labelled_and_merged(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extract_nouns, "extractor", lambda *_: stand_in)
+    captions = ("a dog", "wow", "a wolf")
+    (tmp_path / "in").mkdir()
+    for number, caption in enumerate(captions):
+        sample = {"000": {"jpg": jpeg(), "txt": caption.encode()}}
+        write_shard(tmp_path / f"in/{number}.tar", sample)
+
+    def run(target, **sharing):
+        config = extract_nouns.Config(str(tmp_path / "in"), tmp_path / target, workers=1)
+        config.sharing = extract_nouns.Sharing(**sharing)
+        extract_nouns.main(config)
+        return json.loads(capsys.readouterr().out)
+
+    whole = run("whole")
+    assert whole == {"shards": 3, "successes": 2, "without_caption": 0, "without_nouns": 1}
+    assert run("parts", range="0/2")["shards"] == 1
+    with pytest.raises(UserError, match=r"parts: shards 1-2 of 0-2 are missing"):
+        run("parts", merge=True)
+    assert run("parts", range="1/2")["shards"] == 2
+    assert run("parts", merge=True) == whole
+    for number in range(3):
+        one, other = tmp_path / f"whole/{number}.tar", tmp_path / f"parts/{number}.tar"
+        assert one.read_bytes() == other.read_bytes()

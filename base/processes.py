@@ -1,0 +1,57 @@
+"""Processes on this machine that share a list of work. Imports no torch."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from base.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it dies (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _start() -> None:
+    """The scheduler's signals go to all processes of a task; the first of them decides."""
+    end_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def in_processes(
+    work: Callable[[Item], Result], items: Sequence[Item], processes: int
+) -> Iterator[Result]:
+    """`work(item)` of every item in order; no process outlives this one.
+
+    UserError where a process was killed.
+    """
+    if processes == 1 or len(items) < 2:
+        yield from map(work, items)
+        return
+    with ProcessPoolExecutor(min(processes, len(items)), initializer=_start) as pool:
+        try:
+            yield from pool.map(work, items)
+        except BrokenProcessPool:
+            raise UserError(
+                "a process was killed, most often because memory ran out; what is finished is "
+                "kept: start the same command again, with fewer --workers"
+            ) from None
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: those that Slurm gave to it, else those it may run on."""
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

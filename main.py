@@ -30,6 +30,7 @@ from dataset.loading.eval import shard_indices
 from dataset.loading.stream import Stream, StreamLoader
 from dataset.sources.class_folder import ClassFolder, named_list
 from dataset.tasks.captions import CaptionCollate, CaptionOptions, pair_sources
+from dataset.tasks.catalog import in_order_of
 from dataset.tasks.dual_inputs import NormalizedBatches, eval_view, input_statistics
 from dataset.tasks.dual_inputs import normalized, text_tokenizer, training_views
 from dataset.text.augment import TextOptions, TextViews
@@ -166,8 +167,9 @@ def validation_data(config: Config) -> tuple[ClassFolder, list[list[str]]]:
     classes = named_list(config.labels, config.val_dataset)
     templates = named_list(config.templates, config.val_dataset)
     view = eval_view(config.network.model, config.network.image_size)
-    prompts = class_prompts(classes, templates, config.val_dataset)
-    return ClassFolder(config.val_folder, view, classes), prompts
+    images = ClassFolder(config.val_folder, view, classes)
+    classes = in_order_of(images.folders, classes, config.val_dataset)
+    return images, class_prompts(classes, templates, config.val_dataset)
 
 
 def evaluate(model: DualEncoder, data, prompts, tokenizer, config: Config, world: World) -> dict:

@@ -22,6 +22,7 @@ from typing import Any
 
 from base.errors import UserError
 from base.limits import NESTED_LEVELS, TEXT_BYTES
+from base.text import lines_in
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CACHE_VERSION = 2  # raised when something else is made of the same file
@@ -64,12 +65,8 @@ def read_text(path: str | Path, remedy: str = "check its name", limit: int = TEX
 def read_lines(
     path: str | Path, remedy: str = "check its name", limit: int = TEXT_BYTES
 ) -> list[str]:
-    """Lines of a text file; a line ends with LF or CR LF and with nothing else, as vocabularies
-    need."""
-    lines = read_text(path, remedy, limit).split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+    """Lines of a text file (see `base.text.lines_in`)."""
+    return lines_in(read_text(path, remedy, limit))
 
 
 def read_json(
@@ -432,6 +429,16 @@ def one_builder(cached: Path) -> Iterator[None]:
 
 
 # ---- names
+def is_hidden(name: str | Path) -> bool:
+    """Whether a path or URL names a hidden file, such as the `._x.jpg` that macOS puts beside x.jpg."""
+    return str(name).rpartition("/")[2].startswith(".")
+
+
+def matching_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder whose names match, sorted, without hidden ones."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not is_hidden(path))
+
+
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.5) -> str | None:
     """The most similar of `known`, None where none is like it."""
     close = get_close_matches(str(name), [str(each) for each in known], 1, cutoff)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from base.errors import UserError
-from base.files import atomic_write, file_errors, sync_folder
+from base.files import atomic_write, file_errors, matching_files, sync_folder
 from base.torch_files import find_index, read_index, read_tensors
 from runtime.hashed import find_file_damage, recorded_hash, write_hashed
 from runtime.safe_pickle import Stub, load_torch, module_tensors
@@ -385,7 +385,7 @@ def weights_file(path: Path) -> Path:
         checkpoints = CheckpointFolder(path)
         ours = [checkpoints.best] if checkpoints.best else []
         found = _first_intact(ours + checkpoints.numbered(), _find_damage_unless_foreign)
-        found = found or next(iter(sorted(path.glob("*.safetensors"))), None)
+        found = found or next(iter(matching_files(path, "*.safetensors")), None)
         if found is None:
             raise UserError(f"{path}: a folder without checkpoint_*.pt or *.safetensors")
         return found

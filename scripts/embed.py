@@ -34,6 +34,7 @@ from base import distributed
 from base.distributed import World
 from base.errors import BadSample, UserError
 from base.files import atomic_write, digest, read_json, write_json
+from base.text import lenient_text
 from dataset.health.survey import open_list
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.decode import reading
@@ -177,7 +178,7 @@ def beside_image(records: Sequence[dict], number: int) -> dict:
     }
     return {
         "key": records.name(number),
-        "caption": members["txt"].decode("utf-8", "replace"),
+        "caption": lenient_text(members["txt"]),
         **members,
     }
 

@@ -168,6 +168,18 @@ def _open(data: bytes):
     return image
 
 
+def image_ending(data: bytes, name: str) -> str:
+    """The ending of an encoded image, by its content. Raises BadSample."""
+    if not data:
+        raise BadSample(f"{name}: empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PILLOW_FORMATS[_open(data).format]
+    except Exception as error:  # as in `_decode_with_pillow`
+        raise BadSample(f"{name}: {error}") from None
+
+
 def is_turned(data: bytes) -> bool:
     """Whether EXIF asks for another orientation than the stored one."""
     try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from base.errors import UserError
+from base.files import is_hidden
 from base.limits import FOLDER_LEVELS, FOLDER_VISITS, check_limit
 
 # Endings without the dot. Of several images in one sample of a shard the first of this order is used.
@@ -13,15 +14,18 @@ IMAGE_TYPES = (
     *("jpg", "jpeg", "png", "webp", "jfif", "jpe", "mpo", "avif", "jp2", "j2k", "gif", "bmp"),
     *("tif", "tiff", "ppm", "pgm", "pbm", "pnm"),
 )
-# What Pillow may open, whatever a file is called. Others (EPS, PDF, WMF ...) start foreign programs.
-PILLOW_FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF", "PPM"),
-)
+# What Pillow may open, whatever a file is called, and the ending that goes with it. Others (EPS, PDF,
+# WMF ...) start foreign programs.
+PILLOW_FORMATS = {
+    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"},
+    **{"JPEG2000": "jp2", "GIF": "gif", "BMP": "bmp", "DIB": "bmp", "TIFF": "tif", "PPM": "ppm"},
+}
 
 
 def is_image(name: str | Path) -> bool:
-    """Whether a file is an image, by its ending."""
-    return str(name).rpartition(".")[2].lower() in IMAGE_TYPES
+    """Whether a file is an image, by its ending; hidden files are none."""
+    ending = str(name).rpartition(".")[2]
+    return ending.lower() in IMAGE_TYPES and not is_hidden(name)
 
 
 def files_below(root: str | Path) -> Iterator[Path]:
@@ -47,7 +51,7 @@ def _files_below(folder: str, ancestors: tuple, visits: Counter) -> Iterator[Pat
     check_limit(folder, visits[identity], FOLDER_VISITS, "links to this folder", "remove some")
     for name, is_folder in names:
         path = os.path.join(folder, name)
-        if name.startswith("."):
+        if is_hidden(name):
             continue
         if is_folder:
             yield from _files_below(path, (*ancestors, identity), visits)

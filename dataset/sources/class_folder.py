@@ -9,16 +9,14 @@ import torch
 
 from base.distributed import rank
 from base.errors import UserError
-from base.files import read_json
+from base.files import is_hidden, read_json
 from dataset.images.decode import decode_image
 from dataset.images.formats import files_below, is_image
 
 
 def class_folders(root: Path) -> list[str]:
     """Names of the sub-folders in alphabetical order; links count, hidden ones do not."""
-    return sorted(
-        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path))
 
 
 def _report(root: Path, left_out: Counter) -> None:
@@ -97,6 +95,19 @@ def _odd_one_out(folders: Sequence[str], classes: Sequence) -> str:
     if extra:
         faults.append(f"no label for {', '.join(extra)}")
     return "; ".join(faults)
+
+
+def class_list(lines: Sequence[str], name: str) -> list[str]:
+    """Names of the classes, one a line, without blanks around them; a class's number is that of its
+    line. Blank lines at the end do not count, between classes UserError names them in the file
+    `name`. A name may occur again, as ImageNet's `crane` does."""
+    names = [line.strip() for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        line = names.index("") + 1
+        raise UserError(f"{name}, line {line}: is blank; every line is a class, in order")
+    return names
 
 
 def named_list(path: str | Path, name: str) -> list:

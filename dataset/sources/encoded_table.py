@@ -6,7 +6,6 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-from base.errors import BadSample
 from base.limits import ROW_GROUP_BYTES, check_limit
 from dataset.sources.tables import (
     Columns,
@@ -20,27 +19,6 @@ from dataset.sources.tables import (
 )
 
 SMALLER = "write it with fewer rows in a row group"
-
-STARTS = (  # of encoded images -> ending
-    (b"\xff\xd8", "jpg"),
-    (b"\x89PNG", "png"),
-    (b"GIF8", "gif"),
-    (b"BM", "bmp"),
-    (b"II*\x00", "tif"),
-    (b"MM\x00*", "tif"),
-)
-
-
-def image_ending(content: bytes, name: str) -> str:
-    """The ending of an encoded image, by its first bytes. Raises BadSample."""
-    for start, ending in STARTS:
-        if content.startswith(start):
-            return ending
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "webp"
-    if content[4:12] in (b"ftypavif", b"ftypavis"):
-        return "avif"
-    raise BadSample(f"{name}: not an image" if content else f"{name}: empty file")
 
 
 def encoded_table(address: str, required: Sequence[str]) -> "EncodedTable | None":

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from base.errors import UserError, brief
-from base.files import did_you_mean, read_lines
+from base.files import did_you_mean, is_hidden, read_lines
+from base.text import whole_number
 from dataset.images.formats import is_image
 
 SYNSETS = "imagenet_2012_validation_synset_labels.txt"
@@ -36,7 +37,7 @@ def is_flat(root: Path) -> bool:
     if not root.is_dir():
         return False
     with os.scandir(root) as entries:
-        inside = [entry for entry in entries if not entry.name.startswith(".")]
+        inside = [entry for entry in entries if not is_hidden(entry.name)]
     has_folders = any(entry.is_dir() for entry in inside)
     return not has_folders and any(is_image(entry.name) for entry in inside)
 
@@ -67,15 +68,16 @@ def _numbered(root: Path, file: Path, classes: list[str]) -> FlatFolder:
     for number, line in enumerate(read_lines(file), 1):
         if not line.strip():
             continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
+        name, *label = line.rsplit(maxsplit=1)  # by blanks or a tab
+        found = whole_number(label[0]) if label else None
+        if found is None or found < 0:
             raise UserError(f"{file}, line {number}: expected `name label`, found {brief(line)}")
-        if classes and int(label) >= len(classes):
+        if classes and found >= len(classes):
             raise UserError(
-                f"{file}, line {number}: class {label}, but there are {len(classes)} from 0"
+                f"{file}, line {number}: class {found}, but there are {len(classes)} from 0"
             )
         files.append(root / name.strip())
-        labels.append(int(label))
+        labels.append(found)
     return _checked(file, files, labels, [])
 
 

@@ -42,9 +42,23 @@ FIELD_TYPES = {
 }
 UNWRITABLE = "set QUINTET_CACHE to a writable folder"
 COCO_HINT = (
-    "these are COCO's own annotations: make a list of images and captions of them with "
+    "these are COCO's own annotations: make a list of images and captions of captions_*.json with "
     "scripts/data/convert_metadata.py --dataset coco"
 )
+# Annotations as they are published: (list in the file, field of its first entry) -> what to do.
+PUBLISHED = {
+    ("annotations", "caption"): COCO_HINT,
+    ("annotations", "bbox"): "these are COCO's boxes; its captions are in captions_*.json",
+    (
+        "annotations",
+        "answers",
+    ): "these are VQA's own answers: train on ALBEF's lists (vqa_train.json), "
+    "and name this file as test_answers",
+    ("questions", "question"): "these are VQA's own questions, without images: name ALBEF's lists "
+    "(vqa_train.json, vqa_test.json)",
+    ("images", "sentences"): "this is Karpathy's file of all splits: pack one with "
+    "scripts/data/pack_karpathy.py, or name ALBEF's lists (coco_train.json, flickr30k_test.json)",
+}
 PROGRESS_EVERY = 200_000  # entries; files with fewer are indexed without a progress bar
 
 
@@ -252,8 +266,7 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
         return f"expected an object with {', '.join(required)}, found {brief(entry)}"
     for field in required:
         if field not in entry:
-            remedy = COCO_HINT if "annotations" in entry else "add the field or remove the entry"
-            return f"no field {field!r} (it has {_listed(entry)}); {remedy}"
+            return f"no field {field!r} (it has {_listed(entry)}); {_remedy(entry)}"
         types, value = FIELD_TYPES.get(field, (object,)), entry[field]
         if not isinstance(value, types):
             names = " or ".join(kind.__name__ for kind in types)
@@ -264,6 +277,16 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
         texts = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
         return weights_fault(entry["caption_weights"], len(texts))
     return None
+
+
+def _remedy(entry: dict) -> str:
+    """What to do about an entry without a field: it may be a whole published file."""
+    for (name, field), remedy in PUBLISHED.items():
+        listed = entry.get(name)
+        first = listed[0] if isinstance(listed, list) and listed else None
+        if isinstance(first, dict) and field in first:
+            return remedy
+    return COCO_HINT if "annotations" in entry else "add the field or remove the entry"
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

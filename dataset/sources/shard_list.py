@@ -9,7 +9,7 @@ from pathlib import Path
 
 from base import distributed
 from base.errors import UserError
-from base.files import cache_folder, digest, parse_json, read_json, write_json
+from base.files import cache_folder, digest, is_hidden, parse_json, read_json, write_json
 from base.limits import SHARDS
 from dataset.images.formats import files_below
 from dataset.sources.remote import (
@@ -23,11 +23,11 @@ from dataset.sources.remote import (
     with_retries,
 )
 from dataset.sources.tar import TarWalk, read_samples
-from dataset.sources.tfrecord import count_frames, is_tfrecord
+from dataset.sources.tfrecord import count_frames, is_tfrecord, read_frames
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 THREADS = 64  # requests to a store at a time
-COUNT_VERSION = 3  # part of the key of cached counts: raise it when the rules of reading change
+COUNT_VERSION = 4  # part of the key of cached counts: raise it when the rules of reading change
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ def _local_matches(url: str) -> list[str]:
 
 def _remote_matches(url: str, options: dict | None) -> list[str]:
     is_glob = re.search(r"[*?\[]", url.partition("?")[0] if "://" in url[:8] else url)
-    if not is_glob and (url.partition("?")[0].endswith(TAR_ENDINGS) or is_tfrecord(url)):
+    if not is_glob and is_shard(url.partition("?")[0]):
         return [url]
     files, path = file_system(url, options)
     try:
         if re.search(r"[*?\[]", path):
             found = with_retries(lambda: files.glob(path))
+            found = [each for each in found if not is_hidden(each)]
             return sorted(files.unstrip_protocol(each) for each in found)
         found = with_retries(lambda: files.find(path))
     except Exception as error:  # every storage service raises its own
@@ -125,10 +126,19 @@ def _remote_matches(url: str, options: dict | None) -> list[str]:
     return _shards_among(files.unstrip_protocol(each) for each in found)
 
 
+def is_tar(name: str) -> bool:
+    """Whether a path or URL names a tar shard, by its ending; hidden files are none."""
+    return name.lower().endswith(TAR_ENDINGS) and not is_hidden(name)
+
+
+def is_shard(name: str) -> bool:
+    """Whether a path or URL names a tar or TFRecord shard."""
+    return is_tar(name) or is_tfrecord(name)
+
+
 def _shards_among(names) -> list[str]:
     names = sorted(names)
-    tars = [name for name in names if name.endswith(TAR_ENDINGS)]
-    return tars or [name for name in names if is_tfrecord(name)]
+    return [name for name in names if is_tar(name)] or [name for name in names if is_tfrecord(name)]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -202,7 +212,7 @@ def count_of(shard: str, options: dict | None = None) -> int:
 def statistics_names(shard: str) -> list[str]:
     """Where the statistics of a shard may lie: 00000_stats.json of 00000.tar and 00000.tar.gz;
     earlier versions of extract_nouns.py wrote 00000.tar_stats.json of the latter."""
-    base = re.sub(r"\.(tgz|(tar|tfrecord)(\.\w+)?)$", "", shard)
+    base = re.sub(r"\.(tgz|(tar|tfrecord)(\.\w+)?)$", "", shard, flags=re.IGNORECASE)
     return list(
         dict.fromkeys([f"{base}_stats.json", f"{re.sub(r'[.][^./]*$', '', shard)}_stats.json"])
     )
@@ -232,12 +242,10 @@ def _from_cache(path: Path) -> int | None:
 
 
 def _counted(shard: str, options: dict | None) -> int:
-    if is_tfrecord(shard) and not is_remote(shard):
-        return count_frames(shard)
-    if is_tfrecord(shard):
-        from dataset.sources.tfrecord import read_frames
-
-        with plain_stream(shard, options) as (file, _):
-            return sum(1 for _ in read_frames(file, shard))
+    """Samples of a shard; what was lost at a damage counts as one, which its reader reports."""
     with plain_stream(shard, options) as (file, size):
-        return sum(1 for _ in read_samples(TarWalk(file, size), load=False))
+        if not is_tfrecord(shard):
+            return sum(1 for _ in read_samples(TarWalk(file, size), load=False))
+        if size is None or is_remote(shard):
+            return sum(1 for _ in read_frames(file, shard))
+    return count_frames(shard)

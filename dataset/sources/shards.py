@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from itertools import islice
 
 from base.errors import BadSample, UserError
+from base.text import lenient_text
 from dataset.images.formats import IMAGE_TYPES
 from dataset.loading.randomness import mix, permuted
 from dataset.sources.remote import describe, plain_stream
@@ -194,7 +195,7 @@ def member_record(shard: str, sample: Sample) -> dict | BadSample:
         return BadSample(f"{key}: no image (.{', .'.join(IMAGE_TYPES)}), only {', '.join(members)}")
     record = members | {"key": key, "image": image}
     if "txt" in members:
-        record["caption"] = members["txt"].decode("utf-8", "replace")
+        record["caption"] = lenient_text(members["txt"])
     return record
 
 
@@ -225,5 +226,5 @@ def example_record(shard: str, number: int, payload: bytes) -> dict | BadSample:
         )
     record = features | {"key": place, "image": image[0]}
     if texts := [text for text in features.get("txt", []) if isinstance(text, bytes)]:
-        record["caption"] = texts[0].decode("utf-8", "replace")
+        record["caption"] = lenient_text(texts[0])
     return record

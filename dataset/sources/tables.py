@@ -28,6 +28,7 @@ from base.files import (
     cache_folder,
     digest,
     file_state,
+    matching_files,
     nearest,
     one_builder,
     read_bytes,
@@ -36,6 +37,7 @@ from base.files import (
     write_json_lines,
 )
 from base.limits import CELL_BYTES, EXPANSION, TABLE_FLOOR, check_limit, over_limit
+from base.text import lenient_text, lines_in
 from dataset.images.formats import files_below, is_image
 from dataset.sources.json_entries import objects_of
 
@@ -269,7 +271,7 @@ def open_arrow(folder: Path) -> list:
     import pyarrow
     from pyarrow import ipc
 
-    files = sorted(file for file in folder.glob("*.arrow") if file.is_file())
+    files = matching_files(folder, "*.arrow")
     if not files:
         raise UserError(f"{folder}: no data-*.arrow in it; save the data set again")
     with reading_arrow(folder, "no Arrow stream"):
@@ -397,7 +399,7 @@ def plain(value: object) -> object:
     """A value that JSON can hold; bytes and dates as text."""
     if value is None or isinstance(value, str | int | float | list | dict):
         return value
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return lenient_text(value) if isinstance(value, bytes) else str(value)
 
 
 def _checked(value: object, field: str, where: str) -> object:
@@ -457,12 +459,9 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
             yield {"image": str(path)}
         elif beside.is_file():
             data = read_bytes(beside, "put a caption a line into it", CELL_BYTES)
-            text = data.decode("utf-8-sig", errors="replace")
+            lines = lines_in(lenient_text(data))
             found += 1
-            yield {
-                "image": str(path),
-                "caption": [line for line in text.splitlines() if line.strip()],
-            }
+            yield {"image": str(path), "caption": [line for line in lines if line.strip()]}
         else:
             lonely += 1
     if not found:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from base.limits import MEMBER_BYTES, NAME_BYTES, SAMPLE_BYTES, SAMPLE_MEMBERS, ZERO_BYTES
+from base.text import whole_number
 from dataset.images.formats import IMAGE_TYPES
 from dataset.sources.remote import describe
 
@@ -231,9 +232,10 @@ class TarWalk:
     def _file(self, header, name: str, size: int | str, fault: str) -> Member | Damage | None:
         """The member itself; None for a folder."""
         source = self.source
-        if not (str(size).isascii() and str(size).isdigit()):
+        bytes_held = whole_number(size)
+        if bytes_held is None or bytes_held < 0:
             return Damage(f"{name!r:.80}: a size of {size!r:.20}")
-        size = int(size)
+        size = bytes_held
         if header.type == tarfile.GNUTYPE_SPARSE:
             fault = "a sparse file"
             self._skip_sparse_map()

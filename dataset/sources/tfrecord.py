@@ -17,7 +17,7 @@ import google_crc32c
 import numpy as np
 
 from base.errors import BadSample
-from base.files import atomic_write
+from base.files import atomic_write, is_hidden
 from base.limits import SAMPLE_BYTES
 from dataset.sources.protobuf import delimited, encode_varint, fields, varint
 from dataset.sources.remote import describe
@@ -29,9 +29,9 @@ BYTES, FLOATS, INTEGERS = 1, 2, 3  # field numbers of the kinds of list in a Fea
 
 
 def is_tfrecord(name: str) -> bool:
-    """Whether a path or URL names a TFRecord file: 00000.tfrecord,
-    train.tfrecord-00000-of-00128."""
-    return ".tfrecord" in name.rpartition("/")[2]
+    """Whether a path or URL names a TFRecord file: 00000.tfrecord, train.tfrecord-00000-of-00128.
+    Hidden files are none."""
+    return ".tfrecord" in name.rpartition("/")[2].lower() and not is_hidden(name)
 
 
 # ---- frames
@@ -89,19 +89,21 @@ def _read_frame(file: BinaryIO) -> tuple[bytes, int] | None:
 
 
 def count_frames(path: str | Path) -> int:
-    """Number of records of a local file, found by stepping from length to length; a torn end is not
-    counted."""
+    """Number of records of a local file that is not compressed, found by stepping from length to
+    length. Behind a damage the rest counts as one, which `read_frames` reports."""
     position = 0
     size = os.path.getsize(path)
     count = 0
     with open(path, "rb") as file:
-        while len(header := file.read(HEADER.size)) == HEADER.size:
+        while header := file.read(HEADER.size):
+            count += 1
+            if len(header) < HEADER.size:
+                break
             length, crc = HEADER.unpack(header)
             position += HEADER.size + length + CRC.size
             if crc != masked_crc(header[:8]) or position > size:
                 break
             file.seek(position)
-            count += 1
     return count
 
 

@@ -6,6 +6,7 @@ Whatever the collection, its metadata becomes JSON lines {image: path below the 
 15 million samples too. A path may lead into a zip file: `images/00/001.zip/007.jpg`.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,9 +66,11 @@ def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -
     entries = read_plain(path) if read is None else read(path)
     if isinstance(entries, str | bytes | dict) or not hasattr(entries, "__iter__"):
         raise UserError(f"{path}: expected a list of entries of {kind}, found {brief(entries)}")
+    empty, number = 0, -1
     for number, entry in enumerate(entries):
         try:
             row = convert(entry)
+            row["caption"] = [text for text in row["caption"] if text is not None]
             if type(row["image"]) is not str or not all(
                 type(text) is str for text in row["caption"]
             ):
@@ -78,6 +81,11 @@ def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -
             ) from None
         if row["caption"]:
             yield row
+        else:
+            empty += 1
+    if empty:
+        message = f"{path}: {empty:,} of {number + 1:,} entries have no caption and are left out"
+        warnings.warn(message, stacklevel=2)
 
 
 def yfcc_row(entry: Sequence) -> dict:
@@ -112,12 +120,16 @@ def coco_entries(path: Path) -> Iterator[dict]:
         path.stem.removeprefix("captions_") if path.stem.startswith("captions_") else "train2017"
     )
     try:
+        # by the id's text: one list may write 9 where the other has "9"
         names = {
-            image["id"]: image.get("file_name") for image in content["images"] if "id" in image
+            str(image["id"]): image.get("file_name") for image in content["images"] if "id" in image
         }
-        captions: dict[int | str, list[str]] = {}
+        captions: dict[str, list[str]] = {}
         for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+            number = annotation["image_id"]
+            if type(number) not in (int, str):
+                raise TypeError(f"image_id {brief(number)} is no number")
+            captions.setdefault(str(number), []).append(annotation["caption"])
     except (KeyError, TypeError, AttributeError) as error:
         fault = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
@@ -125,8 +137,6 @@ def coco_entries(path: Path) -> Iterator[dict]:
             "image_id and caption"
         ) from None
     for number, texts in captions.items():
-        if type(number) not in (int, str):
-            raise UserError(f"{path}: image_id {brief(number)} is no number; fetch the file again")
         file = names.get(number) or f"{number:0>12}.jpg"
         yield {"image": f"{folder}/{file}", "caption": texts}
 

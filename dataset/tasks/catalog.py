@@ -184,11 +184,8 @@ def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:
         if name in catalog:
             chosen.append(catalog[name])
         elif colon and kind in KINDS and path:
-            title = (
-                re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", path)
-                .rpartition("/")[2]
-                .removesuffix(".json")
-            )
+            title = re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", path).rpartition("/")[2]
+            title = re.sub(r"\.(jsonl?|csv|tsv|parquet)(\?.*)?$", "", title)
             title = title.removeprefix("wds_").removeprefix("vtab-")
             chosen.append(Entry(title, kind, path, metric=METRICS.get(title, "acc1")))
         else:

@@ -28,17 +28,18 @@ from base import distributed
 from base.errors import BadSample, UserError, brief
 from base.files import did_you_mean, digest, file_state, parse_json, read_lines, states_digest
 from base.knobs import knob
+from base.text import whole_number
 from dataset.images.decode import check_image_root
+from dataset.images.formats import files_below, is_image
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import ENOUGH, RecordSource
-from dataset.sources.class_folder import ClassFolder, class_folders
+from dataset.sources.class_folder import ClassFolder, class_folders, class_list
 from dataset.sources.flat_folder import flat_folder, is_flat
 from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
-from dataset.sources.shard_list import TAR_ENDINGS, list_shards, shared_shards
+from dataset.sources.shard_list import is_shard, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
 from dataset.sources.tables import TABLES, parse_address
-from dataset.sources.tfrecord import is_tfrecord
 from dataset.tasks.record import image_of
 
 LABEL_FIELDS = ("labels", "label", "cls")
@@ -116,19 +117,14 @@ class Labels:
         given = list(value) if isinstance(value, list | tuple) else [value]
         ids = []
         for each in given:
-            text = each.decode("ascii", "replace") if isinstance(each, bytes) else each
-            if (isinstance(text, str) and text.strip().lstrip("+-").isdecimal()) or (
-                isinstance(text, float) and text.is_integer()
-            ):
-                ids.append(int(text))
-            elif isinstance(text, int) and not isinstance(text, bool):
-                ids.append(text)
-            else:
+            label = whole_number(each)
+            if label is None:
                 raise UserError(f"{self._name(record)}: label {brief(value)} is no class number")
+            ids.append(label)
         for label in ids:
             if not 0 <= label < self.classes:
                 raise UserError(
-                    f"{self._name(record)}: label {label} is outside the list of {self.classes} classes; "
+                    f"{self._name(record)}: label {brief(label)} is outside the list of {self.classes} classes; "
                     "give the right --classes or --num-classes, or fix the label"
                 )
         return ids
@@ -242,11 +238,20 @@ class TorchvisionRecords(Sequence):
 
 
 def is_shards(data: str) -> bool:
-    """Whether a data string names WebDataset or TFRecord shards."""
-    if Path(data).is_dir():
-        names = (path.name for path in Path(data).iterdir())
-        return any(name.endswith(TAR_ENDINGS) or is_tfrecord(name) for name in names)
-    return "://" in data or ".tar" in data or ".tgz" in data or ".tfrecord" in data
+    """Whether a data string names WebDataset or TFRecord shards. A folder does where it holds some,
+    or where in its sub-folders a shard comes before an image."""
+    if not Path(data).is_dir():
+        return "://" in data or any(part in data.lower() for part in (".tar", ".tgz", ".tfrecord"))
+    if any(is_shard(path.name) for path in Path(data).iterdir()):
+        return True
+    telling = (path for path in files_below(data) if is_shard(path.name) or is_image(path))
+    first = next(telling, None)  # no more of the tree is looked through
+    return first is not None and is_shard(first.name)
+
+
+def is_list(data: str) -> bool:
+    """Whether a data string names a list of images with labels: JSON or a table."""
+    return parse_address(data).path.suffix.lower() in (".json", ".jsonl", *TABLES)
 
 
 def open_records(
@@ -257,7 +262,7 @@ def open_records(
     if data.startswith("torchvision/"):
         name, _, named = data.removeprefix("torchvision/").partition(":")
         return TorchvisionRecords(name, root, named or split, download)
-    if parse_address(data).path.suffix in (".json", ".jsonl", *TABLES):
+    if is_list(data):
         records = Records(
             data, ("labels",) if "label" not in Records(data, ())[0] else ("image", "label")
         )
@@ -467,22 +472,15 @@ def class_names(
             if is_flat(Path(each)):
                 return flat_folder(Path(each)).classes
             return class_folders(Path(each))
-        if not is_shards(each) and Path(each).suffix not in (".json", ".jsonl"):
+        if not is_shards(each) and not is_list(each):
             return list(open_records(each, root, "train", download=download).classes)
     return []
 
 
 def read_class_names(file: Path) -> list[str]:
-    """Names of the classes, one a line, without blanks around them; a class's number is that of its
-    line. Blank lines at the end do not count, between classes UserError names them. A name may
-    occur again, as ImageNet's `crane` does."""
+    """Names of the classes, one a line (see `class_list`). UserError where there are none."""
     remedy = "name a text file with the name of one class a line"
-    names = [line.strip() for line in read_lines(file, remedy)]
-    while names and not names[-1]:
-        names.pop()
-    if "" in names:
-        line = names.index("") + 1
-        raise UserError(f"--classes {file}, line {line}: is blank; every line is a class, in order")
+    names = class_list(read_lines(file, remedy), f"--classes {file}")
     if not names:
         raise UserError(f"--classes {file}: holds no names; {remedy}")
     return names

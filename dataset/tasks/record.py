@@ -1,6 +1,7 @@
 """What one record holds, whatever file it came from: its captions, its image, its id."""
 
 import posixpath
+import unicodedata
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from base.errors import BadSample, UserError, brief
 from base.files import clean_surrogates, parse_json
+from base.text import lenient_text
 from dataset.images.decode import decode_image
 from dataset.images.zip_member import image_source
 from dataset.sources.json_entries import weights_fault
@@ -36,7 +38,7 @@ def captions_of(record: dict) -> str | list[str]:
             return _packed_captions(record) or clean_surrogates(given)
         return clean_surrogates(given)
     texts = list(given) if isinstance(given, list | tuple) else [given]
-    texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
+    texts = [lenient_text(text) if isinstance(text, bytes) else text for text in texts]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadSample(f"{name_of(record)}: {field} is {brief(given)}, not one or more texts")
     return [clean_surrogates(text) for text in texts]
@@ -94,8 +96,11 @@ def image_of(record: dict, root: str | Path = "") -> Tensor:
 
 
 def image_key(name: Hashable) -> Hashable:
-    """What two names of one image have in common: `./a//b.jpg` and `a/b.jpg` are the same."""
-    return posixpath.normpath(name) if isinstance(name, str) else name
+    """What two names of one image have in common: `./a//b.jpg` and `a/b.jpg` are the same, and an
+    accent is one letter or two (NFD), as the program that wrote the list has it."""
+    if not isinstance(name, str):
+        return name
+    return unicodedata.normalize("NFC", posixpath.normpath(name))
 
 
 def by_image(rows: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:

@@ -20,17 +20,22 @@ import torch
 
 from base.distributed import rank, rank_0_first
 from base.errors import BadSample, MissingData, UserError, brief
-from base.files import read_json, read_lines
+from base.files import matching_files, read_json, read_lines
 from base.limits import SHARDS
+from base.text import lenient_text, lines_in, whole_number
 from dataset.images.decode import decode_image
-from dataset.sources.class_folder import ClassFolder
+from dataset.sources.class_folder import ClassFolder, class_list
+from dataset.sources.class_folder import class_folders as folders_in
 from dataset.sources.flat_folder import flat_folder
+from dataset.sources.records import Records
 from dataset.sources.remote import local_copy, read_text
 from dataset.sources.shard_index import ShardIndex
+from dataset.sources.tables import parse_address
 from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of
-from dataset.tasks.record import by_image
+from dataset.tasks.record import as_list, by_image
 
 Image = dict[str, torch.Tensor]
+AGAIN = "fetch the shard again"
 
 
 class Viewed:
@@ -157,13 +162,10 @@ def open_images(entry: Entry, classes: Sequence, read_plain: Callable, download:
         return file_list(entry, read_plain)
     if entry.kind == "voc":
         return voc(entry)
-    if entry.kind == "either" and (Path(entry.path) / entry.split).is_dir() and _has_folders(entry):
+    root = Path(entry.path) / entry.split
+    if entry.kind == "either" and root.is_dir() and folders_in(root):
         return class_folders(entry, classes)
     return TorchvisionImages(entry, download)
-
-
-def _has_folders(entry: Entry) -> bool:
-    return any(path.is_dir() for path in (Path(entry.path) / entry.split).iterdir())
 
 
 def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
@@ -173,7 +175,7 @@ def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
             f"{entry.name}: no folder {root}; put one there with a sub-folder of images per class, or name another "
             "place with --root or --catalog"
         )
-    if not _has_folders(entry):
+    if not folders_in(root):
         return Files(*flat_folder(root))
     data = ClassFolder(root, lambda image: image, classes)
     return Files(data.files, data.labels, data.folders)
@@ -230,7 +232,7 @@ def voc(entry: Entry) -> Files:
             f"{entry.name}: no VOCdevkit/VOC2007/ImageSets/Main in {entry.path}; unpack VOCtest_06-Nov-2007.tar there, "
             "or name another --root"
         )
-    lists = sorted((root / "ImageSets/Main").glob(f"*_{entry.split}.txt"))
+    lists = matching_files(root / "ImageSets/Main", f"*_{entry.split}.txt")
     if not lists:
         raise MissingData(
             f"{entry.name}: no *_{entry.split}.txt in {root}/ImageSets/Main; unpack the {entry.split} set"
@@ -324,33 +326,47 @@ class ShardImages:
     """
 
     def __init__(self, entry: Entry, cache: Path, multilabel: bool):
-        self.index, self.multilabel = ShardIndex(*shard_files(entry, cache)), multilabel
-        self.classes = lines_of(read_text(entry.path, "classnames.txt"))
+        self.index = ShardIndex(*shard_files(entry, cache))
+        self.width = 0  # classes of the .npy members
+        lines = lines_in(read_text(entry.path, "classnames.txt") or "")
+        self.classes = class_list(lines, f"{entry.path}/classnames.txt")
         found = lines_of(read_text(entry.path, "zeroshot_classification_templates.txt"))
         self.templates = [template.replace("{c}", "{}") for template in found]
-        self.targets = torch.tensor([self._target(place) for place in range(len(self.index))])
-        last = int(self.targets.max())
-        if self.classes and not self.multilabel and last >= len(self.classes):
-            raise UserError(
-                f"{entry.path}: class {last} occurs, but classnames.txt has {len(self.classes)} lines"
-            )
+        target = self._shown if multilabel else self._class
+        self.targets = torch.tensor([target(place) for place in range(len(self.index))])
+        last, lines = int(self.targets.max()), len(self.classes)
+        if lines and not multilabel and last >= lines:
+            name = self.index.name(int(self.targets.argmax()))
+            raise UserError(f"{name}: class {last} occurs, but classnames.txt has {lines} lines")
 
-    def _target(self, place: int) -> int | list[int]:
+    def _class(self, place: int) -> int:
+        """The number in a sample's .cls. UserError."""
+        label = whole_number(self._read(place, "cls"))
+        if label is None or label < 0:
+            raise UserError(f"{self.index.name(place)}: no readable .cls, a class number; {AGAIN}")
+        return label
+
+    def _shown(self, place: int) -> list[int]:
+        """1 for every class shown, else 0: a sample's .npy. UserError."""
+        import numpy as np
+
+        name, file = self.index.name(place), io.BytesIO(self._read(place, "npy"))
         try:
-            if self.multilabel:
-                import numpy as np
-
-                return (
-                    np.load(io.BytesIO(self.index.read(place, "npy")), allow_pickle=False)
-                    .astype(int)
-                    .tolist()
-                )
-            return int(self.index.read(place, "cls"))
-        except (KeyError, ValueError) as error:
-            ending = "npy" if self.multilabel else "cls"
+            shown = np.load(file, allow_pickle=False).astype(int).tolist()
+        except Exception as error:  # NumPy lets out the errors of its parser
+            raise UserError(f"{name}: no readable .npy ({brief(str(error))}); {AGAIN}") from None
+        self.width = self.width or len(self.classes) or np.size(shown)
+        if np.ndim(shown) != 1 or len(shown) != self.width:
             raise UserError(
-                f"{self.index.name(place)}: no readable .{ending} ({error}); fetch the shard again"
-            ) from None
+                f"{name}: its .npy is {brief(shown)}, not 0 or 1 for each of {self.width} classes"
+            )
+        return shown
+
+    def _read(self, place: int, ending: str) -> bytes:
+        try:
+            return self.index.read(place, ending)
+        except KeyError:
+            raise UserError(f"{self.index.name(place)}: no .{ending}; {AGAIN}") from None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -369,18 +385,20 @@ def shard_files(entry: Entry, cache: Path) -> tuple[list[Path], str]:
             "layout, such as webdataset:https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10"
         )
     place = f"{entry.path}/{entry.split}/nshards.txt"
-    if not (counted.strip().isascii() and counted.strip().isdigit()):
+    shards = whole_number(counted)
+    if shards is None:
         raise UserError(f"{place}: {counted[:20]!r} is no number")
-    if not 0 < int(counted) <= SHARDS:
+    if not 0 < shards <= SHARDS:
         raise UserError(f"{place}: {counted[:20]!r} shards; fetch the file again")
-    names = [f"{entry.split}/{number}.tar" for number in range(int(counted))]
+    names = [f"{entry.split}/{number}.tar" for number in range(shards)]
     local_copy(entry.path, names[-1], cache)  # a wrong number shows before a million are asked for
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda name: local_copy(entry.path, name, cache), names)), entry.name
 
 
 def lines_of(text: str | None) -> list[str]:
-    return [line.strip() for line in (text or "").splitlines() if line.strip()]
+    """The lines of a text that are not blank, without blanks around them."""
+    return [line.strip() for line in lines_in(text or "") if line.strip()]
 
 
 class CaptionedImages:
@@ -391,7 +409,7 @@ class CaptionedImages:
 
     def __init__(self, entry: Entry, cache: Path):
         sources, captions = (
-            retrieval_shards(entry, cache) if entry.kind == "webdataset" else retrieval_json(entry)
+            retrieval_shards(entry, cache) if entry.kind == "webdataset" else retrieval_list(entry)
         )
         if not sources:
             raise UserError(
@@ -411,55 +429,40 @@ class CaptionedImages:
 
 
 def retrieval_shards(entry: Entry, cache: Path) -> tuple[ShardIndex, list[list[str]]]:
-    """CLIP_benchmark's shards of images with .txt, a caption a line."""
+    """CLIP_benchmark's shards of images with .txt, a caption a line. Images without captions are
+    among those to choose from; they are counted and said."""
     index = ShardIndex(*shard_files(entry, cache))
-    try:
-        return index, [
-            lines_of(index.read(place, "txt").decode("utf-8")) for place in range(len(index))
-        ]
-    except (KeyError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{entry.path}: not every image has captions (.txt, UTF-8): {error}"
-        ) from None
+    captions = []
+    for place in range(len(index)):
+        has_text = "txt" in index.endings(place)
+        captions.append(lines_of(lenient_text(index.read(place, "txt"))) if has_text else [])
+    lacking = [place for place, texts in enumerate(captions) if not texts]
+    if len(lacking) == len(captions):
+        raise UserError(f"{entry.path}: no image has captions, a .txt with one a line; {AGAIN}")
+    if lacking and rank() == 0:
+        print(
+            f"{entry.path}: {len(lacking)} of {len(captions)} images have no captions, such as "
+            f"{index.name(lacking[0])}",
+            file=sys.stderr,
+        )
+    return index, captions
 
 
-def _are_texts(values: object) -> bool:
-    return isinstance(values, list) and all(isinstance(each, str) for each in values)
-
-
-def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
-    """Karpathy's JSON {images: [{filepath, filename, split, sentences: [{raw}]}]}, or ALBEF's
-    [{image, caption}]."""
-    file = Path(entry.path)
-    if not file.is_file():
+def retrieval_list(entry: Entry) -> tuple[list[Path], list[list[str]]]:
+    """Karpathy's JSON {images: [{filepath, filename, split, sentences: [{raw}]}]}, or whatever
+    `Records` reads: lists of {image, caption}, tables, folders."""
+    file = parse_address(entry.path).path
+    if not (file.is_file() or file.is_dir()):
         raise MissingData(
             f"{entry.name}: no file {file}; put Karpathy's JSON (dataset_coco.json, dataset_flickr30k.json) there, or "
             "name another with --datasets retrieval:FILE"
         )
     root = Path(entry.images or file.parent)
-    try:
-        content = read_json(file)
-        if isinstance(content, list):
-            rows = [(row["image"], row["caption"]) for row in content]
-        else:
-            rows = [
-                (
-                    f"{row.get('filepath', '')}/{row['filename']}".lstrip("/"),
-                    [each["raw"] for each in row["sentences"]],
-                )
-                for row in content["images"]
-                if row["split"] == entry.split
-            ]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{file}: {error} is missing or malformed; retrieval takes Karpathy's JSON, whose images have filename, "
-            "split and sentences with raw, or a list of {image, caption}"
-        ) from None
-    rows = [(image, [texts] if isinstance(texts, str) else texts) for image, texts in rows]
-    for image, texts in rows:
-        if not isinstance(image, str) or not _are_texts(texts):
-            raise UserError(f"{file}: {brief(image)} with {brief(texts)} is no image with texts")
-    found = by_image(rows)
+    if file.suffix.lower() == ".json" and _begins_with_brace(file):
+        found = by_image(_karpathy_rows(file, entry.split))
+    else:
+        records = Records(entry.path)
+        found = by_image((record["image"], as_list(record["caption"])) for record in records)
     first = list(found)[:20]
     if first and not any((root / image).is_file() for image in first):
         raise MissingData(
@@ -467,3 +470,27 @@ def retrieval_json(entry: Entry) -> tuple[list[Path], list[list[str]]]:
             f"paths of {file} lead from {root}, or name the folder as `images` of an entry of --catalog"
         )
     return [root / image for image in found], list(found.values())
+
+
+def _begins_with_brace(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+
+
+def _karpathy_rows(file: Path, split: str) -> list[tuple[str, list[str]]]:
+    """(image, captions) of the images of a split. UserError."""
+    try:
+        rows = []
+        for row in read_json(file)["images"]:
+            if row["split"] == split:
+                image = f"{row.get('filepath', '')}/{row['filename']}".lstrip("/")
+                texts = [each["raw"] for each in row["sentences"]]
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError(f"raw of {brief(row['sentences'])}")
+                rows.append((image, texts))
+        return rows
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file}: {error} is missing or malformed; retrieval takes Karpathy's JSON, whose images have filename, "
+            "split and sentences with raw, or a list of {image, caption}"
+        ) from None

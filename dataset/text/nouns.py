@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from base.errors import UserError
+from base.text import lenient_text
 from dataset.text.wordnet import DEBIAN, WordNet
 
 # in the original's order, which matters: they are cut out one after the other
@@ -175,7 +176,7 @@ def _nltk_path(folder: str | Path) -> None:
 def parse_nouns(text: str | bytes) -> list[str]:
     """Names out of a comma-joined list, lower case, without blanks around them and without empty
     ones."""
-    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    text = lenient_text(text) if isinstance(text, bytes) else text
     return [name for part in text.lower().split(",") if (name := " ".join(part.split()))]
 
 

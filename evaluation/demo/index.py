@@ -12,6 +12,7 @@ from torch import Tensor
 
 from base.errors import BadSample, UserError
 from base.files import atomic_write, digest, parse_json
+from base.text import lenient_text, lines_in
 from evaluation.demo.abilities import Embedder
 
 VERSION = 1  # raised when something else is kept
@@ -109,7 +110,7 @@ def read_captions(root: Path, names: Iterable[str]) -> list[str]:
     for name in names:
         beside = (root / name).with_suffix(".txt")
         if state_of(beside)[0] in range(1, CAPTION_BYTES):
-            lines = beside.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            lines = lines_in(lenient_text(beside.read_bytes()))
             found.update(dict.fromkeys(line.strip() for line in lines if line.strip()))
     return list(found)
 

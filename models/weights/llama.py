@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError, brief
-from base.files import read_json
+from base.files import matching_files, read_json
 from base.torch_files import find_index, load_weights_only, shards_of
 from models.layers.llama import LlamaConfig, split_dimension
 
@@ -101,7 +101,7 @@ def _read_meta(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
         config = LlamaConfig(**known, rope_theta=theta, rope_scaling=scaling)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'params.json'}: {error}") from None
-    files = sorted(folder.glob("*.pth"))
+    files = matching_files(folder, "*.pth")
     if not files:
         raise UserError(f"{folder}: no consolidated.*.pth beside params.json")
     shards = [
@@ -132,8 +132,8 @@ def merge_shards(shards: list[State], dim: int) -> State:
 def _read_hugging_face(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
     config = hugging_face_config(read_json(folder / "config.json", dict), folder / "config.json")
     index = find_index(folder)
-    files = shards_of(index) if index else sorted(folder.glob("*.safetensors"))
-    files = files or sorted(folder.glob("pytorch_model*.bin"))
+    files = shards_of(index) if index else matching_files(folder, "*.safetensors")
+    files = files or matching_files(folder, "pytorch_model*.bin")
     if not files:
         raise UserError(f"{folder}: no *.safetensors and no pytorch_model*.bin beside config.json")
     state: State = {}

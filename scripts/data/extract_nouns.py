@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from base.errors import UserError
 from base.files import atomic_write, digest, file_state, read_json, write_json
 from base.processes import in_processes, usable_cores
+from base.text import lenient_text
 from dataset.sources.remote import plain_stream
 from dataset.sources.shard_list import list_shards, statistics_names
 from dataset.sources.tar import TarWalk, read_samples
@@ -98,7 +99,7 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
                 counts["damaged"] += 1
                 print(f"{shard}/{sample.key}: {sample.fault}", file=sys.stderr)
                 continue
-            caption = sample.members.get("txt", b"").decode("utf-8", "replace")
+            caption = lenient_text(sample.members.get("txt", b""))
             found = nouns(caption)
             if found:
                 counts["successes"] += 1

@@ -23,11 +23,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import BadSample, UserError
-from base.files import digest, file_state, read_json, states_digest
+from base.files import clean_surrogates, digest, file_state, finite, read_json, states_digest
 from base.processes import in_processes, usable_cores
+from dataset.images.decode import image_ending
 from dataset.images.formats import files_below
 from dataset.images.zip_member import image_source
-from dataset.sources.encoded_table import encoded_table, image_ending
+from dataset.sources.encoded_table import encoded_table
 from dataset.sources.records import Records
 from dataset.sources.tables import parse_address
 from dataset.sources.tar_writer import statistics_file, write_shard, write_statistics
@@ -100,7 +101,7 @@ def members_of(row: dict, config: Config) -> dict[str, bytes]:
     return {
         image_ending(image, name_of(row)): image,
         "txt": "\n".join(captions).encode(),
-        "json": json.dumps(about, ensure_ascii=False).encode(),
+        "json": clean_surrogates(json.dumps(finite(about), ensure_ascii=False)).encode(),
     }
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.errors import UserError
+from base.errors import BadSample, UserError
 from base.files import read_json, write_text
+from dataset.images.decode import image_ending
 from dataset.sources.tar_writer import write_shard
 from dataset.sources.tfrecord import encode_example, write_records
 
@@ -72,7 +73,7 @@ def members_of(row: dict) -> dict[str, bytes]:
     about = {"imgid": row["id"], "filename": row["filename"], "sentids": row["caption_ids"]}
     captions = "\n".join(" ".join(caption.split()) for caption in row["captions"])
     return {
-        row["filename"].rpartition(".")[2]: row["image"],
+        image_ending(row["image"], row["filename"]): row["image"],
         "txt": captions.encode(),
         "json": json.dumps(about).encode(),
     }
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             count = write_tfrecord(rows, arguments.out)
         else:
             count = write_webdataset(rows, arguments.out, arguments.split)
-    except UserError as error:
+    except (UserError, BadSample) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{arguments.out}: {count} images of split {arguments.split}")

@@ -130,10 +130,10 @@ def grounding(path: Path) -> Any:
 
 def karpathy(path: Path) -> Any:
     from dataset.tasks.catalog import Entry
-    from dataset.tasks.zeroshot import retrieval_json
+    from dataset.tasks.zeroshot import retrieval_list
 
     with_image(path)
-    return retrieval_json(Entry("fuzz", "retrieval", str(path)))
+    return retrieval_list(Entry("fuzz", "retrieval", str(path)))
 
 
 def catalog(path: Path) -> Any:

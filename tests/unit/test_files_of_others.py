@@ -1,0 +1,353 @@
+"""Files as other programs write them: hidden files beside the data, byte order
+marks, other line ends and compressions, published files in the place of lists, odd numbers."""
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from base.errors import BadSample, UserError
+from base.files import matching_files
+from base.text import lines_in, whole_number
+from dataset.images.decode import decode_image, image_ending
+from dataset.sources.flat_folder import flat_folder
+from dataset.sources.records import Records
+from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_list import find_shards, list_shards
+from dataset.sources.shards import read_shard
+from dataset.sources.tables import rows_of
+from dataset.sources.tfrecord import encode_example, write_records
+from dataset.tasks.captions import metadata_rows
+from dataset.tasks.catalog import Entry, choose
+from dataset.tasks.classification import (
+    LabelOptions,
+    Labels,
+    class_names,
+    is_shards,
+    read_class_names,
+)
+from dataset.tasks.recognition import names_of
+from dataset.tasks.retrieval import RetrievalSet
+from dataset.tasks.zeroshot import CaptionedImages, ShardImages, class_folders, voc
+from runtime.safe_pickle import load_plain
+
+APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\xff"  # how a `._` file begins
+MARK = b"\xef\xbb\xbf"
+
+
+def encoded(kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 12), (200, 30, 30)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    return path
+
+
+def images_in(folder: Path, names) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(encoded())
+
+
+def benchmark(folder: Path, members: list[tuple[str, bytes]], **texts: str | bytes) -> Entry:
+    """A data set in CLIP_benchmark's layout. texts: of classnames.txt and the like."""
+    tar(folder / "test/0.tar", members)
+    (folder / "test/nshards.txt").write_text("1\n")
+    for name, text in texts.items():
+        content = text if isinstance(text, bytes) else text.encode()
+        (folder / f"{name}.txt").write_bytes(content)
+    return Entry("x", "webdataset", str(folder))
+
+
+# ---- hidden files
+def test_hidden_files_are_no_images_lists_shards_and_weights(tmp_path):
+    images_in(tmp_path / "val", ["0.JPEG", "1.JPEG"])
+    (tmp_path / "val/._0.JPEG").write_bytes(APPLE_DOUBLE)
+    (tmp_path / "val/.ipynb_checkpoints").mkdir()
+    (tmp_path / "imagenet_2012_validation_synset_labels.txt").write_text("b\na\n")
+    assert flat_folder(tmp_path / "val").labels.tolist() == [1, 0]
+    found = class_folders(Entry("x", "imagefolder", str(tmp_path), "val"))
+    assert found.labels.tolist() == [1, 0]
+
+    lists = tmp_path / "VOC2007/ImageSets/Main"
+    lists.mkdir(parents=True)
+    for name in ("cat", "dog"):
+        (lists / f"{name}_test.txt").write_text("000001  1\n000002 -1\n")
+    (lists / "._cat_test.txt").write_bytes(APPLE_DOUBLE)
+    assert voc(Entry("voc2007", "voc", str(tmp_path))).classes == ["cat", "dog"]
+
+    for name in ("0.tar", "._0.tar", "x.safetensors", "._x.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    shard = str(tmp_path / "0.tar")
+    assert list_shards(f"file://{tmp_path}/*.tar") == [f"file://{shard}"]
+    assert [path.name for path in matching_files(tmp_path, "*.safetensors")] == ["x.safetensors"]
+
+
+def test_a_folder_of_class_folders_holds_no_shards_by_hidden_files(tmp_path):
+    images_in(tmp_path / "cat", ["a.jpg"])
+    (tmp_path / "._train.tar").write_bytes(APPLE_DOUBLE)
+    assert not is_shards(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["part/0.tar", "0.TAR", "part/train.tfrecord-00000-of-00001"])
+def test_shards_in_sub_folders_and_with_capital_endings(tmp_path, name):
+    shard = tmp_path / name
+    shard.parent.mkdir(exist_ok=True)
+    shard.write_bytes(b"")
+    assert is_shards(str(tmp_path)) and list_shards(str(tmp_path)) == [str(shard)]
+
+
+# ---- texts and their lines
+def test_a_byte_order_mark_is_no_part_of_a_member(tmp_path):
+    text = MARK + b"a cat"
+    members = [("a.jpg", encoded()), ("a.txt", text), ("a.cls", MARK + b"1\r\n")]
+    shard = tar(tmp_path / "0.tar", [*members, ("a.nouns", MARK + b"cat")])
+    (record,) = read_shard(str(shard))
+    assert record["caption"] == "a cat" and names_of(record) == ["cat"]
+    assert Labels(3, LabelOptions(), "x")(record) == ([1], [1.0])
+    write_records(tmp_path / "a.tfrecord", [encode_example({"jpg": encoded(), "txt": text})])
+    (record,) = read_shard(str(tmp_path / "a.tfrecord"))
+    assert record["caption"] == "a cat"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("a\r\nb\n", ["a", "b"]),
+        ("a\rb\rc\r", ["a", "b", "c"]),
+        ("a\u2028b\nc\x85d", ["a\u2028b", "c\x85d"]),
+        ("\n\nx", ["", "", "x"]),
+        ("", []),
+    ],
+)
+def test_lines(text, lines, tmp_path):
+    assert lines_in(text) == lines
+
+
+def test_line_ends_of_an_old_mac_in_a_list_of_classes(tmp_path):
+    (tmp_path / "classes.txt").write_bytes(b"cat\rdog\rbird\r")
+    assert read_class_names(tmp_path / "classes.txt") == ["cat", "dog", "bird"]
+
+
+def test_lines_of_a_published_set(tmp_path):
+    members = [("a.jpg", encoded()), ("a.cls", b"1")]
+    entry = benchmark(tmp_path, members, classnames="\ufeffcat\u2028s\r\ndog \n\n")
+    assert ShardImages(entry, tmp_path, multilabel=False).classes == ["cat\u2028s", "dog"]
+    (tmp_path / "classnames.txt").write_text("cat\n\ndog\n")  # every class behind it would shift
+    with pytest.raises(UserError, match=r"classnames\.txt, line 2: is blank"):
+        ShardImages(entry, tmp_path, multilabel=False)
+
+
+def test_captions_of_a_published_set(tmp_path, capsys):
+    texts = ["\ufeffa cat\u2028sits\n\nit sits".encode(), b"caf\xe9"]
+    members = []
+    for key, text in zip("ab", texts, strict=True):
+        members += [(f"{key}.jpg", encoded()), (f"{key}.txt", text)]
+    entry = benchmark(tmp_path, [*members, ("c.jpg", encoded())], dataset_type="retrieval")
+    found = CaptionedImages(entry, tmp_path)
+    assert found.captions == ["a cat\u2028sits", "it sits", "caf\ufffd"] and len(found) == 3
+    assert found.text_image.tolist() == [0, 0, 1]
+    assert "1 of 3 images have no captions, such as" in capsys.readouterr().err
+
+
+def test_captions_beside_images_end_with_their_lines(tmp_path):
+    images_in(tmp_path, ["a.jpg"])
+    (tmp_path / "a.txt").write_bytes("\ufeffone\u2028line\r\ntwo".encode())
+    (row,) = rows_of(tmp_path, ("image", "caption"))
+    assert row["caption"] == ["one\u2028line", "two"]
+
+
+# ---- shards
+def test_compressed_tfrecords_are_counted(tmp_path):
+    plain = tmp_path / "a.tfrecord"
+    write_records(plain, [encode_example({"jpg": encoded(), "txt": "x"})] * 3)
+    packed = tmp_path / "b.tfrecord.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert find_shards(str(packed)).samples == len(ShardIndex([packed])) == 3
+
+
+def test_a_tfrecord_that_is_cut_off_is_not_whole_in_silence(tmp_path):
+    shard = tmp_path / "a.tfrecord"
+    write_records(shard, [encode_example({"jpg": encoded(), "txt": "x"})] * 3)
+    shard.write_bytes(shard.read_bytes()[:-5])
+    found = find_shards(str(shard))
+    *good, bad = read_shard(str(shard), {}, found.expected(str(shard)))
+    assert found.samples == 3 and len(good) == 2
+    assert isinstance(bad, BadSample) and "cut off" in str(bad)
+
+
+# ---- numbers
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [("7", 7), (b" 7\r\n", 7), ("-7", -7), ("٣", 3), (7.0, 7), (7, 7), (MARK + b"7", 7)]
+    + [(each, None) for each in ("--7", "+-7", "", "1.5", "0x1", "9" * 5000, True, None, [7])]
+    + [(each, None) for each in (1.5, float("nan"), float("inf"))],
+)
+def test_whole_numbers(given, number):
+    assert whole_number(given) == number
+
+
+@pytest.mark.parametrize("label", ["--5", "+-3", "9" * 5000])
+def test_labels_that_are_nearly_numbers(label):
+    with pytest.raises(UserError, match="is no class number"):
+        Labels(5, LabelOptions(), "x")({"label": label, "key": "s/1"})
+
+
+def test_a_tar_member_with_endless_digits_for_a_size(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        header = tarfile.TarInfo("a.jpg")
+        header.size = 5
+        header.pax_headers = {"size": "9" * 5000}
+        archive.addfile(header, io.BytesIO(b"12345"))
+    (bad,) = read_shard(str(tmp_path / "0.tar"))
+    assert isinstance(bad, BadSample) and "a size of" in str(bad)
+
+
+def npy(values: list) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array(values))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "message"),
+    [
+        ("cls", b"-1", r"0\.tar/b: no readable \.cls"),
+        ("cls", b"9" * 30, r"0\.tar/b: no readable \.cls"),
+        ("npy", npy([1, 0, 1]), r"0\.tar/b: its \.npy is .* each of 2 classes"),
+        ("npy", npy([[1, 0]]), r"0\.tar/b: its \.npy is"),
+        ("npy", b"no array", r"0\.tar/b: no readable \.npy"),
+    ],
+)
+def test_targets_of_a_published_set_are_checked(tmp_path, ending, content, message):
+    good = b"1" if ending == "cls" else npy([1, 0])
+    members = [("a.jpg", encoded()), (f"a.{ending}", good)]
+    entry = benchmark(tmp_path, [*members, ("b.jpg", encoded()), (f"b.{ending}", content)])
+    with pytest.raises(UserError, match=message):
+        ShardImages(entry, tmp_path, multilabel=ending == "npy")
+
+
+def test_a_counter_of_endless_digits(tmp_path):
+    entry = benchmark(tmp_path, [("a.jpg", encoded())])
+    (tmp_path / "test/nshards.txt").write_text("9" * 5000)
+    with pytest.raises(UserError, match=r"nshards\.txt: '9+' is no number"):
+        ShardImages(entry, tmp_path, multilabel=False)
+
+
+def test_labels_of_a_flat_folder_behind_a_tab(tmp_path):
+    images_in(tmp_path / "val", ["a b.JPEG", "c.JPEG"])
+    (tmp_path / "val.txt").write_text("a b.JPEG\t1\nc.JPEG  0 \n")
+    found = flat_folder(tmp_path / "val")
+    assert [path.name for path in found.files] == ["a b.JPEG", "c.JPEG"]
+    assert found.labels.tolist() == [1, 0]
+    (tmp_path / "val.txt").write_text(f"a b.JPEG {'9' * 30}\n")
+    with pytest.raises(UserError, match="line 1: expected `name label`"):
+        flat_folder(tmp_path / "val")
+
+
+# ---- lists
+def test_a_table_of_labels_names_no_classes(tmp_path):
+    images_in(tmp_path, ["a.jpg"])
+    (tmp_path / "labels.csv").write_text("path,label\na.jpg,0\n")
+    assert class_names([f"{tmp_path / 'labels.csv'}?image=path"], None, tmp_path) == []
+
+
+PUBLISHED = {
+    "dataset_coco": ({"images": [{"filename": "a", "sentences": []}]}, "pack_karpathy"),
+    "questions": ({"questions": [{"question": "?", "image_id": 1}]}, "vqa_train"),
+    "answers": ({"annotations": [{"answers": [], "question_id": 1}]}, "test_answers"),
+    "instances": ({"annotations": [{"bbox": [0, 0, 1, 1]}]}, r"captions_\*\.json"),
+    "captions": ({"annotations": [{"caption": "x"}]}, "--dataset coco"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_file_in_the_place_of_a_list(tmp_path, name):
+    content, remedy = PUBLISHED[name]
+    (tmp_path / f"{name}.json").write_text(json.dumps({"info": {}, **content}))
+    with pytest.raises(UserError, match=remedy):
+        Records(tmp_path / f"{name}.json")
+
+
+def test_ids_of_coco_are_the_same_as_numbers_and_as_texts(tmp_path):
+    file = tmp_path / "captions_val.json"
+    annotations = [{"image_id": "9", "caption": "a dog"}, {"image_id": 9, "caption": "a puppy"}]
+    content = {"images": [{"id": 9, "file_name": "dog.jpg"}], "annotations": annotations}
+    file.write_text(json.dumps(content))
+    (row,) = metadata_rows("coco", file, load_plain)
+    assert row == {"image": "val/dog.jpg", "caption": ["a dog", "a puppy"]}
+
+
+def test_captions_that_are_null_are_left_out_and_counted(tmp_path):
+    file = tmp_path / "captions_val.json"
+    annotations = [{"image_id": number, "caption": None} for number in (1, 2)]
+    annotations.append({"image_id": 2, "caption": "a dog"})
+    file.write_text(json.dumps({"images": [], "annotations": annotations}))
+    with pytest.warns(UserWarning, match="1 of 2 entries have no caption"):
+        (row,) = metadata_rows("coco", file, load_plain)
+    assert row == {"image": "val/000000000002.jpg", "caption": ["a dog"]}
+
+
+LISTS = {
+    "pairs.json": json.dumps(
+        [{"image": "a.jpg", "caption": ["x", None]}, {"image": "./a.jpg", "caption": "y"}]
+    ),
+    "pairs.jsonl": '{"image": "a.jpg", "caption": ["x", null]}\n{"image": "a.jpg", "caption": "y"}\n',
+    "pairs.csv": "image,caption\na.jpg,x\na.jpg,y\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_retrieval_is_scored_on_every_list_that_trains(tmp_path, name):
+    images_in(tmp_path, ["a.jpg"])
+    (tmp_path / name).write_text(LISTS[name])
+    assert len(Records(tmp_path / name)) == 2
+    (entry,) = choose([f"retrieval:{tmp_path / name}"], {})
+    found = CaptionedImages(entry, tmp_path)
+    assert entry.name == "pairs" and found.captions == ["x", "y"] and len(found) == 1
+
+
+def test_an_accent_is_one_letter_or_two():
+    rows = [{"image": "caf\u00e9.jpg", "caption": "a"}, {"image": "cafe\u0301.jpg", "caption": "b"}]
+    found = RetrievalSet(rows, ".", None)
+    assert found.images == ["caf\u00e9.jpg"] and found.txt2img == [0, 0]
+
+
+# ---- images
+@pytest.mark.parametrize(
+    ("kind", "options", "ending"),
+    [
+        ("JPEG2000", {}, "jp2"),
+        ("JPEG2000", {"no_jp2": True}, "jp2"),
+        ("PPM", {}, "ppm"),
+        ("TIFF", {"big_tiff": True}, "tif"),
+        ("WEBP", {}, "webp"),
+        ("GIF", {}, "gif"),
+        ("BMP", {}, "bmp"),
+        ("PNG", {}, "png"),
+        ("JPEG", {}, "jpg"),
+    ],
+)
+def test_every_format_that_is_read_can_be_packed(kind, options, ending):
+    content = encoded(kind, **options)
+    assert decode_image(content).shape == (3, 12, 16)
+    assert image_ending(content, "x") == ending
+
+
+@pytest.mark.parametrize("content", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg/>"])
+def test_what_is_no_image_has_no_ending(content):
+    with pytest.raises(BadSample):
+        image_ending(content, "x")

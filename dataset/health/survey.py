@@ -14,12 +14,14 @@ from base.processes import in_processes
 from dataset.health.duplicates import near_duplicates, same_bytes
 from dataset.health.samples import Examiner, Facts, Image
 from dataset.health.stored import is_stored, read_facts, write_facts
+from dataset.images.formats import files_below
 from dataset.sources.records import Records, state_of_entries
 from dataset.sources.remote import state_of
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import read_shard
 from dataset.sources.tables import METADATA, is_table
 from dataset.tasks.classification import FolderRecords, is_shards
+from dataset.tasks.recognition import label_records
 
 BLOCK = 256  # entries a process takes at a time
 OFTEN = 10  # images that share a text from which on it is called repeated
@@ -77,6 +79,8 @@ def open_list(data: str) -> Sequence[dict]:
     path = Path(data)
     if path.is_dir() and _is_class_folder(path):
         return FolderRecords(data, ())
+    if path.suffix in (".list", ".txt"):
+        return label_records(path)
     if not is_table(data):
         return Records(data, ())
     try:
@@ -93,7 +97,7 @@ def _is_class_folder(path: Path) -> bool:
         (path / name).exists() for name in (*METADATA, "dataset_info.json", "dataset_dict.json")
     ):
         return False
-    return any(path.iterdir()) and not any(path.rglob("*.txt"))
+    return any(path.iterdir()) and not any(file.suffix == ".txt" for file in files_below(path))
 
 
 @cache

@@ -109,6 +109,8 @@ def _file_bytes(path: Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BadSample(f"{name}: {error.strerror or error}") from None
+    except ValueError:  # a NUL in it
+        raise BadSample(f"{name!r}: no path of a file") from None
 
 
 @cache
@@ -180,14 +182,19 @@ def image_ending(data: bytes, name: str) -> str:
         raise BadSample(f"{name}: {error}") from None
 
 
-def is_turned(data: bytes) -> bool:
-    """Whether EXIF asks for another orientation than the stored one."""
+def orientation(data: bytes) -> int:
+    """The orientation that EXIF asks for, 1 to 8; 1, as stored, where it tells none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _open(data).getexif().get(ORIENTATION, 1) != 1
+            return _open(data).getexif().get(ORIENTATION, 1)
     except Exception:  # as below; the decoder reports it
-        return False
+        return 1
+
+
+def is_turned(data: bytes) -> bool:
+    """Whether EXIF asks for another orientation than the stored one."""
+    return orientation(data) != 1
 
 
 def _decode_with_pillow(data: bytes, name: str, exif: bool) -> tuple[torch.Tensor, bool]:

@@ -22,6 +22,7 @@ from base.files import (
     parse_entry,
     states_digest,
 )
+from base.text import whole_number
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries, weights_fault
 from dataset.sources.tables import json_lines_of
 
@@ -250,7 +251,8 @@ def with_texts(entry: object, required: Sequence[str]) -> object:
             if not all(type(item) is str for item in value):
                 entry[field] = [str(item) for item in value if _is_textual(item)]
         elif str in types and int not in types and type(value) in (int, float):
-            entry[field] = str(value)
+            whole = whole_number(value)  # of pandas, 5.0 for a file called 5
+            entry[field] = str(value if whole is None else whole)
         elif value is None and list in types and field in entry:
             entry[field] = []
     return entry

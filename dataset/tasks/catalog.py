@@ -122,6 +122,9 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
             raise UserError(
                 f"{path}: entry {name!r} lacks {' and '.join(missing)}; it needs path, type and test"
             )
+        for key in ("path", "test", "images"):
+            if not isinstance(values.get(key, ""), str):
+                raise UserError(f"{path}: {key} of entry {name!r} must be a text")
         kind = OTHER_NAMES.get(str(values["type"]), values["type"])
         if kind not in KINDS:
             known = ", ".join((*KINDS, *OTHER_NAMES))
@@ -138,8 +141,8 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
         entry = Entry(
             name,
             kind,
-            str(values["path"]),
-            str(values.get("test", "test")),
+            values["path"],
+            values.get("test", "test"),
             metric,
             values.get("images", ""),
         )
@@ -224,7 +227,7 @@ class Prompts:
                 what = (
                     "class names (a class of several names: a list)" if nested else "texts with {}"
                 )
-                raise UserError(f"{file}: {name!r} must be a list of {what}")
+                raise UserError(f"{file}: {name!r} must be a list of {what}, none of them blank")
         return tables | own
 
     def find(self, kind: str, name: str) -> list:
@@ -242,11 +245,13 @@ class Prompts:
 
 
 def _is_text(value: Any, nested: bool) -> bool:
-    return isinstance(value, str) or (
+    if isinstance(value, str):
+        return bool(value.strip())
+    return (
         nested
         and isinstance(value, list)
         and bool(value)
-        and all(isinstance(each, str) for each in value)
+        and all(_is_text(v, False) for v in value)
     )
 
 

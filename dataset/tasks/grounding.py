@@ -82,9 +82,12 @@ class ReferringExpressions:
 
 def read_boxes(detections: object, where: str) -> list[Box]:
     """Boxes [x, y, w, h] of a detector's list: each [x, y, w, h] with or without a score behind,
-    or an object with such a `box` or `bbox`. UserError begins with `where`."""
+    or an object with such a `box` or `bbox`; or of an object with a list of `boxes`.
+    UserError begins with `where`."""
     if detections is None:
         return []
+    if isinstance(detections, Mapping) and "boxes" in detections:
+        detections = detections["boxes"]
     if not isinstance(detections, Sequence) or isinstance(detections, str):
         raise UserError(f"{where}: expected a list of boxes, found {brief(detections)}")
     boxes = []
@@ -110,16 +113,19 @@ def targets(refs: Sequence[Mapping], instances: Mapping) -> dict[str, Target]:
         found = {}
         boxes = {str(entry["id"]): entry["bbox"] for entry in instances["annotations"]}
         sizes = {
-            str(entry["id"]): (entry["height"], entry["width"]) for entry in instances["images"]
+            str(entry["id"]): (int(entry["height"]), int(entry["width"]))
+            for entry in instances["images"]
         }
         for ref in refs:
             annotation, image = str(ref["ann_id"]), str(ref["image_id"])
             if annotation in boxes and image in sizes:
-                box = list(map(float, boxes[annotation]))
+                (box,) = read_boxes([boxes[annotation]], f"instances.json, annotation {annotation}")
                 found[str(ref["ref_id"])] = Target(
                     ref["image_id"], ref["split"], box, *sizes[image]
                 )
         return found
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"refcoco_data: refs need ref_id, ann_id, image_id and split, instances.json needs images (id, height, "

@@ -8,6 +8,7 @@ import torch
 
 from base.errors import BadSample, UserError
 from dataset.images.decode import check_image_root, decode_image
+from dataset.images.formats import is_image
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records
 from dataset.tasks.record import captions_of, image_of, weights_of
@@ -27,11 +28,12 @@ class Format(NamedTuple):
 def entailment_image(record: dict) -> list[str]:
     """SNLI-VE names an image by its stem."""
     name = record["image"]
-    return [name if name.endswith((".jpg", ".jpeg", ".png")) else f"{name}.jpg"]
+    return [name if is_image(name) else f"{name}.jpg"]
 
 
 def entailment_label(record: dict) -> int:
-    return ENTAILMENT_CLASSES.index(record["label"])
+    """Contradiction, neutral or entailment, in any case."""
+    return ENTAILMENT_CLASSES.index(str(record["label"]).strip().lower())
 
 
 def image_pair(record: dict) -> list[str]:

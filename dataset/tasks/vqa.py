@@ -232,13 +232,16 @@ def read_official_answers(path: str | Path) -> dict[str | int, dict]:
     answer_type}]}, by id."""
     content = read_json(path, dict, "give a file in VQA's annotation format")
     try:
-        return {
-            entry["question_id"]: {
-                "answers": [str(person["answer"]) for person in entry["answers"]]
-            }
-            | {key: entry[key] for key in ("question_type", "answer_type") if key in entry}
-            for entry in content["annotations"]
-        }
+        truth = {}
+        for entry in content["annotations"]:
+            given = [person["answer"] for person in entry["answers"]]
+            known = {"answers": [str(answer) for answer in given if answer is not None]}
+            for key in ("question_type", "answer_type"):
+                if key in entry:
+                    known[key] = entry[key]
+            if known["answers"]:
+                truth[entry["question_id"]] = known
+        return truth
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not VQA's annotation format, annotations: question_id, answers: answer ({error!r})"

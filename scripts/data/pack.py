@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from base.errors import BadSample, UserError
 from base.files import clean_surrogates, digest, file_state, finite, read_json, states_digest
 from base.processes import in_processes, usable_cores
-from dataset.images.decode import image_ending
+from dataset.images.decode import ORIENTATION, decode_image, image_ending, orientation
 from dataset.images.formats import files_below
 from dataset.images.zip_member import image_source
 from dataset.sources.encoded_table import encoded_table
@@ -62,10 +62,9 @@ def open_rows(config: Config) -> Sequence[dict]:
 
 
 def reduced(content: bytes, config: Config) -> bytes:
-    """The encoded image, its shorter side at most `resize`. Raises BadSample."""
+    """The encoded image, its shorter side at most `resize`, with the EXIF orientation it had.
+    Raises BadSample."""
     from PIL import Image
-
-    from dataset.images.decode import decode_image
 
     pixels = decode_image(content).permute(1, 2, 0).numpy()
     shorter = min(pixels.shape[:2])
@@ -74,8 +73,10 @@ def reduced(content: bytes, config: Config) -> bytes:
     image = Image.fromarray(pixels)
     scale = config.resize / shorter
     size = (round(image.width * scale), round(image.height * scale))
-    file = io.BytesIO()
-    image.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=config.quality)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[ORIENTATION] = orientation(content)
+    smaller = image.resize(size, Image.Resampling.BICUBIC)
+    smaller.save(file, "JPEG", quality=config.quality, exif=exif)
     return file.getvalue()
 
 

@@ -42,7 +42,7 @@ def images(config: Config) -> Iterator[tuple[str, list[str]]]:
     """`(file name, captions)` of every image."""
     if config.captions.suffix == ".json":
         for entry in coco_entries(config.captions):
-            yield Path(entry["image"]).name, entry["caption"]
+            yield entry["image"].partition("/")[2], entry["caption"]
         return
     found: dict[str, list[str]] = {}
     for number, entry in enumerate(read_json_lines(config.captions)):
@@ -74,7 +74,7 @@ def samples(
             image = (config.images / name).read_bytes()
         except OSError:
             continue
-        text = " ".join(caption.strip() for caption in captions)
+        text = " ".join(caption.strip() for caption in captions if isinstance(caption, str))
         note = {"path": name, "cap": text, "split": split}
         members = {"jpg": image, "txt": text.encode(), "json": json.dumps(note).encode()}
         yield sample_key(name, keys), members

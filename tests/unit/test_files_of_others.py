@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from base.errors import BadSample, UserError
-from base.files import matching_files
+from base.files import matching_files, parse_json
 from base.text import lines_in, whole_number
-from dataset.images.decode import decode_image, image_ending
+from dataset.health.survey import open_list
+from dataset.images.decode import ORIENTATION, decode_image, image_ending
 from dataset.sources.flat_folder import flat_folder
 from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
@@ -23,7 +24,7 @@ from dataset.sources.shards import read_shard
 from dataset.sources.tables import rows_of
 from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.captions import metadata_rows
-from dataset.tasks.catalog import Entry, choose
+from dataset.tasks.catalog import Entry, Prompts, choose, read_catalog
 from dataset.tasks.classification import (
     LabelOptions,
     Labels,
@@ -31,10 +32,14 @@ from dataset.tasks.classification import (
     is_shards,
     read_class_names,
 )
+from dataset.tasks.grounding import read_boxes, targets
 from dataset.tasks.recognition import names_of
 from dataset.tasks.retrieval import RetrievalSet
+from dataset.tasks.ve_nlvr import SNLI_VE, Statements
+from dataset.tasks.vqa import read_official_answers
 from dataset.tasks.zeroshot import CaptionedImages, ShardImages, class_folders, voc
 from runtime.safe_pickle import load_plain
+from scripts.data import pack, pack_coco
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\xff"  # how a `._` file begins
 MARK = b"\xef\xbb\xbf"
@@ -351,3 +356,130 @@ def test_every_format_that_is_read_can_be_packed(kind, options, ending):
 def test_what_is_no_image_has_no_ending(content):
     with pytest.raises(BadSample):
         image_ending(content, "x")
+
+
+def test_a_path_that_no_system_knows_is_a_bad_sample(tmp_path):
+    with pytest.raises(BadSample, match="no path of a file"):
+        decode_image(tmp_path / "a\0b.jpg")
+
+
+# ---- annotations
+@pytest.mark.parametrize("given", [4705552913, 4705552913.0, "4705552913"])
+def test_an_image_called_by_a_number(tmp_path, given):
+    (tmp_path / "a.json").write_text(json.dumps([{"image": given, "caption": "x"}]))
+    assert Records(tmp_path / "a.json")[0]["image"] == "4705552913"
+
+
+def test_entailment_in_any_case_and_images_of_any_ending(tmp_path):
+    images_in(tmp_path, ["5.jpg", "6.JPG"])
+    rows = [(5, "Entailment"), ("6.JPG", " neutral ")]
+    entries = [{"image": image, "sentence": "x", "label": label} for image, label in rows]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    found = Statements(tmp_path / "a.json", SNLI_VE, tmp_path, None)
+    assert found.labels.tolist() == [2, 1]
+    assert [found.files(record)[0].name for record in found.records] == ["5.jpg", "6.JPG"]
+
+
+BOX = [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[BOX], [[*BOX, 0.9]], [{"bbox": BOX, "score": 0.9}], {"boxes": [BOX]}],
+)
+def test_boxes_of_any_detector(given):
+    assert read_boxes(given, "det_file") == [BOX]
+
+
+@pytest.mark.parametrize(
+    ("box", "height"), [([1, 2, 3], 5), ("abcd", 5), ([1, 2, 3, None], 5), (BOX, None), (BOX, "x")]
+)
+def test_annotated_boxes_and_sizes_are_checked_at_the_start(box, height):
+    instances = {
+        "annotations": [{"id": 1, "bbox": box}],
+        "images": [{"id": 1, "height": height, "width": 5}],
+    }
+    with pytest.raises(UserError, match=r"instances\.json"):
+        targets([{"ref_id": 1, "ann_id": 1, "image_id": 1, "split": "val"}], instances)
+
+
+def test_answers_that_are_null_are_none(tmp_path):
+    people = [{"answer": None}, {"answer": "red"}]
+    annotations = [
+        {"question_id": 1, "answers": people},
+        {"question_id": 2, "answers": people[:1]},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
+    assert read_official_answers(tmp_path / "a.json") == {1: {"answers": ["red"]}}
+
+
+@pytest.mark.parametrize("key", ["path", "test", "images"])
+@pytest.mark.parametrize("value", [5, None, ["a"]])
+def test_an_own_catalogue_has_texts(tmp_path, key, value):
+    entry = {"path": "a", "type": "imagefolder", "test": "val", key: value}
+    (tmp_path / "catalog.json").write_text(json.dumps({"x": entry}))
+    with pytest.raises(UserError, match=f"{key} of entry 'x' must be a text"):
+        read_catalog(tmp_path / "catalog.json")
+
+
+@pytest.mark.parametrize("names", [["cat", ""], ["cat", [" "]], ["cat", ["dog", ""]]])
+def test_a_class_has_a_name(tmp_path, names):
+    (tmp_path / "labels.json").write_text(json.dumps({"x": names}))
+    with pytest.raises(UserError, match="none of them blank"):
+        Prompts(tmp_path / "labels.json")
+
+
+# ---- packing
+def pack_list(folder: Path, rows: list[dict], **options) -> list[dict]:
+    """The records of the shard that pack.py makes of a list."""
+    (folder / "list.json").write_text(json.dumps(rows))
+    made = {"data": str(folder / "list.json"), "image_root": folder, "target": folder / "out"}
+    pack.pack(pack.Config(**made, workers=1, **options))
+    return list(read_shard(str(folder / "out/00000.tar")))
+
+
+def test_reduced_images_keep_their_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg", exif=exif)
+    (record,) = pack_list(tmp_path, [{"image": "a.jpg", "caption": "x"}], resize=50)
+    assert decode_image(record["image"]).shape == (3, 50, 100)
+    assert decode_image(record["image"], exif=True).shape == (3, 100, 50)
+
+
+def test_fields_that_json_cannot_hold_are_packed_as_text(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "a.jp2").write_bytes(encoded("JPEG2000"))
+    columns = {"image": ["a.jp2"], "caption": ["x"], "score": [float("nan")]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    made = {"data": str(tmp_path / "p.parquet"), "image_root": tmp_path, "target": tmp_path / "out"}
+    pack.pack(pack.Config(**made, workers=1))
+    (record,) = read_shard(str(tmp_path / "out/00000.tar"))
+    assert parse_json(record["json"], "x") == {"score": "nan", "path": "a.jp2"}
+    assert decode_image(record["image"]).shape == (3, 12, 16)
+
+
+def test_coco_in_sub_folders_with_captions_that_are_null(tmp_path):
+    images_in(tmp_path / "img/sub", ["a.jpg"])
+    annotations = [{"image_id": 1, "caption": text} for text in (None, "a dog")]
+    content = {"images": [{"id": 1, "file_name": "sub/a.jpg"}], "annotations": annotations}
+    (tmp_path / "captions_x.json").write_text(json.dumps(content))
+    made = {"images": tmp_path / "img", "target": tmp_path / "out"}
+    done = pack_coco.pack(pack_coco.Config(captions=tmp_path / "captions_x.json", **made))
+    assert done == {"shards": 1, "images": 1, "missing_images": 0}
+    (record,) = read_shard(str(tmp_path / "out/00000.tar"))
+    assert record["caption"] == "a dog"
+
+
+# ---- the doctor
+def test_the_doctor_reads_lists_of_labels_and_linked_class_folders(tmp_path):
+    images_in(tmp_path, ["a.jpg"])
+    (tmp_path / "train.list").write_text("a.jpg : dog,cat\n")
+    assert open_list(str(tmp_path / "train.list"))[0]["labels"] == ["dog", "cat"]
+    images_in(tmp_path / "real/b", ["1.jpg"])
+    images_in(tmp_path / "val/a", ["0.jpg"])
+    (tmp_path / "val/b").symlink_to(tmp_path / "real/b")
+    (tmp_path / "val/.notes.txt").write_text("x")
+    assert [record["label"] for record in open_list(str(tmp_path / "val"))] == [0, 1]

@@ -216,6 +216,7 @@ def main(config: Config) -> None:
     check(config, world)
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
     tokenizer = PieceTokenizer(config.tokenizer)
+    config.decoding.check(tokenizer.vocab_size, config.batch_size_test)
     model = build_model(config, tokenizer, world)
     if config.image:
         return show(model.to(world.device), tokenizer, config, world, precision)
@@ -239,9 +240,8 @@ def main(config: Config) -> None:
         found = evaluate(model.to(world.device), data, tokenizer, config, world, precision)
         metrics[split] = label_metrics(found, data.references, encoder)
         if world.is_main:
-            names = [data.name(i) for i in range(len(data))]
             file = config.output_dir / f"result/labels_{split}.json"
-            save_labels(file, names, data.references, found)
+            save_labels(file, data.names, data.references, found)
             sections += label_report(data, found, metrics[split], split)
     write_results(config, NAME, metrics, sections)
 

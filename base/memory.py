@@ -9,6 +9,7 @@ from torch._guards import detect_fake_mode
 
 from base.errors import UserError
 
+SMALLEST = 16  # side of an image in pixels where no option says it
 FLOAT = 4  # bytes of a parameter, its gradient and each moment of Adam's
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -84,11 +85,26 @@ def build_fitting(make: Callable[[], nn.Module], what: str) -> nn.Module:
 def check_batch(samples: int, side: int, option: str) -> None:
     """UserError where the RGB images of one batch alone, uint8 [samples,3,side,side], exceed the
     free memory of the host. option: the name of what asks for so many."""
-    if takes_no_memory():
-        return
-    free, needed = free_memory(), 3 * samples * side**2
+    what = f"{option} {samples:,}: images of {side} x {side} pixels"
+    larger = "" if option.endswith("_test") else " and accumulate larger"
+    check_bytes(3 * samples * side**2, what, f"make it smaller{larger}")
+
+
+def check_bytes(needed: int, what: str, remedy: str) -> None:
+    """UserError where `needed` bytes of one tensor or batch exceed the free memory of the host."""
+    free = None if takes_no_memory() else free_memory()
     if free is not None and needed > free:
         raise UserError(
-            f"{option} {samples:,}: images of {side} x {side} pixels need {needed / 2**30:,.0f} GiB, "
-            f"but {free / 2**30:.3g} GiB are free on the host; make it smaller and accumulate larger"
+            f"{what} need {needed / 2**30:,.0f} GiB, but {free / 2**30:.3g} GiB are free on the "
+            f"host; {remedy}"
         )
+
+
+def check_batches(config) -> None:
+    """UserError where the images of a batch that the options ask for, in training or evaluation,
+    cannot fit."""
+    network = getattr(config, "network", config)
+    side = getattr(network, "image_size", None) or getattr(network, "image_res", None) or SMALLEST
+    for option in ("batch_size", "batch_size_train", "batch_size_test"):
+        if isinstance(getattr(config, option, None), int):
+            check_batch(getattr(config, option), side, option)

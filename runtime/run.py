@@ -17,7 +17,7 @@ from base.distributed import World
 from base.errors import UserError, brief
 from base.files import check_output_folder, file_errors
 from base.limits import WORKERS
-from base.memory import check_batch, check_fits
+from base.memory import check_batches, check_fits
 from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, load_checked
 from runtime.config.cli import differences, knob, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
@@ -31,8 +31,6 @@ from runtime.saving import Saver, is_sharded_format
 from runtime.scores import score_line
 from runtime.sharded import is_sharded, read_state
 from runtime.watchdog import Watchdog
-
-SMALLEST = 16  # side of an image in pixels where no option says it
 
 
 @dataclass
@@ -179,14 +177,6 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(seed + rank)
 
 
-def check_batch_of(config: RunConfig) -> None:
-    """UserError where the images of a micro-batch cannot fit."""
-    option = "batch_size" if hasattr(config, "batch_size") else "batch_size_train"
-    network = getattr(config, "network", config)
-    side = getattr(network, "image_size", None) or getattr(network, "image_res", None)
-    check_batch(getattr(config, option, 1), side or SMALLEST, option)
-
-
 class Run:
     """Folder, log, checkpoints and signals of one run. Every training script has this loop:
 
@@ -207,7 +197,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, world: World, metric: str | None = None):
-        check_batch_of(config)
+        check_batches(config)
         if config.deterministic:
             make_deterministic()
         self.config, self.world, self.folder = config, world, Path(config.output_dir)

@@ -393,6 +393,11 @@ class ImageSet:
         """Its path as the list has it, or SHARD/KEY."""
         return self.records[index]["image"] if self.is_list else self.records.name(index)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all images."""
+        return [self.name(index) for index in range(len(self))]
+
     def load(self, index: int) -> dict[str, torch.Tensor]:
         """`image` uint8 [3,S,S]"""
         return {"image": self.view(decode_image(self.image(index), self.name(index)))}

@@ -20,7 +20,10 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.knobs import knob
+from base.limits import WIDTH
+from base.memory import FLOAT, check_bytes
 
+TOKEN = 12  # bytes of a token, int64, and its probability, float32
 LIMIT = 19  # tokens of a label at most, delimiter included, as in the original
 
 
@@ -394,21 +397,33 @@ class Decoding:
     """How labels are found and ranked."""
 
     strategy: str = knob("one_shot", "or one text of labels: greedy, top_k, top_p (random), beam")
-    num_labels: int = knob(10, "labels of an image; one_shot grows this many")
+    num_labels: int = knob(10, "labels of an image; one_shot grows this many", low=1, high=WIDTH)
     ranking: str = knob(
         "prob", "prob, mean (geometric mean of a label's tokens) or none (order of appearance)"
     )
     max_label_len: int = knob(
-        LIMIT, "one_shot: tokens of a label, delimiter included", methods="one_shot"
+        LIMIT,
+        "one_shot: tokens of a label, delimiter included",
+        methods="one_shot",
+        low=1,
+        high=WIDTH,
     )
     max_gen_len: int = knob(
-        64, "the others: tokens of the whole text", methods="greedy top_k top_p beam"
+        64,
+        "the others: tokens of the whole text",
+        methods="greedy top_k top_p beam",
+        low=1,
+        high=WIDTH,
     )
-    top_k: int = knob(5, "of strategy top_k: tokens to choose among; 0 = all", methods="top_k")
+    top_k: int = knob(
+        5, "of strategy top_k: tokens to choose among; 0 = all", methods="top_k", low=0
+    )
     top_p: float = knob(
         0.9,
         "of strategy top_p: cumulative probability of the tokens to choose among",
         methods="top_p",
+        low=0,
+        high=1,
     )
     temperature: float = knob(1.0, "of strategy top_p", methods="top_p")
     penalty: float = knob(
@@ -416,7 +431,7 @@ class Decoding:
         "> 0: logits of tokens used before are divided by it; not of one_shot",
         methods="greedy top_k top_p beam",
     )
-    beam_size: int = knob(3, "of strategy beam: texts kept", methods="beam")
+    beam_size: int = knob(3, "of strategy beam: texts kept", methods="beam", low=1, high=WIDTH)
     beam_patience: float = knob(
         1.0, "of strategy beam: texts to finish, as a multiple of beam_size", methods="beam"
     )
@@ -437,6 +452,22 @@ class Decoding:
             raise UserError(
                 "decoding: num_labels, lengths, beam_size and temperature must be positive"
             )
+
+    def check(self, vocabulary: int, images: int) -> None:
+        """UserError for more tokens to choose among than the vocabulary has, and for more texts of
+        `images` images at a time than the memory holds."""
+        wanted = {"one_shot": "num_labels", "top_k": "top_k", "beam": "beam_size"}
+        name = wanted.get(self.strategy)
+        most = vocabulary - 1 if name == "beam_size" else vocabulary
+        if name and getattr(self, name) > most:
+            raise UserError(
+                f"decoding: {name} {getattr(self, name):,}, but the vocabulary has {vocabulary:,} "
+                "tokens; ask for fewer"
+            )
+        texts = images * {"one_shot": self.num_labels, "beam": self.beam_size}.get(self.strategy, 1)
+        needed = texts * (FLOAT * vocabulary + TOKEN * self.longest)
+        what = f"decoding: {texts:,} texts of {images:,} images at a time"
+        check_bytes(needed, what, "make batch_size_test, num_labels or the lengths smaller")
 
     @property
     def longest(self) -> int:

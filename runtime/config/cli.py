@@ -181,6 +181,9 @@ def run_script(
         if not isinstance(getattr(config, "output_dir", None), Path):
             main(config)
         else:
+            from base.memory import check_batches  # here, for --help must not wait for torch
+
+            check_batches(config)
             with output_in_bucket(config, launched_rank()):
                 check_output_folder(config.output_dir)
                 train_tokenizers_if_asked(config)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.knobs import knob
+from base.limits import WIDTH
 from runtime.run import StreamConfig, ValidationConfig
 
 
@@ -32,7 +33,9 @@ class RecognitionData(StreamConfig, ValidationConfig):
         low=0.05,
         high=1,
     )
-    max_text: int = knob(256, "tokens of an image's text at most, prompt included", low=16)
+    max_text: int = knob(
+        256, "tokens of an image's text at most, prompt included", low=16, high=WIDTH
+    )
     many_prompts: bool = knob(True, "a prompt is sampled for each image")
     decouple_labels: bool = knob(True, "labels do not attend to one another")
 

@@ -14,6 +14,7 @@ from models.classification.classifier import ClassifierConfig, build_classifier
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.fusion.config import retrieval_config
+from models.recognition.decoding import Decoding
 from models.weights.build_nxtp import Networks
 from runtime.config.cli import parse, run_script
 from runtime.run import Run
@@ -92,8 +93,8 @@ SIZES = {
     "main": ("image_size", "embed_dim", "text_width", "transformer_layers", "context_length")
     + ("cl2l_hidden_dim", "barlip_proj_dim", "siamlip_hidden_dim", "ssl_mlp_dim", "num_augs"),
     **dict.fromkeys(("VQA", "VE", "NLVR", "Grounding"), FUSION),
+    "Recognition": ("max_text", "num_labels", "max_label_len", "max_gen_len", "beam_size"),
 }
-SCRIPTS = (*SIZES, "Recognition")
 
 
 @pytest.mark.parametrize("script", SIZES)
@@ -105,7 +106,7 @@ def test_sizes_that_no_network_has(script, value):
             parse(config, [f"--{option}", value])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", SIZES)
 def test_batches_that_do_not_fit(script, tmp_path):
     """Before the folder of the run is made."""
     folder = tmp_path / "run"
@@ -116,6 +117,34 @@ def test_batches_that_do_not_fit(script, tmp_path):
     with pytest.raises(UserError, match=r"batch_size\w* 1,000,000,000: images of .* are free"):
         Run(config, World(0, 1, 0, torch.device("cpu")))
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("script", ["eval_knn", "eval_zeroshot", "Recognition", "VQA"])
+def test_batches_of_an_evaluation_that_do_not_fit(script, capsys):
+    """In every script, by its own door, before a checkpoint is read."""
+    module = importlib.import_module(script)
+    name = "batch_size" if script.startswith("eval") else "batch_size_test"
+    words = [f"--{name}", "10000000000", "--checkpoint", "none.pt"]
+    words += [] if script.startswith("eval") else ["--evaluate"]
+    with pytest.raises(SystemExit, match="2"):
+        run_script(module.main, module.Config, argv=words)
+    assert f"{name} 10,000,000,000: images of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_labels": 101}, "num_labels 101, but the vocabulary has 100"),
+        ({"strategy": "top_k", "top_k": 101}, "top_k 101"),
+        ({"strategy": "beam", "beam_size": 100}, "beam_size 100"),
+        ({"num_labels": 100, "max_label_len": 1 << 17}, r"1,600 texts of 16 images .* GiB"),
+    ],
+)
+def test_decoding_that_cannot_be(options, message, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda *_: 1 << 30)
+    Decoding(num_labels=100).check(vocabulary=100, images=16)
+    with pytest.raises(UserError, match=message):
+        Decoding(**options).check(vocabulary=100, images=16)
 
 
 def test_networks_that_do_not_fit(monkeypatch):

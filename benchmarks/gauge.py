@@ -73,24 +73,21 @@ def status_bytes(field: str) -> int:
 
 
 class Stages:
-    """Times of a procedure's stages."""
+    """Times of the stages of a procedure, which come one after another."""
 
     def __init__(self, device: str):
         self.device = device
-        self.begun: list[tuple[str | None, float, float]] = []  # name, clock, processor
+        self.begun: dict[str, tuple[float, float]] = {}  # clock and processor
 
-    def enter(self, name: str | None) -> None:
-        """Begin stage `name`; None ends the last. Entering the current stage changes nothing."""
-        if not self.begun or self.begun[-1][0] != name:
+    def enter(self, name: str) -> None:
+        """Begin a stage; nothing changes if it has begun before."""
+        if name not in self.begun:
             wait_for(self.device)
-            self.begun.append((name, time.perf_counter(), time.process_time()))
+            self.begun[name] = (time.perf_counter(), time.process_time())
 
     def times(self) -> dict[str, list[float]]:
-        """{stage: [seconds by the clock, CPU seconds]} of all stages that have ended."""
-        found: dict[str, list[float]] = {}
-        for (name, begin, cpu_begin), (_, end, cpu_end) in pairwise(self.begun):
-            if name is not None:
-                spent = found.setdefault(name, [0.0, 0.0])
-                spent[0] += end - begin
-                spent[1] += cpu_end - cpu_begin
+        """{stage: [seconds by the clock, CPU seconds]} of all stages but the last."""
+        found = {}
+        for (name, begin), (_, end) in pairwise(self.begun.items()):
+            found[name] = [end[0] - begin[0], end[1] - begin[1]]
         return found

@@ -26,7 +26,7 @@ from benchmarks.table import CPU_SECONDS, SECONDS, Column, publish, table
 from runtime.config.cli import knob, run_script
 
 SIDES = {"ours": OURS, "sklearn": "scikit-learn", "faiss": "faiss (IndexFlatIP)"}
-CLUSTERS = 1000
+CLUSTERS, PART = 1000, 65536
 COLUMNS = [
     SECONDS,
     CPU_SECONDS,
@@ -50,19 +50,22 @@ class Config(Options):
 
 
 def make_features(config: Config, folder: Path) -> None:
-    """Write random features in clusters, train.npy and queries.npy, a part at a time, and their
-    labels."""
+    """Write random features in clusters, train.npy and queries.npy, and their labels."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CLUSTERS, config.width), dtype=np.float32)
     for name, count in (("train", config.train), ("queries", config.queries)):
         file = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", "<f4", (count, config.width))
         labels = rng.integers(CLUSTERS, size=count)
         np.save(folder / f"{name}.labels.npy", labels)
-        for first in range(0, count, 65536):
-            part = labels[first : first + 65536]
+        for first in range(0, count, PART):
+            part = labels[first : first + PART]
             noise = rng.standard_normal((len(part), config.width), dtype=np.float32)
-            file[first : first + len(part)] = centres[part] + 1.5 * noise
+            file[first : first + PART] = centres[part] + 1.5 * noise
         file.flush()
+
+
+def read(options: SimpleNamespace, name: str, mmap_mode: str | None = None) -> np.ndarray:
+    return np.load(Path(options.exchange) / f"{name}.npy", mmap_mode=mmap_mode)
 
 
 def ours(options: SimpleNamespace) -> dict:
@@ -73,15 +76,15 @@ def ours(options: SimpleNamespace) -> dict:
     from evaluation.features import Bank
     from evaluation.knn import nearest_neighbours
 
-    banks = []
-    for name in ("train", "queries"):
-        features = np.load(Path(options.exchange) / f"{name}.npy", mmap_mode="r")
-        labels = np.load(Path(options.exchange) / f"{name}.labels.npy")
-        banks.append(Bank(features, torch.from_numpy(labels)))
+    def bank(name: str) -> Bank:
+        return Bank(read(options, name, "r"), torch.from_numpy(read(options, f"{name}.labels")))
+
+    train = bank("train")
+    queries = bank("queries")
     world = World(0, 1, 0, torch.device(options.device))
 
     def search() -> np.ndarray:
-        return nearest_neighbours(banks[0], banks[1], options.k, world).index.numpy()
+        return nearest_neighbours(train, queries, options.k, world).index.numpy()
 
     return measure_search(search, "ours", options)
 
@@ -92,10 +95,9 @@ def sklearn(options: SimpleNamespace) -> dict:
     from sklearn.preprocessing import normalize
 
     def search() -> np.ndarray:
-        train = normalize(np.load(Path(options.exchange) / "train.npy"))
-        queries = normalize(np.load(Path(options.exchange) / "queries.npy"))
         index = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric="euclidean")
-        return index.fit(train).kneighbors(queries, return_distance=False)
+        index.fit(normalize(read(options, "train")))
+        return index.kneighbors(normalize(read(options, "queries")), return_distance=False)
 
     return measure_search(search, "sklearn", options)
 
@@ -106,14 +108,15 @@ def faiss(options: SimpleNamespace) -> dict:
 
     library.omp_set_num_threads(options.threads)
 
+    def unit(name: str) -> np.ndarray:
+        features = read(options, name)
+        library.normalize_L2(features)
+        return features
+
     def search() -> np.ndarray:
-        train = np.load(Path(options.exchange) / "train.npy")
-        queries = np.load(Path(options.exchange) / "queries.npy")
-        library.normalize_L2(train)
-        library.normalize_L2(queries)
         index = library.IndexFlatIP(options.width)
-        index.add(train)
-        return index.search(queries, options.k)[1]
+        index.add(unit("train"))
+        return index.search(unit("queries"), options.k)[1]
 
     return measure_search(search, "faiss", options)
 

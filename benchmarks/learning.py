@@ -20,13 +20,10 @@ how busy the machine is; samples a CPU second hardly do. open_clip's script need
 import csv
 import json
 import math
-import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,28 +31,23 @@ import torch
 
 from base.distributed import ALONE
 from base.errors import UserError
-from base.files import read_json, write_json, write_json_lines
-from benchmarks import learning_albef
-from benchmarks.runner import OURS, ROOT, PeerOptions, check_peer, device_of
+from base.files import read_json, write_json
+from benchmarks import learning_sides
+from benchmarks.runner import (
+    OURS,
+    ROOT,
+    PeerOptions,
+    check_peer,
+    children_seconds,
+    run_command,
+)
 from benchmarks.table import markdown, publish
 from dataset.images.clip import EvalView, normalize, pixel_statistics
 from dataset.images.decode import decode_image
-from dataset.text.bpe import ClipTokenizer
-from evaluation.zeroshot import retrieve, unit_rows
+from evaluation.zeroshot import embed_images, embed_texts, retrieve
 from runtime.config.cli import knob, run_script
 
-IMAGE_SIZE, CONTEXT, WIDTH, PATCH = 48, 24, 128, 8
-OPEN_CLIP = {
-    "embed_dim": WIDTH,
-    "vision_cfg": {
-        "image_size": IMAGE_SIZE,
-        "layers": 4,
-        "width": WIDTH,
-        "head_width": 32,
-        "patch_size": PATCH,
-    },
-    "text_cfg": {"context_length": CONTEXT, "width": WIDTH, "heads": 4, "layers": 2},
-}
+DIGITSCENES = "--train 6000 --val 300 --test 300 --size 64 --seed 0"
 
 
 @dataclass
@@ -80,16 +72,16 @@ class Config(PeerOptions):
 
     def check(self) -> None:
         """Check that the options are compatible."""
-        self.seeds = self.seeds or list(range(self.repeats))
-        given = self.train_data, self.test_data, self.image_root
+        given = [self.train_data, self.test_data, self.image_root]
         if any(given) and not all(given):
             raise UserError(
                 "--train-data, --test-data and --image-root go together: give all three"
             )
-        if self.peer and given[0] and not self.text_encoder:
+        if self.peer and self.train_data and not self.text_encoder:
             raise UserError("--peer with --train-data needs --text-encoder, a WordPiece tokenizer")
-        check_peer(self, learning_albef.CHECKOUT_FILE, "ALBEF", one_size=False)
-        known = list(sides_of(self))
+        check_peer(self, learning_sides.ALBEF_FILE, "ALBEF", one_size=False)
+        self.seeds = self.seeds or list(range(self.repeats))
+        known = list(learning_sides.of(self))
         self.sides = self.sides or known
         for side in self.sides:
             if side not in known:
@@ -103,9 +95,9 @@ def use_digitscenes(config: Config) -> None:
     config.train_data = config.image_root / "pretrain_train.json"
     config.test_data = config.image_root / "retrieval_test.json"
     if not config.test_data.exists():
-        sizes = ["--train", "6000", "--val", "300", "--test", "300", "--size", "64", "--seed", "0"]
         script = ROOT / "scripts/data/make_digitscenes.py"
-        subprocess.run([sys.executable, script, config.image_root, *sizes], check=True)
+        command = [sys.executable, script, config.image_root, *DIGITSCENES.split()]
+        subprocess.run(command, check=True)
 
 
 def captions_by_image(config: Config, file: Path) -> list[tuple[Path, list[str]]]:
@@ -119,16 +111,12 @@ def captions_by_image(config: Config, file: Path) -> list[tuple[Path, list[str]]
 
 def write_pairs(config: Config) -> int:
     """The training pairs as every side reads them, one caption a row; returns how many."""
-    pairs = [
-        (image, text)
-        for image, texts in captions_by_image(config, config.train_data)
-        for text in texts
-    ]
+    pairs = []
+    for image, texts in captions_by_image(config, config.train_data):
+        pairs += [(str(image), text) for text in texts]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = [pairs[i] for i in order[: config.pairs or None]]
-    rows = ({"image": str(image), "caption": [text]} for image, text in chosen)
-    write_json_lines(config.folder / "train.jsonl", rows)
-    rows = [{"image": str(image), "caption": text} for image, text in chosen]
+    rows = [{"image": image, "caption": text} for image, text in chosen]
     write_json(config.folder / "train.json", rows)
     with open(config.folder / "train.csv", "w", newline="") as file:
         table = csv.writer(file, delimiter="\t")
@@ -137,161 +125,39 @@ def write_pairs(config: Config) -> int:
     return len(chosen)
 
 
-# ---- training
-def train_ours(config: Config, run: Path, seed: int) -> list[str]:
-    """The command that trains main.py's CLIP into the folder `run`."""
-    options = {
-        "model": "CLIP_VITT8_CLIP",
-        "dataset": "pairs",
-        "metadata": config.folder / "train.jsonl",
-        "root": "/",
-        "image-size": IMAGE_SIZE,
-        "embed-dim": WIDTH,
-        "context-length": CONTEXT,
-        "text-width": WIDTH,
-        "text-heads": 4,
-        "transformer-layers": 2,
-        "num-augs": 0,
-        "weak-min-scale": 0.8,
-        "flip": "false",
-        "batch-size": config.batch,
-        "epochs": config.epochs,
-        "warmup": f"{config.warmup} steps",
-        "lr": config.lr,
-        "lr-start": 0,
-        "lr-end": 0,
-        "wd": 0.1,
-        "eps": 1e-6,
-        "precision": "fp32",
-        "device": device_of(config),
-        "workers": 1,
-        "tensorboard": "false",
-        "seed": seed,
-        "resume": "no",
-        "output-dir": run,
-    }
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "main.py", *flags]
-
-
-def train_open_clip(config: Config, run: Path, seed: int) -> list[str]:
-    """The command that trains open_clip's CLIP into the folder `run` by its own main()."""
-    write_json(config.folder / "open_clip_small.json", OPEN_CLIP)
-    start = (
-        "import sys, open_clip; open_clip.add_model_config(sys.argv.pop(1)); "
-        "from open_clip_train.main import main; main(sys.argv[1:])"
-    )
-    options = {
-        "model": "open_clip_small",
-        "dataset-type": "csv",
-        "train-data": config.folder / "train.csv",
-        "batch-size": config.batch,
-        "epochs": config.epochs,
-        "warmup": config.warmup,
-        "lr": config.lr,
-        "wd": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.98,
-        "eps": 1e-6,
-        "aug-cfg": "scale=(0.8,1.0)",
-        "precision": "fp32",
-        "device": device_of(config),
-        "workers": 1,
-        "save-frequency": 0,
-        "seed": seed,
-        "logs": run.parent,
-        "name": run.name,
-    }
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-c", start, str(config.folder / "open_clip_small.json"), *flags]
-
-
-# ---- evaluation
-def clip_tokens(texts: list[str]) -> torch.Tensor:
-    """Ids int64 [B,L] of CLIP's tokenizer."""
-    return ClipTokenizer(None, CONTEXT)(texts, lengths=[CONTEXT])
-
-
-def open_ours(config: Config, run: Path) -> tuple:
-    """`(embed images, embed texts, tokenize)` of main.py's newest checkpoint."""
-    from models.weights.any_dual_encoder import open_dual
-    from runtime.checkpoint import read_weights, weights_file
-    from runtime.config.from_checkpoint import described
-
-    file = weights_file(run)
-    model = open_dual(read_weights(file), described(file)).model
-
-    def embed_image(image: torch.Tensor) -> torch.Tensor:
-        return model.embed_image(image)["z"]
-
-    def embed_text(ids: torch.Tensor) -> torch.Tensor:
-        return model.embed_text(ids)["z"]
-
-    return embed_image, embed_text, clip_tokens
-
-
-def open_open_clip(config: Config, run: Path) -> tuple:
-    """`(embed images, embed texts, tokenize)` of open_clip's last checkpoint."""
-    import open_clip
-
-    open_clip.add_model_config(config.folder / "open_clip_small.json")
-    model = open_clip.create_model("open_clip_small").eval()
-    file = run / f"checkpoints/epoch_{config.epochs}.pt"
-    model.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
-    return model.encode_image, model.encode_text, clip_tokens
-
-
-CLIP_SIDES = {OURS: (train_ours, open_ours), "open_clip": (train_open_clip, open_open_clip)}
-
-
-def sides_of(config: Config) -> dict[str, tuple]:
-    """By name: the function that gives the command of a training run, and the one that opens it."""
-    return learning_albef.SIDES if config.peer else CLIP_SIDES
+# ---- training and evaluation
+def train(config: Config, name: str, seed: int) -> dict[str, float]:
+    """Train one side with one seed and evaluate it."""
+    kind = "albef_" if config.peer else ""
+    run = (config.folder / f"{kind}{name}_{seed}").absolute()
+    side = learning_sides.of(config)[name]
+    command = side.command(config, run, seed)
+    shutil.rmtree(run, ignore_errors=True)  # open_clip trains into no folder that exists
+    before = children_seconds()
+    run_command(command, name, config.threads)
+    spent = children_seconds() - before
+    figures = {**recall(config, *side.open(config, run)), "cpu_seconds": spent}
+    print(name, seed, json.dumps(figures), flush=True)
+    return figures
 
 
 @torch.inference_mode()
 def recall(config: Config, embed_image, embed_text, tokenize) -> dict[str, float]:
     """R@1 in percent of the held-out list: captions of each image, images of each caption."""
     test = captions_by_image(config, config.test_data)
-    view, pixels = EvalView(IMAGE_SIZE, "bicubic"), pixel_statistics(torch.device("cpu"))
+    view = EvalView(learning_sides.IMAGE_SIZE, "bicubic")
+    pixels = pixel_statistics(torch.device("cpu"))
+    loaded = torch.stack([view(decode_image(path)) for path, _ in test])
+    batches = [{"image": normalize(part, pixels)} for part in loaded.split(64)]
+    images = embed_images(embed_image, batches, range(len(test)), len(test), ALONE)
     texts = [text for _, captions in test for text in captions]
-    text_image = torch.tensor([i for i, (_, captions) in enumerate(test) for _ in captions])
-
-    def embed(batches: Iterator[torch.Tensor], function) -> dict[str, torch.Tensor]:
-        rows = [unit_rows({"z": function(batch)})[0] for batch in batches]
-        return {"z": torch.cat(rows)}
-
-    loaded = [view(decode_image(path)) for path, _ in test]
-    images = embed((normalize(part, pixels) for part in torch.stack(loaded).split(64)), embed_image)
-    captions = embed(tokenize(texts).split(64), embed_text)
-    found = retrieve(images, captions, text_image, ALONE)
+    captions = embed_texts(embed_text, tokenize, texts, ALONE)
+    counts = torch.tensor([len(captions) for _, captions in test])
+    found = retrieve(images, captions, torch.arange(len(test)).repeat_interleave(counts), ALONE)
     return {"captions": found["txt_r1_z"], "images": found["img_r1_z"]}
 
 
-def cpu_seconds() -> float:
-    """Processor time of all processes that this one started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def train(config: Config, side: str, seed: int) -> dict[str, float]:
-    """Train one side with one seed and evaluate it."""
-    kind = "albef_" if config.peer else ""
-    run = (config.folder / f"{kind}{side}_{seed}").absolute()
-    command_of, open_run = sides_of(config)[side]
-    command = command_of(config, run, seed)
-    shutil.rmtree(run, ignore_errors=True)  # open_clip trains into no folder that exists
-    env = dict(os.environ, OMP_NUM_THREADS=str(config.threads), OMP_WAIT_POLICY="PASSIVE")
-    began = cpu_seconds()
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{side} failed (exit {done.returncode}):\n{done.stderr.strip()[-3000:]}")
-    spent = cpu_seconds() - began
-    figures = recall(config, *open_run(config, run)) | {"cpu_seconds": spent}
-    print(side, seed, json.dumps(figures), flush=True)
-    return figures
-
-
+# ---- the table
 def standard_error(values: list[float]) -> float:
     """Standard error of the mean; 0 of one value."""
     if len(values) < 2:

@@ -57,14 +57,11 @@ def collate(samples: list[int]) -> dict:
     return {"length": torch.tensor(samples)}
 
 
-def memory(pids: list[int]) -> dict[str, float]:
-    """PSS and private modified memory of processes together, in MB."""
+def memory(pids: list[int], field: str) -> float:
+    """Pss or Private_Dirty of processes together, in MB."""
     text = "".join(Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
-    figures = {"pss": r"^Pss: +(\d+)", "private": r"^Private_Dirty: +(\d+)"}
-    return {
-        name: sum(map(int, re.findall(pattern, text, re.MULTILINE))) / 1024
-        for name, pattern in figures.items()
-    }
+    kilobytes = re.findall(rf"^{field}: +(\d+)", text, re.MULTILINE)
+    return sum(map(int, kilobytes)) / 1024
 
 
 def load(options: SimpleNamespace) -> dict:
@@ -76,7 +73,7 @@ def load(options: SimpleNamespace) -> dict:
     for _ in range(options.batches):
         next(loader)
     pids = [os.getpid()] + [worker.pid for worker in loader._batches._workers]
-    result = memory(pids)
+    result = {"pss": memory(pids, "Pss"), "private": memory(pids, "Private_Dirty")}
     loader.close()
     return result
 

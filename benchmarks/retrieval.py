@@ -122,7 +122,7 @@ def ours(options: SimpleNamespace) -> dict:
             image_batch=options.batch,
             progress=False,
         )
-    stages.enter(None)
+    stages.enter("end")
     result = {"times": stages.times()}
     file = Path(options.exchange) / "peer.pt"
     if file.exists():
@@ -139,21 +139,21 @@ def agreement(ours: Tensor, theirs: Tensor) -> dict[str, float]:
     the scores; order: fraction of queries whose common candidates come in the same order;
     spearman: mean rank correlation.
     """
+    from scipy.stats import spearmanr
+
     common = (ours > FILL) & (theirs > FILL)
     difference = (ours - theirs)[common].abs().max() / theirs[common].std()
-    same_order, spearman = [], []
+    same_order, correlations = [], []
     for row, other, both in zip(ours, theirs, common, strict=True):
-        ranks = row[both].argsort().argsort().double()
-        other_ranks = other[both].argsort().argsort().double()
-        same_order.append(torch.equal(ranks, other_ranks))
-        n = len(ranks)
-        squares = (ranks - other_ranks).square().sum().item()
-        spearman.append(1 - 6 * squares / max(1, n * (n * n - 1)))
+        row = row[both]
+        other = other[both]
+        same_order.append(torch.equal(row.argsort(), other.argsort()))
+        correlations.append(float(spearmanr(row, other).statistic))
     return {
         "candidates": common.sum().item() / (theirs > FILL).sum().item(),
         "order": statistics.mean(same_order),
         "difference": difference.item(),
-        "spearman": statistics.mean(spearman),
+        "spearman": statistics.mean(correlations),
     }
 
 

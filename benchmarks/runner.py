@@ -143,22 +143,28 @@ def run_side(side: Side, options: Options, **more) -> dict:
     The function takes the options, the resolved `device`, the side's settings and `more`.
     """
     given = {**asdict(options), "device": device_of(options), **side.settings, **more}
-    other = given.get("peer_python") if side.original else None
-    threads = str(options.threads)
-    env = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3")
-    env.update(OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
+    python = (side.original and given.get("peer_python")) or sys.executable
     arguments = [side.function, json.dumps(given, default=str)]
-    command = [other or sys.executable, "-m", "benchmarks.child", *arguments]
     begin, busy, own = time.perf_counter(), busy_seconds(), children_seconds()
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        error = done.stderr.strip()[-3000:]
-        raise UserError(f"{side.name} failed (exit {done.returncode}):\n{error}")
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    printed = run_command(
+        [python, "-m", "benchmarks.child", *arguments], side.name, options.threads
+    )
+    result = json.loads(printed.strip().splitlines()[-1])
     if busy is not None:
         used = busy_seconds() - busy - (children_seconds() - own)
         result["others"] = max(0.0, used / (time.perf_counter() - begin))
     return result
+
+
+def run_command(command: list, name: str, threads: int) -> str:
+    """What a command prints. Raises UserError with its last words if it fails."""
+    env = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3")
+    env.update(OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS=str(threads))
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        error = done.stderr.strip()[-3000:]
+        raise UserError(f"{name} failed (exit {done.returncode}):\n{error}")
+    return done.stdout
 
 
 def children_seconds() -> float:
@@ -180,15 +186,6 @@ def take_turns(options: Options, sides: list[Side], timed: bool = True, **more) 
             load = {"load": idle_load(options)} if timed else {}
             result = {**run_side(side, options, **more), **load}
             results[side.name].append(result)
-            print(f"{side.name} {turn + 1}/{options.repeats}: {in_words(result)}", flush=True)
+            figures = {n: round(v, 3) for n, v in result.items() if isinstance(v, int | float)}
+            print(f"{side.name} {turn + 1}/{options.repeats}: {figures}", flush=True)
     return results
-
-
-def in_words(result: dict) -> str:
-    """The figures of one measurement that every benchmark has."""
-    words = []
-    if "seconds" in result:
-        words.append(f"{result['seconds']:.3f} s, {result['cpu_seconds']:.2f} CPU s")
-    if "peak_bytes" in result:
-        words.append(f"{result['peak_bytes'] / 2**30:.2f} GiB")
-    return ", ".join(words) or "done"

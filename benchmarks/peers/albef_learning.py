@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from benchmarks.peers.fusion_retrieval import Tokens
-from benchmarks.peers.stand_ins import prepare, stand_in
+from benchmarks.peers.stand_ins import prepare, stand_in, start_process_group
 
 
 class WordPiece:
@@ -88,8 +88,7 @@ def open_checkout(options: types.SimpleNamespace) -> types.ModuleType:
     pretrain.create_loader = with_values(pretrain.create_loader, num_workers=[1])
     # sums over the one process, for which the original wants CUDA
     pretrain.utils.MetricLogger.synchronize_between_processes = lambda logger: None
-    store = dist.HashStore()
-    dist.init_process_group(options.backend, store=store, rank=0, world_size=1)
+    start_process_group(options.device)
     return pretrain
 
 

@@ -23,7 +23,7 @@ from benchmarks.inputs import (
     shake,
     synthetic_batch,
 )
-from benchmarks.peers.stand_ins import prepare
+from benchmarks.peers.stand_ins import prepare, start_process_group
 
 CONFIG = {
     "image_res": 256,
@@ -88,14 +88,11 @@ def arguments(batch: dict[str, Tensor], tokenizer: nn.Module | None) -> dict:
 
 def start(options: types.SimpleNamespace) -> tuple[nn.Module, nn.Module | None, dict]:
     """Model, image tokenizer and batch on the device."""
-    cuda = options.device == "cuda"
     tf32 = options.peer_precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.manual_seed(0)
     prepare(options)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1
-    )
+    start_process_group(options.device)
     model = build_model(options).to(options.device).train()
     batch = synthetic_batch(options.batch)
     batch = {name: value.to(options.device) for name, value in batch.items()}

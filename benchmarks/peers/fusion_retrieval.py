@@ -100,7 +100,7 @@ def evaluate(options: types.SimpleNamespace) -> dict:
     scores = script.evaluation(
         model, split, tokenizer, torch.device(options.device), {"k_test": options.k_test}
     )
-    stages.enter(None)
+    stages.enter("end")
     weights = {
         name: value
         for name, value in model.state_dict().items()

@@ -1,6 +1,7 @@
 """Stand-ins for the libraries that SIMLA, ALBEF and NXTP import: the few names they use.
 
-The originals were written for versions of transformers and timm that today's Python cannot install.
+The originals were written for a version of transformers that today's Python cannot install; today's
+timm still has what they take from it.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import types
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -91,18 +93,6 @@ class Pretrained(nn.Module):
         return [None] * layers
 
 
-class Patches(nn.Module):
-    """timm's patch embedding: a strided convolution, then [B,N,D]."""
-
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int):
-        super().__init__()
-        self.num_patches = (img_size // patch_size) ** 2
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.proj(image).flatten(2).transpose(1, 2)
-
-
 def no_documentation(*args, **kwargs):
     """Stands for the library's documentation decorators, part of which were removed."""
     return lambda function: function
@@ -128,7 +118,7 @@ OUTPUTS = (
 
 
 def replace_libraries() -> None:
-    """Register stand-ins for transformers and timm."""
+    """Register stand-ins for transformers."""
     decorators = dict.fromkeys(DOCUMENTATION, no_documentation)
     outputs = dict.fromkeys(OUTPUTS, Outputs)
     logging = types.SimpleNamespace(get_logger=lambda name: None, set_verbosity_error=lambda: None)
@@ -143,9 +133,6 @@ def replace_libraries() -> None:
         apply_chunking_to_forward=no_chunks,
     )
     stand_in("transformers.models.bert.configuration_bert", BertConfig=Config)
-    stand_in("timm.models.vision_transformer", PatchEmbed=Patches)
-    stand_in("timm.models.registry", register_model=lambda function: function)
-    stand_in("timm.models.layers", trunc_normal_=nn.init.trunc_normal_, DropPath=nn.Identity)
 
 
 def prepare(options: types.SimpleNamespace) -> None:
@@ -154,6 +141,12 @@ def prepare(options: types.SimpleNamespace) -> None:
     if options.peer_python is None:
         replace_libraries()
     keep_old_names()
+
+
+def start_process_group(device: str) -> None:
+    """A group of this process alone, which the originals' gathers need."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def keep_old_names() -> None:

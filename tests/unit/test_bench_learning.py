@@ -13,8 +13,8 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 
 from base.errors import UserError
-from base.files import read_json, read_json_lines, write_json
-from benchmarks import learning
+from base.files import read_json, write_json
+from benchmarks import learning, learning_sides
 
 
 @pytest.fixture
@@ -35,9 +35,8 @@ def config(tmp_path) -> learning.Config:
 def test_both_sides_read_the_same_pairs(config):
     config.pairs = 10
     assert learning.write_pairs(config) == 10
-    ours = [
-        (row["image"], *row["caption"]) for row in read_json_lines(config.folder / "train.jsonl")
-    ]
+    rows = read_json(config.folder / "train.json", list)
+    ours = [(row["image"], row["caption"]) for row in rows]
     with open(config.folder / "train.csv", newline="") as file:
         head, *theirs = csv.reader(file, delimiter="\t")
     assert head == ["filepath", "title"]
@@ -48,24 +47,24 @@ def test_both_sides_read_the_same_pairs(config):
 
 def test_recall_counts_what_the_embeddings_find(config):
     """Images by their grey level, captions by the letter that names it; then two levels confused."""
-    tokenize = learning.ClipTokenizer(None, learning.CONTEXT)
+    tokenize = learning_sides.ClipTokenizer(None, learning_sides.CONTEXT)
     last = {int(tokenize([f"grey {'abcdefgh'[n]}"])[0, 2]): n for n in range(8)}
     levels = []
 
-    def embed_image(image: torch.Tensor) -> torch.Tensor:
+    def embed_image(image: torch.Tensor) -> dict:
         levels.extend(image.mean((1, 2, 3)).tolist())
-        return torch.eye(8)[torch.tensor(levels).argsort().argsort()]
+        return {"z": torch.eye(8)[torch.tensor(levels).argsort().argsort()]}
 
-    def embed_text(ids: torch.Tensor) -> torch.Tensor:
-        return torch.eye(8)[[last[int(row[2])] for row in ids]]
+    def embed_text(ids: torch.Tensor) -> dict:
+        return {"z": torch.eye(8)[[last[int(row[2])] for row in ids]]}
 
-    assert learning.recall(config, embed_image, embed_text, learning.clip_tokens) == {
+    assert learning.recall(config, embed_image, embed_text, learning_sides.clip_tokens) == {
         "captions": 100,
         "images": 100,
     }
     last = {token: max(number, 1) for token, number in last.items()}
     levels.clear()
-    found = learning.recall(config, embed_image, embed_text, learning.clip_tokens)
+    found = learning.recall(config, embed_image, embed_text, learning_sides.clip_tokens)
     assert found["captions"] == pytest.approx(87.5) and found["images"] == pytest.approx(87.5)
 
 

@@ -22,7 +22,7 @@ def measure(monkeypatch, rows: dict) -> list[str]:
     gets the benchmarks that were started."""
     started = []
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(quiet.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(quiet, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def measure_row(row, config, peers):
         started.append(row.command)

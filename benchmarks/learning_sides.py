@@ -1,0 +1,294 @@
+"""The sides of benchmarks.learning: how each trains, and how its last checkpoint embeds.
+
+A side's `command(config, run, seed)` is what trains into the folder `run`. Its `open(config, run)`
+gives functions: images -> {"z": embeddings}, ids -> {"z": embeddings}, texts -> ids.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from base.files import write_json
+from benchmarks.runner import OURS, PEER, PeerOptions, device_of
+from dataset.text.bpe import ClipTokenizer
+from dataset.text.wordpiece import Tokenizer, pre_caption
+from models.fusion.config import retrieval_config
+from models.fusion.retrieval import Retrieval
+from models.fusion.simla import Simla, SimlaConfig
+from models.layers.vit import ViTConfig
+from models.layers.xbert import BertConfig
+from models.weights.albef import start_from
+from models.weights.any_dual_encoder import open_dual
+from runtime.checkpoint import read_weights, weights_file
+from runtime.config.from_checkpoint import described
+
+IMAGE_SIZE = 48
+
+
+class LearningSide(NamedTuple):
+    command: Callable[..., list[str]]
+    open: Callable[..., tuple]
+
+
+def of(config: PeerOptions) -> dict[str, LearningSide]:
+    """The sides by name: CLIP's, or with --peer ALBEF's."""
+    if config.peer:
+        return {
+            OURS: LearningSide(albef_ours, open_albef),
+            PEER: LearningSide(albef_original, open_albef),
+        }
+    return {
+        OURS: LearningSide(clip_ours, open_our_clip),
+        "open_clip": LearningSide(clip_open_clip, open_their_clip),
+    }
+
+
+def flags(**values) -> list[str]:
+    """--name value ..., as a command line has them."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+# ---- CLIP by main.py and by open_clip
+CONTEXT = 24
+CLIP_OURS = (
+    "main.py --model CLIP_VITT8_CLIP --image-size 48 --embed-dim 128 --context-length 24 "
+    "--text-width 128 --text-heads 4 --transformer-layers 2 --dataset pairs --root / --num-augs 0 "
+    "--weak-min-scale 0.8 --flip false --lr-start 0 --lr-end 0 --wd 0.1 --eps 1e-6 "
+    "--precision fp32 --workers 1 --tensorboard false --resume no"
+)
+CLIP_OPEN_CLIP = (
+    "--model open_clip_small --dataset-type csv --aug-cfg scale=(0.8,1.0) --wd 0.1 --beta1 0.9 "
+    "--beta2 0.98 --eps 1e-6 --precision fp32 --workers 1 --save-frequency 0"
+)
+OPEN_CLIP_NETWORK = {
+    "embed_dim": 128,
+    "vision_cfg": {
+        "image_size": IMAGE_SIZE,
+        "layers": 4,
+        "width": 128,
+        "head_width": 32,
+        "patch_size": 8,
+    },
+    "text_cfg": {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 2},
+}
+START_OPEN_CLIP = (
+    "import sys, open_clip; open_clip.add_model_config(sys.argv.pop(1)); "
+    "from open_clip_train.main import main; main(sys.argv[1:])"
+)
+
+
+def clip_ours(config, run: Path, seed: int) -> list[str]:
+    more = {
+        "metadata": config.folder / "train.json",
+        "batch-size": config.batch,
+        "epochs": config.epochs,
+        "warmup": f"{config.warmup} steps",
+        "lr": config.lr,
+        "device": device_of(config),
+        "seed": seed,
+        "output-dir": run,
+    }
+    return [sys.executable, *CLIP_OURS.split(), *flags(**more)]
+
+
+def clip_open_clip(config, run: Path, seed: int) -> list[str]:
+    network = config.folder / "open_clip_small.json"
+    write_json(network, OPEN_CLIP_NETWORK)
+    more = {
+        "train-data": config.folder / "train.csv",
+        "batch-size": config.batch,
+        "epochs": config.epochs,
+        "warmup": config.warmup,
+        "lr": config.lr,
+        "device": device_of(config),
+        "seed": seed,
+        "logs": run.parent,
+        "name": run.name,
+    }
+    words = [str(network), *CLIP_OPEN_CLIP.split(), *flags(**more)]
+    return [sys.executable, "-c", START_OPEN_CLIP, *words]
+
+
+def clip_tokens(texts: list[str]) -> Tensor:
+    """Ids int64 [B,L] of CLIP's tokenizer."""
+    return ClipTokenizer(None, CONTEXT)(texts, lengths=[CONTEXT])
+
+
+def open_our_clip(config, run: Path) -> tuple:
+    file = weights_file(run)
+    model = open_dual(read_weights(file), described(file)).model
+    return model.embed_image, model.embed_text, clip_tokens
+
+
+def open_their_clip(config, run: Path) -> tuple:
+    import open_clip
+
+    open_clip.add_model_config(config.folder / "open_clip_small.json")
+    model = open_clip.create_model("open_clip_small").eval()
+    file = run / f"checkpoints/epoch_{config.epochs}.pt"
+    model.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+
+    def embed_image(image: Tensor) -> dict[str, Tensor]:
+        return {"z": model.encode_image(image)}
+
+    def embed_text(ids: Tensor) -> dict[str, Tensor]:
+        return {"z": model.encode_text(ids)}
+
+    return embed_image, embed_text, clip_tokens
+
+
+# ---- ALBEF by Pretrain.py and by the original
+ALBEF_FILE = "models/model_pretrain.py"  # of the original's checkout
+MAX_TOKENS = 25  # written into the original's train()
+CROP = [0.8, 1.0]  # area of the image
+ENDS = 1e-5  # learning rate at the first and at the last step
+PATCH, WIDTH, LAYERS, HEADS = 8, 96, 2, 4
+METHOD = {  # under the names that both sides give them
+    "image_res": IMAGE_SIZE,
+    "vision_width": WIDTH,
+    "embed_dim": 64,
+    "queue_size": 1024,
+    "temp": 0.07,
+    "mlm_probability": 0.25,
+    "momentum": 0.99,
+    "alpha": 0.2,
+}
+ALBEF_OURS = (
+    "Pretrain.py --method albef --patch_size 8 --vision_depth 2 --vision_heads 4 --max_tokens 25 "
+    "--flip false --augment_level 0 --crop_scale 0.8 1.0 --weight_decay 0.02 --clip_grad_norm 0 "
+    "--warmup_lr 1e-5 --min_lr 1e-5 --workers 1 --tensorboard false --resume no"
+)
+BERT = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 4 * WIDTH,
+    "max_position_embeddings": 128,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
+    "encoder_width": WIDTH,
+    "fusion_layer": LAYERS // 2,
+}
+
+
+def tokenizer_of(config) -> Path:
+    """Folder of the WordPiece tokenizer of both sides."""
+    return (config.text_encoder or config.image_root / "tokenizer").absolute()
+
+
+def write_start(config, seed: int) -> Path:
+    """Write the geometry of BERT and the starting weights of a seed; returns the weights' file."""
+    tokenizer = Tokenizer(tokenizer_of(config))
+    bert = {**BERT, "vocab_size": tokenizer.vocab_size}
+    write_json(config.folder / "bert.json", bert)
+    torch.manual_seed(seed)
+    network = SimlaConfig(
+        vit=ViTConfig(IMAGE_SIZE, PATCH, WIDTH, LAYERS, HEADS),
+        bert=BertConfig.from_json(bert),
+        embed_dim=METHOD["embed_dim"],
+        queue_size=METHOD["queue_size"],
+        temp=METHOD["temp"],
+        mim=False,
+        keywords=0,
+        special_ids=tuple(tokenizer.special_ids),
+        cls_id=tokenizer.cls_id,
+    )
+    start = (config.folder / f"start_{seed}.pth").absolute()
+    torch.save({"model": Simla(network).state_dict()}, start)
+    return start
+
+
+def albef_ours(config, run: Path, seed: int) -> list[str]:
+    more = {
+        **METHOD,
+        "checkpoint": write_start(config, seed),
+        "train_file": config.folder / "train.json",
+        "text_encoder": tokenizer_of(config),
+        "bert_config": config.folder / "bert.json",
+        "batch_size": config.batch,
+        "duration": f"{config.epochs} epochs",
+        "warmup": f"{config.warmup} steps",
+        "lr": config.lr,
+        "device": device_of(config),
+        "seed": seed,
+        "output_dir": run,
+    }
+    return [sys.executable, *ALBEF_OURS.split(), *flags(**more)]
+
+
+def albef_original(config, run: Path, seed: int) -> list[str]:
+    schedule = {
+        "sched": "cosine",
+        "lr": config.lr,
+        "epochs": config.epochs,
+        "min_lr": ENDS,
+        "decay_rate": 1,
+        "warmup_lr": ENDS,
+        "warmup_epochs": config.warmup // 100,  # stairs of 100 steps in its first epoch
+        "cooldown_epochs": 0,
+    }
+    method = {
+        **METHOD,
+        "train_file": [str(config.folder / "train.json")],
+        "bert_config": str(config.folder / "bert.json"),
+        "batch_size": config.batch,
+        "optimizer": {"opt": "adamW", "lr": config.lr, "weight_decay": 0.02},
+        "schedular": schedule,
+    }
+    options = {
+        "peer": config.peer,
+        "peer_python": config.peer_python,
+        "config": method,
+        "vision": {"patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS},
+        "crop_scale": CROP,
+        "text_encoder": str(tokenizer_of(config) / "tokenizer.json"),
+        "start": str(write_start(config, seed)),
+        "run": str(run),
+        "device": device_of(config),
+        "seed": seed,
+    }
+    python = config.peer_python or sys.executable
+    function = "benchmarks.peers.albef_learning:train"
+    return [python, "-m", "benchmarks.child", function, json.dumps(options)]
+
+
+def open_albef(config, run: Path) -> tuple:
+    """Either side's last checkpoint in one network."""
+    file = run / f"checkpoint_{config.epochs - 1:02d}.pth"  # the original's
+    if not file.exists():
+        file = weights_file(run)
+    tokenizer = Tokenizer(tokenizer_of(config))
+    options = SimpleNamespace(
+        **METHOD,
+        patch_size=PATCH,
+        vision_depth=LAYERS,
+        vision_heads=HEADS,
+        vision_stem=(),
+        bert_config=config.folder / "bert.json",
+        distill=False,
+        compat="none",
+    )
+    model = Retrieval(retrieval_config(options, tokenizer.vocab_size)).eval()
+    start_from(model, read_weights(file), "retrieval")
+
+    def embed_image(image: Tensor) -> dict[str, Tensor]:
+        return {"z": model.encode_image(image)[1]}
+
+    def embed_text(ids: Tensor) -> dict[str, Tensor]:
+        return {"z": model.encode_text(ids, ids != tokenizer.pad_id)[1]}
+
+    def tokenize(texts: list[str]) -> Tensor:
+        return tokenizer([pre_caption(text) for text in texts], MAX_TOKENS, lengths=None)[0]
+
+    return embed_image, embed_text, tokenize

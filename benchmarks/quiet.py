@@ -19,6 +19,7 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.files import read_json_lines
+from benchmarks.runner import checkouts
 from benchmarks.table import write_sections
 from runtime.config.cli import knob, parse, run_script
 
@@ -33,12 +34,12 @@ class Row:
 
 
 ROWS = {  # by importance
-    "cl2l": Row("dual --steps 1", 3.5, "clip-rocket"),
+    "cl2l": Row("dual --steps 1", 4.0, "clip-rocket"),
     "clip": Row("dual", 2.5),
+    "knn": Row("knn", 2.5),
     "views": Row("views", 1.5),
-    "knn": Row("knn", 2.0),
-    "simla": Row("pretrain --steps 1", 6.0, "simla"),
-    "tiles": Row("contrastive --threads 1 --repeats 1", 5.0),
+    "simla": Row("pretrain --steps 1", 6.5, "simla"),
+    "tiles": Row("contrastive --threads 1 --repeats 1", 5.5),
 }
 
 
@@ -55,20 +56,7 @@ class Config:
     report: str = knob("docs/BENCHMARKS.md", "page to write the tables to; empty = record only")
 
 
-def parse_peers(given: list[str]) -> dict[str, str]:
-    """Paths by name. Raises UserError for an unknown name or a missing folder."""
-    known = [row.peer for row in ROWS.values() if row.peer]
-    found = {}
-    for entry in given:
-        name, _, path = entry.partition("=")
-        if name not in known or not Path(path).is_dir():
-            names = " or ".join(known)
-            raise UserError(f"--peers {entry}: give NAME=PATH, NAME {names}, PATH its checkout")
-        found[name] = str(Path(path).resolve())
-    return found
-
-
-def measure_row(row: Row, config: Config, peers: dict[str, str]) -> None:
+def measure_row(row: Row, config: Config, peers: dict[str, Path]) -> None:
     """Run the row's benchmark, which appends to `record`. Raises UserError if it refuses."""
     name, *words = row.command.split()
     module = importlib.import_module(f"benchmarks.{name}")
@@ -79,12 +67,13 @@ def measure_row(row: Row, config: Config, peers: dict[str, str]) -> None:
     options.record = config.record
     options.report = ""
     if row.peer:
-        options.peer = peers[row.peer]
+        options.peer = str(peers[row.peer])
     module.main(options)
 
 
 def main(config: Config) -> None:
-    peers = parse_peers(config.peers)
+    known = [row.peer for row in ROWS.values() if row.peer]
+    peers = checkouts(config.peers, known, "--peers")
     deadline = time.monotonic() + 60 * config.minutes
     for name, row in ROWS.items():
         if name not in config.rows or not config.minutes:

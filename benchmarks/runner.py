@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def check_peer(options: PeerOptions, file: str, name: str, one_size: bool = True
         raise UserError(f"--peer {options.peer}: no {file} there; it takes a checkout of {name}")
     if options.peer and options.tiny and one_size:
         raise UserError(f"--tiny: {name} has one size; leave --peer out")
+
+
+def checkouts(given: Iterable[str], known: Iterable[str], option: str) -> dict[str, Path]:
+    """Folders by name, from NAME=PATH each. Raises UserError for an unknown name or no folder."""
+    found = {}
+    for entry in given:
+        name, _, path = entry.partition("=")
+        if name not in known:
+            names = ", ".join(known)
+            raise UserError(f"{option} {entry}: give NAME=PATH, where NAME is one of {names}")
+        if not Path(path).is_dir():
+            raise UserError(f"{option} {entry}: no such folder; PATH is a checkout of {name}")
+        found[name] = Path(path).resolve()
+    return found
 
 
 def check_tensorflow(options: PeerOptions) -> None:

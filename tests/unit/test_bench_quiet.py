@@ -1,6 +1,7 @@
 """The rows of a quiet machine: which are measured, with what, and what reaches the page."""
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,7 +67,7 @@ def test_every_row_is_a_benchmark_with_these_options(name, config, monkeypatch):
     given = []
     monkeypatch.setattr(module, "main", given.append)
     config.repeats, config.wait = 5, 7.0
-    quiet.measure_row(row, config, {"simla": "/checkout", "clip-rocket": "/checkout"})
+    quiet.measure_row(row, config, {"simla": Path("/checkout"), "clip-rocket": Path("/checkout")})
     (options,) = given
     assert options.repeats == (1 if name == "tiles" else 5) and options.wait == 7
     assert options.record == config.record and options.report == "" and not options.busy
@@ -74,10 +75,12 @@ def test_every_row_is_a_benchmark_with_these_options(name, config, monkeypatch):
 
 
 def test_checkouts_are_folders_under_known_names(tmp_path):
-    assert quiet.parse_peers([f"simla={tmp_path}"]) == {"simla": str(tmp_path)}
-    for entry in ("blip=.", f"simla={tmp_path}/none"):
-        with pytest.raises(UserError, match=r"NAME clip-rocket or simla, PATH its checkout"):
-            quiet.parse_peers([entry])
+    known = ["clip-rocket", "simla"]
+    assert runner.checkouts([f"simla={tmp_path}"], known, "--peers") == {"simla": tmp_path}
+    with pytest.raises(UserError, match=r"--peers blip=.: .*NAME is one of clip-rocket, simla"):
+        runner.checkouts(["blip=."], known, "--peers")
+    with pytest.raises(UserError, match="no such folder; PATH is a checkout of simla"):
+        quiet.main(quiet.Config(peers=[f"simla={tmp_path}/none"]))
 
 
 def test_a_busy_machine_has_no_rows(config, tmp_path, monkeypatch, capsys):

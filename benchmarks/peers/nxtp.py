@@ -69,14 +69,8 @@ class Original:
         tower = importlib.import_module("models.clip").CLIPViT
         lang = importlib.import_module("models.lang")
         sizes = self.sizes
-        encoder = tower(
-            inputs.SIDE,
-            inputs.PATCH,
-            sizes.vision_width,
-            sizes.vision_layers,
-            sizes.vision_heads,
-            sizes.dim,
-        )
+        vision = [sizes.vision_width, sizes.vision_layers, sizes.vision_heads]
+        encoder = tower(inputs.SIDE, inputs.PATCH, *vision, sizes.dim)
         del encoder.proj
         encoder.proj = nn.Linear(sizes.vision_width, sizes.dim, bias=False)
         settings = lang.ModelArgs(
@@ -111,15 +105,10 @@ def import_stand_ins(checkout: str) -> None:
     sys.path.insert(0, str(source))
     stand_in("models", __path__=[str(source / "models")])  # a folder without __init__: ours has one
     stand_in("clip", model=types.SimpleNamespace(LayerNorm=LayerNorm, QuickGELU=QuickGELU))
-    stand_in(
-        "utils",
-        get_noun_words=lambda text, **_: ",".join(inputs.labels_of(text)),
-        load_checkpoint=None,
-    )
-    stand_in("train", load_llama=None, load_clip=None)
-    stand_in("loader", build_preprocess=None)
+    stand_in("utils", get_noun_words=lambda text, **_: ",".join(inputs.labels_of(text)))
     stand_in("evals", __path__=[str(source / "evals")])
-    stand_in("evals.engine", prepare=None, evaluate=None, _TEST_DATASETS=None, _CLIP_MODELS=None)
+    for unused in ("train", "loader", "evals.engine"):
+        stand_in(unused)
 
 
 def label(options: types.SimpleNamespace) -> dict:
@@ -129,40 +118,28 @@ def label(options: types.SimpleNamespace) -> dict:
     images = inputs.images(options.images).to(options.device)
     found = []
 
+    @torch.inference_mode()
     def step() -> None:
-        with torch.inference_mode():
-            count, texts, ids, embedded = original.encode(images, [""] * len(images), False)
-            decoder = original.decoding.OneShotDecoder(
-                k=options.labels, max_update_iter=options.tokens + 1
-            )
-            decoder.reset()
-            finish = decoder.finalize
-            prompt_length = int((ids[1][0] >= 0).sum())
-            rows = []
+        count, texts, ids, embedded = original.encode(images, [""] * len(images), False)
+        limit = options.tokens + 1
+        decoder = original.decoding.OneShotDecoder(k=options.labels, max_update_iter=limit)
+        decoder.reset()
+        finish = decoder.finalize
+        rows = []
 
-            def finalize(tokens, *rest, **more):  # it loses track of unfinished rows: take them now
-                rows.append(tokens[:, prompt_length:])
-                return finish(tokens, *rest, **more)
+        def finalize(tokens, *rest, **more):  # it loses track of unfinished rows: take them now
+            rows.append(tokens)
+            return finish(tokens, *rest, **more)
 
-            decoder.finalize = finalize
-            original.evaluation.generate(
-                original.args,
-                count,
-                texts[5],
-                ids[1],
-                embedded[1],
-                embedded[2],
-                inputs.Words(),
-                model,
-                torch.device(options.device),
-                decoder,
-            )
-        tokens = rows[0][:, : options.tokens].unflatten(0, (len(images), -1))
+        decoder.finalize = finalize
+        words = inputs.Words()
+        prompt = [texts[5], ids[1], embedded[1], embedded[2], words]
+        original.evaluation.generate(original.args, count, *prompt, model, images.device, decoder)
+        begin = int((ids[1][0] >= 0).sum())  # the prompt's length
+        tokens = rows[0][:, begin : begin + options.tokens].unflatten(0, (len(images), -1))
         found[:] = [[first_label(row) for row in image] for image in tokens.tolist()]
 
-    result = measure(step, options)
-    result["tokens"] = found
-    return result
+    return {**measure(step, options), "tokens": found}
 
 
 def first_label(row: list[int]) -> list[int]:
@@ -217,6 +194,4 @@ def train(options: types.SimpleNamespace) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    result = measure(step, options)
-    result["loss"] = losses[0]
-    return result
+    return {**measure(step, options), "loss": losses[0]}

@@ -3,6 +3,8 @@
 #
 #     bash scripts/dev/local_slurm.sh start      # prints how to point sbatch, squeue and run_with_submitit.py to it
 #     bash scripts/dev/local_slurm.sh status
+#     bash scripts/dev/local_slurm.sh fail n2    # the node dies with all that runs on it; its jobs are requeued
+#     bash scripts/dev/local_slurm.sh repair n2
 #     bash scripts/dev/local_slurm.sh stop
 #
 # Nodes n1 and n2 are two slurmd on the loopback address. Partition `main` is preempted and requeued by partition `high`.
@@ -121,6 +123,29 @@ status() {
     squeue
 }
 
+# fail NODE: its slurmd and all processes that slurmd started end at once, as when a machine loses its power
+fail() {
+    local pid parent tasks=() steps=()
+    [ -s "$dir/slurmd-${1:-}.pid" ] || { echo "error: no such node: ${1:-}" >&2; exit 2; }
+    for environ in /proc/[0-9]*/environ; do
+        grep -qzx "SLURMD_NODENAME=$1" "$environ" 2>/dev/null || continue
+        grep -qzx "SLURM_CONF=$SLURM_CONF" "$environ" 2>/dev/null || continue
+        pid=${environ#/proc/} pid=${pid%/environ}
+        tasks+=("$pid")
+        parent=$(awk '{ print $4 }' "/proc/$pid/stat" 2>/dev/null || true)
+        [ "$(cat "/proc/${parent:-0}/comm" 2>/dev/null)" != slurmstepd ] || steps+=("$parent")
+    done
+    # slurmd and slurmstepd first: they would report the end of their tasks
+    kill -9 "$(cat "$dir/slurmd-$1.pid")" "${steps[@]}" "${tasks[@]}" 2>/dev/null || true
+    rm -f "$dir/slurmd-$1.pid"
+    scontrol update NodeName="$1" State=DOWN Reason=failed # at once, instead of after SlurmdTimeout
+}
+
+repair() {
+    slurmd -N "$1"
+    scontrol update NodeName="$1" State=RESUME
+}
+
 stop() {
     # the jobs first: a slurmd that ends leaves them running
     if alive slurmctld; then
@@ -144,6 +169,8 @@ stop() {
 
 case ${1:-} in
     start) start ;;
+    fail) fail "${2:-}" ;;
+    repair) repair "${2:-}" ;;
     stop) stop ;;
     status) status ;;
     *)

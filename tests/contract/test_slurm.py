@@ -143,16 +143,33 @@ def set_time_limit(env, job, minutes):
     )
 
 
-def test_preempted_and_timed_out_gives_the_weights_of_the_undisturbed_run(
-    slurm, digitscenes, image_tokenizer, tmp_path
-):
-    def flags(name):
-        changes = {"workers": 1, "save_every": "8 steps", "scheduler.epochs": "8 steps"}
-        return arguments(digitscenes, image_tokenizer, tmp_path / name, **changes)
+@pytest.fixture(scope="module")
+def flags(digitscenes, image_tokenizer):
+    """Command-line flags of eight steps of Pretrain.py that write to a folder."""
 
-    straight, cut, torchrun = (tmp_path / name for name in ("straight", "cut", "torchrun"))
+    def of(folder, save_every=8):
+        changes = {"workers": 1, "save_every": f"{save_every} steps", "scheduler.epochs": "8 steps"}
+        return arguments(digitscenes, image_tokenizer, folder, **changes)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def straight(slurm, flags, tmp_path_factory):
+    """The folder of a job that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("slurm") / "straight"
+    job = submit(slurm, "Pretrain.py", folder, "--", *flags(folder))
+    assert wait_for_end(slurm, job, folder) == "COMPLETED", logs(folder)
+    assert "2 processes" in logs(folder), "the two tasks did not find each other"
+    return folder
+
+
+def test_preempted_and_timed_out_gives_the_weights_of_the_undisturbed_run(
+    slurm, flags, straight, tmp_path
+):
+    cut, torchrun = tmp_path / "cut", tmp_path / "torchrun"
     (tmp_path / "held.py").write_text(HELD)
-    job = submit(slurm | {"HOLD": "3,6"}, tmp_path / "held.py", cut, "--", *flags("cut"))
+    job = submit(slurm | {"HOLD": "3,6"}, tmp_path / "held.py", cut, "--", *flags(cut))
     wait_until(lambda: 3 in steps(cut), cut)
     began = time.monotonic()
     preempt(slurm, 1)
@@ -168,13 +185,98 @@ def test_preempted_and_timed_out_gives_the_weights_of_the_undisturbed_run(
     ), said
     assert "SIGUSR1 received" in said and "saved at step 6" in said, said
     assert len((cut / "requeues.log").read_text().splitlines()) == 1
-
-    job = submit(slurm, "Pretrain.py", straight, "--", *flags("straight"))
-    assert wait_for_end(slurm, job, straight) == "COMPLETED", logs(straight)
-    assert "2 processes" in logs(straight), "the two tasks did not find each other"
-    finish(2, flags("torchrun"))
+    finish(2, flags(torchrun))
     assert_same_run(cut, straight)
     assert_same_run(torchrun, straight)
+
+
+def node(env, what, name):
+    """Let a node fail, or repair it."""
+    command = ["bash", str(ROOT / "scripts/dev/local_slurm.sh"), what, name]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+
+
+def test_a_job_that_loses_a_node_resumes_to_the_weights_of_the_undisturbed_run(
+    slurm, flags, straight, tmp_path
+):
+    cut = tmp_path / "cut"
+    (tmp_path / "held.py").write_text(HELD)
+    words = flags(cut, save_every=2)
+    job = submit(slurm | {"HOLD": "3"}, tmp_path / "held.py", cut, "--", *words)
+    wait_until(lambda: 3 in steps(cut), cut)
+    node(slurm, "fail", "n2")
+    try:
+        wait_until(lambda: state(slurm, job) == "PENDING", cut)
+    finally:
+        node(slurm, "repair", "n2")
+    assert wait_for_end(slurm, job, cut) == "COMPLETED", logs(cut)
+    said = logs(cut)
+    assert "from 2" in said and "saved at step 3" not in said, said
+    assert not (cut / "requeues.log").exists(), "a job that lost a node is requeued by Slurm"
+    assert_same_run(cut, straight)
+
+
+# scripts/data/pack.py whose first start waits at shard 2 for its end, and is killed at shard 4
+HELD_PACK = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from runtime.config.cli import run_script
+from scripts.data import pack
+
+write = pack.pack_shard
+
+def held(shard, config, state):
+    if shard == 2 and "SLURM_RESTART_COUNT" not in os.environ:
+        time.sleep(600)
+    if shard == 4 and os.environ.get("KILLED"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(shard, config, state)
+
+pack.pack_shard = held
+run_script(pack.main, pack.Config)
+"""
+
+
+def submit_pack(env, folder, target) -> tuple[str, str]:
+    """Submit seven shards in two tasks; the numbers of the array and of the merge."""
+    words = ["--data", "pairs.json", "--target", target, "--samples_per_shard", "1"]
+    words += ["--workers", "1", "--slurm", "2", "--cpus", "1", "--minutes", "60"]
+    command = [sys.executable, "held.py", *words]
+    result = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    jobs = (folder / target / "slurm/job").read_text().strip().split(",")
+    return jobs[0], jobs[1]
+
+
+def test_an_array_resumes_where_a_task_was_cut_and_its_merge_refuses_what_is_missing(
+    slurm, tmp_path
+):
+    from PIL import Image
+
+    (tmp_path / "held.py").write_text(HELD_PACK)
+    pairs = [{"image": f"{number}.png", "caption": str(number)} for number in range(7)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    for number in range(7):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    out = tmp_path / "out"
+    array, merge = submit_pack(slurm | {"KILLED": "yes"}, tmp_path, "out")
+    marks = [out / f"{number:05d}_stats.json" for number in range(7)]
+    wait_until(lambda: marks[1].exists() and marks[3].exists(), out)
+    first = marks[0].stat().st_mtime_ns
+    subprocess.run(["scontrol", "requeue", f"{array}_0"], env=slurm, check=True)
+    assert wait_for_end(slurm, merge, out) == "FAILED", logs(out)
+    said = (out / f"slurm/{merge}_0_log.out").read_text()
+    assert "shards 4-6 of 0-6 are missing" in said, logs(out)
+    assert (
+        '"shards": 3, "kept": 2, "samples": 1' in (out / f"slurm/{array}_0_0_log.out").read_text()
+    )
+    assert marks[0].stat().st_mtime_ns == first, "a finished shard was made again"
+
+    array, merge = submit_pack(slurm, tmp_path, "out")
+    assert wait_for_end(slurm, merge, out) == "COMPLETED", logs(out)
+    said = (out / f"slurm/{merge}_0_log.out").read_text()
+    assert '{"shards": 7, "samples": 7, "failed": 0}' in said, logs(out)
+    assert marks[0].stat().st_mtime_ns == first
 
 
 def toy(folder, body) -> Path:

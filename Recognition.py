@@ -41,7 +41,7 @@ from models.layers.batchnorm import synchronise_batch_norm
 from models.recognition.decoding import Decoding, Drafts
 from models.recognition.labeller import Labeller
 from models.recognition.nxtp import Nxtp
-from models.weights.build_nxtp import Networks, read_archive
+from models.weights.build_nxtp import Networks, read_clip
 from models.weights.nxtp import choose_parameters
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
@@ -105,8 +105,8 @@ def check(config: Config, world: World) -> None:
 
 def build_model(config: Config, tokenizer: PieceTokenizer, world: World) -> Nxtp:
     """The network on the CPU: of `--checkpoint`, of CLIP and LLaMA, or random."""
-    clip = config.clip and (read_archive(config.clip) or read_weights(config.clip))
     checkpoint = config.checkpoint and read_weights(config.checkpoint)
+    clip = read_clip(config.clip, checkpoint, read_weights)
     part = (world.rank, world.size) if config.tensor_parallel else None
     return config.network.build(tokenizer, clip, config.llama, checkpoint, part, read_weights)
 

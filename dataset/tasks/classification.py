@@ -15,6 +15,7 @@ import inspect
 import math
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -463,7 +464,8 @@ def class_names(
     data: Sequence[str], file: Path | None, root: Path, download: bool = False
 ) -> list[str]:
     """Names of the classes: the lines of `file`, else those of the first class folders or
-    torchvision set; [] where none tells. Raises UserError for a missing file.
+    torchvision set; [] where none tells. Raises UserError for a missing file. Data that are not on
+    this machine tell nothing: an evaluation does without the training data of its recipe.
     """
     if file is not None:
         return read_class_names(file)
@@ -472,8 +474,9 @@ def class_names(
             if is_flat(Path(each)):
                 return flat_folder(Path(each)).classes
             return class_folders(Path(each))
-        if not is_shards(each) and not is_list(each):
-            return list(open_records(each, root, "train", download=download).classes)
+        if each.startswith("torchvision/"):
+            with suppress(UserError):
+                return list(open_records(each, root, "train", download=download).classes)
     return []
 
 

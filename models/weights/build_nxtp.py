@@ -14,12 +14,14 @@ from base.memory import check_fits, parameter_count
 from models.layers.llama import LlamaConfig, own_part
 from models.layers.openai_towers import OpenAIConfig
 from models.recognition.nxtp import Nxtp, NxtpConfig
+from models.weights.clip import unwrap_names
 from models.weights.llama import cut, read_llama
 from models.weights.loading import load_checkpoint
 from models.weights.nxtp import (
     check_vocabulary,
     decoder_state,
     geometry,
+    has_tower,
     openai_layout,
     recognition_state,
     vision_config,
@@ -184,6 +186,12 @@ class Networks:
         )
 
 
-def read_archive(path: Path) -> State | None:
-    """The weights in OpenAI's TorchScript archive of CLIP; None where the file is none."""
-    return jit_state_dict(path) if path.is_file() and is_jit_archive(path) else None
+def read_clip(
+    path: Path | None, checkpoint: State | None, read_weights: Callable[[Path], State]
+) -> State | None:
+    """The weights of CLIP in OpenAI's TorchScript archive or another file; None where no file is
+    named, and where the checkpoint has the image tower: then the file need not be there."""
+    if path is None or (checkpoint and has_tower(unwrap_names(checkpoint))):
+        return None
+    archive = path.is_file() and is_jit_archive(path)
+    return jit_state_dict(path) if archive else read_weights(path)

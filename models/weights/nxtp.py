@@ -119,6 +119,11 @@ def recognition_state(
     return vision_state(clip, image_size) | state
 
 
+def has_tower(state: State) -> bool:
+    """Whether an NXTP checkpoint holds its image tower, which the published ones lack."""
+    return f"{VISION}conv1.weight" in state or of_library(state)
+
+
 def geometry(
     state: State,
     heads: int | None,

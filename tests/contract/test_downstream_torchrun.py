@@ -19,7 +19,8 @@ def results(out: Path) -> dict:
 def test_two_processes_train_evaluate_and_leave(digitscenes, tmp_path, task):
     """With loader workers and TensorBoard, whose threads and processes must not outlive the run."""
     more = ["--scheduler.epochs", "4 steps", "--workers", "1", "--tensorboard", "true"]
-    run_script(f"{task}.py", flags(task, digitscenes, tmp_path / "two", *more), 2)
+    said = run_script(f"{task}.py", flags(task, digitscenes, tmp_path / "two", *more), 2)
+    assert "Warning" not in said, said  # ours, torch's or another library's
     assert [line["step"] for line in log_lines(tmp_path / "two") if "loss" in line] == [2, 4]
     assert (tmp_path / "two/result/report.html").exists()
     again = start(

@@ -18,8 +18,9 @@ from dataset.sources import remote
 from dataset.sources.remote import RemoteFile, local_copy, read_text
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import find_shards, list_shards
-from dataset.sources.shards import ShardSource, read_shard
+from dataset.sources.shards import ShardSource, read_shard, shard_sources
 from tests.contract.stream_cases import Build, stream, write_shards
+from tests.helpers.processes import spawn
 
 pytest.importorskip("aiohttp")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -264,6 +265,25 @@ def test_many_shards_on_a_slow_store_start_quickly(count):
     assert shards.samples == 1000 * count and requests == {"cat": count}
     assert seconds < min(60, count * DELAY / 4)
     print(f"{count} shards, {DELAY * 1000:.0f} ms an answer: {seconds:.1f} s")
+
+
+def start_on_a_slow_store(rank, count):
+    requests = Counter()
+    slow_store(requests)
+    begin = time.monotonic()
+    (source,) = shard_sources([f"slow://bucket/{{00000..{count - 1:05d}}}.tar"], Build(), 10)
+    seconds = time.monotonic() - begin
+    assert len(source) == 1000 * count and len(source.found.counts) == count
+    assert requests == ({} if rank else {"cat": count})  # each file once a run, not once a process
+    assert seconds < 60, f"{count} shards: {seconds:.1f} s"
+
+
+LARGE = [pytest.param(10_000, ranks, marks=pytest.mark.slow) for ranks in (2, 4)]
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(400, 2), *LARGE])
+def test_many_processes_start_as_quickly_as_one(count, ranks):
+    spawn(start_on_a_slow_store, ranks, count)
 
 
 def test_tar_files_of_a_plain_server_folder_need_braces(server):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset.tasks.classification import class_names
 from runtime.config.cli import parse
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,15 @@ def test_the_named_split_alone(script, recipe, given, empty, capsys):
     for name in empty:
         assert not getattr(config, name)
     assert f"{empty[0]} of the recipe is not read" in capsys.readouterr().out
+
+
+def test_classes_come_from_the_data_that_are_here(tmp_path):
+    """Classification.py --evaluate --val_data MINE, without the recipe's training data."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(b"")
+    for recipe in ("imagenet/train", "torchvision/CIFAR10:train", "coyo/*.tar", "list.jsonl"):
+        assert class_names([recipe, str(tmp_path)], None, tmp_path / "x") == ["cat", "dog"]
 
 
 def test_without_a_named_split_the_recipes_are_evaluated():

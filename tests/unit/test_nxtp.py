@@ -1,6 +1,8 @@
 """The recognition network: what labels see, what is trained, how weights come together, and what is
 refused."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from base.errors import UserError
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import OpenAIConfig, TextShape
 from models.recognition.nxtp import IGNORED, NxtpConfig, among
-from models.weights.build_nxtp import Networks
+from models.weights.build_nxtp import Networks, read_clip
 from models.weights.loading import load_checkpoint
 from models.weights.nxtp import (
     decayed_names,
@@ -176,6 +178,17 @@ class TestWeights:
         model = Networks(decoder=(32, 1)).build(Tokens(), to_hugging_face(theirs))
         ours, image = model.vision_encoder, torch.randn(1, 3, 32, 32)
         assert torch.equal(ours.tokens(image), theirs.visual.tokens(image))
+
+    def test_clip_is_read_where_the_checkpoint_lacks_the_tower_alone(self):
+        """--evaluate of a run does without the file of CLIP that its recipe names."""
+        whole = Networks(decoder=(64, 1), vision=(64, 1, 14)).build(Tokens()).state_dict()
+        published = {k: v for k, v in whole.items() if not k.startswith("vision_encoder.conv1")}
+        read = []
+        for checkpoint in (whole, {f"module.{name}": value for name, value in whole.items()}):
+            assert read_clip(Path("none.pt"), checkpoint, read.append) is None and not read
+        for checkpoint in (published, None):
+            read_clip(Path("none.pt"), checkpoint, read.append)
+        assert read == [Path("none.pt")] * 2 and read_clip(None, None, read.append) is None
 
     def test_a_published_checkpoint_holds_trained_tensors_only(self):
         model = network()

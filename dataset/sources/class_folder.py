@@ -1,6 +1,7 @@
 """Class folders: a folder a class with its images, for classification."""
 
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from dataset.images.formats import files_below, is_image
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the sub-folders in alphabetical order; links count, hidden ones do not."""
-    return sorted(path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path))
+    """Names of the sub-folders in alphabetical order, the same whether accents are one letter or
+    two (NFD); links count, hidden ones do not."""
+    names = (path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path))
+    return sorted(names, key=lambda name: (unicodedata.normalize("NFC", name), name))
 
 
 def _report(root: Path, left_out: Counter) -> None:

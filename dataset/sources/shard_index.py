@@ -77,7 +77,7 @@ class ShardIndex(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number, name = self.shard[index], self.names[self.shard[index]]
-        if is_tfrecord(name):
+        if self._is_example(index):
             first = self.first[index]
             with open(self.files[number], "rb") as file:
                 file.seek(self.start[first])
@@ -109,7 +109,13 @@ class ShardIndex(Sequence):
         return [self.kinds[self.kind[place]] for place in self._members(index)]
 
     def read(self, index: int, ending: str) -> bytes:
-        """Content of one member of a sample. KeyError where it has none of that ending."""
+        """Content of one member of a sample, of a TFRecord example its feature. KeyError where it
+        has none of that ending."""
+        if self._is_example(index):
+            values = [value for value in self[index].get(ending, []) if isinstance(value, bytes)]
+            if not values:
+                raise KeyError(ending)
+            return b",".join(values)
         for place in self._members(index):
             if self.kinds[self.kind[place]] == ending:
                 with open(self.files[self.shard[index]], "rb") as file:
@@ -119,8 +125,13 @@ class ShardIndex(Sequence):
 
     def image(self, index: int) -> bytes:
         """The encoded image of a sample."""
+        if self._is_example(index):
+            return self[index]["image"]
         endings = self.endings(index)
         return self.read(index, next(kind for kind in IMAGE_TYPES if kind in endings))
+
+    def _is_example(self, index: int) -> bool:
+        return is_tfrecord(self.names[self.shard[index]])
 
 
 def _cached_table(names: Sequence[str], files: Sequence[Path]) -> dict[str, np.ndarray]:

@@ -254,14 +254,15 @@ class LabelledImage:
 def names_of(record: dict) -> list[str]:
     """The labels of a record of a list or of a shard. Raises BadSample where a shard has none for
     it."""
-    if "labels" in record:
-        labels = as_list(record["labels"])
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise BadSample(f"{name_of(record)}: labels is {brief(labels)}, not a list of texts")
-        return [name for label in labels for name in parse_nouns(label)]
-    if "nouns" not in record:
+    field = "labels" if "labels" in record else "nouns"
+    if field not in record:
         raise BadSample(f"{name_of(record)}: no member .nouns; {EXTRACT}")
-    return parse_nouns(record["nouns"])
+    given = record[field]
+    labels = given if isinstance(given, list) else [given]
+    texts = [each for each in labels if each is not None]
+    if not all(isinstance(text, str | bytes) for text in texts):
+        raise BadSample(f"{name_of(record)}: {field} is {brief(given)}, not a list of texts")
+    return [name for text in texts for name in parse_nouns(text)]
 
 
 def has_names(record: dict) -> bool:
@@ -308,16 +309,16 @@ def label_records(path: str | Path) -> Records:
 
 def read_list(path: Path) -> Iterator[dict]:
     """`{image, labels}` of every line `path : name,name,...`; a path may hold colons if blanks
-    stand around the one."""
+    stand around the one. An image may have no names: evaluation keeps it, training passes over."""
     found = False
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
-        image, colon, names = line.strip().partition(" : ")
+        image, colon, names = line.partition(" : ")
         if not colon:
-            image, colon, names = line.strip().partition(":")
+            image, colon, names = line.partition(":")
         labels = [name.strip() for name in names.split(",") if name.strip()]
-        if not image.strip() or not labels:
+        if not image.strip() or not colon:
             raise UserError(
                 f"{path}, line {number}: expected `path : name,name,...`, found {brief(line.strip())}"
             )

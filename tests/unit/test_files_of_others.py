@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from base.files import matching_files, parse_json
 from base.text import lines_in, whole_number
 from dataset.health.survey import open_list
 from dataset.images.decode import ORIENTATION, decode_image, image_ending
+from dataset.sources.class_folder import class_folders as class_folders_in
 from dataset.sources.flat_folder import flat_folder
 from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
@@ -33,7 +35,7 @@ from dataset.tasks.classification import (
     read_class_names,
 )
 from dataset.tasks.grounding import read_boxes, targets
-from dataset.tasks.recognition import names_of
+from dataset.tasks.recognition import ImageSet, names_of
 from dataset.tasks.retrieval import RetrievalSet
 from dataset.tasks.ve_nlvr import SNLI_VE, Statements
 from dataset.tasks.vqa import read_official_answers
@@ -194,6 +196,25 @@ def test_a_tfrecord_that_is_cut_off_is_not_whole_in_silence(tmp_path):
     assert isinstance(bad, BadSample) and "cut off" in str(bad)
 
 
+def test_recognition_trains_and_is_scored_on_tfrecords(tmp_path):
+    shard = tmp_path / "a.tfrecord"
+    names = ["dog,cat", ["dog", "cat"], ""]  # an image that shows nothing stays in evaluation
+    write_records(shard, [encode_example({"jpg": encoded(), "nouns": each}) for each in names])
+    expected = [["dog", "cat"], ["dog", "cat"], []]
+    assert [names_of(record) for record in read_shard(str(shard))] == expected
+    found = ImageSet(shard, lambda image: image)
+    assert found.references == expected and found.load(2)["image"].shape == (3, 12, 16)
+    assert found.names[1] == f"{shard}/1"
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [(None, []), ([], []), (["dog", None], ["dog"]), ("dog, cat", ["dog", "cat"])],
+)
+def test_names_that_are_missing(labels, names):
+    assert names_of({"image": "a.jpg", "labels": labels}) == names
+
+
 # ---- numbers
 @pytest.mark.parametrize(
     ("given", "number"),
@@ -264,6 +285,15 @@ def test_labels_of_a_flat_folder_behind_a_tab(tmp_path):
 
 
 # ---- lists
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_classes_are_in_one_order_however_their_accents_are_written(tmp_path, form):
+    """Else a checkpoint would be scored with other classes on a copy of the same folders."""
+    for name in ("zebra", "éclair", "äpfel", "ant"):
+        images_in(tmp_path / unicodedata.normalize(form, name), ["a.jpg"])
+    found = [unicodedata.normalize("NFC", name) for name in class_folders_in(tmp_path)]
+    assert found == ["ant", "zebra", "äpfel", "éclair"]
+
+
 def test_a_table_of_labels_names_no_classes(tmp_path):
     images_in(tmp_path, ["a.jpg"])
     (tmp_path / "labels.csv").write_text("path,label\na.jpg,0\n")

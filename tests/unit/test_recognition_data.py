@@ -241,7 +241,9 @@ def test_list_files(tmp_path, monkeypatch):
         {"image": "C:/x 1.jpg", "labels": ["great white shark", "white shark"]},
         {"image": "b.jpg", "labels": ["tench"]},
     ]
-    (tmp_path / "b.list").write_text("b.jpg : \n")
+    (tmp_path / "n.list").write_text("a.jpg : dog\nb.jpg : \nc.jpg:\n")  # kept for evaluation
+    assert [record["labels"] for record in label_records(tmp_path / "n.list")] == [["dog"], [], []]
+    (tmp_path / "b.list").write_text("b.jpg\n")
     with pytest.raises(UserError, match=r"b.list, line 1: expected `path : name,name,...`"):
         label_records(tmp_path / "b.list")
     with pytest.raises(UserError, match="no such list"):

@@ -25,8 +25,10 @@ python scripts/train_dvae.py --data "$data/pretrain_train.json" --image_root "$d
     --scheduler.epochs "200 steps" --workers 1 --output_dir "$out/tokenizer"
 
 say "4/7 vision transformer: digits and colours as labels (the publication starts from DeiT)"
+# 16 epochs of the recipe's 20
 torchrun --standalone --nproc_per_node="$processes" Classification.py \
-    --config configs/Classification/digitscenes_pretrain.yaml --batch_size $((64 / processes)) --output_dir "$out/vit"
+    --config configs/Classification/digitscenes_pretrain.yaml --batch_size $((64 / processes)) \
+    --scheduler.epochs 16 --output_dir "$out/vit"
 
 say "5/7 pre-training SIMLA: ITA + ITM + MLM + MIM + pseudo-labels"
 # 5 epochs of the recipe's 9

@@ -23,29 +23,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from markupsafe import Markup
 from torch.utils.data import default_collate
 
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from base.files import cache_folder, digest
+from base.files import cache_folder
 from dataset.loading.eval import EvalLoader
-from dataset.tasks.catalog import CatalogOptions, Prompts, wanted_entries
+from dataset.tasks.catalog import CatalogOptions, Entry, Prompts, wanted_entries
 from dataset.tasks.dual_inputs import image_side, text_tokenizer, tokenizer_identity
+from dataset.tasks.published import VTAB_PLUS
 from dataset.tasks.recognition import read_image
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_sets
-from evaluation.report.results import write_results
-from evaluation.report.zeroshot import cards, plain_tables
-from evaluation.retrieval import chance, units
+from evaluation.compositional import choices_chance
+from evaluation.report.classes import Shown, class_rows, classification_card
+from evaluation.report.retrieval import retrieval_gallery
+from evaluation.report.zeroshot import write_zero_shot
+from evaluation.retrieval import best_of_both, chance, units
 from evaluation.zeroshot import (
-    cached_classifier,
+    choose_captions,
     class_prompts,
     classify,
     embed_images,
     embed_texts,
     fingerprint,
+    prompt_classifier,
     retrieve,
-    text_classifier,
     word_probabilities,
     write_words,
     zero_shot_chance,
@@ -72,6 +76,7 @@ class Config(CatalogOptions):
     mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
     std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise")
     model_name: str = knob("", "how to call the model in the report")
+    results: Path | None = knob(None, "JSON lines of CLIP_benchmark's rows [result/results.jsonl]")
     image: Path | None = knob(None, "no data sets: which of --words fit this image")
     words: list[str] = knob([], "texts for --image, two or more; output_dir/result/words.json")
     batch_size: int = knob(256, "images or texts per forward pass and process", low=1)
@@ -144,10 +149,18 @@ def open_encoder(config: Config, world: World) -> Encoder:
     return Encoder(opened, Precision(config.precision, world.device), signature)
 
 
-def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> dict:
-    """Figures of a data set by metric and score, the same on every process."""
-    opened = encoder.opened
-    images = data.images
+class Evaluated(NamedTuple):
+    """Of one data set: figures by metric and score, a card of the page, figures by class."""
+
+    entry: Entry
+    figures: dict
+    card: Markup
+    by_class: list[dict]
+
+
+def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> Evaluated:
+    """Evaluate a data set; the same on every process."""
+    opened, images, entry = encoder.opened, data.images, data.entry
     view, embed = image_side(opened, world.device)
     own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
     batches = EvalLoader(
@@ -161,43 +174,35 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> d
         exif=config.exif,
     )
 
-    about = {"metric": data.entry.metric, "images": len(images)}
+    about = {"metric": entry.metric, "images": len(images)}
+    folder, size = cache_folder(config.cache), config.batch_size
     with evaluating(opened.model), encoder.precision.autocast():
         if data.classes:
             about["classes"] = len(data.classes)
-            about["chance"] = zero_shot_chance(data.entry.metric, len(data.classes))
-            classifier = classifier_of(data, encoder, config, world)
-            scores = classify(
-                embed,
-                classifier,
-                batches,
-                own,
-                len(images),
-                world,
-                data.entry.metric,
-                data.entry.name,
+            about["chance"] = zero_shot_chance(entry.metric, len(data.classes))
+            prompts = class_prompts(data.classes, data.templates, entry.name)
+            classifier = prompt_classifier(opened, encoder.signature, prompts, folder, size, world)
+            found = classify(
+                embed, classifier, batches, own, len(images), world, entry.metric, entry.name
             )
-        else:
-            about["captions"] = len(images.captions)
-            about["chance"] = chance(images.text_image, len(images))
-            image = embed_images(embed, batches, own, len(images), world)
-            text = embed_texts(
-                opened.model.embed_text, opened.tokenize, images.captions, world, config.batch_size
-            )
-            scores = retrieve(image, text, images.text_image, world)
-        return about | scores | batches.damages()
-
-
-def classifier_of(data: OpenSet, encoder: Encoder, config: Config, world: World) -> dict:
-    """The text classifier of the data set's prompts by score, kept in the cache."""
-    prompts = class_prompts(data.classes, data.templates, data.entry.name)
-    key = digest(encoder.signature, config.batch_size, prompts)
-    file = cache_folder(config.cache) / f"classifiers/{key}.safetensors"
-    opened = encoder.opened
-    make = partial(
-        text_classifier, opened.model.embed_text, opened.tokenize, prompts, world, config.batch_size
+            about |= found.scores | batches.damages()
+            card = classification_card(entry.name, Shown(images), data.classes, found)
+            return Evaluated(entry, about, card, class_rows(data.classes, found))
+        image = embed_images(embed, batches, own, len(images), world)
+        text = embed_texts(opened.model.embed_text, opened.tokenize, images.captions, world, size)
+    if entry.metric == "text_acc":
+        about["examples"] = len(images.example_images)
+        about["chance"] = choices_chance(images.example_images.shape[1], 2)
+        about |= choose_captions(image, text, images.example_images, images.example_captions)
+        return Evaluated(entry, about | batches.damages(), Markup(), [])
+    about["captions"] = len(images.captions)
+    about["chance"] = chance(images.text_image, len(images))
+    about |= retrieve(image, text, images.text_image, world) | batches.damages()
+    best = best_of_both(image["z"], text["z"], world)
+    card = retrieval_gallery(
+        Shown(images), images.captions, images.text_image, *best, title=entry.name
     )
-    return cached_classifier(file, make, world)
+    return Evaluated(entry, about, card, [])
 
 
 def show(encoder: Encoder, config: Config, world: World) -> None:
@@ -219,21 +224,19 @@ def main(config: Config) -> None:
         config.checkpoint = weights_file(config.checkpoint or config.output_dir)
     if config.image:
         return show(open_encoder(config, world), config, world)
-    prompts = Prompts(config.labels, config.templates)
+    prompts = Prompts(config.labels, config.templates, config.language)
     shards = cache_folder(config.cache) / "shards"
     entries = wanted_entries(config)
-    sets, skipped = open_sets(entries, prompts, shards, load_plain, config.download)
+    named = bool(config.datasets or config.catalog)
+    sets, skipped = open_sets(entries, prompts, shards, load_plain, config.download, explain=named)
     for data in sets:
         if data.classes:
             class_prompts(data.classes, data.templates, data.entry.name)  # fail before any work
     encoder = open_encoder(config, world)
-    results = {data.entry.name: evaluate(data, encoder, config, world) for data in sets}
+    found = {data.entry.name: evaluate(data, encoder, config, world) for data in sets}
     title = config.model_name or encoder.opened.title
-    figures = {"model": title, "results": results, "skipped": skipped}
-    text = f"{title}, {config.checkpoint or config.model}\n\n{plain_tables(results)}"
-    text += f"\n\n{len(skipped)} SKIPPED, see above: {', '.join(skipped)}" if skipped else ""
-    sections = cards(results, skipped)
-    write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text)
+    wanted = VTAB_PLUS if "vtab+" in config.datasets else ()
+    write_zero_shot(config, title, found, skipped, wanted)
 
 
 if __name__ == "__main__":

@@ -327,6 +327,15 @@ def in_order(ranking: Ranking) -> Ranking:
     )
 
 
+def best_of_both(image: Tensor, text: Tensor, world: World) -> tuple[Ranking, Ranking]:
+    """The captions nearest to every image, and the images nearest to every caption, as many as
+    recalls need: unit embeddings [I,E], [T,E]."""
+    image, text = image.to(world.device), text.to(world.device)
+    by_image = nearest(image, text, min(max(AT), len(text)), world)
+    by_text = nearest(text, image, min(max(AT), len(image)), world)
+    return by_image, by_text
+
+
 def ranks(ranking: Ranking, hits: Tensor, last: Tensor) -> Tensor:
     """Rank, from 0, of the best right answer of each query, int64 [Q].
 

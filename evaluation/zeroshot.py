@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,10 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from base.files import digest, weights_digest, write_json
+from evaluation.compositional import choices, example_scores
 from evaluation.predict import over_split, percent
-from evaluation.retrieval import AT, nearest, recalls, units
-from evaluation.zeroshot_metrics import KEPT, NEEDS_SCORES, by_score, measure
+from evaluation.retrieval import best_of_both, recalls, units
+from evaluation.zeroshot_metrics import KEPT, NEEDS_SCORES, by_score, class_figures, measure
 from runtime.checkpoint import export_safetensors, read_weights
 
 Embeddings = dict[str, Tensor]
@@ -136,6 +138,19 @@ def cached_classifier(file: Path, make: Callable[[], Embeddings], world: World) 
     return {name: matrix.to(world.device) for name, matrix in stored.items()}
 
 
+def prompt_classifier(
+    opened, signature: str, prompts: Sequence[Sequence[str]], folder: Path, size: int, world: World
+) -> Embeddings:
+    """The text classifier of the prompts of every class by score, kept in `folder`.
+
+    opened: has `model` and `tokenize`. signature: what its text embeddings depend on; size: texts
+    per forward pass and process.
+    """
+    file = folder / f"classifiers/{digest(signature, size, prompts)}.safetensors"
+    make = partial(text_classifier, opened.model.embed_text, opened.tokenize, prompts, world, size)
+    return cached_classifier(file, make, world)
+
+
 def fingerprint(model: nn.Module, *more) -> str:
     """Digest of a network (its configuration, names and values of its weights) and of further
     plain values."""
@@ -205,6 +220,20 @@ def best_classes(
     return over_split(predict, batches, own, total, world, "zero-shot")[0]
 
 
+class Classified(NamedTuple):
+    """Figures of a data set, and what the score z says of every image.
+
+    scores: `<metric>_<score>` in percent by every score of `score_names`, with relatives of the
+    metric. best int64 [N,K]: classes, best first. targets int64 [N] or [N,C]. by_class float64 [C]:
+    see `class_figures`.
+    """
+
+    scores: dict[str, float]
+    best: Tensor
+    targets: Tensor
+    by_class: Tensor
+
+
 def classify(
     embed_image: Callable[[Tensor], Embeddings],
     classifier: Embeddings,
@@ -214,9 +243,8 @@ def classify(
     world: World,
     metric: str,
     title: str = "images",
-) -> dict[str, float]:
-    """`<metric>_<score>` in percent of a data set by every score of `score_names`, with relatives
-    of the metric.
+) -> Classified:
+    """Classify every image of a data set by every score of `score_names`.
 
     batches: dicts of `image` and `target` of the images `own`, this process's part of all `total`
     (see over_split).
@@ -235,7 +263,40 @@ def classify(
         raise UserError(
             f"class {int(targets.max())} occurs, but the list of labels names {known} classes; extend it"
         )
-    return by_score(names, lambda number: measure(metric, found[:, number], targets))
+    scores = by_score(names, lambda number: measure(metric, found[:, number], targets))
+    by_z = found[:, 0]
+    best = by_z.topk(kept).indices if metric in NEEDS_SCORES else by_z
+    by_class = class_figures(metric, by_z if metric == "map11" else best, targets, known)
+    return Classified(scores, best, targets, by_class)
+
+
+def joined(side: Embeddings) -> Embeddings:
+    """The embeddings, and of models with local projectors those of every ensemble: the inner
+    product of joined rows is the weighted sum of the two."""
+    side = dict(side)
+    if "h" in side:
+        for w in WEIGHTS:
+            pair = [w**0.5 * side["z"], (1 - w) ** 0.5 * side["h"]]
+            side[f"zh_{w}"] = torch.cat(pair, 1)
+    return side
+
+
+def choose_captions(
+    image: Embeddings, text: Embeddings, example_images: Tensor, example_captions: Tensor
+) -> dict[str, float]:
+    """`text_acc_<score>` and others in percent (see `evaluation.compositional`), by every score.
+
+    image, text: unit embeddings [M,E], [T,E] by name; which of them an example has, int64 [N,I] and
+    [N,C].
+    """
+    images, texts = joined(image), joined(text)
+    names = list(images)
+
+    def measured(number: int) -> dict[str, float]:
+        name = names[number]
+        return choices(example_scores(images[name], texts[name], example_images, example_captions))
+
+    return by_score(names, measured)
 
 
 def retrieve(
@@ -248,19 +309,12 @@ def retrieve(
     """
     sides = []
     for side in (image, text):
-        side = {name: rows.to(world.device) for name, rows in side.items()}
-        if "h" in side:  # the inner product of joined rows is the weighted sum of the two
-            for w in WEIGHTS:
-                pair = [w**0.5 * side["z"], (1 - w) ** 0.5 * side["h"]]
-                side[f"zh_{w}"] = torch.cat(pair, 1)
-        sides.append(side)
+        sides.append(joined({name: rows.to(world.device) for name, rows in side.items()}))
     names = list(sides[0])
 
     def measured(number: int) -> dict[str, float]:
         images, texts = (side[names[number]] for side in sides)
-        by_image = nearest(images, texts, min(max(AT), len(texts)), world)
-        by_text = nearest(texts, images, min(max(AT), len(images)), world)
-        return recalls(by_image, by_text, text_image)
+        return recalls(*best_of_both(images, texts, world), text_image)
 
     return by_score(names, measured)
 

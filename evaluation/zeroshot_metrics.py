@@ -66,6 +66,18 @@ def average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
     return percent(at_levels), percent(area)
 
 
+def ranked_precision(scores: Tensor, targets: Tensor) -> float:
+    """Mean precision at the rank of every image that shows the class, in percent, averaged over all
+    classes: CLIP_benchmark's mean average precision. scores, targets [N,C]; what is not 1
+    (shown) counts as not shown.
+    """
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    shown = (targets.gather(0, order) == 1).double()
+    ranks = torch.arange(1, len(shown) + 1, dtype=torch.float64)[:, None]
+    precision = shown.cumsum(0) / ranks
+    return percent((precision * shown).sum(0) / shown.sum(0).clamp(min=1))
+
+
 def voc_map(scores: Tensor, targets: Tensor) -> tuple[float, float]:
     """(11-point, area) mean average precision in percent over the classes that occur; scores,
     targets [N,C]."""
@@ -87,7 +99,8 @@ def measure(metric: str, found: Tensor, targets: Tensor) -> dict[str, float]:
         return {"roc_auc": auc, "acc1": percent(found.argmax(1) == targets)}
     if metric == "map11":
         eleven_point, area = voc_map(found, targets)
-        return {"map11": eleven_point, "map": area}
+        ranked = ranked_precision(found, targets)
+        return {"map11": eleven_point, "map": area, "ap": ranked}
     hits = found == targets[:, None]
     acc1 = percent(hits[:, 0])
     acc5 = percent(hits[:, :KEPT].any(1))
@@ -97,6 +110,33 @@ def measure(metric: str, found: Tensor, targets: Tensor) -> dict[str, float]:
         "mean_per_class": mean_per_class(found[:, 0], targets),
         "acc1_acc5": (acc1 + acc5) / 2,
     }
+
+
+def class_figures(metric: str, found: Tensor, targets: Tensor, classes: int) -> Tensor:
+    """Accuracy of every class in percent, float64 [C]; of map11 its 11-point average precision. NaN
+    for classes that do not occur. found, targets: see `measure`, found for 11-point the scores.
+    """
+    if metric == "map11":
+        figures = []
+        for column, target in zip(found.T, targets.T, strict=True):
+            figures.append(average_precision(column, target)[0])
+        return torch.tensor(figures, dtype=torch.float64)
+    shown = targets.bincount(minlength=classes)
+    right = targets[found[:, 0] == targets].bincount(minlength=classes)
+    return 100 * right.double() / shown
+
+
+def confusions(best: Tensor, targets: Tensor, count: int) -> list[tuple[int, int, int]]:
+    """The `count` most frequent mistakes: (class, class it was taken for, images); best, targets
+    int64 [N]. Of equally frequent ones the lower class comes first."""
+    wrong = best != targets
+    classes = int(max(best.max(), targets.max())) + 1
+    pairs, images = (targets[wrong] * classes + best[wrong]).unique(return_counts=True)
+    order = images.argsort(descending=True, stable=True)[:count]
+    found = []
+    for pair, number in zip(pairs[order].tolist(), images[order].tolist(), strict=True):
+        found.append((pair // classes, pair % classes, number))
+    return found
 
 
 def by_score(names: list[str], function: Callable[[int], dict[str, float]]) -> dict[str, float]:

@@ -16,9 +16,32 @@ from typing import Any
 from base.errors import UserError
 from base.files import did_you_mean, read_json
 from base.knobs import knob
+from dataset.tasks.published import (
+    CLIP_BENCHMARK,
+    COLLECTIONS,
+    SUGAR_CREPE,
+    benchmark_name,
+    of_shard_folder,
+    shard_folder,
+)
 
 PROMPTS = Path(__file__).parents[1] / "prompts"
-KINDS = ("imagefolder", "torchvision", "either", "filelist", "webdataset", "voc", "retrieval")
+PAIRS = ("sugarcrepe", "winoground")  # choices among captions and images of one example
+LANGUAGES = ("xtd", "crossmodal")  # captions in several languages
+KINDS = (
+    "imagefolder",
+    "torchvision",
+    "either",
+    "filelist",
+    "webdataset",
+    "voc",
+    "imagenet",
+    "objectnet",
+    "retrieval",
+    *LANGUAGES,
+    *PAIRS,
+)
+HUB = "https://huggingface.co/datasets/clip-benchmark"
 OTHER_NAMES = {"special": "torchvision", "wds": "webdataset"}  # clip-rocket's, CLIP_benchmark's
 METRICS = {  # Radford et al. 2021, table 9; of everything else top-1 accuracy
     "aircraft": "mean_per_class",
@@ -39,7 +62,12 @@ class Entry:
     kind: imagefolder (`path`/`split`/class folders), torchvision (its own files below `path`),
     either (class folders where they are, else torchvision's), filelist (`path`/`split`_images.npy
     and _labels.npy), webdataset (a folder or URL as CLIP_benchmark publishes them), voc (`path` of
-    VOCdevkit), retrieval (`path` of Karpathy's JSON, images below `images`).
+    VOCdevkit), imagenet (class folders called by WordNet id or by number, below `path`/`split` or
+    `path`), objectnet (its archive), retrieval (`path` of Karpathy's JSON, images below `images`),
+    xtd and crossmodal (captions in several languages, see `dataset.tasks.multilingual`), sugarcrepe
+    and winoground (see `dataset.tasks.compositional`).
+
+    language: of its captions, and of the class names and templates to use.
     """
 
     name: str
@@ -48,6 +76,20 @@ class Entry:
     split: str = "test"
     metric: str = "acc1"
     images: str = ""
+    language: str = "en"
+
+    @property
+    def prompts(self) -> str:
+        """The data set whose labels and templates count."""
+        if self.kind in ("imagenet", "objectnet"):
+            return "imagenet"
+        own = self.name.removesuffix(f"/{self.language}").removeprefix("wds/")
+        return CLIP_BENCHMARK.get(own) or own
+
+    @property
+    def published(self) -> str:
+        """What CLIP_benchmark calls the data set."""
+        return benchmark_name(self.name.removesuffix(f"/{self.language}"))
 
     def below(self, root: str | Path) -> "Entry":
         """The same entry with its paths taken relative to `root`."""
@@ -102,6 +144,17 @@ CATALOG = {
             images="flickr30k/flickr30k-images",
         ),
         _entry("coco", "retrieval", path="coco/dataset_coco.json", images="coco"),
+        _entry("imagenetv2", "imagenet"),
+        _entry("imagenet-a", "imagenet"),
+        _entry("imagenet-r", "imagenet"),
+        _entry("imagenet-o", "imagenet"),
+        _entry("imagenet_sketch", "imagenet"),
+        _entry("objectnet", "objectnet"),
+        _entry("xtd10", "xtd"),
+        _entry("multilingual_mscoco_captions", "xtd", path="multilingual_mscoco"),
+        _entry("crossmodal3600", "crossmodal", path="xm3600"),
+        _entry("winoground", "winoground"),
+        *(_entry(name, "sugarcrepe", path=f"{name}.json") for name in SUGAR_CREPE),
     )
 }
 
@@ -157,10 +210,11 @@ def read_catalog(path: str | Path) -> dict[str, Entry]:
 class CatalogOptions:
     """The data sets."""
 
-    datasets: list[str] = knob([], "names of the catalogue or KIND:PATH; [] = all of it")
+    datasets: list[str] = knob([], "names, CLIP_benchmark's too, or KIND:PATH; [] = all in root")
     catalog: Path | None = knob(None, "JSON: data set -> {path, type, test}")
     labels: Path | None = knob(None, "JSON: data set -> class names; added to ours")
     templates: Path | None = knob(None, "JSON: data set -> templates with {}")
+    language: list[str] = knob(["en"], "of captions and class names, one or several")
     root: Path = knob(Path("datasets"), "folder that holds the catalogue's data sets")
     download: bool = knob(False, "let torchvision fetch the named data sets")
     split: str | None = knob(None, "split to evaluate instead of each data set's own")
@@ -168,33 +222,93 @@ class CatalogOptions:
 
 def wanted_entries(options: CatalogOptions) -> list[Entry]:
     """The data sets that are named (see `choose`), else all of the user's catalogue (see
-    `read_catalog`), else all of the project's; nothing is opened."""
+    `read_catalog`), else all of the project's and every folder `wds_...` in the root; in every
+    language asked for. Nothing is opened."""
     catalog = {name: entry.below(options.root) for name, entry in CATALOG.items()}
     own = read_catalog(options.catalog) if options.catalog else {}
-    entries = choose(options.datasets or list(own or catalog), catalog | own)
+    named = options.datasets or list(own or [*catalog, *shards_below(options.root)])
+    entries = choose(named, catalog | own, options.root, options.download)
+    entries = in_languages(entries, options.language)
     return [replace(entry, split=options.split or entry.split) for entry in entries]
 
 
-def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:
+def shards_below(root: Path) -> list[str]:
+    """`wds/NAME` of every folder of CLIP_benchmark's shards in the root."""
+    folders = sorted(path.name for path in root.glob("wds_*") if path.is_dir())
+    return [f"wds/{of_shard_folder(folder)}" for folder in folders]
+
+
+def in_languages(entries: Sequence[Entry], languages: Sequence[str]) -> list[Entry]:
+    """The entries in every language, called NAME/LANGUAGE where there are several languages.
+
+    `{language}` in the path of a retrieval file is replaced. Captions in one language alone are
+    listed once.
+    """
+    if len(set(languages)) < max(1, len(languages)):
+        raise UserError("--language names a language twice, or none; name each one once")
+    found = []
+    for entry in entries:
+        once = entry.kind in ("retrieval", *PAIRS) and "{language}" not in entry.path
+        for language in languages[:1] if once else languages:
+            name = entry.name if once or len(languages) == 1 else f"{entry.name}/{language}"
+            path = entry.path.replace("{language}", language)
+            found.append(replace(entry, name=name, path=path, language=language))
+    return found
+
+
+def of_benchmark(
+    name: str, catalog: Mapping[str, Entry], root: str | Path, download: bool
+) -> Entry | None:
+    """A data set by CLIP_benchmark's name: its shards below the root, else the catalogue's entry of
+    the same images, else its shards on the hub, if `download`. None for other names.
+
+    `wds/NAME` always means the shards.
+    """
+    known = name.removeprefix("wds/")
+    folder = Path(root) / shard_folder(known)
+    if known not in CLIP_BENCHMARK and not (name.startswith("wds/") and folder.is_dir()):
+        return None
+    own = CLIP_BENCHMARK.get(known, "")
+    if own in catalog and not folder.is_dir() and not name.startswith("wds/"):
+        return catalog[own]
+    path = f"{HUB}/{folder.name}" if download and not folder.is_dir() else str(folder)
+    return Entry(f"wds/{known}", "webdataset", path, metric=METRICS.get(own, "acc1"))
+
+
+def choose(
+    names: Sequence[str],
+    catalog: Mapping[str, Entry],
+    root: str | Path = ".",
+    download: bool = False,
+) -> list[Entry]:
     """The entries named, in this order; `kind:path` names a data set outside the catalogue, such as
     `webdataset:https://...`, `retrieval:dataset_coco.json` or `imagefolder:photos` (its split
-    `test`).
+    `test`). Names and collections (`vtab+`) of CLIP_benchmark are known, see `of_benchmark`.
     """
-    chosen = []
+    chosen: list[Entry] = []
     for name in names:
         kind, colon, path = name.partition(":")
         kind = OTHER_NAMES.get(kind, kind)
-        if name in catalog:
+        if name in COLLECTIONS and name not in catalog:
+            for part in COLLECTIONS[name]:
+                entry = of_benchmark(part, catalog, root, download) or catalog[part]
+                chosen.append(entry)
+        elif name in catalog:
             chosen.append(catalog[name])
         elif colon and kind in KINDS and path:
             title = re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", path).rpartition("/")[2]
             title = re.sub(r"\.(jsonl?|csv|tsv|parquet)(\?.*)?$", "", title)
             title = title.removeprefix("wds_").removeprefix("vtab-")
             chosen.append(Entry(title, kind, path, metric=METRICS.get(title, "acc1")))
+        elif entry := of_benchmark(name, catalog, root, download):
+            chosen.append(entry)
         else:
-            known = ", ".join(catalog)
+            published = [f"wds/{known}" for known in CLIP_BENCHMARK] + [*CLIP_BENCHMARK]
+            hint = did_you_mean(name, [*catalog, *COLLECTIONS, *published])
+            known = ", ".join([*catalog, *COLLECTIONS])
             raise UserError(
-                f"data set {name!r} is unknown{did_you_mean(name, catalog) or '.'} Known: {known}; or KIND:PATH"
+                f"data set {name!r} is unknown{hint or '.'} Known: {known}, and CLIP_benchmark's "
+                "names; or KIND:PATH"
             )
     double = {
         entry.name for entry in chosen if sum(entry.name == other.name for other in chosen) > 1
@@ -207,16 +321,31 @@ def choose(names: Sequence[str], catalog: Mapping[str, Entry]) -> list[Entry]:
 
 
 class Prompts:
-    """Class names (labels) and templates by data set: the user's own files before the project's."""
+    """Class names (labels) and templates by data set: the user's own files before the project's,
+    which are English.
 
-    def __init__(self, labels: str | Path | None = None, templates: str | Path | None = None):
+    A file holds {data set: list}, or {language: {data set: list}}; `{language}` in its name stands
+    for the language. CLIP_benchmark's files serve: `{c}` in templates is `{}`, imagenet1k imagenet.
+    """
+
+    def __init__(
+        self,
+        labels: str | Path | None = None,
+        templates: str | Path | None = None,
+        languages: Sequence[str] = ("en",),
+    ):
         self.files = {"labels": labels, "templates": templates}
-        self.tables = {kind: self._read(kind, file) for kind, file in self.files.items()}
+        self.tables = {}
+        for kind, file in self.files.items():
+            for language in languages:
+                several = len(languages) > 1
+                self.tables[kind, language] = self._read(kind, file, language, several)
 
-    def _read(self, kind: str, file: str | Path | None) -> dict[str, list]:
-        tables = read_json(PROMPTS / f"{kind}.json", dict)
-        own = read_json(file, dict) if file else {}
-        for name, values in own.items():
+    def _read(
+        self, kind: str, file: str | Path | None, language: str, several: bool
+    ) -> dict[str, list]:
+        tables = read_json(PROMPTS / f"{kind}.json", dict) if language == "en" else {}
+        for name, values in _of_language(file, language, several).items():
             nested = kind == "labels"
             fine = (
                 isinstance(values, list)
@@ -228,20 +357,47 @@ class Prompts:
                     "class names (a class of several names: a list)" if nested else "texts with {}"
                 )
                 raise UserError(f"{file}: {name!r} must be a list of {what}, none of them blank")
-        return tables | own
+            own = "imagenet" if name == "imagenet1k" else name
+            tables[own] = values if nested else [text.replace("{c}", "{}") for text in values]
+        return tables
 
-    def find(self, kind: str, name: str) -> list:
+    def find(self, kind: str, name: str, language: str = "en") -> list:
         """The labels or templates of a data set; UserError where no file has them."""
-        if name not in self.tables[kind]:
+        table = self.tables[kind, language]
+        if name not in table:
             place = self.files[kind] or "dataset/prompts"
+            of_language = "" if language == "en" else f" in {language!r}"
             raise UserError(
-                f"{place} has no {kind} for {name!r}{did_you_mean(name, self.tables[kind]) or '.'} Add the entry {name!r} to a "
+                f"{place} has no {kind} for {name!r}{of_language}{did_you_mean(name, table) or '.'} Add the entry {name!r} to a "
                 f"file given with --{kind}, or leave the data set out of --datasets"
             )
-        return self.tables[kind][name]
+        return table[name]
 
-    def has(self, kind: str, name: str) -> bool:
-        return name in self.tables[kind]
+    def has(self, kind: str, name: str, language: str = "en") -> bool:
+        return name in self.tables[kind, language]
+
+
+def _of_language(file: str | Path | None, language: str, several: bool) -> dict:
+    """The content of a file of class names or templates in one language."""
+    if not file:
+        return {}
+    path = str(file).replace("{language}", language)
+    if path != str(file) and not Path(path).is_file():
+        raise UserError(f"{path}: no such file, so there is nothing in {language!r}; leave it out")
+    content = read_json(path, dict)
+    if content and all(isinstance(values, dict) for values in content.values()):
+        if language not in content:
+            raise UserError(
+                f"{path}: no language {language!r}{did_you_mean(language, content)}; it has "
+                f"{', '.join(content)}"
+            )
+        return content[language]
+    if several and path == str(file):
+        raise UserError(
+            f"{path}: one list of names, but --language asks for several languages; give "
+            "{language: {data set: list}}, or a file each, called {language}_classnames.json"
+        )
+    return content
 
 
 def _is_text(value: Any, nested: bool) -> bool:

@@ -24,14 +24,25 @@ from base.files import matching_files, read_json, read_lines
 from base.limits import SHARDS
 from base.text import lenient_text, lines_in, whole_number
 from dataset.images.decode import decode_image
-from dataset.sources.class_folder import ClassFolder, class_list
+from dataset.sources.class_folder import ClassFolder
 from dataset.sources.class_folder import class_folders as folders_in
 from dataset.sources.flat_folder import flat_folder
 from dataset.sources.records import Records
 from dataset.sources.remote import local_copy, read_text
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.tables import parse_address
-from dataset.tasks.catalog import Entry, Prompts, folder_names, in_order_of
+from dataset.tasks.catalog import (
+    CATALOG,
+    LANGUAGES,
+    PAIRS,
+    Entry,
+    Prompts,
+    folder_names,
+    in_order_of,
+)
+from dataset.tasks.compositional import open_choices
+from dataset.tasks.imagenet_folders import imagenet_folders, object_net
+from dataset.tasks.multilingual import check_images, crossmodal, xtd
 from dataset.tasks.record import as_list, by_image
 
 Image = dict[str, torch.Tensor]
@@ -65,7 +76,7 @@ class Files:
 @dataclass
 class OpenSet:
     """A data set, open and checked. classes: a name or several each, in the order of the labels;
-    none for retrieval."""
+    none for retrieval and for choices among captions."""
 
     entry: Entry
     images: Any
@@ -79,10 +90,11 @@ def open_sets(
     cache: Path,
     read_plain: Callable,
     download: bool = False,
+    explain: bool = True,
 ) -> tuple[list[OpenSet], dict[str, str]]:
     """The data sets that are on this machine, all checked, and why the others are left out.
 
-    Collective; rank 0 names the others on stderr. Raises UserError where none is here. See
+    Collective; rank 0 says on stderr why, if `explain`. Raises UserError where none is here. See
     `open_set`.
     """
     sets, skipped = [], {}
@@ -93,13 +105,11 @@ def open_sets(
             sets.append(found)
             continue
         skipped[entry.name] = str(found)
-        if rank() == 0:
+        if explain and rank() == 0:
             print(f"SKIPPED {found}", file=sys.stderr)
     if not sets:
-        raise UserError(
-            f"none of the data sets is on this machine: {', '.join(skipped)}; "
-            "see above how to get each"
-        )
+        how = "see above how to get each" if explain else "name one with --datasets to see why"
+        raise UserError(f"none of the data sets is on this machine: {', '.join(skipped)}; {how}")
     return sets, skipped
 
 
@@ -112,18 +122,50 @@ def open_set(
     torchvision fetch.
     """
     try:
+        if entry.kind in PAIRS:
+            _check_language(entry)
+            return OpenSet(replace(entry, metric="text_acc"), open_choices(entry))
+        if entry.kind in ("retrieval", *LANGUAGES):
+            _check_language(entry)
+            return OpenSet(replace(entry, metric="recall"), CaptionedImages(entry, cache))
         if entry.kind == "webdataset":
             return _open_shards(entry, prompts, cache)
-        if entry.kind == "retrieval":
-            return OpenSet(replace(entry, metric="recall"), CaptionedImages(entry, cache))
-        templates = prompts.find("templates", entry.name)
-        classes = prompts.find("labels", entry.name) if prompts.has("labels", entry.name) else []
-        images = open_images(entry, classes, read_plain, download)
+        return _open_classes(entry, prompts, read_plain, download)
     except MissingData as reason:
         return reason
+
+
+def _check_language(entry: Entry) -> None:
+    """MissingData where the catalogue knows captions in English alone."""
+    if entry.language != "en" and entry.name in CATALOG and entry.kind not in LANGUAGES:
+        raise MissingData(f"{entry.name}: its captions are English; add en to --language")
+
+
+def _prompts(entry: Entry, prompts: Prompts, kind: str) -> list:
+    """The labels or templates in the entry's language; MissingData where that is not English and
+    has none."""
+    if entry.language != "en" and not prompts.has(kind, entry.prompts, entry.language):
+        raise MissingData(
+            f"{entry.name}: no {kind} for {entry.prompts!r} in {entry.language!r}; give them with "
+            f"--{kind}"
+        )
+    return prompts.find(kind, entry.prompts, entry.language)
+
+
+def _open_classes(entry: Entry, prompts: Prompts, read_plain: Callable, download: bool) -> OpenSet:
+    templates = _prompts(entry, prompts, "templates")
+    if entry.kind == "imagenet":
+        found = imagenet_folders(entry, _prompts(entry, prompts, "labels"))
+        return OpenSet(entry, Files(found.files, found.labels), found.classes, templates)
+    if entry.kind == "objectnet":
+        found = object_net(entry)
+        return OpenSet(entry, Files(found.files, found.labels), found.classes, templates)
+    listed = entry.language != "en" or prompts.has("labels", entry.prompts)
+    classes = _prompts(entry, prompts, "labels") if listed else []
+    images = open_images(entry, classes, read_plain, download)
     if not classes:
         classes = folder_names(images.classes) or prompts.find(
-            "labels", entry.name
+            "labels", entry.prompts
         )  # which says what is missing
     elif images.classes:
         classes = in_order_of(images.classes, classes, entry.name)
@@ -140,8 +182,9 @@ def _open_shards(entry: Entry, prompts: Prompts, cache: Path) -> OpenSet:
     if kind == "retrieval":
         return OpenSet(replace(entry, metric="recall"), CaptionedImages(entry, cache))
     images = ShardImages(entry, cache, kind == "multilabel")
-    classes = images.classes or prompts.find("labels", entry.name)
-    templates = images.templates or prompts.find("templates", entry.name)
+    english = entry.language == "en"
+    classes = (images.classes if english else []) or _prompts(entry, prompts, "labels")
+    templates = (images.templates if english else []) or _prompts(entry, prompts, "templates")
     return OpenSet(
         replace(entry, metric="map11") if kind == "multilabel" else entry,
         images,
@@ -328,8 +371,7 @@ class ShardImages:
     def __init__(self, entry: Entry, cache: Path, multilabel: bool):
         self.index = ShardIndex(*shard_files(entry, cache))
         self.width = 0  # classes of the .npy members
-        lines = lines_in(read_text(entry.path, "classnames.txt") or "")
-        self.classes = class_list(lines, f"{entry.path}/classnames.txt")
+        self.classes = names_in(read_text(entry.path, "classnames.txt") or "")
         found = lines_of(read_text(entry.path, "zeroshot_classification_templates.txt"))
         self.templates = [template.replace("{c}", "{}") for template in found]
         target = self._shown if multilabel else self._class
@@ -376,6 +418,12 @@ class ShardImages:
         return {"image": image, "target": self.targets[place]}
 
 
+def names_in(text: str) -> list[str]:
+    """Class names, one a line. A blank line between them is a class without a name, as one of
+    clevr_closest_object_distance is; at the end it does not count."""
+    return [line.strip() for line in lines_in(text.rstrip())]
+
+
 def shard_files(entry: Entry, cache: Path) -> tuple[list[Path], str]:
     """The shards of a split, on this machine; those behind a URL are fetched into `cache` once."""
     counted = read_text(entry.path, f"{entry.split}/nshards.txt")
@@ -408,9 +456,7 @@ class CaptionedImages:
     """
 
     def __init__(self, entry: Entry, cache: Path):
-        sources, captions = (
-            retrieval_shards(entry, cache) if entry.kind == "webdataset" else retrieval_list(entry)
-        )
+        sources, captions = captions_of(entry, cache)
         if not sources:
             raise UserError(
                 f"{entry.path}: no images with captions of split {entry.split!r}; name another split"
@@ -426,6 +472,17 @@ class CaptionedImages:
         if isinstance(self.sources, ShardIndex):
             return {"image": decode_image(self.sources.image(index), self.sources.name(index))}
         return {"image": decode_image(self.sources[index])}
+
+
+def captions_of(entry: Entry, cache: Path):
+    """Where the images are, and the captions of each."""
+    if entry.kind == "webdataset":
+        return retrieval_shards(entry, cache)
+    if entry.kind not in LANGUAGES:
+        return retrieval_list(entry)
+    images, captions = xtd(entry) if entry.kind == "xtd" else crossmodal(entry)
+    check_images(entry, images)
+    return images, captions
 
 
 def retrieval_shards(entry: Entry, cache: Path) -> tuple[ShardIndex, list[list[str]]]:
@@ -478,10 +535,15 @@ def _begins_with_brace(file: Path) -> bool:
 
 
 def _karpathy_rows(file: Path, split: str) -> list[tuple[str, list[str]]]:
-    """(image, captions) of the images of a split. UserError."""
+    """(image, captions) of the images of a split, or of CLIP_benchmark's {image_paths: [...],
+    annotations: [...]}. UserError."""
     try:
+        content = read_json(file)
+        if "image_paths" in content:
+            pairs = zip(content["image_paths"], content["annotations"], strict=True)
+            return [(str(image), as_list(text)) for image, text in pairs]
         rows = []
-        for row in read_json(file)["images"]:
+        for row in content["images"]:
             if row["split"] == split:
                 image = f"{row.get('filepath', '')}/{row['filename']}".lstrip("/")
                 texts = [each["raw"] for each in row["sentences"]]
@@ -489,7 +551,7 @@ def _karpathy_rows(file: Path, split: str) -> list[tuple[str, list[str]]]:
                     raise TypeError(f"raw of {brief(row['sentences'])}")
                 rows.append((image, texts))
         return rows
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{file}: {error} is missing or malformed; retrieval takes Karpathy's JSON, whose images have filename, "
             "split and sentences with raw, or a list of {image, caption}"

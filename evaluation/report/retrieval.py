@@ -41,16 +41,17 @@ def load_rankings(path: Path) -> tuple[Ranking, Ranking]:
 
 
 def retrieval_gallery(
-    files: Sequence[Path],
+    files: Sequence[Path | Tensor],
     captions: Sequence[str],
     text_image: Tensor,
     by_image: Ranking,
     by_text: Ranking,
     count: int = 4,
+    title: str = "Retrieved",
 ) -> Markup:
     """A card of both directions: `count` queries with the right hit at rank 1, `count` without.
 
-    files: the images; captions with the image of each, int64 [T].
+    files: the images, or their pixels; captions with the image of each, int64 [T].
     """
     hit_texts = text_image[by_image.candidates] == torch.arange(len(files))[:, None]
     hit_images = by_text.candidates == text_image[:, None]
@@ -71,7 +72,7 @@ def retrieval_gallery(
         said = (rank_badge(rank, kept), page.quote(captions[query]), page.group("hits", hits))
         of_captions.append(page.case(None, page.join(*said)))
     return page.card(
-        "Retrieved",
+        title,
         page.heading("Captions for an image"),
         page.group("cases", of_images),
         page.heading("Images for a caption"),

@@ -1,11 +1,16 @@
 """Results of zero-shot evaluation as a table for the terminal and as cards of a page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 
 from markupsafe import Markup
 
-from evaluation.report.page import card, group, line_chart, table
+from base import distributed
+from base.files import write_json
+from evaluation.published import benchmark_rows, vtab_plus, vtab_plus_line, write_benchmark
+from evaluation.report.page import card, group, line_chart, quote, table
+from evaluation.report.results import write_results
 from evaluation.zeroshot import WEIGHTS
 
 SHOWN = ("z", "h", "zh_0.5")
@@ -16,7 +21,9 @@ TITLES = {
     "acc1_acc5": "mean of top 1 and top 5",
     "map11": "11-point mAP",
     "recall": "recall",
+    "text_acc": "text choice",
 }
+CHOICES = {"text_acc": "text", "image_acc": "image", "acc": "both"}  # Winoground's three scores
 TEXT_COLUMNS = (0, 3)  # flush left: the data set, and its metric or score
 RECALLS = {
     f"{way}_r{at}": f"{name} R@{at}"
@@ -31,13 +38,17 @@ def tables(results: Results) -> dict[str, list[list[str]]]:
     """Title -> rows, the first of them the head: the set's own metric by score, and recalls."""
     first = next(iter(results.values()))
     scores = [name for name in SHOWN if any(key.endswith(f"_{name}") for key in first)]
-    classified = {name: row for name, row in results.items() if row["metric"] != "recall"}
     retrieved = {name: row for name, row in results.items() if row["metric"] == "recall"}
+    chosen = {name: row for name, row in results.items() if row["metric"] == "text_acc"}
+    others = retrieved.keys() | chosen.keys()
+    classified = {name: row for name, row in results.items() if name not in others}
     found = {}
     if classified:
         found["Zero-shot classification, in %"] = classification_rows(classified, scores)
     if retrieved:
-        found["Zero-shot retrieval, in %"] = retrieval_rows(retrieved, scores)
+        found["Zero-shot retrieval, in %"] = figure_rows(retrieved, scores, "captions", RECALLS)
+    if chosen:
+        found["Captions and images chosen, in %"] = figure_rows(chosen, scores, "examples", CHOICES)
     return found
 
 
@@ -60,16 +71,19 @@ def classification_rows(results: Results, scores: list[str]) -> list[list[str]]:
     return rows
 
 
-def retrieval_rows(results: Results, scores: list[str]) -> list[list[str]]:
-    """Head, and for each data set a row by every score and one of chance."""
-    rows = [["data set", "images", "captions", "score", *RECALLS.values()]]
+def figure_rows(
+    results: Results, scores: list[str], counted: str, columns: Mapping[str, str]
+) -> list[list[str]]:
+    """Head, and for each data set a row by every score and one of chance; columns: figure ->
+    title."""
+    rows = [["data set", "images", counted, "score", *columns.values()]]
     for name, row in results.items():
-        about = [name, str(row["images"]), str(row["captions"])]
+        about = [name, str(row["images"]), str(row[counted])]
         for score in scores:
-            figures = [_figure(row[f"{key}_{score}"]) for key in RECALLS]
+            figures = [_figure(row[f"{key}_{score}"]) for key in columns]
             rows.append([*about, score, *figures])
         by_chance = row.get("chance") or {}
-        figures = [_figure(by_chance.get(key)) for key in RECALLS]
+        figures = [_figure(by_chance.get(key)) for key in columns]
         rows.append([*about, "chance", *figures])
     return rows
 
@@ -118,3 +132,45 @@ def ensemble_chart(name: str, row: Mapping) -> Markup:
         points.append((w, row[f"{metric}_zh_{w}"]))
     points.append((1.0, row[f"{metric}_z"]))
     return line_chart({name: points}, f"{name}, {TITLES.get(metric, 'mean recall')}", "w")
+
+
+def write_zero_shot(
+    config, title: str, found: Mapping, skipped: Mapping[str, str], vtab: Sequence[str]
+) -> None:
+    """metrics.json, the page, classes.json and CLIP_benchmark's rows below config.output_dir/result;
+    rank 0 does.
+
+    found: data set -> entry, figures, card of the page, figures by class. vtab: the data sets of VTAB+,
+    where its mean is wanted.
+    """
+    results = {name: each.figures for name, each in found.items()}
+    source = str(config.checkpoint or config.model)
+    rows = benchmark_rows(found.values(), *run_name(config, title))
+    figures = {"model": title, "results": results, "skipped": skipped}
+    text = f"{title}, {source}\n\n{plain_tables(results)}"
+    sections = cards(results, skipped)
+    if vtab:
+        figures["vtab_plus"] = vtab_plus(rows, vtab)
+        line = vtab_plus_line(figures["vtab_plus"])
+        text += f"\n\n{line}"
+        sections.insert(0, card("VTAB+", quote(line)))
+    if skipped:
+        why = "see above" if config.datasets or config.catalog else "why: result/report.html"
+        text += f"\n\n{len(skipped)} SKIPPED, {why}: {', '.join(skipped)}"
+    sections += [each.card for each in found.values()]
+    write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text)
+    if distributed.rank() != 0:
+        return
+    folder = Path(config.output_dir) / "result"
+    by_class = {name: each.by_class for name, each in found.items() if each.by_class}
+    write_json(folder / "classes.json", by_class, indent=1)
+    write_benchmark(folder / "clip_benchmark", config.results or folder / "results.jsonl", rows)
+
+
+def run_name(config, title: str) -> tuple[str, str]:
+    """`model` and `pretrained` as CLIP_benchmark calls a run: ViT-B-32 and laion2b of
+    open_clip/ViT-B-32:laion2b, else the model and its checkpoint."""
+    name, _, tag = str(config.model or "").removeprefix("open_clip/").partition(":")
+    if tag and config.checkpoint is None and str(config.model).startswith("open_clip/"):
+        return name, tag
+    return config.model_name or title, str(config.checkpoint or config.model)

@@ -51,33 +51,47 @@ def figures(rank: int, size: int, folder: str, batch: int) -> list:
         classifier = make()
         found += [classifier]
         found += [
-            classify(
-                model.embed_image,
-                classifier,
-                batches(targets),
-                flat,
-                IMAGES,
-                world,
-                "mean_per_class",
+            plain(
+                classify(
+                    model.embed_image,
+                    classifier,
+                    batches(targets),
+                    flat,
+                    IMAGES,
+                    world,
+                    "mean_per_class",
+                )
             )
         ]
         two = cached_classifier(_file(folder, size), lambda: make(2), world)
         again = cached_classifier(_file(folder, size), lambda: 1 / 0, world)  # read, not made
         assert all(torch.equal(two[name], again[name]) for name in two)
         found += [
-            classify(model.embed_image, two, batches(targets % 2), flat, IMAGES, world, "roc_auc")
+            plain(
+                classify(
+                    model.embed_image, two, batches(targets % 2), flat, IMAGES, world, "roc_auc"
+                )
+            )
         ]
         shown = torch.nn.functional.one_hot(targets, CLASSES)
         found += [
-            classify(model.embed_image, classifier, batches(shown), flat, IMAGES, world, "map11")
+            plain(
+                classify(
+                    model.embed_image, classifier, batches(shown), flat, IMAGES, world, "map11"
+                )
+            )
         ]
-        plain = [{"image": images[unit]} for unit in own]
-        image = embed_images(model.embed_image, plain, flat, IMAGES, world)
+        alone = [{"image": images[unit]} for unit in own]
+        image = embed_images(model.embed_image, alone, flat, IMAGES, world)
         text = embed_texts(
             model.embed_text, tokenize, [str(i) for i in range(CAPTIONS)], world, batch
         )
         found += [image, text, retrieve(image, text, torch.arange(CAPTIONS) % IMAGES, world)]
     return found
+
+
+def plain(found) -> dict:
+    return {**found.scores, "best": found.best, "by_class": found.by_class.nan_to_num(-1)}
 
 
 def _file(folder: str, size: int):

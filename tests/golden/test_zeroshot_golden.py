@@ -82,7 +82,9 @@ def test_zero_shot(name, tokenizer):
         best = best_classes(model.embed_image, classifier, batches, range(count), count, ALONE)
         parts = zip(images.split(BATCH), targets.split(BATCH), strict=True)
         batches = ({"image": image, "target": target} for image, target in parts)
-        own = classify(model.embed_image, classifier, batches, range(count), count, ALONE, metric)
+        own = classify(
+            model.embed_image, classifier, batches, range(count), count, ALONE, metric
+        ).scores
     same(name, "predictions", best[:, 0, 0].tolist(), case["predictions_z"])
     found = topk_accuracy(best, targets, score_names(classifier))
     assert case["metrics"]

@@ -17,6 +17,7 @@ import main as training
 from base.errors import UserError
 from dataset.images.decode import decode_image
 from dataset.text.align import AlignTokenizer
+from evaluation import zeroshot
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.dual_encoder.openai import OpenAICLIP
@@ -215,6 +216,57 @@ def test_shards_score_like_the_folders_they_are_made_of(trained, digitscenes, tm
     assert found["toys"] == found["digitscenes"]
 
 
+def test_everything_a_folder_holds_on_one_page(trained, digitscenes, tmp_path, capsys):
+    """Class folders, a list of captions and SugarCrepe's form below one root: one page, figures by
+    class, CLIP_benchmark's rows."""
+    root, output = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(digitscenes / "imagefolder/test", root / "mnist/test")
+    names = json.loads((digitscenes / "labels.json").read_text())["digitscenes"]
+    (tmp_path / "labels.json").write_text(json.dumps({"mnist": names}))
+    images = sorted(root.glob("mnist/test/*/*"))
+    examples = {}
+    for number in (0, 3):
+        name = str(images[number].relative_to(root / "mnist"))
+        examples[number] = {"filename": name, "caption": "four", "negative_caption": "nine"}
+    (root / "sugar_crepe").mkdir()
+    (root / "sugar_crepe/swap_att.json").write_text(json.dumps(examples))
+    (root / "sugar_crepe/val2017").symlink_to(root / "mnist")
+    captions = [{"image": str(file), "caption": file.parent.name} for file in images]
+    (root / "captions.json").write_text(json.dumps(captions))
+    words = ["--checkpoint", str(trained), "--root", str(root), "--output-dir", str(output)]
+    words += ["--labels", str(tmp_path / "labels.json"), "--device", "cpu", "--workers", "0"]
+    merges = digitscenes / "bpe/bpe_merges.txt.gz"
+    words += ["--bpe-path", str(merges), "--results", str(tmp_path / "all.jsonl")]
+    found = results(words, output)
+    assert {"mnist", "sugar_crepe/swap_att"} == found["results"].keys()
+    assert "winoground" in found["skipped"] and "vtab_plus" not in found
+    choice = found["results"]["sugar_crepe/swap_att"]
+    assert choice["examples"] == choice["images"] == 2
+    assert choice["chance"]["text_acc"] == 50 and choice["image_acc_z"] == 100
+
+    page = (output / "result/report.html").read_text()
+    for part in ("Confused most often", "By class, the hardest first", "Right: ", "chance"):
+        assert part in page
+    classes = json.loads((output / "result/classes.json").read_text())["mnist"]
+    assert [row["class"] for row in classes] == names
+    weighted = sum(row["images"] * row["figure"] for row in classes) / len(images)
+    assert weighted == pytest.approx(found["results"]["mnist"]["acc1_z"])
+
+    words += ["--datasets", "vtab+", f"retrieval:{root}/captions.json"]
+    summary = results(words, output)["vtab_plus"]
+    assert summary["mean"] is None and len(summary["missing"]) == 34
+    assert summary["mean_of_present"] == pytest.approx(found["results"]["mnist"]["acc1_z"])
+    assert "VTAB+: no mean, 1 of 35 data sets" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    tasks = {row["dataset"]: row["task"] for row in rows}
+    assert tasks == {
+        "sugar_crepe/swap_att": "image_caption_selection",
+        "mnist": "zeroshot_classification",
+        "captions": "zeroshot_retrieval",
+    }
+    assert rows[-1]["pretrained"] == found["checkpoint"]
+
+
 def test_nothing_to_evaluate_is_an_error(trained, digitscenes, tmp_path):
     output = launch(
         1,
@@ -231,7 +283,7 @@ def test_classifiers_are_kept(trained, digitscenes, tmp_path, monkeypatch):
     first = results(words, tmp_path / "out")
     (kept,) = (tmp_path / "kept/classifiers").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(script, "text_classifier", lambda *_, **__: 1 / 0)
+        patch.setattr(zeroshot, "text_classifier", lambda *_, **__: 1 / 0)
         assert results(words, tmp_path / "out") == first
         changed = tmp_path / "templates.json"
         changed.write_text(json.dumps({"digitscenes": ["another {}."]}))

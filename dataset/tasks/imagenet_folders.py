@@ -1,0 +1,131 @@
+"""ImageNet-v2, -A, -R, -O, -Sketch and ObjectNet: class folders with their own subset of classes."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from base.errors import MissingData, UserError
+from base.files import read_json
+from dataset.sources.class_folder import ClassFolder
+from dataset.sources.class_folder import class_folders as folders_of
+from dataset.tasks.catalog import PROMPTS, Entry
+
+CLASSES = 1000  # of ImageNet
+
+
+class Folders(NamedTuple):
+    """Image files, their labels int64 [N], and the names of the classes [C]."""
+
+    files: list[Path]
+    labels: torch.Tensor
+    classes: list
+
+
+@cache
+def imagenet_classes() -> dict[str, list]:
+    """`wnids`: the WordNet id of every class; `imagenet-a` and others: the numbers of theirs."""
+    return read_json(PROMPTS / "imagenet_classes.json", dict)
+
+
+def imagenet_folders(entry: Entry, names: Sequence) -> Folders:
+    """Images of class folders that are called by WordNet id, or 0 ... 999 as those of ImageNet-v2.
+
+    names: of all 1000 classes. A published set has exactly its classes; any other those whose
+    folders are there. Labels count among them, in ImageNet's order.
+    """
+    root = class_root(entry)
+    data = ClassFolder(root, lambda image: image)
+    numbers = [_number(folder, root) for folder in data.folders]
+    wanted = _wanted(entry.name, numbers)
+    missing = sorted(set(wanted) - set(numbers))
+    extra = sorted(set(numbers) - set(wanted))
+    if missing or extra:
+        raise UserError(
+            f"{root}: {entry.name} has {len(wanted)} classes; {_named('no folder for', missing, names)}"
+            f"{_named('not one of them:', extra, names)}unpack the archive again"
+        )
+    place = {number: label for label, number in enumerate(wanted)}
+    relabel = torch.tensor([place[number] for number in numbers])
+    return Folders(data.files, relabel[data.labels], [names[number] for number in wanted])
+
+
+def _wanted(name: str, numbers: list[int]) -> list[int]:
+    """The classes a set has by its name; those found, where the name is not a published one."""
+    name = name.partition("/")[0]
+    if name in ("imagenetv2", "imagenet_sketch"):
+        return list(range(CLASSES))
+    return imagenet_classes().get(name) or sorted(numbers)
+
+
+def _named(what: str, numbers: list[int], names: Sequence) -> str:
+    if not numbers:
+        return ""
+    wnids = imagenet_classes()["wnids"]
+    shown = [f"{wnids[number]} ({_first(names[number])})" for number in numbers[:4]]
+    more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
+    return f"{what} {', '.join(shown)}{more}; "
+
+
+def _first(name: str | Sequence[str]) -> str:
+    return name if isinstance(name, str) else name[0]
+
+
+def _number(folder: str, root: Path) -> int:
+    wnids = imagenet_classes()["wnids"]
+    if folder in wnids:
+        return wnids.index(folder)
+    if folder.isascii() and folder.isdigit() and int(folder) < CLASSES:
+        return int(folder)
+    raise UserError(
+        f"{root / folder}: no class of ImageNet; folders are called by WordNet id (n01440764) or by "
+        "number (0 ... 999)"
+    )
+
+
+def class_root(entry: Entry) -> Path:
+    """The folder of class folders: `path`/`split`, the only folder in `path`, or `path` itself."""
+    path = Path(entry.path)
+    if (path / entry.split).is_dir():
+        return path / entry.split
+    if not path.is_dir():
+        raise MissingData(
+            f"{entry.name}: no folder {path}; unpack the set's archive there, a folder a class, or "
+            "name another place with --root or --catalog"
+        )
+    inner = folders_of(path)
+    return path / inner[0] if len(inner) == 1 and folders_of(path / inner[0]) else path
+
+
+def object_net(entry: Entry) -> Folders:
+    """ObjectNet's 113 classes that overlap with ImageNet, called as ObjectNet calls them, as
+    CLIP_benchmark counts them (Barbu et al. 2019); images of its other classes are left out.
+
+    A class may be several of ImageNet's; `mappings/` of the archive says which.
+    """
+    places = [Path(entry.path), *sorted(Path(entry.path).glob("objectnet*"))]
+    root = next((place for place in places if (place / "images").is_dir()), None)
+    if root is None:
+        raise MissingData(
+            f"{entry.name}: no folder {entry.path}/images; unpack objectnet-1.0.zip there, with its "
+            "mappings/, or name another place with --root or --catalog"
+        )
+    called = read_json(root / "mappings/folder_to_objectnet_label.json", dict)
+    overlap = read_json(root / "mappings/objectnet_to_imagenet_1k.json", dict)
+    wanted = {folder: name for folder, name in sorted(called.items()) if name in overlap}
+    absent = sorted(set(overlap) - set(called.values()))
+    absent += [folder for folder in wanted if not (root / "images" / folder).is_dir()]
+    if absent or not wanted:
+        raise UserError(
+            f"{root}: no folder of images for {', '.join(absent[:4]) or 'any class'}; unpack the "
+            "archive again"
+        )
+    data = ClassFolder(root / "images", lambda image: image)
+    order = list(wanted)
+    place = [order.index(folder) if folder in wanted else -1 for folder in data.folders]
+    labels = torch.tensor(place)[data.labels]
+    kept = (labels >= 0).nonzero().flatten()
+    files = [data.files[index] for index in kept.tolist()]
+    return Folders(files, labels[kept], [name.lower() for name in wanted.values()])

@@ -1,0 +1,82 @@
+"""Captions of the same images in several languages, as XTD and Crossmodal-3600 publish them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from base.errors import MissingData, UserError
+from base.files import did_you_mean, read_json_lines, read_lines
+from dataset.tasks.catalog import Entry
+
+Captioned = tuple[list[Path], list[list[str]]]  # images, and the captions of each
+IMAGES = "test_image_names.txt"
+CAPTIONS = "test_1kcaptions_"  # LANGUAGE.txt
+
+
+def xtd(entry: Entry) -> Captioned:
+    """XTD's lists: test_image_names.txt and, anywhere below `path`, test_1kcaptions_LANGUAGE.txt, a
+    line an image; the images below `path`/images."""
+    folder = Path(entry.path)
+    lists = sorted(folder.rglob(IMAGES))
+    if not lists:
+        raise MissingData(
+            f"{entry.name}: no {IMAGES} below {folder}; put the repository "
+            "Cross-lingual-Test-Dataset-XTD10 there, and its images in images/"
+        )
+    files = {file.stem.removeprefix(CAPTIONS): file for file in folder.rglob(f"{CAPTIONS}*.txt")}
+    file = files.get(entry.language)
+    if file is None:
+        raise UserError(_no_language(entry, folder, list(files)))
+    names = [line for line in read_lines(lists[0]) if line.strip()]
+    captions = list(read_lines(file))
+    if len(captions) != len(names):
+        raise UserError(
+            f"{file}: {len(captions)} captions for {len(names)} images of {lists[0]}; fetch both again"
+        )
+    images = Path(entry.images or folder / "images")
+    return [images / name.strip() for name in names], [[text.strip()] for text in captions]
+
+
+def crossmodal(entry: Entry) -> Captioned:
+    """Crossmodal-3600's captions.jsonl: {"image/key": ..., LANGUAGE: {"caption": [...]}}, images
+    KEY.jpg below `path`/images. The first caption of an image counts, as in CLIP_benchmark."""
+    folder = Path(entry.path)
+    file = folder / "captions.jsonl"
+    if not file.is_file():
+        raise MissingData(
+            f"{entry.name}: no file {file}; put captions.jsonl of Crossmodal-3600 there, and its "
+            "images in images/"
+        )
+    root = Path(entry.images or folder / "images")
+    images, captions = [], []
+    for row in read_json_lines(file):
+        languages = [key for key, value in row.items() if isinstance(value, dict)]
+        if entry.language not in languages:
+            raise UserError(_no_language(entry, file, languages))
+        texts = row[entry.language].get("caption")
+        key = row.get("image/key")
+        if not isinstance(key, str) or not isinstance(texts, list) or not texts:
+            raise UserError(
+                f"{file}: image {key!r} has no caption in {entry.language!r}; fetch the file again"
+            )
+        images.append(root / f"{key}.jpg")
+        captions.append([str(texts[0])])
+    return images, captions
+
+
+def _no_language(entry: Entry, place: Path, there: Sequence[str]) -> str:
+    return (
+        f"{entry.name}: {place} has no captions in {entry.language!r}"
+        f"{did_you_mean(entry.language, there)}; it has {', '.join(sorted(there)) or 'none'}"
+    )
+
+
+def check_images(entry: Entry, images: Sequence[Path]) -> None:
+    """Captions without their images would count as misses: all images have to be there."""
+    absent = [path for path in images if not path.is_file()]
+    if len(absent) == len(images):
+        raise MissingData(f"{entry.name}: none of its images is there, e.g. {absent[0]}")
+    if absent:
+        raise UserError(
+            f"{entry.name}: {len(absent)} of {len(images)} images are missing, e.g. {absent[0]}; "
+            "add them"
+        )

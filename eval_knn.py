@@ -4,6 +4,7 @@
                            --val-data imagenet/val
     on 8 GPUs          torchrun --nproc_per_node=8 eval_knn.py --checkpoint RUN …
     more neighbours    … --k 1 10 20 --linear-probe
+    CLIP's probe       … --linear-probe --probe-val-fraction 0.1      (weight decay by a sweep)
     of libraries       … --model timm/vit_small_patch16_224.dino --checkpoint weights.pth
                        … --model open_clip/ViT-B-16-SigLIP:webli, … --model hf/facebook/dinov2-base
     small              python eval_knn.py --config configs/eval_knn/digitscenes.yaml --checkpoint RUN
@@ -106,6 +107,10 @@ class Config:
     temperature: float = knob(0.07, "of the weighted votes", low=1e-6)
     linear_probe: bool = knob(False, "also logistic regression on the features")
     probe_l2: float = knob(1e-4, "its weight decay, of standardised features", low=0)
+    probe_val_data: str | None = knob(None, "labelled images to choose the weight decay by")
+    probe_val_fraction: float = knob(
+        0.0, "or that fraction of train_data, held out", low=0, high=0.9
+    )
     probe_iterations: int = knob(100, "its most L-BFGS iterations", low=1)
     batch_size: int = knob(64, "images per forward pass and process", low=1)
     workers: int = knob(4, "loader processes per process", low=0)
@@ -127,6 +132,10 @@ class Config:
         """Check that the options are compatible."""
         if not (self.train_data and self.val_data):
             raise UserError("give --train-data and --val-data, such as class folders")
+        if self.probe_val_data and self.probe_val_fraction:
+            raise UserError("--probe-val-data and --probe-val-fraction: give one of them")
+        if (self.probe_val_data or self.probe_val_fraction) and not self.linear_probe:
+            raise UserError("--probe-val-data and --probe-val-fraction need --linear-probe")
         if self.checkpoint is None and not of_library(self.model):
             raise UserError(
                 "give --checkpoint, a file or the folder of a run, or --model timm/NAME, "
@@ -215,10 +224,9 @@ def main(config: Config) -> None:
     encoder = load_encoder(config)
     width = encoder.choose(config.features)
     encoder.to(world.device)
-    sets = [(config.train_data, "train"), (config.val_data, "test")]
-    train, val = (
-        bank_of(each, split, encoder, width, names, config, world) for each, split in sets
-    )
+    about = (encoder, width, names, config, world)
+    train = bank_of(config.train_data, "train", *about)
+    val = bank_of(config.val_data, "test", *about)
     classes = len(names) or config.num_classes
     neighbours = nearest_neighbours(train, val, max(config.k), world)
     metrics = {"images": len(val), "train_images": len(train), "width": width}
@@ -227,9 +235,9 @@ def main(config: Config) -> None:
         neighbours, train.labels, val.labels, classes, config.k, config.temperature
     )
     if config.linear_probe:
-        metrics |= linear_probe(
-            train, val, classes, world, config.probe_l2, config.probe_iterations
-        )
+        l2, steps, fraction = config.probe_l2, config.probe_iterations, config.probe_val_fraction
+        held_out = bank_of(config.probe_val_data, "val", *about) if config.probe_val_data else None
+        metrics |= linear_probe(train, val, classes, world, l2, steps, held_out, fraction)
     rows = [(name, f"{value:.5g}") for name, value in metrics.items()]
     cards = [card(encoder.title, table([config.features, config.val_data], rows))]
     write_results(config, "Nearest neighbours", {"model": encoder.title, **metrics}, cards)

@@ -1,5 +1,7 @@
 """Nearest neighbours, votes, the linear probe and the features on disk."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from base.errors import UserError
 from evaluation import knn
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import Neighbours, first_of, knn_accuracy, nearest_neighbours, votes
-from evaluation.probe import linear_probe
+from evaluation.probe import SWEEP, Part, Probe, linear_probe, mean_of_classes, split, sweep
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -106,6 +108,63 @@ def test_linear_probe_is_logistic_regression():
         100 * expected, abs=1.1
     )  # at most one image on the border
     assert found["probe"] > 40 and found["probe_top5"] == 100
+
+
+def test_the_sweep_finds_the_peak_of_the_grid():
+    """Fifteen fits at most; of equal scores the smaller decay; the ends are said."""
+    for peak in (0, 5, 16, 41, 60, 96):
+        asked = []
+
+        def score(value, peak=peak, asked=asked):
+            asked.append(value)
+            return -abs(SWEEP.index(value) - peak)
+
+        with (
+            pytest.warns(UserWarning, match="end of the sweep") if peak % 96 == 0 else nullcontext()
+        ):
+            assert sweep(score) == (SWEEP[peak], 0)
+        assert len(asked) == len(set(asked)) <= 15
+    with pytest.warns(UserWarning, match="the best weight decay is 1e-06"):
+        assert sweep(lambda _: 50.0) == (SWEEP[0], 50.0)
+    assert len(SWEEP) == 97 and SWEEP[48] == pytest.approx(0.01)
+
+
+def test_weight_decay_is_chosen_on_validation_images():
+    """The value sklearn's logistic regression prefers on the grid's first seven, refined; then
+    fitted to all images."""
+    train, val, queries = bank(60, seed=3), bank(200, seed=4), bank(100, seed=5)
+    found = linear_probe(train, queries, 4, ALONE, iterations=200, val=val)
+    alone = {}
+    for l2 in SWEEP[::16]:
+        alone[l2] = linear_probe(train, val, 4, ALONE, l2, 200)["probe"]
+    assert found["probe_val"] >= max(alone.values()) and found["probe_l2"] in SWEEP
+    features = np.concatenate([train.features, val.features])
+    both = Bank(features, torch.cat([train.labels, val.labels]))
+    again = linear_probe(both, queries, 4, ALONE, found["probe_l2"], 200)
+    for name in ("probe", "probe_top5", "probe_train", "probe_mean_per_class"):
+        assert found[name] == pytest.approx(again[name], abs=1.1)
+
+
+def test_a_fraction_of_the_training_images_is_held_out():
+    train, queries = bank(300), bank(100, seed=1)
+    part, held_out = split(train, 0.1)
+    assert (len(part), len(held_out)) == (270, 30) and not (part.kept & held_out.kept).any()
+    (x, labels), *rest = held_out.tiles(torch.device("cpu"))
+    assert not rest and torch.equal(labels, train.labels[held_out.kept])
+    assert torch.equal(x, torch.from_numpy(train.features)[held_out.kept])
+    found = linear_probe(train, queries, 4, ALONE, iterations=50, val_fraction=0.1)
+    fixed = linear_probe(train, queries, 4, ALONE, found["probe_l2"], 50)
+    assert found["probe"] == fixed["probe"]  # fitted to all training images again
+    with pytest.raises(UserError, match=r"0.001 of 300 images leaves none to choose by"):
+        split(train, 0.001)
+
+
+def test_mean_per_class_of_the_probe():
+    """By hand: class 0 two of three right, class 1 none of one, class 2 does not occur."""
+    x = np.array([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
+    part = Part(Bank(x, torch.tensor([0, 0, 0, 1])))
+    probe = Probe(torch.eye(3, 2), torch.zeros(3), torch.zeros(2), torch.ones(2))
+    assert mean_of_classes(probe, [part], torch.device("cpu")) == pytest.approx(100 / 3)
 
 
 def test_features_are_computed_once(tmp_path):

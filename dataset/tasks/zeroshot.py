@@ -540,8 +540,10 @@ def _karpathy_rows(file: Path, split: str) -> list[tuple[str, list[str]]]:
     try:
         content = read_json(file)
         if "image_paths" in content:
-            pairs = zip(content["image_paths"], content["annotations"], strict=True)
-            return [(str(image), as_list(text)) for image, text in pairs]
+            images, texts = content["image_paths"], content["annotations"]
+            if len(images) != len(texts):
+                raise TypeError(f"{len(texts)} annotations of {len(images)} image_paths")
+            return [(str(image), as_list(text)) for image, text in zip(images, texts, strict=True)]
         rows = []
         for row in content["images"]:
             if row["split"] == split:
@@ -551,7 +553,7 @@ def _karpathy_rows(file: Path, split: str) -> list[tuple[str, list[str]]]:
                     raise TypeError(f"raw of {brief(row['sentences'])}")
                 rows.append((image, texts))
         return rows
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file}: {error} is missing or malformed; retrieval takes Karpathy's JSON, whose images have filename, "
             "split and sentences with raw, or a list of {image, caption}"

@@ -434,10 +434,10 @@ def test_annotated_boxes_and_sizes_are_checked_at_the_start(box, height):
 
 
 def test_answers_that_are_null_are_none(tmp_path):
-    people = [{"answer": None}, {"answer": "red"}]
+    annotators = [{"answer": None}, {"answer": "red"}]
     annotations = [
-        {"question_id": 1, "answers": people},
-        {"question_id": 2, "answers": people[:1]},
+        {"question_id": 1, "answers": annotators},
+        {"question_id": 2, "answers": annotators[:1]},
     ]
     (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
     assert read_official_answers(tmp_path / "a.json") == {1: {"answers": ["red"]}}

@@ -23,7 +23,7 @@ from runtime.config.cli import differences, knob, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
 from runtime.log import Meters, RunLog, Stopwatch, peak_flops
 from runtime.optim.build import Precision, build_optimizer
-from runtime.optim.schedule import Plan
+from runtime.optim.schedule import Plan, steps
 from runtime.parallel import parallelize, to_device
 from runtime.profiling import StepProfiler
 from runtime.resume import check_same_run, check_weights_fit, script_of
@@ -177,6 +177,12 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(seed + rank)
 
 
+def check_durations(config: RunConfig) -> None:
+    """UserError for a duration that is none; those of the schedule are checked with it."""
+    for name in ("save_every", "eval_every", "alpha_ramp"):
+        steps(getattr(config, name, "1"), epoch_steps=1, batch=1, total=1)
+
+
 class Run:
     """Folder, log, checkpoints and signals of one run. Every training script has this loop:
 
@@ -198,6 +204,7 @@ class Run:
 
     def __init__(self, config: RunConfig, world: World, metric: str | None = None):
         check_batches(config)
+        check_durations(config)
         if config.deterministic:
             make_deterministic()
         self.config, self.world, self.folder = config, world, Path(config.output_dir)

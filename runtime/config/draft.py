@@ -168,6 +168,8 @@ def checked_file(path: Path, above: tuple[Path, ...]) -> Path:
         beside = os.listdir(path.parent) if path.parent.is_dir() else []
         if found := nearest(path.name, beside):
             hint = f"; did you mean {path.parent / found}?"
+        elif same := sorted(Path("configs").glob(f"*/{path.name}")):
+            hint = f"; did you mean {nearest(path, same, 0)}?"
         if recipe := recipe_of(path):
             hint = f"; its recipe here is {recipe}"
         raise UserError(f"{path}: no such file{hint}")

@@ -132,7 +132,7 @@ class Schema:
         leaf = key.rpartition(".")[2]
         known = [name for name, path in self.names.items() if path in self.knobs]
         same_leaf = [path for path in self.knobs if path.rpartition(".")[2] == leaf]
-        longer = [name for name in known if set(leaf.split("_")) < set(name.split("_"))]
+        longer = [name for name in known if _stems(leaf) < _stems(name)]
         for candidates, cutoff in ((same_leaf, 0), (known, 0.8), (longer, 0), (known, 0.6)):
             if found := nearest(key, candidates, cutoff):
                 return found
@@ -147,6 +147,11 @@ class Schema:
             inner = path in self.sections
             arguments[f.name] = self.build(values, path) if inner else values[path]
         return cls(**arguments)
+
+
+def _stems(name: str) -> set[str]:
+    """The words of a name, without a plural's s."""
+    return {word.removesuffix("s") for word in name.split("_")}
 
 
 def _default(f: Field) -> Any:

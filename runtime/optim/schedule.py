@@ -46,6 +46,10 @@ class Schedule:
         rare=True,
     )
 
+    def __post_init__(self):
+        for duration in (self.duration, self.warmup):  # before any data are read
+            steps(duration, epoch_steps=1, batch=1, total=1)
+
     IGNORED = SCHEDULE
     ELSEWHERE = MappingProxyType({"lr": "optimizer.lr"})
     OLD_NAMES = ("warmup_epochs",)

@@ -607,7 +607,12 @@ def test_help_shows_what_the_method_uses(capsys):
 
 @pytest.mark.parametrize(
     "flag, meant",
-    [("--steps", "--max-steps"), ("--batch", "--batch-size"), ("--num-workers", "--workers")],
+    [
+        ("--steps", "--max-steps"),
+        ("--step", "--max-steps"),
+        ("--batch", "--batch-size"),
+        ("--num-workers", "--workers"),
+    ],
 )
 def test_an_unknown_flag_suggests_the_option_that_has_its_words(flag, meant):
     from Pretrain import Config as PretrainConfig
@@ -658,3 +663,20 @@ def test_ignored_names_are_accepted_with_their_reason_and_not_in_help(script, ca
         parse(config_class, [f"--{path}", "1"])
         assert f"--{path.replace('_', '-')} ({why})" in capsys.readouterr().out
         assert f"--{path.rpartition('.')[2].replace('_', '-')} " not in everything
+
+
+def test_a_recipe_in_another_folder_is_suggested():
+    from Pretrain import Config as PretrainConfig
+
+    with pytest.raises(UserError, match=r"no such file; did you mean configs/Pretrain/simla\.yaml"):
+        parse(PretrainConfig, ["--config", "configs/pretrain/simla.yaml"])
+
+
+@pytest.mark.parametrize("name", ["save_every", "eval_every"])
+def test_a_slip_in_a_duration_shows_before_any_data_are_read(name):
+    from runtime.run import check_durations
+    from VQA import Config as VqaConfig
+
+    check_durations(parse(VqaConfig, []))
+    with pytest.raises(UserError, match="duration '10 stepps'"):
+        check_durations(parse(VqaConfig, [f"--{name}", "10 stepps"]))

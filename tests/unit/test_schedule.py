@@ -87,3 +87,10 @@ def test_original_schedule_equals_the_originals_at_every_change():
         for change, following in itertools.pairwise(changes):
             for step in (change["global_step"], following["global_step"] - 1):
                 assert at(step) == pytest.approx(change["lr"], rel=1e-9), (name, step)
+
+
+@pytest.mark.parametrize("name", ["duration", "warmup"])
+@pytest.mark.parametrize("slip", ["10 stepps", "-3 steps", "five epochs", ""])
+def test_a_slip_in_a_duration_shows_before_any_data_are_read(name, slip):
+    with pytest.raises(UserError, match="duration"):
+        Schedule(**{name: slip})

@@ -45,7 +45,7 @@ from runtime.config.from_checkpoint import fitting_weights
 from runtime.config.fusion import Networks
 from runtime.log import training_flops
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
-from runtime.optim.schedule import Schedule, ramp
+from runtime.optim.schedule import Schedule
 from runtime.parallel import gradient_sync
 from runtime.run import Run, RunConfig, StreamConfig, seed_everything
 
@@ -230,11 +230,11 @@ def main(config: Config) -> None:
     title = f"{config.method.upper()} pre-training"
     model, optimizer, plan = run.begin(title, model, loader, precision, flops=flops)
     teacher = MomentumPairs(model, config.momentum)
-    alpha_steps = plan.steps(config.alpha_ramp)
 
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
-        alpha = torch.full((), config.alpha * ramp(step, alpha_steps), device=world.device)
+        alpha = config.alpha * plan.ramp(step, config.alpha_ramp)
+        alpha = torch.full((), alpha, device=world.device)
         losses = train_step(
             model, teacher, image_tokenizer, run.next_batch, alpha, config, precision
         )

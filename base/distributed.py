@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from base.errors import UserError
+from base.flight_recorder import entering
 from base.processes import end_with_parent
 
 
@@ -66,7 +68,18 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         dist.init_process_group(
             backend, timeout=datetime.timedelta(minutes=timeout_minutes), **kwargs
         )
+        _GROUP.append(broadcast_object(secrets.token_hex(4)))
     return World(rank, size, local_rank, chosen)
+
+
+_GROUP: list[str] = []  # the name of the process group, which `init` draws
+
+
+def store(name: str) -> dist.Store:
+    """The launcher's store under a name. torchrun keeps its store when it starts processes again
+    (`--max-restarts`): the group's own name hides what those before have left there."""
+    prefix = "/".join(["quintet", *_GROUP[-1:], name])
+    return dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
 
 
 def _adopt_slurm(env) -> None:
@@ -116,6 +129,7 @@ def shutdown() -> None:
     """Leave the process group, so that the launcher sees a clean end."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _GROUP.clear()
 
 
 def rank() -> int:
@@ -137,7 +151,8 @@ def say(*texts: object) -> None:
 def barrier() -> None:
     """Wait for every process."""
     if world_size() > 1:
-        dist.barrier()
+        with entering("barrier"):
+            dist.barrier()
 
 
 # ---- tensors without gradient
@@ -146,7 +161,8 @@ def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
     gradient."""
     result = tensor.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(result, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+        with entering("all_reduce"):
+            dist.all_reduce(result, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
         if op == "mean":
             result /= world_size()
     return result
@@ -169,7 +185,8 @@ def gather(x: Tensor) -> Tensor:
     collect = (
         getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     )  # name until torch 2.14
-    collect(everyone, x.detach().contiguous())
+    with entering("all_gather"):
+        collect(everyone, x.detach().contiguous())
     return everyone
 
 
@@ -212,7 +229,8 @@ def gather_objects(value) -> list:
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with entering("all_gather"):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -221,7 +239,8 @@ def broadcast_object(value):
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with entering("broadcast"):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -260,14 +279,13 @@ def wait_for_all() -> None:
     the slowest works. Where a process dies, its launcher ends the others."""
     if not dist.is_initialized():
         return
-    store = dist.distributed_c10d._get_default_store()
-    name = f"quintet_wait_{next(_WAITS)}"
-    store.add(name, 1)
+    arrived, name = store("waits"), str(next(_WAITS))
+    arrived.add(name, 1)
     pause = 0.01
-    while store.add(name, 0) < dist.get_world_size():
+    while arrived.add(name, 0) < dist.get_world_size():
         time.sleep(pause)
         pause = min(2 * pause, 2.0)  # the store answers all processes
-    dist.barrier()  # all have seen it: the store may go away
+    barrier()  # all have seen it: the store may go away
 
 
 @contextlib.contextmanager
@@ -313,7 +331,8 @@ class _GatherWithGradient(torch.autograd.Function):
         if grad.is_cuda:  # gloo has no reduce_scatter
             own = grad.new_empty(ctx.rows, *grad.shape[1:])
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-            scatter(own, grad)
+            with entering("reduce_scatter"):
+                scatter(own, grad)
             return own
         return all_reduce(grad).narrow(0, rank() * ctx.rows, ctx.rows)
 

@@ -6,8 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch.distributed as dist
-
+from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from base.heartbeat import BESIDE, beat
@@ -71,7 +70,7 @@ def together(
     if world.size == 1:
         finish([part()])
         return
-    store = dist.PrefixStore(f"together_{number}", dist.distributed_c10d._get_default_store())
+    store = distributed.store(f"together_{number}")
     answer, failure = _attempt(part)
     store.set(f"rank_{world.rank}", json.dumps([answer, failure]))
     if world.is_main:

@@ -214,13 +214,14 @@ class Run:
         self.saved_path, self.saved = self._find_saved()
         self.resumed = self.saved is not None
         self.step = self.first_step = self.saved["step"] if self.saved else 0
+        self.saved_on = len(self.saved["per_rank"]) if self.saved else world.size  # processes
         self.saver: Saver | None = None  # the format depends on the network: `start`
         self.saved_at: int | None = None  # step of the newest checkpoint that this process wrote
         self.best = float("-inf")
         self.validated = False  # by this process
         self.log: RunLog | None = None  # nothing is written before all is known to be good: `start`
         self.meters, self.watch = Meters(), Stopwatch(world, 1)
-        self.watchdog = Watchdog(world, config.stall_minutes)
+        self.watchdog = Watchdog(world, config.stall_minutes, self.folder)
         self.interrupt = Interrupt()
 
     def _take_lock(self):
@@ -296,12 +297,16 @@ class Run:
         options = {"tensorboard": config.tensorboard, "wandb": config.wandb}
         return RunLog(self.folder, self.world, to_dict(config), self.step + 1, **options)
 
-    def data_state(self) -> dict | None:
-        """Data position of this process in the checkpoint, for the loader."""
+    def data_state(self) -> dict | list[dict] | None:
+        """Data position in the checkpoint, for the loader: that of this process, or those of all
+        that saved where others resume (collective)."""
         if not self.saved:
             return None
         per_rank = self.saved["per_rank"]
-        return per_rank[self.world.rank % len(per_rank)]["data"]
+        before = (self.saved_on, self.saved["config"].get("workers"))
+        if before == (self.world.size, self.config.workers):
+            return per_rank[self.world.rank]["data"]
+        return distributed.on_main(lambda: [own["data"] for own in per_rank])
 
     def track(
         self, *, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, loader
@@ -340,10 +345,6 @@ class Run:
             own = own[self.world.rank]
             self.meters.load_state_dict(own["meters"], self.world.device)
             restore_rng(own["rng"], self.world.device)
-        else:
-            distributed.say(
-                f"{len(own)} processes saved, {self.world.size} resume: random numbers start from the seed"
-            )
         self.saved = None  # up to gigabytes, not needed any more
 
     @property
@@ -374,7 +375,8 @@ class Run:
         seed_everything(config.seed, self.world.rank)
         optimizer = build_optimizer(model, config.optimizer, decayed)
         self.track(model=model, optimizer=optimizer, precision=precision, loader=loader)
-        plan = Plan.of_loader(config.scheduler, config.optimizer.lr, loader, config.accumulate)
+        lr = config.optimizer.lr
+        plan = Plan.of_loader(config.scheduler, lr, loader, config.accumulate, self.step)
         self.start(title, plan, flops, **facts)
         return model, optimizer, plan
 
@@ -408,11 +410,12 @@ class Run:
             effective_batch=f"{plan.batch} = {micro} x {config.accumulate} micro-batches x {world.size} processes",
             samples_an_epoch=f"{len(self.loader.stream):,}",
             updates=f"{plan.total:,} ({plan.epoch_steps:,} an epoch), from {self.step:,}",
-            learning_rate=f"{plan.lr(0):.3g} first, {plan.peak_lr:.3g} peak, {plan.lr(plan.total - 1):.3g} last",
+            learning_rate=f"{plan.lr(-plan.shift):.3g} first, {plan.peak_lr:.3g} peak, {plan.lr(plan.total - 1):.3g} last",
             device=f"{world.device}, {config.precision}, {config.parallel}"
             + ", compiled" * config.compile,
             **facts,
         )
+        self._say_processes()
         if plan.warmup > plan.warmup_room:
             self.log.say(
                 f"warning: the warm-up of {plan.warmup:,} updates does not fit into {plan.warmup_room:,}: "
@@ -426,6 +429,17 @@ class Run:
             self.log.say(f"step {self.step:,} of --max_steps {config.max_steps:,}: nothing to do")
             self._leave(0)
         self.log.progress(plan.total, self.step)
+
+    def _say_processes(self) -> None:
+        """The line of a run that resumes on another number of processes."""
+        if self.saved_on == self.world.size:
+            return
+        now = f"{self.world.size} process{'es' if self.world.size > 1 else ''}"
+        self.log.say(
+            f"resumed on {now} (was {self.saved_on}): they share out what is left of the data; random "
+            "numbers start from the seed"
+        )
+        self.log.write(self.step, processes=self.world.size, processes_before=self.saved_on)
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """The next micro-batch, on the device; the log shows how long the loop waited for it."""
@@ -452,7 +466,7 @@ class Run:
         if due:
             means = self.meters.read()
             position = {
-                "epoch": round(step / self.plan.epoch_steps, 4),
+                "epoch": round(self.plan.position(step) / self.plan.epoch_steps, 4),
                 "lr": self.plan.lr(step - 1),
             }
             reports = distributed.gather_objects((self.loader.errors, self.saver.failure))

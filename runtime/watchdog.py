@@ -6,11 +6,14 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from base import distributed
 from base.distributed import World
+from base.flight_recorder import last_collective, write_record
 from base.heartbeat import LIFE, beat
 
 EXIT_STALLED = 70  # EX_SOFTWARE of sysexits.h
@@ -24,13 +27,14 @@ class Watchdog:
     Signs are every step of the training loop, every batch of a validation and every block of a
     checkpoint (base/heartbeat.py). A collective holds up every process where one stalls, so all of
     them notice; while one validates or saves and the others wait for it, they see it beat in the
-    launcher's store. Then each leaves there where it is; the first that has all answers prints one
-    line, and all end with EXIT_STALLED. Watching begins with the first finished update, for the
+    launcher's store. Then each leaves there where it is and its last collective, and writes torch's
+    flight record below `folder`; the first that has all answers prints one line, and all end with
+    EXIT_STALLED. Watching begins with the first finished update, for the
     first may compile. minutes: 0 = never. On a single process it does nothing.
     """
 
-    def __init__(self, world: World, minutes: float):
-        self.world, self.seconds = world, 60 * minutes
+    def __init__(self, world: World, minutes: float, folder: str | Path):
+        self.world, self.seconds, self.folder = world, 60 * minutes, folder
         self.enabled = world.size > 1 and minutes > 0 and dist.is_initialized()
         self.thread: threading.Thread | None = None
         self.main_thread = threading.get_ident()
@@ -65,7 +69,7 @@ class Watchdog:
         self.ended.set()
 
     def _watch(self) -> None:
-        store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+        store = distributed.store("watchdog")
         while not self.ended.wait(min(5.0, self.seconds / 10)):
             try:
                 stalled = self._stalled(store)
@@ -97,6 +101,9 @@ class Watchdog:
         file, line = self._place()
         own = {"marks": self.marks, "beats": LIFE.beats, "step": self.step, "doing": LIFE.doing}
         own |= {"place": f"{os.path.basename(file)}:{line}", "waits": file.startswith(TORCH)}
+        collective = last_collective()
+        own |= {"collective": str(collective), "entered": collective.number}
+        own["inside"] = collective.waits
         store.set(str(self.world.rank), json.dumps(own))
         deadline, answers = time.monotonic() + ANSWER_SECONDS, {}
         while len(answers) < self.world.size and time.monotonic() < deadline:
@@ -108,6 +115,7 @@ class Watchdog:
             print(
                 stall_message(answers, self.world.size, self.seconds), file=sys.stderr, flush=True
             )
+        write_record(self.folder, self.world.rank)
         time.sleep(1.0)  # nobody takes the store away while another still asks
 
     def _place(self) -> tuple[str, int]:
@@ -118,32 +126,44 @@ class Watchdog:
 
 
 def stall_message(answers: dict[int, dict], size: int, seconds: float) -> str:
-    """One line that names the ranks that stall, with their last update and where they are.
+    """One line that names the ranks that stall, with their last update, where they are and their
+    last collective, and the collectives that the others wait in.
 
-    They do not answer at all, or are behind the others, or are the ones that do not wait inside of
-    torch; in a validation those behind in its batches.
+    They do not answer at all, or are behind the others in the loop, or have entered the fewest
+    collectives, or are the ones that do not wait inside of torch; in a validation those behind in its
+    batches.
     """
-    behind = min(answer["marks"] for answer in answers.values())
-    stalled = [rank for rank in range(size) if rank not in answers]
-    if not stalled:
-        stalled = [rank for rank, answer in answers.items() if answer["marks"] == behind]
-        busy = [rank for rank in stalled if not answers[rank]["waits"]]
-        if len(stalled) == size:
-            stalled = busy or _behind_in_validation(answers)
+    stalled = [rank for rank in range(size) if rank not in answers] or _behind(answers)
     causes = []
     for rank in sorted(stalled):
         if rank in answers:
             about = answers[rank]
             causes.append(
-                f"rank {rank} stalls {about['doing']} (last update {about['step']:,}, at {about['place']})"
+                f"rank {rank} stalls {about['doing']} (last update {about['step']:,}, at "
+                f"{about['place']}, {'in' if about['inside'] else 'after'} {about['collective']})"
             )
         else:
             causes.append(f"rank {rank} does not answer")
     last = max(answer["step"] for answer in answers.values())
+    others = [answer for rank, answer in answers.items() if rank not in stalled]
+    waiting = sorted({answer["collective"] for answer in others if answer["inside"]})
+    if waiting:
+        causes.append(f"the others wait in {', '.join(waiting)}")
     return (
         f"error: no progress for {seconds / 60:g} minutes (--stall_minutes) after update {last:,}: "
         f"{'; '.join(causes)}. Start the same command again to resume"
     )
+
+
+def _behind(answers: dict[int, dict]) -> list[int]:
+    """The ranks that hold up the others; all where nothing tells them apart."""
+    for name in ("marks", "entered"):
+        least = min(answer[name] for answer in answers.values())
+        behind = [rank for rank, answer in answers.items() if answer[name] == least]
+        if len(behind) < len(answers):
+            return behind
+    busy = [rank for rank, answer in answers.items() if not answer["waits"]]
+    return busy or _behind_in_validation(answers)
 
 
 def _behind_in_validation(answers: dict[int, dict]) -> list[int]:

@@ -250,7 +250,8 @@ def main(config: Config) -> None:
 
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
-        temperature = first * (last / first) ** (step / plan.total)
+        done = plan.position(step) / plan.position(plan.total)
+        temperature = first * (last / first) ** done
         temperature = torch.full((), temperature, device=world.device)
         losses = train_step(model, run.next_batch, temperature, config, precision)
         grad_norm = precision.step(optimizer, model.parameters())

@@ -1,6 +1,6 @@
 """A source of the training stream without some of its records."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from base.errors import BadSample, UserError
 from dataset.loading.stream import ENOUGH
@@ -23,6 +23,10 @@ class Filtered:
     def start(self, taken: int, slot: int, slots: int):
         """Position of worker `slot` of `slots` once all have taken about `taken` kept records."""
         return self.source.start(round(taken / self.kept), slot, slots)
+
+    def deal(self, before: Sequence, slots: int) -> list:
+        """As the source's."""
+        return self.source.deal(before, slots)
 
     def read(self, seed: int, slot: int, slots: int, position) -> Iterator[tuple]:
         """As the source's, with fewer records."""

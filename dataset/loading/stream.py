@@ -27,7 +27,8 @@ class RecordSource:
 
     records: a sequence of dicts. build: makes a sample of a record (to which `index`, its number,
     is added); raises BadSample to drop it. Worker j of T takes places j, j+T, j+2T ... of the
-    sequence; its position is how many it took.
+    sequence from `begin` on. Its position is [begin, how many it took, ranges of places before
+    `begin` that it takes first], each range [first, end, stride]: what other workers left over.
     """
 
     def __init__(
@@ -40,19 +41,47 @@ class RecordSource:
     def __len__(self) -> int:
         return len(self.records)
 
-    def start(self, taken: int, slot: int, slots: int) -> int:
+    def start(self, taken: int, slot: int, slots: int) -> list:
         """Position of every worker once all have taken about `taken` records together."""
-        return taken // slots
+        return [0, taken // slots, []]
+
+    def deal(self, before: Sequence, slots: int) -> list[list]:
+        """Positions of `slots` workers that continue together where others were, all at `before`: no
+        record of the sequence is taken twice, none is left out."""
+        positions = [_record_position(position) for position in before]
+        workers, begin = len(positions), positions[0][0]
+        most = max(taken for _, taken, _ in positions)
+        end = begin + most * workers
+        left = [places for *_, ranges in positions for places in ranges if range(*places)]
+        for worker, (_, taken, _) in enumerate(positions):
+            if taken < most:
+                left.append([begin + worker + taken * workers, end, workers])
+        return [[end, 0, left[slot::slots]] for slot in range(slots)]
 
     def read(
-        self, seed: int, slot: int, slots: int, position: int
-    ) -> Iterator[tuple[int, dict, int]]:
+        self, seed: int, slot: int, slots: int, position: list | int
+    ) -> Iterator[tuple[int, dict, list]]:
         """Endless `(sample seed, record, position after it)` for worker `slot` of `slots`."""
+        begin, taken, left = _record_position(position)
+        for number, (first, end, stride) in enumerate(left, start=1):
+            for place in range(first, end, stride):
+                after = [[place + stride, end, stride], *left[number:]]
+                yield *self._record(seed, place), [begin, taken, after]
         while True:
-            epoch, place = divmod(slot + position * slots, len(self.records))
-            index = permuted(place, len(self.records), mix(seed, epoch))
-            position += 1
-            yield mix(seed, epoch, index), {**self.records[index], "index": index}, position
+            place = begin + slot + taken * slots
+            taken += 1
+            yield *self._record(seed, place), [begin, taken, []]
+
+    def _record(self, seed: int, place: int) -> tuple[int, dict]:
+        """Sample seed and record at a place of the endless sequence."""
+        epoch, place = divmod(place, len(self.records))
+        index = permuted(place, len(self.records), mix(seed, epoch))
+        return mix(seed, epoch, index), {**self.records[index], "index": index}
+
+
+def _record_position(position: list | int) -> list:
+    """Checkpoints of earlier versions hold only how many records a worker took."""
+    return [0, position, []] if isinstance(position, int) else position
 
 
 class Stream:
@@ -98,6 +127,19 @@ class Stream:
         ]
         drawn = [count // slots for count in counts]
         return {"at": at, "drawn": drawn, **{name: [0] * len(counts) for name in COUNTS}}
+
+    def deal(self, before: Sequence[dict], slots: int) -> list[dict]:
+        """Positions of `slots` workers that continue together where others were, all at `before`."""
+        dealt = []
+        for number, source in enumerate(self.sources):
+            dealt.append(source.deal([position["at"][number] for position in before], slots))
+        positions = [{"at": list(at)} for at in zip(*dealt, strict=True)]
+        for name in ("drawn", *COUNTS):
+            counts = [position[name] for position in before]
+            totals = [sum(count) for count in zip(*counts, strict=True)]
+            for slot, position in enumerate(positions):
+                position[name] = [total // slots + (slot < total % slots) for total in totals]
+        return positions
 
     def batches(
         self, batch_size: int, seed: int, slot: int, slots: int, position: dict
@@ -152,8 +194,9 @@ class StreamLoader:
 
     world: this rank and how many there are; batches for CUDA are pinned. steps_per_epoch: batches per rank and epoch.
     errors: bad samples dropped so far per source. state_dict() refers to the last batch handed out; passing it as
-    `state` continues behind it, exactly if nothing about data, seed, ranks and workers has changed, otherwise at about
-    the same fraction of the data, with a warning.
+    `state` continues behind it. Other ranks or workers continue where all of them were together, no sample repeated
+    or left out, given the states of all ranks in order. With other data or another seed they do at about the same
+    fraction of the data, with a warning.
     error_budget: fraction of bad samples (after the first thousand, or all) above which a UserError
     lists them.
     """
@@ -165,7 +208,7 @@ class StreamLoader:
         workers: int = 4,
         world: World = ALONE,
         seed: int = 0,
-        state: dict | None = None,
+        state: dict | Sequence[dict] | None = None,
         error_budget: float = 0.01,
         prefetch: int = 2,
     ):
@@ -189,6 +232,11 @@ class StreamLoader:
         self._named: set[str] = set()
         self._state = self._resume(state) if state else self._start(0)
         self._batches = None
+
+    @property
+    def samples(self) -> int:
+        """Samples of the batches handed out so far, over all ranks."""
+        return self._state["samples"]
 
     @property
     def errors(self) -> dict[str, int]:
@@ -282,21 +330,35 @@ class StreamLoader:
         ranks = {"world_size": self.world_size, "workers": self.slots}
         return {"seed": self.seed, **ranks, "sources": sources, "shares": shares}
 
-    def _resume(self, state: dict) -> dict:
+    def _resume(self, given: dict | Sequence[dict]) -> dict:
+        states = copy.deepcopy([given] if isinstance(given, dict) else list(given))
+        for slot in (slot for state in states for slot in state["slots"]):
+            for name in COUNTS:  # checkpoints of earlier versions lack some
+                slot.setdefault(name, [0] * len(self.stream.sources))
+        state = states[self.rank % len(states)]
         now = self._made_with()
         changed = [key for key, value in now.items() if state["made_with"].get(key) != value]
         if not changed:
-            state = copy.deepcopy(state)
-            for slot in state["slots"]:
-                for name in COUNTS:  # checkpoints of earlier versions lack some
-                    slot.setdefault(name, [0] * len(self.stream.sources))
             return state
+        if (
+            set(changed) <= {"world_size", "workers"}
+            and len(states) == state["made_with"]["world_size"]
+        ):
+            return self._deal(states)
         changes = ", ".join(f"{key} {state['made_with'].get(key)} -> {now[key]}" for key in changed)
         warnings.warn(
             f"data order changed on resuming ({changes}): continuing at about the same position",
             stacklevel=3,
         )
         return self._start(state["samples"])
+
+    def _deal(self, states: Sequence[dict]) -> dict:
+        """The state of this rank after those of other ranks, or of as many with other workers."""
+        before = [slot for state in states for slot in state["slots"]]
+        dealt = self.stream.deal(before, self.slots * self.world_size)
+        own = dealt[self.rank * self.slots :][: self.slots]
+        position = {"samples": states[0]["samples"], "batches": 0, "slots": own}
+        return {"made_with": self._made_with(), **position}
 
     def _check_budget(self) -> None:
         slots = self._state["slots"]

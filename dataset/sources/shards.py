@@ -39,7 +39,9 @@ class ShardSource:
 
     A data epoch is a permutation of the shards, dealt out to the workers of all ranks. With fewer
     shards than workers several workers read the same shard, each keeping its stride of the samples.
-    A position is [epoch, group, records taken from the group]: resuming re-reads at most one group.
+    A position is [epoch, group, records taken from the group, left]: resuming re-reads at most one
+    group. left: groups of other workers, which are read first, as [epoch, worker, workers, group, end
+    of the groups, records taken from the first].
     Samples that a damage took come as BadSamples, and reading continues behind it. What cannot be read
     on, because the shard is cut off or its store has failed, is one BadSample that counts for all
     that are missing.
@@ -68,28 +70,64 @@ class ShardSource:
     def __len__(self) -> int:
         return self.samples
 
-    def start(self, taken: int, slot: int, slots: int) -> list[int]:
+    def start(self, taken: int, slot: int, slots: int) -> list:
         """Position of worker `slot` of `slots` once all have taken about `taken` records
         together."""
         epoch, rest = divmod(taken, self.samples)
-        groups = len(self._groups(0, epoch, slot, slots))
-        return [epoch, rest * groups // self.samples, 0]
+        return [epoch, rest * self._group_count(epoch, slot, slots) // self.samples, 0, []]
+
+    def deal(self, before: Sequence[list], slots: int) -> list[list]:
+        """Positions of `slots` workers that continue together where others were, all at `before`: they
+        share out the groups that are left of the epochs begun, then begin the next one."""
+        workers = len(before)
+        positions = [
+            [*position, []][:4] for position in before
+        ]  # earlier versions had three entries
+        begun = max(epoch if group or taken else epoch - 1 for epoch, group, taken, _ in positions)
+        left = [groups for *_, others in positions for groups in others]
+        for worker, (epoch, group, taken, _) in enumerate(positions):
+            for later in range(epoch, begun + 1):
+                count = self._group_count(later, worker, workers)
+                left += _split([later, worker, workers, group, count, taken], -(-slots // workers))
+                group = taken = 0
+        return [[begun + 1, 0, 0, left[slot::slots]] for slot in range(slots)]
 
     def read(
-        self, seed: int, slot: int, slots: int, position: list[int]
-    ) -> Iterator[tuple[int, object, list[int]]]:
+        self, seed: int, slot: int, slots: int, position: list
+    ) -> Iterator[tuple[int, object, list]]:
         """Endless `(sample seed, record or BadSample, position after it)` for worker `slot` of
         `slots`."""
-        epoch, first, taken = position
+        epoch, first, taken, left = [*position, []][:4]
+        for number, (then, worker, workers, group, end, before) in enumerate(left, start=1):
+            groups = self._groups(seed, then, worker, workers)
+            for own_seed, record, at, count in self._records(
+                seed, (then, worker, workers), groups[:end], group, before
+            ):
+                rest = [[then, worker, workers, at, end, count], *left[number:]]
+                yield own_seed, record, [epoch, first, taken, rest]
         while True:
             groups = self._groups(seed, epoch, slot, slots)
-            for number in range(first, len(groups)):
-                records = self._shuffled(groups[number], mix(seed, epoch, slot, slots, number))
-                for count, record in enumerate(islice(records, taken, None), taken + 1):
-                    key = b"" if isinstance(record, BadSample) else record["key"].encode()
-                    yield mix(seed, epoch, zlib.crc32(key)), record, [epoch, number, count]
-                taken = 0
-            epoch, first = epoch + 1, 0
+            for own_seed, record, at, count in self._records(
+                seed, (epoch, slot, slots), groups, first, taken
+            ):
+                yield own_seed, record, [epoch, at, count, []]
+            epoch, first, taken = epoch + 1, 0, 0
+
+    def _records(
+        self, seed: int, reader: tuple[int, int, int], groups: list, first: int, taken: int
+    ) -> Iterator[tuple[int, object, int, int]]:
+        """`(sample seed, record or BadSample, group, records taken from it)` of the groups from
+        number `first` on, in which `taken` records are behind. reader: (epoch, slot, slots)."""
+        for number in range(first, len(groups)):
+            records = self._shuffled(groups[number], mix(seed, *reader, number))
+            for count, record in enumerate(islice(records, taken, None), taken + 1):
+                key = b"" if isinstance(record, BadSample) else record["key"].encode()
+                yield mix(seed, reader[0], zlib.crc32(key)), record, number, count
+            taken = 0
+
+    def _group_count(self, epoch: int, slot: int, slots: int) -> int:
+        """How many groups `slot` reads in an epoch."""
+        return -(-len(self._places(epoch, slot, slots)) // self.group)
 
     def _groups(self, seed: int, epoch: int, slot: int, slots: int) -> list[list[Piece]]:
         """What `slot` reads in one epoch, in groups read side by side.
@@ -97,12 +135,21 @@ class ShardSource:
         Pieces are dealt along the endless sequence of epochs: what a division leaves over goes
         around all slots.
         """
-        strides = -(-slots // len(self.shards))  # 1 unless there are fewer shards than workers
+        strides = self._strides(slots)
         pieces = strides * len(self.shards)
-        first = (slot - epoch * pieces) % slots
-        drawn = [permuted(place, pieces, mix(seed, epoch)) for place in range(first, pieces, slots)]
+        places = self._places(epoch, slot, slots)
+        drawn = [permuted(place, pieces, mix(seed, epoch)) for place in places]
         mine = [(self.shards[piece // strides], piece % strides, strides) for piece in drawn]
         return [mine[start : start + self.group] for start in range(0, len(mine), self.group)]
+
+    def _strides(self, slots: int) -> int:
+        """Workers that share a shard: 1 unless there are fewer shards than workers."""
+        return -(-slots // len(self.shards))
+
+    def _places(self, epoch: int, slot: int, slots: int) -> range:
+        """Places of `slot` in the permutation of an epoch's pieces."""
+        pieces = self._strides(slots) * len(self.shards)
+        return range((slot - epoch * pieces) % slots, pieces, slots)
 
     def _shuffled(self, group: list[Piece], seed: int) -> Iterator[object]:
         records = self._interleaved(group)
@@ -126,6 +173,17 @@ class ShardSource:
                     readers.remove(reader)
                 else:
                     yield record
+
+
+def _split(groups: list[int], parts: int) -> list[list[int]]:
+    """Groups of one worker ([epoch, worker, workers, group, end, taken]) for up to `parts` workers."""
+    epoch, worker, workers, group, end, taken = groups
+    if group >= end:
+        return []
+    step = -(-(end - group) // parts)
+    split = [[epoch, worker, workers, g, min(g + step, end), 0] for g in range(group, end, step)]
+    split[0][-1] = taken
+    return split
 
 
 def shard_sources(

@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from base import flight_recorder
 from base.errors import UserError, first_line
 from base.files import check_output_folder
 from base.knobs import knob, section
@@ -187,6 +188,7 @@ def run_script(
             with output_in_bucket(config, launched_rank()):
                 check_output_folder(config.output_dir)
                 train_tokenizers_if_asked(config)
+                flight_recorder.record_in(config.output_dir)
                 main(config)
         if "base.distributed" in sys.modules:  # a script without torch does not load it for this
             sys.modules["base.distributed"].shutdown()

@@ -16,7 +16,7 @@ from runtime.config.cli import knob, section
 from runtime.config.from_checkpoint import Geometry, inherit
 from runtime.config.ignored import FINE_TUNING, PRETRAINING
 from runtime.optim.build import Optimizer, Precision
-from runtime.optim.schedule import Plan, Schedule, ramp
+from runtime.optim.schedule import Plan, Schedule
 from runtime.run import RunConfig, ValidationConfig, seed_everything
 
 
@@ -93,7 +93,7 @@ class FineTuneConfig(Geometry, ValidationConfig, RunConfig):
 
     def alpha_at(self, step: int, plan: Plan) -> float:
         """Weight of the teacher's soft targets in update `step`, counted from 0."""
-        return self.alpha * ramp(step, plan.epoch_steps if self.warm_up else 0)
+        return self.alpha * (plan.ramp(step, "1 epochs") if self.warm_up else 1.0)
 
 
 class Start(NamedTuple):

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from base.errors import UserError
@@ -106,6 +106,11 @@ def steps(
             f"duration {duration!r}: use a number >= 0 with one of steps, epochs, samples or %"
         )
     return math.ceil(round(amount * scale[key], 6))
+
+
+def counts_updates(duration: Duration | float) -> bool:
+    """Whether a duration is a number of updates."""
+    return str(duration).strip().endswith(("step", "steps"))
 
 
 def learning_rate(
@@ -221,7 +226,8 @@ class Plan:
     """What the configuration comes to: how many updates, at which learning rates.
 
     epoch_steps: updates an epoch; batch: samples an update over all processes; total: updates of
-    the training.
+    the training. shift: how many more updates of this batch the samples seen would be than were
+    made; other than 0 behind a change of the number of processes or of the batch size.
     """
 
     schedule: Schedule
@@ -229,6 +235,7 @@ class Plan:
     epoch_steps: int
     batch: int
     total: int
+    shift: int = 0
 
     @classmethod
     def of(
@@ -241,16 +248,34 @@ class Plan:
         return cls(schedule, peak_lr, epoch_steps, batch, total)
 
     @classmethod
-    def of_loader(cls, schedule: Schedule, peak_lr: float, loader, accumulate: int) -> "Plan":
-        """loader: a StreamLoader; accumulate: its batches per update."""
+    def of_loader(
+        cls, schedule: Schedule, peak_lr: float, loader, accumulate: int, done: int = 0
+    ) -> "Plan":
+        """loader: a StreamLoader; accumulate: its batches per update; done: updates made so far.
+
+        A training counted in epochs or samples keeps its length in samples, and its learning rate
+        follows them; one counted in updates keeps these.
+        """
         batch = loader.batch_size * accumulate * loader.world_size
-        return cls.of(
+        plan = cls.of(
             schedule,
             peak_lr,
             loader_steps=loader.steps_per_epoch,
             accumulate=accumulate,
             batch=batch,
         )
+        if not done or counts_updates(schedule.duration):
+            return plan
+        shift = loader.samples // batch - done
+        return replace(plan, total=plan.total - shift, shift=shift)
+
+    def position(self, step: int) -> int:
+        """Updates of this batch that the samples before update `step` would be."""
+        return step + self.shift
+
+    def ramp(self, step: int, duration: Duration) -> float:
+        """Linear ramp over `duration`, from 0 before the first update of the training to 1."""
+        return ramp(self.position(step), self.steps(duration))
 
     @property
     def warmup(self) -> int:
@@ -260,13 +285,15 @@ class Plan:
     @property
     def warmup_room(self) -> int:
         """Updates that the warm-up may take: all, or for the original one those of the first epoch."""
-        return self.epoch_steps if self.schedule.original_warmup else self.total
+        return self.epoch_steps if self.schedule.original_warmup else self.position(self.total)
 
     def steps(self, duration: Duration) -> int:
         """Updates in `duration`."""
-        return steps(duration, epoch_steps=self.epoch_steps, batch=self.batch, total=self.total)
+        whole = self.position(self.total)
+        return steps(duration, epoch_steps=self.epoch_steps, batch=self.batch, total=whole)
 
     def lr(self, step: int) -> float:
         """Learning rate of update `step`, counted from 0."""
-        sizes = {"total": self.total, "epoch_steps": self.epoch_steps, "batch": self.batch}
-        return learning_rate(self.schedule, self.peak_lr, **sizes)(step)
+        whole = self.position(self.total)
+        sizes = {"total": whole, "epoch_steps": self.epoch_steps, "batch": self.batch}
+        return learning_rate(self.schedule, self.peak_lr, **sizes)(self.position(step))

@@ -1,6 +1,7 @@
 """A process that stalls or stops ends the run within a set time, and one line names it."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -11,7 +12,8 @@ import torch
 import torch.multiprocessing as mp
 from torch.utils.data import default_collate
 
-from base.distributed import World, all_reduce
+from base.distributed import World, all_reduce, gather
+from base.flight_recorder import FOLDER, record_in
 from dataset.loading.eval import EvalLoader
 from runtime.hashed import _HashingFile
 from runtime.watchdog import EXIT_STALLED, Watchdog, stall_message
@@ -25,7 +27,7 @@ CASES = {
     "in validation": "rank 1 stalls in validation (last update 3, at test_stall.py:",
     "saving": "rank 1 stalls saving a checkpoint (last update 3, at test_stall.py:",
 }
-SLOW = ("stopped", "saving", "a long save")
+SLOW = ("stopped", "in the update", "saving", "a long save")
 
 
 def marked(cases):
@@ -33,9 +35,11 @@ def marked(cases):
 
 
 def loop(rank: int, case: str, messages: Path) -> None:
-    """Ten updates, in or after the fourth of which rank 1 stalls."""
+    """Ten updates of two collectives each, in or after the fourth of which rank 1 stalls."""
     sys.stderr = messages.open("a")
-    watchdog = Watchdog(World(rank, 2, rank, torch.device("cpu")), minutes=SECONDS / 60)
+    watchdog = Watchdog(
+        World(rank, 2, rank, torch.device("cpu")), minutes=SECONDS / 60, folder=messages.parent
+    )
     time.sleep(2 * SECONDS)  # the first update may compile
     for step in range(10):
         watchdog.mark("waiting for data")
@@ -46,6 +50,9 @@ def loop(rank: int, case: str, messages: Path) -> None:
             time.sleep(600)
         if (case, rank, step) == ("stopped", 1, 3):
             os.kill(os.getpid(), signal.SIGSTOP)
+        gather(torch.ones(1))
+        if (case, rank, step) == ("in the middle of the update", 1, 3):
+            time.sleep(600)
         all_reduce(torch.ones(1))
         watchdog.update(step + 1)
         if step == 2:
@@ -99,23 +106,57 @@ def test_the_rank_that_stalls_is_named(case, tmp_path):
     assert f"after update 3: {CASES[case]}" in line and "rank 0" not in line
 
 
+MIDDLE = r"at test_stall\.py:\d+, after all_gather \d+\); the others wait in all_reduce \d+\. Start"
+
+
+@pytest.mark.parametrize("recorded", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_collectives_are_named(recorded, tmp_path, monkeypatch):
+    """By torch's flight recorder, or without it by our own record."""
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "2000" if recorded else "0")
+    with pytest.raises(mp.ProcessExitedException):
+        spawn(loop, 2, "in the middle of the update", tmp_path / "stderr")
+    [line] = (tmp_path / "stderr").read_text().splitlines()
+    assert re.search(MIDDLE, line), line
+    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"rank_0", "rank_1"}
+
+
 @pytest.mark.parametrize("case", marked(["a long validation", "a long save"]))
 def test_long_work_that_gets_on_is_no_stall(case, tmp_path):
     spawn(loop, 2, case, tmp_path / "stderr")
     assert (tmp_path / "stderr").read_text() == ""
 
 
+def test_the_recorder_is_on_before_the_processes_join(monkeypatch, tmp_path):
+    """What the user has set stays, under the old names too."""
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+    names += ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+    for name in names:
+        monkeypatch.setenv(name, "")  # restored afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    record_in(tmp_path)
+    prefix = str(tmp_path / FOLDER / "rank_")
+    assert [os.environ[name] for name in names] == ["7", prefix, "7", prefix, "1"]
+
+
 def test_who_is_behind_stalls():
-    def answer(marks: int, waits: bool = True) -> dict:
+    def answer(marks: int, waits: bool = True, entered: int = 5) -> dict:
         about = {"marks": marks, "step": marks // 3, "doing": "in an update", "place": "VE.py:7"}
+        about |= {"entered": entered, "inside": waits, "collective": f"all_reduce {entered}"}
         return {**about, "beats": marks, "waits": waits}
 
     behind = stall_message({0: answer(12), 1: answer(11), 2: answer(12)}, 3, 60)
-    assert "after update 4: rank 1 stalls in an update (last update 3, at VE.py:7)." in behind
+    assert (
+        "after update 4: rank 1 stalls in an update (last update 3, at VE.py:7, in all_reduce 5)"
+        in behind
+    )
     silent = stall_message({0: answer(12), 2: answer(11)}, 3, 60)
-    assert "update 4: rank 1 does not answer." in silent
+    assert "update 4: rank 1 does not answer; the others wait in all_reduce 5." in silent
     busy = stall_message({0: answer(12, waits=False), 1: answer(12)}, 2, 60)
     assert "update 4: rank 0 stalls" in busy and "rank 1" not in busy
+    early = stall_message({0: answer(12), 1: answer(12, entered=4, waits=False)}, 2, 60)
+    where = "rank 1 stalls in an update (last update 4, at VE.py:7, after all_reduce 4)"
+    assert f"{where}; the others wait in all_reduce 5." in early
     both = {rank: answer(12) for rank in (0, 1)}
     both = {rank: {**each, "doing": "in validation"} for rank, each in both.items()}
     both[1]["beats"] = 11  # batches

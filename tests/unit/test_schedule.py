@@ -1,11 +1,12 @@
 """Durations and learning rates."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
 from base.errors import UserError
-from runtime.optim.schedule import Schedule, learning_rate, ramp, steps
+from runtime.optim.schedule import Plan, Schedule, learning_rate, ramp, steps
 from tests.helpers.golden import golden
 
 SIZES = {"epoch_steps": 100, "batch": 64}
@@ -45,6 +46,37 @@ def test_default_schedule_rises_linearly_then_falls_to_min_lr_at_the_last_step()
     assert at(109) == pytest.approx(1e-5)
     falling = [at(step) for step in range(10, 110)]
     assert falling == sorted(falling, reverse=True)
+
+
+def planned(loader: tuple[int, int, int], done: int, **schedule) -> Plan:
+    """The plan behind `done` updates; loader: (processes, batches an epoch, samples seen)."""
+    processes, batches, samples = loader
+    about = {"batch_size": 4, "world_size": processes, "steps_per_epoch": batches}
+    loader = SimpleNamespace(**about, samples=samples)
+    return Plan.of_loader(Schedule(**schedule), 1.0, loader, accumulate=2, done=done)
+
+
+def test_another_number_of_processes_keeps_the_length_in_samples():
+    """Two processes have made 10 updates of 16 samples, 160 of 3 epochs of 160."""
+    schedule = {"duration": "3 epochs", "warmup": "10%"}
+    before = planned((2, 20, 160), 10, **schedule)
+    assert (before.batch, before.total, before.shift) == (16, 30, 0)
+    alone = planned((1, 40, 160), 10, **schedule)
+    assert (alone.batch, alone.total, alone.shift) == (8, 50, 10)  # 40 updates of 8 are left
+    assert alone.position(10) / alone.epoch_steps == before.position(10) / before.epoch_steps == 1
+    assert alone.lr(10) == pytest.approx(before.lr(10), rel=0.01)
+    assert alone.lr(49) == before.lr(29) == 1e-5
+    assert alone.ramp(10, "2 epochs") == before.ramp(10, "2 epochs") == 0.5
+    assert alone.steps("50%") == 30
+    # 5 updates later the same plan comes out; and four processes join
+    assert planned((1, 40, 200), 15, **schedule) == alone
+    four = planned((4, 10, 200), 15, **schedule)  # 200 of 480 samples: 8.75 updates of 32 are left
+    assert (four.batch, four.total, four.shift) == (32, 24, -9)
+
+
+def test_a_training_counted_in_updates_keeps_them():
+    alone = planned((1, 40, 160), 10, duration="30 steps")
+    assert (alone.total, alone.shift) == (30, 0)
 
 
 def test_constant_and_linear_shapes():

@@ -1,8 +1,13 @@
 """Remote files by URL, through fsspec: how a file system is found, and what an error means."""
 
+import os
+from typing import Any
+
 from base.errors import UserError
 
-SILENCE = 60.0  # seconds without a byte after which an http server counts as stalled
+CONNECT = 20.0  # seconds in which a server must accept a connection
+SILENCE = 60.0  # seconds without a byte after which it counts as stalled; QUINTET_REMOTE_SILENCE
+PATIENCE = 120.0  # seconds that a file's failed attempts may cost; QUINTET_REMOTE_PATIENCE
 PACKAGES = {  # what fsspec needs for a scheme
     "http": "aiohttp",
     "https": "aiohttp",
@@ -21,9 +26,7 @@ def file_system(url: str, options: dict | None = None):
     import fsspec
 
     scheme = url.partition("://")[0]
-    options = dict(options or {})
-    if scheme in ("http", "https") and "client_kwargs" not in options:
-        options["client_kwargs"] = {"timeout": _http_timeout(url)}
+    options = {**_limits(url, scheme), **(options or {})}
     try:
         return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
@@ -33,12 +36,47 @@ def file_system(url: str, options: dict | None = None):
         raise UserError(f"{url}: {scheme}:// {need}; {remedy}") from None
 
 
+def _limits(url: str, scheme: str) -> dict[str, Any]:
+    """fsspec's options for a server that does not answer, where the user gives none."""
+    if scheme in ("http", "https"):
+        return {"client_kwargs": {"timeout": _http_timeout(url)}}
+    if scheme in ("s3", "s3a"):
+        # s3fs tries five times; botocore would do that each time
+        limits = {"connect_timeout": CONNECT, "read_timeout": silence()}
+        return {"config_kwargs": {**limits, "retries": {"max_attempts": 0}}}
+    return {}
+
+
 def _http_timeout(url: str):
     try:
         import aiohttp
     except ImportError:
         raise UserError(f"{url}: http:// needs the package aiohttp; pip install aiohttp") from None
-    return aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    connect = min(CONNECT, silence())
+    return aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=silence())
+
+
+def silence() -> float:
+    """Seconds without a byte after which a server counts as stalled."""
+    return _seconds("QUINTET_REMOTE_SILENCE", SILENCE)
+
+
+def patience() -> float:
+    """Seconds that the failed attempts to read a file may cost together."""
+    return _seconds("QUINTET_REMOTE_PATIENCE", PATIENCE)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name}={text}: expected a number of seconds above 0")
+    return value
 
 
 def cause(error: BaseException) -> BaseException:

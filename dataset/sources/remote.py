@@ -1,7 +1,8 @@
 """Local and remote files by path or URL, through fsspec: retried with back-off, never in silence.
 
 A read that fails for a reason that may pass (a 503, a reset, a body that was cut, a time-out) is
-tried again from the byte where it stopped. A missing file or a refused login is not.
+tried again from the byte where it stopped. A missing file or a refused login is not. A server that
+never answers costs a shard two to three minutes (see base/remote.py).
 """
 
 import bz2
@@ -19,7 +20,7 @@ from typing import TypeVar
 from base.errors import MissingData, UserError
 from base.files import atomic_write, digest, file_state, write_text
 from base.limits import EXPANSION
-from base.remote import cause, describe, file_system, is_missing
+from base.remote import cause, describe, file_system, is_missing, patience
 
 ATTEMPTS = 6  # with the waits between them about 16 seconds
 FIRST_WAIT = 0.5  # seconds, doubled from attempt to attempt
@@ -46,16 +47,30 @@ def may_pass(error: BaseException) -> bool:
     return not isinstance(error, lasting)
 
 
+class Patience:
+    """The seconds that failed attempts may still cost, for one file or request."""
+
+    def __init__(self):
+        self.left = patience()
+
+    def try_until_it_works(self, work: Callable[[], Result]) -> Result:
+        """`work()`, tried up to ATTEMPTS times with growing waits where its error may pass, as long
+        as the patience lasts."""
+        for attempt in range(ATTEMPTS):
+            begin = time.monotonic()
+            try:
+                return work()
+            except Exception as error:  # every storage service raises its own
+                self.left -= time.monotonic() - begin
+                if attempt == ATTEMPTS - 1 or self.left <= 0 or not may_pass(error):
+                    raise
+                _wait(attempt)
+        raise AssertionError
+
+
 def with_retries(work: Callable[[], Result]) -> Result:
-    """`work()`, tried up to ATTEMPTS times with growing waits where its error may pass."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return work()
-        except Exception as error:  # every storage service raises its own
-            if attempt == ATTEMPTS - 1 or not may_pass(error):
-                raise
-            _wait(attempt)
-    raise AssertionError
+    """`work()`, tried again where its error may pass."""
+    return Patience().try_until_it_works(work)
 
 
 _JITTER = random.Random()  # its own: the global generators belong to the samples
@@ -72,7 +87,9 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, url: str, options: dict | None = None):
         self.url = url
         self.files, self.path = file_system(url, options)
-        self.size = with_retries(lambda: self.files.info(self.path)).get("size")
+        self.patience = Patience()  # for all reads together
+        about = self.patience.try_until_it_works(lambda: self.files.info(self.path))
+        self.size = about.get("size")
         self.position = 0
         self.file = None
 
@@ -91,7 +108,7 @@ class RemoteFile(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer) -> int:
-        data = with_retries(lambda: self._read(len(buffer)))
+        data = self.patience.try_until_it_works(lambda: self._read(len(buffer)))
         self.position += len(data)
         buffer[: len(data)] = data
         return len(data)

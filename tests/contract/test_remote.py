@@ -13,6 +13,7 @@ from itertools import islice
 import pytest
 
 from base.errors import BadSample, UserError
+from base.remote import file_system
 from dataset.loading.stream import StreamLoader
 from dataset.sources import remote
 from dataset.sources.remote import RemoteFile, local_copy, read_text
@@ -292,16 +293,57 @@ def test_tar_files_of_a_plain_server_folder_need_braces(server):
 
 
 def test_a_stalled_server_is_given_up(server, monkeypatch):
-    monkeypatch.setattr("base.remote.SILENCE", 0.3)
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    """After its patience, not after all six attempts: each asks twice, by HEAD and by GET."""
+    monkeypatch.setenv("QUINTET_REMOTE_SILENCE", "0.3")
+    monkeypatch.setenv("QUINTET_REMOTE_PATIENCE", "0.5")
+    answer = threading.Event()
 
     def stall(number, path):
-        time.sleep(1.5)
+        answer.wait(60)
 
     server.trouble = stall
-    begin = time.monotonic()
     (bad,) = read_shard(f"{server.url}/00000.tar", None, 9)
-    assert bad.lost == 9 and time.monotonic() - begin < 20
+    answer.set()
+    assert bad.lost == 9 and "Timeout" in str(bad)
+    assert sum(server.requests.values()) == 2
+
+
+def test_a_server_that_stalls_within_a_shard_is_given_up(server, monkeypatch):
+    """The attempts of all reads count together: one that gets a few bytes each time ends, too."""
+    data = bytes(range(256)) * 40
+    (server.folder / "x.bin").write_bytes(data)
+    monkeypatch.setenv("QUINTET_REMOTE_PATIENCE", "1")
+    clock = [0.0]
+    monkeypatch.setattr(remote.time, "monotonic", lambda: clock[0])
+    file = RemoteFile(f"{server.url}/x.bin")
+    read, reads = file._read, []
+
+    def every_second_fails(count):
+        reads.append(file.position)
+        if len(reads) % 2:
+            clock[0] += 0.3  # seconds
+            raise TimeoutError
+        return read(100)
+
+    file._read = every_second_fails
+    with pytest.raises(TimeoutError):
+        while True:
+            file.read(1000)
+    assert reads == [0, 0, 100, 100, 200, 200, 300]
+
+
+def test_limits_of_stores(monkeypatch):
+    pytest.importorskip("s3fs")
+    files, _ = file_system("s3://bucket/key")
+    assert files.config_kwargs["retries"] == {"max_attempts": 0}
+    assert files.config_kwargs["read_timeout"] == 60
+    own, _ = file_system("s3://bucket/key", {"config_kwargs": {"read_timeout": 5}})
+    assert own.config_kwargs == {"read_timeout": 5}
+    monkeypatch.setenv("QUINTET_REMOTE_SILENCE", "soon")
+    with pytest.raises(
+        UserError, match="QUINTET_REMOTE_SILENCE=soon: expected a number of seconds"
+    ):
+        file_system("http://localhost/x")
 
 
 @pytest.mark.parametrize("trouble", [200, "redirect", "longer"])

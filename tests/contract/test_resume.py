@@ -2,6 +2,7 @@
 was not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import torch
 
 from runtime.checkpoint import find_damage, load_checked
 from runtime.sharded import read_state
+from tests.contract.test_parallel import needs_fsdp2
 from tests.helpers.pretraining import ROOT, arguments, finish, losses, start
 
 STEPS = "8 steps"
 
 
-def weights(folder):
-    path = folder / "checkpoint_00000008"
+def weights(folder, step=8):
+    path = folder / f"checkpoint_{step:08d}"
     if not path.is_dir():
         return torch.load(f"{path}.pt", weights_only=True)
     assert find_damage(path) is None
@@ -27,9 +29,9 @@ def weights(folder):
     return read_state(path, index, torch.nn.Module(), rank=0)
 
 
-def assert_same_run(folder, straight):
+def assert_same_run(folder, straight, step=8):
     assert losses(folder) == losses(straight)
-    ours, theirs = weights(folder), weights(straight)
+    ours, theirs = weights(folder, step), weights(straight, step)
     for part in ("model", "optimizer"):
         for name, value in flat(ours[part]).items():
             assert torch.equal(value, flat(theirs[part])[name]), name
@@ -97,6 +99,32 @@ def test_sigkill_at_any_step_then_the_same_command_gives_the_same_run(
     process.wait()  # the trainers of a launcher, and loader workers, end by themselves
     finish(processes, flags[1])
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+@needs_fsdp2
+@pytest.mark.slow
+def test_two_copies_of_two_processes_stop_and_resume(digitscenes, image_tokenizer, tmp_path):
+    """HSDP: four processes, groups of two; to the bit on four again, and on two another group of
+    two continues."""
+    changes = {"save_every": "2 steps", "scheduler.epochs": "4 steps", "workers": 0, "keep": 3}
+    changes |= {"parallel": "fsdp", "shard_group": 2, "checkpoint_format": "sharded"}
+
+    def flags(name, **more):
+        return arguments(digitscenes, image_tokenizer, tmp_path / name, **changes, **more)
+
+    finish(4, flags("straight"))
+    finish(4, flags("stopped", max_steps=2))
+    shutil.copytree(tmp_path / "stopped", tmp_path / "fewer", symlinks=True)
+    finish(4, flags("stopped"))
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight", step=4)
+    said = finish(2, flags("fewer"))
+    assert "resumed on 2 processes (was 4)" in said
+    expected = losses(tmp_path / "straight")
+    found = [line for line in losses(tmp_path / "fewer") if "processes" not in line]
+    assert found[:2] == expected[:2] and len(found) == len(expected) == 4
+    assert found[2:] != expected[2:]  # of other batches
+    resumed = load_checked(tmp_path / "fewer/checkpoint_00000004")
+    assert len(resumed["per_rank"]) == 2 and resumed["step"] == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

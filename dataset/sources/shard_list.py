@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from base import distributed
@@ -176,15 +177,23 @@ def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
     """Samples of every shard, asked for by threads, with a progress bar where it takes long."""
     from tqdm import tqdm
 
-    count = partial(count_of, options=options)
+    # a thread takes a few at a time: handing them over costs more than a small file's statistics
+    size = max(1, len(shards) // (16 * THREADS))
+    blocks = [shards[start : start + size] for start in range(0, len(shards), size)]
     with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
-        counts = pool.map(count, shards)
+        found = pool.map(partial(counts_of, options=options), blocks)
+        counts = chain.from_iterable(found)
         bar = tqdm(counts, "counting samples", len(shards), unit=" shards", delay=2, disable=None)
         try:
             return list(bar)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def counts_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
+    """Samples of some shards, one after the other."""
+    return [count_of(shard, options) for shard in shards]
 
 
 def count_of(shard: str, options: dict | None = None) -> int:

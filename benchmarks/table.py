@@ -31,6 +31,7 @@ clock. MFU is the FLOPs of the network's forward and backward pass over the devi
 those that activation checkpointing repeats and those of the image tokenizer; the peak is the
 vendor's figure for a GPU, and a measured matrix product of the same number type, by processor time,
 for a CPU. The load is the number of cores that other work used, before a measurement and during it.
+`python -m benchmarks.quiet` measures the rows that count on an idle machine.
 """
 
 

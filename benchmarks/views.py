@@ -167,6 +167,8 @@ def rates(options: SimpleNamespace) -> dict:
         "sample from files": from_file,
         "sample from zips": from_zip,
     }
+    if options.side != OURS:
+        del pipelines["3 texts"]  # would be ours again
     return {"rates": {name: rate(make, options.items) for name, make in pipelines.items()}}
 
 
@@ -187,11 +189,11 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = write_images(Path(folder))
         results = take_turns(config, sides, exchange=folder)
-    cases = {}
-    for name in results[OURS][0]["rates"]:
-        cases[name] = {
-            side: [{"rate": run["rates"][name]} for run in runs] for side, runs in results.items()
-        }
+    cases: dict[str, dict] = {}
+    for side, runs in results.items():
+        for name in runs[0]["rates"]:
+            figures = [{"rate": run["rates"][name]} for run in runs]
+            cases.setdefault(name, {})[side] = figures
     title = ["Input pipeline", f"{WIDTH} x {HEIGHT} JPEGs of {size / 1000:.0f} kB"]
     if config.text_augment:
         title.append("augmented texts")

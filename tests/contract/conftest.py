@@ -11,8 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def s3():
-    """A loopback S3 server with an empty bucket; yields nothing but the environment that points to
-    it."""
+    """A loopback S3 server without buckets, to which the environment points: its process."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     with socket.socket() as free:
@@ -33,7 +32,7 @@ def s3():
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        yield
+        yield server
     finally:
         server.terminate()
         server.wait()

@@ -4,6 +4,7 @@ ends as the one that was not."""
 import json
 import shutil
 import signal
+import socket
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
@@ -138,3 +139,73 @@ def test_a_bucket_that_is_gone_is_reported_at_the_end(
     said = process.said()
     assert "error: not written to s3://gone/run: checkpoint_" in said and "Traceback" not in said
     assert (tmp_path / "s/s3/gone/run/checkpoint_00000012.pt").exists()
+
+
+def bucket_of(name: str, digitscenes, image_tokenizer, folder, **changes) -> list[str]:
+    """Flags of a run into a bucket, which does not end by itself."""
+    changes = {"save_every": "1 steps", "scheduler.epochs": "100000 steps", **changes}
+    changes |= {"output_dir": f"s3://{name}/run", "scratch": folder / "scratch"}
+    return arguments(digitscenes, image_tokenizer, folder, **changes, bucket_seconds=0.1)
+
+
+def wait_for_commit(files, name: str, process: Run) -> None:
+    """Until something counts in the bucket."""
+    deadline = time.monotonic() + 240
+    while not files.exists(f"{name}/run/{COMMITTED}"):
+        assert process.poll() is None and time.monotonic() < deadline, process.said()[-2000:]
+        time.sleep(0.05)
+
+
+def test_two_runs_into_one_bucket(s3, digitscenes, image_tokenizer, tmp_path):
+    """The second is one sentence, wherever its scratch folder is; the first one is left alone."""
+    import s3fs
+
+    files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    files.mkdir("twice")
+    first = Run("Pretrain.py", bucket_of("twice", digitscenes, image_tokenizer, tmp_path / "a"))
+    wait_for_commit(files, "twice", first)
+    flags = bucket_of("twice", digitscenes, image_tokenizer, tmp_path / "b")
+    said = run_script("Pretrain.py", flags, expect=2)
+    [error] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "s3://twice/run: another run writes there" in error and "Traceback" not in said
+    assert not list(tmp_path.glob("b/**/*.jsonl"))
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == 75, first.said()[-2000:]
+    assert "not written" not in first.said() and not files.exists("twice/run/.lease.json")
+
+
+def test_a_bucket_that_stalls_is_one_sentence(digitscenes, image_tokenizer, tmp_path, monkeypatch):
+    with socket.socket() as silent:  # takes connections and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(64)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+        monkeypatch.setenv("QUINTET_REMOTE_SILENCE", "1")
+        flags = bucket_of("silent", digitscenes, image_tokenizer, tmp_path)
+        said = run_script("Pretrain.py", flags, expect=2)
+    [error] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "s3://silent/run: cannot be written to" in error and "imeout" in error, error
+    assert "Traceback" not in said
+
+
+def test_a_bucket_that_stalls_later_keeps_nobody_waiting(
+    s3, digitscenes, image_tokenizer, tmp_path, monkeypatch
+):
+    import s3fs
+
+    monkeypatch.setenv("QUINTET_REMOTE_SILENCE", "1")
+    files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    files.mkdir("stalls")
+    flags = bucket_of("stalls", digitscenes, image_tokenizer, tmp_path, bucket_patience=1)
+    process = Run("Pretrain.py", flags)
+    wait_for_commit(files, "stalls", process)
+    s3.send_signal(signal.SIGSTOP)
+    try:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 75, process.said()[-2000:]
+    finally:
+        s3.send_signal(signal.SIGCONT)
+    said = process.said()
+    assert "error: not written to s3://stalls/run: " in said and "Traceback" not in said
+    assert "start the same command again here, or copy it there" in said

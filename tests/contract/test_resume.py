@@ -16,6 +16,7 @@ from runtime.checkpoint import find_damage, load_checked
 from runtime.sharded import read_state
 from tests.contract.test_parallel import needs_fsdp2
 from tests.helpers.pretraining import ROOT, arguments, finish, losses, start
+from tests.helpers.processes import run_script
 
 STEPS = "8 steps"
 
@@ -99,6 +100,25 @@ def test_sigkill_at_any_step_then_the_same_command_gives_the_same_run(
     process.wait()  # the trainers of a launcher, and loader workers, end by themselves
     finish(processes, flags[1])
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_the_checkpoint_before_serves_where_a_node_dies_while_one_is_written(
+    digitscenes, image_tokenizer, tmp_path
+):
+    changes = {"save_every": "1 steps", "scheduler.epochs": "3 steps", "workers": 0}
+    changes |= {"checkpoint_format": "sharded", "async_save": "true"}
+
+    def flags(name):
+        return arguments(digitscenes, image_tokenizer, tmp_path / name, **changes)
+
+    finish(2, flags("straight"))
+    run_script("tests/helpers/dying_trainer.py", ["2", *flags("killed")], 2, expect=-9)
+    folder = tmp_path / "killed"
+    assert [path.name for path in folder.glob("checkpoint_*")] == ["checkpoint_00000001"]
+    assert [path.name for path in folder.glob(".checkpoint_*")] == [".checkpoint_00000002.writing"]
+    assert f"resuming {folder} at step 1" in finish(2, flags("killed"))
+    assert_same_run(folder, tmp_path / "straight", step=3)
 
 
 @needs_fsdp2

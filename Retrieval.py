@@ -32,10 +32,12 @@ from dataset.images.decode import check_image_root
 from dataset.loading.eval import EvalLoader
 from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records
+from dataset.tasks.compositional import CaptionChoices, ViewedChoices, choices_of_file
 from dataset.tasks.loaders import test_view, train_loader, training_view
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
-from dataset.text.wordpiece import Tokenizer
-from evaluation.report.page import card, recall_table
+from dataset.text.wordpiece import Tokenizer, pre_caption
+from evaluation.compositional import match_examples
+from evaluation.report.page import card, choices_table, recall_table
 from evaluation.report.results import write_results
 from evaluation.report.retrieval import retrieval_gallery, save_rankings
 from evaluation.retrieval import Captions, chance, rank, recalls
@@ -64,6 +66,7 @@ class Config(FineTuneConfig):
         None, "annotations that choose the best checkpoint; none = the last one is tested"
     )
     test_file: Path | None = knob(None, "annotations of the final test")
+    choices: list[Path] = knob([], "SugarCrepe's files, Winoground's examples.jsonl, to test on")
     image_root: Path = knob(Path("."), "folder that the annotations' image paths start from")
     max_tokens: int = knob(30, "tokens kept of a caption in evaluation", low=2)
     batch_size_train: int = knob(
@@ -128,12 +131,10 @@ def train_step(student, teacher, next_batch, alpha, config, precision) -> dict[s
     return total
 
 
-def evaluate(model: Retrieval, data: RetrievalSet, tokenizer, config: Config, start: Start):
-    """`(recalls in percent, both rankings)` of one split, the same on every process."""
-    ids, mask = tokenizer(data.captions, config.max_tokens, lengths=None)
-    captions = Captions(ids, mask, torch.tensor(data.txt2img))
+def image_loader(data: RetrievalSet | ViewedChoices, config: Config):
+    """load(indices) -> batches of the images, in order."""
 
-    def load_images(indices: list[int]) -> EvalLoader:
+    def load(indices: list[int]) -> EvalLoader:
         return EvalLoader(
             data.load,
             indices,
@@ -145,10 +146,34 @@ def evaluate(model: Retrieval, data: RetrievalSet, tokenizer, config: Config, st
             exif=config.exif,
         )
 
+    return load
+
+
+def choose(model: Retrieval, data: CaptionChoices, tokenizer, config: Config, start: Start) -> dict:
+    """Accuracies in percent of going for the right caption and image, by ITM and ITC."""
+    texts = [pre_caption(caption, config.max_words) for caption in data.captions]
+    ids, mask = tokenizer(texts, config.max_tokens, lengths=None)
+    with evaluating(model), start.precision.autocast():
+        return match_examples(
+            model,
+            image_loader(ViewedChoices(data, test_view(config)), config),
+            Captions(ids, mask, data.example_captions),
+            data.example_images,
+            data.example_captions,
+            start.world,
+            image_batch=config.batch_size_test,
+            keep_text_states=not model.config.bert.single_stream,
+        )
+
+
+def evaluate(model: Retrieval, data: RetrievalSet, tokenizer, config: Config, start: Start):
+    """`(recalls in percent, both rankings)` of one split, the same on every process."""
+    ids, mask = tokenizer(data.captions, config.max_tokens, lengths=None)
+    captions = Captions(ids, mask, torch.tensor(data.txt2img))
     with evaluating(model), start.precision.autocast():
         rankings = rank(
             model,
-            load_images,
+            image_loader(data, config),
             len(data),
             captions,
             start.world,
@@ -195,8 +220,9 @@ def report(split: str, data: RetrievalSet, scores: dict, rankings) -> list[str]:
 
 
 def main(config: Config) -> None:
-    if config.evaluate and not (config.val_file or config.test_file):
-        raise UserError("--evaluate needs a val_file or test_file: the pairs to rank")
+    if config.evaluate and not (config.val_file or config.test_file or config.choices):
+        raise UserError("--evaluate needs a val_file or test_file (pairs to rank), or choices")
+    examples = {file.stem: choices_of_file(file, config.image_root) for file in config.choices}
     start = prepare(config)
     tokenizer = Tokenizer(config.text_encoder)
     splits, model = evaluation_data(config), build_model(config, tokenizer)
@@ -214,6 +240,9 @@ def main(config: Config) -> None:
         if start.world.is_main:
             save_rankings(config.output_dir / f"result/ranking_{split}.safetensors", *rankings)
             sections = report(split, data, scores, rankings) + sections
+    for name, data in examples.items():
+        metrics[name] = choose(model.to(start.world.device), data, tokenizer, config, start)
+        sections.append(card(name, choices_table(metrics[name])))
     write_results(config, "Image-text retrieval", metrics, sections)
 
 

@@ -1,10 +1,14 @@
 """Compositional understanding: every caption of an example to its own image, as SugarCrepe (Hsieh et
 al. 2023) and Winoground (Thrush et al. 2022) score it."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
+from base.distributed import World
 from evaluation.predict import percent
+from evaluation.retrieval import Captions, RetrievalModel, score_pairs
 
 
 def example_scores(
@@ -16,6 +20,30 @@ def example_scores(
     [N,C]: which of them an example has.
     """
     return image[example_images] @ text[example_captions].transpose(1, 2)
+
+
+def match_examples(
+    model: RetrievalModel,
+    load_images: Callable[[list[int]], Iterable[Tensor]],
+    captions: Captions,
+    example_images: Tensor,
+    example_captions: Tensor,
+    world: World,
+    **options,
+) -> dict[str, float | dict]:
+    """`choices` of a fusion encoder by ITM, and by its similarity as `itc_text_acc` and others, with
+    chance. Examples as in `example_scores`; other arguments as of `retrieval.score_pairs`."""
+    shape = (*example_images.shape, example_captions.shape[1])
+    image = example_images[:, :, None].expand(shape)
+    text = example_captions[:, None].expand(shape)
+    images = int(example_images.max()) + 1
+    similarity, matching = score_pairs(
+        model, load_images, images, captions, image, text, world, **options
+    )
+    found: dict[str, float | dict] = {"examples": len(example_images), **choices(matching)}
+    for name, value in choices(similarity).items():
+        found[f"itc_{name}"] = value
+    return {**found, "chance": choices_chance(*shape[1:])}
 
 
 def choices(scores: Tensor) -> dict[str, float]:

@@ -236,6 +236,20 @@ def _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pai
     keys_t2i = by_text.candidates * texts + every_text
     # image * texts + caption, ascending
     wanted = torch.cat([keys_i2t.flatten(), keys_t2i.flatten()]).unique()
+    table = _match(model, wanted, images, captions, states, tokens, image_batch, pairs, world, bar)
+    scores_i2t = table[torch.searchsorted(wanted, keys_i2t)]
+    scores_t2i = table[torch.searchsorted(wanted, keys_t2i)]
+    return (
+        Ranking(by_image.candidates, scores_i2t, by_image.size),
+        Ranking(by_text.candidates, scores_t2i, by_text.size),
+    )
+
+
+def _match(
+    model, wanted, images, captions, states, tokens, image_batch, pairs, world, bar
+) -> Tensor:
+    """ITM scores float32 of the pairs `wanted`: image * captions + caption, ascending."""
+    texts = len(captions)
     own = units(images, image_batch, world)
     edges = [(unit[0] * texts, (unit[-1] + 1) * texts) for unit in own]
     edges = torch.tensor(edges).reshape(-1, 2)
@@ -253,12 +267,35 @@ def _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pai
     bar.stop()
     if not table.isfinite().all():
         raise UserError(f"matching scores are {NOT_FINITE}")
-    scores_i2t = table[torch.searchsorted(wanted, keys_i2t)]
-    scores_t2i = table[torch.searchsorted(wanted, keys_t2i)]
-    return (
-        Ranking(by_image.candidates, scores_i2t, by_image.size),
-        Ranking(by_text.candidates, scores_t2i, by_text.size),
-    )
+    return table
+
+
+@torch.inference_mode()
+def score_pairs(
+    model: RetrievalModel,
+    load_images: Callable[[list[int]], Iterable[Tensor]],
+    images: int,
+    captions: Captions,
+    image: Tensor,
+    text: Tensor,
+    world: World,
+    *,
+    keep_text_states: bool = False,
+    image_batch: int = 32,
+    pairs: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """`(ITC similarities, ITM scores)` float32 of the pairs of image `image` and caption `text`,
+    int64 of one shape, on the CPU of every process. Other arguments as of `rank`."""
+    bar = _Progress(world.is_main)
+    tokens, image_features = _encode_images(model, load_images, images, image_batch, world, bar)
+    states, text_features = _encode_texts(model, captions, keep_text_states, world, bar)
+    similarity = (image_features[image] * text_features[text]).sum(-1).float().cpu()
+    if not similarity.isfinite().all():
+        raise UserError(f"similarities are {NOT_FINITE}")
+    keys = image * len(captions) + text
+    wanted = keys.flatten().unique()
+    table = _match(model, wanted, images, captions, states, tokens, image_batch, pairs, world, bar)
+    return similarity, table[torch.searchsorted(wanted, keys)]
 
 
 class _Matcher:

@@ -18,6 +18,8 @@ HEADLINES = (
     "acc1_acc5_z",
     "roc_auc_z",
     "map11_z",
+    "text_acc",
+    "text_acc_z",
 )
 DAMAGES = {"unreadable_images": "unreadable", "truncated_images": "truncated"}
 

@@ -4,7 +4,7 @@ SugarCrepe (Hsieh et al. 2023): an image, its caption and a hard negative one. W
 al. 2022): two images and two captions of the same words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,24 @@ class CaptionChoices:
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"image": decode_image(self.sources[index])}
+
+
+class ViewedChoices:
+    """What `EvalLoader` loads: the images as the network sees them, uint8 [3,H,W]."""
+
+    def __init__(self, data: CaptionChoices, view: Callable[[torch.Tensor], torch.Tensor]):
+        self.data, self.view = data, view
+
+    def load(self, index: int) -> torch.Tensor:
+        return self.view(self.data[index]["image"])
+
+
+def choices_of_file(path: Path, images: Path) -> CaptionChoices:
+    """The examples of a file: Winoground's examples.jsonl (or its folder), else SugarCrepe's JSON.
+    images: folder of the images; "." = the one that lies beside the file. UserError."""
+    kind = "sugarcrepe" if path.suffix == ".json" else "winoground"
+    root = "" if images == Path(".") else str(images)
+    return open_choices(Entry(path.stem, kind, str(path), images=root))
 
 
 def open_choices(entry: Entry) -> CaptionChoices:

@@ -84,6 +84,17 @@ def recall_table(rows: Mapping[str, Mapping[str, float]], best_row: int | None =
     return table(head, lines, best_row)
 
 
+def choices_table(scores: Mapping) -> Markup:
+    """Text, image and group accuracy by ITM and ITC beside chance, as
+    `evaluation.compositional.match_examples` gives them."""
+    names = ("text_acc", "image_acc", "acc")
+    rows = []
+    for title, prefix in (("ITM", ""), ("ITC", "itc_")):
+        rows.append([title, *(f"{scores[prefix + name]:.1f}" for name in names)])
+    rows.append(["chance", *(f"{scores['chance'][name]:.1f}" for name in names)])
+    return table(["in %", "text", "image", "both"], rows)
+
+
 def thumbnail(source: Path | bytes | Tensor, side: int = 96, right: bool | None = None) -> Markup:
     """An <img>, framed green or red where it is right or wrong. source: see `image_uri`."""
     return blocks().thumbnail(image_uri(source, 2 * side), side, right)

@@ -176,6 +176,71 @@ def test_without_reranking_the_order_is_that_of_the_contrast(data, finetuned, tm
     assert metrics["k_test"] == 0 and set(metrics["test"]) == RECALLS
 
 
+def test_choices_among_captions(data, finetuned, tmp_path):
+    """SugarCrepe's and Winoground's forms: scores of single pairs, computed one by one."""
+    records = json.loads((data / "retrieval_test.json").read_text())[:4]
+    rows, pairs = {}, []
+    for number, record in enumerate(records):
+        caption, other = record["caption"][0], records[number - 1]["caption"][0]
+        rows[str(2 * number)] = {
+            "filename": record["image"],
+            "caption": caption,
+            "negative_caption": other,
+        }
+    for first, second in (records[:2], records[2:]):
+        pair = {"image_0": first["image"], "image_1": second["image"]}
+        pairs.append(pair | {"caption_0": first["caption"][0], "caption_1": second["caption"][0]})
+    (tmp_path / "swap_obj.json").write_text(json.dumps(rows))
+    (tmp_path / "examples.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    more = ["--evaluate", "--checkpoint", finetuned, "--val_file", "none", "--test_file", "none"]
+    more += ["--choices", tmp_path / "swap_obj.json", tmp_path / "examples.jsonl"]
+    found = start(data, tmp_path / "out", *more)
+    assert found["swap_obj"]["chance"] == {"text_acc": 50, "image_acc": 100, "acc": 50}
+    assert found["examples"]["chance"]["acc"] == pytest.approx(100 / 6)
+    page = (tmp_path / "out/result/report.html").read_text()
+    assert "ITM" in page and "both" in page
+
+    alone = one_by_one(
+        data,
+        finetuned,
+        tmp_path,
+        [(row["filename"], row["caption"], row["negative_caption"]) for row in rows.values()],
+    )
+    for number, prefix in enumerate(("itc_", "")):
+        right = sum(scores[0][number] > scores[1][number] for scores in alone)
+        assert found["swap_obj"][f"{prefix}text_acc"] == pytest.approx(100 * right / 4)
+
+
+def one_by_one(data, checkpoint, tmp_path, examples) -> list[list[tuple[float, float]]]:
+    """(ITC, ITM) of each caption of (image, caption, other caption), a forward pass each."""
+    from dataset.images.decode import decode_image
+    from dataset.tasks.loaders import test_view
+    from dataset.text.wordpiece import Tokenizer, pre_caption
+    from models.weights.albef import start_from
+
+    of_checkpoint = ["--evaluate", "--checkpoint", checkpoint]
+    config = parse(Retrieval.Config, flags(data, tmp_path / "alone", *of_checkpoint))
+    weights = Retrieval.prepare(config).weights  # and the network's sizes, in config
+    tokenizer = Tokenizer(config.text_encoder)
+    model = Retrieval.build_model(config, tokenizer)
+    start_from(model, weights, "retrieval")
+    model.eval()
+    found = []
+    with torch.no_grad():
+        for file, *captions in examples:
+            image = test_view(config)(decode_image(data / file))[None]
+            tokens, of_image = model.encode_image(image)
+            scores = []
+            for caption in captions:
+                ids, mask = tokenizer([pre_caption(caption, 30)], 30, lengths=None)
+                _, of_text = model.encode_text(ids, mask)
+                rows = torch.zeros(1, dtype=torch.int64)
+                matching = model.match_scores(ids, mask, tokens, rows).item()
+                scores.append(((of_image @ of_text.T).item(), matching))
+            found.append(scores)
+    return found
+
+
 def test_report_is_one_file_that_needs_nothing_else(data, finetuned, tmp_path, monkeypatch, capsys):
     given = [
         "--retrieval_dir",

@@ -11,6 +11,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 # ---- text, JSON, YAML
 TEXT_BYTES = 4 * GIB  # of a text or JSON file that is read whole
+SMALL_BYTES = 64 * MIB  # of statistics, counters and lists of classes beside shards
 ENTRY_BYTES = 64 * MIB  # of one entry of a JSON list
 YAML_BYTES = 64 * MIB
 NESTED_LEVELS = 200  # lists in lists; Python's own parser and repr give up at about 1000

@@ -206,7 +206,10 @@ def _measure_legacy(path: Path) -> None:
 
 @contextmanager
 def mapped(path: str | Path) -> Iterator[mmap.mmap]:
-    """A file whose reads never go beyond its end. UserError for an empty one."""
+    """A file whose reads never go beyond its end. UserError for an empty one, and for a FIFO, which
+    would wait for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path}: not a regular file; check its name")
     with open(path, "rb") as file:
         if not Path(path).stat().st_size:
             raise UserError(f"{path}: empty file; fetch it again")

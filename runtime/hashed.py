@@ -76,6 +76,8 @@ def recorded_hash(path: str | Path) -> str | None:
 def find_file_damage(path: str | Path) -> str | None:
     """None if the file is exactly what was written, else what is wrong with it. Reads the whole
     file, once as long as it does not change."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        return "not a regular file"  # a FIFO would wait for ever
     try:
         return _find_damage(path, file_state(path))
     except OSError as error:

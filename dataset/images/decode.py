@@ -99,6 +99,8 @@ def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Te
 
 def _file_bytes(path: Path, name: str) -> bytes:
     """Content of a regular file of bounded size. Raises BadSample."""
+    if "\0" in name:  # for which Python has an error of another kind
+        raise BadSample(f"{name!r}: no path of a file")
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -109,8 +111,6 @@ def _file_bytes(path: Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BadSample(f"{name}: {error.strerror or error}") from None
-    except ValueError:  # a NUL in it
-        raise BadSample(f"{name!r}: no path of a file") from None
 
 
 @cache

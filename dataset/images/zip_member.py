@@ -32,6 +32,8 @@ def read_member(archive: Path, name: str) -> bytes:
     Raises BadSample when archive or member is missing or damaged.
     """
     try:
+        if archive.exists() and not archive.is_file():
+            raise BadSample(f"{archive}: not a regular file")
         with archive.open("rb") as file:
             data = _quick_member(file, name.encode())
         return _any_member(archive, name) if data is None else data

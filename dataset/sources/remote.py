@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from base.errors import MissingData, UserError
 from base.files import atomic_write, digest, file_state, write_text
-from base.limits import EXPANSION
+from base.limits import EXPANSION, SMALL_BYTES, check_limit
 from base.remote import cause, describe, file_system, is_missing, patience
 
 ATTEMPTS = 6  # with the waits between them about 16 seconds
@@ -168,6 +168,9 @@ def open_file(url: str, options: dict | None = None):
 def read_file(url: str, options: dict | None = None) -> bytes:
     """Content of a small local or remote file, in one request."""
     if not is_remote(url):
+        if not os.path.isfile(url):
+            raise FileNotFoundError(f"{url}: no such file")
+        check_limit(url, os.path.getsize(url), SMALL_BYTES, "bytes", "fetch it again")
         with open(url, "rb") as file:
             return file.read()
     files, path = file_system(url, options)

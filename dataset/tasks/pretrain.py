@@ -169,6 +169,8 @@ def write_codes(
 
 def _key_to_make(path: Path, records, build: PretrainPair, image_tokenizer) -> str | None:
     """The key of the codes to compute; None where the file is there already."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"code_cache {path}: not a regular file; name another")
     key = codes_key(records, build, image_tokenizer)
     if path.exists():
         stored = stored_key(path)

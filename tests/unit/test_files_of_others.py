@@ -4,6 +4,7 @@ marks, other line ends and compressions, published files in the place of lists, 
 import gzip
 import io
 import json
+import os
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from base.arrays import map_array
 from base.errors import BadSample, UserError
 from base.files import matching_files, parse_json
 from base.text import lines_in, whole_number
 from dataset.health.survey import open_list
 from dataset.images.decode import ORIENTATION, decode_image, image_ending
+from dataset.images.zip_member import read_member
 from dataset.sources.class_folder import class_folders as class_folders_in
 from dataset.sources.flat_folder import flat_folder
 from dataset.sources.records import Records
@@ -35,11 +38,13 @@ from dataset.tasks.classification import (
     read_class_names,
 )
 from dataset.tasks.grounding import read_boxes, targets
+from dataset.tasks.pretrain import write_codes
 from dataset.tasks.recognition import ImageSet, names_of
 from dataset.tasks.retrieval import RetrievalSet
 from dataset.tasks.ve_nlvr import SNLI_VE, Statements
 from dataset.tasks.vqa import read_official_answers
 from dataset.tasks.zeroshot import CaptionedImages, ShardImages, class_folders, voc
+from runtime.checkpoint import find_damage
 from runtime.safe_pickle import load_plain
 from scripts.data import pack, pack_coco
 
@@ -393,6 +398,57 @@ def test_a_path_that_no_system_knows_is_a_bad_sample(tmp_path):
         decode_image(tmp_path / "a\0b.jpg")
 
 
+# ---- what would wait for ever
+def open_codes(path: Path) -> None:
+    write_codes(path, [{"image": "a.jpg"}], None, None, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.jpg", decode_image),
+        ("a.zip", lambda path: read_member(path, "a.jpg")),
+        ("a.npy", lambda path: map_array(path, "make it again")),
+        ("a.pkl", load_plain),
+        ("a.npy", open_codes),
+        ("a.json", Records),
+        ("a.csv", Records),
+        ("a.tar", lambda path: find_shards(str(path))),
+    ],
+)
+def test_a_fifo_is_no_file(tmp_path, name, read):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises((UserError, BadSample), match=r"regular file|no such"):
+        read(tmp_path / name)
+
+
+def test_a_fifo_is_no_statistics_and_no_checkpoint(tmp_path):
+    shard = tar(tmp_path / "0.tar", [("a.jpg", encoded()), ("a.txt", b"x")])
+    os.mkfifo(tmp_path / "0_stats.json")
+    assert find_shards(str(shard)).samples == 1
+    os.mkfifo(tmp_path / "checkpoint_00000004.pt")
+    assert find_damage(tmp_path / "checkpoint_00000004.pt") == "not a regular file"
+
+
+def test_statistics_without_end_are_not_read(tmp_path):
+    shard = tar(tmp_path / "0.tar", [("a.jpg", encoded()), ("a.txt", b"x")])
+    with (tmp_path / "0_stats.json").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    assert find_shards(str(shard)).samples == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "too large"])
+def test_why_a_file_is_no_image_is_not_lost(tmp_path, kind):
+    path = tmp_path / "a.jpg"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(BadSample, match=r"a\.jpg: (is a directory|\d+ bytes, the limit is)"):
+        decode_image(path)
+
+
 # ---- annotations
 @pytest.mark.parametrize("given", [4705552913, 4705552913.0, "4705552913"])
 def test_an_image_called_by_a_number(tmp_path, given):
@@ -481,13 +537,12 @@ def test_fields_that_json_cannot_hold_are_packed_as_text(tmp_path):
     import pyarrow
     from pyarrow import parquet
 
-    (tmp_path / "a.jp2").write_bytes(encoded("JPEG2000"))
-    columns = {"image": ["a.jp2"], "caption": ["x"], "score": [float("nan")]}
+    columns = {"image": [encoded("JPEG2000")], "caption": ["x"], "score": [float("nan")]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
     made = {"data": str(tmp_path / "p.parquet"), "image_root": tmp_path, "target": tmp_path / "out"}
     pack.pack(pack.Config(**made, workers=1))
     (record,) = read_shard(str(tmp_path / "out/00000.tar"))
-    assert parse_json(record["json"], "x") == {"score": "nan", "path": "a.jp2"}
+    assert parse_json(record["json"], "x")["score"] == "nan"
     assert decode_image(record["image"]).shape == (3, 12, 16)
 
 

@@ -81,7 +81,9 @@ def test_half_way_through_an_epoch_a_resumed_worker_opens_one_group(source, monk
     start = source.start(COUNT * SAMPLES // 2, 3, 64)
     assert start[0] == 0 and abs(start[1] - COUNT // 64 // source.group // 2) <= 1
     straight = list(islice(source.read(7, 3, 64, start), 30))
+    group = [shard for shard, _, _ in source._groups(7, 0, 3, 64)[start[1]]]
+    assert opened == group, "it begins in the middle"
     opened.clear()
     resumed = list(islice(source.read(7, 3, 64, straight[19][2]), 10))
     assert resumed == straight[20:]
-    assert len(opened) == source.group, "and no other shard"
+    assert opened == group, "and no other shard is read again"

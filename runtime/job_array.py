@@ -33,6 +33,8 @@ from runtime.slurm import (
 
 WARNED_S = 60  # seconds ahead of the time limit at which a task is ended and requeued
 REQUEUES = 30  # of a task
+# The number of one of its tasks is that of the array, too: requeued by it, all tasks would be.
+TASK = '"$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"'
 NAMED = 10  # missing ranges that an error lists
 
 
@@ -128,12 +130,17 @@ def submit_array(sharing: Sharing, count: int, folder: Path) -> None:
     need_idle(folder)
     words = [sys.executable, "-u", str(script.absolute()), *sys.argv[1:], "--slurm", "0"]
     tasks = max(1, min(sharing.slurm, count))
-    executor = build_executor(folder, array_options(sharing, script.stem, folder))
+    log = shlex.quote(str(folder / "slurm" / "requeues.log"))
+    options = task_options(sharing, script.stem)
+    executor = build_executor(folder, {**options, "setup": requeueing(log, REQUEUES, TASK)})
     executor.parameters["map_count"] = tasks
     array = submit_command(executor, shlex.join(words))
-    after = array_options(sharing, f"{script.stem}-merge", folder)
-    # after any end: where a task failed, the merge says which ranges are missing
-    executor = build_executor(folder, {**after, "dependency": f"afterany:{array}"})
+    options = task_options(sharing, f"{script.stem}-merge")
+    options["setup"] = requeueing(log, REQUEUES)
+    options["dependency"] = (
+        f"afterany:{array}"  # where a task failed, the merge says what is missing
+    )
+    executor = build_executor(folder, options)
     merge = submit_command(executor, shlex.join([*words, "--merge"]))
     logs = folder / "slurm"
     (logs / "job").write_text(f"{array},{merge}\n")
@@ -147,7 +154,7 @@ def submit_array(sharing: Sharing, count: int, folder: Path) -> None:
     )
 
 
-def array_options(sharing: Sharing, name: str, folder: Path) -> dict:
+def task_options(sharing: Sharing, name: str) -> dict:
     """Options of sbatch for one task, in submitit's spelling."""
     return {
         "job_name": name,
@@ -157,7 +164,6 @@ def array_options(sharing: Sharing, name: str, folder: Path) -> dict:
         "cpus_per_task": sharing.cpus,
         "stderr_to_stdout": True,
         "wckey": None,  # submitit's default is refused where clusters check wckeys
-        "setup": requeueing(shlex.quote(str(folder / "slurm" / "requeues.log")), REQUEUES),
         "srun_args": [f"--cpus-per-task={sharing.cpus}"],
         "additional_parameters": {
             "requeue": True,

@@ -34,7 +34,7 @@ finish() {{
         return
     fi
     echo "job $SLURM_JOB_ID asked to be requeued, $(date '+%F %T')" >> REQUEUES
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue JOB
 }}
 trap 'finish $?' EXIT"""
 
@@ -45,9 +45,12 @@ def job_folder(options: argparse.Namespace) -> Path:
     return Path(options.job_dir or default).absolute()
 
 
-def requeueing(log: str, limit: int) -> list[str]:
-    """Lines of a batch file ahead of srun. log: a file in the shell's spelling, a line a requeue."""
-    return BATCH.replace("REQUEUES", log).replace("LIMIT", str(limit)).strip().splitlines()
+def requeueing(log: str, limit: int, job: str = '"$SLURM_JOB_ID"') -> list[str]:
+    """Lines of a batch file ahead of srun, for a job that is requeued at most `limit` times.
+
+    log: a file with a line a requeue; job: what is requeued; both in the shell's spelling."""
+    lines = BATCH.replace("REQUEUES", log).replace("LIMIT", str(limit))
+    return lines.replace("requeue JOB", f"requeue {job}").strip().splitlines()
 
 
 def further_options(words: Sequence[str]) -> dict[str, str | bool]:

@@ -216,7 +216,7 @@ def test_a_job_that_loses_a_node_resumes_to_the_weights_of_the_undisturbed_run(
     assert_same_run(cut, straight)
 
 
-# scripts/data/pack.py whose first start waits at shard 2 for its end, and is killed at shard 4
+# scripts/data/pack.py that waits at shard 4 when it runs first, and is killed at shard 1
 HELD_PACK = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -226,9 +226,9 @@ from scripts.data import pack
 write = pack.pack_shard
 
 def held(shard, config, state):
-    if shard == 2 and "SLURM_RESTART_COUNT" not in os.environ:
+    if shard == 4 and "SLURM_RESTART_COUNT" not in os.environ:
         time.sleep(600)
-    if shard == 4 and os.environ.get("KILLED"):
+    if shard == 1 and os.environ.get("KILLED"):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(shard, config, state)
 
@@ -261,22 +261,24 @@ def test_an_array_resumes_where_a_task_was_cut_and_its_merge_refuses_what_is_mis
     out = tmp_path / "out"
     array, merge = submit_pack(slurm | {"KILLED": "yes"}, tmp_path, "out")
     marks = [out / f"{number:05d}_stats.json" for number in range(7)]
-    wait_until(lambda: marks[1].exists() and marks[3].exists(), out)
-    first = marks[0].stat().st_mtime_ns
-    subprocess.run(["scontrol", "requeue", f"{array}_0"], env=slurm, check=True)
+    wait_until(lambda: marks[3].exists() and state(slurm, f"{array}_0") == "FAILED", out)
+    first = marks[3].stat().st_mtime_ns
+    # the warning ahead of the time limit, to the task whose number is also that of the array
+    subprocess.run(["scancel", "--signal=USR1", f"{array}_1"], env=slurm, check=True)
     assert wait_for_end(slurm, merge, out) == "FAILED", logs(out)
     said = (out / f"slurm/{merge}_0_log.out").read_text()
-    assert "shards 4-6 of 0-6 are missing" in said, logs(out)
-    assert (
-        '"shards": 3, "kept": 2, "samples": 1' in (out / f"slurm/{array}_0_0_log.out").read_text()
-    )
-    assert marks[0].stat().st_mtime_ns == first, "a finished shard was made again"
+    assert "shards 1-2 of 0-6 are missing" in said, logs(out)
+    said = (out / f"slurm/{array}_1_0_log.out").read_text()
+    assert '"shards": 4, "kept": 1, "samples": 3' in said, logs(out)
+    assert len((out / "slurm/requeues.log").read_text().splitlines()) == 1
+    assert logs(out).count("Killed") == 1, "the task that failed was started again"
+    assert marks[3].stat().st_mtime_ns == first, "a finished shard was made again"
 
     array, merge = submit_pack(slurm, tmp_path, "out")
     assert wait_for_end(slurm, merge, out) == "COMPLETED", logs(out)
     said = (out / f"slurm/{merge}_0_log.out").read_text()
     assert '{"shards": 7, "samples": 7, "failed": 0}' in said, logs(out)
-    assert marks[0].stat().st_mtime_ns == first
+    assert marks[3].stat().st_mtime_ns == first
 
 
 def toy(folder, body) -> Path:

@@ -33,8 +33,8 @@ from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import Stream, StreamLoader
 from dataset.tasks.classification import LabelCollate, LabelOptions, Labels, Split
 from dataset.tasks.classification import class_names, shared_split, training_source
-from evaluation.classification import multi_label_metrics, read_real, score, single_label_metrics
-from evaluation.report.page import card, table
+from evaluation.classification import Validation, read_real, score, validate
+from evaluation.report.classes import classification_report
 from evaluation.report.results import write_results
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.classification.classifier import build_classifier, ema_decay
@@ -50,8 +50,6 @@ from runtime.optim.schedule import Schedule
 from runtime.parallel import gradient_sync, whole_model
 from runtime.run import Run, RunConfig, StreamConfig, ValidationConfig
 from runtime.run import evaluating, seed_everything
-
-Metrics = dict[str, float]
 
 
 @dataclass
@@ -169,8 +167,8 @@ def train_step(model, statistics, next_batch, config: Config, precision) -> dict
     return total
 
 
-def evaluate(model: VisionClassifier, val: Split, config, world: World, precision) -> Metrics:
-    """Scores in percent of the network or its average on val_data, the same on every process."""
+def evaluate(model: VisionClassifier, val: Split, config, world: World, precision) -> Validation:
+    """Scores of the network or its average on val_data, the same on every process."""
     model = averaged(model)
     real = read_real(config.real, val.file_names) if config.real else None
     own = shard_indices(len(val), world.rank, world.size)
@@ -183,13 +181,11 @@ def evaluate(model: VisionClassifier, val: Split, config, world: World, precisio
 
     with evaluating(model), precision.autocast():
         scores = score(predict, batches, own, len(val), world)
-    if config.multi_label:
-        return multi_label_metrics(scores) | batches.damages()
-    return single_label_metrics(scores, real) | batches.damages()
+    return validate(scores, config.multi_label, real, batches.damages())
 
 
-def train(config: Config, names: list[str], val: Split | None, world: World, precision) -> Metrics:
-    """Train or resume; returns the scores of the last validation and the best one."""
+def train(config, names: list[str], val: Split | None, world: World, precision) -> Validation:
+    """Train or resume; returns the last validation, with the best score beside its own."""
     run = Run(config, world, metric=config.metric if val else None)
     loader = training_data(config, names, world, run.data_state())
     model = build_model(config)
@@ -201,7 +197,7 @@ def train(config: Config, names: list[str], val: Split | None, world: World, pre
     network = distributed.unwrap(model)
     average = config.ema_decay and WeightAverage([(network.ema, network)], average_buffers=True)
     statistics = pixel_statistics(world.device, *config.network.statistics)
-    metrics = {}
+    last = Validation()
 
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
@@ -211,19 +207,19 @@ def train(config: Config, names: list[str], val: Split | None, world: World, pre
             average.update(ema_decay(step + 1, config.ema_decay, config.ema_start))
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
-            metrics = evaluate(whole_model(model), val, config, world, precision)
-            run.keep_best(metrics, step + 1)
+            last = evaluate(whole_model(model), val, config, world, precision)
+            run.keep_best(last.metrics, step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
     whole = whole_model(model)
     if val is not None:
-        if not metrics:  # a finished run was started again
-            metrics = evaluate(whole, val, config, world, precision)
-        metrics[f"best_{config.metric}"] = max(run.best, metrics[config.metric])
+        if not last.metrics:  # a finished run was started again
+            last = evaluate(whole, val, config, world, precision)
+        last.metrics[f"best_{config.metric}"] = max(run.best, last.metrics[config.metric])
     if world.is_main:
         export_safetensors(averaged(whole).state_dict(), run.folder / "model.safetensors")
     run.finish()
-    return metrics
+    return last
 
 
 def main(config: Config) -> None:
@@ -238,12 +234,12 @@ def main(config: Config) -> None:
         config.network = replace(config.network, num_classes=len(names))
     val = evaluation_data(config, names)
     if config.evaluate:
-        metrics = evaluate(build_model(config).to(world.device), val, config, world, precision)
+        last = evaluate(build_model(config).to(world.device), val, config, world, precision)
     else:
-        metrics = train(config, names, val, world, precision)
-    rows = [(name, f"{value:.4g}") for name, value in metrics.items()]
-    scores = card(str(config.val_data), table([config.network.model, ""], rows))
-    write_results(config, "Classification", metrics, [scores] if metrics else [])
+        last = train(config, names, val, world, precision)
+    title = f"{config.network.model} on {config.val_data}"
+    sections = classification_report(title, names, last, val.image) if val else []
+    write_results(config, "Classification", last.metrics, sections)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def report(data: ReferringExpressions, maps: Tensor, found: list[Pointing], by_s
     def case(i: int) -> str:
         target, result, image = data.targets[i], found[i], decode_image(data.file(i))
         heat, boxes = enlarge(maps[i], *image.shape[1:]), data.boxes[i]
-        return box_case(image, heat, data.texts[i], boxes, result.box, target.box, result.iou)
+        return box_case(image, heat, data.written[i], boxes, result.box, target.box, result.iou)
 
     head = ["the chosen box has IoU >= 0.5, in %", "accuracy", "a box at random"]
     game = table(["the map's maximum lies in the true box, in %", "pointing game"], pointing)

@@ -32,6 +32,7 @@ from dataset.sources.records import Records
 from dataset.sources.shards import shard_sources
 from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
 from dataset.text.wordpiece import Tokenizer
+from evaluation.report.runs import write_index
 from models.fusion.config import networks
 from models.fusion.dvae import ImageTokenizer, existing_tokenizer
 from models.fusion.momentum import MomentumPairs
@@ -179,9 +180,7 @@ def training_data(
     sources = [RecordSource(records, pair, "train_file")] if records else []
     sources += shard_sources(config.shards, pair, config.shuffle_buffer, config.samples)
     if not sources:
-        raise UserError(
-            "no training data: name annotation lists in train_file, or WebDataset shards in shards"
-        )
+        raise UserError("no training data: name lists in train_file or WebDataset shards in shards")
     collate = PretrainCollate(tokenizer, config.max_tokens, config.mlm_probability)
     return StreamLoader(
         Stream(sources, collate, config.weights, config.exif),
@@ -244,6 +243,7 @@ def main(config: Config) -> None:
         run.leave_if_interrupted(step + 1)
     run.export()
     run.close()
+    write_index(run.folder)
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def report(split: str, data: RetrievalSet, scores: dict, rankings) -> list[str]:
     owner = torch.tensor(data.txt2img)
     rows = {split: scores, "chance": chance(owner, len(files))}
     recall = card(f"{split}: {len(files)} images, {len(owner)} captions", recall_table(rows))
-    return [recall, retrieval_gallery(files, data.captions, owner, *rankings)]
+    return [recall, retrieval_gallery(files, data.written, owner, *rankings)]
 
 
 def main(config: Config) -> None:

@@ -42,6 +42,7 @@ from dataset.tasks.classification import (
     LabelCollate,
     LabelOptions,
     Labels,
+    Split,
     class_names,
     identity,
     shared_split,
@@ -50,7 +51,7 @@ from dataset.tasks.dual_inputs import eval_view
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import knn_accuracy, nearest_neighbours
 from evaluation.probe import linear_probe
-from evaluation.report.page import card, table
+from evaluation.report.neighbours import neighbour_report
 from evaluation.report.results import write_results
 from evaluation.retrieval import units
 from evaluation.zeroshot import fingerprint
@@ -187,8 +188,8 @@ def bank_of(
     names: list[str],
     config: Config,
     world: World,
-) -> Bank:
-    """Features and labels of a data set, from the cache where they are there."""
+) -> tuple[Bank, Split]:
+    """Features and labels of a data set, from the cache where they are there, and its images."""
     about = described(weights_file(config.checkpoint)) if config.checkpoint else {}
     view, in_words = view_of(encoder, about)
     labels = Labels(len(names) or config.num_classes, LabelOptions(), data)
@@ -212,7 +213,7 @@ def bank_of(
 
     with evaluating(encoder):
         path = config.cache_folder / key
-        return feature_bank(encode, batches, own, len(images), width, path, world)
+        return feature_bank(encode, batches, own, len(images), width, path, world), images
 
 
 def main(config: Config) -> None:
@@ -225,8 +226,8 @@ def main(config: Config) -> None:
     width = encoder.choose(config.features)
     encoder.to(world.device)
     about = (encoder, width, names, config, world)
-    train = bank_of(config.train_data, "train", *about)
-    val = bank_of(config.val_data, "test", *about)
+    train, images = bank_of(config.train_data, "train", *about)
+    val, queries = bank_of(config.val_data, "test", *about)
     classes = len(names) or config.num_classes
     neighbours = nearest_neighbours(train, val, max(config.k), world)
     metrics = {"images": len(val), "train_images": len(train), "width": width}
@@ -236,10 +237,12 @@ def main(config: Config) -> None:
     )
     if config.linear_probe:
         l2, steps, fraction = config.probe_l2, config.probe_iterations, config.probe_val_fraction
-        held_out = bank_of(config.probe_val_data, "val", *about) if config.probe_val_data else None
+        named = config.probe_val_data
+        held_out = bank_of(named, "val", *about)[0] if named else None
         metrics |= linear_probe(train, val, classes, world, l2, steps, held_out, fraction)
-    rows = [(name, f"{value:.5g}") for name, value in metrics.items()]
-    cards = [card(encoder.title, table([config.features, config.val_data], rows))]
+    title = f"{encoder.title}, {config.features}, on {config.val_data}"
+    labels, views = (train.labels, val.labels), (images.image, queries.image)
+    cards = neighbour_report(title, names, metrics, neighbours, labels, views, config.temperature)
     write_results(config, "Nearest neighbours", {"model": encoder.title, **metrics}, cards)
 
 

@@ -34,6 +34,7 @@ from dataset.tasks.catalog import in_order_of
 from dataset.tasks.dual_inputs import NormalizedBatches, eval_view, input_statistics
 from dataset.tasks.dual_inputs import normalized, text_tokenizer, training_views
 from dataset.text.augment import TextOptions, TextViews
+from evaluation.report.runs import write_index
 from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accuracy
 from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
 from models.dual_encoder.cl2l import TargetOptions
@@ -232,6 +233,7 @@ def main(config: Config) -> None:
         run.leave_if_interrupted(step + 1)
     run.export()
     run.finish()
+    write_index(run.folder)
     distributed.shutdown()
 
 

@@ -6,8 +6,8 @@ bounds the memory at 21,841 classes x 50,000 images. Results do not depend on th
 processes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from base.distributed import World, gather_objects, gather_rows
 from base.errors import UserError
 from base.files import read_json
 from base.heartbeat import beat
-from evaluation.predict import percent, progress
+from evaluation.predict import Guesses, percent, progress
 
 BLOCK = 512  # classes looked at together
 TOP = 5
@@ -38,6 +38,40 @@ class Scores:
         """Rows [n,...] of this process's images -> [N,...] of all, on `device` of every process."""
         own = torch.as_tensor(list(self.own), dtype=torch.int64)
         return gather_rows(rows.contiguous().to(self.device), own, len(self.labels))
+
+    def guesses(self, sigmoid: bool = False) -> Guesses:
+        """The best classes of every image with their probabilities, on every process (collective).
+
+        sigmoid: every class has a probability of its own.
+        """
+        probability = self.logits.sigmoid() if sigmoid else self.logits.softmax(1)
+        best = top_classes(self.logits)
+        scores = self.gather(probability.gather(1, best)).cpu()
+        return Guesses(self.gather(best).cpu(), scores, self.labels)
+
+
+@dataclass
+class Validation:
+    """Scores in percent and other figures, by name, and what the network said of every image."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    guesses: Guesses | None = None
+
+
+def validate(
+    scores: Scores,
+    multi_label: bool,
+    real: Sequence[Sequence[int]] | None = None,
+    damages: Mapping[str, int] | None = None,
+) -> Validation:
+    """The metrics of a split, with the `damages` of its images, the same on every process
+    (collective). real: see `single_label_metrics`."""
+    if multi_label:
+        metrics = multi_label_metrics(scores)
+    else:
+        metrics = single_label_metrics(scores, real)
+    metrics.update(damages or {})
+    return Validation(metrics, scores.guesses(sigmoid=multi_label))
 
 
 def score(

@@ -1,12 +1,31 @@
 """Predictions for every sample of a split, each made once, whatever the number of processes; and
 their results."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from base.distributed import World, gather_objects, gather_parts
 from base.heartbeat import beat
+
+
+class Guesses(NamedTuple):
+    """What a model said of every image of a split, likeliest class first.
+
+    classes int64 [N,K]; scores float32 [N,K], probabilities if `probable`, or None; truth: the
+    classes of every image.
+    """
+
+    classes: Tensor
+    scores: Tensor | None
+    truth: list[list[int]]
+    probable: bool = True
+
+    def rows(self) -> Iterator[tuple[int, list[int], list[int]]]:
+        """(number, classes said, true classes) of every image."""
+        for number, (said, truth) in enumerate(zip(self.classes.tolist(), self.truth, strict=True)):
+            yield number, said, truth
 
 
 def over_split(

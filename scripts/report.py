@@ -181,7 +181,7 @@ def attention_section(
         cells = [figure(thumbnail(small, 100), "image")]
         for word, heat in words:
             cells.append(figure(thumbnail(heat_map(small, heat), 100), word))
-        rows.append(join(quote(data.captions[text]), group("words", cells)))
+        rows.append(join(quote(data.written[text]), group("words", cells)))
     intro = (
         f"Cross-attention of layer {layer} from each word to the patches, times the positive part of its gradient for "
         "the matching score, averaged over heads; each map is scaled to its own maximum."
@@ -224,7 +224,7 @@ def main(config: Config) -> None:
         if lines := read_log(folder):
             sections.append(curves(title, lines, guess))
     files = [image_root / name for name in data.images]
-    sections.append(retrieval_gallery(files, data.captions, owner, *rankings, config.cases))
+    sections.append(retrieval_gallery(files, data.written, owner, *rankings, config.cases))
     if config.images:
         model = load_model(saved, metrics["checkpoint"], tokenizer)
         sections.append(attention_section(model, tokenizer, data, rankings[1], config))

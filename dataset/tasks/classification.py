@@ -432,6 +432,10 @@ class Split:
         """Sample `index`. Raises BadSample."""
         return self.build({**self.records[index], "index": index})
 
+    def image(self, index: int) -> Tensor:
+        """uint8 [3,H,W] of image `index` as it is stored. Raises BadSample."""
+        return image_of(self.records[index], self.build.root)
+
     @property
     def file_names(self) -> list[str]:
         """Names of the image files, in order. Raises UserError where the images are no files."""

@@ -48,7 +48,8 @@ class ReferringExpressions:
         if not isinstance(detections, Mapping):
             raise UserError("det_file: expected an object, image_id: list of boxes [x, y, w, h]")
         self.images = [record["image"] for record in records]
-        self.texts = [pre_caption(record["text"], max_words) for record in records]
+        self.written = [record["text"] for record in records]
+        self.texts = [pre_caption(text, max_words) for text in self.written]
         self.targets, self.boxes = [], []
         for number, record in enumerate(records):
             target = known.get(str(record["ref_id"]))

@@ -58,8 +58,8 @@ class RetrievalSet:
     """The evaluation set of records with `image` and `caption` (a list): every image once, all
     captions in a row.
 
-    images: paths. captions: cleaned texts. txt2img[t]: the image of caption t. img2txt[i]: the
-    captions of image i.
+    images: paths. captions: cleaned texts; written: the same as the file has them. txt2img[t]: the
+    image of caption t. img2txt[i]: the captions of image i.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class RetrievalSet:
     ):
         self.image_root, self.transform = Path(image_root), transform
         self.images, self.captions, self.txt2img, self.img2txt = [], [], [], []
+        self.written: list[str] = []
         numbers: dict = {}  # image -> its index in `images`
         for record in records:
             number = numbers.setdefault(image_key(record["image"]), len(numbers))
@@ -82,6 +83,7 @@ class RetrievalSet:
                 self.img2txt[number].append(len(self.captions))
                 self.txt2img.append(number)
                 self.captions.append(pre_caption(caption, max_words))
+                self.written.append(caption)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -145,9 +145,9 @@ class QuestionSet:
     """The questions of an evaluation split: entries with `image`, `question`, `question_id`,
     `answer` where known.
 
-    ids, questions, images: one of each per entry. truth: for each id `answers` and maybe
-    `question_type`, `answer_type`, from the entries or from the official annotation file
-    `answers_file`; empty where neither has any.
+    ids, questions, images: one of each per entry; written: the questions as the file has them.
+    truth: for each id `answers` and maybe `question_type`, `answer_type`, from the entries or from
+    the official annotation file `answers_file`; empty where neither has any.
     Raises UserError where an id comes twice, or some but not all questions have answers.
     """
 
@@ -162,6 +162,7 @@ class QuestionSet:
     ):
         self.transform = transform
         self.ids, self.questions, self.images, self.truth = [], [], [], {}
+        self.written: list[str] = []
         places: dict[str | int, int] = {}
         for number, record in enumerate(records):
             question = record["question_id"]
@@ -173,6 +174,7 @@ class QuestionSet:
             places[question] = number
             self.ids.append(question)
             self.questions.append(pre_question(record["question"], max_words))
+            self.written.append(record["question"])
             try:
                 self.images.append(image_path(record, roots))
             except BadSample as error:

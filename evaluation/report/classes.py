@@ -1,104 +1,240 @@
-"""What a classifier says of single images and classes: examples, confused pairs, figures by class."""
+"""Cards of a classified split: its scores by name, a table of all classes, which are taken for
+which, and images with what was said of them."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from markupsafe import Markup
-from torch import Tensor
 
-from base.errors import BadSample
+from base import distributed
+from evaluation.classification import Validation
+from evaluation.predict import Guesses
 from evaluation.report import page
 from evaluation.report.examples import gallery
+from evaluation.report.images import LazyImages
+from evaluation.report.names import BESIDE_CHANCE, FACTS, score_name
 from evaluation.zeroshot import Classified
-from evaluation.zeroshot_metrics import confusions
 
-EXAMPLES = 4  # right ones, and as many wrong ones
-PAIRS = 10  # confused classes
-LISTED = 100  # classes up to which all are listed; of more, the ends of the list
-ENDS = 20
+MOST_CLASSES = 1000  # rows of the table
+CONFUSIONS = 12  # pairs of classes shown
+ALIKE = 5  # images of each
+EXAMPLES = 8  # right ones, and wrong ones
+SORTED = "The hardest first; click on a heading to sort by it."
 
 
-class Shown(Sequence):
-    """The pixels of the images of a data set, black where an image cannot be read: those are
-    counted where the set is evaluated."""
+def score_card(title: str, metrics: Mapping[str, float]) -> Markup:
+    """The scores in percent by name, beside chance where it is known, and the other figures."""
+    rows = []
+    for key, value in metrics.items():
+        name = score_name(key)
+        if name is None:
+            continue
+        by_chance = key in BESIDE_CHANCE or (key.startswith("knn") and not key.endswith("top5"))
+        rows.append((name, value, metrics.get("chance") if by_chance else None))
+    facts = []
+    for key, value in metrics.items():
+        if key != "chance" and score_name(key) is None:
+            facts.append(f"{FACTS.get(key, key)}: {_figure(value)}")
+    return page.card(
+        title, page.score_table(["in %", "score", "chance"], rows, None), intro=" · ".join(facts)
+    )
+
+
+def classification_report(
+    title: str,
+    names: Sequence[str | Sequence[str]],
+    validation: Validation,
+    image: Callable[[int], object],
+) -> list[Markup]:
+    """All cards of a split: scores, classes, confusions, images. image(i): see `LazyImages`."""
+    guesses = validation.guesses
+    images = LazyImages(image, len(guesses.truth))
+    return [score_card(title, validation.metrics), *class_cards(title, names, guesses, images)]
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def class_cards(
+    title: str,
+    names: Sequence[str | Sequence[str]],
+    guesses: Guesses,
+    images: Sequence,
+    beside: Callable[[int], Markup] | None = None,
+) -> list[Markup]:
+    """Cards of the classes, of the confusions, and of right and wrong images. Nothing on other
+    processes than the first.
+
+    names: of the classes, in the order of their numbers; of several names the first is shown.
+    images: of the split, as `page.thumbnail` takes them. beside(i): what else is known of image i.
+    """
+    if distributed.rank() != 0:
+        return []
+    name_of = ClassNames(names)
+    right = torch.zeros(len(guesses.truth), dtype=torch.bool)
+    for number, said, truth in guesses.rows():
+        right[number] = bool(truth) and set(truth) <= set(said[: len(truth)])
+
+    def example(number: int) -> Markup:
+        more = beside(number) if beside else Markup()
+        return class_case(number, guesses, name_of, images[number], bool(right[number]), more)
+
+    cards = [class_table(title, guesses, name_of), confusion_card(title, guesses, name_of, images)]
+    return [*filter(None, cards), gallery(f"Images, {title}", right, example, EXAMPLES)]
+
+
+class ClassNames:
+    """Names of classes by their numbers."""
+
+    def __init__(self, names: Sequence[str | Sequence[str]]):
+        self.names = names
+
+    def __call__(self, number: int) -> str:
+        if number >= len(self.names):
+            return f"class {number}"
+        name = self.names[number]
+        return name if isinstance(name, str) else name[0]
+
+
+def class_table(title: str, guesses: Guesses, name_of: ClassNames) -> Markup:
+    """Images, recall and precision of every class, the worst first, and what it is taken for.
+
+    The labels that count as said of an image are the first n of the guesses, where it has n.
+    """
+    shown: Counter[int] = Counter()
+    found: Counter[int] = Counter()
+    said_often: Counter[int] = Counter()
+    taken_for: dict[int, Counter[int]] = {}
+    for _, said, truth in guesses.rows():
+        first = said[: len(truth)]
+        shown.update(truth)
+        said_often.update(first)
+        found.update(set(truth) & set(first))
+        if len(truth) == 1 and first != truth:
+            taken_for.setdefault(truth[0], Counter())[first[0]] += 1
+    rows = []
+    for number, count in shown.most_common(MOST_CLASSES):
+        recall = 100 * found[number] / count
+        precision = 100 * found[number] / said_often[number] if said_often[number] else None
+        wrong = taken_for.get(number)
+        most = wrong.most_common(1)[0] if wrong else None
+        rows.append(
+            (
+                name_of(number),
+                f"{count:,}",
+                f"{recall:.1f}",
+                page.score_bar(recall),
+                "" if precision is None else f"{precision:.1f}",
+                f"{name_of(most[0])} ({most[1]:,})" if most else "",
+            )
+        )
+    rows.sort(key=lambda row: float(row[2]))
+    what = "accuracy" if all(len(truth) < 2 for truth in guesses.truth) else "recall"
+    head = ["class", "images", f"{what}, %", "", "precision, %", "most often taken for"]
+    intro = SORTED
+    if len(shown) > MOST_CLASSES:
+        intro += f" {MOST_CLASSES:,} of {len(shown):,} classes, those with the most images."
+    return page.card(f"Classes, {title}", page.sortable_table(head, rows, (0, 5)), intro=intro)
+
+
+def confusion_card(
+    title: str, guesses: Guesses, name_of: ClassNames, images: Sequence
+) -> Markup | None:
+    """The pairs of classes that are confused most often, with images; None where there are none."""
+    pairs: dict[tuple[int, int], list[int]] = {}
+    shown: Counter[int] = Counter()
+    for number, said, truth in guesses.rows():
+        shown.update(truth)
+        if len(truth) == 1 and said[0] != truth[0]:
+            pairs.setdefault((truth[0], said[0]), []).append(number)
+    cases = []
+    for (true, said), numbers in sorted(pairs.items(), key=lambda item: -len(item[1]))[:CONFUSIONS]:
+        thumbs = [page.thumbnail(images[number], 72) for number in numbers[:ALIKE]]
+        count = f"{len(numbers):,} of {shown[true]:,}"
+        pair = page.bold(f"{name_of(true)} → {name_of(said)}")
+        told = page.join(page.badge(count, False), pair, page.group("hits", thumbs))
+        cases.append(page.case(None, told))
+    if not cases:
+        return None
+    intro = "True class → what it was taken for; how many of its images."
+    return page.card(f"Confusions, {title}", page.group("cases", cases), intro=intro)
+
+
+def class_case(
+    number: int,
+    guesses: Guesses,
+    name_of: ClassNames,
+    image: object,
+    right: bool,
+    beside: Markup,
+) -> Markup:
+    """An image, the likeliest classes with their scores, what it shows, and what else is known."""
+    truth = guesses.truth[number]
+    items = []
+    for rank, label in enumerate(guesses.classes[number].tolist()):
+        kind = "right" if label in truth else "" if rank < len(truth) else "other"
+        text, fill = "", None
+        if guesses.scores is not None:
+            score = float(guesses.scores[number, rank])
+            text = f"{score:.1%}" if guesses.probable else f"{score:.3f}"
+            fill = score if guesses.probable else None
+        items.append((name_of(label), text, kind, fill))
+    shows = ", ".join(name_of(label) for label in truth) or "nothing known"
+    said = page.join(
+        page.badge("right" if right else "wrong", right),
+        page.ranked(items, f"true: {shows}"),
+        beside,
+    )
+    return page.case(page.thumbnail(image, 112), said)
+
+
+def neighbour_hits(images: Iterable, right: Iterable[bool], texts: Iterable[str]) -> Markup:
+    """The nearest training images of one, framed green where they are of its class."""
+    hits = []
+    for image, same, text in zip(images, right, texts, strict=True):
+        hits.append(page.figure(page.thumbnail(image, 64, same), text))
+    return page.group("hits", hits)
+
+
+# ---- zero-shot
+class Shown(LazyImages):
+    """The pixels of the images of a data set for zero-shot evaluation."""
 
     def __init__(self, images):
+        super().__init__(self._pixels, len(images))
         self.images = images
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        try:
-            return self.images[index]["image"]
-        except BadSample:
-            return torch.zeros(3, 8, 8, dtype=torch.uint8)
-
-
-def class_name(names: str | Sequence[str]) -> str:
-    """The first of a class's names."""
-    return names if isinstance(names, str) else names[0]
+    def _pixels(self, number: int) -> torch.Tensor:
+        return self.images[number]["image"]
 
 
 def classification_card(
-    name: str, images: Sequence[Tensor], classes: Sequence, found: Classified
+    name: str, images: Sequence, classes: Sequence, found: Classified
 ) -> Markup:
-    """Examples, confused pairs and the accuracy of every class. images: uint8 [3,H,W] each."""
-    names = [class_name(each) for each in classes]
-    contents = []
-    if found.targets.ndim == 1:
-        contents = [_examples(images, names, found), _confused(names, found)]
-    return page.card(name, *contents, _by_class(names, found))
-
-
-def _examples(images: Sequence[Tensor], names: Sequence[str], found: Classified) -> Markup:
-    right = found.best[:, 0] == found.targets
-
-    def case(index: int) -> Markup:
-        target, best = int(found.targets[index]), found.best[index].tolist()
-        kinds = ["right" if each == target else "other" for each in best]
-        if not right[index]:
-            kinds[0] = ""
-        items = [(names[each], "", kind, None) for each, kind in zip(best, kinds, strict=True)]
-        said = page.join(
-            page.badge("right" if right[index] else "wrong", bool(right[index])),
-            page.ranked(items, f"true: {names[target]}"),
-        )
-        return page.case(page.thumbnail(images[index], 112), said)
-
-    return gallery("Examples", right, case, EXAMPLES)
-
-
-def _confused(names: Sequence[str], found: Classified) -> Markup:
-    pairs = confusions(found.best[:, 0], found.targets, PAIRS)
-    if not pairs:
+    """The classes, confusions and images of a data set, folded up; of images with several labels
+    the average precision of every class. Nothing on other processes than the first."""
+    if distributed.rank() != 0:
         return Markup()
-    shown = found.targets.bincount(minlength=len(names))
-    rows = []
-    for target, taken, images in pairs:
-        of = int(shown[target])
-        rows.append((names[target], names[taken], f"{images} of {of}", f"{100 * images / of:.1f}"))
-    head = ["class", "taken for", "images", "in %"]
-    return page.join(page.heading("Confused most often"), page.table(head, rows))
+    if found.targets.ndim == 1:
+        guesses = Guesses(found.best, None, [[label] for label in found.targets.tolist()])
+        return page.folded(
+            f"{name}: classes and images", class_cards(name, classes, guesses, images)
+        )
+    rows = [row for row in class_rows(classes, found) if row["figure"] is not None]
+    rows.sort(key=_figure_of)
+    cells = []
+    for row in rows[:MOST_CLASSES]:
+        bar = page.score_bar(row["figure"])
+        cells.append((row["class"], f"{row['images']:,}", f"{row['figure']:.1f}", bar))
+    head = ["class", "images", "11-point average precision, %", ""]
+    card = page.card(f"Classes, {name}", page.sortable_table(head, cells), intro=SORTED)
+    return page.folded(f"{name}: classes", [card])
 
 
-def _by_class(names: Sequence[str], found: Classified) -> Markup:
-    rows = []
-    for row in class_rows(names, found):
-        if row["figure"] is not None:
-            rows.append((row["class"], row["images"], row["figure"]))
-    rows.sort(key=by_figure)
-    title = "By class, the hardest first"
-    if len(rows) > LISTED:
-        rows = rows[:ENDS] + rows[-ENDS:]
-        title += f" ({ENDS} hardest and {ENDS} easiest of {len(names)}; all: result/classes.json)"
-    figure = "accuracy in %" if found.targets.ndim == 1 else "11-point average precision in %"
-    cells = [(name, images, f"{value:.1f}") for name, images, value in rows]
-    return page.join(page.heading(title), page.table(["class", "images", figure], cells))
-
-
-def by_figure(row: tuple[str, int, float]) -> float:
-    return row[2]
+def _figure_of(row: dict) -> float:
+    return row["figure"]
 
 
 def class_rows(classes: Sequence, found: Classified) -> list[dict]:
@@ -112,7 +248,7 @@ def class_rows(classes: Sequence, found: Classified) -> list[dict]:
         figure = found.by_class[number]
         rows.append(
             {
-                "class": class_name(names),
+                "class": names if isinstance(names, str) else names[0],
                 "images": int(shown[number]),
                 "figure": None if torch.isnan(figure) else figure.item(),
             }

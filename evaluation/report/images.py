@@ -2,15 +2,37 @@
 
 import base64
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from base.errors import BadSample
+
 COLOURS = torch.tensor(  # of a heat map from 0 to 1, evenly spaced: RGB
     [[0.05, 0.05, 0.35], [0.55, 0.1, 0.5], [0.95, 0.35, 0.2], [1.0, 0.9, 0.3]]
 )
+
+
+class LazyImages(Sequence):
+    """The images of a split, each loaded when it is shown; one that cannot be read is grey.
+
+    load(i): uint8 [3,H,W], encoded bytes or a path, for i below `count`; raises BadSample.
+    """
+
+    def __init__(self, load: Callable[[int], Path | bytes | Tensor], count: int):
+        self.load, self.count = load, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Path | bytes | Tensor:
+        try:
+            return self.load(number)
+        except BadSample:
+            return torch.full((3, 8, 8), 128, dtype=torch.uint8)
 
 
 def image_uri(source: Path | bytes | Tensor, side: int = 96, quality: int = 85) -> str:

@@ -1,4 +1,5 @@
-"""Self-contained HTML pages of results, with no script and no link to anything outside the file.
+"""Self-contained HTML pages of results, with no link to anything outside the file, and no script
+but the few lines that sort a table.
 
 Every function returns `Markup`; plain strings handed to one are escaped. The HTML itself is in
 blocks.html.j2, its style in page.css.
@@ -15,6 +16,7 @@ from torch import Tensor
 from evaluation.report.chart import Points, lay_out
 from evaluation.report.images import image_uri
 
+SORTABLE = '<table class="sortable">'
 FOUND = {"txt": "caption", "img": "image"}  # what is retrieved
 
 
@@ -26,14 +28,27 @@ def blocks():
     return environment.get_template("blocks.html.j2").module
 
 
-def page(title: str, sections: Iterable[Markup], subtitle: str = "", footer: str = "") -> Markup:
-    """The whole HTML document."""
-    return blocks().page(title, list(sections), subtitle, footer)
+def page(
+    title: str,
+    sections: Iterable[Markup],
+    subtitle: str = "",
+    footer: str | Markup = "",
+    head: Markup | None = None,
+) -> Markup:
+    """The whole HTML document. head: further elements of its <head>."""
+    sections = list(sections)
+    sortable = any(SORTABLE in section for section in sections)
+    return blocks().page(title, sections, subtitle, footer, sortable, head or Markup())
 
 
 def card(title: str, *contents: Markup, intro: str = "") -> Markup:
     """A titled section of blocks."""
     return blocks().card(title, contents, intro)
+
+
+def folded(title: str, cards: Iterable[Markup]) -> Markup:
+    """Cards that a click on the title unfolds."""
+    return blocks().folded(title, list(cards))
 
 
 def heading(text: str) -> Markup:
@@ -47,10 +62,25 @@ def group(kind: str, contents: Iterable[Markup]) -> Markup:
 
 
 def table(
-    head: Sequence[str], rows: Iterable[Sequence[object]], best_row: int | None = None
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    best_row: int | None = None,
+    text_columns: Sequence[int] = (0,),
 ) -> Markup:
-    """A table of text; one row may be set in bold."""
-    return blocks().table(head, list(rows), best_row)
+    """A table; one row may be set in bold. text_columns: flush left, the others flush right."""
+    return blocks().table(head, list(rows), best_row, list(text_columns))
+
+
+def sortable_table(
+    head: Sequence[str], rows: Iterable[Sequence[object]], text_columns: Sequence[int] = (0,)
+) -> Markup:
+    """A table, as high as a screen, that a click on a heading sorts; text_columns: flush left."""
+    return blocks().sortable_table(head, list(rows), list(text_columns))
+
+
+def score_bar(score: float) -> Markup:
+    """A bar as long as a score in percent."""
+    return blocks().bar(score, None)
 
 
 def score_table(
@@ -118,6 +148,11 @@ def link(text: str, address: str) -> Markup:
 def quote(text: str) -> Markup:
     """A text of the data set, as written."""
     return blocks().quote(text)
+
+
+def bold(text: str) -> Markup:
+    """A line of the page's own words."""
+    return blocks().bold(text)
 
 
 def ranked(items: Iterable[tuple[str, str, str, float | None]], note: str = "") -> Markup:

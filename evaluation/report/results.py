@@ -4,9 +4,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from markupsafe import Markup
+
 from base import distributed
 from base.files import write_json, write_text
-from evaluation.report.page import page
+from evaluation.report.page import join, link, page
+from evaluation.report.runs import write_index
 from runtime.config.cli import save
 from runtime.scores import rounded, score_lines
 
@@ -25,7 +28,11 @@ def write_results(
     metrics = {"checkpoint": source, **metrics}
     write_json(folder / "metrics.json", metrics, indent=2)
     save(config, folder / "config.yaml")
-    write_text(folder / "report.html", page(title, sections, source))
+    footer = join(
+        Markup("Beside other runs: "), link("curves, scores and options", "../index.html")
+    )
+    write_text(folder / "report.html", page(title, sections, source, footer))
+    write_index(Path(config.output_dir))
     print(text or json.dumps(rounded(metrics), indent=2))
     if not text:
         print(*score_lines(metrics), sep="\n")

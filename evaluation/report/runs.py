@@ -3,24 +3,31 @@ options they differ."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from base import distributed
 from base.errors import UserError
-from base.files import parse_json, read_json, read_lines
+from base.files import parse_json, read_json, read_lines, write_text
+from evaluation.report.names import score_name
 from evaluation.report.page import card, group, line_chart, link, page, table
 from runtime.config.values import show
 from runtime.config.yaml import read_yaml
 
 DEPTH = 5  # folders below the one given that are looked through
+INSIDE = 2  # the same of a run's own folder, at its end
 POINTS = 400  # of a curve that are drawn at most
 # columns of the log that every training has; losses and validations come after them
 ALWAYS = {"step", "epoch", "lr", "data_wait", "step_s", "memory_gb", "errors", "mfu", "tflops"}
 CURVES = 18  # charts at most
 UNSAID = {"output_dir"}  # options that always differ
+BESIDE = 20  # newest runs beside one that are compared with it
+LOG_BYTES = 32 << 20  # of a log above which its curves are left out of that comparison
+MADE_BY = '<meta name="generator" content="quintet runs">'
 
 
 @dataclass
@@ -40,6 +47,61 @@ class RunFolder:
         return self.log[-1].get("step") if self.log else None
 
 
+def write_index(folder: Path) -> Path | None:
+    """Write index.html in the folder of a run: the runs in it, and the newest beside it, compared;
+    the page of the folder above is written again where scripts/compare.py made one.
+
+    A file that cannot be read or written costs its row or the page, never the run: the page is a
+    convenience. Returns the page; None on other processes than the first.
+    """
+    if distributed.rank() != 0:
+        return None
+    folder = Path(folder)
+    above = folder.resolve().parent
+    runs = []
+    for found in [*sorted(run_folders(folder, INSIDE)), *beside(folder)]:
+        with suppress(UserError, OSError):
+            root = folder if found.is_relative_to(folder) else above
+            runs.append(open_run(found, root, LOG_BYTES))
+    page_above = above / "index.html"
+    target = folder / "index.html"
+    try:
+        write_text(
+            target, runs_page(runs, folder, f"{folder.resolve().name} and the runs beside it")
+        )
+        if is_runs_page(page_above):
+            write_text(page_above, runs_page(find_runs(above), above, f"Runs in {above.name}"))
+    except (UserError, OSError) as error:
+        print(f"the page of all runs was not written: {error}", flush=True)
+        return None
+    return target
+
+
+def beside(folder: Path) -> list[Path]:
+    """The newest other runs in the folder that holds a run's, by name."""
+    own = folder.resolve()
+    found = []
+    with suppress(OSError):
+        for entry in os.scandir(own.parent):
+            path = Path(entry.path)
+            if path != own and not entry.name.startswith(".") and entry.is_dir() and is_run(path):
+                found.append((entry.stat().st_mtime, path))
+    return sorted(path for _, path in sorted(found)[-BESIDE:])
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder has the configuration of a run or of an evaluation."""
+    return any((folder / name).is_file() for name in ("config.yaml", "result/config.yaml"))
+
+
+def is_runs_page(file: Path) -> bool:
+    """Whether a file is a page of this module, which may be written again."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return MADE_BY.encode() in opened.read(1000)
+
+
 def find_runs(folder: Path) -> list[RunFolder]:
     """The runs in `folder` and below, by name. UserError where there is none, or a file is
     damaged."""
@@ -49,20 +111,20 @@ def find_runs(folder: Path) -> list[RunFolder]:
     return runs
 
 
-def run_folders(folder: Path) -> Iterator[Path]:
-    """Folders with the configuration of a run or of an evaluation."""
-    for path, names, files in os.walk(folder):
+def run_folders(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """Folders with the configuration of a run or of an evaluation, at most `depth` below."""
+    for path, names, _ in os.walk(folder):
         names.sort()
         here = Path(path)
-        if "config.yaml" in files or (here / "result/config.yaml").is_file():
+        if is_run(here):
             yield here
         names[:] = [name for name in names if name != "result" and not name.startswith(".")]
-        if len(here.relative_to(folder).parts) >= DEPTH:
+        if len(here.relative_to(folder).parts) >= depth:
             names.clear()
 
 
-def open_run(folder: Path, root: Path) -> RunFolder:
-    """Read what a run wrote; what it has not written yet is left out."""
+def open_run(folder: Path, root: Path, log_bytes: int | None = None) -> RunFolder:
+    """Read what a run wrote; what it has not written yet is left out, and a log of more bytes."""
     result = folder / "result"
     config = next(
         file for file in (folder / "config.yaml", result / "config.yaml") if file.is_file()
@@ -72,8 +134,9 @@ def open_run(folder: Path, root: Path) -> RunFolder:
         folder=folder,
         config=dict(flat(read_yaml(config)[0])),
     )
-    if (folder / "log.jsonl").is_file():
-        run.log = read_log(folder / "log.jsonl")
+    log = folder / "log.jsonl"
+    if log.is_file() and (log_bytes is None or log.stat().st_size <= log_bytes):
+        run.log = read_log(log)
     if (result / "metrics.json").is_file():
         numbers = flat(read_json(result / "metrics.json", kind=dict))
         run.metrics = {key: float(value) for key, value in numbers if is_number(value)}
@@ -119,7 +182,7 @@ def runs_page(runs: Sequence[RunFolder], root: Path, title: str) -> Markup:
         sections.append(card("Scores", score_comparison(runs), intro="Of result/metrics.json."))
     if len(runs) > 1:
         sections.append(card("Options that differ", option_differences(runs)))
-    return page(title, sections, f"{len(runs)} runs")
+    return page(title, sections, f"{len(runs)} runs", head=Markup(MADE_BY))
 
 
 def overview(runs: Sequence[RunFolder], root: Path) -> Markup:
@@ -164,8 +227,17 @@ def score_comparison(runs: Sequence[RunFolder]) -> Markup:
     rows = []
     for key in keys:
         values = [run.metrics.get(key) for run in scored]
-        rows.append((key, *("" if value is None else f"{value:.4g}" for value in values)))
+        rows.append(
+            (score_label(key), *("" if value is None else f"{value:.4g}" for value in values))
+        )
     return table(("score", *(run.name for run in scored)), rows)
+
+
+def score_label(key: str) -> str:
+    """What a score is called: `top1` in words; of a split or data set, with its name."""
+    where, _, name = key.removeprefix("results.").rpartition(".")
+    words = score_name(name) or name
+    return f"{where}: {words}" if where else words
 
 
 def option_differences(runs: Sequence[RunFolder]) -> Markup:

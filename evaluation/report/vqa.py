@@ -15,7 +15,7 @@ def answer_report(
 ) -> list[str]:
     """Accuracies by kind of question, and questions answered rightly and wrongly.
 
-    data: has `ids`, `questions`, `images` (files) and `truth`, which is empty where annotators'
+    data: has `ids`, `written` (questions), `images` (files) and `truth`, which is empty where annotators'
     answers are unknown. best int64 [Q,K]: indices into `answers`, likeliest first; probability
     [Q,K]; scores: VQA accuracies in percent.
     """
@@ -38,7 +38,7 @@ def answer_report(
         for answer, p in zip(best[i].tolist(), probability[i].tolist(), strict=True):
             guesses.append((answers[answer], p))
         true = max(set(given[i]), key=given[i].count)
-        return answer_case([data.images[i]], data.questions[i], guesses, true, right[i])
+        return answer_case([data.images[i]], data.written[i], guesses, true, right[i])
 
     head = ["VQA accuracy in %", split, "most frequent answer"]
     return [

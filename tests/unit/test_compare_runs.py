@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from base.errors import UserError
-from evaluation.report.runs import curves, find_runs, points, runs_page
+from evaluation.report.runs import curves, find_runs, points, runs_page, write_index
 
 
 def make_run(folder: Path, lr: float, losses: list[float], metrics: dict | None = None) -> None:
@@ -55,7 +55,7 @@ def test_page_links_draws_and_compares(root):
     assert (root / "a & b/result/report.html").is_file()
     assert html.count("<polyline") >= 2 and "61.25" in html
     differences = html[html.index("Options that differ") :]
-    rows = re.findall(r"<td>([^<]+)</td>", differences)
+    rows = re.findall(r"<td[^>]*>([^<]+)</td>", differences)
     assert {"lr", "network.width", "split"} <= set(rows)  # the evaluation has no lr and no width
     assert "output_dir" not in differences
     assert "network.width" not in str(runs_page(find_runs(root)[:2], root, "two"))  # alike in both
@@ -81,3 +81,37 @@ def test_a_log_whose_last_line_is_being_written_is_read(root):
 def test_no_run_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no run in it"):
         find_runs(tmp_path)
+
+
+def test_a_run_writes_the_page_of_itself_and_of_the_runs_beside_it(root, capsys):
+    own = root / "a & b"
+    make_run(own / "probe", 0.3, [1.0])
+    (root / "broken").mkdir()
+    (root / "broken/config.yaml").write_text("lr: [1\n")
+    html = write_index(own).read_text()
+    rows = re.findall(r'<td class="text">(?:<a[^>]*>)?([^<]+)', html[: html.index("Curves")])
+    assert rows == ["a &amp; b", "probe", "zero_shot"]  # not deep/c, not the damaged one
+    assert 'href="result/report.html">a &amp; b</a>' in html and "test: accuracy" in html
+    assert not (root / "index.html").exists() and not capsys.readouterr().out
+
+
+def test_the_page_above_is_written_again_only_where_it_is_one_of_ours(root):
+    above = root / "index.html"
+    above.write_text("<html>my own page</html>")
+    write_index(root / "a & b")
+    assert above.read_text() == "<html>my own page</html>"
+    above.write_text(runs_page(find_runs(root)[:1], root, "Runs in out"))
+    assert "deep/c" not in above.read_text()
+    write_index(root / "a & b")
+    assert "deep/c" in above.read_text()
+
+
+def test_a_page_that_cannot_be_written_is_said_and_harms_nothing(root, capsys):
+    (root / "zero_shot/index.html").mkdir()
+    assert write_index(root / "zero_shot") is None
+    assert "the page of all runs was not written" in capsys.readouterr().out
+
+
+def test_of_a_log_above_the_limit_there_are_no_curves(root, monkeypatch):
+    monkeypatch.setattr("evaluation.report.runs.LOG_BYTES", 10)
+    assert "<polyline" not in write_index(root / "a & b").read_text()

@@ -91,6 +91,9 @@ class RunConfig:
         1, "micro-batches per update; each has batch_size samples per process", low=1
     )
     workers: int = knob(4, "loader processes per training process", low=0, high=WORKERS)
+    check_data: bool = knob(
+        True, "before the first update look at a few samples, for 2 seconds at most", rare=True
+    )
     exif: bool = knob(
         False, "turn images by their EXIF orientation; the originals do not", rare=True
     )
@@ -428,6 +431,7 @@ class Run:
         elif self._stops_at(self.step):
             self.log.say(f"step {self.step:,} of --max_steps {config.max_steps:,}: nothing to do")
             self._leave(0)
+        self._look_at_data()
         self.log.progress(plan.total, self.step)
 
     def _say_processes(self) -> None:
@@ -440,6 +444,18 @@ class Run:
             "numbers start from the seed"
         )
         self.log.write(self.step, processes=self.world.size, processes_before=self.saved_on)
+
+    def _look_at_data(self) -> None:
+        """Say what a first look at the training data notices, when a run starts from scratch."""
+        look_over = getattr(self.loader, "look_over", None)
+        if not (self.config.check_data and self.world.is_main and look_over) or self.step:
+            return
+        held_out = {}
+        for option in ("val_file", "test_file"):
+            given = getattr(self.config, option, None) or []
+            held_out[option] = list(map(str, given if isinstance(given, list) else [given]))
+        for line in look_over({option: files for option, files in held_out.items() if files}):
+            self.log.say(line)
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """The next micro-batch, on the device; the log shows how long the loop waited for it."""

@@ -4,7 +4,7 @@ for evaluation."""
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -253,6 +253,12 @@ class StreamLoader:
             source.name: sum(count)
             for source, count in zip(self.stream.sources, counts, strict=True)
         }
+
+    def look_over(self, held_out: Mapping[str, Sequence[str]]) -> list[str]:
+        """What a first look at a few samples notices, in lines; see `dataset.health.start`."""
+        from dataset.health.start import look_over
+
+        return look_over(self.stream.sources, self.stream.collate, held_out)
 
     def state_dict(self) -> dict:
         return copy.deepcopy(self._state)

@@ -154,8 +154,8 @@ def confusion_card(
         thumbs = [page.thumbnail(images[number], 72) for number in numbers[:ALIKE]]
         count = f"{len(numbers):,} of {shown[true]:,}"
         pair = page.bold(f"{name_of(true)} → {name_of(said)}")
-        told = page.join(page.badge(count, False), pair, page.group("hits", thumbs))
-        cases.append(page.case(None, told))
+        shown_pair = page.join(page.badge(count, False), pair, page.group("hits", thumbs))
+        cases.append(page.case(None, shown_pair))
     if not cases:
         return None
     intro = "True class → what it was taken for; how many of its images."

@@ -10,6 +10,7 @@ Each becomes JSON lines once, in the cache, which `Records` then reads like any 
     folder/                                  IMAGE.jpg with IMAGE.txt beside it, a caption a line;
                                              or what metadata.csv / metadata.jsonl in it lists
     folder/                                  of datasets' save_to_disk
+    hf://USER/NAME:SPLIT                     of the Hugging Face hub (see dataset.sources.hub)
 """
 
 import codecs
@@ -39,6 +40,7 @@ from base.files import (
 from base.limits import CELL_BYTES, EXPANSION, TABLE_FLOOR, check_limit, over_limit
 from base.text import lenient_text, lines_in
 from dataset.images.formats import files_below, is_image
+from dataset.sources.hub import is_hub, local_copy
 from dataset.sources.json_entries import objects_of
 
 JSON = (".json", ".jsonl")
@@ -48,7 +50,7 @@ BATCH_ROWS = 4096  # of a Parquet file that are in memory at a time
 USUAL_NAMES = {
     "image": (
         *("filepath", "file_path", "image_path", "file_name", "filename", "path", "img"),
-        *("image_file", "image_name", "image_id"),
+        *("image_file", "image_name", "image_id", "jpg", "jpeg", "png", "webp"),
     ),
     "caption": ("captions", "title", "text", "txt", "sentence", "alt_text", "description"),
     "text": ("expression", "sentence", "caption"),
@@ -109,7 +111,7 @@ def parse_address(address: str | Path) -> Table:
 def is_table(address: str | Path) -> bool:
     """Whether an annotation file has one of the forms of this module."""
     path, columns = parse_address(address)
-    return path.suffix.lower() in TABLES or path.is_dir() or bool(columns)
+    return path.suffix.lower() in TABLES or path.is_dir() or bool(columns) or is_hub(path)
 
 
 def json_lines_of(
@@ -123,6 +125,8 @@ def json_lines_of(
     path, columns = parse_address(address)
     if not is_table(address):
         return path
+    if is_hub(path):
+        path = local_copy(path, cache_dir)
     if columns and not (path.suffix.lower() in (*TABLES, *JSON) or path.is_dir()):
         raise UserError(f"{address}: only tables and JSON have columns; name the file alone")
     if not path.exists():
@@ -159,6 +163,12 @@ def _length(value: object) -> int:
     if isinstance(value, list):
         return sum(map(_length, value))
     return len(value) if isinstance(value, str) else 8
+
+
+def address_state(address: str | Path) -> object:
+    """What changes with the content of an annotation file, table or folder."""
+    path = parse_address(address).path
+    return _state(local_copy(path) if is_hub(path) else path)
 
 
 def _state(path: Path) -> object:

@@ -36,6 +36,7 @@ from dataset.loading.filtered import Filtered
 from dataset.loading.stream import ENOUGH, RecordSource
 from dataset.sources.class_folder import ClassFolder, class_folders, class_list
 from dataset.sources.flat_folder import flat_folder, is_flat
+from dataset.sources.hub import is_hub
 from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import is_shard, list_shards, shared_shards
@@ -242,6 +243,8 @@ def is_shards(data: str) -> bool:
     """Whether a data string names WebDataset or TFRecord shards. A folder does where it holds some,
     or where in its sub-folders a shard comes before an image."""
     if not Path(data).is_dir():
+        if is_hub(data):
+            return False
         return "://" in data or any(part in data.lower() for part in (".tar", ".tgz", ".tfrecord"))
     if any(is_shard(path.name) for path in Path(data).iterdir()):
         return True

@@ -2,6 +2,7 @@
 options they differ."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ POINTS = 400  # of a curve that are drawn at most
 # columns of the log that every training has; losses and validations come after them
 ALWAYS = {"step", "epoch", "lr", "data_wait", "step_s", "memory_gb", "errors", "mfu", "tflops"}
 CURVES = 18  # charts at most
+ENSEMBLE = re.compile(r"_zh_0\.[1-46-9]$")  # of z and h by other weights: a chart of its report
 UNSAID = {"output_dir"}  # options that always differ
 BESIDE = 20  # newest runs beside one that are compared with it
 LOG_BYTES = 32 << 20  # of a log above which its curves are left out of that comparison
@@ -190,9 +192,9 @@ def overview(runs: Sequence[RunFolder], root: Path) -> Markup:
     rows = []
     for number, run in enumerate(runs, 1):
         name = link(run.name, os.path.relpath(run.page, root)) if run.page else run.name
-        last = run.log[-1] if run.log else {}
-        training = [row for row in run.log if "loss" in row]
-        loss = f"{training[-1]['loss']:.4g}" if training else ""
+        training = [row for row in run.log if is_number(row.get("loss"))]
+        last = training[-1] if training else {}
+        loss = f"{last['loss']:.4g}" if last else ""
         epochs = f"{last['epoch']:.1f}" if "epoch" in last else ""
         rows.append((name, number, run.steps or "", epochs, loss, len(run.metrics) or ""))
     return table(("run", "number", "updates", "epochs", "last loss", "scores"), rows)
@@ -226,6 +228,8 @@ def score_comparison(runs: Sequence[RunFolder]) -> Markup:
     keys = dict.fromkeys(key for run in scored for key in run.metrics)
     rows = []
     for key in keys:
+        if ENSEMBLE.search(key):
+            continue
         values = [run.metrics.get(key) for run in scored]
         rows.append(
             (score_label(key), *("" if value is None else f"{value:.4g}" for value in values))

@@ -23,14 +23,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import BadSample, UserError
-from base.files import clean_surrogates, digest, file_state, finite, read_json, states_digest
+from base.files import clean_surrogates, digest, finite, read_json
 from base.processes import in_processes, usable_cores
 from dataset.images.decode import ORIENTATION, decode_image, image_ending, orientation
-from dataset.images.formats import files_below
 from dataset.images.zip_member import image_source
 from dataset.sources.encoded_table import encoded_table
 from dataset.sources.records import Records
-from dataset.sources.tables import parse_address
+from dataset.sources.tables import address_state
 from dataset.sources.tar_writer import statistics_file, write_shard, write_statistics
 from dataset.tasks.record import as_list, captions_of, name_of
 from runtime.config.cli import knob, run_script, section
@@ -133,8 +132,7 @@ def pack_shard(shard: int, config: Config, state: str) -> tuple[int, list[str]]:
 
 def state_of(config: Config) -> str:
     """Changes with the data and with every setting that shapes the shards."""
-    path = parse_address(config.data).path
-    state = states_digest(files_below(path)) if path.is_dir() else file_state(path)
+    state = address_state(config.data)
     return digest(config.data, state, config.samples_per_shard, config.resize, config.quality)
 
 

@@ -10,7 +10,8 @@ Takes annotation files, tables, class folders and shards, local or remote; sever
 splits, the training set first. Finds missing, unreadable, truncated, tiny, huge, rotated and
 duplicate images (byte by byte and to the eye), empty, overlong, repeated and wrongly encoded texts,
 ids that repeat, boxes outside of their image, answers that are not in the list, classes without
-balance, and images that one split shares with another.
+balance, class names that are unknown, unused or alike, and images that one split shares with
+another.
 
 With --facts, what is found in a shard (or 256 entries of a list) is kept: an interrupted look
 resumes, and tasks of a Slurm job array or several machines share it.
@@ -45,6 +46,7 @@ class Config:
     tokenizer: str = knob("clip", "clip, or a BERT: folder, vocab.txt or hub name")
     most: int = knob(77, "tokens that the model takes of a text", low=2)
     answer_list: Path | None = knob(None, "answers that questions may have (JSON list)")
+    classes: Path | None = knob(None, "file with a class name a line that labels may have")
     fix: Path | None = knob(None, "folder to write lists to without what cannot be trained on")
     page: Path | None = knob(None, "HTML page with examples")
     facts: Path | None = knob(None, "folder to keep what is found in: to resume, and to share")
@@ -73,6 +75,20 @@ def make_examiner(image_root: Path, tokenizer: str, most: int, answer_list: Path
     return Examiner(image_root, tokens, most, answers)
 
 
+def look_at_classes(parts: list, file: Path | None) -> None:
+    """Note what is wrong with the classes of every data set; the first is the training set."""
+    from dataset.health.classes import class_findings, classes_of
+    from dataset.tasks.classification import read_class_names
+
+    listed = read_class_names(file) if file else []
+    trained = None
+    for part in parts:
+        part.classes = classes_of(part.data, part.balance(), listed)
+        if part.classes:
+            part.findings = class_findings(part.classes, listed, trained)
+            trained = trained or set(part.classes)
+
+
 def problem_rows(part) -> list[tuple[str, str, str]]:
     """(problem, samples, example) of everything found in a data set, fatal problems first."""
     from dataset.health.samples import FATAL
@@ -86,6 +102,8 @@ def problem_rows(part) -> list[tuple[str, str, str]]:
     for problem in sorted(counts, key=lambda name: (name not in FATAL, -counts[name])):
         share = f"{counts[problem]:,} ({100 * counts[problem] / total:.1f} %)"
         rows.append((problem, share, example[problem][:100]))
+    for finding in part.findings:
+        rows.append((finding.problem, f"{finding.classes:,} classes", finding.example[:100]))
     for text, count in part.repeated_texts()[:3]:
         rows.append(("repeated text", f"{count:,}", text[:100]))
     if repeated := part.repeated_ids():
@@ -109,9 +127,9 @@ def figures(part, workers: int) -> list[tuple[str, str]]:
         often = lengths[int(0.95 * (len(lengths) - 1))]
         mean = sum(lengths) / len(lengths)
         rows.append(("tokens", f"{mean:.1f} on average, 95 % up to {often}, most {lengths[-1]}"))
-    if balance := part.balance():
-        (most, high), (least, low) = balance.most_common()[0], balance.most_common()[-1]
-        rows.append(("classes", f"{len(balance):,}; {most}: {high:,} … {least}: {low:,}"))
+    if part.classes:
+        (most, high), (least, low) = part.classes.most_common()[0], part.classes.most_common()[-1]
+        rows.append(("classes", f"{len(part.classes):,}; {most}: {high:,} … {least}: {low:,}"))
     rate = len(images) / max(part.seconds, 1e-9)
     epoch = part.samples() / rate / workers
     rows.append(("reading", f"{rate:,.0f} images a second and core; an epoch {epoch:,.0f} s"))
@@ -206,6 +224,7 @@ def main(config: Config) -> None:
 def report(parts: list, config: Config) -> None:
     """Print what was found, and write the page and the cleaned lists; exit status 1 for harm."""
     harmful = 0
+    look_at_classes(parts, config.classes)
     for part in parts:
         print(f"\n{part.data}")
         for name, value in figures(part, config.workers):
@@ -214,6 +233,7 @@ def report(parts: list, config: Config) -> None:
         print("  nothing wrong" if not rows else "")
         for problem, count, example in rows:
             print(f"  {problem:<24} {count:<18} {example}")
+        harmful += sum(finding.harmful for finding in part.findings)
         harmful += len(part.dropped) + sum(bool(set(HARMFUL) & {*f.problems}) for f in part.facts)
     for part in parts if config.fix else ():
         target, count = write_fixed(part, config.fix)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from base.errors import UserError
 from base.files import digest
 from base.processes import in_processes
+from dataset.health.classes import Finding
 from dataset.health.duplicates import near_duplicates, same_bytes
 from dataset.health.samples import Examiner, Facts, Image
 from dataset.health.stored import is_stored, read_facts, write_facts
@@ -41,6 +42,8 @@ class Part:
         default_factory=dict
     )  # index in facts -> why not to train on it
     seconds: float = 0.0  # of all processes
+    classes: Counter = field(default_factory=Counter)  # images by the name of their class
+    findings: list[Finding] = field(default_factory=list)  # about the classes
 
     def samples(self) -> int:
         """How many there are, those that damage took included."""

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from base.errors import UserError
 from base.files import read_json_lines
 from dataset.health import survey
+from dataset.health.classes import class_findings, classes_of, similar_names
 from dataset.health.duplicates import near_duplicates
 from dataset.health.samples import box_inside, signature, text_problems, thumbnail
 from dataset.sources.tar_writer import write_shard
@@ -154,7 +156,7 @@ def test_class_folders_and_shards(tmp_path, capsys):
         for n in numbers:
             (tmp_path / f"set/{name}/{n}.jpg").write_bytes(jpeg(scene(n)))
     status, text = run(capsys, {"data": [str(tmp_path / "set")]})
-    assert status == 0 and "2; 0: 3 … 1: 1" in text
+    assert status == 0 and "2; cat: 3 … dog: 1" in text
     samples = [(f"{n}", {"jpg": jpeg(scene(n)), "txt": b"a scene"}) for n in range(3)]
     samples[1][1]["jpg"] = b"no image"
     write_shard(tmp_path / "0.tar", samples)
@@ -232,3 +234,63 @@ def test_the_command_line_takes_the_data_first(tmp_path, capsys):
     command = [sys.executable, doctor.__file__, str(tmp_path / "p.csv"), "--image-root", tmp_path]
     done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True)
     assert done.returncode == 0 and "nothing wrong" in done.stdout, done.stderr
+
+
+# ---- classes
+def findings(shown, listed=(), trained=None):
+    found = class_findings(Counter(shown), listed, trained)
+    return {each.problem: (each.classes, each.example, each.harmful) for each in found}
+
+
+def test_class_names_are_compared_with_the_list_and_the_training_set():
+    listed = ["cat", "hot dog", "crane", "crane", "zebra"]
+    found = findings({"cat": 3, "hotdog": 2, "Crane": 1}, listed)
+    unknown = (2, "hotdog, Crane; did the list mean hot dog?", True)
+    assert found["class not in the list"] == unknown
+    assert found["class without images"] == (3, "hot dog, crane, zebra", False)
+    assert found["repeated class name"] == (1, "crane", False)
+    assert found["similar class names"] == (2, "hotdog = hot dog; Crane = crane", False)
+    assert findings({"cat": 3, "dog": 1}) == {}
+    never = findings({"cat": 3, "cow": 1}, trained=["cat", "dog"])
+    assert never == {"class never trained": (1, "cow", True)}
+
+
+def test_classes_of_very_different_sizes():
+    found = findings({"cat": 500, "dog": 11, "cow": 10, "ape": 1})
+    assert found == {"unbalanced classes": (2, "cat: 500 … ape: 1 images", False)}
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["Hot_dog", "hot-dog", "hotdogs"], [["Hot_dog", "hot-dog", "hotdogs"]]),
+        (["café", "Cafe"], [["café", "Cafe"]]),
+        (["glass", "glas", "bus", "bu"], []),
+        (["漢", "字", "-", "_"], []),
+    ],
+)
+def test_names_that_are_alike(names, groups):
+    assert similar_names(names) == groups
+
+
+def test_labels_become_names(tmp_path):
+    assert classes_of("list.json", Counter({"0": 2, "2": 1}), ["a", "b"]) == {"a": 2, "2": 1}
+    for name in ("dog", "cat"):
+        (tmp_path / name).mkdir()
+    assert classes_of(str(tmp_path), Counter({"0": 2, "1": 1}), ["x", "y"]) == {"cat": 2, "dog": 1}
+
+
+def test_class_folders_are_compared_with_a_list_of_names(tmp_path, capsys):
+    for split, names in (("train", ("cat", "dog")), ("val", ("cat", "doge"))):
+        for number, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True)
+            seed = number + 10 * (split == "val")
+            (tmp_path / split / name / "1.jpg").write_bytes(jpeg(scene(seed)))
+    (tmp_path / "names.txt").write_text("cat\ndog\ncow\n")
+    data = [str(tmp_path / "train"), str(tmp_path / "val")]
+    status, text = run(capsys, {"data": data, "classes": tmp_path / "names.txt"})
+    first, second = text.split(f"\n{data[1]}\n")
+    assert found(first)["class without images"] == "1" and "class not in" not in first
+    assert found(second)["class not in the list"] == "1" and "did the list mean dog?" in second
+    assert found(second)["class never trained"] == "1" and status == 1
+    assert run(capsys, {"data": data[:1]})[0] == 0

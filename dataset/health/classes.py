@@ -1,0 +1,96 @@
+"""What can be wrong with the classes of labelled images: names that are unknown, unused, alike, and
+classes of very different sizes."""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from base.files import nearest
+from dataset.sources.class_folder import class_folders
+
+UNBALANCED = 50  # times as many images in the largest class as in the smallest
+SHOWN = 3  # names of a finding
+
+
+class Finding(NamedTuple):
+    """A problem, how many classes have it, and which. harmful: training or its test would suffer."""
+
+    problem: str
+    classes: int
+    example: str
+    harmful: bool = False
+
+
+def classes_of(data: str, balance: Counter, listed: Sequence[str] = ()) -> Counter:
+    """Images by the name of their class: of class folders, of the list, or as the label has it.
+
+    balance: images by label, as texts; numbers are places in the folders, or in the list.
+    """
+    path = Path(data)
+    folders = class_folders(path) if path.is_dir() else []
+    names = folders or listed
+    found: Counter = Counter()
+    for label, count in balance.items():
+        known = label.isdigit() and int(label) < len(names)
+        found[names[int(label)] if known else label] += count
+    return found
+
+
+def class_findings(
+    shown: Counter, listed: Sequence[str] = (), trained: Iterable[str] | None = None
+) -> list[Finding]:
+    """The findings of a data set, harmful ones first.
+
+    shown: images by class; listed: the names that the classes may have, none = any; trained: the
+    classes of the training set, where this is a later split.
+    """
+    found = []
+    unknown = [name for name in shown if listed and name not in set(listed)]
+    if unknown:
+        like = nearest(unknown[0], listed)
+        hint = f"; did the list mean {like}?" if like else ""
+        found.append(Finding("class not in the list", len(unknown), _some(unknown) + hint, True))
+    trained = None if trained is None else set(trained)
+    alone = [name for name in shown if trained and name not in trained]
+    if alone:
+        found.append(Finding("class never trained", len(alone), _some(alone), True))
+    unused = [name for name in dict.fromkeys(listed) if name not in shown]
+    if unused:
+        found.append(Finding("class without images", len(unused), _some(unused)))
+    twice = [name for name, count in Counter(listed).items() if count > 1]
+    if twice:
+        found.append(Finding("repeated class name", len(twice), _some(twice)))
+    alike = similar_names([*shown, *listed])
+    if alike:
+        example = "; ".join(" = ".join(group) for group in alike[:SHOWN])
+        found.append(Finding("similar class names", len(alike), example))
+    if len(shown) > 1:
+        (most, high), (least, low) = shown.most_common()[0], shown.most_common()[-1]
+        if high >= UNBALANCED * low:
+            rare = sum(count * UNBALANCED <= high for count in shown.values())
+            found.append(
+                Finding("unbalanced classes", rare, f"{most}: {high:,} … {least}: {low:,} images")
+            )
+    return found
+
+
+def similar_names(names: Iterable[str]) -> list[list[str]]:
+    """Groups of names that differ in case, accents, blanks, hyphens, or a plural's s alone."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in dict.fromkeys(names):
+        groups[_plain(name)].append(name)
+    return [group for key, group in groups.items() if len(group) > 1 and key]
+
+
+def _plain(name: str) -> str:
+    apart = unicodedata.normalize("NFKD", name.casefold())
+    letters = "".join(letter for letter in apart if not unicodedata.combining(letter))
+    words = re.sub(r"[\s_\-]+", "", letters)
+    return words[:-1] if len(words) > 3 and words.endswith("s") and words[-2] != "s" else words
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")

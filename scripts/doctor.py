@@ -20,6 +20,7 @@ Exit status: 0 where nothing is wrong that training would suffer from, else 1.
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,20 +76,6 @@ def make_examiner(image_root: Path, tokenizer: str, most: int, answer_list: Path
     return Examiner(image_root, tokens, most, answers)
 
 
-def look_at_classes(parts: list, file: Path | None) -> None:
-    """Note what is wrong with the classes of every data set; the first is the training set."""
-    from dataset.health.classes import class_findings, classes_of
-    from dataset.tasks.classification import read_class_names
-
-    listed = read_class_names(file) if file else []
-    trained = None
-    for part in parts:
-        part.classes = classes_of(part.data, part.balance(), listed)
-        if part.classes:
-            part.findings = class_findings(part.classes, listed, trained)
-            trained = trained or set(part.classes)
-
-
 def problem_rows(part) -> list[tuple[str, str, str]]:
     """(problem, samples, example) of everything found in a data set, fatal problems first."""
     from dataset.health.samples import FATAL
@@ -136,9 +123,11 @@ def figures(part, workers: int) -> list[tuple[str, str]]:
     return rows
 
 
-def write_fixed(part, folder: Path) -> tuple[Path, int]:
-    """A list of what is left of a data set; returns its file and how many entries it has."""
+def write_fixed(part, folder: Path) -> str:
+    """Write a list of what is left of a data set, its texts and boxes fixed; returns what was
+    done."""
     from base.files import write_json_lines
+    from dataset.health.fixes import fixed_entries, unfit_samples
     from dataset.health.survey import open_list
     from dataset.sources.tables import parse_address
     from dataset.tasks.classification import is_shards
@@ -149,8 +138,13 @@ def write_fixed(part, folder: Path) -> tuple[Path, int]:
             "with scripts/data/pack.py"
         )
     entries, target = open_list(part.data), folder / f"{parse_address(part.data).path.stem}.jsonl"
-    kept = [facts.number for place, facts in enumerate(part.facts) if place not in part.dropped]
-    return target, write_json_lines(target, (entries[number] for number in kept))
+    left_out = unfit_samples(part.facts, part.unknown_labels) | part.dropped
+    kept = [facts for place, facts in enumerate(part.facts) if place not in left_out]
+    fixes: Counter = Counter(f"{reason}: left out" for reason in left_out.values())
+    rows = fixed_entries(((entries[facts.number], facts) for facts in kept), fixes)
+    count = write_json_lines(target, rows)
+    done = "".join(f"\n  {name:<40} {number:,}" for name, number in fixes.items() if number)
+    return f"{target}: {count:,} of {len(part.facts):,} entries{done}"
 
 
 def write_page(parts: list, config: Config) -> None:
@@ -223,8 +217,11 @@ def main(config: Config) -> None:
 
 def report(parts: list, config: Config) -> None:
     """Print what was found, and write the page and the cleaned lists; exit status 1 for harm."""
+    from dataset.health.classes import look_at_classes
+    from dataset.tasks.classification import read_class_names
+
     harmful = 0
-    look_at_classes(parts, config.classes)
+    look_at_classes(parts, read_class_names(config.classes) if config.classes else [])
     for part in parts:
         print(f"\n{part.data}")
         for name, value in figures(part, config.workers):
@@ -236,8 +233,7 @@ def report(parts: list, config: Config) -> None:
         harmful += sum(finding.harmful for finding in part.findings)
         harmful += len(part.dropped) + sum(bool(set(HARMFUL) & {*f.problems}) for f in part.facts)
     for part in parts if config.fix else ():
-        target, count = write_fixed(part, config.fix)
-        print(f"{target}: {count:,} of {len(part.facts):,} entries")
+        print(write_fixed(part, config.fix))
     if config.page:
         write_page(parts, config)
         print(f"page: {config.page}")

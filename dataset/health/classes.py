@@ -24,6 +24,19 @@ class Finding(NamedTuple):
     harmful: bool = False
 
 
+def look_at_classes(parts: Sequence, listed: Sequence[str] = ()) -> None:
+    """Note in every `survey.Part` its classes and what is wrong with them; the first part is the
+    training set. listed: names that the classes may have, none = any."""
+    trained = None
+    for part in parts:
+        balance = part.balance()
+        part.classes = classes_of(part.data, balance, listed)
+        if part.classes:
+            part.findings = class_findings(part.classes, listed, trained)
+            part.unknown_labels = unknown_labels(part.data, balance, listed)
+            trained = trained or set(part.classes)
+
+
 def classes_of(data: str, balance: Counter, listed: Sequence[str] = ()) -> Counter:
     """Images by the name of their class: of class folders, of the list, or as the label has it.
 
@@ -36,6 +49,17 @@ def classes_of(data: str, balance: Counter, listed: Sequence[str] = ()) -> Count
     for label, count in balance.items():
         known = label.isdigit() and int(label) < len(names)
         found[names[int(label)] if known else label] += count
+    return found
+
+
+def unknown_labels(data: str, balance: Counter, listed: Sequence[str]) -> set[str]:
+    """Labels of classes that are not in the list; none where there is no list."""
+    known = set(listed)
+    found = set()
+    for label in balance:
+        (name,) = classes_of(data, Counter([label]), listed)
+        if known and name not in known:
+            found.add(label)
     return found
 
 

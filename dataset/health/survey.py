@@ -44,6 +44,7 @@ class Part:
     seconds: float = 0.0  # of all processes
     classes: Counter = field(default_factory=Counter)  # images by the name of their class
     findings: list[Finding] = field(default_factory=list)  # about the classes
+    unknown_labels: set[str] = field(default_factory=set)  # of classes that are not in the list
 
     def samples(self) -> int:
         """How many there are, those that damage took included."""

@@ -103,7 +103,9 @@ def test_every_planted_fault_is_found_and_the_fixed_list_is_clean(tmp_path, caps
     assert status == 1 and {name: table.get(name) for name in expected} == expected, text
     assert table["samples"] == "22" and "near.jpg" in text and "a caf" in text
     clean = list(read_json_lines(tmp_path / "clean/pairs.jsonl"))
-    dropped = [e["image"] for e in entries if e not in clean]
+    images = {entry["image"] for entry in clean}
+    dropped = [e["image"] for e in entries if e["image"] not in images]
+    assert clean[5]["caption"] == "a café by night"
     assert dropped == ["5.jpg", "unreadable.jpg", "missing.jpg"] and len(clean) == 18
     page = (tmp_path / "page.html").read_text()
     assert "near duplicates" in page and page.count("data:image/jpeg") > 10
@@ -294,3 +296,55 @@ def test_class_folders_are_compared_with_a_list_of_names(tmp_path, capsys):
     assert found(second)["class not in the list"] == "1" and "did the list mean dog?" in second
     assert found(second)["class never trained"] == "1" and status == 1
     assert run(capsys, {"data": data[:1]})[0] == 0
+
+
+# ---- fixes
+def test_what_can_be_fixed_in_a_list_is_fixed_and_the_rest_left_out(tmp_path, capsys):
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(scene(number)))  # 96 x 64
+    (tmp_path / "answers.json").write_text('["red"]')
+    captions = ["a caf\u00c3\u00a9", " ", "a dog"]
+    entries = [
+        {"image": "0.jpg", "caption": captions, "caption_weights": [1, 2, 3]},
+        {"image": "1.jpg", "question": "what?", "question_id": 1, "answer": "red"},
+        {"image": "2.jpg", "question": "who?", "question_id": 1, "answer": "red"},
+        {"image": "3.jpg", "question": "why?", "question_id": 2, "answer": ["blue"]},
+        {"image": "4.jpg", "text": "left", "ref_id": 1, "bbox": [-10, 20, 30, 60]},
+        {"image": "5.jpg", "text": "right", "ref_id": 2, "bbox": [100, 0, 5, 5]},
+        {"image": "6.jpg", "caption": "two", "boxes": [[90, 0, 10, 10, 0.5], [0, 0, 5, 5, 0.75]]},
+        {"image": "7.jpg", "caption": "sound"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    config = {"data": [str(tmp_path / "a.json")], "image_root": tmp_path, "fix": tmp_path / "out"}
+    status, text = run(capsys, config | {"answer_list": tmp_path / "answers.json"})
+    fixed = list(read_json_lines(tmp_path / "out/a.jsonl"))
+    assert status == 1 and f"{tmp_path}/out/a.jsonl: 5 of 8 entries" in text
+    assert fixed[0] == {"image": "0.jpg", "caption": ["a café", "a dog"], "caption_weights": [1, 3]}
+    assert fixed[1:] == [
+        entries[1],
+        {**entries[4], "bbox": [0, 20, 20, 44]},
+        {**entries[6], "boxes": [[90, 0, 6, 10, 0.5], [0, 0, 5, 5, 0.75]]},
+        entries[7],
+    ]
+    done = dict(line.strip().rsplit(None, 1) for line in text.split("entries\n")[1].splitlines())
+    assert done == {
+        "repeated id: left out": "1", "answer not in the list: left out": "1",
+        "encodings fixed": "1", "blank captions removed": "1", "boxes clipped": "2",
+        "boxes without area left out": "1",
+    }  # fmt: skip
+    again = config | {"data": [str(tmp_path / "out/a.jsonl")], "fix": None}
+    status, text = run(capsys, again | {"answer_list": tmp_path / "answers.json"})
+    assert status == 0 and "nothing wrong" in text
+
+
+def test_classes_that_are_not_in_the_list_are_left_out(tmp_path, capsys):
+    entries = []
+    for number, label in enumerate(("cat", "doge", "dog")):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(scene(number)))
+        entries.append({"image": f"{number}.jpg", "label": label})
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    config = {"data": [str(tmp_path / "a.json")], "image_root": tmp_path, "fix": tmp_path / "out"}
+    status, text = run(capsys, config | {"classes": tmp_path / "names.txt"})
+    assert status == 1 and "class not in the list: left out" in text
+    assert list(read_json_lines(tmp_path / "out/a.jsonl")) == [entries[0], entries[2]]

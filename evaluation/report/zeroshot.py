@@ -117,7 +117,9 @@ def cards(results: Results, skipped: Mapping[str, str]) -> list[Markup]:
         )
         found.append(card("Ensembles", group("grid", charts), intro=intro))
     if skipped:
-        found.append(card("Not evaluated", table(["data set", "why"], skipped.items())))
+        found.append(
+            card("Not evaluated", table(["data set", "why"], skipped.items(), None, (0, 1)))
+        )
     return found
 
 

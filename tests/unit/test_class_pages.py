@@ -12,17 +12,18 @@ from evaluation.knn import Neighbours
 from evaluation.predict import Guesses
 from evaluation.report.classes import (
     ClassNames,
+    Shown,
     class_table,
+    classification_card,
     classification_report,
     confusion_card,
     score_card,
-    score_name,
 )
 from evaluation.report.images import LazyImages
+from evaluation.report.names import score_name
 from evaluation.report.neighbours import neighbour_report
 from evaluation.report.page import page
-from evaluation.report.zeroshot import class_section
-from evaluation.zeroshot import Predicted
+from evaluation.zeroshot import Classified
 
 NAMES = ["cat", "<b>dog", ["crane", "bird"]]
 TRUTH = [0, 0, 0, 1, 1, 2]
@@ -115,16 +116,16 @@ def test_neighbours_are_shown_beside_an_image():
     assert "Wrong: 1 of 2" in html
 
 
-def test_zero_shot_guesses_are_those_of_the_first_score():
-    best = torch.tensor([[[1, 0], [0, 1]], [[0, 1], [1, 0]]])
-    found = Predicted(["z", "h"], best, torch.tensor([1, 1])).guesses()
-    assert found.classes.tolist() == [[1, 0], [0, 1]] and found.truth == [[1], [1]]
-    scores = torch.tensor([[[0.1, 0.3]], [[0.4, 0.2]]])
-    several = Predicted(["z"], scores, torch.tensor([[1, -1], [1, 1]])).guesses()
-    assert several.classes.tolist() == [[1, 0], [0, 1]] and several.truth == [[0], [0, 1]]
-    sections = class_section("set", NAMES, found, [{"image": image(0)}, {"image": image(1)}])
-    assert len(sections) == 1 and "<details>" in sections[0]
-    assert "50.0" in class_table("set", found, ClassNames(NAMES))
+def test_the_card_of_a_zero_shot_data_set():
+    figures = torch.tensor([100.0, 50.0, float("nan")], dtype=torch.float64)
+    best = torch.tensor([[1, 0], [0, 1], [0, 2]])
+    single = Classified({}, best, torch.tensor([1, 1, 0]), figures)
+    shown = Shown([{"image": image(0)}, {"image": image(1)}, {"image": image(2)}])
+    html = classification_card("set", shown, NAMES, single)
+    assert html.startswith("<details>") and "Wrong: 1 of 3" in html and "1 of 2" in html
+    several = Classified({}, best, torch.tensor([[1, 0, 0], [1, 1, -1], [0, 1, 0]]), figures)
+    rows = cells(classification_card("set", shown, NAMES, several))[1:]
+    assert rows == [["&lt;b&gt;dog", "2", "50.0", ""], ["cat", "2", "100.0", ""]]
 
 
 def test_pages_without_such_a_table_have_no_script():

@@ -41,6 +41,7 @@ from models.weights.albef import depth, start_from
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.fusion import FineTuneConfig, Start, fine_tuning_schedule, prepare
+from runtime.config.ignored import QUESTION_ANSWERING
 from runtime.optim.build import Optimizer, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.parallel import gradient_sync, whole_model
@@ -76,12 +77,9 @@ class Config(FineTuneConfig):
     decoder_layers: int | None = knob(
         None, "layers of the answer decoder; none = half of the encoder's, as published"
     )
-    eos: str = knob(
-        "[SEP]",
-        "accepted from old configurations: the token that ends an answer",
-        choices=("[SEP]",),
-    )
     scheduler: Schedule = fine_tuning_schedule(duration="8 epochs", warmup="400 steps")
+
+    IGNORED = QUESTION_ANSWERING
     optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5)
 
     @property

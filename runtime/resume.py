@@ -58,6 +58,18 @@ NETWORK = (
     "vision_stem",
     "vision_width",
 )
+# how it is optimized: the sections of most scripts, and main.py's schedule
+OPTIMIZATION = (
+    "duration",
+    "lr_end",
+    "lr_start",
+    "optimizer",
+    "sched",
+    "scheduler",
+    "warmup",
+)
+# with the number of processes, the global batch
+BATCH = ("accumulate", "batch_size", "batch_size_train")
 # options of a network that say how it is trained or computed, not what it is
 TRAINING = (
     "attention_dropout",
@@ -87,12 +99,18 @@ def script_of(config: Any) -> str:
 
 
 def check_same_run(
-    saved: Mapping[str, Any], path: Path, script: str, config: Mapping[str, Any], insist: bool
+    saved: Mapping[str, Any],
+    path: Path,
+    script: str,
+    config: Mapping[str, Any],
+    processes: int,
+    insist: bool,
 ) -> None:
     """Check that a command continues the run that made the checkpoint `path`.
 
     saved: the checkpoint's content; config: the command's options as plain data. Other data,
-    starting weights or sizes are refused with a UserError, unless the user insists.
+    starting weights, sizes, or another optimization are refused with a UserError, unless the user
+    insists. The same global batch may be spread over other processes and micro-batches.
     """
     lacking = [name for name in ENTRIES if name not in saved]
     if lacking:
@@ -111,12 +129,21 @@ def check_same_run(
             f"{path} was trained with --opt {optimizers[0]}, whose state does not fit "
             f"--opt {optimizers[1]}; {elsewhere}"
         )
-    changed = changes(before, now, WEIGHTS + DATA + NETWORK)
+    names = WEIGHTS + DATA + NETWORK + OPTIMIZATION
+    if global_batch(before, len(saved["per_rank"])) != global_batch(now, processes):
+        names += BATCH
+    changed = changes(before, now, names)
     if changed and not insist:
         raise UserError(
             f"{path.parent} holds another run ({listed(changed)}); {elsewhere}, "
             "or --resume yes to continue it with these options"
         )
+
+
+def global_batch(config: Mapping[str, Any], processes: int) -> int:
+    """Samples of an update over all processes."""
+    size = config.get("batch_size", config.get("batch_size_train", 1))
+    return size * config.get("accumulate", 1) * processes
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:

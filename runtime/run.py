@@ -56,8 +56,8 @@ class RunConfig:
     )
     resume: str = knob(
         "auto",
-        "'auto': resume from the newest checkpoint in output_dir; 'yes': also with other data, weights "
-        "or sizes; 'no': start from scratch",
+        "'auto': resume from the newest checkpoint in output_dir; 'yes': also with other data, weights, "
+        "sizes, learning rates or lengths; 'no': start from scratch",
         bare="auto",
     )
     checkpoint: Path | None = knob(
@@ -264,7 +264,14 @@ class Run:
             return None, None
         saved = load_checked(path)
         options = to_dict(self.config)
-        check_same_run(saved, path, script_of(self.config), options, insist=resume == "yes")
+        check_same_run(
+            saved,
+            path,
+            script_of(self.config),
+            options,
+            processes=self.world.size,
+            insist=resume == "yes",
+        )
         changed = differences(saved["config"], options)
         distributed.say(
             f"resuming {self.folder} at step {saved['step']}", *(f"  {line}" for line in changed)

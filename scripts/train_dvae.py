@@ -37,6 +37,8 @@ from dataset.loading.eval import EvalLoader
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig, code_usage
+from models.weights.loading import load_checkpoint
+from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
@@ -127,7 +129,7 @@ def find_images(config: Config) -> list[dict]:
 
 
 def build_model(config: Config) -> ImageTokenizer:
-    """The tokenizer on the CPU, with random weights."""
+    """The tokenizer on the CPU, with the weights of --checkpoint, else random ones."""
     tokenizer = ImageTokenizer(
         TokenizerConfig(
             vocab_size=config.vocab_size,
@@ -142,6 +144,8 @@ def build_model(config: Config) -> ImageTokenizer:
         raise UserError(
             f"--size {config.size} is no multiple of {tokenizer.reduction}, the pixels of a code's side"
         )
+    if config.checkpoint:
+        load_checkpoint(tokenizer, read_weights(config.checkpoint))
     return tokenizer
 
 
@@ -177,7 +181,7 @@ def training_data(config: Config, images: list[dict], world: World, state) -> St
     """Endless batches of this process, from the position `state` on."""
     source = RecordSource(images, Crop(config.size, config.crop_scale, config.flip), "data")
     return StreamLoader(
-        Stream([source], default_collate),
+        Stream([source], default_collate, exif=config.exif),
         batch_size=config.batch_size,
         workers=config.workers,
         world=world,
@@ -213,7 +217,9 @@ def write_report(config: Config, tokenizer: ImageTokenizer, held_out: list[dict]
     def load(index: int) -> dict:
         return whole(held_out[index])
 
-    loader = EvalLoader(load, range(len(held_out)), 64, default_collate, workers=0)
+    loader = EvalLoader(
+        load, range(len(held_out)), 64, default_collate, workers=0, exif=config.exif
+    )
     with evaluating(tokenizer):
         figures = evaluate(tokenizer, loader, config.output_dir)
     report = {**asdict(tokenizer.config), "size": config.size, **figures}

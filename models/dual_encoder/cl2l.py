@@ -78,9 +78,11 @@ class CL2L(CLIP):
         )
         if config.separate_proj:
             self.l2l_image_projector = self._local_projector(
-                visual.num_features, "cl2l_img_proj_type"
+                visual.num_features, config.cl2l_img_proj_type, "cl2l_img_proj_type"
             )
-            self.l2l_text_projector = self._local_projector(config.text_width, "cl2l_txt_proj_type")
+            self.l2l_text_projector = self._local_projector(
+                config.text_width, config.cl2l_txt_proj_type, "cl2l_txt_proj_type"
+            )
         else:
             self.l2l_image_projector, self.l2l_text_projector = (
                 self.image_projector,
@@ -88,8 +90,8 @@ class CL2L(CLIP):
             )
         self.join_views = not has_batch_norm(visual)
 
-    def _local_projector(self, width: int, knob: str) -> nn.Module:
-        if choose(getattr(self.config, knob), ("linear", "mlp"), knob) == "linear":
+    def _local_projector(self, width: int, kind: str, knob: str) -> nn.Module:
+        if choose(kind, ("linear", "mlp"), knob) == "linear":
             return linear_projector(width, self.config.embed_dim)
         return mlp_projector(width, self.config.cl2l_hidden_dim, self.config.embed_dim)
 

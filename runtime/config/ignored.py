@@ -18,6 +18,8 @@ FINE_TUNING = {
     "text_decoder": "the decoder of answers starts from the text layers of --checkpoint",
 }
 
+QUESTION_ANSWERING = {**FINE_TUNING, "eos": "an answer ends with [SEP]"}
+
 PRETRAINING = {
     "vit_mask_token": "`method` decides: SIMLA masks patches, ALBEF does not",
     "disable_wandb": "see --wandb",

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
+from base.distributed import ALONE
 from base.errors import UserError
 from models.fusion.dvae import ImageTokenizer
-from runtime.checkpoint import read_weights
-from scripts.train_dvae import Config, build_model, find_images
+from runtime.checkpoint import export_safetensors, read_weights
+from scripts.train_dvae import Config, build_model, find_images, training_data
 from tests.helpers.processes import run_script
 
 SMALL = "--size 16 --vocab_size 8 --width 4 --decoder_width 8 --batch_size 8 --workers 0 --device cpu".split()
@@ -60,3 +61,31 @@ def test_mistakes_are_found_before_training(images, tmp_path):
         find_images(Config())
     with pytest.raises(UserError, match="--size 18 is no multiple of 4"):
         build_model(Config(size=18))
+
+
+def test_a_training_starts_from_the_weights_of_another(images, tmp_path):
+    size = {"size": 16, "vocab_size": 8, "width": 4, "decoder_width": 8}
+    torch.manual_seed(1)
+    first = build_model(Config(**size))
+    export_safetensors(first.state_dict(), tmp_path / "first.safetensors")
+    torch.manual_seed(2)
+    second = build_model(Config(**size, checkpoint=tmp_path / "first.safetensors"))
+    weights = zip(first.parameters(), second.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+    with pytest.raises(UserError, match=r"does not fit the ImageTokenizer"):
+        build_model(Config(**size | {"width": 8}, checkpoint=tmp_path / "first.safetensors"))
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_images_are_turned_where_exif_asks_for_it(tmp_path, exif):
+    from PIL import Image
+
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 255, 255), (0, 0, 16, 8))  # the upper half is white
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    image.save(tmp_path / "a.png", exif=upside_down)
+    config = Config(size=16, exif=exif, flip=False, crop_scale=(1.0, 1.0), batch_size=2, workers=0)
+    loader = training_data(config, [{"image": str(tmp_path / "a.png")}] * 4, ALONE, None)
+    upper, lower = next(iter(loader))["image"].split(8, dim=2)
+    assert (upper.mean() < lower.mean()) == exif

@@ -36,7 +36,7 @@ PRETRAIN = settings(64, 30, 1e-4, 1e-5, 20, 256, vision_weights=DEIT, alpha=0.4,
 PRETRAIN |= {"mlm_probability": 0.15, "text_weights": "bert-base-uncased", "checkpoint": None}
 COCO = settings(32, 5, 1e-5, 1e-6, 1, 384, k_test=256, **SOFT, **QUEUE)
 FLICKR = settings(32, 10, 1e-5, 1e-6, 1, 384, k_test=128, batch_size_test=64, **SOFT, **QUEUE)
-VQA = settings(32, 8, 2e-5, 1e-6, 4, 384, k_test=128, batch_size_test=16, eos="[SEP]", **SOFT)
+VQA = settings(32, 8, 2e-5, 1e-6, 4, 384, k_test=128, batch_size_test=16, **SOFT)
 NLVR = {"stage": "finetune", "crop_scale": (0.5, 1.0)} | SOFT
 ASSIGNMENT = {"stage": "text_assignment", "crop_scale": (0.2, 1.0), "max_tokens": 25}
 VE = settings(32, 5, 2e-5, 1e-6, 1, 384, batch_size_test=64, **(SOFT | {"warm_up": False}))

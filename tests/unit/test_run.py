@@ -22,6 +22,7 @@ from runtime.config.cli import run_script, section
 from runtime.interrupt import EXIT_REQUEUE
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
+from runtime.resume import ENTRIES, check_same_run
 from runtime.run import Run, RunConfig, ValidationConfig, make_deterministic
 from runtime.saving import is_sharded_format, state_bytes
 from tests.helpers.bars import close_bars
@@ -351,6 +352,7 @@ class Network:
 class ScriptConfig(Config):
     train_file: list[str] = field(default_factory=lambda: ["coco.json"])
     image_res: int = 64
+    batch_size: int = 4
     network: Network = section(Network)
 
 
@@ -370,12 +372,63 @@ def test_another_run_in_a_used_folder_is_refused_unless_the_user_insists(tmp_pat
     assert "nothing left to train" in capsys.readouterr().out
 
 
+OTHER_RULES = {
+    "optimizer.lr": {"optimizer": Optimizer(lr=0.5)},
+    "optimizer.weight_decay": {"optimizer": Optimizer(weight_decay=0.5)},
+    "scheduler.duration": {"scheduler": Schedule(duration="6 steps", warmup="1 steps")},
+    "scheduler.warmup": {"scheduler": Schedule(duration=f"{TOTAL} steps", warmup="2 steps")},
+    "batch_size": {"batch_size": 8},
+    "accumulate": {"accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RULES)
+def test_other_rules_of_training_are_refused_unless_the_user_insists(tmp_path, name):
+    with pytest.raises(SystemExit):
+        train(script_options(tmp_path, max_steps=2))
+    message = refused(script_options(tmp_path, **OTHER_RULES[name]))
+    assert f"{name}: " in message and "--resume yes" in message and "--resume no" in message
+    config = script_options(tmp_path, resume="yes", **OTHER_RULES[name])
+    run, _ = train(config)
+    assert run.first_step == 2 and run.plan.peak_lr == config.optimizer.lr
+    assert f"{run.plan.total} steps" == config.scheduler.duration
+    assert run.plan.warmup == int(config.scheduler.warmup.split()[0])
+    decays = {group["weight_decay"] for group in run.optimizer.param_groups}
+    assert decays == {0.0, config.optimizer.weight_decay}
+    assert run.plan.batch == 2 * config.accumulate
+
+
 def test_what_may_change_on_resuming(tmp_path):
     with pytest.raises(SystemExit):
         train(script_options(tmp_path, max_steps=2))
-    same_file = [os.path.abspath("coco.json")]
-    run, _ = train(script_options(tmp_path, label_smoothing=0.1, keep=3, train_file=same_file))
+    run, _ = train(
+        script_options(
+            tmp_path,
+            label_smoothing=0.1,
+            keep=3,
+            train_file=[os.path.abspath("coco.json")],  # the same file
+            batch_size=2,
+            accumulate=2,  # the same global batch
+        )
+    )
     assert run.step == TOTAL
+
+
+def test_the_global_batch_counts_processes():
+    saved = {key: {} for key in ENTRIES} | {"per_rank": [{}] * 8}
+    saved["config"] = {"batch_size": 4, "accumulate": 1}
+
+    def resume(processes: int, **options: int) -> None:
+        config = saved["config"] | options
+        check_same_run(saved, Path("a/b.pt"), "VE.py", config, processes=processes, insist=False)
+
+    resume(processes=8)
+    resume(processes=4, accumulate=2)
+    resume(processes=2)  # an elastic run: its options are as before
+    with pytest.raises(UserError, match="accumulate: 1 -> 2"):
+        resume(processes=8, accumulate=2)
+    with pytest.raises(UserError, match="batch_size: 4 -> 16"):
+        resume(processes=4, batch_size=16)
 
 
 class Taught(Net):

@@ -58,7 +58,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
     read_flags(flags, draft)
     for name, words in flags:
         if name in HELP:
-            print(help_text(draft, description, everything=words == ["all"]))
+            show_page(help_text(draft, description, everything=words == ["all"]))
             raise SystemExit(0)
     config = draft.finish()
     if launched_rank() == "0":
@@ -152,6 +152,14 @@ def help_text(draft: Draft, description: str | None = None, everything: bool = F
         others = f", or of other methods than {', '.join(chosen)}" if chosen else ""
         blocks.append(f"{hidden} more are rarely needed{others}: --help all")
     return "\n\n".join(blocks)
+
+
+def show_page(text: str) -> None:
+    """Print a page; who reads it through a pipe may leave early, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help_lines(names: Sequence[str], k: Option) -> str:

@@ -3,6 +3,7 @@ file and back."""
 
 import dataclasses
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -449,6 +450,17 @@ def test_help_shows_description_groups_and_defaults(capsys):
     assert "  --weight-decay, --wd FLOAT" in out and "[default: 0.0003]" in out
     assert "--optimizer." not in out  # its flat names are the ones to type
     assert "--scheduler.min-lr, --scheduler.lr-end FLOAT" in out
+
+
+def test_help_into_a_pipe_that_nobody_reads_ends_without_a_traceback():
+    code = "from runtime.config.cli import show_page; show_page('page')"
+    unread, page = os.pipe()
+    os.close(unread)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=page, stderr=subprocess.PIPE
+    )
+    os.close(page)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 class Mendable(UserError):

@@ -23,7 +23,7 @@ def test_fsdp_equals_ddp_and_its_checkpoint_goes_on_in_one_process(
         assert "Warning" not in said, said  # ours, torch's or another library's
     for ddp, fsdp in zip(losses(tmp_path / "ddp"), losses(tmp_path / "fsdp"), strict=True):
         assert fsdp == pytest.approx(ddp, rel=within)
-    changes = common | {"scheduler.epochs": "10 steps", "batch_size": 16}
+    changes = common | {"scheduler.epochs": "10 steps", "batch_size": 16, "resume": "yes"}
     with_one = arguments(digitscenes, image_tokenizer, tmp_path / "fsdp", **changes)
     output = finish(1, with_one)
     assert "resuming" in output and losses(tmp_path / "fsdp")[-1]["step"] == 10

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 ENTRIES = 2000  # collectives that torch's recorder keeps, some hundred bytes each
@@ -51,9 +52,11 @@ def record_in(output_folder: str | Path) -> None:
     set_default = os.environ.setdefault
     set_default("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     size = set_default("TORCH_FR_BUFFER_SIZE", str(ENTRIES))
-    set_default("TORCH_NCCL_TRACE_BUFFER_SIZE", size)  # the name until torch 2.8
     prefix = set_default("TORCH_FR_DUMP_TEMP_FILE", prefix)
-    set_default("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", prefix)
+    major, minor = version("torch").split(".")[:2]
+    if (int(major), int(minor)) < (2, 8):  # the names until then; later versions warn of them
+        set_default("TORCH_NCCL_TRACE_BUFFER_SIZE", size)
+        set_default("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", prefix)
 
 
 @contextlib.contextmanager

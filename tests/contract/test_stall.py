@@ -126,8 +126,12 @@ def test_long_work_that_gets_on_is_no_stall(case, tmp_path):
     assert (tmp_path / "stderr").read_text() == ""
 
 
-def test_the_recorder_is_on_before_the_processes_join(monkeypatch, tmp_path):
-    """What the user has set stays, under the old names too."""
+@pytest.mark.parametrize(("torch_version", "old_names"), [("2.7.1", True), ("2.14.0+cu130", False)])
+def test_the_recorder_is_on_before_the_processes_join(
+    monkeypatch, tmp_path, torch_version, old_names
+):
+    """What the user has set stays; the old names are for versions that do not warn of them."""
+    monkeypatch.setattr("base.flight_recorder.version", lambda _: torch_version)
     names = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
     names += ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
     for name in names:
@@ -136,7 +140,8 @@ def test_the_recorder_is_on_before_the_processes_join(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
     record_in(tmp_path)
     prefix = str(tmp_path / FOLDER / "rank_")
-    assert [os.environ[name] for name in names] == ["7", prefix, "7", prefix, "1"]
+    old = ["7", prefix] if old_names else [None, None]
+    assert [os.environ.get(name) for name in names] == ["7", prefix, *old, "1"]
 
 
 def test_who_is_behind_stalls():

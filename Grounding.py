@@ -25,7 +25,7 @@ from torch import Tensor
 from base.distributed import say
 from base.errors import UserError
 from base.files import read_json
-from dataset.images.decode import check_image_root, decode_image
+from dataset.images.decode import check_image_root, decode_image, reading
 from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records
 from dataset.tasks.grounding import ReferringExpressions
@@ -241,7 +241,8 @@ def main(config: Config) -> None:
     by_split = scores(found, data)
     metrics = {"gradcam_mode": config.gradcam_mode, "block_num": config.block_num, **by_split}
     if start.world.is_main:
-        sections = report(data, maps, found, by_split)
+        with reading(config.exif, grey=True):  # images as the network saw them
+            sections = report(data, maps, found, by_split)
         write_results(config, "Visual grounding", metrics, sections)
 
 

@@ -11,7 +11,7 @@ def map_array(path: str | Path, remedy: str, mode: str = "r") -> np.ndarray:
     """The array of a .npy file, memory-mapped. UserError, which ends with `remedy`, where the file
     is missing or damaged."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; {remedy}")
+        raise UserError(f"{path}: no readable .npy file (no such file); {remedy}")
     try:
         return np.load(path, mmap_mode=mode, allow_pickle=False)
     except Exception as error:  # NumPy has no error of its own, and lets out those of its parser

@@ -1,5 +1,6 @@
 """Pixel statistics of the published encoders, and how an image enters a network."""
 
+from functools import cache
 from typing import NamedTuple
 
 RGB = tuple[float, float, float]
@@ -16,6 +17,12 @@ STATISTICS = {
     "imagenet": IMAGENET,
     "clip": OPENAI,
 }  # by the name a configuration uses
+# What Pillow may open, whatever a file is called, and the ending that goes with it. Others (EPS, PDF,
+# WMF ...) start foreign programs.
+PILLOW_FORMATS = {
+    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"},
+    **{"JPEG2000": "jp2", "GIF": "gif", "BMP": "bmp", "DIB": "bmp", "TIFF": "tif", "PPM": "ppm"},
+}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers in preprocessor_config.json
 
 
@@ -27,6 +34,15 @@ class Pixels(NamedTuple):
     interpolation: str
     mean: RGB
     std: RGB
+
+
+@cache
+def pillow_formats() -> tuple[str, ...]:
+    """The allowed formats that this Pillow knows."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
 
 
 def timm_statistics(tower: str) -> tuple[RGB, RGB]:

@@ -21,7 +21,7 @@ from base.errors import UserError
 from base.files import read_json, read_json_lines, write_text
 from base.pixels import OPENAI
 from dataset.images.albef import TestTransform, resize
-from dataset.images.decode import decode_image
+from dataset.images.decode import decode_image, reading
 from dataset.sources.records import Records
 from dataset.tasks.retrieval import RetrievalSet
 from dataset.text.wordpiece import Tokenizer
@@ -173,7 +173,9 @@ def attention_section(
     rows = []
     for text in found.tolist():
         file = data.image_root / data.images[data.txt2img[text]]
-        raw_image, (ids, mask) = decode_image(file), tokenizer([data.captions[text]], lengths=None)
+        with reading(grey=True):  # one that cannot be read, as in the evaluation
+            raw_image = decode_image(file)
+        ids, mask = tokenizer([data.captions[text]], lengths=None)
         maps = word_maps(model, data.transform(raw_image)[None], ids, mask, layer)
         merged = merge_pieces(ids[0].tolist(), maps, tokenizer.backend.id_to_token)
         words = [(word, heat) for word, heat in merged if word not in FILLERS][: config.words]

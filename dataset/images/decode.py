@@ -16,7 +16,7 @@ import torch
 
 from base.errors import BadSample, UserError
 from base.limits import IMAGE_BYTES, IMAGE_PIXELS
-from dataset.images.formats import PILLOW_FORMATS
+from base.pixels import PILLOW_FORMATS, pillow_formats
 
 ORIENTATION = 0x0112  # tag of EXIF
 GREY = 128  # what libjpeg fills the missing rows of a truncated file with
@@ -148,20 +148,13 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-@cache
-def _formats() -> tuple[str, ...]:
-    """The allowed formats that this Pillow knows."""
-    from PIL import Image
-
-    Image.init()
-    return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
-
-
 def _open(data: bytes):
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())  # itself refuses twice the limit
+        image = Image.open(
+            io.BytesIO(data), formats=pillow_formats()
+        )  # itself refuses twice the limit
     except UnidentifiedImageError:  # whose message is an address in memory
         raise ValueError("cannot identify an image format in it") from None
     width, height = image.size

@@ -14,12 +14,6 @@ IMAGE_TYPES = (
     *("jpg", "jpeg", "png", "webp", "jfif", "jpe", "mpo", "avif", "jp2", "j2k", "gif", "bmp"),
     *("tif", "tiff", "ppm", "pgm", "pbm", "pnm"),
 )
-# What Pillow may open, whatever a file is called, and the ending that goes with it. Others (EPS, PDF,
-# WMF ...) start foreign programs.
-PILLOW_FORMATS = {
-    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"},
-    **{"JPEG2000": "jp2", "GIF": "gif", "BMP": "bmp", "DIB": "bmp", "TIFF": "tif", "PPM": "ppm"},
-}
 
 
 def is_image(name: str | Path) -> bool:

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.errors import BadSample
+from base.files import read_bytes
+from base.pixels import pillow_formats
 
+GREY = (128, 128, 128)
 COLOURS = torch.tensor(  # of a heat map from 0 to 1, evenly spaced: RGB
     [[0.05, 0.05, 0.35], [0.55, 0.1, 0.5], [0.95, 0.35, 0.2], [1.0, 0.9, 0.3]]
 )
@@ -32,22 +35,25 @@ class LazyImages(Sequence):
         try:
             return self.load(number)
         except BadSample:
-            return torch.full((3, 8, 8), 128, dtype=torch.uint8)
+            return torch.full((3, 8, 8), GREY[0], dtype=torch.uint8)
 
 
 def image_uri(source: Path | bytes | Tensor, side: int = 96, quality: int = 85) -> str:
     """A data URI of a JPEG with `side` pixels per side; the aspect is not kept, as networks see it.
 
-    source: a file, its bytes, or uint8 [3,H,W].
+    source: a file, its bytes, or uint8 [3,H,W]. An image that cannot be read is grey, as in the
+    evaluation that comes before the page.
     """
     from PIL import Image  # here, so that --help need not wait for it
 
     if isinstance(source, Tensor):
         image = Image.fromarray(source.permute(1, 2, 0).contiguous().numpy())
-    elif isinstance(source, bytes):
-        image = Image.open(io.BytesIO(source)).convert("RGB")
     else:
-        image = Image.open(source).convert("RGB")
+        try:
+            content = source if isinstance(source, bytes) else read_bytes(source)
+            image = Image.open(io.BytesIO(content), formats=pillow_formats()).convert("RGB")
+        except Exception:  # decoders meet hostile bytes and raise anything up to struct.error
+            image = Image.new("RGB", (side, side), GREY)
     buffer = io.BytesIO()
     image.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,12 +1,15 @@
 """VQA accuracy, boxes and classification: properties and corner cases."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dataset.images.decode import reading
+from dataset.tasks.grounding import Target
 from evaluation.accuracy import class_accuracy, confusion_table
-from evaluation.grounding import box_scores, enlarge, grounding_accuracy, iou, point
+from evaluation.grounding import Pointing, box_scores, enlarge, grounding_accuracy, iou, point
 from evaluation.report.examples import answer_case, box_case, gallery
 from evaluation.vqa import answer_score, normalise, prior_accuracy, save_answers, vqa_accuracy
 
@@ -144,3 +147,20 @@ def test_cases_cannot_become_markup():
         image, enlarge(torch.rand(2, 2), 8, 8), "<u>", [[0, 0, 4, 4]], 0, [0, 0, 4, 4], 1.0
     )
     assert not any(tag in html for tag in ("<b>", "<i>", "<u>"))
+
+
+def test_a_missing_image_does_not_lose_the_page_of_grounding(tmp_path):
+    """Within the error budget it was grey in the evaluation, too."""
+    import Grounding
+
+    expressions = SimpleNamespace(
+        targets=[Target(1, "val", [0.0, 0.0, 4.0, 4.0], 8, 8)],
+        boxes=[[[0.0, 0.0, 4.0, 4.0]]],
+        texts=["a cat"],
+        file=lambda number: tmp_path / "missing.jpg",
+    )
+    found = [Pointing(box=0, iou=1.0, hit=True, chance=1.0)]
+    score = {"expressions": 1, "accuracy": 100.0, "chance": 100.0, "pointing": 100.0}
+    with reading(grey=True) as noticed:
+        cards = Grounding.report(expressions, torch.rand(1, 2, 2), found, {"val": score})
+    assert "a cat" in cards[1] and len(noticed.unreadable) == 1

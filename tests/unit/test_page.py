@@ -1,15 +1,18 @@
 """Building blocks of result pages, and the attention maps they show."""
 
+import base64
 import io
+import os
 import re
 
 import pytest
 import torch
+from PIL import Image
 
 from evaluation.report.attention_maps import merge_pieces, word_maps
 from evaluation.report.chart import nice_ticks
 from evaluation.report.examples import answer_case, box_case
-from evaluation.report.images import heat_map
+from evaluation.report.images import heat_map, image_uri
 from evaluation.report.page import (
     card,
     figure,
@@ -130,3 +133,23 @@ def test_bars_are_as_long_as_the_scores_and_marked_at_chance():
     )
     assert "width:71.2%" in made and "calc(50.0% - 1px)" in made and made.count('class="bar"') == 2
     assert made.count("calc(") == 1 and "&lt;b&gt;all" in made
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"  # Pillow would start Ghostscript
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no image", EPS, b"\xff\xd8\xff torn"])
+def test_an_unreadable_image_is_grey_on_the_page(content, tmp_path):
+    """The evaluation before it went on with a grey one, too: its scores must not be lost here."""
+    file = tmp_path / "a.jpg"
+    if content is not None:
+        file.write_bytes(content)
+    for source in (file, content or b""):
+        uri = image_uri(source, side=8)
+        shown = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        assert shown.size == (8, 8) and shown.getextrema() == ((128, 128),) * 3
+
+
+def test_a_fifo_is_grey_on_the_page(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    assert image_uri(tmp_path / "a.jpg", 8) == image_uri(b"", 8)

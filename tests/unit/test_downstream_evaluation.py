@@ -156,7 +156,7 @@ def test_a_missing_image_does_not_lose_the_page_of_grounding(tmp_path):
     expressions = SimpleNamespace(
         targets=[Target(1, "val", [0.0, 0.0, 4.0, 4.0], 8, 8)],
         boxes=[[[0.0, 0.0, 4.0, 4.0]]],
-        texts=["a cat"],
+        written=["a cat"],
         file=lambda number: tmp_path / "missing.jpg",
     )
     found = [Pointing(box=0, iou=1.0, hit=True, chance=1.0)]

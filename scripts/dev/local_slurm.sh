@@ -126,7 +126,7 @@ status() {
 # fail NODE: its slurmd and all processes that slurmd started end at once, as when a machine loses its power
 fail() {
     local pid parent tasks=() steps=()
-    [ -s "$dir/slurmd-${1:-}.pid" ] || { echo "error: no such node: ${1:-}" >&2; exit 2; }
+    [ -s "$dir/slurmd-${1:-}.pid" ] || { echo "error: no such node, or it has failed: ${1:-}" >&2; exit 2; }
     for environ in /proc/[0-9]*/environ; do
         grep -qzx "SLURMD_NODENAME=$1" "$environ" 2>/dev/null || continue
         grep -qzx "SLURM_CONF=$SLURM_CONF" "$environ" 2>/dev/null || continue
@@ -142,8 +142,15 @@ fail() {
 }
 
 repair() {
-    slurmd -N "$1"
-    scontrol update NodeName="$1" State=RESUME
+    [ -d "$dir/spool-${1:-}" ] && [ -n "${1:-}" ] || { echo "error: no such node: ${1:-}" >&2; exit 2; }
+    alive "slurmd-$1" || slurmd -N "$1"
+    scontrol update NodeName="$1" State=RESUME 2>/dev/null || true # refused where it is back already
+    for _ in $(seq 60); do
+        sinfo -h -n "$1" -o %T | grep -q down || return 0
+        sleep 0.5
+    done
+    echo "error: $1 is still down after 30 s; see $dir/slurmd-$1.log" >&2
+    exit 1
 }
 
 stop() {

@@ -14,21 +14,19 @@ Later wins; mappings merge, anything else is replaced. A file may name the files
 """
 
 import copy
-import json
 import os
 import re
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from base import flight_recorder
-from base.errors import UserError, first_line
+from base.errors import UserError
 from base.files import check_output_folder
 from base.knobs import knob, section
+from runtime.advice import advice_on, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
 from runtime.builtin_data import make_digitscenes_if_named
 from runtime.config.draft import COMMAND_LINE, FLAGS, OVERRIDES, Draft, flag
@@ -44,7 +42,6 @@ HELP = ("h", "help")
 USAGE = "[--config FILE.yaml ...] [--flag value ...] [--overrides key=value ...]"
 SPLITS = ("val_file", "test_file", "val", "test")  # what --evaluate reads, in any script
 OF_SPLIT = {"test_answers": "test_file"}
-OTHER_RANKS_WAIT = 3.0  # seconds, see `run_script`
 
 
 def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
@@ -170,20 +167,11 @@ def _help_lines(names: Sequence[str], k: Option) -> str:
     return f"  {flags} {k.placeholder}\n{meaning}"
 
 
-def launched_rank() -> str:
-    """Rank of this process as the launcher says, before the processes have joined."""
-    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-
-
 def run_script(
     main: Callable[[C], Any], cls: type[C], description: str | None = None, argv=None
 ) -> None:
-    """Parse and call `main(config)`. What the user can fix (`advice_on`) is one line on stderr
-    and exit status 2; Ctrl-C is 130.
-
-    On other ranks than 0 the message waits: where all ranks fail alike, the launcher ends them
-    meanwhile and it is printed once; where one rank alone fails, it is not lost.
-    """
+    """Parse and call `main(config)`. What the user can fix is one line on stderr and exit status 2;
+    Ctrl-C is 130."""
     try:
         config = parse(cls, argv, description)
         make_digitscenes_if_named(config)
@@ -206,43 +194,4 @@ def run_script(
         advice = advice_on(error)
         if advice is None:
             raise
-        rank = launched_rank()
-        if rank != "0":
-            time.sleep(OTHER_RANKS_WAIT)
-        where = "error" if rank == "0" else f"error on rank {rank}"
-        sentence = f"{where}: {advice}"
-        print(sentence, file=sys.stderr, flush=True)
-        tell_torchrun(sentence)
-        sys.exit(2)
-
-
-def is_exhausted(error: BaseException) -> bool:
-    """Whether an error says that the memory of the host or of a GPU is used up."""
-    said = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or said
-
-
-def advice_on(error: BaseException) -> str | None:
-    """One sentence about a mistake of the user or a limit of the machine; None for a fault of ours."""
-    if isinstance(error, UserError):
-        return str(error)
-    if is_exhausted(error):
-        return f"out of memory ({first_line(error)}); make batch_size smaller and accumulate larger"
-    before, of_torch, _ = str(error).partition(" does not have a deterministic implementation")
-    if of_torch:  # compilers put lines of their own around the sentence
-        return (
-            f"--deterministic: {before.split()[-1]} has no deterministic kernel in this torch on "
-            "this device; leave --deterministic out"
-        )
-    return None
-
-
-def tell_torchrun(message: str) -> None:
-    """Leave the message where torchrun looks for it: its own report of a failed process, which nothing
-    here can prevent, then ends with the sentence instead of a link."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return
-    about = {"py_callstack": message, "timestamp": str(int(time.time()))}
-    with suppress(OSError):
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
+        leave_with(advice)

@@ -473,7 +473,7 @@ def leave_with(error: BaseException, monkeypatch, **environment: str) -> Any:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     waited = []
-    monkeypatch.setattr(config_module.time, "sleep", waited.append)
+    monkeypatch.setattr("runtime.advice.time.sleep", waited.append)
 
     def main(_config):
         raise error

@@ -1,0 +1,66 @@
+"""What a user can do about an error, in one sentence that the script ends with."""
+
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from base.errors import UserError, first_line
+
+OTHER_RANKS_WAIT = 3.0  # seconds, see `leave_with`
+
+
+def launched_rank() -> str:
+    """Rank of this process as the launcher says, before the processes have joined."""
+    return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a GPU is used up."""
+    said = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or said
+
+
+def advice_on(error: BaseException) -> str | None:
+    """One sentence about a mistake of the user or a limit of the machine; None for a fault of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_exhausted(error):
+        return f"out of memory ({first_line(error)}); make batch_size smaller and accumulate larger"
+    before, of_torch, _ = str(error).partition(" does not have a deterministic implementation")
+    if of_torch:  # compilers put lines of their own around the sentence
+        return (
+            f"--deterministic: {before.split()[-1]} has no deterministic kernel in this torch on "
+            "this device; leave --deterministic out"
+        )
+    return None
+
+
+def leave_with(advice: str) -> NoReturn:
+    """End the script with one line on stderr and exit status 2.
+
+    On other ranks than 0 the message waits: where all ranks fail alike, the launcher ends them
+    meanwhile and it is printed once; where one rank alone fails, it is not lost.
+    """
+    rank = launched_rank()
+    if rank != "0":
+        time.sleep(OTHER_RANKS_WAIT)
+    where = "error" if rank == "0" else f"error on rank {rank}"
+    sentence = f"{where}: {advice}"
+    print(sentence, file=sys.stderr, flush=True)
+    tell_torchrun(sentence)
+    sys.exit(2)
+
+
+def tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for it: its own report of a failed process, which nothing
+    here can prevent, then ends with the sentence instead of a link."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    about = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))

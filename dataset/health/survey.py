@@ -83,7 +83,7 @@ def open_list(data: str) -> Sequence[dict]:
     path = Path(data)
     if path.is_dir() and _is_class_folder(path):
         return FolderRecords(data, ())
-    if path.suffix in (".list", ".txt"):
+    if path.suffix.lower() in (".list", ".txt"):
         return label_records(path)
     if not is_table(data):
         return Records(data, ())
@@ -101,7 +101,9 @@ def _is_class_folder(path: Path) -> bool:
         (path / name).exists() for name in (*METADATA, "dataset_info.json", "dataset_dict.json")
     ):
         return False
-    return any(path.iterdir()) and not any(file.suffix == ".txt" for file in files_below(path))
+    return any(path.iterdir()) and not any(
+        file.suffix.lower() == ".txt" for file in files_below(path)
+    )
 
 
 @cache

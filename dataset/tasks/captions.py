@@ -49,7 +49,7 @@ def caption_records(
         raise UserError(
             f"metadata {path}: no such file; give the file that belongs to --dataset {kind}"
         )
-    if kind == "pairs" or path.suffix == ".jsonl":
+    if kind == "pairs" or path.suffix.lower() == ".jsonl":
         return Records(path)
     converted = cached_path(path, ".jsonl", kind)
     if not converted.exists():

@@ -463,7 +463,8 @@ def identity(records: Sequence, data: str, root: str | Path = ".") -> str:
     if isinstance(records, Records):
         images = (record.get("image") or record.get("url") for record in records)
         paths = (Path(root) / image for image in images if isinstance(image, str))
-        return digest(file_state(data), len(records), states_digest(paths))
+        state = file_state(parse_address(data).path)
+        return digest(data, state, len(records), states_digest(paths))
     return digest([file_state(file) for file in records.files], len(records))
 
 

@@ -296,7 +296,7 @@ def label_records(path: str | Path) -> Records:
     A list file is converted once, into the cache of `Records`. Raises UserError that names file and
     line.
     """
-    if is_table(path) or Path(path).suffix in (".json", ".jsonl"):
+    if is_table(path) or Path(path).suffix.lower() in (".json", ".jsonl"):
         return Records(path, required=("image", "labels"))
     path = Path(path)
     if not path.is_file():
@@ -361,7 +361,7 @@ class ImageSet:
     def __init__(self, source: str | Path, view: Callable, root: str | Path = "."):
         self.view, self.root, self.source = view, Path(root), str(source)
         endings = (".list", ".txt", ".json", ".jsonl", *TABLES)
-        self.is_list = parse_address(source).path.suffix in endings
+        self.is_list = parse_address(source).path.suffix.lower() in endings
         if self.is_list:
             self.records = label_records(source)
             check_image_root(self.root, (record["image"] for record in self.records))

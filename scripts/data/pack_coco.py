@@ -40,7 +40,7 @@ class Config:
 
 def images(config: Config) -> Iterator[tuple[str, list[str]]]:
     """`(file name, captions)` of every image."""
-    if config.captions.suffix == ".json":
+    if config.captions.suffix.lower() == ".json":
         for entry in coco_entries(config.captions):
             yield entry["image"].partition("/")[2], entry["caption"]
         return

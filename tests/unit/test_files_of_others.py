@@ -28,12 +28,14 @@ from dataset.sources.shard_list import find_shards, list_shards
 from dataset.sources.shards import read_shard
 from dataset.sources.tables import rows_of
 from dataset.sources.tfrecord import encode_example, write_records
-from dataset.tasks.captions import metadata_rows
+from dataset.tasks.captions import caption_records, metadata_rows
 from dataset.tasks.catalog import Entry, Prompts, choose, read_catalog
 from dataset.tasks.classification import (
     LabelOptions,
     Labels,
     class_names,
+    identity,
+    is_list,
     is_shards,
     read_class_names,
 )
@@ -303,6 +305,29 @@ def test_a_table_of_labels_names_no_classes(tmp_path):
     images_in(tmp_path, ["a.jpg"])
     (tmp_path / "labels.csv").write_text("path,label\na.jpg,0\n")
     assert class_names([f"{tmp_path / 'labels.csv'}?image=path"], None, tmp_path) == []
+
+
+def test_a_table_of_labels_has_an_identity(tmp_path):
+    """By which eval_knn.py keeps features; the columns that were named are part of it."""
+    images_in(tmp_path, ["a.jpg"])
+    (tmp_path / "labels.csv").write_text("path,other,label\na.jpg,b.jpg,0\n")
+    found = set()
+    for column in ("path", "other"):
+        data = f"{tmp_path / 'labels.csv'}?image={column}"
+        found.add(identity(Records(data, ("image", "label")), data, tmp_path))
+    (tmp_path / "a.jpg").write_bytes(encoded("PNG"))
+    found.add(identity(Records(data, ("image", "label")), data, tmp_path))
+    assert len(found) == 2  # b.jpg is not there, whatever a.jpg has become
+
+
+@pytest.mark.parametrize("name", ["LABELS.JSONL", "Labels.Json"])
+def test_endings_in_capitals(tmp_path, name):
+    images_in(tmp_path, ["a.jpg"])
+    row = {"image": "a.jpg", "labels": ["dog"], "caption": "x"}
+    (tmp_path / name).write_text(json.dumps(row) + "\n")
+    assert ImageSet(tmp_path / name, None, tmp_path).references == [["dog"]]
+    assert is_list(str(tmp_path / name))
+    assert len(caption_records("pairs", tmp_path / name, load_plain)) == 1
 
 
 PUBLISHED = {

@@ -160,6 +160,16 @@ class Nxtp(nn.Module):
             self.vision_encoder = encoder(config.vision)
         self.language_decoder = Llama(config.decoder)
 
+    @property
+    def rows_in_training(self) -> dict[str, tuple[int, ...]]:
+        """Numbers of the rows with a gradient, of the tables that have others, too; by the name of
+        the table."""
+        tables = {
+            "language_decoder.tok_embeddings.weight": self.config.trained_rows,
+            "language_decoder.output.weight": self.config.trained_outputs,
+        }
+        return {name: rows for name, rows in tables.items() if rows}
+
     def encode_image(self, image: Tensor) -> Tensor:
         """[B,3,S,S] -> the N image tokens [B,N,D]; the class token is left out."""
         return self.vision_encoder(image)[:, 1:]

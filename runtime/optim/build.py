@@ -15,6 +15,7 @@ from runtime.optim.keras import KerasAdamW, KerasSGD
 from runtime.optim.lamb import Lamb
 from runtime.optim.layer_decay import layer_scales
 from runtime.optim.muon import MuonAdamW, is_hidden_matrix
+from runtime.optim.rows import RowsAdamW, rows_in_training
 from runtime.optim.timm_optimizers import PREFIX, build_timm, is_of_timm, step_or_leave
 
 NOT_DECAYED = (
@@ -188,7 +189,11 @@ def build_optimizer(
                 "--optimizer.opt sgd: torch has no fused kernel for sharded parameters; use --parallel ddp"
             )
         return sgd(groups, config.lr, momentum=config.momentum, fused=True)
-    return adamw(groups, config.lr, betas=config.betas, eps=config.eps, fused=True)
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+    rows = rows_in_training(distributed.unwrap(model), groups)
+    if rows and not config.keras and not any(is_sharded(table) for table in rows):
+        return RowsAdamW(groups, rows, **options)
+    return adamw(groups, **options)
 
 
 def _whole_tensor_optimizer(

@@ -19,6 +19,7 @@ from models.weights.nxtp import (
     recognition_state,
     trained_names,
 )
+from runtime.optim.build import Optimizer, build_optimizer, parameter_groups
 from tests.helpers.tiny_nxtp import meta_folder, network
 
 PROMPT = [30, 1, 5, 6]
@@ -117,6 +118,33 @@ def test_only_the_chosen_rows_are_trained(where):
     changed = (weight != before).any(1).nonzero().flatten().tolist()
     assert changed == [30]
     assert torch.allclose(plain, network(**{where: (30,)})(image, **batch)["loss_objs"])
+
+
+def test_the_optimizer_updates_the_trained_rows_alone_and_as_adamw():
+    """Equal to AdamW over whole tables, states included; of other rows it reads not even a gradient."""
+    both = {"trained_rows": (30, 32), "trained_outputs": (31,)}
+    model, plain, image = network(**both), network(**both), torch.randn(1, 3, 32, 32)
+    plain.load_state_dict(model.state_dict())
+    config = Optimizer(lr=0.1, weight_decay=0.1)
+    own = build_optimizer(model, config)
+    tables = {name: p for name, p in model.named_parameters() if p in own.rows}
+    assert list(tables) == ["language_decoder.tok_embeddings.weight"]  # the head's weights decay
+    reference = torch.optim.AdamW(parameter_groups(plain, config), lr=0.1, fused=True)
+    for _ in range(3):
+        for network_, optimizer in ((model, own), (plain, reference)):
+            network_(image, **text([[20, 21]]))["loss_objs"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+        if mine in own.state:
+            assert torch.equal(own.state[mine]["exp_avg"], reference.state[other]["exp_avg"])
+            assert torch.equal(own.state[mine]["exp_avg_sq"], reference.state[other]["exp_avg_sq"])
+    [table] = tables.values()
+    before = table.detach().clone()
+    table.grad = torch.full_like(table, 1.0)
+    own.step()
+    assert (table != before).any(1).nonzero().flatten().tolist() == [30, 31, 32]
 
 
 def test_trained_and_decayed_names():

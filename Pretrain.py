@@ -160,8 +160,7 @@ def training_data(
     state: dict | None,
 ) -> StreamLoader:
     """Endless batches of this process, from the position `state` on."""
-    # side of the image tokenizer's input, pixels: a code for each patch
-    token_side = config.grid * image_tokenizer.reduction if image_tokenizer else None
+    token_side = config.grid * image_tokenizer.reduction if image_tokenizer else None  # pixels
     records = Records(config.train_file) if config.train_file else []
     codes = None
     if config.code_cache:
@@ -196,14 +195,15 @@ def training_data(
 def train_step(
     model, teacher: MomentumPairs, image_tokenizer, next_batch, alpha, config: Config, precision
 ) -> dict[str, Tensor]:
-    """Gradients of one update: the teacher first, then `accumulate` micro-batches. Returns the
-    losses, 0-d means over the micro-batches."""
+    """Gradients of one update, after the teacher's. Returns losses: 0-d means over micro-batches."""
     teacher.update()
     total = {}
     for micro in range(config.accumulate):
         batch = next_batch()
         if "token_image" in batch:
-            batch["visual_codes"] = image_tokenizer.codes(batch.pop("token_image")).flatten(1)
+            count = distributed.unwrap(model).config.max_masked_patches
+            images = batch.pop("token_image")
+            batch["visual_codes"] = image_tokenizer.masked_codes(images, batch["patch_mask"], count)
         with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
             losses = model(**batch, alpha=alpha)
             loss = losses["loss_ita"] + losses["loss_itm"] + losses["loss_mlm"]

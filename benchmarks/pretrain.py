@@ -109,7 +109,8 @@ def ours(options: SimpleNamespace) -> dict:
 
     def before() -> None:
         if tokenizer is not None:
-            batch["visual_codes"] = tokenizer.codes(token_image).flatten(1)
+            count, mask = model.config.max_masked_patches, batch["patch_mask"]
+            batch["visual_codes"] = tokenizer.masked_codes(token_image, mask, count)
         pairs.update()
 
     def loss_of(losses: dict[str, Tensor]) -> Tensor:

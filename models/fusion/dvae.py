@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
+from models.fusion.losses import masked_patches
 
 EPSILON = 0.1  # images are mapped from [0,1] to [0.1,0.9], where the logit is finite
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,7 +113,8 @@ def _groups(
 
 
 class Encoder(nn.Module):
-    """[B,3,H,W] -> logits [B,V,H/r,W/r]."""
+    """[B,3,H,W] -> logits [B,V,H/r,W/r]; or at the positions int64 [B,K], flat in the grid of codes,
+    alone: [B,V,K,1]."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -122,8 +124,14 @@ class Encoder(nn.Module):
         modules = {"input": Conv(3, config.width, 7)} | groups | {"output": nn.Sequential(output)}
         self.blocks = nn.Sequential(OrderedDict(modules))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x)
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        *groups, output = self.blocks
+        for group in groups:
+            x = group(x)
+        if positions is not None:
+            index = positions.unsqueeze(1).expand(-1, x.shape[1], -1)
+            x = x.flatten(2).gather(2, index).unsqueeze(-1)
+        return output(x)
 
 
 class Decoder(nn.Module):
@@ -234,8 +242,9 @@ class ImageTokenizer(nn.Module):
         """Pixels per code and side."""
         return 2 ** (self.config.groups - 1)
 
-    def logits(self, image: Tensor) -> Tensor:
-        """[B,3,H,W] in [0,1], or uint8, -> logits over the codes [B,V,H/r,W/r]."""
+    def logits(self, image: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B,3,H,W] in [0,1], or uint8, -> logits over the codes [B,V,H/r,W/r], or of some
+        `positions` (see Encoder)."""
         if image.dtype == torch.uint8:
             image = image.float() / 255
         height, width = image.shape[-2:]
@@ -243,7 +252,8 @@ class ImageTokenizer(nn.Module):
             raise UserError(
                 f"an image of {height} x {width} is no multiple of {self.reduction}, the pixels of a code"
             )
-        return self.encoder(squeeze_range(image).contiguous(memory_format=torch.channels_last))
+        squeezed = squeeze_range(image).contiguous(memory_format=torch.channels_last)
+        return self.encoder(squeezed, positions)
 
     def compiled(self) -> "ImageTokenizer":
         """Compile the encoder, in place; returns the tokenizer."""
@@ -254,6 +264,14 @@ class ImageTokenizer(nn.Module):
     def codes(self, image: Tensor) -> Tensor:
         """[B,3,H,W] in [0,1], or uint8, -> likeliest code of each position, int64 [B,H/r,W/r]."""
         return self.logits(image).argmax(dim=1)
+
+    @torch.no_grad()
+    def masked_codes(self, image: Tensor, patch_mask: Tensor, count: int) -> Tensor:
+        """`codes` where the mask bool [B,h*w] is True, at most `count` an image: int64 [B,h*w], of
+        no meaning elsewhere."""
+        positions = masked_patches(patch_mask, count)
+        found = self.logits(image, positions).argmax(dim=1).flatten(1)
+        return torch.zeros_like(patch_mask, dtype=torch.int64).scatter(1, positions, found)
 
     def decode(self, codes: Tensor) -> Tensor:
         """int64 [B,h,w] -> images float32 [B,3,h*r,w*r] in [0,1]."""

@@ -48,6 +48,12 @@ def sequence_axis_soft_loss(logits: Tensor, rows: Tensor, teacher_logits: Tensor
     return -(teacher_logits.detach().float().softmax(-1) * log_probabilities).sum(-1)
 
 
+def masked_patches(patch_mask: Tensor, count: int) -> Tensor:
+    """Positions of the masked patches of bool [B,N] in order, filled up with others: int64 [B,count]."""
+    order = patch_mask.byte().argsort(dim=1, descending=True, stable=True)
+    return order[:, :count]
+
+
 def masked_mean(loss: Tensor, valid: Tensor, over_ranks: bool = True) -> Tensor:
     """Mean of the valid entries (bool, same shape) -> 0-d; 0 where none is valid.
 

@@ -32,6 +32,7 @@ from models.fusion.losses import (
     distilled_cross_entropy,
     keyword_targets,
     masked_mean,
+    masked_patches,
     sequence_axis_soft_loss,
 )
 from models.layers.vit import ViTConfig
@@ -268,7 +269,7 @@ class Simla(ImageTextModel):
         text_m for the teacher) its keys and values.
         """
         width = min(self.config.max_masked_patches, patch_mask.shape[1])
-        patches = patch_mask.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
+        patches = masked_patches(patch_mask, width)
         valid, labels = patch_mask.gather(1, patches), visual_codes.gather(1, patches)
 
         def logits(encoder: nn.Module, bert: nn.Module, head: nn.Module, context: Tensor) -> Tensor:

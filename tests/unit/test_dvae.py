@@ -47,6 +47,21 @@ def test_shapes_and_geometry_from_weights(groups, outputs, blocks):
     assert decoded.shape == image.shape and decoded.min() >= 0 and decoded.max() <= 1
 
 
+def test_codes_of_masked_patches_are_those_of_the_grid():
+    """Also where an image has fewer masked patches than there is room for; and no other code is computed."""
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(TokenizerConfig(**TINY | {"groups": 3}))
+    image = torch.rand(2, 3, 12, 16)
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[0, [1, 5, 11]] = mask[1, 7] = True
+    computed = []
+    tokenizer.encoder.blocks.output.register_forward_hook(lambda *a: computed.append(a[2].shape))
+    found = tokenizer.masked_codes(image, mask, 3)
+    assert computed == [(2, 16, 3, 1)]
+    assert torch.equal(found[mask], tokenizer.codes(image).flatten(1)[mask])
+    assert tokenizer.codes(image).flatten(1)[mask].any()
+
+
 def test_uint8_images_are_those_in_0_to_1():
     torch.manual_seed(0)
     tokenizer = ImageTokenizer(TokenizerConfig(**TINY | {"groups": 2}))

@@ -1,5 +1,6 @@
 """The figures of a simulation, as a table and as JSON."""
 
+import math
 from dataclasses import dataclass
 
 from runtime.gpus import Gpu
@@ -247,9 +248,9 @@ def _data(f: dict) -> list[tuple[str, str]]:
     return [
         (
             "data",
-            f"up to {low:,.0f} samples/s a GPU eager, {high:,.0f} compiled: about {few:.0f} to "
-            f"{many:.0f} loader cores a GPU; {d['bus_bytes_per_second'] / 1e9:.2f} GB/s of images "
-            "over the bus",
+            f"up to {low:,.0f} samples/s a GPU eager, {high:,.0f} compiled: about "
+            f"{whole_cores(few, many)} a GPU; {d['bus_bytes_per_second'] / 1e9:.2f} GB/s of "
+            "images over the bus",
         ),
         ("checkpoint", f"{gigabytes(c['bytes'])}, about {c['seconds']:.0f} s to write"),
     ]
@@ -268,6 +269,14 @@ def _training(f: dict, price: float | None) -> list[tuple[str, str]]:
     return [
         ("training", f"at least {low:,.1f} (compiled) to {high:,.1f} hours: {gpu_hours}{money}")
     ]
+
+
+def whole_cores(few: float, many: float) -> str:
+    """A range of loader cores; part of one is one."""
+    least, most = math.ceil(few), math.ceil(many)
+    if least == most:
+        return f"{least} loader core" + "s" * (least > 1)
+    return f"{least} to {most} loader cores"
 
 
 def gigabytes(size: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,11 @@ from runtime.simulate import bounds as b
 from runtime.simulate.fusion import Group
 from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
-from scripts.planning.report import Request
+from scripts.planning.recipes import recipes
+from scripts.planning.report import Request, whole_cores
 from tests.helpers.processes import Run
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 H100 = GPUS["h100"]
 COPY = Operation("forward", "add", torch.bfloat16, 0, 10**9, 10**9, "a.py:1", 1, (10,))
 PRODUCT = replace(COPY, name="mm", flops=10**12, read=10**6, written=10**6)
@@ -262,6 +265,46 @@ def test_the_figures_of_a_recipe():
     reduced = figures["traffic"]["bytes"]["allreduce_"]
     assert reduced > 2 * 7 / 8 * 4 * figures["trained_parameters"]
     assert figures["training"]["hours"][0] > 0
+
+
+@pytest.mark.parametrize(
+    "few, many, said",
+    [
+        (0.02, 0.3, "1 loader core"),
+        (0.8, 1.2, "1 to 2 loader cores"),
+        (7.1, 8.0, "8 loader cores"),
+    ],
+)
+def test_a_part_of_a_loader_core_is_one(few, many, said):
+    assert whole_cores(few, many) == said
+
+
+def all_recipes_of(folder: Path, gpu: str = "h100") -> tuple[int, list[str]]:
+    """Exit code and lines of scripts.planning.recipes."""
+    run = Run("scripts/planning/recipes.py", (str(folder), "--gpu", gpu))
+    run.wait()
+    return run.returncode, (run.stdout + run.stderr).strip().splitlines()
+
+
+def test_every_recipe_of_a_folder_has_a_line(tmp_path):
+    folder = tmp_path / "VE"
+    folder.mkdir()
+    debug = f"base: {CONFIGS / 'VE/debug.yaml'}\n"
+    (folder / "good.yaml").write_text(debug)
+    (folder / "typing_error.yaml").write_text(debug + "bacth_size: 3\n")
+    code, lines = all_recipes_of(tmp_path, "1,1,0.1")
+    assert code == 1 and len(lines) == 4
+    assert lines[2].startswith("| VE/good.yaml | 8 | ") and "does not fit | 0 |" in lines[2]
+    assert lines[3].startswith("| VE/typing_error.yaml | FAILED: UserError: ")
+    assert "bacth_size" in lines[3]
+
+
+def test_every_training_recipe_is_listed():
+    """All YAML files but those of data sets and evaluations."""
+    folders = {path.parent.name for path in CONFIGS.rglob("*.yaml")}
+    left_out = folders - {path.parent.name for path in recipes([CONFIGS])}
+    assert left_out == {"data", "eval_knn", "eval_zeroshot"}
+    assert len(recipes([CONFIGS])) > 70
 
 
 TABLE = ["recipe", "cards", "batch", "assumed", "memory", "work", "step, eager", "step, compiled"]

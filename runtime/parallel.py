@@ -181,8 +181,11 @@ def shard(model: nn.Module, world: World, features) -> nn.Module:
 
 
 def _norms_in_float32(block: nn.Module) -> None:
-    """On CUDA autocast computes layer norms in float32 whatever type their weights have; on the CPU
-    it leaves that to us."""
+    """Layer norms in float32, weights as they travel.
+
+    CUDA's autocast casts the operands of layer_norm to float32, so there this would change nothing.
+    The CPU's does not: a float32 input beside FSDP's bf16 weights would be an error.
+    """
 
     def forward(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
         bias = None if norm.bias is None else norm.bias.float()

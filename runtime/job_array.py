@@ -117,32 +117,24 @@ def submit_array(sharing: Sharing, count: int, folder: Path) -> None:
     """Submit this very command as an array of tasks, and one that merges after them. UserError.
 
     count: items to share; folder: where results go, the logs into folder/slurm."""
+    check_submission(sharing)
     script = Path(sys.argv[0])
-    if not has_slurm():
-        raise UserError(
-            "--slurm: sbatch and srun are not on this machine; without --slurm the work is done "
-            f"here, and --range 0/{sharing.slurm} to {sharing.slurm - 1}/{sharing.slurm} share it "
-            "among machines by hand (then once --merge)"
-        )
-    if "RANK" in os.environ:
-        raise UserError("--slurm starts the processes itself: use python instead of torchrun")
     folder = folder.absolute()
     need_idle(folder)
+    logs = folder / "slurm"
+    requeues = shlex.quote(str(logs / "requeues.log"))
     words = [sys.executable, "-u", str(script.absolute()), *sys.argv[1:], "--slurm", "0"]
     tasks = max(1, min(sharing.slurm, count))
-    log = shlex.quote(str(folder / "slurm" / "requeues.log"))
     options = task_options(sharing, script.stem)
-    executor = build_executor(folder, {**options, "setup": requeueing(log, REQUEUES, TASK)})
+    options["setup"] = requeueing(requeues, REQUEUES, TASK)
+    executor = build_executor(folder, options)
     executor.parameters["map_count"] = tasks
     array = submit_command(executor, shlex.join(words))
+    (logs / "job").write_text(f"{array}\n")
     options = task_options(sharing, f"{script.stem}-merge")
-    options["setup"] = requeueing(log, REQUEUES)
-    options["dependency"] = (
-        f"afterany:{array}"  # where a task failed, the merge says what is missing
-    )
-    executor = build_executor(folder, options)
-    merge = submit_command(executor, shlex.join([*words, "--merge"]))
-    logs = folder / "slurm"
+    options["setup"] = requeueing(requeues, REQUEUES)
+    options["dependency"] = f"afterany:{array}"  # if a task fails, the merge says what is missing
+    merge = submit_command(build_executor(folder, options), shlex.join([*words, "--merge"]))
     (logs / "job").write_text(f"{array},{merge}\n")
     print(
         f"job {array}: {script.name} in {tasks} tasks; job {merge} merges them -> {folder}",
@@ -152,6 +144,22 @@ def submit_array(sharing: Sharing, count: int, folder: Path) -> None:
         f"  stop    scancel {array} {merge}   (submitted again, it resumes)",
         sep="\n",
     )
+
+
+def check_submission(sharing: Sharing) -> None:
+    """Raise UserError where an array cannot be submitted, or would not do what was asked for."""
+    if sharing.range or sharing.merge:
+        raise UserError(
+            "--slurm gives each task its range and merges: leave out --range and --merge"
+        )
+    if "RANK" in os.environ:
+        raise UserError("--slurm starts the processes itself: use python instead of torchrun")
+    if not has_slurm():
+        raise UserError(
+            "--slurm: sbatch and srun are not on this machine; without --slurm the work is done "
+            f"here, and --range 0/{sharing.slurm} to {sharing.slurm - 1}/{sharing.slurm} share it "
+            "among machines by hand (then once --merge)"
+        )
 
 
 def task_options(sharing: Sharing, name: str) -> dict:

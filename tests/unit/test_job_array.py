@@ -168,3 +168,5 @@ def test_where_an_array_cannot_be_submitted_one_sentence_says_what_to_do(monkeyp
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="use python instead of torchrun"):
         submit_array(Sharing(slurm=4), 9, tmp_path)
+    with pytest.raises(UserError, match="leave out --range and --merge"):
+        submit_array(Sharing(slurm=4, merge=True), 9, tmp_path)

@@ -13,9 +13,11 @@ import torch.multiprocessing as mp
 from torch.utils.data import default_collate
 
 from base.distributed import World, all_reduce, gather
-from base.flight_recorder import FOLDER, record_in
+from base.flight_recorder import FOLDER
 from dataset.loading.eval import EvalLoader
+from runtime.config.cli import run_script
 from runtime.hashed import _HashingFile
+from runtime.run import RunConfig
 from runtime.watchdog import EXIT_STALLED, Watchdog, stall_message
 from tests.helpers.processes import spawn
 
@@ -127,9 +129,7 @@ def test_long_work_that_gets_on_is_no_stall(case, tmp_path):
 
 
 @pytest.mark.parametrize(("torch_version", "old_names"), [("2.7.1", True), ("2.14.0+cu130", False)])
-def test_the_recorder_is_on_before_the_processes_join(
-    monkeypatch, tmp_path, torch_version, old_names
-):
+def test_the_recorder_is_on_before_a_script_begins(monkeypatch, tmp_path, torch_version, old_names):
     """What the user has set stays; the old names are for versions that do not warn of them."""
     monkeypatch.setattr("base.flight_recorder.version", lambda _: torch_version)
     names = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
@@ -138,10 +138,15 @@ def test_the_recorder_is_on_before_the_processes_join(
         monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
-    record_in(tmp_path)
+    seen = []
+
+    def main(config):
+        seen.extend(os.environ.get(name) for name in names)
+
+    run_script(main, RunConfig, argv=["--output_dir", str(tmp_path)])
     prefix = str(tmp_path / FOLDER / "rank_")
     old = ["7", prefix] if old_names else [None, None]
-    assert [os.environ.get(name) for name in names] == ["7", prefix, *old, "1"]
+    assert seen == ["7", prefix, *old, "1"]
 
 
 def test_who_is_behind_stalls():
@@ -159,8 +164,9 @@ def test_who_is_behind_stalls():
     assert "update 4: rank 1 does not answer; the others wait in all_reduce 5." in silent
     busy = stall_message({0: answer(12, waits=False), 1: answer(12)}, 2, 60)
     assert "update 4: rank 0 stalls" in busy and "rank 1" not in busy
-    early = stall_message({0: answer(12), 1: answer(12, entered=4, waits=False)}, 2, 60)
-    where = "rank 1 stalls in an update (last update 4, at VE.py:7, after all_reduce 4)"
+    # on a GPU all of them wait for the device, at one place
+    early = stall_message({0: answer(12), 1: answer(12, entered=4)}, 2, 60)
+    where = "rank 1 stalls in an update (last update 4, at VE.py:7, in all_reduce 4)"
     assert f"{where}; the others wait in all_reduce 5." in early
     both = {rank: answer(12) for rank in (0, 1)}
     both = {rank: {**each, "doing": "in validation"} for rank, each in both.items()}

@@ -287,7 +287,7 @@ def test_other_ranks_and_workers_repeat_and_lose_nothing(tmp_path, kind, history
         assert [loader.samples for loader in group] == [samples] * ranks
         assert bad_samples(group) == bad
         for loader in group:
-            seen += numbers(take(loader, batches))
+            seen += draws(take(loader, batches))
             loader.close()
         bad = bad_samples(group)
     state = [loader.state_dict() for loader in group]
@@ -295,16 +295,46 @@ def test_other_ranks_and_workers_repeat_and_lose_nothing(tmp_path, kind, history
     assert drawn(last) == len(seen) + bad
     whole = EPOCHS * len(last.stream)
     while drawn(last) < whole:
-        seen += numbers(take(last, 1))
+        seen += draws(take(last, 1))
     if drawn(last) > whole:  # the last ones of the epochs were bad
         seen.pop()
-    counts = Counter(seen)
+    counts = Counter(number for number, _ in seen)
     if kind == "mixture":  # its sources are in different epochs
         counts = {number: count for number, count in counts.items() if number < 100}
         assert len(counts) == 39 and max(counts.values()) - min(counts.values()) <= 1
     else:
         assert set(counts.values()) == {EPOCHS} and len(counts) == len(last.stream) - 2
         assert bad_samples([last]) in (2 * EPOCHS, 2 * EPOCHS + 1)
+        assert len(set(seen)) == len(seen)  # no epoch is drawn again
+
+
+def draws(batches) -> list[tuple[int, float]]:
+    """Each sample with a random number that depends on it and on the epoch."""
+    pairs = []
+    for batch in batches:
+        pairs += zip(batch["number"].tolist(), batch["noise"][:, 0].tolist(), strict=True)
+    return pairs
+
+
+@pytest.mark.parametrize("kind", ["records", "shards"])
+def test_positions_of_earlier_versions_continue(tmp_path, kind):
+    """They hold a number for records and three for shards."""
+
+    def earlier(loader) -> dict:
+        state = loader.state_dict()
+        for slot in state["slots"]:
+            [[*at]] = slot["at"]
+            slot["at"] = [at[1] if kind == "records" else at[:3]]
+        return state
+
+    group = loaders(lambda: case(kind, tmp_path), 2, 0, 2)
+    for loader in group:
+        take(loader, 5)
+    for ranks in (2, 1):
+        states = [loader.state_dict() for loader in group], [earlier(loader) for loader in group]
+        new, old = [loaders(lambda: case(kind, tmp_path), ranks, 0, 2, state) for state in states]
+        for ours, theirs in zip(new, old, strict=True):
+            assert same(take(ours, 20), take(theirs, 20))
 
 
 def bad_samples(group) -> int:

@@ -479,6 +479,45 @@ def label_list(path: Path) -> Any:
     return list(read_list(path))
 
 
+def flat_list(path: Path) -> Any:
+    from dataset.sources.flat_folder import flat_folder
+
+    folder = path.parent / "val"
+    folder.mkdir()
+    path.rename(path.with_name("val.txt"))
+    return flat_folder(folder)
+
+
+def published_set(member: str = "", text: str = "", multilabel: bool = False) -> Callable:
+    """A reader of a set in CLIP_benchmark's layout of two images, one of whose files is damaged: a
+    member beside the images, or the text file of that name."""
+
+    def read(path: Path) -> Any:
+        from dataset.tasks.catalog import Entry
+        from dataset.tasks.zeroshot import CaptionedImages, ShardImages
+
+        data = path.read_bytes()
+        folder = path.parent
+        (folder / "test").mkdir()
+        (folder / "test/nshards.txt").write_bytes(data if text == "nshards" else b"1")
+        (folder / "classnames.txt").write_bytes(data if text == "classnames" else b"dog\ncat\n")
+        ending = member or "cls"
+        with tarfile.open(folder / "test/0.tar", "w") as archive:
+            for number in range(2):
+                content = data if member and number else {"cls": b"1", "txt": b"a dog"}.get(ending)
+                content = saved_array(np.array([0, 1])) if content is None else content
+                for name, each in (("png", encoded_image()), (ending, content)):
+                    header = tarfile.TarInfo(f"{number}.{name}")
+                    header.size = len(each)
+                    archive.addfile(header, io.BytesIO(each))
+        entry = Entry("fuzz", "webdataset", str(folder))
+        if member == "txt":
+            return CaptionedImages(entry, folder / "cache").captions
+        return ShardImages(entry, folder / "cache", multilabel).targets
+
+    return read
+
+
 def slip_lists(path: Path) -> Any:
     from dataset.tasks.catalog import Entry
     from dataset.tasks.zeroshot import file_list
@@ -639,6 +678,19 @@ BINARIES = {
     "decoder's tokenizer.json": Binary(pieces, decoder_json, ".json"),
     "decoder's tokenizer.model": Binary(pieces, decoder_model, ".model"),
     "class list": Binary(class_list, lambda: b"dog\ncat\n", ".txt"),
+    "list of a flat folder": Binary(flat_list, lambda: b"0.png 1\n1.png\t0\n", ".txt"),
+    "counter of a published set": Binary(published_set(text="nshards"), lambda: b"1\n", ".txt"),
+    "classes of a published set": Binary(
+        published_set(text="classnames"), lambda: b"dog\r\ncat\n", ".txt"
+    ),
+    "class of a published image": Binary(published_set("cls"), lambda: b"1\n", ".cls"),
+    "classes of a published image": Binary(
+        published_set("npy", multilabel=True), lambda: saved_array(np.array([0, 1])), ".npy"
+    ),
+    "captions of a published image": Binary(
+        published_set("txt"), lambda: b"a dog\nit sits\n", ".txt"
+    ),
+    "TFRecord.gz": Binary(shard, lambda: gzip.compress(tfrecord_shard()), ".tfrecord.gz"),
     "label list": Binary(label_list, lambda: b"0.png : dog,cat\n1.png: cow\n", ".txt"),
     "VOC's lists": Binary(voc_lists, lambda: b"000001 1\n000002 -1\n", ".txt"),
     **{

@@ -22,6 +22,7 @@ from evaluation.predict import Guesses, percent, progress
 
 BLOCK = 512  # classes looked at together
 TOP = 5
+MOST_SHOWN = 20  # classes kept of an image for its page
 
 
 @dataclass
@@ -40,12 +41,14 @@ class Scores:
         return gather_rows(rows.contiguous().to(self.device), own, len(self.labels))
 
     def guesses(self, sigmoid: bool = False) -> Guesses:
-        """The best classes of every image with their probabilities, on every process (collective).
+        """The best classes of every image with their probabilities, on every process (collective):
+        five, or as many as an image has labels, MOST_SHOWN at most.
 
         sigmoid: every class has a probability of its own.
         """
         probability = self.logits.sigmoid() if sigmoid else self.logits.softmax(1)
-        best = top_classes(self.logits)
+        labels = max(map(len, self.labels), default=0)
+        best = top_classes(self.logits, max(TOP, min(MOST_SHOWN, labels)))
         scores = self.gather(probability.gather(1, best)).cpu()
         return Guesses(self.gather(best).cpu(), scores, self.labels)
 
@@ -134,9 +137,9 @@ def single_label_metrics(
     return result
 
 
-def top_classes(logits: Tensor) -> Tensor:
-    """The five best classes, int64 [n,5]; all of them where there are fewer."""
-    return logits.topk(min(TOP, logits.shape[1]), 1).indices
+def top_classes(logits: Tensor, k: int = TOP) -> Tensor:
+    """The k best classes, int64 [n,k]; all of them where there are fewer."""
+    return logits.topk(min(k, logits.shape[1]), 1).indices
 
 
 def read_real(path: Path, names: Sequence[str]) -> list[list[int]]:

@@ -19,6 +19,7 @@ from evaluation.zeroshot import Classified
 MOST_CLASSES = 1000  # rows of the table
 CONFUSIONS = 12  # pairs of classes shown
 ALIKE = 5  # images of each
+SHOWN = 5  # guesses of an image, or as many as it has labels
 EXAMPLES = 8  # right ones, and wrong ones
 SORTED = "The hardest first; click on a heading to sort by it."
 
@@ -133,6 +134,9 @@ def class_table(title: str, guesses: Guesses, name_of: ClassNames) -> Markup:
     rows.sort(key=lambda row: float(row[2]))
     what = "accuracy" if all(len(truth) < 2 for truth in guesses.truth) else "recall"
     head = ["class", "images", f"{what}, %", "", "precision, %", "most often taken for"]
+    if not taken_for:  # images have several labels, or nothing was confused
+        head.pop()
+        rows = [row[:-1] for row in rows]
     intro = SORTED
     if len(shown) > MOST_CLASSES:
         intro += f" {MOST_CLASSES:,} of {len(shown):,} classes, those with the most images."
@@ -173,7 +177,8 @@ def class_case(
     """An image, the likeliest classes with their scores, what it shows, and what else is known."""
     truth = guesses.truth[number]
     items = []
-    for rank, label in enumerate(guesses.classes[number].tolist()):
+    shown = max(SHOWN, len(truth))
+    for rank, label in enumerate(guesses.classes[number, :shown].tolist()):
         kind = "right" if label in truth else "" if rank < len(truth) else "other"
         text, fill = "", None
         if guesses.scores is not None:
@@ -182,11 +187,9 @@ def class_case(
             fill = score if guesses.probable else None
         items.append((name_of(label), text, kind, fill))
     shows = ", ".join(name_of(label) for label in truth) or "nothing known"
-    said = page.join(
-        page.badge("right" if right else "wrong", right),
-        page.ranked(items, f"true: {shows}"),
-        beside,
-    )
+    good, bad = ("right", "wrong") if len(truth) < 2 else ("all found", "not all")
+    verdict = page.badge(good if right else bad, right)
+    said = page.join(verdict, page.ranked(items, f"true: {shows}"), beside)
     return page.case(page.thumbnail(image, 112), said)
 
 

@@ -31,7 +31,8 @@ def write_results(
     footer = join(
         Markup("Beside other runs: "), link("curves, scores and options", "../index.html")
     )
-    write_text(folder / "report.html", page(title, sections, source, footer))
+    of_what = str(config.output_dir) if source == "None" else source
+    write_text(folder / "report.html", page(title, sections, of_what, footer))
     write_index(Path(config.output_dir))
     print(text or json.dumps(rounded(metrics), indent=2))
     if not text:

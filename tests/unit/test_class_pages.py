@@ -63,6 +63,7 @@ def test_of_several_labels_as_many_guesses_count():
     html = class_table("set", guesses(truth), ClassNames(NAMES))
     assert "recall, %" in html
     figures = {row[0]: row[1:5] for row in cells(html)[1:]}
+    assert "most often taken for" in html  # an image of one label was confused
     # said: {0,1}, {1,2}, 1, (none), 0, 2
     assert figures["crane"] == ["2", "100.0", "", "100.0"]
     assert figures["cat"] == ["1", "100.0", "", "50.0"]
@@ -102,6 +103,8 @@ def test_scores_of_one_process_become_guesses():
     single, several = scores.guesses(), scores.guesses(sigmoid=True)
     assert single.classes.tolist() == several.classes.tolist() == [[1, 2, 0], [0, 2, 1]]
     assert torch.allclose(single.scores.sum(1), torch.ones(2))
+    many = Scores(torch.randn(1, 30), range(1), [list(range(7))]).guesses(sigmoid=True)
+    assert many.classes.shape == (1, 7)
     assert torch.allclose(several.scores[0], torch.tensor([3.0, 1.0, 0.0]).sigmoid())
 
 

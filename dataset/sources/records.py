@@ -270,7 +270,8 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
         if field not in entry:
             return f"no field {field!r} (it has {_listed(entry)}); {_remedy(entry)}"
         types, value = FIELD_TYPES.get(field, (object,)), entry[field]
-        if not isinstance(value, types):
+        is_odd_bool = isinstance(value, bool) and types != (object,) and bool not in types
+        if not isinstance(value, types) or is_odd_bool:  # True would be the number 1
             names = " or ".join(kind.__name__ for kind in types)
             return f"field {field!r} must be {names}, not {type(value).__name__} ({brief(value)}); fix the entry"
         if field == "images" and not value:

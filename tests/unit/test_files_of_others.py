@@ -475,6 +475,13 @@ def test_why_a_file_is_no_image_is_not_lost(tmp_path, kind):
 
 
 # ---- annotations
+@pytest.mark.parametrize("field", ["question_id", "ref_id"])
+def test_true_is_no_id(tmp_path, field):
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", field: True}]))
+    with pytest.raises(UserError, match=f"field '{field}' must be str or int, not bool"):
+        Records(tmp_path / "a.json", ("image", field))
+
+
 @pytest.mark.parametrize("given", [4705552913, 4705552913.0, "4705552913"])
 def test_an_image_called_by_a_number(tmp_path, given):
     (tmp_path / "a.json").write_text(json.dumps([{"image": given, "caption": "x"}]))

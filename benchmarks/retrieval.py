@@ -148,12 +148,13 @@ def agreement(ours: Tensor, theirs: Tensor) -> dict[str, float]:
         row = row[both]
         other = other[both]
         same_order.append(torch.equal(row.argsort(), other.argsort()))
-        correlations.append(float(spearmanr(row, other).statistic))
+        if len(row) > 1:  # one candidate has no order
+            correlations.append(float(spearmanr(row, other).statistic))
     return {
         "candidates": common.sum().item() / (theirs > FILL).sum().item(),
         "order": statistics.mean(same_order),
         "difference": difference.item(),
-        "spearman": statistics.mean(correlations),
+        "spearman": statistics.mean(correlations or [1.0]),
     }
 
 

@@ -46,6 +46,11 @@ def test_agreement_of_equal_and_of_reversed_orders():
     }
 
 
+def test_single_candidates_are_in_order():
+    scores = torch.tensor([[FILL, 1.0], [2.0, FILL]])
+    assert bench_retrieval.agreement(scores, scores)["spearman"] == 1
+
+
 def test_words_name_the_lowest_agreement():
     parts = {"candidates": 1.0, "order": 0.5, "difference": 1e-6, "spearman": 0.9}
     words = bench_retrieval.agreement_text([parts, parts | {"order": 0.25}])

@@ -17,6 +17,7 @@ set has its own metric; the figures do not depend on the number of processes. Mi
 named, with the remedy, and skipped. Results: result/metrics.json and result/report.html.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,7 @@ class Encoder(NamedTuple):
     opened: Opened
     precision: Precision
     signature: str  # with the prompts, all that a text classifier depends on
+    encoded: dict  # the images of the last retrieval set, whatever the language of its captions
 
 
 def open_checkpoint(config: Config) -> tuple[Opened, str]:
@@ -146,34 +148,33 @@ def open_encoder(config: Config, world: World) -> Encoder:
     makes = [opened.title, vocabulary, opened.context_length, config.precision, world.device.type]
     signature = fingerprint(opened.model, makes)
     opened.model.to(world.device)
-    return Encoder(opened, Precision(config.precision, world.device), signature)
+    return Encoder(opened, Precision(config.precision, world.device), signature, {})
 
 
 class Evaluated(NamedTuple):
-    """Of one data set: figures by metric and score, a card of the page, figures by class."""
+    """Of one data set: figures by metric and score, what makes its card of the page, figures by
+    class."""
 
     entry: Entry
     figures: dict
-    card: Markup
+    card: Callable[[], Markup]
     by_class: list[dict]
+
+
+def image_batches(images, encoder: Encoder, config: Config, world: World):
+    """`(embed, own, batches)`: this process's part of the images, and what embeds it."""
+    view, embed = image_side(encoder.opened, world.device)
+    own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
+    options = {"error_budget": config.error_budget, "exif": config.exif}
+    options["pin_memory"] = world.device.type == "cuda"
+    load, size = Viewed(images, view).load, config.batch_size
+    return embed, own, EvalLoader(load, own, size, default_collate, config.workers, **options)
 
 
 def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> Evaluated:
     """Evaluate a data set; the same on every process."""
     opened, images, entry = encoder.opened, data.images, data.entry
-    view, embed = image_side(opened, world.device)
-    own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
-    batches = EvalLoader(
-        Viewed(images, view).load,
-        own,
-        config.batch_size,
-        default_collate,
-        config.workers,
-        pin_memory=world.device.type == "cuda",
-        error_budget=config.error_budget,
-        exif=config.exif,
-    )
-
+    embed, own, batches = image_batches(images, encoder, config, world)
     about = {"metric": entry.metric, "images": len(images)}
     folder, size = cache_folder(config.cache), config.batch_size
     with evaluating(opened.model), encoder.precision.autocast():
@@ -186,23 +187,26 @@ def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> E
                 embed, classifier, batches, own, len(images), world, entry.metric, entry.name
             )
             about |= found.scores | batches.damages()
-            card = classification_card(entry.name, Shown(images), data.classes, found)
+            card = partial(classification_card, entry.name, Shown(images), data.classes, found)
             return Evaluated(entry, about, card, class_rows(data.classes, found))
-        image = embed_images(embed, batches, own, len(images), world)
+        if data.same_images not in encoder.encoded:  # else they are those of another language
+            encoder.encoded.clear()
+            image = embed_images(embed, batches, own, len(images), world)
+            encoder.encoded[data.same_images] = image, batches.damages()
+        image, damages = encoder.encoded[data.same_images]
         text = embed_texts(opened.model.embed_text, opened.tokenize, images.captions, world, size)
+    about |= damages
     if entry.metric == "text_acc":
         about["examples"] = len(images.example_images)
         about["chance"] = choices_chance(images.example_images.shape[1], 2)
         about |= choose_captions(image, text, images.example_images, images.example_captions)
-        return Evaluated(entry, about | batches.damages(), Markup(), [])
-    about["captions"] = len(images.captions)
-    about["chance"] = chance(images.text_image, len(images))
-    about |= retrieve(image, text, images.text_image, world) | batches.damages()
+        return Evaluated(entry, about, Markup, [])
+    owner = images.text_image
+    about |= {"captions": len(images.captions), "chance": chance(owner, len(images))}
+    about |= retrieve(image, text, owner, world)
     best = best_of_both(image["z"], text["z"], world)
-    card = retrieval_gallery(
-        Shown(images), images.captions, images.text_image, *best, title=entry.name
-    )
-    return Evaluated(entry, about, card, [])
+    card = partial(retrieval_gallery, Shown(images), images.captions, owner, *best)
+    return Evaluated(entry, about, partial(card, title=entry.name), [])
 
 
 def show(encoder: Encoder, config: Config, world: World) -> None:
@@ -235,8 +239,7 @@ def main(config: Config) -> None:
     encoder = open_encoder(config, world)
     found = {data.entry.name: evaluate(data, encoder, config, world) for data in sets}
     title = config.model_name or encoder.opened.title
-    wanted = VTAB_PLUS if "vtab+" in config.datasets else ()
-    write_zero_shot(config, title, found, skipped, wanted)
+    write_zero_shot(config, title, found, skipped, VTAB_PLUS)
 
 
 if __name__ == "__main__":

@@ -299,6 +299,7 @@ def choose(
             title = re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", path).rpartition("/")[2]
             title = re.sub(r"\.(jsonl?|csv|tsv|parquet)(\?.*)?$", "", title)
             title = title.removeprefix("wds_").removeprefix("vtab-")
+            title = re.sub(r"[-_.]?\{language\}[-_.]?", "", title) or "captions"
             chosen.append(Entry(title, kind, path, metric=METRICS.get(title, "acc1")))
         elif entry := of_benchmark(name, catalog, root, download):
             chosen.append(entry)

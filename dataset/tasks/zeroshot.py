@@ -20,7 +20,7 @@ import torch
 
 from base.distributed import rank, rank_0_first
 from base.errors import BadSample, MissingData, UserError, brief
-from base.files import matching_files, read_json, read_lines
+from base.files import digest, matching_files, read_json, read_lines
 from base.limits import SHARDS
 from base.text import lenient_text, lines_in, whole_number
 from dataset.images.decode import decode_image
@@ -82,6 +82,12 @@ class OpenSet:
     images: Any
     classes: list = field(default_factory=list)
     templates: list[str] = field(default_factory=list)
+
+    @property
+    def same_images(self) -> str:
+        """What two sets of captions of the same images, in the same order, share."""
+        sources = getattr(self.images, "sources", None)
+        return digest(*sources) if isinstance(sources, list) else self.entry.path
 
 
 def open_sets(

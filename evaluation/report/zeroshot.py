@@ -142,27 +142,28 @@ def write_zero_shot(
     """metrics.json, the page, classes.json and CLIP_benchmark's rows below config.output_dir/result;
     rank 0 does.
 
-    found: data set -> entry, figures, card of the page, figures by class. vtab: the data sets of VTAB+,
-    where its mean is wanted.
+    found: data set -> entry, figures, what makes its card, figures by class. vtab: the data sets of
+    VTAB+; its mean is reported where `vtab+` was asked for, and where all of them are there.
     """
+    if distributed.rank() != 0:
+        return
     results = {name: each.figures for name, each in found.items()}
     source = str(config.checkpoint or config.model)
     rows = benchmark_rows(found.values(), *run_name(config, title))
     figures = {"model": title, "results": results, "skipped": skipped}
     text = f"{title}, {source}\n\n{plain_tables(results)}"
     sections = cards(results, skipped)
-    if vtab:
-        figures["vtab_plus"] = vtab_plus(rows, vtab)
-        line = vtab_plus_line(figures["vtab_plus"])
+    summary = vtab_plus(rows, vtab)
+    if "vtab+" in config.datasets or not summary["missing"]:
+        figures["vtab_plus"] = summary
+        line = vtab_plus_line(summary)
         text += f"\n\n{line}"
         sections.insert(0, card("VTAB+", quote(line)))
     if skipped:
         why = "see above" if config.datasets or config.catalog else "why: result/report.html"
         text += f"\n\n{len(skipped)} SKIPPED, {why}: {', '.join(skipped)}"
-    sections += [each.card for each in found.values()]
+    sections += [each.card() for each in found.values()]
     write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text)
-    if distributed.rank() != 0:
-        return
     folder = Path(config.output_dir) / "result"
     by_class = {name: each.by_class for name, each in found.items() if each.by_class}
     write_json(folder / "classes.json", by_class, indent=1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from base.errors import UserError
+from evaluation.probe import SWEEP
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from tests.helpers.classification_runs import ROOT, fine_tuning, flags, lines, neighbours, train
@@ -207,6 +208,15 @@ def test_knn_of_a_classifier(digitscenes, pretrained, tmp_path):
     }
     wide = neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained, features="pre_logits")
     assert wide["width"] == 16 and len(list((tmp_path / "knn/cache").rglob("*.npy"))) == 8
+    test = digitscenes / "imagefolder/test"
+    chosen = neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained, probe_val_data=test)
+    assert chosen["knn1"] == first["knn1"] and chosen["probe_l2"] in SWEEP
+    assert chosen["probe_train"] <= 100 and 0 <= chosen["probe_val"] <= 100
+    for given in ({"linear_probe": "false"}, {"probe_val_fraction": 0.1}):
+        with pytest.raises(UserError, match="--probe-val-data and --probe-val-fraction"):
+            neighbours(
+                digitscenes, tmp_path / "knn", checkpoint=pretrained, probe_val_data=test, **given
+            )
 
 
 def test_knn_of_dual_encoders(digitscenes, tmp_path):

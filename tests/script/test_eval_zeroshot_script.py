@@ -267,6 +267,37 @@ def test_everything_a_folder_holds_on_one_page(trained, digitscenes, tmp_path, c
     assert rows[-1]["pretrained"] == found["checkpoint"]
 
 
+def test_images_are_encoded_once_for_all_languages(trained, digitscenes, tmp_path, monkeypatch):
+    """Captions of the same images in two languages; as if each were evaluated alone."""
+    files = sorted((digitscenes / "imagefolder/test").glob("*/*"))
+    for language, word in (("en", "number"), ("de", "Zahl")):
+        rows = [{"image": str(f), "caption": f"{f.parent.name} {word} {f.stem}"} for f in files]
+        (tmp_path / f"{language}.json").write_text(json.dumps(rows))
+    words = flags(
+        digitscenes, trained, tmp_path / "out", datasets=[f"retrieval:{tmp_path}/{{language}}.json"]
+    )
+    for name in ("catalog", "labels", "templates"):
+        words[words.index(f"--{name}") + 1] = "none"
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return embed_images(*arguments)
+
+    embed_images = script.embed_images
+    monkeypatch.setattr(script, "embed_images", counted)
+    both = results([*words, "--language", "en", "de"], tmp_path / "out")["results"]
+    assert len(calls) == 1 and set(both) == {"captions/en", "captions/de"}
+    for language in ("en", "de"):
+        alone = results([*words, "--language", language], tmp_path / "out")["results"]
+        assert alone == {"captions": both[f"captions/{language}"]}
+    rows = map(json.loads, (tmp_path / "out/result/results.jsonl").read_text().splitlines())
+    assert [(row["dataset"], row["language"]) for row in rows] == [
+        ("captions", "en"),
+        ("captions", "de"),
+    ]
+
+
 def test_nothing_to_evaluate_is_an_error(trained, digitscenes, tmp_path):
     output = launch(
         1,

@@ -25,12 +25,16 @@ HEAVY = {
 
 
 def commands() -> list[str]:
-    """All that a user starts: scripts by path, benchmarks by module."""
+    """All that a user starts: scripts by path, those in packages and benchmarks by module."""
     files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py")]
     files = [path for path in files if not path.is_symlink()]  # scripts' old names
     started = [path.relative_to(ROOT) for path in files if '"__main__"' in path.read_text()]
     modules = re.findall(r"python -m (benchmarks\.\w+)", (ROOT / "docs/BENCHMARKS.md").read_text())
-    return sorted({*map(str, started), *modules})
+    names = set(modules)
+    for path in started:
+        in_package = (ROOT / path).with_name("__init__.py").is_file()
+        names.add(".".join(path.with_suffix("").parts) if in_package else str(path))
+    return sorted(names)
 
 
 def fault_of(name: str, page: dict, torch_seconds: float) -> str | None:

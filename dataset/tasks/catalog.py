@@ -63,8 +63,8 @@ class Entry:
     either (class folders where they are, else torchvision's), filelist (`path`/`split`_images.npy
     and _labels.npy), webdataset (a folder or URL as CLIP_benchmark publishes them), voc (`path` of
     VOCdevkit), imagenet (class folders called by WordNet id or by number, below `path`/`split` or
-    `path`), objectnet (its archive), retrieval (`path` of Karpathy's JSON or of any list that trains, images below `images`),
-    xtd and crossmodal (captions in several languages, see `dataset.tasks.multilingual`), sugarcrepe
+    `path`), objectnet (its archive), retrieval (`path` of Karpathy's JSON or of any list that
+    trains, images below `images`), xtd and crossmodal (captions in several languages, see `dataset.tasks.multilingual`), sugarcrepe
     and winoground (see `dataset.tasks.compositional`).
 
     language: of its captions, and of the class names and templates to use.

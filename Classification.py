@@ -48,8 +48,8 @@ from runtime.config.from_checkpoint import described
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.parallel import gradient_sync, whole_model
-from runtime.run import Run, RunConfig, StreamConfig, ValidationConfig
-from runtime.run import evaluating, seed_everything
+from runtime.options import RunConfig, StreamConfig, ValidationConfig
+from runtime.run import Run, evaluating, seed_everything
 
 
 @dataclass

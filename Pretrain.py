@@ -2,8 +2,7 @@
 
     one process  torchrun Pretrain.py --config configs/Pretrain/digitscenes.yaml
     8 GPUs       torchrun --nproc_per_node=8 Pretrain.py --config configs/Pretrain/simla.yaml
-    Slurm        srun -N2 --ntasks-per-node=8 --gpus-per-node=8 \\
-                     python Pretrain.py --config configs/Pretrain/simla.yaml
+    Slurm        srun -N2 --ntasks-per-node=8 --gpus-per-node=8 python Pretrain.py --config FILE
     all knobs    python Pretrain.py --help
 
 The step: images and captions are encoded separately and aligned by the contrastive loss (ITA); the
@@ -47,8 +46,9 @@ from runtime.config.fusion import Networks
 from runtime.log import training_flops
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
+from runtime.options import RunConfig, StreamConfig
 from runtime.parallel import gradient_sync
-from runtime.run import Run, RunConfig, StreamConfig, seed_everything
+from runtime.run import Run, seed_everything
 
 
 @dataclass

@@ -13,8 +13,7 @@ attends to another. The `num_labels` likeliest first tokens each grow into a lab
 probability: one-shot sampling, a hundred labels for one pass over the image.
 
 Published R / P / F1 at 10 labels, 1.78B parameters on G70M: CC3M .721 / .512 / .593, COCO .765 /
-.756 / .758, OpenImages .661 / .563 / .601. Results: result/metrics.json, result/labels_test.json,
-result/report.html.
+.756 / .758, OpenImages .661 / .563 / .601. In result/: metrics.json, labels_test.json, report.html.
 """
 
 from dataclasses import dataclass
@@ -50,7 +49,8 @@ from runtime.config.nxtp import RecognitionData, inherit_network
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.parallel import gradient_sync, share_matrices, whole_model
-from runtime.run import Run, RunConfig, evaluating, seed_everything
+from runtime.options import RunConfig
+from runtime.run import Run, evaluating, seed_everything
 
 SHOWN = 7  # labels of --image whose attention is drawn
 NAME = "Object recognition as next-token prediction"

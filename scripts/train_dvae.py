@@ -42,8 +42,9 @@ from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
+from runtime.options import RunConfig
 from runtime.parallel import gradient_sync, whole_model
-from runtime.run import Run, RunConfig, evaluating, seed_everything
+from runtime.run import Run, evaluating, seed_everything
 
 HELD_OUT = 20  # every 20th image is not trained on: the figures and the preview are about these
 

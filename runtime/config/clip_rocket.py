@@ -10,7 +10,7 @@ from runtime.config.cli import knob, section
 from runtime.config.ignored import CLIP_ROCKET
 from runtime.optim.build import Optimizer
 from runtime.optim.schedule import Schedule
-from runtime.run import RunConfig, StreamConfig, ValidationConfig
+from runtime.options import RunConfig, StreamConfig, ValidationConfig
 
 
 @dataclass

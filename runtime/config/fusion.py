@@ -17,7 +17,8 @@ from runtime.config.from_checkpoint import Geometry, inherit
 from runtime.config.ignored import FINE_TUNING, PRETRAINING
 from runtime.optim.build import Optimizer, Precision
 from runtime.optim.schedule import Plan, Schedule
-from runtime.run import RunConfig, ValidationConfig, seed_everything
+from runtime.options import RunConfig, ValidationConfig
+from runtime.run import seed_everything
 
 
 @dataclass

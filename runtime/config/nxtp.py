@@ -6,7 +6,7 @@ from pathlib import Path
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import WIDTH
-from runtime.run import StreamConfig, ValidationConfig
+from runtime.options import StreamConfig, ValidationConfig
 
 
 @dataclass

@@ -17,7 +17,7 @@ from base.flight_recorder import FOLDER
 from dataset.loading.eval import EvalLoader
 from runtime.config.cli import run_script
 from runtime.hashed import _HashingFile
-from runtime.run import RunConfig
+from runtime.options import RunConfig
 from runtime.watchdog import EXIT_STALLED, Watchdog, stall_message
 from tests.helpers.processes import spawn
 

@@ -17,7 +17,8 @@ from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from runtime.config.cli import section
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
-from runtime.run import Run, RunConfig
+from runtime.options import RunConfig
+from runtime.run import Run
 
 RECORDS, EPOCHS = 200, 2
 

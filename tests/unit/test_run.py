@@ -22,8 +22,9 @@ from runtime.config.cli import run_script, section
 from runtime.interrupt import EXIT_REQUEUE
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
+from runtime.options import RunConfig, ValidationConfig
 from runtime.resume import ENTRIES, check_same_run
-from runtime.run import Run, RunConfig, ValidationConfig, make_deterministic
+from runtime.run import Run, make_deterministic
 from runtime.saving import is_sharded_format, state_bytes
 from tests.helpers.bars import close_bars
 

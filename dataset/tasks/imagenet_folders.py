@@ -114,6 +114,8 @@ def object_net(entry: Entry) -> Folders:
         )
     called = read_json(root / "mappings/folder_to_objectnet_label.json", dict)
     overlap = read_json(root / "mappings/objectnet_to_imagenet_1k.json", dict)
+    if not all(isinstance(name, str) for name in called.values()):
+        raise UserError(f"{root}/mappings: the names of folders must be texts; unpack them again")
     wanted = {folder: name for folder, name in sorted(called.items()) if name in overlap}
     absent = sorted(set(overlap) - set(called.values()))
     absent += [folder for folder in wanted if not (root / "images" / folder).is_dir()]

@@ -549,7 +549,11 @@ def _karpathy_rows(file: Path, split: str) -> list[tuple[str, list[str]]]:
             images, texts = content["image_paths"], content["annotations"]
             if len(images) != len(texts):
                 raise TypeError(f"{len(texts)} annotations of {len(images)} image_paths")
-            return [(str(image), as_list(text)) for image, text in zip(images, texts, strict=True)]
+            rows = [(str(image), as_list(text)) for image, text in zip(images, texts, strict=True)]
+            for _, texts in rows:
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError(f"the text of annotation {brief(texts)}")
+            return rows
         rows = []
         for row in content["images"]:
             if row["split"] == split:

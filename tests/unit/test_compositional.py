@@ -162,6 +162,10 @@ def test_a_retrieval_file_a_language(tmp_path):
     name = f"retrieval:{tmp_path}/caps-{{language}}.json"
     (entry,) = entries(tmp_path, name, language=["de"])
     assert opened(entry, tmp_path).images.captions == ["eine Katze"]
+    for texts in ([5], ["a", "b"], [["a", None]]):
+        write(tmp_path / "caps-de.json", {"image_paths": paths, "annotations": texts})
+        with pytest.raises(UserError, match="is missing or malformed; retrieval takes"):
+            opened(entry, tmp_path)
     (english,) = entries(tmp_path, "flickr30k", language=["de"])
     assert "its captions are English" in str(opened(english, tmp_path))
 

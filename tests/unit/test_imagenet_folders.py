@@ -96,6 +96,10 @@ def test_objectnet_by_its_mappings(tmp_path):
     data = opened(entry, tmp_path)
     assert data.classes == ["alarm clock", "chair"]
     assert targets(data) == {"alarm_clock": 0, "chair": 1} and len(data.templates) == 80
+    (root / "mappings/folder_to_objectnet_label.json").write_text(json.dumps(called | {"x": [1]}))
+    with pytest.raises(UserError, match="the names of folders must be texts"):
+        opened(entry, tmp_path)
+    (root / "mappings/folder_to_objectnet_label.json").write_text(json.dumps(called))
     shutil.rmtree(root / "images/chair")
     with pytest.raises(UserError, match="no folder of images for chair; unpack"):
         opened(entry, tmp_path)

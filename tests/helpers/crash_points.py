@@ -123,7 +123,8 @@ def in_fork(work: Callable[[], None], output: Path) -> int:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What a folder holds, by name: a digest, of the log without what depends on the clock."""
+    """What a folder holds, by name: a digest, of the log without what depends on the clock; of the
+    page about the log that it is there."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -131,6 +132,8 @@ def contents(folder: Path) -> dict[str, str]:
         if not path.is_file() or path.is_symlink() or path.name == ".lock":
             continue
         data = path.read_bytes()
+        if path.name == "index.html":
+            data = b""
         if path.name == "log.jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
             kept = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]

@@ -64,7 +64,8 @@ class Entry:
     and _labels.npy), webdataset (a folder or URL as CLIP_benchmark publishes them), voc (`path` of
     VOCdevkit), imagenet (class folders called by WordNet id or by number, below `path`/`split` or
     `path`), objectnet (its archive), retrieval (`path` of Karpathy's JSON or of any list that
-    trains, images below `images`), xtd and crossmodal (captions in several languages, see `dataset.tasks.multilingual`), sugarcrepe
+    trains, images below `images`), xtd and crossmodal (captions in several languages, see
+    `dataset.tasks.multilingual`), sugarcrepe
     and winoground (see `dataset.tasks.compositional`).
 
     language: of its captions, and of the class names and templates to use.

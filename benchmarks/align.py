@@ -111,7 +111,7 @@ def measure_network(model: DualEncoder, decayed: list[str], options: SimpleNames
 
 
 def main(config: Config) -> None:
-    check_peer(config, "models/layers/efficientnet.py", "coyo-align")
+    check_peer(config, "models/efficientnet.py", "coyo-align")
     check_tensorflow(config)
     sides = [Side(name, f"benchmarks.align:{name}") for name in config.sides]
     if config.peer:

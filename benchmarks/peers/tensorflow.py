@@ -99,6 +99,10 @@ def align(options: types.SimpleNamespace) -> dict:
         setattr(sys.modules.setdefault(folder, types.ModuleType(folder)), leaf, module)
     import tensorflow_addons as tfa
 
+    # the checkout's folder has no __init__.py: python would find the package of ours first
+    package = types.ModuleType("models")
+    package.__path__ = [f"{options.peer}/models"]
+    sys.modules["models"] = package
     from models import efficientnet
 
     norm = partial(tf.keras.layers.BatchNormalization, virtual_batch_size=options.virtual_batch)

@@ -126,19 +126,6 @@ def class_figures(metric: str, found: Tensor, targets: Tensor, classes: int) -> 
     return 100 * right.double() / shown
 
 
-def confusions(best: Tensor, targets: Tensor, count: int) -> list[tuple[int, int, int]]:
-    """The `count` most frequent mistakes: (class, class it was taken for, images); best, targets
-    int64 [N]. Of equally frequent ones the lower class comes first."""
-    wrong = best != targets
-    classes = int(max(best.max(), targets.max())) + 1
-    pairs, images = (targets[wrong] * classes + best[wrong]).unique(return_counts=True)
-    order = images.argsort(descending=True, stable=True)[:count]
-    found = []
-    for pair, number in zip(pairs[order].tolist(), images[order].tolist(), strict=True):
-        found.append((pair // classes, pair % classes, number))
-    return found
-
-
 def by_score(names: list[str], function: Callable[[int], dict[str, float]]) -> dict[str, float]:
     """`<metric>_<score>` of every score: function(number of the score) -> metrics by name."""
     result = {}

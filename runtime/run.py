@@ -313,11 +313,11 @@ class Run:
         if self.saved_on == self.world.size:
             return
         now = f"{self.world.size} process{'es' if self.world.size > 1 else ''}"
+        event = f"resumed on {now} (was {self.saved_on})"
         self.log.say(
-            f"resumed on {now} (was {self.saved_on}): they share out what is left of the data; random "
-            "numbers start from the seed"
+            f"{event}: they share out what is left of the data; random numbers start from the seed"
         )
-        self.log.write(self.step, processes=self.world.size, processes_before=self.saved_on)
+        self.log.write(self.step, event=event, processes=self.world.size)
 
     def _look_at_data(self) -> None:
         """Say what a first look at the training data notices, when a run starts from scratch."""

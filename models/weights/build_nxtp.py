@@ -108,7 +108,7 @@ class Networks:
         layout; llama: a folder;
         checkpoint: NXTP's, ours or published; what none of them has stays random. part: (rank,
         size) of a process that shares the decoder's matrices with others. read_weights: reads the file
-        of image_tower. Raises UserError where
+        of image_tower; None = the tower stays random. Raises UserError where
         the host's memory would not hold the weights.
         """
         clip = openai_layout(clip) if clip else None
@@ -138,7 +138,7 @@ class Networks:
             check_fits(parameter_count(lambda: Nxtp(config)), "NXTP's network")
         model = Nxtp(config)
         load_checkpoint(model, state, allowed_missing=missing)
-        if self.image_tower and not checkpoint:
+        if self.image_tower and not checkpoint and read_weights is not None:
             model.vision_encoder.load(read_weights)
         return model
 

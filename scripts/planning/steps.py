@@ -175,6 +175,7 @@ def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda s
     from models.fusion.momentum import MomentumPairs
     from runtime.config.from_checkpoint import inherit
 
+    has_checkpoint = config.checkpoint is not None
     config.checkpoint = None
     inherit(config, [])
     config.bert_config = ROOT / config.bert_config
@@ -202,6 +203,8 @@ def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda s
 
     step.teacher = None
     assumed = [f"BERT's {BERT_TOKENS:,} tokens, texts of {length} tokens"]
+    if has_checkpoint:
+        assumed.append("networks of the sizes in the recipe, not of its checkpoint")
     return Setup(model, size, step, 3 * side**2 * (1 + two), assumed=assumed)
 
 

@@ -292,8 +292,13 @@ def test_every_recipe_of_a_folder_has_a_line(tmp_path):
     debug = f"base: {CONFIGS / 'VE/debug.yaml'}\n"
     (folder / "good.yaml").write_text(debug)
     (folder / "typing_error.yaml").write_text(debug + "bacth_size: 3\n")
+    nxtp = tmp_path / "Recognition/library_tower.yaml"  # whose weights are not here
+    nxtp.parent.mkdir()
+    tower = "image_tower: timm/resnet18:nowhere.safetensors\nimage_size: 64\n"
+    nxtp.write_text(f"base: {CONFIGS / 'Recognition/debug.yaml'}\n{tower}")
     code, lines = all_recipes_of(tmp_path, "1,1,0.1")
-    assert code == 1 and len(lines) == 4
+    assert code == 1 and len(lines) == 5
+    assert lines.pop(2).startswith("| Recognition/library_tower.yaml | 8 | ")
     assert lines[2].startswith("| VE/good.yaml | 8 | ") and "does not fit | 0 |" in lines[2]
     assert lines[3].startswith("| VE/typing_error.yaml | FAILED: UserError: ")
     assert "bacth_size" in lines[3]

@@ -79,10 +79,10 @@ class Config(FineTuneConfig):
         None, "area of the random crop, as a fraction of the image; none = whole"
     )
     flip: bool = knob(
-        False,
-        "horizontal flip with probability 0.5, as the originals do though texts say left and right",
+        False, "horizontal flip, probability 0.5, as the originals do; texts say left and right"
     )
     optimizer: Optimizer = section(Optimizer, flat=True, lr=1e-5)
+    texts = ("text",)  # that `text_encoder: trained` learns from
 
 
 def build_model(config: Config, tokenizer: Tokenizer) -> Retrieval:

@@ -73,6 +73,11 @@ class Config(FineTuneConfig):
     max_tokens: int = knob(25, "tokens kept of a caption in text assignment, [CLS] included", low=2)
     scheduler: Schedule = fine_tuning_schedule(duration="10 epochs", warmup="100 steps")
 
+    @property
+    def texts(self) -> list[str]:
+        """The field that `text_encoder: trained` learns from."""
+        return ["caption"] if self.stage == "text_assignment" else ["sentence"]
+
 
 def build_model(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor]):
     """The stage's network on the CPU: random, or from a checkpoint that fits the stage."""

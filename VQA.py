@@ -68,7 +68,9 @@ class Config(FineTuneConfig):
         None, "official annotation file of test_file, to score the answers here"
     )
     answer_list: Path | None = knob(None, "closed list of answers to choose from (JSON)")
-    vqa_root: Path = knob(Path("."), "folder that image paths of VQA's entries start from")
+    vqa_root: Path = knob(
+        Path("."), "folder that image paths of VQA's entries start from", aliases=("image_root",)
+    )
     vg_root: Path | None = knob(None, "the same for Visual Genome's; none = vqa_root")
     batch_size_test: int = knob(16, "questions per forward pass in evaluation", low=1)
     max_tokens: int = knob(25, "tokens kept of a question in training, [CLS] included", low=2)
@@ -79,6 +81,7 @@ class Config(FineTuneConfig):
     )
     scheduler: Schedule = fine_tuning_schedule(duration="8 epochs", warmup="400 steps")
 
+    texts = ("question", "answer")  # that `text_encoder: trained` learns from
     IGNORED = QUESTION_ANSWERING
     optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5)
 

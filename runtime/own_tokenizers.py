@@ -1,9 +1,11 @@
 """`trained` in place of a tokenizer's name: it is learnt from the run's own data at first use and kept
 in output_dir, so that a recipe needs no file but the data."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ def _vocabulary(config: Any, name: str, kind: str) -> Path:
         _check_data(config, data or shards, name)
         print(f"{target} is not there yet: learning it from the training data", flush=True)
         options = ["--kind", kind, "--target", str(target)]
+        options += ["--text", *getattr(config, "texts", ["caption"])]
         options += ["--data", *data] if data else []
         options += ["--shards", *shards] if shards else []
         _run(VOCABULARY, options, name)
@@ -84,7 +87,8 @@ def _lists(config: Any) -> Sequence:
     """The annotation files of the training data, as each script calls them."""
     for name in ("train_file", "train_list"):
         if hasattr(config, name):
-            return getattr(config, name)
+            files = getattr(config, name) or []
+            return files if isinstance(files, list | tuple) else [files]
     return [config.metadata] if getattr(config, "dataset", None) == "pairs" else []
 
 
@@ -97,7 +101,18 @@ def _check_data(config: Any, data: Sequence, name: str) -> None:
 
 
 def _run(script: Path, options: list[str], what: str) -> None:
+    """Run a script of ours; where it fails, raise UserError with the sentence that it ended in."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    done = subprocess.run([sys.executable, str(script), *options], env=env)
-    if done.returncode:
-        raise UserError(f"{what}: could not be trained, see above: python {script} --help")
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "error.json"
+        env["TORCHELASTIC_ERROR_FILE"] = str(told)  # as torchrun does, see runtime.advice
+        done = subprocess.run([sys.executable, str(script), *options], env=env)
+        if done.returncode:
+            raise UserError(f"{what}: could not be trained: {_reason(told, script)}")
+
+
+def _reason(told: Path, script: Path) -> str:
+    """Why a script ended, from the file of its error."""
+    if not told.exists():
+        return f"see above, and python {script} --help"
+    return json.loads(told.read_text())["message"]["message"].removeprefix("error: ")

@@ -7,8 +7,8 @@ wordpiece    BERT's, for Pretrain.py's text_encoder and ALIGN's tokenizer: a Hug
 bpe          CLIP's merges, for main.py's bpe_path: a .txt.gz file
 sentencepiece  LLaMA's, for Recognition.py's tokenizer: a .model file
 
-Data is an annotation file, table or folder with captions (docs/OWN_DATA.md), for sentencepiece also
-lists with labels; or WebDataset shards. The same texts make the same vocabulary.
+Data is an annotation file, table or folder with captions (docs/OWN_DATA.md), or `--text question answer`
+of downstream tasks, for sentencepiece also lists with labels; or WebDataset shards. The same texts make the same vocabulary.
 """
 
 import shutil
@@ -40,6 +40,9 @@ class Config:
     data: list[str] = knob(
         [], "annotation files, tables, folders with captions, or lists of labels"
     )
+    text: list[str] = knob(
+        ["caption"], "fields of the texts, such as question answer; not of sentencepiece"
+    )
     shards: list[str] = knob([], "WebDataset shards, beside or instead")
     kind: str = knob("wordpiece", "whose form the vocabulary has", choices=KINDS)
     size: int = knob(8000, "pieces at most; bpe: merges", low=100)
@@ -48,10 +51,12 @@ class Config:
 
 
 def captions(config: Config) -> Iterator[str]:
-    """Every caption of the data, one after the other."""
+    """Every caption of the data, or text of other fields, one after the other."""
+    required = ("image", "caption") if config.text == ["caption"] else config.text
     for address in config.data:
-        for record in Records(address, required=("image", "caption")):
-            yield from as_list(captions_of(record))
+        for record in Records(address, required=required):
+            for field in config.text:
+                yield from as_list(record[field])
     yield from texts_of_shards(config, captions_of)
 
 

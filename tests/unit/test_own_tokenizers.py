@@ -1,6 +1,8 @@
 """`trained` in place of a tokenizer: learnt from the run's own data, once, and used again."""
 
+import json
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from dataset.text.bpe import ClipTokenizer
 from dataset.text.sentencepiece import PieceTokenizer
 from dataset.text.wordpiece import Tokenizer
 from runtime import own_tokenizers
+from runtime.config.cli import parse
 from runtime.own_tokenizers import TRAINED, train_tokenizers_if_asked
 
 CAPTIONS = ["a red square", "ein grünes Quadrat", "一只猫 on a mat", "a blue square on the left"]
@@ -113,6 +116,38 @@ def test_nothing_to_learn_from_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="name a list or table in train_file"):
         train_tokenizers_if_asked(Options(tmp_path / "run"))
     missing = Options(tmp_path / "run", [str(tmp_path / "none.json")])
-    with pytest.raises(UserError, match="text_tokenizer: could not be trained"):
-        train_tokenizers_if_asked(missing)
+    with pytest.raises(UserError, match=r"text_tokenizer: could not be trained: .*none\.json"):
+        train_tokenizers_if_asked(missing)  # the cause itself, which torchrun repeats
     assert not (tmp_path / "run/text_tokenizer").exists()
+
+
+TASKS = {
+    "VQA": {"image": "a", "question": "который?", "question_id": 1, "answer": ["это", "это"]},
+    "VE": {"image": "a", "sentence": "который это", "label": "neutral"},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_vocabulary_of_a_downstream_task(task, tmp_path, monkeypatch):
+    """Of the field that the task's texts stand in, whether its train_file is one file or several."""
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps([TASKS[task] | {"dataset": "vqa"}] * 4), encoding="utf-8")
+    config = import_module(task).Config()
+    config.text_encoder, config.output_dir = TRAINED, tmp_path / "run"
+    config.train_file = data if task == "VE" else [data]
+    train_tokenizers_if_asked(config)
+    tokenizer = Tokenizer(config.text_encoder)
+    assert tokenizer.unk_id not in tokenizer.encode("который это")
+
+
+def test_texts_of_the_other_downstream_tasks():
+    nlvr, grounding = (import_module(name).Config() for name in ("NLVR", "Grounding"))
+    assert list(nlvr.texts) == ["sentence"] and list(grounding.texts) == ["text"]
+    nlvr.stage = "text_assignment"
+    assert nlvr.texts == ["caption"]
+
+
+def test_vqa_takes_the_image_root_of_the_other_scripts():
+    vqa = import_module("VQA").Config
+    assert parse(vqa, ["--image_root", "images"]).vqa_root == Path("images")

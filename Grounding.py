@@ -82,7 +82,7 @@ class Config(FineTuneConfig):
         False, "horizontal flip, probability 0.5, as the originals do; texts say left and right"
     )
     optimizer: Optimizer = section(Optimizer, flat=True, lr=1e-5)
-    texts = ("text",)  # that `text_encoder: trained` learns from
+    text_fields = ("text",)  # that `text_encoder: trained` learns from
 
 
 def build_model(config: Config, tokenizer: Tokenizer) -> Retrieval:

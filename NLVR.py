@@ -74,7 +74,7 @@ class Config(FineTuneConfig):
     scheduler: Schedule = fine_tuning_schedule(duration="10 epochs", warmup="100 steps")
 
     @property
-    def texts(self) -> list[str]:
+    def text_fields(self) -> list[str]:
         """The field that `text_encoder: trained` learns from."""
         return ["caption"] if self.stage == "text_assignment" else ["sentence"]
 

@@ -64,7 +64,7 @@ class Config(FineTuneConfig):
     batch_size_test: int = knob(64, "sentences per forward pass in evaluation", low=1)
     warm_up: bool = knob(False, "alpha rises linearly from 0 during the first epoch")
     optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5, weight_decay=0.02)
-    texts = ("sentence",)  # that `text_encoder: trained` learns from
+    text_fields = ("sentence",)  # that `text_encoder: trained` learns from
 
 
 def build_model(config: Config, tokenizer: Tokenizer) -> StatementModel:

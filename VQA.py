@@ -81,7 +81,7 @@ class Config(FineTuneConfig):
     )
     scheduler: Schedule = fine_tuning_schedule(duration="8 epochs", warmup="400 steps")
 
-    texts = ("question", "answer")  # that `text_encoder: trained` learns from
+    text_fields = ("question", "answer")  # that `text_encoder: trained` learns from
     IGNORED = QUESTION_ANSWERING
     optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5)
 

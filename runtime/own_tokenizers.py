@@ -60,7 +60,7 @@ def _vocabulary(config: Any, name: str, kind: str) -> Path:
         _check_data(config, data or shards, name)
         print(f"{target} is not there yet: learning it from the training data", flush=True)
         options = ["--kind", kind, "--target", str(target)]
-        options += ["--text", *getattr(config, "texts", ["caption"])]
+        options += ["--text", *getattr(config, "text_fields", ["caption"])]
         options += ["--data", *data] if data else []
         options += ["--shards", *shards] if shards else []
         _run(VOCABULARY, options, name)
@@ -104,15 +104,15 @@ def _run(script: Path, options: list[str], what: str) -> None:
     """Run a script of ours; where it fails, raise UserError with the sentence that it ended in."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "error.json"
-        env["TORCHELASTIC_ERROR_FILE"] = str(told)  # as torchrun does, see runtime.advice
+        failure = Path(folder) / "error.json"
+        env["TORCHELASTIC_ERROR_FILE"] = str(failure)  # as torchrun does, see runtime.advice
         done = subprocess.run([sys.executable, str(script), *options], env=env)
         if done.returncode:
-            raise UserError(f"{what}: could not be trained: {_reason(told, script)}")
+            raise UserError(f"{what}: could not be trained: {_reason(failure, script)}")
 
 
-def _reason(told: Path, script: Path) -> str:
+def _reason(failure: Path, script: Path) -> str:
     """Why a script ended, from the file of its error."""
-    if not told.exists():
+    if not failure.exists():
         return f"see above, and python {script} --help"
-    return json.loads(told.read_text())["message"]["message"].removeprefix("error: ")
+    return json.loads(failure.read_text())["message"]["message"].removeprefix("error: ")

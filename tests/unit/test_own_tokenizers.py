@@ -45,18 +45,6 @@ class LabelOptions:
     shards: list = field(default_factory=list)
 
 
-@dataclass
-class PairOptions:
-    """What main.py's has."""
-
-    output_dir: Path
-    metadata: str
-    dataset: str = "pairs"
-    bpe_path: Path = Path(TRAINED)
-    tokenizer: str = "bert-base-uncased"
-    shards: list = field(default_factory=list)
-
-
 @pytest.fixture
 def pairs(tmp_path, monkeypatch) -> Path:
     """A folder of 40 images with a caption beside each."""
@@ -105,7 +93,15 @@ def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path):
     tokenizer = PieceTokenizer(config.tokenizer)
     assert len(tokenizer.encode("living room")) <= 4
 
-    config = PairOptions(tmp_path / "clip", str(pairs))
+    options = [
+        "--dataset",
+        "pairs",
+        "--metadata",
+        str(pairs),
+        "--output-dir",
+        str(tmp_path / "clip"),
+    ]
+    config = parse(import_module("main").Config, [*options, "--bpe-path", TRAINED])
     train_tokenizers_if_asked(config)
     whole = ClipTokenizer(config.bpe_path).encode("square")
     assert len(whole) == 1
@@ -143,9 +139,9 @@ def test_vocabulary_of_a_downstream_task(task, tmp_path, monkeypatch):
 
 def test_texts_of_the_other_downstream_tasks():
     nlvr, grounding = (import_module(name).Config() for name in ("NLVR", "Grounding"))
-    assert list(nlvr.texts) == ["sentence"] and list(grounding.texts) == ["text"]
+    assert list(nlvr.text_fields) == ["sentence"] and list(grounding.text_fields) == ["text"]
     nlvr.stage = "text_assignment"
-    assert nlvr.texts == ["caption"]
+    assert nlvr.text_fields == ["caption"]
 
 
 def test_vqa_takes_the_image_root_of_the_other_scripts():

@@ -286,6 +286,7 @@ def all_recipes_of(folder: Path, gpu: str = "h100") -> tuple[int, list[str]]:
     return run.returncode, (run.stdout + run.stderr).strip().splitlines()
 
 
+@pytest.mark.slow
 def test_every_recipe_of_a_folder_has_a_line(tmp_path):
     folder = tmp_path / "VE"
     folder.mkdir()

@@ -138,9 +138,10 @@ def test_shuffling_mixes_shards_and_reads_all(tmp_path):
     assert all(len({n // 50 for n in batch["number"].tolist()}) == 1 for batch in islice(plain, 40))
 
 
-def test_object_storage(tmp_path, s3):
+def test_object_storage(tmp_path, s3, monkeypatch):
     import s3fs
 
+    monkeypatch.setattr("dataset.sources.remote.FIRST_WAIT", 0.01)
     local = shards(tmp_path, (9, 6, 8))
     files = s3fs.S3FileSystem()
     files.mkdir("pairs")

@@ -47,6 +47,8 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch, tmp_path):
+    # a name of the hub is asked for five times where there is no network
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 

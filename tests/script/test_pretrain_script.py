@@ -182,7 +182,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_message(mistake, digitscenes, image_tokenizer, tmp_path):
+def test_a_mistake_is_one_clear_message(
+    mistake, digitscenes, image_tokenizer, tmp_path, monkeypatch
+):
+    # a name of the hub is asked for five times where there is no network
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     changes, named = MISTAKES[mistake]
     with pytest.raises(Exception) as caught:
         run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))

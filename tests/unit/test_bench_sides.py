@@ -114,7 +114,7 @@ def test_stages_follow_one_another(monkeypatch):
         ("retrieval", "models/simla/retrieval.py"),
         ("dual", "losses.py"),
         ("vit", "backbones/vit/vit_model.py"),
-        ("align", "models/layers/efficientnet.py"),
+        ("align", "models/efficientnet.py"),
         ("recognition", "src/decoding.py"),
     ],
 )

@@ -198,7 +198,8 @@ def test_addresses():
     assert address("/data/wds_cars/", "a.txt") == "/data/wds_cars/a.txt"
 
 
-def test_an_address_that_does_not_answer(tmp_path):
+def test_an_address_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.sources.remote.FIRST_WAIT", 0.01)
     with pytest.raises(MissingData, match=r"nowhere://host/test/0\.tar: cannot be fetched"):
         local_copy("nowhere://host", "test/0.tar", tmp_path)
     for url, reason in (

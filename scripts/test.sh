@@ -17,10 +17,15 @@ tests() {
 }
 if [ "${1:-}" = --slow ]; then
     shift
-    slow_alone=tests/contract/test_slurm.py  # a cluster of its own, one test after another
-    tests "${several[@]}" -v -m slow --ignore "$slow_alone" "$@"
-    tests -v -m slow "$slow_alone" "$@"
-    exit
+    slurm=tests/contract/test_slurm.py  # a cluster of its own, which mostly waits: beside the others
+    log=$(mktemp)
+    tests -v -m slow -o cache_dir=.pytest_cache/slurm "$slurm" "$@" > "$log" 2>&1 &
+    failed=0
+    tests "${several[@]}" -v -m slow --ignore "$slurm" "$@" || failed=1
+    wait $! || failed=1
+    cat "$log"
+    rm "$log"
+    exit $failed
 fi
 ruff check .
 ruff format --check .

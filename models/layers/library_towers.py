@@ -44,6 +44,7 @@ class TimmTower(nn.Module):
         self.num_features = self.trunk.num_features + self.num_classes
 
     def forward(self, image: Tensor) -> Tensor:
+        image = image.contiguous(memory_format=torch.channels_last)  # faster, on CPUs as well
         if not self.num_classes:
             return self.trunk(image)
         features = self.trunk.forward_head(self.trunk.forward_features(image), pre_logits=True)
@@ -81,6 +82,7 @@ class TimmGrid(TimmTower):
     class and register tokens."""
 
     def forward(self, image: Tensor) -> Tensor:
+        image = image.contiguous(memory_format=torch.channels_last)
         features = self.trunk.forward_features(image)
         if features.ndim == 4:
             if features.shape[-1] == self.trunk.num_features != features.shape[1]:

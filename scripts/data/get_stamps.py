@@ -9,11 +9,12 @@ The package (161 MB, GPL-2) is fetched by apt; it is used here, never part of th
 
 Makes OUT/images (each stamp on several colours), pairs_{train,test}.json (images and captions, as
 Pretrain.py, Retrieval.py and main.py read them), names_{train,test}.json (images and what they show,
-as Recognition.py reads them), classes/{train,test}/CLASS (8 classes, as
+the caption's noun first, as Recognition.py reads them), classes/{train,test}/CLASS (8 classes, as
 eval_knn.py reads them), wds/{train,test} (shards), labels.json, templates.json and
 dataset_catalog.json (eval_zeroshot.py), sheet.jpg (a look at all of it) and LICENCE. Whole subjects
 are held out: no image of the test set has its caption, its name or its look in the training set.
---fold takes another fifth.
+--fold takes another fifth. Several languages: an image has a caption in each, the split stays the
+same, and pairs_test_LANGUAGE.json has those of one.
 """
 
 import argparse
@@ -52,6 +53,16 @@ CLASSES = {
     "household": "a household object", "clothes": "clothing", "space": "space",
     "hobbies": "a hobby",
 }  # fmt: skip
+# Folder of stamps -> what all images in it show.
+KINDS = {
+    "animals": "animal", "birds": "bird", "mammals": "mammal", "fish": "fish", "insects": "insect",
+    "rodents": "rodent", "cats": "cat", "dogs": "dog", "deer": "deer", "apes": "ape", "food": "food",
+    "fruit": "fruit", "vegetables": "vegetable", "nuts": "nut", "plants": "plant",
+    "flowers": "flower", "trees": "tree", "mushrooms": "mushroom", "vehicles": "vehicle",
+    "clothes": "clothing", "hats": "hat", "tools": "tool", "planets": "planet",
+    "music": "musical instrument",
+}  # fmt: skip
+NOUN_WORDS = 3  # a longer subject of a caption is a sentence, no name
 FOLDS = 5
 
 
@@ -110,7 +121,7 @@ def _plain(data: bytes, name: str) -> bytes:
     return lzma.decompress(data) if name.endswith(".xz") else data
 
 
-def stamps_of(files: dict[str, bytes], languages: list[str]) -> list[Stamp]:
+def stamps_of(files: dict[str, bytes]) -> list[Stamp]:
     """The captioned stamps, without letters, signs and cartoons."""
     found = []
     for path in sorted(files):
@@ -122,9 +133,8 @@ def stamps_of(files: dict[str, bytes], languages: list[str]) -> list[Stamp]:
         if folders[0] == "symbols" or "cartoon" in folders:
             continue
         captions = captions_of(text.decode("utf-8", "replace"))
-        kept = {language: captions[language] for language in languages if language in captions}
-        if kept:
-            found.append(Stamp(name, files[path], kept))
+        if captions:
+            found.append(Stamp(name, files[path], captions))
     return found
 
 
@@ -170,8 +180,8 @@ def subjects(stamps: list[Stamp], folder: Path) -> list[int]:
 
     groups: dict[object, list[int]] = defaultdict(list)
     for number, stamp in enumerate(stamps):
-        words = stamp.captions[min(stamp.captions)].lower().strip(" .!")
-        groups[words].append(number)
+        caption = stamp.captions.get("en") or min(stamp.captions.values())
+        groups[caption.lower().strip(" .!")].append(number)
         groups["name", stamp.name.rstrip("0123456789_-").removesuffix("-a")].append(number)
     images = [examine_file(folder, f"{stamp.file}-white.jpg") for stamp in stamps]
     alike = near_duplicates([image.signature for image in images])
@@ -204,7 +214,22 @@ def subject(caption: str) -> str:
     return " ".join(words)
 
 
-def write_split(out: Path, split: str, stamps: list[Stamp]) -> int:
+def names_of(stamp: Stamp) -> list[str]:
+    """What it shows: the caption's subject, the last word of that, and its folders' kinds."""
+    noun = subject(stamp.captions.get("en", ""))
+    words = noun.split()
+    names = [noun, words[-1]] if 0 < len(words) <= NOUN_WORDS else []
+    names += [KINDS[folder] for folder in reversed(stamp.name.split("/")[:-1]) if folder in KINDS]
+    return list(dict.fromkeys(names))
+
+
+def captions_in(stamp: Stamp, languages: list[str]) -> list[str]:
+    """Its captions in the order of the languages, each once."""
+    found = [stamp.captions[language] for language in languages if language in stamp.captions]
+    return list(dict.fromkeys(found))
+
+
+def write_split(out: Path, split: str, stamps: list[Stamp], languages: list[str]) -> int:
     """Lists, class folders and shards of one split; returns the number of images."""
     from base.files import write_json
     from dataset.sources.tar_writer import write_shard, write_statistics
@@ -212,12 +237,13 @@ def write_split(out: Path, split: str, stamps: list[Stamp]) -> int:
     colours = list(COLOURS) if split == "train" else list(COLOURS)[:1]
     rows, samples, named = [], [], []
     for stamp in stamps:
+        captions = captions_in(stamp, languages)
+        names = names_of(stamp)
         for colour in colours:
             file = f"{stamp.file}-{colour}.jpg"
-            captions = list(dict.fromkeys(stamp.captions.values()))
             rows.append({"image": f"images/{file}", "caption": captions, "stamp": stamp.name})
-            if name := subject(stamp.captions.get("en", "")):
-                named.append({"image": f"images/{file}", "labels": [name]})
+            if names:
+                named.append({"image": f"images/{file}", "labels": names})
             image = (out / "images" / file).read_bytes()
             about = json.dumps({"captions": captions}).encode()
             key = file.removesuffix(".jpg").replace(".", "_")
@@ -230,9 +256,21 @@ def write_split(out: Path, split: str, stamps: list[Stamp]) -> int:
                 shutil.copyfile(out / "images" / file, target / file)
     write_json(out / f"pairs_{split}.json", rows, indent=1)
     write_json(out / f"names_{split}.json", named, indent=1)
+    for language in languages if split == "test" and len(languages) > 1 else []:
+        write_json(out / f"pairs_test_{language}.json", pairs_in(stamps, language), indent=1)
     shard = out / "wds" / split / "00000.tar"
     write_statistics(shard, write_shard(shard, samples))
     return len(rows)
+
+
+def pairs_in(stamps: list[Stamp], language: str) -> list[dict[str, str]]:
+    """Test images and their captions in one language, of the stamps that have one."""
+    ground = next(iter(COLOURS))
+    rows = []
+    for stamp in stamps:
+        if caption := stamp.captions.get(language):
+            rows.append({"image": f"images/{stamp.file}-{ground}.jpg", "caption": caption})
+    return rows
 
 
 def write_sheet(stamps: list[Stamp], target: Path, columns: int = 20, side: int = 96) -> None:
@@ -254,23 +292,36 @@ def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
     from base.files import write_bytes, write_json
 
     files = dict(members(deb))
-    stamps = stamps_of(files, languages)
-    if not stamps:
-        raise UserError(f"{deb}: no captions in {', '.join(languages)}; name others")
+    stamps = stamps_of(files)
+    known = sorted({language for stamp in stamps for language in stamp.captions})
+    for language in languages:
+        if language not in known:
+            hint = f"; it has {', '.join(known)}" if known else ""
+            raise UserError(f"{deb}: no captions in {language}{hint}")
     write_images(stamps, out / "images")
-    held_out = is_test(stamps, subjects(stamps, out / "images"), fold)
-    train = [stamp for stamp, test in zip(stamps, held_out, strict=True) if not test]
-    test = [stamp for stamp, test in zip(stamps, held_out, strict=True) if test]
-    counts = [write_split(out, "train", train), write_split(out, "test", test)]
+    train, test = [], []
+    for stamp, held_out in zip(
+        stamps, is_test(stamps, subjects(stamps, out / "images"), fold), strict=True
+    ):
+        if captions_in(stamp, languages):
+            (test if held_out else train).append(stamp)
+    counts = [
+        write_split(out, "train", train, languages),
+        write_split(out, "test", test, languages),
+    ]
     write_json(out / "labels.json", {"stamps": [[CLASSES[kind]] for kind in sorted(CLASSES)]})
     write_json(out / "templates.json", {"stamps": ["{}.", "a photo of {}.", "an image of {}."]})
     classes = {"type": "imagefolder", "path": "classes", "test": "test"}
-    captions = {"type": "retrieval", "path": "pairs_test.json", "images": "."}
-    write_json(out / "dataset_catalog.json", {"stamps": classes, "captions": captions})
-    write_sheet(stamps, out / "sheet.jpg")
+    catalog = {"stamps": classes}
+    catalog["captions"] = {"type": "retrieval", "path": "pairs_test.json", "images": "."}
+    for language in languages if len(languages) > 1 else []:
+        path = f"pairs_test_{language}.json"
+        catalog[f"captions_{language}"] = {"type": "retrieval", "path": path, "images": "."}
+    write_json(out / "dataset_catalog.json", catalog)
+    write_sheet([*train, *test], out / "sheet.jpg")
     write_bytes(out / "LICENCE", files.get(COPYRIGHT, b"GPL-2; see the package\n"))
     return (
-        f"{len(stamps)} stamps: {counts[0]:,} training images of {len(train)}, "
+        f"{len(train) + len(test)} stamps: {counts[0]:,} training images of {len(train)}, "
         f"{counts[1]} test images of {len(test)} other subjects; see {out}/sheet.jpg"
     )
 

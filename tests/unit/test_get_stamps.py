@@ -108,19 +108,44 @@ def test_what_a_caption_names(caption, name):
     assert get_stamps.subject(caption) == name
 
 
+@pytest.mark.parametrize(
+    ("path", "caption", "names"),
+    [
+        ("animals/birds/crow", "A hooded crow, flying.", ["hooded crow", "crow", "bird", "animal"]),
+        ("food/fruit/plum", "A plum.", ["plum", "fruit", "food"]),
+        ("plants/flowers/f1", "A flower.", ["flower", "plant"]),
+        ("town/sign", "A sign that tells cars to stop.", []),
+    ],
+)
+def test_the_names_of_an_image(path, caption, names):
+    assert get_stamps.names_of(get_stamps.Stamp(path, b"", {"en": caption})) == names
+
+
 def test_transparent_ground_takes_the_colour():
     image = np.asarray(get_stamps.on_ground(stamp(1), (10, 200, 30)))
     assert image.shape == (256, 256, 3) and (image[0, 0] == (10, 200, 30)).all()
     assert not (image[128, 128] == (10, 200, 30)).all()
 
 
-def test_captions_in_chosen_languages(deb, tmp_path):
-    files = dict(get_stamps.members(deb))
-    german = get_stamps.stamps_of(files, ["de"])
-    assert len(german) == 20 and german[0].captions == {"de": "Ding 0."}
-    both = get_stamps.stamps_of(files, ["en", "de", "fr"])
-    assert both[1].captions == {"en": "Thing a.", "de": "Ding 0."}
-    with pytest.raises(UserError, match="no captions in xx"):
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_captions_in_chosen_languages(deb, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    for name, languages in (("de", ["de"]), ("both", ["en", "de"])):
+        get_stamps.make(tmp_path / name, deb, languages, fold=4)
+    german, both = (read(tmp_path / name, "pairs_test") for name in ("de", "both"))
+    numbers = [row["stamp"][-1] for row in german]
+    assert [row["caption"][0] for row in german] == [f"Ding {ord(n) - 97}." for n in numbers]
+    assert {row["stamp"] for row in german} < {row["stamp"] for row in both}
+    assert ["Thing n.", "Ding 13."] in [row["caption"] for row in both]
+    of_german = read(tmp_path / "both", "pairs_test_de")
+    assert [row["caption"] for row in of_german] == [row["caption"][0] for row in german]
+    catalog = read(tmp_path / "both", "dataset_catalog")
+    assert catalog["captions_de"]["path"] == "pairs_test_de.json" and "captions_fr" not in catalog
+    assert set(read(tmp_path / "de", "dataset_catalog")) == {"stamps", "captions"}
+    with pytest.raises(UserError, match="no captions in xx; it has de, en"):
         get_stamps.make(tmp_path / "x", deb, ["xx"], 0)
 
 

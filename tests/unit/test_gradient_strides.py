@@ -1,10 +1,13 @@
 """Gradients of kernels have the strides of their weights: DDP copies, and warns of, those that have not."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from models.dual_encoder.factory import build_backbone
 from models.layers.efficientnet import SHAPES, EfficientNet
+from models.layers.library_towers import TimmGrid, TimmTower
 from models.layers.openai_towers import ModifiedResNet, OpenAIConfig
 from models.layers.vit import ViT, ViTConfig
 from runtime.parallel import match_strides
@@ -43,8 +46,14 @@ def test_strides_are_those_of_the_weights(name):
         torch.testing.assert_close(found[name], expected[name], msg=name)
 
 
-def test_convolutional_towers_compute_with_channels_last():
-    tower, seen = build_backbone("RT", 32), []
+LIBRARY = "timm/test_efficientnet"
+
+
+@pytest.mark.parametrize(
+    "build", [TOWERS["ResNet"], partial(TimmTower, LIBRARY), partial(TimmGrid, LIBRARY)]
+)
+def test_convolutional_towers_compute_with_channels_last(build):
+    tower, seen = build().eval(), []
     for module in tower.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(lambda _module, _inputs, out: seen.append(out))

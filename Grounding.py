@@ -76,7 +76,7 @@ class Config(FineTuneConfig):
         32, "pairs per process and micro-batch", low=2, aliases=("batch_size",)
     )
     crop_scale: tuple[float, float] | None = knob(
-        None, "area of the random crop, as a fraction of the image; none = whole"
+        None, "area of the random crop, as a fraction of the image; none = whole", low=0, high=1
     )
     flip: bool = knob(
         False, "horizontal flip, probability 0.5, as the originals do; texts say left and right"

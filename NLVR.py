@@ -68,7 +68,7 @@ class Config(FineTuneConfig):
         16, "pairs (captions) per process and micro-batch", low=1, aliases=("batch_size",)
     )
     paired_from: int | None = knob(
-        None, "first text layer that is doubled; none = the later half, or as the checkpoint"
+        None, "first text layer that is doubled; none = the later half, or as the checkpoint", low=0
     )
     max_tokens: int = knob(25, "tokens kept of a caption in text assignment, [CLS] included", low=2)
     scheduler: Schedule = fine_tuning_schedule(duration="10 epochs", warmup="100 steps")

@@ -77,7 +77,7 @@ class Config(FineTuneConfig):
     max_words_test: int = knob(50, "words kept of a question in evaluation", low=1)
     k_test: int = knob(128, "answers of the list that are scored whole, per question", low=1)
     decoder_layers: int | None = knob(
-        None, "layers of the answer decoder; none = half of the encoder's, as published"
+        None, "layers of the answer decoder; none = half of the encoder's, as published", low=1
     )
     scheduler: Schedule = fine_tuning_schedule(duration="8 epochs", warmup="400 steps")
 

@@ -81,7 +81,7 @@ class Config:
     pretrained: bool = knob(False, "let timm fetch the weights of its model")
     random_weights: bool = knob(False, "random weights of the model that --model names")
     mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
-    std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise")
+    std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise", low=1e-6)
     activation: str | None = knob(
         None, "of a ViT, likewise: gelu (exact) or gelu_tanh", choices=("gelu", "gelu_tanh")
     )

@@ -75,7 +75,7 @@ class Config(CatalogOptions):
     model: str | None = knob(None, "open_clip/NAME:TAG or hf/NAME; or CL2L_R50_CL2L, … of the file")
     random_weights: bool = knob(False, "random weights of the model that --model names")
     mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
-    std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise")
+    std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise", low=1e-6)
     model_name: str = knob("", "how to call the model in the report")
     results: Path | None = knob(None, "JSON lines of CLIP_benchmark's rows [result/results.jsonl]")
     image: Path | None = knob(None, "no data sets: which of --words fit this image")

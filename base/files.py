@@ -122,6 +122,12 @@ def parse_entry(data: bytes) -> Any:
     return clean_surrogates(value) if SURROGATE_ESCAPE.search(data) else value
 
 
+def parse_first_entry(data: bytes) -> Any:
+    """As `parse_entry`, of text with more behind the value."""
+    value, _ = json.JSONDecoder().raw_decode(data.decode())
+    return clean_surrogates(value) if SURROGATE_ESCAPE.search(data) else value
+
+
 def read_json_lines(
     path: str | Path, remedy: str = "fix or fetch the file again"
 ) -> Iterator[dict]:

@@ -93,7 +93,7 @@ class RunConfig:
     tensorboard: bool = knob(True, "write TensorBoard events", rare=True)
     wandb: str = knob("off", "Weights & Biases", choices=("off", "online", "offline"))
     peak_tflops: float | None = knob(
-        None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name", rare=True
+        None, "peak of the GPU in TFLOP/s for the MFU; none = known by its name", rare=True, low=0
     )
     deterministic: bool = knob(
         False, "the same numbers in every run, on CUDA too; slower there", rare=True

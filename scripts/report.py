@@ -71,7 +71,9 @@ class Config:
     images: int = knob(4, "images with attention maps", low=0)
     words: int = knob(8, "words mapped per image", low=1)
     layer: int | None = knob(
-        None, "layer whose cross-attention is shown, from 0; none = at two thirds of the depth"
+        None,
+        "layer whose cross-attention is shown, from 0; none = at two thirds of the depth",
+        low=0,
     )
 
 

@@ -33,17 +33,25 @@ class ViewOptions:
         None, "side of the local views in pixels; none = image_size", low=1, high=SIDE
     )
     multicrop_max_scale: float = knob(
-        1.0, "largest fraction of the image in a local view", rare=True
+        1.0, "largest fraction of the image in a local view", rare=True, low=0, high=1
     )
-    weak_min_scale: float = knob(0.5, "smallest fraction of the image in a weak view")
-    blur_prob: float = knob(0.5, "probability of blur in strong views", rare=True)
-    solarize_prob: float = knob(0.0, "probability of solarisation in strong views", rare=True)
-    grayscale_prob: float = knob(0.2, "probability of grayscale in strong views", rare=True)
+    weak_min_scale: float = knob(
+        0.5, "smallest fraction of the image in a weak view", low=0, high=1
+    )
+    blur_prob: float = knob(0.5, "probability of blur in strong views", rare=True, low=0, high=1)
+    solarize_prob: float = knob(
+        0.0, "probability of solarisation in strong views", rare=True, low=0, high=1
+    )
+    grayscale_prob: float = knob(
+        0.2, "probability of grayscale in strong views", rare=True, low=0, high=1
+    )
     flip: bool = knob(
         True, "flip half of the strong views horizontally; no where captions say left and right"
     )
     jitter: bool = knob(True, "change the colours of strong views; no where captions name colours")
-    strong_min_scale: float = knob(0.08, "smallest fraction of the image in a strong view")
+    strong_min_scale: float = knob(
+        0.08, "smallest fraction of the image in a strong view", low=0, high=1
+    )
     byol_augment: bool = knob(
         False, "two different strong views, as BYOL's; needs num_augs 2", rare=True
     )

@@ -20,6 +20,7 @@ from base.pixels import PILLOW_FORMATS, pillow_formats
 
 ORIENTATION = 0x0112  # tag of EXIF
 GREY = 128  # what libjpeg fills the missing rows of a truncated file with
+ZEROS = bytes(16)  # no JPEG ends with so many
 GREY_SIDE = 224  # of the image that stands for an unreadable one
 
 
@@ -89,6 +90,8 @@ def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Te
     size = plain_jpeg_size(source)
     if size and size[0] * size[1] > IMAGE_PIXELS:
         raise BadSample(f"{name}: {size[1]} x {size[0]} pixels exceed the limit of {IMAGE_PIXELS}")
+    if size and source.endswith(ZEROS):
+        source = source.rstrip(b"\0")  # a download that stopped, into a file of the full size
     if size and (decode := _fast_decoder()) and not (exif and is_turned(source)):
         try:
             return decode(torch.frombuffer(bytearray(source), dtype=torch.uint8)), True

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.knobs import knob
+from base.limits import SIDE
 from dataset.images.albef import Box
 
 ATTEMPTS = 100
@@ -31,9 +32,11 @@ class ViTViews:
         (0.05, 1.0),
         "smallest and largest area of a training crop, as a fraction of the image",
         rare=True,
+        low=0,
+        high=1,
     )
     crop_aspect: tuple[float, float] = knob(
-        (0.75, 1.33), "smallest and largest width / height of a training crop", rare=True
+        (0.75, 1.33), "smallest and largest width / height of a training crop", rare=True, low=0.01
     )
     flip: bool = knob(True, "flip half of the training images horizontally")
     policy: str = knob(
@@ -42,7 +45,10 @@ class ViTViews:
         rare=True,
     )
     resize_small: int | None = knob(
-        None, "evaluation: shorter side before the centre crop; none = squeeze to a square"
+        None,
+        "evaluation: shorter side before the centre crop; none = squeeze to a square",
+        low=1,
+        high=SIDE,
     )
 
     def check(self) -> None:

@@ -20,10 +20,12 @@ from base.files import (
     digest,
     one_builder,
     parse_entry,
+    parse_first_entry,
     states_digest,
 )
 from base.text import whole_number
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries, weights_fault
+from dataset.sources.left_out import LeftOut, has_left_out, report_left_out
 from dataset.sources.tables import json_lines_of
 
 # Fields of the public annotation formats and the types each may have; a list must hold texts, at
@@ -67,7 +69,7 @@ class Records(Sequence):
     """Read-only sequence of the annotations (dicts) in one or several JSON list or JSON lines
     files, or in tables and folders (see `dataset.sources.tables`).
 
-    The first use of a file checks every entry and stores where each begins, 8 bytes per entry,
+    The first use of a file checks every entry and stores where each usable one begins, 8 bytes each,
     under `cache_dir` ($QUINTET_CACHE, else ~/.cache/quintet), keyed by path, size, time of change
     and required fields. File and index are memory-mapped: all processes of a machine share one
     copy, and pickling sends only the paths.
@@ -132,6 +134,7 @@ class _IndexedFile:
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; check the name in the configuration")
         self._index, self._required = _index_of(path, required, cache_dir, name), required
+        self._has_gaps = has_left_out(self._index)
         self._data = _map(path)
         self._starts = _starts_in(self._index, self._data)
         if self._starts is None:  # damaged: made again
@@ -145,8 +148,10 @@ class _IndexedFile:
         start = self._starts[index]
         end = self._starts[index + 1] if index + 1 < len(self._starts) else len(self._data)
         end = self._data.rfind(b"}", start, end) + 1  # leaves out the comma or bracket that follows
+        # behind an entry there may be others that were left out
+        parse = parse_first_entry if self._has_gaps else parse_entry
         try:
-            return with_texts(parse_entry(self._data[start:end]), self._required)
+            return with_texts(parse(self._data[start:end]), self._required)
         except ValueError:
             raise UserError(f"{self._index}: damaged; delete it, it is made again") from None
 
@@ -188,14 +193,17 @@ def _index_of(path: Path, required: Sequence[str], cache_dir: Path, name: str) -
                     _write_index(path, required, index, name)
         except OSError as error:
             raise UserError(f"cannot index {path} ({error}); {UNWRITABLE}") from None
+    report_left_out(index)
     return index
 
 
 def _write_index(path: Path, required: Sequence[str], index: Path, name: str) -> None:
     """Writes the start of every entry; no process ever sees half an index."""
+    left_out = LeftOut(name)
     with atomic_write(index, UNWRITABLE) as temporary, temporary.open("wb") as file:
-        for starts in _batched(_checked_starts(path, required, name), 1 << 16):
+        for starts in _batched(_checked_starts(path, required, name, left_out), 1 << 16):
             starts.tofile(file)
+        left_out.keep(index)
 
 
 def _batched(numbers: Iterator[int], size: int) -> Iterator[array]:
@@ -208,8 +216,11 @@ def _batched(numbers: Iterator[int], size: int) -> Iterator[array]:
     yield batch
 
 
-def _checked_starts(path: Path, required: Sequence[str], name: str) -> Iterator[int]:
-    """Byte offset of every entry, each checked, with a progress bar for long files.
+def _checked_starts(
+    path: Path, required: Sequence[str], name: str, left_out: LeftOut
+) -> Iterator[int]:
+    """Byte offset of every usable entry, with a progress bar for long files; the others go to
+    `left_out`.
 
     Entries without any text in `caption` or `answer` are counted and said: training skips them.
     name: what the user calls the file.
@@ -218,8 +229,12 @@ def _checked_starts(path: Path, required: Sequence[str], name: str) -> Iterator[
     lists = [field for field in required if field in ("caption", "answer")]
     for start, entry in parse_entries(path):
         entry = with_texts(entry, required)
+        left_out.total += 1
         if fault := _fault(entry, required):
-            raise UserError(f"{locate(path, count, start)}: {fault}")
+            number = left_out.total - 1
+            where = locate(path, number, start) if left_out.names_more else path
+            left_out.add(f"{where}: {fault}")
+            continue
         yield start
         count += 1
         empty += any(not entry[field] for field in lists)
@@ -228,6 +243,7 @@ def _checked_starts(path: Path, required: Sequence[str], name: str) -> Iterator[
             bar.update(start - bar.n)
     if bar:
         bar.close()
+    left_out.check()
     if not count:
         raise UserError(f"{name}: no entries; {EXPECTED}")
     if empty == count:

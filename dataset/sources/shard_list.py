@@ -102,11 +102,16 @@ def list_shards(pattern: str, options: dict | None = None) -> list[str]:
 
 def _local_matches(url: str) -> list[str]:
     if Path(url).is_dir():
-        return _shards_among(str(path) for path in files_below(url))
+        return shards_below(url)
     import glob
 
     matches = sorted(glob.glob(url, recursive=True))
     return matches if url in matches else _shards_among(matches) or matches
+
+
+def shards_below(folder: str | Path) -> list[str]:
+    """The shards that training reads of a local folder, sorted."""
+    return _shards_among(str(path) for path in files_below(folder))
 
 
 def _remote_matches(url: str, options: dict | None) -> list[str]:

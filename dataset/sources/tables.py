@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
-from base.errors import UserError, brief
+from base.errors import BadSample, UserError, brief
 from base.files import (
     cache_folder,
     digest,
@@ -42,6 +42,7 @@ from base.text import lenient_text, lines_in
 from dataset.images.formats import files_below, is_image
 from dataset.sources.hub import is_hub, local_copy
 from dataset.sources.json_entries import objects_of
+from dataset.sources.left_out import LeftOut, report_left_out
 
 JSON = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", ".parquet")
@@ -138,15 +139,19 @@ def json_lines_of(
     try:
         with one_builder(target):
             if not target.exists():
-                rows = rows_of(path, required, columns)
-                write_json_lines(target, _bounded(rows, path))
+                left_out = LeftOut(path)
+                rows = rows_of(path, required, columns, left_out)
+                write_json_lines(target, _bounded(rows, path, left_out))
+                left_out.keep(target)
     except OSError as error:
         raise UserError(f"{target}: not written ({error}); set QUINTET_CACHE") from None
+    report_left_out(target)
     return target
 
 
-def _bounded(rows: Iterable[dict], path: Path) -> Iterator[dict]:
-    """The rows; UserError where there is none, or the file is small and they have no end."""
+def _bounded(rows: Iterable[dict], path: Path, left_out: LeftOut) -> Iterator[dict]:
+    """The rows; UserError where there is none, too many are unusable, or the file is small and they
+    have no end."""
     stored = 0 if path.is_dir() else os.path.getsize(path)
     limit = max(TABLE_FLOOR, EXPANSION * stored)
     size = -1
@@ -155,6 +160,7 @@ def _bounded(rows: Iterable[dict], path: Path) -> Iterator[dict]:
         if not path.is_dir():
             check_limit(path, size, limit, "bytes of text", "fetch it again")
         yield row
+    left_out.check()
     if size < 0:
         raise UserError(f"{path}: empty: names of columns and no rows; fetch it again")
 
@@ -176,24 +182,31 @@ def _state(path: Path) -> object:
 
 
 def rows_of(
-    path: Path, required: Sequence[str], columns: dict[str, list[str]] | None = None
+    path: Path,
+    required: Sequence[str],
+    columns: dict[str, list[str]] | None = None,
+    left_out: LeftOut | None = None,
 ) -> Iterator[dict]:
-    """Entries with the required fields, and every column that is not one of them as it is."""
+    """Entries with the required fields, and every column that is not one of them as it is; unusable
+    rows go to `left_out`."""
     columns = columns or {}
+    left_out = left_out or LeftOut(path)
     if path.is_dir():
-        yield from _folder_rows(path, required, columns)
+        yield from _folder_rows(path, required, columns, left_out)
     elif path.suffix.lower() == ".parquet":
         file = open_parquet(path)
         rows = _batch_rows(path, file.iter_batches(batch_size=BATCH_ROWS))
-        yield from _entries(path, file.schema_arrow.names, rows, required, columns)
+        yield from _entries(path, file.schema_arrow.names, rows, required, columns, left_out)
     elif path.suffix.lower() in JSON:
-        yield from _whole_entries(path, lambda: objects_of(path), required, columns)
+        yield from _whole_entries(path, lambda: objects_of(path), required, columns, left_out)
     else:
-        yield from _csv_rows(path, required, columns)
+        yield from _csv_rows(path, required, columns, left_out)
 
 
 # ---- tables
-def _csv_rows(path: Path, required: Sequence[str], columns: dict) -> Iterator[dict]:
+def _csv_rows(
+    path: Path, required: Sequence[str], columns: dict, left_out: LeftOut
+) -> Iterator[dict]:
     csv.field_size_limit(CELL_BYTES)
     try:
         with path.open(encoding=_encoding(path), errors="surrogatepass", newline="") as file:
@@ -204,7 +217,7 @@ def _csv_rows(path: Path, required: Sequence[str], columns: dict) -> Iterator[di
             names = [name.strip() for name in next(rows, [])]
             _check_unique(path, names)
             filled = (row for row in rows if row)
-            yield from _entries(path, names, _by_name(path, names, filled), required, columns)
+            yield from _entries(path, names, _by_name(names, filled), required, columns, left_out)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
     except csv.Error as error:
@@ -232,14 +245,16 @@ def _check_unique(path: Path, names: list[str]) -> None:
         raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
 
 
-def _by_name(path: Path, names: list[str], rows: Iterable[list[str]]) -> Iterator[dict]:
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(names):
-            raise UserError(
-                f"{path}, row {number}: {len(row)} cells under {len(names)} names; quote texts that "
-                "hold the separator"
-            )
-        yield dict(zip(names, map(_cell, row), strict=True))
+def _by_name(names: list[str], rows: Iterable[list[str]]) -> Iterator[dict | str]:
+    """The rows by the names of their columns; what is wrong with one that has too many or too few
+    cells."""
+    for row in rows:
+        while len(row) > len(names) and not row[-1]:  # separators at the end of a line
+            row.pop()
+        if len(row) == len(names):
+            yield dict(zip(names, map(_cell, row), strict=True))
+        else:
+            yield f"{len(row)} cells under {len(names)} names; quote texts that hold the separator"
 
 
 def _cell(text: str) -> object:
@@ -317,28 +332,46 @@ def rows_at_a_time(path: Path, part) -> int:
 
 
 def _entries(
-    path: Path, names: list[str], rows: Iterable[dict], required: Sequence[str], columns: dict
+    path: Path,
+    names: list[str],
+    rows: Iterable[dict | str],
+    required: Sequence[str],
+    columns: dict,
+    left_out: LeftOut,
 ) -> Iterator[dict]:
-    """The rows with their columns under the names of the fields they hold."""
+    """The rows with their columns under the names of the fields they hold. A text in place of a row
+    is what is wrong with it."""
     used = columns_of(path, names, required, columns)
     taken = {name for each in used.values() for name in each.names}
     for number, row in enumerate(rows, 1):
+        left_out.total += 1
+        if isinstance(row, str):
+            left_out.add(f"{path}, row {number}: {row}")
+            continue
         entry = {name: plain(value) for name, value in row.items() if name not in taken}
-        for field, given in used.items():
-            value, weights = given.read(row)
-            entry[field] = _checked(value, field, f"{path}, row {number}")
-            if weights:
-                entry[f"{field}_weights"] = weights
-        yield entry
+        try:
+            for field, given in used.items():
+                value, weights = given.read(row)
+                entry[field] = _checked(value, field, f"{path}, row {number}")
+                if weights:
+                    entry[f"{field}_weights"] = weights
+        except BadSample as error:
+            left_out.add(str(error))
+        else:
+            yield entry
 
 
 def _whole_entries(
-    path: Path, open_rows: Callable[[], Iterable[dict]], required: Sequence[str], columns: dict
+    path: Path,
+    open_rows: Callable[[], Iterable[dict]],
+    required: Sequence[str],
+    columns: dict,
+    left_out: LeftOut,
 ) -> Iterator[dict]:
     """The entries of rows that need not have the same names: what a row lacks is None."""
     names = list(dict.fromkeys(name for row in open_rows() for name in row))
     rows = ({name: row.get(name) for name in names} for row in open_rows())
-    yield from _entries(path, names, rows, required, columns)
+    yield from _entries(path, names, rows, required, columns, left_out)
 
 
 def columns_of(
@@ -413,7 +446,8 @@ def plain(value: object) -> object:
 
 
 def _checked(value: object, field: str, where: str) -> object:
-    """A field's value; images must be paths, and several labels are parted by commas."""
+    """A field's value; images must be paths, and several labels are parted by commas. BadSample,
+    or UserError where a table of this kind has no paths."""
     if field == "labels" and isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     if field != "image":
@@ -423,35 +457,39 @@ def _checked(value: object, field: str, where: str) -> object:
     if isinstance(value, bytes):
         raise UserError(f"{where}: holds the encoded image, not its path; {PACK}")
     if not isinstance(value, str | int) or value == "":
-        raise UserError(f"{where}: {brief(value)} is no path of an image; fix or remove the row")
+        raise BadSample(f"{where}: {brief(value)} is no path of an image; fix or remove the row")
     return str(value)
 
 
 # ---- folders
-def _folder_rows(folder: Path, required: Sequence[str], columns: dict) -> Iterator[dict]:
+def _folder_rows(
+    folder: Path, required: Sequence[str], columns: dict, left_out: LeftOut
+) -> Iterator[dict]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/dataset_info.json"))
         raise UserError(f"{folder}: several splits; name one: {folder}/{(splits or ['train'])[0]}")
     if (folder / "dataset_info.json").is_file():
         streams = open_arrow(folder)
         rows = (row for stream in streams for row in _batch_rows(folder, stream))
-        yield from _entries(folder, streams[0].schema.names, rows, required, columns)
+        yield from _entries(folder, streams[0].schema.names, rows, required, columns, left_out)
         return
     for name in METADATA:
         if (folder / name).is_file():
-            yield from _metadata_rows(folder, folder / name, required, columns)
+            yield from _metadata_rows(folder, folder / name, required, columns, left_out)
             return
     if set(required) - {"image", "caption"}:
         raise UserError(f"{folder}: a folder gives images and captions; name an annotation file")
     yield from image_text_rows(folder, need_caption="caption" in required)
 
 
-def _metadata_rows(folder: Path, file: Path, required: Sequence[str], columns: dict):
+def _metadata_rows(
+    folder: Path, file: Path, required: Sequence[str], columns: dict, left_out: LeftOut
+) -> Iterator[dict]:
     """What metadata.csv or metadata.jsonl lists; its paths start from the folder."""
     if file.suffix == ".csv":
-        rows = _csv_rows(file, required, columns)
+        rows = _csv_rows(file, required, columns, left_out)
     else:
-        rows = _whole_entries(file, lambda: read_json_lines(file), required, columns)
+        rows = _whole_entries(file, lambda: read_json_lines(file), required, columns, left_out)
     for row in rows:
         yield {**row, "image": str(folder.absolute() / row["image"])}
 

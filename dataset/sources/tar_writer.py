@@ -5,7 +5,9 @@ import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from base.errors import UserError
 from base.files import atomic_write, write_json
+from dataset.sources.shard_list import shards_below
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -24,6 +26,23 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
                 add_member(archive, f"{key}.{ending}", content)
             count += 1
     return count
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a packer writes shard `number`, the first is 0."""
+    return folder / f"{number:05d}.tar"
+
+
+def check_folder(folder: Path, count: int) -> None:
+    """UserError where a folder holds other shards than the `count` to be written into it, such as
+    those of an earlier, larger packing: training would read them along."""
+    written = {str(shard_path(folder, number)) for number in range(count)}
+    others = sorted(set(shards_below(folder)) - written) if folder.is_dir() else []
+    if others:
+        raise UserError(
+            f"{others[0]}: one of {len(others)} shards that this data of {count} shards does not "
+            "replace, and that training would read along; remove them, or write to another --target"
+        )
 
 
 def statistics_file(shard: Path) -> Path:

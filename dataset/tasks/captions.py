@@ -22,6 +22,7 @@ from base.files import cached_path, read_json, write_json_lines
 from base.knobs import knob
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
+from dataset.sources.left_out import LeftOut, report_left_out
 from dataset.sources.records import Records
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import is_table
@@ -53,13 +54,22 @@ def caption_records(
         return Records(path)
     converted = cached_path(path, ".jsonl", kind)
     if not converted.exists():
-        write_json_lines(converted, metadata_rows(kind, path, read_plain))
+        left_out = LeftOut(path)
+        write_json_lines(converted, metadata_rows(kind, path, read_plain, left_out))
+        left_out.keep(converted)
+    report_left_out(converted)
     return Records(converted)
 
 
-def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -> Iterator[dict]:
-    """`{image, caption: [texts]}` of every entry of a collection's own metadata file. UserError
-    names a bad entry."""
+def metadata_rows(
+    kind: str,
+    path: Path,
+    read_plain: Callable[[Path], object],
+    left_out: LeftOut | None = None,
+) -> Iterator[dict]:
+    """`{image, caption: [texts]}` of every usable entry of a collection's own metadata file; the
+    others go to `left_out`. UserError names a bad entry where there are too many."""
+    left_out = left_out or LeftOut(path)
     if kind not in FORMATS:
         raise UserError(f"unknown collection {kind!r}; use one of {', '.join(FORMATS)}")
     read, convert = FORMATS[kind]
@@ -68,6 +78,7 @@ def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -
         raise UserError(f"{path}: expected a list of entries of {kind}, found {brief(entries)}")
     empty, number = 0, -1
     for number, entry in enumerate(entries):
+        left_out.total += 1
         try:
             row = convert(entry)
             row["caption"] = [text for text in row["caption"] if text is not None]
@@ -76,13 +87,14 @@ def metadata_rows(kind: str, path: Path, read_plain: Callable[[Path], object]) -
             ):
                 raise TypeError
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-            raise UserError(
-                f"{path}, entry {number} (the first is 0): {brief(entry)} is no entry of {kind}"
-            ) from None
+            where = f"{path}, entry {number} (the first is 0)"
+            left_out.add(f"{where}: {brief(entry)} is no entry of {kind}")
+            continue
         if row["caption"]:
             yield row
         else:
             empty += 1
+    left_out.check()
     if empty:
         message = f"{path}: {empty:,} of {number + 1:,} entries have no caption and are left out"
         warnings.warn(message, stacklevel=2)
@@ -194,7 +206,7 @@ class CaptionOptions:
         methods="ALIGN",
     )
     text_lengths: list[int] = knob(
-        [], "lengths that texts are padded to; none = multiples of 8", rare=True
+        [], "lengths that texts are padded to; none = multiples of 8", rare=True, low=1
     )
 
 

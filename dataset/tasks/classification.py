@@ -53,10 +53,10 @@ class LabelOptions:
     """Labels."""
 
     label_threshold: float = knob(
-        0.0, "probability below which a label is left out; images without any are, too"
+        0.0, "probability below which a label is left out; images without any are, too", low=0
     )
     label_top: int | None = knob(
-        None, "most labels of an image, the likeliest first; none = all", rare=True
+        None, "most labels of an image, the likeliest first; none = all", rare=True, low=1
     )
     soft_labels: bool = knob(False, "a label's target is its probability instead of 1", rare=True)
     normalize_label: bool = knob(False, "divide the targets of an image by their sum", rare=True)

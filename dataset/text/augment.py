@@ -41,16 +41,16 @@ class TextOptions:
     clean_before_augment: bool = knob(
         False, "clean and lower-case captions before, not only after, the operations"
     )
-    remove_stopwords_prob: float = knob(0.8, "of every view, the global one too")
+    remove_stopwords_prob: float = knob(0.8, "of every view, the global one too", low=0, high=1)
     no_text_augment_prob: float = knob(
-        0.0, "weight of leaving a local view as it is, among the four operations", rare=True
+        0.0, "weight of leaving a local view as it is, among the four operations", rare=True, low=0
     )
     synonym_replacement_prob: float = knob(
-        0.4, "weight of replacing a word by a WordNet synonym", rare=True
+        0.4, "weight of replacing a word by a WordNet synonym", rare=True, low=0
     )
-    random_swap_prob: float = knob(0.4, "weight of swapping two words", rare=True)
+    random_swap_prob: float = knob(0.4, "weight of swapping two words", rare=True, low=0)
     random_deletion_prob: float = knob(
-        0.2, "weight of deleting each word with probability 0.1", rare=True
+        0.2, "weight of deleting each word with probability 0.1", rare=True, low=0
     )
 
     def __post_init__(self):

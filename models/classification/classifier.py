@@ -64,17 +64,22 @@ class ClassifierConfig:
     representation_size: int = knob(
         0, "width of the tanh layer before the head; 0 = none, as in fine-tuning", low=0, high=WIDTH
     )
-    dropout: float = knob(0.0, "behind the positions, each attention and both layers of each MLP")
-    attention_dropout: float = knob(0.0, "of attention weights", rare=True)
+    dropout: float = knob(
+        0.0, "behind the positions, each attention and both layers of each MLP", low=0, high=1
+    )
+    attention_dropout: float = knob(0.0, "of attention weights", rare=True, low=0, high=1)
     gelu: str = knob(
         "tanh",
         "GELU by tanh, as COYO-ViT, or none: exact, as timm's and Hugging Face's weights want it",
         rare=True,
     )
-    layer_norm_eps: float = knob(1e-6, "Hugging Face's ViT has 1e-12", rare=True)
+    layer_norm_eps: float = knob(1e-6, "Hugging Face's ViT has 1e-12", rare=True, low=0)
     loss: str = knob("softmax", "softmax: one label an image; sigmoid: any number")
     label_smoothing: float = knob(
-        0.0, "fraction of the target spread evenly: over all classes, or over yes and no"
+        0.0,
+        "fraction of the target spread evenly: over all classes, or over yes and no",
+        low=0,
+        high=1,
     )
     head_bias: float | None = knob(
         None, "initial bias of the head; none = -10 with the sigmoid loss, else 0", rare=True

@@ -38,29 +38,42 @@ class LossOptions:
         methods="CL2L ALIGN",
     )
     label_smoothing: float = knob(
-        0.0, "of the local terms only; ALIGN: over the global batch", methods="CL2L ALIGN"
+        0.0,
+        "of the local terms only; ALIGN: over the global batch",
+        methods="CL2L ALIGN",
+        low=0,
+        high=1,
     )
     barlip_lamb: float = knob(
-        5e-3, "BarLIP: weight of the correlations off the diagonal", methods="BARLIP"
+        5e-3, "BarLIP: weight of the correlations off the diagonal", methods="BARLIP", low=0
     )
-    barlip_scale_loss: float = knob(0.025, "BarLIP: factor of its whole term", methods="BARLIP")
+    barlip_scale_loss: float = knob(
+        0.025, "BarLIP: factor of its whole term", methods="BARLIP", low=0
+    )
     swalip_weight: float = knob(
-        0.2, "SwALIP, SWALIPV1: weight of the swapped assignments", methods="SWALIP SWALIPV1"
+        0.2, "SwALIP, SWALIPV1: weight of the swapped assignments", methods="SWALIP SWALIPV1", low=0
     )
     sk_iters: int = knob(
-        3, "SwALIP, SWALIPV1: iterations of Sinkhorn's algorithm", methods="SWALIP SWALIPV1"
+        3, "SwALIP, SWALIPV1: iterations of Sinkhorn's algorithm", methods="SWALIP SWALIPV1", low=0
     )
     target_epsilon: float = knob(
-        0.05, "SwALIP, SWALIPV1: temperature of the assignments", methods="SWALIP SWALIPV1"
+        0.05,
+        "SwALIP, SWALIPV1: temperature of the assignments",
+        methods="SWALIP SWALIPV1",
+        low=1e-6,
     )
-    ssl_scale: float = knob(1.0, "SLIP: weight of SimCLR beside CLIP", methods="SLIP")
+    ssl_scale: float = knob(1.0, "SLIP: weight of SimCLR beside CLIP", methods="SLIP", low=0)
     ssl_temp: float = knob(
         0.1,
         "SLIP, SimCLR: temperature of the similarities of two augmentations",
         methods="SLIP SIMCLR",
+        low=1e-6,
     )
     tile: int | None = knob(
-        None, "compute logits in blocks of tile x tile to save memory; none = whole", rare=True
+        None,
+        "compute logits in blocks of tile x tile to save memory; none = whole",
+        rare=True,
+        low=1,
     )
     compat: str = knob(
         "none", "none, or original: the published code's numbers (docs/DIFFERENCES.md)"
@@ -151,10 +164,19 @@ class DualConfig(LossOptions):
         False, "no gradient from the global text projector into the text tower", rare=True
     )
     text_dropout_prob: float = knob(
-        0.0, "dropout at the entry of every text block, for local texts", methods="CL2L"
+        0.0,
+        "dropout at the entry of every text block, for local texts",
+        methods="CL2L",
+        low=0,
+        high=1,
     )
     text_drop_path_prob: float = knob(
-        0.0, "stochastic depth of the text blocks, for local texts", methods="CL2L", rare=True
+        0.0,
+        "stochastic depth of the text blocks, for local texts",
+        methods="CL2L",
+        rare=True,
+        low=0,
+        high=1,
     )
     barlip_proj_dim: int = knob(
         8192,
@@ -189,7 +211,7 @@ class DualConfig(LossOptions):
         3000, "SWALIPV1: number of prototypes", low=1, high=WIDTH, methods="SWALIPV1"
     )
     swalip_temperature: float = knob(
-        0.1, "SWALIPV1: temperature of the scores of prototypes", methods="SWALIPV1"
+        0.1, "SWALIPV1: temperature of the scores of prototypes", methods="SWALIPV1", low=1e-6
     )
     swalip_learn_temperature: bool = knob(
         False, "SWALIPV1: train that temperature, too", methods="SWALIPV1"
@@ -229,12 +251,14 @@ class DualConfig(LossOptions):
     text_activation: str = knob(
         "quick_gelu", "of the text transformer: quick_gelu or gelu", rare=True
     )
-    temperature: float = knob(1.0, "ALIGN's at the start; learned", methods="ALIGN")
+    temperature: float = knob(1.0, "ALIGN's at the start; learned", methods="ALIGN", low=1e-6)
     virtual_batch_size: int = knob(
-        16, "samples a ghost batch norm of ALIGN sees; 0 = the whole batch", methods="ALIGN"
+        16, "samples a ghost batch norm of ALIGN sees; 0 = the whole batch", methods="ALIGN", low=0
     )
-    drop_connect: float = knob(0.2, "stochastic depth of ALIGN's image tower", methods="ALIGN")
-    bert_dropout: float = knob(0.1, "of ALIGN's text tower", methods="ALIGN")
+    drop_connect: float = knob(
+        0.2, "stochastic depth of ALIGN's image tower", methods="ALIGN", low=0, high=1
+    )
+    bert_dropout: float = knob(0.1, "of ALIGN's text tower", methods="ALIGN", low=0, high=1)
 
     @property
     def text(self) -> TextShape:

@@ -425,15 +425,16 @@ class Decoding:
         low=0,
         high=1,
     )
-    temperature: float = knob(1.0, "of strategy top_p", methods="top_p")
+    temperature: float = knob(1.0, "of strategy top_p", methods="top_p", low=1e-6)
     penalty: float = knob(
         0.0,
         "> 0: logits of tokens used before are divided by it; not of one_shot",
         methods="greedy top_k top_p beam",
+        low=0,
     )
     beam_size: int = knob(3, "of strategy beam: texts kept", methods="beam", low=1, high=WIDTH)
     beam_patience: float = knob(
-        1.0, "of strategy beam: texts to finish, as a multiple of beam_size", methods="beam"
+        1.0, "of strategy beam: texts to finish, as a multiple of beam_size", methods="beam", low=0
     )
     length_penalty: float | None = knob(
         None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.knobs import knob
-from base.limits import BLOCKS, WIDTH
+from base.limits import BLOCKS, SIDE, WIDTH
 from base.memory import check_fits, parameter_count
 from models.layers.llama import LlamaConfig, own_part
 from models.layers.openai_towers import OpenAIConfig
@@ -36,27 +36,46 @@ State = dict[str, Tensor]
 class Networks:
     """Sizes and settings of both networks; `build` fills in those that weights decide."""
 
-    decoder_layers: int | None = knob(None, "blocks of the decoder that are kept; none = all")
-    image_size: int | None = knob(None, "side of the images in pixels; none = CLIP's own")
+    decoder_layers: int | None = knob(
+        None, "blocks of the decoder that are kept; none = all", low=1, high=BLOCKS
+    )
+    image_size: int | None = knob(
+        None, "side of the images in pixels; none = CLIP's own", low=1, high=SIDE
+    )
     vision: tuple[int, int, int] = knob(
-        (1024, 24, 14), "random image tower: width, blocks, side of a patch", rare=True
+        (1024, 24, 14),
+        "random image tower: width, blocks, side of a patch",
+        rare=True,
+        low=1,
+        high=WIDTH,
     )
     image_tower: str | None = knob(
         None, "instead of CLIP's tower: timm/NAME (weights fetched) or timm/NAME:FILE", rare=True
     )
     resnet: list[int] = knob(
-        [], "random tower like CLIP's ResNets instead: width, blocks by stage", rare=True
+        [],
+        "random tower like CLIP's ResNets instead: width, blocks by stage",
+        rare=True,
+        low=1,
+        high=WIDTH,
     )
-    decoder: tuple[int, int] = knob((4096, 32), "random decoder: width, blocks", rare=True)
+    decoder: tuple[int, int] = knob(
+        (4096, 32), "random decoder: width, blocks", rare=True, low=1, high=WIDTH
+    )
     decoder_heads: int | None = knob(
-        None, "attention heads of the decoder; none = LLaMA's, 128 wide each", rare=True
+        None,
+        "attention heads of the decoder; none = LLaMA's, 128 wide each",
+        rare=True,
+        low=1,
+        high=WIDTH,
     )
-    norm_eps: float = knob(1e-5, "epsilon of the decoder's norms", rare=True)
-    rope_theta: float = knob(10000.0, "base of the decoder's rotary positions", rare=True)
+    norm_eps: float = knob(1e-5, "epsilon of the decoder's norms", rare=True, low=0)
+    rope_theta: float = knob(10000.0, "base of the decoder's rotary positions", rare=True, low=1)
     rope_scaling: list[float] = knob(
         [],
         "LLaMA 3.1's rotary positions: factor, low and high frequency factor, original length",
         rare=True,
+        low=0,
     )
     prefix_image: bool = knob(
         True, "image tokens see one another, else only those before them", rare=True

@@ -75,7 +75,7 @@ class FineTuneConfig(Geometry, ValidationConfig, RunConfig):
     )
     max_words: int = knob(30, "words kept of a text", low=1)
     crop_scale: tuple[float, float] | None = knob(
-        (0.5, 1.0), "area of the random crop, of the image; none = whole"
+        (0.5, 1.0), "area of the random crop, of the image; none = whole", low=0, high=1
     )
     flip: bool = knob(
         True, "horizontal flip with probability 0.5; no where texts say left and right"

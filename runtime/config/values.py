@@ -5,11 +5,11 @@ None.
 """
 
 import math
-from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+LARGEST_INT = 2**63 - 1  # what torch and NumPy hold
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
 
@@ -22,16 +22,20 @@ def _bool(value: Any) -> bool:
 
 
 def _int(value: Any) -> int:
-    with suppress(ValueError):
-        return int(str(value))
-    if not _float(value).is_integer():  # 1e3 is a whole number
+    try:
+        number = int(str(value))
+    except ValueError:
+        if not _float(value).is_integer():  # 1e3 is a whole number
+            raise
+        number = int(_float(value))
+    if abs(number) > LARGEST_INT:
         raise ValueError(value)
-    return int(_float(value))
+    return number
 
 
 def _float(value: Any) -> float:
     number = float(str(value))  # ValueError for True, None and lists
-    if math.isnan(number):
+    if not math.isfinite(number):  # 1e400 is not, either
         raise ValueError(value)
     return number
 
@@ -49,7 +53,7 @@ def _path(value: Any) -> Path:
 SCALARS = {  # type -> its reader (ValueError), its name in an error, in --help, an example
     bool: (_bool, "true or false", "[true|false]", "true"),
     int: (_int, "a whole number", "INT", "1"),
-    float: (_float, "a number", "FLOAT", "1e-4"),
+    float: (_float, "a finite number", "FLOAT", "1e-4"),
     str: (_str, "text", "TEXT", "text"),
     Path: (_path, "a path", "PATH", "folder/file"),
 }

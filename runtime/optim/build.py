@@ -45,7 +45,9 @@ class Optimizer:
         aliases=("learning_rate",),
     )
     weight_decay: float = knob(0.02, "decoupled weight decay of matrices", low=0, aliases=("wd",))
-    betas: tuple[float, float] = knob((0.9, 0.999), "decay rates of Adam's two moments")
+    betas: tuple[float, float] = knob(
+        (0.9, 0.999), "decay rates of Adam's two moments", low=0, high=0.999999
+    )
     eps: float = knob(1e-8, "Adam's epsilon", low=0, rare=True)
     momentum: float = knob(0.9, "momentum of SGD", low=0, high=1, rare=True)
     clip_grad_norm: float | None = knob(
@@ -136,9 +138,9 @@ def named_scales(model: nn.Module, written: Iterable[str]) -> dict[str, float]:
         try:
             scale = float(factor)
         except ValueError:
-            raise UserError(
-                f"lr_scales: {entry!r} is not NAME=SHARE, such as text_model=0.1"
-            ) from None
+            scale = -1.0
+        if not 0 <= scale < math.inf:
+            raise UserError(f"lr_scales: {entry!r} is not NAME=SHARE, such as text_model=0.1")
         starts = towers.get(start, (start,))
         if not any(name.startswith(starts) for name in names):
             parts = ", ".join(dict.fromkeys([*towers, *(name.split(".")[0] for name in names)]))

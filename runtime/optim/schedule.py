@@ -101,9 +101,9 @@ def steps(
             )
         scale["%"] = total / 100
     key = name.rstrip("s")
-    if key not in scale or amount < 0:
+    if key not in scale or not 0 <= amount < math.inf:
         raise UserError(
-            f"duration {duration!r}: use a number >= 0 with one of steps, epochs, samples or %"
+            f"duration {duration!r}: use a finite number >= 0 with one of steps, epochs, samples or %"
         )
     return math.ceil(round(amount * scale[key], 6))
 

@@ -33,7 +33,7 @@ from base.files import atomic_write, digest, file_state, read_json, write_json
 from base.processes import in_processes, usable_cores
 from base.text import lenient_text
 from dataset.sources.remote import plain_stream
-from dataset.sources.shard_list import list_shards, statistics_names
+from dataset.sources.shard_list import list_shards, shards_below, statistics_names
 from dataset.sources.tar import TarWalk, read_samples
 from dataset.sources.tar_writer import add_member
 from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words
@@ -178,6 +178,9 @@ def main(config: Config) -> None:
     config.target.mkdir(parents=True, exist_ok=True)
     shards = list_shards(config.source, {})
     targets = targets_of(shards, config)
+    others = set(shards_below(config.target)) - {str(target) for target in targets}
+    if others:
+        print(f"{config.target}: also holds {len(others)} shards of other sources", file=sys.stderr)
     extractor(*settings_of(config))  # says at once what is missing
     if config.sharing.slurm:
         submit_array(config.sharing, len(shards), config.target)

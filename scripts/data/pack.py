@@ -10,6 +10,7 @@ KEY.jpg (or .png ...), KEY.txt with a caption a line, and KEY.json with the othe
 
 Shards are written by several processes, with --slurm by the tasks of a job array. A shard that is
 there already, of the same data and settings, is kept: start the command again after an interruption.
+Other shards in the folder, such as those of an earlier, larger packing, are refused.
 """
 
 import io
@@ -30,7 +31,13 @@ from dataset.images.zip_member import image_source
 from dataset.sources.encoded_table import encoded_table
 from dataset.sources.records import Records
 from dataset.sources.tables import address_state
-from dataset.sources.tar_writer import statistics_file, write_shard, write_statistics
+from dataset.sources.tar_writer import (
+    check_folder,
+    shard_path,
+    statistics_file,
+    write_shard,
+    write_statistics,
+)
 from dataset.tasks.record import as_list, captions_of, name_of
 from runtime.config.cli import knob, run_script, section
 from runtime.job_array import Sharing, need_all, own_range, submit_array
@@ -121,7 +128,7 @@ def pack_shard(shard: int, config: Config, state: str) -> tuple[int, list[str]]:
     rows = open_rows(config)
     start = shard * config.samples_per_shard
     numbers = range(start, min(start + config.samples_per_shard, len(rows)))
-    target = config.target / f"{shard:05d}.tar"
+    target = shard_path(config.target, shard)
     complaints: list[str] = []
     statistics_file(target).unlink(missing_ok=True)  # those of an earlier shard of this name
     count = write_shard(target, samples(rows, numbers, config, complaints))
@@ -138,7 +145,7 @@ def state_of(config: Config) -> str:
 
 def is_packed(shard: int, config: Config, state: str) -> bool:
     """Whether a shard is there, whole, of the same data and settings."""
-    target = config.target / f"{shard:05d}.tar"
+    target = shard_path(config.target, shard)
     statistics = statistics_file(target)
     if not (target.is_file() and statistics.is_file()):
         return False
@@ -155,7 +162,9 @@ def pack(config: Config) -> dict[str, int]:
     from tqdm import tqdm
 
     state = state_of(config)
-    own = own_range(config.sharing, number_of_shards(config))
+    total = number_of_shards(config)
+    check_folder(config.target, total)
+    own = own_range(config.sharing, total)
     todo = [shard for shard in own if not is_packed(shard, config, state)]
     done = {"shards": len(own), "kept": len(own) - len(todo), "samples": 0, "failed": 0}
     work = partial(pack_shard, config=config, state=state)
@@ -175,7 +184,7 @@ def merge(config: Config) -> dict[str, int]:
     state, total = state_of(config), number_of_shards(config)
     done = [is_packed(shard, config, state) for shard in range(total)]
     need_all(done, str(config.target), "shards")
-    files = [statistics_file(config.target / f"{shard:05d}.tar") for shard in range(total)]
+    files = [statistics_file(shard_path(config.target, shard)) for shard in range(total)]
     counts = [read_json(file, dict) for file in files]
     samples = sum(count["successes"] for count in counts)
     failed = sum(count["failed"] for count in counts)
@@ -187,7 +196,9 @@ def main(config: Config) -> None:
         raise UserError("name two places: --data and --target")
     config.target.mkdir(parents=True, exist_ok=True)
     if config.sharing.slurm:
-        submit_array(config.sharing, number_of_shards(config), config.target)
+        total = number_of_shards(config)
+        check_folder(config.target, total)
+        submit_array(config.sharing, total, config.target)
         return
     print(json.dumps(merge(config) if config.sharing.merge else pack(config)))
 

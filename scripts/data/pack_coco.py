@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from base.errors import UserError
 from base.files import read_json_lines
 from base.knobs import knob
-from dataset.sources.tar_writer import write_shard, write_statistics
+from dataset.sources.tar_writer import check_folder, shard_path, write_shard, write_statistics
 from dataset.tasks.captions import coco_entries
 from runtime.config import cli as configuration
 
@@ -83,9 +82,11 @@ def samples(
 def pack(config: Config) -> dict[str, int]:
     """Write the shards and their statistics."""
     split, shards, packed, missing = config.split or config.images.name, 0, 0, 0
-    rows, keys = images(config), set()
-    while batch := list(islice(rows, config.samples_per_shard)):
-        target = config.target / f"{shards:05d}.tar"
+    rows, keys = list(images(config)), set()
+    check_folder(config.target, -(-len(rows) // config.samples_per_shard))
+    for start in range(0, len(rows), config.samples_per_shard):
+        batch = rows[start : start + config.samples_per_shard]
+        target = shard_path(config.target, shards)
         count = write_shard(target, samples(batch, config, split, keys))
         missing += len(batch) - count
         if not count:

@@ -161,8 +161,12 @@ def test_a_truncated_jpeg_keeps_its_rows_and_the_others_are_grey(monkeypatch):
     assert torch.equal(ours, expected.permute(2, 0, 1)) and noticed.truncated == ["cut.jpg"]
     assert (ours[:, -1] == 128).all() and not (ours[:, 0] == 128).all()
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    with reading() as noticed:  # a download that stopped, in a file of the full size
+        zeros = decode_image(data + bytes(len(JPEG) - len(data)), "zeros.jpg")
+    assert torch.equal(zeros, ours) and noticed.truncated == ["zeros.jpg"]
     with reading() as noticed:
         decode_image(JPEG, "whole.jpg")
+        decode_image(JPEG + bytes(99), "whole.jpg")
     assert noticed.truncated == []
 
 

@@ -135,6 +135,22 @@ def test_an_endless_entry_does_not_fill_the_memory(tmp_path, monkeypatch):
     assert seen[0] < 1 << 13
 
 
+@pytest.mark.parametrize("text", [json.dumps, lambda rows: "\n".join(map(json.dumps, rows))])
+def test_an_entry_without_a_caption_of_very_many_is_left_out_and_said(tmp_path, capsys, text):
+    entries = [{"image": f"{number}.jpg", "caption": "x"} for number in range(200)]
+    entries[7] = {"image": "7.jpg", "sentence": "x"}
+    entries[9] = 3
+    records = Records(write(tmp_path, text(entries)))
+    assert [record["image"] for record in records][6:9] == ["6.jpg", "8.jpg", "10.jpg"]
+    said = capsys.readouterr().err
+    assert "2 of 200 entries are unusable and left out" in said and len(records) == 198
+    assert "entry 7 (the first is 0)" in said and "no field 'caption'" in said
+    assert "entry 9" in said and "found 3" in said
+    entries[11] = {}
+    with pytest.raises(UserError, match=r"entry 7 .*3 of 200 entries are unusable, more than 1%"):
+        Records(write(tmp_path, text(entries)))
+
+
 def test_one_odd_entry_does_not_condemn_a_file(tmp_path):
     entries = [
         {"image": "a.jpg", "caption": ["x"]},

@@ -85,6 +85,7 @@ def test_parts_may_learn_more_slowly():
     for wrong, words in (
         ("dense", "not NAME=SHARE"),
         ("norm=x", "not NAME=SHARE"),
+        ("norm=inf", "not NAME=SHARE"),
         ("x=1", "model has pos_embed"),
     ):
         with pytest.raises(UserError, match=words):

@@ -1,5 +1,6 @@
 """Every option of every script acts: some module that the script imports reads it from the
-configuration. What is accepted without effect stands in runtime/config/ignored.py, and is said."""
+configuration. What is accepted without effect stands in runtime/config/ignored.py, and is said.
+Every number is finite, and has limits."""
 
 import ast
 import functools
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config.schema import Schema
+from runtime.config.schema import Option, Schema
 
 ROOT = Path(__file__).resolve().parents[2]
 # what modules call a configuration, or the part of it that they are given
+SIGNED = {"seed", "seeds", "mean", "head_bias", "length_penalty"}  # may be negative
 CALLED = {"config", "data", "decoding", "features", "knobs", "network", "options", "schedule"}
 
 
@@ -93,6 +95,30 @@ def without_effect(script: str, config_class: type) -> list[str]:
 @pytest.mark.parametrize("script", scripts())
 def test_every_option_acts(script):
     assert without_effect(script, importlib.import_module(script).Config) == []
+
+
+def accepted(option: Option, value: str) -> bool:
+    """Whether an option takes a number, in each place where it holds several."""
+    try:
+        option.read([value] * (option.kind.length or 1) if option.kind.many else value)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_every_number_has_limits(script):
+    numbers = {
+        path: option
+        for path, option in Schema(importlib.import_module(script).Config).knobs.items()
+        if option.kind.mark in ("INT", "FLOAT") and not option.choices
+    }
+    for path, option in numbers.items():
+        signed = path.rpartition(".")[2] in SIGNED
+        refused = ["inf", "-inf", "nan", "1e400"] if signed else ["inf", "-1e-9", "nan", "1e400"]
+        assert not [text for text in refused if accepted(option, text)], path
+        huge = accepted(option, "9" * 40)
+        assert not huge or option.kind.mark == "FLOAT", path
 
 
 def test_an_option_that_nothing_reads_is_found():

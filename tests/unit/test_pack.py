@@ -81,6 +81,19 @@ def test_shards_of_the_same_data_are_kept_and_others_are_made_again(tmp_path, pa
     assert pack.pack(config)["kept"] == 0
 
 
+def test_shards_of_a_larger_packing_are_refused(tmp_path, pairs):
+    """Training on the folder would read them along."""
+    config = Config(pairs, tmp_path / "images", tmp_path / "wds", samples_per_shard=2, workers=1)
+    assert pack.pack(config)["shards"] == 4
+    before = {path: path.read_bytes() for path in (tmp_path / "wds").iterdir()}
+    with pytest.raises(UserError, match=r"00003\.tar: one of 1 shards .* of 3 shards"):
+        pack.pack(replace(config, samples_per_shard=3))
+    assert {path: path.read_bytes() for path in (tmp_path / "wds").iterdir()} == before
+    (tmp_path / "wds/00003.tar").unlink()
+    assert pack.pack(replace(config, samples_per_shard=3))["shards"] == 3
+    assert len(packed(tmp_path / "wds")) == 5
+
+
 def test_tasks_of_a_slurm_array_share_the_shards(tmp_path, pairs, monkeypatch):
     config = Config(pairs, tmp_path / "images", tmp_path / "wds", samples_per_shard=2, workers=1)
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from base.errors import BadSample, UserError
 from dataset.loading.randomness import seeded
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from dataset.sources import left_out
 from dataset.sources.records import Records
 from dataset.sources.shards import read_shard
 from dataset.sources.tables import parse_address
@@ -161,6 +163,33 @@ def test_faulty_tables_are_refused_in_one_sentence(tmp_path, content, query, mes
     with pytest.raises(UserError, match=message) as caught:
         Records(f"{table}{query}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "metadata.csv"])
+def test_a_few_unusable_rows_are_left_out_and_said_at_every_start(tmp_path, capsys, name):
+    """A row that is cut off, one with too many cells, and one without an image, of 300."""
+    rows = [(f"{number}.jpg", "x") for number in range(300)]
+    rows[7], rows[100], rows[299] = ("7.jpg",), ("100.jpg", "a", "b"), ("", "x")
+    separator = "\t" if name.endswith(".tsv") else ","
+    table = write_table(tmp_path / name, ("image", "caption"), rows, separator)
+    for _ in range(2):
+        left_out._SAID.clear()  # as in another process
+        found = Records(tmp_path if name == "metadata.csv" else table)
+        said = capsys.readouterr().err
+        assert len(found) == 297 and Path(found[7]["image"]).name == "8.jpg"
+        assert "3 of 300 entries are unusable and left out" in said
+        assert "row 8: 1 cells under 2 names" in said
+        assert "row 101: 3 cells" in said and "row 300: '' is no path" in said
+    rows[0] = ("0.jpg",)
+    write_table(table, ("image", "caption"), rows, separator)
+    with pytest.raises(UserError, match=r"row 1: 1 cells .*4 of 300 entries are unusable, more"):
+        Records(tmp_path if name == "metadata.csv" else table)
+
+
+def test_separators_at_the_end_of_a_line_are_no_cells(tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption\na.jpg,x,,\nb.jpg,,\n")
+    with pytest.warns(UserWarning, match="1 of 2 entries have no caption"):
+        assert [each["image"] for each in Records(tmp_path / "t.csv")] == ["a.jpg", "b.jpg"]
 
 
 def test_a_file_with_a_question_mark_in_its_name_is_itself(tmp_path):

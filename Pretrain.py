@@ -119,7 +119,7 @@ def build_model(
         )
     )
     if config.text_weights:
-        load_bert(model.text_encoder, load_bert_folder(config.text_weights)[0])
+        load_bert(model.text_encoder, *load_bert_folder(config.text_weights))
     if config.vision_weights:
         vit = starting_vit(config.vision_weights, read_weights, config.vision_heads, config.grid)
         load_checkpoint(model.visual_encoder, vit, allowed_missing=("mask_token",))

@@ -1,7 +1,8 @@
 """Pixel statistics of the published encoders, and how an image enters a network."""
 
+from collections.abc import Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 RGB = tuple[float, float, float]
 
@@ -23,6 +24,8 @@ PILLOW_FORMATS = {
     **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"},
     **{"JPEG2000": "jp2", "GIF": "gif", "BMP": "bmp", "DIB": "bmp", "TIFF": "tif", "PPM": "ppm"},
 }
+GREYS = 255  # the largest value of a pixel
+ALIGN_MARGIN = 346 / 289  # side of ALIGN's squashed image over that of the cut
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers in preprocessor_config.json
 
 
@@ -52,3 +55,24 @@ def timm_statistics(tower: str) -> tuple[RGB, RGB]:
     name = tower.removeprefix("timm/").partition(":")[0]
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)
     return (known.mean, known.std) if known else IMAGENET
+
+
+def processor_statistics(images: Mapping[str, Any]) -> tuple[RGB, RGB] | None:
+    """Mean and std of pixels in [0,1] by transformers' preprocessor_config.json; None where it does
+    not tell them.
+
+    x = 255 p f - o, f rescale_factor and o rescale_offset, then (x - m) / s.
+    """
+    mean, std = images.get("image_mean"), images.get("image_std")
+    if images and images.get("do_normalize") is False:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if not mean or not std:
+        return None
+    factor = 1.0
+    if images.get("do_rescale") is False:
+        factor = GREYS
+    elif images.get("rescale_factor"):
+        factor = round(GREYS * float(images["rescale_factor"]), 9)
+    offset = 1.0 if images.get("rescale_offset") else 0.0
+    mean = tuple((value + offset) / factor for value in mean)
+    return mean, tuple(value / factor for value in std)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MARGIN = 346 / 289  # side of the squashed image over that of the cut
+from base.pixels import ALIGN_MARGIN
 
 
 class AlignView:
@@ -18,7 +18,7 @@ class AlignView:
 
     def __init__(self, side: int, train: bool = False, flip: float = 0.5, exact: bool = False):
         self.side, self.train, self.flip, self.exact = side, train, flip, exact
-        self.large = round(side * MARGIN)
+        self.large = round(side * ALIGN_MARGIN)
 
     def __call__(self, image: Tensor) -> Tensor:
         """uint8 [3,H,W] -> [3,side,side]."""

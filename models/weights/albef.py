@@ -5,14 +5,15 @@ of the networks are those of the originals (ALBEF, SIMLA, DeiT, BERT), so that t
 short:
 
     start_from(model, state, "retrieval")     any checkpoint of the family -> the model of a task, checked
-    load_bert(text_encoder, load_bert_folder("bert-base-uncased")[0])
+    load_bert(text_encoder, *load_bert_folder("bert-base-uncased"))
     load_checkpoint(vit, deit_weights(state, grid), allowed_missing=("mask_token",))
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from base.files import read_json
 from base.torch_files import find_index, read_index, read_tensors
 from models.layers.positions import resize_positions
 from models.weights.loading import Differences, State, _matches, _some, load_checkpoint
+from models.weights.stated import check_stated
 
 LAYER = re.compile(r"(.*encoder\.layer\.)(\d+)(\..*)")
 VISION = ("visual_encoder.", "visual_encoder_m.")
@@ -261,14 +263,26 @@ def start_from(
 # -------------------------------------------------------------------------------------------------------- BERT and DeiT
 
 
-def load_bert(model: nn.Module, state: State) -> Differences:
+def load_bert(
+    model: nn.Module, state: State, described: Mapping[str, Any] | None = None
+) -> Differences:
     """Loads a BERT, as `load_bert_folder` reads it, into an `XBert` or `XBertLM` and returns what
     was left out.
+
+    described: its config.json, which must describe what the network computes.
 
     BERT has no cross-attention and SIMLA no token types; layers only one of the two has are left
     out too, and the word head where the file has none. Anything else that differs is a `UserError`.
     """
     head = hasattr(model, "cls")
+    shape = model.config
+    computed = {
+        "hidden_act": ("gelu",),
+        "layer_norm_eps": (shape.layer_norm_eps,),
+        "num_attention_heads": (shape.num_attention_heads,),
+    }
+    remedy = "set it in bert_config, or start from another BERT"
+    check_stated("config.json", described or {}, computed, remedy)
     weights, module = bert_weights(state, head), "bert" if head else "encoder"
     given, wanted = depth(weights, module), depth(model.state_dict(), module)
     missing = ["*crossattention*", *(f"*encoder.layer.{i}.*" for i in range(given, wanted))]

@@ -3,6 +3,7 @@ variables."""
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from base.errors import UserError
 from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.base import DualConfig
-from models.layers.efficientnet import SHAPES
+from models.layers.efficientnet import SHAPES, SQUEEZE
+from models.weights.stated import check_stated
 
 State = Mapping[str, Tensor]
 
@@ -152,6 +154,27 @@ def hugging_face_config(model: Align) -> dict:
             "drop_connect_rate": image.drop_connect,
         },
     }
+
+
+def check_described(described: Mapping[str, Any]) -> None:
+    """UserError where config.json of transformers' AlignModel describes another network than
+    ours."""
+    remedy = "open the folder with --model hf/FOLDER"
+    text = described.get("text_config", {})
+    computed = {
+        "hidden_act": ("gelu",),
+        "layer_norm_eps": (1e-12,),
+        "num_attention_heads": (text.get("hidden_size", 768) // 64,),
+        "pad_token_id": (0,),
+    }
+    check_stated("config.json, text_config", text, computed, remedy)
+    computed = {
+        "hidden_act": ("swish", "silu"),
+        "batch_norm_eps": (1e-3,),
+        "pooling_type": ("mean",),
+        "squeeze_expansion_ratio": (SQUEEZE,),
+    }
+    check_stated("config.json, vision_config", described.get("vision_config", {}), computed, remedy)
 
 
 def config_of(state: State, image_size: int = 289) -> DualConfig:

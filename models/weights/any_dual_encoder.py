@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.pixels import HALF, IMAGENET, OPENAI, RESAMPLING, RGB, Pixels, timm_statistics
+from base.pixels import ALIGN_MARGIN, HALF, IMAGENET, OPENAI, RGB, Pixels, timm_statistics
 from models.dual_encoder.base import NOT_LOADED, DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import openai_model
+from models.weights.align import check_described
 from models.weights.align import config_of as align_config
 from models.weights.clip import (
     NOT_WEIGHTS,
@@ -32,6 +33,7 @@ from models.weights.clip import (
     unwrap_names,
 )
 from models.weights.loading import load_checkpoint
+from models.weights.stated import check_open_clip, check_stated, crop_side, processor_pixels
 
 State = Mapping[str, Tensor]
 
@@ -50,6 +52,9 @@ EMBEDS = {
     "SWALIP": "CL2L",
     "SWALIPV1": "CLIP",
 }  # head -> head of the same z and h
+
+
+COYO_ALIGN_SIDE = 289  # pixels, where no file tells
 
 
 class Opened(NamedTuple):
@@ -162,18 +167,25 @@ def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opene
 
 
 def _align(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
-    """A run of ours, or the layout of transformers' AlignModel."""
+    """A run of ours, or the layout of transformers' AlignModel, whose folder tells the pixels."""
+    pixels = {}
     if "network" in about:
         config = _own_config(about["network"])
     else:
-        config = align_config(weights)
+        described = about.get("config.json", {})
+        images = about.get("preprocessor_config.json", {})
+        check_described(described)
+        side = described.get("vision_config", {}).get("image_size", COYO_ALIGN_SIDE)
+        config = align_config(weights, crop_side(images, side))
+        large = round(config.image_size * ALIGN_MARGIN)
+        pixels = processor_pixels(images, config.image_size, large)
     if name not in (None, config.model):
         raise UserError(
             f"--model {name}, but the checkpoint is a {config.model}: leave --model out"
         )
     model = build_dual(config)
     load_checkpoint(model, weights, allowed_unexpected=NOT_LOADED)
-    pixels = Pixels(config.image_size, "bilinear", *HALF)
+    pixels = Pixels(config.image_size, "bilinear", *HALF)._replace(**pixels)
     return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
 
 
@@ -238,9 +250,18 @@ def _openai(
         stated = {"mean": OPENAI[0], "std": OPENAI[1]} | dict(stated)
     activation = _activation(weights, about, name)
     pixels = dict(described.get("preprocess_cfg", {}))
+    settings = described.get("model_cfg", {})
+    check_open_clip(settings, pixels)
+    width = len(weights.get("ln_final.weight", weights.get("text.ln_final.weight", ())))
+    if text_heads(settings) not in (None, width // 64):
+        raise UserError(
+            f"open_clip_config.json: a text transformer of width {width} with "
+            f"{text_heads(settings)} heads is not supported; open the folder with "
+            "--model open_clip/local-dir:FOLDER"
+        )
     if not (described or stated or _is_openais(weights, about)):
         pixels = named_pixels(name)
-    head_width = described.get("model_cfg", {}).get("vision_cfg", {}).get("head_width")
+    head_width = settings.get("vision_cfg", {}).get("head_width")
     model = load_openai(dict(weights), activation)
     return _opened(
         model,
@@ -317,12 +338,40 @@ def _hugging_face(
     else:
         activation, head_width = _activation({}, {}, name), None
     model = load_openai(from_hugging_face(weights), activation)
-    pixels = {"mean": images.get("image_mean"), "std": images.get("image_std")}
-    pixels["interpolation"] = RESAMPLING.get(images.get("resample"))
+    check_clip_described(described, model.config.text.vocab_size)
+    pixels = processor_pixels(images, model.config.image_size)
     if not images and not stated:
         pixels = named_pixels(name)
     pixels = pixels | stated
     return _opened(model, f"CLIP of Hugging Face's layout, {activation}", pixels, name, head_width)
+
+
+def text_heads(settings: Mapping[str, Any]) -> int | None:
+    """Attention heads of open_clip's text transformer; None where no configuration tells them."""
+    text = settings.get("text_cfg")
+    return text.get("heads", 8) if text else None
+
+
+def check_timm_pool(settings: Mapping[str, Any], backbone: str) -> None:
+    """UserError where open_clip pools otherwise than our backbone."""
+    pool = "token" if backbone.startswith("VIT") else "avg"
+    remedy = "open the folder with --model open_clip/local-dir:FOLDER"
+    vision = settings.get("vision_cfg", {})
+    check_stated("open_clip_config.json, vision_cfg", vision, {"timm_pool": (pool,)}, remedy)
+
+
+def check_clip_described(described: Mapping[str, Any], vocabulary: int) -> None:
+    """UserError where config.json of transformers' CLIP describes another network than OpenAI's."""
+    remedy = "open the folder with --model hf/FOLDER"
+    text = described.get("text_config", {})
+    computed = {
+        "layer_norm_eps": (1e-5,),
+        "num_attention_heads": (text.get("hidden_size", 512) // 64,),
+        "eos_token_id": (2, vocabulary - 1),  # 2: of old files, whose largest id ends the text
+    }
+    check_stated("config.json, text_config", text, computed, remedy)
+    vision = described.get("vision_config", {})
+    check_stated("config.json, vision_config", vision, {"layer_norm_eps": (1e-5,)}, remedy)
 
 
 def _opened(
@@ -359,6 +408,7 @@ def _timm_open_clip(
     described = about.get("open_clip_config.json", {})
     settings = described.get("model_cfg", {})
     pixels = dict(described.get("preprocess_cfg", {})) | stated
+    check_open_clip(settings, pixels)
     if not described and not stated:
         pixels = named_pixels(None)
     timm_name = settings.get("vision_cfg", {}).get("timm_model_name")
@@ -368,6 +418,8 @@ def _timm_open_clip(
             f"an open_clip model with the timm tower {timm_name or '(unknown)'}: keep open_clip_config.json beside "
             f"the file, or add --model CLIP_<{'|'.join(TIMM_NAMES)}>_<CLIP|SIGLIP>; others are not supported"
         )
+    if backbone is not None:
+        check_timm_pool(settings, backbone)
     name = name or f"CLIP_{backbone}_{'SIGLIP' if 'logit_bias' in weights else 'CLIP'}"
     text = {key.removeprefix("text."): value for key, value in weights.items()}
     context, width = text["positional_embedding"].shape
@@ -378,7 +430,7 @@ def _timm_open_clip(
         context_length=context,
         vocab_size=len(text["token_embedding.weight"]),
         text_width=width,
-        text_heads=settings.get("text_cfg", {}).get("heads", width // 64),
+        text_heads=text_heads(settings) or width // 64,
         transformer_layers=len(
             {key.split(".")[2] for key in text if key.startswith("transformer.resblocks.")}
         ),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from base.distributed import say
 from base.errors import UserError, brief
-from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels
+from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels, processor_statistics
 from models.classification.classifier import VisionClassifier
 from models.weights.loading import Differences
 from models.weights.vit import load_vit, vit_kind
@@ -176,12 +176,10 @@ def _of_preprocessor(images: Mapping[str, Any]) -> VitFacts:
         resize = int(size["shortest_edge"])
     elif isinstance(size, Mapping) and images.get("do_center_crop"):
         resize = int(size.get("height", 0)) or None
-    mean, std = images.get("image_mean"), images.get("image_std")
-    if images.get("do_normalize") is False and images:
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = processor_statistics(images) or (None, None)
     return VitFacts(
-        mean=tuple(mean) if mean else None,
-        std=tuple(std) if std else None,
+        mean=mean,
+        std=std,
         interpolation=RESAMPLING.get(images.get("resample")),
         resize=resize,
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import eval_zeroshot
 from base.errors import UserError
 from base.files import write_json
-from dataset.images.align import MARGIN
+from base.pixels import ALIGN_MARGIN
 from dataset.text.align import AlignTokenizer
 from dataset.text.bpe import ClipTokenizer
 from models.dual_encoder.align import Align
@@ -104,7 +104,7 @@ def align_to_hugging_face(source: Source, opened: Opened, folder: Path) -> Writt
     """AlignModel. UserError for models with an image projection."""
     write_align(source.weights, opened.model, folder)
     side = opened.pixels.size
-    processor = align_processor(side, round(side * MARGIN))
+    processor = align_processor(side, round(side * ALIGN_MARGIN))
     write_json(folder / "preprocessor_config.json", processor, indent=2)
     write_align_tokenizer(opened.tokenize.func, folder)
     return Written("transformers", TASK, HUGGING_FACE_EXAMPLE)
@@ -141,7 +141,7 @@ def write_inputs(opened: Opened, folder: Path) -> None:
     pixels, tokenizer = opened.pixels, opened.tokenize.func
     processor = clip_processor(pixels)
     if isinstance(opened.model, Align):
-        processor = align_processor(pixels.size, round(pixels.size * MARGIN))
+        processor = align_processor(pixels.size, round(pixels.size * ALIGN_MARGIN))
     write_json(folder / "preprocessor_config.json", processor, indent=2)
     if isinstance(tokenizer, AlignTokenizer):
         write_align_tokenizer(tokenizer, folder)

@@ -279,6 +279,73 @@ def test_align():
     same(open_dual(theirs, {}), model, size=32)  # the shapes of the weights tell
 
 
+def test_aligns_folder_tells_size_and_pixels():
+    """As `AlignModel`'s own image processor computes them."""
+    transformers = pytest.importorskip("transformers")
+    model = built(model="ALIGN_NANO_TINY", image_size=32, embed_dim=12, vocab_size=50)
+    about = {
+        "config.json": {"vision_config": {"image_size": 600}},
+        "preprocessor_config.json": {
+            "size": {"height": 57, "width": 57},
+            "crop_size": {"height": 48, "width": 48},
+            "resample": 2,
+            "do_rescale": True,
+            "rescale_factor": 1 / 127.5,
+            "rescale_offset": True,
+            "do_normalize": True,
+            "image_mean": [0.1, 0.2, 0.3],
+            "image_std": [0.4, 0.5, 0.6],
+            "include_top": False,
+        },
+    }
+    found = open_dual(model.state_dict(), about)
+    assert found.pixels[:2] == (48, "bilinear")
+    grey = torch.full((3, 57, 57), 100, dtype=torch.uint8)
+    processor = transformers.EfficientNetImageProcessor(**about["preprocessor_config.json"])
+    expected = processor(grey, return_tensors="pt")["pixel_values"][0, :, 0, 0]
+    mean, std = torch.tensor(found.pixels.mean), torch.tensor(found.pixels.std)
+    torch.testing.assert_close((100 / 255 - mean) / std, expected)
+    about["preprocessor_config.json"]["size"] = {"height": 48, "width": 48}
+    with pytest.raises(UserError, match=r"size is .*48.* computes .*57.*--model hf/FOLDER"):
+        open_dual(model.state_dict(), about)
+
+
+@pytest.mark.parametrize(
+    ("layout", "path", "value", "message"),
+    [
+        ("align", "config text_config hidden_act", "relu", "hidden_act is 'relu'.*computes 'gelu'"),
+        ("align", "config text_config layer_norm_eps", 1e-5, "layer_norm_eps is 1e-05"),
+        ("align", "config vision_config batch_norm_eps", 1e-5, "batch_norm_eps is 1e-05"),
+        ("align", "preprocessor_config resample", 3, "resample is 3.*computes 2"),
+        ("hf", "config text_config layer_norm_eps", 1e-6, "layer_norm_eps is 1e-06"),
+        ("hf", "config text_config num_attention_heads", 2, "heads is 2.*computes 1"),
+        ("hf", "preprocessor_config size", {"height": 16, "width": 16}, "size is .*hf/FOLDER"),
+        ("hf", "preprocessor_config do_center_crop", False, "do_center_crop is False"),
+        ("open_clip", "open_clip_config model_cfg vision_cfg no_ln_pre", True, "local-dir:FOLDER"),
+        ("open_clip", "open_clip_config model_cfg text_cfg norm_kwargs", {"eps": 1e-6}, "1e-06"),
+        ("open_clip", "open_clip_config model_cfg text_cfg heads", 2, "width 64 with 2 heads"),
+        ("open_clip", "open_clip_config preprocess_cfg resize_mode", "squash", "is 'squash'"),
+    ],
+)
+def test_what_a_folder_states_is_computed_or_refused(layout, path, value, message):
+    """Weights of one shape, but another network than ours, or another view of the image."""
+    model = openai("gelu")
+    weights, about = model.state_dict(), {"open_clip_config.json": {"model_cfg": {}}}
+    if layout == "align":
+        small = {"image_size": 32, "embed_dim": 12, "vocab_size": 50}
+        weights = built(model="ALIGN_NANO_TINY", **small).state_dict()
+    if layout == "hf":
+        weights = adapters.to_hugging_face(model)
+        about = {"config.json": adapters.hugging_face_config(model.config)}
+    file, *parts, name = path.split()
+    stated = about.setdefault(f"{file}.json", {})
+    for part in parts:
+        stated = stated.setdefault(part, {})
+    stated[name] = value
+    with pytest.raises(UserError, match=message):
+        open_dual(weights, about)
+
+
 def test_fusion_encoders_are_named():
     weights = {"itm_head.weight": torch.zeros(2, 4), "text_encoder.x": torch.zeros(1)}
     with pytest.raises(UserError, match="ALBEF, SIMLA or BLIP: evaluate the first two with Retr"):

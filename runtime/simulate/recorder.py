@@ -179,6 +179,8 @@ class Recorder(TorchDispatchMode):
             self._note_collective(name, args, tensors)
             return func(*args, **kwargs)
         if tensors and all(self.is_host(t) for t in tensors):
+            if self.fakes and name == "_local_scalar_dense":  # no data, but nothing to wait for
+                return stand_in_of(args[0])
             return self._mark_host(func(*args, **kwargs))
         waited, out = self._wait(name, args, kwargs, tensors)
         if not self.fakes:
@@ -201,8 +203,7 @@ class Recorder(TorchDispatchMode):
         """(True, a stand-in for the result) where the host would wait for this operation."""
         if name == "_local_scalar_dense":
             self.wait("a value is read (.item(), float(), bool(), if)")
-            kind = args[0].dtype
-            return True, True if kind == torch.bool else 1.0 if kind.is_floating_point else 1
+            return True, stand_in_of(args[0])
         if name in ("index", "index_put", "index_put_", "_unsafe_index") and len(args) > 1:
             masks = [
                 i for i in args[1] if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
@@ -309,19 +310,32 @@ class Recorder(TorchDispatchMode):
         """Python's ways between host and card, which look alike where the CPU stands in for the card."""
         yield torch, "tensor", self._watch_factory(torch.tensor)
         yield torch, "as_tensor", self._watch_factory(torch.as_tensor)
+        yield torch, "zeros", self._watch_zeros(torch.zeros)
         for name in ("cpu", "numpy", "tolist"):
             yield Tensor, name, self._watch_read(getattr(Tensor, name), f".{name}()")
         yield Tensor, "to", self._watch_to(Tensor.to)
         yield torch.UntypedStorage, "resize_", self._watch_resize(torch.UntypedStorage.resize_)
 
     def _watch_factory(self, function):
+        """The card is a torch.device here; libraries write "cpu" for the host's memory."""
+
         def wrapped(data, *args, **kwargs):
             if isinstance(data, Tensor):
                 return function(data, *args, **kwargs)
-            if kwargs.get("device") is None:
+            if kwargs.get("device") in (None, "cpu"):
                 return self._mark_host(function(data, *args, **kwargs))
             self.wait(f"torch.{function.__name__}(…, device=…): a blocking copy to the card")
             return function(data, *args, **kwargs)
+
+        return wrapped
+
+    def _watch_zeros(self, function):
+        """Optimizers count their steps in the host's memory."""
+
+        def wrapped(*args, **kwargs):
+            made = function(*args, **kwargs)
+            on_host = made.ndim == 0 and kwargs.get("device") in (None, "cpu")
+            return self._mark_host(made) if on_host else made
 
         return wrapped
 
@@ -350,8 +364,7 @@ class Recorder(TorchDispatchMode):
                 self.trace.copies[key] += 1
             else:
                 self.trace.waits[key] += 1
-            kwargs = {k: v for k, v in kwargs.items() if k == "dtype"}
-            return torch.empty_like(tensor, **kwargs)
+            return torch.empty(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype)
 
         return wrapped
 
@@ -361,6 +374,13 @@ class Recorder(TorchDispatchMode):
             self.resize(storage, size)
 
         return wrapped
+
+
+def stand_in_of(value: Tensor) -> bool | int | float:
+    """What Python reads of a fake value: true, 1, or 100.0, which counts steps far from the first."""
+    if value.dtype == torch.bool:
+        return True
+    return 100.0 if value.dtype.is_floating_point else 1
 
 
 def _local(tensor: Tensor) -> Tensor:

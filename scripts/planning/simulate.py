@@ -130,14 +130,15 @@ def _record(script: ModuleType, config, world_size: int, mode: str):
     world = World(0, world_size, 0, CPU)
     network = synchronise_batch_norm(setup.model) if script.__name__ in BATCH_NORMS else setup.model
     model = parallelize(network, world, config).train()
-    optimizer = build_optimizer(network, config.optimizer, setup.decayed)
     precision = Precision(config.precision, CPU, config.optimizer.clip_grad_norm)
     recorder = Recorder(fakes=mode != "real")
     _adopt_weights(recorder, network, setup.frozen)
     _name_phases(recorder, precision, network, getattr(model, "finish", None))
     if isinstance(model, SimulatedDDP):
         model.attach(recorder)
-    with recorder:
+    with recorder, torch.compiler.set_stance("force_eager"):
+        recorder.phase = "optimizer"
+        optimizer = build_optimizer(network, config.optimizer, setup.decayed)
         for _ in range(2):
             recorder.restart()
             recorder.phase = "forward"

@@ -5,6 +5,7 @@ Every function takes the script's module and its parsed configuration, calls the
 recipe names are not read: vocabularies, classes and lengths of texts are assumed, and said.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -236,12 +237,20 @@ def labelled(script: ModuleType, config) -> Setup:
 def dual(script: ModuleType, config) -> Setup:
     """main.py: texts of 32 tokens at most, weak and strong views as the recipe says."""
     from models.dual_encoder.base import names_by_decay
+    from scripts.planning.towers import sized_text_tower, without_weights
 
-    align = config.network.model.startswith("ALIGN")
-    tokens = BERT_TOKENS if align else CLIP_TOKENS
-    config.network = replace(config.network, vocab_size=tokens)
-    config.checkpoint = config.init_text_encoder = None
-    model = script.build_model(config).train()
+    config.checkpoint = None
+    config.init_text_encoder = None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_weights(script))
+        if config.network.text_tower:
+            config.network, vocabulary = stack.enter_context(sized_text_tower(config.network))
+        else:
+            align = config.network.model.startswith("ALIGN")
+            tokens = BERT_TOKENS if align else CLIP_TOKENS
+            config.network = replace(config.network, vocab_size=tokens)
+            vocabulary = f"{tokens:,} tokens"
+        model = script.build_model(config).train()
     size, side = config.batch_size, config.network.image_size
     usual = min([n for n in config.text_lengths if n >= 32], default=32)
     length = min(usual, config.network.context_length)
@@ -267,7 +276,7 @@ def dual(script: ModuleType, config) -> Setup:
         return train(script, config, model, optimizer, precision, batch, None, after)
 
     step.teacher = None
-    assumed = [f"{tokens:,} tokens, texts of {length} tokens"]
+    assumed = [f"{vocabulary}, texts of {length} tokens"]
     decayed = names_by_decay(model, config.network.original)[0]
     return Setup(model, size, step, 3 * side**2 * (1 + local_images), [], decayed, assumed)
 

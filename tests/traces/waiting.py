@@ -8,14 +8,17 @@ from runtime.simulate.stand_ins import simulated_gpu
 
 def waiting_step() -> Trace:
     with simulated_gpu(), Recorder() as recorder:
-        x = torch.zeros(8, 4, device="cpu")
+        card = torch.device("cpu")
+        x = torch.zeros(8, 4, device=card)
         recorder.phase = "forward"
         x.sum().item()
         x[x[:, 0] > 0]
         x.nonzero()
         x.cpu()
-        torch.tensor([1.0, 2.0], device=torch.device("cpu"))
-        torch.tensor([1.0, 2.0]).to(torch.device("cpu"))
-        torch.tensor([1.0, 2.0]).to(torch.device("cpu"), non_blocking=True)
-        x + torch.full((), 0.5, device="cpu")
+        torch.tensor([1.0, 2.0], device=card)
+        torch.tensor([1.0, 2.0]).to(card)
+        torch.tensor([1.0, 2.0]).to(card, non_blocking=True)
+        steps = torch.tensor(0.0, device="cpu") + torch.zeros(())  # of the host: no wait
+        assert steps.item() == 100
+        x + torch.full((), 0.5, device=card)
     return recorder.trace

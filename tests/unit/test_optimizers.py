@@ -142,6 +142,16 @@ def test_unknown_optimizers():
         Optimizer(opt="muom")
     with pytest.raises(UserError, match=r"timm has no such optimizer; did you mean lion"):
         build_optimizer(small(), Optimizer(opt="timm/lionn"))
+    with pytest.raises(UserError, match="timm/adahessian needs second derivatives"):
+        build_optimizer(small(), Optimizer(opt="timm/adahessian"))
+
+
+def test_timm_keeps_three_betas_and_says_what_waits(capsys):
+    group = build_optimizer(small(), Optimizer(opt="timm/adan", betas=(0.5, 0.5))).param_groups[0]
+    assert group["betas"] == (0.98, 0.92, 0.99)
+    assert not capsys.readouterr().out
+    build_optimizer(small(), Optimizer(opt="timm/adamp"))
+    assert "timm/adamp: each update waits for the GPU" in capsys.readouterr().out
 
 
 def test_sharded_parameters_are_refused(monkeypatch):

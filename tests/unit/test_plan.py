@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from base.errors import UserError
+from models.dual_encoder.base import DualConfig
 from runtime.gpus import GPUS
 from runtime.simulate import bounds as b
 from runtime.simulate.fusion import Group
@@ -16,6 +17,7 @@ from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
 from scripts.planning.recipes import recipes
 from scripts.planning.report import Request, whole_cores
+from scripts.planning.towers import sized_text_tower
 from tests.helpers.processes import Run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -297,12 +299,39 @@ def test_every_recipe_of_a_folder_has_a_line(tmp_path):
     nxtp.parent.mkdir()
     tower = "image_tower: timm/resnet18:nowhere.safetensors\nimage_size: 64\n"
     nxtp.write_text(f"base: {CONFIGS / 'Recognition/debug.yaml'}\n{tower}")
+    lit = tmp_path / "main/towers.yaml"  # neither of which is here
+    lit.parent.mkdir()
+    image = "image_tower: timm/test_resnet:nowhere.safetensors\nimage_size: 64\n"
+    lit.write_text(f"base: {CONFIGS / 'main/photos.yaml'}\n{image}")
     code, lines = all_recipes_of(tmp_path, "1,1,0.1")
-    assert code == 1 and len(lines) == 5
+    assert code == 1 and len(lines) == 6
     assert lines.pop(2).startswith("| Recognition/library_tower.yaml | 8 | ")
+    towers = lines.pop(-1)
+    assert towers.startswith("| main/towers.yaml | 64 | ") and "| 0 |" in towers
     assert lines[2].startswith("| VE/good.yaml | 8 | ") and "does not fit | 0 |" in lines[2]
     assert lines[3].startswith("| VE/typing_error.yaml | FAILED: UserError: ")
     assert "bacth_size" in lines[3]
+
+
+def test_a_text_tower_has_its_own_sizes_or_assumed_ones(tmp_path):
+    import transformers
+
+    shape = {"vocab_size": 77, "hidden_size": 8, "num_attention_heads": 1}
+    transformers.BertConfig(**shape).save_pretrained(tmp_path)
+    here = DualConfig(text_tower=f"hf/{tmp_path}")
+    with sized_text_tower(here) as (network, said):
+        assert network == replace(here, vocab_size=77)
+        assert said == f"the 77 tokens of text_tower hf/{tmp_path}"
+    nowhere = DualConfig(text_tower="hf/no/such", tower_classes="names", embed_dim=384)
+    with sized_text_tower(nowhere) as (network, said):
+        assert said.startswith("text_tower hf/no/such is not here: a BERT of 12 layers, width 384")
+        sizes = transformers.AutoConfig.from_pretrained(network.text_tower.removeprefix("hf/"))
+    assert (sizes.hidden_size, sizes.vocab_size) == (384, network.vocab_size) == (384, 30522)
+    with (
+        pytest.raises(UserError, match="write hf/NAME"),
+        sized_text_tower(DualConfig(text_tower="timm/vit")),
+    ):
+        pass
 
 
 def test_every_training_recipe_is_listed():

@@ -4,17 +4,18 @@
     python -m benchmarks.learning --train-data pairs.json --test-data held_out.json --image-root images
     python -m benchmarks.learning --peer PATH/TO/ALBEF --pairs 5000 --epochs 4
 
-The first two train a CLIP by main.py and by open_clip's own script: the same network (ViT of 4
-blocks, width 128, patches of 8 pixels; text transformer of 2 blocks, width 128, 24 tokens) from
-random weights. With --peer it is an ALBEF by Pretrain.py and by the original's own main(): the same
-network (ViT of 2 blocks, width 96; BERT of 2 layers, the second fusing) from the same weights.
+The first two train a CLIP by main.py and by open_clip's own script: the same network (main.py's
+ViT-T-8: ViT of 4 blocks, width 128, patches of 8 pixels; text transformer of 2 blocks, width 128, 24
+tokens), each from its own random weights and with its own choice of what decays. With --peer it is
+an ALBEF by Pretrain.py and by the original's own main(): the same network (ViT of 2 blocks, width
+96; BERT of 2 layers, the second fusing) from the same weights, its temperature fixed at 0.07.
 
 Both sides have the same batch size, optimizer, learning rates, crops and number of samples. One
-evaluator then embeds the held-out images and captions and takes the recall at 1 among all of them,
-for ALBEF by its contrastive features. Weights and order of the samples differ between seeds, and so
-does recall: the table gives the mean, its standard error and every seed. Recall does not depend on
-how busy the machine is; samples a CPU second hardly do. open_clip's script needs `pip install
-"open_clip_torch[training]"`.
+evaluator then embeds the held-out images and captions, normalised as in training, and takes the
+recall at 1 among all of them, for ALBEF by its contrastive features. Weights and order of the
+samples differ between seeds, and so does recall: the table gives the mean, its standard error and
+every seed. Recall does not depend on how busy the machine is; samples a CPU second hardly do.
+open_clip's script needs `pip install "open_clip_torch[training]"`.
 """
 
 import csv
@@ -32,6 +33,7 @@ import torch
 from base.distributed import ALONE
 from base.errors import UserError
 from base.files import read_json, write_json
+from base.pixels import OPENAI
 from benchmarks import learning_sides
 from benchmarks.runner import (
     OURS,
@@ -146,7 +148,7 @@ def recall(config: Config, embed_image, embed_text, tokenize) -> dict[str, float
     """R@1 in percent of the held-out list: captions of each image, images of each caption."""
     test = captions_by_image(config, config.test_data)
     view = EvalView(learning_sides.IMAGE_SIZE, "bicubic")
-    pixels = pixel_statistics(torch.device("cpu"))
+    pixels = pixel_statistics(torch.device("cpu"), *OPENAI)  # as every side trains
     loaded = torch.stack([view(decode_image(path)) for path, _ in test])
     batches = [{"image": normalize(part, pixels)} for part in loaded.split(64)]
     images = embed_images(embed_image, batches, range(len(test)), len(test), ALONE)

@@ -57,22 +57,21 @@ def flags(**values) -> list[str]:
 # ---- CLIP by main.py and by open_clip
 CONTEXT = 24
 CLIP_OURS = (
-    "main.py --model CLIP_VITT8_CLIP --image-size 48 --embed-dim 128 --context-length 24 "
-    "--text-width 128 --text-heads 4 --transformer-layers 2 --dataset pairs --root / --num-augs 0 "
-    "--weak-min-scale 0.8 --flip false --lr-start 0 --lr-end 0 --wd 0.1 --eps 1e-6 "
+    "main.py --model ViT-T-8 --image-size 48 --context-length 24 --dataset pairs --root / "
+    "--num-augs 0 --weak-min-scale 0.8 --flip false --lr-end 0 --wd 0.1 --eps 1e-6 "
     "--precision fp32 --workers 1 --tensorboard false --resume no"
 )
 CLIP_OPEN_CLIP = (
     "--model open_clip_small --dataset-type csv --aug-cfg scale=(0.8,1.0) --wd 0.1 --beta1 0.9 "
     "--beta2 0.98 --eps 1e-6 --precision fp32 --workers 1 --save-frequency 0"
 )
-OPEN_CLIP_NETWORK = {
+OPEN_CLIP_NETWORK = {  # ViT-T-8 of models.layers.openai_towers
     "embed_dim": 128,
     "vision_cfg": {
         "image_size": IMAGE_SIZE,
         "layers": 4,
         "width": 128,
-        "head_width": 32,
+        "head_width": 64,
         "patch_size": 8,
     },
     "text_cfg": {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 2},
@@ -90,6 +89,7 @@ def clip_ours(config, run: Path, seed: int) -> list[str]:
         "epochs": config.epochs,
         "warmup": f"{config.warmup} steps",
         "lr": config.lr,
+        "lr-start": config.lr / max(1, config.warmup),  # where open_clip's warm-up starts
         "device": device_of(config),
         "seed": seed,
         "output-dir": run,
@@ -162,7 +162,8 @@ METHOD = {  # under the names that both sides give them
 ALBEF_OURS = (
     "Pretrain.py --method albef --patch_size 8 --vision_depth 2 --vision_heads 4 --max_tokens 25 "
     "--flip false --augment_level 0 --crop_scale 0.8 1.0 --weight_decay 0.02 --clip_grad_norm 0 "
-    "--warmup_lr 1e-5 --min_lr 1e-5 --workers 1 --tensorboard false --resume no"
+    "--decay_everything true --scalar_lr_scale 0 --original_warmup true --warmup_lr 1e-5 "
+    "--min_lr 1e-5 --workers 1 --tensorboard false --resume no"
 )
 BERT = {
     "hidden_size": WIDTH,

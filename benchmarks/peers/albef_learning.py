@@ -75,6 +75,17 @@ def adjust_data(options: types.SimpleNamespace) -> None:
     data.RandomAugment = torch.nn.Identity
 
 
+def with_fixed_temperature(create_optimizer: Callable) -> Callable:
+    """`create_optimizer` without the temperature, which at a small network's learning rate would
+    fall to its bound within a hundred updates."""
+
+    def create(options, model: torch.nn.Module) -> torch.optim.Optimizer:
+        model.temp.requires_grad_(False)
+        return create_optimizer(options, model)
+
+    return create
+
+
 def open_checkout(options: types.SimpleNamespace) -> types.ModuleType:
     """The checkout's Pretrain.py, which runs on one process and on the CPU, too."""
     prepare(options)
@@ -86,6 +97,7 @@ def open_checkout(options: types.SimpleNamespace) -> types.ModuleType:
     stand_in("models.tokenization_bert", BertTokenizer=tokenizer)
     pretrain = importlib.import_module("Pretrain")
     pretrain.create_loader = with_values(pretrain.create_loader, num_workers=[1])
+    pretrain.create_optimizer = with_fixed_temperature(pretrain.create_optimizer)
     # sums over the one process, for which the original wants CUDA
     pretrain.utils.MetricLogger.synchronize_between_processes = lambda logger: None
     start_process_group(options.device)

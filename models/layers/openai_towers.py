@@ -47,9 +47,15 @@ class OpenAIConfig:
 
 
 def _model(
-    width: int, layers, patch: int, embed: int, text: tuple[int, int], size: int = 224
+    width: int,
+    layers,
+    patch: int,
+    embed: int,
+    text: tuple[int, int],
+    size: int = 224,
+    text_layers: int = 12,
 ) -> OpenAIConfig:
-    shape = TextShape(width=text[0], heads=text[1])
+    shape = TextShape(width=text[0], heads=text[1], layers=text_layers)
     return OpenAIConfig(
         embed_dim=embed,
         image_size=size,
@@ -70,6 +76,7 @@ OPENAI_MODELS = {
     "ViT-B-16": _model(768, 12, 16, 512, (512, 8)),
     "ViT-L-14": _model(1024, 24, 14, 768, (768, 12)),
     "ViT-L-14-336": _model(1024, 24, 14, 768, (768, 12), 336),
+    "ViT-T-8": _model(128, 4, 8, 128, (128, 4), 48, text_layers=2),  # ours, for small images
 }
 
 

@@ -1,8 +1,10 @@
 """The learning benchmark: both sides get the same pairs, one evaluator, a table by seeds."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -15,6 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from base.errors import UserError
 from base.files import read_json, write_json
 from benchmarks import learning, learning_sides
+from runtime.optim.schedule import Schedule, learning_rate
 
 
 @pytest.fixture
@@ -84,6 +87,24 @@ def test_options_that_do_not_fit_are_refused(config):
         learning.Config(train_data=config.train_data).check()
 
 
+def test_both_sides_have_the_same_learning_rates(config):
+    scheduler = pytest.importorskip("open_clip_train.scheduler")
+    config.warmup = 10
+    command = learning_sides.clip_ours(config, config.folder / "run", seed=0)
+    given = dict(itertools.pairwise(command))
+    schedule = Schedule(
+        sched="rocket",
+        warmup=given["--warmup"],
+        warmup_lr=float(given["--lr-start"]),
+        min_lr=float(given["--lr-end"]),
+    )
+    sizes = {"total": 40, "epoch_steps": 20, "batch": config.batch}
+    ours = learning_rate(schedule, float(given["--lr"]), **sizes)
+    optimizer = SimpleNamespace(param_groups=[{}])
+    theirs = scheduler.cosine_lr(optimizer, config.lr, config.warmup, 40)
+    assert [ours(step) for step in range(40)] == pytest.approx([theirs(s) for s in range(40)])
+
+
 @pytest.mark.slow
 def test_both_sides_train_and_are_evaluated(config, capsys):
     pytest.importorskip("webdataset", reason="open_clip's training script needs it")
@@ -97,6 +118,16 @@ def test_both_sides_train_and_are_evaluated(config, capsys):
     assert all(0 <= json.loads(text)["captions"] <= 100 for *_, text in figures)
     assert "8 samples" in said
     assert "--seeds 0 1" in said
+    # the same network on both sides: open_clip's weights give the same embeddings in ours
+    ours, theirs = config.folder / "ours_0", config.folder / "open_clip_0"
+    embed_image, embed_text, tokenize = learning_sides.open_our_clip(config, ours)
+    their_image, their_text, _ = learning_sides.open_their_clip(config, theirs)
+    weights = torch.load(theirs / "checkpoints/epoch_1.pt", weights_only=True)["state_dict"]
+    embed_image.__self__.load_state_dict(weights)
+    images, ids = torch.randn(2, 3, 48, 48), tokenize(["level a", "grey b"])
+    with torch.inference_mode():
+        torch.testing.assert_close(embed_image(images), their_image(images))
+        torch.testing.assert_close(embed_text(ids), their_text(ids))
 
 
 # ---- ALBEF beside Pretrain.py
@@ -110,6 +141,7 @@ import utils
 from dataset import create_dataset, create_loader
 from models.model_pretrain import ALBEF
 from models.tokenization_bert import BertTokenizer
+from optim import create_optimizer
 
 
 def main(args, config):
@@ -126,6 +158,7 @@ def main(args, config):
         "scale": pairs.view.transforms[0].scale,
         "workers": loader,
         "vision": model.vision,
+        "temperature": create_optimizer(config["optimizer"], model),
         "seed": args.seed,
         "config": config,
         "world": torch.distributed.get_world_size(),
@@ -152,6 +185,7 @@ class ALBEF:
             img_size=config["image_res"], patch_size=16, embed_dim=768, depth=12, num_heads=12
         )
         self.vision = vit.given
+        self.temp = torch.nn.Parameter(torch.tensor(config["temp"]))
         weights = torch.hub.load_state_dict_from_url(url="https://example.org/deit.pth")["model"]
         assert weights["pos_embed"].shape == (1, 37, 96)
 """
@@ -190,6 +224,10 @@ def create_dataset(kind, config):
 def create_loader(datasets, batch_size, num_workers):
     return num_workers
 """
+OPTIM = """
+def create_optimizer(options, model):
+    return "trained" if model.temp.requires_grad else "fixed"
+"""
 UTILS = """
 class MetricLogger:
     def synchronize_between_processes(self):
@@ -201,6 +239,7 @@ CHECKOUT = {  # with the interfaces of ALBEF that the benchmark calls and adjust
     "models/model_pretrain.py": MODEL,
     "models/vit.py": VIT,
     "dataset/__init__.py": DATA,
+    "optim/__init__.py": OPTIM,
     "utils.py": UTILS,
 }
 
@@ -281,10 +320,12 @@ def test_the_original_trains_on_the_same_pairs_weights_and_views(with_peer, caps
     assert seen["scale"] == [0.8, 1.0] and seen["view"].count("Identity") == 2
     assert seen["workers"] == [1] and seen["seed"] == 3 and seen["world"] == 1
     assert seen["config"]["schedular"]["lr"] == seen["config"]["optimizer"]["lr"] == with_peer.lr
+    assert seen["temperature"] == "fixed"
     # our side started from the same weights: its config names the file that the original read
     ours = yaml.safe_load((folder / "albef_ours_3/config.yaml").read_text())
     assert Path(ours["checkpoint"]) == (folder / "start_3.pth").absolute()
     assert ours["optimizer"]["lr"] == with_peer.lr and ours["queue_size"] == 1024
+    assert ours["optimizer"]["scalar_lr_scale"] == 0 and ours["scheduler"]["original_warmup"]
     start = torch.load(folder / "start_3.pth", weights_only=True)["model"]
     end = torch.load(folder / "albef_original_3/checkpoint_00.pth", weights_only=True)["model"]
     assert [name for name in start if not torch.equal(start[name], end[name])] == [

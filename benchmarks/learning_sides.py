@@ -74,7 +74,7 @@ OPEN_CLIP_NETWORK = {  # ViT-T-8 of models.layers.openai_towers
         "head_width": 64,
         "patch_size": 8,
     },
-    "text_cfg": {"context_length": CONTEXT, "width": 128, "heads": 4, "layers": 2},
+    "text_cfg": {"context_length": CONTEXT, "width": 128, "heads": 2, "layers": 2},
 }
 START_OPEN_CLIP = (
     "import sys, open_clip; open_clip.add_model_config(sys.argv.pop(1)); "

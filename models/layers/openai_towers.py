@@ -76,7 +76,7 @@ OPENAI_MODELS = {
     "ViT-B-16": _model(768, 12, 16, 512, (512, 8)),
     "ViT-L-14": _model(1024, 24, 14, 768, (768, 12)),
     "ViT-L-14-336": _model(1024, 24, 14, 768, (768, 12), 336),
-    "ViT-T-8": _model(128, 4, 8, 128, (128, 4), 48, text_layers=2),  # ours, for small images
+    "ViT-T-8": _model(128, 4, 8, 128, (128, 2), 48, text_layers=2),  # ours, for small images
 }
 
 

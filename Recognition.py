@@ -4,7 +4,7 @@
     8 GPUs      torchrun --nproc_per_node=8 Recognition.py --config configs/Recognition/g3m.yaml
     one image   python Recognition.py --checkpoint RUN --image PATH --num_labels 20
     evaluate    python Recognition.py --checkpoint RUN --evaluate --test SHARDS \\
-                    --sentence_encoder all-MiniLM-L6-v2
+                    --sentence_encoder sentence-transformers/all-MiniLM-L6-v2
     all knobs   python Recognition.py --help
 
 The patch tokens of CLIP's image tower are the prefix of a LLaMA decoder that is cut to its first

@@ -8,7 +8,8 @@
     look first          … --dry-run prints the batch file and submits nothing
 
 Without SCRIPT.py it is main.py. Options that the launcher does not know go to the script, so `--`
-is needed only where both know a flag. Each GPU gets one process; the script writes to the job folder
+is needed only where both know a flag; one that is nearly the launcher's and unknown to the script
+is refused. Each GPU gets one process; the script writes to the job folder
 unless ARGS name another --output_dir.
 
 Slurm sends SIGUSR1 ahead of the time limit (SIGTERM ahead of a preemption). The script saves at its
@@ -18,11 +19,14 @@ docs/SLURM.md; to try it: bash scripts/dev/local_slurm.sh start.
 """
 
 import argparse
+import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from base.errors import UserError
+from base.files import nearest
 from runtime.slurm import (
     build_executor,
     has_slurm,
@@ -49,11 +53,32 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add_slurm_options(form)
     options, unknown = form.parse_known_args(argv[:cut])
     options.script = script
+    check_spelling(unknown, script, [name.lstrip("-") for name in form._option_string_actions])
     if options.nodes < 1 or options.ngpus < 0 or options.timeout < 1 or (options.tasks or 1) < 1:
         raise UserError("--nodes, --tasks and --timeout start at 1, --ngpus at 0")
     if options.tasks is None:
         options.tasks = max(1, options.ngpus)
     return options, unknown + argv[cut + 1 :]
+
+
+def check_spelling(words: list[str], script: str, launcher: list[str]) -> None:
+    """Raise UserError for a word that is nearly an option of the launcher and none of the script:
+    passed on, it would end the job after its time in the queue."""
+    for word in words:
+        flag = word.partition("=")[0]
+        meant = nearest(flag.lstrip("-"), launcher, cutoff=0.8)
+        if flag.startswith("--") and meant and flag.replace("_", "-") not in script_flags(script):
+            raise UserError(
+                f"{flag}: no option of the launcher or of {script}; did you mean --{meant}? "
+                "What is meant for the script all the same goes behind --"
+            )
+
+
+def script_flags(script: str) -> set[str]:
+    """The options that a script's help lists, with dashes."""
+    command = [sys.executable, str(find_script(script)), "--help", "all"]
+    text = subprocess.run(command, capture_output=True, text=True).stdout
+    return {flag.replace("_", "-") for flag in re.findall(r"--[a-zA-Z][\w.-]*", text)}
 
 
 def add_job_options(form: argparse.ArgumentParser) -> None:
@@ -180,6 +205,7 @@ def submit(options: argparse.Namespace, words: list[str]) -> None:
     log = folder / "slurm" / f"{job}_0_log.out"
     print(
         f"job {job}: {options.script} on {options.nodes} x {options.tasks} processes -> {folder}",
+        f"  runs    {shlex.join([options.script, *words])}",
         f"  follow  tail -F {log}",
         f"  state   squeue -j {job}",
         f"  stop    scancel {job}   (submitted again with this folder, it resumes)",

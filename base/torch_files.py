@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from base.addresses import missing_file
 from base.errors import UserError
 from base.files import read_json
 from base.pickles import BoundedUnpickler, check_size
@@ -259,6 +260,8 @@ def shards_of(index: Path) -> list[Path]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors by name of one safetensors or torch file. UserError."""
+    if not path.is_file():
+        raise missing_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

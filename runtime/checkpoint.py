@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from base.addresses import where_from
 from base.errors import UserError
 from base.files import atomic_write, file_errors, matching_files, sync_folder
 from base.torch_files import find_index, read_index, read_tensors
@@ -390,7 +391,7 @@ def weights_file(path: Path) -> Path:
             raise UserError(f"{path}: a folder without checkpoint_*.pt or *.safetensors")
         return found
     if not path.is_file() and not is_sharded(path):
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint{where_from(path)}")
     return path
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from base.addresses import missing_file
 from base.errors import UserError, brief
 from base.limits import MODULES, NESTED_LEVELS, check_limit
 from base.pickles import BoundedUnpickler, check_size
@@ -113,7 +114,7 @@ def load_torch(path: str | Path, map_location: str | torch.device = "cpu") -> An
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise missing_file(path)
     with _faults_named(path):
         if not zipfile.is_zipfile(path):
             content = _resolve(_load_legacy(path), {})
@@ -408,7 +409,7 @@ def _faults_named(path):
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise missing_file(path) from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise UserError(

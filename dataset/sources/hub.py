@@ -13,6 +13,7 @@ from pathlib import Path
 
 from base.errors import BadSample, UserError
 from base.files import cache_folder, digest, one_builder, write_json_lines
+from base.hub import ask_hub
 from dataset.images.decode import image_ending
 
 # Path() makes one slash of two
@@ -66,7 +67,7 @@ def _fetched(name: str, configuration: str | None, split: str):
             f"pip install 'datasets>={OLDEST}'"
         )
     try:
-        _check_reachable(name)
+        ask_hub(name, "dataset")
         found = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # of the network, the hub, the files, by many libraries
         reason = " ".join(str(error).split())[:300]
@@ -77,14 +78,6 @@ def _fetched(name: str, configuration: str | None, split: str):
     for column in image_columns(found):
         found = found.cast_column(column, datasets.Image(decode=False))
     return found
-
-
-def _check_reachable(name: str) -> None:
-    """Ask the hub once for the data set: `datasets` would try for half a minute without a network."""
-    from huggingface_hub import HfApi, constants
-
-    if not constants.HF_HUB_OFFLINE:
-        HfApi().dataset_info(name, timeout=20)
 
 
 def image_columns(data) -> list[str]:

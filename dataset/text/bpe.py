@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from base.addresses import where_from
 from base.errors import UserError
 from base.files import read_bytes
 from base.limits import VOCABULARY_BYTES
@@ -25,6 +26,7 @@ PIECES = (
 )
 PIECES = PIECES.replace("<|", r"<\|")
 CLIP_MERGES = 48_894  # of the file's lines, CLIP takes so many
+MERGES = "bpe_simple_vocab_16e6.txt.gz"  # of CLIP
 
 
 def clean_text(text: str) -> str:
@@ -44,14 +46,14 @@ def find_merges(path: str | Path | None = None) -> Path:
     if path is not None:
         if not Path(path).is_file():
             raise UserError(
-                f"bpe_path {path}: no such file; name CLIP's bpe_simple_vocab_16e6.txt.gz, or leave it out and "
+                f"bpe_path {path}: no such file{where_from(MERGES)}; or leave it out and "
                 "`pip install open_clip_torch`, which brings the file"
             )
         return Path(path)
     package = importlib.util.find_spec("open_clip")  # its files without importing it
     for folder in package.submodule_search_locations if package else ():
-        if (Path(folder) / "bpe_simple_vocab_16e6.txt.gz").is_file():
-            return Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
+        if (Path(folder) / MERGES).is_file():
+            return Path(folder) / MERGES
     raise UserError(
         "CLIP's BPE merges are not on this machine: `pip install open_clip_torch`, which brings them, or name a copy "
         "of bpe_simple_vocab_16e6.txt.gz with --bpe-path"

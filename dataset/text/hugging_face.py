@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.errors import UserError, first_line
+from base.errors import UserError
+from base.hub import from_hub
 from dataset.text.wordpiece import padded_length
 
 
@@ -21,12 +22,8 @@ class FolderTokenizer:
 
         self.source, self.context_length = str(source), context_length
         self.path = self.source.removeprefix("hf/")
-        try:
+        with from_hub(f"tokenizer {source}", self.path):
             self.backend = transformers.AutoTokenizer.from_pretrained(self.path)
-        except Exception as error:  # of the hub, the network or the folder
-            raise UserError(
-                f"{source}: its tokenizer cannot be opened ({first_line(error)})"
-            ) from None
         self.vocab_size = len(self.backend)
         self.pad_id = self.backend.pad_token_id
         if self.pad_id is None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from base.addresses import where_from
 from base.errors import UserError
 from base.files import clean_surrogates, read_json
 
@@ -79,7 +80,7 @@ def find_model(path: Path) -> Path:
     if found is None:
         raise UserError(
             f"tokenizer {path}: no such file; name LLaMA's tokenizer.model or tokenizer.json, or the "
-            "folder that holds it"
+            f"folder that holds it{where_from(path) or where_from(path.parent)}"
         )
     return found
 

@@ -10,6 +10,7 @@ from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
 from base.files import clean_surrogates, read_json, read_lines
+from base.hub import from_hub
 from dataset.text.choice import choose, with_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -207,10 +208,5 @@ def _load_backend(source: str):
         raise UserError(
             f"tokenizer {source}: no tokenizer.json or vocab.txt there; give a folder or file that has one"
         )
-    try:
+    with from_hub(f"tokenizer {source}", source, ", or a vocab.txt"):
         return Backend.from_pretrained(source)
-    except Exception as error:  # the hub client raises its own, changing exception types
-        raise UserError(
-            f"tokenizer {source!r} is no local folder and could not be fetched from the Hugging Face hub ({error}); "
-            "download it once and give its folder, or a vocab.txt"
-        ) from error

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from base.addresses import where_from
 from base.errors import UserError
 from models.fusion.losses import masked_patches
 
@@ -346,8 +347,9 @@ def code_usage(counts: Tensor) -> tuple[float, float]:
 def existing_tokenizer(path: Path | None) -> Path:
     """`path` itself, or the word `random`; UserError where it is None or does not exist."""
     if path is None or not (path.exists() or str(path) == RANDOM):
+        hint = where_from(path or "encoder.pkl")
         raise UserError(
-            f"image_tokenizer_path: {path} does not exist; give OpenAI's DALL-E encoder.pkl, or "
+            f"image_tokenizer_path: {path} does not exist{hint}; or "
             "train one on your own images: python scripts/train_dvae.py --help"
         )
     return path

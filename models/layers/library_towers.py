@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from base.errors import UserError, first_line
+from base.errors import UserError
 from base.files import did_you_mean, read_json, read_lines
+from base.hub import from_hub
 
 HEADS = ("classifier.", "head.", "fc.")  # of classification, in files of weights
 PROMPT = "a photo of a {}."  # for the names of an image tower's classes
@@ -67,13 +68,9 @@ class TimmTower(nn.Module):
             return
         import timm
 
-        try:
+        remedy = f", its file as timm/{self.name}:FILE"
+        with from_hub(f"image_tower timm/{self.name}", timm_source(self.name), remedy):
             trunk = timm.create_model(self.name, pretrained=True, **self.options)
-        except Exception as error:  # of the hub, the network or the cache
-            raise UserError(
-                f"image_tower timm/{self.name}: its weights cannot be fetched ({first_line(error)}); "
-                f"give their file: timm/{self.name}:FILE"
-            ) from None
         self.trunk.load_state_dict(trunk.state_dict())
 
 
@@ -100,14 +97,9 @@ class HuggingFaceText(nn.Module):
         import transformers
 
         self.source, _ = parse_tower(tower, "text_tower", "hf")
-        try:
+        with from_hub(f"text_tower {tower}", self.source, " (config.json, tokenizer, weights)"):
             config = transformers.AutoConfig.from_pretrained(self.source)
             self.trunk = transformers.AutoModel.from_config(config)
-        except Exception as error:  # of the hub, the network or the folder
-            raise UserError(
-                f"text_tower {tower}: cannot be opened ({first_line(error)}); name a folder with "
-                "config.json, tokenizer and weights"
-            ) from None
         if getattr(self.trunk, "pooler", None) is not None:
             self.trunk.pooler = None  # its output is not used, and would get no gradient
         self.num_features = config.hidden_size
@@ -124,7 +116,8 @@ class HuggingFaceText(nn.Module):
         """Unit features [T,C] of texts."""
         import transformers
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
+        with from_hub(f"the tokenizer of hf/{self.source}", self.source):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
         rows = []
         for start in range(0, len(texts), batch_size):
             batch = list(texts[start : start + batch_size])
@@ -136,13 +129,19 @@ class HuggingFaceText(nn.Module):
         """Load the weights beside the configuration. UserError."""
         import transformers
 
-        try:
+        with from_hub(f"the weights of hf/{self.source}", self.source):
             trunk = transformers.AutoModel.from_pretrained(self.source)
-        except Exception as error:
-            raise UserError(f"hf/{self.source}: no weights ({first_line(error)})") from None
         state = trunk.state_dict()
         known = self.trunk.state_dict().keys()
         self.trunk.load_state_dict({name: state[name] for name in known})
+
+
+def timm_source(name: str) -> str | None:
+    """The name of the hub from which timm fetches a model's weights; None where it has another
+    address, or none."""
+    import timm
+
+    return (timm.get_pretrained_cfg(name, allow_unregistered=True) or {}).hf_hub_id
 
 
 def parse_tower(tower: str, knob: str, library: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.files import read_json
+from base.hub import from_hub
 from base.torch_files import find_index, read_index, read_tensors
 from models.layers.positions import resize_positions
 from models.weights.loading import Differences, State, _matches, _some, load_checkpoint
@@ -355,21 +356,16 @@ def _hub_files(name: str) -> dict[str, Path]:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     found = {}
-    for file in ("config.json", "model.safetensors", "pytorch_model.bin"):
-        if file == "pytorch_model.bin" and "model.safetensors" in found:
-            break
-        try:
-            found[file] = Path(hf_hub_download(name, file))
-        # offline, no such name, no permission: each library version has its own exceptions
-        except Exception as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(
-                error, LocalEntryNotFoundError
-            ):
+    with from_hub(name, name):
+        for file in ("config.json", "model.safetensors", "pytorch_model.bin"):
+            if file == "pytorch_model.bin" and "model.safetensors" in found:
+                break
+            try:
+                found[file] = Path(hf_hub_download(name, file))
+            except LocalEntryNotFoundError:
+                raise  # not in the cache, and the hub was not asked
+            except EntryNotFoundError:
                 continue  # the hub answered, and has no such file
-            raise UserError(
-                f"{name}: neither a folder here nor to be had from the Hugging Face hub ({type(error).__name__}). "
-                f"Where there is internet, run `hf download {name} --local-dir FOLDER`, and name that folder instead"
-            ) from error
     return found
 
 

@@ -8,7 +8,6 @@ Model, tokenizer and image transform are the library's; data, prompts and evalua
 Weights come from the library's own cache (HF_HUB_OFFLINE is respected), from a file, or are random.
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.files import did_you_mean, nearest
+from base.hub import from_hub
 from base.pixels import Pixels
+from models.layers.library_towers import timm_source
 from models.weights.any_dual_encoder import Opened
 from models.weights.image_encoder import TOWER, ImageEncoder
 from models.weights.loading import load_checkpoint
@@ -37,7 +38,7 @@ CLASS_TOKEN = (  # types of transformers whose first token stands for the image
     "dinov2_with_registers",
     "dinov3_vit",
 )
-NO_NETWORK = ("connect", "offline", "cached", "resolve", "timed out", "urlopen", "proxy", "network")
+OTHER_WEIGHTS = ", or name --checkpoint FILE, or add --random-weights"
 
 
 def of_library(name: str | None) -> bool:
@@ -111,27 +112,6 @@ def _hint(library: str, name: str, known: list[str]) -> str:
     return f"; did you mean {library}/{found}?" if found else ""
 
 
-def asked(what: str, call: Callable, *arguments: Any, **options: Any) -> Any:
-    """`call(…)` of a library; its errors become one sentence that starts with `what`."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # what matters is in the exception
-    try:
-        return call(*arguments, **options)
-    except UserError:
-        raise
-    except Exception as error:  # libraries raise anything: OSError, RuntimeError, KeyError, …
-        text = " ".join(str(error).split())[:300] or type(error).__name__
-        if any(word in text.lower() for word in NO_NETWORK):
-            raise UserError(
-                f"{what}: not in the local cache, and the hub cannot be reached; fetch it where "
-                "there is a network, name a local folder or --checkpoint FILE, or add "
-                "--random-weights"
-            ) from None
-        raise UserError(f"{what}: {text}") from None
-    finally:
-        logging.disable(before)
-
-
 class OnImage:
     """A library's transform as a view: uint8 [3,H,W] -> float32, normalised."""
 
@@ -157,22 +137,44 @@ def _open_clip(name: str, checkpoint: Path | None, random_weights: bool) -> Open
         _check_open_clip(name, tag, bool(checkpoint or random_weights))
     pretrained = None if checkpoint or random_weights else tag
     look = None if elsewhere else _open_clip_pixels(name, tag)
-    network = asked(
-        title,
-        open_clip.create_model,
-        name,
-        pretrained=pretrained,
-        load_weights=not (checkpoint or random_weights),
-        pretrained_text=False,
-        force_quick_gelu=not elsewhere and _quick_gelu(name, tag),
-        force_preprocess_cfg=look,
-        require_pretrained=bool(pretrained),
-    )
+    with from_hub(title, _open_clip_source(name, pretrained), OTHER_WEIGHTS):
+        network = open_clip.create_model(
+            name,
+            pretrained=pretrained,
+            load_weights=not (checkpoint or random_weights),
+            pretrained_text=False,
+            force_quick_gelu=not elsewhere and _quick_gelu(name, tag),
+            force_preprocess_cfg=look,
+            require_pretrained=bool(pretrained),
+        )
     if checkpoint:
-        what = f"{checkpoint} in {title}"
-        asked(what, open_clip.factory.load_checkpoint, network, str(checkpoint))
-    tokenizer = asked(f"the tokenizer of {title}", open_clip.get_tokenizer, name)
+        with from_hub(f"{checkpoint} in {title}"):
+            open_clip.factory.load_checkpoint(network, str(checkpoint))
+    with from_hub(f"the tokenizer of {title}", _tokenizer_source(name)):
+        tokenizer = open_clip.get_tokenizer(name)
     return opened_open_clip(network.eval(), tokenizer, title)
+
+
+def _open_clip_source(name: str, tag: str | None) -> str | None:
+    """The name of the hub that open_clip loads weights from; None where they lie elsewhere."""
+    import open_clip
+
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:").partition("@")[0]
+    if tag is None or name.startswith("local-dir:"):
+        return None
+    user, _, file = open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").partition("/")
+    return f"{user}/{file.partition('/')[0]}" if user else None
+
+
+def _tokenizer_source(name: str) -> str | None:
+    """The name of the hub that open_clip loads its tokenizer from, where that is not CLIP's own."""
+    import open_clip
+
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return _open_clip_source(name, None)
+    text = open_clip.get_model_config(name).get("text_cfg", {})
+    return text.get("hf_tokenizer_name")
 
 
 def opened_open_clip(network: nn.Module, tokenizer: Callable, title: str) -> Opened:
@@ -285,7 +287,9 @@ def timm_encoder(
     options = dict(described.get("model_args", {}), num_classes=0, pretrained=pretrained)
     if "pretrained_cfg" in described:
         options["pretrained_cfg_overlay"] = described["pretrained_cfg"]
-    model = asked(f"timm/{name}", timm.create_model, name, **options)
+    source = timm_source(name) if pretrained else None
+    with from_hub(f"timm/{name}", source, ", or name --checkpoint FILE"):
+        model = timm.create_model(name, **options)
     if weights is not None:
         _load_timm(model, weights)
     given = timm.data.resolve_model_data_config(model)
@@ -313,21 +317,13 @@ def _load_timm(model: nn.Module, weights: State) -> None:
 
 
 # --------------------------------------------------------------------------- transformers, from here
-def _hf_source(source: str) -> str:
-    """A folder as it is; else a name of the hub. UserError for what can be neither."""
-    if Path(source).is_dir():
-        if not (Path(source) / "config.json").is_file():
-            raise UserError(f"hf/{source}: the folder has no config.json")
-        return source
-    if source.count("/") > 1 or source.startswith((".", "/", "~")) or not source:
-        raise UserError(f"hf/{source}: no such folder, and no name of the hub (USER/NAME)")
-    return source
-
-
 def _hf_config(source: str):
     import transformers
 
-    return asked(f"hf/{source}", transformers.AutoConfig.from_pretrained, _hf_source(source))
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"hf/{source}: the folder has no config.json")
+    with from_hub(f"hf/{source}", source, OTHER_WEIGHTS):
+        return transformers.AutoConfig.from_pretrained(source)
 
 
 def _hf_network(source: str, config, kind: type, random_weights: bool, **options) -> nn.Module:
@@ -338,14 +334,10 @@ def _hf_network(source: str, config, kind: type, random_weights: bool, **options
         build = getattr(kind, "from_config", kind)
         return build(config, **options).eval()
     transformers.utils.logging.disable_progress_bar()
-    network, found = asked(
-        f"hf/{source}",
-        kind.from_pretrained,
-        source,
-        config=config,
-        output_loading_info=True,
-        **options,
-    )
+    with from_hub(f"hf/{source}", source, OTHER_WEIGHTS):
+        network, found = kind.from_pretrained(
+            source, config=config, output_loading_info=True, **options
+        )
     missing = sorted(key for key in found["missing_keys"] if not key.endswith("position_ids"))
     if missing:
         some = ", ".join(missing[:5])
@@ -388,7 +380,8 @@ def _hf_view(source: str, config) -> tuple[HfView, Pixels]:
     import transformers
 
     what = f"the image processor of hf/{source}"
-    processor = asked(what, transformers.AutoImageProcessor.from_pretrained, source)
+    with from_hub(what, source):
+        processor = transformers.AutoImageProcessor.from_pretrained(source)
     view = HfView(processor)
     side = getattr(getattr(config, "vision_config", config), "image_size", 224)
     side = side if isinstance(side, int) else side[0]
@@ -449,7 +442,8 @@ def _hugging_face_dual(source: str, checkpoint: Path | None, random_weights: boo
         )
     view, pixels = _hf_view(source, config)
     what = f"the tokenizer of hf/{source}"
-    tokenizer = asked(what, transformers.AutoTokenizer.from_pretrained, source)
+    with from_hub(what, source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     longest = min(getattr(text, "max_position_embeddings", 77), tokenizer.model_max_length)
     longest = 64 if config.model_type == "align" else longest
     siglip = config.model_type in ("siglip", "siglip2")

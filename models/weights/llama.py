@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.addresses import missing_file
 from base.errors import UserError, brief
 from base.files import matching_files, read_json
 from base.torch_files import find_index, load_weights_only, shards_of
@@ -61,6 +62,8 @@ def read_llama(folder: str | Path, layers: int | None = None) -> tuple[LlamaConf
         config, state = _read_meta(folder, layers)
     elif (folder / "config.json").is_file():
         config, state = _read_hugging_face(folder, layers)
+    elif not folder.exists():
+        raise missing_file(folder)
     else:
         raise UserError(
             f"{folder}: no LLaMA: neither params.json (Meta's layout) nor config.json (Hugging Face's)"

@@ -36,9 +36,11 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return data
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-        def answer(self, content, status: int = 200) -> None:
+        def answer(self, content, status: int = 200, code: str = "") -> None:
             data = json.dumps(content).encode()
             self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -61,7 +63,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if name in hub.repositories:
                 files = [{"rfilename": file} for file in hub.repositories[name]]
                 return self.answer({"id": name, "siblings": files, "sha": "0" * 40})
-            return self.answer({"error": "not found"}, 404)
+            return self.answer({"error": "not found"}, 404, "RepoNotFound")
 
         do_HEAD = do_GET
 

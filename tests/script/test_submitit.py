@@ -195,8 +195,26 @@ def test_absent_slurm_says_how_to_run_without(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, named", [(["Pretrian.py"], "Pretrain.py"), (["Pretrain.py", "--nodes", "0"], "--nodes")]
+    "words, named",
+    [
+        (["Pretrian.py"], "Pretrain.py"),
+        (["Pretrain.py", "--nodes", "0"], "--nodes"),
+        (["Pretrain.py", "--partion", "gpu"], "--partion: no option .* did you mean --partition?"),
+        (["Pretrain.py", "--gpus=8"], "--gpus: no option of .* did you mean --ngpus?"),
+    ],
 )
 def test_a_mistake_is_one_clear_message(words, named):
     with pytest.raises(UserError, match=named):
         run_with_submitit.main([*words, "--dry-run"])
+
+
+def test_what_is_nearly_the_launchers_may_be_the_scripts(capsys, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import argparse; a = argparse.ArgumentParser(); a.add_argument('--node_s')\n"
+    )
+    script.write_text(script.read_text() + "a.parse_known_args()\n")
+    assert srun(preview(capsys, str(script), "--node-s", "2")).endswith("--node-s 2")
+    assert srun(preview(capsys, "Pretrain.py", "--", "--partion", "2")).endswith("--partion 2")
+    with pytest.raises(UserError, match="--nodess: no option"):
+        run_with_submitit.main([str(script), "--nodess", "2", "--dry-run"])

@@ -56,7 +56,7 @@ def fetched(monkeypatch):
         return datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "_check_reachable", lambda name: None)
+    monkeypatch.setattr(hub, "ask_hub", lambda name, kind: None)
     return calls
 
 

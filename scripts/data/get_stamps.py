@@ -9,8 +9,8 @@ The package (161 MB, GPL-2) is fetched by apt; it is used here, never part of th
 
 Makes OUT/images (each stamp on several colours), pairs_{train,test}.json (images and captions, as
 Pretrain.py, Retrieval.py and main.py read them), names_{train,test}.json (images and what they show,
-the caption's noun first, as Recognition.py reads them), classes/{train,test}/CLASS (8 classes, as
-eval_knn.py reads them), wds/{train,test} (shards), labels.json, templates.json and
+the caption's noun first, as Recognition.py reads them), classes/{train,test}/CLASS (8 classes,
+on white, as eval_knn.py reads them), wds/{train,test} (shards), labels.json, templates.json and
 dataset_catalog.json (eval_zeroshot.py), sheet.jpg (a look at all of it) and LICENCE. Whole subjects
 are held out: no image of the test set has its caption, its name or its look in the training set.
 --fold takes another fifth. Several languages: an image has a caption in each, the split stays the
@@ -150,16 +150,22 @@ def captions_of(text: str) -> dict[str, str]:
 
 
 # ---- images
-def on_ground(image: bytes, colour: tuple[int, int, int]):
-    """A square RGB image of a stamp in the middle of one colour."""
+def cut_out(image: bytes):
+    """A stamp, RGBA, as large as it is in the square image."""
     from PIL import Image
 
     stamp = Image.open(io.BytesIO(image)).convert("RGBA")
     scale = (SIDE - 2 * MARGIN) / max(stamp.size)
     size = [max(1, round(scale * side)) for side in stamp.size]
-    stamp = stamp.resize(size, Image.Resampling.LANCZOS)
+    return stamp.resize(size, Image.Resampling.LANCZOS)
+
+
+def on_ground(stamp, colour: tuple[int, int, int]):
+    """A square RGB image of a stamp that is cut out, in the middle of one colour."""
+    from PIL import Image
+
     ground = Image.new("RGBA", (SIDE, SIDE), (*colour, 255))
-    ground.alpha_composite(stamp, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    ground.alpha_composite(stamp, ((SIDE - stamp.width) // 2, (SIDE - stamp.height) // 2))
     return ground.convert("RGB")
 
 
@@ -167,8 +173,9 @@ def write_images(stamps: list[Stamp], folder: Path) -> None:
     """images/NAME-COLOUR.jpg of every stamp."""
     folder.mkdir(parents=True)
     for stamp in stamps:
+        cut = cut_out(stamp.image)
         for name, colour in COLOURS.items():
-            on_ground(stamp.image, colour).save(folder / f"{stamp.file}-{name}.jpg", quality=90)
+            on_ground(cut, colour).save(folder / f"{stamp.file}-{name}.jpg", quality=90)
 
 
 # ---- splits
@@ -208,7 +215,7 @@ def is_test(stamps: list[Stamp], leader: list[int], fold: int) -> list[bool]:
 # ---- what is written of them
 def subject(caption: str) -> str:
     """What an English caption names: `A crow (Corvus), flying.` -> `crow`."""
-    words = re.split(r"[(,;:.!]", caption)[0].lower().split()
+    words = re.split(r"[(,;:.!—]", caption)[0].lower().split()
     while words and words[0] in ("a", "an", "the", "some"):
         words.pop(0)
     return " ".join(words)
@@ -250,7 +257,7 @@ def write_split(out: Path, split: str, stamps: list[Stamp], languages: list[str]
             samples.append(
                 (key, {"jpg": image, "txt": "\n".join(captions).encode(), "json": about})
             )
-            if (kind := stamp.name.split("/")[0]) in CLASSES:
+            if (kind := stamp.name.split("/")[0]) in CLASSES and colour == colours[0]:
                 target = out / "classes" / split / kind
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(out / "images" / file, target / file)
@@ -273,17 +280,18 @@ def pairs_in(stamps: list[Stamp], language: str) -> list[dict[str, str]]:
     return rows
 
 
-def write_sheet(stamps: list[Stamp], target: Path, columns: int = 20, side: int = 96) -> None:
-    """A contact sheet of all stamps, each on the next colour."""
+def write_sheet(stamps: list[Stamp], out: Path, columns: int = 20, side: int = 96) -> None:
+    """sheet.jpg, a contact sheet of all stamps, each on the next colour."""
     from PIL import Image
 
     rows = -(-len(stamps) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side), (255, 255, 255))
     for number, stamp in enumerate(stamps):
-        colour = list(COLOURS.values())[number % len(COLOURS)]
-        cell = on_ground(stamp.image, colour).resize((side, side))
+        colour = list(COLOURS)[number % len(COLOURS)]
+        with Image.open(out / f"images/{stamp.file}-{colour}.jpg") as image:
+            cell = image.resize((side, side))
         sheet.paste(cell, (number % columns * side, number // columns * side))
-    sheet.save(target, quality=85)
+    sheet.save(out / "sheet.jpg", quality=85)
 
 
 def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
@@ -318,7 +326,7 @@ def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
         path = f"pairs_test_{language}.json"
         catalog[f"captions_{language}"] = {"type": "retrieval", "path": path, "images": "."}
     write_json(out / "dataset_catalog.json", catalog)
-    write_sheet([*train, *test], out / "sheet.jpg")
+    write_sheet([*train, *test], out)
     write_bytes(out / "LICENCE", files.get(COPYRIGHT, b"GPL-2; see the package\n"))
     return (
         f"{len(train) + len(test)} stamps: {counts[0]:,} training images of {len(train)}, "

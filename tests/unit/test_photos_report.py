@@ -17,7 +17,9 @@ def fold(folder, first, knn):
     captions = {f"{key}_z": first for key in keys} | {"chance": dict.fromkeys(keys, 25.0)}
     classes = {"acc1_z": 50.0, "chance": 12.5}
     files = {
-        "zeroshot/result/metrics.json": {"results": {"captions": captions, "stamps": classes}},
+        "zeroshot/result/metrics.json": {
+            "results": {"captions": captions, "stamps": classes, "captions_de": captions}
+        },
         "knn/result/metrics.json": {"knn1": knn, "chance": 37.5},
         "main/log.jsonl": {"step": 5, "loss": 1.5},
     }
@@ -54,10 +56,33 @@ def test_mean_and_std_over_folds_and_the_gallery(stamps, tmp_path, capsys):
     assert (first["mean"], first["chance"]) == (45, 25)
     assert first["std"] == pytest.approx(50**0.5)
     assert scores["1-NN of 8 classes"]["mean"] == 85
+    assert scores["de: images R@5"]["mean"] == 45
     assert "captions R@1" in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
     assert "a &lt;moth&gt;" in page and "en-1" in page and "GPL-2" in page
     assert page.count("right one at rank") == 0 and "data:image/jpeg" in page
+
+
+def test_what_is_named_beside_other_images_and_random_weights(stamps, tmp_path):
+    run = fold(tmp_path / "en-0", 40.0, 80.0)
+    named = [("crow", "crow"), ("plum", "fruit"), ("rose", "crow"), ("moth", "moth")]
+    rows = []
+    for number, (noun, first) in enumerate(named):
+        labels = [[first, 0.5], ["plum", 0.25]]
+        rows.append({"image": f"{number}.jpg", "references": [noun, "thing"], "labels": labels})
+    # of 12 pairs of a noun and another image: one crow first; plum on the three others
+    found = photos_report.noun_recall(rows)
+    assert found["noun among 1"] == (50.0, pytest.approx(100 / 12))
+    assert found["noun among 5"] == (75.0, pytest.approx(100 * 4 / 12))
+    metrics = {"test": {"recall": 0.625, "precision": 0.25, "f1": 0.375, "chance": 0.125}}
+    for folder in ("recognition", "recognition_random"):
+        (run / folder / "result").mkdir(parents=True)
+        (run / folder / "result/labels_test.json").write_text(json.dumps(rows))
+        (run / folder / "result/metrics.json").write_text(json.dumps(metrics))
+    report("--runs", run, "--data", stamps, "--output", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "from random weights" in page and "shows: moth, thing" in page
+    assert "62.5" in page and "Right: 3 of 4" in page
 
 
 def test_embeddings_of_other_images_are_refused(stamps, tmp_path):

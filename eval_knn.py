@@ -48,9 +48,11 @@ from dataset.tasks.classification import (
     shared_split,
 )
 from dataset.tasks.dual_inputs import eval_view
+from dataset.tasks.published import benchmark_name
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import knn_accuracy, nearest_neighbours
-from evaluation.probe import linear_probe
+from evaluation.probe import ProbeOptions, linear_probe
+from evaluation.published import data_name, write_probe
 from evaluation.report.neighbours import neighbour_report
 from evaluation.report.results import write_results
 from evaluation.retrieval import units
@@ -67,7 +69,7 @@ from runtime.run import evaluating
 
 
 @dataclass
-class Config:
+class Config(ProbeOptions):
     """kNN evaluation."""
 
     checkpoint: Path | None = knob(
@@ -106,13 +108,6 @@ class Config:
     download: bool = knob(False, "let torchvision fetch its data set")
     k: list[int] = knob([1, 10, 20], "numbers of neighbours", low=1)
     temperature: float = knob(0.07, "of the weighted votes", low=1e-6)
-    linear_probe: bool = knob(False, "also logistic regression on the features")
-    probe_l2: float = knob(1e-4, "its weight decay, of standardised features", low=0)
-    probe_val_data: str | None = knob(None, "labelled images to choose the weight decay by")
-    probe_val_fraction: float = knob(
-        0.0, "or that fraction of train_data, held out", low=0, high=0.9
-    )
-    probe_iterations: int = knob(100, "its most L-BFGS iterations", low=1)
     batch_size: int = knob(64, "images per forward pass and process", low=1)
     workers: int = knob(4, "loader processes per process", low=0)
     exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
@@ -133,10 +128,7 @@ class Config:
         """Check that the options are compatible."""
         if not (self.train_data and self.val_data):
             raise UserError("give --train-data and --val-data, such as class folders")
-        if self.probe_val_data and self.probe_val_fraction:
-            raise UserError("--probe-val-data and --probe-val-fraction: give one of them")
-        if (self.probe_val_data or self.probe_val_fraction) and not self.linear_probe:
-            raise UserError("--probe-val-data and --probe-val-fraction need --linear-probe")
+        self.check_probe()
         if self.checkpoint is None and not of_library(self.model):
             raise UserError(
                 "give --checkpoint, a file or the folder of a run, or --model timm/NAME, "
@@ -244,6 +236,9 @@ def main(config: Config) -> None:
     labels, views = (train.labels, val.labels), (images.image, queries.image)
     cards = neighbour_report(title, names, metrics, neighbours, labels, views, config.temperature)
     write_results(config, "Nearest neighbours", {"model": encoder.title, **metrics}, cards)
+    if config.linear_probe:
+        data_set = config.data_name or benchmark_name(data_name(config.val_data))
+        write_probe(config, encoder.title, data_set, metrics, classes)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ training set; its weight decay given, or chosen on validation images as CLIP's."
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,11 +14,37 @@ from torch import Tensor
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
+from base.knobs import knob
 from evaluation.features import Bank
 
 TILE = 65536  # features on the device at a time
 SWEEP = torch.logspace(-6, 2, 97, dtype=torch.float64).tolist()  # twelve a decade
 FIRST, STEPS = 16, (8, 4, 2, 1)  # every 16th value, then neighbours of the best
+
+
+@dataclass
+class ProbeOptions:
+    """The linear probe, and its row among CLIP_benchmark's."""
+
+    linear_probe: bool = knob(False, "also logistic regression on the features")
+    probe_l2: float = knob(1e-4, "its weight decay, of standardised features", low=0)
+    probe_val_data: str | None = knob(None, "labelled images to choose the weight decay by")
+    probe_val_fraction: float = knob(
+        0.0, "or that fraction of train_data, held out", low=0, high=0.9
+    )
+    probe_iterations: int = knob(100, "its most L-BFGS iterations", low=1)
+    results: Path | None = knob(None, "JSON lines of CLIP_benchmark's rows [result/results.jsonl]")
+    data_name: str = knob("", "how its row calls the data set [as val_data is called]")
+    model_name: str = knob("", "how its row calls the model", rare=True)
+
+    def check_probe(self) -> None:
+        """Check that the options are compatible."""
+        if self.probe_val_data and self.probe_val_fraction:
+            raise UserError("--probe-val-data and --probe-val-fraction: give one of them")
+        if (self.probe_val_data or self.probe_val_fraction) and not self.linear_probe:
+            raise UserError("--probe-val-data and --probe-val-fraction need --linear-probe")
+        if (self.results or self.data_name) and not self.linear_probe:
+            raise UserError("--results and --data-name are of the probe's row: add --linear-probe")
 
 
 class Part(NamedTuple):

@@ -1,4 +1,4 @@
-"""Results of zero-shot evaluation in the form that CLIP_benchmark writes and its `clip_benchmark
+"""Results of zero-shot evaluation and of linear probes in the form that CLIP_benchmark writes and its `clip_benchmark
 build` reads: a JSON file a data set, and all of them as JSON lines."""
 
 import re
@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
+from base import distributed
 from base.files import read_json_lines, write_json, write_json_lines
 from evaluation.retrieval import AT
 
 SAME_RUN = ("dataset", "model", "pretrained", "task", "language")
 TASKS = {"recall": "zeroshot_retrieval", "text_acc": "image_caption_selection"}
+SPLITS = ("train", "val", "validation", "valid", "test")  # names of folders
 FEWEST_FOR_TOP5 = 5  # classes; with fewer CLIP_benchmark has no top 5
 
 
@@ -71,6 +73,54 @@ def write_benchmark(folder: Path, lines: Path, rows: Sequence[Mapping]) -> None:
         if tuple(row.get(key) for key in SAME_RUN) not in new:
             kept.append(row)
     write_json_lines(lines, [*kept, *rows])
+
+
+def run_name(config, title: str) -> tuple[str, str]:
+    """`model` and `pretrained` as CLIP_benchmark calls a run: ViT-B-32 and laion2b of
+    open_clip/ViT-B-32:laion2b, else the model and its checkpoint."""
+    name, _, tag = str(config.model or "").removeprefix("open_clip/").partition(":")
+    if tag and config.checkpoint is None and str(config.model).startswith("open_clip/"):
+        return name, tag
+    return config.model_name or title, str(config.checkpoint or config.model)
+
+
+def write_probe(config, title: str, data_set: str, figures: Mapping, classes: int) -> None:
+    """CLIP_benchmark's row of a linear probe below config.output_dir/result; rank 0 does.
+
+    title: of the model; data_set: as CLIP_benchmark calls it; figures: see `linear_probe`. The
+    probe here is fitted by L-BFGS, so that a row has no epochs.
+    """
+    if distributed.rank() != 0:
+        return
+    metrics: dict[str, object] = {
+        "lp_acc1": figures["probe"] / 100,
+        "lp_acc5": figures["probe_top5"] / 100 if classes > FEWEST_FOR_TOP5 else None,
+        "lp_mean_per_class_recall": figures["probe_mean_per_class"] / 100,
+        "weight_decay": figures.get("probe_l2", config.probe_l2),
+        "fewshot_k": -1,  # all images
+        "normalized": False,
+    }
+    model, pretrained = run_name(config, title)
+    row = {
+        "dataset": data_set,
+        "model": model,
+        "pretrained": pretrained,
+        "task": "linear_probe",
+        "metrics": metrics,
+        "language": "en",
+    }
+    folder = Path(config.output_dir) / "result"
+    write_benchmark(folder / "clip_benchmark", config.results or folder / "results.jsonl", [row])
+
+
+def data_name(data: str) -> str:
+    """What a set of labelled images is called: `cifar10` of torchvision/CIFAR10:test, `pets` of
+    data/pets/test."""
+    if data.startswith("torchvision/"):
+        return data.removeprefix("torchvision/").partition(":")[0].lower()
+    path = Path(data)
+    name = path.parent.name if path.name in SPLITS else path.stem
+    return name or data
 
 
 def vtab_plus(rows: Sequence[Mapping], names: Sequence[str]) -> dict[str, object]:

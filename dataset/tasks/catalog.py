@@ -37,6 +37,7 @@ KINDS = (
     "voc",
     "imagenet",
     "objectnet",
+    "babel",
     "retrieval",
     *LANGUAGES,
     *PAIRS,
@@ -65,8 +66,8 @@ class Entry:
     VOCdevkit), imagenet (class folders called by WordNet id or by number, below `path`/`split` or
     `path`), objectnet (its archive), retrieval (`path` of Karpathy's JSON or of any list that
     trains, images below `images`), xtd and crossmodal (captions in several languages, see
-    `dataset.tasks.multilingual`), sugarcrepe
-    and winoground (see `dataset.tasks.compositional`).
+    `dataset.tasks.multilingual`), babel (Babel-ImageNet's two files below `path`, ImageNet below
+    `images`), sugarcrepe and winoground (see `dataset.tasks.compositional`).
 
     language: of its captions, and of the class names and templates to use.
     """
@@ -153,7 +154,10 @@ CATALOG = {
         _entry("objectnet", "objectnet"),
         _entry("xtd10", "xtd"),
         _entry("multilingual_mscoco_captions", "xtd", path="multilingual_mscoco"),
+        _entry("xtd200", "xtd"),
+        _entry("flickr30k-200", "xtd"),
         _entry("crossmodal3600", "crossmodal", path="xm3600"),
+        _entry("babel_imagenet", "babel", split="val", images="imagenet"),
         _entry("winoground", "winoground"),
         *(_entry(name, "sugarcrepe", path=f"{name}.json") for name in SUGAR_CREPE),
     )

@@ -1,6 +1,8 @@
-"""ImageNet-v2, -A, -R, -O, -Sketch and ObjectNet: class folders with their own subset of classes."""
+"""ImageNet-v2, -A, -R, -O, -Sketch, Babel-ImageNet and ObjectNet: class folders with their own
+subset of classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from base.errors import MissingData, UserError
-from base.files import read_json
+from base.files import did_you_mean, read_json
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.class_folder import class_folders as folders_of
 from dataset.tasks.catalog import PROMPTS, Entry
@@ -52,6 +54,53 @@ def imagenet_folders(entry: Entry, names: Sequence) -> Folders:
     return Folders(data.files, relabel[data.labels], [names[number] for number in wanted])
 
 
+def babel_imagenet(entry: Entry) -> tuple[Folders, list[str]]:
+    """Babel-ImageNet (Geigle et al. 2023): ImageNet's validation images of the classes that have a
+    name in the language, and the templates of that language.
+
+    Below `path` babel_imagenet.json, {LANGUAGE: [numbers of classes, their names]}, and
+    nllb_dist13b_prompts.json, {LANGUAGE: templates}, as CLIP_benchmark publishes them; below
+    `images` ImageNet's class folders.
+    """
+    numbers, names = _babel(entry, "babel_imagenet.json")
+    templates = _babel(entry, "nllb_dist13b_prompts.json")
+    if len(numbers) != len(names) or not set(numbers) <= set(range(CLASSES)):
+        raise UserError(
+            f"{entry.path}/babel_imagenet.json: {len(numbers)} classes and {len(names)} names in "
+            f"{entry.language!r}; fetch the file again"
+        )
+    every = imagenet_folders(replace(entry, path=entry.images), range(CLASSES))
+    missing = sorted(set(numbers) - set(every.classes))
+    if missing:
+        wanted = _named("no folder for", missing, dict(zip(numbers, names, strict=True)))
+        raise UserError(f"{entry.images}: {wanted}add ImageNet's validation images of them")
+    place = {number: label for label, number in enumerate(numbers)}
+    label_of = torch.tensor([place.get(number, -1) for number in every.classes])
+    labels = label_of[every.labels]
+    kept = labels.ge(0).nonzero().flatten().tolist()
+    files = [every.files[index] for index in kept]
+    return Folders(files, labels[kept], names), [text.replace("{c}", "{}") for text in templates]
+
+
+def _babel(entry: Entry, name: str) -> list:
+    """What a file of Babel-ImageNet has in the entry's language."""
+    file = Path(entry.path) / name
+    if not file.is_file():
+        raise MissingData(
+            f"{entry.name}: no file {file}; put clip_benchmark/datasets/{name} of "
+            "github.com/LAION-AI/CLIP_benchmark there"
+        )
+    content = read_json(file, dict)
+    found = content.get(entry.language.upper())
+    if not isinstance(found, list):
+        known = sorted(language.lower() for language in content)
+        raise UserError(
+            f"{file}: no language {entry.language!r}{did_you_mean(entry.language, known)}; it has "
+            f"{', '.join(known)}"
+        )
+    return found
+
+
 def _wanted(name: str, numbers: list[int]) -> list[int]:
     """The classes a set has by its name; those found, where the name is not a published one."""
     name = name.partition("/")[0]
@@ -60,7 +109,7 @@ def _wanted(name: str, numbers: list[int]) -> list[int]:
     return imagenet_classes().get(name) or sorted(numbers)
 
 
-def _named(what: str, numbers: list[int], names: Sequence) -> str:
+def _named(what: str, numbers: list[int], names: Sequence | Mapping) -> str:
     if not numbers:
         return ""
     wnids = imagenet_classes()["wnids"]

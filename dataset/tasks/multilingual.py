@@ -1,4 +1,5 @@
-"""Captions of the same images in several languages, as XTD and Crossmodal-3600 publish them."""
+"""Captions of the same images in several languages, as XTD, Flickr30k-200 and Crossmodal-3600
+publish them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +9,23 @@ from base.files import did_you_mean, read_json_lines, read_lines
 from dataset.tasks.catalog import Entry
 
 Captioned = tuple[list[Path], list[list[str]]]  # images, and the captions of each
-IMAGES = "test_image_names.txt"
-CAPTIONS = "test_1kcaptions_"  # LANGUAGE.txt
+IMAGES = ("test_image_names.txt", "filenames.txt")  # XTD's, Flickr30k-200's
+CAPTIONS = "test_1kcaptions_"  # before LANGUAGE.txt, of XTD10
 
 
 def xtd(entry: Entry) -> Captioned:
-    """XTD's lists: test_image_names.txt and, anywhere below `path`, test_1kcaptions_LANGUAGE.txt, a
-    line an image; the images below `path`/images."""
+    """The lists of XTD10, XTD200 and Flickr30k-200: of the images, and of the captions of each
+    language, LANGUAGE.txt anywhere below `path`, a line an image; the images below `path`/images."""
     folder = Path(entry.path)
-    lists = sorted(folder.rglob(IMAGES))
+    texts = sorted(folder.rglob("*.txt"))
+    lists = [file for file in texts if file.name in IMAGES]
     if not lists:
         raise MissingData(
-            f"{entry.name}: no {IMAGES} below {folder}; put the repository "
-            "Cross-lingual-Test-Dataset-XTD10 there, and its images in images/"
+            f"{entry.name}: no {' or '.join(IMAGES)} below {folder}; put the lists there (XTD10: "
+            "github.com/adobe-research/Cross-lingual-Test-Dataset-XTD10; XTD200, Flickr30k-200: data/ "
+            "of github.com/visheratin/nllb-clip), and the images in images/"
         )
-    files = {file.stem.removeprefix(CAPTIONS): file for file in folder.rglob(f"{CAPTIONS}*.txt")}
+    files = {file.stem.removeprefix(CAPTIONS): file for file in texts if file not in lists}
     file = files.get(entry.language)
     if file is None:
         raise UserError(_no_language(entry, folder, list(files)))

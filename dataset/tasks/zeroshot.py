@@ -41,7 +41,7 @@ from dataset.tasks.catalog import (
     in_order_of,
 )
 from dataset.tasks.compositional import open_choices
-from dataset.tasks.imagenet_folders import imagenet_folders, object_net
+from dataset.tasks.imagenet_folders import babel_imagenet, imagenet_folders, object_net
 from dataset.tasks.multilingual import check_images, crossmodal, xtd
 from dataset.tasks.record import as_list, by_image
 
@@ -159,6 +159,9 @@ def _prompts(entry: Entry, prompts: Prompts, kind: str) -> list:
 
 
 def _open_classes(entry: Entry, prompts: Prompts, read_plain: Callable, download: bool) -> OpenSet:
+    if entry.kind == "babel":
+        found, templates = babel_imagenet(entry)
+        return OpenSet(entry, Files(found.files, found.labels), found.classes, templates)
     templates = _prompts(entry, prompts, "templates")
     if entry.kind == "imagenet":
         found = imagenet_folders(entry, _prompts(entry, prompts, "labels"))

@@ -8,7 +8,13 @@ from markupsafe import Markup
 
 from base import distributed
 from base.files import write_json
-from evaluation.published import benchmark_rows, vtab_plus, vtab_plus_line, write_benchmark
+from evaluation.published import (
+    benchmark_rows,
+    run_name,
+    vtab_plus,
+    vtab_plus_line,
+    write_benchmark,
+)
 from evaluation.report.page import card, group, line_chart, quote, table
 from evaluation.report.results import write_results
 from evaluation.zeroshot import WEIGHTS
@@ -168,12 +174,3 @@ def write_zero_shot(
     by_class = {name: each.by_class for name, each in found.items() if each.by_class}
     write_json(folder / "classes.json", by_class, indent=1)
     write_benchmark(folder / "clip_benchmark", config.results or folder / "results.jsonl", rows)
-
-
-def run_name(config, title: str) -> tuple[str, str]:
-    """`model` and `pretrained` as CLIP_benchmark calls a run: ViT-B-32 and laion2b of
-    open_clip/ViT-B-32:laion2b, else the model and its checkpoint."""
-    name, _, tag = str(config.model or "").removeprefix("open_clip/").partition(":")
-    if tag and config.checkpoint is None and str(config.model).startswith("open_clip/"):
-        return name, tag
-    return config.model_name or title, str(config.checkpoint or config.model)

@@ -200,6 +200,8 @@ def test_knn_of_a_classifier(digitscenes, pretrained, tmp_path):
     first = neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained)
     assert first["images"] == 24 and first["width"] == 32 and first["train_images"] == 64 // 2
     assert {"knn1", "knn5", "knn20_weighted", "probe", "chance"} <= first.keys()
+    row = json.loads((tmp_path / "knn/result/results.jsonl").read_text())
+    assert row["task"] == "linear_probe" and row["metrics"]["lp_acc1"] == first["probe"] / 100
     (tmp_path / "knn/result/metrics.json").unlink()
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "knn/cache").rglob("*.npy")}
     assert neighbours(digitscenes, tmp_path / "knn", checkpoint=pretrained) == first

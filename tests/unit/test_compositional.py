@@ -120,11 +120,14 @@ def captions(tmp_path):
     write(tmp_path / "xtd10/XTD10/test_image_names.txt", "a.jpg\nb.jpg\n")
     write(tmp_path / "xtd10/XTD10/test_1kcaptions_en.txt", "a cat\na dog\n")
     write(tmp_path / "xtd10/MIC/test_1kcaptions_de.txt", "eine Katze\nein Hund\n")
+    for language, lines in (("en", "a cat\na dog\n"), ("de", "eine Katze\nein Hund\n")):
+        write(tmp_path / f"flickr30k-200/{language}.txt", lines)
+    write(tmp_path / "flickr30k-200/filenames.txt", "a.jpg\nb.jpg\n")
     rows = []
     for key, en, de in (("a", "a cat", "eine Katze"), ("b", "a dog", "ein Hund")):
         rows.append({"image/key": key, "en": {"caption": [en, "more"]}, "de": {"caption": [de]}})
     write(tmp_path / "xm3600/captions.jsonl", "\n".join(map(json.dumps, rows)))
-    for folder in ("xtd10", "xm3600"):
+    for folder in ("xtd10", "flickr30k-200", "xm3600"):
         save(tmp_path / folder / "images/a.jpg")
         save(tmp_path / folder / "images/b.jpg")
     return tmp_path
@@ -134,7 +137,7 @@ def entries(root, *names, **options) -> list[Entry]:
     return wanted_entries(CatalogOptions(datasets=list(names), root=root, **options))
 
 
-@pytest.mark.parametrize("name", ["xtd10", "crossmodal3600"])
+@pytest.mark.parametrize("name", ["xtd10", "flickr30k-200", "crossmodal3600"])
 def test_captions_in_several_languages(name, captions):
     both = entries(captions, name, language=["en", "de"])
     assert [entry.name for entry in both] == [f"{name}/en", f"{name}/de"]

@@ -3,6 +3,7 @@ folders that do not fit."""
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from base.errors import MissingData, UserError
-from dataset.tasks.catalog import CATALOG, Entry, Prompts
+from dataset.tasks.catalog import CATALOG, CatalogOptions, Entry, Prompts, wanted_entries
 from dataset.tasks.imagenet_folders import imagenet_classes
 from dataset.tasks.zeroshot import open_set
 from runtime.safe_pickle import load_plain
@@ -81,6 +82,30 @@ def test_any_folders_of_wordnet_ids(tmp_path):
         opened(Entry("mine", "imagenet", str(tmp_path / "mine")), tmp_path)
     away = opened(CATALOG["imagenet-a"].below(tmp_path), tmp_path)
     assert isinstance(away, MissingData) and "no folder" in str(away)
+
+
+def test_babel_imagenet_has_the_classes_that_a_language_names(tmp_path):
+    wnids = imagenet_classes()["wnids"]
+    fill(tmp_path / "imagenet/val", [wnids[number] for number in (0, 1, 7)])
+    folder = tmp_path / "babel_imagenet"
+    folder.mkdir()
+    (folder / "babel_imagenet.json").write_text(json.dumps({"DE": [[1, 7], ["Karausche", "Hahn"]]}))
+    prompts = {"DE": ["ein Foto: {}", "{c}!"]}
+    (folder / "nllb_dist13b_prompts.json").write_text(json.dumps(prompts))
+    (entry,) = wanted_entries(
+        CatalogOptions(datasets=["babel_imagenet"], root=tmp_path, language=["de"])
+    )
+    assert (entry.published, entry.language) == ("babel_imagenet", "de")
+    data = opened(entry, tmp_path)
+    assert (data.classes, data.templates) == (["Karausche", "Hahn"], ["ein Foto: {}", "{}!"])
+    assert targets(data) == {wnids[1]: 0, wnids[7]: 1}
+    with pytest.raises(UserError, match="no language 'dd'; did you mean de"):
+        opened(replace(entry, language="dd"), tmp_path)
+    shutil.rmtree(tmp_path / "imagenet/val" / wnids[7])
+    with pytest.raises(UserError, match=rf"no folder for {wnids[7]} \(Hahn\)"):
+        opened(entry, tmp_path)
+    (folder / "nllb_dist13b_prompts.json").unlink()
+    assert "LAION-AI/CLIP_benchmark" in str(opened(entry, tmp_path))
 
 
 def test_objectnet_by_its_mappings(tmp_path):

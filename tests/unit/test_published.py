@@ -9,11 +9,14 @@ import torch
 from base.errors import UserError
 from dataset.tasks.catalog import CATALOG, CatalogOptions, Entry, choose, wanted_entries
 from dataset.tasks.published import CLIP_BENCHMARK, COLLECTIONS, VTAB_PLUS
+from evaluation.probe import ProbeOptions
 from evaluation.published import (
     benchmark_rows,
+    data_name,
     vtab_plus,
     vtab_plus_line,
     write_benchmark,
+    write_probe,
 )
 from evaluation.zeroshot_metrics import class_figures, ranked_precision
 
@@ -57,6 +60,39 @@ def test_unknown_names_get_the_nearest(tmp_path):
     for name, nearest in (("wds/vtab/pest", "wds/vtab/pets"), ("imagenet1", "imagenet")):
         with pytest.raises(UserError, match=f"{name!r} is unknown; did you mean {nearest}"):
             choose([name], CATALOG, tmp_path)
+
+
+def test_row_of_a_linear_probe(tmp_path):
+    """The keys of CLIP_benchmark's task `linear_probe`, but for those of its optimizer."""
+    options = ProbeOptions(linear_probe=True, probe_l2=0.5, results=tmp_path / "all.jsonl")
+    run = {"checkpoint": None, "model": "open_clip/ViT-B-32:laion2b", "output_dir": tmp_path}
+    config = SimpleNamespace(**vars(options), **run)
+    figures = {"probe": 50.0, "probe_top5": 75.0, "probe_mean_per_class": 25.0}
+    write_probe(config, "title", "vtab/cifar10", figures, 10)
+    write_probe(config, "title", "few", {**figures, "probe_l2": 0.1}, 5)
+    first, second = map(json.loads, (tmp_path / "all.jsonl").read_text().splitlines())
+    assert first == {
+        "dataset": "vtab/cifar10",
+        "model": "ViT-B-32",
+        "pretrained": "laion2b",
+        "task": "linear_probe",
+        "metrics": {
+            "lp_acc1": 0.5,
+            "lp_acc5": 0.75,
+            "lp_mean_per_class_recall": 0.25,
+            "weight_decay": 0.5,
+            "fewshot_k": -1,
+            "normalized": False,
+        },
+        "language": "en",
+    }
+    assert second["metrics"]["lp_acc5"] is None and second["metrics"]["weight_decay"] == 0.1
+    files = sorted(path.name for path in (tmp_path / "result/clip_benchmark").iterdir())
+    assert files[1] == "vtab_cifar10_laion2b_ViT-B-32_en_linear_probe.json"
+    names = ["torchvision/CIFAR10:test", "data/pets/test", "lists/flowers.jsonl", "photos"]
+    assert [data_name(name) for name in names] == ["cifar10", "pets", "flowers", "photos"]
+    with pytest.raises(UserError, match="add --linear-probe"):
+        ProbeOptions(data_name="x").check_probe()
 
 
 def test_rows_of_clip_benchmark(tmp_path):

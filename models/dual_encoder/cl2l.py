@@ -193,8 +193,10 @@ class CL2L(CLIP):
         everyone = self.gather(own)
         a = own.shape[1] // 2 - 1
         sizes = [1, 1, a, a]  # global image and text, local images and texts
-        image, text, local_image, local_text = own.split(sizes, dim=1)
-        all_image, all_text, all_local_image, all_local_text = everyone.split(sizes, dim=1)
+        own_views = own.split(sizes, dim=1)
+        all_views = own_views if everyone is own else everyone.split(sizes, dim=1)
+        image, text, local_image, local_text = own_views
+        all_image, all_text, all_local_image, all_local_text = all_views
         whole = Views(image, text, all_image, all_text)
         local = Views(local_image, local_text, all_local_image, all_local_text)
         return whole, local

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.distributed import all_reduce, gather, gather_with_gradient, rank, world_size
-from models.dual_encoder.tiled import tiled_info_nce, tiled_sigmoid_loss
+from models.dual_encoder.tiled import tiled_info_nce, tiled_info_nce_both, tiled_sigmoid_loss
 
 
 def normalize(features: Tensor) -> Tensor:
@@ -61,6 +61,8 @@ def clip_loss(
     With `tile` the logits exist only in blocks of tile x tile and are recomputed in the backward
     pass: O(tile^2) memory instead of O(b N V U), same values and gradients.
     """
+    if tile is not None and image is all_image and text is all_text:  # one process has all pairs
+        return Contrast(*tiled_info_nce_both(image, text, scale, label_smoothing, tile))
     if tile is not None:
         loss_image, acc_image = tiled_info_nce(image, all_text, scale, first, label_smoothing, tile)
         loss_text, acc_text = tiled_info_nce(text, all_image, scale, first, label_smoothing, tile)

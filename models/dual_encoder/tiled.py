@@ -16,28 +16,59 @@ def tiled_info_nce(
     """One direction of `losses.clip_loss`: 0-d loss and accuracy in percent of query [b,V,E] among
     keys [N,U,E].
     """
-    rows = query.flatten(0, 1)
-    labels = (first + torch.arange(len(query), device=query.device)).repeat_interleave(
-        query.shape[1]
-    )
     losses, accuracies = [], []
-    for view in keys.unbind(1):
-        log_sum, guess = TiledRows.apply(rows, view, scale, scale.new_zeros(()), "logsumexp", tile)
-        target = scale * paired_products(query, view[first : first + len(query), None]).flatten()
-        if label_smoothing:
-            target = (1 - label_smoothing) * target + label_smoothing * scale * (
-                rows @ view.mean(0)
-            ).float()
-        losses.append((log_sum - target).mean())
-        accuracies.append(100 * (guess == labels).float().mean())
+    for rows in query.unbind(1):
+        for view in keys.unbind(1):
+            log_sum, guess, _, _ = TiledLogSumExp.apply(rows, view, scale, tile, False)
+            target = targets(rows, view, scale, first, label_smoothing)
+            losses.append((log_sum - target).mean())
+            accuracies.append(hits(guess, first))
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
+
+
+def tiled_info_nce_both(
+    image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float, tile: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both directions where one process holds all pairs: loss_image, loss_text, acc_image and
+    acc_text of `losses.clip_loss`, 0-d, of image [N,V,E] and text [N,U,E].
+
+    The texts' logits are the images' transposed, so this takes half the matrix products.
+    """
+    results = []
+    for images in image.unbind(1):
+        for texts in text.unbind(1):
+            by_image, text_guess, by_text, image_guess = TiledLogSumExp.apply(
+                images, texts, scale, tile, True
+            )
+            loss_image = by_image - targets(images, texts, scale, 0, label_smoothing)
+            loss_text = by_text - targets(texts, images, scale, 0, label_smoothing)
+            found = loss_image.mean(), loss_text.mean(), hits(text_guess, 0), hits(image_guess, 0)
+            results.append(torch.stack(found))
+    return torch.stack(results).mean(0).unbind()
+
+
+def targets(
+    rows: Tensor, keys: Tensor, scale: Tensor, first: int, label_smoothing: float
+) -> Tensor:
+    """Each row's logit of its own key, [b]; with label smoothing mixed with its mean logit."""
+    own = scale * paired_products(rows, keys[first : first + len(rows)])
+    if not label_smoothing:
+        return own
+    mean = scale * (rows @ keys.mean(0)).float()
+    return (1 - label_smoothing) * own + label_smoothing * mean
+
+
+def hits(guess: Tensor, first: int) -> Tensor:
+    """Percent of rows whose best key, `guess` [b], is their own, 0-d."""
+    labels = first + torch.arange(len(guess), device=guess.device)
+    return 100 * (guess == labels).float().mean()
 
 
 def tiled_sigmoid_loss(
     image: Tensor, all_text: Tensor, scale: Tensor, bias: Tensor, first: int, tile: int
 ) -> Tensor:
     """`losses.sigmoid_loss` of image [b,E] and all_text [N,E]."""
-    total, _ = TiledRows.apply(image, all_text, scale, bias, "softplus", tile)
+    total = TiledSoftplus.apply(image, all_text, scale, bias, tile)
     own = scale * paired_products(image, all_text[first : first + len(image)]) + bias
     return (total - own).mean()
 
@@ -53,82 +84,133 @@ def paired_products(rows: Tensor, partners: Tensor) -> Tensor:
     return (rows.to(dtype).float() * partners.to(dtype).float()).sum(-1).to(dtype).float()
 
 
-class TiledRows(torch.autograd.Function):
-    """Each row's log-sum-exp, or sum of softplus, of the logits scale · rows keysᵀ + bias, tile x
-    tile at a time.
+class TiledLogSumExp(torch.autograd.Function):
+    """Log-sum-exp of each row of the logits scale · rows keysᵀ, tile x tile at a time, and each
+    row's best key, int64; then, with `both`, the same of each column (else two empty tensors).
 
-    One workspace serves all blocks, so memory neither grows with the batch nor fragments. Matrix
-    products run in autocast's type, where it is on, everything else in float32. Also returns each
-    row's best key, int64.
+    Memory neither grows with the batch nor fragments: three workspaces serve all blocks. Matrix
+    products run in autocast's type, where it is on, everything else in float32.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, kind: str, tile: int):
-        device = rows.device.type
-        ctx.compute = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
-        )
-        ctx.kind, ctx.tile = kind, tile
+    def forward(ctx, rows: Tensor, keys: Tensor, scale: Tensor, tile: int, both: bool):
+        ctx.compute, ctx.tile, ctx.both = matmul_type(rows), tile, both
+        by_row = RunningLogSumExp(len(rows), rows.device)
+        by_column = RunningLogSumExp(len(keys) if both else 0, rows.device)
+        for r, c, logits, spare in logit_blocks(rows, keys, scale, ctx.compute, tile):
+            by_row.add(r, c.start, logits, spare, dim=1)
+            if both:
+                by_column.add(c, r.start, logits, spare, dim=0)
+        row_sums, column_sums = by_row.value(), by_column.value()
+        ctx.save_for_backward(rows, keys, scale, row_sums, column_sums)
+        ctx.mark_non_differentiable(by_row.best, by_column.best)
+        return row_sums, by_row.best, column_sums, by_column.best
+
+    @staticmethod
+    def backward(ctx, d_row: Tensor, _row_best, d_column: Tensor, _column_best):
+        rows, keys, scale, row_sums, column_sums = ctx.saved_tensors
+        gradients = FeatureGradients(rows, keys, scale, ctx.compute)
+        for r, c, logits, spare in logit_blocks(rows, keys, scale, ctx.compute, ctx.tile):
+            d_logits = torch.sub(logits, row_sums[r, None], out=spare).exp_().mul_(d_row[r, None])
+            if ctx.both:
+                d_logits += logits.sub_(column_sums[c]).exp_().mul_(d_column[c])
+            gradients.add(r, c, d_logits)
+        return *gradients.value(), None, None
+
+
+class TiledSoftplus(torch.autograd.Function):
+    """Sum of softplus over each row of the logits scale · rows keysᵀ + bias; memory and types as in
+    `TiledLogSumExp`.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, tile: int):
+        ctx.compute, ctx.tile = matmul_type(rows), tile
         value = rows.new_zeros(len(rows), dtype=torch.float32)
-        top = torch.full_like(value, float("-inf"))
-        guess = torch.zeros_like(value, dtype=torch.int64)
-        total = torch.zeros_like(value)  # of exp(logit - top)
-        with torch.autocast(device, enabled=False):
-            for r, c, logits in logit_blocks(rows, keys, scale, bias, ctx.compute, tile):
-                best, index = logits.max(1)
-                torch.where(best > top[r], c.start + index, guess[r], out=guess[r])
-                if kind == "softplus":
-                    value[r] += F.softplus(logits).sum(1)
-                    torch.maximum(top[r], best, out=top[r])
-                    continue
-                best = torch.maximum(top[r], best)
-                total[r] *= (top[r] - best).exp_()
-                total[r] += logits.sub_(best[:, None]).exp_().sum(1)
-                top[r] = best
-        if kind == "logsumexp":
-            value = top + total.log()
-        ctx.save_for_backward(rows, keys, scale, bias, value)
-        ctx.mark_non_differentiable(guess)
-        return value, guess
+        for r, _, logits, _ in logit_blocks(rows, keys, scale, ctx.compute, tile):
+            value[r] += F.softplus(logits.add_(bias)).sum(1)
+        ctx.save_for_backward(rows, keys, scale, bias)
+        return value
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _guess):
-        rows, keys, scale, bias, value = ctx.saved_tensors
-        d_rows, d_keys = (
-            torch.zeros_like(rows),
-            torch.zeros_like(keys),
-        )  # without their factor `scale` yet
+    def backward(ctx, grad: Tensor):
+        rows, keys, scale, bias = ctx.saved_tensors
+        gradients = FeatureGradients(rows, keys, scale, ctx.compute)
         d_bias = torch.zeros_like(bias)
-        low_rows, low_keys = rows.to(ctx.compute), keys.to(ctx.compute)
-        for r, c, logits in logit_blocks(rows, keys, scale, bias, ctx.compute, ctx.tile):
-            probability = (
-                logits.sub_(value[r, None]).exp_() if ctx.kind == "logsumexp" else logits.sigmoid_()
-            )
-            probability.mul_(grad[r, None])
-            d_bias += probability.sum()
-            probability = probability.to(ctx.compute)
-            d_rows[r] += probability @ low_keys[c]
-            d_keys[c] += probability.T @ low_rows[r]
-        d_scale = torch.dot(
-            d_rows.flatten(), rows.flatten()
-        )  # in place from here on: these are the large tensors
-        return d_rows.mul_(scale), d_keys.mul_(scale), d_scale.to(scale.dtype), d_bias, None, None
+        for r, c, logits, _ in logit_blocks(rows, keys, scale, ctx.compute, ctx.tile):
+            d_logits = logits.add_(bias).sigmoid_().mul_(grad[r, None])
+            d_bias += d_logits.sum()
+            gradients.add(r, c, d_logits)
+        return *gradients.value(), d_bias, None
 
 
-def logit_blocks(
-    rows: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype, tile: int
-):
-    """(row slice, key slice, their logits in float32) for every block; the logits are overwritten
-    by the next ones.
+class RunningLogSumExp:
+    """Log-sum-exp and best key of rows whose logits come block by block."""
+
+    def __init__(self, rows: int, device: torch.device):
+        self.top = torch.full((rows,), float("-inf"), device=device)
+        self.total = torch.zeros(rows, device=device)  # of exp(logit - top)
+        self.best = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def add(self, r: slice, first: int, logits: Tensor, spare: Tensor, dim: int) -> None:
+        """A block of logits, whose keys lie along `dim` and begin with key `first`; the other
+        dimension are the rows `r`. `spare`, of the block's shape, is overwritten.
+        """
+        top, index = logits.max(dim)
+        torch.where(top > self.top[r], first + index, self.best[r], out=self.best[r])
+        top = torch.maximum(self.top[r], top)
+        self.total[r] *= (self.top[r] - top).exp_()
+        self.total[r] += torch.sub(logits, top.unsqueeze(dim), out=spare).exp_().sum(dim)
+        self.top[r] = top
+
+    def value(self) -> Tensor:
+        return self.top + self.total.log()
+
+
+class FeatureGradients:
+    """Gradients of rows, keys and scale, of the logits' gradients block by block."""
+
+    def __init__(self, rows: Tensor, keys: Tensor, scale: Tensor, dtype: torch.dtype):
+        self.rows, self.keys, self.scale = rows, keys, scale
+        self.low_rows, self.low_keys = rows.to(dtype), keys.to(dtype)
+        self.d_rows, self.d_keys = torch.zeros_like(rows), torch.zeros_like(keys)
+
+    def add(self, r: slice, c: slice, d_logits: Tensor) -> None:
+        d_logits = d_logits.to(self.low_rows.dtype)
+        self.d_rows[r] += d_logits @ self.low_keys[c]
+        self.d_keys[c] += d_logits.T @ self.low_rows[r]
+
+    def value(self) -> tuple[Tensor, Tensor, Tensor]:
+        d_scale = torch.dot(self.d_rows.flatten(), self.rows.flatten()).to(self.scale.dtype)
+        # in place: these are the large tensors
+        return self.d_rows.mul_(self.scale), self.d_keys.mul_(self.scale), d_scale
+
+
+def matmul_type(rows: Tensor) -> torch.dtype:
+    """Type of matrix products: autocast's, where it is on."""
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+
+
+def logit_blocks(rows: Tensor, keys: Tensor, scale: Tensor, dtype: torch.dtype, tile: int):
+    """(row slice, key slice, logits scale · rows keysᵀ in float32, a spare tensor of their shape)
+    of every block; both tensors are overwritten by the next one.
     """
-    workspace = torch.empty(
-        min(tile, len(rows)) * min(tile, len(keys)), dtype=dtype, device=rows.device
-    )
+    size = min(tile, len(rows)) * min(tile, len(keys))
+    spaces = [
+        torch.empty(size, dtype=kind, device=rows.device)
+        for kind in (dtype, torch.float32, torch.float32)
+    ]
     rows, keys = rows.to(dtype), keys.to(dtype)
-    for i in range(0, len(rows), tile):
-        r = slice(i, min(i + tile, len(rows)))
-        for j in range(0, len(keys), tile):
-            c = slice(j, min(j + tile, len(keys)))
-            shape = r.stop - r.start, c.stop - c.start
-            product = torch.mm(rows[r], keys[c].T, out=workspace[: shape[0] * shape[1]].view(shape))
-            yield r, c, product.float().mul_(scale).add_(bias)
+    with torch.autocast(rows.device.type, enabled=False):
+        for r in slices(len(rows), tile):
+            for c in slices(len(keys), tile):
+                shape = r.stop - r.start, c.stop - c.start
+                room = [space[: shape[0] * shape[1]].view(shape) for space in spaces]
+                product = torch.mm(rows[r], keys[c].T, out=room[0])
+                yield r, c, torch.mul(product, scale, out=room[1]), room[2]
+
+
+def slices(length: int, tile: int) -> list[slice]:
+    """`length` positions in runs of `tile`."""
+    return [slice(i, min(i + tile, length)) for i in range(0, length, tile)]

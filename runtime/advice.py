@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from contextlib import suppress
@@ -10,6 +11,12 @@ from typing import NoReturn
 
 from base.errors import UserError, first_line
 
+# how gloo, NCCL and torch's store say that a process at the other end has gone
+GONE = re.compile(
+    r"gloo.*(closed by peer|reset by peer|broken pipe)|remote process (has )?exited"
+    r"|did the remote server shutdown or crash",
+    re.IGNORECASE | re.DOTALL,
+)
 OTHER_RANKS_WAIT = 3.0  # seconds, see `leave_with`
 
 
@@ -24,12 +31,22 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or said
 
 
+def has_lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has gone."""
+    return isinstance(error, RuntimeError) and GONE.search(str(error)) is not None
+
+
 def advice_on(error: BaseException) -> str | None:
     """One sentence about a mistake of the user or a limit of the machine; None for a fault of ours."""
     if isinstance(error, UserError):
         return str(error)
     if is_exhausted(error):
         return f"out of memory ({first_line(error)}); make batch_size smaller and accumulate larger"
+    if has_lost_peer(error):
+        return (
+            "another process of this run has ended, this one cannot go further without it; what "
+            "ended it is in its own output. Start the same command again to resume"
+        )
     before, of_torch, _ = str(error).partition(" does not have a deterministic implementation")
     if of_torch:  # compilers put lines of their own around the sentence
         return (
@@ -39,8 +56,8 @@ def advice_on(error: BaseException) -> str | None:
     return None
 
 
-def leave_with(advice: str) -> NoReturn:
-    """End the script with one line on stderr and exit status 2.
+def leave_with(advice: str, status: int = 2) -> NoReturn:
+    """End the script with one line on stderr; status 2: the user can fix it.
 
     On other ranks than 0 the message waits: where all ranks fail alike, the launcher ends them
     meanwhile and it is printed once; where one rank alone fails, it is not lost.
@@ -52,7 +69,7 @@ def leave_with(advice: str) -> NoReturn:
     sentence = f"{where}: {advice}"
     print(sentence, file=sys.stderr, flush=True)
     tell_torchrun(sentence)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def tell_torchrun(message: str) -> None:

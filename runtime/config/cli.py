@@ -26,7 +26,7 @@ from base import flight_recorder
 from base.errors import UserError
 from base.files import check_output_folder
 from base.knobs import knob, section
-from runtime.advice import advice_on, launched_rank, leave_with
+from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
 from runtime.builtin_data import make_digitscenes_if_named
 from runtime.config.draft import COMMAND_LINE, FLAGS, OVERRIDES, Draft, flag
@@ -194,4 +194,4 @@ def run_script(
         advice = advice_on(error)
         if advice is None:
             raise
-        leave_with(advice)
+        leave_with(advice, status=1 if has_lost_peer(error) else 2)

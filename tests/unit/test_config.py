@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -472,6 +473,15 @@ class Mendable(UserError):
     pass
 
 
+def raised(error: BaseException) -> Callable:
+    """A script that fails."""
+
+    def main(_config):
+        raise error
+
+    return main
+
+
 def leave_with(error: BaseException, monkeypatch, **environment: str) -> Any:
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
@@ -480,11 +490,8 @@ def leave_with(error: BaseException, monkeypatch, **environment: str) -> Any:
     waited = []
     monkeypatch.setattr("runtime.advice.time.sleep", waited.append)
 
-    def main(_config):
-        raise error
-
     with pytest.raises(SystemExit) as left:
-        run_script(main, Config, argv=[])
+        run_script(raised(error), Config, argv=[])
     return left.value.code, waited
 
 
@@ -493,6 +500,27 @@ def test_run_tells_what_people_can_mend_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: no such image\n"
     assert leave_with(Mendable("no such image"), monkeypatch, RANK="0", SLURM_PROCID="3") == (2, [])
     assert capsys.readouterr().err == "error: no such image\n"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/x/gloo/transport/tcp/pair.cc:545] Read error [::1]:7: Connection reset by peer. GLHF!",
+        "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7",
+        "NCCL error: remote process exited or there was a network error, NCCL version 2.27",
+        "Failed to recv, got 0 bytes. Did the remote server shutdown or crash?",
+    ],
+)
+def test_a_process_whose_peer_has_ended_leaves_with_a_sentence(monkeypatch, capsys, said):
+    assert leave_with(RuntimeError(said), monkeypatch) == (1, [])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: another process of this run has ended")
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    fault = RuntimeError("[enforce fail at gloo/x.cc:7] op.preamble.length <= op.nbytes. 8 vs 4")
+    with pytest.raises(RuntimeError, match="enforce fail"):
+        run_script(raised(fault), Config, argv=[])
 
 
 def test_run_on_another_rank_gives_the_first_the_word(monkeypatch, capsys):

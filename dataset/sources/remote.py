@@ -182,9 +182,14 @@ def state_of(url: str, options: dict | None = None) -> tuple:
     if not is_remote(url):
         return file_state(url)
     files, path = file_system(url, options)
-    about = with_retries(lambda: files.info(path))
+    return url, *state_in(with_retries(lambda: files.info(path)))
+
+
+def state_in(about: dict) -> tuple[str, ...]:
+    """What changes with the content of a file, of what its store says about it: size, then others,
+    each empty or None where it is not said."""
     names = ("size", "ETag", "etag", "LastModified", "mtime", "last_modified", "updated", "md5Hash")
-    return url, *(str(about.get(name, "")) for name in names)
+    return tuple(str(about.get(name, "")) for name in names)
 
 
 def read_text(place: str, name: str) -> str | None:

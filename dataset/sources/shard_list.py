@@ -1,6 +1,7 @@
 """Which shards there are and how many samples each holds: found once a run, by threads."""
 
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,11 +24,13 @@ from dataset.sources.remote import (
     state_of,
     with_retries,
 )
+from dataset.sources.shard_states import states_digest
 from dataset.sources.tar import TarWalk, read_samples
 from dataset.sources.tfrecord import count_frames, is_tfrecord, read_frames
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 THREADS = 64  # requests to a store at a time
+INDEXED = 500  # shards from which on their counts are kept in one file
 COUNT_VERSION = 4  # part of the key of cached counts: raise it when the rules of reading change
 
 
@@ -72,7 +75,7 @@ def find_shards(
     name = name or patterns[0]
     if samples:
         return Shards(name, names, samples, (), options)
-    counts = tuple(samples_of(names, options))
+    counts = tuple(cached_counts(names, options))
     if not sum(counts):
         raise UserError(f"{names[0]} and the other shards hold no samples")
     return Shards(name, names, sum(counts), counts, options)
@@ -178,6 +181,38 @@ def _options(braced: str, pattern: str) -> list[str]:
 
 
 # ---- samples of each shard
+def cached_counts(shards: Sequence[str], options: dict | None = None) -> list[int]:
+    """`samples_of`; of very many shards from one file in the cache, which holds what the shards and
+    their statistics were when it was written."""
+    if len(shards) < INDEXED:
+        return samples_of(shards, options)
+    statistics = [name for shard in shards for name in statistics_names(shard)]
+    state = states_digest([*shards, *statistics], options)
+    if state is None:
+        return samples_of(shards, options)
+    cached = cache_folder() / "counts" / f"all-{digest(COUNT_VERSION, list(shards))}.json"
+    counts = _all_from_cache(cached, state, len(shards))
+    if counts is None:
+        counts = samples_of(shards, options)
+        try:
+            write_json(cached, {"state": state, "counts": counts})
+        except UserError as error:
+            print(f"{error}; the next start asks for every shard again", file=sys.stderr)
+    return counts
+
+
+def _all_from_cache(path: Path, state: str, shards: int) -> list[int] | None:
+    """The counts that a cached file holds; None where it is missing, damaged, or of other files."""
+    try:
+        content = read_json(path, dict)
+    except UserError:
+        return None
+    counts = content.get("counts")
+    if content.get("state") != state or not isinstance(counts, list) or len(counts) != shards:
+        return None
+    return counts if all(type(count) is int and count >= 0 for count in counts) else None
+
+
 def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
     """Samples of every shard, asked for by threads, with a progress bar where it takes long."""
     from tqdm import tqdm

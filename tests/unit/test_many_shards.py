@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from dataset.sources import shard_list, shards
+from dataset.sources import shard_list, shard_states, shards
 from dataset.sources.shard_list import Shards, find_shards
 from dataset.sources.shards import ShardSource
 
@@ -24,20 +24,98 @@ def source():
     return ShardSource(found, dict)
 
 
-def test_start_up_reads_one_small_file_a_shard_and_sends_little(monkeypatch):
-    reads: Counter[str] = Counter()
-    lock = threading.Lock()
+class Store:
+    """A bucket of shards and their statistics; counts what it is asked for."""
 
-    def statistics(name, options):
-        with lock:
-            reads[name] += 1
+    def __init__(self, shards: int):
+        self.files = {}
+        for number in range(shards):
+            self.files[f"bucket/{number:05d}.tar"] = {"size": 1000, "ETag": f"a{number}"}
+            self.files[f"bucket/{number:05d}_stats.json"] = {"size": 20, "ETag": f"b{number}"}
+        self.listings = 0
+        self.reads: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    def ls(self, path, detail):
+        self.listings += 1
+        return [{"name": name, **about} for name, about in self.files.items()]
+
+    def statistics(self, name, options):
+        with self.lock:
+            self.reads[name] += 1
         return b'{"successes": 10000}'
 
-    monkeypatch.setattr(shard_list, "read_file", statistics)
+    def asked(self) -> tuple[int, int]:
+        """Listings and files since the last time."""
+        asked = self.listings, self.reads.total()
+        self.listings = 0
+        self.reads.clear()
+        return asked
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path, request):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    store = Store(request.param)
+    monkeypatch.setattr(shard_states, "file_system", lambda url, options: (store, url))
+    monkeypatch.setattr(shard_list, "read_file", store.statistics)
+    return store
+
+
+@pytest.mark.parametrize("store", [COUNT], indirect=True)
+def test_start_up_reads_one_small_file_a_shard_once_and_sends_little(store):
     found = find_shards("s3://bucket/{00000..69999}.tar")
     assert len(found) == COUNT and found.samples == 700_000_000
-    assert len(reads) == COUNT and set(reads.values()) == {1}
+    assert len(store.reads) == COUNT and store.asked() == (1, COUNT)
     assert len(pickle.dumps(found)) < 4e6, "rank 0 sends this to all others"
+    assert find_shards("s3://bucket/{00000..69999}.tar") == found and store.asked() == (1, 0)
+
+
+def replaced(store, cache):
+    store.files["bucket/00007_stats.json"]["ETag"] = "new"
+
+
+def added(store, cache):
+    del store.files["bucket/00007_stats.json"]
+
+
+def damaged(store, cache):
+    (file,) = cache.glob("counts/all-*.json")
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def forbidden(store, cache):
+    store.ls = None
+
+
+def without_etags(store, cache):
+    for about in store.files.values():
+        about["ETag"] = None
+
+
+@pytest.mark.parametrize("store", [1000], indirect=True)
+@pytest.mark.parametrize("change", [replaced, added, damaged, forbidden, without_etags])
+def test_counts_are_kept_no_longer_than_they_are_known_to_be_right(store, change, tmp_path):
+    url = "s3://bucket/{00000..00999}.tar"
+    found = find_shards(url)
+    assert store.asked() == (1, 1000)
+    change(store, tmp_path / "cache")
+    assert find_shards(url) == found and store.asked()[1] == 1000
+    assert find_shards("s3://bucket/{00000..00998}.tar").samples == 9_990_000
+
+
+def test_counts_of_a_folder_are_kept_until_a_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_list, "INDEXED", 3)
+    for name in ("0", "1", "2"):
+        (tmp_path / f"{name}.tar").write_bytes(bytes(10240))
+        (tmp_path / f"{name}_stats.json").write_text('{"successes": 5}')
+    assert find_shards(str(tmp_path)).counts == (5, 5, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_list, "samples_of", None)  # is not called
+        assert find_shards(str(tmp_path)).counts == (5, 5, 5)
+    (tmp_path / "1_stats.json").write_text('{"successes": 7}')
+    assert find_shards(str(tmp_path)).counts == (5, 7, 5)
 
 
 def test_an_epoch_is_dealt_to_all_workers_once_and_in_another_order(source):

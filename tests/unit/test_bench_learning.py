@@ -118,16 +118,29 @@ def test_both_sides_train_and_are_evaluated(config, capsys):
     assert all(0 <= json.loads(text)["captions"] <= 100 for *_, text in figures)
     assert "8 samples" in said
     assert "--seeds 0 1" in said
-    # the same network on both sides: open_clip's weights give the same embeddings in ours
-    ours, theirs = config.folder / "ours_0", config.folder / "open_clip_0"
-    embed_image, embed_text, tokenize = learning_sides.open_our_clip(config, ours)
-    their_image, their_text, _ = learning_sides.open_their_clip(config, theirs)
-    weights = torch.load(theirs / "checkpoints/epoch_1.pt", weights_only=True)["state_dict"]
-    embed_image.__self__.load_state_dict(weights)
-    images, ids = torch.randn(2, 3, 48, 48), tokenize(["level a", "grey b"])
-    with torch.inference_mode():
-        torch.testing.assert_close(embed_image(images), their_image(images))
-        torch.testing.assert_close(embed_text(ids), their_text(ids))
+    the_same_network_and_loss(config)
+
+
+def the_same_network_and_loss(config):
+    """open_clip's weights give the same loss and the same gradients in our run's network."""
+    import open_clip
+
+    ours = learning_sides.open_our_clip(config, config.folder / "ours_0")[0].__self__
+    theirs = open_clip.create_model("open_clip_small")
+    file = config.folder / "open_clip_0/checkpoints/epoch_1.pt"
+    weights = torch.load(file, weights_only=True)["state_dict"]
+    ours.load_state_dict(weights)
+    theirs.load_state_dict(weights)
+    images = torch.randn(3, 3, 48, 48)
+    ids = learning_sides.clip_tokens(["level a", "grey b", "a grey level c"])
+    loss = ours(image=images, text_ids=ids)["clip_loss"]
+    their_loss = open_clip.ClipLoss()(*theirs(images, ids))
+    torch.testing.assert_close(loss, their_loss)
+    loss.backward()
+    their_loss.backward()
+    for name, parameter in theirs.named_parameters():
+        grad = ours.get_parameter(name).grad
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 # ---- ALBEF beside Pretrain.py

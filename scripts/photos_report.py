@@ -69,8 +69,8 @@ def scores_of(run: Path) -> dict[str, tuple[float, float]]:
     for key, name in RECALLS.items():
         found[name] = (captions[f"{key}_z"], captions["chance"][key])
     for language, of_language in languages(zeroshot["results"]).items():
-        for key in ("txt_r1", "txt_r5", "img_r1", "img_r5"):
-            name = f"{language}: {RECALLS[key]}"
+        for key, recall in RECALLS.items():
+            name = f"{language}: {recall}"
             found[name] = (of_language[f"{key}_z"], of_language["chance"][key])
     found[CLASSES] = (classes["acc1_z"], classes["chance"])
     found[NEIGHBOURS] = (knn["knn1"], knn["chance"])
@@ -175,6 +175,22 @@ def summary(folds: list[dict[str, tuple[float, float]]]) -> dict[str, dict[str, 
     return found
 
 
+def stated(values: dict[str, float], folds: int) -> str:
+    """Mean and, of several folds, std."""
+    return f"{values['mean']:.1f}" + (f" ± {values['std']:.1f}" if folds > 1 else "")
+
+
+def language_table(total: dict[str, dict[str, float]], folds: int):
+    """The card of retrieval by language, mean and std over the folds; None for one language."""
+    found = list(dict.fromkeys(name.partition(": ")[0] for name in total if ": " in name))
+    names = list(RECALLS.values())
+    lines = []
+    for language in found:
+        scores = [total[f"{language}: {name}"] for name in names]
+        lines.append([language, *(stated(one, folds) for one in scores)])
+    return card("By language", table(["in %", *names], lines)) if found else None
+
+
 def main(config: Config) -> None:
     folds = [scores_of(run) for run in config.runs]
     total = summary(folds)
@@ -183,16 +199,22 @@ def main(config: Config) -> None:
         f"{count} images of subjects that training never saw. The image and the text tower are "
         "published and locked; the projections alone were trained."
     )
-    rows = [(name, score, chance) for name, (score, chance) in folds[0].items()]
+    rows = []
+    for name, (score, chance) in folds[0].items():
+        if ": " not in name:
+            rows.append((name, score, chance))
     head = ["held-out images", "%", "chance"]
     sections = [card("Scores", score_table(head, rows, None), intro=intro)]
     if len(folds) > 1:
         lines = []
-        for name, values in total.items():
+        for name in (row[0] for row in rows):
+            values = total[name]
             each = [f"{fold[name][0]:.1f}" for fold in folds]
             lines.append([name, f"{values['mean']:.1f}", f"{values['std']:.1f}", *each])
         names = [run.name for run in config.runs]
         sections.append(card("Folds", table(["in %", "mean", "std", *names], lines)))
+    if by_language := language_table(total, len(folds)):
+        sections.append(by_language)
     sections.append(found_captions(config.runs[0], config.data, config.cases))
     sections += naming(config.runs[0], config.data, config.cases)
     sections.append(curves(config.runs[0]))
@@ -201,8 +223,7 @@ def main(config: Config) -> None:
     title = "Real images: two locked towers and a learned projection"
     write_text(config.output, page(title, sections, str(config.runs[0])))
     for name, values in total.items():
-        spread = f" ± {values['std']:.1f}" if len(folds) > 1 else ""
-        print(f"{name:30s} {values['mean']:5.1f}{spread}   chance {values['chance']:.1f}")
+        print(f"{name:30s} {stated(values, len(folds)):>12s}   chance {values['chance']:.1f}")
     print(f"written: {config.output}, scores.json")
 
 

@@ -59,6 +59,7 @@ def test_mean_and_std_over_folds_and_the_gallery(stamps, tmp_path, capsys):
     assert scores["de: images R@5"]["mean"] == 45
     assert "captions R@1" in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()
+    assert "45.0 ± 7.1" in page and page.count("By language") == 1
     assert "a &lt;moth&gt;" in page and "en-1" in page and "GPL-2" in page
     assert page.count("right one at rank") == 0 and "data:image/jpeg" in page
 

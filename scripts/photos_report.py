@@ -35,7 +35,8 @@ RECALLS = {
     for way, name in (("txt", "captions"), ("img", "images"))
     for at in (1, 5, 10)
 }
-CLASSES, NEIGHBOURS = "zero-shot top 1 of 8 classes", "1-NN of 8 classes"
+CLASSES = "zero-shot top 1 of 8 classes"
+NEIGHBOURS = {"knn1": "1-NN of 8 classes", "knn5_weighted": "5-NN of 8 classes, weighted"}
 SHOWN = 10  # hits of a query
 NAMED = (1, 5, 10)  # labels of an image among which its noun is looked for
 DECODERS = {
@@ -73,7 +74,8 @@ def scores_of(run: Path) -> dict[str, tuple[float, float]]:
             name = f"{language}: {recall}"
             found[name] = (of_language[f"{key}_z"], of_language["chance"][key])
     found[CLASSES] = (classes["acc1_z"], classes["chance"])
-    found[NEIGHBOURS] = (knn["knn1"], knn["chance"])
+    for key, name in NEIGHBOURS.items():
+        found[name] = (knn[key], knn["chance"])
     return found
 
 

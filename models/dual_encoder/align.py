@@ -14,10 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from base.distributed import rank
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig, DualEncoder, Features
-from models.dual_encoder.losses import clip_loss, normalize
 from models.layers.batchnorm import GhostBatchNorm, average_statistics
 from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape
 from models.layers.xbert import BertConfig, XBert
@@ -82,20 +80,11 @@ class Align(DualEncoder):
         `clip_loss` is the mean of both directions; COYO-ALIGN minimises their sum (loss_avg_or_sum:
         sum).
         """
-        image, text = (
-            normalize(features["z_image"])[:, None],
-            normalize(features["z_text"])[:, None],
-        )  # [b,1,E]
-        all_image, all_text = self.gather_pair(image, text)
-        found = clip_loss(
-            image,
-            text,
-            all_image,
-            all_text,
+        found = self.contrast(
+            features["z_image"],
+            features["z_text"],
             1 / features["temperature"],
-            first=rank() * len(image),
-            label_smoothing=self.options.label_smoothing,
-            tile=self.options.tile,
+            self.options.label_smoothing,
         )
         return {
             "clip_loss": (found.loss_image + found.loss_text) / 2,

@@ -19,10 +19,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from base.distributed import gather, gather_with_gradient, world_size
+from base.distributed import gather, gather_with_gradient, rank, world_size
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import BLOCKS, CLASSES, SIDE, WIDTH
+from models.dual_encoder.losses import Contrast, clip_loss, normalize
 from models.layers.clip_towers import TextNoise, TextShape
 
 Features = dict[str, Tensor]
@@ -361,6 +362,24 @@ class DualEncoder(nn.Module):
         if world_size() == 1:
             return image, text
         return self.gather(torch.stack([image, text], 1)).unbind(1)
+
+    def contrast(
+        self, image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float = 0.0
+    ) -> Contrast:
+        """`clip_loss` of this rank's embeddings [b,E] of images and texts, of any length, among
+        those of all ranks; scale 0-d."""
+        image, text = normalize(image)[:, None], normalize(text)[:, None]  # one view each
+        all_image, all_text = self.gather_pair(image, text)
+        return clip_loss(
+            image,
+            text,
+            all_image,
+            all_text,
+            scale,
+            first=rank() * len(image),
+            label_smoothing=label_smoothing,
+            tile=self.options.tile,
+        )
 
     def example_batch(
         self, pairs: int, images: int, captions: int, tokens: int = 32

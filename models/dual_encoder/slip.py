@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from base.distributed import rank
 from models.dual_encoder.base import DualConfig, DualEncoder, Features
-from models.dual_encoder.losses import clip_loss, normalize, simclr
+from models.dual_encoder.losses import simclr
 from models.layers.clip_towers import TwoTowers, has_batch_norm, mlp_projector
 
 
@@ -40,18 +39,8 @@ class SlipCLIP(DualEncoder, TwoTowers):
         """CLIP's: `clip_loss` is the mean of both directions, `clip_acc` the accuracy of the images
         in percent.
         """
-        image = normalize(features["image_embed"])[:, None]  # [b,1,E]
-        text = normalize(features["text_embed"])[:, None]
-        all_image, all_text = self.gather_pair(image, text)
-        found = clip_loss(
-            image,
-            text,
-            all_image,
-            all_text,
-            features["logit_scale"],
-            first=rank() * len(image),
-            tile=self.options.tile,
-        )
+        image, text = features["image_embed"], features["text_embed"]
+        found = self.contrast(image, text, features["logit_scale"])
         loss = (found.loss_image + found.loss_text) / 2
         return {"clip_loss": loss, "clip_acc": found.acc_image}
 

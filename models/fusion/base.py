@@ -17,6 +17,15 @@ from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert, XBertLM
 
 
+def check_widths(vit: ViTConfig, bert: BertConfig) -> None:
+    """UserError where cross-attention does not fit the image tokens."""
+    if bert.encoder_width != vit.width:
+        raise UserError(
+            f"bert.encoder_width {bert.encoder_width} must equal the width of the image tokens, "
+            f"{vit.width}"
+        )
+
+
 @dataclass
 class Keys:
     """The contrastive key banks of one step; columns are the batch's momentum features, then the
@@ -56,10 +65,7 @@ class ImageTextModel(MomentumModel):
         language_model: bool,
     ):
         super().__init__(Compat.of(compat, simla=bert.single_stream))
-        if bert.encoder_width != vit.width:
-            raise UserError(
-                f"bert.encoder_width {bert.encoder_width} must equal the width of the image tokens, {vit.width}"
-            )
+        check_widths(vit, bert)
         self.temp = nn.Parameter(torch.tensor(float(temp)))
         self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
         self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))

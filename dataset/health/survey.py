@@ -18,6 +18,7 @@ from dataset.health.stored import is_stored, read_facts, write_facts
 from dataset.images.formats import files_below
 from dataset.sources.records import Records, state_of_entries
 from dataset.sources.remote import state_of
+from dataset.sources.shard_columns import split_columns
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import read_shard
 from dataset.sources.tables import METADATA, is_table
@@ -175,7 +176,8 @@ class Looking:
     def _state(self, work: Work) -> str:
         """Changes with the samples and the settings."""
         if work.stop is None:
-            return digest(FORMAT, self.settings, state_of(work.data))
+            name, query = split_columns(work.data)
+            return digest(FORMAT, self.settings, state_of(name), *([query] if query else []))
         entries = range(work.start, work.stop)
         state = state_of_entries(_opened(work.data), entries, self.root)
         return digest(FORMAT, self.settings, work.start, work.stop, state)

@@ -15,8 +15,12 @@ import numpy as np
 from base.distributed import rank
 from base.errors import BadSample, UserError
 from base.files import atomic_write, cache_folder, digest, file_state
-from dataset.images.formats import IMAGE_TYPES
 from dataset.sources.remote import plain_copy
+from dataset.sources.shard_columns import (
+    columns_of,
+    image_kinds,
+    plain_name,
+)
 from dataset.sources.shards import example_record, member_record
 from dataset.sources.tar import Sample, TarWalk, read_samples
 from dataset.sources.tfrecord import is_tfrecord, read_frames
@@ -40,7 +44,10 @@ class ShardIndex(Sequence):
         self.names = [str(shard) for shard in shards]
         self.title = title or self.names[0]
         with ThreadPoolExecutor(THREADS) as pool:
-            self.files = list(pool.map(partial(plain_copy, cache=cache_folder()), self.names))
+            copied = pool.map(
+                partial(plain_copy, cache=cache_folder()), map(plain_name, self.names)
+            )
+            self.files = list(copied)
         table = _cached_table(self.names, self.files)
         self.shard = table["shard"]
         self.first = table["first"]
@@ -76,7 +83,8 @@ class ShardIndex(Sequence):
         """The record of a sample. Raises BadSample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        number, name = self.shard[index], self.names[self.shard[index]]
+        number = self.shard[index]
+        name, columns = plain_name(self.names[number]), columns_of(self.names[number])
         if self._is_example(index):
             first = self.first[index]
             with open(self.files[number], "rb") as file:
@@ -84,10 +92,10 @@ class ShardIndex(Sequence):
                 payload = next(read_frames(file, name))
             record = payload
             if not isinstance(payload, BadSample):
-                record = example_record(name, int(self._key(index)), payload)
+                record = example_record(name, int(self._key(index)), payload, columns)
         else:
             members = {ending: self.read(index, ending) for ending in self.endings(index)}
-            record = member_record(name, Sample(self._key(index), members))
+            record = member_record(name, Sample(self._key(index), members), columns)
         if isinstance(record, BadSample):
             raise record
         return record
@@ -98,7 +106,7 @@ class ShardIndex(Sequence):
 
     def name(self, index: int) -> str:
         """`shard/key` of a sample."""
-        return f"{self.names[self.shard[index]]}/{self._key(index)}"
+        return f"{plain_name(self.names[self.shard[index]])}/{self._key(index)}"
 
     def _members(self, index: int) -> range:
         end = self.first[index + 1] if index + 1 < len(self) else len(self.kind)
@@ -128,7 +136,8 @@ class ShardIndex(Sequence):
         if self._is_example(index):
             return self[index]["image"]
         endings = self.endings(index)
-        return self.read(index, next(kind for kind in IMAGE_TYPES if kind in endings))
+        kinds = image_kinds(columns_of(self.names[self.shard[index]]))
+        return self.read(index, next(kind for kind in kinds if kind in endings))
 
     def _is_example(self, index: int) -> bool:
         return is_tfrecord(self.names[self.shard[index]])
@@ -195,9 +204,9 @@ def _samples(name: str, file: Path) -> Iterator[Sample]:
         yield from _frames(name, file)
         return
     with open(file, "rb") as opened:
-        size = file.stat().st_size
+        size, kinds = file.stat().st_size, image_kinds(columns_of(name))
         for sample in read_samples(TarWalk(opened, size), load=False):
-            if not sample.fault and not any(kind in sample.members for kind in IMAGE_TYPES):
+            if not sample.fault and not any(kind in sample.members for kind in kinds):
                 sample.fault = f"no image, only {', '.join(sample.members)}"
             yield sample
 

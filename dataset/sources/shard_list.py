@@ -24,6 +24,7 @@ from dataset.sources.remote import (
     state_of,
     with_retries,
 )
+from dataset.sources.shard_columns import parse_columns, plain_name, split_columns
 from dataset.sources.shard_states import states_digest
 from dataset.sources.tar import TarWalk, read_samples
 from dataset.sources.tfrecord import count_frames, is_tfrecord, read_frames
@@ -75,7 +76,7 @@ def find_shards(
     name = name or patterns[0]
     if samples:
         return Shards(name, names, samples, (), options)
-    counts = tuple(cached_counts(names, options))
+    counts = tuple(cached_counts([plain_name(name) for name in names], options))
     if not sum(counts):
         raise UserError(f"{names[0]} and the other shards hold no samples")
     return Shards(name, names, sum(counts), counts, options)
@@ -90,8 +91,13 @@ def list_shards(pattern: str, options: dict | None = None) -> list[str]:
     """Shards named by a path, folder (all its .tar and .tar.gz files, recursively; without any, its
     TFRecord files) or URL with braces and globs, sorted per glob.
 
-    Raises UserError when a local shard is missing or a pattern matches nothing.
+    Columns behind a question mark stay at every name (see `dataset.sources.shard_columns`). Raises
+    UserError when a local shard is missing or a pattern matches nothing.
     """
+    pattern, query = split_columns(pattern)
+    if query:
+        parse_columns(query)  # says what is wrong with it
+        return [f"{shard}?{query}" for shard in list_shards(pattern, options)]
     shards = []
     if not is_remote(pattern) and Path(pattern).is_file():
         return [pattern]  # whatever braces and wildcards are in its name

@@ -8,16 +8,23 @@ KEY.txt, KEY.json and so on, those of one key together; or TFRecord examples wit
 
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 
 from base.errors import BadSample, UserError
 from base.text import lenient_text
-from dataset.images.formats import IMAGE_TYPES
 from dataset.loading.randomness import mix, permuted
 from dataset.sources.remote import describe, plain_stream
+from dataset.sources.shard_columns import (
+    NO_COLUMNS,
+    columns_of,
+    image_kinds,
+    plain_name,
+    with_columns,
+)
 from dataset.sources.shard_list import Shards, find_shards, shared_shards
+from dataset.sources.tables import Columns
 from dataset.sources.tar import LOST, Sample, TarWalk, read_samples
 from dataset.sources.tfrecord import is_tfrecord, parse_example, read_frames
 
@@ -214,6 +221,7 @@ def read_shard(
     options: of fsspec. expected: samples of the shard, by which a BadSample for the rest of it
     counts; where fewer have come than these, another one at the end counts the missing.
     """
+    shard, columns = plain_name(shard), columns_of(shard)
     counted = 0  # samples that were given or reported lost
     with ExitStack() as stack:
         try:
@@ -224,9 +232,10 @@ def read_shard(
             yield BadSample(f"{shard}: {describe(error)}; {LOST}", expected or 1)
             return
         if is_tfrecord(shard):
-            records = _read_examples(file, shard)
+            records = _read_examples(file, shard, columns)
         else:
-            records = (member_record(shard, sample) for sample in read_samples(TarWalk(file, size)))
+            samples = read_samples(TarWalk(file, size))
+            records = (member_record(shard, sample, columns) for sample in samples)
         for record in records:
             if isinstance(record, BadSample):
                 if expected and counted >= expected:
@@ -242,47 +251,52 @@ def read_shard(
             yield BadSample(f"{shard}: {missing} of {expected} samples are missing", missing)
 
 
-def member_record(shard: str, sample: Sample) -> dict | BadSample:
-    """What `build` gets of a sample of a tar."""
+def member_record(
+    shard: str, sample: Sample, columns: Mapping[str, Columns] = NO_COLUMNS
+) -> dict | BadSample:
+    """What `build` gets of a sample of a tar. columns: the members that its address names."""
     key = f"{shard}/{sample.key}" if sample.key else shard
     if sample.fault:
         return BadSample(f"{key}: {sample.fault}", None if sample.rest else 1)
     members = sample.members
-    image = next((members.pop(kind) for kind in IMAGE_TYPES if kind in members), None)
+    kinds = image_kinds(columns)
+    image = next((members.pop(kind) for kind in kinds if kind in members), None)
     if image is None:
-        return BadSample(f"{key}: no image (.{', .'.join(IMAGE_TYPES)}), only {', '.join(members)}")
+        return BadSample(f"{key}: no image (.{', .'.join(kinds)}), only {', '.join(members)}")
     record = members | {"key": key, "image": image}
     if "txt" in members:
         record["caption"] = lenient_text(members["txt"])
-    return record
+    return with_columns(record, columns)
 
 
-def _read_examples(file, shard: str) -> Iterator[dict | BadSample]:
+def _read_examples(file, shard: str, columns: Mapping[str, Columns]) -> Iterator[dict | BadSample]:
     """The records of an open TFRecord file."""
     number = -1
     for number, payload in enumerate(read_frames(file, shard)):
         if isinstance(payload, BadSample):
             yield payload
         else:
-            yield example_record(shard, number, payload)
+            yield example_record(shard, number, payload, columns)
     if number < 0:
         yield BadSample(f"{shard}: holds no samples", None)
 
 
-def example_record(shard: str, number: int, payload: bytes) -> dict | BadSample:
-    """What `build` gets of an example of a TFRecord file."""
+def example_record(
+    shard: str, number: int, payload: bytes, columns: Mapping[str, Columns] = NO_COLUMNS
+) -> dict | BadSample:
+    """What `build` gets of an example of a TFRecord file. columns: the features that its address
+    names."""
     place = f"{shard}/{number}"
     try:
         features = parse_example(payload)
     except BadSample as error:
         return BadSample(f"{place}: {error}")
-    kinds = ("image", *IMAGE_TYPES)
+    kinds = image_kinds(columns)
+    kinds = kinds if "image" in columns else ("image", *kinds)
     image = next((features.pop(kind) for kind in kinds if features.get(kind)), None)
     if image is None or not isinstance(image[0], bytes):
-        return BadSample(
-            f"{place}: no image ({', '.join(IMAGE_TYPES)} or image), only {', '.join(features)}"
-        )
+        return BadSample(f"{place}: no image ({', '.join(kinds)}), only {', '.join(features)}")
     record = features | {"key": place, "image": image[0]}
     if texts := [text for text in features.get("txt", []) if isinstance(text, bytes)]:
         record["caption"] = lenient_text(texts[0])
-    return record
+    return with_columns(record, columns)

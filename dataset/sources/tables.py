@@ -381,24 +381,29 @@ def columns_of(
     used = {}
     for field in dict.fromkeys((*required, *columns)):
         if field in columns:
-            used[field] = _given_columns(path, field, columns[field], names)
+            used[field] = given_columns(path, field, columns[field], names)
         else:
             used[field] = Columns([_usual_column(path, field, names, required)])
     return used
 
 
-def _given_columns(path: Path, field: str, given: list[str], names: list[str]) -> Columns:
-    """Columns that an address names, each alone or as NAME:WEIGHT."""
+def given_columns(
+    path: Path | str, field: str, given: list[str], names: Sequence[str] | None = None
+) -> Columns:
+    """Columns that an address names, each alone or as NAME:WEIGHT. names: those that there are,
+    where they are known. UserError."""
     found, weights = [], []
     for item in given:
         name, mark, weight = item.rpartition(":")
-        if item in names or not mark or not _is_number(weight):
-            found.append(_known(path, item, names))
+        if item in (names or ()) or not mark or not _is_number(weight):
+            found.append(item)
         elif not 0 < float(weight) < math.inf:
             raise UserError(f"{path}: {item}: the weight of a column must be above 0; leave it out")
         else:
-            found.append(_known(path, name, names))
+            found.append(name)
             weights.append(float(weight))
+    if names is not None:
+        found = [_known(path, name, names) for name in found]
     if not weights:
         return Columns(found)
     if field != "caption":

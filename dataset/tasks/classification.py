@@ -38,6 +38,7 @@ from dataset.sources.class_folder import ClassFolder, class_folders, class_list
 from dataset.sources.flat_folder import flat_folder, is_flat
 from dataset.sources.hub import is_hub
 from dataset.sources.records import Records
+from dataset.sources.shard_columns import plain_name
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import is_shard, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
@@ -242,6 +243,7 @@ class TorchvisionRecords(Sequence):
 def is_shards(data: str) -> bool:
     """Whether a data string names WebDataset or TFRecord shards. A folder does where it holds some,
     or where in its sub-folders a shard comes before an image."""
+    data = plain_name(data)
     if not Path(data).is_dir():
         if is_hub(data):
             return False

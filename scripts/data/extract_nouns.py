@@ -28,14 +28,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.errors import UserError
+from base.errors import BadSample, UserError
 from base.files import atomic_write, digest, file_state, read_json, write_json
 from base.processes import in_processes, usable_cores
 from base.text import lenient_text
 from dataset.sources.remote import plain_stream
+from dataset.sources.shard_columns import columns_of, plain_name, split_columns, with_columns
 from dataset.sources.shard_list import list_shards, shards_below, statistics_names
-from dataset.sources.tar import TarWalk, read_samples
+from dataset.sources.tar import Sample, TarWalk, read_samples
 from dataset.sources.tar_writer import add_member
+from dataset.tasks.record import as_list, captions_of
 from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words
 from runtime.config import cli as configuration
 from runtime.config.cli import knob, section
@@ -90,7 +92,7 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
     nouns = extractor(*settings)
     counts = Counter(successes=0, without_caption=0, without_nouns=0)
     with (
-        plain_stream(shard) as (file, size),
+        plain_stream(plain_name(shard)) as (file, size),
         atomic_write(target) as temporary,
         tarfile.open(temporary, "w") as archive,
     ):
@@ -99,7 +101,7 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
                 counts["damaged"] += 1
                 print(f"{shard}/{sample.key}: {sample.fault}", file=sys.stderr)
                 continue
-            caption = lenient_text(sample.members.get("txt", b""))
+            caption = caption_of(shard, sample)
             found = nouns(caption)
             if found:
                 counts["successes"] += 1
@@ -113,6 +115,16 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
     return dict(counts)
 
 
+def caption_of(shard: str, sample: Sample) -> str:
+    """The text beside an image, empty where there is none; one that the shard's address names
+    becomes the sample's .txt."""
+    if columns := columns_of(shard):
+        record = with_columns({"key": f"{shard}/{sample.key}", **sample.members}, columns)
+        texts = [] if isinstance(record, BadSample) else as_list(captions_of(record))
+        sample.members["txt"] = "\n".join(texts).encode()
+    return lenient_text(sample.members.get("txt", b""))
+
+
 def labelled(shard: str, target: Path, settings: tuple) -> dict[str, int] | None:
     """The counts of a shard that is finished, of the same source and settings; else None."""
     stats = Path(statistics_names(str(target))[0])
@@ -124,12 +136,14 @@ def labelled(shard: str, target: Path, settings: tuple) -> dict[str, int] | None
 
 def state_of(shard: str, settings: tuple) -> str:
     """Changes with the source and the settings."""
-    return digest(FORMAT, settings, shard if "://" in shard else file_state(shard))
+    name, query = split_columns(shard)
+    made_of = shard if "://" in shard else file_state(name)
+    return digest(FORMAT, settings, made_of, *([query] if query else []))
 
 
 def targets_of(shards: list[str], config: Config) -> list[Path]:
     """Where each shard is written. UserError."""
-    targets = [config.target / Path(shard).name for shard in shards]
+    targets = [config.target / Path(plain_name(shard)).name for shard in shards]
     twice = [name for name, count in Counter(targets).items() if count > 1]
     if twice:
         raise UserError(

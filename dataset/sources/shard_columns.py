@@ -1,0 +1,119 @@
+"""Members of shards by name, where they are not img2dataset's: what stands behind the question mark
+of `shards/{00000..00099}.tar?caption=json.text,alt&image=webp`.
+
+    image=webp,png                     endings (features) of the image, the first that a sample has
+    caption=json.text                  a key of a JSON member, at any depth: json.meta.text
+    caption=json.alt,syn.txt           several members make several captions, of which one is drawn
+    caption=json.alt:0.3,json.syn:0.7  with the weights that training samples them by
+    labels=json.tags  label_probs=…    of Classification.py and Recognition.py
+
+The names stay at each shard's own name, so that whoever reads a shard finds them there.
+"""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from types import MappingProxyType
+from urllib.parse import parse_qsl
+
+from base.errors import BadSample, UserError, brief
+from base.files import parse_json
+from base.text import lenient_text
+from dataset.images.formats import IMAGE_TYPES
+from dataset.sources.tables import Columns, given_columns
+
+NO_COLUMNS: Mapping[str, Columns] = MappingProxyType({})
+FIELDS = ("image", "caption", "labels", "label_probs")
+ADDRESS = re.compile(rf"(.+)\?((?:{'|'.join(FIELDS)})=.*)", re.DOTALL)
+
+
+def split_columns(shard: str) -> tuple[str, str]:
+    """(path or URL, what its question mark says of columns, or nothing)."""
+    found = ADDRESS.fullmatch(shard) if "?" in shard else None  # shards may be very many
+    return (found[1], found[2]) if found else (shard, "")
+
+
+def plain_name(shard: str) -> str:
+    """The path or URL alone."""
+    return split_columns(shard)[0]
+
+
+@lru_cache(256)
+def parse_columns(query: str) -> Mapping[str, Columns]:
+    """Field -> the members that hold it. UserError."""
+    columns = {}
+    for field, names in parse_qsl(query, keep_blank_values=True):
+        if field not in FIELDS:
+            raise UserError(f"?{query}: {field} is none of {', '.join(FIELDS)}")
+        given = [name.strip().removeprefix(".") for name in names.split(",") if name.strip()]
+        if not given:
+            raise UserError(f"?{query}: no member given for {field}; write {field}=MEMBER")
+        columns[field] = given_columns(f"?{query}", field, given)
+    return columns
+
+
+def columns_of(shard: str) -> Mapping[str, Columns]:
+    """Field -> the members that a shard's name gives. UserError."""
+    return parse_columns(split_columns(shard)[1])
+
+
+def image_kinds(columns: Mapping[str, Columns]) -> tuple[str, ...]:
+    """Endings of the image, in the order in which they are looked for."""
+    return tuple(columns["image"].names) if "image" in columns else IMAGE_TYPES
+
+
+def with_columns(record: dict, columns: Mapping[str, Columns]) -> dict | BadSample:
+    """The record with its fields taken from the named members."""
+    try:
+        for field, given in columns.items():
+            if field != "image":
+                record = record | _field(record, field, given)
+    except BadSample as error:
+        return error
+    if "labels" in columns:
+        record.pop("json", None)  # other labels in it do not count
+    return record
+
+
+def _field(record: dict, field: str, given: Columns) -> dict:
+    """The field, and the weights of its texts. BadSample where no member holds it."""
+    value, weights = given.read({name: _value(record, name) for name in given.names})
+    if value is None or value in ("", []):
+        wanted = " or ".join(given.names)
+        raise BadSample(f"{record['key']}: no {wanted} for {field}; it has {_members(record)}")
+    if len(given.names) > 1 and not weights:
+        value = [text for each in value for text in (each if isinstance(each, list) else [each])]
+    return {field: value} | ({f"{field}_weights": weights} if weights else {})
+
+
+def _value(record: dict, name: str) -> object:
+    """A member or feature, or a key of a JSON member; None where there is none. BadSample."""
+    if name in record:
+        return _plain(record[name])
+    member, _, keys = name.partition(".")
+    if member not in record:
+        return None
+    try:
+        found = parse_json(_plain(record[member]), f"{record['key']}.{member}", dict)
+    except UserError as error:
+        raise BadSample(str(error)) from None
+    for key in keys.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
+def _plain(value: object) -> object:
+    """Bytes as text, and a list of one as that one."""
+    values = value if isinstance(value, list) else [value]
+    texts = [lenient_text(each) if isinstance(each, bytes) else each for each in values]
+    return texts[0] if len(texts) == 1 else texts
+
+
+def _members(record: dict) -> str:
+    names = [name for name in record if name not in ("key", "image")]
+    if isinstance(record.get("json"), bytes):
+        with suppress(UserError):  # damaged
+            keys = ", ".join(parse_json(record["json"], record["key"], dict))
+            names[names.index("json")] = f"json ({brief(keys)})"
+    return ", ".join(names) or "nothing else"

@@ -1,0 +1,123 @@
+"""Shards whose members are called otherwise: columns behind the question mark of their address."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from base.errors import BadSample, UserError
+from dataset.sources.shard_columns import plain_name, split_columns
+from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_list import list_shards
+from dataset.sources.shards import read_shard, shard_sources
+from dataset.sources.tfrecord import encode_example, write_records
+from dataset.tasks.classification import LabelOptions, Labels, is_shards
+from dataset.tasks.recognition import names_of
+from dataset.tasks.record import captions_of, image_of, weights_of
+
+ALL = "image=webp,gif&caption=json.meta.alt,syn.txt"
+
+
+def encoded(colour, kind) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two shards; the JPEG beside each WebP is a red thumbnail."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for number in range(3):
+                about = {"meta": {"alt": f"alt {number}"}, "labels": [9], "tags": [number, 1]}
+                members = {
+                    "jpg": encoded("red", "JPEG"),
+                    "webp": encoded("blue", "WEBP"),
+                    "syn.txt": f"synthetic {number}".encode(),
+                    "json": json.dumps(about | {"many": ["a", "b"]}).encode(),
+                }
+                for ending, data in members.items():
+                    info = tarfile.TarInfo(f"{number}.{ending}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def first(folder, query) -> dict:
+    return next(iter(read_shard(f"{folder}/0.tar?{query}")))
+
+
+def test_what_a_sample_holds_goes_by_name(folder):
+    record = first(folder, ALL)
+    assert captions_of(record) == ["alt 0", "synthetic 0"] and weights_of(record, ["", ""]) is None
+    assert torch.equal(image_of(record)[:, 0, 0] > 128, torch.tensor([False, False, True]))
+    assert record["key"] == f"{folder}/0.tar/0"
+    record = first(folder, "caption=json.meta.alt:0.25,syn.txt:0.75")
+    assert weights_of(record, captions_of(record)) == [0.25, 0.75]
+    assert captions_of(first(folder, "caption=json.many")) == ["a", "b"]
+    assert captions_of(first(folder, "caption=json.many,syn.txt")) == ["a", "b", "synthetic 0"]
+    record = first(folder, "labels=json.tags")
+    assert Labels(5, LabelOptions(), "x")(record) == ([0, 1], [1.0, 1.0]), "not json's labels"
+    assert names_of(first(folder, "labels=json.many")) == ["a", "b"]
+
+
+def test_training_and_evaluation_read_the_same(folder):
+    address = f"{folder}/{{0..1}}.tar?{ALL}"
+    assert is_shards(address) and is_shards(f"{folder}?{ALL}")
+    names = list_shards(f"{folder}?{ALL}")
+    assert names == list_shards(address) == [f"{folder}/{n}.tar?{ALL}" for n in range(2)]
+    index = ShardIndex(names, address)
+    (source,) = shard_sources([address], captions_of, shuffle_buffer=2)
+    assert len(index) == len(source) == 6 and index.name(0) == f"{folder}/0.tar/0"
+    records = source.read(0, 0, 1, source.start(0, 0, 1))
+    trained = {next(records)[1]["key"]: captions_of(next(records)[1]) for _ in range(2)}
+    assert len(trained) == 2
+    assert captions_of(index[4]) == ["alt 1", "synthetic 1"] == captions_of(index[1])
+    assert index.image(0) == encoded("blue", "WEBP")
+
+
+def test_features_of_tfrecords(tmp_path):
+    features = {"photo": [encoded("blue", "PNG")], "title": [b"one"], "txt": [b"other"]}
+    write_records(tmp_path / "0.tfrecord", [encode_example(features)])
+    (record,) = read_shard(f"{tmp_path}/0.tfrecord?image=photo&caption=title")
+    assert captions_of(record) == "one" and image_of(record).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "query, message",
+    [
+        ("caption=json.alt", r"0\.tar/0: no json\.alt for caption; it has .*json \('meta, labels"),
+        ("caption=title", r"no title for caption; it has webp, syn.txt, json"),
+        ("image=avif", r"no image \(\.avif\), only jpg, webp"),
+    ],
+)
+def test_a_member_that_is_not_there_is_a_bad_sample(query, message, folder):
+    found = first(folder, query)
+    assert isinstance(found, BadSample)
+    with pytest.raises(BadSample, match=message):
+        raise found
+
+
+@pytest.mark.parametrize(
+    "query, message",
+    [
+        ("caption=", "no member given for caption; write caption=MEMBER"),
+        ("caption=a&titel=b", "titel is none of image, caption, labels, label_probs"),
+        ("caption=a:0.5,b", "give every column a weight"),
+        ("image=a:0.5", "only columns of captions have weights"),
+    ],
+)
+def test_mistakes_are_one_sentence(query, message, folder):
+    with pytest.raises(UserError, match=message):
+        list_shards(f"{folder}?{query}")
+
+
+def test_question_marks_of_addresses_stay():
+    signed = "https://host/0.tar?X-Signature=a?b"
+    assert split_columns(signed) == (signed, "") and plain_name("train-???.tar") == "train-???.tar"
+    assert split_columns(f"{signed}?image=webp") == (signed, "image=webp")

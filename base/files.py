@@ -26,6 +26,15 @@ from base.text import lines_in
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CACHE_VERSION = 2  # raised when something else is made of the same file
+# folders of macOS's archives, of Synology (with thumbnails), of Windows and of file systems
+OF_SYSTEMS = (
+    "__MACOSX",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "lost+found",
+    "System Volume Information",
+)
 STALE = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
@@ -436,8 +445,10 @@ def one_builder(cached: Path) -> Iterator[None]:
 
 # ---- names
 def is_hidden(name: str | Path) -> bool:
-    """Whether a path or URL names a hidden file, such as the `._x.jpg` that macOS puts beside x.jpg."""
-    return str(name).rpartition("/")[2].startswith(".")
+    """Whether a path or URL names a hidden file, such as the `._x.jpg` that macOS puts beside x.jpg,
+    or a folder that systems make for themselves."""
+    last = str(name).rpartition("/")[2]
+    return last.startswith(".") or last in OF_SYSTEMS
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:

@@ -10,6 +10,11 @@ def lenient_text(data: bytes) -> str:
     return data.decode("utf-8-sig", "replace")
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: blanks, control characters, zero-width ones, a byte order mark."""
+    return not any(letter.isprintable() and not letter.isspace() for letter in text)
+
+
 def lines_in(text: str) -> list[str]:
     """The lines of a text. They end with LF or CR LF and with nothing else, as vocabularies need;
     with CR alone where there is no LF at all, as old Macs wrote them."""

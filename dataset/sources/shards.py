@@ -128,8 +128,9 @@ class ShardSource:
         for number in range(first, len(groups)):
             records = self._shuffled(groups[number], mix(seed, *reader, number))
             for count, record in enumerate(islice(records, taken, None), taken + 1):
-                key = b"" if isinstance(record, BadSample) else record["key"].encode()
-                yield mix(seed, reader[0], zlib.crc32(key)), record, number, count
+                key = "" if isinstance(record, BadSample) else record["key"]
+                number_of_key = zlib.crc32(key.encode("utf-8", "surrogateescape"))
+                yield mix(seed, reader[0], number_of_key), record, number, count
             taken = 0
 
     def _group_count(self, epoch: int, slot: int, slots: int) -> int:

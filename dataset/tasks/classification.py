@@ -13,6 +13,7 @@ Labels stay lists of class ids with weights. They are never expanded to the numb
 
 import inspect
 import math
+import os
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
@@ -167,15 +168,14 @@ class FolderRecords(Sequence):
             hint = did_you_mean(unknown[0], place) or "; name the list of classes with --classes"
             raise UserError(f"{folder.root / unknown[0]}: not among the {len(place)} classes{hint}")
         self.labels = torch.tensor([place[name] for name in folders])[folder.labels]
-        self.files = np.array(
-            [str(path.relative_to(folder.root)).encode() for path in folder.files]
-        )
+        # bytes: names of files need not be UTF-8
+        self.files = np.array([os.fsencode(path.relative_to(folder.root)) for path in folder.files])
 
     def _read_flat(self, root: Path, classes: Sequence[str]) -> None:
         """ImageNet's validation set as published: one folder and a list."""
         found = flat_folder(root, classes)
         self.root, self.classes, self.labels = root.absolute(), found.classes, found.labels
-        self.files = np.array([str(path.relative_to(root)).encode() for path in found.files])
+        self.files = np.array([os.fsencode(path.relative_to(root)) for path in found.files])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -185,7 +185,7 @@ class FolderRecords(Sequence):
 
     def file(self, index: int) -> Path:
         """Where image `index` lies."""
-        return self.root / self.files[index].decode()
+        return self.root / os.fsdecode(self.files[index])
 
 
 def _composed(name: str) -> str:

@@ -7,6 +7,8 @@ on any number of workers and after a resume.
 import random
 from collections.abc import Sequence
 
+from base.text import is_blank
+
 
 def choose(texts: Sequence[str], weights: Sequence[float] | None = None) -> str:
     """One of the texts. weights: positive, one a text; none = equal."""
@@ -19,7 +21,7 @@ def with_text(
     texts: Sequence[str], weights: Sequence[float] | None = None
 ) -> tuple[list[str], list[float] | None]:
     """The texts that are not blank, and their weights; ([], None) where all are."""
-    kept = [number for number, text in enumerate(texts) if text.strip()]
+    kept = [number for number, text in enumerate(texts) if not is_blank(text)]
     if weights is None or not kept:
         return [texts[number] for number in kept], None
     return [texts[number] for number in kept], [weights[number] for number in kept]

@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 from base.errors import BadSample, UserError
 from base.files import clean_surrogates, read_json, read_lines
 from base.hub import from_hub
+from base.text import is_blank
 from dataset.text.choice import choose, with_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -42,11 +43,11 @@ def choose_caption(
     else:
         chosen = choose(caption, weights)
     text = pre_caption(chosen, max_words)
-    if not text.strip() and not isinstance(caption, str):
+    if is_blank(text) and not isinstance(caption, str):
         cleaned = [pre_caption(each, max_words) for each in caption]
         left, weights = with_text(cleaned, weights)
         text = choose(left or [text], weights)
-    if not text.strip():
+    if is_blank(text):
         raise BadSample(f"caption {chosen[:60]!r} is empty after cleaning")
     return text
 

@@ -136,11 +136,14 @@ def test_a_damaged_vocabulary_is_one_sentence(tmp_path, name, content):
 
 def test_an_empty_caption_of_several_condemns_no_other():
     random.seed(0)
-    assert {choose_caption(["", "a cat", "...", "a dog"]) for _ in range(60)} == {"a cat", "a dog"}
+    assert {choose_caption(["", "a cat", "...", "\u200b", "a dog"]) for _ in range(60)} == {
+        "a cat",
+        "a dog",
+    }
     with pytest.raises(BadSample, match="empty after cleaning"):
         choose_caption(["", "!"])
     views = TextViews(TextOptions(text_augment=False), local=1)
-    assert {text for _ in range(30) for text in views(["", "a cat", " "])} == {"a cat"}
+    assert {text for _ in range(30) for text in views(["", "a cat", " \ufeff"])} == {"a cat"}
 
 
 def test_the_draw_among_captions_without_an_empty_one_is_as_it_was():

@@ -20,17 +20,19 @@ from base.text import lines_in, whole_number
 from dataset.health.survey import open_list
 from dataset.images.decode import ORIENTATION, decode_image, image_ending
 from dataset.images.zip_member import read_member
+from dataset.sources.class_folder import ClassFolder
 from dataset.sources.class_folder import class_folders as class_folders_in
 from dataset.sources.flat_folder import flat_folder
 from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import find_shards, list_shards
-from dataset.sources.shards import read_shard
+from dataset.sources.shards import ShardSource, read_shard
 from dataset.sources.tables import rows_of
 from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.captions import caption_records, metadata_rows
 from dataset.tasks.catalog import Entry, Prompts, choose, read_catalog
 from dataset.tasks.classification import (
+    FolderRecords,
     LabelOptions,
     Labels,
     class_names,
@@ -122,6 +124,26 @@ def test_shards_in_sub_folders_and_with_capital_endings(tmp_path, name):
     shard.parent.mkdir(exist_ok=True)
     shard.write_bytes(b"")
     assert is_shards(str(tmp_path)) and list_shards(str(tmp_path)) == [str(shard)]
+
+
+def test_folders_that_systems_make_are_no_classes_and_hold_no_images(tmp_path):
+    for name in ("cat", "dog", "__MACOSX/cat", "@eaDir/a.jpg", "cat/@eaDir/a.jpg", "lost+found"):
+        images_in(tmp_path / name, ["a.jpg"])
+    found = ClassFolder(tmp_path, None)
+    assert found.folders == ["cat", "dog"] and len(found) == 2
+
+
+def test_names_of_files_need_not_be_utf_8(tmp_path):
+    """Archives of old Windows programs unpack to them."""
+    latin_1 = os.fsdecode(b"caf\xe9")
+    images_in(tmp_path / "val/cat", ["a.jpg", f"{latin_1}.jpg"])
+    records = FolderRecords(tmp_path / "val")
+    assert [record["image"].name for record in records] == ["a.jpg", f"{latin_1}.jpg"]
+    assert all(decode_image(record["image"]).shape == (3, 12, 16) for record in records)
+    members = [(f"{latin_1}.jpg", encoded()), (f"{latin_1}.txt", b"x")]
+    source = ShardSource(str(tar(tmp_path / "0.tar", members)), dict)
+    _, record, _ = next(source.read(0, 0, 1, source.start(0, 0, 1)))
+    assert record["key"].endswith(f"0.tar/{latin_1}") and record["caption"] == "x"
 
 
 # ---- texts and their lines

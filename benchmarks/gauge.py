@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,18 +58,23 @@ def peak_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    if Path("/proc/self/status").exists():  # unlike getrusage, never the launching process's peak
-        return status_bytes("VmHWM")
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage, never the launching process's peak
+        return _field(status, "VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def status_bytes(field: str) -> int:
-    """A size that Linux reports of this process: VmHWM (peak) or VmRSS (now), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
+def memory_bytes(field: str, pids: Iterable[int | str] = ("self",)) -> int:
+    """Memory of processes together, now, as Linux counts it: Rss, Pss or Private_Dirty."""
+    return sum(_field(Path(f"/proc/{pid}/smaps_rollup"), field) for pid in pids)
+
+
+def _field(file: Path, name: str) -> int:
+    for line in file.read_text().splitlines():
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"no {field} in /proc/self/status")
+    raise ValueError(f"no {name} in {file}")
 
 
 class Stages:

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from base.errors import UserError
-from benchmarks.gauge import measure_once, peak_bytes, status_bytes
+from benchmarks.gauge import measure_once, memory_bytes, peak_bytes
 from benchmarks.runner import OURS, Options, Side, device_of, take_turns
 from benchmarks.table import CPU_SECONDS, SECONDS, Column, publish, table
 from runtime.config.cli import knob, run_script
@@ -50,17 +50,15 @@ class Config(Options):
 
 
 def make_features(config: Config, folder: Path) -> None:
-    """Write random features in clusters, train.npy and queries.npy, and their labels."""
+    """Write random features in clusters, train.npy and queries.npy."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CLUSTERS, config.width), dtype=np.float32)
     for name, count in (("train", config.train), ("queries", config.queries)):
         file = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", "<f4", (count, config.width))
-        labels = rng.integers(CLUSTERS, size=count)
-        np.save(folder / f"{name}.labels.npy", labels)
         for first in range(0, count, PART):
-            part = labels[first : first + PART]
-            noise = rng.standard_normal((len(part), config.width), dtype=np.float32)
-            file[first : first + PART] = centres[part] + 1.5 * noise
+            size = min(PART, count - first)
+            noise = rng.standard_normal((size, config.width), dtype=np.float32)
+            file[first : first + PART] = centres[rng.integers(CLUSTERS, size=size)] + 1.5 * noise
         file.flush()
 
 
@@ -77,7 +75,8 @@ def ours(options: SimpleNamespace) -> dict:
     from evaluation.knn import nearest_neighbours
 
     def bank(name: str) -> Bank:
-        return Bank(read(options, name, "r"), torch.from_numpy(read(options, f"{name}.labels")))
+        features = read(options, name, "r")
+        return Bank(features, labels=torch.zeros(len(features)))
 
     train = bank("train")
     queries = bank("queries")
@@ -123,7 +122,7 @@ def faiss(options: SimpleNamespace) -> dict:
 
 def measure_search(search: Callable[[], np.ndarray], side: str, options: SimpleNamespace) -> dict:
     """Time and memory of one search; SIDE.npy in the folder `exchange` gets the neighbours."""
-    before = status_bytes("VmRSS")
+    before = memory_bytes("Rss")
     found, result = measure_once(search)
     result["peak_bytes"] = peak_bytes("cpu") - before
     np.save(Path(options.exchange) / f"{side}.npy", found)

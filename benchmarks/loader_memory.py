@@ -10,7 +10,6 @@ three more workers cost. Printed only, unless --report names a page.
 
 import json
 import os
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,17 @@ from types import SimpleNamespace
 
 import torch
 
+from benchmarks.gauge import memory_bytes
 from benchmarks.runner import Options, Side, take_turns
 from benchmarks.table import Column, median, publish, table
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
 from runtime.config.cli import knob, run_script
 
-COLUMNS = [Column("PSS, MB", "pss"), Column("of it private and modified, MB", "private")]
+COLUMNS = [
+    Column("PSS, MB", "pss", scale=2**-20),
+    Column("of it private and modified, MB", "private", scale=2**-20),
+]
 
 
 @dataclass
@@ -57,13 +60,6 @@ def collate(samples: list[int]) -> dict:
     return {"length": torch.tensor(samples)}
 
 
-def memory(pids: list[int], field: str) -> float:
-    """Pss or Private_Dirty of processes together, in MB."""
-    text = "".join(Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
-    kilobytes = re.findall(rf"^{field}: +(\d+)", text, re.MULTILINE)
-    return sum(map(int, kilobytes)) / 1024
-
-
 def load(options: SimpleNamespace) -> dict:
     """Memory of this process and its `workers` after some batches."""
     folder = Path(options.exchange)
@@ -73,7 +69,7 @@ def load(options: SimpleNamespace) -> dict:
     for _ in range(options.batches):
         next(loader)
     pids = [os.getpid()] + [worker.pid for worker in loader._batches._workers]
-    result = {"pss": memory(pids, "Pss"), "private": memory(pids, "Private_Dirty")}
+    result = {"pss": memory_bytes("Pss", pids), "private": memory_bytes("Private_Dirty", pids)}
     loader.close()
     return result
 
@@ -92,7 +88,8 @@ def main(config: Config) -> None:
     pss = median(four, "pss") - median(one, "pss")
     private = median(four, "private") - median(one, "private")
     body = table(results, COLUMNS)
-    body += f"\n\n3 more workers: PSS {pss:+.1f} MB, private and modified {private:+.1f} MB."
+    body += f"\n\n3 more workers: PSS {pss / 2**20:+.1f} MB, "
+    body += f"private and modified {private / 2**20:+.1f} MB."
     publish(config, "loader_memory", [f"Loading {count:,} annotations"], body, results)
 
 

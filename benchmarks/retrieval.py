@@ -192,7 +192,7 @@ def main(config: Config) -> None:
     check_peer(config, CHECKOUT_FILES[config.system], system)
     sides = [Side(OURS, "benchmarks.retrieval:ours")]
     if config.peer:  # first, it leaves the weights
-        sides.insert(0, Side(PEER, "benchmarks.peers.fusion_retrieval:evaluate", original=True))
+        sides.insert(0, Side(PEER, "benchmarks.peers.fusion:evaluate", original=True))
     captions = CAPTIONS * config.images
     with tempfile.TemporaryDirectory() as folder:
         results = take_turns(config, sides, exchange=folder, captions=captions)

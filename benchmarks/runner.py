@@ -69,6 +69,7 @@ class Side:
     function: str  # "MODULE:FUNCTION" for benchmarks.child
     original: bool = False  # runs by --peer-python
     settings: dict = field(default_factory=dict)  # options of this side alone
+    processes: int = 0  # that torchrun starts; 0 = one process without it
 
 
 def device_of(options: Options) -> str:
@@ -159,11 +160,12 @@ def run_side(side: Side, options: Options, **more) -> dict:
     """
     given = {**asdict(options), "device": device_of(options), **side.settings, **more}
     python = (side.original and given.get("peer_python")) or sys.executable
-    arguments = [side.function, json.dumps(given, default=str)]
+    command = [python, "-m", "benchmarks.child", side.function, json.dumps(given, default=str)]
+    if side.processes:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={side.processes}"]
+        command[2:2] = [*launcher, "-m"]
     begin, busy, own = time.perf_counter(), busy_seconds(), children_seconds()
-    printed = run_command(
-        [python, "-m", "benchmarks.child", *arguments], side.name, options.threads
-    )
+    printed = run_command(command, side.name, options.threads)
     result = json.loads(printed.strip().splitlines()[-1])
     if busy is not None:
         used = busy_seconds() - busy - (children_seconds() - own)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from benchmarks.peers.fusion_retrieval import Tokens
+from benchmarks.peers.fusion import Tokens
 from benchmarks.peers.stand_ins import prepare, stand_in, start_process_group
 
 

@@ -1,67 +1,83 @@
-"""The original's side of benchmarks.pretrain: SIMLA's or ALBEF's model out of a checkout.
+"""The originals' sides of benchmarks.pretrain and benchmarks.retrieval: SIMLA's or ALBEF's models, and
+the evaluation loop of its Retrieval.py, out of a checkout.
 
 The checkout's numeric code runs as it is. Around it, what it needs to start today: random weights
 instead of downloads, a process group of one, and stand-ins for old libraries (stand_ins.py).
 """
 
 import importlib
+import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.gauge import measure
+from benchmarks.gauge import Stages, measure
 from benchmarks.inputs import (
     ALPHA,
     CLS,
+    IMAGE_SIZE,
     MASK,
     QUEUE_SIZE,
     VOCABULARY,
     pin_choices,
     shake,
     synthetic_batch,
+    synthetic_split,
 )
-from benchmarks.peers.stand_ins import prepare, start_process_group
+from benchmarks.peers.stand_ins import Missing, prepare, stand_in, start_process_group
 
-CONFIG = {
-    "image_res": 256,
+CONFIG = {  # of both tasks
     "vision_width": 768,
     "embed_dim": 256,
     "temp": 0.07,
     "mlm_probability": 0.15,
-    "queue_size": QUEUE_SIZE,
     "momentum": 0.995,
     "from_scratch": True,  # SIMLA: no DeiT download
+    "distill": True,  # this and the next as in its retrieval configurations
+    "vit_mask_token": False,
+}
+SIZES = {
+    "pretrain": {"image_res": IMAGE_SIZE, "queue_size": QUEUE_SIZE},
+    "retrieval": {"image_res": 384, "queue_size": 64},
 }
 BERT_FILES = {"simla": "configs/shared_bert.json", "albef": "configs/config_bert.json"}
+FETCH_DEIT = {("simla", "retrieval"), ("albef", "pretrain")}  # unless init_deit is False
 LOSSES = ("loss_mlm", "loss_ita", "loss_itm", "loss_mim", "loss_pseudo")  # as both return them
+UNUSED = ("dataset", "scheduler", "optim", "ruamel_yaml", "ruamel.yaml")  # by the evaluation
 
 
-def build_model(options: types.SimpleNamespace) -> nn.Module:
-    """The checkout's pre-training model with random weights, on the CPU."""
+def build_model(options: types.SimpleNamespace, task: str) -> nn.Module:
+    """The checkout's model for pretrain or retrieval with random weights, on the CPU."""
     simla = options.system == "simla"
-    source = importlib.import_module("models.simla.pretrain" if simla else "models.model_pretrain")
-    source.BertForMaskedLM.from_pretrained = classmethod(lambda cls, name, config: cls(config))
+    source = importlib.import_module(f"models.simla.{task}" if simla else f"models.model_{task}")
+    bert = source.BertForMaskedLM if task == "pretrain" else source.BertModel
+    bert.from_pretrained = classmethod(lambda cls, name, config, **more: cls(config, **more))
+    file = Path(options.peer) / BERT_FILES[options.system]
     tokenizer = types.SimpleNamespace(
         pad_token_id=0, cls_token_id=CLS, mask_token_id=MASK, vocab_size=VOCABULARY
     )
-    config = dict(CONFIG, bert_config=str(Path(options.peer) / BERT_FILES[options.system]))
-    if simla:
-        return source.SIMLA(text_encoder="bert-base-uncased", tokenizer=tokenizer, config=config)
-    return source.ALBEF(
-        text_encoder="bert-base-uncased", tokenizer=tokenizer, config=config, init_deit=False
-    )
+    given = {
+        "text_encoder": "bert-base-uncased",
+        "tokenizer": tokenizer,
+        "config": {**CONFIG, **SIZES[task], "bert_config": str(file)},
+    }
+    if (options.system, task) in FETCH_DEIT:
+        given["init_deit"] = False
+    return source.SIMLA(**given) if simla else source.ALBEF(**given)
 
 
+# ---- pre-training
 def build_tokenizer(options: types.SimpleNamespace) -> nn.Module | None:
     """The checkout's image tokenizer with DALL-E's full-size encoder, random weights; None for
     ALBEF."""
     if options.system == "albef":
         return None
     try:
-        vae = importlib.import_module("models.discrete_vae").Dalle_VAE(CONFIG["image_res"])
+        vae = importlib.import_module("models.discrete_vae").Dalle_VAE(IMAGE_SIZE)
         encoder = importlib.import_module("dall_e.encoder").Encoder
     except ModuleNotFoundError as error:
         raise SystemExit(
@@ -93,7 +109,7 @@ def start(options: types.SimpleNamespace) -> tuple[nn.Module, nn.Module | None, 
     torch.manual_seed(0)
     prepare(options)
     start_process_group(options.device)
-    model = build_model(options).to(options.device).train()
+    model = build_model(options, "pretrain").to(options.device).train()
     batch = synthetic_batch(options.batch)
     batch = {name: value.to(options.device) for name, value in batch.items()}
     return model, build_tokenizer(options), batch
@@ -138,3 +154,72 @@ def losses(options: types.SimpleNamespace) -> dict:
         values = model(**given)
     dist.destroy_process_group()
     return {"losses": {name: value.item() for name, value in zip(LOSSES, values, strict=False)}}
+
+
+# ---- retrieval
+class Tokens(types.SimpleNamespace):
+    """Result of a tokenizer."""
+
+    def to(self, device: str) -> "Tokens":
+        return Tokens(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+class Split:
+    """The loader of a test split: batches of images, and lists of images and captions whose lengths
+    are read."""
+
+    def __init__(self, images: Tensor, captions: int, batch: int):
+        self.images = images
+        self.batch = batch
+        self.dataset = types.SimpleNamespace(image=range(len(images)), text=list(range(captions)))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
+        for part in self.images.split(self.batch):
+            yield part, None
+
+
+def evaluation_loop(stages: Stages) -> types.ModuleType:
+    """The checkout's Retrieval.py as a module; its progress log marks where matching begins."""
+    for name in UNUSED:
+        stand_in(name)
+    importlib.import_module("models")
+    sys.modules["models.tokenization_bert"] = Missing("models.tokenization_bert")
+    script = importlib.import_module("Retrieval")
+    script.args = types.SimpleNamespace(distributed=False)
+    log_every = script.utils.MetricLogger.log_every
+
+    def log_matching(logger, *args, **kwargs):
+        stages.enter("matching")
+        return log_every(logger, *args, **kwargs)
+
+    script.utils.MetricLogger.log_every = log_matching
+    return script
+
+
+def evaluate(options: types.SimpleNamespace) -> dict:
+    """Times of the stages; `peer.pt` in the folder `exchange` gets weights and scores."""
+    torch.manual_seed(0)
+    prepare(options)
+    stages = Stages(options.device)
+    script = evaluation_loop(stages)
+    model = build_model(options, "retrieval").to(options.device)
+    shake(model)
+    images, ids, mask = synthetic_split(options.images, options.captions)
+    split = Split(images, len(ids), options.batch)
+
+    def tokenizer(texts: list[int], **_) -> Tokens:
+        return Tokens(input_ids=ids[texts], attention_mask=mask[texts].long())
+
+    stages.enter("encoding")
+    scores = script.evaluation(
+        model, split, tokenizer, torch.device(options.device), {"k_test": options.k_test}
+    )
+    stages.enter("end")
+    weights = {
+        name: value
+        for name, value in model.state_dict().items()
+        if "_m." not in name and "queue" not in name
+    }
+    matrices = [torch.from_numpy(matrix) for matrix in scores]
+    torch.save({"model": weights, "scores": matrices}, Path(options.exchange) / "peer.pt")
+    return {"times": stages.times()}

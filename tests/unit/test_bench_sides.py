@@ -43,6 +43,10 @@ RUNS = {  # benchmark and settings: rows of the table that the run must have
         ],
     ),
     ("loader_memory", ""): ({"pairs": 2000, "batches": 2}, ["1 worker", "4 workers"]),
+    ("startup", ""): (
+        {"shards": 8, "samples": 64, "ranks": 1, "workers": 1, "batch": 4, "repeats": 1},
+        ["rank 0"],
+    ),
     ("checkpoint", ""): (
         {"tiny": True, "repeats": 1},
         ["ours", "one file, beside", "sharded, waiting", "one file, waiting"],
@@ -62,7 +66,11 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(runner, "current_load", lambda: 0.0)
 
 
-@pytest.mark.parametrize("name", RUNS, ids=lambda name: "-".join(filter(None, name)))
+SLOW = {("startup", "")}  # starts three sets of loader workers
+CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS]
+
+
+@pytest.mark.parametrize("name", CASES, ids=lambda name: "-".join(filter(None, name)))
 def test_the_benchmark_runs_and_prints_its_rows(name, in_this_process, capsys):
     module = importlib.import_module(f"benchmarks.{name[0]}")
     settings, rows = RUNS[name]

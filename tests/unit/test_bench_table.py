@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -201,10 +202,18 @@ def test_a_side_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
 
 def test_the_original_runs_by_its_own_interpreter(tmp_path):
     fake = tmp_path / "python"
-    fake.write_text(f"#!{sys.executable}\nprint('{json.dumps({'mine': 1})}')\n")
+    fake.write_text(
+        f"#!{sys.executable}\nimport json, sys\nprint(json.dumps({{'words': sys.argv[1:]}}))"
+    )
     fake.chmod(0o755)
     options = runner.PeerOptions(peer_python=str(fake), device="cpu")
-    assert runner.run_side(Side("x", "no:function", original=True), options)["mine"] == 1
+    alone = Side("x", "no:function", original=True)
+    words = runner.run_side(alone, options)["words"]
+    assert words[:-1] == ["-m", "benchmarks.child", "no:function"]
+    assert json.loads(words[-1])["device"] == "cpu"
+    launched = runner.run_side(replace(alone, processes=2), options)["words"]
+    assert launched[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert launched[4:] == words
     with pytest.raises(UserError, match="No module named 'no'"):
         runner.run_side(Side("x", "no:function"), options)
 

@@ -29,10 +29,10 @@ from base.distributed import World, say
 from base.errors import UserError
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.vit import EvalView, TrainView, ViTViews
-from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import Stream, StreamLoader
 from dataset.tasks.classification import LabelCollate, LabelOptions, Labels, Split
 from dataset.tasks.classification import class_names, shared_split, training_source
+from dataset.tasks.loaders import split_loader
 from evaluation.classification import Validation, read_real, score, validate
 from evaluation.report.classes import classification_report
 from evaluation.report.results import write_results
@@ -171,9 +171,7 @@ def evaluate(model: VisionClassifier, val: Split, config, world: World, precisio
     """Scores of the network or its average on val_data, the same on every process."""
     model = averaged(model)
     real = read_real(config.real, val.file_names) if config.real else None
-    own = shard_indices(len(val), world.rank, world.size)
-    options = {"exif": config.exif, "error_budget": config.error_budget, "workers": config.workers}
-    batches = EvalLoader(val.load, own, config.batch_size_test, LabelCollate(), **options)
+    own, batches = split_loader(val, LabelCollate(), config, world)
     statistics = pixel_statistics(world.device, *config.network.statistics)
 
     def predict(image: Tensor) -> Tensor:

@@ -27,8 +27,9 @@ from base import distributed
 from base.distributed import World, say
 from base.errors import UserError
 from dataset.images.clip import normalize
-from dataset.loading.eval import EvalLoader, shard_indices
+from dataset.loading.eval import shard_indices
 from dataset.loading.stream import StreamLoader
+from dataset.tasks.loaders import eval_loader
 from dataset.tasks.recognition import ImageSet, ImageView, Sequences
 from dataset.tasks.recognition import image_statistics, read_image, training_stream
 from dataset.text.sentencepiece import PieceTokenizer
@@ -143,8 +144,7 @@ def evaluate(model: Nxtp, data: ImageSet, tokenizer, config: Config, world: Worl
     own = shard_indices(len(data), world.rank, world.size)
     if config.tensor_parallel:
         own = range(len(data))
-    options = {"exif": config.exif, "error_budget": config.error_budget, "workers": config.workers}
-    batches = EvalLoader(data.load, own, config.batch_size_test, default_collate, **options)
+    batches = eval_loader(data.load, own, config.batch_size_test, default_collate, config, world)
 
     def predict(image: Tensor) -> tuple[Tensor, ...]:
         return reader.drafts(normalize(image, statistics)).padded(config.decoding.longest)

@@ -26,14 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.distributed import say
+from base.distributed import World, say
 from base.errors import UserError
 from dataset.images.decode import check_image_root
 from dataset.loading.eval import EvalLoader
 from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records
 from dataset.tasks.compositional import CaptionChoices, ViewedChoices, choices_of_file
-from dataset.tasks.loaders import test_view, train_loader, training_view
+from dataset.tasks.loaders import eval_loader, test_view, train_loader, training_view
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, RetrievalSet, number_images
 from dataset.text.wordpiece import Tokenizer, pre_caption
 from evaluation.compositional import match_examples
@@ -131,20 +131,11 @@ def train_step(student, teacher, next_batch, alpha, config, precision) -> dict[s
     return total
 
 
-def image_loader(data: RetrievalSet | ViewedChoices, config: Config):
+def image_loader(data: RetrievalSet | ViewedChoices, config: Config, world: World):
     """load(indices) -> batches of the images, in order."""
 
     def load(indices: list[int]) -> EvalLoader:
-        return EvalLoader(
-            data.load,
-            indices,
-            config.batch_size_test,
-            torch.stack,
-            config.workers,
-            pin_memory=True,
-            error_budget=config.error_budget,
-            exif=config.exif,
-        )
+        return eval_loader(data.load, indices, config.batch_size_test, torch.stack, config, world)
 
     return load
 
@@ -156,7 +147,7 @@ def choose(model: Retrieval, data: CaptionChoices, tokenizer, config: Config, st
     with evaluating(model), start.precision.autocast():
         return match_examples(
             model,
-            image_loader(ViewedChoices(data, test_view(config)), config),
+            image_loader(ViewedChoices(data, test_view(config)), config, start.world),
             Captions(ids, mask, data.example_captions),
             data.example_images,
             data.example_captions,
@@ -173,7 +164,7 @@ def evaluate(model: Retrieval, data: RetrievalSet, tokenizer, config: Config, st
     with evaluating(model), start.precision.autocast():
         rankings = rank(
             model,
-            image_loader(data, config),
+            image_loader(data, config, start.world),
             len(data),
             captions,
             start.world,

@@ -48,6 +48,7 @@ from dataset.tasks.classification import (
     shared_split,
 )
 from dataset.tasks.dual_inputs import eval_view
+from dataset.tasks.loaders import eval_loader
 from dataset.tasks.published import benchmark_name
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import knn_accuracy, nearest_neighbours
@@ -120,10 +121,6 @@ class Config(ProbeOptions):
     device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
     precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
 
-    @property
-    def cache_folder(self) -> Path:
-        return cache_folder(self.cache) / "features"
-
     def check(self) -> None:
         """Check that the options are compatible."""
         if not (self.train_data and self.val_data):
@@ -142,8 +139,13 @@ def load_encoder(config: Config) -> ImageEncoder:
     """The encoder on the CPU."""
     torch.manual_seed(0)  # random weights are the same on every process
     file = weights_file(config.checkpoint) if config.checkpoint else None
-    facts = {"mean": config.mean, "std": config.std, "activation": config.activation}
-    stated = VitFacts(eps=config.eps, resize=config.resize, **facts)
+    stated = VitFacts(
+        mean=config.mean,
+        std=config.std,
+        activation=config.activation,
+        eps=config.eps,
+        resize=config.resize,
+    )
     if not of_library(config.model):
         return open_encoder(read_weights(file), described(file), config.model, stated)
     weights = read_weights(file) if file and config.model.startswith("timm/") else None
@@ -159,13 +161,11 @@ def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tens
         return encoder.view, repr(encoder.view)
     if encoder.kind == "classifier":
         small = about.get("config", {}).get("views", {}).get("resize_small")
-        return EvalView(
-            side, small
-        ), f"shorter side {small}, centre {side}" if small else f"squeezed to {side}"
+        in_words = f"shorter side {small}, centre {side}" if small else f"squeezed to {side}"
+        return EvalView(side, small), in_words
     if encoder.kind == "dual":
-        return eval_view(
-            encoder.title, side, resampling
-        ), f"{encoder.title}'s, {side}, {resampling}"
+        in_words = f"{encoder.title}'s, {side}, {resampling}"
+        return eval_view(encoder.title, side, resampling), in_words
     if encoder.resize is None:  # SIMLA, ALBEF and ViTs of others
         return CropView(side, resampling, squeeze=True), f"squeezed to {side}, {resampling}"
     small = encoder.resize
@@ -194,17 +194,14 @@ def bank_of(
     autocast = Precision(config.precision, world.device).autocast
 
     def batches() -> EvalLoader:
-        pin = world.device.type == "cuda"
-        options = {"workers": config.workers, "pin_memory": pin, "exif": config.exif}
-        options["error_budget"] = config.error_budget
-        return EvalLoader(images.load, own, config.batch_size, LabelCollate(), **options)
+        return eval_loader(images.load, own, config.batch_size, LabelCollate(), config, world)
 
     def encode(image: Tensor) -> Tensor:
         with autocast():
             return encoder(image if encoder.view else normalize(image, statistics))
 
     with evaluating(encoder):
-        path = config.cache_folder / key
+        path = cache_folder(config.cache) / "features" / key
         return feature_bank(encode, batches, own, len(images), width, path, world), images
 
 
@@ -217,9 +214,8 @@ def main(config: Config) -> None:
     encoder = load_encoder(config)
     width = encoder.choose(config.features)
     encoder.to(world.device)
-    about = (encoder, width, names, config, world)
-    train, images = bank_of(config.train_data, "train", *about)
-    val, queries = bank_of(config.val_data, "test", *about)
+    train, images = bank_of(config.train_data, "train", encoder, width, names, config, world)
+    val, queries = bank_of(config.val_data, "test", encoder, width, names, config, world)
     classes = len(names) or config.num_classes
     neighbours = nearest_neighbours(train, val, max(config.k), world)
     metrics = {"images": len(val), "train_images": len(train), "width": width}
@@ -229,8 +225,11 @@ def main(config: Config) -> None:
     )
     if config.linear_probe:
         l2, steps, fraction = config.probe_l2, config.probe_iterations, config.probe_val_fraction
-        named = config.probe_val_data
-        held_out = bank_of(named, "val", *about)[0] if named else None
+        held_out = None
+        if config.probe_val_data:
+            held_out, _ = bank_of(
+                config.probe_val_data, "val", encoder, width, names, config, world
+            )
         metrics |= linear_probe(train, val, classes, world, l2, steps, held_out, fraction)
     title = f"{encoder.title}, {config.features}, on {config.val_data}"
     labels, views = (train.labels, val.labels), (images.image, queries.image)

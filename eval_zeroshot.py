@@ -31,9 +31,9 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from base.files import cache_folder
-from dataset.loading.eval import EvalLoader
 from dataset.tasks.catalog import CatalogOptions, Entry, Prompts, wanted_entries
 from dataset.tasks.dual_inputs import image_side, text_tokenizer, tokenizer_identity
+from dataset.tasks.loaders import eval_loader
 from dataset.tasks.published import VTAB_PLUS
 from dataset.tasks.recognition import read_image
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_sets
@@ -165,10 +165,9 @@ def image_batches(images, encoder: Encoder, config: Config, world: World):
     """`(embed, own, batches)`: this process's part of the images, and what embeds it."""
     view, embed = image_side(encoder.opened, world.device)
     own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
-    options = {"error_budget": config.error_budget, "exif": config.exif}
-    options["pin_memory"] = world.device.type == "cuda"
-    load, size = Viewed(images, view).load, config.batch_size
-    return embed, own, EvalLoader(load, own, size, default_collate, config.workers, **options)
+    load = Viewed(images, view).load
+    batches = eval_loader(load, own, config.batch_size, default_collate, config, world)
+    return embed, own, batches
 
 
 def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> Evaluated:

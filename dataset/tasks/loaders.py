@@ -1,4 +1,4 @@
-"""The loaders of the fine-tuning scripts from their common knobs (runtime.config.fusion.FineTuneConfig)."""
+"""Loaders from the options that scripts share (see runtime.config.fusion.FineTuneConfig)."""
 
 from collections.abc import Callable, Sequence
 
@@ -38,13 +38,20 @@ def split_loader(data, collate: Callable, knobs, world) -> tuple[range, EvalLoad
     """`(own indices, their batches)`: this process's part of a split, which has `load` and a
     length."""
     own = shard_indices(len(data), world.rank, world.size)
-    return own, EvalLoader(
-        data.load,
-        own,
-        knobs.batch_size_test,
+    return own, eval_loader(data.load, own, knobs.batch_size_test, collate, knobs, world)
+
+
+def eval_loader(
+    load: Callable, indices: Sequence[int], batch_size: int, collate: Callable, knobs, world
+) -> EvalLoader:
+    """Batches of `load(i)` for these indices, as the loader options say."""
+    return EvalLoader(
+        load,
+        indices,
+        batch_size,
         collate,
-        knobs.workers,
-        pin_memory=True,
+        workers=knobs.workers,
+        pin_memory=world.device.type == "cuda",
         error_budget=knobs.error_budget,
         exif=knobs.exif,
     )

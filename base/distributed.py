@@ -36,10 +36,11 @@ class World:
         return self.rank == 0
 
 
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
-def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
+def init(device: str = "auto") -> World:
     """Join the process group that the launcher describes, or stand alone.
 
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; `srun` sets SLURM_PROCID,
@@ -65,9 +66,7 @@ def init(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         # gloo beside nccl is for tensors in host memory: those of an offloaded optimizer
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         kwargs = {"device_id": chosen} if chosen.type == "cuda" else {}
-        dist.init_process_group(
-            backend, timeout=datetime.timedelta(minutes=timeout_minutes), **kwargs
-        )
+        dist.init_process_group(backend, timeout=TIMEOUT, **kwargs)
         _GROUP.append(broadcast_object(secrets.token_hex(4)))
     return World(rank, size, local_rank, chosen)
 

@@ -7,7 +7,7 @@ that names the file and the limit. They lie far above honest files.
 
 from base.errors import UserError
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 # ---- text, JSON, YAML
 TEXT_BYTES = 4 * GIB  # of a text or JSON file that is read whole

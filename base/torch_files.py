@@ -173,8 +173,8 @@ class _Measure(BoundedUnpickler):
         return _Anything()
 
 
-def load_weights_only(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
-    """`torch.load(weights_only=True)`, memory-mapped where the format allows it, after a reader that
+def load_weights_only(path: str | Path) -> Any:
+    """`torch.load(weights_only=True)` on the CPU, memory-mapped where the format allows it, after a reader that
     builds nothing has gone through the pickle: it cannot make torch hang, take memory that the
     file does not have, or leave tensors unfilled.
 
@@ -190,7 +190,7 @@ def load_weights_only(path: str | Path, map_location: str | torch.device = "cpu"
         _Measure(io.BytesIO(content), path, len(content), path.stat().st_size).load()
     else:
         _measure_legacy(path)
-    value = torch.load(path, map_location=map_location, weights_only=True, mmap=is_zip)
+    value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     check_size(value, path)
     return value
 

@@ -256,7 +256,7 @@ def _first_intact(
     return None
 
 
-def load_checked(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def load_checked(path: str | Path) -> dict[str, Any]:
     """A checkpoint of `CheckpointFolder` whose hash was found right (`newest_valid`,
     `find_damage`).
 
@@ -264,7 +264,7 @@ def load_checked(path: str | Path, map_location: str | torch.device = "cpu") -> 
     sharded checkpoint are meta tensors, see `runtime.sharded.read_state`.
     """
     path = Path(path)
-    return load_index(path) if path.is_dir() else load_torch(path, map_location)
+    return load_index(path) if path.is_dir() else load_torch(path)
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:

@@ -102,7 +102,7 @@ def _numbers(path: str | Path) -> np.ndarray:
     return np.array(np.load(path, allow_pickle=False, mmap_mode="r"))
 
 
-def load_torch(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
+def load_torch(path: str | Path) -> Any:
     """Content of a torch file: `torch.load(weights_only=True)`, memory-mapped, for checkpoints in
     the zip format.
 
@@ -119,7 +119,7 @@ def load_torch(path: str | Path, map_location: str | torch.device = "cpu") -> An
         if not zipfile.is_zipfile(path):
             content = _resolve(_load_legacy(path), {})
         else:
-            content = _load_zip(path, map_location)
+            content = _load_zip(path)
         check_size(content, path)
         return content
 
@@ -420,7 +420,7 @@ def _faults_named(path):
 # ------------------------------------------------------------------------------------------------ the two torch formats
 
 
-def _load_zip(path: Path, map_location: str | torch.device) -> Any:
+def _load_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as opened:
         archive = TorchArchive(opened, path)
         if archive.is_script:
@@ -432,7 +432,7 @@ def _load_zip(path: Path, map_location: str | torch.device) -> Any:
         if f"{archive.root}byteorder" in archive.names and archive.read("byteorder") != b"little":
             raise UserError(f"{path}: written on a big-endian machine")
         try:
-            return load_weights_only(path, map_location)
+            return load_weights_only(path)
         except pickle.UnpicklingError:  # more than tensors and plain containers
             content = archive.read("data.pkl")
         reader = _Reader(io.BytesIO(content), path, len(content), TORCH_GLOBALS, archive.storage)

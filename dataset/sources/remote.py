@@ -270,16 +270,16 @@ def local_copy(place: str, name: str, cache: Path) -> Path:
     return target
 
 
-def plain_copy(url: str, cache: Path, options: dict | None = None) -> Path:
+def plain_copy(url: str, cache: Path) -> Path:
     """A file that can seek: the file itself where it is local and not compressed, else its
     decompressed copy in `cache`. UserError where it cannot be read."""
     try:
-        with plain_stream(url, options) as (source, size):
+        with plain_stream(url) as (source, size):
             if size is not None and not is_remote(url):
                 return Path(url)
-            target = cache / "shards" / f"{digest(state_of(url, options))}.tar"
+            target = cache / "shards" / f"{digest(state_of(url))}.tar"
             if not target.is_file():
-                limit = EXPANSION * _stored_bytes(url, options) + BUFFER
+                limit = EXPANSION * _stored_bytes(url) + BUFFER
                 with atomic_write(target) as temporary:
                     _copy(source, temporary, limit)
             return target
@@ -289,10 +289,10 @@ def plain_copy(url: str, cache: Path, options: dict | None = None) -> Path:
         raise UserError(f"{url}: cannot be read ({describe(error)}); fetch it again") from None
 
 
-def _stored_bytes(url: str, options: dict | None) -> int:
+def _stored_bytes(url: str) -> int:
     if not is_remote(url):
         return os.path.getsize(url)
-    files, path = file_system(url, options)
+    files, path = file_system(url)
     return with_retries(lambda: files.info(path)).get("size") or BUFFER
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 COLOURS = ("#2f6fde", "#d1453b", "#12925b", "#a15ccf", "#c98a12", "#0f8b9d", "#7a8290")
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 28, 32  # margins around the plot
+WIDTH, HEIGHT = 340, 190
+LEFT, RIGHT, TOP, BOTTOM = 54, WIDTH - 12, 28, HEIGHT - 32  # edges of the plot
 
 Points = Sequence[tuple[float, float]]
 
@@ -23,20 +24,14 @@ class Chart:
     """title; ticks: (y, text); x_labels: (x, text, anchor); guide: (y, text) of a dashed level."""
 
     title: str
-    width: int
-    height: int
     ticks: list[tuple[float, str]] = field(default_factory=list)
     x_labels: list[tuple[float, str, str]] = field(default_factory=list)
     guide: tuple[float, str] | None = None
     lines: list[Line] = field(default_factory=list)
-
-    @property
-    def left(self) -> int:
-        return LEFT
-
-    @property
-    def right(self) -> int:
-        return self.width - RIGHT
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = RIGHT
 
 
 def lay_out(
@@ -44,8 +39,6 @@ def lay_out(
     title: str,
     x_label: str,
     guide: tuple[str, float] | None,
-    width: int,
-    height: int,
 ) -> Chart | None:
     """Place the lines, ticks and labels; None where there is no point."""
     points = [point for line in series.values() for point in line]
@@ -59,25 +52,23 @@ def lay_out(
     x0, x_span = min(xs), max(xs) - min(xs) or 1
     y0 = min(ticks[0], min(ys))
     y_span = max(ticks[-1], max(ys)) - y0 or 1
-    inner_width = width - LEFT - RIGHT
-    inner_height = height - TOP - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x0) / x_span * inner_width
-        down = height - BOTTOM - (y - y0) / y_span * inner_height
+        across = LEFT + (x - x0) / x_span * (RIGHT - LEFT)
+        down = BOTTOM - (y - y0) / y_span * (BOTTOM - TOP)
         return across, down
 
-    chart = Chart(title, width, height)
+    chart = Chart(title)
     chart.ticks = [(place(x0, tick)[1], f"{tick:.4g}") for tick in ticks]
     for x, anchor in ((x0, "start"), (max(xs), "end")):
         text = f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
         chart.x_labels.append((place(x, y0)[0], text, anchor))
-    chart.x_labels.append((LEFT + inner_width / 2, x_label, "middle"))
+    chart.x_labels.append(((LEFT + RIGHT) / 2, x_label, "middle"))
     if guide is not None:
         chart.guide = (place(x0, guide[1])[1], guide[0])
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
-        key_x = LEFT + 4 + number * inner_width / len(series)
+        key_x = LEFT + 4 + number * (RIGHT - LEFT) / len(series)
         chart.lines.append(Line(name, colour, [place(x, y) for x, y in line], key_x))
     return chart
 

@@ -1,6 +1,6 @@
 """The page of scripts/doctor.py: what is wrong with a data set, with examples."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -15,7 +15,6 @@ def health_page(
     tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[object]]]],
     problems: Iterable[tuple[str, Sequence[tuple[Path | None, str]]]],
     groups: Iterable[tuple[str, Sequence[Sequence[tuple[Path | None, str]]]]],
-    subtitle: str = "",
 ) -> Markup:
     """The HTML document.
 
@@ -29,15 +28,15 @@ def health_page(
     for name, found in groups:
         shown = [page.group("hits", [_example(*each) for each in group]) for group in found[:SHOWN]]
         sections.append(page.card(name, *shown, intro=f"{len(found):,} groups"))
-    return page.page(title, sections, subtitle)
+    return page.page(title, sections)
 
 
 def _example(image: Path | None, text: str) -> Markup:
     return page.figure(_thumbnail(image), text) if image else page.quote(text)
 
 
-def _thumbnail(image: Path, make: Callable = page.thumbnail) -> Markup:
+def _thumbnail(image: Path) -> Markup:
     try:
-        return make(image)
+        return page.thumbnail(image)
     except Exception:  # an unreadable image is one of the problems that are shown
         return page.badge("unreadable", False)

@@ -38,7 +38,7 @@ class LazyImages(Sequence):
             return torch.full((3, 8, 8), GREY[0], dtype=torch.uint8)
 
 
-def image_uri(source: Path | bytes | Tensor, side: int = 96, quality: int = 85) -> str:
+def image_uri(source: Path | bytes | Tensor, side: int) -> str:
     """A data URI of a JPEG with `side` pixels per side; the aspect is not kept, as networks see it.
 
     source: a file, its bytes, or uint8 [3,H,W]. An image that cannot be read is grey, as in the
@@ -55,7 +55,7 @@ def image_uri(source: Path | bytes | Tensor, side: int = 96, quality: int = 85) 
         except Exception:  # decoders meet hostile bytes and raise anything up to struct.error
             image = Image.new("RGB", (side, side), GREY)
     buffer = io.BytesIO()
-    image.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+    image.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -173,11 +173,9 @@ def line_chart(
     title: str = "",
     x_label: str = "step",
     guide: tuple[str, float] | None = None,
-    width: int = 340,
-    height: int = 190,
 ) -> Markup:
     """An SVG of lines, each a sequence of (x, y); `guide` is a named dashed level."""
-    chart = lay_out(series, title, x_label, guide, width, height)
+    chart = lay_out(series, title, x_label, guide)
     return Markup() if chart is None else blocks().chart(chart)
 
 

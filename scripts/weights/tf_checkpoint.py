@@ -21,7 +21,6 @@ FOOTER, MAGIC = 48, 0xDB4775248B80FB57
 TRAILER = 5  # bytes behind a block: its compression and its checksum
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
-STRING = 7
 TYPES = {
     1: torch.float32,
     2: torch.float64,

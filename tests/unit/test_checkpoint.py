@@ -37,7 +37,7 @@ def state(step: int) -> dict:
 def load_latest(folder: CheckpointFolder):
     """State and path of the newest intact checkpoint; None if there is none."""
     path = folder.newest_valid()
-    return None if path is None else (load_checked(path, "cpu"), path)
+    return None if path is None else (load_checked(path), path)
 
 
 def test_saved_state_comes_back(tmp_path):

@@ -25,9 +25,8 @@ class Gpu:
     bandwidth: float  # of the card's memory
     memory: float
     link: float  # to the other cards of a node, one way
-    attained: float = (
-        0.80  # fraction of the peak that the fastest products reach; assumed where not measured
-    )
+    # fraction of the peak that the fastest products reach; assumed where not measured
+    attained: float = 0.80
 
     def rate(self, itemsize: int, precision: str) -> float:
         """Peak of matrix products whose operands have `itemsize` bytes, in a run of `precision`."""

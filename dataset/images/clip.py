@@ -8,7 +8,7 @@ for workers, shared memory and the bus.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -132,37 +132,34 @@ class ImageViews:
         """side: of the global view. local: A, by default `num_augs`. compat: see
         ViewOptions.randaugment."""
         self.local_count = options.num_augs if local is None else local
+        small = options.multicrop_resize or side
         weak = View(side, (options.weak_min_scale, 1.0), options.interpolation)
-        small, jitter = (
-            options.multicrop_resize or side,
-            (0.4, 0.4, 0.4, 0.1) if options.jitter else None,
+        strong = View(
+            small,
+            (options.strong_min_scale, options.multicrop_max_scale),
+            options.interpolation,
+            jitter=(0.4, 0.4, 0.4, 0.1) if options.jitter else None,
+            grey=options.grayscale_prob,
+            blur=options.blur_prob,
+            solarize=options.solarize_prob,
+            flip=0.5 * options.flip,
         )
-        probabilities = (
-            options.grayscale_prob,
-            options.blur_prob,
-            options.solarize_prob,
-            0.5 * options.flip,
-        )
-        scale = options.strong_min_scale, options.multicrop_max_scale
-        strong = View(small, scale, options.interpolation, jitter, *probabilities)
         self.local = [strong]
+        global_strong = replace(strong, side=side)
         if options.byol_augment:
             jitter = (0.4, 0.4, 0.2, 0.1) if options.jitter else None
-            common = (small, scale, options.interpolation, jitter, options.grayscale_prob)
             self.local = [
-                View(*common, 1.0, 0.0, 0.5 * options.flip),
-                View(*common, 0.1, 0.2, 0.5 * options.flip),
+                replace(strong, jitter=jitter, blur=1.0, solarize=0.0),
+                replace(strong, jitter=jitter, blur=0.1, solarize=0.2),
             ]
-        global_strong = View(
-            side, scale, options.interpolation, self.local[0].jitter, *probabilities
-        )
+            global_strong = replace(global_strong, jitter=jitter)
         if options.weak_augment:
-            self.local = [View(small, weak.scale, options.interpolation)]
+            self.local = [replace(weak, side=small)]
         self.glob = [global_strong if options.strong_augment else weak]
         if options.randaugment and compat == "original":
             self.glob = [weak, global_strong]
         elif options.randaugment:
-            self.glob = [View(side, weak.scale, options.interpolation, randaugment=True)]
+            self.glob = [replace(weak, randaugment=True)]
 
     def __call__(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """uint8 [3,H,W] -> uint8 [3,S,S] and [A,3,s,s] (None for A = 0)."""

@@ -87,9 +87,8 @@ class ShardSource:
         """Positions of `slots` workers that continue together where others were, all at `before`: they
         share out the groups that are left of the epochs begun, then begin the next one."""
         workers = len(before)
-        positions = [
-            [*position, []][:4] for position in before
-        ]  # earlier versions had three entries
+        # earlier versions had three entries
+        positions = [[*position, []][:4] for position in before]
         begun = max(epoch if group or taken else epoch - 1 for epoch, group, taken, _ in positions)
         left = [groups for *_, others in positions for groups in others]
         for worker, (epoch, group, taken, _) in enumerate(positions):

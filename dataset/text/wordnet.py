@@ -110,9 +110,8 @@ class WordNet:
             data = self.files[f"data.{part}"]
             fields = data[int(offset) : data.find(b"\n", int(offset))].decode().split(" ")
             names = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-            found += [
-                name.partition("(")[0] for name in names
-            ]  # galore(ip): where an adjective may stand
+            # galore(ip): where an adjective may stand
+            found += [name.partition("(")[0] for name in names]
         return found
 
     def _line(self, name: str, key: str) -> list[str]:

@@ -104,14 +104,19 @@ class ClassifierConfig:
                 f"The form is vit-<{'|'.join(SIZES)}>/<patch size>, with any patch size"
             )
         width, depth, heads = SIZES[match[1]]
-        options = {
-            "layer_norm_eps": self.layer_norm_eps,
-            "gelu": self.gelu,
-            "dropout": self.dropout,
-        }
-        options |= {"attention_dropout": self.attention_dropout}
-        options |= {"stem": tuple(self.stem), "stem_statistics": True}
-        return ViTConfig(self.image_size, int(match[2]), width, depth, heads, **options)
+        return ViTConfig(
+            image_size=self.image_size,
+            patch_size=int(match[2]),
+            width=width,
+            depth=depth,
+            heads=heads,
+            layer_norm_eps=self.layer_norm_eps,
+            gelu=self.gelu,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            stem=tuple(self.stem),
+            stem_statistics=True,
+        )
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

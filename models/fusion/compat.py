@@ -12,9 +12,8 @@ class Compat:
     teacher_dropout: bool = False  # momentum copies are in train mode with the student
     keys_of_rank: bool = False  # ITA: the batch's keys are this rank's, not those of all ranks
     means_of_rank: bool = False  # MLM, MIM: means over this rank's masked positions
-    student_states: bool = (
-        False  # the teachers of MIM and of the keywords read the student's states
-    )
+    # the teachers of MIM and of the keywords read the student's states
+    student_states: bool = False
     any_keyword: bool = False  # keywords may be padding and any special token but [CLS]
     soft_mlm_over_text: bool = False  # MLM: the soft loss takes its softmax over the text axis
     ids_not_queued: bool = False  # retrieval: captions of one image in the queue are negatives

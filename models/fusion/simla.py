@@ -53,21 +53,16 @@ class SimlaConfig:
     max_masked_patches: int = 75  # most patches masked in one image
     keywords: int = 5  # keywords taken from a caption; 0 = no keyword loss
     keyword_votes: int = 4  # positions each attention head votes for
-    special_ids: tuple[int, ...] = (
-        0,
-        100,
-        101,
-        102,
-        103,
-    )  # [PAD] [UNK] [CLS] [SEP] [MASK]: never keywords
+    # [PAD] [UNK] [CLS] [SEP] [MASK]: never keywords
+    special_ids: tuple[int, ...] = (0, 100, 101, 102, 103)
     cls_id: int = 101
     compat: str = "none"  # "original" = the published code's numbers, defects included
 
     @classmethod
-    def albef(cls, **changes) -> "SimlaConfig":
+    def albef(cls) -> "SimlaConfig":
         """ALBEF: two-stage BERT with six text layers, three losses."""
         bert = BertConfig(single_stream=False, fusion_layer=6)
-        return cls(**{"vit": ViTConfig(), "bert": bert, "mim": False, "keywords": 0} | changes)
+        return cls(vit=ViTConfig(), bert=bert, mim=False, keywords=0)
 
 
 @dataclass

@@ -23,9 +23,8 @@ from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert
 
 ONLINE_LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
-ASSIGNMENT_TEMPERATURE = (
-    0.07  # of the similarities that pick other images; the model's own `temp` is not used
-)
+# of the similarities that pick other images; the model's own `temp` is not used
+ASSIGNMENT_TEMPERATURE = 0.07
 
 
 def pair_layers(bert: XBert, first: int) -> None:

@@ -22,9 +22,8 @@ class StatementConfig:
     vit: ViTConfig = field(default_factory=lambda: ViTConfig(image_size=384))
     bert: BertConfig = field(default_factory=BertConfig)
     classes: int = 3  # C
-    paired_from: int | None = (
-        None  # two images: first text layer of the pairs, see `text_assignment.pair_layers`
-    )
+    # two images: first text layer of the pairs, see `text_assignment.pair_layers`
+    paired_from: int | None = None
     distill: bool = True  # soft targets from the momentum teacher
     compat: str = "none"  # "original" = the published code's numbers
 

@@ -96,9 +96,8 @@ class TextNoise:
 
     dropout: float = 0.0  # probability per element, at the entry of every block
     drop_path: float = 0.0  # probability per text and branch
-    over_positions: bool = (
-        False  # as the original: drop a token position for the whole batch instead of a text
-    )
+    # as the original: drop a token position for the whole batch instead of a text
+    over_positions: bool = False
 
     @property
     def active(self) -> bool:

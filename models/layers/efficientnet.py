@@ -40,12 +40,10 @@ class EfficientNetShape:
     width: float = 1.0
     depth: float = 1.0
     divisor: int = 8  # channels are multiples of it
-    drop_connect: float = (
-        0.2  # stochastic depth that the last block would have; grows linearly from 0
-    )
-    virtual_batch: int = (
-        16  # samples that batch norm takes its statistics over; 0 = all of the process
-    )
+    # stochastic depth that the last block would have; grows linearly from 0
+    drop_connect: float = 0.2
+    # samples that batch norm takes its statistics over; 0 = all of the process
+    virtual_batch: int = 16
     eps: float = 1e-3
     momentum: float = 0.01
     stages: Stages = STAGES

@@ -25,9 +25,8 @@ class OpenAIConfig:
     embed_dim: int = 512
     image_size: int = 224
     vision_width: int = 768  # of a ResNet: channels of the first stage
-    vision_layers: int | tuple[int, int, int, int] = (
-        12  # blocks of the ViT, or of each ResNet stage
-    )
+    # blocks of the ViT, or of each ResNet stage
+    vision_layers: int | tuple[int, int, int, int] = 12
     patch_size: int = 32  # ViT only
     text: TextShape = TextShape()
     vision_activation: str = "quick_gelu"  # gelu for open_clip's models without -quickgelu

@@ -34,16 +34,13 @@ class ViTConfig:
     layer_norm_eps: float = 1e-6
     mask_token: bool = False  # learned stand-in for masked patches (masked image modelling)
     gelu: str = "none"  # approximation of GELU in the MLPs: none (erf) or tanh
-    dropout: float = (
-        0.0  # probability behind the positions, each attention and both layers of each MLP
-    )
+    # probability behind the positions, each attention and both layers of each MLP
+    dropout: float = 0.0
     attention_dropout: float = 0.0  # probability per attention weight
-    stem: tuple[
-        int, ...
-    ] = ()  # channels of convolutional stages before the patches, each halving the image's sides
-    stem_statistics: bool = (
-        False  # batch norms of the stem learn their statistics in training, or keep those loaded
-    )
+    # channels of convolutional stages before the patches, each halving the image's sides
+    stem: tuple[int, ...] = ()
+    # batch norms of the stem learn their statistics in training, or keep those loaded
+    stem_statistics: bool = False
 
     # mean and std of pixels in [0,1], by which the network normalises uint8 images; None: images
     # come normalised

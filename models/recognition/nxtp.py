@@ -29,9 +29,8 @@ class NxtpConfig:
     vision: OpenAIConfig
     decoder: LlamaConfig
     prefix: bool = True  # image tokens see one another, else only those before them
-    trained_rows: tuple[int, ...] | None = (
-        None  # token ids whose embeddings are trained; none = all
-    )
+    # token ids whose embeddings are trained; none = all
+    trained_rows: tuple[int, ...] | None = None
     trained_outputs: tuple[int, ...] | None = None  # the same of the head's rows
     image_tower: str | None = None  # timm/NAME[:FILE] instead of CLIP's
 

@@ -27,7 +27,6 @@ from models.weights.stated import check_stated
 
 LAYER = re.compile(r"(.*encoder\.layer\.)(\d+)(\..*)")
 VISION = ("visual_encoder.", "visual_encoder_m.")
-TEXT = ("text_encoder.", "text_encoder_m.")
 MOMENTUM = (
     "visual_encoder_m.*",
     "text_encoder_m.*",
@@ -176,12 +175,10 @@ class Start:
     """How a task starts from a checkpoint of another kind (section 6.3 of the originals' loading
     code)."""
 
-    sources: tuple[
-        str, ...
-    ]  # kinds of checkpoint that can be converted; the task's own kind always loads
-    convert: Callable[
-        [State, State], dict[str, Tensor]
-    ]  # (checkpoint, target's state) -> renamed checkpoint
+    # kinds of checkpoint that can be converted; the task's own kind always loads
+    sources: tuple[str, ...]
+    # (checkpoint, target's state) -> renamed checkpoint
+    convert: Callable[[State, State], dict[str, Tensor]]
     initial: tuple[str, ...] = ()  # patterns of target keys the checkpoint has nothing for
     ignored: tuple[str, ...] = ()  # patterns of checkpoint keys the task has no use for
 

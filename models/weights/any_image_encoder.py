@@ -134,11 +134,20 @@ def _foreign_classifier(
 
 def _self_supervised(weights: State, heads: int, facts: VitFacts) -> ImageEncoder:
     """The encoder of DINO, MoCo v3 or MAE: no head, the class token counts."""
-    width, (patch, stem) = len(weights["patch_embed.proj.weight"]), patches_of(weights)
+    width = len(weights["patch_embed.proj.weight"])
+    patch, stem = patches_of(weights)
     side = _grid(weights) * patch
-    options = {"layer_norm_eps": facts.eps, "stem": stem}
-    options["gelu"] = "tanh" if facts.activation == "gelu_tanh" else "none"
-    vit = ViT(ViTConfig(side, patch, width, _depth(weights), heads, **options))
+    config = ViTConfig(
+        image_size=side,
+        patch_size=patch,
+        width=width,
+        depth=_depth(weights),
+        heads=heads,
+        layer_norm_eps=facts.eps,
+        gelu="tanh" if facts.activation == "gelu_tanh" else "none",
+        stem=stem,
+    )
+    vit = ViT(config)
     load_checkpoint(vit, weights)
 
     def outputs(image: Tensor) -> dict[str, Tensor]:

@@ -150,9 +150,15 @@ class Networks:
         self.decoder_heads, self.image_size = decoder.n_heads, vision.image_size
         self.norm_eps, self.rope_theta = decoder.norm_eps, decoder.rope_theta
         self.rope_scaling = [*decoder.rope_scaling]
-        wanted = (self.train_embeddings, self.train_outputs)
-        rows = [(tokenizer.image,) if name == "special" else None for name in wanted]
-        config = NxtpConfig(vision, decoder, self.prefix_image, *rows, image_tower=self.image_tower)
+        special = (tokenizer.image,)
+        config = NxtpConfig(
+            vision,
+            decoder,
+            prefix=self.prefix_image,
+            trained_rows=special if self.train_embeddings == "special" else None,
+            trained_outputs=special if self.train_outputs == "special" else None,
+            image_tower=self.image_tower,
+        )
         if part is None:
             check_fits(parameter_count(lambda: Nxtp(config)), "NXTP's network")
         model = Nxtp(config)

@@ -10,9 +10,8 @@ from base.errors import UserError
 from base.knobs import knob
 from runtime.config.ignored import SCHEDULE
 
-Duration = (
-    str  # "500 steps", "3 epochs", "1e6 samples", "5%", or a bare number in the unit the knob names
-)
+# "500 steps", "3 epochs", "1e6 samples", "5%", or a bare number in the unit the knob names
+Duration = str
 
 
 @dataclass

@@ -91,34 +91,36 @@ def write_images(folder: Path) -> int:
     return sum(sizes) // len(sizes)
 
 
-# ---- sides: the parts of a pipeline
-def our_parts(folder: Path) -> dict[str, Callable]:
-    """What reads a member, what decodes a file or a member, and the views."""
+# ---- sides: what reads a zip member, what decodes a file and a member, and the views
+def our_parts(folder: Path) -> tuple[Callable, ...]:
+    """Ours."""
+
+    def read(member: str) -> bytes:
+        return read_member(folder / ZIP, member)
 
     def decode(name: str) -> torch.Tensor:
         return decode_image(image_source(folder, name), name)
 
-    return {
-        "read": lambda member: read_member(folder / ZIP, member),
-        "decode": decode,
-        "decode member": lambda member: decode(f"{ZIP}/{member}"),
-        "views": ImageViews(224, ViewOptions()),
-    }
+    def decode_member(member: str) -> torch.Tensor:
+        return decode(f"{ZIP}/{member}")
+
+    return read, decode, decode_member, ImageViews(224, ViewOptions())
 
 
-def reference_parts(folder: Path) -> dict[str, Callable]:
+def reference_parts(folder: Path) -> tuple[Callable, ...]:
     """The same with Pillow and torchvision."""
     from PIL import Image
 
     def read(member: str) -> bytes:
         return zipfile.ZipFile(folder / ZIP).read(member)
 
-    return {
-        "read": read,
-        "decode": lambda name: Image.open(folder / name).convert("RGB"),
-        "decode member": lambda member: Image.open(io.BytesIO(read(member))).convert("RGB"),
-        "views": published_views(),
-    }
+    def decode(name: str) -> Image.Image:
+        return Image.open(folder / name).convert("RGB")
+
+    def decode_member(member: str) -> Image.Image:
+        return Image.open(io.BytesIO(read(member))).convert("RGB")
+
+    return read, decode, decode_member, published_views()
 
 
 def published_views() -> Callable:
@@ -145,27 +147,20 @@ def rates(options: SimpleNamespace) -> dict:
     """Samples per CPU second of a side's pipelines, each a function of the sample's number."""
     torch.manual_seed(0)
     random.seed(0)
-    parts = PARTS[options.side](Path(options.exchange))
-    views = parts["views"]
+    read, decode, decode_member, views = PARTS[options.side](Path(options.exchange))
     texts = TextViews(TextOptions(text_augment=options.text_augment), local=2)
     tokenizer = ClipTokenizer(options.bpe_path)
 
     def tokens(number: int) -> torch.Tensor:
         return tokenizer(texts([CAPTIONS[number % len(CAPTIONS)]]))
 
-    def from_file(number: int) -> tuple:
-        return views(parts["decode"](file_name(number))), tokens(number)
-
-    def from_zip(number: int) -> tuple:
-        return views(parts["decode member"](member_name(number))), tokens(number)
-
     pipelines = {
-        "decode": lambda number: parts["decode"](file_name(number)),
-        "read a zip member": lambda number: parts["read"](member_name(number)),
-        "decode, 3 views": lambda number: views(parts["decode"](file_name(number))),
+        "decode": lambda number: decode(file_name(number)),
+        "read a zip member": lambda number: read(member_name(number)),
+        "decode, 3 views": lambda number: views(decode(file_name(number))),
         "3 texts": tokens,
-        "sample from files": from_file,
-        "sample from zips": from_zip,
+        "sample from files": lambda n: (views(decode(file_name(n))), tokens(n)),
+        "sample from zips": lambda n: (views(decode_member(member_name(n))), tokens(n)),
     }
     if options.side != OURS:
         del pipelines["3 texts"]  # would be ours again

@@ -3,6 +3,7 @@ which, and images with what was said of them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from markupsafe import Markup
@@ -226,7 +227,7 @@ def classification_card(
             f"{name}: classes and images", class_cards(name, classes, guesses, images)
         )
     rows = [row for row in class_rows(classes, found) if row["figure"] is not None]
-    rows.sort(key=_figure_of)
+    rows.sort(key=itemgetter("figure"))
     cells = []
     for row in rows[:MOST_CLASSES]:
         bar = page.score_bar(row["figure"])
@@ -234,10 +235,6 @@ def classification_card(
     head = ["class", "images", "11-point average precision, %", ""]
     card = page.card(f"Classes, {name}", page.sortable_table(head, cells), intro=SORTED)
     return page.folded(f"{name}: classes", [card])
-
-
-def _figure_of(row: dict) -> float:
-    return row["figure"]
 
 
 def class_rows(classes: Sequence, found: Classified) -> list[dict]:

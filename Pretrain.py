@@ -201,9 +201,9 @@ def train_step(
     for micro in range(config.accumulate):
         batch = next_batch()
         if "token_image" in batch:
-            count = distributed.unwrap(model).config.max_masked_patches
+            batch["mim_positions"] = distributed.unwrap(model).mim_positions(batch["patch_mask"])
             images = batch.pop("token_image")
-            batch["visual_codes"] = image_tokenizer.masked_codes(images, batch["patch_mask"], count)
+            batch["visual_codes"] = image_tokenizer.codes_at(images, batch["mim_positions"])
         with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
             losses = model(**batch, alpha=alpha)
             loss = losses["loss_ita"] + losses["loss_itm"] + losses["loss_mlm"]

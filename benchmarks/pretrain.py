@@ -109,8 +109,9 @@ def ours(options: SimpleNamespace) -> dict:
 
     def before() -> None:
         if tokenizer is not None:
-            count, mask = model.config.max_masked_patches, batch["patch_mask"]
-            batch["visual_codes"] = tokenizer.masked_codes(token_image, mask, count)
+            positions = model.mim_positions(batch["patch_mask"])
+            batch["visual_codes"] = tokenizer.codes_at(token_image, positions)
+            batch["mim_positions"] = positions
         pairs.update()
 
     def loss_of(losses: dict[str, Tensor]) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from base.addresses import where_from
 from base.errors import UserError
-from models.fusion.losses import masked_patches
 
 EPSILON = 0.1  # images are mapped from [0,1] to [0.1,0.9], where the logit is finite
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -267,12 +266,11 @@ class ImageTokenizer(nn.Module):
         return self.logits(image).argmax(dim=1)
 
     @torch.no_grad()
-    def masked_codes(self, image: Tensor, patch_mask: Tensor, count: int) -> Tensor:
-        """`codes` where the mask bool [B,h*w] is True, at most `count` an image: int64 [B,h*w], of
-        no meaning elsewhere."""
-        positions = masked_patches(patch_mask, count)
+    def codes_at(self, image: Tensor, positions: Tensor) -> Tensor:
+        """`codes` at the positions int64 [B,K], flat in the grid: int64 [B,h*w], 0 elsewhere."""
         found = self.logits(image, positions).argmax(dim=1).flatten(1)
-        return torch.zeros_like(patch_mask, dtype=torch.int64).scatter(1, positions, found)
+        grid = image.shape[-2] * image.shape[-1] // self.reduction**2
+        return found.new_zeros(len(found), grid).scatter(1, positions, found)
 
     def decode(self, codes: Tensor) -> Tensor:
         """int64 [B,h,w] -> images float32 [B,3,h*r,w*r] in [0,1]."""

@@ -109,6 +109,7 @@ class Simla(ImageTextModel):
         alpha: Tensor | float,
         patch_mask: Tensor | None = None,
         visual_codes: Tensor | None = None,
+        mim_positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of a batch, 0-d float32: loss_ita, loss_itm, loss_mlm; SIMLA's also loss_mim
         and loss_pseudo.
@@ -116,7 +117,8 @@ class Simla(ImageTextModel):
         image [B,3,S,S] normalised; text_ids int64 [B,L], text_mask bool [B,L] (True = token);
         mlm_ids int64 [B,L] with tokens masked, mlm_positions int64 [K] their flat indices into B*L,
         mlm_labels int64 [K] their ids (-100 where the list is padded); patch_mask bool [B,N];
-        visual_codes int64 [B,N]; alpha = weight of the soft targets.
+        visual_codes int64 [B,N]; mim_positions int64 [B,K], those of the method of that name, which
+        is called where they are None; alpha = weight of the soft targets.
 
         In training mode the queue takes in the batch. The momentum update is the caller's, right
         before this call.
@@ -144,8 +146,10 @@ class Simla(ImageTextModel):
         losses["loss_mlm"] = self.mlm(masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha)
         if self.config.mim:
             stage_m = stage if self.compat.student_states else teacher.stage
+            if mim_positions is None:
+                mim_positions = self.mim_positions(patch_mask)
             losses["loss_mim"] = self.mim(
-                image, patch_mask, visual_codes, stage, stage_m, text_mask, alpha
+                image, patch_mask, mim_positions, visual_codes, stage, stage_m, text_mask, alpha
             )
         if self.config.keywords:
             losses["loss_pseudo"] = self.pseudo_label(student, teacher, text_ids, text_mask, alpha)
@@ -247,10 +251,15 @@ class Simla(ImageTextModel):
         loss = distilled_cross_entropy(logits, labels, teacher_logits, alpha)
         return masked_mean(loss, valid, over_ranks=not self.compat.means_of_rank)
 
+    def mim_positions(self, patch_mask: Tensor) -> Tensor:
+        """Positions of the masked patches of bool [B,N], filled up with others: int64 [B,K]."""
+        return masked_patches(patch_mask, min(self.config.max_masked_patches, patch_mask.shape[1]))
+
     def mim(
         self,
         image: Tensor,
         patch_mask: Tensor,
+        patches: Tensor,
         visual_codes: Tensor,
         text: Tensor,
         text_m: Tensor,
@@ -263,8 +272,6 @@ class Simla(ImageTextModel):
         The image tokens are the transformer's queries, the caption's embedding-layer states (text,
         text_m for the teacher) its keys and values.
         """
-        width = min(self.config.max_masked_patches, patch_mask.shape[1])
-        patches = masked_patches(patch_mask, width)
         valid, labels = patch_mask.gather(1, patches), visual_codes.gather(1, patches)
 
         def logits(encoder: nn.Module, bert: nn.Module, head: nn.Module, context: Tensor) -> Tensor:

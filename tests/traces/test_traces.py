@@ -14,6 +14,7 @@ import torch
 
 from base.distributed import World
 from models.fusion.base import ImageTextModel
+from models.fusion.losses import masked_patches
 from runtime.log import Meters
 from runtime.run import Run
 from runtime.simulate.recorder import Operation, Recorder
@@ -105,6 +106,12 @@ def test_logits_of_fusion_encoders_in_float32(name):
         products = [o for o in called_in(function, operations) if o.flops]
         assert {o.phase for o in products} == {"forward", "backward"}
         assert {o.dtype for o in products} == {torch.float32}, (function, products)
+
+
+def test_masked_patches_are_sorted_once():
+    """The image tokenizer and masked image modelling use the same positions."""
+    operations = trace_of(STEPS["simla"], 8).operations
+    assert Counter(o.name for o in called_in(masked_patches, operations))["sort"] == 1
 
 
 @pytest.mark.parametrize("name", STEPS)

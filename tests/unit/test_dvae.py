@@ -19,6 +19,7 @@ from models.fusion.dvae import (
     reconstruction_loss,
     squeeze_range,
 )
+from models.fusion.losses import masked_patches
 from runtime.checkpoint import export_safetensors, read_weights
 
 TINY = {"vocab_size": 16, "width": 4, "blocks_per_group": 1, "decoder_width": 8}
@@ -56,7 +57,7 @@ def test_codes_of_masked_patches_are_those_of_the_grid():
     mask[0, [1, 5, 11]] = mask[1, 7] = True
     computed = []
     tokenizer.encoder.blocks.output.register_forward_hook(lambda *a: computed.append(a[2].shape))
-    found = tokenizer.masked_codes(image, mask, 3)
+    found = tokenizer.codes_at(image, masked_patches(mask, 3))
     assert computed == [(2, 16, 3, 1)]
     assert torch.equal(found[mask], tokenizer.codes(image).flatten(1)[mask])
     assert tokenizer.codes(image).flatten(1)[mask].any()

@@ -16,6 +16,7 @@ from torch import nn
 
 from base.distributed import World, unwrap
 from base.errors import UserError
+from models.layers import float32_gradient
 from runtime.simulate.ddp import SimulatedDDP
 from runtime.simulate.recorder import Recorder, Trace
 from runtime.simulate.stand_ins import simulated_cpu, simulated_gpu
@@ -74,7 +75,7 @@ def simulate(script: ModuleType, config, world_size: int = 1, mode: str = "gpu")
     if world_size > 1:
         _join_fake_group(world_size)
     try:
-        with _simulated_wrappers(world_size, config.shard_group), MODES[mode]():
+        with _simulated_wrappers(world_size, config.shard_group), _products(mode), MODES[mode]():
             setup, model, recorder, moments = _record(script, config, world_size, mode)
     finally:
         if world_size > 1:
@@ -95,6 +96,16 @@ def simulate(script: ModuleType, config, world_size: int = 1, mode: str = "gpu")
         weights + moments,
         seconds,
     )
+
+
+@contextlib.contextmanager
+def _products(mode: str):
+    """Matrix products of a card, which write float32 where the model asks for it."""
+    if mode != "gpu":
+        yield
+        return
+    with mock.patch.object(float32_gradient, "has_float32_products", lambda x: True):
+        yield
 
 
 def _join_fake_group(size: int) -> None:

@@ -64,7 +64,11 @@ class Config(StreamConfig, ValidationConfig, RunConfig):
     # the data: class folders, .jsonl of COYO-Labeled-300M, shards, or torchvision/NAME:SPLIT
     train_data: list[str] = knob([], "training data: folders, lists, shards, torchvision's sets")
     val_data: str | None = knob(None, "the same for validation; none = no validation")
-    data_root: Path = knob(Path("."), "folder of a list's relative paths, or of torchvision's sets")
+    data_root: Path = knob(
+        Path("."),
+        "folder of a list's relative paths, or of torchvision's sets",
+        aliases=("image_root",),
+    )
     classes: Path | None = knob(None, "file with a class name a line; none = folders, num_classes")
     multi_label: bool | None = knob(None, "images have any number of labels; none = if sigmoid")
     real: Path | None = knob(None, "real.json of ImageNet-ReaL, to be scored as well")

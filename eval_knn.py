@@ -100,7 +100,9 @@ class Config(ProbeOptions):
     )
     val_data: str | None = knob(None, "images to classify, likewise")
     data_root: Path = knob(
-        Path("."), "folder that a list's paths start from, or of torchvision's data set"
+        Path("."),
+        "folder that a list's paths start from, or of torchvision's data set",
+        aliases=("image_root",),
     )
     classes: Path | None = knob(
         None, "file with the name of one class a line; none = the class folders' or torchvision's"

@@ -197,8 +197,9 @@ def look_at_range(config: Config, looking, works: list) -> None:
 def main(config: Config) -> None:
     if not config.data:
         raise UserError("name a data set: python scripts/doctor.py DATA")
-    from dataset.health.survey import plan, survey
+    from dataset.health.survey import plan, split_folders, survey
 
+    config.data = split_folders(config.data)
     works, looking = plan(config.data), looking_of(config)
     shared = config.sharing.slurm or config.sharing.merge or not is_whole(config.sharing)
     if shared and config.facts is None:

@@ -1,7 +1,7 @@
 """Embeddings of images and captions by any dual encoder, or features by any image encoder.
 
     python scripts/embed.py --data 'shards/{00000..00099}.tar' --model open_clip/ViT-B-32 --checkpoint F
-    torchrun --nproc_per_node=8 scripts/embed.py --data pairs.csv --root images --checkpoint output/main
+    torchrun --nproc_per_node=8 scripts/embed.py --data pairs.csv --image-root images --checkpoint output/main
     python scripts/embed.py --data imagenet/val --model timm/vit_base_patch16_224 --checkpoint F --texts false
     python scripts/embed.py --data shards/train --checkpoint F --slurm 16 --sbatch gpus-per-node=1 partition=gpu
 
@@ -64,7 +64,7 @@ class Config:
     """What to embed, and with what."""
 
     data: list[str] = knob([], "shards, annotation files, tables or class folders")
-    root: Path = knob(Path("."), "folder that paths of images start from")
+    root: Path = knob(Path("."), "folder that paths of images start from", aliases=("image_root",))
     out: Path = knob(Path("output/embeddings"), "folder to write to")
     checkpoint: Path | None = knob(None, "file or run directory; none = --model's own weights")
     model: str | None = knob(None, "open_clip/NAME:TAG, hf/NAME, timm/NAME; or a checkpoint's name")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base.errors import UserError
-from base.files import digest
+from base.files import digest, is_hidden
 from base.processes import in_processes
 from dataset.health.classes import Finding
 from dataset.health.duplicates import near_duplicates, same_bytes
@@ -28,6 +28,7 @@ from dataset.tasks.recognition import label_records
 BLOCK = 256  # entries a process takes at a time
 OFTEN = 10  # images that share a text from which on it is called repeated
 FORMAT = 1  # of kept facts: raise it when samples are looked at otherwise
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 MOST_GROUPS = 1000  # groups of duplicates that are kept
 
 
@@ -122,6 +123,20 @@ class Work(NamedTuple):
     data: str
     start: int = 0
     stop: int | None = None
+
+
+def split_folders(data: Sequence[str]) -> list[str]:
+    """The data sets, with the splits of a folder that holds nothing else (train/, val/) one by
+    one, the training set first."""
+    found = []
+    for name in data:
+        below = [path for path in Path(name).glob("*/") if not is_hidden(path.name)]
+        splits = [path for split in SPLITS for path in below if path.name.lower() == split]
+        if len(splits) > 1 and len(splits) == len(below):
+            found += map(str, splits)
+        else:
+            found.append(name)
+    return found
 
 
 def plan(data: Sequence[str]) -> list[Work]:

@@ -194,7 +194,11 @@ class CaptionOptions:
     """Image-caption pairs; names and defaults are clip-rocket's."""
 
     dataset: str = knob("yfcc15m", "collection; wds: --shards alone", choices=DATASETS)
-    root: str = knob("datasets/yfcc100m", "image folder; merged_opendata: three, joined by ---")
+    root: str = knob(
+        "datasets/yfcc100m",
+        "folder that paths of images start from; merged_opendata: three, joined by ---",
+        aliases=("image_root", "data_root"),
+    )
     metadata: str = knob("datasets/yfcc15m_v1/yfcc15m.pkl", "samples: .pkl, .npy, .json or .jsonl")
     shards: list[str] = knob([], "WebDataset shards beside or instead: paths, s3:// or gs:// URLs")
     bpe_path: Path | None = knob(

@@ -132,6 +132,26 @@ def test_images_that_splits_share(tmp_path, capsys):
     assert len(list(read_json_lines(tmp_path / "clean/test.jsonl"))) == 3
 
 
+def test_class_folders_and_recognition_lists_that_share_images(tmp_path, capsys):
+    splits = {"train": {"cat": [0, 1, 2], "dog": [3, 4]}, "val": {"cat": [5, 1], "dog": [6]}}
+    for split, classes in splits.items():
+        lines = []
+        for name, members in classes.items():
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for n in members:
+                path = tmp_path / "images" / split / name / f"{split}{n}.jpg"
+                path.write_bytes(jpeg(scene(n), quality=90 if split == "train" else 70))
+                lines.append(f"images/{split}/{name}/{path.name} : {name}")
+        (tmp_path / f"{split}.list").write_text("\n".join(lines))
+    status, text = run(capsys, {"data": [str(tmp_path / "images")]})  # its train/ and val/
+    assert status == 1 and found(text)["in a later split"] == "1"
+    assert text.index("in a later split") < text.index("images/val\n"), "of the training set"
+    lists = [str(tmp_path / f"{split}.list") for split in splits]
+    status, text = run(capsys, {"data": lists, "image_root": tmp_path})
+    assert status == 1 and found(text)["in a later split"] == "1"
+    assert survey.split_folders([str(tmp_path / "images/train"), "x.csv"])[1:] == ["x.csv"]
+
+
 def test_questions_answers_ids_and_boxes(tmp_path, capsys):
     (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)))
     (tmp_path / "answers.json").write_text('["red", "two"]')

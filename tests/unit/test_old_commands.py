@@ -77,3 +77,9 @@ def test_a_file_of_the_user_is_taken_for_itself(tmp_path):
     (tmp_path / "VQA.yaml").write_text("seed: 1\n")
     assert old_commands.recipe_of(tmp_path / "VQA.yaml") is None
     assert old_commands.translated([str(tmp_path / "VQA.yaml")]) == [str(tmp_path / "VQA.yaml")]
+
+
+@pytest.mark.parametrize("name, key", [("main", "root"), ("Classification", "data_root")])
+def test_every_script_takes_image_root(name, key):
+    config = parse(importlib.import_module(name).Config, ["--image-root", "photos"])
+    assert str(getattr(config, key)) == "photos"

@@ -34,6 +34,7 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from base.files import cache_folder, digest
+from base.libraries import of_library
 from dataset.images.clip import EvalView as CropView
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.vit import EvalView
@@ -60,7 +61,7 @@ from evaluation.retrieval import units
 from evaluation.zeroshot import fingerprint
 from models.weights.any_image_encoder import open_encoder
 from models.weights.image_encoder import ImageEncoder
-from models.weights.libraries import library_encoder, of_library
+from models.weights.libraries import library_encoder
 from models.weights.vit_facts import VitFacts
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.cli import knob, run_script

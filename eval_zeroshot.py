@@ -31,6 +31,7 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from base.files import cache_folder
+from base.libraries import of_library
 from dataset.tasks.catalog import CatalogOptions, Entry, Prompts, wanted_entries
 from dataset.tasks.dual_inputs import image_side, text_tokenizer, tokenizer_identity
 from dataset.tasks.loaders import eval_loader
@@ -56,7 +57,7 @@ from evaluation.zeroshot import (
     zero_shot_chance,
 )
 from models.weights.any_dual_encoder import Opened, check_name, logit_scale, open_dual
-from models.weights.libraries import of_library, open_library
+from models.weights.libraries import open_library
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.cli import knob, run_script

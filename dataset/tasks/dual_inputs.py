@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from base.libraries import dual_inputs, of_library
 from base.pixels import HALF, OPENAI, timm_statistics
 from dataset.images.align import AlignView, AlignViews
 from dataset.images.clip import EvalView, ImageViews, ViewOptions, normalize, pixel_statistics
@@ -15,6 +16,9 @@ from dataset.loading.eval import EvalLoader
 from dataset.text.align import AlignTokenizer
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.hugging_face import FolderTokenizer
+from dataset.text.open_clip import OpenClipTokenizer
+
+AnyTokenizer = ClipTokenizer | AlignTokenizer | FolderTokenizer | OpenClipTokenizer
 
 
 def is_align(model: str) -> bool:
@@ -23,12 +27,16 @@ def is_align(model: str) -> bool:
 
 def text_tokenizer(
     model: str, context_length: int, merges: str | Path | None, vocabulary: str | Path
-) -> ClipTokenizer | AlignTokenizer | FolderTokenizer:
+) -> AnyTokenizer:
     """tokenizer(texts, lengths) -> int64 [B,L].
 
-    model: its name. merges: file of CLIP's BPE; vocabulary: of BERT, for ALIGN, or hf/FOLDER of a
-    text tower.
+    model: its name; a library's has its own tokenizer. merges: file of CLIP's BPE; vocabulary: of
+    BERT, for ALIGN, or hf/FOLDER of a text tower.
     """
+    if model.startswith("open_clip/"):
+        return OpenClipTokenizer(model)
+    if of_library(model):
+        return FolderTokenizer(model, context_length, whole=True)
     if str(vocabulary).startswith("hf/"):
         return FolderTokenizer(vocabulary, context_length)
     if is_align(model):
@@ -36,8 +44,10 @@ def text_tokenizer(
     return ClipTokenizer(merges, context_length)
 
 
-def tokenizer_identity(tokenizer: ClipTokenizer | AlignTokenizer | FolderTokenizer) -> str:
+def tokenizer_identity(tokenizer: AnyTokenizer) -> str:
     """What the token ids depend on."""
+    if isinstance(tokenizer, OpenClipTokenizer):
+        return tokenizer.path
     if isinstance(tokenizer, FolderTokenizer):
         return repr(sorted(tokenizer.backend.get_vocab().items()))
     if isinstance(tokenizer, AlignTokenizer):
@@ -66,8 +76,11 @@ def is_openai(model: str) -> bool:
 def eval_view(
     model: str, side: int, interpolation: str | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """view(uint8 [3,H,W]) -> uint8 [3,S,S]; ALIGN's knows one interpolation. None: bicubic for
-    OpenAI's models, else bilinear."""
+    """view(uint8 [3,H,W]) -> uint8 [3,S,S]; ALIGN's and a library's know one interpolation. None:
+    bicubic for OpenAI's models, else bilinear."""
+    if of_library(model):
+        inputs = dual_inputs(model)
+        return EvalView(side, inputs.pixels.interpolation, squeeze=inputs.squeeze)
     if is_align(model):
         return AlignView(side)
     return EvalView(side, interpolation or ("bicubic" if is_openai(model) else "bilinear"))
@@ -94,6 +107,9 @@ def input_statistics(network, device: torch.device) -> tuple[Tensor, Tensor]:
     `image_tower`."""
     if network.image_tower:
         return pixel_statistics(device, *timm_statistics(network.image_tower))
+    if of_library(network.model):
+        pixels = dual_inputs(network.model).pixels
+        return pixel_statistics(device, pixels.mean, pixels.std)
     if is_openai(network.model):
         return pixel_statistics(device, *OPENAI)
     return pixel_statistics(device, *HALF) if is_align(network.model) else pixel_statistics(device)

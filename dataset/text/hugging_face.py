@@ -7,36 +7,34 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
-from base.hub import from_hub
+from base.libraries import hugging_face_tokenizer
 from dataset.text.wordpiece import padded_length
 
 
 class FolderTokenizer:
     """transformers' tokenizer of `hf/FOLDER` (or of a name of the hub), padded with its own id.
 
-    Called with texts it gives int64 [B,L], L at most `context_length`.
+    Called with texts it gives int64 [B,L], L at most `context_length`. whole: always as long, as
+    SigLIP is trained.
     """
 
-    def __init__(self, source: str | Path, context_length: int = 77):
-        import transformers
-
-        self.source, self.context_length = str(source), context_length
+    def __init__(self, source: str | Path, context_length: int = 77, whole: bool = False):
+        self.source, self.context_length, self.whole = str(source), context_length, whole
         self.path = self.source.removeprefix("hf/")
-        with from_hub(f"tokenizer {source}", self.path):
-            self.backend = transformers.AutoTokenizer.from_pretrained(self.path)
+        self.backend = hugging_face_tokenizer(self.path)
         self.vocab_size = len(self.backend)
         self.pad_id = self.backend.pad_token_id
         if self.pad_id is None:
             raise UserError(f"{source}: its tokenizer has no padding token")
 
     def __reduce__(self):
-        return FolderTokenizer, (self.source, self.context_length)
+        return FolderTokenizer, (self.source, self.context_length, self.whole)
 
     def __call__(self, texts: Iterable[str], lengths: Sequence[int] | None = None) -> Tensor:
         """lengths: the allowed L; None for the whole context, () for multiples of 8."""
         longest = self.context_length
         rows = self.backend(list(texts), truncation=True, max_length=longest)["input_ids"]
         width = longest
-        if lengths is not None:
+        if lengths is not None and not self.whole:
             width = padded_length(max(map(len, rows)), longest, lengths)
         return torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows])

@@ -119,7 +119,10 @@ class LossOptions:
 class DualConfig(LossOptions):
     """Shape and loss of a dual encoder; names and defaults are clip-rocket's."""
 
-    model: str = knob("CL2L_VITB16_CL2L", "<CLIP|CL2L>_<backbone>_<head>, or of SLIP or ALIGN")
+    model: str = knob(
+        "CL2L_VITB16_CL2L",
+        "<CLIP|CL2L>_<backbone>_<head>, of SLIP or ALIGN, open_clip/NAME:TAG, hf/FOLDER",
+    )
     image_size: int = knob(224, "side of the square global images, pixels", low=1, high=SIDE)
     image_tower: str | None = knob(
         None, "instead of the backbone: timm/NAME (weights fetched) or timm/NAME:FILE"

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.files import did_you_mean
+from base.libraries import dual_inputs, of_library
 from base.memory import build_fitting
 from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.base import DualConfig, DualEncoder
 from models.dual_encoder.cl2l import CL2L, BarLIP, SiamLIP, SwALIP, SwALIPV1
 from models.dual_encoder.clip import CLIP, SigLIP
+from models.dual_encoder.library import LibraryCLIP
 from models.dual_encoder.openai import OpenAICLIP
 from models.dual_encoder.slip import SimCLR, Slip, SlipCLIP
 from models.layers.clip_towers import ClipViT
@@ -77,13 +79,16 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
     """Class, backbone and number of local views it needs (-1: any) of a model string. UserError
     names the nearest."""
     parts = name.split("_")
+    if of_library(name):
+        return LibraryCLIP, name, 0
     if is_openai(name):
         return OpenAICLIP, name, 0
     if name not in model_names():
         raise UserError(
             f"model {name!r} is unknown{did_you_mean(name, [*model_names(), *OPENAI_MODELS]) or '.'} The form is <CLIP|CL2L>_<backbone>_<head> with "
             f"backbones {', '.join(BACKBONES)} and heads {', '.join(HEADS)}, or SLIP's <{'|'.join(SLIP_MODELS)}>_"
-            f"<{'|'.join(SLIP_BACKBONES)}>, or {', '.join(OPENAI_MODELS)}, or ALIGN_<{'|'.join(SHAPES)}>_<{'|'.join(TEXTS)}>"
+            f"<{'|'.join(SLIP_BACKBONES)}>, or {', '.join(OPENAI_MODELS)}, or ALIGN_<{'|'.join(SHAPES)}>_<{'|'.join(TEXTS)}>, "
+            "or open_clip/NAME:TAG or hf/FOLDER"
         )
     if parts[0] == "ALIGN":
         return Align, parts[1], 0
@@ -100,12 +105,13 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
         return build_fitting(partial(Align, config), config.model)  # its towers belong together
     if config.tower_classes and not (config.image_tower and config.text_tower):
         raise UserError("tower_classes joins towers of libraries: give image_tower and text_tower")
-    if model is OpenAICLIP:
+    if model in (OpenAICLIP, LibraryCLIP):
         if config.image_tower or config.text_tower:
             raise UserError(
                 f"{config.model} has towers of its own; use CLIP_VITB16_CLIP or *_SIGLIP"
             )
-        return build_fitting(partial(_openai, config), config.model)
+        build = _openai if model is OpenAICLIP else LibraryCLIP
+        return build_fitting(partial(build, config), config.model)
     if visual is None and config.image_tower:
         visual = TimmTower(config.image_tower, classes=config.tower_classes is not None)
     if config.text_tower is None and visual is None:
@@ -120,6 +126,20 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
     if config.tower_classes and (config.embed_dim, config.clip_proj_type) != (width, "linear"):
         raise UserError(f"tower_classes: set embed_dim to {width}, clip_proj_type to linear")
     return model(config, visual, text_tower=text_tower)
+
+
+def with_library_sizes(config: DualConfig) -> DualConfig:
+    """The configuration with image size, context and vocabulary of a library's model; others stay.
+    UserError where another size is asked for."""
+    if not of_library(config.model):
+        return config
+    inputs = dual_inputs(config.model)
+    sizes = {"image_size": inputs.pixels.size, "context_length": inputs.context_length}
+    for name, size in sizes.items():
+        given, default = getattr(config, name), getattr(DualConfig(), name)
+        if given not in (size, default):
+            raise UserError(f"{name} {given}: {config.model} is of {size}; leave it out")
+    return replace(config, vocab_size=inputs.vocab_size, **sizes)
 
 
 def openai_shape(config: DualConfig) -> OpenAIConfig:

@@ -191,7 +191,20 @@ class Transformer(nn.Module):
         return x
 
 
-class TwoTowers(nn.Module):
+class LockableTowers(nn.Module):
+    """Towers that may be locked: these stay in evaluation mode, their batch norms included."""
+
+    locked: tuple[nn.Module, ...] = ()
+
+    def train(self, mode: bool = True) -> "LockableTowers":
+        """Training mode, but for locked towers."""
+        super().train(mode)
+        for tower in self.locked:
+            tower.eval()
+        return self
+
+
+class TwoTowers(LockableTowers):
     """A vision tower, CLIP's text transformer at the root, and the scalars and matrices beside
     them.
 
@@ -210,7 +223,6 @@ class TwoTowers(nn.Module):
     ):
         super().__init__()
         self.text_shape = text
-        self.locked: tuple[nn.Module, ...] = ()  # towers that stay in evaluation mode
         if text_tower is None:
             self.positional_embedding = nn.Parameter(
                 torch.empty(text.context_length, text.width).normal_(std=0.01)
@@ -249,13 +261,6 @@ class TwoTowers(nn.Module):
             x, causal=True, noise=noise if self.training and noise and noise.active else None
         )
         return self.ln_final(x[torch.arange(x.shape[0], device=x.device), text_ids.argmax(-1)])
-
-    def train(self, mode: bool = True) -> "TwoTowers":
-        """Training mode, but for locked towers."""
-        super().train(mode)
-        for tower in self.locked:
-            tower.eval()
-        return self
 
     @torch.no_grad()
     def clamp_scales(self) -> None:

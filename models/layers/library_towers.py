@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from base.errors import UserError
 from base.files import did_you_mean, read_json, read_lines
 from base.hub import from_hub
+from base.libraries import hugging_face_config, hugging_face_tokenizer, timm_network
 
 HEADS = ("classifier.", "head.", "fc.")  # of classification, in files of weights
 PROMPT = "a photo of a {}."  # for the names of an image tower's classes
@@ -33,14 +34,9 @@ class TimmTower(nn.Module):
 
     def __init__(self, tower: str, classes: bool = False):
         super().__init__()
-        import timm
-
         self.name, self.file = parse_tower(tower, "image_tower", "timm")
-        if not timm.is_model(self.name.partition(".")[0]):
-            hint = did_you_mean(self.name, timm.list_models())
-            raise UserError(f"image_tower {tower}: timm has no model {self.name!r}{hint}")
         self.options = {} if classes else {"num_classes": 0}
-        self.trunk = timm.create_model(self.name, **self.options)
+        self.trunk = timm_network(self.name, "image_tower ", **self.options)
         self.num_classes = self.trunk.num_classes
         self.num_features = self.trunk.num_features + self.num_classes
 
@@ -66,11 +62,9 @@ class TimmTower(nn.Module):
                     f"{', '.join(faults[:5])}"
                 )
             return
-        import timm
-
         remedy = f", its file as timm/{self.name}:FILE"
-        with from_hub(f"image_tower timm/{self.name}", timm_source(self.name), remedy):
-            trunk = timm.create_model(self.name, pretrained=True, **self.options)
+        options = {**self.options, "pretrained": True, "remedy": remedy}
+        trunk = timm_network(self.name, "image_tower ", **options)
         self.trunk.load_state_dict(trunk.state_dict())
 
 
@@ -97,8 +91,9 @@ class HuggingFaceText(nn.Module):
         import transformers
 
         self.source, _ = parse_tower(tower, "text_tower", "hf")
-        with from_hub(f"text_tower {tower}", self.source, " (config.json, tokenizer, weights)"):
-            config = transformers.AutoConfig.from_pretrained(self.source)
+        remedy = " (config.json, tokenizer, weights)"
+        config = hugging_face_config(self.source, remedy, "text_tower ")
+        with from_hub(f"text_tower {tower}"):
             self.trunk = transformers.AutoModel.from_config(config)
         if getattr(self.trunk, "pooler", None) is not None:
             self.trunk.pooler = None  # its output is not used, and would get no gradient
@@ -114,10 +109,7 @@ class HuggingFaceText(nn.Module):
     @torch.no_grad()
     def embed(self, texts: Sequence[str], batch_size: int = 100) -> Tensor:
         """Unit features [T,C] of texts."""
-        import transformers
-
-        with from_hub(f"the tokenizer of hf/{self.source}", self.source):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source)
+        tokenizer = hugging_face_tokenizer(self.source)
         rows = []
         for start in range(0, len(texts), batch_size):
             batch = list(texts[start : start + batch_size])
@@ -134,14 +126,6 @@ class HuggingFaceText(nn.Module):
         state = trunk.state_dict()
         known = self.trunk.state_dict().keys()
         self.trunk.load_state_dict({name: state[name] for name in known})
-
-
-def timm_source(name: str) -> str | None:
-    """The name of the hub from which timm fetches a model's weights; None where it has another
-    address, or none."""
-    import timm
-
-    return (timm.get_pretrained_cfg(name, allow_unregistered=True) or {}).hf_hub_id
 
 
 def parse_tower(tower: str, knob: str, library: str) -> tuple[str, str]:
@@ -164,6 +148,9 @@ def start_towers(
     read_weights: reads a file of weights safely. load: false where a checkpoint has the weights.
     """
     towers = {"image": getattr(model, "visual", None), "text": getattr(model, "text_tower", None)}
+    of_library = hasattr(model, "load")  # both towers
+    if load and of_library:
+        model.load()
     for tower in towers.values():
         if load and isinstance(tower, TimmTower | HuggingFaceText):
             tower.load(read_weights)
@@ -172,7 +159,8 @@ def start_towers(
     if lock and not hasattr(model, "locked"):
         raise UserError("--lock is for two towers, as CLIP's and SLIP's; ALIGN trains both")
     for name in lock:
-        if load and not isinstance(towers[name], TimmTower | HuggingFaceText):
+        published = of_library or isinstance(towers[name], TimmTower | HuggingFaceText)
+        if load and not published:
             raise UserError(
                 f"--lock {name}: give the {name} tower weights to keep: --{name}-tower, or --checkpoint"
             )
@@ -182,9 +170,10 @@ def start_towers(
                 parameter.requires_grad_(False)
     locked = {
         "image": ("visual", "vision_model"),
-        "text": ("text_tower", "text_model", "transformer", "ln_final"),
+        "text": ("text_tower", "text_model", "text", "transformer", "ln_final"),
     }
-    modules = [getattr(model, part, None) for name in lock for part in locked[name]]
+    holder = model.network if of_library else model
+    modules = [getattr(holder, part, None) for name in lock for part in locked[name]]
     if lock:
         model.locked = tuple(module for module in modules if module is not None)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from base.errors import UserError
+from base.libraries import dual_inputs, of_library
 from base.pixels import ALIGN_MARGIN, HALF, IMAGENET, OPENAI, RGB, Pixels, timm_statistics
 from models.dual_encoder.base import NOT_LOADED, DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
@@ -98,6 +99,8 @@ def open_dual(
             "a checkpoint of ALBEF, SIMLA or BLIP: evaluate the first two with Retrieval.py --evaluate, "
             "BLIP with --model hf/FOLDER (transformers' layout)"
         )
+    if of_library(about.get("network", {}).get("model")):
+        return _with_pixels(_library(weights, about["network"]), stated)
     if "vision_model.embeddings.convolution.weight" in weights:
         return _with_pixels(_align(weights, about, name), stated)
     if "vision_model.embeddings.patch_embedding.weight" in weights:
@@ -163,6 +166,15 @@ def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opene
     tower = config.image_tower
     statistics = timm_statistics(tower) if tower else IMAGENET
     pixels = Pixels(config.image_size, "bilinear", *statistics)
+    return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
+
+
+def _library(weights: State, network: Mapping[str, Any]) -> Opened:
+    """A run of main.py with a library's model."""
+    config = _own_config(network)
+    model = build_dual(config)
+    load_checkpoint(model, weights)
+    pixels = dual_inputs(config.model).pixels
     return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
 
 

@@ -16,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.files import did_you_mean, nearest
 from base.hub import from_hub
+from base.libraries import (
+    hugging_face_config,
+    hugging_face_processor,
+    hugging_face_tokenizer,
+    open_clip_inputs,
+    open_clip_network,
+    open_clip_tokenizer,
+    timm_network,
+)
 from base.pixels import Pixels
-from models.layers.library_towers import timm_source
 from models.weights.any_dual_encoder import Opened
 from models.weights.image_encoder import TOWER, ImageEncoder
 from models.weights.loading import load_checkpoint
@@ -27,7 +34,6 @@ from models.weights.vit import backbone
 from models.weights.vit_facts import VitFacts
 
 State = Mapping[str, Tensor]
-LIBRARIES = ("open_clip", "timm", "hf")
 CLASS_TOKEN = (  # types of transformers whose first token stands for the image
     "vit",
     "vit_msn",
@@ -39,11 +45,6 @@ CLASS_TOKEN = (  # types of transformers whose first token stands for the image
     "dinov3_vit",
 )
 OTHER_WEIGHTS = ", or name --checkpoint FILE, or add --random-weights"
-
-
-def of_library(name: str | None) -> bool:
-    """Whether a model's name asks for a library: open_clip/…, timm/… or hf/…"""
-    return name is not None and name.partition("/")[0] in LIBRARIES and "/" in name
 
 
 def open_library(name: str, checkpoint: Path | None = None, random_weights: bool = False) -> Opened:
@@ -107,11 +108,6 @@ class LibraryDual(nn.Module):
         return {"z": self.text(text_ids)}
 
 
-def _hint(library: str, name: str, known: list[str]) -> str:
-    found = nearest(name, known, 0.3)
-    return f"; did you mean {library}/{found}?" if found else ""
-
-
 class OnImage:
     """A library's transform as a view: uint8 [3,H,W] -> float32, normalised."""
 
@@ -131,50 +127,12 @@ class OnImage:
 def _open_clip(name: str, checkpoint: Path | None, random_weights: bool) -> Opened:
     import open_clip
 
-    title, (name, tag) = f"open_clip/{name}", _name_and_tag(name)
-    elsewhere = name.startswith(("hf-hub:", "local-dir:"))  # configuration and weights lie there
-    if not elsewhere:
-        _check_open_clip(name, tag, bool(checkpoint or random_weights))
-    pretrained = None if checkpoint or random_weights else tag
-    look = None if elsewhere else _open_clip_pixels(name, tag)
-    with from_hub(title, _open_clip_source(name, pretrained), OTHER_WEIGHTS):
-        network = open_clip.create_model(
-            name,
-            pretrained=pretrained,
-            load_weights=not (checkpoint or random_weights),
-            pretrained_text=False,
-            force_quick_gelu=not elsewhere and _quick_gelu(name, tag),
-            force_preprocess_cfg=look,
-            require_pretrained=bool(pretrained),
-        )
+    title, published = f"open_clip/{name}", not (checkpoint or random_weights)
+    network = open_clip_network(name, published, OTHER_WEIGHTS)
     if checkpoint:
         with from_hub(f"{checkpoint} in {title}"):
             open_clip.factory.load_checkpoint(network, str(checkpoint))
-    with from_hub(f"the tokenizer of {title}", _tokenizer_source(name)):
-        tokenizer = open_clip.get_tokenizer(name)
-    return opened_open_clip(network.eval(), tokenizer, title)
-
-
-def _open_clip_source(name: str, tag: str | None) -> str | None:
-    """The name of the hub that open_clip loads weights from; None where they lie elsewhere."""
-    import open_clip
-
-    if name.startswith("hf-hub:"):
-        return name.removeprefix("hf-hub:").partition("@")[0]
-    if tag is None or name.startswith("local-dir:"):
-        return None
-    user, _, file = open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").partition("/")
-    return f"{user}/{file.partition('/')[0]}" if user else None
-
-
-def _tokenizer_source(name: str) -> str | None:
-    """The name of the hub that open_clip loads its tokenizer from, where that is not CLIP's own."""
-    import open_clip
-
-    if name.startswith(("hf-hub:", "local-dir:")):
-        return _open_clip_source(name, None)
-    text = open_clip.get_model_config(name).get("text_cfg", {})
-    return text.get("hf_tokenizer_name")
+    return opened_open_clip(network.eval(), open_clip_tokenizer(name), title)
 
 
 def opened_open_clip(network: nn.Module, tokenizer: Callable, title: str) -> Opened:
@@ -185,79 +143,17 @@ def opened_open_clip(network: nn.Module, tokenizer: Callable, title: str) -> Ope
     transform = open_clip.transform.image_transform_v2(
         open_clip.transform.PreprocessCfg(**look), False
     )
-    side = look["size"] if isinstance(look["size"], int) else look["size"][0]
-    pixels = Pixels(side, look["interpolation"], tuple(look["mean"]), tuple(look["std"]))
-    vocabulary = getattr(network, "vocab_size", 0) or getattr(network.text, "vocab_size", 0)
+    inputs = open_clip_inputs(network)
     model = LibraryDual(network, network.encode_image, network.encode_text, f"{title} {look}")
     return Opened(
         model.eval(),
         title,
-        pixels,
+        inputs.pixels,
         tokenizer.context_length,
-        vocabulary,
+        inputs.vocab_size,
         OnImage(transform),
         tokenizer,
     )
-
-
-def _name_and_tag(name: str) -> tuple[str, str | None]:
-    if name.startswith(("hf-hub:", "local-dir:")):
-        return name, None
-    name, _, tag = name.partition(":")
-    return name.replace("/", "-"), tag or None
-
-
-def _check_open_clip(name: str, tag: str | None, has_weights: bool) -> None:
-    """UserError for an unknown architecture or tag, or where no weights are named."""
-    import open_clip
-
-    if name not in open_clip.list_models():
-        hint = _hint("open_clip", name, open_clip.list_models())
-        raise UserError(f"open_clip has no model {name!r}{hint}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag is not None and open_clip.get_pretrained_cfg(name, tag) in (None, {}):
-        hint = did_you_mean(tag, tags, 0.3)
-        listed = _some(tags) or "none"
-        raise UserError(f"open_clip/{name} has no weights {tag!r}{hint}; there are: {listed}")
-    if tag is None and not has_weights:
-        listed = f" such as open_clip/{name}:{tags[0]} (of {_some(tags)})" if tags else ""
-        raise UserError(
-            f"open_clip/{name}: name its weights{listed}, or add --checkpoint FILE or "
-            "--random-weights"
-        )
-
-
-def _some(tags: list[str], most: int = 6) -> str:
-    return ", ".join(tags[:most]) + (", …" if len(tags) > most else "")
-
-
-def _quick_gelu(name: str, tag: str | None) -> bool:
-    """Whether the network or its weights want QuickGELU: where the two differ, open_clip warns and
-    computes the exact GELU."""
-    import open_clip
-
-    built = bool(open_clip.get_model_config(name).get("quick_gelu"))
-    return built or bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
-
-
-def _open_clip_pixels(name: str, tag: str | None) -> dict[str, Any] | None:
-    """Mean, std and resize of the weights `tag`; without a tag those that all tags agree on."""
-    import open_clip
-
-    names = ("mean", "std", "interpolation", "resize_mode")
-    looks = []
-    for each in [tag] if tag else open_clip.list_pretrained_tags_by_model(name):
-        given = open_clip.get_pretrained_cfg(name, each)
-        look = {key: given[key] for key in names if given.get(key)}
-        if look not in looks:
-            looks.append(look)
-    if len(looks) > 1:
-        tags = _some(open_clip.list_pretrained_tags_by_model(name))
-        raise UserError(
-            f"open_clip/{name}: its weights differ in mean and std of the pixels; name those whose "
-            f"transform is meant as open_clip/{name}:TAG, TAG of {tags}"
-        )
-    return looks[0] if looks else None
 
 
 # --------------------------------------------------------------------------------------------- timm
@@ -276,20 +172,16 @@ def timm_encoder(
     """
     import timm
 
-    if not timm.is_model(name.partition(".")[0]):
-        hint = _hint("timm", name, timm.list_models())
-        raise UserError(f"timm has no model {name!r}{hint}")
     described = described or {}
     if stated.activation or stated.eps:
         raise UserError(
             f"timm/{name} has its own activation and eps: leave out --activation, --eps"
         )
-    options = dict(described.get("model_args", {}), num_classes=0, pretrained=pretrained)
+    options = dict(described.get("model_args", {}), num_classes=0)
     if "pretrained_cfg" in described:
         options["pretrained_cfg_overlay"] = described["pretrained_cfg"]
-    source = timm_source(name) if pretrained else None
-    with from_hub(f"timm/{name}", source, ", or name --checkpoint FILE"):
-        model = timm.create_model(name, **options)
+    remedy = ", or name --checkpoint FILE"
+    model = timm_network(name, pretrained=pretrained, remedy=remedy, **options)
     if weights is not None:
         _load_timm(model, weights)
     given = timm.data.resolve_model_data_config(model)
@@ -317,15 +209,6 @@ def _load_timm(model: nn.Module, weights: State) -> None:
 
 
 # --------------------------------------------------------------------------- transformers, from here
-def _hf_config(source: str):
-    import transformers
-
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"hf/{source}: the folder has no config.json")
-    with from_hub(f"hf/{source}", source, OTHER_WEIGHTS):
-        return transformers.AutoConfig.from_pretrained(source)
-
-
 def _hf_network(source: str, config, kind: type, random_weights: bool, **options) -> nn.Module:
     """A network of transformers with all of its weights: UserError names those that are missing."""
     import transformers
@@ -377,11 +260,8 @@ def naflex_inputs(image: Tensor) -> dict[str, Tensor]:
 
 
 def _hf_view(source: str, config) -> tuple[HfView, Pixels]:
-    import transformers
 
-    what = f"the image processor of hf/{source}"
-    with from_hub(what, source):
-        processor = transformers.AutoImageProcessor.from_pretrained(source)
+    processor = hugging_face_processor(source)
     view = HfView(processor)
     side = getattr(getattr(config, "vision_config", config), "image_size", 224)
     side = side if isinstance(side, int) else side[0]
@@ -426,7 +306,7 @@ def _hugging_face_dual(source: str, checkpoint: Path | None, random_weights: boo
 
     if checkpoint:
         raise UserError("hf/NAME reads the weights of its folder: leave out --checkpoint")
-    config = _hf_config(source)
+    config = hugging_face_config(source, OTHER_WEIGHTS)
     kind, text = transformers.AutoModel, getattr(config, "text_config", None)
     if config.model_type == "blip":
         kind = transformers.BlipForImageTextRetrieval
@@ -441,9 +321,7 @@ def _hugging_face_dual(source: str, checkpoint: Path | None, random_weights: boo
             "evaluate images alone with eval_knn.py"
         )
     view, pixels = _hf_view(source, config)
-    what = f"the tokenizer of hf/{source}"
-    with from_hub(what, source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer = hugging_face_tokenizer(source)
     longest = min(getattr(text, "max_position_embeddings", 77), tokenizer.model_max_length)
     longest = 64 if config.model_type == "align" else longest
     siglip = config.model_type in ("siglip", "siglip2")
@@ -491,7 +369,7 @@ def _hugging_face_image(
 
     if checkpoint:
         raise UserError("hf/NAME reads the weights of its folder: leave out --checkpoint")
-    config = _hf_config(source)
+    config = hugging_face_config(source, OTHER_WEIGHTS)
     if hasattr(config, "text_config"):
         return None
     kind, options = transformers.AutoModel, {}

@@ -2,8 +2,8 @@
 
     start_dual(build_dual(config), Path("ViT-B-32.pt"), read_weights, described)  # --model ViT-B/32
 
-Ours and CLIP-rocket's, OpenAI's, open_clip's and Hugging Face's CLIP. Position embeddings are
-resized to the model's images.
+Ours and CLIP-rocket's, OpenAI's, open_clip's and Hugging Face's CLIP and SigLIP. Position
+embeddings are resized to the model's images, but for a library's models.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from models.dual_encoder.base import NOT_LOADED, DualEncoder
+from models.dual_encoder.library import LibraryCLIP
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.library_towers import TimmTower
 from models.layers.openai_towers import OPENAI_MODELS, OpenAIConfig, openai_model
@@ -31,6 +32,7 @@ from models.weights.loading import load_checkpoint
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 
 IMAGE_HEADS = ("visual.proj", "visual.attnpool.c_proj.weight")  # only OpenAI's layout has them
+LIBRARY_NETWORK = "network."  # where LibraryCLIP holds it
 POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 
 
@@ -53,6 +55,8 @@ def start_dual(
 def load_any_layout(model: DualEncoder, state: State, about: Mapping[str, Any]) -> None:
     """The same of a state dict and what lies beside it."""
     state = unwrap_names(state)
+    if isinstance(model, LibraryCLIP):
+        return load_library_names(model, state)
     check_layout(state)
     activation = stated_activation(state, about)
     if "vision_model.embeddings.patch_embedding.weight" in state:
@@ -93,10 +97,27 @@ def check_layout(state: State) -> None:
     heads = ("vision_model.head.", "visual.attn_pool.", "visual.trunk.attn_pool.")
     if any(name.startswith(heads) for name in names):
         raise UserError(
-            "weights of SigLIP, whose attention-pooled towers main.py does not build; evaluate them "
-            "with eval_zeroshot.py --model open_clip/ViT-B-16-SigLIP --checkpoint FILE, or train a "
-            "*_SIGLIP from its image tower: --image-tower timm/vit_base_patch16_siglip_224:FILE"
+            "weights of SigLIP: name the library's model that they are of, such as --model "
+            "hf/FOLDER or --model open_clip/ViT-B-16-SigLIP --checkpoint FILE, or train a *_SIGLIP "
+            "from its image tower: --image-tower timm/vit_base_patch16_siglip_224:FILE"
         )
+
+
+def load_library_names(model: LibraryCLIP, state: State) -> None:
+    """A run's own names, or the library's. UserError for another architecture."""
+    if not any(name.startswith(LIBRARY_NETWORK) for name in state):
+        own = model.network.state_dict()
+        of_root = "positional_embedding" in state and "positional_embedding" not in own
+        if of_root:  # open_clip's models of one part
+            from open_clip.model import convert_to_custom_text_state_dict
+
+            state = convert_to_custom_text_state_dict(dict(state))
+        kept = {name: value for name, value in state.items() if name not in NOT_WEIGHTS}
+        for name in ("logit_scale", "logit_bias"):
+            if name in kept and name in own:
+                kept[name] = kept[name].reshape(own[name].shape)
+        state = {f"{LIBRARY_NETWORK}{name}": value for name, value in kept.items()}
+    load_checkpoint(model, state, allowed_unexpected=NOT_LOADED)
 
 
 def load_openai_names(model: OpenAICLIP, state: State) -> None:

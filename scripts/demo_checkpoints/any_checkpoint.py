@@ -4,9 +4,10 @@ from pathlib import Path
 
 import eval_knn
 from base.distributed import World
+from base.libraries import of_library
 from evaluation.demo.abilities import Abilities
 from models.weights.albef import checkpoint_kind
-from models.weights.libraries import LibraryDual, of_library
+from models.weights.libraries import LibraryDual
 from models.weights.torchscript import is_jit_archive
 from runtime.checkpoint import read_weights, weights_file
 from scripts.demo_checkpoints import embedders, fusion, recognition

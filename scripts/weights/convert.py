@@ -8,6 +8,7 @@ scripts load.
 CHECKPOINT is a file, the folder of a run, or a folder of Hugging Face, of
 
     CLIP, SLIP, CLIP-rocket, OpenAI's   --to safetensors, open_clip, hf (OpenAI's ViTs), onnx
+    CLIP, SigLIP of a library           --to safetensors, open_clip or hf (its own), onnx
     ALIGN                               --to safetensors, hf (B7), onnx
     COYO-ViT and plain ViTs             --to safetensors, timm, hf, onnx
     SIMLA, ALBEF                        --to safetensors, onnx (the retrieval pair)

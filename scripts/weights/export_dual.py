@@ -19,6 +19,7 @@ from base.pixels import ALIGN_MARGIN
 from dataset.text.align import AlignTokenizer
 from dataset.text.bpe import ClipTokenizer
 from models.dual_encoder.align import Align
+from models.dual_encoder.library import LibraryCLIP
 from models.weights import align, clip
 from models.weights.any_dual_encoder import Opened
 from runtime.checkpoint import export_safetensors
@@ -27,6 +28,11 @@ from scripts.weights.beside import (
     clip_processor,
     write_bert_tokenizer,
     write_clip_tokenizer,
+)
+from scripts.weights.export_library import (
+    library_to_hugging_face,
+    library_to_open_clip,
+    write_library_inputs,
 )
 from scripts.weights.graphs import ANY, largest_error, write_graph
 from scripts.weights.own import write_own
@@ -47,6 +53,9 @@ def to_safetensors(source: Source, options: Options, folder: Path) -> Written:
 
 def to_open_clip(source: Source, options: Options, folder: Path) -> Written:
     opened = open_dual_encoder(source, options)
+    if isinstance(opened.model, LibraryCLIP):
+        library_to_open_clip(opened, folder)
+        return Written("open_clip", TASK, OPEN_CLIP_EXAMPLE)
     about = about_open_clip(opened, options)
     export_safetensors(clip.to_open_clip(opened.model), folder / "open_clip_model.safetensors")
     write_json(folder / "open_clip_config.json", about, indent=2)
@@ -91,6 +100,9 @@ def to_hugging_face(source: Source, options: Options, folder: Path) -> Written:
     opened = open_dual_encoder(source, options)
     if isinstance(opened.model, Align):
         return align_to_hugging_face(source, opened, folder)
+    if isinstance(opened.model, LibraryCLIP):
+        library_to_hugging_face(opened, folder)
+        return Written("transformers", TASK, WHOLE_CONTEXT_EXAMPLE)
     weights = clip.to_hugging_face(opened.model)
     export_safetensors(weights, folder / "model.safetensors")
     write_json(folder / "config.json", clip.hugging_face_config(opened.model.config), indent=2)
@@ -125,7 +137,8 @@ def to_onnx(source: Source, options: Options, folder: Path) -> Written:
     tokens = opened.tokenize(["a dog", "a photo of a cat"])
     pixels = torch.zeros(2, 3, side, side)
     write_graph(image, [pixels], [{0: ANY}], folder / "image.onnx", (["image"], names))
-    texts = [{0: ANY, 1: ANY}]
+    whole = isinstance(opened.model, LibraryCLIP)  # texts of the whole context
+    texts = [{0: ANY} if whole else {0: ANY, 1: ANY}]
     write_graph(text, [tokens], texts, folder / "text.onnx", (["text_ids"], names))
     generator = torch.Generator().manual_seed(0)
     largest_error(
@@ -133,11 +146,16 @@ def to_onnx(source: Source, options: Options, folder: Path) -> Written:
     )
     largest_error(text, folder / "text.onnx", [opened.tokenize(["one", "a red car", "snow"])])
     write_inputs(opened, folder)
-    return Written("onnx", TASK, ONNX_EXAMPLE)
+    example = ONNX_EXAMPLE
+    if whole:
+        example = example.replace("padding=True", 'padding="max_length"')
+    return Written("onnx", TASK, example)
 
 
 def write_inputs(opened: Opened, folder: Path) -> None:
     """Image processor and tokenizer, as transformers reads them."""
+    if isinstance(opened.model, LibraryCLIP):
+        return write_library_inputs(opened, folder)
     pixels, tokenizer = opened.pixels, opened.tokenize.func
     processor = clip_processor(pixels)
     if isinstance(opened.model, Align):
@@ -149,6 +167,7 @@ def write_inputs(opened: Opened, folder: Path) -> None:
         write_clip_tokenizer(tokenizer, folder)
     else:
         tokenizer.backend.save_pretrained(folder)
+    return None
 
 
 def write_align_tokenizer(tokenizer: AlignTokenizer, folder: Path) -> None:
@@ -220,6 +239,7 @@ with torch.no_grad():
     print(model(**image, **texts).logits_per_image)
 """
 
+WHOLE_CONTEXT_EXAMPLE = HUGGING_FACE_EXAMPLE.replace("padding=True", 'padding="max_length"')
 ONNX_EXAMPLE = """
 import onnxruntime
 from PIL import Image

@@ -176,7 +176,10 @@ def test_class_names_of_the_prompts():
     ("changes", "message"),
     [
         ({"tower_classes": "x"}, "give image_tower and text_tower"),
-        ({"image_tower": "timm/test_resnt"}, "no model 'test_resnt'; did you mean test_resnet"),
+        (
+            {"image_tower": "timm/test_resnt"},
+            "no model 'test_resnt'; did you mean timm/test_resnet",
+        ),
         ({"image_tower": "hf/x"}, "image_tower hf/x: write timm/NAME"),
         ({"text_tower": "hf/no/such"}, "text_tower hf/no/such: not in the local cache"),
         ({"model": "CL2L_VITT8_CL2L", "text_tower": "hf/x"}, r"use \*_CLIP or \*_SIGLIP"),

@@ -8,56 +8,19 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 from base.errors import UserError
-from models.weights.libraries import library_encoder, of_library, open_library, opened_open_clip
+from base.libraries import of_library, open_clip_network
+from models.weights.libraries import library_encoder, open_library, opened_open_clip
+from tests.helpers.tiny_hugging_face import TEXT, VISION, clip, save_tokenizer, siglip
 from tests.helpers.tiny_open_clip import tiny_open_clip
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "blue", "dog", "cat", "digit"]
 TEXTS = ["a red dog", "blue cat a digit"]
-TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TINY |= {"num_attention_heads": 4}
-VISION = TINY | {"image_size": 32, "patch_size": 8}
-TEXT = TINY | {"vocab_size": 32, "max_position_embeddings": 16}
-TEXT |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 
 
 def photo() -> torch.Tensor:
     torch.manual_seed(3)
     return torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
-
-
-def save_tokenizer(folder, names: list[str]) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = {word: number for number, word in enumerate(WORDS)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=16,
-        model_input_names=names,
-    )
-    tokenizer.save_pretrained(folder)
-
-
-def clip():
-    config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)
-    look = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
-    return transformers.CLIPModel(config), look, ["input_ids", "attention_mask"]
-
-
-def siglip():
-    config = transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
-    look = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
-    return transformers.SiglipModel(config), look, ["input_ids"]
 
 
 def siglip2():
@@ -264,10 +227,10 @@ def test_pixels_are_not_guessed_where_published_weights_differ():
 
 def test_the_activation_is_the_one_of_the_weights():
     """open_clip itself warns and computes another function."""
-    from models.weights.libraries import _quick_gelu
+    from base.libraries import quick_gelu
 
-    assert _quick_gelu("ViT-B-32", "openai") and _quick_gelu("ViT-B-32-quickgelu", "openai")
-    assert not _quick_gelu("ViT-B-32", "laion2b_e16") and not _quick_gelu("ViT-B-32", None)
+    assert quick_gelu("ViT-B-32", "openai") and quick_gelu("ViT-B-32-quickgelu", "openai")
+    assert not quick_gelu("ViT-B-32", "laion2b_e16") and not quick_gelu("ViT-B-32", None)
     opened = open_library("open_clip/RN50:openai", random_weights=True)
     layer = opened.model.network.transformer.resblocks[0].mlp.gelu
     assert type(layer).__name__ == "QuickGELU"
@@ -300,21 +263,6 @@ class AnyTokenizer:
     context_length = 77
 
 
-def meta_model(name: str, tag: str):
-    from models.weights import libraries
-
-    looked = libraries._open_clip_pixels(name, tag)
-    with torch.device("meta"):
-        network = open_clip.create_model(
-            name,
-            device="meta",
-            pretrained_text=False,
-            force_quick_gelu=libraries._quick_gelu(name, tag),
-            force_preprocess_cfg=looked,
-        )
-    return network
-
-
 @pytest.mark.slow
 def test_every_pair_of_open_clips_list_resolves(monkeypatch):
     """Every (model, tag): architecture on the meta device, transform, tokenizer and widths."""
@@ -330,7 +278,8 @@ def test_every_pair_of_open_clips_list_resolves(monkeypatch):
         try:
             look = json.dumps(open_clip.get_pretrained_cfg(name, tag), sort_keys=True, default=str)
             if name not in built:
-                built[name] = meta_model(name, tag)
+                with torch.device("meta"):
+                    built[name] = open_clip_network(f"{name}:{tag}", weights=False)
             tokenizer = open_clip.get_tokenizer(name)
             opened = opened_open_clip(built[name], tokenizer, f"{name}:{tag}")
             width = open_clip.get_model_config(name)["embed_dim"]

@@ -1,0 +1,190 @@
+"""main.py with CLIP and SigLIP of transformers and open_clip: the library's own loss and gradients,
+and from training to evaluation and back into the library."""
+
+import json
+
+import pytest
+import torch
+
+import eval_zeroshot
+import main as script
+from base.errors import UserError
+from dataset.tasks.dual_inputs import image_side
+from models.dual_encoder.base import DualConfig, names_by_decay
+from models.dual_encoder.factory import build_dual, with_library_sizes
+from models.layers.library_towers import start_towers
+from models.weights.libraries import open_library
+from models.weights.start_dual import load_any_layout
+from runtime.checkpoint import export_safetensors, read_weights
+from runtime.config.cli import parse
+from scripts.weights import convert
+from tests.helpers.main_runs import ROOT, arguments
+from tests.helpers.tiny_hugging_face import clip, save_tokenizer, saved, siglip
+from tests.helpers.tiny_open_clip import tiny_open_clip
+
+open_clip = pytest.importorskip("open_clip")
+transformers = pytest.importorskip("transformers")
+
+
+def open_clip_siglip(folder):
+    """A SigLIP of open_clip: texts read to their last position, a bias of the logits."""
+    text = {"context_length": 16, "vocab_size": 32, "width": 32, "heads": 2, "layers": 2}
+    text |= {"no_causal_mask": True, "pool_type": "last", "hf_tokenizer_name": "local"}
+    tiny_open_clip(folder, custom_text=True, text_cfg=text, init_logit_bias=-10)
+    about = json.loads((folder / "open_clip_config.json").read_text())
+    about["model_cfg"]["custom_text"] = True
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    save_tokenizer(folder, ["input_ids"])
+    return folder
+
+
+def opened(kind: str, folder):
+    """(our network with its published weights, the library's, loss(library's, image, ids))."""
+    if kind == "open_clip":
+        name = f"open_clip/local-dir:{open_clip_siglip(folder / 'model')}"
+        library = open_clip.create_model(name.removeprefix("open_clip/"))
+    else:
+        name = f"hf/{saved(siglip if kind == 'siglip' else clip, folder)}"
+        library = transformers.AutoModel.from_pretrained(folder)
+    ours = build_dual(with_library_sizes(DualConfig(model=name)))
+    start_towers(ours, read_weights, [])
+    return ours, library
+
+
+def library_loss(library, image, ids):
+    if hasattr(library, "encode_image"):
+        found = open_clip.loss.SigLipLoss()
+        features = library.encode_image(image, True), library.encode_text(ids, True)
+        return found(*features, library.logit_scale.exp(), library.logit_bias)
+    return library(pixel_values=image, input_ids=ids, return_loss=True).loss
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip", "open_clip"])
+def test_loss_and_gradients_are_the_librarys(tmp_path, kind):
+    ours, library = opened(kind, tmp_path)
+    torch.manual_seed(1)
+    image, ids = torch.randn(4, 3, 32, 32), torch.randint(4, 32, (4, 16))
+    ids[:, -1] = 3  # the end of a text
+    losses = ours.train()(image=image, text_ids=ids)
+    loss = losses["clip_loss" if kind == "clip" else "siglip_loss"]
+    expected = library_loss(library.train(), image, ids)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for name, parameter in library.named_parameters():
+        found = ours.network.get_parameter(name).grad
+        torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+    scale = ours.network.logit_scale
+    scale.data.fill_(4.9)
+    ours.after_update()
+    limited = scale.exp().item() < 100.01
+    assert limited == (kind == "clip")  # SigLIP's published scales are larger
+
+
+def test_what_decays_and_what_is_locked(tmp_path):
+    ours, _ = opened("siglip", tmp_path)
+    start_towers(ours, read_weights, ["image"])
+    assert not ours.train().network.vision_model.training and ours.network.text_model.training
+    trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert not any(name.startswith("network.vision_model.") for name in trained)
+    decayed, free = names_by_decay(ours)
+    assert {*decayed, *free} == trained
+    assert "network.text_model.embeddings.token_embedding.weight" in free
+    assert "network.text_model.head.weight" in decayed and "network.logit_bias" in free
+
+
+@pytest.mark.parametrize("kind", ["siglip", "open_clip"])
+def test_a_run_evaluates_as_it_validated_and_returns_to_its_library(
+    digitscenes, tmp_path, kind, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    if kind == "open_clip":
+        model = f"open_clip/local-dir:{open_clip_siglip(tmp_path / 'model')}"
+    else:
+        model = f"hf/{saved(siglip, tmp_path / 'model')}"
+    sizes = {"model": model, "image_size": 32, "context_length": 16, "epochs": "2 steps"}
+    script.main(parse(script.Config, arguments(digitscenes, tmp_path / "run", **sizes)))
+    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    accuracy = next(value for line in logged for name, value in line.items() if "acc1_z" in name)
+    flags = ["--checkpoint", tmp_path / "run", "--output-dir", tmp_path / "out", "--device", "cpu"]
+    flags += ["--workers", "0", "--datasets", "digitscenes", "--split", "val"]
+    for name in ("labels", "templates"):
+        flags += [f"--{name}", digitscenes / f"{name}.json"]
+    flags += ["--catalog", digitscenes / "dataset_catalog.json"]
+    config = parse(eval_zeroshot.Config, [*map(str, flags)])
+    eval_zeroshot.main(config)
+    metrics = json.loads((tmp_path / "out/result/metrics.json").read_text())
+    assert metrics["results"]["digitscenes"]["acc1_z"] == pytest.approx(accuracy)
+
+    photo = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
+    layout = "hf" if kind == "siglip" else "open_clip"
+    words = [str(tmp_path / "run"), "--to", layout, "--output", str(tmp_path / "back")]
+    assert convert.main(words) == 0
+    trained = read_weights(tmp_path / "run/model.safetensors")
+    if kind == "open_clip":
+        back = open_clip.create_model(f"local-dir:{tmp_path / 'back'}")
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'back'}")
+        ids = tokenizer(["a red dog"])
+    else:
+        back = transformers.AutoModel.from_pretrained(tmp_path / "back")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+        ids = tokenizer(["a red dog"], padding="max_length", return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [[2, 4, 5, 7, 3, *[0] * 11]]
+    state = back.state_dict()
+    assert {f"network.{name}" for name in state} == trained.keys()
+    assert all(torch.equal(trained[f"network.{name}"], value) for name, value in state.items())
+    file = "model.safetensors" if kind == "siglip" else "open_clip_pytorch_model.bin"
+    start = read_weights(tmp_path / "model" / file)
+    changed = [
+        n for n, v in state.items() if v.is_floating_point() and not torch.equal(v, start[n])
+    ]
+    assert "logit_bias" in changed and len(changed) > len(state) / 2
+    place = tmp_path / "back" if kind == "siglip" else f"local-dir:{tmp_path / 'back'}"
+    embedded = []
+    for each in (eval_zeroshot.open_checkpoint(config)[0], open_library(f"{layout}/{place}")):
+        view, embed = image_side(each, torch.device("cpu"))
+        with torch.no_grad():
+            image = embed(view(photo)[None])["z"]
+            text = each.model.embed_text(each.tokenize(["a red dog"]))["z"]
+        embedded.append((image, text))
+    for ours, library in zip(*embedded, strict=True):
+        assert torch.cosine_similarity(ours, library) > 0.999  # the view rounds to grey levels
+
+
+def test_weights_and_sizes_that_do_not_fit(tmp_path):
+    ours, library = opened("siglip", tmp_path)
+    changed = {name: value + 1 for name, value in library.state_dict().items()}
+    load_any_layout(ours, changed, {})
+    assert torch.equal(ours.network.logit_bias, changed["logit_bias"])
+    changed.pop("logit_bias")
+    with pytest.raises(UserError, match=r"1 missing: network\.logit_bias"):
+        load_any_layout(ours, changed, {})
+    name = ours.config.model
+    with pytest.raises(UserError, match=r"image_size 64: hf/.* is of 32; leave it out"):
+        with_library_sizes(DualConfig(model=name, image_size=64))
+    with pytest.raises(UserError, match="makes 33 tokens, but its text encoder knows 32"):
+        build_dual(DualConfig(model=name, vocab_size=33))
+    with pytest.raises(UserError, match="timm's networks have no text encoder; use --image-tower"):
+        with_library_sizes(DualConfig(model="timm/resnet50"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["siglip", "open_clip"])
+def test_to_onnx(tmp_path, kind):
+    """The script itself compares the graphs with the network."""
+    pytest.importorskip("onnxruntime")
+    ours, _ = opened(kind, tmp_path)
+    run = tmp_path / "run"
+    export_safetensors(ours.state_dict(), run / "model.safetensors")
+    network = {"model": ours.config.model, "image_size": 32, "context_length": 16}
+    about = {"network": {**network, "vocab_size": 10}}
+    (run / "config.yaml").write_text(json.dumps(about))  # which is YAML, too
+    words = [str(run), "--to", "onnx", "--output", str(tmp_path / "onnx")]
+    assert convert.main(words) == 0
+    written = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert {"image.onnx", "text.onnx", "preprocessor_config.json", "tokenizer.json"} <= written
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "onnx")
+    photo = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
+    pixels = processor(photo, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 32)

@@ -117,7 +117,7 @@ def test_data(config: Config) -> ReferringExpressions | None:
         )
     folder = config.refcoco_data / "refcoco+"
     data = ReferringExpressions(
-        Records(config.test_file, ("image", "text", "ref_id")),
+        Records(config.test_file, ("image", "text", "ref_id")).complete(),
         load_plain(folder / "refs(unc).p"),
         read_json(folder / "instances.json", dict, "check refcoco_data and det_file"),
         read_json(config.det_file, dict, "check refcoco_data and det_file"),

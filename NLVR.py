@@ -133,7 +133,9 @@ def evaluation_data(config: Config) -> dict[str, Statements]:
     """The splits that are given: `val` and `test`."""
     files = {"val": config.val_file, "test": config.test_file}
     view = test_view(config)
-    return {split: read_pairs(named, config, view) for split, named in files.items() if named}
+    return {
+        split: read_pairs(named, config, view).complete() for split, named in files.items() if named
+    }
 
 
 def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> dict[str, Tensor]:

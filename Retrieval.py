@@ -108,7 +108,7 @@ def evaluation_data(config: Config) -> dict[str, RetrievalSet]:
     splits = {}
     for split, file in (("val", config.val_file), ("test", config.test_file)):
         if file is not None:
-            records = Records(file)
+            records = Records(file).complete()
             check_image_root(config.image_root, (record["image"] for record in records))
             view = test_view(config)
             splits[split] = RetrievalSet(records, config.image_root, view, config.max_words)

@@ -85,9 +85,9 @@ def evaluation_data(config: Config) -> dict[str, Statements]:
     """The sentences to judge, under `val` and `test`."""
     splits = {}
     if config.val_file:
-        splits["val"] = read_sentences(config.val_file, config, test_view(config))
+        splits["val"] = read_sentences(config.val_file, config, test_view(config)).complete()
     if config.test_file:
-        splits["test"] = read_sentences(config.test_file, config, test_view(config))
+        splits["test"] = read_sentences(config.test_file, config, test_view(config)).complete()
     return splits
 
 

@@ -125,7 +125,7 @@ def evaluation_data(config: Config) -> tuple[dict[str, QuestionSet], list[str]]:
     splits = {}
     for split, (file, answers) in files.items():
         if file is not None:
-            records = Records(file, ("image", "question", "question_id"))
+            records = Records(file, ("image", "question", "question_id")).complete()
             view, name = test_view(config), f"{split}_file"
             splits[split] = QuestionSet(
                 records, config.roots, view, config.max_words_test, answers, name

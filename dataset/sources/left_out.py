@@ -51,6 +51,13 @@ class LeftOut:
             write_json(_beside(cached), {**about, "first": self.first})
 
 
+def refuse_left_out(cached: Path) -> None:
+    """UserError where something was left out of the list that a file was made of."""
+    if has_left_out(cached):
+        about = read_json(_beside(cached), dict)
+        raise UserError(f"{about['first'][0]}; an evaluation needs every entry of its list")
+
+
 def report_left_out(cached: Path) -> None:
     """Say, once a run, what `keep` has noted beside a file."""
     is_worker = multiprocessing.parent_process() is not None

@@ -25,7 +25,7 @@ from base.files import (
 )
 from base.text import whole_number
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries, weights_fault
-from dataset.sources.left_out import LeftOut, has_left_out, report_left_out
+from dataset.sources.left_out import LeftOut, has_left_out, refuse_left_out, report_left_out
 from dataset.sources.tables import json_lines_of
 
 # Fields of the public annotation formats and the types each may have; a list must hold texts, at
@@ -108,6 +108,13 @@ class Records(Sequence):
     def __reduce__(self):
         return Records, self._arguments
 
+    def complete(self) -> "Records":
+        """Itself, for an evaluation, whose scores are those of the whole list. UserError where
+        unusable entries were left out."""
+        for file in self._files:
+            file.check_complete()
+        return self
+
     def content(self) -> str:
         """A digest of the files' bytes and order: the same for copies elsewhere."""
         return digest(*(file.content() for file in self._files))
@@ -134,7 +141,7 @@ class _IndexedFile:
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; check the name in the configuration")
         self._index, self._required = _index_of(path, required, cache_dir, name), required
-        self._has_gaps = has_left_out(self._index)
+        self._path, self._has_gaps = path, has_left_out(self._index)
         self._data = _map(path)
         self._starts = _starts_in(self._index, self._data)
         if self._starts is None:  # damaged: made again
@@ -154,6 +161,11 @@ class _IndexedFile:
             return with_texts(parse(self._data[start:end]), self._required)
         except ValueError:
             raise UserError(f"{self._index}: damaged; delete it, it is made again") from None
+
+    def check_complete(self) -> None:
+        """UserError where entries were left out, or rows of the table that the file was made of."""
+        refuse_left_out(self._index)
+        refuse_left_out(self._path)
 
     def content(self) -> bytes:
         """sha256 of the file."""

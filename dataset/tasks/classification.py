@@ -427,6 +427,8 @@ class Split:
             records = ShardIndex(list_shards(data), data)
         elif records is None:
             records = open_records(data, root, split, classes, download)
+        if isinstance(records, Records):
+            records.complete()
         self.records = records
         self.build = LabelledImage(view, labels, root)
 

@@ -363,7 +363,7 @@ class ImageSet:
         endings = (".list", ".txt", ".json", ".jsonl", *TABLES)
         self.is_list = parse_address(source).path.suffix.lower() in endings
         if self.is_list:
-            self.records = label_records(source)
+            self.records = label_records(source).complete()
             check_image_root(self.root, (record["image"] for record in self.records))
         else:
             self.records = ShardIndex(list_shards(self.source), self.source)

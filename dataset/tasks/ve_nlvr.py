@@ -98,6 +98,11 @@ class Statements:
         """The statements as training data."""
         return RecordSource(self.records, self, "train_file")
 
+    def complete(self) -> "Statements":
+        """Itself, for an evaluation; UserError where unusable entries were left out."""
+        self.records.complete()
+        return self
+
     def load(self, index: int) -> dict:
         """Sample `index`, whose sentence may be empty after cleaning: evaluation leaves nothing
         out."""

@@ -527,7 +527,7 @@ def retrieval_list(entry: Entry) -> tuple[list[Path], list[list[str]]]:
     if file.suffix.lower() == ".json" and _begins_with_brace(file):
         found = by_image(_karpathy_rows(file, entry.split))
     else:
-        records = Records(entry.path)
+        records = Records(entry.path).complete()
         found = by_image((record["image"], as_list(record["caption"])) for record in records)
     first = list(found)[:20]
     if first and not any((root / image).is_file() for image in first):

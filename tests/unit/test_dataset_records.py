@@ -146,6 +146,8 @@ def test_an_entry_without_a_caption_of_very_many_is_left_out_and_said(tmp_path, 
     assert "2 of 200 entries are unusable and left out" in said and len(records) == 198
     assert "entry 7 (the first is 0)" in said and "no field 'caption'" in said
     assert "entry 9" in said and "found 3" in said
+    with pytest.raises(UserError, match=r"entry 7 .*; an evaluation needs every entry"):
+        records.complete()
     entries[11] = {}
     with pytest.raises(UserError, match=r"entry 7 .*3 of 200 entries are unusable, more than 1%"):
         Records(write(tmp_path, text(entries)))

@@ -180,6 +180,8 @@ def test_a_few_unusable_rows_are_left_out_and_said_at_every_start(tmp_path, caps
         assert "3 of 300 entries are unusable and left out" in said
         assert "row 8: 1 cells under 2 names" in said
         assert "row 101: 3 cells" in said and "row 300: '' is no path" in said
+        with pytest.raises(UserError, match=r"row 8: 1 cells .*; an evaluation needs every entry"):
+            found.complete()
     rows[0] = ("0.jpg",)
     write_table(table, ("image", "caption"), rows, separator)
     with pytest.raises(UserError, match=r"row 1: 1 cells .*4 of 300 entries are unusable, more"):

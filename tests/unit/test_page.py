@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from evaluation.report.recognition import label_case
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_text_never_becomes_markup():
@@ -153,3 +156,26 @@ def test_an_unreadable_image_is_grey_on_the_page(content, tmp_path):
 def test_a_fifo_is_grey_on_the_page(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     assert image_uri(tmp_path / "a.jpg", 8) == image_uri(b"", 8)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_text_stands_out_from_every_ground(mode):
+    style = (ROOT / "evaluation/report/page.css").read_text()
+    rules = style.partition("* {")[2]
+    written = set(re.findall(r"(?<![-\w])(?:color|fill): ([^;}]+)", rules))
+    texts = {"ink", "soft", "accent", "badge"}
+    assert {text.strip() for text in written} == {f"var(--{name})" for name in texts}
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", re.findall(r":root \{([^}]*)\}", style)[mode]))
+    grounds = {"badge": ("right", "wrong")}
+    for text in texts:
+        for ground in grounds.get(text, ("page", "card", "fill")):
+            dark, light = sorted((luminance(colours[text]), luminance(colours[ground])))
+            contrast = (light + 0.05) / (dark + 0.05)
+            assert contrast >= 4.5, f"--{text} on --{ground}: {contrast:.2f}"

@@ -161,7 +161,7 @@ METHOD = {  # under the names that both sides give them
 }
 ALBEF_OURS = (
     "Pretrain.py --method albef --patch_size 8 --vision_depth 2 --vision_heads 4 --max_tokens 25 "
-    "--flip false --augment_level 0 --crop_scale 0.8 1.0 --weight_decay 0.02 --clip_grad_norm 0 "
+    "--flip false --augment_level 0 --crop_scale 0.8 1.0 --weight_decay 0.02 "
     "--decay_everything true --scalar_lr_scale 0 --original_warmup true --warmup_lr 1e-5 "
     "--min_lr 1e-5 --workers 1 --tensorboard false --resume no"
 )

@@ -51,7 +51,7 @@ class Optimizer:
     eps: float = knob(1e-8, "Adam's epsilon", low=0, rare=True)
     momentum: float = knob(0.9, "momentum of SGD", low=0, high=1, rare=True)
     clip_grad_norm: float | None = knob(
-        None, "largest global gradient norm (L2); none = no clipping", low=0
+        None, "largest global gradient norm (L2); none or 0 = no clipping", low=0
     )
     keras: bool = knob(
         False,
@@ -250,7 +250,8 @@ class Precision:
             raise UserError("--precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
         if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise UserError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
-        self.dtype, self.device, self.clip = types[precision], device, clip
+        self.dtype, self.device = types[precision], device
+        self.clip = clip or None  # a norm of 0 would leave nothing of any gradient
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.found_inf = torch.zeros((), device=device)  # sticky: 1 from the first bad step on
         self.good_steps = torch.zeros((), device=device)

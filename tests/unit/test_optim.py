@@ -65,15 +65,16 @@ def test_a_bad_step_and_all_after_it_leave_the_weights_alone(opt):
         precision.check(first_step=10)
 
 
-def test_clipping_bounds_the_update_and_reports_the_norm_before_it():
+@pytest.mark.parametrize(("clip", "change"), [(0.5, 0.5), (None, 6.0), (0.0, 6.0)])
+def test_clipping_bounds_the_update_and_reports_the_norm_before_it(clip, change):
     model = nn.Linear(4, 1, bias=False)
     before = model.weight.detach().clone()
     optimizer = build_optimizer(model, Optimizer(opt="sgd", lr=1.0, weight_decay=0.0))
-    precision = Precision("fp32", CPU, clip=0.5)
+    precision = Precision("fp32", CPU, clip=clip)
     precision.backward(model(torch.full((1, 4), 3.0)).sum())
     norm = precision.step(optimizer, list(model.parameters()))
     assert norm.item() == pytest.approx(6.0)
-    assert (model.weight - before).norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert (model.weight - before).norm().item() == pytest.approx(change, rel=1e-4)
 
 
 def test_parts_may_learn_more_slowly():

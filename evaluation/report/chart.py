@@ -49,27 +49,31 @@ def lay_out(
     if guide is not None:
         ys.append(guide[1])
     ticks = nice_ticks(min(ys), max(ys))
-    x0, x_span = min(xs), max(xs) - min(xs) or 1
+    x0 = min(xs)
+    x_span = max(xs) - x0 or 1
     y0 = min(ticks[0], min(ys))
     y_span = max(ticks[-1], max(ys)) - y0 or 1
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x0) / x_span * (RIGHT - LEFT)
-        down = BOTTOM - (y - y0) / y_span * (BOTTOM - TOP)
-        return across, down
+    def across(x: float) -> float:
+        return LEFT + (x - x0) / x_span * (RIGHT - LEFT)
+
+    def down(y: float) -> float:
+        return BOTTOM - (y - y0) / y_span * (BOTTOM - TOP)
 
     chart = Chart(title)
-    chart.ticks = [(place(x0, tick)[1], f"{tick:.4g}") for tick in ticks]
+    chart.ticks = [(down(tick), f"{tick:.4g}") for tick in ticks]
     for x, anchor in ((x0, "start"), (max(xs), "end")):
         text = f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
-        chart.x_labels.append((place(x, y0)[0], text, anchor))
+        chart.x_labels.append((across(x), text, anchor))
     chart.x_labels.append(((LEFT + RIGHT) / 2, x_label, "middle"))
     if guide is not None:
-        chart.guide = (place(x0, guide[1])[1], guide[0])
+        name, level = guide
+        chart.guide = (down(level), name)
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         key_x = LEFT + 4 + number * (RIGHT - LEFT) / len(series)
-        chart.lines.append(Line(name, colour, [place(x, y) for x, y in line], key_x))
+        placed = [(across(x), down(y)) for x, y in line]
+        chart.lines.append(Line(name, colour, placed, key_x))
     return chart
 
 

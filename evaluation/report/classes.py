@@ -12,7 +12,7 @@ from base import distributed
 from evaluation.classification import Validation
 from evaluation.predict import Guesses
 from evaluation.report import page
-from evaluation.report.examples import gallery
+from evaluation.report.examples import gallery, kind
 from evaluation.report.images import LazyImages
 from evaluation.report.names import BESIDE_CHANCE, FACTS, score_name
 from evaluation.zeroshot import Classified
@@ -119,17 +119,21 @@ def class_table(title: str, guesses: Guesses, name_of: ClassNames) -> Markup:
     rows = []
     for number, count in shown.most_common(MOST_CLASSES):
         recall = 100 * found[number] / count
-        precision = 100 * found[number] / said_often[number] if said_often[number] else None
-        wrong = taken_for.get(number)
-        most = wrong.most_common(1)[0] if wrong else None
+        precision = ""
+        if said_often[number]:
+            precision = f"{100 * found[number] / said_often[number]:.1f}"
+        most = ""
+        if number in taken_for:
+            ((wrong, times),) = taken_for[number].most_common(1)
+            most = f"{name_of(wrong)} ({times:,})"
         rows.append(
             (
                 name_of(number),
                 f"{count:,}",
                 f"{recall:.1f}",
                 page.score_bar(recall),
-                "" if precision is None else f"{precision:.1f}",
-                f"{name_of(most[0])} ({most[1]:,})" if most else "",
+                precision,
+                most,
             )
         )
     rows.sort(key=lambda row: float(row[2]))
@@ -180,18 +184,24 @@ def class_case(
     items = []
     shown = max(SHOWN, len(truth))
     for rank, label in enumerate(guesses.classes[number, :shown].tolist()):
-        kind = "right" if label in truth else "" if rank < len(truth) else "other"
-        text, fill = "", None
-        if guesses.scores is not None:
-            score = float(guesses.scores[number, rank])
-            text = f"{score:.1%}" if guesses.probable else f"{score:.3f}"
-            fill = score if guesses.probable else None
-        items.append((name_of(label), text, kind, fill))
+        text, fill = score_of(guesses, number, rank)
+        items.append((name_of(label), text, kind(label in truth, said=rank < len(truth)), fill))
     shows = ", ".join(name_of(label) for label in truth) or "nothing known"
     good, bad = ("right", "wrong") if len(truth) < 2 else ("all found", "not all")
     verdict = page.badge(good if right else bad, right)
     said = page.join(verdict, page.ranked(items, f"true: {shows}"), beside)
     return page.case(page.thumbnail(image, 112), said)
+
+
+def score_of(guesses: Guesses, number: int, rank: int) -> tuple[str, float | None]:
+    """The score of a guess in words, and the fraction of its line that is shaded; a similarity
+    shades none."""
+    if guesses.scores is None:
+        return "", None
+    score = float(guesses.scores[number, rank])
+    if guesses.probable:
+        return f"{score:.1%}", score
+    return f"{score:.3f}", None
 
 
 def neighbour_hits(images: Iterable, right: Iterable[bool], texts: Iterable[str]) -> Markup:

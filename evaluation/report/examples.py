@@ -34,6 +34,14 @@ def gallery(
     return page.card(title, *contents, intro=intro)
 
 
+def kind(right: bool, said: bool) -> str:
+    """How `page.ranked` shows an answer: green where it is right, red where it was said and is
+    wrong, grey where it was not said."""
+    if right:
+        return "right"
+    return "" if said else "other"
+
+
 def answer_case(
     images: Sequence[Path],
     text: str,
@@ -47,8 +55,8 @@ def answer_case(
     """
     items = []
     for rank, (name, probability) in enumerate(guesses):
-        kind = "right" if name == truth else "" if rank == 0 else "other"
-        items.append((name, f"{probability:.0%}", kind, probability))
+        shown = kind(name == truth, said=rank == 0)
+        items.append((name, f"{probability:.0%}", shown, probability))
     said = page.join(
         page.badge("right" if right else "wrong", right),
         page.quote(text),

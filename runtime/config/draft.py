@@ -164,18 +164,22 @@ def checked_file(path: Path, above: tuple[Path, ...]) -> Path:
         hint = f"; the recipe of that name is {same[0]}" if same else ""
         raise UserError(f"{path}: a configuration is YAML, Python is not run{hint}")
     if not path.is_file():
-        hint = ""
-        beside = os.listdir(path.parent) if path.parent.is_dir() else []
-        if found := nearest(path.name, beside):
-            hint = f"; did you mean {path.parent / found}?"
-        elif same := sorted(Path("configs").glob(f"*/{path.name}")):
-            hint = f"; did you mean {nearest(path, same, 0)}?"
-        if recipe := recipe_of(path):
-            hint = f"; its recipe here is {recipe}"
-        raise UserError(f"{path}: no such file{hint}")
+        raise UserError(f"{path}: no such file{hint_for_missing(path)}")
     if path.resolve() in above:
         raise UserError(f"{path}: is its own base; remove one `base:`")
     return path
+
+
+def hint_for_missing(path: Path) -> str:
+    """Which file was probably meant by one that is not there."""
+    if recipe := recipe_of(path):
+        return f"; its recipe here is {recipe}"
+    beside = os.listdir(path.parent) if path.parent.is_dir() else []
+    if found := nearest(path.name, beside):
+        return f"; did you mean {path.parent / found}?"
+    if same := sorted(Path("configs").glob(f"*/{path.name}")):
+        return f"; did you mean {nearest(path, same, 0)}?"
+    return ""
 
 
 def value_of_words(words: Sequence[str], knob: Option | None) -> Any:

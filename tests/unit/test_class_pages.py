@@ -13,6 +13,7 @@ from evaluation.predict import Guesses
 from evaluation.report.classes import (
     ClassNames,
     Shown,
+    class_case,
     class_table,
     classification_card,
     classification_report,
@@ -88,6 +89,15 @@ def test_the_report_names_scores_classes_and_right_and_wrong_images():
     assert f"{torch.tensor([1.0, 0, 0]).softmax(0)[0]:.1%}" in html  # 57.6%
     assert "<b>dog" not in html and html.count("<script>") == 1
     assert ClassNames(NAMES)(7) == "class 7"
+
+
+def test_lines_are_green_where_right_and_red_where_said_and_wrong():
+    truth = [[0], [1, 2]]
+    shown = Guesses(torch.tensor([[1, 2, 0], [2, 0, 1]]), None, truth)
+    for number, kinds in ((0, ["", "other", "right"]), (1, ["right", "", "right"])):
+        html = class_case(number, shown, ClassNames(NAMES), image(0), False, "")
+        lines = re.findall(r"<li(?: class=\"(\w+)\")?>", html)
+        assert lines == kinds
 
 
 def test_names_of_scores():

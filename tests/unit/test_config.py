@@ -715,6 +715,8 @@ def test_a_recipe_in_another_folder_is_suggested():
 
     with pytest.raises(UserError, match=r"no such file; did you mean configs/Pretrain/simla\.yaml"):
         parse(PretrainConfig, ["--config", "configs/pretrain/simla.yaml"])
+    with pytest.raises(UserError, match=r"no such file; its recipe here is configs/VQA/vqa\.yaml"):
+        parse(PretrainConfig, ["--config", "configs/VQA.yaml"])
 
 
 @pytest.mark.parametrize("name", ["save_every", "eval_every"])

@@ -68,8 +68,12 @@ def test_chart_keeps_its_points_inside():
     made = line_chart(
         {"a": [(0, 1.0), (5, 3.0), (10, -2.0)], "b": [(0, 0.5)]}, "t", guide=("chance", 0.3)
     )
-    for x, y in re.findall(r"([\d.]+),([\d.]+)", " ".join(re.findall(r'points="([^"]*)"', made))):
-        assert 0 <= float(x) <= 340 and 0 <= float(y) <= 190
+    lines = []
+    for line in re.findall(r'points="([^"]*)"', made):
+        lines.append([[float(n) for n in point.split(",")] for point in line.split()])
+    assert all(0 <= x <= 340 and 0 <= y <= 190 for line in lines for x, y in line)
+    (_, first), (_, highest), (_, lowest) = lines[0]
+    assert highest < first < lowest  # SVG counts from the top
     assert made.count("<polyline") == 2 and "chance" in made
     assert line_chart({"a": []}) == ""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from base.distributed import say
 from base.errors import UserError
-from base.files import read_json
+from base.reading import read_json
 from dataset.images.decode import check_image_root, decode_image, reading
 from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records

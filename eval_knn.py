@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from base import distributed
+from base.caches import cache_folder, digest
 from base.distributed import World
 from base.errors import UserError
-from base.files import cache_folder, digest
 from base.libraries import of_library
 from dataset.images.clip import EvalView as CropView
 from dataset.images.clip import normalize, pixel_statistics

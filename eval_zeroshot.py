@@ -28,9 +28,9 @@ from markupsafe import Markup
 from torch.utils.data import default_collate
 
 from base import distributed
+from base.caches import cache_folder
 from base.distributed import World
 from base.errors import UserError
-from base.files import cache_folder
 from base.libraries import of_library
 from dataset.tasks.catalog import CatalogOptions, Entry, Prompts, wanted_entries
 from dataset.tasks.dual_inputs import image_side, text_tokenizer, tokenizer_identity

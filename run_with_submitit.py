@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import nearest
+from base.names import nearest
 from runtime.slurm import (
     build_executor,
     has_slurm,

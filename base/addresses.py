@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base.errors import UserError
-from base.files import did_you_mean
+from base.names import did_you_mean
 
 
 class Address(NamedTuple):

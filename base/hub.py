@@ -12,7 +12,7 @@ from pathlib import Path
 
 from base.addresses import ADDRESSES, address_of, where_from
 from base.errors import UserError
-from base.files import did_you_mean
+from base.names import did_you_mean
 
 SECONDS = 10.0  # in which the hub must answer
 NO_NETWORK = ("connect", "offline", "cached", "resolve", "timed out", "urlopen", "proxy", "network")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.files import did_you_mean, nearest
 from base.hub import from_hub
+from base.names import did_you_mean, nearest
 from base.pixels import RESAMPLING, Pixels, processor_statistics
 
 LIBRARIES = ("open_clip", "timm", "hf")

@@ -1,6 +1,7 @@
 """Text and whole numbers as files of others write them."""
 
 import re
+from typing import Any
 
 WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}")  # fits into 64 bits
 
@@ -36,3 +37,19 @@ def whole_number(value: object) -> int | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def clean_surrogates(value: Any) -> Any:
+    """Text, or plain data with text in it, with each lone surrogate as U+FFFD: UTF-8 cannot hold
+    one."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+            return value
+        except UnicodeEncodeError:
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [clean_surrogates(each) for each in value]
+    if isinstance(value, dict):
+        return {clean_surrogates(key): clean_surrogates(each) for key, each in value.items()}
+    return value

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from base.addresses import missing_file
 from base.errors import UserError
-from base.files import read_json
 from base.pickles import BoundedUnpickler, check_size
+from base.reading import read_json
 
 CHUNK = 1 << 20  # bytes read at a time
 REMEDY = "fetch the folder again"

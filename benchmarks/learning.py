@@ -32,8 +32,9 @@ import torch
 
 from base.distributed import ALONE
 from base.errors import UserError
-from base.files import read_json, write_json
 from base.pixels import OPENAI
+from base.reading import read_json
+from base.writing import write_json
 from benchmarks import learning_sides
 from benchmarks.runner import (
     OURS,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import read_json_lines
+from base.reading import read_json_lines
 from benchmarks.runner import checkouts
 from benchmarks.table import write_sections
 from runtime.config.cli import knob, parse, run_script

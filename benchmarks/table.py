@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from base.errors import UserError
-from base.files import read_json_lines, write_json_lines, write_text
+from base.reading import read_json_lines
+from base.writing import write_json_lines, write_text
 from benchmarks.runner import IDLE_LOAD, OURS, ROOT, Options, device_of
 
 PREAMBLE = """# Benchmarks

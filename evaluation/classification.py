@@ -16,8 +16,8 @@ from torch import Tensor
 
 from base.distributed import World, gather_objects, gather_rows
 from base.errors import UserError
-from base.files import read_json
 from base.heartbeat import beat
+from base.reading import read_json
 from evaluation.predict import Guesses, percent, progress
 
 BLOCK = 512  # classes looked at together

@@ -14,7 +14,7 @@ from base import distributed
 from base.arrays import map_array
 from base.distributed import World
 from base.errors import UserError
-from base.files import replace_synced, write_json
+from base.writing import replace_synced, write_json
 from evaluation.predict import progress
 
 

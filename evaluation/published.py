@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import mean
 
 from base import distributed
-from base.files import read_json_lines, write_json, write_json_lines
+from base.reading import read_json_lines
+from base.writing import write_json, write_json_lines
 from evaluation.retrieval import AT
 
 SAME_RUN = ("dataset", "model", "pretrained", "task", "language")

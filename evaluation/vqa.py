@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from base.files import write_json
+from base.writing import write_json
 
 ARTICLES = {"a", "an", "the"}
 DIGITS = {

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base import distributed
+from base.caches import digest, weights_digest
 from base.distributed import World
 from base.errors import UserError
-from base.files import digest, weights_digest, write_json
+from base.writing import write_json
 from evaluation.compositional import choices, example_scores
 from evaluation.predict import over_split, percent
 from evaluation.retrieval import best_of_both, recalls, units

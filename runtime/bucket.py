@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from base.caches import one_builder
 from base.errors import UserError
-from base.files import file_errors, one_builder, parse_json
+from base.reading import parse_json
 from base.remote import describe, file_system, is_missing
+from base.writing import file_errors
 
 SCHEMES = ["s3", "s3a", "gs", "gcs", "az", "abfs"]
 COMMITTED, LEASE = ".committed.json", ".lease.json"

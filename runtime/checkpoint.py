@@ -22,8 +22,9 @@ import torch
 
 from base.addresses import where_from
 from base.errors import UserError
-from base.files import atomic_write, file_errors, matching_files, sync_folder
+from base.names import matching_files
 from base.torch_files import find_index, read_index, read_tensors
+from base.writing import atomic_write, file_errors, sync_folder
 from runtime.hashed import find_file_damage, recorded_hash, write_hashed
 from runtime.safe_pickle import Stub, load_torch, module_tensors
 from runtime.sharded import find_folder_damage, is_sharded, load_index, weights_in, write_index

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from base.files import file_state
+from base.caches import file_state
 from base.heartbeat import beat
 
 HASH_LABEL = b"sha256:"

@@ -13,7 +13,8 @@ import torch
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from base.files import file_errors, finite, parse_json, write_bytes, write_text
+from base.reading import parse_json
+from base.writing import file_errors, finite, write_bytes, write_text
 from runtime.checkpoint import RESUMABLE
 from runtime.flops import flop_counter
 from runtime.gpus import gpu_by_device_name

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from base.caches import one_builder
 from base.errors import UserError
-from base.files import one_builder
 
 TRAINED = "trained"
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

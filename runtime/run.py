@@ -14,8 +14,8 @@ from torch import nn
 from base import distributed
 from base.distributed import World
 from base.errors import UserError, brief
-from base.files import check_output_folder, file_errors
 from base.memory import check_batches, check_fits
+from base.writing import check_output_folder, file_errors
 from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, load_checked
 from runtime.config.cli import differences, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from base.distributed import World, unwrap
 from base.errors import UserError
-from base.files import atomic_write
+from base.writing import atomic_write
 from runtime.hashed import find_file_damage, recorded_hash, write_hashed
 from runtime.safe_pickle import load_torch
 

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.errors import UserError
-from base.files import write_text
+from base.writing import write_text
 from evaluation.report.runs import find_runs, runs_page
 from runtime.config.cli import knob, run_script
 

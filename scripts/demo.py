@@ -24,9 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base import distributed
+from base.caches import cache_folder
 from base.distributed import World, say
 from base.errors import UserError
-from base.files import cache_folder
 from dataset.images.decode import decode_image
 from dataset.images.formats import files_below, is_image
 from evaluation.demo.abilities import Abilities, together

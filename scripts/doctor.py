@@ -27,8 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.caches import digest, file_state
 from base.errors import UserError
-from base.files import digest, file_state
 from base.processes import in_processes, usable_cores
 from runtime.config.cli import knob, run_script, section
 from runtime.job_array import Sharing, is_whole, need_all, own_range, submit_array
@@ -57,7 +57,7 @@ class Config:
 
 def make_examiner(image_root: Path, tokenizer: str, most: int, answer_list: Path | None):
     """The examiner of a process."""
-    from base.files import read_json
+    from base.reading import read_json
     from dataset.health.samples import Examiner
 
     if tokenizer == "clip":
@@ -126,7 +126,7 @@ def figures(part, workers: int) -> list[tuple[str, str]]:
 def write_fixed(part, folder: Path) -> str:
     """Write a list of what is left of a data set, its texts and boxes fixed; returns what was
     done."""
-    from base.files import write_json_lines
+    from base.writing import write_json_lines
     from dataset.health.fixes import fixed_entries, unfit_samples
     from dataset.health.survey import open_list
     from dataset.sources.tables import parse_address
@@ -149,7 +149,7 @@ def write_fixed(part, folder: Path) -> str:
 
 def write_page(parts: list, config: Config) -> None:
     """The page with an example of every problem."""
-    from base.files import write_text
+    from base.writing import write_text
     from evaluation.report.health import health_page
 
     def shown(image) -> tuple[Path | None, str]:

@@ -31,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_knn
 import eval_zeroshot
 from base import distributed
+from base.caches import digest
 from base.distributed import World
 from base.errors import BadSample, UserError
-from base.files import atomic_write, digest, read_json, write_json
+from base.reading import read_json
 from base.text import lenient_text
+from base.writing import atomic_write, write_json
 from dataset.health.survey import open_list
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.decode import reading

@@ -21,7 +21,8 @@ import torch
 
 from base.distributed import World
 from base.errors import UserError
-from base.files import read_json, read_json_lines, write_json, write_text
+from base.reading import read_json, read_json_lines
+from base.writing import write_json, write_text
 from dataset.sources.records import Records
 from evaluation.report.examples import gallery
 from evaluation.report.page import card, line_chart, page, score_table, table

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from base import distributed
 from base.distributed import World, say
 from base.errors import UserError
-from base.files import write_json
+from base.writing import write_json
 from dataset.images.albef import random_box, resized_crop
 from dataset.images.decode import check_image_root, decode_image
 from dataset.images.formats import IMAGE_TYPES, files_below, is_image

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from base.files import write_json, write_json_lines
+from base.writing import write_json, write_json_lines
 from dataset.digitscenes.scenes import COLOURS, DIGITS, GROUNDS, Scene
 from dataset.digitscenes.tasks import detections, entailment, expressions, pair_sentences, questions
 from dataset.digitscenes.words import SHORT_TEMPLATES, FactIndex, captions

@@ -13,7 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import read_json, write_json, write_json_lines
+from base.reading import read_json
+from base.writing import write_json, write_json_lines
 from dataset.digitscenes import annotations, chance, shards
 from dataset.digitscenes.drawing import contact_sheet, jpeg
 from dataset.digitscenes.scenes import SPLITS, Handwriting, Scene, class_scenes, unique_scenes

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from base.files import write_json
+from base.writing import write_json
 from dataset.digitscenes.annotations import LABELS, visible_labels
 from dataset.digitscenes.scenes import Scene
 from dataset.digitscenes.words import SHORT_TEMPLATES, alt_texts, captions

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from base.files import nearest
+from base.names import nearest
 from dataset.sources.class_folder import class_folders
 
 UNBALANCED = 50  # times as many images in the largest class as in the smallest

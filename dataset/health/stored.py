@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from base.files import read_json_lines, write_json_lines
+from base.reading import read_json_lines
+from base.writing import write_json_lines
 from dataset.health.samples import Facts, Image
 
 

@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from base.caches import digest
 from base.errors import UserError
-from base.files import digest, is_hidden
+from base.names import is_hidden
 from base.processes import in_processes
 from dataset.health.classes import Finding
 from dataset.health.duplicates import near_duplicates, same_bytes

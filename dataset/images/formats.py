@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import is_hidden
 from base.limits import FOLDER_LEVELS, FOLDER_VISITS, check_limit
+from base.names import is_hidden
 
 # Endings without the dot. Of several images in one sample of a shard the first of this order is used.
 IMAGE_TYPES = (

@@ -10,7 +10,8 @@ import torch
 
 from base.distributed import rank
 from base.errors import UserError
-from base.files import is_hidden, read_json
+from base.names import is_hidden
+from base.reading import read_json
 from dataset.images.decode import decode_image
 from dataset.images.formats import files_below, is_image
 

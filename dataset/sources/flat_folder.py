@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from base.errors import UserError, brief
-from base.files import did_you_mean, is_hidden, read_lines
+from base.names import did_you_mean, is_hidden
+from base.reading import read_lines
 from base.text import whole_number
 from dataset.images.formats import is_image
 

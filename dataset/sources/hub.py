@@ -11,9 +11,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from base.caches import cache_folder, digest, one_builder
 from base.errors import BadSample, UserError
-from base.files import cache_folder, digest, one_builder, write_json_lines
 from base.hub import ask_hub
+from base.writing import write_json_lines
 from dataset.images.decode import image_ending
 
 # Path() makes one slash of two

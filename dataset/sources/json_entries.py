@@ -9,8 +9,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import parse_entry
 from base.limits import ENTRY_BYTES
+from base.reading import parse_entry
 
 CHUNK = 4 << 20  # bytes read at a time
 EXPECTED = "expected a JSON list of objects, or one object per line"

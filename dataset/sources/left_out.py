@@ -6,7 +6,8 @@ from pathlib import Path
 
 from base.distributed import rank
 from base.errors import UserError
-from base.files import read_json, write_json
+from base.reading import read_json
+from base.writing import write_json
 
 BUDGET = 0.01  # fraction of a list's entries that may be unusable
 LISTED = 3  # of them that are named

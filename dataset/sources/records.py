@@ -12,18 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from base.caches import cache_folder, cached_path, digest, one_builder, states_digest
 from base.errors import UserError, brief
-from base.files import (
-    atomic_write,
-    cache_folder,
-    cached_path,
-    digest,
-    one_builder,
-    parse_entry,
-    parse_first_entry,
-    states_digest,
-)
+from base.reading import parse_entry, parse_first_entry
 from base.text import whole_number
+from base.writing import atomic_write
 from dataset.sources.json_entries import EXPECTED, locate, parse_entries, weights_fault
 from dataset.sources.left_out import LeftOut, has_left_out, refuse_left_out, report_left_out
 from dataset.sources.tables import json_lines_of

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from base.caches import digest, file_state
 from base.errors import MissingData, UserError
-from base.files import atomic_write, digest, file_state, write_text
 from base.limits import EXPANSION, SMALL_BYTES, check_limit
 from base.remote import cause, describe, file_system, is_missing, patience
+from base.writing import atomic_write, write_text
 
 ATTEMPTS = 6  # with the waits between them about 16 seconds
 FIRST_WAIT = 0.5  # seconds, doubled from attempt to attempt

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from urllib.parse import parse_qsl
 
 from base.errors import BadSample, UserError, brief
-from base.files import parse_json
+from base.reading import parse_json
 from base.text import lenient_text
 from dataset.images.formats import IMAGE_TYPES
 from dataset.sources.tables import Columns, given_columns

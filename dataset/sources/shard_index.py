@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from base.caches import cache_folder, digest, file_state
 from base.distributed import rank
 from base.errors import BadSample, UserError
-from base.files import atomic_write, cache_folder, digest, file_state
+from base.writing import atomic_write
 from dataset.sources.remote import plain_copy
 from dataset.sources.shard_columns import (
     columns_of,

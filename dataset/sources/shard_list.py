@@ -10,9 +10,12 @@ from itertools import chain
 from pathlib import Path
 
 from base import distributed
+from base.caches import cache_folder, digest
 from base.errors import UserError
-from base.files import cache_folder, digest, is_hidden, parse_json, read_json, write_json
 from base.limits import SHARDS
+from base.names import is_hidden
+from base.reading import parse_json, read_json
+from base.writing import write_json
 from dataset.images.formats import files_below
 from dataset.sources.remote import (
     describe,

@@ -24,21 +24,13 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
+from base.caches import cache_folder, digest, file_state, one_builder, states_digest
 from base.errors import BadSample, UserError, brief
-from base.files import (
-    cache_folder,
-    digest,
-    file_state,
-    matching_files,
-    nearest,
-    one_builder,
-    read_bytes,
-    read_json_lines,
-    states_digest,
-    write_json_lines,
-)
 from base.limits import CELL_BYTES, EXPANSION, TABLE_FLOOR, check_limit, over_limit
+from base.names import matching_files, nearest
+from base.reading import read_bytes, read_json_lines
 from base.text import lenient_text, lines_in
+from base.writing import write_json_lines
 from dataset.images.formats import files_below, is_image
 from dataset.sources.hub import is_hub, local_copy
 from dataset.sources.json_entries import objects_of

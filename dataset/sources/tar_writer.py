@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import atomic_write, write_json
+from base.writing import atomic_write, write_json
 from dataset.sources.shard_list import shards_below
 
 

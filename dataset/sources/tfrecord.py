@@ -17,8 +17,9 @@ import google_crc32c
 import numpy as np
 
 from base.errors import BadSample
-from base.files import atomic_write, is_hidden
 from base.limits import SAMPLE_BYTES
+from base.names import is_hidden
+from base.writing import atomic_write
 from dataset.sources.protobuf import delimited, encode_varint, fields, varint
 from dataset.sources.remote import describe
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import default_collate
 
+from base.caches import cached_path
 from base.distributed import on_main, rank_0_first
 from base.errors import BadSample, UserError, brief
-from base.files import cached_path, read_json, write_json_lines
 from base.knobs import knob
+from base.reading import read_json
+from base.writing import write_json_lines
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
 from dataset.sources.left_out import LeftOut, report_left_out

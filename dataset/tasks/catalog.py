@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import UserError
-from base.files import did_you_mean, read_json
 from base.knobs import knob
+from base.names import did_you_mean
+from base.reading import read_json
 from dataset.tasks.published import (
     CLIP_BENCHMARK,
     COLLECTIONS,

@@ -27,9 +27,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from base import distributed
+from base.caches import digest, file_state, states_digest
 from base.errors import BadSample, UserError, brief
-from base.files import did_you_mean, digest, file_state, parse_json, read_lines, states_digest
 from base.knobs import knob
+from base.names import did_you_mean
+from base.reading import parse_json, read_lines
 from base.text import whole_number
 from dataset.images.decode import check_image_root
 from dataset.images.formats import files_below, is_image

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from base.errors import MissingData, UserError
-from base.files import read_json, read_json_lines
+from base.reading import read_json, read_json_lines
 from dataset.images.decode import decode_image
 from dataset.images.formats import IMAGE_TYPES
 from dataset.tasks.catalog import Entry

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 from base.errors import MissingData, UserError
-from base.files import did_you_mean, read_json
+from base.names import did_you_mean
+from base.reading import read_json
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.class_folder import class_folders as folders_of
 from dataset.tasks.catalog import PROMPTS, Entry

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base.errors import MissingData, UserError
-from base.files import did_you_mean, read_json_lines, read_lines
+from base.names import did_you_mean
+from base.reading import read_json_lines, read_lines
 from dataset.tasks.catalog import Entry
 
 Captioned = tuple[list[Path], list[list[str]]]  # images, and the captions of each

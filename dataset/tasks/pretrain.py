@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from base import distributed
 from base.arrays import map_array
+from base.caches import digest, weights_digest
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
-from base.files import atomic_write, digest, weights_digest
+from base.writing import atomic_write
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
 from dataset.images.decode import reading

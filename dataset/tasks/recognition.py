@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 
 from base import distributed
+from base.caches import cached_path
 from base.errors import BadSample, UserError, brief
-from base.files import cached_path, read_lines, write_json_lines
 from base.pixels import OPENAI, timm_statistics
+from base.reading import read_lines
+from base.writing import write_json_lines
 from dataset.images.albef import random_box
 from dataset.images.clip import EvalView, crop_resize, pixel_statistics
 from dataset.images.decode import check_image_root, decode_image

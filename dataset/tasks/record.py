@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from base.errors import BadSample, UserError, brief
-from base.files import clean_surrogates, parse_json
-from base.text import lenient_text
+from base.reading import parse_json
+from base.text import clean_surrogates, lenient_text
 from dataset.images.decode import decode_image
 from dataset.images.zip_member import image_source
 from dataset.sources.json_entries import weights_fault

@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from base.distributed import say
 from base.errors import BadSample, UserError, brief
-from base.files import read_json
+from base.reading import read_json
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records

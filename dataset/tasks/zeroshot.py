@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from base.caches import digest
 from base.distributed import rank, rank_0_first
 from base.errors import BadSample, MissingData, UserError, brief
-from base.files import digest, matching_files, read_json, read_lines
 from base.limits import SHARDS
+from base.names import matching_files
+from base.reading import read_json, read_lines
 from base.text import lenient_text, lines_in, whole_number
 from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder

@@ -13,8 +13,8 @@ import torch
 
 from base.addresses import where_from
 from base.errors import UserError
-from base.files import read_bytes
 from base.limits import VOCABULARY_BYTES
+from base.reading import read_bytes
 from dataset.text.wordpiece import padded_length
 
 START, END = "<|startoftext|>", "<|endoftext|>"

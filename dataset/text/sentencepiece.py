@@ -7,7 +7,8 @@ from pathlib import Path
 
 from base.addresses import where_from
 from base.errors import UserError
-from base.files import clean_surrogates, read_json
+from base.reading import read_json
+from base.text import clean_surrogates
 
 JSON = "tokenizer.json"
 IMAGE, EMPTY = "<|image|>", "<|empty|>"

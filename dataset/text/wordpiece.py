@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
-from base.files import clean_surrogates, read_json, read_lines
 from base.hub import from_hub
-from base.text import is_blank
+from base.reading import read_json, read_lines
+from base.text import clean_surrogates, is_blank
 from dataset.text.choice import choose, with_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

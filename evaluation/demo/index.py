@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from base.caches import digest
 from base.errors import BadSample, UserError
-from base.files import atomic_write, digest, parse_json
+from base.reading import parse_json
 from base.text import lenient_text, lines_in
+from base.writing import atomic_write
 from evaluation.demo.abilities import Embedder
 
 VERSION = 1  # raised when something else is kept

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.errors import BadSample
-from base.files import read_bytes
 from base.pixels import pillow_formats
+from base.reading import read_bytes
 
 GREY = (128, 128, 128)
 COLOURS = torch.tensor(  # of a heat map from 0 to 1, evenly spaced: RGB

@@ -11,7 +11,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from base.files import write_json
+from base.writing import write_json
 from evaluation.report import page
 from evaluation.report.examples import gallery
 from evaluation.report.images import heat_map, resized

@@ -7,7 +7,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from base import distributed
-from base.files import write_json, write_text
+from base.writing import write_json, write_text
 from evaluation.report.page import join, link, page
 from evaluation.report.runs import write_index
 from runtime.config.cli import save

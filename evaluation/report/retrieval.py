@@ -8,7 +8,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from base.files import write_bytes
+from base.writing import write_bytes
 from evaluation.report import page
 from evaluation.report.examples import spread
 from evaluation.retrieval import Ranking, ranks

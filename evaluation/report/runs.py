@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from base import distributed
 from base.errors import UserError
-from base.files import parse_json, read_json, read_lines, write_text
+from base.reading import parse_json, read_json, read_lines
+from base.writing import write_text
 from evaluation.report.names import score_name
 from evaluation.report.page import card, group, line_chart, link, page, table
 from runtime.config.values import show

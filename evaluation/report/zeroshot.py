@@ -7,7 +7,7 @@ from statistics import mean
 from markupsafe import Markup
 
 from base import distributed
-from base.files import write_json
+from base.writing import write_json
 from evaluation.published import (
     benchmark_rows,
     run_name,

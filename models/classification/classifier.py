@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.files import nearest
 from base.knobs import knob
 from base.limits import CLASSES, SIDE, WIDTH
 from base.memory import build_fitting
+from base.names import nearest
 from base.pixels import STATISTICS
 from models.layers.vit import ViT, ViTConfig
 

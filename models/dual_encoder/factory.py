@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.files import did_you_mean
 from base.libraries import dual_inputs, of_library
 from base.memory import build_fitting
+from base.names import did_you_mean
 from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.base import DualConfig, DualEncoder
 from models.dual_encoder.cl2l import CL2L, BarLIP, SiamLIP, SwALIP, SwALIPV1

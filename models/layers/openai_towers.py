@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.files import did_you_mean
+from base.names import did_you_mean
 from models.layers.attention import merge_heads, split_heads
 from models.layers.clip_towers import TextShape, Transformer
 

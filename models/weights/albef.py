@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.files import read_json
 from base.hub import from_hub
+from base.reading import read_json
 from base.torch_files import find_index, read_index, read_tensors
 from models.layers.positions import resize_positions
 from models.weights.loading import Differences, State, _matches, _some, load_checkpoint

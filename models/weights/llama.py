@@ -15,7 +15,8 @@ from torch import Tensor
 
 from base.addresses import missing_file
 from base.errors import UserError, brief
-from base.files import matching_files, read_json
+from base.names import matching_files
+from base.reading import read_json
 from base.torch_files import find_index, load_weights_only, shards_of
 from models.layers.llama import LlamaConfig, split_dimension
 

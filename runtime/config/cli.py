@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 from base import flight_recorder
 from base.errors import UserError
-from base.files import check_output_folder
 from base.knobs import knob, section
+from base.writing import check_output_folder
 from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
 from runtime.builtin_data import make_digitscenes_if_named

@@ -6,8 +6,8 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from base.files import write_text
 from base.knobs import about
+from base.writing import write_text
 from runtime.config.values import show
 from runtime.config.yaml import to_yaml
 

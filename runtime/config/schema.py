@@ -12,8 +12,8 @@ from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from base.errors import brief
-from base.files import nearest
 from base.knobs import Knob, about
+from base.names import nearest
 from runtime.config.values import Kind, show
 
 

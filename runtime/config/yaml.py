@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import UserError, brief
-from base.files import read_text
 from base.limits import NESTED_LEVELS, YAML_BYTES, YAML_VALUES
+from base.reading import read_text
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], Any]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from base.distributed import say
 from base.errors import UserError
-from base.files import did_you_mean
+from base.names import did_you_mean
 
 PREFIX = "timm/"
 WAITING = ("AdamP", "Kron", "NvNovoGrad", "SGDP")  # classes that read values on the host

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
-from base.files import write_json_lines
+from base.writing import write_json_lines
 from dataset.tasks.captions import FORMATS, metadata_rows
 from runtime.config.cli import knob, run_script
 from runtime.safe_pickle import load_plain

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.files import read_json, write_text
+from base.reading import read_json
+from base.writing import write_text
 
 TARGET = Path(__file__).resolve().parents[2] / "dataset/prompts"
 NAMES = {  # OpenAI's heading -> name of the data set

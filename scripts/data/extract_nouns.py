@@ -28,10 +28,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.caches import digest, file_state
 from base.errors import BadSample, UserError
-from base.files import atomic_write, digest, file_state, read_json, write_json
 from base.processes import in_processes, usable_cores
+from base.reading import read_json
 from base.text import lenient_text
+from base.writing import atomic_write, write_json
 from dataset.sources.remote import plain_stream
 from dataset.sources.shard_columns import columns_of, plain_name, split_columns, with_columns
 from dataset.sources.shard_list import list_shards, shards_below, statistics_names

@@ -238,7 +238,7 @@ def captions_in(stamp: Stamp, languages: list[str]) -> list[str]:
 
 def write_split(out: Path, split: str, stamps: list[Stamp], languages: list[str]) -> int:
     """Lists, class folders and shards of one split; returns the number of images."""
-    from base.files import write_json
+    from base.writing import write_json
     from dataset.sources.tar_writer import write_shard, write_statistics
 
     colours = list(COLOURS) if split == "train" else list(COLOURS)[:1]
@@ -297,7 +297,7 @@ def write_sheet(stamps: list[Stamp], out: Path, columns: int = 20, side: int = 9
 def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
     """Write everything; returns a line that says what."""
     from base.errors import UserError
-    from base.files import write_bytes, write_json
+    from base.writing import write_bytes, write_json
 
     files = dict(members(deb))
     stamps = stamps_of(files)

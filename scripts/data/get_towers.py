@@ -22,7 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError, first_line
-from base.files import write_bytes, write_json
+from base.writing import write_bytes, write_json
 
 
 class Package(NamedTuple):

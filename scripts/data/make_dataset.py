@@ -23,7 +23,7 @@ from urllib.parse import unquote
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
-from base.files import write_json_lines
+from base.writing import write_json_lines
 from dataset.tasks.captions import yfcc_row
 from runtime.config.cli import knob, run_script
 

@@ -23,9 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.caches import digest
 from base.errors import BadSample, UserError
-from base.files import clean_surrogates, digest, finite, read_json
 from base.processes import in_processes, usable_cores
+from base.reading import read_json
+from base.text import clean_surrogates
+from base.writing import finite
 from dataset.images.decode import ORIENTATION, decode_image, image_ending, orientation
 from dataset.images.zip_member import image_source
 from dataset.sources.encoded_table import encoded_table

@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
-from base.files import read_json_lines
 from base.knobs import knob
+from base.reading import read_json_lines
 from dataset.sources.tar_writer import check_folder, shard_path, write_shard, write_statistics
 from dataset.tasks.captions import coco_entries
 from runtime.config import cli as configuration

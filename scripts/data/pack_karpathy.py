@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import BadSample, UserError
-from base.files import read_json, write_text
+from base.reading import read_json
+from base.writing import write_text
 from dataset.images.decode import image_ending
 from dataset.sources.tar_writer import write_shard
 from dataset.sources.tfrecord import encode_example, write_records

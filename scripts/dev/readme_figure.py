@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from PIL import Image, ImageChops
 
 from base.errors import UserError
-from base.files import atomic_write, read_text
+from base.reading import read_text
+from base.writing import atomic_write
 from runtime.config.cli import knob, run_script
 
 SELECTION = """<style>

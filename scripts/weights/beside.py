@@ -7,8 +7,8 @@ vocabulary, `tokenizer.json` and `tokenizer_config.json`.
 from pathlib import Path
 from typing import Any
 
-from base.files import atomic_write, write_json
 from base.pixels import RESAMPLING, Pixels
+from base.writing import atomic_write, write_json
 from dataset.text.bpe import END, PIECES, START, WORD_END, ClipTokenizer
 from dataset.text.wordpiece import Tokenizer
 

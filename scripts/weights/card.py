@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import UserError
-from base.files import read_json
+from base.reading import read_json
 from runtime.config.yaml import to_yaml
 from runtime.scores import rounded
 from scripts.weights.own import yaml_lines

@@ -38,7 +38,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
-from base.files import write_text
+from base.writing import write_text
 from scripts.weights import export_dual, export_fusion, export_nxtp, export_vit
 from scripts.weights.card import UNKNOWN, Facts, check_repository, model_card
 from scripts.weights.kinds import KINDS

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import eval_zeroshot
 from base.errors import UserError
-from base.files import write_json
 from base.pixels import ALIGN_MARGIN
+from base.writing import write_json
 from dataset.text.align import AlignTokenizer
 from dataset.text.bpe import ClipTokenizer
 from models.dual_encoder.align import Align

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import Retrieval
 from base.errors import UserError
-from base.files import write_json
 from base.pixels import OPENAI, Pixels
+from base.writing import write_json
 from dataset.text.wordpiece import Tokenizer
 from models.fusion.dvae import ImageTokenizer
 from models.fusion.retrieval import Retrieval as RetrievalModel

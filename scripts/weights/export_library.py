@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 
 from base.errors import UserError
-from base.files import read_json, write_json
 from base.libraries import ELSEWHERE, hugging_face_processor, name_and_tag
+from base.reading import read_json
+from base.writing import write_json
 from models.weights.any_dual_encoder import Opened
 from runtime.checkpoint import export_safetensors
 from scripts.weights.beside import clip_processor, square_processor

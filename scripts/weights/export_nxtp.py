@@ -15,8 +15,8 @@ from torch import Tensor
 import Recognition
 from base import distributed
 from base.errors import UserError
-from base.files import write_json
 from base.pixels import OPENAI, Pixels, timm_statistics
+from base.writing import write_json
 from dataset.tasks.recognition import Sequences
 from dataset.text.sentencepiece import PieceTokenizer
 from models.layers.openai_towers import OpenAIConfig

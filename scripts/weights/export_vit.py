@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import eval_knn
 from base.errors import UserError
-from base.files import write_json
+from base.writing import write_json
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.weights.any_image_encoder import open_encoder
 from models.weights.image_encoder import ImageEncoder

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from base.files import write_text
+from base.writing import write_text
 from runtime.checkpoint import export_safetensors
 from runtime.config.yaml import to_yaml
 from scripts.weights.source import Source, Written

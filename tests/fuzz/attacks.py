@@ -442,7 +442,7 @@ def _image(path: Path) -> object:
 
 
 def _json(path: Path) -> object:
-    from base.files import read_json
+    from base.reading import read_json
 
     return read_json(path)
 

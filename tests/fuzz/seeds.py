@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from base.files import cache_folder
+from base.caches import cache_folder
 
 SAMPLES = 24  # of a shard
 CODES = 5  # rows of visual codes
@@ -119,7 +119,7 @@ def nlvr(path: Path) -> Any:
 
 
 def grounding(path: Path) -> Any:
-    from base.files import read_json
+    from base.reading import read_json
     from dataset.tasks.grounding import ReferringExpressions
 
     content = read_json(path, dict)

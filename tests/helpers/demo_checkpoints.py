@@ -10,7 +10,7 @@ import Retrieval
 import VE
 import VQA
 from base import distributed
-from base.files import write_json
+from base.writing import write_json
 from dataset.text.sentencepiece import PieceTokenizer
 from dataset.text.wordpiece import Tokenizer
 from models.dual_encoder.base import DualConfig

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from base.errors import UserError
-from base.files import write_json
+from base.writing import write_json
 from dataset.images.decode import decode_image
 from dataset.sources.tar_writer import write_shard
 from models.dual_encoder.base import DualConfig

@@ -15,7 +15,8 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 
 from base.errors import UserError
-from base.files import read_json, write_json
+from base.reading import read_json
+from base.writing import write_json
 from benchmarks import learning, learning_sides
 from runtime.optim.schedule import Schedule, learning_rate
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from base.errors import UserError
-from base.files import read_json_lines
+from base.reading import read_json_lines
 from benchmarks import quiet, runner
 from benchmarks.table import append_record
 from runtime.config.cli import parse

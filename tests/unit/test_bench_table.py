@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from base.errors import UserError
-from base.files import read_json_lines
+from base.reading import read_json_lines
 from benchmarks import runner, steps, table
 from benchmarks.runner import OURS, Options, Side, TrainOptions
 

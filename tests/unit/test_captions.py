@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from base.errors import BadSample, UserError
-from base.files import write_json_lines
+from base.writing import write_json_lines
 from dataset.images import zip_member
 from dataset.images.clip import ImageViews, ViewOptions
 from dataset.images.zip_member import read_member

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from base.errors import UserError
-from base.files import read_json_lines
+from base.reading import read_json_lines
 from dataset.health import survey
 from dataset.health.classes import class_findings, classes_of, similar_names
 from dataset.health.duplicates import near_duplicates

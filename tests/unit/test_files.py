@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from base import files
+from base import caches, names, reading, writing
 from base.errors import UserError
-from base.files import check_output_folder
+from base.text import clean_surrogates
+from base.writing import check_output_folder
 
 BOM = b"\xef\xbb\xbf"
 
@@ -22,7 +23,7 @@ BOM = b"\xef\xbb\xbf"
 def test_json_in_any_unicode_encoding(tmp_path, encoding):
     path = tmp_path / "a.json"
     path.write_bytes('{"caption": ["ein Bär", "猫"]}'.encode(encoding))
-    assert files.read_json(path, dict) == {"caption": ["ein Bär", "猫"]}
+    assert reading.read_json(path, dict) == {"caption": ["ein Bär", "猫"]}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_unusable_json_is_one_sentence_with_file_and_position(tmp_path, content,
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        files.read_json(path, dict, "fetch it again")
+        reading.read_json(path, dict, "fetch it again")
     message = str(error.value)
     assert (
         message.startswith(f"{path}: ")
@@ -57,8 +58,8 @@ def test_unusable_json_is_one_sentence_with_file_and_position(tmp_path, content,
 
 def test_brackets_in_strings_do_not_count_as_depth():
     text = json.dumps({"caption": "[" * 5000 + '\\"' + "{" * 5000, "deep": [[]]})
-    assert files.parse_json(text, "x")["deep"] == [[]]
-    assert files.parse_json("[" * 200 + "]" * 200, "x") is not None
+    assert reading.parse_json(text, "x")["deep"] == [[]]
+    assert reading.parse_json("[" * 200 + "]" * 200, "x") is not None
 
 
 @pytest.mark.parametrize("make", ["missing", "folder", "fifo", "too large"])
@@ -77,30 +78,30 @@ def test_what_is_no_readable_file_is_refused_at_once(tmp_path, make):
         "too large": "more than 100",
     }
     with pytest.raises(UserError, match=complaint[make]):
-        files.read_json(path, limit=100)
+        reading.read_json(path, limit=100)
 
 
 def test_half_an_emoji_becomes_the_replacement_character():
-    value = files.parse_json(
+    value = reading.parse_json(
         r'{"a": "x \ud83d", "b": ["\ud83d\ude00", "\ude00y"], "k\ud83d": 1}', "x"
     )
     assert value == {"a": "x \ufffd", "b": ["😀", "\ufffdy"], "k\ufffd": 1}
-    assert files.clean_surrogates("a\ud83d\ud83d\ude00") == "a\ufffd😀"
+    assert clean_surrogates("a\ud83d\ud83d\ude00") == "a\ufffd😀"
 
 
 def test_text_and_lines_without_byte_order_mark_and_carriage_returns(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(BOM + "cat\r\nzwei\u2028Wörter\x85\n\ndog".encode())
-    assert files.read_lines(path) == ["cat", "zwei\u2028Wörter\x85", "", "dog"]
+    assert reading.read_lines(path) == ["cat", "zwei\u2028Wörter\x85", "", "dog"]
     path.write_bytes(b"cat\n\xff")
     with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 4"):
-        files.read_text(path)
+        reading.read_text(path)
 
 
 def test_json_lines_name_the_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}\n{"a"')
-    rows = files.read_json_lines(path)
+    rows = reading.read_json_lines(path)
     assert [next(rows), next(rows)] == [{"a": 1}, {"a": 2}]
     with pytest.raises(UserError, match=r"a\.jsonl, line 4: not valid JSON"):
         next(rows)
@@ -108,9 +109,9 @@ def test_json_lines_name_the_line(tmp_path):
 
 def test_written_json_is_strict_and_readable(tmp_path):
     path = tmp_path / "new" / "a.json"
-    files.write_json(path, {"loss": float("nan"), "rows": [1, (2.5, float("-inf"))]})
-    assert files.read_json(path) == {"loss": "nan", "rows": [1, [2.5, "-inf"]]}
-    count = files.write_json_lines(path, ({"caption": text} for text in ("Bär", "x\ud83d")))
+    writing.write_json(path, {"loss": float("nan"), "rows": [1, (2.5, float("-inf"))]})
+    assert reading.read_json(path) == {"loss": "nan", "rows": [1, [2.5, "-inf"]]}
+    count = writing.write_json_lines(path, ({"caption": text} for text in ("Bär", "x\ud83d")))
     assert (
         count == 2 and path.read_bytes() == '{"caption": "Bär"}\n{"caption": "x\ufffd"}\n'.encode()
     )
@@ -120,7 +121,7 @@ def test_written_json_is_strict_and_readable(tmp_path):
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EACCES])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where, fault):
     path = tmp_path / "a.txt"
-    files.write_text(path, "old")
+    writing.write_text(path, "old")
 
     def fail(*_):
         raise OSError(fault, os.strerror(fault))
@@ -129,7 +130,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with monkeypatch.context() as patched, pytest.raises(UserError, match=complaint) as error:
         if where != "body":
             patched.setattr(os, where, fail)
-        with files.atomic_write(path, remedy="free some space") as temporary:
+        with writing.atomic_write(path, remedy="free some space") as temporary:
             temporary.write_text("half")
             if where == "body":
                 fail()
@@ -138,7 +139,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_any_other_failure_is_cleaned_up_and_passed_on(tmp_path):
-    with pytest.raises(ZeroDivisionError), files.atomic_write(tmp_path / "a") as temporary:
+    with pytest.raises(ZeroDivisionError), writing.atomic_write(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
@@ -147,7 +148,7 @@ def test_any_other_failure_is_cleaned_up_and_passed_on(tmp_path):
 def test_a_file_in_the_way_of_the_folder_is_one_sentence(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match="not written"):
-        files.write_text(tmp_path / "out" / "a.txt", "x")
+        writing.write_text(tmp_path / "out" / "a.txt", "x")
 
 
 def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkeypatch):
@@ -163,15 +164,15 @@ def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkey
 
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(os, "replace", record_rename)
-    files.write_bytes(tmp_path / "a", b"x")
+    writing.write_bytes(tmp_path / "a", b"x")
     assert calls == ["file", "rename", "folder"]
 
 
 KILLED = """
 import os, signal, sys
-from base import files
+from base import writing
 os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-files.write_text(sys.argv[1], "half")
+writing.write_text(sys.argv[1], "half")
 """
 
 
@@ -179,12 +180,12 @@ def test_temporary_files_of_killed_processes_are_removed_and_no_others(tmp_path)
     result = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a")])
     assert result.returncode == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
-    mine = tmp_path / f".b.{files._this_host()}-{os.getppid()}.tmp"  # of a living process
+    mine = tmp_path / f".b.{writing._this_host()}-{os.getppid()}.tmp"  # of a living process
     elsewhere, stale = tmp_path / ".b.another_host-1.tmp", tmp_path / ".c.another_host-1.tmp"
     for path in (mine, elsewhere, stale):
         path.write_text("being written")
-    os.utime(stale, (0, time.time() - 2 * files.STALE))
-    files.write_text(tmp_path / "other", "x")
+    os.utime(stale, (0, time.time() - 2 * writing.STALE))
+    writing.write_text(tmp_path / "other", "x")
     assert leftover.name.endswith(".tmp")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["other", mine.name, elsewhere.name]
@@ -194,26 +195,28 @@ def test_temporary_files_of_killed_processes_are_removed_and_no_others(tmp_path)
 def test_a_digest_changes_with_each_part(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
-    before = files.digest("kind", files.file_state(path), b"\x00", 1)
-    assert before == files.digest("kind", files.file_state(path), b"\x00", 1) and len(before) == 20
-    assert before != files.digest("kind", files.file_state(path), b"\x01", 1)
+    before = caches.digest("kind", caches.file_state(path), b"\x00", 1)
+    assert (
+        before == caches.digest("kind", caches.file_state(path), b"\x00", 1) and len(before) == 20
+    )
+    assert before != caches.digest("kind", caches.file_state(path), b"\x01", 1)
     changed = path.stat()
     path.write_text("two")
     os.utime(path, ns=(changed.st_atime_ns, changed.st_mtime_ns))  # same size, same time of change
-    assert before != files.digest("kind", files.file_state(path), b"\x00", 1)
+    assert before != caches.digest("kind", caches.file_state(path), b"\x00", 1)
 
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("QUINTET_CACHE", str(tmp_path))
-    assert files.cache_folder() == tmp_path and files.cache_folder("x").name == "x"
+    assert caches.cache_folder() == tmp_path and caches.cache_folder("x").name == "x"
     monkeypatch.delenv("QUINTET_CACHE")
-    assert files.cache_folder().parts[-2:] == (".cache", "quintet")
+    assert caches.cache_folder().parts[-2:] == (".cache", "quintet")
 
 
 def test_nearest_names():
-    assert files.nearest("imagnet", ["imagenet", "mnist"]) == "imagenet"
-    assert files.did_you_mean("imagnet", ["imagenet", "mnist"]) == "; did you mean imagenet?"
-    assert files.did_you_mean("zzz", ["imagenet", "mnist"]) == ""
+    assert names.nearest("imagnet", ["imagenet", "mnist"]) == "imagenet"
+    assert names.did_you_mean("imagnet", ["imagenet", "mnist"]) == "; did you mean imagenet?"
+    assert names.did_you_mean("zzz", ["imagenet", "mnist"]) == ""
 
 
 # ---- output folders

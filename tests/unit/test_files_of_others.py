@@ -15,7 +15,8 @@ from PIL import Image
 
 from base.arrays import map_array
 from base.errors import BadSample, UserError
-from base.files import matching_files, parse_json
+from base.names import matching_files
+from base.reading import parse_json
 from base.text import lines_in, whole_number
 from dataset.health.survey import open_list
 from dataset.images.decode import ORIENTATION, decode_image, image_ending

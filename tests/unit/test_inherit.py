@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from base.errors import UserError
-from base.files import write_json
+from base.writing import write_json
 from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import knob
 from runtime.config.from_checkpoint import (

@@ -1,0 +1,80 @@
+"""Where things made of files are kept, and by what they are known to be current."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+CACHE_VERSION = 2  # raised when something else is made of the same file
+
+
+def cache_folder(folder: str | Path | None = None) -> Path:
+    """`folder`, else $QUINTET_CACHE, else ~/.cache/quintet."""
+    return Path(folder or os.environ.get("QUINTET_CACHE") or "~/.cache/quintet").expanduser()
+
+
+def digest(*parts: object) -> str:
+    """20 hexadecimal digits that change with any of `parts`: plain values, bytes, file states."""
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:20]
+
+
+def file_state(path: str | Path) -> tuple[str, int, int, int]:
+    """What changes with a file's content without reading it: absolute path, bytes, times of change
+    (ns)."""
+    status = os.stat(path)
+    return str(Path(path).absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def states_digest(paths: Iterable[str | Path]) -> str:
+    """A digest of many files' states, asked by threads: network file systems answer slowly. A
+    missing file counts as such."""
+    found, paths = hashlib.sha256(), iter(paths)
+    with ThreadPoolExecutor(16) as pool:
+        while some := list(islice(paths, 10_000)):
+            states = list(pool.map(_state_or_none, some))
+            found.update(repr(states).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()[:20]
+
+
+def _state_or_none(path: str | Path) -> tuple | None:
+    try:
+        return file_state(path)
+    except OSError:
+        return None
+
+
+def weights_digest(state: Mapping[str, Any]) -> str:
+    """A digest of names, dtypes, shapes and values of a state dict (name -> tensor)."""
+    import torch  # here, for --help must not wait for it
+
+    found = hashlib.sha256()
+    for name, value in state.items():
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:32]
+
+
+def cached_path(
+    source: str | Path, suffix: str, *parts: object, folder: str | Path | None = None
+) -> Path:
+    """Where to keep what is made of the file `source`: its name changes with the file and `parts`."""
+    key = digest(CACHE_VERSION, file_state(source), *parts)
+    return cache_folder(folder) / f"{Path(source).stem}-{key}{suffix}"
+
+
+@contextmanager
+def one_builder(cached: Path) -> Iterator[None]:
+    """Lets one of many processes build a cached file while the others wait; on file systems without
+    locks all build it."""
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with cached.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield

@@ -1,0 +1,39 @@
+"""Names of files and of options: hidden ones, and the nearest of some."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+# folders of macOS's archives, of Synology (with thumbnails), of Windows and of file systems
+OF_SYSTEMS = (
+    "__MACOSX",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "lost+found",
+    "System Volume Information",
+)
+
+
+def is_hidden(name: str | Path) -> bool:
+    """Whether a path or URL names a hidden file, such as the `._x.jpg` that macOS puts beside x.jpg,
+    or a folder that systems make for themselves."""
+    last = str(name).rpartition("/")[2]
+    return last.startswith(".") or last in OF_SYSTEMS
+
+
+def matching_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder whose names match, sorted, without hidden ones."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not is_hidden(path))
+
+
+def nearest(name: object, known: Iterable[object], cutoff: float = 0.5) -> str | None:
+    """The most similar of `known`, None where none is like it."""
+    close = get_close_matches(str(name), [str(each) for each in known], 1, cutoff)
+    return close[0] if close else None
+
+
+def did_you_mean(name: object, known: Iterable[object], cutoff: float = 0.5) -> str:
+    """`; did you mean X?`, or nothing where none of `known` is like `name`."""
+    found = nearest(name, known, cutoff)
+    return f"; did you mean {found}?" if found else ""

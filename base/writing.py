@@ -1,0 +1,202 @@
+"""Files that are written whole or not at all: atomic, synced, a full disk in one sentence."""
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from base.errors import UserError
+from base.text import clean_surrogates
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STALE = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
+
+
+@contextmanager
+def atomic_write(
+    path: str | Path, remedy: str = "make room or name another folder"
+) -> Iterator[Path]:
+    """Gives the path of a temporary file beside `path` to write; afterwards it is synced and
+    renamed to `path`.
+
+        with atomic_write(path) as temporary:
+            torch.save(content, temporary)
+
+    Whatever fails, an older file of that name stays as it was and no temporary file is left; those
+    of processes that were killed are removed. An OSError, such as a full disk, becomes a UserError
+    that ends with `remedy`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{_this_host()}-{os.getpid()}.tmp")
+    try:
+        with file_errors(path, remedy):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
+            yield temporary
+            replace_synced(temporary, path)
+    finally:
+        _unlink(temporary)
+
+
+@contextmanager
+def file_errors(path: str | Path, remedy: str) -> Iterator[None]:
+    """An OSError inside, such as a full disk, becomes a UserError about `path` that ends with
+    `remedy`."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        if error.errno in DISK_FULL:
+            free = shutil.disk_usage(_existing(Path(path))).free / 2**30
+            what = f"the disk is full or the quota used up ({what}; {free:.1f} GiB free)"
+        raise UserError(f"{path}: not written, {what}; {remedy}") from error
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest of the folders above it that is there."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+
+
+def check_output_folder(folder: str | Path) -> None:
+    """Check, before work begins and without writing, that results can be written to a folder, which
+    need not be there yet. UserError."""
+    remedy = "name another folder as --output_dir"
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(folder)):
+        raise UserError(
+            f"{folder}: results are written to folders and buckets (s3://, gs://); {remedy}"
+        )
+    folder = Path(folder)
+    with file_errors(folder, remedy):
+        try:
+            os.lstat(folder)
+        except FileNotFoundError:
+            pass  # but not too long a name, or a file as a folder above it
+    found = _existing(folder)
+    if not found.is_dir():
+        raise UserError(f"{folder}: {found} is not a folder; {remedy}")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {found} is read-only or not yours; {remedy}")
+    for name in ("config.yaml", "log.jsonl", ".lock"):
+        if os.path.lexists(folder / name) and not (folder / name).is_file():
+            raise UserError(f"{folder / name}: not a regular file; remove it, or {remedy}")
+    for name in ("result", "tensorboard"):
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise UserError(f"{folder / name}: not a folder; remove it, or {remedy}")
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Replace a file by `data` atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file by UTF-8 text atomically; a lone surrogate becomes U+FFFD."""
+    write_bytes(path, clean_surrogates(text).encode())
+
+
+def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
+    """Replace a file by JSON atomically. JSON has no NaN: such numbers become text."""
+    write_text(path, json.dumps(finite(value), indent=indent, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: str | Path, rows: Iterable[dict]) -> int:
+    """Replace a file by one JSON object a line atomically, text as readable UTF-8; returns how
+    many."""
+    count = 0
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="\n") as file,
+    ):
+        for row in rows:
+            line = json.dumps(finite(row), ensure_ascii=False, allow_nan=False)
+            file.write(clean_surrogates(line) + "\n")
+            count += 1
+    return count
+
+
+def finite(value: Any) -> Any:
+    """Plain data with NaN and infinities as text, which a strict reader of JSON accepts."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `atomic_write` in a folder whose processes are dead (elsewhere:
+    a day old)."""
+    if (folder := folder.absolute()) in _CLEANED:
+        return
+    _CLEANED.add(folder)
+    for path in folder.glob(".*.tmp"):
+        host, _, pid = path.name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
+        if not pid.isdigit():
+            continue
+        if host == _this_host():
+            dead = not _alive(int(pid))
+        else:
+            dead = _age(path) > STALE
+        if dead:
+            _unlink(path)
+
+
+_CLEANED: set[Path] = set()  # a process looks once: folders of shards are large
+
+
+def _this_host() -> str:
+    return re.sub(r"\W", "_", socket.gethostname())
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # the folder itself is a file, or has become read-only
+        pass
+
+
+def replace_synced(temporary: Path, path: Path) -> None:
+    """Rename a file that is whole to `path`, so that both outlast a power failure."""
+    with open(temporary, "r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(descriptor)

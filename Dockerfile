@@ -10,11 +10,15 @@
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 ARG TORCH=""
+# Versions are those of the base image's Debian, whichever BASE is.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends git wordnet-base \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /quintet
 COPY requirements.txt ./
+# TORCH is the builder's choice; requirements.txt has the ranges.
+# hadolint ignore=DL3013
 RUN if [ -n "$TORCH" ]; then pip install --no-cache-dir $TORCH; fi \
     && pip install --no-cache-dir -r requirements.txt
 COPY . ./

@@ -37,8 +37,7 @@ from models.fusion.dvae import ImageTokenizer, existing_tokenizer
 from models.fusion.momentum import MomentumPairs
 from models.fusion.simla import Simla, SimlaConfig
 from models.weights.albef import load_bert, load_bert_folder, start_from
-from models.weights.loading import load_checkpoint
-from models.weights.starting_vit import starting_vit
+from models.weights.starting_vit import start_vision
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import fitting_weights
@@ -120,9 +119,7 @@ def build_model(
     )
     if config.text_weights:
         load_bert(model.text_encoder, *load_bert_folder(config.text_weights))
-    if config.vision_weights:
-        vit = starting_vit(config.vision_weights, read_weights, config.vision_heads, config.grid)
-        load_checkpoint(model.visual_encoder, vit, allowed_missing=("mask_token",))
+    start_vision(model.visual_encoder, config.vision_weights, read_weights)
     MomentumPairs(model).copy()
     if config.checkpoint:
         start_from(model, fitting_weights(config), "pretrain")

@@ -276,6 +276,7 @@ def open_albef(config, run: Path) -> tuple:
         vision_depth=LAYERS,
         vision_heads=HEADS,
         vision_stem=(),
+        vision_tower=None,
         bert_config=config.folder / "bert.json",
         distill=False,
         compat="none",

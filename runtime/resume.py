@@ -56,6 +56,7 @@ NETWORK = (
     "vision_depth",
     "vision_heads",
     "vision_stem",
+    "vision_tower",
     "vision_width",
 )
 # how it is optimized: the sections of most scripts, and main.py's schedule

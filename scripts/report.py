@@ -19,7 +19,7 @@ import torch
 
 from base.errors import UserError
 from base.files import read_json, read_json_lines, write_text
-from base.pixels import OPENAI
+from base.pixels import OPENAI, timm_statistics
 from dataset.images.albef import TestTransform, resize
 from dataset.images.decode import decode_image, reading
 from dataset.sources.records import Records
@@ -132,6 +132,7 @@ def curves(title: str, lines: list[dict], guess: dict[str, float]) -> str:
 def load_model(config: dict, checkpoint: str, tokenizer: Tokenizer) -> Retrieval:
     """The evaluated network, in eval mode on the CPU."""
     bert = read_json(config["bert_config"], dict)
+    tower = config.get("vision_tower")
     bert |= {"encoder_width": config["vision_width"], "vocab_size": tokenizer.vocab_size}
     vit = ViTConfig(
         image_size=config["image_res"],
@@ -140,7 +141,8 @@ def load_model(config: dict, checkpoint: str, tokenizer: Tokenizer) -> Retrieval
         depth=config["vision_depth"],
         heads=config["vision_heads"],
         stem=tuple(config["vision_stem"]),
-        pixels=OPENAI,
+        tower=tower,
+        pixels=timm_statistics(tower) if tower else OPENAI,
     )
     model = Retrieval(
         RetrievalConfig(

@@ -6,7 +6,7 @@ from torch._guards import detect_fake_mode
 
 from base.files import read_json
 from base.memory import check_fits, parameter_count
-from base.pixels import OPENAI
+from base.pixels import OPENAI, timm_statistics
 from models.fusion.retrieval import RetrievalConfig
 from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert
@@ -14,7 +14,7 @@ from models.layers.xbert import BertConfig, XBert
 
 def networks(knobs, vocab_size: int, mask_token: bool = False) -> tuple[ViTConfig, BertConfig]:
     """The two transformers that `knobs` describes: image_res, patch_size, vision_width, vision_depth, vision_heads,
-    vision_stem and the file bert_config. mask_token: the ViT has a learned stand-in for masked patches. Raises
+    vision_stem, vision_tower and the file bert_config. mask_token: the ViT has a learned stand-in for masked patches. Raises
     UserError where the file is missing or no BERT geometry, or the memory does not suffice.
     """
     remedy = "name the JSON that the checkpoint was made with as bert_config"
@@ -30,7 +30,8 @@ def networks(knobs, vocab_size: int, mask_token: bool = False) -> tuple[ViTConfi
         heads=knobs.vision_heads,
         mask_token=mask_token,
         stem=tuple(knobs.vision_stem),
-        pixels=OPENAI,
+        tower=knobs.vision_tower,
+        pixels=timm_statistics(knobs.vision_tower) if knobs.vision_tower else OPENAI,
     )
     _check_memory(vit, bert, knobs)
     return vit, bert

@@ -82,6 +82,29 @@ class TimmGrid(TimmTower):
         return features[:, self.trunk.num_prefix_tokens :]
 
 
+class LockedMaps(TimmTower):
+    """The same network's last feature map: images [B,3,S,S] -> [B,C,S/reduction,S/reduction]. It is
+    not trained, and its batch norms keep their statistics."""
+
+    def __init__(self, tower: str):
+        super().__init__(tower)
+        if not hasattr(self.trunk, "feature_info"):
+            raise UserError(f"{tower}: has no feature maps; take a convolutional network")
+        self.reduction = self.trunk.feature_info[-1]["reduction"]
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "LockedMaps":
+        return super().train(False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.trunk.forward_features(image.contiguous(memory_format=torch.channels_last))
+        if features.ndim != 4 or features.shape[1] != self.num_features:
+            raise UserError(
+                f"timm/{self.name}: has no feature maps [B,C,H,W]; take a convolutional one"
+            )
+        return features
+
+
 class HuggingFaceText(nn.Module):
     """A text encoder of transformers: token ids int64 [B,L] -> the mean over tokens, [B,C], as
     sentence encoders pool."""

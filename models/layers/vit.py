@@ -19,6 +19,7 @@ from base.errors import UserError
 from base.pixels import RGB
 from models.layers.attention import attend, attention_map, merge_heads, split_heads
 from models.layers.initialisation import linear_std
+from models.layers.library_towers import LockedMaps
 
 
 @dataclass
@@ -41,6 +42,7 @@ class ViTConfig:
     stem: tuple[int, ...] = ()
     # batch norms of the stem learn their statistics in training, or keep those loaded
     stem_statistics: bool = False
+    tower: str | None = None  # timm/NAME[:FILE] in the stem's place, locked
 
     # mean and std of pixels in [0,1], by which the network normalises uint8 images; None: images
     # come normalised
@@ -109,17 +111,26 @@ class Normalize(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[B,3,S,S] pixels -> [B,N,D]: the stem, if any, and one strided convolution; patches in
-    row-major order."""
+    """[B,3,S,S] pixels -> [B,N,D]: the stem or the tower, if any, and one strided convolution;
+    patches in row-major order."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.image_size = config.image_size
-        self.backbone = Backbone(config.stem, config.stem_statistics) if config.stem else None
-        channels, side = (
-            config.stem[-1] if config.stem else 3,
-            config.patch_size >> len(config.stem),
-        )
+        self.backbone = None
+        channels, reduction = 3, 1
+        if config.tower:
+            self.backbone = LockedMaps(config.tower)
+            channels, reduction = self.backbone.num_features, self.backbone.reduction
+        elif config.stem:
+            self.backbone = Backbone(config.stem, config.stem_statistics)
+            channels, reduction = config.stem[-1], 2 ** len(config.stem)
+        if config.patch_size % reduction:
+            raise UserError(
+                f"{config.tower} makes one position of {reduction} x {reduction} pixels, and patch_size "
+                f"{config.patch_size} is no multiple of {reduction}: set it to one"
+            )
+        side = config.patch_size // reduction
         self.proj = nn.Conv2d(channels, config.width, kernel_size=side, stride=side)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -280,6 +291,8 @@ def check_geometry(config: ViTConfig) -> None:
         )
     if config.width % config.heads:
         raise UserError(f"vit.width {config.width} is no multiple of vit.heads {config.heads}")
+    if config.tower and config.stem:
+        raise UserError("vision_tower and vision_stem exclude each other; choose one")
     if config.patch_size % 2 ** len(config.stem):
         raise UserError(
             f"a stem of {len(config.stem)} stages halves the image {len(config.stem)} times, and patch_size "
@@ -291,6 +304,11 @@ def patches_of(weights: Mapping[str, Tensor]) -> tuple[int, tuple[int, ...]]:
     """Patch size in pixels and stem of a ViT, off its weights (a state dict of this module's
     names)."""
     prefix, stem = "patch_embed.backbone.", ()
+    if any(key.startswith(f"{prefix}trunk.") for key in weights):
+        raise UserError(
+            "this vision transformer stands on a tower of timm (vision_tower), which weights alone do "
+            "not name: evaluate the run with its own scripts, such as Retrieval.py"
+        )
     if f"{prefix}conv1.weight" in weights:
         stages = [
             key

@@ -13,12 +13,26 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.pixels import OPENAI, RGB
+from models.layers.vit import ViT
 from models.weights.albef import deit_weights
 from models.weights.image_encoder import ImageEncoder
 from models.weights.libraries import library_encoder, timm_encoder
+from models.weights.loading import load_checkpoint
 from models.weights.vit import native
 
 State = dict[str, Tensor]
+
+
+def start_vision(vit: ViT, source: Path | None, read_weights: Callable[[Path], State]) -> None:
+    """Load what the vision transformer starts from: the weights of its tower, or those of `source`,
+    as `starting_vit` reads them. UserError."""
+    if vit.config.tower:
+        if source:
+            raise UserError("vision_weights and vision_tower exclude each other; choose one")
+        vit.patch_embed.backbone.load(read_weights)
+    elif source:
+        state = starting_vit(source, read_weights, vit.config.heads, vit.config.grid)
+        load_checkpoint(vit, state, allowed_missing=("mask_token",))
 
 
 def starting_vit(

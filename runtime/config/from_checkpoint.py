@@ -52,6 +52,9 @@ class Geometry:
         high=WIDTH,
         rare=True,
     )
+    vision_tower: str | None = knob(
+        None, "timm/NAME[:FILE] before the patches; none = none", rare=True
+    )
     bert_config: Path | None = knob(
         None, "geometry of the text and fusion transformer (JSON)", rare=True
     )
@@ -70,6 +73,7 @@ PUBLISHED = {
     "vision_depth": 12,
     "vision_heads": 12,
     "vision_stem": [],
+    "vision_tower": None,
     "embed_dim": 256,
     "queue_size": 65536,
     "text_encoder": "bert-base-uncased",

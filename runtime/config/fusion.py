@@ -41,6 +41,11 @@ class Networks:
         high=WIDTH,
         rare=True,
     )
+    vision_tower: str | None = knob(
+        None,
+        "timm/NAME[:FILE], locked, before the patches: its last feature map instead of pixels",
+        rare=True,
+    )
     bert_config: Path = knob(
         Path("configs/shared_bert.json"), "geometry of the text and fusion transformer (JSON)"
     )

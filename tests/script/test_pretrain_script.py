@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import Pretrain
+import Retrieval
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from runtime.config.cli import parse
@@ -160,6 +161,41 @@ def test_starting_from_a_hybrid_transformer_of_classification(
     assert not torch.equal(weight, classifier.patch_embed.backbone.conv1.weight)
 
 
+def test_a_locked_tower_of_timm_before_the_patches(digitscenes, tmp_path):
+    """The tower stays as published in student and teacher, the rest learns; retrieval opens it."""
+    import timm
+    from safetensors.torch import load_file, save_file
+
+    published = timm.create_model("test_efficientnet").state_dict()
+    save_file(published, tmp_path / "tower.safetensors")
+    bert = json.loads((ROOT / "configs/bert_debug.json").read_text())
+    del bert["add_cross_attention"]
+    (tmp_path / "bert.json").write_text(json.dumps(bert | {"fusion_layer": 1}))
+    changes = {
+        "method": "albef",
+        "bert_config": tmp_path / "bert.json",
+        "image_tokenizer_path": "none",
+        "vision_tower": f"timm/test_efficientnet:{tmp_path}/tower.safetensors",
+        "image_res": 64,
+        "patch_size": 32,
+        "scheduler.epochs": "2 steps",
+    }
+    run_main(arguments(digitscenes, None, tmp_path / "run", **changes))
+    trained = load_file(tmp_path / "run/model.safetensors")
+    for tower in ("visual_encoder", "visual_encoder_m"):
+        for name, value in published.items():
+            if not name.startswith("classifier."):
+                found = trained[f"{tower}.patch_embed.backbone.trunk.{name}"]
+                torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-9, msg=name)
+    (tmp_path / "tower.safetensors").unlink()  # the run has its weights
+    flags = ["--checkpoint", tmp_path / "run", "--output_dir", tmp_path / "found", "--evaluate"]
+    flags += ["--image_root", digitscenes, "--test_file", digitscenes / "retrieval_test.json"]
+    flags += ["--workers", 0, "--k_test", 4, "--device", "cpu"]
+    Retrieval.main(parse(Retrieval.Config, [str(flag) for flag in flags]))
+    scores = json.loads((tmp_path / "found/result/metrics.json").read_text())
+    assert scores["test"]["r_mean"] > 0
+
+
 MISTAKES = {
     "annotation missing": ({"train_file": "nowhere.json"}, "nowhere.json"),
     "image root missing": ({"image_root": "no/such/folder"}, "no/such/folder"),
@@ -177,6 +213,14 @@ MISTAKES = {
     "more stages than the patch has halvings": (
         {"vision_stem": "[4, 4, 4, 4, 4, 4]"},
         "fewer stages",
+    ),
+    "a tower that patches do not fit": (
+        {"vision_tower": "timm/test_efficientnet"},
+        "no multiple of 32",
+    ),
+    "a tower and a stem": (
+        {"vision_tower": "timm/test_efficientnet", "vision_stem": "[4]"},
+        "choose one",
     ),
 }
 

@@ -23,13 +23,24 @@ class Group:
     line: str = ""
 
 
+@dataclass(frozen=True)
+class View:
+    """The part of a storage that an operation reads, in bytes."""
+
+    storage: int
+    size: int
+    offset: int
+    whole: int  # size of the storage
+
+
 @dataclass
 class _Kernel:
     """A fused kernel that grows: bytes by line, and the tensors that it has read."""
 
     phase: str
     lines: Counter = field(default_factory=Counter)
-    read: dict[int, int] = field(default_factory=dict)  # number of a value -> bytes
+    # number of a value -> offset of a part of it -> bytes
+    read: dict[int, dict[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -43,12 +54,12 @@ class _Value:
     size: int = 0
     written: bool = True
     freed: bool = False
-    # of an elementwise result: what it was made of, the number of each then, and bytes
-    sources: list[tuple["_Value", int, int]] | None = None
+    # of an elementwise result: what it was made of, the number of each then, and which part
+    sources: list[tuple["_Value", int, View]] | None = None
 
 
 class Fusion:
-    """Groups the memory-bound operations of a step; tensors are (storage, bytes) pairs."""
+    """Groups the memory-bound operations of a step; what is written are (storage, bytes) pairs."""
 
     def __init__(self):
         self.products = self.numbers = 0
@@ -56,17 +67,17 @@ class Fusion:
         self.kernels: dict[tuple[int, str], _Kernel] = {}
         self.copies: dict[tuple, _Value] = {}  # source's number and what was copied how -> copy
 
-    def product(self, read: list[tuple[int, int]], written: list[tuple[int, int]]) -> None:
+    def product(self, read: list[View], written: list[tuple[int, int]]) -> None:
         """An operation that is a kernel of its own: what it reads must be in memory."""
-        for storage, _ in read:
-            _write(self._value(storage))
+        for view in read:
+            _write(self._value(view.storage))
         self.products += 1
         for storage, _ in written:
             self.values[storage] = self._new(stage=self.products)
 
     def fuse(
         self,
-        read: list[tuple[int, int]],
+        read: list[View],
         written: list[tuple[int, int]],
         phase: str,
         line: str,
@@ -78,17 +89,17 @@ class Fusion:
         copy: of a copy in another dtype, the part of the source and the dtype. elementwise: cheap to
         compute again.
         """
-        inputs = [(self._value(storage), size) for storage, size in read]
+        inputs = [(self._value(view.storage), view) for view in read]
         stage = max((value.stage for value, _ in inputs), default=self.products)
         kernel = self.kernels.setdefault((stage, phase), _Kernel(phase))
         key = (inputs[0][0].number, phase, copy) if copy and inputs else None
         if key in self.copies:
             self.values[written[0][0]] = self.copies[key]
             return
-        for value, size in inputs:
+        for value, view in inputs:
             if value.kernel is not kernel:
-                _bring(value, size, kernel, line)
-        sources = [(v, v.number, size) for v, size in inputs] if elementwise else None
+                _bring(value, view, kernel, line)
+        sources = [(v, v.number, view) for v, view in inputs] if elementwise else None
         for storage, size in written:
             old = self.values.get(storage)
             if old is not None and old.kernel is kernel:
@@ -133,29 +144,30 @@ class Fusion:
         return _Value(self.numbers, **where)
 
 
-def _bring(value: _Value, size: int, kernel: _Kernel, line: str) -> None:
+def _bring(value: _Value, view: View, kernel: _Kernel, line: str) -> None:
     """Let the kernel read the value, or what it is made of where that is no more to read."""
-    wanted = [(value, size)]
+    wanted = [(value, view)]
     if not value.written:
         again = _ancestors(value)
-        if again is not None and _unread(again, kernel) <= size:
+        if again is not None and sum(_unread(v, part, kernel) for v, part in again) <= view.size:
             wanted = again
     for needed, part in wanted:
         _write(needed)
-        kernel.lines[line] += _unread([(needed, part)], kernel)
-        kernel.read[needed.number] = max(kernel.read.get(needed.number, 0), part)
+        kernel.lines[line] += _unread(needed, part, kernel)
+        parts = kernel.read.setdefault(needed.number, {})
+        parts[part.offset] = max(parts.get(part.offset, 0), part.size)
 
 
-def _ancestors(value: _Value, depth: int = DEPTH) -> list[tuple[_Value, int]] | None:
+def _ancestors(value: _Value, depth: int = DEPTH) -> list[tuple[_Value, View]] | None:
     """What is in memory, as it was, and gives the value by elementwise operations alone; or None."""
     if value.sources is None or depth == 0:
         return None
     found = []
-    for source, number, size in value.sources:
+    for source, number, view in value.sources:
         if source.number != number:
             return None
         if source.written and not source.freed:
-            found.append((source, size))
+            found.append((source, view))
             continue
         behind = _ancestors(source, depth - 1)
         if behind is None:
@@ -164,9 +176,12 @@ def _ancestors(value: _Value, depth: int = DEPTH) -> list[tuple[_Value, int]] | 
     return found
 
 
-def _unread(values: list[tuple[_Value, int]], kernel: _Kernel) -> int:
-    """Bytes of these that the kernel has not read yet."""
-    return sum(max(0, size - kernel.read.get(value.number, 0)) for value, size in values)
+def _unread(value: _Value, view: View, kernel: _Kernel) -> int:
+    """Bytes of this part that the kernel has not read yet; all parts are no more than the whole."""
+    parts = kernel.read.get(value.number, {})
+    before = sum(parts.values())
+    more = max(0, view.size - parts.get(view.offset, 0))
+    return min(before + more, view.whole) - min(before, view.whole)
 
 
 def _write(value: _Value) -> None:

@@ -5,7 +5,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from runtime.flops import operation_flops
-from runtime.simulate.fusion import Fusion, Group
+from runtime.simulate.fusion import Fusion, Group, View
 
 ROOT = str(Path(__file__).resolve().parents[2])
 ALIGNMENT = 512  # bytes, of CUDA's caching allocator
@@ -232,11 +232,11 @@ class Recorder(TorchDispatchMode):
         of_lists = name.startswith(("_foreach", "_fused", "_amp_foreach"))
         filled = {id(value) for key, value in kwargs.items() if key.startswith("out")}
         inputs = [tensor for tensor in tensors if id(tensor) not in filled]
-        sources, targets = _storages(inputs), _storages(results)
+        sources, targets = _views(inputs), _storages(results)
         if name in GATHERING:
-            whole, size = sources[0]
-            sources[0] = (whole, min(size, sum(map(_bytes, results))))
-        read = sum(size for _, size in sources)
+            rows = min(sources[0].size, sum(map(_bytes, results)))
+            sources[0] = replace(sources[0], size=rows)
+        read = sum(view.size for view in sources)
         written = sum(map(_bytes, results))
         if of_lists and not results:
             written = sum(map(_bytes, lists[0])) if name.startswith("_foreach") else read * 3 // 4
@@ -282,7 +282,7 @@ class Recorder(TorchDispatchMode):
         lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
         whole = max([whole, *(sum(map(_bytes, a)) for a in lists)])
         self.trace.collectives.append(Collective(self.phase, name, whole))
-        self.fusion.product(_storages(tensors), _storages(tensors))
+        self.fusion.product(_views(tensors), _storages(tensors))
         for tensor in tensors:
             _, part = self.live.get(_local(tensor).untyped_storage()._cdata, (0, ""))
             if part in ("activations", "temporaries"):
@@ -397,6 +397,17 @@ def _bytes(tensor: Tensor) -> int:
 def _storages(tensors: list[Tensor]) -> list[tuple[int, int]]:
     """(storage, bytes) of each tensor."""
     return [(_local(tensor).untyped_storage()._cdata, _bytes(tensor)) for tensor in tensors]
+
+
+def _views(tensors: list[Tensor]) -> list[View]:
+    """What reading each tensor reads of its storage."""
+    views = []
+    for tensor in tensors:
+        local = _local(tensor)
+        storage = local.untyped_storage()
+        offset = local.storage_offset() * local.element_size()
+        views.append(View(storage._cdata, _bytes(tensor), offset, storage.nbytes()))
+    return views
 
 
 def _copied(source: Tensor, target: Tensor) -> tuple:

@@ -140,8 +140,21 @@ def test_copies_of_one_tensor_in_one_dtype_are_one():
         return first @ second, first, second
 
     assert fused_bytes(thrice) == 4096 + 2048
-    assert fused_bytes(parts) == 2048 + 2 * 1024  # read by the larger part; two copies
+    assert fused_bytes(parts) == 2 * 2048 + 2 * 1024  # two parts, two copies
     assert fused_bytes(changed) == 4096 + 2 * 2048
+
+
+def test_parts_of_a_tensor_are_read_one_by_one():
+    """Halves of 2048 bytes each, also where the kernel reads all of it besides."""
+
+    def halves(x):
+        return x[:16] + x[16:]
+
+    def halves_and_all(x):
+        return x[:16] + x[16:], x * 2
+
+    assert fused_bytes(halves) == 4096 + 2048
+    assert fused_bytes(halves_and_all) == 4096 + 2048 + 4096
 
 
 def backward_bytes(step) -> int:

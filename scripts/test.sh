@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh requirements-test.txt
 # one thread a process: spinning threads of several processes on few cores cost more than they give
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
+export PYTHONDONTWRITEBYTECODE=  # where it is set, each process would compile all modules again
 several=(--numprocesses "${TEST_PROCESSES:-2}" --dist worksteal)
 tests() {
     python -m pytest "$@" && return
@@ -15,20 +16,25 @@ tests() {
     echo "ONCE MORE, one after another: the tests that failed"
     python -m pytest "$@" --numprocesses 0 --last-failed --last-failed-no-failures none
 }
+log=$(mktemp)
+trap 'rm "$log"' EXIT
+failed=0
 if [ "${1:-}" = --slow ]; then
     shift
     slurm=tests/contract/test_slurm.py  # a cluster of its own, which mostly waits: beside the others
-    log=$(mktemp)
     tests -v -m slow -o cache_dir=.pytest_cache/slurm "$slurm" "$@" > "$log" 2>&1 &
-    failed=0
+    beside=$!
+    # the files that have slow tests: importing all takes as long as many of them
+    [ $# -gt 0 ] || set -- $(grep -rl --include="test_*.py" "mark\.slow" tests | grep -vx "$slurm" | sort)
     tests "${several[@]}" -v -m slow --ignore "$slurm" "$@" || failed=1
-    wait $! || failed=1
-    cat "$log"
-    rm "$log"
-    exit $failed
+else
+    ruff check .
+    ruff format --check .
+    python scripts/dev/check_layout.py
+    mypy > "$log" 2>&1 &  # it takes a minute of one core
+    beside=$!
+    tests "${several[@]}" "${@:--q}" || failed=1
 fi
-ruff check .
-ruff format --check .
-mypy
-python scripts/dev/check_layout.py
-tests "${several[@]}" "${@:--q}"
+wait $beside || failed=1
+cat "$log"
+exit $failed

@@ -2,14 +2,14 @@
 the run that was not: newest and best checkpoint, log, exported weights, metrics, page."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from tests.helpers import classification_runs, downstream
+from tests.helpers.processes import Run
 
 FEW = 29  # of the points, in the everyday suite
+LIMIT = 1800  # seconds for all points
 
 CASES = {
     # the best checkpoint is not the newest, and a numbered one is pruned
@@ -26,11 +26,9 @@ def command_line(script: str, data, folder) -> list[str]:
 
 
 def crash(script: str, every: int, folder, *flags: str) -> dict:
-    words = [script, str(every), str(folder), *flags]
-    command = [sys.executable, "-m", "tests.helpers.crash_points", *words]
-    done = subprocess.run(command, cwd=downstream.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    run = Run("tests/helpers/crash_points.py", [script, every, folder, *flags])
+    assert run.wait(LIMIT) == 0, run.said()[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("script", CASES)

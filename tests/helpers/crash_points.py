@@ -1,20 +1,21 @@
-"""Kill a training script at every file operation, start it again, and compare with the run that was
-not killed.
+"""Crash a training script at every file operation, start it again, and compare with the run that
+was not disturbed.
 
     python -m tests.helpers.crash_points VE 1 OUTPUT_DIR --config … --output_dir OUTPUT_DIR
 
-runs VE.py once to its end, then once for every (second argument: n-th) point at which it is about
-to change something in OUTPUT_DIR: killed there, then started again. Prints JSON: how many points
-there are and were tried, and at which ones the folder ended different. Every run is a fork of this
-process, which has imported all and computed nothing.
+runs VE.py to its end and keeps OUTPUT_DIR as it is on the disk at every (second argument: n-th)
+point at which something in it is about to change: what a run that is killed there leaves. From each
+of these the script is started again; points between which nothing changed on the disk count as one.
+Prints JSON: how many points there are and were tried, and at which ones the folder ended different.
+Every run is a fork of this process, which has imported all and computed nothing.
 
     python -m tests.helpers.crash_points beside 1 OUTPUT_DIR
 
 does the same with the small run of tests/unit/test_run.py, whose sharded checkpoints are written by a
-thread beside the training: at every point of that thread, wherever the training is by then.
+thread beside the training. No copy is made there, for the training goes on meanwhile: the run is
+killed at each point of that thread, wherever the training is by then.
 """
 
-import contextlib
 import hashlib
 import importlib
 import json
@@ -43,11 +44,11 @@ TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
 
 
 class Points:
-    """Counts the changes in a folder that are about to be made; ends the process before number
-    `last`. beside: only those of other threads than the main one."""
+    """Counts the changes in a folder that are about to be made, and calls `at(number)` before each.
+    beside: only those of other threads than the main one."""
 
-    def __init__(self, folder: Path, last: int | None = None, beside: bool = False):
-        self.folder, self.last, self.count = str(folder), last, 0
+    def __init__(self, folder: Path, at: Callable[[int], None], beside: bool = False):
+        self.folder, self.at, self.count = str(folder), at, 0
         self.beside = beside
         self.made: list[str] = []
         self.fsync = os.fsync
@@ -92,8 +93,7 @@ class Points:
     def passed(self, name: str) -> None:
         if self.beside and threading.current_thread() is threading.main_thread():
             return
-        if self.count == self.last:
-            os._exit(KILLED)
+        self.at(self.count)
         self.count += 1
         self.made.append(name)
 
@@ -161,42 +161,110 @@ def plain(tree: Any) -> str:
     return repr(tree)
 
 
+def copy(folder: Path, target: Path) -> None:
+    """A folder as it is on the disk: times, links and files with several names, too. There may be
+    none yet."""
+    names: dict[int, str] = {}
+
+    def copy_file(source: str, destination: str) -> None:
+        number = os.lstat(source).st_ino
+        if number in names:
+            os.link(names[number], destination, follow_symlinks=False)
+        else:
+            shutil.copy2(source, destination, follow_symlinks=False)
+        names[number] = destination
+
+    shutil.rmtree(target, ignore_errors=True)
+    if folder.exists():
+        shutil.copytree(folder, target, symlinks=True, copy_function=copy_file)
+
+
+def state(folder: Path) -> list[tuple]:
+    """All that a copy keeps."""
+    found, numbers = [], {}
+    for path in sorted([folder, *folder.rglob("*")]) if folder.exists() else []:
+        about = path.lstat()
+        number = numbers.setdefault(about.st_ino, len(numbers))
+        data = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        target = os.readlink(path) if path.is_symlink() else ""
+        mode, time = about.st_mode, about.st_mtime_ns
+        name = str(path.relative_to(folder))
+        found.append((name, mode, time, number, target, hashlib.sha256(data).hexdigest()))
+    return found
+
+
+class Runs:
+    """Forks that do `main`, which writes to `folder`."""
+
+    def __init__(self, main: Callable[[], Any], folder: Path, beside: bool):
+        self.main, self.folder, self.beside = main, folder, beside
+        self.output, self.points = folder.with_suffix(".txt"), folder.with_suffix(".json")
+
+    def to_the_end(self, at: Callable[[int], None]) -> int:
+        """Exit status; `at` is called at every point, whose names are stored."""
+
+        def work() -> None:
+            torch.set_num_threads(1)
+            watched = Points(self.folder, at, self.beside)
+            watched.watch()
+            self.main()
+            self.points.write_text(json.dumps(watched.made))
+
+        return in_fork(work, self.output)
+
+    def leave_killed(self, number: int) -> int:
+        """What a run that is killed at a point leaves; the exit status."""
+
+        def kill(reached: int) -> None:
+            if reached == number:
+                os._exit(KILLED)
+
+        shutil.rmtree(self.folder)
+        return self.to_the_end(kill)
+
+    def copy_of(self, number: int) -> Path:
+        return self.folder.with_suffix(f".{number}")
+
+
 def crash_everywhere(
     main: Callable[[], Any], every: int, folder: Path, beside: bool = False
 ) -> dict:
     """See above; main: the run that writes to `folder`."""
-    output, points = folder.with_suffix(".txt"), folder.with_suffix(".json")
+    runs = Runs(main, folder, beside)
 
-    def run(last: int | None = None) -> int:
-        def work() -> None:
-            torch.set_num_threads(1)
-            watched = Points(folder, last, beside)
-            watched.watch()
-            main()
-            if last is None:
-                points.write_text(json.dumps(watched.made))
-
-        return in_fork(work, output)
-
-    def failed(what: str) -> dict:
-        return {"point": number, "before": made[number], "what": what}
+    def keep(number: int) -> None:
+        if not beside and number % every == 0:
+            # others might write meanwhile
+            assert threading.current_thread() is threading.main_thread()
+            copy(folder, runs.copy_of(number))
 
     shutil.rmtree(folder, ignore_errors=True)
-    assert run() == 0, output.read_text()[-2000:]
-    made, expected = json.loads(points.read_text()), contents(folder)
-    failures, tried = [], range(0, len(made), every)
+    assert runs.to_the_end(keep) == 0, runs.output.read_text()[-2000:]
+    made, expected = json.loads(runs.points.read_text()), contents(folder)
+    failures, tried, left = [], range(0, len(made), every), None
     for number in tried:
-        shutil.rmtree(folder)
-        with contextlib.suppress(FileNotFoundError):
-            points.unlink()
-        if (status := run(number)) != KILLED:
-            failures.append(failed(f"not killed: status {status}"))
-        elif (status := run()) != 0:
-            failures.append(failed(f"status {status}: {output.read_text()[-500:]}"))
+        what, status = "", KILLED
+        if beside:
+            status = runs.leave_killed(number)
+        else:
+            before, left = left, state(runs.copy_of(number))
+            if left == before:
+                continue  # the crash before left the same
+            copy(runs.copy_of(number), folder)
+        if status != KILLED:
+            what = f"not killed: status {status}"
+        elif (status := runs.to_the_end(ignore)) != 0:
+            what = f"status {status}: {runs.output.read_text()[-500:]}"
         elif (found := contents(folder)) != expected:
-            different = sorted(name for name, _ in expected.items() ^ found.items())
-            failures.append(failed(f"different: {sorted(set(different))}"))
+            different = sorted({name for name, _ in expected.items() ^ found.items()})
+            what = f"different: {different}"
+        if what:
+            failures.append({"point": number, "before": made[number], "what": what})
     return {"points": len(made), "tried": len(tried), "names": made, "failures": failures}
+
+
+def ignore(number: int) -> None:
+    """A point that is passed."""
 
 
 def run_of(script: str, folder: Path, flags: list[str]) -> Callable[[], Any]:

@@ -1,9 +1,57 @@
 """Shared by all tests: small data, and the table of golden comparisons at the end of a run."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.helpers.bars import close_bars
 from tests.helpers.golden import golden_root
+
+TESTS = Path(__file__).parent
+# Files that take long, everyday or slow, the longest first. A process takes a whole file (scripts/
+# test.sh), so that what its tests share is made once; beside a long one at the end others would idle.
+LONG = (
+    "script/test_compiled.py",
+    "script/test_convert.py",
+    "traces/test_traces.py",
+    "contract/test_crash_points.py",
+    "unit/test_plan.py",
+    "traces/test_full_size.py",
+    "script/test_main_script.py",
+    "contract/test_damaged_checkpoints.py",
+    "script/test_gpu_check.py",
+    "script/test_photos.py",
+    "fuzz/test_readers.py",
+    "script/test_demo_page.py",
+    "contract/test_bucket_run.py",
+    "script/test_convert_others.py",
+    "contract/test_resume.py",
+    "contract/test_stall.py",
+    "unit/test_libraries.py",
+    "script/test_align_scripts.py",
+    "script/test_recognition_script.py",
+    "contract/test_stream.py",
+    "loops/test_main_loop.py",
+    "traces/test_graphs.py",
+    "contract/test_sharded.py",
+    "fuzz/test_attacks.py",
+    "unit/test_bench_learning.py",
+    "loops/test_finetune_loops.py",
+    "unit/test_simla.py",
+    "script/test_downstream_scripts.py",
+    "script/test_pretrain_script.py",
+    "contract/test_elastic.py",
+    "contract/test_classification_processes.py",
+    "unit/test_dvae.py",
+    "script/test_classification_script.py",
+    "contract/test_downstream_torchrun.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first; tests of a file stay in its order."""
+    places = {TESTS / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 def pytest_sessionstart():

@@ -1,5 +1,6 @@
 """Shared by all tests: small data, and the table of golden comparisons at the end of a run."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def pytest_terminal_summary(terminalreporter):
 def no_bar_left():
     """A test starts without the progress bars of those before it."""
     close_bars()
+
+
+@pytest.fixture
+def eager_kernels(monkeypatch):
+    """What torch.compile captures, decomposes and partitions runs on PyTorch's own kernels: the C++
+    for the CPU, of which a GPU runs nothing, takes a minute of one core to compile."""
+    import torch
+
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,8 @@ def test_training():
     spawn(on_two, 2, expected, plain, three_updates(alone, Features(), stem=STEM))
 
 
-def test_compiled_is_eager():
+def test_compiled_is_eager(eager_kernels):
+    """With kernels in C++ in tests/script/test_compiled.py."""
     torch.compiler.reset()
     alone = World(0, 1, 0, CPU)
     assert_same(three_updates(alone, Features(compile=True)), three_updates(alone, Features()))

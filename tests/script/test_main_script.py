@@ -178,6 +178,7 @@ def test_two_processes_train_as_one_does(method, parallel, digitscenes, tmp_path
         assert two == pytest.approx(one, rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(digitscenes, tmp_path):
     for name, how in (("eager", "false"), ("compiled", "true")):
         run_main(

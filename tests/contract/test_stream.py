@@ -12,16 +12,19 @@ import warnings
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from base.distributed import ALONE
 from base.errors import BadSample, UserError
 from dataset.images.decode import decode_image
 from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from dataset.tasks.loaders import eval_loader
 from tests.contract.stream_cases import Build, collate, records, shards, stream, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -540,5 +543,8 @@ def test_exif_reaches_the_loaders(exif, tmp_path):
         return {"number": 0, "noise": (float(height), float(width), 0.0)}
 
     trained = next(StreamLoader(Stream([RecordSource([{}], build)], collate, exif=exif), 1, 1))
-    (evaluated,) = EvalLoader(build, range(1), 1, collate, workers=0, exif=exif)
+    knobs = SimpleNamespace(workers=0, error_budget=0.125, exif=exif)
+    loader = eval_loader(build, range(1), 1, collate, knobs, ALONE)
+    assert loader.error_budget == 0.125
+    (evaluated,) = loader
     assert trained["noise"][0, :2].tolist() == evaluated["noise"][0, :2].tolist() == sizes

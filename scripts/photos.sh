@@ -26,7 +26,7 @@ began=$SECONDS
 say() { printf '\n\033[1m[%3d s] %s\033[0m\n' $((SECONDS - began)) "$*"; }
 
 say "1/6 environment (.venv)"
-source scripts/setup.sh
+source scripts/setup.sh requirements.txt  # or it would take the options for its own
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 say "2/6 weights: EfficientNet-Lite0 and MiniLM (Apache-2.0, 101 MB), in $data/towers"

@@ -13,7 +13,7 @@ began=$SECONDS
 say() { printf '\n\033[1m[%3d s] %s\033[0m\n' $((SECONDS - began)) "$*"; }
 
 say "1/7 environment (.venv)"
-source scripts/setup.sh
+source scripts/setup.sh requirements.txt
 # one thread a process: spinning threads of several processes on few cores cost more than they give
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 

@@ -6,6 +6,8 @@ scripts/data/get_towers.py unpacks.
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,42 @@ def test_published_towers_find_captions_of_real_images(packages, tmp_path, monke
     assert captions["images"] == 78
     assert captions["txt_r1_z"] > 25 and captions["img_r1_z"] > 25  # chance 1.3
     assert captions["txt_r5_z"] > 45 and classes["acc1_z"] > 40  # chance 6.4 and 12.5
+
+
+def dry_run(folder, *options, **variables):
+    """photos.sh where python and torchrun only write down what they were called with."""
+    (folder / "scripts").mkdir(exist_ok=True)
+    for name in ("photos.sh", "setup.sh"):
+        shutil.copyfile(ROOT / "scripts" / name, folder / "scripts" / name)
+    (folder / "requirements.txt").write_text("torch\n")
+    (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
+    (folder / ".venv/.installed-requirements.txt").write_text("torch\n" * 2)
+    (folder / "calls").write_text("")
+    for name in ("python", "torchrun"):
+        program = folder / ".venv/bin" / name
+        program.write_text(f'#!/bin/sh\necho "{name} $*" >> "{folder}/calls"\n')
+        program.chmod(0o755)
+    (folder / "stamps.deb").write_text("")
+    environment = os.environ | {"STAMPS": str(folder / "stamps.deb")} | variables
+    command = ["bash", "scripts/photos.sh", *options]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done, (folder / "calls").read_text()
+
+
+def test_folds_names_and_languages_reach_the_steps(tmp_path):
+    done, calls = dry_run(tmp_path, "--folds", "--names", LANGUAGES="en de")
+    assert done.returncode == 0, done.stderr
+    assert calls.count(" main.py ") == calls.count(" eval_knn.py ") == 5
+    for fold in range(5):
+        assert f"--fold {fold} --languages en de" in calls
+    runs = " ".join(f"output/photos/en-de-{fold}" for fold in range(5))
+    assert f"photos_report.py --runs {runs} --data data/photos/stamps/en-de-0" in calls
+    assert (
+        calls.count(" Recognition.py ") == 2
+        and "get_towers.py data/photos/towers --decoder" in calls
+    )
+    done, calls = dry_run(tmp_path)
+    assert done.returncode == 0 and calls.count(" main.py ") == 1
+    assert "Recognition" not in calls and "pip" not in calls and "--decoder" not in calls
+    done, calls = dry_run(tmp_path, "--fold")
+    assert done.returncode == 2 and calls == "" and "use --folds, --names" in done.stderr

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig, DualEncoder, Features
+from models.dual_encoder.losses import clip_loss
 from models.layers.batchnorm import GhostBatchNorm, average_statistics
 from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape
 from models.layers.xbert import BertConfig, XBert
@@ -80,12 +81,10 @@ class Align(DualEncoder):
         `clip_loss` is the mean of both directions; COYO-ALIGN minimises their sum (loss_avg_or_sum:
         sum).
         """
-        found = self.contrast(
-            features["z_image"],
-            features["z_text"],
-            1 / features["temperature"],
-            self.options.label_smoothing,
-        )
+        embeddings = self.among_all(features["z_image"], features["z_text"])
+        scale = 1 / features["temperature"]
+        smoothing = self.options.label_smoothing
+        found = clip_loss(**embeddings, scale=scale, label_smoothing=smoothing)
         return {
             "clip_loss": (found.loss_image + found.loss_text) / 2,
             "clip_loss_image": found.loss_image,

@@ -14,7 +14,7 @@ absent for A = 0); SLIP takes its two augmentations as `image_local` [B,2,3,H,W]
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from base.distributed import gather, gather_with_gradient, rank, world_size
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import BLOCKS, CLASSES, SIDE, WIDTH
-from models.dual_encoder.losses import Contrast, clip_loss, normalize
+from models.dual_encoder.losses import normalize
 from models.layers.clip_towers import TextNoise, TextShape
 
 Features = dict[str, Tensor]
@@ -366,23 +366,19 @@ class DualEncoder(nn.Module):
             return image, text
         return self.gather(torch.stack([image, text], 1)).unbind(1)
 
-    def contrast(
-        self, image: Tensor, text: Tensor, scale: Tensor, label_smoothing: float = 0.0
-    ) -> Contrast:
-        """`clip_loss` of this rank's embeddings [b,E] of images and texts, of any length, among
-        those of all ranks; scale 0-d."""
+    def among_all(self, image: Tensor, text: Tensor) -> dict[str, Any]:
+        """What `clip_loss` compares: this rank's embeddings [b,E] of images and texts, of any
+        length, with those of all ranks."""
         image, text = normalize(image)[:, None], normalize(text)[:, None]  # one view each
         all_image, all_text = self.gather_pair(image, text)
-        return clip_loss(
-            image,
-            text,
-            all_image,
-            all_text,
-            scale,
-            first=rank() * len(image),
-            label_smoothing=label_smoothing,
-            tile=self.options.tile,
-        )
+        return {
+            "image": image,
+            "text": text,
+            "all_image": all_image,
+            "all_text": all_text,
+            "first": rank() * len(image),
+            "tile": self.options.tile,
+        }
 
     def example_batch(
         self, pairs: int, images: int, captions: int, tokens: int = 32

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from base.distributed import rank
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig, DualEncoder, Features
-from models.dual_encoder.losses import normalize, sigmoid_loss
+from models.dual_encoder.losses import clip_loss, normalize, sigmoid_loss
 from models.layers.clip_towers import TwoTowers, linear_projector, mlp_projector
 
 
@@ -58,7 +58,8 @@ class CLIP(DualEncoder, TwoTowers):
         """`clip_loss`, the mean of both directions, and `clip_acc`, the top-1 accuracy of the
         images in percent.
         """
-        found = self.contrast(features["z_image"], features["z_text"], features["logit_scale"])
+        embeddings = self.among_all(features["z_image"], features["z_text"])
+        found = clip_loss(**embeddings, scale=features["logit_scale"])
         loss = (found.loss_image + found.loss_text) / 2
         return {"clip_loss": loss, "clip_acc": found.acc_image}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.dual_encoder.base import DualConfig, DualEncoder, Features
-from models.dual_encoder.losses import simclr
+from models.dual_encoder.losses import clip_loss, simclr
 from models.layers.clip_towers import TwoTowers, has_batch_norm, mlp_projector
 
 
@@ -39,8 +39,8 @@ class SlipCLIP(DualEncoder, TwoTowers):
         """CLIP's: `clip_loss` is the mean of both directions, `clip_acc` the accuracy of the images
         in percent.
         """
-        image, text = features["image_embed"], features["text_embed"]
-        found = self.contrast(image, text, features["logit_scale"])
+        embeddings = self.among_all(features["image_embed"], features["text_embed"])
+        found = clip_loss(**embeddings, scale=features["logit_scale"])
         loss = (found.loss_image + found.loss_text) / 2
         return {"clip_loss": loss, "clip_acc": found.acc_image}
 

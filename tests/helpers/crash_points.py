@@ -12,7 +12,7 @@ Every run is a fork of this process, which has imported all and computed nothing
     python -m tests.helpers.crash_points beside 1 OUTPUT_DIR
 
 does the same with the small run of tests/unit/test_run.py, whose sharded checkpoints are written by a
-thread beside the training. No copy is made there, for the training goes on meanwhile: the run is
+thread beside the training. No copy is made there, for the training continues meanwhile: the run is
 killed at each point of that thread, wherever the training is by then.
 """
 

@@ -191,6 +191,11 @@ def start_towers(
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.startswith(starts):
                 parameter.requires_grad_(False)
+    if lock and all(each.numel() == 1 for each in model.parameters() if each.requires_grad):
+        raise UserError(
+            f"--lock {' '.join(lock)}: nothing is left to train but the scale of the logits; leave a "
+            "tower unlocked, or evaluate instead"
+        )
     locked = {
         "image": ("visual", "vision_model"),
         "text": ("text_tower", "text_model", "text", "transformer", "ln_final"),

@@ -87,6 +87,10 @@ def test_what_decays_and_what_is_locked(tmp_path):
     assert not ours.train().network.vision_model.training and ours.network.text_model.training
     trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
     assert not any(name.startswith("network.vision_model.") for name in trained)
+    with pytest.raises(
+        UserError, match="--lock text image: nothing is left to train but the scale"
+    ):
+        start_towers(opened("siglip", tmp_path)[0], read_weights, ["text", "image"])
     decayed, free = names_by_decay(ours)
     assert {*decayed, *free} == trained
     assert "network.text_model.embeddings.token_embedding.weight" in free

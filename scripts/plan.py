@@ -10,6 +10,7 @@ recipe, such as --batch_size 128. Times are lower bounds; docs/PLAN.md says how 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     from base.errors import UserError
 
     try:
-        print(plan(options, recipe))
+        with contextlib.redirect_stdout(sys.stderr):  # what the recipe itself says at its start
+            found = plan(options, recipe)
+        print(found)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

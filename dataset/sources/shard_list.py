@@ -28,7 +28,7 @@ from dataset.sources.remote import (
     with_retries,
 )
 from dataset.sources.shard_columns import parse_columns, plain_name, split_columns
-from dataset.sources.shard_states import states_digest
+from dataset.sources.shard_states import state_of_shards
 from dataset.sources.tar import TarWalk, read_samples
 from dataset.sources.tfrecord import count_frames, is_tfrecord, read_frames
 
@@ -196,7 +196,7 @@ def cached_counts(shards: Sequence[str], options: dict | None = None) -> list[in
     if len(shards) < INDEXED:
         return samples_of(shards, options)
     statistics = [name for shard in shards for name in statistics_names(shard)]
-    state = states_digest([*shards, *statistics], options)
+    state = state_of_shards([*shards, *statistics], options)
     if state is None:
         return samples_of(shards, options)
     cached = cache_folder() / "counts" / f"all-{digest(COUNT_VERSION, list(shards))}.json"

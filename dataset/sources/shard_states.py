@@ -3,19 +3,15 @@
 A store is asked by one listing of each folder (1,000 files an answer), a disk by threads.
 """
 
-import hashlib
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
+from base.caches import digest, states_digest
 from dataset.sources.remote import file_system, is_remote, state_in
 
-THREADS = 64
-BLOCK = 1000  # files whose states a thread takes at a time
 MANY = 100  # shards of a folder from which on it is listed
 
 
-def states_digest(files: Sequence[str], options: dict | None = None) -> str | None:
+def state_of_shards(files: Sequence[str], options: dict | None = None) -> str | None:
     """A digest of the states of files, missing ones among them, by path or URL.
 
     None where it would not change with every content: the store lists no folders (http://), or
@@ -23,32 +19,9 @@ def states_digest(files: Sequence[str], options: dict | None = None) -> str | No
     """
     remote = [is_remote(file) for file in files]
     if not any(remote):
-        states = _local_states(files)
-    elif all(remote):
-        states = _listed_states(files, options)
-    else:
-        states = None
-    if states is None:
-        return None
-    return hashlib.sha256(repr(states).encode("utf-8", "surrogatepass")).hexdigest()[:20]
-
-
-def _local_states(files: Sequence[str]) -> list[tuple | None]:
-    blocks = [files[start : start + BLOCK] for start in range(0, len(files), BLOCK)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        return [state for block in pool.map(_states_of_block, blocks) for state in block]
-
-
-def _states_of_block(files: Sequence[str]) -> list[tuple | None]:
-    return [_local_state(file) for file in files]
-
-
-def _local_state(file: str) -> tuple | None:
-    try:
-        status = os.stat(file)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return states_digest(files)
+    states = _listed_states(files, options) if all(remote) else None
+    return None if states is None else digest(states)
 
 
 def _listed_states(files: Sequence[str], options: dict | None) -> list[tuple | None] | None:
@@ -74,6 +47,8 @@ def _listing(folder: str, options: dict | None) -> dict[str, tuple] | None:
     try:
         files, path = file_system(folder, options)
         for about in files.ls(path, detail=True):
+            if about.get("type") == "directory":
+                continue
             name = about["name"].rpartition("/")[2]
             state = state_in(about)
             if {*state[1:]} <= {"", "None"}:  # a size alone stays the same when a file is replaced

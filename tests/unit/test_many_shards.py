@@ -38,7 +38,8 @@ class Store:
 
     def ls(self, path, detail):
         self.listings += 1
-        return [{"name": name, **about} for name, about in self.files.items()]
+        folder = {"name": "bucket/older", "size": 0, "type": "directory"}
+        return [folder, *({"name": name, **about} for name, about in self.files.items())]
 
     def statistics(self, name, options):
         with self.lock:

@@ -108,19 +108,19 @@ def read_flags(flags: Sequence[tuple[str, list[str]]], draft: Draft) -> None:
 
 def leave_out_unnamed_splits(draft: Draft) -> None:
     """With --evaluate and a split on the command line, the recipe's other splits are not read: they
-    may not be on this machine. What belongs to a recipe's split goes with it."""
-    if not draft.values.get("evaluate"):
-        return
+    may not be on this machine. What belongs to a recipe's split goes with it, in training too."""
     asked = {path for path, source in draft.set_by.items() if source in COMMAND_LINE}
     named = [path for path in SPLITS if path in asked and draft.values[path]]
-    if not named:
-        return
-    others = [path for path in SPLITS if path not in asked]
-    others += [path for path, split in OF_SPLIT.items() if split in named and path not in asked]
-    for path in others:
+    others = []
+    if named and draft.values.get("evaluate"):
+        others = [(path, f"--evaluate with {named[0]}") for path in SPLITS if path not in asked]
+    for path, split in OF_SPLIT.items():
+        if split in named and path not in asked:
+            others.append((path, f"it belongs to the recipe's {split}"))
+    for path, why in others:
         if draft.values.get(path):
             draft.values[path] = copy.copy(draft.schema.knobs[path].default)
-            draft.notes.append(f"{path} of the recipe is not read: --evaluate with {named[0]}")
+            draft.notes.append(f"{path} of the recipe is not read: {why}")
 
 
 def help_text(draft: Draft, description: str | None = None, everything: bool = False) -> str:

@@ -39,6 +39,17 @@ def test_the_named_split_alone(script, recipe, given, empty, capsys):
     assert f"{empty[0]} of the recipe is not read" in capsys.readouterr().out
 
 
+def test_answers_of_the_recipe_do_not_belong_to_another_test_file(capsys):
+    import VQA
+
+    recipe = ["--config", str(ROOT / "configs/VQA/digitscenes.yaml")]
+    assert parse(VQA.Config, recipe).test_answers
+    own = [*recipe, "--train_file", "a.json", "--test_file", "b.json"]
+    assert not parse(VQA.Config, own).test_answers
+    assert "test_answers of the recipe is not read" in capsys.readouterr().out
+    assert parse(VQA.Config, [*own, "--test_answers", "c.json"]).test_answers
+
+
 def test_classes_come_from_the_data_that_are_here(tmp_path):
     """Classification.py --evaluate --val_data MINE, without the recipe's training data."""
     for name in ("cat", "dog"):

@@ -259,5 +259,6 @@ def check_image_root(root: str | Path, names: Iterable[str], tries: int = 20) ->
     if names and not any((root / name).is_file() for name in names):
         raise UserError(
             f"image_root {root}: none of the first {len(names)} images is there, e.g. {root / names[0]}; "
-            "set image_root so that image_root/<image> exists"
+            "set image_root so that image_root/<image> exists, or, where these are of a recipe's "
+            "val_file or test_file, name your own, or none"
         )

@@ -167,7 +167,8 @@ class FolderRecords(Sequence):
                 f"{folder.root}: {twice[0]!r} is the name of several classes; name each once"
             )
         if unknown := [name for name in folders if name not in place]:
-            hint = did_you_mean(unknown[0], place) or "; name the list of classes with --classes"
+            hint = did_you_mean(unknown[0], place)
+            hint += "; --classes FILE names others, --classes none takes those of the folders"
             raise UserError(f"{folder.root / unknown[0]}: not among the {len(place)} classes{hint}")
         self.labels = torch.tensor([place[name] for name in folders])[folder.labels]
         # bytes: names of files need not be UTF-8

@@ -82,10 +82,13 @@ class Kind:
     def convert(self, value: Any) -> Any:
         """`value`, from YAML or as the text of a flag, in this type; ValueError where it is none.
 
-        The word none is None, in files as after flags; a single value counts as a list of one.
+        The word none is None, in files as after flags, and the empty list of a list; a single
+        value counts as a list of one.
         """
-        if self.optional and str(value).lower() in ("none", "null"):
-            return None
+        if str(value).lower() in ("none", "null"):
+            if self.optional:
+                return None
+            value = [] if self.many is list else value
         if self.many is None:
             return self.read(value)
         if self.many is list and isinstance(value, str | int | float | Path):

@@ -200,6 +200,8 @@ def test_list_keeps_brace_patterns_and_tuples_have_a_length():
 
 def test_single_value_in_a_file_counts_as_a_list_of_one(yaml):
     assert load(Config, yaml("train_file: ve.json")).train_file == ["ve.json"]
+    assert read("--train_file", "a.json", "--train_file", "none").train_file == []
+    assert load(Config, yaml("train_file: null")).train_file == []
 
 
 def test_optional_and_path(yaml):

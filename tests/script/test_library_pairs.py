@@ -97,6 +97,7 @@ def test_what_decays_and_what_is_locked(tmp_path):
     assert "network.text_model.head.weight" in decayed and "network.logit_bias" in free
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["siglip", "open_clip"])
 def test_a_run_evaluates_as_it_validated_and_returns_to_its_library(
     digitscenes, tmp_path, kind, monkeypatch

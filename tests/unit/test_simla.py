@@ -48,7 +48,10 @@ def test_losses_are_named_finite_and_reach_every_parameter(albef):
         assert parameter.requires_grad != taught and (parameter.grad is None) == taught, name
 
 
-@BOTH
+@pytest.mark.parametrize(
+    "albef",
+    [pytest.param(False, id="simla", marks=pytest.mark.slow), pytest.param(True, id="albef")],
+)
 def test_compiled_equals_eager(albef):
     model, batch = tiny_model(albef=albef, layers=2, depth=1), tiny_batch(albef=albef)
     fix_negatives(model)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from base.files import write_json
+from base.writing import write_json
 from benchmarks.runner import OURS, PEER, PeerOptions, device_of
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.wordpiece import Tokenizer, pre_caption

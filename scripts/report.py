@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from base.errors import UserError
-from base.files import read_json, read_json_lines, write_text
 from base.pixels import OPENAI, timm_statistics
+from base.reading import read_json, read_json_lines
+from base.writing import write_text
 from dataset.images.albef import TestTransform, resize
 from dataset.images.decode import decode_image, reading
 from dataset.sources.records import Records

@@ -4,9 +4,9 @@ from functools import partial
 
 from torch._guards import detect_fake_mode
 
-from base.files import read_json
 from base.memory import check_fits, parameter_count
 from base.pixels import OPENAI, timm_statistics
+from base.reading import read_json
 from models.fusion.retrieval import RetrievalConfig
 from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.files import did_you_mean, read_json, read_lines
 from base.hub import from_hub
 from base.libraries import hugging_face_config, hugging_face_tokenizer, timm_network
+from base.names import did_you_mean
+from base.reading import read_json, read_lines
 
 HEADS = ("classifier.", "head.", "fc.")  # of classification, in files of weights
 PROMPT = "a photo of a {}."  # for the names of an image tower's classes

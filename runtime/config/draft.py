@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from base.errors import UserError, brief
-from base.files import nearest
+from base.names import nearest
 from runtime.config.old_commands import FLAG_FILES, recipe_of
 from runtime.config.schema import Option, Schema
 from runtime.config.values import show

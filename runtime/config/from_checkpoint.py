@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from base.errors import UserError
-from base.files import read_json
 from base.knobs import knob
 from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
+from base.reading import read_json
 from base.torch_files import load_weights_only
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.plain import to_dict

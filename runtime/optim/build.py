@@ -9,8 +9,8 @@ from torch import nn
 
 from base import distributed
 from base.errors import UserError
-from base.files import did_you_mean
 from base.knobs import knob
+from base.names import did_you_mean
 from runtime.optim.keras import KerasAdamW, KerasSGD
 from runtime.optim.lamb import Lamb
 from runtime.optim.layer_decay import layer_scales

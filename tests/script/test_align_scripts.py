@@ -193,7 +193,10 @@ def test_one_command_scores_neighbours_and_retrieval(digitscenes, tmp_path):
 MISTAKES = {
     "unknown model": ({"model": "ALIGN_B3_MINNI"}, "did you mean ALIGN_B3_MINI"),
     "virtual batch": ({"virtual_batch_size": 3}, "make batch_size a multiple of 3"),
-    "label smoothing": ({"label_smoothing": 1.5}, "label_smoothing 1.5"),
+    "label smoothing": (
+        {"label_smoothing": 1.5},
+        "--label-smoothing: expected a finite number >= 0 and <= 1",
+    ),
     "image size": ({"image_size": 20}, "give 32 or more"),
     "projection of B7": ({"model": "ALIGN_B7_TINY"}, "set embed_dim to 640"),
     "tokenizer": ({"tokenizer": "no/such/vocab.txt"}, "no/such/vocab.txt"),

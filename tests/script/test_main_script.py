@@ -247,7 +247,10 @@ MISTAKES = {
     "labels of another data set": ({"val_dataset": "mnist"}, "mnist"),
     "batch larger than the data": ({"batch_size": 500}, "500"),
     "fp16 on the CPU": ({"precision": "fp16"}, "bf16"),
-    "wrong weights": ({"text_augment": "true", "random_swap_prob": -1}, "weights"),
+    "wrong weights": (
+        {"text_augment": "true", "random_swap_prob": -1},
+        "--random-swap-prob: expected a finite number >= 0",
+    ),
 }
 
 

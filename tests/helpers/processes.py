@@ -83,6 +83,7 @@ def as_new_process(environment: dict) -> None:
     """Forget what the server was started with: the environment, and its way to start processes."""
     os.environ.clear()
     os.environ.update(environment, OMP_NUM_THREADS="1")
+    tempfile.tempdir = None  # found by the server under its own TMPDIR
     torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)
 

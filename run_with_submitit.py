@@ -23,6 +23,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from base.errors import UserError
@@ -74,6 +75,7 @@ def check_spelling(words: list[str], script: str, launcher: list[str]) -> None:
             )
 
 
+@cache
 def script_flags(script: str) -> set[str]:
     """The options that a script's help lists, with dashes."""
     command = [sys.executable, str(find_script(script)), "--help", "all"]

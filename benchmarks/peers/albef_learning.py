@@ -76,8 +76,7 @@ def adjust_data(options: types.SimpleNamespace) -> None:
 
 
 def with_fixed_temperature(create_optimizer: Callable) -> Callable:
-    """`create_optimizer` without the temperature, which at a small network's learning rate would
-    fall to its bound within a hundred updates."""
+    """`create_optimizer` without the temperature, which is fixed on our side, too."""
 
     def create(options, model: torch.nn.Module) -> torch.optim.Optimizer:
         model.temp.requires_grad_(False)

@@ -55,8 +55,7 @@ class LeftOut:
 def refuse_left_out(cached: Path) -> None:
     """UserError where something was left out of the list that a file was made of."""
     if has_left_out(cached):
-        about = read_json(_beside(cached), dict)
-        raise UserError(f"{about['first'][0]}; an evaluation needs every entry of its list")
+        raise UserError(f"{_noted(cached).first[0]}; an evaluation needs every entry of its list")
 
 
 def report_left_out(cached: Path) -> None:
@@ -66,12 +65,12 @@ def report_left_out(cached: Path) -> None:
         return
     _SAID.add(cached)
     try:
-        about = read_json(_beside(cached), dict)
-        listed = "\n  ".join(about["first"])
-        counts = f"{about['count']:,} of {about['total']:,}"
-        text = f"{about['name']}: {counts} entries are unusable and left out:\n  {listed}"
-    except (UserError, KeyError, TypeError, ValueError):  # damaged
-        text = f"{_beside(cached)}: damaged; delete {cached} and it, both are made again"
+        found = _noted(cached)
+        listed = "\n  ".join(found.first)
+        counts = f"{found.count:,} of {found.total:,}"
+        text = f"{found.name}: {counts} entries are unusable and left out:\n  {listed}"
+    except UserError as error:
+        text = str(error)
     print(text, file=sys.stderr, flush=True)
 
 
@@ -81,6 +80,21 @@ def has_left_out(cached: Path) -> bool:
 
 
 _SAID: set[Path] = set()
+
+
+def _noted(cached: Path) -> LeftOut:
+    """What `keep` has noted beside a file. UserError where the note is damaged."""
+    try:
+        about = read_json(_beside(cached), dict)
+        found = LeftOut(about["name"])
+        found.total, found.count = int(about["total"]), int(about["count"])
+        found.first = [str(fault) for fault in about["first"]]
+        if not found.first:
+            raise ValueError("no fault is named")
+    except (UserError, LookupError, TypeError, ValueError):
+        damaged = f"{_beside(cached)}: damaged; delete {cached} and it, both are made again"
+        raise UserError(damaged) from None
+    return found
 
 
 def _beside(cached: Path) -> Path:

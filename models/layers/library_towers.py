@@ -64,8 +64,9 @@ class TimmTower(nn.Module):
                 )
             return
         remedy = f", its file as timm/{self.name}:FILE"
-        options = {**self.options, "pretrained": True, "remedy": remedy}
-        trunk = timm_network(self.name, "image_tower ", **options)
+        trunk = timm_network(
+            self.name, "image_tower ", pretrained=True, remedy=remedy, **self.options
+        )
         self.trunk.load_state_dict(trunk.state_dict())
 
 

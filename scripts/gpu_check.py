@@ -3,65 +3,60 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+PARTS = ("checks", "scripts", "measures")
 
 
-class Report:
-    """Lines of the checks so far."""
-
-    def __init__(self):
-        self.lines: list[str] = []
-        self.failed = 0
-
-    def check(self, title: str, work: Callable[[], float], limit: float) -> None:
-        """work() gives a difference, which must not exceed the limit."""
-        try:
-            value = work()
-            passed = value <= limit
-            text = f"{value:.2g} (limit {limit:g})"
-        except Exception as error:
-            passed, text = False, f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
-        self.failed += not passed
-        self.note(f"{'pass' if passed else 'FAIL'}  {title:<44} {text[:160]}")
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
-        print(line, flush=True)
-
-
-def run_checks(report: Report, names: list[str], device) -> None:
-    """Numbers: every method, sharding, resuming."""
-    from scripts.gpu_checks.checks import check_method, check_resume, check_sharding
-    from scripts.planning.methods import STEPS
-
-    for name in names:
-        check_method(report, name, STEPS[name], device)
-    check_sharding(report, STEPS["ve"], device)
-    check_resume(report, device)
-
-
-def run_measures(report: Report, device, peers: dict[str, Path], python: str | None) -> None:
+def run_measures(report, device, recipes: list[str], plans: dict, options) -> None:
     """Times and memory; sections of docs/BENCHMARKS.md are written on a GPU alone."""
     from scripts.gpu_checks import measures
     from scripts.gpu_checks.peers import run_peers
 
-    measured = measures.measure_recipes(report, device)
+    measured = measures.measure_recipes(report, device, recipes, plans, options)
     lines = measures.fit_constants(report, device, measured)
-    run_peers(report, device, peers, python)
     if device.type == "cuda":
         measures.write_section(device, measured, lines)
+    if not options.no_peers:
+        run_peers(report, device, options.peers, options.peer_python)
+
+
+def run_parts(report, device, names: list[str], recipes: list[str], options) -> None:
+    """What was asked for. Plans of the recipes are made meanwhile, in processes of their own: they
+    need no GPU."""
+    from scripts.gpu_checks import checks, measures, whole_runs
+    from scripts.gpu_checks.workers import workers
+
+    parts = PARTS if options.part == "all" else options.part.split(",")
+    with workers(options.jobs) as pool:
+        plans = measures.start_plans(pool, device, recipes) if "measures" in parts else {}
+        if "checks" in parts:
+            checks.check_methods(report, pool, names, device)
+            checks.check_sharding(report, device)
+            checks.check_resume(report, device)
+        if "scripts" in parts:
+            whole_runs.check_scripts(report, device, options.jobs, options.out.parent / "runs")
+        if "measures" in parts:
+            run_measures(report, device, recipes, plans, options)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="without a GPU")
     parser.add_argument("--only", help="methods, joined by commas")
-    parser.add_argument("--part", choices=("all", "checks", "measures"), default="all")
-    parser.add_argument("--out", type=Path, default=ROOT / "output/gpu_check.md")
+    parser.add_argument("--recipes", help="recipes to measure, joined by commas")
+    parser.add_argument(
+        "--part", default="all", help=f"all, or some of {', '.join(PARTS)}, joined by commas"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, min(8, (os.cpu_count() or 1) // 2)),
+        help="processes that check at once (%(default)s); measures run one at a time",
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "output/gpu_check/report.md")
     parser.add_argument(
         "--peer",
         action="append",
@@ -71,40 +66,48 @@ def arguments() -> argparse.Namespace:
         "coyo-align, coyo-vit or nxtp; may be given several times",
     )
     parser.add_argument("--peer-python", help="interpreter with TensorFlow, for the two of COYO")
+    parser.add_argument("--no-peers", action="store_true", help="measure ours alone")
     return parser.parse_args()
+
+
+def chosen(flag: str, given: str | None, known) -> list[str]:
+    """The names that an option lists, or all. Raises UserError for an unknown one."""
+    from base.errors import UserError
+
+    names = given.split(",") if given else list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{flag} {unknown[0]}: known are {', '.join(known)}")
+    return names
 
 
 def main() -> int:
     options = arguments()
     from base.errors import UserError
     from scripts.gpu_checks.peers import parse_peers
+    from scripts.gpu_checks.report import Report
 
-    try:
-        peers = parse_peers(options.peer, options.peer_python)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     os.chdir(ROOT)
     import torch
 
+    from scripts.gpu_checks.measures import recipes_for
     from scripts.planning.methods import STEPS
 
-    if not options.cpu and not torch.cuda.is_available():
-        print("error: no GPU is visible; --cpu runs the checks that need none", file=sys.stderr)
-        return 2
-    names = options.only.split(",") if options.only else list(STEPS)
-    if unknown := [name for name in names if name not in STEPS]:
-        print(f"error: --only {unknown[0]}: the methods are {', '.join(STEPS)}", file=sys.stderr)
-        return 2
     device = torch.device("cpu") if options.cpu else torch.device("cuda", 0)
-    report = Report()
-    report.note(f"torch {torch.__version__} on {device}")
-    if options.part != "measures":
-        run_checks(report, names, device)
-    if options.part != "checks":
-        run_measures(report, device, peers, options.peer_python)
+    try:
+        options.peers = parse_peers(options.peer, options.peer_python)
+        chosen("--part", None if options.part == "all" else options.part, PARTS)
+        names = chosen("--only", options.only, STEPS)
+        recipes = chosen("--recipes", options.recipes, recipes_for(device))
+        if not options.cpu and not torch.cuda.is_available():
+            raise UserError("no GPU is visible; --cpu runs the checks that need none")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.out = options.out.absolute()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text("# GPU check\n\n```\n" + "\n".join(report.lines) + "\n```\n")
+    report = Report(options.out)
+    report.note(f"torch {torch.__version__} on {device}, {options.jobs} checks at once")
+    run_parts(report, device, names, recipes, options)
     print(f"{report.failed} failed; {options.out}")
     return 1 if report.failed else 0
 

@@ -4,17 +4,17 @@
 # and open_clip. The checks and the measures take less than ten minutes each.
 #
 #   bash scripts/gpu_check.sh                  # on the GPU
-#   bash scripts/gpu_check.sh --part checks    # numbers alone; or measures: times and memory alone
+#   bash scripts/gpu_check.sh --part checks    # numbers alone; or scripts: whole runs; or measures: times and memory
 #   bash scripts/gpu_check.sh --cpu            # the same without a GPU, as far as it applies
-#   bash scripts/gpu_check.sh --only clip,ve   # some methods
+#   bash scripts/gpu_check.sh --only clip,ve --recipes SIMLA       # some methods, some recipes
 #   bash scripts/gpu_check.sh --peer simla=PATH --peer nxtp=PATH   # also the originals' steps, from their checkouts
 #
-# Needs torch, timm and transformers. Packages that the machine lacks travel as wheels: where there is a network, for
-# the same Python version,
-#   pip download --only-binary :all: --no-deps --dest wheels ruamel.yaml open_clip_torch ftfy wcwidth \
-#       scikit-learn scipy joblib threadpoolctl pillow google-crc32c
-# and wheels/ in the root of the repository is unpacked into output/wheels. Writes output/gpu_check.md and, on a
-# GPU, sections of docs/BENCHMARKS.md; exits with 1 if a check fails.
+# Needs torch, torchvision, timm, transformers, scikit-learn, tensorboard and tqdm. Packages that the machine lacks
+# travel as wheels: where there is a network, for the same Python version,
+#   pip download --only-binary :all: --no-deps --dest wheels ruamel.yaml open_clip_torch ftfy wcwidth nltk textblob \
+#       textaugment submitit google-crc32c
+# and wheels/ in the root of the repository is unpacked into output/wheels. Writes output/gpu_check/report.md, tables of
+# where the time goes beside it, and on a GPU sections of docs/BENCHMARKS.md; exits with 1 if a check fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -d wheels ] && [ ! -d output/wheels ]; then

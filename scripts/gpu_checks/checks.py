@@ -6,16 +6,34 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import Executor, as_completed
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from scripts.gpu_checks.report import Report
 from scripts.gpu_checks.runs import Run, difference, first_losses, without_randomness
+from scripts.planning.methods import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {"fp32": 2e-3, "bf16": 6e-2, "fp16": 2e-2}  # relative, of losses and gradient norms
 COMPILED = ("simla", "ve", "nxtp", "cl2l", "align", "vit")  # compiling all takes a quarter hour
+
+
+def check_methods(report, pool: Executor, names: Sequence[str], device: torch.device) -> None:
+    """Every method in a process of the pool; those that compile, which take longest, first."""
+    order = sorted(names, key=lambda name: name not in COMPILED)
+    for done in as_completed([pool.submit(method_report, name, device) for name in order]):
+        report.take(done.result())
+
+
+def method_report(name: str, device: torch.device) -> Report:
+    """The checks of one method."""
+    report = Report()
+    check_method(report, name, STEPS[name], device)
+    return report
 
 
 def check_method(report, name: str, command: str, device: torch.device) -> None:
@@ -79,8 +97,9 @@ def steps_without_update(command: str, device: torch.device, most: int = 20) -> 
     return most
 
 
-def check_sharding(report, command: str, device: torch.device) -> None:
+def check_sharding(report, device: torch.device) -> None:
     """FSDP2 in a group of one process, as plain."""
+    command = STEPS["ve"]
 
     def sharded() -> float:
         with without_randomness():

@@ -1,8 +1,12 @@
 """Step time, memory and MFU of whole recipes beside plan.py's figures, and plan.py's constants."""
 
+import gc
+import itertools
+import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +14,9 @@ import torch
 
 from runtime.gpus import GPUS, Gpu, gpu_by_device_name
 from runtime.simulate import bounds as b
-from scripts.gpu_checks.runs import Run
+from scripts.gpu_checks.report import Report
+from scripts.gpu_checks.runs import Run, random_batches
+from scripts.gpu_checks.workers import workers
 from scripts.planning.simulate import load_script, read_config, simulate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,27 +72,94 @@ def card_of(device: torch.device) -> Gpu:
     return gpu_by_device_name(name) or GPUS["h100"]
 
 
-def measure(name: str, command: str, device: torch.device, steps: int) -> list[Measured]:
-    """A recipe in bf16, eager and (on a GPU) compiled."""
+@dataclass(frozen=True)
+class Plan:
+    """What plan.py says of a recipe on a card: seconds a step at the least, bytes at the peak."""
+
+    eager: float
+    compiled: float
+    peak: int
+    flops: float
+
+
+def recipes_for(device: torch.device) -> dict[str, str]:
+    """The full-size recipes, on a CPU small ones."""
+    return FULL_SIZE if device.type == "cuda" else SMALL
+
+
+def start_plans(pool: Executor, device: torch.device, names: Sequence[str]) -> dict[str, Future]:
+    """Plan the recipes in processes of the pool."""
+    gpu, recipes = card_of(device), recipes_for(device)
+    return {name: pool.submit(plan, recipes[name], gpu) for name in names}
+
+
+def plan(command: str, gpu: Gpu) -> Plan:
+    """A recipe on one card, in bf16."""
     script, *argv = command.split()
     module = load_script(script)
     trace = simulate(module, read_config(module, argv)).trace
-    gpu = card_of(device)
     bound = b.bounds(trace, gpu, "bf16", 1, 50e9)
-    found = []
-    for mode in ("eager", "compiled")[: 2 if device.type == "cuda" else 1]:
-        run = Run(command, device, "bf16", compile=mode == "compiled")
-        for _ in range(3):
-            run.step()
+    return Plan(bound.eager, bound.compiled, trace.peak, trace.flops)
+
+
+def measure(
+    name: str, command: str, mode: str, device: torch.device, plan: Plan, turn: Path, after: Path
+) -> tuple[Report, list[Measured]]:
+    """A recipe in bf16, eager or compiled; beside `turn`, where its time goes on a GPU.
+
+    The network is drawn while others have the GPU; it is ours once the file `after` is there, and
+    `turn` gives it to the next.
+    """
+    report, found = Report(), []
+
+    def work() -> float:
+        run = Run(command, device, "bf16", move=False)
+        while not after.exists():
+            time.sleep(0.05)
+        run.move()
+        measured = measure_steps(name, mode, run, device, plan)
+        found.append(measured)
+        report.note(measured.row())
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = timed(run.step, device, steps)
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        least = bound.compiled if mode == "compiled" else bound.eager
-        mfu = trace.flops / seconds / gpu.half
-        found.append(Measured(name, mode, seconds, least, peak, trace.peak, mfu))
-        del run
-    return found
+            write_profile(run, turn.with_name(f"{Path(command).stem}.{mode}.txt"))
+        return 0.0
+
+    try:
+        with random_batches():
+            report.attempt(f"{name}, {mode}", work)
+        gc.collect()
+        torch.cuda.empty_cache()
+    finally:
+        turn.touch()
+    return report, found
+
+
+def measure_steps(name: str, mode: str, run: Run, device: torch.device, plan: Plan) -> Measured:
+    """Steps after the first ones: on a GPU ten, else two."""
+    on_gpu = device.type == "cuda"
+    if mode == "compiled":
+        run.model.compile()
+    for _ in range(3):
+        run.step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = timed(run.step, device, 10 if on_gpu else 2)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    least = plan.compiled if mode == "compiled" else plan.eager
+    mfu = plan.flops / seconds / card_of(device).half
+    return Measured(name, mode, seconds, least, peak, plan.peak, mfu)
+
+
+def write_profile(run: Run, path: Path) -> None:
+    """The kernels and operations that take most of a step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        run.step()
+        torch.cuda.synchronize()
+    averages = found.key_averages()
+    table = averages.table(sort_by="self_cuda_time_total", row_limit=50, max_name_column_width=90)
+    path.write_text(table)
 
 
 def timed(work: Callable, device: torch.device, times: int) -> float:
@@ -101,17 +174,30 @@ def timed(work: Callable, device: torch.device, times: int) -> float:
     return (time.perf_counter() - started) / times
 
 
-def measure_recipes(report, device: torch.device) -> list[Measured]:
-    """Every recipe of the list; memory must be what plan.py predicts."""
-    recipes, steps = (FULL_SIZE, 10) if device.type == "cuda" else (SMALL, 2)
+def measure_recipes(
+    report, device: torch.device, names: Sequence[str], plans: dict[str, Future], options
+) -> list[Measured]:
+    """Every recipe, first eager, then compiled; memory must be what plan.py predicts."""
     found: list[Measured] = []
     if device.type != "cuda":
         report.note("bounds and constants below are an H100's: a CPU shows that the measures run")
     report.note(HEAD)
-    for name, command in recipes.items():
-        for measured in measure(name, command, device, steps):
-            report.note(measured.row())
-            found.append(measured)
+    modes = ("eager", "compiled") if device.type == "cuda" else ("eager",)
+    turns = options.out.parent / "turns"
+    shutil.rmtree(turns, ignore_errors=True)
+    turns.mkdir()
+    after = turns
+    with workers(options.jobs) as pool:
+        work = []
+        for mode, name in itertools.product(modes, names):
+            command, turn = recipes_for(device)[name], turns / f"{name.replace('/', '-')}.{mode}"
+            plan = plans[name].result()
+            work.append(pool.submit(measure, name, command, mode, device, plan, turn, after))
+            after = turn
+        for done in as_completed(work):
+            lines, measured = done.result()
+            report.take(lines)
+            found += measured
     for m in found:
         if m.peak and m.mode == "eager":
             error = abs(m.peak / m.planned_peak - 1)

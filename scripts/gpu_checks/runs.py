@@ -1,6 +1,7 @@
 """A method's step on a device, without what differs between devices, and differences of its figures."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from unittest import mock
 
@@ -39,24 +40,55 @@ def without_randomness() -> Iterator[None]:
         yield
 
 
-class Run:
-    """A method's model, optimizer and step on a device."""
+@contextlib.contextmanager
+def random_batches() -> Iterator[None]:
+    """Noise for images and many tokens, made once: products of zeros are faster than real ones, and
+    gradients of a table's one row slower."""
+    generator = torch.Generator().manual_seed(1)
 
-    def __init__(self, command: str, device, precision: str, **features):
+    def pinned(high: int, kind: torch.dtype):
+        made = functools.cache(
+            lambda *shape: torch.randint(high, shape, generator=generator, dtype=kind)
+        )
+        if not torch.cuda.is_available():
+            return made
+        return functools.cache(lambda *shape: made(*shape).pin_memory())
+
+    with (
+        mock.patch.object(steps, "pixels", pinned(256, torch.uint8)),
+        mock.patch.object(steps, "ids", pinned(32, torch.int64)),
+    ):
+        yield
+
+
+class Run:
+    """A method's model, optimizer and step on a device.
+
+    move: False leaves the network where it was drawn, until `move()`.
+    """
+
+    def __init__(self, command: str, device, precision: str, move: bool = True, **features):
         name, *argv = command.split()
         script = load_script(name)
+        self.device, self.features = device, features
         self.config = read_plain(script, argv)
         self.config.precision = precision
         if features.get("compile"):  # or the shapes of the method before make this one's dynamic
             torch._dynamo.reset()
         torch.manual_seed(0)
         self.setup = steps.setup_of(script, self.config)
+        if move:
+            self.move()
+
+    def move(self) -> None:
+        """Networks to the device, wrapped; the optimizer over them."""
         for network in self.setup.frozen:
-            network.to(device)
-        world = World(0, 1, 0, device)
-        self.model = parallelize(self.setup.model, world, Features(**features)).train()
-        self.optimizer = build_optimizer(self.model, self.config.optimizer, self.setup.decayed)
-        self.precision = Precision(precision, device, self.config.optimizer.clip_grad_norm)
+            network.to(self.device)
+        world, config = World(0, 1, 0, self.device), self.config
+        self.model = parallelize(self.setup.model, world, Features(**self.features)).train()
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.setup.decayed)
+        clip = config.optimizer.clip_grad_norm
+        self.precision = Precision(config.precision, self.device, clip)
 
     def step(self) -> dict:
         return self.setup.step(self.model, self.optimizer, self.precision)

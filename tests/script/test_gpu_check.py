@@ -1,6 +1,7 @@
 """scripts/gpu_check.sh runs through without a GPU, and a wrong result fails it."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 
 from base.errors import UserError
 from runtime.config.cli import parse
-from scripts.gpu_checks import peers
+from scripts.gpu_checks import peers, whole_runs
+from scripts.gpu_checks.report import Report
 from scripts.gpu_checks.runs import difference
+from tests.helpers.classification_runs import flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,21 +91,44 @@ def test_peers_that_cannot_be(entry, sentence):
         peers.parse_peers([entry], None)
 
 
-def test_a_difference_fails():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import gpu_check
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    report = gpu_check.Report()
+def test_a_difference_fails(tmp_path):
+    report = Report(tmp_path / "report.md")
     report.check("equal", lambda: difference({"loss": 1.0}, {"loss": 1.0}), 1e-3)
     assert report.failed == 0
     report.check("other", lambda: difference({"loss": 1.1}, {"loss": 1.0}), 1e-3)
-    report.check("raises", lambda: 1 / 0, 1e-3)
+    elsewhere = Report()  # of another process
+    elsewhere.check("raises", lambda: 1 / 0, 1e-3)
+    report.take(elsewhere)
     assert report.failed == 2
+    assert [line.split()[0] for line in report.lines] == ["pass", "FAIL", "FAIL"]
+    assert "ZeroDivisionError" in (tmp_path / "report.errors.txt").read_text()
 
 
-def test_an_unknown_method_is_refused():
-    command = [sys.executable, "scripts/gpu_check.py", "--cpu", "--only", "vitt"]
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (("--only", "vitt"), "--only vitt: known are simla"),
+        (("--part", "checks,all"), "--part all: known are checks, scripts, measures"),
+        (("--recipes", "BERT"), "--recipes BERT: known are CL2L, debug"),
+    ],
+)
+def test_unknown_names_are_refused(words, sentence):
+    command = [sys.executable, "scripts/gpu_check.py", "--cpu", *words]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 2 and "--only vitt: the methods are simla" in result.stderr
+    assert result.returncode == 2 and sentence in result.stderr
+
+
+@pytest.mark.slow
+def test_a_whole_run_by_command(digitscenes, tmp_path):
+    """A script trains to step 4 and resumes to its end."""
+    words = " ".join(flags(digitscenes, tmp_path / "unused"))
+    assert whole_runs.train_and_resume(f"Classification.py {words}", tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("losses", [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0, 5.0, float("nan")]])
+def test_a_run_that_is_not_whole_is_found_out(losses, tmp_path, monkeypatch):
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(whole_runs, "run_to_end", lambda command: 0.0)
+    with pytest.raises(RuntimeError, match="losses by step"):
+        whole_runs.train_and_resume("Classification.py", tmp_path)

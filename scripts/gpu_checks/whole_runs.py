@@ -1,0 +1,105 @@
+"""Whole runs of every script on a device, by command: small recipes on DigitScenes."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "data/digitscenes"
+SECONDS = 400  # for one command; compiled code takes a minute or two
+SHARDED = "--parallel fsdp --checkpoint_format sharded --async_save true"
+TRAINING = {  # folder of the run: script and options
+    "pretrain": "Pretrain.py --config configs/Pretrain/debug.yaml",
+    "pretrain_fsdp": f"Pretrain.py --config configs/Pretrain/debug.yaml {SHARDED}",
+    "pretrain_compiled": "Pretrain.py --config configs/Pretrain/debug.yaml --compile true",
+    "retrieval": "Retrieval.py --config configs/Retrieval/debug.yaml",
+    "vqa": "VQA.py --config configs/VQA/debug.yaml",
+    "ve": "VE.py --config configs/VE/debug.yaml --activation_checkpointing true",
+    "nlvr": "NLVR.py --config configs/NLVR/debug.yaml",
+    "text_assignment": "NLVR.py --config configs/NLVR/debug_assignment.yaml",
+    "grounding": "Grounding.py --config configs/Grounding/debug.yaml",
+    "cl2l": "main.py --config configs/main/debug.yaml",
+    "cl2l_compiled": "main.py --config configs/main/debug.yaml --compile true",
+    "barlip": "main.py --config configs/main/debug.yaml --model CL2L_VITT8_BARLIP",
+    "align": "main.py --config configs/main/debug_align.yaml",
+    "clip_muon": "main.py --config configs/main/debug.yaml --model CLIP_VITT8_CLIP --opt muon",
+    "vit": "Classification.py --config configs/Classification/debug.yaml --deterministic true",
+    "vit_fsdp": f"Classification.py --config configs/Classification/debug.yaml {SHARDED} "
+    "--offload true --profile 2",
+    "nxtp": "Recognition.py --config configs/Recognition/debug.yaml",
+    "nxtp_fsdp": f"Recognition.py --config configs/Recognition/debug.yaml {SHARDED}",
+}
+EVALUATIONS = {  # of a run above
+    "zeroshot": "eval_zeroshot.py --config configs/eval_zeroshot/debug.yaml --checkpoint {runs}/cl2l "
+    "--output_dir {out}",
+    "knn": "eval_knn.py --config configs/eval_knn/debug.yaml --checkpoint {runs}/vit "
+    "--output_dir {out}",
+    "embeddings": "scripts/embed.py --checkpoint {runs}/cl2l --out {out} --workers 0 "
+    f"--data {DATA}/pretrain_test.json --root {DATA}",
+}
+
+
+def check_scripts(report, device: torch.device, jobs: int, folder: Path) -> None:
+    """Every script trains, saves, resumes and evaluates; each command in a process of its own."""
+    build_data()
+    shutil.rmtree(folder, ignore_errors=True)
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    words = f"--device {device.type} --precision {precision}"
+    with ThreadPoolExecutor(jobs) as pool:
+        trained = {
+            pool.submit(train_and_resume, f"{command} {words}", folder / name): name
+            for name, command in TRAINING.items()
+        }
+        _note(report, trained)
+        evaluated = {
+            pool.submit(
+                run_to_end, command.format(runs=folder, out=folder / name) + f" {words}"
+            ): name
+            for name, command in EVALUATIONS.items()
+        }
+        _note(report, evaluated)
+
+
+def _note(report, futures: dict) -> None:
+    """A check for each command, as they end."""
+    for done in as_completed(futures):
+        report.check(f"{futures[done]}: whole run", done.result, 0.0)
+
+
+def build_data() -> None:
+    """DigitScenes, if they are not there."""
+    from dataset.digitscenes.build import Request, build
+
+    if not DATA.exists():
+        build(DATA, Request(train=6000, val=300, test=300, size=64, seed=0), say=lambda *_: None)
+
+
+def train_and_resume(command: str, folder: Path) -> float:
+    """The run to step 4, then to its end from the checkpoint; raises RuntimeError where a loss is
+    not finite or a step is missing."""
+    command += f" --output_dir {folder}"
+    run_to_end(f"{command} --max_steps 4")
+    run_to_end(command)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    if not losses or max(losses) < 5 or not all(map(math.isfinite, losses.values())):
+        raise RuntimeError(f"losses by step: {losses}")
+    return 0.0
+
+
+def run_to_end(command: str) -> float:
+    """A command under torchrun. Raises RuntimeError with the end of its output where it fails."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    words = [*launcher, *command.split()]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode:
+        raise RuntimeError(
+            f"{command}: exit {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}"
+        )
+    return 0.0

@@ -4,6 +4,7 @@
 #     bash scripts/photos.sh                       one split, one page: output/photos/report.html
 #     bash scripts/photos.sh --folds               five splits of the subjects, mean and std
 #     bash scripts/photos.sh --names               objects by name, too: SmolLM2 (93 MB more) and Recognition.py
+#     bash scripts/photos.sh --fusion              ALBEF's form from the same towers, with heat maps of words: Pretrain.py, Retrieval.py
 #     LANGUAGES="en de fr" bash scripts/photos.sh  captions in several languages
 #
 # environment -> weights of two towers -> captioned images -> projections trained between the locked towers (LiT) -> zero-shot
@@ -13,12 +14,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=data/photos out=output/photos
 languages=${LANGUAGES:-en} processes=${PROCESSES:-2}
-folds=0 names=
+folds=0 names= fusion=
 for option in "$@"; do
     case $option in
         --folds) folds="0 1 2 3 4" ;;
         --names) names=1 ;;
-        *) echo "photos.sh: $option is unknown; use --folds, --names" >&2; exit 2 ;;
+        --fusion) fusion=1 ;;
+        *) echo "photos.sh: $option is unknown; use --folds, --names, --fusion" >&2; exit 2 ;;
     esac
 done
 launch="torchrun --standalone --nproc_per_node=$processes"
@@ -58,7 +60,7 @@ for fold in $folds; do
     say "5/6 held-out subjects: captions, classes by name, neighbours"
     $launch eval_zeroshot.py --config configs/eval_zeroshot/photos.yaml --checkpoint "$run/main" --output-dir "$run/zeroshot" \
         --catalog "$stamps/dataset_catalog.json" --labels "$stamps/labels.json" --templates "$stamps/templates.json"
-    $launch eval_knn.py --config configs/eval_knn/photos.yaml --checkpoint "$run/main" --output-dir "$run/knn" \
+    $launch eval_knn.py --config configs/eval_knn/photos.yaml --output-dir "$run/knn" \
         --train-data "$stamps/classes/train" --val-data "$stamps/classes/test"
 done
 
@@ -70,6 +72,17 @@ if [ -n "$names" ]; then
         --batch_size $((16 / processes)) "${lists[@]}" --output_dir "$first/recognition"
     $launch Recognition.py --config configs/Recognition/photos_random.yaml \
         --batch_size $((16 / processes)) "${lists[@]}" --output_dir "$first/recognition_random"
+fi
+
+if [ -n "$fusion" ]; then
+    say "fusion: the locked image tower and MiniLM's layers, by similarity and re-ranked by matching"
+    $launch Pretrain.py --config configs/Pretrain/photos.yaml --batch_size $((16 / processes)) \
+        --train_file "$stamps/pairs_train.json" --image_root "$stamps" --output_dir "$first/fusion"
+    test=(--checkpoint "$first/fusion" --test_file "$stamps/pairs_test.json" --image_root "$stamps")
+    $launch Retrieval.py --config configs/Retrieval/photos.yaml --evaluate "${test[@]}" \
+        --no-rerank --output_dir "$first/fusion_similarity"
+    $launch Retrieval.py --config configs/Retrieval/photos.yaml --evaluate "${test[@]}" \
+        --output_dir "$first/fusion_retrieval"
 fi
 
 say "6/6 page"

@@ -7,7 +7,9 @@ languages, licences.
 A folder of `runs` holds what photos.sh puts there: main (log.jsonl), zeroshot and knn
 (result/metrics.json) and embeddings (of scripts/embed.py, for the images of pairs_test.json). The
 gallery is that of the first; of several, mean and std of every score are given, too. Where the first
-has recognition and recognition_random (of Recognition.py), their labels are in the page as well.
+has recognition and recognition_random (of Recognition.py), their labels are in the page as well, and
+so are the scores and heat maps of a fusion model where it has fusion_similarity and fusion_retrieval
+(of Retrieval.py).
 """
 
 import statistics
@@ -23,13 +25,17 @@ from base.distributed import World
 from base.errors import UserError
 from base.reading import read_json, read_json_lines
 from base.writing import write_json, write_text
+from dataset.images.albef import TestTransform
 from dataset.sources.records import Records
+from dataset.tasks.retrieval import RetrievalSet
+from dataset.text.wordpiece import Tokenizer
 from evaluation.report.examples import gallery
-from evaluation.report.page import card, line_chart, page, score_table, table
+from evaluation.report.page import card, line_chart, page, recall_table, score_table, table
 from evaluation.report.recognition import label_case
-from evaluation.report.retrieval import retrieval_gallery
-from evaluation.retrieval import nearest
+from evaluation.report.retrieval import load_rankings, retrieval_gallery
+from evaluation.retrieval import chance, nearest
 from runtime.config.cli import knob, run_script
+from scripts import report as fusion_report
 
 RECALLS = {
     f"{way}_r{at}": f"{name} R@{at}"
@@ -37,7 +43,11 @@ RECALLS = {
     for at in (1, 5, 10)
 }
 CLASSES = "zero-shot top 1 of 8 classes"
-NEIGHBOURS = {"knn1": "1-NN of 8 classes", "knn5_weighted": "5-NN of 8 classes, weighted"}
+NEIGHBOURS = {
+    "knn1": "1-NN of 8 classes",
+    "knn5_weighted": "5-NN of 8 classes, weighted",
+    "knn10_weighted": "10-NN of 8 classes, weighted",
+}
 SHOWN = 10  # hits of a query
 NAMED = (1, 5, 10)  # labels of an image among which its noun is looked for
 DECODERS = {
@@ -109,11 +119,11 @@ def naming(run: Path, data: Path, cases: int) -> list:
             continue
         rows = read_json(result / "labels_test.json", list)
         metrics = read_json(result / "metrics.json", dict)["test"]
-        scores = [(name, value, chance) for name, (value, chance) in noun_recall(rows).items()]
+        scores = [(name, value, guess) for name, (value, guess) in noun_recall(rows).items()]
         for name in ("recall", "precision", "f1"):
             if name in metrics:
-                chance = 100 * metrics["chance"] if name == "f1" else None
-                scores.append((f"{name} by meaning", 100 * metrics[name], chance))
+                guess = 100 * metrics["chance"] if name == "f1" else None
+                scores.append((f"{name} by meaning", 100 * metrics[name], guess))
         shown = score_table([f"{len(rows)} held-out images", "%", "chance"], scores, None)
         intro = "Chance: the noun among another image's labels; by meaning, the commonest labels."
         sections.append(card(f"Objects by name: {decoder}", shown, intro=intro))
@@ -133,6 +143,32 @@ def named_images(rows: list[dict], data: Path, cases: int):
 
     intro = "The ten likeliest labels each. Green: what the image shows."
     return gallery("Named", torch.tensor(right), example, cases, intro)
+
+
+def fused(run: Path, cases: int) -> list:
+    """Cards of a fusion model: retrieval by similarity and re-ranked by matching, and where the
+    words of captions that found their image look."""
+    folder = run / "fusion_retrieval"
+    if not (folder / "result/metrics.json").is_file():
+        return []
+    metrics, saved = fusion_report.read_result(folder)
+    by_similarity, _ = fusion_report.read_result(run / "fusion_similarity")
+    view = TestTransform(saved["image_res"])
+    records = Records(saved["test_file"])
+    data = RetrievalSet(records, Path(saved["image_root"]), view, saved["max_words"])
+    rows = {
+        "by similarity": by_similarity["test"],
+        f"the best {metrics['k_test']} re-ranked by matching": metrics["test"],
+        "chance": chance(torch.tensor(data.txt2img), len(data)),
+    }
+    intro = "Trained on the pairs from the same locked image tower and the same text tower."
+    scores = card("A fusion model of ALBEF's form", recall_table(rows, None), intro=intro)
+    tokenizer = Tokenizer(saved["text_encoder"])
+    model = fusion_report.load_model(saved, metrics["checkpoint"], tokenizer)
+    _, by_text = load_rankings(folder / "result/ranking_test.safetensors")
+    shown = fusion_report.Config(images=cases)
+    maps = fusion_report.attention_section(model, tokenizer, data, by_text, shown)
+    return [scores, maps]
 
 
 def found_captions(run: Path, data: Path, cases: int):
@@ -203,9 +239,9 @@ def main(config: Config) -> None:
         "published and locked; the projections alone were trained."
     )
     rows = []
-    for name, (score, chance) in folds[0].items():
+    for name, (score, by_chance) in folds[0].items():
         if ": " not in name:
-            rows.append((name, score, chance))
+            rows.append((name, score, by_chance))
     head = ["held-out images", "%", "chance"]
     sections = [card("Scores", score_table(head, rows, None), intro=intro)]
     if len(folds) > 1:
@@ -219,6 +255,7 @@ def main(config: Config) -> None:
     if by_language := language_table(total, len(folds)):
         sections.append(by_language)
     sections.append(found_captions(config.runs[0], config.data, config.cases))
+    sections += fused(config.runs[0], config.cases)
     sections += naming(config.runs[0], config.data, config.cases)
     sections.append(curves(config.runs[0]))
     sections.append(card("Licences", table(["what", "from", "licence"], LICENCES)))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import eval_knn
 import eval_zeroshot
 import main as training
 from runtime.config.cli import parse
@@ -55,6 +56,13 @@ def test_published_towers_find_captions_of_real_images(packages, tmp_path, monke
     flags += ["--catalog", data / "dataset_catalog.json", "--labels", data / "labels.json"]
     flags += ["--templates", data / "templates.json", "--output-dir", tmp_path, "--workers", 0]
     run(eval_zeroshot, flags)
+    flags = ["--config", "configs/eval_knn/photos.yaml", "--workers", 0]
+    flags += ["--checkpoint", tmp_path / "towers/lite0.safetensors"]
+    flags += ["--output-dir", tmp_path / "knn"]
+    flags += ["--train-data", data / "classes/train", "--val-data", data / "classes/test"]
+    run(eval_knn, flags)
+    neighbours = json.loads((tmp_path / "knn/result/metrics.json").read_text())
+    assert neighbours["knn1"] > 80 and neighbours["knn10_weighted"] > 80  # chance 47.4
     found = json.loads((tmp_path / "result/metrics.json").read_text())["results"]
     captions, classes = found["captions"], found["stamps"]
     assert captions["images"] == 78
@@ -83,7 +91,7 @@ def dry_run(folder, *options, **variables):
 
 
 def test_folds_names_and_languages_reach_the_steps(tmp_path):
-    done, calls = dry_run(tmp_path, "--folds", "--names", LANGUAGES="en de")
+    done, calls = dry_run(tmp_path, "--folds", "--names", "--fusion", LANGUAGES="en de")
     assert done.returncode == 0, done.stderr
     assert calls.count(" main.py ") == calls.count(" eval_knn.py ") == 5
     for fold in range(5):
@@ -94,8 +102,19 @@ def test_folds_names_and_languages_reach_the_steps(tmp_path):
         calls.count(" Recognition.py ") == 2
         and "get_towers.py data/photos/towers --decoder" in calls
     )
+    assert "Pretrain.py --config configs/Pretrain/photos.yaml --batch_size 8 --train_file" in calls
+    tested = [call for call in calls.splitlines() if " Retrieval.py " in call]
+    assert all("--checkpoint output/photos/en-de-0/fusion " in call for call in tested)
+    assert tested[0].endswith("--no-rerank --output_dir output/photos/en-de-0/fusion_similarity")
+    assert tested[1].endswith("en-de-0 --output_dir output/photos/en-de-0/fusion_retrieval")
     done, calls = dry_run(tmp_path)
     assert done.returncode == 0 and calls.count(" main.py ") == 1
-    assert "Recognition" not in calls and "pip" not in calls and "--decoder" not in calls
+    assert (
+        "Pretrain" not in calls
+        and "Retrieval" not in calls
+        and "Recognition" not in calls
+        and "pip" not in calls
+        and "--decoder" not in calls
+    )
     done, calls = dry_run(tmp_path, "--fold")
-    assert done.returncode == 2 and calls == "" and "use --folds, --names" in done.stderr
+    assert done.returncode == 2 and calls == "" and "use --folds, --names, --fusion" in done.stderr

@@ -17,6 +17,7 @@ import Retrieval
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from runtime.config.cli import parse
+from scripts import photos_report
 from tests.helpers.pretraining import ROOT, arguments, finish, losses
 
 
@@ -162,7 +163,8 @@ def test_starting_from_a_hybrid_transformer_of_classification(
 
 
 def test_a_locked_tower_of_timm_before_the_patches(digitscenes, tmp_path):
-    """The tower stays as published in student and teacher, the rest learns; retrieval opens it."""
+    """The tower stays as published in student and teacher, the rest learns; retrieval opens it, and
+    the page of the photographs shows its scores and heat maps."""
     import timm
     from safetensors.torch import load_file, save_file
 
@@ -170,7 +172,9 @@ def test_a_locked_tower_of_timm_before_the_patches(digitscenes, tmp_path):
     save_file(published, tmp_path / "tower.safetensors")
     bert = json.loads((ROOT / "configs/bert_debug.json").read_text())
     del bert["add_cross_attention"]
-    (tmp_path / "bert.json").write_text(json.dumps(bert | {"fusion_layer": 1}))
+    (tmp_path / "bert.json").write_text(
+        json.dumps(bert | {"fusion_layer": 1, "num_hidden_layers": 3})
+    )
     changes = {
         "method": "albef",
         "bert_config": tmp_path / "bert.json",
@@ -188,12 +192,18 @@ def test_a_locked_tower_of_timm_before_the_patches(digitscenes, tmp_path):
                 found = trained[f"{tower}.patch_embed.backbone.trunk.{name}"]
                 torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-9, msg=name)
     (tmp_path / "tower.safetensors").unlink()  # the run has its weights
-    flags = ["--checkpoint", tmp_path / "run", "--output_dir", tmp_path / "found", "--evaluate"]
+    flags = ["--checkpoint", tmp_path / "run", "--evaluate", "--workers", 0, "--k_test", 4]
     flags += ["--image_root", digitscenes, "--test_file", digitscenes / "retrieval_test.json"]
-    flags += ["--workers", 0, "--k_test", 4, "--device", "cpu"]
-    Retrieval.main(parse(Retrieval.Config, [str(flag) for flag in flags]))
-    scores = json.loads((tmp_path / "found/result/metrics.json").read_text())
-    assert scores["test"]["r_mean"] > 0
+    for kind in ("similarity", "retrieval"):
+        order = ["--device", "cpu", "--output_dir", tmp_path / f"fusion_{kind}"]
+        order += ["--no-rerank"] * (kind == "similarity")
+        Retrieval.main(parse(Retrieval.Config, [str(flag) for flag in flags + order]))
+    scores = json.loads((tmp_path / "fusion_retrieval/result/metrics.json").read_text())
+    assert scores["test"]["r_mean"] > 0 and scores["k_test"] == 4
+    shown = "".join(photos_report.fused(tmp_path, cases=2))
+    assert "by similarity" in shown and "the best 4 re-ranked by matching" in shown
+    found = scores["test"]["img_r1"] > 0  # a caption that found its image
+    assert ("Where the words look" in shown) == found
 
 
 MISTAKES = {

@@ -20,7 +20,12 @@ def fold(folder, first, knn):
         "zeroshot/result/metrics.json": {
             "results": {"captions": captions, "stamps": classes, "captions_de": captions}
         },
-        "knn/result/metrics.json": {"knn1": knn, "knn5_weighted": knn + 2, "chance": 37.5},
+        "knn/result/metrics.json": {
+            "knn1": knn,
+            "knn5_weighted": knn + 2,
+            "knn10_weighted": knn + 4,
+            "chance": 37.5,
+        },
         "main/log.jsonl": {"step": 5, "loss": 1.5},
     }
     for name, content in files.items():
@@ -57,6 +62,7 @@ def test_mean_and_std_over_folds_and_the_gallery(stamps, tmp_path, capsys):
     assert first["std"] == pytest.approx(50**0.5)
     assert scores["1-NN of 8 classes"]["mean"] == 85
     assert scores["5-NN of 8 classes, weighted"]["mean"] == 87
+    assert scores["10-NN of 8 classes, weighted"]["mean"] == 89
     assert scores["de: images R@5"]["mean"] == 45
     assert "captions R@1" in capsys.readouterr().out
     page = (tmp_path / "page.html").read_text()

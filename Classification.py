@@ -143,7 +143,7 @@ def build_model(config: Config) -> VisionClassifier:
         if config.evaluate and "head.weight" in left_out.missing:
             classes = config.network.num_classes
             raise UserError(f"{config.checkpoint}: no head for {classes} classes to evaluate")
-        say(f"{config.checkpoint}: {left_out.text() or 'fits as it is'}")
+        say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
     if config.ema_decay:
         model.ema = copy.deepcopy(model).requires_grad_(False)
         if config.network.original:
@@ -197,7 +197,9 @@ def train(config, names: list[str], val: Split | None, world: World, precision) 
     model = synchronise_batch_norm(model.to(world.device))  # those of a stem; others have none
     model, optimizer, plan = run.begin(title, model, loader, precision, decayed)
     network = distributed.unwrap(model)
-    average = config.ema_decay and WeightAverage([(network.ema, network)], average_buffers=True)
+    average = None
+    if config.ema_decay:
+        average = WeightAverage([(network.ema, network)], average_buffers=True)
     statistics = pixel_statistics(world.device, *config.network.statistics)
     last = Validation()
 
@@ -229,7 +231,7 @@ def main(config: Config) -> None:
     seed_everything(config.seed, 0)  # the same initial weights on every rank
     config.check()
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
-    data = config.train_data + [config.val_data] * bool(config.val_data)
+    data = [*config.train_data, config.val_data] if config.val_data else config.train_data
     with distributed.rank_0_first():
         names = class_names(data, config.classes, config.data_root, config.download)
     if names:

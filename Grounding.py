@@ -230,7 +230,7 @@ def main(config: Config) -> None:
     check_layer(model, config.gradcam_mode, config.block_num)
     if start.weights:
         left_out = start_from(model, start.weights, "retrieval")
-        say(f"{config.checkpoint}:", left_out.text())
+        say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
     if not config.evaluate:
         config.checkpoint = train(model, data, tokenizer, config, start)
         model = build_model(config, tokenizer)

@@ -103,7 +103,7 @@ def build_model(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor]
     if weights:
         # the originals' teacher kept its random weights: copied before the checkpoint was read
         left_out = start_from(model, weights, task, fill_momentum=config.compat == "none")
-        say(config.checkpoint, left_out.text())
+        say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
     return model
 
 

@@ -229,8 +229,9 @@ def main(config: Config) -> None:
 
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
-        alpha = config.alpha * plan.ramp(step, config.alpha_ramp)
-        alpha = torch.full((), alpha, device=world.device)
+        ramp = plan.ramp(step, config.alpha_ramp)
+        # a tensor: for every new number torch.compile would compile again
+        alpha = torch.full((), config.alpha * ramp, device=world.device)
         losses = train_step(
             model, teacher, image_tokenizer, run.next_batch, alpha, config, precision
         )
@@ -239,7 +240,7 @@ def main(config: Config) -> None:
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
     run.export()
-    run.close()
+    run.finish()
     write_index(run.folder)
 
 

@@ -115,15 +115,15 @@ def evaluation_data(config: Config) -> dict[str, RetrievalSet]:
     return splits
 
 
-def train_step(student, teacher, next_batch, alpha, config, precision) -> dict[str, Tensor]:
+def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> dict[str, Tensor]:
     """Gradients of one update: the teacher first, whose features fill the queues, then
     `accumulate` micro-batches. Returns the losses, 0-d means over them."""
     teacher.update()
     total = {}
     for micro in range(config.accumulate):
         batch = next_batch()
-        with gradient_sync(student, last=micro == config.accumulate - 1), precision.autocast():
-            losses = student(**batch, alpha=alpha)
+        with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
+            losses = model(**batch, alpha=alpha)
             loss = losses["loss_ita"] + losses["loss_itm"]
         precision.backward(loss / config.accumulate)
         for name, value in {"loss": loss, **losses}.items():
@@ -184,17 +184,17 @@ def train(model: Retrieval, val: RetrievalSet | None, tokenizer, config, start: 
     run = Run(config, start.world, metric="r_mean" if val else None)
     longest = model.config.bert.max_position_embeddings
     loader = training_data(config, tokenizer, longest, start.world, run.data_state())
-    student, optimizer, plan = run.begin("Retrieval fine-tuning", model, loader, start.precision)
-    teacher = MomentumPairs(student, config.momentum)
+    model, optimizer, plan = run.begin("Retrieval fine-tuning", model, loader, start.precision)
+    teacher = MomentumPairs(model, config.momentum)
 
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         alpha = torch.full((), config.alpha_at(step, plan), device=start.world.device)
-        losses = train_step(student, teacher, run.next_batch, alpha, config, start.precision)
-        grad_norm = start.precision.step(optimizer, student.parameters())
+        losses = train_step(model, teacher, run.next_batch, alpha, config, start.precision)
+        grad_norm = start.precision.step(optimizer, model.parameters())
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
-            recall, _ = evaluate(whole_model(student), val, tokenizer, config, start)
+            recall, _ = evaluate(whole_model(model), val, tokenizer, config, start)
             run.keep_best(recall, step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
@@ -219,7 +219,7 @@ def main(config: Config) -> None:
     splits, model = evaluation_data(config), build_model(config, tokenizer)
     if start.weights:
         left_out = start_from(model, start.weights, "retrieval")
-        say(config.checkpoint, left_out.text() or "fits as it is")
+        say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
     if not config.evaluate:
         config.checkpoint = train(model, splits.get("val"), tokenizer, config, start)
         model = build_model(config, tokenizer)

@@ -199,8 +199,9 @@ def main(config: Config) -> None:
         model = build_model(config).to(world.device)
         scores = evaluate(model, data, prompts, tokenizer, config, world)
         say(json.dumps(scores, indent=2))
-        print(score_line(scores), file=sys.stderr)
-        return distributed.shutdown()
+        if world.is_main:
+            print(score_line(scores), file=sys.stderr)
+        return
     run = Run(config, world, metric="acc1_z" if data else None)
     loader = training_data(config, tokenizer, world, run.data_state())
     network = build_model(config)
@@ -235,7 +236,6 @@ def main(config: Config) -> None:
     run.export()
     run.finish()
     write_index(run.folder)
-    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -305,6 +305,9 @@ class Run:
         elif self._stops_at(self.step):
             self.log.say(f"step {self.step:,} of --max_steps {config.max_steps:,}: nothing to do")
             self._leave(0)
+        elif self.interrupt.pending(world.device):  # the first update may compile for minutes
+            self.log.say("nothing to save yet; start the same command again")
+            self._leave(EXIT_REQUEUE)
         self._look_at_data()
         self.log.progress(plan.total, self.step)
 
@@ -376,6 +379,8 @@ class Run:
         """Whether to validate after update `step`: every `eval_every`, and the last; never without a metric."""
         due = self.metric is not None and (step % self.eval_every == 0 or step == self.plan.total)
         if due:
+            if self.interrupt.pending(self.world.device):
+                self.save(step)  # the validation may take longer than the time that is left
             self.watchdog.mark("in validation")
             if self.config.compile and not self.validated:
                 self.watchdog.pause()  # the first one may compile
@@ -462,8 +467,9 @@ class Run:
 
     def finish(self) -> Path:
         """Close the run. Returns the best checkpoint, or the newest where nothing was validated; the
-        same on every process."""
+        same on every process. From here on a signal ends the process at once."""
         self.close()
+        self.interrupt.training_is_saved()
         validated = self.best > float("-inf")
         found = (
             self.checkpoints.best if validated else next(iter(self.checkpoints.numbered()), None)

@@ -98,7 +98,8 @@ class FineTuneConfig(Geometry, ValidationConfig, RunConfig):
     translate = staticmethod(originals.fine_tuning)
 
     def alpha_at(self, step: int, plan: Plan) -> float:
-        """Weight of the teacher's soft targets in update `step`, counted from 0."""
+        """Weight of the teacher's soft targets in update `step`, counted from 0. A script gives it to
+        the network as a tensor: for every new number torch.compile would compile again."""
         return self.alpha * (plan.ramp(step, "1 epochs") if self.warm_up else 1.0)
 
 

@@ -1,4 +1,5 @@
-"""docs/ARCHITECTURE.md against the source: its files exist, and each route to a loss is walked."""
+"""docs/ARCHITECTURE.md against the source: its files exist, and each route to a loss is walked. Every
+training script has the same loop."""
 
 import ast
 import importlib
@@ -13,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/ARCHITECTURE.md").read_text()
 MOST = 5  # functions from the script to the arithmetic
-NETWORKS = {"model", "student", "network"}  # what a training step calls its wrapped network
+NETWORKS = {"model", "network"}  # what a training step calls its wrapped network
 SYSTEMS = """SIMLA ALBEF Retrieval VQA VE NLVR Grounding CLIP CL2L SiamLIP BYOLIP BarLIP SwALIP
     SwALIPV1 SLIP SimCLR SigLIP ALIGN COYO-ViT NXTP""".split()
 
@@ -109,3 +110,38 @@ def test_every_file_that_is_named_exists():
     assert len(named) > 30
     for path in named:
         assert list(ROOT.glob(path)) if "*" in path else (ROOT / path).exists(), path
+
+
+# the loop of every training script; between these lines stands what is the script's own
+LOOP = """
+set_learning_rate(optimizer, plan.lr(step))
+losses = train_step(model, ...)
+grad_norm = precision.step(optimizer, model.parameters())
+run.log_step(step + 1, **losses, grad_norm=grad_norm)
+if run.validation_due(step + 1):
+run.keep_best(..., step + 1)
+run.save_if_due(step + 1)
+run.leave_if_interrupted(step + 1)
+""".strip().splitlines()
+TRAINING = sorted(p.name for p in ROOT.glob("*.py") if "def train_step(" in p.read_text())
+
+
+def loop_lines(script: str) -> list[str]:
+    """Statements of the training loop as `LOOP` writes them."""
+    text = (ROOT / script).read_text().replace("start.precision", "precision")
+    [loop] = re.findall(
+        r"\n    for step in range\(run\.step, plan\.total\):\n(.*?)\n    \S", text, re.S
+    )
+    lines = ast.unparse(ast.parse("if True:\n" + loop)).splitlines()
+    lines = [re.sub(r"train_step\(model, .*\)", "train_step(model, ...)", line) for line in lines]
+    return [re.sub(r"keep_best\(.*, ", "keep_best(..., ", line).strip() for line in lines]
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_every_training_script_has_the_same_loop(script):
+    expected = LOOP[:4] + LOOP[6:] if script == "Pretrain.py" else LOOP  # it validates nothing
+    assert [line for line in loop_lines(script) if line in LOOP] == expected
+
+
+def test_every_training_script_is_looked_at():
+    assert len(TRAINING) == 9

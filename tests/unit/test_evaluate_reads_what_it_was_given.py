@@ -1,12 +1,15 @@
 """`--evaluate` with a split on the command line reads that split alone: those of the recipe may not
-be on this machine."""
+be on this machine. A list to evaluate is read whole or refused."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 
+from base.errors import UserError
 from dataset.tasks.classification import class_names
+from dataset.tasks.recognition import ImageSet
 from runtime.config.cli import parse
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +57,7 @@ def test_classes_come_from_the_data_that_are_here(tmp_path):
     """Classification.py --evaluate --val_data MINE, without the recipe's training data."""
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "a.jpg").write_bytes(b"")
+        (tmp_path / name / "0.jpg").write_bytes(b"")
     for recipe in ("imagenet/train", "torchvision/CIFAR10:train", "coyo/*.tar", "list.jsonl"):
         assert class_names([recipe, str(tmp_path)], None, tmp_path / "x") == ["cat", "dog"]
 
@@ -69,3 +72,53 @@ def test_without_a_named_split_the_recipes_are_evaluated():
     assert (str(both.val_file), str(both.test_file)) == ("a.json", "b.json")
     without = parse(VE.Config, [*words, "--val_file", "none"])
     assert not without.val_file and without.test_file
+
+
+PAIR = {"image": "0.jpg", "caption": "a cat"}
+QUESTION = {"image": "0.jpg", "question": "a cat?", "question_id": 1, "answer": ["yes"]}
+SENTENCE = {"image": "0", "sentence": "a cat", "label": "entailment"}
+STATEMENT = {"images": ["0.jpg", "0.jpg"], "sentence": "two cats", "label": "True"}
+EXPRESSION = {"image": "0.jpg", "text": "the cat", "ref_id": 1}
+LABELLED = {"image": "0.jpg", "labels": [1], "label_probs": [1.0]}
+NOUNS = {"image": "0.jpg", "labels": ["cat"]}
+# script, its option, an entry of the list, the function that reads it
+LISTS = [
+    ("Retrieval", "val_file", PAIR, "evaluation_data"),
+    ("Retrieval", "test_file", PAIR, "evaluation_data"),
+    ("VQA", "val_file", QUESTION, "evaluation_data"),
+    ("VQA", "test_file", QUESTION, "evaluation_data"),
+    ("VE", "val_file", SENTENCE, "evaluation_data"),
+    ("VE", "test_file", SENTENCE, "evaluation_data"),
+    ("NLVR", "val_file", STATEMENT, "evaluation_data"),
+    ("NLVR", "test_file", STATEMENT, "evaluation_data"),
+    ("Grounding", "test_file", EXPRESSION, "test_data"),
+    ("Classification", "val_data", LABELLED, "evaluation_data"),
+]
+
+
+@pytest.mark.parametrize(("script", "option", "entry", "read"), LISTS)
+def test_a_list_with_an_unusable_entry_is_not_evaluated(script, option, entry, read, tmp_path):
+    """Training leaves it out and says so; the score of what is left is not that of the list."""
+    module = importlib.import_module(script)
+    file = write_list(tmp_path, entry)
+    words = [f"--{option}", str(file), "--image_root", str(tmp_path)]
+    words += ["--evaluate", "--checkpoint", "x.pt"]
+    if script == "Grounding":
+        words += ["--refcoco_data", str(tmp_path), "--det_file", str(tmp_path / "dets.json")]
+    config = parse(module.Config, words)
+    names = [[]] if script == "Classification" else []
+    with pytest.raises(UserError, match="an evaluation needs every entry"):
+        getattr(module, read)(config, *names)
+
+
+def test_labels_of_images_are_read_whole_too(tmp_path):
+    with pytest.raises(UserError, match="an evaluation needs every entry"):
+        ImageSet(write_list(tmp_path, NOUNS), view=None)
+
+
+def write_list(folder: Path, entry: dict) -> Path:
+    """A list of 200 entries of one image, the last of which says nothing."""
+    (folder / "0.jpg").touch()
+    file = folder / "list.jsonl"
+    file.write_text("\n".join([json.dumps(entry)] * 199 + ["{}"]))
+    return file

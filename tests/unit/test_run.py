@@ -78,15 +78,17 @@ def options(folder: Path, **changes) -> Config:
     return Config(**{**values, "save_every": "1 steps", "eval_every": "1 steps", **changes})
 
 
-def train(config: Config, scores=(), evaluated=None, at=None) -> tuple[Run, Path | None]:
+def train(config: Config, scores=(), at=None) -> tuple[Run, Path | None]:
     """The scripts' loop; `scores` are those of the validations after each update. at(step) is
-    called before anything is saved. Returns the run and the checkpoint to test."""
+    called before anything is saved, first ahead of `begin`. Returns the run and the checkpoint to test."""
     close_bars()  # of a run that was killed
     torch.manual_seed(0)
     run = Run(config, ALONE, metric="accuracy" if scores else None)
     stream = Stream([RecordSource([{"number": i} for i in range(40)], Build(), "train")], collate)
     loader = StreamLoader(stream, batch_size=2, workers=0, state=run.data_state())
     precision = Precision("fp32", ALONE.device)
+    if at:
+        at(run.step)
     model, optimizer, plan = run.begin("test", Net(), loader, precision)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
@@ -278,6 +280,47 @@ def test_a_signal_saves_once_and_asks_for_a_requeue(kind, tmp_path):
     assert find_damage(saved(tmp_path, 2)) is None and not list(tmp_path.glob(".checkpoint*"))
     train(options(tmp_path, save_every="100 steps"))
     assert steps_of(tmp_path) == [1, 2, 3, 4]
+
+
+def signalled_at(step: int):
+    """An `at` of `train` that sends SIGTERM at a step."""
+    return lambda now: os.kill(os.getpid(), signal.SIGTERM) if now == step else None
+
+
+def test_a_signal_before_the_first_update_ends_the_run_without_it(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        train(options(tmp_path), at=signalled_at(0))
+    assert ended.value.code == EXIT_REQUEUE
+    assert steps_of(tmp_path) == [] and not list(tmp_path.glob("checkpoint_*"))
+
+
+def test_a_signal_before_a_validation_saves_ahead_of_it(tmp_path):
+    there = []
+
+    class Scores(list):
+        def __getitem__(self, number):
+            there.append(saved(tmp_path, number + 1).exists())
+            return super().__getitem__(number)
+
+    with pytest.raises(SystemExit) as ended:
+        train(options(tmp_path), scores=Scores([1, 2, 3, 4]), at=signalled_at(2))
+    assert ended.value.code == EXIT_REQUEUE and there == [False, True]
+    assert best_score(tmp_path) == 2
+
+
+def test_a_signal_after_the_training_ends_the_process_at_once(tmp_path, monkeypatch):
+    train(options(tmp_path / "finished"))
+    with pytest.raises(SystemExit) as ended:
+        os.kill(os.getpid(), signal.SIGTERM)  # during the final test
+    assert ended.value.code == EXIT_REQUEUE
+    os.kill(os.getpid(), signal.SIGTERM)  # what runs on the way out is left alone
+    close = Run.close
+    monkeypatch.setattr(Run, "close", lambda run: (signalled_at(0)(0), close(run)))
+    with pytest.raises(
+        SystemExit
+    ) as ended:  # behind the last update, as while weights are exported
+        train(options(tmp_path / "exporting"))
+    assert ended.value.code == EXIT_REQUEUE and saved(tmp_path / "exporting", TOTAL).exists()
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from base.errors import UserError
+from dataset.tasks.catalog import Entry
 from dataset.tasks.classification import class_names
 from dataset.tasks.recognition import ImageSet
+from dataset.tasks.zeroshot import retrieval_list
 from runtime.config.cli import parse
 
 ROOT = Path(__file__).parents[2]
@@ -111,9 +113,11 @@ def test_a_list_with_an_unusable_entry_is_not_evaluated(script, option, entry, r
         getattr(module, read)(config, *names)
 
 
-def test_labels_of_images_are_read_whole_too(tmp_path):
+def test_lists_of_labels_and_of_zero_shot_retrieval_are_read_whole_too(tmp_path):
     with pytest.raises(UserError, match="an evaluation needs every entry"):
         ImageSet(write_list(tmp_path, NOUNS), view=None)
+    with pytest.raises(UserError, match="an evaluation needs every entry"):
+        retrieval_list(Entry("mine", "retrieval", str(write_list(tmp_path, PAIR))))
 
 
 def write_list(folder: Path, entry: dict) -> Path:

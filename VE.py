@@ -31,11 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from base.distributed import say
 from base.errors import UserError
-from dataset.loading.stream import StreamLoader
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
 from dataset.tasks.ve_nlvr import SNLI_VE, Statements
 from dataset.text.wordpiece import TextCollate, Tokenizer
@@ -73,15 +70,10 @@ class Config(FineTuneConfig):
 def build_model(config: Config, tokenizer: Tokenizer) -> StatementModel:
     """The network on the CPU, with random weights."""
     vit, bert = networks(config, tokenizer.vocab_size)
-    return StatementModel(
-        StatementConfig(
-            vit=vit,
-            bert=bert,
-            classes=len(SNLI_VE.classes),
-            distill=config.distill,
-            compat=config.compat,
-        )
-    )
+    options = StatementConfig(vit=vit, bert=bert, classes=len(SNLI_VE.classes))
+    options.distill = config.distill
+    options.compat = config.compat
+    return StatementModel(options)
 
 
 def read_sentences(file: Path, config: Config, view) -> Statements:
@@ -89,14 +81,8 @@ def read_sentences(file: Path, config: Config, view) -> Statements:
     return Statements(file, SNLI_VE, config.image_root, view, config.max_words)
 
 
-def training_data(config: Config, tokenizer: Tokenizer, world, state: dict | None) -> StreamLoader:
-    """Endless batches of this process, from the position `state` on."""
-    source = read_sentences(config.train_file, config, training_view(config)).source()
-    return train_loader([source], TextCollate(tokenizer), config, world, state)
-
-
 def evaluation_data(config: Config) -> dict[str, Statements]:
-    """The splits that are given: `val` and `test`."""
+    """The sentences to judge, under `val` and `test`."""
     splits = {}
     if config.val_file:
         splits["val"] = read_sentences(config.val_file, config, test_view(config)).complete()
@@ -105,8 +91,8 @@ def evaluation_data(config: Config) -> dict[str, Statements]:
     return splits
 
 
-def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> dict[str, Tensor]:
-    """Gradients of one update. Returns the losses, 0-d means over the micro-batches.
+def train_step(student, teacher, next_batch, alpha, config, precision) -> dict:
+    """Gradients of one update. Returns the losses by name, 0-d means over the micro-batches.
 
     The teacher moves first; without one (--no-distill) alpha has no effect.
     """
@@ -115,8 +101,8 @@ def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> 
     total = {}
     for micro in range(config.accumulate):
         batch = next_batch()
-        with gradient_sync(model, last=micro == config.accumulate - 1), precision.autocast():
-            losses = model(**batch, alpha=alpha)
+        with gradient_sync(student, last=micro == config.accumulate - 1), precision.autocast():
+            losses = student(**batch, alpha=alpha)
             loss = losses["loss_cls"]
         precision.backward(loss / config.accumulate)
         for name, value in {"loss": loss, **losses}.items():
@@ -124,27 +110,31 @@ def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> 
     return total
 
 
-def evaluate(model: StatementModel, data: Statements, tokenizer, config: Config, start: Start):
+def judge(model: StatementModel, data: Statements, tokenizer, config, start: Start) -> torch.Tensor:
     """Logits float32 [R,3] of all sentences of a split, the same on every process."""
+    model.to(start.world.device)
     own, batches = split_loader(data, TextCollate(tokenizer), config, start.world)
     return statement_logits(model, batches, own, len(data), start.world, start.precision)
 
 
 def train(model: StatementModel, val: Statements | None, tokenizer, config, start: Start) -> Path:
     """Fine-tune; returns the checkpoint to test."""
-    run = Run(config, start.world, metric="accuracy" if val else None)
-    loader = training_data(config, tokenizer, start.world, run.data_state())
-    model, optimizer, plan = run.begin("Visual entailment", model, loader, start.precision)
+    world, precision = start.world, start.precision
+    run = Run(config, world, metric="accuracy" if val else None)
+    sentences = read_sentences(config.train_file, config, training_view(config))
+    collate = TextCollate(tokenizer)
+    loader = train_loader([sentences.source()], collate, config, world, run.data_state())
+    model, optimizer, plan = run.begin("Visual entailment", model, loader, precision)
     teacher = MomentumPairs(model, config.momentum) if config.distill else None
 
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
-        alpha = torch.full((), config.alpha_at(step, plan), device=start.world.device)
-        losses = train_step(model, teacher, run.next_batch, alpha, config, start.precision)
-        grad_norm = start.precision.step(optimizer, model.parameters())
+        alpha = torch.full((), config.alpha_at(step, plan), device=world.device)
+        losses = train_step(model, teacher, run.next_batch, alpha, config, precision)
+        grad_norm = precision.step(optimizer, model.parameters())
         run.log_step(step + 1, **losses, grad_norm=grad_norm)
         if run.validation_due(step + 1):
-            logits = evaluate(whole_model(model), val, tokenizer, config, start)
+            logits = judge(whole_model(model), val, tokenizer, config, start)
             run.keep_best(class_accuracy(logits, val.labels, SNLI_VE.classes), step + 1)
         run.save_if_due(step + 1)
         run.leave_if_interrupted(step + 1)
@@ -162,16 +152,16 @@ def main(config: Config) -> None:
     model = build_model(config, tokenizer)
     if start.weights:
         left_out = start_from(model, start.weights, "ve")
-        say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
+        if start.world.is_main:
+            print(config.checkpoint, left_out.text(), sep="\n", flush=True)
     if not config.evaluate:
-        config.checkpoint = train(model, splits.get("val"), tokenizer, config, start)
+        val = splits.get("val")
+        config.checkpoint = train(model, val, tokenizer, config, start)
         model = build_model(config, tokenizer)
         start_from(model, read_weights(config.checkpoint), "ve")
-    model.to(start.world.device)
-    logits = {}
-    for split, data in splits.items():
-        logits[split] = evaluate(model, data, tokenizer, config, start)
-    write_results(config, "Visual entailment", *class_results(logits, splits, SNLI_VE.classes))
+    logits = {split: judge(model, data, tokenizer, config, start) for split, data in splits.items()}
+    metrics, cards = class_results(logits, splits, SNLI_VE.classes)
+    write_results(config, "Visual entailment", metrics, cards)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/ARCHITECTURE.md").read_text()
 MOST = 5  # functions from the script to the arithmetic
-NETWORKS = {"model", "network"}  # what a training step calls its wrapped network
+NETWORKS = {"model", "student", "network"}  # what a training step calls its wrapped network
 SYSTEMS = """SIMLA ALBEF Retrieval VQA VE NLVR Grounding CLIP CL2L SiamLIP BYOLIP BarLIP SwALIP
     SwALIPV1 SLIP SimCLR SigLIP ALIGN COYO-ViT NXTP""".split()
 

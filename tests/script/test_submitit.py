@@ -99,7 +99,9 @@ def test_defaults_are_the_originals_launcher(capsys):
 
 
 def test_cpu_job_asks_for_no_gpu(capsys):
-    text = preview(capsys, "Pretrain.py", "--nodes", "2", "--ngpus", "0", "--tasks", "3")
+    text = preview(
+        capsys, "Pretrain.py", "--nodes", "1", "--ngpus", "0", "--tasks", "3", "--timeout", "1"
+    )
     assert "--ntasks-per-node=3" in options(text)
     assert "gpus" not in text and "--mem" not in text
 

@@ -79,13 +79,16 @@ def test_counting_flops_leaves_a_module_of_two_names_as_it_was():
     net.to("cpu")
 
 
-def test_the_stopwatch_counts_waiting():
-    watch = Stopwatch(WORLD, samples_per_step=4)
+def test_the_stopwatch_counts_waiting(monkeypatch):
+    clock = iter([10.0, 10.0, 10.125, 10.5, 11.0])  # start, waiting from and to, reading, again
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    watch = Stopwatch(WORLD, samples_per_step=4, flops_per_step=6.0, peak_flops=48.0)
     assert watch.waiting(iter([7])) == 7
     watch.steps = 2
     figures = watch.read()
-    assert figures["images_per_s"] == pytest.approx(2 * 4 / (2 * figures["step_s"]))
-    assert 0 <= figures["data_wait"] <= 1 and watch.steps == 0
+    assert figures.pop("memory_gb") > 0
+    assert figures == {"images_per_s": 16.0, "data_wait": 0.25, "step_s": 0.25, "mfu": 0.5}
+    assert watch.steps == 0 and watch.waited == 0 and watch.start == 11.0
 
 
 def test_peak_is_zero_where_unknown_and_as_given_otherwise():

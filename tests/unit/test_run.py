@@ -136,7 +136,8 @@ def test_max_steps_beyond_the_training_lets_it_finish(tmp_path, limit):
 
 @both_kinds
 def test_a_finished_run_says_that_nothing_is_left(kind, tmp_path, capsys):
-    train(options(tmp_path), scores=[1, 3, 2, 0])
+    run, _ = train(options(tmp_path), scores=[1, 3, 2, 0])
+    assert run.log.bar.n == run.log.bar.total == TOTAL
     assert "nothing left to train" not in capsys.readouterr().out
     run, checkpoint = train(options(tmp_path), scores=[9, 9, 9, 9])
     assert "nothing left to train" in capsys.readouterr().out

@@ -105,7 +105,7 @@ def plan(command: str, gpu: Gpu) -> Plan:
 def measure(
     name: str, command: str, mode: str, device: torch.device, plan: Plan, turn: Path, after: Path
 ) -> tuple[Report, list[Measured]]:
-    """A recipe in bf16, eager or compiled; beside `turn`, where its time goes on a GPU.
+    """A recipe in bf16, eager or compiled; beside `turn`, where the time of its step is spent.
 
     The network is drawn while others have the GPU; it is ours once the file `after` is there, and
     `turn` gives it to the next.

@@ -50,6 +50,8 @@ def _states_or_none(paths: Iterable[str | Path]) -> list[tuple | None]:
 def _state_or_none(path: str | Path) -> tuple | None:
     try:
         return file_state(path)
+    except NotADirectoryError:  # a member of a zip file changes with it
+        return _state_or_none(os.path.dirname(path))
     except OSError:
         return None
 

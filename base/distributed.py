@@ -106,7 +106,12 @@ def _device(device: str, local_rank: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not device.startswith("cuda"):
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError:
+            raise UserError(
+                f"--device {device}: no device of torch; use auto, cpu or cuda"
+            ) from None
     if not torch.cuda.is_available():
         raise UserError(
             "--device cuda: no CUDA device is visible; use --device cpu, or look at `nvidia-smi`"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 
 # folders of macOS's archives, of Synology (with thumbnails), of Windows and of file systems
@@ -20,6 +21,12 @@ def is_hidden(name: str | Path) -> bool:
     or a folder that systems make for themselves."""
     last = str(name).rpartition("/")[2]
     return last.startswith(".") or last in OF_SYSTEMS
+
+
+@lru_cache(1024)
+def is_hidden_folder(path: str) -> bool:
+    """Whether a relative folder, or one above it, is hidden; `..` is not."""
+    return any(is_hidden(part) for part in path.split("/") if part.strip("."))
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from base.errors import UserError
 from base.limits import NESTED_LEVELS, TEXT_BYTES
-from base.text import clean_surrogates, lines_in
+from base.text import clean_surrogates, lines_in, looks_like
 
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 STRING_OR_BRACKET = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)
@@ -32,6 +32,15 @@ def read_bytes(path: str | Path, remedy: str = "check its name", limit: int = TE
         raise UserError(f"{path}: {what}; {remedy}") from None
 
 
+def read_start(path: str | Path, count: int = 64) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            return file.read(count) or b""
+    except OSError:
+        return b""
+
+
 def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a FIFO without a writer would wait for ever
 
@@ -40,9 +49,14 @@ def read_text(path: str | Path, remedy: str = "check its name", limit: int = TEX
     """A UTF-8 text file without its byte order mark, line ends as they are. UserError."""
     data = read_bytes(path, remedy, limit)
     try:
+        if b"\0" in data[:8] and (seen := looks_like(data)):  # English UTF-16 is UTF-8, too
+            raise UserError(f"{path}: not UTF-8{seen}; save it as UTF-8, or fetch it again")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8, or fetch it again"
+        message = (
+            f"{path}: not UTF-8 at byte {error.start}{looks_like(data)}; save it as UTF-8, "
+            "or fetch it again"
+        )
         raise UserError(message) from None
 
 
@@ -87,11 +101,12 @@ def parse_json(
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{name}: not valid JSON: not UTF-8 at byte {error.start}; {remedy}"
+            f"{name}: not valid JSON: not UTF-8 at byte {error.start}{looks_like(data)}; {remedy}"
         ) from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{name}: not valid JSON at {where}: {error.msg}; {remedy}") from None
+        seen = looks_like(data[:64])
+        raise UserError(f"{name}: not valid JSON at {where}: {error.msg}{seen}; {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not valid JSON: {str(error)[:200]}; {remedy}") from None
     if kind is not None and not isinstance(value, kind):

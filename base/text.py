@@ -1,9 +1,34 @@
 """Text and whole numbers as files of others write them."""
 
+import codecs
 import re
 from typing import Any
 
 WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}")  # fits into 64 bits
+
+
+POINTER = b"version https://git-lfs.github.com"
+SIGNS = {  # how a file begins that is something else than it should be -> what it is
+    POINTER: "a pointer of Git LFS, in whose place `git lfs pull` puts the file",
+    b"<!doctype html": "a web page, which servers send in place of a file",
+    b"<html": "a web page, which servers send in place of a file",
+    b"\x1f\x8b": "a gzip file, which is to be unpacked first",
+    b"PK\3\4": "a zip file",
+    codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16's
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def looks_like(start: bytes) -> str:
+    """` (it looks like ...)` for messages about a file that begins so and cannot be read, or nothing.
+    Text with every second byte zero is UTF-16 without its mark."""
+    head = start[:64].lower()
+    found = next((what for sign, what in SIGNS.items() if head.startswith(sign.lower())), "")
+    if not found and len(head) >= 8 and (not any(head[1:8:2]) or not any(head[0:8:2])):
+        found = "UTF-16" if any(head[:2]) and any(head[2:4]) else ""
+    return f" (it looks like {found})" if found else ""
 
 
 def lenient_text(data: bytes) -> str:

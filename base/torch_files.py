@@ -7,7 +7,7 @@ import io
 import mmap
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ from torch import Tensor
 from base.addresses import missing_file
 from base.errors import UserError
 from base.pickles import BoundedUnpickler, check_size
-from base.reading import read_json
+from base.reading import read_json, read_start
+from base.text import looks_like
 
 CHUNK = 1 << 20  # bytes read at a time
 REMEDY = "fetch the folder again"
@@ -258,22 +259,47 @@ def shards_of(index: Path) -> list[Path]:
     return paths
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file of weights is one of safetensors, whatever it is called: it begins with the
+    length of a header in JSON, torch's as a zip file or a pickle. Others are by their name."""
+    start = read_start(path, 9)
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return True
+    return path.suffix == ".safetensors" and start[:2] not in (b"PK", b"\x80\2")
+
+
+def check_dense(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """UserError where tensors are not plain numbers in memory: without values, sparse, quantized or
+    complex. No network here has such weights."""
+    for name, value in tensors.items():
+        plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+        if not plain or value.is_complex():
+            kind = "without values" if value.is_meta else f"{value.dtype}, {value.layout}"
+            raise UserError(
+                f"{path}: {name} is no plain tensor ({kind}); save the weights as plain numbers"
+            )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors by name of one safetensors or torch file. UserError."""
     if not path.is_file():
         raise missing_file(path)
+    kind = "file of weights"
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             from safetensors.torch import load_file
 
+            kind = "safetensors file"
             return load_file(path)
         content = load_weights_only(path)
     except UserError:
         raise
     except Exception as error:  # damaged files make the libraries raise anything
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        kind = "safetensors file" if path.suffix == ".safetensors" else "file of weights"
-        raise UserError(f"{path}: not a readable {kind} ({reason}); fetch it again") from None
+        seen = looks_like(read_start(path))
+        raise UserError(f"{path}: not a readable {kind} ({reason}){seen}; fetch it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no table of tensors; fetch it again")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    check_dense(path, tensors)
+    return tensors

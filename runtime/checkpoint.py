@@ -23,7 +23,13 @@ import torch
 from base.addresses import where_from
 from base.errors import UserError
 from base.names import matching_files
-from base.torch_files import find_index, read_index, read_tensors
+from base.torch_files import (
+    check_dense,
+    find_index,
+    is_safetensors,
+    read_index,
+    read_tensors,
+)
 from base.writing import atomic_write, file_errors, sync_folder
 from runtime.hashed import find_file_damage, recorded_hash, write_hashed
 from runtime.safe_pickle import Stub, load_torch, module_tensors
@@ -286,7 +292,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         if is_sharded(path):
             weights = dict(weights_in(verified(path)))
         else:
-            weights = read_tensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+            weights = read_tensors(path) if is_safetensors(path) else _read_pickled(path)
     for name, value in weights.items():
         # masks may be -inf; NaN or infinity in a weight would make every score meaningless
         checked = value.is_floating_point() and value.element_size() > 1 and value.numel()
@@ -317,6 +323,7 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         ]
         weights = tables[0] if tables else content
         if weights and all(isinstance(value, torch.Tensor) for value in weights.values()):
+            check_dense(path, weights)
             return _unwrapped(weights)
     raise UserError(
         f"{path}: holds no weights: neither tensors by name nor such a table under `model` or `state_dict`"
@@ -387,9 +394,12 @@ def weights_file(path: Path) -> Path:
         checkpoints = CheckpointFolder(path)
         ours = [checkpoints.best] if checkpoints.best else []
         found = _first_intact(ours + checkpoints.numbered(), _find_damage_unless_foreign)
-        found = found or next(iter(matching_files(path, "*.safetensors")), None)
+        for pattern in ("*.safetensors", "pytorch_model.bin"):
+            found = found or next(iter(matching_files(path, pattern)), None)
         if found is None:
-            raise UserError(f"{path}: a folder without checkpoint_*.pt or *.safetensors")
+            raise UserError(
+                f"{path}: a folder without checkpoint_*.pt, *.safetensors or pytorch_model.bin"
+            )
         return found
     if not path.is_file() and not is_sharded(path):
         raise UserError(f"{path}: no such checkpoint{where_from(path)}")

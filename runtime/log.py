@@ -271,7 +271,10 @@ def keep_before(path: Path, step: int) -> None:
         except UserError:
             damaged += line is not last
             continue
-        if record.get("step", -1) < step:
+        at = record.get("step", -1)
+        if not isinstance(at, int):
+            damaged += 1
+        elif at < step:
             kept.append(line + b"\n")
     if damaged:
         print(f"{path}: {damaged} damaged lines left out", file=sys.stderr, flush=True)

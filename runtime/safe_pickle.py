@@ -32,6 +32,8 @@ from base.addresses import missing_file
 from base.errors import UserError, brief
 from base.limits import MODULES, NESTED_LEVELS, check_limit
 from base.pickles import BoundedUnpickler, check_size
+from base.reading import read_start
+from base.text import looks_like
 from base.torch_files import (
     STORAGES,
     Storage,
@@ -412,8 +414,10 @@ def _faults_named(path):
         raise missing_file(path) from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        seen = looks_like(read_start(path))
         raise UserError(
-            f"{path}: cannot be read ({reason}); it is damaged or of another format, fetch it again"
+            f"{path}: cannot be read ({reason}){seen}; it is damaged or of another format, fetch "
+            "it again"
         ) from error
 
 

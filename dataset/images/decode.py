@@ -17,6 +17,8 @@ import torch
 from base.errors import BadSample, UserError
 from base.limits import IMAGE_BYTES, IMAGE_PIXELS
 from base.pixels import PILLOW_FORMATS, pillow_formats
+from base.text import looks_like
+from dataset.images.zip_member import archive_of, image_source
 
 ORIENTATION = 0x0112  # tag of EXIF
 GREY = 128  # what libjpeg fills the missing rows of a truncated file with
@@ -55,7 +57,7 @@ def reading(exif: bool = False, grey: bool = False) -> Iterator[Reading]:
 def decode_image(
     source: str | Path | bytes, name: str = "", exif: bool | None = None
 ) -> torch.Tensor:
-    """uint8 [3,H,W] RGB (channels last in memory) of an image file or of its bytes.
+    """uint8 [3,H,W] RGB (channels last in memory) of an image file, in a zip file too, or of its bytes.
 
     Grey and RGB JPEG take libjpeg's fast path; everything else (CMYK, palette, 16 bit, PNG, WebP
     ...) goes through Pillow. As in the original pipelines the first frame of an animation is taken,
@@ -101,7 +103,7 @@ def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Te
 
 
 def _file_bytes(path: Path, name: str) -> bytes:
-    """Content of a regular file of bounded size. Raises BadSample."""
+    """Content of a regular file of bounded size, or of a member of a zip file. Raises BadSample."""
     if "\0" in name:  # for which Python has an error of another kind
         raise BadSample(f"{name!r}: no path of a file")
     try:
@@ -112,6 +114,11 @@ def _file_bytes(path: Path, name: str) -> bytes:
         if status.st_size > IMAGE_BYTES:
             raise BadSample(f"{name}: {status.st_size} bytes, the limit is {IMAGE_BYTES}")
         return path.read_bytes()
+    except NotADirectoryError as error:
+        source = image_source(Path(), str(path))
+        if isinstance(source, bytes):
+            return source
+        raise BadSample(f"{name}: {error.strerror}") from None
     except OSError as error:
         raise BadSample(f"{name}: {error.strerror or error}") from None
 
@@ -159,7 +166,8 @@ def _open(data: bytes):
             io.BytesIO(data), formats=pillow_formats()
         )  # itself refuses twice the limit
     except UnidentifiedImageError:  # whose message is an address in memory
-        raise ValueError("cannot identify an image format in it") from None
+        seen = looks_like(data)
+        raise ValueError(f"cannot identify an image format in it{seen}") from None
     width, height = image.size
     if width * height > IMAGE_PIXELS:
         raise ValueError(f"{width} x {height} pixels exceed the limit of {IMAGE_PIXELS}")
@@ -256,7 +264,8 @@ def check_image_root(root: str | Path, names: Iterable[str], tries: int = 20) ->
             f"image_root {root}: no such folder; set image_root to the folder the annotations refer to"
         )
     names = list(islice(names, tries))
-    if names and not any((root / name).is_file() for name in names):
+    files = [archive_of(root / name) or root / name for name in names]
+    if files and not any(file.is_file() for file in files):
         raise UserError(
             f"image_root {root}: none of the first {len(names)} images is there, e.g. {root / names[0]}; "
             "set image_root so that image_root/<image> exists, or, where these are of a recipe's "

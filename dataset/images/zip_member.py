@@ -18,11 +18,22 @@ LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 def image_source(root: Path, image: str) -> Path | bytes:
     """What `decode_image` takes: the path of an image, or its bytes out of a zip file. Raises
     BadSample."""
-    stem, inside, member = image.partition(".zip/")
-    archive = root / f"{stem}.zip"
-    if not inside or archive.is_dir():
+    archive = archive_of(root / image)
+    if archive is None:
         return root / image
-    return read_member(archive, member)
+    return read_member(archive, str(root / image)[len(f"{archive}/") :])
+
+
+def archive_of(path: Path) -> Path | None:
+    """The zip file that an image lies in; None for a file in a folder."""
+    text = str(path)
+    place = text.find(".zip/")
+    while place >= 0:
+        archive = Path(text[: place + len(".zip")])
+        if not archive.is_dir():
+            return archive
+        place = text.find(".zip/", place + 1)
+    return None
 
 
 def read_member(archive: Path, name: str) -> bytes:

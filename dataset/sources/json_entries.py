@@ -11,6 +11,7 @@ from pathlib import Path
 from base.errors import UserError
 from base.limits import ENTRY_BYTES
 from base.reading import parse_entry
+from base.text import looks_like
 
 CHUNK = 4 << 20  # bytes read at a time
 EXPECTED = "expected a JSON list of objects, or one object per line"
@@ -28,7 +29,8 @@ def parse_entries(path: Path) -> Iterator[tuple[int, object]]:
         window = _Window(path, file)
         opening = window.skip(" \t\r\n\xef\xbb\xbf")  # the last three are UTF-8's byte order mark
         if opening not in ("[", "{"):
-            raise UserError(f"{path}: begins with {opening!r}; {EXPECTED}")
+            seen = looks_like(window.start)
+            raise UserError(f"{path}: begins with {opening!r}{seen}; {EXPECTED}")
         yield from _list_entries(window) if opening == "[" else _line_entries(window)
         if window.skip():
             raise window.error("text after the end of the list")
@@ -86,6 +88,7 @@ class _Window:
         self.path, self.file = path, file
         self.text, self.place, self.offset = "", 0, 0  # offset: where the text begins in the file
         self.number = 0  # of the entry being parsed
+        self.start = b""  # how the file begins
         self.decode_entry = json.JSONDecoder().raw_decode
         self.check_utf8 = codecs.getincrementaldecoder("utf-8")().decode
 
@@ -100,7 +103,8 @@ class _Window:
                 raise self.error("nested too deeply") from None
             except ValueError as error:
                 if len(self.text) - self.place > ENTRY_BYTES or not self._extend():
-                    raise self.error(f"not valid JSON ({error.args[0].split(':')[0]})") from None
+                    reason = f"{error.args[0].split(':')[0]}){looks_like(self.start)}"
+                    raise self.error(f"not valid JSON ({reason}") from None
         start, self.place = self.offset + self.place, end
         self.number += 1
         return start, entry
@@ -122,12 +126,14 @@ class _Window:
     def _extend(self) -> bool:
         """Forgets what is parsed and reads on; False at the end of the file."""
         data = self.file.read(CHUNK)
+        self.start = self.start or data[:64]
         try:
             self.check_utf8(data, final=not data)
         except UnicodeDecodeError as error:
             near = self.offset + len(self.text) + error.start
             raise UserError(
-                f"{self.path}: not UTF-8 near byte {near}; save the file as UTF-8"
+                f"{self.path}: not UTF-8 near byte {near}{looks_like(self.start)}; save the file "
+                "as UTF-8"
             ) from None
         self.text = self.text[self.place :] + data.decode("latin-1")
         self.offset += self.place

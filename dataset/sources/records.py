@@ -230,18 +230,20 @@ def _checked_starts(
     Entries without any text in `caption` or `answer` are counted and said: training skips them.
     name: what the user calls the file.
     """
-    count, empty, bar = 0, 0, None
+    count, empty, mixed, bar = 0, 0, 0, None
     lists = [field for field in required if field in ("caption", "answer")]
     for start, entry in parse_entries(path):
+        odd = odd_items(entry, required)
         entry = with_texts(entry, required)
         left_out.total += 1
-        if fault := _fault(entry, required):
+        if fault := _fault(entry, required) or _nothing_left(entry, odd):
             number = left_out.total - 1
             where = locate(path, number, start) if left_out.names_more else path
             left_out.add(f"{where}: {fault}")
             continue
         yield start
         count += 1
+        mixed += len(odd)
         empty += any(not entry[field] for field in lists)
         if count % PROGRESS_EVERY == 0:
             bar = bar or _progress_bar(path)
@@ -255,6 +257,9 @@ def _checked_starts(
         raise UserError(f"{name}: every entry's {lists[0]} is empty; {EXPECTED}")
     if empty:
         message = f"{name}: {empty:,} of {count:,} entries have no {lists[0]}; training skips them"
+        warnings.warn(message, stacklevel=2)
+    if mixed:
+        message = f"{name}: {mixed:,} of {count:,} entries have items among their texts that are none; they are left out"
         warnings.warn(message, stacklevel=2)
 
 
@@ -277,6 +282,26 @@ def with_texts(entry: object, required: Sequence[str]) -> object:
         elif value is None and list in types and field in entry:
             entry[field] = []
     return entry
+
+
+def odd_items(entry: object, required: Sequence[str]) -> dict[str, object]:
+    """Of required lists of texts the first item that is neither a text nor null, by field."""
+    odd: dict[str, object] = {}
+    for field in required if type(entry) is dict else ():
+        value = entry.get(field)
+        if type(value) is list and list in FIELD_TYPES.get(field, ()):
+            for item in value:
+                if item is not None and not _is_textual(item):
+                    odd.setdefault(field, item)
+    return odd
+
+
+def _nothing_left(entry: dict, odd: dict[str, object]) -> str | None:
+    """What is wrong where a list holds items, and none of them is a text."""
+    for field, item in odd.items():
+        if not entry[field]:
+            return f"field {field!r} must be texts, not {type(item).__name__} ({brief(item)}); fix the entry"
+    return None
 
 
 def _is_textual(item: object) -> bool:

@@ -300,8 +300,19 @@ def _stored_bytes(url: str) -> int:
 def _copy(source, target: Path, limit: int | None = None) -> None:
     written = 0
     with target.open("wb") as file:
-        while block := source.read(BUFFER):
+        while block := _block_of(source):
             written += len(block)
             if limit is not None and written > limit:
                 raise ValueError(f"expands to more than {EXPANSION} times its size")
             file.write(block)
+
+
+class _SourceFault(Exception):
+    """A file could not be read to its end: as an OSError it would be taken for a full disk."""
+
+
+def _block_of(source) -> bytes:
+    try:
+        return source.read(BUFFER)
+    except Exception as error:  # decompressors and every storage service raise their own
+        raise _SourceFault from error

@@ -35,7 +35,7 @@ from dataset.sources.tfrecord import count_frames, is_tfrecord, read_frames
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 THREADS = 64  # requests to a store at a time
 INDEXED = 500  # shards from which on their counts are kept in one file
-COUNT_VERSION = 4  # part of the key of cached counts: raise it when the rules of reading change
+COUNT_VERSION = 5  # part of the key of cached counts: raise it when the rules of reading change
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def list_shards(pattern: str, options: dict | None = None) -> list[str]:
     shards = []
     if not is_remote(pattern) and Path(pattern).is_file():
         return [pattern]  # whatever braces and wildcards are in its name
-    for url in expand_braces(pattern):
+    is_folder = not is_remote(pattern) and Path(pattern).is_dir()  # which may have them, too
+    for url in [pattern] if is_folder else expand_braces(pattern):
         matches = _remote_matches(url, options) if is_remote(url) else _local_matches(url)
         if not matches:
             raise UserError(f"{url}: no such shard; check the path and its braces and wildcards")

@@ -18,6 +18,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,8 @@ from base.caches import cache_folder, digest, file_state, one_builder, states_di
 from base.errors import BadSample, UserError, brief
 from base.limits import CELL_BYTES, EXPANSION, TABLE_FLOOR, check_limit, over_limit
 from base.names import matching_files, nearest
-from base.reading import read_bytes, read_json_lines
-from base.text import lenient_text, lines_in
+from base.reading import read_bytes, read_json_lines, read_start
+from base.text import lenient_text, lines_in, looks_like
 from base.writing import write_json_lines
 from dataset.images.formats import files_below, is_image
 from dataset.sources.hub import is_hub, local_copy
@@ -203,23 +204,44 @@ def _csv_rows(
     try:
         with path.open(encoding=_encoding(path), errors="surrogatepass", newline="") as file:
             head = file.readline(CELL_BYTES)
-            separator = max("\t", ",", ";", key=head.count)  # the first where none occurs
-            file.seek(0)
+            stated = re.fullmatch(r"sep=(.)\s*", head)  # as Excel writes it in front
+            if not stated:
+                file.seek(0)
+            # the first where none occurs
+            separator = stated[1] if stated else max("\t", ",", ";", "|", key=head.count)
             rows = csv.reader(_lines(file, path), delimiter=separator, strict=True)
             names = [name.strip() for name in next(rows, [])]
             _check_unique(path, names)
-            filled = (row for row in rows if row)
-            yield from _entries(path, names, _by_name(names, filled), required, columns, left_out)
+            entries = _by_name(names, _readable(rows))
+            yield from _entries(path, names, entries, required, columns, left_out)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from None
+        seen = looks_like(read_start(path))
+        raise UserError(f"{path}: not UTF-8 ({error.reason}){seen}; save it as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}: no table ({error}); save it as CSV with quoted texts") from None
 
 
+def _readable(rows) -> Iterator[list[str] | str]:
+    """The rows of a CSV reader without blank ones (Excel's are separators alone). Where quotes do not
+    pair, what is wrong, once for each of the lines between them: so many rows may be lost."""
+    while True:
+        before = rows.line_num
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            lines = f"lines {before + 1} to {rows.line_num}"
+            fault = f"{lines}: {error}; quote texts, and double the quotes in them"
+            yield from [fault] * max(1, rows.line_num - before)
+            continue
+        if any(row):
+            yield row
+
+
 def _encoding(path: Path) -> str:
     """UTF-8, or UTF-16 where the file begins with its byte order mark, as spreadsheets write it."""
-    with path.open("rb") as file:
-        start = file.read(2)
+    start = read_start(path, 2)
     return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
@@ -237,12 +259,17 @@ def _check_unique(path: Path, names: list[str]) -> None:
         raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
 
 
-def _by_name(names: list[str], rows: Iterable[list[str]]) -> Iterator[dict | str]:
+def _by_name(names: list[str], rows: Iterable[list[str] | str]) -> Iterator[dict | str]:
     """The rows by the names of their columns; what is wrong with one that has too many or too few
-    cells."""
+    cells. A text in place of a row passes through."""
     for row in rows:
+        if isinstance(row, str):
+            yield row
+            continue
         while len(row) > len(names) and not row[-1]:  # separators at the end of a line
             row.pop()
+        while len(row) < len(names) and not names[len(row)]:  # or of the line of names
+            row.append("")
         if len(row) == len(names):
             yield dict(zip(names, map(_cell, row), strict=True))
         else:
@@ -422,8 +449,9 @@ def _usual_column(path: Path, field: str, names: list[str], required: Sequence[s
         if usual in lower and usual not in required:
             return lower[usual]
     listed = ", ".join(names[:12]) or "none"
+    seen = looks_like(read_start(path)) if path.is_file() else ""
     raise UserError(
-        f"{path}: no column for {field} (it has {listed}); name it: {path}?{field}=COLUMN"
+        f"{path}: no column for {field} (it has {listed}){seen}; name it: {path}?{field}=COLUMN"
     )
 
 

@@ -4,7 +4,7 @@ Training, evaluation and counting walk a shard by the same rules, so that they s
 
 - The key of a member is its path up to the first dot of its file name, folders included; the rest,
   in lower case, is its ending. `./` in front is no part of it, accents are composed (NFC). Hidden
-  files have no key.
+  files, and those in hidden folders, have no key.
 - Adjacent members of one key are a sample. An ending that comes twice begins another sample.
 - A damaged header does not end a shard: reading continues at the next whole header, and the loss is
   reported. TarFile would take the damage for the end of the archive.
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from base.limits import MEMBER_BYTES, NAME_BYTES, SAMPLE_BYTES, SAMPLE_MEMBERS, ZERO_BYTES
+from base.names import is_hidden_folder
 from base.text import whole_number
 from dataset.images.formats import IMAGE_TYPES
 from dataset.sources.remote import describe
@@ -68,7 +69,7 @@ def split_key(name: str) -> tuple[str, str] | None:
         name = name[2:].lstrip("/")
     folder, slash, file = name.lstrip("/").rpartition("/")
     stem, _, ending = file.partition(".")
-    if not stem or not ending:
+    if not stem or not ending or (folder and is_hidden_folder(folder)):
         return None
     # an accent is one letter or two (NFD), as the program that made the archive has it
     return unicodedata.normalize("NFC", folder + slash + stem), ending.lower()

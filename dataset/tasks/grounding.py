@@ -1,16 +1,17 @@
 """Referring expressions (RefCOCO+): which annotated box an expression means, and the boxes a
 detector found."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import UserError, brief
+from base.limits import IMAGE_PIXELS
 from dataset.images.decode import decode_image
 from dataset.text.wordpiece import pre_caption
 
 Box = list[float]  # x, y, width, height in pixels
+FARTHEST = 1e9  # pixels from an image's corner: farther numbers are no coordinates
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,24 @@ def read_boxes(detections: object, where: str) -> list[Box]:
         fits = isinstance(box, Sequence) and not isinstance(box, str) and len(box) in (4, 5)
         if not fits or not all(_is_number(value) for value in box):
             raise UserError(f"{where}: {brief(each)} is no box [x, y, w, h] in pixels; fix it")
+        if box[2] < 0 or box[3] < 0:
+            raise UserError(f"{where}: {brief(each)} has a width or height below 0; fix it")
         boxes.append([float(value) for value in box[:4]])
     return boxes
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -FARTHEST <= value <= FARTHEST  # not for NaN
+
+
+def _check_size(image: str, height: int, width: int) -> None:
+    if min(height, width) < 1 or height * width > IMAGE_PIXELS:
+        raise UserError(
+            f"instances.json, image {image}: {height} x {width} pixels is no size of an image; "
+            "fix its height and width"
+        )
 
 
 def targets(refs: Sequence[Mapping], instances: Mapping) -> dict[str, Target]:
@@ -118,12 +131,14 @@ def targets(refs: Sequence[Mapping], instances: Mapping) -> dict[str, Target]:
             for entry in instances["images"]
         }
         for ref in refs:
-            annotation, image = str(ref["ann_id"]), str(ref["image_id"])
-            if annotation in boxes and image in sizes:
-                (box,) = read_boxes([boxes[annotation]], f"instances.json, annotation {annotation}")
-                found[str(ref["ref_id"])] = Target(
-                    ref["image_id"], ref["split"], box, *sizes[image]
-                )
+            name, annotation, image = str(ref["ref_id"]), str(ref["ann_id"]), str(ref["image_id"])
+            if annotation not in boxes or image not in sizes:
+                continue
+            (box,) = read_boxes([boxes[annotation]], f"instances.json, annotation {annotation}")
+            _check_size(image, *sizes[image])
+            target = Target(ref["image_id"], str(ref["split"]), box, *sizes[image])
+            if found.setdefault(name, target) != target:
+                raise UserError(f"refcoco_data: ref_id {name} has two targets; remove one")
         return found
     except UserError:
         raise

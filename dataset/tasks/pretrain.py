@@ -20,6 +20,7 @@ from base.writing import atomic_write
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
 from dataset.images.decode import reading
+from dataset.images.zip_member import archive_of
 from dataset.loading.eval import EvalLoader
 from dataset.sources.records import Records
 from dataset.tasks.record import captions_of, image_of, weights_of
@@ -199,7 +200,7 @@ def codes_key(records, build: PretrainPair, image_tokenizer) -> str:
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:
     try:
-        status = path.stat()
+        status = (archive_of(path) or path).stat()
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns

@@ -14,7 +14,7 @@ from base.errors import BadSample, UserError, brief
 from base.reading import read_json
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource
-from dataset.sources.records import Records
+from dataset.sources.records import Records, odd_items, with_texts
 from dataset.tasks.record import as_list
 from dataset.text.wordpiece import Tokenizer, pre_question
 
@@ -180,13 +180,16 @@ class QuestionSet:
             except BadSample as error:
                 raise UserError(f"{name}, entry {number} (the first is 0): {error}") from None
             if record.get("answer"):
-                answers = as_list(record["answer"])
-                if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+                odd = odd_items(record, ("answer",))
+                answers = as_list(with_texts(record, ("answer",))["answer"])
+                if odd or not isinstance(answers, list):
+                    given = odd.get("answer", answers)
                     raise UserError(
-                        f"{name}, entry {number} (the first is 0): answer {brief(answers)} is neither "
+                        f"{name}, entry {number} (the first is 0): answer {brief(given)} is neither "
                         "a text nor a list of texts; fix the entry"
                     )
-                self.truth[question] = {"answers": answers}
+                if answers:
+                    self.truth[question] = {"answers": answers}
         check_image_root(next(iter(roots.values())), (str(path.absolute()) for path in self.images))
         if answers_file is not None:
             self.truth = _matched(self.ids, read_official_answers(answers_file))

@@ -17,7 +17,7 @@ from base.addresses import missing_file
 from base.errors import UserError, brief
 from base.names import matching_files
 from base.reading import read_json
-from base.torch_files import find_index, load_weights_only, shards_of
+from base.torch_files import find_index, is_safetensors, load_weights_only, shards_of
 from models.layers.llama import LlamaConfig, split_dimension
 
 State = dict[str, Tensor]
@@ -282,7 +282,7 @@ def halves(weight: Tensor, heads: int) -> Tensor:
 def _read_tensors(path: Path, wanted=lambda name: True) -> State:
     """The wanted tensors of one file, mapped where the format allows."""
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as file:

@@ -15,11 +15,14 @@ POSITION_IDS = "*embeddings.position_ids"  # a constant, 0..511; libraries disag
 
 
 class Differences(NamedTuple):
-    """How a state dict differs from what a model expects: keys, for shapes (key, got, expected)."""
+    """How a state dict differs from what a model expects: keys, for shapes (key, got, expected).
+
+    integers: keys of whole numbers in the place of fractions, which they would be cut off to."""
 
     missing: list[str]
     unexpected: list[str]
     mismatched: list[tuple[str, tuple, tuple]]
+    integers: list[str]
 
     def __bool__(self) -> bool:
         return any(self[:])
@@ -31,6 +34,7 @@ class Differences(NamedTuple):
             for key, got, expected in self.mismatched
         ]
         parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}
+        parts["of whole numbers, which are no weights"] = self.integers
         return "\n".join(
             f"  {len(keys)} {what}: {_some(keys)}" for what, keys in parts.items() if keys
         )
@@ -43,9 +47,14 @@ def compare_state(expected: State, given: State) -> Differences:
         for key, value in expected.items()
         if key in given and given[key].shape != value.shape
     ]
-    return Differences(
-        [k for k in expected if k not in given], [k for k in given if k not in expected], mismatched
-    )
+    integers = [
+        key
+        for key, value in expected.items()
+        if key in given and value.is_floating_point() and not given[key].is_floating_point()
+    ]
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    return Differences(missing, unexpected, mismatched, integers)
 
 
 def load_checkpoint(
@@ -69,6 +78,7 @@ def load_checkpoint(
         [key for key in found.missing if not _matches(key, may_miss)],
         [key for key in found.unexpected if not _matches(key, may_exceed)],
         [entry for entry in found.mismatched if not _matches(entry[0], may_miss)],
+        found.integers,
     )
     if faults:
         raise UserError(

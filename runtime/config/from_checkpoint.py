@@ -19,7 +19,7 @@ from base.errors import UserError
 from base.knobs import knob
 from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
 from base.reading import read_json
-from base.torch_files import load_weights_only
+from base.torch_files import is_safetensors, load_weights_only
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.plain import to_dict
 from runtime.config.schema import Schema
@@ -162,7 +162,7 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
             path = weights_file(path)  # the one whose weights are read
         except UserError:  # who reads the weights says what is wrong
             return {}
-    if path.suffix == ".safetensors":
+    if path.is_file() and is_safetensors(path):
         beside = path.with_name("config.yaml")
         return read_yaml(beside)[0] if beside.is_file() else {}
     try:
@@ -188,7 +188,7 @@ def described(file: Path) -> dict[str, Any]:
     config = saved_config(file)
     if isinstance(config.get("network"), Mapping):
         about = {"config": config, "network": config["network"]}
-    elif file.suffix != ".safetensors":
+    elif not (file.is_file() and is_safetensors(file)):
         content = load_torch(index_of(file))
         arguments = content.get("args") if isinstance(content, Mapping) else None
         about = {"args": arguments} if isinstance(arguments, Mapping) else {}

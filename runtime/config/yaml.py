@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ def parse_yaml(text: str) -> tuple[Any, Any]:
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
-        node = YAML(typ="safe", pure=True).compose(text)
-        if _size(node, 0, {}) > YAML_VALUES:
-            raise ValueError(f"its aliases stand for more than {YAML_VALUES:,} values")
-        return YAML(typ="safe", pure=True).load(text), node
+        with warnings.catch_warnings():  # a file that says %YAML 1.1 has 1e-4 as text: so be it
+            warnings.simplefilter("ignore")
+            node = YAML(typ="safe", pure=True).compose(text)
+            if _size(node, 0, {}) > YAML_VALUES:
+                raise ValueError(f"its aliases stand for more than {YAML_VALUES:,} values")
+            return YAML(typ="safe", pure=True).load(text), node
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         line = f"line {mark.line + 1}: " if mark else ""

@@ -244,6 +244,11 @@ class Plan:
         batch: see above."""
         epoch_steps = max(1, loader_steps // accumulate)
         total = steps(schedule.duration, epoch_steps=epoch_steps, batch=batch)
+        if not total:
+            raise UserError(
+                f"duration {schedule.duration!r}: no update at all; train for one or more, or score "
+                "a --checkpoint with --evaluate"
+            )
         return cls(schedule, peak_lr, epoch_steps, batch, total)
 
     @classmethod

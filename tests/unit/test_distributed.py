@@ -43,6 +43,11 @@ def test_helpers_are_the_identity_on_one_process():
     assert table.squeeze(1).tolist() == [1.0, 2.0, 0.0]
 
 
+def test_a_device_that_torch_does_not_know_is_one_clear_error():
+    with pytest.raises(UserError, match="--device tpu: no device of torch; use auto, cpu or cuda"):
+        distributed.init("tpu")
+
+
 def test_cuda_without_a_gpu_is_one_clear_error():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -9,7 +9,7 @@ import torch
 
 from base.errors import BadSample, UserError
 from dataset.images.albef import TestTransform
-from dataset.tasks.grounding import ReferringExpressions
+from dataset.tasks.grounding import ReferringExpressions, targets
 from dataset.tasks.ve_nlvr import NLVR2, ORIGINAL_NLVR2, SNLI_VE, Statements
 from dataset.tasks.vqa import (
     QuestionAnswers,
@@ -128,6 +128,8 @@ def test_question_set(folder):
     assert data.ids == [1, "7"] and len(data) == 2
     assert data.truth["7"]["answers"] == ["red"] * 6 + ["blue"] * 4
     assert data.load(1)["text"] == "what colour" and data.load(1)["image"].shape == (3, 16, 16)
+    mixed = QuestionSet(questions(answer=["red", 2, None])[1:], roots(folder), TestTransform(16))
+    assert [known["answers"] for known in mixed.truth.values()] == [["red", "2"]]  # as in training
     assert unreachable(data, ["blue"]) == ["red"] and unreachable(data, ["red"]) == []
 
 
@@ -136,6 +138,7 @@ def test_question_set(folder):
     [
         ({"question_id": 1}, "question_id 1 in entry 1 and in entry 0"),
         ({"answer": []}, "no answers to"),
+        ({"answer": [{"answer": "red"}]}, r"answer {'answer': 'red'} is neither"),
     ],
 )
 def test_question_set_that_cannot_be_used(folder, change, words):
@@ -333,6 +336,10 @@ def test_detections_in_any_published_form(folder, kind):
         [{"score": 1}],
         [["a", 1, 2, 3]],
         [[1, 2, 3, None]],
+        [[1, 2, -3, 4]],
+        [[1, 2, 3, -0.5, 0.9]],
+        [[1, 2, 1e308, 1e308]],
+        [[10**400, 2, 3, 4]],
         "abcd",
         5,
     ],
@@ -352,6 +359,16 @@ def grounding(folder, detections, ref_id="r-01", **changes):
     refs = [{"ref_id": "r-01", "ann_id": "77", "image_id": 9, "split": "val"} | changes]
     records = [{"image": "a.jpg", "text": "a man", "ref_id": ref_id}]
     return ReferringExpressions(records, refs, instances, detections, folder, TestTransform(16))
+
+
+def test_splits_may_be_numbers_and_references_have_one_target(folder):
+    assert grounding(folder, {"9": [[1, 2, 3, 4]]}, split=7).targets[0].split == "7"
+    instances = {"images": [{"id": 9, "height": 4, "width": 4}], "annotations": []}
+    instances["annotations"] = [{"id": number, "bbox": [0, 0, 1, number]} for number in (1, 2)]
+    ref = {"ref_id": 5, "ann_id": 1, "image_id": 9, "split": "val"}
+    assert len(targets([ref, {**ref, "ref_id": "5"}], instances)) == 1
+    with pytest.raises(UserError, match="ref_id 5 has two targets"):
+        targets([ref, {**ref, "ann_id": 2}], instances)
 
 
 def test_ids_of_references_may_be_texts(folder):

@@ -7,19 +7,22 @@ import json
 import os
 import tarfile
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from base.arrays import map_array
+from base.caches import states_digest
 from base.errors import BadSample, UserError
 from base.names import matching_files
 from base.reading import parse_json
 from base.text import lines_in, whole_number
 from dataset.health.survey import open_list
-from dataset.images.decode import ORIENTATION, decode_image, image_ending
+from dataset.images.decode import ORIENTATION, check_image_root, decode_image, image_ending
 from dataset.images.zip_member import read_member
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.class_folder import class_folders as class_folders_in
@@ -50,6 +53,7 @@ from dataset.tasks.ve_nlvr import SNLI_VE, Statements
 from dataset.tasks.vqa import read_official_answers
 from dataset.tasks.zeroshot import CaptionedImages, ShardImages, class_folders, voc
 from runtime.checkpoint import find_damage
+from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_plain
 from scripts.data import pack, pack_coco
 
@@ -207,7 +211,31 @@ def test_captions_beside_images_end_with_their_lines(tmp_path):
     assert row["caption"] == ["one\u2028line", "two"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("a.json", Records), ("a.jsonl", Records), ("a.txt", read_class_names), ("a.yaml", read_yaml)],
+)
+def test_the_encoding_of_a_text_that_is_not_utf_8_is_named(name, read, encoding, tmp_path):
+    row = '{"image": "a.jpg", "caption": "x"}'
+    (tmp_path / name).write_bytes((f"[{row}]" if name == "a.json" else row).encode(encoding))
+    with pytest.raises(UserError, match=r"a\.\w+.*it looks like UTF-(16|32)"):
+        read(tmp_path / name)
+
+
 # ---- shards
+def test_a_compressed_shard_with_more_behind_it_blames_itself_and_not_the_disk(tmp_path):
+    shard = tar(tmp_path / "0.tar", [("a.jpg", encoded()), ("a.txt", b"x")])
+    shard.write_bytes(gzip.compress(shard.read_bytes()) + b"more")
+    with pytest.raises(UserError, match=r"0\.tar: cannot be read \(BadGzipFile"):
+        ShardIndex([shard])
+
+
+def test_folders_may_have_braces_in_their_names(tmp_path):
+    shard = tar(tmp_path / "set {1,2}[a]/0.tar", [("a.jpg", encoded()), ("a.txt", b"x")])
+    assert list_shards(str(shard.parent)) == [str(shard)]
+
+
 def test_compressed_tfrecords_are_counted(tmp_path):
     plain = tmp_path / "a.tfrecord"
     write_records(plain, [encode_example({"jpg": encoded(), "txt": "x"})] * 3)
@@ -435,10 +463,33 @@ def test_every_format_that_is_read_can_be_packed(kind, options, ending):
     assert image_ending(content, "x") == ending
 
 
-@pytest.mark.parametrize("content", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg/>"])
+@pytest.mark.parametrize("content", [b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<svg/>", b"<HTML>404"])
 def test_what_is_no_image_has_no_ending(content):
     with pytest.raises(BadSample):
         image_ending(content, "x")
+
+
+def test_images_in_zip_files_are_evaluated_as_they_are_trained(tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as bundle:
+        bundle.writestr("part/a.jpg", encoded())
+    check_image_root(tmp_path, ["all.zip/part/a.jpg"])
+    row = {"image": "all.zip/part/a.jpg", "caption": "x", "sentence": "x", "label": "neutral"}
+    assert RetrievalSet([row], tmp_path, tuple).load(0)[0].shape == (12, 16)
+    (tmp_path / "a.json").write_text(json.dumps([row | {"labels": ["dog"]}]))
+    assert ImageSet(tmp_path / "a.json", torch.clone, tmp_path).load(0)["image"].shape == (3, 12, 16)
+    statements = Statements(tmp_path / "a.json", SNLI_VE, tmp_path, torch.clone)
+    assert statements.load(0)["image"].shape == (3, 12, 16)
+    with pytest.raises(BadSample, match=r"all\.zip: no member b\.jpg"):
+        decode_image(tmp_path / "all.zip/b.jpg")
+
+
+def test_an_image_in_a_zip_file_changes_with_it(tmp_path):
+    """By which features and visual codes are kept."""
+    before = states_digest([tmp_path / "all.zip/a.jpg"])
+    (tmp_path / "all.zip").write_bytes(b"1")
+    first = states_digest([tmp_path / "all.zip/a.jpg"])
+    (tmp_path / "all.zip").write_bytes(b"22")
+    assert len({before, first, states_digest([tmp_path / "all.zip/a.jpg"])}) == 3
 
 
 def test_a_path_that_no_system_knows_is_a_bad_sample(tmp_path):
@@ -505,6 +556,18 @@ def test_true_is_no_id(tmp_path, field):
         Records(tmp_path / "a.json", ("image", field))
 
 
+def test_captions_that_are_no_texts_are_counted_and_said(tmp_path):
+    mixed = [["x", 5, None, ["y"]], ["x", {"raw": "y"}], ["z", None]]
+    rows = [{"image": "a.jpg", "caption": caption} for caption in mixed]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.warns(UserWarning, match="2 of 3 entries have items among their texts"):
+        found = Records(tmp_path / "a.json")
+    assert [row["caption"] for row in found] == [["x", "5"], ["x"], ["z"]]
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", "caption": [{"raw": "x"}]}]))
+    with pytest.raises(UserError, match=r"'caption' must be texts, not dict \({'raw': 'x'}\)"):
+        Records(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("given", [4705552913, 4705552913.0, "4705552913"])
 def test_an_image_called_by_a_number(tmp_path, given):
     (tmp_path / "a.json").write_text(json.dumps([{"image": given, "caption": "x"}]))
@@ -541,6 +604,14 @@ def test_annotated_boxes_and_sizes_are_checked_at_the_start(box, height):
         "images": [{"id": 1, "height": height, "width": 5}],
     }
     with pytest.raises(UserError, match=r"instances\.json"):
+        targets([{"ref_id": 1, "ann_id": 1, "image_id": 1, "split": "val"}], instances)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, -5), (10**12, 5)])
+def test_an_image_has_a_size(size):
+    image = {"id": 1, "height": size[0], "width": size[1]}
+    instances = {"annotations": [{"id": 1, "bbox": BOX}], "images": [image]}
+    with pytest.raises(UserError, match=r"instances\.json, image 1: .* is no size of an image"):
         targets([{"ref_id": 1, "ann_id": 1, "image_id": 1, "split": "val"}], instances)
 
 

@@ -34,6 +34,7 @@ def test_log_is_json_lines_and_resuming_drops_what_will_be_written_again(tmp_pat
         log.write(step, loss=1.0 / step, bad=float("nan"))
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": "10"}\n')  # of an editor
         file.write('{"step": 40, "lo')  # a kill in mid-line
     keep_before(tmp_path / "log.jsonl", 30)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -79,6 +79,12 @@ def test_a_training_counted_in_updates_keeps_them():
     assert (alone.total, alone.shift) == (30, 0)
 
 
+@pytest.mark.parametrize("duration", ["0 epochs", 0, "0 steps"])
+def test_a_training_without_an_update_is_refused(duration):
+    with pytest.raises(UserError, match="no update at all"):
+        planned((1, 40, 0), 0, duration=duration)
+
+
 def test_constant_and_linear_shapes():
     constant = learning_rate(Schedule(sched="constant", warmup="0 steps"), 1e-3, total=50, **SIZES)
     assert {constant(step) for step in range(50)} == {1e-3}

@@ -137,6 +137,29 @@ def test_folder_with_metadata(tmp_path):
     assert pairs(Records(folder)) == [(str(folder / "b.jpg"), "two")]
 
 
+SPREADSHEETS = {
+    "rows of separators alone": "filepath,title\na.jpg,x\n,\n,,,,\nb.jpg,y\n,\n",
+    "separators behind the names": "filepath,title,,\na.jpg,x\nb.jpg,y,,\n",
+    "the separator in the first line": "sep=;\r\nfilepath;title\r\na.jpg;x\r\nb.jpg;y\r\n",
+    "upright strokes": "filepath|title\na.jpg|x\nb.jpg|y\n",
+}
+
+
+@pytest.mark.parametrize("kind", SPREADSHEETS)
+def test_tables_as_spreadsheets_write_them(kind, tmp_path):
+    (tmp_path / "t.csv").write_text(SPREADSHEETS[kind])
+    assert pairs(Records(tmp_path / "t.csv").complete()) == [("a.jpg", "x"), ("b.jpg", "y")]
+
+
+def test_a_row_whose_quotes_do_not_pair_is_left_out_and_counted(tmp_path, capsys):
+    rows = [f"{number}.jpg,x\n" for number in range(200)]
+    rows[5] = '5.jpg,"x" y\n'
+    (tmp_path / "t.csv").write_text("filepath,title\n" + "".join(rows))
+    assert len(Records(tmp_path / "t.csv")) == 199
+    said = capsys.readouterr().err
+    assert "1 of 200 entries are unusable" in said and "row 6: lines 7 to 7" in said
+
+
 def test_dual_encoders_read_tables_for_any_collection(tmp_path):
     table = write_table(tmp_path / "t.csv", ("filepath", "title"), ROWS)
     assert pairs(caption_records("yfcc15m", table, read_plain=None)) == ROWS
@@ -152,7 +175,9 @@ def test_dual_encoders_read_tables_for_any_collection(tmp_path):
         (b"filepath,title\na.jpg,x\n", "?caption=", r"no column given for caption"),
         (b"filepath,title\na.jpg,x\n", "?", r"expected FILE\?field=column"),
         (b"filepath,title\na.jpg,\xff\n", "", r"not UTF-8"),
-        (b'filepath,title\na.jpg,"x\n', "", r"no table"),
+        (b'filepath,title\na.jpg,"x\n' + b"b.jpg,y\n" * 99, "", r"100 of 100 entries"),
+        ("filepath,title\n".encode("utf-16-le"), "", r"it looks like UTF-16"),
+        (b'filepath,title\na.jpg,"x\n', "", r"row 1: lines 2 to 2: unexpected end of data"),
         (b"", "", r"no column for image \(it has none\)"),
         (b"filepath,title\n", "", r"no entries|empty"),
     ],

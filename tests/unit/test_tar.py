@@ -87,6 +87,9 @@ def test_a_wildcard_names_shards_alone(tmp_path):
 def test_keys():
     assert split_key("./v1.0/a.b/7.seg.png") == ("v1.0/a.b/7", "seg.png")
     assert split_key(".hidden.jpg") is split_key("README") is split_key("a/.b/._1.jpg") is None
+    for folder in ("__MACOSX", ".ipynb_checkpoints", "./a/@eaDir", "/.b/c"):
+        assert split_key(f"{folder}/1.jpg") is None
+    assert split_key("../a/1.jpg") == ("../a/1", "jpg")
     assert split_key("deep/1.") is None
 
 

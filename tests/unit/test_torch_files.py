@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from base.errors import UserError
-from base.torch_files import load_weights_only
+from base.text import POINTER
+from base.torch_files import load_weights_only, read_tensors
 from models.weights.albef import load_bert_folder
 from models.weights.llama import read_llama
+from models.weights.loading import load_checkpoint
 from runtime.checkpoint import read_weights
 
 STATE = {name: torch.full((2,), float(number)) for number, name in enumerate("abcd")}
@@ -93,3 +95,43 @@ def test_uncommon_dtypes_and_layouts(tmp_path):
     found = load_weights_only(tmp_path / "c.pt")
     assert found["float8"].dtype == torch.float8_e4m3fn and found["expanded"].shape == (1000,)
     assert torch.equal(found["sparse"].to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64), torch.ones(2, device="meta")],
+    ids=["sparse", "complex", "meta"],
+)
+@pytest.mark.parametrize("reader", [read_weights, read_tensors])
+def test_weights_that_are_no_plain_numbers_are_named(odd, reader, tmp_path):
+    torch.save({"a": torch.ones(2), "b": odd}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth: b is no plain tensor"):
+        reader(tmp_path / "w.pth")
+
+
+def test_whole_numbers_are_no_weights():
+    model = torch.nn.BatchNorm1d(2)
+    state = model.state_dict() | {"weight": torch.ones(2, dtype=torch.int8)}
+    with pytest.raises(UserError, match="1 of whole numbers, which are no weights: weight"):
+        load_checkpoint(model, state)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "W.SAFETENSORS", "w"])
+@pytest.mark.parametrize("reader", [read_weights, read_tensors])
+def test_safetensors_under_another_name(name, reader, tmp_path):
+    save_file(STATE, tmp_path / name)
+    found = reader(tmp_path / name)
+    assert all(torch.equal(found[key], value) for key, value in STATE.items())
+
+
+def test_a_folder_with_one_file_of_transformers(tmp_path):
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    assert set(read_weights(tmp_path)) == set(STATE)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize("reader", [read_weights, read_tensors])
+def test_a_pointer_in_place_of_weights_is_named(name, reader, tmp_path):
+    (tmp_path / name).write_bytes(POINTER + b"/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(UserError, match="a pointer of Git LFS"):
+        reader(tmp_path / name)

@@ -242,8 +242,8 @@ def read_official_answers(path: str | Path) -> dict[str | int, dict]:
             given = [person["answer"] for person in entry["answers"]]
             known = {"answers": [str(answer) for answer in given if answer is not None]}
             for key in ("question_type", "answer_type"):
-                if key in entry:
-                    known[key] = entry[key]
+                if entry.get(key) is not None:
+                    known[key] = _type_name(entry[key])
             if known["answers"]:
                 truth[entry["question_id"]] = known
         return truth
@@ -251,6 +251,12 @@ def read_official_answers(path: str | Path) -> dict[str | int, dict]:
         raise UserError(
             f"{path}: not VQA's annotation format, annotations: question_id, answers: answer ({error!r})"
         ) from None
+
+
+def _type_name(value: object) -> str:
+    if not isinstance(value, str | int):
+        raise TypeError(f"a type is {brief(value)}, no text")
+    return str(value)
 
 
 def _matched(ids: Sequence[str | int], truth: Mapping[str | int, dict]) -> dict[str | int, dict]:

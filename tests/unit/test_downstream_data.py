@@ -155,8 +155,11 @@ def test_official_answers(folder):
     }
     found = read_official_answers(write(folder, {"annotations": [entry]}))
     assert found == {1: {"answers": ["red", "blue"], "answer_type": "other"}}
-    with pytest.raises(UserError, match="VQA's annotation format"):
-        read_official_answers(write(folder, [entry]))
+    found = read_official_answers(write(folder, {"annotations": [entry | {"answer_type": 5}]}))
+    assert found[1]["answer_type"] == "5"  # types are sorted by their names
+    for wrong in ([entry], {"annotations": [entry | {"answer_type": ["other"]}]}):
+        with pytest.raises(UserError, match="VQA's annotation format"):
+            read_official_answers(write(folder, wrong))
 
 
 def test_entailment(folder):

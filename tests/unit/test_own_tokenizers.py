@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from base.errors import UserError
@@ -78,10 +79,12 @@ def test_image_tokenizer_of_the_images(pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(own_tokenizers, "SMALL_DVAE", ["--width", "4", "--epochs", "2 steps"])
     monkeypatch.setenv("RANK", "0")  # the run's own: not of the training of its tokenizer
     monkeypatch.setenv("WORLD_SIZE", "2")
-    config = Options(tmp_path / "run", [str(pairs)], image_tokenizer_path=Path(TRAINED))
+    config = Options(tmp_path / "run", [str(pairs)], image_tokenizer_path=Path(TRAINED), grid=6)
     config.text_encoder = "bert-base-uncased"
     train_tokenizers_if_asked(config)
     assert (config.image_tokenizer_path / "image_tokenizer.safetensors").is_file()
+    used = yaml.safe_load((config.image_tokenizer_path / "config.yaml").read_text())
+    assert used["size"] == 6 * 4 and used["flip"] is False  # as the run has them
     assert config.text_encoder == "bert-base-uncased"
 
 

@@ -44,7 +44,7 @@ from models.layers.batchnorm import synchronise_batch_norm
 from models.weights.vit_facts import load_agreeing
 from runtime.checkpoint import export_safetensors, read_weights, weights_file
 from runtime.config.cli import knob, run_script, section
-from runtime.config.from_checkpoint import described
+from runtime.config.from_checkpoint import description_of
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.parallel import gradient_sync, whole_model
@@ -138,7 +138,7 @@ def build_model(config: Config) -> VisionClassifier:
     """The network on the CPU with its starting weights and, as `ema`, its moving average."""
     model = build_classifier(config.network)
     if config.checkpoint:
-        about = described(weights_file(config.checkpoint))
+        about = description_of(weights_file(config.checkpoint))
         left_out = load_agreeing(model, read_weights(config.checkpoint), about, config.evaluate)
         if config.evaluate and "head.weight" in left_out.missing:
             classes = config.network.num_classes

@@ -65,7 +65,7 @@ from models.weights.libraries import library_encoder
 from models.weights.vit_facts import VitFacts
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.cli import knob, run_script
-from runtime.config.from_checkpoint import described
+from runtime.config.from_checkpoint import description_of
 from runtime.optim.build import Precision
 from runtime.run import evaluating
 
@@ -150,7 +150,7 @@ def load_encoder(config: Config) -> ImageEncoder:
         resize=config.resize,
     )
     if not of_library(config.model):
-        return open_encoder(read_weights(file), described(file), config.model, stated)
+        return open_encoder(read_weights(file), description_of(file), config.model, stated)
     weights = read_weights(file) if file and config.model.startswith("timm/") else None
     return library_encoder(
         config.model, file, weights, config.pretrained, config.random_weights, stated
@@ -185,7 +185,7 @@ def bank_of(
     world: World,
 ) -> tuple[Bank, Split]:
     """Features and labels of a data set, from the cache where they are there, and its images."""
-    about = described(weights_file(config.checkpoint)) if config.checkpoint else {}
+    about = description_of(weights_file(config.checkpoint)) if config.checkpoint else {}
     view, in_words = view_of(encoder, about)
     labels = Labels(len(names) or config.num_classes, LabelOptions(), data)
     images = shared_split(data, config.data_root, view, labels, names, config.download, split)

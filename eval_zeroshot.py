@@ -61,7 +61,7 @@ from models.weights.libraries import open_library
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.cli import knob, run_script
-from runtime.config.from_checkpoint import described
+from runtime.config.from_checkpoint import description_of
 from runtime.optim.build import Precision
 from runtime.run import evaluating
 from runtime.safe_pickle import load_plain
@@ -123,7 +123,7 @@ def open_checkpoint(config: Config) -> tuple[Opened, str]:
     if is_jit_archive(file):
         weights, about = jit_state_dict(file), {"archive": True}
     else:
-        weights, about = read_weights(file), described(file)
+        weights, about = read_weights(file), description_of(file)
     opened = open_dual(weights, about, config.model, config.mean, config.std)
     trained = about.get("config", {})
     merges = config.bpe_path or trained.get("bpe_path")

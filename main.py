@@ -48,7 +48,7 @@ from models.weights.clip import load_text_transformer
 from models.weights.start_dual import start_dual
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
-from runtime.config.from_checkpoint import check_architecture, described, saved_config
+from runtime.config.from_checkpoint import check_architecture, description_of, saved_config
 from runtime.config.clip_rocket import RocketRunConfig
 from runtime.log import training_flops
 from runtime.optim.build import Precision, set_learning_rate
@@ -113,7 +113,7 @@ def build_model(config: Config) -> DualEncoder:
         load_text_transformer(model, read_weights(config.init_text_encoder))
     if config.checkpoint:
         check_architecture(config, saved_config(config.checkpoint))
-        start_dual(model, config.checkpoint, read_weights, described)
+        start_dual(model, config.checkpoint, read_weights, description_of)
     if config.momentum:
         model.momentum_model = copy.deepcopy(model).requires_grad_(False)
     return model
@@ -193,7 +193,7 @@ def main(config: Config) -> None:
     vocabulary = method.text_tower or config.tokenizer
     tokenizer = text_tokenizer(method.model, method.context_length, config.bpe_path, vocabulary)
     config.network = replace(method, vocab_size=tokenizer.vocab_size)
-    config.settle(world.device)
+    config.resolve_auto(world.device)
     data, prompts = validation_data(config) if config.val_folder else (None, None)
     if config.evaluate:
         model = build_model(config).to(world.device)

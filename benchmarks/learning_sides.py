@@ -26,7 +26,7 @@ from models.layers.xbert import BertConfig
 from models.weights.albef import start_from
 from models.weights.any_dual_encoder import open_dual
 from runtime.checkpoint import read_weights, weights_file
-from runtime.config.from_checkpoint import described
+from runtime.config.from_checkpoint import description_of
 
 IMAGE_SIZE = 48
 
@@ -122,7 +122,7 @@ def clip_tokens(texts: list[str]) -> Tensor:
 
 def open_our_clip(config, run: Path) -> tuple:
     file = weights_file(run)
-    model = open_dual(read_weights(file), described(file)).model
+    model = open_dual(read_weights(file), description_of(file)).model
     return model.embed_image, model.embed_text, clip_tokens
 
 

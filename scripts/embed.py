@@ -54,7 +54,7 @@ from evaluation.retrieval import units
 from evaluation.zeroshot import embed_texts
 from runtime.checkpoint import weights_file
 from runtime.config.cli import knob, run_script, section
-from runtime.config.from_checkpoint import described
+from runtime.config.from_checkpoint import description_of
 from runtime.job_array import Sharing, need_all, own_range, submit_array
 from runtime.run import evaluating
 
@@ -138,7 +138,7 @@ def image_embedder(config: Config, world: World) -> Embedder:
     options = {name: getattr(config, name) for name in names}
     encoder = eval_knn.load_encoder(eval_knn.Config(**options))
     encoder.choose(config.score if config.score != "z" else "feats")
-    about = described(weights_file(config.checkpoint)) if config.checkpoint else {}
+    about = description_of(weights_file(config.checkpoint)) if config.checkpoint else {}
     view, in_words = eval_knn.view_of(encoder, about)
     encoder.to(world.device)
     autocast = eval_knn.Precision(config.precision, world.device).autocast

@@ -43,7 +43,7 @@ def open_encoder(
     """The image encoder of a checkpoint: of Classification.py, main.py, Pretrain.py and its kin, or
     a foreign one's.
 
-    about: `runtime.config.from_checkpoint.described` of the file. name: the model, where
+    about: `runtime.config.from_checkpoint.description_of` of the file. name: the model, where
     these do not tell. stated: what the user says about a vision transformer of others. Raises
     UserError.
     """

@@ -1,6 +1,6 @@
 """Weights of any layout into a freshly built dual encoder, to train it further.
 
-    start_dual(build_dual(config), Path("ViT-B-32.pt"), read_weights, described)  # --model ViT-B/32
+    start_dual(build_dual(config), file, read_weights, description_of)  # ViT-B-32.pt: --model ViT-B/32
 
 Ours and CLIP-rocket's, OpenAI's, open_clip's and Hugging Face's CLIP and SigLIP. Position
 embeddings are resized to the model's images, but for a library's models.
@@ -43,8 +43,8 @@ def start_dual(
     describe: Callable[[Path], Mapping[str, Any]],
 ) -> None:
     """Load all weights of a file or folder. read, describe: `runtime.checkpoint.read_weights` and
-    `runtime.config.from_checkpoint.described`. UserError for another architecture or activation,
-    which it names."""
+    `runtime.config.from_checkpoint.description_of`. UserError for another architecture or
+    activation, which it names."""
     if path.is_file() and is_jit_archive(path):
         state, about = jit_state_dict(path), {"archive": True}
     else:

@@ -78,7 +78,7 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
             warmup=self.warmup,
         )
 
-    def settle(self, device: torch.device) -> None:
+    def resolve_auto(self, device: torch.device) -> None:
         """Put plain values where the machine or another flag decides; a file given to --resume is a
         --checkpoint."""
         if self.disable_amp or (self.precision == "auto" and device.type != "cuda"):

@@ -176,7 +176,7 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
 BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 
 
-def described(file: Path) -> dict[str, Any]:
+def description_of(file: Path) -> dict[str, Any]:
     """What lies in or beside a dual encoder's checkpoint about its network, as `open_dual` takes
     it; of a folder, that of the weights which are taken there.
 

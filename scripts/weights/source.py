@@ -12,7 +12,7 @@ from models.weights.align import is_align
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 from models.weights.vit import native
 from runtime.checkpoint import read_weights, weights_file
-from runtime.config.from_checkpoint import described
+from runtime.config.from_checkpoint import description_of
 
 State = Mapping[str, Tensor]
 FAMILIES = {  # family: how messages call it
@@ -40,7 +40,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """file: of the weights. about: as `runtime.config.from_checkpoint.described` reads it."""
+    """file: of the weights. about: as `runtime.config.from_checkpoint.description_of` reads it."""
 
     file: Path
     weights: State
@@ -65,7 +65,7 @@ def open_source(path: Path) -> Source:
             file=file, weights=jit_state_dict(file), about={"archive": True}, family="clip"
         )
     weights = read_weights(path)
-    return Source(file=file, weights=weights, about=described(file), family=family_of(weights))
+    return Source(file=file, weights=weights, about=description_of(file), family=family_of(weights))
 
 
 def family_of(weights: State) -> str:

@@ -189,12 +189,12 @@ def yaml_configuration(path: Path) -> Any:
 
 
 def config_beside_weights(path: Path) -> Any:
-    from runtime.config.from_checkpoint import described
+    from runtime.config.from_checkpoint import description_of
 
     weights = path.with_name("model.safetensors")
     weights.write_bytes(safetensors_file())
     path.rename(path.with_name("config.json"))
-    return described(weights)
+    return description_of(weights)
 
 
 TEXTS = {

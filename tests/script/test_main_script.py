@@ -312,7 +312,7 @@ def test_flags_of_the_original_are_understood():
     )
     assert config.activation_checkpointing and config.network.transformer_layers == 6
     assert config.views.multicrop_resize == 192 and config.texts.remove_stopwords_prob == 0.9
-    config.settle(torch.device("cpu"))
+    config.resolve_auto(torch.device("cpu"))
     assert (config.precision, config.wandb) == ("fp32", "offline")
 
 

@@ -12,7 +12,7 @@ from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import knob
 from runtime.config.from_checkpoint import (
     Geometry,
-    described,
+    description_of,
     fitting_weights,
     inherit,
     saved_config,
@@ -140,4 +140,4 @@ def test_a_sharded_checkpoint_says_what_it_was_made_with(tmp_path):
     saved = folder.commit({"model": {}, "config": {**MADE_WITH, "network": {"w": 1}}}, [part], 3)
     for path in (saved, tmp_path):
         assert saved_config(path)["embed_dim"] == 32
-    assert described(saved)["network"] == {"w": 1}
+    assert description_of(saved)["network"] == {"w": 1}

@@ -17,7 +17,7 @@ from models.layers.openai_towers import OpenAIConfig
 from models.weights import clip as adapters
 from models.weights.any_dual_encoder import config_of_shapes, embedding_model, open_dual
 from runtime.checkpoint import read_weights
-from runtime.config.from_checkpoint import described
+from runtime.config.from_checkpoint import description_of
 
 SMALL = {
     "image_size": 16,
@@ -247,15 +247,15 @@ def test_what_lies_in_and_beside_a_file(tmp_path):
     arguments = argparse.Namespace(**SMALL, model="CL2L_VITT8_CL2L", lr=0.1)
     file = tmp_path / "checkpoint_best.pt"
     torch.save({"state_dict": model.state_dict(), "args": arguments, "epoch": 3}, file)
-    about = described(file)
+    about = description_of(file)
     assert about["args"]["model"] == "CL2L_VITT8_CL2L"
     same(open_dual(read_weights(file), about), model)
     (tmp_path / "config.json").write_text(json.dumps({"a": 1}))
     torch.save(model.state_dict(), tmp_path / "bare.pt")
-    assert described(tmp_path / "bare.pt") == {"config.json": {"a": 1}}
+    assert description_of(tmp_path / "bare.pt") == {"config.json": {"a": 1}}
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
-        described(tmp_path / "bare.pt")
+        description_of(tmp_path / "bare.pt")
 
 
 def test_align():

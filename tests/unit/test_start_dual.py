@@ -17,7 +17,7 @@ from models.layers.openai_towers import OpenAIConfig
 from models.weights import clip
 from models.weights.start_dual import load_any_layout, start_dual
 from runtime.checkpoint import export_safetensors, read_weights
-from runtime.config.from_checkpoint import described
+from runtime.config.from_checkpoint import description_of
 from tests.helpers.clip_toys import toy
 
 TEXT = TextShape(width=64, heads=1, layers=2)
@@ -57,7 +57,7 @@ def test_every_layout(name, layout, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(clip.hugging_face_config(theirs.config)))
     export_safetensors({k: v.half() for k, v in state.items()}, tmp_path / "model.safetensors")
     ours = build(name)
-    start_dual(ours, tmp_path, read_weights, described)
+    start_dual(ours, tmp_path, read_weights, description_of)
     for parameter, value in ours.state_dict().items():
         expected = theirs.state_dict()[parameter]
         torch.testing.assert_close(value, expected, atol=2e-3, rtol=2e-3, check_dtype=False)

@@ -12,7 +12,7 @@ from models.weights.any_image_encoder import open_encoder
 from models.weights.vit import to_transformers
 from models.weights.vit_facts import VitFacts
 from runtime.checkpoint import read_weights
-from runtime.config.from_checkpoint import described
+from runtime.config.from_checkpoint import description_of
 
 timm = pytest.importorskip("timm")
 STATED = VitFacts(*IMAGENET, "gelu", 1e-6)
@@ -81,15 +81,15 @@ def test_hugging_faces_files_tell(tmp_path, activation, layer):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     file = tmp_path / "pytorch_model.bin"
-    encoder = open_encoder(read_weights(file), described(file))
+    encoder = open_encoder(read_weights(file), description_of(file))
     assert encoder.pixels == (32, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     same(encoder, model)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 6}))
     with pytest.raises(UserError, match="6 attention heads"):
-        open_encoder(read_weights(file), described(file))
+        open_encoder(read_weights(file), description_of(file))
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
     with pytest.raises(UserError, match="hidden_act 'relu' is not supported"):
-        open_encoder(read_weights(file), described(file))
+        open_encoder(read_weights(file), description_of(file))
 
 
 def test_timms_config_json_tells(tmp_path):

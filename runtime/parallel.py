@@ -65,7 +65,8 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
         checkpoint_blocks(model)
     if strategy == "fsdp":
         model = shard(model, world, features)
-        model.structure = [structure]  # for whole_model; in a list, or it would be a submodule
+        # for whole_model; in a tuple, or it would be a submodule
+        model.structure = (structure, world.device)
     elif strategy != "ddp":
         raise UserError(f"parallel: {strategy!r} is unknown; use ddp or fsdp")
     if compiled:
@@ -243,10 +244,11 @@ def whole_model(model: nn.Module) -> nn.Module:
         return distributed.unwrap(model)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    whole = without_weights(model.structure[0])
+    structure, device = model.structure
+    whole = without_weights(structure)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     whole.load_state_dict(weights, assign=True)
-    return whole
+    return whole.to(device)  # offloaded weights are in host memory
 
 
 @contextlib.contextmanager

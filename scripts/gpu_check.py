@@ -23,7 +23,7 @@ def run_measures(report, device, recipes: list[str], plans: dict, options) -> No
         run_peers(report, device, options.peers, options.peer_python)
 
 
-def run_parts(report, device, names: list[str], recipes: list[str], options) -> None:
+def run_parts(report, device, recipes: list[str], options) -> None:
     """What was asked for. Plans of the recipes are made meanwhile, in processes of their own: they
     need no GPU."""
     from scripts.gpu_checks import checks, measures, whole_runs
@@ -33,11 +33,13 @@ def run_parts(report, device, names: list[str], recipes: list[str], options) -> 
     with workers(options.jobs) as pool:
         plans = measures.start_plans(pool, device, recipes) if "measures" in parts else {}
         if "checks" in parts:
-            checks.check_methods(report, pool, names, device)
-            checks.check_sharding(report, device)
-            checks.check_resume(report, device)
+            checks.check_methods(report, pool, options.only, options.compiled, device)
+            if not options.given:
+                checks.check_sharding(report, device)
+                checks.check_resume(report, device)
         if "scripts" in parts:
-            whole_runs.check_scripts(report, device, options.jobs, options.out.parent / "runs")
+            folder = options.out.parent / "runs"
+            whole_runs.check_scripts(report, device, options.only, options.jobs, folder)
         if "measures" in parts:
             run_measures(report, device, recipes, plans, options)
 
@@ -45,8 +47,10 @@ def run_parts(report, device, names: list[str], recipes: list[str], options) -> 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="without a GPU")
-    parser.add_argument("--only", help="methods, joined by commas")
+    parser.add_argument("--only", help="methods and whole runs, joined by commas")
+    parser.add_argument("--compiled", help="methods to check compiled, too, joined by commas")
     parser.add_argument("--recipes", help="recipes to measure, joined by commas")
+    parser.add_argument("--modes", help="eager, compiled or both: how to measure them")
     parser.add_argument(
         "--part", default="all", help=f"all, or some of {', '.join(PARTS)}, joined by commas"
     )
@@ -89,15 +93,18 @@ def main() -> int:
     os.chdir(ROOT)
     import torch
 
-    from scripts.gpu_checks.measures import recipes_for
+    from scripts.gpu_checks import checks, measures, whole_runs
     from scripts.planning.methods import STEPS
 
     device = torch.device("cpu") if options.cpu else torch.device("cuda", 0)
     try:
         options.peers = parse_peers(options.peer, options.peer_python)
         chosen("--part", None if options.part == "all" else options.part, PARTS)
-        names = chosen("--only", options.only, STEPS)
-        recipes = chosen("--recipes", options.recipes, recipes_for(device))
+        known = dict.fromkeys([*STEPS, *whole_runs.TRAINING, *whole_runs.EVALUATIONS])
+        options.given, options.only = options.only, chosen("--only", options.only, known)
+        options.compiled = chosen("--compiled", options.compiled, checks.COMPILED)
+        options.modes = chosen("--modes", options.modes, measures.modes_for(device))
+        recipes = chosen("--recipes", options.recipes, measures.recipes_for(device))
         if not options.cpu and not torch.cuda.is_available():
             raise UserError("no GPU is visible; --cpu runs the checks that need none")
     except UserError as error:
@@ -107,7 +114,7 @@ def main() -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = Report(options.out)
     report.note(f"torch {torch.__version__} on {device}, {options.jobs} checks at once")
-    run_parts(report, device, names, recipes, options)
+    run_parts(report, device, recipes, options)
     print(f"{report.failed} failed; {options.out}")
     return 1 if report.failed else 0
 

@@ -257,6 +257,7 @@ class Precision:
         self.good_steps = torch.zeros((), device=device)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high" if precision != "fp32" else "highest")
+            torch.backends.cudnn.allow_tf32 = precision != "fp32"  # of convolutions
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -311,6 +312,8 @@ class Precision:
 
 def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
     """L2 norm over all gradients as a 0-d tensor; sharded (FSDP2) gradients are reduced over the
-    processes."""
+    processes. Where some of them are offloaded it is on the device of the others."""
     norms = [torch.nn.utils.get_total_norm(part, foreach=True) for part in by_kind(grads)]
-    return torch.stack([n.full_tensor() if is_sharded(n) else n for n in norms]).norm()
+    norms = [n.full_tensor() if is_sharded(n) else n for n in norms]
+    device = next((n.device for n in norms if n.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([n.to(device) for n in norms]).norm()

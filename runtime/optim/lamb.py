@@ -24,6 +24,12 @@ class Lamb(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": 0.0})
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Torch leaves the count of updates where a checkpoint was read: in host memory."""
+        super().load_state_dict(state_dict)
+        for weight, values in self.state.items():
+            values["step"] = values["step"].to(weight.device)
+
     @torch.no_grad()
     def step(self, closure=None):
         """One update of the parameters that have a gradient."""

@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 
 from scripts.gpu_checks.report import Report
-from scripts.gpu_checks.runs import Run, difference, first_losses, without_randomness
+from scripts.gpu_checks.runs import (
+    Run,
+    difference,
+    first_losses,
+    random_batches,
+    without_randomness,
+)
 from scripts.planning.methods import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,21 +28,30 @@ TOLERANCE = {"fp32": 2e-3, "bf16": 6e-2, "fp16": 2e-2}  # relative, of losses an
 COMPILED = ("simla", "ve", "nxtp", "cl2l", "align", "vit")  # compiling all takes a quarter hour
 
 
-def check_methods(report, pool: Executor, names: Sequence[str], device: torch.device) -> None:
+def check_methods(
+    report,
+    pool: Executor,
+    names: Sequence[str],
+    compiled: Sequence[str],
+    device: torch.device,
+) -> None:
     """Every method in a process of the pool; those that compile, which take longest, first."""
-    order = sorted(names, key=lambda name: name not in COMPILED)
-    for done in as_completed([pool.submit(method_report, name, device) for name in order]):
+    order = sorted((n for n in names if n in STEPS), key=lambda name: name not in compiled)
+    work = [pool.submit(method_report, name, device, name in compiled) for name in order]
+    for done in as_completed(work):
         report.take(done.result())
 
 
-def method_report(name: str, device: torch.device) -> Report:
+def method_report(name: str, device: torch.device, compiled: bool) -> Report:
     """The checks of one method."""
     report = Report()
-    check_method(report, name, STEPS[name], device)
+    check_method(report, name, STEPS[name], device, compiled)
     return report
 
 
-def check_method(report, name: str, command: str, device: torch.device) -> None:
+def check_method(
+    report, name: str, command: str, device: torch.device, compiled: bool = False
+) -> None:
     """One method: device against CPU, then each feature against the plain step."""
     with without_randomness():
         expected = Run(command, torch.device("cpu"), "fp32").losses()
@@ -59,30 +74,38 @@ def check_method(report, name: str, command: str, device: torch.device) -> None:
 
         report.check(f"{name}: checkpointing as plain", checkpointed, TOLERANCE["fp32"])
     if device.type == "cuda":
-        check_on_cuda(report, name, command, device, expected)
+        check_on_cuda(report, name, command, device, expected if compiled else None)
 
 
-def check_on_cuda(report, name: str, command: str, device: torch.device, expected: dict) -> None:
-    """What needs a GPU: compiled code, host waits, loss scaling."""
+def check_on_cuda(
+    report, name: str, command: str, device: torch.device, expected: dict | None
+) -> None:
+    """What needs a GPU: host waits, loss scaling, and compiled code where figures are expected of
+    it."""
 
     def compiled() -> float:
         with without_randomness():
             return difference(Run(command, device, "fp32", compile=True).losses(), expected)
 
     def waits() -> float:
-        run = Run(command, device, "bf16")
-        run.step()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return 0.0
+        with random_batches():
+            return without_host_waits(Run(command, device, "bf16"))
 
-    if name in COMPILED:
+    if expected is not None:
         report.check(f"{name}: compiled as eager", compiled, TOLERANCE["fp32"])
     report.check(f"{name}: no host wait in bf16", waits, 0.0)
     report.check(f"{name}: fp16 finds a scale", lambda: steps_without_update(command, device), 10)
+
+
+def without_host_waits(run: Run) -> float:
+    """0 after a step in which the host does not wait for the GPU. Raises RuntimeError where it does."""
+    run.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return 0.0
 
 
 def steps_without_update(command: str, device: torch.device, most: int = 20) -> int:
@@ -90,7 +113,8 @@ def steps_without_update(command: str, device: torch.device, most: int = 20) -> 
     run = Run(command, device, "fp16")
     before = [p.detach().clone() for p in run.model.parameters() if p.requires_grad]
     for number in range(most):
-        run.step()
+        with random_batches():
+            run.step()
         after = [p for p in run.model.parameters() if p.requires_grad]
         if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             return number

@@ -87,6 +87,11 @@ def recipes_for(device: torch.device) -> dict[str, str]:
     return FULL_SIZE if device.type == "cuda" else SMALL
 
 
+def modes_for(device: torch.device) -> tuple[str, ...]:
+    """Compiled code is measured on a GPU alone."""
+    return ("eager", "compiled") if device.type == "cuda" else ("eager",)
+
+
 def start_plans(pool: Executor, device: torch.device, names: Sequence[str]) -> dict[str, Future]:
     """Plan the recipes in processes of the pool."""
     gpu, recipes = card_of(device), recipes_for(device)
@@ -182,14 +187,13 @@ def measure_recipes(
     if device.type != "cuda":
         report.note("bounds and constants below are an H100's: a CPU shows that the measures run")
     report.note(HEAD)
-    modes = ("eager", "compiled") if device.type == "cuda" else ("eager",)
     turns = options.out.parent / "turns"
     shutil.rmtree(turns, ignore_errors=True)
     turns.mkdir()
     after = turns
     with workers(options.jobs) as pool:
         work = []
-        for mode, name in itertools.product(modes, names):
+        for mode, name in itertools.product(options.modes, names):
             command, turn = recipes_for(device)[name], turns / f"{name.replace('/', '-')}.{mode}"
             plan = plans[name].result()
             work.append(pool.submit(measure, name, command, mode, device, plan, turn, after))

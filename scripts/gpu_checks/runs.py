@@ -15,6 +15,8 @@ from runtime.parallel import Features, parallelize
 from scripts.planning import steps
 from scripts.planning.simulate import load_script, read_config
 
+TOKENS = (1000, 30000)  # words of every vocabulary in STEPS
+
 
 @contextlib.contextmanager
 def without_randomness() -> Iterator[None]:
@@ -24,9 +26,12 @@ def without_randomness() -> Iterator[None]:
     def certain(query, key, value, attn_mask=None, dropout_p=0.0, **options):
         return attention(query, key, value, attn_mask, 0.0, **options)
 
-    def seeded(*shape):
-        generator = torch.Generator().manual_seed(1)
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    def seeded(low: int, high: int, kind: torch.dtype):
+        def draw(*shape: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(1)
+            return torch.randint(low, high, shape, generator=generator, dtype=kind)
+
+        return draw
 
     with (
         mock.patch.object(F, "dropout", lambda x, *args, **kwargs: x),
@@ -35,28 +40,32 @@ def without_randomness() -> Iterator[None]:
         # the compiler knows methods of tensors itself: what it traces needs a function
         mock.patch.object(losses, "gumbel_noise", lambda like: torch.zeros_like(like).float()),
         mock.patch.object(torch, "rand", lambda *s, **o: torch.full(s, 0.5, **o)),
-        mock.patch.object(steps, "pixels", seeded),
+        mock.patch.object(steps, "pixels", seeded(0, 256, torch.uint8)),
+        mock.patch.object(steps, "ids", seeded(*TOKENS, torch.int64)),
     ):
         yield
 
 
 @contextlib.contextmanager
 def random_batches() -> Iterator[None]:
-    """Noise for images and many tokens, made once: products of zeros are faster than real ones, and
-    gradients of a table's one row slower."""
+    """Noise for images and tokens, made once and in pinned memory.
+
+    Of zeros, products are faster and gradients of tables slower than of real batches, and batch
+    norms divide by a std of 0.
+    """
     generator = torch.Generator().manual_seed(1)
 
-    def pinned(high: int, kind: torch.dtype):
-        made = functools.cache(
-            lambda *shape: torch.randint(high, shape, generator=generator, dtype=kind)
-        )
-        if not torch.cuda.is_available():
-            return made
-        return functools.cache(lambda *shape: made(*shape).pin_memory())
+    def drawn(low: int, high: int, kind: torch.dtype):
+        @functools.cache
+        def draw(*shape: int) -> torch.Tensor:
+            made = torch.randint(low, high, shape, generator=generator, dtype=kind)
+            return made.pin_memory() if torch.cuda.is_available() else made
+
+        return draw
 
     with (
-        mock.patch.object(steps, "pixels", pinned(256, torch.uint8)),
-        mock.patch.object(steps, "ids", pinned(32, torch.int64)),
+        mock.patch.object(steps, "pixels", drawn(0, 256, torch.uint8)),
+        mock.patch.object(steps, "ids", drawn(*TOKENS, torch.int64)),
     ):
         yield
 

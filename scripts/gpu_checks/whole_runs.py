@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -41,12 +42,14 @@ EVALUATIONS = {  # of a run above
     "knn": "eval_knn.py --config configs/eval_knn/debug.yaml --checkpoint {runs}/vit "
     "--output_dir {out}",
     "embeddings": "scripts/embed.py --checkpoint {runs}/cl2l --out {out} --workers 0 "
-    f"--data {DATA}/pretrain_test.json --root {DATA}",
+    f"--data {DATA}/pretrain_val.json --root {DATA}",
 }
 
 
-def check_scripts(report, device: torch.device, jobs: int, folder: Path) -> None:
-    """Every script trains, saves, resumes and evaluates; each command in a process of its own."""
+def check_scripts(
+    report, device: torch.device, names: Sequence[str], jobs: int, folder: Path
+) -> None:
+    """Those of the runs: every script trains, saves, resumes and evaluates; each command in a process of its own."""
     build_data()
     shutil.rmtree(folder, ignore_errors=True)
     precision = "bf16" if device.type == "cuda" else "fp32"
@@ -55,6 +58,7 @@ def check_scripts(report, device: torch.device, jobs: int, folder: Path) -> None
         trained = {
             pool.submit(train_and_resume, f"{command} {words}", folder / name): name
             for name, command in TRAINING.items()
+            if name in names
         }
         _note(report, trained)
         evaluated = {
@@ -62,6 +66,7 @@ def check_scripts(report, device: torch.device, jobs: int, folder: Path) -> None
                 run_to_end, command.format(runs=folder, out=folder / name) + f" {words}"
             ): name
             for name, command in EVALUATIONS.items()
+            if name in names
         }
         _note(report, evaluated)
 

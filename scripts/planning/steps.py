@@ -54,6 +54,12 @@ class Setup:
 
 
 def ids(*shape: int) -> Tensor:
+    """Tokens."""
+    return torch.zeros(*shape, dtype=torch.int64)
+
+
+def numbers(*shape: int) -> Tensor:
+    """Labels, positions in a batch or a table, numbers of images: below any count of these."""
     return torch.zeros(*shape, dtype=torch.int64)
 
 
@@ -76,9 +82,9 @@ def call(function: Callable, **available):
     return function(**{name: available[SAME.get(name, name)] for name in wanted})
 
 
-def statistics() -> tuple[Tensor, Tensor]:
-    """Mean and std of pixels."""
-    return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std of pixels, made on the device: a copy would make the host wait."""
+    return torch.zeros(3, 1, 1, device=device), torch.ones(3, 1, 1, device=device)
 
 
 def as_step_wants(script: ModuleType, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +93,9 @@ def as_step_wants(script: ModuleType, batch: dict[str, Tensor]) -> dict[str, Ten
 
     if {"pixels", "statistics"} & set(inspect.signature(script.train_step).parameters):
         return batch
-    normal = {n: normalize(x, statistics()) for n, x in batch.items() if n.startswith("image")}
+    normal = {
+        n: normalize(x, statistics(x.device)) for n, x in batch.items() if n.startswith("image")
+    }
     return {**batch, **normal}
 
 
@@ -113,7 +121,7 @@ def pretrain(script: ModuleType, config) -> Setup:
             "text_ids": ids(size, length),
             "text_mask": flags(size, length),
             "mlm_ids": ids(size, length),
-            "mlm_positions": ids(masked),
+            "mlm_positions": numbers(masked),
             "mlm_labels": ids(masked),
         }
         if codes is not None:
@@ -121,7 +129,7 @@ def pretrain(script: ModuleType, config) -> Setup:
             if side:
                 tensors["token_image"] = pixels(size, 3, side, side)
             else:
-                tensors["visual_codes"] = ids(size, grid * grid)
+                tensors["visual_codes"] = numbers(size, grid * grid)
         return tensors
 
     def step(model, optimizer, precision) -> dict[str, Tensor]:
@@ -160,7 +168,7 @@ def train(
         teacher=teacher,
         next_batch=next_batch,
         alpha=0.2,
-        statistics=tuple(value.to(precision.device) for value in statistics()),
+        statistics=statistics(precision.device),
         config=config,
         precision=precision,
         **more,
@@ -211,7 +219,7 @@ def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda s
 
 def retrieval(script: ModuleType, config) -> Setup:
     """Retrieval.py and Grounding.py: the number of each caption's image beside it."""
-    return finetune(script, config, lambda size: {"image_id": ids(size)})
+    return finetune(script, config, lambda size: {"image_id": numbers(size)})
 
 
 def vqa(script: ModuleType, config) -> Setup:
@@ -220,7 +228,7 @@ def vqa(script: ModuleType, config) -> Setup:
     def answers(size: int) -> dict[str, Tensor]:
         n = -(-6 * size // 16) * 16
         tokens = {"answer_ids": ids(n, 8), "answer_mask": flags(n, 8)}
-        return {**tokens, "answer_weight": torch.zeros(n), "answer_question": ids(n)}
+        return {**tokens, "answer_weight": torch.ones(n), "answer_question": numbers(n)}
 
     setup = finetune(script, config, answers)
     setup.assumed.append("6 answers of 8 tokens a question")
@@ -231,7 +239,7 @@ def labelled(script: ModuleType, config) -> Setup:
     """VE.py and NLVR.py."""
     if getattr(config, "stage", "") == "text_assignment":
         return finetune(script, config)
-    return finetune(script, config, lambda size: {"label": ids(size)})
+    return finetune(script, config, lambda size: {"label": numbers(size)})
 
 
 def dual(script: ModuleType, config) -> Setup:
@@ -288,8 +296,8 @@ def classification(script: ModuleType, config) -> Setup:
     size, side = config.batch_size, config.network.image_size
 
     def batch() -> dict[str, Tensor]:
-        image, labels = pixels(size, 3, side, side), ids(size, 2)
-        batch = {"image": image, "labels": labels, "label_weights": torch.zeros(size, 2)}
+        image, labels = pixels(size, 3, side, side), numbers(size, 2)
+        batch = {"image": image, "labels": labels, "label_weights": torch.ones(size, 2)}
         return as_step_wants(script, batch)
 
     def step(model, optimizer, precision) -> dict[str, Tensor]:
@@ -328,8 +336,8 @@ def recognition(script: ModuleType, config) -> Setup:
     targets = -(-30 * size // 32) * 32
 
     def texts(prefix: str) -> dict[str, Tensor]:
-        tokens = {"text_ids": ids(size, length), "segments": ids(size, length)}
-        wanted = {"positions": ids(targets), "labels": ids(targets)}
+        tokens = {"text_ids": ids(size, length), "segments": numbers(size, length)}
+        wanted = {"positions": numbers(targets), "labels": ids(targets)}
         return {prefix + name: value for name, value in {**tokens, **wanted}.items()}
 
     def batch() -> dict[str, Tensor]:

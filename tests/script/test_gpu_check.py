@@ -110,6 +110,7 @@ def test_a_difference_fails(tmp_path):
         (("--only", "vitt"), "--only vitt: known are simla"),
         (("--part", "checks,all"), "--part all: known are checks, scripts, measures"),
         (("--recipes", "BERT"), "--recipes BERT: known are CL2L, debug"),
+        (("--modes", "compiled"), "--modes compiled: known are eager"),
     ],
 )
 def test_unknown_names_are_refused(words, sentence):

@@ -86,6 +86,18 @@ def test_loss_scaling_leaves_out_a_step_on_the_device(opt):
         assert left_out.isfinite().all() and torch.equal(left_out, undisturbed)
 
 
+@pytest.mark.parametrize("opt", ["adamw", "lamb", "muon"])
+def test_a_resumed_state_is_where_the_weights_are(opt):
+    """Checkpoints are read into host memory; no kernel of a GPU takes a count of updates there."""
+    model = small()
+    saved = build_optimizer(model, Optimizer(opt=opt))
+    train(model, saved, 1, seed=1)
+    resumed = build_optimizer(small().to("meta"), Optimizer(opt=opt))
+    resumed.load_state_dict(saved.state_dict())
+    found = {value.device.type for state in resumed.state.values() for value in state.values()}
+    assert found == {"meta"}
+
+
 def test_muon_updates_hidden_matrices_and_adamw_the_rest():
     model = toy("CLIP_VITB16_CLIP")
     optimizer = build_optimizer(model, Optimizer(opt="muon", lr=0.01))

@@ -257,7 +257,7 @@ class Run:
         self.start(title, plan, flops, **facts)
         return model, optimizer, plan
 
-    def start(self, title: str, plan: Plan, flops: float = 0.0, **facts) -> None:
+    def start(self, title: str, plan: Plan, flops: float, **facts) -> None:
         """Print what the configuration comes to, and start the clock. flops: of one update, per process.
 
         Says so where nothing is left to train, and ends the process where --max_steps is reached already.

@@ -147,10 +147,12 @@ def test_a_finished_run_says_that_nothing_is_left(kind, tmp_path, capsys):
 
 @pytest.mark.parametrize(("warmup", "warns"), [("4 steps", False), ("5 steps", True)])
 def test_a_warm_up_that_does_not_fit_is_reported(tmp_path, capsys, warmup, warns):
-    config = options(tmp_path)
+    config = options(tmp_path, accumulate=2)
     config.scheduler.warmup = warmup
     train(config)
-    assert ("does not rise to its peak" in capsys.readouterr().out) == warns
+    said = capsys.readouterr().out
+    assert ("does not rise to its peak" in said) == warns
+    assert "4 = 2 x 2 micro-batches x 1 processes" in said
 
 
 def test_validations_are_reported_with_the_best(tmp_path, capsys):

@@ -36,11 +36,8 @@ class Interrupt:
             sys.exit(EXIT_REQUEUE)
 
     def training_is_saved(self) -> None:
-        """What follows, such as a final test, may be cut short: a requeued run repeats it. Exits for
-        a signal that came after the last update."""
+        """What follows, such as a final test, may be cut short: a requeued run repeats it."""
         self.training = False
-        if self.received is not None:
-            sys.exit(EXIT_REQUEUE)
 
     def pending(self, device: torch.device) -> bool:
         """True on every process as soon as any process was signalled. A collective: all must ask at

@@ -470,6 +470,9 @@ class Run:
         same on every process. From here on a signal ends the process at once."""
         self.close()
         self.interrupt.training_is_saved()
+        if self.interrupt.pending(self.world.device):  # since the last update was saved
+            distributed.shutdown()
+            sys.exit(EXIT_REQUEUE)
         validated = self.best > float("-inf")
         found = (
             self.checkpoints.best if validated else next(iter(self.checkpoints.numbered()), None)

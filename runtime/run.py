@@ -380,7 +380,8 @@ class Run:
         due = self.metric is not None and (step % self.eval_every == 0 or step == self.plan.total)
         if due:
             if self.interrupt.pending(self.world.device):
-                self.save(step)  # the validation may take longer than the time that is left
+                # it may take longer than the time that is left; a run killed in it resumes behind it
+                self.save(step)
             self.watchdog.mark("in validation")
             if self.config.compile and not self.validated:
                 self.watchdog.pause()  # the first one may compile

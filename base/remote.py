@@ -92,6 +92,12 @@ def describe(error: BaseException) -> str:
     return f"{type(root).__name__}: {' '.join(str(root).split())}"
 
 
+def is_forbidden(error: BaseException) -> bool:
+    """Whether a store refuses a file. One that may not be listed does so where there is none, too."""
+    root = cause(error)
+    return getattr(root, "status", None) in (401, 403) or isinstance(root, PermissionError)
+
+
 def is_missing(error: BaseException) -> bool:
     """Whether an error says that there is no such file."""
     root = cause(error)

@@ -12,6 +12,7 @@ import lzma
 import os
 import random
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ ATTEMPTS = 6  # with the waits between them about 16 seconds
 FIRST_WAIT = 0.5  # seconds, doubled from attempt to attempt
 BUFFER = 1 << 20  # bytes read at a time
 GZIP, BZIP2, XZ, ZSTANDARD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)  # what decompressors raise
 PASSING_STATUS = (408, 425, 429)  # client errors worth another attempt
 Result = TypeVar("Result")
 

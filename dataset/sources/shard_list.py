@@ -15,9 +15,11 @@ from base.errors import UserError
 from base.limits import SHARDS
 from base.names import is_hidden
 from base.reading import parse_json, read_json
+from base.remote import is_forbidden
 from base.writing import write_json
 from dataset.images.formats import files_below
 from dataset.sources.remote import (
+    DAMAGED,
     describe,
     file_system,
     is_missing,
@@ -284,8 +286,8 @@ def _from_statistics(shard: str, options: dict | None) -> int | None:
         except (ValueError, KeyError):
             continue  # another program's, or damaged: the samples are counted
         except Exception as error:
-            if is_missing(error):
-                continue
+            if is_missing(error) or is_forbidden(error):
+                continue  # whether the shard itself may be read shows when it is counted
             raise
         if type(successes) is int and successes >= 0:
             return successes
@@ -301,10 +303,34 @@ def _from_cache(path: Path) -> int | None:
 
 
 def _counted(shard: str, options: dict | None) -> int:
-    """Samples of a shard; what was lost at a damage counts as one, which its reader reports."""
+    """Samples of a shard; what was lost at a damage counts as one, which its reader reports. Raises
+    what its store raises: another time it may have more."""
     with plain_stream(shard, options) as (file, size):
-        if not is_tfrecord(shard):
-            return sum(1 for _ in read_samples(TarWalk(file, size), load=False))
-        if size is None or is_remote(shard):
-            return sum(1 for _ in read_frames(file, shard))
-    return count_frames(shard)
+        if is_tfrecord(shard) and size is not None and not is_remote(shard):
+            return count_frames(shard)
+        watched = _Watched(file)
+        if is_tfrecord(shard):
+            found = read_frames(watched, shard)
+        else:
+            found = read_samples(TarWalk(watched, size), load=False)
+        count = sum(1 for _ in found)
+        if watched.failure:
+            raise watched.failure
+        return count
+
+
+class _Watched:
+    """An open file that keeps what its storage, not its decompressor, has raised."""
+
+    def __init__(self, file):
+        self.file, self.seek = file, file.seek
+        self.failure: Exception | None = None
+
+    def read(self, count: int) -> bytes:
+        try:
+            return self.file.read(count)
+        except DAMAGED:
+            raise
+        except Exception as error:  # every storage service raises its own
+            self.failure = error
+            raise

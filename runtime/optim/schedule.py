@@ -246,8 +246,7 @@ class Plan:
         total = steps(schedule.duration, epoch_steps=epoch_steps, batch=batch)
         if not total:
             raise UserError(
-                f"duration {schedule.duration!r}: no update at all; train for one or more, or score "
-                "a --checkpoint with --evaluate"
+                f"duration {schedule.duration!r}: no update at all; train for one or more"
             )
         return cls(schedule, peak_lr, epoch_steps, batch, total)
 

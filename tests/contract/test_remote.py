@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 
@@ -15,11 +16,12 @@ import pytest
 from base.errors import BadSample, UserError
 from base.remote import file_system
 from dataset.loading.stream import StreamLoader
-from dataset.sources import remote
+from dataset.sources import remote, shard_list
 from dataset.sources.remote import RemoteFile, local_copy, read_text
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import find_shards, list_shards
 from dataset.sources.shards import ShardSource, read_shard, shard_sources
+from dataset.sources.tfrecord import encode_example, write_records
 from tests.contract.stream_cases import Build, stream, write_shards
 from tests.helpers.processes import spawn
 
@@ -201,6 +203,36 @@ def test_what_does_not_pass_is_not_tried_again(server):
     assert time.monotonic() - begin < 5 and sum(server.requests.values()) <= 3
     with pytest.raises(UserError, match=r"00000\.tar.*403"):
         find_shards(f"{server.url}/00000.tar")
+
+
+class Breaking(io.BytesIO):
+    """A body that comes without its length and breaks off."""
+
+    def read(self, count=-1):
+        if self.tell() > 3000:
+            raise ConnectionResetError("reset by peer")
+        return super().read(count)
+
+
+@pytest.mark.parametrize("name", ["00000.tar", "00000.tfrecord"])
+def test_a_store_that_fails_while_it_is_counted_has_no_shorter_shard(name, server, monkeypatch):
+    store = server.folder
+    (store / "00000_stats.json").unlink()
+    images = [encode_example({"jpg": bytes(1000)})] * 9
+    write_records(store / "00000.tfrecord", images)
+    with monkeypatch.context() as patched:
+        data = (store / name).read_bytes()
+        breaking = nullcontext((Breaking(data), None))
+        patched.setattr(shard_list, "plain_stream", lambda url, options: breaking)
+        with pytest.raises(UserError, match=r"its samples cannot be counted .*reset by peer"):
+            find_shards(f"{server.url}/{name}")
+    assert find_shards(f"{server.url}/{name}").counts == (9,)
+
+
+def test_statistics_that_are_forbidden_are_none(server, tmp_path):
+    """As a bucket that may not be listed answers for what is not there."""
+    server.trouble = lambda number, path: 403 if path.endswith(".json") else None
+    assert find_shards(f"{server.url}/00001.tar").counts == (6,)
 
 
 def test_shards_without_statistics_are_counted_once(server, tmp_path):

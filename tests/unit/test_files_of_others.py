@@ -476,11 +476,8 @@ def test_images_in_zip_files_are_evaluated_as_they_are_trained(tmp_path):
     row = {"image": "all.zip/part/a.jpg", "caption": "x", "sentence": "x", "label": "neutral"}
     assert RetrievalSet([row], tmp_path, tuple).load(0)[0].shape == (12, 16)
     (tmp_path / "a.json").write_text(json.dumps([row | {"labels": ["dog"]}]))
-    assert ImageSet(tmp_path / "a.json", torch.clone, tmp_path).load(0)["image"].shape == (
-        3,
-        12,
-        16,
-    )
+    images = ImageSet(tmp_path / "a.json", torch.clone, tmp_path)
+    assert images.load(0)["image"].shape == (3, 12, 16)
     statements = Statements(tmp_path / "a.json", SNLI_VE, tmp_path, torch.clone)
     assert statements.load(0)["image"].shape == (3, 12, 16)
     with pytest.raises(BadSample, match=r"all\.zip: no member b\.jpg"):

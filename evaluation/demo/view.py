@@ -27,7 +27,7 @@ def score_rows(scored: Sequence[Scored], what: str, remark: str = "") -> Markup:
     """Names with probability beside chance. what: of the first column; remark: a line below."""
     lines = []
     for each in scored[:ROWS]:
-        bar = page.blocks().bar(100 * each.probability, 100 * each.chance)
+        bar = page.bar(100 * each.probability, 100 * each.chance)
         lines.append([each.name, bar, percent(each.probability), percent(each.chance)])
     head = [what, "", "probability", "chance"]
     hidden = len(scored) - len(lines)
@@ -39,7 +39,7 @@ def label_rows(labels: Sequence[tuple[str, float]], remark: str) -> Markup:
     """Labels with their probabilities; a label is free text, no chance is known."""
     lines = []
     for text, probability in labels[:ROWS]:
-        lines.append([text, page.blocks().bar(100 * probability, None), percent(probability)])
+        lines.append([text, page.bar(100 * probability), percent(probability)])
     return with_note(page.table(["label", "", "probability"], lines, 0), remark)
 
 

@@ -131,7 +131,7 @@ def class_table(title: str, guesses: Guesses, name_of: ClassNames) -> Markup:
                 name_of(number),
                 f"{count:,}",
                 f"{recall:.1f}",
-                page.score_bar(recall),
+                page.bar(recall),
                 precision,
                 most,
             )
@@ -240,7 +240,7 @@ def classification_card(
     rows.sort(key=itemgetter("figure"))
     cells = []
     for row in rows[:MOST_CLASSES]:
-        bar = page.score_bar(row["figure"])
+        bar = page.bar(row["figure"])
         cells.append((row["class"], f"{row['images']:,}", f"{row['figure']:.1f}", bar))
     head = ["class", "images", "11-point average precision, %", ""]
     card = page.card(f"Classes, {name}", page.sortable_table(head, cells), intro=SORTED)

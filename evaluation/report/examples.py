@@ -86,7 +86,7 @@ def box_case(
     marks.append((*boxes[chosen], "var(--right)" if right else "var(--wrong)", 2.5 * line, False))
     marks.append((*target, "#ffffff", 1.5 * line, True))
     layers = (image, heat_map(image, level, 400))
-    figures = [page.blocks().boxes(image_uri(layer, 400), width, height, marks) for layer in layers]
+    figures = [page.boxes(image_uri(layer, 400), width, height, marks) for layer in layers]
     said = page.join(
         page.badge(f"IoU {overlap:.2f}", right), page.quote(text), page.group("hits", figures)
     )

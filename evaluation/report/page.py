@@ -6,8 +6,8 @@ blocks.html.j2, its style in page.css.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
@@ -19,13 +19,29 @@ from evaluation.report.images import image_uri
 SORTABLE = '<table class="sortable">'
 FOUND = {"txt": "caption", "img": "image"}  # what is retrieved
 
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+BLOCKS: Any = TEMPLATES.get_template("blocks.html.j2").module
 
-@cache
-def blocks():
-    """The macros of blocks.html.j2."""
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("blocks.html.j2").module
+# what the template makes alone; it says what each takes
+badge = BLOCKS.badge
+bar = BLOCKS.bar
+bold = BLOCKS.bold
+boxes = BLOCKS.boxes
+case = BLOCKS.case
+figure = BLOCKS.figure
+folded = BLOCKS.folded
+group = BLOCKS.group
+heading = BLOCKS.heading
+link = BLOCKS.link
+quote = BLOCKS.quote
+ranked = BLOCKS.ranked
+sortable_table = BLOCKS.sortable_table
+table = BLOCKS.table
 
 
 def page(
@@ -38,49 +54,12 @@ def page(
     """The whole HTML document. head: further elements of its <head>."""
     sections = list(sections)
     sortable = any(SORTABLE in section for section in sections)
-    return blocks().page(title, sections, subtitle, footer, sortable, head or Markup())
+    return BLOCKS.page(title, sections, subtitle, footer, sortable, head or Markup())
 
 
 def card(title: str, *contents: Markup, intro: str = "") -> Markup:
     """A titled section of blocks."""
-    return blocks().card(title, contents, intro)
-
-
-def folded(title: str, cards: Iterable[Markup]) -> Markup:
-    """Cards that a click on the title unfolds."""
-    return blocks().folded(title, list(cards))
-
-
-def heading(text: str) -> Markup:
-    """A heading inside a card."""
-    return blocks().heading(text)
-
-
-def group(kind: str, contents: Iterable[Markup]) -> Markup:
-    """Blocks side by side; kind: grid (charts), cases, hits or words."""
-    return blocks().group(kind, list(contents))
-
-
-def table(
-    head: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    best_row: int | None = None,
-    text_columns: Sequence[int] = (0,),
-) -> Markup:
-    """A table; one row may be set in bold. text_columns: flush left, the others flush right."""
-    return blocks().table(head, list(rows), best_row, list(text_columns))
-
-
-def sortable_table(
-    head: Sequence[str], rows: Iterable[Sequence[object]], text_columns: Sequence[int] = (0,)
-) -> Markup:
-    """A table, as high as a screen, that a click on a heading sorts; text_columns: flush left."""
-    return blocks().sortable_table(head, list(rows), list(text_columns))
-
-
-def score_bar(score: float) -> Markup:
-    """A bar as long as a score in percent."""
-    return blocks().bar(score, None)
+    return BLOCKS.card(title, contents, intro)
 
 
 def score_table(
@@ -93,7 +72,7 @@ def score_table(
     lines = []
     for name, score, guess in rows:
         chance = "" if guess is None else f"{guess:.1f}"
-        lines.append((name, f"{score:.1f}", chance, blocks().bar(score, guess)))
+        lines.append((name, f"{score:.1f}", chance, bar(score, guess)))
     return table([*head, ""], lines, best_row)
 
 
@@ -127,45 +106,7 @@ def choices_table(scores: Mapping) -> Markup:
 
 def thumbnail(source: Path | bytes | Tensor, side: int = 96, right: bool | None = None) -> Markup:
     """An <img>, framed green or red where it is right or wrong. source: see `image_uri`."""
-    return blocks().thumbnail(image_uri(source, 2 * side), side, right)
-
-
-def figure(image: Markup, caption: str) -> Markup:
-    """An image with its caption."""
-    return blocks().figure(image, caption)
-
-
-def badge(text: str, right: bool) -> Markup:
-    """A small label, green where something is right."""
-    return blocks().badge(text, right)
-
-
-def link(text: str, address: str) -> Markup:
-    """A link to another page beside this one."""
-    return blocks().link(text, address)
-
-
-def quote(text: str) -> Markup:
-    """A text of the data set, as written."""
-    return blocks().quote(text)
-
-
-def bold(text: str) -> Markup:
-    """A line of the page's own words."""
-    return blocks().bold(text)
-
-
-def ranked(items: Iterable[tuple[str, str, str, float | None]], note: str = "") -> Markup:
-    """A list, best first, of (text, score as text, kind, fill).
-
-    kind: right (green), "" (red) or other (grey). fill: fraction of the line that is shaded.
-    """
-    return blocks().ranked(list(items), note)
-
-
-def case(left: Markup | None, right: Markup) -> Markup:
-    """One example: images on the left, what was said of them on the right."""
-    return blocks().case(left, right)
+    return BLOCKS.thumbnail(image_uri(source, 2 * side), side, right)
 
 
 def line_chart(
@@ -176,7 +117,7 @@ def line_chart(
 ) -> Markup:
     """An SVG of lines, each a sequence of (x, y); `guide` is a named dashed level."""
     chart = lay_out(series, title, x_label, guide)
-    return Markup() if chart is None else blocks().chart(chart)
+    return Markup() if chart is None else BLOCKS.chart(chart)
 
 
 def join(*contents: Markup) -> Markup:

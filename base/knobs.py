@@ -27,32 +27,12 @@ class Knob:
     flat: bool = False  # of a section: `--lr` is accepted for `--optimizer.lr`
 
 
-def knob(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence = (),
-    low: float | None = None,
-    high: float | None = None,
-    aliases: Sequence[str] = (),
-    bare: str | None = None,
-    methods: str = "",
-    rare: bool = False,
-) -> Any:
-    """A field of a configuration; see Knob. Mutable defaults are copied."""
-    about = Knob(
-        help=help,
-        choices=choices,
-        low=low,
-        high=high,
-        aliases=aliases,
-        bare=bare,
-        methods=methods,
-        rare=rare,
-    )
+def knob(default: Any, help: str, **about: Any) -> Any:
+    """A field of a configuration; `about` are Knob's fields. Mutable defaults are copied."""
+    metadata = {"knob": Knob(help, **about)}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata={"knob": about})
-    return field(default=default, metadata={"knob": about})
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def section(kind: type, *, aliases: Sequence[str] = (), flat: bool = False, **defaults: Any) -> Any:

@@ -12,11 +12,12 @@ def retrieval_chance(images: int, captions: int = 5) -> dict[str, float]:
     """Recall in percent of a random order, text to image (`img_r*`) and image to text
     (`txt_r*`)."""
     total = images * captions
-    chance = {f"img_r{k}": 100 * min(1, k / images) for k in (1, 5, 10)}
+    chance = {}
     for k in (1, 5, 10):
-        chance[f"txt_r{k}"] = (
-            100 * (1 - comb(total - captions, k) / comb(total, k)) if k <= total else 100.0
-        )
+        chance[f"img_r{k}"] = 100 * min(1, k / images)
+    for k in (1, 5, 10):
+        missed = comb(total - captions, k) / comb(total, k) if k <= total else 0.0
+        chance[f"txt_r{k}"] = 100 * (1 - missed)
     return chance
 
 
@@ -28,15 +29,17 @@ def vqa_score(answer: str, annotators: list[str]) -> float:
 def vqa_chance(train: list[dict], test: list[dict]) -> dict[str, float]:
     """Accuracy in percent, by type and overall, of the answer most often right for the same words
     in training."""
-    by_question, by_type = defaultdict(Counter), defaultdict(Counter)
-    for e in train:
-        by_question[e["question"]][e["answer"]] += 1
-        by_type[e["type"]][e["answer"]] += 1
+    by_question: defaultdict = defaultdict(Counter)
+    by_type: defaultdict = defaultdict(Counter)
+    for row in train:
+        by_question[row["question"]][row["answer"]] += 1
+        by_type[row["type"]][row["answer"]] += 1
     scores = defaultdict(list)
-    for e in test:
-        votes = by_question[e["question"]] or by_type[e["type"]]
-        score = vqa_score(votes.most_common(1)[0][0] if votes else "", e["answers"])
-        scores[e["type"]].append(score)
+    for row in test:
+        votes = by_question[row["question"]] or by_type[row["type"]]
+        answer = votes.most_common(1)[0][0] if votes else ""
+        score = vqa_score(answer, row["answers"])
+        scores[row["type"]].append(score)
         scores["overall"].append(score)
     return {kind: sum(values) / len(values) for kind, values in sorted(scores.items())}
 
@@ -44,15 +47,19 @@ def vqa_chance(train: list[dict], test: list[dict]) -> dict[str, float]:
 def grounding_chance(refs: list[dict], instances: dict, boxes: dict[str, list]) -> dict[str, float]:
     """Percent correct of a box drawn at random from the detections, per split, each sentence
     counted once."""
-    bbox = {a["id"]: a["bbox"] for a in instances["annotations"]}
-    hits = defaultdict(list)
+    annotated = {each["id"]: each["bbox"] for each in instances["annotations"]}
+    scores = defaultdict(list)
     for ref in refs:
-        found = detections_hit(boxes[str(ref["image_id"])], bbox[ref["ann_id"]])
-        hits[ref["split"]] += [100 * sum(found) / len(found)] * len(ref["sentences"])
-    return {f"{split}_d": sum(h) / len(h) for split, h in sorted(hits.items()) if split != "train"}
+        if ref["split"] == "train":
+            continue
+        found = detections_hit(boxes[str(ref["image_id"])], annotated[ref["ann_id"]])
+        score = 100 * sum(found) / len(found)
+        scores[f"{ref['split']}_d"] += [score] * len(ref["sentences"])
+    return {split: sum(values) / len(values) for split, values in sorted(scores.items())}
 
 
 def multi_label_chance(scenes: list[Scene]) -> float:
     """Mean average precision in percent of a random order: the mean fraction of images that show a
     label."""
-    return 100 * sum(len(visible_labels(s)) for s in scenes) / (len(scenes) * len(LABELS))
+    shown = sum(len(visible_labels(scene)) for scene in scenes)
+    return 100 * shown / (len(scenes) * len(LABELS))

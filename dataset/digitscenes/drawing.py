@@ -31,18 +31,17 @@ def draw(scene: Scene, handwriting: Handwriting, seed: int):
 
     rng = np.random.default_rng([seed, 2, scene.image_id])
     slope = rng.uniform(-0.12, 0.12, 2)
-    light = (
-        1
-        + slope[0] * np.linspace(-1, 1, scene.width)[None, :]
-        + slope[1] * np.linspace(-1, 1, scene.height)[:, None]
-    )
+    across = slope[0] * np.linspace(-1, 1, scene.width)[None, :]
+    down = slope[1] * np.linspace(-1, 1, scene.height)[:, None]
+    light = 1 + across + down
     ground = np.add(GROUNDS[scene.ground], rng.uniform(-8, 8, 3))
     canvas = (light[..., None] * ground).astype(np.float32)
     for digit in scene.digits:
         x, y, w, h = digit.box
         opacity = stroke(digit, handwriting)[..., None]
+        colour = np.add(COLOURS[digit.colour], rng.uniform(-10, 10, 3))
         patch = canvas[y : y + h, x : x + w]
-        patch += opacity * (np.add(COLOURS[digit.colour], rng.uniform(-10, 10, 3)) - patch)
+        patch += opacity * (colour - patch)
     canvas += 4 * rng.standard_normal((scene.height, scene.width, 1), np.float32)
     return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
 

@@ -36,9 +36,15 @@ class RandAugment:
         self.count = count
         self.original = compat == "original"
         share = level / 10
-        self.strength = {"Brightness": 1.8 * share + 0.1, "Sharpness": 1.8 * share + 0.1}
-        self.strength |= {"ShearX": 0.3 * share, "ShearY": 0.3 * share, "Rotate": 30 * share}
-        self.strength |= {"TranslateX": 10 * share, "TranslateY": 10 * share}
+        self.strength = {
+            "Brightness": 1.8 * share + 0.1,
+            "Sharpness": 1.8 * share + 0.1,
+            "ShearX": 0.3 * share,
+            "ShearY": 0.3 * share,
+            "TranslateX": 10 * share,
+            "TranslateY": 10 * share,
+            "Rotate": 30 * share,
+        }
 
     def draw(self, rng=np.random) -> list[tuple[str, float]]:
         """Names and signed strengths of the operations to apply to one image."""
@@ -49,9 +55,10 @@ class RandAugment:
                 continue
             strength = self.strength.get(name, 0.0)
             if name in GEOMETRIC:
-                draw = rng.random()
-                negative = draw < 0.5 if name == "Rotate" else draw > 0.5
-                strength = -strength if negative else strength
+                sign = rng.random()
+                negative = sign < 0.5 if name == "Rotate" else sign > 0.5
+                if negative:
+                    strength = -strength
             operations.append((name, strength))
         return operations
 
@@ -59,10 +66,9 @@ class RandAugment:
         """uint8 [3,H,W] to uint8 [3,H,W]."""
         for name, strength in operations:
             if name in GEOMETRIC:
-                image = warp(
-                    image,
-                    forward_matrix(name, strength, *image.shape[-2:], fixed_shift=self.original),
-                )
+                height, width = image.shape[-2:]
+                matrix = forward_matrix(name, strength, height, width, fixed_shift=self.original)
+                image = warp(image, matrix)
             elif name == "AutoContrast":
                 image = autocontrast(image, wrap=self.original)
             elif name == "Equalize":
@@ -93,23 +99,21 @@ def sharpness(image: torch.Tensor, factor: float, wrap: bool = False) -> torch.T
     around = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
     smooth = ((around + 4 * pixels[:, 1:-1, 1:-1]) / 13).round_()
     pixels[:, 1:-1, 1:-1] = smooth + factor * (pixels[:, 1:-1, 1:-1] - smooth)
-    return (pixels.int() & 255 if wrap else pixels.clamp_(0, 255)).to(torch.uint8)
+    pixels = pixels.int() & 255 if wrap else pixels.clamp_(0, 255)
+    return pixels.to(torch.uint8)
 
 
 def autocontrast(image: torch.Tensor, wrap: bool = False) -> torch.Tensor:
     """Stretches every channel to 0...255, as Pillow does. wrap: the original slip with unsigned
     bytes."""
-    low, high = image.flatten(1).amin(1).double(), image.flatten(1).amax(1).double()
+    channels = image.flatten(1)
+    low = channels.amin(1, keepdim=True).double()
+    high = channels.amax(1, keepdim=True).double()
     scale = 255 / (high - low)
     offset = ((256 - low) % 256 if wrap else -low) * scale
-    table = (
-        (torch.arange(256).double() * scale[:, None] + offset[:, None])
-        .clamp_(0, 255)
-        .to(torch.uint8)
-    )
-    return _look_up(
-        image, torch.where((high > low)[:, None], table, torch.arange(256).to(torch.uint8))
-    )
+    values = torch.arange(256)
+    stretched = (values.double() * scale + offset).clamp_(0, 255).to(torch.uint8)
+    return _look_up(image, torch.where(high > low, stretched, values.to(torch.uint8)))
 
 
 def equalize(image: torch.Tensor) -> torch.Tensor:
@@ -141,12 +145,18 @@ def forward_matrix(
     if name == "ShearY":
         return [1, 0, 0, strength, 1, 0]
     if name == "TranslateX":
-        return [1, 0, -strength * (1 if fixed_shift else width / 256), 0, 1, 0]
+        shift = strength * (1 if fixed_shift else width / 256)
+        return [1, 0, -shift, 0, 1, 0]
     if name == "TranslateY":
-        return [1, 0, 0, 0, 1, -strength * (1 if fixed_shift else height / 256)]
-    cos, sin = math.cos(math.radians(strength)), math.sin(math.radians(strength))
-    x, y = width / 2, height / 2
-    return [cos, sin, (1 - cos) * x - sin * y, -sin, cos, sin * x + (1 - cos) * y]
+        shift = strength * (1 if fixed_shift else height / 256)
+        return [1, 0, 0, 0, 1, -shift]
+    cos = math.cos(math.radians(strength))
+    sin = math.sin(math.radians(strength))
+    x = width / 2  # the centre stays
+    y = height / 2
+    shift_x = (1 - cos) * x - sin * y
+    shift_y = sin * x + (1 - cos) * y
+    return [cos, sin, shift_x, -sin, cos, shift_y]
 
 
 def warp(image: torch.Tensor, matrix: list[float]) -> torch.Tensor:
@@ -187,13 +197,19 @@ def inverse(matrix: list[float]) -> list[float]:
     """Of the affine map (x, y) -> (a x + b y + c, d x + e y + f), whose matrix is [a,b,c,d,e,f]."""
     a, b, c, d, e, f = matrix
     determinant = a * e - b * d
-    a, e = e / determinant, a / determinant
-    b, d = -b / determinant, -d / determinant
-    return [a, b, -a * c - b * f, d, e, -d * c - e * f]
+    x_of_x = e / determinant
+    x_of_y = -b / determinant
+    y_of_x = -d / determinant
+    y_of_y = a / determinant
+    shift_x = -x_of_x * c - x_of_y * f
+    shift_y = -y_of_x * c - y_of_y * f
+    return [x_of_x, x_of_y, shift_x, y_of_x, y_of_y, shift_y]
 
 
 def _fixed_point(row: torch.Tensor, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole pixels and 32nds of the source positions row [H,1] + column [W], rounded the way OpenCV
     rounds."""
-    place = ((row * 1024).round().int() + 16 + (column * 1024).round().int()) >> 5
-    return place >> 5, place & 31
+    rows = (row * 1024).round().int()
+    columns = (column * 1024).round().int()
+    position = (rows + 16 + columns) >> 5
+    return position >> 5, position & 31

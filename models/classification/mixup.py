@@ -73,8 +73,10 @@ def joined_labels(batch: Batch, fraction: Tensor) -> Batch:
 
 def draw_beta(alpha: float, image: Tensor) -> Tensor:
     """float32 [B] from Beta(alpha, alpha) on the device of the images."""
-    pair = torch._standard_gamma(torch.full((2, len(image)), alpha, device=image.device))
-    return pair[0] / pair.sum(0).clamp(min=torch.finfo(pair.dtype).tiny)
+    concentration = torch.full((2, len(image)), alpha, device=image.device)
+    first, second = torch._standard_gamma(concentration)
+    smallest = torch.finfo(first.dtype).tiny  # both may underflow to 0
+    return first / (first + second).clamp(min=smallest)
 
 
 def draw_masks(fraction: Tensor, height: int, width: int) -> Tensor:
@@ -94,4 +96,6 @@ def rectangles(fraction: Tensor, y: Tensor, x: Tensor, height: int, width: int) 
         position = torch.arange(size, device=fraction.device)
         return (position >= centre[:, None] - half) & (position < centre[:, None] + half)
 
-    return (span(y, height)[:, None, :, None] & span(x, width)[:, None, None, :]).float()
+    rows = span(y, height)[:, None, :, None]
+    columns = span(x, width)[:, None, None, :]
+    return (rows & columns).float()

@@ -83,7 +83,8 @@ def view_logits(query: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
     """scale <query, key> of each pair of views, [b,V,E] and [N,U,E] -> [b V U, N]."""
     total, key_views, _ = keys.shape
     columns = keys.transpose(0, 1).reshape(key_views * total, -1)
-    return (scale * (query.flatten(0, 1) @ columns.T)).view(-1, total)
+    logits = scale * (query.flatten(0, 1) @ columns.T)  # [b V, U N]
+    return logits.view(-1, total)
 
 
 def sigmoid_loss(
@@ -119,11 +120,16 @@ def simclr(a: Tensor, b: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     with gradient in one collective. Returns the 0-d loss and the top-1 accuracy of a in percent.
     """
     own = torch.stack([normalize(a), normalize(b)], 1)
-    (a, b), (all_a, all_b) = own.unbind(1), gather_with_gradient(own).unbind(1)
+    a, b = own.unbind(1)
+    all_a, all_b = gather_with_gradient(own).unbind(1)
     labels = rank() * len(a) + torch.arange(len(a), device=a.device)
     itself = F.one_hot(labels, len(all_a)) * 1e9
-    from_a = torch.cat([a @ all_b.T / temperature, a @ all_a.T / temperature - itself], 1)
-    from_b = torch.cat([b @ all_a.T / temperature, b @ all_b.T / temperature - itself], 1)
+    a_to_a = a @ all_a.T / temperature - itself
+    a_to_b = a @ all_b.T / temperature
+    b_to_a = b @ all_a.T / temperature
+    b_to_b = b @ all_b.T / temperature - itself
+    from_a = torch.cat([a_to_b, a_to_a], 1)
+    from_b = torch.cat([b_to_a, b_to_b], 1)
     loss = (F.cross_entropy(from_a, labels) + F.cross_entropy(from_b, labels)) / 2
     return loss, accuracy(from_a, labels)
 
@@ -140,14 +146,14 @@ def barlow_twins(image: Tensor, text: Tensor, lamb: float, scale_loss: float) ->
     the features of all ranks (N x D a view), or K (D x D, a pair of views at a time).
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text = image.float(), text.float()
+        image = image.float()
+        text = text.float()
         if len(image) * world_size() <= image.shape[-1]:
             return _from_features(image, text, lamb, scale_loss)
-        pairs = [
-            _FromCorrelation.apply(image[:, v], text[:, u], lamb)
-            for v in range(image.shape[1])
-            for u in range(text.shape[1])
-        ]
+        pairs = []
+        for v in range(image.shape[1]):
+            for u in range(text.shape[1]):
+                pairs.append(_FromCorrelation.apply(image[:, v], text[:, u], lamb))
         return scale_loss * torch.stack(pairs).sum()
 
 
@@ -156,8 +162,10 @@ def _from_features(image: Tensor, text: Tensor, lamb: float, scale_loss: float) 
     computes its own rows i, O(b N D) per view."""
     all_image = gather_with_gradient(image).transpose(0, 1)  # [V,N,D]
     all_text = gather_with_gradient(text).transpose(0, 1)
-    image, text = image.transpose(0, 1), text.transpose(0, 1)
-    b, total = image.shape[1], all_image.shape[1]
+    image = image.transpose(0, 1)  # [V,b,D]
+    text = text.transpose(0, 1)
+    b = image.shape[1]
+    total = all_image.shape[1]
     gram_image = image @ all_image.transpose(1, 2)  # [V,b,N]
     gram_text = text @ all_text.transpose(1, 2)
     # own rows count N/b fold, so that the mean over ranks is the sum over all rows
@@ -209,7 +217,8 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     prediction [B,V,D], target [B,U,D]; no gradient reaches the target. The sum of cosines over
     pairs of views is the cosine sum of summed unit vectors, so nothing of size V U arises. 0-d.
     """
-    predictions, targets = normalize(prediction).sum(1), normalize(target.detach()).sum(1)
+    predictions = normalize(prediction).sum(1)
+    targets = normalize(target.detach()).sum(1)
     pairs = prediction.shape[1] * target.shape[1]
     return 2 * pairs - 2 * (predictions * targets).sum(-1).mean()
 
@@ -246,8 +255,8 @@ def swapped_assignments(
     c) must predict is that of views (a + 1, c + 1) modulo A: for A = 2, of the other two views.
     0-d.
     """
-    scores = (
-        own.transpose(0, 1)[:, None] @ everyone.transpose(0, 1).transpose(1, 2)[None]
-    )  # [A,A,b,N]
+    queries = own.transpose(0, 1)[:, None]  # [A,1,b,E]
+    keys = everyone.permute(1, 2, 0)[None]  # [1,A,E,N]
+    scores = queries @ keys  # [A,A,b,N]
     target = sinkhorn(scores, epsilon, iterations).roll((-1, -1), (0, 1))
     return soft_cross_entropy(scale * scores, target)

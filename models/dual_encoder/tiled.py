@@ -16,7 +16,8 @@ def tiled_info_nce(
     """One direction of `losses.clip_loss`: 0-d loss and accuracy in percent of query [b,V,E] among
     keys [N,U,E].
     """
-    losses, accuracies = [], []
+    losses = []
+    accuracies = []
     for rows in query.unbind(1):
         for view in keys.unbind(1):
             log_sum, guess, _, _ = TiledLogSumExp.apply(rows, view, scale, tile, False)
@@ -42,7 +43,9 @@ def tiled_info_nce_both(
             )
             loss_image = by_image - targets(images, texts, scale, 0, label_smoothing)
             loss_text = by_text - targets(texts, images, scale, 0, label_smoothing)
-            found = loss_image.mean(), loss_text.mean(), hits(text_guess, 0), hits(image_guess, 0)
+            acc_image = hits(text_guess, 0)
+            acc_text = hits(image_guess, 0)
+            found = [loss_image.mean(), loss_text.mean(), acc_image, acc_text]
             results.append(torch.stack(found))
     return torch.stack(results).mean(0).unbind()
 
@@ -81,7 +84,8 @@ def paired_products(rows: Tensor, partners: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(device):
         return (rows * partners).sum(-1).float()
     dtype = torch.get_autocast_dtype(device)
-    return (rows.to(dtype).float() * partners.to(dtype).float()).sum(-1).to(dtype).float()
+    products = rows.to(dtype).float() * partners.to(dtype).float()
+    return products.sum(-1).to(dtype).float()
 
 
 class TiledLogSumExp(torch.autograd.Function):
@@ -94,14 +98,17 @@ class TiledLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, keys: Tensor, scale: Tensor, tile: int, both: bool):
-        ctx.compute, ctx.tile, ctx.both = matmul_type(rows), tile, both
+        ctx.compute = matmul_type(rows)
+        ctx.tile = tile
+        ctx.both = both
         by_row = RunningLogSumExp(len(rows), rows.device)
         by_column = RunningLogSumExp(len(keys) if both else 0, rows.device)
         for r, c, logits, spare in logit_blocks(rows, keys, scale, ctx.compute, tile):
             by_row.add(r, c.start, logits, spare, dim=1)
             if both:
                 by_column.add(c, r.start, logits, spare, dim=0)
-        row_sums, column_sums = by_row.value(), by_column.value()
+        row_sums = by_row.value()
+        column_sums = by_column.value()
         ctx.save_for_backward(rows, keys, scale, row_sums, column_sums)
         ctx.mark_non_differentiable(by_row.best, by_column.best)
         return row_sums, by_row.best, column_sums, by_column.best
@@ -111,9 +118,11 @@ class TiledLogSumExp(torch.autograd.Function):
         rows, keys, scale, row_sums, column_sums = ctx.saved_tensors
         gradients = FeatureGradients(rows, keys, scale, ctx.compute)
         for r, c, logits, spare in logit_blocks(rows, keys, scale, ctx.compute, ctx.tile):
-            d_logits = torch.sub(logits, row_sums[r, None], out=spare).exp_().mul_(d_row[r, None])
+            softmax = torch.sub(logits, row_sums[r, None], out=spare).exp_()
+            d_logits = softmax.mul_(d_row[r, None])
             if ctx.both:
-                d_logits += logits.sub_(column_sums[c]).exp_().mul_(d_column[c])
+                softmax = logits.sub_(column_sums[c]).exp_()
+                d_logits += softmax.mul_(d_column[c])
             gradients.add(r, c, d_logits)
         return *gradients.value(), None, None
 
@@ -125,7 +134,8 @@ class TiledSoftplus(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, tile: int):
-        ctx.compute, ctx.tile = matmul_type(rows), tile
+        ctx.compute = matmul_type(rows)
+        ctx.tile = tile
         value = rows.new_zeros(len(rows), dtype=torch.float32)
         for r, _, logits, _ in logit_blocks(rows, keys, scale, ctx.compute, tile):
             value[r] += F.softplus(logits.add_(bias)).sum(1)
@@ -171,9 +181,12 @@ class FeatureGradients:
     """Gradients of rows, keys and scale, of the logits' gradients block by block."""
 
     def __init__(self, rows: Tensor, keys: Tensor, scale: Tensor, dtype: torch.dtype):
-        self.rows, self.keys, self.scale = rows, keys, scale
-        self.low_rows, self.low_keys = rows.to(dtype), keys.to(dtype)
-        self.d_rows, self.d_keys = torch.zeros_like(rows), torch.zeros_like(keys)
+        self.rows = rows
+        self.scale = scale
+        self.low_rows = rows.to(dtype)
+        self.low_keys = keys.to(dtype)
+        self.d_rows = torch.zeros_like(rows)
+        self.d_keys = torch.zeros_like(keys)
 
     def add(self, r: slice, c: slice, d_logits: Tensor) -> None:
         d_logits = d_logits.to(self.low_rows.dtype)
@@ -189,7 +202,9 @@ class FeatureGradients:
 def matmul_type(rows: Tensor) -> torch.dtype:
     """Type of matrix products: autocast's, where it is on."""
     device = rows.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return rows.dtype
 
 
 def logit_blocks(rows: Tensor, keys: Tensor, scale: Tensor, dtype: torch.dtype, tile: int):
@@ -197,18 +212,20 @@ def logit_blocks(rows: Tensor, keys: Tensor, scale: Tensor, dtype: torch.dtype, 
     of every block; both tensors are overwritten by the next one.
     """
     size = min(tile, len(rows)) * min(tile, len(keys))
-    spaces = [
-        torch.empty(size, dtype=kind, device=rows.device)
-        for kind in (dtype, torch.float32, torch.float32)
-    ]
-    rows, keys = rows.to(dtype), keys.to(dtype)
+    rows = rows.to(dtype)
+    keys = keys.to(dtype)
+    spaces = [rows.new_empty(size)]
+    for _ in range(2):
+        spaces.append(rows.new_empty(size, dtype=torch.float32))
     with torch.autocast(rows.device.type, enabled=False):
         for r in slices(len(rows), tile):
             for c in slices(len(keys), tile):
-                shape = r.stop - r.start, c.stop - c.start
-                room = [space[: shape[0] * shape[1]].view(shape) for space in spaces]
-                product = torch.mm(rows[r], keys[c].T, out=room[0])
-                yield r, c, torch.mul(product, scale, out=room[1]), room[2]
+                shape = (r.stop - r.start, c.stop - c.start)
+                used = shape[0] * shape[1]
+                product, logits, spare = (space[:used].view(shape) for space in spaces)
+                torch.mm(rows[r], keys[c].T, out=product)
+                torch.mul(product, scale, out=logits)
+                yield r, c, logits, spare
 
 
 def slices(length: int, tile: int) -> list[slice]:

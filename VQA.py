@@ -126,7 +126,8 @@ def evaluation_data(config: Config) -> tuple[dict[str, QuestionSet], list[str]]:
     for split, (file, answers) in files.items():
         if file is not None:
             records = Records(file, ("image", "question", "question_id")).complete()
-            view, name = test_view(config), f"{split}_file"
+            view = test_view(config)
+            name = f"{split}_file"
             splits[split] = QuestionSet(
                 records, config.roots, view, config.max_words_test, answers, name
             )
@@ -226,7 +227,8 @@ def main(config: Config) -> None:
         config.checkpoint = train(model, splits.get("val"), answers, tokenizer, config, start)
         model = Vqa(model.config)
         start_from(model, read_weights(config.checkpoint), "vqa")
-    metrics, sections = {"k_test": min(config.k_test, len(answers))}, []
+    metrics = {"k_test": min(config.k_test, len(answers))}
+    sections = []
     for split, data in splits.items():
         best, probability = evaluate(
             model.to(start.world.device), data, answers, tokenizer, config, start

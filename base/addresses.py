@@ -86,7 +86,8 @@ def address_of(source: str | Path) -> Address | None:
 
 def where_from(source: str | Path) -> str:
     """`; it is …, from …: fetch it with …`, or the nearest published name, or nothing."""
-    found, path = address_of(source), Path(source)
+    found = address_of(source)
+    path = Path(source)
     if found is None:
         return did_you_mean(path.name, ADDRESSES, cutoff=0.8)
     command = found.command.replace("PATH", str(path)).replace("FOLDER", str(path.parent))

@@ -33,7 +33,8 @@ def file_state(path: str | Path) -> tuple[str, int, int, int]:
 def states_digest(paths: Iterable[str | Path]) -> str:
     """A digest of many files' states, asked by threads: network file systems answer slowly. A
     missing file counts as such."""
-    found, paths = hashlib.sha256(), iter(paths)
+    found = hashlib.sha256()
+    paths = iter(paths)
     with ThreadPoolExecutor(16) as pool:
         while some := list(islice(paths, 10_000)):
             # a thread takes a few at a time: handing them over costs more than to ask a disk

@@ -208,7 +208,8 @@ def gather_rows(rows: Tensor, indices: Tensor, total: int) -> Tensor:
         padded[: len(rows)] = rows
         where = indices.new_full((most,), -1)
         where[: len(rows)] = indices
-        rows, indices = gather(padded), gather(where)
+        rows = gather(padded)
+        indices = gather(where)
         rows, indices = rows[indices >= 0], indices[indices >= 0]
     table = rows.new_zeros(total, *rows.shape[1:])
     table[indices] = rows
@@ -255,7 +256,8 @@ def on_main(work, share: bool = True, patient: bool = False):
     patient: for work that may take longer than the time limit of collectives; the others wait for
     it without one.
     """
-    failure, result = None, None
+    failure = None
+    result = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             result = work()
@@ -283,7 +285,8 @@ def wait_for_all() -> None:
     the slowest works. Where a process dies, its launcher ends the others."""
     if not dist.is_initialized():
         return
-    arrived, name = store("waits"), str(next(_WAITS))
+    arrived = store("waits")
+    name = str(next(_WAITS))
     arrived.add(name, 1)
     pause = 0.01
     while arrived.add(name, 0) < dist.get_world_size():

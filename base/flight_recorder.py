@@ -62,7 +62,8 @@ def record_in(output_folder: str | Path) -> None:
 @contextlib.contextmanager
 def entering(name: str) -> Iterator[None]:
     """Around a collective of our own."""
-    OWN.name, OWN.waits = name, True
+    OWN.name = name
+    OWN.waits = True
     OWN.number += 1
     yield
     OWN.waits = False
@@ -76,7 +77,8 @@ def last_collective() -> Collective:
     waiting = [entry for entry in recorded if not _is_finished(entry)]
     entry = waiting[0] if waiting else recorded[-1]
     name = entry["profiling_name"].partition(":")[2] or entry["profiling_name"]
-    place, group = str(entry["collective_seq_id"]), entry["process_group"][-1]
+    place = str(entry["collective_seq_id"])
+    group = entry["process_group"][-1]
     if group not in ("default_pg", "undefined", ""):
         place += f" of {group}"
     return Collective(name, entry["record_id"] + 1, place, bool(waiting))

@@ -33,7 +33,8 @@ def from_hub(what: str, name: str | Path | None = None, remedy: str = "") -> Ite
     """
     from huggingface_hub import constants
 
-    offline, disabled = constants.HF_HUB_OFFLINE, logging.root.manager.disable
+    offline = constants.HF_HUB_OFFLINE
+    disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)  # what matters is in the exception
     try:
         _set_offline(offline or not _reachable(what, name))

@@ -102,8 +102,10 @@ def _hugging_face_inputs(source: str) -> DualInputs:
             f"hf/{source}: a {config.model_type}; of transformers' dual encoders main.py trains "
             f"{' and '.join(TRAINED)}"
         )
-    images, side = hugging_face_processor(source).to_dict(), config.vision_config.image_size
-    statistics, size = processor_statistics(images), images.get("size") or {}
+    images = hugging_face_processor(source).to_dict()
+    side = config.vision_config.image_size
+    statistics = processor_statistics(images)
+    size = images.get("size") or {}
     squeeze = "height" in size
     resized = size.get("height") if squeeze else size.get("shortest_edge")
     interpolation = RESAMPLING.get(images.get("resample"))
@@ -156,7 +158,8 @@ def open_clip_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     """open_clip's tokenizer of `NAME[:TAG]`, …: texts -> int64 [B,L] of the whole context. UserError."""
     import open_clip
 
-    title, name = f"open_clip/{name}", name_and_tag(name)[0]
+    title = f"open_clip/{name}"
+    name = name_and_tag(name)[0]
     with from_hub(f"the tokenizer of {title}", tokenizer_source(name)):
         return open_clip.get_tokenizer(name)
 

@@ -64,7 +64,8 @@ def check_fits(
     """
     if takes_no_memory():
         return
-    free, needed = free_memory(device), FLOAT * copies * parameters
+    free = free_memory(device)
+    needed = FLOAT * copies * parameters
     if free is not None and needed > free:
         where = "host" if device is None or device.type == "cpu" else str(device)
         raise UserError(

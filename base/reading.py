@@ -95,7 +95,8 @@ def parse_json(
             text = data.decode(encoding)
             data = data if encoding.startswith("utf-8") else text.encode("utf-8", "surrogatepass")
         else:
-            text, data = data, data.encode("utf-8", "surrogatepass")
+            text = data
+            data = data.encode("utf-8", "surrogatepass")
         if _too_deep(data):
             raise ValueError(f"nested deeper than {NESTED_LEVELS} levels")
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)

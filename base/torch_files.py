@@ -90,7 +90,8 @@ class TorchArchive:
     """
 
     def __init__(self, archive: zipfile.ZipFile, path: str | Path):
-        self.archive, self.path = archive, path
+        self.archive = archive
+        self.path = path
         self.names = archive.namelist()
         self.left = Path(path).stat().st_size
         pickles = (name for name in self.names if name.endswith("/data.pkl"))

@@ -69,7 +69,9 @@ def save(options: SimpleNamespace) -> dict:
     """Seconds that `save` takes, by the clock and of the processor, and until all is written."""
     model, optimizer = state(options.gigabytes, options.device)
     world = World(0, 1, 0, torch.device(options.device))
-    stalls, cpu, written = [], [], []
+    stalls = []
+    cpu = []
+    written = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         checkpoints = CheckpointFolder(folder)
         saver = Saver(

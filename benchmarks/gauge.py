@@ -20,7 +20,8 @@ def measure(step: Callable[[], object], options: SimpleNamespace) -> dict[str, f
     Returns medians of the timed steps, `seconds` by the clock and `cpu_seconds` of all threads
     (which other work on a shared machine disturbs less), and `peak_bytes` of memory.
     """
-    seconds, cpu_seconds = [], []
+    seconds = []
+    cpu_seconds = []
     for number in range(options.warmup + options.steps):
         begin, cpu_begin = time.perf_counter(), time.process_time()
         step()

@@ -69,7 +69,9 @@ def model_config(options: SimpleNamespace) -> SimlaConfig:
 
 def make_tiny(vit: ViTConfig, bert: BertConfig) -> None:
     """Two layers of width 32 each."""
-    vit.width, vit.depth, vit.heads = 32, 2, 2
+    vit.width = 32
+    vit.depth = 2
+    vit.heads = 2
     bert.hidden_size = bert.encoder_width = 32
     bert.num_hidden_layers = bert.num_attention_heads = 2
     bert.intermediate_size = 64

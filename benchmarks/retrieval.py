@@ -143,7 +143,8 @@ def agreement(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
     common = (ours > FILL) & (theirs > FILL)
     difference = (ours - theirs)[common].abs().max() / theirs[common].std()
-    same_order, correlations = [], []
+    same_order = []
+    correlations = []
     for row, other, both in zip(ours, theirs, common, strict=True):
         row = row[both]
         other = other[both]

@@ -164,7 +164,9 @@ def run_side(side: Side, options: Options, **more) -> dict:
     if side.processes:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={side.processes}"]
         command[2:2] = [*launcher, "-m"]
-    begin, busy, own = time.perf_counter(), busy_seconds(), children_seconds()
+    begin = time.perf_counter()
+    busy = busy_seconds()
+    own = children_seconds()
     printed = run_command(command, side.name, options.threads)
     result = json.loads(printed.strip().splitlines()[-1])
     if busy is not None:

@@ -68,7 +68,8 @@ def class_results(
     logits by split [R,C]; splits: data with `labels` int64 [R], `records` and `files`; names of the
     classes.
     """
-    metrics, cards = {}, []
+    metrics = {}
+    cards = []
     for split, data in splits.items():
         metrics[split] = class_accuracy(logits[split], data.labels, names)
         if rank() == 0:

@@ -119,7 +119,8 @@ def _probe(
     val_fraction: float,
 ) -> dict[str, float]:
     found: dict[str, float] = {}
-    fitted, test = [Part(train)], [Part(queries)]
+    fitted = [Part(train)]
+    test = [Part(queries)]
     if val is not None or val_fraction:
         part, held_out = (Part(train), Part(val)) if val is not None else split(train, val_fraction)
 

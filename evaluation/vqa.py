@@ -72,7 +72,8 @@ def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = Fals
         answers = [normalise(answer) for answer in answers]
     elif len(set(answers)) > 1:
         answers = [without_punctuation(answer) for answer in answers]
-    found, same = normalise(prediction), Counter(answers)
+    found = normalise(prediction)
+    same = Counter(answers)
     others = [same[found] - (answer == found) for answer in answers]
     return sum(min(1.0, n / 3) for n in others) / len(others)
 

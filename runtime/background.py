@@ -95,7 +95,8 @@ def _attempt(work: Callable) -> tuple:
 
 def _when_there(store, key: str) -> bytes:
     """A value of the store, asked for so that other threads can use the store meanwhile."""
-    pause, ended = SHORT_WAIT, None
+    pause = SHORT_WAIT
+    ended = None
     while not store.check([key]):
         time.sleep(pause)
         pause = min(2 * pause, LONG_WAIT)

@@ -287,7 +287,10 @@ class Uploader:
     """Threads that bring a folder to a bucket. `trouble` is what went wrong last; None = all well."""
 
     def __init__(self, bucket: Bucket, folder: Path, lease: Lease, pause: float):
-        self.bucket, self.folder, self.lease, self.pause = bucket, folder, lease, pause
+        self.bucket = bucket
+        self.folder = folder
+        self.lease = lease
+        self.pause = pause
         self.committed = bucket.read(COMMITTED) or {"files": {}, "links": {}}
         # states of the files that are in the bucket; numbered checkpoints do not change
         self.there = {
@@ -298,7 +301,8 @@ class Uploader:
         self.trouble: str | None = None
         self.doing = ""  # nothing
         self.progress = 0.0  # time of the last success, or of the last block of a file
-        self.ending, self.ended = threading.Event(), threading.Event()
+        self.ending = threading.Event()
+        self.ended = threading.Event()
         for work in (self._bring, self._pulse, self._watch):
             threading.Thread(target=work, daemon=True).start()
 
@@ -345,7 +349,8 @@ class Uploader:
             self.progress = time.monotonic()
         self.doing = what
         yield
-        self.doing, self.progress = "", time.monotonic()
+        self.doing = ""
+        self.progress = time.monotonic()
 
     def missing(self) -> list[str]:
         """Files that are not in the bucket as they are here."""

@@ -92,7 +92,8 @@ class CheckpointFolder:
         is a symbolic link. Raises as `save`.
         """
         _check_plain(index)
-        written, path = self.unfinished(step), self.folder / f"checkpoint_{step:08d}"
+        written = self.unfinished(step)
+        path = self.folder / f"checkpoint_{step:08d}"
         write_index(written, index, hashes, RESUMABLE)
         with file_errors(path, RESUMABLE):
             if path.is_dir():  # damaged, or of a past that the run went back from
@@ -127,7 +128,8 @@ class CheckpointFolder:
     def restore_best(self, metric: str) -> float:
         """Make the intact numbered checkpoint with the highest `metric` the best one, after the
         best one was lost or damaged. Returns its score; -inf where no checkpoint has one."""
-        best, source = float("-inf"), None
+        best = float("-inf")
+        source = None
         for path in reversed(self.numbered()):  # of equals the first one, as in training
             if find_damage(path) is None:
                 score = load_checked(path).get(metric, float("-inf"))
@@ -183,7 +185,8 @@ class CheckpointFolder:
     @property
     def best(self) -> Path | None:
         """The checkpoint last saved with `tag="best"`, if any."""
-        file, folder = self.folder / "checkpoint_best.pt", self.folder / "checkpoint_best"
+        file = self.folder / "checkpoint_best.pt"
+        folder = self.folder / "checkpoint_best"
         found = [path for path in (file, folder) if path.is_file() or is_sharded(path)]
         return max(found, key=lambda path: path.lstat().st_mtime_ns, default=None)
 
@@ -335,7 +338,8 @@ def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> N
     that all keys stay."""
     from safetensors.torch import save_file
 
-    seen, own = set(), {}
+    seen = set()
+    own = {}
     for key, value in state.items():
         value = value.detach().cpu().contiguous()
         storage = value.untyped_storage()

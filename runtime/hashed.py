@@ -28,7 +28,9 @@ class _HashingFile:
     """
 
     def __init__(self, file):
-        self.file, self.hash, self.error = file, hashlib.sha256(), None
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.error = None
 
     def write(self, data) -> int:
         beat("saving a checkpoint")
@@ -67,7 +69,8 @@ def recorded_hash(path: str | Path) -> str | None:
         if file.seek(0, os.SEEK_END) <= COMMENT_SIZE + 2:
             return None
         file.seek(-COMMENT_SIZE - 2, os.SEEK_END)
-        size, comment = file.read(2), file.read()
+        size = file.read(2)
+        comment = file.read()
     if int.from_bytes(size, "little") != COMMENT_SIZE or not comment.startswith(HASH_LABEL):
         return None
     return comment[len(HASH_LABEL) :].decode("ascii", "replace")

@@ -59,7 +59,8 @@ def own_range(sharing: Sharing, count: int) -> range:
     """The items of `count` that this task does: none where it merges. UserError."""
     if sharing.merge:
         return range(0)
-    number, tasks = 0, 1
+    number = 0
+    tasks = 1
     if sharing.range:
         number, tasks = _numbers(sharing.range)
     elif "SLURM_ARRAY_TASK_ID" in os.environ:

@@ -42,7 +42,8 @@ class Meters:
         if self.total is None:
             return {}
         means = distributed.all_reduce(self.total / self.count, "mean").tolist()
-        self.total, self.count = None, 0
+        self.total = None
+        self.count = 0
         return dict(zip(self.names, means, strict=True))
 
     def state_dict(self) -> dict:
@@ -50,7 +51,8 @@ class Meters:
         return {"names": self.names, "total": total, "count": self.count}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self.names, self.count = list(state["names"]), state["count"]
+        self.names = list(state["names"])
+        self.count = state["count"]
         self.total = None if state["total"] is None else state["total"].to(device)
 
 
@@ -65,16 +67,16 @@ class Stopwatch:
         flops_per_step: float = 0.0,
         peak_flops: float = 0.0,
     ):
-        self.world, self.samples, self.flops, self.peak = (
-            world,
-            samples_per_step,
-            flops_per_step,
-            peak_flops,
-        )
+        self.world = world
+        self.samples = samples_per_step
+        self.flops = flops_per_step
+        self.peak = peak_flops
         self.restart()
 
     def restart(self) -> None:
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.start = time.perf_counter()
+        self.waited = 0.0
+        self.steps = 0
 
     def waiting(self, batches):
         """Next batch of the iterator `batches`; the time it takes counts as data wait."""
@@ -174,7 +176,10 @@ class RunLog:
         tensorboard: bool = True,
         wandb: str = "off",
     ):
-        self.main, self.writer, self.wandb, self.bar = world.is_main, None, None, None
+        self.main = world.is_main
+        self.writer = None
+        self.wandb = None
+        self.bar = None
         if not self.main:
             return
         self.path = folder / "log.jsonl"
@@ -263,7 +268,8 @@ def keep_before(path: Path, step: int) -> None:
     short."""
     if not path.exists():
         return
-    kept, damaged = [], 0
+    kept = []
+    damaged = 0
     *lines, last = path.read_bytes().split(b"\n")
     for line in [*lines, last]:
         try:

@@ -211,7 +211,8 @@ def device_mesh(world: World, shard_group: int):
     kind = world.device.type
     if size == world.size:
         return init_device_mesh(kind, (world.size,))
-    shape, names = (world.size // size, size), ("replicate", "shard")
+    shape = (world.size // size, size)
+    names = ("replicate", "shard")
     return init_device_mesh(kind, shape, mesh_dim_names=names)
 
 

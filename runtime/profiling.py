@@ -21,7 +21,8 @@ class StepProfiler:
     """
 
     def __init__(self, steps: int, folder: Path, world: World):
-        self.steps, self.target = steps, folder / f"trace_rank{world.rank}.json.gz"
+        self.steps = steps
+        self.target = folder / f"trace_rank{world.rank}.json.gz"
         self.left = SETTLING + steps
         self.profiler = None
         if not steps:
@@ -45,7 +46,8 @@ class StepProfiler:
 
     def finish(self) -> Path | None:
         """Write what there is: a run may end before. None where nothing was traced."""
-        profiler, self.profiler = self.profiler, None
+        profiler = self.profiler
+        self.profiler = None
         if profiler is None:
             return None
         profiler.stop()

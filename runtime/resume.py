@@ -150,7 +150,8 @@ def global_batch(config: Mapping[str, Any], processes: int) -> int:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     """Lines `image_res: 64 -> 32` of what differs; an option that one side does not know does
     not."""
-    old, new = {}, {}
+    old = {}
+    new = {}
     for name in names:
         if name in before and name in now:
             old[name], new[name] = _common(before[name], now[name])

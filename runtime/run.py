@@ -77,7 +77,9 @@ class Run:
         check_durations(config)
         if config.deterministic:
             make_deterministic()
-        self.config, self.world, self.folder = config, world, Path(config.output_dir)
+        self.config = config
+        self.world = world
+        self.folder = Path(config.output_dir)
         self.metric = metric  # name of the score that the best checkpoint is best by
         self._lock = distributed.on_main(self._take_lock, share=False)
         self.checkpoints = CheckpointFolder(self.folder, keep=config.keep)
@@ -90,7 +92,8 @@ class Run:
         self.best = float("-inf")
         self.validated = False  # by this process
         self.log: RunLog | None = None  # nothing is written before all is known to be good: `start`
-        self.meters, self.watch = Meters(), Stopwatch(world, 1)
+        self.meters = Meters()
+        self.watch = Stopwatch(world, 1)
         self.watchdog = Watchdog(world, config.stall_minutes, self.folder)
         self.interrupt = Interrupt()
 
@@ -189,21 +192,21 @@ class Run:
         self, *, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, loader
     ) -> None:
         """Name what checkpoints hold, and restore it if the run is resumed."""
-        self.model, self.optimizer, self.precision, self.loader = (
-            model,
-            optimizer,
-            precision,
-            loader,
-        )
+        self.model = model
+        self.optimizer = optimizer
+        self.precision = precision
+        self.loader = loader
         if not self.saved:
             return
         from torch.distributed.checkpoint import state_dict as dcp
 
         network = distributed.unwrap(model)
         check_weights_fit(self.saved, self.saved_path, network, to_dict(self.config))
-        state, whole = self.saved, True
+        state = self.saved
+        whole = True
         if is_sharded(self.saved_path):
-            state, whole = read_state(self.saved_path, self.saved, model, self.world.rank), False
+            state = read_state(self.saved_path, self.saved, model, self.world.rank)
+            whole = False
         options = dcp.StateDictOptions(full_state_dict=whole, broadcast_from_rank0=False)
         dcp.set_model_state_dict(model, state["model"], options=options)
         given = configured_options(optimizer)  # what the configuration says now wins over the file

@@ -165,7 +165,9 @@ class Stub:
 
     def __new__(cls, *args, **kwargs):
         self = object.__new__(cls)
-        self.args, self.state, self.entries = args, {}, []
+        self.args = args
+        self.state = {}
+        self.entries = []
         return self
 
     def __init__(self, *args, **kwargs):
@@ -371,7 +373,10 @@ class _Reader(BoundedUnpickler):
         encoding: str = "utf-8",
     ):
         super().__init__(file, path, size, encoding)
-        self.path, self.allowed, self.storage, self.stubs = path, allowed, storage, {}
+        self.path = path
+        self.allowed = allowed
+        self.storage = storage
+        self.stubs = {}
         self.met_numpy = False
 
     def find_class(self, module: str, name: str):

@@ -46,8 +46,10 @@ class Saver:
         in_background: bool,
         fresh: bool,
     ):
-        self.checkpoints, self.world = checkpoints, world
-        self.sharded, self.in_background = sharded, in_background
+        self.checkpoints = checkpoints
+        self.world = world
+        self.sharded = sharded
+        self.in_background = in_background
         self.fresh = fresh  # the best checkpoint in the folder is that of an earlier run
         self.background = Background()
         self.staging = Staging()
@@ -99,8 +101,10 @@ class Saver:
         state = {"model": weights, "optimizer": moments}
         buffers = {("model", name) for name, _ in unwrap(model).named_buffers()}
         pieces = self.staging.copy(own_pieces(state, self.world, buffers))
-        own, index = copied_to_host(own), {**outline(state), **copied_to_host(about)}
-        folder, rank = self.checkpoints.unfinished(step), self.world.rank
+        own = copied_to_host(own)
+        index = {**outline(state), **copied_to_host(about)}
+        folder = self.checkpoints.unfinished(step)
+        rank = self.world.rank
 
         def part() -> str:
             return write_part(folder, rank, pieces, own, RESUMABLE)

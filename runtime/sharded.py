@@ -134,7 +134,8 @@ class Staging:
 
     def copy(self, pieces: Mapping[Key, Piece]) -> dict[Key, Piece]:
         """The pieces in host memory; valid until the next call."""
-        copies, on_gpu = {}, False
+        copies = {}
+        on_gpu = False
         for key, (offsets, values) in pieces.items():
             pinned = values.device.type == "cuda"
             buffer = self.buffers.get(key)
@@ -257,7 +258,8 @@ class PieceReader:
         just these. like: a meta tensor of its shape and dtype."""
         shape = tuple(like.shape if shape is None else shape)
         offsets = tuple(offsets) or (0,) * len(shape)
-        missing, found = math.prod(shape), []
+        missing = math.prod(shape)
+        found = []
         for part in self._parts():
             if not missing:
                 break
@@ -282,7 +284,8 @@ class PieceReader:
 
 def _overlap(begin, size, wanted_begin, wanted_size) -> tuple[tuple, tuple] | None:
     """Slices of what two boxes share, in the first and in the second; None where that is nothing."""
-    first, second = [], []
+    first = []
+    second = []
     for a, n, b, m in zip(begin, size, wanted_begin, wanted_size, strict=True):
         low, high = max(a, b), min(a + n, b + m)
         if low >= high:

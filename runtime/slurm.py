@@ -61,7 +61,8 @@ def further_options(words: Sequence[str]) -> dict[str, str | bool]:
 
 def sbatch_options(options: argparse.Namespace) -> dict:
     """Options of sbatch in submitit's spelling."""
-    gpus, cpus = options.ngpus, options.cpus or (10 if options.ngpus else 1)
+    gpus = options.ngpus
+    cpus = options.cpus or (10 if options.ngpus else 1)
     memory = options.mem or 40 * gpus
     requeues = '"$SLURM_JOB_ID"'.join(
         shlex.quote(p) for p in str(job_folder(options) / "requeues.log").split("%j")

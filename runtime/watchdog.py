@@ -34,7 +34,9 @@ class Watchdog:
     """
 
     def __init__(self, world: World, minutes: float, folder: str | Path):
-        self.world, self.seconds, self.folder = world, 60 * minutes, folder
+        self.world = world
+        self.seconds = 60 * minutes
+        self.folder = folder
         self.enabled = world.size > 1 and minutes > 0 and dist.is_initialized()
         self.thread: threading.Thread | None = None
         self.main_thread = threading.get_ident()
@@ -105,7 +107,8 @@ class Watchdog:
         own |= {"collective": str(collective), "entered": collective.number}
         own["inside"] = collective.waits
         store.set(str(self.world.rank), json.dumps(own))
-        deadline, answers = time.monotonic() + ANSWER_SECONDS, {}
+        deadline = time.monotonic() + ANSWER_SECONDS
+        answers = {}
         while len(answers) < self.world.size and time.monotonic() < deadline:
             time.sleep(0.2)
             for rank in set(range(self.world.size)) - answers.keys():

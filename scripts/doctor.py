@@ -63,11 +63,13 @@ def make_examiner(image_root: Path, tokenizer: str, most: int, answer_list: Path
     if tokenizer == "clip":
         from dataset.text.bpe import ClipTokenizer
 
-        encode, ends = ClipTokenizer().encode, 2  # start and end
+        encode = ClipTokenizer().encode
+        ends = 2  # start and end
     else:
         from dataset.text.wordpiece import Tokenizer
 
-        encode, ends = Tokenizer(tokenizer).encode, 0
+        encode = Tokenizer(tokenizer).encode
+        ends = 0
 
     def tokens(text: str) -> int:
         return len(encode(text)) + ends
@@ -80,7 +82,8 @@ def problem_rows(part) -> list[tuple[str, str, str]]:
     """(problem, samples, example) of everything found in a data set, fatal problems first."""
     from dataset.health.samples import FATAL
 
-    counts, total = part.counts(), part.samples()
+    counts = part.counts()
+    total = part.samples()
     example = {}
     for facts in part.facts:
         for problem, about in facts.problems.items():
@@ -104,7 +107,8 @@ def problem_rows(part) -> list[tuple[str, str, str]]:
 
 def figures(part, workers: int) -> list[tuple[str, str]]:
     """(name, value) of what a data set holds."""
-    images, lengths = part.images(), sorted(n for facts in part.facts for n in facts.lengths)
+    images = part.images()
+    lengths = sorted(n for facts in part.facts for n in facts.lengths)
     rows = [("samples", f"{part.samples():,}"), ("images", f"{len(images):,}")]
     sides = sorted(min(image.size) for image in images if min(image.size))
     if sides:
@@ -115,7 +119,9 @@ def figures(part, workers: int) -> list[tuple[str, str]]:
         mean = sum(lengths) / len(lengths)
         rows.append(("tokens", f"{mean:.1f} on average, 95 % up to {often}, most {lengths[-1]}"))
     if part.classes:
-        (most, high), (least, low) = part.classes.most_common()[0], part.classes.most_common()[-1]
+        by_size = part.classes.most_common()
+        most, high = by_size[0]
+        least, low = by_size[-1]
         rows.append(("classes", f"{len(part.classes):,}; {most}: {high:,} … {least}: {low:,}"))
     rate = len(images) / max(part.seconds, 1e-9)
     epoch = part.samples() / rate / workers
@@ -137,7 +143,8 @@ def write_fixed(part, folder: Path) -> str:
             f"--fix: {part.data} are shards; clean the list they are made of, then pack it again "
             "with scripts/data/pack.py"
         )
-    entries, target = open_list(part.data), folder / f"{parse_address(part.data).path.stem}.jsonl"
+    entries = open_list(part.data)
+    target = folder / f"{parse_address(part.data).path.stem}.jsonl"
     left_out = unfit_samples(part.facts, part.unknown_labels) | part.dropped
     kept = [facts for place, facts in enumerate(part.facts) if place not in left_out]
     fixes: Counter = Counter(f"{reason}: left out" for reason in left_out.values())
@@ -155,7 +162,9 @@ def write_page(parts: list, config: Config) -> None:
     def shown(image) -> tuple[Path | None, str]:
         return config.image_root / image.name, image.name
 
-    tables, problems, groups = [], {}, []
+    tables = []
+    problems = {}
+    groups = []
     for part in parts:
         tables.append((part.data, ("", ""), figures(part, config.workers)))
         tables.append(
@@ -200,7 +209,8 @@ def main(config: Config) -> None:
     from dataset.health.survey import plan, split_folders, survey
 
     config.data = split_folders(config.data)
-    works, looking = plan(config.data), looking_of(config)
+    works = plan(config.data)
+    looking = looking_of(config)
     shared = config.sharing.slurm or config.sharing.merge or not is_whole(config.sharing)
     if shared and config.facts is None:
         raise UserError("--facts: name a folder that all tasks see, to keep what they find")

@@ -326,7 +326,8 @@ def main(config: Config) -> None:
     if config.sharing.merge:
         merge(parts, embedder, config)
         return
-    own, names = own_range(config.sharing, len(parts)), part_names(len(parts))
+    own = own_range(config.sharing, len(parts))
+    names = part_names(len(parts))
     kept = 0
     with evaluating(embedder.model):
         for number in own:

@@ -76,7 +76,8 @@ def scores_of(run: Path) -> dict[str, tuple[float, float]]:
     """Score in percent, and that of chance, by name."""
     zeroshot = read_json(run / "zeroshot/result/metrics.json", dict, "run photos.sh first")
     knn = read_json(run / "knn/result/metrics.json", dict, "run photos.sh first")
-    captions, classes = zeroshot["results"]["captions"], zeroshot["results"]["stamps"]
+    captions = zeroshot["results"]["captions"]
+    classes = zeroshot["results"]["stamps"]
     found = {}
     for key, name in RECALLS.items():
         found[name] = (captions[f"{key}_z"], captions["chance"][key])

@@ -94,7 +94,9 @@ def read_log(folder: Path | None) -> list[dict]:
     path = folder / "log.jsonl" if folder else None
     if path is None or not path.is_file():
         return []
-    lines, minutes, before = [], 0.0, 0
+    lines = []
+    minutes = 0.0
+    before = 0
     for line in read_json_lines(path):
         minutes += line.get("step_s", 0.0) * (line["step"] - before) / 60
         before = line["step"] if "step_s" in line else before
@@ -202,13 +204,16 @@ def main(config: Config) -> None:
         raise UserError(
             f"{config.retrieval_dir}: no scores of a test_file; evaluate with --test_file"
         )
-    test_file, image_root = Path(saved["test_file"]), Path(saved["image_root"])
+    test_file = Path(saved["test_file"])
+    image_root = Path(saved["image_root"])
     if config.data:
-        test_file, image_root = config.data / "retrieval_test.json", config.data
+        test_file = config.data / "retrieval_test.json"
+        image_root = config.data
     data = RetrievalSet(
         Records(test_file), image_root, TestTransform(saved["image_res"]), saved["max_words"]
     )
-    owner, tokenizer = torch.tensor(data.txt2img), Tokenizer(saved["text_encoder"])
+    owner = torch.tensor(data.txt2img)
+    tokenizer = Tokenizer(saved["text_encoder"])
     guess = chance(owner, len(data))
     rankings = load_rankings(config.retrieval_dir / "result/ranking_test.safetensors")
     rows = {

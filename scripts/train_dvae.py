@@ -99,7 +99,9 @@ class Crop:
     in [0,1]."""
 
     def __init__(self, size: int, scale: tuple[float, float] | None, flip: bool):
-        self.size, self.scale, self.flip = size, scale, flip
+        self.size = size
+        self.scale = scale
+        self.flip = flip
 
     def __call__(self, record: dict) -> dict:
         image = decode_image(record["image"])
@@ -155,7 +157,10 @@ def evaluate(tokenizer: ImageTokenizer, loader: EvalLoader, folder: Path) -> dic
     reconstructions."""
     from torchvision.utils import save_image
 
-    counts, error, variance, number = torch.zeros(tokenizer.config.vocab_size), 0.0, 0.0, 0
+    counts = torch.zeros(tokenizer.config.vocab_size)
+    error = 0.0
+    variance = 0.0
+    number = 0
     device = next(tokenizer.parameters()).device
     for batch in loader:
         image = batch["image"].to(device)

@@ -54,7 +54,9 @@ def vit(options: types.SimpleNamespace) -> dict:
     tf.keras.optimizers.Adam = tf.keras.optimizers.legacy.Adam  # the class that it was written for
     from optimizers import AdamWeightDecay
 
-    size, side, classes = options.batch, options.image_size, options.classes
+    size = options.batch
+    side = options.image_size
+    classes = options.classes
     sizes = {
         "image_size": side,
         "representation_size": {"b": 768, "l": 1024}[options.model[4]],

@@ -72,7 +72,8 @@ def karpathy(splits: Split) -> dict:
                 }
                 for c, i in zip(captions(s), ids, strict=True)
             ]
-            folder, name = str(Path(s.path).parent), Path(s.path).name
+            folder = str(Path(s.path).parent)
+            name = Path(s.path).name
             images.append(
                 {
                     "filepath": folder,
@@ -178,13 +179,16 @@ def write_refcoco(root: Path, splits: Split, seed: int) -> list[dict]:
 
     Of the test scenes those with two digits are testA and those with three are testB.
     """
-    refs, annotations, images, boxes = [], [], [], {}
+    refs = []
+    annotations = []
+    images = []
+    boxes = {}
     files: dict[str, list[dict]] = {"train": [], "test": []}
     for scene in (s for scenes in splits.values() for s in scenes if len(s.digits) > 1):
         rng = np.random.default_rng([seed, 7, scene.image_id])
-        split = {("test", 2): "testA", ("test", 3): "testB"}.get(
-            (scene.split, len(scene.digits)), scene.split
-        )
+        split = scene.split
+        if split == "test":
+            split = "testA" if len(scene.digits) == 2 else "testB"
         name = Path(scene.path).name
         images.append(
             {"id": scene.image_id, "file_name": name, "width": scene.width, "height": scene.height}
@@ -210,23 +214,21 @@ def write_refcoco(root: Path, splits: Split, seed: int) -> list[dict]:
                 for n, t in enumerate(texts)
             ]
             ref = {"ref_id": len(refs), "ann_id": ann_id, **ids, "split": split, "file_name": name}
-            refs.append(
-                ref | {"sentences": sentences, "sent_ids": [s["sent_id"] for s in sentences]}
-            )
+            ref["sentences"] = sentences
+            ref["sent_ids"] = [sentence["sent_id"] for sentence in sentences]
+            refs.append(ref)
             for text in texts:
                 row = {"image": scene.path, "text": text}
                 if split == "train":
                     files["train"].append(row)
                 else:
                     files["test"].append(row | {"ref_id": ref["ref_id"]})
-    categories = [
-        {"id": k + 1, "name": word, "supercategory": "digit"} for k, word in enumerate(DIGITS)
-    ]
+    categories = []
+    for k, word in enumerate(DIGITS, 1):
+        categories.append({"id": k, "name": word, "supercategory": "digit"})
     folder = root / "refcoco+"
-    write_json(
-        folder / "instances.json",
-        {"images": images, "annotations": annotations, "categories": categories},
-    )
+    instances = {"images": images, "annotations": annotations, "categories": categories}
+    write_json(folder / "instances.json", instances)
     write_json(folder / "dets.json", boxes)
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     for split, rows in files.items():

@@ -163,7 +163,9 @@ def clear(root: Path) -> None:
 
 def fingerprint(root: Path) -> dict:
     """Number of the files under TOP_LEVEL, their bytes, and one hash over names and contents."""
-    digest, count, size = sha256(), 0, 0
+    digest = sha256()
+    count = 0
+    size = 0
     for name in sorted(TOP_LEVEL):
         top = root / name
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
@@ -171,7 +173,8 @@ def fingerprint(root: Path) -> dict:
                 content = path.read_bytes()
                 digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
                 digest.update(content)
-                count, size = count + 1, size + len(content)
+                count += 1
+                size += len(content)
     return {"files": count, "bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -180,7 +183,8 @@ def fill(root: Path, request: Request) -> None:
     from tqdm import tqdm
 
     handwriting = Handwriting()
-    splits, first = {}, 1
+    splits = {}
+    first = 1
     for split in SPLITS:
         key = (lambda s: s.description) if split == "train" else (lambda s: s.content)
         count = getattr(request, split)

@@ -133,7 +133,8 @@ class Handwriting:
 
 def crop(ink: np.ndarray) -> np.ndarray:
     """A sample [8, 8] cut to its ink, with a rim of one empty pixel, [h + 2, w + 2]."""
-    rows, columns = np.flatnonzero(ink.max(1) > 0.15), np.flatnonzero(ink.max(0) > 0.15)
+    rows = np.flatnonzero(ink.max(1) > 0.15)
+    columns = np.flatnonzero(ink.max(0) > 0.15)
     return np.pad(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1)
 
 
@@ -143,7 +144,8 @@ def choose_names(rng: np.random.Generator, count: int) -> list[tuple[int, str]]:
     colours = list(COLOURS)
     names: list[tuple[int, str]] = []
     while len(names) < count:
-        digit, colour = int(rng.integers(10)), colours[rng.integers(len(colours))]
+        digit = int(rng.integers(10))
+        colour = colours[rng.integers(len(colours))]
         if names and rng.random() < 1 / 3:
             digit, colour = (names[-1][0], colour) if rng.random() < 0.5 else (digit, names[-1][1])
         if (digit, colour) not in names:
@@ -163,7 +165,10 @@ def place(
     shorter one."""
     rows, columns = crop.shape[0] - 1, crop.shape[1] - 1  # half of the empty rim belongs to the box
     scale = long_side * min(width, height) / max(rows, columns)
-    left, top, right, bottom = cell[0] * width, cell[1] * height, cell[2] * width, cell[3] * height
+    left = cell[0] * width
+    top = cell[1] * height
+    right = cell[2] * width
+    bottom = cell[3] * height
     w = min(round(columns * scale), int(right - left))
     h = min(round(rows * scale), int(bottom - top))
     x = int(np.ceil(left) + rng.random() * max(0.0, np.floor(right) - np.ceil(left) - w))
@@ -184,7 +189,8 @@ def random_scene(
     is drawn too."""
     if names is None:
         names = choose_names(rng, int(rng.choice(3, p=COUNT_SHARES)) + 1)
-    scale, aspect = side * rng.uniform(0.95, 1.15), rng.uniform(0.9, 1.1) ** 0.5
+    scale = side * rng.uniform(0.95, 1.15)
+    aspect = rng.uniform(0.9, 1.1) ** 0.5
     width, height = round(scale * aspect), round(scale / aspect)
     arrangement, cells = list(ARRANGEMENTS[len(names)].items())[
         rng.integers(len(ARRANGEMENTS[len(names)]))

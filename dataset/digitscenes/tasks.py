@@ -206,7 +206,8 @@ def compared_pairs(
 ) -> Iterator[tuple[str, bool, tuple[int, int]]]:
     """(sentence, label, (left, right)) for sentences that compare the two images, each with both
     labels."""
-    scene, count = index.scenes[i], len(index.scenes[i].digits)
+    scene = index.scenes[i]
+    count = len(scene.digits)
     ground = ("ground", scene.ground)
     digits = ("count", COUNTS[count])
     if rng.random() < 0.5 and 2 <= len(index.holders[ground]) < len(index.scenes):
@@ -289,8 +290,10 @@ def iou(a: tuple, b: tuple) -> float:
 
 def inside(box: tuple, scene: Scene) -> tuple[float, ...]:
     """The part of a box within the image, at least one pixel, rounded to hundredths."""
-    x, y = min(max(box[0], 0), scene.width - 1), min(max(box[1], 0), scene.height - 1)
-    right, bottom = min(box[0] + box[2], scene.width), min(box[1] + box[3], scene.height)
+    x = min(max(box[0], 0), scene.width - 1)
+    y = min(max(box[1], 0), scene.height - 1)
+    right = min(box[0] + box[2], scene.width)
+    bottom = min(box[1] + box[3], scene.height)
     return round(x, 2), round(y, 2), round(max(1.0, right - x), 2), round(max(1.0, bottom - y), 2)
 
 

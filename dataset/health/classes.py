@@ -92,7 +92,9 @@ def class_findings(
         example = "; ".join(" = ".join(group) for group in alike[:SHOWN])
         found.append(Finding("similar class names", len(alike), example))
     if len(shown) > 1:
-        (most, high), (least, low) = shown.most_common()[0], shown.most_common()[-1]
+        by_size = shown.most_common()
+        most, high = by_size[0]
+        least, low = by_size[-1]
         if high >= UNBALANCED * low:
             rare = sum(count * UNBALANCED <= high for count in shown.values())
             found.append(

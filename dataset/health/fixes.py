@@ -64,7 +64,8 @@ def _fix_texts(entry: dict) -> int:
 
 def _remove_blanks(entry: dict) -> int:
     """Take blank captions out of several, with their weights; returns how many."""
-    captions, weights = entry.get("caption"), entry.get("caption_weights")
+    captions = entry.get("caption")
+    weights = entry.get("caption_weights")
     if not isinstance(captions, list):
         return 0
     kept = [place for place, text in enumerate(captions) if str(text).strip()]

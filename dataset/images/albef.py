@@ -67,7 +67,9 @@ class TrainTransform:
         flip: bool = True,
         augment: RandAugment | None = None,
     ):
-        self.resolution, self.scale, self.flip = resolution, scale, flip
+        self.resolution = resolution
+        self.scale = scale
+        self.flip = flip
         self.augment = augment or RandAugment()
 
     def draw(self, image: torch.Tensor) -> tuple[Box | None, bool, list]:
@@ -106,11 +108,9 @@ class PretrainTransform(TrainTransform):
         super().__init__(
             resolution, None if fixed_geometry else scale, flip and not fixed_geometry, augment
         )
-        self.token_resolution, self.shared_view, self.fixed_geometry = (
-            token_resolution,
-            shared_view,
-            fixed_geometry,
-        )
+        self.token_resolution = token_resolution
+        self.shared_view = shared_view
+        self.fixed_geometry = fixed_geometry
 
     def __call__(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         box, flip, operations = self.draw(image)

@@ -17,7 +17,10 @@ class AlignView:
     """
 
     def __init__(self, side: int, train: bool = False, flip: float = 0.5, exact: bool = False):
-        self.side, self.train, self.flip, self.exact = side, train, flip, exact
+        self.side = side
+        self.train = train
+        self.flip = flip
+        self.exact = exact
         self.large = round(side * ALIGN_MARGIN)
 
     def __call__(self, image: Tensor) -> Tensor:

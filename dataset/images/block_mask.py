@@ -26,7 +26,8 @@ class BlockMask:
         min_block: int | None = None,
         min_aspect: float = 0.3,
     ):
-        self.height, self.width = height, width or height
+        self.height = height
+        self.width = width or height
         self.total = round(ratio * self.height * self.width)
         self.min_block = min_block or max(1, self.height * self.width // 16)
         self.log_aspect = math.log(min_aspect), math.log(1 / min_aspect)
@@ -49,7 +50,8 @@ class BlockMask:
         for _ in range(ATTEMPTS):
             area = random.uniform(self.min_block, budget)
             aspect = math.exp(random.uniform(*self.log_aspect))
-            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            height = round(math.sqrt(area * aspect))
+            width = round(math.sqrt(area / aspect))
             if height >= self.height or width >= self.width:
                 continue
             top = random.randint(0, self.height - height)

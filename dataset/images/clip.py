@@ -190,12 +190,10 @@ class EvalView:
         small: int | None = None,
         squeeze: bool = False,
     ):
-        self.side, self.interpolation, self.small, self.squeeze = (
-            side,
-            interpolation,
-            small or side,
-            squeeze,
-        )
+        self.side = side
+        self.interpolation = interpolation
+        self.small = small or side
+        self.squeeze = squeeze
 
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2.functional import center_crop
@@ -285,10 +283,8 @@ def turn_hue(image: Tensor, share: float) -> Tensor:
     mod 6 and n = 5, 3, 1 for red, green, blue; min(k, 4 - k) is 2 less the distance of k from 2.
     """
     red, green, blue = image.unbind()
-    value, low = (
-        torch.maximum(torch.maximum(red, green), blue),
-        torch.minimum(torch.minimum(red, green), blue),
-    )
+    value = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
     chroma = value - low
     inverse = (chroma + 1e-6).reciprocal_()  # grey has no hue, and no chroma for it to matter
     from_blue = (red - green).mul_(inverse).add_(4)

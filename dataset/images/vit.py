@@ -67,7 +67,9 @@ class TrainView:
     """Inception crop to side x side, flips, and what the policy adds."""
 
     def __init__(self, side: int, options: ViTViews, exact: bool = False):
-        self.side, self.options, self.exact = side, options, exact
+        self.side = side
+        self.options = options
+        self.exact = exact
 
     def __call__(self, image: Tensor) -> Tensor:
         rows, columns = image.shape[1:]
@@ -93,7 +95,9 @@ class EvalView:
             raise UserError(
                 f"resize_small {resize_small}: smaller than the crop of {side} pixels; give at least {side}"
             )
-        self.side, self.resize_small, self.exact = side, resize_small, exact
+        self.side = side
+        self.resize_small = resize_small
+        self.exact = exact
 
     def __call__(self, image: Tensor) -> Tensor:
         if self.resize_small:

@@ -93,19 +93,18 @@ def _quick_member(file, name: bytes) -> bytes | None:
     if start + length > size:  # zip64
         return None
     file.seek(start)
-    directory, place = file.read(length), -1
+    directory = file.read(length)
+    place = -1
     while (place := directory.find(name, place + 1)) >= 0:
         begin = place - DIRECTORY_ENTRY.size
         if begin < 0 or directory[begin : begin + 4] != b"PK\1\2":
             continue
         entry = DIRECTORY_ENTRY.unpack_from(directory, begin)
-        flags, method, packed, name_length, header = (
-            entry[3],
-            entry[4],
-            entry[8],
-            entry[10],
-            entry[16],
-        )
+        flags = entry[3]
+        method = entry[4]
+        packed = entry[8]
+        name_length = entry[10]
+        header = entry[16]
         if name_length != len(name):
             continue
         if flags & 1 or method not in (0, 8) or 0xFFFFFFFF in (packed, header):

@@ -120,7 +120,9 @@ class _Loaded(Dataset):
     """(sample, unreadable images, truncated images), or a BadSample."""
 
     def __init__(self, load: Callable[[int], dict], indices: Sequence[int], exif: bool):
-        self.load, self.indices, self.exif = load, indices, exif
+        self.load = load
+        self.indices = indices
+        self.exif = exif
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -14,8 +14,12 @@ class Filtered:
     """
 
     def __init__(self, source, keep: Callable[[dict], bool], complaint: str, kept: float = 1.0):
-        self.source, self.keep, self.complaint, self.kept = source, keep, complaint, kept
-        self.name, self.build = source.name, source.build
+        self.source = source
+        self.keep = keep
+        self.complaint = complaint
+        self.kept = kept
+        self.name = source.name
+        self.build = source.build
 
     def __len__(self) -> int:
         return max(1, round(self.kept * len(self.source)))

@@ -36,7 +36,9 @@ class RecordSource:
     ):
         if not len(records):
             raise UserError(f"{name}: no records")
-        self.records, self.build, self.name = records, build, name
+        self.records = records
+        self.build = build
+        self.name = name
 
     def __len__(self) -> int:
         return len(self.records)
@@ -49,7 +51,8 @@ class RecordSource:
         """Positions of `slots` workers that continue together where others were, all at `before`: no
         record of the sequence is taken twice, none is left out."""
         positions = [_record_position(position) for position in before]
-        workers, begin = len(positions), positions[0][0]
+        workers = len(positions)
+        begin = positions[0][0]
         most = max(taken for _, taken, _ in positions)
         end = begin + most * workers
         left = [places for *_, ranges in positions for places in ranges if range(*places)]
@@ -107,7 +110,8 @@ class Stream:
             raise UserError(
                 f"{len(sources)} sources with weights {weights}: give every source one positive weight"
             )
-        self.sources, self.collate = list(sources), collate
+        self.sources = list(sources)
+        self.collate = collate
         self.shares = [weight / sum(weights) for weight in weights]
 
     def __len__(self) -> int:
@@ -155,7 +159,10 @@ class Stream:
             source.read(mix(seed, number), slot, slots, at)
             for number, (source, at) in enumerate(zip(self.sources, position["at"], strict=True))
         ]
-        samples, dropped, truncated, batch_seed = [], [], [], 0
+        samples = []
+        dropped = []
+        truncated = []
+        batch_seed = 0
         while True:
             number = self._next_source(position["drawn"])
             source = self.sources[number]
@@ -180,7 +187,10 @@ class Stream:
                 with seeded(batch_seed):
                     batch = self.collate(samples)
                 yield batch, copy.deepcopy(position), dropped[:LISTED], truncated[:LISTED]
-                samples, dropped, truncated, batch_seed = [], [], [], 0
+                samples = []
+                dropped = []
+                truncated = []
+                batch_seed = 0
 
     def _next_source(self, drawn: list[int]) -> int:
         """The source that lags most behind its fraction."""
@@ -219,14 +229,15 @@ class StreamLoader:
                 f"a batch of {batch_size} on each of {world.size} ranks needs {samples} samples, "
                 f"but there are only {len(stream)}; lower batch_size or add data"
             )
-        self.stream, self.batch_size, self.seed, self.error_budget = (
-            stream,
-            batch_size,
-            seed,
-            error_budget,
-        )
-        self.workers, self.rank, self.world_size = workers, world.rank, world.size
-        self.pin_memory, self.prefetch = world.device.type == "cuda", prefetch
+        self.stream = stream
+        self.batch_size = batch_size
+        self.seed = seed
+        self.error_budget = error_budget
+        self.workers = workers
+        self.rank = world.rank
+        self.world_size = world.size
+        self.pin_memory = world.device.type == "cuda"
+        self.prefetch = prefetch
         self.slots = max(workers, 1)
         self.bad_samples: list[str] = []
         self._named: set[str] = set()
@@ -382,14 +393,19 @@ class _Slots(IterableDataset):
     def __init__(
         self, stream: Stream, batch_size: int, seed: int, rank: int, world_size: int, state: dict
     ):
-        self.stream, self.batch_size, self.seed = stream, batch_size, seed
-        self.rank, self.world_size, self.state = rank, world_size, state
+        self.stream = stream
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.state = state
 
     def __iter__(self) -> Iterator[tuple]:
         worker = get_worker_info()
         positions = self.state["slots"]
         slot = (self.state["batches"] + (worker.id if worker else 0)) % len(positions)
-        number, of = self.rank * len(positions) + slot, self.world_size * len(positions)
+        number = self.rank * len(positions) + slot
+        of = self.world_size * len(positions)
         try:
             batches = self.stream.batches(self.batch_size, self.seed, number, of, positions[slot])
             for batch, position, dropped, truncated in batches:

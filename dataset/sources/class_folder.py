@@ -45,7 +45,8 @@ class ClassFolder:
         transform: Callable[[torch.Tensor], torch.Tensor],
         classes: Sequence = (),
     ):
-        self.root, self.transform = Path(root), transform
+        self.root = Path(root)
+        self.transform = transform
         if not self.root.is_dir():
             raise UserError(
                 f"{root}: no such folder; name a folder with one sub-folder of images per class"
@@ -56,7 +57,8 @@ class ClassFolder:
                 f"{root} has {len(self.folders)} class folders, but the list of labels names "
                 f"{len(classes)} classes; {_odd_one_out(self.folders, classes)}"
             )
-        self.files, labels = [], []
+        self.files = []
+        labels = []
         left_out: Counter[str] = Counter()
         for label, folder in enumerate(self.folders):
             everything = list(files_below(self.root / folder))

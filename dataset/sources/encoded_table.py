@@ -75,7 +75,9 @@ class EncodedTable(Sequence):
     """Entries by number: the required fields, `image` as bytes or a path, and the other columns."""
 
     def __init__(self, path: Path, parts: list[tuple], used: dict[str, Columns]):
-        self.path, self.parts, self.used = path, parts, used
+        self.path = path
+        self.parts = parts
+        self.used = used
         self.ends = list(accumulate(rows for rows, _, _ in parts))
         self.current, self.held = -1, None  # the part read last: entries are taken in order
 
@@ -88,7 +90,8 @@ class EncodedTable(Sequence):
             with reading_arrow(self.path):
                 held = self.parts[part][1]()
                 rows_at_a_time(self.path, held)  # checks it
-            self.current, self.held = part, held
+            self.current = part
+            self.held = held
         start = self.ends[part - 1] if part else 0
         row = self.held.slice(index - start, 1).to_pylist()[0]
         taken = {name for each in self.used.values() for name in each.names}

@@ -65,7 +65,8 @@ def flat_folder(root: Path, classes: Sequence[str] = ()) -> FlatFolder:
 
 
 def _numbered(root: Path, file: Path, classes: list[str]) -> FlatFolder:
-    files, labels = [], []
+    files = []
+    labels = []
     for number, line in enumerate(read_lines(file), 1):
         if not line.strip():
             continue
@@ -93,7 +94,8 @@ def _synsets(root: Path, file: Path, classes: list[str]) -> FlatFolder:
 
 
 def _kaggle(root: Path, file: Path, classes: list[str]) -> FlatFolder:
-    files, synsets = [], []
+    files = []
+    synsets = []
     for number, line in enumerate(read_lines(file), 1):
         image, _, boxes = line.strip().partition(",")
         if number == 1 or not image:

@@ -85,7 +85,8 @@ class _Window:
     """The part of a file around the place being parsed."""
 
     def __init__(self, path: Path, file):
-        self.path, self.file = path, file
+        self.path = path
+        self.file = file
         self.text, self.place, self.offset = "", 0, 0  # offset: where the text begins in the file
         self.number = 0  # of the entry being parsed
         self.start = b""  # how the file begins

@@ -87,7 +87,8 @@ def _noted(cached: Path) -> LeftOut:
     try:
         about = read_json(_beside(cached), dict)
         found = LeftOut(about["name"])
-        found.total, found.count = int(about["total"]), int(about["count"])
+        found.total = int(about["total"])
+        found.count = int(about["count"])
         found.first = [str(fault) for fault in about["first"]]
         if not found.first:
             raise ValueError("no fault is named")

@@ -133,7 +133,8 @@ class _IndexedFile:
     def __init__(self, path: Path, required: Sequence[str], cache_dir: Path, name: str):
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; check the name in the configuration")
-        self._index, self._required = _index_of(path, required, cache_dir, name), required
+        self._index = _index_of(path, required, cache_dir, name)
+        self._required = required
         self._path, self._has_gaps = path, has_left_out(self._index)
         self._data = _map(path)
         self._starts = _starts_in(self._index, self._data)
@@ -230,7 +231,10 @@ def _checked_starts(
     Entries without any text in `caption` or `answer` are counted and said: training skips them.
     name: what the user calls the file.
     """
-    count, empty, mixed, bar = 0, 0, 0, None
+    count = 0
+    empty = 0
+    mixed = 0
+    bar = None
     lists = [field for field in required if field in ("caption", "answer")]
     for start, entry in parse_entries(path):
         odd = odd_items(entry, required)
@@ -272,7 +276,8 @@ def with_texts(entry: object, required: Sequence[str]) -> object:
     if type(entry) is not dict:
         return entry
     for field in required:
-        types, value = FIELD_TYPES.get(field, ()), entry.get(field)
+        types = FIELD_TYPES.get(field, ())
+        value = entry.get(field)
         if type(value) is list and list in types:
             if not all(type(item) is str for item in value):
                 entry[field] = [str(item) for item in value if _is_textual(item)]
@@ -315,7 +320,8 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
     for field in required:
         if field not in entry:
             return f"no field {field!r} (it has {_listed(entry)}); {_remedy(entry)}"
-        types, value = FIELD_TYPES.get(field, (object,)), entry[field]
+        types = FIELD_TYPES.get(field, (object,))
+        value = entry[field]
         is_odd_bool = isinstance(value, bool) and types != (object,) and bool not in types
         if not isinstance(value, types) or is_odd_bool:  # True would be the number 1
             names = " or ".join(kind.__name__ for kind in types)

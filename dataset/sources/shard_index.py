@@ -85,7 +85,8 @@ class ShardIndex(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = self.shard[index]
-        name, columns = plain_name(self.names[number]), columns_of(self.names[number])
+        name = plain_name(self.names[number])
+        columns = columns_of(self.names[number])
         if self._is_example(index):
             first = self.first[index]
             with open(self.files[number], "rb") as file:
@@ -205,7 +206,8 @@ def _samples(name: str, file: Path) -> Iterator[Sample]:
         yield from _frames(name, file)
         return
     with open(file, "rb") as opened:
-        size, kinds = file.stat().st_size, image_kinds(columns_of(name))
+        size = file.stat().st_size
+        kinds = image_kinds(columns_of(name))
         for sample in read_samples(TarWalk(opened, size), load=False):
             if not sample.fault and not any(kind in sample.members for kind in kinds):
                 sample.fault = f"no image, only {', '.join(sample.members)}"

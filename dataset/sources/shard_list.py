@@ -182,7 +182,9 @@ def _options(braced: str, pattern: str) -> list[str]:
     numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})(?:\.\.(\d{1,18}))?", braced)
     if not numbers:
         return braced.split(",")
-    first, last, step = int(numbers[1]), int(numbers[2]), int(numbers[3] or 1) or 1
+    first = int(numbers[1])
+    last = int(numbers[2])
+    step = int(numbers[3] or 1) or 1
     if abs(last - first) // step >= SHARDS:
         raise UserError(f"{pattern}: names more than {SHARDS:,} shards")
     padded = any(len(text) > 1 and text.startswith("0") for text in numbers.groups()[:2])

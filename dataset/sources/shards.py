@@ -117,7 +117,9 @@ class ShardSource:
                 seed, (epoch, slot, slots), groups, first, taken
             ):
                 yield own_seed, record, [epoch, at, count, []]
-            epoch, first, taken = epoch + 1, 0, 0
+            epoch += 1
+            first = 0
+            taken = 0
 
     def _records(
         self, seed: int, reader: tuple[int, int, int], groups: list, first: int, taken: int

@@ -411,7 +411,8 @@ def given_columns(
 ) -> Columns:
     """Columns that an address names, each alone or as NAME:WEIGHT. names: those that there are,
     where they are known. UserError."""
-    found, weights = [], []
+    found = []
+    weights = []
     for item in given:
         name, mark, weight = item.rpartition(":")
         if item in (names or ()) or not mark or not _is_number(weight):
@@ -522,7 +523,8 @@ def _metadata_rows(
 def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
     """{image: absolute path, caption: [lines]} of every image below a folder with a .txt of its
     name beside it; images without one are counted and said."""
-    lonely, found = 0, 0
+    lonely = 0
+    found = 0
     for path in files_below(folder.absolute()):
         if not is_image(path):
             continue

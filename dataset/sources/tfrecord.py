@@ -160,7 +160,8 @@ def _parse_feature(message: memoryview) -> Feature:
 
 def _integers(value: int | memoryview) -> list[int]:
     """Packed integers, or a single one; two's complement of 64 bits."""
-    numbers, at = [value] if isinstance(value, int) else [], 0
+    numbers = [value] if isinstance(value, int) else []
+    at = 0
     while not isinstance(value, int) and at < len(value):
         number, at = varint(value, at)
         numbers.append(number)

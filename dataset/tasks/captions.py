@@ -78,7 +78,8 @@ def metadata_rows(
     entries = read_plain(path) if read is None else read(path)
     if isinstance(entries, str | bytes | dict) or not hasattr(entries, "__iter__"):
         raise UserError(f"{path}: expected a list of entries of {kind}, found {brief(entries)}")
-    empty, number = 0, -1
+    empty = 0
+    number = -1
     for number, entry in enumerate(entries):
         left_out.total += 1
         try:
@@ -230,7 +231,8 @@ def collections_of(
         return []
     if dataset != "merged_opendata":
         return [(dataset, metadata, root)]
-    files, roots = metadata.split("---"), root.split("---")
+    files = metadata.split("---")
+    roots = root.split("---")
     if not len(files) == len(roots) == len(MERGED):
         raise UserError(
             f"{dataset}: give metadata and root of {', '.join(MERGED)}, in this order, joined by ---"
@@ -264,7 +266,8 @@ def pair_sources(
 # ---- images
 def check_images(root: str | Path, records: Sequence[dict], tries: int = 20) -> None:
     """UserError when none of the first images can be read below `root`."""
-    root, complaints = Path(root), []
+    root = Path(root)
+    complaints = []
     if not root.is_dir():
         raise UserError(
             f"root {root}: no such folder; set --root to the folder that the metadata's paths start from"
@@ -291,7 +294,9 @@ class ImageTextPair:
     """
 
     def __init__(self, image_views: ImageViews, text_views: TextViews, root: str | Path = ""):
-        self.image_views, self.text_views, self.root = image_views, text_views, Path(root)
+        self.image_views = image_views
+        self.text_views = text_views
+        self.root = Path(root)
 
     def __call__(self, record: dict) -> dict:
         captions = as_list(captions_of(record))
@@ -308,7 +313,8 @@ class CaptionCollate:
     """
 
     def __init__(self, tokenizer: ClipTokenizer, lengths: Sequence[int] = ()):
-        self.tokenizer, self.lengths = tokenizer, lengths
+        self.tokenizer = tokenizer
+        self.lengths = lengths
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         batch = {

@@ -434,7 +434,8 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
         )
     first = [str(each if isinstance(each, str) else each[0]) for each in classes]
     for form in (_exact, _plain):
-        listed, wanted = [form(each) for each in first], [form(each) for each in own]
+        listed = [form(each) for each in first]
+        wanted = [form(each) for each in own]
         if len(set(listed)) == len(listed) and set(listed) == set(wanted):
             places = {each: place for place, each in enumerate(listed)}
             return [classes[places[each]] for each in wanted]

@@ -74,7 +74,9 @@ class Labels:
     """
 
     def __init__(self, classes: int, options: LabelOptions, source: str):
-        self.classes, self.options, self.source = classes, options, source
+        self.classes = classes
+        self.options = options
+        self.source = source
 
     def __call__(self, record: dict) -> tuple[list[int], list[float]]:
         """Ids without repetition and weights, both empty where the threshold left none out of
@@ -94,7 +96,8 @@ class Labels:
             )
         ids = self._ids(values[field], record)
         chances = self._chances(values.get("label_probs"), len(ids), record)
-        options, kept = self.options, {}
+        options = self.options
+        kept = {}
         for chance, label in sorted(zip(chances, ids, strict=True), key=lambda pair: -pair[0]):
             if chance >= options.label_threshold and len(kept) < (options.label_top or len(ids)):
                 kept.setdefault(label, float(chance) if options.soft_labels else 1.0)
@@ -158,7 +161,8 @@ class FolderRecords(Sequence):
             self._read_flat(Path(root), classes)
             return
         folder = ClassFolder(root, None)
-        self.root, self.classes = folder.root.absolute(), folder.folders
+        self.root = folder.root.absolute()
+        self.classes = folder.folders
         names = [_composed(name) for name in classes or folder.folders]
         place = {name: number for number, name in enumerate(names)}
         folders = [_composed(name) for name in folder.folders]
@@ -177,7 +181,9 @@ class FolderRecords(Sequence):
     def _read_flat(self, root: Path, classes: Sequence[str]) -> None:
         """ImageNet's validation set as published: one folder and a list."""
         found = flat_folder(root, classes)
-        self.root, self.classes, self.labels = root.absolute(), found.classes, found.labels
+        self.root = root.absolute()
+        self.classes = found.classes
+        self.labels = found.labels
         self.files = np.array([os.fsencode(path.relative_to(root)) for path in found.files])
 
     def __len__(self) -> int:
@@ -295,7 +301,9 @@ class LabelledImage:
     Raises BadSample."""
 
     def __init__(self, view, labels: Labels, root: Path):
-        self.view, self.labels, self.root = view, labels, root
+        self.view = view
+        self.labels = labels
+        self.root = root
 
     def __call__(self, record: dict) -> dict:
         labels, weights = self.labels(record)
@@ -317,10 +325,8 @@ class LabelCollate:
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         most = max(len(sample["labels"]) for sample in samples)
         length = 1 if most <= 1 else 4 * math.ceil(most / 4)
-        labels, weights = (
-            torch.zeros(len(samples), length, dtype=torch.int64),
-            torch.zeros(len(samples), length),
-        )
+        labels = torch.zeros(len(samples), length, dtype=torch.int64)
+        weights = torch.zeros(len(samples), length)
         for row, sample in enumerate(samples):
             labels[row, : len(sample["labels"])] = torch.tensor(sample["labels"], dtype=torch.int64)
             weights[row, : len(sample["labels"])] = torch.tensor(sample["label_weights"])
@@ -333,7 +339,8 @@ class Labelled(Filtered):
     bad samples, and an epoch of a list does not count them (of a long list by SAMPLED entries)."""
 
     def __init__(self, source: RecordSource | ShardSource, labels: Labels):
-        self.labels, threshold = labels, labels.options.label_threshold
+        self.labels = labels
+        threshold = labels.options.label_threshold
         complaint = f"no image has a label of probability {threshold} or more; lower it"
         super().__init__(source, self.has_label, complaint)
         if threshold > 0 and isinstance(source, RecordSource):

@@ -42,7 +42,8 @@ class ViewedChoices:
     """What `EvalLoader` loads: the images as the network sees them, uint8 [3,H,W]."""
 
     def __init__(self, data: CaptionChoices, view: Callable[[torch.Tensor], torch.Tensor]):
-        self.data, self.view = data, view
+        self.data = data
+        self.view = view
 
     def load(self, index: int) -> torch.Tensor:
         return self.view(self.data[index]["image"])

@@ -44,14 +44,16 @@ class ReferringExpressions:
         transform: Callable,
         max_words: int = 30,
     ):
-        self.image_root, self.transform = Path(image_root), transform
+        self.image_root = Path(image_root)
+        self.transform = transform
         known = targets(refs, instances)
         if not isinstance(detections, Mapping):
             raise UserError("det_file: expected an object, image_id: list of boxes [x, y, w, h]")
         self.images = [record["image"] for record in records]
         self.written = [record["text"] for record in records]
         self.texts = [pre_caption(text, max_words) for text in self.written]
-        self.targets, self.boxes = [], []
+        self.targets = []
+        self.boxes = []
         for number, record in enumerate(records):
             target = known.get(str(record["ref_id"]))
             where = f"test_file, entry {number} (the first is 0)"
@@ -131,7 +133,9 @@ def targets(refs: Sequence[Mapping], instances: Mapping) -> dict[str, Target]:
             for entry in instances["images"]
         }
         for ref in refs:
-            name, annotation, image = str(ref["ref_id"]), str(ref["ann_id"]), str(ref["image_id"])
+            name = str(ref["ref_id"])
+            annotation = str(ref["ann_id"])
+            image = str(ref["image_id"])
             if annotation not in boxes or image not in sizes:
                 continue
             (box,) = read_boxes([boxes[annotation]], f"instances.json, annotation {annotation}")

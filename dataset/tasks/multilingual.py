@@ -51,7 +51,8 @@ def crossmodal(entry: Entry) -> Captioned:
             "images in images/"
         )
     root = Path(entry.images or folder / "images")
-    images, captions = [], []
+    images = []
+    captions = []
     for row in read_json_lines(file):
         languages = [key for key, value in row.items() if isinstance(value, dict)]
         if entry.language not in languages:

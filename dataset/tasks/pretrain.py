@@ -57,8 +57,11 @@ class PretrainPair:
             raise UserError(
                 "a cache of visual codes needs fixed_geometry: labels of another crop would be wrong"
             )
-        self.transform, self.image_root = transform, Path(image_root)
-        self.patch_mask, self.codes, self.max_words = patch_mask, codes, max_words
+        self.transform = transform
+        self.image_root = Path(image_root)
+        self.patch_mask = patch_mask
+        self.codes = codes
+        self.max_words = max_words
 
     def __call__(self, record: dict) -> dict:
         """`caption` str, `image` uint8 [3,H,W], and as configured `token_image`, `patch_mask`,
@@ -88,7 +91,9 @@ class PretrainCollate:
     def __init__(
         self, tokenizer: Tokenizer, max_tokens: int = 25, mlm_probability: float = 0.15, lengths=()
     ):
-        self.tokenizer, self.max_tokens, self.lengths = tokenizer, max_tokens, lengths
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.lengths = lengths
         self.mlm_probability = mlm_probability
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
@@ -121,7 +126,8 @@ class CodeCache:
                 f"{path}: {self.codes.dtype} {list(self.codes.shape)} does not fit {records} records of integer codes; "
                 "compute the codes for these annotations"
             )
-        self.path, self.records = path, records
+        self.path = path
+        self.records = records
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """int64 [N]"""
@@ -222,7 +228,10 @@ class _CodeTable:
     """
 
     def __init__(self, path: Path, key: str, records: int, batch_size: int):
-        self.path, self.key, self.records, self.batch_size = path, key, records, batch_size
+        self.path = path
+        self.key = key
+        self.records = records
+        self.batch_size = batch_size
         self.partial = path.with_name(f".{path.name}.{key}-{batch_size}.partial")
         self.done = path.with_name(f".{path.name}.{key}-{batch_size}.done")
         self.batches = -(-records // batch_size)
@@ -286,7 +295,8 @@ class _TokenImage:
     """The image tokenizer's input of one record, uint8 [3,h,w]; grey where it is unreadable."""
 
     def __init__(self, records, build: PretrainPair):
-        self.records, self.build = records, build
+        self.records = records
+        self.build = build
 
     def load(self, index: int) -> torch.Tensor:
         transform = self.build.transform

@@ -211,7 +211,10 @@ class ImageView:
     """
 
     def __init__(self, side: int, whole: bool = False, crop: float = 1.0):
-        self.side, self.whole, self.crop, self.centre = side, whole, crop, EvalView(side, "bicubic")
+        self.side = side
+        self.whole = whole
+        self.crop = crop
+        self.centre = EvalView(side, "bicubic")
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         if self.crop < 1:
@@ -234,7 +237,10 @@ class LabelledImage:
     def __init__(
         self, view: ImageView, sequences: Sequences, root: str | Path = "", captions: bool = False
     ):
-        self.view, self.sequences, self.root, self.captions = view, sequences, Path(root), captions
+        self.view = view
+        self.sequences = sequences
+        self.root = Path(root)
+        self.captions = captions
 
     def __call__(self, record: dict) -> dict:
         names = names_of(record)
@@ -361,7 +367,9 @@ class ImageSet:
     shards. The samples of shards are those that training reads."""
 
     def __init__(self, source: str | Path, view: Callable, root: str | Path = "."):
-        self.view, self.root, self.source = view, Path(root), str(source)
+        self.view = view
+        self.root = Path(root)
+        self.source = str(source)
         endings = (".list", ".txt", ".json", ".jsonl", *TABLES)
         self.is_list = parse_address(source).path.suffix.lower() in endings
         if self.is_list:

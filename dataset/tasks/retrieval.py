@@ -36,8 +36,11 @@ class RetrievalPair:
         max_words: int = 30,
         field: str = "caption",
     ):
-        self.transform, self.image_root = transform, Path(image_root)
-        self.image_ids, self.max_words, self.field = image_ids, max_words, field
+        self.transform = transform
+        self.image_root = Path(image_root)
+        self.image_ids = image_ids
+        self.max_words = max_words
+        self.field = field
 
     def __call__(self, record: dict) -> dict:
         captions = record[self.field]
@@ -69,8 +72,12 @@ class RetrievalSet:
         transform: Callable,
         max_words: int = 30,
     ):
-        self.image_root, self.transform = Path(image_root), transform
-        self.images, self.captions, self.txt2img, self.img2txt = [], [], [], []
+        self.image_root = Path(image_root)
+        self.transform = transform
+        self.images = []
+        self.captions = []
+        self.txt2img = []
+        self.img2txt = []
         self.written: list[str] = []
         numbers: dict = {}  # image -> its index in `images`
         for record in records:

@@ -76,9 +76,11 @@ class Statements:
         max_words: int = 30,
     ):
         self.records = records = Records(paths, (format.field, "sentence", "label"))
-        self.format, self.image_root = format, Path(image_root)
+        self.format = format
+        self.image_root = Path(image_root)
         name = ", ".join(map(str, [paths] if isinstance(paths, str | Path) else paths))
-        self.transform, self.max_words = transform, max_words
+        self.transform = transform
+        self.max_words = max_words
         self.labels = torch.tensor(
             [_checked_label(format, record, name, i) for i, record in enumerate(records)]
         )
@@ -136,7 +138,9 @@ class CaptionPair:
     [3,H,W], `text` str."""
 
     def __init__(self, transform: Callable, image_root: str | Path, max_words: int = 30):
-        self.transform, self.image_root, self.max_words = transform, Path(image_root), max_words
+        self.transform = transform
+        self.image_root = Path(image_root)
+        self.max_words = max_words
 
     def __call__(self, record: dict) -> dict:
         captions = captions_of(record)

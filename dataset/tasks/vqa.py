@@ -42,7 +42,9 @@ class QuestionAnswers:
     """
 
     def __init__(self, transform: Callable, roots: Roots, max_words: int = 30):
-        self.transform, self.roots, self.max_words = transform, roots, max_words
+        self.transform = transform
+        self.roots = roots
+        self.max_words = max_words
 
     def source(self, path: Path) -> RecordSource:
         """The entries of an annotation file. Raises UserError where the images are not where they
@@ -57,7 +59,8 @@ class QuestionAnswers:
         if isinstance(given, str):
             counts, total = {given: GENOME_WEIGHT}, 1
         else:
-            counts, total = Counter(given), len(given)
+            counts = Counter(given)
+            total = len(given)
         counts = {answer: count for answer, count in counts.items() if answer.strip()}
         if not counts:
             raise BadSample(f"no answer to {record['question']!r:.80}")
@@ -84,12 +87,10 @@ class VqaCollate:
         lengths: Sequence[int] | None = (),
         multiple=16,
     ):
-        self.tokenizer, self.max_tokens, self.lengths, self.multiple = (
-            tokenizer,
-            max_tokens,
-            lengths,
-            multiple,
-        )
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.lengths = lengths
+        self.multiple = multiple
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         ids, mask = self.tokenizer(
@@ -99,11 +100,9 @@ class VqaCollate:
         question = [number for number, sample in enumerate(samples) for _ in sample["answers"]]
         weights = [weight for sample in samples for weight in sample["weights"]]
         spare = -len(answers) % self.multiple
-        answers, question, weights = (
-            answers + answers[:1] * spare,
-            question + [0] * spare,
-            weights + [0.0] * spare,
-        )
+        answers = answers + answers[:1] * spare
+        question = question + [0] * spare
+        weights = weights + [0.0] * spare
         answer_ids, answer_mask = encode_answers(answers, self.tokenizer, 4)
         return {
             "image": default_collate([sample["image"] for sample in samples]),
@@ -161,7 +160,10 @@ class QuestionSet:
         name: str = "questions",
     ):
         self.transform = transform
-        self.ids, self.questions, self.images, self.truth = [], [], [], {}
+        self.ids = []
+        self.questions = []
+        self.images = []
+        self.truth = {}
         self.written: list[str] = []
         places: dict[str | int, int] = {}
         for number, record in enumerate(records):

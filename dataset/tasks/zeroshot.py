@@ -55,7 +55,8 @@ class Viewed:
     """What `EvalLoader` loads: the images as the network sees them."""
 
     def __init__(self, images, view: Callable[[torch.Tensor], torch.Tensor]):
-        self.images, self.view = images, view
+        self.images = images
+        self.view = view
 
     def load(self, index: int) -> Image:
         sample = self.images[index]
@@ -66,7 +67,9 @@ class Files:
     """Image files and their classes."""
 
     def __init__(self, files: Sequence[Path], labels: torch.Tensor, classes: Sequence[str] = ()):
-        self.files, self.labels, self.classes = files, labels, list(classes)
+        self.files = files
+        self.labels = labels
+        self.classes = list(classes)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -105,7 +108,8 @@ def open_sets(
     Collective; rank 0 says on stderr why, if `explain`. Raises UserError where none is here. See
     `open_set`.
     """
-    sets, skipped = [], {}
+    sets = []
+    skipped = {}
     for entry in entries:
         with rank_0_first():
             found = open_set(entry, prompts, cache, read_plain, download)
@@ -238,7 +242,8 @@ def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
 def file_list(entry: Entry, read_plain: Callable) -> Files:
     """SLIP's lists: paths and labels in two .npy files. Labels of text count in alphabetical
     order."""
-    folder, found = Path(entry.path), {}
+    folder = Path(entry.path)
+    found = {}
     for kind in ("images", "labels"):
         file = folder / f"{entry.split}_{kind}.npy"
         if not file.is_file():
@@ -387,7 +392,8 @@ class ShardImages:
         self.templates = [template.replace("{c}", "{}") for template in found]
         target = self._shown if multilabel else self._class
         self.targets = torch.tensor([target(place) for place in range(len(self.index))])
-        last, lines = int(self.targets.max()), len(self.classes)
+        last = int(self.targets.max())
+        lines = len(self.classes)
         if lines and not multilabel and last >= lines:
             name = self.index.name(int(self.targets.argmax()))
             raise UserError(f"{name}: class {last} occurs, but classnames.txt has {lines} lines")
@@ -403,7 +409,8 @@ class ShardImages:
         """1 for every class shown, else 0: a sample's .npy. UserError."""
         import numpy as np
 
-        name, file = self.index.name(place), io.BytesIO(self._read(place, "npy"))
+        name = self.index.name(place)
+        file = io.BytesIO(self._read(place, "npy"))
         try:
             shown = np.load(file, allow_pickle=False).astype(int).tolist()
         except Exception as error:  # NumPy lets out the errors of its parser

@@ -20,10 +20,12 @@ class AlignTokenizer:
     """
 
     def __init__(self, source: str | Path = "bert-base-uncased", context_length: int = 64):
-        self.source, self.context_length = source, context_length
+        self.source = source
+        self.context_length = context_length
         self.pieces = Tokenizer(source)
         self.pieces.backend.encode_special_tokens = True
-        self.vocab_size, self.path = self.pieces.vocab_size, source
+        self.vocab_size = self.pieces.vocab_size
+        self.path = source
         if self.pieces.pad_id:
             raise UserError(
                 f"tokenizer {source}: [PAD] must be its first entry, as in every BERT vocabulary"

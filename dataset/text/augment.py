@@ -89,7 +89,8 @@ class TextViews:
         stop_words_always: bool = False,
         synonyms: Callable[[str], Sequence[str]] | None = None,
     ):
-        self.options, self.local = options, local
+        self.options = options
+        self.local = local
         self.shorten = options.text_augment or stop_words_always
         if self.shorten:
             word_tokenizers()  # complain now, not in a worker
@@ -109,7 +110,8 @@ class TextViews:
         if left:
             captions, weights = left, kept_weights
         if self.options.caption_sampling == "single":
-            captions, weights = [choose(captions, weights)], None
+            captions = [choose(captions, weights)]
+            weights = None
         views = []
         for _ in range(1 + self.local):
             views.append(self.without_stop_words(choose(captions, weights)))

@@ -70,11 +70,13 @@ class ClipTokenizer:
     """
 
     def __init__(self, merges: str | Path | None = None, context_length: int = 77):
-        self.path, self.context_length = find_merges(merges), context_length
+        self.path = find_merges(merges)
+        self.context_length = context_length
         self.merges = read_merges(self.path)
         self.backend = _backend(self.merges)
         self.vocab_size = 512 + len(self.merges) + 2
-        self.start_id, self.end_id = self.vocab_size - 2, self.vocab_size - 1
+        self.start_id = self.vocab_size - 2
+        self.end_id = self.vocab_size - 1
 
     def __reduce__(self):
         return ClipTokenizer, (self.path, self.context_length)

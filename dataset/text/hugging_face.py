@@ -19,7 +19,9 @@ class FolderTokenizer:
     """
 
     def __init__(self, source: str | Path, context_length: int = 77, whole: bool = False):
-        self.source, self.context_length, self.whole = str(source), context_length, whole
+        self.source = str(source)
+        self.context_length = context_length
+        self.whole = whole
         self.path = self.source.removeprefix("hf/")
         self.backend = hugging_face_tokenizer(self.path)
         self.vocab_size = len(self.backend)

@@ -62,7 +62,8 @@ class PieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; what stands between special tokens is decoded by itself."""
-        text, run = "", []
+        text = ""
+        run = []
         for number in ids:
             if number in self.names:
                 text += self.pieces.decode(run) + self.names[number]

@@ -116,8 +116,10 @@ class WordNet:
 
     def _line(self, name: str, key: str) -> list[str]:
         """Fields of the line that begins with `key` in a sorted file; empty if there is none."""
-        data, wanted = self.files[name], key.replace(" ", "_").encode()
-        low, high = 0, len(data)
+        data = self.files[name]
+        wanted = key.replace(" ", "_").encode()
+        low = 0
+        high = len(data)
         while low < high:  # first line whose key is >= wanted begins in [low, high]
             middle = data.rfind(b"\n", 0, (low + high) // 2) + 1
             end = _end_of_line(data, middle)
@@ -126,14 +128,13 @@ class WordNet:
             else:
                 high = middle
         found: list[str] = []
-        while (line := data[low : _end_of_line(data, low)].decode().split()) and line[
-            0
-        ] == wanted.decode():
-            found, low = (
-                line,
-                _end_of_line(data, low) + 1,
-            )  # of several exceptions NLTK takes the last
-        return found
+        while True:  # of several exceptions NLTK takes the last
+            end = _end_of_line(data, low)
+            line = data[low:end].decode().split()
+            if line[:1] != [wanted.decode()]:
+                return found
+            found = line
+            low = end + 1
 
 
 def _end_of_line(data: mmap.mmap | bytes, place: int) -> int:

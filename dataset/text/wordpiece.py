@@ -119,7 +119,9 @@ class TextCollate:
         max_tokens: int | None = None,
         lengths: Sequence[int] | None = (),
     ):
-        self.tokenizer, self.max_tokens, self.lengths = tokenizer, max_tokens, lengths
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.lengths = lengths
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         rest = [key for key in samples[0] if key != self.field]

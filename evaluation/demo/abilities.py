@@ -61,14 +61,17 @@ def together(found: Sequence[Abilities]) -> Abilities:
     result = Abilities(" + ".join(each.title for each in found))
     for each in found:
         if each.texts and not result.texts:
-            result.embedder, result.match = each.embedder, each.match
+            result.embedder = each.embedder
+            result.match = each.match
         result.embedder = result.embedder or each.embedder
         result.word_maps = result.word_maps or each.word_maps
         result.entail = result.entail or each.entail
         if each.answer and not result.answer:
-            result.answer, result.answers = each.answer, each.answers
+            result.answer = each.answer
+            result.answers = each.answers
         if each.recognise and not result.recognise:
-            result.recognise, result.attention = each.recognise, each.attention
+            result.recognise = each.recognise
+            result.attention = each.attention
     return result
 
 

@@ -191,4 +191,5 @@ class Store:
                 self.rows[name] = (tuple(state), reason)
             self.texts = dict(zip(about["captions"], tables.get("texts", ()), strict=True))
         except (SafetensorError, UserError, KeyError, ValueError, TypeError, OSError):
-            self.rows, self.texts = {}, {}
+            self.rows = {}
+            self.texts = {}

@@ -26,7 +26,8 @@ class LazyImages(Sequence):
     """
 
     def __init__(self, load: Callable[[int], Path | bytes | Tensor], count: int):
-        self.load, self.count = load, count
+        self.load = load
+        self.count = count
 
     def __len__(self) -> int:
         return self.count

@@ -58,7 +58,8 @@ def retrieval_gallery(
     last_caption = torch.full((len(files),), -1)
     last_caption.scatter_reduce_(0, text_image, torch.arange(len(captions)), "amax")
     kept = min(KEPT, by_image.candidates.shape[1], by_text.candidates.shape[1])
-    of_images, of_captions = [], []
+    of_images = []
+    of_captions = []
     for query, rank in chosen_queries(ranks(by_image, hit_texts, last_caption), count):
         items = []
         for text, score, right in first_hits(by_image, hit_texts, query):

@@ -159,7 +159,8 @@ class VisionClassifier(ViT):
     def __init__(self, config: ClassifierConfig):
         config.check()
         super().__init__(config.vit)
-        self.options, self.num_features = config, config.vit.width
+        self.options = config
+        self.num_features = config.vit.width
         width = config.representation_size or config.vit.width
         self.pre_logits = nn.Identity()
         if config.representation_size:

@@ -50,7 +50,8 @@ class Align(DualEncoder):
         self.vision_model = EfficientNet(image or image_shape(image_name, config))
         self.text_model = TextTower(text or text_shape(text_name, config))
         self.text_projection = projection(self.text_model.config.hidden_size, config.embed_dim)
-        self.image_projection, features = None, self.vision_model.num_features
+        self.image_projection = None
+        features = self.vision_model.num_features
         if image_name != "B7":
             self.image_projection = projection(features, config.embed_dim)
         elif features != config.embed_dim:

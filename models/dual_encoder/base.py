@@ -427,7 +427,8 @@ def names_by_decay(model: nn.Module, original: bool = False) -> tuple[list[str],
     embeddings = ("positional_embedding", "token_embedding", "cls_token", "pos_embed")
     substrings = ("bias", "ln", "bn") if original else embeddings
     free_names = model.free_of_decay() if hasattr(model, "free_of_decay") else None
-    decay, no_decay = [], []
+    decay = []
+    no_decay = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

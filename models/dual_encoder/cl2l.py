@@ -84,10 +84,8 @@ class CL2L(CLIP):
                 config.text_width, config.cl2l_txt_proj_type, "cl2l_txt_proj_type"
             )
         else:
-            self.l2l_image_projector, self.l2l_text_projector = (
-                self.image_projector,
-                self.text_projector,
-            )
+            self.l2l_image_projector = self.image_projector
+            self.l2l_text_projector = self.text_projector
         self.join_views = not has_batch_norm(visual)
 
     def _local_projector(self, width: int, kind: str, knob: str) -> nn.Module:
@@ -298,7 +296,8 @@ class BarLIP(CL2L):
         pairs = [(features["v_image"][:, None], features["v_text"][:, None])]
         if "v_image_local" in features:
             pairs.append((features["v_image_local"], features["v_text_local"]))
-        total, count = 0, 0
+        total = 0
+        count = 0
         for image, text in pairs:
             image = scale_gradient(image, self.options.barlip_gradient_scale)
             text = scale_gradient(text, self.options.barlip_gradient_scale)
@@ -410,11 +409,9 @@ class SwALIP(CL2L):
                 f"num_augs {a}: SwALIP swaps assignments between local views; set num_augs to 2"
             )
         image, text, all_image, all_text = (x[:, :used] for x in local)
-        scale, epsilon, iterations = (
-            features["h_logit_scale"],
-            self.options.target_epsilon,
-            self.options.sk_iters,
-        )
+        scale = features["h_logit_scale"]
+        epsilon = self.options.target_epsilon
+        iterations = self.options.sk_iters
         from_image = swapped_assignments(image, all_text, scale, epsilon, iterations)
         from_text = swapped_assignments(text, all_image, scale, epsilon, iterations)
         losses["swalip_loss"] = (used / a) ** 2 * (from_image + from_text) / 2
@@ -459,7 +456,8 @@ class SwALIPV1(CLIP):
         """
         losses = super().losses(features)
         target = targets or features
-        epsilon, iterations = self.options.target_epsilon, self.options.sk_iters
+        epsilon = self.options.target_epsilon
+        iterations = self.options.sk_iters
         assigned_image = sinkhorn(target["p_image"], epsilon, iterations)
         assigned_text = sinkhorn(target["p_text"], epsilon, iterations)
         scale = features["swalip_logit_scale"]

@@ -29,7 +29,8 @@ class CLIP(DualEncoder, TwoTowers):
         self.text_projector = self._projector(text_width)
 
     def _projector(self, width: int) -> nn.Module:
-        kind, out = self.config.clip_proj_type, self.config.embed_dim
+        kind = self.config.clip_proj_type
+        out = self.config.embed_dim
         if choose(kind, ("linear", "mlp"), "clip_proj_type") == "linear":
             return linear_projector(width, out, std=width**-0.5)
         return mlp_projector(width, self.config.clip_hidden_dim, out)

@@ -136,7 +136,8 @@ def with_library_sizes(config: DualConfig) -> DualConfig:
     inputs = dual_inputs(config.model)
     sizes = {"image_size": inputs.pixels.size, "context_length": inputs.context_length}
     for name, size in sizes.items():
-        given, default = getattr(config, name), getattr(DualConfig(), name)
+        given = getattr(config, name)
+        default = getattr(DualConfig(), name)
         if given not in (size, default):
             raise UserError(f"{name} {given}: {config.model} is of {size}; leave it out")
     return replace(config, vocab_size=inputs.vocab_size, **sizes)

@@ -10,7 +10,8 @@ from models.fusion.retrieval import Retrieval
 
 def check_layer(model: Retrieval, mode: str, layer: int) -> None:
     """UserError where maps of `mode` (itm or itc) cannot come from that layer."""
-    bert, blocks = model.bert, len(model.visual_encoder.blocks)
+    bert = model.bert
+    blocks = len(model.visual_encoder.blocks)
     if mode == "itm" and not bert.config.fusion_layer <= layer < bert.depth:
         layers = f"{bert.config.fusion_layer}..{bert.depth - 1}"
         raise UserError(f"block_num {layer}: cross-attention is in the text layers {layers}")

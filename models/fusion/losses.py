@@ -26,7 +26,8 @@ def distilled_cross_entropy(
     """
     logits = logits.float()
     if target.dtype.is_floating_point:
-        valid, fit = None, (target * logits).sum(-1)
+        valid = None
+        fit = (target * logits).sum(-1)
     else:
         valid = target != IGNORE
         fit = logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)

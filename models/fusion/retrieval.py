@@ -67,7 +67,8 @@ class Retrieval(ImageTextModel):
             cls_state_m = self.bert_m.encode_text(text_ids, text_mask, keep=keep)[:, 0]
             teacher = self.momentum_features(self.visual_encoder_m(image), cls_state_m)
 
-        everyone, everyone_id = gather_features(teacher), gather(image_id)
+        everyone = gather_features(teacher)
+        everyone_id = gather(image_id)
         keys = self.key_banks(everyone, teacher)
         i2t, t2i = self.similarities(Features(image_feature, text_feature), keys)
         i2t_m = t2i_m = None

@@ -160,7 +160,8 @@ class Simla(ImageTextModel):
     def example_batch(self, batch_size: int, tokens: int) -> dict[str, Tensor]:
         """A batch of the right names, shapes and types without data (meta device), to count FLOPs
         with."""
-        config, ids = self.config, torch.zeros(batch_size, tokens, dtype=torch.int64, device="meta")
+        config = self.config
+        ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device="meta")
         side, patches = config.vit.image_size, config.vit.grid**2
         masked = torch.zeros(max(32, int(0.15 * ids.numel())), dtype=torch.int64, device="meta")
         batch = {
@@ -202,7 +203,8 @@ class Simla(ImageTextModel):
         cls_state = bert.text_from_stage(stage, text_mask, keep=first_token(stage))[:, 0]
         features = self.momentum_features(image_tokens_m, cls_state)
         if not self.config.keywords:
-            masked, attention = bert.fuse(masked_stage, text_mask, image_tokens_m), None
+            masked = bert.fuse(masked_stage, text_mask, image_tokens_m)
+            attention = None
         else:
             seen = image_tokens_m
             if self.compat.student_states:
@@ -272,7 +274,8 @@ class Simla(ImageTextModel):
         The image tokens are the transformer's queries, the caption's embedding-layer states (text,
         text_m for the teacher) its keys and values.
         """
-        valid, labels = patch_mask.gather(1, patches), visual_codes.gather(1, patches)
+        valid = patch_mask.gather(1, patches)
+        labels = visual_codes.gather(1, patches)
 
         def logits(encoder: nn.Module, bert: nn.Module, head: nn.Module, context: Tensor) -> Tensor:
             queries = bert.embeddings(embeds=encoder(image, patch_mask))

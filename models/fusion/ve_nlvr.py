@@ -62,7 +62,8 @@ class StatementModel(MomentumModel):
 
         The momentum update is the caller's, right before this call.
         """
-        logits, soft = self.logits(image, text_ids, text_mask), None
+        logits = self.logits(image, text_ids, text_mask)
+        soft = None
         if self.config.distill:
             with torch.no_grad():
                 teacher = (self.visual_encoder_m, self.text_encoder_m, self.cls_head_m)

@@ -45,7 +45,8 @@ class Vqa(MomentumModel):
         self.config = config
         self.visual_encoder = ViT(config.vit)
         self.text_encoder = XBert(config.bert)
-        width, layers = config.bert.hidden_size, config.decoder_layers
+        width = config.bert.hidden_size
+        layers = config.decoder_layers
         self.text_decoder = XBertLM(
             replace(config.bert, num_hidden_layers=layers, fusion_layer=0, encoder_width=width)
         )
@@ -80,7 +81,8 @@ class Vqa(MomentumModel):
         """
         answers = (answer_ids, answer_mask, answer_question)
         states = self.encode_question(image, text_ids, text_mask)
-        logits, soft = decode(self.text_decoder, states, text_mask, *answers), None
+        logits = decode(self.text_decoder, states, text_mask, *answers)
+        soft = None
         if self.distils:
             with torch.no_grad():
                 states_m = fuse(
@@ -112,14 +114,16 @@ class Vqa(MomentumModel):
         likeliest; their whole likelihood decides.
         """
         states = self.encode_question(image, text_ids, text_mask)
-        decoder, cache = self.text_decoder, DecoderCache()
+        decoder = self.text_decoder
+        cache = DecoderCache()
         start = answer_ids[:1, :1].expand(len(image), 1)
         hidden = decoder.bert(start, None, states, image_mask=text_mask, causal=True, cache=cache)
         first = decoder.logits(hidden[:, 0]).float().log_softmax(-1)  # [B,V]
         score, candidates = first.index_select(1, answer_ids[:, 1]).topk(k, dim=1)
         if self.compat.first_token_twice:
             score = 2 * score
-        score, chosen = score.flatten(), candidates.flatten()
+        score = score.flatten()
+        chosen = candidates.flatten()
         for rows in same_length(answer_length[chosen]):
             answers = answer_ids[chosen[rows]][:, : int(answer_length[chosen[rows[0]]])]
             question = rows // k

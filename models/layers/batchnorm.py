@@ -43,7 +43,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             norm.track_running_stats,
             device="meta",
         )
-        made._parameters, made._buffers = norm._parameters, norm._buffers
+        made._parameters = norm._parameters
+        made._buffers = norm._buffers
         made._modules = norm._modules
         return made.train(norm.training)
 
@@ -149,7 +150,8 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """x * slope + offset by channel, like x: one kernel, float32 inside, that of evaluation."""
-    mean, variance = torch.zeros_like(slope), torch.ones_like(slope)
+    mean = torch.zeros_like(slope)
+    variance = torch.ones_like(slope)
     return F.batch_norm(x, mean, variance, slope, offset, training=False, eps=0.0)
 
 
@@ -168,7 +170,9 @@ class GhostBatchNorm(nn.Module):
         self, channels: int, virtual_batch: int = 16, eps: float = 1e-3, momentum: float = 0.01
     ):
         super().__init__()
-        self.virtual_batch, self.eps, self.momentum = virtual_batch, eps, momentum
+        self.virtual_batch = virtual_batch
+        self.eps = eps
+        self.momentum = momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))

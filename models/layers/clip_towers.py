@@ -309,7 +309,8 @@ def barlip_projector(width: int, hidden: int, out: int) -> nn.Sequential:
 
 def narrow_projector(width: int, hidden: int, out: int, bias: tuple[bool, bool]) -> nn.Sequential:
     """Linear, batch norm, ReLU, linear; `bias` of the first and of the second linear layer."""
-    first, second = nn.Linear(width, hidden, bias=bias[0]), nn.Linear(hidden, out, bias=bias[1])
+    first = nn.Linear(width, hidden, bias=bias[0])
+    second = nn.Linear(hidden, out, bias=bias[1])
     return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(), second)
 
 

@@ -91,7 +91,8 @@ class Block(nn.Module):
     def __init__(self, row: tuple[int, int, int, int, int], shape: EfficientNetShape, drop: float):
         super().__init__()
         kernel, before, width, expansion, stride = row
-        inner, squeezed = before * expansion, max(1, int(before * SQUEEZE))
+        inner = before * expansion
+        squeezed = max(1, int(before * SQUEEZE))
         self.expansion = None
         if expansion != 1:
             self.expansion = nn.ModuleDict(
@@ -109,7 +110,8 @@ class Block(nn.Module):
         self.projection = nn.ModuleDict(
             {"project_conv": conv(inner, width, 1), "project_bn": norm(width, shape)}
         )
-        self.skip, self.drop = stride == 1 and before == width, drop
+        self.skip = stride == 1 and before == width
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,H,W] -> [B,C',H',W'] with H' = H // stride."""
@@ -136,7 +138,8 @@ class Block(nn.Module):
         neither multiplied nor kept a second time.
         """
         rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # a view of channels last
-        reduce, expand = self.squeeze_excite["reduce"], self.squeeze_excite["expand"]
+        reduce = self.squeeze_excite["reduce"]
+        expand = self.squeeze_excite["expand"]
         squeezed = F.silu(F.linear(rows.mean(1), reduce.weight.flatten(1), reduce.bias))
         gates = F.linear(squeezed, expand.weight.flatten(1), expand.bias).sigmoid()
         weight = self.projection["project_conv"].weight.flatten(1) * gates[:, None]
@@ -163,7 +166,8 @@ class EfficientNet(nn.Module):
             Block(row, shape, shape.drop_connect * n / len(rows)) for n, row in enumerate(rows)
         ]
         self.encoder = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
-        self.num_features, self.shape = shape.features, shape
+        self.num_features = shape.features
+        self.shape = shape
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 init_conv(module)

@@ -177,12 +177,14 @@ class Attention(nn.Module):
             raise UserError(
                 f"{config.kv_heads} key-value heads cannot be dealt to {ranks} processes"
             )
-        self.heads, self.kv_heads = config.n_heads // ranks, config.kv_heads // ranks
+        self.heads = config.n_heads // ranks
+        self.kv_heads = config.kv_heads // ranks
         self.wq = across(config.dim, config.n_heads * width, bias=config.qkv_bias)
         self.wk = across(config.dim, config.kv_heads * width, bias=config.qkv_bias)
         self.wv = across(config.dim, config.kv_heads * width, bias=config.qkv_bias)
         self.wo = along(config.n_heads * width, config.dim)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
         if config.qk_norm:
             self.q_norm = RMSNorm(width, config.norm_eps)
             self.k_norm = RMSNorm(width, config.norm_eps)

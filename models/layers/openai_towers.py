@@ -149,7 +149,8 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
-        self.stride, self.downsample = stride, None
+        self.stride = stride
+        self.downsample = None
         if stride > 1 or width_in != 4 * width:
             shortcut = nn.Conv2d(width_in, 4 * width, 1, bias=False)
             self.downsample = nn.Sequential(
@@ -160,7 +161,8 @@ class Bottleneck(nn.Module):
         shortcut = x
         x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
         if self.stride > 1:
-            x, shortcut = F.avg_pool2d(x, self.stride), F.avg_pool2d(shortcut, self.stride)
+            x = F.avg_pool2d(x, self.stride)
+            shortcut = F.avg_pool2d(shortcut, self.stride)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
         return (self.bn3(self.conv3(x)) + shortcut).relu()
@@ -206,7 +208,8 @@ class ModifiedResNet(nn.Module):
         self.bn3 = nn.BatchNorm2d(width)
         before = width
         for stage, count in enumerate(config.vision_layers):
-            after, blocks = width * 2**stage, []
+            after = width * 2**stage
+            blocks = []
             for i in range(count):
                 blocks.append(Bottleneck(before, after, stride=2 if stage and i == 0 else 1))
                 before = 4 * after

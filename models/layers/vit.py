@@ -121,10 +121,12 @@ class PatchEmbed(nn.Module):
         channels, reduction = 3, 1
         if config.tower:
             self.backbone = LockedMaps(config.tower)
-            channels, reduction = self.backbone.num_features, self.backbone.reduction
+            channels = self.backbone.num_features
+            reduction = self.backbone.reduction
         elif config.stem:
             self.backbone = Backbone(config.stem, config.stem_statistics)
-            channels, reduction = config.stem[-1], 2 ** len(config.stem)
+            channels = config.stem[-1]
+            reduction = 2 ** len(config.stem)
         if config.patch_size % reduction:
             raise UserError(
                 f"{config.tower} makes one position of {reduction} x {reduction} pixels, and patch_size "
@@ -148,7 +150,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -187,7 +190,8 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.gelu, self.dropout = gelu, dropout
+        self.gelu = gelu
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.dropout(F.gelu(self.fc1(x), approximate=self.gelu), self.dropout, self.training)
@@ -213,7 +217,9 @@ class Block(nn.Module):
         [B,1,D]; where only that one is read, the last block need not compute the others.
         """
         if first:
-            update, probabilities, x = self.attn.first(self.norm1(x)), None, x[:, :1]
+            update = self.attn.first(self.norm1(x))
+            probabilities = None
+            x = x[:, :1]
         else:
             update, probabilities = self.attn(self.norm1(x), with_map)
         x = x + F.dropout(update, self.dropout, self.training)
@@ -273,7 +279,8 @@ class ViT(nn.Module):
         map_block: also return the self-attention probabilities [B,H,N+1,N+1] of that block, kept in
         the graph so that `torch.autograd.grad` reaches them (Grad-CAM).
         """
-        x, probabilities = self.embed(image, patch_mask), None
+        x = self.embed(image, patch_mask)
+        probabilities = None
         for i, block in enumerate(self.blocks):
             if i == map_block:
                 x, probabilities = block(x, with_map=True)
@@ -303,7 +310,8 @@ def check_geometry(config: ViTConfig) -> None:
 def patches_of(weights: Mapping[str, Tensor]) -> tuple[int, tuple[int, ...]]:
     """Patch size in pixels and stem of a ViT, off its weights (a state dict of this module's
     names)."""
-    prefix, stem = "patch_embed.backbone.", ()
+    prefix = "patch_embed.backbone."
+    stem = ()
     if any(key.startswith(f"{prefix}trunk.") for key in weights):
         raise UserError(
             "this vision transformer stands on a tower of timm (vision_tower), which weights alone do "

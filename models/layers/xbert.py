@@ -139,7 +139,8 @@ class Embeddings(nn.Module):
     ) -> Tensor:
         """ids [R,L] or embeds [R,L,D] -> [R,L,D]; `start` is the position of the first token."""
         words = self.word_embeddings(ids) if embeds is None else embeds
-        end, limit = start + words.shape[1], self.position_embeddings.num_embeddings
+        end = start + words.shape[1]
+        limit = self.position_embeddings.num_embeddings
         if end > limit:
             raise UserError(
                 f"{end} tokens, but bert.max_position_embeddings is {limit}: shorten the text or the image"
@@ -170,7 +171,8 @@ class Attention(nn.Module):
     def __init__(self, config: BertConfig, kv_width: int):
         super().__init__()
         width = config.hidden_size
-        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
         self.self = nn.ModuleDict(
             {
                 "query": nn.Linear(width, width),
@@ -422,7 +424,8 @@ class PredictionHead(nn.Module):
         )
         init_bert(self.transform, config)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.decoder.weight, self.decoder.bias = word_embeddings.weight, self.bias
+        self.decoder.weight = word_embeddings.weight
+        self.decoder.bias = self.bias
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[...,D] -> [...,V]."""

@@ -110,7 +110,9 @@ def one_shot(
             f"{count} labels asked for, but the vocabulary has {tree.logits.shape[-1]} first tokens"
         )
     probability, last = tree.logits.float().softmax(-1).topk(count)
-    tokens, probabilities, lengths = [last], [probability], torch.ones_like(last)
+    tokens = [last]
+    probabilities = [probability]
+    lengths = torch.ones_like(last)
     running = last != delimiter
     for _ in range(limit - 1):
         most = int(running.sum(1).max())
@@ -208,7 +210,8 @@ def write_labels(
     logits = tree.logits[:, None].float().expand(-1, count, -1)
     used = torch.zeros_like(logits, dtype=torch.bool)
     rows = torch.arange(count, device=images.device).expand(len(images), -1)
-    tokens, probabilities = [], []
+    tokens = []
+    probabilities = []
     for position in range(length):
         if choice.penalty > 0:
             logits = torch.where(used, logits / choice.penalty, logits)
@@ -283,7 +286,8 @@ def beam_search(
     2016). Labels see one another, as in the original; unlike there, histories move with the beams.
     """
     tree = Branches(model, images, prompt, beams)
-    enough, device = round(beams * patience), images.device
+    enough = round(beams * patience)
+    device = images.device
     ended: list[dict[tuple[int, ...], float]] = [{} for _ in images]
     sums = torch.full((len(images), beams), -torch.inf, device=device)
     sums[:, 0] = 0  # all beams are alike at first
@@ -297,7 +301,8 @@ def beam_search(
         best, found = logits.log_softmax(-1).topk(beams + 1)
         totals = (sums[..., None] + best).flatten(1)
         order = totals.argsort(dim=1, descending=True, stable=True)
-        found, parents = found.flatten(1).gather(1, order), order // (beams + 1)
+        found = found.flatten(1).gather(1, order)
+        parents = order // (beams + 1)
         totals = totals.gather(1, order)
         going = found != eos
         for b, text in enumerate(ended):  # those that end above the last beam that continues
@@ -351,7 +356,8 @@ def split_labels(
     tokens: Sequence[int], probabilities: Sequence[float], delimiter: int
 ) -> list[tuple[list[int], list[float]]]:
     """The labels of a stream, delimiters included; an unfinished one at its end is left out."""
-    found, start = [], 0
+    found = []
+    start = 0
     for position, token in enumerate(tokens):
         if token == delimiter:
             found.append(

@@ -16,8 +16,11 @@ class Labeller:
     def __init__(
         self, model: Nxtp, decoding: Decoding, tokenizer, prompt: Tensor, decouple: bool = True
     ):
-        self.model, self.decoding, self.tokenizer = model, decoding, tokenizer
-        self.prompt, self.decouple = prompt, decouple
+        self.model = model
+        self.decoding = decoding
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.decouple = decouple
 
     def drafts(self, image: Tensor) -> Drafts:
         """Rows of label tokens for normalised images float32 [B,3,S,S]."""
@@ -36,5 +39,6 @@ class Labeller:
 
     def attention(self, image: Tensor, labels: list[str]) -> list[Tensor]:
         """What each label attends to in a normalised image [1,3,S,S]: see `label_map`."""
-        images, encode = self.model.encode_image(image), self.tokenizer.pieces.encode
+        images = self.model.encode_image(image)
+        encode = self.tokenizer.pieces.encode
         return [label_map(self.model, images, self.prompt, encode(label)) for label in labels]

@@ -119,7 +119,8 @@ def split_decoder(state: State, decoder_layers: int) -> dict[str, Tensor]:
         if module not in ("text_encoder", "text_encoder_m"):
             result[key] = value
             continue
-        decoder, layer = module.replace("encoder", "decoder"), LAYER.fullmatch(rest)
+        decoder = module.replace("encoder", "decoder")
+        layer = LAYER.fullmatch(rest)
         if not rest.startswith("cls."):
             result[f"{module}.{rest.removeprefix('bert.')}"] = value
         if layer is None:
@@ -223,7 +224,8 @@ def adapt(state: State, target: State, task: str) -> dict[str, Tensor]:
     Keys the model has no use for stay in, so that the caller sees them. Raises `UserError` for a
     kind the task cannot start from.
     """
-    kind, start = checkpoint_kind(state), STARTS[task]
+    kind = checkpoint_kind(state)
+    start = STARTS[task]
     if kind != task:
         if kind not in start.sources:
             kinds = ", ".join((task, *start.sources))
@@ -244,7 +246,8 @@ def start_from(
     start as copies of the online weights; with fill_momentum=False they keep their initial values,
     as NLVR's do in the originals. Raises `UserError`.
     """
-    target, start = model.state_dict(), STARTS[task]
+    target = model.state_dict()
+    start = STARTS[task]
     adapted = adapt(state, target, task)
     if fill_momentum:
         adapted |= momentum_from_online(adapted, target)
@@ -281,8 +284,10 @@ def load_bert(
     }
     remedy = "set it in bert_config, or start from another BERT"
     check_stated("config.json", described or {}, computed, remedy)
-    weights, module = bert_weights(state, head), "bert" if head else "encoder"
-    given, wanted = depth(weights, module), depth(model.state_dict(), module)
+    weights = bert_weights(state, head)
+    module = "bert" if head else "encoder"
+    given = depth(weights, module)
+    wanted = depth(model.state_dict(), module)
     missing = ["*crossattention*", *(f"*encoder.layer.{i}.*" for i in range(given, wanted))]
     unexpected = [
         "*token_type_embeddings*",
@@ -302,7 +307,8 @@ def bert_weights(state: State, head: bool) -> dict[str, Tensor]:
     drops the pooler and the next-sentence head. Raises `UserError` where there are no word
     embeddings.
     """
-    body, words = {}, {}
+    body = {}
+    words = {}
     for key, value in state.items():
         key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
             "LayerNorm.beta", "LayerNorm.bias"

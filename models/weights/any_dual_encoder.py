@@ -331,8 +331,10 @@ def _activation(weights: State, about: Mapping[str, Any], name: str | None) -> s
 def _hugging_face(
     weights: State, about: Mapping[str, Any], name: str | None, stated: Mapping[str, Any]
 ) -> Opened:
-    described, images = about.get("config.json", {}), about.get("preprocessor_config.json", {})
-    vision, text = described.get("vision_config", {}), described.get("text_config", {})
+    described = about.get("config.json", {})
+    images = about.get("preprocessor_config.json", {})
+    vision = described.get("vision_config", {})
+    text = described.get("text_config", {})
     if name is None and not described:
         raise UserError(
             "a Hugging Face CLIP without its config.json: keep it beside the weights, or add --model ViT-B/32"
@@ -348,7 +350,8 @@ def _hugging_face(
                 f"config.json: hidden_act {activation!r} and {vision.get('hidden_act')!r} are not supported"
             )
     else:
-        activation, head_width = _activation({}, {}, name), None
+        activation = _activation({}, {}, name)
+        head_width = None
     model = load_openai(from_hugging_face(weights), activation)
     check_clip_described(described, model.config.text.vocab_size)
     pixels = processor_pixels(images, model.config.image_size)
@@ -405,7 +408,8 @@ def _opened(
         raise UserError(
             f"--model {name}, but the checkpoint is another network: leave --model out or name the right one"
         )
-    mean, std = pixels.get("mean") or OPENAI[0], pixels.get("std") or OPENAI[1]
+    mean = pixels.get("mean") or OPENAI[0]
+    std = pixels.get("std") or OPENAI[1]
     pixels = Pixels(
         config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std)
     )
@@ -450,7 +454,8 @@ def _timm_open_clip(
     )
     model = build_dual(config)
     load_timm_open_clip(model, dict(weights))
-    mean, std = pixels.get("mean") or OPENAI[0], pixels.get("std") or OPENAI[1]
+    mean = pixels.get("mean") or OPENAI[0]
+    std = pixels.get("std") or OPENAI[1]
     pixels = Pixels(
         config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std)
     )

@@ -196,13 +196,15 @@ def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
     }
     width, (patch, stem) = len(state["patch_embed.proj.weight"]), patches_of(state)
-    depth, side = _depth(state), _grid(state) * patch
+    depth = _depth(state)
+    side = _grid(state) * patch
     heads = config.get("vision_heads") or max(1, width // 64)
     vit = ViT(
         ViTConfig(side, patch, width, depth, heads, mask_token="mask_token" in state, stem=stem)
     )
     load_checkpoint(vit, state)
-    network, projection = nn.ModuleDict({"vit": vit}), weights.get("vision_proj.weight")
+    network = nn.ModuleDict({"vit": vit})
+    projection = weights.get("vision_proj.weight")
     if projection is not None:
         network["vision_proj"] = nn.Linear(width, len(projection))
         network["vision_proj"].load_state_dict(

@@ -146,9 +146,12 @@ class Networks:
         else:
             vision, decoder, state, missing = self._start(tokenizer, clip, llama)
         if part is not None:
-            decoder, state = replace(decoder, tensor_parallel=True), own_part(state, *part)
-        self.decoder_heads, self.image_size = decoder.n_heads, vision.image_size
-        self.norm_eps, self.rope_theta = decoder.norm_eps, decoder.rope_theta
+            decoder = replace(decoder, tensor_parallel=True)
+            state = own_part(state, *part)
+        self.decoder_heads = decoder.n_heads
+        self.image_size = vision.image_size
+        self.norm_eps = decoder.norm_eps
+        self.rope_theta = decoder.rope_theta
         self.rope_scaling = [*decoder.rope_scaling]
         special = (tokenizer.image,)
         config = NxtpConfig(
@@ -179,10 +182,10 @@ class Networks:
             state = decoder_state(weights, tokenizer.vocab_size, llama, tokenizer.image)
             decoder = replace(decoder, vocab_size=tokenizer.vocab_size)
         else:
-            decoder, state = (
-                cut(self._random_decoder(tokenizer.vocab_size), self.decoder_layers, "decoder"),
-                {},
+            decoder = cut(
+                self._random_decoder(tokenizer.vocab_size), self.decoder_layers, "decoder"
             )
+            state = {}
             missing.append("language_decoder.*")
         if clip:
             vision = vision_config(clip, decoder.dim, self.image_size)

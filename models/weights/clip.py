@@ -128,17 +128,20 @@ def openai_config(state: State, activation: str = "quick_gelu", **loss_options) 
             )
     text_layers = _count(state, r"transformer\.resblocks\.(\d+)\.")
     context, text_width = state["positional_embedding"].shape
-    vocabulary, heads = len(state["token_embedding.weight"]), max(1, text_width // 64)
+    vocabulary = len(state["token_embedding.weight"])
+    heads = max(1, text_width // 64)
     text = TextShape(context, vocabulary, text_width, heads, text_layers, activation)
     conv = state["visual.conv1.weight"]
     if "visual.proj" in state:
         patch = conv.shape[-1]
         size = patch * _grid(state["visual.positional_embedding"])
-        width, layers = conv.shape[0], _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
+        width = conv.shape[0]
+        layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
     else:
         size = 32 * _grid(state["visual.attnpool.positional_embedding"])
         layers = tuple(_count(state, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
-        width, patch = state["visual.layer1.0.conv1.weight"].shape[0], 0
+        width = state["visual.layer1.0.conv1.weight"].shape[0]
+        patch = 0
     return OpenAIConfig(
         embed_dim=state["text_projection"].shape[1],
         image_size=size,
@@ -186,7 +189,8 @@ def load_openai(state: State, activation: str = "quick_gelu", **loss_options) ->
 def _load(model: nn.Module, state: State, what: str, assign: bool = False) -> None:
     """Strict load; UserError lists missing, unexpected and misshapen names."""
     own = model.state_dict()
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    missing = own.keys() - state.keys()
+    unexpected = state.keys() - own.keys()
     shapes = [
         f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
         for name in own.keys() & state.keys()
@@ -376,7 +380,8 @@ def hugging_face_names(state: State) -> State:
 def from_hugging_face(state: State) -> State:
     """transformers' CLIPModel -> OpenAI's names; `position_ids` of older versions are dropped."""
     transposed = {theirs: ours for ours, theirs in HUGGING_FACE_TRANSPOSED}
-    result, parts = {}, {}
+    result = {}
+    parts = {}
     for name, value in state.items():
         if split := SPLIT.match(name):
             parts.setdefault(_from_hf(split[1]) + f"attn.in_proj_{split[3]}", {})[split[2]] = value

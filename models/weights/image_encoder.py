@@ -32,9 +32,13 @@ class ImageEncoder(nn.Module):
         view: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
-        self.network, self.outputs = network, outputs
-        self.kind, self.pixels, self.title = kind, pixels, title
-        self.resize, self.view = resize, view
+        self.network = network
+        self.outputs = outputs
+        self.kind = kind
+        self.pixels = pixels
+        self.title = title
+        self.resize = resize
+        self.view = view
         self.features = TOWER
 
     def forward(self, image: Tensor) -> Tensor:

@@ -99,7 +99,10 @@ class LibraryDual(nn.Module):
 
     def __init__(self, network: nn.Module, image: Callable, text: Callable, config: object):
         super().__init__()
-        self.network, self.image, self.text, self.config = network, image, text, config
+        self.network = network
+        self.image = image
+        self.text = text
+        self.config = config
 
     def embed_image(self, image: Tensor) -> dict[str, Tensor]:
         return {"z": self.image(image)}
@@ -127,7 +130,8 @@ class OnImage:
 def _open_clip(name: str, checkpoint: Path | None, random_weights: bool) -> Opened:
     import open_clip
 
-    title, published = f"open_clip/{name}", not (checkpoint or random_weights)
+    title = f"open_clip/{name}"
+    published = not (checkpoint or random_weights)
     network = open_clip_network(name, published, OTHER_WEIGHTS)
     if checkpoint:
         with from_hub(f"{checkpoint} in {title}"):
@@ -242,7 +246,8 @@ class HfView:
         pixels = found["pixel_values"][0]
         if "spatial_shapes" not in found:
             return pixels
-        mask, grid = found["pixel_attention_mask"][0], found["spatial_shapes"][0]
+        mask = found["pixel_attention_mask"][0]
+        grid = found["spatial_shapes"][0]
         beside = torch.cat([mask[:, None], grid.expand(len(mask), 2)], dim=1)
         return torch.cat([pixels, beside.to(pixels.dtype)], dim=1)
 
@@ -277,7 +282,8 @@ class HfTokenizer:
     """
 
     def __init__(self, tokenizer, longest: int, pad_to_longest: bool):
-        self.tokenizer, self.longest = tokenizer, longest
+        self.tokenizer = tokenizer
+        self.longest = longest
         self.padding = "longest" if pad_to_longest else "max_length"
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -307,7 +313,8 @@ def _hugging_face_dual(source: str, checkpoint: Path | None, random_weights: boo
     if checkpoint:
         raise UserError("hf/NAME reads the weights of its folder: leave out --checkpoint")
     config = hugging_face_config(source, OTHER_WEIGHTS)
-    kind, text = transformers.AutoModel, getattr(config, "text_config", None)
+    kind = transformers.AutoModel
+    text = getattr(config, "text_config", None)
     if config.model_type == "blip":
         kind = transformers.BlipForImageTextRetrieval
     network = _hf_network(source, config, kind, random_weights)
@@ -372,10 +379,12 @@ def _hugging_face_image(
     config = hugging_face_config(source, OTHER_WEIGHTS)
     if hasattr(config, "text_config"):
         return None
-    kind, options = transformers.AutoModel, {}
+    kind = transformers.AutoModel
+    options = {}
     if config.model_type == "vit_mae":  # MAE's own model masks patches
         sizes = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-        kind, config = transformers.ViTModel, transformers.ViTConfig(**sizes)
+        kind = transformers.ViTModel
+        config = transformers.ViTConfig(**sizes)
     if config.model_type in ("vit", "deit", "beit", "data2vec-vision"):
         options["add_pooling_layer"] = False  # of another task, and often not in the files
     network = _hf_network(source, config, kind, random_weights, **options)
@@ -383,7 +392,8 @@ def _hugging_face_image(
 
     def outputs(image: Tensor) -> dict[str, Tensor]:
         found = network(pixel_values=image)
-        hidden, pooled = found.last_hidden_state, getattr(found, "pooler_output", None)
+        hidden = found.last_hidden_state
+        pooled = getattr(found, "pooler_output", None)
         if config.model_type in CLASS_TOKEN:
             return {TOWER: hidden[:, 0]}
         if pooled is None:

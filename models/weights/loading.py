@@ -73,7 +73,8 @@ def load_checkpoint(
     Raises `UserError` that lists every other difference; the model is then unchanged.
     """
     found = compare_state(model.state_dict(), state)
-    may_miss, may_exceed = (*allowed_missing, POSITION_IDS), (*allowed_unexpected, POSITION_IDS)
+    may_miss = (*allowed_missing, POSITION_IDS)
+    may_exceed = (*allowed_unexpected, POSITION_IDS)
     faults = Differences(
         [key for key in found.missing if not _matches(key, may_miss)],
         [key for key in found.unexpected if not _matches(key, may_exceed)],

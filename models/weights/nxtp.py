@@ -134,8 +134,10 @@ def geometry(
 ) -> tuple[OpenAIConfig, LlamaConfig]:
     """Both networks' sizes, read off the shapes of a complete state dict; heads: of the decoder,
     None = LLaMA's."""
-    table, first = state[f"{DECODER}tok_embeddings.weight"], f"{DECODER}layers.0."
-    dim, heads = table.shape[1], heads or max(1, table.shape[1] // LLAMA_HEAD)
+    table = state[f"{DECODER}tok_embeddings.weight"]
+    first = f"{DECODER}layers.0."
+    dim = table.shape[1]
+    heads = heads or max(1, table.shape[1] // LLAMA_HEAD)
     width = len(state[f"{first}attention.wq.weight"]) // heads
     decoder = LlamaConfig(
         dim=dim,

@@ -46,9 +46,11 @@ def start_dual(
     `runtime.config.from_checkpoint.description_of`. UserError for another architecture or
     activation, which it names."""
     if path.is_file() and is_jit_archive(path):
-        state, about = jit_state_dict(path), {"archive": True}
+        state = jit_state_dict(path)
+        about = {"archive": True}
     else:
-        state, about = read(path), describe(path)
+        state = read(path)
+        about = describe(path)
     load_any_layout(model, state, about)
 
 

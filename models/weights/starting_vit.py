@@ -81,7 +81,8 @@ def library_vit(source: str, read_weights: Callable[[Path], State]) -> ImageEnco
 def timm_facts(network: nn.Module) -> tuple[int | None, bool]:
     """Attention heads of timm's ViT (None: it is none), and whether its activation is the exact
     GELU."""
-    heads, exact = None, True
+    heads = None
+    exact = True
     for module in network.modules():
         if hasattr(module, "qkv"):
             heads = module.num_heads

@@ -125,7 +125,8 @@ def load_vit(model: VisionClassifier, state: State) -> Differences:
         weights["pos_embed"] = resize_positions(
             weights["pos_embed"], model.config.grid, align_corners=True
         )
-    head, width = weights.get("head.weight"), model.head.weight.shape
+    head = weights.get("head.weight")
+    width = model.head.weight.shape
     if head is not None and head.shape != width:
         weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     return load_checkpoint(model, weights, ("head.*", "pre_logits.*"), ("pre_logits.*",))
@@ -187,7 +188,8 @@ def to_tensorflow(state: State) -> dict[str, Tensor]:
     result = {}
     for key, value in split_qkv(state).items():
         if block := BLOCK.fullmatch(key):
-            name, leaf = LAYER_PREFIX[2].format(block[1]) + INSIDE[block[2]][2], f".{block[3]}"
+            name = LAYER_PREFIX[2].format(block[1]) + INSIDE[block[2]][2]
+            leaf = f".{block[3]}"
         else:
             name, leaf = _outside(key)
             name = OUTSIDE[name][1]
@@ -195,7 +197,8 @@ def to_tensorflow(state: State) -> dict[str, Tensor]:
         if "norm" in name.rpartition("/")[2]:
             leaf = {"weight": "gamma", "bias": "beta"}[leaf]
         elif leaf == "weight":
-            leaf, value = "kernel", value.permute(2, 3, 1, 0) if value.ndim == 4 else value.T
+            leaf = "kernel"
+            value = value.permute(2, 3, 1, 0) if value.ndim == 4 else value.T
         result["/".join(filter(None, [name, leaf]))] = value.contiguous()
     return result
 

@@ -82,7 +82,8 @@ def differing_options(network, weights: State, about: Mapping[str, Any]) -> list
     trained with, such as `--gelu none`; [] where it does, or nothing is known."""
     if "network" in about:  # a run of ours
         return []
-    facts, options = known_facts(weights, about), []
+    facts = known_facts(weights, about)
+    options = []
     gelu = {"gelu": "none", "gelu_tanh": "tanh"}.get(facts.activation, network.gelu)
     if gelu != network.gelu:
         options.append(f"--gelu {gelu}")
@@ -171,7 +172,8 @@ def _of_config(described: Mapping[str, Any]) -> VitFacts:
 
 def _of_preprocessor(images: Mapping[str, Any]) -> VitFacts:
     """Facts of transformers' preprocessor_config.json."""
-    size, resize = images.get("size"), None
+    size = images.get("size")
+    resize = None
     if isinstance(size, Mapping) and "shortest_edge" in size:
         resize = int(size["shortest_edge"])
     elif isinstance(size, Mapping) and images.get("do_center_crop"):

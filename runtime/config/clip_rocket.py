@@ -88,4 +88,5 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
         if self.offline and self.wandb != "off":
             self.wandb = "offline"
         if Path(self.resume).is_file():
-            self.checkpoint, self.resume = Path(self.resume), "auto"
+            self.checkpoint = Path(self.resume)
+            self.resume = "auto"

@@ -95,7 +95,8 @@ def check_architecture(config: Any, saved: Mapping[str, Any]) -> None:
     """Check that the options agree with the run that made config.checkpoint, as far as they shape
     what its weights compute: other attention heads would score differently without a word. An
     option that is None, or unknown to one side, is left out."""
-    before, now = _architecture(saved), _architecture(to_dict(config))
+    before = _architecture(saved)
+    now = _architecture(to_dict(config))
     for name, value in now.items():
         if value is not None and before.get(name, value) not in (value, None):
             raise UserError(

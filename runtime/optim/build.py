@@ -101,7 +101,8 @@ def parameter_groups(
     names of the parameters with weight decay, if given, that group comes first, as in
     CLIP-rocket.
     """
-    groups, scales = {}, named_scales(model, config.lr_scales)
+    groups = {}
+    scales = named_scales(model, config.lr_scales)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layers = layer_scales(trained, config.layer_decay) if config.layer_decay is not None else {}
     for name, parameter in trained.items():
@@ -131,7 +132,8 @@ def named_scales(model: nn.Module, written: Iterable[str]) -> dict[str, float]:
     names nothing.
 
     A dual encoder's `towers` (name -> beginnings of the tower's parameters) can be named, too."""
-    scales, towers = {}, getattr(model, "towers", {})
+    scales = {}
+    towers = getattr(model, "towers", {})
     names = [name for name, _ in model.named_parameters()]
     for entry in written:
         start, _, factor = entry.partition("=")
@@ -250,7 +252,8 @@ class Precision:
             raise UserError("--precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
         if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise UserError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
-        self.dtype, self.device = types[precision], device
+        self.dtype = types[precision]
+        self.device = device
         self.clip = clip or None  # a norm of 0 would leave nothing of any gradient
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.found_inf = torch.zeros((), device=device)  # sticky: 1 from the first bad step on

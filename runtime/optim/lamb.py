@@ -48,10 +48,8 @@ class Lamb(torch.optim.Optimizer):
         update = self._directions(weights, group, found_inf)
         if group["weight_decay"]:
             torch._foreach_add_(update, weights, alpha=-group["weight_decay"])
-            size, length = (
-                torch.stack(torch._foreach_norm(weights)),
-                torch.stack(torch._foreach_norm(update)),
-            )
+            size = torch.stack(torch._foreach_norm(weights))
+            length = torch.stack(torch._foreach_norm(update))
             ratios = torch.where((size > 0) & (length > 0), size / length, 1.0)
             ratios = ratios if found_inf is None else ratios * (1 - found_inf)
             torch._foreach_mul_(update, list(ratios.unbind()))

@@ -24,7 +24,8 @@ def build_timm(groups: list[dict], opt: str, options: dict):
     """
     from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
-    name, known = opt.removeprefix(PREFIX).lower(), list_optimizers()
+    name = opt.removeprefix(PREFIX).lower()
+    known = list_optimizers()
     if name not in known:
         hint = did_you_mean(name, known) or " Known are " + ", ".join(known)
         raise UserError(f"optimizer.opt {opt}: timm has no such optimizer{hint}")

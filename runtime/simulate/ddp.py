@@ -16,7 +16,10 @@ class SimulatedDDP(nn.Module):
 
     def __init__(self, module: nn.Module, device_ids=None, gradient_as_bucket_view=True, **options):
         super().__init__()
-        self.module, self.recorder, self.sync, self.waiting = module, None, True, 0
+        self.module = module
+        self.recorder = None
+        self.sync = True
+        self.waiting = 0
         trained = [p for p in module.parameters() if p.requires_grad]
         self.buffer = torch.zeros(sum(p.numel() for p in trained))
         parts = self.buffer.split([p.numel() for p in trained])

@@ -101,7 +101,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, fakes: bool = True):
         super().__init__()
         self.fakes = fakes  # False: real tensors, which may be read
-        self.trace, self.phase = Trace(), "setup"
+        self.trace = Trace()
+        self.phase = "setup"
         self.live: dict[int, tuple[int, str]] = {}  # storage -> size, part
         self.parts: Counter = Counter()
         self.now = 0
@@ -159,7 +160,8 @@ class Recorder(TorchDispatchMode):
         self.now += size
         self.parts[part] += size
         if self.now > self.trace.peak:
-            self.trace.peak, self.trace.peak_phase = self.now, self.phase
+            self.trace.peak = self.now
+            self.trace.peak_phase = self.phase
             self.trace.peak_parts = dict(self.parts)
 
     def _free(self, key: int) -> None:
@@ -232,7 +234,8 @@ class Recorder(TorchDispatchMode):
         of_lists = name.startswith(("_foreach", "_fused", "_amp_foreach"))
         filled = {id(value) for key, value in kwargs.items() if key.startswith("out")}
         inputs = [tensor for tensor in tensors if id(tensor) not in filled]
-        sources, targets = _views(inputs), _storages(results)
+        sources = _views(inputs)
+        targets = _storages(results)
         if name in GATHERING:
             rows = min(sources[0].size, sum(map(_bytes, results)))
             sources[0] = replace(sources[0], size=rows)

@@ -70,7 +70,8 @@ def lists_in(code: str) -> dict[str, list]:
 
 
 def main(clone: Path) -> None:
-    labels, templates = {}, {}
+    labels = {}
+    templates = {}
     notebook = clone / "notebooks/Prompt_Engineering_for_ImageNet.ipynb"
     cells = read_json(notebook, dict)["cells"]
     found = {}

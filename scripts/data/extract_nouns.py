@@ -89,7 +89,8 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
     counts = labelled(shard, target, settings)
     if counts is not None:
         return counts
-    made_of, stats = state_of(shard, settings), Path(statistics_names(str(target))[0])
+    made_of = state_of(shard, settings)
+    stats = Path(statistics_names(str(target))[0])
     stats.unlink(missing_ok=True)  # those of an earlier shard of this name
     nouns = extractor(*settings)
     counts = Counter(successes=0, without_caption=0, without_nouns=0)

@@ -103,7 +103,8 @@ def members(deb: Path) -> Iterator[tuple[str, bytes]]:
     place = 8
     while content[:8] == b"!<arch>\n" and place + 60 <= len(content):
         header = content[place : place + 60]
-        name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
+        name = header[:16].decode().strip().rstrip("/")
+        size = int(header[48:58])
         if name.startswith("data.tar"):
             data = content[place + 60 : place + 60 + size]
             with tarfile.open(fileobj=io.BytesIO(_plain(data, name))) as archive:
@@ -242,7 +243,9 @@ def write_split(out: Path, split: str, stamps: list[Stamp], languages: list[str]
     from dataset.sources.tar_writer import write_shard, write_statistics
 
     colours = list(COLOURS) if split == "train" else list(COLOURS)[:1]
-    rows, samples, named = [], [], []
+    rows = []
+    samples = []
+    named = []
     for stamp in stamps:
         captions = captions_in(stamp, languages)
         names = names_of(stamp)
@@ -307,7 +310,8 @@ def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
             hint = f"; it has {', '.join(known)}" if known else ""
             raise UserError(f"{deb}: no captions in {language}{hint}")
     write_images(stamps, out / "images")
-    train, test = [], []
+    train = []
+    test = []
     for stamp, held_out in zip(
         stamps, is_test(stamps, subjects(stamps, out / "images"), fold), strict=True
     ):

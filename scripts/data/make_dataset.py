@@ -90,7 +90,9 @@ def captioned(table: Path, wanted) -> Iterator[dict]:
     ):
         row = line.rstrip("\n").split("\t")
         try:
-            number, title, description = int(row[LINE]), row[TITLE], row[DESCRIPTION]
+            number = int(row[LINE])
+            title = row[TITLE]
+            description = row[DESCRIPTION]
         except (ValueError, IndexError):
             raise UserError(
                 f"{table}, line {place}: expected the line number, ..., title and description in columns "
@@ -109,7 +111,8 @@ def main(config: Config) -> None:
             raise UserError(
                 f"{path}: no such file; see `python scripts/data/make_dataset.py --help`"
             )
-    available, subset = numbers(config.available), numbers(config.subset)
+    available = numbers(config.available)
+    subset = numbers(config.subset)
     count = write_json_lines(
         config.output, captioned(config.captions, np.intersect1d(available, subset))
     )

@@ -82,7 +82,8 @@ def reduced(content: bytes, config: Config) -> bytes:
     image = Image.fromarray(pixels)
     scale = config.resize / shorter
     size = (round(image.width * scale), round(image.height * scale))
-    file, exif = io.BytesIO(), Image.Exif()
+    file = io.BytesIO()
+    exif = Image.Exif()
     exif[ORIENTATION] = orientation(content)
     smaller = image.resize(size, Image.Resampling.BICUBIC)
     smaller.save(file, "JPEG", quality=config.quality, exif=exif)
@@ -184,7 +185,8 @@ def pack(config: Config) -> dict[str, int]:
 
 def merge(config: Config) -> dict[str, int]:
     """What all shards hold together. UserError names the ranges that are missing."""
-    state, total = state_of(config), number_of_shards(config)
+    state = state_of(config)
+    total = number_of_shards(config)
     done = [is_packed(shard, config, state) for shard in range(total)]
     need_all(done, str(config.target), "shards")
     files = [statistics_file(shard_path(config.target, shard)) for shard in range(total)]

@@ -81,8 +81,12 @@ def samples(
 
 def pack(config: Config) -> dict[str, int]:
     """Write the shards and their statistics."""
-    split, shards, packed, missing = config.split or config.images.name, 0, 0, 0
-    rows, keys = list(images(config)), set()
+    split = config.split or config.images.name
+    shards = 0
+    packed = 0
+    missing = 0
+    rows = list(images(config))
+    keys = set()
     check_folder(config.target, -(-len(rows) // config.samples_per_shard))
     for start in range(0, len(rows), config.samples_per_shard):
         batch = rows[start : start + config.samples_per_shard]

@@ -82,7 +82,9 @@ def members_of(row: dict) -> dict[str, bytes]:
 
 def write_webdataset(rows: Iterator[dict], out: Path, split: str) -> int:
     """Number of images written, PER_SHARD a tar file; nshards.txt comes last."""
-    folder, count, shards = out / split, 0, 0
+    folder = out / split
+    count = 0
+    shards = 0
     while block := list(islice(rows, PER_SHARD)):
         samples = ((f"{count + i:07d}", members_of(row)) for i, row in enumerate(block))
         count += write_shard(folder / f"{shards}.tar", samples)

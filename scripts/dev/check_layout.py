@@ -76,7 +76,8 @@ def check_imports(name: Path, modules: list[str], ours: set[str]) -> Iterator[st
 
 def check_functions(name: Path, tree: ast.AST) -> tuple[list[str], list[str]]:
     """Broken rules and remarks about the functions of one file."""
-    broken, remarks = [], []
+    broken = []
+    remarks = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = node.end_lineno - node.lineno + 1
@@ -90,7 +91,9 @@ def check_functions(name: Path, tree: ast.AST) -> tuple[list[str], list[str]]:
 
 def circles(graph: dict[str, set[str]]) -> list[str]:
     """Import circles, each as one line."""
-    found, done, path = [], set(), []
+    found = []
+    done = set()
+    path = []
 
     def visit(module: str) -> None:
         if module in path:
@@ -128,14 +131,17 @@ def main() -> int:
     names = {path: path.relative_to(ROOT) for path in files}
     modules = {".".join(name.with_suffix("").parts): path for path, name in names.items()}
     ours = {*FOLDERS, "tests", *(path.stem for path in scripts)}
-    broken, remarks, graph = check_scripts(scripts), [], {}
+    broken = check_scripts(scripts)
+    remarks = []
+    graph = {}
     for module, path in modules.items():
         tree = ast.parse(path.read_text())
         imports = list(dict.fromkeys(imported_modules(tree)))
         graph[module] = {other for other in imports if other in modules and other != module}
         broken += check_imports(names[path], imports, ours)
         more_broken, more_remarks = check_functions(names[path], tree)
-        broken, remarks = broken + more_broken, remarks + more_remarks
+        broken += more_broken
+        remarks += more_remarks
     broken += circles(graph)
     print(*(f"remark: {line}" for line in remarks), sep="\n")
     print(*(f"BROKEN: {line}" for line in dict.fromkeys(broken)), sep="\n")

@@ -21,7 +21,9 @@ class Request:
 
 def figures(simulation: Simulation, request: Request) -> dict:
     """Everything that the table shows: bytes, seconds and counts."""
-    trace, config, gpu = simulation.trace, simulation.config, request.gpu
+    trace = simulation.trace
+    config = simulation.config
+    gpu = request.gpu
     bound = b.bounds(trace, gpu, config.precision, request.gpus, request.network)
     samples = simulation.setup.batch_size * config.accumulate
     fastest = samples / bound.compiled

@@ -85,7 +85,8 @@ def _largest(script, recipe, request: Request, parallel: str, checkpointing: boo
 
     def at(size: int) -> Simulation | None:
         config = read_config(script, recipe)
-        config.parallel, config.activation_checkpointing = parallel, checkpointing
+        config.parallel = parallel
+        config.activation_checkpointing = checkpointing
         name = "batch_size_train" if hasattr(config, "batch_size_train") else "batch_size"
         setattr(config, name, size)
         return simulate(script, config, request.gpus)

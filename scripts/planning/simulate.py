@@ -200,4 +200,5 @@ def _name_phases(recorder: Recorder, precision, network: nn.Module, finish) -> N
         recorder.phase = "after"
         return norm
 
-    precision.backward, precision.step = named_backward, named_update
+    precision.backward = named_backward
+    precision.step = named_update

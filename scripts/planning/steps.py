@@ -27,7 +27,10 @@ class BertVocabulary:
 
     vocab_size = BERT_TOKENS
     special_ids = (0, 100, 101, 102, 103)
-    pad_id, cls_id, sep_id, mask_id = 0, 101, 102, 103
+    pad_id = 0
+    cls_id = 101
+    sep_id = 102
+    mask_id = 103
 
 
 class LlamaVocabulary:
@@ -111,7 +114,9 @@ def pretrain(script: ModuleType, config) -> Setup:
         kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
         codes = ImageTokenizer(TokenizerConfig(), with_decoder=False).freeze(kind)
     model = call(script.build_model, config=config, tokenizer=BertVocabulary, image_tokenizer=codes)
-    size, length, grid = config.batch_size, config.max_tokens, config.grid
+    size = config.batch_size
+    length = config.max_tokens
+    grid = config.grid
     masked = -(-int(config.mlm_probability * size * length) // 32) * 32
     side = 0 if codes is None or config.code_cache else grid * codes.reduction
 
@@ -195,7 +200,9 @@ def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda s
         weights={},
         answers=[],
     )
-    size, side, length = config.batch_size_train, config.image_res, 24
+    size = config.batch_size_train
+    side = config.image_res
+    length = 24
     two = script.__name__ == "NLVR" and config.stage != "text_assignment"
     shape = (size, 2, 3, side, side) if two else (size, 3, side, side)
 
@@ -296,7 +303,8 @@ def classification(script: ModuleType, config) -> Setup:
     size, side = config.batch_size, config.network.image_size
 
     def batch() -> dict[str, Tensor]:
-        image, labels = pixels(size, 3, side, side), numbers(size, 2)
+        image = pixels(size, 3, side, side)
+        labels = numbers(size, 2)
         batch = {"image": image, "labels": labels, "label_weights": torch.ones(size, 2)}
         return as_step_wants(script, batch)
 
@@ -332,7 +340,9 @@ def recognition(script: ModuleType, config) -> Setup:
     decayed = None
     if config.compat == "original":
         decayed = decayed_names({n: p for n, p in model.named_parameters() if n in trained})
-    size, side, length = config.batch_size, config.network.image_size, 96
+    size = config.batch_size
+    side = config.network.image_size
+    length = 96
     targets = -(-30 * size // 32) * 32
 
     def texts(prefix: str) -> dict[str, Tensor]:

@@ -77,7 +77,8 @@ def about_open_clip(opened: Opened, options: Options) -> dict[str, Any]:
             "onnx or safetensors"
         )
     network = clip.open_clip_config(opened.model)
-    timm, side = network["vision_cfg"].get("timm_model_name", ""), opened.pixels.size
+    timm = network["vision_cfg"].get("timm_model_name", "")
+    side = opened.pixels.size
     if timm.startswith("vit_") and side != TIMM_SIDE:
         raise UserError(
             f"open_clip builds timm's {timm} for {TIMM_SIDE} pixels, and this model is for {side}; "

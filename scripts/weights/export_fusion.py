@@ -39,9 +39,12 @@ def to_onnx(source: Source, options: Options, folder: Path) -> Written:
     side = config.image_res
     ids, mask = tokenizer(["a dog on grass", "two cats"], config.max_tokens)
     pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    image, text, match = ImageTower(model), TextTower(model), Match(model)
+    image = ImageTower(model)
+    text = TextTower(model)
+    match = Match(model)
     with torch.no_grad():
-        tokens, states = model.encode_image(pixels)[0], model.encode_text(ids, mask)[0]
+        tokens = model.encode_image(pixels)[0]
+        states = model.encode_text(ids, mask)[0]
     outputs = ["image_tokens", "image_feature"]
     write_graph(image, [pixels], [{0: ANY}], folder / "image.onnx", (["image"], outputs))
     row, inputs = {0: ANY, 1: ANY}, ["text_ids", "text_mask"]
@@ -52,7 +55,8 @@ def to_onnx(source: Source, options: Options, folder: Path) -> Written:
     write_graph(match, pairs, [row, row, {0: ANY}], folder / "match.onnx", names)
     largest_error(image, folder / "image.onnx", [pixels[:1]])
     largest_error(text, folder / "text.onnx", [*tokenizer(["snow"], config.max_tokens)])
-    rows, others = torch.tensor([0, 1, 0]), torch.tensor([1, 1, 0])
+    rows = torch.tensor([0, 1, 0])
+    others = torch.tensor([1, 1, 0])
     pairs = [states[rows], mask[rows], tokens[others]]
     largest_error(match, folder / "match.onnx", pairs)
     processor = square_processor(Pixels(side, "bicubic", *OPENAI))
@@ -123,7 +127,8 @@ def tokenizer_to_onnx(source: Source, options: Options, folder: Path) -> Written
     write_graph(encoder, [images], sizes, folder / "encoder.onnx", names)
     largest_error(encoder, folder / "encoder.onnx", [images.repeat(2, 1, 1, 2)])
     if model.decoder is not None:
-        decoder, codes = Images(model), model.codes(images)
+        decoder = Images(model)
+        codes = model.codes(images)
         names = ["codes"], ["image"]
         sizes = [{0: ANY, 1: ANY, 2: ANY}]
         write_graph(decoder, [codes], sizes, folder / "decoder.onnx", names)

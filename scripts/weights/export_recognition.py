@@ -77,8 +77,10 @@ def export(model: Nxtp, prompt: Tensor, target: Path) -> None:
     image = torch.zeros(2, 3, size, size)
     images = model.encode_image(image)
     cache = list(Prefill(model)(images, prompt)[1:])
-    tokens, seen = torch.zeros(2, 3, dtype=torch.int64), cache[0].shape[2]
-    place, mask = torch.full((3,), seen), torch.ones(2, 1, 3, seen + 3, dtype=torch.bool)
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    seen = cache[0].shape[2]
+    place = torch.full((3,), seen)
+    mask = torch.ones(2, 1, 3, seen + 3, dtype=torch.bool)
     kept = [{0: ANY, 2: ANY} for _ in cache]
     rows = (
         {0: ANY, 1: ANY},

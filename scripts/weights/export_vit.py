@@ -112,7 +112,9 @@ def write_transformers(weights: dict, config: ClassifierConfig, folder: Path) ->
 
 def to_onnx(source: Source, options: Options, folder: Path) -> Written:
     encoder = open_vit(source, options)
-    model, side, path = Logits(encoder.network), encoder.pixels.size, folder / "model.onnx"
+    model = Logits(encoder.network)
+    side = encoder.pixels.size
+    path = folder / "model.onnx"
     write_graph(model, [torch.zeros(2, 3, side, side)], [{0: ANY}], path, (["image"], ["logits"]))
     images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     largest_error(model, path, [images])

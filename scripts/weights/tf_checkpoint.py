@@ -90,12 +90,15 @@ def _handle(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    block, trailer = data[offset : offset + size], data[offset + size : offset + size + TRAILER]
+    block = data[offset : offset + size]
+    trailer = data[offset + size : offset + size + TRAILER]
     if trailer[0]:
         raise ValueError("a compressed table")
     if struct.unpack("<I", trailer[1:])[0] != masked_crc(block + trailer[:1]):
         raise ValueError("the checksum of a block is wrong")
-    view, at, key = memoryview(block), 0, b""
+    view = memoryview(block)
+    at = 0
+    key = b""
     end = (
         size - 4 - 4 * struct.unpack("<I", block[-4:])[0]
     )  # restart offsets and their number lie behind
@@ -124,7 +127,8 @@ def _entry(value: bytes) -> dict:
 
 def _shards(prefix: str) -> list[memoryview]:
     """The data files, mapped into memory."""
-    folder, name = Path(prefix).parent, Path(prefix).name
+    folder = Path(prefix).parent
+    name = Path(prefix).name
     paths = sorted(folder.glob(f"{name}.data-?????-of-?????"))
     if not paths or len(paths) != int(paths[0].name[-5:]):
         raise UserError(

@@ -101,11 +101,10 @@ def open_questions(scene: Scene) -> list[tuple[str, str, str]]:
     for d in unique(scene.digits, "digit"):
         asked.append(("digit colour", f"what colour is the {d.word}?", d.colour))
         asked.append(("size", f"is the {d.word} large or small?", d.size))
-    asked += [
-        ("which digit", f"which digit is {d.colour}?", d.word)
-        for d in unique(scene.digits, "colour")
-    ]
-    asked += [("place", f"which digit is {place}?", d.word) for place, d in extremes(scene)]
+    for d in unique(scene.digits, "colour"):
+        asked.append(("which digit", f"which digit is {d.colour}?", d.word))
+    for place, d in extremes(scene):
+        asked.append(("place", f"which digit is {place}?", d.word))
     return asked
 
 
@@ -149,16 +148,12 @@ def questions(index: FactIndex, rng: np.random.Generator, per_scene: int = 4) ->
         pair = yes_no_questions(index, i, rng) if i % 2 == 0 else []
         if not any((j, question) in asked for j, _, question, _ in pair):
             asked.update({(j, question): (kind, answer) for j, kind, question, answer in pair})
-    return [
-        {
-            "scene": i,
-            "type": kind,
-            "question": question,
-            "answer": answer,
-            "answers": ten_answers(answer, rng),
-        }
-        for (i, question), (kind, answer) in sorted(asked.items())
-    ]
+    entries = []
+    for (i, question), (kind, answer) in sorted(asked.items()):
+        answers = ten_answers(answer, rng)
+        about = {"scene": i, "type": kind, "question": question}
+        entries.append({**about, "answer": answer, "answers": answers})
+    return entries
 
 
 # ---- statements
@@ -180,7 +175,8 @@ def entailment(index: FactIndex, rng: np.random.Generator) -> list[dict]:
         sentence = STATEMENTS[kind][rng.integers(len(STATEMENTS[kind]))].format(*fact[1:])
         digit = scene.digits[rng.integers(len(scene.digits))]
         undecidable = UNDECIDABLE[rng.integers(len(UNDECIDABLE))]
-        undecidable = undecidable.format(digit.name if rng.random() < 0.5 else digit.word)
+        name = digit.name if rng.random() < 0.5 else digit.word
+        undecidable = undecidable.format(name)
         entries += [
             {"scene": i, "sentence": sentence, "label": "entailment"},
             {"scene": other, "sentence": sentence, "label": "contradiction"},
@@ -193,10 +189,13 @@ def pair_of(
     index: FactIndex, fact: tuple, holds: tuple[int, int], rng: np.random.Generator
 ) -> tuple[int, int]:
     """Two different scenes (left, right) that hold the fact or not as `holds` says."""
+
+    def sampled(holding: int) -> int:
+        return index.having(fact, rng) if holding else index.lacking(fact, rng)
+
     while True:
-        left, right = (
-            index.having(fact, rng) if wanted else index.lacking(fact, rng) for wanted in holds
-        )
+        left = sampled(holds[0])
+        right = sampled(holds[1])
         if left != right:
             return left, right
 
@@ -211,14 +210,19 @@ def compared_pairs(
     ground = ("ground", scene.ground)
     digits = ("count", COUNTS[count])
     if rng.random() < 0.5 and 2 <= len(index.holders[ground]) < len(index.scenes):
-        same = next(j for j in iter(lambda: index.having(ground, rng), None) if j != i)
+        same = i
+        while same == i:
+            same = index.having(ground, rng)
+        other = index.lacking(ground, rng)
         sentence = "the grounds of the two pictures have the same colour"
-        yield from ((sentence, True, (i, same)), (sentence, False, (i, index.lacking(ground, rng))))
+        yield sentence, True, (i, same)
+        yield sentence, False, (i, other)
     elif len(index.holders[digits]) < len(index.scenes):
         other = index.lacking(digits, rng)
         more = count > len(index.scenes[other].digits)
         sentence = "the left picture shows more digits than the right picture"
-        yield from ((sentence, more, (i, other)), (sentence, not more, (other, i)))
+        yield sentence, more, (i, other)
+        yield sentence, not more, (other, i)
 
 
 def pair_sentences(index: FactIndex, rng: np.random.Generator) -> list[dict]:
@@ -230,11 +234,11 @@ def pair_sentences(index: FactIndex, rng: np.random.Generator) -> list[dict]:
     """
     entries = []
     for i in range(len(index.scenes)):
-        usable = [
-            f
-            for f in index.facts[i]
-            if f[0] in NOUN_PHRASES and 2 <= len(index.holders[f]) <= len(index.scenes) - 2
-        ]
+        usable = []
+        for fact in index.facts[i]:
+            holders = len(index.holders[fact])
+            if fact[0] in NOUN_PHRASES and 2 <= holders <= len(index.scenes) - 2:
+                usable.append(fact)
         if rng.random() < 0.25 or not usable:
             made = list(compared_pairs(index, i, rng))
         else:
@@ -244,14 +248,12 @@ def pair_sentences(index: FactIndex, rng: np.random.Generator) -> list[dict]:
             fact = of_kind[rng.integers(len(of_kind))]
             template, *cases = PAIR_SENTENCES[rng.integers(len(PAIR_SENTENCES))]
             sentence = template.format(NOUN_PHRASES[kind].format(fact[1]))
-            made = [
-                (sentence, label, pair_of(index, fact, case[rng.integers(len(case))], rng))
-                for label, case in zip((True, False), cases, strict=True)
-            ]
-        entries += [
-            {"scenes": pair, "sentence": sentence, "label": str(label)}
-            for sentence, label, pair in made
-        ]
+            made = []
+            for label, case in zip((True, False), cases, strict=True):
+                holds = case[rng.integers(len(case))]
+                made.append((sentence, label, pair_of(index, fact, holds, rng)))
+        for sentence, label, pair in made:
+            entries.append({"scenes": pair, "sentence": sentence, "label": str(label)})
     return entries
 
 
@@ -267,16 +269,22 @@ def expressions(scene: Scene, target: Digit, rng: np.random.Generator, count: in
         ("size", "colour"),
         ("colour", "word"),
     )
-    fitting = [
-        way
-        for way in ways
-        if sum(all(getattr(d, a) == getattr(target, a) for a in way) for d in scene.digits) == 1
-    ]
+
+    def words_of(digit: Digit, way: tuple[str, ...]) -> list[str]:
+        return [getattr(digit, attribute) for attribute in way]
+
+    fitting = []
+    for way in ways:
+        alike = [digit for digit in scene.digits if words_of(digit, way) == words_of(target, way)]
+        if len(alike) == 1:
+            fitting.append(way)
     found = []
     for k in rng.permutation(len(fitting))[:count]:
-        noun = "" if "word" in fitting[k] else ("digit", "number", "figure")[rng.integers(3)]
+        way = fitting[k]
+        noun = "" if "word" in way else ("digit", "number", "figure")[rng.integers(3)]
         article = ("the ", "")[rng.integers(2)]
-        found.append(article + " ".join([*(getattr(target, a) for a in fitting[k]), noun]).strip())
+        words = " ".join([*words_of(target, way), noun]).strip()
+        found.append(article + words)
     return found
 
 
@@ -305,15 +313,16 @@ def detections(scene: Scene, rng: np.random.Generator, distractors: int = 3) -> 
         x, y, w, h = d.box
         while True:
             dx, dy, dw, dh = rng.uniform(-0.08, 0.08, 4)
-            box = inside((x + dx * w, y + dy * h, w * (1 + dw), h * (1 + dh)), scene)
+            moved = (x + dx * w, y + dy * h, w * (1 + dw), h * (1 + dh))
+            box = inside(moved, scene)
             if iou(box, d.box) > 0.6:
                 break
         found.append(box)
     while len(found) < len(scene.digits) + distractors:
         w, h = rng.uniform(0.25, 0.6, 2) * (scene.width, scene.height)
-        box = inside(
-            (rng.uniform(0, scene.width - w), rng.uniform(0, scene.height - h), w, h), scene
-        )
+        x = rng.uniform(0, scene.width - w)
+        y = rng.uniform(0, scene.height - h)
+        box = inside((x, y, w, h), scene)
         if all(iou(box, d.box) < 0.4 for d in scene.digits):
             found.append(box)
     return [[float(v) for v in found[k]] for k in rng.permutation(len(found))]

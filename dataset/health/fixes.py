@@ -92,5 +92,8 @@ def _clip_boxes(entry: dict, size: tuple[int, int]) -> bool:
 def _clipped(box: list[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
     x, y, w, h = box
     height, width = size
-    left, top = max(0, x), max(0, y)
-    return left, top, min(width, x + w) - left, min(height, y + h) - top
+    left = max(0, x)
+    top = max(0, y)
+    right = min(width, x + w)
+    bottom = min(height, y + h)
+    return left, top, right - left, bottom - top

@@ -83,8 +83,14 @@ def _field(record: dict, field: str, given: Columns) -> dict:
         wanted = " or ".join(given.names)
         raise BadSample(f"{record['key']}: no {wanted} for {field}; it has {_members(record)}")
     if len(given.names) > 1 and not weights:
-        value = [text for each in value for text in (each if isinstance(each, list) else [each])]
-    return {field: value} | ({f"{field}_weights": weights} if weights else {})
+        texts = []
+        for each in value:
+            texts += each if isinstance(each, list) else [each]
+        value = texts
+    found = {field: value}
+    if weights:
+        found[f"{field}_weights"] = weights
+    return found
 
 
 def _value(record: dict, name: str) -> object:

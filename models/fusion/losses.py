@@ -32,7 +32,8 @@ def distilled_cross_entropy(
         valid = target != IGNORE
         fit = logits.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     if teacher_logits is not None:
-        soft_fit = (teacher_logits.detach().float().softmax(-1) * logits).sum(-1)
+        soft = teacher_logits.detach().float().softmax(-1)
+        soft_fit = (soft * logits).sum(-1)
         fit = (1 - alpha) * fit + alpha * soft_fit
     loss = logits.logsumexp(-1) - fit
     return loss if valid is None else loss.masked_fill(~valid, 0.0)
@@ -45,8 +46,9 @@ def sequence_axis_soft_loss(logits: Tensor, rows: Tensor, teacher_logits: Tensor
     logits [B,L,V] of every position, rows int64 [K] indices into B*L, teacher_logits [K,V] at those
     -> float32 [K].
     """
+    soft = teacher_logits.detach().float().softmax(-1)
     log_probabilities = logits.float().log_softmax(1).flatten(0, 1).index_select(0, rows)
-    return -(teacher_logits.detach().float().softmax(-1) * log_probabilities).sum(-1)
+    return -(soft * log_probabilities).sum(-1)
 
 
 def masked_patches(patch_mask: Tensor, count: int) -> Tensor:
@@ -78,7 +80,8 @@ def distilled_binary_cross_entropy(
     BCE is linear in its target, so mixing the targets is mixing the losses.
     """
     soft = teacher_logits.detach().float().sigmoid()
-    return F.binary_cross_entropy_with_logits(logits.float(), (1 - alpha) * target + alpha * soft)
+    mixed = (1 - alpha) * target + alpha * soft
+    return F.binary_cross_entropy_with_logits(logits.float(), mixed)
 
 
 def hard_negatives(similarity: Tensor, forbidden: Tensor) -> Tensor:
@@ -119,14 +122,12 @@ def keyword_targets(
     if allowed is not None:
         attention = attention.masked_fill(~allowed[:, None, :], -1.0)
     voted = attention.argsort(dim=-1, descending=True, stable=True)[..., :per_head]
-    votes = (
-        torch.zeros(attention.shape, dtype=torch.int64, device=ids.device)
-        .scatter_(-1, voted, 1)
-        .sum(1)
-    )
+    votes = torch.zeros(attention.shape, dtype=torch.int64, device=ids.device)
+    votes = votes.scatter_(-1, voted, 1).sum(1)  # of all heads
     if allowed is not None:
         votes = votes * allowed
     chosen = votes.argsort(dim=-1, descending=True, stable=True)[:, :keywords]
     wanted = torch.ones_like(chosen) if allowed is None else votes.gather(1, chosen) > 0
     targets = torch.zeros(len(ids), vocab_size, device=ids.device)
-    return targets.scatter_reduce_(1, ids.gather(1, chosen), wanted.float(), "amax"), votes
+    targets.scatter_reduce_(1, ids.gather(1, chosen), wanted.float(), "amax")
+    return targets, votes

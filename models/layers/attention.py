@@ -46,20 +46,18 @@ def attend_shared(
     ordered = query.shape[0] - (0 if rows is None else rows.shape[0])
     parts = []
     if ordered:
-        groups, length = ordered // key.shape[0], query.shape[2]
-        # The groups' queries of one key set stand side by side as one long query: [G*B,H,L,d] ->
-        # [B,H,G*L,d].
-        long = (
-            query[:ordered]
-            .unflatten(0, (groups, key.shape[0]))
-            .permute(1, 2, 0, 3, 4)
-            .flatten(2, 3)
-        )
-        context = attend(long, key, value, mask, dropout)
-        parts.append(context.unflatten(2, (groups, length)).permute(2, 0, 1, 3, 4).flatten(0, 1))
+        groups = ordered // key.shape[0]
+        length = query.shape[2]
+        # the groups' queries of one key set stand side by side as one long query
+        grouped = query[:ordered].unflatten(0, (groups, key.shape[0]))  # [G,B,H,L,d]
+        long = grouped.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [B,H,G*L,d]
+        context = attend(long, key, value, mask, dropout).unflatten(2, (groups, length))
+        parts.append(context.permute(2, 0, 1, 3, 4).flatten(0, 1))
     if rows is not None:
-        key, value = key.index_select(0, rows), value.index_select(0, rows)
-        mask = None if mask is None else mask.index_select(0, rows)
+        key = key.index_select(0, rows)
+        value = value.index_select(0, rows)
+        if mask is not None:
+            mask = mask.index_select(0, rows)
         parts.append(attend(query[ordered:], key, value, mask, dropout))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -8,4 +8,6 @@ def linear_std(width: int) -> float:
     weights are too small: the blocks hardly change the tokens, and learning starts late. There the
     std grows with 1/sqrt(width), which keeps the gain that 0.02 gives a layer at 768.
     """
-    return 0.02 if width >= 384 else 0.02 * (768 / width) ** 0.5
+    if width >= 384:
+        return 0.02
+    return 0.02 * (768 / width) ** 0.5

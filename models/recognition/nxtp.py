@@ -71,8 +71,9 @@ class ResNetEncoder(ModifiedResNet):
         super().__init__(config)
         del self.attnpool
         self.stages = [f"layer{number}" for number in range(1, len(config.vision_layers) + 1)]
-        for block in (block for stage in self.stages for block in self.get_submodule(stage)):
-            nn.init.ones_(block.bn3.weight)
+        for stage in self.stages:
+            for block in self.get_submodule(stage):
+                nn.init.ones_(block.bn3.weight)
         width = config.vision_width * 2 ** (len(self.stages) + 1)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Linear(width, config.embed_dim, bias=False)
@@ -141,9 +142,13 @@ def text_mask(segments: Tensor, images: int) -> Tensor:
     -1 of positions nobody sees, themselves included (padding; with compat original the last label).
     """
     order = torch.arange(segments.shape[1], device=segments.device)
-    own = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
-    text = (order[:, None] >= order) & ((segments == 0)[:, None, :] | own)
-    return torch.cat([text.new_ones(*text.shape[:2], images), text], 2)[:, None]
+    ordered = order[:, None] >= order  # [T,T]
+    prompt = (segments == 0)[:, None, :]
+    label = (segments > 0)[:, None, :]
+    same = segments[:, :, None] == segments[:, None, :]
+    text = ordered & (prompt | (label & same))  # [B,T,T]
+    image = text.new_ones(*text.shape[:2], images)
+    return torch.cat([image, text], 2)[:, None]
 
 
 class Nxtp(nn.Module):
@@ -179,7 +184,8 @@ class Nxtp(nn.Module):
         rows = self.language_decoder.tok_embeddings(ids)
         if self.config.trained_rows is None or not rows.requires_grad:
             return rows
-        return torch.where(among(ids, self.config.trained_rows)[..., None], rows, rows.detach())
+        trained = among(ids, self.config.trained_rows)[..., None]
+        return torch.where(trained, rows, rows.detach())
 
     def sequence(self, images: Tensor, ids: Tensor) -> Tensor:
         """Image tokens [B,N,D] and the embeddings of int64 [B,T] behind them, in the embeddings'
@@ -192,12 +198,10 @@ class Nxtp(nn.Module):
         head = self.language_decoder.output
         if self.config.trained_outputs is None or not head.weight.requires_grad:
             return head(states).float()
-        trained = among(
-            torch.arange(len(head.weight), device=states.device), self.config.trained_outputs
-        )
-        return F.linear(
-            states, torch.where(trained[:, None], head.weight, head.weight.detach())
-        ).float()
+        rows = torch.arange(len(head.weight), device=states.device)
+        trained = among(rows, self.config.trained_outputs)[:, None]
+        weight = torch.where(trained, head.weight, head.weight.detach())
+        return F.linear(states, weight).float()
 
     def sight(self, images: int, segments: Tensor) -> Sight:
         """What a sequence of image tokens and text sees, for `Llama.forward`."""
@@ -207,9 +211,9 @@ class Nxtp(nn.Module):
     def states(self, images: Tensor, text_ids: Tensor, segments: Tensor) -> Tensor:
         """Normed states [B,T,D] of the text behind the image tokens [B,N,D]."""
         x = self.sequence(images, text_ids)
-        return self.language_decoder(
-            x, self.sight(images.shape[1], segments), keep=text_ids.shape[1]
-        )[0]
+        sight = self.sight(images.shape[1], segments)
+        states, _ = self.language_decoder(x, sight, keep=text_ids.shape[1])
+        return states
 
     def next_token_loss(
         self, images: Tensor, text_ids: Tensor, segments: Tensor, positions: Tensor, labels: Tensor
@@ -219,9 +223,11 @@ class Nxtp(nn.Module):
         text_ids, segments int64 [B,T]; positions int64 [K], flat in B*T, of the predicting tokens;
         labels int64 [K], the tokens to predict, IGNORED where there is none.
         """
-        chosen = self.states(images, text_ids, segments).flatten(0, 1).index_select(0, positions)
-        total = F.cross_entropy(self.logits(chosen), labels, ignore_index=IGNORED, reduction="sum")
-        return total / all_reduce((labels != IGNORED).sum().float(), "mean").clamp(min=1)
+        states = self.states(images, text_ids, segments).flatten(0, 1)
+        logits = self.logits(states.index_select(0, positions))
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        count = all_reduce((labels != IGNORED).sum().float(), "mean")
+        return total / count.clamp(min=1)
 
     def forward(
         self, image: Tensor, text_ids, segments, positions, labels, **caption: Tensor

@@ -54,9 +54,11 @@ def _size(node: Any, depth: int, sizes: dict[int, int]) -> int:
     if depth > NESTED_LEVELS:
         raise ValueError(f"nested deeper than {NESTED_LEVELS} levels")
     if id(node) not in sizes:
-        inner = node.value if isinstance(getattr(node, "value", None), list) else []
-        pairs = (each if isinstance(each, tuple) else (each,) for each in inner)
-        sizes[id(node)] = 1 + sum(_size(each, depth + 1, sizes) for pair in pairs for each in pair)
+        children = []
+        if isinstance(getattr(node, "value", None), list):
+            for each in node.value:
+                children += each if isinstance(each, tuple) else [each]  # a key and its value
+        sizes[id(node)] = 1 + sum(_size(child, depth + 1, sizes) for child in children)
     return sizes[id(node)]
 
 
@@ -76,8 +78,10 @@ def to_yaml(value: Any) -> str:
     """Plain values (numbers, text, lists) as YAML on one line."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(to_yaml, value)) + "]"
+    if isinstance(value, float) and math.isfinite(value):
+        return repr(value)
     if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else f"{value:+}".replace("inf", ".inf")
+        return f"{value:+}".replace("inf", ".inf")
     if value is None or isinstance(value, bool | int):
         return json.dumps(value)
     plain = re.fullmatch(r"[A-Za-z/]([\w ./-]*[\w./-])?", value, re.ASCII)

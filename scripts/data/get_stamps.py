@@ -312,11 +312,10 @@ def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
     write_images(stamps, out / "images")
     train = []
     test = []
-    for stamp, held_out in zip(
-        stamps, is_test(stamps, subjects(stamps, out / "images"), fold), strict=True
-    ):
+    held_out = is_test(stamps, subjects(stamps, out / "images"), fold)
+    for stamp, in_test in zip(stamps, held_out, strict=True):
         if captions_in(stamp, languages):
-            (test if held_out else train).append(stamp)
+            (test if in_test else train).append(stamp)
     counts = [
         write_split(out, "train", train, languages),
         write_split(out, "test", test, languages),

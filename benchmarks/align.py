@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.inputs import CLS, VOCABULARY
-from benchmarks.runner import Side, TrainOptions, check_peer, check_tensorflow
+from benchmarks.runner import Side, TrainOptions, check_peer
 from benchmarks.steps import compare_steps, settings, training_step
 from main import total_loss
 from models.dual_encoder.align import Align
@@ -111,8 +111,7 @@ def measure_network(model: DualEncoder, decayed: list[str], options: SimpleNames
 
 
 def main(config: Config) -> None:
-    check_peer(config, "models/efficientnet.py", "coyo-align")
-    check_tensorflow(config)
+    check_peer(config, "models/efficientnet.py", "coyo-align", tensorflow=True)
     sides = [Side(name, f"benchmarks.align:{name}") for name in config.sides]
     if config.peer:
         function = "benchmarks.peers.tensorflow:align"

@@ -79,15 +79,24 @@ def device_of(options: Options) -> str:
     return options.device
 
 
-def check_peer(options: PeerOptions, file: str, name: str, one_size: bool = True) -> None:
+def check_peer(
+    options: PeerOptions, file: str, name: str, one_size: bool = True, tensorflow: bool = False
+) -> None:
     """Raise UserError if --peer is given and is no checkout of `name`, which has `file`.
 
-    one_size: the original's network cannot be made tiny.
+    one_size: the original's network cannot be made tiny. tensorflow: it needs an interpreter.
     """
-    if options.peer and not (Path(options.peer) / file).is_file():
+    if not options.peer:
+        return
+    if not (Path(options.peer) / file).is_file():
         raise UserError(f"--peer {options.peer}: no {file} there; it takes a checkout of {name}")
-    if options.peer and options.tiny and one_size:
+    if options.tiny and one_size:
         raise UserError(f"--tiny: {name} has one size; leave --peer out")
+    if tensorflow and not options.peer_python:
+        raise UserError(
+            "--peer needs --peer-python, an interpreter with TensorFlow 2.12, tensorflow-addons "
+            "and, for ALIGN, transformers 4.38"
+        )
 
 
 def checkouts(given: Iterable[str], known: Iterable[str], option: str) -> dict[str, Path]:
@@ -102,15 +111,6 @@ def checkouts(given: Iterable[str], known: Iterable[str], option: str) -> dict[s
             raise UserError(f"{option} {entry}: no such folder; PATH is a checkout of {name}")
         found[name] = Path(path).resolve()
     return found
-
-
-def check_tensorflow(options: PeerOptions) -> None:
-    """Raise UserError if the original, which needs TensorFlow, has no interpreter."""
-    if options.peer and not options.peer_python:
-        raise UserError(
-            "--peer needs --peer-python, an interpreter with TensorFlow 2.12, tensorflow-addons "
-            "and, for ALIGN, transformers 4.38"
-        )
 
 
 # ---- load

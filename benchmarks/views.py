@@ -91,7 +91,7 @@ def write_images(folder: Path) -> int:
     return sum(sizes) // len(sizes)
 
 
-# ---- sides: what reads a zip member, what decodes a file and a member, and the views
+# ---- sides: what reads a zip member, what decodes FILE or ZIP/MEMBER, and the views
 def our_parts(folder: Path) -> tuple[Callable, ...]:
     """Ours."""
 
@@ -101,10 +101,7 @@ def our_parts(folder: Path) -> tuple[Callable, ...]:
     def decode(name: str) -> torch.Tensor:
         return decode_image(image_source(folder, name), name)
 
-    def decode_member(member: str) -> torch.Tensor:
-        return decode(f"{ZIP}/{member}")
-
-    return read, decode, decode_member, ImageViews(224, ViewOptions())
+    return read, decode, ImageViews(224, ViewOptions())
 
 
 def reference_parts(folder: Path) -> tuple[Callable, ...]:
@@ -115,12 +112,11 @@ def reference_parts(folder: Path) -> tuple[Callable, ...]:
         return zipfile.ZipFile(folder / ZIP).read(member)
 
     def decode(name: str) -> Image.Image:
-        return Image.open(folder / name).convert("RGB")
+        inside, _, member = name.rpartition("/")
+        file = io.BytesIO(read(member)) if inside else folder / name
+        return Image.open(file).convert("RGB")
 
-    def decode_member(member: str) -> Image.Image:
-        return Image.open(io.BytesIO(read(member))).convert("RGB")
-
-    return read, decode, decode_member, published_views()
+    return read, decode, published_views()
 
 
 def published_views() -> Callable:
@@ -147,7 +143,7 @@ def rates(options: SimpleNamespace) -> dict:
     """Samples per CPU second of a side's pipelines, each a function of the sample's number."""
     torch.manual_seed(0)
     random.seed(0)
-    read, decode, decode_member, views = PARTS[options.side](Path(options.exchange))
+    read, decode, views = PARTS[options.side](Path(options.exchange))
     texts = TextViews(TextOptions(text_augment=options.text_augment), local=2)
     tokenizer = ClipTokenizer(options.bpe_path)
 
@@ -160,7 +156,7 @@ def rates(options: SimpleNamespace) -> dict:
         "decode, 3 views": lambda number: views(decode(file_name(number))),
         "3 texts": tokens,
         "sample from files": lambda n: (views(decode(file_name(n))), tokens(n)),
-        "sample from zips": lambda n: (views(decode_member(member_name(n))), tokens(n)),
+        "sample from zips": lambda n: (views(decode(f"{ZIP}/{member_name(n)}")), tokens(n)),
     }
     if options.side != OURS:
         del pipelines["3 texts"]  # would be ours again

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runner import Side, TrainOptions, check_peer, check_tensorflow
+from benchmarks.runner import Side, TrainOptions, check_peer
 from benchmarks.steps import compare_steps, settings, training_step
 from models.classification.classifier import ClassifierConfig, VisionClassifier, sigmoid_loss
 from models.weights.vit import transformers_config
@@ -114,8 +114,7 @@ def measure_network(model: nn.Module, options: SimpleNamespace) -> dict:
 
 
 def main(config: Config) -> None:
-    check_peer(config, "backbones/vit/vit_model.py", "coyo-vit")
-    check_tensorflow(config)
+    check_peer(config, "backbones/vit/vit_model.py", "coyo-vit", tensorflow=True)
     sides = [Side(name, f"benchmarks.vit:{name}") for name in config.sides]
     if config.peer:
         function = "benchmarks.peers.tensorflow:vit"

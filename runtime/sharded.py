@@ -304,9 +304,11 @@ def read_state(folder: Path, index: dict, model: nn.Module, rank: int) -> dict[s
     weights = unwrap(model).state_dict()
 
     def read(key: Key, meta: Tensor) -> Tensor:
-        # ("model", weight) or ("optimizer", "state", weight, name)
-        name = key[1] if key[0] == "model" else key[2] if key[1] == "state" else None
-        like = weights.get(name)
+        like = None
+        if key[0] == "model":  # ("model", weight)
+            like = weights.get(key[1])
+        elif key[1] == "state":  # ("optimizer", "state", weight, name)
+            like = weights.get(key[2])
         if not isinstance(like, DTensor) or like.shape != meta.shape:
             return reader.read(key, meta)
         local = like.to_local()

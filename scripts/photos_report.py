@@ -30,6 +30,7 @@ from dataset.sources.records import Records
 from dataset.tasks.retrieval import RetrievalSet
 from dataset.text.wordpiece import Tokenizer
 from evaluation.report.examples import gallery
+from evaluation.report.names import recall_names
 from evaluation.report.page import card, line_chart, page, recall_table, score_table, table
 from evaluation.report.recognition import label_case
 from evaluation.report.retrieval import load_rankings, retrieval_gallery
@@ -37,11 +38,7 @@ from evaluation.retrieval import chance, nearest
 from runtime.config.cli import knob, run_script
 from scripts import report as fusion_report
 
-RECALLS = {
-    f"{way}_r{at}": f"{name} R@{at}"
-    for way, name in (("txt", "captions"), ("img", "images"))
-    for at in (1, 5, 10)
-}
+RECALLS = recall_names("captions", "images")
 CLASSES = "zero-shot top 1 of 8 classes"
 NEIGHBOURS = {
     "knn1": "1-NN of 8 classes",

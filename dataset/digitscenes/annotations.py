@@ -138,17 +138,17 @@ def official_answers(entries: list[dict]) -> dict:
     rows = []
     for e in entries:
         answer_type = {"yes/no": "yes/no", "how many": "number"}.get(e["type"], "other")
-        answers = [
-            {"answer_id": k + 1, "answer": a, "answer_confidence": "yes"}
-            for k, a in enumerate(e["answers"])
-        ]
+        answers = []
+        for k, answer in enumerate(e["answers"], 1):
+            answers.append({"answer_id": k, "answer": answer, "answer_confidence": "yes"})
         rows.append(
             {
                 **pick(e, "question_id", "image_id"),
                 "question_type": e["type"],
                 "answer_type": answer_type,
+                "multiple_choice_answer": e["answer"],
+                "answers": answers,
             }
-            | {"multiple_choice_answer": e["answer"], "answers": answers}
         )
     return {"data_type": "digitscenes", "data_subtype": "test2017", "annotations": rows}
 
@@ -160,15 +160,16 @@ def write_statements(
     made: dict[str, dict[str, list[dict]]] = {"ve": {}, "nlvr": {}}
     for k, (split, index) in enumerate(indices.items()):
         paths = [scene.path for scene in index.scenes]
-        rows = [
-            {"image": paths[e["scene"]].removesuffix(".jpg"), **pick(e, "sentence", "label")}
-            for e in entailment(index, np.random.default_rng([seed, 5, k]))
-        ]
-        pairs = [
-            {"images": [paths[i] for i in e["scenes"]], **pick(e, "sentence", "label")}
-            for e in pair_sentences(index, np.random.default_rng([seed, 6, k]))
-        ]
-        made["ve"][split], made["nlvr"][split] = rows, pairs
+        rows = []
+        for e in entailment(index, np.random.default_rng([seed, 5, k])):
+            image = paths[e["scene"]].removesuffix(".jpg")
+            rows.append({"image": image, **pick(e, "sentence", "label")})
+        pairs = []
+        for e in pair_sentences(index, np.random.default_rng([seed, 6, k])):
+            images = [paths[i] for i in e["scenes"]]
+            pairs.append({"images": images, **pick(e, "sentence", "label")})
+        made["ve"][split] = rows
+        made["nlvr"][split] = pairs
         write_json(root / f"ve_{split}.json", rows)
         write_json(root / f"nlvr_{split}.json", pairs)
     return made

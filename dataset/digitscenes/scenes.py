@@ -125,10 +125,10 @@ class Handwriting:
         self.ink = (bundle.images / 16).astype(np.float32)
         self.labels = bundle.target.astype(np.int64)
         self.crops = [crop(ink) for ink in self.ink]
-        self.samples = {
-            split: [start + np.flatnonzero(self.labels[start:stop] == digit) for digit in range(10)]
-            for split, (start, stop) in FORM_STARTS.items()
-        }
+        self.samples = {}
+        for split, (start, stop) in FORM_STARTS.items():
+            labels = self.labels[start:stop]
+            self.samples[split] = [start + np.flatnonzero(labels == digit) for digit in range(10)]
 
 
 def crop(ink: np.ndarray) -> np.ndarray:

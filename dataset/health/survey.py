@@ -240,11 +240,11 @@ def compare_images(part: Part) -> None:
     groups = same_bytes(image.digest for image in images)
     part.same = [[images[place] for place in group] for group in groups[:MOST_GROUPS]]
     groups = near_duplicates([image.signature for image in images])
-    part.near = [
-        [images[place] for place in group]
-        for group in groups[:MOST_GROUPS]
-        if len({images[place].digest for place in group}) > 1
-    ]
+    part.near = []
+    for group in groups[:MOST_GROUPS]:
+        alike = [images[place] for place in group]
+        if len({image.digest for image in alike}) > 1:
+            part.near.append(alike)
     seen: set[tuple] = set()
     for place, facts in enumerate(part.facts):
         if not facts.usable:

@@ -176,10 +176,11 @@ def pad_batch(
     longest = max(len(text["text_ids"]) for text in texts)
     length = length or -(-longest // STEP) * STEP
     fill = {"text_ids": pad, "segments": -1, "targets": IGNORED}
-    rows = {
-        key: [text[key] + [empty] * (length - len(text[key])) for text in texts]
-        for key, empty in fill.items()
-    }
+    rows: dict[str, list] = {key: [] for key in fill}
+    for key, empty in fill.items():
+        for text in texts:
+            room = length - len(text[key])
+            rows[key].append(text[key] + [empty] * room)
     targets = torch.tensor(rows.pop("targets")).flatten()
     positions = (targets != IGNORED).nonzero().flatten()
     room = -len(positions) % 32

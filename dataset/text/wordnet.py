@@ -71,29 +71,23 @@ class WordNet:
         forms, `_` and `-` turned to blanks, lower case, letters and blanks only, without the word
         itself. A name may be empty.
         """
-        names = {
-            name
-            for part in PARTS
-            for base in self.bases(word.lower(), part)
-            for name in self.names(base, part)
-        }
-        cleaned = {
-            "".join(c for c in name.lower().replace("_", " ").replace("-", " ") if c in KEPT)
-            for name in names
-        }
-        return tuple(sorted(cleaned - {word}))
+        found = set()
+        for part in PARTS:
+            for base in self.bases(word.lower(), part):
+                for name in self.names(base, part):
+                    spaced = name.lower().replace("_", " ").replace("-", " ")
+                    found.add("".join(letter for letter in spaced if letter in KEPT))
+        return tuple(sorted(found - {word}))
 
     def bases(self, word: str, part: str) -> list[str]:
         """The word and its base forms that are in the database as `part` of speech, the word first
         (morphy)."""
         exceptions = self._line(f"{part}.exc", word)
-        forms = (
-            exceptions[1:]
-            if exceptions
-            else [
-                word[: len(word) - len(old)] + new for old, new in RULES[part] if word.endswith(old)
-            ]
-        )
+        forms = exceptions[1:]
+        if not exceptions:
+            for old, new in RULES[part]:
+                if word.endswith(old):
+                    forms.append(word.removesuffix(old) + new)
         return [
             form
             for form in dict.fromkeys([word, *forms])
@@ -102,9 +96,8 @@ class WordNet:
 
     def names(self, base: str, part: str) -> list[str]:
         """Names in all synsets of a base form, as the database spells them."""
-        entry = self._line(
-            f"index.{part}", base
-        )  # lemma pos synsets pointers symbol... senses tagged offset...
+        # lemma pos synsets pointers symbol... senses tagged offset...
+        entry = self._line(f"index.{part}", base)
         found = []
         for offset in entry[6 + int(entry[3]) :]:
             data = self.files[f"data.{part}"]

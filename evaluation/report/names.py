@@ -45,3 +45,12 @@ def score_name(key: str) -> str | None:
     k, weighted, top5 = neighbours.groups()
     name = "nearest neighbour" if k == "1" else f"{k} nearest neighbours"
     return name + ", weighted votes" * bool(weighted) + ", top 5" * bool(top5)
+
+
+def recall_names(captions: str, images: str) -> dict[str, str]:
+    """`txt_r1` to `img_r10` with their titles, such as `captions R@1`, by what is retrieved."""
+    names = {}
+    for way, retrieved in (("txt", captions), ("img", images)):
+        for k in (1, 5, 10):
+            names[f"{way}_r{k}"] = f"{retrieved} R@{k}"
+    return names

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from evaluation.report.chart import Points, lay_out
 from evaluation.report.images import image_uri
+from evaluation.report.names import recall_names
 
 SORTABLE = '<table class="sortable">'
-FOUND = {"txt": "caption", "img": "image"}  # what is retrieved
+
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -78,19 +79,12 @@ def score_table(
 
 def recall_table(rows: Mapping[str, Mapping[str, float]], best_row: int | None = 0) -> Markup:
     """Recalls in percent by row name, each a dict as `evaluation.retrieval.recalls` gives."""
-    keys = []
-    head = ["recall in %"]
-    for way, name in FOUND.items():
-        for k in (1, 5, 10):
-            keys.append(f"{way}_r{k}")
-            head.append(f"{name} R@{k}")
-    keys.append("r_mean")
-    head.append("mean")
+    columns = {**recall_names("caption", "image"), "r_mean": "mean"}
     lines = []
     for name, recalls in rows.items():
-        figures = [f"{recalls[key]:.1f}" for key in keys]
+        figures = [f"{recalls[key]:.1f}" for key in columns]
         lines.append([name, *figures])
-    return table(head, lines, best_row)
+    return table(["recall in %", *columns.values()], lines, best_row)
 
 
 def choices_table(scores: Mapping) -> Markup:

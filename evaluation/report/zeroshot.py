@@ -15,6 +15,7 @@ from evaluation.published import (
     vtab_plus_line,
     write_benchmark,
 )
+from evaluation.report.names import recall_names
 from evaluation.report.page import card, group, line_chart, quote, table
 from evaluation.report.results import write_results
 from evaluation.zeroshot import WEIGHTS
@@ -31,11 +32,7 @@ TITLES = {
 }
 CHOICES = {"text_acc": "text", "image_acc": "image", "acc": "both"}  # Winoground's three scores
 TEXT_COLUMNS = (0, 3)  # flush left: the data set, and its metric or score
-RECALLS = {
-    f"{way}_r{at}": f"{name} R@{at}"
-    for way, name in (("txt", "text"), ("img", "image"))
-    for at in (1, 5, 10)
-}
+RECALLS = recall_names("text", "image")
 
 Results = Mapping[str, Mapping]  # data set -> {metric, images, <metric>_<score> ...}
 

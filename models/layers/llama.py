@@ -355,7 +355,9 @@ def split_dimension(name: str) -> int | None:
     """Dimension along which a matrix or bias lies on several processes, in fairscale's layers and
     in Meta's shards; or None."""
     layer = name.rpartition(".")[0].rpartition(".")[2]
-    return 0 if layer in BY_OUTPUT else 1 if layer in BY_INPUT else None
+    if layer in BY_OUTPUT:
+        return 0
+    return 1 if layer in BY_INPUT else None
 
 
 def own_part(state: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:

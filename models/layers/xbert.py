@@ -273,7 +273,9 @@ class Layer(nn.Module):
                 hidden, keys_values, image_mask, rows, shared=True, with_map=map_of == "cross"
             )
         hidden = self.output(F.gelu(self.intermediate["dense"](hidden)), hidden)
-        return hidden if map_of is None else (hidden, self_map if map_of == "self" else cross_map)
+        if map_of is None:
+            return hidden
+        return hidden, self_map if map_of == "self" else cross_map
 
     def cross_keys_values(self, image: Tensor, cache: DecoderCache | None) -> tuple[Tensor, Tensor]:
         """Keys and values of the image tokens, projected once per decoding where there is a

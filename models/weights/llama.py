@@ -235,7 +235,11 @@ def to_hugging_face(state: State, config: LlamaConfig) -> State:
 
 def hugging_face_values(config: LlamaConfig) -> dict:
     """`config.json` of transformers' LlamaForCausalLM, or Qwen2's or Qwen3's, for this geometry."""
-    kind = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    kind = "llama"
+    if config.qkv_bias:
+        kind = "qwen2"
+    elif config.qk_norm:
+        kind = "qwen3"
     values = {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,

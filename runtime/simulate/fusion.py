@@ -126,12 +126,12 @@ class Fusion:
         """The groups of the step so far. What is still alive was written."""
         for value in self.values.values():
             _write(value)
-        return [
-            Group(kernel.phase, size, line)
-            for kernel in self.kernels.values()
-            for line, size in kernel.lines.items()
-            if size
-        ]
+        groups = []
+        for kernel in self.kernels.values():
+            for line, size in kernel.lines.items():
+                if size:
+                    groups.append(Group(kernel.phase, size, line))
+        return groups
 
     def _value(self, storage: int) -> _Value:
         """What the storage holds; what the step did not make was there before it."""

@@ -26,12 +26,17 @@ def without_randomness() -> Iterator[None]:
     def certain(query, key, value, attn_mask=None, dropout_p=0.0, **options):
         return attention(query, key, value, attn_mask, 0.0, **options)
 
+    randint = torch.randint
+
     def seeded(low: int, high: int, kind: torch.dtype):
         def draw(*shape: int) -> torch.Tensor:
             generator = torch.Generator().manual_seed(1)
-            return torch.randint(low, high, shape, generator=generator, dtype=kind)
+            return randint(low, high, shape, generator=generator, dtype=kind)
 
         return draw
+
+    def in_turn(count: int, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        return torch.arange(shape.numel(), device=device).view(shape) % count
 
     with (
         mock.patch.object(F, "dropout", lambda x, *args, **kwargs: x),
@@ -40,6 +45,8 @@ def without_randomness() -> Iterator[None]:
         # the compiler knows methods of tensors itself: what it traces needs a function
         mock.patch.object(losses, "gumbel_noise", lambda like: torch.zeros_like(like).float()),
         mock.patch.object(torch, "rand", lambda *s, **o: torch.full(s, 0.5, **o)),
+        mock.patch.object(torch, "randint", in_turn),
+        mock.patch.object(torch, "_standard_gamma", torch.ones_like),
         mock.patch.object(steps, "pixels", seeded(0, 256, torch.uint8)),
         mock.patch.object(steps, "ids", seeded(*TOKENS, torch.int64)),
     ):

@@ -32,7 +32,7 @@ TRAINING = {  # folder of the run: script and options
     "clip_muon": "main.py --config configs/main/debug.yaml --model CLIP_VITT8_CLIP --opt muon",
     "vit": "Classification.py --config configs/Classification/debug.yaml --deterministic true",
     "vit_fsdp": f"Classification.py --config configs/Classification/debug.yaml {SHARDED} "
-    "--offload true --profile 2",
+    "--offload true --profile 2 --ema_decay 0",
     "nxtp": "Recognition.py --config configs/Recognition/debug.yaml",
     "nxtp_fsdp": f"Recognition.py --config configs/Recognition/debug.yaml {SHARDED}",
 }

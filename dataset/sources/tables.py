@@ -397,12 +397,20 @@ def columns_of(
     path: Path, names: list[str], required: Sequence[str], columns: dict
 ) -> dict[str, Columns]:
     """Field -> the columns that hold it, of a table with columns of these names. UserError."""
-    used = {}
+    used, unnamed = {}, []
     for field in dict.fromkeys((*required, *columns)):
         if field in columns:
             used[field] = given_columns(path, field, columns[field], names)
+        elif usual := _usual_column(field, names, required):
+            used[field] = Columns([usual])
         else:
-            used[field] = Columns([_usual_column(path, field, names, required)])
+            unnamed.append(field)
+    if unnamed:
+        listed = ", ".join(names[:12]) or "none"
+        address = f"{path}?" + "&".join(f"{field}=COLUMN" for field in unnamed)
+        seen = looks_like(read_start(path)) if path.is_file() else ""
+        missing = f"no column for {' and '.join(unnamed)} (it has {listed}){seen}"
+        raise UserError(f"{path}: {missing}; write '{address}'")
     return used
 
 
@@ -441,19 +449,15 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _usual_column(path: Path, field: str, names: list[str], required: Sequence[str]) -> str:
-    """The column of a field's name, or of a usual one."""
+def _usual_column(field: str, names: list[str], required: Sequence[str]) -> str | None:
+    """The column of a field's name, or of a usual one; None where there is neither."""
     if field in names:
         return field
     lower = {name.lower(): name for name in reversed(names)}
     for usual in (field, *USUAL_NAMES.get(field, ())):
         if usual in lower and usual not in required:
             return lower[usual]
-    listed = ", ".join(names[:12]) or "none"
-    seen = looks_like(read_start(path)) if path.is_file() else ""
-    raise UserError(
-        f"{path}: no column for {field} (it has {listed}){seen}; name it: {path}?{field}=COLUMN"
-    )
+    return None
 
 
 def _known(path: Path, name: str, names: list[str]) -> str:

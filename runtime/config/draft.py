@@ -18,6 +18,7 @@ from runtime.config.yaml import line_of, parse_yaml, read_yaml
 # what torch.distributed.launch and the originals' command lines hand over; the launcher's
 # environment decides
 LAUNCHER_FLAGS = {"local_rank", "rank", "world_size", "dist_url", "dist_backend", "distributed"}
+NAMES_COLUMNS = re.compile(r"\?\w+=")  # as in pairs.csv?caption=title,alt
 
 
 class Source(NamedTuple):
@@ -193,7 +194,19 @@ def value_of_words(words: Sequence[str], knob: Option | None) -> Any:
             return parse_yaml(words[0])[0]
     if knob is None or not knob.kind.many or words[0].lower() in ("none", "null"):
         return words[0]
-    parts = []
+    items = []
     for word in words:
-        parts += re.split(r",(?![^{]*})", word)  # not inside the braces of shard-{00,01}.tar
-    return [part for part in parts if part]
+        items += items_between_commas(word)
+    return [item for item in items if item]
+
+
+def items_between_commas(word: str) -> list[str]:
+    """The items of a list in one word: neither the braces of `shard-{00,01}.tar` nor the columns of
+    `FILE?caption=title,alt` are taken apart."""
+    items: list[str] = []
+    for part in re.split(r",(?![^{]*})", word):
+        if items and NAMES_COLUMNS.search(items[-1]) and not NAMES_COLUMNS.search(part):
+            items[-1] += f",{part}"
+        else:
+            items.append(part)
+    return items

@@ -190,8 +190,10 @@ def test_lists(argv):
     assert read("--train-file", "[]").train_file == []
 
 
-def test_list_keeps_brace_patterns_and_tuples_have_a_length():
+def test_list_keeps_braces_and_columns_and_tuples_have_a_length():
     assert read("--train-file", "s3://b/{00,01}.tar,c").train_file == ["s3://b/{00,01}.tar", "c"]
+    tables = ["a.csv", "b.csv?image=url&caption=title,alt:0.5", "c.csv?caption=x,y"]
+    assert read("--train-file", ",".join(tables)).train_file == tables
     assert read("--betas", "0.9", "0.98").optimizer.betas == (0.9, 0.98)
     assert "--betas: expected 2 values (a finite number, a finite number), got" in mistakes(
         "--betas", "0.9"

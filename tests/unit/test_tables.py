@@ -171,6 +171,7 @@ def test_dual_encoders_read_tables_for_any_collection(tmp_path):
         (b"filepath,title\na.jpg\n", "", r"row 1: 1 cells under 2 names"),
         (b"filepath,title\na.jpg,x\n,y\n", "", r"row 2: '' is no path of an image"),
         (b"filepath,words\na.jpg,x\n", "", r"no column for caption .*it has filepath, words"),
+        (b"Datei;Satz\na.jpg;x\n", "", r"image and caption .*\?image=COLUMN&caption=COLUMN'"),
         (b"filepath,title\na.jpg,x\n", "?caption=titel", r"no column titel; did you mean title"),
         (b"filepath,title\na.jpg,x\n", "?caption=", r"no column given for caption"),
         (b"filepath,title\na.jpg,x\n", "?", r"expected FILE\?field=column"),
@@ -178,7 +179,7 @@ def test_dual_encoders_read_tables_for_any_collection(tmp_path):
         (b'filepath,title\na.jpg,"x\n' + b"b.jpg,y\n" * 99, "", r"100 of 100 entries"),
         ("filepath,title\n".encode("utf-16-le"), "", r"it looks like UTF-16"),
         (b'filepath,title\na.jpg,"x\n', "", r"row 1: lines 2 to 2: unexpected end of data"),
-        (b"", "", r"no column for image \(it has none\)"),
+        (b"", "", r"no column for image and caption \(it has none\)"),
         (b"filepath,title\n", "", r"no entries|empty"),
     ],
 )

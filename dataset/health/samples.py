@@ -17,7 +17,8 @@ TINY = 32  # pixels of the shorter side below which an image is called tiny
 HUGE = 25_000_000  # pixels
 THIN = 6.0  # longer side / shorter side
 FLAT = 2.0  # levels of 255 between an image's darkest and lightest pixel
-THUMBNAIL = 8  # side of what near duplicates are compared by
+HASHED = 8  # side of the grid that the difference hash is made of
+THUMBNAIL = 24  # side of what near duplicates are compared by
 TEXT_FIELDS = ("caption", "question", "sentence", "text")
 ID_FIELDS = ("question_id", "ref_id")
 # Problems after which a sample cannot be trained on; the others are remarks.
@@ -157,27 +158,27 @@ def examine_image(content: bytes, name: str) -> Image:
         problems.append("thin")
     if is_turned(content):
         problems.append("rotated by EXIF")
-    small = thumbnail(pixels)
-    if float(small.max() - small.min()) < FLAT:
+    small = shrunk(pixels)
+    coarse = F.adaptive_avg_pool2d(small, HASHED)
+    if float(coarse.max() - coarse.min()) < FLAT:
         problems.append("one colour")
     return Image(name, tuple(problems), (height, width), digest, signature(small))
 
 
-def thumbnail(pixels: torch.Tensor) -> torch.Tensor:
-    """float32 [3,8,9] of uint8 [3,H,W], each value the mean of its area, 0 to 255."""
-    step = max(1, min(pixels.shape[1:]) // (8 * THUMBNAIL))  # large images need not be read whole
-    some = pixels[:, ::step, ::step].float()
-    return F.adaptive_avg_pool2d(some, (THUMBNAIL, THUMBNAIL + 1))
+def shrunk(pixels: torch.Tensor) -> torch.Tensor:
+    """float32 [3,h,w] of uint8 [3,H,W], 0 to 255: large images need not be read whole."""
+    step = max(1, min(pixels.shape[1:]) // (8 * HASHED))
+    return pixels[:, ::step, ::step].float()
 
 
 def signature(small: torch.Tensor) -> bytes:
     """8 bytes of difference hash (is each grey value above its right neighbour?), then the
-    thumbnail as 192 bytes, of a float32 [3,8,9] thumbnail."""
-    grey = small.mean(0)
+    thumbnail [3,24,24] as 1,728 bytes, of a float32 [3,h,w] image."""
+    grey = F.adaptive_avg_pool2d(small, (HASHED, HASHED + 1)).mean(0)
     bits = (grey[:, :-1] > grey[:, 1:] + 0.5).flatten()
     number = sum(1 << place for place, bit in enumerate(bits.tolist()) if bit)
-    colours = small[:, :, :THUMBNAIL].round().byte().flatten().tolist()
-    return number.to_bytes(8, "little") + bytes(colours)
+    colours = F.adaptive_avg_pool2d(small, (THUMBNAIL, THUMBNAIL)).round().byte()
+    return number.to_bytes(8, "little") + colours.numpy().tobytes()
 
 
 # ---- boxes

@@ -4,17 +4,18 @@ import io
 import json
 import sys
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageEnhance
 
 from base.errors import UserError
 from base.reading import read_json_lines
 from dataset.health import survey
 from dataset.health.classes import class_findings, classes_of, similar_names
 from dataset.health.duplicates import near_duplicates
-from dataset.health.samples import box_inside, signature, text_problems, thumbnail
+from dataset.health.samples import box_inside, shrunk, signature, text_problems
 from dataset.sources.tar_writer import write_shard
 from scripts import doctor
 
@@ -227,13 +228,44 @@ def test_near_duplicates_are_told_from_other_images():
         for size, quality in (((96, 64), 95), ((75, 50), 50)):
             image = scene(n, (96, 64)).resize(size)
             pixels = np.array(Image.open(io.BytesIO(jpeg(image, quality=quality))))
-            small = thumbnail(doctor_tensor(pixels))
+            small = shrunk(doctor_tensor(pixels))
             signatures.append(signature(small))
     groups = near_duplicates(signatures)
     pairs = {tuple(group) for group in groups}
     assert {group for group in pairs if len(group) != 2 or group[1] != group[0] + 1} == set()
     assert len(pairs) >= 297
     assert near_duplicates([]) == near_duplicates([b"", b""]) == []
+
+
+def signatures_of(images):
+    stored = [np.array(Image.open(io.BytesIO(jpeg(image)))) for image in images]
+    return [signature(shrunk(doctor_tensor(pixels))) for pixels in stored]
+
+
+def test_near_duplicates_may_be_cropped_or_brightened_and_drawings_differ_by_their_outlines():
+    drawings = []
+    for draw, colour in product(("ellipse", "rectangle"), ((220, 40, 40), (30, 160, 60))):
+        for x, y, side in ((10, 8, 84), (130, 90, 110)):
+            drawing = Image.new("RGB", (256, 208), (245, 245, 240))
+            getattr(ImageDraw.Draw(drawing), draw)([x, y, x + side, y + side], fill=colour)
+            drawings.append(drawing)
+    assert near_duplicates(signatures_of(drawings)) == []
+    cropped = brightened = 0
+    for photo in (scene(seed) for seed in range(20)):
+        width, height = photo.size
+        for box in ((0.05 * width, 0, width, height), (0, 0, 0.95 * width, 0.95 * height)):
+            pair = [photo, photo.crop([round(edge) for edge in box])]
+            cropped += near_duplicates(signatures_of(pair)) == [[0, 1]]
+        for factor in (0.85, 1.15):
+            pair = [photo, brighter(photo, factor)]
+            brightened += near_duplicates(signatures_of(pair)) == [[0, 1]]
+    assert cropped >= 36 and brightened == 40
+    same = [drawings[0], drawings[0].resize((180, 146)), brighter(drawings[0], 0.85)]
+    assert near_duplicates(signatures_of(same)) == [[0, 1, 2]]
+
+
+def brighter(image, factor):
+    return ImageEnhance.Brightness(image).enhance(factor)
 
 
 def doctor_tensor(pixels):

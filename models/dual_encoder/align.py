@@ -65,8 +65,9 @@ class Align(DualEncoder):
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
         """`feats_*` [B,C], [B,T], `z_*` [B,E], and the temperature."""
-        images = self.embed_image(image)
+        # texts first, so that the backward pass begins with the images and frees what they hold
         texts = self.embed_text(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
+        images = self.embed_image(image)
         return {
             "feats_image": images["feats"],
             "z_image": images["z"],

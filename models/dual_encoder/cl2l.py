@@ -111,21 +111,30 @@ class CL2L(CLIP):
                 f"text_ids holds {text_ids.shape[1]} rows a sample, but {1 + views} belong to 1 global and {views} "
                 "local images: give the tokenizer and the image transform the same num_augs"
             )
-        image_feats, image_local_feats = self._image_views(image, image_local)
-        text_feats, text_local_feats = self._text_views(text_ids)
-        features = {
-            "feats_image": image_feats,
-            "feats_text": text_feats,
+        # The backward pass begins with what comes last here. Images have most of the activations:
+        # they are freed before the text tower's gradients arise.
+        texts = self._text_embeddings(text_ids)
+        return {
+            **self._image_embeddings(image, image_local),
+            **texts,
             "logit_scale": self.logit_scale.exp(),
-            "z_image_global": self.image_projector(image_feats),
-            "z_text_global": self.project_text(text_feats),
             "h_logit_scale": self.local_scale,
         }
-        if views:
-            features["feats_image_local"] = image_local_feats
-            features["feats_text_local"] = text_local_feats
-            features["h_image_local"] = per_view(self.l2l_image_projector, image_local_feats)
-            features["h_text_local"] = per_view(self.l2l_text_projector, text_local_feats)
+
+    def _image_embeddings(self, image: Tensor, image_local: Tensor | None) -> Features:
+        feats, local = self._image_views(image, image_local)
+        features = {"feats_image": feats, "z_image_global": self.image_projector(feats)}
+        if local is not None:
+            features["feats_image_local"] = local
+            features["h_image_local"] = per_view(self.l2l_image_projector, local)
+        return features
+
+    def _text_embeddings(self, text_ids: Tensor) -> Features:
+        feats, local = self._text_views(text_ids)
+        features = {"feats_text": feats, "z_text_global": self.project_text(feats)}
+        if local is not None:
+            features["feats_text_local"] = local
+            features["h_text_local"] = per_view(self.l2l_text_projector, local)
         return features
 
     def losses(
@@ -248,9 +257,17 @@ class CL2L(CLIP):
 
 
 def per_view(head: nn.Module, feats: Tensor) -> Tensor:
-    """head of [B,A,D] along the last axis; each view has its own batch statistics."""
+    """head of [B,A,D] along the last axis; each view has its own batch statistics.
+
+    Layers without statistics see all views at once: one product reads the weights, and one makes
+    their gradient.
+    """
     if not has_batch_norm(head):
         return head(feats)
+    if isinstance(head, nn.Sequential):
+        for layer in head:
+            feats = per_view(layer, feats)
+        return feats
     return torch.stack([head(view) for view in feats.unbind(1)], 1)
 
 

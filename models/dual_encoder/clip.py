@@ -45,13 +45,15 @@ class CLIP(DualEncoder, TwoTowers):
         """`feats_*` [B,C], [B,T], `z_*` [B,E], and the scale of the logits. Local views are
         ignored.
         """
-        image_feats = self.visual(image)
+        # texts first, so that the backward pass begins with the images and frees what they hold
         text_feats = self.text_features(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
+        z_text = self.project_text(text_feats)
+        image_feats = self.visual(image)
         return {
             "feats_image": image_feats,
             "z_image": self.image_projector(image_feats),
             "feats_text": text_feats,
-            "z_text": self.project_text(text_feats),
+            "z_text": z_text,
             "logit_scale": self.logit_scale.exp(),
         }
 

@@ -25,12 +25,13 @@ class SlipCLIP(DualEncoder, TwoTowers):
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
         """`image_embed`, `text_embed` [B,E] and the scale."""
-        return self._language(self.visual(image), text_ids)
+        features = self._language(text_ids)  # first: the backward pass begins with the images
+        features["image_embed"] = self.visual(image) @ self.image_projection
+        return features
 
-    def _language(self, image_feats: Tensor, text_ids: Tensor) -> Features:
+    def _language(self, text_ids: Tensor) -> Features:
         text_feats = self.text_features(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
         return {
-            "image_embed": image_feats @ self.image_projection,
             "text_embed": text_feats @ self.text_projection,
             "logit_scale": self.logit_scale.exp(),
         }
@@ -97,9 +98,11 @@ class Slip(SlipCLIP):
         """CLIP's, and `aug1_embed`, `aug2_embed` [B,D]; `image_local` [B,2,3,H,W] are the
         augmentations.
         """
+        features = self._language(text_ids)
         image_feats, first, second = image_views(self.visual, (image, *image_local.unbind(1)))
-        features = {"aug1_embed": self.image_mlp(first), "aug2_embed": self.image_mlp(second)}
-        features.update(self._language(image_feats, text_ids))
+        features["image_embed"] = image_feats @ self.image_projection
+        features["aug1_embed"] = self.image_mlp(first)
+        features["aug2_embed"] = self.image_mlp(second)
         return features
 
     def losses(self, features: Features, targets: Features | None = None) -> Features:

@@ -2,15 +2,17 @@
 momentum model."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig, names_by_decay
+from models.dual_encoder.cl2l import per_view
 from models.dual_encoder.factory import BACKBONES, HEADS, build_dual, model_names, parts_of
 from models.layers.average import WeightAverage
-from models.layers.clip_towers import TextNoise
+from models.layers.clip_towers import TextNoise, siamlip_projector
 from models.layers.openai_towers import openai_model
 from tests.helpers.clip_toys import END, ToyConvNet, losses_with_total, toy, toy_batch
 
@@ -23,11 +25,13 @@ TRAINABLE = [f"{base}_VITB16_{head}" for base in ("CLIP", "CL2L") for head in HE
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_every_head_trains_with_either_base(name):
     """A small step along the gradient lowers the loss, and every trainable weight has a
-    gradient."""
+    gradient: the image tower's come first, so that its activations make room for the text tower's."""
     model = toy(name, separate_proj=True)
+    arrived = note_towers(model)
     batch = toy_batch()
     first = losses_with_total(model, batch)
     first["loss"].backward()
+    assert arrived == sorted(arrived) and arrived
     missing = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -36,6 +40,21 @@ def test_every_head_trains_with_either_base(name):
         for parameter in parameters:
             parameter -= 1e-3 * parameter.grad / norm
     assert losses_with_total(model, batch)["loss"] < first["loss"]
+
+
+def note_towers(model) -> list[str]:
+    """The tower of every gradient, in the order in which a backward pass makes them."""
+    arrived = []
+    for name, parameter in model.named_parameters():
+        for tower, starts in model.towers.items():
+            if name.startswith(starts) and parameter.requires_grad:
+                note = partial(note_tower, arrived, tower)
+                parameter.register_post_accumulate_grad_hook(note)
+    return arrived
+
+
+def note_tower(arrived: list[str], tower: str, parameter: torch.Tensor) -> None:
+    arrived.append(tower)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -83,6 +102,20 @@ def test_joined_views_are_the_views_apart():
         torch.testing.assert_close(out["feats_image_local"][:, a], feats, rtol=1e-5, atol=1e-5)
         feats = model.text_features(batch["text_ids"][:, 1 + a])
         torch.testing.assert_close(out["feats_text_local"][:, a], feats, rtol=1e-5, atol=1e-5)
+
+
+def test_views_are_apart_in_batch_norms_alone():
+    """The other layers of a head see all views at once; results and statistics are the same."""
+    head = siamlip_projector(16, 20, 10).double()
+    apart = copy.deepcopy(head)
+    feats = torch.randn(8, 3, 16, dtype=torch.float64)
+    widths = []
+    head[0].register_forward_hook(lambda layer, given, found: widths.append(found.shape))
+    expected = torch.stack([apart(view) for view in feats.unbind(1)], 1)
+    torch.testing.assert_close(per_view(head, feats), expected)
+    assert widths == [(8, 3, 20)]
+    for name, value in apart.state_dict().items():
+        torch.testing.assert_close(head.state_dict()[name], value, msg=name)
 
 
 def test_the_last_block_computes_the_class_token_alone():

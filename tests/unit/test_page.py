@@ -15,6 +15,7 @@ from evaluation.report.chart import nice_ticks
 from evaluation.report.examples import answer_case, box_case
 from evaluation.report.images import heat_map, image_uri
 from evaluation.report.page import (
+    bar,
     card,
     figure,
     line_chart,
@@ -78,12 +79,25 @@ def test_chart_keeps_its_points_inside():
     assert line_chart({"a": []}) == ""
 
 
-def test_recalls_become_a_row_each():
-    recall = {f"{way}_r{at}": 12.34 for way in ("txt", "img") for at in (1, 5, 10)} | {
-        "r_mean": 56.78
-    }
+def test_recalls_become_a_row_each_under_their_titles():
+    names = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
+    recall = {name: 10.0 + number for number, name in enumerate(names)}
     made = recall_table({"ours": recall, "chance": recall})
-    assert made.count("12.3") == 12 and made.count("56.8") == 2 and made.count("<tr>") == 3
+    assert re.findall(r"<th[^>]*>([^<]*)<", made) == [
+        "recall in %",
+        *(f"caption R@{k}" for k in (1, 5, 10)),
+        *(f"image R@{k}" for k in (1, 5, 10)),
+        "mean",
+    ]
+    figures = [f"{value:.1f}" for value in recall.values()]
+    assert re.findall(r"<td[^>]*>([^<]*)<", made) == ["ours", *figures, "chance", *figures]
+    assert made.count('class="text"') == 2 and made.count('class="best text"') == 1  # names
+
+
+def test_a_table_is_flush_left_in_its_first_column_and_nothing_is_bold_unasked():
+    made = table(["name", "score"], [["a", "1"], ["b", "2"]])
+    assert made.count('<th class="text">') == 1 and made.count('<td class="text">') == 2
+    assert "best" not in made and "<b " not in bar(50.0)
 
 
 def test_thumbnail_is_a_jpeg_inside_the_page():

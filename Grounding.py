@@ -28,7 +28,7 @@ from base.reading import read_json
 from dataset.images.decode import check_image_root, decode_image, reading
 from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records
-from dataset.tasks.grounding import ReferringExpressions
+from dataset.tasks.grounding import ReferringExpressions, read_detections, referred_boxes
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, number_images
 from dataset.text.wordpiece import TextCollate, Tokenizer
@@ -59,12 +59,14 @@ class Config(FineTuneConfig):
         Path("output/Grounding"), "folder of this run: log, checkpoints, result/"
     )
     train_file: list[Path] = knob([], "expressions to train on: {image, text}")
-    test_file: list[Path] = knob([], "expressions to find: {image, text, ref_id}")
+    test_file: list[Path] = knob([], "expressions to find: {image, text, bbox}, or with ref_id")
     image_root: Path = knob(Path("."), "folder that image paths start from")
     refcoco_data: Path | None = knob(
         None, "folder that holds refcoco+/refs(unc).p and refcoco+/instances.json"
     )
-    det_file: Path | None = knob(None, "detected boxes [x, y, w, h] by image_id (JSON)")
+    det_file: Path | None = knob(
+        None, "detected boxes [x, y, w, h] by image_id (JSON); none = the annotated boxes"
+    )
     gradcam_mode: str = knob(
         "itm", "maps from ITM's cross-attention or from ITC's [CLS]", choices=("itm", "itc")
     )
@@ -111,22 +113,20 @@ def test_data(config: Config) -> ReferringExpressions | None:
     """The expressions to find, with their boxes."""
     if not config.test_file:
         return None
-    if config.refcoco_data is None or config.det_file is None:
-        raise UserError(
-            "test_file needs refcoco_data (refs and annotations) and det_file (detected boxes)"
-        )
-    folder = config.refcoco_data / "refcoco+"
-    data = ReferringExpressions(
-        Records(config.test_file, ("image", "text", "ref_id")).complete(),
-        load_plain(folder / "refs(unc).p"),
-        read_json(folder / "instances.json", dict, "check refcoco_data and det_file"),
-        read_json(config.det_file, dict, "check refcoco_data and det_file"),
-        config.image_root,
-        test_view(config),
-        config.max_words,
+    known_by = "ref_id" if config.refcoco_data else "bbox"
+    records = list(Records(config.test_file, ("image", "text", known_by)).complete())
+    check_image_root(config.image_root, [record["image"] for record in records])
+    if config.refcoco_data:
+        folder = config.refcoco_data / "refcoco+"
+        refs = load_plain(folder / "refs(unc).p")
+        instances = read_json(folder / "instances.json", dict, "check refcoco_data")
+    else:
+        records, refs, instances = referred_boxes(records, config.image_root)
+    boxes = read_detections(config.det_file, instances)
+    view = test_view(config)
+    return ReferringExpressions(
+        records, refs, instances, boxes, config.image_root, view, config.max_words
     )
-    check_image_root(config.image_root, data.images)
-    return data
 
 
 def train_step(model, teacher, next_batch, alpha, config: Config, precision) -> dict[str, Tensor]:

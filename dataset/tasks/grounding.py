@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from base.errors import UserError, brief
+from base.errors import BadSample, UserError, brief
 from base.limits import IMAGE_PIXELS
+from base.reading import read_json
 from dataset.images.decode import decode_image
 from dataset.text.wordpiece import pre_caption
 
@@ -82,6 +83,51 @@ class ReferringExpressions:
     def load(self, index: int) -> dict:
         """`image` uint8 [3,H,W] and `text`."""
         return {"image": self.transform(decode_image(self.file(index))), "text": self.texts[index]}
+
+
+def referred_boxes(
+    records: Sequence[dict], image_root: str | Path
+) -> tuple[list[dict], list[dict], dict]:
+    """Expressions that carry their own boxes, in REFER's form: (records with ref_id, refs,
+    instances), where an image's id is its path.
+
+    records: {image, text, bbox: [x, y, w, h]} and, where there are several, `split` ("test").
+    Raises UserError for an image that cannot be read.
+    """
+    refs, annotations, named = [], [], []
+    for number, record in enumerate(records):
+        image, split = record["image"], record.get("split", "test")
+        named.append({**record, "ref_id": number})
+        refs.append({"ref_id": number, "ann_id": number, "image_id": image, "split": split})
+        annotations.append({"id": number, "image_id": image, "bbox": record["bbox"]})
+    images = []
+    for image in dict.fromkeys(record["image"] for record in records):
+        try:
+            height, width = decode_image(Path(image_root) / image).shape[1:]
+        except BadSample as error:
+            raise UserError(f"test_file: {error}; fix it or remove its entries") from None
+        images.append({"id": image, "height": height, "width": width})
+    return named, refs, {"images": images, "annotations": annotations}
+
+
+def read_detections(path: Path | None, instances: Mapping) -> Mapping:
+    """Boxes by image_id: of an object {image_id: boxes}, of a detector's results in COCO's form, a
+    list of {image_id, bbox}, or, without a file, the annotated ones. UserError."""
+    if path is None:
+        found = instances.get("annotations", [])
+        remedy = "instances.json: annotations need image_id and bbox; or give det_file"
+    else:
+        found = read_json(path, None, "check det_file")
+        remedy = f"{path}: expected an object, image_id: boxes, or a list of {{image_id, bbox}}"
+    if isinstance(found, Mapping):
+        return found
+    boxes: dict[str, list] = {}
+    try:
+        for each in found:
+            boxes.setdefault(str(each["image_id"]), []).append(each["bbox"])
+    except (KeyError, TypeError):
+        raise UserError(remedy) from None
+    return boxes
 
 
 def read_boxes(detections: object, where: str) -> list[Box]:

@@ -166,7 +166,7 @@ def write_zero_shot(
         why = "see above" if config.datasets or config.catalog else "why: result/report.html"
         text += f"\n\n{len(skipped)} SKIPPED, {why}: {', '.join(skipped)}"
     sections += [each.card() for each in found.values()]
-    write_results(config, f"Zero-shot evaluation of {title}", figures, sections, text)
+    write_results(config, f"Zero-shot evaluation of {source}", figures, sections, text)
     folder = Path(config.output_dir) / "result"
     by_class = {name: each.by_class for name, each in found.items() if each.by_class}
     write_json(folder / "classes.json", by_class, indent=1)

@@ -9,7 +9,8 @@ import torch
 
 from base.errors import BadSample, UserError
 from dataset.images.albef import TestTransform
-from dataset.tasks.grounding import ReferringExpressions, targets
+from dataset.images.decode import decode_image
+from dataset.tasks.grounding import ReferringExpressions, read_detections, referred_boxes, targets
 from dataset.tasks.ve_nlvr import NLVR2, ORIGINAL_NLVR2, SNLI_VE, Statements
 from dataset.tasks.vqa import (
     QuestionAnswers,
@@ -385,3 +386,31 @@ def test_refcoco_recipe_evaluates_val_which_chooses_the_checkpoint():
     recipe = Path(__file__).parents[2] / "configs/Grounding/refcoco.yaml"
     files = load(importlib.import_module("Grounding").Config, recipe).test_file
     assert files == [Path("data/refcoco+_val.json"), Path("data/refcoco+_test.json")]
+
+
+def test_expressions_may_carry_their_boxes_and_detections_be_a_list_of_results(folder, tmp_path):
+    entries = [
+        {"image": "a.jpg", "text": "left", "bbox": [0, 1, 5, 6]},
+        {"image": "a.jpg", "text": "right", "bbox": [7, 1, 5, 6], "split": "val"},
+    ]
+    records, refs, instances = referred_boxes(entries, folder)
+    parts = [folder, TestTransform(16)]
+    boxes = read_detections(None, instances)
+    data = ReferringExpressions(records, refs, instances, boxes, *parts)
+    assert [target.split for target in data.targets] == ["test", "val"]
+    assert data.targets[1].box == [7.0, 1.0, 5.0, 6.0]
+    height, width = decode_image(folder / "a.jpg").shape[1:]
+    assert (data.targets[0].height, data.targets[0].width) == (height, width)
+    assert data.boxes == [[[0.0, 1.0, 5.0, 6.0], [7.0, 1.0, 5.0, 6.0]]] * 2
+
+    results = tmp_path / "detections.json"
+    results.write_text(json.dumps([{"image_id": "a.jpg", "bbox": [1, 1, 2, 2], "score": 0.5}]))
+    data = ReferringExpressions(
+        records, refs, instances, read_detections(results, instances), *parts
+    )
+    assert data.boxes == [[[1.0, 1.0, 2.0, 2.0]]] * 2
+    results.write_text("[[1, 2, 3, 4]]")
+    with pytest.raises(UserError, match=r"a list of {image_id, bbox}"):
+        read_detections(results, instances)
+    with pytest.raises(UserError, match=r"none.jpg.*remove its entries"):
+        referred_boxes([{**entries[0], "image": "none.jpg"}], folder)

@@ -48,15 +48,25 @@ def atomic_write(
 @contextmanager
 def file_errors(path: str | Path, remedy: str) -> Iterator[None]:
     """An OSError inside, such as a full disk, becomes a UserError about `path` that ends with
-    `remedy`."""
+    `remedy`; about another file, which was to be read for it, one that names this."""
     try:
         yield
     except OSError as error:
         what = error.strerror or str(error)
+        if _is_of_another(error, Path(path).absolute()):
+            raise UserError(f"{error.filename}: {what}; allow reading it, or remove it") from error
         if error.errno in DISK_FULL:
             free = shutil.disk_usage(_existing(Path(path))).free / 2**30
             what = f"the disk is full or the quota used up ({what}; {free:.1f} GiB free)"
         raise UserError(f"{path}: not written, {what}; {remedy}") from error
+
+
+def _is_of_another(error: OSError, path: Path) -> bool:
+    """Whether an error names a file that lies neither in the folder of `path` nor above it."""
+    if not isinstance(error.filename, str | Path):
+        return False
+    found = Path(error.filename).absolute()
+    return path.parent not in found.parents and found not in path.parents
 
 
 def _existing(path: Path) -> Path:

@@ -131,21 +131,28 @@ def _texts(record: dict) -> list[str]:
 
 
 def _count_image(record: dict, build: object, look: Look) -> None:
-    image = record.get("image") or record.get("url")
-    root = root_of(build, record)
-    if root is None and not isinstance(image, bytes):
-        return
-    if not isinstance(image, str | Path | bytes):
-        return
-    look.images += 1
     name = name_of(record)
-    try:
-        sides = size_of(image if isinstance(image, bytes) else image_source(root, str(image)))
-    except (BadSample, OSError, ValueError, SyntaxError):
-        look.closed.append(name)
-        return
-    if min(sides) < TINY:
-        look.tiny.append(name)
+    for image in _images_of(record, build):
+        look.images += 1
+        try:
+            sides = size_of(image if isinstance(image, bytes) else image_source(Path(), str(image)))
+        except (BadSample, OSError, ValueError, SyntaxError):
+            look.closed.append(name)
+            continue
+        if min(sides) < TINY:
+            look.tiny.append(name)
+
+
+def _images_of(record: dict, build: object) -> Sequence[Path | bytes]:
+    """A record's images: encoded, or where they lie as the source's own reader finds them."""
+    files = getattr(build, "files", None)
+    if files is not None:  # SNLI-VE names images by their stems, NLVR2 two of them
+        return files(record)
+    image = record.get("image") or record.get("url")
+    if isinstance(image, bytes):
+        return [image]
+    root = root_of(build, record)
+    return [root / image] if root is not None and isinstance(image, str | Path) else []
 
 
 def root_of(build: object, record: dict) -> Path | None:
@@ -162,6 +169,8 @@ def size_of(image: Path | bytes) -> tuple[int, int]:
     """Width and height of an encoded image, by its header. OSError where it is none."""
     from PIL import Image
 
+    if isinstance(image, Path) and not image.is_file():  # a FIFO would wait for ever
+        raise FileNotFoundError(image)
     with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
         return opened.size
 

@@ -14,7 +14,7 @@ import pytest
 from base import caches, names, reading, writing
 from base.errors import UserError
 from base.text import clean_surrogates
-from base.writing import check_output_folder
+from base.writing import atomic_write, check_output_folder
 
 BOM = b"\xef\xbb\xbf"
 
@@ -143,6 +143,14 @@ def test_any_other_failure_is_cleaned_up_and_passed_on(tmp_path):
         temporary.write_text("half")
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_the_one_that_is_written(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"lists/a\.json: No such file or directory; allow reading"),
+        atomic_write(tmp_path / "cache/a.index") as temporary,
+    ):
+        temporary.write_bytes((tmp_path / "lists/a.json").read_bytes())
 
 
 def test_a_file_in_the_way_of_the_folder_is_one_sentence(tmp_path):

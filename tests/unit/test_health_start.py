@@ -16,6 +16,7 @@ from dataset.sources.shards import ShardSource
 from dataset.sources.tar_writer import write_shard
 from dataset.tasks.captions import CaptionCollate
 from dataset.tasks.retrieval import RetrievalCollate
+from dataset.tasks.ve_nlvr import NLVR2, SNLI_VE, Statements
 from dataset.tasks.vqa import QuestionAnswers
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.wordpiece import Tokenizer
@@ -67,6 +68,24 @@ def test_sound_data_is_passed_over_in_silence(tmp_path, tokenizer):
     assert len(held_out) == 1
     files = {"val_file": [str(tmp_path / "val.json")]}
     assert look_over([source], RetrievalCollate(tokenizer, 3), files) == []
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_images_are_looked_for_where_the_reader_finds_them(missing, tmp_path):
+    """SNLI-VE names them without .jpg, NLVR2 two of them."""
+    for name in ("1.jpg", "2.png"):
+        (tmp_path / name).write_bytes(encoded(40))
+    entailment = {"image": 1, "sentence": "a", "label": "neutral"}
+    pair = {"images": ["1.jpg", "2.png"], "sentence": "a", "label": "True"}
+    for number, (entry, kind) in enumerate([(entailment, SNLI_VE), (pair, NLVR2)], 1):
+        (tmp_path / "a.json").write_text(json.dumps([entry]))
+        source = Statements(tmp_path / "a.json", kind, tmp_path, None).source()
+        if missing:
+            (tmp_path / "1.jpg").unlink(missing_ok=True)
+        found = look_over([source], None, {})
+        assert len(found) == 2 * missing
+        assert not missing or f"1 of {number} images cannot be opened" in found[0]
+        (tmp_path / "1.jpg").write_bytes(encoded(40))
 
 
 def test_long_captions_tiny_and_missing_images_are_one_line(tmp_path, tokenizer):

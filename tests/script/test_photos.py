@@ -65,7 +65,7 @@ def test_published_towers_find_captions_of_real_images(packages, tmp_path, monke
     assert neighbours["knn1"] > 80 and neighbours["knn10_weighted"] > 80  # chance 47.4
     found = json.loads((tmp_path / "result/metrics.json").read_text())["results"]
     captions, classes = found["captions"], found["stamps"]
-    assert captions["images"] == 78
+    assert captions["images"] == len(json.loads((data / "pairs_test.json").read_text())) > 60
     assert captions["txt_r1_z"] > 25 and captions["img_r1_z"] > 25  # chance 1.3
     assert captions["txt_r5_z"] > 45 and classes["acc1_z"] > 40  # chance 6.4 and 12.5
 

@@ -94,7 +94,7 @@ def check_output_folder(folder: str | Path) -> None:
         raise UserError(f"{folder}: {found} is not a folder; {remedy}")
     if not os.access(found, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: {found} is read-only or not yours; {remedy}")
-    for name in ("config.yaml", "log.jsonl", ".lock"):
+    for name in ("config.yaml", "log.jsonl", ".lock", "result/metrics.json", "result/report.html"):
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             raise UserError(f"{folder / name}: not a regular file; remove it, or {remedy}")
     for name in ("result", "tensorboard"):

@@ -233,10 +233,10 @@ def unusable(root: Path) -> dict[str, tuple[Path, str]]:
     (root / "file").write_text("in the way")
     os.mkfifo(root / "fifo")
     (root / "link").symlink_to(root / "nowhere")
-    for name in ("config.yaml", "log.jsonl"):
+    for name in ("config.yaml", "log.jsonl", "result/metrics.json"):
         (root / f"with {name}" / name).mkdir(parents=True)
-    (root / "with result").mkdir()
-    (root / "with result/result").write_text("in the way")
+    (root / "with a file").mkdir()
+    (root / "with a file/result").write_text("in the way")
     os.mkdir(root / "with fifo")
     os.mkfifo(root / "with fifo/log.jsonl")
     return {
@@ -248,8 +248,12 @@ def unusable(root: Path) -> dict[str, tuple[Path, str]]:
         "too long a name": (root / ("x" * 300), "name too long"),
         "a folder as config.yaml": (root / "with config.yaml", "config.yaml: not a regular file"),
         "a folder as log.jsonl": (root / "with log.jsonl", "log.jsonl: not a regular file"),
+        "a folder as metrics.json": (
+            root / "with result/metrics.json",
+            "metrics.json: not a regular file",
+        ),
         "a FIFO as log.jsonl": (root / "with fifo", "log.jsonl: not a regular file"),
-        "a file as result": (root / "with result", "result: not a folder"),
+        "a file as result": (root / "with a file", "result: not a folder"),
         "a URL": (Path("https://host/run"), "folders and buckets"),
     }
 

@@ -3,7 +3,7 @@ of a split."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -16,6 +16,15 @@ from evaluation.report import page
 from evaluation.report.examples import gallery
 from evaluation.report.images import heat_map, resized
 
+SCORES = {
+    "exact_recall": "labels found, spelt alike (recall)",
+    "exact_precision": "right among as many labels as an image shows (precision)",
+    "exact_f1": "F1 of both",
+    "recall": "recall by meaning",
+    "precision": "precision by meaning",
+    "f1": "F1 by meaning",
+    "diversity": "diversity of the labels, by meaning",
+}
 TILE = 224  # pixels; this and the next two
 CAPTION = 24
 GAP = 8
@@ -67,9 +76,7 @@ def label_report(
 
     data: has `references`, `image(i)` and a length; found: its labels with scores, best first.
     """
-    scores = []
-    for name, value in metrics.items():
-        scores.append((name, f"{value:.2f}" if name.startswith("exact") else f"{value:.5f}"))
+    scores = page.score_table(["in %", "score", "chance"], label_scores(metrics), None)
     shown: Counter[str] = Counter()
     named: Counter[str] = Counter()
     right = torch.zeros(len(data), dtype=torch.bool)
@@ -88,10 +95,23 @@ def label_report(
 
     intro = "Green: what the image shows. The ten likeliest labels each."
     return [
-        page.card(f"{split}: {len(data)} images", page.table(["score", "value"], scores)),
+        page.card(f"{split}: {len(data)} images", scores),
         page.card("The most frequent labels", page.table(["label", "images", "found, %"], common)),
         gallery(f"Labels, {split}", right, example, intro=intro),
     ]
+
+
+def label_scores(metrics: Mapping[str, float]) -> list[tuple[str, float, float | None]]:
+    """(name, score, chance) in percent of the figures of `evaluation.recognition`: exact ones are in
+    percent already, those by meaning from 0 to 1, and chance is that of the last F1."""
+    guessed = "f1" if "f1" in metrics else "exact_f1"
+    rows = []
+    for name, title in SCORES.items():
+        if name in metrics:
+            scale = 1 if name.startswith("exact") else 100
+            chance = metrics.get("chance") if name == guessed else None
+            rows.append((title, scale * metrics[name], chance and scale * chance))
+    return rows
 
 
 def label_case(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from base.errors import UserError, brief
 from base.names import nearest
-from runtime.config.old_commands import FLAG_FILES, recipe_of
+from runtime.config.old_commands import FLAG_FILES, NEW_FLAGS, recipe_of
 from runtime.config.schema import Option, Schema
 from runtime.config.values import show
 from runtime.config.yaml import line_of, parse_yaml, read_yaml
@@ -75,6 +75,9 @@ class Draft:
         if key == "flagfile":
             recipes = " or ".join(FLAG_FILES)
             return f"; COYO-ALIGN's flag files are recipes here: --config {recipes}"
+        here = NEW_FLAGS.get(key.replace("-", "_"), "")
+        if here and self.schema.find(here.split()[0].lstrip("-")) and self.schema.find("dataset"):
+            return f"; here it is {here}"
         near = self.schema.nearest(key)
         return f"; did you mean {source.spell(near)}?" if near else "; see --help"
 

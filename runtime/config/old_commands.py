@@ -28,6 +28,28 @@ TRAINER_KEYS = {  # of COYO-ViT's trainer -> flags of Classification.py
     "trainer.backbone.backbone_params.image_size": "--image_size",
 }
 
+NEW_FLAGS = {  # of open_clip and COYO-ALIGN, that are no options here -> what to write in main.py
+    "train_data": "--shards TARS with --dataset wds, or --metadata TABLE with --dataset pairs",
+    "dataset_type": "--dataset wds (shards) or --dataset pairs (a table)",
+    "csv_img_key": "--metadata 'TABLE?image=COLUMN&caption=COLUMN'",
+    "csv_caption_key": "--metadata 'TABLE?image=COLUMN&caption=COLUMN'",
+    "csv_separator": "--metadata TABLE: the separator is found",
+    "train_num_samples": "--samples N",
+    "siglip": "--model CLIP_VITB16_SIGLIP",
+    "pretrained": "--model open_clip/NAME:TAG",
+    "accum_freq": "--accumulate K --cache-features",
+    "grad_checkpointing": "--activation_checkpointing",
+    "torchcompile": "--compile",
+    "imagenet_val": "--val-folder DIR --labels labels.json --templates templates.json",
+    "save_frequency": "--save_every",
+    "report_to": "--wandb",
+    "train_steps": "--epochs 'N steps'",
+    "warmup_steps": "--warmup 'N steps'",
+    "seq_length": "--context_length N",
+    "img_encoder_name": "--model ALIGN_B3_MINI",
+    "txt_encoder_name": "--model ALIGN_B3_MINI",
+}
+
 
 def recipe_of(path: str | Path) -> str | None:
     """The recipe that took the place of an original's configuration file which is not there."""

@@ -1,6 +1,7 @@
 """Commands of the originals end in one sentence with the command that does the same here."""
 
 import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import main
 from runtime.config import old_commands
 from runtime.config.cli import parse
+from runtime.config.schema import Schema
 
 ROOT = Path(__file__).resolve().parents[2]
 FLICKR = "--config ./configs/Retrieval_flickr.yaml --output_dir out --checkpoint F.pth"
@@ -83,3 +86,12 @@ def test_a_file_of_the_user_is_taken_for_itself(tmp_path):
 def test_every_script_takes_image_root(name, key):
     config = parse(importlib.import_module(name).Config, ["--image-root", "photos"])
     assert str(getattr(config, key)) == "photos"
+
+
+@pytest.mark.parametrize("name", sorted(old_commands.NEW_FLAGS))
+def test_flags_of_open_clip_and_align_name_the_options_of_main(name):
+    here = old_commands.NEW_FLAGS[name]
+    with pytest.raises(ValueError, match=re.escape(f"unknown key; here it is {here}")):
+        parse(main.Config, [f"--{name.replace('_', '-')}", "x"])
+    options = Schema(main.Config)
+    assert all(options.find(flag) for flag in re.findall(r"--([a-z][\w-]*)", here))

@@ -228,12 +228,23 @@ def test_groups_that_do_not_come_out_even_are_refused(group):
         device_mesh(distributed.World(0, 4, 0, CPU), group)
 
 
+class Normed(Block):
+    """A block with a batch norm, which takes float32 weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
 class Spy(nn.Module):
     """Notes the type of its weight while it computes."""
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.ModuleList([Block(), Block(), Normed()])
         self.scale = nn.Parameter(torch.ones(()))
         self.seen = []
         for block in self.blocks:
@@ -277,6 +288,6 @@ def _types_of_bf16(rank: int, folder: str) -> None:
 def test_weights_travel_in_bf16_and_gradients_are_kept_in_float32(tmp_path):
     start_processes(_types_of_bf16, (str(tmp_path),), 2)
     facts = torch.load(tmp_path / "types.pt", weights_only=True)
-    assert facts["computing"] == ["torch.bfloat16"] * 2
+    assert facts["computing"] == ["torch.bfloat16", "torch.bfloat16", "torch.float32"]
     whole = {name: kind for name, kind in facts.items() if name != "computing"}
     assert set(whole.values()) == {"torch.float32"}

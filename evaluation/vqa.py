@@ -58,6 +58,9 @@ def normalise(answer: str) -> str:
     return " ".join(SPELLING.get(word, word) for word in words if word not in ARTICLES)
 
 
+FEW = 4  # answers: with fewer, leaving one out leaves less than the three equal ones that count 1
+
+
 def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = False) -> float:
     """Accuracy in 0..1 of one prediction: min(1, n / 3) of the others' answers, averaged over who
     is left out.
@@ -66,13 +69,15 @@ def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = Fals
     the official code, which takes punctuation out of the annotators' answers (where they differ) but turns
     number words into digits, drops articles and spells contractions out in the prediction alone.
     VQA's own annotations are in that form already; where annotations say "two" or "the dog", nobody
-    could ever be right.
+    could ever be right. Of fewer than four answers, which could never reach 1 that way, any is right.
     """
     if not one_sided:
         answers = [normalise(answer) for answer in answers]
     elif len(set(answers)) > 1:
         answers = [without_punctuation(answer) for answer in answers]
     found = normalise(prediction)
+    if len(answers) < FEW and not one_sided:
+        return float(found in answers)
     same = Counter(answers)
     others = [same[found] - (answer == found) for answer in answers]
     return sum(min(1.0, n / 3) for n in others) / len(others)

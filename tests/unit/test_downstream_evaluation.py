@@ -53,6 +53,12 @@ def test_accuracy_by_type_and_what_the_most_frequent_answer_scores():
     assert prior_accuracy(truth)["overall"] == 75.0
 
 
+def test_any_of_a_few_answers_is_right():
+    assert answer_score("Grey.", ["grey"]) == answer_score("cow", ["crow", "cow"]) == 1.0
+    assert answer_score("red", ["grey"]) == 0.0
+    assert answer_score("grey", ["grey"], one_sided=True) == 0.0  # as the official code
+
+
 def test_people_may_write_numbers_as_words():
     assert answer_score("two", ["two"] * 10) == answer_score("2", ["two"] * 10) == 1.0
     assert answer_score("two", ["two"] * 10, one_sided=True) == 0.0

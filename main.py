@@ -39,7 +39,12 @@ from evaluation.report.runs import write_index
 from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accuracy
 from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
 from models.dual_encoder.cl2l import TargetOptions
-from models.dual_encoder.factory import build_dual, parts_of, with_library_sizes
+from models.dual_encoder.factory import (
+    build_dual,
+    check_compiled_pooling,
+    parts_of,
+    with_library_sizes,
+)
 from models.dual_encoder.grad_cache import FeatureCache
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
@@ -194,6 +199,8 @@ def main(config: Config) -> None:
     tokenizer = text_tokenizer(method.model, method.context_length, config.bpe_path, vocabulary)
     config.network = replace(method, vocab_size=tokenizer.vocab_size)
     config.resolve_auto(world.device)
+    if config.compile:
+        check_compiled_pooling(config.network, world.device)
     data, prompts = validation_data(config) if config.val_folder else (None, None)
     if config.evaluate:
         model = build_model(config).to(world.device)

@@ -180,6 +180,18 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
     )
 
 
+def check_compiled_pooling(config: DualConfig, device: torch.device) -> None:
+    """UserError for compiled residual networks on images so small that a 2 x 2 window pools a map of
+    1 x 1: on CUDA (torch 2.11) the compiled mean is four times too large, and the gradients of all
+    layers before are a quarter of eager ones."""
+    _, backbone, _ = parts_of(config.model)
+    if device.type == "cuda" and backbone in CONVOLUTIONAL and config.image_size < 32:
+        raise UserError(
+            f"--compile with --image_size {config.image_size}: compiled pooling of {config.model} is "
+            "wrong on GPUs below 32 pixels; take larger images, or leave --compile out"
+        )
+
+
 def channels_last(_tower: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """[B,3,S,S] each, channels last in memory: the layout of cuDNN's half-precision kernels, which
     every layer behind keeps."""

@@ -278,7 +278,7 @@ class Precision:
         the device."""
         self.scaler.unscale_(optimizer)
         with_grad = [p for p in parameters if p.grad is not None]
-        norm = total_norm([p.grad for p in with_grad])
+        norm = total_norm([p.grad for p in with_grad], self.device)
         if self.clip is not None:
             for part in by_kind(with_grad):
                 torch.nn.utils.clip_grads_with_norm_(part, self.clip, norm)
@@ -313,10 +313,9 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
-def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm over all gradients as a 0-d tensor; sharded (FSDP2) gradients are reduced over the
-    processes. Where some of them are offloaded it is on the device of the others."""
+def total_norm(grads: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """L2 norm over all gradients as a 0-d tensor on the device, where offloaded gradients are not;
+    sharded (FSDP2) ones are reduced over the processes."""
     norms = [torch.nn.utils.get_total_norm(part, foreach=True) for part in by_kind(grads)]
     norms = [n.full_tensor() if is_sharded(n) else n for n in norms]
-    device = next((n.device for n in norms if n.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([n.to(device) for n in norms]).norm()
+    return torch.stack([n.to(device, non_blocking=True) for n in norms]).norm()

@@ -26,7 +26,7 @@ TRAINING = {  # folder of the run: script and options
     "text_assignment": "NLVR.py --config configs/NLVR/debug_assignment.yaml",
     "grounding": "Grounding.py --config configs/Grounding/debug.yaml",
     "cl2l": "main.py --config configs/main/debug.yaml",
-    "cl2l_compiled": "main.py --config configs/main/debug.yaml --compile true",
+    "cl2l_compiled": "main.py --config configs/main/debug.yaml --compile true --image_size 32",
     "barlip": "main.py --config configs/main/debug.yaml --model CL2L_VITT8_BARLIP",
     "align": "main.py --config configs/main/debug_align.yaml",
     "clip_muon": "main.py --config configs/main/debug.yaml --model CLIP_VITT8_CLIP --opt muon",

@@ -2,6 +2,7 @@
 momentum model."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig, names_by_decay
 from models.dual_encoder.cl2l import per_view
-from models.dual_encoder.factory import BACKBONES, HEADS, build_dual, model_names, parts_of
+from models.dual_encoder.factory import (
+    BACKBONES,
+    HEADS,
+    build_dual,
+    check_compiled_pooling,
+    model_names,
+    parts_of,
+)
 from models.layers.average import WeightAverage
 from models.layers.clip_towers import TextNoise, siamlip_projector
 from models.layers.openai_towers import openai_model
@@ -272,3 +280,19 @@ def test_prototypes_freeze():
         not model.image_prototypes.weight_g.requires_grad
         and not model.swalip_logit_scale.requires_grad
     )
+
+
+@pytest.mark.parametrize(
+    "model, size, device, refused",
+    [
+        ("CL2L_RT_CL2L", 16, "cuda", True),
+        ("CL2L_RT_CL2L", 32, "cuda", False),
+        ("CL2L_RT_CL2L", 16, "cpu", False),
+        ("CL2L_VITT8_CL2L", 16, "cuda", False),
+    ],
+)
+def test_compiled_pooling_of_tiny_images(model, size, device, refused):
+    """On an H200, torch 2.11, compiled gradients of a residual network at 16 px were wrong."""
+    expected = pytest.raises(UserError, match="--image_size 16") if refused else nullcontext()
+    with expected:
+        check_compiled_pooling(DualConfig(model=model, image_size=size), torch.device(device))

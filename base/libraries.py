@@ -17,18 +17,28 @@ from torch import Tensor, nn
 from base.errors import UserError
 from base.hub import from_hub
 from base.names import did_you_mean, nearest
-from base.pixels import RESAMPLING, Pixels, processor_statistics
+from base.pixels import RESAMPLING, Pixels, crop_side, processor_statistics
 
 LIBRARIES = ("open_clip", "timm", "hf")
 ELSEWHERE = ("hf-hub:", "local-dir:")  # open_clip's names of folders with configuration and weights
-TRAINED = ("clip", "siglip")  # transformers' model_type of dual encoders that main.py trains
+TRAINED = ("clip", "metaclip_2", "siglip", "align")  # transformers' model_type, for main.py
+ALIGN_TOKENS = 64  # of the longest text that ALIGN was trained with
+BESIDE_PAIRS = {  # why main.py does not train what transformers and open_clip call so
+    "blip": "learns from image-text matching and captioning as well; evaluate it with "
+    "eval_zeroshot.py, or train a fusion model with Pretrain.py",
+    "siglip2": "takes images of any shape (NaFlex); evaluate it with eval_zeroshot.py, or train a "
+    "SigLIP 2 of fixed size, such as hf/google/siglip2-base-patch16-224",
+    "CoCa": "learns from captioning as well; evaluate it with eval_zeroshot.py, or train a CLIP, "
+    "such as open_clip/ViT-B-32:laion2b_s34b_b79k",
+}
 
 
 class DualInputs(NamedTuple):
-    """What enters a library's dual encoder. squeeze: the whole image to a square, else its centre
-    after the resize of its shorter side."""
+    """What enters a library's dual encoder: the centre after the resize of the shorter side to
+    `resized` pixels; squeeze: of both sides."""
 
     pixels: Pixels
+    resized: int
     squeeze: bool
     context_length: int
     vocab_size: int
@@ -97,26 +107,32 @@ def hugging_face_processor(source: str):
 
 def _hugging_face_inputs(source: str) -> DualInputs:
     config = hugging_face_config(source)
-    if config.model_type not in TRAINED:
-        raise UserError(
-            f"hf/{source}: a {config.model_type}; of transformers' dual encoders main.py trains "
-            f"{' and '.join(TRAINED)}"
-        )
+    kind = config.model_type
+    if kind not in TRAINED:
+        trained = f"of transformers' dual encoders main.py trains {', '.join(TRAINED)}"
+        raise UserError(f"hf/{source}: {kind} {BESIDE_PAIRS.get(kind, f'is unknown; {trained}')}")
     images = hugging_face_processor(source).to_dict()
     side = config.vision_config.image_size
     statistics = processor_statistics(images)
     size = images.get("size") or {}
     squeeze = "height" in size
     resized = size.get("height") if squeeze else size.get("shortest_edge")
+    cut = crop_side(images, resized) if images.get("do_center_crop") else resized
+    if kind == "align":  # convolutions take images of any size
+        side = cut
     interpolation = RESAMPLING.get(images.get("resample"))
-    if statistics is None or interpolation is None or resized != side:
+    if statistics is None or interpolation is None or cut != side:
         raise UserError(
             f"hf/{source}: preprocessor_config.json resizes images to {resized} by filter "
-            f"{images.get('resample')}, which main.py does not for images of {side} pixels"
+            f"{images.get('resample')} and cuts {cut}, which main.py does not for images of {side} "
+            "pixels"
         )
     text = config.text_config
+    context = text.max_position_embeddings
+    if kind == "align":
+        context = min(context, ALIGN_TOKENS)
     pixels = Pixels(side, interpolation, *statistics)
-    return DualInputs(pixels, squeeze, text.max_position_embeddings, text.vocab_size)
+    return DualInputs(pixels, resized, squeeze, context, text.vocab_size)
 
 
 def _hugging_face_pair(source: str, weights: bool) -> nn.Module:
@@ -174,7 +190,7 @@ def open_clip_inputs(network: nn.Module) -> DualInputs:
     text = getattr(network, "text", network)
     vocabulary = getattr(network, "vocab_size", 0) or getattr(text, "vocab_size", 0)
     context = getattr(network, "context_length", 0) or getattr(text, "context_length", 0)
-    return DualInputs(pixels, look.get("resize_mode") == "squash", context, vocabulary)
+    return DualInputs(pixels, side, look.get("resize_mode") == "squash", context, vocabulary)
 
 
 def _open_clip_inputs(name: str) -> DualInputs:
@@ -182,10 +198,10 @@ def _open_clip_inputs(name: str) -> DualInputs:
 
     with torch.device("meta"):
         network = open_clip_network(name, weights=False)
+    kind = type(network).__name__
     if not isinstance(network, open_clip.CLIP | open_clip.CustomTextCLIP):
         raise UserError(
-            f"open_clip/{name}: a {type(network).__name__}, which learns from more than pairs; "
-            "main.py trains CLIP and SigLIP"
+            f"open_clip/{name}: {kind} {BESIDE_PAIRS.get(kind, 'is unknown; main.py trains CLIP')}"
         )
     return open_clip_inputs(network)
 

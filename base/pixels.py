@@ -76,3 +76,9 @@ def processor_statistics(images: Mapping[str, Any]) -> tuple[RGB, RGB] | None:
     offset = 1.0 if images.get("rescale_offset") else 0.0
     mean = tuple((value + offset) / factor for value in mean)
     return mean, tuple(value / factor for value in std)
+
+
+def crop_side(images: Mapping[str, Any], default: int) -> int:
+    """Side of the square that the image processor cuts."""
+    crop = images.get("crop_size", default)
+    return int(crop.get("height", default)) if isinstance(crop, Mapping) else int(crop)

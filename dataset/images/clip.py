@@ -180,7 +180,7 @@ class EvalView:
     """Shorter side to `small` (by default `side`), bilinear, and the centre: uint8 [3,H,W] -> uint8
     [3,side,side].
 
-    squeeze: the whole image to side x side instead.
+    squeeze: both sides to `small`, then the centre.
     """
 
     def __init__(
@@ -198,11 +198,11 @@ class EvalView:
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2.functional import center_crop
 
-        if self.squeeze:
-            return _resize(image, [self.side, self.side], self.interpolation)
         height, width = image.shape[1:]
         short = min(height, width)
         size = [int(self.small * height / short), int(self.small * width / short)]
+        if self.squeeze:
+            size = [self.small, self.small]
         return center_crop(_resize(image, size, self.interpolation), [self.side, self.side])
 
 

@@ -80,7 +80,7 @@ def eval_view(
     bicubic for OpenAI's models, else bilinear."""
     if of_library(model):
         inputs = dual_inputs(model)
-        return EvalView(side, inputs.pixels.interpolation, squeeze=inputs.squeeze)
+        return EvalView(side, inputs.pixels.interpolation, inputs.resized, inputs.squeeze)
     if is_align(model):
         return AlignView(side)
     return EvalView(side, interpolation or ("bicubic" if is_openai(model) else "bilinear"))

@@ -295,6 +295,7 @@ class DualEncoder(nn.Module):
     """
 
     config: DualConfig
+    of_library: ClassVar[bool] = False  # both towers are: `load` reads their published weights
     towers: ClassVar = {  # tower -> how the names of its parameters begin
         "image": ("visual.", "vision_model."),
         "text": (

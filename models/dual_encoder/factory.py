@@ -139,7 +139,7 @@ def with_library_sizes(config: DualConfig) -> DualConfig:
         given = getattr(config, name)
         default = getattr(DualConfig(), name)
         if given not in (size, default):
-            raise UserError(f"{name} {given}: {config.model} is of {size}; leave it out")
+            raise UserError(f"{name} {given}: {config.model} is of {size}; give that")
     return replace(config, vocab_size=inputs.vocab_size, **sizes)
 
 

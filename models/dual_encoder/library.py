@@ -1,15 +1,18 @@
-"""CLIP and SigLIP (Zhai et al., 2023) as open_clip and transformers define them, trained further."""
+"""CLIP, SigLIP (Zhai et al., 2023) and ALIGN as open_clip and transformers define them, trained
+further."""
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.errors import UserError
 from base.libraries import dual_inputs, dual_network
 from models.dual_encoder.base import DualConfig, DualEncoder, Features
 from models.dual_encoder.clip import CLIP, SigLIP
 from models.layers.clip_towers import LockableTowers
+
+LOWEST_TEMPERATURE = 1e-3  # of ALIGN: a scale of 1000
 
 
 class LibraryCLIP(LockableTowers, DualEncoder):
@@ -19,6 +22,7 @@ class LibraryCLIP(LockableTowers, DualEncoder):
     is built with random weights; `load` reads the published ones.
     """
 
+    of_library = True
     towers = {  # noqa: RUF012 as in the base
         "image": ("network.visual.", "network.vision_model.", "network.visual_projection."),
         "text": (
@@ -42,6 +46,10 @@ class LibraryCLIP(LockableTowers, DualEncoder):
                 f"encoder knows {known}; keep the tokenizer it was trained with in the folder"
             )
         self.network = dual_network(config.model, weights=False)
+        self.pad_id = None  # where attention needs a mask: ALIGN's texts are read both ways
+        if self.is_align:
+            self.pad_id = self.network.config.text_config.pad_token_id
+            prepare_align(self.network)
 
     def load(self) -> None:
         """Load the published weights, or those of the folder. UserError."""
@@ -51,6 +59,16 @@ class LibraryCLIP(LockableTowers, DualEncoder):
     @property
     def is_siglip(self) -> bool:
         return getattr(self.network, "logit_bias", None) is not None
+
+    @property
+    def is_align(self) -> bool:
+        return hasattr(self.network, "temperature")
+
+    def scale(self) -> Tensor:
+        """What the loss multiplies cosines by, 0-d."""
+        if self.is_align:
+            return 1 / self.network.temperature
+        return self.network.logit_scale.exp().reshape(())
 
     def embed_image(self, image: Tensor) -> Features:
         """Images [B,3,S,S] -> `z` [B,E], and the same as `feats`."""
@@ -63,7 +81,10 @@ class LibraryCLIP(LockableTowers, DualEncoder):
         """Texts int64 [B,L], padded to the whole context -> `z` [B,E], and the same as `feats`."""
         open_clip = hasattr(self.network, "encode_text")
         find = self.network.encode_text if open_clip else self.network.get_text_features
-        z = pooled(find(text_ids))
+        if self.pad_id is None:
+            z = pooled(find(text_ids))
+        else:
+            z = pooled(find(text_ids, attention_mask=(text_ids != self.pad_id).long()))
         return {"feats": z, "z": z}
 
     def features(
@@ -75,7 +96,7 @@ class LibraryCLIP(LockableTowers, DualEncoder):
         found = {
             "z_image": self.embed_image(image)["z"],
             "z_text": self.embed_text(texts)["z"],
-            "logit_scale": self.network.logit_scale.exp().reshape(()),
+            "logit_scale": self.scale(),
         }
         if self.is_siglip:
             found["logit_bias"] = self.network.logit_bias.reshape(()) * 1.0
@@ -105,9 +126,22 @@ class LibraryCLIP(LockableTowers, DualEncoder):
 
     @torch.no_grad()
     def clamp_scales(self) -> None:
-        """Keep CLIP's scale within [1, 100]. SigLIP's published scales lie beyond it."""
-        if not self.is_siglip and self.network.logit_scale.requires_grad:
+        """Keep CLIP's scale within [1, 100], and ALIGN's temperature above 0. SigLIP's published
+        scales are larger."""
+        if self.is_align:
+            self.network.temperature.clamp_(min=LOWEST_TEMPERATURE)
+        elif not self.is_siglip and self.network.logit_scale.requires_grad:
             self.network.logit_scale.clamp_(0, math.log(100))
+
+
+def prepare_align(network: nn.Module) -> None:
+    """Set transformers' AlignModel up for training: batch norms keep 0.99 of their statistics, as
+    TensorFlow counts momentum, where transformers would replace 0.99 of them; nothing reads the
+    text encoder's pooler."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1 - network.config.vision_config.batch_norm_momentum
+    network.text_model.pooler.requires_grad_(False)
 
 
 def pooled(found) -> Tensor:

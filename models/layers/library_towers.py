@@ -10,7 +10,7 @@ then start as the convex combination of the class names' embeddings (Norouzi et 
 image-text model before the first pair.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ from base.names import did_you_mean
 from base.reading import read_json, read_lines
 
 HEADS = ("classifier.", "head.", "fc.")  # of classification, in files of weights
+OPEN_CLIP_TRUNK = "visual.trunk."  # where open_clip's files hold a tower of timm
+OF_OPENAI = "input_resolution"  # an entry of OpenAI's own files
 PROMPT = "a photo of a {}."  # for the names of an image tower's classes
 
 
@@ -52,12 +54,13 @@ class TimmTower(nn.Module):
     def load(self, read_weights: Callable[[Path], dict[str, Tensor]]) -> None:
         """Load the published weights, or those of the file. UserError."""
         if self.file:
-            weights = read_weights(Path(self.file))
+            weights = with_timm_names(self.trunk, read_weights(Path(self.file)), self.file)
             if not self.num_classes:
                 weights = {k: v for k, v in weights.items() if not k.startswith(HEADS)}
-            fetched = self.trunk.load_state_dict(weights, strict=False)
-            faults = [*fetched.missing_keys, *fetched.unexpected_keys]
-            if faults:
+            faults = differences(self.trunk.state_dict(), weights)
+            if not faults:
+                self.trunk.load_state_dict(weights)
+            else:
                 raise UserError(
                     f"{self.file}: not the weights of timm's {self.name}; it differs in "
                     f"{', '.join(faults[:5])}"
@@ -68,6 +71,41 @@ class TimmTower(nn.Module):
             self.name, "image_tower ", pretrained=True, remedy=remedy, **self.options
         )
         self.trunk.load_state_dict(trunk.state_dict())
+
+
+def with_timm_names(
+    network: nn.Module, weights: Mapping[str, Tensor], file: str
+) -> dict[str, Tensor]:
+    """Weights of a file as timm's network names them: its own, or those of the image tower within a
+    CLIP of OpenAI's or open_clip's layout. UserError where CLIP computed another activation."""
+    from timm.layers import QuickGELU
+    from timm.models import vision_transformer
+
+    is_vit = isinstance(network, vision_transformer.VisionTransformer)
+    quick = any(isinstance(module, QuickGELU) for module in network.modules())
+    if OF_OPENAI in weights and is_vit and not quick:
+        raise UserError(
+            f"{file}: weights of OpenAI's CLIP, which computes QuickGELU; name the tower that does, "
+            "such as timm/vit_base_patch16_clip_quickgelu_224"
+        )
+    if any(name.startswith(OPEN_CLIP_TRUNK) for name in weights):
+        trunk = {}
+        for name, value in weights.items():
+            if name.startswith(OPEN_CLIP_TRUNK):
+                trunk[name.removeprefix(OPEN_CLIP_TRUNK)] = value
+        weights = trunk
+    if is_vit:
+        return vision_transformer.checkpoint_filter_fn(dict(weights), network)
+    return dict(weights)
+
+
+def differences(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """Names that only one of them has, or whose shapes differ."""
+    return [
+        name
+        for name in {**own, **weights}
+        if name not in own or name not in weights or own[name].shape != weights[name].shape
+    ]
 
 
 class TimmGrid(TimmTower):
@@ -173,8 +211,7 @@ def start_towers(
     read_weights: reads a file of weights safely. load: false where a checkpoint has the weights.
     """
     towers = {"image": getattr(model, "visual", None), "text": getattr(model, "text_tower", None)}
-    of_library = hasattr(model, "load")  # both towers
-    if load and of_library:
+    if load and model.of_library:
         model.load()
     for tower in towers.values():
         if load and isinstance(tower, TimmTower | HuggingFaceText):
@@ -184,7 +221,7 @@ def start_towers(
     if lock and not hasattr(model, "locked"):
         raise UserError("--lock is for two towers, as CLIP's and SLIP's; ALIGN trains both")
     for name in lock:
-        published = of_library or isinstance(towers[name], TimmTower | HuggingFaceText)
+        published = model.of_library or isinstance(towers[name], TimmTower | HuggingFaceText)
         if load and not published:
             raise UserError(
                 f"--lock {name}: give the {name} tower weights to keep: --{name}-tower, or --checkpoint"
@@ -202,7 +239,7 @@ def start_towers(
         "image": ("visual", "vision_model"),
         "text": ("text_tower", "text_model", "text", "transformer", "ln_final"),
     }
-    holder = model.network if of_library else model
+    holder = model.network if model.of_library else model
     modules = [getattr(holder, part, None) for name in lock for part in locked[name]]
     if lock:
         model.locked = tuple(module for module in modules if module is not None)

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.libraries import dual_inputs, of_library
-from base.pixels import ALIGN_MARGIN, HALF, IMAGENET, OPENAI, RGB, Pixels, timm_statistics
+from base.pixels import (
+    ALIGN_MARGIN,
+    HALF,
+    IMAGENET,
+    OPENAI,
+    RGB,
+    Pixels,
+    crop_side,
+    timm_statistics,
+)
 from models.dual_encoder.base import NOT_LOADED, DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
 from models.dual_encoder.openai import OpenAICLIP
@@ -34,7 +43,7 @@ from models.weights.clip import (
     unwrap_names,
 )
 from models.weights.loading import load_checkpoint
-from models.weights.stated import check_open_clip, check_stated, crop_side, processor_pixels
+from models.weights.stated import check_open_clip, check_stated, processor_pixels
 
 State = Mapping[str, Tensor]
 
@@ -371,8 +380,8 @@ def check_timm_pool(settings: Mapping[str, Any], backbone: str) -> None:
     """UserError where open_clip pools otherwise than our backbone."""
     pool = "token" if backbone.startswith("VIT") else "avg"
     remedy = "open the folder with --model open_clip/local-dir:FOLDER"
-    vision = settings.get("vision_cfg", {})
-    check_stated("open_clip_config.json, vision_cfg", vision, {"timm_pool": (pool,)}, remedy)
+    vision = {"timm_pool": "avg", **settings.get("vision_cfg", {})}  # open_clip's default
+    check_stated("open_clip_config.json, vision_cfg", vision, {"timm_pool": (pool, "")}, remedy)
 
 
 def check_clip_described(described: Mapping[str, Any], vocabulary: int) -> None:

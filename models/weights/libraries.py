@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from base.errors import UserError
 from base.hub import from_hub
 from base.libraries import (
+    ALIGN_TOKENS,
     hugging_face_config,
     hugging_face_processor,
     hugging_face_tokenizer,
@@ -27,6 +28,7 @@ from base.libraries import (
     timm_network,
 )
 from base.pixels import Pixels
+from models.layers.library_towers import with_timm_names
 from models.weights.any_dual_encoder import Opened
 from models.weights.image_encoder import TOWER, ImageEncoder
 from models.weights.loading import load_checkpoint
@@ -202,12 +204,8 @@ def timm_encoder(
 
 
 def _load_timm(model: nn.Module, weights: State) -> None:
-    """Weights of timm or of the network's own makers (DINO, DINOv2, MoCo v3, MAE, DeiT)."""
-    from timm.models import vision_transformer
-
-    state = backbone(weights)
-    if isinstance(model, vision_transformer.VisionTransformer):
-        state = vision_transformer.checkpoint_filter_fn(state, model)
+    """Weights of timm or of the network's own makers (CLIP, DINO, DINOv2, MoCo v3, MAE, DeiT)."""
+    state = with_timm_names(model, backbone(weights), "the checkpoint")
     heads = ("head.*", "head_dist.*", "fc.*", "classifier.*", "pre_logits.*")
     load_checkpoint(model, state, allowed_unexpected=heads)
 
@@ -330,7 +328,7 @@ def _hugging_face_dual(source: str, checkpoint: Path | None, random_weights: boo
     view, pixels = _hf_view(source, config)
     tokenizer = hugging_face_tokenizer(source)
     longest = min(getattr(text, "max_position_embeddings", 77), tokenizer.model_max_length)
-    longest = 64 if config.model_type == "align" else longest
+    longest = min(longest, ALIGN_TOKENS) if config.model_type == "align" else longest
     siglip = config.model_type in ("siglip", "siglip2")
     vocabulary = getattr(text, "vocab_size", len(tokenizer))
     if len(tokenizer) > vocabulary:

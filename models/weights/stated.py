@@ -20,7 +20,7 @@ OF_OPEN_CLIP = {  # text_cfg and vision_cfg: what OpenAI's towers compute; other
     "attentional_pool": (False,),
     "pool_type": ("tok", "argmax"),
     "hf_model_name": (None,),
-    "timm_pool": ("token", "avg"),
+    "timm_pool": ("token", "avg", ""),  # "": as the tower itself pools
     "timm_proj": ("linear",),
     "embed_cls": (False,),
 }
@@ -69,9 +69,3 @@ def processor_pixels(
     if statistics := processor_statistics(images):
         found["mean"], found["std"] = statistics
     return {name: value for name, value in found.items() if value is not None}
-
-
-def crop_side(images: Mapping[str, Any], default: int) -> int:
-    """Side of the square that the image processor cuts."""
-    crop = images.get("crop_size", default)
-    return int(crop.get("height", default)) if isinstance(crop, Mapping) else int(crop)

@@ -13,7 +13,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 # of torch's list for CUDA (docs: "CUDA Ops that can autocast to float32"), what F and Tensor offer
 FLOAT32_FUNCTIONS = (
@@ -27,6 +28,7 @@ FLOAT32_FUNCTIONS = (
     "normalize",
     "binary_cross_entropy_with_logits",
 )
+READABLE = 256  # numbers of a constant that its fake keeps beside it
 FLOAT32_METHODS = ("softmax", "log_softmax", "exp", "log", "pow", "rsqrt", "norm", "cumsum", "prod")
 
 
@@ -68,6 +70,9 @@ def _fallbacks() -> Iterator[tuple]:
     yield nn.init, "_no_grad_trunc_normal_", _unchanged  # torch's asks the data of its samples
     yield nn.Module, "_apply", _apply  # torch's swaps tensors, which fakes refuse
     yield Tensor, "__deepcopy__", _deepcopy  # torch's copies a storage
+    # timm reads its rates of stochastic depth, a number for each block
+    yield torch, "linspace", _linspace(torch.linspace)
+    yield fake_tensor, "CONSTANT_NUMEL_LIMIT", READABLE
 
 
 def attention(
@@ -147,6 +152,17 @@ def _to_float32(value):
 
 def _unchanged(tensor=None, *args, **kwargs):
     return tensor
+
+
+def _linspace(function):
+    """`function` with values that can be read, as far as `READABLE` goes."""
+
+    def wrapped(*args, **kwargs):
+        with unset_fake_temporarily():
+            values = function(*args, **{**kwargs, "device": "cpu"})
+        return torch.tensor(values.tolist(), dtype=values.dtype, device="cpu")
+
+    return wrapped
 
 
 def _deepcopy(self: Tensor, memo: dict) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from base.distributed import unwrap
 from base.errors import UserError
+from base.libraries import of_library
 
 ROOT = Path(__file__).resolve().parents[2]
 BERT_TOKENS, CLIP_TOKENS, LLAMA_TOKENS = 30522, 49408, 32003
@@ -252,6 +253,7 @@ def labelled(script: ModuleType, config) -> Setup:
 def dual(script: ModuleType, config) -> Setup:
     """main.py: texts of 32 tokens at most, weak and strong views as the recipe says."""
     from models.dual_encoder.base import names_by_decay
+    from models.dual_encoder.factory import with_library_sizes
     from scripts.planning.towers import sized_text_tower, without_weights
 
     config.checkpoint = None
@@ -260,6 +262,9 @@ def dual(script: ModuleType, config) -> Setup:
         stack.enter_context(without_weights(script))
         if config.network.text_tower:
             config.network, vocabulary = stack.enter_context(sized_text_tower(config.network))
+        elif of_library(config.network.model):
+            config.network = with_library_sizes(config.network)
+            vocabulary = f"{config.network.vocab_size:,} tokens"
         else:
             align = config.network.model.startswith("ALIGN")
             tokens = BERT_TOKENS if align else CLIP_TOKENS
@@ -269,6 +274,8 @@ def dual(script: ModuleType, config) -> Setup:
     size, side = config.batch_size, config.network.image_size
     usual = min([n for n in config.text_lengths if n >= 32], default=32)
     length = min(usual, config.network.context_length)
+    if of_library(config.network.model):  # its texts are padded to the whole context
+        length = config.network.context_length
     local_images, local_texts = config.local_views
 
     def batch() -> dict[str, Tensor]:

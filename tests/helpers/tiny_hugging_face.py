@@ -59,8 +59,52 @@ def siglip():
     return transformers.SiglipModel(config), look, ["input_ids"]
 
 
+def siglip2():
+    import transformers
+
+    vision = VISION | {"num_patches": 16}
+    config = transformers.Siglip2Config(text_config=TEXT, vision_config=vision)
+    look = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    return transformers.Siglip2Model(config), look, ["input_ids"]
+
+
+def align():
+    import transformers
+
+    vision = {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1}
+    vision |= {"depth_divisor": 4, "hidden_dim": 32}
+    text = TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    vision |= {"drop_connect_rate": 0.0, "dropout_rate": 0.0}
+    config = transformers.AlignConfig(text_config=text, vision_config=vision, projection_dim=32)
+    look = transformers.EfficientNetImageProcessor(
+        do_center_crop=True,
+        size={"height": 38, "width": 38},
+        crop_size={"height": 32, "width": 32},
+        resample=2,
+        rescale_factor=1 / 127.5,
+        rescale_offset=True,
+        do_normalize=False,
+    )
+    network = transformers.AlignModel(config)
+    for weight in network.vision_model.parameters():
+        if weight.ndim == 4:  # with transformers' std of 0.02 so small a network has features of 0
+            torch.nn.init.kaiming_normal_(weight)
+    return network, look, ["input_ids", "attention_mask"]
+
+
+def blip():
+    import transformers
+
+    text = TEXT | {"encoder_hidden_size": 32}
+    config = transformers.BlipConfig(text_config=text, vision_config=VISION, projection_dim=12)
+    config.image_text_hidden_size = 12
+    look = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+    network = transformers.BlipForImageTextRetrieval(config)
+    return network, look, ["input_ids", "attention_mask"]
+
+
 def saved(make, folder):
-    """The folder of `clip` or `siglip` with random weights."""
+    """The folder of one of these with random weights."""
     torch.manual_seed(0)
     network, look, names = make()
     network.save_pretrained(folder)

@@ -196,9 +196,11 @@ def test_what_cannot_be_locked_or_loaded(weights, tmp_path):
     with pytest.raises(UserError, match="--lock image: give the image tower weights to keep"):
         start_towers(plain, read_weights, ["image"])
     other = tmp_path / "other.pth"
-    torch.save({"conv1.weight": torch.zeros(1)}, other)
+    torch.save({"cls_token": torch.zeros(1)}, other)  # of another shape, the rest missing
     tower = build_dual(DualConfig(model="CLIP_VITT8_CLIP", image_tower=f"timm/test_vit:{other}"))
-    with pytest.raises(UserError, match=r"other.pth: not the weights of timm's test_vit"):
+    with pytest.raises(
+        UserError, match=r"other.pth: not the weights of timm's test_vit; it differs in cls_token"
+    ):
         start_towers(tower, read_weights, [])
 
 

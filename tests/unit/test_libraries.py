@@ -2,6 +2,7 @@
 the library called directly, and one sentence for whatever cannot be opened."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,19 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from base.errors import UserError
 from base.libraries import of_library, open_clip_network
+from models.layers.library_towers import with_timm_names
+from models.weights.any_dual_encoder import open_dual
 from models.weights.libraries import library_encoder, open_library, opened_open_clip
-from tests.helpers.tiny_hugging_face import TEXT, VISION, clip, save_tokenizer, siglip
+from tests.helpers.tiny_hugging_face import (
+    TEXT,
+    VISION,
+    align,
+    blip,
+    clip,
+    save_tokenizer,
+    siglip,
+    siglip2,
+)
 from tests.helpers.tiny_open_clip import tiny_open_clip
 
 open_clip = pytest.importorskip("open_clip")
@@ -21,30 +33,6 @@ TEXTS = ["a red dog", "blue cat a digit"]
 def photo() -> torch.Tensor:
     torch.manual_seed(3)
     return torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
-
-
-def siglip2():
-    vision = VISION | {"num_patches": 16}
-    config = transformers.Siglip2Config(text_config=TEXT, vision_config=vision)
-    look = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
-    return transformers.Siglip2Model(config), look, ["input_ids"]
-
-
-def align():
-    vision = {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1}
-    vision |= {"depth_divisor": 4, "hidden_dim": 32}
-    config = transformers.AlignConfig(text_config=TEXT, vision_config=vision, projection_dim=32)
-    look = transformers.EfficientNetImageProcessor(size={"height": 32, "width": 32})
-    return transformers.AlignModel(config), look, ["input_ids", "attention_mask"]
-
-
-def blip():
-    text = TEXT | {"encoder_hidden_size": 32}
-    config = transformers.BlipConfig(text_config=text, vision_config=VISION, projection_dim=12)
-    config.image_text_hidden_size = 12
-    look = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
-    network = transformers.BlipForImageTextRetrieval(config)
-    return network, look, ["input_ids", "attention_mask"]
 
 
 def features(network, images: dict, texts: dict):
@@ -178,6 +166,58 @@ def test_open_clip_called_directly(tmp_path, kind):
             (opened.model.embed_text(tokenizer(TEXTS)), model.encode_text(tokenizer(TEXTS))),
         ):
             torch.testing.assert_close(found["z"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_image_tower_of_a_clip_as_timms(tmp_path):
+    from timm.models.vision_transformer import VisionTransformer
+
+    folder = tiny_open_clip(tmp_path / "model")
+    clip = open_clip.create_model(f"local-dir:{folder}").eval()
+    tower = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        pre_norm=True,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-5),
+    )
+    state = with_timm_names(tower, clip.state_dict(), "clip.pt")
+    tower.load_state_dict({k: v for k, v in state.items() if not k.startswith("head.")})
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = tower.eval()(image) @ clip.visual.proj
+        torch.testing.assert_close(found, clip.encode_image(image), atol=1e-5, rtol=1e-5)
+    openai = {**clip.state_dict(), "input_resolution": torch.tensor(32)}
+    with pytest.raises(
+        UserError, match=r"clip\.pt: weights of OpenAI's CLIP, which computes Quick"
+    ):
+        with_timm_names(tower, openai, "clip.pt")
+
+
+def test_a_timm_tower_that_pools_as_it_does_itself(tmp_path):
+    """open_clip's `timm_pool: ""`, read as one of our own networks."""
+    vision = {"image_size": 32, "timm_model_name": "test_resnet", "timm_proj": "linear"}
+    vision["timm_pool"] = ""
+    folder = tiny_open_clip(tmp_path / "model", custom_text=True, vision_cfg=vision)
+    settings = {"custom_text": True, "embed_dim": 16, "vision_cfg": vision}
+    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    settings["text_cfg"] = text
+    network = open_clip.CustomTextCLIP(16, vision, text).eval()
+    network.load_state_dict(torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True))
+    look = {"mean": [0.1] * 3, "std": [0.4] * 3}
+    about = {"open_clip_config.json": {"model_cfg": settings, "preprocess_cfg": look}}
+    opened = open_dual(network.state_dict(), about)
+    assert opened.model.config.model == "CLIP_RT_CLIP"
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = opened.model.embed_image(image)["z"]
+        torch.testing.assert_close(found, network.encode_image(image), atol=1e-5, rtol=1e-5)
+    vision["timm_model_name"] = "vit_base_patch16_224"
+    vision.pop("timm_pool")  # the mean, which this ViT of ours does not take
+    with pytest.raises(UserError, match="timm_pool is 'avg', and this network computes 'token'"):
+        open_dual(network.state_dict(), about)
 
 
 def test_a_file_of_weights_for_an_architecture_of_open_clip(tmp_path, monkeypatch):

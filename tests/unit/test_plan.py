@@ -10,6 +10,7 @@ import torch
 
 from base.errors import UserError
 from models.dual_encoder.base import DualConfig
+from models.dual_encoder.factory import build_dual
 from runtime.gpus import GPUS
 from runtime.simulate import bounds as b
 from runtime.simulate.fusion import Group
@@ -17,7 +18,7 @@ from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
 from scripts.planning.recipes import recipes
 from scripts.planning.report import Request, whole_cores
-from scripts.planning.towers import sized_text_tower
+from scripts.planning.towers import sized_text_tower, without_weights
 from tests.helpers.processes import Run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -415,3 +416,38 @@ def test_a_thousand_ranks_gather_what_fits(script, recipe, most):
     memory = json.loads(result.stdout)["memory"]
     assert memory["fits"]
     assert 0 < memory["parts"]["communication"] < most * 1e9
+
+
+def test_a_plan_locks_towers_and_reads_no_weights():
+    def read(path):
+        raise AssertionError(f"{path} was read")
+
+    tower = "timm/test_resnet:nowhere.pth"
+    config = DualConfig(model="CLIP_VITT8_CLIP", transformer_layers=1, image_tower=tower)
+    model, script = build_dual(config), SimpleNamespace(start_towers=None)
+    with without_weights(script):
+        script.start_towers(model, read, ["image"], load=True)
+    assert not any(parameter.requires_grad for parameter in model.visual.parameters())
+    assert model.locked == (model.visual,)
+
+
+def test_timms_rates_of_stochastic_depth_are_read_in_a_plan():
+    import timm
+
+    with simulated_gpu(), torch.device("meta"):
+        network = timm.create_model("test_vit", drop_path_rate=0.4, num_classes=0)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in network.blocks]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", ["siglip", "align"])
+def test_a_librarys_pair(tmp_path, make):
+    """Its texts are padded to the whole context, its images as large as it takes them."""
+    from tests.helpers import tiny_hugging_face
+
+    folder = tiny_hugging_face.saved(getattr(tiny_hugging_face, make), tmp_path)
+    words = ("--model", f"hf/{folder}", "--batch_size", "4", "--no-graphs", "--json")
+    result = plan("main.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert "32 tokens, texts of 16 tokens" in result.stdout

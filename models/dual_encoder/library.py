@@ -10,8 +10,10 @@ from base.errors import UserError
 from base.libraries import dual_inputs, dual_network
 from models.dual_encoder.base import DualConfig, DualEncoder, Features
 from models.dual_encoder.clip import CLIP, SigLIP
+from models.dual_encoder.losses import clip_loss
 from models.layers.clip_towers import LockableTowers
 
+ALIGN_SMOOTHING = 0.1  # of the labels in transformers' loss
 LOWEST_TEMPERATURE = 1e-3  # of ALIGN: a scale of 1000
 
 
@@ -103,7 +105,13 @@ class LibraryCLIP(LockableTowers, DualEncoder):
         return found
 
     def losses(self, features: Features, targets: Features | None = None) -> Features:
-        """`siglip_loss`, or CLIP's `clip_loss` and `clip_acc`."""
+        """`siglip_loss`, or CLIP's `clip_loss` and `clip_acc`; ALIGN's with smoothed labels."""
+        if self.is_align:
+            embeddings = self.among_all(features["z_image"], features["z_text"])
+            scale = features["logit_scale"]
+            found = clip_loss(**embeddings, scale=scale, label_smoothing=ALIGN_SMOOTHING)
+            loss = (found.loss_image + found.loss_text) / 2
+            return {"clip_loss": loss, "clip_acc": found.acc_image}
         kind = SigLIP if self.is_siglip else CLIP
         return kind.losses(self, features)
 

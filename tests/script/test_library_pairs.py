@@ -9,7 +9,7 @@ import torch
 import eval_zeroshot
 import main as script
 from base.errors import UserError
-from dataset.tasks.dual_inputs import image_side
+from dataset.tasks.dual_inputs import eval_view, image_side
 from models.dual_encoder.base import DualConfig, names_by_decay
 from models.dual_encoder.factory import build_dual, with_library_sizes
 from models.layers.library_towers import start_towers
@@ -78,6 +78,10 @@ def test_loss_and_gradients_are_the_librarys(tmp_path, kind):
         ours.network.temperature.data.fill_(-1)
         ours.after_update()
         assert ours.network.temperature.item() == pytest.approx(1e-3)
+        pooler = ours.network.text_model.pooler
+        assert not any(parameter.requires_grad for parameter in pooler.parameters())
+        large = torch.randint(256, (3, 38, 38), dtype=torch.uint8)  # the size it cuts 32 out of
+        assert eval_view(ours.config.model, 32)(large).equal(large[:, 3:35, 3:35])
         norm = ours.network.vision_model.embeddings.batchnorm
         assert norm.momentum == pytest.approx(0.01)  # TensorFlow's 0.99
         return

@@ -54,6 +54,11 @@ FILLERS = set(
 )
 
 
+def is_telling(word: str) -> bool:
+    """Whether a word of a caption is worth a map: no filler and no mark."""
+    return word not in FILLERS and any(map(str.isalnum, word))
+
+
 @dataclass
 class Config:
     pretrain_dir: Path | None = knob(None, "run directory of Pretrain.py, for the curves")
@@ -185,7 +190,7 @@ def attention_section(
         ids, mask = tokenizer([data.captions[text]], lengths=None)
         maps = word_maps(model, data.transform(raw_image)[None], ids, mask, layer)
         merged = merge_pieces(ids[0].tolist(), maps, tokenizer.backend.id_to_token)
-        words = [(word, heat) for word, heat in merged if word not in FILLERS][: config.words]
+        words = [(word, heat) for word, heat in merged if is_telling(word)][: config.words]
         small = resize(raw_image, 192, 192)
         cells = [figure(thumbnail(small, 100), "image")]
         for word, heat in words:

@@ -9,6 +9,7 @@ from PIL import Image
 from base.errors import UserError
 from runtime.config.cli import parse
 from scripts import photos_report
+from scripts import report as fusion_report
 
 
 def fold(folder, first, knn):
@@ -101,3 +102,8 @@ def test_embeddings_of_other_images_are_refused(stamps, tmp_path):
     (run / "knn/result/metrics.json").unlink()
     with pytest.raises(UserError, match=r"metrics\.json"):
         report("--runs", run, "--data", stamps, "--output", tmp_path / "page.html")
+
+
+def test_maps_are_of_words():
+    words = ["a", "school", "”", "-", "crossing", "2"]
+    assert [word for word in words if fusion_report.is_telling(word)] == ["school", "crossing", "2"]

@@ -28,7 +28,8 @@ class Lamb(torch.optim.Optimizer):
         """Torch leaves the count of updates where a checkpoint was read: in host memory."""
         super().load_state_dict(state_dict)
         for weight, values in self.state.items():
-            values["step"] = values["step"].to(weight.device)
+            if values:  # it has had a gradient
+                values["step"] = values["step"].to(weight.device)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -34,9 +34,8 @@ def run_parts(report, device, recipes: list[str], options) -> None:
         plans = measures.start_plans(pool, device, recipes) if "measures" in parts else {}
         if "checks" in parts:
             checks.check_methods(report, pool, options.only, options.compiled, device)
-            if not options.given:
-                checks.check_sharding(report, device)
-                checks.check_resume(report, device)
+            checks.check_sharding(report, device)
+            checks.check_resume(report, device)
         if "scripts" in parts:
             folder = options.out.parent / "runs"
             whole_runs.check_scripts(report, device, options.only, options.jobs, folder)
@@ -101,7 +100,7 @@ def main() -> int:
         options.peers = parse_peers(options.peer, options.peer_python)
         chosen("--part", None if options.part == "all" else options.part, PARTS)
         known = dict.fromkeys([*STEPS, *whole_runs.TRAINING, *whole_runs.EVALUATIONS])
-        options.given, options.only = options.only, chosen("--only", options.only, known)
+        options.only = chosen("--only", options.only, known)
         options.compiled = chosen("--compiled", options.compiled, checks.COMPILED)
         options.modes = chosen("--modes", options.modes, measures.modes_for(device))
         recipes = chosen("--recipes", options.recipes, measures.recipes_for(device))

@@ -65,9 +65,9 @@ class Align(DualEncoder):
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
         """`feats_*` [B,C], [B,T], `z_*` [B,E], and the temperature."""
-        # texts first, so that the backward pass begins with the images and frees what they hold
-        texts = self.embed_text(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
+        # not texts first, as in the others: EfficientNet's own peak comes in its forward pass
         images = self.embed_image(image)
+        texts = self.embed_text(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
         return {
             "feats_image": images["feats"],
             "z_image": images["z"],

@@ -54,6 +54,22 @@ def reading(exif: bool = False, grey: bool = False) -> Iterator[Reading]:
         _CURRENT.reset(token)
 
 
+def size_of(image: Path | bytes) -> tuple[int, int]:
+    """Width and height of an image file, in a zip file too, or of its bytes, by the header alone.
+    Raises BadSample where it is none."""
+    from PIL import Image
+
+    name = "an image" if isinstance(image, bytes) else image
+    source = image if isinstance(image, bytes) else image_source(Path(), str(image))
+    try:
+        if isinstance(source, Path) and not source.is_file():  # a FIFO would wait for ever
+            raise FileNotFoundError("no such file")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            return opened.size
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's readers raise
+        raise BadSample(f"{name}: {error}") from None
+
+
 def decode_image(
     source: str | Path | bytes, name: str = "", exif: bool | None = None
 ) -> torch.Tensor:

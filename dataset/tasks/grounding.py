@@ -8,7 +8,7 @@ from pathlib import Path
 from base.errors import BadSample, UserError, brief
 from base.limits import IMAGE_PIXELS
 from base.reading import read_json
-from dataset.images.decode import decode_image
+from dataset.images.decode import decode_image, size_of
 from dataset.text.wordpiece import pre_caption
 
 Box = list[float]  # x, y, width, height in pixels
@@ -103,7 +103,7 @@ def referred_boxes(
     images = []
     for image in dict.fromkeys(record["image"] for record in records):
         try:
-            height, width = decode_image(Path(image_root) / image).shape[1:]
+            width, height = size_of(Path(image_root) / image)
         except BadSample as error:
             raise UserError(f"test_file: {error}; fix it or remove its entries") from None
         images.append({"id": image, "height": height, "width": width})

@@ -1,7 +1,6 @@
 """Checks of each method on a device: against the CPU, and each feature against the plain step."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from scripts.gpu_checks.runs import (
     random_batches,
     without_randomness,
 )
+from scripts.gpu_checks.whole_runs import run_to_end
 from scripts.planning.methods import STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,12 +123,12 @@ def steps_without_update(command: str, device: torch.device, most: int = 20) -> 
     """Steps that loss scaling skips before the first update; `most` where there is none."""
     run = Run(command, device, "fp16")
     before = [p.detach().clone() for p in run.model.parameters() if p.requires_grad]
-    for number in range(most):
-        with random_batches():
+    with random_batches():
+        for number in range(most):
             run.step()
-        after = [p for p in run.model.parameters() if p.requires_grad]
-        if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-            return number
+            after = [p for p in run.model.parameters() if p.requires_grad]
+            if any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+                return number
     return most
 
 
@@ -190,14 +190,6 @@ def training(data: Path, out: Path, device: torch.device) -> list[str]:
     --classes {data}/coyo_labeled/classes.txt --device {device.type} --eval-every 100
     --scheduler.warmup 2"""
     return [sys.executable, "Classification.py", *words.split(), "--scheduler.epochs", "30 steps"]
-
-
-def run_to_end(command: list[str]) -> None:
-    """Raises RuntimeError with the last line of its output where the command fails."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-        raise RuntimeError(f"{command[1]} ended with {done.returncode}: {lines[-1]}")
 
 
 def wait_for(path: Path, process: subprocess.Popen, seconds: float = 300.0) -> None:

@@ -221,13 +221,14 @@ def fit_constants(report, device: torch.device, measured: list[Measured]) -> lis
     compute = 2 * size**3 / timed(lambda: x @ x, device, 20) / gpu.half
     bandwidth = 4 * values / timed(lambda: target.copy_(source), device, 20) / gpu.bandwidth
     launch = timed(lambda: one.add_(1), device, 5000)
-    ratio = statistics.median(m.seconds / m.bound for m in measured)
     lines = [
         f"attained  {gpu.attained:.2f} in plan.py, {compute:.2g} measured",
         f"BANDWIDTH {b.BANDWIDTH:.2f} in plan.py, {bandwidth:.2g} measured",
         f"LAUNCH    {b.LAUNCH * 1e6:.1f} us in plan.py, {launch * 1e6:.1f} us measured",
-        f"steps take {ratio:.2f} times their bounds (median)",
     ]
+    if measured:
+        ratio = statistics.median(m.seconds / m.bound for m in measured)
+        lines.append(f"steps take {ratio:.2f} times their bounds (median)")
     for line in lines:
         report.note(line)
     return lines

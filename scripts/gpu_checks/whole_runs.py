@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data/digitscenes"
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
 SECONDS = 400  # for one command; compiled code takes a minute or two
 SHARDED = "--parallel fsdp --checkpoint_format sharded --async_save true"
 TRAINING = {  # folder of the run: script and options
@@ -62,9 +63,7 @@ def check_scripts(
         }
         _note(report, trained)
         evaluated = {
-            pool.submit(
-                run_to_end, command.format(runs=folder, out=folder / name) + f" {words}"
-            ): name
+            pool.submit(evaluate, f"{command} {words}".format(runs=folder, out=folder / name)): name
             for name, command in EVALUATIONS.items()
             if name in names
         }
@@ -88,9 +87,9 @@ def build_data() -> None:
 def train_and_resume(command: str, folder: Path) -> float:
     """The run to step 4, then to its end from the checkpoint; raises RuntimeError where a loss is
     not finite or a step is missing."""
-    command += f" --output_dir {folder}"
-    run_to_end(f"{command} --max_steps 4")
-    run_to_end(command)
+    words = [*LAUNCHER, *command.split(), "--output_dir", str(folder)]
+    run_to_end([*words, "--max_steps", "4"])
+    run_to_end(words)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     if not losses or max(losses) < 5 or not all(map(math.isfinite, losses.values())):
@@ -98,13 +97,15 @@ def train_and_resume(command: str, folder: Path) -> float:
     return 0.0
 
 
-def run_to_end(command: str) -> float:
-    """A command under torchrun. Raises RuntimeError with the end of its output where it fails."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    words = [*launcher, *command.split()]
+def evaluate(command: str) -> float:
+    """An evaluation to its end."""
+    run_to_end([*LAUNCHER, *command.split()])
+    return 0.0
+
+
+def run_to_end(words: list[str]) -> None:
+    """Raises RuntimeError with the end of the command's output where it fails."""
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:
-        raise RuntimeError(
-            f"{command}: exit {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}"
-        )
-    return 0.0
+        output = (done.stdout + done.stderr)[-6000:]
+        raise RuntimeError(f"{' '.join(words[1:])} ended with {done.returncode}\n{output}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.inputs import CLS, VOCABULARY
-from benchmarks.runner import Side, TrainOptions, check_peer
+from benchmarks.runner import OURS, Side, TrainOptions, check_peer
 from benchmarks.steps import compare_steps, settings, training_step
 from main import total_loss
 from models.dual_encoder.align import Align
@@ -36,9 +36,6 @@ class Config(TrainOptions):
     virtual_batch: int = knob(8, "samples of a ghost batch", low=2)
     image_size: int = knob(289, "side of the images in pixels", low=32)
     length: int = knob(64, "tokens of a caption", low=2)
-    sides: list[str] = knob(
-        ["ours", "transformers"], "in PyTorch", choices=("ours", "transformers")
-    )
 
 
 class Foreign(DualEncoder):
@@ -112,7 +109,8 @@ def measure_network(model: DualEncoder, decayed: list[str], options: SimpleNames
 
 def main(config: Config) -> None:
     check_peer(config, "models/efficientnet.py", "coyo-align", tensorflow=True)
-    sides = [Side(name, f"benchmarks.align:{name}") for name in config.sides]
+    sides = [Side(OURS, "benchmarks.align:ours")]
+    sides.append(Side("transformers", "benchmarks.align:transformers"))
     if config.peer:
         function = "benchmarks.peers.tensorflow:align"
         sides.append(Side("original (TensorFlow)", function, original=True))

@@ -11,8 +11,7 @@ ours the longest caption of the batch, rounded up to a multiple of 8, as main.py
 Weights are random and nothing is downloaded. --precision and --compile are for all sides,
 --activation-checkpointing is ours.
 
---peer runs github.com/facebookresearch/clip-rocket: its networks and losses as they are, a stand-in
-for xformers' attention (PyTorch's, when `--peer-attention flash`).
+--peer runs github.com/facebookresearch/clip-rocket: its networks and losses as they are.
 """
 
 import math
@@ -39,9 +38,6 @@ class Config(TrainOptions):
     """What to measure."""
 
     tokens: int = knob(24, "longest caption in tokens, start and end included", low=8, high=77)
-    peer_attention: str = knob(
-        "standard", "clip-rocket's attention: its default, or flash", choices=("standard", "flash")
-    )
 
 
 def ours(options: SimpleNamespace) -> dict:

@@ -4,11 +4,9 @@ Imports torch only where it is used: the module also runs in an interpreter that
 alone.
 """
 
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,23 +57,17 @@ def peak_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage, never the launching process's peak
-        return _field(status, "VmHWM")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # unlike getrusage's, never the launching process's peak
+    return linux_bytes("/proc/self/status", "VmHWM")
 
 
-def memory_bytes(field: str, pids: Iterable[int | str] = ("self",)) -> int:
-    """Memory of processes together, now, as Linux counts it: Rss, Pss or Private_Dirty."""
-    return sum(_field(Path(f"/proc/{pid}/smaps_rollup"), field) for pid in pids)
-
-
-def _field(file: Path, name: str) -> int:
-    for line in file.read_text().splitlines():
-        if line.startswith(f"{name}:"):
+def linux_bytes(file: str, field: str) -> int:
+    """A field of a file of /proc, there in kB: VmHWM of status, Rss or Private_Dirty of
+    smaps_rollup."""
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise ValueError(f"no {name} in {file}")
+    raise ValueError(f"no {field} in {file}")
 
 
 class Stages:

@@ -1,11 +1,9 @@
-"""Time and memory of exact nearest neighbours by cosine: ours against scikit-learn's, and faiss'
-where installed.
+"""Time and memory of exact nearest neighbours by cosine: ours against scikit-learn's.
 
-    python -m benchmarks.knn                              # 200,000 training features, 10,000 queries, width 384
-    python -m benchmarks.knn --train 1281167 --queries 50000 --sides ours
-    python -m benchmarks.knn --sides ours sklearn faiss
+    python -m benchmarks.knn             # 200,000 training features, 10,000 queries, width 384
+    python -m benchmarks.knn --train 1281167 --queries 50000
 
-Features are random, in 1,000 clusters, on disk. Each side finds the same k neighbours;
+Features are random, in 1,000 clusters, on disk. Both sides find the same k neighbours;
 disagreements are counted. Memory is the peak of the process less what it had before the features.
 scikit-learn's `NearestNeighbors` runs with brute force and Euclidean distance of unit vectors, its
 fastest way to the same answer; --device is ours.
@@ -20,13 +18,14 @@ from types import SimpleNamespace
 import numpy as np
 
 from base.errors import UserError
-from benchmarks.gauge import measure_once, memory_bytes, peak_bytes
+from benchmarks.gauge import linux_bytes, measure_once, peak_bytes
 from benchmarks.runner import OURS, Options, Side, device_of, take_turns
 from benchmarks.table import CPU_SECONDS, SECONDS, Column, publish, table
 from runtime.config.cli import knob, run_script
 
-SIDES = {"ours": OURS, "sklearn": "scikit-learn", "faiss": "faiss (IndexFlatIP)"}
-CLUSTERS, PART = 1000, 65536
+SKLEARN = "scikit-learn"
+CLUSTERS = 1000
+PART = 65536  # features written at a time
 COLUMNS = [
     SECONDS,
     CPU_SECONDS,
@@ -45,8 +44,7 @@ class Config(Options):
     queries: int = knob(10_000, "queries", low=1)
     width: int = knob(384, "numbers in a feature", low=1)
     k: int = knob(20, "neighbours", low=1)
-    sides: list[str] = knob(["ours", "sklearn"], "who searches", choices=tuple(SIDES))
-    device: str = knob("cpu", "ours: cpu or cuda; the others run on the CPU")
+    device: str = knob("cpu", "ours: cpu or cuda; scikit-learn runs on the CPU")
 
 
 def make_features(config: Config, folder: Path) -> None:
@@ -85,7 +83,7 @@ def ours(options: SimpleNamespace) -> dict:
     def search() -> np.ndarray:
         return nearest_neighbours(train, queries, options.k, world).index.numpy()
 
-    return measure_search(search, "ours", options)
+    return measure_search(search, OURS, options)
 
 
 def sklearn(options: SimpleNamespace) -> dict:
@@ -98,54 +96,27 @@ def sklearn(options: SimpleNamespace) -> dict:
         index.fit(normalize(read(options, "train")))
         return index.kneighbors(normalize(read(options, "queries")), return_distance=False)
 
-    return measure_search(search, "sklearn", options)
-
-
-def faiss(options: SimpleNamespace) -> dict:
-    """Search of faiss."""
-    import faiss as library
-
-    library.omp_set_num_threads(options.threads)
-
-    def unit(name: str) -> np.ndarray:
-        features = read(options, name)
-        library.normalize_L2(features)
-        return features
-
-    def search() -> np.ndarray:
-        index = library.IndexFlatIP(options.width)
-        index.add(unit("train"))
-        return index.search(unit("queries"), options.k)[1]
-
-    return measure_search(search, "faiss", options)
+    return measure_search(search, SKLEARN, options)
 
 
 def measure_search(search: Callable[[], np.ndarray], side: str, options: SimpleNamespace) -> dict:
     """Time and memory of one search; SIDE.npy in the folder `exchange` gets the neighbours."""
-    before = memory_bytes("Rss")
+    before = linux_bytes("/proc/self/smaps_rollup", "Rss")
     found, result = measure_once(search)
     result["peak_bytes"] = peak_bytes("cpu") - before
     np.save(Path(options.exchange) / f"{side}.npy", found)
     return result
 
 
-def add_agreement(results: dict[str, list[dict]], folder: Path, sides: list[str]) -> None:
-    """Put `same` in the other sides' results: the fraction of their neighbours that ours found at
-    the same rank."""
-    for side in sides:
-        if side != "ours" and "ours" in sides:
-            same = np.load(folder / f"{side}.npy") == np.load(folder / "ours.npy")
-            results[SIDES[side]][0]["same"] = float(same.mean())
-
-
 def main(config: Config) -> None:
     if config.tiny:
         raise UserError("--tiny: there is no network here; give --train and --queries")
-    sides = [Side(SIDES[side], f"benchmarks.knn:{side}") for side in config.sides]
+    sides = [Side(OURS, "benchmarks.knn:ours"), Side(SKLEARN, "benchmarks.knn:sklearn")]
     with tempfile.TemporaryDirectory() as name:
         make_features(config, Path(name))
         results = take_turns(config, sides, exchange=name)
-        add_agreement(results, Path(name), config.sides)
+        same = np.load(Path(name) / f"{SKLEARN}.npy") == np.load(Path(name) / f"{OURS}.npy")
+        results[SKLEARN][0]["same"] = float(same.mean())  # at the same rank
     size = config.train * config.width * 4 / 2**20
     body = f"{table(results, COLUMNS)}\n\nThe training features are {size:,.0f} MiB."
     title = [f"kNN, {config.train:,} x {config.queries:,}", f"width {config.width}"]

@@ -15,6 +15,7 @@ PIECES, IMAGE, EMPTY = 32000, 32000, 32001
 ANSWER, COMMA = 526, 29892  # LLaMA's "▁are" and ","
 PROMPT = "The objects in the image are"
 LENGTH = 512  # positions of the original's sequences, image tokens included
+LABEL_TOKENS = 3  # that a label is cut off at
 TRAINED_BLOCKS = 2  # of the image tower, the last ones
 
 

@@ -46,22 +46,16 @@ class Config(TrainOptions):
 
     system: str = knob("simla", "which model", choices=("simla", "albef"))
     batch: int = knob(4, f"samples a step; with --peer a divisor of {QUEUE_SIZE}", low=2)
-    compat: str = knob(
-        "none", "ours: original = with the original's defects", choices=("none", "original")
-    )
-    peer_precision: str = knob(
-        "fp32", "original: fp32 as published, or with TF32 products", choices=("fp32", "tf32")
-    )
     check: bool = knob(
         False, "compare the losses of both sides on equal weights instead of measuring"
     )
 
 
-def model_config(options: SimpleNamespace) -> SimlaConfig:
+def model_config(options: SimpleNamespace, compat: str = "none") -> SimlaConfig:
     """SIMLA or ALBEF at full size, or tiny."""
     config = SimlaConfig() if options.system == "simla" else SimlaConfig.albef()
     config.queue_size = 64 if options.tiny else QUEUE_SIZE
-    config.compat = options.compat
+    config.compat = compat
     if options.tiny:
         make_tiny(config.vit, config.bert)
     return config
@@ -130,8 +124,7 @@ def our_losses(options: SimpleNamespace) -> dict:
     """Losses with the peer's weights and codes, no dropout, the likeliest negatives."""
     file = Path(options.exchange) / "peer.pt"
     saved = torch.load(file, weights_only=True, mmap=True, map_location=options.device)
-    options.compat = "original"
-    model = Simla(model_config(options)).to(options.device).eval()
+    model = Simla(model_config(options, compat="original")).to(options.device).eval()
     model.load_state_dict(saved["model"])
     batch = training_batch(options)
     if batch.pop("token_image", None) is not None:
@@ -184,10 +177,8 @@ def main(config: Config) -> None:
     title = [config.system.upper(), *settings(config)]
     sides = [Side(OURS, "benchmarks.pretrain:ours")]
     if config.peer:
-        title.append(f"original in {config.peer_precision}")
+        title.append("original in fp32")
         sides.append(Side(PEER, "benchmarks.peers.fusion:step", original=True))
-    if config.compat != "none":
-        title.append("compat original")
     compare_steps(config, "pretrain", title, sides)
 
 

@@ -6,8 +6,7 @@ original's.
     python -m benchmarks.recognition --peer PATH --cases train --steps 3
 
 Cases: `1` and `8`, the top 20 labels of so many images, cut off at three tokens (two and a
-delimiter); `1-limit`, the same with nineteen tokens, as of weights that never end a label; `train`,
-a step of four images with five labels each.
+delimiter); `train`, a step of four images with five labels each.
 The network is random: image tower 256 wide, 6 blocks, 256 image tokens of 224 px; decoder 512 wide,
 4 blocks, 32,002 tokens. The original's own functions run with equal weights, and its labels and
 losses are compared with ours. It pads texts to 512 positions and computes the caption's branch,
@@ -36,12 +35,7 @@ from models.weights.nxtp import trained_names
 from runtime.config.cli import knob, run_script
 from runtime.optim.build import Optimizer
 
-CASES = {  # images, tokens of a label
-    "1": (1, 3),
-    "8": (8, 3),
-    "1-limit": (1, 19),
-    "train": (0, 0),
-}
+CASES = {"1": 1, "8": 8, "train": 0}  # images labelled
 COLUMNS = [
     Column("seconds", "seconds"),
     Column("CPU seconds", "cpu_seconds"),
@@ -57,12 +51,9 @@ COLUMNS = [
 class Config(TrainOptions):
     """What to measure."""
 
-    cases: list[str] = knob(["1", "8", "train"], "cases to measure", choices=tuple(CASES))
+    cases: list[str] = knob(list(CASES), "cases to measure", choices=tuple(CASES))
     labels: int = knob(20, "labels of an image", low=1)
     batch: int = knob(4, "images of a training step", low=1)
-    compat: str = knob(
-        "original", "ours: none = also the last label sees itself", choices=("none", "original")
-    )
 
 
 def build_model(options: SimpleNamespace) -> Nxtp:
@@ -102,7 +93,7 @@ def label(options: SimpleNamespace) -> dict:
     @torch.inference_mode()
     def step() -> None:
         seen = model.encode_image(images)
-        drafts = one_shot(model, seen, prompt, inputs.COMMA, options.labels, options.tokens)
+        drafts = one_shot(model, seen, prompt, inputs.COMMA, options.labels, inputs.LABEL_TOKENS)
         tokens[:] = [[row[0] for row in drafts.rows(i)] for i in range(len(images))]
 
     return {**measure(step, options), "tokens": tokens}
@@ -112,8 +103,7 @@ def train(options: SimpleNamespace) -> dict:
     """A training step; `loss` is the first one's."""
     model = build_model(options)
     words = inputs.Words()
-    original = options.compat == "original"
-    sequences = Sequences(words, inputs.LENGTH - 256, many_prompts=False, original=original)
+    sequences = Sequences(words, inputs.LENGTH - 256, many_prompts=False, original=True)
     texts = []
     for caption in inputs.captions(options.batch):
         texts.append(sequences.labels(inputs.labels_of(caption), inputs.PROMPT))
@@ -146,8 +136,8 @@ def measure_case(case: str, config: Config, folder: str) -> dict[str, list[dict]
     sides = [Side(OURS, f"benchmarks.recognition:{what}")]
     if config.peer:
         sides.insert(0, Side(PEER, f"benchmarks.peers.nxtp:{what}", original=True))
-    images, tokens = CASES[case]
-    results = take_turns(config, sides, exchange=folder, images=images, tokens=tokens)
+    images = CASES[case]
+    results = take_turns(config, sides, exchange=folder, images=images)
     add_figures(results, config.batch if case == "train" else images * config.labels)
     return results
 

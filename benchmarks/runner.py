@@ -36,9 +36,6 @@ class Options:
     wait: float = knob(0.0, "minutes to wait until no other work is running", low=0)
     tiny: bool = knob(False, "a tiny network, printed only: shows that the benchmark runs")
     report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
-    record: Path | None = knob(
-        None, "JSON lines file that the results are appended to", aliases=("output",)
-    )
 
 
 @dataclass
@@ -114,12 +111,9 @@ def checkouts(given: Iterable[str], known: Iterable[str], option: str) -> dict[s
 
 
 # ---- load
-def busy_seconds() -> float | None:
-    """CPU seconds that all work of the machine has used since it started; None if it does not say."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return None
-    ticks = [int(word) for word in stat.read_text().split("\n")[0].split()[1:9]]
+def busy_seconds() -> float:
+    """CPU seconds that all work of the machine has used since it started."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
     idle = ticks[3] + ticks[4]  # idle, waiting for disks
     return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
 
@@ -130,8 +124,6 @@ def current_load(seconds: float = 2.0) -> float:
     Unlike the load average, it forgets at once what has just ended: the measurement before.
     """
     before = busy_seconds()
-    if before is None:
-        return os.getloadavg()[0]
     time.sleep(seconds)
     return (busy_seconds() - before) / seconds
 
@@ -169,9 +161,8 @@ def run_side(side: Side, options: Options, **more) -> dict:
     own = children_seconds()
     printed = run_command(command, side.name, options.threads)
     result = json.loads(printed.strip().splitlines()[-1])
-    if busy is not None:
-        used = busy_seconds() - busy - (children_seconds() - own)
-        result["others"] = max(0.0, used / (time.perf_counter() - begin))
+    used = busy_seconds() - busy - (children_seconds() - own)
+    result["others"] = max(0.0, used / (time.perf_counter() - begin))
     return result
 
 
@@ -192,18 +183,18 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def take_turns(options: Options, sides: list[Side], timed: bool = True, **more) -> dict:
+def take_turns(options: Options, sides: list[Side], **more) -> dict:
     """All measurements {the side's name: [results]}, ours first.
 
-    They run in turn in the order of `sides`, every second time in reverse. timed: `load` in each
-    result is that before it; no other work may run then.
+    They run in turn in the order of `sides`, every second time in reverse. `load` in each result is
+    that before it; no other work may run then.
     """
     names = sorted((side.name for side in sides), key=lambda name: name != OURS)
     results: dict[str, list[dict]] = {name: [] for name in names}
     for turn in range(options.repeats):
         for side in sides if turn % 2 == 0 else reversed(sides):
-            load = {"load": idle_load(options)} if timed else {}
-            result = {**run_side(side, options, **more), **load}
+            load = idle_load(options)
+            result = {**run_side(side, options, **more), "load": load}
             results[side.name].append(result)
             figures = {n: round(v, 3) for n, v in result.items() if isinstance(v, int | float)}
             print(f"{side.name} {turn + 1}/{options.repeats}: {figures}", flush=True)

@@ -25,7 +25,7 @@ from PIL import Image
 import main as training
 from base import distributed
 from base.errors import UserError
-from benchmarks.gauge import measure_once, memory_bytes, peak_bytes
+from benchmarks.gauge import linux_bytes, measure_once, peak_bytes
 from benchmarks.runner import OURS, Options, Side, take_turns
 from benchmarks.table import Column, publish, table
 from dataset.sources.tar_writer import statistics_file, write_shard, write_statistics
@@ -104,8 +104,8 @@ def start(options: SimpleNamespace) -> dict | None:
     loader = timed("found", load)
     figures["memory_found"] = peak_bytes("cpu") - before
     timed("first", loader.__next__)
-    workers = [memory_bytes("Private_Dirty", [each.pid]) for each in loader._batches._workers]
-    figures["memory_worker"] = max(workers)
+    files = [f"/proc/{worker.pid}/smaps_rollup" for worker in loader._batches._workers]
+    figures["memory_worker"] = max(linux_bytes(file, "Private_Dirty") for file in files)
     source = loader.stream.sources[0]
     slots = world.size * options.workers
     own = range(world.rank * options.workers, (world.rank + 1) * options.workers)

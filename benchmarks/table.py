@@ -11,14 +11,12 @@ import re
 import shlex
 import statistics
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from base.errors import UserError
-from base.reading import read_json_lines
-from base.writing import write_json_lines, write_text
+from base.writing import write_text
 from benchmarks.runner import IDLE_LOAD, OURS, ROOT, Options, device_of
 
 PREAMBLE = """# Benchmarks
@@ -32,7 +30,7 @@ clock. MFU is the FLOPs of the network's forward and backward pass over the devi
 those that activation checkpointing repeats and those of the image tokenizer; the peak is the
 vendor's figure for a GPU, and a measured matrix product of the same number type, by processor time,
 for a CPU. The load is the number of cores that other work used, before a measurement and during it.
-`python -m benchmarks.quiet` measures the rows that count on an idle machine.
+No other work may run meanwhile: a benchmark waits for that up to `--wait` minutes, else refuses.
 """
 
 
@@ -138,7 +136,7 @@ def command_line(options: Options, name: str) -> str:
     words = ["python", "-m", f"benchmarks.{name}"]
     standard = asdict(type(options)())
     for key, value in asdict(options).items():
-        if value == standard[key] or key in ("report", "record", "busy", "wait"):
+        if value == standard[key] or key in ("report", "busy", "wait"):
             continue
         words.append("--" + key.replace("_", "-"))
         if key in ("peer", "peer_python"):
@@ -154,8 +152,7 @@ def command_line(options: Options, name: str) -> str:
 def publish(
     options: Options, name: str, title: list[str], body: str, results: dict[str, list[dict]]
 ) -> None:
-    """Print the table with machine, load and command; append it to `record` and write it to the page
-    of `report`.
+    """Print the table with machine, load and command; write it to the page of `report`.
 
     The words of the title distinguish a setting: a run of the same setting replaces its section.
     A tiny network's figures are printed only. Raises UserError, after printing, if other work ran
@@ -168,18 +165,11 @@ def publish(
     print(f"{heading}\n\n{text}")
     if "disturbed" in note and not options.busy:
         raise UserError("other work began meanwhile: nothing is recorded; measure again, or --busy")
-    if options.record:
-        append_record(options.record, {"title": heading, "text": text, "results": results})
     if options.report and not options.tiny:
-        write_sections(options.report, {heading: text})
-
-
-def append_record(file: Path, record: dict) -> None:
-    """Add a line to a JSON lines file, with the time."""
-    now = datetime.now().isoformat(timespec="seconds")
-    records = list(read_json_lines(file)) if file.exists() else []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json_lines(file, [*records, {"time": now, **record}])
+        page = ROOT / options.report
+        before = page.read_text() if page.exists() else PREAMBLE
+        write_text(page, with_section(before, heading, text))
+        print(f"written to {page}")
 
 
 def with_section(page: str, title: str, body: str) -> str:
@@ -189,13 +179,3 @@ def with_section(page: str, title: str, body: str) -> str:
     if old.search(page):
         return old.sub(lambda _: section + "\n", page).rstrip() + "\n"
     return f"{page.rstrip()}\n\n{section}"
-
-
-def write_sections(report: str, sections: dict[str, str]) -> None:
-    """Replace or add sections of the page, a path below the repository's root."""
-    page = ROOT / report
-    text = page.read_text() if page.exists() else PREAMBLE
-    for title, body in sections.items():
-        text = with_section(text, title, body)
-    write_text(page, text)
-    print(f"written to {page}")

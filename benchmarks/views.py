@@ -1,13 +1,12 @@
 """Samples per second and core of the dual encoders' input pipeline, beside the published kind of
 it.
 
-    python -m benchmarks.views                     # 512 x 384 JPEGs of about 60 kB, as files and in zips of 1000
-    python -m benchmarks.views --items 400 --text-augment --record output/bench_views.jsonl
+    python -m benchmarks.views      # 512 x 384 JPEGs of about 60 kB, as files and in zips of 1000
 
 A sample is a decoded image, one weak and two strong views of it at 224 pixels, and three texts as
 token ids. The reference does the same with Pillow and torchvision on Pillow's images, and parses a
 zip file's directory for every member, as clip-rocket does; the texts are ours in both. One thread;
-rates are samples per second of processor time. Printed only, unless --report names a page.
+rates are samples per second of processor time.
 """
 
 import io
@@ -52,10 +51,6 @@ class Config(Options):
     """What to measure."""
 
     items: int = knob(200, "samples of each pipeline", low=10)
-    text_augment: bool = knob(False, "the four operations on the words, with WordNet's synonyms")
-    bpe_path: Path | None = knob(
-        None, "BPE merges; none = CLIP's, from the package open_clip_torch"
-    )
     threads: int = knob(1, "CPU threads of each side", low=1)
     report: str = knob("", "page to write the table to; empty = print only")
 
@@ -144,8 +139,8 @@ def rates(options: SimpleNamespace) -> dict:
     torch.manual_seed(0)
     random.seed(0)
     read, decode, views = PARTS[options.side](Path(options.exchange))
-    texts = TextViews(TextOptions(text_augment=options.text_augment), local=2)
-    tokenizer = ClipTokenizer(options.bpe_path)
+    texts = TextViews(TextOptions(), local=2)
+    tokenizer = ClipTokenizer()
 
     def tokens(number: int) -> torch.Tensor:
         return tokenizer(texts([CAPTIONS[number % len(CAPTIONS)]]))
@@ -154,12 +149,9 @@ def rates(options: SimpleNamespace) -> dict:
         "decode": lambda number: decode(file_name(number)),
         "read a zip member": lambda number: read(member_name(number)),
         "decode, 3 views": lambda number: views(decode(file_name(number))),
-        "3 texts": tokens,
         "sample from files": lambda n: (views(decode(file_name(n))), tokens(n)),
         "sample from zips": lambda n: (views(decode(f"{ZIP}/{member_name(n)}")), tokens(n)),
     }
-    if options.side != OURS:
-        del pipelines["3 texts"]  # would be ours again
     return {"rates": {name: rate(make, options.items) for name, make in pipelines.items()}}
 
 
@@ -186,8 +178,6 @@ def main(config: Config) -> None:
             figures = [{"rate": run["rates"][name]} for run in runs]
             cases.setdefault(name, {})[side] = figures
     title = ["Input pipeline", f"{WIDTH} x {HEIGHT} JPEGs of {size / 1000:.0f} kB"]
-    if config.text_augment:
-        title.append("augmented texts")
     publish(config, "views", title, tables(cases, COLUMNS), results)
 
 

@@ -17,14 +17,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runner import Side, TrainOptions, check_peer
+from benchmarks.runner import OURS, Side, TrainOptions, check_peer
 from benchmarks.steps import compare_steps, settings, training_step
 from models.classification.classifier import ClassifierConfig, VisionClassifier, sigmoid_loss
 from models.weights.vit import transformers_config
 from runtime.config.cli import knob, run_script
 from runtime.optim.build import Optimizer
-
-LIBRARIES = ("ours", "timm", "transformers")
 
 
 @dataclass
@@ -34,7 +32,6 @@ class Config(TrainOptions):
     model: str = knob("vit-b/16", "network", choices=("vit-b/16", "vit-l/16"))
     image_size: int = knob(224, "side of the images in pixels", low=16)
     classes: int = knob(21841, "classes", low=2)
-    sides: list[str] = knob(list(LIBRARIES), "in PyTorch", choices=LIBRARIES)
 
 
 class Foreign(nn.Module):
@@ -115,7 +112,9 @@ def measure_network(model: nn.Module, options: SimpleNamespace) -> dict:
 
 def main(config: Config) -> None:
     check_peer(config, "backbones/vit/vit_model.py", "coyo-vit", tensorflow=True)
-    sides = [Side(name, f"benchmarks.vit:{name}") for name in config.sides]
+    sides = [Side(OURS, "benchmarks.vit:ours")]
+    for library in ("timm", "transformers"):
+        sides.append(Side(library, f"benchmarks.vit:{library}"))
     if config.peer:
         function = "benchmarks.peers.tensorflow:vit"
         sides.append(Side("original (TensorFlow)", function, original=True))

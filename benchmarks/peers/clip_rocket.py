@@ -1,7 +1,7 @@
 """The original's side of benchmarks.dual: CL2L of clip-rocket and its loss, out of a checkout.
 
-Networks and losses run as they are. Replaced are xformers' attention (by PyTorch's) and the
-library's look-up of weights to download.
+Networks and losses run as they are. Replaced are xformers, which the default attention does not
+use, and the library's look-up of weights to download.
 """
 
 import importlib
@@ -17,23 +17,16 @@ from benchmarks.steps import training_step
 from runtime.optim.build import Optimizer
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
-    """xformers' attention [B,N,H,d] by PyTorch's, which has the heads before the tokens."""
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    return nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-
-
 def import_checkout(options: types.SimpleNamespace) -> tuple[types.ModuleType, types.ModuleType]:
     """The checkout's modules `models` and `losses`."""
-    stand_in("xformers.ops", memory_efficient_attention=attention, unbind=torch.unbind)
+    stand_in("xformers.ops")
     sys.path.insert(0, options.peer)
     importlib.import_module("timm.models.registry")
     vit = importlib.import_module("vit")
 
     def transformer(variant: str, pretrained: bool = False, attn_layer=None, **more) -> nn.Module:
         """Its VisionTransformer with random weights."""
-        layer = vit.MemEffAttention if attn_layer == "flash" else vit.Attention
-        return vit.VisionTransformer(attn_layer=layer, **more)
+        return vit.VisionTransformer(attn_layer=vit.Attention, **more)
 
     def vit_b16(name: str, num_classes: int, attn_layer: str) -> nn.Module:
         sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
@@ -48,11 +41,11 @@ def import_checkout(options: types.SimpleNamespace) -> tuple[types.ModuleType, t
 class Network(nn.Module):
     """CL2L ViT-B/16, called with the batch's names."""
 
-    def __init__(self, models: types.ModuleType, attention: str):
+    def __init__(self, models: types.ModuleType):
         super().__init__()
         self.model = models.CL2L_VITB16(
             models.CL2L,
-            attention,
+            "standard",  # attention
             embed_dim=512,
             transformer_layers=12,
             separate_proj=True,
@@ -80,6 +73,6 @@ def step(options: types.SimpleNamespace) -> dict:
     def loss_of(outputs: dict) -> Tensor:
         return criterion(outputs)["loss"]
 
-    model = Network(models, options.peer_attention)
+    model = Network(models)
     adamw = Optimizer(lr=1e-4, weight_decay=0.1)
     return training_step(model, batch, loss_of, adamw, options)

@@ -104,8 +104,7 @@ def arguments(batch: dict[str, Tensor], tokenizer: nn.Module | None) -> dict:
 
 def start(options: types.SimpleNamespace) -> tuple[nn.Module, nn.Module | None, dict]:
     """Model, image tokenizer and batch on the device."""
-    tf32 = options.peer_precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = False  # as in products
     torch.manual_seed(0)
     prepare(options)
     start_process_group(options.device)

@@ -121,7 +121,7 @@ def label(options: types.SimpleNamespace) -> dict:
     @torch.inference_mode()
     def step() -> None:
         count, texts, ids, embedded = original.encode(images, [""] * len(images), False)
-        limit = options.tokens + 1
+        limit = inputs.LABEL_TOKENS + 1
         decoder = original.decoding.OneShotDecoder(k=options.labels, max_update_iter=limit)
         decoder.reset()
         finish = decoder.finalize
@@ -136,7 +136,7 @@ def label(options: types.SimpleNamespace) -> dict:
         prompt = [texts[5], ids[1], embedded[1], embedded[2], words]
         original.evaluation.generate(original.args, count, *prompt, model, images.device, decoder)
         begin = int((ids[1][0] >= 0).sum())  # the prompt's length
-        tokens = rows[0][:, begin : begin + options.tokens].unflatten(0, (len(images), -1))
+        tokens = rows[0][:, begin : begin + inputs.LABEL_TOKENS].unflatten(0, (len(images), -1))
         found[:] = [[first_label(row) for row in image] for image in tokens.tolist()]
 
     return {**measure(step, options), "tokens": found}

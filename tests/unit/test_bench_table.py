@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from base.errors import UserError
-from base.reading import read_json_lines
 from benchmarks import runner, steps, table
 from benchmarks.runner import OURS, Options, Side, TrainOptions
 
@@ -95,7 +94,7 @@ def test_settings_that_differ_have_different_headings():
 
 
 def test_the_command_line_has_the_settings_and_no_path_of_this_disk():
-    from benchmarks import knn, pretrain
+    from benchmarks import pretrain, recognition
 
     config = pretrain.Config(
         peer="/home/me/SIMLA", peer_python="/opt/python", batch=8, compile=True, busy=True
@@ -103,9 +102,9 @@ def test_the_command_line_has_the_settings_and_no_path_of_this_disk():
     assert table.command_line(config, "pretrain") == (
         "python -m benchmarks.pretrain --peer PATH --peer-python PATH --batch 8 --compile true"
     )
-    config = knn.Config(sides=["ours", "faiss"], train=5)
-    words = "python -m benchmarks.knn --train 5 --sides ours faiss"
-    assert table.command_line(config, "knn") == words
+    config = recognition.Config(cases=["1", "8"], labels=5)
+    words = "python -m benchmarks.recognition --cases 1 8 --labels 5"
+    assert table.command_line(config, "recognition") == words
 
 
 def test_a_busy_machine_is_refused_or_waited_for(monkeypatch):
@@ -124,9 +123,7 @@ def measured(load: float, others: float) -> dict:
 
 def test_the_page_has_the_table_its_machine_load_and_command(tmp_path, capsys):
     page = tmp_path / "page.md"
-    options = Options(
-        busy=True, report=str(page), device="cpu", wait=3, record=tmp_path / "r.jsonl"
-    )
+    options = Options(busy=True, report=str(page), device="cpu", wait=3)
     table.publish(options, "knn", ["kNN", "cpu"], "| table |", measured(1.9, 0.5))
     text = page.read_text()
     assert text.startswith(table.PREAMBLE) and "## kNN, cpu\n\n| table |\n\nMachine: " in text
@@ -139,26 +136,30 @@ def test_the_page_has_the_table_its_machine_load_and_command(tmp_path, capsys):
 
 
 def test_what_other_work_disturbed_is_not_recorded(tmp_path, capsys):
-    options = Options(report=str(tmp_path / "page.md"), device="cpu", record=tmp_path / "r.jsonl")
+    options = Options(report=str(tmp_path / "page.md"), device="cpu")
     for disturbed in (measured(0.4, 0.0), measured(0.0, 0.3)):
         with pytest.raises(UserError, match="nothing is recorded"):
             table.publish(options, "knn", ["kNN"], "| table |", disturbed)
     assert "| table |" in capsys.readouterr().out and not list(tmp_path.iterdir())
     for title in ("kNN", "kNN, k 5"):
         table.publish(options, "knn", [title], f"| {title} |", measured(0.1, 0.2))
-    first, second = read_json_lines(options.record)
-    assert first["title"] == "kNN" and second["title"] == "kNN, k 5"
-    assert second["results"] == measured(0.1, 0.2) and "Load 0.10" in second["text"]
-    assert "| kNN, k 5 |" in (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert "| kNN |" in page and "| kNN, k 5 |" in page and page.count("Load 0.10") == 2
 
 
 def test_the_load_is_the_cores_in_use(monkeypatch):
     busy = iter([100.0, 103.0])
     monkeypatch.setattr(runner, "busy_seconds", lambda: next(busy))
     assert runner.current_load(seconds=2e-3) == pytest.approx(1500)
-    monkeypatch.setattr(runner, "busy_seconds", lambda: None)
-    monkeypatch.setattr(runner.os, "getloadavg", lambda: (0.7, 0, 0))
-    assert runner.current_load() == 0.7
+
+
+def test_checkouts_are_folders_under_known_names(tmp_path):
+    known = ["clip-rocket", "simla"]
+    assert runner.checkouts([f"simla={tmp_path}"], known, "--peer") == {"simla": tmp_path}
+    with pytest.raises(UserError, match=r"--peer blip=.: .*NAME is one of clip-rocket, simla"):
+        runner.checkouts(["blip=."], known, "--peer")
+    with pytest.raises(UserError, match="no such folder; PATH is a checkout of simla"):
+        runner.checkouts([f"simla={tmp_path}/none"], known, "--peer")
 
 
 def test_sides_take_turns_and_ours_comes_first(monkeypatch):
@@ -177,8 +178,6 @@ def test_sides_take_turns_and_ours_comes_first(monkeypatch):
     assert list(results) == [OURS, "other"]
     assert [run["seconds"] for run in results[OURS]] == [2, 3, 6]
     assert results[OURS][0]["exchange"] == "folder" and results[OURS][0]["load"] == 0.25
-    untimed = runner.take_turns(Options(repeats=1), sides, timed=False)
-    assert "load" not in untimed[OURS][0]
 
 
 def test_a_side_runs_in_a_process_of_its_own(tmp_path, monkeypatch):

@@ -158,7 +158,8 @@ def find_script(name: str) -> Path:
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path.resolve()
-    known = sorted(path.name for path in ROOT.glob("*.py") if path.name != Path(__file__).name)
+    scripts = [path.name for path in ROOT.glob("*.py") if not path.is_symlink()]
+    known = sorted(name for name in scripts if name != Path(__file__).name)
     raise UserError(f"{name}: no such script; there are {', '.join(known)}")
 
 

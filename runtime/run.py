@@ -299,7 +299,8 @@ class Run:
         if plan.warmup > plan.warmup_room:
             self.log.say(
                 f"warning: the warm-up of {plan.warmup:,} updates does not fit into {plan.warmup_room:,}: "
-                "the learning rate does not rise to its peak; shorten --warmup or train longer"
+                "the learning rate does not rise to its peak; shorten --warmup (a number without "
+                "a unit counts epochs) or train longer"
             )
         if self.step >= plan.total:
             self.log.say(

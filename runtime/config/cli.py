@@ -30,6 +30,7 @@ from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
 from runtime.builtin_data import make_digitscenes_if_named
 from runtime.config.draft import COMMAND_LINE, FLAGS, OVERRIDES, Draft, flag
+from runtime.config.old_commands import align
 from runtime.config.plain import differences, save, to_dict
 from runtime.config.schema import Option
 from runtime.config.values import show
@@ -52,6 +53,8 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
     """
     draft = Draft(cls)
     flags = split_at_flags(sys.argv[1:] if argv is None else argv, draft)
+    if any(name == "flagfile" for name, _ in flags):
+        raise UserError(f"--flagfile: COYO-ALIGN's are recipes here; run: {align(flags)}")
     read_flags(flags, draft)
     for name, words in flags:
         if name in HELP:

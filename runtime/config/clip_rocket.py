@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from base.limits import WORKERS
+from runtime.config import old_flags
 from runtime.config.cli import knob, section
 from runtime.config.ignored import CLIP_ROCKET
 from runtime.optim.build import Optimizer
@@ -18,6 +19,7 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     """The run, its optimisation and its validation."""
 
     IGNORED = CLIP_ROCKET
+    NEW_NAMES = old_flags.MAIN
 
     seed: int = knob(0, "one seed for weights, data order and augmentation")
     precision: str = knob(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from base.errors import UserError, brief
 from base.names import nearest
-from runtime.config.old_commands import FLAG_FILES, NEW_FLAGS, recipe_of
+from runtime.config.old_commands import recipe_of, recipe_of_nxtp
 from runtime.config.schema import Option, Schema
 from runtime.config.values import show
 from runtime.config.yaml import line_of, parse_yaml, read_yaml
@@ -72,11 +72,8 @@ class Draft:
 
     def hint(self, key: str, source: Source) -> str:
         """What to write instead of an unknown key."""
-        if key == "flagfile":
-            recipes = " or ".join(FLAG_FILES)
-            return f"; COYO-ALIGN's flag files are recipes here: --config {recipes}"
-        here = NEW_FLAGS.get(key.replace("-", "_"), "")
-        if here and self.schema.find(here.split()[0].lstrip("-")) and self.schema.find("dataset"):
+        new_names = getattr(self.schema.sections[""], "NEW_NAMES", {})
+        if here := new_names.get(key.replace("-", "_")):
             return f"; here it is {here}"
         near = self.schema.nearest(key)
         return f"; did you mean {source.spell(near)}?" if near else "; see --help"
@@ -164,8 +161,8 @@ def checked_file(path: Path, above: tuple[Path, ...]) -> Path:
         inside = ", ".join(sorted(each.name for each in path.glob("*.yaml"))) or "none here"
         raise UserError(f"{path}: is a folder; name one of its files: {inside}")
     if path.suffix == ".py":  # as NXTP's
-        same = sorted(Path("configs").glob(f"*/{path.stem}.yaml"))
-        hint = f"; the recipe of that name is {same[0]}" if same else ""
+        recipe = recipe_of_nxtp(path)
+        hint = f"; the recipe of that name is {recipe}" if recipe else ""
         raise UserError(f"{path}: a configuration is YAML, Python is not run{hint}")
     if not path.is_file():
         raise UserError(f"{path}: no such file{hint_for_missing(path)}")

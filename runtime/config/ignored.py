@@ -25,7 +25,7 @@ PRETRAINING = {
     "disable_wandb": "see --wandb",
 }
 
-CLIP_ROCKET = {
+CLIP_ROCKET = {  # and open_clip
     "attn_layer": "both compute the same; the fastest is taken",
     "start_epoch": "runs resume from their checkpoint",
     "gpu": "the launcher chooses; see --device",
@@ -35,4 +35,7 @@ CLIP_ROCKET = {
     "unpaired_ratio": "belongs to --semi-paired",
     "metadata_unpaired": "belongs to --semi-paired",
     "workers_unpaired": "belongs to --semi-paired",
+    "local_loss": "always so",
+    "gather_with_grad": "always so",
+    "use_bn_sync": "always so",
 }

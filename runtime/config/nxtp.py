@@ -6,12 +6,15 @@ from pathlib import Path
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import WIDTH
+from runtime.config import old_flags
 from runtime.options import StreamConfig, ValidationConfig
 
 
 @dataclass
 class RecognitionData(StreamConfig, ValidationConfig):
     """Images with labels."""
+
+    NEW_NAMES = old_flags.NXTP
 
     train_list: list[Path] = knob(
         [], "lists of `path : name,name,...`, or JSON entries {image, labels}"

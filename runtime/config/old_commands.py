@@ -3,99 +3,185 @@
 with the command that does the same. docs/COMING_FROM.md has the tables.
 """
 
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Configuration files of SIMLA and ALBEF -> recipe here
+ROOT = Path(__file__).resolve().parents[2]
+PROCESSES = 8  # of the commands that are named here, unless a launcher has started another number
+
+# Configuration files of SIMLA, ALBEF and BLIP, in lower case -> recipe here
 CONFIGS = {
-    "Pretrain.yaml": "configs/Pretrain/simla.yaml",
-    "Retrieval_coco.yaml": "configs/Retrieval/coco.yaml",
-    "Retrieval_flickr.yaml": "configs/Retrieval/flickr.yaml",
-    "VQA.yaml": "configs/VQA/vqa.yaml",
-    "VE.yaml": "configs/VE/snli_ve.yaml",
-    "NLVR.yaml": "configs/NLVR/nlvr2.yaml",
-    "NLVR_pretrain.yaml": "configs/NLVR/assignment.yaml",
-    "NLVR_Pretrain.yaml": "configs/NLVR/assignment.yaml",
-    "Grounding.yaml": "configs/Grounding/refcoco.yaml",
-}
-# What COYO-ALIGN's flag files cc3m and coyo700m, each with b7-base, are here
-FLAG_FILES = ("configs/main/align_cc3m.yaml", "configs/main/align_coyo700m.yaml")
-TRAINER_KEYS = {  # of COYO-ViT's trainer -> flags of Classification.py
-    "trainer.learning_rate.base_lr": "--lr",
-    "trainer.optimizer.moving_average_decay": "--ema_decay",
-    "trainer.backbone.backbone_params.image_size": "--image_size",
+    "pretrain.yaml": "configs/Pretrain/simla.yaml",
+    "retrieval_coco.yaml": "configs/Retrieval/coco.yaml",
+    "retrieval_flickr.yaml": "configs/Retrieval/flickr.yaml",
+    "vqa.yaml": "configs/VQA/vqa.yaml",
+    "ve.yaml": "configs/VE/snli_ve.yaml",
+    "nlvr.yaml": "configs/NLVR/nlvr2.yaml",
+    "nlvr_pretrain.yaml": "configs/NLVR/assignment.yaml",
+    "grounding.yaml": "configs/Grounding/refcoco.yaml",
 }
 
-NEW_FLAGS = {  # of open_clip and COYO-ALIGN, that are no options here -> what to write in main.py
-    "train_data": "--shards TARS with --dataset wds, or --metadata TABLE with --dataset pairs",
-    "dataset_type": "--dataset wds (shards) or --dataset pairs (a table)",
-    "csv_img_key": "--metadata 'TABLE?image=COLUMN&caption=COLUMN'",
-    "csv_caption_key": "--metadata 'TABLE?image=COLUMN&caption=COLUMN'",
-    "csv_separator": "--metadata TABLE: the separator is found",
-    "train_num_samples": "--samples N",
-    "siglip": "--model CLIP_VITB16_SIGLIP",
-    "pretrained": "--model open_clip/NAME:TAG",
-    "accum_freq": "--accumulate K --cache-features",
-    "grad_checkpointing": "--activation_checkpointing",
-    "torchcompile": "--compile",
-    "imagenet_val": "--val-folder DIR --labels labels.json --templates templates.json",
-    "save_frequency": "--save_every",
-    "report_to": "--wandb",
-    "train_steps": "--epochs 'N steps'",
-    "warmup_steps": "--warmup 'N steps'",
-    "seq_length": "--context_length N",
-    "img_encoder_name": "--model ALIGN_B3_MINI",
-    "txt_encoder_name": "--model ALIGN_B3_MINI",
+# COYO-ALIGN's flag files -> recipe here, its batch over all processes, and a process's
+ALIGN_RECIPES = {
+    "cc3m": ("configs/main/align_cc3m.yaml", 16384, 128),
+    "coyo700": ("configs/main/align_coyo700m.yaml", 65536, 64),  # coyo700.flags in the README
+}
+ALIGN_KEYS = {  # its flags -> what main.py calls them
+    "outdir": "--output_dir {}",
+    "dataset_dir": "--shards {}",
+    "lr": "--lr {}",
+    "weight_decay": "--wd {}",
+    "train_steps": "--epochs {} steps",
+    "warmup_steps": "--warmup {} steps",
+    "temperature": "--temperature {}",
+    "embed_dim": "--embed_dim {}",
+    "seq_length": "--context_length {}",
+}
+
+# COYO-ViT's trainers, which are recipes here -> batch over all processes there, a process's here
+VIT_RECIPES = {
+    "vit_b16_i1k": (4096, 64),
+    "vit_l16_coyo300m": (4096, 32),
+    "vit_l16_i1k_downstream": (512, 64),
+    "vit_l16_i1k_downstream_ema": (512, 64),
+}
+VIT_KEYS = {  # its keys -> what Classification.py calls them
+    "trainer.epochs": "--epochs {}",
+    "trainer.steps": "--epochs {} steps",
+    "trainer.learning_rate.base_lr": "--lr {}",
+    "trainer.learning_rate.init_lr": "--warmup_lr {}",
+    "trainer.learning_rate.end_learning_rate": "--min_lr {}",
+    "trainer.learning_rate.warmup_steps": "--warmup {} steps",
+    "trainer.learning_rate.power": "--power {}",
+    "trainer.optimizer.moving_average_decay": "--ema_decay {}",
+    "trainer.optimizer.config.weight_decay_rate": "--weight_decay {}",
+    "trainer.optimizer.config.global_clipnorm": "--clip_grad_norm {}",
+    "trainer.optimizer.config.momentum": "--momentum {}",
+    "trainer.backbone.pretrained": "--checkpoint {}",
+    "trainer.backbone.backbone_params.image_size": "--image_size {}",
+    "trainer.backbone.backbone_params.dropout_rate": "--dropout {}",
+    "trainer.backbone.backbone_params.representation_size": "--representation_size {}",
+    "trainer.loss.config.label_smoothing": "--label_smoothing {}",
+    "trainer.dataset.train.mixup_alpha": "--mixup_alpha {}",
+    "trainer.dataset.train.cutmix_alpha": "--cutmix_alpha {}",
 }
 
 
 def recipe_of(path: str | Path) -> str | None:
     """The recipe that took the place of an original's configuration file which is not there."""
-    return None if Path(path).exists() else CONFIGS.get(Path(path).name)
+    return None if Path(path).exists() else CONFIGS.get(Path(path).name.lower())
 
 
-def translated(words: Sequence[str]) -> list[str]:
-    """Arguments with the names of recipes in place of the originals' configuration files."""
-    return [recipe_of(word) or word for word in words]
+def recipe_of_nxtp(path: str | Path) -> str | None:
+    """The recipe of a configuration of NXTP, config_g3m.py or g3m.py."""
+    name = Path(path).stem.removeprefix("config_")
+    return f"configs/Recognition/{name}.yaml" if name in ("g3m", "g70m", "in1k") else None
 
 
 def retrieval(words: Sequence[str]) -> str:
     """SIMLA's zero_shot_retrieval.py."""
-    given = translated(words)
+    given = with_recipes(words)
     return command("Retrieval.py", given + ([] if "--evaluate" in given else ["--evaluate"]))
 
 
 def text_assignment(words: Sequence[str]) -> str:
     """SIMLA's Pretrain_NLVR.py, ALBEF's Pretrain_nlvr.py."""
-    given = translated(words)
-    recipe = ["--config", CONFIGS["NLVR_pretrain.yaml"]]
-    return command("NLVR.py", given if "--config" in given else recipe + given)
+    given = with_recipes(words)
+    recipe = ["--config", CONFIGS["nlvr_pretrain.yaml"]]
+    has_config = any(word.partition("=")[0] == "--config" for word in given)
+    return command("NLVR.py", given if has_config else recipe + given)
 
 
 def trainer(words: Sequence[str]) -> str:
     """COYO-ViT's `python3 -m trainer trainer=NAME key=value`."""
-    values = dict(word.partition("=")[::2] for word in words)
+    values = {}
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")  # Hydra's +key=value adds one
+        values[key] = value.strip("'\"")
     name = values.pop("trainer", "vit_b16_i1k")
+    mode = values.pop("experiment.mode", "train_eval")
+    folder = values.pop("experiment.save_dir", "")
+    whole = values.pop("trainer.global_batch_size", None)
     given = ["--config", f"configs/Classification/{name}.yaml"]
-    for key, value in values.items():
-        if key in TRAINER_KEYS:
-            given += [TRAINER_KEYS[key], value]
-    if values.get("experiment.mode") == "eval":
-        given += ["--evaluate", "--checkpoint", values.get("experiment.save_dir", "FILE")]
-    return command("Classification.py", given)
+    given += in_new_names(values, VIT_KEYS)
+    if mode == "eval":
+        given += ["--evaluate", "--checkpoint", folder or "FILE"]
+    else:
+        published, share = VIT_RECIPES.get(name, (0, 64))
+        given += same_batch(int(whole or published), share)
+        given += ["--output_dir", folder] if folder else []
+    left_out = [key for key in values if key not in VIT_KEYS]
+    return command("Classification.py", given, left_out)
 
 
 def nxtp(words: Sequence[str]) -> str:
-    """NXTP's `scripts/run SCRIPT CONFIG`."""
-    name = Path(words[1]).stem if len(words) > 1 else "g3m"
-    return command("Recognition.py", ["--config", f"configs/Recognition/{name}.yaml"])
+    """NXTP's `scripts/run SCRIPT ... CONFIG`; eval_hook.py scores the checkpoint that CONFIG names."""
+    recipe = recipe_of_nxtp(words[-1]) if words else None
+    given = ["--config", recipe or "configs/Recognition/g3m.yaml"]
+    if words and Path(words[0]).stem == "eval_hook":
+        given += ["--evaluate", "--checkpoint", "FILE"]
+    return command("Recognition.py", given)
 
 
-def command(script: str, words: Sequence[str]) -> str:
-    """The command line, quoted for a shell."""
-    return shlex.join(["torchrun", "--nproc_per_node=8", script, *words])
+def align(flags: Sequence[tuple[str, list[str]]]) -> str:
+    """COYO-ALIGN's `main.py --flagfile FILE ...`, cut at its flags: (name, words that follow)."""
+    files = [Path(word).stem for name, words in flags if name == "flagfile" for word in words]
+    values = {name: words[-1] for name, words in flags if words and name != "flagfile"}
+    of_coyo = any(file.startswith("coyo700") for file in files)
+    recipe, published, share = ALIGN_RECIPES["coyo700" if of_coyo else "cc3m"]
+    of_file = ("efficientnet-b7", "bert-base") if "b7-base" in files else None
+    towers = of_file or ("efficientnet-b3", "bert-mini")
+    image = values.pop("img_encoder_name", towers[0]).removeprefix("efficientnet-")
+    text = values.pop("txt_encoder_name", towers[1]).removeprefix("bert-")
+    whole = values.pop("batch_size", published)
+    given = ["--config", recipe, "--model", f"ALIGN_{image}_{text}".upper()]
+    given += in_new_names(values, ALIGN_KEYS)
+    batch = same_batch(int(whole), share)
+    if "--accumulate" in batch:
+        batch += ["--cache-features"]  # the micro-batches make one contrastive batch
+    return command("main.py", given + batch, [key for key in values if key not in ALIGN_KEYS])
+
+
+def with_recipes(words: Sequence[str]) -> list[str]:
+    """Arguments with the names of recipes in place of the originals' configuration files."""
+    given = []
+    for word in words:
+        flag, equals, value = word.rpartition("=")
+        given.append(flag + equals + (recipe_of(value) or value))
+    return given
+
+
+def in_new_names(values: Mapping[str, str], names: Mapping[str, str]) -> list[str]:
+    """Flags and values of a command here for the `values` of a command there."""
+    given = []
+    for key, value in values.items():
+        if key in names:
+            flag, _, form = names[key].partition(" ")
+            given += [flag, form.format(value)]
+    return given
+
+
+def same_batch(whole: int, share: int) -> list[str]:
+    """Flags that make an update of `whole` samples: in micro-batches of the recipe's `share` for
+    each process, or without them where it is smaller."""
+    own = whole // processes()
+    if own > share and own % share == 0:
+        return ["--accumulate", str(own // share)]
+    return ["--batch_size", str(own)] if own and own != share else []
+
+
+def processes() -> int:
+    """Processes of a node: of the launcher that started this one, if any."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", PROCESSES))
+
+
+def command(script: str, words: Sequence[str], left_out: Sequence[str] = ()) -> str:
+    """The command line, quoted for a shell, and what of the old one it leaves out."""
+    line = shlex.join(["torchrun", f"--nproc_per_node={processes()}", script, *words])
+    return f"{line}   # without {', '.join(left_out)}" if left_out else line
 
 
 # what the originals' files were called -> how its command reads, and what says the new one
@@ -104,9 +190,12 @@ SCRIPTS = {
     "Pretrain_NLVR.py": ("Pretrain_NLVR.py", text_assignment),
     "trainer.py": ("python -m trainer", trainer),
     "run": ("scripts/run", nxtp),
+    "run_dist": ("scripts/run_dist", nxtp),
 }
 
 if __name__ == "__main__":  # files of the old names are links to this one
+    sys.path[0] = str(ROOT)  # Python put the folder of this file there
+    from runtime.advice import leave_with
+
     old, new = SCRIPTS[Path(sys.argv[0]).name]
-    print(f"error: {old} has another name here; run: {new(sys.argv[1:])}", file=sys.stderr)
-    sys.exit(2)
+    leave_with(f"{old} has another name here; run: {new(sys.argv[1:])}")

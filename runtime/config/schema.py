@@ -4,6 +4,7 @@ Beside its fields a class may have
     IGNORED      names that are accepted without effect: {name: why}
     ELSEWHERE    names of this section that belong to another: {name: path}
     OLD_NAMES    names that its static method `translate` takes
+    NEW_NAMES    names of other code bases: {name: what to write here}, for the error message
     translate    (values of a mapping, notes to the user) -> the mapping in today's names
 """
 

@@ -1,64 +1,104 @@
 """Commands of the originals end in one sentence with the command that does the same here."""
 
 import importlib
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 import main
-from runtime.config import old_commands
+from runtime.config import old_commands, old_flags
 from runtime.config.cli import parse
 from runtime.config.schema import Schema
 
 ROOT = Path(__file__).resolve().parents[2]
 FLICKR = "--config ./configs/Retrieval_flickr.yaml --output_dir out --checkpoint F.pth"
-OLD = [
+OLD = [  # as in the READMEs
     (
         f"zero_shot_retrieval.py {FLICKR} --evaluate",
         "Retrieval.py --config configs/Retrieval/flickr.yaml --output_dir out --checkpoint F.pth --evaluate",
+        {"checkpoint": Path("F.pth"), "k_test": 128},
     ),
     (
-        "Pretrain_NLVR.py --config configs/NLVR_Pretrain.yaml --checkpoint F.pth",
-        "NLVR.py --config configs/NLVR/assignment.yaml --checkpoint F.pth",
+        "Pretrain_NLVR.py --config=./configs/NLVR_Pretrain.yaml --checkpoint F.pth",
+        "NLVR.py --config=configs/NLVR/assignment.yaml --checkpoint F.pth",
+        {"stage": "text_assignment"},
     ),
     (
-        "-m trainer trainer=vit_l16_coyo300m trainer.learning_rate.base_lr=0.1 experiment.comment=x",
-        "Classification.py --config configs/Classification/vit_l16_coyo300m.yaml --lr 0.1",
+        "-m trainer trainer=vit_l16_coyo300m runtime.tpu.name=t experiment.debug=false "
+        "experiment.save_dir=run",
+        "Classification.py --config configs/Classification/vit_l16_coyo300m.yaml --accumulate 16 "
+        "--output_dir run   # without runtime.tpu.name, experiment.debug",
+        {"output_dir": Path("run"), "accumulate": 16, "batch_size": 32},
     ),
     (
-        "-m trainer experiment.mode=eval experiment.save_dir=run/ckpt",
+        "-m trainer trainer=vit_l16_i1k_downstream trainer.backbone.pretrained=W trainer.epochs=16 "
+        "trainer.learning_rate.base_lr=3e-2 trainer.learning_rate.warmup_steps=9 "
+        "trainer.global_batch_size=1024",
+        "Classification.py --config configs/Classification/vit_l16_i1k_downstream.yaml "
+        "--checkpoint W --epochs 16 --lr 3e-2 --warmup '9 steps' --accumulate 2",
+        {"checkpoint": Path("W"), "optimizer.lr": 0.03, "scheduler.duration": "16"},
+    ),
+    (
+        "-m trainer experiment.mode='eval' experiment.save_dir=run/ckpt",
         "Classification.py --config configs/Classification/vit_b16_i1k.yaml --evaluate --checkpoint run/ckpt",
+        {"evaluate": True},
     ),
     (
-        "scripts/run src/train.py src/conf/g70m.py",
+        "scripts/run train.py configs/config_g70m.py",
         "Recognition.py --config configs/Recognition/g70m.yaml",
+        {"batch_size": 16, "evaluate": False},
+    ),
+    (
+        "scripts/run_dist eval_hook.py evals/eval.py configs/config_in1k.py",
+        "Recognition.py --config configs/Recognition/in1k.yaml --evaluate --checkpoint FILE",
+        {"batch_size": 4, "evaluate": True},
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), OLD, ids=[old.split()[0] + str(n) for n, (old, _) in enumerate(OLD)]
+    ("old", "new", "expected"), OLD, ids=[case[0].split()[0] + str(n) for n, case in enumerate(OLD)]
 )
-def test_an_old_command_says_the_new_one_which_parses(old, new, monkeypatch):
+def test_an_old_command_says_the_new_one_which_parses(old, new, expected, monkeypatch, tmp_path):
     words = old.split() if old.startswith("scripts/") else [sys.executable, *old.split()]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    for_torchrun = tmp_path / "error.json"
+    environment = os.environ | {"TORCHELASTIC_ERROR_FILE": str(for_torchrun)}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     sentence, _, command = done.stderr.strip().partition("; run: ")
     assert sentence.startswith("error: ") and "\n" not in done.stderr.strip()
     assert command == f"torchrun --nproc_per_node=8 {new}"
+    assert json.dumps(command)[1:-1] in for_torchrun.read_text()  # its report ends with it
+    config = parsed(new, monkeypatch)
+    assert {path: attrgetter(path)(config) for path in expected} == expected
+
+
+def parsed(command, monkeypatch):
+    """The configuration of `SCRIPT.py FLAGS`, with comments left out as a shell does."""
     monkeypatch.chdir(ROOT)
-    script, *rest = shlex.split(new)
-    parse(importlib.import_module(script.removesuffix(".py")).Config, rest)
+    script, *rest = shlex.split(command, comments=True)
+    return parse(importlib.import_module(script.removesuffix(".py")).Config, rest)
 
 
-@pytest.mark.parametrize("old", sorted(old_commands.CONFIGS))
+@pytest.mark.parametrize("name", old_commands.VIT_RECIPES)
+def test_a_trainer_of_coyo_vit_keeps_its_batch(name, monkeypatch):
+    published, share = old_commands.VIT_RECIPES[name]
+    command = old_commands.trainer([f"trainer={name}"])
+    config = parsed(command.partition("=8 ")[2], monkeypatch)
+    assert 8 * config.batch_size * config.accumulate == published and config.batch_size == share
+
+
+@pytest.mark.parametrize("old", ["NLVR_Pretrain.yaml", *sorted(old_commands.CONFIGS)])
 def test_an_originals_configuration_that_is_not_there_names_its_recipe(old, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    recipe = old_commands.CONFIGS[old]
+    recipe = old_commands.CONFIGS[old.lower()]
     assert Path(recipe).is_file()
     module = importlib.import_module(Path(recipe).parent.name)
     with pytest.raises(ValueError, match=f"configs/{old}: no such file; .*{recipe}"):
@@ -66,20 +106,31 @@ def test_an_originals_configuration_that_is_not_there_names_its_recipe(old, monk
     parse(module.Config, ["--config", recipe])
 
 
-def test_flag_files_of_coyo_align_name_their_recipe(monkeypatch):
-    import main
-
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match=r"--flagfile.*--config configs/main/align_cc3m.yaml or"):
-        parse(main.Config, ["--flagfile=flags/coyo700m", "--flagfile=flags/b7-base"])
-    for recipe in old_commands.FLAG_FILES:
-        parse(main.Config, ["--config", recipe])
+@pytest.mark.parametrize(
+    ("files", "more", "model", "batch", "epochs"),
+    [
+        (["conf/cc3m.flags"], "--train_steps=9", "ALIGN_B3_MINI", 16384, "9 steps"),
+        (["conf/coyo700.flags", "conf/b7-base.flags"], "", "ALIGN_B7_BASE", 65536, "300000 steps"),
+        (["conf/cc3m.flags"], "--batch_size 256", "ALIGN_B3_MINI", 256, "100000 steps"),
+    ],
+)
+def test_flag_files_of_coyo_align_say_the_new_command(
+    files, more, model, batch, epochs, monkeypatch
+):
+    words = [f"--flagfile={file}" for file in files] + more.split()
+    with pytest.raises(ValueError, match=r"; run: .*   # without tpu$") as error:
+        parse(main.Config, [*words, "--outdir", "gs://o", "--dataset_dir", "gs://d", "--tpu", "t"])
+    config = parsed(str(error.value).partition("=8 ")[2], monkeypatch)
+    assert (config.network.model, config.duration) == (model, epochs)
+    assert (config.output_dir, config.shards) == (Path("gs://o"), ["gs://d"])
+    assert 8 * config.batch_size * config.accumulate == batch
+    assert config.cache_features == (config.accumulate > 1)
 
 
 def test_a_file_of_the_user_is_taken_for_itself(tmp_path):
     (tmp_path / "VQA.yaml").write_text("seed: 1\n")
     assert old_commands.recipe_of(tmp_path / "VQA.yaml") is None
-    assert old_commands.translated([str(tmp_path / "VQA.yaml")]) == [str(tmp_path / "VQA.yaml")]
+    assert old_commands.with_recipes([str(tmp_path / "VQA.yaml")]) == [str(tmp_path / "VQA.yaml")]
 
 
 @pytest.mark.parametrize("name, key", [("main", "root"), ("Classification", "data_root")])
@@ -88,10 +139,15 @@ def test_every_script_takes_image_root(name, key):
     assert str(getattr(config, key)) == "photos"
 
 
-@pytest.mark.parametrize("name", sorted(old_commands.NEW_FLAGS))
-def test_flags_of_open_clip_and_align_name_the_options_of_main(name):
-    here = old_commands.NEW_FLAGS[name]
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("main", name) for name in old_flags.MAIN]
+    + [("Recognition", name) for name in old_flags.NXTP],
+)
+def test_flags_of_other_code_bases_name_the_options_here(script, name):
+    config = importlib.import_module(script).Config
+    here = config.NEW_NAMES[name]
     with pytest.raises(ValueError, match=re.escape(f"unknown key; here it is {here}")):
-        parse(main.Config, [f"--{name.replace('_', '-')}", "x"])
-    options = Schema(main.Config)
+        parse(config, [f"--{name.replace('_', '-')}", "x"])
+    options = Schema(config)
     assert all(options.find(flag) for flag in re.findall(r"--([a-z][\w-]*)", here))

@@ -245,5 +245,5 @@ def test_a_command_of_the_readmes(script, words, expected):
 
 
 def test_a_configuration_of_nxtp_is_named_by_its_recipe():
-    with pytest.raises(UserError, match=r"config/g3m.py: .* is configs/Recognition/g3m.yaml"):
-        parse(importlib.import_module("Recognition").Config, ["--config", "config/g3m.py"])
+    with pytest.raises(UserError, match=r"config_g3m.py: .* is configs/Recognition/g3m.yaml"):
+        parse(importlib.import_module("Recognition").Config, ["--config", "configs/config_g3m.py"])

@@ -28,6 +28,7 @@ from base.reading import read_json
 from dataset.images.decode import check_image_root, decode_image, reading
 from dataset.loading.stream import RecordSource, StreamLoader
 from dataset.sources.records import Records
+from dataset.tasks.expressions import refs_file
 from dataset.tasks.grounding import ReferringExpressions, read_detections, referred_boxes
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
 from dataset.tasks.retrieval import RetrievalCollate, RetrievalPair, number_images
@@ -62,7 +63,7 @@ class Config(FineTuneConfig):
     test_file: list[Path] = knob([], "expressions to find: {image, text, bbox}, or with ref_id")
     image_root: Path = knob(Path("."), "folder that image paths start from")
     refcoco_data: Path | None = knob(
-        None, "folder that holds refcoco+/refs(unc).p and refcoco+/instances.json"
+        None, "REFER's folder with refs(unc).p and instances.json, or the one above refcoco+"
     )
     det_file: Path | None = knob(
         None, "detected boxes [x, y, w, h] by image_id (JSON); none = the annotated boxes"
@@ -117,15 +118,14 @@ def test_data(config: Config) -> ReferringExpressions | None:
     records = list(Records(config.test_file, ("image", "text", known_by)).complete())
     check_image_root(config.image_root, [record["image"] for record in records])
     if config.refcoco_data:
-        folder = config.refcoco_data / "refcoco+"
-        refs = load_plain(folder / "refs(unc).p")
-        instances = read_json(folder / "instances.json", dict, "check refcoco_data")
+        refs_at = refs_file(config.refcoco_data)
+        refs = load_plain(refs_at)
+        instances = read_json(refs_at.with_name("instances.json"), dict, "check refcoco_data")
     else:
         records, refs, instances = referred_boxes(records, config.image_root)
     boxes = read_detections(config.det_file, instances)
-    view = test_view(config)
     return ReferringExpressions(
-        records, refs, instances, boxes, config.image_root, view, config.max_words
+        records, refs, instances, boxes, config.image_root, test_view(config), config.max_words
     )
 
 

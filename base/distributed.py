@@ -126,7 +126,15 @@ def _device(device: str, local_rank: int) -> torch.device:
             "start as many processes a node as it has GPUs (--nproc_per_node)"
         )
     torch.cuda.set_device(chosen)
+    allow_tf32(False)  # until a script asks for bf16 or fp16: its Precision then allows it
     return chosen
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may round the factors of float32 products and convolutions to TF32, 10 bits of
+    mantissa. PyTorch's own default is no for products and yes for convolutions."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def shutdown() -> None:

@@ -41,10 +41,19 @@ COCO_HINT = (
     "these are COCO's own annotations: make a list of images and captions of captions_*.json with "
     "scripts/data/convert_metadata.py --dataset coco"
 )
+EXPRESSIONS = (
+    "these are expressions as MDETR or UNINEXT publish them: make lists of them with "
+    "scripts/data/convert_expressions.py"
+)
 # Annotations as they are published: (list in the file, field of its first entry) -> what to do.
 PUBLISHED = {
+    ("images", "caption"): EXPRESSIONS,
+    ("images", "expressions"): EXPRESSIONS,
+    ("annotations", "phrases"): EXPRESSIONS,
+    ("annotations", "phrase"): EXPRESSIONS,
     ("annotations", "caption"): COCO_HINT,
-    ("annotations", "bbox"): "these are COCO's boxes; its captions are in captions_*.json",
+    ("annotations", "bbox"): "these are COCO's boxes; its captions are in captions_*.json, and "
+    "expressions that mean the boxes in REFER's refs(unc).p (scripts/data/convert_expressions.py)",
     (
         "annotations",
         "answers",
@@ -55,6 +64,7 @@ PUBLISHED = {
     ("images", "sentences"): "this is Karpathy's file of all splits: pack one with "
     "scripts/data/pack_karpathy.py, or name ALBEF's lists (coco_train.json, flickr30k_test.json)",
 }
+PICKLES = (".p", ".pkl", ".pickle")
 PROGRESS_EVERY = 200_000  # entries; files with fewer are indexed without a progress bar
 
 
@@ -133,6 +143,11 @@ class _IndexedFile:
     def __init__(self, path: Path, required: Sequence[str], cache_dir: Path, name: str):
         if not path.is_file():
             raise UserError(f"{path}: no such annotation file; check the name in the configuration")
+        if path.suffix in PICKLES:
+            raise UserError(
+                f"{path}: a pickle is no list of annotations; make JSON of REFER's refs(unc).p with "
+                "scripts/data/convert_expressions.py, of metadata with convert_metadata.py"
+            )
         self._index = _index_of(path, required, cache_dir, name)
         self._required = required
         self._path, self._has_gaps = path, has_left_out(self._index)

@@ -259,8 +259,7 @@ class Precision:
         self.found_inf = torch.zeros((), device=device)  # sticky: 1 from the first bad step on
         self.good_steps = torch.zeros((), device=device)
         if device.type == "cuda":
-            torch.set_float32_matmul_precision("high" if precision != "fp32" else "highest")
-            torch.backends.cudnn.allow_tf32 = precision != "fp32"  # of convolutions
+            distributed.allow_tf32(precision != "fp32")
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from base.errors import UserError
 from runtime.config.cli import run_script
+from runtime.safe_pickle import load_plain
+from scripts.data import convert_expressions
 from tests.helpers.downstream import ROOT, SCRIPTS, flags, log_lines, pretraining_checkpoint, start
 
 MORE = {("Grounding", True): ["--block_num", "1"], ("NLVR_TA", True): ["--paired_from", "1"]}
@@ -312,4 +315,58 @@ def test_refs_with_code_in_them_are_refused(digitscenes, tmp_path, capsys, monke
     (folder / "refs(unc).p").write_bytes(pickle.dumps([Attack()]))
     given = flags("Grounding", digitscenes, tmp_path / "out", "--refcoco_data", tmp_path)
     assert "refs(unc).p" in said("Grounding", given, capsys, monkeypatch)
+    given = flags(
+        "Grounding", digitscenes, tmp_path / "out", "--train_file", folder / "refs(unc).p"
+    )
+    assert "convert_expressions.py" in said("Grounding", given, capsys, monkeypatch)
+    with pytest.raises(UserError, match=r"refs\(unc\)\.p"):
+        convert_expressions.main(convert_expressions.Config([folder], tmp_path / "lists"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_expressions_of_refer_mdetr_and_uninext_are_the_same_lists(
+    digitscenes, finetuned, tmp_path
+):
+    """REFER's files become MDETR's and UNINEXT's here; all three convert to one list, on which
+    Grounding.py scores what it scores with REFER's ids."""
+    refer = digitscenes / "refcoco+"
+    instances = json.loads((refer / "instances.json").read_text())
+    names = {image["id"]: image["file_name"] for image in instances["images"]}
+    boxes = {each["id"]: each["bbox"] for each in instances["annotations"]}
+    mdetr = {"images": [], "annotations": []}
+    uninext = {"images": [], "annotations": []}
+    for number, ref in enumerate(load_plain(refer / "refs(unc).p")):
+        if ref["split"] != "testA":
+            continue
+        box = {"bbox": boxes[ref["ann_id"]]}
+        phrases = [sentence["sent"] for sentence in ref["sentences"]]
+        file = {"file_name": names[ref["image_id"]]}
+        uninext["images"].append({"id": number, **file})
+        uninext["annotations"].append({"image_id": number, "phrases": phrases, **box})
+        for phrase in phrases:
+            own = len(mdetr["images"])
+            mdetr["images"].append({"id": own, "caption": phrase, **file})
+            mdetr["annotations"].append({"image_id": own, **box})
+    sources = {"refer": refer}
+    for maker, content in (("mdetr", mdetr), ("uninext", uninext)):
+        sources[maker] = tmp_path / f"{maker}_testA.json"
+        sources[maker].write_text(json.dumps(content))
+    found = {}
+    for maker, source in sources.items():
+        convert_expressions.main(convert_expressions.Config([source], tmp_path / maker))
+        found[maker] = json.loads((tmp_path / maker / "testA.json").read_text())
+    published = json.loads((digitscenes / "refcoco+_test.json").read_text())
+    texts = {(row["ref_id"], row["text"]) for row in published}
+    assert {(row["ref_id"], row["text"]) for row in found["refer"]} <= texts
+    plain = [
+        {key: row[key] for key in ("image", "text", "bbox", "split")} for row in found["refer"]
+    ]
+    assert found["mdetr"] == found["uninext"] == plain and len(plain) > 10
+    listed = (tmp_path / "refer/testA.json", tmp_path / "mdetr/testA.json")
+    given = ["--evaluate", "--checkpoint", finetuned("Grounding")]
+    given += ["--image_root", digitscenes / "images/test2017"]
+    by_id = start("Grounding", digitscenes, tmp_path / "ids", *given, "--test_file", listed[0])
+    given += ["--test_file", listed[1], "--refcoco_data", "none", "--det_file", "none"]
+    by_box = start("Grounding", digitscenes, tmp_path / "boxes", *given)
+    assert by_box["testA"]["expressions"] == by_id["testA"]["expressions"] == len(plain)
+    assert by_box["testA"]["pointing"] == by_id["testA"]["pointing"]

@@ -55,6 +55,22 @@ def test_cuda_without_a_gpu_is_one_clear_error():
         distributed.init("cuda")
 
 
+def test_a_gpu_rounds_nothing_to_tf32_unless_a_script_allows_it(monkeypatch):
+    """Also in tools without a Precision, such as the demo: PyTorch would round convolutions."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for name, value in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    try:
+        distributed.allow_tf32(True)
+        assert torch.backends.cudnn.allow_tf32
+        assert distributed.init("cuda").device == torch.device("cuda", 0)
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 def _three_processes(rank: int, rendezvous: str, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=3

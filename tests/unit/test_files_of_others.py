@@ -387,6 +387,10 @@ PUBLISHED = {
     "answers": ({"annotations": [{"answers": [], "question_id": 1}]}, "test_answers"),
     "instances": ({"annotations": [{"bbox": [0, 0, 1, 1]}]}, r"captions_\*\.json"),
     "captions": ({"annotations": [{"caption": "x"}]}, "--dataset coco"),
+    "finetune_refcoco_val": (
+        {"images": [{"caption": "x"}], "annotations": [{"bbox": [0, 0, 1, 1]}]},
+        "convert_expressions",
+    ),
 }
 
 

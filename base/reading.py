@@ -138,13 +138,18 @@ def read_json_lines(
             yield parse_json(line, f"{path}, line {number}", dict, remedy)
 
 
+def repeated_key(pairs: list[tuple[str, Any]]) -> str | None:
+    """The first key that stands twice in an object, given as json's object_pairs_hook gets it."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    names = [name for name, _ in pairs]
+    return next(name for name in names if names.count(name) > 1)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := repeated_key(pairs)) is not None:
         raise ValueError(f"an object has the key {twice!r:.60} twice")
-    return content
+    return dict(pairs)
 
 
 def _no_constant(text: str) -> None:

@@ -50,7 +50,12 @@ def seed_everything(seed: int, rank: int) -> None:
 def check_durations(config: RunConfig) -> None:
     """UserError for a duration that is none; those of the schedule are checked with it."""
     for name in ("save_every", "eval_every", "alpha_ramp"):
-        steps(getattr(config, name, "1"), epoch_steps=1, batch=1, total=1)
+        duration = getattr(config, name, "1")
+        if not steps(duration, epoch_steps=1, batch=1, total=1) and name != "alpha_ramp":
+            raise UserError(
+                f"{name} {duration!r}: every 0 updates is never or always; give a number above 0, "
+                "or '100%' for the end alone"
+            )
 
 
 class Run:

@@ -10,16 +10,24 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.limits import ENTRY_BYTES
-from base.reading import parse_entry
+from base.reading import parse_entry, repeated_key
 from base.text import looks_like
 
 CHUNK = 4 << 20  # bytes read at a time
 EXPECTED = "expected a JSON list of objects, or one object per line"
 
 
+class RepeatedKey(str):
+    """In place of an entry in which an object has this key twice: no one knows which value is meant."""
+
+    @property
+    def fault(self) -> str:
+        return f"the key {str(self)!r:.60} stands twice; leave one of them out"
+
+
 def parse_entries(path: Path) -> Iterator[tuple[int, object]]:
-    """`(byte offset, parsed entry)` for every entry, in order. Raises UserError naming entry and
-    line on bad syntax.
+    """`(byte offset, parsed entry)` for every entry, in order; a RepeatedKey in place of one that
+    has a key twice. Raises UserError naming entry and line on bad syntax.
 
     The bytes are parsed as Latin-1, which makes one character of each: JSON's structure is ASCII,
     so that places in the text are places in the file. Texts in the parsed entries are therefore
@@ -52,8 +60,10 @@ def objects_of(path: Path) -> Iterator[dict]:
     if not path.stat().st_size:
         raise UserError(f"{path}: empty file; {EXPECTED}")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        starts = chain((start for start, _ in parse_entries(path)), [len(data)])
-        for number, (start, after) in enumerate(pairwise(starts)):
+        checked = chain(parse_entries(path), [(len(data), None)])
+        for number, ((start, seen), (after, _)) in enumerate(pairwise(checked)):
+            if isinstance(seen, RepeatedKey):
+                raise UserError(f"{locate(path, number, start)}: {seen.fault}")
             end = data.rfind(b"}", start, after) + 1  # leaves out the comma or bracket behind it
             try:
                 entry = parse_entry(data[start:end])
@@ -90,13 +100,15 @@ class _Window:
         self.text, self.place, self.offset = "", 0, 0  # offset: where the text begins in the file
         self.number = 0  # of the entry being parsed
         self.start = b""  # how the file begins
-        self.decode_entry = json.JSONDecoder().raw_decode
+        self.repeated: RepeatedKey | None = None  # in the entry being parsed
+        self.decode_entry = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
         self.check_utf8 = codecs.getincrementaldecoder("utf-8")().decode
 
     def next_entry(self) -> tuple[int, object]:
         """Parses one entry and moves behind it, reading on as long as it may be incomplete."""
         self.skip()
         while True:
+            self.repeated = None
             try:
                 entry, end = self.decode_entry(self.text, self.place)
                 break
@@ -108,7 +120,12 @@ class _Window:
                     raise self.error(f"not valid JSON ({reason}") from None
         start, self.place = self.offset + self.place, end
         self.number += 1
-        return start, entry
+        return start, entry if self.repeated is None else self.repeated
+
+    def _object(self, pairs: list[tuple[str, object]]) -> dict:
+        if (name := repeated_key(pairs)) is not None:
+            self.repeated = RepeatedKey(name)
+        return dict(pairs)
 
     def skip(self, blanks: str = " \t\r\n") -> str:
         """Moves over blanks; the character found there, "" at the end of the file."""

@@ -17,7 +17,13 @@ from base.errors import UserError, brief
 from base.reading import parse_entry, parse_first_entry
 from base.text import whole_number
 from base.writing import atomic_write
-from dataset.sources.json_entries import EXPECTED, locate, parse_entries, weights_fault
+from dataset.sources.json_entries import (
+    EXPECTED,
+    RepeatedKey,
+    locate,
+    parse_entries,
+    weights_fault,
+)
 from dataset.sources.left_out import LeftOut, has_left_out, refuse_left_out, report_left_out
 from dataset.sources.tables import json_lines_of
 
@@ -330,6 +336,8 @@ def _is_textual(item: object) -> bool:
 
 def _fault(entry: object, required: Sequence[str]) -> str | None:
     """What is wrong with an entry and what to do about it; None for a good one."""
+    if isinstance(entry, RepeatedKey):
+        return entry.fault
     if type(entry) is not dict:
         return f"expected an object with {', '.join(required)}, found {brief(entry)}"
     for field in required:

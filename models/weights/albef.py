@@ -182,6 +182,7 @@ class Start:
     convert: Callable[[State, State], dict[str, Tensor]]
     initial: tuple[str, ...] = ()  # patterns of target keys the checkpoint has nothing for
     ignored: tuple[str, ...] = ()  # patterns of checkpoint keys the task has no use for
+    before: str = ""  # the command that makes one of `sources` from another checkpoint
 
 
 def _strip(state: State, target: State) -> dict[str, Tensor]:
@@ -212,7 +213,13 @@ STARTS = {
         ("ta_head.*", "text_encoder.embeddings.token_type_embeddings.weight"),
         (*PRETRAIN_HEADS, *QUEUES, "itm_head.*"),
     ),
-    "nlvr": Start(("text_assignment",), _keep, CLS_HEAD, (*CONTRASTIVE, "ta_head.*")),
+    "nlvr": Start(
+        ("text_assignment",),
+        _keep,
+        CLS_HEAD,
+        (*CONTRASTIVE, "ta_head.*"),
+        before="NLVR.py --config configs/NLVR/assignment.yaml",
+    ),
 }
 
 
@@ -228,8 +235,11 @@ def adapt(state: State, target: State, task: str) -> dict[str, Tensor]:
     start = STARTS[task]
     if kind != task:
         if kind not in start.sources:
-            kinds = ", ".join((task, *start.sources))
-            raise UserError(f"this is a {kind} checkpoint, and {task} starts from one of: {kinds}")
+            kinds = " or ".join((task, *start.sources))
+            remedy = f"; run {start.before} with it first" if start.before else "; give another"
+            raise UserError(
+                f"checkpoint: this is a {kind} checkpoint, and {task} starts from {kinds}{remedy}"
+            )
         state = start.convert(state, target)
     return fit_queues(fit_positions(state, target), target)
 

@@ -7,6 +7,7 @@ weights = read_weights(config.checkpoint)
 inherit(config, weights)
 """
 
+import os
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ PUBLISHED = {
     "text_encoder": "bert-base-uncased",
 }
 SIMLA_BERT, ALBEF_BERT = "configs/shared_bert.json", "configs/config_bert.json"
+# options of a run that name a file or folder its network needs
+FILES = ("text_encoder", "tokenizer", "llama", "bpe_path", "bert_config", "answer_list")
 # with another value of these every weight fits, and the network computes something else
 ARCHITECTURE = ("text_activation", "text_heads", "vision_heads")
 IN_BERT = ("hidden_act", "layer_norm_eps", "num_attention_heads")
@@ -153,7 +156,8 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
 
     It lies in this project's checkpoints and in most `.pth` files of ALBEF, and beside exported
     `.safetensors` in config.yaml. SIMLA's files hold it as an object of a foreign class, which is
-    not read.
+    not read. FILES that are named relative to the folder where the run was started are found from
+    any other.
     """
     if checkpoint is None:
         return {}
@@ -165,13 +169,32 @@ def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:
             return {}
     if path.is_file() and is_safetensors(path):
         beside = path.with_name("config.yaml")
-        return read_yaml(beside)[0] if beside.is_file() else {}
+        return _found_from_here(read_yaml(beside)[0], path.parent) if beside.is_file() else {}
     try:
         content = load_weights_only(index_of(path))
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, UserError):
         return {}  # who reads the weights says what is wrong
     found = content.get("config") if isinstance(content, Mapping) else None
-    return dict(found) if isinstance(found, Mapping) else {}
+    return _found_from_here(found, path.parent) if isinstance(found, Mapping) else {}
+
+
+def _found_from_here(saved: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """`saved` with the FILES that are not below the current folder looked for in the folder `run`
+    itself, which may have been moved, and below the folder where the run was started."""
+    saved = dict(saved)
+    output_dir = Path(str(saved.get("output_dir") or "."))
+    below = Path(*run.absolute().parts[: -len(output_dir.parts) or None])
+    for name in FILES:
+        value = saved.get(name)
+        if not isinstance(value, str) or os.path.isabs(value) or os.path.exists(value):
+            continue
+        places = []
+        if Path(value).is_relative_to(output_dir):
+            places.append(run / Path(value).relative_to(output_dir))
+        if below / output_dir == run.absolute():
+            places.append(below / value)
+        saved[name] = next((str(place) for place in places if os.path.exists(place)), value)
+    return saved
 
 
 BESIDE = ("config.json", "preprocessor_config.json", "open_clip_config.json")

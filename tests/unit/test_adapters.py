@@ -177,8 +177,15 @@ def test_kinds_and_what_a_task_cannot_start_from():
     }
     for kind, model in states.items():
         assert checkpoint_kind(model.state_dict()) == kind
-    with pytest.raises(UserError, match="this is a nlvr checkpoint, and retrieval starts from"):
+    with pytest.raises(
+        UserError,
+        match="this is a nlvr checkpoint, and retrieval starts from retrieval or pretrain; give",
+    ):
         adapt(states["nlvr"].state_dict(), Retrieval().state_dict(), "retrieval")
+    with pytest.raises(
+        UserError, match=r"run NLVR\.py --config configs/NLVR/assignment\.yaml with it"
+    ):
+        adapt(states["pretrain"].state_dict(), states["nlvr"].state_dict(), "nlvr")
     with pytest.raises(UserError, match="no known kind"):
         checkpoint_kind({"weight": torch.ones(1)})
 

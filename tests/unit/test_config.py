@@ -731,3 +731,5 @@ def test_a_slip_in_a_duration_shows_before_any_data_are_read(name):
     check_durations(parse(VqaConfig, []))
     with pytest.raises(UserError, match="duration '10 stepps'"):
         check_durations(parse(VqaConfig, [f"--{name}", "10 stepps"]))
+    with pytest.raises(UserError, match=f"{name} '0 steps': every 0 updates is never or always"):
+        check_durations(parse(VqaConfig, [f"--{name}", "0 steps"]))

@@ -80,6 +80,11 @@ FAULTS = {
     "[]": ("no entries",),
     '"text"': ("expected a JSON list of objects",),
     '{"images": []}': ("entry 0", "no field 'image'", "it has images"),
+    f'[{GOOD}, {{"image": "b", "caption": "c", "image": "d"}}]': (
+        "entry 1",
+        "'image' stands twice",
+    ),
+    f'{GOOD}\n{{"image": "b", "caption": "c", "more": [{{"é": 1, "é": 1}}]}}': ("line 2", "twice"),
     f"[{GOOD}, 3]": ("entry 1", "expected an object", "found 3"),
     f'[{GOOD}, {{"image": "b"}}]': ("entry 1", "no field 'caption'", "add the field or remove"),
     f'[{GOOD}, {{"image": "b", "caption": true}}]': (

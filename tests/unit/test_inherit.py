@@ -51,6 +51,26 @@ def test_configuration_is_found_wherever_it_stands(tmp_path):
         assert saved_config(path) == MADE_WITH, path
 
 
+def test_files_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
+    run = tmp_path / "project/output/mine"
+    named = {"text_encoder": "output/mine/text_tokenizer", "bert_config": "configs/mine.json"}
+    for file in named.values():
+        (tmp_path / "project" / file).mkdir(parents=True)
+    named |= {"answer_list": "absent.json", "tokenizer": "bert-base-uncased"}
+    config = {"output_dir": "output/mine", **named}
+    CheckpointFolder(run).save({"model": {"w": torch.zeros(2)}, "config": config}, 3)
+    monkeypatch.chdir(tmp_path / "project")
+    assert saved_config("output/mine") == config  # as they are where they are right
+    monkeypatch.chdir(tmp_path)
+    found = {
+        name: str(tmp_path / "project" / named[name]) for name in ("text_encoder", "bert_config")
+    }
+    assert saved_config(run) == config | found
+    run.rename(tmp_path / "moved")
+    moved = {"text_encoder": "moved/text_tokenizer"}
+    assert saved_config("moved") == config | moved
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half of one"])
 def test_unreadable_file_has_no_configuration(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)

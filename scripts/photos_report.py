@@ -155,8 +155,8 @@ def fused(run: Path, cases: int) -> list:
     records = Records(saved["test_file"])
     data = RetrievalSet(records, Path(saved["image_root"]), view, saved["max_words"])
     rows = {
-        "by similarity": by_similarity["test"],
-        f"the best {metrics['k_test']} re-ranked by matching": metrics["test"],
+        "ITC": by_similarity["test"],
+        fusion_report.order_of(metrics, saved): metrics["test"],
         "chance": chance(torch.tensor(data.txt2img), len(data)),
     }
     intro = "Trained on the pairs from the same locked image tower and the same text tower."

@@ -203,6 +203,14 @@ def attention_section(
     return card("Where the words look", *rows, intro=intro) if rows else ""
 
 
+def order_of(metrics: dict, saved: dict) -> str:
+    """What a run of Retrieval.py ordered its hits by."""
+    if not metrics["k_test"]:
+        return "ITC"
+    score = "ITM + ITC" if saved.get("score") == "sum" else "ITM"
+    return f"best {metrics['k_test']} of ITC re-ranked by {score}"
+
+
 def main(config: Config) -> None:
     metrics, saved = read_result(config.retrieval_dir)
     if "test" not in metrics:
@@ -221,9 +229,7 @@ def main(config: Config) -> None:
     tokenizer = Tokenizer(saved["text_encoder"])
     guess = chance(owner, len(data))
     rankings = load_rankings(config.retrieval_dir / "result/ranking_test.safetensors")
-    rows = {
-        "this model, re-ranked" if metrics["k_test"] else "this model, by contrast": metrics["test"]
-    }
+    rows = {f"this model, {order_of(metrics, saved)}": metrics["test"]}
     if config.finetuned_dir:
         rows |= {"fine-tuned": read_result(config.finetuned_dir)[0]["test"]}
     intro = f"{len(data)} unseen images, {len(owner)} captions; each is searched among all of the other kind."

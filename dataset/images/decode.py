@@ -107,7 +107,9 @@ def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Te
         raise BadSample(f"{name}: empty file")
     size = plain_jpeg_size(source)
     if size and size[0] * size[1] > IMAGE_PIXELS:
-        raise BadSample(f"{name}: {size[1]} x {size[0]} pixels exceed the limit of {IMAGE_PIXELS}")
+        raise BadSample(
+            f"{name}: {size[1]} x {size[0]} pixels exceed the limit of {IMAGE_PIXELS:,}"
+        )
     if size and source.endswith(ZEROS):
         source = source.rstrip(b"\0")  # a download that stopped, into a file of the full size
     if size and (decode := _fast_decoder()) and not (exif and is_turned(source)):
@@ -178,15 +180,15 @@ def _open(data: bytes):
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = Image.open(
-            io.BytesIO(data), formats=pillow_formats()
-        )  # itself refuses twice the limit
+        image = Image.open(io.BytesIO(data), formats=pillow_formats())
+    except Image.DecompressionBombError:  # twice the limit; its message speaks of attacks
+        raise ValueError(f"its pixels exceed the limit of {IMAGE_PIXELS:,}") from None
     except UnidentifiedImageError:  # whose message is an address in memory
         seen = looks_like(data)
         raise ValueError(f"cannot identify an image format in it{seen}") from None
     width, height = image.size
     if width * height > IMAGE_PIXELS:
-        raise ValueError(f"{width} x {height} pixels exceed the limit of {IMAGE_PIXELS}")
+        raise ValueError(f"{width} x {height} pixels exceed the limit of {IMAGE_PIXELS:,}")
     return image
 
 

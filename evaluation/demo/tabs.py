@@ -55,15 +55,16 @@ def from_folder(demo: Demo, name: str) -> Tensor:
 
 
 def run(button, function: Callable, inputs: list, outputs: list, *more) -> None:
-    """Call `function` when the button is pressed, or one of the further fields is submitted; a
-    mistake of the user is one sentence on the page. One call at a time uses the network."""
+    """Call `function` when the button is pressed, or one of the further fields is submitted. A
+    mistake of the user is one sentence on the page, and what stood there before, of another image,
+    goes. One call at a time uses the network."""
 
     def call(*values):
         try:
             return function(*values)
         except (UserError, BadSample) as error:
-            text = str(escape(str(error)))
-            raise gr.Error(text, title="Not done", duration=15, print_exception=False) from None
+            gr.Warning(str(escape(str(error))), title="Not done", duration=15)
+            return None if len(outputs) == 1 else [None] * len(outputs)
 
     gr.on(
         [button.click, *(field.submit for field in more)],
@@ -184,7 +185,8 @@ def shown(demo: Demo, hits: list[tasks.Hit], seconds: float, matches: dict[str, 
         images.append((thumbnail, view.hit_text(hit, total, matches.get(hit.name))))
         names.append(hit.name)
     note = view.found_note(hits, total, 1000 * seconds)
-    return note, "", images, names, None
+    gallery = gr.Gallery(images, selected_index=None)  # closes the one that was enlarged
+    return note, "", gallery, names, None
 
 
 @lru_cache(maxsize=512)

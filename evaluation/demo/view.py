@@ -75,7 +75,8 @@ def hit_text(hit: Hit, total: int, match: float | None = None) -> str:
     if hit.probability is None:
         return f"cosine {hit.cosine:.3f}\n{hit.name}"
     times = hit.probability * total
-    return f"{percent(hit.probability)} = {times:,.1f} × chance\n{hit.name}"
+    multiple = f"{times:,.1f}" if times >= 0.05 else "< 0.1"
+    return f"{percent(hit.probability)} = {multiple} × chance\n{hit.name}"
 
 
 def found_note(hits: Sequence[Hit], total: int, milliseconds: float) -> Markup:

@@ -6,10 +6,10 @@ blocks.html.j2, its style in page.css.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from torch import Tensor
 
@@ -20,29 +20,45 @@ from evaluation.report.names import recall_names
 SORTABLE = '<table class="sortable">'
 
 
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-BLOCKS: Any = TEMPLATES.get_template("blocks.html.j2").module
+@cache
+def blocks() -> Any:
+    """The macros of the template. It is compiled at the first use: 30 ms that no script waits for
+    at its start."""
+    from jinja2 import Environment, FileSystemLoader
 
-# what the template makes alone; it says what each takes
-badge = BLOCKS.badge
-bar = BLOCKS.bar
-bold = BLOCKS.bold
-boxes = BLOCKS.boxes
-case = BLOCKS.case
-figure = BLOCKS.figure
-folded = BLOCKS.folded
-group = BLOCKS.group
-heading = BLOCKS.heading
-link = BLOCKS.link
-quote = BLOCKS.quote
-ranked = BLOCKS.ranked
-sortable_table = BLOCKS.sortable_table
-table = BLOCKS.table
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("blocks.html.j2").module
+
+
+class Block:
+    """What a macro of the template makes alone; the template says what each takes."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *values: Any, **named: Any) -> Markup:
+        return getattr(blocks(), self.name)(*values, **named)
+
+
+badge = Block("badge")
+bar = Block("bar")
+bold = Block("bold")
+boxes = Block("boxes")
+case = Block("case")
+figure = Block("figure")
+folded = Block("folded")
+group = Block("group")
+heading = Block("heading")
+link = Block("link")
+quote = Block("quote")
+ranked = Block("ranked")
+sortable_table = Block("sortable_table")
+table = Block("table")
 
 
 def page(
@@ -55,12 +71,12 @@ def page(
     """The whole HTML document. head: further elements of its <head>."""
     sections = list(sections)
     sortable = any(SORTABLE in section for section in sections)
-    return BLOCKS.page(title, sections, subtitle, footer, sortable, head or Markup())
+    return blocks().page(title, sections, subtitle, footer, sortable, head or Markup())
 
 
 def card(title: str, *contents: Markup, intro: str = "") -> Markup:
     """A titled section of blocks."""
-    return BLOCKS.card(title, contents, intro)
+    return blocks().card(title, contents, intro)
 
 
 def score_table(
@@ -100,7 +116,7 @@ def choices_table(scores: Mapping) -> Markup:
 
 def thumbnail(source: Path | bytes | Tensor, side: int = 96, right: bool | None = None) -> Markup:
     """An <img>, framed green or red where it is right or wrong. source: see `image_uri`."""
-    return BLOCKS.thumbnail(image_uri(source, 2 * side), side, right)
+    return blocks().thumbnail(image_uri(source, 2 * side), side, right)
 
 
 def line_chart(
@@ -111,7 +127,7 @@ def line_chart(
 ) -> Markup:
     """An SVG of lines, each a sequence of (x, y); `guide` is a named dashed level."""
     chart = lay_out(series, title, x_label, guide)
-    return Markup() if chart is None else BLOCKS.chart(chart)
+    return Markup() if chart is None else blocks().chart(chart)
 
 
 def join(*contents: Markup) -> Markup:

@@ -201,7 +201,7 @@ def test_a_locked_tower_of_timm_before_the_patches(digitscenes, tmp_path):
     scores = json.loads((tmp_path / "fusion_retrieval/result/metrics.json").read_text())
     assert scores["test"]["r_mean"] > 0 and scores["k_test"] == 4
     shown = "".join(photos_report.fused(tmp_path, cases=2))
-    assert "by similarity" in shown and "the best 4 re-ranked by matching" in shown
+    assert ">ITC<" in shown and "best 4 of ITC re-ranked by ITM" in shown
     found = scores["test"]["img_r1"] > 0  # a caption that found its image
     assert ("Where the words look" in shown) == found
 

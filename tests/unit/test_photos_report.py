@@ -12,6 +12,20 @@ from scripts import photos_report
 from scripts import report as fusion_report
 
 
+@pytest.mark.parametrize(
+    "k, score, said",
+    [
+        (0, "sum", "ITC"),
+        (16, "sum", "by ITM + ITC"),
+        (4, "matching", "by ITM"),
+        (4, None, "by ITM"),
+    ],
+)
+def test_a_row_of_retrieval_says_what_it_is_ordered_by(k, score, said):
+    saved = {"score": score} if score else {}
+    assert fusion_report.order_of({"k_test": k}, saved).endswith(said)
+
+
 def fold(folder, first, knn):
     """What the steps of photos.sh leave, of four images in their own direction each."""
     keys = [f"{way}_r{at}" for way in ("txt", "img") for at in (1, 5, 10)]

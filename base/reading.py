@@ -32,6 +32,15 @@ def read_bytes(path: str | Path, remedy: str = "check its name", limit: int = TE
         raise UserError(f"{path}: {what}; {remedy}") from None
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a regular file: not by a name that is too long, holds a zero byte or lies
+    in a folder that may not be read, either."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def read_start(path: str | Path, count: int = 64) -> bytes:
     """The first bytes of a file; none where it cannot be read."""
     try:

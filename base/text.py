@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}")  # fits into 64 bits
+FLOAT_ID = re.compile(r"([+-]?\d{1,18})\.0")  # a whole number that became a float
 
 
 POINTER = b"version https://git-lfs.github.com"
@@ -62,6 +63,18 @@ def whole_number(value: object) -> int | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def id_text(value: object) -> str:
+    """An id as text, the same however a program wrote it: 5, 5.0 (pandas, beside missing ones) and "5"
+    are one; "05" is another. Raises TypeError for what is no id."""
+    if isinstance(value, str):
+        as_float = FLOAT_ID.fullmatch(value)
+        return as_float[1] if as_float else value
+    whole = whole_number(value.item() if hasattr(value, "item") else value)  # of NumPy
+    if whole is None:
+        raise TypeError(f"{value!r:.60} is no id")
+    return str(whole)
 
 
 def clean_surrogates(value: Any) -> Any:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from base.errors import UserError
+from base.errors import UserError, brief
 from base.text import clean_surrogates
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,6 +34,7 @@ def atomic_write(
     of processes that were killed are removed. An OSError, such as a full disk, becomes a UserError
     that ends with `remedy`."""
     path = Path(path)
+    _refuse_address(path, remedy)
     temporary = path.with_name(f".{path.name}.{_this_host()}-{os.getpid()}.tmp")
     try:
         with file_errors(path, remedy):
@@ -79,27 +80,53 @@ def check_output_folder(folder: str | Path) -> None:
     """Check, before work begins and without writing, that results can be written to a folder, which
     need not be there yet. UserError."""
     remedy = "name another folder as --output_dir"
-    if re.match(r"[a-z][a-z0-9+.-]*:/", str(folder)):
-        raise UserError(
-            f"{folder}: results are written to folders and buckets (s3://, gs://); {remedy}"
-        )
+    _refuse_address(folder, remedy, "folders and buckets (s3://, gs://)")
     folder = Path(folder)
-    with file_errors(folder, remedy):
-        try:
-            os.lstat(folder)
-        except FileNotFoundError:
-            pass  # but not too long a name, or a file as a folder above it
-    found = _existing(folder)
-    if not found.is_dir():
-        raise UserError(f"{folder}: {found} is not a folder; {remedy}")
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: {found} is read-only or not yours; {remedy}")
+    _check_writable(folder, remedy)
     for name in ("config.yaml", "log.jsonl", ".lock", "result/metrics.json", "result/report.html"):
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             raise UserError(f"{folder / name}: not a regular file; remove it, or {remedy}")
     for name in ("result", "tensorboard"):
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
             raise UserError(f"{folder / name}: not a folder; remove it, or {remedy}")
+
+
+def check_folder_option(folder: str | Path, option: str) -> None:
+    """As `check_output_folder`, of a folder or file that `option` names and that has no layout."""
+    remedy = f"name another {option}"
+    _refuse_address(folder, remedy)
+    _check_writable(Path(folder), remedy)
+
+
+def make_folder(folder: str | Path, option: str) -> Path:
+    """Make the folder that `option` names, with those above it. UserError."""
+    folder = Path(folder)
+    check_folder_option(folder, option)
+    with file_errors(folder, f"name another {option}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _refuse_address(path: str | Path, remedy: str, places: str = "this machine alone") -> None:
+    """UserError for `s3://...`, of which a folder `s3:` would be made."""
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(path)):
+        raise UserError(f"{path}: results are written to {places}; {remedy}")
+
+
+def _check_writable(folder: Path, remedy: str) -> None:
+    """UserError where a folder cannot be written to, or not be made."""
+    with file_errors(folder, remedy):
+        try:
+            os.lstat(folder)
+        except FileNotFoundError:
+            pass  # but not too long a name, or a file as a folder above it
+        except ValueError as error:  # a zero byte in it
+            raise UserError(f"{brief(str(folder))}: {error}; {remedy}") from None
+    found = _existing(folder)
+    if not found.is_dir():
+        raise UserError(f"{folder}: {found} is not a folder; {remedy}")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: {found} is read-only or not yours; {remedy}")
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from base.caches import digest, file_state
 from base.errors import UserError
 from base.processes import in_processes, usable_cores
+from base.writing import check_folder_option
 from runtime.config.cli import knob, run_script, section
 from runtime.job_array import Sharing, is_whole, need_all, own_range, submit_array
 
@@ -57,8 +58,8 @@ class Config:
 
 def make_examiner(image_root: Path, tokenizer: str, most: int, answer_list: Path | None):
     """The examiner of a process."""
-    from base.reading import read_json
     from dataset.health.samples import Examiner
+    from dataset.tasks.vqa import read_answer_list
 
     if tokenizer == "clip":
         from dataset.text.bpe import ClipTokenizer
@@ -74,7 +75,7 @@ def make_examiner(image_root: Path, tokenizer: str, most: int, answer_list: Path
     def tokens(text: str) -> int:
         return len(encode(text)) + ends
 
-    answers = frozenset(read_json(answer_list, list)) if answer_list else frozenset()
+    answers = frozenset(read_answer_list(answer_list)) if answer_list else frozenset()
     return Examiner(image_root, tokens, most, answers)
 
 
@@ -124,8 +125,9 @@ def figures(part, workers: int) -> list[tuple[str, str]]:
         least, low = by_size[-1]
         rows.append(("classes", f"{len(part.classes):,}; {most}: {high:,} … {least}: {low:,}"))
     rate = len(images) / max(part.seconds, 1e-9)
-    epoch = part.samples() / rate / workers
-    rows.append(("reading", f"{rate:,.0f} images a second and core; an epoch {epoch:,.0f} s"))
+    if rate:
+        epoch = part.samples() / rate / workers
+        rows.append(("reading", f"{rate:,.0f} images a second and core; an epoch {epoch:,.0f} s"))
     return rows
 
 
@@ -206,6 +208,11 @@ def look_at_range(config: Config, looking, works: list) -> None:
 def main(config: Config) -> None:
     if not config.data:
         raise UserError("name a data set: python scripts/doctor.py DATA")
+    for option, folder in (("--fix", config.fix), ("--facts", config.facts)):
+        if folder:
+            check_folder_option(folder, option)
+    if config.page:
+        check_folder_option(config.page.parent, "--page")
     from dataset.health.survey import plan, split_folders, survey
 
     config.data = split_folders(config.data)

@@ -36,7 +36,7 @@ from base.distributed import World
 from base.errors import BadSample, UserError
 from base.reading import read_json
 from base.text import lenient_text
-from base.writing import atomic_write, write_json
+from base.writing import atomic_write, check_folder_option, write_json
 from dataset.health.survey import open_list
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.decode import reading
@@ -313,6 +313,7 @@ def key_of(part: Part, embedder: Embedder, config: Config) -> str:
 def main(config: Config) -> None:
     if not config.data:
         raise UserError("--data: name shards, annotation files, tables or class folders")
+    check_folder_option(config.out, "--out")
     if config.sharing.slurm:
         parts = [part for data in config.data for part in parts_of(data, config.part)]
         check_folder(config, len(parts))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.reading import read_json
-from base.writing import write_json, write_json_lines
+from base.writing import make_folder, write_json, write_json_lines
 from dataset.digitscenes import annotations, chance, shards
 from dataset.digitscenes.drawing import contact_sheet, jpeg
 from dataset.digitscenes.scenes import SPLITS, Handwriting, Scene, class_scenes, unique_scenes
@@ -108,7 +108,7 @@ def build(
     root = Path(root)
     if not must_build(root, request, overwrite, say):
         return False
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root, "--out")
     write_json(root / UNFINISHED, request.arguments())
     (root / MANIFEST).unlink(missing_ok=True)
     clear(root)

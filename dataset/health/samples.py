@@ -9,20 +9,24 @@ import torch
 import torch.nn.functional as F
 
 from base.errors import BadSample
-from dataset.images.decode import decode_image, is_turned, reading
+from base.reading import is_file
+from dataset.images.decode import decode_image, image_bytes, is_turned, reading
 from dataset.images.zip_member import image_source
 from dataset.tasks.record import as_list, captions_of, name_of
 
 TINY = 32  # pixels of the shorter side below which an image is called tiny
 HUGE = 25_000_000  # pixels
 THIN = 6.0  # longer side / shorter side
+FARTHEST = 1e9  # pixels from a corner: farther numbers, NaN among them, are no coordinates
 FLAT = 2.0  # levels of 255 between an image's darkest and lightest pixel
 HASHED = 8  # side of the grid that the difference hash is made of
 THUMBNAIL = 24  # side of what near duplicates are compared by
 TEXT_FIELDS = ("caption", "question", "sentence", "text")
 ID_FIELDS = ("question_id", "ref_id")
 # Problems after which a sample cannot be trained on; the others are remarks.
-FATAL = frozenset({"missing", "unreadable", "no caption", "no text", "no image", "damaged shard"})
+FATAL = frozenset(
+    {"missing", "unreadable", "no caption", "no text", "no image", "no box", "damaged shard"}
+)
 
 
 @dataclass(slots=True)
@@ -92,6 +96,8 @@ class Examiner:
             facts.images.append(found)
             for problem in found.problems:
                 facts.problems[problem] = found.name
+        if has_odd_box(record):
+            facts.problems["no box"] = facts.name
         for box in boxes_of(record):
             if facts.images and not box_inside(box, facts.images[0].size):
                 height, width = facts.images[0].size
@@ -130,11 +136,14 @@ def examine_file(root: Path, image: str) -> Image:
     """The image at a path below `root`."""
     try:
         source = image_source(root, image)
-        if isinstance(source, Path) and not source.is_file():
+        if isinstance(source, Path) and not is_file(source):
             return Image(image, ("missing",))
-        content = source if isinstance(source, bytes) else source.read_bytes()
-    except (BadSample, OSError):
+    except BadSample:
         return Image(image, ("missing",))
+    try:
+        content = source if isinstance(source, bytes) else image_bytes(source, image)
+    except BadSample:
+        return Image(image, ("unreadable",))
     return examine_image(content, image)
 
 
@@ -186,8 +195,20 @@ def boxes_of(record: dict) -> Iterable[list[float]]:
     """[x, y, w, h] of every box of a record."""
     boxes = record.get("boxes") or ([record["bbox"]] if record.get("bbox") else [])
     for box in boxes if isinstance(boxes, list) else []:
-        if isinstance(box, list) and len(box) >= 4:
+        if isinstance(box, list) and len(box) >= 4 and all(map(is_coordinate, box[:4])):
             yield box[:4]
+
+
+def has_odd_box(record: dict) -> bool:
+    """Whether a record names a box that is none: other than four finite numbers."""
+    given = [] if record.get("bbox") is None else [record["bbox"]]
+    boxes = record.get("boxes") or given
+    return len(list(boxes_of(record))) < (len(boxes) if isinstance(boxes, list) else 1)
+
+
+def is_coordinate(value: object) -> bool:
+    """Whether a value is a number of pixels."""
+    return type(value) in (int, float) and abs(value) < FARTHEST
 
 
 def box_inside(box: list[float], size: tuple[int, int]) -> bool:

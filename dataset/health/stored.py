@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from base.errors import UserError
 from base.reading import read_json_lines
 from base.writing import write_json_lines
 from dataset.health.samples import Facts, Image
@@ -32,9 +33,12 @@ def read_facts(path: Path, made_of: str) -> tuple[list[Facts], float] | None:
     """The facts of a file and their CPU seconds; None where there are none of `made_of`."""
     if not is_stored(path, made_of):
         return None
-    rows = read_json_lines(path, "delete it, it is made again")
-    seconds = float(next(rows)["seconds"])
-    return [_facts(row) for row in rows], seconds
+    try:
+        rows = read_json_lines(path)
+        seconds = float(next(rows)["seconds"])
+        return [_facts(row) for row in rows], seconds
+    except (UserError, LookupError, TypeError, ValueError):
+        return None  # damaged: made again
 
 
 def is_stored(path: Path, made_of: str) -> bool:

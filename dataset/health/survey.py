@@ -17,7 +17,7 @@ from dataset.health.duplicates import near_duplicates, same_bytes
 from dataset.health.samples import Examiner, Facts, Image
 from dataset.health.stored import is_stored, read_facts, write_facts
 from dataset.images.formats import files_below
-from dataset.sources.records import Records, state_of_entries
+from dataset.sources.records import Records, image_names, published_remedy, state_of_entries
 from dataset.sources.remote import state_of
 from dataset.sources.shard_columns import split_columns
 from dataset.sources.shard_list import list_shards
@@ -89,7 +89,11 @@ def open_list(data: str) -> Sequence[dict]:
     if path.suffix.lower() in (".list", ".txt"):
         return label_records(path)
     if not is_table(data):
-        return Records(data, ())
+        records = Records(data, ())
+        remedy = None if image_names(records[0]) else published_remedy(records[0])
+        if remedy:
+            raise UserError(f"{data}: no images in it; {remedy}")
+        return records
     try:
         return Records(data, ("image", "caption"))
     except UserError as error:

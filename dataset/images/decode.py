@@ -17,6 +17,7 @@ import torch
 from base.errors import BadSample, UserError
 from base.limits import IMAGE_BYTES, IMAGE_PIXELS
 from base.pixels import PILLOW_FORMATS, pillow_formats
+from base.reading import is_file
 from base.text import looks_like
 from dataset.images.zip_member import archive_of, image_source
 
@@ -62,7 +63,7 @@ def size_of(image: Path | bytes) -> tuple[int, int]:
     name = "an image" if isinstance(image, bytes) else image
     source = image if isinstance(image, bytes) else image_source(Path(), str(image))
     try:
-        if isinstance(source, Path) and not source.is_file():  # a FIFO would wait for ever
+        if isinstance(source, Path) and not is_file(source):  # a FIFO would wait for ever
             raise FileNotFoundError("no such file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             return opened.size
@@ -102,7 +103,7 @@ def decode_image(
 def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Tensor, bool]:
     """Pixels, and whether all of them were in the file. Raises BadSample."""
     if not isinstance(source, bytes):
-        source = _file_bytes(Path(source), name)
+        source = image_bytes(Path(source), name)
     if not source:
         raise BadSample(f"{name}: empty file")
     size = plain_jpeg_size(source)
@@ -120,7 +121,7 @@ def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Te
     return _decode_with_pillow(source, name, exif)
 
 
-def _file_bytes(path: Path, name: str) -> bytes:
+def image_bytes(path: Path, name: str) -> bytes:
     """Content of a regular file of bounded size, or of a member of a zip file. Raises BadSample."""
     if "\0" in name:  # for which Python has an error of another kind
         raise BadSample(f"{name!r}: no path of a file")
@@ -283,7 +284,7 @@ def check_image_root(root: str | Path, names: Iterable[str], tries: int = 20) ->
         )
     names = list(islice(names, tries))
     files = [archive_of(root / name) or root / name for name in names]
-    if files and not any(file.is_file() for file in files):
+    if files and not any(is_file(file) for file in files):
         raise UserError(
             f"image_root {root}: none of the first {len(names)} images is there, e.g. {root / names[0]}; "
             "set image_root so that image_root/<image> exists, or, where these are of a recipe's "

@@ -30,7 +30,7 @@ def archive_of(path: Path) -> Path | None:
     place = text.find(".zip/")
     while place >= 0:
         archive = Path(text[: place + len(".zip")])
-        if not archive.is_dir():
+        if not os.path.isdir(archive):  # also false where the name is none
             return archive
         place = text.find(".zip/", place + 1)
     return None
@@ -42,6 +42,8 @@ def read_member(archive: Path, name: str) -> bytes:
 
     Raises BadSample when archive or member is missing or damaged.
     """
+    if "\0" in str(archive):  # for which Python has an error of another kind
+        raise BadSample(f"{str(archive)!r}: no path of a file")
     try:
         if archive.exists() and not archive.is_file():
             raise BadSample(f"{archive}: not a regular file")
@@ -59,6 +61,7 @@ def read_member(archive: Path, name: str) -> bytes:
         NotImplementedError,
         RuntimeError,
         struct.error,
+        UnicodeEncodeError,
     ) as error:
         raise BadSample(f"{archive}, member {name}: {error}") from None
 

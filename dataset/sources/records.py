@@ -65,6 +65,7 @@ PUBLISHED = {
         "answers",
     ): "these are VQA's own answers: train on ALBEF's lists (vqa_train.json), "
     "and name this file as test_answers",
+    ("qas", "question"): "these are Visual Genome's own questions: name ALBEF's list (vg_qa.json)",
     ("questions", "question"): "these are VQA's own questions, without images: name ALBEF's lists "
     "(vqa_train.json, vqa_test.json)",
     ("images", "sentences"): "this is Karpathy's file of all splits: pack one with "
@@ -72,6 +73,13 @@ PUBLISHED = {
 }
 PICKLES = (".p", ".pkl", ".pickle")
 PROGRESS_EVERY = 200_000  # entries; files with fewer are indexed without a progress bar
+# The same of JSON lines, by a field that each has.
+PUBLISHED_LINES = {
+    "gold_label": "these are SNLI-VE's own lines: write "
+    "'FILE?image=Flickr30K_ID&sentence=sentence2&label=gold_label'",
+    "left_url": "these are NLVR2's own lines, without paths of images: name ALBEF's lists "
+    "(nlvr_train.json, nlvr_test.json)",
+}
 
 
 class Records(Sequence):
@@ -302,6 +310,8 @@ def with_texts(entry: object, required: Sequence[str]) -> object:
         if type(value) is list and list in types:
             if not all(type(item) is str for item in value):
                 entry[field] = [str(item) for item in value if _is_textual(item)]
+        elif int in types and type(value) is float and value.is_integer():
+            entry[field] = int(value)  # of pandas, beside missing ones
         elif str in types and int not in types and type(value) in (int, float):
             whole = whole_number(value)  # of pandas, 5.0 for a file called 5
             entry[field] = str(value if whole is None else whole)
@@ -342,7 +352,8 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
         return f"expected an object with {', '.join(required)}, found {brief(entry)}"
     for field in required:
         if field not in entry:
-            return f"no field {field!r} (it has {_listed(entry)}); {_remedy(entry)}"
+            remedy = published_remedy(entry) or "add the field or remove the entry"
+            return f"no field {field!r} (it has {_listed(entry)}); {remedy}"
         types = FIELD_TYPES.get(field, (object,))
         value = entry[field]
         is_odd_bool = isinstance(value, bool) and types != (object,) and bool not in types
@@ -357,14 +368,15 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
     return None
 
 
-def _remedy(entry: dict) -> str:
-    """What to do about an entry without a field: it may be a whole published file."""
+def published_remedy(entry: dict) -> str | None:
+    """What to do about an entry that is a whole published file, or a line of one; None for others."""
     for (name, field), remedy in PUBLISHED.items():
         listed = entry.get(name)
         first = listed[0] if isinstance(listed, list) and listed else None
         if isinstance(first, dict) and field in first:
             return remedy
-    return COCO_HINT if "annotations" in entry else "add the field or remove the entry"
+    own = next((remedy for field, remedy in PUBLISHED_LINES.items() if field in entry), None)
+    return COCO_HINT if own is None and "annotations" in entry else own
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

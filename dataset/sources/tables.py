@@ -410,7 +410,9 @@ def columns_of(
         address = f"{path}?" + "&".join(f"{field}=COLUMN" for field in unnamed)
         seen = looks_like(read_start(path)) if path.is_file() else ""
         missing = f"no column for {' and '.join(unnamed)} (it has {listed}){seen}"
-        raise UserError(f"{path}: {missing}; write '{address}'")
+        fetch = "image" in unnamed and "url" in {name.lower() for name in names}
+        remedy = "fetch the images of its URLs, as img2dataset does, or " if fetch else ""
+        raise UserError(f"{path}: {missing}; {remedy}write '{address}'")
     return used
 
 

@@ -21,6 +21,7 @@ from base.distributed import on_main, rank_0_first
 from base.errors import BadSample, UserError, brief
 from base.knobs import knob
 from base.reading import read_json
+from base.text import id_text
 from base.writing import write_json_lines
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
@@ -107,13 +108,21 @@ def yfcc_row(entry: Sequence) -> dict:
     """(index, title, description): the image is member FGH.jpg of images/AB/CDE.zip for the index
     ABCDEFGH."""
     index, *texts = entry
-    digits = f"{int(index):08d}"
+    line = int(id_text(index))
+    if not 0 <= line < 10**8:
+        raise ValueError(f"{line} is no line of YFCC100M")
+    digits = f"{line:08d}"
     texts = [text for text in texts[:2] if text] or [""]
     return {"image": f"images/{digits[:2]}/{digits[2:5]}.zip/{digits[5:]}.jpg", "caption": texts}
 
 
 def cc3m_row(entry: dict) -> dict:
-    return {"image": str(entry["image_id"]), "caption": _texts(entry["captions"])}
+    return {"image": _image_name(entry["image_id"]), "caption": _texts(entry["captions"])}
+
+
+def _image_name(value: object) -> str:
+    """A file's name as it is; a number as its text. Raises TypeError for None, NaN and others."""
+    return value if isinstance(value, str) else id_text(value)
 
 
 def _texts(captions: object) -> list[str]:
@@ -124,7 +133,7 @@ def _texts(captions: object) -> list[str]:
 
 
 def cc12m_row(entry: dict) -> dict:
-    return {"image": str(entry["image_name"]), "caption": _texts(entry["captions"])}
+    return {"image": _image_name(entry["image_name"]), "caption": _texts(entry["captions"])}
 
 
 def coco_entries(path: Path) -> Iterator[dict]:
@@ -135,16 +144,12 @@ def coco_entries(path: Path) -> Iterator[dict]:
         path.stem.removeprefix("captions_") if path.stem.startswith("captions_") else "train2017"
     )
     try:
-        # by the id's text: one list may write 9 where the other has "9"
-        names = {
-            str(image["id"]): image.get("file_name") for image in content["images"] if "id" in image
-        }
+        named = [image for image in content["images"] if image.get("id") is not None]
+        names = {id_text(image["id"]): image.get("file_name") for image in named}
         captions: dict[str, list[str]] = {}
         for annotation in content["annotations"]:
-            number = annotation["image_id"]
-            if type(number) not in (int, str):
-                raise TypeError(f"image_id {brief(number)} is no number")
-            captions.setdefault(str(number), []).append(annotation["caption"])
+            number = id_text(annotation["image_id"])
+            captions.setdefault(number, []).append(annotation["caption"])
     except (KeyError, TypeError, AttributeError) as error:
         fault = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
@@ -156,6 +161,44 @@ def coco_entries(path: Path) -> Iterator[dict]:
         yield {"image": f"{folder}/{file}", "caption": texts}
 
 
+def karpathy_entries(content: dict, split: str, path: Path) -> Iterator[dict]:
+    """The images of a split of what Karpathy's dataset_coco.json or dataset_flickr30k.json holds:
+    {image: path, filename, id, caption: [texts], caption_ids}; ids are None where the file has none.
+    UserError names `path`."""
+    images = content.get("images")
+    for number, entry in enumerate(images if isinstance(images, list) else [None]):
+        try:
+            row = _karpathy_row(entry) if entry["split"] == split else None
+        except (KeyError, TypeError, AttributeError) as error:
+            fault = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(
+                f"{path}, image {number} (the first is 0): {fault}; expected Karpathy's "
+                "dataset_coco.json or dataset_flickr30k.json, whose images have filename, split and "
+                "sentences with raw"
+            ) from None
+        if row:
+            yield row
+
+
+def _karpathy_row(entry: dict) -> dict:
+    name = entry["filename"]
+    if type(name) is not str or type(entry["sentences"]) is not list:
+        raise TypeError("filename must be a text and sentences a list")
+    return {
+        "image": f"{entry.get('filepath') or ''}/{name}".lstrip("/"),
+        "filename": name,
+        "id": entry.get("imgid"),
+        "caption": [_raw(sentence) for sentence in entry["sentences"]],
+        "caption_ids": [sentence.get("sentid") for sentence in entry["sentences"]],
+    }
+
+
+def _raw(sentence: dict) -> str:
+    if type(sentence["raw"]) is not str:
+        raise TypeError(f"raw of {brief(sentence)} is no text")
+    return sentence["raw"]
+
+
 def redcaps_entries(path: Path) -> Iterable[dict]:
     """A list of all subreddits, or the published file of one."""
     with path.open("rb") as file:
@@ -165,7 +208,8 @@ def redcaps_entries(path: Path) -> Iterable[dict]:
 
 
 def redcaps_row(entry: dict) -> dict:
-    return {"image": f"{entry['subreddit']}/{entry['image_id']}.jpg", "caption": [entry["caption"]]}
+    folder, name = _image_name(entry["subreddit"]), _image_name(entry["image_id"])
+    return {"image": f"{folder}/{name}.jpg", "caption": [entry["caption"]]}
 
 
 def _load_json(path: Path, *keys: str) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from base.errors import MissingData, UserError
-from base.reading import read_json, read_json_lines
+from base.reading import is_file, read_json, read_json_lines
 from dataset.images.decode import decode_image
 from dataset.images.formats import IMAGE_TYPES
 from dataset.tasks.catalog import Entry
@@ -123,10 +123,10 @@ def _image_root(entry: Entry, places: Sequence[Path]) -> Path:
 
 def _with_ending(path: Path) -> Path:
     """The file itself, or the one of this name with an image's ending."""
-    if path.is_file():
+    if is_file(path):
         return path
     found = (path.with_name(f"{path.name}.{ending}") for ending in IMAGE_TYPES)
-    return next((file for file in found if file.is_file()), path)
+    return next((file for file in found if is_file(file)), path)
 
 
 def _texts(row: object, fields: Sequence[str], file: Path, number: object) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from base.errors import BadSample, UserError, brief
 from base.limits import IMAGE_PIXELS
 from base.reading import read_json
+from base.text import id_text
 from dataset.images.decode import decode_image, size_of
 from dataset.text.wordpiece import pre_caption
 
@@ -50,20 +51,21 @@ class ReferringExpressions:
         known = targets(refs, instances)
         if not isinstance(detections, Mapping):
             raise UserError("det_file: expected an object, image_id: list of boxes [x, y, w, h]")
+        detections = {id_text(image): boxes for image, boxes in detections.items()}
         self.images = [record["image"] for record in records]
         self.written = [record["text"] for record in records]
         self.texts = [pre_caption(text, max_words) for text in self.written]
         self.targets = []
         self.boxes = []
         for number, record in enumerate(records):
-            target = known.get(str(record["ref_id"]))
+            target = known.get(id_text(record["ref_id"]))
             where = f"test_file, entry {number} (the first is 0)"
             if target is None:
                 raise UserError(
                     f"{where}: ref_id {record['ref_id']} is not among the references of refcoco_data, or its "
                     "annotation is missing in instances.json; use the files of one release"
                 )
-            boxes = detections.get(str(target.image_id))
+            boxes = detections.get(id_text(target.image_id))
             boxes = read_boxes(boxes, f"det_file, image_id {target.image_id}")
             if not boxes:
                 raise UserError(
@@ -124,7 +126,7 @@ def read_detections(path: Path | None, instances: Mapping) -> Mapping:
     boxes: dict[str, list] = {}
     try:
         for each in found:
-            boxes.setdefault(str(each["image_id"]), []).append(each["bbox"])
+            boxes.setdefault(id_text(each["image_id"]), []).append(each["bbox"])
     except (KeyError, TypeError):
         raise UserError(remedy) from None
     return boxes
@@ -173,15 +175,15 @@ def targets(refs: Sequence[Mapping], instances: Mapping) -> dict[str, Target]:
     """
     try:
         found = {}
-        boxes = {str(entry["id"]): entry["bbox"] for entry in instances["annotations"]}
+        boxes = {id_text(entry["id"]): entry["bbox"] for entry in instances["annotations"]}
         sizes = {
-            str(entry["id"]): (int(entry["height"]), int(entry["width"]))
+            id_text(entry["id"]): (int(entry["height"]), int(entry["width"]))
             for entry in instances["images"]
         }
         for ref in refs:
-            name = str(ref["ref_id"])
-            annotation = str(ref["ann_id"])
-            image = str(ref["image_id"])
+            name = id_text(ref["ref_id"])
+            annotation = id_text(ref["ann_id"])
+            image = id_text(ref["image_id"])
             if annotation not in boxes or image not in sizes:
                 continue
             (box,) = read_boxes([boxes[annotation]], f"instances.json, annotation {annotation}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from base.errors import MissingData, UserError
 from base.names import did_you_mean
-from base.reading import read_json_lines, read_lines
+from base.reading import is_file, read_json_lines, read_lines
 from dataset.tasks.catalog import Entry
 
 Captioned = tuple[list[Path], list[list[str]]]  # images, and the captions of each
@@ -77,7 +77,7 @@ def _no_language(entry: Entry, place: Path, there: Sequence[str]) -> str:
 
 def check_images(entry: Entry, images: Sequence[Path]) -> None:
     """Captions without their images would count as misses: all images have to be there."""
-    absent = [path for path in images if not path.is_file()]
+    absent = [path for path in images if not is_file(path)]
     if len(absent) == len(images):
         raise MissingData(f"{entry.name}: none of its images is there, e.g. {absent[0]}")
     if absent:

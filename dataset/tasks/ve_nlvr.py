@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import Subset
 
+from base.distributed import say
 from base.errors import BadSample, UserError
 from dataset.images.decode import check_image_root, decode_image
 from dataset.images.formats import is_image
 from dataset.loading.stream import RecordSource
+from dataset.sources.left_out import LeftOut
 from dataset.sources.records import Records
 from dataset.tasks.record import captions_of, image_of, weights_of
 from dataset.text.wordpiece import choose_caption, pre_caption
@@ -23,6 +26,7 @@ class Format(NamedTuple):
     images: Callable[[dict], list[str]]
     label: Callable[[dict], int]
     classes: tuple[str, ...]
+    undecided: str | None = None  # label of what the annotators do not agree on
 
 
 def entailment_image(record: dict) -> list[str]:
@@ -53,7 +57,7 @@ def exact_truth_label(record: dict) -> int:
 
 
 ENTAILMENT_CLASSES = ("contradiction", "neutral", "entailment")
-SNLI_VE = Format("image", entailment_image, entailment_label, ENTAILMENT_CLASSES)
+SNLI_VE = Format("image", entailment_image, entailment_label, ENTAILMENT_CLASSES, "-")
 NLVR2 = Format("images", image_pair, truth_label, ("False", "True"))
 ORIGINAL_NLVR2 = NLVR2._replace(label=exact_truth_label)
 
@@ -64,7 +68,8 @@ class Statements:
 
     Called with a record, or `load`ed by number: `image` uint8 [3,H,W] (two images: [2,3,H,W]),
     `text` str, `label` int. labels int64 [R]. Labels, numbers of images and image_root are checked
-    at once: raises UserError.
+    at once: raises UserError. Entries without a label of the annotators (SNLI's "-") do not count,
+    in training and evaluation.
     """
 
     def __init__(
@@ -75,15 +80,34 @@ class Statements:
         transform: Callable,
         max_words: int = 30,
     ):
-        self.records = records = Records(paths, (format.field, "sentence", "label"))
+        self.listed = listed = Records(paths, (format.field, "sentence", "label"))
         self.format = format
         self.image_root = Path(image_root)
         name = ", ".join(map(str, [paths] if isinstance(paths, str | Path) else paths))
         self.transform = transform
         self.max_words = max_words
-        self.labels = torch.tensor(
-            [_checked_label(format, record, name, i) for i, record in enumerate(records)]
-        )
+        self.left_out = left_out = LeftOut(name)
+        labels: list[int] = []
+        kept: list[int] = []
+        for number, record in enumerate(listed):
+            left_out.total += 1
+            if record["label"] == format.undecided:
+                continue
+            try:
+                labels.append(_checked_label(format, record, name, number))
+                kept.append(number)
+            except BadSample as error:
+                left_out.add(str(error))
+        left_out.check()
+        undecided = len(listed) - len(kept) - left_out.count
+        if not kept:
+            raise UserError(f"{name}: the label of every entry is {format.undecided!r}")
+        if undecided:
+            say(f"{name}: {undecided:,} of {len(listed):,} entries have no label and do not count")
+        if left_out.count:
+            say(f"{name}: {left_out.count:,} entries left out, such as {left_out.first[0]}")
+        self.labels = torch.tensor(labels)
+        self.records = records = listed if len(kept) == len(listed) else Subset(listed, kept)
         first = (records[i] for i in range(min(10, len(records))))
         check_image_root(image_root, (image for record in first for image in format.images(record)))
 
@@ -102,7 +126,10 @@ class Statements:
 
     def complete(self) -> "Statements":
         """Itself, for an evaluation; UserError where unusable entries were left out."""
-        self.records.complete()
+        self.listed.complete()
+        if self.left_out.count:
+            fault = self.left_out.first[0]
+            raise UserError(f"{fault}; an evaluation needs every entry of its list")
         return self
 
     def load(self, index: int) -> dict:
@@ -128,7 +155,7 @@ def _checked_label(format: Format, record: dict, name: str, number: int) -> int:
     except (KeyError, ValueError) as error:
         known = f"label {record['label']!r} is none of {', '.join(format.classes)}"
         fault = str(error) if "pair" in str(error) else known
-        raise UserError(
+        raise BadSample(
             f"{name}, entry {number} (the first is 0): {fault}; fix or remove the entry"
         ) from None
 

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 from base.distributed import say
 from base.errors import BadSample, UserError, brief
 from base.reading import read_json
+from base.text import id_text
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records, odd_items, with_texts
@@ -25,12 +26,17 @@ Roots = Mapping[str, str | Path]  # folder of the images by the entries' `datase
 def image_path(record: dict, roots: Roots) -> Path:
     """Where an entry's image lies; `dataset` is "vqa" unless the entry says "vg". Raises
     BadSample."""
-    kind = record.get("dataset", "vqa")
-    if not isinstance(kind, str) or kind not in roots:
+    kind = kind_of(record)
+    if kind not in roots:
         raise BadSample(
             f"dataset {brief(kind)} of {record['image']}: expected one of {', '.join(roots)}"
         )
     return Path(roots[kind]) / record["image"]
+
+
+def kind_of(record: dict) -> str:
+    """The data set that an entry says it is of; "vqa" where it says none."""
+    return str(record.get("dataset") or "vqa")
 
 
 class QuestionAnswers:
@@ -50,8 +56,13 @@ class QuestionAnswers:
         """The entries of an annotation file. Raises UserError where the images are not where they
         should be."""
         records = Records(path, ("image", "question", "answer"))
-        root = self.roots.get(str(records[0].get("dataset", "vqa")), "")
-        check_image_root(root, (records[i]["image"] for i in range(min(10, len(records)))))
+        first = [records[i] for i in range(min(10, len(records)))]
+        kind = next((kind_of(each) for each in first if kind_of(each) in self.roots), None)
+        if kind is None:
+            known = ", ".join(self.roots)
+            raise UserError(f"{path}: dataset {kind_of(first[0])!r:.60} is none of {known}; fix it")
+        named = [each["image"] for each in first if kind_of(each) == kind]
+        check_image_root(self.roots[kind], named)
         return RecordSource(records, self, path.name)
 
     def __call__(self, record: dict) -> dict:
@@ -234,9 +245,9 @@ def check_answer_list(file: Path, answers: Sequence[str], data: QuestionSet, spl
     say(f"answer_list {file}: lacks {len(lacking)} answers of {split}_file, e.g. {lacking[:5]}")
 
 
-def read_official_answers(path: str | Path) -> dict[str | int, dict]:
+def read_official_answers(path: str | Path) -> dict[str, dict]:
     """VQA's annotation file {annotations: [{question_id, answers: [{answer}], question_type,
-    answer_type}]}, by id."""
+    answer_type}]}, by id as text."""
     content = read_json(path, dict, "give a file in VQA's annotation format")
     try:
         truth = {}
@@ -247,7 +258,7 @@ def read_official_answers(path: str | Path) -> dict[str | int, dict]:
                 if entry.get(key) is not None:
                     known[key] = _type_name(entry[key])
             if known["answers"]:
-                truth[entry["question_id"]] = known
+                truth[id_text(entry["question_id"])] = known
         return truth
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -261,8 +272,7 @@ def _type_name(value: object) -> str:
     return str(value)
 
 
-def _matched(ids: Sequence[str | int], truth: Mapping[str | int, dict]) -> dict[str | int, dict]:
+def _matched(ids: Sequence[str | int], truth: Mapping[str, dict]) -> dict[str | int, dict]:
     """What is known of the questions `ids`; one file may write 5 where the other has "5"."""
-    by_text = {str(question): known for question, known in truth.items()}
-    found = {question: truth.get(question, by_text.get(str(question))) for question in ids}
+    found = {question: truth.get(id_text(question)) for question in ids}
     return {question: known for question, known in found.items() if known is not None}

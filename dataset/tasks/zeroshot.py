@@ -23,7 +23,7 @@ from base.distributed import rank, rank_0_first
 from base.errors import BadSample, MissingData, UserError, brief
 from base.limits import SHARDS
 from base.names import matching_files
-from base.reading import read_json, read_lines
+from base.reading import is_file, read_json, read_lines
 from base.text import lenient_text, lines_in, whole_number
 from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder
@@ -33,6 +33,7 @@ from dataset.sources.records import Records
 from dataset.sources.remote import local_copy, read_text
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.tables import parse_address
+from dataset.tasks.captions import karpathy_entries
 from dataset.tasks.catalog import (
     CATALOG,
     LANGUAGES,
@@ -539,7 +540,7 @@ def retrieval_list(entry: Entry) -> tuple[list[Path], list[list[str]]]:
         records = Records(entry.path).complete()
         found = by_image((record["image"], as_list(record["caption"])) for record in records)
     first = list(found)[:20]
-    if first and not any((root / image).is_file() for image in first):
+    if first and not any(is_file(root / image) for image in first):
         raise MissingData(
             f"{entry.name}: none of the first images is there, e.g. {root / first[0]}; put the images where the "
             f"paths of {file} lead from {root}, or name the folder as `images` of an entry of --catalog"
@@ -555,28 +556,20 @@ def _begins_with_brace(file: Path) -> bool:
 def _karpathy_rows(file: Path, split: str) -> list[tuple[str, list[str]]]:
     """(image, captions) of the images of a split, or of CLIP_benchmark's {image_paths: [...],
     annotations: [...]}. UserError."""
+    content = read_json(file, dict)
+    if "image_paths" not in content:
+        return [(row["image"], row["caption"]) for row in karpathy_entries(content, split, file)]
     try:
-        content = read_json(file)
-        if "image_paths" in content:
-            images, texts = content["image_paths"], content["annotations"]
-            if len(images) != len(texts):
-                raise TypeError(f"{len(texts)} annotations of {len(images)} image_paths")
-            rows = [(str(image), as_list(text)) for image, text in zip(images, texts, strict=True)]
-            for _, texts in rows:
-                if not all(isinstance(text, str) for text in texts):
-                    raise TypeError(f"the text of annotation {brief(texts)}")
-            return rows
-        rows = []
-        for row in content["images"]:
-            if row["split"] == split:
-                image = f"{row.get('filepath', '')}/{row['filename']}".lstrip("/")
-                texts = [each["raw"] for each in row["sentences"]]
-                if not all(isinstance(text, str) for text in texts):
-                    raise TypeError(f"raw of {brief(row['sentences'])}")
-                rows.append((image, texts))
+        images, texts = content["image_paths"], content["annotations"]
+        if len(images) != len(texts):
+            raise TypeError(f"{len(texts)} annotations of {len(images)} image_paths")
+        rows = [(str(image), as_list(text)) for image, text in zip(images, texts, strict=True)]
+        for _, texts in rows:
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"the text of annotation {brief(texts)}")
         return rows
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file}: {error} is missing or malformed; retrieval takes Karpathy's JSON, whose images have filename, "
-            "split and sentences with raw, or a list of {image, caption}"
+            f"{file}: {error} is missing or malformed; retrieval takes CLIP_benchmark's image_paths and "
+            "annotations, Karpathy's JSON, or a list of {image, caption}"
         ) from None

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
 from base.writing import write_json_lines
+from dataset.sources.left_out import LeftOut
 from dataset.tasks.captions import FORMATS, metadata_rows
 from runtime.config.cli import knob, run_script
 from runtime.safe_pickle import load_plain
@@ -37,10 +38,12 @@ def main(config: Config) -> None:
         raise UserError("give --metadata FILE and --output FILE.jsonl")
     if not config.metadata.is_file():
         raise UserError(f"--metadata {config.metadata}: no such file")
-    count = write_json_lines(
-        config.output, metadata_rows(config.dataset, config.metadata, load_plain)
-    )
+    left_out = LeftOut(config.metadata)
+    rows = metadata_rows(config.dataset, config.metadata, load_plain, left_out)
+    count = write_json_lines(config.output, rows)
     print(f"{config.output}: {count:,} samples")
+    if left_out.count:
+        print(f"{left_out.count:,} entries are left out, such as {left_out.first[0]}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from base.errors import BadSample, UserError
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
 from base.text import lenient_text
-from base.writing import atomic_write, write_json
+from base.writing import atomic_write, check_folder_option, make_folder, write_json
 from dataset.sources.remote import plain_stream
 from dataset.sources.shard_columns import columns_of, plain_name, split_columns, with_columns
 from dataset.sources.shard_list import list_shards, shards_below, statistics_names
@@ -104,7 +104,12 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
                 counts["damaged"] += 1
                 print(f"{shard}/{sample.key}: {sample.fault}", file=sys.stderr)
                 continue
-            caption = caption_of(shard, sample)
+            try:
+                caption = caption_of(shard, sample)
+            except BadSample as error:
+                counts["damaged"] += 1
+                print(error, file=sys.stderr)
+                continue
             found = nouns(caption)
             if found:
                 counts["successes"] += 1
@@ -120,7 +125,7 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
 
 def caption_of(shard: str, sample: Sample) -> str:
     """The text beside an image, empty where there is none; one that the shard's address names
-    becomes the sample's .txt."""
+    becomes the sample's .txt. BadSample where that is no text."""
     if columns := columns_of(shard):
         record = with_columns({"key": f"{shard}/{sample.key}", **sample.members}, columns)
         texts = [] if isinstance(record, BadSample) else as_list(captions_of(record))
@@ -192,13 +197,15 @@ def settings_of(config: Config) -> tuple:
 def main(config: Config) -> None:
     if not config.source or config.target is None:
         raise UserError("name the shards with --source and the folder to write to with --target")
-    config.target.mkdir(parents=True, exist_ok=True)
+    check_folder_option(config.target, "--target")
     shards = list_shards(config.source, {})
     targets = targets_of(shards, config)
-    others = set(shards_below(config.target)) - {str(target) for target in targets}
+    there = shards_below(config.target) if config.target.is_dir() else []
+    others = set(there) - {str(target) for target in targets}
     if others:
         print(f"{config.target}: also holds {len(others)} shards of other sources", file=sys.stderr)
     extractor(*settings_of(config))  # says at once what is missing
+    make_folder(config.target, "--target")
     if config.sharing.slurm:
         submit_array(config.sharing, len(shards), config.target)
         return
@@ -208,6 +215,8 @@ def main(config: Config) -> None:
     for count in counts:
         total.update(count)
     print(json.dumps({"shards": len(counts), **total}))
+    if counts and not total["successes"]:
+        raise UserError(f"{config.source}: no caption has a noun; is the text in another member?")
 
 
 if __name__ == "__main__":

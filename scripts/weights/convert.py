@@ -38,7 +38,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
-from base.writing import write_text
+from base.writing import make_folder, write_text
 from scripts.weights import export_dual, export_fusion, export_nxtp, export_vit
 from scripts.weights.card import UNKNOWN, Facts, check_repository, model_card
 from scripts.weights.kinds import KINDS
@@ -90,9 +90,7 @@ def convert(checkpoint: Path, to: str, folder: Path, options: Options) -> tuple[
             f"{source.file} is {FAMILIES[source.family]}, for which {to} has no layout; use --to "
             f"{' or '.join(writers)}"
         )
-    if folder.is_file():
-        raise UserError(f"--output {folder}: a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output")
     return source, writers[to](source, options, folder)
 
 

@@ -25,6 +25,7 @@ import Recognition
 from base import distributed
 from base.errors import UserError
 from base.knobs import knob
+from base.writing import make_folder
 from dataset.tasks.recognition import Sequences
 from dataset.text.sentencepiece import PieceTokenizer
 from models.recognition.decoding import one_shot, rank_labels
@@ -72,7 +73,7 @@ class Step(Image):
 
 def export(model: Nxtp, prompt: Tensor, target: Path) -> None:
     """Write the three graphs, of any number of images, labels and cached positions."""
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target, "--target")
     size = model.config.vision.image_size
     image = torch.zeros(2, 3, size, size)
     images = model.encode_image(image)

@@ -4,6 +4,7 @@ first version of the script wrote."""
 from pathlib import Path
 
 from base.errors import UserError
+from base.writing import make_folder
 
 
 def align_from_tf(source: Path, dest: Path) -> str:
@@ -51,7 +52,7 @@ def align_to_hf(source: Path, dest: Path) -> str:
     weights = read_weights(source)
     if not is_align(weights):
         raise UserError(f"{source}: no ALIGN model")
-    dest.mkdir(parents=True, exist_ok=True)
+    make_folder(dest, "DEST")
     with torch.device("meta"):
         model = Align(config_of(weights))
     found = compare_state(model.state_dict(), weights)
@@ -82,7 +83,7 @@ def coyo_vit_to_hf(source: Path, dest: Path) -> str:
 
     weights = native(read_weights(source))
     config = ClassifierConfig(**config_of_weights(weights))
-    dest.mkdir(parents=True, exist_ok=True)
+    make_folder(dest, "DEST")
     kind = write_transformers(weights, config, dest)
     return f"{dest}: config.json, model.safetensors; {kind}, images of {config.image_size} pixels in -1..1"
 

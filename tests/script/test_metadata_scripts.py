@@ -2,6 +2,7 @@
 
 import bz2
 import json
+import re
 
 import numpy as np
 import pytest
@@ -31,10 +32,10 @@ def published(tmp_path):
         table_line(n, title, f"<a+href=%22u%22>words</a>+%26+more+{n}")
         for n, title in enumerate(titles)
     ]
-    (tmp_path / "table.txt").write_text("".join(lines))
+    (tmp_path / "table.txt").write_text("\ufeff" + "".join(lines) + "\n")
     (tmp_path / "table.txt.bz2").write_bytes(bz2.compress("".join(lines).encode()))
     np.save(tmp_path / "ids.npy", np.array([4, 0, 2, 5]))
-    (tmp_path / "subset.tsv").write_text("".join(f"{n}\tid\thash\n" for n in (0, 1, 2, 4)))
+    (tmp_path / "subset.tsv").write_text("".join(f"{n}.0\tid\thash\n" for n in (0, 1, 2, 4)))
     return tmp_path
 
 
@@ -71,6 +72,27 @@ def test_mistakes_of_make_dataset(published):
     np.save(published / "floats.npy", np.array([0.5]))
     with pytest.raises(UserError, match=r"floats\.npy.*line numbers"):
         run(available="floats.npy")
+    table = (published / "table.txt.bz2").read_bytes()
+    damaged = {
+        "captions": {
+            "cut.bz2": table[:-9],
+            "no.bz2": b"x",
+            "latin.txt": b"0\t\xe9",
+            "other.txt": b"",
+        },
+        "available": {"no.npy": b"\x93NUMPY\1", "pickle.npy": b"x"},
+        "subset": {
+            "huge.tsv": b"9" * 30,
+            "negative.tsv": b"-1",
+            "half.tsv": b"0.5",
+            "none.tsv": b"",
+        },
+    }
+    for option, files in damaged.items():
+        for name, content in files.items():
+            (published / name).write_bytes(content)
+            with pytest.raises(UserError, match=re.escape(name)):
+                run(**{option: name})
     assert not (published / "o.jsonl").exists()
 
 

@@ -214,6 +214,13 @@ def test_captions_without_nouns_are_counted_and_kept(tmp_path):
     assert nouns == [b"dog", b"", b""]
     with pytest.raises(ValueError, match="holds the shards themselves"):
         script(extract_nouns, *flags, "--target", tmp_path / "in")
+    (tmp_path / "odd").mkdir()
+    samples = {key: {"jpg": jpeg(), "json": b'{"cap": %s}' % key.encode()} for key in ("5", '"a"')}
+    write_shard(tmp_path / "odd/0.tar", samples)
+    flags[1] = f"{tmp_path / 'odd/0.tar'}?caption=json.cap"
+    with pytest.raises(ValueError, match="no caption has a noun"):
+        script(extract_nouns, *flags, "--target", tmp_path / "odd_out")
+    assert json.loads((tmp_path / "odd_out/0_stats.json").read_text())["damaged"] == 1
     with pytest.raises(ValueError, match="averaged_perceptron_tagger_eng"):
         script(extract_nouns, *flags, "--target", tmp_path / "x", "--nltk-data", tmp_path)
 

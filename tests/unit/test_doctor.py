@@ -162,14 +162,22 @@ def test_questions_answers_ids_and_boxes(tmp_path, capsys):
         {"image": "a.jpg", "question": "why?", "question_id": "1", "answer": [""]},
         {"image": "a.jpg", "text": "left", "ref_id": 3, "bbox": [10, 10, 90, 10]},
         {"image": "a.jpg", "text": "right", "ref_id": 4, "bbox": [10, 10, 86, 54]},
+        {"image": "a.jpg", "text": "above", "ref_id": 5, "bbox": [10, 10, "9", 9]},
+        {"image": "a.jpg", "text": "below", "ref_id": 6, "bbox": {"x": 1}},
     ]
     (tmp_path / "q.json").write_text(json.dumps(entries))
     config = {"data": [str(tmp_path / "q.json")], "image_root": tmp_path}
     status, text = run(capsys, config | {"answer_list": tmp_path / "answers.json"})
     table = found(text)
     assert status == 1
-    names = ("answer not in the list", "no answer", "repeated id", "box outside")
-    assert [table[name] for name in names] == ["1", "1", "1", "1"]
+    names = ("answer not in the list", "no answer", "repeated id", "box outside", "no box")
+    assert [table[name] for name in names] == ["1", "1", "1", "1", "2"]
+    (tmp_path / "answers.json").write_text('["red", ["two"]]')
+    with pytest.raises(UserError, match=r"answers\.json: expected a JSON list of answers"):
+        run(capsys, config | {"answer_list": tmp_path / "answers.json"})
+    (tmp_path / "v2.json").write_text('{"questions": [{"question": "what?"}]}')
+    with pytest.raises(UserError, match="no images in it; these are VQA's own questions"):
+        run(capsys, {"data": [str(tmp_path / "v2.json")]})
     assert not box_inside([0, 0, 0, 5], (9, 9)) and box_inside([0, 0, 9, 9], (9, 9))
 
 

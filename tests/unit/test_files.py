@@ -14,7 +14,7 @@ import pytest
 from base import caches, names, reading, writing
 from base.errors import UserError
 from base.text import clean_surrogates
-from base.writing import atomic_write, check_output_folder
+from base.writing import atomic_write, check_output_folder, make_folder, write_text
 
 BOM = b"\xef\xbb\xbf"
 
@@ -265,6 +265,19 @@ def test_unusable_output_folders_are_one_sentence(tmp_path):
         message = str(error.value)
         assert said in message, (case, message)
         assert "--output_dir" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("make", [make_folder, lambda path, option: write_text(path / "a", "x")])
+def test_results_are_not_written_into_a_folder_called_like_a_scheme(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"s3:/bucket.* this machine alone"):
+        make(Path("s3://bucket/x"), "--target")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for name in ("file", "a\0b", "file/x", "a" * 300):
+        with pytest.raises(UserError, match="name another --target"):
+            make_folder(tmp_path / name, "--target")
+    assert make_folder(tmp_path / "a/b", "--target").is_dir()
 
 
 def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tarfile
 import unicodedata
 import zipfile
@@ -20,13 +21,15 @@ from base.caches import states_digest
 from base.errors import BadSample, UserError
 from base.names import matching_files
 from base.reading import parse_json
-from base.text import lines_in, whole_number
+from base.text import id_text, lines_in, whole_number
+from dataset.health.samples import FATAL, Examiner
 from dataset.health.survey import open_list
 from dataset.images.decode import ORIENTATION, check_image_root, decode_image, image_ending
-from dataset.images.zip_member import read_member
+from dataset.images.zip_member import image_source, read_member
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.class_folder import class_folders as class_folders_in
 from dataset.sources.flat_folder import flat_folder
+from dataset.sources.left_out import LeftOut
 from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import find_shards, list_shards
@@ -48,6 +51,7 @@ from dataset.tasks.classification import (
 from dataset.tasks.grounding import read_boxes, targets
 from dataset.tasks.pretrain import write_codes
 from dataset.tasks.recognition import ImageSet, names_of
+from dataset.tasks.record import as_list, captions_of
 from dataset.tasks.retrieval import RetrievalSet
 from dataset.tasks.ve_nlvr import SNLI_VE, Statements
 from dataset.tasks.vqa import read_official_answers
@@ -55,7 +59,7 @@ from dataset.tasks.zeroshot import CaptionedImages, ShardImages, class_folders, 
 from runtime.checkpoint import find_damage
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_plain
-from scripts.data import pack, pack_coco
+from scripts.data import pack, pack_coco, pack_karpathy
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\xff"  # how a `._` file begins
 MARK = b"\xef\xbb\xbf"
@@ -404,11 +408,74 @@ def test_a_published_file_in_the_place_of_a_list(tmp_path, name):
 
 def test_ids_of_coco_are_the_same_as_numbers_and_as_texts(tmp_path):
     file = tmp_path / "captions_val.json"
-    annotations = [{"image_id": "9", "caption": "a dog"}, {"image_id": 9, "caption": "a puppy"}]
+    annotations = [{"image_id": "9", "caption": "a dog"}, {"image_id": 9.0, "caption": "a puppy"}]
     content = {"images": [{"id": 9, "file_name": "dog.jpg"}], "annotations": annotations}
     file.write_text(json.dumps(content))
     (row,) = metadata_rows("coco", file, load_plain)
     assert row == {"image": "val/dog.jpg", "caption": ["a dog", "a puppy"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [(5, "5"), (5.0, "5"), ("5", "5"), ("5.0", "5"), ("05", "05"), ("a.0", "a.0")],
+)
+def test_an_id_is_the_same_however_it_is_written(given, text):
+    assert id_text(given) == text and id_text(np.array([given])[0]) == text
+
+
+@pytest.mark.parametrize("given", [None, True, 5.5, float("nan"), float("inf"), [5], {}])
+def test_what_is_no_id(given):
+    with pytest.raises(TypeError, match="is no id"):
+        id_text(given)
+
+
+def test_images_without_a_name_are_counted(tmp_path):
+    row = {"subreddit": "a", "image_id": "b", "caption": "c"}
+    rows = [*[row] * 400, row | {"image_id": 5.0}, row | {"subreddit": None}]
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": rows}))
+    left_out = LeftOut("a.json")
+    found = list(metadata_rows("redcaps", tmp_path / "a.json", load_plain, left_out))
+    assert len(found) == 401 and found[-1]["image"] == "a/5.jpg"
+    assert left_out.count == 1 and "entry 401" in left_out.first[0]
+
+
+KARPATHY = {
+    "filename": "a.jpg",
+    "split": "test",
+    "imgid": 3,
+    "sentences": [{"raw": "x", "sentid": 0}],
+}
+
+
+@pytest.mark.parametrize("form", ["tfrecord", "webdataset"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"imgid": None, "filepath": None, "sentences": [{"raw": "x"}]}, None),
+        ({"imgid": 10**30}, None),
+        ({"filename": None}, "image 0 .*filename must be a text"),
+        ({"filename": "a\0"}, "no path of a file; set --images"),
+        ({"filename": "."}, "is a directory; set --images"),
+        ({"sentences": "x"}, "image 0 .*sentences a list"),
+        ({"sentences": [{"raw": None}]}, "raw of .* is no text"),
+        ({"sentences": [{"sent": "x"}]}, "no 'raw'"),
+    ],
+)
+def test_images_of_karpathys_file(tmp_path, form, change, said, capsys):
+    images_in(tmp_path, ["a.jpg"])
+    (tmp_path / "d.json").write_text(json.dumps({"images": [KARPATHY | change]}))
+    out = tmp_path / ("out.tfrecord" if form == "tfrecord" else "out")
+    words = [tmp_path / "d.json", "--images", tmp_path, "--out", out, "--format", form]
+    status = pack_karpathy.main(list(map(str, words)))
+    assert status == (2 if said else 0)
+    if said:
+        assert re.search(f"d.json|{tmp_path}", (text := capsys.readouterr().err))
+        assert re.search(said, text)
+    else:
+        shard = out if form == "tfrecord" else out / "test/0.tar"
+        (record,) = read_shard(str(shard), {})
+        assert as_list(captions_of(record)) == ["x"]
 
 
 def test_captions_that_are_null_are_left_out_and_counted(tmp_path):
@@ -498,8 +565,15 @@ def test_an_image_in_a_zip_file_changes_with_it(tmp_path):
 
 
 def test_a_path_that_no_system_knows_is_a_bad_sample(tmp_path):
-    with pytest.raises(BadSample, match="no path of a file"):
-        decode_image(tmp_path / "a\0b.jpg")
+    for name in ("a\0b.jpg", "a\0b.zip/c.jpg"):
+        with pytest.raises(BadSample, match="no path of a file"):
+            decode_image(image_source(tmp_path, name))
+    images_in(tmp_path, ["a.jpg"])
+    check_image_root(tmp_path, ["x" * 5000, "a\0", "x" * 5000 + ".zip/a", "a.jpg"])
+    rows = [{"image": name, "caption": "x"} for name in ("x" * 300, "a\0", ".", "a.jpg")]
+    assert len(pack_list(tmp_path, rows)) == 1
+    facts = [Examiner(tmp_path, len, 77)(0, row) for row in rows]
+    assert [sorted(FATAL.intersection(each.problems)) for each in facts] == [["missing"]] * 3 + [[]]
 
 
 # ---- what would wait for ever
@@ -589,6 +663,29 @@ def test_entailment_in_any_case_and_images_of_any_ending(tmp_path):
     assert [found.files(record)[0].name for record in found.records] == ["5.jpg", "6.JPG"]
 
 
+def test_entries_that_have_no_label_of_snlis_annotators_do_not_count(tmp_path, capsys):
+    images_in(tmp_path, ["0.jpg"])
+    labels = ["-", *["neutral"] * 150, "-", "nuetral", "entailment"]
+    entries = [{"image": "0", "sentence": str(i), "label": e} for i, e in enumerate(labels)]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    found = Statements(tmp_path / "a.json", SNLI_VE, tmp_path, torch.clone)
+    said = capsys.readouterr().out
+    assert "2 of 154 entries have no label" in said and "1 entries left out" in said
+    assert len(found) == 151 and found.labels.tolist() == [1] * 150 + [2]
+    assert found.load(0)["text"] == "1" and found.load(150)["text"] == "153"
+    assert len(found.source()) == 151
+    with pytest.raises(
+        UserError, match=r"entry 152 .*'nuetral' .*; an evaluation needs every entry"
+    ):
+        found.complete()
+    del entries[152]
+    (tmp_path / "b.json").write_text(json.dumps(entries))
+    assert len(Statements(tmp_path / "b.json", SNLI_VE, tmp_path, None).complete()) == 151
+    (tmp_path / "c.json").write_text(json.dumps(entries[:1]))
+    with pytest.raises(UserError, match="the label of every entry is '-'"):
+        Statements(tmp_path / "c.json", SNLI_VE, tmp_path, None)
+
+
 BOX = [1.0, 2.0, 3.0, 4.0]
 
 
@@ -627,7 +724,7 @@ def test_answers_that_are_null_are_none(tmp_path):
         {"question_id": 2, "answers": annotators[:1]},
     ]
     (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
-    assert read_official_answers(tmp_path / "a.json") == {1: {"answers": ["red"]}}
+    assert read_official_answers(tmp_path / "a.json") == {"1": {"answers": ["red"]}}
 
 
 @pytest.mark.parametrize("key", ["path", "test", "images"])
@@ -680,11 +777,15 @@ def test_fields_that_json_cannot_hold_are_packed_as_text(tmp_path):
 def test_coco_in_sub_folders_with_captions_that_are_null(tmp_path):
     images_in(tmp_path / "img/sub", ["a.jpg"])
     annotations = [{"image_id": 1, "caption": text} for text in (None, "a dog")]
-    content = {"images": [{"id": 1, "file_name": "sub/a.jpg"}], "annotations": annotations}
+    annotations += [{"image_id": 2, "caption": text} for text in (None, ["x"])]
+    annotations += [{"image_id": number, "caption": "x"} for number in (3, 4, 5)]
+    files = {1: "sub/a.jpg", 2: "sub/a.jpg", 3: "a\0.jpg", 4: "a" * 300, 5: "sub"}
+    images = [{"id": float(number), "file_name": name} for number, name in files.items()]
+    content = {"images": images, "annotations": annotations}
     (tmp_path / "captions_x.json").write_text(json.dumps(content))
     made = {"images": tmp_path / "img", "target": tmp_path / "out"}
     done = pack_coco.pack(pack_coco.Config(captions=tmp_path / "captions_x.json", **made))
-    assert done == {"shards": 1, "images": 1, "missing_images": 0}
+    assert done == {"shards": 1, "images": 1, "missing_images": 3, "without_caption": 1}
     (record,) = read_shard(str(tmp_path / "out/00000.tar"))
     assert record["caption"] == "a dog"
 

@@ -338,7 +338,7 @@ def test_karpathys_json_and_albefs(tmp_path):
     )
     assert opened(entry, Prompts(), tmp_path).images.text_image.tolist() == [0, 0, 1]
     file.write_text(json.dumps({"images": [{"filename": "2.png", "sentences": []}]}))
-    with pytest.raises(UserError, match=r"dataset_toys\.json: 'split' is missing"):
+    with pytest.raises(UserError, match=r"dataset_toys\.json, image 0 .*: no 'split'"):
         opened(entry, Prompts(), tmp_path)
     assert isinstance(opened(replace(entry, path="nowhere.json"), Prompts(), tmp_path), MissingData)
 

@@ -4,9 +4,16 @@ import functools
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.helpers.bars import close_bars
 from tests.helpers.golden import golden_root
+
+# a machine with other work is slow, not wrong
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 TESTS = Path(__file__).parent
 # Files that take long, everyday or slow, the longest first. A process takes a whole file (scripts/

@@ -35,6 +35,7 @@ WAITING = {
 ALLOCATING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 # operations that read as much of their first tensor as they return
 GATHERING = {"embedding", "gather", "index", "index_select", "_unsafe_index"}
+DEVICE_OF = torch.ops.prim.device.default
 VIEWS = {"detach", "alias", "_unsafe_view", "lift_fresh", "_reshape_alias"}
 
 
@@ -175,6 +176,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is DEVICE_OF:  # two of three calls: autograd asks for each tensor's device
+            return func(*args, **kwargs)
         namespace, _, name = str(func._overloadpacket).partition(".")
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if namespace in ("c10d", "_c10d_functional"):

@@ -44,6 +44,8 @@ PRELOADED = [
     "torchvision.transforms.v2",
     "timm",
     "torch.utils.tensorboard",
+    "torch.distributed.checkpoint.state_dict",  # this and what follows: imported when first used
+    "ruamel.yaml",
 ]
 
 
@@ -175,6 +177,16 @@ def run_script(script: str, flags: list, processes: int = 1, expect: int = 0) ->
     status = run.wait()
     assert status == expect, f"exit status {status}\n{run.said()[-3000:]}"
     return run.said()
+
+
+def run_command(command: list, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """In place of `subprocess.run` where a test is about what `python SCRIPT FLAGS` makes, not about
+    its start, which takes seconds."""
+    python, script, *flags = map(str, command)
+    assert python == sys.executable
+    with mock.patch.dict(os.environ, env or {}, clear=env is not None):
+        run = Run(script, flags)
+    return subprocess.CompletedProcess(command, run.wait(), run.stdout, run.stderr)
 
 
 def _run_script(argv: list[str], environment: dict[str, str], files: list[Path]) -> None:

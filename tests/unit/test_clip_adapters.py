@@ -106,11 +106,11 @@ def test_hugging_face_features():
             )
 
 
-def compare_with_open_clip(ours, theirs, size=224):
+def compare_with_open_clip(ours, theirs, vocab_size=49408):
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, 3, size, size, generator=generator)
-    text = torch.randint(1, 49000, (2, 77), generator=generator)
-    text[:, 20], text[:, 21:] = 49407, 0
+    image = torch.randn(2, 3, 224, 224, generator=generator)
+    text = torch.randint(1, vocab_size - 1, (2, 77), generator=generator)
+    text[:, 20], text[:, 21:] = vocab_size - 1, 0
     with torch.no_grad():
         expected = theirs.encode_image(image)
         torch.testing.assert_close(ours.embed_image(image)["z"], expected, rtol=1e-5, atol=1e-5)
@@ -118,10 +118,10 @@ def compare_with_open_clip(ours, theirs, size=224):
         torch.testing.assert_close(ours.embed_text(text)["z"], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_open_clip_vit_b_32():
-    """Randomly initialised ViT-B-32 of the package: the same features, both ways."""
+def test_open_clips_own_vit():
+    """The smallest of the package's, randomly initialised: the same features, both ways."""
     open_clip = pytest.importorskip("open_clip")
-    theirs = open_clip.create_model("ViT-B-32").eval()
+    theirs = open_clip.create_model("ViT-S-32-alt").eval()
     ours = adapters.load_openai(theirs.state_dict(), activation="gelu").eval()
     compare_with_open_clip(ours, theirs)
     torch.manual_seed(3)
@@ -135,17 +135,20 @@ def test_open_clip_vit_b_32():
 @pytest.mark.parametrize("name", ["CLIP_VITS16_CLIP", "CLIP_R50_CLIP", "SLIP_VITB16"])
 def test_our_models_in_open_clip(name, tmp_path):
     open_clip = pytest.importorskip("open_clip")
-    ours = build_dual(DualConfig(model=name, transformer_layers=2)).eval()
+    config = DualConfig(model=name, transformer_layers=2, vocab_size=500)
+    ours = build_dual(config).eval()
     label = f"quintet-{name.lower()}"
     (tmp_path / f"{label}.json").write_text(json.dumps(adapters.open_clip_config(ours)))
     open_clip.add_model_config(tmp_path)
     theirs = open_clip.create_model(label).eval()
     theirs.load_state_dict(adapters.to_open_clip(ours))
-    compare_with_open_clip(ours, theirs)
+    compare_with_open_clip(ours, theirs, config.vocab_size)
     if name.startswith("CLIP"):
-        theirs = open_clip.create_model(label).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                parameter.mul_(1.05)
         adapters.load_timm_open_clip(ours, theirs.state_dict())
-        compare_with_open_clip(ours, theirs)
+        compare_with_open_clip(ours, theirs, config.vocab_size)
 
 
 def test_open_clip_refusals():

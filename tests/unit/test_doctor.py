@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 from collections import Counter
 from itertools import product
 
@@ -18,6 +17,7 @@ from dataset.health.duplicates import near_duplicates
 from dataset.health.samples import box_inside, shrunk, signature, text_problems
 from dataset.sources.tar_writer import write_shard
 from scripts import doctor
+from tests.helpers.processes import run_script
 
 
 @pytest.fixture(autouse=True)
@@ -288,14 +288,11 @@ def test_texts():
     assert text_problems(" ", 2, 77) == ["empty text"]
 
 
-def test_the_command_line_takes_the_data_first(tmp_path, capsys):
-    import subprocess
-
+def test_the_command_line_takes_the_data_first(tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg(scene(1)))
     (tmp_path / "p.csv").write_text("filepath,title\na.jpg,a scene\n")
-    command = [sys.executable, doctor.__file__, str(tmp_path / "p.csv"), "--image-root", tmp_path]
-    done = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True)
-    assert done.returncode == 0 and "nothing wrong" in done.stdout, done.stderr
+    flags = [tmp_path / "p.csv", "--image-root", tmp_path, "--workers", "1"]
+    assert "nothing wrong" in run_script("scripts/doctor.py", flags)
 
 
 # ---- classes

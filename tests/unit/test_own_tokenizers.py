@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from dataset.text.wordpiece import Tokenizer
 from runtime import own_tokenizers
 from runtime.config.cli import parse
 from runtime.own_tokenizers import TRAINED, train_tokenizers_if_asked
+from tests.helpers.processes import run_command
 
 CAPTIONS = ["a red square", "ein grünes Quadrat", "一只猫 on a mat", "a blue square on the left"]
 
@@ -47,6 +49,12 @@ class LabelOptions:
 
 
 @pytest.fixture
+def forked(monkeypatch):
+    """The trainings start at once; test_vocabulary_of_captions_is_made_once starts its own."""
+    monkeypatch.setattr(own_tokenizers, "subprocess", SimpleNamespace(run=run_command))
+
+
+@pytest.fixture
 def pairs(tmp_path, monkeypatch) -> Path:
     """A folder of 40 images with a caption beside each."""
     monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
@@ -75,7 +83,7 @@ def test_vocabulary_of_captions_is_made_once(pairs, tmp_path):
     assert Path(again.text_encoder, "vocab.txt").stat().st_mtime_ns == before
 
 
-def test_image_tokenizer_of_the_images(pairs, tmp_path, monkeypatch):
+def test_image_tokenizer_of_the_images(pairs, tmp_path, monkeypatch, forked):
     monkeypatch.setattr(own_tokenizers, "SMALL_DVAE", ["--width", "4", "--epochs", "2 steps"])
     monkeypatch.setenv("RANK", "0")  # the run's own: not of the training of its tokenizer
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -88,7 +96,7 @@ def test_image_tokenizer_of_the_images(pairs, tmp_path, monkeypatch):
     assert config.text_encoder == "bert-base-uncased"
 
 
-def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path):
+def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path, forked):
     labels = tmp_path / "train.list"
     labels.write_text("00.jpg : dog,living room\n01.jpg : cat\n" * 5)
     config = LabelOptions(tmp_path / "nxtp", [labels])
@@ -111,7 +119,7 @@ def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path):
     assert config.tokenizer == "bert-base-uncased"
 
 
-def test_nothing_to_learn_from_is_one_sentence(tmp_path):
+def test_nothing_to_learn_from_is_one_sentence(tmp_path, forked):
     with pytest.raises(UserError, match="name a list or table in train_file"):
         train_tokenizers_if_asked(Options(tmp_path / "run"))
     missing = Options(tmp_path / "run", [str(tmp_path / "none.json")])
@@ -127,7 +135,7 @@ TASKS = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_vocabulary_of_a_downstream_task(task, tmp_path, monkeypatch):
+def test_vocabulary_of_a_downstream_task(task, tmp_path, monkeypatch, forked):
     """Of the field that the task's texts stand in, whether its train_file is one file or several."""
     monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "train.json"

@@ -119,14 +119,12 @@ def test_the_same_samples_in_training_and_evaluation(kind, tmp_path):
     assert len(keys_by_every_way(joined)) == 12
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["pax", "gnu"])
+@pytest.mark.parametrize("seed", range(2))
 def test_no_damage_loses_samples_silently(kind, seed, tmp_path):
     """Good samples and lost ones are all there were, whatever is done to the shard."""
     total = 24
-    path = write(
-        tmp_path / "a.tar", samples(total, "x" * 120 + "/"), "pax" if kind == "pax" else "gnu"
-    )
+    path = write(tmp_path / "a.tar", samples(total, "x" * 120 + "/"), kind)
     whole = path.read_bytes()
     random_numbers = random.Random(seed)
     worse = 0

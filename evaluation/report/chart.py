@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-COLOURS = ("#2f6fde", "#d1453b", "#12925b", "#a15ccf", "#c98a12", "#0f8b9d", "#7a8290")
+COLOURS = ("#2f6fde", "#d1453b", "#12925b", "#a15ccf", "#b5790c", "#0f8b9d", "#7a8290")
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 54, WIDTH - 12, 28, HEIGHT - 32  # edges of the plot
 

@@ -12,7 +12,7 @@ from base import distributed
 from evaluation.classification import Validation
 from evaluation.predict import Guesses
 from evaluation.report import page
-from evaluation.report.examples import gallery, kind
+from evaluation.report.examples import SEVERAL_LABELS, gallery, kind
 from evaluation.report.images import LazyImages
 from evaluation.report.names import BESIDE_CHANCE, FACTS, score_name
 from evaluation.zeroshot import Classified
@@ -25,15 +25,22 @@ EXAMPLES = 8  # right ones, and wrong ones
 SORTED = "The hardest first; click on a heading to sort by it."
 
 
-def score_card(title: str, metrics: Mapping[str, float]) -> Markup:
-    """The scores in percent by name, beside chance where it is known, and the other figures."""
+def score_card(
+    title: str, metrics: Mapping[str, float], truth: Sequence[Sequence[int]] = ()
+) -> Markup:
+    """The scores in percent by name, beside chance where it is known, and the other figures.
+
+    truth: labels of the images; of one label each, chance among five guesses is known, too.
+    """
+    among_five = five_most_frequent(truth)
     rows = []
     for key, value in metrics.items():
         name = score_name(key)
         if name is None:
             continue
         by_chance = key in BESIDE_CHANCE or (key.startswith("knn") and not key.endswith("top5"))
-        rows.append((name, value, metrics.get("chance") if by_chance else None))
+        guess = metrics.get("chance") if by_chance else None
+        rows.append((name, value, among_five if key.endswith("top5") else guess))
     facts = []
     for key, value in metrics.items():
         if key != "chance" and score_name(key) is None:
@@ -41,6 +48,15 @@ def score_card(title: str, metrics: Mapping[str, float]) -> Markup:
     return page.card(
         title, page.score_table(["in %", "score", "chance"], rows, None), intro=" · ".join(facts)
     )
+
+
+def five_most_frequent(truth: Sequence[Sequence[int]]) -> float | None:
+    """The top-5 accuracy in percent of always naming the five most frequent classes; None where
+    images have several labels or none."""
+    if not truth or any(len(labels) != 1 for labels in truth):
+        return None
+    counts = Counter(labels[0] for labels in truth)
+    return 100 * sum(count for _, count in counts.most_common(5)) / len(truth)
 
 
 def classification_report(
@@ -52,7 +68,8 @@ def classification_report(
     """All cards of a split: scores, classes, confusions, images. image(i): see `LazyImages`."""
     guesses = validation.guesses
     images = LazyImages(image, len(guesses.truth))
-    return [score_card(title, validation.metrics), *class_cards(title, names, guesses, images)]
+    scores = score_card(title, validation.metrics, guesses.truth)
+    return [scores, *class_cards(title, names, guesses, images)]
 
 
 def _figure(value: float) -> str:
@@ -84,7 +101,9 @@ def class_cards(
         return class_case(number, guesses, name_of, images[number], bool(right[number]), more)
 
     cards = [class_table(title, guesses, name_of), confusion_card(title, guesses, name_of, images)]
-    return [*filter(None, cards), gallery(f"Images, {title}", right, example, EXAMPLES)]
+    verdicts = SEVERAL_LABELS if any(len(t) > 1 for t in guesses.truth) else ("Wrong", "Right")
+    shown = gallery(f"Images, {title}", right, example, EXAMPLES, verdicts=verdicts)
+    return [*filter(None, cards), shown]
 
 
 class ClassNames:
@@ -160,7 +179,8 @@ def confusion_card(
             pairs.setdefault((truth[0], said[0]), []).append(number)
     cases = []
     for (true, said), numbers in sorted(pairs.items(), key=lambda item: -len(item[1]))[:CONFUSIONS]:
-        thumbs = [page.thumbnail(images[number], 72) for number in numbers[:ALIKE]]
+        alt = f"{name_of(true)}, taken for {name_of(said)}"
+        thumbs = [page.thumbnail(images[number], 72, alt=alt) for number in numbers[:ALIKE]]
         count = f"{len(numbers):,} of {shown[true]:,}"
         pair = page.bold(f"{name_of(true)} → {name_of(said)}")
         shown_pair = page.join(page.badge(count, False), pair, page.group("hits", thumbs))
@@ -190,7 +210,7 @@ def class_case(
     good, bad = ("right", "wrong") if len(truth) < 2 else ("all found", "not all")
     verdict = page.badge(good if right else bad, right)
     said = page.join(verdict, page.ranked(items, f"true: {shows}"), beside)
-    return page.case(page.thumbnail(image, 112), said)
+    return page.case(page.thumbnail(image, 112, alt=shows), said)
 
 
 def score_of(guesses: Guesses, number: int, rank: int) -> tuple[str, float | None]:
@@ -208,7 +228,8 @@ def neighbour_hits(images: Iterable, right: Iterable[bool], texts: Iterable[str]
     """The nearest training images of one, framed green where they are of its class."""
     hits = []
     for image, same, text in zip(images, right, texts, strict=True):
-        hits.append(page.figure(page.thumbnail(image, 64, same), text))
+        alt = "a neighbour of its class" if same else "a neighbour of another class"
+        hits.append(page.figure(page.thumbnail(image, 64, same, alt), text))
     return page.group("hits", hits)
 
 

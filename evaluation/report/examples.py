@@ -19,19 +19,27 @@ def spread(items: Tensor, count: int) -> list[int]:
 
 
 def gallery(
-    title: str, right: Tensor, case: Callable[[int], Markup], count: int = 6, intro: str = ""
+    title: str,
+    right: Tensor,
+    case: Callable[[int], Markup],
+    count: int = 6,
+    intro: str = "",
+    verdicts: tuple[str, str] = ("Wrong", "Right"),
 ) -> Markup:
     """A card of up to `count` wrong and `count` right examples, evenly spread.
 
-    right: bool [R]. case(i): HTML of example i.
+    right: bool [R]. case(i): HTML of example i. verdicts: headings of the two.
     """
     contents = []
-    for name, group in (("Wrong", ~right), ("Right", right)):
+    for name, group in zip(verdicts, (~right, right), strict=True):
         chosen = spread(group.nonzero().flatten(), count)
         if chosen:
             contents.append(page.heading(f"{name}: {int(group.sum())} of {len(right)}"))
             contents.append(page.group("cases", [case(i) for i in chosen]))
     return page.card(title, *contents, intro=intro)
+
+
+SEVERAL_LABELS = ("Not all labels found", "All labels found")  # of images with several
 
 
 def kind(right: bool, said: bool) -> str:
@@ -62,7 +70,9 @@ def answer_case(
         page.quote(text),
         page.ranked(items, f"true: {truth}"),
     )
-    return page.case(page.join(*(page.thumbnail(image, 112) for image in images)), said)
+    return page.case(
+        page.join(*(page.thumbnail(image, 112, alt=image.name) for image in images)), said
+    )
 
 
 def box_case(
@@ -86,7 +96,10 @@ def box_case(
     marks.append((*boxes[chosen], "var(--right)" if right else "var(--wrong)", 2.5 * line, False))
     marks.append((*target, "#ffffff", 1.5 * line, True))
     layers = (image, heat_map(image, level, 400))
-    figures = [page.boxes(image_uri(layer, 400), width, height, marks) for layer in layers]
+    names = ("the image with its boxes", "the heat map of the expression")
+    figures = []
+    for layer, name in zip(layers, names, strict=True):
+        figures.append(page.boxes(image_uri(layer, 400), width, height, marks, name))
     said = page.join(
         page.badge(f"IoU {overlap:.2f}", right), page.quote(text), page.group("hits", figures)
     )

@@ -42,4 +42,4 @@ def neighbour_report(
         return neighbour_hits([train[each] for each in first], same, texts)
 
     cards = class_cards(title, names, guesses, queries, nearest)
-    return [score_card(title, metrics), *cards]
+    return [score_card(title, metrics, guesses.truth), *cards]

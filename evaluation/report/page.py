@@ -114,9 +114,12 @@ def choices_table(scores: Mapping) -> Markup:
     return table(["in %", "text", "image", "both"], rows)
 
 
-def thumbnail(source: Path | bytes | Tensor, side: int = 96, right: bool | None = None) -> Markup:
-    """An <img>, framed green or red where it is right or wrong. source: see `image_uri`."""
-    return blocks().thumbnail(image_uri(source, 2 * side), side, right)
+def thumbnail(
+    source: Path | bytes | Tensor, side: int = 96, right: bool | None = None, alt: str = ""
+) -> Markup:
+    """An <img>, framed green or red where it is right or wrong. source: see `image_uri`; alt: what
+    it shows, where no text beside it says so."""
+    return blocks().thumbnail(image_uri(source, 2 * side), side, right, alt)
 
 
 def line_chart(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from base.writing import write_json
 from evaluation.report import page
-from evaluation.report.examples import gallery
+from evaluation.report.examples import SEVERAL_LABELS, gallery
 from evaluation.report.images import heat_map, resized
 
 SCORES = {
@@ -97,7 +97,7 @@ def label_report(
     return [
         page.card(f"{split}: {len(data)} images", scores),
         page.card("The most frequent labels", page.table(["label", "images", "found, %"], common)),
-        gallery(f"Labels, {split}", right, example, intro=intro),
+        gallery(f"Labels, {split}", right, example, intro=intro, verdicts=SEVERAL_LABELS),
     ]
 
 
@@ -126,4 +126,4 @@ def label_case(
         page.badge("all found" if right else "not all", right),
         page.ranked(items, f"shows: {shows}"),
     )
-    return page.case(page.thumbnail(image, 112), said)
+    return page.case(page.thumbnail(image, 112, alt=shows), said)

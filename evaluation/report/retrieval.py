@@ -65,11 +65,14 @@ def retrieval_gallery(
         for text, score, right in first_hits(by_image, hit_texts, query):
             items.append((captions[text], f"{score:.2f}", "right" if right else "", None))
         said = page.join(rank_badge(rank, kept), page.ranked(items))
-        of_images.append(page.case(page.thumbnail(files[query], 112), said))
+        shown = page.thumbnail(files[query], 112, alt=f"image {query} of the split")
+        of_images.append(page.case(shown, said))
     for query, rank in chosen_queries(ranks(by_text, hit_images, text_image), count):
         hits = []
         for image, score, right in first_hits(by_text, hit_images, query):
-            hits.append(page.figure(page.thumbnail(files[image], 76, right), f"{score:.2f}"))
+            belongs = "belongs to the caption" if right else "does not belong to it"
+            thumb = page.thumbnail(files[image], 76, right, f"image {image} {belongs}")
+            hits.append(page.figure(thumb, f"{score:.2f}"))
         said = (rank_badge(rank, kept), page.quote(captions[query]), page.group("hits", hits))
         of_captions.append(page.case(None, page.join(*said)))
     return page.card(

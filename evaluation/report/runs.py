@@ -23,8 +23,11 @@ from runtime.config.yaml import read_yaml
 DEPTH = 5  # folders below the one given that are looked through
 INSIDE = 2  # the same of a run's own folder, at its end
 POINTS = 400  # of a curve that are drawn at most
-# columns of the log that every training has; losses and validations come after them
-ALWAYS = {"step", "epoch", "lr", "data_wait", "step_s", "memory_gb", "errors", "mfu", "tflops"}
+# columns of the log without a chart: every training has them, or they are one number
+ALWAYS = {
+    *("step", "epoch", "lr", "data_wait", "step_s", "memory_gb", "errors", "mfu", "tflops"),
+    "val_chance",
+}
 CURVES = 18  # charts at most
 ENSEMBLE = re.compile(r"_zh_0\.[1-46-9]$")  # of z and h by other weights: a chart of its report
 UNSAID = {"output_dir"}  # options that always differ

@@ -70,7 +70,9 @@ def classification_rows(results: Results, scores: list[str]) -> list[list[str]]:
         rows.append(cells)
     if len(results) > 1:
         means = [_figure(mean(values)) for values in columns.values()]
-        rows.append(["mean", "", "", "", *means, ""])
+        by_chance = [row["chance"] for row in results.values() if row.get("chance") is not None]
+        known = len(by_chance) == len(results)
+        rows.append(["mean", "", "", "", *means, _figure(mean(by_chance) if known else None)])
     return rows
 
 
@@ -166,7 +168,7 @@ def write_zero_shot(
         why = "see above" if config.datasets or config.catalog else "why: result/report.html"
         text += f"\n\n{len(skipped)} SKIPPED, {why}: {', '.join(skipped)}"
     sections += [each.card() for each in found.values()]
-    write_results(config, f"Zero-shot evaluation of {source}", figures, sections, text)
+    write_results(config, "Zero-shot evaluation", figures, sections, text)
     folder = Path(config.output_dir) / "result"
     by_class = {name: each.by_class for name, each in found.items() if each.by_class}
     write_json(folder / "classes.json", by_class, indent=1)

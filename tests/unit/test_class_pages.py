@@ -76,6 +76,7 @@ def test_confusions_are_counted_and_shown_with_their_images():
     found = re.findall(r'badge">([^<]+)</span>.*?quote">([^<]+)<', html, re.S)
     assert found == [("2 of 3", "cat → &lt;b&gt;dog"), ("1 of 2", "&lt;b&gt;dog → cat")]
     assert html.count("<img") == 3
+    assert html.count('alt="cat, taken for &lt;b&gt;dog"') == 2
     right = guesses(said=TRUTH)
     assert confusion_card("set", right, ClassNames(NAMES), LazyImages(image, 6)) is None
 
@@ -106,6 +107,10 @@ def test_names_of_scores():
     assert score_name("images") is None
     html = score_card("t", {"knn1": 50.0, "chance": 12.5, "images": 1200, "loss": 0.25})
     assert "12.5" in html and "images: 1,200 · mean loss: 0.25" in html
+    truth = [[number % 6] for number in range(8)]  # 0 and 1 twice, 2 to 5 once
+    html = score_card("t", {"knn20_top5": 90.0, "chance": 25.0}, truth)
+    assert ">87.5<" in html, "seven of eight are of the five most frequent classes"
+    assert ">87.5<" not in score_card("t", {"top5": 90.0}, [[0, 1], [2]])
 
 
 def test_scores_of_one_process_become_guesses():

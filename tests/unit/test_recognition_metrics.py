@@ -94,7 +94,11 @@ def test_the_page_of_a_split(tmp_path):
     page = "".join(
         label_report(Split(), found, {"exact_f1": 50.0, "f1": 0.123456, "chance": 0.07}, "test")
     )
-    assert "Right: 1 of 2" in page and "Wrong: 1 of 2" in page and "&lt;b&gt;" in page
+    assert (
+        "All labels found: 1 of 2" in page
+        and "Not all labels found: 1 of 2" in page
+        and "&lt;b&gt;" in page
+    )
     assert "12.3" in page and "50.0" in page and "7.0" in page and "data:image/jpeg" in page
     save_labels(tmp_path / "labels.json", ["a", "b"], Split.references, found)
     import json

@@ -53,7 +53,7 @@ def _state_or_none(path: str | Path) -> tuple | None:
         return file_state(path)
     except NotADirectoryError:  # a member of a zip file changes with it
         return _state_or_none(os.path.dirname(path))
-    except OSError:
+    except (OSError, ValueError):  # the second for a zero byte in a name
         return None
 
 

@@ -4,8 +4,7 @@ import codecs
 import re
 from typing import Any
 
-WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}")  # fits into 64 bits
-FLOAT_ID = re.compile(r"([+-]?\d{1,18})\.0")  # a whole number that became a float
+WHOLE_NUMBER = re.compile(r"([+-]?\d{1,18})(\.0{1,6})?")  # fits into 64 bits; may be a float's text
 
 
 POINTER = b"version https://git-lfs.github.com"
@@ -54,12 +53,12 @@ def lines_in(text: str) -> list[str]:
 
 
 def whole_number(value: object) -> int | None:
-    """The whole number that a value is or spells: 3, 3.0, "3", b" 3\\n"; None for any other."""
+    """The whole number that a value is or spells: 3, 3.0, "3", "3.0", b" 3\\n"; None for any other."""
     if isinstance(value, bytes):
         value = lenient_text(value)
     if isinstance(value, str):
-        text = value.strip()
-        return int(text) if WHOLE_NUMBER.fullmatch(text) else None
+        spelt = WHOLE_NUMBER.fullmatch(value.strip())
+        return int(spelt[1]) if spelt else None
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
@@ -69,8 +68,8 @@ def id_text(value: object) -> str:
     """An id as text, the same however a program wrote it: 5, 5.0 (pandas, beside missing ones) and "5"
     are one; "05" is another. Raises TypeError for what is no id."""
     if isinstance(value, str):
-        as_float = FLOAT_ID.fullmatch(value)
-        return as_float[1] if as_float else value
+        spelt = WHOLE_NUMBER.fullmatch(value)
+        return spelt[1] if spelt else value
     whole = whole_number(value.item() if hasattr(value, "item") else value)  # of NumPy
     if whole is None:
         raise TypeError(f"{value!r:.60} is no id")

@@ -1,5 +1,6 @@
 """What a user can do about an error, in one sentence that the script ends with."""
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,11 @@ GONE = re.compile(
     r"|did the remote server shutdown or crash",
     re.IGNORECASE | re.DOTALL,
 )
+# what a system says about a file that someone named, and that no code of ours can help
+OF_THE_SYSTEM = {
+    *(errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE),
+}
 OTHER_RANKS_WAIT = 3.0  # seconds, see `leave_with`
 
 
@@ -42,6 +48,12 @@ def advice_on(error: BaseException) -> str | None:
         return str(error)
     if is_exhausted(error):
         return f"out of memory ({first_line(error)}); make batch_size smaller and accumulate larger"
+    if isinstance(error, OSError):
+        if error.errno not in OF_THE_SYSTEM or error.filename is None:
+            return None
+        return (
+            f"{error.filename!s:.300}: {error.strerror}; name another file, or make this one usable"
+        )
     if has_lost_peer(error):
         return (
             "another process of this run has ended, this one cannot go further without it; what "

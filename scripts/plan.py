@@ -52,13 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     recipe = [str(Path(word).resolve()) if word.endswith(".yaml") else word for word in recipe]
     os.chdir(ROOT)  # recipes name files of the repository
     from base.errors import UserError
+    from runtime.advice import advice_on
 
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what the recipe itself says at its start
             found = plan(options, recipe)
         print(found)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if (advice := advice_on(error)) is None:
+            raise
+        print(f"error: {advice}", file=sys.stderr)
         return 2
     return 0
 

@@ -349,7 +349,8 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
     if isinstance(entry, RepeatedKey):
         return entry.fault
     if type(entry) is not dict:
-        return f"expected an object with {', '.join(required)}, found {brief(entry)}"
+        fields = f" with {', '.join(required)}" if required else ""
+        return f"expected an object{fields}, found {brief(entry)}"
     for field in required:
         if field not in entry:
             remedy = published_remedy(entry) or "add the field or remove the entry"

@@ -482,6 +482,8 @@ def _checked(value: object, field: str, where: str) -> object:
     or UserError where a table of this kind has no paths."""
     if field == "labels" and isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
+    if field == "label" and value == "":  # as null in JSON
+        raise BadSample(f"{where}: no label; fix or remove the row")
     if field != "image":
         return plain(value)
     if isinstance(value, dict):  # datasets' images: {bytes, path}

@@ -194,7 +194,7 @@ def _open_classes(entry: Entry, prompts: Prompts, read_plain: Callable, download
 
 
 def _open_shards(entry: Entry, prompts: Prompts, cache: Path) -> OpenSet:
-    kind = (read_text(entry.path, "dataset_type.txt") or "").strip()
+    kind = (read_text(entry.path, "dataset_type.txt") or "").strip().lower()
     if kind == "retrieval":
         return OpenSet(replace(entry, metric="recall"), CaptionedImages(entry, cache))
     images = ShardImages(entry, cache, kind == "multilabel")
@@ -413,15 +413,17 @@ class ShardImages:
         name = self.index.name(place)
         file = io.BytesIO(self._read(place, "npy"))
         try:
-            shown = np.load(file, allow_pickle=False).astype(int).tolist()
+            shown = np.load(file, allow_pickle=False)
+            usable = shown.ndim == 1 and np.isin(shown, (-1, 0, 1)).all()
         except Exception as error:  # NumPy lets out the errors of its parser
             raise UserError(f"{name}: no readable .npy ({brief(str(error))}); {AGAIN}") from None
         self.width = self.width or len(self.classes) or np.size(shown)
-        if np.ndim(shown) != 1 or len(shown) != self.width:
+        if not usable or len(shown) != self.width:
+            given = brief(shown.tolist())
             raise UserError(
-                f"{name}: its .npy is {brief(shown)}, not 0 or 1 for each of {self.width} classes"
+                f"{name}: its .npy is {given}, not 0 or 1 for each of {self.width} classes"
             )
-        return shown
+        return shown.astype(int).tolist()
 
     def _read(self, place: int, ending: str) -> bytes:
         try:

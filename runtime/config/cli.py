@@ -14,6 +14,7 @@ Later wins; mappings merge, anything else is replaced. A file may name the files
 """
 
 import copy
+import io
 import os
 import re
 import sys
@@ -175,6 +176,8 @@ def run_script(
 ) -> None:
     """Parse and call `main(config)`. What the user can fix is one line on stderr and exit status 2;
     Ctrl-C is 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # words and names that are not UTF-8
     try:
         config = parse(cls, argv, description)
         make_digitscenes_if_named(config)
@@ -193,7 +196,7 @@ def run_script(
             sys.modules["base.distributed"].shutdown()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, MemoryError, RuntimeError) as error:
+    except (UserError, MemoryError, RuntimeError, OSError) as error:
         advice = advice_on(error)
         if advice is None:
             raise

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError, brief
-from base.text import id_text, whole_number
+from base.text import whole_number
 from base.writing import write_json_lines
 from dataset.tasks.captions import yfcc_row
 from runtime.config.cli import knob, run_script
@@ -77,7 +77,7 @@ def numbers(path: Path):
 def first_column(path: Path) -> Iterator[int]:
     """The line number that every line of a table begins with. UserError."""
     for line in lines(path):
-        number = whole_number(id_text(line.split("\t", 1)[0].strip()))
+        number = whole_number(line.split("\t", 1)[0])
         if number is None or number < 0:
             raise UserError(f"{path}: the first column must be line numbers, not {brief(line)}")
         yield number

@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
 from base.writing import make_folder, write_text
+from runtime.advice import advice_on
 from scripts.weights import export_dual, export_fusion, export_nxtp, export_vit
 from scripts.weights.card import UNKNOWN, Facts, check_repository, model_card
 from scripts.weights.kinds import KINDS
@@ -137,8 +138,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{given.output}: {', '.join(files_of(given.output))}")
         if given.push:
             print(push(given.output, given.push, given.private))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if (advice := advice_on(error)) is None:
+            raise
+        print(f"error: {advice}", file=sys.stderr)
         return 2
     return 0
 

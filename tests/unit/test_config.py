@@ -3,6 +3,7 @@ file and back."""
 
 import dataclasses
 import importlib
+import io
 import os
 import re
 import subprocess
@@ -519,6 +520,25 @@ def test_a_process_whose_peer_has_ended_leaves_with_a_sentence(monkeypatch, caps
     assert leave_with(RuntimeError(said), monkeypatch) == (1, [])
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: another process of this run has ended")
+
+
+def test_what_the_system_says_about_a_file_is_one_line(monkeypatch, capsys, tmp_path):
+    def main(_config):
+        print("words of a terminal: \udcff")
+        (tmp_path / ("x" * 300)).exists()
+
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(SystemExit, match="2"):
+        run_script(main, Config, argv=[])
+    stdout.flush()
+    assert stdout.buffer.getvalue() == b"words of a terminal: \\udcff\n"
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.match("error: /.*xxx: File name too long; name another file", line)
+    with pytest.raises(FileNotFoundError):  # may be a fault of ours
+        run_script(raised(FileNotFoundError(2, "No such file", "x")), Config, argv=[])
 
 
 def test_a_fault_of_ours_keeps_its_traceback():

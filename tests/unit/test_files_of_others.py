@@ -280,7 +280,7 @@ def test_names_that_are_missing(labels, names):
 # ---- numbers
 @pytest.mark.parametrize(
     ("given", "number"),
-    [("7", 7), (b" 7\r\n", 7), ("-7", -7), ("٣", 3), (7.0, 7), (7, 7), (MARK + b"7", 7)]
+    [("7", 7), (b" 7\r\n", 7), ("-7", -7), ("٣", 3), (7.0, 7), (7, 7), ("7.0", 7), (MARK + b"7", 7)]
     + [(each, None) for each in ("--7", "+-7", "", "1.5", "0x1", "9" * 5000, True, None, [7])]
     + [(each, None) for each in (1.5, float("nan"), float("inf"))],
 )
@@ -317,6 +317,8 @@ def npy(values: list) -> bytes:
         ("cls", b"9" * 30, r"0\.tar/b: no readable \.cls"),
         ("npy", npy([1, 0, 1]), r"0\.tar/b: its \.npy is .* each of 2 classes"),
         ("npy", npy([[1, 0]]), r"0\.tar/b: its \.npy is"),
+        ("npy", npy([1, 5]), r"0\.tar/b: its \.npy is"),
+        ("npy", npy([1.0, float("nan")]), r"0\.tar/b: its \.npy is"),
         ("npy", b"no array", r"0\.tar/b: no readable \.npy"),
     ],
 )
@@ -572,6 +574,7 @@ def test_a_path_that_no_system_knows_is_a_bad_sample(tmp_path):
     check_image_root(tmp_path, ["x" * 5000, "a\0", "x" * 5000 + ".zip/a", "a.jpg"])
     rows = [{"image": name, "caption": "x"} for name in ("x" * 300, "a\0", ".", "a.jpg")]
     assert len(pack_list(tmp_path, rows)) == 1
+    assert states_digest(row["image"] for row in rows)
     facts = [Examiner(tmp_path, len, 77)(0, row) for row in rows]
     assert [sorted(FATAL.intersection(each.problems)) for each in facts] == [["missing"]] * 3 + [[]]
 

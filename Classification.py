@@ -4,8 +4,7 @@
                     --config configs/Classification/vit_l16_coyo300m.yaml
     fine-tune   torchrun --nproc_per_node=8 Classification.py \\
                     --config configs/Classification/vit_l16_i1k_downstream.yaml
-    evaluate    python Classification.py --config CONFIG --checkpoint RUN_OR_FILE --evaluate \\
-                    --real real.json
+    evaluate    python Classification.py --config CONFIG --checkpoint RUN --evaluate --real FILE
     small       python Classification.py --config configs/Classification/digitscenes_pretrain.yaml
     Slurm       python run_with_submitit.py Classification.py --nodes 4 --ngpus 8 -- --config CONFIG
 
@@ -65,9 +64,7 @@ class Config(StreamConfig, ValidationConfig, RunConfig):
     train_data: list[str] = knob([], "training data: folders, lists, shards, torchvision's sets")
     val_data: str | None = knob(None, "the same for validation; none = no validation")
     data_root: Path = knob(
-        Path("."),
-        "folder of a list's relative paths, or of torchvision's sets",
-        aliases=("image_root",),
+        Path("."), "folder of relative paths, or of torchvision's sets", aliases=("image_root",)
     )
     classes: Path | None = knob(None, "file with a class name a line; none = folders, num_classes")
     multi_label: bool | None = knob(None, "images have any number of labels; none = if sigmoid")
@@ -203,6 +200,9 @@ def train(config, names: list[str], val: Split | None, world: World, precision) 
     statistics = pixel_statistics(world.device, *config.network.statistics)
     last = Validation()
 
+    if run.validation_due(run.step):  # a run that was killed in it
+        last = evaluate(whole_model(model), val, config, world, precision)
+        run.keep_best(last.metrics, run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         losses = train_step(model, statistics, run.next_batch, config, precision)

@@ -56,9 +56,7 @@ from runtime.safe_pickle import load_plain
 class Config(FineTuneConfig):
     """Weakly supervised grounding."""
 
-    output_dir: Path = knob(
-        Path("output/Grounding"), "folder of this run: log, checkpoints, result/"
-    )
+    output_dir: Path = knob(Path("output/Grounding"), "this run: log, checkpoints, result/")
     train_file: list[Path] = knob([], "expressions to train on: {image, text}")
     test_file: list[Path] = knob([], "expressions to find: {image, text, bbox}, or with ref_id")
     image_root: Path = knob(Path("."), "folder that image paths start from")
@@ -177,11 +175,13 @@ def train(model: Retrieval, data: ReferringExpressions | None, tokenizer, config
     run = Run(config, start.world, metric="accuracy" if validates else None)
     longest = model.config.bert.max_position_embeddings
     loader = training_data(config, tokenizer, longest, start.world, run.data_state())
-    model, optimizer, plan = run.begin(
-        "Weakly supervised grounding", model, loader, start.precision
-    )
+    title = "Weakly supervised grounding"
+    model, optimizer, plan = run.begin(title, model, loader, start.precision)
     teacher = MomentumPairs(model, config.momentum)
 
+    if run.validation_due(run.step):  # a run that was killed in it
+        _, found = locate(whole_model(model), data, tokenizer, config, start)
+        run.keep_best(scores(found, data)["val"], run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         alpha = torch.full((), config.alpha_at(step, plan), device=start.world.device)

@@ -177,6 +177,9 @@ def train(model, val: Statements | None, tokenizer: Tokenizer, config, start: St
     model, optimizer, plan = run.begin(title, model, loader, start.precision)
     teacher = MomentumPairs(model, config.momentum) if finetunes and config.distill else None
 
+    if run.validation_due(run.step):  # a run that was killed in it
+        logits = evaluate(whole_model(model), val, tokenizer, config, start)
+        run.keep_best(class_accuracy(logits, val.labels, NLVR2.classes), run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         alpha = torch.full((), config.alpha_at(step, plan), device=start.world.device)

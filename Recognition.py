@@ -79,9 +79,7 @@ class Config(RecognitionData, RunConfig):
     scheduler: Schedule = section(
         Schedule, flat=True, duration="3 epochs", warmup="2000 steps", min_lr=0.0, warmup_lr=0.0
     )
-    compat: str = knob(
-        "none", "'original': the last label blind, its decay and mask", choices=("none", "original")
-    )
+    compat: str = knob("none", "'original': the published numbers", choices=("none", "original"))
     # using it
     evaluate: bool = knob(False, "no training: score --checkpoint on --test")
     image: Path | None = knob(None, "no training: print its labels; maps in output_dir/result")
@@ -97,9 +95,7 @@ def check(config: Config, world: World) -> None:
         raise UserError("--evaluate and --image need --checkpoint: a file or the folder of a run")
     inherit_network(config, saved_config(config.checkpoint))
     if config.tensor_parallel and not applies:
-        raise UserError(
-            "--tensor-parallel is for --evaluate and --image; train with --parallel fsdp"
-        )
+        raise UserError("--tensor-parallel is for --evaluate and --image; train by --parallel fsdp")
     if config.tensor_parallel:
         share_matrices(world)
 
@@ -197,6 +193,9 @@ def train(config: Config, tokenizer, val: ImageSet | None, encoder, model, world
     model, optimizer, plan = run.begin(NAME, model, loader, precision, decayed)
     statistics = image_statistics(config.network.image_tower, world.device)
 
+    if run.validation_due(run.step):  # a run that was killed in it
+        found = evaluate(whole_model(model), val, tokenizer, config, world, precision)
+        run.keep_best(label_metrics(found, val.references, encoder), run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         losses = train_step(model, statistics, run.next_batch, config, precision)

@@ -127,6 +127,9 @@ def train(model: StatementModel, val: Statements | None, tokenizer, config, star
     model, optimizer, plan = run.begin("Visual entailment", model, loader, precision)
     teacher = MomentumPairs(model, config.momentum) if config.distill else None
 
+    if run.validation_due(run.step):  # a run that was killed in it
+        logits = judge(whole_model(model), val, tokenizer, config, start)
+        run.keep_best(class_accuracy(logits, val.labels, SNLI_VE.classes), run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         alpha = torch.full((), config.alpha_at(step, plan), device=world.device)

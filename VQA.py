@@ -199,6 +199,9 @@ def train(model: Vqa, val: QuestionSet | None, answers, tokenizer, config, start
     model, optimizer, plan = run.begin("Visual question answering", model, loader, start.precision)
     teacher = MomentumPairs(model, config.momentum) if config.distill else None
 
+    if run.validation_due(run.step):  # a run that was killed in it
+        best, _ = evaluate(whole_model(model), val, answers, tokenizer, config, start)
+        run.keep_best(accuracy(val, answers, best, config), run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         alpha = torch.full((), config.alpha_at(step, plan), device=start.world.device)

@@ -39,12 +39,8 @@ from evaluation.report.runs import write_index
 from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accuracy
 from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
 from models.dual_encoder.cl2l import TargetOptions
-from models.dual_encoder.factory import (
-    build_dual,
-    check_compiled_pooling,
-    parts_of,
-    with_library_sizes,
-)
+from models.dual_encoder.factory import build_dual, check_compiled_pooling
+from models.dual_encoder.factory import parts_of, with_library_sizes
 from models.dual_encoder.grad_cache import FeatureCache
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
@@ -222,6 +218,9 @@ def main(config: Config) -> None:
     pixels = input_statistics(config.network, world.device)
     freeze = config.swalip_freeze_proto_iters if hasattr(network, "freeze_prototypes") else 0
 
+    if run.validation_due(run.step):  # a run that was killed in it
+        scores = evaluate(whole_model(model), data, prompts, tokenizer, config, world)
+        run.keep_best(scores, run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         if config.cache_features:

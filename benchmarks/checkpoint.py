@@ -80,7 +80,7 @@ def save(options: SimpleNamespace) -> dict:
         for step in range(options.saves):
             wait_for(options.device)
             begin, cpu_begin = time.perf_counter(), time.thread_time()
-            saver.save(model, optimizer, {"step": step, "config": {}}, {}, step, None)
+            saver.save(model, optimizer, {"step": step, "config": {}}, {}, step)
             stalls.append(time.perf_counter() - begin)
             cpu.append(time.thread_time() - cpu_begin)
             saver.wait()

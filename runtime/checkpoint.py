@@ -53,28 +53,22 @@ class CheckpointFolder:
         self.folder = Path(folder)
         self.keep = max(1, keep)
 
-    def save(self, state: dict[str, Any], step: int, tag: str | None = None) -> Path:
+    def save(self, state: dict[str, Any], step: int) -> Path:
         """Writes `state` (tensors and plain containers, numbers, strings) and returns the file's
         path.
 
-        A `tag` such as "best" gives the same file the second name `checkpoint_<tag>.pt`, which is
-        never pruned. Raises `UserError` on a full disk, with every older checkpoint intact, and
-        `TypeError` for a value that `weights_only=True` would not read back.
+        Raises `UserError` on a full disk, with every older checkpoint intact, and `TypeError` for a
+        value that `weights_only=True` would not read back.
         """
         _check_plain(state)
         for leftover in self.folder.glob("checkpoint_*.pt.tmp"):  # as earlier versions left them
             leftover.unlink()
         path = self.folder / f"checkpoint_{step:08d}.pt"
-        # the tagged name first: a run killed between the two repeats the step, and still has its best
-        names = [path] if tag is None else [self.folder / f"checkpoint_{tag}.pt", path]
-        for name in names:
-            if name.is_dir():
-                _set_aside(name, "is a folder")
-        with atomic_write(names[0], RESUMABLE) as temporary:
+        if path.is_dir():
+            _set_aside(path, "is a folder")
+        with atomic_write(path, RESUMABLE) as temporary:
             write_hashed(state, temporary)
-        for name in names[1:]:
-            self._link(names[0], name)
-        self._drop_other_kind(names)
+        self._drop_other_kind(path)
         self._prune(step)
         return path
 
@@ -82,14 +76,12 @@ class CheckpointFolder:
         """The hidden folder in which a sharded checkpoint is written."""
         return self.folder / f".checkpoint_{step:08d}{UNFINISHED[0]}"
 
-    def commit(
-        self, index: dict[str, Any], hashes: list[str], step: int, tag: str | None = None
-    ) -> Path:
+    def commit(self, index: dict[str, Any], hashes: list[str], step: int) -> Path:
         """Makes the files that all processes wrote into `unfinished(step)` a checkpoint, by one
         rename, and returns its path.
 
-        index: the state with meta tensors; hashes: of the files, in the order of the ranks. A `tag`
-        is a symbolic link. Raises as `save`.
+        index: the state with meta tensors; hashes: of the files, in the order of the ranks. Raises
+        as `save`.
         """
         _check_plain(index)
         written = self.unfinished(step)
@@ -98,15 +90,25 @@ class CheckpointFolder:
         with file_errors(path, RESUMABLE):
             if path.is_dir():  # damaged, or of a past that the run went back from
                 self._remove(path)
-            # the tagged name first: without its target it is a lost best one, which is chosen again
-            names = [path] if tag is None else [self.folder / f"checkpoint_{tag}", path]
-            for name in names[:-1]:
-                self._link_folder(path, name)
             os.replace(written, path)
             sync_folder(self.folder)
-        self._drop_other_kind(names)
+        self._drop_other_kind(path)
         self._prune(step)
         return path
+
+    def make_best(self, step: int) -> None:
+        """Give the checkpoint of a step the second name `checkpoint_best.pt` or `checkpoint_best`,
+        which is never pruned: a hard link to the file, a symbolic link to the folder."""
+        path = next(path for path in self.numbered() if _step_of(path) == step)
+        name = self.folder / f"checkpoint_best{path.suffix}"
+        if path.is_dir():
+            self._link_folder(path, name)
+        else:
+            if name.is_dir():
+                _set_aside(name, "is a folder")
+            self._link(path, name)
+        self._drop_other_kind(name)
+        self.drop_old(step)  # a folder that was the best one until now
 
     def clear_unfinished(self) -> None:
         """Remove what a killed run was about to write or to remove. No process may be writing."""
@@ -125,20 +127,25 @@ class CheckpointFolder:
             best = target.rename(best)
         _set_aside(best, "is of an earlier run in this folder")
 
-    def restore_best(self, metric: str) -> float:
-        """Make the intact numbered checkpoint with the highest `metric` the best one, after the
-        best one was lost or damaged. Returns its score; -inf where no checkpoint has one."""
+    def restore_best(self, metric: str, scores: Mapping[int, float]) -> float:
+        """Make the intact checkpoint with the highest score the best one, where that is another:
+        it was lost or damaged, or the run was killed before its best one got the name. Returns the
+        score; -inf where no checkpoint has one.
+
+        scores: by step; earlier versions kept the score in the checkpoint, called `metric`.
+        """
         best = float("-inf")
-        source = None
+        step = None
+        present = self.best
+        if present and find_damage(present) is None:
+            content = load_checked(present)
+            best = content.get(metric, scores.get(content["step"], best))
         for path in reversed(self.numbered()):  # of equals the first one, as in training
-            if find_damage(path) is None:
-                score = load_checked(path).get(metric, float("-inf"))
-                if score > best:
-                    best, source = score, path
-        if source is not None:
-            name = self.folder / f"checkpoint_best{source.suffix}"
-            self._link_folder(source, name) if source.is_dir() else self._link(source, name)
-            self._drop_other_kind([name])
+            score = scores.get(_step_of(path), float("-inf"))
+            if score > best and find_damage(path) is None:
+                best, step = score, _step_of(path)
+        if step is not None:
+            self.make_best(step)
         return best
 
     def _link(self, source: Path, name: Path) -> None:
@@ -156,14 +163,13 @@ class CheckpointFolder:
             temporary.symlink_to(source.name, target_is_directory=True)
             os.replace(temporary, name)
 
-    def _drop_other_kind(self, names: list[Path]) -> None:
-        """Of a step, and of the best, there is one checkpoint: remove those of the other kind."""
-        for name in names:
-            other = name.with_suffix("" if name.suffix else ".pt")
-            if other.is_symlink() or other.is_file():
-                other.unlink()
-            elif is_sharded(other):
-                self._remove(other)
+    def _drop_other_kind(self, name: Path) -> None:
+        """Of a step, and of the best, there is one checkpoint: remove that of the other kind."""
+        other = name.with_suffix("" if name.suffix else ".pt")
+        if other.is_symlink() or other.is_file():
+            other.unlink()
+        elif is_sharded(other):
+            self._remove(other)
 
     def _remove(self, path: Path) -> None:
         """Remove a checkpoint; a folder under another name, for that takes more than one step."""
@@ -184,7 +190,7 @@ class CheckpointFolder:
 
     @property
     def best(self) -> Path | None:
-        """The checkpoint last saved with `tag="best"`, if any."""
+        """The checkpoint that `make_best` named last, if any."""
         file = self.folder / "checkpoint_best.pt"
         folder = self.folder / "checkpoint_best"
         found = [path for path in (file, folder) if path.is_file() or is_sharded(path)]

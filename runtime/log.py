@@ -1,6 +1,7 @@
 """What a run tells: a banner, a progress bar, a line in `log.jsonl` per log step, TensorBoard, and
 W&B if asked for."""
 
+import contextlib
 import json
 import secrets
 import sys
@@ -285,6 +286,20 @@ def keep_before(path: Path, step: int) -> None:
     if damaged:
         print(f"{path}: {damaged} damaged lines left out", file=sys.stderr, flush=True)
     write_bytes(path, b"".join(kept))
+
+
+def logged_values(path: Path, name: str) -> dict[int, float]:
+    """The numbers called `name` in a JSONL log, by step; of a line that a kill cut short none."""
+    found = {}
+    if path.exists():
+        for line in path.read_bytes().split(b"\n"):
+            if name.encode() not in line:
+                continue
+            with contextlib.suppress(UserError, ValueError, TypeError):
+                record = parse_json(line, path, dict)
+                if name in record and isinstance(record.get("step"), int):
+                    found[record["step"]] = float(record[name])  # NaN is text there
+    return found
 
 
 def _quiet_about_full_disks(failure) -> None:

@@ -16,10 +16,16 @@ from base.distributed import World
 from base.errors import UserError, brief
 from base.memory import check_batches, check_fits
 from base.writing import check_output_folder, file_errors
-from runtime.checkpoint import CheckpointFolder, export_safetensors, find_damage, load_checked
+from runtime.checkpoint import (
+    NUMBERED,
+    CheckpointFolder,
+    export_safetensors,
+    find_damage,
+    load_checked,
+)
 from runtime.config.cli import differences, save, to_dict
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
-from runtime.log import Meters, RunLog, Stopwatch, peak_flops
+from runtime.log import Meters, RunLog, Stopwatch, logged_values, peak_flops
 from runtime.optim.build import Precision, build_optimizer
 from runtime.optim.schedule import Plan, steps
 from runtime.options import RunConfig
@@ -65,6 +71,8 @@ class Run:
     loader = training_data(…, run.data_state())
     model, optimizer, plan = run.begin("title", model, loader, precision)     # wraps, resumes
 
+    if run.validation_due(run.step):                    # the one in which the run was killed
+        run.keep_best(evaluate(…), run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         losses = train_step(model, run.next_batch, config, precision)
@@ -92,10 +100,14 @@ class Run:
         self.resumed = self.saved is not None
         self.step = self.first_step = self.saved["step"] if self.saved else 0
         self.saved_on = len(self.saved["per_rank"]) if self.saved else world.size  # processes
+        self.saved_scores = self.saved.get("scores", {}) if self.saved else {}
         self.saver: Saver | None = None  # the format depends on the network: `start`
-        self.saved_at: int | None = None  # step of the newest checkpoint that this process wrote
+        numbered = self.resumed and NUMBERED.fullmatch(self.saved_path.name)
+        self.saved_at = self.step if numbered else None  # step of the newest checkpoint
+        self.scores: dict[int, float] = {}  # of the validations, by step
         self.best = float("-inf")
         self.validated = False  # by this process
+        self.rng: dict = {}  # before the validation under way
         self.log: RunLog | None = None  # nothing is written before all is known to be good: `start`
         self.meters = Meters()
         self.watch = Stopwatch(world, 1)
@@ -153,24 +165,27 @@ class Run:
         )
         return path, saved
 
-    def _best_before(self) -> float:
-        """Score of the best checkpoint of a resumed run, which is chosen again if it is lost or
-        damaged; -inf where there is none."""
+    def _scores_before(self) -> tuple[dict[int, float], float]:
+        """Scores of a resumed run's validations, by step, and that of its best checkpoint, which is
+        chosen again if it is lost or damaged; -inf where there is none.
+
+        A checkpoint holds the scores before its own validation, which are in the log as well.
+        """
         if not self.resumed or self.metric is None:
-            return float("-inf")
-        best = self.checkpoints.best
-        damage = find_damage(best) if best else None
-        if best and damage is None:
-            return load_checked(best).get(self.metric, float("-inf"))
-        score = self.checkpoints.restore_best(self.metric)
-        found = (
-            f"now a numbered one ({self.metric} {score:.4g})" if score > float("-inf") else "none"
-        )
+            return {}, float("-inf")
+        scores = logged_values(self.folder / "log.jsonl", f"val_{self.metric}")
+        scores = {**self.saved_scores.get(self.metric, {}), **scores}
+        damaged = self.checkpoints.best
+        damage = find_damage(damaged) if damaged else None
+        best = self.checkpoints.restore_best(self.metric, scores)
         if damage:
+            found = "none"
+            if best > float("-inf"):
+                found = f"now a numbered one ({self.metric} {best:.4g})"
             warnings.warn(
-                f"CHECKPOINT DAMAGED: {best} ({damage}). The best one: {found}", stacklevel=2
+                f"CHECKPOINT DAMAGED: {damaged} ({damage}). The best one: {found}", stacklevel=2
             )
-        return score
+        return {step: score for step, score in scores.items() if step <= self.step}, best
 
     def _open_folder(self) -> RunLog:
         """The log of this run and its config.yaml: the first things written."""
@@ -271,7 +286,7 @@ class Run:
         Says so where nothing is left to train, and ends the process where --max_steps is reached already.
         """
         config, world, self.plan = self.config, self.world, plan
-        self.best = distributed.on_main(self._best_before)
+        self.scores, self.best = distributed.on_main(self._scores_before)
         opened = distributed.on_main(self._open_folder, share=False)
         self.log = opened or RunLog(self.folder, world, {})  # silent on other ranks than 0
         in_shards = is_sharded_format(config.checkpoint_format, self.model, world, config.parallel)
@@ -311,7 +326,7 @@ class Run:
             self.log.say(
                 f"nothing left to train: {self.folder} has made all {plan.total:,} updates"
             )
-        elif self._stops_at(self.step):
+        elif self._stops_at(self.step) and not self._is_validation(self.step):
             self.log.say(f"step {self.step:,} of --max_steps {config.max_steps:,}: nothing to do")
             self._leave(0)
         elif self.interrupt.pending(world.device):  # the first update may compile for minutes
@@ -385,30 +400,52 @@ class Run:
         return step % self.config.log_every == 0 or step == self.plan.total
 
     def validation_due(self, step: int) -> bool:
-        """Whether to validate after update `step`: every `eval_every`, and the last; never without a metric."""
-        due = self.metric is not None and (step % self.eval_every == 0 or step == self.plan.total)
-        if due:
-            if self.interrupt.pending(self.world.device):
-                # it may take longer than the time that is left; a run killed in it resumes behind it
-                self.save(step)
-            self.watchdog.mark("in validation")
-            if self.config.compile and not self.validated:
-                self.watchdog.pause()  # the first one may compile
-            self.validated = True
-        return due
+        """Whether to validate after update `step`: every `eval_every`, and the last; before the
+        loop, whether the run resumes from updates that are still to be validated.
+
+        Saves first: what ends the process in a validation costs that validation alone. After a
+        signal it ends here, for the validation may take longer than the time that is left.
+        """
+        if not self._is_validation(step):
+            return False
+        if self.saved_at != step:
+            self.save(step)
+        if self.interrupt.pending(self.world.device):
+            self._leave_saved(step, EXIT_REQUEUE)
+        self.rng = rng_state(self.world.device)
+        self.watchdog.mark("in validation")
+        if self.config.compile and not self.validated:
+            self.watchdog.pause()  # the first one may compile
+        self.validated = True
+        return True
+
+    def _is_validation(self, step: int) -> bool:
+        """Whether the updates up to `step`, some at least, are to be validated and are not yet."""
+        if self.metric is None or step == 0 or step in self.scores:
+            return False
+        return step % self.eval_every == 0 or step == self.plan.total
 
     def keep_best(self, scores: dict, step: int) -> None:
-        """Log a validation and save a checkpoint, which is the best one if `scores[metric]` is higher than ever."""
-        score = scores[self.metric]
+        """Log a validation; if `scores[metric]` is higher than ever, the checkpoint written before
+        it is the best one. Random numbers continue from there, resumed or not."""
+        score = distributed.broadcast_object(float(scores[self.metric]))
+        restore_rng(self.rng, self.world.device)
+        self.saver.wait()
+        # the log first: with its line the validation is done, and is not repeated
         self.log.write(
             step, **{f"val_{k}": v for k, v in scores.items() if isinstance(v, int | float)}
         )
+        self.scores[step] = score
         is_best = score > self.best
-        self.save(step, tag="best" if is_best else None, **{self.metric: score})
+        if is_best:
+            distributed.on_main(lambda: self.checkpoints.make_best(step), share=False)
         self.best = max(self.best, score)
         verdict = "best so far" if is_best else f"best so far: {self.best:.4g}"
         self.log.say(f"validation at step {step:,}: {score_line(scores, self.metric)} ({verdict})")
+        self.watchdog.mark("between two updates")
         self.watch.restart()
+        if step == self.first_step:  # --max_steps may be reached
+            self.leave_if_interrupted(step)
 
     def _check_finite(self) -> None:
         newest = self.checkpoints.numbered()
@@ -422,9 +459,8 @@ class Run:
             f"{where} Try a lower learning rate, --optimizer.clip_grad_norm 1, or fp32.",
         )
 
-    def save(self, step: int, tag: str | None = None, **extra) -> None:
-        """Write a checkpoint (collective). `extra` holds plain numbers of the task, such as the
-        best score."""
+    def save(self, step: int) -> None:
+        """Write a checkpoint (collective)."""
         self.watchdog.mark("saving a checkpoint")
         self._check_finite()
         own = {
@@ -437,14 +473,15 @@ class Run:
             "step": step,
             "script": script_of(self.config),
             "config": to_dict(self.config),
-            **extra,
         }
-        self.saver.save(self.model, self.optimizer, about, own, step, tag)
+        if self.metric is not None:
+            about["scores"] = {self.metric: dict(self.scores)}
+        self.saver.save(self.model, self.optimizer, about, own, step)
         self.saved_at = step
         self.watchdog.mark("between two updates")
 
     def save_if_due(self, step: int) -> None:
-        """Every `save_every` steps and at the end, unless a validation has just saved."""
+        """Every `save_every` steps and at the end, unless a validation has saved."""
         if (step % self.save_every == 0 or step == self.plan.total) and self.saved_at != step:
             self.save(step)
 
@@ -455,9 +492,12 @@ class Run:
             return
         if self.saved_at != step:
             self.save(step)
+        self._leave_saved(step, 0 if enough else EXIT_REQUEUE)
+
+    def _leave_saved(self, step: int, status: int) -> None:
         self.saver.wait()
         self.log.say(f"saved at step {step:,}; start the same command again to resume")
-        self._leave(0 if enough else EXIT_REQUEUE)
+        self._leave(status)
 
     def _stops_at(self, step: int) -> bool:
         """Whether --max_steps ends the run here; a finished training continues to its final test."""

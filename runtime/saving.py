@@ -55,11 +55,11 @@ class Saver:
         self.staging = Staging()
         self.number = 0  # writes on which all processes agreed
 
-    def save(self, model, optimizer, about: dict, own: dict, step: int, tag: str | None) -> None:
+    def save(self, model, optimizer, about: dict, own: dict, step: int) -> None:
         """Write a checkpoint (collective). about: plain values; own: those of this process."""
         self.wait()
         stage = self._part if self.sharded else self._whole
-        write = stage(model, optimizer, about, own, step, tag)
+        write = stage(model, optimizer, about, own, step)
         if self.in_background:
             self.background.start(write)
         else:
@@ -74,7 +74,7 @@ class Saver:
         """Until the write under way is done. Raises what it failed with."""
         self.background.wait()
 
-    def _whole(self, model, optimizer, about, own, step, tag) -> Callable[[], None]:
+    def _whole(self, model, optimizer, about, own, step) -> Callable[[], None]:
         """One file, gathered by all and written by rank 0."""
         from torch.distributed.checkpoint import state_dict as dcp
 
@@ -87,13 +87,13 @@ class Saver:
 
         def write() -> None:
             self._set_best_aside()
-            self.checkpoints.save(state, step, tag=tag)
+            self.checkpoints.save(state, step)
 
         if not self.in_background:
             return lambda: distributed.on_main(write, share=False)
         return self._together(lambda: "", lambda _: write())
 
-    def _part(self, model, optimizer, about, own, step, tag) -> Callable[[], None]:
+    def _part(self, model, optimizer, about, own, step) -> Callable[[], None]:
         """Every process writes what it owns into one folder."""
         from torch.distributed.checkpoint import state_dict as dcp
 
@@ -111,7 +111,7 @@ class Saver:
 
         def commit(hashes: list[str]) -> None:
             self._set_best_aside()
-            self.checkpoints.commit(index, hashes, step, tag)
+            self.checkpoints.commit(index, hashes, step)
 
         return self._together(part, commit)
 

@@ -82,7 +82,7 @@ def save(rank: int, parallel: str, folder: str, step: int = 1, sharded: bool = T
     update(model, optimizer, rank)
     expected = copied_to_host(whole(model, optimizer))
     about = {"step": step, "config": {"lr": 0.1}}
-    saver.save(model, optimizer, about, {"rank": rank}, step, None)
+    saver.save(model, optimizer, about, {"rank": rank}, step)
     update(model, optimizer, rank)
     updated.set()
     saver.wait()
@@ -162,7 +162,7 @@ def fail(rank: int, folder: str, where: str) -> None:
     """The second checkpoint fails on rank 1, or when rank 0 commits it."""
     world, model, optimizer = network(rank, "ddp", seed=0)
     saver = Saver(CheckpointFolder(folder), world, sharded=True, in_background=True, fresh=True)
-    saver.save(model, optimizer, {"step": 1}, {}, 1, None)
+    saver.save(model, optimizer, {"step": 1}, {}, 1)
     saver.wait()
     name = {"part": "rank_00001.pt", "index": "index.pt", "rename": "checkpoint_00000002"}[where]
 
@@ -172,13 +172,13 @@ def fail(rank: int, folder: str, where: str) -> None:
         original(source, target)
 
     os.replace = replace
-    saver.save(model, optimizer, {"step": 2}, {}, 2, None)
+    saver.save(model, optimizer, {"step": 2}, {}, 2)
     with pytest.raises(UserError, match=r"disk is full.*start the same command again") as error:
         saver.wait()
     assert "\n" not in str(error.value)
     assert saver.failure == str(error.value)  # the log point of every process sees it
     with pytest.raises(UserError, match="disk is full"):  # and no process saves again
-        saver.save(model, optimizer, {"step": 3}, {}, 3, None)
+        saver.save(model, optimizer, {"step": 3}, {}, 3)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def die(rank: int, folder: str, who: int, name: str) -> None:
     """Process `who` is gone when it is about to give a file of the second checkpoint its name."""
     world, model, optimizer = network(rank, "ddp", seed=0)
     saver = Saver(CheckpointFolder(folder), world, sharded=True, in_background=True, fresh=True)
-    saver.save(model, optimizer, {"step": 1}, {}, 1, None)
+    saver.save(model, optimizer, {"step": 1}, {}, 1)
     saver.wait()
 
     def replace(source, target, original=os.replace):
@@ -204,7 +204,7 @@ def die(rank: int, folder: str, who: int, name: str) -> None:
         original(source, target)
 
     os.replace = replace
-    saver.save(model, optimizer, {"step": 2}, {}, 2, None)
+    saver.save(model, optimizer, {"step": 2}, {}, 2)
     saver.wait()
 
 

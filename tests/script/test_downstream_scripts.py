@@ -51,9 +51,10 @@ def test_training_validates_keeps_the_best_and_reports(digitscenes, finetuned, t
     }
     assert list(validations) == [4, 8]
     best = torch.load(out / "checkpoint_best.pt", weights_only=True)
-    assert best[METRIC[task]] == max(validations.values()) == validations[best["step"]]
+    score = validations[best["step"]]
+    assert score == max(validations.values())
     metrics = json.loads((out / "result/metrics.json").read_text())
-    assert metrics["val"][METRIC[task]] == pytest.approx(best[METRIC[task]])
+    assert metrics["val"][METRIC[task]] == pytest.approx(score)
     page = (out / "result/report.html").read_text()
     assert "data:image/jpeg;base64," in page and "<script" not in page and 'class="case"' in page
     assert "http" not in re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]*", "", page)
@@ -78,7 +79,7 @@ def test_interrupted_run_ends_with_the_same_weights(digitscenes, finetuned, task
             [(line.get("loss"), line.get(f"val_{METRIC[task]}")) for line in log_lines(folder)]
         )
         saved = torch.load(folder / "checkpoint_best.pt", weights_only=True)
-        best.append((saved["step"], saved[METRIC[task]]))
+        best.append((saved["step"], saved["scores"]))
     assert logged[0] == logged[1] and best[0] == best[1]
 
 

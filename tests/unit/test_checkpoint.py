@@ -58,11 +58,14 @@ def test_saved_state_comes_back(tmp_path):
 def test_newest_are_kept_and_best_outlives_them(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in (1, 2, 3, 4):
-        folder.save(state(step), step, tag="best" if step == 2 else None)
+        folder.save(state(step), step)
+        if step == 2:
+            folder.make_best(2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint_00000003.pt", "checkpoint_00000004.pt", "checkpoint_best.pt"]
     assert torch.load(folder.best, weights_only=True)["step"] == 2
-    folder.save(state(5), 5, tag="best")
+    folder.save(state(5), 5)
+    folder.make_best(5)
     assert (
         torch.load(folder.best, weights_only=True)["step"] == 5 and find_damage(folder.best) is None
     )
@@ -106,7 +109,8 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
 
 def test_best_is_the_last_resort(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
-    folder.save(state(1), 1, tag="best")
+    folder.save(state(1), 1)
+    folder.make_best(1)
     folder.save(state(2), 2).write_bytes(b"x" * 1000)
     with pytest.warns(UserWarning, match="checkpoint_best"):
         assert load_latest(folder)[0]["step"] == 1
@@ -192,7 +196,8 @@ def test_read_weights_takes_every_form(tmp_path):
     torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "ddp.pth")
     torch.save(weights, tmp_path / "bare.pth", _use_new_zipfile_serialization=False)
     export_safetensors(weights, tmp_path / "export" / "model.safetensors")
-    CheckpointFolder(tmp_path / "run").save({"model": weights, "step": 1}, 1, tag="best")
+    CheckpointFolder(tmp_path / "run").save({"model": weights, "step": 1}, 1)
+    CheckpointFolder(tmp_path / "run").make_best(1)
     for name in (
         "original.pth",
         "ddp.pth",
@@ -241,7 +246,8 @@ def test_no_warning_on_the_plain_path(tmp_path):
 def test_a_folder_with_damaged_checkpoints_gives_the_weights_of_an_intact_one(tmp_path, damaged):
     folder = CheckpointFolder(tmp_path, keep=3)
     folder.save(state(1), 1)
-    folder.save(state(2), 2, tag="best")
+    folder.save(state(2), 2)
+    folder.make_best(2)
     newest = folder.save(state(3), 3)
     flipped = {"best": [folder.best], "newest": [newest], "both": [folder.best, newest]}[damaged]
     for path in flipped:

@@ -19,6 +19,7 @@ from base.errors import UserError
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from runtime.checkpoint import CheckpointFolder, find_damage, load_checked
 from runtime.config.cli import run_script, section
+from runtime.hashed import write_hashed
 from runtime.interrupt import EXIT_REQUEUE
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
@@ -27,6 +28,7 @@ from runtime.resume import ENTRIES, check_same_run
 from runtime.run import Run, make_deterministic
 from runtime.saving import is_sharded_format, state_bytes
 from tests.helpers.bars import close_bars
+from tests.helpers.crash_points import plain
 
 TOTAL = 4
 
@@ -90,6 +92,8 @@ def train(config: Config, scores=(), at=None) -> tuple[Run, Path | None]:
     if at:
         at(run.step)
     model, optimizer, plan = run.begin("test", Net(), loader, precision)
+    if run.validation_due(run.step):
+        run.keep_best({"accuracy": scores[run.step - 1]}, run.step)
     for step in range(run.step, plan.total):
         set_learning_rate(optimizer, plan.lr(step))
         loss = model(**run.next_batch())["loss"]
@@ -110,9 +114,15 @@ def steps_of(folder: Path) -> list[int]:
     return [line["step"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def best_score(folder: Path) -> float:
+def validated(folder: Path) -> list[int]:
+    """Steps of the log's validations."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [line["step"] for line in map(json.loads, lines) if "val_accuracy" in line]
+
+
+def best_step(folder: Path) -> int:
     assert find_damage(saved(folder, "best")) is None
-    return load_checked(saved(folder, "best"))["accuracy"]
+    return load_checked(saved(folder, "best"))["step"]
 
 
 @both_kinds
@@ -198,8 +208,8 @@ def test_the_best_checkpoint_survives_a_kill_between_any_two_renames(
         except UserError as error:  # of a thread beside the training, seen at a log point
             assert "Killed" in str(error)
     run, checkpoint = train(options(tmp_path), scores)
-    assert run.best == 3 and checkpoint == saved(tmp_path, "best") and best_score(tmp_path) == 3
-    assert load_checked(checkpoint)["step"] == 2
+    assert run.best == 3 and checkpoint == saved(tmp_path, "best") and best_step(tmp_path) == 2
+    assert validated(tmp_path) == [1, 2, 3, 4]
 
 
 def flip_a_bit(file: Path) -> None:
@@ -238,9 +248,9 @@ DAMAGES = {
     indirect=["kind"],
 )
 def test_damaged_checkpoints_cost_nothing_that_is_still_there(kind, tmp_path, case, linked):
-    scores, steps, damaged, (best_step, best) = DAMAGES[case]
+    scores, steps, damaged, expected = DAMAGES[case]
     if case == "best alone" and linked:
-        best_step, best = 3, 2  # that of step 2, the same file, is damaged with it
+        expected = 3, 2  # that of step 2, the same file, is damaged with it
     limit = {"max_steps": steps} if steps < TOTAL else {}
     try:
         train(options(tmp_path, **limit), scores)
@@ -253,9 +263,8 @@ def test_damaged_checkpoints_cost_nothing_that_is_still_there(kind, tmp_path, ca
     with pytest.warns(UserWarning, match="CHECKPOINT DAMAGED"):
         run, checkpoint = train(options(tmp_path), scores)
     assert checkpoint == saved(tmp_path, "best")
-    content = load_checked(checkpoint)
-    assert (content["step"], content["accuracy"]) == (best_step, best) and run.best == best
-    assert best_score(tmp_path) == best and steps_of(tmp_path) == [1, 2, 3, 4]
+    assert (best_step(tmp_path), run.best) == expected
+    assert steps_of(tmp_path) == validated(tmp_path) == [1, 2, 3, 4]
     assert find_damage(saved(tmp_path, TOTAL)) is None
 
 
@@ -297,18 +306,71 @@ def test_a_signal_before_the_first_update_ends_the_run_without_it(tmp_path):
     assert steps_of(tmp_path) == [] and not list(tmp_path.glob("checkpoint_*"))
 
 
-def test_a_signal_before_a_validation_saves_ahead_of_it(tmp_path):
-    there = []
-
-    class Scores(list):
-        def __getitem__(self, number):
-            there.append(saved(tmp_path, number + 1).exists())
-            return super().__getitem__(number)
-
+def test_a_signal_before_a_validation_leaves_it_to_the_resumed_run(tmp_path):
     with pytest.raises(SystemExit) as ended:
-        train(options(tmp_path), scores=Scores([1, 2, 3, 4]), at=signalled_at(2))
-    assert ended.value.code == EXIT_REQUEUE and there == [False, True]
-    assert best_score(tmp_path) == 2
+        train(options(tmp_path), scores=[1, 2, 3, 4], at=signalled_at(2))
+    assert ended.value.code == EXIT_REQUEUE and steps_of(tmp_path) == [1, 2]
+    assert validated(tmp_path) == [1] and best_step(tmp_path) == 1 and saved(tmp_path, 2).exists()
+    with pytest.raises(SystemExit) as ended:
+        train(options(tmp_path, max_steps=2), scores=[1, 2, 3, 4])
+    assert ended.value.code == 0
+    assert validated(tmp_path) == steps_of(tmp_path) == [1, 2] and best_step(tmp_path) == 2
+
+
+class KilledIn(list):
+    """Scores; the validation at a step is killed when it has drawn random numbers."""
+
+    def __init__(self, scores: list[float], step: int = 0):
+        super().__init__(scores)
+        self.step = step
+
+    def __getitem__(self, number: int) -> float:
+        torch.rand(3)
+        if number + 1 == self.step:
+            raise Killed
+        return super().__getitem__(number)
+
+
+@both_kinds
+@pytest.mark.parametrize("step", [2, TOTAL])
+def test_a_run_killed_in_a_validation_resumes_with_it(kind, step, tmp_path):
+    scores = [1, 3, 2, 4]
+    train(options(tmp_path / "straight"), KilledIn(scores))
+    with pytest.raises(Killed):  # with a checkpoint that is no longer under way
+        train(options(tmp_path / "run", async_save=False), KilledIn(scores, step))
+    assert validated(tmp_path / "run") == list(range(1, step))
+    made = []
+    train(options(tmp_path / "run"), KilledIn(scores), at=made.append)
+    assert made == list(range(step, TOTAL + 1))  # no update is made again
+    for folder in (tmp_path / "run", tmp_path / "straight"):
+        assert validated(folder) == steps_of(folder) == [1, 2, 3, 4] and best_step(folder) == 4
+    if kind == "single":
+        ours, theirs = (load_checked(saved(tmp_path / n, TOTAL)) for n in ("run", "straight"))
+        assert ours["scores"] == theirs["scores"] == {"accuracy": {1: 1.0, 2: 3.0, 3: 2.0}}
+        assert plain(ours["per_rank"]) == plain(theirs["per_rank"])
+        assert plain(ours["model"]) == plain(theirs["model"])
+
+
+def test_a_run_without_its_log_keeps_its_best(tmp_path):
+    with pytest.raises(SystemExit):
+        train(options(tmp_path, max_steps=3), scores=[1, 3, 2, 0])
+    (tmp_path / "log.jsonl").unlink()
+    run, _ = train(options(tmp_path), scores=[1, 3, 2, 0])
+    assert best_step(tmp_path) == 2 and run.best == 3
+    assert validated(tmp_path) == [3, 4]  # nobody knows that of the newest checkpoint
+
+
+def test_a_run_of_an_earlier_version_keeps_its_best(tmp_path):
+    """Its checkpoints hold their own score; none holds those before."""
+    with pytest.raises(SystemExit):
+        train(options(tmp_path, max_steps=3), scores=[1, 3, 2, 0])
+    (tmp_path / "log.jsonl").unlink()
+    for name, score in (("best", 3.0), (2, 3.0), (3, 2.0)):
+        content = load_checked(saved(tmp_path, name))
+        del content["scores"]
+        write_hashed({**content, "accuracy": score}, unlinked(saved(tmp_path, name)))
+    run, _ = train(options(tmp_path), scores=[1, 3, 2, 0])
+    assert best_step(tmp_path) == 2 and run.best == 3
 
 
 def test_a_signal_after_the_training_ends_the_process_at_once(tmp_path, monkeypatch):

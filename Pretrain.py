@@ -41,7 +41,7 @@ from models.weights.starting_vit import start_vision
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import fitting_weights
-from runtime.config.fusion import Networks
+from runtime.config.networks import Networks
 from runtime.log import training_flops
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule

@@ -60,6 +60,7 @@ from models.weights.any_dual_encoder import Opened, check_name, logit_scale, ope
 from models.weights.libraries import open_library
 from models.weights.torchscript import is_jit_archive, jit_state_dict
 from runtime.checkpoint import read_weights, weights_file
+from runtime.config import originals
 from runtime.config.cli import knob, run_script
 from runtime.config.from_checkpoint import description_of
 from runtime.optim.build import Precision
@@ -71,7 +72,9 @@ from runtime.safe_pickle import load_plain
 class Config(CatalogOptions):
     """Zero-shot evaluation."""
 
-    checkpoint: Path | None = knob(None, "file or run directory [output_dir]", aliases=("resume",))
+    OLD_NAMES = ("resume",)
+    translate = staticmethod(originals.zero_shot)
+    checkpoint: Path | None = knob(None, "file or run directory [output_dir]")
     output_dir: Path = knob(Path("output/eval_zeroshot"), "where result/ is written")
     model: str | None = knob(None, "open_clip/NAME:TAG or hf/NAME; or CL2L_R50_CL2L, … of the file")
     random_weights: bool = knob(False, "random weights of the model that --model names")

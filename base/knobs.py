@@ -8,7 +8,7 @@ class Config(RunConfig):
 
 import copy
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -27,12 +27,39 @@ class Knob:
     flat: bool = False  # of a section: `--lr` is accepted for `--optimizer.lr`
 
 
-def knob(default: Any, help: str, **about: Any) -> Any:
-    """A field of a configuration; `about` are Knob's fields. Mutable defaults are copied."""
-    metadata = {"knob": Knob(help, **about)}
+def knob(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence = (),
+    low: float | None = None,
+    high: float | None = None,
+    aliases: Sequence[str] = (),
+    bare: str | None = None,
+    methods: str = "",
+    rare: bool = False,
+) -> Any:
+    """A field of a configuration; the keywords are Knob's fields. Mutable defaults are copied."""
+    described = Knob(
+        help=help,
+        choices=choices,
+        low=low,
+        high=high,
+        aliases=aliases,
+        bare=bare,
+        methods=methods,
+        rare=rare,
+    )
+    metadata = {"knob": described}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def left_open(kind: type, name: str, *, rare: bool = False) -> Any:
+    """The option `name` of the class `kind` once more, None by default: another place fills it."""
+    stated = next(f for f in fields(kind) if f.name == name)
+    return field(default=None, metadata={"knob": replace(about(stated), rare=rare)})
 
 
 def section(kind: type, *, aliases: Sequence[str] = (), flat: bool = False, **defaults: Any) -> Any:

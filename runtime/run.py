@@ -148,6 +148,12 @@ class Run:
             return None, None
         path = distributed.on_main(self.checkpoints.newest_valid)
         if path is None:
+            if resume in ("true", "yes"):
+                weights = self.config.checkpoint
+                distributed.say(
+                    f"--resume {resume}: {self.folder} holds no checkpoint to resume from; update 0 "
+                    + (f"is next, from the weights of {weights}" if weights else "is next")
+                )
             return None, None
         saved = load_checked(path)
         options = to_dict(self.config)

@@ -180,6 +180,8 @@ def run_script(
         sys.stdout.reconfigure(errors="backslashreplace")  # words and names that are not UTF-8
     try:
         config = parse(cls, argv, description)
+        if hasattr(config, "check"):
+            config.check()  # a mistake shows before data are made
         make_digitscenes_if_named(config)
         if not isinstance(getattr(config, "output_dir", None), Path):
             main(config)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from base import distributed
 from base.limits import WORKERS
 from runtime.config import old_flags
 from runtime.config.cli import knob, section
@@ -90,5 +91,9 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
         if self.offline and self.wandb != "off":
             self.wandb = "offline"
         if Path(self.resume).is_file():
+            distributed.say(
+                f"--resume {self.resume}: the weights in it are the start, as with --checkpoint, at "
+                "update 0; a run resumes when it is started again with its --output-dir"
+            )
             self.checkpoint = Path(self.resume)
             self.resume = "auto"

@@ -10,61 +10,21 @@ inherit(config, weights)
 import os
 import pickle
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from base.errors import UserError
-from base.knobs import knob
-from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
 from base.reading import read_json
 from base.torch_files import is_safetensors, load_weights_only
 from runtime.checkpoint import read_weights, weights_file
+from runtime.config.networks import Geometry
 from runtime.config.plain import to_dict
 from runtime.config.schema import Schema
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_torch
 from runtime.sharded import index_of
-
-
-@dataclass
-class Geometry:
-    """The networks; none = as the run that made the checkpoint says, else as published."""
-
-    image_res: int | None = knob(
-        None, "side of the square input, pixels; positions are interpolated", low=16, high=SIDE
-    )
-    patch_size: int | None = knob(None, "side of a patch, pixels", low=1, high=SIDE, rare=True)
-    vision_width: int | None = knob(
-        None, "width of the vision transformer", low=1, high=WIDTH, rare=True
-    )
-    vision_depth: int | None = knob(
-        None, "blocks of the vision transformer", low=1, high=BLOCKS, rare=True
-    )
-    vision_heads: int | None = knob(
-        None, "attention heads of the vision transformer", low=1, high=WIDTH, rare=True
-    )
-    vision_stem: list[int] | None = knob(
-        None,
-        "channels of convolutional stages before the patches; [] = none",
-        low=1,
-        high=WIDTH,
-        rare=True,
-    )
-    vision_tower: str | None = knob(
-        None, "timm/NAME[:FILE] before the patches; none = none", rare=True
-    )
-    bert_config: Path | None = knob(
-        None, "geometry of the text and fusion transformer (JSON)", rare=True
-    )
-    embed_dim: int | None = knob(None, "width of the joint space", low=1, high=WIDTH, rare=True)
-    queue_size: int | None = knob(
-        None, "momentum features kept as further negatives", low=0, high=QUEUE
-    )
-    text_encoder: str | None = knob(None, "tokenizer: Hugging Face folder or hub name", rare=True)
-
 
 # the originals' downstream models; their bert_config follows from the names of the weights
 PUBLISHED = {

@@ -1,7 +1,6 @@
 """Options that the scripts of fusion encoders share, and the weights that fine-tuning starts from."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,50 +8,16 @@ from torch import Tensor
 from base import distributed
 from base.distributed import World
 from base.errors import UserError
-from base.limits import BLOCKS, SIDE, WIDTH
 from runtime.checkpoint import read_weights
 from runtime.config import originals
 from runtime.config.cli import knob, section
-from runtime.config.from_checkpoint import Geometry, inherit
-from runtime.config.ignored import FINE_TUNING, PRETRAINING
+from runtime.config.from_checkpoint import inherit
+from runtime.config.ignored import FINE_TUNING
+from runtime.config.networks import Geometry
 from runtime.optim.build import Optimizer, Precision
 from runtime.optim.schedule import Plan, Schedule
 from runtime.options import RunConfig, ValidationConfig
 from runtime.run import seed_everything
-
-
-@dataclass
-class Networks:
-    """The networks."""
-
-    IGNORED = PRETRAINING
-    OLD_NAMES = ("from_scratch",)
-    translate = staticmethod(originals.pretraining)
-
-    image_res: int = knob(256, "side of the square input, pixels", low=8, high=SIDE)
-    patch_size: int = knob(16, "side of a patch, pixels", low=1, high=SIDE)
-    vision_width: int = knob(768, "width of the vision transformer", low=1, high=WIDTH)
-    vision_depth: int = knob(12, "blocks of the vision transformer", low=1, high=BLOCKS)
-    vision_heads: int = knob(12, "attention heads of the vision transformer", low=1, high=WIDTH)
-    vision_stem: list[int] = knob(
-        [],
-        "channels of convolutional stages before the patches, whose batch norms stay as loaded; [] = none",
-        low=1,
-        high=WIDTH,
-        rare=True,
-    )
-    vision_tower: str | None = knob(
-        None,
-        "timm/NAME[:FILE], locked, before the patches: its last feature map instead of pixels",
-        rare=True,
-    )
-    bert_config: Path = knob(
-        Path("configs/shared_bert.json"), "geometry of the text and fusion transformer (JSON)"
-    )
-    embed_dim: int = knob(256, "width of the joint space", low=1, high=WIDTH)
-    text_encoder: str = knob(
-        "bert-base-uncased", "tokenizer: Hugging Face folder, hub name, or trained on the captions"
-    )
 
 
 def fine_tuning_schedule(duration: str, warmup: str) -> Any:

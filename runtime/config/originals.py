@@ -1,4 +1,5 @@
-"""SIMLA's and ALBEF's own YAML files: what only their code says, written into the values.
+"""SIMLA's and ALBEF's own YAML files: what only their code says, written into the values; and SLIP's
+flag of another name.
 
 A file is theirs where its `schedular` counts `warmup_epochs`. The user reads once what was added
 and what differs.
@@ -49,6 +50,17 @@ def nlvr(values: dict, notes: list[str]) -> dict:
     if "test_file" in values:
         return values
     return with_defaults(values, {"stage": "text_assignment", "crop_scale": [0.2, 1.0]}, notes)
+
+
+def zero_shot(values: dict, notes: list[str]) -> dict:
+    """SLIP's `eval_zeroshot.py --resume FILE`."""
+    if "resume" in values:
+        file = values.pop("resume")
+        notes.append(
+            f"--resume {file} is taken as --checkpoint, as in SLIP: nothing is resumed here"
+        )
+        values["checkpoint"] = file
+    return values
 
 
 def with_defaults(values: dict, added: dict, notes: list[str]) -> dict:

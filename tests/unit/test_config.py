@@ -3,6 +3,7 @@ file and back."""
 
 import dataclasses
 import importlib
+import inspect
 import io
 import os
 import re
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from base.errors import UserError
+from base.knobs import Knob
 from runtime.config import cli as config_module
 from runtime.config.cli import (
     differences,
@@ -29,6 +31,7 @@ from runtime.config.cli import (
     to_dict,
 )
 from runtime.config.draft import Draft
+from runtime.config.networks import Geometry, Networks
 from runtime.config.schema import Schema
 from runtime.config.values import Kind
 from tests.helpers.configs import load
@@ -568,6 +571,19 @@ def test_run_on_ctrl_c_and_on_defects(monkeypatch, capsys):
     assert seen == [read("--seed", "9")]
 
 
+def test_a_mistyped_model_is_refused_before_the_built_in_data_are_made(
+    capsys, monkeypatch, tmp_path
+):
+    from main import Config as MainConfig
+
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "CL2L_R50_CL2", "--shards", "data/digitscenes/shards"]
+    with pytest.raises(SystemExit) as left:
+        run_script(print, MainConfig, argv=words)
+    assert left.value.code == 2 and "did you mean CL2L_R50_CL2L?" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_importing_is_cheap():
     code = "import runtime.config.cli, sys; assert not {'torch', 'numpy', 'ruamel.yaml'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -753,3 +769,16 @@ def test_a_slip_in_a_duration_shows_before_any_data_are_read(name):
         check_durations(parse(VqaConfig, [f"--{name}", "10 stepps"]))
     with pytest.raises(UserError, match=f"{name} '0 steps': every 0 updates is never or always"):
         check_durations(parse(VqaConfig, [f"--{name}", "0 steps"]))
+
+
+def test_every_field_of_an_option_is_a_keyword_of_knob():
+    known = {name for name in Knob.__dataclass_fields__ if name != "flat"}  # of sections
+    assert set(inspect.signature(knob).parameters) == known | {"default"}
+
+
+def test_networks_that_are_left_open_have_the_options_of_pretraining():
+    stated, left_open = Schema(Networks).knobs, Schema(Geometry).knobs
+    assert set(stated) < set(left_open)
+    for name, option in stated.items():
+        same = (left_open[name].help, left_open[name].low, left_open[name].high)
+        assert same == (option.help, option.low, option.high) and left_open[name].default is None

@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from base.errors import UserError
 from runtime.config.cli import parse
@@ -242,6 +243,18 @@ def test_a_command_of_the_readmes(script, words, expected):
         words[words.index("--config") + 1] = str(FILES / words[words.index("--config") + 1])
     config = parse(importlib.import_module(script).Config, words)
     assert {path: at(config, path) for path in expected} == expected
+
+
+@pytest.mark.parametrize("script", ["eval_zeroshot", "main"])
+def test_a_file_to_resume_from_is_said_to_be_a_checkpoint(script, tmp_path, capsys):
+    file = tmp_path / "c.pt"
+    file.touch()
+    config = parse(importlib.import_module(script).Config, ["--resume", str(file)])
+    if script == "main":
+        config.resolve_auto(torch.device("cpu"))
+        assert config.resume == "auto"
+    assert config.checkpoint == file
+    assert f"--resume {file}" in capsys.readouterr().out
 
 
 def test_a_configuration_of_nxtp_is_named_by_its_recipe():

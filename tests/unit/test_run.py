@@ -269,11 +269,16 @@ def test_damaged_checkpoints_cost_nothing_that_is_still_there(kind, tmp_path, ca
 
 
 @both_kinds
-def test_a_new_run_does_not_take_the_best_checkpoint_of_an_earlier_one(kind, tmp_path):
+def test_a_new_run_does_not_take_the_best_checkpoint_of_an_earlier_one(kind, tmp_path, capsys):
     train(options(tmp_path), scores=[1, 3, 2, 0])
     with pytest.warns(UserWarning, match="of an earlier run"):
         _, checkpoint = train(options(tmp_path, resume="no"))
-    assert checkpoint == saved(tmp_path, TOTAL)
+    assert (
+        checkpoint == saved(tmp_path, TOTAL)
+        and "no checkpoint to resume" not in capsys.readouterr().out
+    )
+    Run(options(tmp_path / "empty", resume="True"), ALONE)
+    assert "/empty holds no checkpoint to resume from" in capsys.readouterr().out
     best = saved(tmp_path, "best")
     aside = best.with_name(f"{best.name}.superseded")
     assert not os.path.lexists(best) and find_damage(aside) is None

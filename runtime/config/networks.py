@@ -1,0 +1,65 @@
+"""The options of a fusion encoder's networks: set for pre-training, left open for what starts from a
+checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from base.knobs import knob, left_open
+from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
+from runtime.config import originals
+from runtime.config.ignored import PRETRAINING
+
+
+@dataclass
+class Networks:
+    """The networks."""
+
+    IGNORED = PRETRAINING
+    OLD_NAMES = ("from_scratch",)
+    translate = staticmethod(originals.pretraining)
+
+    image_res: int = knob(
+        256, "side of the square input, pixels; positions are interpolated to it", low=8, high=SIDE
+    )
+    patch_size: int = knob(16, "side of a patch, pixels", low=1, high=SIDE)
+    vision_width: int = knob(768, "width of the vision transformer", low=1, high=WIDTH)
+    vision_depth: int = knob(12, "blocks of the vision transformer", low=1, high=BLOCKS)
+    vision_heads: int = knob(12, "attention heads of the vision transformer", low=1, high=WIDTH)
+    vision_stem: list[int] = knob(
+        [],
+        "channels of convolutional stages before the patches, whose batch norms stay as loaded; [] = none",
+        low=1,
+        high=WIDTH,
+        rare=True,
+    )
+    vision_tower: str | None = knob(
+        None,
+        "timm/NAME[:FILE], locked, before the patches: its last feature map instead of pixels",
+        rare=True,
+    )
+    bert_config: Path = knob(
+        Path("configs/shared_bert.json"), "geometry of the text and fusion transformer (JSON)"
+    )
+    embed_dim: int = knob(256, "width of the joint space", low=1, high=WIDTH)
+    text_encoder: str = knob(
+        "bert-base-uncased", "tokenizer: Hugging Face folder, hub name, or trained on the captions"
+    )
+
+
+@dataclass
+class Geometry:
+    """The networks; none = as the run that made the checkpoint says, else as published."""
+
+    image_res: int | None = left_open(Networks, "image_res")
+    patch_size: int | None = left_open(Networks, "patch_size", rare=True)
+    vision_width: int | None = left_open(Networks, "vision_width", rare=True)
+    vision_depth: int | None = left_open(Networks, "vision_depth", rare=True)
+    vision_heads: int | None = left_open(Networks, "vision_heads", rare=True)
+    vision_stem: list[int] | None = left_open(Networks, "vision_stem", rare=True)
+    vision_tower: str | None = left_open(Networks, "vision_tower", rare=True)
+    bert_config: Path | None = left_open(Networks, "bert_config", rare=True)
+    embed_dim: int | None = left_open(Networks, "embed_dim", rare=True)
+    queue_size: int | None = knob(
+        None, "momentum features kept as further negatives", low=0, high=QUEUE
+    )
+    text_encoder: str | None = left_open(Networks, "text_encoder", rare=True)

@@ -100,6 +100,12 @@ def test_sigkill_at_any_step_then_the_same_command_gives_the_same_run(
     process.wait()  # the trainers of a launcher, and loader workers, end by themselves
     finish(processes, flags[1])
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
+    if case == "json, 2 processes":  # a finished run has nothing left to do
+        before = weights(tmp_path / "killed")["model"]
+        assert "nothing left to train" in finish(processes, flags[1])
+        after = weights(tmp_path / "killed")["model"]
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert (tmp_path / "killed" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -162,38 +168,18 @@ def test_a_signal_saves_and_asks_for_a_requeue(number, digitscenes, image_tokeni
     assert len(saved) == 1
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one byte flipped"])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    damage, digitscenes, image_tokenizer, tmp_path
-):
-    flags = [
-        arguments(digitscenes, image_tokenizer, tmp_path / name) for name in ("straight", "damaged")
-    ]
-    for folder_flags in flags:
-        finish(1, folder_flags)
-    newest = tmp_path / "damaged" / "checkpoint_00000008.pt"
-    content = bytearray(newest.read_bytes())
-    if damage == "truncated":
-        del content[len(content) // 2 :]
-    else:
-        content[len(content) // 2] ^= 1
-    newest.write_bytes(content)
-    output = finish(1, flags[1])
-    assert "checkpoint_00000008.pt" in output and "checkpoint_00000004.pt" in output
-    assert_same_run(tmp_path / "damaged", tmp_path / "straight")
-
-
-def test_two_processes_end_with_equal_queues_and_a_finished_run_has_nothing_left_to_do(
+def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(
     digitscenes, image_tokenizer, tmp_path
 ):
-    flags = arguments(digitscenes, image_tokenizer, tmp_path / "run", workers=1)
-    finish(2, flags)
-    before = weights(tmp_path / "run")["model"]
-    output = finish(2, flags)
-    after = weights(tmp_path / "run")["model"]
-    assert "from 8" in output
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (tmp_path / "run" / "model.safetensors").exists()
+    """A flipped bit, in every script's, is in test_damaged_checkpoints.py."""
+    flags = arguments(digitscenes, image_tokenizer, tmp_path / "run")
+    finish(1, flags)
+    shutil.copytree(tmp_path / "run", tmp_path / "straight", symlinks=True)
+    newest = tmp_path / "run" / "checkpoint_00000008.pt"
+    os.truncate(newest, newest.stat().st_size // 2)
+    output = finish(1, flags)
+    assert "checkpoint_00000008.pt" in output and "checkpoint_00000004.pt" in output
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
 TRAINER = """

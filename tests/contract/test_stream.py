@@ -395,11 +395,9 @@ def wait_until_gone(pids, seconds=20):
 
 def test_workers_ignore_signals_of_the_scheduler_but_end_with_the_parent():
     send = "[subprocess.run(['kill', f'-{s}', *map(str, workers)]) for s in ('TERM', 'INT', 'USR1')]; time.sleep(0.5)"
-    process, pids, output = run_script(f"{send}; print(len([next(loader) for _ in range(20)]))")
-    assert process.returncode == 0 and output.split() == ["20"]
-    assert wait_until_gone(pids)
-    process, pids, _ = run_script("raise SystemError('stop')")
-    assert process.returncode == 1
+    twenty = "print(len([next(loader) for _ in range(20)]))"
+    process, pids, output = run_script(f"{send}; {twenty}; raise SystemError('stop')")
+    assert process.returncode == 1 and output.split() == ["20"]
     assert wait_until_gone(pids)
 
 

@@ -223,7 +223,8 @@ class Runs:
         return self.to_the_end(kill)
 
     def copy_of(self, number: int) -> Path:
-        return self.folder.with_suffix(f".{number}")
+        # not beside the run, whose page would read and compare all of them
+        return self.folder.parent / "killed" / str(number)
 
 
 def crash_everywhere(

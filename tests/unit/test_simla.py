@@ -48,12 +48,9 @@ def test_losses_are_named_finite_and_reach_every_parameter(albef):
         assert parameter.requires_grad != taught and (parameter.grad is None) == taught, name
 
 
-@pytest.mark.parametrize(
-    "albef",
-    [pytest.param(False, id="simla", marks=pytest.mark.slow), pytest.param(True, id="albef")],
-)
-def test_compiled_equals_eager(albef):
-    model, batch = tiny_model(albef=albef, layers=2, depth=1), tiny_batch(albef=albef)
+def test_albef_compiled_equals_eager():
+    """SIMLA's step is in tests/script/test_compiled.py."""
+    model, batch = tiny_model(albef=True, layers=2, depth=1), tiny_batch(albef=True)
     fix_negatives(model)
     other = copy.deepcopy(model)
     fix_negatives(other)

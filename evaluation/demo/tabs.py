@@ -113,8 +113,8 @@ def search_tab(demo: Demo) -> None:
             similar = gr.Button("Similar images")
             captions = gr.Button("Captions that fit", visible=bool(demo.index.captions))
     gr.HTML(view.folder_note(demo.index), elem_id="folder")
-    note = gr.HTML()
-    table = gr.HTML()
+    note = gr.HTML(elem_id="note")
+    table = gr.HTML(elem_id="captions")
     gallery = gr.Gallery(
         show_label=False,
         columns=4,

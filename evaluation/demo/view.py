@@ -91,7 +91,7 @@ def found_note(hits: Sequence[Hit], total: int, milliseconds: float) -> Markup:
 
 def folder_note(index: Index) -> Markup:
     """How many images are searched, and which cannot be."""
-    line = f"{len(index):,} images of {index.root}"
+    line = f"{len(index):,} images of {index.root.name or index.root}"  # not where it lies
     if not index.unreadable:
         return note(line)
     names = [f"{name}: {reason}" for name, reason in index.unreadable.items()]

@@ -31,6 +31,10 @@ TITLES = {
     "text_acc": "text choice",
 }
 CHOICES = {"text_acc": "text", "image_acc": "image", "acc": "both"}  # Winoground's three scores
+EMBEDDINGS = (
+    "z: the global embeddings that CLIP compares; h: those of the local projectors; "
+    "zh_0.5: the mean of both similarities."
+)
 TEXT_COLUMNS = (0, 3)  # flush left: the data set, and its metric or score
 RECALLS = recall_names("text", "image")
 
@@ -114,7 +118,10 @@ def plain_tables(results: Results) -> str:
 
 def cards(results: Results, skipped: Mapping[str, str]) -> list[Markup]:
     """The tables, the ensembles' course over the weight of z, and what was left out and why."""
-    found = [card(title, table(rows[0], rows[1:])) for title, rows in tables(results).items()]
+    has_h = any(f"{row['metric']}_h" in row or "txt_r1_h" in row for row in results.values())
+    found = []
+    for title, rows in tables(results).items():
+        found.append(card(title, table(rows[0], rows[1:]), intro=EMBEDDINGS if has_h else ""))
     charts = [ensemble_chart(name, row) for name, row in results.items()]
     if any(charts):
         intro = (

@@ -42,7 +42,7 @@ from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import fitting_weights
 from runtime.config.networks import Networks
-from runtime.log import training_flops
+from runtime.flops import training_flops
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.options import RunConfig, StreamConfig
@@ -130,9 +130,8 @@ def load_image_tokenizer(config: Config, world: World) -> ImageTokenizer | None:
     """The frozen tokenizer on the device, in the precision of the run; ALBEF needs none."""
     if not config.is_simla:
         return None
-    kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
     path = existing_tokenizer(config.image_tokenizer_path)
-    image_tokenizer = ImageTokenizer.load(path, read_weights, kind).to(world.device)
+    image_tokenizer = ImageTokenizer.load(path, read_weights, config.precision).to(world.device)
     return image_tokenizer.compiled() if config.compile else image_tokenizer
 
 
@@ -162,8 +161,9 @@ def training_data(
     codes = None
     if config.code_cache:
         images = PretrainPair(image_transform(config, token_side), config.image_root)
-        share = {"workers": config.workers, "world": world}
-        write_codes(config.code_cache, records, images, image_tokenizer, world.device, **share)
+        write_codes(
+            config.code_cache, records, images, image_tokenizer, workers=config.workers, world=world
+        )
         codes = CodeCache(config.code_cache, len(records))
         token_side = None
     pair = PretrainPair(

@@ -27,8 +27,14 @@ from base.errors import UserError
 from dataset.loading.stream import StreamLoader
 from dataset.sources.records import Records
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
-from dataset.tasks.vqa import QuestionAnswers, QuestionSet, VqaCollate
-from dataset.tasks.vqa import check_answer_list, encode_answers, read_answer_list
+from dataset.tasks.vqa import (
+    QuestionAnswers,
+    QuestionSet,
+    VqaCollate,
+    check_answer_list,
+    encode_answers,
+    read_answer_list,
+)
 from dataset.text.wordpiece import TextCollate, Tokenizer
 from evaluation.predict import over_split
 from evaluation.report.results import write_results
@@ -179,8 +185,7 @@ def evaluate(
         return best[:, :SHOWN], probability[:, :SHOWN]
 
     with evaluating(model), start.precision.autocast():
-        best, probability = over_split(predict, batches, own, len(data), start.world, "answering")
-    return best, probability
+        return over_split(predict, batches, own, len(data), start.world, "answering")
 
 
 def accuracy(data: QuestionSet, answers: list[str], best: Tensor, config: Config) -> dict:
@@ -230,12 +235,11 @@ def main(config: Config) -> None:
         config.checkpoint = train(model, splits.get("val"), answers, tokenizer, config, start)
         model = Vqa(model.config)
         start_from(model, read_weights(config.checkpoint), "vqa")
+    model.to(start.world.device)
     metrics = {"k_test": min(config.k_test, len(answers))}
     sections = []
     for split, data in splits.items():
-        best, probability = evaluate(
-            model.to(start.world.device), data, answers, tokenizer, config, start
-        )
+        best, probability = evaluate(model, data, answers, tokenizer, config, start)
         metrics[split] = accuracy(data, answers, best, config) or {"questions": len(data)}
         if start.world.is_main:
             file = config.output_dir / f"result/vqa_result_{split}.json"

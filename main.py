@@ -51,7 +51,7 @@ from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import check_architecture, description_of, saved_config
 from runtime.config.clip_rocket import RocketRunConfig
-from runtime.log import training_flops
+from runtime.flops import training_flops
 from runtime.optim.build import Precision, set_learning_rate
 from runtime.parallel import gradient_sync, whole_model
 from runtime.run import Run, evaluating, seed_everything

@@ -77,7 +77,7 @@ def dual_network(model: str, weights: bool) -> nn.Module:
     return _hugging_face_pair(name, weights)
 
 
-# ------------------------------------------------------------------------------------ transformers
+# ---- transformers
 def hugging_face_config(source: str, remedy: str = "", what: str = ""):
     """transformers' configuration in a folder or of a name of the hub. UserError; what: the option
     that names it; remedy: what else a user can do without a network."""
@@ -145,7 +145,7 @@ def _hugging_face_pair(source: str, weights: bool) -> nn.Module:
         return transformers.AutoModel.from_pretrained(source, config=config).float()
 
 
-# --------------------------------------------------------------------------------------- open_clip
+# ---- open_clip
 def open_clip_network(name: str, weights: bool, remedy: str = "") -> nn.Module:
     """open_clip's network by `NAME[:TAG]`, `hf-hub:…` or `local-dir:FOLDER`, with the published
     weights or random ones. UserError; remedy: what else a user can do without a network."""
@@ -288,7 +288,7 @@ def tokenizer_source(name: str) -> str | None:
     return text.get("hf_tokenizer_name")
 
 
-# -------------------------------------------------------------------------------------------- timm
+# ---- timm
 def timm_network(name: str, what: str = "", pretrained: bool = False, remedy: str = "", **options):
     """timm's network `name`, with the weights that timm fetches or random ones.
 

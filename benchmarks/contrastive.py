@@ -44,7 +44,7 @@ class Config(Options):
 def loss_and_gradients(options: SimpleNamespace) -> dict:
     """CLIP's loss in tiles, or dense without `options.tile`: value, time and memory. `options.file`
     gets the gradients."""
-    from models.dual_encoder.losses import clip_loss, normalize
+    from models.dual_encoder.losses import Views, clip_loss, normalize
 
     rng = torch.Generator().manual_seed(0)
     image = torch.randn(options.pairs, options.width, generator=rng)
@@ -57,8 +57,8 @@ def loss_and_gradients(options: SimpleNamespace) -> dict:
     def compute() -> float:
         images = normalize(image)[:, None]
         texts = normalize(text)[:, None]
-        found = clip_loss(images, texts, images, texts, scale, tile=options.tile)
-        loss = (found.loss_image + found.loss_text) / 2
+        views = Views(images, texts, images, texts, first=0)
+        loss = clip_loss(views, scale, tile=options.tile).loss
         loss.backward()
         return loss.item()
 

@@ -27,7 +27,7 @@ from main import total_loss
 from models.dual_encoder.base import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.config.cli import knob, run_script
-from runtime.log import training_flops
+from runtime.flops import training_flops
 from runtime.optim.build import Optimizer
 
 ADAMW = Optimizer(lr=1e-4, weight_decay=0.1)  # of both sides

@@ -34,7 +34,7 @@ from models.fusion.simla import Simla, SimlaConfig
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
 from runtime.config.cli import knob, run_script
-from runtime.log import training_flops
+from runtime.flops import training_flops
 from runtime.optim.build import Optimizer
 
 CHECKOUT_FILES = {"simla": "models/simla/pretrain.py", "albef": "models/model_pretrain.py"}
@@ -95,9 +95,8 @@ def ours(options: SimpleNamespace) -> dict:
     batch = training_batch(options)
     tokenizer = None
     if options.system == "simla":
-        dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
         config = TokenizerConfig(width=8) if options.tiny else TokenizerConfig()
-        tokenizer = ImageTokenizer(config, with_decoder=False).freeze(dtypes[options.precision])
+        tokenizer = ImageTokenizer(config, with_decoder=False).freeze(options.precision)
         tokenizer = tokenizer.to(options.device)
         token_image = batch.pop("token_image")
         batch["visual_codes"] = torch.zeros_like(batch["patch_mask"], dtype=torch.int64)
@@ -135,7 +134,7 @@ def our_losses(options: SimpleNamespace) -> dict:
         texts = i2t.masked_fill(same, -torch.inf).argmax(-1)
         return images, texts
 
-    model.draw_negatives = likeliest
+    model.sample_negatives = likeliest
     MomentumPairs(model).update()
     with torch.no_grad():
         losses = model(**batch)

@@ -12,8 +12,8 @@ from base.distributed import World
 from benchmarks.gauge import measure
 from benchmarks.runner import Side, TrainOptions, device_of, take_turns
 from benchmarks.table import MEMORY, Column, publish, table
-from runtime.log import peak_flops
-from runtime.optim.build import Optimizer, Precision, build_optimizer
+from runtime.flops import peak_flops
+from runtime.optim.build import PRECISIONS, Optimizer, Precision, build_optimizer
 from runtime.parallel import Features, parallelize
 
 COLUMNS = [
@@ -86,9 +86,9 @@ def mfu(flops: float, result: dict, options: SimpleNamespace) -> float:
     """Fraction of the vendor's peak on a GPU (0 if unknown), of a matrix product's rate on the
     CPU."""
     if options.device == "cpu":
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = PRECISIONS[options.precision] or torch.float32
         size = 256 if options.tiny else 2048
-        return flops / result["cpu_seconds"] / matmul_rate(dtypes[options.precision], size)
+        return flops / result["cpu_seconds"] / matmul_rate(dtype, size)
     peak = peak_flops(torch.device(options.device), options.precision)
     return flops / result["seconds"] / peak if peak else 0.0
 

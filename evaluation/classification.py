@@ -101,7 +101,7 @@ def score(
     return Scores(torch.cat(found) if found else torch.zeros(0, width), own, labels, world.device)
 
 
-# --------------------------------------------------------------------------------------------------------- one label
+# ---- one label
 
 
 def single_label_metrics(
@@ -164,7 +164,7 @@ def read_real(path: Path, names: Sequence[str]) -> list[list[int]]:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------- several labels
+# ---- several labels
 
 
 def multi_label_metrics(scores: Scores, details: bool = False) -> dict[str, float]:

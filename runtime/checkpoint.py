@@ -393,7 +393,7 @@ def _check_plain(value: Any, where: str = "state") -> None:
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- weights
+# ---- weights
 
 
 def weights_file(path: Path) -> Path:

@@ -1,5 +1,4 @@
-"""What a run tells: a banner, a progress bar, a line in `log.jsonl` per log step, TensorBoard, and
-W&B if asked for."""
+"""Run logging: banner, progress bar, a line of `log.jsonl` per log step, TensorBoard, W&B."""
 
 import contextlib
 import json
@@ -17,8 +16,6 @@ from base.errors import UserError
 from base.reading import parse_json
 from base.writing import file_errors, finite, write_bytes, write_text
 from runtime.checkpoint import RESUMABLE
-from runtime.flops import flop_counter
-from runtime.gpus import gpu_by_device_name
 
 
 class Meters:
@@ -93,8 +90,8 @@ class Stopwatch:
         figures = {
             "images_per_s": self.steps * self.samples / seconds,
             "data_wait": self.waited / seconds,
+            "step_s": seconds / max(1, self.steps),
         }
-        figures["step_s"] = seconds / max(1, self.steps)
         if self.world.device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         else:
@@ -110,53 +107,6 @@ def _peak_resident_bytes() -> int:
 
     kilo = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
-
-
-def peak_flops(device: torch.device, precision: str, tflops: float | None = None) -> float:
-    """Peak of this device in FLOP/s: `tflops` where given, else the table by the card's name, else
-    0 (unknown)."""
-    if tflops is not None:
-        return tflops * 1e12
-    if device.type != "cuda":
-        return 0.0
-    gpu = gpu_by_device_name(torch.cuda.get_device_name(device))
-    if gpu is None:
-        return 0.0
-    return gpu.fp32 if precision == "fp32" else gpu.half
-
-
-def training_flops(model: torch.nn.Module, batch: dict) -> float:
-    """FLOPs of one forward and backward pass of `model(**batch)`, counted with fake tensors:
-    nothing is computed.
-
-    Call before the model is wrapped. What activation checkpointing computes again is not counted
-    (MFU, not HFU).
-    """
-    from unittest import mock
-
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.func import functional_call
-
-    # collectives have no FLOPs and no fake tensors: to the count, this process is alone
-    alone = mock.patch.object(torch.distributed, "is_initialized", return_value=False)
-    # functional_call leaves the fakes in a module that is reachable by two names
-    own = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    with alone, FakeTensorMode(allow_non_fake_inputs=True):
-
-        def fake(tensor):
-            # of the same shape and kind, on the CPU: the count is the same on every device
-            like = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            return like.requires_grad_(tensor.requires_grad)
-
-        state = {k: fake(v) for k, v in [*model.named_parameters(), *model.named_buffers()]}
-        inputs = {k: fake(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with flop_counter() as counter:
-            losses = functional_call(model, state, kwargs=inputs, tie_weights=True)
-            sum(loss for loss in losses.values() if loss.requires_grad).backward()
-    for module, parameters, buffers in own:
-        module._parameters.update(parameters)
-        module._buffers.update(buffers)
-    return float(counter.get_total_flops())
 
 
 class RunLog:
@@ -199,22 +149,22 @@ class RunLog:
             self.wandb = _start_wandb(folder, config, wandb)
 
     def banner(self, title: str, **facts) -> None:
-        """The derived truth of a run, one aligned line a fact."""
-        if self.main:
-            width = max(map(len, facts))
-            lines = [
-                f"  {name.replace('_', ' '):<{width}}  {value}" for name, value in facts.items()
-            ]
-            print("\n".join([title, *lines]), flush=True)
+        """Print the title and what the configuration comes to, one aligned line a fact."""
+        if not self.main:
+            return
+        width = max(map(len, facts))
+        print(title)
+        for name, value in facts.items():
+            print(f"  {name.replace('_', ' '):<{width}}  {value}")
+        sys.stdout.flush()
 
     def progress(self, total: int, done: int, unit: str = "step") -> None:
         """Start the progress bar of the training loop."""
-        if self.main:
-            from tqdm import tqdm
+        if not self.main:
+            return
+        from tqdm import tqdm
 
-            self.bar = tqdm(
-                total=total, initial=done, unit=unit, dynamic_ncols=True, mininterval=1.0
-            )
+        self.bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, mininterval=1.0)
 
     def tick(self) -> None:
         if self.bar is not None:
@@ -225,11 +175,7 @@ class RunLog:
         numbers elsewhere."""
         if not self.main:
             return
-        numbers = {
-            k: v
-            for k, v in values.items()
-            if isinstance(v, (int, float)) and not isinstance(v, bool)
-        }
+        numbers = {name: value for name, value in values.items() if is_number(value)}
         # JSON knows no NaN: a reader that is strict must still be able to read the line
         with file_errors(self.path, RESUMABLE):
             line = json.dumps(finite({"step": step, **values})).encode() + b"\n"
@@ -242,17 +188,20 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
         if self.bar is not None:
-            shown = {
-                k: f"{v:.4g}"
-                for k, v in numbers.items()
-                if k.startswith("loss") or k in ("lr", "images_per_s")
-            }
+            shown = {}
+            for name, value in numbers.items():
+                if name.startswith("loss") or name in ("lr", "images_per_s"):
+                    shown[name] = f"{value:.4g}"
             self.bar.set_postfix(shown, refresh=False)
 
     def say(self, text: str) -> None:
         """A line for the user, above the progress bar."""
-        if self.main:
-            self.bar.write(text) if self.bar is not None else print(text, flush=True)
+        if not self.main:
+            return
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
 
     def close(self) -> None:
         if self.main:
@@ -262,6 +211,11 @@ class RunLog:
                         sink.close()
             if self.wandb is not None:
                 self.wandb.finish()
+
+
+def is_number(value: object) -> bool:
+    """Whether a value can be drawn as a curve."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def keep_before(path: Path, step: int) -> None:

@@ -1,5 +1,4 @@
-"""Features laid around a network from outside: activation checkpointing, FSDP2 or DDP,
-torch.compile.
+"""Wrap a network: activation checkpointing, FSDP2 or DDP, torch.compile.
 
 Transformer blocks, the children of a network's `nn.ModuleList`s, are the units that are
 checkpointed and sharded.
@@ -44,7 +43,8 @@ def is_stage(model: nn.Module) -> bool:
 class Features:
     """The knobs of `parallelize`, under the names that every script's configuration has."""
 
-    parallel: str = "ddp"  # or fsdp: parameters, gradients and optimizer state sharded over the processes (FSDP2)
+    # ddp, or fsdp: parameters, gradients and optimizer state sharded over the processes (FSDP2)
+    parallel: str = "ddp"
     compile: bool = False
     activation_checkpointing: bool = False
     precision: str = "fp32"
@@ -58,7 +58,7 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     features: a script's configuration, or `Features`. Parameter names do not change, so checkpoints
     are the same under every combination.
     """
-    strategy, compiled = features.parallel, features.compile
+    strategy = features.parallel
     model = model.to(world.device)
     structure = without_weights(model) if strategy == "fsdp" else None
     if features.activation_checkpointing:
@@ -69,21 +69,24 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
         model.structure = (structure, world.device)
     elif strategy != "ddp":
         raise UserError(f"parallel: {strategy!r} is unknown; use ddp or fsdp")
-    if compiled:
+    if features.compile:
         # in place, so that names in checkpoints stay; blocks under FSDP, whose gathers break a
         # whole-model graph
-        for part in transformer_blocks(model) if strategy == "fsdp" else [model]:
+        parts = transformer_blocks(model) if strategy == "fsdp" else [model]
+        for part in parts:
             part.compile()
     if strategy == "ddp" and world.size > 1:
         match_strides(model)
         # the queues are equal on every process by construction: broadcasting 128 MB a step would
         # buy nothing
         device_ids = [world.device.index] if world.device.type == "cuda" else None
-        newer = (
-            "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
-        )
-        no_sync = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-        model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **no_sync)
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        options = {"gradient_as_bucket_view": True}
+        if "forward_sync_buffers" in known:
+            options["forward_sync_buffers"] = False
+        else:  # its older name
+            options["broadcast_buffers"] = False
+        model = DistributedDataParallel(model, device_ids, **options)
     return model
 
 
@@ -148,8 +151,9 @@ def shard(model: nn.Module, world: World, features) -> nn.Module:
 
     In bf16 the blocks' weights travel as bf16 and the gradients are reduced in float32; the
     parameters themselves stay float32. The root unit computes heads and losses in float32 and batch
-    norms take float32 weights, so these travel whole. With a `shard_group` smaller than the number of processes, each group
-    holds a whole copy (HSDP): gathers stay within a group, gradients are averaged between groups.
+    norms take float32 weights, so these travel whole. With a `shard_group` smaller than the number
+    of processes, each group holds a whole copy (HSDP): gathers stay within a group, gradients are
+    averaged between groups.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
@@ -232,7 +236,7 @@ def share_matrices(world: World) -> None:
 
 
 def without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are on the meta device and take no memory; buffers are shared with the model."""
+    """A copy whose parameters are on the meta device and take no memory; buffers are the model's."""
     memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
@@ -240,7 +244,8 @@ def without_weights(model: nn.Module) -> nn.Module:
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """The network to evaluate: itself without wrappers, or under FSDP2 a copy with all the weights (collective)."""
+    """The network to evaluate: itself without wrappers, or under FSDP2 a copy with all the weights
+    (collective)."""
     if not hasattr(model, "structure"):
         return distributed.unwrap(model)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -24,8 +24,9 @@ from runtime.checkpoint import (
     load_checked,
 )
 from runtime.config.cli import differences, save, to_dict
+from runtime.flops import peak_flops
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
-from runtime.log import Meters, RunLog, Stopwatch, logged_values, peak_flops
+from runtime.log import Meters, RunLog, Stopwatch, logged_values
 from runtime.optim.build import Precision, build_optimizer
 from runtime.optim.schedule import Plan, steps
 from runtime.options import RunConfig

@@ -154,7 +154,7 @@ def module_tensors(module: "Stub", path: object = None) -> dict[str, torch.Tenso
     return tensors
 
 
-# ------------------------------------------------------------------------------------------- what a pickle may build
+# ---- what a pickle may build
 
 
 class Stub:
@@ -426,7 +426,7 @@ def _faults_named(path):
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------ the two torch formats
+# ---- the two torch formats
 
 
 def _load_zip(path: Path) -> Any:
@@ -488,7 +488,7 @@ def _load_legacy(path: Path) -> Any:
     return content
 
 
-# ---------------------------------------------------------------------------------------- stand-ins to plain containers
+# ---- stand-ins to plain containers
 
 
 def _resolve(obj: Any, seen: dict[int, Any]) -> Any:

@@ -150,7 +150,7 @@ def parsed(text: bytes, name: str) -> dict:
         raise BadSample(str(error)) from None
 
 
-# ---------------------------------------------------------------------------------------------------------- collections
+# ---- collections
 
 
 class FolderRecords(Sequence):
@@ -293,7 +293,7 @@ def open_records(
     )
 
 
-# --------------------------------------------------------------------------------------------------- samples, batches
+# ---- samples, batches
 
 
 class LabelledImage:

@@ -142,7 +142,6 @@ def write_codes(
     records,
     build: PretrainPair,
     image_tokenizer,
-    device,
     batch_size: int = 64,
     workers: int = 0,
     world: World = ALONE,
@@ -167,10 +166,10 @@ def write_codes(
     if key is None:
         return
     table = _CodeTable(path, key, len(records), batch_size)
-    grey = _grey(build.transform.token_resolution).to(device)[None]
+    grey = _grey(build.transform.token_resolution).to(world.device)[None]
     width = image_tokenizer.codes(grey).flatten(1).shape[1]
     distributed.on_main(partial(table.create, width), share=False)
-    _fill_codes(table, records, build, image_tokenizer, device, workers, world)
+    _fill_codes(table, records, build, image_tokenizer, workers, world)
     distributed.wait_for_all()
     distributed.on_main(table.finish, share=False)
 
@@ -267,7 +266,7 @@ class _CodeTable:
 
 
 def _fill_codes(
-    table: _CodeTable, records, build, image_tokenizer, device, workers: int, world: World
+    table: _CodeTable, records, build, image_tokenizer, workers: int, world: World
 ) -> None:
     """Compute the batches of this process that are not done yet."""
     codes = map_array(table.partial, "remove it", "r+")
@@ -281,7 +280,7 @@ def _fill_codes(
     unsaved = []
     bar = tqdm(images, "visual codes", unit="batch", disable=not world.is_main)
     for batch, part, image in zip(own, rows, bar, strict=True):
-        found = image_tokenizer.codes(image.to(device)).flatten(1).cpu().numpy()
+        found = image_tokenizer.codes(image.to(world.device)).flatten(1).cpu().numpy()
         codes[part.start : part.stop] = found
         unsaved.append(batch)
         if len(unsaved) == UNSAVED or batch == own[-1]:

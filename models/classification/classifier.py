@@ -1,7 +1,8 @@
 """ViT image classification of COYO-ViT: one label (softmax) or many (sigmoid) an image.
 
-    model = VisionClassifier(ClassifierConfig(model="vit-l/16", num_classes=21841,
-    representation_size=1024)) losses = model(image=..., labels=..., label_weights=...)      # {"loss": 0-d}
+    config = ClassifierConfig(model="vit-l/16", num_classes=21841, representation_size=1024)
+    model = VisionClassifier(config)
+    losses = model(image=..., labels=..., label_weights=...)      # {"loss": 0-d}
 
 Batch (B images, K labels at most): `image` float32 [B,3,S,S]; `labels` int64 [B,K]; `label_weights`
 float32 [B,K], 1 for a label, a probability for a soft one, 0 for padding. Targets never become B x
@@ -35,6 +36,7 @@ SIZES = {  # width, blocks, heads; the MLP is four times as wide
     "b": (768, 12, 12),
     "l": (1024, 24, 16),
 }
+COMPAT = ("none", "original")
 CLIP = 1e-7  # the original's smallest probability inside a logarithm
 
 
@@ -129,8 +131,8 @@ class ClassifierConfig:
         if self.image_size % vit.patch_size:
             near = max(1, round(self.image_size / vit.patch_size)) * vit.patch_size
             raise UserError(
-                f"image_size {self.image_size}: {self.model} has position embeddings for whole patches of "
-                f"{vit.patch_size} pixels; the nearest size is {near}"
+                f"image_size {self.image_size}: {self.model} has position embeddings for whole "
+                f"patches of {vit.patch_size} pixels; the nearest size is {near}"
             )
         known_values = {
             "loss": ("softmax", "sigmoid"),
@@ -143,9 +145,6 @@ class ClassifierConfig:
                 raise UserError(
                     f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}"
                 )
-
-
-COMPAT = ("none", "original")
 
 
 def build_classifier(config: ClassifierConfig) -> "VisionClassifier":
@@ -178,9 +177,8 @@ class VisionClassifier(ViT):
         nn.init.zeros_(self.cls_token)
         nn.init.normal_(self.pos_embed, std=0.02)
         for block in self.blocks:
-            glorot_normal(
-                block.attn.qkv.weight, self.config.width
-            )  # three square matrices, one above the other
+            # three square matrices, one above the other
+            glorot_normal(block.attn.qkv.weight, self.config.width)
             glorot_normal(block.attn.proj.weight, self.config.width)
             glorot_normal(block.mlp.fc1.weight)
             nn.init.xavier_uniform_(block.mlp.fc2.weight)
@@ -190,19 +188,20 @@ class VisionClassifier(ViT):
             nn.init.xavier_uniform_(self.pre_logits.fc.weight)
             nn.init.zeros_(self.pre_logits.fc.bias)
         bias = self.options.head_bias
-        if (
-            bias is None
-        ):  # the original asks for -10 and builds the bias with the kernel's initialiser instead
-            bias = -10.0 if self.options.loss == "sigmoid" and not self.options.original else 0.0
+        if bias is None:
+            bias = -10.0 if self.options.loss == "sigmoid" else 0.0
+            if self.options.original:  # it asks for -10, but fills the bias as it does the kernel
+                bias = 0.0
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, bias)
 
     def features(self, image: Tensor) -> Tensor:
         """Normalised class token [B,D] of images [B,3,S,S]."""
-        x, (*blocks, last) = self.embed(image), self.blocks
+        x = self.embed(image)
+        *blocks, last = self.blocks
         for block in blocks:
             x = block(x)
-        return self.norm(last(x, False, True)[:, 0])
+        return self.norm(last(x, first=True)[:, 0])  # the last block computes that token alone
 
     def logits(self, image: Tensor) -> Tensor:
         """float32 [B,C] of images [B,3,S,S]."""
@@ -226,7 +225,7 @@ def glorot_normal(weight: Tensor, fan_out: int | None = None) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
+# ---- losses
 
 
 def positive_logits(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +276,7 @@ def dense_targets(labels: Tensor, weights: Tensor, classes: int) -> Tensor:
     return weights.new_zeros(len(labels), classes).scatter_reduce_(1, labels, weights, "amax")
 
 
-# ----------------------------------------------------------------------------------------------------- moving average
+# ---- moving average
 
 
 def ema_decay(updates: int, largest: float, start: int = 0) -> float:

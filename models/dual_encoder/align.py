@@ -21,12 +21,12 @@ from models.layers.batchnorm import GhostBatchNorm, average_statistics
 from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape
 from models.layers.xbert import BertConfig, XBert
 
-TEXTS = {
+TEXTS = {  # layers, width
     "TINY": (2, 128),
     "MINI": (4, 256),
     "BASE": (12, 768),
     "LARGE": (24, 1024),
-}  # layers, width
+}
 TINY_STD = 0.1  # with BERT's 0.02 texts of a tower so narrow are all alike at first (cosine 0.9998)
 PAD = 0  # id in every BERT vocabulary
 
@@ -57,7 +57,7 @@ class Align(DualEncoder):
         elif features != config.embed_dim:
             raise UserError(
                 f"embed_dim {config.embed_dim}: ALIGN_B7 has no projection of its {features} image "
-                f"set embed_dim to {features}"
+                f"features; set embed_dim to {features}"
             )
         self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
 
@@ -73,7 +73,7 @@ class Align(DualEncoder):
             "z_image": images["z"],
             "feats_text": texts["feats"],
             "z_text": texts["z"],
-            "temperature": self.temperature * 1.0,
+            "temperature": self.temperature * 1.0,  # a feature, not the parameter itself
         }
 
     def losses(self, features: Features, targets: Features | None = None) -> Features:
@@ -83,12 +83,14 @@ class Align(DualEncoder):
         `clip_loss` is the mean of both directions; COYO-ALIGN minimises their sum (loss_avg_or_sum:
         sum).
         """
-        embeddings = self.among_all(features["z_image"], features["z_text"])
-        scale = 1 / features["temperature"]
-        smoothing = self.options.label_smoothing
-        found = clip_loss(**embeddings, scale=scale, label_smoothing=smoothing)
+        found = clip_loss(
+            self.single_views(features["z_image"], features["z_text"]),
+            scale=1 / features["temperature"],
+            label_smoothing=self.options.label_smoothing,
+            tile=self.options.tile,
+        )
         return {
-            "clip_loss": (found.loss_image + found.loss_text) / 2,
+            "clip_loss": found.loss,
             "clip_loss_image": found.loss_image,
             "clip_loss_text": found.loss_text,
             "clip_acc": found.acc_image,
@@ -100,14 +102,14 @@ class Align(DualEncoder):
         feats = self.vision_model(image)
         if self.image_projection is None:
             return {"feats": feats, "z": feats}
-        return {"feats": feats, "z": unrounded(self.image_projection, feats)}
+        return {"feats": feats, "z": in_weights_dtype(self.image_projection, feats)}
 
     def embed_text(self, text_ids: Tensor) -> Features:
         """Texts int64 [B,L], padded with 0 -> `feats` [B,T], the state of the first token, and `z`
         [B,E].
         """
         feats = self.text_model.first_state(text_ids)
-        return {"feats": feats, "z": unrounded(self.text_projection, feats)}
+        return {"feats": feats, "z": in_weights_dtype(self.text_projection, feats)}
 
     def free_of_decay(self) -> set[str]:
         """Names of the parameters that LAMB neither decays nor scales: those of batch norms, and no
@@ -177,7 +179,7 @@ def projection(width: int, out: int) -> nn.Linear:
     return linear
 
 
-def unrounded(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(x) in the type of its weights, whatever the autocast."""
+def in_weights_dtype(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x) in the dtype of its weights, whatever the autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return linear(x.to(linear.weight.dtype))

@@ -14,7 +14,7 @@ absent for A = 0); SLIP takes its two augmentations as `image_local` [B,2,3,H,W]
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from base.distributed import gather, gather_with_gradient, rank, world_size
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import BLOCKS, CLASSES, SIDE, WIDTH
-from models.dual_encoder.losses import normalize
+from models.dual_encoder.losses import Views, normalize
 from models.layers.clip_towers import TextNoise, TextShape
 
 Features = dict[str, Tensor]
@@ -361,25 +361,15 @@ class DualEncoder(nn.Module):
             return gather_with_gradient(features)
         return gather(features)
 
-    def gather_pair(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """`gather` of two tensors [b,...] of one shape, in one collective."""
-        if world_size() == 1:
-            return image, text
-        return self.gather(torch.stack([image, text], 1)).unbind(1)
-
-    def among_all(self, image: Tensor, text: Tensor) -> dict[str, Any]:
-        """What `clip_loss` compares: this rank's embeddings [b,E] of images and texts, of any
-        length, with those of all ranks."""
-        image, text = normalize(image)[:, None], normalize(text)[:, None]  # one view each
-        all_image, all_text = self.gather_pair(image, text)
-        return {
-            "image": image,
-            "text": text,
-            "all_image": all_image,
-            "all_text": all_text,
-            "first": rank() * len(image),
-            "tile": self.options.tile,
-        }
+    def single_views(self, image: Tensor, text: Tensor) -> Views:
+        """This rank's embeddings [b,E] of images and texts, of any length, as one view each, and
+        those of all ranks; one collective."""
+        image = normalize(image)[:, None]
+        text = normalize(text)[:, None]
+        all_image, all_text = image, text
+        if world_size() > 1:
+            all_image, all_text = self.gather(torch.stack([image, text], 1)).unbind(1)
+        return Views(image, text, all_image, all_text, first=rank() * len(image))
 
     def example_batch(
         self, pairs: int, images: int, captions: int, tokens: int = 32

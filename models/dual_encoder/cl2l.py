@@ -4,7 +4,6 @@ al., 2023).
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from base.knobs import knob
 from models.dual_encoder.base import DualConfig, Features
 from models.dual_encoder.clip import CLIP, choose
 from models.dual_encoder.losses import (
+    Views,
     barlow_twins,
     clip_loss,
     negative_cosine,
@@ -53,29 +53,12 @@ class TargetOptions:
     )
 
 
-class Views(NamedTuple):
-    """Views of unit length: of this rank's pairs [b,V,E], and of all pairs [N,V,E] in rank
-    order.
-    """
-
-    image: Tensor
-    text: Tensor
-    all_image: Tensor
-    all_text: Tensor
-
-    @property
-    def first(self) -> int:
-        """Row of this rank's first pair among all."""
-        return rank() * len(self.image)
-
-
 class CL2L(CLIP):
     """CLIP-rocket: a weak global view and A strong local views of both image and caption."""
 
     def __init__(self, config: DualConfig, visual: nn.Module):
-        super().__init__(
-            config, visual, {"l2l_logit_scale": math.log(1 / 0.1)} if config.separate_proj else None
-        )
+        scales = {"l2l_logit_scale": math.log(1 / 0.1)} if config.separate_proj else None
+        super().__init__(config, visual, scales)
         if config.separate_proj:
             self.l2l_image_projector = self._local_projector(
                 visual.num_features, config.cl2l_img_proj_type, "cl2l_img_proj_type"
@@ -108,8 +91,9 @@ class CL2L(CLIP):
         views = 0 if image_local is None else image_local.shape[1]
         if text_ids.shape[1] != 1 + views:
             raise UserError(
-                f"text_ids holds {text_ids.shape[1]} rows a sample, but {1 + views} belong to 1 global and {views} "
-                "local images: give the tokenizer and the image transform the same num_augs"
+                f"text_ids holds {text_ids.shape[1]} rows a sample, but {1 + views} belong to 1 "
+                f"global and {views} local images: give the tokenizer and the image transform the "
+                "same num_augs"
             )
         # The backward pass begins with what comes last here. Images have most of the activations:
         # they are freed before the text tower's gradients arise.
@@ -150,31 +134,20 @@ class CL2L(CLIP):
         mean of both directions. views: `gather_views(features)`, where a subclass has it already.
         """
         whole, local = views or self.gather_views(features)
-        found = clip_loss(
-            whole.image,
-            whole.text,
-            whole.all_image,
-            whole.all_text,
-            features["logit_scale"],
-            first=whole.first,
-            tile=self.options.tile,
-        )
+        found = clip_loss(whole, features["logit_scale"], tile=self.options.tile)
         losses = {
             "clip_loss_image_global": found.loss_image,
             "clip_loss_text_global": found.loss_text,
             "clip_acc_image_global": found.acc_image,
             "clip_acc_text_global": found.acc_text,
         }
-        loss_image, loss_text = found.loss_image, found.loss_text
+        loss_image = found.loss_image
+        loss_text = found.loss_text
         a = local.image.shape[1]
         if a:
             near = clip_loss(
-                local.image,
-                local.text,
-                local.all_image,
-                local.all_text,
+                local,
                 features["h_logit_scale"],
-                first=local.first,
                 label_smoothing=self.options.label_smoothing,
                 tile=self.options.tile,
             )
@@ -204,8 +177,9 @@ class CL2L(CLIP):
         all_views = own_views if everyone is own else everyone.split(sizes, dim=1)
         image, text, local_image, local_text = own_views
         all_image, all_text, all_local_image, all_local_text = all_views
-        whole = Views(image, text, all_image, all_text)
-        local = Views(local_image, local_text, all_local_image, all_local_text)
+        first = rank() * len(own)
+        whole = Views(image, text, all_image, all_text, first)
+        local = Views(local_image, local_text, all_local_image, all_local_text, first)
         return whole, local
 
     def _image_views(
@@ -416,21 +390,23 @@ class SwALIP(CL2L):
 
     def losses(self, features: Features, targets: Features | None = None) -> Features:
         """CL2L's, and `swalip_loss`: the mean of both directions."""
-        views = self.gather_views(features)
-        losses = super().losses(features, views=views)
-        local = views[1]
+        whole, local = self.gather_views(features)
+        losses = super().losses(features, views=(whole, local))
         a = local.image.shape[1]
         used = self.options.swalip_views(a)
         if a == 0 or a < used:
             raise UserError(
                 f"num_augs {a}: SwALIP swaps assignments between local views; set num_augs to 2"
             )
-        image, text, all_image, all_text = (x[:, :used] for x in local)
         scale = features["h_logit_scale"]
         epsilon = self.options.target_epsilon
         iterations = self.options.sk_iters
-        from_image = swapped_assignments(image, all_text, scale, epsilon, iterations)
-        from_text = swapped_assignments(text, all_image, scale, epsilon, iterations)
+        from_image = swapped_assignments(
+            local.image[:, :used], local.all_text[:, :used], scale, epsilon, iterations
+        )
+        from_text = swapped_assignments(
+            local.text[:, :used], local.all_image[:, :used], scale, epsilon, iterations
+        )
         losses["swalip_loss"] = (used / a) ** 2 * (from_image + from_text) / 2
         return losses
 

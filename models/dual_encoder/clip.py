@@ -21,8 +21,9 @@ class CLIP(DualEncoder, TwoTowers):
         scales: dict[str, float] | None = None,
         text_tower: nn.Module | None = None,
     ):
-        scales = {"logit_scale": math.log(1 / 0.07), **(scales or {})}
-        super().__init__(visual, config.text, scales, text_tower=text_tower)
+        all_scales = {"logit_scale": math.log(1 / 0.07)}
+        all_scales.update(scales or {})
+        super().__init__(visual, config.text, all_scales, text_tower=text_tower)
         self.config = config
         self.image_projector = self._projector(visual.num_features)
         text_width = config.text_width if text_tower is None else text_tower.num_features
@@ -61,10 +62,9 @@ class CLIP(DualEncoder, TwoTowers):
         """`clip_loss`, the mean of both directions, and `clip_acc`, the top-1 accuracy of the
         images in percent.
         """
-        embeddings = self.among_all(features["z_image"], features["z_text"])
-        found = clip_loss(**embeddings, scale=features["logit_scale"])
-        loss = (found.loss_image + found.loss_text) / 2
-        return {"clip_loss": loss, "clip_acc": found.acc_image}
+        views = self.single_views(features["z_image"], features["z_text"])
+        found = clip_loss(views, features["logit_scale"], tile=self.options.tile)
+        return {"clip_loss": found.loss, "clip_acc": found.acc_image}
 
     def embed_image(self, image: Tensor) -> Features:
         """Images [B,3,H,W] -> `feats` [B,C], `z` [B,E] and, for the CL2L family, `h` [B,E]."""
@@ -91,12 +91,13 @@ class SigLIP(CLIP):
     ) -> Features:
         """CLIP's, and the bias of the logits."""
         features = super().features(image, text_ids)
-        features["logit_bias"] = self.logit_bias * 1.0
+        features["logit_bias"] = self.logit_bias * 1.0  # a feature, not the parameter itself
         return features
 
     def losses(self, features: Features, targets: Features | None = None) -> Features:
         """`siglip_loss` of every image against every text."""
-        image, text = normalize(features["z_image"]), normalize(features["z_text"])  # [b,E]
+        image = normalize(features["z_image"])  # [b,E]
+        text = normalize(features["z_text"])
         loss = sigmoid_loss(
             image,
             self.gather(text),

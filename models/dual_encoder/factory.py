@@ -34,12 +34,8 @@ HEADS = {
     "SWALIP": SwALIP,
     "SWALIPV1": SwALIPV1,
 }
-USES_LOCAL_VIEWS = (
-    "CL2L",
-    "BARLIP",
-    "SIAMLIP",
-    "SWALIP",
-)  # heads that take any number of them; the others none
+# heads that take any number of local views; the others none
+USES_LOCAL_VIEWS = ("CL2L", "BARLIP", "SIAMLIP", "SWALIP")
 
 VITS = {  # width, blocks, heads, patch in pixels
     "VITT8": (128, 4, 4, 8),  # for small images, such as DigitScenes
@@ -84,11 +80,12 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
     if is_openai(name):
         return OpenAICLIP, name, 0
     if name not in model_names():
+        hint = did_you_mean(name, [*model_names(), *OPENAI_MODELS]) or "."
         raise UserError(
-            f"model {name!r} is unknown{did_you_mean(name, [*model_names(), *OPENAI_MODELS]) or '.'} The form is <CLIP|CL2L>_<backbone>_<head> with "
-            f"backbones {', '.join(BACKBONES)} and heads {', '.join(HEADS)}, or SLIP's <{'|'.join(SLIP_MODELS)}>_"
-            f"<{'|'.join(SLIP_BACKBONES)}>, or {', '.join(OPENAI_MODELS)}, or ALIGN_<{'|'.join(SHAPES)}>_<{'|'.join(TEXTS)}>, "
-            "or open_clip/NAME:TAG or hf/FOLDER"
+            f"model {name!r} is unknown{hint} The form is <CLIP|CL2L>_<backbone>_<head> with "
+            f"backbones {', '.join(BACKBONES)} and heads {', '.join(HEADS)}, or SLIP's "
+            f"<{'|'.join(SLIP_MODELS)}>_<{'|'.join(SLIP_BACKBONES)}>, or {', '.join(OPENAI_MODELS)}, "
+            f"or ALIGN_<{'|'.join(SHAPES)}>_<{'|'.join(TEXTS)}>, or open_clip/NAME:TAG or hf/FOLDER"
         )
     if parts[0] == "ALIGN":
         return Align, parts[1], 0
@@ -190,8 +187,8 @@ def check_compiled_pooling(config: DualConfig, device: torch.device) -> None:
         layers = build_dual(config).modules()
     if any(isinstance(layer, nn.AvgPool2d) and layer.ceil_mode for layer in layers):
         raise UserError(
-            f"--compile with --image_size {config.image_size}: compiled pooling of {config.model} is "
-            "wrong on GPUs below 32 pixels; take larger images, or leave --compile out"
+            f"--compile with --image_size {config.image_size}: compiled pooling of {config.model} "
+            "is wrong on GPUs below 32 pixels; take larger images, or leave --compile out"
         )
 
 

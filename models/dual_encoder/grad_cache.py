@@ -113,9 +113,8 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """State of torch's generators on the CPU and, where the model is there, on the GPU."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(
-        device
-    ) if device.type == "cuda" else None
+    of_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), of_gpu
 
 
 def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:

@@ -107,13 +107,16 @@ class LibraryCLIP(LockableTowers, DualEncoder):
     def losses(self, features: Features, targets: Features | None = None) -> Features:
         """`siglip_loss`, or CLIP's `clip_loss` and `clip_acc`; ALIGN's with smoothed labels."""
         if self.is_align:
-            embeddings = self.among_all(features["z_image"], features["z_text"])
-            scale = features["logit_scale"]
-            found = clip_loss(**embeddings, scale=scale, label_smoothing=ALIGN_SMOOTHING)
-            loss = (found.loss_image + found.loss_text) / 2
-            return {"clip_loss": loss, "clip_acc": found.acc_image}
-        kind = SigLIP if self.is_siglip else CLIP
-        return kind.losses(self, features)
+            found = clip_loss(
+                self.single_views(features["z_image"], features["z_text"]),
+                features["logit_scale"],
+                label_smoothing=ALIGN_SMOOTHING,
+                tile=self.options.tile,
+            )
+            return {"clip_loss": found.loss, "clip_acc": found.acc_image}
+        if self.is_siglip:
+            return SigLIP.losses(self, features)
+        return CLIP.losses(self, features)
 
     def example_batch(
         self, pairs: int, images: int, captions: int, tokens: int | None = None

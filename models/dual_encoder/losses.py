@@ -5,10 +5,10 @@ Which of them a method adds up, and over which views, is in the method's file (`
 `slip.py`, `align.py`); the weights of the sum are in main.py (`total_loss`).
 
 Conventions. Features carry the sample axis first: the features [b,V,D] of this rank hold V views of
-its b pairs, `all_*` [N,V,D] the same of the N pairs of the global batch in rank order
-(`DualEncoder.gather`), and `first` is the row of this rank's first pair there. Each rank returns
-the loss of its own rows; the mean over ranks is the loss and, after DDP, the gradient of the global
-batch. Nothing here normalises unless its docstring says so.
+its b pairs, `all_*` [N,V,D] the same of the N pairs of the global batch in rank order, and `first`
+is the row of this rank's first pair there. Each rank returns the loss of its own rows; the mean
+over ranks is the loss and, after DDP, the gradient of the global batch. Nothing here normalises
+unless its docstring says so.
 """
 
 from typing import NamedTuple
@@ -31,47 +31,56 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return 100 * (logits.detach().argmax(1) == labels).float().mean()
 
 
-class Contrast(NamedTuple):
-    """InfoNCE and top-1 accuracy in percent of both directions, 0-d each."""
+class Views(NamedTuple):
+    """Views of unit length: V of each image and U of each text, of this rank's b pairs and of the N
+    pairs of all ranks in rank order."""
+
+    image: Tensor  # [b,V,E]
+    text: Tensor  # [b,U,E]
+    all_image: Tensor  # [N,V,E]
+    all_text: Tensor  # [N,U,E]
+    first: int  # row of this rank's first pair among all
+
+
+class InfoNCE(NamedTuple):
+    """Loss and top-1 accuracy in percent of both directions, 0-d each."""
 
     loss_image: Tensor  # images as queries, texts as keys
     loss_text: Tensor
     acc_image: Tensor
     acc_text: Tensor
 
+    @property
+    def loss(self) -> Tensor:
+        """Mean of both directions."""
+        return (self.loss_image + self.loss_text) / 2
+
 
 def clip_loss(
-    image: Tensor,
-    text: Tensor,
-    all_image: Tensor,
-    all_text: Tensor,
-    scale: Tensor,
-    first: int = 0,
-    label_smoothing: float = 0.0,
-    tile: int | None = None,
-) -> Contrast:
+    views: Views, scale: Tensor, label_smoothing: float = 0.0, tile: int | None = None
+) -> InfoNCE:
     """InfoNCE in both directions (van den Oord 2018; CLIP: Radford 2021, figure 3), over all pairs
     of views.
 
         loss_image = - mean_{i,v,u} log softmax_j (scale <image_iv, text_ju>) at j = first + i
         loss_text likewise
 
-    image [b,V,E], text [b,U,E] and all_image [N,V,E], all_text [N,U,E] of unit length; scale 0-d,
-    the inverse temperature. label_smoothing: fraction of the target spread evenly over the N keys.
-    With `tile` the logits exist only in blocks of tile x tile and are recomputed in the backward
-    pass: O(tile^2) memory instead of O(b N V U), same values and gradients.
+    scale: 0-d, the inverse temperature. label_smoothing: fraction of the target spread evenly over
+    the N keys. With `tile` the logits exist only in blocks of tile x tile and are recomputed in the
+    backward pass: O(tile^2) memory instead of O(b N V U), same values and gradients.
     """
+    image, text, all_image, all_text, first = views
     if tile is not None and image is all_image and text is all_text:  # one process has all pairs
-        return Contrast(*tiled_info_nce_both(image, text, scale, label_smoothing, tile))
+        return InfoNCE(*tiled_info_nce_both(image, text, scale, label_smoothing, tile))
     if tile is not None:
         loss_image, acc_image = tiled_info_nce(image, all_text, scale, first, label_smoothing, tile)
         loss_text, acc_text = tiled_info_nce(text, all_image, scale, first, label_smoothing, tile)
-        return Contrast(loss_image, loss_text, acc_image, acc_text)
+        return InfoNCE(loss_image, loss_text, acc_image, acc_text)
     logits_image = view_logits(image, all_text, scale)
     logits_text = view_logits(text, all_image, scale)
     rows = first + torch.arange(len(image), device=image.device)
     labels = rows.repeat_interleave(image.shape[1] * text.shape[1])
-    return Contrast(
+    return InfoNCE(
         loss_image=F.cross_entropy(logits_image, labels, label_smoothing=label_smoothing),
         loss_text=F.cross_entropy(logits_text, labels, label_smoothing=label_smoothing),
         acc_image=accuracy(logits_image, labels),

@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from models.dual_encoder.base import DualEncoder, Features, LossOptions
-from models.dual_encoder.clip import CLIP
+from models.dual_encoder.losses import clip_loss
 from models.layers.clip_towers import TwoTowers
 from models.layers.openai_towers import ModifiedResNet, OpenAIConfig, OpenAIViT
 
@@ -26,8 +26,6 @@ class OpenAICLIP(DualEncoder, TwoTowers):
     def options(self) -> LossOptions:
         return self.loss_options
 
-    losses = CLIP.losses  # of `z_image`, `z_text` and `logit_scale`, as there
-
     def features(
         self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
     ) -> Features:
@@ -38,6 +36,13 @@ class OpenAICLIP(DualEncoder, TwoTowers):
             "z_text": text["z"],
             "logit_scale": self.logit_scale.exp(),
         }
+
+    def losses(self, features: Features, targets: Features | None = None) -> Features:
+        """`clip_loss`, the mean of both directions, and `clip_acc`, the top-1 accuracy of the
+        images in percent."""
+        views = self.single_views(features["z_image"], features["z_text"])
+        found = clip_loss(views, features["logit_scale"], tile=self.options.tile)
+        return {"clip_loss": found.loss, "clip_acc": found.acc_image}
 
     def embed_image(self, image: Tensor) -> Features:
         """Images [B,3,S,S] -> `z` [B,E]."""

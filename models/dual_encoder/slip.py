@@ -40,10 +40,9 @@ class SlipCLIP(DualEncoder, TwoTowers):
         """CLIP's: `clip_loss` is the mean of both directions, `clip_acc` the accuracy of the images
         in percent.
         """
-        embeddings = self.among_all(features["image_embed"], features["text_embed"])
-        found = clip_loss(**embeddings, scale=features["logit_scale"])
-        loss = (found.loss_image + found.loss_text) / 2
-        return {"clip_loss": loss, "clip_acc": found.acc_image}
+        views = self.single_views(features["image_embed"], features["text_embed"])
+        found = clip_loss(views, features["logit_scale"], tile=self.options.tile)
+        return {"clip_loss": found.loss, "clip_acc": found.acc_image}
 
     def embed_image(self, image: Tensor) -> Features:
         """Images [B,3,H,W] -> `feats` [B,C], `z` [B,E]."""
@@ -109,7 +108,8 @@ class Slip(SlipCLIP):
         """CLIP's and SimCLR's."""
         losses = super().losses(features)
         loss, acc = simclr(features["aug1_embed"], features["aug2_embed"], self.options.ssl_temp)
-        losses.update(ssl_loss=loss, ssl_acc=acc)
+        losses["ssl_loss"] = loss
+        losses["ssl_acc"] = acc
         return losses
 
 

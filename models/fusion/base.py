@@ -79,18 +79,12 @@ class ImageTextModel(MomentumModel):
     @property
     def bert(self) -> XBert:
         """The text and fusion transformer without head."""
-        return (
-            self.text_encoder.bert if isinstance(self.text_encoder, XBertLM) else self.text_encoder
-        )
+        return without_head(self.text_encoder)
 
     @property
     def bert_m(self) -> XBert:
         """Its momentum copy."""
-        return (
-            self.text_encoder_m.bert
-            if isinstance(self.text_encoder_m, XBertLM)
-            else self.text_encoder_m
-        )
+        return without_head(self.text_encoder_m)
 
     def image_feature(self, image_tokens: Tensor) -> Tensor:
         """[B,N+1,D] -> normalised [B,E] float32."""
@@ -104,7 +98,8 @@ class ImageTextModel(MomentumModel):
     def momentum_features(self, image_tokens_m: Tensor, cls_state_m: Tensor) -> Features:
         """The teacher's features from the teacher's states."""
         image = F.normalize(self.vision_proj_m(image_tokens_m[:, 0]).float(), dim=-1)
-        return Features(image, F.normalize(self.text_proj_m(cls_state_m).float(), dim=-1))
+        text = F.normalize(self.text_proj_m(cls_state_m).float(), dim=-1)
+        return Features(image, text)
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
@@ -120,12 +115,15 @@ class ImageTextModel(MomentumModel):
         backward needs the keys as the loss saw them, while the enqueue overwrites the queue in
         place.
         """
-        batch = local if self.compat.keys_of_rank else everyone
-        own = 0 if self.compat.keys_of_rank else rank() * len(local.image)
+        batch = everyone
+        own = rank() * len(local.image)
+        if self.compat.keys_of_rank:
+            batch = local
+            own = 0
         return Keys(
-            torch.cat([batch.image.t(), self.image_queue.float()], dim=1),
-            torch.cat([batch.text.t(), self.text_queue.float()], dim=1),
-            own,
+            image=torch.cat([batch.image.t(), self.image_queue.float()], dim=1),
+            text=torch.cat([batch.text.t(), self.text_queue.float()], dim=1),
+            own=own,
         )
 
     def similarities(self, features: Features, keys: Keys) -> tuple[Tensor, Tensor]:
@@ -135,9 +133,11 @@ class ImageTextModel(MomentumModel):
         and its soft targets are made of (ALBEF: Li 2021, equations 1 and 6).
         """
         with torch.autocast(features.image.device.type, enabled=False):
-            return features.image @ keys.text / self.temp, features.text @ keys.image / self.temp
+            i2t = features.image @ keys.text / self.temp
+            t2i = features.text @ keys.image / self.temp
+        return i2t, t2i
 
-    def draw_negatives(self, i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    def sample_negatives(self, i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         """Hard negatives inside the own batch: (image for each text, text for each image), int64
         [B] each.
 
@@ -195,20 +195,24 @@ class ImageTextModel(MomentumModel):
         Any queue size and any batch: the write wraps around, a batch larger than the queue leaves
         its last Q rows.
         """
-        size, rows = self.image_queue.shape[1], len(everyone.image)
+        size = self.image_queue.shape[1]
+        rows = len(everyone.image)
         written = min(rows, size)
         if size == 0:
             return self.queue_ptr.new_empty(0)
-        columns = (
-            self.queue_ptr + torch.arange(rows - written, rows, device=self.queue_ptr.device)
-        ) % size
-        for queue, features in (
-            (self.image_queue, everyone.image),
-            (self.text_queue, everyone.text),
-        ):
-            queue.index_copy_(1, columns, features[rows - written :].t().to(queue.dtype))
+        newest = torch.arange(rows - written, rows, device=self.queue_ptr.device)
+        columns = (self.queue_ptr + newest) % size
+        image = everyone.image[-written:].t().to(self.image_queue.dtype)
+        text = everyone.text[-written:].t().to(self.text_queue.dtype)
+        self.image_queue.index_copy_(1, columns, image)
+        self.text_queue.index_copy_(1, columns, text)
         self.queue_ptr.copy_((self.queue_ptr + rows) % size)
         return columns
+
+
+def without_head(encoder: XBert | XBertLM) -> XBert:
+    """The transformer itself."""
+    return encoder.bert if isinstance(encoder, XBertLM) else encoder
 
 
 def gather_features(local: Features) -> Features:

@@ -13,15 +13,17 @@ from models.layers.xbert import BertConfig, XBert
 
 
 def networks(knobs, vocab_size: int, mask_token: bool = False) -> tuple[ViTConfig, BertConfig]:
-    """The two transformers that `knobs` describes: image_res, patch_size, vision_width, vision_depth, vision_heads,
-    vision_stem, vision_tower and the file bert_config. mask_token: the ViT has a learned stand-in for masked patches. Raises
-    UserError where the file is missing or no BERT geometry, or the memory does not suffice.
+    """The two transformers that `knobs` describes: image_res, patch_size, vision_width,
+    vision_depth, vision_heads, vision_stem, vision_tower and the file bert_config.
+
+    mask_token: the ViT has a learned stand-in for masked patches. Raises UserError where the file
+    is missing or no BERT geometry, or the memory does not suffice.
     """
     remedy = "name the JSON that the checkpoint was made with as bert_config"
-    given = read_json(knobs.bert_config, dict, remedy)
-    bert = BertConfig.from_json(
-        given | {"encoder_width": knobs.vision_width, "vocab_size": vocab_size}
-    )
+    bert_json = read_json(knobs.bert_config, dict, remedy)
+    bert_json["encoder_width"] = knobs.vision_width
+    bert_json["vocab_size"] = vocab_size
+    bert = BertConfig.from_json(bert_json)
     vit = ViTConfig(
         image_size=knobs.image_res,
         patch_size=knobs.patch_size,

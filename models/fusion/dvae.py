@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from base.addresses import where_from
 from base.errors import UserError
 
 EPSILON = 0.1  # images are mapped from [0,1] to [0.1,0.9], where the logit is finite
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -33,7 +34,8 @@ class TokenizerConfig:
     groups: int = 4  # resolutions; the image is reduced by 2^(groups - 1), 8 for 4
     blocks_per_group: int = 2
     decoder_width: int = 128  # channels of a code's embedding in the decoder
-    outputs: int = 6  # 6: location and log-scale of a logit-Laplace distribution per channel; 3: location alone (MSE)
+    # 6: location and log-scale of a logit-Laplace distribution per channel; 3: location alone (MSE)
+    outputs: int = 6
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "TokenizerConfig":
@@ -95,21 +97,24 @@ class Block(nn.Module):
         return torch.add(self.id_path(x), self.res_path(x), alpha=self.gain)
 
 
-def _groups(
-    config: TokenizerConfig, widths: list[int], kernels: tuple[int, ...], resize: type, scale: dict
-) -> dict:
+def make_groups(
+    config: TokenizerConfig,
+    widths: list[int],
+    kernels: tuple[int, ...],
+    resize: Callable[[], nn.Module],
+) -> OrderedDict[str, nn.Module]:
     """`group_1` ... of blocks; every group but the last ends by changing the resolution."""
     gain = (config.groups * config.blocks_per_group) ** -2
-    modules = OrderedDict()
+    groups = OrderedDict()
     for g in range(1, config.groups + 1):
         group = nn.Sequential()
         for b in range(1, config.blocks_per_group + 1):
             n_in = widths[g - 1] if b == 1 else widths[g]
             group.add_module(f"block_{b}", Block(n_in, widths[g], kernels, gain))
         if g < config.groups:
-            group.add_module("resize", resize(**scale))
-        modules[f"group_{g}"] = group
-    return modules
+            group.add_module("resize", resize())
+        groups[f"group_{g}"] = group
+    return groups
 
 
 class Encoder(nn.Module):
@@ -119,10 +124,12 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         widths = [config.width, *(config.width * 2**g for g in range(config.groups))]
-        groups = _groups(config, widths, (3, 3, 3, 1), nn.MaxPool2d, {"kernel_size": 2})
+        groups = make_groups(config, widths, (3, 3, 3, 1), partial(nn.MaxPool2d, kernel_size=2))
         output = OrderedDict(relu=nn.ReLU(), conv=Conv(widths[-1], config.vocab_size, 1))
-        modules = {"input": Conv(3, config.width, 7)} | groups | {"output": nn.Sequential(output)}
-        self.blocks = nn.Sequential(OrderedDict(modules))
+        first = Conv(3, config.width, 7)
+        self.blocks = nn.Sequential(
+            OrderedDict(input=first, **groups, output=nn.Sequential(output))
+        )
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         *groups, output = self.blocks
@@ -139,19 +146,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        widths = [
-            config.decoder_width,
-            *(config.width * 2**g for g in reversed(range(config.groups))),
-        ]
-        groups = _groups(
-            config, widths, (1, 3, 3, 3), nn.Upsample, {"scale_factor": 2, "mode": "nearest"}
-        )
+        widths = [config.width * 2**g for g in reversed(range(config.groups))]
+        widths = [config.decoder_width, *widths]
+        double = partial(nn.Upsample, scale_factor=2, mode="nearest")
+        groups = make_groups(config, widths, (1, 3, 3, 3), double)
         output = OrderedDict(relu=nn.ReLU(), conv=Conv(widths[-1], config.outputs, 1))
-        first = Conv(
-            config.vocab_size, config.decoder_width, 1, fan_in=1
-        )  # one code at a time is not zero
+        # fan_in: one code at a time is not zero
+        first = Conv(config.vocab_size, config.decoder_width, 1, fan_in=1)
         self.blocks = nn.Sequential(
-            OrderedDict({"input": first} | groups | {"output": nn.Sequential(output)})
+            OrderedDict(input=first, **groups, output=nn.Sequential(output))
         )
 
     def forward(self, z: Tensor) -> Tensor:
@@ -168,16 +171,9 @@ class ImageTokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig, with_decoder: bool = True):
         super().__init__()
-        if (
-            min(
-                config.vocab_size,
-                config.width,
-                config.groups,
-                config.blocks_per_group,
-                config.decoder_width,
-            )
-            < 1
-        ):
+        sizes = [config.vocab_size, config.width, config.groups]
+        sizes += [config.blocks_per_group, config.decoder_width]
+        if min(sizes) < 1:
             raise UserError(f"every size of an image tokenizer must be at least 1: {config}")
         if config.outputs not in (3, 6):
             raise UserError(
@@ -189,7 +185,7 @@ class ImageTokenizer(nn.Module):
 
     @classmethod
     def load(
-        cls, path: str | Path, read: Callable[[Path], dict[str, Tensor]], precision: str = "float32"
+        cls, path: str | Path, read: Callable[[Path], dict[str, Tensor]], precision: str = "fp32"
     ):
         """A frozen tokenizer from a file or folder.
 
@@ -215,12 +211,11 @@ class ImageTokenizer(nn.Module):
         try:
             tokenizer.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f"{path}: not an image tokenizer of one piece: {error}") from None
+            raise UserError(f"{path}: not the weights of one image tokenizer: {error}") from None
         return tokenizer.freeze(precision)
 
-    def freeze(self, precision: str = "float32") -> "ImageTokenizer":
-        """Evaluation without gradients, channels last, convolutions in "float32", "bfloat16" or
-        "float16".
+    def freeze(self, precision: str = "fp32") -> "ImageTokenizer":
+        """Evaluation without gradients, channels last, convolutions in fp32, bf16 or fp16.
 
         The encoder's last and the decoder's first convolution stay in float32, as OpenAI has it:
         they decide the codes.
@@ -229,9 +224,8 @@ class ImageTokenizer(nn.Module):
             raise UserError(
                 f"precision {precision!r} of the image tokenizer: one of {', '.join(PRECISIONS)}"
             )
-        self.requires_grad_(False).eval().to(
-            PRECISIONS[precision], memory_format=torch.channels_last
-        )
+        self.requires_grad_(False).eval()
+        self.to(PRECISIONS[precision], memory_format=torch.channels_last)
         self.encoder.blocks.output.float()
         if self.decoder is not None:
             self.decoder.blocks.input.float()
@@ -250,7 +244,8 @@ class ImageTokenizer(nn.Module):
         height, width = image.shape[-2:]
         if height % self.reduction or width % self.reduction:
             raise UserError(
-                f"an image of {height} x {width} is no multiple of {self.reduction}, the pixels of a code"
+                f"an image of {height} x {width} is no multiple of {self.reduction}, the pixels of a "
+                "code"
             )
         squeezed = squeeze_range(image).contiguous(memory_format=torch.channels_last)
         return self.encoder(squeezed, positions)
@@ -290,8 +285,8 @@ class ImageTokenizer(nn.Module):
         squared error, of the
             decoder's image from Gumbel-softmax codes (Jang et al. 2017) at `temperature`: relaxed
             ones, or with `straight_through` hard ones with the gradient of the relaxed ones.
-        loss_kl: KL(q(code | position) || uniform), mean over positions, in nats: how decided the encoder
-        is.
+        loss_kl: KL(q(code | position) || uniform), mean over positions, in nats: how certain the
+        encoder is.
         loss_usage: KL(mean q over the batch || uniform): 0 when all codes are used equally; keeps
         the code book alive.
         """

@@ -85,12 +85,11 @@ def distilled_binary_cross_entropy(
 
 
 def hard_negatives(similarity: Tensor, forbidden: Tensor) -> Tensor:
-    """One column for each row of similarity logits [B,B], drawn with probability softmax(logits),
-    forbidden ones out.
+    """One column for each row of similarity logits [B,B], sampled with probability softmax(logits)
+    among those that are not forbidden (bool [B,B]).
 
-    Gumbel-max: the distribution of a multinomial draw from the masked softmax, but it cannot
-    underflow to an all-zero row and needs no host synchronisation. int64 [B]; a row that is all
-    forbidden gives 0.
+    Gumbel-max: a sample of the multinomial of the masked softmax, but it cannot underflow to an
+    all-zero row and needs no host synchronisation. int64 [B]; a row that is all forbidden gives 0.
     """
     noisy = similarity.detach().float() + gumbel_noise(similarity)
     return noisy.masked_fill(forbidden, -torch.inf).argmax(-1)

@@ -37,8 +37,15 @@ class Retrieval(ImageTextModel):
     `match_scores`."""
 
     def __init__(self, config: RetrievalConfig):
-        space = (config.embed_dim, config.queue_size, config.temp)
-        super().__init__(config.vit, config.bert, *space, config.compat, language_model=False)
+        super().__init__(
+            vit=config.vit,
+            bert=config.bert,
+            embed_dim=config.embed_dim,
+            queue_size=config.queue_size,
+            temp=config.temp,
+            compat=config.compat,
+            language_model=False,
+        )
         self.config = config
         self.register_buffer("idx_queue", torch.full((1, config.queue_size), -100))
         self.add_momentum_copies()
@@ -81,8 +88,12 @@ class Retrieval(ImageTextModel):
         loss_ita = (loss_i2t + loss_t2i) / 2
 
         same = image_id[:, None] == image_id[None, :]
-        negatives = self.draw_negatives(keys.own_columns(i2t), keys.own_columns(t2i), same)
-        cls_states, _ = self.fuse_pairs(stage, text_mask, image_tokens, *negatives)
+        negative_image, negative_text = self.sample_negatives(
+            keys.own_columns(i2t), keys.own_columns(t2i), same
+        )
+        cls_states, _ = self.fuse_pairs(
+            stage, text_mask, image_tokens, negative_image, negative_text
+        )
         has_negative = ~same.all(1)
         valid = torch.cat([torch.ones_like(has_negative), has_negative, has_negative])
         loss_itm = self.itm(cls_states, valid)

@@ -81,21 +81,21 @@ class Simla(ImageTextModel):
     def __init__(self, config: SimlaConfig):
         check_config(config)
         super().__init__(
-            config.vit,
-            config.bert,
-            config.embed_dim,
-            config.queue_size,
-            config.temp,
-            config.compat,
+            vit=config.vit,
+            bert=config.bert,
+            embed_dim=config.embed_dim,
+            queue_size=config.queue_size,
+            temp=config.temp,
+            compat=config.compat,
             language_model=True,
         )
         self.config = config
         if config.mim:
             self.mim_head = nn.Linear(config.bert.hidden_size, config.visual_vocab)
+            self.momentum_of = (*self.momentum_of, "mim_head")
         if config.keywords:
             self.concept_head = nn.Linear(config.embed_dim, config.bert.vocab_size)
-        extra = ("mim_head",) * config.mim + ("concept_head",) * bool(config.keywords)
-        self.momentum_of = (*ImageTextModel.momentum_of, *extra)
+            self.momentum_of = (*self.momentum_of, "concept_head")
         self.add_momentum_copies()
 
     def forward(
@@ -140,8 +140,10 @@ class Simla(ImageTextModel):
         losses = {}
         losses["loss_ita"], i2t, t2i = self.ita(student, teacher.features, keys, alpha)
         same = torch.eye(len(image), dtype=torch.bool, device=image.device)
-        negatives = self.draw_negatives(i2t, t2i, same)
-        matched, masked = self.fuse_pairs(stage, text_mask, image_tokens, *negatives, masked_stage)
+        negative_image, negative_text = self.sample_negatives(i2t, t2i, same)
+        matched, masked = self.fuse_pairs(
+            stage, text_mask, image_tokens, negative_image, negative_text, masked_stage
+        )
         losses["loss_itm"] = self.itm(matched)
         losses["loss_mlm"] = self.mlm(masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha)
         if self.config.mim:
@@ -160,20 +162,24 @@ class Simla(ImageTextModel):
     def example_batch(self, batch_size: int, tokens: int) -> dict[str, Tensor]:
         """A batch of the right names, shapes and types without data (meta device), to count FLOPs
         with."""
-        config = self.config
+        side = self.config.vit.image_size
+        patches = self.config.vit.grid**2
         ids = torch.zeros(batch_size, tokens, dtype=torch.int64, device="meta")
-        side, patches = config.vit.image_size, config.vit.grid**2
         masked = torch.zeros(max(32, int(0.15 * ids.numel())), dtype=torch.int64, device="meta")
         batch = {
             "image": torch.zeros(batch_size, 3, side, side, device="meta"),
             "text_ids": ids,
+            "text_mask": ids.bool(),
             "mlm_ids": ids,
+            "mlm_positions": masked,
+            "mlm_labels": masked,
+            "alpha": torch.zeros((), device="meta"),
         }
-        batch |= {"text_mask": ids.bool(), "mlm_positions": masked, "mlm_labels": masked}
-        if config.mim:
+        if self.config.mim:
             codes = torch.zeros(batch_size, patches, dtype=torch.int64, device="meta")
-            batch |= {"patch_mask": codes.bool(), "visual_codes": codes}
-        return batch | {"alpha": torch.zeros((), device="meta")}
+            batch["patch_mask"] = codes.bool()
+            batch["visual_codes"] = codes
+        return batch
 
     def text_stages(
         self, text_ids: Tensor, mlm_ids: Tensor, text_mask: Tensor
@@ -209,9 +215,10 @@ class Simla(ImageTextModel):
             seen = image_tokens_m
             if self.compat.student_states:
                 seen = torch.cat([image_tokens_m, image_tokens])  # the latter for the keywords
-            almost = bert.fuse(both, both_mask, seen, last=bert.depth - 1)
-            masked = bert.run(almost[: len(stage)], text_mask, image_tokens_m, first=bert.depth - 1)
-            attention = bert.cls_attention(almost[len(stage) :], text_mask)
+            top = bert.depth - 1  # the last layer: only masked captions pass through it
+            below_masked, below = bert.fuse(both, both_mask, seen, last=top).chunk(2)
+            masked = bert.run(below_masked, text_mask, image_tokens_m, first=top)
+            attention = bert.cls_attention(below, text_mask)
         mlm_logits = self.text_encoder_m.logits(masked.flatten(0, 1).index_select(0, mlm_positions))
         return TeacherText(features, mlm_logits, attention, stage)
 
@@ -324,7 +331,8 @@ def check_config(config: SimlaConfig) -> None:
     """Raise UserError where the losses asked for do not fit the networks."""
     if config.mim and not config.bert.single_stream:
         raise UserError(
-            "mim needs a single-stream BERT (add_cross_attention: true in the BERT JSON); set mim to false"
+            "mim needs a single-stream BERT (add_cross_attention: true in the BERT JSON); set mim to "
+            "false"
         )
     if config.mim and not config.vit.mask_token:
         raise UserError("mim replaces patches by vit.mask_token: set it to true, or mim to false")
@@ -334,8 +342,8 @@ def check_config(config: SimlaConfig) -> None:
         )
     if config.mim and config.bert.max_position_embeddings <= config.vit.grid**2:
         raise UserError(
-            f"mim feeds {config.vit.grid**2 + 1} image tokens through BERT, whose bert.max_position_embeddings is "
-            f"{config.bert.max_position_embeddings}: lower vit.image_size"
+            f"mim feeds {config.vit.grid**2 + 1} image tokens through BERT, whose "
+            f"max_position_embeddings is {config.bert.max_position_embeddings}: lower vit.image_size"
         )
     if config.max_masked_patches <= 0:
         raise UserError(f"max_masked_patches {config.max_masked_patches} must be positive")

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from models.fusion.base import first_token
-from models.fusion.losses import distilled_cross_entropy
+from models.fusion.losses import distilled_cross_entropy, gumbel_noise
 from models.layers.vit import ViT, ViTConfig
 from models.layers.xbert import BertConfig, XBert
 
 ONLINE_LAYER = re.compile(r"text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.")
+FIRST_CROSS_ATTENTION = "encoder.layer.0.crossattention.self.key.bias"  # SIMLA's alone has one
 # of the similarities that pick other images; the model's own `temp` is not used
 ASSIGNMENT_TEMPERATURE = 0.07
 
@@ -35,14 +36,14 @@ def pair_layers(bert: XBert, first: int) -> None:
     """
     if not bert.config.fusion_layer <= first <= bert.depth or (bert.depth - first) % 2:
         raise UserError(
-            f"{bert.depth} text layers, cross-attention from layer {bert.config.fusion_layer}: they cannot be paired "
-            f"from layer {first} on"
+            f"{bert.depth} text layers, cross-attention from layer {bert.config.fusion_layer}: they "
+            f"cannot be paired from layer {first} on"
         )
     for even in range(first, bert.depth, 2):
-        for name in ("key", "value"):
-            bert.layers[even].crossattention.self[name] = bert.layers[even + 1].crossattention.self[
-                name
-            ]
+        mine = bert.layers[even].crossattention.self
+        theirs = bert.layers[even + 1].crossattention.self
+        mine["key"] = theirs["key"]
+        mine["value"] = theirs["value"]
 
 
 def for_two_images(
@@ -55,28 +56,27 @@ def for_two_images(
     the later half. As published both systems have token types here; SIMLA keeps its cross-attention
     in every layer.
     """
-    given = 1 + max(
-        (int(match[1]) for key in state if (match := ONLINE_LAYER.match(key))), default=-1
-    )
+    layers = bert.num_hidden_layers
     if first is None:
-        first = (
-            2 * bert.num_hidden_layers - given
-            if given > bert.num_hidden_layers
-            else bert.num_hidden_layers // 2
-        )
-    everywhere = bert.single_stream or any(
-        key.endswith("encoder.layer.0.crossattention.self.key.bias") for key in state
-    )
+        given = layers_of(state)
+        first = 2 * layers - given if given > layers else layers // 2
+    everywhere = bert.single_stream or any(key.endswith(FIRST_CROSS_ATTENTION) for key in state)
     fusion_layer = 0 if everywhere else bert.fusion_layer
-    if not fusion_layer <= first < bert.num_hidden_layers:
+    if not fusion_layer <= first < layers:
         raise UserError(
-            f"paired_from {first}: choose one of the text layers with cross-attention, {fusion_layer} to "
-            f"{bert.num_hidden_layers - 1}"
+            f"paired_from {first}: choose one of the text layers with cross-attention, "
+            f"{fusion_layer} to {layers - 1}"
         )
-    layers = 2 * bert.num_hidden_layers - first
-    return replace(
-        bert, num_hidden_layers=layers, single_stream=False, fusion_layer=fusion_layer
-    ), first
+    paired = replace(
+        bert, num_hidden_layers=2 * layers - first, single_stream=False, fusion_layer=fusion_layer
+    )
+    return paired, first
+
+
+def layers_of(state: Mapping[str, Tensor]) -> int:
+    """Number of text layers that the weights of a model have; 0 = none of them is text."""
+    numbers = [int(match[1]) for match in map(ONLINE_LAYER.match, state) if match]
+    return max(numbers, default=-1) + 1
 
 
 @dataclass
@@ -105,10 +105,9 @@ class TextAssignment(nn.Module):
         pair_layers(self.text_encoder, config.paired_from)
         # SIMLA's pre-training has no token types: starting from zeros they change nothing
         nn.init.zeros_(self.text_encoder.embeddings.token_type_embeddings.weight)
-        self.text_proj = nn.Linear(
-            config.bert.hidden_size, config.embed_dim
-        )  # unused, kept for the checkpoints' sake
-        self.temp = nn.Parameter(torch.tensor(0.07))  # unused likewise
+        # unused, kept for the checkpoints' sake: text_proj and temp
+        self.text_proj = nn.Linear(config.bert.hidden_size, config.embed_dim)
+        self.temp = nn.Parameter(torch.tensor(0.07))
         self.text_proj.requires_grad_(False)
         self.temp.requires_grad_(False)
         self.vision_proj.requires_grad_(False)  # the images are picked without gradient
@@ -131,17 +130,14 @@ class TextAssignment(nn.Module):
         """For each text its first image, its second image and the label, int64 [B] each.
 
         The labels 0 (own image first), 1 (own second), 2 (absent) are equally likely; other images
-        are drawn without replacement by their similarity to the own one.
+        are sampled without replacement by their similarity to the own one.
         """
         feature = F.normalize(self.vision_proj(tokens[:, 0]).float(), dim=-1)
         similarity = feature @ feature.t() / ASSIGNMENT_TEMPERATURE
-        gumbel = (
-            -torch.empty_like(similarity).exponential_().log()
-        )  # top-k of noisy logits = draws one after the other
+        # the top k of noisy logits are k samples, one after the other
+        noisy = (similarity + gumbel_noise(similarity)).fill_diagonal_(-torch.inf)
+        other, another = noisy.topk(2, dim=1).indices.unbind(1)
         own = torch.arange(len(feature), device=feature.device)
-        other, another = (
-            (similarity + gumbel).fill_diagonal_(-torch.inf).topk(2, dim=1).indices.unbind(1)
-        )
         label = torch.randint(3, own.shape, device=own.device)
         first = torch.where(label == 0, own, other)
         second = torch.where(label == 0, other, torch.where(label == 1, own, another))

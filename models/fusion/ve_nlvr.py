@@ -66,8 +66,14 @@ class StatementModel(MomentumModel):
         soft = None
         if self.config.distill:
             with torch.no_grad():
-                teacher = (self.visual_encoder_m, self.text_encoder_m, self.cls_head_m)
-                soft = judge(*teacher, image, text_ids, text_mask)
+                soft = judge(
+                    self.visual_encoder_m,
+                    self.text_encoder_m,
+                    self.cls_head_m,
+                    image,
+                    text_ids,
+                    text_mask,
+                )
         return {"loss_cls": distilled_cross_entropy(logits, label, soft, alpha).mean()}
 
     def logits(self, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:

@@ -73,22 +73,30 @@ class Vqa(MomentumModel):
         B.
 
         image [B,3,S,S]; the questions text_ids int64 [B,L], text_mask bool [B,L]; the answers of
-        all of them, [CLS] pieces [SEP], in answer_ids int64 [A,M], answer_mask bool [A,M];
-        answer_weight float32 [A] (0 = padding);
-        answer_question int64 [A]: to which question an answer belongs; alpha = weight of the
-        teacher's soft targets.
+        all of them, [CLS] tokens [SEP], in answer_ids int64 [A,M], answer_mask bool [A,M];
+        answer_weight float32 [A] (0 = padding); answer_question int64 [A]: to which question an
+        answer belongs; alpha = weight of the teacher's soft targets.
+
         The momentum update is the caller's, right before this call.
         """
-        answers = (answer_ids, answer_mask, answer_question)
         states = self.encode_question(image, text_ids, text_mask)
-        logits = decode(self.text_decoder, states, text_mask, *answers)
+        logits = decode(
+            self.text_decoder, states, text_mask, answer_ids, answer_mask, answer_question
+        )
         soft = None
         if self.distils:
             with torch.no_grad():
                 states_m = fuse(
                     self.visual_encoder_m, self.text_encoder_m, image, text_ids, text_mask
                 )
-                soft = decode(self.text_decoder_m, states_m, text_mask, *answers).flatten(0, 1)
+                soft = decode(
+                    self.text_decoder_m,
+                    states_m,
+                    text_mask,
+                    answer_ids,
+                    answer_mask,
+                    answer_question,
+                ).flatten(0, 1)
         target = answer_ids[:, 1:].masked_fill(~answer_mask[:, 1:], IGNORE)
         loss = distilled_cross_entropy(logits.flatten(0, 1), target.flatten(), soft, alpha)
         return {"loss_vqa": (loss.view_as(target).sum(1) * answer_weight).sum() / len(image)}
@@ -109,9 +117,9 @@ class Vqa(MomentumModel):
     ) -> tuple[Tensor, Tensor]:
         """`(answers int64 [B,k], their probabilities among the k float32 [B,k])`, best first.
 
-        answer_ids int64 [A,M] are [CLS] pieces [SEP] and padding, answer_length int64 [A] their
-        tokens, k <= A. As in the paper the k candidates are the answers whose first piece is
-        likeliest; their whole likelihood decides.
+        answer_ids int64 [A,M] are [CLS] tokens [SEP] and padding, answer_length int64 [A] counts
+        them without padding, k <= A. As in the paper the k candidates are the answers whose first
+        token is likeliest; their whole likelihood decides.
         """
         states = self.encode_question(image, text_ids, text_mask)
         decoder = self.text_decoder
@@ -136,20 +144,18 @@ class Vqa(MomentumModel):
                 rows=question,
                 cache=cache.select(question),
             )
-            score[rows] += (
-                self.log_likelihood(hidden.flatten(0, 1), answers[:, 2:].flatten())
-                .view_as(answers[:, 2:])
-                .sum(1)
-            )
+            later = answers[:, 2:]  # the tokens after the first
+            likelihood = self.log_likelihood(hidden.flatten(0, 1), later.flatten())
+            score[rows] += likelihood.view_as(later).sum(1)
         probability, order = score.view(-1, k).softmax(1).sort(dim=1, descending=True, stable=True)
         return candidates.gather(1, order), probability
 
     def log_likelihood(self, hidden: Tensor, target: Tensor) -> Tensor:
         """float32 [R] of next tokens int64 [R] given decoder states [R,D]."""
-        parts = zip(hidden.split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True)
-        return torch.cat(
-            [-distilled_cross_entropy(self.text_decoder.logits(h), t) for h, t in parts]
-        )
+        found = []
+        for states, tokens in zip(hidden.split(HEAD_ROWS), target.split(HEAD_ROWS), strict=True):
+            found.append(-distilled_cross_entropy(self.text_decoder.logits(states), tokens))
+        return torch.cat(found)
 
 
 def fuse(vit: ViT, bert: XBert, image: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
@@ -167,13 +173,20 @@ def decode(
 ) -> Tensor:
     """Logits [A,M-1,V] of the next token at each but the last position; keys of a question are
     computed once."""
-    ids, real = answer_ids[:, :-1], answer_mask[:, :-1]
-    return decoder(ids, real, states, image_mask=mask, rows=question, causal=True)
+    return decoder(
+        answer_ids[:, :-1],
+        answer_mask[:, :-1],
+        states,
+        image_mask=mask,
+        rows=question,
+        causal=True,
+    )
 
 
 def same_length(length: Tensor, most: int = 1024) -> Iterator[Tensor]:
     """Indices of `length` int64 [R] in groups of at most `most` equal entries: no group needs
     padding."""
     order = length.argsort(stable=True)
-    for group in order.split(length.bincount().tolist() if len(length) else []):
-        yield from (part for part in group.split(most) if len(part))
+    _, counts = length[order].unique_consecutive(return_counts=True)
+    for group in order.split(counts.tolist()):
+        yield from group.split(most)

@@ -1,5 +1,5 @@
-"""Batch norm over other sets than the batch of a process: over all processes' (on any device), over
-small groups."""
+"""Batch norms whose statistics are not those of a process's batch: of all processes, or of small
+groups of samples."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from base.errors import UserError
 def synchronise_batch_norm(model: nn.Module) -> nn.Module:
     """On several processes, every batch norm of `model` takes its statistics over all of them.
 
-    In place; names stay.
-    Call it before the optimizer and DistributedDataParallel are built. On one process nothing happens.
+    In place; names stay. Call it before the optimizer and DistributedDataParallel are built. On one
+    process nothing happens.
     """
     if world_size() == 1:
         return model
@@ -265,8 +265,9 @@ def virtual_batches(rows: int, size: int) -> int:
     come out even."""
     if size and rows % size:
         raise UserError(
-            f"a batch of {rows} a process does not divide into virtual batches of {size}: make batch_size a multiple "
-            f"of {size}, or set virtual_batch_size to a divisor of {rows} (0 = the whole batch)"
+            f"a batch of {rows} a process does not divide into virtual batches of {size}: make "
+            f"batch_size a multiple of {size}, or set virtual_batch_size to a divisor of {rows} (0 = "
+            "the whole batch)"
         )
     return rows // size if size else 1
 

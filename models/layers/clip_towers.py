@@ -1,11 +1,10 @@
 """Building blocks of the dual encoders: vision backbones, CLIP's text transformer, projectors.
 
 Parameter names are those of clip-rocket, SLIP and OpenAI's CLIP. Vision towers map images [B,3,H,W]
-to features [B,C] and tell C as `num_features`; the text transformer lives at the root of the model,
+to features [B,C] and name C `num_features`; the text transformer lives at the root of the model,
 as it does in all three systems, so its parts are joined in `TwoTowers`.
 """
 
-import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from base.errors import UserError
 from models.layers.attention import merge_heads, split_heads
 from models.layers.vit import Mlp, ViT, ViTConfig
 
-# ---------------------------------------------------------------------------------------------- vision backbones
+# ---- vision backbones
 
 
 class LeanMlp(Mlp):
@@ -66,7 +65,7 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
-# ---------------------------------------------------------------------------------------------- text transformer
+# ---- text transformer
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -108,9 +107,8 @@ class TextNoise:
         if self.drop_path == 0:
             return x
         kept = 1 - self.drop_path
-        mask = x.new_empty(
-            (1, x.shape[1], 1) if self.over_positions else (len(x), 1, 1)
-        ).bernoulli_(kept)
+        shape = (1, x.shape[1], 1) if self.over_positions else (len(x), 1, 1)
+        mask = x.new_empty(shape).bernoulli_(kept)
         return x * (mask / kept if kept > 0 else mask)
 
 
@@ -131,9 +129,8 @@ class PackedAttention(nn.Module):
         """[B,L,D] -> [B,L,D]; causal: a position sees itself and those before it."""
         packed = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         query, key, value = (split_heads(part, self.heads) for part in packed.chunk(3, dim=-1))
-        return self.out_proj(
-            merge_heads(F.scaled_dot_product_attention(query, key, value, is_causal=causal))
-        )
+        found = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return self.out_proj(merge_heads(found))
 
 
 class ClipMlp(nn.Module):
@@ -208,8 +205,8 @@ class TwoTowers(LockableTowers):
     """A vision tower, CLIP's text transformer at the root, and the scalars and matrices beside
     them.
 
-    matrices: name -> [rows, columns], drawn with σ = rows^-0.5; scales: name -> start value, in log
-    domain. text_tower: text_ids int64 [B,L] -> [B,T], in place of the text transformer.
+    matrices: name -> (rows, columns), initialised with std rows^-0.5; scales: name -> initial
+    logarithm. text_tower: text_ids int64 [B,L] -> [B,T], in place of the text transformer.
     Registration order is that of the originals, on which stored optimizer states rely.
     """
 
@@ -228,9 +225,8 @@ class TwoTowers(LockableTowers):
                 torch.empty(text.context_length, text.width).normal_(std=0.01)
             )
         for name, shape in (matrices or {}).items():
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(shape).normal_(std=shape[0] ** -0.5))
-            )
+            matrix = torch.empty(shape).normal_(std=shape[0] ** -0.5)
+            self.register_parameter(name, nn.Parameter(matrix))
         for name, value in scales.items():
             self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
         self.visual = visual
@@ -253,14 +249,15 @@ class TwoTowers(LockableTowers):
         length = text_ids.shape[1]
         if length > self.text_shape.context_length:
             raise UserError(
-                f"texts of {length} tokens, but the text transformer holds {self.text_shape.context_length}: "
-                "truncate in the tokenizer (context_length)"
+                f"texts of {length} tokens, but the text transformer holds "
+                f"{self.text_shape.context_length}: truncate in the tokenizer (context_length)"
             )
         x = self.token_embedding(text_ids) + self.positional_embedding[:length]
-        x = self.transformer(
-            x, causal=True, noise=noise if self.training and noise and noise.active else None
-        )
-        return self.ln_final(x[torch.arange(x.shape[0], device=x.device), text_ids.argmax(-1)])
+        if noise is not None and not (self.training and noise.active):
+            noise = None
+        x = self.transformer(x, causal=True, noise=noise)
+        rows = torch.arange(x.shape[0], device=x.device)
+        return self.ln_final(x[rows, text_ids.argmax(-1)])
 
     @torch.no_grad()
     def clamp_scales(self) -> None:
@@ -270,11 +267,11 @@ class TwoTowers(LockableTowers):
                 parameter.clamp_(0, math.log(100))
 
 
-# ---------------------------------------------------------------------------------------------- projectors
+# ---- projectors
 
 
 def linear_projector(width: int, out: int, std: float | None = None) -> nn.Linear:
-    """Bias-free matrix, drawn with σ = std, or torch's default."""
+    """Matrix without bias; `std` of its normal initial weights, or torch's default."""
     layer = nn.Linear(width, out, bias=False)
     if std is not None:
         nn.init.normal_(layer.weight, std=std)
@@ -298,12 +295,15 @@ def mlp_projector(width: int, hidden: int, out: int) -> nn.Sequential:
 
 def barlip_projector(width: int, hidden: int, out: int) -> nn.Sequential:
     """Barlow Twins' expander; its last batch norm standardises what is correlated."""
-    widths = [width, hidden, hidden]
-    layers = [
-        (nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU()) for i, o in itertools.pairwise(widths)
-    ]
     return nn.Sequential(
-        *(m for layer in layers for m in layer), nn.Linear(hidden, out), nn.BatchNorm1d(out)
+        nn.Linear(width, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, out),
+        nn.BatchNorm1d(out),
     )
 
 

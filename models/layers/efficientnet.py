@@ -126,9 +126,8 @@ class Block(nn.Module):
         if not (self.training and self.drop):
             return x + y
         # the branch of a sample is dropped as a whole (stochastic depth, Huang 2016)
-        kept = (
-            torch.rand(len(x), 1, 1, 1, device=x.device, dtype=y.dtype).add_(1 - self.drop).floor_()
-        )
+        noise = torch.rand(len(x), 1, 1, 1, device=x.device, dtype=y.dtype)
+        kept = noise.add_(1 - self.drop).floor_()
         return torch.addcmul(x, y, kept / (1 - self.drop))
 
     def project(self, x: Tensor) -> Tensor:
@@ -221,9 +220,8 @@ def init_conv(conv: nn.Conv2d) -> None:
     """Variance 2 / fan-out, normal cut at two standard deviations, as Keras' VarianceScaling;
     biases 0."""
     fan_out = conv.weight.shape[0] // conv.groups * conv.weight[0, 0].numel()
-    std = (
-        math.sqrt(2 / fan_out) / 0.87962566
-    )  # of a normal cut at 2, so that the variance after the cut is right
+    # 0.88: std of a standard normal cut at 2; the variance after the cut is 2 / fan-out
+    std = math.sqrt(2 / fan_out) / 0.87962566
     nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

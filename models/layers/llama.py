@@ -18,6 +18,7 @@ from base.errors import UserError
 from models.layers.attention import attend, attention_map, merge_heads, split_heads
 from models.layers.float32_gradient import Linear
 
+Rope = tuple[Tensor, Tensor]  # cosines and sines of the positions, see `rotation`
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of every block, [B,H,S,d] each
 
 
@@ -87,19 +88,22 @@ class RMSNorm(nn.Module):
 
 
 def rotation(
-    places: Tensor, head_dim: int, theta: float, scaling: tuple[float, ...] = ()
+    positions: Tensor, head_dim: int, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines float32 [...,1,L,head_dim/2] for positions int64 [...,L] (RoPE, Su et al.
     2021). scaling: see `LlamaConfig.rope_scaling`."""
-    pairs = torch.arange(0, head_dim, 2, device=places.device, dtype=torch.float32)
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = theta ** (-pairs / head_dim)
     if scaling:
-        frequencies = stretched(frequencies, *scaling)
-    angles = (places.unsqueeze(-1) * frequencies).unsqueeze(-3)
+        factor, low, high, length = scaling
+        frequencies = scaled_frequencies(frequencies, factor, low, high, length)
+    angles = (positions.unsqueeze(-1) * frequencies).unsqueeze(-3)
     return angles.cos(), angles.sin()
 
 
-def stretched(frequencies: Tensor, factor: float, low: float, high: float, length: float) -> Tensor:
+def scaled_frequencies(
+    frequencies: Tensor, factor: float, low: float, high: float, length: float
+) -> Tensor:
     """LLaMA 3.1's frequencies for contexts longer than the original `length` (Grattafiori et al.
     2024, section 3.4.2; the rule is in Meta's published model.py).
 
@@ -111,58 +115,58 @@ def stretched(frequencies: Tensor, factor: float, low: float, high: float, lengt
     return frequencies * (kept + (1 - kept) / factor)
 
 
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (2i, 2i+1) of x [B,H,L,d] by the angles of `turn`, in float32, and back in x's
-    type."""
-    cos, sin = turn
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # the products below are float32 as cos is
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate the pairs (2i, 2i+1) of x [B,H,L,d] by the angles of `rope`, in float32; back in the
+    dtype of x."""
+    cos, sin = rope
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = [even * cos - odd * sin, even * sin + odd * cos]  # float32, as cos is
+    return torch.stack(rotated, -1).flatten(-2).to(x.dtype)
 
 
 @dataclass
-class Sight:
-    """What the L positions of one call see.
+class PrefixMask:
+    """Rotary positions and attention mask of L positions, of which the first may be an image's.
 
-    places: int64 [L] or [B,L], rotary positions. prefix: how many leading ones are image positions.
-    mask: bool [B or 1,1,T,S+L] of the T = L - prefix others over the S cached keys and these; True
-    = sees. whole: image positions see one another, else only those before them.
+    positions: int64 [L] or [B,L]. prefix: how many leading ones are image positions. text: bool
+    [B or 1,1,T,S+L] of the T = L - prefix others over the S cached keys and these; True = attend.
+    bidirectional: image positions see one another, else only those before them.
     """
 
-    places: Tensor
-    mask: Tensor | None
+    positions: Tensor
+    text: Tensor | None
     prefix: int = 0
-    whole: bool = True
+    bidirectional: bool = True
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [B,H,Q,d], the last Q positions; key and value [B,H,S+L,d]; -> [B,H,Q,d]."""
-        positions = query.shape[2]
-        texts = self.mask.shape[-2] if self.mask is not None else 0
-        rows = min(texts, positions)  # of text among them
-        images = positions - rows
+        texts = self.text.shape[-2] if self.text is not None else 0
+        rows = min(texts, query.shape[2])  # of text among the queries
+        images = query.shape[2] - rows
         found = []
         if images:
             prefix_key = key[:, :, : self.prefix]
             prefix_value = value[:, :, : self.prefix]
             of_images = F.scaled_dot_product_attention(
-                query[:, :, :images], prefix_key, prefix_value, is_causal=not self.whole
+                query[:, :, :images], prefix_key, prefix_value, is_causal=not self.bidirectional
             )
             found.append(of_images)
         if rows:
-            mask = self.mask[..., texts - rows :, :]
+            mask = self.text[..., texts - rows :, :]
             found.append(attend(query[:, :, images:], key, value, mask))
         return found[0] if len(found) == 1 else torch.cat(found, 2)
 
     def dense(self) -> Tensor:
         """The whole mask bool [B or 1,1,L,L] of a call without cache."""
-        inside = torch.ones(self.prefix, self.prefix, dtype=torch.bool, device=self.places.device)
-        inside = inside if self.whole else inside.tril()
-        outside = inside.new_zeros(len(inside), self.places.shape[-1] - self.prefix)
+        device = self.positions.device
+        inside = torch.ones(self.prefix, self.prefix, dtype=torch.bool, device=device)
+        if not self.bidirectional:
+            inside = inside.tril()
+        outside = inside.new_zeros(self.prefix, self.positions.shape[-1] - self.prefix)
         images = torch.cat([inside, outside], 1)[None, None]
-        return (
-            images
-            if self.mask is None
-            else torch.cat([images.expand(len(self.mask), -1, -1, -1), self.mask], 2)
-        )
+        if self.text is None:
+            return images
+        return torch.cat([images.expand(len(self.text), -1, -1, -1), self.text], 2)
 
 
 class Attention(nn.Module):
@@ -171,7 +175,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        width, across, along = config.head_dim, *_linear_layers(config)
+        width = config.head_dim
+        by_output, by_input = _linear_layers(config)
         ranks = model_parallel_size() if config.tensor_parallel else 1
         if config.n_heads % ranks or config.kv_heads % ranks:
             raise UserError(
@@ -179,46 +184,48 @@ class Attention(nn.Module):
             )
         self.heads = config.n_heads // ranks
         self.kv_heads = config.kv_heads // ranks
-        self.wq = across(config.dim, config.n_heads * width, bias=config.qkv_bias)
-        self.wk = across(config.dim, config.kv_heads * width, bias=config.qkv_bias)
-        self.wv = across(config.dim, config.kv_heads * width, bias=config.qkv_bias)
-        self.wo = along(config.n_heads * width, config.dim)
+        self.wq = by_output(config.dim, config.n_heads * width, bias=config.qkv_bias)
+        self.wk = by_output(config.dim, config.kv_heads * width, bias=config.qkv_bias)
+        self.wv = by_output(config.dim, config.kv_heads * width, bias=config.qkv_bias)
+        self.wo = by_input(config.n_heads * width, config.dim)
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
         if config.qk_norm:
             self.q_norm = RMSNorm(width, config.norm_eps)
             self.k_norm = RMSNorm(width, config.norm_eps)
 
-    def query(self, x: Tensor, turn) -> Tensor:
+    def query(self, x: Tensor, rope: Rope) -> Tensor:
         """[B,L,D] -> rotated queries [B,H,L,d]."""
-        return rotate(self.q_norm(split_heads(self.wq(x), self.heads)), turn)
+        return rotate(self.q_norm(split_heads(self.wq(x), self.heads)), rope)
 
-    def key(self, x: Tensor, turn) -> Tensor:
+    def key(self, x: Tensor, rope: Rope) -> Tensor:
         """[B,L,D] -> rotated keys [B,G,L,d] of the G groups of heads."""
-        return rotate(self.k_norm(split_heads(self.wk(x), self.kv_heads)), turn)
+        return rotate(self.k_norm(split_heads(self.wk(x), self.kv_heads)), rope)
 
-    def forward(self, x: Tensor, turn, sight: Sight, past=None, keep: int | None = None):
-        """x [B,L,D] -> [B,keep,D] (all of L by default), and the keys and values [B,H,S+L,d] to go
+    def forward(
+        self, x: Tensor, rope: Rope, mask: PrefixMask, past=None, keep: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x [B,L,D] -> [B,keep,D] (all of L by default), and the keys and values [B,G,S+L,d] to go
         on from; None in training, which would only hold them longer."""
         first = 0 if keep is None else x.shape[1] - keep
-        ahead = tuple(part[..., first:, :] for part in turn)
-        query, key = self.query(x[:, first:], ahead), self.key(x, turn)
+        cos, sin = rope
+        query = self.query(x[:, first:], (cos[..., first:, :], sin[..., first:, :]))
+        key = self.key(x, rope)
         value = split_heads(self.wv(x), self.kv_heads)
         if past is not None:
-            key, value = (torch.cat(pair, 2) for pair in zip(past, (key, value), strict=True))
-        shared = self.heads // self.kv_heads
-        spread = (
-            (key, value)
-            if shared == 1
-            else (part.repeat_interleave(shared, 1) for part in (key, value))
-        )
+            key = torch.cat([past[0], key], 2)
+            value = torch.cat([past[1], value], 2)
         cache = None if self.training else (key, value)
-        return self.wo(merge_heads(sight.attend(query, *spread))), cache
+        group = self.heads // self.kv_heads  # query heads that share a key head
+        if group > 1:
+            key = key.repeat_interleave(group, 1)
+            value = value.repeat_interleave(group, 1)
+        return self.wo(merge_heads(mask.attend(query, key, value))), cache
 
-    def probabilities(self, x: Tensor, turn, sight: Sight) -> Tensor:
+    def probabilities(self, x: Tensor, rope: Rope, mask: PrefixMask) -> Tensor:
         """Attention probabilities float32 [B,H,L,L] of a call without cache."""
-        key = self.key(x, turn).repeat_interleave(self.heads // self.kv_heads, 1)
-        return attention_map(self.query(x, turn), key, sight.dense())
+        key = self.key(x, rope).repeat_interleave(self.heads // self.kv_heads, 1)
+        return attention_map(self.query(x, rope), key, mask.dense())
 
 
 class FeedForward(nn.Module):
@@ -226,10 +233,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        across, along = _linear_layers(config)
-        self.w1 = across(config.dim, config.hidden)
-        self.w2 = along(config.hidden, config.dim)
-        self.w3 = across(config.dim, config.hidden)
+        by_output, by_input = _linear_layers(config)
+        self.w1 = by_output(config.dim, config.hidden)
+        self.w2 = by_input(config.hidden, config.dim)
+        self.w3 = by_output(config.dim, config.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -245,9 +252,14 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, turn, sight: Sight, past=None, keep: int | None = None):
-        found, cache = self.attention(self.attention_norm(x), turn, sight, past, keep)
-        x = (x if keep is None else x[:, -keep:]) + found
+    def forward(
+        self, x: Tensor, rope: Rope, mask: PrefixMask, past=None, keep: int | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """As `Attention.forward`."""
+        found, cache = self.attention(self.attention_norm(x), rope, mask, past, keep)
+        if keep is not None:
+            x = x[:, -keep:]
+        x = x + found
         return x + self.feed_forward(self.ffn_norm(x)), cache
 
 
@@ -258,29 +270,32 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        across, _ = _linear_layers(config)
+        by_output, _ = _linear_layers(config)
         self.tok_embeddings = _embedding(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = across(config.dim, config.vocab_size, whole=True)
+        self.output = by_output(config.dim, config.vocab_size, whole=True)
         if not config.tensor_parallel:
-            for name, weight in self.named_parameters():
-                if weight.ndim == 2:
-                    depth = (
-                        (2 * config.n_layers) ** -0.5
-                        if name.endswith(("wo.weight", "w2.weight"))
-                        else 1.0
-                    )
-                    nn.init.normal_(
-                        weight, std=depth * (1.0 if name.startswith("tok_") else config.dim**-0.5)
-                    )
+            self.reset_parameters()
 
-    def turn(self, sight: Sight) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of the positions."""
+    def reset_parameters(self) -> None:
+        """Normal: embeddings with std 1, matrices with width^-0.5, less at the end of a branch."""
+        for name, weight in self.named_parameters():
+            if weight.ndim != 2:
+                continue
+            std = 1.0 if name.startswith("tok_") else self.config.dim**-0.5
+            if name.endswith(("wo.weight", "w2.weight")):
+                std *= (2 * self.config.n_layers) ** -0.5
+            nn.init.normal_(weight, std=std)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """Rotary cosines and sines of the positions int64 [L] or [B,L]."""
         shape = self.config
-        return rotation(sight.places, shape.head_dim, shape.rope_theta, shape.rope_scaling)
+        return rotation(positions, shape.head_dim, shape.rope_theta, shape.rope_scaling)
 
-    def forward(self, x: Tensor, sight: Sight, cache: Cache | None = None, keep: int | None = None):
+    def forward(
+        self, x: Tensor, mask: PrefixMask, cache: Cache | None = None, keep: int | None = None
+    ) -> tuple[Tensor, Cache]:
         """Embeddings [B,L,D] -> normed states [B,keep,D] of the last `keep` positions (all by
         default) and the cache, which has nothing in training.
 
@@ -289,26 +304,26 @@ class Llama(nn.Module):
         """
         if self.training and cache is not None:
             raise RuntimeError("keys and values are kept in eval mode alone: call .eval() first")
-        turn = self.turn(sight)
+        rope = self.rope(mask.positions)
         grown: Cache = []
         for number, block in enumerate(self.layers):
             last = number == len(self.layers) - 1
             past = cache[number] if cache is not None else None
-            x, pair = block(x, turn, sight, past, keep if last else None)
+            x, pair = block(x, rope, mask, past, keep if last else None)
             grown.append(pair)
         return self.norm(x), grown
 
-    def attention_maps(self, x: Tensor, sight: Sight) -> list[Tensor]:
+    def attention_maps(self, x: Tensor, mask: PrefixMask) -> list[Tensor]:
         """Probabilities float32 [B,H,L,L] of every block, without cache."""
-        turn = self.turn(sight)
+        rope = self.rope(mask.positions)
         maps = []
         for block in self.layers:
-            maps.append(block.attention.probabilities(block.attention_norm(x), turn, sight))
-            x, _ = block(x, turn, sight)
+            maps.append(block.attention.probabilities(block.attention_norm(x), rope, mask))
+            x, _ = block(x, rope, mask)
         return maps
 
 
-# ----------------------------------------------------------------------------------------------------- tensor parallel
+# ---- tensor parallel
 
 
 def model_parallel_size() -> int:
@@ -331,13 +346,13 @@ def _linear_layers(config: LlamaConfig):
         return linear, linear
     from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    def across(width: int, out: int, whole: bool = False, bias: bool = False) -> nn.Module:
+    def by_output(width: int, out: int, whole: bool = False, bias: bool = False) -> nn.Module:
         return ColumnParallelLinear(width, out, bias=bias, gather_output=whole)
 
-    def along(width: int, out: int) -> nn.Module:
+    def by_input(width: int, out: int) -> nn.Module:
         return RowParallelLinear(width, out, bias=False, input_is_parallel=True)
 
-    return across, along
+    return by_output, by_input
 
 
 def _embedding(config: LlamaConfig) -> nn.Module:
@@ -348,7 +363,8 @@ def _embedding(config: LlamaConfig) -> nn.Module:
     return ParallelEmbedding(config.vocab_size, config.dim)
 
 
-BY_OUTPUT, BY_INPUT = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2", "tok_embeddings")
+BY_OUTPUT = ("wq", "wk", "wv", "w1", "w3", "output")
+BY_INPUT = ("wo", "w2", "tok_embeddings")
 
 
 def split_dimension(name: str) -> int | None:

@@ -5,7 +5,6 @@ Parameter names are those of OpenAI's released files, so their state dicts load 
 half-precision weights are cast (`models.weights.clip`).
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +93,8 @@ def openai_model(name: str) -> OpenAIConfig:
     known = _open_clips(name)
     if known not in OPENAI_MODELS:
         raise UserError(
-            f"model {name!r} is unknown{did_you_mean(known, OPENAI_MODELS) or '.'} Known: {', '.join(OPENAI_MODELS)}"
+            f"model {name!r} is unknown{did_you_mean(known, OPENAI_MODELS) or '.'} "
+            f"Known: {', '.join(OPENAI_MODELS)}"
         )
     return OPENAI_MODELS[known]
 
@@ -104,13 +104,13 @@ class OpenAIViT(nn.Module):
 
     def __init__(self, config: OpenAIConfig):
         super().__init__()
-        width, patch = config.vision_width, config.patch_size
+        width = config.vision_width
+        patch = config.patch_size
+        tokens = 1 + (config.image_size // patch) ** 2
         self.image_size = config.image_size
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(
-            scale * torch.randn((config.image_size // patch) ** 2 + 1, width)
-        )
+        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.proj = nn.Parameter(scale * torch.randn(width, config.embed_dim))
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
         self.ln_pre = nn.LayerNorm(width)
@@ -125,12 +125,12 @@ class OpenAIViT(nn.Module):
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(
                 f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the model was built for "
-                f"{self.image_size} x {self.image_size}: resize them, or the position embeddings (positions.py)"
+                f"{self.image_size} x {self.image_size}: resize them, or the position embeddings "
+                "(positions.py)"
             )
         patches = self.conv1(image).flatten(2).transpose(1, 2)
-        tokens = torch.cat(
-            [self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1), patches], 1
-        )
+        class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
+        tokens = torch.cat([class_token, patches], 1)
         return self.transformer(self.ln_pre(tokens + self.positional_embedding))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -153,9 +153,7 @@ class Bottleneck(nn.Module):
         self.downsample = None
         if stride > 1 or width_in != 4 * width:
             shortcut = nn.Conv2d(width_in, 4 * width, 1, bias=False)
-            self.downsample = nn.Sequential(
-                OrderedDict([("0", shortcut), ("1", nn.BatchNorm2d(4 * width))])
-            )
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * width))
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x

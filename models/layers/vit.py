@@ -102,9 +102,10 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: RGB, std: RGB):
         super().__init__()
-        mean_of, std_of = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-        self.register_buffer("scale", 1 / (255 * std_of), persistent=False)
-        self.register_buffer("offset", mean_of / std_of, persistent=False)
+        means = torch.tensor(mean).view(3, 1, 1)
+        stds = torch.tensor(std).view(3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * stds), persistent=False)
+        self.register_buffer("offset", means / stds, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         return image * self.scale - self.offset if image.dtype == torch.uint8 else image
@@ -129,8 +130,8 @@ class PatchEmbed(nn.Module):
             reduction = 2 ** len(config.stem)
         if config.patch_size % reduction:
             raise UserError(
-                f"{config.tower} makes one position of {reduction} x {reduction} pixels, and patch_size "
-                f"{config.patch_size} is no multiple of {reduction}: set it to one"
+                f"{config.tower} makes one position of {reduction} x {reduction} pixels, and "
+                f"patch_size {config.patch_size} is no multiple of {reduction}: set it to one"
             )
         side = config.patch_size // reduction
         self.proj = nn.Conv2d(channels, config.width, kernel_size=side, stride=side)
@@ -138,8 +139,9 @@ class PatchEmbed(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(
-                f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the vision transformer was built for "
-                f"{self.image_size} x {self.image_size}: set image_res (vit.image_size) to the size of the images"
+                f"image of {image.shape[-2]} x {image.shape[-1]} pixels, but the vision transformer "
+                f"was built for {self.image_size} x {self.image_size}: set image_res "
+                "(vit.image_size) to the size of the images"
             )
         maps = image if self.backbone is None else self.backbone(image)
         return self.proj(maps).flatten(2).transpose(1, 2)
@@ -262,12 +264,10 @@ class ViT(nn.Module):
         added."""
         patches = self.patch_embed(self.normalize(image))
         if patch_mask is not None:
-            patches = torch.where(
-                patch_mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches
-            )
-        tokens = torch.cat(
-            [self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype), patches], dim=1
-        )
+            mask_token = self.mask_token.to(patches.dtype)
+            patches = torch.where(patch_mask.unsqueeze(-1), mask_token, patches)
+        cls_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
+        tokens = torch.cat([cls_token, patches], dim=1)
         return F.dropout(tokens + self.pos_embed, self.config.dropout, self.training)
 
     def forward(
@@ -294,7 +294,8 @@ def check_geometry(config: ViTConfig) -> None:
     """Raise UserError where the sizes do not divide."""
     if config.image_size % config.patch_size:
         raise UserError(
-            f"vit.image_size {config.image_size} is no multiple of vit.patch_size {config.patch_size}"
+            f"vit.image_size {config.image_size} is no multiple of vit.patch_size "
+            f"{config.patch_size}"
         )
     if config.width % config.heads:
         raise UserError(f"vit.width {config.width} is no multiple of vit.heads {config.heads}")
@@ -302,8 +303,9 @@ def check_geometry(config: ViTConfig) -> None:
         raise UserError("vision_tower and vision_stem exclude each other; choose one")
     if config.patch_size % 2 ** len(config.stem):
         raise UserError(
-            f"a stem of {len(config.stem)} stages halves the image {len(config.stem)} times, and patch_size "
-            f"{config.patch_size} is no multiple of {2 ** len(config.stem)}: give fewer stages or a larger patch"
+            f"a stem of {len(config.stem)} stages halves the image {len(config.stem)} times, and "
+            f"patch_size {config.patch_size} is no multiple of {2 ** len(config.stem)}: give fewer "
+            "stages or a larger patch"
         )
 
 
@@ -314,8 +316,8 @@ def patches_of(weights: Mapping[str, Tensor]) -> tuple[int, tuple[int, ...]]:
     stem = ()
     if any(key.startswith(f"{prefix}trunk.") for key in weights):
         raise UserError(
-            "this vision transformer stands on a tower of timm (vision_tower), which weights alone do "
-            "not name: evaluate the run with its own scripts, such as Retrieval.py"
+            "this vision transformer stands on a tower of timm (vision_tower), which weights alone "
+            "do not name: evaluate the run with its own scripts, such as Retrieval.py"
         )
     if f"{prefix}conv1.weight" in weights:
         stages = [

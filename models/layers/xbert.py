@@ -6,14 +6,12 @@ Post-norm blocks in the order self-attention, cross-attention, feed-forward. Lay
 systems differ in geometry only:
 
 * two-stage (ALBEF, BERT proper): layers below `fusion_layer` encode the text, the others fuse it
-with the image.
+  with the image.
 * single-stream (SIMLA): `fusion_layer` is 0, text mode runs all layers without their
-cross-attention, and there is no
-  token-type embedding.
+  cross-attention, and there is no token-type embedding.
 
 So `text_stage` -> `fuse` is the fusion encoder of both, and only the text-only encoder
-(`encode_text`) differs.
-Parameter names follow transformers' BERT with `crossattention` beside `attention`.
+(`encode_text`) differs. Parameter names follow transformers' BERT with `crossattention` beside `attention`.
 """
 
 from dataclasses import dataclass, field, fields
@@ -82,7 +80,8 @@ class BertConfig:
         if "single_stream" not in bert_json:
             if not bert_json.get("add_cross_attention") and "fusion_layer" not in bert_json:
                 raise UserError(
-                    "the BERT JSON names neither add_cross_attention: true (SIMLA) nor fusion_layer (ALBEF)"
+                    "the BERT JSON names neither add_cross_attention: true (SIMLA) nor fusion_layer "
+                    "(ALBEF)"
                 )
             config.single_stream = "fusion_layer" not in bert_json
         if bert_json.get("hidden_act", "gelu") != "gelu":
@@ -111,9 +110,9 @@ class DecoderCache:
     def select(self, rows: Tensor) -> "DecoderCache":
         """The cache of these rows (int64, repeats allowed); cross keys stay shared, the next call
         names its `rows`."""
-        own = {
-            i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in self.own.items()
-        }
+        own = {}
+        for layer, (keys, values) in self.own.items():
+            own[layer] = (keys.index_select(0, rows), values.index_select(0, rows))
         return DecoderCache(own, dict(self.cross), self.mask.index_select(0, rows))
 
 
@@ -143,7 +142,8 @@ class Embeddings(nn.Module):
         limit = self.position_embeddings.num_embeddings
         if end > limit:
             raise UserError(
-                f"{end} tokens, but bert.max_position_embeddings is {limit}: shorten the text or the image"
+                f"{end} tokens, but bert.max_position_embeddings is {limit}: shorten the text or "
+                "the image"
             )
         states = words + self.position_embeddings.weight[start:end]
         if hasattr(self, "token_type_embeddings"):
@@ -188,9 +188,9 @@ class Attention(nn.Module):
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """[B,N,kv_width] -> keys and values [B,H,N,d]."""
-        return split_heads(self.self["key"](states), self.heads), split_heads(
-            self.self["value"](states), self.heads
-        )
+        keys = split_heads(self.self["key"](states), self.heads)
+        values = split_heads(self.self["value"](states), self.heads)
+        return keys, values
 
     def forward(
         self,
@@ -203,12 +203,14 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[R,L,D] -> ([R,L,D], probabilities before dropout or None); shared key sets as in
         `attend_shared`."""
-        query, (key, value) = self.query(hidden), keys_values
+        query = self.query(hidden)
+        key, value = keys_values
         dropout = self.dropout if self.training else 0.0
         if with_map:
             if shared:
                 which = key_set_of_rows(len(query), len(key), rows, query.device)
-                key, value = key.index_select(0, which), value.index_select(0, which)
+                key = key.index_select(0, which)
+                value = value.index_select(0, which)
                 mask = None if mask is None else mask.index_select(0, which)
             probabilities = attention_map(query, key, mask)
             context = F.dropout(probabilities, dropout).to(value.dtype) @ value
@@ -255,17 +257,16 @@ class Layer(nn.Module):
         if map_of == "cls":
             key = split_heads(self.attention.self["key"](hidden), self.attention.heads)
             return attention_map(self.attention.query(hidden[:, :1]), key, mask).squeeze(2)
-        keys_values = self.attention.keys_values(hidden)
+        keys, values = self.attention.keys_values(hidden)
         if cache is not None:
             if self.index in cache.own:
-                past = cache.own[self.index]
-                keys_values = tuple(
-                    torch.cat([p, new], dim=2) for p, new in zip(past, keys_values, strict=True)
-                )
-            cache.own[self.index] = keys_values
+                past_keys, past_values = cache.own[self.index]
+                keys = torch.cat([past_keys, keys], dim=2)
+                values = torch.cat([past_values, values], dim=2)
+            cache.own[self.index] = (keys, values)
         if keep is not None:
-            hidden = hidden.gather(1, keep.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        hidden, self_map = self.attention(hidden, keys_values, mask, with_map=map_of == "self")
+            hidden = at_positions(hidden, keep)
+        hidden, self_map = self.attention(hidden, (keys, values), mask, with_map=map_of == "self")
         cross_map = None
         if image is not None:
             keys_values = self.cross_keys_values(image, cache)
@@ -328,18 +329,16 @@ class XBert(nn.Module):
 
         mask: bool [R,L], True = real token; None = all. Every row needs a real token.
         image: tokens [B,N,W] for cross-attention, None = skip it; a list of images (NLVR) is
-        attended to in turn,
-            layer i taking element (i - fusion_layer) mod len. image_mask: bool [B,N] (or a list
-            alike), None = all.
+            attended to in turn, layer i taking element (i - fusion_layer) mod len.
+        image_mask: bool [B,N] (or a list alike), None = all.
         rows: which image the text rows attend to. The last len(rows) text rows attend to the images
-        `rows` (int64)
-            names; those before come in whole groups of B, row r attending to image r mod B. Keys
-            and values are projected once per image, however many rows share it.
+            `rows` (int64) names; those before come in whole groups of B, row r attending to image
+            r mod B. Keys and values are projected once per image, however many rows share it.
         keep: int64 [R,K]; the last of these layers computes these positions alone -> [R,K,D].
         causal: a token sees itself and the tokens before it; with `cache` also the tokens of the
-        earlier calls.
+            earlier calls.
         map_of: ("self" | "cross", layer): also return that layer's probabilities [R,H,L,L] or
-        [R,H,L,N], in the graph.
+            [R,H,L,N], in the graph.
         """
         last = self.depth if last is None else last
         self_mask = attention_mask(hidden, mask, causal, cache)
@@ -353,14 +352,17 @@ class XBert(nn.Module):
             output = self.layers[i](
                 hidden,
                 self_mask,
-                images[turn] if fused else None,
-                image_masks[turn] if fused else None,
-                rows,
-                keep if i == last - 1 else None,
-                cache,
-                map_of[0] if map_of is not None and map_of[1] == i else None,
+                image=images[turn] if fused else None,
+                image_mask=image_masks[turn] if fused else None,
+                rows=rows,
+                keep=keep if i == last - 1 else None,
+                cache=cache,
+                map_of=map_of[0] if map_of is not None and map_of[1] == i else None,
             )
-            hidden, probabilities = output if isinstance(output, tuple) else (output, probabilities)
+            if isinstance(output, tuple):
+                hidden, probabilities = output
+            else:
+                hidden = output
         return hidden if map_of is None else (hidden, probabilities)
 
     def text_stage(self, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -379,11 +381,7 @@ class XBert(nn.Module):
         layers over them."""
         if self.config.single_stream:
             return self.run(stage, mask, keep=keep)
-        return (
-            stage
-            if keep is None
-            else stage.gather(1, keep.unsqueeze(-1).expand(-1, -1, stage.shape[-1]))
-        )
+        return stage if keep is None else at_positions(stage, keep)
 
     def fuse(
         self, stage: Tensor, mask: Tensor | None, image: Tensor | list[Tensor], **options
@@ -456,6 +454,11 @@ class XBertLM(nn.Module):
         return self.logits(self.bert(ids, mask, image, **options))
 
 
+def at_positions(states: Tensor, positions: Tensor) -> Tensor:
+    """States [R,K,D] at the positions int64 [R,K] of [R,L,D]."""
+    return states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+
+
 def attention_mask(
     hidden: Tensor, mask: Tensor | None, causal: bool = False, cache: DecoderCache | None = None
 ) -> Tensor | None:
@@ -463,12 +466,11 @@ def attention_mask(
     the cache's mask."""
     n_rows, length = hidden.shape[:2]
     if cache is not None:
-        new = (
-            torch.ones(n_rows, length, dtype=torch.bool, device=hidden.device)
-            if mask is None
-            else mask
-        )
-        cache.mask = mask = new if cache.mask is None else torch.cat([cache.mask, new], dim=1)
+        if mask is None:
+            mask = torch.ones(n_rows, length, dtype=torch.bool, device=hidden.device)
+        if cache.mask is not None:
+            mask = torch.cat([cache.mask, mask], dim=1)
+        cache.mask = mask
     if not causal:
         return None if mask is None else mask[:, None, None, :]
     total = length if mask is None else mask.shape[1]

@@ -22,6 +22,7 @@ from base.errors import UserError
 from base.knobs import knob
 from base.limits import WIDTH
 from base.memory import FLOAT, check_bytes
+from models.layers.llama import PrefixMask
 
 TOKEN = 12  # bytes of a token, int64, and its probability, float32
 LIMIT = 19  # tokens of a label at most, delimiter included, as in the original
@@ -78,20 +79,18 @@ class Drafts:
         """The fields, with T filled up to `length`, so that those of different batches can be
         joined."""
         room = (0, length - self.tokens.shape[2])
-        pad = torch.nn.functional.pad
-        return pad(self.tokens, room), pad(self.probabilities, room), self.lengths, self.closed
+        tokens = F.pad(self.tokens, room)
+        probabilities = F.pad(self.probabilities, room)
+        return tokens, probabilities, self.lengths, self.closed
 
     def rows(self, image: int) -> list[tuple[list[int], list[float]]]:
         """The rows of one image, each as long as it is."""
-        parts = (
-            self.tokens[image].tolist(),
-            self.probabilities[image].tolist(),
-            self.lengths[image].tolist(),
-        )
-        return [
-            (tokens[:length], probabilities[:length])
-            for tokens, probabilities, length in zip(*parts, strict=True)
-        ]
+        tokens = self.tokens[image].tolist()
+        probabilities = self.probabilities[image].tolist()
+        rows = []
+        for row, length in enumerate(self.lengths[image].tolist()):
+            rows.append((tokens[row][:length], probabilities[row][:length]))
+        return rows
 
 
 @torch.no_grad()
@@ -129,10 +128,10 @@ def one_shot(
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability and number of the likeliest token, without a softmax over the vocabulary being
-    written."""
-    top, found = logits.float().max(-1)
-    return (top - logits.float().logsumexp(-1)).exp(), found
+    """Probability and id of the likeliest token; no softmax over the vocabulary is written."""
+    logits = logits.float()
+    top, found = logits.max(-1)
+    return (top - logits.logsumexp(-1)).exp(), found
 
 
 # ---- greedy and random continuations
@@ -160,7 +159,8 @@ class Choice:
     k: int = 5
     p: float = 0.9
     temperature: float = 1.0
-    penalty: float = 0.0  # > 0: logits of tokens a branch has already used are divided by it (Keskar et al., 2019)
+    # > 0: logits of tokens a branch has already used are divided by it (Keskar et al., 2019)
+    penalty: float = 0.0
 
     def __post_init__(self):
         if self.method not in ("greedy", "top_k", "top_p"):
@@ -174,14 +174,12 @@ class Choice:
         """Logits [B,M,V] -> probability and token [B,M]."""
         if self.method == "greedy":
             return _likeliest(logits)
-        probability = (
-            top_k(logits, self.k)
-            if self.method == "top_k"
-            else top_p(logits / self.temperature, self.p)
-        )
-        found = torch.multinomial(probability.flatten(0, 1), 1, generator=generator).view(
-            probability.shape[:2]
-        )
+        if self.method == "top_k":
+            probability = top_k(logits, self.k)
+        else:
+            probability = top_p(logits / self.temperature, self.p)
+        found = torch.multinomial(probability.flatten(0, 1), 1, generator=generator)
+        found = found.view(probability.shape[:2])
         return probability.gather(-1, found[..., None])[..., 0], found
 
 
@@ -222,29 +220,28 @@ def write_labels(
         if position == length - 1:
             break
         if lagging:
-            logits = _lagging_logits(model, images, prompt, torch.cat(tokens, 1), delimiter)[
-                :, None
-            ].float()
+            text = torch.cat(tokens, 1)
+            logits = _lagging_logits(model, images, prompt, text, delimiter)[:, None].float()
         else:
             logits = tree.grow(found, rows).float()
             if decouple:
                 tree.forget(found == delimiter)
-    drafts = torch.stack(tokens, 2), torch.stack(probabilities, 2)
-    lengths = torch.full(drafts[0].shape[:2], length, device=images.device)
-    return Drafts(*drafts, lengths, drafts[0][..., -1] == delimiter)
+    text = torch.stack(tokens, 2)
+    lengths = torch.full(text.shape[:2], length, device=images.device)
+    return Drafts(text, torch.stack(probabilities, 2), lengths, text[..., -1] == delimiter)
 
 
 def _lagging_logits(
     model, images: Tensor, prompt: Tensor, tokens: Tensor, delimiter: int
 ) -> Tensor:
-    from models.layers.llama import Sight
-
+    """Logits [B,V] of what follows the tokens int64 [B,T], under `lagging_mask`."""
     ids = torch.cat([prompt.expand(len(tokens), -1), tokens], 1)
     mask = lagging_mask(ids, len(prompt) - 1, delimiter, images.shape[1])
     positions = torch.arange(images.shape[1] + ids.shape[1], device=ids.device)
     x = model.sequence(images, ids)
-    sight = Sight(positions, mask, images.shape[1], model.config.prefix)
-    return model.logits(model.language_decoder(x, sight, keep=1)[0][:, 0])
+    mask = PrefixMask(positions, mask, images.shape[1], model.config.prefix)
+    states, _ = model.language_decoder(x, mask, keep=1)
+    return model.logits(states[:, 0])
 
 
 def lagging_mask(ids: Tensor, answer: int, delimiter: int, images: int) -> Tensor:
@@ -322,26 +319,24 @@ def beam_search(
         if position == 0:
             used[..., prompt] = True  # the original's penalty is on the whole text
         logits = tree.grow(last, rows).float()
-    return [
-        _best_text(*each, eos, beams, len(prompt), length_penalty)
-        for each in zip(ended, history, sums, strict=True)
-    ]
+    for texts, tokens, totals in zip(ended, history, sums, strict=True):
+        _add_unfinished(texts, tokens, totals, eos, beams)
+    return [_best_text(texts, len(prompt), length_penalty) for texts in ended]
+
+
+def _add_unfinished(
+    texts: dict[tuple[int, ...], float], tokens: Tensor, totals: Tensor, eos: int, beams: int
+) -> None:
+    """Add the best of the beams int64 [M,T], log-probabilities [M], where fewer texts have ended."""
+    for i in totals.argsort(descending=True).tolist():
+        if len(texts) < beams:
+            texts[(*tokens[i].tolist(), eos)] = float(totals[i])
 
 
 def _best_text(
-    ended: dict,
-    history: Tensor,
-    sums: Tensor,
-    eos: int,
-    beams: int,
-    before: int,
-    power: float | None,
-):
-    """The best of the texts that ended and, where those are few, of the unfinished ones."""
-    texts = dict(ended)
-    for i in sums.argsort(descending=True).tolist():
-        if len(texts) < beams:
-            texts[(*history[i].tolist(), eos)] = float(sums[i])
+    texts: dict[tuple[int, ...], float], before: int, power: float | None
+) -> tuple[list[int], float]:
+    """The best of the texts and its log-probability; `before` tokens of the prompt count, too."""
 
     def score(text: tuple[int, ...]) -> float:
         length = before + len(text)
@@ -360,10 +355,9 @@ def split_labels(
     start = 0
     for position, token in enumerate(tokens):
         if token == delimiter:
-            found.append(
-                (list(tokens[start : position + 1]), list(probabilities[start : position + 1]))
-            )
-            start = position + 1
+            end = position + 1
+            found.append((list(tokens[start:end]), list(probabilities[start:end])))
+            start = end
     return found
 
 
@@ -452,10 +446,8 @@ class Decoding:
         for value, known in ((self.strategy, STRATEGIES), (self.ranking, RANKINGS)):
             if value not in known:
                 raise UserError(f"decoding: {value!r} is unknown; use one of {', '.join(known)}")
-        if (
-            min(self.num_labels, self.max_label_len, self.max_gen_len, self.beam_size) < 1
-            or self.temperature <= 0
-        ):
+        sizes = [self.num_labels, self.max_label_len, self.max_gen_len, self.beam_size]
+        if min(sizes) < 1 or self.temperature <= 0:
             raise UserError(
                 "decoding: num_labels, lengths, beam_size and temperature must be positive"
             )
@@ -488,25 +480,37 @@ class Decoding:
         if self.strategy == "one_shot":
             return one_shot(model, images, prompt, delimiter, self.num_labels, self.max_label_len)
         if self.strategy != "beam":
-            choice = Choice(self.strategy, self.top_k, self.top_p, self.temperature, self.penalty)
+            choice = Choice(
+                method=self.strategy,
+                k=self.top_k,
+                p=self.top_p,
+                temperature=self.temperature,
+                penalty=self.penalty,
+            )
             return write_labels(
                 model, images, prompt, delimiter, self.max_gen_len, choice, decouple=decouple
             )
-        widths = (self.beam_size, self.beam_patience, self.length_penalty, self.penalty)
-        texts = [
-            tokens
-            for tokens, _ in beam_search(model, images, prompt, eos, self.max_gen_len, *widths)
-        ]
-        length = max(map(len, texts))
-        tokens = torch.tensor(
-            [[text + [eos] * (length - len(text))] for text in texts], device=images.device
+        found = beam_search(
+            model,
+            images,
+            prompt,
+            eos,
+            self.max_gen_len,
+            beams=self.beam_size,
+            patience=self.beam_patience,
+            length_penalty=self.length_penalty,
+            penalty=self.penalty,
         )
+        texts = [tokens for tokens, _ in found]
+        longest = max(map(len, texts))
+        padded = [[text + [eos] * (longest - len(text))] for text in texts]
+        tokens = torch.tensor(padded, device=images.device)  # [B,1,T]
         lengths = torch.tensor([[len(text)] for text in texts], device=images.device)
         return Drafts(
             tokens,
-            torch.ones(tokens.shape, device=images.device),
-            lengths,
-            torch.ones_like(lengths).bool(),
+            probabilities=torch.ones_like(tokens, dtype=torch.float32),
+            lengths=lengths,
+            closed=torch.ones_like(lengths, dtype=torch.bool),
         )
 
     def labels(self, drafts: Drafts, image: int, delimiter: int, decode) -> list[tuple[str, float]]:
@@ -528,12 +532,11 @@ def label_map(model, images: Tensor, prompt: Tensor, tokens: Sequence[int]) -> T
     """
     ids = torch.cat([prompt, torch.tensor(list(tokens), device=prompt.device)])[None]
     x = model.sequence(images, ids)
-    maps = model.language_decoder.attention_maps(
-        x, model.sight(images.shape[1], torch.zeros_like(ids))
-    )
-    seen = torch.stack(
-        [one[0, :, -len(tokens) :, : images.shape[1]].mean((0, 1)) for one in maps]
-    ).mean(0)
+    mask = model.prefix_mask(images.shape[1], torch.zeros_like(ids))
+    seen = torch.zeros(images.shape[1], device=x.device)
+    maps = model.language_decoder.attention_maps(x, mask)
+    for one in maps:  # [1,H,L,L]
+        seen += one[0, :, -len(tokens) :, : images.shape[1]].mean((0, 1)) / len(maps)
     side = round(len(seen) ** 0.5)
     heat = seen.unflatten(0, (side, side)).float()
     heat = heat - heat.min()

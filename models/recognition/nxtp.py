@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from base.distributed import all_reduce
 from base.errors import UserError
 from models.layers.library_towers import TimmGrid
-from models.layers.llama import Cache, Llama, LlamaConfig, Sight
+from models.layers.llama import Cache, Llama, LlamaConfig, PrefixMask
 from models.layers.openai_towers import ModifiedResNet, OpenAIConfig, OpenAIViT
 
 IGNORED = -100  # label of a position without a target
@@ -203,16 +203,17 @@ class Nxtp(nn.Module):
         weight = torch.where(trained, head.weight, head.weight.detach())
         return F.linear(states, weight).float()
 
-    def sight(self, images: int, segments: Tensor) -> Sight:
-        """What a sequence of image tokens and text sees, for `Llama.forward`."""
-        places = torch.arange(images + segments.shape[1], device=segments.device)
-        return Sight(places, text_mask(segments, images), images, self.config.prefix)
+    def prefix_mask(self, images: int, segments: Tensor) -> PrefixMask:
+        """Positions and mask of `images` image tokens and text; segments as in `text_mask`."""
+        positions = torch.arange(images + segments.shape[1], device=segments.device)
+        mask = text_mask(segments, images)
+        return PrefixMask(positions, mask, prefix=images, bidirectional=self.config.prefix)
 
     def states(self, images: Tensor, text_ids: Tensor, segments: Tensor) -> Tensor:
         """Normed states [B,T,D] of the text behind the image tokens [B,N,D]."""
         x = self.sequence(images, text_ids)
-        sight = self.sight(images.shape[1], segments)
-        states, _ = self.language_decoder(x, sight, keep=text_ids.shape[1])
+        mask = self.prefix_mask(images.shape[1], segments)
+        states, _ = self.language_decoder(x, mask, keep=text_ids.shape[1])
         return states
 
     def next_token_loss(
@@ -230,36 +231,48 @@ class Nxtp(nn.Module):
         return total / count.clamp(min=1)
 
     def forward(
-        self, image: Tensor, text_ids, segments, positions, labels, **caption: Tensor
+        self,
+        image: Tensor,
+        text_ids: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+        labels: Tensor,
+        caption_text_ids: Tensor | None = None,
+        caption_segments: Tensor | None = None,
+        caption_positions: Tensor | None = None,
+        caption_labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """`loss_objs` of the labels and, where `caption_text_ids` and so on are given, `loss_caps`
-        of the captions."""
+        """`loss_objs` of the labels and, where captions are given, `loss_caps` of these, 0-d
+        float32; image [B,3,S,S], the rest as in `next_token_loss`."""
         images = self.encode_image(image)
         losses = {"loss_objs": self.next_token_loss(images, text_ids, segments, positions, labels)}
-        if caption:
-            own = {name.removeprefix("caption_"): value for name, value in caption.items()}
-            losses["loss_caps"] = self.next_token_loss(images, **own)
+        if caption_text_ids is not None:
+            losses["loss_caps"] = self.next_token_loss(
+                images, caption_text_ids, caption_segments, caption_positions, caption_labels
+            )
         return losses
 
-    # ------------------------------------------------------------------------------------------------ for decoding
+    # ---- for decoding
     def prefill(self, images: Tensor, prompt: Tensor) -> tuple[Tensor, Cache]:
         """Image tokens [B,N,D] and prompt int64 [P] -> logits [B,V] of the first label token, and
         the cache."""
         ids = prompt.expand(images.shape[0], -1)
         x = self.sequence(images, ids)
         segments = torch.zeros(1, len(prompt), dtype=torch.int64, device=prompt.device)
-        states, cache = self.language_decoder(x, self.sight(images.shape[1], segments), keep=1)
+        mask = self.prefix_mask(images.shape[1], segments)
+        states, cache = self.language_decoder(x, mask, keep=1)
         return self.logits(states[:, 0]), cache
 
     def step(
-        self, tokens: Tensor, place: Tensor, mask: Tensor, cache: Cache
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache
     ) -> tuple[Tensor, Cache]:
         """One more token for each of M branches of B images.
 
-        tokens int64 [B,M]; place int64 [M] or [B,M], their rotary positions; mask bool [B,1,M,S+M]
-        over the cached keys and these; -> logits [B,M,V] and the cache with them.
+        tokens int64 [B,M]; positions int64 [M] or [B,M], rotary; mask bool [B,1,M,S+M] over the
+        cached keys and these; -> logits [B,M,V] and the cache with them.
         """
-        states, cache = self.language_decoder(self.embed(tokens), Sight(place, mask), cache)
+        x = self.embed(tokens)
+        states, cache = self.language_decoder(x, PrefixMask(positions, mask), cache)
         return self.logits(states), cache
 
 

@@ -41,10 +41,7 @@ BLIP_VOCABULARY = 30524  # BERT's 30522 with [DEC] and [ENC]
 CLS_HEAD = ("cls_head.*", "cls_head_m.*")
 
 
-# ------------------------------------------------------------------------------------------------ comparing and loading
-
-
-# -------------------------------------------------------------------------------------------------- kinds of checkpoint
+# ---- kinds of checkpoint
 
 
 def checkpoint_kind(state: State) -> str:
@@ -56,8 +53,9 @@ def checkpoint_kind(state: State) -> str:
     words = state.get("text_encoder.embeddings.word_embeddings.weight")
     if words is not None and len(words) == BLIP_VOCABULARY:
         raise UserError(
-            "a checkpoint of BLIP, whose text encoder fuses in every layer and knows two tokens more "
-            "than ALBEF's: evaluate BLIP with eval_zeroshot.py --model hf/Salesforce/blip-itm-base-coco"
+            "a checkpoint of BLIP, whose text encoder fuses in every layer and knows two tokens "
+            "more than ALBEF's: evaluate BLIP with eval_zeroshot.py --model "
+            "hf/Salesforce/blip-itm-base-coco"
         )
     if any(key.startswith("text_decoder.") for key in state):
         return "vqa"
@@ -76,7 +74,7 @@ def checkpoint_kind(state: State) -> str:
     raise UserError(f"a checkpoint of no known kind; its first keys are {_some(list(state))}")
 
 
-# ----------------------------------------------------------------------------------------------- renames, one at a time
+# ---- renames, one at a time
 
 
 def strip_bert(state: State) -> dict[str, Tensor]:
@@ -99,12 +97,10 @@ def fit_positions(state: State, target: State) -> dict[str, Tensor]:
 def fit_queues(state: State, target: State) -> dict[str, Tensor]:
     """The queues as they are where the sizes agree; dropped together, pointer included, where they
     do not."""
-    agree = all(
-        state[key].shape == target[key].shape for key in QUEUES if key in state and key in target
-    )
-    return (
-        dict(state) if agree else {key: value for key, value in state.items() if key not in QUEUES}
-    )
+    common = [key for key in QUEUES if key in state and key in target]
+    if all(state[key].shape == target[key].shape for key in common):
+        return dict(state)
+    return {key: value for key, value in state.items() if key not in QUEUES}
 
 
 def split_decoder(state: State, decoder_layers: int) -> dict[str, Tensor]:
@@ -137,7 +133,8 @@ def double_fusion(state: State, target_layers: int) -> dict[str, Tensor]:
     first = 2 * source_layers - target_layers
     if not 0 <= first <= source_layers:
         raise UserError(
-            f"a text encoder of {source_layers} layers cannot become one of {target_layers} for two images"
+            f"a text encoder of {source_layers} layers cannot become one of {target_layers} for two "
+            "images"
         )
     result = {}
     for key, value in state.items():
@@ -145,8 +142,9 @@ def double_fusion(state: State, target_layers: int) -> dict[str, Tensor]:
         if layer is None or not key.startswith("text_encoder.") or int(layer[2]) < first:
             result[key] = value
         else:
-            twin = first + 2 * (int(layer[2]) - first)
-            result |= {f"{layer[1]}{index}{layer[3]}": value for index in (twin, twin + 1)}
+            index = first + 2 * (int(layer[2]) - first)
+            result[f"{layer[1]}{index}{layer[3]}"] = value
+            result[f"{layer[1]}{index + 1}{layer[3]}"] = value
     return result
 
 
@@ -157,9 +155,12 @@ def without_momentum(state: State) -> dict[str, Tensor]:
 
 def momentum_from_online(state: State, target: State) -> dict[str, Tensor]:
     """The momentum copies the target has and `state` lacks, from the online weights in `state`."""
-    lacking = (key for key in target if key not in state and _matches(key, MOMENTUM))
-    online = {key: re.sub(r"^(\w+)_m\.", r"\1.", key) for key in lacking}
-    return {key: state[source] for key, source in online.items() if source in state}
+    copies = {}
+    for key in target:
+        online = re.sub(r"^(\w+)_m\.", r"\1.", key)
+        if key not in state and _matches(key, MOMENTUM) and online in state:
+            copies[key] = state[online]
+    return copies
 
 
 def depth(state: State, module: str) -> int:
@@ -168,13 +169,12 @@ def depth(state: State, module: str) -> int:
     return max((int(layer[2]) + 1 for layer in layers if layer), default=0)
 
 
-# ------------------------------------------------------------------------------------------------------ starting a task
+# ---- starting a task
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a task starts from a checkpoint of another kind (section 6.3 of the originals' loading
-    code)."""
+    """How a task starts from a checkpoint of another kind."""
 
     # kinds of checkpoint that can be converted; the task's own kind always loads
     sources: tuple[str, ...]
@@ -203,21 +203,31 @@ def _double(state: State, target: State) -> dict[str, Tensor]:
 
 NO_CONTRAST = (*PRETRAIN_HEADS, *QUEUES, "temp", "*_proj.*", "*_proj_m.*", "itm_head.*")
 STARTS = {
-    "pretrain": Start((), _keep),
-    "retrieval": Start(("pretrain",), _strip, ("idx_queue",), PRETRAIN_HEADS),
-    "ve": Start(("pretrain", "retrieval"), _strip, CLS_HEAD, NO_CONTRAST),
-    "vqa": Start(("pretrain",), _split, (), NO_CONTRAST),
+    "pretrain": Start(sources=(), convert=_keep),
+    "retrieval": Start(
+        sources=("pretrain",),
+        convert=_strip,
+        initial=("idx_queue",),
+        ignored=PRETRAIN_HEADS,
+    ),
+    "ve": Start(
+        sources=("pretrain", "retrieval"),
+        convert=_strip,
+        initial=CLS_HEAD,
+        ignored=NO_CONTRAST,
+    ),
+    "vqa": Start(sources=("pretrain",), convert=_split, ignored=NO_CONTRAST),
     "text_assignment": Start(
-        ("pretrain", "retrieval"),
-        _double,
-        ("ta_head.*", "text_encoder.embeddings.token_type_embeddings.weight"),
-        (*PRETRAIN_HEADS, *QUEUES, "itm_head.*"),
+        sources=("pretrain", "retrieval"),
+        convert=_double,
+        initial=("ta_head.*", "text_encoder.embeddings.token_type_embeddings.weight"),
+        ignored=(*PRETRAIN_HEADS, *QUEUES, "itm_head.*"),
     ),
     "nlvr": Start(
-        ("text_assignment",),
-        _keep,
-        CLS_HEAD,
-        (*CONTRASTIVE, "ta_head.*"),
+        sources=("text_assignment",),
+        convert=_keep,
+        initial=CLS_HEAD,
+        ignored=(*CONTRASTIVE, "ta_head.*"),
         before="NLVR.py --config configs/NLVR/assignment.yaml",
     ),
 }
@@ -251,8 +261,7 @@ def start_from(
     out on either side.
 
     A checkpoint of the task's own kind (a fine-tuned model) must fit as it is, another kind is
-    converted by `adapt`.
-    Momentum copies the checkpoint lacks (text assignment has none, nor has ALBEF's refcoco.pth)
+    converted by `adapt`. Momentum copies the checkpoint lacks (text assignment has none, nor has ALBEF's refcoco.pth)
     start as copies of the online weights; with fill_momentum=False they keep their initial values,
     as NLVR's do in the originals. Raises `UserError`.
     """
@@ -260,18 +269,18 @@ def start_from(
     start = STARTS[task]
     adapted = adapt(state, target, task)
     if fill_momentum:
-        adapted |= momentum_from_online(adapted, target)
-    converted = checkpoint_kind(state) != task
-    missing = (*MOMENTUM, *QUEUES, *(start.initial if converted else ()))
-    unexpected = (
-        *MOMENTUM,
-        *QUEUES,
-        *(start.ignored if converted else ("visual_encoder*.mask_token",)),
-    )
+        adapted.update(momentum_from_online(adapted, target))
+    missing = [*MOMENTUM, *QUEUES]
+    unexpected = [*MOMENTUM, *QUEUES]
+    if checkpoint_kind(state) == task:
+        unexpected.append("visual_encoder*.mask_token")
+    else:
+        missing += start.initial
+        unexpected += start.ignored
     return load_checkpoint(model, adapted, missing, unexpected)
 
 
-# -------------------------------------------------------------------------------------------------------- BERT and DeiT
+# ---- BERT and DeiT
 
 
 def load_bert(
@@ -313,16 +322,14 @@ def bert_weights(state: State, head: bool) -> dict[str, Tensor]:
     or `XBert` (no head).
 
     Takes keys with or without `bert.`, LayerNorm's old `gamma`/`beta`, and files without the tied
-    `decoder` entries;
-    drops the pooler and the next-sentence head. Raises `UserError` where there are no word
-    embeddings.
+    `decoder` entries; drops the pooler and the next-sentence head. Raises `UserError` where there
+    are no word embeddings.
     """
     body = {}
     words = {}
     for key, value in state.items():
-        key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-            "LayerNorm.beta", "LayerNorm.bias"
-        )
+        key = key.replace("LayerNorm.gamma", "LayerNorm.weight")
+        key = key.replace("LayerNorm.beta", "LayerNorm.bias")
         if key.startswith("cls.predictions."):
             words[key] = value
         elif key.removeprefix("bert.").startswith(("embeddings.", "encoder.")):
@@ -358,7 +365,8 @@ def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
     weights = index or files.get("model.safetensors") or files.get("pytorch_model.bin")
     if weights is None or "config.json" not in files:
         raise UserError(
-            f"{name}: needs config.json and model.safetensors or pytorch_model.bin, has {_some([*files])}"
+            f"{name}: needs config.json and model.safetensors or pytorch_model.bin, has "
+            f"{_some([*files])}"
         )
     config = read_json(files["config.json"], dict)
     return read_index(index) if index else read_tensors(weights), config

@@ -151,7 +151,7 @@ def check_name(name: str | None) -> None:
         openai_model(name.removesuffix("-quickgelu"))
 
 
-# ------------------------------------------------------------------------------------- ours, clip-rocket, SLIP
+# ---- ours, clip-rocket, SLIP
 
 
 def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
@@ -259,7 +259,7 @@ def config_of_shapes(weights: State, name: str) -> DualConfig:
     return DualConfig(model=name, **values)
 
 
-# ------------------------------------------------------------------------------------- OpenAI, open_clip, Hugging Face
+# ---- OpenAI, open_clip, Hugging Face
 
 
 def _openai(

@@ -37,7 +37,7 @@ NOT_WEIGHTS = (
     "attn_mask",
 )  # entries of released files
 
-# ------------------------------------------------------------------------------------- clip-rocket and SLIP
+# ---- clip-rocket and SLIP
 
 
 def unwrap_names(state: State) -> State:
@@ -95,7 +95,7 @@ def load_text_transformer(model: nn.Module, state: State) -> None:
     _load(model.transformer, blocks, "text transformer")
 
 
-# ------------------------------------------------------------------------------------- OpenAI and open_clip
+# ---- OpenAI and open_clip
 
 
 def from_open_clip(state: State) -> State:
@@ -321,7 +321,7 @@ def fit_positions(state: State, image_size: int) -> State:
     return state | {"visual.positional_embedding": resize_positions(positions[None], grid)[0]}
 
 
-# ------------------------------------------------------------------------------------- Hugging Face
+# ---- Hugging Face
 
 HUGGING_FACE = (  # OpenAI's name, transformers' name; a trailing dot stands for weight and bias
     ("logit_scale", "logit_scale"),

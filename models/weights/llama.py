@@ -93,7 +93,7 @@ def is_kept(name: str, layers: int | None) -> bool:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- Meta
+# ---- Meta
 def _read_meta(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
     params = read_json(folder / "params.json", dict)
     try:
@@ -132,7 +132,7 @@ def merge_shards(shards: list[State], dim: int) -> State:
     return merged
 
 
-# -------------------------------------------------------------------------------------------------------- Hugging Face
+# ---- Hugging Face
 def _read_hugging_face(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
     config = hugging_face_config(read_json(folder / "config.json", dict), folder / "config.json")
     index = find_index(folder)
@@ -280,7 +280,7 @@ def halves(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ---- files
 
 
 def _read_tensors(path: Path, wanted=lambda name: True) -> State:

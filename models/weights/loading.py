@@ -9,15 +9,13 @@ from torch import Tensor, nn
 from base.errors import UserError
 
 State = Mapping[str, Tensor]
-
-
 POSITION_IDS = "*embeddings.position_ids"  # a constant, 0..511; libraries disagree on storing it
 
 
 class Differences(NamedTuple):
     """How a state dict differs from what a model expects: keys, for shapes (key, got, expected).
 
-    integers: keys of whole numbers in the place of fractions, which they would be cut off to."""
+    integers: keys of whole numbers where the model has fractions."""
 
     missing: list[str]
     unexpected: list[str]
@@ -67,29 +65,28 @@ def load_checkpoint(
     expected by the caller.
 
     allowed_missing: glob patterns of keys that may keep their initial values, absent or of another
-    shape in `state`.
-    allowed_unexpected: patterns of keys of `state` the model has no place for. Position ids may
-    always differ.
-    Raises `UserError` that lists every other difference; the model is then unchanged.
+    shape in `state`. allowed_unexpected: patterns of keys of `state` that the model does not have.
+    Position ids may always differ. Raises `UserError` that lists every other difference; the model
+    is then unchanged.
     """
     found = compare_state(model.state_dict(), state)
     may_miss = (*allowed_missing, POSITION_IDS)
     may_exceed = (*allowed_unexpected, POSITION_IDS)
     faults = Differences(
-        [key for key in found.missing if not _matches(key, may_miss)],
-        [key for key in found.unexpected if not _matches(key, may_exceed)],
-        [entry for entry in found.mismatched if not _matches(entry[0], may_miss)],
-        found.integers,
+        missing=[key for key in found.missing if not _matches(key, may_miss)],
+        unexpected=[key for key in found.unexpected if not _matches(key, may_exceed)],
+        mismatched=[entry for entry in found.mismatched if not _matches(entry[0], may_miss)],
+        integers=found.integers,
     )
     if faults:
         raise UserError(
             f"the checkpoint does not fit the {type(model).__name__}:\n{faults.text()}\n"
-            "use a checkpoint of this kind of model, and the sizes (width, layers, vocabulary, queue) it was made with"
+            "use a checkpoint of this kind of model, and the sizes (width, layers, vocabulary, queue) "
+            "it was made with"
         )
     left_out = {*found.unexpected, *(key for key, *_ in found.mismatched)}
-    model.load_state_dict(
-        {key: value for key, value in state.items() if key not in left_out}, strict=False
-    )
+    fitting = {key: value for key, value in state.items() if key not in left_out}
+    model.load_state_dict(fitting, strict=False)
     return found
 
 

@@ -28,9 +28,8 @@ NOT_DECAYED = (
     "logit_bias",
     "embeddings.",
 )
-
-
 OPTIMIZERS = ("adamw", "adamW", "sgd", "lamb", "muon")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of autocast
 
 
 @dataclass
@@ -63,19 +62,22 @@ class Optimizer:
     )
     lr_scales: list[str] = knob(
         [],
-        "NAME=SHARE each: parameters whose names begin with NAME, or the towers image and text of a dual encoder, learn at SHARE times lr",
+        "NAME=SHARE each: parameters whose names begin with NAME, or the towers image and text of "
+        "a dual encoder, learn at SHARE times lr",
         rare=True,
     )
     layer_decay: float | None = knob(
         None,
-        "learning rate of each block as a multiple of that of the block above (BEiT, MAE); none = 1",
+        "learning rate of each block as a multiple of that of the block above (BEiT, MAE); none = "
+        "1",
         low=0,
         high=1,
         rare=True,
     )
     decay_everything: bool = knob(
         False,
-        "as the originals: also decay temperature, [CLS], mask and position embeddings and embedding tables",
+        "as the originals: also decay temperature, [CLS], mask and position embeddings and "
+        "embedding tables",
         rare=True,
     )
 
@@ -95,35 +97,35 @@ def parameter_groups(
     once.
 
     Not decayed: biases and vectors (layer norms); unless `decay_everything`, also tokens,
-    embeddings and temperatures.
-    With a `scalar_lr_scale` scalars form groups of their own, and so do the parameters that
-    `lr_scales` names. decayed:
-    names of the parameters with weight decay, if given, that group comes first, as in
-    CLIP-rocket.
+    embeddings and temperatures. With a `scalar_lr_scale` scalars form groups of their own, and so
+    do the parameters that `lr_scales` names. decayed: names of the parameters with weight decay; if
+    given, that group comes first, as in CLIP-rocket.
     """
     groups = {}
     scales = named_scales(model, config.lr_scales)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layers = layer_scales(trained, config.layer_decay) if config.layer_decay is not None else {}
     for name, parameter in trained.items():
-        is_token = not config.decay_everything and any(part in name for part in NOT_DECAYED)
-        free = (
-            parameter.ndim == 1 or name.endswith(".bias") or is_token
-            if decayed is None
-            else name not in decayed
-        )
-        decay = 0.0 if free else config.weight_decay
+        if decayed is not None:
+            decays = name in decayed
+        else:
+            is_token = any(part in name for part in NOT_DECAYED) and not config.decay_everything
+            decays = parameter.ndim != 1 and not name.endswith(".bias") and not is_token
+        decay = config.weight_decay if decays else 0.0
         scale = config.scalar_lr_scale if parameter.ndim == 0 else layers.get(name, 1.0)
         scale *= math.prod(factor for start, factor in scales.items() if name.startswith(start))
         is_muon = config.opt == "muon" and is_hidden_matrix(name, parameter)
         # fused kernels take no mixture of sharded and whole parameters (scalars under FSDP2)
         key = (decay, scale, is_sharded(parameter), is_muon)
         groups.setdefault(key, []).append(parameter)
-    keys = sorted(groups, key=lambda key: (key[0] if decayed is None else -key[0], -key[1]))
     found = []
-    for key in keys:
-        group = {"params": groups[key], "weight_decay": key[0], "lr_scale": key[1]}
-        found.append(group | ({"muon": key[3]} if config.opt == "muon" else {}))
+    decayed_first = decayed is not None
+    for key in sorted(groups, key=lambda key: (-key[0] if decayed_first else key[0], -key[1])):
+        decay, scale, _, is_muon = key
+        group = {"params": groups[key], "weight_decay": decay, "lr_scale": scale}
+        if config.opt == "muon":
+            group["muon"] = is_muon
+        found.append(group)
     return found
 
 
@@ -190,7 +192,8 @@ def build_optimizer(
     if config.opt == "sgd":
         if any(is_sharded(p) for p in model.parameters()):
             raise UserError(
-                "--optimizer.opt sgd: torch has no fused kernel for sharded parameters; use --parallel ddp"
+                "--optimizer.opt sgd: torch has no fused kernel for sharded parameters; use "
+                "--parallel ddp"
             )
         return sgd(groups, config.lr, momentum=config.momentum, fused=True)
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
@@ -247,12 +250,11 @@ class Precision:
     """
 
     def __init__(self, precision: str, device: torch.device, clip: float | None = None):
-        types = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
         if precision == "fp16" and device.type != "cuda":
             raise UserError("--precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
         if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise UserError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
-        self.dtype = types[precision]
+        self.dtype = PRECISIONS[precision]
         self.device = device
         self.clip = clip or None  # a norm of 0 would leave nothing of any gradient
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -112,8 +112,7 @@ def pretrain(script: ModuleType, config) -> Setup:
     config.text_weights = config.vision_weights = config.checkpoint = None
     codes = None
     if config.is_simla:
-        kind = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.precision]
-        codes = ImageTokenizer(TokenizerConfig(), with_decoder=False).freeze(kind)
+        codes = ImageTokenizer(TokenizerConfig(), with_decoder=False).freeze(config.precision)
     model = call(script.build_model, config=config, tokenizer=BertVocabulary, image_tokenizer=codes)
     size = config.batch_size
     length = config.max_tokens

@@ -111,7 +111,7 @@ class Match(ImageTower):
         return self.model.match_scores(text_states, text_mask, image_tokens, rows)
 
 
-# --------------------------------------------------------------------------------------------- dVAE
+# ---- dVAE
 def tokenizer_to_safetensors(source: Source, options: Options, folder: Path) -> Written:
     return write_own(source, folder, "Pretrain.py --image-tokenizer .", "feature-extraction")
 

@@ -43,7 +43,7 @@ def compute_codes(rank, folder, size):
     codes = tokenizer.codes
     tokenizer.codes = lambda image: calls.append(len(image)) or codes(image)
     options = {"batch_size": 2, "workers": 1, "world": place(rank, size)}
-    write_codes(folder / f"{size}.npy", records, build, tokenizer, "cpu", **options)
+    write_codes(folder / f"{size}.npy", records, build, tokenizer, **options)
     shares = {1: [11], 2: [6, 5]}  # batches of two take turns: 0 2 4 and 1 3 5, the last of one
     assert sum(calls[1:]) == shares[size][rank]
     assert len(CodeCache(folder / f"{size}.npy", 11).codes) == 11

@@ -28,7 +28,7 @@ def train(
     model: nn.Module, wrapped: nn.Module, start: int, stop: int, albef: bool
 ) -> dict[str, torch.Tensor]:
     """A few steps on samples start..stop-1 of each batch; everything that must agree, by name."""
-    model.draw_negatives = swap_neighbours
+    model.sample_negatives = swap_neighbours
     pairs = MomentumPairs(wrapped, momentum=0.9)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     seen = {}

@@ -41,7 +41,7 @@ def draw_recorded_negatives(model, recorded: list[tuple[torch.Tensor, torch.Tens
 
     Returns the list that receives, per forward, (image for each text, text for each image).
     """
-    draw, used = model.draw_negatives, []
+    draw, used = model.sample_negatives, []
 
     def draw_as_recorded(*args, **kwargs):
         chosen = recorded[len(used)]
@@ -53,5 +53,5 @@ def draw_recorded_negatives(model, recorded: list[tuple[torch.Tensor, torch.Tens
         used.append(chosen)
         return chosen
 
-    model.draw_negatives = draw_as_recorded
+    model.sample_negatives = draw_as_recorded
     return used

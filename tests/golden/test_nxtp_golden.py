@@ -12,7 +12,7 @@ from dataset.tasks.recognition import ImageView, clip_statistics, pad_batch, rea
 from dataset.text.nouns import Nouns, clean, lexicon_tagger, noun_base, treebank_words
 from dataset.text.wordnet import WordNet
 from evaluation.recognition import SentenceEncoder, means, similarity_scores
-from models.layers.llama import Sight, rotate, rotation
+from models.layers.llama import PrefixMask, rotate, rotation
 from models.recognition.decoding import lagging_mask
 from models.recognition.nxtp import text_mask
 from models.weights.build_nxtp import Networks
@@ -83,7 +83,9 @@ def test_masks():
         else:
             mask = lagging_mask(ids, rows[0].index(answer), delimiter, images)
         length = images + ids.shape[1]
-        sight = Sight(torch.arange(length), mask, images, case["prefix_image_tok_embeds"])
+        prefix_mask = PrefixMask(
+            torch.arange(length), mask, images, case["prefix_image_tok_embeds"]
+        )
         want = found[f"{name}.attend"].bool()
         same(
             "nxtp",
@@ -91,7 +93,7 @@ def test_masks():
             [len(want), want.shape[1]],
             [case["mask_batch"], case["length"]],
         )
-        same("nxtp", "what a token sees", sight.dense()[:, 0][: len(want)], want)
+        same("nxtp", "what a token sees", prefix_mask.dense()[:, 0][: len(want)], want)
         text = found[f"{name}.input_tokens"][:, images:].long()
         same("nxtp", "tokens behind the image", text, ids)
 
@@ -227,16 +229,18 @@ def test_logits():
         ("caps", "caps", none, True),
     ):
         x = torch.cat([tokens, model.embed(padded(kind))], 1)
-        sight = Sight(torch.arange(count + length), text_mask(seen, count), count, prefix)
-        logits = model.logits(model.language_decoder(x, sight)[0])[:, first:last]
+        prefix_mask = PrefixMask(
+            torch.arange(count + length), text_mask(seen, count), count, prefix
+        )
+        logits = model.logits(model.language_decoder(x, prefix_mask)[0])[:, first:last]
         want = found[f"logits_{name}"]
         close(f"logits, {name}", logits[: len(want)], want)
     short = case["text_length_sample0"]
     x = torch.cat([tokens[:1], model.embed(padded("objs")[:1, :short])], 1)
-    sight = model.sight(count, torch.zeros(1, short, dtype=torch.int64))
-    maps = model.language_decoder.attention_maps(x, sight)
+    prefix_mask = model.prefix_mask(count, torch.zeros(1, short, dtype=torch.int64))
+    maps = model.language_decoder.attention_maps(x, prefix_mask)
     close("attention", maps[0][0], found["attention_layer0_sample0"])
-    logits = model.logits(model.language_decoder(x, sight, keep=1)[0][:, 0])
+    logits = model.logits(model.language_decoder(x, prefix_mask, keep=1)[0][:, 0])
     close("logits of the last position", logits, found["last_position_logits_sample0"])
 
 

@@ -39,9 +39,9 @@ def test_tiled_clip_loss_equals_dense(tile, smoothing, alone):
     if alone:  # one process holds all pairs
         all_image, all_text = image, text
     inputs = (image, text, all_image, all_text, torch.tensor(7.0, requires_grad=True))
-    first = 0 if alone else 4
-    dense = contrastive.clip_loss(*inputs, first, smoothing)
-    tiled = contrastive.clip_loss(*inputs, first, smoothing, tile)
+    views = contrastive.Views(*inputs[:4], first=0 if alone else 4)
+    dense = contrastive.clip_loss(views, inputs[4], smoothing)
+    tiled = contrastive.clip_loss(views, inputs[4], smoothing, tile)
     for ours, theirs in zip(tiled, dense, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for name in ("loss_image", "loss_text"):
@@ -60,7 +60,8 @@ def test_tiled_clip_loss_equals_dense(tile, smoothing, alone):
 def test_clip_loss_is_the_mean_cross_entropy_over_pairs_of_views():
     image, text, all_image, all_text = both_sides(4, 8)
     scale, labels = torch.tensor(5.0), 4 + torch.arange(4)
-    found = contrastive.clip_loss(image, text, all_image, all_text, scale, 4, 0.2)
+    views = contrastive.Views(image, text, all_image, all_text, first=4)
+    found = contrastive.clip_loss(views, scale, 0.2)
     for query, keys, loss, acc in (
         (image, all_text, found.loss_image, found.acc_image),
         (text, all_image, found.loss_text, found.acc_text),
@@ -89,9 +90,8 @@ class LargestTensor(TorchDispatchMode):
 def test_tiles_keep_memory_apart_from_the_batch(tile):
     query, keys = units(64, 1, 4), units(256, 1, 4, seed=1)
     with LargestTensor() as seen:
-        loss = sum(
-            contrastive.clip_loss(query, query, keys, keys, torch.tensor(3.0), tile=tile)[:2]
-        )
+        views = contrastive.Views(query, query, keys, keys, first=0)
+        loss = contrastive.clip_loss(views, torch.tensor(3.0), tile=tile).loss
         pairs = contrastive.sigmoid_loss(
             query[:, 0], keys[:, 0], torch.tensor(3.0), torch.tensor(0.0), tile=tile
         )
@@ -103,9 +103,9 @@ def test_tiles_keep_memory_apart_from_the_batch(tile):
 def test_tiles_round_as_the_dense_form_under_autocast():
     query, keys, scale = units(8, 1, 32), units(8, 1, 32, seed=1), torch.tensor(30.0)
     with torch.autocast("cpu", torch.bfloat16):
-        dense, tiled = (
-            contrastive.clip_loss(query, query, keys, keys, scale, tile=tile) for tile in (None, 3)
-        )
+        views = contrastive.Views(query, query, keys, keys, first=0)
+        dense = contrastive.clip_loss(views, scale)
+        tiled = contrastive.clip_loss(views, scale, tile=3)
         pairs = [
             contrastive.sigmoid_loss(query[:, 0], keys[:, 0], scale, -scale, tile=tile)
             for tile in (None, 3)
@@ -120,7 +120,8 @@ def test_tiles_compiled_equal_eager():
     inputs = (units(8, 1, 4), units(8, 1, 4, seed=1), torch.tensor(5.0, requires_grad=True))
 
     def both_losses(image, text, scale):
-        found = contrastive.clip_loss(image, text, image, text, scale, tile=4)
+        views = contrastive.Views(image, text, image, text, first=0)
+        found = contrastive.clip_loss(views, scale, tile=4)
         return found.loss_image, found.loss_text
 
     found = torch.compile(both_losses, backend="aot_eager")(*inputs)

@@ -167,7 +167,7 @@ def codes_of(folder, entries, tokenizer=None, side=32) -> np.ndarray:
     records = Records(folder / "list.json")
     build = PretrainPair(PretrainTransform(64, side, fixed_geometry=True), folder)
     path = folder / "cache.npy"
-    write_codes(path, records, build, tokenizer or MeanTokenizer(), "cpu", batch_size=5)
+    write_codes(path, records, build, tokenizer or MeanTokenizer(), batch_size=5)
     return CodeCache(path, len(records)).codes.copy()
 
 
@@ -225,10 +225,10 @@ def test_interrupted_visual_codes_are_computed_on(folder, monkeypatch):
     records = Records(folder / "list.json")
     build = PretrainPair(PretrainTransform(64, 32, fixed_geometry=True), folder)
     with pytest.raises(KeyboardInterrupt):  # a grey image, then two batches
-        write_codes(folder / "c.npy", records, build, Interrupted(3), "cpu", batch_size=2)
+        write_codes(folder / "c.npy", records, build, Interrupted(3), batch_size=2)
     assert not (folder / "c.npy").exists()
     second = Interrupted(99)
-    write_codes(folder / "c.npy", records, build, second, "cpu", batch_size=2, workers=2)
+    write_codes(folder / "c.npy", records, build, second, batch_size=2, workers=2)
     assert second.batches == 1 + 6 - 2
     whole = codes_of(folder, entries)
     assert (CodeCache(folder / "c.npy", 12).codes == whole).all() and len(np.unique(whole)) > 20

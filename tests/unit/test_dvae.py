@@ -161,7 +161,7 @@ def test_low_precision_agrees_on_almost_every_code():
     state = ImageTokenizer(TokenizerConfig(**TINY, groups=3)).state_dict()
     exact = ImageTokenizer.load("x", lambda _: state)
     assert not any(p.requires_grad for p in exact.parameters()) and not exact.training
-    low = ImageTokenizer.load("x", lambda _: state, precision="bfloat16")
+    low = ImageTokenizer.load("x", lambda _: state, precision="bf16")
     assert low.encoder.blocks.input.w.dtype == torch.bfloat16
     assert (
         low.encoder.blocks.output.conv.w.dtype == low.decoder.blocks.input.w.dtype == torch.float32
@@ -200,7 +200,7 @@ def test_mistakes_are_named():
         ImageTokenizer(TokenizerConfig(**TINY)).codes(torch.rand(1, 3, 20, 16))
     with pytest.raises(UserError, match="not the weights of an image tokenizer"):
         ImageTokenizer.load("x", lambda _: {"weight": torch.ones(1)})
-    with pytest.raises(UserError, match="not an image tokenizer of one piece"):
+    with pytest.raises(UserError, match="not the weights of one image tokenizer"):
         state = ImageTokenizer(TokenizerConfig(**TINY)).state_dict()
         del state["encoder.blocks.group_1.block_1.res_path.conv_2.b"]
         ImageTokenizer.load("x", lambda _: state)
@@ -217,7 +217,7 @@ def test_the_word_random_stands_for_a_small_untrained_tokenizer():
 
 
 def test_compiled_codes_are_the_same():
-    tokenizer = ImageTokenizer(SMALL, with_decoder=False).freeze("float32")
+    tokenizer = ImageTokenizer(SMALL, with_decoder=False).freeze("fp32")
     image = torch.rand(2, 3, 16, 16)
     expected = tokenizer.logits(image)
     torch.testing.assert_close(tokenizer.compiled().logits(image), expected, rtol=1e-4, atol=1e-5)

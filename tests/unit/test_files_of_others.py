@@ -581,7 +581,7 @@ def test_a_path_that_no_system_knows_is_a_bad_sample(tmp_path):
 
 # ---- what would wait for ever
 def open_codes(path: Path) -> None:
-    write_codes(path, [{"image": "a.jpg"}], None, None, "cpu")
+    write_codes(path, [{"image": "a.jpg"}], None, None)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ from torch import nn
 
 from base.errors import UserError
 from models.layers.efficientnet import SHAPES, EfficientNet
-from runtime.flops import flop_counter
+from runtime.flops import flop_counter, training_flops
 from runtime.gpus import GPUS, gpu_by_device_name, parse_gpu
-from runtime.log import training_flops
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

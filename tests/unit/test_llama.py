@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from base.errors import UserError
-from models.layers.llama import Llama, LlamaConfig, RMSNorm, Sight, own_part
+from models.layers.llama import Llama, LlamaConfig, PrefixMask, RMSNorm, own_part
 from models.weights.llama import interleave, merge_shards, read_llama
 from tests.helpers.tiny_nxtp import meta_folder
 
 
-def causal(length: int) -> Sight:
-    return Sight(
+def causal(length: int) -> PrefixMask:
+    return PrefixMask(
         torch.arange(length), torch.ones(length, length, dtype=torch.bool).tril()[None, None]
     )
 
@@ -217,15 +217,15 @@ def test_cache_and_kept_positions_change_nothing():
     model = Llama(config).eval()
     x = torch.randn(2, 10, 32)
     mask = torch.ones(4, 10, dtype=torch.bool).tril(6)[None, None]
-    whole, _ = model(x, Sight(torch.arange(10), mask, prefix=6))
-    last, cache = model(x[:, :8], Sight(torch.arange(8), mask[:, :, :2, :8], prefix=6), keep=1)
+    whole, _ = model(x, PrefixMask(torch.arange(10), mask, prefix=6))
+    last, cache = model(x[:, :8], PrefixMask(torch.arange(8), mask[:, :, :2, :8], prefix=6), keep=1)
     assert (last - whole[:, 7:8]).abs().max() < 1e-5
     for place in (8, 9):
-        step = Sight(torch.tensor([place]), mask[:, :, place - 6 : place - 5, : place + 1])
+        step = PrefixMask(torch.tensor([place]), mask[:, :, place - 6 : place - 5, : place + 1])
         state, cache = model(x[:, place : place + 1], step, cache)
         assert (state[:, 0] - whole[:, place]).abs().max() < 1e-5
     with pytest.raises(RuntimeError, match="eval mode alone"):
-        model.train()(x[:, :1], Sight(torch.arange(1), mask[:, :, :1, :1]), cache)
+        model.train()(x[:, :1], PrefixMask(torch.arange(1), mask[:, :, :1, :1]), cache)
 
 
 @torch.no_grad()
@@ -237,10 +237,10 @@ def test_image_positions_see_one_another_only_where_asked():
     changed[:, 3] += 1  # the last image position
     mask = torch.ones(2, 6, dtype=torch.bool).tril(4)[None, None]
     for whole, moved in ((True, True), (False, False)):
-        sight = Sight(torch.arange(6), mask, prefix=4, whole=whole)
-        first = [model(one, sight)[0][:, 0] for one in (x, changed)]
+        prefix_mask = PrefixMask(torch.arange(6), mask, prefix=4, bidirectional=whole)
+        first = [model(one, prefix_mask)[0][:, 0] for one in (x, changed)]
         assert torch.equal(*first) is not moved
-        assert sight.dense()[0, 0, 0].tolist() == [True, *[whole] * 3, False, False]
+        assert prefix_mask.dense()[0, 0, 0].tolist() == [True, *[whole] * 3, False, False]
 
 
 def test_own_part_and_merge_are_inverse():

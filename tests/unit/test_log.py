@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from base.distributed import World
-from runtime.log import Meters, RunLog, Stopwatch, keep_before, peak_flops, training_flops
+from runtime.flops import peak_flops, training_flops
+from runtime.log import Meters, RunLog, Stopwatch, keep_before
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 

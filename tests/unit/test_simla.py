@@ -29,7 +29,7 @@ def fix_negatives(model: Simla) -> None:
         following = (torch.arange(len(same)) + 1) % len(same)
         return following, following
 
-    model.draw_negatives = draw
+    model.sample_negatives = draw
 
 
 @BOTH

@@ -236,7 +236,7 @@ def test_coco_is_packed(digitscenes, tmp_path):
         tmp_path,
     ]
     said = script(pack_coco, *flags, "--samples-per-shard", 10)
-    assert said == {"shards": 3, "images": 24, "missing_images": 0}
+    assert said == {"shards": 3, "images": 24, "missing_images": 0, "without_caption": 0}
     with tarfile.open(tmp_path / "00002.tar") as archive:
         members = archive.getnames()
         note = json.loads(

@@ -114,9 +114,7 @@ def build_model(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor]
 def training_data(config: Config, tokenizer: Tokenizer, world, state: dict | None) -> StreamLoader:
     """Endless batches of this process, from the position `state` on."""
     if not config.train_file:
-        raise UserError(
-            "train_file: none is given; give one, or --evaluate to answer with a checkpoint"
-        )
+        raise UserError("train_file: none is given; give one, or --evaluate a --checkpoint")
     build = QuestionAnswers(training_view(config), config.roots, config.max_words)
     sources = [build.source(file) for file in config.train_file]
     return train_loader(sources, VqaCollate(tokenizer, config.max_tokens), config, world, state)
@@ -133,9 +131,8 @@ def evaluation_data(config: Config) -> tuple[dict[str, QuestionSet], list[str]]:
         if file is not None:
             records = Records(file, ("image", "question", "question_id")).complete()
             view = test_view(config)
-            name = f"{split}_file"
             splits[split] = QuestionSet(
-                records, config.roots, view, config.max_words_test, answers, name
+                records, config.roots, view, config.max_words_test, answers, f"{split}_file"
             )
     if "val" in splits and not splits["val"].truth:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from base.errors import UserError, brief
 from base.names import nearest
-from runtime.config.old_commands import recipe_of, recipe_of_nxtp
+from runtime.config.old_commands import blip_hint, recipe_of, recipe_of_nxtp
 from runtime.config.schema import Option, Schema
 from runtime.config.values import show
 from runtime.config.yaml import line_of, parse_yaml, read_yaml
@@ -130,6 +130,8 @@ class Draft:
         """Take the values of a YAML file, first those of the files it names as `base`."""
         try:
             values, node = read_yaml(checked_file(path, above))
+            if hint := blip_hint(path, values):
+                raise UserError(f"{path}: {hint}")
             bases = values.pop("base", None) or []
             bases = [bases] if isinstance(bases, str) else bases
             if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):

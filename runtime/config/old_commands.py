@@ -75,6 +75,15 @@ def recipe_of(path: str | Path) -> str | None:
     return None if Path(path).exists() else CONFIGS.get(Path(path).name.lower())
 
 
+def blip_hint(path: str | Path, values: Mapping) -> str | None:
+    """What to train in place of a BLIP; None where the `values` of a file are not those of one."""
+    if "vit_grad_ckpt" not in values:
+        return None
+    recipe = CONFIGS.get(Path(path).name.lower())
+    instead = f"; ALBEF's and SIMLA's recipe for these data is {recipe}" if recipe else ""
+    return f"a configuration of BLIP, whose networks are not here{instead}"
+
+
 def recipe_of_nxtp(path: str | Path) -> str | None:
     """The recipe of a configuration of NXTP, config_g3m.py or g3m.py."""
     name = Path(path).stem.removeprefix("config_")

@@ -127,6 +127,13 @@ def test_flag_files_of_coyo_align_say_the_new_command(
     assert config.cache_features == (config.accumulate > 1)
 
 
+def test_a_configuration_of_blip_is_one_sentence(tmp_path):
+    (tmp_path / "retrieval_coco.yaml").write_text("vit: base\nvit_grad_ckpt: True\ninit_lr: 1e-5\n")
+    with pytest.raises(ValueError, match=r"of BLIP, .* is configs/Retrieval/coco\.yaml$") as error:
+        parse(main.Config, ["--config", str(tmp_path / "retrieval_coco.yaml")])
+    assert "\n" not in str(error.value)
+
+
 def test_a_file_of_the_user_is_taken_for_itself(tmp_path):
     (tmp_path / "VQA.yaml").write_text("seed: 1\n")
     assert old_commands.recipe_of(tmp_path / "VQA.yaml") is None

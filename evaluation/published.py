@@ -13,6 +13,7 @@ from evaluation.retrieval import AT
 
 SAME_RUN = ("dataset", "model", "pretrained", "task", "language")
 TASKS = {"recall": "zeroshot_retrieval", "text_acc": "image_caption_selection"}
+ADDRESSES = ("hf-hub:", "local-dir:")  # open_clip's, instead of a name and its tag
 SPLITS = ("train", "val", "validation", "valid", "test")  # names of folders
 FEWEST_FOR_TOP5 = 5  # classes; with fewer CLIP_benchmark has no top 5
 
@@ -78,11 +79,17 @@ def write_benchmark(folder: Path, lines: Path, rows: Sequence[Mapping]) -> None:
 
 def run_name(config, title: str) -> tuple[str, str]:
     """`model` and `pretrained` as CLIP_benchmark calls a run: ViT-B-32 and laion2b of
-    open_clip/ViT-B-32:laion2b, else the model and its checkpoint."""
-    name, _, tag = str(config.model or "").removeprefix("open_clip/").partition(":")
-    if tag and config.checkpoint is None and str(config.model).startswith("open_clip/"):
-        return name, tag
-    return config.model_name or title, str(config.checkpoint or config.model)
+    open_clip/ViT-B-32:laion2b, the whole address of open_clip/hf-hub:..., else the model and its
+    checkpoint. --model-name comes first."""
+    model = str(config.model or "")
+    if not model.startswith("open_clip/"):
+        return config.model_name or title, str(config.checkpoint or model)
+    name = model.removeprefix("open_clip/")
+    tag = ""
+    if not name.startswith(ADDRESSES):
+        name, _, tag = name.partition(":")
+        tag = tag or "random"  # without tag and checkpoint it is --random-weights
+    return config.model_name or name, str(config.checkpoint or tag)
 
 
 def write_probe(config, title: str, data_set: str, figures: Mapping, classes: int) -> None:

@@ -40,7 +40,7 @@ python scripts/data/get_towers.py "$data/towers" ${names:+--decoder} ${WHEELS:+-
 say "3/6 images: Debian's tuxpaint-stamps-default (GPL-2, 161 MB), in $data"
 package=${STAMPS:-$(ls "$data"/tuxpaint-stamps-default_*.deb 2> /dev/null || true)}
 if [ -z "$package" ]; then
-    (cd "$data" && apt-get download -qq tuxpaint-stamps-default)
+    (cd "$data" && apt-get download -qq -o APT::Sandbox::User=root tuxpaint-stamps-default)
     package=$(ls "$data"/tuxpaint-stamps-default_*.deb)
 fi
 

@@ -6,6 +6,7 @@ Whatever the collection, its metadata becomes JSON lines {image: path below the 
 15 million samples too. A path may lead into a zip file: `images/00/001.zip/007.jpg`.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from dataset.sources.tables import is_table
 from dataset.tasks.record import as_list, captions_of, image_of, weights_of
 from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
+
+SPLIT_OF_2014 = re.compile("COCO_([a-z]+2014)_")  # of COCO's images of 2014
 
 
 # ---- metadata
@@ -137,12 +140,15 @@ def cc12m_row(entry: dict) -> dict:
 
 
 def coco_entries(path: Path) -> Iterator[dict]:
-    """Captions of COCO, grouped by image; the folder is the file's split, captions_train2017.json
-    -> train2017."""
-    content = _load_json(path, "images", "annotations")
-    folder = (
-        path.stem.removeprefix("captions_") if path.stem.startswith("captions_") else "train2017"
-    )
+    """Captions of COCO, grouped by image."""
+    yield from coco_rows(path, _load_json(path, "images", "annotations"))
+
+
+def coco_rows(path: Path, content: dict) -> Iterator[dict]:
+    """{image, caption: [texts]} of COCO's captions. The folder is the list's split,
+    captions_train2017.json -> train2017, or that of the image's name, COCO_val2014_... -> val2014.
+    """
+    listed = path.stem.startswith("captions_") and path.stem.removeprefix("captions_")
     try:
         named = [image for image in content["images"] if image.get("id") is not None]
         names = {id_text(image["id"]): image.get("file_name") for image in named}
@@ -158,6 +164,8 @@ def coco_entries(path: Path) -> Iterator[dict]:
         ) from None
     for number, texts in captions.items():
         file = names.get(number) or f"{number:0>12}.jpg"
+        split = SPLIT_OF_2014.match(str(file))
+        folder = listed or (split[1] if split else "train2017")
         yield {"image": f"{folder}/{file}", "caption": texts}
 
 

@@ -23,17 +23,15 @@ from base.distributed import rank, rank_0_first
 from base.errors import BadSample, MissingData, UserError, brief
 from base.limits import SHARDS
 from base.names import matching_files
-from base.reading import is_file, read_json, read_lines
+from base.reading import read_lines
 from base.text import lenient_text, lines_in, whole_number
 from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.class_folder import class_folders as folders_in
 from dataset.sources.flat_folder import flat_folder
-from dataset.sources.records import Records
 from dataset.sources.remote import local_copy, read_text
 from dataset.sources.shard_index import ShardIndex
-from dataset.sources.tables import parse_address
-from dataset.tasks.captions import karpathy_entries
+from dataset.tasks.caption_lists import retrieval_list
 from dataset.tasks.catalog import (
     CATALOG,
     LANGUAGES,
@@ -46,7 +44,6 @@ from dataset.tasks.catalog import (
 from dataset.tasks.compositional import open_choices
 from dataset.tasks.imagenet_folders import babel_imagenet, imagenet_folders, object_net
 from dataset.tasks.multilingual import check_images, crossmodal, xtd
-from dataset.tasks.record import as_list, by_image
 
 Image = dict[str, torch.Tensor]
 AGAIN = "fetch the shard again"
@@ -524,54 +521,3 @@ def retrieval_shards(entry: Entry, cache: Path) -> tuple[ShardIndex, list[list[s
             file=sys.stderr,
         )
     return index, captions
-
-
-def retrieval_list(entry: Entry) -> tuple[list[Path], list[list[str]]]:
-    """Karpathy's JSON {images: [{filepath, filename, split, sentences: [{raw}]}]}, or whatever
-    `Records` reads: lists of {image, caption}, tables, folders."""
-    file = parse_address(entry.path).path
-    if not (file.is_file() or file.is_dir()):
-        raise MissingData(
-            f"{entry.name}: no file {file}; put Karpathy's JSON (dataset_coco.json, dataset_flickr30k.json) there, or "
-            "name another with --datasets retrieval:FILE"
-        )
-    root = Path(entry.images or file.parent)
-    if file.suffix.lower() == ".json" and _begins_with_brace(file):
-        found = by_image(_karpathy_rows(file, entry.split))
-    else:
-        records = Records(entry.path).complete()
-        found = by_image((record["image"], as_list(record["caption"])) for record in records)
-    first = list(found)[:20]
-    if first and not any(is_file(root / image) for image in first):
-        raise MissingData(
-            f"{entry.name}: none of the first images is there, e.g. {root / first[0]}; put the images where the "
-            f"paths of {file} lead from {root}, or name the folder as `images` of an entry of --catalog"
-        )
-    return [root / image for image in found], list(found.values())
-
-
-def _begins_with_brace(file: Path) -> bool:
-    with file.open("rb") as opened:
-        return opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
-
-
-def _karpathy_rows(file: Path, split: str) -> list[tuple[str, list[str]]]:
-    """(image, captions) of the images of a split, or of CLIP_benchmark's {image_paths: [...],
-    annotations: [...]}. UserError."""
-    content = read_json(file, dict)
-    if "image_paths" not in content:
-        return [(row["image"], row["caption"]) for row in karpathy_entries(content, split, file)]
-    try:
-        images, texts = content["image_paths"], content["annotations"]
-        if len(images) != len(texts):
-            raise TypeError(f"{len(texts)} annotations of {len(images)} image_paths")
-        rows = [(str(image), as_list(text)) for image, text in zip(images, texts, strict=True)]
-        for _, texts in rows:
-            if not all(isinstance(text, str) for text in texts):
-                raise TypeError(f"the text of annotation {brief(texts)}")
-        return rows
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file}: {error} is missing or malformed; retrieval takes CLIP_benchmark's image_paths and "
-            "annotations, Karpathy's JSON, or a list of {image, caption}"
-        ) from None

@@ -129,8 +129,8 @@ def grounding(path: Path) -> Any:
 
 
 def karpathy(path: Path) -> Any:
+    from dataset.tasks.caption_lists import retrieval_list
     from dataset.tasks.catalog import Entry
-    from dataset.tasks.zeroshot import retrieval_list
 
     with_image(path)
     return retrieval_list(Entry("fuzz", "retrieval", str(path)))

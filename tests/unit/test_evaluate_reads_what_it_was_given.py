@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from base.errors import UserError
+from dataset.tasks.caption_lists import retrieval_list
 from dataset.tasks.catalog import Entry
 from dataset.tasks.classification import class_names
 from dataset.tasks.recognition import ImageSet
-from dataset.tasks.zeroshot import retrieval_list
 from runtime.config.cli import parse
 
 ROOT = Path(__file__).parents[2]

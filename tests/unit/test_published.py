@@ -13,6 +13,7 @@ from evaluation.probe import ProbeOptions
 from evaluation.published import (
     benchmark_rows,
     data_name,
+    run_name,
     vtab_plus,
     vtab_plus_line,
     write_benchmark,
@@ -93,6 +94,23 @@ def test_row_of_a_linear_probe(tmp_path):
     assert [data_name(name) for name in names] == ["cifar10", "pets", "flowers", "photos"]
     with pytest.raises(UserError, match="add --linear-probe"):
         ProbeOptions(data_name="x").check_probe()
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpoint", "own", "named"),
+    [
+        ("open_clip/ViT-B-32:laion2b", None, "", ("ViT-B-32", "laion2b")),
+        ("open_clip/ViT-B-32:laion2b", None, "mine", ("mine", "laion2b")),
+        ("open_clip/ViT-B-32", "run/b.pt", "", ("ViT-B-32", "run/b.pt")),
+        ("open_clip/ViT-B-32", None, "", ("ViT-B-32", "random")),
+        ("open_clip/hf-hub:timm/ViT-B", None, "", ("hf-hub:timm/ViT-B", "")),
+        ("hf/google/siglip", None, "", ("title", "hf/google/siglip")),
+        (None, "run", "", ("title", "run")),
+    ],
+)
+def test_what_a_row_calls_its_run(model, checkpoint, own, named):
+    config = SimpleNamespace(model=model, checkpoint=checkpoint, model_name=own)
+    assert run_name(config, "title") == named
 
 
 def test_rows_of_clip_benchmark(tmp_path):

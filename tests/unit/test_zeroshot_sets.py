@@ -343,6 +343,37 @@ def test_karpathys_json_and_albefs(tmp_path):
     assert isinstance(opened(replace(entry, path="nowhere.json"), Prompts(), tmp_path), MissingData)
 
 
+@pytest.mark.parametrize("layout", ["flickr", "coco"])
+def test_lists_that_clip_benchmark_fetches(tmp_path, layout):
+    """flickr30k_test_karpathy.txt, whose captions have commas, and COCO's annotations beside or
+    above the folder of its images."""
+    image(tmp_path / "val2014/COCO_val2014_7.jpg", 7)
+    image(tmp_path / "8.jpg", 8)
+    if layout == "flickr":
+        file = tmp_path / "flickr30k_test_karpathy.txt"
+        file.write_text(
+            "image,caption\n8.jpg,A man, in a hat .\nval2014/COCO_val2014_7.jpg,two\n8.jpg,x\n"
+        )
+    else:
+        file = tmp_path / "annotations/coco_test_karpathy.json"
+        file.parent.mkdir()
+        captions = [(1, "A man, in a hat ."), (7, "two"), (1, "x")]
+        rows = [{"image_id": number, "caption": caption} for number, caption in captions]
+        names = {1: "../8.jpg", 7: "COCO_val2014_7.jpg"}
+        images = [{"id": number, "file_name": name} for number, name in names.items()]
+        file.write_text(json.dumps({"images": images, "annotations": rows}))
+        (tmp_path / "train2017").mkdir()
+    entry = Entry("toys", "retrieval", str(file))
+    data = opened(entry, Prompts(), tmp_path).images
+    assert data.captions == ["A man, in a hat .", "x", "two"]
+    assert data.text_image.tolist() == [0, 0, 1]
+    assert [int(data[i]["image"][0, 0, 0]) for i in (0, 1)] == [8, 7]
+    file.write_text(file.read_text().replace("two", "").replace(".jpg,", " ").replace('"x"', "1"))
+    fault = "line 2: .*is not IMAGE" if layout == "flickr" else "caption of .* is no text"
+    with pytest.raises(UserError, match=fault):
+        opened(entry, Prompts(), tmp_path)
+
+
 @pytest.mark.parametrize("layout", ["rows", "karpathy"])
 def test_a_row_for_every_caption_counts_the_image_once(tmp_path, layout):
     for number in (1, 2):

@@ -82,7 +82,7 @@ class Config(ProbeOptions):
         None,
         "timm/NAME, open_clip/NAME:TAG, hf/NAME-or-folder; or a name where the file tells none",
     )
-    pretrained: bool = knob(False, "let timm fetch the weights of its model")
+    pretrained: bool = knob(False, "timm fetches its weights, as it does by default", rare=True)
     random_weights: bool = knob(False, "random weights of the model that --model names")
     mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
     std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise", low=1e-6)
@@ -136,6 +136,8 @@ class Config(ProbeOptions):
             )
         if self.random_weights and (self.checkpoint or not of_library(self.model)):
             raise UserError("--random-weights needs --model LIBRARY/NAME and no --checkpoint")
+        if self.random_weights and self.pretrained:
+            raise UserError("--random-weights and --pretrained exclude each other; choose one")
 
 
 def load_encoder(config: Config) -> ImageEncoder:
@@ -152,9 +154,7 @@ def load_encoder(config: Config) -> ImageEncoder:
     if not of_library(config.model):
         return open_encoder(read_weights(file), description_of(file), config.model, stated)
     weights = read_weights(file) if file and config.model.startswith("timm/") else None
-    return library_encoder(
-        config.model, file, weights, config.pretrained, config.random_weights, stated
-    )
+    return library_encoder(config.model, file, weights, config.random_weights, stated)
 
 
 def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tensor], str]:

@@ -2,7 +2,7 @@
 
     opened = open_library("open_clip/ViT-B-16-SigLIP:webli")         # a dual encoder: Opened
     opened = open_library("hf/google/siglip2-base-patch16-224")      # a name of the hub, or a folder
-    encoder = library_encoder("timm/vit_small_patch16_224.dino", pretrained=True)    # ImageEncoder
+    encoder = library_encoder("timm/vit_small_patch16_224.dino")     # ImageEncoder
 
 Model, tokenizer and image transform are the library's; data, prompts and evaluation are ours.
 Weights come from the library's own cache (HF_HUB_OFFLINE is respected), from a file, or are random.
@@ -67,17 +67,18 @@ def library_encoder(
     name: str,
     checkpoint: Path | None = None,
     weights: State | None = None,
-    pretrained: bool = False,
     random_weights: bool = False,
     stated: VitFacts = VitFacts(),  # noqa: B008 a constant
 ) -> ImageEncoder:
     """The image encoder of a library's model; of a dual encoder the image tower with projection.
 
-    checkpoint, random_weights: see `open_library`; weights, pretrained, stated: see `timm_encoder`.
+    checkpoint, random_weights: see `open_library`; weights, stated: see `timm_encoder`. Without any
+    of them the library's own weights.
     """
     library, _, rest = name.partition("/")
     if library == "timm":
-        return timm_encoder(rest, weights, pretrained, stated=stated)
+        published = weights is None and not random_weights
+        return timm_encoder(rest, weights, published, stated=stated, remedy=OTHER_WEIGHTS)
     if library == "hf":
         encoder = _hugging_face_image(rest, checkpoint, random_weights)
         if encoder is not None:
@@ -169,10 +170,11 @@ def timm_encoder(
     pretrained: bool = False,
     described: Mapping[str, Any] | None = None,
     stated: VitFacts = VitFacts(),  # noqa: B008 a constant
+    remedy: str = ", or name --checkpoint FILE",
 ) -> ImageEncoder:
     """A network of timm with pooled features. weights: of a file; pretrained: fetched by timm; else
     they are random. described: timm's config.json beside the weights. stated: pixels that differ
-    from those of the name.
+    from those of the name. remedy: of weights that cannot be had, for the message.
 
     Raises UserError for an unknown name, with the nearest.
     """
@@ -186,7 +188,6 @@ def timm_encoder(
     options = dict(described.get("model_args", {}), num_classes=0)
     if "pretrained_cfg" in described:
         options["pretrained_cfg_overlay"] = described["pretrained_cfg"]
-    remedy = ", or name --checkpoint FILE"
     model = timm_network(name, pretrained=pretrained, remedy=remedy, **options)
     if weights is not None:
         _load_timm(model, weights)

@@ -258,7 +258,8 @@ def test_knn_of_simla_and_timm(digitscenes, tmp_path):
     )
     assert found["width"] == 8
     name = "timm/test_vit.r160_in1k"
-    found = neighbours(digitscenes, tmp_path / "timm", checkpoint="none", model=name)
+    random = {"checkpoint": "none", "random_weights": True}
+    found = neighbours(digitscenes, tmp_path / "timm", model=name, **random)
     assert found["width"] == 64 and found["model"] == name
     with pytest.raises(UserError, match="did you mean timm/test_vit"):
         neighbours(digitscenes, tmp_path / "timm", checkpoint="none", model="timm/test_vi")

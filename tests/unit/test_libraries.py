@@ -254,6 +254,15 @@ def test_names_that_cannot_be_opened(name, message):
         open_library(name)
 
 
+def test_a_name_of_timm_means_its_weights(monkeypatch):
+    """Without a network it is refused; random weights have to be asked for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"timm/test_vit\.r160_in1k: .*--random-weights"):
+        library_encoder("timm/test_vit.r160_in1k")
+    encoder = library_encoder("timm/test_vit.r160_in1k", random_weights=True)
+    assert encoder.title == "timm/test_vit.r160_in1k"
+
+
 def test_names_of_timm():
     with pytest.raises(UserError, match="did you mean timm/resnet50"):
         library_encoder("timm/resnet5O")

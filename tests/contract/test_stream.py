@@ -26,6 +26,7 @@ from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.tasks.loaders import eval_loader
 from tests.contract.stream_cases import Build, collate, records, shards, stream, world
+from tests.helpers.processes import start_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -404,27 +405,25 @@ def test_workers_ignore_signals_of_the_scheduler_but_end_with_the_parent():
 def test_signals_that_come_while_workers_start_kill_none():
     """All of the job get the scheduler's signals, also workers that have not come as far as to
     ignore them."""
-    early = """
-    import os, signal, time
-    import dataset.loading.eval as evaluating
-    import dataset.loading.stream as module
-    from tests.contract.stream_cases import records, stream
+    start_processes(load_under_early_signals, (), 1)
 
-    ready = module.worker_init
-    def slow_init(number):
+
+def load_under_early_signals(rank: int) -> None:
+    import dataset.loading.eval as evaluating
+    import dataset.loading.stream as streaming
+
+    ready = streaming.worker_init
+
+    def late_init(number):
         for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(os.getpid(), signal_number)
         ready(number)
-    module.worker_init = evaluating.worker_init = slow_init
-    loader = module.StreamLoader(stream(records(100)), 4, workers=2)
-    evaluation = evaluating.EvalLoader(list(range(12)).__getitem__, range(12), 4, list, workers=2)
-    print(len([next(loader) for _ in range(20)]), len(list(evaluation)))
-    """
-    root = Path(__file__).resolve().parents[2]
-    code = [sys.executable, "-c", textwrap.dedent(early)]
-    assert subprocess.run(
-        code, cwd=root, capture_output=True, text=True, timeout=240
-    ).stdout.split() == ["20", "3"]
+
+    streaming.worker_init = evaluating.worker_init = late_init
+    loader = streaming.StreamLoader(stream(records(100)), 4, workers=2)
+    assert len([next(loader) for _ in range(20)]) == 20
+    samples = list(range(12)).__getitem__
+    assert len(list(evaluating.EvalLoader(samples, range(12), 4, list, workers=2))) == 3
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")

@@ -3,7 +3,6 @@
 import importlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from runtime.config.cli import parse
 from scripts.gpu_checks import peers, whole_runs
 from scripts.gpu_checks.report import Report
 from scripts.gpu_checks.runs import difference
+from tests.helpers.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,9 +104,8 @@ def test_a_difference_fails(tmp_path):
 
 
 def test_unknown_names_are_refused():
-    command = [sys.executable, "scripts/gpu_check.py", "--cpu", "--modes", "compiled"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 2 and "--modes compiled: known are eager" in result.stderr
+    said = run_script("scripts/gpu_check.py", ["--cpu", "--modes", "compiled"], expect=2)
+    assert "--modes compiled: known are eager" in said
 
 
 @pytest.mark.parametrize("losses", [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0, 5.0, float("nan")]])

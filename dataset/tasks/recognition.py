@@ -24,6 +24,7 @@ from dataset.images.clip import EvalView, crop_resize, pixel_statistics
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, Stream
+from dataset.sources.left_out import LeftOut, report_left_out
 from dataset.sources.records import Records
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
@@ -312,13 +313,18 @@ def label_records(path: str | Path) -> Records:
         raise UserError(f"{path}: no such list; each line is `path : name,name,...`")
     converted = cached_path(path, ".jsonl", "labels")
     if not converted.exists():
-        write_json_lines(converted, read_list(path))
+        left_out = LeftOut(path)
+        write_json_lines(converted, read_list(path, left_out))
+        left_out.keep(converted)
+    report_left_out(converted)
     return Records(converted, required=("image", "labels"))
 
 
-def read_list(path: Path) -> Iterator[dict]:
+def read_list(path: Path, left_out: LeftOut | None = None) -> Iterator[dict]:
     """`{image, labels}` of every line `path : name,name,...`; a path may hold colons if blanks
-    stand around the one. An image may have no names: evaluation keeps it, training passes over."""
+    stand around the one. An image may have no names: evaluation keeps it, training passes over.
+    Other lines go to `left_out`. UserError."""
+    left_out = left_out or LeftOut(path)
     found = False
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
@@ -327,12 +333,14 @@ def read_list(path: Path) -> Iterator[dict]:
         if not colon:
             image, colon, names = line.partition(":")
         labels = [name.strip() for name in names.split(",") if name.strip()]
-        if not image.strip() or not colon:
-            raise UserError(
-                f"{path}, line {number}: expected `path : name,name,...`, found {brief(line.strip())}"
-            )
-        found = True
-        yield {"image": image.strip(), "labels": labels}
+        left_out.total += 1
+        if image.strip() and colon:
+            found = True
+            yield {"image": image.strip(), "labels": labels}
+        else:
+            given = brief(line.strip())
+            left_out.add(f"{path}, line {number}: expected `path : name,name,...`, found {given}")
+    left_out.check()
     if not found:
         raise UserError(f"{path}: an empty list")
 

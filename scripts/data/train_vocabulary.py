@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import BadSample, UserError
+from base.writing import check_folder_option, file_errors, make_folder
 from dataset.sources.records import Records
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import read_shard
@@ -86,11 +87,14 @@ def main(config: Config) -> None:
         )
     if config.target.exists():
         raise UserError(f"{config.target} is there already; remove it, or name another --target")
+    check_folder_option(config.target.parent, "--target")
     found = labels(config) if config.kind == "sentencepiece" else captions(config)
     texts = list(islice(found, config.texts))
     if not any(text.strip() for text in texts):
         raise UserError(f"{', '.join([*config.data, *config.shards])}: no text to learn from")
-    write(config, texts)
+    make_folder(config.target.parent, "--target")
+    with file_errors(config.target, "make room or name another --target"):
+        write(config, texts)
     print(f"{config.target}: {config.kind} vocabulary of {len(texts):,} texts")
 
 

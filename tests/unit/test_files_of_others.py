@@ -59,7 +59,7 @@ from dataset.tasks.zeroshot import CaptionedImages, ShardImages, class_folders, 
 from runtime.checkpoint import find_damage
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_plain
-from scripts.data import pack, pack_coco, pack_karpathy
+from scripts.data import pack, pack_coco, pack_karpathy, train_vocabulary
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\xff"  # how a `._` file begins
 MARK = b"\xef\xbb\xbf"
@@ -791,6 +791,16 @@ def test_coco_in_sub_folders_with_captions_that_are_null(tmp_path):
     assert done == {"shards": 1, "images": 1, "missing_images": 3, "without_caption": 1}
     (record,) = read_shard(str(tmp_path / "out/00000.tar"))
     assert record["caption"] == "a dog"
+
+
+@pytest.mark.parametrize("target", ["s3://bucket/tokens", "a.json/tokens"])
+def test_a_vocabulary_is_not_written_where_it_cannot_be(tmp_path, target, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.json").write_text('[{"image": "a.jpg", "caption": "a dog"}]')
+    config = train_vocabulary.Config(data=["a.json"], target=Path(target))
+    with pytest.raises(UserError, match="name another --target"):
+        train_vocabulary.main(config)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["a.json"]
 
 
 # ---- the doctor

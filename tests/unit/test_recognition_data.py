@@ -243,6 +243,11 @@ def test_list_files(tmp_path, monkeypatch):
     ]
     (tmp_path / "n.list").write_text("a.jpg : dog\nb.jpg : \nc.jpg:\n")  # kept for evaluation
     assert [record["labels"] for record in label_records(tmp_path / "n.list")] == [["dog"], [], []]
+    (tmp_path / "o.list").write_text("a.jpg : dog\n" * 100 + "b.jpg\n" + "c.jpg : cat\n")
+    records = label_records(tmp_path / "o.list")
+    assert len(records) == 101 and records[100]["labels"] == ["cat"]
+    with pytest.raises(UserError, match=r"o\.list, line 101.*an evaluation needs every entry"):
+        records.complete()
     (tmp_path / "b.list").write_text("b.jpg\n")
     with pytest.raises(UserError, match=r"b.list, line 1: expected `path : name,name,...`"):
         label_records(tmp_path / "b.list")

@@ -355,9 +355,8 @@ def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> N
 
     with atomic_write(path) as temporary:
         temporary.touch()
-        mode = (
-            temporary.stat().st_mode
-        )  # as the umask has it; safetensors lets the owner alone read
+        # as the umask has it; safetensors lets the owner alone read
+        mode = temporary.stat().st_mode
         try:
             save_file(own, temporary, metadata={"format": "pt"})
         except Exception as error:  # safetensors hides the errno of a full disk in its text

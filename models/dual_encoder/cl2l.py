@@ -252,8 +252,10 @@ class BarLIP(CL2L):
 
     def __init__(self, config: DualConfig, visual: nn.Module):
         super().__init__(config, visual)
-        hidden, out = config.barlip_hidden_dim, config.barlip_proj_dim
-        image, text = visual.num_features, config.text_width
+        image = visual.num_features
+        text = config.text_width
+        hidden = config.barlip_hidden_dim
+        out = config.barlip_proj_dim
         self.barlip_image_projector_global = barlip_projector(image, hidden, out)
         self.barlip_text_projector_global = barlip_projector(text, hidden, out)
         if config.separate_proj_child:
@@ -310,7 +312,8 @@ class SiamLIP(CL2L):
 
     def __init__(self, config: DualConfig, visual: nn.Module):
         super().__init__(config, visual)
-        hidden, out = config.siamlip_hidden_dim, config.siamlip_proj_dim
+        hidden = config.siamlip_hidden_dim
+        out = config.siamlip_proj_dim
         own = config.separate_proj_child  # local views have heads of their own
         image = siamlip_projector(visual.num_features, hidden, out)
         text = siamlip_projector(config.text_width, hidden, out)
@@ -417,11 +420,11 @@ class SwALIPV1(CLIP):
     """
 
     def __init__(self, config: DualConfig, visual: nn.Module):
-        super().__init__(
-            config, visual, {"swalip_logit_scale": math.log(1 / config.swalip_temperature)}
-        )
+        scales = {"swalip_logit_scale": math.log(1 / config.swalip_temperature)}
+        super().__init__(config, visual, scales)
         self.swalip_logit_scale.requires_grad_(config.swalip_learn_temperature)
-        hidden, out = config.swalip_hidden_dim, config.swalip_proj_dim
+        hidden = config.swalip_hidden_dim
+        out = config.swalip_proj_dim
         self.swalip_image_projector = swalip_projector(visual.num_features, hidden, out)
         self.swalip_text_projector = swalip_projector(config.text_width, hidden, out)
         self.image_prototypes = Prototypes(out, config.swalip_num_proto)

@@ -56,14 +56,12 @@ TRAINING_ONLY = (
     "*_prototypes.*",
     "image_mlp.*",
 )
-EMBEDS = {
+EMBEDS = {  # head -> head of the same z and h
     "BARLIP": "CL2L",
     "SIAMLIP": "CL2L",
     "SWALIP": "CL2L",
     "SWALIPV1": "CLIP",
-}  # head -> head of the same z and h
-
-
+}
 COYO_ALIGN_SIDE = 289  # pixels, where no file tells
 
 
@@ -402,26 +400,22 @@ def _opened(
     model: OpenAICLIP, title: str, pixels: Mapping[str, Any], name: str | None, head_width
 ) -> Opened:
     config = model.config
-    if (
-        head_width
-        and not config.is_resnet
-        and head_width * config.vision_heads != config.vision_width
-    ):
+    width = config.vision_width
+    if head_width and not config.is_resnet and head_width * config.vision_heads != width:
         raise UserError(
-            f"a vision transformer of width {config.vision_width} with heads of {head_width} is not supported"
+            f"a vision transformer of width {width} with heads of {head_width} is not supported"
         )
-    if (
-        name is not None
-        and openai_model(name.removesuffix("-quickgelu")).vision_layers != config.vision_layers
-    ):
-        raise UserError(
-            f"--model {name}, but the checkpoint is another network: leave --model out or name the right one"
-        )
+    if name is not None:
+        named = openai_model(name.removesuffix("-quickgelu"))
+        if named.vision_layers != config.vision_layers:
+            raise UserError(
+                f"--model {name}, but the checkpoint is another network: leave --model out or name "
+                "the right one"
+            )
     mean = pixels.get("mean") or OPENAI[0]
     std = pixels.get("std") or OPENAI[1]
-    pixels = Pixels(
-        config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std)
-    )
+    interpolation = pixels.get("interpolation") or "bicubic"
+    pixels = Pixels(config.image_size, interpolation, tuple(mean), tuple(std))
     return Opened(model.eval(), title, pixels, config.text.context_length, config.text.vocab_size)
 
 

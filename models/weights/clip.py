@@ -30,12 +30,8 @@ from models.layers.positions import resize_positions
 State = dict[str, Tensor]
 
 WRAPPERS = ("module.", "_orig_mod.")
-NOT_WEIGHTS = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-    "attn_mask",
-)  # entries of released files
+# entries of released files
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 # ---- clip-rocket and SLIP
 

@@ -42,11 +42,11 @@ INSIDE = {
     "mlp.fc1": ("intermediate.dense", "mlp.fc1", "mlp/layer_with_weights-0"),
     "mlp.fc2": ("output.dense", "mlp.fc2", "mlp/layer_with_weights-1"),
 }
-LAYER_PREFIX = (
+LAYER_PREFIX = (  # in the order above
     "vit.encoder.layer.{}.",
     "vit.layers.{}.",
     "backbone/enc_layers/{}/",
-)  # in the order above
+)
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 AVERAGE = "/.OPTIMIZER_SLOT/optimizer/average"
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")

@@ -78,7 +78,7 @@ def theme() -> gr.themes.Base:
         neutral_hue="slate",
         font=["system-ui", "Roboto", "Arial", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
+    ).set(body_text_color_subdued="*neutral_600")
 
 
 class KeepToThisServer:

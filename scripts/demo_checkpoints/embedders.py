@@ -68,4 +68,6 @@ def image_rows(found: embed.Embedder, world: World):
 
 
 def title_of(source: Path | None, config) -> str:
-    return config.model or str(source)
+    """What the page is called after."""
+    name = config.model or str(source)
+    return f"{name} (random weights)" if config.random_weights else name

@@ -143,6 +143,7 @@ def test_library_models_search_and_classify(image, tmp_path):
 def test_image_encoder_of_a_library_searches_by_image_alone():
     found = opened("--model", "timm/vit_tiny_patch16_224", "--random-weights")
     assert found.embedder and found.embedder.texts is None
+    assert found.title == "timm/vit_tiny_patch16_224 (random weights)"
     assert found.embedder.images(torch.zeros(1, 3, 224, 224)).norm().item() == pytest.approx(1)
 
 

@@ -17,10 +17,11 @@ from base.names import did_you_mean
 SECONDS = 10.0  # in which the hub must answer
 NO_NETWORK = ("connect", "offline", "cached", "resolve", "timed out", "urlopen", "proxy", "network")
 _SILENT: set[str] = set()  # hubs that did not answer this process
+_REFUSING: set[str] = set()  # hubs that did not take its token
 
 
 class HubSilent(UserError):
-    """The hub does not answer."""
+    """The hub does not answer, or does not take the token."""
 
 
 @contextmanager
@@ -43,6 +44,8 @@ def from_hub(what: str, name: str | Path | None = None, remedy: str = "") -> Ite
         raise
     except Exception as error:  # libraries raise anything: OSError, RuntimeError, KeyError, …
         text = " ".join(str(error).split()) or type(error).__name__
+        if constants.ENDPOINT in _REFUSING:
+            raise UserError(f"{what}: not in the local cache, and {_refusal()}{remedy}") from None
         if any(word in text.lower() for word in NO_NETWORK):
             raise UserError(f"{what}: {_not_here(name)}{remedy}") from None
         raise UserError(f"{what}: {text[:300]}{_published(name)}") from None
@@ -53,7 +56,7 @@ def from_hub(what: str, name: str | Path | None = None, remedy: str = "") -> Ite
 
 def ask_hub(name: str, kind: str = "model") -> None:
     """Ask the hub once for a model or a dataset, unless HF_HUB_OFFLINE is set. HubSilent where it
-    does not answer, UserError where it has none of that name."""
+    does not answer or take the token, UserError where it has none of that name."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -76,8 +79,11 @@ def ask_hub(name: str, kind: str = "model") -> None:
             f"the hub has no {kind} {name}{_published(name)}; check the name, and log in with "
             "`hf auth login` where it is private"
         ) from None
-    except HfHubHTTPError:
-        return  # it answers, but does not know this question
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", 0) != 401:
+            return  # it answers, but does not know this question
+        _REFUSING.add(constants.ENDPOINT)
+        raise HubSilent(_refusal()) from None
     except Exception as error:  # of the network: the client's versions have their own exceptions
         _SILENT.add(constants.ENDPOINT)
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -98,6 +104,15 @@ def _reachable(what: str, name: str | Path | None) -> bool:
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
     return True
+
+
+def _refusal() -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"{constants.ENDPOINT} refuses the token (401): log in again with `hf auth login`, or unset "
+        "HF_TOKEN for what is public"
+    )
 
 
 def _set_offline(value: bool) -> None:

@@ -2,6 +2,7 @@
 name."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,11 +139,31 @@ def test_a_name_that_the_hub_does_not_have(monkeypatch):
             hub.ask_hub("a/b", "dataset")
 
 
+def test_a_token_that_the_hub_refuses_is_called_so(monkeypatch, tmp_path):
+    """The library then looks in its cache alone, where a public model may lie."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refuse(self, name, timeout=None):
+        answer = SimpleNamespace(status_code=401, headers={}, request=None)
+        raise HfHubHTTPError("401", response=answer)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    monkeypatch.setattr(hub, "_REFUSING", set())
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refused = r"not in the local cache, and https://\S+ refuses the token \(401\): log in"
+    for name, load in loaders().items():
+        with pytest.raises(UserError, match=refused):
+            load(name)
+    with hub.from_hub("cached", "me/mine"):
+        assert constants.HF_HUB_OFFLINE
+
+
 def test_offline_mode_and_folders_ask_nothing(questions, monkeypatch, tmp_path):
     with hub.from_hub("folder", tmp_path):
         pass
     no_name = pytest.raises(UserError, match=r"^x: no such folder, and no name of the hub")
-    with no_name, hub.from_hub("x", "data/photos/towers"):
+    with no_name, hub.from_hub("x", "data/nowhere/towers"):
         pass
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with hub.from_hub("name", "me/mine"):

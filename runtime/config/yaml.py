@@ -36,11 +36,11 @@ def parse_yaml(text: str) -> tuple[Any, Any]:
     try:
         with warnings.catch_warnings():  # a file that says %YAML 1.1 has 1e-4 as text: so be it
             warnings.simplefilter("ignore")
-            constructor, _ = YAML(typ="safe", pure=True).get_constructor_parser(text)
-            node = constructor.composer.get_single_node()
+            yaml = YAML(typ="safe", pure=True)
+            node = yaml.compose(text)
             if _size(node, 0, {}) > YAML_VALUES:
                 raise ValueError(f"its aliases stand for more than {YAML_VALUES:,} values")
-            return None if node is None else constructor.construct_document(node), node
+            return None if node is None else yaml.constructor.construct_document(node), node
     except YAMLError as error:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         line = f"line {mark.line + 1}: " if mark else ""

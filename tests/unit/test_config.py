@@ -621,6 +621,12 @@ def test_hostile_files_are_one_short_sentence(tmp_path, text, complaint):
     assert len(str(error.value)) < 600
 
 
+@pytest.mark.parametrize(("first", "seed"), [("", 10), ("%YAML 1.1\n---\n", 8)])
+def test_a_file_may_name_its_version_of_yaml(tmp_path, first, seed):
+    (tmp_path / "c.yaml").write_text(f"{first}seed: 010\n")
+    assert read("--config", str(tmp_path / "c.yaml")).seed == seed
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbfseed: 7\r\n")
     assert read("--config", str(tmp_path / "c.yaml")).seed == 7

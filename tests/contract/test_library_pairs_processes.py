@@ -1,5 +1,9 @@
 """CLIP, SigLIP and ALIGN of libraries on two processes, under DDP and FSDP2: losses and weights of
-one process with the whole batch."""
+one process with the whole batch; a killed run ends as the one that was not."""
+
+import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -14,7 +18,9 @@ from runtime.checkpoint import read_weights
 from runtime.parallel import Features, parallelize, whole_model
 from tests.contract.test_parallel import OLD
 from tests.helpers.clip_toys import with_total
-from tests.helpers.processes import spawn
+from tests.helpers.crash_points import contents
+from tests.helpers.main_runs import arguments, finish, lines
+from tests.helpers.processes import Run, spawn
 from tests.helpers.tiny_hugging_face import align, clip, saved, siglip
 from tests.helpers.tiny_open_clip import open_clip_siglip
 
@@ -79,3 +85,27 @@ def test_two_processes_equal_one(tmp_path):
     moved = expected[names[1]]["network.visual_projection.weight"]
     assert not torch.equal(moved, start["network.visual_projection.weight"])
     spawn(on_two, 2, expected)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_the_one_that_was_not(digitscenes, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    options = {"model": f"hf/{saved(clip, tmp_path / 'clip')}", "parallel": STRATEGIES[-1]}
+    options |= {"image_size": 32, "context_length": 16, "epochs": "4 steps", "batch_size": 4}
+    options |= {"save_every": "1 steps", "eval_every": "2 steps", "keep": 1}
+    flags = arguments(digitscenes, folder, **options)
+    finish(2, flags)
+    expected, logged = contents(folder), lines(folder)
+    shutil.rmtree(folder)
+    run, deadline = Run("main.py", flags, 2), time.monotonic() + 240
+    log = folder / "log.jsonl"
+    while not log.is_file() or log.read_bytes().count(b"\n") < 3:  # until a validation
+        assert run.poll() is None and time.monotonic() < deadline, run.said()[-3000:]
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    for rank in run.ranks:
+        rank.join()
+    assert "resuming" in finish(2, flags)
+    assert lines(folder) == logged and contents(folder) == expected

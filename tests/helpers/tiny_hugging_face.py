@@ -51,6 +51,15 @@ def clip():
     return transformers.CLIPModel(config), look, ["input_ids", "attention_mask"]
 
 
+def metaclip2():
+    """MetaCLIP 2 as its library configures it, but two blocks of TINY's width."""
+    import transformers
+
+    config = transformers.MetaClip2Config(text_config=TEXT, vision_config=VISION, projection_dim=12)
+    look = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    return transformers.MetaClip2Model(config), look, ["input_ids", "attention_mask"]
+
+
 def siglip():
     import transformers
 

@@ -19,12 +19,13 @@ from runtime.checkpoint import export_safetensors, read_weights
 from runtime.config.cli import parse
 from scripts.weights import convert
 from tests.helpers.main_runs import ROOT, arguments
-from tests.helpers.tiny_hugging_face import align, clip, saved, siglip
+from tests.helpers.tiny_hugging_face import align, clip, metaclip2, saved, siglip
 from tests.helpers.tiny_open_clip import open_clip_siglip
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
-HUGGING_FACE = {"clip": clip, "siglip": siglip, "align": align}
+HUGGING_FACE = {"clip": clip, "metaclip2": metaclip2, "siglip": siglip, "align": align}
+CLIPS = ("clip", "metaclip2")
 
 
 def opened(kind: str, folder):
@@ -51,7 +52,7 @@ def library_loss(library, image, ids):
     return library(pixel_values=image, **texts, return_loss=True).loss
 
 
-@pytest.mark.parametrize("kind", ["siglip", "clip", "align", "open_clip"])
+@pytest.mark.parametrize("kind", ["siglip", *CLIPS, "align", "open_clip"])
 def test_loss_and_gradients_are_the_librarys(tmp_path, kind):
     ours, library = opened(kind, tmp_path)
     torch.manual_seed(1)
@@ -63,7 +64,7 @@ def test_loss_and_gradients_are_the_librarys(tmp_path, kind):
         ours.double()
         library.double()
     losses = ours.train()(image=image, text_ids=ids)
-    loss = losses["clip_loss" if kind in ("clip", "align") else "siglip_loss"]
+    loss = losses["clip_loss" if kind in (*CLIPS, "align") else "siglip_loss"]
     expected = library_loss(library.train(), image, ids)
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -89,7 +90,7 @@ def test_loss_and_gradients_are_the_librarys(tmp_path, kind):
     scale.data.fill_(4.9)
     ours.after_update()
     limited = scale.exp().item() < 100.01
-    assert limited == (kind == "clip")  # SigLIP's published scales are larger
+    assert limited == (kind in CLIPS)  # SigLIP's published scales are larger
 
 
 def test_what_decays_and_what_is_locked(tmp_path):

@@ -19,6 +19,7 @@ from tests.helpers.tiny_hugging_face import (
     align,
     blip,
     clip,
+    metaclip2,
     save_tokenizer,
     siglip,
     siglip2,
@@ -45,7 +46,7 @@ def features(network, images: dict, texts: dict):
     return getattr(image, "pooler_output", image), getattr(text, "pooler_output", text)
 
 
-@pytest.mark.parametrize("make", [clip, siglip, siglip2, align, blip])
+@pytest.mark.parametrize("make", [clip, metaclip2, siglip, siglip2, align, blip])
 def test_dual_encoders_of_hugging_face(tmp_path, make):
     torch.manual_seed(0)
     network, look, names = make()

@@ -235,7 +235,8 @@ class Run:
             state = read_state(self.saved_path, self.saved, model, self.world.rank)
             whole = False
         options = dcp.StateDictOptions(full_state_dict=whole, broadcast_from_rank0=False)
-        dcp.set_model_state_dict(model, state["model"], options=options)
+        # not through DDP, where it names once a layer that occurs twice, as those of NLVR
+        dcp.set_model_state_dict(network, state["model"], options=options)
         given = configured_options(optimizer)  # what the configuration says now wins over the file
         try:
             dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)

@@ -127,12 +127,12 @@ def questions(**changes) -> list[dict]:
 def test_question_set(folder):
     data = QuestionSet(questions(question_id="7"), roots(folder), TestTransform(16))
     assert data.ids == [1, "7"] and len(data) == 2
-    official = [{"question_id": id, "answers": [{"answer": "red"}]} for id in (1.0, "7.0")]
+    official = [{"question_id": id, "answers": [{"answer": "red"}]} for id in (1.0, 7)]
     official = write(folder, {"annotations": official}, "official.json")
     again = QuestionSet(
-        questions(question_id="7", dataset=None), roots(folder), TestTransform(16), 9, official
+        questions(question_id="7.0", dataset=None), roots(folder), TestTransform(16), 9, official
     )
-    assert list(again.truth) == [1, "7"]
+    assert list(again.truth) == [1, "7.0"]
     assert data.truth["7"]["answers"] == ["red"] * 6 + ["blue"] * 4
     assert data.load(1)["text"] == "what colour" and data.load(1)["image"].shape == (3, 16, 16)
     mixed = QuestionSet(questions(answer=["red", 2, None])[1:], roots(folder), TestTransform(16))

@@ -551,6 +551,33 @@ class Taught(Net):
         self.teacher = nn.Linear(2, 1).requires_grad_(False)
 
 
+class Doubled(Net):
+    """A layer that occurs twice, as those of NLVR's text encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.layer
+
+
+def test_a_network_with_a_layer_twice_resumes_under_ddp(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "Net", Doubled)
+    train(options(tmp_path / "straight"))
+    with pytest.raises(SystemExit):
+        train(options(tmp_path / "halves", max_steps=2))
+    wrapped = nn.parallel.DistributedDataParallel
+    monkeypatch.setattr("runtime.run.parallelize", lambda model, *_: wrapped(model))
+    where = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    try:
+        train(options(tmp_path / "halves"))
+    finally:
+        torch.distributed.destroy_process_group()
+    ends = [load_checked(saved(tmp_path / name, TOTAL)) for name in ("straight", "halves")]
+    assert steps_of(tmp_path / "halves") == [1, 2, 3, 4]
+    for name in ("layer.weight", "again.weight"):
+        assert torch.equal(ends[0]["model"][name], ends[1]["model"][name])
+
+
 class Wide(Net):
     def __init__(self):
         super().__init__()

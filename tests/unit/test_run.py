@@ -337,13 +337,20 @@ class KilledIn(list):
 
 
 @both_kinds
-@pytest.mark.parametrize("step", [2, TOTAL])
-def test_a_run_killed_in_a_validation_resumes_with_it(kind, step, tmp_path):
+@pytest.mark.parametrize(("step", "behind"), [(2, False), (TOTAL, False), (2, True)])
+def test_a_run_killed_in_a_validation_resumes_with_it(kind, step, behind, tmp_path):
+    """Killed behind it, in the next update, it does not; random numbers continue alike."""
+
+    def at(now):
+        if behind and now == step + 1:
+            raise Killed
+
     scores = [1, 3, 2, 4]
     train(options(tmp_path / "straight"), KilledIn(scores))
     with pytest.raises(Killed):  # with a checkpoint that is no longer under way
-        train(options(tmp_path / "run", async_save=False), KilledIn(scores, step))
-    assert validated(tmp_path / "run") == list(range(1, step))
+        killed_in = KilledIn(scores, 0 if behind else step)
+        train(options(tmp_path / "run", async_save=False), killed_in, at=at)
+    assert validated(tmp_path / "run") == list(range(1, step + behind))
     made = []
     train(options(tmp_path / "run"), KilledIn(scores), at=made.append)
     assert made == list(range(step, TOTAL + 1))  # no update is made again

@@ -46,8 +46,10 @@ class Config(TrainOptions):
 
     system: str = knob("simla", "which model", choices=("simla", "albef"))
     batch: int = knob(4, f"samples a step; with --peer a divisor of {QUEUE_SIZE}", low=2)
-    check: bool = knob(
-        False, "compare the losses of both sides on equal weights instead of measuring"
+    same_losses: bool = knob(
+        False,
+        "compare the losses of both sides on equal weights instead of measuring",
+        aliases=("check",),
     )
 
 
@@ -143,7 +145,7 @@ def our_losses(options: SimpleNamespace) -> dict:
 
 def check_config(config: Config) -> None:
     """Raise UserError if the settings cannot be measured."""
-    if config.check and not config.peer:
+    if config.same_losses and not config.peer:
         raise UserError("--check compares with the original: name its checkout with --peer PATH")
     check_peer(config, CHECKOUT_FILES[config.system], config.system.upper())
     if config.peer and QUEUE_SIZE % config.batch:
@@ -170,7 +172,7 @@ def compare_losses(config: Config) -> None:
 
 def main(config: Config) -> None:
     check_config(config)
-    if config.check:
+    if config.same_losses:
         compare_losses(config)
         return
     title = [config.system.upper(), *settings(config)]

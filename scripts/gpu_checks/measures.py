@@ -28,8 +28,8 @@ FULL_SIZE = {
     "NXTP": "Recognition --config configs/Recognition/g3m.yaml",
 }
 SMALL = {  # stand-ins for a run without a GPU
-    "CL2L, debug": "main --config configs/main/debug.yaml",
-    "ViT, debug": "Classification --config configs/Classification/debug.yaml",
+    "CL2L debug": "main --config configs/main/debug.yaml",
+    "ViT debug": "Classification --config configs/Classification/debug.yaml",
 }
 MEMORY_ERROR = 0.1  # relative, of the predicted peak of all tensors
 

@@ -113,14 +113,13 @@ def trainer(words: Sequence[str]) -> str:
     name = values.pop("trainer", "vit_b16_i1k")
     mode = values.pop("experiment.mode", "train_eval")
     folder = values.pop("experiment.save_dir", "")
-    whole = values.pop("trainer.global_batch_size", None)
     given = ["--config", f"configs/Classification/{name}.yaml"]
     given += in_new_names(values, VIT_KEYS)
     if mode == "eval":
         given += ["--evaluate", "--checkpoint", folder or "FILE"]
     else:
         published, share = VIT_RECIPES.get(name, (0, 64))
-        given += same_batch(int(whole or published), share)
+        given += same_batch(taken(values, "trainer.global_batch_size", published), share)
         given += ["--output_dir", folder] if folder else []
     left_out = [key for key in values if key not in VIT_KEYS]
     return command("Classification.py", given, left_out)
@@ -145,10 +144,10 @@ def align(flags: Sequence[tuple[str, list[str]]]) -> str:
     towers = of_file or ("efficientnet-b3", "bert-mini")
     image = values.pop("img_encoder_name", towers[0]).removeprefix("efficientnet-")
     text = values.pop("txt_encoder_name", towers[1]).removeprefix("bert-")
-    whole = values.pop("batch_size", published)
+    whole = taken(values, "batch_size", published)
     given = ["--config", recipe, "--model", f"ALIGN_{image}_{text}".upper()]
     given += in_new_names(values, ALIGN_KEYS)
-    batch = same_batch(int(whole), share)
+    batch = same_batch(whole, share)
     if "--accumulate" in batch:
         batch += ["--cache-features"]  # the micro-batches make one contrastive batch
     return command("main.py", given + batch, [key for key in values if key not in ALIGN_KEYS])
@@ -171,6 +170,11 @@ def in_new_names(values: Mapping[str, str], names: Mapping[str, str]) -> list[st
             flag, _, form = names[key].partition(" ")
             given += [flag, form.format(value)]
     return given
+
+
+def taken(values: dict[str, str], key: str, default: int) -> int:
+    """The whole number of a key, which is taken out of `values`; anything else is left there."""
+    return int(values.pop(key)) if values.get(key, "").isdecimal() else default
 
 
 def same_batch(whole: int, share: int) -> list[str]:

@@ -149,6 +149,7 @@ def test_a_token_that_the_hub_refuses_is_called_so(monkeypatch, tmp_path):
         raise HfHubHTTPError("401", response=answer)
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    monkeypatch.setattr(hub, "_SILENT", set())
     monkeypatch.setattr(hub, "_REFUSING", set())
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     refused = r"not in the local cache, and https://\S+ refuses the token \(401\): log in"

@@ -107,7 +107,7 @@ HUGE_JPEG = JPEG.replace(struct.pack(">HH", 300, 400), struct.pack(">HH", 60_000
         (JPEG[:100], "x.jpg"),
         (encoded(image(), "PNG")[:-60], "x.jpg"),
         (encoded(image(), "WEBP")[:50], "x.jpg"),
-        (png_with_size(100_000, 100_000), "exceeds limit"),
+        (png_with_size(100_000, 100_000), "pixels exceed"),
         (png_with_size(12_000, 9_000), "pixels exceed"),
         (HUGE_JPEG, "pixels exceed"),
     ],

@@ -169,7 +169,7 @@ def test_low_precision_agrees_on_almost_every_code():
     assert low.logits(image).dtype == torch.float32
     assert (low.codes(image) == exact.codes(image)).float().mean() > 0.95
     assert (low.decode(exact.codes(image)) - exact.decode(exact.codes(image))).abs().max() < 0.05
-    with pytest.raises(UserError, match="one of float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="one of fp32, bf16, fp16"):
         exact.freeze("int8")
 
 

@@ -126,6 +126,7 @@ def test_batches_of_an_evaluation_that_do_not_fit(script, capsys):
     name = "batch_size" if script.startswith("eval") else "batch_size_test"
     words = [f"--{name}", "10000000000", "--checkpoint", "none.pt"]
     words += [] if script.startswith("eval") else ["--evaluate"]
+    words += ["--train-data", "a", "--val-data", "b"] if script == "eval_knn" else []
     with pytest.raises(SystemExit, match="2"):
         run_script(module.main, module.Config, argv=words)
     assert f"{name} 10,000,000,000: images of" in capsys.readouterr().err

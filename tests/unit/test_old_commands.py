@@ -169,3 +169,10 @@ def test_flags_of_other_code_bases_name_the_options_here(script, name):
         parse(config, [f"--{name.replace('_', '-')}", "x"])
     options = Schema(config)
     assert all(options.find(flag) for flag in re.findall(r"--([a-z][\w-]*)", here))
+
+
+def test_a_batch_that_is_no_number_is_named_as_left_out():
+    line = old_commands.trainer(["trainer=vit_b16_i1k", "trainer.global_batch_size=x"])
+    assert line.endswith("--accumulate 8   # without trainer.global_batch_size")
+    line = old_commands.align([("flagfile", ["cc3m"]), ("batch_size", ["x"])])
+    assert "--accumulate 16 " in line and line.endswith("# without batch_size")

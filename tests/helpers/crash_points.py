@@ -45,7 +45,8 @@ TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
 
 class Points:
     """Counts the changes in a folder that are about to be made, and calls `at(number)` before each.
-    beside: only those of other threads than the main one."""
+    beside: only those of other threads than the main one, and those that name the best checkpoint,
+    which the main one does."""
 
     def __init__(self, folder: Path, at: Callable[[int], None], beside: bool = False):
         self.folder, self.at, self.count = str(folder), at, 0
@@ -91,7 +92,8 @@ class Points:
         return path == self.folder or path.startswith(self.folder + os.sep)
 
     def passed(self, name: str) -> None:
-        if self.beside and threading.current_thread() is threading.main_thread():
+        in_main = threading.current_thread() is threading.main_thread()
+        if self.beside and in_main and "checkpoint_best" not in name:
             return
         self.at(self.count)
         self.count += 1

@@ -244,7 +244,7 @@ def test_trouble_that_passes_loses_nothing(tmp_path, monkeypatch, store):
         put(*args, **more)
 
     monkeypatch.setattr(type(Bucket(URL).files), "put_file", flaky)
-    config = options(tmp_path)
+    config = options(tmp_path, bucket_patience=60.0)
     with output_in_bucket(config, "0"):
         write(config.output_dir, log__jsonl="1")
     assert names(store) == {"log.jsonl", COMMITTED}

@@ -9,6 +9,7 @@ UNINEXT (train, val, testA … at the end of their names). Nothing in a pickle i
 {image, text, bbox, split}, of REFER also ref_id; image_root is then COCO's train2014.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +49,10 @@ def main(config: Config) -> None:
     splits: dict[str, list[dict]] = {}
     for source in config.source:
         for entry in expressions_of(source):
-            splits.setdefault(entry["split"], []).append(entry)
+            split = str(entry["split"])
+            if not re.fullmatch(r"[\w-]+", split):  # it becomes the name of a file
+                raise UserError(f"{source}: split {split!r:.60} is no word; fix it")
+            splits.setdefault(split, []).append(entry)
     for split, entries in splits.items():
         file = config.output / f"{split}.json"
         write_json(file, entries)

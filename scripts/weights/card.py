@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.errors import UserError
+from base.errors import UserError, first_line
 from base.reading import read_json
 from runtime.config.yaml import to_yaml
 from runtime.scores import rounded
@@ -154,8 +154,15 @@ def commit() -> str:
 
 
 def check_repository(name: str) -> str:
-    """USER/NAME. UserError for anything else."""
-    user, slash, rest = name.partition("/")
-    if not (user and slash and rest) or "/" in rest or " " in name:
-        raise UserError(f"--push {name}: write USER/NAME, such as --push me/clip-digits")
+    """USER/NAME as the hub allows it. UserError for anything else."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    reason = ""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        reason = f" ({first_line(error)})"
+    if reason or "/" not in name:
+        raise UserError(f"--push {name}: write USER/NAME, such as --push me/clip-digits{reason}")
     return name

@@ -43,7 +43,7 @@ from runtime.advice import advice_on
 from scripts.weights import export_dual, export_fusion, export_nxtp, export_vit
 from scripts.weights.card import UNKNOWN, Facts, check_repository, model_card
 from scripts.weights.kinds import KINDS
-from scripts.weights.push import push
+from scripts.weights.push import check_hub, push
 from scripts.weights.source import FAMILIES, Options, Source, Written, open_source
 
 Writer = Callable[[Source, Options, Path], Written]
@@ -131,6 +131,8 @@ def main(argv: list[str] | None = None) -> int:
             clip=given.clip,
             repository=given.push and check_repository(given.push),
         )
+        if given.push:
+            check_hub(given.push)
         source, written = convert(given.checkpoint, given.to, given.output, options)
         title = given.name or (given.push or given.output.resolve().name).rpartition("/")[2]
         facts = Facts(name=title, license=given.license, data_license=given.data_license)

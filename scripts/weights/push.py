@@ -3,8 +3,24 @@
 from pathlib import Path
 
 from base.errors import UserError, first_line
+from base.hub import SECONDS
 
 REFUSED = (401, 403)
+
+
+def check_hub(repository: str) -> None:
+    """UserError where the hub does not answer or does not take the token, before anything is
+    converted. Whether it lets us write to `repository` shows only in `push`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    hub = HfApi()
+    try:
+        hub.model_info(repository, timeout=SECONDS)
+    except Exception as error:  # of the hub, its client, or the network
+        new = isinstance(error, RepositoryNotFoundError) and error.response.status_code == 404
+        if not new:
+            raise UserError(_reason(error, repository, hub.endpoint)) from None
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
@@ -22,13 +38,15 @@ def push(folder: Path, repository: str, private: bool) -> str:
             repo_id=repository, folder_path=folder, commit_message=f"Upload {repository}"
         )
     except Exception as error:  # of the hub, its client, or the network
-        raise UserError(_reason(error, repository, hub.endpoint)) from None
+        reason = _reason(error, repository, hub.endpoint)
+        raise UserError(f"{reason}; then `hf upload {repository} {folder}`") from None
     return f"{hub.endpoint}/{repository}"
 
 
 def _reason(error: Exception, repository: str, endpoint: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in REFUSED or type(error).__name__ == "LocalTokenNotFoundError":
+    no_token = isinstance(error, UnicodeEncodeError)  # its characters fit no header
+    if status in REFUSED or no_token:
         return (
             f"--push {repository}: {endpoint} refuses the token; log in with `hf auth login`, or set "
             f"HF_TOKEN to a token that may write to {repository.partition('/')[0]}"

@@ -59,6 +59,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self):
             path = self.path.partition("?")[0]
             hub.calls.append(f"GET {path}")
+            if self.headers.get("Authorization", f"Bearer {TOKEN}") != f"Bearer {TOKEN}":
+                return self.answer({"error": "Invalid username or password."}, 401)
             name = path.removeprefix("/api/models/").partition("/revision/")[0]
             if name in hub.repositories:
                 files = [{"rfilename": file} for file in hub.repositories[name]]
@@ -77,11 +79,15 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if path == "/api/repos/create":
                 wanted = json.loads(data)
                 name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+                if not name.startswith("me/"):
+                    return self.answer({"error": "no rights under this namespace"}, 403)
                 hub.repositories.setdefault(name, {})
                 hub.private[name] = bool(
                     wanted.get("private") or wanted.get("visibility") == "private"
                 )
                 return self.answer({"url": f"{self.here}/{name}", "name": name})
+            if not path.startswith("/api/models/me/") and "/preupload/" in path:
+                return self.answer({"error": "no rights to write to it"}, 403)
             if "/preupload/" in path:
                 files = json.loads(data)["files"]
                 modes = ["lfs" if f["path"].endswith(LARGE) else "regular" for f in files]

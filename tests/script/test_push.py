@@ -30,10 +30,10 @@ def trained(folder):
     return folder
 
 
-def convert(source, out, address, token, *more) -> subprocess.CompletedProcess:
+def convert(source, out, address, token, *more, to="me/tiny") -> subprocess.CompletedProcess:
     words = [sys.executable, "scripts/weights/convert.py", source, "--to", "timm", "--output", out]
     settings = {"HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
-    words += ["--push", "me/tiny", *more]
+    words += ["--push", to, *more]
     return subprocess.run(
         list(map(str, words)),
         cwd=ROOT,
@@ -52,7 +52,9 @@ def test_a_folder_arrives_as_it_is(tmp_path, monkeypatch):
         found = convert(source, out, address, TOKEN, *licences)
         assert found.returncode == 0, found.stderr
         assert f"{address}/me/tiny" in found.stdout
-        refused = convert(source, tmp_path / "other", address, "hf_wrong")
+        refused = convert(source, tmp_path / "refused", address, "hf_wrong")
+        hub.repositories["other/tiny"] = {}
+        foreign = convert(source, tmp_path / "foreign", address, TOKEN, to="other/tiny")
     files = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert hub.repositories["me/tiny"] == files and hub.private["me/tiny"]
     assert {"README.md", "config.json", "model.safetensors"} == files.keys()
@@ -60,8 +62,14 @@ def test_a_folder_arrives_as_it_is(tmp_path, monkeypatch):
     card = files["README.md"].decode()
     example = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     assert "indices" in run_example(out, example, monkeypatch)
-    assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
-    assert "refuses the token; log in with `hf auth login`" in refused.stderr
+    for process in (refused, foreign):
+        assert process.returncode == 2 and len(process.stderr.strip().splitlines()) == 1
+        assert "refuses the token; log in with `hf auth login`" in process.stderr
+    assert not (tmp_path / "refused").exists()  # nothing was converted
+    assert "a token that may write to other" in foreign.stderr
+    assert f"`hf upload other/tiny {tmp_path / 'foreign'}`" in foreign.stderr
+    assert (tmp_path / "foreign/model.safetensors").is_file()
+    assert hub.repositories["other/tiny"] == {}
 
 
 @pytest.mark.slow
@@ -93,6 +101,6 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path):
 
 def test_names_of_repositories():
     assert check_repository("me/clip") == "me/clip"
-    for name in ("clip", "a/b/c", "/x", "me/", "me/a b"):
+    for name in ("clip", "a/b/c", "/x", "me/", "me/a b", "me/a--b", "mé/a", "me/" + "a" * 97):
         with pytest.raises(UserError, match="write USER/NAME"):
             check_repository(name)

@@ -10,7 +10,7 @@ delimiter); `train`, a step of four images with five labels each.
 The network is random: image tower 256 wide, 6 blocks, 256 image tokens of 224 px; decoder 512 wide,
 4 blocks, 32,002 tokens. The original's own functions run with equal weights, and its labels and
 losses are compared with ours. It pads texts to 512 positions and computes the caption's branch,
-whose weight is 0. --precision is that of our training step.
+whose weight is 0. --precision is that of both training steps.
 """
 
 import tempfile

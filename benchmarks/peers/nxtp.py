@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks import nxtp_inputs as inputs
 from benchmarks.gauge import measure
 from benchmarks.peers.stand_ins import stand_in
+from runtime.optim.build import PRECISIONS
 
 
 class LayerNorm(nn.LayerNorm):
@@ -179,16 +180,18 @@ def train(options: types.SimpleNamespace) -> dict:
         parameters, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True
     )
     decode = model.language_decoder.forward
+    dtype = PRECISIONS[options.precision]
     losses = []
 
     def step() -> None:
-        count, texts, _, (caption, labels, seen) = original.encode(images, captions, True)
-        shared = {"dummy_token_index": 0, "offset": count, "prefix_image_tok_embeds": True}
-        caption_loss = next_token_loss(decode(caption, **shared), texts[2])
-        logits = decode(
-            labels, input_tokens=seen, decouple_label_tok_embeds=True, is_train=True, **shared
-        )
-        label_loss = next_token_loss(logits, texts[3])
+        with torch.autocast(options.device, dtype, enabled=dtype is not None):
+            count, texts, _, (caption, labels, seen) = original.encode(images, captions, True)
+            shared = {"dummy_token_index": 0, "offset": count, "prefix_image_tok_embeds": True}
+            caption_loss = next_token_loss(decode(caption, **shared), texts[2])
+            logits = decode(
+                labels, input_tokens=seen, decouple_label_tok_embeds=True, is_train=True, **shared
+            )
+            label_loss = next_token_loss(logits, texts[3])
         losses.append(label_loss.item())
         (caption_loss * 0.0 + label_loss * 1.0).backward()
         optimizer.step()

@@ -28,6 +28,7 @@ h1, main > p, section > p:first-of-type { display: none; }
 section:has(table), section:has(svg), .case:nth-child(n+3) { display: none; }
 .words ~ .words ~ .words ~ * { display: none; }
 .words { flex-wrap: nowrap; }
+.cases + .cases { margin-top: 14px; }
 section { border: 0; padding: 0; margin: 0 0 12px; }
 main { margin: 0; padding: 12px; max-width: none; }
 </style></head>"""

@@ -341,6 +341,8 @@ class Run:
             self.log.say("nothing to save yet; start the same command again")
             self._leave(EXIT_REQUEUE)
         self._look_at_data()
+        if config.compile and self.step < plan.total:
+            self.log.say("compiling the network: the first update takes minutes")
         self.log.progress(plan.total, self.step)
 
     def _say_processes(self) -> None:

@@ -31,9 +31,11 @@ def losses(data, out, **changes) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def test_a_compiled_run(digitscenes, tmp_path):
-    """Training with average and validation, by the script itself."""
+def test_a_compiled_run(digitscenes, tmp_path, capsys):
+    """Training with average and validation, by the script itself; it says that it compiles."""
     eager = losses(digitscenes, tmp_path / "eager", compile="false")
+    assert "compiling" not in capsys.readouterr().out
     compiled = losses(digitscenes, tmp_path / "compiled", compile="true")
+    assert "compiling the network: the first update takes minutes" in capsys.readouterr().out
     assert len(eager) == 6 and eager[0] != eager[-1]
     assert compiled == pytest.approx(eager, rel=1e-3)

@@ -5,7 +5,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
-# folders of macOS's archives, of Synology (with thumbnails), of Windows and of file systems
+# what systems make for themselves: folders of macOS's archives, of Synology (with thumbnails), of
+# Windows and of file systems; files of Windows's folders
 OF_SYSTEMS = (
     "__MACOSX",
     "@eaDir",
@@ -13,12 +14,14 @@ OF_SYSTEMS = (
     "$RECYCLE.BIN",
     "lost+found",
     "System Volume Information",
+    "Thumbs.db",
+    "desktop.ini",
 )
 
 
 def is_hidden(name: str | Path) -> bool:
     """Whether a path or URL names a hidden file, such as the `._x.jpg` that macOS puts beside x.jpg,
-    or a folder that systems make for themselves."""
+    or what systems make for themselves."""
     last = str(name).rpartition("/")[2]
     return last.startswith(".") or last in OF_SYSTEMS
 

@@ -27,6 +27,7 @@ PILLOW_FORMATS = {
 GREYS = 255  # the largest value of a pixel
 ALIGN_MARGIN = 346 / 289  # side of ALIGN's squashed image over that of the cut
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers in preprocessor_config.json
+LONGEST = 32  # times the shorter side: of a longer image the centre alone is resized
 
 
 class Pixels(NamedTuple):
@@ -37,6 +38,16 @@ class Pixels(NamedTuple):
     interpolation: str
     mean: RGB
     std: RGB
+
+
+def middle(image):
+    """[3,H,W] whose longer side is at most LONGEST times the shorter one: of a thinner image the
+    middle. A centre crop shows nothing else, and 1 x 30,000 pixels made 224 high take gigabytes."""
+    height, width = image.shape[1:]
+    longest = LONGEST * min(height, width)
+    top = max(0, height - longest) // 2
+    left = max(0, width - longest) // 2
+    return image[:, top : height - top, left : width - left]
 
 
 @cache

@@ -1,5 +1,6 @@
 """Text and JSON files: read strictly, within the limits of `base.limits`."""
 
+import codecs
 import json
 import os
 import re
@@ -48,6 +49,12 @@ def read_start(path: str | Path, count: int = 64) -> bytes:
             return file.read(count) or b""
     except OSError:
         return b""
+
+
+def first_letter(path: str | Path) -> bytes:
+    """The first byte of a text file that is neither blank nor of its byte order mark; b"" where a
+    kibibyte holds none."""
+    return read_start(path, 1024).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -31,9 +31,16 @@ def looks_like(start: bytes) -> str:
     return f" (it looks like {found})" if found else ""
 
 
+def encoding_of(start: bytes) -> str:
+    """UTF-8, or UTF-16 where a text begins with its byte order mark, as Windows's programs and
+    spreadsheets write it."""
+    marked = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if marked and not start.startswith(codecs.BOM_UTF32_LE) else "utf-8-sig"
+
+
 def lenient_text(data: bytes) -> str:
-    """UTF-8 text without its byte order mark; bytes that are not UTF-8 become U+FFFD."""
-    return data.decode("utf-8-sig", "replace")
+    """UTF-8 or UTF-16 text without its byte order mark; bytes that are neither become U+FFFD."""
+    return data.decode(encoding_of(data[:4]), "replace")
 
 
 def is_blank(text: str) -> bool:

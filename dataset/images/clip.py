@@ -16,7 +16,7 @@ from torch import Tensor
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import SIDE, VIEWS
-from base.pixels import IMAGENET
+from base.pixels import IMAGENET, middle
 from dataset.images.albef import random_box
 
 GREY_WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in a grey level (ITU-R 601)
@@ -198,11 +198,12 @@ class EvalView:
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2.functional import center_crop
 
-        height, width = image.shape[1:]
-        short = min(height, width)
-        size = [int(self.small * height / short), int(self.small * width / short)]
-        if self.squeeze:
-            size = [self.small, self.small]
+        size = [self.small, self.small]
+        if not self.squeeze:
+            image = middle(image)
+            height, width = image.shape[1:]
+            short = min(height, width)
+            size = [int(self.small * height / short), int(self.small * width / short)]
         return center_crop(_resize(image, size, self.interpolation), [self.side, self.side])
 
 

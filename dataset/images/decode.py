@@ -210,7 +210,8 @@ def orientation(data: bytes) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _open(data).getexif().get(ORIENTATION, 1)
+            stated = _open(data).getexif().get(ORIENTATION, 1)
+            return stated if stated in range(1, 9) else 1
     except Exception:  # as below; the decoder reports it
         return 1
 

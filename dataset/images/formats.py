@@ -12,7 +12,21 @@ from base.names import is_hidden
 # Endings without the dot. Of several images in one sample of a shard the first of this order is used.
 IMAGE_TYPES = (
     *("jpg", "jpeg", "png", "webp", "jfif", "jpe", "mpo", "avif", "jp2", "j2k", "gif", "bmp"),
-    *("tif", "tiff", "ppm", "pgm", "pbm", "pnm"),
+    *(
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+        "apng",
+        "avifs",
+        "dib",
+        "j2c",
+        "jpc",
+        "jpf",
+        "jpx",
+    ),
 )
 
 
@@ -25,7 +39,8 @@ def is_image(name: str | Path) -> bool:
 def files_below(root: str | Path) -> Iterator[Path]:
     """All files below a folder, hidden ones left out, sub-folders that are symbolic links followed.
 
-    A link to a folder that it lies in is not followed again. Raises UserError.
+    A link to a folder that it lies in is not followed again. Raises UserError, also for a link that
+    leads nowhere and has no ending: a folder may be missing.
     """
     yield from _files_below(str(root), (), Counter())
 
@@ -49,8 +64,15 @@ def _files_below(folder: str, ancestors: tuple, visits: Counter) -> Iterator[Pat
             continue
         if is_folder:
             yield from _files_below(path, (*ancestors, identity), visits)
+        elif "." not in name and leads_nowhere(path):
+            raise UserError(f"{path}: a link that leads nowhere; fix or remove it")
         else:
             yield Path(path)
+
+
+def leads_nowhere(path: str | Path) -> bool:
+    """Whether a path is a symbolic link to what is not there, or to itself."""
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

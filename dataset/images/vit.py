@@ -18,6 +18,7 @@ from torch import Tensor
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import SIDE
+from base.pixels import middle
 from dataset.images.albef import Box
 
 ATTEMPTS = 100
@@ -101,7 +102,7 @@ class EvalView:
 
     def __call__(self, image: Tensor) -> Tensor:
         if self.resize_small:
-            view = centre(resize_area(image, self.resize_small), self.side)
+            view = resize_area(middle(image), self.resize_small, self.side)
         else:
             view = resize_bilinear(image, self.side, self.side)
         return view if self.exact else rounded(view)
@@ -150,31 +151,28 @@ def resize_bilinear(image: Tensor, height: int, width: int) -> Tensor:
     )[0]
 
 
-def resize_area(image: Tensor, small: int) -> Tensor:
+def resize_area(image: Tensor, small: int, cut: int | None = None) -> Tensor:
     """float32 [3,h,w] with the shorter side `small`: each pixel is the mean over exactly the area
-    it covers."""
+    it covers. cut: side of the square in its centre that alone is made."""
     height, width = image.shape[1:]
     ratio = torch.tensor(
         small / min(height, width)
     )  # float32, and halves to the even number, as TensorFlow
     h, w = (int((side * ratio).round()) for side in (height, width))
-    return area_weights(height, h) @ image.float() @ area_weights(width, w).T
+    rows = area_weights(height, h, cut or h)
+    columns = area_weights(width, w, cut or w)
+    return rows @ image.float() @ columns.T
 
 
 @lru_cache(maxsize=64)
-def area_weights(old: int, new: int) -> Tensor:
-    """Shares of `old` pixels in each of `new` ones along an axis, float32 [new,old]; rows sum to
-    1."""
-    edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
+def area_weights(old: int, new: int, count: int) -> Tensor:
+    """Shares of `old` pixels in the `count` middle ones of `new` along an axis, float32
+    [count,old]; rows sum to 1."""
+    first = (new - count) // 2
+    edges = torch.arange(first, first + count + 1, dtype=torch.float64) * (old / new)
     pixel = torch.arange(old, dtype=torch.float64)
     overlap = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
     return (overlap.clamp(min=0) * (new / old)).float()
-
-
-def centre(image: Tensor, side: int) -> Tensor:
-    """The central side x side of [3,H,W]."""
-    top, left = ((size - side) // 2 for size in image.shape[1:])
-    return image[:, top : top + side, left : left + side]
 
 
 @lru_cache(maxsize=4)

@@ -12,14 +12,20 @@ from base.distributed import rank
 from base.errors import UserError
 from base.names import is_hidden
 from base.reading import read_json
+from base.text import is_blank
 from dataset.images.decode import decode_image
-from dataset.images.formats import files_below, is_image
+from dataset.images.formats import files_below, is_image, leads_nowhere
 
 
 def class_folders(root: Path) -> list[str]:
     """Names of the sub-folders in alphabetical order, the same whether accents are one letter or
-    two (NFD); links count, hidden ones do not."""
-    names = (path.name for path in root.iterdir() if path.is_dir() and not is_hidden(path))
+    two (NFD); links count, hidden ones do not. UserError for a link that leads nowhere: without its
+    class all later ones would have other numbers."""
+    visible = [path for path in root.iterdir() if not is_hidden(path)]
+    for path in visible:
+        if leads_nowhere(path) and not is_image(path):
+            raise UserError(f"{path}: a link that leads nowhere; fix or remove it")
+    names = (path.name for path in visible if path.is_dir())
     return sorted(names, key=lambda name: (unicodedata.normalize("NFC", name), name))
 
 
@@ -107,7 +113,7 @@ def class_list(lines: Sequence[str], name: str) -> list[str]:
     """Names of the classes, one a line, without blanks around them; a class's number is that of its
     line. Blank lines at the end do not count, between classes UserError names them in the file
     `name`. A name may occur again, as ImageNet's `crane` does."""
-    names = [line.strip() for line in lines]
+    names = ["" if is_blank(line) else line.strip() for line in lines]
     while names and not names[-1]:
         names.pop()
     if "" in names:

@@ -27,7 +27,8 @@ from base.writing import atomic_write, write_text
 ATTEMPTS = 6  # with the waits between them about 16 seconds
 FIRST_WAIT = 0.5  # seconds, doubled from attempt to attempt
 BUFFER = 1 << 20  # bytes read at a time
-GZIP, BZIP2, XZ, ZSTANDARD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
+GZIP, BZIP2, XZ = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"
+NOT_READ = {b"\x28\xb5\x2f\xfd": "zstandard", b"\x04\x22\x4d\x18": "lz4"}  # how a file begins
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)  # what decompressors raise
 PASSING_STATUS = (408, 425, 429)  # client errors worth another attempt
 Result = TypeVar("Result")
@@ -234,8 +235,8 @@ def plain_stream(url: str, options: dict | None = None):
         raise FileNotFoundError(f"{url}: no such file")
     with open_file(url, options) as file:
         start = file.peek(6)[:6]
-        if start.startswith(ZSTANDARD):
-            raise UserError(f"{url}: compressed by zstandard, which is not read; use gzip or none")
+        if program := NOT_READ.get(start[:4]):
+            raise UserError(f"{url}: compressed by {program}, which is not read; use gzip or none")
         if start.startswith(GZIP):
             yield gzip.GzipFile(fileobj=file), None
         elif start.startswith(BZIP2):

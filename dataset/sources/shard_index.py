@@ -28,7 +28,7 @@ from dataset.sources.tfrecord import is_tfrecord, read_frames
 
 LISTED = 5  # bad samples named
 THREADS = 8
-INDEX_VERSION = 3  # part of the key of cached indices: raise it when the rules of reading change
+INDEX_VERSION = 4  # part of the key of cached indices: raise it when the rules of reading change
 ARRAYS = ("shard", "first", "kind", "start", "size", "key_end", "keys", "kinds", "bad", "lost")
 
 

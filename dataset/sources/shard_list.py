@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from base import distributed
 from base.caches import cache_folder, digest
 from base.errors import UserError
 from base.limits import SHARDS
-from base.names import is_hidden
+from base.names import is_hidden, is_hidden_folder
 from base.reading import parse_json, read_json
 from base.remote import is_forbidden
 from base.writing import write_json
@@ -34,10 +34,13 @@ from dataset.sources.shard_states import state_of_shards
 from dataset.sources.tar import TarWalk, read_samples
 from dataset.sources.tfrecord import count_frames, is_tfrecord, read_frames
 
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TAR_ENDINGS = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
+    *(".tar.zst", ".tzst", ".tar.lz4"),  # refused by name where they are read
+)
 THREADS = 64  # requests to a store at a time
 INDEXED = 500  # shards from which on their counts are kept in one file
-COUNT_VERSION = 5  # part of the key of cached counts: raise it when the rules of reading change
+COUNT_VERSION = 6  # part of the key of cached counts: raise it when the rules of reading change
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,8 @@ def shared_shards(urls: str | Sequence[str], samples: int | None = None) -> Shar
 
 
 def list_shards(pattern: str, options: dict | None = None) -> list[str]:
-    """Shards named by a path, folder (all its .tar and .tar.gz files, recursively; without any, its
-    TFRecord files) or URL with braces and globs, sorted per glob.
+    """Shards named by a path, folder (all its tar files, compressed or not, recursively; without
+    any, its TFRecord files) or URL with braces and globs, sorted per glob.
 
     Columns behind a question mark stay at every name (see `dataset.sources.shard_columns`). Raises
     UserError when a local shard is missing or a pattern matches nothing.
@@ -120,7 +123,7 @@ def _local_matches(url: str) -> list[str]:
         return shards_below(url)
     import glob
 
-    matches = sorted(glob.glob(url, recursive=True))
+    matches = sorted(_visible(glob.glob(url, recursive=True), url))
     return matches if url in matches else _shards_among(matches) or matches
 
 
@@ -137,14 +140,25 @@ def _remote_matches(url: str, options: dict | None) -> list[str]:
     try:
         if re.search(r"[*?\[]", path):
             found = with_retries(lambda: files.glob(path))
-            found = [each for each in found if not is_hidden(each)]
-            return sorted(files.unstrip_protocol(each) for each in found)
-        found = with_retries(lambda: files.find(path))
+            return sorted(files.unstrip_protocol(each) for each in _visible(found, path))
+        found = _visible(with_retries(lambda: files.find(path)), f"{path}/")
     except Exception as error:  # every storage service raises its own
         if is_missing(error):
             return []
         raise UserError(f"{url}: cannot be listed ({describe(error)})") from None
     return _shards_among(files.unstrip_protocol(each) for each in found)
+
+
+def _visible(names: Iterable[str], pattern: str) -> list[str]:
+    """The names without those that are hidden, or lie in a hidden folder behind the first wildcard
+    of the pattern that they match."""
+    start = len(re.split(r"[*?\[]", pattern)[0].rpartition("/")[0])
+    return [
+        name
+        for name in names
+        if name == pattern
+        or not (is_hidden(name) or is_hidden_folder(name[start:].rpartition("/")[0]))
+    ]
 
 
 def is_tar(name: str) -> bool:
@@ -275,7 +289,8 @@ def count_of(shard: str, options: dict | None = None) -> int:
 def statistics_names(shard: str) -> list[str]:
     """Where the statistics of a shard may lie: 00000_stats.json of 00000.tar and 00000.tar.gz;
     earlier versions of extract_nouns.py wrote 00000.tar_stats.json of the latter."""
-    base = re.sub(r"\.(tgz|(tar|tfrecord)(\.\w+)?)$", "", shard, flags=re.IGNORECASE)
+    endings = r"\.(t[gx]z|tbz2?|tzst|(tar|tfrec|tfrecords?)(\.\w+)?)$"
+    base = re.sub(endings, "", shard, flags=re.IGNORECASE)
     return list(
         dict.fromkeys([f"{base}_stats.json", f"{re.sub(r'[.][^./]*$', '', shard)}_stats.json"])
     )

@@ -8,12 +8,11 @@ Each becomes JSON lines once, in the cache, which `Records` then reads like any 
     pairs.jsonl?caption=alt:0.3,synthetic:0.7   with the weights that training samples them by; JSON
                                              files may name columns, too
     folder/                                  IMAGE.jpg with IMAGE.txt beside it, a caption a line;
-                                             or what metadata.csv / metadata.jsonl in it lists
+                                             or what metadata.csv, .jsonl or .parquet in it lists
     folder/                                  of datasets' save_to_disk
     hf://USER/NAME:SPLIT                     of the Hugging Face hub (see dataset.sources.hub)
 """
 
-import codecs
 import csv
 import json
 import math
@@ -30,7 +29,7 @@ from base.errors import BadSample, UserError, brief
 from base.limits import CELL_BYTES, EXPANSION, TABLE_FLOOR, check_limit, over_limit
 from base.names import matching_files, nearest
 from base.reading import read_bytes, read_json_lines, read_start
-from base.text import lenient_text, lines_in, looks_like
+from base.text import encoding_of, is_blank, lenient_text, lines_in, looks_like
 from base.writing import write_json_lines
 from dataset.images.formats import files_below, is_image
 from dataset.sources.hub import is_hub, local_copy
@@ -51,7 +50,7 @@ USUAL_NAMES = {
     "answer": ("answers",),
     "labels": ("label", "class"),
 }
-METADATA = ("metadata.csv", "metadata.jsonl")  # of datasets' image folders
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of datasets' image folders
 PACK = "pack them into shards with scripts/data/pack.py"
 
 
@@ -202,7 +201,9 @@ def _csv_rows(
 ) -> Iterator[dict]:
     csv.field_size_limit(CELL_BYTES)
     try:
-        with path.open(encoding=_encoding(path), errors="surrogatepass", newline="") as file:
+        with path.open(
+            encoding=encoding_of(read_start(path, 4)), errors="surrogatepass", newline=""
+        ) as file:
             head = file.readline(CELL_BYTES)
             stated = re.fullmatch(r"sep=(.)\s*", head)  # as Excel writes it in front
             if not stated:
@@ -237,12 +238,6 @@ def _readable(rows) -> Iterator[list[str] | str]:
             continue
         if any(row):
             yield row
-
-
-def _encoding(path: Path) -> str:
-    """UTF-8, or UTF-16 where the file begins with its byte order mark, as spreadsheets write it."""
-    start = read_start(path, 2)
-    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _lines(file, path: Path) -> Iterator[str]:
@@ -519,11 +514,11 @@ def _folder_rows(
 def _metadata_rows(
     folder: Path, file: Path, required: Sequence[str], columns: dict, left_out: LeftOut
 ) -> Iterator[dict]:
-    """What metadata.csv or metadata.jsonl lists; its paths start from the folder."""
-    if file.suffix == ".csv":
-        rows = _csv_rows(file, required, columns, left_out)
-    else:
+    """What metadata.csv, .jsonl or .parquet lists; its paths start from the folder."""
+    if file.suffix == ".jsonl":
         rows = _whole_entries(file, lambda: read_json_lines(file), required, columns, left_out)
+    else:
+        rows = rows_of(file, required, columns, left_out)
     for row in rows:
         yield {**row, "image": str(folder.absolute() / row["image"])}
 
@@ -533,8 +528,11 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
     name beside it; images without one are counted and said."""
     lonely = 0
     found = 0
+    used: set[Path] = set()  # texts that stand beside an image
+    others: list[Path] = []
     for path in files_below(folder.absolute()):
         if not is_image(path):
+            others.append(path)
             continue
         beside = path.with_suffix(".txt")
         if not need_caption:
@@ -544,7 +542,8 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
             data = read_bytes(beside, "put a caption a line into it", CELL_BYTES)
             lines = lines_in(lenient_text(data))
             found += 1
-            yield {"image": str(path), "caption": [line for line in lines if line.strip()]}
+            used.add(beside)
+            yield {"image": str(path), "caption": [line for line in lines if not is_blank(line)]}
         else:
             lonely += 1
     if not found:
@@ -554,3 +553,7 @@ def image_text_rows(folder: Path, need_caption: bool = True) -> Iterator[dict]:
         )
     if lonely:
         print(f"{folder}: {lonely:,} images have no .txt beside them and are left out")
+    unused = [path for path in others if path.suffix.lower() == ".txt" and path not in used]
+    if need_caption and unused:
+        some = f"{len(unused):,} texts have no image beside them that can be read, such as"
+        print(f"{folder}: {some} {unused[0].relative_to(folder.absolute())}")

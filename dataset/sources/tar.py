@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from base.limits import MEMBER_BYTES, NAME_BYTES, SAMPLE_BYTES, SAMPLE_MEMBERS, ZERO_BYTES
-from base.names import is_hidden_folder
+from base.names import is_hidden, is_hidden_folder
 from base.text import whole_number
 from dataset.images.formats import IMAGE_TYPES
 from dataset.sources.remote import describe
@@ -69,7 +69,7 @@ def split_key(name: str) -> tuple[str, str] | None:
         name = name[2:].lstrip("/")
     folder, slash, file = name.lstrip("/").rpartition("/")
     stem, _, ending = file.partition(".")
-    if not stem or not ending or (folder and is_hidden_folder(folder)):
+    if not stem or not ending or is_hidden(file) or (folder and is_hidden_folder(folder)):
         return None
     # an accent is one letter or two (NFD), as the program that made the archive has it
     return unicodedata.normalize("NFC", folder + slash + stem), ending.lower()

@@ -26,13 +26,15 @@ from dataset.sources.remote import describe
 Feature = list[bytes] | list[float] | list[int]
 HEADER = struct.Struct("<QI")
 CRC = struct.Struct("<I")
+BESIDE = (".idx", ".index", ".json", ".txt", ".md5", ".sha256", ".crc", ".part", ".tmp")
 BYTES, FLOATS, INTEGERS = 1, 2, 3  # field numbers of the kinds of list in a Feature
 
 
 def is_tfrecord(name: str) -> bool:
-    """Whether a path or URL names a TFRecord file: 00000.tfrecord, train.tfrecord-00000-of-00128.
-    Hidden files are none."""
-    return ".tfrecord" in name.rpartition("/")[2].lower() and not is_hidden(name)
+    """Whether a path or URL names a TFRecord file: 00000.tfrecord, train.tfrecord-00000-of-00128,
+    a.tfrec. Hidden files and those beside it, such as 00000.tfrecord.idx, are none."""
+    file = name.rpartition("/")[2].lower()
+    return ".tfrec" in file and not file.endswith(BESIDE) and not is_hidden(name)
 
 
 # ---- frames

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from base.errors import MissingData, UserError, brief
-from base.reading import is_file, read_json, read_lines, read_start
+from base.reading import first_letter, is_file, read_json, read_lines
 from dataset.sources.records import Records
 from dataset.sources.tables import parse_address
 from dataset.tasks.captions import coco_rows, karpathy_entries
@@ -28,9 +28,9 @@ def retrieval_list(entry: Entry) -> tuple[list[Path], list[list[str]]]:
             "name another with --datasets retrieval:FILE"
         )
     ending = file.suffix.lower()
-    if ending == ".json" and _first_byte(file) == b"{":
+    if ending == ".json" and first_letter(file) == b"{":
         found = by_image(_rows_of_object(file, entry.split))
-    elif ending == ".txt" and _first_byte(file) not in b"[{":
+    elif ending == ".txt" and first_letter(file) not in b"[{":
         found = by_image(_flickr_rows(file))
     else:
         records = Records(entry.path).complete()
@@ -50,10 +50,6 @@ def _image_root(entry: Entry, file: Path, first: Sequence[str]) -> Path:
         f"{entry.name}: none of the first images is there, e.g. {places[0] / first[0]}; put the images where the "
         f"paths of {file} lead from {places[0]}, or name the folder as `images` of an entry of --catalog"
     )
-
-
-def _first_byte(file: Path) -> bytes:
-    return read_start(file).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
 def _flickr_rows(file: Path) -> Iterator[tuple[str, list[str]]]:

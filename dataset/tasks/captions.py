@@ -21,7 +21,7 @@ from base.caches import cached_path
 from base.distributed import on_main, rank_0_first
 from base.errors import BadSample, UserError, brief
 from base.knobs import knob
-from base.reading import read_json
+from base.reading import first_letter, read_json
 from base.text import id_text
 from base.writing import write_json_lines
 from dataset.images.clip import ImageViews
@@ -209,9 +209,8 @@ def _raw(sentence: dict) -> str:
 
 def redcaps_entries(path: Path) -> Iterable[dict]:
     """A list of all subreddits, or the published file of one."""
-    with path.open("rb") as file:
-        if file.read(64).lstrip()[:1] == b"[":
-            return Records(path, required=("image_id", "subreddit", "caption"))
+    if first_letter(path) == b"[":
+        return Records(path, required=("image_id", "subreddit", "caption"))
     return _load_json(path, "annotations")["annotations"]
 
 

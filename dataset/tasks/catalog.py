@@ -423,7 +423,8 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
     count.
 
     Where both are the same names, each goes to its own: exactly (NFC), else but for case, blanks
-    and punctuation (`apple_pie`, `Apple pie`). Otherwise the list must be in order already, as the
+    and punctuation (`apple_pie`, `Apple pie`); of a class with several names the first counts, else
+    any. Otherwise the list must be in order already, as the
     published ones are. UserError where it is seen not to be, where names that differ only in what
     is ignored leave the order open, and where the numbers differ.
     """
@@ -432,25 +433,37 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
             f"{name}: the data have {len(own)} classes ({', '.join(own[:6])} ...), but the list of labels names "
             f"{len(classes)}; give the list of these classes with --labels"
         )
-    first = [str(each if isinstance(each, str) else each[0]) for each in classes]
-    for form in (_exact, _plain):
-        listed = [form(each) for each in first]
-        wanted = [form(each) for each in own]
-        if len(set(listed)) == len(listed) and set(listed) == set(wanted):
-            places = {each: place for place, each in enumerate(listed)}
-            return [classes[places[each]] for each in wanted]
+    names = [[each] if isinstance(each, str) else [str(one) for one in each] for each in classes]
+    for most in (1, None):
+        for form in (_exact, _plain):
+            listed = [[form(each) for each in given[:most]] for given in names]
+            wanted = [form(each) for each in own]
+            owners = _owners(listed)
+            places = [owners[each][0] for each in wanted if len(owners.get(each, ())) == 1]
+            if sorted(places) == list(range(len(own))):
+                return [classes[place] for place in places]
+    first = [given[0] for given in listed]
     order = f"give the labels with --labels in the order {', '.join(own[:6])} ..."
     for place, each in enumerate(wanted):
-        if each not in listed:
+        if each not in owners:
             continue
-        if listed.count(each) > 1 or wanted.count(each) > 1:
+        if first.count(each) > 1 or wanted.count(each) > 1:
             raise UserError(f"{name}: several classes are called like {own[place]!r}; {order}")
-        if listed[place] != each:
+        if place not in owners[each]:
             raise UserError(
                 f"{name}: class {place} of the data is {own[place]!r}, but of the list of labels "
-                f"{first[place]!r}; {order}"
+                f"{names[place][0]!r}; {order}"
             )
     return list(classes)
+
+
+def _owners(listed: Sequence[Sequence[str]]) -> dict[str, list[int]]:
+    """Name -> the numbers of the classes that have it among theirs."""
+    owners: dict[str, list[int]] = {}
+    for number, names in enumerate(listed):
+        for name in dict.fromkeys(names):
+            owners.setdefault(name, []).append(number)
+    return owners
 
 
 def _exact(name: str) -> str:

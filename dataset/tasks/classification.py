@@ -256,7 +256,8 @@ def is_shards(data: str) -> bool:
     if not Path(data).is_dir():
         if is_hub(data):
             return False
-        return "://" in data or any(part in data.lower() for part in (".tar", ".tgz", ".tfrecord"))
+        parts = (".tar", ".tgz", ".tbz", ".txz", ".tzst", ".tfrec")
+        return "://" in data or any(part in data.lower() for part in parts)
     if any(is_shard(path.name) for path in Path(data).iterdir()):
         return True
     telling = (path for path in files_below(data) if is_shard(path.name) or is_image(path))

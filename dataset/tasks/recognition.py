@@ -18,6 +18,7 @@ from base.caches import cached_path
 from base.errors import BadSample, UserError, brief
 from base.pixels import OPENAI, timm_statistics
 from base.reading import read_lines
+from base.text import is_blank
 from base.writing import write_json_lines
 from dataset.images.albef import random_box
 from dataset.images.clip import EvalView, crop_resize, pixel_statistics
@@ -31,6 +32,7 @@ from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import TABLES, is_table, parse_address
 from dataset.tasks.record import as_list, captions_of, image_of, name_of, weights_of
+from dataset.text.choice import with_text
 from dataset.text.nouns import parse_nouns
 from dataset.text.sentencepiece import PieceTokenizer
 
@@ -253,6 +255,8 @@ class LabelledImage:
         if self.captions:
             texts = as_list(captions_of(record))
             weights = weights_of(record, texts)
+            if not all(map(is_blank, texts)):
+                texts, weights = with_text(texts, weights)
             if weights is None:
                 chosen = torch.randint(len(texts), ())
             else:

@@ -31,7 +31,8 @@ def captions_of(record: dict) -> str | list[str]:
     """A record's caption: one text, or a list of one or more. BadSample where there is none."""
     field = next((name for name in CAPTION_FIELDS if name in record), None)
     if field is None:
-        raise BadSample(f"{name_of(record)}: no caption (.txt)")
+        other = "; ?caption=MEMBER behind the shards names another" if "key" in record else ""
+        raise BadSample(f"{name_of(record)}: no caption (.txt){other}")
     given = record[field]
     if isinstance(given, str):
         if "\n" in given.strip() and isinstance(record.get("json"), bytes):

@@ -10,7 +10,7 @@ from torch.utils.data import default_collate
 
 from base.errors import BadSample, UserError
 from base.hub import from_hub
-from base.reading import read_json, read_lines
+from base.reading import read_json, read_lines, read_text
 from base.text import clean_surrogates, is_blank
 from dataset.text.choice import choose, with_text
 
@@ -197,7 +197,7 @@ def _load_backend(source: str):
     if file and file.suffix == ".json":
         read_json(file, dict)  # says where it is damaged
         try:
-            return Backend.from_file(str(file))
+            return Backend.from_str(read_text(file))
         except Exception as error:  # the library raises bare exceptions
             what = str(error).splitlines()[0][:200]
             raise UserError(f"tokenizer {file}: {what}; fetch it again") from None

@@ -27,7 +27,7 @@ from base.libraries import (
     open_clip_tokenizer,
     timm_network,
 )
-from base.pixels import Pixels
+from base.pixels import Pixels, middle
 from models.layers.library_towers import with_timm_names
 from models.weights.any_dual_encoder import Opened
 from models.weights.image_encoder import TOWER, ImageEncoder
@@ -115,15 +115,17 @@ class LibraryDual(nn.Module):
 
 
 class OnImage:
-    """A library's transform as a view: uint8 [3,H,W] -> float32, normalised."""
+    """A library's transform as a view: uint8 [3,H,W] -> float32, normalised. cuts: it ends in a
+    centre crop, for which the `middle` of a thin image is enough."""
 
-    def __init__(self, transform: Callable):
+    def __init__(self, transform: Callable, cuts: bool):
         self.transform = transform
+        self.cuts = cuts
 
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2.functional import to_pil_image
 
-        return self.transform(to_pil_image(image))
+        return self.transform(to_pil_image(middle(image) if self.cuts else image))
 
     def __repr__(self) -> str:
         return repr(self.transform)
@@ -158,7 +160,7 @@ def opened_open_clip(network: nn.Module, tokenizer: Callable, title: str) -> Ope
         inputs.pixels,
         tokenizer.context_length,
         inputs.vocab_size,
-        OnImage(transform),
+        OnImage(transform, cuts=look.get("resize_mode", "shortest") == "shortest"),
         tokenizer,
     )
 
@@ -241,6 +243,8 @@ class HfView:
         self.processor = processor
 
     def __call__(self, image: Tensor) -> Tensor:
+        if getattr(self.processor, "do_center_crop", False):
+            image = middle(image)
         found = self.processor(image, return_tensors="pt", input_data_format="channels_first")
         pixels = found["pixel_values"][0]
         if "spatial_shapes" not in found:

@@ -129,6 +129,12 @@ NFD = "e\u0301clair"  # as macOS stores the name of a folder; NFC below
         (["a-b", "a b"], ["a b", "a-b"], ["a-b", "a b"]),  # exactly the same names
         (["n01440764", "n01443537"], ["tench", "goldfish"], ["tench", "goldfish"]),
         (["crane_bird", "crane_machine"], ["Crane", "crane"], ["Crane", "crane"]),
+        (
+            ["hound", "kitty"],
+            [["cat", "Kitty"], ["dog", "hound"]],
+            [["dog", "hound"], ["cat", "Kitty"]],
+        ),
+        (["a", "b"], [["c", "a"], ["d", "a"]], [["c", "a"], ["d", "a"]]),
     ],
 )
 def test_class_names_of_any_script_go_to_their_own_folder(own, classes, found):
@@ -142,6 +148,7 @@ def test_class_names_of_any_script_go_to_their_own_folder(own, classes, found):
         (["crane", "dog"], ["crane", "Crane"]),
         (["crane", "Crane"], ["crane", "dog"]),
         (["犬", "猫", "鳥"], ["猫", "犬", "another"]),
+        (["ant", "hound", "kitty"], [["bee"], ["cat", "kitty"], ["dog", "hound"]]),
     ],
 )
 def test_names_whose_order_cannot_be_told_are_refused(own, classes):

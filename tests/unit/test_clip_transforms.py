@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from base.errors import UserError
 from dataset.images import clip as clip_transforms
+from dataset.images import vit
 from dataset.images.clip import (
     EvalView,
     ImageViews,
@@ -19,6 +21,7 @@ from dataset.images.clip import (
     turn_hue,
 )
 from dataset.loading.randomness import seeded
+from models.weights.libraries import OnImage
 
 
 @pytest.fixture
@@ -156,6 +159,23 @@ def test_evaluation_view_and_normalisation(image):
         view.float() / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     ) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     torch.testing.assert_close(made[1], expected)
+
+
+LIBRARYS = v2.Compose([v2.Resize(24, antialias=True), v2.CenterCrop(24), v2.PILToTensor()])
+
+
+@pytest.mark.parametrize(
+    "view",
+    [EvalView(24), vit.EvalView(24, 24), OnImage(LIBRARYS, cuts=True)],
+    ids=["clip", "vit", "library"],
+)
+def test_a_thin_image_shows_its_middle_and_takes_no_more_memory_than_that(view):
+    """Enlarged whole, 1 x 3,000,000 pixels would take terabytes."""
+    thin = torch.zeros(3, 2, 3_000_000, dtype=torch.uint8)
+    thin[:, 0, 1_500_000:1_500_002] = 250  # begins where the right half of the square does
+    assert view(thin)[:, 2, 18].tolist() == [250] * 3 and not view(thin)[:, :, :6].any()
+    upright = view(thin.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(upright.float(), view(thin).float(), atol=1, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ from PIL import Image, ImageFile, ImageOps
 
 from base.errors import BadSample, UserError
 from dataset.images import decode as images
-from dataset.images.decode import check_image_root, decode_image, plain_jpeg_size, reading
+from dataset.images.decode import (
+    check_image_root,
+    decode_image,
+    is_turned,
+    plain_jpeg_size,
+    reading,
+)
 from dataset.sources.class_folder import ClassFolder
 
 
@@ -193,6 +199,9 @@ def test_exif_orientation_is_an_option(orientation, mode):
     with reading(exif=True):
         assert decode_image(data).shape[1:] == turned.size[::-1]
         assert decode_image(data, exif=False).shape[1:] == stored.size[::-1]
+    assert is_turned(data) == (orientation != 1)
+    exif[0x0112] = orientation + 8  # of a damaged file
+    assert not is_turned(encoded(image(mode), "JPEG", exif=exif))
 
 
 @pytest.mark.parametrize("values", [np.int32, np.float32])
@@ -245,10 +254,10 @@ def test_no_foreign_warnings(recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("ending", ["jpg", "AVIF", "jfif", "jp2", "gif", "bmp", "tif", "webp"])
+@pytest.mark.parametrize("ending", ["jpg", "AVIF", "jfif", "jpx", "gif", "dib", "tif", "apng"])
 def test_class_folders_take_every_image_that_is_read(ending, tmp_path, capsys):
     (tmp_path / "cat").mkdir()
-    formats = {"jfif": "JPEG", "jpg": "JPEG", "jp2": "JPEG2000", "tif": "TIFF"}
+    formats = {"jfif": "JPEG", "jpg": "JPEG", "jpx": "JPEG2000", "tif": "TIFF", "apng": "PNG"}
     data = encoded(image(), formats.get(ending, ending.upper()))
     (tmp_path / f"cat/0.{ending}").write_bytes(data)
     (tmp_path / "cat/notes.txt").write_text("x")
@@ -274,3 +283,10 @@ def test_class_folders_follow_links_and_ignore_hidden_files(tmp_path):
     names = [str(path.relative_to(tmp_path / "data")) for path in folder.files]
     assert names[0] == "cat/0.jpg" and names[-1] == "dog/loop/cat/0.jpg"
     assert "dog/deep/2.jpg" in names and folder.labels.tolist() == [0, 1, 1]
+    for link in ("data/bird.v2", "disk/dogs/more"):  # of a disk that is not mounted
+        (tmp_path / link).symlink_to(tmp_path / "nowhere")
+        with pytest.raises(
+            UserError, match=f"{link.rpartition('/')[2]}: a link that leads nowhere"
+        ):
+            ClassFolder(tmp_path / "data", None)
+        (tmp_path / link).unlink()

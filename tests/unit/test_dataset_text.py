@@ -56,6 +56,8 @@ def test_tokens(tokenizer):
 def test_tokenizer_sources(tokenizer, tmp_path):
     tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer(tmp_path).encode("Red dogs") == tokenizer.encode("Red dogs")
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + content)
     assert Tokenizer(tmp_path / "tokenizer.json").vocab_size == len(WORDS)
     with pytest.raises(UserError, match=r"no tokenizer.json or vocab.txt"):
         Tokenizer(tmp_path / "missing")

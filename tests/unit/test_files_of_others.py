@@ -114,10 +114,15 @@ def test_hidden_files_are_no_images_lists_shards_and_weights(tmp_path):
     (lists / "._cat_test.txt").write_bytes(APPLE_DOUBLE)
     assert voc(Entry("voc2007", "voc", str(tmp_path))).classes == ["cat", "dog"]
 
-    for name in ("0.tar", "._0.tar", "x.safetensors", "._x.safetensors"):
+    for name in ("s/0.tar", "s/._0.tar", "s/.tmp/1.tar", "s/__MACOSX/2.tar", "s/a/.b/3.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    shard = str(tmp_path / "0.tar")
-    assert list_shards(f"file://{tmp_path}/*.tar") == [f"file://{shard}"]
+    for place in (f"{tmp_path}/s", f"{tmp_path}/s/**/*.tar", f"{tmp_path}/s/**/[0-9].tar"):
+        assert list_shards(place) == [f"{tmp_path}/s/0.tar"]
+        assert list_shards(f"file://{place}") == [f"file://{tmp_path}/s/0.tar"]
+    assert list_shards(f"{tmp_path}/s/.tmp/*.tar") == [f"{tmp_path}/s/.tmp/1.tar"]
+    for name in ("x.safetensors", "._x.safetensors"):
+        (tmp_path / name).write_bytes(b"")
     assert [path.name for path in matching_files(tmp_path, "*.safetensors")] == ["x.safetensors"]
 
 
@@ -127,7 +132,9 @@ def test_a_folder_of_class_folders_holds_no_shards_by_hidden_files(tmp_path):
     assert not is_shards(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["part/0.tar", "0.TAR", "part/train.tfrecord-00000-of-00001"])
+@pytest.mark.parametrize(
+    "name", ["part/0.tar", "0.TAR", "0.tbz2", "0.txz", "part/train.tfrecord-00000-of-00001"]
+)
 def test_shards_in_sub_folders_and_with_capital_endings(tmp_path, name):
     shard = tmp_path / name
     shard.parent.mkdir(exist_ok=True)
@@ -140,6 +147,9 @@ def test_folders_that_systems_make_are_no_classes_and_hold_no_images(tmp_path):
         images_in(tmp_path / name, ["a.jpg"])
     found = ClassFolder(tmp_path, None)
     assert found.folders == ["cat", "dog"] and len(found) == 2
+    names = ("a/0.jpg", "a/0.txt", "a/Thumbs.db", "a/desktop.ini", "__MACOSX/a/0.jpg")
+    shard = tar(tmp_path / "0.tar", [(name, encoded()) for name in names])
+    assert len(ShardIndex([shard], error_budget=0)) == len(list(read_shard(str(shard)))) == 1
 
 
 def test_names_of_files_need_not_be_utf_8(tmp_path):
@@ -183,7 +193,7 @@ def test_lines(text, lines, tmp_path):
 
 
 def test_line_ends_of_an_old_mac_in_a_list_of_classes(tmp_path):
-    (tmp_path / "classes.txt").write_bytes(b"cat\rdog\rbird\r")
+    (tmp_path / "classes.txt").write_bytes("cat\rdog\rbird\r\u200b\r \ufeff\r".encode())
     assert read_class_names(tmp_path / "classes.txt") == ["cat", "dog", "bird"]
 
 
@@ -197,15 +207,16 @@ def test_lines_of_a_published_set(tmp_path):
 
 
 def test_captions_of_a_published_set(tmp_path, capsys):
-    texts = ["\ufeffa cat\u2028sits\n\nit sits".encode(), b"caf\xe9"]
+    # the second as Windows's editor saves "Unicode"
+    texts = ["\ufeffa cat\u2028sits\n\nit sits".encode(), "café".encode("utf-16"), b"caf\xe9"]
     members = []
-    for key, text in zip("ab", texts, strict=True):
+    for key, text in zip("abc", texts, strict=True):
         members += [(f"{key}.jpg", encoded()), (f"{key}.txt", text)]
-    entry = benchmark(tmp_path, [*members, ("c.jpg", encoded())], dataset_type="retrieval")
+    entry = benchmark(tmp_path, [*members, ("d.jpg", encoded())], dataset_type="retrieval")
     found = CaptionedImages(entry, tmp_path)
-    assert found.captions == ["a cat\u2028sits", "it sits", "caf\ufffd"] and len(found) == 3
-    assert found.text_image.tolist() == [0, 0, 1]
-    assert "1 of 3 images have no captions, such as" in capsys.readouterr().err
+    assert found.captions == ["a cat\u2028sits", "it sits", "café", "caf\ufffd"]
+    assert found.text_image.tolist() == [0, 0, 1, 2] and len(found) == 4
+    assert "1 of 4 images have no captions, such as" in capsys.readouterr().err
 
 
 def test_captions_beside_images_end_with_their_lines(tmp_path):
@@ -233,6 +244,19 @@ def test_a_compressed_shard_with_more_behind_it_blames_itself_and_not_the_disk(t
     shard.write_bytes(gzip.compress(shard.read_bytes()) + b"more")
     with pytest.raises(UserError, match=r"0\.tar: cannot be read \(BadGzipFile"):
         ShardIndex([shard])
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "program"),
+    [("1.tar.zst", b"\x28\xb5\x2f\xfd", "zstandard"), ("1.tar.lz4", b"\x04\x22\x4d\x18", "lz4")],
+)
+def test_shards_of_a_compression_that_is_not_read_are_not_passed_over(
+    tmp_path, name, start, program
+):
+    tar(tmp_path / "0.tar", [("a.jpg", encoded()), ("a.txt", b"x")])
+    (tmp_path / name).write_bytes(start + bytes(100))
+    with pytest.raises(UserError, match=f"{name}: compressed by {program}, which is not read"):
+        find_shards(str(tmp_path))
 
 
 def test_folders_may_have_braces_in_their_names(tmp_path):
@@ -434,6 +458,8 @@ def test_what_is_no_id(given):
 def test_images_without_a_name_are_counted(tmp_path):
     row = {"subreddit": "a", "image_id": "b", "caption": "c"}
     rows = [*[row] * 400, row | {"image_id": 5.0}, row | {"subreddit": None}]
+    (tmp_path / "all.json").write_bytes(MARK + b"\r\n" * 100 + json.dumps(rows[:1]).encode())
+    assert len(list(metadata_rows("redcaps", tmp_path / "all.json", load_plain))) == 1
     (tmp_path / "a.json").write_text(json.dumps({"annotations": rows}))
     left_out = LeftOut("a.json")
     found = list(metadata_rows("redcaps", tmp_path / "a.json", load_plain, left_out))

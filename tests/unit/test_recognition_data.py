@@ -263,6 +263,10 @@ def test_samples_and_batches(tmp_path, tokenizer):
     batch = RecognitionCollate(tokenizer.pad)([build(listed), build(stored)])
     assert batch["image"].shape == (2, 3, 16, 16) and batch["image"].dtype == torch.uint8
     assert {"text_ids", "segments", "positions", "labels", "caption_text_ids"} <= batch.keys()
+    one_prompt = Sequences(tokenizer, 80, many_prompts=False)
+    draw = LabelledImage(ImageView(16), one_prompt, tmp_path, captions=True)
+    blanks = [draw({**listed, "caption": ["", "a dog", "\u200b"]})["caption"] for _ in range(20)]
+    assert blanks == [draw(listed)["caption"]] * 20
     for broken, message in (
         (
             {"image": jpeg(), "key": "s/2", "caption": ""},

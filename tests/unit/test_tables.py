@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from base.errors import BadSample, UserError
 from dataset.loading.randomness import seeded
@@ -116,12 +118,16 @@ def test_folder_of_images_and_texts(tmp_path, capsys):
         (folder / "00000" / name).with_suffix(".txt").write_text(text)
         (folder / "00000" / name).with_suffix(".json").write_text('{"status": "success"}')
     pixels.save(folder / "alone.jpg")
+    (folder / "phone.heic").write_bytes(b"x")
+    (folder / "phone.txt").write_text("of an image that is not read")
     expected = [
         (str(folder / "00000/000000001.jpg"), ["one", "two"]),
         (str(folder / "00000/000000002.png"), ["three"]),
     ]
     assert pairs(Records(folder)) == expected
-    assert "1 images have no .txt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 images have no .txt" in said
+    assert "1 texts have no image beside them that can be read, such as phone.txt" in said
     (folder / "alone.txt").write_text("four")  # the cached list is made again
     assert len(Records(folder)) == 3
     with pytest.raises(UserError, match="a folder gives images and captions"):
@@ -135,6 +141,10 @@ def test_folder_with_metadata(tmp_path):
     assert pairs(Records(folder)) == [(str(folder / "a.jpg"), "one")]
     (folder / "metadata.csv").write_text("file_name,text\nb.jpg,two\n")
     assert pairs(Records(folder)) == [(str(folder / "b.jpg"), "two")]
+    table = pyarrow.table({"file_name": ["c.jpg"], "text": ["three"]})
+    (tmp_path / "new").mkdir()
+    parquet.write_table(table, tmp_path / "new/metadata.parquet")
+    assert pairs(Records(tmp_path / "new")) == [(str(tmp_path / "new/c.jpg"), "three")]
 
 
 SPREADSHEETS = {

@@ -149,8 +149,11 @@ def test_names(tmp_path):
     assert is_tfrecord("s3://b/train.tfrecord-00000-of-00128") and not is_tfrecord(
         "x.tfrecord/00000.tar"
     )
-    write(tmp_path / "x/00000.tfrecord", [1]) if (tmp_path / "x").mkdir() is None else None
-    assert list_shards(str(tmp_path), {}) == [f"{tmp_path}/x/00000.tfrecord"]
+    (tmp_path / "x").mkdir()
+    for name in ("00000.tfrecord", "1.tfrec", "00000.tfrecord.idx", "00000.tfrecord_stats.json"):
+        write(tmp_path / "x" / name, [1])
+    expected = [f"{tmp_path}/x/00000.tfrecord", f"{tmp_path}/x/1.tfrec"]
+    assert list_shards(str(tmp_path), {}) == expected
     (tmp_path / "00000.tar").write_bytes(b"")
     assert list_shards(str(tmp_path), {}) == [f"{tmp_path}/00000.tar"]
 

@@ -4,6 +4,7 @@ training or evaluation would stumble over are left out."""
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 
+from base.text import is_blank
 from dataset.health.samples import TEXT_FIELDS, Facts, box_inside, boxes_of
 
 
@@ -68,7 +69,7 @@ def _remove_blanks(entry: dict) -> int:
     weights = entry.get("caption_weights")
     if not isinstance(captions, list):
         return 0
-    kept = [place for place, text in enumerate(captions) if str(text).strip()]
+    kept = [place for place, text in enumerate(captions) if not is_blank(str(text))]
     entry["caption"] = [captions[place] for place in kept]
     if isinstance(weights, list) and len(weights) == len(captions):
         entry["caption_weights"] = [weights[place] for place in kept]

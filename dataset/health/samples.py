@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from base.errors import BadSample
 from base.reading import is_file
+from base.text import is_blank
 from dataset.images.decode import decode_image, image_bytes, is_turned, reading
 from dataset.images.zip_member import image_source
 from dataset.tasks.record import as_list, captions_of, name_of
@@ -109,7 +110,7 @@ class Examiner:
         except BadSample:
             facts.problems["no caption"] = facts.name
             return
-        if facts.texts and not any(text.strip() for text in facts.texts):
+        if facts.texts and all(map(is_blank, facts.texts)):
             facts.problems["no text"] = facts.name
         for text in facts.texts:
             facts.lengths.append(self.tokens(text))
@@ -120,7 +121,7 @@ class Examiner:
         if "answer" not in record:
             return
         answers = [str(answer) for answer in as_sequence(record["answer"])]
-        if not any(answer.strip() for answer in answers):
+        if all(map(is_blank, answers)):
             facts.problems["no answer"] = facts.name
         elif self.answers and not self.answers & {answer.strip() for answer in answers}:
             facts.problems["answer not in the list"] = f"{facts.name}: {answers[0]}"
@@ -236,7 +237,7 @@ def text_problems(text: str, length: int, most: int) -> list[str]:
     from ftfy.badness import is_bad
 
     problems = []
-    if not text.strip():
+    if is_blank(text):
         problems.append("empty text")
     if "\ufffd" in text or is_bad(text):
         problems.append("wrongly encoded")

@@ -1,6 +1,7 @@
 """Images inside zip files: `images/00/001.zip/007.jpg` is the member 007.jpg of images/00/001.zip."""
 
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -11,6 +12,7 @@ from base.limits import MEMBER_BYTES
 
 END_OF_DIRECTORY = struct.Struct("<4s4H2LH")  # of a zip file
 DIRECTORY_ENTRY = struct.Struct("<4s6H3L5H2L")
+ZIP_ENDING = re.compile(r"\.zip/", re.IGNORECASE)
 TOO_LONG = f"more than {MEMBER_BYTES} bytes"
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
@@ -27,12 +29,10 @@ def image_source(root: Path, image: str) -> Path | bytes:
 def archive_of(path: Path) -> Path | None:
     """The zip file that an image lies in; None for a file in a folder."""
     text = str(path)
-    place = text.find(".zip/")
-    while place >= 0:
-        archive = Path(text[: place + len(".zip")])
+    for found in ZIP_ENDING.finditer(text):
+        archive = Path(text[: found.end() - 1])
         if not os.path.isdir(archive):  # also false where the name is none
             return archive
-        place = text.find(".zip/", place + 1)
     return None
 
 

@@ -97,7 +97,7 @@ def _kaggle(root: Path, file: Path, classes: list[str]) -> FlatFolder:
     files = []
     synsets = []
     for number, line in enumerate(read_lines(file), 1):
-        image, _, boxes = line.strip().partition(",")
+        image, _, boxes = line.strip().replace('"', "").partition(",")
         if number == 1 or not image:
             continue
         if not boxes.split():

@@ -17,6 +17,7 @@ from base.errors import UserError
 from base.knobs import knob
 from base.names import did_you_mean
 from base.reading import read_json
+from base.text import is_blank
 from dataset.tasks.published import (
     CLIP_BENCHMARK,
     COLLECTIONS,
@@ -409,7 +410,7 @@ def _of_language(file: str | Path | None, language: str, several: bool) -> dict:
 
 def _is_text(value: Any, nested: bool) -> bool:
     if isinstance(value, str):
-        return bool(value.strip())
+        return not is_blank(value)
     return (
         nested
         and isinstance(value, list)

@@ -9,6 +9,7 @@ from torch.utils.data import Subset
 
 from base.distributed import say
 from base.errors import BadSample, UserError
+from base.text import is_blank
 from dataset.images.decode import check_image_root, decode_image
 from dataset.images.formats import is_image
 from dataset.loading.stream import RecordSource
@@ -116,7 +117,7 @@ class Statements:
 
     def __call__(self, record: dict) -> dict:
         text = pre_caption(record["sentence"], self.max_words)
-        if not text.strip():
+        if is_blank(text):
             raise BadSample(f"sentence {record['sentence'][:60]!r} is empty after cleaning")
         return self._sample(record, text)
 

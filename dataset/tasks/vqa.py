@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from base.distributed import say
 from base.errors import BadSample, UserError, brief
 from base.reading import read_json
-from base.text import id_text
+from base.text import id_text, is_blank
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records, odd_items, with_texts
@@ -72,7 +72,7 @@ class QuestionAnswers:
         else:
             counts = Counter(given)
             total = len(given)
-        counts = {answer: count for answer, count in counts.items() if answer.strip()}
+        counts = {answer: count for answer, count in counts.items() if not is_blank(answer)}
         if not counts:
             raise BadSample(f"no answer to {record['question']!r:.80}")
         return {
@@ -141,7 +141,7 @@ def encode_answers(
 def read_answer_list(path: str | Path) -> list[str]:
     """The closed list of answers, each once: a JSON list of texts. Raises UserError."""
     answers = read_json(path, list, "give a JSON list of answers")
-    if not answers or not all(type(a) is str and a.strip() for a in answers):
+    if not answers or not all(type(a) is str and not is_blank(a) for a in answers):
         raise UserError(f"{path}: expected a JSON list of answers, each a text that is not empty")
     distinct = list(dict.fromkeys(answers))
     if len(distinct) < len(answers):

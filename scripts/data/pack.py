@@ -27,7 +27,7 @@ from base.caches import digest
 from base.errors import BadSample, UserError
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
-from base.text import clean_surrogates
+from base.text import clean_surrogates, is_blank
 from base.writing import check_folder_option, finite, make_folder
 from dataset.images.decode import ORIENTATION, decode_image, image_bytes, image_ending, orientation
 from dataset.images.zip_member import image_source
@@ -102,7 +102,7 @@ def members_of(row: dict, config: Config) -> dict[str, bytes]:
     if config.resize:
         image = reduced(image, config)
     captions = [" ".join(text.split()) for text in as_list(captions_of(row))]
-    if not any(captions):
+    if all(map(is_blank, captions)):
         raise BadSample(f"{name_of(row)}: no caption")
     about = {name: value for name, value in row.items() if name not in ("image", "caption")}
     if not isinstance(row["image"], bytes):

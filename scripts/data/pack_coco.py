@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from base.errors import BadSample, UserError
 from base.knobs import knob
 from base.reading import read_json_lines
-from base.text import id_text
+from base.text import id_text, is_blank
 from base.writing import check_folder_option
 from dataset.images.decode import image_bytes
 from dataset.sources.tar_writer import check_folder, shard_path, write_shard, write_statistics
@@ -81,8 +81,8 @@ def samples(
             image = image_bytes(config.images / name, name)
         except BadSample:
             image = b""
-        if not (image and text):
-            lost["missing_images" if text else "without_caption"] += 1
+        if not image or is_blank(text):
+            lost["without_caption" if is_blank(text) else "missing_images"] += 1
             continue
         note = {"path": name, "cap": text, "split": split}
         members = {"jpg": image, "txt": text.encode(), "json": json.dumps(note).encode()}

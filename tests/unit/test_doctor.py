@@ -58,7 +58,7 @@ def plant(root):
         (root / name).write_bytes(content)
     names = [*(f"{n}.jpg" for n in range(12)), *planted, "missing.jpg"]
     entries = [{"image": name, "caption": f"this shows {name}"} for name in names]
-    entries[5]["caption"] = ["", " "]
+    entries[5]["caption"] = ["", "\u200b"]
     entries[6]["caption"] = "a caf\u00c3\u00a9 by night"
     entries[7]["caption"] = "word " * 90
     return [*entries, dict(entries[0])]
@@ -285,7 +285,7 @@ def doctor_tensor(pixels):
 def test_texts():
     assert text_problems("naïve café, 漢字 “quoted”", 5, 77) == []
     assert text_problems("half \ufffd", 5, 77) == ["wrongly encoded"]
-    assert text_problems(" ", 2, 77) == ["empty text"]
+    assert text_problems("\u200b", 2, 77) == ["empty text"]
 
 
 def test_the_command_line_takes_the_data_first(tmp_path):
@@ -360,7 +360,7 @@ def test_what_can_be_fixed_in_a_list_is_fixed_and_the_rest_left_out(tmp_path, ca
     for number in range(8):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(scene(number)))  # 96 x 64
     (tmp_path / "answers.json").write_text('["red"]')
-    captions = ["a caf\u00c3\u00a9", " ", "a dog"]
+    captions = ["a caf\u00c3\u00a9", "\ufeff", "a dog"]
     entries = [
         {"image": "0.jpg", "caption": captions, "caption_weights": [1, 2, 3]},
         {"image": "1.jpg", "question": "what?", "question_id": 1, "answer": "red"},

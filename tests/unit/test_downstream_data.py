@@ -62,9 +62,11 @@ def test_answers_are_weighted_by_how_many_gave_them(folder):
     assert sample["weights"] == [0.7, 0.2, 0.1]
     genome = build(entry | {"dataset": "vg", "answer": "on grass"})
     assert (genome["answers"], genome["weights"]) == (["on grass"], [0.5])
-    some = build(entry | {"answer": ["red", " ", "blue", ""]})  # an empty one condemns no other
+    some = build(
+        entry | {"answer": ["red", "\u200b", "blue", ""]}
+    )  # an empty one condemns no other
     assert (some["answers"], some["weights"]) == (["red", "blue"], [0.25, 0.25])
-    for nothing in ([], ["", " "], ""):
+    for nothing in ([], ["", "\u200b"], ""):
         with pytest.raises(BadSample, match="no answer to"):
             build(entry | {"answer": nothing})
     with pytest.raises(BadSample, match="'gqa'"):

@@ -579,6 +579,9 @@ def test_images_in_zip_files_are_evaluated_as_they_are_trained(tmp_path):
     assert images.load(0)["image"].shape == (3, 12, 16)
     statements = Statements(tmp_path / "a.json", SNLI_VE, tmp_path, torch.clone)
     assert statements.load(0)["image"].shape == (3, 12, 16)
+    (tmp_path / "all.zip").rename(tmp_path / "all.ZIP")
+    assert decode_image(image_source(tmp_path, "all.ZIP/part/a.jpg")).shape == (3, 12, 16)
+    (tmp_path / "all.ZIP").rename(tmp_path / "all.zip")
     with pytest.raises(BadSample, match=r"all\.zip: no member b\.jpg"):
         decode_image(tmp_path / "all.zip/b.jpg")
 

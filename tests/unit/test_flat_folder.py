@@ -33,6 +33,7 @@ def write_list(val, kind: str, inside: bool = False) -> None:
         lines = ["ImageId,PredictionString"]
         for name, label in zip(NAMES[::-1], LABELS[::-1], strict=True):
             lines.append(f"{name.removesuffix('.JPEG')},{CLASSES[label]} 1 2 3 4 ")
+        lines[1] = '"{}","{}"'.format(*lines[1].split(","))  # as a spreadsheet saves it
         (place / KAGGLE).write_text("\n".join(lines))
 
 

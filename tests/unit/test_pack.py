@@ -35,7 +35,7 @@ def pairs(tmp_path):
     for number in range(7):
         if number != 3:
             (tmp_path / f"images/{number}.png").write_bytes(encoded(number))
-        text = "" if number == 5 else f"caption {number}"
+        text = "\u200b" if number == 5 else f"caption {number}"
         second = "more" if number == 1 else ""
         rows.append(f"{number}.png,{text},{second},n{number}")
     (tmp_path / "pairs.csv").write_text("\n".join(rows))

@@ -4,13 +4,12 @@
                     --config configs/Classification/vit_l16_coyo300m.yaml
     fine-tune   torchrun --nproc_per_node=8 Classification.py \\
                     --config configs/Classification/vit_l16_i1k_downstream.yaml
-    evaluate    python Classification.py --config CONFIG --checkpoint RUN --evaluate --real FILE
+    evaluate    python Classification.py --evaluate --checkpoint RUN --val-data DIR --real FILE
     small       python Classification.py --config configs/Classification/digitscenes_pretrain.yaml
     Slurm       python run_with_submitit.py Classification.py --nodes 4 --ngpus 8 -- --config CONFIG
 
-Pre-training sums a sigmoid cross entropy over all classes (21,841 of ImageNet-21k) behind a tanh
-layer, which fine-tuning drops; position embeddings are resized to larger images. The head's bias
-starts at -10: no class is likely.
+Pre-training sums a sigmoid cross entropy over all classes (21,841; the head's bias starts at -10)
+behind a tanh layer, which fine-tuning drops; position embeddings are resized to larger images.
 
 Published top-1 / ReaL of ViT-L/16 from COYO-Labeled-300M: 86.72 / 89.84 at 384 px, 87.24 / 90.03 at
 512 px. Interrupted runs resume exactly. Results: result/metrics.json, model.safetensors.
@@ -55,6 +54,7 @@ from runtime.run import Run, evaluating, seed_everything
 class Config(StreamConfig, ValidationConfig, RunConfig):
     """Classification."""
 
+    OF_CHECKPOINT = ("network", "views.resize_small", "classes", "multi_label")
     output_dir: Path = knob(Path("output/Classification"), "this run: log, checkpoints, result/")
     evaluate: bool = knob(False, "no training: score --checkpoint on val_data")
     network: ClassifierConfig = section(ClassifierConfig, flat=True)
@@ -141,7 +141,7 @@ def build_model(config: Config) -> VisionClassifier:
             classes = config.network.num_classes
             raise UserError(f"{config.checkpoint}: no head for {classes} classes to evaluate")
         say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
-    if config.ema_decay:
+    if config.ema_decay and not config.evaluate:
         model.ema = copy.deepcopy(model).requires_grad_(False)
         if config.network.original:
             torch._foreach_zero_(list(model.ema.parameters()))
@@ -199,7 +199,6 @@ def train(config, names: list[str], val: Split | None, world: World, precision) 
         average = WeightAverage([(network.ema, network)], average_buffers=True)
     statistics = pixel_statistics(world.device, *config.network.statistics)
     last = Validation()
-
     if run.validation_due(run.step):  # a run that was killed in it
         last = evaluate(whole_model(model), val, config, world, precision)
         run.keep_best(last.metrics, run.step)
@@ -241,6 +240,7 @@ def main(config: Config) -> None:
         last = evaluate(build_model(config).to(world.device), val, config, world, precision)
     else:
         last = train(config, names, val, world, precision)
+        config.checkpoint = config.output_dir / "model.safetensors"  # what the scores are of
     title = f"{config.network.model} on {config.val_data}"
     sections = classification_report(title, names, last, val.image) if val else []
     write_results(config, "Classification", last.metrics, sections)

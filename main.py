@@ -62,6 +62,7 @@ from runtime.scores import score_line
 @dataclass
 class Config(RocketRunConfig, CaptionOptions, TargetOptions):
     METHOD = ("network.model",)
+    OF_CHECKPOINT = ("network", "bpe_path")
     output_dir: Path = knob(Path("output/main"), "folder of this run: config, log, checkpoints")
     network: DualConfig = section(DualConfig, flat=True)
     cache_features: bool = knob(False, "micro-batches make one contrastive batch (Gao et al. 2021)")

@@ -3,15 +3,19 @@
 Every helper is the identity on one process, so scripts never ask how many there are.
 """
 
+import atexit
 import contextlib
 import datetime
 import itertools
 import os
 import secrets
 import socket
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -142,6 +146,25 @@ def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         _GROUP.clear()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status, on any rank, whatever the others are doing.
+
+    Of several processes none takes the interpreter's own way out: while Python is taken down, a
+    thread of gloo may still let go of the last collective's tensors, for which it needs Python, and
+    the process would abort with status 134. `shutdown` would wait for collectives under way. What
+    Python does at its end comes first: threads are joined, functions of `atexit` called.
+    """
+    if world_size() > 1:
+        for thread in threading.enumerate():
+            if not thread.daemon and thread is not threading.main_thread():
+                thread.join()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def rank() -> int:

@@ -81,6 +81,8 @@ def leave_with(advice: str, status: int = 2) -> NoReturn:
     sentence = f"{where}: {advice}"
     print(sentence, file=sys.stderr, flush=True)
     tell_torchrun(sentence)
+    if "base.distributed" in sys.modules:  # a script without torch does not load it for this
+        sys.modules["base.distributed"].leave(status)
     sys.exit(status)
 
 

@@ -236,10 +236,12 @@ def main(config: Config) -> None:
 def report(parts: list, config: Config) -> None:
     """Print what was found, and write the page and the cleaned lists; exit status 1 for harm."""
     from dataset.health.classes import look_at_classes
+    from dataset.sources.class_folder import folder_of
     from dataset.tasks.classification import read_class_names
 
     harmful = 0
-    look_at_classes(parts, read_class_names(config.classes) if config.classes else [])
+    listed = read_class_names(config.classes) if config.classes else []
+    look_at_classes(parts, [folder_of(name) for name in listed])
     for part in parts:
         print(f"\n{part.data}")
         for name, value in figures(part, config.workers):

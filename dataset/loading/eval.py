@@ -1,5 +1,6 @@
 """In-order loading for evaluation: every sample once, on any number of processes."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -51,10 +52,11 @@ class EvalLoader:
         self.error_budget = error_budget
         self.unreadable: list[str] = []
         self.truncated: list[str] = []
+        cores = len(os.sched_getaffinity(0))  # more loader processes than cores only wait
         self.loader = DataLoader(
             _Loaded(load, indices, exif),
             batch_size=batch_size,
-            num_workers=min(workers, len(indices)),
+            num_workers=min(workers, len(indices), cores),
             collate_fn=_CollateOrBad(collate),
             pin_memory=pin_memory and torch.cuda.is_available(),
             worker_init_fn=worker_init,

@@ -1,5 +1,6 @@
 """Class folders: a folder a class with its images, for classification."""
 
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -120,6 +121,13 @@ def class_list(lines: Sequence[str], name: str) -> list[str]:
         line = names.index("") + 1
         raise UserError(f"{name}, line {line}: is blank; every line is a class, in order")
     return names
+
+
+def folder_of(name: str) -> str:
+    """The folder that a line of a list of classes is for: the WordNet id of `n01440764 tench, Tinca
+    tinca`, as Kaggle's LOC_synset_mapping.txt and Caffe's synset_words.txt have it, else the name."""
+    found = re.match(r"(n\d{8})\s", name)
+    return found[1] if found else name
 
 
 def named_list(path: str | Path, name: str) -> list:

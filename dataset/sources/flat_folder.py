@@ -18,6 +18,7 @@ from base.names import did_you_mean, is_hidden
 from base.reading import read_lines
 from base.text import whole_number
 from dataset.images.formats import is_image
+from dataset.sources.class_folder import folder_of
 
 SYNSETS = "imagenet_2012_validation_synset_labels.txt"
 KAGGLE = "LOC_val_solution.csv"
@@ -111,7 +112,7 @@ def _kaggle(root: Path, file: Path, classes: list[str]) -> FlatFolder:
 
 def _named(file: Path, files: list[Path], synsets: list[str], classes: list[str]) -> FlatFolder:
     known = classes or sorted(set(synsets))
-    place = {name: number for number, name in enumerate(known)}
+    place = {folder_of(name): number for number, name in enumerate(known)}
     for synset in synsets:
         if synset not in place:
             hint = did_you_mean(synset, place)

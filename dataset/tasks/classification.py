@@ -37,7 +37,7 @@ from dataset.images.decode import check_image_root
 from dataset.images.formats import files_below, is_image
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import ENOUGH, RecordSource
-from dataset.sources.class_folder import ClassFolder, class_folders, class_list
+from dataset.sources.class_folder import ClassFolder, class_folders, class_list, folder_of
 from dataset.sources.flat_folder import flat_folder, is_flat
 from dataset.sources.hub import is_hub
 from dataset.sources.records import Records
@@ -163,7 +163,7 @@ class FolderRecords(Sequence):
         folder = ClassFolder(root, None)
         self.root = folder.root.absolute()
         self.classes = folder.folders
-        names = [_composed(name) for name in classes or folder.folders]
+        names = [_composed(folder_of(name)) for name in classes or folder.folders]
         place = {name: number for number, name in enumerate(names)}
         folders = [_composed(name) for name in folder.folders]
         if twice := [name for name in folders if names.count(name) > 1]:

@@ -61,6 +61,10 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
         if name in HELP:
             show_page(help_text(draft, description, everything=words == ["all"]))
             raise SystemExit(0)
+    if draft.values.get("evaluate"):
+        from runtime.config.from_checkpoint import evaluate_as_trained  # --help goes without torch
+
+        evaluate_as_trained(draft)
     config = draft.finish()
     if launched_rank() == "0":
         for note in dict.fromkeys(draft.notes):

@@ -9,6 +9,7 @@ inherit(config, weights)
 
 import os
 import pickle
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from torch import Tensor
 from base.errors import UserError
 from base.reading import read_json
 from base.torch_files import is_safetensors, load_weights_only
+from runtime.advice import launched_rank
 from runtime.checkpoint import read_weights, weights_file
+from runtime.config.draft import Draft
 from runtime.config.networks import Geometry
 from runtime.config.plain import to_dict
 from runtime.config.schema import Schema
+from runtime.config.values import show
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_torch
 from runtime.sharded import index_of
@@ -108,6 +112,34 @@ def inherit(config: Any, weights: Iterable[str] = ()) -> list[str]:
             found = f"{config.checkpoint}: its configuration has {name}: {value!r}"
             raise UserError(f"{found}; give --{name} to override it") from None
     return taken
+
+
+def evaluate_as_trained(draft: Draft) -> None:
+    """With --evaluate, what is not set of the options that a configuration names in OF_CHECKPOINT
+    (sections or knobs) becomes what the run that made --checkpoint had. A note on stderr says what."""
+    named = getattr(draft.schema.sections[""], "OF_CHECKPOINT", ())
+    if not (named and draft.values.get("evaluate") and draft.values.get("checkpoint")):
+        return
+    saved = saved_config(draft.values["checkpoint"])
+    taken = []
+    for path, knob in draft.schema.knobs.items():
+        section, _, name = path.rpartition(".")
+        inside = saved.get(section) if section else saved
+        belongs = path in named or section in named
+        if not belongs or path in draft.set_by or not isinstance(inside, Mapping):
+            continue
+        try:
+            value = knob.read(inside.get(name, knob.default))
+        except ValueError:
+            found = f"{draft.values['checkpoint']}: its configuration has {path}: {inside[name]!r}"
+            draft.mistakes.append(f"{found}; give --{name} to override it")
+            continue
+        if value != draft.values[path]:
+            taken.append(f"{name} {show(value)}")
+            draft.values[path] = value
+    if taken and launched_rank() == "0":
+        note = f"as in {draft.values['checkpoint']}: {', '.join(taken)}"
+        print("note:", note, file=sys.stderr, flush=True)  # the scores alone go to stdout
 
 
 def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:

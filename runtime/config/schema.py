@@ -4,6 +4,7 @@ Beside its fields a class may have
     IGNORED      names that are accepted without effect: {name: why}
     ELSEWHERE    names of this section that belong to another: {name: path}
     OLD_NAMES    names that its static method `translate` takes
+    OF_CHECKPOINT  sections and knobs that --evaluate takes from the run of --checkpoint
     NEW_NAMES    names of other code bases: {name: what to write here}, for the error message
     translate    (values of a mapping, notes to the user) -> the mapping in today's names
 """
@@ -46,7 +47,8 @@ class Option(Knob):
         limits = {">=": self.low, "<=": self.high}
         limits = [f"{sign} {limit}" for sign, limit in limits.items() if limit is not None]
         wanted = " ".join([wanted, " and ".join(limits)]).rstrip()
-        return f"expected {wanted}, got {brief(value)}; for example {self.example}"
+        near = nearest(value, self.choices) if isinstance(value, str) else None
+        return f"expected {wanted}, got {brief(value)}; for example {near or self.example}"
 
     @property
     def example(self) -> str:

@@ -78,9 +78,12 @@ def test_fine_tuning_from_it(opt, digitscenes, pretrained, tmp_path, capsys):
     assert again["top1"] == metrics["top1"] and again["real_images"] == len(
         json.loads(real.read_text())
     )
-    weights = tmp_path / "run/model.safetensors"
-    exported = train(fine_tuning(digitscenes, tmp_path / "eval", **more | {"checkpoint": weights}))
+    assert metrics["checkpoint"] == str(tmp_path / "run/model.safetensors")  # what was scored
+    val = str(digitscenes / "imagefolder/val")
+    alone = ["--evaluate", "--checkpoint", metrics["checkpoint"], "--val-data", val]
+    exported = train([*alone, "--output-dir", str(tmp_path / "eval"), "--workers", "0"])
     assert exported["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+    assert "image_size 48, num_classes 10, " in capsys.readouterr().err
 
 
 def test_a_single_label_may_be_learned_with_the_sigmoid(digitscenes, tmp_path):

@@ -1,6 +1,7 @@
 """Configuration: precedence, spellings, every kind of mistake with its message, and the way to a
 file and back."""
 
+import atexit
 import dataclasses
 import importlib
 import inspect
@@ -9,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from base import distributed
 from base.errors import UserError
 from base.knobs import Knob
 from runtime.config import cli as config_module
@@ -277,9 +280,10 @@ def test_unknown_flag_names_neighbour():
         ("seed: 1.5", "seed: expected a whole number >= 0, got 1.5; for example 42"),
         ("seed: -1", "seed: expected a whole number >= 0, got -1; for example 42"),
         ("compile: maybe", "compile: expected true or false, got 'maybe'; for example false"),
-        ("model: vit_x", "model: expected one of vit_b, vit_l, got 'vit_x'; for example vit_b"),
+        ("model: vit_x", "model: expected one of vit_b, vit_l, got 'vit_x'; for example vit_l"),
         ("layers: [4, 5]", "layers: expected one of 4, 8, 12, got [4, 5]; for example 8"),
         ("mode: x", "mode: expected one of pre, fine, got 'x'; for example pre"),
+        ("mode: a_fine", "mode: expected one of pre, fine, got 'a_fine'; for example fine"),
         ("k_test: x", "k_test: expected a whole number or none, got 'x'; for example 1"),
         (
             "train_file: {a: 1}",
@@ -554,6 +558,16 @@ def test_run_on_another_rank_gives_the_first_the_word(monkeypatch, capsys):
     code, waited = leave_with(Mendable("no such image"), monkeypatch, SLURM_PROCID="3")
     assert code == 2 and waited[0] > 0
     assert capsys.readouterr().err == "error on rank 3: no such image\n"
+
+
+def test_of_several_processes_none_takes_the_way_out_on_which_gloo_may_abort_it(monkeypatch):
+    done = []
+    threading.Timer(0.2, done.append, args=("thread",)).start()
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: done.append("atexit"))
+    monkeypatch.setattr(os, "_exit", done.append)
+    leave_with(Mendable("no such image"), monkeypatch)
+    assert done == ["thread", "atexit", 2]
 
 
 def test_run_on_ctrl_c_and_on_defects(monkeypatch, capsys):

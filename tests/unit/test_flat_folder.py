@@ -57,8 +57,11 @@ def test_the_classes_are_those_of_the_training_folders(val, tmp_path):
         Image.new("RGB", (4, 4)).save(train / name / "a.png")
     names = class_names([str(train), str(val)], None, tmp_path)
     assert names == ["n00000001", *CLASSES] and not is_flat(train)
-    labels = [FolderRecords(val, names)[i]["label"] for i in range(4)]
-    assert labels == [label + 1 for label in LABELS]
+    kaggle = [f"{name} tench, Tinca tinca" for name in names]  # its LOC_synset_mapping.txt
+    for known in (names, kaggle):
+        labels = [FolderRecords(val, known)[i]["label"] for i in range(4)]
+        assert labels == [label + 1 for label in LABELS]
+        assert [record["label"] for record in FolderRecords(train, known)] == [0, 1, 2, 3]
 
 
 def test_what_lacks_is_said(val):

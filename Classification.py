@@ -28,14 +28,25 @@ from base.errors import UserError
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.images.vit import EvalView, TrainView, ViTViews
 from dataset.loading.stream import Stream, StreamLoader
-from dataset.tasks.classification import LabelCollate, LabelOptions, Labels, Split
-from dataset.tasks.classification import class_names, shared_split, training_source
-from dataset.tasks.loaders import split_loader
+from dataset.tasks.classification import (
+    LabelCollate,
+    LabelOptions,
+    Labels,
+    Split,
+    class_names,
+    shared_split,
+    training_source,
+)
+from dataset.tasks.loaders import split_loader, stream_loader
 from evaluation.classification import Validation, read_real, score, validate
 from evaluation.report.classes import classification_report
 from evaluation.report.results import write_results
-from models.classification.classifier import ClassifierConfig, VisionClassifier
-from models.classification.classifier import build_classifier, ema_decay
+from models.classification.classifier import (
+    ClassifierConfig,
+    VisionClassifier,
+    build_classifier,
+    ema_decay,
+)
 from models.classification.mixup import mix
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
@@ -84,8 +95,6 @@ class Config(StreamConfig, ValidationConfig, RunConfig):
 
     def check(self) -> None:
         """Check that the options are compatible."""
-        self.network.check()
-        self.views.check()
         if not (self.checkpoint and self.val_data if self.evaluate else self.train_data):
             raise UserError("give --train-data, or --evaluate with --checkpoint and --val-data")
         if self.multi_label is None:
@@ -107,18 +116,10 @@ def training_data(config: Config, names: list[str], world: World, state) -> Stre
     sources = []
     for number, data in enumerate(config.train_data):
         labels = Labels(config.network.num_classes, config.targets, data)
-        options = {"download": config.download, "shuffle_buffer": config.shuffle_buffer}
-        options["samples"] = config.samples[number] if config.samples else None
-        sources.append(training_source(data, config.data_root, view, labels, names, **options))
-    return StreamLoader(
-        Stream(sources, LabelCollate(), exif=config.exif),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        world=world,
-        seed=config.seed,
-        state=state,
-        error_budget=config.error_budget,
-    )
+        samples = config.samples[number] if config.samples else None
+        sources.append(training_source(data, view, labels, names, config, samples))
+    stream = Stream(sources, LabelCollate(), exif=config.exif)
+    return stream_loader(stream, config.batch_size, config, world, state)
 
 
 def evaluation_data(config: Config, names: list[str]) -> Split | None:
@@ -228,7 +229,6 @@ def train(config, names: list[str], val: Split | None, world: World, precision) 
 def main(config: Config) -> None:
     world = distributed.init(config.device)
     seed_everything(config.seed, 0)  # the same initial weights on every rank
-    config.check()
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
     data = [*config.train_data, config.val_data] if config.val_data else config.train_data
     with distributed.rank_0_first():

@@ -29,6 +29,7 @@ from dataset.images.randaugment import RandAugment
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
 from dataset.sources.shards import shard_sources
+from dataset.tasks.loaders import stream_loader
 from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
 from dataset.text.wordpiece import Tokenizer
 from evaluation.report.runs import write_index
@@ -178,15 +179,8 @@ def training_data(
     if not sources:
         raise UserError("no training data: name lists in train_file or WebDataset shards in shards")
     collate = PretrainCollate(tokenizer, config.max_tokens, config.mlm_probability)
-    return StreamLoader(
-        Stream(sources, collate, config.weights, config.exif),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        world=world,
-        seed=config.seed,
-        state=state,
-        error_budget=config.error_budget,
-    )
+    stream = Stream(sources, collate, config.weights, config.exif)
+    return stream_loader(stream, config.batch_size, config, world, state)
 
 
 def train_step(

@@ -29,9 +29,15 @@ from base.errors import UserError
 from dataset.images.clip import normalize
 from dataset.loading.eval import shard_indices
 from dataset.loading.stream import StreamLoader
-from dataset.tasks.loaders import eval_loader
-from dataset.tasks.recognition import ImageSet, ImageView, Sequences
-from dataset.tasks.recognition import image_statistics, read_image, training_stream
+from dataset.tasks.loaders import eval_loader, stream_loader
+from dataset.tasks.recognition import (
+    ImageSet,
+    ImageView,
+    Sequences,
+    image_statistics,
+    read_image,
+    training_stream,
+)
 from dataset.text.sentencepiece import PieceTokenizer
 from evaluation.predict import over_split
 from evaluation.recognition import SentenceEncoder, label_metrics
@@ -71,8 +77,6 @@ class Config(RecognitionData, RunConfig):
     # what is trained
     train_vision_blocks: int | None = knob(None, "last image blocks to train; none = all", low=0)
     caption_weight: float = knob(0.0, "weight of the caption's loss; 0 = not computed", low=0)
-    batch_size: int = knob(16, "images per process and micro-batch", low=1)
-    batch_size_test: int = knob(16, "images per forward pass in evaluation", low=1)
     optimizer: Optimizer = section(
         Optimizer, flat=True, lr=1e-5, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6
     )
@@ -102,7 +106,7 @@ def check(config: Config, world: World) -> None:
 
 def build_model(config: Config, tokenizer: PieceTokenizer, world: World) -> Nxtp:
     """The network on the CPU: of `--checkpoint`, of CLIP and LLaMA, or random."""
-    checkpoint = config.checkpoint and read_weights(config.checkpoint)
+    checkpoint = read_weights(config.checkpoint) if config.checkpoint else None
     clip = read_clip(config.clip, checkpoint, read_weights)
     part = (world.rank, world.size) if config.tensor_parallel else None
     return config.network.build(tokenizer, clip, config.llama, checkpoint, part, read_weights)
@@ -116,15 +120,18 @@ def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state
     decouple = config.decouple_labels
     text = Sequences(tokenizer, config.max_text, config.many_prompts, blind, decouple=decouple)
     view = ImageView(config.network.image_size, config.whole_image, config.crop)
-    return StreamLoader(
-        training_stream(view, text, config, captions=config.caption_weight > 0),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        world=world,
-        seed=config.seed,
-        state=state,
-        error_budget=config.error_budget,
-    )
+    stream = training_stream(view, text, config, captions=config.caption_weight > 0)
+    return stream_loader(stream, config.batch_size, config, world, state)
+
+
+def evaluation_data(config: Config) -> dict[str, ImageSet]:
+    """The splits that are given: `val` and `test`."""
+    view = ImageView(config.network.image_size, config.whole_image)
+    given = {"val": config.val, "test": config.test}
+    splits = {name: ImageSet(file, view, config.image_root) for name, file in given.items() if file}
+    if config.evaluate and not splits:
+        raise UserError("--evaluate needs --test: a list, or shards with .nouns")
+    return splits
 
 
 def labeller(model: Nxtp, tokenizer: PieceTokenizer, config: Config, world: World) -> Labeller:
@@ -137,9 +144,8 @@ def evaluate(model: Nxtp, data: ImageSet, tokenizer, config: Config, world: Worl
     """`(label, probability)` of every image of a split, best first, the same on every process."""
     reader = labeller(model, tokenizer, config, world)
     statistics = image_statistics(config.network.image_tower, world.device)
-    own = shard_indices(len(data), world.rank, world.size)
-    if config.tensor_parallel:
-        own = range(len(data))
+    alone = config.tensor_parallel  # all processes answer for the same images
+    own = range(len(data)) if alone else shard_indices(len(data), world.rank, world.size)
     batches = eval_loader(data.load, own, config.batch_size_test, default_collate, config, world)
 
     def predict(image: Tensor) -> tuple[Tensor, ...]:
@@ -219,28 +225,23 @@ def main(config: Config) -> None:
     model = build_model(config, tokenizer, world)
     if config.image:
         return show(model.to(world.device), tokenizer, config, world, precision)
-    encoder, splits = None, {}
-    if config.sentence_encoder:
-        encoder = SentenceEncoder(config.sentence_encoder, world.device)
-    view = ImageView(config.network.image_size, config.whole_image)
-    for split, source in (("val", config.val), ("test", config.test)):
-        if source:
-            splits[split] = ImageSet(source, view, config.image_root)
-    if config.evaluate and not splits:
-        raise UserError("--evaluate needs --test: a list, or shards with .nouns")
+    name = config.sentence_encoder
+    encoder = SentenceEncoder(name, world.device) if name else None
+    splits = evaluation_data(config)
     if not config.evaluate:
         val = splits.get("val")
         config.checkpoint = train(config, tokenizer, val, encoder, model, world, precision)
         model = build_model(config, tokenizer, world)
         if "test" in splits:
             splits.pop("val", None)  # scored in training
-    metrics, sections = {}, []
+    metrics = {}
+    sections = []
     for split, data in splits.items():
         found = evaluate(model.to(world.device), data, tokenizer, config, world, precision)
         metrics[split] = label_metrics(found, data.references, encoder)
         if world.is_main:
-            file = config.output_dir / f"result/labels_{split}.json"
-            save_labels(file, data.names, data.references, found)
+            name = f"result/labels_{split}.json"
+            save_labels(config.output_dir / name, data.names, data.references, found)
             sections += label_report(data, found, metrics[split], split)
     write_results(config, NAME, metrics, sections)
 

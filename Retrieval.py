@@ -219,7 +219,8 @@ def main(config: Config) -> None:
     examples = {file.stem: choices_of_file(file, config.image_root) for file in config.choices}
     start = prepare(config)
     tokenizer = Tokenizer(config.text_encoder)
-    splits, model = evaluation_data(config), build_model(config, tokenizer)
+    splits = evaluation_data(config)
+    model = build_model(config, tokenizer)
     if start.weights:
         left_out = start_from(model, start.weights, "retrieval")
         say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
@@ -227,7 +228,8 @@ def main(config: Config) -> None:
         config.checkpoint = train(model, splits.get("val"), tokenizer, config, start)
         model = build_model(config, tokenizer)
         start_from(model, read_weights(config.checkpoint), "retrieval")
-    metrics, sections = {"k_test": config.k_test if config.rerank else 0}, []
+    metrics = {"k_test": config.k_test if config.rerank else 0}
+    sections = []
     for split, data in splits.items():
         scores, rankings = evaluate(model.to(start.world.device), data, tokenizer, config, start)
         metrics[split] = scores

@@ -67,11 +67,12 @@ from runtime.checkpoint import read_weights, weights_file
 from runtime.config.cli import knob, run_script
 from runtime.config.from_checkpoint import description_of
 from runtime.optim.build import Precision
+from runtime.options import EvaluationConfig
 from runtime.run import evaluating
 
 
 @dataclass
-class Config(ProbeOptions):
+class Config(ProbeOptions, EvaluationConfig):
     """kNN evaluation."""
 
     checkpoint: Path | None = knob(
@@ -83,7 +84,6 @@ class Config(ProbeOptions):
         "timm/NAME, open_clip/NAME:TAG, hf/NAME-or-folder; or a name where the file tells none",
     )
     pretrained: bool = knob(False, "timm fetches its weights, as it does by default", rare=True)
-    random_weights: bool = knob(False, "random weights of the model that --model names")
     mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
     std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise", low=1e-6)
     activation: str | None = knob(
@@ -113,16 +113,9 @@ class Config(ProbeOptions):
     k: list[int] = knob([1, 10, 20], "numbers of neighbours", low=1)
     temperature: float = knob(0.07, "of the weighted votes", low=1e-6)
     batch_size: int = knob(64, "images per forward pass and process", low=1)
-    workers: int = knob(4, "loader processes per process", low=0)
-    exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
-    error_budget: float = knob(
-        0.01, "fraction of unreadable images at which it stops", low=0, high=1
-    )
     cache: Path | None = knob(
         None, "folder of features, one for all processes; none = $QUINTET_CACHE, ~/.cache/quintet"
     )
-    device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
-    precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
 
     def check(self) -> None:
         """Check that the options are compatible."""
@@ -209,7 +202,6 @@ def bank_of(
 
 
 def main(config: Config) -> None:
-    config.check()
     world = distributed.init(config.device)
     data = [config.train_data, config.val_data]
     with distributed.rank_0_first():

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from markupsafe import Markup
 from torch.utils.data import default_collate
 
 from base import distributed
@@ -32,30 +31,18 @@ from base.caches import cache_folder
 from base.distributed import World
 from base.errors import UserError
 from base.libraries import of_library
-from dataset.tasks.catalog import CatalogOptions, Entry, Prompts, wanted_entries
-from dataset.tasks.dual_inputs import image_side, text_tokenizer, tokenizer_identity
+from dataset.tasks.catalog import CatalogOptions, Prompts, wanted_entries
+from dataset.tasks.dual_inputs import image_side, tokenizer_identity, tokenizer_of
 from dataset.tasks.loaders import eval_loader
 from dataset.tasks.published import VTAB_PLUS
 from dataset.tasks.recognition import read_image
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_sets
+from evaluation import zeroshot
 from evaluation.compositional import choices_chance
 from evaluation.report.classes import Shown, class_rows, classification_card
 from evaluation.report.retrieval import retrieval_gallery
-from evaluation.report.zeroshot import write_zero_shot
+from evaluation.report.zeroshot import Evaluated, write_zero_shot
 from evaluation.retrieval import best_of_both, chance, units
-from evaluation.zeroshot import (
-    choose_captions,
-    class_prompts,
-    classify,
-    embed_images,
-    embed_texts,
-    fingerprint,
-    prompt_classifier,
-    retrieve,
-    word_probabilities,
-    write_words,
-    zero_shot_chance,
-)
 from models.weights.any_dual_encoder import Opened, check_name, logit_scale, open_dual
 from models.weights.libraries import open_library
 from models.weights.torchscript import is_jit_archive, jit_state_dict
@@ -64,12 +51,13 @@ from runtime.config import originals
 from runtime.config.cli import knob, run_script
 from runtime.config.from_checkpoint import description_of
 from runtime.optim.build import Precision
+from runtime.options import EvaluationConfig
 from runtime.run import evaluating
 from runtime.safe_pickle import load_plain
 
 
 @dataclass
-class Config(CatalogOptions):
+class Config(CatalogOptions, EvaluationConfig):
     """Zero-shot evaluation."""
 
     OLD_NAMES = ("resume",)
@@ -77,22 +65,16 @@ class Config(CatalogOptions):
     checkpoint: Path | None = knob(None, "file or run directory [output_dir]")
     output_dir: Path = knob(Path("output/eval_zeroshot"), "where result/ is written")
     model: str | None = knob(None, "open_clip/NAME:TAG or hf/NAME; or CL2L_R50_CL2L, … of the file")
-    random_weights: bool = knob(False, "random weights of the model that --model names")
     mean: tuple[float, float, float] | None = knob(None, "of the pixels, if no file tells")
     std: tuple[float, float, float] | None = knob(None, "of the pixels, likewise", low=1e-6)
     model_name: str = knob("", "how to call the model in the report")
     results: Path | None = knob(None, "JSON lines of CLIP_benchmark's rows [result/results.jsonl]")
     image: Path | None = knob(None, "no data sets: which of --words fit this image")
     words: list[str] = knob([], "texts for --image, two or more; output_dir/result/words.json")
-    batch_size: int = knob(256, "images or texts per forward pass and process", low=1)
     workers: int = knob(10, "loader processes per process", low=0, aliases=("j",))
-    exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
-    error_budget: float = knob(0.01, "most unreadable images, a fraction", low=0, high=1)
     bpe_path: Path | None = knob(None, "BPE merges; none = the run's, else CLIP's")
     tokenizer: str | None = knob(None, "of ALIGN; none = the run's, else bert-base-uncased")
     cache: Path | None = knob(None, "folder for classifiers and shards [$QUINTET_CACHE]")
-    device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
-    precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
 
     def check(self) -> None:
         """Check that the options are compatible."""
@@ -115,6 +97,8 @@ class Encoder(NamedTuple):
     """What embeds images (uint8, on the device) and tokens, and what makes their inputs."""
 
     opened: Opened
+    view: Callable[[torch.Tensor], torch.Tensor]  # of one image
+    embed: Callable[[torch.Tensor], dict]
     precision: Precision
     signature: str  # with the prompts, all that a text classifier depends on
     encoded: dict  # the images of the last retrieval set, whatever the language of its captions
@@ -128,16 +112,7 @@ def open_checkpoint(config: Config) -> tuple[Opened, str]:
     else:
         weights, about = read_weights(file), description_of(file)
     opened = open_dual(weights, about, config.model, config.mean, config.std)
-    trained = about.get("config", {})
-    merges = config.bpe_path or trained.get("bpe_path")
-    tower = trained.get("network", {}).get("text_tower")
-    vocabulary = tower or config.tokenizer or trained.get("tokenizer", "bert-base-uncased")
-    tokenizer = text_tokenizer(opened.title, opened.context_length, merges, vocabulary)
-    if tokenizer.vocab_size != opened.vocab_size:
-        raise UserError(
-            f"{file} knows {opened.vocab_size} tokens, but {tokenizer.path} makes "
-            f"{tokenizer.vocab_size}: give what it was trained with as --bpe-path (ALIGN: --tokenizer)"
-        )
+    tokenizer = tokenizer_of(opened, about.get("config", {}), config)
     return opened._replace(tokenize=partial(tokenizer, lengths=())), tokenizer_identity(tokenizer)
 
 
@@ -150,83 +125,111 @@ def open_encoder(config: Config, world: World) -> Encoder:
     else:
         opened, vocabulary = open_checkpoint(config)
     makes = [opened.title, vocabulary, opened.context_length, config.precision, world.device.type]
-    signature = fingerprint(opened.model, makes)
+    signature = zeroshot.fingerprint(opened.model, makes)
     opened.model.to(world.device)
-    return Encoder(opened, Precision(config.precision, world.device), signature, {})
-
-
-class Evaluated(NamedTuple):
-    """Of one data set: figures by metric and score, what makes its card of the page, figures by
-    class."""
-
-    entry: Entry
-    figures: dict
-    card: Callable[[], Markup]
-    by_class: list[dict]
-
-
-def image_batches(images, encoder: Encoder, config: Config, world: World):
-    """`(embed, own, batches)`: this process's part of the images, and what embeds it."""
-    view, embed = image_side(encoder.opened, world.device)
-    own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
-    load = Viewed(images, view).load
-    batches = eval_loader(load, own, config.batch_size, default_collate, config, world)
-    return embed, own, batches
+    view, embed = image_side(opened, world.device)
+    return Encoder(opened, view, embed, Precision(config.precision, world.device), signature, {})
 
 
 def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> Evaluated:
     """Evaluate a data set; the same on every process."""
-    opened, images, entry = encoder.opened, data.images, data.entry
-    embed, own, batches = image_batches(images, encoder, config, world)
-    about = {"metric": entry.metric, "images": len(images)}
-    folder, size = cache_folder(config.cache), config.batch_size
-    with evaluating(opened.model), encoder.precision.autocast():
+    with evaluating(encoder.opened.model), encoder.precision.autocast():
         if data.classes:
-            about["classes"] = len(data.classes)
-            about["chance"] = zero_shot_chance(entry.metric, len(data.classes))
-            prompts = class_prompts(data.classes, data.templates, entry.name)
-            classifier = prompt_classifier(opened, encoder.signature, prompts, folder, size, world)
-            found = classify(
-                embed, classifier, batches, own, len(images), world, entry.metric, entry.name
-            )
-            about |= found.scores | batches.damages()
-            card = partial(classification_card, entry.name, Shown(images), data.classes, found)
-            return Evaluated(entry, about, card, class_rows(data.classes, found))
-        if data.same_images not in encoder.encoded:  # else they are those of another language
-            encoder.encoded.clear()
-            image = embed_images(embed, batches, own, len(images), world)
-            encoder.encoded[data.same_images] = image, batches.damages()
-        image, damages = encoder.encoded[data.same_images]
-        text = embed_texts(opened.model.embed_text, opened.tokenize, images.captions, world, size)
-    about |= damages
-    if entry.metric == "text_acc":
-        about["examples"] = len(images.example_images)
-        about["chance"] = choices_chance(images.example_images.shape[1], 2)
-        about |= choose_captions(image, text, images.example_images, images.example_captions)
-        return Evaluated(entry, about, Markup, [])
+            return classify_images(data, encoder, config, world)
+        image, text, damages = embed_pairs(data, encoder, config, world)
+    if data.entry.metric == "text_acc":
+        return choose_texts(data, image, text, damages)
+    return rank_pairs(data, image, text, damages, world)
+
+
+def image_batches(images, encoder: Encoder, config: Config, world: World):
+    """`(own, batches)`: this process's part of the images."""
+    own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
+    load = Viewed(images, encoder.view).load
+    return own, eval_loader(load, own, config.batch_size, default_collate, config, world)
+
+
+def classify_images(data: OpenSet, encoder: Encoder, config: Config, world: World) -> Evaluated:
+    """Every image is of the class whose prompts, averaged, it is most similar to."""
+    images, total = data.images, len(data.images)
+    metric, name = data.entry.metric, data.entry.name
+    opened, signature = encoder.opened, encoder.signature
+    folder, size = cache_folder(config.cache), config.batch_size
+    classifier = zeroshot.prompt_classifier(opened, signature, data.prompts, folder, size, world)
+    own, batches = image_batches(images, encoder, config, world)
+    found = zeroshot.classify(encoder.embed, classifier, batches, own, total, world, metric, name)
+    figures = {
+        "metric": metric,
+        "images": total,
+        "classes": len(data.classes),
+        "chance": zeroshot.zero_shot_chance(metric, len(data.classes)),
+        **found.scores,
+        **batches.damages(),
+    }
+    card = partial(classification_card, name, Shown(images), data.classes, found)
+    return Evaluated(data.entry, figures, card, class_rows(data.classes, found))
+
+
+def embed_pairs(data: OpenSet, encoder: Encoder, config: Config, world: World):
+    """`(image, text, damages)`: unit embeddings by name, and the damaged images counted."""
+    opened = encoder.opened
+    if data.same_images not in encoder.encoded:  # else they are those of another language
+        encoder.encoded.clear()
+        own, batches = image_batches(data.images, encoder, config, world)
+        image = zeroshot.embed_images(encoder.embed, batches, own, len(data.images), world)
+        encoder.encoded[data.same_images] = image, batches.damages()
+    image, damages = encoder.encoded[data.same_images]
+    captions = data.images.captions
+    text = zeroshot.embed_texts(
+        opened.model.embed_text, opened.tokenize, captions, world, config.batch_size
+    )
+    return image, text, damages
+
+
+def choose_texts(data: OpenSet, image: dict, text: dict, damages: dict) -> Evaluated:
+    """Of the captions of an example the right one is to be most similar to its image."""
+    images = data.images
+    figures = {
+        "metric": data.entry.metric,
+        "images": len(images),
+        **damages,
+        "examples": len(images.example_images),
+        "chance": choices_chance(images.example_images.shape[1], 2),
+        **zeroshot.choose_captions(image, text, images.example_images, images.example_captions),
+    }
+    return Evaluated(data.entry, figures)
+
+
+def rank_pairs(data: OpenSet, image: dict, text: dict, damages: dict, world: World) -> Evaluated:
+    """Every image ranks all captions, every caption all images."""
+    images, name = data.images, data.entry.name
     owner = images.text_image
-    about |= {"captions": len(images.captions), "chance": chance(owner, len(images))}
-    about |= retrieve(image, text, owner, world)
+    figures = {
+        "metric": data.entry.metric,
+        "images": len(images),
+        **damages,
+        "captions": len(images.captions),
+        "chance": chance(owner, len(images)),
+        **zeroshot.retrieve(image, text, owner, world),
+    }
     best = best_of_both(image["z"], text["z"], world)
-    card = partial(retrieval_gallery, Shown(images), images.captions, owner, *best)
-    return Evaluated(entry, about, partial(card, title=entry.name), [])
+    card = partial(retrieval_gallery, Shown(images), images.captions, owner, *best, title=name)
+    return Evaluated(data.entry, figures, card)
 
 
 def show(encoder: Encoder, config: Config, world: World) -> None:
     """Print the probabilities of --words for --image, beside chance, and write them."""
     opened = encoder.opened
-    view, embed = image_side(opened, world.device)
-    inputs = view(read_image(config.image))[None].to(world.device)
+    inputs = encoder.view(read_image(config.image))[None].to(world.device)
     with evaluating(opened.model), encoder.precision.autocast():
-        image = embed(inputs)["z"]
-        text = embed_texts(opened.model.embed_text, opened.tokenize, config.words, world)["z"]
-    found = word_probabilities(image, text, config.words, logit_scale(opened.model))
-    write_words(config, opened.title, found)
+        image = encoder.embed(inputs)["z"]
+        texts = zeroshot.embed_texts(opened.model.embed_text, opened.tokenize, config.words, world)
+    found = zeroshot.word_probabilities(image, texts["z"], config.words, logit_scale(opened.model))
+    zeroshot.write_words(config, opened.title, found)
 
 
 def main(config: Config) -> None:
     world = distributed.init(config.device)
-    config.check()
     if config.checkpoint or not of_library(config.model):  # else the library's own weights
         config.checkpoint = weights_file(config.checkpoint or config.output_dir)
     if config.image:
@@ -236,13 +239,9 @@ def main(config: Config) -> None:
     entries = wanted_entries(config)
     named = bool(config.datasets or config.catalog)
     sets, skipped = open_sets(entries, prompts, shards, load_plain, config.download, explain=named)
-    for data in sets:
-        if data.classes:
-            class_prompts(data.classes, data.templates, data.entry.name)  # fail before any work
     encoder = open_encoder(config, world)
     found = {data.entry.name: evaluate(data, encoder, config, world) for data in sets}
-    title = config.model_name or encoder.opened.title
-    write_zero_shot(config, title, found, skipped, VTAB_PLUS)
+    write_zero_shot(config, config.model_name or encoder.opened.title, found, skipped, VTAB_PLUS)
 
 
 if __name__ == "__main__":

@@ -16,31 +16,40 @@ a temperature of their own). --momentum turns SiamLIP into BYOLIP. SIGTERM saves
 """
 
 import copy
-import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from base import distributed
-from base.distributed import World, say
+from base.distributed import World
 from base.errors import UserError
 from dataset.images.clip import ViewOptions
 from dataset.loading.eval import shard_indices
 from dataset.loading.stream import Stream, StreamLoader
 from dataset.sources.class_folder import ClassFolder, named_list
 from dataset.tasks.captions import CaptionCollate, CaptionOptions, pair_sources
-from dataset.tasks.catalog import in_order_of
-from dataset.tasks.dual_inputs import NormalizedBatches, eval_view, input_statistics
-from dataset.tasks.dual_inputs import normalized, text_tokenizer, training_views
+from dataset.tasks.catalog import class_prompts, in_order_of
+from dataset.tasks.dual_inputs import (
+    NormalizedBatches,
+    eval_view,
+    input_statistics,
+    normalized,
+    text_tokenizer,
+    training_views,
+)
+from dataset.tasks.loaders import stream_loader
 from dataset.text.augment import TextOptions, TextViews
 from evaluation.report.runs import write_index
-from evaluation.zeroshot import class_prompts, text_classifier, zero_shot_accuracy
-from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
-from models.dual_encoder.cl2l import TargetOptions
-from models.dual_encoder.factory import build_dual, check_compiled_pooling
-from models.dual_encoder.factory import parts_of, with_library_sizes
+from evaluation.zeroshot import text_classifier, zero_shot_accuracy
+from models.dual_encoder.base import DualEncoder, names_by_decay
+from models.dual_encoder.config import DualConfig, TargetOptions
+from models.dual_encoder.factory import (
+    build_dual,
+    check_compiled_pooling,
+    parts_of,
+    with_library_sizes,
+)
 from models.dual_encoder.grad_cache import FeatureCache
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
@@ -56,7 +65,7 @@ from runtime.optim.build import Precision, set_learning_rate
 from runtime.parallel import gradient_sync, whole_model
 from runtime.run import Run, evaluating, seed_everything
 from runtime.safe_pickle import load_plain
-from runtime.scores import score_line
+from runtime.scores import print_scores
 
 
 @dataclass
@@ -96,15 +105,9 @@ def training_data(config: Config, tokenizer, world: World, state: dict | None) -
     views = training_views(config.network, config.views, local_images)
     texts = TextViews(config.texts, local_captions, stop_words_always=config.network.original)
     sources = pair_sources(config, views, texts, load_plain)
-    return StreamLoader(
-        Stream(sources, CaptionCollate(tokenizer, config.text_lengths), exif=config.exif),
-        config.batch_size,
-        config.workers,
-        world=world,
-        seed=config.seed,
-        state=state,
-        error_budget=config.error_budget,
-    )
+    collate = CaptionCollate(tokenizer, config.text_lengths)
+    stream = Stream(sources, collate, exif=config.exif)
+    return stream_loader(stream, config.batch_size, config, world, state)
 
 
 def build_model(config: Config) -> DualEncoder:
@@ -190,7 +193,6 @@ def evaluate(model: DualEncoder, data, prompts, tokenizer, config: Config, world
 def main(config: Config) -> None:
     world = distributed.init(config.device)
     seed_everything(config.seed, 0)  # the same initial weights on every rank
-    config.check()
     method = with_library_sizes(config.network)
     vocabulary = method.text_tower or config.tokenizer
     tokenizer = text_tokenizer(method.model, method.context_length, config.bpe_path, vocabulary)
@@ -202,10 +204,7 @@ def main(config: Config) -> None:
     if config.evaluate:
         model = build_model(config).to(world.device)
         scores = evaluate(model, data, prompts, tokenizer, config, world)
-        say(json.dumps(scores, indent=2))
-        if world.is_main:
-            print(score_line(scores), file=sys.stderr)
-        return
+        return print_scores(scores)
     run = Run(config, world, metric="acc1_z" if data else None)
     loader = training_data(config, tokenizer, world, run.data_state())
     network = build_model(config)

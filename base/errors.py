@@ -2,6 +2,7 @@
 cannot be used."""
 
 import reprlib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -27,6 +28,13 @@ class BadSample(ValueError):
     def __init__(self, message: str = "", lost: int = 1):
         super().__init__(message)
         self.lost = lost
+
+
+def unknown(name: str, value: object, known: Iterable[str]) -> UserError:
+    """The error for an option `name` whose value is none of the `known` ones."""
+    *others, last = known
+    choices = f"{', '.join(others)} or {last}" if others else last
+    return UserError(f"{name} {value!r} is unknown; use {choices}")
 
 
 SHORT = reprlib.Repr()

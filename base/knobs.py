@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
+from base.errors import unknown
+
 
 @dataclass(frozen=True)
 class Knob:
@@ -27,30 +29,9 @@ class Knob:
     flat: bool = False  # of a section: `--lr` is accepted for `--optimizer.lr`
 
 
-def knob(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence = (),
-    low: float | None = None,
-    high: float | None = None,
-    aliases: Sequence[str] = (),
-    bare: str | None = None,
-    methods: str = "",
-    rare: bool = False,
-) -> Any:
-    """A field of a configuration; the keywords are Knob's fields. Mutable defaults are copied."""
-    described = Knob(
-        help=help,
-        choices=choices,
-        low=low,
-        high=high,
-        aliases=aliases,
-        bare=bare,
-        methods=methods,
-        rare=rare,
-    )
-    metadata = {"knob": described}
+def knob(default: Any, help: str, **described: Any) -> Any:
+    """An option; `described` are further fields of Knob. Mutable defaults are copied."""
+    metadata = {"knob": Knob(help=help, **described)}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -71,3 +52,12 @@ def section(kind: type, *, aliases: Sequence[str] = (), flat: bool = False, **de
 def about(f: Field) -> Knob:
     """What a field of a configuration says of itself."""
     return f.metadata.get("knob", Knob())
+
+
+def check_choices(config: Any) -> None:
+    """UserError where an option of the dataclass `config`, which code may have built, is none of
+    its choices."""
+    for f in fields(config):
+        value, choices = getattr(config, f.name), about(f).choices
+        if choices and value is not None and value not in choices:
+            raise unknown(f.name, value, choices)

@@ -20,7 +20,8 @@ from benchmarks.runner import OURS, Side, TrainOptions, check_peer
 from benchmarks.steps import compare_steps, settings, training_step
 from main import total_loss
 from models.dual_encoder.align import Align
-from models.dual_encoder.base import DualConfig, DualEncoder, names_by_decay
+from models.dual_encoder.base import DualEncoder, names_by_decay
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.weights.align import hugging_face_config
 from runtime.config.cli import knob, run_script

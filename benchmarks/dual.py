@@ -24,7 +24,7 @@ from benchmarks.inputs import CONTEXT, random_batch
 from benchmarks.runner import OURS, Side, TrainOptions, check_peer
 from benchmarks.steps import compare_steps, mfu, settings, training_step
 from main import total_loss
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.config.cli import knob, run_script
 from runtime.flops import training_flops

@@ -204,7 +204,6 @@ def verdict(found: dict[str, list[dict]]) -> str:
 
 def main(config: Config) -> None:
     asked = replace(config)  # what the page's command repeats
-    config.check()
     config.folder.mkdir(parents=True, exist_ok=True)
     if config.tiny:
         config.pairs, config.epochs = 2 * config.batch, 1

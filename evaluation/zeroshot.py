@@ -27,26 +27,6 @@ EMBEDDINGS = ("z", "h")  # what is compared; `feats` is not
 WEIGHTS = tuple(n / 10 for n in range(1, 10))  # of z in the ensemble of z and h
 
 
-def class_prompts(
-    classes: Sequence[str | Sequence[str]], templates: Sequence[str], name: str = ""
-) -> list[list[str]]:
-    """For every class all templates filled with its name; a class of several names gets every
-    template with each."""
-    for template in templates:
-        if "{}" not in template:
-            raise UserError(
-                f"template {template!r} of {name or 'the templates'} has no {{}} for the class name; add it"
-            )
-    if not templates or not classes:
-        raise UserError(
-            f"{name or 'zero-shot classification'}: needs class names and at least one template"
-        )
-    names = [[each] if isinstance(each, str) else each for each in classes]
-    return [
-        [template.replace("{}", one) for template in templates for one in each] for each in names
-    ]
-
-
 def embed_texts(
     embed_text: Callable[[Tensor], Embeddings],
     tokenize: Callable[[Sequence[str]], Tensor],

@@ -1,4 +1,4 @@
-"""The options that every training script has: of the run, of its training data, of validation."""
+"""The options that scripts share: of a run, of its training data and validation, of evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,3 +137,18 @@ class ValidationConfig:
     eval_every: str = knob(
         "1 epochs", "between two validations: a number of 'steps', 'epochs', 'samples' or '%'"
     )
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation without training."""
+
+    random_weights: bool = knob(False, "random weights of the model that --model names")
+    batch_size: int = knob(256, "images or texts per forward pass and process", low=1)
+    workers: int = knob(4, "loader processes per process", low=0, high=WORKERS)
+    exif: bool = knob(False, "turn images by their EXIF orientation; the originals do not")
+    error_budget: float = knob(
+        0.01, "fraction of unreadable images at which it stops", low=0, high=1
+    )
+    device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
+    precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))

@@ -1,6 +1,10 @@
 """The score of an evaluation in one line, beside what chance scores."""
 
+import json
+import sys
 from collections.abc import Mapping
+
+from base import distributed
 
 # the score that counts, of whichever evaluation: the first that is there
 HEADLINES = (
@@ -41,6 +45,13 @@ def score_line(scores: Mapping, metric: str | None = None) -> str:
         line += f", chance {chance:.4g}"
     counts = [f"{scores[name]} {word} images" for name, word in DAMAGES.items() if name in scores]
     return "; ".join([line, *counts])
+
+
+def print_scores(scores: Mapping) -> None:
+    """The scores as JSON on stdout, their `score_line` on stderr; rank 0 does."""
+    if distributed.rank() == 0:
+        print(json.dumps(scores, indent=2), flush=True)
+        print(score_line(scores), file=sys.stderr)
 
 
 def score_lines(metrics: Mapping) -> list[str]:

@@ -56,13 +56,14 @@ from runtime.checkpoint import weights_file
 from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import description_of
 from runtime.job_array import Sharing, need_all, own_range, submit_array
+from runtime.options import EvaluationConfig
 from runtime.run import evaluating
 
 TEXTS = ("txt", "json")  # members of a sample that tell its captions
 
 
 @dataclass
-class Config:
+class Config(EvaluationConfig):
     """What to embed, and with what."""
 
     data: list[str] = knob([], "shards, annotation files, tables or class folders")
@@ -70,7 +71,6 @@ class Config:
     out: Path = knob(Path("output/embeddings"), "folder to write to")
     checkpoint: Path | None = knob(None, "file or run directory; none = --model's own weights")
     model: str | None = knob(None, "open_clip/NAME:TAG, hf/NAME, timm/NAME; or a checkpoint's name")
-    random_weights: bool = knob(False, "random weights of the model that --model names")
     tokenizer: str | None = knob(
         None, "BPE merges, or ALIGN's vocabulary; none = the run's, else theirs"
     )
@@ -78,12 +78,6 @@ class Config:
     score: str = knob("z", "which embedding: z, or h of the CL2L family; feats without texts")
     part: int = knob(10_000, "entries of a list in one part; a shard is one", low=1)
     half: bool = knob(True, "write float16")
-    batch_size: int = knob(256, "images per forward pass and process", low=1)
-    workers: int = knob(4, "loader processes per process", low=0)
-    exif: bool = knob(False, "turn images by their EXIF orientation")
-    error_budget: float = knob(0.01, "most unreadable images, a fraction", low=0, high=1)
-    device: str = knob("auto", "'auto' (CUDA where present), 'cuda' or 'cpu'")
-    precision: str = knob("fp32", "type of the forward pass", choices=("fp32", "bf16", "fp16"))
     sharing: Sharing = section(Sharing, flat=True)
 
 

@@ -36,6 +36,7 @@ from dataset.images.formats import IMAGE_TYPES, files_below, is_image
 from dataset.loading.eval import EvalLoader
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
+from dataset.tasks.loaders import stream_loader
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig, code_usage
 from models.weights.loading import load_checkpoint
 from runtime.checkpoint import read_weights
@@ -186,15 +187,8 @@ def evaluate(tokenizer: ImageTokenizer, loader: EvalLoader, folder: Path) -> dic
 def training_data(config: Config, images: list[dict], world: World, state) -> StreamLoader:
     """Endless batches of this process, from the position `state` on."""
     source = RecordSource(images, Crop(config.size, config.crop_scale, config.flip), "data")
-    return StreamLoader(
-        Stream([source], default_collate, exif=config.exif),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        world=world,
-        seed=config.seed,
-        state=state,
-        error_budget=config.error_budget,
-    )
+    stream = Stream([source], default_collate, exif=config.exif)
+    return stream_loader(stream, config.batch_size, config, world, state)
 
 
 def train_step(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from base.errors import UserError
-from base.knobs import knob
+from base.knobs import check_choices, knob
 from base.limits import SIDE, VIEWS
 from base.pixels import IMAGENET, middle
 from dataset.images.albef import random_box
@@ -62,9 +62,15 @@ class ViewOptions:
         "the weak view gets RandAugment (compat original: is weak or strong by chance)",
         rare=True,
     )
-    interpolation: str = knob("bicubic", "interpolation of crops; SLIP's is bilinear", rare=True)
+    interpolation: str = knob(
+        "bicubic",
+        "interpolation of crops; SLIP's is bilinear",
+        choices=("bicubic", "bilinear"),
+        rare=True,
+    )
 
     def __post_init__(self):
+        check_choices(self)
         if self.num_augs < 0:
             raise UserError(f"num_augs {self.num_augs}: give 0 or more local views")
         if self.byol_augment and self.num_augs != 2:
@@ -73,10 +79,6 @@ class ViewOptions:
             )
         if self.weak_augment and self.strong_augment:
             raise UserError("weak_augment and strong_augment exclude each other; choose one")
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise UserError(
-                f"interpolation {self.interpolation!r} is unknown; use bicubic or bilinear"
-            )
 
 
 @dataclass(frozen=True)

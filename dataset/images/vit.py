@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.errors import UserError
-from base.knobs import knob
+from base.knobs import check_choices, knob
 from base.limits import SIDE
 from base.pixels import middle
 from dataset.images.albef import Box
 
 ATTEMPTS = 100
-POLICIES = ("none", "autoaugment", "randaugment", "trivialaugment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,8 @@ class ViTViews:
     flip: bool = knob(True, "flip half of the training images horizontally")
     policy: str = knob(
         "none",
-        "further changes: none, autoaugment, randaugment or trivialaugment, torchvision's",
+        "further changes, torchvision's",
+        choices=("none", "autoaugment", "randaugment", "trivialaugment"),
         rare=True,
     )
     resize_small: int | None = knob(
@@ -52,16 +52,14 @@ class ViTViews:
         high=SIDE,
     )
 
-    def check(self) -> None:
-        """Raise UserError for ranges upside down and unknown policies."""
+    def __post_init__(self):
+        check_choices(self)
         for name in ("crop_area", "crop_aspect"):
             low, high = getattr(self, name)
             if not 0 < low <= high or (name == "crop_area" and high > 1):
                 raise UserError(
                     f"{name} {low} {high}: give two positive numbers, the smaller first, areas at most 1"
                 )
-        if self.policy not in POLICIES:
-            raise UserError(f"policy {self.policy!r} is unknown; use one of {', '.join(POLICIES)}")
 
 
 class TrainView:

@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 
 from base.caches import cached_path
 from base.distributed import on_main, rank_0_first
-from base.errors import BadSample, UserError, brief
+from base.errors import BadSample, UserError, brief, unknown
 from base.knobs import knob
 from base.reading import first_letter, read_json
 from base.text import id_text
@@ -77,7 +77,7 @@ def metadata_rows(
     others go to `left_out`. UserError names a bad entry where there are too many."""
     left_out = left_out or LeftOut(path)
     if kind not in FORMATS:
-        raise UserError(f"unknown collection {kind!r}; use one of {', '.join(FORMATS)}")
+        raise unknown("dataset", kind, FORMATS)
     read, convert = FORMATS[kind]
     entries = read_plain(path) if read is None else read(path)
     if isinstance(entries, str | bytes | dict) or not hasattr(entries, "__iter__"):

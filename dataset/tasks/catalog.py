@@ -419,6 +419,26 @@ def _is_text(value: Any, nested: bool) -> bool:
     )
 
 
+def class_prompts(
+    classes: Sequence[str | Sequence[str]], templates: Sequence[str], name: str = ""
+) -> list[list[str]]:
+    """For every class all templates filled with its name; a class of several names gets every
+    template with each."""
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(
+                f"template {template!r} of {name or 'the templates'} has no {{}} for the class name; add it"
+            )
+    if not templates or not classes:
+        raise UserError(
+            f"{name or 'zero-shot classification'}: needs class names and at least one template"
+        )
+    names = [[each] if isinstance(each, str) else each for each in classes]
+    return [
+        [template.replace("{}", one) for template in templates for one in each] for each in names
+    ]
+
+
 def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
     """The class names in the order of a data set's own ones (folders, files), by which its labels
     count.

@@ -361,25 +361,18 @@ class Labelled(Filtered):
 
 
 def training_source(
-    data: str,
-    root: Path,
-    view,
-    labels: Labels,
-    classes: Sequence[str],
-    download: bool = False,
-    shuffle_buffer: int = 1000,
-    samples: int | None = None,
+    data: str, view, labels: Labels, classes: Sequence[str], knobs, samples: int | None = None
 ) -> Labelled:
     """The endless stream's source of what a data string names (see dataset.loading.stream). A
     collective: the first process looks through shards and class folders for all.
 
-    shuffle_buffer, samples: of shards.
+    knobs: has data_root, download, shuffle_buffer. samples: of shards, where they are known.
     """
-    build = LabelledImage(view, labels, root)
+    build = LabelledImage(view, labels, knobs.data_root)
     if is_shards(data):
         shards = shared_shards(data, samples)
-        return Labelled(ShardSource(shards, build, shuffle_buffer=shuffle_buffer), labels)
-    records = shared_records(data, root, "train", classes, download)
+        return Labelled(ShardSource(shards, build, shuffle_buffer=knobs.shuffle_buffer), labels)
+    records = shared_records(data, knobs.data_root, "train", classes, knobs.download)
     if isinstance(records, Records):
         for index in range(min(ENOUGH, len(records))):  # a fault of the whole list shows at once
             labels(records[index] | {"index": index})

@@ -1,13 +1,14 @@
 """What a dual encoder is fed, by its model string: CLIP's byte-pair ids and views, or ALIGN's
 pieces and squares."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from base.errors import UserError
 from base.libraries import dual_inputs, of_library
 from base.pixels import HALF, OPENAI, timm_statistics
 from dataset.images.align import AlignView, AlignViews
@@ -42,6 +43,25 @@ def text_tokenizer(
     if is_align(model):
         return AlignTokenizer(vocabulary, context_length)
     return ClipTokenizer(merges, context_length)
+
+
+def tokenizer_of(opened, trained: Mapping, knobs) -> AnyTokenizer:
+    """The tokenizer of a network that is read from a file.
+
+    opened: its `title` and `context_length`. trained: the configuration of the run that made it, {}
+    where that is not known; what `bpe_path` and `tokenizer` of `knobs` name comes first. UserError
+    where the network knows another number of tokens.
+    """
+    merges = knobs.bpe_path or trained.get("bpe_path")
+    tower = trained.get("network", {}).get("text_tower")
+    vocabulary = tower or knobs.tokenizer or trained.get("tokenizer", "bert-base-uncased")
+    tokenizer = text_tokenizer(opened.title, opened.context_length, merges, vocabulary)
+    if tokenizer.vocab_size != opened.vocab_size:
+        raise UserError(
+            f"{knobs.checkpoint} knows {opened.vocab_size} tokens, but {tokenizer.path} makes "
+            f"{tokenizer.vocab_size}: give what it was trained with as --bpe-path (ALIGN: --tokenizer)"
+        )
+    return tokenizer
 
 
 def tokenizer_identity(tokenizer: AnyTokenizer) -> str:

@@ -22,10 +22,18 @@ def test_view(knobs) -> TestTransform:
 def train_loader(
     sources: Sequence, collate: Callable, knobs, world, state: dict | None
 ) -> StreamLoader:
+    """As `stream_loader`, of the fine-tuning scripts."""
+    stream = Stream(sources, collate, exif=knobs.exif)
+    return stream_loader(stream, knobs.batch_size_train, knobs, world, state)
+
+
+def stream_loader(
+    stream: Stream, batch_size: int, knobs, world, state: dict | None
+) -> StreamLoader:
     """Endless batches of this process, from the position `state` on (see dataset.loading.stream)."""
     return StreamLoader(
-        Stream(sources, collate, exif=knobs.exif),
-        batch_size=knobs.batch_size_train,
+        stream,
+        batch_size,
         workers=knobs.workers,
         world=world,
         seed=knobs.seed,

@@ -38,6 +38,7 @@ from dataset.tasks.catalog import (
     PAIRS,
     Entry,
     Prompts,
+    class_prompts,
     folder_names,
     in_order_of,
 )
@@ -85,6 +86,11 @@ class OpenSet:
     images: Any
     classes: list = field(default_factory=list)
     templates: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.prompts: list[list[str]] = []  # of each class
+        if self.classes:
+            self.prompts = class_prompts(self.classes, self.templates, self.entry.name)
 
     @property
     def same_images(self) -> str:

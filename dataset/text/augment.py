@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from base.errors import UserError
-from base.knobs import knob
+from base.knobs import check_choices, knob
 from dataset.text.bpe import clean_text
 from dataset.text.choice import choose, with_text
 from dataset.text.wordnet import WordNet
@@ -35,7 +35,9 @@ class TextOptions:
     """Views of the captions; names and defaults are clip-rocket's."""
 
     caption_sampling: str = knob(
-        "single", "all views of a sample show one caption, or (multi) each draws its own"
+        "single",
+        "all views of a sample show one caption, or (multi) each draws its own",
+        choices=("single", "multi"),
     )
     text_augment: bool = knob(False, "stop words and the four operations at all")
     clean_before_augment: bool = knob(
@@ -54,10 +56,7 @@ class TextOptions:
     )
 
     def __post_init__(self):
-        if self.caption_sampling not in ("single", "multi"):
-            raise UserError(
-                f"caption_sampling {self.caption_sampling!r} is unknown; use single or multi"
-            )
+        check_choices(self)
         if min(self.weights) < 0 or not sum(self.weights):
             raise UserError(
                 f"weights of the text operations {self.weights}: none may be negative, one must be positive"

@@ -1,8 +1,9 @@
 """Results of zero-shot evaluation as a table for the terminal and as cards of a page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -37,6 +38,17 @@ EMBEDDINGS = (
 )
 TEXT_COLUMNS = (0, 3)  # flush left: the data set, and its metric or score
 RECALLS = recall_names("text", "image")
+
+
+class Evaluated(NamedTuple):
+    """Of one data set: figures by metric and score, what makes its card of the page, figures by
+    class. entry: has its name, type and metric."""
+
+    entry: Any
+    figures: dict[str, Any]
+    card: Callable[[], Markup] = Markup
+    by_class: Sequence[dict] = ()
+
 
 Results = Mapping[str, Mapping]  # data set -> {metric, images, <metric>_<score> ...}
 
@@ -149,12 +161,16 @@ def ensemble_chart(name: str, row: Mapping) -> Markup:
 
 
 def write_zero_shot(
-    config, title: str, found: Mapping, skipped: Mapping[str, str], vtab: Sequence[str]
+    config,
+    title: str,
+    found: Mapping[str, Evaluated],
+    skipped: Mapping[str, str],
+    vtab: Sequence[str],
 ) -> None:
     """metrics.json, the page, classes.json and CLIP_benchmark's rows below config.output_dir/result;
     rank 0 does.
 
-    found: data set -> entry, figures, what makes its card, figures by class. vtab: the data sets of
+    vtab: the data sets of
     VTAB+; its mean is reported where `vtab+` was asked for, and where all of them are there.
     """
     if distributed.rank() != 0:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.errors import UserError
-from base.knobs import knob
+from base.knobs import check_choices, knob
 from base.limits import CLASSES, SIDE, WIDTH
 from base.memory import build_fitting
 from base.names import nearest
@@ -36,7 +36,6 @@ SIZES = {  # width, blocks, heads; the MLP is four times as wide
     "b": (768, 12, 12),
     "l": (1024, 24, 16),
 }
-COMPAT = ("none", "original")
 CLIP = 1e-7  # the original's smallest probability inside a logarithm
 
 
@@ -55,6 +54,7 @@ class ClassifierConfig:
     pixels: str = knob(
         "half",
         "mean and std of the pixels: half (0.5 each, as COYO-ViT), imagenet or clip",
+        choices=(*STATISTICS,),
         rare=True,
     )
     image_size: int = knob(
@@ -73,10 +73,15 @@ class ClassifierConfig:
     gelu: str = knob(
         "tanh",
         "GELU by tanh, as COYO-ViT, or none: exact, as timm's and Hugging Face's weights want it",
+        choices=("tanh", "none"),
         rare=True,
     )
     layer_norm_eps: float = knob(1e-6, "Hugging Face's ViT has 1e-12", rare=True, low=0)
-    loss: str = knob("softmax", "softmax: one label an image; sigmoid: any number")
+    loss: str = knob(
+        "softmax",
+        "softmax: one label an image; sigmoid: any number",
+        choices=("softmax", "sigmoid"),
+    )
     label_smoothing: float = knob(
         0.0,
         "fraction of the target spread evenly: over all classes, or over yes and no",
@@ -87,7 +92,9 @@ class ClassifierConfig:
         None, "initial bias of the head; none = -10 with the sigmoid loss, else 0", rare=True
     )
     compat: str = knob(
-        "none", "original: the numbers of the published code, see docs/DIFFERENCES.md"
+        "none",
+        "original: the numbers of the published code, see docs/DIFFERENCES.md",
+        choices=("none", "original"),
     )
 
     @property
@@ -125,8 +132,8 @@ class ClassifierConfig:
         """Mean and standard deviation of the pixels, of 1."""
         return STATISTICS[self.pixels]
 
-    def check(self) -> None:
-        """Raise UserError for what no network can be built of."""
+    def __post_init__(self):
+        check_choices(self)
         vit = self.vit
         if self.image_size % vit.patch_size:
             near = max(1, round(self.image_size / vit.patch_size)) * vit.patch_size
@@ -134,17 +141,6 @@ class ClassifierConfig:
                 f"image_size {self.image_size}: {self.model} has position embeddings for whole "
                 f"patches of {vit.patch_size} pixels; the nearest size is {near}"
             )
-        known_values = {
-            "loss": ("softmax", "sigmoid"),
-            "gelu": ("tanh", "none"),
-            "compat": COMPAT,
-            "pixels": STATISTICS,
-        }
-        for name, known in known_values.items():
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}"
-                )
 
 
 def build_classifier(config: ClassifierConfig) -> "VisionClassifier":
@@ -156,7 +152,6 @@ class VisionClassifier(ViT):
     """Vision transformer, optional tanh layer, linear head on the class token."""
 
     def __init__(self, config: ClassifierConfig):
-        config.check()
         super().__init__(config.vit)
         self.options = config
         self.num_features = config.vit.width

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from models.dual_encoder.base import DualConfig, DualEncoder, Features
+from models.dual_encoder.base import DualEncoder, Features
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.losses import clip_loss
 from models.layers.batchnorm import GhostBatchNorm, average_statistics
 from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape

@@ -1,4 +1,4 @@
-"""What all dual encoders share: their configuration, the forward pass, weight decay groups.
+"""What all dual encoders share: the forward pass, the contrastive losses, weight decay groups.
 
     model = build_dual(DualConfig(model="CL2L_R50_CL2L", separate_proj=True))
     losses = model(image=..., image_local=..., text_ids=...)  # named, 0-d; main.py weighs them
@@ -13,288 +13,28 @@ absent for A = 0); SLIP takes its two augmentations as `image_local` [B,2,3,H,W]
 `z` and, where the model has them, `h` embeddings, not normalised.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from base.distributed import gather, gather_with_gradient, rank, world_size
-from base.errors import UserError
-from base.knobs import knob
-from base.limits import BLOCKS, CLASSES, SIDE, WIDTH
-from models.dual_encoder.losses import Views, normalize
-from models.layers.clip_towers import TextNoise, TextShape
+from models.dual_encoder.config import DualConfig
+from models.dual_encoder.losses import Views, clip_loss, normalize, sigmoid_loss
 
 Features = dict[str, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """The losses; names and defaults are clip-rocket's and SLIP's."""
-
-    loss_avg_or_sum: str = knob(
-        "avg",
-        "CL2L family, ALIGN: mean of the two directions, or their sum",
-        methods="CL2L ALIGN",
-    )
-    label_smoothing: float = knob(
-        0.0,
-        "of the local terms only; ALIGN: over the global batch",
-        methods="CL2L ALIGN",
-        low=0,
-        high=1,
-    )
-    barlip_lamb: float = knob(
-        5e-3, "BarLIP: weight of the correlations off the diagonal", methods="BARLIP", low=0
-    )
-    barlip_scale_loss: float = knob(
-        0.025, "BarLIP: factor of its whole term", methods="BARLIP", low=0
-    )
-    swalip_weight: float = knob(
-        0.2, "SwALIP, SWALIPV1: weight of the swapped assignments", methods="SWALIP SWALIPV1", low=0
-    )
-    sk_iters: int = knob(
-        3, "SwALIP, SWALIPV1: iterations of Sinkhorn's algorithm", methods="SWALIP SWALIPV1", low=0
-    )
-    target_epsilon: float = knob(
-        0.05,
-        "SwALIP, SWALIPV1: temperature of the assignments",
-        methods="SWALIP SWALIPV1",
-        low=1e-6,
-    )
-    ssl_scale: float = knob(1.0, "SLIP: weight of SimCLR beside CLIP", methods="SLIP", low=0)
-    ssl_temp: float = knob(
-        0.1,
-        "SLIP, SimCLR: temperature of the similarities of two augmentations",
-        methods="SLIP SIMCLR",
-        low=1e-6,
-    )
-    tile: int | None = knob(
-        None,
-        "compute logits in blocks of tile x tile to save memory; none = whole",
-        rare=True,
-        low=1,
-    )
-    compat: str = knob(
-        "none", "none, or original: the published code's numbers (docs/DIFFERENCES.md)"
-    )
-
-    def __post_init__(self):
-        for name, known in (("loss_avg_or_sum", ("avg", "sum")), ("compat", ("none", "original"))):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}"
-                )
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(
-                f"label_smoothing {self.label_smoothing}: give a fraction from 0 to below 1"
-            )
-        if self.sk_iters < 1:
-            raise UserError(f"sk_iters {self.sk_iters}: Sinkhorn needs at least one iteration")
-
-    @property
-    def original(self) -> bool:
-        return self.compat == "original"
-
-    # What `compat: original` changes in the losses, all of it; docs/DIFFERENCES.md has the reasons.
-    @property
-    def gather_passes_gradient(self) -> bool:
-        """clip-rocket's contrastive gather passes no gradient, not even to the rows of this
-        rank.
-        """
-        return not self.original
-
-    @property
-    def barlip_gradient_scale(self) -> float:
-        """clip-rocket divides the gradient of Barlow Twins by the number of ranks."""
-        return 1 / world_size() if self.original else 1.0
-
-    def swalip_views(self, views: int) -> int:
-        """How many of the local views SwALIP swaps: clip-rocket's looks at the first two only."""
-        return 2 if self.original else views
-
-
-@dataclass(frozen=True, kw_only=True)
-class DualConfig(LossOptions):
-    """Shape and loss of a dual encoder; names and defaults are clip-rocket's."""
-
-    model: str = knob(
-        "CL2L_VITB16_CL2L",
-        "<CLIP|CL2L>_<backbone>_<head>, of SLIP or ALIGN, open_clip/NAME:TAG, hf/FOLDER",
-    )
-    image_size: int = knob(224, "side of the square global images, pixels", low=1, high=SIDE)
-    image_tower: str | None = knob(
-        None, "instead of the backbone: timm/NAME (weights fetched) or timm/NAME:FILE"
-    )
-    text_tower: str | None = knob(
-        None,
-        "instead of the text transformer: hf/FOLDER or a name of the hub",
-        methods="CLIP SIGLIP",
-    )
-    tower_classes: str | None = knob(
-        None,
-        "names of the image tower's classes: it gives their probabilities, too, and training starts "
-        "from the names' embeddings (ConSE); a file, one name a line, or labels.json:imagenet",
-        methods="CLIP SIGLIP",
-        rare=True,
-    )
-    embed_dim: int = knob(256, "width of the common space of images and texts", low=1, high=WIDTH)
-    clip_proj_type: str = knob("linear", "projectors of global views: linear or mlp", rare=True)
-    clip_hidden_dim: int = knob(
-        4096, "hidden width of mlp projectors of global views", low=1, high=WIDTH, rare=True
-    )
-    cl2l_img_proj_type: str = knob(
-        "mlp", "with separate_proj, of local images: linear or mlp", methods="CL2L", rare=True
-    )
-    cl2l_txt_proj_type: str = knob(
-        "mlp", "with separate_proj, of local texts: linear or mlp", methods="CL2L", rare=True
-    )
-    cl2l_hidden_dim: int = knob(
-        4096,
-        "hidden width of mlp projectors of local views",
-        low=1,
-        high=WIDTH,
-        methods="CL2L",
-        rare=True,
-    )
-    separate_proj: bool = knob(
-        False, "local views get projectors and a temperature of their own", methods="CL2L"
-    )
-    separate_proj_child: bool = knob(
-        False, "BarLIP, SiamLIP: local views get heads of their own", methods="BARLIP SIAMLIP"
-    )
-    detach_proj: bool = knob(
-        False, "no gradient from the global text projector into the text tower", rare=True
-    )
-    text_dropout_prob: float = knob(
-        0.0,
-        "dropout at the entry of every text block, for local texts",
-        methods="CL2L",
-        low=0,
-        high=1,
-    )
-    text_drop_path_prob: float = knob(
-        0.0,
-        "stochastic depth of the text blocks, for local texts",
-        methods="CL2L",
-        rare=True,
-        low=0,
-        high=1,
-    )
-    barlip_proj_dim: int = knob(
-        8192,
-        "width in which BarLIP's cross-correlations are taken",
-        low=1,
-        high=WIDTH,
-        methods="BARLIP",
-    )
-    barlip_hidden_dim: int = knob(
-        3000, "hidden width of BarLIP's expanders", low=1, high=WIDTH, methods="BARLIP"
-    )
-    siamlip_proj_dim: int = knob(
-        128, "width of SiamLIP's projections and predictions", low=1, high=WIDTH, methods="SIAMLIP"
-    )
-    siamlip_hidden_dim: int = knob(
-        2048,
-        "hidden width of SiamLIP's projectors and predictors",
-        low=1,
-        high=WIDTH,
-        methods="SIAMLIP",
-    )
-    siamlip_no_last_bn: bool = knob(
-        False, "leave out the batch norm behind SiamLIP's projectors", methods="SIAMLIP"
-    )
-    swalip_proj_dim: int = knob(
-        128, "SWALIPV1: width of projections and prototypes", low=1, high=WIDTH, methods="SWALIPV1"
-    )
-    swalip_hidden_dim: int = knob(
-        2048, "SWALIPV1: hidden width of the projectors", low=1, high=WIDTH, methods="SWALIPV1"
-    )
-    swalip_num_proto: int = knob(
-        3000, "SWALIPV1: number of prototypes", low=1, high=WIDTH, methods="SWALIPV1"
-    )
-    swalip_temperature: float = knob(
-        0.1, "SWALIPV1: temperature of the scores of prototypes", methods="SWALIPV1", low=1e-6
-    )
-    swalip_learn_temperature: bool = knob(
-        False, "SWALIPV1: train that temperature, too", methods="SWALIPV1"
-    )
-    swalip_no_shared_proto: bool = knob(
-        False, "SWALIPV1: one set of prototypes per modality", methods="SWALIPV1"
-    )
-    ssl_mlp_dim: int = knob(
-        4096,
-        "hidden width of SLIP's and SimCLR's projector of images",
-        low=1,
-        high=WIDTH,
-        methods="SLIP SIMCLR",
-    )
-    ssl_emb_dim: int = knob(
-        256,
-        "width in which SLIP and SimCLR compare two augmentations",
-        low=1,
-        high=WIDTH,
-        methods="SLIP SIMCLR",
-    )
-    context_length: int = knob(
-        77, "longest text in tokens, start and end included", low=1, high=WIDTH
-    )
-    vocab_size: int = knob(
-        49408,
-        "tokens known; main.py takes it from the merges (bpe_path)",
-        low=1,
-        high=CLASSES,
-        rare=True,
-    )
-    text_width: int = knob(512, "width of the text transformer", low=1, high=WIDTH)
-    text_heads: int = knob(
-        8, "attention heads of the text transformer", low=1, high=WIDTH, rare=True
-    )
-    transformer_layers: int = knob(12, "blocks of the text transformer", low=1, high=BLOCKS)
-    text_activation: str = knob(
-        "quick_gelu", "of the text transformer: quick_gelu or gelu", rare=True
-    )
-    temperature: float = knob(1.0, "ALIGN's at the start; learned", methods="ALIGN", low=1e-6)
-    virtual_batch_size: int = knob(
-        16, "samples a ghost batch norm of ALIGN sees; 0 = the whole batch", methods="ALIGN", low=0
-    )
-    drop_connect: float = knob(
-        0.2, "stochastic depth of ALIGN's image tower", methods="ALIGN", low=0, high=1
-    )
-    bert_dropout: float = knob(0.1, "of ALIGN's text tower", methods="ALIGN", low=0, high=1)
-
-    @property
-    def text(self) -> TextShape:
-        """Geometry of the text transformer."""
-        return TextShape(
-            context_length=self.context_length,
-            vocab_size=self.vocab_size,
-            width=self.text_width,
-            heads=self.text_heads,
-            layers=self.transformer_layers,
-            activation=self.text_activation,
-        )
-
-    @property
-    def text_noise(self) -> TextNoise:
-        """Regularisation of the local texts; clip-rocket's drops token positions for the whole
-        batch.
-        """
-        return TextNoise(
-            dropout=self.text_dropout_prob,
-            drop_path=self.text_drop_path_prob,
-            over_positions=self.original,
-        )
-
-
 class DualEncoder(nn.Module):
-    """Base of all dual encoders; a subclass has `features`, `losses`, `embed_image`, `embed_text`.
+    """Base of all dual encoders; a subclass has `features`, `embed_image`, `embed_text`, and `losses`
+    other than CLIP's and SigLIP's.
 
     `momentum_model`, where main.py has set one, is the momentum teacher (BYOLIP).
     """
 
     config: DualConfig
+    is_siglip: bool = False  # the loss is SigLIP's
+    label_smoothing: float = 0.0  # of CLIP's
     of_library: ClassVar[bool] = False  # both towers are: `load` reads their published weights
     towers: ClassVar = {  # tower -> how the names of its parameters begin
         "image": ("visual.", "vision_model."),
@@ -339,8 +79,30 @@ class DualEncoder(nn.Module):
         raise NotImplementedError
 
     def losses(self, features: Features, targets: Features | None = None) -> Features:
-        """Named losses and accuracies, 0-d. targets: features of the momentum teacher."""
-        raise NotImplementedError
+        """CLIP's `clip_loss`, the mean of both directions, and `clip_acc`, the top-1 accuracy of the
+        images in percent, 0-d each; SigLIP's `siglip_loss`, whose logits have a bias.
+
+        features: `z_image`, `z_text` [b,E], `logit_scale` and, of SigLIP, `logit_bias`, 0-d.
+        targets: features of the momentum teacher.
+        """
+        if self.is_siglip:
+            image = normalize(features["z_image"])
+            loss = sigmoid_loss(
+                image,
+                self.gather(normalize(features["z_text"])),
+                features["logit_scale"],
+                features["logit_bias"],
+                first=rank() * len(image),
+                tile=self.options.tile,
+            )
+            return {"siglip_loss": loss}
+        found = clip_loss(
+            self.single_views(features["z_image"], features["z_text"]),
+            features["logit_scale"],
+            label_smoothing=self.label_smoothing,
+            tile=self.options.tile,
+        )
+        return {"clip_loss": found.loss, "clip_acc": found.acc_image}
 
     @torch.no_grad()
     def teacher_features(self, **batch: Tensor) -> Features | None:
@@ -349,8 +111,8 @@ class DualEncoder(nn.Module):
         return None if teacher is None else teacher.features(**batch)
 
     @property
-    def options(self) -> LossOptions:
-        """Options of the loss; a dual encoder's configuration holds them."""
+    def options(self) -> DualConfig:
+        """Options of the loss; OpenAICLIP's `config` is its geometry alone."""
         return self.config
 
     def gather(self, features: Tensor) -> Tensor:

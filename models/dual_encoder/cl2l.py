@@ -3,16 +3,15 @@ al., 2023).
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from base.distributed import rank
 from base.errors import UserError
-from base.knobs import knob
-from models.dual_encoder.base import DualConfig, Features
-from models.dual_encoder.clip import CLIP, choose
+from models.dual_encoder.base import Features
+from models.dual_encoder.clip import CLIP
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.losses import (
     Views,
     barlow_twins,
@@ -36,23 +35,6 @@ from models.layers.clip_towers import (
 )
 
 
-@dataclass
-class TargetOptions:
-    """Teacher and prototypes of SiamLIP and SwALIPV1; main.py updates them."""
-
-    momentum: bool = knob(
-        False,
-        "SiamLIP's targets come from a momentum teacher: BYOLIP",
-        methods="SIAMLIP SWALIPV1",
-    )
-    momentum_tau: float = knob(
-        0.99, "momentum of the teacher, per update", low=0, high=1, methods="SIAMLIP SWALIPV1"
-    )
-    swalip_freeze_proto_iters: int = knob(
-        100, "updates before SWALIPV1's prototypes move", low=0, methods="SWALIPV1"
-    )
-
-
 class CL2L(CLIP):
     """CLIP-rocket: a weak global view and A strong local views of both image and caption."""
 
@@ -61,18 +43,18 @@ class CL2L(CLIP):
         super().__init__(config, visual, scales)
         if config.separate_proj:
             self.l2l_image_projector = self._local_projector(
-                visual.num_features, config.cl2l_img_proj_type, "cl2l_img_proj_type"
+                visual.num_features, config.cl2l_img_proj_type
             )
             self.l2l_text_projector = self._local_projector(
-                config.text_width, config.cl2l_txt_proj_type, "cl2l_txt_proj_type"
+                config.text_width, config.cl2l_txt_proj_type
             )
         else:
             self.l2l_image_projector = self.image_projector
             self.l2l_text_projector = self.text_projector
         self.join_views = not has_batch_norm(visual)
 
-    def _local_projector(self, width: int, kind: str, knob: str) -> nn.Module:
-        if choose(kind, ("linear", "mlp"), knob) == "linear":
+    def _local_projector(self, width: int, kind: str) -> nn.Module:
+        if kind == "linear":
             return linear_projector(width, self.config.embed_dim)
         return mlp_projector(width, self.config.cl2l_hidden_dim, self.config.embed_dim)
 

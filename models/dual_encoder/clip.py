@@ -4,10 +4,8 @@ import math
 
 from torch import Tensor, nn
 
-from base.distributed import rank
-from base.errors import UserError
-from models.dual_encoder.base import DualConfig, DualEncoder, Features
-from models.dual_encoder.losses import clip_loss, normalize, sigmoid_loss
+from models.dual_encoder.base import DualEncoder, Features
+from models.dual_encoder.config import DualConfig
 from models.layers.clip_towers import TwoTowers, linear_projector, mlp_projector
 
 
@@ -30,9 +28,8 @@ class CLIP(DualEncoder, TwoTowers):
         self.text_projector = self._projector(text_width)
 
     def _projector(self, width: int) -> nn.Module:
-        kind = self.config.clip_proj_type
         out = self.config.embed_dim
-        if choose(kind, ("linear", "mlp"), "clip_proj_type") == "linear":
+        if self.config.clip_proj_type == "linear":
             return linear_projector(width, out, std=width**-0.5)
         return mlp_projector(width, self.config.clip_hidden_dim, out)
 
@@ -58,14 +55,6 @@ class CLIP(DualEncoder, TwoTowers):
             "logit_scale": self.logit_scale.exp(),
         }
 
-    def losses(self, features: Features, targets: Features | None = None) -> Features:
-        """`clip_loss`, the mean of both directions, and `clip_acc`, the top-1 accuracy of the
-        images in percent.
-        """
-        views = self.single_views(features["z_image"], features["z_text"])
-        found = clip_loss(views, features["logit_scale"], tile=self.options.tile)
-        return {"clip_loss": found.loss, "clip_acc": found.acc_image}
-
     def embed_image(self, image: Tensor) -> Features:
         """Images [B,3,H,W] -> `feats` [B,C], `z` [B,E] and, for the CL2L family, `h` [B,E]."""
         feats = self.visual(image)
@@ -82,6 +71,8 @@ class SigLIP(CLIP):
     training starts at 10.
     """
 
+    is_siglip = True
+
     def __init__(self, config: DualConfig, visual: nn.Module, text_tower: nn.Module | None = None):
         super().__init__(config, visual, {"logit_bias": -10.0}, text_tower)
         nn.init.constant_(self.logit_scale, math.log(10))
@@ -93,24 +84,3 @@ class SigLIP(CLIP):
         features = super().features(image, text_ids)
         features["logit_bias"] = self.logit_bias * 1.0  # a feature, not the parameter itself
         return features
-
-    def losses(self, features: Features, targets: Features | None = None) -> Features:
-        """`siglip_loss` of every image against every text."""
-        image = normalize(features["z_image"])  # [b,E]
-        text = normalize(features["z_text"])
-        loss = sigmoid_loss(
-            image,
-            self.gather(text),
-            features["logit_scale"],
-            features["logit_bias"],
-            first=rank() * len(image),
-            tile=self.options.tile,
-        )
-        return {"siglip_loss": loss}
-
-
-def choose(value: str, known: tuple[str, ...], knob: str) -> str:
-    """`value` itself, or UserError that lists what `knob` may be."""
-    if value not in known:
-        raise UserError(f"{knob} {value!r} is unknown; use {' or '.join(known)}")
-    return value

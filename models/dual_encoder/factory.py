@@ -13,9 +13,10 @@ from base.libraries import dual_inputs, of_library
 from base.memory import build_fitting
 from base.names import did_you_mean
 from models.dual_encoder.align import TEXTS, Align
-from models.dual_encoder.base import DualConfig, DualEncoder
+from models.dual_encoder.base import DualEncoder
 from models.dual_encoder.cl2l import CL2L, BarLIP, SiamLIP, SwALIP, SwALIPV1
 from models.dual_encoder.clip import CLIP, SigLIP
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.library import LibraryCLIP
 from models.dual_encoder.openai import OpenAICLIP
 from models.dual_encoder.slip import SimCLR, Slip, SlipCLIP

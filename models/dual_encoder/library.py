@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.libraries import dual_inputs, dual_network
-from models.dual_encoder.base import DualConfig, DualEncoder, Features
-from models.dual_encoder.clip import CLIP, SigLIP
-from models.dual_encoder.losses import clip_loss
+from models.dual_encoder.base import DualEncoder, Features
+from models.dual_encoder.config import DualConfig
 from models.layers.clip_towers import LockableTowers
 
 ALIGN_SMOOTHING = 0.1  # of the labels in transformers' loss
@@ -66,6 +65,10 @@ class LibraryCLIP(LockableTowers, DualEncoder):
     def is_align(self) -> bool:
         return hasattr(self.network, "temperature")
 
+    @property
+    def label_smoothing(self) -> float:
+        return ALIGN_SMOOTHING if self.is_align else 0.0
+
     def scale(self) -> Tensor:
         """What the loss multiplies cosines by, 0-d."""
         if self.is_align:
@@ -103,20 +106,6 @@ class LibraryCLIP(LockableTowers, DualEncoder):
         if self.is_siglip:
             found["logit_bias"] = self.network.logit_bias.reshape(()) * 1.0
         return found
-
-    def losses(self, features: Features, targets: Features | None = None) -> Features:
-        """`siglip_loss`, or CLIP's `clip_loss` and `clip_acc`; ALIGN's with smoothed labels."""
-        if self.is_align:
-            found = clip_loss(
-                self.single_views(features["z_image"], features["z_text"]),
-                features["logit_scale"],
-                label_smoothing=ALIGN_SMOOTHING,
-                tile=self.options.tile,
-            )
-            return {"clip_loss": found.loss, "clip_acc": found.acc_image}
-        if self.is_siglip:
-            return SigLIP.losses(self, features)
-        return CLIP.losses(self, features)
 
     def example_batch(
         self, pairs: int, images: int, captions: int, tokens: int | None = None

@@ -4,8 +4,8 @@ import math
 
 from torch import Tensor
 
-from models.dual_encoder.base import DualEncoder, Features, LossOptions
-from models.dual_encoder.losses import clip_loss
+from models.dual_encoder.base import DualEncoder, Features
+from models.dual_encoder.config import DualConfig
 from models.layers.clip_towers import TwoTowers
 from models.layers.openai_towers import ModifiedResNet, OpenAIConfig, OpenAIViT
 
@@ -15,15 +15,15 @@ class OpenAICLIP(DualEncoder, TwoTowers):
     dual encoders.
     """
 
-    def __init__(self, config: OpenAIConfig, options: LossOptions | None = None):
+    def __init__(self, config: OpenAIConfig, options: DualConfig | None = None):
         visual = ModifiedResNet(config) if config.is_resnet else OpenAIViT(config)
         matrices = {"text_projection": (config.text.width, config.embed_dim)}
         super().__init__(visual, config.text, {"logit_scale": math.log(1 / 0.07)}, matrices)
         self.config = config
-        self.loss_options = options or LossOptions()
+        self.loss_options = options or DualConfig()
 
     @property
-    def options(self) -> LossOptions:
+    def options(self) -> DualConfig:
         return self.loss_options
 
     def features(
@@ -36,13 +36,6 @@ class OpenAICLIP(DualEncoder, TwoTowers):
             "z_text": text["z"],
             "logit_scale": self.logit_scale.exp(),
         }
-
-    def losses(self, features: Features, targets: Features | None = None) -> Features:
-        """`clip_loss`, the mean of both directions, and `clip_acc`, the top-1 accuracy of the
-        images in percent."""
-        views = self.single_views(features["z_image"], features["z_text"])
-        found = clip_loss(views, features["logit_scale"], tile=self.options.tile)
-        return {"clip_loss": found.loss, "clip_acc": found.acc_image}
 
     def embed_image(self, image: Tensor) -> Features:
         """Images [B,3,S,S] -> `z` [B,E]."""

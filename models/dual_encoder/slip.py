@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.dual_encoder.base import DualConfig, DualEncoder, Features
+from models.dual_encoder.base import DualEncoder, Features
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.losses import clip_loss, simclr
 from models.layers.clip_towers import TwoTowers, has_batch_norm, mlp_projector
 
@@ -37,9 +38,7 @@ class SlipCLIP(DualEncoder, TwoTowers):
         }
 
     def losses(self, features: Features, targets: Features | None = None) -> Features:
-        """CLIP's: `clip_loss` is the mean of both directions, `clip_acc` the accuracy of the images
-        in percent.
-        """
+        """CLIP's, see the base."""
         views = self.single_views(features["image_embed"], features["text_embed"])
         found = clip_loss(views, features["logit_scale"], tile=self.options.tile)
         return {"clip_loss": found.loss, "clip_acc": found.acc_image}

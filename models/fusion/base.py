@@ -2,7 +2,7 @@
 space with its queue, image-text contrast (ITA) and image-text matching (ITM) with hard
 negatives."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -48,32 +48,38 @@ class Features:
     text: Tensor
 
 
+@dataclass
+class ImageTextConfig:
+    """Both encoders and the joint space; the defaults are SIMLA at full size."""
+
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    bert: BertConfig = field(default_factory=BertConfig)
+    embed_dim: int = 256  # E, joint space
+    queue_size: int = 65536  # Q, momentum features kept as further negatives
+    temp: float = 0.07  # initial temperature
+    compat: str = field(default="none", kw_only=True)  # "original": the published code's numbers
+
+
 class ImageTextModel(MomentumModel):
     """Encoders, momentum copies (`X_m`), projections, matching head, temperature, queue; base of
     the tasks' models."""
 
     momentum_of = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
 
-    def __init__(
-        self,
-        vit: ViTConfig,
-        bert: BertConfig,
-        embed_dim: int,
-        queue_size: int,
-        temp: float,
-        compat: str,
-        language_model: bool,
-    ):
-        super().__init__(Compat.of(compat, simla=bert.single_stream))
+    def __init__(self, config: ImageTextConfig, language_model: bool):
+        vit, bert = config.vit, config.bert
+        super().__init__(Compat.of(config.compat, simla=bert.single_stream))
         check_widths(vit, bert)
-        self.temp = nn.Parameter(torch.tensor(float(temp)))
-        self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
-        self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
+        self.config = config
+        self.temp = nn.Parameter(torch.tensor(float(config.temp)))
+        queue = (config.embed_dim, config.queue_size)
+        self.register_buffer("image_queue", F.normalize(torch.randn(queue), dim=0))
+        self.register_buffer("text_queue", F.normalize(torch.randn(queue), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
         self.visual_encoder = ViT(vit)
         self.text_encoder = XBertLM(bert) if language_model else XBert(bert)
-        self.vision_proj = nn.Linear(vit.width, embed_dim)
-        self.text_proj = nn.Linear(bert.hidden_size, embed_dim)
+        self.vision_proj = nn.Linear(vit.width, config.embed_dim)
+        self.text_proj = nn.Linear(bert.hidden_size, config.embed_dim)
         self.itm_head = nn.Linear(bert.hidden_size, 2)
 
     @property

@@ -13,23 +13,24 @@ import torch
 from torch import Tensor
 
 from base.distributed import gather
-from models.fusion.base import Features, ImageTextModel, check_batch, first_token, gather_features
+from models.fusion.base import (
+    Features,
+    ImageTextConfig,
+    ImageTextModel,
+    check_batch,
+    first_token,
+    gather_features,
+)
 from models.fusion.losses import distilled_cross_entropy
 from models.layers.vit import ViTConfig
-from models.layers.xbert import BertConfig
 
 
 @dataclass
-class RetrievalConfig:
+class RetrievalConfig(ImageTextConfig):
     """Retrieval model; the defaults are SIMLA at 384 px."""
 
     vit: ViTConfig = field(default_factory=lambda: ViTConfig(image_size=384))
-    bert: BertConfig = field(default_factory=BertConfig)
-    embed_dim: int = 256  # E, joint space
-    queue_size: int = 65536  # Q
-    temp: float = 0.07
     distill: bool = True  # soft targets from the momentum teacher
-    compat: str = "none"  # "original" = the published code's numbers
 
 
 class Retrieval(ImageTextModel):
@@ -37,16 +38,7 @@ class Retrieval(ImageTextModel):
     `match_scores`."""
 
     def __init__(self, config: RetrievalConfig):
-        super().__init__(
-            vit=config.vit,
-            bert=config.bert,
-            embed_dim=config.embed_dim,
-            queue_size=config.queue_size,
-            temp=config.temp,
-            compat=config.compat,
-            language_model=False,
-        )
-        self.config = config
+        super().__init__(config, language_model=False)
         self.register_buffer("idx_queue", torch.full((1, config.queue_size), -100))
         self.add_momentum_copies()
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from base.errors import UserError
 from models.fusion.base import (
     Features,
+    ImageTextConfig,
     ImageTextModel,
     Keys,
     check_batch,
@@ -40,14 +41,10 @@ from models.layers.xbert import BertConfig
 
 
 @dataclass
-class SimlaConfig:
+class SimlaConfig(ImageTextConfig):
     """Pre-training model; the defaults are SIMLA at full size. `albef()` gives the other one."""
 
     vit: ViTConfig = field(default_factory=lambda: ViTConfig(mask_token=True))
-    bert: BertConfig = field(default_factory=BertConfig)
-    embed_dim: int = 256  # E, joint space
-    queue_size: int = 65536  # Q, momentum features kept as further negatives
-    temp: float = 0.07  # initial temperature
     mim: bool = True  # masked image modelling; needs a single-stream BERT and vit.mask_token
     visual_vocab: int = 8192  # codes of the image tokenizer
     max_masked_patches: int = 75  # most patches masked in one image
@@ -56,7 +53,6 @@ class SimlaConfig:
     # [PAD] [UNK] [CLS] [SEP] [MASK]: never keywords
     special_ids: tuple[int, ...] = (0, 100, 101, 102, 103)
     cls_id: int = 101
-    compat: str = "none"  # "original" = the published code's numbers, defects included
 
     @classmethod
     def albef(cls) -> "SimlaConfig":
@@ -80,16 +76,7 @@ class Simla(ImageTextModel):
 
     def __init__(self, config: SimlaConfig):
         check_config(config)
-        super().__init__(
-            vit=config.vit,
-            bert=config.bert,
-            embed_dim=config.embed_dim,
-            queue_size=config.queue_size,
-            temp=config.temp,
-            compat=config.compat,
-            language_model=True,
-        )
-        self.config = config
+        super().__init__(config, language_model=True)
         if config.mim:
             self.mim_head = nn.Linear(config.bert.hidden_size, config.visual_vocab)
             self.momentum_of = (*self.momentum_of, "mim_head")

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.errors import UserError
-from base.knobs import knob
+from base.errors import UserError, unknown
+from base.knobs import check_choices, knob
 from base.limits import WIDTH
 from base.memory import FLOAT, check_bytes
 from models.layers.llama import PrefixMask
@@ -150,9 +150,12 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     return torch.zeros_like(ordered).scatter(-1, positions, ordered / ordered.sum(-1, keepdim=True))
 
 
+METHODS = ("greedy", "top_k", "top_p")
+
+
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is chosen: method greedy, top_k or top_p; temperature of top_p alone, as
+    """How the next token is chosen: one of METHODS; temperature of top_p alone, as
     in the original."""
 
     method: str = "greedy"
@@ -163,10 +166,8 @@ class Choice:
     penalty: float = 0.0
 
     def __post_init__(self):
-        if self.method not in ("greedy", "top_k", "top_p"):
-            raise UserError(
-                f"decoding method {self.method!r} is unknown; use greedy, top_k or top_p"
-            )
+        if self.method not in METHODS:
+            raise unknown("decoding method", self.method, METHODS)
 
     def __call__(
         self, logits: Tensor, generator: torch.Generator | None = None
@@ -376,7 +377,7 @@ def rank_labels(
     those rows; "none": order of appearance.
     """
     if ranking not in RANKINGS:
-        raise UserError(f"ranking {ranking!r} is unknown; use one of {', '.join(RANKINGS)}")
+        raise unknown("ranking", ranking, RANKINGS)
     scores: dict[str, float] = {}
     for tokens, probabilities in rows:
         text = decode(tokens).replace(",", "")
@@ -396,10 +397,14 @@ STRATEGIES = ("one_shot", "greedy", "top_k", "top_p", "beam")
 class Decoding:
     """How labels are found and ranked."""
 
-    strategy: str = knob("one_shot", "or one text of labels: greedy, top_k, top_p (random), beam")
+    strategy: str = knob(
+        "one_shot", "or one text of labels, at random with top_k, top_p", choices=STRATEGIES
+    )
     num_labels: int = knob(10, "labels of an image; one_shot grows this many", low=1, high=WIDTH)
     ranking: str = knob(
-        "prob", "prob, mean (geometric mean of a label's tokens) or none (order of appearance)"
+        "prob",
+        "prob, mean (geometric mean of a label's tokens) or none (order of appearance)",
+        choices=RANKINGS,
     )
     max_label_len: int = knob(
         LIMIT,
@@ -443,9 +448,7 @@ class Decoding:
     )
 
     def __post_init__(self):
-        for value, known in ((self.strategy, STRATEGIES), (self.ranking, RANKINGS)):
-            if value not in known:
-                raise UserError(f"decoding: {value!r} is unknown; use one of {', '.join(known)}")
+        check_choices(self)
         sizes = [self.num_labels, self.max_label_len, self.max_gen_len, self.beam_size]
         if min(sizes) < 1 or self.temperature <= 0:
             raise UserError(

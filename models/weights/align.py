@@ -10,7 +10,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from models.dual_encoder.align import TEXTS, Align
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.layers.efficientnet import SHAPES, SQUEEZE
 from models.weights.stated import check_stated
 

@@ -27,7 +27,8 @@ from base.pixels import (
     crop_side,
     timm_statistics,
 )
-from models.dual_encoder.base import NOT_LOADED, DualConfig
+from models.dual_encoder.base import NOT_LOADED
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import openai_model

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from base.errors import UserError
 from base.pixels import IMAGENET, OPENAI, Pixels
 from models.classification.classifier import SIZES, ClassifierConfig, VisionClassifier
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.layers.vit import ViT, ViTConfig, patches_of
 from models.weights.any_dual_encoder import open_dual

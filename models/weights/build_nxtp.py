@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from base.errors import UserError
-from base.knobs import knob
+from base.knobs import check_choices, knob
 from base.limits import BLOCKS, SIDE, WIDTH
 from base.memory import check_fits, parameter_count
 from models.layers.llama import LlamaConfig, own_part
@@ -81,16 +81,14 @@ class Networks:
         True, "image tokens see one another, else only those before them", rare=True
     )
     train_embeddings: str = knob(
-        "all", "rows of the token table to train: all, or special (<|image|> alone)"
+        "all",
+        "rows of the token table to train: all, or special (<|image|> alone)",
+        choices=("all", "special"),
     )
-    train_outputs: str = knob("all", "the same of the decoder's head")
+    train_outputs: str = knob("all", "the same of the decoder's head", choices=("all", "special"))
 
     def __post_init__(self):
-        for rows in (self.train_embeddings, self.train_outputs):
-            if rows not in ("all", "special"):
-                raise UserError(
-                    f"train_embeddings, train_outputs: {rows!r} is unknown; use all or special"
-                )
+        check_choices(self)
         if self.resnet and (
             not 2 <= len(self.resnet) <= 5 or min(self.resnet) < 1 or self.resnet[0] % 2
         ):

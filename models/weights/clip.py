@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from models.dual_encoder.base import DualConfig
 from models.dual_encoder.cl2l import CL2L, SwALIPV1
 from models.dual_encoder.clip import CLIP, SigLIP
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.openai import OpenAICLIP
 from models.dual_encoder.slip import SlipCLIP
 from models.layers.clip_towers import TextShape

@@ -50,7 +50,8 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
     """The configuration of a script from its files and flags (`argv`, else the command line).
 
     `--help` prints `description` and the knobs of the chosen method, `--help all` all, and exits.
-    Raises UserError with every mistake found.
+    Raises UserError with every mistake found; whether options agree says the class's `check()`, if
+    it has one.
     """
     draft = Draft(cls)
     flags = split_at_flags(sys.argv[1:] if argv is None else argv, draft)
@@ -72,6 +73,8 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
         without_effect = ", ".join(f"{name} ({why})" for name, why in draft.ignored.items())
         if without_effect:
             print("note: without effect here:", without_effect, flush=True)
+    if hasattr(config, "check"):
+        config.check()
     return config
 
 
@@ -184,8 +187,6 @@ def run_script(
         sys.stdout.reconfigure(errors="backslashreplace")  # words and names that are not UTF-8
     try:
         config = parse(cls, argv, description)
-        if hasattr(config, "check"):
-            config.check()  # a mistake shows before data are made
         make_digitscenes_if_named(config)
         if not isinstance(getattr(config, "output_dir", None), Path):
             main(config)

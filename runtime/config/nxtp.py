@@ -39,6 +39,8 @@ class RecognitionData(StreamConfig, ValidationConfig):
     max_text: int = knob(
         256, "tokens of an image's text at most, prompt included", low=16, high=WIDTH
     )
+    batch_size: int = knob(16, "images per process and micro-batch", low=1)
+    batch_size_test: int = knob(16, "images per forward pass in evaluation", low=1)
     many_prompts: bool = knob(True, "a prompt is sampled for each image")
     decouple_labels: bool = knob(True, "labels do not attend to one another")
 

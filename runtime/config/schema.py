@@ -1,6 +1,7 @@
 """Every option of a configuration class by its dotted path, and every spelling of a path.
 
 Beside its fields a class may have
+    METHODS      methods that use its options, where an option names none itself
     IGNORED      names that are accepted without effect: {name: why}
     ELSEWHERE    names of this section that belong to another: {name: path}
     OLD_NAMES    names that its static method `translate` takes
@@ -10,7 +11,7 @@ Beside its fields a class may have
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from base.errors import brief
@@ -166,8 +167,11 @@ def _option(cls: type, f: Field, kind: Kind, default: Any, prefix: str) -> Optio
         default = kind.convert(default)
     except ValueError:
         raise TypeError(f"{cls.__name__}.{f.name}: default {default!r} is no {f.type}") from None
-    group = _title(_owner(cls, f), prefix)
-    return Option(**vars(about(f)), kind=kind, default=default, group=group)
+    owner = _owner(cls, f)
+    described = about(f)
+    if not described.methods:
+        described = replace(described, methods=getattr(owner, "METHODS", ""))
+    return Option(**vars(described), kind=kind, default=default, group=_title(owner, prefix))
 
 
 def _owner(cls: type, f: Field) -> type:

@@ -10,7 +10,7 @@ from unittest import mock
 
 from torch import nn
 
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.layers.library_towers import parse_tower, start_towers
 
 

@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 from base.distributed import World
 from models.dual_encoder.align import Align
-from models.dual_encoder.base import DualConfig, names_by_decay
+from models.dual_encoder.base import names_by_decay
+from models.dual_encoder.config import DualConfig
 from models.layers.batchnorm import synchronise_batch_norm
 from models.layers.efficientnet import EfficientNetShape
 from models.layers.xbert import BertConfig

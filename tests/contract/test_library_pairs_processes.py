@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from base.distributed import World
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, with_library_sizes
 from models.layers.batchnorm import synchronise_batch_norm
 from models.layers.library_towers import start_towers

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models.dual_encoder.align import Align
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.layers.efficientnet import EfficientNetShape
 from models.layers.xbert import BertConfig
 from models.weights.align import from_tensorflow_names

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.layers.clip_towers import ClipViT
 from models.layers.vit import ViTConfig
 from tests.golden.report import compare

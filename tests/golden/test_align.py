@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from models.dual_encoder.align import Align
-from models.dual_encoder.base import NOT_LOADED, DualConfig
+from models.dual_encoder.base import NOT_LOADED
+from models.dual_encoder.config import DualConfig
 from models.layers.batchnorm import GhostBatchNorm, collect, deal
 from models.layers.efficientnet import EfficientNet, padded
 from models.weights.loading import load_checkpoint

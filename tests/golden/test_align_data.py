@@ -13,7 +13,7 @@ from dataset.sources.shards import read_shard
 from dataset.text.align import AlignTokenizer
 from evaluation.zeroshot import retrieve
 from models.dual_encoder.align import Align
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.weights.align import from_tensorflow_names, to_hugging_face
 from scripts.weights import convert as convert
 from scripts.weights.tf_checkpoint import SUFFIX, read_checkpoint

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evaluation.zeroshot import class_scores
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.dual_encoder.losses import normalize
 from tests.golden.clip_cases import close, close_sums, config_of, recipe_state, toy_vit, views_of

@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from base.distributed import World
-from dataset.tasks.catalog import METRICS
+from dataset.tasks.catalog import METRICS, class_prompts
 from dataset.text.bpe import ClipTokenizer
 from evaluation.zeroshot import (
     best_classes,
-    class_prompts,
     class_scores,
     classify,
     score_names,

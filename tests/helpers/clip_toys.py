@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import main
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.layers.clip_towers import ClipViT
 from models.layers.vit import ViTConfig

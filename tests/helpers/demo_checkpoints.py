@@ -13,7 +13,7 @@ from base import distributed
 from base.writing import write_json
 from dataset.text.sentencepiece import PieceTokenizer
 from dataset.text.wordpiece import Tokenizer
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.checkpoint import export_safetensors
 from runtime.config.cli import parse

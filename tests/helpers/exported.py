@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dataset.images.clip import normalize, pixel_statistics
 from dataset.tasks.dual_inputs import eval_view
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.weights.any_dual_encoder import Opened
 from runtime.checkpoint import export_safetensors

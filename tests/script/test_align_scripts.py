@@ -214,7 +214,7 @@ def test_a_mistake_is_one_clear_message(mistake, digitscenes, tmp_path):
 
 
 def test_weights_go_to_transformers_and_back(tmp_path, capsys):
-    from models.dual_encoder.base import DualConfig
+    from models.dual_encoder.config import DualConfig
     from models.dual_encoder.factory import build_dual
     from runtime.checkpoint import export_safetensors, read_weights
 

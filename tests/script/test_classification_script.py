@@ -9,7 +9,7 @@ import torch
 
 from base.errors import UserError
 from evaluation.probe import SWEEP
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from tests.helpers.classification_runs import ROOT, fine_tuning, flags, lines, neighbours, train
 from tests.helpers.processes import run_script
@@ -317,9 +317,8 @@ def test_recipes():
     found = {}
     for file in sorted((ROOT / "configs/Classification").glob("*.yaml")):
         found[file.stem] = parse(Classification.Config, ["--config", str(file)])
-        found[file.stem].check()
     for file in (ROOT / "configs/eval_knn").glob("*.yaml"):
-        parse(eval_knn.Config, ["--config", str(file)])
+        parse(eval_knn.Config, ["--config", str(file), "--checkpoint", "run"])
     large = found["vit_l16_coyo300m"]
     assert (
         large.network.num_classes == 21841

@@ -13,7 +13,7 @@ from base.errors import UserError
 from base.writing import write_json
 from dataset.images.decode import decode_image
 from dataset.sources.tar_writer import write_shard
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.checkpoint import export_safetensors
 from runtime.config.cli import parse

@@ -19,7 +19,7 @@ from base.errors import UserError
 from dataset.images.decode import decode_image
 from dataset.text.align import AlignTokenizer
 from evaluation import zeroshot
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.clip_towers import TextShape
@@ -283,8 +283,8 @@ def test_images_are_encoded_once_for_all_languages(trained, digitscenes, tmp_pat
         calls.append(arguments)
         return embed_images(*arguments)
 
-    embed_images = script.embed_images
-    monkeypatch.setattr(script, "embed_images", counted)
+    embed_images = script.zeroshot.embed_images
+    monkeypatch.setattr(script.zeroshot, "embed_images", counted)
     both = results([*words, "--language", "en", "de"], tmp_path / "out")["results"]
     assert len(calls) == 1 and set(both) == {"captions/en", "captions/de"}
     for language in ("en", "de"):

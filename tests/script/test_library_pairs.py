@@ -10,7 +10,8 @@ import eval_zeroshot
 import main as script
 from base.errors import UserError
 from dataset.tasks.dual_inputs import eval_view, image_side
-from models.dual_encoder.base import DualConfig, names_by_decay
+from models.dual_encoder.base import names_by_decay
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, with_library_sizes
 from models.layers.library_towers import start_towers
 from models.weights.libraries import open_library

@@ -8,7 +8,7 @@ import torch
 import eval_zeroshot
 import main as script
 from base.errors import UserError
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.layers.library_towers import class_names, start_towers
 from runtime.checkpoint import read_weights

@@ -9,7 +9,7 @@ import torch
 
 import main as script
 from base.errors import UserError
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import parse
 from runtime.sharded import is_sharded

@@ -452,7 +452,7 @@ REFUSED = {
     "evaluate without a checkpoint": ({"evaluate": "true"}, "need --checkpoint"),
     "tensor parallel training": ({"tensor_parallel": "true"}, "is for --evaluate and --image"),
     "deeper than it is": ({"decoder_layers": 9}, "has 2 blocks, it cannot be cut to 9"),
-    "unknown strategy": ({"strategy": "shot"}, "'shot' is unknown; use one of one_shot"),
+    "unknown strategy": ({"strategy": "shot"}, "expected one of one_shot, greedy"),
 }
 
 

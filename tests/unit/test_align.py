@@ -11,7 +11,8 @@ from base.errors import UserError
 from dataset.images.align import AlignView, AlignViews
 from dataset.text.align import AlignTokenizer
 from models.dual_encoder.align import Align
-from models.dual_encoder.base import NOT_LOADED, DualConfig, names_by_decay
+from models.dual_encoder.base import NOT_LOADED, names_by_decay
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
 from models.layers.batchnorm import GhostBatchNorm, collect, deal, synchronise_batch_norm
 from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape, padded

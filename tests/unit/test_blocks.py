@@ -3,7 +3,7 @@
 from torch import nn
 
 from base.knobs import section
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from runtime.config.schema import Schema
 from runtime.parallel import is_stage, transformer_blocks
 

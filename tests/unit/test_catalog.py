@@ -12,11 +12,11 @@ from dataset.tasks.catalog import (
     PAIRS,
     Prompts,
     choose,
+    class_prompts,
     folder_names,
     in_order_of,
     read_catalog,
 )
-from evaluation.zeroshot import class_prompts
 
 # classes and templates as in OpenAI's lists (Radford et al. 2021, appendix)
 COUNTS = {

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.errors import UserError
 from models.dual_encoder import losses as contrastive
-from models.dual_encoder.base import LossOptions
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.losses import normalize
 from tests.helpers.clip_toys import losses_of
 
@@ -245,9 +245,9 @@ def test_swalip_predicts_another_pair_of_views(views):
 
 def test_bad_options():
     with pytest.raises(UserError, match="loss_avg_or_sum"):
-        LossOptions(loss_avg_or_sum="mean")
+        DualConfig(loss_avg_or_sum="mean")
     with pytest.raises(UserError, match="sk_iters"):
-        LossOptions(sk_iters=0)
+        DualConfig(sk_iters=0)
     with pytest.raises(UserError, match="label_smoothing"):
         losses_of("CL2L_VITT8_SWALIP", features(2), label_smoothing=0.1)
     with pytest.raises(UserError, match="num_augs"):

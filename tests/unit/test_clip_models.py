@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from base.errors import UserError
-from models.dual_encoder.base import DualConfig, names_by_decay
+from models.dual_encoder.base import names_by_decay
 from models.dual_encoder.cl2l import per_view
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import (
     BACKBONES,
     HEADS,

@@ -4,7 +4,6 @@ file and back."""
 import atexit
 import dataclasses
 import importlib
-import inspect
 import io
 import os
 import re
@@ -22,7 +21,7 @@ from hypothesis import strategies as st
 
 from base import distributed
 from base.errors import UserError
-from base.knobs import Knob
+from base.knobs import check_choices
 from runtime.config import cli as config_module
 from runtime.config.cli import (
     differences,
@@ -37,7 +36,7 @@ from runtime.config.draft import Draft
 from runtime.config.networks import Geometry, Networks
 from runtime.config.schema import Schema
 from runtime.config.values import Kind
-from tests.helpers.configs import load
+from tests.helpers.configs import NEEDED, load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -670,7 +669,7 @@ SCRIPTS = [
 def test_the_same_short_flags_in_every_training_script(script):
     config_class = importlib.import_module(script).Config
     flags = ["--lr", "3e-4", "--epochs", "7", "--wd", "0.3", "--warmup", "11 steps"]
-    config = parse(config_class, flags)
+    config = parse(config_class, [*NEEDED.get(script, ()), *flags])
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (3e-4, 0.3)
     assert (config.scheduler.duration, config.scheduler.warmup) == ("7", "11 steps")
 
@@ -765,7 +764,7 @@ def test_ignored_names_are_accepted_with_their_reason_and_not_in_help(script, ca
     assert not set(ignored) & set(Schema(config_class).knobs)
     everything = config_module.help_text(Draft(config_class), everything=True)
     for path, why in ignored.items():
-        parse(config_class, [f"--{path}", "1"])
+        parse(config_class, [*NEEDED.get(script, ()), f"--{path}", "1"])
         assert f"--{path.replace('_', '-')} ({why})" in capsys.readouterr().out
         assert f"--{path.rpartition('.')[2].replace('_', '-')} " not in everything
 
@@ -791,9 +790,18 @@ def test_a_slip_in_a_duration_shows_before_any_data_are_read(name):
         check_durations(parse(VqaConfig, [f"--{name}", "0 steps"]))
 
 
-def test_every_field_of_an_option_is_a_keyword_of_knob():
-    known = {name for name in Knob.__dataclass_fields__ if name != "flat"}  # of sections
-    assert set(inspect.signature(knob).parameters) == known | {"default"}
+def test_an_option_is_described_by_known_words_and_holds_one_of_its_choices():
+    with pytest.raises(TypeError, match="chioces"):
+        knob("a", "letter", chioces=("a", "b"))
+
+    @dataclass
+    class Letters:
+        first: str = knob("a", "letter", choices=("a", "b", "c"))
+        second: str | None = knob(None, "letter", choices=("a", "b"))
+
+    check_choices(Letters())
+    with pytest.raises(UserError, match=r"^first 'd' is unknown; use a, b or c$"):
+        check_choices(Letters("d"))
 
 
 def test_networks_that_are_left_open_have_the_options_of_pretraining():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models.classification.classifier import SIZES
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import VITS, build_dual
 from models.layers.clip_towers import ClipViT
 from models.layers.vit import ViT, ViTConfig

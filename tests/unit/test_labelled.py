@@ -6,6 +6,7 @@ import os
 import tarfile
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,10 @@ from dataset.tasks.classification import (
 
 VIEW = EvalView(8)
 HERE = Path(".")
+
+
+def options(root: Path) -> SimpleNamespace:
+    return SimpleNamespace(data_root=root, download=False, shuffle_buffer=10)
 
 
 def labels(classes=10, **options) -> Labels:
@@ -145,7 +150,7 @@ def test_lists(tmp_path):
     split = Split(str(file), tmp_path, VIEW, labels(3))
     assert [split.load(i)["labels"] for i in range(4)] == [[0], [1], [2], [0]]
     with pytest.raises(UserError, match=r"entry 2: label 2 is outside the list of 2 classes"):
-        training_source(str(file), tmp_path, VIEW, labels(2), [], download=False, shuffle_buffer=1)
+        training_source(str(file), VIEW, labels(2), [], options(tmp_path))
     file.write_text(json.dumps({"url": "a.jpg"}) + "\n")
     with pytest.raises(UserError, match="no field 'labels'"):
         open_records(str(file), tmp_path, "train")
@@ -187,7 +192,7 @@ def test_shards(kind, tmp_path):
     expected = [i % 4 for i in range(5)] + [i % 4 for i in range(3)]
     assert [split.load(i)["labels"][0] for i in range(8)] == expected
     assert [split.load(i)["labels"][0] for i in (6, 1, 7, 0)] == [1, 1, 2, 0]  # in any order, too
-    source = training_source(data, HERE, VIEW, labels(4), [], download=False, shuffle_buffer=10)
+    source = training_source(data, VIEW, labels(4), [], options(HERE))
     loader = StreamLoader(Stream([source], LabelCollate()), 4, workers=0)
     seen = torch.cat([next(loader)["labels"][:, 0] for _ in range(2)])
     assert sorted(seen.tolist()) == sorted(expected)
@@ -199,7 +204,7 @@ def test_a_broken_checksum_is_counted(tmp_path):
     content = bytearray(path.read_bytes())
     content[200] ^= 1  # inside the first image
     path.write_bytes(content)
-    source = training_source(data, HERE, VIEW, labels(4), [], download=False, shuffle_buffer=10)
+    source = training_source(data, VIEW, labels(4), [], options(HERE))
     loader = StreamLoader(Stream([source], LabelCollate()), 7, workers=0, error_budget=0.2)
     next(loader)
     assert loader.errors == {data: 1} and "checksum" in loader.bad_samples[0]
@@ -263,9 +268,9 @@ def test_views():
     with pytest.raises(UserError, match="at least 16"):
         EvalView(16, resize_small=10)
     with pytest.raises(UserError, match="policy 'auto' is unknown"):
-        ViTViews(policy="auto").check()
+        ViTViews(policy="auto")
     with pytest.raises(UserError, match="crop_area"):
-        ViTViews(crop_area=(0.5, 0.1)).check()
+        ViTViews(crop_area=(0.5, 0.1))
 
 
 def test_the_key_of_a_data_set_changes_with_its_images(tmp_path):

@@ -11,13 +11,14 @@ from base.distributed import World
 from base.errors import UserError
 from base.memory import check_fits, free_memory, parameter_count
 from models.classification.classifier import ClassifierConfig, build_classifier
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.fusion.config import retrieval_config
 from models.recognition.decoding import Decoding
 from models.weights.build_nxtp import Networks
 from runtime.config.cli import parse, run_script
 from runtime.run import Run
+from tests.helpers.configs import NEEDED
 
 
 class Tokens:
@@ -112,7 +113,7 @@ def test_batches_that_do_not_fit(script, tmp_path):
     folder = tmp_path / "run"
     config = parse(
         importlib.import_module(script).Config,
-        ["--output_dir", str(folder), "--batch_size", "1000000000"],
+        [*NEEDED.get(script, ()), "--output_dir", str(folder), "--batch_size", "1000000000"],
     )
     with pytest.raises(UserError, match=r"batch_size\w* 1,000,000,000: images of .* are free"):
         Run(config, World(0, 1, 0, torch.device("cpu")))

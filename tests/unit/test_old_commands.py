@@ -16,6 +16,7 @@ import main
 from runtime.config import old_commands, old_flags
 from runtime.config.cli import parse
 from runtime.config.schema import Schema
+from tests.helpers.configs import NEEDED
 
 ROOT = Path(__file__).resolve().parents[2]
 FLICKR = "--config ./configs/Retrieval_flickr.yaml --output_dir out --checkpoint F.pth"
@@ -153,7 +154,8 @@ def test_a_file_of_the_user_is_taken_for_itself(tmp_path):
 
 @pytest.mark.parametrize("name, key", [("main", "root"), ("Classification", "data_root")])
 def test_every_script_takes_image_root(name, key):
-    config = parse(importlib.import_module(name).Config, ["--image-root", "photos"])
+    words = [*NEEDED.get(name, ()), "--image-root", "photos"]
+    config = parse(importlib.import_module(name).Config, words)
     assert str(getattr(config, key)) == "photos"
 
 

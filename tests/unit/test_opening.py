@@ -9,7 +9,7 @@ import torch
 
 from base.errors import UserError
 from base.pixels import IMAGENET, OPENAI
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.clip_towers import TextShape

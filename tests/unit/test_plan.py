@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from base.errors import UserError
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.gpus import GPUS
 from runtime.simulate import bounds as b

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from main import total_loss
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 
 METHODS = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from base.errors import UserError
-from models.dual_encoder.base import DualConfig
+from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, openai_shape, parts_of
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers import openai_towers

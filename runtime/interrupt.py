@@ -1,43 +1,65 @@
 """Leaving in good order: SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit with a code that
 asks for a requeue."""
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
 
 import torch
 
-from base.distributed import any_rank
+from base.distributed import World, any_rank
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run is saved and wants to be started again
+PATIENCE = 10.0  # seconds for the main thread to notice a signal, unless it waits in a collective
 
 
 class Interrupt:
     """Remembers a signal until the loop asks at a step boundary, so that a save never cuts through
-    an update. After the training, when nothing is left to save, a signal ends the process at once.
+    an update. Where nothing is left to save, before the first update, in a validation and after the
+    training, a signal ends the process at once; a write under way is finished.
 
-    A second Ctrl-C does so always.
+    A second Ctrl-C does so always. finish_write: waits for a write beside the training.
     """
 
-    def __init__(self):
+    def __init__(self, world: World, finish_write: Callable[[], None]):
+        self.finish_write = finish_write
         self.received: int | None = None
-        self.training = True
+        self.unsaved = False  # whether there are updates that no checkpoint holds
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._remember)
+        if world.size > 1:
+            read_end, write_end = os.pipe()
+            os.set_blocking(write_end, False)
+            signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+            self.thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
+            self.thread.start()
 
     def _remember(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         again = self.received is not None
         self.received = number
-        what = "saving after this step" if self.training else "the training is saved; leaving"
+        what = "saving after this step" if self.unsaved else "nothing is left to save; leaving"
         os.write(2, f"{signal.Signals(number).name} received: {what}\n".encode())  # reentrant
-        if not (self.training or again):  # what runs on the way out is left alone
+        if not (self.unsaved or again):  # what runs on the way out is left alone
+            self.finish_write()
             sys.exit(EXIT_REQUEUE)
 
-    def training_is_saved(self) -> None:
-        """What follows, such as a final test, may be cut short: a requeued run repeats it."""
-        self.training = False
+    def _watch(self, read_end: int) -> None:
+        """Does the same where the main thread cannot: on GPUs it waits without end in a collective
+        for a process that has left. read_end: brings the number of every signal."""
+        while number := os.read(read_end, 1):
+            if number[0] not in (signal.SIGTERM, signal.SIGUSR1):
+                continue
+            time.sleep(PATIENCE)
+            if self.received is None and not self.unsaved:
+                with contextlib.suppress(Exception):  # the write has failed: there is an older one
+                    self.finish_write()
+                os._exit(EXIT_REQUEUE)
 
     def pending(self, device: torch.device) -> bool:
         """True on every process as soon as any process was signalled. A collective: all must ask at

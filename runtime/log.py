@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import secrets
 import sys
 import threading
@@ -193,6 +194,12 @@ class RunLog:
                 if name.startswith("loss") or name in ("lr", "images_per_s"):
                     shown[name] = f"{value:.4g}"
             self.bar.set_postfix(shown, refresh=False)
+
+    def sync(self) -> None:
+        """Make the lines so far outlast a power failure."""
+        if self.main:
+            with file_errors(self.path, RESUMABLE):
+                os.fsync(self.file.fileno())
 
     def say(self, text: str) -> None:
         """A line for the user, above the progress bar."""

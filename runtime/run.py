@@ -15,7 +15,8 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError, brief
 from base.memory import check_batches, check_fits
-from base.writing import check_output_folder, file_errors
+from base.reading import read_json
+from base.writing import check_output_folder, file_errors, write_json
 from runtime.checkpoint import (
     NUMBERED,
     CheckpointFolder,
@@ -37,6 +38,8 @@ from runtime.saving import Saver, is_sharded_format
 from runtime.scores import score_line
 from runtime.sharded import is_sharded, read_state
 from runtime.watchdog import Watchdog
+
+ATTEMPTS = 3  # starts of one validation without an end before the run stops
 
 
 def make_deterministic() -> None:
@@ -94,6 +97,7 @@ class Run:
         self.config = config
         self.world = world
         self.folder = Path(config.output_dir)
+        self.attempts = self.folder / "validation.json"
         self.metric = metric  # name of the score that the best checkpoint is best by
         self._lock = distributed.on_main(self._take_lock, share=False)
         self.checkpoints = CheckpointFolder(self.folder, keep=config.keep)
@@ -113,7 +117,7 @@ class Run:
         self.meters = Meters()
         self.watch = Stopwatch(world, 1)
         self.watchdog = Watchdog(world, config.stall_minutes, self.folder)
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(world, self._finish_write)
 
     def _take_lock(self):
         """Two runs must not write one folder: the second is refused.
@@ -181,7 +185,7 @@ class Run:
         if not self.resumed or self.metric is None:
             return {}, float("-inf")
         scores = logged_values(self.folder / "log.jsonl", f"val_{self.metric}")
-        scores = {**self.saved_scores.get(self.metric, {}), **scores}
+        scores = {**scores, **self.saved_scores.get(self.metric, {})}  # whose hash is right
         damaged = self.checkpoints.best
         damage = find_damage(damaged) if damaged else None
         best = self.checkpoints.restore_best(self.metric, scores)
@@ -201,6 +205,8 @@ class Run:
         self.checkpoints.clear_unfinished()
         if self.resumed:
             self.checkpoints.drop_old(self.step)
+        else:
+            self.attempts.unlink(missing_ok=True)
         options = {"tensorboard": config.tensorboard, "wandb": config.wandb}
         return RunLog(self.folder, self.world, to_dict(config), self.step + 1, **options)
 
@@ -381,6 +387,7 @@ class Run:
         losses: 0-d tensors on the device. The line has their means over the updates since the last one, over all ranks.
         """
         self.step = step
+        self.interrupt.unsaved = True
         self.watchdog.update(step)
         self.meters.add(**losses)
         self.watch.steps += 1
@@ -413,8 +420,9 @@ class Run:
         """Whether to validate after update `step`: every `eval_every`, and the last; before the
         loop, whether the run resumes from updates that are still to be validated.
 
-        Saves first: what ends the process in a validation costs that validation alone. After a
-        signal it ends here, for the validation may take longer than the time that is left.
+        Saves first: what ends the process in a validation costs that validation alone. A signal ends
+        it here, for the validation may take longer than the time that is left. UserError where it
+        was begun ATTEMPTS times and never came to its end.
         """
         if not self._is_validation(step):
             return False
@@ -422,12 +430,29 @@ class Run:
             self.save(step)
         if self.interrupt.pending(self.world.device):
             self._leave_saved(step, EXIT_REQUEUE)
+        distributed.on_main(lambda: self._count_attempt(step), share=False)
+        self.interrupt.unsaved = False
         self.rng = rng_state(self.world.device)
         self.watchdog.mark("in validation")
         if self.config.compile and not self.validated:
             self.watchdog.pause()  # the first one may compile
         self.validated = True
         return True
+
+    def _count_attempt(self, step: int) -> None:
+        """Note that a validation begins. UserError where it was begun too often."""
+        begun = 0
+        if self.attempts.exists():
+            found = read_json(self.attempts, dict)
+            begun = found.get("begun", 0) if found.get("step") == step else 0
+        if begun >= ATTEMPTS:
+            self.attempts.unlink()
+            raise UserError(
+                f"{self.folder}: the validation at step {step:,} was begun {begun} times and cut off "
+                "each time; give a start more time, or validate fewer samples. Nothing is lost: the "
+                "same command tries again"
+            )
+        write_json(self.attempts, {"step": step, "begun": begun + 1})
 
     def _is_validation(self, step: int) -> bool:
         """Whether the updates up to `step`, some at least, are to be validated and are not yet."""
@@ -439,12 +464,16 @@ class Run:
         """Log a validation; if `scores[metric]` is higher than ever, the checkpoint written before
         it is the best one. Random numbers continue from there, resumed or not."""
         score = distributed.broadcast_object(float(scores[self.metric]))
+        self.interrupt.unsaved = True  # its line
         restore_rng(self.rng, self.world.device)
         self.saver.wait()
+        if self.world.is_main:
+            self.attempts.unlink(missing_ok=True)
         # the log first: with its line the validation is done, and is not repeated
         self.log.write(
             step, **{f"val_{k}": v for k, v in scores.items() if isinstance(v, int | float)}
         )
+        self.log.sync()
         self.scores[step] = score
         is_best = score > self.best
         if is_best:
@@ -473,6 +502,7 @@ class Run:
         """Write a checkpoint (collective)."""
         self.watchdog.mark("saving a checkpoint")
         self._check_finite()
+        self.log.sync()  # a checkpoint must not outlast a power failure that its log does not
         own = {
             "rng": rng_state(self.world.device),
             "data": self.loader.state_dict(),
@@ -504,6 +534,11 @@ class Run:
             self.save(step)
         self._leave_saved(step, 0 if enough else EXIT_REQUEUE)
 
+    def _finish_write(self) -> None:
+        """Wait for the write under way, without the other processes' main threads."""
+        if self.saver:
+            self.saver.wait()
+
     def _leave_saved(self, step: int, status: int) -> None:
         self.saver.wait()
         self.log.say(f"saved at step {step:,}; start the same command again to resume")
@@ -529,7 +564,7 @@ class Run:
         """Close the run. Returns the best checkpoint, or the newest where nothing was validated; the
         same on every process. From here on a signal ends the process at once."""
         self.close()
-        self.interrupt.training_is_saved()
+        self.interrupt.unsaved = False
         if self.interrupt.pending(self.world.device):  # since the last update was saved
             distributed.shutdown()
             sys.exit(EXIT_REQUEUE)

@@ -133,8 +133,8 @@ def json_lines_of(
             if not target.exists():
                 left_out = LeftOut(path)
                 rows = rows_of(path, required, columns, left_out)
-                write_json_lines(target, _bounded(rows, path, left_out))
-                left_out.keep(target)
+                rows = left_out.kept_behind(_bounded(rows, path, left_out), target)
+                write_json_lines(target, rows)
     except OSError as error:
         raise UserError(f"{target}: not written ({error}); set QUINTET_CACHE") from None
     report_left_out(target)

@@ -18,8 +18,10 @@ def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    """Write (key, {ending: content}) of every sample to a tar, atomically; returns how many."""
+    """Write (key, {ending: content}) of every sample to a tar, atomically; returns how many. Of an
+    earlier shard of this name the statistics go first: they must not pass for those of this one."""
     count = 0
+    statistics_file(path).unlink(missing_ok=True)
     with atomic_write(path) as temporary, tarfile.open(temporary, "w") as archive:
         for key, members in samples:
             for ending, content in members.items():

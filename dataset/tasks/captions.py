@@ -61,8 +61,8 @@ def caption_records(
     converted = cached_path(path, ".jsonl", kind)
     if not converted.exists():
         left_out = LeftOut(path)
-        write_json_lines(converted, metadata_rows(kind, path, read_plain, left_out))
-        left_out.keep(converted)
+        rows = metadata_rows(kind, path, read_plain, left_out)
+        write_json_lines(converted, left_out.kept_behind(rows, converted))
     report_left_out(converted)
     return Records(converted)
 

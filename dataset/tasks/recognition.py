@@ -318,8 +318,8 @@ def label_records(path: str | Path) -> Records:
     converted = cached_path(path, ".jsonl", "labels")
     if not converted.exists():
         left_out = LeftOut(path)
-        write_json_lines(converted, read_list(path, left_out))
-        left_out.keep(converted)
+        rows = read_list(path, left_out)
+        write_json_lines(converted, left_out.kept_behind(rows, converted))
     report_left_out(converted)
     return Records(converted, required=("image", "labels"))
 

@@ -134,7 +134,6 @@ def pack_shard(shard: int, config: Config, state: str) -> tuple[int, list[str]]:
     numbers = range(start, min(start + config.samples_per_shard, len(rows)))
     target = shard_path(config.target, shard)
     complaints: list[str] = []
-    statistics_file(target).unlink(missing_ok=True)  # those of an earlier shard of this name
     count = write_shard(target, samples(rows, numbers, config, complaints))
     about = {"count": len(numbers), "failed": len(complaints), "errors": complaints[:SHOWN]}
     write_statistics(target, count, **about, made_of=state)

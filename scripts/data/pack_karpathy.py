@@ -95,6 +95,7 @@ def write_webdataset(rows: Iterator[dict], out: Path, split: str) -> int:
     folder = out / split
     count = 0
     shards = 0
+    (folder / "nshards.txt").unlink(missing_ok=True)  # of an earlier packing
     while block := list(islice(rows, PER_SHARD)):
         samples = ((f"{count + i:07d}", members_of(row)) for i, row in enumerate(block))
         count += write_shard(folder / f"{shards}.tar", samples)

@@ -17,6 +17,7 @@ from torch import nn
 from base.distributed import ALONE, World
 from base.errors import UserError
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from runtime import interrupt
 from runtime.checkpoint import CheckpointFolder, find_damage, load_checked
 from runtime.config.cli import run_script, section
 from runtime.hashed import write_hashed
@@ -25,7 +26,7 @@ from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.options import RunConfig, ValidationConfig
 from runtime.resume import ENTRIES, check_same_run
-from runtime.run import Run, make_deterministic
+from runtime.run import ATTEMPTS, Run, make_deterministic
 from runtime.saving import is_sharded_format, state_bytes
 from tests.helpers.bars import close_bars
 from tests.helpers.crash_points import plain
@@ -304,11 +305,15 @@ def signalled_at(step: int):
     return lambda now: os.kill(os.getpid(), signal.SIGTERM) if now == step else None
 
 
-def test_a_signal_before_the_first_update_ends_the_run_without_it(tmp_path):
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_signal_before_the_first_update_is_done_ends_the_run(inside, tmp_path, monkeypatch):
+    """While data are looked through, or in the update, which may compile for minutes."""
+    if inside:
+        monkeypatch.setattr(Build, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
-        train(options(tmp_path), at=signalled_at(0))
+        train(options(tmp_path), at=None if inside else signalled_at(0))
     assert ended.value.code == EXIT_REQUEUE
-    assert steps_of(tmp_path) == [] and not list(tmp_path.glob("checkpoint_*"))
+    assert not list(tmp_path.glob("checkpoint_*"))
 
 
 def test_a_signal_before_a_validation_leaves_it_to_the_resumed_run(tmp_path):
@@ -322,17 +327,22 @@ def test_a_signal_before_a_validation_leaves_it_to_the_resumed_run(tmp_path):
     assert validated(tmp_path) == steps_of(tmp_path) == [1, 2] and best_step(tmp_path) == 2
 
 
+def die() -> None:
+    raise Killed
+
+
 class KilledIn(list):
     """Scores; the validation at a step is killed when it has drawn random numbers."""
 
-    def __init__(self, scores: list[float], step: int = 0):
+    def __init__(self, scores: list[float], step: int = 0, how=die):
         super().__init__(scores)
         self.step = step
+        self.how = how
 
     def __getitem__(self, number: int) -> float:
         torch.rand(3)
         if number + 1 == self.step:
-            raise Killed
+            self.how()
         return super().__getitem__(number)
 
 
@@ -361,6 +371,70 @@ def test_a_run_killed_in_a_validation_resumes_with_it(kind, step, behind, tmp_pa
         assert ours["scores"] == theirs["scores"] == {"accuracy": {1: 1.0, 2: 3.0, 3: 2.0}}
         assert plain(ours["per_rank"]) == plain(theirs["per_rank"])
         assert plain(ours["model"]) == plain(theirs["model"])
+
+
+@both_kinds
+def test_a_signal_in_a_validation_ends_it_with_what_was_saved(kind, tmp_path):
+    scores = KilledIn([1, 3, 2, 4], step=2, how=lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.raises(SystemExit) as ended:
+        train(options(tmp_path, save_every="100 steps"), scores)
+    assert ended.value.code == EXIT_REQUEUE and validated(tmp_path) == [1]
+    assert find_damage(saved(tmp_path, 2)) is None
+
+
+@pytest.mark.parametrize(("unsaved", "expected"), [(False, ["written", 75]), (True, [])])
+def test_a_thread_ends_a_process_that_waits_for_one_that_has_left(unsaved, expected, monkeypatch):
+    """In a collective, which Python's handlers of signals do not interrupt."""
+    done = []
+    monkeypatch.setattr(interrupt, "PATIENCE", 0)
+    monkeypatch.setattr("os._exit", done.append)
+    waiting = interrupt.Interrupt(World(0, 2, 0, ALONE.device), lambda: done.append("written"))
+    waiting.unsaved = unsaved
+    write_end = signal.set_wakeup_fd(
+        -1
+    )  # where Python reports signals, whatever the main thread does
+    os.write(write_end, bytes([signal.SIGCHLD, signal.SIGTERM]))
+    os.close(write_end)
+    waiting.thread.join()
+    assert done == expected
+
+
+def test_a_validation_that_never_comes_to_its_end_stops_the_run(tmp_path):
+    scores = [1, 3, 2, 4]
+    for _ in range(ATTEMPTS):
+        with pytest.raises(Killed):
+            train(options(tmp_path), KilledIn(scores, step=2))
+    with pytest.raises(UserError, match="the validation at step 2 was begun 3 times"):
+        train(options(tmp_path), scores)
+    train(options(tmp_path), scores)  # with more time
+    assert validated(tmp_path) == [1, 2, 3, 4] and not (tmp_path / "validation.json").exists()
+
+
+@pytest.mark.parametrize("killed", [3, 4])  # behind a validation, or a checkpoint without one
+def test_a_power_failure_leaves_the_log_of_what_was_saved(killed, tmp_path, monkeypatch):
+    scores = [1, 3, 2, 0]
+    log = tmp_path / "log.jsonl"
+    on_disk = {}
+    fsync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        on_disk[name] = Path(name).read_bytes() if name == str(log) else b""
+
+    def at(step):
+        if step == killed:
+            raise Killed
+
+    monkeypatch.setattr(os, "fsync", synced)
+    with pytest.raises(Killed):
+        train(options(tmp_path, eval_every="2 steps"), scores, at=at)
+    left = on_disk[str(log)]
+    assert left.splitlines() == log.read_bytes().splitlines()[:-1]
+    log.write_bytes(left + bytes(100))  # as file systems fill up what was not written
+    train(options(tmp_path, eval_every="2 steps"), scores)
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    assert validated(tmp_path) == [2, 4] and best_step(tmp_path) == 2
 
 
 def test_a_run_without_its_log_keeps_its_best(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dataset.sources.records import Records
 from dataset.sources.shards import read_shard
 from dataset.sources.tables import parse_address
 from dataset.tasks.captions import caption_records
+from dataset.tasks.recognition import label_records
 from dataset.tasks.record import captions_of, weights_of
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.wordpiece import choose_caption
@@ -222,6 +224,30 @@ def test_a_few_unusable_rows_are_left_out_and_said_at_every_start(tmp_path, caps
     write_table(table, ("image", "caption"), rows, separator)
     with pytest.raises(UserError, match=r"row 1: 1 cells .*4 of 300 entries are unusable, more"):
         Records(tmp_path if name == "metadata.csv" else table)
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+@pytest.mark.parametrize("read", [Records, label_records])
+def test_a_kill_hides_no_row_that_was_left_out(tmp_path, monkeypatch, capsys, read, renames):
+    """Between the file of the others and the note of what was left out."""
+    path = tmp_path / ("t.csv" if read is Records else "t.list")
+    rows = [f"{n}.jpg,x" if read is Records else f"{n}.jpg : x" for n in range(200)]
+    path.write_text(
+        "\n".join(["image,caption", *rows, "odd"] if read is Records else [*rows, "odd"])
+    )
+    made = []
+
+    def rename(source, target, replace=os.replace):
+        if len(made) == renames:
+            raise KeyboardInterrupt
+        made.append(replace(source, target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", rename)
+        with pytest.raises(KeyboardInterrupt):
+            read(path)
+    assert len(read(path)) == 200
+    assert "1 of 201 entries are unusable and left out" in capsys.readouterr().err
 
 
 def test_separators_at_the_end_of_a_line_are_no_cells(tmp_path):

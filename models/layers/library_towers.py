@@ -35,11 +35,13 @@ class TimmTower(nn.Module):
     classes: with its classifier of K classes: unit features and class probabilities, [B,C+K].
     """
 
+    option = "image_tower"  # that names it, for messages
+
     def __init__(self, tower: str, classes: bool = False):
         super().__init__()
-        self.name, self.file = parse_tower(tower, "image_tower", "timm")
+        self.name, self.file = parse_tower(tower, self.option, "timm")
         self.options = {} if classes else {"num_classes": 0}
-        self.trunk = timm_network(self.name, "image_tower ", **self.options)
+        self.trunk = timm_network(self.name, f"{self.option} ", **self.options)
         self.num_classes = self.trunk.num_classes
         self.num_features = self.trunk.num_features + self.num_classes
 
@@ -68,7 +70,7 @@ class TimmTower(nn.Module):
             return
         remedy = f", its file as timm/{self.name}:FILE"
         trunk = timm_network(
-            self.name, "image_tower ", pretrained=True, remedy=remedy, **self.options
+            self.name, f"{self.option} ", pretrained=True, remedy=remedy, **self.options
         )
         self.trunk.load_state_dict(trunk.state_dict())
 
@@ -125,6 +127,8 @@ class TimmGrid(TimmTower):
 class LockedMaps(TimmTower):
     """The same network's last feature map: images [B,3,S,S] -> [B,C,S/reduction,S/reduction]. It is
     not trained, and its batch norms keep their statistics."""
+
+    option = "vision_tower"
 
     def __init__(self, tower: str):
         super().__init__(tower)

@@ -228,6 +228,10 @@ MISTAKES = {
         {"vision_tower": "timm/test_efficientnet"},
         "no multiple of 32",
     ),
+    "a tower that timm does not know": (
+        {"vision_tower": "timm/test_eficientnet"},
+        "vision_tower timm/test_eficientnet: timm has no model",
+    ),
     "a tower and a stem": (
         {"vision_tower": "timm/test_efficientnet", "vision_stem": "[4]"},
         "choose one",

@@ -2,6 +2,7 @@
 asks for a requeue."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -35,6 +36,8 @@ class Interrupt:
             read_end, write_end = os.pipe()
             os.set_blocking(write_end, False)
             signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+            # a signal to a process forked from this one, such as a loader's worker, is none to it
+            os.register_at_fork(after_in_child=functools.partial(signal.set_wakeup_fd, -1))
             self.thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
             self.thread.start()
 

@@ -390,13 +390,28 @@ def test_a_thread_ends_a_process_that_waits_for_one_that_has_left(unsaved, expec
     monkeypatch.setattr("os._exit", done.append)
     waiting = interrupt.Interrupt(World(0, 2, 0, ALONE.device), lambda: done.append("written"))
     waiting.unsaved = unsaved
-    write_end = signal.set_wakeup_fd(
-        -1
-    )  # where Python reports signals, whatever the main thread does
+    # where Python reports signals, whatever the main thread does
+    write_end = signal.set_wakeup_fd(-1)
     os.write(write_end, bytes([signal.SIGCHLD, signal.SIGTERM]))
     os.close(write_end)
     waiting.thread.join()
     assert done == expected
+
+
+def test_a_signal_to_a_loader_worker_is_none_to_its_process(monkeypatch):
+    done = []
+    monkeypatch.setattr(interrupt, "PATIENCE", 0)
+    monkeypatch.setattr("os._exit", done.append)
+    waiting = interrupt.Interrupt(World(0, 2, 0, ALONE.device), lambda: None)
+    if child := os.fork():
+        os.waitpid(child, 0)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(signal.set_wakeup_fd(-1))
+    waiting.thread.join()
+    assert done == []
 
 
 def test_a_validation_that_never_comes_to_its_end_stops_the_run(tmp_path):

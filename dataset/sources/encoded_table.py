@@ -6,12 +6,14 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from base.errors import UserError
 from base.limits import ROW_GROUP_BYTES, check_limit
 from dataset.sources.tables import (
     Columns,
     columns_of,
     open_arrow,
     open_parquet,
+    parquet_files,
     parse_address,
     plain,
     reading_arrow,
@@ -25,15 +27,15 @@ def encoded_table(address: str, required: Sequence[str]) -> "EncodedTable | None
     """The rows of a Parquet file or saved data set that holds encoded images; None for any other
     annotation file. UserError."""
     path, columns = parse_address(address)
-    if path.suffix.lower() == ".parquet" and path.is_file():
-        parts = _row_groups(path)
-    elif (path / "dataset_info.json").is_file():
+    if (path / "dataset_info.json").is_file():
         parts = _record_batches(path)
     else:
-        return None
+        parts = [part for file in parquet_files(path) for part in _row_groups(file)]
     if not parts:
         return None
     names = parts[0][2].names
+    if any(schema.names != names for _, _, schema in parts):
+        raise UserError(f"{path}: its files have different columns; name one file")
     used = columns_of(path, names, required, columns)
     kind = parts[0][2].field(used["image"].names[0]).type
     if not _holds_bytes(kind):

@@ -3,6 +3,7 @@ memory."""
 
 import bisect
 import hashlib
+import math
 import mmap
 import warnings
 from array import array
@@ -270,8 +271,7 @@ def _checked_starts(
         entry = with_texts(entry, required)
         left_out.total += 1
         if fault := _fault(entry, required) or _nothing_left(entry, odd):
-            number = left_out.total - 1
-            where = locate(path, number, start) if left_out.names_more else path
+            where = _place(path, name, left_out.total - 1, start) if left_out.names_more else name
             left_out.add(f"{where}: {fault}")
             continue
         yield start
@@ -296,17 +296,26 @@ def _checked_starts(
         warnings.warn(message, stacklevel=2)
 
 
+def _place(path: Path, name: str, number: int, start: int) -> str:
+    """Where an entry stands in the file that was named: the lines of a table are in another."""
+    if Path(name).absolute() == path:
+        return locate(path, number, start)
+    return f"{name}, entry {number} (the first is 0)"
+
+
 def with_texts(entry: object, required: Sequence[str]) -> object:
     """An entry whose required fields are texts where texts belong.
 
     A number becomes its text (an image called 4705552913); of a list of texts null and whatever
-    else is no text is left out; null in place of a list is an empty one.
+    else is no text is left out; null in place of a list is an empty one. NaN is null.
     """
     if type(entry) is not dict:
         return entry
     for field in required:
         types = FIELD_TYPES.get(field, ())
         value = entry.get(field)
+        if type(value) is float and not math.isfinite(value):
+            value = entry[field] = None  # pandas writes a missing text so
         if type(value) is list and list in types:
             if not all(type(item) is str for item in value):
                 entry[field] = [str(item) for item in value if _is_textual(item)]
@@ -327,7 +336,7 @@ def odd_items(entry: object, required: Sequence[str]) -> dict[str, object]:
         value = entry.get(field)
         if type(value) is list and list in FIELD_TYPES.get(field, ()):
             for item in value:
-                if item is not None and not _is_textual(item):
+                if item is not None and item == item and not _is_textual(item):
                     odd.setdefault(field, item)
     return odd
 
@@ -341,7 +350,9 @@ def _nothing_left(entry: dict, odd: dict[str, object]) -> str | None:
 
 
 def _is_textual(item: object) -> bool:
-    return isinstance(item, str | int | float) and not isinstance(item, bool)
+    if isinstance(item, float):
+        return math.isfinite(item)
+    return isinstance(item, str | int) and not isinstance(item, bool)
 
 
 def _fault(entry: object, required: Sequence[str]) -> str | None:

@@ -10,16 +10,19 @@ Each becomes JSON lines once, in the cache, which `Records` then reads like any 
     folder/                                  IMAGE.jpg with IMAGE.txt beside it, a caption a line;
                                              or what metadata.csv, .jsonl or .parquet in it lists
     folder/                                  of datasets' save_to_disk
+    folder/                                  of Parquet files, as data sets of the hub come in, or
+    folder/train-*.parquet                   those of one split
     hf://USER/NAME:SPLIT                     of the Hugging Face hub (see dataset.sources.hub)
 """
 
+import ast
 import csv
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
@@ -38,6 +41,8 @@ from dataset.sources.left_out import LeftOut, report_left_out
 
 JSON = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", ".parquet")
+ONE_TEXT = r"""\s*(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\s*"""
+PYTHON_TEXTS = re.compile(rf"\[{ONE_TEXT}(?:,{ONE_TEXT})*\]")  # how pandas saves a list of texts
 BATCH_ROWS = 4096  # of a Parquet file that are in memory at a time
 # What columns are called in the wild: field of an entry -> names of the column that holds it.
 USUAL_NAMES = {
@@ -51,6 +56,8 @@ USUAL_NAMES = {
     "labels": ("label", "class"),
 }
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of datasets' image folders
+TABLE_VERSION = 2  # part of the key of cached tables: raise it when cells are read otherwise
+NUMBER_OF_PART = re.compile(r"[-_.]?\d+(-of-\d+)?$")  # at the end of a file's name
 PACK = "pack them into shards with scripts/data/pack.py"
 
 
@@ -122,12 +129,12 @@ def json_lines_of(
         path = local_copy(path, cache_dir)
     if columns and not (path.suffix.lower() in (*TABLES, *JSON) or path.is_dir()):
         raise UserError(f"{address}: only tables and JSON have columns; name the file alone")
-    if not path.exists():
+    if not (path.exists() or parquet_files(path)):
         raise UserError(f"{path}: no such annotation file; check the name in the configuration")
-    if not (path.is_dir() or path.is_file()):
+    if path.exists() and not (path.is_dir() or path.is_file()):
         raise UserError(f"{path}: not a regular file; name a table or a folder")
-    key = (sorted(required), sorted(columns.items()), _state(path))
-    target = cache_folder(cache_dir) / f"{path.stem}-{digest(*key)}.jsonl"
+    key = (TABLE_VERSION, sorted(required), sorted(columns.items()), _state(path))
+    target = cache_folder(cache_dir) / f"{path.stem.replace('*', '')}-{digest(*key)}.jsonl"
     try:
         with one_builder(target):
             if not target.exists():
@@ -144,7 +151,7 @@ def json_lines_of(
 def _bounded(rows: Iterable[dict], path: Path, left_out: LeftOut) -> Iterator[dict]:
     """The rows; UserError where there is none, too many are unusable, or the file is small and they
     have no end."""
-    stored = 0 if path.is_dir() else os.path.getsize(path)
+    stored = 0 if path.is_dir() else sum(map(os.path.getsize, parquet_files(path) or [path]))
     limit = max(TABLE_FLOOR, EXPANSION * stored)
     size = -1
     for row in rows:
@@ -170,7 +177,37 @@ def address_state(address: str | Path) -> object:
 
 
 def _state(path: Path) -> object:
-    return states_digest(files_below(path)) if path.is_dir() else file_state(path)
+    if path.is_file():
+        return file_state(path)
+    return states_digest(files_below(path) if path.is_dir() else parquet_files(path))
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """A Parquet file itself, those that a pattern names, or those of a folder without images; none
+    for anything else. UserError where those of a folder are of several splits."""
+    if path.is_file():
+        return [path] if path.suffix.lower() == ".parquet" else []
+    if not path.is_dir():
+        is_pattern = "*" in path.name and path.suffix.lower() == ".parquet"
+        return matching_files(path.parent, path.name) if is_pattern else []
+    files = matching_files(path, "*.parquet")
+    if not files or any(map(is_image, files_below(path))):
+        return []
+    splits = sorted({NUMBER_OF_PART.sub("", file.stem) for file in files})
+    if len(splits) > 1:
+        listed = ", ".join(splits[:8])
+        example = f"'{path}/{splits[0]}*.parquet'"
+        raise UserError(f"{path}: Parquet files of several splits, {listed}; name one: {example}")
+    return files
+
+
+def _parquet_rows(
+    files: Sequence[Path], required: Sequence[str], columns: dict, left_out: LeftOut
+) -> Iterator[dict]:
+    for path in files:
+        file = open_parquet(path)
+        rows = _batch_rows(path, file.iter_batches(batch_size=BATCH_ROWS))
+        yield from _entries(path, file.schema_arrow.names, rows, required, columns, left_out)
 
 
 def rows_of(
@@ -186,9 +223,7 @@ def rows_of(
     if path.is_dir():
         yield from _folder_rows(path, required, columns, left_out)
     elif path.suffix.lower() == ".parquet":
-        file = open_parquet(path)
-        rows = _batch_rows(path, file.iter_batches(batch_size=BATCH_ROWS))
-        yield from _entries(path, file.schema_arrow.names, rows, required, columns, left_out)
+        yield from _parquet_rows(parquet_files(path), required, columns, left_out)
     elif path.suffix.lower() in JSON:
         yield from _whole_entries(path, lambda: objects_of(path), required, columns, left_out)
     else:
@@ -204,14 +239,14 @@ def _csv_rows(
         with path.open(
             encoding=encoding_of(read_start(path, 4)), errors="surrogatepass", newline=""
         ) as file:
-            head = file.readline(CELL_BYTES)
-            stated = re.fullmatch(r"sep=(.)\s*", head)  # as Excel writes it in front
+            head = next(filter(str.strip, _lines(file, path)), "")
+            stated = re.fullmatch(r'"?sep=(.)"?\s*', head)  # as Excel writes it in front
             if not stated:
                 file.seek(0)
             # the first where none occurs
             separator = stated[1] if stated else max("\t", ",", ";", "|", key=head.count)
             rows = csv.reader(_lines(file, path), delimiter=separator, strict=True)
-            names = [name.strip() for name in next(rows, [])]
+            names = [name.strip() for name in next(filter(any, rows), [])]
             _check_unique(path, names)
             entries = _by_name(names, _readable(rows))
             yield from _entries(path, names, entries, required, columns, left_out)
@@ -272,12 +307,12 @@ def _by_name(names: list[str], rows: Iterable[list[str] | str]) -> Iterator[dict
 
 
 def _cell(text: str) -> object:
-    """A cell's text; a JSON list in it is a list."""
+    """A cell's text; a list in it, as JSON or Python writes it, is a list."""
     if text[:1] == "[" and text[-1:] == "]":
-        try:
+        with suppress(ValueError, RecursionError):
             return json.loads(text)
-        except (ValueError, RecursionError):
-            return text
+        with suppress(ValueError, SyntaxError):
+            return ast.literal_eval(text) if PYTHON_TEXTS.fullmatch(text) else text
     return text
 
 
@@ -479,6 +514,8 @@ def _checked(value: object, field: str, where: str) -> object:
         return [name.strip() for name in value.split(",") if name.strip()]
     if field == "label" and value == "":  # as null in JSON
         raise BadSample(f"{where}: no label; fix or remove the row")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if field != "image":
         return plain(value)
     if isinstance(value, dict):  # datasets' images: {bytes, path}
@@ -506,6 +543,9 @@ def _folder_rows(
         if (folder / name).is_file():
             yield from _metadata_rows(folder, folder / name, required, columns, left_out)
             return
+    if files := parquet_files(folder):
+        yield from _parquet_rows(files, required, columns, left_out)
+        return
     if set(required) - {"image", "caption"}:
         raise UserError(f"{folder}: a folder gives images and captions; name an annotation file")
     yield from image_text_rows(folder, need_caption="caption" in required)

@@ -668,7 +668,7 @@ def test_true_is_no_id(tmp_path, field):
 
 
 def test_captions_that_are_no_texts_are_counted_and_said(tmp_path):
-    mixed = [["x", 5, None, ["y"]], ["x", {"raw": "y"}], ["z", None]]
+    mixed = [["x", 5, None, ["y"]], ["x", {"raw": "y"}], ["z", None, float("nan")]]
     rows = [{"image": "a.jpg", "caption": caption} for caption in mixed]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with pytest.warns(UserWarning, match="2 of 3 entries have items among their texts"):
@@ -677,6 +677,10 @@ def test_captions_that_are_no_texts_are_counted_and_said(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", "caption": [{"raw": "x"}]}]))
     with pytest.raises(UserError, match=r"'caption' must be texts, not dict \({'raw': 'x'}\)"):
         Records(tmp_path / "a.json")
+    rows = [{"image": "a.jpg", "caption": caption} for caption in ("x", float("nan"))]  # of pandas
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.warns(UserWarning, match="1 of 2 entries have no caption"):
+        assert Records(tmp_path / "a.json")[1]["caption"] == []
 
 
 @pytest.mark.parametrize("given", [4705552913, 4705552913.0, "4705552913"])

@@ -162,14 +162,16 @@ def test_tables_of_encoded_images(tmp_path):
 
     images = [{"bytes": encoded(n), "path": f"{n}.png"} for n in range(5)]
     table = pyarrow.table({"image": images, "text": [f"caption {n}" for n in range(5)]})
-    parquet.write_table(table, tmp_path / "p.parquet", row_group_size=2)
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved/dataset_info.json").write_text("{}")
     with ipc.new_stream(str(tmp_path / "saved/data-00000.arrow"), table.schema) as stream:
         stream.write_table(table, max_chunksize=2)
     img2dataset = pyarrow.table({"jpg": [encoded(n) for n in range(5)], "caption": list("abcde")})
     parquet.write_table(img2dataset, tmp_path / "i.parquet")
-    for name in ("p.parquet", "saved", "i.parquet?image=jpg"):
+    (tmp_path / "hub").mkdir()
+    for start, stop in ((0, 3), (3, 5)):
+        parquet.write_table(table[start:stop], tmp_path / f"hub/train-0000{start}-of-00002.parquet")
+    for name in ("hub", "saved", "i.parquet?image=jpg"):
         target = tmp_path / f"wds_{name[0]}"
         done = pack.pack(
             Config(str(tmp_path / name), target=target, samples_per_shard=3, workers=2)

@@ -64,6 +64,10 @@ def test_lists_in_cells_and_other_fields(tmp_path):
     table = write_table(tmp_path / "q.csv", ("image", "question_id", "question", "answer"), rows)
     (record,) = Records(table, ("image", "question_id", "question", "answer"))
     assert record["answer"] == ["red", "blue"] and record["question_id"] == "7"
+    texts = ["it's red, he said", 'a "dog"']
+    for cell, text in ((repr(texts), texts), ("['a' 'b']", "['a' 'b']"), ("[a, b]", "[a, b]")):
+        table = write_table(tmp_path / "p.csv", ("image", "caption"), [("1.jpg", cell)])
+        assert Records(table)[0]["caption"] == text  # as pandas saves a list; NumPy's has no commas
 
 
 def test_a_field_does_not_take_the_column_of_another_field(tmp_path):
@@ -84,6 +88,15 @@ def test_parquet(tmp_path):
     records = Records(tmp_path / "p.parquet")
     assert pairs(records) == [("a.jpg", ["a", "b"]), ("b/c.png", []), ("漢.jpg", ["c"])]
     assert [record["n"] for record in records] == [1, 2, 3]
+    (tmp_path / "hub").mkdir()
+    for number in range(2):  # as a data set of the hub is downloaded
+        rows = table.slice(2 * number, 2)
+        parquet.write_table(rows, tmp_path / f"hub/train-0000{number}-of-00002.parquet")
+    assert pairs(Records(tmp_path / "hub")) == pairs(records)
+    parquet.write_table(table, tmp_path / "hub/test-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"several splits, test, train; name one: '.*/test\*\.parq"):
+        Records(tmp_path / "hub")
+    assert pairs(Records(tmp_path / "hub/train-*.parquet")) == pairs(records)
     encoded = pyarrow.table({"image": [{"bytes": b"\xff\xd8", "path": None}], "caption": ["a"]})
     parquet.write_table(encoded, tmp_path / "e.parquet")
     with pytest.raises(UserError, match=r"e.parquet, row 1: holds the encoded image.*pack.py"):
@@ -153,6 +166,8 @@ SPREADSHEETS = {
     "rows of separators alone": "filepath,title\na.jpg,x\n,\n,,,,\nb.jpg,y\n,\n",
     "separators behind the names": "filepath,title,,\na.jpg,x\nb.jpg,y,,\n",
     "the separator in the first line": "sep=;\r\nfilepath;title\r\na.jpg;x\r\nb.jpg;y\r\n",
+    "the separator quoted": '"sep=;"\r\nfilepath;title\r\na.jpg;x\r\nb.jpg;y\r\n',
+    "empty lines in front": "\n,\nfilepath,title\na.jpg,x\nb.jpg,y\n",
     "upright strokes": "filepath|title\na.jpg|x\nb.jpg|y\n",
 }
 

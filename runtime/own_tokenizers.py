@@ -46,7 +46,9 @@ def train_tokenizers_if_asked(config: Any) -> None:
     if str(getattr(config, "bpe_path", "")) == TRAINED:
         config.bpe_path = _vocabulary(config, "bpe_merges.txt.gz", "bpe")
     if str(getattr(config, "image_tokenizer_path", "")) == TRAINED:
-        config.image_tokenizer_path = _image_tokenizer(config)
+        # ALBEF has no visual tokens; runs that were begun with a tokenizer still name it
+        used = config.method == "simla" or (config.output_dir / "image_tokenizer").exists()
+        config.image_tokenizer_path = _image_tokenizer(config) if used else None
 
 
 def _vocabulary(config: Any, name: str, kind: str) -> Path:

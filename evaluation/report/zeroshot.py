@@ -179,7 +179,8 @@ def write_zero_shot(
     source = str(config.checkpoint or config.model)
     rows = benchmark_rows(found.values(), *run_name(config, title))
     figures = {"model": title, "results": results, "skipped": skipped}
-    text = f"{title}, {source}\n\n{plain_tables(results)}"
+    heading = title if title == source else f"{title}, {source}"  # a library's model is both
+    text = f"{heading}\n\n{plain_tables(results)}"
     sections = cards(results, skipped)
     summary = vtab_plus(rows, vtab)
     if "vtab+" in config.datasets or not summary["missing"]:

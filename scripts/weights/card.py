@@ -1,7 +1,7 @@
 """A model card: README.md with the front matter that the Hugging Face hub reads."""
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,9 @@ from scripts.weights.source import FAMILIES, Source, Written
 
 ROOT = Path(__file__).resolve().parents[2]
 UNKNOWN = "unknown"
-DATA = (  # options that name data, in any script's configuration
-    "dataset",
-    "metadata",
-    "shards",
-    "train_data",
-    "train_file",
-    "train_list",
-    "val_data",
-    "val_file",
-    "val_folder",
-    "val",
-    "test_file",
-    "test",
-)
+# options that name data, in any script's configuration
+TRAINED = ("dataset", "metadata", "shards", "train_data", "train_file", "train_list")
+SCORED = ("val_data", "val_file", "val_folder", "val", "test_file", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +55,8 @@ def model_card(source: Source, written: Written, facts: Facts) -> str:
         "",
         "## Data and licences",
         "",
-        f"- Trained on: {', '.join(data_names(config)) or UNKNOWN}.",
+        f"- Trained on: {data_names(config, TRAINED) or UNKNOWN}.",
+        f"- Validated or tested on: {data_names(config, SCORED) or UNKNOWN}.",
         f"- Licence of the data: {facts.data_license}.",
         f"- Licence of the weights: {facts.license}.",
         "",
@@ -89,15 +79,16 @@ def described(source: Source) -> str:
     return f"Weights of {FAMILIES[source.family]}{name}: {numbers:,} numbers."
 
 
-def data_names(config: Mapping[str, Any]) -> list[str]:
+def data_names(config: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Names of the data in a run's configuration, without the folders that they lay in."""
     found = []
-    for key in DATA:
-        value = config.get(key)
+    shards_alone = config.get("dataset") == "wds"  # main.py leaves its `metadata` unread then
+    for key in keys:
+        value = None if shards_alone and key == "metadata" else config.get(key)
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, str) and each:
                 found.append(f"{public(each)} ({key})")
-    return found
+    return ", ".join(found)
 
 
 def public(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
-from scripts.weights.card import Facts, check_repository, model_card
+from scripts.weights.card import TRAINED, Facts, check_repository, data_names, model_card
 from scripts.weights.source import Written, open_source
 from tests.helpers.exported import run_example, save_run
 from tests.helpers.main_runs import ROOT
@@ -92,7 +92,11 @@ def test_the_card_says_what_is_known_and_what_is_not(tmp_path):
         "pipeline_tag": "image-classification",
         "tags": ["quintet", "vit"],
     }
-    assert "- Trained on: shards (train_data), digits (val_data)." in body
+    assert (
+        "- Trained on: shards (train_data).\n- Validated or tested on: digits (val_data)." in body
+    )
+    alone = {"dataset": "wds", "metadata": "yfcc15m.pkl", "shards": ["cc3m"]}  # a default, not read
+    assert data_names(alone, TRAINED) == "wds (dataset), cc3m (shards)"
     assert "- Licence of the data: unknown." in body
     assert "| val acc1 | 91.23 |" in body and "vit-mu/8: " in body
     assert "secret" not in card and "/home/me" not in card

@@ -1,7 +1,7 @@
 """`trained` in place of a tokenizer: learnt from the run's own data, once, and used again."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ class Options:
     image_root: Path = Path("")
     text_encoder: str = TRAINED
     image_tokenizer_path: Path | None = None
+    method: str = "simla"
     grid: int = 4
     flip: bool = False
     workers: int = 0
@@ -94,6 +95,10 @@ def test_image_tokenizer_of_the_images(pairs, tmp_path, monkeypatch, forked):
     used = yaml.safe_load((config.image_tokenizer_path / "config.yaml").read_text())
     assert used["size"] == 6 * 4 and used["flip"] is False  # as the run has them
     assert config.text_encoder == "bert-base-uncased"
+    albef = replace(config, method="albef", image_tokenizer_path=Path(TRAINED))
+    albef.output_dir = tmp_path / "albef"
+    train_tokenizers_if_asked(albef)
+    assert albef.image_tokenizer_path is None and not albef.output_dir.exists()
 
 
 def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path, forked):

@@ -12,21 +12,8 @@ from base.names import is_hidden
 # Endings without the dot. Of several images in one sample of a shard the first of this order is used.
 IMAGE_TYPES = (
     *("jpg", "jpeg", "png", "webp", "jfif", "jpe", "mpo", "avif", "jp2", "j2k", "gif", "bmp"),
-    *(
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "apng",
-        "avifs",
-        "dib",
-        "j2c",
-        "jpc",
-        "jpf",
-        "jpx",
-    ),
+    *("tif", "tiff", "ppm", "pgm", "pbm", "pnm", "apng", "avifs", "dib", "j2c", "jpc", "jpf"),
+    "jpx",
 )
 
 

@@ -1,6 +1,5 @@
 """In-order loading for evaluation: every sample once, on any number of processes."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from base.distributed import gather_objects, world_size
 from base.errors import BadSample, UserError
 from base.heartbeat import beat
+from base.processes import usable_cores
 from dataset.images.decode import reading
 from dataset.loading.workers import signals_held, worker_init
 
@@ -52,11 +52,11 @@ class EvalLoader:
         self.error_budget = error_budget
         self.unreadable: list[str] = []
         self.truncated: list[str] = []
-        cores = len(os.sched_getaffinity(0))  # more loader processes than cores only wait
         self.loader = DataLoader(
             _Loaded(load, indices, exif),
             batch_size=batch_size,
-            num_workers=min(workers, len(indices), cores),
+            # more processes than cores only wait
+            num_workers=min(workers, len(indices), usable_cores()),
             collate_fn=_CollateOrBad(collate),
             pin_memory=pin_memory and torch.cuda.is_available(),
             worker_init_fn=worker_init,

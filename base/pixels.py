@@ -59,6 +59,23 @@ def pillow_formats() -> tuple[str, ...]:
     return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
 
 
+def to_rgb(image):
+    """The first frame of Pillow's image in mode RGB; 16-bit grey is scaled. ValueError for pixels
+    without a known range."""
+    import numpy as np
+    from PIL import Image
+
+    sixteen_bits = image.mode.startswith("I;16")
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        sixteen_bits = True  # older Pillow widens their 16 bits
+    if sixteen_bits:  # convert() would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "floating-point"
+        raise ValueError(f"{kind} pixels have no known range; save the image with 8 or 16 bits")
+    return image.convert("RGB")
+
+
 def timm_statistics(tower: str) -> tuple[RGB, RGB]:
     """Mean and std of pixels in [0, 1] that `timm/NAME` was trained with."""
     import timm

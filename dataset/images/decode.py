@@ -16,7 +16,7 @@ import torch
 
 from base.errors import BadSample, UserError
 from base.limits import IMAGE_BYTES, IMAGE_PIXELS
-from base.pixels import PILLOW_FORMATS, pillow_formats
+from base.pixels import PILLOW_FORMATS, pillow_formats, to_rgb
 from base.reading import is_file
 from base.text import looks_like
 from dataset.images.zip_member import archive_of, image_source
@@ -231,7 +231,7 @@ def _decode_with_pillow(data: bytes, name: str, exif: bool) -> tuple[torch.Tenso
             image, whole = _loaded(data)
             if exif:
                 image = ImageOps.exif_transpose(image)
-            pixels = np.array(_to_rgb(image))
+            pixels = np.array(to_rgb(image))
     except Exception as error:  # decoders meet hostile bytes and raise anything up to struct.error
         raise BadSample(f"{name}: {error}") from None
     if not whole and (pixels == GREY).all():
@@ -258,22 +258,6 @@ def _loaded(data: bytes):
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
     return image, False
-
-
-def _to_rgb(image):
-    """The first frame as an image of mode RGB."""
-    import numpy as np
-    from PIL import Image
-
-    sixteen_bits = image.mode.startswith("I;16")
-    if image.mode == "I" and image.format in ("PNG", "PPM"):
-        sixteen_bits = True  # older Pillow widens their 16 bits
-    if sixteen_bits:  # convert() would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        kind = "32-bit integer" if image.mode == "I" else "floating-point"
-        raise ValueError(f"{kind} pixels have no known range; save the image with 8 or 16 bits")
-    return image.convert("RGB")
 
 
 def check_image_root(root: str | Path, names: Iterable[str], tries: int = 20) -> None:

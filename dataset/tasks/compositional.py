@@ -125,7 +125,8 @@ def _with_ending(path: Path) -> Path:
     """The file itself, or the one of this name with an image's ending."""
     if is_file(path):
         return path
-    found = (path.with_name(f"{path.name}.{ending}") for ending in IMAGE_TYPES)
+    endings = [*IMAGE_TYPES, *map(str.upper, IMAGE_TYPES)]
+    found = (path.with_name(f"{path.name}.{ending}") for ending in endings)
     return next((file for file in found if is_file(file)), path)
 
 

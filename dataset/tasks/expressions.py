@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from base.errors import UserError, brief
+from base.text import id_text
 
 IN_IMAGES = ("caption", "expressions")
 IN_ANNOTATIONS = ("phrases", "phrase", "expressions", "expression", "sentences")
@@ -31,14 +32,14 @@ def refer_expressions(refs: Sequence[Mapping], instances: Mapping, source: Path)
     """{image, text, bbox, ref_id, split} of every sentence; image: COCO's file name. UserError
     begins with `source`."""
     try:
-        files = {entry["id"]: entry["file_name"] for entry in instances["images"]}
-        boxes = {entry["id"]: entry["bbox"] for entry in instances["annotations"]}
+        files = {id_text(entry["id"]): entry["file_name"] for entry in instances["images"]}
+        boxes = {id_text(entry["id"]): entry["bbox"] for entry in instances["annotations"]}
         for ref in refs:
             for sentence in ref["sentences"]:
                 yield {
-                    "image": files[ref["image_id"]],
+                    "image": files[id_text(ref["image_id"])],
                     "text": sentence.get("sent") or sentence["raw"],
-                    "bbox": boxes[ref["ann_id"]],
+                    "bbox": boxes[id_text(ref["ann_id"])],
                     "ref_id": ref["ref_id"],
                     "split": ref["split"],
                 }
@@ -53,9 +54,9 @@ def coco_expressions(content: Mapping, split: str, source: Path) -> Iterator[dic
     """{image, text, bbox, split} of every expression in COCO's form. UserError begins with
     `source`."""
     try:
-        images = {entry["id"]: entry for entry in content["images"]}
+        images = {id_text(entry["id"]): entry for entry in content["images"]}
         for annotation in content["annotations"]:
-            image = images[annotation["image_id"]]
+            image = images[id_text(annotation["image_id"])]
             for text in texts_of(annotation, image):
                 box = annotation["bbox"]
                 yield {"image": image["file_name"], "text": text, "bbox": box, "split": split}

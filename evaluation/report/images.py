@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.errors import BadSample
-from base.pixels import pillow_formats
+from base.pixels import pillow_formats, to_rgb
 from base.reading import read_bytes
 
 GREY = (128, 128, 128)
@@ -52,7 +52,7 @@ def image_uri(source: Path | bytes | Tensor, side: int) -> str:
     else:
         try:
             content = source if isinstance(source, bytes) else read_bytes(source)
-            image = Image.open(io.BytesIO(content), formats=pillow_formats()).convert("RGB")
+            image = to_rgb(Image.open(io.BytesIO(content), formats=pillow_formats()))
         except Exception:  # decoders meet hostile bytes and raise anything up to struct.error
             image = Image.new("RGB", (side, side), GREY)
     buffer = io.BytesIO()

@@ -45,6 +45,7 @@ from dataset.tasks.record import as_list, captions_of, name_of
 from runtime.config.cli import knob, run_script, section
 from runtime.job_array import Sharing, need_all, own_range, submit_array
 
+JPEG_SIDE = 65_500  # pixels that libjpeg writes at most
 SHOWN = 3  # complaints of a shard that its statistics keep
 
 
@@ -74,8 +75,8 @@ def open_rows(config: Config) -> Sequence[dict]:
 
 
 def reduced(content: bytes, config: Config) -> bytes:
-    """The encoded image, its shorter side at most `resize`, with the EXIF orientation it had.
-    Raises BadSample."""
+    """The encoded image, its shorter side at most `resize`, with the EXIF orientation it had; as it
+    is where a JPEG cannot be so long. Raises BadSample."""
     from PIL import Image
 
     pixels = decode_image(content).permute(1, 2, 0).numpy()
@@ -85,6 +86,8 @@ def reduced(content: bytes, config: Config) -> bytes:
     image = Image.fromarray(pixels)
     scale = config.resize / shorter
     size = (round(image.width * scale), round(image.height * scale))
+    if max(size) > JPEG_SIDE:
+        return content
     file = io.BytesIO()
     exif = Image.Exif()
     exif[ORIENTATION] = orientation(content)

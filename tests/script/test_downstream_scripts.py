@@ -343,10 +343,10 @@ def test_expressions_of_refer_mdetr_and_uninext_are_the_same_lists(
         phrases = [sentence["sent"] for sentence in ref["sentences"]]
         file = {"file_name": names[ref["image_id"]]}
         uninext["images"].append({"id": number, **file})
-        uninext["annotations"].append({"image_id": number, "phrases": phrases, **box})
+        uninext["annotations"].append({"image_id": float(number), "phrases": phrases, **box})
         for phrase in phrases:
             own = len(mdetr["images"])
-            mdetr["images"].append({"id": own, "caption": phrase, **file})
+            mdetr["images"].append({"id": str(own), "caption": phrase, **file})
             mdetr["annotations"].append({"image_id": own, **box})
     sources = {"refer": refer}
     for maker, content in (("mdetr", mdetr), ("uninext", uninext)):

@@ -102,8 +102,8 @@ def test_winoground(tmp_path):
     row = {"id": 0, "image_0": "ex_0_img_0", "image_1": "ex_0_img_1"}
     row |= {"caption_0": "grass in a mug", "caption_1": "a mug in grass"}
     write(tmp_path / "winoground/data/examples.jsonl", json.dumps(row) + "\n")
-    for number in (0, 1):
-        save(tmp_path / f"winoground/data/images/ex_0_img_{number}.png", 100 * number)
+    for number, ending in enumerate(("png", "PNG")):
+        save(tmp_path / f"winoground/data/images/ex_0_img_{number}.{ending}", 100 * number)
     data = opened(CATALOG["winoground"].below(tmp_path), tmp_path)
     assert data.images.example_images.tolist() == [[0, 1]]
     assert [int(data.images[i]["image"][0, 0, 0]) for i in (0, 1)] == [0, 100]

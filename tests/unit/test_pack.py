@@ -154,6 +154,8 @@ def test_large_images_are_reduced(tmp_path):
     large, small = packed(tmp_path / "wds")
     assert decode_image(large["image"]).shape == (3, 10, 20)
     assert small["image"] == (tmp_path / "b.jpg").read_bytes()
+    long = encoded(9, "PNG", (80_000, 11))  # longer than a JPEG can be
+    assert pack.reduced(long, config) == long
 
 
 def test_tables_of_encoded_images(tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -170,6 +171,14 @@ def test_an_unreadable_image_is_grey_on_the_page(content, tmp_path):
         uri = image_uri(source, side=8)
         shown = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
         assert shown.size == (8, 8) and shown.getextrema() == ((128, 128),) * 3
+
+
+def test_an_image_of_sixteen_bits_is_as_light_on_the_page_as_it_is():
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)).save(file, "PNG")
+    uri = image_uri(file.getvalue(), side=8)
+    shown = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    assert shown.getextrema() == ((100, 100),) * 3
 
 
 def test_a_fifo_is_grey_on_the_page(tmp_path):

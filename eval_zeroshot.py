@@ -45,7 +45,7 @@ from evaluation.report.zeroshot import Evaluated, write_zero_shot
 from evaluation.retrieval import best_of_both, chance, units
 from models.weights.any_dual_encoder import Opened, check_name, logit_scale, open_dual
 from models.weights.libraries import open_library
-from models.weights.torchscript import is_jit_archive, jit_state_dict
+from models.weights.torchscript import weights_and_about
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config import originals
 from runtime.config.cli import knob, run_script
@@ -106,11 +106,7 @@ class Encoder(NamedTuple):
 
 def open_checkpoint(config: Config) -> tuple[Opened, str]:
     """The network of the checkpoint, and what identifies its tokenizer."""
-    file = config.checkpoint
-    if is_jit_archive(file):
-        weights, about = jit_state_dict(file), {"archive": True}
-    else:
-        weights, about = read_weights(file), description_of(file)
+    weights, about = weights_and_about(config.checkpoint, read_weights, description_of)
     opened = open_dual(weights, about, config.model, config.mean, config.std)
     tokenizer = tokenizer_of(opened, about.get("config", {}), config)
     return opened._replace(tokenize=partial(tokenizer, lengths=())), tokenizer_identity(tokenizer)

@@ -7,7 +7,7 @@ import io
 import mmap
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -281,17 +281,20 @@ def check_dense(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors by name of one safetensors or torch file. UserError."""
+def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """The tensors by name of one safetensors or torch file; with `wanted` those whose names it is
+    true of, and of safetensors no others are read. UserError."""
     if not path.is_file():
         raise missing_file(path)
     kind = "file of weights"
     try:
         if is_safetensors(path):
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
             kind = "safetensors file"
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                names = [name for name in file.keys() if wanted is None or wanted(name)]  # noqa: SIM118
+                return {name: file.get_tensor(name) for name in names}
         content = load_weights_only(path)
     except UserError:
         raise
@@ -302,5 +305,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no table of tensors; fetch it again")
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if wanted is not None:
+        tensors = {name: value for name, value in tensors.items() if wanted(name)}
     check_dense(path, tensors)
     return tensors

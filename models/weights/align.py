@@ -12,6 +12,7 @@ from base.errors import UserError
 from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.config import DualConfig
 from models.layers.efficientnet import SHAPES, SQUEEZE
+from models.weights.loading import count
 from models.weights.stated import check_stated
 
 State = Mapping[str, Tensor]
@@ -177,14 +178,14 @@ def check_described(described: Mapping[str, Any]) -> None:
     check_stated("config.json, vision_config", described.get("vision_config", {}), computed, remedy)
 
 
-def config_of(state: State, image_size: int = 289) -> DualConfig:
+def align_config(state: State, image_size: int = 289) -> DualConfig:
     """The configuration whose model these weights fill, read off their shapes; UserError for other
     geometries."""
-    blocks = _count(state, r"vision_model\.encoder\.blocks\.(\d+)\.")
+    blocks = count(state, r"vision_model\.encoder\.blocks\.(\d+)\.")
     features = len(
         state[f"vision_model.encoder.blocks.{blocks - 1}.projection.project_conv.weight"]
     )
-    layers = _count(state, r"text_model\.encoder\.layer\.(\d+)\.")
+    layers = count(state, r"text_model\.encoder\.layer\.(\d+)\.")
     vocabulary, width = state["text_model.embeddings.word_embeddings.weight"].shape
     images = [
         name
@@ -206,10 +207,4 @@ def config_of(state: State, image_size: int = 289) -> DualConfig:
         temperature=float(state["temperature"]),
         label_smoothing=0.1,
         loss_avg_or_sum="sum",
-    )
-
-
-def _count(state: State, pattern: str) -> int:
-    return 1 + max(
-        (int(match[1]) for name in state if (match := re.match(pattern, name))), default=-1
     )

@@ -10,7 +10,7 @@ left out.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -32,8 +32,7 @@ from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
 from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import openai_model
-from models.weights.align import check_described
-from models.weights.align import config_of as align_config
+from models.weights.align import align_config, check_described
 from models.weights.clip import (
     NOT_WEIGHTS,
     TIMM_NAMES,
@@ -43,7 +42,7 @@ from models.weights.clip import (
     load_timm_open_clip,
     unwrap_names,
 )
-from models.weights.loading import load_checkpoint
+from models.weights.loading import count, known_fields, load_checkpoint
 from models.weights.stated import check_open_clip, check_stated, processor_pixels
 
 State = Mapping[str, Tensor]
@@ -165,10 +164,7 @@ def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opene
             "the checkpoint holds weights alone, which do not tell the model: add --model, such as CL2L_R50_CL2L, or "
             "keep the run's config.yaml beside the file"
         )
-    if name not in (None, config.model):
-        raise UserError(
-            f"--model {name}, but the checkpoint is a {config.model}: leave --model out"
-        )
+    check_same(name, config)
     model = build_dual(replace(config, model=embedding_model(config.model)))
     load_checkpoint(model, weights, allowed_unexpected=TRAINING_ONLY)
     tower = config.image_tower
@@ -199,19 +195,23 @@ def _align(weights: State, about: Mapping[str, Any], name: str | None) -> Opened
         config = align_config(weights, crop_side(images, side))
         large = round(config.image_size * ALIGN_MARGIN)
         pixels = processor_pixels(images, config.image_size, large)
-    if name not in (None, config.model):
-        raise UserError(
-            f"--model {name}, but the checkpoint is a {config.model}: leave --model out"
-        )
+    check_same(name, config)
     model = build_dual(config)
     load_checkpoint(model, weights, allowed_unexpected=NOT_LOADED)
     pixels = Pixels(config.image_size, "bilinear", *HALF)._replace(**pixels)
     return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
 
 
+def check_same(name: str | None, config: DualConfig) -> None:
+    """UserError where the user names another model than the checkpoint's."""
+    if name not in (None, config.model):
+        raise UserError(
+            f"--model {name}, but the checkpoint is a {config.model}: leave --model out"
+        )
+
+
 def _own_config(network: Mapping[str, Any]) -> DualConfig:
-    known = {f.name for f in fields(DualConfig)}
-    return DualConfig(**{key: value for key, value in network.items() if key in known})
+    return DualConfig(**known_fields(DualConfig, network))
 
 
 def embedding_model(name: str) -> str:
@@ -237,8 +237,7 @@ def config_of_shapes(weights: State, name: str) -> DualConfig:
         "context_length": context,
         "vocab_size": len(weights["token_embedding.weight"]),
     }
-    layers = {key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")}
-    values["transformer_layers"] = len(layers)
+    values["transformer_layers"] = count(weights, r"transformer\.resblocks\.(\d+)\.")
     if "image_projection" in weights:
         values["embed_dim"] = weights["image_projection"].shape[1]
     for prefix, kind, hidden in (
@@ -413,11 +412,16 @@ def _opened(
                 f"--model {name}, but the checkpoint is another network: leave --model out or name "
                 "the right one"
             )
-    mean = pixels.get("mean") or OPENAI[0]
-    std = pixels.get("std") or OPENAI[1]
-    interpolation = pixels.get("interpolation") or "bicubic"
-    pixels = Pixels(config.image_size, interpolation, tuple(mean), tuple(std))
-    return Opened(model.eval(), title, pixels, config.text.context_length, config.text.vocab_size)
+    text = config.text
+    known = _pixels(config.image_size, pixels)
+    return Opened(model.eval(), title, known, text.context_length, text.vocab_size)
+
+
+def _pixels(side: int, stated: Mapping[str, Any]) -> Pixels:
+    """How images enter; what no file states is as in OpenAI's CLIP."""
+    mean = stated.get("mean") or OPENAI[0]
+    std = stated.get("std") or OPENAI[1]
+    return Pixels(side, stated.get("interpolation") or "bicubic", tuple(mean), tuple(std))
 
 
 def _timm_open_clip(
@@ -451,16 +455,10 @@ def _timm_open_clip(
         vocab_size=len(text["token_embedding.weight"]),
         text_width=width,
         text_heads=text_heads(settings) or width // 64,
-        transformer_layers=len(
-            {key.split(".")[2] for key in text if key.startswith("transformer.resblocks.")}
-        ),
+        transformer_layers=count(text, r"transformer\.resblocks\.(\d+)\."),
         text_activation="quick_gelu" if settings.get("quick_gelu") else "gelu",
     )
     model = build_dual(config)
     load_timm_open_clip(model, dict(weights))
-    mean = pixels.get("mean") or OPENAI[0]
-    std = pixels.get("std") or OPENAI[1]
-    pixels = Pixels(
-        config.image_size, pixels.get("interpolation") or "bicubic", tuple(mean), tuple(std)
-    )
-    return Opened(model.eval(), f"{name} of open_clip's layout", pixels, context, config.vocab_size)
+    known = _pixels(config.image_size, pixels)
+    return Opened(model.eval(), f"{name} of open_clip's layout", known, context, config.vocab_size)

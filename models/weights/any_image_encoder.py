@@ -4,9 +4,7 @@ encoder = open_encoder(weights, about)   # about: what lies in or beside the fil
 features = encoder(image)                # float32 [B,3,S,S], by `encoder.pixels` -> [B,D]
 """
 
-import re
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from models.layers.vit import ViT, ViTConfig, patches_of
 from models.weights.any_dual_encoder import open_dual
 from models.weights.image_encoder import TOWER, ImageEncoder
 from models.weights.libraries import timm_encoder
-from models.weights.loading import load_checkpoint
+from models.weights.loading import count, known_fields, load_checkpoint
 from models.weights.vit import backbone, load_vit, native, vit_kind
 from models.weights.vit_facts import (
     VitFacts,
@@ -54,7 +52,7 @@ def open_encoder(
         pixels = Pixels(network["image_size"], "bilinear", *IMAGENET)
         return _dual(build_loaded(weights, network), network["model"], pixels)
     if str(network.get("model", "")).startswith("vit-"):
-        return _classifier(weights, ClassifierConfig(**_known_fields(network)))
+        return _classifier(weights, ClassifierConfig(**known_fields(ClassifierConfig, network)))
     if architecture := about.get("config.json", {}).get("architecture"):
         return timm_encoder(architecture, weights, described=about["config.json"], stated=stated)
     if is_dinov2(weights):
@@ -68,11 +66,6 @@ def open_encoder(
     return _dual(opened.model, opened.title, opened.pixels)
 
 
-def _known_fields(network: Mapping[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in fields(ClassifierConfig)}
-    return {key: value for key, value in network.items() if key in known}
-
-
 def _is_vit(weights: State) -> bool:
     try:
         return "pos_embed" in native(weights)
@@ -82,8 +75,7 @@ def _is_vit(weights: State) -> bool:
 
 def build_loaded(weights: State, network: Mapping[str, Any]) -> nn.Module:
     """The dual encoder that a run's own `network` section describes, with its weights."""
-    known = {f.name for f in fields(DualConfig)}
-    model = build_dual(DualConfig(**{key: value for key, value in network.items() if key in known}))
+    model = build_dual(DualConfig(**known_fields(DualConfig, network)))
     load_checkpoint(model, weights, allowed_unexpected=("momentum_model.*",))
     return model
 
@@ -134,43 +126,38 @@ def _foreign_classifier(
 
 def _self_supervised(weights: State, heads: int, facts: VitFacts) -> ImageEncoder:
     """The encoder of DINO, MoCo v3 or MAE: no head, the class token counts."""
-    width = len(weights["patch_embed.proj.weight"])
-    patch, stem = patches_of(weights)
-    side = _grid(weights) * patch
-    config = ViTConfig(
-        image_size=side,
-        patch_size=patch,
-        width=width,
-        depth=_depth(weights),
-        heads=heads,
-        layer_norm_eps=facts.eps,
-        gelu="tanh" if facts.activation == "gelu_tanh" else "none",
-        stem=stem,
-    )
+    gelu = "tanh" if facts.activation == "gelu_tanh" else "none"
+    config = ViTConfig(**vit_sizes(weights), heads=heads, layer_norm_eps=facts.eps, gelu=gelu)
     vit = ViT(config)
     load_checkpoint(vit, weights)
 
     def outputs(image: Tensor) -> dict[str, Tensor]:
         return {TOWER: vit(image)[:, 0]}
 
-    title = f"self-supervised ViT of width {width}, {_depth(weights)} blocks, patch {patch}"
-    encoder = ImageEncoder(vit, outputs, "vit", pixels_of(facts, side), title)
+    sizes = f"width {config.width}, {config.depth} blocks, patch {config.patch_size}"
+    pixels = pixels_of(facts, config.image_size)
+    encoder = ImageEncoder(vit, outputs, "vit", pixels, f"self-supervised ViT of {sizes}")
     encoder.resize = facts.resize
     return encoder
 
 
-def _depth(weights: State) -> int:
-    return 1 + max(int(match[1]) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key)))
-
-
-def _grid(weights: State) -> int:
-    return round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+def vit_sizes(weights: State) -> dict[str, Any]:
+    """Sizes of native weights as fields of `ViTConfig`."""
+    patch, stem = patches_of(weights)
+    grid = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+    return {
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "width": len(weights["patch_embed.proj.weight"]),
+        "depth": count(weights, r"blocks\.(\d+)\."),
+        "stem": stem,
+    }
 
 
 def config_of_weights(weights: State, name: str | None = None) -> dict[str, Any]:
     """Sizes of native weights as options of `ClassifierConfig`. Raises UserError."""
-    width, (patch, stem) = len(weights["patch_embed.proj.weight"]), patches_of(weights)
-    depth = _depth(weights)
+    sizes = vit_sizes(weights)
+    width, depth, patch = sizes["width"], sizes["depth"], sizes["patch_size"]
     size = next((size for size, each in SIZES.items() if each[:2] == (width, depth)), None)
     if name is None and size is None:
         raise UserError(
@@ -179,8 +166,8 @@ def config_of_weights(weights: State, name: str | None = None) -> dict[str, Any]
         )
     found = {
         "model": name or f"vit-{size}/{patch}",
-        "image_size": _grid(weights) * patch,
-        "stem": stem,
+        "image_size": sizes["image_size"],
+        "stem": sizes["stem"],
         "num_classes": len(weights.get("head.bias", [0])),
     }
     if "pre_logits.fc.bias" in weights:
@@ -195,13 +182,10 @@ def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
     state = {
         key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
     }
-    width, (patch, stem) = len(state["patch_embed.proj.weight"]), patches_of(state)
-    depth = _depth(state)
-    side = _grid(state) * patch
+    sizes = vit_sizes(state)
+    width = sizes["width"]
     heads = config.get("vision_heads") or max(1, width // 64)
-    vit = ViT(
-        ViTConfig(side, patch, width, depth, heads, mask_token="mask_token" in state, stem=stem)
-    )
+    vit = ViT(ViTConfig(**sizes, heads=heads, mask_token="mask_token" in state))
     load_checkpoint(vit, state)
     network = nn.ModuleDict({"vit": vit})
     projection = weights.get("vision_proj.weight")
@@ -217,5 +201,6 @@ def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
             {"z": network["vision_proj"](token)} if projection is not None else {}
         )
 
-    title = f"vision transformer of width {width}, {depth} blocks"
-    return ImageEncoder(network, outputs, "fusion", Pixels(side, "bicubic", *OPENAI), title)
+    title = f"vision transformer of width {width}, {sizes['depth']} blocks"
+    pixels = Pixels(sizes["image_size"], "bicubic", *OPENAI)
+    return ImageEncoder(network, outputs, "fusion", pixels, title)

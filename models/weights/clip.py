@@ -12,7 +12,7 @@ error that lists the names.
 """
 
 import re
-from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from models.dual_encoder.slip import SlipCLIP
 from models.layers.clip_towers import TextShape
 from models.layers.openai_towers import OpenAIConfig
 from models.layers.positions import resize_positions
+from models.weights.loading import count, known_fields, load_checkpoint
 
 State = dict[str, Tensor]
 
@@ -60,35 +61,24 @@ def config_of_arguments(arguments: dict, **more) -> DualConfig:
         raise UserError(
             "the checkpoint's args name no model; give the model string on the command line"
         )
-    known = {f.name for f in fields(DualConfig)}
-    values = {
-        name: value for name, value in arguments.items() if name in known and value is not None
-    }
+    given = {name: value for name, value in arguments.items() if value is not None}
+    values = known_fields(DualConfig, given)
     if arguments["model"].count("_") == 1:
         values.setdefault("embed_dim", SLIP_EMBED_DIM)
     return DualConfig(**{**values, **more})
 
 
-def text_transformer_of(state: State) -> State:
-    """What `--init-text-encoder` takes over: the blocks alone, neither embeddings nor the final
-    norm."""
-    blocks = {
-        name: value
-        for name, value in unwrap_names(state).items()
-        if name.startswith("transformer.")
-    }
+def load_text_transformer(model: nn.Module, state: State) -> None:
+    """Load the text blocks of another checkpoint into `model`, neither embeddings nor the final
+    norm: all of them or UserError."""
+    inside = "transformer."
+    blocks = {}
+    for name, value in unwrap_names(state).items():
+        if name.startswith(inside):
+            blocks[name.removeprefix(inside)] = value
     if not blocks:
         raise UserError("the checkpoint for the text encoder has no `transformer.*` weights")
-    return blocks
-
-
-def load_text_transformer(model: nn.Module, state: State) -> None:
-    """Load the text blocks of another checkpoint into `model`, all of them or UserError."""
-    blocks = {
-        name.removeprefix("transformer."): value
-        for name, value in text_transformer_of(state).items()
-    }
-    _load(model.transformer, blocks, "text transformer")
+    load_checkpoint(model.transformer, blocks)
 
 
 # ---- OpenAI and open_clip
@@ -122,37 +112,37 @@ def openai_config(state: State, activation: str = "quick_gelu", **loss_options) 
             raise UserError(
                 f"no {name} in the state dict: it is not of OpenAI's CLIP layout (see clip_adapters)"
             )
-    text_layers = _count(state, r"transformer\.resblocks\.(\d+)\.")
+    text_layers = count(state, r"transformer\.resblocks\.(\d+)\.")
     context, text_width = state["positional_embedding"].shape
     vocabulary = len(state["token_embedding.weight"])
     heads = max(1, text_width // 64)
     text = TextShape(context, vocabulary, text_width, heads, text_layers, activation)
-    conv = state["visual.conv1.weight"]
-    if "visual.proj" in state:
-        patch = conv.shape[-1]
-        size = patch * _grid(state["visual.positional_embedding"])
-        width = conv.shape[0]
-        layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
+    sizes = tower_sizes(state, "visual.")
+    if sizes["patch_size"]:
+        size = sizes["patch_size"] * _grid(state["visual.positional_embedding"])
     else:
         size = 32 * _grid(state["visual.attnpool.positional_embedding"])
-        layers = tuple(_count(state, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
-        width = state["visual.layer1.0.conv1.weight"].shape[0]
-        patch = 0
     return OpenAIConfig(
         embed_dim=state["text_projection"].shape[1],
         image_size=size,
-        vision_width=width,
-        vision_layers=layers,
-        patch_size=patch,
         text=text,
         vision_activation=activation,
+        **sizes,
         **loss_options,
     )
 
 
-def _count(state: State, pattern: str) -> int:
-    found = [int(match.group(1)) for name in state if (match := re.match(pattern, name))]
-    return max(found, default=-1) + 1
+def tower_sizes(state: State, prefix: str) -> dict[str, Any]:
+    """`vision_width`, `vision_layers` and `patch_size` (0: a ResNet) of OpenAI's image tower, whose
+    weights' names begin with `prefix`."""
+    if f"{prefix}layer1.0.conv1.weight" in state:
+        stages = [count(state, rf"{prefix}layer{number}\.(\d+)\.") for number in (1, 2, 3, 4)]
+        width = len(state[f"{prefix}layer1.0.conv1.weight"])
+        layers = tuple(filter(None, stages))
+        return {"vision_width": width, "vision_layers": layers, "patch_size": 0}
+    width, *_, patch = state[f"{prefix}conv1.weight"].shape
+    blocks = count(state, rf"{prefix}transformer\.resblocks\.(\d+)\.")
+    return {"vision_width": width, "vision_layers": blocks, "patch_size": patch}
 
 
 def _grid(positions: Tensor) -> int:
@@ -178,29 +168,8 @@ def load_openai(state: State, activation: str = "quick_gelu", **loss_options) ->
     }
     with torch.device("meta"):
         model = OpenAICLIP(openai_config(state, activation, **loss_options))
-    _load(model, state, "OpenAI CLIP", assign=True)
+    load_checkpoint(model, state, assign=True)
     return model.requires_grad_(True)
-
-
-def _load(model: nn.Module, state: State, what: str, assign: bool = False) -> None:
-    """Strict load; UserError lists missing, unexpected and misshapen names."""
-    own = model.state_dict()
-    missing = own.keys() - state.keys()
-    unexpected = state.keys() - own.keys()
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    faults = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    if any(names for _, names in faults):
-        listed = "; ".join(
-            f"{kind}: {', '.join(sorted(names)[:8])} ({len(names)})"
-            for kind, names in faults
-            if names
-        )
-        raise UserError(f"the weights do not fit the {what}: {listed}")
-    model.load_state_dict(state, assign=assign)
 
 
 def to_open_clip(model: nn.Module) -> State:
@@ -307,7 +276,7 @@ def load_timm_open_clip(model: CLIP, state: State) -> None:
         raise UserError(
             "logit_bias belongs to SigLIP: build a model with the head SIGLIP for it, CLIP without it"
         )
-    _load(model, renamed, type(model).__name__)
+    load_checkpoint(model, renamed)
 
 
 def fit_positions(state: State, image_size: int) -> State:

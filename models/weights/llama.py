@@ -5,9 +5,9 @@ Face's.
 them, and of a decoder that is cut only the kept blocks are read into memory.
 """
 
-import pickle
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from base.addresses import missing_file
 from base.errors import UserError, brief
 from base.names import matching_files
 from base.reading import read_json
-from base.torch_files import find_index, is_safetensors, load_weights_only, shards_of
+from base.torch_files import find_index, read_tensors, shards_of
 from models.layers.llama import LlamaConfig, split_dimension
 
 State = dict[str, Tensor]
@@ -108,10 +108,8 @@ def _read_meta(folder: Path, layers: int | None) -> tuple[LlamaConfig, State]:
     files = matching_files(folder, "*.pth")
     if not files:
         raise UserError(f"{folder}: no consolidated.*.pth beside params.json")
-    shards = [
-        {k: v for k, v in _read_tensors(file).items() if is_kept(k, layers)} for file in files
-    ]
-    return config, merge_shards(shards, config.dim)
+    wanted = partial(is_kept, layers=layers)
+    return config, merge_shards([read_tensors(file, wanted) for file in files], config.dim)
 
 
 def merge_shards(shards: list[State], dim: int) -> State:
@@ -140,9 +138,13 @@ def _read_hugging_face(folder: Path, layers: int | None) -> tuple[LlamaConfig, S
     files = files or matching_files(folder, "pytorch_model*.bin")
     if not files:
         raise UserError(f"{folder}: no *.safetensors and no pytorch_model*.bin beside config.json")
+
+    def wanted(name: str) -> bool:
+        return is_kept(name.removeprefix("model."), layers)
+
     state: State = {}
     for file in files:
-        state |= _read_tensors(file, lambda name: is_kept(name.removeprefix("model."), layers))
+        state.update(read_tensors(file, wanted))
     return config, from_hugging_face(state, config)
 
 
@@ -278,42 +280,3 @@ def interleave(weight: Tensor, heads: int) -> Tensor:
 def halves(weight: Tensor, heads: int) -> Tensor:
     """The opposite of `interleave`."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-# ---- files
-
-
-def _read_tensors(path: Path, wanted=lambda name: True) -> State:
-    """The wanted tensors of one file, mapped where the format allows."""
-    try:
-        if is_safetensors(path):
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
-        content = load_weights_only(path)
-        return {
-            name: value
-            for name, value in content.items()
-            if isinstance(value, Tensor) and wanted(name)
-        }
-    except UserError:
-        raise
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        AttributeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: not a readable file of weights ({reason}); fetch it again"
-        ) from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(
-            f"{path}: not a readable safetensors file ({error}); fetch it again"
-        ) from None

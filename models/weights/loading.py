@@ -1,8 +1,10 @@
 """Load a state dict and report, or refuse, what is missing, unexpected or of another shape."""
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -60,13 +62,15 @@ def load_checkpoint(
     state: State,
     allowed_missing: Iterable[str] = (),
     allowed_unexpected: Iterable[str] = (),
+    assign: bool = False,
 ) -> Differences:
     """Copies `state` into `model`, in place, and returns what was left out, all of it named as
     expected by the caller.
 
     allowed_missing: glob patterns of keys that may keep their initial values, absent or of another
     shape in `state`. allowed_unexpected: patterns of keys of `state` that the model does not have.
-    Position ids may always differ. Raises `UserError` that lists every other difference; the model
+    Position ids may always differ. assign: the tensors themselves become the parameters, as a model
+    on the meta device needs it. Raises `UserError` that lists every other difference; the model
     is then unchanged.
     """
     found = compare_state(model.state_dict(), state)
@@ -86,8 +90,21 @@ def load_checkpoint(
         )
     left_out = {*found.unexpected, *(key for key, *_ in found.mismatched)}
     fitting = {key: value for key, value in state.items() if key not in left_out}
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(fitting, strict=False, assign=assign)
     return found
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """How many layers there are: one more than the largest number that `pattern` finds at the start
+    of the names of weights, 0 where it finds none."""
+    numbers = [int(found[1]) for name in names if (found := re.match(pattern, name))]
+    return max(numbers, default=-1) + 1
+
+
+def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a saved configuration that are fields of the dataclass `kind`."""
+    known = {f.name for f in fields(kind)}
+    return {name: value for name, value in values.items() if name in known}
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:

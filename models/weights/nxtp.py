@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from base.errors import UserError
 from models.layers.llama import LlamaConfig
 from models.layers.openai_towers import OpenAIConfig
-from models.weights.clip import fit_positions, openai_config, unwrap_names
-from models.weights.clip import from_hugging_face as clip_from_hugging_face
+from models.weights.clip import (
+    fit_positions,
+    from_hugging_face,
+    openai_config,
+    tower_sizes,
+    unwrap_names,
+)
+from models.weights.loading import count
 
 State = dict[str, Tensor]
 VISION, DECODER = "vision_encoder.", "language_decoder."
@@ -32,7 +38,7 @@ def openai_layout(state: State) -> State:
     """OpenAI's names in float32 of a CLIP state dict in OpenAI's, open_clip's or Hugging Face's
     layout."""
     if any(name.startswith("vision_model.") for name in state):
-        state = clip_from_hugging_face(state)
+        state = from_hugging_face(state)
     return {name: value.float() for name, value in state.items() if value.is_floating_point()}
 
 
@@ -92,7 +98,7 @@ def recognition_state(
     state.pop(f"{VISION}logit_scale", None)
     if not any(name.startswith(DECODER) for name in state):
         raise UserError("no language_decoder.* among the weights: this is no NXTP checkpoint")
-    deep = _count(state, rf"{DECODER}layers\.(\d+)\.")
+    deep = count(state, rf"{DECODER}layers\.(\d+)\.")
     if layers is not None and layers > deep:
         raise UserError(f"the checkpoint's decoder has {deep} blocks, it cannot be cut to {layers}")
     if layers is not None:
@@ -141,7 +147,7 @@ def geometry(
     width = len(state[f"{first}attention.wq.weight"]) // heads
     decoder = LlamaConfig(
         dim=dim,
-        n_layers=_count(state, rf"{DECODER}layers\.(\d+)\."),
+        n_layers=count(state, rf"{DECODER}layers\.(\d+)\."),
         n_heads=heads,
         n_kv_heads=len(state[f"{first}attention.wk.weight"]) // width,
         vocab_size=len(table),
@@ -165,17 +171,11 @@ def _tower(state: State, dim: int, image_size: int | None) -> OpenAIConfig:
     """Geometry of the image tower; a ResNet's and a library's do not tell the size of the images."""
     if of_library(state):
         return OpenAIConfig(embed_dim=dim, image_size=image_size or 224, patch_size=0)
-    conv = state[f"{VISION}conv1.weight"]
-    if f"{VISION}layer1.0.conv1.weight" in state:
-        stages = [_count(state, rf"{VISION}layer{number}\.(\d+)\.") for number in (1, 2, 3, 4)]
-        sizes = {
-            "vision_width": len(state[f"{VISION}conv3.weight"]),
-            "vision_layers": tuple(filter(None, stages)),
-        }
-        return OpenAIConfig(embed_dim=dim, image_size=image_size or 224, patch_size=0, **sizes)
-    side = math.isqrt(len(state[f"{VISION}positional_embedding"]) - 1) * conv.shape[-1]
-    blocks = _count(state, rf"{VISION}transformer\.resblocks\.(\d+)\.")
-    sizes = {"vision_width": len(conv), "vision_layers": blocks, "patch_size": conv.shape[-1]}
+    sizes = tower_sizes(state, VISION)
+    side = image_size or 224
+    if sizes["patch_size"]:
+        positions = len(state[f"{VISION}positional_embedding"])
+        side = math.isqrt(positions - 1) * sizes["patch_size"]
     return OpenAIConfig(embed_dim=dim, image_size=side, **sizes)
 
 
@@ -200,7 +200,7 @@ def trained_names(names: list[str], vision_blocks: int | None) -> set[str]:
             "train_vision_blocks: a ResNet's blocks are trained all together (leave it out) or not "
             "(0); those of image_tower, too"
         )
-    deep = _count(dict.fromkeys(names), rf"{VISION}transformer\.resblocks\.(\d+)\.")
+    deep = count(names, rf"{VISION}transformer\.resblocks\.(\d+)\.")
     last = {
         f"{VISION}transformer.resblocks.{number}."
         for number in range(max(0, deep - vision_blocks), deep)
@@ -218,11 +218,6 @@ def decayed_names(trained: dict[str, Tensor]) -> set[str]:
         for name, value in trained.items()
         if name.startswith(head) or (value.ndim > 1 and "tok_embeddings" not in name)
     }
-
-
-def _count(names, pattern: str) -> int:
-    found = [int(match[1]) for name in names if (match := re.match(pattern, name))]
-    return max(found, default=-1) + 1
 
 
 def choose_parameters(model: nn.Module, blocks: int | None, original: bool) -> set[str] | None:

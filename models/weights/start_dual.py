@@ -29,7 +29,7 @@ from models.weights.clip import (
     unwrap_names,
 )
 from models.weights.loading import load_checkpoint
-from models.weights.torchscript import is_jit_archive, jit_state_dict
+from models.weights.torchscript import weights_and_about
 
 IMAGE_HEADS = ("visual.proj", "visual.attnpool.c_proj.weight")  # only OpenAI's layout has them
 LIBRARY_NETWORK = "network."  # where LibraryCLIP holds it
@@ -45,13 +45,7 @@ def start_dual(
     """Load all weights of a file or folder. read, describe: `runtime.checkpoint.read_weights` and
     `runtime.config.from_checkpoint.description_of`. UserError for another architecture or
     activation, which it names."""
-    if path.is_file() and is_jit_archive(path):
-        state = jit_state_dict(path)
-        about = {"archive": True}
-    else:
-        state = read(path)
-        about = describe(path)
-    load_any_layout(model, state, about)
+    load_any_layout(model, *weights_and_about(path, read, describe))
 
 
 def load_any_layout(model: DualEncoder, state: State, about: Mapping[str, Any]) -> None:

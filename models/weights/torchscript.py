@@ -8,6 +8,7 @@ tensors are built here, any other name is refused.
 import io
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,16 @@ def jit_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(tree, _Module):
         raise UserError(f"{path}: the archive holds no module")
     return _tensors(tree, path)
+
+
+def weights_and_about(
+    path: Path, read: Callable[[Path], dict[str, Tensor]], describe: Callable[[Path], dict]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a file, a TorchScript archive or one that `read` reads, and what lies in or
+    beside it (see `open_dual`), which `describe` tells."""
+    if path.is_file() and is_jit_archive(path):
+        return jit_state_dict(path), {"archive": True}
+    return read(path), describe(path)
 
 
 class _Module:

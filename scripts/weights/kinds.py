@@ -44,7 +44,7 @@ def align_to_hf(source: Path, dest: Path) -> str:
     import torch
 
     from models.dual_encoder.align import Align
-    from models.weights.align import config_of, is_align
+    from models.weights.align import align_config, is_align
     from models.weights.loading import compare_state
     from runtime.checkpoint import read_weights
     from scripts.weights.export_dual import write_align
@@ -54,7 +54,7 @@ def align_to_hf(source: Path, dest: Path) -> str:
         raise UserError(f"{source}: no ALIGN model")
     make_folder(dest, "DEST")
     with torch.device("meta"):
-        model = Align(config_of(weights))
+        model = Align(align_config(weights))
     found = compare_state(model.state_dict(), weights)
     if found.missing or found.mismatched:
         raise UserError(f"{source}: not all of an ALIGN model\n{found.text()}")

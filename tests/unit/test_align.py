@@ -18,7 +18,7 @@ from models.layers.batchnorm import GhostBatchNorm, collect, deal, synchronise_b
 from models.layers.efficientnet import SHAPES, EfficientNet, EfficientNetShape, padded
 from models.layers.xbert import BertConfig
 from models.weights.align import (
-    config_of,
+    align_config,
     from_tensorflow_names,
     hugging_face_config,
     is_align,
@@ -247,7 +247,7 @@ def test_configuration_from_weights():
     with torch.device("meta"):
         model = build_dual(DualConfig(model="ALIGN_B2_TINY", embed_dim=24, vocab_size=77))
     state = model.state_dict() | {"temperature": torch.tensor(0.25)}
-    found = config_of(state, 96)
+    found = align_config(state, 96)
     assert (found.model, found.embed_dim, found.vocab_size, found.image_size) == (
         "ALIGN_B2_TINY",
         24,
@@ -256,7 +256,7 @@ def test_configuration_from_weights():
     )
     assert found.temperature == 0.25
     with pytest.raises(UserError, match="known are NANO, B0"):
-        config_of(tiny().state_dict())
+        align_config(tiny().state_dict())
     with pytest.raises(UserError, match="only B7 fits"):
         to_hugging_face(state)
 

@@ -178,7 +178,9 @@ def test_position_embeddings_of_another_size():
 def test_faults_list_the_names():
     state = model().state_dict()
     state["visual.extra"] = state.pop("visual.ln_post.bias")
-    with pytest.raises(UserError, match=r"missing: visual.ln_post.bias.*unexpected: visual.extra"):
+    with pytest.raises(
+        UserError, match=r"(?s)missing: visual.ln_post.bias.*unexpected: visual.extra"
+    ):
         adapters.load_openai(state)
     with pytest.raises(UserError, match="not of OpenAI's CLIP layout"):
         adapters.load_openai(toy().state_dict())

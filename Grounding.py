@@ -95,9 +95,7 @@ def training_data(config: Config, tokenizer, longest: int, world, state) -> Stre
     """Endless batches of this process, from the position `state` on. Expressions about one image,
     known by its file name, are no negatives of each other."""
     if not config.train_file:
-        raise UserError(
-            "train_file: none is given; give one, or --evaluate to ground with a checkpoint"
-        )
+        raise UserError("train_file: none is given; give one, or --evaluate a checkpoint")
     records = Records(config.train_file, ("image", "text"))
     check_image_root(config.image_root, (records[i]["image"] for i in range(min(10, len(records)))))
     image_ids = number_images(record["image"].rsplit("/", 1)[-1] for record in records)
@@ -199,7 +197,8 @@ def train(model: Retrieval, data: ReferringExpressions | None, tokenizer, config
 def report(data: ReferringExpressions, maps: Tensor, found: list[Pointing], by_split) -> list[str]:
     """The table of splits, and heat maps over images with the detected, chosen (thick) and true
     (dashed) boxes."""
-    accuracy, pointing = [], []
+    accuracy = []
+    pointing = []
     for split, score in by_split.items():
         name = f"{split}, {score['expressions']} expressions"
         accuracy.append((name, score["accuracy"], score["chance"]))
@@ -207,9 +206,10 @@ def report(data: ReferringExpressions, maps: Tensor, found: list[Pointing], by_s
     right = torch.tensor([result.iou >= 0.5 for result in found])
 
     def case(i: int) -> str:
-        target, result, image = data.targets[i], found[i], decode_image(data.file(i))
-        heat, boxes = enlarge(maps[i], *image.shape[1:]), data.boxes[i]
-        return box_case(image, heat, data.written[i], boxes, result.box, target.box, result.iou)
+        image = decode_image(data.file(i))
+        heat = enlarge(maps[i], *image.shape[1:])
+        best, true = found[i], data.targets[i]
+        return box_case(image, heat, data.written[i], data.boxes[i], best.box, true.box, best.iou)
 
     head = ["the chosen box has IoU >= 0.5, in %", "accuracy", "a box at random"]
     game = table(["the map's maximum lies in the true box, in %", "pointing game"], pointing)

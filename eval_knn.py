@@ -219,15 +219,23 @@ def main(config: Config) -> None:
         neighbours, train.labels, val.labels, classes, config.k, config.temperature
     )
     if config.linear_probe:
-        l2, steps, fraction = config.probe_l2, config.probe_iterations, config.probe_val_fraction
         held_out = None
         if config.probe_val_data:
-            held_out, _ = bank_of(
-                config.probe_val_data, "val", encoder, width, names, config, world
-            )
-        metrics |= linear_probe(train, val, classes, world, l2, steps, held_out, fraction)
+            data = config.probe_val_data
+            held_out, _ = bank_of(data, "val", encoder, width, names, config, world)
+        metrics |= linear_probe(
+            train,
+            val,
+            classes,
+            world,
+            l2=config.probe_l2,
+            iterations=config.probe_iterations,
+            val=held_out,
+            val_fraction=config.probe_val_fraction,
+        )
     title = f"{encoder.title}, {config.features}, on {config.val_data}"
-    labels, views = (train.labels, val.labels), (images.image, queries.image)
+    labels = (train.labels, val.labels)
+    views = (images.image, queries.image)
     cards = neighbour_report(title, names, metrics, neighbours, labels, views, config.temperature)
     write_results(config, "Nearest neighbours", {"model": encoder.title, **metrics}, cards)
     if config.linear_probe:

@@ -45,6 +45,7 @@ from evaluation.zeroshot import text_classifier, zero_shot_accuracy
 from models.dual_encoder.base import DualEncoder, names_by_decay
 from models.dual_encoder.config import DualConfig, TargetOptions
 from models.dual_encoder.factory import (
+    ANY,
     build_dual,
     check_compiled_pooling,
     parts_of,
@@ -81,7 +82,7 @@ class Config(RocketRunConfig, CaptionOptions, TargetOptions):
     def check(self) -> None:
         """Check that the options are compatible."""
         name = self.network.model
-        parts_of(name)  # known?
+        parts_of(name)  # UserError for an unknown one
         taught = name.endswith(("_SIAMLIP", "_SWALIPV1")) and self.parallel == "ddp"
         if self.momentum and not taught:
             raise UserError("--momentum is for *_SIAMLIP (BYOLIP) or *_SWALIPV1, --parallel ddp")
@@ -95,8 +96,9 @@ class Config(RocketRunConfig, CaptionOptions, TargetOptions):
     @property
     def local_views(self) -> tuple[int, int]:
         """Local images and local captions of a sample."""
-        wanted = parts_of(self.network.model)[2]  # SLIP's two images show no caption of their own
-        return (self.views.num_augs, self.views.num_augs) if wanted < 0 else (wanted, 0)
+        wanted = parts_of(self.network.model).local_views  # SLIP's two have no caption of their own
+        given = self.views.num_augs
+        return (given, given) if wanted == ANY else (wanted, 0)
 
 
 def training_data(config: Config, tokenizer, world: World, state: dict | None) -> StreamLoader:

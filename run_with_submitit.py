@@ -179,17 +179,18 @@ def need_slurm(options: argparse.Namespace, words: list[str]) -> None:
     """Raise UserError that says how to run without Slurm, where it is absent."""
     if has_slurm():
         return
-    rest = shlex.join([options.script, *words])
-    one = f"torchrun --standalone --nproc_per_node={options.tasks} {rest}"
-    many = (
-        f"torchrun --nnodes={options.nodes} --nproc_per_node={options.tasks} --rdzv_backend=c10d "
-    )
-    many = f"{many}--rdzv_endpoint=FIRST_HOST:29500 {rest}"
+    command = shlex.join([options.script, *words])
+    processes = f"--nproc_per_node={options.tasks}"
+    meeting = "--rdzv_backend=c10d --rdzv_endpoint=FIRST_HOST:29500"
     lines = [
-        "sbatch and srun are not on this machine: there is no Slurm to submit to. The same training without it:"
+        "sbatch and srun are not on this machine: there is no Slurm to submit to. The same training without it:",
+        f"one machine             torchrun --standalone {processes} {command}",
     ]
-    lines += [f"one machine             {one}"]
-    lines += [f"on each of {options.nodes} machines    {many}"] if options.nodes > 1 else []
+    if options.nodes > 1:
+        nodes = options.nodes
+        lines.append(
+            f"on each of {nodes} machines    torchrun --nnodes={nodes} {processes} {meeting} {command}"
+        )
     lines += [
         "a Slurm to try it on    bash scripts/dev/local_slurm.sh start",
         "the batch file alone    add --dry-run",

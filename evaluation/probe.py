@@ -77,6 +77,7 @@ class Probe(NamedTuple):
     std: Tensor
 
     def scores(self, x: Tensor) -> Tensor:
+        """Features [N,D] -> logits [N,C]."""
         return (x - self.mean) / self.std @ self.weight.T + self.bias
 
 

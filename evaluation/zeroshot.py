@@ -73,6 +73,7 @@ def embed_images(
 
 
 def unit_rows(found: Embeddings) -> tuple[Tensor, ...]:
+    """The embeddings [B,E] that are compared, in float32 at length 1, in the order of EMBEDDINGS."""
     return tuple(F.normalize(found[name].float(), dim=-1) for name in EMBEDDINGS if name in found)
 
 

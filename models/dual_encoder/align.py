@@ -152,6 +152,7 @@ class TextTower(XBert):
 
 
 def image_shape(name: str, config: DualConfig) -> EfficientNetShape:
+    """EfficientNet's geometry (Tan 2019, table 1, scaled), with the configuration's noise."""
     return replace(
         SHAPES[name], drop_connect=config.drop_connect, virtual_batch=config.virtual_batch_size
     )

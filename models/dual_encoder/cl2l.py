@@ -202,11 +202,13 @@ class CL2L(CLIP):
         return feats, local.unflatten(0, local_ids.shape[:2])
 
     def embed_image(self, image: Tensor) -> Features:
+        """CLIP's of images [B,3,H,W], and `h` [B,E] of the local projector."""
         found = super().embed_image(image)
         found["h"] = self.l2l_image_projector(found["feats"])
         return found
 
     def embed_text(self, text_ids: Tensor) -> Features:
+        """CLIP's of texts int64 [B,L], and `h` [B,E] of the local projector."""
         found = super().embed_text(text_ids)
         found["h"] = self.l2l_text_projector(found["feats"])
         return found

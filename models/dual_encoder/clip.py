@@ -56,12 +56,12 @@ class CLIP(DualEncoder, TwoTowers):
         }
 
     def embed_image(self, image: Tensor) -> Features:
-        """Images [B,3,H,W] -> `feats` [B,C], `z` [B,E] and, for the CL2L family, `h` [B,E]."""
+        """Images [B,3,H,W] -> `feats` [B,C], `z` [B,E]."""
         feats = self.visual(image)
         return {"feats": feats, "z": self.image_projector(feats)}
 
     def embed_text(self, text_ids: Tensor) -> Features:
-        """Texts int64 [B,L] -> `feats` [B,T], `z` [B,E] and, for the CL2L family, `h` [B,E]."""
+        """Texts int64 [B,L] -> `feats` [B,T], `z` [B,E]."""
         feats = self.text_features(text_ids)
         return {"feats": feats, "z": self.project_text(feats)}
 

@@ -4,6 +4,7 @@ knows them all.
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ HEADS = {
     "SWALIPV1": SwALIPV1,
 }
 # heads that take any number of local views; the others none
+ANY = -1
 USES_LOCAL_VIEWS = ("CL2L", "BARLIP", "SIAMLIP", "SWALIP")
 
 VITS = {  # width, blocks, heads, patch in pixels
@@ -72,14 +74,21 @@ def model_names() -> list[str]:
     return rocket + slip + align
 
 
-def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
-    """Class, backbone and number of local views it needs (-1: any) of a model string. UserError
-    names the nearest."""
+class Parts(NamedTuple):
+    """What a model string means. local_views: how many the network needs, ANY of them or none."""
+
+    network: type[DualEncoder]
+    backbone: str
+    local_views: int
+
+
+def parts_of(name: str) -> Parts:
+    """The parts of a model string. UserError names the nearest."""
     parts = name.split("_")
     if of_library(name):
-        return LibraryCLIP, name, 0
+        return Parts(LibraryCLIP, name, 0)
     if is_openai(name):
-        return OpenAICLIP, name, 0
+        return Parts(OpenAICLIP, name, 0)
     if name not in model_names():
         hint = did_you_mean(name, [*model_names(), *OPENAI_MODELS]) or "."
         raise UserError(
@@ -89,10 +98,11 @@ def parts_of(name: str) -> tuple[type[DualEncoder], str, int]:
             f"or ALIGN_<{'|'.join(SHAPES)}>_<{'|'.join(TEXTS)}>, or open_clip/NAME:TAG or hf/FOLDER"
         )
     if parts[0] == "ALIGN":
-        return Align, parts[1], 0
+        return Parts(Align, parts[1], 0)
     if len(parts) == 2:
-        return SLIP_MODELS[parts[0]], SLIP_BACKBONES[parts[1]], 0 if parts[0] == "CLIP" else 2
-    return HEADS[parts[2]], parts[1], -1 if parts[2] in USES_LOCAL_VIEWS else 0
+        augmentations = 0 if parts[0] == "CLIP" else 2
+        return Parts(SLIP_MODELS[parts[0]], SLIP_BACKBONES[parts[1]], augmentations)
+    return Parts(HEADS[parts[2]], parts[1], ANY if parts[2] in USES_LOCAL_VIEWS else 0)
 
 
 def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncoder:

@@ -118,6 +118,7 @@ def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 
 def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """The opposite of `random_state`."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

@@ -330,12 +330,7 @@ class Run:
             **facts,
         )
         self._say_processes()
-        if plan.warmup > plan.warmup_room:
-            self.log.say(
-                f"warning: the warm-up of {plan.warmup:,} updates does not fit into {plan.warmup_room:,}: "
-                "the learning rate does not rise to its peak; shorten --warmup (a number without "
-                "a unit counts epochs) or train longer"
-            )
+        self._warn_of_schedule()
         if self.step >= plan.total:
             self.log.say(
                 f"nothing left to train: {self.folder} has made all {plan.total:,} updates"
@@ -350,6 +345,22 @@ class Run:
         if config.compile and self.step < plan.total:
             self.log.say("compiling the network: the first update takes minutes")
         self.log.progress(plan.total, self.step)
+
+    def _warn_of_schedule(self) -> None:
+        """Say where the learning rate does not do what its options suggest."""
+        plan = self.plan
+        if plan.warmup > plan.warmup_room:
+            self.log.say(
+                f"warning: the warm-up of {plan.warmup:,} updates does not fit into {plan.warmup_room:,}: "
+                "the learning rate does not rise to its peak; shorten --warmup (a number without "
+                "a unit counts epochs) or train longer"
+            )
+        last = plan.lr(plan.total - 1)
+        if last > plan.peak_lr:
+            self.log.say(
+                f"warning: the learning rate rises to {last:.3g} at the end, above its peak of "
+                f"{plan.peak_lr:.3g}: lower scheduler.min_lr (main.py: --lr-end)"
+            )
 
     def _say_processes(self) -> None:
         """The line of a run that resumes on another number of processes."""

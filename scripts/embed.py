@@ -192,7 +192,7 @@ def first_caption(record: dict) -> str:
 def image_path(row: dict, root: Path) -> str:
     """Where an image lies: the column that clip-retrieval shows results by."""
     given = row.get("image") or row.get("url")
-    return str(root / given) if isinstance(given, str) else name_of(row)
+    return str(root / given) if isinstance(given, str | Path) else name_of(row)
 
 
 def embed(part: Part, embedder: Embedder, config: Config, world: World) -> dict:

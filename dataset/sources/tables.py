@@ -58,7 +58,10 @@ USUAL_NAMES = {
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of datasets' image folders
 TABLE_VERSION = 2  # part of the key of cached tables: raise it when cells are read otherwise
 NUMBER_OF_PART = re.compile(r"[-_.]?\d+(-of-\d+)?$")  # at the end of a file's name
-PACK = "pack them into shards with scripts/data/pack.py"
+PACK = (
+    "pack them into shards (python scripts/data/pack.py --data THIS --target FOLDER) and name the "
+    "folder with --shards"
+)
 
 
 class Columns(NamedTuple):

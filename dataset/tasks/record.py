@@ -19,12 +19,9 @@ CAPTION_FIELDS = ("caption", "captions/text")  # the second in TFRecords as COYO
 
 def name_of(record: dict) -> str:
     """How to call a record in a message: its key in a shard, its image, or its number."""
-    key = record.get("key")
-    if not isinstance(key, str):
-        key = next(
-            (v for v in (record.get("image"), record.get("url")) if isinstance(v, str)), None
-        )
-    return key or f"entry {record.get('index', '?')}"
+    named = (record.get(field) for field in ("key", "image", "url"))
+    found = next((str(name) for name in named if isinstance(name, str | Path)), None)
+    return found or f"entry {record.get('index', '?')}"
 
 
 def captions_of(record: dict) -> str | list[str]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from base.errors import UserError
 from base.writing import write_json
 from dataset.images.decode import decode_image
 from dataset.sources.tar_writer import write_shard
+from dataset.tasks.record import name_of
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.checkpoint import export_safetensors
@@ -82,6 +84,9 @@ def test_embeddings_are_the_networks_and_parts_are_kept(checkpoint, images, tmp_
     about = parquet.read_table(out / "metadata/metadata_0001.parquet").to_pydict()
     assert about["caption"] == ["number 4", "number 5", "number 6"] and all(about["readable"])
     assert about["key"] == ["4.png", "5.png", "6.png"]
+    of_class_folder = {"image": images / "5.png", "label": 0}
+    assert script.image_path(of_class_folder, Path()) == name_of(of_class_folder)
+    assert name_of(of_class_folder) == str(images / "5.png")
     capsys.readouterr()
     run(*words, "--out", out, "--part", 4, "--half", "false", "--batch_size", 3)
     assert "2 parts, 2 of them kept" in capsys.readouterr().out

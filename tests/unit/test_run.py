@@ -160,9 +160,11 @@ def test_a_finished_run_says_that_nothing_is_left(kind, tmp_path, capsys):
 def test_a_warm_up_that_does_not_fit_is_reported(tmp_path, capsys, warmup, warns):
     config = options(tmp_path, accumulate=2)
     config.scheduler.warmup = warmup
+    config.optimizer.lr = 1e-6 if warns else 1e-5  # the schedule's own end
     train(config)
     said = capsys.readouterr().out
     assert ("does not rise to its peak" in said) == warns
+    assert ("above its peak of 1e-06: lower scheduler.min_lr" in said) == warns
     assert "4 = 2 x 2 micro-batches x 1 processes" in said
 
 

@@ -246,7 +246,7 @@ class TorchvisionRecords(Sequence):
             labels = getattr(self.data, "targets", getattr(self.data, "labels", None))
             return digest(np.asarray(held).tobytes(), np.asarray(labels).tobytes())
         root = Path(str(getattr(self.data, "root", "") or "."))
-        return states_digest(sorted(path for path in root.rglob("*") if path.is_file()))
+        return states_digest(files_below(root))
 
 
 def is_shards(data: str) -> bool:

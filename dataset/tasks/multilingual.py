@@ -7,6 +7,7 @@ from pathlib import Path
 from base.errors import MissingData, UserError
 from base.names import did_you_mean
 from base.reading import is_file, read_json_lines, read_lines
+from dataset.images.formats import files_below
 from dataset.tasks.catalog import Entry
 
 Captioned = tuple[list[Path], list[list[str]]]  # images, and the captions of each
@@ -18,7 +19,8 @@ def xtd(entry: Entry) -> Captioned:
     """The lists of XTD10, XTD200 and Flickr30k-200: of the images, and of the captions of each
     language, LANGUAGE.txt anywhere below `path`, a line an image; the images below `path`/images."""
     folder = Path(entry.path)
-    texts = sorted(folder.rglob("*.txt"))
+    files = files_below(folder) if folder.is_dir() else ()
+    texts = sorted(file for file in files if file.suffix == ".txt")
     lists = [file for file in texts if file.name in IMAGES]
     if not lists:
         raise MissingData(
@@ -26,10 +28,10 @@ def xtd(entry: Entry) -> Captioned:
             "github.com/adobe-research/Cross-lingual-Test-Dataset-XTD10; XTD200, Flickr30k-200: data/ "
             "of github.com/visheratin/nllb-clip), and the images in images/"
         )
-    files = {file.stem.removeprefix(CAPTIONS): file for file in texts if file not in lists}
-    file = files.get(entry.language)
+    captioned = {file.stem.removeprefix(CAPTIONS): file for file in texts if file not in lists}
+    file = captioned.get(entry.language)
     if file is None:
-        raise UserError(_no_language(entry, folder, list(files)))
+        raise UserError(_no_language(entry, folder, list(captioned)))
     names = [line for line in read_lines(lists[0]) if line.strip()]
     captions = list(read_lines(file))
     if len(captions) != len(names):

@@ -119,7 +119,8 @@ def captions(tmp_path):
     """XTD's and Crossmodal-3600's files, two images in English and German."""
     write(tmp_path / "xtd10/XTD10/test_image_names.txt", "a.jpg\nb.jpg\n")
     write(tmp_path / "xtd10/XTD10/test_1kcaptions_en.txt", "a cat\na dog\n")
-    write(tmp_path / "xtd10/MIC/test_1kcaptions_de.txt", "eine Katze\nein Hund\n")
+    write(tmp_path / "disk/test_1kcaptions_de.txt", "eine Katze\nein Hund\n")
+    (tmp_path / "xtd10/MIC").symlink_to(tmp_path / "disk")
     for language, lines in (("en", "a cat\na dog\n"), ("de", "eine Katze\nein Hund\n")):
         write(tmp_path / f"flickr30k-200/{language}.txt", lines)
     write(tmp_path / "flickr30k-200/filenames.txt", "a.jpg\nb.jpg\n")

@@ -26,6 +26,7 @@ from dataset.tasks.classification import (
     LabelOptions,
     Labels,
     Split,
+    TorchvisionRecords,
     class_names,
     identity,
     open_records,
@@ -289,6 +290,17 @@ def test_the_key_of_a_data_set_changes_with_its_images(tmp_path):
     file.rename(file.with_name("renamed.jpg"))
     keys.add(identity(FolderRecords(root), str(root)))
     assert len(keys) == 4
+
+
+def test_the_key_of_a_torchvision_set_changes_with_its_images_behind_links(tmp_path):
+    disk = folder_of(tmp_path / "disk", ("cat", "dog"))
+    (tmp_path / "root").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "root" / name).symlink_to(disk / name)
+    records = TorchvisionRecords("ImageFolder", tmp_path / "root", "train")
+    before = records.content()
+    next((disk / "cat").iterdir()).write_bytes(jpeg(10, (40, 40)))
+    assert len(records) > 1 and records.content() != before
 
 
 def test_the_key_of_a_list_changes_with_its_images_and_their_folder(tmp_path, monkeypatch):

@@ -6,15 +6,15 @@ from functools import lru_cache
 from pathlib import Path
 
 # what systems make for themselves: folders of macOS's archives, of Synology (with thumbnails), of
-# Windows and of file systems; files of Windows's folders
+# Windows and of file systems; files of Windows's folders. In lower case
 OF_SYSTEMS = (
-    "__MACOSX",
-    "@eaDir",
+    "__macosx",
+    "@eadir",
     "#recycle",
-    "$RECYCLE.BIN",
+    "$recycle.bin",
     "lost+found",
-    "System Volume Information",
-    "Thumbs.db",
+    "system volume information",
+    "thumbs.db",
     "desktop.ini",
 )
 
@@ -23,7 +23,7 @@ def is_hidden(name: str | Path) -> bool:
     """Whether a path or URL names a hidden file, such as the `._x.jpg` that macOS puts beside x.jpg,
     or what systems make for themselves."""
     last = str(name).rpartition("/")[2]
-    return last.startswith(".") or last in OF_SYSTEMS
+    return last.startswith(".") or last.lower() in OF_SYSTEMS
 
 
 @lru_cache(1024)

@@ -143,11 +143,11 @@ def test_shards_in_sub_folders_and_with_capital_endings(tmp_path, name):
 
 
 def test_folders_that_systems_make_are_no_classes_and_hold_no_images(tmp_path):
-    for name in ("cat", "dog", "__MACOSX/cat", "@eaDir/a.jpg", "cat/@eaDir/a.jpg", "lost+found"):
+    for name in ("cat", "dog", "__MACOSX/cat", "@eaDir/a.jpg", "cat/@eaDir/a.jpg", "$Recycle.Bin"):
         images_in(tmp_path / name, ["a.jpg"])
     found = ClassFolder(tmp_path, None)
     assert found.folders == ["cat", "dog"] and len(found) == 2
-    names = ("a/0.jpg", "a/0.txt", "a/Thumbs.db", "a/desktop.ini", "__MACOSX/a/0.jpg")
+    names = ("a/0.jpg", "a/0.txt", "a/Thumbs.db", "a/Desktop.ini", "__MACOSX/a/0.jpg")
     shard = tar(tmp_path / "0.tar", [(name, encoded()) for name in names])
     assert len(ShardIndex([shard], error_budget=0)) == len(list(read_shard(str(shard)))) == 1
 

@@ -150,8 +150,9 @@ def load_encoder(config: Config) -> ImageEncoder:
     return library_encoder(config.model, file, weights, config.random_weights, stated)
 
 
-def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tensor], str]:
+def view_of(encoder: ImageEncoder, config: Config) -> tuple[Callable[[Tensor], Tensor], str]:
     """How the encoder's images are resized for evaluation, and the same in words."""
+    about = description_of(weights_file(config.checkpoint)) if config.checkpoint else {}
     side, resampling = encoder.pixels.size, encoder.pixels.interpolation
     if encoder.view is not None:
         return encoder.view, repr(encoder.view)
@@ -168,20 +169,17 @@ def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tens
     return CropView(side, resampling, small), f"shorter side {small}, centre {side}, {resampling}"
 
 
-def bank_of(
-    data: str,
-    split: str,
-    encoder: ImageEncoder,
-    width: int,
-    names: list[str],
-    config: Config,
-    world: World,
-) -> tuple[Bank, Split]:
-    """Features and labels of a data set, from the cache where they are there, and its images."""
-    about = description_of(weights_file(config.checkpoint)) if config.checkpoint else {}
-    view, in_words = view_of(encoder, about)
+def images_of(data: str, split: str, view: Callable, names: list[str], config: Config) -> Split:
+    """The images of a data set with their labels. UserError where one has no class."""
     labels = Labels(len(names) or config.num_classes, LabelOptions(), data)
-    images = shared_split(data, config.data_root, view, labels, names, config.download, split)
+    return shared_split(data, config.data_root, view, labels, names, config.download, split)
+
+
+def bank_of(
+    images: Split, data: str, encoder: ImageEncoder, width: int, config: Config, world: World
+) -> Bank:
+    """Features and labels of a data set, from the cache where they are there."""
+    _, in_words = view_of(encoder, config)
     content = distributed.on_main(partial(identity, images.records, data, config.data_root))
     how = (config.precision, config.batch_size, config.exif, world.device.type)
     key = digest(fingerprint(encoder), in_words, encoder.pixels, content, *how)
@@ -198,19 +196,28 @@ def bank_of(
 
     with evaluating(encoder):
         path = cache_folder(config.cache) / "features" / key
-        return feature_bank(encode, batches, own, len(images), width, path, world), images
+        return feature_bank(encode, batches, own, len(images), width, path, world)
 
 
 def main(config: Config) -> None:
     world = distributed.init(config.device)
-    data = [config.train_data, config.val_data]
     with distributed.rank_0_first():
-        names = class_names(data, config.classes, config.data_root, config.download)
+        both = [config.train_data, config.val_data]
+        names = class_names(both, config.classes, config.data_root, config.download)
     encoder = load_encoder(config)
     width = encoder.choose(config.features)
     encoder.to(world.device)
-    train, images = bank_of(config.train_data, "train", encoder, width, names, config, world)
-    val, queries = bank_of(config.val_data, "test", encoder, width, names, config, world)
+    view, _ = view_of(encoder, config)
+    splits = {"train": config.train_data, "test": config.val_data, "val": config.probe_val_data}
+    images = {}
+    for split, data in splits.items():
+        if data is not None:
+            images[split] = images_of(data, split, view, names, config)
+    banks = {}
+    for split, found in images.items():
+        banks[split] = bank_of(found, splits[split], encoder, width, config, world)
+    train = banks["train"]
+    val = banks["test"]
     classes = len(names) or config.num_classes
     neighbours = nearest_neighbours(train, val, max(config.k), world)
     metrics = {"images": len(val), "train_images": len(train), "width": width}
@@ -219,10 +226,6 @@ def main(config: Config) -> None:
         neighbours, train.labels, val.labels, classes, config.k, config.temperature
     )
     if config.linear_probe:
-        held_out = None
-        if config.probe_val_data:
-            data = config.probe_val_data
-            held_out, _ = bank_of(data, "val", encoder, width, names, config, world)
         metrics |= linear_probe(
             train,
             val,
@@ -230,12 +233,12 @@ def main(config: Config) -> None:
             world,
             l2=config.probe_l2,
             iterations=config.probe_iterations,
-            val=held_out,
+            val=banks.get("val"),
             val_fraction=config.probe_val_fraction,
         )
     title = f"{encoder.title}, {config.features}, on {config.val_data}"
     labels = (train.labels, val.labels)
-    views = (images.image, queries.image)
+    views = (images["train"].image, images["test"].image)
     cards = neighbour_report(title, names, metrics, neighbours, labels, views, config.temperature)
     write_results(config, "Nearest neighbours", {"model": encoder.title, **metrics}, cards)
     if config.linear_probe:

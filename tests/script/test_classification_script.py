@@ -221,6 +221,12 @@ def test_knn_of_a_classifier(digitscenes, pretrained, tmp_path):
             neighbours(
                 digitscenes, tmp_path / "knn", checkpoint=pretrained, probe_val_data=test, **given
             )
+    other = shutil.copytree(test, tmp_path / "other")
+    next(other.iterdir()).rename(other / "unheard of")
+    for knob in ("val_data", "probe_val_data"):  # before any image is encoded
+        with pytest.raises(UserError, match="unheard of: not among the"):
+            neighbours(digitscenes, tmp_path / knob, checkpoint=pretrained, **{knob: other})
+        assert not list((tmp_path / knob).rglob("*.npy"))
 
 
 def test_knn_of_dual_encoders(digitscenes, tmp_path):

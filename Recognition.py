@@ -144,8 +144,8 @@ def evaluate(model: Nxtp, data: ImageSet, tokenizer, config: Config, world: Worl
     """`(label, probability)` of every image of a split, best first, the same on every process."""
     reader = labeller(model, tokenizer, config, world)
     statistics = image_statistics(config.network.image_tower, world.device)
-    alone = config.tensor_parallel  # all processes answer for the same images
-    own = range(len(data)) if alone else shard_indices(len(data), world.rank, world.size)
+    shared = config.tensor_parallel  # every process has a part of the decoder, and all images
+    own = range(len(data)) if shared else shard_indices(len(data), world.rank, world.size)
     batches = eval_loader(data.load, own, config.batch_size_test, default_collate, config, world)
 
     def predict(image: Tensor) -> tuple[Tensor, ...]:
@@ -225,8 +225,8 @@ def main(config: Config) -> None:
     model = build_model(config, tokenizer, world)
     if config.image:
         return show(model.to(world.device), tokenizer, config, world, precision)
-    name = config.sentence_encoder
-    encoder = SentenceEncoder(name, world.device) if name else None
+    source = config.sentence_encoder
+    encoder = SentenceEncoder(source, world.device) if source else None
     splits = evaluation_data(config)
     if not config.evaluate:
         val = splits.get("val")

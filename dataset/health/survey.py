@@ -17,6 +17,7 @@ from dataset.health.duplicates import near_duplicates, same_bytes
 from dataset.health.samples import Examiner, Facts, Image
 from dataset.health.stored import is_stored, read_facts, write_facts
 from dataset.images.formats import files_below
+from dataset.sources.class_folder import SPLITS
 from dataset.sources.records import Records, image_names, published_remedy, state_of_entries
 from dataset.sources.remote import state_of
 from dataset.sources.shard_columns import split_columns
@@ -29,7 +30,6 @@ from dataset.tasks.recognition import label_records
 BLOCK = 256  # entries a process takes at a time
 OFTEN = 10  # images that share a text from which on it is called repeated
 FORMAT = 3  # of kept facts: raise it when samples are looked at otherwise
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 MOST_GROUPS = 1000  # groups of duplicates that are kept
 
 

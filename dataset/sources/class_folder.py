@@ -17,6 +17,8 @@ from base.text import is_blank
 from dataset.images.decode import decode_image
 from dataset.images.formats import files_below, is_image, leads_nowhere
 
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+
 
 def class_folders(root: Path) -> list[str]:
     """Names of the sub-folders in alphabetical order, the same whether accents are one letter or
@@ -59,6 +61,11 @@ class ClassFolder:
                 f"{root}: no such folder; name a folder with one sub-folder of images per class"
             )
         self.folders = class_folders(self.root)
+        if len(self.folders) > 1 and {name.lower() for name in self.folders} <= {*SPLITS}:
+            listed = ", ".join(self.folders)
+            raise UserError(
+                f"{root}: holds splits ({listed}), not classes; name one: {self.root / self.folders[0]}"
+            )
         if classes and len(classes) != len(self.folders):
             raise UserError(
                 f"{root} has {len(self.folders)} class folders, but the list of labels names "

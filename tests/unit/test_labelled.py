@@ -274,6 +274,17 @@ def test_views():
         ViTViews(crop_area=(0.5, 0.1))
 
 
+def test_splits_are_no_classes(tmp_path):
+    folder_of(tmp_path / "train", ("cat", "dog"))
+    folder_of(tmp_path / "Val", ("cat", "dog"))
+    with pytest.raises(
+        UserError, match=r"holds splits \(Val, train\), not classes; name one: .*/Val"
+    ):
+        FolderRecords(tmp_path)
+    folder_of(tmp_path, ("bus",))  # beside which a train is a class
+    assert FolderRecords(tmp_path).classes == ["Val", "bus", "train"]
+
+
 def test_the_key_of_a_data_set_changes_with_its_images(tmp_path):
     root = folder_of(tmp_path / "train", ("cat", "dog"))
     file = next(root.rglob("*.jpg"))

@@ -221,9 +221,9 @@ def report(data: ReferringExpressions, maps: Tensor, found: list[Pointing], by_s
 
 
 def main(config: Config) -> None:
-    start = prepare(config)
     if config.evaluate and not config.test_file:
         raise UserError("--evaluate needs test_file: the expressions to find")
+    start = prepare(config)
     data = test_data(config)
     tokenizer = Tokenizer(config.text_encoder)
     model = build_model(config, tokenizer)

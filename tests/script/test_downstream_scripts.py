@@ -200,6 +200,11 @@ def said(task, given, capsys, monkeypatch) -> str:
             "block_num 7: cross-attention is in the text layers 0..1",
         ),
         ("Grounding", ["--det_file", "nowhere.json"], "nowhere.json"),
+        (
+            "Grounding",
+            ["--evaluate", "--test_file", "[]", "--checkpoint", "nowhere.pth"],
+            "--evaluate needs test_file",
+        ),
         ("Grounding", ["--batch_size_train", "1"], "batch_size"),
     ],
 )

@@ -154,25 +154,33 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: tuple[str,
     new = {}
     for name in names:
         if name in before and name in now:
-            old[name], new[name] = _common(before[name], now[name])
+            folders = before.get("output_dir"), now.get("output_dir")
+            old[name], new[name] = _common(before[name], now[name], *folders)
     return differences(old, new)
 
 
-def _common(before: Any, now: Any) -> tuple[Any, Any]:
+def _common(before: Any, now: Any, old_folder: Any, new_folder: Any) -> tuple[Any, Any]:
     """Two values of an option, of a section the options that both have; equal where they name the
-    same file."""
+    same file, or the same one of the run's folder, which may be called otherwise by now."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         both = [name for name in now if name in before and name not in TRAINING]
-        pairs = {name: _common(before[name], now[name]) for name in both}
+        pairs = {}
+        for name in both:
+            pairs[name] = _common(before[name], now[name], old_folder, new_folder)
         return {k: pair[0] for k, pair in pairs.items()}, {k: pair[1] for k, pair in pairs.items()}
-    same = _absolute(before) == _absolute(now)
+    same = _absolute(before, old_folder) == _absolute(now, new_folder)
     return (now, now) if same else (before, now)
 
 
-def _absolute(value: Any) -> Any:
+def _absolute(value: Any, folder: Any) -> Any:
+    """A path, or several; one in the run's folder from there on, other values as they are."""
     if isinstance(value, list | tuple):
-        return [_absolute(each) for each in value]
-    return os.path.abspath(value) if isinstance(value, str) else value
+        return [_absolute(each, folder) for each in value]
+    if not isinstance(value, str):
+        return value
+    path = os.path.abspath(value)
+    inside = isinstance(folder, str) and path.startswith(os.path.abspath(folder) + os.sep)
+    return os.path.relpath(path, folder) if inside else path
 
 
 def listed(lines: list[str]) -> str:

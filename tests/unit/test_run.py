@@ -626,6 +626,18 @@ def test_what_may_change_on_resuming(tmp_path):
     assert run.step == TOTAL
 
 
+def test_a_folder_that_was_moved_with_what_the_run_made_in_it_continues(tmp_path):
+    folders = tmp_path / "before", tmp_path / "now"
+    with pytest.raises(SystemExit):
+        made = [str(folders[0] / "tokenizer")]
+        train(script_options(folders[0], max_steps=2, train_file=made))
+    folders[0].rename(folders[1])
+    other = [str(folders[1] / "another")]
+    assert "train_file: " in refused(script_options(folders[1], train_file=other))
+    run, _ = train(script_options(folders[1], train_file=[str(folders[1] / "tokenizer")]))
+    assert run.first_step == 2
+
+
 def test_the_global_batch_counts_processes():
     saved = {key: {} for key in ENTRIES} | {"per_rank": [{}] * 8}
     saved["config"] = {"batch_size": 4, "accumulate": 1}

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from base.errors import UserError
 
+ENDS_WITH_PARENT = "QUINTET_ENDS_WITH_PARENT"  # set for a script of ours that another one starts
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

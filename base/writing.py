@@ -35,7 +35,7 @@ def atomic_write(
     that ends with `remedy`."""
     path = Path(path)
     _refuse_address(path, remedy)
-    temporary = path.with_name(f".{path.name}.{_this_host()}-{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with file_errors(path, remedy):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +44,12 @@ def atomic_write(
             replace_synced(temporary, path)
     finally:
         _unlink(temporary)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Where this process writes what becomes `path`; `remove_leftovers` removes it once the process
+    is dead."""
+    return path.with_name(f".{path.name}.{_this_host()}-{os.getpid()}.tmp")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from base import distributed
 from base.arrays import map_array
 from base.distributed import World
 from base.errors import UserError
-from base.writing import replace_synced, write_json
+from base.writing import remove_leftovers, replace_synced, temporary_beside, write_json
 from evaluation.predict import progress
 
 
@@ -58,27 +58,30 @@ def feature_bank(
     file.
 
     encode: images on `world.device` -> features [B,width]. batches(): those of `own`, in order,
-    with image [B,...] and labels [B,1]. The folder must be one that all processes share. Raises
-    UserError for images with several labels, and where a feature is not finite.
+    with image [B,...] and labels [B,1]. The folder must be one that all processes share; of several
+    runs that make the same bank, each writes files of its own. Raises UserError for images with
+    several labels, and where a feature is not finite.
     """
     features, labels, done = (
         path.with_suffix(suffix) for suffix in (".npy", ".labels.npy", ".json")
     )
     if not distributed.on_main(partial(_is_whole, features, labels, done, total, width)):
-        unfinished = path.with_suffix(".partial.npy"), path.with_suffix(".labels.partial.npy")
-        kinds = ("<f4", (total, width)), ("<i8", (total,))
-        if world.is_main:
-            for file, kind in zip(unfinished, kinds, strict=True):
-                _create(file, *kind)
-        distributed.barrier()
-        _fill(encode, batches(), own, unfinished, world)
-        distributed.barrier()
+
+        def begin() -> list[Path]:
+            remove_leftovers(path.parent)
+            unfinished = [temporary_beside(features), temporary_beside(labels)]
+            _create(unfinished[0], "<f4", (total, width))
+            _create(unfinished[1], "<i8", (total,))
+            return unfinished
 
         def finish() -> None:
             for file, target in zip(unfinished, (features, labels), strict=True):
                 replace_synced(file, target)
             write_json(done, {"images": total, "width": width})
 
+        unfinished = distributed.on_main(begin)
+        _fill(encode, batches(), own, unfinished, world)
+        distributed.barrier()
         distributed.on_main(finish, share=False)
     return Bank(np.load(features, mmap_mode="r"), torch.from_numpy(np.load(labels)))
 

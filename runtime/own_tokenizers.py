@@ -12,6 +12,7 @@ from typing import Any
 
 from base.caches import one_builder
 from base.errors import UserError
+from base.processes import ENDS_WITH_PARENT
 
 TRAINED = "trained"
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -105,6 +106,7 @@ def _check_data(config: Any, data: Sequence, name: str) -> None:
 def _run(script: Path, options: list[str], what: str) -> None:
     """Run a script of ours; where it fails, raise UserError with the sentence that it ended in."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    env[ENDS_WITH_PARENT] = "1"  # left alone, it would hold the folder that the next start needs
     with tempfile.TemporaryDirectory() as folder:
         failure = Path(folder) / "error.json"
         env["TORCHELASTIC_ERROR_FILE"] = str(failure)  # as torchrun does, see runtime.advice

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from base import distributed
 from base.arrays import map_array
-from base.caches import digest, weights_digest
+from base.caches import digest, one_builder, weights_digest
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
-from base.writing import atomic_write
+from base.writing import atomic_write, replace_synced
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
 from dataset.images.decode import reading
@@ -182,6 +182,8 @@ def _key_to_make(path: Path, records, build: PretrainPair, image_tokenizer) -> s
     if path.exists():
         stored = stored_key(path)
         if stored == key:
+            for left in path.parent.glob(f".{path.name}.{key}-*.done"):  # by a kill
+                left.unlink(missing_ok=True)
             return None
         if stored is None:
             warnings.warn(f"{path}: {KEYLESS}", stacklevel=4)
@@ -256,13 +258,15 @@ class _CodeTable:
         return codes.shape == (self.records, width) and codes.dtype == np.int32
 
     def finish(self) -> None:
-        """Write the key behind the table and give it its name."""
-        with self.partial.open("ab") as file:
-            file.write(KEY_LABEL + self.key.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self.partial.replace(self.path)
-        self.done.unlink()
+        """Write the key behind the table and give it its name, unless another run that makes the
+        same table has."""
+        with one_builder(self.path):
+            if self.partial.exists():
+                if stored_key(self.partial) != self.key:
+                    with self.partial.open("ab") as file:
+                        file.write(KEY_LABEL + self.key.encode())
+                replace_synced(self.partial, self.path)
+            self.done.unlink(missing_ok=True)
 
 
 def _fill_codes(

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from runtime.checkpoint import find_damage, load_checked
 from runtime.sharded import read_state
 from tests.contract.test_parallel import needs_fsdp2
 from tests.helpers.pretraining import ROOT, arguments, finish, losses, start
-from tests.helpers.processes import run_script
+from tests.helpers.processes import alive, run_script
 
 STEPS = "8 steps"
 
@@ -208,12 +207,3 @@ def test_trainers_end_when_torchrun_is_killed(tmp_path):
     while any(map(alive, trainers)):
         assert time.monotonic() < deadline, "trainers live on without their launcher"
         time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; one that ended and that nobody waits for does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"

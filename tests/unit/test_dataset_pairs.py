@@ -236,6 +236,24 @@ def test_interrupted_visual_codes_are_computed_on(folder, monkeypatch):
     assert left == []
 
 
+def test_two_runs_that_make_the_same_codes_do_not_meet(folder):
+    """The second one begins and ends while the first is at its first batch."""
+    entries = [{"image": f"{n}.jpg", "caption": "x"} for n in range(12)]
+    (folder / "list.json").write_text(json.dumps(entries))
+    records = Records(folder / "list.json")
+    build = PretrainPair(PretrainTransform(64, 32, fixed_geometry=True), folder)
+
+    class Overtaken(MeanTokenizer):
+        def codes(self, image):
+            if len(image) > 1 and not (folder / "c.npy").exists():
+                write_codes(folder / "c.npy", records, build, MeanTokenizer(), batch_size=2)
+            return super().codes(image)
+
+    write_codes(folder / "c.npy", records, build, Overtaken(), batch_size=2)
+    assert (CodeCache(folder / "c.npy", 12).codes == codes_of(folder, entries)).all()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
 def test_visual_codes_without_a_key_are_taken_and_said(folder):
     np.save(folder / "cache.npy", np.zeros((2, 256), dtype=np.int32))
     entries = [{"image": f"{n}.jpg", "caption": "x"} for n in range(2)]

@@ -183,7 +183,29 @@ def test_features_are_computed_once(tmp_path):
         found = feature_bank(encode, batches, range(5), 5, 2, tmp_path / "key", ALONE)
         assert calls == [3, 2] and found.labels.tolist() == [1, 2, 0, 2, 2]
         assert torch.equal(found.rows(1, 4, ALONE.device), 2 * torch.arange(10.0).view(5, 2)[1:4])
-    assert not list(tmp_path.glob("*partial*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_runs_that_make_the_same_bank_do_not_meet(tmp_path, monkeypatch):
+    """The second one begins and ends while the first is at its second batch."""
+    made = []
+
+    def batches():
+        for start in (0, 2):
+            rows = torch.arange(8.0).view(4, 2)[start : start + 2]
+            yield {"image": rows, "labels": torch.tensor([[start], [start + 1]])}
+            if not made:
+                made.append("second")
+                with monkeypatch.context() as other:
+                    other.setattr("os.getpid", lambda: 1)
+                    made.append(bank())
+
+    def bank():
+        return feature_bank(lambda image: image, batches, range(4), 4, 2, tmp_path / "key", ALONE)
+
+    for found in (bank(), made[1]):
+        assert np.array_equal(found.features, np.arange(8.0).reshape(4, 2))
+        assert found.labels.tolist() == [0, 1, 2, 3]
 
 
 def test_an_interrupted_cache_is_made_anew(tmp_path):

@@ -1,6 +1,10 @@
 """`trained` in place of a tokenizer: learnt from the run's own data, once, and used again."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +21,7 @@ from dataset.text.wordpiece import Tokenizer
 from runtime import own_tokenizers
 from runtime.config.cli import parse
 from runtime.own_tokenizers import TRAINED, train_tokenizers_if_asked
-from tests.helpers.processes import run_command
+from tests.helpers.processes import ROOT, alive, run_command
 
 CAPTIONS = ["a red square", "ein grünes Quadrat", "一只猫 on a mat", "a blue square on the left"]
 
@@ -163,3 +167,39 @@ def test_texts_of_the_other_downstream_tasks():
 def test_vqa_takes_the_image_root_of_the_other_scripts():
     vqa = import_module("VQA").Config
     assert parse(vqa, ["--image_root", "images"]).vqa_root == Path("images")
+
+
+CHILD = """
+import os, time
+from dataclasses import dataclass
+from runtime.config.cli import run_script
+
+@dataclass
+class Config:
+    pass
+
+def main(config):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+run_script(main, Config)
+"""
+
+
+def test_what_trains_a_tokenizer_ends_with_the_run_that_asked(tmp_path):
+    """Left alone it would hold the folder that the same command, started again, trains in."""
+    (tmp_path / "child.py").write_text(CHILD)
+    start = f"from runtime import own_tokenizers as own; own._run({str(tmp_path / 'child.py')!r}, [], '')"
+    run = subprocess.Popen(
+        [sys.executable, "-c", start],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    child = int(run.stdout.readline())
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 60
+    while alive(child):
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.05)

@@ -58,8 +58,14 @@ def _files_below(folder: str, ancestors: tuple, visits: Counter) -> Iterator[Pat
 
 
 def leads_nowhere(path: str | Path) -> bool:
-    """Whether a path is a symbolic link to what is not there, or to itself."""
-    return os.path.islink(path) and not os.path.exists(path)
+    """Whether a path is a symbolic link to what is not there; one to itself leads in circles."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return os.path.islink(path)
+    except OSError:
+        pass
+    return False
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -305,6 +305,7 @@ def choose(
         elif colon and kind in KINDS and path:
             title = re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", path).rpartition("/")[2]
             title = re.sub(r"\.(jsonl?|csv|tsv|parquet|txt)(\?.*)?$", "", title)
+            title = re.sub(r"([{*].*)?\.(tar|tgz|tfrecord)\b.*$", "", title)
             title = title.removeprefix("wds_").removeprefix("vtab-")
             title = re.sub(r"[-_.]?\{language\}[-_.]?", "", title) or "captions"
             chosen.append(Entry(title, kind, path, metric=METRICS.get(title, "acc1")))

@@ -31,6 +31,8 @@ from dataset.sources.class_folder import class_folders as folders_in
 from dataset.sources.flat_folder import flat_folder
 from dataset.sources.remote import local_copy, read_text
 from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_list import list_shards
+from dataset.tasks import record
 from dataset.tasks.caption_lists import retrieval_list
 from dataset.tasks.catalog import (
     CATALOG,
@@ -42,9 +44,11 @@ from dataset.tasks.catalog import (
     folder_names,
     in_order_of,
 )
+from dataset.tasks.classification import is_shards
 from dataset.tasks.compositional import open_choices
 from dataset.tasks.imagenet_folders import babel_imagenet, imagenet_folders, object_net
 from dataset.tasks.multilingual import check_images, crossmodal, xtd
+from dataset.tasks.record import as_list
 
 Image = dict[str, torch.Tensor]
 AGAIN = "fetch the shard again"
@@ -502,11 +506,23 @@ def captions_of(entry: Entry, cache: Path):
     """Where the images are, and the captions of each."""
     if entry.kind == "webdataset":
         return retrieval_shards(entry, cache)
+    if entry.kind == "retrieval" and is_shards(entry.path):
+        return training_shards(entry)
     if entry.kind not in LANGUAGES:
         return retrieval_list(entry)
     images, captions = xtd(entry) if entry.kind == "xtd" else crossmodal(entry)
     check_images(entry, images)
     return images, captions
+
+
+def training_shards(entry: Entry) -> tuple[ShardIndex, list[list[str]]]:
+    """Shards that train, as img2dataset and scripts/data/pack.py write them, and the captions that
+    training reads of each sample. A sample without one is a UserError."""
+    index = ShardIndex(list_shards(entry.path), entry.path)
+    try:
+        return index, [as_list(record.captions_of(index[place])) for place in range(len(index))]
+    except BadSample as error:
+        raise UserError(f"{error}; evaluation needs every caption: leave this sample out") from None
 
 
 def retrieval_shards(entry: Entry, cache: Path) -> tuple[ShardIndex, list[list[str]]]:

@@ -15,7 +15,8 @@ from PIL import Image
 from base.errors import MissingData, UserError
 from dataset.sources.remote import address, local_copy
 from dataset.sources.shard_index import ShardIndex
-from dataset.tasks.catalog import Entry, Prompts
+from dataset.sources.tar_writer import write_shard
+from dataset.tasks.catalog import Entry, Prompts, choose
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_set
 from runtime.safe_pickle import load_plain
 
@@ -392,6 +393,24 @@ def test_a_row_for_every_caption_counts_the_image_once(tmp_path, layout):
     images = opened(Entry("toys", "retrieval", str(file)), Prompts(), tmp_path).images
     assert len(images) == 2 and images.captions == ["one", "uno", "two"]
     assert images.text_image.tolist() == [0, 0, 1]
+
+
+def test_shards_that_train_are_a_retrieval_set(tmp_path):
+    png = [io.BytesIO() for _ in range(2)]
+    for number, target in enumerate(png):
+        Image.new("RGB", (8, 8), (number,) * 3).save(target, "PNG")
+    texts = [{"txt": b"one"}, {"json": b'{"captions": ["two", "zwei"]}', "txt": b"two\nzwei"}]
+    samples = [{"png": file.getvalue(), **text} for file, text in zip(png, texts, strict=True)]
+    write_shard(tmp_path / "mine/0.tar", (("ab"[n], samples[n]) for n in range(2)))
+    for path, name in ((tmp_path / "mine", "mine"), (tmp_path / "mine/{0..0}.tar", "captions")):
+        (entry,) = choose([f"retrieval:{path}"], {})
+        data = opened(entry, Prompts(), tmp_path)
+        assert entry.name == name and data.images.captions == ["one", "two", "zwei"]
+        assert data.images.text_image.tolist() == [0, 1, 1]
+        assert [int(data.images[i]["image"][0, 0, 0]) for i in (0, 1)] == [0, 1]
+    write_shard(tmp_path / "mine/0.tar", [("a", {"png": samples[0]["png"]})])
+    with pytest.raises(UserError, match="no caption"):
+        opened(entry, Prompts(), tmp_path)
 
 
 def test_images_go_through_the_view(tmp_path):

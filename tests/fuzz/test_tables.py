@@ -92,6 +92,7 @@ def doubling(path: Path) -> Path:
         folder_of(path / str(number))
         for link in "ab":
             (path / str(number) / link).symlink_to(path / str(number + 1))
+    folder_of(path / "30")
     return path / "0"
 
 

@@ -9,6 +9,7 @@ The stall is the time until `save` returns, of every save but the first, which a
 its place. Printed only, unless --report names a page.
 """
 
+import operator
 import tempfile
 import time
 from dataclasses import dataclass
@@ -27,13 +28,12 @@ from runtime.config.cli import knob, run_script
 from runtime.saving import Saver
 
 MATRICES = 32  # that the parameters are spread over
-SAVE = "benchmarks.checkpoint:save"
-SIDES = [
-    Side(OURS, SAVE, settings={"sharded": True, "beside": True}),
-    Side("one file, beside", SAVE, settings={"sharded": False, "beside": True}),
-    Side("sharded, waiting", SAVE, settings={"sharded": True, "beside": False}),
-    Side("one file, waiting", SAVE, settings={"sharded": False, "beside": False}),
-]
+WAYS = {  # of saving: sharded, beside the training
+    OURS: {"sharded": True, "beside": True},
+    "one file, beside": {"sharded": False, "beside": True},
+    "sharded, waiting": {"sharded": True, "beside": False},
+    "one file, waiting": {"sharded": False, "beside": False},
+}
 COLUMNS = [
     Column("stall, s", "seconds", "{:.3f}"),
     Column("of it processor, s", "cpu_seconds", "{:.3f}"),
@@ -50,6 +50,7 @@ class Config(Options):
     gigabytes: float = knob(1.0, "GiB of weights and two moments of Adam", low=0.01)
     saves: int = knob(3, "checkpoints of a measurement; the first makes the buffers", low=2)
     folder: Path = knob(Path(tempfile.gettempdir()), "where the checkpoints are written")
+    tiny: bool = knob(False, "0.01 GiB: shows that the benchmark runs")
     report: str = knob("", "page to write the table to; empty = print only")
 
 
@@ -69,9 +70,7 @@ def save(options: SimpleNamespace) -> dict:
     """Seconds that `save` takes, by the clock and of the processor, and until all is written."""
     model, optimizer = state(options.gigabytes, options.device)
     world = World(0, 1, 0, torch.device(options.device))
-    stalls = []
-    cpu = []
-    written = []
+    saves = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         checkpoints = CheckpointFolder(folder)
         saver = Saver(
@@ -81,24 +80,21 @@ def save(options: SimpleNamespace) -> dict:
             wait_for(options.device)
             begin, cpu_begin = time.perf_counter(), time.thread_time()
             saver.save(model, optimizer, {"step": step, "config": {}}, {}, step)
-            stalls.append(time.perf_counter() - begin)
-            cpu.append(time.thread_time() - cpu_begin)
+            save = {"seconds": time.perf_counter() - begin}
+            save["cpu_seconds"] = time.thread_time() - cpu_begin
             saver.wait()
-            written.append(time.perf_counter() - begin)
-    later = sorted(range(1, options.saves), key=stalls.__getitem__)
+            save["written"] = time.perf_counter() - begin
+            saves.append(save)
+    first, *later = saves
+    later.sort(key=operator.itemgetter("seconds"))
     middle = later[len(later) // 2]
-    return {
-        "seconds": stalls[middle],
-        "cpu_seconds": cpu[middle],
-        "first": stalls[0],
-        "written": written[middle],
-        "peak_bytes": peak_bytes(options.device),
-    }
+    return {**middle, "first": first["seconds"], "peak_bytes": peak_bytes(options.device)}
 
 
 def main(config: Config) -> None:
     gigabytes = 0.01 if config.tiny else config.gigabytes
-    results = take_turns(config, SIDES, gigabytes=gigabytes)
+    sides = [Side(name, "benchmarks.checkpoint:save", settings=way) for name, way in WAYS.items()]
+    results = take_turns(config, sides, gigabytes=gigabytes)
     body = table(results, COLUMNS)
     before = median(results["one file, waiting"], "seconds")
     body += f"\n\nTraining waits {before / median(results[OURS], 'seconds'):.1f} times less."

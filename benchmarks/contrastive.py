@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import torch
 
-from base.errors import UserError
 from benchmarks.gauge import measure_once, peak_bytes
 from benchmarks.runner import Options, Side, take_turns
 from benchmarks.table import CPU_SECONDS, MEMORY, SECONDS, Column, publish, table
@@ -76,8 +75,6 @@ def largest_difference(folder: str) -> float:
 
 
 def main(config: Config) -> None:
-    if config.tiny:
-        raise UserError("--tiny: there is no network here; give --pairs")
     function = "benchmarks.contrastive:loss_and_gradients"
     sides = [Side(f"tiles of {config.tile}", function, settings={"file": "tiled.pt"})]
     if config.pairs <= DENSE_UP_TO:

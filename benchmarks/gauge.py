@@ -18,26 +18,24 @@ def measure(step: Callable[[], object], options: SimpleNamespace) -> dict[str, f
     Returns medians of the timed steps, `seconds` by the clock and `cpu_seconds` of all threads
     (which other work on a shared machine disturbs less), and `peak_bytes` of memory.
     """
-    seconds = []
-    cpu_seconds = []
-    for number in range(options.warmup + options.steps):
-        begin, cpu_begin = time.perf_counter(), time.process_time()
-        step()
-        wait_for(options.device)
-        if number >= options.warmup:
-            seconds.append(time.perf_counter() - begin)
-            cpu_seconds.append(time.process_time() - cpu_begin)
+    runs = []
+    for _ in range(options.warmup + options.steps):
+        runs.append(measure_once(step, options.device)[1])
+    timed = runs[options.warmup :]
     return {
-        "seconds": statistics.median(seconds),
-        "cpu_seconds": statistics.median(cpu_seconds),
+        "seconds": statistics.median(run["seconds"] for run in timed),
+        "cpu_seconds": statistics.median(run["cpu_seconds"] for run in timed),
         "peak_bytes": peak_bytes(options.device),
     }
 
 
-def measure_once(function: Callable[[], object]) -> tuple[object, dict[str, float]]:
-    """Result of the function on the CPU, and its `seconds` and `cpu_seconds`."""
+def measure_once(
+    function: Callable[[], object], device: str = "cpu"
+) -> tuple[object, dict[str, float]]:
+    """Result of the function, and its `seconds` and `cpu_seconds` until the device has finished."""
     begin, cpu_begin = time.perf_counter(), time.process_time()
     result = function()
+    wait_for(device)
     seconds = time.perf_counter() - begin
     return result, {"seconds": seconds, "cpu_seconds": time.process_time() - cpu_begin}
 

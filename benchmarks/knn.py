@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from base.errors import UserError
 from benchmarks.gauge import linux_bytes, measure_once, peak_bytes
 from benchmarks.runner import OURS, Options, Side, device_of, take_turns
 from benchmarks.table import CPU_SECONDS, SECONDS, Column, publish, table
@@ -109,8 +108,6 @@ def measure_search(search: Callable[[], np.ndarray], side: str, options: SimpleN
 
 
 def main(config: Config) -> None:
-    if config.tiny:
-        raise UserError("--tiny: there is no network here; give --train and --queries")
     sides = [Side(OURS, "benchmarks.knn:ours"), Side(SKLEARN, "benchmarks.knn:sklearn")]
     with tempfile.TemporaryDirectory() as name:
         make_features(config, Path(name))

@@ -36,21 +36,19 @@ from base.pixels import OPENAI
 from base.reading import read_json
 from base.writing import write_json
 from benchmarks import learning_sides
-from benchmarks.runner import (
-    OURS,
-    ROOT,
-    PeerOptions,
-    check_peer,
-    children_seconds,
-    run_command,
-)
-from benchmarks.table import markdown, publish
+from benchmarks.runner import OURS, ROOT, PeerOptions, check_peer, children_seconds, run_command
+from benchmarks.table import Column, publish, table
 from dataset.images.clip import EvalView, normalize, pixel_statistics
 from dataset.images.decode import decode_image
 from evaluation.zeroshot import embed_images, embed_texts, retrieve
 from runtime.config.cli import knob, run_script
 
 DIGITSCENES = "--train 6000 --val 300 --test 300 --size 64 --seed 0"
+COLUMNS = [
+    Column("R@1 of captions (each seed)", "captions"),
+    Column("R@1 of images (each seed)", "images"),
+    Column("samples a CPU second", "speed", "{:.0f}"),
+]
 
 
 @dataclass
@@ -71,6 +69,10 @@ class Config(PeerOptions):
     batch: int = knob(64, "pairs a step", low=2)
     lr: float = knob(1e-3, "peak learning rate of AdamW", low=0)
     warmup: int = knob(100, "steps of linear warm-up before the cosine", low=0)
+
+    @property
+    def network(self) -> str:
+        return "ALBEF" if self.peer else "CLIP"
 
     def check(self) -> None:
         """Check that the options are compatible."""
@@ -116,25 +118,23 @@ def write_pairs(config: Config) -> int:
     rows = [{"image": image, "caption": text} for image, text in chosen]
     write_json(config.folder / "train.json", rows)
     with open(config.folder / "train.csv", "w", newline="") as file:
-        table = csv.writer(file, delimiter="\t")
-        table.writerow(["filepath", "title"])
-        table.writerows(chosen)
+        csv.writer(file, delimiter="\t").writerows([("filepath", "title"), *chosen])
     return len(chosen)
 
 
 # ---- training and evaluation
-def train(config: Config, name: str, seed: int) -> dict[str, float]:
+def train(config: Config, side: str, seed: int) -> dict[str, float]:
     """Train one side with one seed and evaluate it."""
     kind = "albef_" if config.peer else ""
-    run = (config.folder / f"{kind}{name}_{seed}").absolute()
-    side = learning_sides.of(config)[name]
-    command = side.command(config, run, seed)
+    run = (config.folder / f"{kind}{side}_{seed}").absolute()
+    command = learning_sides.COMMANDS[config.network][side](config, run, seed)
     shutil.rmtree(run, ignore_errors=True)  # open_clip trains into no folder that exists
     before = children_seconds()
-    run_command(command, name, config.threads)
+    run_command(command, side, config.threads)
     spent = children_seconds() - before
-    figures = {**recall(config, *side.open(config, run)), "cpu_seconds": spent}
-    print(name, seed, json.dumps(figures), flush=True)
+    opened = learning_sides.OPEN[config.network](config, run)
+    figures = {**recall(config, *opened), "cpu_seconds": spent}
+    print(side, seed, json.dumps(figures), flush=True)
     return figures
 
 
@@ -157,29 +157,24 @@ def recall(config: Config, embed_image, embed_text, tokenize) -> dict[str, float
 # ---- the table
 def standard_error(values: list[float]) -> float:
     """Standard error of the mean; 0 of one value."""
-    if len(values) < 2:
-        return 0.0
-    return statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def spread(values: list[float]) -> str:
+def spread(runs: list[dict], key: str) -> str:
     """Mean, standard error of the mean where there are several values, and the values."""
-    text = f"{statistics.mean(values):.1f}"
-    if len(values) > 1:
-        text += f" ± {standard_error(values):.1f}"
-    return f"{text} ({', '.join(f'{value:.1f}' for value in values)})"
+    values = [run[key] for run in runs]
+    error = f" ± {standard_error(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{error} ({', '.join(f'{value:.1f}' for value in values)})"
 
 
-def table(found: dict[str, list[dict]], samples: int) -> str:
-    """A row a side."""
-    rows = []
+def rows(found: dict[str, list[dict]], samples: int) -> str:
+    """The table, a row a side."""
+    results = {}
     for side, runs in found.items():
-        captions = spread([run["captions"] for run in runs])
-        images = spread([run["images"] for run in runs])
         speed = statistics.mean(samples / run["cpu_seconds"] for run in runs)
-        rows.append([side, captions, images, f"{speed:.0f}"])
-    head = ["", "R@1 of captions (each seed)", "R@1 of images (each seed)", "samples a CPU second"]
-    return markdown(head, rows)
+        cells = {key: spread(runs, key) for key in ("captions", "images")}
+        results[side] = [{**cells, "speed": speed}]
+    return table(results, COLUMNS)
 
 
 def verdict(found: dict[str, list[dict]]) -> str:
@@ -210,17 +205,16 @@ def main(config: Config) -> None:
     if not config.train_data:
         use_digitscenes(config)
     samples = config.epochs * (write_pairs(config) // config.batch) * config.batch
-    found: dict[str, list[dict]] = {side: [] for side in learning_sides.of(config)}
+    found: dict[str, list[dict]] = {side: [] for side in learning_sides.COMMANDS[config.network]}
     for seed in config.seeds:
         for side in found:
             found[side].append(train(config, side, seed))
     held_out = captions_by_image(config, config.test_data)
     texts = sum(len(texts) for _, texts in held_out)
-    body = table(found, samples)
+    body = rows(found, samples)
     body += f"\n\nMean ± standard error of seeds {', '.join(map(str, config.seeds))}; "
     body += f"{len(held_out)} held-out images with {texts} captions.\n{verdict(found)}"
-    network = "ALBEF" if config.peer else "CLIP"
-    title = [f"Learning of a small {network}, {config.train_data.parent.name}"]
+    title = [f"Learning of a small {config.network}, {config.train_data.parent.name}"]
     title.append(f"{samples:,} samples")
     publish(asked, "learning", title, body.rstrip(), found)
 

@@ -1,52 +1,34 @@
-"""The sides of benchmarks.learning: how each trains, and how its last checkpoint embeds.
+"""The sides of benchmarks.learning: the command that trains each, and how its last checkpoint embeds.
 
-A side's `command(config, run, seed)` is what trains into the folder `run`. Its `open(config, run)`
-gives functions: images -> {"z": embeddings}, ids -> {"z": embeddings}, texts -> ids.
+A command is made by a function of the options, the folder `run` that it trains into and the seed.
+`open_clip(config, run)` and `open_albef(config, run)` give functions: images -> {"z": embeddings},
+ids -> {"z": embeddings}, texts -> ids. They open the checkpoints of both sides in one network.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import Pretrain
+from base.pixels import OPENAI
 from base.writing import write_json
-from benchmarks.runner import OURS, PEER, PeerOptions, device_of
+from benchmarks.runner import OURS, PEER, device_of
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.wordpiece import Tokenizer, pre_caption
 from models.fusion.config import retrieval_config
 from models.fusion.retrieval import Retrieval
-from models.fusion.simla import Simla, SimlaConfig
-from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
 from models.weights.albef import start_from
 from models.weights.any_dual_encoder import open_dual
 from runtime.checkpoint import read_weights, weights_file
-from runtime.config.from_checkpoint import description_of
+from runtime.config.cli import parse
 
 IMAGE_SIZE = 48
-
-
-class LearningSide(NamedTuple):
-    command: Callable[..., list[str]]
-    open: Callable[..., tuple]
-
-
-def of(config: PeerOptions) -> dict[str, LearningSide]:
-    """The sides by name: CLIP's, or with --peer ALBEF's."""
-    if config.peer:
-        return {
-            OURS: LearningSide(albef_ours, open_albef),
-            PEER: LearningSide(albef_original, open_albef),
-        }
-    return {
-        OURS: LearningSide(clip_ours, open_our_clip),
-        "open_clip": LearningSide(clip_open_clip, open_their_clip),
-    }
 
 
 def flags(**values) -> list[str]:
@@ -67,13 +49,7 @@ CLIP_OPEN_CLIP = (
 )
 OPEN_CLIP_NETWORK = {  # ViT-T-8 of models.layers.openai_towers
     "embed_dim": 128,
-    "vision_cfg": {
-        "image_size": IMAGE_SIZE,
-        "layers": 4,
-        "width": 128,
-        "head_width": 64,
-        "patch_size": 8,
-    },
+    "vision_cfg": {"image_size": 48, "layers": 4, "width": 128, "head_width": 64, "patch_size": 8},
     "text_cfg": {"context_length": CONTEXT, "width": 128, "heads": 2, "layers": 2},
 }
 START_OPEN_CLIP = (
@@ -120,27 +96,11 @@ def clip_tokens(texts: list[str]) -> Tensor:
     return ClipTokenizer(None, CONTEXT)(texts, lengths=[CONTEXT])
 
 
-def open_our_clip(config, run: Path) -> tuple:
-    file = weights_file(run)
-    model = open_dual(read_weights(file), description_of(file)).model
+def open_clip(config, run: Path) -> tuple:
+    file = run / f"checkpoints/epoch_{config.epochs}.pt"  # open_clip's
+    weights = read_weights(file if file.exists() else weights_file(run))
+    model = open_dual(weights, {}, "ViT-T-8", *OPENAI).model
     return model.embed_image, model.embed_text, clip_tokens
-
-
-def open_their_clip(config, run: Path) -> tuple:
-    import open_clip
-
-    open_clip.add_model_config(config.folder / "open_clip_small.json")
-    model = open_clip.create_model("open_clip_small").eval()
-    file = run / f"checkpoints/epoch_{config.epochs}.pt"
-    model.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
-
-    def embed_image(image: Tensor) -> dict[str, Tensor]:
-        return {"z": model.encode_image(image)}
-
-    def embed_text(ids: Tensor) -> dict[str, Tensor]:
-        return {"z": model.encode_text(ids)}
-
-    return embed_image, embed_text, clip_tokens
 
 
 # ---- ALBEF by Pretrain.py and by the original
@@ -160,27 +120,11 @@ METHOD = {  # under the names that both sides give them
     "alpha": 0.2,
 }
 ALBEF_OURS = (
-    "Pretrain.py --method albef --patch_size 8 --vision_depth 2 --vision_heads 4 --max_tokens 25 "
+    "--method albef --patch_size 8 --vision_depth 2 --vision_heads 4 --max_tokens 25 "
     "--flip false --augment_level 0 --crop_scale 0.8 1.0 --weight_decay 0.02 "
     "--decay_everything true --scalar_lr_scale 0 --original_warmup true --warmup_lr 1e-5 "
     "--min_lr 1e-5 --workers 1 --tensorboard false --resume no"
 )
-BERT = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "intermediate_size": 4 * WIDTH,
-    "max_position_embeddings": 128,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "layer_norm_eps": 1e-12,
-    "initializer_range": 0.02,
-    "pad_token_id": 0,
-    "type_vocab_size": 2,
-    "encoder_width": WIDTH,
-    "fusion_layer": LAYERS // 2,
-}
 
 
 def tokenizer_of(config) -> Path:
@@ -188,32 +132,25 @@ def tokenizer_of(config) -> Path:
     return (config.text_encoder or config.image_root / "tokenizer").absolute()
 
 
-def write_start(config, seed: int) -> Path:
-    """Write the geometry of BERT and the starting weights of a seed; returns the weights' file."""
-    tokenizer = Tokenizer(tokenizer_of(config))
-    bert = {**BERT, "vocab_size": tokenizer.vocab_size}
-    write_json(config.folder / "bert.json", bert)
-    torch.manual_seed(seed)
-    network = SimlaConfig(
-        vit=ViTConfig(IMAGE_SIZE, PATCH, WIDTH, LAYERS, HEADS),
-        bert=BertConfig.from_json(bert),
-        embed_dim=METHOD["embed_dim"],
-        queue_size=METHOD["queue_size"],
-        temp=METHOD["temp"],
-        mim=False,
-        keywords=0,
-        special_ids=tuple(tokenizer.special_ids),
-        cls_id=tokenizer.cls_id,
+def pretrain_flags(config) -> list[str]:
+    """The flags of Pretrain.py; writes the geometry of BERT that they name."""
+    bert = BertConfig(
+        vocab_size=Tokenizer(tokenizer_of(config)).vocab_size,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        max_position_embeddings=128,
+        encoder_width=WIDTH,
+        single_stream=False,
+        fusion_layer=LAYERS // 2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.02,
     )
-    start = (config.folder / f"start_{seed}.pth").absolute()
-    torch.save({"model": Simla(network).state_dict()}, start)
-    return start
-
-
-def albef_ours(config, run: Path, seed: int) -> list[str]:
+    write_json(config.folder / "bert.json", {**asdict(bert), "hidden_act": "gelu"})
     more = {
         **METHOD,
-        "checkpoint": write_start(config, seed),
         "train_file": config.folder / "train.json",
         "text_encoder": tokenizer_of(config),
         "bert_config": config.folder / "bert.json",
@@ -222,10 +159,23 @@ def albef_ours(config, run: Path, seed: int) -> list[str]:
         "warmup": f"{config.warmup} steps",
         "lr": config.lr,
         "device": device_of(config),
-        "seed": seed,
-        "output_dir": run,
     }
-    return [sys.executable, *ALBEF_OURS.split(), *flags(**more)]
+    return [*ALBEF_OURS.split(), *flags(**more)]
+
+
+def write_start(config, seed: int) -> Path:
+    """Write the starting weights of a seed; returns their file."""
+    recipe = parse(Pretrain.Config, pretrain_flags(config))
+    torch.manual_seed(seed)
+    model = Pretrain.build_model(recipe, Tokenizer(tokenizer_of(config)), None)
+    start = (config.folder / f"start_{seed}.pth").absolute()
+    torch.save({"model": model.state_dict()}, start)
+    return start
+
+
+def albef_ours(config, run: Path, seed: int) -> list[str]:
+    more = flags(checkpoint=write_start(config, seed), seed=seed, output_dir=run)
+    return [sys.executable, "Pretrain.py", *pretrain_flags(config), *more]
 
 
 def albef_original(config, run: Path, seed: int) -> list[str]:
@@ -265,24 +215,12 @@ def albef_original(config, run: Path, seed: int) -> list[str]:
 
 
 def open_albef(config, run: Path) -> tuple:
-    """Either side's last checkpoint in one network."""
     file = run / f"checkpoint_{config.epochs - 1:02d}.pth"  # the original's
-    if not file.exists():
-        file = weights_file(run)
     tokenizer = Tokenizer(tokenizer_of(config))
-    options = SimpleNamespace(
-        **METHOD,
-        patch_size=PATCH,
-        vision_depth=LAYERS,
-        vision_heads=HEADS,
-        vision_stem=(),
-        vision_tower=None,
-        bert_config=config.folder / "bert.json",
-        distill=False,
-        compat="none",
-    )
-    model = Retrieval(retrieval_config(options, tokenizer.vocab_size)).eval()
-    start_from(model, read_weights(file), "retrieval")
+    recipe = parse(Pretrain.Config, pretrain_flags(config))
+    network = retrieval_config(SimpleNamespace(**vars(recipe), distill=False), tokenizer.vocab_size)
+    model = Retrieval(network).eval()
+    start_from(model, read_weights(file if file.exists() else weights_file(run)), "retrieval")
 
     def embed_image(image: Tensor) -> dict[str, Tensor]:
         return {"z": model.encode_image(image)[1]}
@@ -294,3 +232,10 @@ def open_albef(config, run: Path) -> tuple:
         return tokenizer([pre_caption(text) for text in texts], MAX_TOKENS, lengths=None)[0]
 
     return embed_image, embed_text, tokenize
+
+
+COMMANDS = {
+    "CLIP": {OURS: clip_ours, "open_clip": clip_open_clip},
+    "ALBEF": {OURS: albef_ours, PEER: albef_original},
+}
+OPEN = {"CLIP": open_clip, "ALBEF": open_albef}

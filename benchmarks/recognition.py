@@ -13,6 +13,7 @@ losses are compared with ours. It pads texts to 512 positions and computes the c
 whose weight is 0. --precision is that of both training steps.
 """
 
+import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,26 +131,24 @@ def agreement(ours: dict, theirs: dict) -> str:
     return f"{same} of {len(mine)} labels alike"
 
 
+def add_figures(results: dict[str, list[dict]], count: int) -> None:
+    """Put the `rate` of so many labels or images in all results, and `agreement` in the
+    original's."""
+    for run in itertools.chain(*results.values()):
+        run["rate"] = count / run["seconds"]
+    if PEER in results:
+        results[PEER][0]["agreement"] = agreement(results[OURS][0], results[PEER][0])
+
+
 def measure_case(case: str, config: Config, folder: str) -> dict[str, list[dict]]:
     """Both sides' measurements, the original's first: it leaves the weights."""
     what = "train" if case == "train" else "label"
     sides = [Side(OURS, f"benchmarks.recognition:{what}")]
     if config.peer:
         sides.insert(0, Side(PEER, f"benchmarks.peers.nxtp:{what}", original=True))
-    images = CASES[case]
-    results = take_turns(config, sides, exchange=folder, images=images)
-    add_figures(results, config.batch if case == "train" else images * config.labels)
+    results = take_turns(config, sides, exchange=folder, images=CASES[case])
+    add_figures(results, CASES[case] * config.labels or config.batch)
     return results
-
-
-def add_figures(results: dict[str, list[dict]], count: int) -> None:
-    """Put the `rate` of so many labels or images in all results, and `agreement` in the
-    original's."""
-    for runs in results.values():
-        for run in runs:
-            run["rate"] = count / run["seconds"]
-    if PEER in results:
-        results[PEER][0]["agreement"] = agreement(results[OURS][0], results[PEER][0])
 
 
 def main(config: Config) -> None:
@@ -161,12 +160,9 @@ def main(config: Config) -> None:
             if case == "train":
                 name = f"training step, {config.batch} images"
             cases[name] = measure_case(case, config, folder)
-    title = ["Recognition"]
-    if not config.tiny:
-        title.append("51.5M parameters")
+    title = ["Recognition"] + ["51.5M parameters"] * (not config.tiny)
     title += [*config.cases, config.precision, device_of(config)]
-    if config.peer:
-        title.append("against the original")
+    title += ["against the original"] * bool(config.peer)
     runs = {f"{case}: {side}": cases[case][side] for case in cases for side in cases[case]}
     publish(config, "recognition", title, tables(cases, COLUMNS), runs)
 

@@ -32,6 +32,7 @@ from evaluation.retrieval import FILL, Captions, rank
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
+from models.weights.loading import load_checkpoint
 from runtime.config.cli import knob, run_script
 from runtime.run import evaluating
 
@@ -56,9 +57,7 @@ class Config(PeerOptions):
 
     system: str = knob("simla", "which model", choices=("simla", "albef"))
     images: int = knob(12, f"images; each has {CAPTIONS} captions", low=2)
-    k_test: int = knob(
-        8, "candidates matched, per image and per caption; at most as many as images", low=1
-    )
+    k_test: int = knob(8, "candidates of an image or caption; at most as many as images", low=1)
     batch: int = knob(4, "images encoded at once", low=1)
 
     @property
@@ -81,12 +80,7 @@ def build_model(options: SimpleNamespace) -> Retrieval:
     saved = Path(options.exchange) / "peer.pt"
     if saved.exists():
         weights = torch.load(saved, weights_only=True, mmap=True, map_location="cpu")["model"]
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if "_m." not in name and "queue" not in name]
-        if missing or unexpected:
-            raise SystemExit(
-                f"the original's weights do not fit: missing {missing}, unexpected {unexpected}"
-            )
+        load_checkpoint(model, weights, allowed_missing=("*_m.*", "*queue*"))
     return model.to(options.device)
 
 
@@ -113,7 +107,7 @@ def ours(options: SimpleNamespace) -> dict:
             captions,
             world,
             k=options.k_test,
-            keep_text_states=not model.config.bert.single_stream,
+            keep_text_states=options.system == "albef",
             image_batch=options.batch,
             progress=False,
         )
@@ -188,8 +182,7 @@ def main(config: Config) -> None:
     if config.peer:
         body += f"\n\n{agreement_text(results[OURS][0]['agreement'])}"
     title = ["Retrieval evaluation", f"{system} at 384 px", f"{config.images} images"]
-    title += [f"{captions} captions", f"k_test {config.k_test}"]
-    title += ["fp32", device_of(config)]
+    title += [f"{captions} captions", f"k_test {config.k_test}", "fp32", device_of(config)]
     publish(config, "retrieval", title, body, results)
 
 

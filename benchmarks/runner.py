@@ -10,7 +10,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,19 +28,20 @@ PEER = "original"
 class Options:
     """Options of every benchmark."""
 
+    tiny = False  # an option of those that have a network
     device: str = knob("auto", "auto (CUDA where present), cpu or cuda")
     threads: int = knob(2, "CPU threads of each side", low=1)
     repeats: int = knob(3, "measurements of each side", low=1, aliases=("rounds",))
     busy: bool = knob(False, "measure although other work is running; the table says so")
     wait: float = knob(0.0, "minutes to wait until no other work is running", low=0)
-    tiny: bool = knob(False, "a tiny network, printed only: shows that the benchmark runs")
     report: str = knob("docs/BENCHMARKS.md", "page to write the table to; empty = print only")
 
 
 @dataclass
 class PeerOptions(Options):
-    """Options of a benchmark that an original's code can run beside."""
+    """Options of a benchmark of networks, beside which an original's code can run."""
 
+    tiny: bool = knob(False, "a tiny network, printed only: shows that the benchmark runs")
     peer: str | None = knob(None, "checkout of the original to measure beside ours")
     peer_python: str | None = knob(None, "interpreter for the original; none = this one")
 
@@ -94,20 +94,6 @@ def check_peer(
             "--peer needs --peer-python, an interpreter with TensorFlow 2.12, tensorflow-addons "
             "and, for ALIGN, transformers 4.38"
         )
-
-
-def checkouts(given: Iterable[str], known: Iterable[str], option: str) -> dict[str, Path]:
-    """Folders by name, from NAME=PATH each. Raises UserError for an unknown name or no folder."""
-    found = {}
-    for entry in given:
-        name, _, path = entry.partition("=")
-        if name not in known:
-            names = ", ".join(known)
-            raise UserError(f"{option} {entry}: give NAME=PATH, where NAME is one of {names}")
-        if not Path(path).is_dir():
-            raise UserError(f"{option} {entry}: no such folder; PATH is a checkout of {name}")
-        found[name] = Path(path).resolve()
-    return found
 
 
 # ---- load

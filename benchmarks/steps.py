@@ -1,6 +1,7 @@
 """Training steps of networks in PyTorch under one loop, their model FLOPs utilisation, and the
 table of their speed and memory."""
 
+import itertools
 import time
 from collections.abc import Callable, Collection
 from types import SimpleNamespace
@@ -106,9 +107,8 @@ def settings(options: TrainOptions) -> list[str]:
 def compare_steps(options: TrainOptions, name: str, title: list[str], sides: list[Side]) -> None:
     """Measure the training steps of all sides and publish their table."""
     results = take_turns(options, sides)
-    for runs in results.values():
-        for run in runs:
-            run["rate"] = options.batch / run["seconds"]
+    for run in itertools.chain(*results.values()):
+        run["rate"] = options.batch / run["seconds"]
     parameters = results[sides[0].name][0]["parameters"]
     body = f"{table(results, COLUMNS)}\n\n{parameters / 1e6:.1f} million parameters."
     for side, runs in results.items():

@@ -20,8 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from PIL import Image, ImageFilter
+from torchvision import transforms as T
 
-from base.errors import UserError
 from base.pixels import IMAGENET
 from benchmarks.runner import OURS, Options, Side, take_turns
 from benchmarks.table import Column, publish, tables
@@ -34,6 +35,7 @@ from runtime.config.cli import knob, run_script
 
 WIDTH, HEIGHT, IMAGES, MEMBERS = 512, 384, 50, 1000
 ZIP = "000.zip"
+REFERENCE = "reference"
 WARMUP = 3  # samples before the clock starts
 CAPTIONS = (
     "a photo of a large dog running in the park with a red ball",
@@ -68,8 +70,6 @@ def member_name(number: int) -> str:
 def write_images(folder: Path) -> int:
     """Smooth random images with some grain as JPEG files, and in one zip file of MEMBERS members.
     Returns the mean size of a file in bytes."""
-    from PIL import Image
-
     rng = torch.Generator().manual_seed(0)
     sizes = []
     for number in range(IMAGES):
@@ -86,40 +86,24 @@ def write_images(folder: Path) -> int:
     return sum(sizes) // len(sizes)
 
 
-# ---- sides: what reads a zip member, what decodes FILE or ZIP/MEMBER, and the views
-def our_parts(folder: Path) -> tuple[Callable, ...]:
-    """Ours."""
-
-    def read(member: str) -> bytes:
-        return read_member(folder / ZIP, member)
-
-    def decode(name: str) -> torch.Tensor:
-        return decode_image(image_source(folder, name), name)
-
-    return read, decode, ImageViews(224, ViewOptions())
+# ---- sides: what reads a member of the zip, what decodes FILE or ZIP/MEMBER, and the views
+def our_decode(folder: Path, name: str) -> torch.Tensor:
+    return decode_image(image_source(folder, name), name)
 
 
-def reference_parts(folder: Path) -> tuple[Callable, ...]:
-    """The same with Pillow and torchvision."""
-    from PIL import Image
+def read_published(file: Path, member: str) -> bytes:
+    return zipfile.ZipFile(file).read(member)
 
-    def read(member: str) -> bytes:
-        return zipfile.ZipFile(folder / ZIP).read(member)
 
-    def decode(name: str) -> Image.Image:
-        inside, _, member = name.rpartition("/")
-        file = io.BytesIO(read(member)) if inside else folder / name
-        return Image.open(file).convert("RGB")
-
-    return read, decode, published_views()
+def decode_published(folder: Path, name: str) -> Image.Image:
+    inside, _, member = name.rpartition("/")
+    file = io.BytesIO(read_published(folder / ZIP, member)) if inside else folder / name
+    return Image.open(file).convert("RGB")
 
 
 def published_views() -> Callable:
     """Strong, strong and weak view of a Pillow image as normalised tensors, with torchvision's
     transforms."""
-    from PIL import ImageFilter
-    from torchvision import transforms as T
-
     bicubic = T.InterpolationMode.BICUBIC
     blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))
     tensor = T.Compose([T.ToTensor(), T.Normalize(*IMAGENET)])
@@ -131,14 +115,14 @@ def published_views() -> Callable:
     return lambda image: (strong(image), strong(image), weak(image))
 
 
-PARTS = {OURS: our_parts, "reference": reference_parts}
-
-
 def rates(options: SimpleNamespace) -> dict:
     """Samples per CPU second of a side's pipelines, each a function of the sample's number."""
     torch.manual_seed(0)
     random.seed(0)
-    read, decode, views = PARTS[options.side](Path(options.exchange))
+    folder = Path(options.exchange)
+    read, decode, views = read_member, our_decode, ImageViews(224, ViewOptions())
+    if options.side == REFERENCE:
+        read, decode, views = read_published, decode_published, published_views()
     texts = TextViews(TextOptions(), local=2)
     tokenizer = ClipTokenizer()
 
@@ -146,11 +130,11 @@ def rates(options: SimpleNamespace) -> dict:
         return tokenizer(texts([CAPTIONS[number % len(CAPTIONS)]]))
 
     pipelines = {
-        "decode": lambda number: decode(file_name(number)),
-        "read a zip member": lambda number: read(member_name(number)),
-        "decode, 3 views": lambda number: views(decode(file_name(number))),
-        "sample from files": lambda n: (views(decode(file_name(n))), tokens(n)),
-        "sample from zips": lambda n: (views(decode(f"{ZIP}/{member_name(n)}")), tokens(n)),
+        "decode": lambda n: decode(folder, file_name(n)),
+        "read a zip member": lambda n: read(folder / ZIP, member_name(n)),
+        "decode, 3 views": lambda n: views(decode(folder, file_name(n))),
+        "sample from files": lambda n: (views(decode(folder, file_name(n))), tokens(n)),
+        "sample from zips": lambda n: (views(decode(folder, f"{ZIP}/{member_name(n)}")), tokens(n)),
     }
     return {"rates": {name: rate(make, options.items) for name, make in pipelines.items()}}
 
@@ -166,9 +150,9 @@ def rate(make: Callable[[int], object], items: int) -> float:
 
 
 def main(config: Config) -> None:
-    if config.tiny:
-        raise UserError("--tiny: there is no network here; give --items")
-    sides = [Side(name, "benchmarks.views:rates", settings={"side": name}) for name in PARTS]
+    sides = [
+        Side(name, "benchmarks.views:rates", settings={"side": name}) for name in (OURS, REFERENCE)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         size = write_images(Path(folder))
         results = take_turns(config, sides, exchange=folder)

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from base.errors import UserError
-from benchmarks.runner import checkouts
 
 ROOT = Path(__file__).resolve().parents[2]
 ORIGINALS = {  # name in --peer: benchmark and its options
@@ -28,10 +27,17 @@ ON_A_CPU = "--repeats 1 --warmup 0 --steps 1"
 def parse_peers(given: Sequence[str], python: str | None) -> dict[str, Path]:
     """Checkouts by name, from NAME=PATH each. Raises UserError for an unknown name, a path that is
     no folder, or TensorFlow's originals without an interpreter."""
-    found = checkouts(given, ORIGINALS, "--peer")
-    for name in found:
+    found = {}
+    for entry in given:
+        name, _, path = entry.partition("=")
+        if name not in ORIGINALS:
+            names = ", ".join(ORIGINALS)
+            raise UserError(f"--peer {entry}: give NAME=PATH, where NAME is one of {names}")
+        if not Path(path).is_dir():
+            raise UserError(f"--peer {entry}: no such folder; PATH is a checkout of {name}")
         if name in TENSORFLOW and python is None:
             raise UserError(f"--peer {name}: it needs --peer-python, one with TensorFlow")
+        found[name] = Path(path).resolve()
     return found
 
 

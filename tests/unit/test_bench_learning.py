@@ -75,9 +75,9 @@ def test_recall_counts_what_the_embeddings_find(config):
 def test_the_table_has_mean_standard_error_and_every_seed():
     runs = [{"captions": 50.0, "images": 40.0, "cpu_seconds": 10.0}]
     runs.append({"captions": 54.0, "images": 43.0, "cpu_seconds": 10.0})
-    row = learning.table({"ours": runs}, 1000).splitlines()[-1]
+    row = learning.rows({"ours": runs}, 1000).splitlines()[-1]
     assert row == "| ours | 52.0 ± 2.0 (50.0, 54.0) | 41.5 ± 1.5 (40.0, 43.0) | 100 |"
-    assert learning.spread([7.0]) == "7.0 (7.0)"
+    assert learning.spread([{"images": 7.0}], "images") == "7.0 (7.0)"
 
 
 def test_options_that_do_not_fit_are_refused(config):
@@ -123,7 +123,8 @@ def the_same_network_and_loss(config):
     """open_clip's weights give the same loss and the same gradients in our run's network."""
     import open_clip
 
-    ours = learning_sides.open_our_clip(config, config.folder / "ours_0")[0].__self__
+    ours = learning_sides.open_clip(config, config.folder / "ours_0")[0].__self__
+    open_clip.add_model_config(config.folder / "open_clip_small.json")
     theirs = open_clip.create_model("open_clip_small")
     file = config.folder / "open_clip_0/checkpoints/epoch_1.pt"
     weights = torch.load(file, weights_only=True)["state_dict"]

@@ -153,15 +153,6 @@ def test_the_load_is_the_cores_in_use(monkeypatch):
     assert runner.current_load(seconds=2e-3) == pytest.approx(1500)
 
 
-def test_checkouts_are_folders_under_known_names(tmp_path):
-    known = ["clip-rocket", "simla"]
-    assert runner.checkouts([f"simla={tmp_path}"], known, "--peer") == {"simla": tmp_path}
-    with pytest.raises(UserError, match=r"--peer blip=.: .*NAME is one of clip-rocket, simla"):
-        runner.checkouts(["blip=."], known, "--peer")
-    with pytest.raises(UserError, match="no such folder; PATH is a checkout of simla"):
-        runner.checkouts([f"simla={tmp_path}/none"], known, "--peer")
-
-
 def test_sides_take_turns_and_ours_comes_first(monkeypatch):
     order = []
 

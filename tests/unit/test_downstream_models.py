@@ -120,6 +120,7 @@ def shallow(task: str) -> Vqa | StatementModel:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["answers", "image pairs"])
 def test_compiled_equals_eager(task):
     """One graph, the same loss and the same gradients."""

@@ -79,16 +79,16 @@ def test_the_text_transformer_keeps_its_gain_at_every_width():
 
 def test_a_narrow_vit_learns_a_relation_between_patches_at_once():
     """The class is the sum modulo 4 of two motifs that lie anywhere: attention must learn to compare
-    tokens. With std 0.02 the loss still is that of guessing, 1.39, after 150 steps."""
+    tokens. With std 0.02 the loss still is that of guessing, 1.39, after 110 steps."""
     generator = torch.Generator().manual_seed(0)
     motifs = torch.randn(4, 3, 8, 8, generator=generator)
     torch.manual_seed(0)
-    model = ClipViT(ViTConfig(image_size=32, patch_size=8, width=64, depth=4, heads=2))
+    model = ClipViT(ViTConfig(image_size=32, patch_size=8, width=64, depth=2, heads=2))
     head = nn.Linear(64, 4)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     losses = []
-    for _ in range(110):
+    for _ in range(80):
         first, second = torch.randint(4, (2, 64), generator=generator)
         grid = 0.5 * torch.randn(64, 16, 3, 8, 8, generator=generator)  # noise in 4 x 4 patches
         positions = torch.rand(64, 16, generator=generator).argsort(1)

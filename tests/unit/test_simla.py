@@ -48,6 +48,7 @@ def test_losses_are_named_finite_and_reach_every_parameter(albef):
         assert parameter.requires_grad != taught and (parameter.grad is None) == taught, name
 
 
+@pytest.mark.slow
 def test_albef_compiled_equals_eager():
     """SIMLA's step is in tests/script/test_compiled.py."""
     model, batch = tiny_model(albef=True, layers=2, depth=1), tiny_batch(albef=True)
@@ -274,6 +275,7 @@ def test_retrieval_positives_are_the_captions_of_the_same_image():
     torch.testing.assert_close(model.positives(ids, ids), expected)
 
 
+@pytest.mark.slow
 def test_retrieval_compiled_equals_eager():
     tiny = tiny_config(layers=1, depth=1)
     torch.manual_seed(0)

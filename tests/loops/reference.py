@@ -30,6 +30,7 @@ from tests.helpers.loops import (
     record_main,
     replay_random,
 )
+from tests.loops.common import gather
 
 NOT_DECAYED = ("cls_token", "pos_embed", "mask_token", "temp", "embeddings.")
 
@@ -366,15 +367,6 @@ def check_log(line: dict, recipe: Recipe, step: int, means: dict[str, float]) ->
     assert line["lr"] == pytest.approx(recipe.lr(step), rel=1e-6)
     for name, value in means.items():
         assert line[name] == pytest.approx(value, rel=1e-5), f"{name} in the log of update {step}"
-
-
-def gather(value) -> list:
-    """`value` of every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,11 +26,11 @@ from tests.helpers.loops import (
     record_main,
     state_of,
 )
+from tests.loops.common import CLIP, check_gradients, check_pixels, close, gather
 
 LR, MIN_LR, WARMUP = 0.02, 0.001, 2
 DECAY, BETAS = 0.3, (0.9, 0.98)
 EPS = 1e-2  # larger than usual: Adam's steps then tell how large gradients are
-TOLERANCE = 5e-3  # a ReLU behind the batch norm of a few rows may fall to the other side
 MOMENTUM, SMOOTHING = 0.9, 0.1
 Batch = dict[str, Tensor]
 
@@ -191,18 +190,11 @@ def follow(case: Case, student: nn.Module, updates: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ comparison
-def close(found: Tensor, expected: Tensor, size: Tensor, what: str) -> None:
-    """size: the length by which the difference is measured; beyond it, a two-thousandth of a full step of Adam's, for
-    gradients that are 0 but for rounding."""
-    difference = (found.detach() - expected.detach()).float().norm().item()
-    allowed = TOLERANCE * size + LR * 5e-4 * expected.numel() ** 0.5
-    assert difference <= allowed, f"{what} is off by {difference:.2e}, more than {allowed:.2e}"
-
-
 def compare(found: State, expected: nn.Module, start: State, what: str) -> None:
     """All parameters and buffers, the average's too, measured by how far each is from where it was."""
     for name, value in state_of(expected).items():
-        close(found[name], value, (value - start[name]).float().norm(), f"{what}: {name}")
+        moved = (value - start[name]).float().norm()
+        close(found[name], value, moved, LR, f"{what}: {name}")
 
 
 def check_loop(record: Record, batches: list[list[Batch]], case: Case, alone: bool) -> None:
@@ -233,13 +225,8 @@ def check_loop(record: Record, batches: list[list[Batch]], case: Case, alone: bo
         grads = {name: p.grad for name, p in weights.items()}
         norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
         assert logged[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), what
-        if case.clip_norm:
-            assert norm > case.clip_norm, "a limit that is not reached tests nothing"
-            grads = {name: grad * case.clip_norm / norm for name, grad in grads.items()}
-            norm = torch.tensor(case.clip_norm)
+        grads = check_gradients(update.gradients, grads, case.clip_norm, what)
         for name, grad in grads.items():
-            apart = (update.gradients[name] - grad).norm() / (grad.norm() + 1e-2 * norm)
-            assert apart <= TOLERANCE, f"{what}: gradient of {name} is off by {apart:.1e}"
             take_step(case, name, weights[name], grad, memory, lr)
         compare(update.after, student, start, f"{what}, after the optimizer")
         if case.ema_decay:
@@ -336,15 +323,6 @@ def given(record: Record) -> list[list[Batch]]:
     ]
 
 
-def check_pixels(batch: Batch) -> None:
-    """Images reach the network as pixels of 0..255, less CLIP's mean, divided by its standard deviation."""
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
-    pixels = batch["image"] * std.view(3, 1, 1) + mean.view(3, 1, 1)
-    assert pixels.min() > -0.5 and 100 < pixels.max() < 255.5
-    assert (pixels - pixels.round()).abs().max() < 2e-3
-
-
 def joined(batches: list[Batch]) -> Batch:
     """The rows of all processes; labels without a weight are filled up."""
     longest = max(batch["labels"].shape[1] for batch in batches)
@@ -355,14 +333,6 @@ def joined(batches: list[Batch]) -> Batch:
         ]
         result[name] = torch.cat(rows)
     return result
-
-
-def gather(value) -> list:
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def batches_of_a_run(flags: list[str]) -> list[list[Batch]]:
@@ -392,7 +362,7 @@ def run_and_check(case: Case, flags: list[str], plain: list | None, folder: Path
     raw = plain[record.rank] if plain else own
     shares = check_mixtures(case, raw, own) if plain else []
     if not case.original:
-        check_pixels(raw[0][0])
+        check_pixels(raw[0][0]["image"], CLIP)
     with process_group():
         mine = {"batches": own, "random": record.updates[0].calls[0].random[0], "shares": shares}
         ranks = gather(mine)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.loops import ROOT, record_run
+from tests.helpers.runs import log_lines, words_of
 from tests.loops.negatives import check_hard_negatives
 from tests.loops.reference import Recipe, another_teacher, check_run, loss_scaling
 
@@ -75,10 +76,7 @@ def flags(task: str, data: Path, out: Path, dropout: float = 0.1, **changes) -> 
     if task == "Grounding":
         values["refcoco_data"], values["det_file"] = data, data / "refcoco+/dets.json"
     values.update(NO_EVALUATION[task])
-    words = []
-    for name, value in {**values, **changes}.items():
-        words += [f"--{name}", str(value)]
-    return words
+    return words_of({**values, **changes})
 
 
 def recipe(task: str, processes: int = 1, accumulate: int = 1, **changes) -> Recipe:
@@ -132,7 +130,7 @@ def test_validation_does_not_disturb_the_training(digitscenes, tmp_path):
     changes = {"val_file": digitscenes / "ve_val.json", "eval_every": "2 steps"}
     given = flags("VE", digitscenes, tmp_path / "run", **changes)
     check_run("VE.py", given, recipe("VE"))
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    log = log_lines(tmp_path / "run")
     assert [line["step"] for line in log if "val_accuracy" in line] == [2, 4, 5]
     [record] = record_run("VE.py", flags("VE", digitscenes, tmp_path / "without"))
     assert record.log[-1]["loss"] == log[-2]["loss"]

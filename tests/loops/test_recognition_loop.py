@@ -14,16 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.helpers.loops import Record, load, on_processes, process_group, record_main, state_of
 from tests.helpers.recognition_runs import arguments
+from tests.loops.common import CLIP, check_gradients, check_pixels, close, gather
 
 LR, MIN_LR, WARMUP = 0.01, 0.001, 2
 DECAY, BETAS = 0.3, (0.9, 0.98)
 EPS = 1e-2  # larger than usual: Adam's steps then tell how large gradients are
-TOLERANCE = 5e-3  # a ReLU behind the batch norm of a few rows may fall to the other side
 IGNORED = -100  # label of a position without a target
 Batch = dict[str, Tensor]
 
@@ -153,14 +152,6 @@ def take_step(value: nn.Parameter, grad: Tensor, moments: list, decay: float, lr
 
 
 # ----------------------------------------------------------------------------- comparison
-def close(found: Tensor, expected: Tensor, size: Tensor, what: str) -> None:
-    """size: the length by which the difference is measured; beyond it, a two-thousandth of a full
-    step of Adam's, for gradients that are 0 but for rounding."""
-    difference = (found.detach() - expected.detach()).float().norm().item()
-    allowed = TOLERANCE * size + LR * 5e-4 * expected.numel() ** 0.5
-    assert difference <= allowed, f"{what} is off by {difference:.2e}, more than {allowed:.2e}"
-
-
 def check_loop(record: Record, batches: list[list[Batch]], case: Case) -> None:
     """Every update of a record against the loop. batches[update][micro-batch]: of all processes."""
     student = copy.deepcopy(record.network).train()
@@ -187,20 +178,15 @@ def check_loop(record: Record, batches: list[list[Batch]], case: Case) -> None:
         grads = {name: p.grad for name, p in weights.items()}
         norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
         assert logged[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), what
-        if case.clip_norm:
-            assert norm > case.clip_norm, "a limit that is not reached tests nothing"
-            grads = {name: grad * case.clip_norm / norm for name, grad in grads.items()}
-            norm = torch.tensor(case.clip_norm)
+        grads = check_gradients(update.gradients, grads, case.clip_norm, what)
         for name, grad in grads.items():
-            seen = update.gradients[name]
-            apart = (seen - grad).norm() / (grad.norm() + 1e-2 * norm)
-            assert apart <= TOLERANCE, f"{what}: gradient of {name} is off by {apart:.1e}"
             decay = DECAY if is_decayed(case, name, weights[name]) else 0.0
             take_step(weights[name], grad, moments[name], decay, rates[name])
         student.zero_grad()
         following = record.updates[step + 1].calls[0].state if step + 1 < total else record.final
         for name, value in state_of(student).items():
-            close(following[name], value, (value - start[name]).float().norm(), f"{what}: {name}")
+            moved = (value - start[name]).float().norm()
+            close(following[name], value, moved, LR, f"{what}: {name}")
             frozen = name not in weights and name in dict(student.named_parameters())
             assert not frozen or torch.equal(following[name], start[name]), f"{name} is not trained"
         load(student, following)  # so that rounding does not grow
@@ -245,28 +231,11 @@ def joined(parts: list[Batch]) -> Batch:
     return result
 
 
-def check_pixels(image: Tensor) -> None:
-    """Images reach the network as pixels of 0..255, less CLIP's mean, over its standard deviation."""
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]) * 255
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]) * 255
-    pixels = image * std.view(3, 1, 1) + mean.view(3, 1, 1)
-    assert pixels.min() > -0.5 and 100 < pixels.max() < 255.5
-    assert (pixels - pixels.round()).abs().max() < 2e-3
-
-
-def gather(value) -> list:
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def run_and_check(case: Case, flags: list[str]) -> None:
     """On every rank: the script, then all of it against the loop."""
     record = record_main("Recognition.py", flags)
     own = given(record)
-    check_pixels(own[0][0]["image"])
+    check_pixels(own[0][0]["image"], CLIP)
     with process_group():
         ranks = gather({"batches": own, "random": record.updates[0].calls[0].random[0]})
         states = gather([float(value.double().abs().sum()) for value in record.final.values()])

@@ -1,6 +1,8 @@
 """Shared by all tests: small data, and the table of golden comparisons at the end of a run."""
 
 import functools
+import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ settings.register_profile(
 settings.load_profile("any machine")
 
 TESTS = Path(__file__).parent
+NUMBERS = itertools.count()  # of the tests' caches
 # Files that take long, everyday or slow, the longest first. A process takes a whole file (scripts/
 # test.sh), so that what its tests share is made once; beside a long one at the end others would idle.
 LONG = (
@@ -63,6 +66,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_sessionstart():
+    os.chdir(TESTS.parent)  # where the README starts every script
     golden_root()  # a wrong QUINTET_GOLDEN ends the run here
 
 
@@ -73,6 +77,23 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("against the originals' numbers")
         for line in report.table():
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory):
+    """What fixtures of a module or of the session keep: never in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUINTET_CACHE", str(tmp_path_factory.getbasetemp() / "caches/shared"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, shared_cache):
+    """The folder that this test alone keeps its caches in; not there before something is kept."""
+    folder = tmp_path_factory.getbasetemp() / f"caches/{next(NUMBERS)}"
+    with pytest.MonkeyPatch.context() as patch:  # `monkeypatch.undo()` leaves it
+        patch.setenv("QUINTET_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,9 @@ import torch
 from runtime.bucket import COMMITTED, EXIT_NOT_WRITTEN, newest_step
 from runtime.checkpoint import find_damage
 from runtime.sharded import OwnParts, weights_in
-from tests.helpers.pretraining import arguments, losses
+from tests.helpers.pretraining import arguments
 from tests.helpers.processes import Run, run_script
+from tests.helpers.runs import lines
 
 URL = "s3://runs/simla"
 STEPS = 24
@@ -71,7 +72,7 @@ def test_a_run_survives_its_machine(case, s3, digitscenes, image_tokenizer, tmp_
     said = run_script("Pretrain.py", there("two"), processes)
     folder = tmp_path / "two/s3/runs/simla"
     assert f"resuming {folder} at step {before}" in said and "DAMAGED" not in said
-    assert losses(folder) == losses(straight)
+    assert lines(folder) == lines(straight)
     for part, expected in final(straight, kind).items():
         assert same(final(folder, kind)[part], expected), part
     assert committed(files) == STEPS

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.downstream import flags, log_lines, start
+from tests.helpers.downstream import flags, start
 from tests.helpers.processes import run_script
+from tests.helpers.runs import log_lines
 
 
 def results(out: Path) -> dict:

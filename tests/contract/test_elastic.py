@@ -15,6 +15,7 @@ import torch.distributed as dist
 from base import distributed
 from tests.helpers.elastic_trainer import EPOCHS, RECORDS
 from tests.helpers.processes import ROOT, free_port, start_processes
+from tests.helpers.runs import log_lines
 
 LIMIT = 240  # seconds for what takes a few on an idle machine
 TIMES = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=15"
@@ -137,7 +138,7 @@ def test_a_node_dies_and_another_one_joins(tmp_path):
     assert len(counts) == RECORDS and set(counts.values()) <= {EPOCHS, EPOCHS + 1}
     beyond = sum(counts.values()) - EPOCHS * RECORDS
     assert 0 <= beyond <= 4  # the last update may not come out even
-    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    lines = log_lines(tmp_path / "run")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, len(updates) + 1)]
     assert losses[-1] < 0.1 * losses[0]

@@ -19,8 +19,9 @@ from runtime.parallel import Features, parallelize, whole_model
 from tests.contract.test_parallel import OLD
 from tests.helpers.clip_toys import with_total
 from tests.helpers.crash_points import contents
-from tests.helpers.main_runs import arguments, finish, lines
+from tests.helpers.main_runs import arguments, finish
 from tests.helpers.processes import Run, spawn
+from tests.helpers.runs import lines
 from tests.helpers.tiny_hugging_face import align, clip, saved, siglip
 from tests.helpers.tiny_open_clip import open_clip_siglip
 
@@ -88,9 +89,8 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_the_one_that_was_not(digitscenes, tmp_path, monkeypatch):
+def test_a_killed_run_ends_as_the_one_that_was_not(digitscenes, tmp_path):
     pytest.importorskip("transformers")
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "run"
     options = {"model": f"hf/{saved(clip, tmp_path / 'clip')}", "parallel": STRATEGIES[-1]}
     options |= {"image_size": 32, "context_length": 16, "epochs": "4 steps", "batch_size": 4}

@@ -4,7 +4,8 @@ other's."""
 import pytest
 
 from tests.contract.test_parallel import needs_fsdp2
-from tests.helpers.pretraining import arguments, finish, losses
+from tests.helpers.pretraining import arguments, finish
+from tests.helpers.runs import lines
 
 
 @needs_fsdp2
@@ -21,9 +22,9 @@ def test_fsdp_equals_ddp_and_its_checkpoint_goes_on_in_one_process(
         )
         said = finish(2, flags)
         assert "Warning" not in said, said  # ours, torch's or another library's
-    for ddp, fsdp in zip(losses(tmp_path / "ddp"), losses(tmp_path / "fsdp"), strict=True):
+    for ddp, fsdp in zip(lines(tmp_path / "ddp"), lines(tmp_path / "fsdp"), strict=True):
         assert fsdp == pytest.approx(ddp, rel=within)
     changes = common | {"scheduler.epochs": "10 steps", "batch_size": 16, "resume": "yes"}
     with_one = arguments(digitscenes, image_tokenizer, tmp_path / "fsdp", **changes)
     output = finish(1, with_one)
-    assert "resuming" in output and losses(tmp_path / "fsdp")[-1]["step"] == 10
+    assert "resuming" in output and lines(tmp_path / "fsdp")[-1]["step"] == 10

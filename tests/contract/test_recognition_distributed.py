@@ -16,7 +16,8 @@ from models.weights.build_nxtp import Networks
 from runtime.parallel import Features, parallelize
 from tests.helpers.gradients import assert_same_gradients, distance, gradients_of
 from tests.helpers.processes import spawn
-from tests.helpers.recognition_runs import arguments, finish, lines, start
+from tests.helpers.recognition_runs import arguments, finish, start
+from tests.helpers.runs import lines
 from tests.helpers.tiny_nxtp import network
 
 IMAGES = 4

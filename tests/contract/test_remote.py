@@ -124,7 +124,6 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     (tmp_path / "store").mkdir()
     write_shards(tmp_path / "store", (9, 6, 8))

@@ -14,8 +14,9 @@ import torch
 from runtime.checkpoint import find_damage, load_checked
 from runtime.sharded import read_state
 from tests.contract.test_parallel import needs_fsdp2
-from tests.helpers.pretraining import ROOT, arguments, finish, losses, start
+from tests.helpers.pretraining import ROOT, arguments, finish, start
 from tests.helpers.processes import alive, run_script
+from tests.helpers.runs import lines
 
 STEPS = "8 steps"
 
@@ -30,7 +31,7 @@ def weights(folder, step=8):
 
 
 def assert_same_run(folder, straight, step=8):
-    assert losses(folder) == losses(straight)
+    assert lines(folder) == lines(straight)
     ours, theirs = weights(folder, step), weights(straight, step)
     for part in ("model", "optimizer"):
         for name, value in flat(ours[part]).items():
@@ -145,8 +146,8 @@ def test_two_copies_of_two_processes_stop_and_resume(digitscenes, image_tokenize
     assert_same_run(tmp_path / "stopped", tmp_path / "straight", step=4)
     said = finish(2, flags("fewer"))
     assert "resumed on 2 processes (was 4)" in said
-    expected = losses(tmp_path / "straight")
-    found = [line for line in losses(tmp_path / "fewer") if "processes" not in line]
+    expected = lines(tmp_path / "straight")
+    found = [line for line in lines(tmp_path / "fewer") if "processes" not in line]
     assert found[:2] == expected[:2] and len(found) == len(expected) == 4
     assert found[2:] != expected[2:]  # of other batches
     resumed = load_checked(tmp_path / "fewer/checkpoint_00000004")

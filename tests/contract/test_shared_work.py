@@ -49,8 +49,7 @@ def compute_codes(rank, folder, size):
     assert len(CodeCache(folder / f"{size}.npy", 11).codes) == 11
 
 
-def test_processes_share_the_visual_codes(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_processes_share_the_visual_codes(tmp_path):
     write_images(tmp_path / "images", 11)
     entries = [{"image": f"{n}.png", "caption": "x"} for n in range(11)]
     (tmp_path / "list.json").write_text(json.dumps(entries))
@@ -93,8 +92,7 @@ def look_up(rank, folder):
     assert len(split) == 5 and split.load(4)["labels"] == [1]
 
 
-def test_one_process_looks_through_shards_and_folders_for_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_one_process_looks_through_shards_and_folders_for_all(tmp_path):
     write_shards(tmp_path / "wds", (3, 4))
     for path in (tmp_path / "wds").glob("*.json"):
         path.unlink()

@@ -1,7 +1,6 @@
 """The data stream: deterministic, disjoint and complete over ranks and workers, exactly resumable,
 with a budget."""
 
-import io
 import os
 import signal
 import subprocess
@@ -14,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +24,7 @@ from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.tasks.loaders import eval_loader
 from tests.contract.stream_cases import Build, collate, records, shards, stream, world
+from tests.helpers.images import of_colour
 from tests.helpers.processes import start_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -465,9 +464,8 @@ def test_evaluation_is_in_order_and_leaves_nothing_out(workers):
 def jpegs(folder, count, cut=(), broken=()):
     """JPEG files 0.jpg ... of one grey level each; those in `cut` end early."""
     for number in range(count):
-        file = io.BytesIO()
-        Image.fromarray(np.full((64, 64, 3), 10 * number, np.uint8)).save(file, "JPEG")
-        data = file.getvalue()
+        level = 10 * number
+        data = of_colour((level, level, level), (64, 64), "JPEG")
         if number in cut:
             data = data[:-20]
         (folder / f"{number}.jpg").write_bytes(b"" if number in broken else data)

@@ -137,11 +137,6 @@ def check(read, folder: Path, data: bytes, suffix: str):
         shutil.rmtree(place)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize("name", TEXTS)
 def test_exchanged_values(name, tmp_path):
     read, document, suffix = TEXTS[name]

@@ -156,8 +156,7 @@ def read(path: Path) -> int:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tables_that_ask_for_much(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_tables_that_ask_for_much(name, tmp_path):
     make, words = CASES[name]
     place = tmp_path / "hostile"
     place.mkdir()

@@ -141,10 +141,9 @@ def test_randaugment_draws():
 
 
 @pytest.fixture
-def formats(tmp_path, monkeypatch):
+def formats(tmp_path):
     """The golden annotation files and images in a folder; returns `(meta, tensors, folder)`."""
     meta, tensors = golden("simla", "datasets")
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     for name, content in meta["files"].items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content["json"]))
     for name, image in tensors_under("in.image", tensors).items():

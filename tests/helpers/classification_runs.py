@@ -7,9 +7,9 @@ from pathlib import Path
 import Classification
 import eval_knn
 from runtime.config.cli import parse
+from tests.helpers.runs import words_of
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
 
 
 def flags(data: Path, out: Path, **changes) -> list[str]:
@@ -23,10 +23,7 @@ def flags(data: Path, out: Path, **changes) -> list[str]:
         "output-dir": out,
         "device": "cpu",
     } | {name.replace("_", "-"): value for name, value in changes.items()}
-    words = []
-    for name, value in values.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return words_of(values)
 
 
 def fine_tuning(data: Path, out: Path, **changes) -> list[str]:
@@ -62,13 +59,6 @@ def neighbours(data: Path, out: Path, **changes) -> dict:
         "cache": out / "cache",
         "device": "cpu",
     } | {name.replace("_", "-"): value for name, value in changes.items()}
-    words = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
-    config = parse(eval_knn.Config, words)
+    config = parse(eval_knn.Config, words_of(values))
     eval_knn.main(config)
     return json.loads((config.output_dir / "result/metrics.json").read_text())
-
-
-def lines(folder: Path) -> list[dict]:
-    """The lines of log.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in found]

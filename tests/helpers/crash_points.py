@@ -36,11 +36,11 @@ import torchvision  # noqa: F401
 from runtime.checkpoint import find_damage
 from runtime.config.cli import parse
 from runtime.log import RunLog
+from tests.helpers.runs import without_timing
 
 KILLED = 137
 CHANGES = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate"}
 CHANGES |= {"shutil.rmtree"}
-TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
 
 
 class Points:
@@ -138,8 +138,7 @@ def contents(folder: Path) -> dict[str, str]:
             data = b""
         if path.name == "log.jsonl":
             lines = [json.loads(line) for line in data.splitlines()]
-            kept = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
-            data = json.dumps(kept).encode()
+            data = json.dumps(without_timing(lines)).encode()
         if path.suffix == ".pt" and find_damage(path) is None:
             # its values: equal strings may be pickled as one or as two
             content = torch.load(path, weights_only=True)

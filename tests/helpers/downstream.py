@@ -11,6 +11,7 @@ import NLVR
 import VE
 import VQA
 from runtime.config.cli import parse
+from tests.helpers.runs import words_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"VQA": VQA, "VE": VE, "NLVR": NLVR, "Grounding": Grounding}
@@ -38,19 +39,8 @@ def flags(task: str, data: Path, out: Path, *more) -> list[str]:
             "refcoco_data": [data],
             "det_file": [data / "refcoco+/dets.json"],
         }
-    words = [
-        "--config",
-        config,
-        "--text_encoder",
-        data / "tokenizer",
-        "--output_dir",
-        out,
-        "--device",
-        "cpu",
-    ]
-    for name, values in files.items():
-        words += [f"--{name}", *values]
-    return [str(word) for word in (*words, *more)]
+    values = {"config": config, "text_encoder": data / "tokenizer", "output_dir": out}
+    return [*words_of({**values, "device": "cpu", **files}), *map(str, more)]
 
 
 def start(task: str, data: Path, out: Path, *more) -> dict:
@@ -59,10 +49,6 @@ def start(task: str, data: Path, out: Path, *more) -> dict:
     script.main(parse(script.Config, flags(task, data, out, *more)))
     metrics = out / "result/metrics.json"
     return json.loads(metrics.read_text()) if metrics.exists() else {}
-
-
-def log_lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def pretraining_checkpoint(data: Path, folder: Path, two_stage: bool) -> list[str]:

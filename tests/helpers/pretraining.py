@@ -1,16 +1,15 @@
 """Runs of Pretrain.py with configs/Pretrain/debug.yaml on a handful of images, as one would start
 them by hand."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.helpers.processes import Run, run_script
+from tests.helpers.runs import words_of
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
 
 
 def arguments(data: Path, tokenizer: Path, output: Path, **changes) -> list[str]:
@@ -25,10 +24,7 @@ def arguments(data: Path, tokenizer: Path, output: Path, **changes) -> list[str]
         "output_dir": output,
         "tensorboard": "false",
     } | changes
-    flags = []
-    for name, value in values.items():
-        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
+    return words_of(values)
 
 
 def start(processes: int, flags: list[str]) -> Run | subprocess.Popen:
@@ -45,9 +41,3 @@ def start(processes: int, flags: list[str]) -> Run | subprocess.Popen:
 def finish(processes: int, flags: list[str], expect: int = 0) -> str:
     """Run to the end; the output, after checking the exit status."""
     return run_script("Pretrain.py", flags, processes, expect)
-
-
-def losses(folder: Path) -> list[dict]:
-    """The lines of log.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]

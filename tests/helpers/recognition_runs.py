@@ -8,9 +8,9 @@ from pathlib import Path
 import Recognition
 from runtime.config.cli import parse
 from tests.helpers.processes import run_script
+from tests.helpers.runs import words_of
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMING = {"images_per_s", "step_s", "data_wait", "memory_gb"}
 
 
 def arguments(data: Path, output: Path, *more, **changes) -> list[str]:
@@ -25,10 +25,7 @@ def arguments(data: Path, output: Path, *more, **changes) -> list[str]:
         "output_dir": output,
         "device": "cpu",
     } | changes
-    flags = [str(flag) for flag in more]
-    for name, value in values.items():
-        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
+    return [*map(str, more), *words_of(values)]
 
 
 def finish(processes: int, flags: list[str], expect: int = 0) -> str:
@@ -43,9 +40,3 @@ def start(flags: list[str]) -> dict:
         Recognition.main(config)
     metrics = Path(config.output_dir) / "result/metrics.json"
     return json.loads(metrics.read_text()) if metrics.exists() else {}
-
-
-def lines(folder: Path) -> list[dict]:
-    """The lines of log.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in found]

@@ -21,7 +21,8 @@ from runtime.config.cli import parse
 from scripts.data import pack_karpathy
 from scripts.weights import convert
 from tests.helpers.classification_runs import neighbours
-from tests.helpers.main_runs import ROOT, arguments, finish, lines
+from tests.helpers.main_runs import ROOT, arguments, finish
+from tests.helpers.runs import lines
 
 CONFIG = ROOT / "configs/main/debug_align.yaml"
 
@@ -38,12 +39,6 @@ def flags(data, output, *more, **changes) -> list[str]:
 
 def run_main(words):
     script.main(parse(script.Config, words))
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 
 
 def test_it_trains_validates_and_evaluates(digitscenes, tmp_path, capsys):

@@ -11,15 +11,10 @@ from base.errors import UserError
 from evaluation.probe import SWEEP
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
-from tests.helpers.classification_runs import ROOT, fine_tuning, flags, lines, neighbours, train
+from tests.helpers.classification_runs import ROOT, fine_tuning, flags, neighbours, train
 from tests.helpers.processes import run_script
+from tests.helpers.runs import lines
 from tests.helpers.tiny_open_clip import tiny_open_clip
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,8 @@ from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
 from scripts import demo as script
 from scripts.demo_checkpoints.any_checkpoint import open_abilities
-from tests.helpers.demo_checkpoints import ROOT, SIZES, align, dual, fusion, nxtp
+from tests.helpers.demo_checkpoints import SIZES, align, dual, fusion, nxtp
 from tests.helpers.tiny_open_clip import tiny_open_clip
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

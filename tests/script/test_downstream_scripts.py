@@ -14,17 +14,12 @@ from base.errors import UserError
 from runtime.config.cli import run_script
 from runtime.safe_pickle import load_plain
 from scripts.data import convert_expressions
-from tests.helpers.downstream import ROOT, SCRIPTS, flags, log_lines, pretraining_checkpoint, start
+from tests.helpers.downstream import SCRIPTS, flags, pretraining_checkpoint, start
+from tests.helpers.runs import log_lines
 
 MORE = {("Grounding", True): ["--block_num", "1"], ("NLVR_TA", True): ["--paired_from", "1"]}
 METRIC = {"VQA": "overall", "VE": "accuracy", "NLVR": "accuracy", "Grounding": "accuracy"}
 TASKS = pytest.mark.parametrize("task", list(METRIC))
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def images(tmp_path, monkeypatch):
+def images(tmp_path):
     """Seven images of 32 x 32 with captions, in a list and in two shards."""
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     random = np.random.default_rng(0)
     rows = []
     for n in range(7):

@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import os
 import re
 import shutil
 import tarfile
@@ -29,6 +28,7 @@ from runtime.checkpoint import export_safetensors, read_weights, weights_file
 from runtime.config.cli import parse
 from tests.helpers.main_runs import ROOT, arguments
 from tests.helpers.processes import run_script
+from tests.helpers.runs import words_of
 from tests.helpers.tiny_open_clip import tiny_open_clip
 
 
@@ -36,23 +36,9 @@ from tests.helpers.tiny_open_clip import tiny_open_clip
 def trained(digitscenes, tmp_path_factory):
     """A run of main.py with configs/main/debug.yaml, of one update."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    before = os.getcwd()
-    os.chdir(ROOT)
-    try:
-        training.main(
-            parse(
-                training.Config, arguments(digitscenes, folder, epochs="1 steps", val_folder="none")
-            )
-        )
-    finally:
-        os.chdir(before)
+    words = arguments(digitscenes, folder, epochs="1 steps", val_folder="none")
+    training.main(parse(training.Config, words))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 
 
 def flags(data, checkpoint, output, **changes) -> list[str]:
@@ -66,10 +52,7 @@ def flags(data, checkpoint, output, **changes) -> list[str]:
         "datasets": ["digitscenes"],
         "device": "cpu",
     } | {name.replace("_", "-"): value for name, value in changes.items()}
-    words = []
-    for name, value in values.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return words_of(values)
 
 
 def results(words: list[str], output) -> dict:

@@ -19,7 +19,8 @@ from models.weights.start_dual import load_any_layout
 from runtime.checkpoint import export_safetensors, read_weights
 from runtime.config.cli import parse
 from scripts.weights import convert
-from tests.helpers.main_runs import ROOT, arguments
+from tests.helpers.main_runs import arguments
+from tests.helpers.runs import log_lines
 from tests.helpers.tiny_hugging_face import align, clip, metaclip2, saved, siglip
 from tests.helpers.tiny_open_clip import open_clip_siglip
 
@@ -112,11 +113,7 @@ def test_what_decays_and_what_is_locked(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["siglip", "align", "open_clip"])
-def test_a_run_evaluates_as_it_validated_and_returns_to_its_library(
-    digitscenes, tmp_path, kind, monkeypatch
-):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_a_run_evaluates_as_it_validated_and_returns_to_its_library(digitscenes, tmp_path, kind):
     if kind == "open_clip":
         model = f"open_clip/local-dir:{open_clip_siglip(tmp_path / 'model')}"
     else:
@@ -129,7 +126,7 @@ def test_a_run_evaluates_as_it_validated_and_returns_to_its_library(
     script.main(parse(script.Config, [*flags, "--resume", "auto"]))
     resumed = read_weights(tmp_path / "run/model.safetensors")
     assert all(torch.equal(resumed[name], value) for name, value in trained.items())
-    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    logged = log_lines(tmp_path / "run")
     accuracy = next(value for line in logged for name, value in line.items() if "acc1_z" in name)
     flags = ["--checkpoint", tmp_path / "run", "--output-dir", tmp_path / "out", "--device", "cpu"]
     flags += ["--workers", "0", "--datasets", "digitscenes", "--split", "val"]

@@ -13,7 +13,8 @@ from models.dual_encoder.factory import build_dual
 from models.layers.library_towers import class_names, start_towers
 from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
-from tests.helpers.main_runs import ROOT, arguments
+from tests.helpers.main_runs import arguments
+from tests.helpers.runs import log_lines
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 WORDS += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -46,11 +47,9 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
+def offline(monkeypatch):
     # a name of the hub is asked for five times where there is no network
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 
 
 def lit(digitscenes, output, bert, weights, *more, **changes):
@@ -77,7 +76,7 @@ def test_locked_towers_stay_and_what_is_trained_evaluates(digitscenes, tmp_path,
     locked = [name for name in texts if not name.startswith("pooler")]
     assert all(torch.equal(trained[f"text_tower.trunk.{name}"], texts[name]) for name in locked)
     assert "transformer.resblocks.0.attn.in_proj_weight" not in trained
-    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    logged = log_lines(tmp_path / "run")
     accuracy = next(value for line in logged for name, value in line.items() if "acc1_z" in name)
     flags = ["--checkpoint", tmp_path / "run", "--output-dir", tmp_path / "out", "--device", "cpu"]
     flags += [
@@ -237,7 +236,7 @@ def test_openais_weights_are_trained_further(digitscenes, tmp_path, monkeypatch)
     for name, value in start.state_dict().items():
         kept = torch.equal(trained[name], value)
         assert kept == (name.startswith("visual.") or not value.is_floating_point()), name
-    logged = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    logged = log_lines(tmp_path / "run")
     accuracy = next(value for line in logged for name, value in line.items() if "acc1_z" in name)
     flags = ["--checkpoint", tmp_path / "run", "--output-dir", tmp_path / "out", "--device", "cpu"]
     flags += ["--workers", "0", "--datasets", "digitscenes", "--split", "val"]

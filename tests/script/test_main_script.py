@@ -14,7 +14,8 @@ from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import parse
 from runtime.sharded import is_sharded
 from tests.contract.test_parallel import needs_fsdp2
-from tests.helpers.main_runs import ROOT, arguments, finish, lines
+from tests.helpers.main_runs import ROOT, arguments, finish
+from tests.helpers.runs import lines
 
 METHODS = {
     "CLIP": (["--model", "CLIP_VITT8_CLIP"], {"clip_loss"}),
@@ -52,12 +53,6 @@ METHODS = {
 
 def run_main(flags):
     script.main(parse(script.Config, flags))
-
-
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("method", METHODS)

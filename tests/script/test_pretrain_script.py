@@ -18,16 +18,12 @@ from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from runtime.config.cli import parse
 from scripts import photos_report
-from tests.helpers.pretraining import ROOT, arguments, finish, losses
+from tests.helpers.pretraining import ROOT, arguments, finish
+from tests.helpers.runs import lines
 
 
 def run_main(flags):
     Pretrain.main(parse(Pretrain.Config, flags))
-
-
-@pytest.fixture(autouse=True)
-def in_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.mark.parametrize("method", ["simla", "albef"])
@@ -43,13 +39,13 @@ def test_debug_config_runs_and_writes_everything(method, digitscenes, image_toke
             "image_tokenizer_path": "none",
         }
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
-    lines = losses(tmp_path / "run")
-    assert [line["step"] for line in lines] == list(range(1, 9))
+    logged = lines(tmp_path / "run")
+    assert [line["step"] for line in logged] == list(range(1, 9))
     names = {"loss_ita", "loss_itm", "loss_mlm"} | (
         {"loss_mim", "loss_pseudo"} if method == "simla" else set()
     )
-    assert names == {key for key in lines[0] if key.startswith("loss_")}
-    assert lines[0]["loss"] == pytest.approx(sum(lines[0][name] for name in names), rel=1e-5)
+    assert names == {key for key in logged[0] if key.startswith("loss_")}
+    assert logged[0]["loss"] == pytest.approx(sum(logged[0][name] for name in names), rel=1e-5)
     assert (tmp_path / "run" / "config.yaml").exists() and list(
         (tmp_path / "run" / "tensorboard").iterdir()
     )
@@ -65,9 +61,9 @@ def test_losses_fall(digitscenes, image_tokenizer, tmp_path):
         "alpha": 0,
     }
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
-    lines = losses(tmp_path / "run")
+    logged = lines(tmp_path / "run")
     for name in ("loss_ita", "loss_mlm", "loss_mim"):
-        assert lines[-1][name] < 0.9 * lines[0][name], name
+        assert logged[-1][name] < 0.9 * logged[0][name], name
 
 
 @pytest.mark.parametrize(
@@ -84,16 +80,14 @@ def test_losses_fall(digitscenes, image_tokenizer, tmp_path):
 def test_variations_run(changes, digitscenes, image_tokenizer, tmp_path):
     changes = {"scheduler.epochs": "3 steps", "save_every": "3 steps"} | changes
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
-    assert losses(tmp_path / "run")[-1]["step"] == 3
+    assert lines(tmp_path / "run")[-1]["step"] == 3
 
 
 def test_activation_checkpointing_changes_no_number(digitscenes, image_tokenizer, tmp_path):
     for name in ("false", "true"):
         changes = {"scheduler.epochs": "3 steps", "activation_checkpointing": name}
         run_main(arguments(digitscenes, image_tokenizer, tmp_path / name, **changes))
-    for plain, recomputed in zip(
-        losses(tmp_path / "false"), losses(tmp_path / "true"), strict=True
-    ):
+    for plain, recomputed in zip(lines(tmp_path / "false"), lines(tmp_path / "true"), strict=True):
         assert recomputed == pytest.approx(
             plain, rel=1e-5
         )  # gradients of shared blocks add up in another order
@@ -111,7 +105,7 @@ def test_cached_codes_equal_codes_computed_on_the_fly(digitscenes, image_tokeniz
             **fixed,
         )
     )
-    assert losses(tmp_path / "fly") == losses(tmp_path / "cache")
+    assert lines(tmp_path / "fly") == lines(tmp_path / "cache")
 
 
 def test_starting_from_the_weights_of_another_run(digitscenes, image_tokenizer, tmp_path):
@@ -305,7 +299,7 @@ def test_bad_images_are_counted_and_past_the_budget_listed(digitscenes, image_to
         "scheduler.epochs": "9 steps",
     }
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
-    assert losses(tmp_path / "run")[-1]["errors"] == 1
+    assert lines(tmp_path / "run")[-1]["errors"] == 1
     (tmp_path / "many.json").write_text(json.dumps(entries + bad * 30))
     changes |= {
         "train_file": tmp_path / "many.json",

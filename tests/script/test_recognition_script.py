@@ -18,7 +18,8 @@ from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
 from scripts.data import extract_nouns, pack_coco
 from scripts.weights import export_recognition
-from tests.helpers.recognition_runs import ROOT, arguments, finish, lines, start
+from tests.helpers.recognition_runs import ROOT, arguments, finish, start
+from tests.helpers.runs import lines
 from tests.helpers.tiny_nxtp import meta_folder
 
 

@@ -5,13 +5,13 @@ import pytest
 
 import main as script
 from runtime.config.cli import parse
-from tests.helpers.main_runs import ROOT, arguments, lines
+from tests.helpers.main_runs import arguments
+from tests.helpers.runs import lines
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("opt", ["muon", "timm/lion"])
-def test_a_stopped_run_goes_on_exactly(opt, digitscenes, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_stopped_run_goes_on_exactly(opt, digitscenes, tmp_path):
     options = ["--optimizer.opt", opt, "--optimizer.layer_decay", "0.8"]
     options += ["--optimizer.lr_scales", "image=0.5"]
 

@@ -13,6 +13,7 @@ import Retrieval
 from dataset.digitscenes.build import Request, build
 from runtime.config.cli import parse
 from scripts import report
+from tests.helpers.runs import log_lines, words_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECALLS = {f"{way}_r{at}" for way in ("txt", "img") for at in (1, 5, 10)} | {
@@ -30,38 +31,17 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
-
-
 def flags(data: Path, out: Path, *more) -> list[str]:
-    files = [
-        "--train_file",
-        data / "retrieval_train.json",
-        "--val_file",
-        data / "retrieval_val.json",
-    ]
-    files += [
-        "--test_file",
-        data / "retrieval_test.json",
-        "--image_root",
-        data,
-        "--text_encoder",
-        data / "tokenizer",
-    ]
-    given = [
-        "--config",
-        "configs/Retrieval/debug.yaml",
-        "--output_dir",
-        out,
-        "--device",
-        "cpu",
-        *files,
-        *more,
-    ]
-    return [str(flag) for flag in given]
+    values = {
+        "config": "configs/Retrieval/debug.yaml",
+        "output_dir": out,
+        "device": "cpu",
+        "image_root": data,
+        "text_encoder": data / "tokenizer",
+    }
+    for name in ("train", "val", "test"):
+        values[f"{name}_file"] = data / f"retrieval_{name}.json"
+    return [*words_of(values), *map(str, more)]
 
 
 def start(data: Path, out: Path, *more) -> dict:
@@ -72,16 +52,9 @@ def start(data: Path, out: Path, *more) -> dict:
 
 @pytest.fixture(scope="module")
 def finetuned(data, tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setenv("QUINTET_CACHE", str(tmp_path_factory.mktemp("cache")))
-        out = tmp_path_factory.mktemp("finetuned")
-        start(data, out)
+    out = tmp_path_factory.mktemp("finetuned")
+    start(data, out)
     return out
-
-
-def log_lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def test_finetuning_validates_and_keeps_the_best(data, finetuned):

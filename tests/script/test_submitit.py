@@ -17,8 +17,7 @@ SLURM = ["Pretrain.py", "--nodes", "2", "--ngpus", "4", "--partition", "gpu", "-
 
 
 @pytest.fixture(autouse=True)
-def in_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def slurm_signal(monkeypatch):
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR2")
 
 

@@ -32,11 +32,6 @@ from scripts.data.pack_coco import Config as PackConfig
 from scripts.data.pack_coco import pack, sample_key
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
-
-
 def test_every_collection_of_digitscenes_reads_the_same_images(digitscenes):
     scenes = json.loads((digitscenes / "pretrain_train.json").read_text())
     by_name = {scene["image"]: scene["caption"] for scene in scenes}

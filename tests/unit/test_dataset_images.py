@@ -21,17 +21,12 @@ from dataset.images.decode import (
     reading,
 )
 from dataset.sources.class_folder import ClassFolder
+from tests.helpers.images import encoded
 
 
 def image(mode="RGB", size=(40, 30)):
     ramp = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
     return Image.fromarray(ramp).convert(mode)
-
-
-def encoded(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

@@ -31,9 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path):
     """Twelve images, one of them cut off, and a vocabulary."""
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     rng = np.random.default_rng(0)
     for number in range(12):

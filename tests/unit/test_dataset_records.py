@@ -17,12 +17,6 @@ ENTRIES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def write(folder, text, name="pairs.json"):
     path = folder / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

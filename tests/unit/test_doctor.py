@@ -17,12 +17,8 @@ from dataset.health.duplicates import near_duplicates
 from dataset.health.samples import box_inside, shrunk, signature, text_problems
 from dataset.sources.tar_writer import write_shard
 from scripts import doctor
+from tests.helpers.images import encoded
 from tests.helpers.processes import run_script
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
 
 
 def scene(seed, size=(96, 64)):
@@ -32,9 +28,7 @@ def scene(seed, size=(96, 64)):
 
 
 def jpeg(image, **options):
-    file = io.BytesIO()
-    image.save(file, "JPEG", **options)
-    return file.getvalue()
+    return encoded(image, "JPEG", **options)
 
 
 def plant(root):

@@ -27,11 +27,10 @@ from tests.helpers.configs import load
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path):
     """Two images, a vocabulary, and a place for annotations."""
     from PIL import Image
 
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (20, 12), (200, 30, 60)).save(tmp_path / name)
     words = (

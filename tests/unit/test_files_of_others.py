@@ -60,15 +60,14 @@ from runtime.checkpoint import find_damage
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_plain
 from scripts.data import pack, pack_coco, pack_karpathy, train_vocabulary
+from tests.helpers.images import of_colour
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\xff"  # how a `._` file begins
 MARK = b"\xef\xbb\xbf"
 
 
 def encoded(kind: str = "JPEG", **options) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (16, 12), (200, 30, 30)).save(file, kind, **options)
-    return file.getvalue()
+    return of_colour((200, 30, 30), (16, 12), kind, **options)
 
 
 def tar(path: Path, members: list[tuple[str, bytes]]) -> Path:

@@ -15,6 +15,7 @@ from dataset.sources.records import Records
 from dataset.sources.shard_list import samples_of
 from dataset.tasks.recognition import label_records
 from scripts.data import get_stamps
+from tests.helpers.images import encoded
 
 
 def stamp(seed, kind=None):
@@ -23,9 +24,7 @@ def stamp(seed, kind=None):
     coarse[..., 3] = 255
     image = Image.new("RGBA", (50, 40))
     image.paste(Image.fromarray(coarse).resize((30, 30), Image.Resampling.BICUBIC), (10, 5))
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+    return encoded(image)
 
 
 def package(path, files):
@@ -63,8 +62,7 @@ def deb(tmp_path_factory):
     return package(tmp_path_factory.mktemp("deb") / "stamps.deb", files)
 
 
-def test_every_format_with_whole_subjects_held_out(deb, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_every_format_with_whole_subjects_held_out(deb, tmp_path, capsys):
     stamps = {}
     for fold in range(get_stamps.FOLDS):
         out = tmp_path / str(fold)
@@ -131,8 +129,7 @@ def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def test_captions_in_chosen_languages(deb, tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_captions_in_chosen_languages(deb, tmp_path):
     for name, languages in (("de", ["de"]), ("both", ["en", "de"])):
         get_stamps.make(tmp_path / name, deb, languages, fold=4)
     german, both = (read(tmp_path / name, "pairs_test") for name in ("de", "both"))

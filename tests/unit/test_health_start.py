@@ -1,11 +1,8 @@
 """The first look at the training data: what is noticed, in how much time, and that a run takes it."""
 
-import io
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from dataset.health import start
 from dataset.health.start import look_over
@@ -20,6 +17,7 @@ from dataset.tasks.ve_nlvr import NLVR2, SNLI_VE, Statements
 from dataset.tasks.vqa import QuestionAnswers
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.wordpiece import Tokenizer
+from tests.helpers.images import of_colour
 from tests.unit.test_run import options, train
 
 
@@ -30,15 +28,8 @@ class Pair:
         self.image_root = root
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
-
-
 def encoded(side: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.zeros((side, 40, 3), np.uint8)).save(file, "PNG")
-    return file.getvalue()
+    return of_colour("black", (40, side))
 
 
 @pytest.fixture

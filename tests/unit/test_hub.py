@@ -1,11 +1,8 @@
 """Data sets of the Hugging Face hub by name, from a stand-in for what `datasets` fetches."""
 
-import io
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from base.errors import UserError
 from dataset.health.survey import open_list
@@ -14,20 +11,13 @@ from dataset.sources.records import Records
 from dataset.tasks.captions import caption_records
 from dataset.tasks.classification import is_shards
 from scripts.data import pack
+from tests.helpers.images import of_colour
 
 datasets = pytest.importorskip("datasets")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def encoded(level: int, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(file, kind)
-    return file.getvalue()
+    return of_colour((level, level, level), kind=kind)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from base.errors import BadSample, UserError
 from dataset.images.vit import EvalView, TrainView, ViTViews
@@ -32,6 +31,7 @@ from dataset.tasks.classification import (
     open_records,
     training_source,
 )
+from tests.helpers.images import of_colour
 
 VIEW = EvalView(8)
 HERE = Path(".")
@@ -46,9 +46,7 @@ def labels(classes=10, **options) -> Labels:
 
 
 def jpeg(value=100, size=(12, 10)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (value, 50, 200)).save(file, "JPEG")
-    return file.getvalue()
+    return of_colour((value, 50, 200), size, "JPEG")
 
 
 RECORDS = {
@@ -314,8 +312,7 @@ def test_the_key_of_a_torchvision_set_changes_with_its_images_behind_links(tmp_p
     assert len(records) > 1 and records.content() != before
 
 
-def test_the_key_of_a_list_changes_with_its_images_and_their_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_the_key_of_a_list_changes_with_its_images_and_their_folder(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.jpg").write_bytes(jpeg())

@@ -55,8 +55,7 @@ class Store:
 
 
 @pytest.fixture
-def store(monkeypatch, tmp_path, request):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def store(monkeypatch, request):
     store = Store(request.param)
     monkeypatch.setattr(shard_states, "file_system", lambda url, options: (store, url))
     monkeypatch.setattr(shard_list, "read_file", store.statistics)
@@ -96,17 +95,16 @@ def without_etags(store, cache):
 
 @pytest.mark.parametrize("store", [1000], indirect=True)
 @pytest.mark.parametrize("change", [replaced, added, damaged, forbidden, without_etags])
-def test_counts_are_kept_no_longer_than_they_are_known_to_be_right(store, change, tmp_path):
+def test_counts_are_kept_no_longer_than_they_are_known_to_be_right(store, change, cache):
     url = "s3://bucket/{00000..00999}.tar"
     found = find_shards(url)
     assert store.asked() == (1, 1000)
-    change(store, tmp_path / "cache")
+    change(store, cache)
     assert find_shards(url) == found and store.asked()[1] == 1000
     assert find_shards("s3://bucket/{00000..00998}.tar").samples == 9_990_000
 
 
 def test_counts_of_a_folder_are_kept_until_a_file_changes(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shard_list, "INDEXED", 3)
     for name in ("0", "1", "2"):
         (tmp_path / f"{name}.tar").write_bytes(bytes(10240))

@@ -67,7 +67,7 @@ OLD = [  # as in the READMEs
 @pytest.mark.parametrize(
     ("old", "new", "expected"), OLD, ids=[case[0].split()[0] + str(n) for n, case in enumerate(OLD)]
 )
-def test_an_old_command_says_the_new_one_which_parses(old, new, expected, monkeypatch, tmp_path):
+def test_an_old_command_says_the_new_one_which_parses(old, new, expected, tmp_path):
     words = old.split() if old.startswith("scripts/") else [sys.executable, *old.split()]
     for_torchrun = tmp_path / "error.json"
     environment = os.environ | {"TORCHELASTIC_ERROR_FILE": str(for_torchrun)}
@@ -77,13 +77,12 @@ def test_an_old_command_says_the_new_one_which_parses(old, new, expected, monkey
     assert sentence.startswith("error: ") and "\n" not in done.stderr.strip()
     assert command == f"torchrun --nproc_per_node=8 {new}"
     assert json.dumps(command)[1:-1] in for_torchrun.read_text()  # its report ends with it
-    config = parsed(new, monkeypatch)
+    config = parsed(new)
     assert {path: attrgetter(path)(config) for path in expected} == expected
 
 
-def parsed(command, monkeypatch):
+def parsed(command):
     """The configuration of `SCRIPT.py FLAGS`, with comments left out as a shell does."""
-    monkeypatch.chdir(ROOT)
     script, *rest = shlex.split(command, comments=True)
     return parse(importlib.import_module(script.removesuffix(".py")).Config, rest)
 
@@ -97,10 +96,10 @@ GLOBAL_BATCH = {  # global_batch_size of COYO-ViT's configs/trainer/*.yaml
 
 
 @pytest.mark.parametrize("name", old_commands.VIT_RECIPES)
-def test_a_trainer_of_coyo_vit_keeps_its_batch(name, monkeypatch):
+def test_a_trainer_of_coyo_vit_keeps_its_batch(name):
     share = old_commands.VIT_RECIPES[name][1]
     command = old_commands.trainer([f"trainer={name}"])
-    config = parsed(command.partition("=8 ")[2], monkeypatch)
+    config = parsed(command.partition("=8 ")[2])
     assert (
         8 * config.batch_size * config.accumulate == GLOBAL_BATCH[name]
         and config.batch_size == share
@@ -108,8 +107,7 @@ def test_a_trainer_of_coyo_vit_keeps_its_batch(name, monkeypatch):
 
 
 @pytest.mark.parametrize("old", ["NLVR_Pretrain.yaml", *sorted(old_commands.CONFIGS)])
-def test_an_originals_configuration_that_is_not_there_names_its_recipe(old, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_an_originals_configuration_that_is_not_there_names_its_recipe(old, capsys):
     recipe = old_commands.CONFIGS[old.lower()]
     assert Path(recipe).is_file()
     module = importlib.import_module(Path(recipe).parent.name)
@@ -126,13 +124,11 @@ def test_an_originals_configuration_that_is_not_there_names_its_recipe(old, monk
         (["conf/cc3m.flags"], "--batch_size 256", "ALIGN_B3_MINI", 256, "100000 steps"),
     ],
 )
-def test_flag_files_of_coyo_align_say_the_new_command(
-    files, more, model, batch, epochs, monkeypatch
-):
+def test_flag_files_of_coyo_align_say_the_new_command(files, more, model, batch, epochs):
     words = [f"--flagfile={file}" for file in files] + more.split()
     with pytest.raises(ValueError, match=r"; run: .*   # without tpu$") as error:
         parse(main.Config, [*words, "--outdir", "gs://o", "--dataset_dir", "gs://d", "--tpu", "t"])
-    config = parsed(str(error.value).partition("=8 ")[2], monkeypatch)
+    config = parsed(str(error.value).partition("=8 ")[2])
     assert (config.network.model, config.duration) == (model, epochs)
     assert (config.output_dir, config.shards) == (Path("gs://o"), ["gs://d"])
     assert 8 * config.batch_size * config.accumulate == batch

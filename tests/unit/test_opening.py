@@ -18,25 +18,9 @@ from models.weights import clip as adapters
 from models.weights.any_dual_encoder import config_of_shapes, embedding_model, open_dual
 from runtime.checkpoint import read_weights
 from runtime.config.from_checkpoint import description_of
+from tests.helpers.clip_toys import TOY
 
-SMALL = {
-    "image_size": 16,
-    "embed_dim": 12,
-    "clip_hidden_dim": 20,
-    "cl2l_hidden_dim": 20,
-    "barlip_proj_dim": 24,
-    "barlip_hidden_dim": 20,
-    "siamlip_proj_dim": 10,
-    "siamlip_hidden_dim": 20,
-    "swalip_proj_dim": 10,
-    "swalip_hidden_dim": 20,
-    "swalip_num_proto": 9,
-    "context_length": 12,
-    "vocab_size": 50,
-    "text_width": 32,
-    "text_heads": 4,
-    "transformer_layers": 2,
-}
+SMALL = {**TOY, "text_width": 32, "text_heads": 4}
 TEXT = TextShape(context_length=12, vocab_size=50, width=64, heads=1, layers=2)
 
 

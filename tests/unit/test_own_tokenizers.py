@@ -60,9 +60,8 @@ def forked(monkeypatch):
 
 
 @pytest.fixture
-def pairs(tmp_path, monkeypatch) -> Path:
+def pairs(tmp_path) -> Path:
     """A folder of 40 images with a caption beside each."""
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "my images"
     folder.mkdir()
     for number in range(40):
@@ -144,9 +143,8 @@ TASKS = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_vocabulary_of_a_downstream_task(task, tmp_path, monkeypatch, forked):
+def test_vocabulary_of_a_downstream_task(task, tmp_path, forked):
     """Of the field that the task's texts stand in, whether its train_file is one file or several."""
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "train.json"
     data.write_text(json.dumps([TASKS[task] | {"dataset": "vqa"}] * 4), encoding="utf-8")
     config = import_module(task).Config()

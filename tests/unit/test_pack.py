@@ -1,11 +1,9 @@
 """scripts/data/pack.py: any annotation file becomes shards that training and evaluation read."""
 
-import io
 import json
 from dataclasses import replace
 
 import pytest
-from PIL import Image
 
 from base.errors import UserError
 from dataset.images.decode import decode_image
@@ -14,17 +12,11 @@ from dataset.sources.shards import read_shard
 from dataset.tasks.record import captions_of
 from scripts.data import pack
 from scripts.data.pack import Config
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+from tests.helpers.images import of_colour
 
 
 def encoded(number, kind="PNG", size=(6, 4)):
-    file = io.BytesIO()
-    Image.new("RGB", size, (number, 2 * number, 0)).save(file, kind)
-    return file.getvalue()
+    return of_colour((number, 2 * number, 0), size, kind)
 
 
 @pytest.fixture

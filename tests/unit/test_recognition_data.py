@@ -32,6 +32,7 @@ from dataset.text.wordnet import WordNet
 from evaluation.recognition import similarity_scores
 from scripts.data import extract_nouns
 from tests.helpers import tiny_nxtp
+from tests.helpers.images import of_colour
 from tests.unit.test_wordnet import write_database
 
 
@@ -226,15 +227,10 @@ def write_shard(path, samples: dict[str, dict[str, bytes]]) -> None:
 
 
 def jpeg(side: int = 20) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (2 * side, side), "red").save(buffer, "JPEG")
-    return buffer.getvalue()
+    return of_colour("red", (2 * side, side), "JPEG")
 
 
-def test_list_files(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_list_files(tmp_path):
     (tmp_path / "a.list").write_text("C:/x 1.jpg : great white shark,white shark\n\nb.jpg:tench\n")
     records = label_records(tmp_path / "a.list")
     assert list(records) == [
@@ -292,8 +288,7 @@ def test_images_whole_or_their_centre():
     assert all(crop.shape == (3, 10, 10) for crop in crops) and not torch.equal(crops[0], crops[1])
 
 
-def test_the_images_of_a_split(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
+def test_the_images_of_a_split(tmp_path):
     members = {"jpg": jpeg(), "txt": b"a dog", "nouns": b"dog,cat"}
     write_shard(tmp_path / "00000.tar", {"000000": members, "000001": members | {"nouns": b"sky"}})
     data = ImageSet(tmp_path, ImageView(8))

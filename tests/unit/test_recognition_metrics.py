@@ -14,6 +14,7 @@ from evaluation.recognition import (
     soft_scores,
 )
 from evaluation.report.recognition import attention_page, label_report, save_labels
+from tests.helpers.images import of_colour
 
 
 def test_exact_scores():
@@ -80,13 +81,7 @@ class Split:
         return 2
 
     def image(self, index: int) -> bytes:
-        import io
-
-        from PIL import Image
-
-        buffer = io.BytesIO()
-        Image.new("RGB", (16, 16), "blue").save(buffer, "PNG")
-        return buffer.getvalue()
+        return of_colour("blue", (16, 16))
 
 
 def test_the_page_of_a_split(tmp_path):

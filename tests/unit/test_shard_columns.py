@@ -6,7 +6,6 @@ import tarfile
 
 import pytest
 import torch
-from PIL import Image
 
 from base.errors import BadSample, UserError
 from dataset.sources.shard_columns import plain_name, split_columns
@@ -17,14 +16,13 @@ from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.classification import LabelOptions, Labels, is_shards
 from dataset.tasks.recognition import names_of
 from dataset.tasks.record import captions_of, image_of, weights_of
+from tests.helpers.images import of_colour
 
 ALL = "image=webp,gif&caption=json.meta.alt,syn.txt"
 
 
 def encoded(colour, kind) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(file, kind)
-    return file.getvalue()
+    return of_colour(colour, (4, 4), kind)
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,6 @@ from scripts.data import pack
 ROWS = [("a.jpg", "a café, by night"), ("b/c.png", 'she said "no"\nand left'), ("漢.jpg", "漢字")]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QUINTET_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def write_table(path, names, rows, separator=","):
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file, delimiter=separator).writerows([names, *rows])

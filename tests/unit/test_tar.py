@@ -19,13 +19,6 @@ from dataset.sources.tar import Damage, TarWalk, read_samples, split_key
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("QUINTET_CACHE", str(folder))
-    return folder
-
-
 def write(path, members, kind="ustar", mode="w"):
     with tarfile.open(path, mode, format=FORMATS[kind]) as archive:
         for name, data in members:
@@ -281,13 +274,12 @@ def keys_by_every_way_compressed(path):
     return [record["key"].removeprefix(f"{path}/") for record in trained]
 
 
-def test_counts_are_cached_by_size_and_time(tmp_path, cache, monkeypatch):
+def test_counts_are_cached_by_size_and_time(tmp_path, monkeypatch):
     path = write(tmp_path / "00000.tar", samples(5))
     assert find_shards(str(tmp_path)).counts == (5,)
     monkeypatch.setattr("dataset.sources.shard_list._counted", None)  # is not called again
     assert find_shards(str(tmp_path)).counts == (5,)
     monkeypatch.undo()
-    monkeypatch.setenv("QUINTET_CACHE", str(cache))
     write(path, samples(7))
     assert find_shards(str(tmp_path)).counts == (7,)
     (tmp_path / "00000_stats.json").write_text('{"successes": 3}')

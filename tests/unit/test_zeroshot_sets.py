@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from base.errors import MissingData, UserError
 from dataset.sources.remote import address, local_copy
@@ -19,14 +18,11 @@ from dataset.sources.tar_writer import write_shard
 from dataset.tasks.catalog import Entry, Prompts, choose
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_set
 from runtime.safe_pickle import load_plain
+from tests.helpers.images import of_colour
 
 
 def encoded(level: int, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (6, 5), (level, 0, 0)).save(
-        buffer, kind, **({"lossless": True} if kind == "WEBP" else {})
-    )
-    return buffer.getvalue()
+    return of_colour((level, 0, 0), (6, 5), kind, lossless=True)
 
 
 def image(path, level: int = 7) -> None:

@@ -392,11 +392,8 @@ def test_a_row_for_every_caption_counts_the_image_once(tmp_path, layout):
 
 
 def test_shards_that_train_are_a_retrieval_set(tmp_path):
-    png = [io.BytesIO() for _ in range(2)]
-    for number, target in enumerate(png):
-        Image.new("RGB", (8, 8), (number,) * 3).save(target, "PNG")
     texts = [{"txt": b"one"}, {"json": b'{"captions": ["two", "zwei"]}', "txt": b"two\nzwei"}]
-    samples = [{"png": file.getvalue(), **text} for file, text in zip(png, texts, strict=True)]
+    samples = [{"png": encoded(number), **text} for number, text in enumerate(texts)]
     write_shard(tmp_path / "mine/0.tar", (("ab"[n], samples[n]) for n in range(2)))
     for path, name in ((tmp_path / "mine", "mine"), (tmp_path / "mine/{0..0}.tar", "captions")):
         (entry,) = choose([f"retrieval:{path}"], {})

@@ -94,7 +94,13 @@ def hugging_face_tokenizer(source: str):
     import transformers
 
     with from_hub(f"the tokenizer of hf/{source}", source):
-        return transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up where the files are missing
+        raise UserError(
+            f"hf/{source}: its tokenizer has no words; put tokenizer.json, or vocab.txt, beside "
+            "config.json"
+        )
+    return tokenizer
 
 
 def hugging_face_processor(source: str):

@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 from base.errors import UserError
-from base.libraries import of_library, open_clip_network
+from base.libraries import hugging_face_tokenizer, of_library, open_clip_network
 from models.layers.library_towers import with_timm_names
 from models.weights.any_dual_encoder import open_dual
 from models.weights.libraries import library_encoder, open_library, opened_open_clip
@@ -340,3 +340,9 @@ def test_every_pair_of_open_clips_list_resolves(monkeypatch):
             failed.append(f"{name}:{tag}: {type(error).__name__}: {str(error)[:200]}")
     assert not failed, "\n".join(failed)
     assert len(open_clip.list_pretrained()) >= 150
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    transformers.BertConfig(vocab_size=30).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"the tokenizer of hf/|its tokenizer has no words"):
+        hugging_face_tokenizer(str(tmp_path))

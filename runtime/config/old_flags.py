@@ -10,7 +10,7 @@ MAIN = {  # open_clip's and COYO-ALIGN's
     "csv_caption_key": "--metadata 'TABLE?image=COLUMN&caption=COLUMN'",
     "csv_separator": "--metadata TABLE: the separator is found",
     "train_num_samples": "--samples N",
-    "val_data": "eval_zeroshot.py with the data set retrieval:SHARDS or retrieval:TABLE, after it",
+    "val_data": "eval_zeroshot.py with data set retrieval:SHARDS or retrieval:TABLE, after training",
     "val_num_samples": "eval_zeroshot.py, which counts",
     "siglip": "--model CLIP_VITB16_SIGLIP",
     "pretrained": "--model open_clip/NAME:TAG, or --checkpoint FILE",

@@ -157,9 +157,7 @@ def leave(status: int) -> NoReturn:
     Python does at its end comes first: threads are joined, functions of `atexit` called.
     """
     if world_size() > 1:
-        for thread in threading.enumerate():
-            if not thread.daemon and thread is not threading.main_thread():
-                thread.join()
+        threading._shutdown()  # type: ignore[attr-defined]  # joins them, idle pools included
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

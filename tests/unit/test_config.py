@@ -561,12 +561,12 @@ def test_run_on_another_rank_gives_the_first_the_word(monkeypatch, capsys):
 
 def test_of_several_processes_none_takes_the_way_out_on_which_gloo_may_abort_it(monkeypatch):
     done = []
-    threading.Timer(0.2, done.append, args=("thread",)).start()
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(threading, "_shutdown", lambda: done.append("threads"))
     monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: done.append("atexit"))
     monkeypatch.setattr(os, "_exit", done.append)
     leave_with(Mendable("no such image"), monkeypatch)
-    assert done == ["thread", "atexit", 2]
+    assert done == ["threads", "atexit", 2]
 
 
 def test_run_on_ctrl_c_and_on_defects(monkeypatch, capsys):

@@ -150,9 +150,8 @@ def load_encoder(config: Config) -> ImageEncoder:
     return library_encoder(config.model, file, weights, config.random_weights, stated)
 
 
-def view_of(encoder: ImageEncoder, config: Config) -> tuple[Callable[[Tensor], Tensor], str]:
+def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tensor], str]:
     """How the encoder's images are resized for evaluation, and the same in words."""
-    about = description_of(weights_file(config.checkpoint)) if config.checkpoint else {}
     side, resampling = encoder.pixels.size, encoder.pixels.interpolation
     if encoder.view is not None:
         return encoder.view, repr(encoder.view)
@@ -176,10 +175,9 @@ def images_of(data: str, split: str, view: Callable, names: list[str], config: C
 
 
 def bank_of(
-    images: Split, data: str, encoder: ImageEncoder, width: int, config: Config, world: World
+    images: Split, data: str, encoder: ImageEncoder, in_words: str, config: Config, world: World
 ) -> Bank:
-    """Features and labels of a data set, from the cache where they are there."""
-    _, in_words = view_of(encoder, config)
+    """Features and labels of a data set, from the cache where they are there. in_words: the view."""
     content = distributed.on_main(partial(identity, images.records, data, config.data_root))
     how = (config.precision, config.batch_size, config.exif, world.device.type)
     key = digest(fingerprint(encoder), in_words, encoder.pixels, content, *how)
@@ -196,7 +194,7 @@ def bank_of(
 
     with evaluating(encoder):
         path = cache_folder(config.cache) / "features" / key
-        return feature_bank(encode, batches, own, len(images), width, path, world)
+        return feature_bank(encode, batches, own, len(images), encoder.width, path, world)
 
 
 def main(config: Config) -> None:
@@ -206,8 +204,8 @@ def main(config: Config) -> None:
         names = class_names(both, config.classes, config.data_root, config.download)
     encoder = load_encoder(config)
     width = encoder.choose(config.features)
-    encoder.to(world.device)
-    view, _ = view_of(encoder, config)
+    about = description_of(weights_file(config.checkpoint)) if config.checkpoint else {}
+    view, in_words = view_of(encoder.to(world.device), about)
     splits = {"train": config.train_data, "test": config.val_data, "val": config.probe_val_data}
     images = {}
     for split, data in splits.items():
@@ -215,7 +213,7 @@ def main(config: Config) -> None:
             images[split] = images_of(data, split, view, names, config)
     banks = {}
     for split, found in images.items():
-        banks[split] = bank_of(found, splits[split], encoder, width, config, world)
+        banks[split] = bank_of(found, splits[split], encoder, in_words, config, world)
     train = banks["train"]
     val = banks["test"]
     classes = len(names) or config.num_classes

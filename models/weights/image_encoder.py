@@ -59,4 +59,5 @@ class ImageEncoder(nn.Module):
         if features not in found:
             raise UserError(f"features {features!r}: {self.title} has {', '.join(found)}")
         self.features = features
-        return found[features].flatten(1).shape[1]
+        self.width = found[features].flatten(1).shape[1]
+        return self.width

@@ -23,7 +23,7 @@ STEPS = {
     "swalipv1": f"{DUAL} CL2L_RT_SWALIPV1",
     "siglip": f"{DUAL} CLIP_VITT8_SIGLIP",
     "slip": f"{DUAL} SLIP_VITT8",
-    "simclr": f"{DUAL} SIMCLR_VITT8",
+    "simclr": f"{DUAL} SIMCLR_VITT8 --val_folder none",
     "cached": f"{DUAL} CLIP_RT_CLIP --cache_features true --accumulate 2",
     "align": f"main --config configs/main/debug_align.yaml {BF16}",
     "vit": f"Classification --config configs/Classification/debug.yaml {BF16}",

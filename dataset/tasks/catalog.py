@@ -446,9 +446,9 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
 
     Where both are the same names, each goes to its own: exactly (NFC), else but for case, blanks
     and punctuation (`apple_pie`, `Apple pie`); of a class with several names the first counts, else
-    any. Otherwise the list must be in order already, as the
-    published ones are. UserError where it is seen not to be, where names that differ only in what
-    is ignored leave the order open, and where the numbers differ.
+    any. Otherwise the list must be in order already, as the published ones are. UserError where it
+    is seen not to be, where names that differ only in what is ignored leave the order open, and
+    where the numbers differ.
     """
     if len(classes) != len(own):
         raise UserError(

@@ -170,8 +170,8 @@ def write_zero_shot(
     """metrics.json, the page, classes.json and CLIP_benchmark's rows below config.output_dir/result;
     rank 0 does.
 
-    vtab: the data sets of
-    VTAB+; its mean is reported where `vtab+` was asked for, and where all of them are there.
+    vtab: the data sets of VTAB+; its mean is reported where `vtab+` was asked for, and where all of
+    them are there.
     """
     if distributed.rank() != 0:
         return

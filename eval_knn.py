@@ -203,7 +203,7 @@ def main(config: Config) -> None:
         both = [config.train_data, config.val_data]
         names = class_names(both, config.classes, config.data_root, config.download)
     encoder = load_encoder(config)
-    width = encoder.choose(config.features)
+    encoder.choose(config.features)
     about = description_of(weights_file(config.checkpoint)) if config.checkpoint else {}
     view, in_words = view_of(encoder.to(world.device), about)
     splits = {"train": config.train_data, "test": config.val_data, "val": config.probe_val_data}
@@ -218,7 +218,7 @@ def main(config: Config) -> None:
     val = banks["test"]
     classes = len(names) or config.num_classes
     neighbours = nearest_neighbours(train, val, max(config.k), world)
-    metrics = {"images": len(val), "train_images": len(train), "width": width}
+    metrics = {"images": len(val), "train_images": len(train), "width": encoder.width}
     metrics["chance"] = 100 * val.labels.bincount().max().item() / len(val)
     metrics |= knn_accuracy(
         neighbours, train.labels, val.labels, classes, config.k, config.temperature

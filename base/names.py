@@ -1,4 +1,4 @@
-"""Names of files and of options: hidden ones, and the nearest of some."""
+"""Names of files and of options: hidden ones, shards, and the nearest of some."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -17,6 +17,9 @@ OF_SYSTEMS = (
     "thumbs.db",
     "desktop.ini",
 )
+
+# how the ending of a shard's name begins: of tars, compressed or not, and of TFRecord files
+SHARD_ENDING = r"\.(tar|tgz|tbz2?|txz|tzst|tfrec(ords?)?)"
 
 
 def is_hidden(name: str | Path) -> bool:

@@ -13,7 +13,7 @@ from base import distributed
 from base.caches import cache_folder, digest
 from base.errors import UserError
 from base.limits import SHARDS
-from base.names import is_hidden, is_hidden_folder
+from base.names import SHARD_ENDING, is_hidden, is_hidden_folder
 from base.reading import parse_json, read_json
 from base.remote import is_forbidden
 from base.writing import write_json
@@ -289,8 +289,7 @@ def count_of(shard: str, options: dict | None = None) -> int:
 def statistics_names(shard: str) -> list[str]:
     """Where the statistics of a shard may lie: 00000_stats.json of 00000.tar and 00000.tar.gz;
     earlier versions of extract_nouns.py wrote 00000.tar_stats.json of the latter."""
-    endings = r"\.(t[gx]z|tbz2?|tzst|(tar|tfrec|tfrecords?)(\.\w+)?)$"
-    base = re.sub(endings, "", shard, flags=re.IGNORECASE)
+    base = re.sub(rf"{SHARD_ENDING}(\.\w+)?$", "", shard, flags=re.IGNORECASE)
     return list(
         dict.fromkeys([f"{base}_stats.json", f"{re.sub(r'[.][^./]*$', '', shard)}_stats.json"])
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from base.errors import UserError
 from base.knobs import knob
-from base.names import did_you_mean
+from base.names import SHARD_ENDING, did_you_mean
 from base.reading import read_json
 from base.text import is_blank
 from dataset.tasks.published import (
@@ -305,7 +305,7 @@ def choose(
         elif colon and kind in KINDS and path:
             title = re.sub(r"(/tree/\w+|/resolve/\w+)?/*$", "", path).rpartition("/")[2]
             title = re.sub(r"\.(jsonl?|csv|tsv|parquet|txt)(\?.*)?$", "", title)
-            title = re.sub(r"([{*].*)?\.(tar|tgz|tfrecord)\b.*$", "", title)
+            title = re.sub(rf"([{{*].*)?{SHARD_ENDING}\b.*$", "", title, flags=re.IGNORECASE)
             title = title.removeprefix("wds_").removeprefix("vtab-")
             title = re.sub(r"[-_.]?\{language\}[-_.]?", "", title) or "captions"
             chosen.append(Entry(title, kind, path, metric=METRICS.get(title, "acc1")))

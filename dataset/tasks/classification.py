@@ -14,6 +14,7 @@ Labels stay lists of class ids with weights. They are never expanded to the numb
 import inspect
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
@@ -30,7 +31,7 @@ from base import distributed
 from base.caches import digest, file_state, states_digest
 from base.errors import BadSample, UserError, brief
 from base.knobs import knob
-from base.names import did_you_mean
+from base.names import SHARD_ENDING, did_you_mean
 from base.reading import parse_json, read_lines
 from base.text import whole_number
 from dataset.images.decode import check_image_root
@@ -256,8 +257,7 @@ def is_shards(data: str) -> bool:
     if not Path(data).is_dir():
         if is_hub(data):
             return False
-        parts = (".tar", ".tgz", ".tbz", ".txz", ".tzst", ".tfrec")
-        return "://" in data or any(part in data.lower() for part in parts)
+        return "://" in data or re.search(SHARD_ENDING, data, re.IGNORECASE) is not None
     if any(is_shard(path.name) for path in Path(data).iterdir()):
         return True
     telling = (path for path in files_below(data) if is_shard(path.name) or is_image(path))

@@ -40,6 +40,7 @@ class ImageEncoder(nn.Module):
         self.resize = resize
         self.view = view
         self.features = TOWER
+        self.width = 0  # of the features, once they are chosen
 
     def forward(self, image: Tensor) -> Tensor:
         return self.outputs(image)[self.features].flatten(1)

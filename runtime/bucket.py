@@ -159,18 +159,22 @@ class Lease:
     def renew(self) -> None:
         """Another sign of life. UserError where another run has taken the lease."""
         with self.lock:
-            found = self.bucket.read(LEASE)
-            self.lost = found is not None and found.get("id") != self.id
-            if self.lost:
-                raise UserError(self._refusal(found or {}))
+            self._hold()
             if not self.given_back:
                 self._write()
 
     def give_back(self) -> None:
+        """UserError where another run has taken the lease, which stays its own."""
         with self.lock:
+            self._hold()
             self.given_back = True
-            if not self.lost:
-                self.bucket.remove(LEASE)
+            self.bucket.remove(LEASE)
+
+    def _hold(self) -> None:
+        found = self.bucket.read(LEASE)
+        self.lost = found is not None and found.get("id") != self.id
+        if self.lost:
+            raise UserError(self._refusal(found or {}))
 
     def _write(self) -> None:
         self.beats += 1
@@ -345,6 +349,8 @@ class Uploader:
 
     @contextlib.contextmanager
     def _doing(self, what: str) -> Iterator[None]:
+        if self.ended.is_set():
+            raise UserError("the run has ended, and has said what is not there")
         if self.trouble is None:
             self.progress = time.monotonic()
         self.doing = what
@@ -378,6 +384,8 @@ class Uploader:
                     self.ended.set()
                     return
             except Exception as error:  # every storage service raises its own
+                if self.ended.is_set():
+                    return
                 self.trouble = str(error) if isinstance(error, UserError) else describe(error)
             if last:
                 time.sleep(min(1.0, self.pause))

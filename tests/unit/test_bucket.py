@@ -18,6 +18,7 @@ from runtime.bucket import (
     COMMITTED,
     LEASE,
     Bucket,
+    Lease,
     bucket_url,
     fetch_run,
     files_in,
@@ -34,7 +35,11 @@ def store(monkeypatch):
     monkeypatch.setattr(bucket, "PULSE", 0.2)
     files = fsspec.filesystem("memory")
     files.store.clear()
+    before = set(threading.enumerate())
     yield files.store
+    for thread in set(threading.enumerate()) - before:  # none writes to the next test's bucket
+        thread.join(10)
+        assert not thread.is_alive(), thread.name
     files.store.clear()
 
 
@@ -180,6 +185,15 @@ def test_a_run_whose_lease_was_taken_writes_no_more(tmp_path, store, capsys):
     assert "another run has taken the bucket" in capsys.readouterr().err
 
 
+def test_a_lease_that_another_run_took_stays_its_own():
+    lease = Lease(Bucket(URL))
+    lease.take()
+    Bucket(URL).write(LEASE, lease_of())
+    with pytest.raises(UserError, match="another run writes there"):
+        lease.give_back()
+    assert Bucket(URL).read(LEASE)["id"] == "other"
+
+
 REFUSED = PermissionError("Forbidden: s3:PutObject is not allowed")
 
 
@@ -210,14 +224,16 @@ def test_a_bucket_that_does_not_answer_is_one_sentence(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("trouble", ["stalls", "refuses"])
 def test_a_bucket_in_trouble_is_reported_and_costs_the_training_nothing(
-    tmp_path, monkeypatch, capsys, trouble
+    tmp_path, monkeypatch, capsys, store, trouble
 ):
-    answer = threading.Event()
+    answer, threads = threading.Event(), threading.active_count()
+    really = Bucket(URL).files.put_file
 
-    def put(*_args, **_options):
-        if trouble == "stalls":
-            answer.wait()
-        raise REFUSED
+    def put(_, *args, **more):
+        if trouble == "refuses":
+            raise REFUSED
+        answer.wait()
+        really(*args, **more)
 
     monkeypatch.setattr(bucket, "REPORT", 0.2)
     monkeypatch.setattr(type(Bucket(URL).files), "put_file", put)
@@ -232,6 +248,9 @@ def test_a_bucket_in_trouble_is_reported_and_costs_the_training_nothing(
     assert ended.value.code == bucket.EXIT_NOT_WRITTEN
     assert "not written to memory://bucket/run: checkpoint_00000001.pt, log.jsonl" in said
     assert str(config.output_dir) in said and (config.output_dir / "log.jsonl").exists()
+    until(lambda: threading.active_count() == threads)
+    begun = {"checkpoint_00000001.pt"} if trouble == "stalls" else set()
+    assert names(store) == {LEASE} | begun  # after the message nothing more is written
 
 
 def test_trouble_that_passes_loses_nothing(tmp_path, monkeypatch, store):

@@ -104,11 +104,13 @@ def wait_for(reached, agents: list[Agent]) -> None:
 
 
 def waits(folder: Path, processes: int, after: int) -> bool:
-    """Whether a training on so many processes has made its last update before it waits."""
-    updates = [update for update in taken(folder) if update["processes"] == processes]
-    begun = {update["begun"] for update in updates}
-    newest = [update for update in updates if update["begun"] == max(begun)]
-    return len(newest) >= after and all(len(u["numbers"]) == 2 * processes for u in newest)
+    """Whether the newest training is on so many processes, and has made its last update before it
+    waits."""
+    updates = taken(folder)
+    begun = max((update["begun"] for update in updates), default="")
+    newest = [update for update in updates if update["begun"] == begun]
+    whole = all(len(u["numbers"]) == 2 * u["processes"] == 2 * processes for u in newest)
+    return len(newest) >= after and whole
 
 
 @pytest.mark.slow

@@ -98,10 +98,10 @@ def training_data(config: Config, tokenizer, longest: int, world, state) -> Stre
         raise UserError("train_file: none is given; give one, or --evaluate a checkpoint")
     records = Records(config.train_file, ("image", "text"))
     check_image_root(config.image_root, (records[i]["image"] for i in range(min(10, len(records)))))
-    image_ids = number_images(record["image"].rsplit("/", 1)[-1] for record in records)
-    pair = RetrievalPair(
-        training_view(config), config.image_root, image_ids, config.max_words, field="text"
-    )
+    names = (record["image"].replace("\\", "/") for record in records)
+    image_ids = number_images(name.rsplit("/", 1)[-1] for name in names)
+    view = training_view(config)
+    pair = RetrievalPair(view, config.image_root, image_ids, config.max_words, field="text")
     sources = [RecordSource(records, pair, "train_file")]
     return train_loader(sources, RetrievalCollate(tokenizer, longest), config, world, state)
 

@@ -96,7 +96,7 @@ def training_data(config: Config, tokenizer, longest: int, world, state) -> Stre
         raise UserError("train_file: none is given; give one, or --evaluate to score a checkpoint")
     records = Records(config.train_file)
     check_image_root(config.image_root, (record["image"] for record in records))
-    image_ids = number_images(record["image"] for record in records)
+    image_ids = number_images((each["image"] for each in records), config.image_root)
     view = training_view(config)
     pair = RetrievalPair(view, config.image_root, image_ids, config.max_words)
     source = RecordSource(records, pair, "train_file")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from base.errors import BadSample
+from base.image_names import existing
 from base.reading import is_file
 from base.text import is_blank
 from dataset.images.decode import decode_image, image_bytes, is_turned, reading
@@ -136,7 +137,7 @@ def as_sequence(value: object) -> list:
 def examine_file(root: Path, image: str) -> Image:
     """The image at a path below `root`."""
     try:
-        source = image_source(root, image)
+        source = image_source(Path(), str(existing(root / image)))
         if isinstance(source, Path) and not is_file(source):
             return Image(image, ("missing",))
     except BadSample:

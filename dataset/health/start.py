@@ -11,12 +11,14 @@ from itertools import islice
 from pathlib import Path
 
 from base.errors import BadSample, UserError
-from dataset.health.samples import ID_FIELDS, TINY, as_sequence, texts_of
+from base.image_names import ImageKeys
+from dataset.health.samples import ID_FIELDS, TINY, texts_of
 from dataset.images.decode import size_of
 from dataset.sources.json_entries import objects_of
+from dataset.sources.records import image_names
 from dataset.sources.shards import read_shard
 from dataset.sources.tables import JSON, parse_address, rows_of
-from dataset.tasks.record import image_key, name_of
+from dataset.tasks.record import name_of
 from dataset.text.wordpiece import Tokenizer, pre_caption
 
 SECONDS = 2.0  # for everything
@@ -66,8 +68,7 @@ def look_over(
         found = _look_at(source, collate, time.monotonic() + share)
         if found:
             lines.append(f"warning: {source.name}: {'; '.join(found)}")
-    records = [records_of(source) for source in sources]
-    lines += shared_images([each for each in records if each is not None], held_out, end)
+    lines += shared_images(sources, held_out, end)
     return [*lines, MORE] if lines else []
 
 
@@ -181,22 +182,25 @@ def repeated_id(records: Sequence[dict], end: float) -> str | None:
 
 # ---- splits
 def shared_images(
-    records: Sequence[Sequence[dict]], held_out: Mapping[str, Sequence[str]], end: float
+    sources: Sequence, held_out: Mapping[str, Sequence[str]], end: float
 ) -> list[str]:
     """A line for each held-out file whose images training has, too, by their names."""
-    if not (records and held_out):
+    listed = [source for source in sources if records_of(source) is not None]
+    if not (listed and held_out):
         return []
     known = set()
-    for each in records:
-        step = max(1, len(each) // SCANNED)
-        for number in range(0, len(each), step):
-            known.update(image_names(each[number]))
+    for source in listed:
+        records = records_of(source)
+        keys = ImageKeys(root_of(source.build, records[0]) or "")
+        step = max(1, len(records) // SCANNED)
+        for number in range(0, len(records), step):
+            known.update(map(keys, image_names(records[number])))
             if time.monotonic() > end:
                 return []  # half a list of names would find half of them
     lines = []
     for option, files in held_out.items():
         for file in files:
-            names = list(dict.fromkeys(_held_out_names(file)))
+            names = list(dict.fromkeys(map(keys, _held_out_names(file))))
             shared = [name for name in names if name in known]
             if shared:
                 count = f"{len(shared):,} of {len(names):,} images"
@@ -204,12 +208,6 @@ def shared_images(
             if time.monotonic() > end:
                 return lines
     return lines
-
-
-def image_names(record: dict) -> list[str]:
-    """The paths of a record's images."""
-    given = as_sequence(record.get("image") or record.get("images") or [])
-    return [str(image_key(image)) for image in given if isinstance(image, str)]
 
 
 def _held_out_names(file: str) -> Iterator[str]:

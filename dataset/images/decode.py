@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from base.errors import BadSample, UserError
+from base.image_names import existing
 from base.limits import IMAGE_BYTES, IMAGE_PIXELS
 from base.pixels import PILLOW_FORMATS, pillow_formats, to_rgb
 from base.reading import is_file
@@ -61,7 +62,7 @@ def size_of(image: Path | bytes) -> tuple[int, int]:
     from PIL import Image
 
     name = "an image" if isinstance(image, bytes) else image
-    source = image if isinstance(image, bytes) else image_source(Path(), str(image))
+    source = image if isinstance(image, bytes) else image_source(Path(), str(existing(image)))
     try:
         if isinstance(source, Path) and not is_file(source):  # a FIFO would wait for ever
             raise FileNotFoundError("no such file")
@@ -133,10 +134,12 @@ def image_bytes(path: Path, name: str) -> bytes:
         if status.st_size > IMAGE_BYTES:
             raise BadSample(f"{name}: {status.st_size} bytes, the limit is {IMAGE_BYTES}")
         return path.read_bytes()
-    except NotADirectoryError as error:
-        source = image_source(Path(), str(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        source = image_source(Path(), str(existing(path)))
         if isinstance(source, bytes):
             return source
+        if source != path:
+            return image_bytes(source, name)
         raise BadSample(f"{name}: {error.strerror}") from None
     except OSError as error:
         raise BadSample(f"{name}: {error.strerror or error}") from None
@@ -268,7 +271,8 @@ def check_image_root(root: str | Path, names: Iterable[str], tries: int = 20) ->
             f"image_root {root}: no such folder; set image_root to the folder the annotations refer to"
         )
     names = list(islice(names, tries))
-    files = [archive_of(root / name) or root / name for name in names]
+    named = [existing(root / name) for name in names]
+    files = [archive_of(file) or file for file in named]
     if files and not any(is_file(file) for file in files):
         raise UserError(
             f"image_root {root}: none of the first {len(names)} images is there, e.g. {root / names[0]}; "

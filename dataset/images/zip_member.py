@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 from base.errors import BadSample
+from base.image_names import existing, spellings
 from base.limits import MEMBER_BYTES
 
 END_OF_DIRECTORY = struct.Struct("<4s4H2LH")  # of a zip file
@@ -45,10 +46,13 @@ def read_member(archive: Path, name: str) -> bytes:
     if "\0" in str(archive):  # for which Python has an error of another kind
         raise BadSample(f"{str(archive)!r}: no path of a file")
     try:
-        if archive.exists() and not archive.is_file():
-            raise BadSample(f"{archive}: not a regular file")
+        if not archive.is_file():
+            archive = existing(archive)
+            if archive.exists() and not archive.is_file():
+                raise BadSample(f"{archive}: not a regular file")
         with archive.open("rb") as file:
-            data = _quick_member(file, name.encode())
+            found = (_quick_member(file, each.encode()) for each in spellings(name))
+            data = next((each for each in found if each is not None), None)
         return _any_member(archive, name) if data is None else data
     except OSError as error:
         raise BadSample(f"{archive}: {error.strerror or error}") from None
@@ -67,8 +71,11 @@ def read_member(archive: Path, name: str) -> bytes:
 
 
 def _any_member(archive: Path, name: str) -> bytes:
-    with zipfile.ZipFile(archive) as opened, opened.open(name) as member:
-        data = member.read(MEMBER_BYTES + 1)
+    with zipfile.ZipFile(archive) as opened:
+        listed = set(opened.namelist())
+        there = next((each for each in spellings(name) if each in listed), name)
+        with opened.open(there) as member:
+            data = member.read(MEMBER_BYTES + 1)
     if len(data) > MEMBER_BYTES:
         raise zipfile.BadZipFile(TOO_LONG)
     return data

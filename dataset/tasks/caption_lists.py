@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from base.errors import MissingData, UserError, brief
+from base.image_names import existing
 from base.reading import first_letter, is_file, read_json, read_lines
 from dataset.sources.records import Records
 from dataset.sources.tables import parse_address
@@ -29,13 +30,14 @@ def retrieval_list(entry: Entry) -> tuple[list[Path], list[list[str]]]:
         )
     ending = file.suffix.lower()
     if ending == ".json" and first_letter(file) == b"{":
-        found = by_image(_rows_of_object(file, entry.split))
+        rows = _rows_of_object(file, entry.split)
     elif ending == ".txt" and first_letter(file) not in b"[{":
-        found = by_image(_flickr_rows(file))
+        rows = list(_flickr_rows(file))
     else:
         records = Records(entry.path).complete()
-        found = by_image((record["image"], as_list(record["caption"])) for record in records)
-    root = _image_root(entry, file, list(found)[:20])
+        rows = [(record["image"], as_list(record["caption"])) for record in records]
+    root = _image_root(entry, file, [image for image, _ in rows[:20]])
+    found = by_image(rows, root)
     return [root / image for image in found], list(found.values())
 
 
@@ -44,7 +46,7 @@ def _image_root(entry: Entry, file: Path, first: Sequence[str]) -> Path:
     or the one above it, as COCO's lie in annotations/."""
     places = [Path(entry.images)] if entry.images else [file.parent, file.parent.parent]
     for place in places:
-        if not first or any(is_file(place / image) for image in first):
+        if not first or any(is_file(existing(place / image)) for image in first):
             return place
     raise MissingData(
         f"{entry.name}: none of the first images is there, e.g. {places[0] / first[0]}; put the images where the "

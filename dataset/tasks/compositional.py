@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from base.errors import MissingData, UserError
+from base.image_names import ImageKeys, existing
 from base.reading import is_file, read_json, read_json_lines
 from dataset.images.decode import decode_image
 from dataset.images.formats import IMAGE_TYPES
@@ -61,15 +62,14 @@ def open_choices(entry: Entry) -> CaptionChoices:
     """The examples of a data set; UserError where images are missing."""
     read = winoground if entry.kind == "winoground" else sugar_crepe
     examples = read(entry)
-    numbers: dict[Path, int] = {}
-    for images, _ in examples:
-        for image in images:
-            numbers.setdefault(image, len(numbers))
-    check_images(entry, list(numbers))
+    keys = ImageKeys()
+    named = {keys(str(image)): image for images, _ in examples for image in images}
+    numbers = {key: number for number, key in enumerate(named)}
+    check_images(entry, list(named.values()))
     captions = [text for _, texts in examples for text in texts]
-    shown = [[numbers[image] for image in images] for images, _ in examples]
+    shown = [[numbers[keys(str(image))] for image in images] for images, _ in examples]
     said = torch.arange(len(captions)).view(len(examples), -1)
-    return CaptionChoices(list(numbers), captions, torch.tensor(shown), said)
+    return CaptionChoices(list(named.values()), captions, torch.tensor(shown), said)
 
 
 Examples = list[tuple[list[Path], list[str]]]
@@ -123,11 +123,11 @@ def _image_root(entry: Entry, places: Sequence[Path]) -> Path:
 
 def _with_ending(path: Path) -> Path:
     """The file itself, or the one of this name with an image's ending."""
-    if is_file(path):
+    if is_file(existing(path)):
         return path
     endings = [*IMAGE_TYPES, *map(str.upper, IMAGE_TYPES)]
     found = (path.with_name(f"{path.name}.{ending}") for ending in endings)
-    return next((file for file in found if is_file(file)), path)
+    return next((file for file in found if is_file(existing(file))), path)
 
 
 def _texts(row: object, fields: Sequence[str], file: Path, number: object) -> list[str]:

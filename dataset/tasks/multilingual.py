@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base.errors import MissingData, UserError
+from base.image_names import existing
 from base.names import did_you_mean
 from base.reading import is_file, read_json_lines, read_lines
 from dataset.images.formats import files_below
@@ -79,7 +80,7 @@ def _no_language(entry: Entry, place: Path, there: Sequence[str]) -> str:
 
 def check_images(entry: Entry, images: Sequence[Path]) -> None:
     """Captions without their images would count as misses: all images have to be there."""
-    absent = [path for path in images if not is_file(path)]
+    absent = [path for path in images if not is_file(existing(path))]
     if len(absent) == len(images):
         raise MissingData(f"{entry.name}: none of its images is there, e.g. {absent[0]}")
     if absent:

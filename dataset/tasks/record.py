@@ -1,13 +1,12 @@
 """What one record holds, whatever file it came from: its captions, its image, its id."""
 
-import posixpath
-import unicodedata
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from base.errors import BadSample, UserError, brief
+from base.image_names import ImageKeys
 from base.reading import parse_json
 from base.text import clean_surrogates, lenient_text
 from dataset.images.decode import decode_image
@@ -93,17 +92,11 @@ def image_of(record: dict, root: str | Path = "") -> Tensor:
     return decode_image(image_source(Path(root), str(image)), str(Path(root) / image))
 
 
-def image_key(name: Hashable) -> Hashable:
-    """What two names of one image have in common: `./a//b.jpg` and `a/b.jpg` are the same, and an
-    accent is one letter or two (NFD), as the program that wrote the list has it."""
-    if not isinstance(name, str):
-        return name
-    return unicodedata.normalize("NFC", posixpath.normpath(name))
-
-
-def by_image(rows: Iterable[tuple[str, list[str]]]) -> dict[str, list[str]]:
-    """Captions by image, each image once, in the order of appearance, of rows (image, captions)."""
+def by_image(rows: Iterable[tuple[str, list[str]]], root: Path) -> dict[str, list[str]]:
+    """Captions by image, each image once, in the order of appearance, of rows (image below `root`,
+    captions)."""
+    keys = ImageKeys(root)
     found: dict[Hashable, tuple[str, list[str]]] = {}
     for image, captions in rows:
-        found.setdefault(image_key(image), (image, []))[1].extend(captions)
+        found.setdefault(keys(image), (image, []))[1].extend(captions)
     return dict(found.values())

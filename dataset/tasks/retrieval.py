@@ -7,15 +7,18 @@ from pathlib import Path
 
 import torch
 
+from base.image_names import ImageKeys
 from dataset.images.decode import decode_image
-from dataset.tasks.record import image_key, image_of, weights_of
+from dataset.tasks.record import image_of, weights_of
 from dataset.text.wordpiece import TextCollate, choose_caption, pre_caption
 
 
-def number_images(names: Iterable[str | int]) -> torch.Tensor:
-    """int32 [n] in shared memory: for every name its number in the order of first appearance."""
+def number_images(names: Iterable[str | int], root: str | Path = "") -> torch.Tensor:
+    """int32 [n] in shared memory: for every image below `root` its number in the order of first
+    appearance."""
+    keys = ImageKeys(root)
     numbers: dict = {}
-    column = array("i", (numbers.setdefault(image_key(name), len(numbers)) for name in names))
+    column = array("i", (numbers.setdefault(keys(name), len(numbers)) for name in names))
     return torch.frombuffer(column, dtype=torch.int32).clone().share_memory_()
 
 
@@ -79,9 +82,10 @@ class RetrievalSet:
         self.txt2img = []
         self.img2txt = []
         self.written: list[str] = []
+        keys = ImageKeys(image_root)
         numbers: dict = {}  # image -> its index in `images`
         for record in records:
-            number = numbers.setdefault(image_key(record["image"]), len(numbers))
+            number = numbers.setdefault(keys(record["image"]), len(numbers))
             if number == len(self.images):
                 self.images.append(record["image"])
                 self.img2txt.append([])

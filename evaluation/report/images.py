@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from base.errors import BadSample
+from base.image_names import existing
 from base.pixels import pillow_formats, to_rgb
 from base.reading import read_bytes
 
@@ -51,7 +52,7 @@ def image_uri(source: Path | bytes | Tensor, side: int) -> str:
         image = Image.fromarray(source.permute(1, 2, 0).contiguous().numpy())
     else:
         try:
-            content = source if isinstance(source, bytes) else read_bytes(source)
+            content = source if isinstance(source, bytes) else read_bytes(existing(source))
             image = to_rgb(Image.open(io.BytesIO(content), formats=pillow_formats()))
         except Exception:  # decoders meet hostile bytes and raise anything up to struct.error
             image = Image.new("RGB", (side, side), GREY)

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.distributed import say
 from base.errors import UserError
 from base.reading import read_json
 from dataset.images.decode import check_image_root, decode_image, reading
@@ -42,7 +41,7 @@ from models.fusion.config import retrieval_config
 from models.fusion.grounding import check_layer, contrast_map, matching_map
 from models.fusion.momentum import MomentumPairs
 from models.fusion.retrieval import Retrieval
-from models.weights.albef import start_from
+from models.weights.albef import check_kind, start_from, start_task
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.fusion import FineTuneConfig, Start, prepare
@@ -224,13 +223,12 @@ def main(config: Config) -> None:
     if config.evaluate and not config.test_file:
         raise UserError("--evaluate needs test_file: the expressions to find")
     start = prepare(config)
+    check_kind(start.weights, "retrieval")
     data = test_data(config)
     tokenizer = Tokenizer(config.text_encoder)
     model = build_model(config, tokenizer)
     check_layer(model, config.gradcam_mode, config.block_num)
-    if start.weights:
-        left_out = start_from(model, start.weights, "retrieval")
-        say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
+    start_task(model, start.weights, "retrieval", config.checkpoint)
     if not config.evaluate:
         config.checkpoint = train(model, data, tokenizer, config, start)
         model = build_model(config, tokenizer)

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.distributed import say
 from base.errors import UserError
 from dataset.images.decode import check_image_root
 from dataset.loading.stream import RecordSource, StreamLoader
@@ -35,7 +34,7 @@ from models.fusion.config import networks
 from models.fusion.momentum import MomentumPairs
 from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, for_two_images
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
-from models.weights.albef import start_from
+from models.weights.albef import check_kind, start_task
 from runtime.checkpoint import read_weights
 from runtime.config import originals
 from runtime.config.cli import knob, run_script
@@ -78,18 +77,21 @@ class Config(FineTuneConfig):
         """The field that `text_encoder: trained` learns from."""
         return ["caption"] if self.stage == "text_assignment" else ["sentence"]
 
+    @property
+    def kind(self) -> str:
+        """The kind of checkpoint that the stage makes."""
+        return "text_assignment" if self.stage == "text_assignment" else "nlvr"
+
 
 def build_model(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor]):
     """The stage's network on the CPU: random, or from a checkpoint that fits the stage."""
     vit, bert = networks(config, tokenizer.vocab_size)
     bert, first = for_two_images(bert, config.paired_from, weights)
     if config.stage == "text_assignment":
-        task = "text_assignment"
         model = TextAssignment(
             TextAssignmentConfig(vit=vit, bert=bert, paired_from=first, embed_dim=config.embed_dim)
         )
     else:
-        task = "nlvr"
         model = StatementModel(
             StatementConfig(
                 vit=vit,
@@ -100,10 +102,9 @@ def build_model(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor]
                 compat=config.compat,
             )
         )
-    if weights:
-        # the originals' teacher kept its random weights: copied before the checkpoint was read
-        left_out = start_from(model, weights, task, fill_momentum=config.compat == "none")
-        say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
+    # the originals' teacher kept its random weights: copied before the checkpoint was read
+    has_teacher = config.compat == "none"
+    start_task(model, weights, config.kind, config.checkpoint, fill_momentum=has_teacher)
     return model
 
 
@@ -216,6 +217,7 @@ def check(config: Config) -> None:
 def main(config: Config) -> None:
     check(config)
     start = prepare(config)
+    check_kind(start.weights, config.kind)
     splits = evaluation_data(config)
     tokenizer = Tokenizer(config.text_encoder)
     model = build_model(config, tokenizer, start.weights)

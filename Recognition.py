@@ -51,8 +51,7 @@ from models.weights.build_nxtp import Networks, read_clip
 from models.weights.nxtp import choose_parameters
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
-from runtime.config.from_checkpoint import saved_config
-from runtime.config.nxtp import RecognitionData, inherit_network
+from runtime.config.nxtp import RecognitionData, fill_network
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.parallel import gradient_sync, share_matrices, whole_model
@@ -97,7 +96,7 @@ def check(config: Config, world: World) -> None:
     applies = config.evaluate or config.image
     if applies and not config.checkpoint:
         raise UserError("--evaluate and --image need --checkpoint: a file or the folder of a run")
-    inherit_network(config, saved_config(config.checkpoint))
+    fill_network(config)
     if config.tensor_parallel and not applies:
         raise UserError("--tensor-parallel is for --evaluate and --image; train by --parallel fsdp")
     if config.tensor_parallel:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.distributed import World, say
+from base.distributed import World
 from base.errors import UserError
 from dataset.images.decode import check_image_root
 from dataset.loading.eval import EvalLoader
@@ -44,7 +44,7 @@ from evaluation.retrieval import Captions, chance, rank, recalls
 from models.fusion.config import retrieval_config
 from models.fusion.momentum import MomentumPairs
 from models.fusion.retrieval import Retrieval
-from models.weights.albef import start_from
+from models.weights.albef import check_kind, start_from, start_task
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.fusion import FineTuneConfig, Start, prepare
@@ -218,12 +218,11 @@ def main(config: Config) -> None:
         raise UserError("--evaluate needs a val_file or test_file (pairs to rank), or choices")
     examples = {file.stem: choices_of_file(file, config.image_root) for file in config.choices}
     start = prepare(config)
+    check_kind(start.weights, "retrieval")
     tokenizer = Tokenizer(config.text_encoder)
     splits = evaluation_data(config)
     model = build_model(config, tokenizer)
-    if start.weights:
-        left_out = start_from(model, start.weights, "retrieval")
-        say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
+    start_task(model, start.weights, "retrieval", config.checkpoint)
     if not config.evaluate:
         config.checkpoint = train(model, splits.get("val"), tokenizer, config, start)
         model = build_model(config, tokenizer)

@@ -41,7 +41,7 @@ from evaluation.report.results import write_results
 from models.fusion.config import networks
 from models.fusion.momentum import MomentumPairs
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
-from models.weights.albef import start_from
+from models.weights.albef import check_kind, start_from, start_task
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.fusion import FineTuneConfig, Start, prepare
@@ -150,13 +150,11 @@ def main(config: Config) -> None:
     if not config.evaluate and config.train_file is None:
         raise UserError("give train_file, or --evaluate and a --checkpoint to score")
     start = prepare(config)
+    check_kind(start.weights, "ve")
     splits = evaluation_data(config)
     tokenizer = Tokenizer(config.text_encoder)
     model = build_model(config, tokenizer)
-    if start.weights:
-        left_out = start_from(model, start.weights, "ve")
-        if start.world.is_main:
-            print(config.checkpoint, left_out.text(), sep="\n", flush=True)
+    start_task(model, start.weights, "ve", config.checkpoint)
     if not config.evaluate:
         val = splits.get("val")
         config.checkpoint = train(model, val, tokenizer, config, start)

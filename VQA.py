@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.distributed import say
 from base.errors import UserError
 from dataset.loading.stream import StreamLoader
 from dataset.sources.records import Records
@@ -43,7 +42,7 @@ from evaluation.vqa import likeliest_answers, prior_accuracy, save_answers, vqa_
 from models.fusion.config import networks
 from models.fusion.momentum import MomentumPairs
 from models.fusion.vqa import Vqa, VqaConfig
-from models.weights.albef import depth, start_from
+from models.weights.albef import check_kind, depth, start_from, start_task
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.fusion import FineTuneConfig, Start, fine_tuning_schedule, prepare
@@ -220,12 +219,11 @@ def train(model: Vqa, val: QuestionSet | None, answers, tokenizer, config, start
 
 def main(config: Config) -> None:
     start = prepare(config)
+    check_kind(start.weights, "vqa")
     splits, answers = evaluation_data(config)
     tokenizer = Tokenizer(config.text_encoder)
     model = build_model(config, tokenizer, start.weights)
-    if start.weights:
-        left_out = start_from(model, start.weights, "vqa")
-        say(f"{config.checkpoint}:", left_out.text() or "  fits as it is")
+    start_task(model, start.weights, "vqa", config.checkpoint)
     for split, data in splits.items():
         check_answer_list(config.answer_list, answers, data, split)
     if not config.evaluate:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from base.knobs import knob
 from base.limits import WORKERS
@@ -10,6 +11,8 @@ from base.limits import WORKERS
 @dataclass
 class RunConfig:
     """The run."""
+
+    given: ClassVar[frozenset[str]] = frozenset()  # paths of what files and flags set, by `parse`
 
     output_dir: Path = knob(
         Path("output"), "folder of this run: config.yaml, log.jsonl, checkpoints, result/"

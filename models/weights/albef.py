@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from base.distributed import say
 from base.errors import UserError
 from base.hub import from_hub
 from base.reading import read_json
@@ -233,6 +234,20 @@ STARTS = {
 }
 
 
+def check_kind(state: State, task: str) -> str:
+    """The kind of a checkpoint, of none the task's own. Raises `UserError` for one the task cannot
+    start from."""
+    kind = checkpoint_kind(state) if state else task
+    start = STARTS[task]
+    if kind not in (task, *start.sources):
+        kinds = " or ".join((task, *start.sources))
+        remedy = f"; run {start.before} with it first" if start.before else "; give another"
+        raise UserError(
+            f"checkpoint: this is a {kind} checkpoint, and {task} starts from {kinds}{remedy}"
+        )
+    return kind
+
+
 def adapt(state: State, target: State, task: str) -> dict[str, Tensor]:
     """`state` of any fitting kind under the names and at the resolution of the task's model, whose
     state is `target`.
@@ -241,16 +256,8 @@ def adapt(state: State, target: State, task: str) -> dict[str, Tensor]:
     Keys the model has no use for stay in, so that the caller sees them. Raises `UserError` for a
     kind the task cannot start from.
     """
-    kind = checkpoint_kind(state)
-    start = STARTS[task]
-    if kind != task:
-        if kind not in start.sources:
-            kinds = " or ".join((task, *start.sources))
-            remedy = f"; run {start.before} with it first" if start.before else "; give another"
-            raise UserError(
-                f"checkpoint: this is a {kind} checkpoint, and {task} starts from {kinds}{remedy}"
-            )
-        state = start.convert(state, target)
+    if check_kind(state, task) != task:
+        state = STARTS[task].convert(state, target)
     return fit_queues(fit_positions(state, target), target)
 
 
@@ -280,6 +287,16 @@ def start_from(
     return load_checkpoint(model, adapted, missing, unexpected)
 
 
+def start_task(
+    model: nn.Module, state: State, task: str, checkpoint: Path | None, fill_momentum: bool = True
+) -> None:
+    """`start_from` with the weights of `checkpoint`, where there are any, and a line that says what
+    was left out."""
+    if state:
+        left_out = start_from(model, state, task, fill_momentum)
+        say(f"{checkpoint}:", left_out.text() or "  fits as it is")
+
+
 # ---- BERT and DeiT
 
 
@@ -292,7 +309,8 @@ def load_bert(
     described: its config.json, which must describe what the network computes.
 
     BERT has no cross-attention and SIMLA no token types; layers only one of the two has are left
-    out too, and the word head where the file has none. Anything else that differs is a `UserError`.
+    out too, and the word head where the file has none. A line names layers that stay random, as
+    they do in the originals. Anything else that differs is a `UserError`.
     """
     head = hasattr(model, "cls")
     shape = model.config
@@ -314,6 +332,9 @@ def load_bert(
     ]
     if "cls.predictions.bias" not in weights:
         missing.append("cls.predictions.*")
+    if given < wanted:
+        layers = ", ".join(map(str, range(given, wanted)))
+        say(f"note: the BERT has {given} layers, bert_config {wanted}: random at first: {layers}")
     return load_checkpoint(model, weights, missing, unexpected)
 
 

@@ -63,11 +63,17 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
         if name in HELP:
             show_page(help_text(draft, description, everything=words == ["all"]))
             raise SystemExit(0)
-    if draft.values.get("evaluate"):
-        from runtime.config.from_checkpoint import evaluate_as_trained  # --help goes without torch
+    options = getattr(cls, "OF_CHECKPOINT", ())
+    checkpoint = draft.values.get("checkpoint")
+    if options and checkpoint and draft.values.get("evaluate"):
+        from runtime.config import from_checkpoint  # here, for --help goes without torch
 
-        evaluate_as_trained(draft)
+        saved = from_checkpoint.saved_config(checkpoint)
+        draft.values |= from_checkpoint.options_of_checkpoint(
+            checkpoint, saved, draft.schema.knobs, options=options, given=draft.set_by
+        )
     config = draft.finish()
+    config.given = frozenset(draft.set_by)
     if launched_rank() == "0":
         for note in dict.fromkeys(draft.notes):
             print("note:", note, flush=True)

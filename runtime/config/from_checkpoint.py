@@ -1,16 +1,13 @@
-"""A task starts from a checkpoint: what its configuration leaves open about the network is that of
-the checkpoint.
+"""What a checkpoint says of the run that made it, and the options of a script that come from there.
 
-class Config(Geometry, RunConfig): ...
-
-weights = read_weights(config.checkpoint)
-inherit(config, weights)
+take_from_checkpoint(config, saved_config(config.checkpoint), options=("image_res", "network"))
 """
 
 import os
 import pickle
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +18,18 @@ from base.reading import read_json
 from base.torch_files import is_safetensors, load_weights_only
 from runtime.advice import launched_rank
 from runtime.checkpoint import read_weights, weights_file
-from runtime.config.draft import Draft
-from runtime.config.networks import Geometry
 from runtime.config.plain import to_dict
-from runtime.config.schema import Schema
+from runtime.config.schema import Option, Schema
 from runtime.config.values import show
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_torch
 from runtime.sharded import index_of
 
-# the originals' downstream models; their bert_config follows from the names of the weights
-PUBLISHED = {
-    "image_res": 384,
-    "patch_size": 16,
-    "vision_width": 768,
-    "vision_depth": 12,
-    "vision_heads": 12,
-    "vision_stem": [],
-    "vision_tower": None,
-    "embed_dim": 256,
-    "queue_size": 65536,
-    "text_encoder": "bert-base-uncased",
-}
-SIMLA_BERT, ALBEF_BERT = "configs/shared_bert.json", "configs/config_bert.json"
 # options of a run that name a file or folder its network needs
 FILES = ("text_encoder", "tokenizer", "llama", "bpe_path", "bert_config", "answer_list")
 # with another value of these every weight fits, and the network computes something else
 ARCHITECTURE = ("text_activation", "text_heads", "vision_heads")
+ARCHITECTURE += ("decoder_heads", "norm_eps", "rope_theta", "rope_scaling", "prefix_image")
 IN_BERT = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 
 
@@ -86,60 +68,63 @@ def _architecture(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def inherit(config: Any, weights: Iterable[str] = ()) -> list[str]:
-    """Fill the knobs of `Geometry` that are None: from the run that made config.checkpoint, else as
-    published.
+def options_of_checkpoint(
+    checkpoint: Path,
+    saved: Mapping[str, Any],
+    knobs: Mapping[str, Option],
+    *,
+    options: Collection[str],
+    given: Collection[str],
+) -> dict[str, Any]:
+    """Values, by path, that the configuration `saved` in a checkpoint has for those of the `options`
+    (paths of knobs or sections) that were not `given`. A note on stderr says what they change.
 
-    weights: keys of the checkpoint; token types among them mark ALBEF's text transformer. Returns
-    lines such as `image_res: 64` of what was taken over. Raises UserError where a value there is of
-    the wrong type, or an option that shapes the network disagrees with it.
+    knobs: of the script, by path. Raises UserError where a value there is of the wrong type.
     """
-    two_stage = any("token_type_embeddings" in key for key in weights)
-    published = PUBLISHED | {"bert_config": ALBEF_BERT if two_stage else SIMLA_BERT}
-    saved = saved_config(config.checkpoint)
-    knobs = Schema(type(config)).knobs
+    found = {}
     taken = []
-    check_architecture(config, saved)
-    for name in Geometry.__dataclass_fields__:
-        if name not in published or getattr(config, name) is not None:
-            continue
-        value = saved.get(name)
-        if value is not None:
-            taken.append(f"{name}: {value}")
-        try:
-            setattr(config, name, knobs[name].read(published[name] if value is None else value))
-        except ValueError:
-            found = f"{config.checkpoint}: its configuration has {name}: {value!r}"
-            raise UserError(f"{found}; give --{name} to override it") from None
-    return taken
-
-
-def evaluate_as_trained(draft: Draft) -> None:
-    """With --evaluate, what is not set of the options that a configuration names in OF_CHECKPOINT
-    (sections or knobs) becomes what the run that made --checkpoint had. A note on stderr says what."""
-    named = getattr(draft.schema.sections[""], "OF_CHECKPOINT", ())
-    if not (named and draft.values.get("evaluate") and draft.values.get("checkpoint")):
-        return
-    saved = saved_config(draft.values["checkpoint"])
-    taken = []
-    for path, knob in draft.schema.knobs.items():
+    for path, knob in knobs.items():
         section, _, name = path.rpartition(".")
         inside = saved.get(section) if section else saved
-        belongs = path in named or section in named
-        if not belongs or path in draft.set_by or not isinstance(inside, Mapping):
+        if path in given or not (path in options or section in options):
+            continue
+        names = (name, *knob.aliases) if isinstance(inside, Mapping) else ()
+        key = next((key for key in names if key in inside), None)
+        if key is None:
             continue
         try:
-            value = knob.read(inside.get(name, knob.default))
+            found[path] = knob.read(inside[key])
         except ValueError:
-            found = f"{draft.values['checkpoint']}: its configuration has {path}: {inside[name]!r}"
-            draft.mistakes.append(f"{found}; give --{name} to override it")
-            continue
-        if value != draft.values[path]:
-            taken.append(f"{name} {show(value)}")
-            draft.values[path] = value
+            wrong = f"{checkpoint}: its configuration has {path}: {inside[key]!r}"
+            raise UserError(f"{wrong}; give --{name} to override it") from None
+        if found[path] != knob.default:
+            taken.append(f"{name} {show(found[path])}")
     if taken and launched_rank() == "0":
-        note = f"as in {draft.values['checkpoint']}: {', '.join(taken)}"
+        note = f"as in {checkpoint}: {', '.join(taken)}"
         print("note:", note, file=sys.stderr, flush=True)  # the scores alone go to stdout
+    return found
+
+
+def take_from_checkpoint(
+    config: Any, saved: Mapping[str, Any], *, options: Collection[str]
+) -> None:
+    """Set the `options` of `config` that are open to what config.checkpoint has, see
+    `options_of_checkpoint`. Open is what is None, and what neither the user nor code has set.
+
+    UserError where an option that is not open shapes the network and disagrees.
+    """
+    knobs = Schema(type(config)).knobs
+    set_by_user = getattr(config, "given", ())
+    given = []
+    for path, knob in knobs.items():
+        value = attrgetter(path)(config)
+        if value is not None and (path in set_by_user or value != knob.default):
+            given.append(path)
+    found = options_of_checkpoint(config.checkpoint, saved, knobs, options=options, given=given)
+    for path, value in found.items():
+        section, _, name = path.rpartition(".")
+        setattr(getattr(config, section) if section else config, name, value)
+    check_architecture(config, saved)
 
 
 def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from base.errors import UserError
 from runtime.checkpoint import read_weights
 from runtime.config import originals
 from runtime.config.cli import knob, section
-from runtime.config.from_checkpoint import inherit
 from runtime.config.ignored import FINE_TUNING
-from runtime.config.networks import Geometry
+from runtime.config.networks import Geometry, fill_geometry
 from runtime.optim.build import Optimizer, Precision
 from runtime.optim.schedule import Plan, Schedule
 from runtime.options import RunConfig, ValidationConfig
@@ -84,8 +83,6 @@ def prepare(config: FineTuneConfig) -> Start:
     if config.evaluate and config.checkpoint is None:
         raise UserError("--evaluate needs --checkpoint: a file or the directory of a run")
     weights = read_weights(config.checkpoint) if config.checkpoint else {}
-    taken = inherit(config, weights)
-    if taken:
-        distributed.say(f"as in {config.checkpoint}:", *(f"  {line}" for line in taken))
+    fill_geometry(config, weights)
     precision = Precision(config.precision, world.device, config.optimizer.clip_grad_norm)
     return Start(world, weights, precision)

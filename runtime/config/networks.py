@@ -1,13 +1,31 @@
 """The options of a fusion encoder's networks: set for pre-training, left open for what starts from a
 checkpoint."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from base.knobs import knob, left_open
 from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
 from runtime.config import originals
+from runtime.config.from_checkpoint import saved_config, take_from_checkpoint
 from runtime.config.ignored import PRETRAINING
+
+# the originals' downstream models; their bert_config follows from the names of the weights
+PUBLISHED = {
+    "image_res": 384,
+    "patch_size": 16,
+    "vision_width": 768,
+    "vision_depth": 12,
+    "vision_heads": 12,
+    "vision_stem": [],
+    "vision_tower": None,
+    "embed_dim": 256,
+    "queue_size": 65536,
+    "text_encoder": "bert-base-uncased",
+}
+SIMLA_BERT, ALBEF_BERT = Path("configs/shared_bert.json"), Path("configs/config_bert.json")
 
 
 @dataclass
@@ -63,3 +81,19 @@ class Geometry:
         None, "momentum features kept as further negatives", low=0, high=QUEUE
     )
     text_encoder: str | None = left_open(Networks, "text_encoder", rare=True)
+
+
+def fill_geometry(config: Any, weights: Iterable[str]) -> None:
+    """Fill the options of `Geometry` that are None: as the run that made config.checkpoint has them,
+    else as published.
+
+    weights: keys of the checkpoint; token types among them mark ALBEF's text transformer.
+    UserError, see `take_from_checkpoint`.
+    """
+    saved = saved_config(config.checkpoint)
+    two_stage = any("token_type_embeddings" in key for key in weights)
+    published = PUBLISHED | {"bert_config": ALBEF_BERT if two_stage else SIMLA_BERT}
+    take_from_checkpoint(config, saved, options=published)
+    for name, value in published.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)

@@ -7,7 +7,21 @@ from base.errors import UserError
 from base.knobs import knob
 from base.limits import WIDTH
 from runtime.config import old_flags
+from runtime.config.from_checkpoint import saved_config, take_from_checkpoint
 from runtime.options import StreamConfig, ValidationConfig
+
+# what the network's weights do not tell
+OF_CHECKPOINT = (
+    "network.decoder_heads",
+    "network.norm_eps",
+    "network.rope_theta",
+    "network.rope_scaling",
+    "network.prefix_image",
+    "network.image_tower",
+    "network.image_size",
+    "whole_image",
+    "tokenizer",
+)
 
 
 @dataclass
@@ -45,23 +59,13 @@ class RecognitionData(StreamConfig, ValidationConfig):
     decouple_labels: bool = knob(True, "labels do not attend to one another")
 
 
-def inherit_network(config, saved: dict) -> None:
-    """Take over what the configuration `saved` in a checkpoint says about the network's form, the
-    image size, the way images are cut, and the tokenizer. UserError for sizes that cannot be."""
-    network = saved.get("network", {})
-    names = (
-        "decoder_heads",
-        "norm_eps",
-        "rope_theta",
-        "rope_scaling",
-        "prefix_image",
-        "image_tower",
-    )
-    for name in names:
-        setattr(config.network, name, network.get(name, getattr(config.network, name)))
-    config.network.image_size = config.network.image_size or network.get("image_size")
-    config.whole_image = saved.get("whole_image", saved.get("whole_picture", config.whole_image))
-    found = config.tokenizer or config.llama or saved.get("tokenizer") or saved.get("llama")
+def fill_network(config) -> None:
+    """Take over what the run that made config.checkpoint says about the network's form, the image
+    size, the way images are cut, and the tokenizer. UserError for sizes that cannot be."""
+    saved = saved_config(config.checkpoint)
+    config.tokenizer = config.tokenizer or config.llama
+    take_from_checkpoint(config, saved, options=OF_CHECKPOINT)
+    found = config.tokenizer or saved.get("llama")
     if found is None:
         raise UserError("tokenizer: name a SentencePiece tokenizer.model, or a folder with --llama")
     config.tokenizer = Path(found)

@@ -187,11 +187,11 @@ def train(
 def finetune(script: ModuleType, config, extra: Callable[[int], dict] = lambda size: {}) -> Setup:
     """The tasks of fusion encoders: images with texts of 24 tokens, and `extra` tensors."""
     from models.fusion.momentum import MomentumPairs
-    from runtime.config.from_checkpoint import inherit
+    from runtime.config.networks import fill_geometry
 
     has_checkpoint = config.checkpoint is not None
     config.checkpoint = None
-    inherit(config, [])
+    fill_geometry(config, weights=())
     config.bert_config = ROOT / config.bert_config
     model = call(
         getattr(script, "build_model", None) or script.network,

@@ -18,7 +18,7 @@ from dataset.text.wordpiece import Tokenizer
 from models.fusion.dvae import ImageTokenizer
 from models.fusion.retrieval import Retrieval as RetrievalModel
 from models.weights.albef import checkpoint_kind, start_from
-from runtime.config.from_checkpoint import inherit
+from runtime.config.networks import fill_geometry
 from scripts.weights.beside import square_processor, write_bert_tokenizer
 from scripts.weights.graphs import ANY, largest_error, write_graph
 from scripts.weights.own import write_own
@@ -77,7 +77,7 @@ def open_retrieval(
         )
     config = Retrieval.Config(checkpoint=source.file)
     config.text_encoder = options.tokenizer
-    inherit(config, dict(source.weights))
+    fill_geometry(config, source.weights)
     tokenizer = Tokenizer(config.text_encoder)
     model = Retrieval.build_model(config, tokenizer)
     start_from(model, source.weights, "retrieval")

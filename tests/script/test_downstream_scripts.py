@@ -211,6 +211,16 @@ def test_mistakes_are_one_clear_line(
     )
 
 
+@pytest.mark.parametrize("task", ["VE", "NLVR", "Grounding"])
+def test_the_kind_of_checkpoint_is_checked_before_the_tokenizer(
+    digitscenes, tmp_path, capsys, monkeypatch, task
+):
+    torch.save({"model": {"text_decoder.weight": torch.ones(1)}}, tmp_path / "vqa.pth")
+    change = ["--checkpoint", tmp_path / "vqa.pth", "--text_encoder", "/no/tokenizer"]
+    given = flags(task, digitscenes, tmp_path / "out", *change)
+    assert "this is a vqa checkpoint" in said(task, given, capsys, monkeypatch)
+
+
 def edited(data: Path, folder: Path, name: str, change) -> Path:
     """A copy of an annotation file on which `change` was called."""
     content = json.loads((data / name).read_text())

@@ -245,11 +245,12 @@ def hf_bert(old_names: bool, prefix: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("old_names", [False, True])
 @pytest.mark.parametrize("prefix", ["bert.", ""])
-def test_bert_in_every_spelling(old_names, prefix):
+def test_bert_in_every_spelling(old_names, prefix, capsys):
     state = hf_bert(old_names, prefix)
     words = state[f"{prefix}embeddings.word_embeddings.weight"]
     lm = XBertLM(BertConfig(**BERT))
     found = load_bert(lm, state)
+    assert not capsys.readouterr().out  # no layer stays random
     assert torch.equal(lm.cls["predictions"].decoder.weight, words)
     assert torch.equal(lm.cls["predictions"].bias, state["cls.predictions.bias"])
     assert all("crossattention" in key or "position_ids" in key for key in found.missing)
@@ -258,6 +259,7 @@ def test_bert_in_every_spelling(old_names, prefix):
         BertConfig(**BERT | {"num_hidden_layers": 3, "single_stream": False, "fusion_layer": 1})
     )
     found = load_bert(two_stage, state)
+    assert capsys.readouterr().out.endswith("2 layers, bert_config 3: random at first: 2\n")
     assert not found.unexpected and torch.equal(two_stage.embeddings.word_embeddings.weight, words)
     with pytest.raises(UserError, match=r"layer_norm_eps is 1e-05, .* set it in bert_config"):
         load_bert(two_stage, state, {"layer_norm_eps": 1e-5})

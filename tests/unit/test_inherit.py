@@ -6,17 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import Recognition
 from base.errors import UserError
 from base.writing import write_json
 from runtime.checkpoint import CheckpointFolder
-from runtime.config.cli import knob
-from runtime.config.from_checkpoint import (
-    Geometry,
-    description_of,
-    fitting_weights,
-    inherit,
-    saved_config,
-)
+from runtime.config.cli import knob, parse
+from runtime.config.from_checkpoint import description_of, fitting_weights, saved_config
+from runtime.config.networks import Geometry, fill_geometry
+from runtime.config.nxtp import fill_network
 from runtime.sharded import write_part
 
 MADE_WITH = {
@@ -79,9 +76,9 @@ def test_unreadable_file_has_no_configuration(tmp_path, content):
     assert saved_config(None) == {}
 
 
-def test_given_then_saved_then_published(tmp_path):
+def test_given_then_saved_then_published(tmp_path, capsys):
     config = Config(image_res=96, checkpoint=checkpoints(tmp_path)[0])
-    taken = inherit(config)
+    fill_geometry(config, ())
     assert (config.image_res, config.patch_size, config.embed_dim) == (96, 8, 32)
     assert config.bert_config == Path("configs/mine.json")
     assert (config.vision_width, config.queue_size, config.text_encoder) == (
@@ -89,18 +86,43 @@ def test_given_then_saved_then_published(tmp_path):
         65536,
         "bert-base-uncased",
     )
-    assert taken == [
-        "patch_size: 8",
-        "vision_heads: 2",
-        "bert_config: configs/mine.json",
-        "embed_dim: 32",
-    ]
+    taken = "patch_size 8, vision_heads 2, bert_config configs/mine.json, embed_dim 32"
+    assert capsys.readouterr().err == f"note: as in {config.checkpoint}: {taken}\n"
+
+
+NXTP_RUN = {
+    "network": {"decoder_heads": 9, "norm_eps": 1e-6, "image_size": 48},
+    "whole_picture": True,  # its old name
+    "llama": "weights/llama",
+}
+
+
+def recognition(tmp_path: Path, *flags: str) -> Recognition.Config:
+    torch.save({"model": {}, "config": NXTP_RUN}, tmp_path / "run.pt")
+    return parse(Recognition.Config, ["--checkpoint", str(tmp_path / "run.pt"), *flags])
+
+
+def test_recognition_takes_what_is_not_given_from_the_run(tmp_path):
+    config = recognition(tmp_path)
+    fill_network(config)
+    network = config.network
+    assert (network.decoder_heads, network.norm_eps, network.image_size) == (9, 1e-6, 48)
+    assert (config.whole_image, config.tokenizer) == (True, Path("weights/llama"))
+    config = recognition(tmp_path, "--no-whole-image", "--image-size", "96", "--tokenizer", "t")
+    fill_network(config)
+    assert (config.whole_image, config.network.image_size) == (False, 96)
+    assert (config.tokenizer, config.network.decoder_heads) == (Path("t"), 9)
+
+
+def test_heads_of_a_decoder_must_be_those_of_the_run(tmp_path):
+    with pytest.raises(UserError, match="trained with decoder_heads 9, not 4: leave out"):
+        fill_network(recognition(tmp_path, "--decoder_heads", "4"))
 
 
 def test_token_types_mark_albef():
     simla, albef = Config(), Config()
-    inherit(simla, ["text_encoder.embeddings.word_embeddings.weight"])
-    inherit(albef, ["text_encoder.embeddings.token_type_embeddings.weight"])
+    fill_geometry(simla, ["text_encoder.embeddings.word_embeddings.weight"])
+    fill_geometry(albef, ["text_encoder.embeddings.token_type_embeddings.weight"])
     assert (simla.bert_config.name, albef.bert_config.name) == (
         "shared_bert.json",
         "config_bert.json",
@@ -112,7 +134,7 @@ def test_value_of_the_wrong_type_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"x.pth: its configuration has image_res: 'large'; give --image_res"
     ):
-        inherit(Config(checkpoint=tmp_path / "x.pth"))
+        fill_geometry(Config(checkpoint=tmp_path / "x.pth"), ())
 
 
 OTHER_THAN_RECORDED = {
@@ -128,9 +150,9 @@ def test_what_shapes_the_network_must_agree_with_the_checkpoint(tmp_path, monkey
         write_json(tmp_path / file, {"num_attention_heads": heads})
     for checkpoint in checkpoints(tmp_path):
         with pytest.raises(UserError, match=f"was trained with {name} .*, not") as error:
-            inherit(Config(checkpoint=checkpoint, **OTHER_THAN_RECORDED[name]))
+            fill_geometry(Config(checkpoint=checkpoint, **OTHER_THAN_RECORDED[name]), ())
         assert str(checkpoint) in str(error.value)
-        inherit(Config(checkpoint=checkpoint, vision_heads=2, image_res=32))
+        fill_geometry(Config(checkpoint=checkpoint, vision_heads=2, image_res=32), ())
 
 
 @dataclass

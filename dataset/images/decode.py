@@ -24,7 +24,13 @@ from dataset.images.zip_member import archive_of, image_source
 
 ORIENTATION = 0x0112  # tag of EXIF
 GREY = 128  # what libjpeg fills the missing rows of a truncated file with
-ZEROS = bytes(16)  # no JPEG ends with so many
+ZEROS = bytes(16)  # no JPEG, PNG or GIF ends with so many
+# Pillow's formats whose rows are read up to where the file ends; others need all of it.
+BY_ROWS = ("PNG", "GIF", "TIFF", "BMP", "DIB", "PPM")
+GREY_OF = {
+    **{"L": GREY, "LA": (GREY, GREY), "I;16": GREY * 257, "I;16B": GREY * 257, "I": GREY * 257},
+    **{"RGB": (GREY,) * 3, "RGBA": (GREY,) * 4, "CMYK": (0, 0, 0, 255 - GREY)},
+}  # by Pillow's mode
 GREY_SIDE = 224  # of the image that stands for an unreadable one
 
 
@@ -79,8 +85,9 @@ def decode_image(
 
     Grey and RGB JPEG take libjpeg's fast path; everything else (CMYK, palette, 16 bit, PNG, WebP
     ...) goes through Pillow. As in the original pipelines the first frame of an animation is taken,
-    transparency is dropped without blending, and the missing rows of a truncated JPEG are grey.
-    16-bit grey is scaled to 8 bits.
+    transparency is dropped without blending, and the missing rows of a truncated JPEG, PNG, GIF,
+    BMP, PPM or uncompressed TIFF are grey (of a palette, its first colour). 16-bit grey is scaled to
+    8 bits.
     name: how to call the image in errors. exif: turn it by its EXIF orientation; by default as the
     surrounding `reading` says, and not without one.
     Raises BadSample: missing, empty, corrupt, too many bytes or pixels, pixels without a known range
@@ -112,7 +119,7 @@ def _decode(source: str | Path | bytes, name: str, exif: bool) -> tuple[torch.Te
         raise BadSample(
             f"{name}: {size[1]} x {size[0]} pixels exceed the limit of {IMAGE_PIXELS:,}"
         )
-    if size and source.endswith(ZEROS):
+    if source.endswith(ZEROS) and (size or source.startswith((b"\x89PNG", b"GIF8"))):
         source = source.rstrip(b"\0")  # a download that stopped, into a file of the full size
     if size and (decode := _fast_decoder()) and not (exif and is_turned(source)):
         try:
@@ -232,28 +239,32 @@ def _decode_with_pillow(data: bytes, name: str, exif: bool) -> tuple[torch.Tenso
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image, whole = _loaded(data)
+            has_grey = image.mode in GREY_OF and image.format != "GIF"
             if exif:
                 image = ImageOps.exif_transpose(image)
             pixels = np.array(to_rgb(image))
     except Exception as error:  # decoders meet hostile bytes and raise anything up to struct.error
         raise BadSample(f"{name}: {error}") from None
-    if not whole and (pixels == GREY).all():
+    if not whole and (pixels == (GREY if has_grey else pixels[-1, -1])).all():
         raise BadSample(f"{name}: image file is truncated before its first row")
     return torch.from_numpy(pixels).permute(2, 0, 1), whole
 
 
 def _loaded(data: bytes):
-    """The image with its pixels, and whether they are all there: a JPEG may end early."""
-    from PIL import ImageFile
+    """The image with its pixels, and whether they are all there: its file may end early."""
+    from PIL import Image, ImageFile
 
     image = _open(data)
     try:
         image.load()
         return image, True
-    except OSError:
-        if image.format not in ("JPEG", "MPO"):
+    except OSError as error:
+        ends_early = image.format in BY_ROWS and "truncated" in str(error)
+        if not ends_early and image.format not in ("JPEG", "MPO"):
             raise
     image = _open(data)
+    if image.format in BY_ROWS and image.mode in GREY_OF:
+        image.im = Image.new(image.mode, image.size, GREY_OF[image.mode]).im
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:

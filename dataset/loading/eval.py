@@ -26,7 +26,7 @@ def shard_indices(n: int, rank: int, world_size: int) -> range:
 class EvalLoader:
     """Batches of `load(i)` for every i of `indices`, in order, the last one possibly smaller.
 
-    Nothing is left out. A truncated JPEG is scored with its missing rows grey, and an unreadable
+    Nothing is left out. A truncated image is scored with its missing rows grey, and an unreadable
     image as a grey one, which the model gets wrong but for luck: so a score is over all samples
     on any machine. Both are named on stderr and counted, in `truncated` and `unreadable` of the
     last pass, and by `damages` for the metrics.

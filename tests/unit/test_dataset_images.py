@@ -106,7 +106,10 @@ HUGE_JPEG = JPEG.replace(struct.pack(">HH", 300, 400), struct.pack(">HH", 60_000
         (JPEG[:620], "Truncated"),
         (JPEG[:2], "identify"),
         (JPEG[:100], "x.jpg"),
-        (encoded(image(), "PNG")[:-60], "x.jpg"),
+        (encoded(image(), "PNG")[:60], "x.jpg"),
+        (encoded(image("1"), "PNG")[:44], "x.jpg"),
+        (encoded(image(), "TIFF", compression="tiff_lzw")[:-60], "x.jpg"),
+        (encoded(image(), "WEBP")[:-9], "x.jpg"),
         (encoded(image(), "WEBP")[:50], "x.jpg"),
         (png_with_size(100_000, 100_000), "pixels exceed"),
         (png_with_size(12_000, 9_000), "pixels exceed"),
@@ -169,6 +172,33 @@ def test_a_truncated_jpeg_keeps_its_rows_and_the_others_are_grey(monkeypatch):
         decode_image(JPEG, "whole.jpg")
         decode_image(JPEG + bytes(99), "whole.jpg")
     assert noticed.truncated == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("PNG", mode) for mode in ("RGB", "L", "RGBA", "LA", "I;16", "P")),
+        *(("TIFF", mode) for mode in ("RGB", "CMYK", "I;16")),
+        *(("GIF", "P"), ("BMP", "RGB"), ("PPM", "RGB")),
+    ],
+)
+def test_other_formats_keep_the_rows_before_their_end(kind, mode):
+    """The rest is grey; of a palette its first colour, of BMP the rows above."""
+    noise = np.random.default_rng(0).integers(1, 255, (40, 30, 3), np.uint8)
+    picture = Image.fromarray(noise).convert("L" if mode == "I;16" else mode).convert(mode)
+    data = encoded(picture, kind)
+    whole = decode_image(data)
+    cut = data[: len(data) * 4 // 5]
+    zeros = cut + bytes(len(data) - len(cut))
+    for content in (cut, zeros) if kind in ("PNG", "GIF") else (cut,):
+        with reading() as noticed:
+            ours = decode_image(content, "cut")
+        assert noticed.truncated == ["cut"] and ours.shape == whole.shape
+        if kind == "BMP":
+            ours, whole = ours.flip(1), whole.flip(1)
+        assert torch.equal(ours[:, :10], whole[:, :10])
+        rest = ours[:, 38:]
+        assert (rest == (rest[:, :1, :1] if mode == "P" else 128)).all()
 
 
 def test_unreadable_images_are_grey_where_evaluation_asks_for_it():

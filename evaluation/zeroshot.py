@@ -152,9 +152,10 @@ def _stored(file: Path) -> Embeddings | None:
     if not file.is_file():
         return None
     try:
-        return read_weights(file)
+        found = read_weights(file)  # in the order of the file
     except UserError:  # cut off or of another making: it is written again
         return None
+    return {name: found[name] for name in EMBEDDINGS if name in found}
 
 
 def class_scores(image: Embeddings, classifier: Embeddings) -> Embeddings:
@@ -246,7 +247,7 @@ def classify(
             f"class {int(targets.max())} occurs, but the list of labels names {known} classes; extend it"
         )
     scores = by_score(names, lambda number: measure(metric, found[:, number], targets))
-    by_z = found[:, 0]
+    by_z = found[:, names.index("z")]
     best = by_z.topk(kept).indices if metric in NEEDS_SCORES else by_z
     by_class = class_figures(metric, by_z if metric == "map11" else best, targets, known)
     return Classified(scores, best, targets, by_class)

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from base.distributed import World
+from evaluation.zeroshot import Classified, cached_classifier, classify
 from evaluation.zeroshot_metrics import (
     average_precision,
     mean_per_class,
@@ -133,3 +135,24 @@ def test_measure_of_scores():
     found = measure("roc_auc", scores, torch.tensor([1, 0, 0]))
     assert found["roc_auc"] == 100 and found["acc1"] == pytest.approx(200 / 3)
     assert measure("map11", scores, torch.tensor([[0, 1], [1, 0], [0, 0]]))["map11"] == 100
+
+
+def test_a_stored_classifier_gives_the_figures_of_the_one_that_was_made(tmp_path):
+    """Its file names h before z, and what is shown of every image and class is by z."""
+    world = World(0, 1, 0, torch.device("cpu"))
+    made = {"z": torch.eye(3), "h": torch.eye(3).flip(0)}
+    batches = [{"image": torch.eye(3), "target": torch.arange(3)}]
+
+    def embed(image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"z": image, "h": image}
+
+    def evaluated() -> Classified:
+        classifier = cached_classifier(tmp_path / "c.safetensors", lambda: made, world)
+        return classify(embed, classifier, batches, range(3), 3, world, "acc1")
+
+    first, second = evaluated(), evaluated()
+    assert (tmp_path / "c.safetensors").is_file()
+    for found in (first, second):
+        assert found.best[:, 0].tolist() == [0, 1, 2] and found.by_class.tolist() == [100] * 3
+        assert found.scores["acc1_h"] == pytest.approx(100 / 3)
+    assert list(first.scores) == list(second.scores)

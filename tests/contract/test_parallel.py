@@ -114,7 +114,8 @@ def test_accumulation_equals_the_whole_batch(straight):
     assert_same(model.state_dict(), norms, straight)
 
 
-def test_compiled_equals_eager(straight):
+def test_compiled_equals_eager(eager_kernels, straight):
+    """With kernels in C++ in tests/script/test_compiled.py."""
     model = parallelize(
         network(),
         distributed.World(0, 1, 0, CPU),

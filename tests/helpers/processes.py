@@ -31,29 +31,13 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds for a script
 GRACE = 10  # seconds for the other ranks after one has failed
-SCRIPTS = ("Classification", "Grounding", "NLVR", "Pretrain", "Recognition", "Retrieval", "VE")
-PRELOADED = [
-    *SCRIPTS,
-    "VQA",
-    "eval_knn",
-    "eval_zeroshot",
-    "main",
-    "scripts.planning.simulate",
-    "pytest",
-    "torch._dynamo",
-    "torchvision.transforms.v2",
-    "timm",
-    "torch.utils.tensorboard",
-    "torch.distributed.checkpoint.state_dict",  # this and what follows: imported when first used
-    "ruamel.yaml",
-]
 
 
 @functools.cache
 def fresh_processes():
     """The multiprocessing context whose processes are forks of the server."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["tests.helpers.preloaded"])
     surroundings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with mock.patch.dict(os.environ, surroundings):
         forkserver.ensure_running()

@@ -216,7 +216,12 @@ def test_the_word_random_stands_for_a_small_untrained_tokenizer():
         existing_tokenizer(Path("nowhere"))
 
 
-def test_compiled_codes_are_the_same():
+@pytest.mark.parametrize(
+    "kernels", ["eager_kernels", pytest.param("generated", marks=pytest.mark.slow)]
+)
+def test_compiled_codes_are_the_same(kernels, request):
+    if kernels == "eager_kernels":
+        request.getfixturevalue(kernels)
     tokenizer = ImageTokenizer(SMALL, with_decoder=False).freeze("fp32")
     image = torch.rand(2, 3, 16, 16)
     expected = tokenizer.logits(image)

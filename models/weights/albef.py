@@ -23,7 +23,7 @@ from base.hub import from_hub
 from base.reading import read_json
 from base.torch_files import find_index, read_index, read_tensors
 from models.layers.positions import resize_positions
-from models.weights.loading import Differences, State, _matches, _some, load_checkpoint
+from models.weights.loading import Differences, State, _matches, _some, count, load_checkpoint
 from models.weights.stated import check_stated
 
 LAYER = re.compile(r"(.*encoder\.layer\.)(\d+)(\..*)")
@@ -38,6 +38,7 @@ MOMENTUM = (
 QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
 CONTRASTIVE = ("temp", "vision_proj.*", "text_proj.*")
 PRETRAIN_HEADS = ("text_encoder*.cls.*", "mim_head*", "concept_head*", "visual_encoder*.mask_token")
+OF_BERT = ("config.json", "model.safetensors", "pytorch_model.bin")
 BLIP_VOCABULARY = 30524  # BERT's 30522 with [DEC] and [ENC]
 CLS_HEAD = ("cls_head.*", "cls_head_m.*")
 
@@ -166,8 +167,7 @@ def momentum_from_online(state: State, target: State) -> dict[str, Tensor]:
 
 def depth(state: State, module: str) -> int:
     """Number of transformer layers below the given module of a state dict."""
-    layers = (LAYER.fullmatch(key) for key in state if key.startswith(f"{module}."))
-    return max((int(layer[2]) + 1 for layer in layers if layer), default=0)
+    return count(state, rf"(?={module}\.).*encoder\.layer\.(\d+)\.")
 
 
 # ---- starting a task
@@ -375,11 +375,7 @@ def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
     """
     folder = Path(name)
     if folder.is_dir():
-        files = {
-            file: folder / file
-            for file in ("config.json", "model.safetensors", "pytorch_model.bin")
-        }
-        files = {file: path for file, path in files.items() if path.is_file()}
+        files = {file: folder / file for file in OF_BERT if (folder / file).is_file()}
     else:
         files = _hub_files(str(name))
     index = find_index(folder)
@@ -399,7 +395,7 @@ def _hub_files(name: str) -> dict[str, Path]:
 
     found = {}
     with from_hub(name, name):
-        for file in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        for file in OF_BERT:
             if file == "pytorch_model.bin" and "model.safetensors" in found:
                 break
             try:

@@ -9,7 +9,7 @@ Only what embeds is built: towers and projectors of z and h. Heads that training
 left out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,15 +34,17 @@ from models.dual_encoder.openai import OpenAICLIP
 from models.layers.openai_towers import openai_model
 from models.weights.align import align_config, check_described
 from models.weights.clip import (
-    NOT_WEIGHTS,
     TIMM_NAMES,
     config_of_arguments,
     from_hugging_face,
+    is_openais,
     load_openai,
     load_timm_open_clip,
+    stated_activation,
+    text_at_root,
     unwrap_names,
 )
-from models.weights.loading import count, known_fields, load_checkpoint
+from models.weights.loading import count, from_saved, load_checkpoint
 from models.weights.stated import check_open_clip, check_stated, processor_pixels
 
 State = Mapping[str, Tensor]
@@ -112,7 +114,7 @@ def open_dual(
         return _with_pixels(_align(weights, about, name), stated)
     if "vision_model.embeddings.patch_embedding.weight" in weights:
         return _hugging_face(weights, about, name, stated)
-    keys = {key.removeprefix("text.") for key in weights}
+    keys = text_at_root(weights).keys()
     if keys & {"visual.proj", "visual.attnpool.c_proj.weight"} and "text_projection" in keys:
         return _openai(weights, about, name, stated)
     if "network" not in about and any(key.startswith("visual.trunk.") for key in keys):
@@ -154,7 +156,7 @@ def check_name(name: str | None) -> None:
 
 def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
     if "network" in about:
-        config = _own_config(about["network"])
+        config = from_saved(DualConfig, about["network"])
     elif "model" in about.get("args", {}):
         config = config_of_arguments(about["args"])
     elif name in model_names():
@@ -165,28 +167,32 @@ def _rocket(weights: State, about: Mapping[str, Any], name: str | None) -> Opene
             "keep the run's config.yaml beside the file"
         )
     check_same(name, config)
-    model = build_dual(replace(config, model=embedding_model(config.model)))
-    load_checkpoint(model, weights, allowed_unexpected=TRAINING_ONLY)
     tower = config.image_tower
     statistics = timm_statistics(tower) if tower else IMAGENET
     pixels = Pixels(config.image_size, "bilinear", *statistics)
+    return _built(config, embedding_model(config.model), weights, pixels, TRAINING_ONLY)
+
+
+def _built(
+    config: DualConfig, name: str, weights: State, pixels: Pixels, left_out: Iterable[str] = ()
+) -> Opened:
+    """The network `name` of a configuration with its weights but for the patterns `left_out`."""
+    model = build_dual(replace(config, model=name))
+    load_checkpoint(model, weights, allowed_unexpected=left_out)
     return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
 
 
 def _library(weights: State, network: Mapping[str, Any]) -> Opened:
     """A run of main.py with a library's model."""
-    config = _own_config(network)
-    model = build_dual(config)
-    load_checkpoint(model, weights)
-    pixels = dual_inputs(config.model).pixels
-    return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
+    config = from_saved(DualConfig, network)
+    return _built(config, config.model, weights, dual_inputs(config.model).pixels)
 
 
 def _align(weights: State, about: Mapping[str, Any], name: str | None) -> Opened:
     """A run of ours, or the layout of transformers' AlignModel, whose folder tells the pixels."""
     pixels = {}
     if "network" in about:
-        config = _own_config(about["network"])
+        config = from_saved(DualConfig, about["network"])
     else:
         described = about.get("config.json", {})
         images = about.get("preprocessor_config.json", {})
@@ -196,10 +202,8 @@ def _align(weights: State, about: Mapping[str, Any], name: str | None) -> Opened
         large = round(config.image_size * ALIGN_MARGIN)
         pixels = processor_pixels(images, config.image_size, large)
     check_same(name, config)
-    model = build_dual(config)
-    load_checkpoint(model, weights, allowed_unexpected=NOT_LOADED)
     pixels = Pixels(config.image_size, "bilinear", *HALF)._replace(**pixels)
-    return Opened(model.eval(), config.model, pixels, config.context_length, config.vocab_size)
+    return _built(config, config.model, weights, pixels, NOT_LOADED)
 
 
 def check_same(name: str | None, config: DualConfig) -> None:
@@ -208,10 +212,6 @@ def check_same(name: str | None, config: DualConfig) -> None:
         raise UserError(
             f"--model {name}, but the checkpoint is a {config.model}: leave --model out"
         )
-
-
-def _own_config(network: Mapping[str, Any]) -> DualConfig:
-    return DualConfig(**known_fields(DualConfig, network))
 
 
 def embedding_model(name: str) -> str:
@@ -278,7 +278,7 @@ def _openai(
             f"{text_heads(settings)} heads is not supported; open the folder with "
             "--model open_clip/local-dir:FOLDER"
         )
-    if not (described or stated or _is_openais(weights, about)):
+    if not (described or stated or is_openais(weights, about)):
         pixels = named_pixels(name)
     head_width = settings.get("vision_cfg", {}).get("head_width")
     model = load_openai(dict(weights), activation)
@@ -289,11 +289,6 @@ def _openai(
         name,
         head_width,
     )
-
-
-def _is_openais(weights: State, about: Mapping[str, Any]) -> bool:
-    """Whether the file holds what OpenAI's alone do."""
-    return bool(about.get("archive")) or any(key in weights for key in NOT_WEIGHTS[:3])
 
 
 def named_pixels(name: str | None) -> dict[str, Any]:
@@ -320,12 +315,9 @@ def named_pixels(name: str | None) -> dict[str, Any]:
 
 
 def _activation(weights: State, about: Mapping[str, Any], name: str | None) -> str:
-    """Of OpenAI's networks, whose weights look alike with either."""
-    described = about.get("open_clip_config.json", {}).get("model_cfg")
-    if _is_openais(weights, about):
-        return "quick_gelu"
-    if described is not None:
-        return "quick_gelu" if described.get("quick_gelu") else "gelu"
+    """Of OpenAI's networks, by their files or else by the model's name."""
+    if stated := stated_activation(weights, about):
+        return stated
     if name is None or "_" in name:
         raise UserError(
             "these weights do not tell their activation: add --model ViT-B/32 (OpenAI's spelling: quick_gelu), "
@@ -445,7 +437,7 @@ def _timm_open_clip(
     if backbone is not None:
         check_timm_pool(settings, backbone)
     name = name or f"CLIP_{backbone}_{'SIGLIP' if 'logit_bias' in weights else 'CLIP'}"
-    text = {key.removeprefix("text."): value for key, value in weights.items()}
+    text = text_at_root(weights)
     context, width = text["positional_embedding"].shape
     config = DualConfig(
         model=name,

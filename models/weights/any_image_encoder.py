@@ -18,7 +18,7 @@ from models.layers.vit import ViT, ViTConfig, patches_of
 from models.weights.any_dual_encoder import open_dual
 from models.weights.image_encoder import TOWER, ImageEncoder
 from models.weights.libraries import timm_encoder
-from models.weights.loading import count, known_fields, load_checkpoint
+from models.weights.loading import count, from_saved, load_checkpoint, part_of
 from models.weights.vit import backbone, load_vit, native, vit_kind
 from models.weights.vit_facts import (
     VitFacts,
@@ -52,7 +52,7 @@ def open_encoder(
         pixels = Pixels(network["image_size"], "bilinear", *IMAGENET)
         return _dual(build_loaded(weights, network), network["model"], pixels)
     if str(network.get("model", "")).startswith("vit-"):
-        return _classifier(weights, ClassifierConfig(**known_fields(ClassifierConfig, network)))
+        return _classifier(weights, from_saved(ClassifierConfig, network))
     if architecture := about.get("config.json", {}).get("architecture"):
         return timm_encoder(architecture, weights, described=about["config.json"], stated=stated)
     if is_dinov2(weights):
@@ -75,7 +75,7 @@ def _is_vit(weights: State) -> bool:
 
 def build_loaded(weights: State, network: Mapping[str, Any]) -> nn.Module:
     """The dual encoder that a run's own `network` section describes, with its weights."""
-    model = build_dual(DualConfig(**known_fields(DualConfig, network)))
+    model = build_dual(from_saved(DualConfig, network))
     load_checkpoint(model, weights, allowed_unexpected=("momentum_model.*",))
     return model
 
@@ -178,10 +178,7 @@ def config_of_weights(weights: State, name: str | None = None) -> dict[str, Any]
 def _fusion(weights: State, config: Mapping[str, Any]) -> ImageEncoder:
     """The vision transformer of SIMLA and ALBEF; what the run's configuration leaves open is read
     off the weights."""
-    prefix = "visual_encoder."
-    state = {
-        key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
-    }
+    state = part_of(weights, "visual_encoder.")
     sizes = vit_sizes(state)
     width = sizes["width"]
     heads = config.get("vision_heads") or max(1, width // 64)

@@ -12,6 +12,7 @@ error that lists the names.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from models.dual_encoder.slip import SlipCLIP
 from models.layers.clip_towers import TextShape
 from models.layers.openai_towers import OpenAIConfig
 from models.layers.positions import resize_positions
-from models.weights.loading import count, known_fields, load_checkpoint
+from models.weights.loading import count, from_saved, load_checkpoint, part_of
 
 State = dict[str, Tensor]
 
@@ -61,21 +62,16 @@ def config_of_arguments(arguments: dict, **more) -> DualConfig:
         raise UserError(
             "the checkpoint's args name no model; give the model string on the command line"
         )
-    given = {name: value for name, value in arguments.items() if value is not None}
-    values = known_fields(DualConfig, given)
+    values = {name: value for name, value in arguments.items() if value is not None}
     if arguments["model"].count("_") == 1:
         values.setdefault("embed_dim", SLIP_EMBED_DIM)
-    return DualConfig(**{**values, **more})
+    return from_saved(DualConfig, {**values, **more})
 
 
 def load_text_transformer(model: nn.Module, state: State) -> None:
     """Load the text blocks of another checkpoint into `model`, neither embeddings nor the final
     norm: all of them or UserError."""
-    inside = "transformer."
-    blocks = {}
-    for name, value in unwrap_names(state).items():
-        if name.startswith(inside):
-            blocks[name.removeprefix(inside)] = value
+    blocks = part_of(unwrap_names(state), "transformer.")
     if not blocks:
         raise UserError("the checkpoint for the text encoder has no `transformer.*` weights")
     load_checkpoint(model.transformer, blocks)
@@ -96,7 +92,35 @@ def from_open_clip(state: State) -> State:
         raise UserError(
             "an open_clip model with logit_bias (SigLIP): load it with load_timm_open_clip"
         )
+    return text_at_root(state)
+
+
+def text_at_root(state: State) -> State:
+    """The names of open_clip's two-part models with the text tower at the root."""
     return {name.removeprefix("text."): value for name, value in state.items()}
+
+
+def float_weights(state: State) -> State:
+    """The weights of a released file in float32, without its other entries."""
+    kept = {name: value for name, value in state.items() if name not in NOT_WEIGHTS}
+    return {
+        name: value.float() if value.is_floating_point() else value for name, value in kept.items()
+    }
+
+
+def is_openais(state: State, about: Mapping[str, Any]) -> bool:
+    """Whether the file holds what OpenAI's alone do."""
+    return bool(about.get("archive")) or any(name in state for name in NOT_WEIGHTS[:3])
+
+
+def stated_activation(state: State, about: Mapping[str, Any]) -> str | None:
+    """quick_gelu or gelu where OpenAI's file or open_clip's beside it tells; None where none does:
+    the weights look alike with either."""
+    described = about.get("open_clip_config.json", {}).get("model_cfg")
+    if described is None and not is_openais(state, about):
+        return None
+    is_quick = is_openais(state, about) or described.get("quick_gelu")
+    return "quick_gelu" if is_quick else "gelu"
 
 
 def openai_config(state: State, activation: str = "quick_gelu", **loss_options) -> OpenAIConfig:
@@ -160,12 +184,7 @@ def load_openai(state: State, activation: str = "quick_gelu", **loss_options) ->
     activation: `quick_gelu` for OpenAI's weights and open_clip's `-quickgelu` models, `gelu` for
     its others.
     """
-    state = {
-        name: value for name, value in from_open_clip(state).items() if name not in NOT_WEIGHTS
-    }
-    state = {
-        name: value.float() if value.is_floating_point() else value for name, value in state.items()
-    }
+    state = float_weights(from_open_clip(state))
     with torch.device("meta"):
         model = OpenAICLIP(openai_config(state, activation, **loss_options))
     load_checkpoint(model, state, assign=True)
@@ -261,7 +280,7 @@ def open_clip_config(model: nn.Module) -> dict:
 def load_timm_open_clip(model: CLIP, state: State) -> None:
     """The other way: an open_clip state dict with a timm tower and a linear projection into a
     freshly built CLIP."""
-    state = {name.removeprefix("text."): value for name, value in unwrap_names(state).items()}
+    state = text_at_root(unwrap_names(state))
     renamed = {}
     for name, value in state.items():
         if name == "visual.head.proj.weight":

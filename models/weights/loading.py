@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from base.errors import UserError
 
 State = Mapping[str, Tensor]
+C = TypeVar("C")
 POSITION_IDS = "*embeddings.position_ids"  # a constant, 0..511; libraries disagree on storing it
 
 
@@ -101,10 +102,17 @@ def count(names: Iterable[str], pattern: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a saved configuration that are fields of the dataclass `kind`."""
+def part_of(state: State, prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, named without it."""
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
+
+
+def from_saved(kind: type[C], values: Mapping[str, Any]) -> C:
+    """The dataclass `kind` of those entries of a saved configuration that are fields of it."""
     known = {f.name for f in fields(kind)}
-    return {name: value for name, value in values.items() if name in known}
+    return kind(**{name: value for name, value in values.items() if name in known})
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:

@@ -10,7 +10,6 @@ are read by `models.weights.llama`.
 """
 
 import math
-import re
 from dataclasses import replace
 
 import torch
@@ -26,6 +25,7 @@ from models.weights.clip import (
     tower_sizes,
     unwrap_names,
 )
+from models.weights.llama import is_kept
 from models.weights.loading import count
 
 State = dict[str, Tensor]
@@ -101,13 +101,9 @@ def recognition_state(
     deep = count(state, rf"{DECODER}layers\.(\d+)\.")
     if layers is not None and layers > deep:
         raise UserError(f"the checkpoint's decoder has {deep} blocks, it cannot be cut to {layers}")
-    if layers is not None:
-        inside = re.compile(rf"{re.escape(DECODER)}layers\.(\d+)\.")
-        state = {
-            k: v
-            for k, v in state.items()
-            if not (found := inside.match(k)) or int(found[1]) < layers
-        }
+    state = {
+        name: value for name, value in state.items() if is_kept(name.removeprefix(DECODER), layers)
+    }
     if f"{VISION}layer1.0.conv1.weight" in state or of_library(state):
         return state
     if f"{VISION}conv1.weight" in state:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from base.errors import UserError
 from models.dual_encoder.base import NOT_LOADED, DualEncoder
 from models.dual_encoder.library import LibraryCLIP
@@ -23,9 +21,12 @@ from models.layers.positions import resize_positions
 from models.weights.clip import (
     NOT_WEIGHTS,
     State,
+    float_weights,
     from_hugging_face,
     load_timm_open_clip,
     openai_config,
+    stated_activation,
+    text_at_root,
     unwrap_names,
 )
 from models.weights.loading import load_checkpoint
@@ -55,9 +56,11 @@ def load_any_layout(model: DualEncoder, state: State, about: Mapping[str, Any]) 
         return load_library_names(model, state)
     check_layout(state)
     activation = stated_activation(state, about)
+    if activation is None and "text_config" in about.get("config.json", {}):
+        activation = about["config.json"]["text_config"].get("hidden_act", "quick_gelu")
     if "vision_model.embeddings.patch_embedding.weight" in state:
         state = from_hugging_face(state)
-    plain = {name.removeprefix("text."): value for name, value in state.items()}
+    plain = text_at_root(state)
     is_openai = any(name in plain for name in IMAGE_HEADS) and "text_projection" in plain
     if is_openai != isinstance(model, OpenAICLIP):
         raise UserError(mismatch(model, plain if is_openai else None))
@@ -72,18 +75,6 @@ def load_any_layout(model: DualEncoder, state: State, about: Mapping[str, Any]) 
     if of_timm and not isinstance(model.visual, TimmTower):
         return load_timm_open_clip(model, state)
     load_checkpoint(model, state, allowed_unexpected=NOT_LOADED)
-    return None
-
-
-def stated_activation(state: State, about: Mapping[str, Any]) -> str | None:
-    """quick_gelu or gelu where the file or one beside it tells; None where none does."""
-    if about.get("archive") or any(name in state for name in NOT_WEIGHTS[:3]):
-        return "quick_gelu"
-    if "open_clip_config.json" in about:
-        settings = about["open_clip_config.json"].get("model_cfg", {})
-        return "quick_gelu" if settings.get("quick_gelu") else "gelu"
-    if "text_config" in about.get("config.json", {}):
-        return about["config.json"]["text_config"].get("hidden_act", "quick_gelu")
     return None
 
 
@@ -119,11 +110,8 @@ def load_library_names(model: LibraryCLIP, state: State) -> None:
 def load_openai_names(model: OpenAICLIP, state: State) -> None:
     """OpenAI's names, in any precision, with positions of any grid."""
     own = model.state_dict()
-    kept: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if name in NOT_WEIGHTS:
-            continue
-        value = value.float() if value.is_floating_point() else value
+    kept = float_weights(state)
+    for name, value in kept.items():
         if name == "positional_embedding":  # a causal text tower reads the first ones alone
             value = value[: len(own[name])]
         if name in POSITIONS and name in own and value.shape != own[name].shape:

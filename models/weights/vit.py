@@ -18,7 +18,7 @@ from torch import Tensor
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.layers.positions import resize_positions
-from models.weights.loading import Differences, load_checkpoint
+from models.weights.loading import Differences, load_checkpoint, part_of
 
 State = Mapping[str, Tensor]
 
@@ -79,11 +79,7 @@ def backbone(state: State) -> dict[str, Tensor]:
     decoder beside the encoder.
     """
     for prefix in ("backbone.", "base_encoder."):
-        inside = {
-            key.removeprefix(prefix): value
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
+        inside = part_of(state, prefix)
         if "patch_embed.proj.weight" in inside:
             return {key: value for key, value in inside.items() if not key.startswith("head.")}
     if "decoder_embed.weight" in state:
@@ -99,12 +95,7 @@ def native(state: State) -> dict[str, Tensor]:
     """Weights of any kind under the native names. Of a run or checkpoint with a moving average, the
     average."""
     state = backbone(state)
-    if any(key.startswith("ema.") for key in state):
-        state = {
-            key.removeprefix("ema."): value
-            for key, value in state.items()
-            if key.startswith("ema.")
-        }
+    state = part_of(state, "ema.") or state
     kind = vit_kind(state)
     if kind == "native":
         return dict(state)

@@ -22,6 +22,7 @@ from dataset.text.sentencepiece import PieceTokenizer
 from models.layers.openai_towers import OpenAIConfig
 from models.recognition.nxtp import Nxtp
 from models.weights import clip, llama
+from models.weights.loading import part_of
 from runtime.checkpoint import export_safetensors
 from scripts.weights import export_recognition
 from scripts.weights.beside import clip_processor, square_processor
@@ -66,12 +67,6 @@ def to_hugging_face(source: Source, options: Options, folder: Path) -> Written:
     joint = {name: vision[name] for name in JOINT}
     export_safetensors(joint, folder / "projection.safetensors")
     return Written("transformers", TASK, HUGGING_FACE_EXAMPLE)
-
-
-def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
-    }
 
 
 def vision_weights(vision: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,9 +8,8 @@
     look first          … --dry-run prints the batch file and submits nothing
 
 Without SCRIPT.py it is main.py. Options that the launcher does not know go to the script, so `--`
-is needed only where both know a flag; one that is nearly the launcher's and unknown to the script
-is refused. Each GPU gets one process; the script writes to the job folder
-unless ARGS name another --output_dir.
+is needed only where both know a flag; what the script would refuse ends here. Each GPU gets one
+process; the script writes to the job folder unless ARGS name another --output_dir.
 
 Slurm sends SIGUSR1 ahead of the time limit (SIGTERM ahead of a preemption). The script saves at its
 next step and exits with status 75, and the batch file requeues the job: same job, same folder,
@@ -19,6 +18,7 @@ docs/SLURM.md; to try it: bash scripts/dev/local_slurm.sh start.
 """
 
 import argparse
+import importlib
 import re
 import shlex
 import subprocess
@@ -28,6 +28,7 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.names import nearest
+from runtime.config.cli import read_words
 from runtime.slurm import (
     build_executor,
     has_slurm,
@@ -55,11 +56,13 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, unknown = form.parse_known_args(argv[:cut])
     options.script = script
     check_spelling(unknown, script, [name.lstrip("-") for name in form._option_string_actions])
+    words = unknown + argv[cut + 1 :]
+    check_words(words, script)
     if options.nodes < 1 or options.ngpus < 0 or options.timeout < 1 or (options.tasks or 1) < 1:
         raise UserError("--nodes, --tasks and --timeout start at 1, --ngpus at 0")
     if options.tasks is None:
         options.tasks = max(1, options.ngpus)
-    return options, unknown + argv[cut + 1 :]
+    return options, words
 
 
 def check_spelling(words: list[str], script: str, launcher: list[str]) -> None:
@@ -73,6 +76,17 @@ def check_spelling(words: list[str], script: str, launcher: list[str]) -> None:
                 f"{flag}: no option of the launcher or of {script}; did you mean --{meant}? "
                 "What is meant for the script all the same goes behind --"
             )
+
+
+def check_words(words: list[str], script: str) -> None:
+    """Raise UserError for what a script of this repository would refuse after its time in the queue."""
+    path = find_script(script)
+    module = importlib.import_module(path.stem) if path.parent == ROOT else None
+    try:
+        if hasattr(module, "Config"):
+            read_words(module.Config, words)[0].finish()
+    except UserError as error:
+        raise UserError(f"{script}: {error}") from None
 
 
 @cache

@@ -54,11 +54,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
     Raises UserError with every mistake found; whether options agree says the class's `check()`, if
     it has one.
     """
-    draft = Draft(cls)
-    flags = split_at_flags(sys.argv[1:] if argv is None else argv, draft)
-    if any(name == "flagfile" for name, _ in flags):
-        raise UserError(f"--flagfile: COYO-ALIGN's are recipes here; run: {align(flags)}")
-    read_flags(flags, draft)
+    draft, flags = read_words(cls, sys.argv[1:] if argv is None else argv)
     for name, words in flags:
         if name in HELP:
             show_page(help_text(draft, description, everything=words == ["all"]))
@@ -83,6 +79,17 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
     if hasattr(config, "check"):
         config.check()
     return config
+
+
+def read_words(cls: type, argv: Sequence[str]) -> tuple[Draft, list[tuple[str, list[str]]]]:
+    """What a command line and the files that it names say, mistakes included, and its flags.
+    UserError for a command of COYO-ALIGN."""
+    draft = Draft(cls)
+    flags = split_at_flags(argv, draft)
+    if any(name == "flagfile" for name, _ in flags):
+        raise UserError(f"--flagfile: COYO-ALIGN's are recipes here; run: {align(flags)}")
+    read_flags(flags, draft)
+    return draft, flags
 
 
 def split_at_flags(argv: Sequence[str], draft: Draft) -> list[tuple[str, list[str]]]:

@@ -105,7 +105,9 @@ def test_cpu_job_asks_for_no_gpu(capsys):
     assert "gpus" not in text and "--mem" not in text
 
 
-def test_the_script_gets_its_words_unharmed(capsys):
+def test_the_script_gets_its_words_unharmed(capsys, tmp_path):
+    script = tmp_path / "mine.py"  # whose words are not looked at
+    script.write_text("")
     words = [
         "--alpha",
         "0.3",
@@ -117,12 +119,12 @@ def test_the_script_gets_its_words_unharmed(capsys):
         "--config",
         "a b.yaml",
     ]
-    line = srun(preview(capsys, *SLURM, "--name", "X", *words))
+    line = srun(preview(capsys, str(script), *SLURM[1:], "--name", "X", *words))
     split = subprocess.run(
         ["bash", "-c", f'srun() {{ printf "%s\\0" "$@"; }}; {line}'], capture_output=True, text=True
     )
     received = split.stdout.split("\0")[:-1]
-    received = received[received.index(str(ROOT / "Pretrain.py")) + 1 :]
+    received = received[received.index(str(script)) + 1 :]
     assert received[:2] == ["--output_dir", str(ROOT / "output/X")]
     assert received[2:] == [w for w in words if w != "--"]
 
@@ -202,11 +204,21 @@ def test_absent_slurm_says_how_to_run_without(tmp_path):
         (["Pretrain.py", "--nodes", "0"], "--nodes"),
         (["Pretrain.py", "--partion", "gpu"], "--partion: no option .* did you mean --partition?"),
         (["Pretrain.py", "--gpus=8"], "--gpus: no option of .* did you mean --ngpus?"),
+        (
+            ["Pretrain.py", "--alpah", "0.3"],
+            "Pretrain.py: --alpah: unknown key; did you mean --alpha?",
+        ),
+        (["VQA.py", "--config", "configs/VQA/debug.yml"], "did you mean configs/VQA/debug.yaml"),
     ],
 )
 def test_a_mistake_is_one_clear_message(words, named):
     with pytest.raises(UserError, match=named):
         run_with_submitit.main([*words, "--dry-run"])
+
+
+def test_behind_the_dashes_too_nothing_goes_to_the_queue_that_the_script_refuses():
+    with pytest.raises(UserError, match=r"VE.py: duration .many.: write"):
+        run_with_submitit.main(["VE.py", "--dry-run", "--", "--epochs", "many"])
 
 
 def test_what_is_nearly_the_launchers_may_be_the_scripts(capsys, tmp_path):
@@ -216,6 +228,6 @@ def test_what_is_nearly_the_launchers_may_be_the_scripts(capsys, tmp_path):
     )
     script.write_text(script.read_text() + "a.parse_known_args()\n")
     assert srun(preview(capsys, str(script), "--node-s", "2")).endswith("--node-s 2")
-    assert srun(preview(capsys, "Pretrain.py", "--", "--partion", "2")).endswith("--partion 2")
+    assert srun(preview(capsys, str(script), "--", "--partion", "2")).endswith("--partion 2")
     with pytest.raises(UserError, match="--nodess: no option"):
         run_with_submitit.main([str(script), "--nodess", "2", "--dry-run"])

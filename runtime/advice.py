@@ -6,12 +6,15 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, ParamSpec
 
 from base.errors import UserError, first_line
 
+P = ParamSpec("P")
 # how gloo, NCCL and torch's store say that a process at the other end has gone
 GONE = re.compile(
     r"gloo.*(closed by peer|reset by peer|broken pipe)|remote process (has )?exited"
@@ -66,6 +69,22 @@ def advice_on(error: BaseException) -> str | None:
             "this device; leave --deterministic out"
         )
     return None
+
+
+def ends_with_advice(main: Callable[P, int]) -> Callable[P, int]:
+    """The `main` of a tool, whose status is 2 after one line on stderr where the user can help."""
+
+    @wraps(main)
+    def tool(*words: P.args, **named: P.kwargs) -> int:
+        try:
+            return main(*words, **named)
+        except (UserError, OSError) as error:
+            if (advice := advice_on(error)) is None:
+                raise
+            print(f"error: {advice}", file=sys.stderr)
+            return 2
+
+    return tool
 
 
 def leave_with(advice: str, status: int = 2) -> NoReturn:

@@ -5,8 +5,12 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runtime.advice import ends_with_advice
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+
 PARTS = ("checks", "scripts", "measures")
 
 
@@ -83,6 +87,7 @@ def chosen(flag: str, given: str | None, known) -> list[str]:
     return names
 
 
+@ends_with_advice
 def main() -> int:
     options = arguments()
     from base.errors import UserError
@@ -96,19 +101,15 @@ def main() -> int:
     from scripts.planning.methods import STEPS
 
     device = torch.device("cpu") if options.cpu else torch.device("cuda", 0)
-    try:
-        options.peers = parse_peers(options.peer, options.peer_python)
-        chosen("--part", None if options.part == "all" else options.part, PARTS)
-        known = dict.fromkeys([*STEPS, *whole_runs.TRAINING, *whole_runs.EVALUATIONS])
-        options.only = chosen("--only", options.only, known)
-        options.compiled = chosen("--compiled", options.compiled, checks.COMPILED)
-        options.modes = chosen("--modes", options.modes, measures.modes_for(device))
-        recipes = chosen("--recipes", options.recipes, measures.recipes_for(device))
-        if not options.cpu and not torch.cuda.is_available():
-            raise UserError("no GPU is visible; --cpu runs the checks that need none")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options.peers = parse_peers(options.peer, options.peer_python)
+    chosen("--part", None if options.part == "all" else options.part, PARTS)
+    known = dict.fromkeys([*STEPS, *whole_runs.TRAINING, *whole_runs.EVALUATIONS])
+    options.only = chosen("--only", options.only, known)
+    options.compiled = chosen("--compiled", options.compiled, checks.COMPILED)
+    options.modes = chosen("--modes", options.modes, measures.modes_for(device))
+    recipes = chosen("--recipes", options.recipes, measures.recipes_for(device))
+    if not options.cpu and not torch.cuda.is_available():
+        raise UserError("no GPU is visible; --cpu runs the checks that need none")
     options.out = options.out.absolute()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = Report(options.out)

@@ -16,8 +16,11 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runtime.advice import ends_with_advice
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 
 def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -47,22 +50,14 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[s
     return parser.parse_known_args(argv)
 
 
+@ends_with_advice
 def main(argv: list[str] | None = None) -> int:
     options, recipe = arguments(argv)
     recipe = [str(Path(word).resolve()) if word.endswith(".yaml") else word for word in recipe]
     os.chdir(ROOT)  # recipes name files of the repository
-    from base.errors import UserError
-    from runtime.advice import advice_on
-
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # what the recipe itself says at its start
-            found = plan(options, recipe)
-        print(found)
-    except (UserError, OSError) as error:
-        if (advice := advice_on(error)) is None:
-            raise
-        print(f"error: {advice}", file=sys.stderr)
-        return 2
+    with contextlib.redirect_stdout(sys.stderr):  # what the recipe itself says at its start
+        found = plan(options, recipe)
+    print(found)
     return 0
 
 

@@ -38,24 +38,17 @@ def build(demo: tabs.Demo) -> gr.Blocks:
     with gr.Blocks(title="Quintet", analytics_enabled=False, delete_cache=CLEANED) as page:
         gr.HTML(header(abilities), elem_id="header")
         with gr.Tabs():
-            if demo.index is not None:
-                with gr.Tab("Search"):
-                    tabs.search_tab(demo)
-            if abilities.texts:
-                with gr.Tab("Classify"):
-                    tabs.classify_tab(demo)
-            if abilities.word_maps:
-                with gr.Tab("Ground"):
-                    tabs.ground_tab(demo)
-            if abilities.answer:
-                with gr.Tab("Answer"):
-                    tabs.answer_tab(demo)
-            if abilities.entail:
-                with gr.Tab("Entail"):
-                    tabs.entail_tab(demo)
-            if abilities.recognise:
-                with gr.Tab("Recognise"):
-                    tabs.recognise_tab(demo)
+            for name, able, fill in (
+                ("Search", demo.index is not None, tabs.search_tab),
+                ("Classify", abilities.texts, tabs.classify_tab),
+                ("Ground", abilities.word_maps, tabs.ground_tab),
+                ("Answer", abilities.answer, tabs.answer_tab),
+                ("Entail", abilities.entail, tabs.entail_tab),
+                ("Recognise", abilities.recognise, tabs.recognise_tab),
+            ):
+                if able:
+                    with gr.Tab(name):
+                        fill(demo)
         gr.HTML(footer(abilities, demo.index is not None), elem_id="lacking")
     return page.queue(max_size=WAITING)
 

@@ -35,6 +35,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from runtime.advice import ends_with_advice
+
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = "usr/share/tuxpaint/stamps/"
 COPYRIGHT = f"usr/share/doc/{PACKAGE}/copyright"
@@ -337,6 +339,7 @@ def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
     )
 
 
+@ends_with_advice
 def main(argv: list[str] | None = None) -> int:
     from base.errors import UserError
 
@@ -348,15 +351,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--languages", nargs="+", default=["en"], help="of captions (%(default)s)")
     parser.add_argument("--fold", type=int, default=0, choices=range(FOLDS), help="held-out fifth")
     options = parser.parse_args(argv)
-    try:
-        if options.out.exists() and any(options.out.iterdir()):
-            raise UserError(f"{options.out}: not empty; remove it, or name another folder")
-        with tempfile.TemporaryDirectory() as folder:
-            deb = options.deb or fetch(Path(folder))
-            print(make(options.out, deb, options.languages, options.fold))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.out.exists() and any(options.out.iterdir()):
+        raise UserError(f"{options.out}: not empty; remove it, or name another folder")
+    with tempfile.TemporaryDirectory() as folder:
+        deb = options.deb or fetch(Path(folder))
+        print(make(options.out, deb, options.languages, options.fold))
     return 0
 
 

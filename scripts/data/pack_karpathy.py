@@ -28,6 +28,7 @@ from dataset.images.decode import image_bytes, image_ending
 from dataset.sources.tar_writer import write_shard
 from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.captions import karpathy_entries
+from runtime.advice import ends_with_advice
 
 PER_SHARD = 1000
 
@@ -105,6 +106,7 @@ def write_webdataset(rows: Iterator[dict], out: Path, split: str) -> int:
     return count
 
 
+@ends_with_advice
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,9 +129,8 @@ def main(argv: list[str] | None = None) -> int:
             count = write_tfrecord(rows, arguments.out)
         else:
             count = write_webdataset(rows, arguments.out, arguments.split)
-    except (UserError, BadSample) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except BadSample as error:
+        raise UserError(str(error)) from None
     print(f"{arguments.out}: {count} images of split {arguments.split}")
     return 0
 

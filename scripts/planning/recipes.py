@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from base.errors import UserError, first_line
+from runtime.advice import ends_with_advice
 from runtime.gpus import Gpu, parse_gpu
 from scripts.planning.report import Request, figures
 from scripts.planning.simulate import load_script, read_config, simulate
@@ -57,6 +58,7 @@ def lines(folders: list[Path], gpu: Gpu) -> Iterator[tuple[bool, str]]:
             yield False, f"| {name} | FAILED: {type(error).__name__}: {first_line(error)} |"
 
 
+@ends_with_advice
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, help="of recipes (configs)")
@@ -64,15 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     folders = [folder.resolve() for folder in options.folders] or [ROOT / "configs"]
     os.chdir(ROOT)  # recipes name files of the repository
-    try:
-        gpu = parse_gpu(options.gpu)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    gpu = parse_gpu(options.gpu)
     if not recipes(folders):
         names = ", ".join(map(str, folders))
-        print(f"error: no recipe of a script that trains in {names}", file=sys.stderr)
-        return 2
+        raise UserError(f"no recipe of a script that trains in {names}")
     print(HEAD, "|---" * HEAD.count(" | ") + "|---|", sep="\n", flush=True)
     failed = 0
     for planned, line in lines(folders, gpu):

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import UserError
 from base.writing import make_folder, write_text
-from runtime.advice import advice_on
+from runtime.advice import ends_with_advice
 from scripts.weights import export_dual, export_fusion, export_nxtp, export_vit
 from scripts.weights.card import UNKNOWN, Facts, check_repository, model_card
 from scripts.weights.kinds import KINDS
@@ -116,35 +116,30 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+@ends_with_advice
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    try:
-        if words and words[0] in KINDS:
-            return convert_kind(words)
-        given = parser().parse_args(words)
-        options = Options(
-            model=given.model,
-            mean=given.mean and tuple(given.mean),
-            std=given.std and tuple(given.std),
-            bpe_path=given.bpe_path,
-            tokenizer=given.tokenizer,
-            clip=given.clip,
-            repository=given.push and check_repository(given.push),
-        )
-        if given.push:
-            check_hub(given.push)
-        source, written = convert(given.checkpoint, given.to, given.output, options)
-        title = given.name or (given.push or given.output.resolve().name).rpartition("/")[2]
-        facts = Facts(name=title, license=given.license, data_license=given.data_license)
-        write_text(given.output / "README.md", model_card(source, written, facts))
-        print(f"{given.output}: {', '.join(files_of(given.output))}")
-        if given.push:
-            print(push(given.output, given.push, given.private))
-    except (UserError, OSError) as error:
-        if (advice := advice_on(error)) is None:
-            raise
-        print(f"error: {advice}", file=sys.stderr)
-        return 2
+    if words and words[0] in KINDS:
+        return convert_kind(words)
+    given = parser().parse_args(words)
+    options = Options(
+        model=given.model,
+        mean=given.mean and tuple(given.mean),
+        std=given.std and tuple(given.std),
+        bpe_path=given.bpe_path,
+        tokenizer=given.tokenizer,
+        clip=given.clip,
+        repository=given.push and check_repository(given.push),
+    )
+    if given.push:
+        check_hub(given.push)
+    source, written = convert(given.checkpoint, given.to, given.output, options)
+    title = given.name or (given.push or given.output.resolve().name).rpartition("/")[2]
+    facts = Facts(name=title, license=given.license, data_license=given.data_license)
+    write_text(given.output / "README.md", model_card(source, written, facts))
+    print(f"{given.output}: {', '.join(files_of(given.output))}")
+    if given.push:
+        print(push(given.output, given.push, given.private))
     return 0
 
 

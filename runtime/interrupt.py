@@ -1,6 +1,7 @@
 """Leaving in good order: SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and exit with a code that
 asks for a requeue."""
 
+import atexit
 import contextlib
 import functools
 import os
@@ -32,6 +33,8 @@ class Interrupt:
         self.unsaved = False  # whether there are updates that no checkpoint holds
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._remember)
+        # at its end the interpreter gives them their defaults back: a second one would kill it
+        atexit.register(_ignore_signals)
         if world.size > 1:
             read_end, write_end = os.pipe()
             os.set_blocking(write_end, False)
@@ -68,3 +71,8 @@ class Interrupt:
         """True on every process as soon as any process was signalled. A collective: all must ask at
         the same step."""
         return any_rank(self.received is not None, device)
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

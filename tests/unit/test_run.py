@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from runtime.run import ATTEMPTS, Run, make_deterministic
 from runtime.saving import is_sharded_format, state_bytes
 from tests.helpers.bars import close_bars
 from tests.helpers.crash_points import plain
+from tests.helpers.processes import ROOT
 
 TOTAL = 4
 
@@ -398,6 +401,30 @@ def test_a_thread_ends_a_process_that_waits_for_one_that_has_left(unsaved, expec
     os.close(write_end)
     waiting.thread.join()
     assert done == expected
+
+
+LEAVING = """
+import os, signal
+import torch
+from base.distributed import World
+from runtime.interrupt import Interrupt
+
+class Last:
+    # as the interpreter clears its modules, these names first
+    def __del__(self, kill=os.kill, own=os.getpid(), numbers=(signal.SIGTERM, signal.SIGUSR1)):
+        for number in numbers:
+            kill(own, number)
+
+last = Last()
+Interrupt(World(0, 1, 0, torch.device("cpu")), lambda: None)
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_the_status_of_the_first():
+    ended = subprocess.run([sys.executable, "-c", LEAVING], cwd=ROOT, capture_output=True)
+    assert ended.returncode == EXIT_REQUEUE, ended.stderr
 
 
 def test_a_signal_to_a_loader_worker_is_none_to_its_process(monkeypatch):

@@ -215,7 +215,7 @@ def main(config: Config) -> None:
         check_folder_option(config.page.parent, "--page")
     from dataset.health.survey import plan, split_folders, survey
 
-    config.data = split_folders(config.data)
+    config.data = split_folders(config.data, names_of_classes(config))
     works = plan(config.data)
     looking = looking_of(config)
     shared = config.sharing.slurm or config.sharing.merge or not is_whole(config.sharing)
@@ -233,15 +233,21 @@ def main(config: Config) -> None:
     report(survey(config.data, works, looking, config.workers), config)
 
 
-def report(parts: list, config: Config) -> None:
-    """Print what was found, and write the page and the cleaned lists; exit status 1 for harm."""
-    from dataset.health.classes import look_at_classes
+def names_of_classes(config: Config) -> list[str]:
+    """The folders of the classes that --classes lists."""
     from dataset.sources.class_folder import folder_of
     from dataset.tasks.classification import read_class_names
 
-    harmful = 0
     listed = read_class_names(config.classes) if config.classes else []
-    look_at_classes(parts, [folder_of(name) for name in listed])
+    return [folder_of(name) for name in listed]
+
+
+def report(parts: list, config: Config) -> None:
+    """Print what was found, and write the page and the cleaned lists; exit status 1 for harm."""
+    from dataset.health.classes import look_at_classes
+
+    harmful = 0
+    look_at_classes(parts, names_of_classes(config))
     for part in parts:
         print(f"\n{part.data}")
         for name, value in figures(part, config.workers):

@@ -17,7 +17,7 @@ from dataset.health.duplicates import near_duplicates, same_bytes
 from dataset.health.samples import Examiner, Facts, Image
 from dataset.health.stored import is_stored, read_facts, write_facts
 from dataset.images.formats import files_below
-from dataset.sources.class_folder import SPLITS
+from dataset.sources.class_folder import SPLITS, are_splits, class_folders
 from dataset.sources.records import Records, image_names, published_remedy, state_of_entries
 from dataset.sources.remote import state_of
 from dataset.sources.shard_columns import split_columns
@@ -85,7 +85,7 @@ def open_list(data: str) -> Sequence[dict]:
     """The entries of an annotation file, table or folder. UserError."""
     path = Path(data)
     if path.is_dir() and _is_class_folder(path):
-        return FolderRecords(data, ())
+        return FolderRecords(data, class_folders(path))
     if path.suffix.lower() in (".list", ".txt"):
         return label_records(path)
     if not is_table(data):
@@ -130,15 +130,15 @@ class Work(NamedTuple):
     stop: int | None = None
 
 
-def split_folders(data: Sequence[str]) -> list[str]:
+def split_folders(data: Sequence[str], classes: Sequence[str] = ()) -> list[str]:
     """The data sets, with the splits of a folder that holds nothing else (train/, val/) one by
-    one, the training set first."""
+    one, the training set first. classes: names that are no splits."""
     found = []
     for name in data:
         below = [path for path in Path(name).glob("*/") if not is_hidden(path.name)]
-        splits = [path for split in SPLITS for path in below if path.name.lower() == split]
-        if len(splits) > 1 and len(splits) == len(below):
-            found += map(str, splits)
+        if are_splits([path.name for path in below], classes):
+            below.sort(key=lambda path: SPLITS.index(path.name.lower()))
+            found += map(str, below)
         else:
             found.append(name)
     return found

@@ -32,6 +32,24 @@ def class_folders(root: Path) -> list[str]:
     return sorted(names, key=lambda name: (unicodedata.normalize("NFC", name), name))
 
 
+def refuse_splits(root: Path, folders: Sequence[str], classes: Sequence = ()) -> None:
+    """UserError where the sub-folders are splits; see `are_splits`."""
+    if are_splits(folders, classes):
+        raise UserError(
+            f"{root}: holds splits ({', '.join(folders)}), not classes; name one: {root / folders[0]}; "
+            "or, where these are classes, list their names (--classes FILE; zero-shot: --labels)"
+        )
+
+
+def are_splits(folders: Sequence[str], classes: Sequence = ()) -> bool:
+    """Whether sub-folders are splits: all are called so (train, val), and `classes`, the names that
+    were given (of a class one or several), do not name them."""
+    given = [[each] if isinstance(each, str) else each for each in classes]
+    named = {str(name).lower() for names in given for name in names}
+    found = {folder.lower() for folder in folders}
+    return len(found) > 1 and found <= {*SPLITS} and not found <= named
+
+
 def _report(root: Path, left_out: Counter) -> None:
     """Names what is no image by its ending: nothing is left out silently."""
     if left_out and rank() == 0:
@@ -45,7 +63,8 @@ class ClassFolder:
     """All images below `root`; the label is the place of the image's folder in alphabetical order.
     Hidden files and folders are ignored, symbolic links followed.
 
-    classes: names of the classes in that order, where known: as many as there are folders.
+    classes: names of the classes in that order, where known: as many as there are folders. known:
+    names of classes, some of which may have no folder. UserError.
     """
 
     def __init__(
@@ -53,6 +72,7 @@ class ClassFolder:
         root: str | Path,
         transform: Callable[[torch.Tensor], torch.Tensor],
         classes: Sequence = (),
+        known: Sequence[str] = (),
     ):
         self.root = Path(root)
         self.transform = transform
@@ -61,11 +81,7 @@ class ClassFolder:
                 f"{root}: no such folder; name a folder with one sub-folder of images per class"
             )
         self.folders = class_folders(self.root)
-        if len(self.folders) > 1 and {name.lower() for name in self.folders} <= {*SPLITS}:
-            listed = ", ".join(self.folders)
-            raise UserError(
-                f"{root}: holds splits ({listed}), not classes; name one: {self.root / self.folders[0]}"
-            )
+        refuse_splits(self.root, self.folders, classes or known)
         if classes and len(classes) != len(self.folders):
             raise UserError(
                 f"{root} has {len(self.folders)} class folders, but the list of labels names "

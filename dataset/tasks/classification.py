@@ -38,7 +38,13 @@ from dataset.images.decode import check_image_root
 from dataset.images.formats import files_below, is_image
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import ENOUGH, RecordSource
-from dataset.sources.class_folder import ClassFolder, class_folders, class_list, folder_of
+from dataset.sources.class_folder import (
+    ClassFolder,
+    class_folders,
+    class_list,
+    folder_of,
+    refuse_splits,
+)
 from dataset.sources.flat_folder import flat_folder, is_flat
 from dataset.sources.hub import is_hub
 from dataset.sources.records import Records
@@ -161,7 +167,7 @@ class FolderRecords(Sequence):
         if is_flat(Path(root)):
             self._read_flat(Path(root), classes)
             return
-        folder = ClassFolder(root, None)
+        folder = ClassFolder(root, None, known=classes)
         self.root = folder.root.absolute()
         self.classes = folder.folders
         names = [_composed(folder_of(name)) for name in classes or folder.folders]
@@ -489,7 +495,9 @@ def class_names(
         if Path(each).is_dir() and not is_shards(each):
             if is_flat(Path(each)):
                 return flat_folder(Path(each)).classes
-            return class_folders(Path(each))
+            folders = class_folders(Path(each))
+            refuse_splits(Path(each), folders)
+            return folders
         if each.startswith("torchvision/"):
             with suppress(UserError):
                 return list(open_records(each, root, "train", download=download).classes)

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from base.errors import BadSample, UserError
+from dataset.health.survey import open_list, split_folders
 from dataset.images.vit import EvalView, TrainView, ViTViews
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
+from dataset.sources.class_folder import ClassFolder
 from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.classification import (
     FolderRecords,
@@ -279,8 +281,27 @@ def test_splits_are_no_classes(tmp_path):
         UserError, match=r"holds splits \(Val, train\), not classes; name one: .*/Val"
     ):
         FolderRecords(tmp_path)
+    with pytest.raises(UserError, match="holds splits"):
+        class_names([str(tmp_path)], None, tmp_path)
+    with pytest.raises(UserError, match="holds splits"):
+        FolderRecords(tmp_path, ["train", "bus"])
+    assert class_names([str(tmp_path / "train")], None, tmp_path) == ["cat", "dog"]
     folder_of(tmp_path, ("bus",))  # beside which a train is a class
     assert FolderRecords(tmp_path).classes == ["Val", "bus", "train"]
+
+
+def test_classes_may_be_called_as_splits_where_a_list_names_them(tmp_path):
+    root = folder_of(tmp_path / "set", ("test", "train"), 2)
+    (tmp_path / "names.txt").write_text("train\ntest\n")
+    names = class_names([str(root)], tmp_path / "names.txt", tmp_path)
+    labels = [record["label"] for record in FolderRecords(root, names)]
+    assert labels == [1, 1, 0, 0]
+    assert ClassFolder(root, None, [["a train", "Train"], "test"]).labels.tolist() == [0, 0, 1, 1]
+    with pytest.raises(UserError, match="list their names"):
+        ClassFolder(root, None, ["cat", "dog"])
+    assert split_folders([str(root)]) == [str(root / "train"), str(root / "test")]
+    assert split_folders([str(root)], names) == [str(root)]
+    assert [record["label"] for record in open_list(str(root))] == [0, 0, 1, 1]
 
 
 def test_the_key_of_a_data_set_changes_with_its_images(tmp_path):

@@ -247,23 +247,35 @@ def check_answer_list(file: Path, answers: Sequence[str], data: QuestionSet, spl
 
 def read_official_answers(path: str | Path) -> dict[str, dict]:
     """VQA's annotation file {annotations: [{question_id, answers: [{answer}], question_type,
-    answer_type}]}, by id as text."""
+    answer_type}]}, by id as text. UserError, also for a question_id with two different entries; the
+    same one again is counted and said."""
     content = read_json(path, dict, "give a file in VQA's annotation format")
     try:
-        truth = {}
+        truth: dict[str, dict] = {}
+        again: list[str] = []
         for entry in content["annotations"]:
             given = [person["answer"] for person in entry["answers"]]
             known = {"answers": [str(answer) for answer in given if answer is not None]}
             for key in ("question_type", "answer_type"):
                 if entry.get(key) is not None:
                     known[key] = _type_name(entry[key])
-            if known["answers"]:
-                truth[id_text(entry["question_id"])] = known
-        return truth
+            question = id_text(entry["question_id"])
+            if not known["answers"]:
+                continue
+            if truth.setdefault(question, known) is not known:
+                again.append(question)
+                if truth[question] != known:
+                    raise UserError(
+                        f"{path}: question_id {question} has two entries that differ; remove one"
+                    )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not VQA's annotation format, annotations: question_id, answers: answer ({error!r})"
         ) from None
+    if again:
+        message = f"{path}: {len(again)} entries are listed again, e.g. of question_id {again[0]}"
+        warnings.warn(message, stacklevel=2)
+    return truth
 
 
 def _type_name(value: object) -> str:

@@ -165,6 +165,12 @@ def test_official_answers(folder):
     assert found == {"1": {"answers": ["red", "blue"], "answer_type": "other"}}
     found = read_official_answers(write(folder, {"annotations": [entry | {"answer_type": 5}]}))
     assert found["1"]["answer_type"] == "5"  # types are sorted by their names
+    again = [entry, entry | {"question_id": "1"}]
+    with pytest.warns(UserWarning, match="1 entries are listed again, e.g. of question_id 1"):
+        assert len(read_official_answers(write(folder, {"annotations": again}))) == 1
+    again[1] |= {"answers": entry["answers"][:1]}
+    with pytest.raises(UserError, match="question_id 1 has two entries that differ"):
+        read_official_answers(write(folder, {"annotations": again}))
     for wrong in ([entry], {"annotations": [entry | {"answer_type": ["other"]}]}):
         with pytest.raises(UserError, match="VQA's annotation format"):
             read_official_answers(write(folder, wrong))

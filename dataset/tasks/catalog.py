@@ -8,6 +8,7 @@ which are OpenAI's (dataset/prompts).
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -456,20 +457,27 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
             f"{len(classes)}; give the list of these classes with --labels"
         )
     names = [[each] if isinstance(each, str) else [str(one) for one in each] for each in classes]
-    for most in (1, None):
-        for form in (_exact, _plain):
-            listed = [[form(each) for each in given[:most]] for given in names]
-            wanted = [form(each) for each in own]
-            owners = _owners(listed)
-            places = [owners[each][0] for each in wanted if len(owners.get(each, ())) == 1]
-            if sorted(places) == list(range(len(own))):
-                return [classes[place] for place in places]
-    first = [given[0] for given in listed]
+    # name -> numbers of classes: by the first name exactly, or all but exactly; by any name likewise
+    tables: list[dict[str, list[int]]] = [{}, {}, {}, {}]
+    for number, given in enumerate(names):
+        exact = [_exact(each) for each in given]
+        plain = [_plain(each) for each in given]
+        for table, keys in zip(tables, (exact[:1], plain[:1], exact, plain), strict=True):
+            for key in dict.fromkeys(keys):
+                table.setdefault(key, []).append(number)
+    exact = [_exact(each) for each in own]
+    plain = [_plain(each) for each in own]
+    for table, wanted in zip(tables, (exact, plain, exact, plain), strict=True):
+        places = [table[each][0] for each in wanted if len(table.get(each, ())) == 1]
+        if sorted(places) == list(range(len(own))):
+            return [classes[place] for place in places]
+    first, owners = tables[1], tables[3]
+    counts = Counter(plain)
     order = f"give the labels with --labels in the order {', '.join(own[:6])} ..."
-    for place, each in enumerate(wanted):
+    for place, each in enumerate(plain):
         if each not in owners:
             continue
-        if first.count(each) > 1 or wanted.count(each) > 1:
+        if len(first.get(each, ())) > 1 or counts[each] > 1:
             raise UserError(f"{name}: several classes are called like {own[place]!r}; {order}")
         if place not in owners[each]:
             raise UserError(
@@ -477,15 +485,6 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
                 f"{names[place][0]!r}; {order}"
             )
     return list(classes)
-
-
-def _owners(listed: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """Name -> the numbers of the classes that have it among theirs."""
-    owners: dict[str, list[int]] = {}
-    for number, names in enumerate(listed):
-        for name in dict.fromkeys(names):
-            owners.setdefault(name, []).append(number)
-    return owners
 
 
 def _exact(name: str) -> str:

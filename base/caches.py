@@ -5,10 +5,10 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 CACHE_VERSION = 2  # raised when something else is made of the same file
 
@@ -78,12 +78,26 @@ def cached_path(
 
 @contextmanager
 def one_builder(cached: Path) -> Iterator[None]:
-    """Lets one of many processes build a cached file while the others wait; on file systems without
-    locks all build it."""
+    """Lets one of many processes build a cached file while the others wait, and removes the lock
+    file at the end; on file systems without locks all build it."""
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with cached.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass
+    path = cached.with_suffix(".lock")
+    with ExitStack() as held:
+        while True:
+            lock = held.enter_context(path.open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:
+                break
+            if _is_at(path, lock):  # or the one before has removed it meanwhile
+                break
+        held.callback(path.unlink, missing_ok=True)
         yield
+
+
+def _is_at(path: Path, file: IO) -> bool:
+    """Whether an open file is the one that lies at a path now."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except OSError:
+        return False

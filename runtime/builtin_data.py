@@ -1,6 +1,5 @@
 """DigitScenes, the built-in data set, is made when a configuration names it and it is not there."""
 
-import fcntl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from base.caches import one_builder
 from base.errors import UserError
 
 FOLDER = Path("data/digitscenes")
@@ -25,9 +25,7 @@ def make_digitscenes_if_named(config: Any, *options: str) -> bool:
     named = any(value.is_relative_to(FOLDER) for value in paths_of(config))
     if not named or (FOLDER / MANIFEST).is_file():
         return False
-    FOLDER.parent.mkdir(parents=True, exist_ok=True)
-    with (FOLDER.parent / ".digitscenes.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_builder(FOLDER):
         if (FOLDER / MANIFEST).is_file():  # another process was first
             return False
         print(f"{FOLDER} is not there yet: making it (half a minute)", flush=True)

@@ -260,7 +260,7 @@ class _CodeTable:
     def finish(self) -> None:
         """Write the key behind the table and give it its name, unless another run that makes the
         same table has."""
-        with one_builder(self.path):
+        with one_builder(self.done):
             if self.partial.exists():
                 if stored_key(self.partial) != self.key:
                     with self.partial.open("ab") as file:

@@ -50,7 +50,7 @@ def _image_root(entry: Entry, file: Path, first: Sequence[str]) -> Path:
             return place
     raise MissingData(
         f"{entry.name}: none of the first images is there, e.g. {places[0] / first[0]}; put the images where the "
-        f"paths of {file} lead from {places[0]}, or name the folder as `images` of an entry of --catalog"
+        f"paths of {file} lead from {places[0]}, or name their folder with --image-root"
     )
 
 

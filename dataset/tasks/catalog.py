@@ -96,6 +96,12 @@ class Entry:
         """What CLIP_benchmark calls the data set."""
         return benchmark_name(self.name.removesuffix(f"/{self.language}"))
 
+    def with_images(self, folder: str) -> "Entry":
+        """The same entry with its images below `folder`, if it is a list that names no other."""
+        return (
+            replace(self, images=folder) if self.kind == "retrieval" and not self.images else self
+        )
+
     def below(self, root: str | Path) -> "Entry":
         """The same entry with its paths taken relative to `root`."""
         return replace(
@@ -224,6 +230,7 @@ class CatalogOptions:
     templates: Path | None = knob(None, "JSON: data set -> templates with {}")
     language: list[str] = knob(["en"], "of captions and class names, one or several")
     root: Path = knob(Path("datasets"), "folder that holds the catalogue's data sets")
+    image_root: str = knob("", "folder of the images of retrieval:FILE [the folder of FILE]")
     download: bool = knob(False, "let torchvision fetch the named data sets")
     split: str | None = knob(None, "split to evaluate instead of each data set's own")
 
@@ -237,6 +244,8 @@ def wanted_entries(options: CatalogOptions) -> list[Entry]:
     named = options.datasets or list(own or [*catalog, *shards_below(options.root)])
     entries = choose(named, catalog | own, options.root, options.download)
     entries = in_languages(entries, options.language)
+    if options.image_root:
+        entries = [entry.with_images(options.image_root) for entry in entries]
     return [replace(entry, split=options.split or entry.split) for entry in entries]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from base.caches import digest
-from base.distributed import rank, rank_0_first
+from base.distributed import rank, rank_0_first, say
 from base.errors import BadSample, MissingData, UserError, brief
 from base.limits import SHARDS
 from base.names import matching_files
@@ -52,6 +52,8 @@ from dataset.tasks.record import as_list
 
 Image = dict[str, torch.Tensor]
 AGAIN = "fetch the shard again"
+PLAIN_TEMPLATE = "a photo of a {}."
+SPLITS = ("val", "validation", "train")  # of class folders without a split of the name asked for
 
 
 class Viewed:
@@ -172,11 +174,20 @@ def _prompts(entry: Entry, prompts: Prompts, kind: str) -> list:
     return prompts.find(kind, entry.prompts, entry.language)
 
 
+def _templates(entry: Entry, prompts: Prompts) -> list[str]:
+    """The entry's templates; the plainest, which is said, for somebody's own class folders."""
+    own = entry.kind == "imagefolder" and entry.name not in CATALOG and entry.language == "en"
+    if not own or prompts.has("templates", entry.prompts):
+        return _prompts(entry, prompts, "templates")
+    say(f"{entry.name}: {PLAIN_TEMPLATE!r} with the names of its classes; --templates gives others")
+    return [PLAIN_TEMPLATE]
+
+
 def _open_classes(entry: Entry, prompts: Prompts, read_plain: Callable, download: bool) -> OpenSet:
     if entry.kind == "babel":
         found, templates = babel_imagenet(entry)
         return OpenSet(entry, Files(found.files, found.labels), found.classes, templates)
-    templates = _prompts(entry, prompts, "templates")
+    templates = _templates(entry, prompts)
     if entry.kind == "imagenet":
         found = imagenet_folders(entry, _prompts(entry, prompts, "labels"))
         return OpenSet(entry, Files(found.files, found.labels), found.classes, templates)
@@ -237,9 +248,11 @@ def open_images(entry: Entry, classes: Sequence, read_plain: Callable, download:
 def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
     root = Path(entry.path) / entry.split
     if not root.is_dir():
+        inside = [name for name in SPLITS if (root.parent / name).is_dir()]
+        split = f"name its split {inside[0]} with --split, or " if inside else ""
         raise MissingData(
-            f"{entry.name}: no folder {root}; put one there with a sub-folder of images per class, or name another "
-            "place with --root or --catalog"
+            f"{entry.name}: no folder {root}; {split}put one there with a sub-folder of images per class, or name "
+            "another place with --root or --catalog"
         )
     if not folders_in(root):
         return Files(*flat_folder(root))

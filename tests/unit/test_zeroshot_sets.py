@@ -15,7 +15,7 @@ from base.errors import MissingData, UserError
 from dataset.sources.remote import address, local_copy
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.tar_writer import write_shard
-from dataset.tasks.catalog import Entry, Prompts, choose
+from dataset.tasks.catalog import CatalogOptions, Entry, Prompts, choose, wanted_entries
 from dataset.tasks.zeroshot import OpenSet, Viewed, open_set
 from runtime.safe_pickle import load_plain
 from tests.helpers.images import of_colour
@@ -389,6 +389,31 @@ def test_a_row_for_every_caption_counts_the_image_once(tmp_path, layout):
     images = opened(Entry("toys", "retrieval", str(file)), Prompts(), tmp_path).images
     assert len(images) == 2 and images.captions == ["one", "uno", "two"]
     assert images.text_image.tolist() == [0, 0, 1]
+
+
+def test_a_table_is_a_retrieval_set_with_its_images_elsewhere(tmp_path):
+    image(tmp_path / "photos/a.png", 5)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/held_out.csv").write_text("filepath,title\na.png,one\n")
+    named = [f"retrieval:{tmp_path}/lists/held_out.csv"]
+    (entry,) = wanted_entries(CatalogOptions(named, image_root=str(tmp_path / "photos")))
+    assert int(opened(entry, Prompts(), tmp_path).images[0]["image"][0, 0, 0]) == 5
+    (entry,) = wanted_entries(CatalogOptions(named))
+    with pytest.raises(MissingData, match="--image-root"):
+        raise opened(entry, Prompts(), tmp_path)
+
+
+def test_own_class_folders_need_no_lists(tmp_path, capsys):
+    for name in ("red_square", "star"):
+        image(tmp_path / f"shapes/val/{name}/x.png")
+    (entry,) = choose([f"imagefolder:{tmp_path}/shapes"], {})
+    with pytest.raises(MissingData, match="split val with --split"):
+        raise opened(entry, Prompts(), tmp_path)
+    data = opened(replace(entry, split="val"), Prompts(), tmp_path)
+    assert data.classes == ["red square", "star"] and data.templates == ["a photo of a {}."]
+    assert "'a photo of a {}.'" in capsys.readouterr().out
+    given = opened(replace(entry, split="val"), lists(tmp_path, shapes=["a", "b"]), tmp_path)
+    assert given.classes == ["a", "b"] and given.templates == ["a {}."]
 
 
 def test_shards_that_train_are_a_retrieval_set(tmp_path):

@@ -60,7 +60,7 @@ def average_precision(scores: Tensor, targets: Tensor) -> tuple[float, float]:
         return float("nan"), float("nan")
     precision, recall = precision_recall(scores, targets)
     levels = torch.arange(11, dtype=torch.float64) / 10
-    at_levels = precision[torch.searchsorted(recall, levels - 1e-12)]
+    at_levels = precision[torch.searchsorted(recall, levels)]
     steps = recall.diff(prepend=recall.new_zeros(1))
     area = (precision * steps).sum()
     return percent(at_levels), percent(area)

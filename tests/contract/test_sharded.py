@@ -1,6 +1,7 @@
 """Sharded checkpoints of several processes: what FSDP and DDP wrote, any number of processes reads;
 one that fails fails them all."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from runtime import saving
 from runtime.checkpoint import CheckpointFolder, find_damage, load_checked, read_weights
 from runtime.parallel import Features, parallelize
 from runtime.saving import Saver, copied_to_host
-from runtime.sharded import Piece, is_sharded, outline, read_state, write_part
+from runtime.sharded import Piece, is_sharded, merge_weights, outline, read_state, write_part
 from scripts.weights import convert
 from tests.contract.test_parallel import needs_fsdp2
 from tests.helpers.processes import ROOT, spawn
@@ -275,6 +276,21 @@ def test_damage_is_named_and_the_checkpoint_before_serves(case, two_steps, tmp_p
     assert found == tmp_path / "run/checkpoint_00000001"
     with pytest.raises(UserError, match=rf"checkpoint_00000002.*({message}|no such|a folder)"):
         read_weights(newest)
+
+
+def test_merged_tensors_begin_where_their_type_may(tmp_path):
+    tensors = {"a": torch.ones(3, dtype=torch.bool), "b": torch.rand(5).bfloat16()}
+    tensors |= {"c": torch.arange(2), "d": torch.rand(3)}
+    checkpoints, file = CheckpointFolder(tmp_path), tmp_path / "merged.safetensors"
+    pieces = {("model", n): Piece((0,), t) for n, t in tensors.items()}
+    written = write_part(checkpoints.unfinished(1), 0, pieces, {}, "")
+    path = checkpoints.commit({"model": outline(tensors), "step": 1}, [written], 1)
+    assert merge_weights(path, file) == 4
+    assert_equal(load_file(file), tensors)
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    for name, value in tensors.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % value.itemsize == 0, name
 
 
 MERGE = """

@@ -194,6 +194,14 @@ def test_a_lease_that_another_run_took_stays_its_own():
     assert Bucket(URL).read(LEASE)["id"] == "other"
 
 
+def test_a_lease_that_was_given_back_is_not_written_again():
+    lease = Lease(Bucket(URL))
+    lease.take()
+    lease.give_back()
+    lease.renew()  # of a thread that has waited meanwhile
+    assert Bucket(URL).read(LEASE) is None
+
+
 REFUSED = PermissionError("Forbidden: s3:PutObject is not allowed")
 
 

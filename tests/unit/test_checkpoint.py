@@ -71,6 +71,14 @@ def test_newest_are_kept_and_best_outlives_them(tmp_path):
     )
 
 
+def test_of_equal_scores_the_first_is_the_best(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        folder.save(state(step), step)
+    assert folder.restore_best("accuracy", {1: 4.0, 2: 5.0, 3: 5.0}) == 5.0
+    assert load_checked(folder.best)["step"] == 2
+
+
 @pytest.mark.parametrize("keep_bytes", [0, 1, 100, 5000, -90, -72, -71, -22, -1])
 def test_truncated_newest_falls_back_loudly(tmp_path, keep_bytes):
     folder = CheckpointFolder(tmp_path)

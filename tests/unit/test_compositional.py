@@ -33,16 +33,17 @@ def write(path, text: object) -> None:
 
 
 def test_scores_by_hand():
-    """Winoground's three scores: both right; the captions right, the images not; a draw; neither."""
+    """Winoground's three scores: both right; the captions right, the images not; draws; neither."""
     scores = torch.tensor(
         [
             [[0.9, 0.1], [0.2, 0.8]],
             [[0.5, 0.4], [0.6, 0.7]],  # image 1 is nearer to caption 0 than image 0 is
             [[0.5, 0.5], [0.1, 0.9]],  # image 0: a draw
+            [[0.5, 0.1], [0.5, 0.9]],  # caption 0: a draw
             [[0.1, 0.9], [0.9, 0.1]],
         ]
     )
-    assert choices(scores) == {"text_acc": 50.0, "image_acc": 50.0, "acc": 25.0}
+    assert choices(scores) == pytest.approx({"text_acc": 60, "image_acc": 40, "acc": 20})
     one_image = torch.tensor([[[0.6, 0.5]], [[0.5, 0.6]], [[0.5, 0.5]]])
     found = choices(one_image)
     assert found == pytest.approx({"text_acc": 100 / 3, "image_acc": 100, "acc": 100 / 3})

@@ -56,6 +56,7 @@ def test_accuracy_by_type_and_what_the_most_frequent_answer_scores():
 def test_any_of_a_few_answers_is_right():
     assert answer_score("Grey.", ["grey"]) == answer_score("cow", ["crow", "cow"]) == 1.0
     assert answer_score("red", ["grey"]) == 0.0
+    assert answer_score("grey", ["grey", "red", "red", "blue"]) == 0.25  # four: as of ten
     assert answer_score("grey", ["grey"], one_sided=True) == 0.0  # as the official code
 
 
@@ -117,12 +118,12 @@ def test_iou_is_symmetric_and_at_most_one(a, b):
 def test_splits_are_counted_apart():
     results = [
         point(torch.ones(2, 2), [[0, 0, 4, 4]], box, 4, 4)
-        for box in ([0, 0, 4, 4], [0, 0, 4, 1], [0, 0, 4, 4])
+        for box in ([0, 0, 4, 4], [0, 0, 4, 1], [0, 0, 4, 2])  # the last: an IoU of exactly 0.5
     ]
     found = grounding_accuracy(results, ["val", "val", "testA"])
     assert (
         found["val"]["accuracy"] == 50.0
-        and found["testA"]["accuracy"] == 100.0
+        and found["testA"]["accuracy"] == found["testA"]["chance"] == 100.0
         and set(found) == {"val", "testA"}
     )
 

@@ -92,6 +92,20 @@ def ranks_by_sorting(scores, relevant):
     return torch.tensor(places)
 
 
+def test_the_similarity_counts_by_its_weight_in_both_directions():
+    images, captions = toy_data()
+
+    def found(**options):
+        given = (loader(images, IMAGES), IMAGES, captions, ALONE)
+        rankings = rank(ToyModel(), *given, k=IMAGES, image_batch=IMAGES, **options)
+        return [ranking.dense() for ranking in rankings]
+
+    similar, matched = found(rerank=False), found()
+    for ours, itc, itm in zip(found(similarity_weight=2.0), similar, matched, strict=True):
+        both = itm > -100  # the candidates
+        torch.testing.assert_close(ours[both], (itm + 2 * itc)[both])
+
+
 @pytest.mark.parametrize("k", [1, 3, 100])
 @pytest.mark.parametrize("keep_states", [False, True])
 @pytest.mark.parametrize(("image_batch", "pairs"), [(2, 4), (3, 512), (7, 1)])

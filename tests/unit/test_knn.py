@@ -13,7 +13,7 @@ from base.errors import UserError
 from evaluation import knn
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import Neighbours, first_of, knn_accuracy, nearest_neighbours, votes
-from evaluation.probe import SWEEP, Part, Probe, linear_probe, mean_of_classes, split, sweep
+from evaluation.probe import SWEEP, Part, Probe, fit, linear_probe, mean_of_classes, split, sweep
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -94,6 +94,8 @@ def test_accuracies():
     assert "knn3" in knn_accuracy(
         neighbours, labels, torch.tensor([1]), 3, [20], 1.0
     )  # no more than there are
+    six = Neighbours(torch.arange(6, 0, -1)[None] / 6, torch.arange(6)[None])
+    assert votes(six, torch.arange(6), 6, 6, 0.07).tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_linear_probe_is_logistic_regression():
@@ -103,6 +105,10 @@ def test_linear_probe_is_logistic_regression():
     mean, std = train.features.mean(0), train.features.std(0)
     theirs = LogisticRegression(C=1 / (l2 * 300), max_iter=1000, tol=1e-8)
     theirs.fit((train.features - mean) / std, train.labels.numpy())
+    ours = fit([Part(train)], 4, ALONE.device, l2, 200)
+    assert ours.std.numpy() == pytest.approx(std, rel=1e-5)
+    assert ours.weight.numpy() == pytest.approx(theirs.coef_, abs=3e-3)
+    assert ours.bias.numpy() == pytest.approx(theirs.intercept_, abs=3e-3)
     expected = theirs.score((queries.features - mean) / std, queries.labels.numpy())
     assert found["probe"] == pytest.approx(
         100 * expected, abs=1.1
@@ -149,6 +155,7 @@ def test_a_fraction_of_the_training_images_is_held_out():
     train, queries = bank(300), bank(100, seed=1)
     part, held_out = split(train, 0.1)
     assert (len(part), len(held_out)) == (270, 30) and not (part.kept & held_out.kept).any()
+    assert len(split(bank(9), 0.3)[1]) == 3
     (x, labels), *rest = held_out.tiles(torch.device("cpu"))
     assert not rest and torch.equal(labels, train.labels[held_out.kept])
     assert torch.equal(x, torch.from_numpy(train.features)[held_out.kept])

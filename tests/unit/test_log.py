@@ -22,10 +22,11 @@ def test_meters_are_means_since_the_last_reading():
 
 def test_meters_survive_a_restart_between_log_points():
     first, second = Meters(), Meters()
-    first.add(loss=torch.tensor(1.0))
+    for value in (1.0, 2.0):
+        first.add(loss=torch.tensor(value))
     second.load_state_dict(first.state_dict(), torch.device("cpu"))
-    second.add(loss=torch.tensor(3.0))
-    assert second.read() == {"loss": 2.0}
+    second.add(loss=torch.tensor(6.0))
+    assert second.read() == {"loss": 3.0}
 
 
 def test_log_is_json_lines_and_resuming_drops_what_will_be_written_again(tmp_path):

@@ -9,6 +9,7 @@ from evaluation.recognition import (
     SentenceEncoder,
     exact_metrics,
     exact_scores,
+    label_metrics,
     means,
     similarity_scores,
     soft_scores,
@@ -32,6 +33,13 @@ def test_exact_metrics_take_as_many_labels_as_a_image_shows():
     assert (short["exact_recall"], short["exact_precision"]) == (25.0, 100.0) and short[
         "exact_f1"
     ] == 40.0
+
+
+def test_labels_that_are_named_twice_and_chance():
+    found = exact_metrics([["dog", "sky"]], [["dog", "dog"]])
+    assert found["exact_recall"] == found["exact_precision"] == 100.0
+    found = label_metrics([[("sky", 0.5)]] * 2, [["dog", "cat"], ["dog", "sea"]])
+    assert found["chance"] == pytest.approx(200 / 3)  # "dog" alone: recall 50, precision 100
 
 
 def test_soft_scores_by_hand():

@@ -18,6 +18,7 @@ from torch import nn
 
 from base.distributed import ALONE, World
 from base.errors import UserError
+from base.writing import write_json
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from runtime import interrupt
 from runtime.checkpoint import CheckpointFolder, find_damage, load_checked
@@ -452,6 +453,29 @@ def test_a_validation_that_never_comes_to_its_end_stops_the_run(tmp_path):
         train(options(tmp_path), scores)
     train(options(tmp_path), scores)  # with more time
     assert validated(tmp_path) == [1, 2, 3, 4] and not (tmp_path / "validation.json").exists()
+
+
+def test_a_validation_of_another_step_was_not_begun(tmp_path):
+    with pytest.raises(SystemExit):
+        train(options(tmp_path, max_steps=2), [1, 3, 2, 4])
+    write_json(tmp_path / "validation.json", {"step": 2, "begun": ATTEMPTS})
+    train(options(tmp_path), [1, 3, 2, 4])
+    assert validated(tmp_path) == [1, 2, 3, 4]
+
+
+def test_ctrl_c_behind_another_signal_is_remembered_and_the_second_ends_at_once():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        waiting = interrupt.Interrupt(ALONE, lambda: None)
+        waiting.unsaved = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert waiting.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("killed", [3, 4])  # behind a validation, or a checkpoint without one

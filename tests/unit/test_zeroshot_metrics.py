@@ -16,6 +16,7 @@ from evaluation.zeroshot_metrics import (
     mean_per_class,
     measure,
     precision_recall,
+    ranked_precision,
     roc_auc,
     voc_map,
 )
@@ -104,6 +105,8 @@ def test_what_is_not_to_be_counted_changes_nothing():
         torch.cat([targets, torch.tensor([-1, -1])]),
     )
     assert average_precision(*more) == average_precision(scores, targets)
+    none, unknown = (targets[:, None] - 1 + shift for shift in (1, 0))  # 0 and 1, -1 and 0
+    assert ranked_precision(scores[:, None], none) > ranked_precision(scores[:, None], unknown) == 0
 
 
 def test_voc_map_is_the_mean_over_the_classes_that_occur():

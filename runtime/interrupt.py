@@ -10,12 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 
 import torch
 
 from base.distributed import World, any_rank
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run is saved and wants to be started again
+MOMENT = 0.01  # seconds
+TRACER = os.path.join("torch", "_subclasses", "fake_tensor.py")
 PATIENCE = 10.0  # seconds for the main thread to notice a signal, unless it waits in a collective
 
 
@@ -44,7 +47,7 @@ class Interrupt:
             self.thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
             self.thread.start()
 
-    def _remember(self, number: int, _frame) -> None:
+    def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         again = self.received is not None
@@ -52,8 +55,17 @@ class Interrupt:
         what = "saving after this step" if self.unsaved else "nothing is left to save; leaving"
         os.write(2, f"{signal.Signals(number).name} received: {what}\n".encode())  # reentrant
         if not (self.unsaved or again):  # what runs on the way out is left alone
-            self.finish_write()
-            sys.exit(EXIT_REQUEUE)
+            self._leave(frame)
+
+    def _leave(self, frame: FrameType | None) -> None:
+        """End the process from a handler of signals; while a network is being traced, a moment
+        later: what is raised in the midst of PyTorch's fake tensors may abort the process."""
+        if _is_tracing(frame):
+            signal.signal(signal.SIGALRM, lambda _, frame: self.unsaved or self._leave(frame))
+            signal.setitimer(signal.ITIMER_REAL, MOMENT)
+            return
+        self.finish_write()
+        sys.exit(EXIT_REQUEUE)
 
     def _watch(self, read_end: int) -> None:
         """Does the same where the main thread cannot: on GPUs it waits without end in a collective
@@ -71,6 +83,14 @@ class Interrupt:
         """True on every process as soon as any process was signalled. A collective: all must ask at
         the same step."""
         return any_rank(self.received is not None, device)
+
+
+def _is_tracing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(TRACER):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _ignore_signals() -> None:

@@ -421,6 +421,38 @@ Interrupt(World(0, 1, 0, torch.device("cpu")), lambda: None)
 os.kill(os.getpid(), signal.SIGUSR1)
 """
 
+IN_A_TRACE = """
+import os, signal, traceback
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _python_dispatch as modes
+from base.distributed import World
+from runtime.interrupt import Interrupt
+
+push = modes._push_mode
+
+def signalled(mode):
+    push(mode)
+    within = [frame.name for frame in traceback.extract_stack()]
+    if isinstance(mode, FakeTensorMode) and "__torch_dispatch__" in within:
+        modes._push_mode = push
+        os.kill(os.getpid(), signal.SIGTERM)  # the mode is set, its `with` not yet entered
+
+Interrupt(World(0, 1, 0, torch.device("cpu")), lambda: None)
+modes._push_mode = signalled
+network = torch.nn.Conv2d(1, 1, 1)
+network.compile(backend="aot_eager")
+network(torch.ones(1, 1, 1, 1))
+while True:  # longer than a moment
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_cut_through_a_trace():
+    ended = subprocess.run([sys.executable, "-c", IN_A_TRACE], cwd=ROOT, capture_output=True)
+    assert ended.returncode == EXIT_REQUEUE, ended.stderr
+
 
 @pytest.mark.slow
 def test_a_second_signal_leaves_the_status_of_the_first():

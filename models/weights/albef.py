@@ -180,53 +180,43 @@ class Start:
     # kinds of checkpoint that can be converted; the task's own kind always loads
     sources: tuple[str, ...]
     # (checkpoint, target's state) -> renamed checkpoint
-    convert: Callable[[State, State], dict[str, Tensor]]
+    convert: Callable[[State, State], State]
     initial: tuple[str, ...] = ()  # patterns of target keys the checkpoint has nothing for
     ignored: tuple[str, ...] = ()  # patterns of checkpoint keys the task has no use for
     before: str = ""  # the command that makes one of `sources` from another checkpoint
 
 
-def _strip(state: State, target: State) -> dict[str, Tensor]:
-    return strip_bert(state)
-
-
-def _keep(state: State, target: State) -> dict[str, Tensor]:
-    return dict(state)
-
-
-def _split(state: State, target: State) -> dict[str, Tensor]:
-    return split_decoder(state, depth(target, "text_decoder"))
-
-
-def _double(state: State, target: State) -> dict[str, Tensor]:
-    return double_fusion(without_momentum(strip_bert(state)), depth(target, "text_encoder"))
-
-
 NO_CONTRAST = (*PRETRAIN_HEADS, *QUEUES, "temp", "*_proj.*", "*_proj_m.*", "itm_head.*")
 STARTS = {
-    "pretrain": Start(sources=(), convert=_keep),
+    "pretrain": Start(sources=(), convert=lambda state, target: state),
     "retrieval": Start(
         sources=("pretrain",),
-        convert=_strip,
+        convert=lambda state, target: strip_bert(state),
         initial=("idx_queue",),
         ignored=PRETRAIN_HEADS,
     ),
     "ve": Start(
         sources=("pretrain", "retrieval"),
-        convert=_strip,
+        convert=lambda state, target: strip_bert(state),
         initial=CLS_HEAD,
         ignored=NO_CONTRAST,
     ),
-    "vqa": Start(sources=("pretrain",), convert=_split, ignored=NO_CONTRAST),
+    "vqa": Start(
+        sources=("pretrain",),
+        convert=lambda state, target: split_decoder(state, depth(target, "text_decoder")),
+        ignored=NO_CONTRAST,
+    ),
     "text_assignment": Start(
         sources=("pretrain", "retrieval"),
-        convert=_double,
+        convert=lambda state, target: double_fusion(
+            without_momentum(strip_bert(state)), depth(target, "text_encoder")
+        ),
         initial=("ta_head.*", "text_encoder.embeddings.token_type_embeddings.weight"),
         ignored=(*PRETRAIN_HEADS, *QUEUES, "itm_head.*"),
     ),
     "nlvr": Start(
         sources=("text_assignment",),
-        convert=_keep,
+        convert=lambda state, target: state,
         initial=CLS_HEAD,
         ignored=(*CONTRASTIVE, "ta_head.*"),
         before="NLVR.py --config configs/NLVR/assignment.yaml",

@@ -13,7 +13,7 @@ from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.config import DualConfig
 from models.layers.efficientnet import SHAPES, SQUEEZE
 from models.weights.loading import count
-from models.weights.stated import check_stated
+from models.weights.stated import OPEN_FOLDER, check_stated
 
 State = Mapping[str, Tensor]
 
@@ -160,7 +160,6 @@ def hugging_face_config(model: Align) -> dict:
 def check_described(described: Mapping[str, Any]) -> None:
     """UserError where config.json of transformers' AlignModel describes another network than
     ours."""
-    remedy = "open the folder with --model hf/FOLDER"
     text = described.get("text_config", {})
     computed = {
         "hidden_act": ("gelu",),
@@ -168,14 +167,15 @@ def check_described(described: Mapping[str, Any]) -> None:
         "num_attention_heads": (text.get("hidden_size", 768) // 64,),
         "pad_token_id": (0,),
     }
-    check_stated("config.json, text_config", text, computed, remedy)
+    check_stated("config.json, text_config", text, computed, OPEN_FOLDER)
     computed = {
         "hidden_act": ("swish", "silu"),
         "batch_norm_eps": (1e-3,),
         "pooling_type": ("mean",),
         "squeeze_expansion_ratio": (SQUEEZE,),
     }
-    check_stated("config.json, vision_config", described.get("vision_config", {}), computed, remedy)
+    vision = described.get("vision_config", {})
+    check_stated("config.json, vision_config", vision, computed, OPEN_FOLDER)
 
 
 def align_config(state: State, image_size: int = 289) -> DualConfig:

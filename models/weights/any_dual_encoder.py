@@ -45,7 +45,13 @@ from models.weights.clip import (
     unwrap_names,
 )
 from models.weights.loading import count, from_saved, load_checkpoint
-from models.weights.stated import check_open_clip, check_stated, processor_pixels
+from models.weights.stated import (
+    OPEN_CLIP_FOLDER,
+    OPEN_FOLDER,
+    check_open_clip,
+    check_stated,
+    processor_pixels,
+)
 
 State = Mapping[str, Tensor]
 
@@ -275,8 +281,7 @@ def _openai(
     if text_heads(settings) not in (None, width // 64):
         raise UserError(
             f"open_clip_config.json: a text transformer of width {width} with "
-            f"{text_heads(settings)} heads is not supported; open the folder with "
-            "--model open_clip/local-dir:FOLDER"
+            f"{text_heads(settings)} heads is not supported; {OPEN_CLIP_FOLDER}"
         )
     if not (described or stated or is_openais(weights, about)):
         pixels = named_pixels(name)
@@ -369,23 +374,22 @@ def text_heads(settings: Mapping[str, Any]) -> int | None:
 def check_timm_pool(settings: Mapping[str, Any], backbone: str) -> None:
     """UserError where open_clip pools otherwise than our backbone."""
     pool = "token" if backbone.startswith("VIT") else "avg"
-    remedy = "open the folder with --model open_clip/local-dir:FOLDER"
     vision = {"timm_pool": "avg", **settings.get("vision_cfg", {})}  # open_clip's default
-    check_stated("open_clip_config.json, vision_cfg", vision, {"timm_pool": (pool, "")}, remedy)
+    where = "open_clip_config.json, vision_cfg"
+    check_stated(where, vision, {"timm_pool": (pool, "")}, OPEN_CLIP_FOLDER)
 
 
 def check_clip_described(described: Mapping[str, Any], vocabulary: int) -> None:
     """UserError where config.json of transformers' CLIP describes another network than OpenAI's."""
-    remedy = "open the folder with --model hf/FOLDER"
     text = described.get("text_config", {})
     computed = {
         "layer_norm_eps": (1e-5,),
         "num_attention_heads": (text.get("hidden_size", 512) // 64,),
         "eos_token_id": (2, vocabulary - 1),  # 2: of old files, whose largest id ends the text
     }
-    check_stated("config.json, text_config", text, computed, remedy)
+    check_stated("config.json, text_config", text, computed, OPEN_FOLDER)
     vision = described.get("vision_config", {})
-    check_stated("config.json, vision_config", vision, {"layer_norm_eps": (1e-5,)}, remedy)
+    check_stated("config.json, vision_config", vision, {"layer_norm_eps": (1e-5,)}, OPEN_FOLDER)
 
 
 def _opened(

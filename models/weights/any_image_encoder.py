@@ -110,8 +110,7 @@ def _foreign_classifier(
 ) -> ImageEncoder:
     """A plain ViT under any library's names, without a run's configuration."""
     values = config_of_weights(native(weights), name)
-    values["gelu"] = "tanh" if facts.activation == "gelu_tanh" else "none"
-    config = ClassifierConfig(**values, layer_norm_eps=facts.eps)
+    config = ClassifierConfig(**values, gelu=facts.gelu, layer_norm_eps=facts.eps)
     heads = about.get("config.json", {}).get("num_attention_heads", config.vit.heads)
     if heads != config.vit.heads:
         raise UserError(
@@ -126,8 +125,8 @@ def _foreign_classifier(
 
 def _self_supervised(weights: State, heads: int, facts: VitFacts) -> ImageEncoder:
     """The encoder of DINO, MoCo v3 or MAE: no head, the class token counts."""
-    gelu = "tanh" if facts.activation == "gelu_tanh" else "none"
-    config = ViTConfig(**vit_sizes(weights), heads=heads, layer_norm_eps=facts.eps, gelu=gelu)
+    options = {"layer_norm_eps": facts.eps, "gelu": facts.gelu}
+    config = ViTConfig(**vit_sizes(weights), heads=heads, **options)
     vit = ViT(config)
     load_checkpoint(vit, weights)
 

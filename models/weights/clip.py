@@ -11,7 +11,6 @@ error that lists the names.
     state, config = to_hugging_face(model), hugging_face_config(model.config)
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,15 @@ from models.dual_encoder.slip import SlipCLIP
 from models.layers.clip_towers import TextShape
 from models.layers.openai_towers import OpenAIConfig
 from models.layers.positions import resize_positions
-from models.weights.loading import count, from_saved, load_checkpoint, part_of
+from models.weights.loading import (
+    count,
+    from_saved,
+    join_qkv,
+    load_checkpoint,
+    part_of,
+    renamed,
+    split_qkv,
+)
 
 State = dict[str, Tensor]
 
@@ -307,34 +314,37 @@ def fit_positions(state: State, image_size: int) -> State:
 
 # ---- Hugging Face
 
-HUGGING_FACE = (  # OpenAI's name, transformers' name; a trailing dot stands for weight and bias
-    ("logit_scale", "logit_scale"),
-    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
-    ("ln_final.", "text_model.final_layer_norm."),
-    ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
-    ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-    ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
-    ("visual.ln_pre.", "vision_model.pre_layrnorm."),
-    ("visual.ln_post.", "vision_model.post_layernorm."),
-)
-HUGGING_FACE_TRANSPOSED = (
-    ("text_projection", "text_projection.weight"),
-    ("visual.proj", "visual_projection.weight"),
-)
-HUGGING_FACE_BLOCKS = (
-    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
-    ("transformer.resblocks.", "text_model.encoder.layers."),
-)
-HUGGING_FACE_IN_BLOCK = (
-    ("attn.out_proj.", "self_attn.out_proj."),
-    ("ln_1.", "layer_norm1."),
-    ("ln_2.", "layer_norm2."),
-    ("mlp.c_fc.", "mlp.fc1."),
-    ("mlp.c_proj.", "mlp.fc2."),
-)
-PACKED = re.compile(r"(.*\.)attn\.in_proj_(weight|bias)$")
-SPLIT = re.compile(r"(.*\.)self_attn\.([qkv])_proj\.(weight|bias)$")
+HUGGING_FACE = {  # OpenAI's name -> transformers', as `renamed` takes it
+    "logit_scale": "logit_scale",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "ln_final": "text_model.final_layer_norm",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1": "vision_model.embeddings.patch_embedding",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+}
+IN_BLOCK = {
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+BLOCKS = {
+    "transformer.resblocks.{}.": "text_model.encoder.layers.{}.",
+    "visual.transformer.resblocks.{}.": "vision_model.encoder.layers.{}.",
+}
+for _ours, _theirs in BLOCKS.items():
+    HUGGING_FACE |= {_ours + name: _theirs + other for name, other in IN_BLOCK.items()}
+TRANSPOSED = {
+    "text_projection": "text_projection.weight",
+    "visual.proj": "visual_projection.weight",
+}
 
 
 def to_hugging_face(model: OpenAICLIP) -> State:
@@ -349,55 +359,28 @@ def to_hugging_face(model: OpenAICLIP) -> State:
 
 def hugging_face_names(state: State) -> State:
     """OpenAI's names of both towers, or of one, -> those of transformers' CLIPModel."""
-    result = {}
-    for name, value in state.items():
-        if packed := PACKED.match(name):
-            for part, rows in zip("qkv", value.chunk(3), strict=True):
-                result[_to_hf(f"{packed[1]}self_attn.{part}_proj.{packed[2]}")] = rows.clone()
-        elif name in dict(HUGGING_FACE_TRANSPOSED):
-            result[dict(HUGGING_FACE_TRANSPOSED)[name]] = value.T.contiguous()
-        else:
-            result[_to_hf(name)] = value
-    return result
+    return _other_names(split_qkv(state), HUGGING_FACE, TRANSPOSED)
 
 
 def from_hugging_face(state: State) -> State:
     """transformers' CLIPModel -> OpenAI's names; `position_ids` of older versions are dropped."""
-    transposed = {theirs: ours for ours, theirs in HUGGING_FACE_TRANSPOSED}
+    names = {theirs: ours for ours, theirs in HUGGING_FACE.items()}
+    transposed = {theirs: ours for ours, theirs in TRANSPOSED.items()}
+    kept = {name: value for name, value in state.items() if not name.endswith("position_ids")}
+    return join_qkv(_other_names(kept, names, transposed), "in_proj_")
+
+
+def _other_names(state: State, names: Mapping[str, str], transposed: Mapping[str, str]) -> State:
     result = {}
-    parts = {}
     for name, value in state.items():
-        if split := SPLIT.match(name):
-            parts.setdefault(_from_hf(split[1]) + f"attn.in_proj_{split[3]}", {})[split[2]] = value
-        elif name in transposed:
+        other = renamed(name, names)
+        if name in transposed:
             result[transposed[name]] = value.T.contiguous()
-        elif not name.endswith("position_ids"):
-            result[_from_hf(name)] = value
-    return result | {name: torch.cat([part[k] for k in "qkv"]) for name, part in parts.items()}
-
-
-def _to_hf(name: str) -> str:
-    return _rename(name, HUGGING_FACE, HUGGING_FACE_BLOCKS, HUGGING_FACE_IN_BLOCK)
-
-
-def _from_hf(name: str) -> str:
-    tables = (HUGGING_FACE, HUGGING_FACE_BLOCKS, HUGGING_FACE_IN_BLOCK)
-    return _rename(name, *(tuple((theirs, ours) for ours, theirs in table) for table in tables))
-
-
-def _rename(name: str, whole: tuple, blocks: tuple, in_block: tuple) -> str:
-    for old, new in whole:
-        if name == old or (old.endswith(".") and name.startswith(old)):
-            return new + name[len(old) :]
-    for old, new in blocks:
-        if name.startswith(old):
-            index, _, rest = name[len(old) :].partition(".")
-            for inner, renamed in in_block:
-                if rest.startswith(inner):
-                    rest = renamed + rest[len(inner) :]
-                    break
-            return f"{new}{index}.{rest}"
-    raise UserError(f"{name} is no weight of CLIP's ViT models")
+        elif other is None:
+            raise UserError(f"{name} is no weight of CLIP's ViT models")
+        else:
+            result[other] = value
+    return result
 
 
 def hugging_face_config(config: OpenAIConfig) -> dict:

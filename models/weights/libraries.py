@@ -59,7 +59,8 @@ def open_library(name: str, checkpoint: Path | None = None, random_weights: bool
     if library == "open_clip":
         return _open_clip(rest, checkpoint, random_weights)
     if library == "hf":
-        return _hugging_face_dual(rest, checkpoint, random_weights)
+        _check_no_file(checkpoint)
+        return _hugging_face_dual(rest, random_weights)
     raise UserError(f"{name}: timm's networks have no text encoder; evaluate it with eval_knn.py")
 
 
@@ -80,7 +81,8 @@ def library_encoder(
         published = weights is None and not random_weights
         return timm_encoder(rest, weights, published, stated=stated, remedy=OTHER_WEIGHTS)
     if library == "hf":
-        encoder = _hugging_face_image(rest, checkpoint, random_weights)
+        _check_no_file(checkpoint)
+        encoder = _hugging_face_image(rest, random_weights)
         if encoder is not None:
             return encoder
     opened = open_library(name, checkpoint, random_weights)
@@ -308,13 +310,16 @@ def _text_inputs(text_ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": text_ids[:, 0], "attention_mask": text_ids[:, 1]}
 
 
-def _hugging_face_dual(source: str, checkpoint: Path | None, random_weights: bool) -> Opened:
+def _check_no_file(checkpoint: Path | None) -> None:
+    if checkpoint:
+        raise UserError("hf/NAME reads the weights of its folder: leave out --checkpoint")
+
+
+def _hugging_face_dual(source: str, random_weights: bool) -> Opened:
     """CLIP, SigLIP, SigLIP 2, ALIGN, BLIP (retrieval) and whatever else embeds both images and
     texts."""
     import transformers
 
-    if checkpoint:
-        raise UserError("hf/NAME reads the weights of its folder: leave out --checkpoint")
     config = hugging_face_config(source, OTHER_WEIGHTS)
     kind = transformers.AutoModel
     text = getattr(config, "text_config", None)
@@ -371,14 +376,10 @@ def _blip_features(network: nn.Module) -> tuple[Callable, Callable]:
     return image, text
 
 
-def _hugging_face_image(
-    source: str, checkpoint: Path | None, random_weights: bool
-) -> ImageEncoder | None:
+def _hugging_face_image(source: str, random_weights: bool) -> ImageEncoder | None:
     """An image encoder of transformers; None for a dual encoder."""
     import transformers
 
-    if checkpoint:
-        raise UserError("hf/NAME reads the weights of its folder: leave out --checkpoint")
     config = hugging_face_config(source, OTHER_WEIGHTS)
     if hasattr(config, "text_config"):
         return None

@@ -19,23 +19,24 @@ from base.names import matching_files
 from base.reading import read_json
 from base.torch_files import find_index, read_tensors, shards_of
 from models.layers.llama import LlamaConfig, split_dimension
+from models.weights.loading import renamed
 
 State = dict[str, Tensor]
-HUGGING_FACE = {  # transformers' name -> Meta's
+HUGGING_FACE = {  # transformers' name, without its `model.` -> Meta's, as `renamed` takes it
     "embed_tokens": "tok_embeddings",
     "norm": "norm",
     "lm_head": "output",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "self_attn.q_norm": "attention.q_norm",
-    "self_attn.k_norm": "attention.k_norm",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
+    "layers.{}.self_attn.q_proj": "layers.{}.attention.wq",
+    "layers.{}.self_attn.k_proj": "layers.{}.attention.wk",
+    "layers.{}.self_attn.v_proj": "layers.{}.attention.wv",
+    "layers.{}.self_attn.o_proj": "layers.{}.attention.wo",
+    "layers.{}.self_attn.q_norm": "layers.{}.attention.q_norm",
+    "layers.{}.self_attn.k_norm": "layers.{}.attention.k_norm",
+    "layers.{}.mlp.gate_proj": "layers.{}.feed_forward.w1",
+    "layers.{}.mlp.down_proj": "layers.{}.feed_forward.w2",
+    "layers.{}.mlp.up_proj": "layers.{}.feed_forward.w3",
+    "layers.{}.input_layernorm": "layers.{}.attention_norm",
+    "layers.{}.post_attention_layernorm": "layers.{}.ffn_norm",
 }
 KINDS = ("llama", "qwen2", "qwen3")  # transformers' model_type of decoders of this layout
 META_SCALING = (8.0, 1.0, 4.0, 8192.0)  # params.json says use_scaled_rope; Meta's code has these
@@ -200,12 +201,9 @@ def from_hugging_face(state: State, config: LlamaConfig) -> State:
     head is copied."""
     result: State = {}
     for name, value in state.items():
-        place, stem, leaf = re.fullmatch(
-            r"(?:model\.)?((?:layers\.\d+\.)?)(.*)\.(weight|bias|inv_freq)", name
-        ).groups()
-        if stem in HUGGING_FACE:
-            result[f"{place}{HUGGING_FACE[stem]}.{leaf}"] = value
-        elif not stem.endswith("rotary_emb"):
+        if ours := renamed(name.removeprefix("model."), HUGGING_FACE):
+            result[ours] = value
+        elif not name.endswith("rotary_emb.inv_freq"):
             raise UserError(f"{name}: no weight of a LLaMA; is this a LlamaForCausalLM?")
     for name in result:
         if heads := rotary_heads(name, config):
@@ -227,11 +225,10 @@ def to_hugging_face(state: State, config: LlamaConfig) -> State:
     theirs = {ours: name for name, ours in HUGGING_FACE.items()}
     result: State = {}
     for name, value in state.items():
-        place, stem, leaf = re.fullmatch(r"((?:layers\.\d+\.)?)(.*)\.(weight|bias)", name).groups()
         if heads := rotary_heads(name, config):
             value = halves(value, heads)
-        prefix = "" if stem == "output" else "model."
-        result[f"{prefix}{place}{theirs[stem]}.{leaf}"] = value
+        prefix = "" if name == "output.weight" else "model."
+        result[f"{prefix}{renamed(name, theirs)}"] = value
     return result
 
 

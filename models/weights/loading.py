@@ -6,12 +6,14 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
 
 State = Mapping[str, Tensor]
 C = TypeVar("C")
+NUMBER = re.compile(r"(?<=[./])\d+(?=[./])")  # of a block
 POSITION_IDS = "*embeddings.position_ids"  # a constant, 0..511; libraries disagree on storing it
 
 
@@ -100,6 +102,49 @@ def count(names: Iterable[str], pattern: str) -> int:
     of the names of weights, 0 where it finds none."""
     numbers = [int(found[1]) for name in names if (found := re.match(pattern, name))]
     return max(numbers, default=-1) + 1
+
+
+def renamed(name: str, table: Mapping[str, str]) -> str | None:
+    """The other name of a weight; None where the table lacks it.
+
+    table: one name -> the other; {} stands for the number of a block, and a name for itself and for
+    .weight and .bias below it.
+    """
+    number = NUMBER.search(name)
+    form = NUMBER.sub("{}", name, count=1)
+    stem, _, leaf = form.rpartition(".")
+    other = table.get(form)
+    if other is None and stem in table:
+        other = f"{table[stem]}.{leaf}"
+    return other.format(number[0]) if other and number else other
+
+
+def split_qkv(state: State) -> dict[str, Tensor]:
+    """`attn.qkv.weight` or `attn.in_proj_weight` -> `attn.q.weight`, k and v; biases alike."""
+    result = {}
+    for name, value in state.items():
+        packed = re.fullmatch(r"(.*\battn\.)(?:qkv\.|in_proj_)(weight|bias)", name)
+        if packed is None:
+            result[name] = value
+            continue
+        for part, rows in zip("qkv", value.chunk(3), strict=True):
+            result[f"{packed[1]}{part}.{packed[2]}"] = rows.clone()
+    return result
+
+
+def join_qkv(state: State, packed: str = "qkv.") -> dict[str, Tensor]:
+    """The opposite of `split_qkv`. Raises UserError where one of the three is missing."""
+    result = {}
+    for name, value in state.items():
+        part = re.fullmatch(r"(.*\battn\.)([qkv])\.(weight|bias)", name)
+        if part is None:
+            result[name] = value
+        elif part[2] == "q":
+            parts = [state.get(f"{part[1]}{letter}.{part[3]}") for letter in "qkv"]
+            if any(each is None for each in parts):
+                raise UserError(f"{name}: the key or value projection beside it is missing")
+            result[f"{part[1]}{packed}{part[3]}"] = torch.cat(parts)
+    return result
 
 
 def part_of(state: State, prefix: str) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from typing import Any
 from base.errors import UserError, brief
 from base.pixels import RESAMPLING, processor_statistics
 
+OPEN_FOLDER = "open the folder with --model hf/FOLDER"  # remedies
+OPEN_CLIP_FOLDER = "open the folder with --model open_clip/local-dir:FOLDER"
 BILINEAR = 2  # Pillow's number
 OF_OPEN_CLIP = {  # text_cfg and vision_cfg: what OpenAI's towers compute; other keys are sizes
     "act_kwargs": ({}, None),
@@ -41,12 +43,11 @@ def check_stated(
 
 def check_open_clip(settings: Mapping[str, Any], preprocess: Mapping[str, Any]) -> None:
     """UserError for what open_clip_config.json asks for beyond OpenAI's towers and transform."""
-    remedy = "open the folder with --model open_clip/local-dir:FOLDER"
     for part in ("vision_cfg", "text_cfg"):
         where = f"open_clip_config.json, {part}"
-        check_stated(where, settings.get(part) or {}, OF_OPEN_CLIP, remedy)
+        check_stated(where, settings.get(part) or {}, OF_OPEN_CLIP, OPEN_CLIP_FOLDER)
     resized = {"resize_mode": ("shortest",)}
-    check_stated("open_clip_config.json, preprocess_cfg", preprocess, resized, remedy)
+    check_stated("open_clip_config.json, preprocess_cfg", preprocess, resized, OPEN_CLIP_FOLDER)
 
 
 def processor_pixels(
@@ -57,7 +58,7 @@ def processor_pixels(
     The view: shorter side to `side`, then the centre; large: the whole image, bilinear, to a square
     of `large`, then the centre of `side`.
     """
-    remedy = "open the folder with --model hf/FOLDER, which uses its image processor"
+    remedy = f"{OPEN_FOLDER}, which uses its image processor"
     square = {"height": large, "width": large}
     whole = (square, large) if large else ({"shortest_edge": side}, side)
     crop = ({"height": side, "width": side}, side)

@@ -9,20 +9,25 @@ transformers calls the pooler. TensorFlow kernels are input x output, convolutio
 input x output.
 """
 
-import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.layers.positions import resize_positions
-from models.weights.loading import Differences, load_checkpoint, part_of
+from models.weights.loading import (
+    Differences,
+    join_qkv,
+    load_checkpoint,
+    part_of,
+    renamed,
+    split_qkv,
+)
 
 State = Mapping[str, Tensor]
 
-# native name: (transformers, TensorFlow)
+# native name: (transformers 4 and 5, TensorFlow)
 OUTSIDE = {
     "cls_token": ("vit.embeddings.cls_token", "backbone/class_emb"),
     "pos_embed": ("vit.embeddings.position_embeddings", "backbone/pos_emb"),
@@ -47,9 +52,22 @@ LAYER_PREFIX = (  # in the order above
     "vit.layers.{}.",
     "backbone/enc_layers/{}/",
 )
+TRANSFORMERS_4, TRANSFORMERS_5, TENSORFLOW = range(3)  # columns
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 AVERAGE = "/.OPTIMIZER_SLOT/optimizer/average"
-BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def _names(column: int) -> dict[str, str]:
+    """Native name -> that of a column of the tables, as `renamed` takes it."""
+    names = {ours: each[column == TENSORFLOW] for ours, each in OUTSIDE.items()}
+    for ours, each in INSIDE.items():
+        names[f"blocks.{{}}.{ours}"] = LAYER_PREFIX[column] + each[column]
+    return names
+
+
+def _native_names(*columns: int) -> dict[str, str]:
+    """The other way, for any of the columns."""
+    return {theirs: ours for column in columns for ours, theirs in _names(column).items()}
 
 
 def vit_kind(state: State) -> str:
@@ -141,17 +159,8 @@ def to_transformers(state: State, names: int = 4) -> dict[str, Tensor]:
 
     `vit.*` and `classifier.*`; the pre-logits layer becomes `vit.pooler.dense`.
     """
-    column = 0 if names < 5 else 1
-    result = {}
-    for key, value in split_qkv(state).items():
-        if block := BLOCK.fullmatch(key):
-            result[
-                LAYER_PREFIX[column].format(block[1]) + f"{INSIDE[block[2]][column]}.{block[3]}"
-            ] = value
-        else:
-            name, leaf = _outside(key)
-            result[OUTSIDE[name][0] + leaf] = value
-    return result
+    table = _names(TRANSFORMERS_4 if names < 5 else TRANSFORMERS_5)
+    return {_other_name(key, table): value for key, value in split_qkv(state).items()}
 
 
 def transformers_config(config: ClassifierConfig) -> dict:
@@ -176,15 +185,10 @@ def transformers_config(config: ClassifierConfig) -> dict:
 def to_tensorflow(state: State) -> dict[str, Tensor]:
     """Native weights under the keys of the original's checkpoints, without
     `/.ATTRIBUTES/VARIABLE_VALUE`."""
+    table = _names(TENSORFLOW)
     result = {}
     for key, value in split_qkv(state).items():
-        if block := BLOCK.fullmatch(key):
-            name = LAYER_PREFIX[2].format(block[1]) + INSIDE[block[2]][2]
-            leaf = f".{block[3]}"
-        else:
-            name, leaf = _outside(key)
-            name = OUTSIDE[name][1]
-        leaf = leaf.removeprefix(".")
+        name, _, leaf = _other_name(key, table).partition(".")
         if "norm" in name.rpartition("/")[2]:
             leaf = {"weight": "gamma", "bias": "beta"}[leaf]
         elif leaf == "weight":
@@ -194,58 +198,23 @@ def to_tensorflow(state: State) -> dict[str, Tensor]:
     return result
 
 
-def split_qkv(state: State) -> dict[str, Tensor]:
-    """`attn.qkv` -> `attn.q`, `attn.k`, `attn.v`."""
-    result = {}
-    for key, value in state.items():
-        if ".attn.qkv." in key:
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                result[key.replace(".attn.qkv.", f".attn.{name}.")] = part
-        else:
-            result[key] = value
-    return result
-
-
-def join_qkv(state: State) -> dict[str, Tensor]:
-    """The opposite of `split_qkv`. Raises UserError where one of the three is missing."""
-    result = {}
-    for key, value in state.items():
-        match = re.fullmatch(r"(.*\.attn\.)[qkv](\..*)", key)
-        if match is None:
-            result[key] = value
-        elif ".attn.q." in key:
-            parts = [state.get(f"{match[1]}{name}{match[2]}") for name in "qkv"]
-            if any(part is None for part in parts):
-                raise UserError(f"{key}: the key or value projection beside it is missing")
-            result[f"{match[1]}qkv{match[2]}"] = torch.cat(parts)
-    return result
-
-
-def _outside(key: str) -> tuple[str, str]:
-    """Entry of OUTSIDE and `.weight`, `.bias` or nothing. Raises UserError for a name there is no
-    other one for."""
-    name = re.sub(r"\.(weight|bias)$", "", key)
-    if name not in OUTSIDE:
+def _other_name(key: str, table: Mapping[str, str]) -> str:
+    """`renamed`, or UserError for a name there is no other one for."""
+    name = renamed(key, table)
+    if name is None:
         raise UserError(
             f"{key}: not a weight of VisionClassifier; convert its exported model.safetensors"
         )
-    return name, key[len(name) :]
+    return name
 
 
 def _from_transformers(state: State) -> dict[str, Tensor]:
     """Either version's names, with or without `vit.`, to native ones with q, k, v apart."""
+    table = _native_names(TRANSFORMERS_4, TRANSFORMERS_5)
     result = {}
     for key, value in state.items():
         key = key if key.startswith(("vit.", "classifier.")) else f"vit.{key}"
-        layer = re.fullmatch(r"vit\.(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)", key)
-        if layer:
-            names = {name: ours for ours, each in INSIDE.items() for name in each[:2]}
-            ours = f"blocks.{layer[1]}.{names.get(layer[2], layer[2])}.{layer[3]}"
-        else:
-            leaf = re.search(r"(\.(?:weight|bias))?$", key)[0]
-            names = {theirs: name for name, (theirs, _) in OUTSIDE.items()}
-            ours = names.get(key.removesuffix(leaf), key.removesuffix(leaf)) + leaf
-        result[ours] = value
+        result[renamed(key, table) or key] = value
     return result
 
 
@@ -258,8 +227,7 @@ def _from_tensorflow(state: State) -> dict[str, Tensor]:
     the latter are taken.
     """
     state = {key.removesuffix(VALUE): value for key, value in state.items()}
-    names = {theirs: ours for ours, (_, theirs) in OUTSIDE.items()}
-    inside = {theirs: ours for ours, (*_, theirs) in INSIDE.items()}
+    table = _native_names(TENSORFLOW)
     result = {}
     for key, value in state.items():
         if ".OPTIMIZER_SLOT" in key:
@@ -267,10 +235,11 @@ def _from_tensorflow(state: State) -> dict[str, Tensor]:
         value = state.get(key + AVERAGE, value)
         name, _, leaf = _full_name(key).rpartition("/")
         if leaf in ("class_emb", "pos_emb"):
-            result[names[f"{name}/{leaf}"]] = value
+            result[table[f"{name}/{leaf}"]] = value
             continue
-        block = re.fullmatch(r"backbone/enc_layers/(\d+)/(.+)", name)
-        ours = f"blocks.{block[1]}.{inside.get(block[2])}" if block else names.get(name)
+        ours = renamed(name, table)
+        if ours is None and name.startswith("backbone/enc_layers/"):
+            ours = name  # what it is, the caller's load says
         if ours is None or leaf not in ("kernel", "bias", "gamma", "beta"):
             continue  # counters and the optimizer's own variables
         if leaf == "kernel":

@@ -19,7 +19,8 @@ from models.weights.loading import Differences
 from models.weights.vit import load_vit, vit_kind
 
 State = Mapping[str, Tensor]
-ACTIVATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}  # as torch says it
+# transformers' name -> ours
+ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
 class VitFacts(NamedTuple):
@@ -35,6 +36,11 @@ class VitFacts(NamedTuple):
     eps: float | None = None
     interpolation: str | None = None
     resize: int | None = None
+
+    @property
+    def gelu(self) -> str | None:
+        """The activation as torch calls it."""
+        return {"gelu": "none", "gelu_tanh": "tanh"}.get(self.activation or "")
 
     def updated(self, newer: "VitFacts") -> "VitFacts":
         """These facts, overridden by what `newer` knows."""
@@ -84,9 +90,8 @@ def differing_options(network, weights: State, about: Mapping[str, Any]) -> list
         return []
     facts = known_facts(weights, about)
     options = []
-    gelu = {"gelu": "none", "gelu_tanh": "tanh"}.get(facts.activation, network.gelu)
-    if gelu != network.gelu:
-        options.append(f"--gelu {gelu}")
+    if facts.gelu not in (None, network.gelu):
+        options.append(f"--gelu {facts.gelu}")
     if facts.eps is not None and facts.eps != network.layer_norm_eps:
         options.append(f"--layer-norm-eps {facts.eps:g}")
     mean, std = network.statistics
@@ -165,9 +170,9 @@ def _of_config(described: Mapping[str, Any]) -> VitFacts:
     activation = described.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise UserError(f"config.json: hidden_act {brief(activation)} is not supported")
-    name = "gelu_tanh" if ACTIVATIONS[activation] == "tanh" else "gelu"
     default = 1e-6 if described["model_type"] in ("dinov2", "vit_msn") else 1e-12
-    return VitFacts(activation=name, eps=float(described.get("layer_norm_eps", default)))
+    eps = float(described.get("layer_norm_eps", default))
+    return VitFacts(activation=ACTIVATIONS[activation], eps=eps)
 
 
 def _of_preprocessor(images: Mapping[str, Any]) -> VitFacts:

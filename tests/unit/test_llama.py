@@ -8,7 +8,7 @@ import torch
 
 from base.errors import UserError
 from models.layers.llama import Llama, LlamaConfig, PrefixMask, RMSNorm, own_part
-from models.weights.llama import interleave, merge_shards, read_llama
+from models.weights.llama import from_hugging_face, interleave, merge_shards, read_llama
 from tests.helpers.tiny_nxtp import meta_folder
 
 
@@ -202,6 +202,13 @@ def test_shards_that_split_the_vocabulary_are_merged_along_it():
         {"tok_embeddings.weight": part, "norm.weight": torch.ones(32)} for part in table.chunk(2)
     ]
     assert torch.equal(merge_shards(parts, 32)["tok_embeddings.weight"], table)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts", "model.layers.0.mlp.gate.weight"])
+def test_a_weight_of_another_decoder_is_named(name):
+    config = LlamaConfig(dim=8, n_layers=1, n_heads=2, vocab_size=4)
+    with pytest.raises(UserError, match=f"{name}: no weight of a LLaMA"):
+        from_hugging_face({name: torch.zeros(8, 8)}, config)
 
 
 def test_rotary_rows_of_both_layouts():

@@ -168,6 +168,11 @@ def test_weights_that_do_not_fit_are_refused():
         whole = to_transformers(state)
         whole.pop("vit.encoder.layer.0.attention.attention.key.weight")
         native(whole)
+    more = {"backbone/enc_layers/0/scale/kernel": torch.zeros(32, 32)}  # computes something else
+    with pytest.raises(UserError, match=r"1 unexpected: backbone/enc_layers/0/scale\.weight"):
+        load_vit(ours(), to_tensorflow(state) | more)
+    with pytest.raises(UserError, match=r"blocks\.0\.scale\.weight: not a weight"):
+        to_transformers(state | {"blocks.0.scale.weight": torch.zeros(1)})
     with pytest.raises(UserError, match="no pre-logits layer"):
         to_timm(ours(representation_size=12).state_dict())
     with pytest.raises(UserError, match="no class token and a square"):

@@ -22,8 +22,7 @@ def make_digitscenes_if_named(config: Any, *options: str) -> bool:
     start together wait for the one that builds. Returns whether this process built it; raises
     UserError where the builder fails.
     """
-    named = any(value.is_relative_to(FOLDER) for value in paths_of(config))
-    if not named or (FOLDER / MANIFEST).is_file():
+    if not names_digitscenes(config) or (FOLDER / MANIFEST).is_file():
         return False
     with one_builder(FOLDER):
         if (FOLDER / MANIFEST).is_file():  # another process was first
@@ -33,6 +32,19 @@ def make_digitscenes_if_named(config: Any, *options: str) -> bool:
     if done.returncode:
         raise UserError(f"{FOLDER} could not be made; try: python {BUILDER} {FOLDER}")
     return True
+
+
+def names_digitscenes(value: Any) -> bool:
+    """Whether a text, a path, or any in a list or a dataclass of options lies in data/digitscenes."""
+    return any(path.is_relative_to(FOLDER) for path in paths_of(value))
+
+
+def holds_others(folder: Path) -> bool:
+    """Whether a folder is there and neither DigitScenes nor in a copy of it."""
+    folder = folder.resolve()
+    return folder.is_dir() and not any(
+        (up / MANIFEST).is_file() for up in (folder, *folder.parents)
+    )
 
 
 def paths_of(value: Any) -> Iterator[Path]:

@@ -593,6 +593,8 @@ class Run:
         weights = dcp.get_model_state_dict(self.model, options=options)
         if self.world.is_main:
             export_safetensors(weights, self.folder / name)
+        show = f"python scripts/demo.py --checkpoint {self.folder} --images FOLDER"
+        self.log.say(f"written: {self.folder / name}; to see what it can do: {show}")
         return self.folder / name
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ from base.processes import ENDS_WITH_PARENT, end_with_parent
 from base.writing import check_output_folder
 from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
-from runtime.builtin_data import make_digitscenes_if_named
+from runtime.builtin_data import holds_others, make_digitscenes_if_named, names_digitscenes
 from runtime.config.draft import COMMAND_LINE, FLAGS, OVERRIDES, Draft, flag
 from runtime.config.old_commands import align
 from runtime.config.plain import differences, save, to_dict
@@ -45,6 +45,12 @@ HELP = ("h", "help")
 USAGE = "[--config FILE.yaml ...] [--flag value ...] [--overrides key=value ...]"
 SPLITS = ("val_file", "test_file", "val", "test")  # what --evaluate reads, in any script
 OF_SPLIT = {"test_answers": "test_file"}
+# folders of images, and what of a recipe for DigitScenes is of its images alone
+ROOTS = ("image_root", "vqa_root", "data_root", "train_data")
+OF_IMAGES = (
+    *("train_file", "val_file", "test_file", "test_answers", "answer_list"),
+    *("refcoco_data", "det_file", "train_list", "val", "test", "val_data", "classes"),
+)
 
 
 def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
@@ -133,7 +139,8 @@ def read_flags(flags: Sequence[tuple[str, list[str]]], draft: Draft) -> None:
 
 def leave_out_unnamed_splits(draft: Draft) -> None:
     """With --evaluate and a split on the command line, the recipe's other splits are not read: they
-    may not be on this machine. What belongs to a recipe's split goes with it, in training too."""
+    may not be on this machine. What belongs to a recipe's split goes with it, in training too; and
+    what is of the images of DigitScenes, where the command line names a folder of others."""
     asked = {path for path, source in draft.set_by.items() if source in COMMAND_LINE}
     named = [path for path in SPLITS if path in asked and draft.values[path]]
     others = []
@@ -142,10 +149,21 @@ def leave_out_unnamed_splits(draft: Draft) -> None:
     for path, split in OF_SPLIT.items():
         if split in named and path not in asked:
             others.append((path, f"it belongs to the recipe's {split}"))
+    if root := next((path for path in ROOTS if path in asked and is_elsewhere(draft, path)), None):
+        of_images = [path for path in OF_IMAGES if path not in asked]
+        built = [path for path in of_images if names_digitscenes(draft.values.get(path))]
+        others += [(path, f"it is of DigitScenes, not of --{root}") for path in built]
     for path, why in others:
         if draft.values.get(path):
             draft.values[path] = copy.copy(draft.schema.knobs[path].default)
             draft.notes.append(f"{path} of the recipe is not read: {why}")
+
+
+def is_elsewhere(draft: Draft, root: str) -> bool:
+    """Whether an option names folders of images, none of which is of DigitScenes."""
+    value = draft.values[root]
+    folders = value if isinstance(value, list) else [value]
+    return all(holds_others(Path(each)) for each in folders)
 
 
 def help_text(draft: Draft, description: str | None = None, everything: bool = False) -> str:

@@ -55,6 +55,32 @@ def test_answers_of_the_recipe_do_not_belong_to_another_test_file(capsys):
     assert parse(VQA.Config, [*own, "--test_answers", "c.json"]).test_answers
 
 
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize(
+    ("script", "root", "gone", "stays"),
+    [
+        ("VQA", "vqa_root", ["val_file", "test_file", "answer_list"], "train_file"),
+        ("Grounding", "image_root", ["refcoco_data", "det_file", "test_file"], "train_file"),
+        ("Recognition", "image_root", ["val", "test"], "train_list"),
+        ("Classification", "train_data", ["val_data", "classes"], "data_root"),
+    ],
+)
+def test_lists_of_digitscenes_do_not_belong_to_other_images(
+    script, root, gone, stays, copy, tmp_path, capsys
+):
+    recipe = {"Classification": "digitscenes_pretrain"}.get(script, "digitscenes")
+    words = ["--config", str(ROOT / f"configs/{script}/{recipe}.yaml"), f"--{stays}", "mine.json"]
+    if copy:  # of DigitScenes, elsewhere
+        (tmp_path / "manifest.json").touch()
+        (tmp_path / "train").mkdir()
+    images = tmp_path / "train" if copy else tmp_path
+    config = parse(importlib.import_module(script).Config, [*words, f"--{root}", str(images)])
+    assert "mine.json" in str(getattr(config, stays))
+    for name in gone:
+        assert bool(getattr(config, name)) is copy
+    assert (f"{gone[0]} of the recipe is not read" in capsys.readouterr().out) is not copy
+
+
 def test_classes_come_from_the_data_that_are_here(tmp_path):
     """Classification.py --evaluate --val_data MINE, without the recipe's training data."""
     for name in ("cat", "dog"):

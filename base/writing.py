@@ -148,7 +148,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any, indent: int | None = None) -> None:
     """Replace a file by JSON atomically. JSON has no NaN: such numbers become text."""
-    write_text(path, json.dumps(finite(value), indent=indent, allow_nan=False) + "\n")
+    write_text(path, strict_json(value, indent=indent) + "\n")
 
 
 def write_json_lines(path: str | Path, rows: Iterable[dict]) -> int:
@@ -160,10 +160,17 @@ def write_json_lines(path: str | Path, rows: Iterable[dict]) -> int:
         temporary.open("w", encoding="utf-8", newline="\n") as file,
     ):
         for row in rows:
-            line = json.dumps(finite(row), ensure_ascii=False, allow_nan=False)
-            file.write(clean_surrogates(line) + "\n")
+            file.write(clean_surrogates(strict_json(row, ensure_ascii=False)) + "\n")
             count += 1
     return count
+
+
+def strict_json(value: Any, **options: Any) -> str:
+    """Plain data as JSON, NaN and infinities as text. options: of json.dumps."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except (ValueError, TypeError):  # such numbers, and mappings that are no dict
+        return json.dumps(finite(value), allow_nan=False, **options)
 
 
 def finite(value: Any) -> Any:

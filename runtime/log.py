@@ -1,7 +1,6 @@
 """Run logging: banner, progress bar, a line of `log.jsonl` per log step, TensorBoard, W&B."""
 
 import contextlib
-import json
 import os
 import secrets
 import sys
@@ -15,7 +14,7 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 from base.reading import parse_json
-from base.writing import file_errors, finite, write_bytes, write_text
+from base.writing import file_errors, strict_json, write_bytes, write_text
 from runtime.checkpoint import RESUMABLE
 
 
@@ -179,7 +178,7 @@ class RunLog:
         numbers = {name: value for name, value in values.items() if is_number(value)}
         # JSON knows no NaN: a reader that is strict must still be able to read the line
         with file_errors(self.path, RESUMABLE):
-            line = json.dumps(finite({"step": step, **values})).encode() + b"\n"
+            line = strict_json({"step": step, **values}).encode() + b"\n"
             while line:
                 line = line[self.file.write(line) :]
         if self.writer is not None:

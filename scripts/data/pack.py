@@ -28,7 +28,7 @@ from base.errors import BadSample, UserError
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
 from base.text import clean_surrogates, is_blank
-from base.writing import check_folder_option, finite, make_folder
+from base.writing import check_folder_option, make_folder, strict_json
 from dataset.images.decode import ORIENTATION, decode_image, image_bytes, image_ending, orientation
 from dataset.images.zip_member import image_source
 from dataset.sources.encoded_table import encoded_table
@@ -115,7 +115,7 @@ def members_of(row: dict, config: Config) -> dict[str, bytes]:
     return {
         image_ending(image, name_of(row)): image,
         "txt": "\n".join(captions).encode(),
-        "json": clean_surrogates(json.dumps(finite(about), ensure_ascii=False)).encode(),
+        "json": clean_surrogates(strict_json(about, ensure_ascii=False)).encode(),
     }
 
 

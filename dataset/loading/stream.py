@@ -279,7 +279,9 @@ class StreamLoader:
 
     def __next__(self) -> dict:
         if self._batches is None:
-            with signals_held():
+            with signals_held(), warnings.catch_warnings():
+                # more workers than cores: they are as asked for, since the order depends on them
+                warnings.filterwarnings("ignore", "This DataLoader will create")
                 self._batches = iter(self._data_loader())
         try:
             batch, slot, position, dropped, truncated = next(self._batches)

@@ -26,7 +26,6 @@ from tests.contract.stream_cases import Build, stream, write_shards
 from tests.helpers.processes import spawn
 
 pytest.importorskip("aiohttp")
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 class Server(ThreadingHTTPServer):

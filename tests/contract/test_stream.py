@@ -27,8 +27,6 @@ from tests.contract.stream_cases import Build, collate, records, shards, stream,
 from tests.helpers.images import of_colour
 from tests.helpers.processes import start_processes
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 
 def take(loader, count):
     return list(islice(loader, count))
@@ -74,6 +72,16 @@ def test_resumes_exactly_anywhere(tmp_path, kind, workers):
         assert same(take(resumed, len(batches[stop:])), batches[stop:])
         assert resumed.state_dict() == straight.state_dict()
         resumed.close()
+
+
+def test_more_workers_than_cores_are_no_news(monkeypatch):
+    monkeypatch.setattr(torch._utils, "cpu_count", lambda: 1, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    loader = StreamLoader(stream(records(16)), 2, workers=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(loader)
+    loader.close()
 
 
 def test_the_state_is_small_and_plain():

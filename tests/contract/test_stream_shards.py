@@ -13,8 +13,6 @@ from dataset.sources.shard_list import expand_braces, list_shards, samples_of
 from dataset.sources.shards import ShardSource, read_shard
 from tests.contract.stream_cases import Build, shards, stream, world, write_shard, write_shards
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
 
 def numbers(loader, count):
     return [number for batch in islice(loader, count) for number in batch["number"].tolist()]

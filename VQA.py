@@ -46,7 +46,7 @@ from models.weights.albef import check_kind, depth, start_from, start_task
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.fusion import FineTuneConfig, Start, fine_tuning_schedule, prepare
-from runtime.config.ignored import QUESTION_ANSWERING
+from runtime.config.old_names import QUESTION_ANSWERING
 from runtime.optim.build import Optimizer, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.parallel import gradient_sync, whole_model

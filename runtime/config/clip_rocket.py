@@ -7,9 +7,8 @@ import torch
 
 from base import distributed
 from base.limits import WORKERS
-from runtime.config import old_flags
 from runtime.config.cli import knob, section
-from runtime.config.ignored import CLIP_ROCKET
+from runtime.config.old_names import CLIP_ROCKET, FLAGS_OF_MAIN
 from runtime.optim.build import Optimizer
 from runtime.optim.schedule import Schedule
 from runtime.options import RunConfig, StreamConfig, ValidationConfig
@@ -20,7 +19,7 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     """The run, its optimisation and its validation."""
 
     IGNORED = CLIP_ROCKET
-    NEW_NAMES = old_flags.MAIN
+    NEW_NAMES = FLAGS_OF_MAIN
 
     seed: int = knob(0, "one seed for weights, data order and augmentation")
     precision: str = knob(

@@ -11,8 +11,8 @@ from base.errors import UserError
 from runtime.checkpoint import read_weights
 from runtime.config import originals
 from runtime.config.cli import knob, section
-from runtime.config.ignored import FINE_TUNING
 from runtime.config.networks import Geometry, fill_geometry
+from runtime.config.old_names import FINE_TUNING
 from runtime.optim.build import Optimizer, Precision
 from runtime.optim.schedule import Plan, Schedule
 from runtime.options import RunConfig, ValidationConfig

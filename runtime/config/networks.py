@@ -10,7 +10,7 @@ from base.knobs import knob, left_open
 from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
 from runtime.config import originals
 from runtime.config.from_checkpoint import saved_config, take_from_checkpoint
-from runtime.config.ignored import PRETRAINING
+from runtime.config.old_names import PRETRAINING
 
 # the originals' downstream models; their bert_config follows from the names of the weights
 PUBLISHED = {

@@ -6,8 +6,8 @@ from pathlib import Path
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import WIDTH
-from runtime.config import old_flags
 from runtime.config.from_checkpoint import saved_config, take_from_checkpoint
+from runtime.config.old_names import FLAGS_OF_NXTP
 from runtime.options import StreamConfig, ValidationConfig
 
 # what the network's weights do not tell
@@ -28,7 +28,7 @@ OF_CHECKPOINT = (
 class RecognitionData(StreamConfig, ValidationConfig):
     """Images with labels."""
 
-    NEW_NAMES = old_flags.NXTP
+    NEW_NAMES = FLAGS_OF_NXTP
 
     train_list: list[Path] = knob(
         [], "lists of `path : name,name,...`, or JSON entries {image, labels}"

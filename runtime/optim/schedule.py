@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from base.errors import UserError
 from base.knobs import knob
-from runtime.config.ignored import SCHEDULE
+from runtime.config.old_names import SCHEDULE
 
 # "500 steps", "3 epochs", "1e6 samples", "5%", or a bare number in the unit the knob names
 Duration = str

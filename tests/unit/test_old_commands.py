@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import main
-from runtime.config import old_commands, old_flags
+from runtime.config import old_commands, old_names
 from runtime.config.cli import parse
 from runtime.config.schema import Schema
 from tests.helpers.configs import NEEDED
@@ -157,8 +157,8 @@ def test_every_script_takes_image_root(name, key):
 
 @pytest.mark.parametrize(
     ("script", "name"),
-    [("main", name) for name in old_flags.MAIN]
-    + [("Recognition", name) for name in old_flags.NXTP],
+    [("main", name) for name in old_names.FLAGS_OF_MAIN]
+    + [("Recognition", name) for name in old_names.FLAGS_OF_NXTP],
 )
 def test_flags_of_other_code_bases_name_the_options_here(script, name):
     config = importlib.import_module(script).Config

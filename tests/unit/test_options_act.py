@@ -1,5 +1,5 @@
 """Every option of every script acts: some module that the script imports reads it from the
-configuration. What is accepted without effect stands in runtime/config/ignored.py, and is said.
+configuration. What is accepted without effect stands in runtime/config/old_names.py, and is said.
 Every number is finite, and has limits."""
 
 import ast

@@ -17,6 +17,7 @@ from base.flight_recorder import last_collective, write_record
 from base.heartbeat import LIFE, beat
 
 EXIT_STALLED = 70  # EX_SOFTWARE of sysexits.h
+COMPILATION = 3600.0  # seconds that torch.compile may take for one graph
 ANSWER_SECONDS = 10.0  # in which the other ranks must say where they are
 TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -29,8 +30,9 @@ class Watchdog:
     them notice; while one validates or saves and the others wait for it, they see it beat in the
     launcher's store. Then each leaves there where it is and its last collective, and writes torch's
     flight record below `folder`; the first that has all answers prints one line, and all end with
-    EXIT_STALLED. Watching begins with the first finished update, for the
-    first may compile. minutes: 0 = never. On a single process it does nothing.
+    EXIT_STALLED. Watching begins with the first finished update; a compilation after it, for
+    batches of another shape, counts as a sign of life for an hour. minutes: 0 = never. On a single
+    process it does nothing.
     """
 
     def __init__(self, world: World, minutes: float, folder: str | Path):
@@ -72,7 +74,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         store = distributed.store("watchdog")
+        began = 0.0  # the compilation under way; 0 = none
         while not self.ended.wait(min(5.0, self.seconds / 10)):
+            began = (began or time.monotonic()) if compiling() else 0.0
+            if began and time.monotonic() - began < COMPILATION:
+                LIFE.beats += 1
+                LIFE.since = time.monotonic()
             try:
                 stalled = self._stalled(store)
             except RuntimeError:  # the store has gone, with the rank that keeps it
@@ -126,6 +133,20 @@ class Watchdog:
         frame = sys._current_frames()[self.main_thread]
         summary = traceback.extract_stack(frame)[-1]
         return summary.filename, summary.lineno or 0
+
+
+def compiling() -> bool:
+    """Whether torch.compile is at work in this process, in the forward pass or, in autograd's
+    thread, the backward pass."""
+    for frame in sys._current_frames().values():
+        for inner, _ in traceback.walk_stack(frame):
+            file, name = inner.f_code.co_filename, inner.f_code.co_name
+            # generated code runs inside of compile_fx.py, too, in functions of other names
+            if file.endswith("_dynamo/convert_frame.py") or (
+                file.endswith("_inductor/compile_fx.py") and "compile" in name
+            ):
+                return True
+    return False
 
 
 def stall_message(answers: dict[int, dict], size: int, seconds: float) -> str:

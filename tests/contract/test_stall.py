@@ -18,7 +18,7 @@ from dataset.loading.eval import EvalLoader
 from runtime.config.cli import run_script
 from runtime.hashed import _HashingFile
 from runtime.options import RunConfig
-from runtime.watchdog import EXIT_STALLED, Watchdog, stall_message
+from runtime.watchdog import EXIT_STALLED, Watchdog, compiling, stall_message
 from tests.helpers.processes import spawn
 
 SECONDS = 1.5
@@ -29,7 +29,7 @@ CASES = {
     "in validation": "rank 1 stalls in validation (last update 3, at test_stall.py:",
     "saving": "rank 1 stalls saving a checkpoint (last update 3, at test_stall.py:",
 }
-SLOW = ("stopped", "in the update", "saving", "a long save")
+SLOW = ("stopped", "in the update", "saving", "a long compilation", "a long save")
 
 
 def marked(cases):
@@ -52,6 +52,8 @@ def loop(rank: int, case: str, messages: Path) -> None:
             time.sleep(600)
         if (case, rank, step) == ("stopped", 1, 3):
             os.kill(os.getpid(), signal.SIGSTOP)
+        if (case, rank, step) == ("a long compilation", 1, 3):
+            compile_slowly()
         gather(torch.ones(1))
         if (case, rank, step) == ("in the middle of the update", 1, 3):
             time.sleep(600)
@@ -78,6 +80,18 @@ def validate(rank: int, case: str) -> None:
 
     for _ in EvalLoader(load, range(1 + 5 * rank), 1, default_collate, workers=0):
         pass
+
+
+def compile_slowly() -> None:
+    """Takes twice the limit, as for a batch of another shape."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list):
+        assert compiling()
+        time.sleep(2 * SECONDS)
+        return graph.forward
+
+    torch.compile(torch.sin, backend=backend)(torch.ones(1))
+    assert not compiling()
 
 
 class SlowFile:
@@ -122,7 +136,7 @@ def test_the_collectives_are_named(recorded, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"rank_0", "rank_1"}
 
 
-@pytest.mark.parametrize("case", marked(["a long validation", "a long save"]))
+@pytest.mark.parametrize("case", marked(["a long validation", "a long compilation", "a long save"]))
 def test_long_work_that_gets_on_is_no_stall(case, tmp_path):
     spawn(loop, 2, case, tmp_path / "stderr")
     assert (tmp_path / "stderr").read_text() == ""

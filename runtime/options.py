@@ -48,6 +48,13 @@ class RunConfig:
     compile: bool = knob(
         False, "torch.compile the network; the first steps take minutes, the others less"
     )
+    compile_mode: str = knob(
+        "default",
+        "blocks: every transformer block by itself, which compiles faster; reduce-overhead: CUDA graphs "
+        "of the whole, for a host that cannot launch kernels fast enough; max-autotune: as in torch",
+        choices=("default", "blocks", "reduce-overhead", "max-autotune"),
+        rare=True,
+    )
     parallel: str = knob(
         "ddp", "over several processes: replicate (ddp) or shard (fsdp)", choices=("ddp", "fsdp")
     )

@@ -22,6 +22,8 @@ from base import distributed
 from base.distributed import World
 from base.errors import UserError
 
+GRAPHS = 64  # that torch.compile makes at most of the code of one kind of block
+
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """Children of every outermost nn.ModuleList and of every outermost nn.Sequential of one class,
@@ -46,6 +48,7 @@ class Features:
     # ddp, or fsdp: parameters, gradients and optimizer state sharded over the processes (FSDP2)
     parallel: str = "ddp"
     compile: bool = False
+    compile_mode: str = "default"
     activation_checkpointing: bool = False
     precision: str = "fp32"
     shard_group: int = 0  # processes that share one copy under fsdp; 0 = all
@@ -70,11 +73,7 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     elif strategy != "ddp":
         raise UserError(f"parallel: {strategy!r} is unknown; use ddp or fsdp")
     if features.compile:
-        # in place, so that names in checkpoints stay; blocks under FSDP, whose gathers break a
-        # whole-model graph
-        parts = transformer_blocks(model) if strategy == "fsdp" else [model]
-        for part in parts:
-            part.compile()
+        compile_parts(model, features)
     if strategy == "ddp" and world.size > 1:
         match_strides(model)
         # the queues are equal on every process by construction: broadcasting 128 MB a step would
@@ -88,6 +87,31 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
             options["broadcast_buffers"] = False
         model = DistributedDataParallel(model, device_ids, **options)
     return model
+
+
+def compile_parts(model: nn.Module, features) -> None:
+    """torch.compile in place, so that names in checkpoints stay.
+
+    By blocks where `compile_mode` says so, and under FSDP, whose gathers break a graph of the whole.
+    Raises UserError for reduce-overhead where tensors of a CUDA graph would be overwritten in use.
+    """
+    mode, sharded = features.compile_mode, features.parallel == "fsdp"
+    if mode == "reduce-overhead" and (sharded or getattr(features, "accumulate", 1) > 1):
+        raise UserError(
+            "compile_mode: reduce-overhead goes with parallel: ddp and accumulate: 1 alone, for "
+            "its CUDA graphs reuse the memory of gradients and weights; use default or blocks"
+        )
+    parts = [model]
+    if mode == "blocks" or sharded:
+        parts = transformer_blocks(model)
+        # Blocks share code, which has a graph for every shape, mask and pass without gradients;
+        # beyond torch's limit of 8 the others would stay eager.
+        limits = torch._dynamo.config
+        old = "cache_size_limit"  # its name before torch 2.7
+        name = "recompile_limit" if hasattr(limits, "recompile_limit") else old
+        setattr(limits, name, max(GRAPHS, getattr(limits, name)))
+    for part in parts:
+        part.compile(mode=None if mode in ("default", "blocks") else mode)
 
 
 def match_strides(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 the numbers."""
 
 import copy
+import functools
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from base import distributed
 from base.errors import UserError
 from runtime.optim.build import Optimizer, Precision, build_optimizer
+from runtime.options import RunConfig
 from runtime.parallel import (
     Features,
     device_mesh,
@@ -123,6 +125,42 @@ def test_compiled_equals_eager(eager_kernels, straight):
     )
     norms, _ = train(model)
     assert_same(model.state_dict(), norms, straight)
+
+
+def test_blocks_share_their_graphs(monkeypatch, straight):
+    """Compiled by themselves: blocks of one class have one graph for each kind of batch, of which
+    there may be more than torch's limit."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    features = Features(compile=True, compile_mode="blocks")
+    model = parallelize(network(), distributed.World(0, 1, 0, CPU), features)
+    norms, _ = train(model)
+    assert_same(model.state_dict(), norms, straight)
+    assert len(graphs) == 2  # the input of the first one needs no gradient
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        for size in range(9, 14):
+            model(x=torch.ones(size, 8), y=torch.ones(size))
+    assert len(graphs) == 12
+
+
+@pytest.mark.slow
+def test_kernels_in_cuda_graphs_where_there_is_a_gpu(straight):
+    features = Features(compile=True, compile_mode="reduce-overhead")
+    model = parallelize(network(), distributed.World(0, 1, 0, CPU), features)
+    norms, _ = train(model)
+    assert_same(model.state_dict(), norms, straight)
+
+
+def test_cuda_graphs_are_refused_where_they_would_overwrite_gradients():
+    config = RunConfig(compile=True, compile_mode="reduce-overhead", accumulate=2)
+    with pytest.raises(UserError, match="accumulate: 1"):
+        parallelize(network(), distributed.World(0, 1, 0, CPU), config)
 
 
 def test_unknown_strategy_is_refused():

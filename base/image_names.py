@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Hashable
 from pathlib import Path
 
+from base.text import composed
+
 
 class ImageKeys:
     """keys(name): the same for all names of one image in lists whose paths start from `root`; ids
@@ -19,7 +21,7 @@ class ImageKeys:
     def __init__(self, root: str | Path = ""):
         self.root = os.path.abspath(root)
         tops = dict.fromkeys((self.root, os.path.realpath(root)))
-        self.tops = [unicodedata.normalize("NFC", top.rstrip("/")) + "/" for top in tops]
+        self.tops = [composed(top.rstrip("/")) + "/" for top in tops]
 
     def __call__(self, name: Hashable) -> Hashable:
         if not isinstance(name, str):
@@ -27,11 +29,11 @@ class ImageKeys:
         if "\\" in name and not os.path.lexists(os.path.join(self.root, name)):
             name = name.replace("\\", "/")
         name = self._without_parents(name) if ".." in name else posixpath.normpath(name)
-        composed = unicodedata.normalize("NFC", name)
-        if composed != name and self._are_two_files(name, composed):
+        usual = composed(name)
+        if usual != name and self._are_two_files(name, usual):
             return name
-        top = next((top for top in self.tops if composed.startswith(top)), "")
-        return composed[len(top) :]
+        top = next((top for top in self.tops if usual.startswith(top)), "")
+        return usual[len(top) :]
 
     def _without_parents(self, name: str) -> str:
         """The absolute path; `link/..` stays where `link` leads elsewhere."""

@@ -2,6 +2,7 @@
 
 import codecs
 import re
+import unicodedata
 from typing import Any
 
 WHOLE_NUMBER = re.compile(r"([+-]?\d{1,18})(\.0{1,6})?")  # fits into 64 bits; may be a float's text
@@ -46,6 +47,11 @@ def lenient_text(data: bytes) -> str:
 def is_blank(text: str) -> bool:
     """Whether a text shows nothing: blanks, control characters, zero-width ones, a byte order mark."""
     return not any(letter.isprintable() and not letter.isspace() for letter in text)
+
+
+def composed(name: object) -> str:
+    """A name as Unicode composes it (NFC): macOS stores file names decomposed."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def lines_in(text: str) -> list[str]:

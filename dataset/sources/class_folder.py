@@ -2,9 +2,9 @@
 
 import re
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,9 +13,27 @@ from base.distributed import rank
 from base.errors import UserError
 from base.names import is_hidden
 from base.reading import read_json
-from base.text import is_blank
+from base.text import composed, is_blank
 from dataset.images.decode import decode_image
 from dataset.images.formats import files_below, is_image, leads_nowhere
+
+
+@dataclass
+class LabelledFiles:
+    """Image files, their labels int64 [N] (or [N,C]: 1 shown, 0 not, -1 not to be counted), and the
+    names of the classes in the order of the labels, [] where none are known."""
+
+    files: list[Path]
+    labels: torch.Tensor
+    classes: list = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`image` uint8 [3,H,W] and `target`. Raises BadSample."""
+        return {"image": decode_image(self.files[index]), "target": self.labels[index]}
+
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
@@ -29,7 +47,7 @@ def class_folders(root: Path) -> list[str]:
         if leads_nowhere(path) and not is_image(path):
             raise UserError(f"{path}: a link that leads nowhere; fix or remove it")
     names = (path.name for path in visible if path.is_dir())
-    return sorted(names, key=lambda name: (unicodedata.normalize("NFC", name), name))
+    return sorted(names, key=lambda name: (composed(name), name))
 
 
 def refuse_splits(root: Path, folders: Sequence[str], classes: Sequence = ()) -> None:

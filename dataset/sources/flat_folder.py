@@ -9,7 +9,6 @@ Beside the folder, or in it, lies one of
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -18,20 +17,11 @@ from base.names import did_you_mean, is_hidden
 from base.reading import read_lines
 from base.text import whole_number
 from dataset.images.formats import is_image
-from dataset.sources.class_folder import folder_of
+from dataset.sources.class_folder import LabelledFiles, folder_of
 
 SYNSETS = "imagenet_2012_validation_synset_labels.txt"
 KAGGLE = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
-
-
-class FlatFolder(NamedTuple):
-    """files [N]; labels int64 [N]; classes: names in the order of the labels, [] where the list
-    holds numbers."""
-
-    files: list[Path]
-    labels: torch.Tensor
-    classes: list[str]
 
 
 def is_flat(root: Path) -> bool:
@@ -44,7 +34,7 @@ def is_flat(root: Path) -> bool:
     return not has_folders and any(is_image(entry.name) for entry in inside)
 
 
-def flat_folder(root: Path, classes: Sequence[str] = ()) -> FlatFolder:
+def flat_folder(root: Path, classes: Sequence[str] = ()) -> LabelledFiles:
     """The images of a folder without class folders. classes: names that synsets are looked up in;
     none = those of the list, in alphabetical order. UserError says what lacks."""
     readers: dict[str, Callable] = {
@@ -65,7 +55,7 @@ def flat_folder(root: Path, classes: Sequence[str] = ()) -> FlatFolder:
     )
 
 
-def _numbered(root: Path, file: Path, classes: list[str]) -> FlatFolder:
+def _numbered(root: Path, file: Path, classes: list[str]) -> LabelledFiles:
     files = []
     labels = []
     for number, line in enumerate(read_lines(file), 1):
@@ -84,7 +74,7 @@ def _numbered(root: Path, file: Path, classes: list[str]) -> FlatFolder:
     return _checked(file, files, labels, [])
 
 
-def _synsets(root: Path, file: Path, classes: list[str]) -> FlatFolder:
+def _synsets(root: Path, file: Path, classes: list[str]) -> LabelledFiles:
     files = sorted(path for path in root.iterdir() if is_image(path))
     synsets = [line.strip() for line in read_lines(file) if line.strip()]
     if len(files) != len(synsets):
@@ -94,7 +84,7 @@ def _synsets(root: Path, file: Path, classes: list[str]) -> FlatFolder:
     return _named(file, files, synsets, classes)
 
 
-def _kaggle(root: Path, file: Path, classes: list[str]) -> FlatFolder:
+def _kaggle(root: Path, file: Path, classes: list[str]) -> LabelledFiles:
     files = []
     synsets = []
     for number, line in enumerate(read_lines(file), 1):
@@ -110,7 +100,7 @@ def _kaggle(root: Path, file: Path, classes: list[str]) -> FlatFolder:
     return _named(file, files, synsets, classes)
 
 
-def _named(file: Path, files: list[Path], synsets: list[str], classes: list[str]) -> FlatFolder:
+def _named(file: Path, files: list[Path], synsets: list[str], classes: list[str]) -> LabelledFiles:
     known = classes or sorted(set(synsets))
     place = {folder_of(name): number for number, name in enumerate(known)}
     for synset in synsets:
@@ -120,7 +110,7 @@ def _named(file: Path, files: list[Path], synsets: list[str], classes: list[str]
     return _checked(file, files, [place[synset] for synset in synsets], known)
 
 
-def _checked(file: Path, files: list[Path], labels: list[int], classes: list[str]) -> FlatFolder:
+def _checked(file: Path, files: list[Path], labels: list[int], classes: list[str]) -> LabelledFiles:
     if not files:
         raise UserError(f"{file}: an empty list")
-    return FlatFolder(files, torch.tensor(labels), classes)
+    return LabelledFiles(files, torch.tensor(labels), classes)

@@ -18,7 +18,7 @@ from base.errors import UserError
 from base.knobs import knob
 from base.names import SHARD_ENDING, did_you_mean
 from base.reading import read_json
-from base.text import is_blank
+from base.text import composed, is_blank
 from dataset.tasks.published import (
     CLIP_BENCHMARK,
     COLLECTIONS,
@@ -32,19 +32,10 @@ PROMPTS = Path(__file__).parents[1] / "prompts"
 PAIRS = ("sugarcrepe", "winoground")  # choices among captions and images of one example
 LANGUAGES = ("xtd", "crossmodal")  # captions in several languages
 KINDS = (
-    "imagefolder",
-    "torchvision",
-    "either",
-    "filelist",
-    "webdataset",
-    "voc",
-    "imagenet",
-    "objectnet",
-    "babel",
-    "retrieval",
-    *LANGUAGES,
-    *PAIRS,
+    *("imagefolder", "torchvision", "either", "filelist", "webdataset", "voc", "imagenet"),
+    *("objectnet", "babel", "retrieval", *LANGUAGES, *PAIRS),
 )
+IMAGENET_PARTS = ("imagenet-a", "imagenet-r", "imagenet-o")  # each with 200 of its classes
 HUB = "https://huggingface.co/datasets/clip-benchmark"
 OTHER_NAMES = {"special": "torchvision", "wds": "webdataset"}  # clip-rocket's, CLIP_benchmark's
 METRICS = {  # Radford et al. 2021, table 9; of everything else top-1 accuracy
@@ -121,25 +112,15 @@ CATALOG = {
     entry.name: entry
     for entry in (
         _entry("imagenet", split="val"),
-        _entry("mnist", "either"),
-        _entry("food101", "either"),
-        _entry("cifar10", "either"),
-        _entry("cifar100", "either"),
+        *(_entry(name, "either") for name in ("mnist", "food101", "cifar10", "cifar100")),
         _entry("cub200", split="val"),
-        _entry("sun397", "either"),
-        _entry("cars", "either"),
-        _entry("aircraft", "either"),
-        _entry("dtd", "either"),
-        _entry("pets", "either"),
+        *(_entry(name, "either") for name in ("sun397", "cars", "aircraft", "dtd", "pets")),
         _entry("caltech101"),
-        _entry("flowers", "either"),
-        _entry("stl10", "either"),
-        _entry("eurosat", "either"),
+        *(_entry(name, "either") for name in ("flowers", "stl10", "eurosat")),
         _entry("resisc45"),
         _entry("gtsrb", "either"),
         _entry("kitti_distance", split="val"),
-        _entry("country211", "either"),
-        _entry("patch_camelyon", "either"),
+        *(_entry(name, "either") for name in ("country211", "patch_camelyon")),
         _entry("ucf101_frames", split="val"),
         _entry("clevr_counts", "filelist", split="val"),
         _entry("hateful_memes", split="dev"),
@@ -155,11 +136,7 @@ CATALOG = {
             images="flickr30k/flickr30k-images",
         ),
         _entry("coco", "retrieval", path="coco/dataset_coco.json", images="coco"),
-        _entry("imagenetv2", "imagenet"),
-        _entry("imagenet-a", "imagenet"),
-        _entry("imagenet-r", "imagenet"),
-        _entry("imagenet-o", "imagenet"),
-        _entry("imagenet_sketch", "imagenet"),
+        *(_entry(name, "imagenet") for name in ("imagenetv2", *IMAGENET_PARTS, "imagenet_sketch")),
         _entry("objectnet", "objectnet"),
         _entry("xtd10", "xtd"),
         _entry("multilingual_mscoco_captions", "xtd", path="multilingual_mscoco"),
@@ -469,12 +446,12 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
     # name -> numbers of classes: by the first name exactly, or all but exactly; by any name likewise
     tables: list[dict[str, list[int]]] = [{}, {}, {}, {}]
     for number, given in enumerate(names):
-        exact = [_exact(each) for each in given]
+        exact = [composed(each) for each in given]
         plain = [_plain(each) for each in given]
         for table, keys in zip(tables, (exact[:1], plain[:1], exact, plain), strict=True):
             for key in dict.fromkeys(keys):
                 table.setdefault(key, []).append(number)
-    exact = [_exact(each) for each in own]
+    exact = [composed(each) for each in own]
     plain = [_plain(each) for each in own]
     for table, wanted in zip(tables, (exact, plain, exact, plain), strict=True):
         places = [table[each][0] for each in wanted if len(table.get(each, ())) == 1]
@@ -494,11 +471,6 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
                 f"{names[place][0]!r}; {order}"
             )
     return list(classes)
-
-
-def _exact(name: str) -> str:
-    """A name as Unicode composes it: macOS stores file names decomposed."""
-    return unicodedata.normalize("NFC", str(name))
 
 
 def _plain(name: str) -> str:

@@ -15,7 +15,6 @@ import inspect
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,8 +31,8 @@ from base.caches import digest, file_state, states_digest
 from base.errors import BadSample, UserError, brief
 from base.knobs import knob
 from base.names import SHARD_ENDING, did_you_mean
-from base.reading import parse_json, read_lines
-from base.text import whole_number
+from base.reading import read_lines
+from base.text import composed, whole_number
 from dataset.images.decode import check_image_root
 from dataset.images.formats import files_below, is_image
 from dataset.loading.filtered import Filtered
@@ -53,7 +52,7 @@ from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import is_shard, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
 from dataset.sources.tables import TABLES, parse_address
-from dataset.tasks.record import image_of
+from dataset.tasks.record import image_of, json_of
 
 LABEL_FIELDS = ("labels", "label", "cls")
 SAMPLED = 10_000  # entries of a list by which the fraction with labels is estimated
@@ -93,7 +92,7 @@ class Labels:
         """
         values = record
         if isinstance(record.get("json"), bytes):
-            values = record | parsed(record["json"], self._name(record))
+            values = record | json_of(record, f"{self._name(record)}.json")
         field = next(
             (name for name in LABEL_FIELDS if values.get(name) not in (None, [], b"")), None
         )
@@ -149,14 +148,6 @@ class Labels:
         return str(record.get("key") or f"{self.source}, entry {record.get('index', '?')}")
 
 
-def parsed(text: bytes, name: str) -> dict:
-    """The object in a .json member. Raises BadSample."""
-    try:
-        return parse_json(text, f"{name}.json", dict)
-    except UserError as error:
-        raise BadSample(str(error)) from None
-
-
 # ---- collections
 
 
@@ -170,9 +161,9 @@ class FolderRecords(Sequence):
         folder = ClassFolder(root, None, known=classes)
         self.root = folder.root.absolute()
         self.classes = folder.folders
-        names = [_composed(folder_of(name)) for name in classes or folder.folders]
+        names = [composed(folder_of(name)) for name in classes or folder.folders]
         place = {name: number for number, name in enumerate(names)}
-        folders = [_composed(name) for name in folder.folders]
+        folders = [composed(name) for name in folder.folders]
         if twice := [name for name in folders if names.count(name) > 1]:
             raise UserError(
                 f"{folder.root}: {twice[0]!r} is the name of several classes; name each once"
@@ -202,11 +193,6 @@ class FolderRecords(Sequence):
     def file(self, index: int) -> Path:
         """Where image `index` lies."""
         return self.root / os.fsdecode(self.files[index])
-
-
-def _composed(name: str) -> str:
-    """A name as Unicode composes it (NFC): macOS stores file names decomposed."""
-    return unicodedata.normalize("NFC", name)
 
 
 class TorchvisionRecords(Sequence):

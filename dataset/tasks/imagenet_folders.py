@@ -5,26 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from base.errors import MissingData, UserError
 from base.names import did_you_mean
 from base.reading import read_json
-from dataset.sources.class_folder import ClassFolder
+from dataset.sources.class_folder import ClassFolder, LabelledFiles
 from dataset.sources.class_folder import class_folders as folders_of
 from dataset.tasks.catalog import PROMPTS, Entry
 
 CLASSES = 1000  # of ImageNet
-
-
-class Folders(NamedTuple):
-    """Image files, their labels int64 [N], and the names of the classes [C]."""
-
-    files: list[Path]
-    labels: torch.Tensor
-    classes: list
 
 
 @cache
@@ -33,7 +24,7 @@ def imagenet_classes() -> dict[str, list]:
     return read_json(PROMPTS / "imagenet_classes.json", dict)
 
 
-def imagenet_folders(entry: Entry, names: Sequence) -> Folders:
+def imagenet_folders(entry: Entry, names: Sequence) -> LabelledFiles:
     """Images of class folders that are called by WordNet id, or 0 ... 999 as those of ImageNet-v2.
 
     names: of all 1000 classes. A published set has exactly its classes; any other those whose
@@ -52,10 +43,10 @@ def imagenet_folders(entry: Entry, names: Sequence) -> Folders:
         )
     place = {number: label for label, number in enumerate(wanted)}
     relabel = torch.tensor([place[number] for number in numbers])
-    return Folders(data.files, relabel[data.labels], [names[number] for number in wanted])
+    return LabelledFiles(data.files, relabel[data.labels], [names[number] for number in wanted])
 
 
-def babel_imagenet(entry: Entry) -> tuple[Folders, list[str]]:
+def babel_imagenet(entry: Entry) -> tuple[LabelledFiles, list[str]]:
     """Babel-ImageNet (Geigle et al. 2023): ImageNet's validation images of the classes that have a
     name in the language, and the templates of that language.
 
@@ -80,7 +71,9 @@ def babel_imagenet(entry: Entry) -> tuple[Folders, list[str]]:
     labels = label_of[every.labels]
     kept = labels.ge(0).nonzero().flatten().tolist()
     files = [every.files[index] for index in kept]
-    return Folders(files, labels[kept], names), [text.replace("{c}", "{}") for text in templates]
+    return LabelledFiles(files, labels[kept], names), [
+        text.replace("{c}", "{}") for text in templates
+    ]
 
 
 def _babel(entry: Entry, name: str) -> list:
@@ -149,7 +142,7 @@ def class_root(entry: Entry) -> Path:
     return path / inner[0] if len(inner) == 1 and folders_of(path / inner[0]) else path
 
 
-def object_net(entry: Entry) -> Folders:
+def object_net(entry: Entry) -> LabelledFiles:
     """ObjectNet's 113 classes that overlap with ImageNet, called as ObjectNet calls them, as
     CLIP_benchmark counts them (Barbu et al. 2019); images of its other classes are left out.
 
@@ -180,4 +173,4 @@ def object_net(entry: Entry) -> Folders:
     labels = torch.tensor(place)[data.labels]
     kept = (labels >= 0).nonzero().flatten()
     files = [data.files[index] for index in kept.tolist()]
-    return Folders(files, labels[kept], [name.lower() for name in wanted.values()])
+    return LabelledFiles(files, labels[kept], [name.lower() for name in wanted.values()])

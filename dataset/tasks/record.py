@@ -50,7 +50,7 @@ def weights_of(record: dict, captions: str | list[str]) -> list[float] | None:
     weights = record.get("caption_weights")
     packed = record.get("json")
     if weights is None and isinstance(packed, bytes) and b"caption_weights" in packed:
-        weights = _about(record).get("caption_weights")
+        weights = json_of(record, name_of(record)).get("caption_weights")
     if weights is None:
         return None
     if fault := weights_fault(weights, len(captions)):
@@ -61,15 +61,15 @@ def weights_of(record: dict, captions: str | list[str]) -> list[float] | None:
 def _packed_captions(record: dict) -> list[str]:
     """The captions that scripts/data/pack.py notes in .json where an image has several; the .txt
     has one a line, as retrieval reads them."""
-    captions = _about(record).get("captions")
+    captions = json_of(record, name_of(record)).get("captions")
     several = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
     return captions if several else []
 
 
-def _about(record: dict) -> dict:
-    """What the .json of a sample in a shard holds. BadSample."""
+def json_of(record: dict, name: str) -> dict:
+    """What the .json of a sample in a shard holds; name: of it in a message. BadSample."""
     try:
-        return parse_json(record["json"], name_of(record), dict)
+        return parse_json(record["json"], name, dict)
     except UserError as error:
         raise BadSample(str(error)) from None
 

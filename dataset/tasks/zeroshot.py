@@ -26,7 +26,7 @@ from base.names import matching_files
 from base.reading import read_lines
 from base.text import lenient_text, lines_in, whole_number
 from dataset.images.decode import decode_image
-from dataset.sources.class_folder import ClassFolder
+from dataset.sources.class_folder import ClassFolder, LabelledFiles
 from dataset.sources.class_folder import class_folders as folders_in
 from dataset.sources.flat_folder import flat_folder
 from dataset.sources.remote import local_copy, read_text
@@ -66,21 +66,6 @@ class Viewed:
     def load(self, index: int) -> Image:
         sample = self.images[index]
         return sample | {"image": self.view(sample["image"])}
-
-
-class Files:
-    """Image files and their classes."""
-
-    def __init__(self, files: Sequence[Path], labels: torch.Tensor, classes: Sequence[str] = ()):
-        self.files = files
-        self.labels = labels
-        self.classes = list(classes)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Image:
-        return {"image": decode_image(self.files[index]), "target": self.labels[index]}
 
 
 @dataclass
@@ -186,14 +171,14 @@ def _templates(entry: Entry, prompts: Prompts) -> list[str]:
 def _open_classes(entry: Entry, prompts: Prompts, read_plain: Callable, download: bool) -> OpenSet:
     if entry.kind == "babel":
         found, templates = babel_imagenet(entry)
-        return OpenSet(entry, Files(found.files, found.labels), found.classes, templates)
+        return OpenSet(entry, found, found.classes, templates)
     templates = _templates(entry, prompts)
     if entry.kind == "imagenet":
         found = imagenet_folders(entry, _prompts(entry, prompts, "labels"))
-        return OpenSet(entry, Files(found.files, found.labels), found.classes, templates)
+        return OpenSet(entry, found, found.classes, templates)
     if entry.kind == "objectnet":
         found = object_net(entry)
-        return OpenSet(entry, Files(found.files, found.labels), found.classes, templates)
+        return OpenSet(entry, found, found.classes, templates)
     listed = entry.language != "en" or prompts.has("labels", entry.prompts)
     classes = _prompts(entry, prompts, "labels") if listed else []
     images = open_images(entry, classes, read_plain, download)
@@ -203,7 +188,7 @@ def _open_classes(entry: Entry, prompts: Prompts, read_plain: Callable, download
         )  # which says what is missing
     elif images.classes:
         classes = in_order_of(images.classes, classes, entry.name)
-    elif isinstance(images, Files) and int(images.labels.max()) >= len(classes):
+    elif isinstance(images, LabelledFiles) and int(images.labels.max()) >= len(classes):
         raise UserError(
             f"{entry.name}: class {int(images.labels.max())} occurs in {entry.path}, but the list of labels names "
             f"{len(classes)} classes, counted from 0; give the list of these classes with --labels"
@@ -245,7 +230,7 @@ def open_images(entry: Entry, classes: Sequence, read_plain: Callable, download:
     return TorchvisionImages(entry, download)
 
 
-def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
+def class_folders(entry: Entry, classes: Sequence = ()) -> LabelledFiles:
     root = Path(entry.path) / entry.split
     if not root.is_dir():
         inside = [name for name in SPLITS if (root.parent / name).is_dir()]
@@ -255,12 +240,12 @@ def class_folders(entry: Entry, classes: Sequence = ()) -> Files:
             "another place with --root or --catalog"
         )
     if not folders_in(root):
-        return Files(*flat_folder(root))
+        return flat_folder(root)
     data = ClassFolder(root, lambda image: image, classes)
-    return Files(data.files, data.labels, data.folders)
+    return LabelledFiles(data.files, data.labels, data.folders)
 
 
-def file_list(entry: Entry, read_plain: Callable) -> Files:
+def file_list(entry: Entry, read_plain: Callable) -> LabelledFiles:
     """SLIP's lists: paths and labels in two .npy files. Labels of text count in alphabetical
     order."""
     folder = Path(entry.path)
@@ -289,7 +274,7 @@ def file_list(entry: Entry, read_plain: Callable) -> Files:
     if not numbers:
         classes = sorted(set(labels))
         labels = [classes.index(label) for label in labels]
-    return Files([folder / image for image in images], torch.tensor(labels), classes)
+    return LabelledFiles([folder / image for image in images], torch.tensor(labels), classes)
 
 
 def _listed(array: object, file: Path) -> list:
@@ -302,7 +287,7 @@ def _listed(array: object, file: Path) -> list:
         raise UserError(f"{file}: its texts are no Unicode; make it again") from None
 
 
-def voc(entry: Entry) -> Files:
+def voc(entry: Entry) -> LabelledFiles:
     """PASCAL VOC 2007: ImageSets/Main/<class>_<split>.txt lists images with 1, -1 or, for difficult
     ones, 0."""
     places = [Path(entry.path) / inner for inner in ("VOCdevkit/VOC2007", "VOC2007", "")]
@@ -324,7 +309,9 @@ def voc(entry: Entry) -> Files:
         )
     targets = torch.tensor([[column[name] for column in columns] for name in columns[0]])
     files = [root / "JPEGImages" / f"{name}.jpg" for name in columns[0]]
-    return Files(files, targets, [file.name.removesuffix(f"_{entry.split}.txt") for file in lists])
+    return LabelledFiles(
+        files, targets, [file.name.removesuffix(f"_{entry.split}.txt") for file in lists]
+    )
 
 
 def _voc_list(file: Path) -> dict[str, int]:

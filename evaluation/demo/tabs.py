@@ -218,16 +218,21 @@ def classified(demo: Demo, file: str | None, names: str, template: str):
     return view.score_rows(scored, "class", "Probability: softmax over the names that you typed.")
 
 
-def ground_tab(demo: Demo) -> None:
-    """Heat maps of each word of a sentence."""
+def sentence_tab(function: Callable, hint: str, label: str, shown: str) -> None:
+    """An image and a sentence, a button with its label, and what `function` says of both."""
     with gr.Row():
         with gr.Column(scale=2):
             image = image_field()
-            sentence = text_field("Sentence", "a dog beside a red car")
-            button = gr.Button("Find the words", variant="primary")
+            sentence = text_field("Sentence", hint)
+            button = gr.Button(label, variant="primary")
         with gr.Column(scale=3):
-            result = gr.HTML(elem_id="maps")
-    run(button, partial(grounded, demo), [image, sentence], [result], sentence)
+            result = gr.HTML(elem_id=shown)
+    run(button, function, [image, sentence], [result], sentence)
+
+
+def ground_tab(demo: Demo) -> None:
+    """Heat maps of each word of a sentence."""
+    sentence_tab(partial(grounded, demo), "a dog beside a red car", "Find the words", "maps")
 
 
 def grounded(demo: Demo, file: str | None, sentence: str):
@@ -269,14 +274,7 @@ def answered(demo: Demo, file: str | None, question: str, own: str):
 
 def entail_tab(demo: Demo) -> None:
     """Does the image entail a sentence?"""
-    with gr.Row():
-        with gr.Column(scale=2):
-            image = image_field()
-            sentence = text_field("Sentence", "two children are outside")
-            button = gr.Button("Judge", variant="primary")
-        with gr.Column(scale=3):
-            result = gr.HTML(elem_id="entailment")
-    run(button, partial(entailed, demo), [image, sentence], [result], sentence)
+    sentence_tab(partial(entailed, demo), "two children are outside", "Judge", "entailment")
 
 
 def entailed(demo: Demo, file: str | None, sentence: str):

@@ -1,13 +1,16 @@
 """Parquet files and saved data sets that hold the encoded images themselves, row by row."""
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+from base.caches import one_builder
+from base.distributed import say
 from base.errors import UserError
 from base.limits import ROW_GROUP_BYTES, check_limit
+from dataset.sources.hub import image_file
 from dataset.sources.tables import (
     Columns,
     columns_of,
@@ -21,6 +24,7 @@ from dataset.sources.tables import (
 )
 
 SMALLER = "write it with fewer rows in a row group"
+SHARDS = "shards (scripts/data/pack.py)"
 
 
 def encoded_table(address: str, required: Sequence[str]) -> "EncodedTable | None":
@@ -71,6 +75,19 @@ def _record_batches(folder: Path) -> list[tuple]:
             for batch in stream:
                 parts.append((batch.num_rows, partial(batch.slice, 0), stream.schema))
     return parts
+
+
+def with_image_files(table: "EncodedTable", folder: Path) -> Iterator[dict]:
+    """The entries with their images as files below `folder`, by absolute path, each written once."""
+    say(
+        f"{table.path}: its images are kept as files in {folder}; many are read faster from {SHARDS}"
+    )
+    with one_builder(folder):
+        for entry in table:
+            number, image = entry.pop("index"), entry["image"]
+            if isinstance(image, bytes):
+                image = image_file({"bytes": image}, folder, table.used["image"].names[0], number)
+            yield {**{k: v for k, v in entry.items() if not isinstance(v, dict)}, "image": image}
 
 
 class EncodedTable(Sequence):

@@ -98,7 +98,7 @@ def _copy(data, folder: Path) -> None:
         for number, row in enumerate(data):
             entry = {name: row[name] for name in plain}
             for column in images:
-                entry[column] = _image_file(row[column], folder, column, number)
+                entry[column] = image_file(row[column], folder, column, number)
             yield entry
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def _is_plain(kind: object) -> bool:
     return getattr(kind, "dtype", "") in PLAIN_TYPES and type(kind).__name__ == "Value"
 
 
-def _image_file(image: dict | None, folder: Path, column: str, number: int) -> str | None:
+def image_file(image: dict | None, folder: Path, column: str, number: int) -> str | None:
     """The absolute path of an image, written below the folder; None where the row has none."""
     if image is None:
         return None
@@ -133,6 +133,7 @@ def _image_file(image: dict | None, folder: Path, column: str, number: int) -> s
         ending = "bin"  # it is counted where it is read
     part = f"{number // IMAGES_A_FOLDER:05d}"
     path = folder.absolute() / column / part / f"{number:09d}.{ending}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    if not (path.is_file() and path.stat().st_size == len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     return str(path)

@@ -18,6 +18,7 @@ from base.errors import UserError, brief
 from base.reading import parse_entry, parse_first_entry
 from base.text import whole_number
 from base.writing import atomic_write
+from dataset.sources.cached_tables import json_lines_of
 from dataset.sources.json_entries import (
     EXPECTED,
     RepeatedKey,
@@ -26,7 +27,6 @@ from dataset.sources.json_entries import (
     weights_fault,
 )
 from dataset.sources.left_out import LeftOut, has_left_out, refuse_left_out, report_left_out
-from dataset.sources.tables import json_lines_of
 
 # Fields of the public annotation formats and the types each may have; a list must hold texts, at
 # least one.

@@ -1,7 +1,8 @@
 """Own data in other forms than JSON: tables (CSV, TSV, Parquet), Hugging Face data sets saved to
 disk, and folders of images with captions beside them.
 
-Each becomes JSON lines once, in the cache, which `Records` then reads like any annotation file:
+Each becomes JSON lines once (see dataset.sources.cached_tables), which `Records` then reads like any
+annotation file:
 
     pairs.csv  pairs.tsv  pairs.parquet      a row an entry; columns by their usual names
     pairs.csv?image=url&caption=title,alt    columns by name; several columns make several captions
@@ -19,7 +20,6 @@ import ast
 import csv
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,17 +27,16 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
-from base.caches import cache_folder, digest, file_state, one_builder, states_digest
+from base.caches import file_state, states_digest
 from base.errors import BadSample, UserError, brief
-from base.limits import CELL_BYTES, EXPANSION, TABLE_FLOOR, check_limit, over_limit
+from base.limits import CELL_BYTES, check_limit, over_limit
 from base.names import matching_files, nearest
 from base.reading import read_bytes, read_json_lines, read_start
 from base.text import encoding_of, is_blank, lenient_text, lines_in, looks_like
-from base.writing import write_json_lines
 from dataset.images.formats import files_below, is_image
 from dataset.sources.hub import is_hub, local_copy
 from dataset.sources.json_entries import objects_of
-from dataset.sources.left_out import LeftOut, report_left_out
+from dataset.sources.left_out import LeftOut
 
 JSON = (".json", ".jsonl")
 TABLES = (".csv", ".tsv", ".parquet")
@@ -56,7 +55,6 @@ USUAL_NAMES = {
     "labels": ("label", "class"),
 }
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of datasets' image folders
-TABLE_VERSION = 2  # part of the key of cached tables: raise it when cells are read otherwise
 NUMBER_OF_PART = re.compile(r"[-_.]?\d+(-of-\d+)?$")  # at the end of a file's name
 PACK = (
     "pack them into shards (python scripts/data/pack.py --data THIS --target FOLDER) and name the "
@@ -117,69 +115,13 @@ def is_table(address: str | Path) -> bool:
     return path.suffix.lower() in TABLES or path.is_dir() or bool(columns) or is_hub(path)
 
 
-def json_lines_of(
-    address: str | Path, required: Sequence[str], cache_dir: str | Path | None = None
-) -> Path:
-    """The JSON lines file made of a table or folder, from the cache where nothing has changed;
-    any other file as it is.
-
-    required: fields every entry must have. Raises UserError that names file, row and remedy.
-    """
-    path, columns = parse_address(address)
-    if not is_table(address):
-        return path
-    if is_hub(path):
-        path = local_copy(path, cache_dir)
-    if columns and not (path.suffix.lower() in (*TABLES, *JSON) or path.is_dir()):
-        raise UserError(f"{address}: only tables and JSON have columns; name the file alone")
-    if not (path.exists() or parquet_files(path)):
-        raise UserError(f"{path}: no such annotation file; check the name in the configuration")
-    if path.exists() and not (path.is_dir() or path.is_file()):
-        raise UserError(f"{path}: not a regular file; name a table or a folder")
-    key = (TABLE_VERSION, sorted(required), sorted(columns.items()), _state(path))
-    target = cache_folder(cache_dir) / f"{path.stem.replace('*', '')}-{digest(*key)}.jsonl"
-    try:
-        with one_builder(target):
-            if not target.exists():
-                left_out = LeftOut(path)
-                rows = rows_of(path, required, columns, left_out)
-                rows = left_out.kept_behind(_bounded(rows, path, left_out), target)
-                write_json_lines(target, rows)
-    except OSError as error:
-        raise UserError(f"{target}: not written ({error}); set QUINTET_CACHE") from None
-    report_left_out(target)
-    return target
-
-
-def _bounded(rows: Iterable[dict], path: Path, left_out: LeftOut) -> Iterator[dict]:
-    """The rows; UserError where there is none, too many are unusable, or the file is small and they
-    have no end."""
-    stored = 0 if path.is_dir() else sum(map(os.path.getsize, parquet_files(path) or [path]))
-    limit = max(TABLE_FLOOR, EXPANSION * stored)
-    size = -1
-    for row in rows:
-        size += sum(_length(value) for value in row.values())
-        if not path.is_dir():
-            check_limit(path, size, limit, "bytes of text", "fetch it again")
-        yield row
-    left_out.check()
-    if size < 0:
-        raise UserError(f"{path}: empty: names of columns and no rows; fetch it again")
-
-
-def _length(value: object) -> int:
-    if isinstance(value, list):
-        return sum(map(_length, value))
-    return len(value) if isinstance(value, str) else 8
-
-
 def address_state(address: str | Path) -> object:
     """What changes with the content of an annotation file, table or folder."""
     path = parse_address(address).path
-    return _state(local_copy(path) if is_hub(path) else path)
+    return path_state(local_copy(path) if is_hub(path) else path)
 
 
-def _state(path: Path) -> object:
+def path_state(path: Path) -> object:
     if path.is_file():
         return file_state(path)
     return states_digest(files_below(path) if path.is_dir() else parquet_files(path))

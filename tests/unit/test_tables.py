@@ -24,6 +24,7 @@ from dataset.tasks.record import captions_of, weights_of
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.wordpiece import choose_caption
 from scripts.data import pack
+from tests.helpers.images import of_colour
 
 ROWS = [("a.jpg", "a café, by night"), ("b/c.png", 'she said "no"\nand left'), ("漢.jpg", "漢字")]
 
@@ -91,13 +92,32 @@ def test_parquet(tmp_path):
     with pytest.raises(UserError, match=r"several splits, test, train; name one: '.*/test\*\.parq"):
         Records(tmp_path / "hub")
     assert pairs(Records(tmp_path / "hub/train-*.parquet")) == pairs(records)
-    encoded = pyarrow.table({"image": [{"bytes": b"\xff\xd8", "path": None}], "caption": ["a"]})
-    parquet.write_table(encoded, tmp_path / "e.parquet")
-    with pytest.raises(UserError, match=r"e.parquet, row 1: holds the encoded image.*pack.py"):
-        Records(tmp_path / "e.parquet")
     (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(UserError, match=r"d.parquet: no Parquet file"):
         Records(tmp_path / "d.parquet")
+
+
+def test_encoded_images_of_parquet_are_files_in_the_cache(tmp_path, cache, capsys):
+    """As Hugging Face's and img2dataset's Parquet files hold them; each is written once."""
+    images = [of_colour((level, 9, 9), kind="PNG") for level in (1, 2)]
+    structs = [{"bytes": each, "path": None} for each in images]
+    table = {"image": structs, "mask": structs, "text": ["a", "b"], "labels": [[3], [4]]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "hf.parquet")
+    records = Records(tmp_path / "hf.parquet")
+    assert [Path(record["image"]).read_bytes() for record in records] == images
+    assert [record["caption"] for record in records] == ["a", "b"] and "mask" not in records[0]
+    assert "its images are kept as files in" in capsys.readouterr().out
+    Path(records[1]["image"]).write_bytes(images[0])  # of the same size: not written again
+    again = Records(tmp_path / "hf.parquet", ("image", "labels"))
+    assert [record["labels"] for record in again] == [[3], [4]]
+    assert [record["image"] for record in again] == [record["image"] for record in records]
+    assert Path(again[1]["image"]).read_bytes() == images[0]
+    parquet.write_table(
+        pyarrow.table({"jpg": images, "caption": ["c", "d"]}), tmp_path / "i.parquet"
+    )
+    own = Records(f"{tmp_path}/i.parquet?image=jpg")
+    assert [Path(record["image"]).read_bytes() for record in own] == images
+    assert all(Path(record["image"]).is_relative_to(cache) for record in own)
 
 
 def test_saved_data_set(tmp_path):

@@ -15,6 +15,7 @@ HEAVY = {
     "PIL.Image",
     "sentencepiece",
     "sklearn",
+    "sympy",
     "textaugment",
     "textblob",
     "timm",

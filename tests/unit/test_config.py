@@ -612,7 +612,7 @@ LAUGHS = "x0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     [
         (LAUGHS + "seed: *a8", "aliases stand for more than 1,000,000 values"),
         ("seed: &a [*a]", "nested deeper than 200 levels"),
-        ("seed: " + "[" * 5000, "nested deeper than 200 levels"),
+        ("seed: " + "[" * 1000, "nested deeper than 200 levels"),
         ("seed: " + "[" * 300 + "]" * 300, "nested deeper than 200 levels"),
         ("base: 5", "base: expected a file, or a list of files"),
         ("base: [1, other.yaml]", "base: expected a file, or a list of files"),

@@ -201,6 +201,7 @@ def command(script: str, words: Sequence[str], left_out: Sequence[str] = ()) -> 
 SCRIPTS = {
     "zero_shot_retrieval.py": ("zero_shot_retrieval.py", retrieval),
     "Pretrain_NLVR.py": ("Pretrain_NLVR.py", text_assignment),
+    "Pretrain_nlvr.py": ("Pretrain_nlvr.py", text_assignment),
     "trainer.py": ("python -m trainer", trainer),
     "run": ("scripts/run", nxtp),
     "run_dist": ("scripts/run_dist", nxtp),

@@ -32,6 +32,11 @@ OLD = [  # as in the READMEs
         {"stage": "text_assignment"},
     ),
     (
+        "Pretrain_nlvr.py --config ./configs/NLVR_pretrain.yaml --checkpoint F.pth",
+        "NLVR.py --config configs/NLVR/assignment.yaml --checkpoint F.pth",
+        {"stage": "text_assignment"},
+    ),
+    (
         "-m trainer trainer=vit_l16_coyo300m runtime.tpu.name=t experiment.debug=false "
         "experiment.save_dir=run",
         "Classification.py --config configs/Classification/vit_l16_coyo300m.yaml --accumulate 16 "

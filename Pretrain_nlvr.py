@@ -1,0 +1,1 @@
+runtime/config/old_commands.py

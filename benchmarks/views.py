@@ -24,11 +24,11 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
 from base.pixels import IMAGENET
+from base.zip_member import image_source, read_member
 from benchmarks.runner import OURS, Options, Side, take_turns
 from benchmarks.table import Column, publish, tables
 from dataset.images.clip import ImageViews, ViewOptions
 from dataset.images.decode import decode_image
-from dataset.images.zip_member import image_source, read_member
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.bpe import ClipTokenizer
 from runtime.config.cli import knob, run_script

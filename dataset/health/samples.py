@@ -12,8 +12,8 @@ from base.errors import BadSample
 from base.image_names import existing
 from base.reading import is_file
 from base.text import is_blank
+from base.zip_member import image_source
 from dataset.images.decode import decode_image, image_bytes, is_turned, reading
-from dataset.images.zip_member import image_source
 from dataset.tasks.record import as_list, captions_of, name_of
 
 TINY = 32  # pixels of the shorter side below which an image is called tiny

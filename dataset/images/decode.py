@@ -20,7 +20,7 @@ from base.limits import IMAGE_BYTES, IMAGE_PIXELS
 from base.pixels import PILLOW_FORMATS, pillow_formats, to_rgb
 from base.reading import is_file
 from base.text import looks_like
-from dataset.images.zip_member import archive_of, image_source
+from base.zip_member import archive_of, image_source
 
 ORIENTATION = 0x0112  # tag of EXIF
 GREY = 128  # what libjpeg fills the missing rows of a truncated file with

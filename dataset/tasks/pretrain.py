@@ -17,10 +17,10 @@ from base.caches import digest, one_builder, weights_digest
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
 from base.writing import atomic_write, replace_synced
+from base.zip_member import archive_of
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
 from dataset.images.decode import reading
-from dataset.images.zip_member import archive_of
 from dataset.loading.eval import EvalLoader
 from dataset.sources.records import Records
 from dataset.tasks.record import captions_of, image_of, weights_of

@@ -9,8 +9,8 @@ from base.errors import BadSample, UserError, brief
 from base.image_names import ImageKeys
 from base.reading import parse_json
 from base.text import clean_surrogates, lenient_text
+from base.zip_member import image_source
 from dataset.images.decode import decode_image
-from dataset.images.zip_member import image_source
 from dataset.sources.json_entries import weights_fault
 
 CAPTION_FIELDS = ("caption", "captions/text")  # the second in TFRecords as COYO-ALIGN's

@@ -13,6 +13,7 @@ from base.errors import BadSample
 from base.image_names import existing
 from base.pixels import pillow_formats, to_rgb
 from base.reading import read_bytes
+from base.zip_member import image_source
 
 GREY = (128, 128, 128)
 COLOURS = torch.tensor(  # of a heat map from 0 to 1, evenly spaced: RGB
@@ -43,7 +44,7 @@ class LazyImages(Sequence):
 def image_uri(source: Path | bytes | Tensor, side: int) -> str:
     """A data URI of a JPEG with `side` pixels per side; the aspect is not kept, as networks see it.
 
-    source: a file, its bytes, or uint8 [3,H,W]. An image that cannot be read is grey, as in the
+    source: a file, in a zip file too, its bytes, or uint8 [3,H,W]. An image that cannot be read is grey, as in the
     evaluation that comes before the page.
     """
     from PIL import Image  # here, so that --help need not wait for it
@@ -52,7 +53,9 @@ def image_uri(source: Path | bytes | Tensor, side: int) -> str:
         image = Image.fromarray(source.permute(1, 2, 0).contiguous().numpy())
     else:
         try:
-            content = source if isinstance(source, bytes) else read_bytes(existing(source))
+            if not isinstance(source, bytes):
+                source = image_source(Path(), str(existing(source)))
+            content = source if isinstance(source, bytes) else read_bytes(source)
             image = to_rgb(Image.open(io.BytesIO(content), formats=pillow_formats()))
         except Exception:  # decoders meet hostile bytes and raise anything up to struct.error
             image = Image.new("RGB", (side, side), GREY)

@@ -29,8 +29,8 @@ from base.processes import in_processes, usable_cores
 from base.reading import read_json
 from base.text import clean_surrogates, is_blank
 from base.writing import check_folder_option, make_folder, strict_json
+from base.zip_member import image_source
 from dataset.images.decode import ORIENTATION, decode_image, image_bytes, image_ending, orientation
-from dataset.images.zip_member import image_source
 from dataset.sources.encoded_table import encoded_table
 from dataset.sources.records import Records
 from dataset.sources.tables import address_state

@@ -430,7 +430,7 @@ def _raise(message: str) -> object:
 
 
 def _zip(path: Path) -> object:
-    from dataset.images.zip_member import read_member
+    from base.zip_member import read_member
 
     return len(read_member(path, "0.jpg"))
 

@@ -417,7 +417,7 @@ def image(path: Path) -> Any:
 
 
 def zip_member(path: Path) -> Any:
-    from dataset.images.zip_member import read_member
+    from base.zip_member import read_member
 
     return read_member(path, "0.png")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from base import zip_member
 from base.errors import BadSample, UserError
 from base.writing import write_json_lines
-from dataset.images import zip_member
+from base.zip_member import read_member
 from dataset.images.clip import ImageViews, ViewOptions
-from dataset.images.zip_member import read_member
 from dataset.sources.shards import read_shard
 from dataset.tasks.captions import (
     CaptionCollate,

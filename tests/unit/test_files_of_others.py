@@ -22,10 +22,10 @@ from base.errors import BadSample, UserError
 from base.names import matching_files
 from base.reading import parse_json
 from base.text import id_text, lines_in, whole_number
+from base.zip_member import image_source, read_member
 from dataset.health.samples import FATAL, Examiner
 from dataset.health.survey import open_list
 from dataset.images.decode import ORIENTATION, check_image_root, decode_image, image_ending
-from dataset.images.zip_member import image_source, read_member
 from dataset.sources.class_folder import ClassFolder
 from dataset.sources.class_folder import class_folders as class_folders_in
 from dataset.sources.flat_folder import flat_folder

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,18 @@ def test_an_image_of_sixteen_bits_is_as_light_on_the_page_as_it_is():
 def test_a_fifo_is_grey_on_the_page(tmp_path):
     os.mkfifo(tmp_path / "a.jpg")
     assert image_uri(tmp_path / "a.jpg", 8) == image_uri(b"", 8)
+
+
+def test_the_page_finds_an_image_where_the_evaluation_does(tmp_path):
+    """In a zip file, and under a name of macOS or Windows."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 10, 10)).save(file, "PNG")
+    expected = image_uri(file.getvalue(), 8)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("in/0.png", file.getvalue())
+    (tmp_path / "caf\u00e9.png").write_bytes(file.getvalue())
+    for name in ("a.zip/in/0.png", "cafe\u0301.png", ".\\a.zip\\in\\0.png"):
+        assert image_uri(tmp_path / name, 8) == expected != image_uri(b"", 8)
 
 
 def luminance(colour: str) -> float:

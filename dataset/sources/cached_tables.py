@@ -1,7 +1,7 @@
 """Tables, folders and data sets as JSON lines in the cache, which `Records` reads."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from base.caches import cache_folder, digest, one_builder
@@ -11,6 +11,7 @@ from base.writing import write_json_lines
 from dataset.sources.encoded_table import encoded_table, with_image_files
 from dataset.sources.hub import is_hub, local_copy
 from dataset.sources.left_out import LeftOut, report_left_out
+from dataset.sources.published_lists import answers_beside, rows_as_published
 from dataset.sources.tables import (
     JSON,
     TABLES,
@@ -34,7 +35,7 @@ def json_lines_of(
     """
     path, columns = parse_address(address)
     if not is_table(address):
-        return path
+        return _of_published(path, cache_dir)
     if is_hub(path):
         path = local_copy(path, cache_dir)
     if columns and not (path.suffix.lower() in (*TABLES, *JSON) or path.is_dir()):
@@ -45,18 +46,37 @@ def json_lines_of(
         raise UserError(f"{path}: not a regular file; name a table or a folder")
     key = (TABLE_VERSION, sorted(required), sorted(columns.items()), path_state(path))
     target = cache_folder(cache_dir) / f"{path.stem.replace('*', '')}-{digest(*key)}.jsonl"
+
+    def rows() -> Iterator[dict]:
+        left_out = LeftOut(path)
+        found = encoded_rows(address, path, required, target.parent)
+        found = found or rows_of(path, required, columns, left_out)
+        return left_out.kept_behind(_bounded(found, path, left_out), target)
+
+    _write_once(target, rows)
+    report_left_out(target)
+    return target
+
+
+def _of_published(path: Path, cache_dir: str | Path | None) -> Path:
+    """The list that is made of a file as its makers publish it; any other file as it is."""
+    rows = rows_as_published(path)
+    if rows is None:
+        return path
+    key = (TABLE_VERSION, path_state(path), path_state(answers_beside(path)))
+    target = cache_folder(cache_dir) / f"{path.stem}-{digest(*key)}.jsonl"
+    _write_once(target, lambda: rows)
+    return target
+
+
+def _write_once(target: Path, rows: Callable[[], Iterator[dict]]) -> None:
+    """Write a cached file that is not there yet, by one of the processes that want it. UserError."""
     try:
         with one_builder(target):
             if not target.exists():
-                left_out = LeftOut(path)
-                rows = encoded_rows(address, path, required, target.parent)
-                rows = rows or rows_of(path, required, columns, left_out)
-                rows = left_out.kept_behind(_bounded(rows, path, left_out), target)
-                write_json_lines(target, rows)
+                write_json_lines(target, rows())
     except OSError as error:
         raise UserError(f"{target}: not written ({error}); set QUINTET_CACHE") from None
-    report_left_out(target)
-    return target
 
 
 def encoded_rows(

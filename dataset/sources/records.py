@@ -64,8 +64,8 @@ PUBLISHED = {
     (
         "annotations",
         "answers",
-    ): "these are VQA's own answers: train on ALBEF's lists (vqa_train.json), "
-    "and name this file as test_answers",
+    ): "these are VQA's own answers: name the file of their questions (v2_OpenEnded_mscoco_…), "
+    "beside which they lie, or this file as test_answers",
     ("qas", "question"): "these are Visual Genome's own questions: name ALBEF's list (vg_qa.json)",
     ("questions", "question"): "these are VQA's own questions, without images: name ALBEF's lists "
     "(vqa_train.json, vqa_test.json)",
@@ -74,13 +74,6 @@ PUBLISHED = {
 }
 PICKLES = (".p", ".pkl", ".pickle")
 PROGRESS_EVERY = 200_000  # entries; files with fewer are indexed without a progress bar
-# The same of JSON lines, by a field that each has.
-PUBLISHED_LINES = {
-    "gold_label": "these are SNLI-VE's own lines: write "
-    "'FILE?image=Flickr30K_ID&sentence=sentence2&label=gold_label'",
-    "left_url": "these are NLVR2's own lines, without paths of images: name ALBEF's lists "
-    "(nlvr_train.json, nlvr_test.json)",
-}
 
 
 class Records(Sequence):
@@ -381,14 +374,13 @@ def _fault(entry: object, required: Sequence[str]) -> str | None:
 
 
 def published_remedy(entry: dict) -> str | None:
-    """What to do about an entry that is a whole published file, or a line of one; None for others."""
+    """What to do about an entry that is a whole published file; None for others."""
     for (name, field), remedy in PUBLISHED.items():
         listed = entry.get(name)
         first = listed[0] if isinstance(listed, list) and listed else None
         if isinstance(first, dict) and field in first:
             return remedy
-    own = next((remedy for field, remedy in PUBLISHED_LINES.items() if field in entry), None)
-    return COCO_HINT if own is None and "annotations" in entry else own
+    return COCO_HINT if "annotations" in entry else None
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

@@ -19,6 +19,7 @@ from base.distributed import World, any_rank
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run is saved and wants to be started again
 MOMENT = 0.01  # seconds
 TRACER = os.path.join("torch", "_subclasses", "fake_tensor.py")
+LOADER = os.path.join("torch", "utils", "data", "dataloader.py")
 PATIENCE = 10.0  # seconds for the main thread to notice a signal, unless it waits in a collective
 
 
@@ -58,9 +59,8 @@ class Interrupt:
             self._leave(frame)
 
     def _leave(self, frame: FrameType | None) -> None:
-        """End the process from a handler of signals; while a network is being traced, a moment
-        later: what is raised in the midst of PyTorch's fake tensors may abort the process."""
-        if _is_tracing(frame):
+        """End the process from a handler of signals, where that does harm a moment later."""
+        if _must_not_be_cut(frame):
             signal.signal(signal.SIGALRM, lambda _, frame: self.unsaved or self._leave(frame))
             signal.setitimer(signal.ITIMER_REAL, MOMENT)
             return
@@ -85,9 +85,12 @@ class Interrupt:
         return any_rank(self.received is not None, device)
 
 
-def _is_tracing(frame: FrameType | None) -> bool:
+def _must_not_be_cut(frame: FrameType | None) -> bool:
+    """Whether an exception in this frame may abort the process, as amid PyTorch's fake tensors, or
+    leave a loader that cannot end its workers."""
     while frame is not None:
-        if frame.f_code.co_filename.endswith(TRACER):
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file.endswith(TRACER) or (file.endswith(LOADER) and name == "__init__"):
             return True
         frame = frame.f_back
     return False

@@ -1,11 +1,14 @@
 """The data stream: deterministic, disjoint and complete over ranks and workers, exactly resumable,
 with a budget."""
 
+import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections import Counter
@@ -17,12 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
-from base.distributed import ALONE
+from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
 from dataset.images.decode import decode_image
 from dataset.loading.eval import EvalLoader, shard_indices
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.tasks.loaders import eval_loader
+from runtime.interrupt import EXIT_REQUEUE, Interrupt
 from tests.contract.stream_cases import Build, collate, records, shards, stream, world
 from tests.helpers.images import of_colour
 from tests.helpers.processes import start_processes
@@ -431,6 +435,39 @@ def load_under_early_signals(rank: int) -> None:
     assert len([next(loader) for _ in range(20)]) == 20
     samples = list(range(12)).__getitem__
     assert len(list(evaluating.EvalLoader(samples, range(12), 4, list, workers=2))) == 3
+
+
+def test_a_signal_while_workers_start_leaves_a_loader_that_can_end_them():
+    start_processes(load_interrupted, (), 1)
+
+
+def load_interrupted(rank: int) -> None:
+    """Another thread gets the signal, which the main one holds back."""
+    Interrupt(World(0, 1, 0, torch.device("cpu")), lambda: None)
+    left, start = [], multiprocessing.Process.start
+    begun, sent = threading.Event(), threading.Event()
+
+    def send():
+        begun.wait()
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        sent.set()
+
+    def start_and_send(process):
+        start(process)
+        if len(multiprocessing.active_children()) == 2:
+            begun.set()
+            sent.wait()
+
+    threading.Thread(target=send, daemon=True).start()
+    multiprocessing.Process.start = start_and_send
+    sys.unraisablehook = left.append
+    with pytest.raises(SystemExit) as ended:
+        take(StreamLoader(stream(records(100)), 4, workers=2), 20)
+        time.sleep(5)
+    assert ended.value.code == EXIT_REQUEUE
+    del ended
+    gc.collect()
+    assert left == []
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")

@@ -200,6 +200,20 @@ def test_nothing_but_bad_samples_ends_too(workers):
     loader.close()
 
 
+def test_as_many_bad_samples_as_the_budget_says_are_none_too_many():
+    """Two of twenty, all of which this batch has seen."""
+    loader = StreamLoader(
+        stream(records(20, bad=(3, 11), name="pairs")), 18, workers=0, error_budget=0.1
+    )
+    next(loader)
+    assert loader.errors == {"pairs": 2}
+
+
+def test_the_source_of_the_largest_share_begins():
+    mixed = stream(records(10), records(90, first=100), weights=(1, 9))
+    assert numbers(take(StreamLoader(mixed, 1, workers=0), 1))[0] >= 100
+
+
 def test_the_list_is_short():
     loader = StreamLoader(stream(records(3000, bad=range(1500))), 4, workers=0)
     with pytest.raises(UserError) as caught:

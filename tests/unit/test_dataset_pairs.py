@@ -235,6 +235,21 @@ def test_interrupted_visual_codes_are_computed_on(folder, monkeypatch):
     assert left == []
 
 
+def test_visual_codes_are_kept_where_a_run_is_killed_at_its_end(folder, monkeypatch):
+    entries = [{"image": f"{n}.jpg", "caption": "x"} for n in range(12)]
+    build = PretrainPair(PretrainTransform(64, 32, fixed_geometry=True), folder)
+    given, second = (folder / "c.npy", entries, build), Interrupted(99)
+
+    def killed(*_paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain, "replace_synced", killed)
+        write_codes(*given, MeanTokenizer())
+    write_codes(*given, second)
+    assert second.batches == 1  # the grey image
+
+
 def test_two_runs_that_make_the_same_codes_do_not_meet(folder):
     """The second one begins and ends while the first is at its first batch."""
     entries = [{"image": f"{n}.jpg", "caption": "x"} for n in range(12)]

@@ -730,6 +730,7 @@ BOX = [1.0, 2.0, 3.0, 4.0]
 )
 def test_boxes_of_any_detector(given):
     assert read_boxes(given, "det_file") == [BOX]
+    assert read_boxes([[1, 2, 0, 0]], "det_file") == [[1.0, 2.0, 0.0, 0.0]]  # rounded to nothing
 
 
 @pytest.mark.parametrize(

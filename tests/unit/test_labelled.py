@@ -237,6 +237,14 @@ def test_images_without_likely_labels_are_left_out_and_not_counted(tmp_path):
         next(StreamLoader(Stream([never], LabelCollate()), 5, workers=0))
 
 
+def test_records_left_out_here_and_there_are_no_epoch(monkeypatch):
+    monkeypatch.setattr("dataset.loading.filtered.ENOUGH", 3)
+    numbers = RecordSource([{"number": number} for number in range(10)], None)
+    even = Filtered(numbers, lambda record: record["number"] % 2 == 0, "all are odd", kept=0.5)
+    found = [record["number"] for _, record, _ in islice(even.read(0, 0, 1, 0), 50)]
+    assert sorted(set(found)) == [0, 2, 4, 6, 8] and len(found) == 50
+
+
 @pytest.mark.parametrize("count, epoch", [(10, 5), (40, 35), (3, 1)])
 def test_an_epoch_counts_the_images_that_keep_a_label(tmp_path, count, epoch):
     (tmp_path / "a.jpg").write_bytes(jpeg())

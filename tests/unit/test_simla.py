@@ -275,6 +275,15 @@ def test_retrieval_positives_are_the_captions_of_the_same_image():
     torch.testing.assert_close(model.positives(ids, ids), expected)
 
 
+def test_a_batch_larger_than_the_queue_leaves_its_last_ids():
+    tiny = tiny_config()
+    model = Retrieval(RetrievalConfig(vit=tiny.vit, bert=tiny.bert, embed_dim=16, queue_size=3))
+    given = Features(torch.rand(4, 16), torch.rand(4, 16))
+    model.enqueue_with_ids(given, torch.tensor([5, 6, 7, 8]))
+    for column, number in enumerate(model.idx_queue[0].tolist()):
+        assert torch.equal(model.image_queue[:, column], given.image[number - 5])
+
+
 @pytest.mark.slow
 def test_retrieval_compiled_equals_eager():
     tiny = tiny_config(layers=1, depth=1)

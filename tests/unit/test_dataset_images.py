@@ -185,8 +185,8 @@ def test_a_truncated_jpeg_keeps_its_rows_and_the_others_are_grey(monkeypatch):
 def test_other_formats_keep_the_rows_before_their_end(kind, mode):
     """The rest is grey; of a palette its first colour, of BMP the rows above."""
     noise = np.random.default_rng(0).integers(1, 255, (40, 30, 3), np.uint8)
-    picture = Image.fromarray(noise).convert("L" if mode == "I;16" else mode).convert(mode)
-    data = encoded(picture, kind, **({"interlace": 0} if kind == "GIF" else {}))
+    noise_image = Image.fromarray(noise).convert("L" if mode == "I;16" else mode).convert(mode)
+    data = encoded(noise_image, kind, **({"interlace": 0} if kind == "GIF" else {}))
     whole = decode_image(data)
     cut = data[: len(data) * 4 // 5]
     zeros = cut + bytes(len(data) - len(cut))

@@ -121,7 +121,7 @@ def test_two_files_whose_accents_differ_are_two(tmp_path):
     for name, colour in ((NFC, "red"), (NFD, "blue")):
         save_image(tmp_path / f"{name}.jpg", colour)
     assert number_images([f"{NFC}.jpg", f"{NFD}.jpg"], tmp_path).tolist() == [0, 1]
-    mixed = "e\u0301t\u00e9.jpg"  # neither of them: which one is meant cannot be told
+    mixed = "e\u0301t\u00e9.jpg"  # neither of them: which one is meant is unknown
     assert existing(tmp_path / mixed) == tmp_path / mixed
     with pytest.raises(BadSample):
         image_of({"image": mixed}, tmp_path)

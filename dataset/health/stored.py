@@ -36,7 +36,7 @@ def read_facts(path: Path, made_of: str) -> tuple[list[Facts], float] | None:
     try:
         rows = read_json_lines(path)
         seconds = float(next(rows)["seconds"])
-        return [_facts(row) for row in rows], seconds
+        return [Facts(images=list(map(_image, row.pop("images"))), **row) for row in rows], seconds
     except (UserError, LookupError, TypeError, ValueError):
         return None  # damaged: made again
 
@@ -47,11 +47,6 @@ def is_stored(path: Path, made_of: str) -> bool:
         return False
     with path.open("rb") as file:
         return f'"made_of": "{made_of}"'.encode() in file.readline(1000)
-
-
-def _facts(row: dict) -> Facts:
-    images = [_image(image) for image in row.pop("images")]
-    return Facts(images=images, **row)
 
 
 def _image(row: dict) -> Image:

@@ -104,7 +104,11 @@ class View:
         top, left, height, width = random_box(image, self.scale)
         view = crop_resize(image, top, left, height, width, self.side, self.interpolation)
         if self.randaugment:
-            view = _rand_augment()(view)
+            from torchvision.transforms.v2 import RandAugment
+
+            view = RandAugment()(
+                view
+            )  # 2 operations at magnitude 9 of 30, the paper's for ResNet-50
         draws = torch.rand(5).tolist()
         if (
             (self.jitter and draws[0] < 0.8)
@@ -241,12 +245,6 @@ def _resize(image: Tensor, size: list[int], interpolation: str) -> Tensor:
     from torchvision.transforms.v2.functional import resize
 
     return resize(image, size, interpolation=InterpolationMode(interpolation), antialias=True)
-
-
-def _rand_augment():
-    from torchvision.transforms.v2 import RandAugment
-
-    return RandAugment()  # two operations at magnitude 9 of 30, the paper's for ResNet-50
 
 
 # Below, images are float32 [3,H,W] with grey levels 0..255.

@@ -39,7 +39,11 @@ def parse_entries(path: Path) -> Iterator[tuple[int, object]]:
         if opening not in ("[", "{"):
             seen = looks_like(window.start)
             raise UserError(f"{path}: begins with {opening!r}{seen}; {EXPECTED}")
-        yield from _list_entries(window) if opening == "[" else _line_entries(window)
+        if opening == "[":
+            yield from _list_entries(window)
+        else:
+            while window.skip():
+                yield window.next_entry()
         if window.skip():
             raise window.error("text after the end of the list")
 
@@ -84,11 +88,6 @@ def _list_entries(window: "_Window") -> Iterator[tuple[int, object]]:
             raise window.error(f"expected ',' or ']', found {separator or 'the end of the file'!r}")
         window.place += separator == ","
     window.place += 1
-
-
-def _line_entries(window: "_Window") -> Iterator[tuple[int, object]]:
-    while window.skip():
-        yield window.next_entry()
 
 
 class _Window:

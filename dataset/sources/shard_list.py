@@ -249,7 +249,7 @@ def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
     size = max(1, len(shards) // (16 * THREADS))
     blocks = [shards[start : start + size] for start in range(0, len(shards), size)]
     with ThreadPoolExecutor(min(THREADS, len(shards))) as pool:
-        found = pool.map(partial(counts_of, options=options), blocks)
+        found = pool.map(lambda block: [count_of(shard, options) for shard in block], blocks)
         counts = chain.from_iterable(found)
         bar = tqdm(counts, "counting samples", len(shards), unit=" shards", delay=2, disable=None)
         try:
@@ -257,11 +257,6 @@ def samples_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def counts_of(shards: Sequence[str], options: dict | None = None) -> list[int]:
-    """Samples of some shards, one after the other."""
-    return [count_of(shard, options) for shard in shards]
 
 
 def count_of(shard: str, options: dict | None = None) -> int:

@@ -92,6 +92,15 @@ class Table(NamedTuple):
     columns: dict[str, list[str]]
 
 
+class Wanted(NamedTuple):
+    """What entries need: the fields that every one must have, and the columns that hold some; unusable
+    rows go to `left_out`."""
+
+    required: Sequence[str]
+    columns: dict[str, list[str]]
+    left_out: LeftOut
+
+
 def parse_address(address: str | Path) -> Table:
     """`FILE?field=column&field=column:weight,column:weight`; a file that is called so wins.
     UserError."""
@@ -146,13 +155,11 @@ def parquet_files(path: Path) -> list[Path]:
     return files
 
 
-def _parquet_rows(
-    files: Sequence[Path], required: Sequence[str], columns: dict, left_out: LeftOut
-) -> Iterator[dict]:
+def _parquet_rows(files: Sequence[Path], wanted: Wanted) -> Iterator[dict]:
     for path in files:
         file = open_parquet(path)
         rows = _batch_rows(path, file.iter_batches(batch_size=BATCH_ROWS))
-        yield from _entries(path, file.schema_arrow.names, rows, required, columns, left_out)
+        yield from _entries(path, file.schema_arrow.names, rows, wanted)
 
 
 def rows_of(
@@ -163,22 +170,19 @@ def rows_of(
 ) -> Iterator[dict]:
     """Entries with the required fields, and every column that is not one of them as it is; unusable
     rows go to `left_out`."""
-    columns = columns or {}
-    left_out = left_out or LeftOut(path)
+    wanted = Wanted(required, columns or {}, left_out or LeftOut(path))
     if path.is_dir():
-        yield from _folder_rows(path, required, columns, left_out)
+        yield from _folder_rows(path, wanted)
     elif path.suffix.lower() == ".parquet":
-        yield from _parquet_rows(parquet_files(path), required, columns, left_out)
+        yield from _parquet_rows(parquet_files(path), wanted)
     elif path.suffix.lower() in JSON:
-        yield from _whole_entries(path, lambda: objects_of(path), required, columns, left_out)
+        yield from _whole_entries(path, lambda: objects_of(path), wanted)
     else:
-        yield from _csv_rows(path, required, columns, left_out)
+        yield from _csv_rows(path, wanted)
 
 
 # ---- tables
-def _csv_rows(
-    path: Path, required: Sequence[str], columns: dict, left_out: LeftOut
-) -> Iterator[dict]:
+def _csv_rows(path: Path, wanted: Wanted) -> Iterator[dict]:
     csv.field_size_limit(CELL_BYTES)
     try:
         with path.open(
@@ -192,9 +196,11 @@ def _csv_rows(
             separator = stated[1] if stated else max("\t", ",", ";", "|", key=head.count)
             rows = csv.reader(_lines(file, path), delimiter=separator, strict=True)
             names = [name.strip() for name in next(filter(any, rows), [])]
-            _check_unique(path, names)
+            twice = [name for number, name in enumerate(names) if name and name in names[:number]]
+            if twice:
+                raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
             entries = _by_name(names, _readable(rows))
-            yield from _entries(path, names, entries, required, columns, left_out)
+            yield from _entries(path, names, entries, wanted)
     except UnicodeDecodeError as error:
         seen = looks_like(read_start(path))
         raise UserError(f"{path}: not UTF-8 ({error.reason}){seen}; save it as UTF-8") from None
@@ -226,12 +232,6 @@ def _lines(file, path: Path) -> Iterator[str]:
         if len(line) == CELL_BYTES:
             raise UserError(over_limit(path, len(line), CELL_BYTES - 1, "characters in a line"))
         yield line
-
-
-def _check_unique(path: Path, names: list[str]) -> None:
-    twice = [name for number, name in enumerate(names) if name and name in names[:number]]
-    if twice:
-        raise UserError(f"{path}: two columns are called {twice[0]}; rename one")
 
 
 def _by_name(names: list[str], rows: Iterable[list[str] | str]) -> Iterator[dict | str]:
@@ -326,16 +326,12 @@ def rows_at_a_time(path: Path, part) -> int:
 
 
 def _entries(
-    path: Path,
-    names: list[str],
-    rows: Iterable[dict | str],
-    required: Sequence[str],
-    columns: dict,
-    left_out: LeftOut,
+    path: Path, names: list[str], rows: Iterable[dict | str], wanted: Wanted
 ) -> Iterator[dict]:
     """The rows with their columns under the names of the fields they hold. A text in place of a row
     is what is wrong with it."""
-    used = columns_of(path, names, required, columns)
+    left_out = wanted.left_out
+    used = columns_of(path, names, wanted.required, wanted.columns)
     taken = {name for each in used.values() for name in each.names}
     for number, row in enumerate(rows, 1):
         left_out.total += 1
@@ -356,16 +352,12 @@ def _entries(
 
 
 def _whole_entries(
-    path: Path,
-    open_rows: Callable[[], Iterable[dict]],
-    required: Sequence[str],
-    columns: dict,
-    left_out: LeftOut,
+    path: Path, open_rows: Callable[[], Iterable[dict]], wanted: Wanted
 ) -> Iterator[dict]:
     """The entries of rows that need not have the same names: what a row lacks is None."""
     names = list(dict.fromkeys(name for row in open_rows() for name in row))
     rows = ({name: row.get(name) for name in names} for row in open_rows())
-    yield from _entries(path, names, rows, required, columns, left_out)
+    yield from _entries(path, names, rows, wanted)
 
 
 def columns_of(
@@ -408,7 +400,11 @@ def given_columns(
             found.append(name)
             weights.append(float(weight))
     if names is not None:
-        found = [_known(path, name, names) for name in found]
+        for name in found:
+            if name not in names:
+                like = nearest(name, names)
+                hint = f"; did you mean {like}?" if like else f"; it has {', '.join(names[:12])}"
+                raise UserError(f"{path}: no column {name}{hint}")
     if not weights:
         return Columns(found)
     if field != "caption":
@@ -435,14 +431,6 @@ def _usual_column(field: str, names: list[str], required: Sequence[str]) -> str 
         if usual in lower and usual not in required:
             return lower[usual]
     return None
-
-
-def _known(path: Path, name: str, names: list[str]) -> str:
-    if name not in names:
-        like = nearest(name, names)
-        hint = f"; did you mean {like}?" if like else f"; it has {', '.join(names[:12])}"
-        raise UserError(f"{path}: no column {name}{hint}")
-    return name
 
 
 def plain(value: object) -> object:
@@ -473,37 +461,33 @@ def _checked(value: object, field: str, where: str) -> object:
 
 
 # ---- folders
-def _folder_rows(
-    folder: Path, required: Sequence[str], columns: dict, left_out: LeftOut
-) -> Iterator[dict]:
+def _folder_rows(folder: Path, wanted: Wanted) -> Iterator[dict]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/dataset_info.json"))
         raise UserError(f"{folder}: several splits; name one: {folder}/{(splits or ['train'])[0]}")
     if (folder / "dataset_info.json").is_file():
         streams = open_arrow(folder)
         rows = (row for stream in streams for row in _batch_rows(folder, stream))
-        yield from _entries(folder, streams[0].schema.names, rows, required, columns, left_out)
+        yield from _entries(folder, streams[0].schema.names, rows, wanted)
         return
     for name in METADATA:
         if (folder / name).is_file():
-            yield from _metadata_rows(folder, folder / name, required, columns, left_out)
+            yield from _metadata_rows(folder, folder / name, wanted)
             return
     if files := parquet_files(folder):
-        yield from _parquet_rows(files, required, columns, left_out)
+        yield from _parquet_rows(files, wanted)
         return
-    if set(required) - {"image", "caption"}:
+    if set(wanted.required) - {"image", "caption"}:
         raise UserError(f"{folder}: a folder gives images and captions; name an annotation file")
-    yield from image_text_rows(folder, need_caption="caption" in required)
+    yield from image_text_rows(folder, need_caption="caption" in wanted.required)
 
 
-def _metadata_rows(
-    folder: Path, file: Path, required: Sequence[str], columns: dict, left_out: LeftOut
-) -> Iterator[dict]:
+def _metadata_rows(folder: Path, file: Path, wanted: Wanted) -> Iterator[dict]:
     """What metadata.csv, .jsonl or .parquet lists; its paths start from the folder."""
     if file.suffix == ".jsonl":
-        rows = _whole_entries(file, lambda: read_json_lines(file), required, columns, left_out)
+        rows = _whole_entries(file, lambda: read_json_lines(file), wanted)
     else:
-        rows = rows_of(file, required, columns, left_out)
+        rows = rows_of(file, *wanted)
     for row in rows:
         yield {**row, "image": str(folder.absolute() / row["image"])}
 

@@ -119,8 +119,9 @@ def yfcc_row(entry: Sequence) -> dict:
     return {"image": f"images/{digits[:2]}/{digits[2:5]}.zip/{digits[5:]}.jpg", "caption": texts}
 
 
-def cc3m_row(entry: dict) -> dict:
-    return {"image": _image_name(entry["image_id"]), "caption": _texts(entry["captions"])}
+def cc_row(entry: dict, name: str) -> dict:
+    """Of CC3M and CC12M, which call the image's name otherwise."""
+    return {"image": _image_name(entry[name]), "caption": _texts(entry["captions"])}
 
 
 def _image_name(value: object) -> str:
@@ -133,10 +134,6 @@ def _texts(captions: object) -> list[str]:
     if isinstance(captions, str):
         return [captions]
     return list(captions.tolist() if hasattr(captions, "tolist") else captions)
-
-
-def cc12m_row(entry: dict) -> dict:
-    return {"image": _image_name(entry["image_name"]), "caption": _texts(entry["captions"])}
 
 
 def coco_entries(path: Path) -> Iterator[dict]:
@@ -231,8 +228,8 @@ def _load_json(path: Path, *keys: str) -> dict:
 # becomes a row)
 FORMATS: dict[str, tuple[Callable[[Path], Iterable] | None, Callable[..., dict]]] = {
     "yfcc15m": (None, yfcc_row),
-    "cc3m": (None, cc3m_row),
-    "cc12m": (None, cc12m_row),
+    "cc3m": (None, partial(cc_row, name="image_id")),
+    "cc12m": (None, partial(cc_row, name="image_name")),
     "coco": (coco_entries, dict),
     "redcaps": (redcaps_entries, redcaps_row),
     "pairs": (Records, lambda entry: {**entry, "caption": as_list(entry["caption"])}),

@@ -205,17 +205,8 @@ class TorchvisionRecords(Sequence):
         if name not in datasets.__all__ or not inspect.isclass(getattr(datasets, name)):
             hint = did_you_mean(name, datasets.__all__, 0.3)
             raise UserError(f"torchvision has no data set {name!r}{hint}")
-        kind = getattr(datasets, name)
-        takes = inspect.signature(kind).parameters
-        given = {
-            "root": root,
-            "download": download,
-            "train": split == "train",
-            "split": split,
-            "image_set": split,
-        }
         try:
-            self.data = kind(**{key: value for key, value in given.items() if key in takes})
+            self.data = torchvision_set(name, root, split, download)
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(
                 f"torchvision/{name}:{split}: {str(error).splitlines()[0]} (looked in {root}); name its folder with "
@@ -228,8 +219,7 @@ class TorchvisionRecords(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         image, label = self.data[index]
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        return {"pixels": pixels, "label": int(label)}
+        return {"pixels": pixels_of(image), "label": int(label)}
 
     def content(self) -> str:
         """A digest of its images: of their values where it holds them, else of all files below its
@@ -240,6 +230,22 @@ class TorchvisionRecords(Sequence):
             return digest(np.asarray(held).tobytes(), np.asarray(labels).tobytes())
         root = Path(str(getattr(self.data, "root", "") or "."))
         return states_digest(files_below(root))
+
+
+def torchvision_set(name: str, root: str | Path, split: str, download: bool):
+    """torchvision's data set of a class name; some have no splits."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, name)
+    takes = inspect.signature(kind).parameters
+    given = {"root": root, "download": download, "train": split == "train"}
+    given |= {"split": split, "image_set": split}
+    return kind(**{key: value for key, value in given.items() if key in takes})
+
+
+def pixels_of(image) -> Tensor:
+    """uint8 [3,H,W] of Pillow's image."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def is_shards(data: str) -> bool:

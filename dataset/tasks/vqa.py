@@ -205,7 +205,10 @@ class QuestionSet:
                     self.truth[question] = {"answers": answers}
         check_image_root(next(iter(roots.values())), (str(path.absolute()) for path in self.images))
         if answers_file is not None:
-            self.truth = _matched(self.ids, read_official_answers(answers_file))
+            official = read_official_answers(answers_file)
+            # one file may write 5 where the other has "5"
+            found = {question: official.get(id_text(question)) for question in self.ids}
+            self.truth = {question: known for question, known in found.items() if known}
         known = self.truth or answers_file is not None
         lacking = [question for question in self.ids if question not in self.truth] if known else []
         if lacking:
@@ -282,9 +285,3 @@ def _type_name(value: object) -> str:
     if not isinstance(value, str | int):
         raise TypeError(f"a type is {brief(value)}, no text")
     return str(value)
-
-
-def _matched(ids: Sequence[str | int], truth: Mapping[str, dict]) -> dict[str | int, dict]:
-    """What is known of the questions `ids`; one file may write 5 where the other has "5"."""
-    found = {question: truth.get(id_text(question)) for question in ids}
-    return {question: known for question, known in found.items() if known is not None}

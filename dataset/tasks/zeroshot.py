@@ -44,7 +44,7 @@ from dataset.tasks.catalog import (
     folder_names,
     in_order_of,
 )
-from dataset.tasks.classification import is_shards
+from dataset.tasks.classification import is_shards, pixels_of, torchvision_set
 from dataset.tasks.compositional import open_choices
 from dataset.tasks.imagenet_folders import babel_imagenet, imagenet_folders, object_net
 from dataset.tasks.multilingual import check_images, crossmodal, xtd
@@ -54,6 +54,15 @@ Image = dict[str, torch.Tensor]
 AGAIN = "fetch the shard again"
 PLAIN_TEMPLATE = "a photo of a {}."
 SPLITS = ("val", "validation", "train")  # of class folders without a split of the name asked for
+
+
+TORCHVISION = {  # data set -> torchvision's class; EuroSAT and SUN397 come without splits, whole
+    **{"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"},
+    **{"food101": "Food101", "sun397": "SUN397", "cars": "StanfordCars", "dtd": "DTD"},
+    **{"aircraft": "FGVCAircraft", "pets": "OxfordIIITPet", "flowers": "Flowers102"},
+    **{"eurosat": "EuroSAT", "gtsrb": "GTSRB", "country211": "Country211"},
+    **{"patch_camelyon": "PCAM", "rendered_sst2": "RenderedSST2"},
+}
 
 
 class Viewed:
@@ -333,8 +342,13 @@ class TorchvisionImages:
 
     def __init__(self, entry: Entry, download: bool):
         self.name = entry.name
+        if entry.name not in TORCHVISION:
+            raise UserError(
+                f"{entry.name}: torchvision is not asked for a data set of this name; it is for "
+                f"{', '.join(TORCHVISION)}"
+            )
         try:
-            self.data = _torchvision(entry.name, entry.path, download)
+            self.data = torchvision_set(TORCHVISION[entry.name], entry.path, "test", download)
         except (RuntimeError, OSError, ModuleNotFoundError) as error:
             raise MissingData(
                 f"{entry.name}: neither class folders nor torchvision's files in {entry.path} ({error}); put them "
@@ -346,44 +360,11 @@ class TorchvisionImages:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Image:
-        import numpy as np
-
         try:
             image, label = self.data[index]
         except (OSError, ValueError) as error:
             raise BadSample(f"{self.name}, image {index}: {error}") from None
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        return {"image": pixels, "target": torch.tensor(int(label))}
-
-
-def _torchvision(name: str, root: str, download: bool):
-    """The test split as torchvision has it; EuroSAT and SUN397 come without splits, whole."""
-    from torchvision import datasets
-
-    fetch = {"root": root, "download": download}
-    makers = {
-        "mnist": lambda: datasets.MNIST(train=False, **fetch),
-        "cifar10": lambda: datasets.CIFAR10(train=False, **fetch),
-        "cifar100": lambda: datasets.CIFAR100(train=False, **fetch),
-        "stl10": lambda: datasets.STL10(split="test", **fetch),
-        "food101": lambda: datasets.Food101(split="test", **fetch),
-        "sun397": lambda: datasets.SUN397(**fetch),
-        "cars": lambda: datasets.StanfordCars(split="test", **fetch),
-        "aircraft": lambda: datasets.FGVCAircraft(split="test", **fetch),
-        "dtd": lambda: datasets.DTD(split="test", **fetch),
-        "pets": lambda: datasets.OxfordIIITPet(split="test", **fetch),
-        "flowers": lambda: datasets.Flowers102(split="test", **fetch),
-        "eurosat": lambda: datasets.EuroSAT(**fetch),
-        "gtsrb": lambda: datasets.GTSRB(split="test", **fetch),
-        "country211": lambda: datasets.Country211(split="test", **fetch),
-        "patch_camelyon": lambda: datasets.PCAM(split="test", **fetch),
-        "rendered_sst2": lambda: datasets.RenderedSST2(split="test", **fetch),
-    }
-    if name not in makers:
-        raise UserError(
-            f"{name}: torchvision is not asked for a data set of this name; it is for {', '.join(makers)}"
-        )
-    return makers[name]()
+        return {"image": pixels_of(image), "target": torch.tensor(int(label))}
 
 
 class ShardImages:

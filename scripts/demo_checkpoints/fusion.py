@@ -1,6 +1,7 @@
 """Checkpoints of SIMLA and ALBEF: search, classification and heat maps; answers; entailment."""
 
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -120,7 +121,7 @@ def entailment(file: Path, config, world: World) -> Abilities:
         logits = model.logits(*(each.to(world.device) for each in inputs))
         probability = logits[0].softmax(-1).tolist()
         found = zip(SNLI_VE.classes, probability, strict=True)
-        return sorted(found, key=by_probability, reverse=True)
+        return sorted(found, key=itemgetter(1), reverse=True)
 
     return Abilities(str(file), entail=entail)
 
@@ -149,7 +150,3 @@ def answer_list(file: Path, config) -> list[str]:
         return read_answer_list(own)
     say(f"{file}: its list of answers is not here; type the answers, or add --answer-list")
     return []
-
-
-def by_probability(named: tuple[str, float]) -> float:
-    return named[1]

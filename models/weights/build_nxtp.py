@@ -95,17 +95,6 @@ class Networks:
             raise UserError(
                 f"resnet: {self.resnet}: name an even width, then the blocks of one to four stages"
             )
-
-    def check(self) -> None:
-        """Raise UserError for sizes that no network can be built of."""
-        vision = [*self.vision] if not self.resnet else [*self.resnet]
-        sizes = {"vision": vision, "decoder": [*self.decoder]}
-        for name in ("decoder_layers", "decoder_heads", "image_size"):
-            value = getattr(self, name)
-            sizes[name] = [] if value is None else [value]
-        for name, values in sizes.items():
-            if not all(1 <= value <= WIDTH for value in values):
-                raise UserError(f"{name} {values}: sizes are whole numbers from 1 to {WIDTH:,}")
         for name, blocks in (("vision", self.vision[1]), ("decoder", self.decoder[1])):
             if blocks > BLOCKS:
                 raise UserError(f"{name}: {blocks:,} blocks are more than {BLOCKS}")

@@ -61,7 +61,7 @@ class RecognitionData(StreamConfig, ValidationConfig):
 
 def fill_network(config) -> None:
     """Take over what the run that made config.checkpoint says about the network's form, the image
-    size, the way images are cut, and the tokenizer. UserError for sizes that cannot be."""
+    size, the way images are cut, and the tokenizer. UserError."""
     saved = saved_config(config.checkpoint)
     config.tokenizer = config.tokenizer or config.llama
     take_from_checkpoint(config, saved, options=OF_CHECKPOINT)
@@ -69,4 +69,3 @@ def fill_network(config) -> None:
     if found is None:
         raise UserError("tokenizer: name a SentencePiece tokenizer.model, or a folder with --llama")
     config.tokenizer = Path(found)
-    config.network.check()

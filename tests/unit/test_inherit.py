@@ -114,6 +114,12 @@ def test_recognition_takes_what_is_not_given_from_the_run(tmp_path):
     assert (config.tokenizer, config.network.decoder_heads) == (Path("t"), 9)
 
 
+def test_sizes_of_a_checkpoint_that_cannot_be_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(NXTP_RUN["network"], "decoder_heads", 0)
+    with pytest.raises(UserError, match=r"run.pt: its configuration has network.decoder_heads: 0"):
+        fill_network(recognition(tmp_path))
+
+
 def test_heads_of_a_decoder_must_be_those_of_the_run(tmp_path):
     with pytest.raises(UserError, match="trained with decoder_heads 9, not 4: leave out"):
         fill_network(recognition(tmp_path, "--decoder_heads", "4"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import Recognition
 from base import memory
 from base.distributed import World
 from base.errors import UserError
@@ -66,18 +67,18 @@ def test_a_random_decoder_that_does_not_fit(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
+    ("flags", "message"),
     [
-        ({"decoder": (4096, 100_000)}, "decoder: 100,000 blocks are more than 1000"),
-        ({"vision": (0, 2, 3)}, r"vision \[0, 2, 3\]: sizes are whole numbers from 1"),
-        ({"decoder": (10**9, 2)}, "sizes are whole numbers"),
-        ({"decoder_layers": 0}, r"decoder_layers \[0\]"),
-        ({"image_size": -3}, r"image_size \[-3\]"),
+        (["--decoder", "4096", "100000"], "decoder: 100,000 blocks are more than 1000"),
+        (["--vision", "0", "2", "3"], r"--vision: expected .* >= 1"),
+        (["--decoder", "1000000000", "2"], "--decoder: expected .* <= 131072"),
+        (["--decoder_layers", "0"], "--decoder_layers: expected .* >= 1"),
+        (["--image_size", "-3"], "--image_size: expected .* >= 1"),
     ],
 )
-def test_sizes_that_cannot_be(sizes, message):
+def test_sizes_that_cannot_be(flags, message):
     with pytest.raises(UserError, match=message):
-        Networks(**sizes).check()
+        parse(Recognition.Config, flags)
 
 
 def test_patches_must_fill_the_image():

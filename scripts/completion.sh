@@ -36,18 +36,21 @@ _quintet_options() {
 }
 
 _quintet() {
-    local word=${COMP_WORDS[COMP_CWORD]} script="" option="" i options kind
+    local word=${COMP_WORDS[COMP_CWORD]} script="" launcher="" option="" i options kind
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         case ${COMP_WORDS[i]} in
             --*) option=${COMP_WORDS[i]} ;;
-            *.py) [ -n "$script" ] || { script=${COMP_WORDS[i]}; option=""; } ;;
+            *.py)
+                # run_with_submitit.py takes the options of the script behind it, too
+                case $script in *run_with_submitit.py) launcher=run_with_submitit.py script="" ;; esac
+                [ -n "$script" ] || { script=${COMP_WORDS[i]}; option=""; } ;;
         esac
     done
     [ -f "$script" ] || return 0
     script=$(cd "$(dirname "$script")" && pwd -P)/${script##*/}
     case $script in "$_quintet_root"/*) script=${script#"$_quintet_root"/} ;; *) return 0 ;; esac
-    options=$(_quintet_options "$script")
+    options=$(_quintet_options "$script"; [ -z "$launcher" ] || _quintet_options "$launcher")
     if [[ $word == -* ]]; then
         COMPREPLY=($(compgen -W "$(echo "$options" | cut -d' ' -f1)" -- "$word"))
         return 0

@@ -87,6 +87,19 @@ def test_values_and_recipes(complete, asked):
     assert calls.read_text() == "VE.py --help all\n", "asked once"
 
 
+def test_the_slurm_launcher_completes_its_own_and_the_scripts(complete, asked):
+    python, calls = asked
+    submit = ("python", "run_with_submitit.py")
+    assert "--epochs" in complete(*submit, "--ep", python=python)  # of the launcher, which PAGE is
+    given = complete(*submit, "VE.py", "--nodes", "2", "--", "--precision", "", python=python)
+    assert given == ["fp32", "bf16"]
+    assert complete(*submit, "VE.py", "--config", "x/VE/d", python=python) == []
+    found = complete(*submit, "VE.py", "--config", "configs/VE/deb", python=python)
+    assert found == ["configs/VE/debug.yaml"]
+    asked_of = {line.split()[0] for line in calls.read_text().splitlines()}
+    assert asked_of == {"run_with_submitit.py", "VE.py"}
+
+
 def test_options_are_asked_again_after_a_change(complete, asked, tmp_path):
     python, calls = asked
     complete("python", "VE.py", "--", python=python)

@@ -31,16 +31,22 @@ class RecognitionData(StreamConfig, ValidationConfig):
     NEW_NAMES = FLAGS_OF_NXTP
 
     train_list: list[Path] = knob(
-        [], "lists of `path : name,name,...`, or JSON entries {image, labels}"
+        [],
+        "lists of `path : name,name,...`, or JSON entries {image, labels}",
+        aliases=("train_file",),
     )
     shards: list[str] = knob(
         [], "WebDataset shards with .nouns (scripts/data/extract_nouns.py), beside or instead"
     )
     image_root: Path = knob(Path("."), "folder that the lists' paths start from")
     val: str | None = knob(
-        None, "list or shards (folder, pattern) that choose the best checkpoint; none = the last"
+        None,
+        "list or shards (folder, pattern) that choose the best checkpoint; none = the last",
+        aliases=("val_file", "val_list"),
     )
-    test: str | None = knob(None, "the same for the final scores and --evaluate")
+    test: str | None = knob(
+        None, "the same for the final scores and --evaluate", aliases=("test_file", "test_list")
+    )
     whole_image: bool = knob(
         False, "resize the whole image to a square, without a crop", aliases=("whole_picture",)
     )

@@ -81,6 +81,15 @@ def test_lists_of_digitscenes_do_not_belong_to_other_images(
     assert (f"{gone[0]} of the recipe is not read" in capsys.readouterr().out) is not copy
 
 
+def test_the_lists_of_recognition_have_the_names_of_the_other_scripts():
+    import Recognition
+
+    files = ["--train_file", "a.json", "--val_file", "b.json", "--test_file", "c.json"]
+    config = parse(Recognition.Config, files)
+    assert (config.train_list, config.val, config.test) == ([Path("a.json")], "b.json", "c.json")
+    assert parse(Recognition.Config, ["--test_list", "d.json"]).test == "d.json"
+
+
 def test_classes_come_from_the_data_that_are_here(tmp_path):
     """Classification.py --evaluate --val_data MINE, without the recipe's training data."""
     for name in ("cat", "dog"):

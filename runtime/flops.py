@@ -2,12 +2,15 @@
 the peak of a device."""
 
 import math
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from runtime.gpus import gpu_by_device_name
+
+if TYPE_CHECKING:  # it imports Triton, for a quarter of a second and 80 MB
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 def convolution_backward_flops(
@@ -32,13 +35,17 @@ def _convolution_backward(*args, out_shape=None, **kwargs):
 CORRECTED = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
-def flop_counter() -> FlopCounterMode:
+def flop_counter() -> "FlopCounterMode":
     """torch's counter with the corrected formulas."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     return FlopCounterMode(display=False, custom_mapping=CORRECTED)
 
 
 def operation_flops(packet, args: tuple, kwargs: dict, out) -> int:
     """FLOPs of one operation by its packet, such as torch.ops.aten.mm; 0 where it has no formula."""
+    from torch.utils.flop_counter import flop_registry
+
     if packet in CORRECTED:
         shapes = [a.shape if isinstance(a, torch.Tensor) else a for a in args]
         return int(CORRECTED[packet](*shapes, **kwargs))

@@ -316,16 +316,16 @@ def check_images(root: str | Path, records: Sequence[dict], tries: int = 20) -> 
     """UserError when none of the first images can be read below `root`."""
     root = Path(root)
     complaints = []
-    if not root.is_dir():
-        raise UserError(
-            f"root {root}: no such folder; set --root to the folder that the metadata's paths start from"
-        )
     for record in islice(records, tries):
         try:
             image_of(record, root)
             return
         except BadSample as error:
             complaints.append(str(error))
+    if not root.is_dir():  # which absolute paths do not need
+        raise UserError(
+            f"root {root}: no such folder; set --root to the folder that the metadata's paths start from"
+        )
     raise UserError(
         f"root {root}: none of the first {len(complaints)} images can be read, e.g. {complaints[0]}; "
         "set --root to the folder that the metadata's paths start from, or use the metadata of these files"

@@ -55,6 +55,13 @@ def test_every_collection_of_digitscenes_reads_the_same_images(digitscenes):
         check_images(digitscenes / root, records)
 
 
+def test_absolute_paths_of_images_need_no_root(digitscenes, tmp_path):
+    image = next((digitscenes / "images/test2017").iterdir())
+    check_images(tmp_path / "nowhere", [{"image": str(image.absolute())}])
+    with pytest.raises(UserError, match=r"nowhere: no such folder; set --root"):
+        check_images(tmp_path / "nowhere", [{"image": image.name}])
+
+
 def test_yfcc_takes_title_and_description_that_are_there(tmp_path):
     rows = [(12345678, "title", "words"), (1, "", "words"), (2, "title", ""), (3, "", "")]
     (tmp_path / "yfcc.pkl").write_bytes(pickle.dumps(rows))

@@ -54,6 +54,11 @@ def composed(name: object) -> str:
     return unicodedata.normalize("NFC", str(name))
 
 
+def as_list(value: Any) -> list:
+    """A list or tuple as a list, anything else as a list of one."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def lines_in(text: str) -> list[str]:
     """The lines of a text. They end with LF or CR LF and with nothing else, as vocabularies need;
     with CR alone where there is no LF at all, as old Macs wrote them."""

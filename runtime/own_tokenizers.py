@@ -13,6 +13,7 @@ from typing import Any
 from base.caches import one_builder
 from base.errors import UserError
 from base.processes import ENDS_WITH_PARENT
+from base.text import as_list
 
 TRAINED = "trained"
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -90,8 +91,7 @@ def _lists(config: Any) -> Sequence:
     """The annotation files of the training data, as each script calls them."""
     for name in ("train_file", "train_list"):
         if hasattr(config, name):
-            files = getattr(config, name) or []
-            return files if isinstance(files, list | tuple) else [files]
+            return as_list(getattr(config, name) or [])
     return [config.metadata] if getattr(config, "dataset", None) == "pairs" else []
 
 

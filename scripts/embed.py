@@ -35,7 +35,7 @@ from base.caches import digest
 from base.distributed import World
 from base.errors import BadSample, UserError
 from base.reading import read_json
-from base.text import lenient_text
+from base.text import as_list, lenient_text
 from base.writing import atomic_write, check_folder_option, write_json
 from dataset.health.survey import open_list
 from dataset.images.clip import normalize, pixel_statistics
@@ -48,7 +48,7 @@ from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.tasks.classification import is_shards
 from dataset.tasks.dual_inputs import image_side
-from dataset.tasks.record import as_list, captions_of, image_of, name_of
+from dataset.tasks.record import captions_of, image_of, name_of
 from evaluation.predict import over_split
 from evaluation.retrieval import units
 from evaluation.zeroshot import embed_texts

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from base.errors import BadSample
 from base.image_names import existing
 from base.reading import is_file
-from base.text import is_blank
+from base.text import as_list, is_blank
 from base.zip_member import image_source
 from dataset.images.decode import decode_image, image_bytes, is_turned, reading
-from dataset.tasks.record import as_list, captions_of, name_of
+from dataset.tasks.grounding import is_coordinate
+from dataset.tasks.record import captions_of, name_of
 
 TINY = 32  # pixels of the shorter side below which an image is called tiny
 HUGE = 25_000_000  # pixels
 THIN = 6.0  # longer side / shorter side
-FARTHEST = 1e9  # pixels from a corner: farther numbers, NaN among them, are no coordinates
 FLAT = 2.0  # levels of 255 between an image's darkest and lightest pixel
 HASHED = 8  # side of the grid that the difference hash is made of
 THUMBNAIL = 24  # side of what near duplicates are compared by
@@ -83,11 +83,11 @@ class Examiner:
         facts.ids = [f"{name} {record[name]}" for name in ID_FIELDS if name in record]
         labels = record.get("labels", record.get("label"))
         if labels is not None:
-            facts.labels = [str(label) for label in as_sequence(labels)]
+            facts.labels = [str(label) for label in as_list(labels)]
         return facts
 
     def _look_at_images(self, record: dict, facts: Facts) -> None:
-        given = as_sequence(record.get("image") or record.get("images") or record.get("url") or [])
+        given = as_list(record.get("image") or record.get("images") or record.get("url") or [])
         if not given:
             facts.problems["no image"] = "neither image nor images"
         for image in given:
@@ -121,16 +121,11 @@ class Examiner:
     def _look_at_answers(self, record: dict, facts: Facts) -> None:
         if "answer" not in record:
             return
-        answers = [str(answer) for answer in as_sequence(record["answer"])]
+        answers = [str(answer) for answer in as_list(record["answer"])]
         if all(map(is_blank, answers)):
             facts.problems["no answer"] = facts.name
         elif self.answers and not self.answers & {answer.strip() for answer in answers}:
             facts.problems["answer not in the list"] = f"{facts.name}: {answers[0]}"
-
-
-def as_sequence(value: object) -> list:
-    """A list or tuple as a list, anything else as a list of one."""
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 # ---- images
@@ -206,11 +201,6 @@ def has_odd_box(record: dict) -> bool:
     given = [] if record.get("bbox") is None else [record["bbox"]]
     boxes = record.get("boxes") or given
     return len(list(boxes_of(record))) < (len(boxes) if isinstance(boxes, list) else 1)
-
-
-def is_coordinate(value: object) -> bool:
-    """Whether a value is a number of pixels."""
-    return type(value) in (int, float) and abs(value) < FARTHEST
 
 
 def box_inside(box: list[float], size: tuple[int, int]) -> bool:

@@ -13,7 +13,7 @@ from base.distributed import rank
 from base.errors import UserError
 from base.names import is_hidden
 from base.reading import read_json
-from base.text import composed, is_blank
+from base.text import as_list, composed, is_blank
 from dataset.images.decode import decode_image
 from dataset.images.formats import files_below, is_image, leads_nowhere
 
@@ -62,8 +62,7 @@ def refuse_splits(root: Path, folders: Sequence[str], classes: Sequence = ()) ->
 def are_splits(folders: Sequence[str], classes: Sequence = ()) -> bool:
     """Whether sub-folders are splits: all are called so (train, val), and `classes`, the names that
     were given (of a class one or several), do not name them."""
-    given = [[each] if isinstance(each, str) else each for each in classes]
-    named = {str(name).lower() for names in given for name in names}
+    named = {str(name).lower() for names in classes for name in as_list(names)}
     found = {folder.lower() for folder in folders}
     return len(found) > 1 and found <= {*SPLITS} and not found <= named
 

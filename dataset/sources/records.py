@@ -16,7 +16,7 @@ import numpy as np
 from base.caches import cache_folder, cached_path, digest, one_builder, states_digest
 from base.errors import UserError, brief
 from base.reading import parse_entry, parse_first_entry
-from base.text import whole_number
+from base.text import as_list, whole_number
 from base.writing import atomic_write
 from dataset.sources.cached_tables import json_lines_of
 from dataset.sources.json_entries import (
@@ -141,8 +141,7 @@ def state_of_entries(records: Sequence[dict], numbers: range, root: Path) -> str
 def image_names(row: dict) -> list[str]:
     """Paths of images that an entry names."""
     given = row.get("image") or row.get("images") or row.get("url") or []
-    given = given if isinstance(given, list | tuple) else [given]
-    return [str(name) for name in given if isinstance(name, str | Path)]
+    return [str(name) for name in as_list(given) if isinstance(name, str | Path)]
 
 
 class _IndexedFile:

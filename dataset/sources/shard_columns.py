@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl
 
 from base.errors import BadSample, UserError, brief
 from base.reading import parse_json
-from base.text import lenient_text
+from base.text import as_list, lenient_text
 from dataset.images.formats import IMAGE_TYPES
 from dataset.sources.tables import Columns, given_columns
 
@@ -83,10 +83,7 @@ def _field(record: dict, field: str, given: Columns) -> dict:
         wanted = " or ".join(given.names)
         raise BadSample(f"{record['key']}: no {wanted} for {field}; it has {_members(record)}")
     if len(given.names) > 1 and not weights:
-        texts = []
-        for each in value:
-            texts += each if isinstance(each, list) else [each]
-        value = texts
+        value = [text for each in value for text in as_list(each)]
     found = {field: value}
     if weights:
         found[f"{field}_weights"] = weights
@@ -111,8 +108,7 @@ def _value(record: dict, name: str) -> object:
 
 def _plain(value: object) -> object:
     """Bytes as text, and a list of one as that one."""
-    values = value if isinstance(value, list) else [value]
-    texts = [lenient_text(each) if isinstance(each, bytes) else each for each in values]
+    texts = [lenient_text(each) if isinstance(each, bytes) else each for each in as_list(value)]
     return texts[0] if len(texts) == 1 else texts
 
 

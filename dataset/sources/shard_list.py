@@ -16,6 +16,7 @@ from base.limits import SHARDS
 from base.names import SHARD_ENDING, is_hidden, is_hidden_folder
 from base.reading import parse_json, read_json
 from base.remote import is_forbidden
+from base.text import as_list
 from base.writing import write_json
 from dataset.images.formats import files_below
 from dataset.sources.remote import (
@@ -78,7 +79,7 @@ def find_shards(
     headers alone, in others by reading through them. Counts are cached by path or URL, size and
     time of change or ETag. options: of fsspec. Raises UserError.
     """
-    patterns = [urls] if isinstance(urls, str) else list(urls)
+    patterns = as_list(urls)
     options = options or {}
     names = tuple(shard for pattern in patterns for shard in list_shards(pattern, options))
     name = name or patterns[0]

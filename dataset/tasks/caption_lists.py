@@ -8,11 +8,12 @@ from pathlib import Path
 from base.errors import MissingData, UserError, brief
 from base.image_names import existing
 from base.reading import first_letter, is_file, read_json, read_lines
+from base.text import as_list
 from dataset.sources.records import Records
 from dataset.sources.tables import parse_address
 from dataset.tasks.captions import coco_rows, karpathy_entries
 from dataset.tasks.catalog import Entry
-from dataset.tasks.record import as_list, by_image
+from dataset.tasks.record import by_image
 
 FLICKR_LINE = re.compile(r"(.+?\.jpg),(.*)", re.IGNORECASE)  # the caption may have commas
 

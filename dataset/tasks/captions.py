@@ -22,7 +22,7 @@ from base.distributed import on_main, rank_0_first
 from base.errors import BadSample, UserError, brief, unknown
 from base.knobs import knob
 from base.reading import first_letter, read_json
-from base.text import id_text
+from base.text import as_list, id_text
 from base.writing import write_json_lines
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
@@ -30,7 +30,7 @@ from dataset.sources.left_out import LeftOut, report_left_out
 from dataset.sources.records import Records
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import is_table
-from dataset.tasks.record import as_list, captions_of, image_of, weights_of
+from dataset.tasks.record import captions_of, image_of, weights_of
 from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
 

@@ -18,7 +18,7 @@ from base.errors import UserError
 from base.knobs import knob
 from base.names import SHARD_ENDING, did_you_mean
 from base.reading import read_json
-from base.text import composed, is_blank
+from base.text import as_list, composed, is_blank
 from dataset.tasks.published import (
     CLIP_BENCHMARK,
     COLLECTIONS,
@@ -421,7 +421,7 @@ def class_prompts(
         raise UserError(
             f"{name or 'zero-shot classification'}: needs class names and at least one template"
         )
-    names = [[each] if isinstance(each, str) else each for each in classes]
+    names = [as_list(each) for each in classes]
     return [
         [template.replace("{}", one) for template in templates for one in each] for each in names
     ]
@@ -442,7 +442,7 @@ def in_order_of(own: Sequence[str], classes: Sequence, name: str) -> list:
             f"{name}: the data have {len(own)} classes ({', '.join(own[:6])} ...), but the list of labels names "
             f"{len(classes)}; give the list of these classes with --labels"
         )
-    names = [[each] if isinstance(each, str) else [str(one) for one in each] for each in classes]
+    names = [[str(one) for one in as_list(each)] for each in classes]
     # name -> numbers of classes: by the first name exactly, or all but exactly; by any name likewise
     tables: list[dict[str, list[int]]] = [{}, {}, {}, {}]
     for number, given in enumerate(names):

@@ -32,7 +32,7 @@ from base.errors import BadSample, UserError, brief
 from base.knobs import knob
 from base.names import SHARD_ENDING, did_you_mean
 from base.reading import read_lines
-from base.text import composed, whole_number
+from base.text import as_list, composed, whole_number
 from dataset.images.decode import check_image_root
 from dataset.images.formats import files_below, is_image
 from dataset.loading.filtered import Filtered
@@ -116,7 +116,7 @@ class Labels:
         """The probability of each label; 1 where the record gives none."""
         if value is None:
             return [1.0] * count
-        given = list(value) if isinstance(value, list | tuple) else [value]
+        given = as_list(value)
         if not all(isinstance(p, int | float) and 0 <= p < math.inf for p in given):
             raise UserError(
                 f"{self._name(record)}: label_probs {brief(value)} are no probabilities"
@@ -129,7 +129,7 @@ class Labels:
 
     def _ids(self, value: object, record: dict) -> list[int]:
         """The class numbers that a label field holds: whole numbers, or such a number as text."""
-        given = list(value) if isinstance(value, list | tuple) else [value]
+        given = as_list(value)
         ids = []
         for each in given:
             label = whole_number(each)

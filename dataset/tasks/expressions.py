@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from base.errors import UserError, brief
-from base.text import id_text
+from base.text import as_list, id_text
 
 IN_IMAGES = ("caption", "expressions")
 IN_ANNOTATIONS = ("phrases", "phrase", "expressions", "expression", "sentences")
@@ -73,7 +73,7 @@ def texts_of(annotation: Mapping, image: Mapping) -> list[str]:
         for key in keys:
             if key in entry:
                 found = entry[key]
-                texts = [found] if isinstance(found, str) else list(found)
+                texts = as_list(found)
                 if not all(isinstance(text, str) for text in texts):
                     raise TypeError(f"{key} {brief(found)} is no text")
                 return texts

@@ -146,7 +146,7 @@ def read_boxes(detections: object, where: str) -> list[Box]:
     for each in detections:
         box = each.get("box", each.get("bbox")) if isinstance(each, Mapping) else each
         fits = isinstance(box, Sequence) and not isinstance(box, str) and len(box) in (4, 5)
-        if not fits or not all(_is_number(value) for value in box):
+        if not fits or not all(map(is_coordinate, box)):
             raise UserError(f"{where}: {brief(each)} is no box [x, y, w, h] in pixels; fix it")
         if box[2] < 0 or box[3] < 0:
             raise UserError(f"{where}: {brief(each)} has a width or height below 0; fix it")
@@ -154,10 +154,9 @@ def read_boxes(detections: object, where: str) -> list[Box]:
     return boxes
 
 
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return -FARTHEST <= value <= FARTHEST  # not for NaN
+def is_coordinate(value: object) -> bool:
+    """Whether a value is a number of pixels; NaN is none."""
+    return type(value) in (int, float) and abs(value) < FARTHEST
 
 
 def _check_size(image: str, height: int, width: int) -> None:

@@ -18,7 +18,7 @@ from base.caches import cached_path
 from base.errors import BadSample, UserError, brief
 from base.pixels import OPENAI, timm_statistics
 from base.reading import read_lines
-from base.text import is_blank
+from base.text import as_list, is_blank
 from base.writing import write_json_lines
 from dataset.images.albef import random_box
 from dataset.images.clip import EvalView, crop_resize, pixel_statistics
@@ -31,7 +31,7 @@ from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import TABLES, is_table, parse_address
-from dataset.tasks.record import as_list, captions_of, image_of, name_of, weights_of
+from dataset.tasks.record import captions_of, image_of, name_of, weights_of
 from dataset.text.choice import with_text
 from dataset.text.nouns import parse_nouns
 from dataset.text.sentencepiece import PieceTokenizer
@@ -272,8 +272,7 @@ def names_of(record: dict) -> list[str]:
     if field not in record:
         raise BadSample(f"{name_of(record)}: no member .nouns; {EXTRACT}")
     given = record[field]
-    labels = given if isinstance(given, list) else [given]
-    texts = [each for each in labels if each is not None]
+    texts = [each for each in as_list(given) if each is not None]
     if not all(isinstance(text, str | bytes) for text in texts):
         raise BadSample(f"{name_of(record)}: {field} is {brief(given)}, not a list of texts")
     return [name for text in texts for name in parse_nouns(text)]

@@ -8,7 +8,7 @@ from torch import Tensor
 from base.errors import BadSample, UserError, brief
 from base.image_names import ImageKeys
 from base.reading import parse_json
-from base.text import clean_surrogates, lenient_text
+from base.text import as_list, clean_surrogates, lenient_text
 from base.zip_member import image_source
 from dataset.images.decode import decode_image
 from dataset.sources.json_entries import weights_fault
@@ -34,8 +34,7 @@ def captions_of(record: dict) -> str | list[str]:
         if "\n" in given.strip() and isinstance(record.get("json"), bytes):
             return _packed_captions(record) or clean_surrogates(given)
         return clean_surrogates(given)
-    texts = list(given) if isinstance(given, list | tuple) else [given]
-    texts = [lenient_text(text) if isinstance(text, bytes) else text for text in texts]
+    texts = [lenient_text(text) if isinstance(text, bytes) else text for text in as_list(given)]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise BadSample(f"{name_of(record)}: {field} is {brief(given)}, not one or more texts")
     return [clean_surrogates(text) for text in texts]
@@ -72,11 +71,6 @@ def json_of(record: dict, name: str) -> dict:
         return parse_json(record["json"], name, dict)
     except UserError as error:
         raise BadSample(str(error)) from None
-
-
-def as_list(texts: str | list[str]) -> list[str]:
-    """One text as a list of one."""
-    return [texts] if isinstance(texts, str) else texts
 
 
 def image_of(record: dict, root: str | Path = "") -> Tensor:

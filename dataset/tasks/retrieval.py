@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from base.image_names import ImageKeys
+from base.text import as_list
 from dataset.images.decode import decode_image
 from dataset.tasks.record import image_of, weights_of
 from dataset.text.wordpiece import TextCollate, choose_caption, pre_caption
@@ -89,8 +90,7 @@ class RetrievalSet:
             if number == len(self.images):
                 self.images.append(record["image"])
                 self.img2txt.append([])
-            given = record["caption"]
-            for caption in [given] if isinstance(given, str) else given:
+            for caption in as_list(record["caption"]):
                 self.img2txt[number].append(len(self.captions))
                 self.txt2img.append(number)
                 self.captions.append(pre_caption(caption, max_words))

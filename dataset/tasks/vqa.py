@@ -12,11 +12,10 @@ from torch.utils.data import default_collate
 from base.distributed import say
 from base.errors import BadSample, UserError, brief
 from base.reading import read_json
-from base.text import id_text, is_blank
+from base.text import as_list, id_text, is_blank
 from dataset.images.decode import check_image_root, decode_image
 from dataset.loading.stream import RecordSource
 from dataset.sources.records import Records, odd_items, with_texts
-from dataset.tasks.record import as_list
 from dataset.text.wordpiece import Tokenizer, pre_question
 
 GENOME_WEIGHT = 0.5  # of a Visual Genome answer, which one person gave
@@ -194,15 +193,15 @@ class QuestionSet:
                 raise UserError(f"{name}, entry {number} (the first is 0): {error}") from None
             if record.get("answer"):
                 odd = odd_items(record, ("answer",))
-                answers = as_list(with_texts(record, ("answer",))["answer"])
-                if odd or not isinstance(answers, list):
+                answers = with_texts(record, ("answer",))["answer"]
+                if odd or not isinstance(answers, str | list):
                     given = odd.get("answer", answers)
                     raise UserError(
                         f"{name}, entry {number} (the first is 0): answer {brief(given)} is neither "
                         "a text nor a list of texts; fix the entry"
                     )
                 if answers:
-                    self.truth[question] = {"answers": answers}
+                    self.truth[question] = {"answers": as_list(answers)}
         check_image_root(next(iter(roots.values())), (str(path.absolute()) for path in self.images))
         if answers_file is not None:
             official = read_official_answers(answers_file)

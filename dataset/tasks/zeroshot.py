@@ -24,7 +24,7 @@ from base.errors import BadSample, MissingData, UserError, brief
 from base.limits import SHARDS
 from base.names import matching_files
 from base.reading import read_lines
-from base.text import lenient_text, lines_in, whole_number
+from base.text import as_list, lenient_text, lines_in, whole_number
 from dataset.images.decode import decode_image
 from dataset.sources.class_folder import ClassFolder, LabelledFiles
 from dataset.sources.class_folder import class_folders as folders_in
@@ -48,7 +48,6 @@ from dataset.tasks.classification import is_shards, pixels_of, torchvision_set
 from dataset.tasks.compositional import open_choices
 from dataset.tasks.imagenet_folders import babel_imagenet, imagenet_folders, object_net
 from dataset.tasks.multilingual import check_images, crossmodal, xtd
-from dataset.tasks.record import as_list
 
 Image = dict[str, torch.Tensor]
 AGAIN = "fetch the shard again"

@@ -32,14 +32,14 @@ from base.caches import digest, file_state
 from base.errors import BadSample, UserError
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
-from base.text import lenient_text
+from base.text import as_list, lenient_text
 from base.writing import atomic_write, check_folder_option, make_folder, write_json
 from dataset.sources.remote import plain_stream
 from dataset.sources.shard_columns import columns_of, plain_name, split_columns, with_columns
 from dataset.sources.shard_list import list_shards, shards_below, statistics_names
 from dataset.sources.tar import Sample, TarWalk, read_samples
 from dataset.sources.tar_writer import add_member
-from dataset.tasks.record import as_list, captions_of
+from dataset.tasks.record import captions_of
 from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words
 from runtime.config import cli as configuration
 from runtime.config.cli import knob, section

@@ -27,7 +27,7 @@ from base.caches import digest
 from base.errors import BadSample, UserError
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
-from base.text import clean_surrogates, is_blank
+from base.text import as_list, clean_surrogates, is_blank
 from base.writing import check_folder_option, make_folder, strict_json
 from base.zip_member import image_source
 from dataset.images.decode import ORIENTATION, decode_image, image_bytes, image_ending, orientation
@@ -41,7 +41,7 @@ from dataset.sources.tar_writer import (
     write_shard,
     write_statistics,
 )
-from dataset.tasks.record import as_list, captions_of, name_of
+from dataset.tasks.record import captions_of, name_of
 from runtime.config.cli import knob, run_script, section
 from runtime.job_array import Sharing, need_all, own_range, submit_array
 

@@ -21,12 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import BadSample, UserError
+from base.text import as_list
 from base.writing import check_folder_option, file_errors, make_folder
 from dataset.sources.records import Records
 from dataset.sources.shard_list import list_shards
 from dataset.sources.shards import read_shard
 from dataset.tasks.recognition import label_records, names_of
-from dataset.tasks.record import as_list, captions_of
+from dataset.tasks.record import captions_of
 from dataset.text import vocabulary
 from dataset.text.wordpiece import pre_caption
 from runtime.config.cli import knob, run_script

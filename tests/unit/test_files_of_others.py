@@ -21,7 +21,7 @@ from base.caches import states_digest
 from base.errors import BadSample, UserError
 from base.names import matching_files
 from base.reading import parse_json
-from base.text import id_text, lines_in, whole_number
+from base.text import as_list, id_text, lines_in, whole_number
 from base.zip_member import image_source, read_member
 from dataset.health.samples import FATAL, Examiner
 from dataset.health.survey import open_list
@@ -51,7 +51,7 @@ from dataset.tasks.classification import (
 from dataset.tasks.grounding import read_boxes, targets
 from dataset.tasks.pretrain import write_codes
 from dataset.tasks.recognition import ImageSet, names_of
-from dataset.tasks.record import as_list, captions_of
+from dataset.tasks.record import captions_of
 from dataset.tasks.retrieval import RetrievalSet
 from dataset.tasks.ve_nlvr import SNLI_VE, Statements
 from dataset.tasks.vqa import read_official_answers

@@ -112,7 +112,7 @@ def build_model(
             mim=config.is_simla,
             keywords=5 if config.is_simla else 0,
             visual_vocab=image_tokenizer.config.vocab_size if image_tokenizer else 8192,
-            max_masked_patches=max(1, round(config.mask_ratio * config.grid**2)),
+            max_masked_patches=max(1, BlockMask(config.grid, ratio=config.mask_ratio).total),
             special_ids=tuple(tokenizer.special_ids),
             cls_id=tokenizer.cls_id,
             compat=config.compat,

@@ -5,7 +5,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -29,7 +28,7 @@ from dataset.tasks.loaders import eval_loader
 from runtime.interrupt import EXIT_REQUEUE, Interrupt
 from tests.contract.stream_cases import Build, collate, records, shards, stream, world
 from tests.helpers.images import of_colour
-from tests.helpers.processes import start_processes
+from tests.helpers.processes import Run, start_processes
 
 
 def take(loader, count):
@@ -398,16 +397,16 @@ SCRIPT = """
 """
 
 
-def run_script(then, wait=True):
-    code = textwrap.dedent(SCRIPT).format(then=then)
-    root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root
-    )
-    pids = [int(pid) for pid in process.stdout.readline().split()]
-    assert len(pids) == 2
-    output = process.communicate(timeout=240)[0] if wait else ""
-    return process, pids, output
+def run_script(folder: Path, then: str) -> tuple[Run, list[int]]:
+    """The run of SCRIPT, and its workers."""
+    file = folder / "script.py"
+    file.write_text(textwrap.dedent(SCRIPT).format(then=then))
+    run = Run(str(file), [])
+    while "\n" not in run.stdout:
+        assert run.poll() is None, run.said()
+        time.sleep(0.02)
+    first, second = map(int, run.stdout.splitlines()[0].split())
+    return run, [first, second]
 
 
 def wait_until_gone(pids, seconds=20):
@@ -419,11 +418,11 @@ def wait_until_gone(pids, seconds=20):
     return False
 
 
-def test_workers_ignore_signals_of_the_scheduler_but_end_with_the_parent():
+def test_workers_ignore_signals_of_the_scheduler_but_end_with_the_parent(tmp_path):
     send = "[subprocess.run(['kill', f'-{s}', *map(str, workers)]) for s in ('TERM', 'INT', 'USR1')]; time.sleep(0.5)"
     twenty = "print(len([next(loader) for _ in range(20)]))"
-    process, pids, output = run_script(f"{send}; {twenty}; raise SystemError('stop')")
-    assert process.returncode == 1 and output.split() == ["20"]
+    run, pids = run_script(tmp_path, f"{send}; {twenty}; raise SystemError('stop')")
+    assert run.wait() == 1 and run.stdout.splitlines()[1:] == ["20"]
     assert wait_until_gone(pids)
 
 
@@ -485,12 +484,11 @@ def load_interrupted(rank: int) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks processes up in /proc")
-def test_workers_end_when_the_parent_is_killed():
-    process, pids, _ = run_script("time.sleep(100)", wait=False)
-    process.kill()
-    process.wait()
+def test_workers_end_when_the_parent_is_killed(tmp_path):
+    run, pids = run_script(tmp_path, "time.sleep(100)")
+    run.send_signal(signal.SIGKILL)
+    run.wait()
     assert wait_until_gone(pids, seconds=4)  # torch's own watch needs five
-    process.stdout.close()
 
 
 def test_shares_of_an_evaluation():

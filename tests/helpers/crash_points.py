@@ -36,6 +36,7 @@ import torchvision  # noqa: F401
 from runtime.checkpoint import find_damage
 from runtime.config.cli import parse
 from runtime.log import RunLog
+from tests.helpers.processes import in_fork
 from tests.helpers.runs import without_timing
 
 KILLED = 137
@@ -98,30 +99,6 @@ class Points:
         self.at(self.count)
         self.count += 1
         self.made.append(name)
-
-
-def in_fork(work: Callable[[], None], output: Path) -> int:
-    """Exit status of a fork that does `work`; what it prints goes to the file `output`."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        with open(output, "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        try:
-            work()
-            status = 0
-        except SystemExit as ended:
-            status = ended.code or 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from multiprocessing import connection, forkserver, get_context
 from pathlib import Path
 from unittest import mock
@@ -184,6 +186,28 @@ def _run_script(argv: list[str], environment: dict[str, str], files: list[Path])
         runpy.run_path(argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()
+
+
+def in_fork(work: Callable[[], None], output: Path) -> int:
+    """Exit status of a fork that does `work`; what it prints goes to the file `output`."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with open(output, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        try:
+            work()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def free_port() -> int:

@@ -191,7 +191,7 @@ def test_evaluate_scores_a_run(digitscenes, tmp_path, capsys):
     trained = lines(tmp_path / "run")[-1]
     expected = {k.removeprefix("val_"): v for k, v in trained.items() if k.startswith("val_")}
     newest = CheckpointFolder(tmp_path / "run").numbered()[0]
-    assert is_sharded(newest)
+    assert is_sharded(newest) and expected["chance"] == 10
     for checkpoint in (tmp_path / "run/model.safetensors", newest):
         capsys.readouterr()
         flags = ["--evaluate", "--checkpoint", checkpoint]

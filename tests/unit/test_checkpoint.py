@@ -5,8 +5,6 @@ import errno
 import os
 import resource
 import signal
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -21,6 +19,7 @@ from runtime.checkpoint import (
     load_checked,
     read_weights,
 )
+from tests.helpers.processes import in_fork
 
 
 def state(step: int) -> dict:
@@ -159,19 +158,13 @@ def test_full_disk_at_any_stage(tmp_path, monkeypatch, where):
     assert list(tmp_path.iterdir()) == [first] and load_latest(folder)[0]["step"] == 1
 
 
-KILLED = """
-import os, signal, sys, torch
-from runtime.checkpoint import CheckpointFolder
-folder = CheckpointFolder(sys.argv[1])
-folder.save({"step": 1, "w": torch.zeros(1000)}, 1)
-os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-folder.save({"step": 2, "w": torch.zeros(1000)}, 2)
-"""
-
-
 def test_killed_between_write_and_rename(tmp_path):
-    result = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)])
-    assert result.returncode == -signal.SIGKILL
+    def save_twice() -> None:
+        CheckpointFolder(tmp_path).save(state(1), 1)
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        CheckpointFolder(tmp_path).save(state(2), 2)
+
+    assert in_fork(save_twice, tmp_path / "said.txt") == -signal.SIGKILL
     assert [path.name for path in tmp_path.glob(".checkpoint_00000002.pt.*.tmp")]
     (tmp_path / "checkpoint_00000003.pt.tmp").touch()  # of an earlier version
     folder = CheckpointFolder(tmp_path)

@@ -18,6 +18,7 @@ from base.errors import UserError
 from runtime import safe_pickle
 from runtime.checkpoint import read_weights
 from runtime.safe_pickle import Stub, load_plain, load_torch, module_tensors
+from tests.helpers.processes import in_fork
 
 # writes whole modules of a package `dall_e`, and a checkpoint with an OmegaConf-like config, that
 # exist only over there
@@ -59,11 +60,11 @@ class DictConfig:
 put(nodes, AnyNode); put(dictconfig, DictConfig)
 torch.manual_seed(0)
 model = Encoder()
-torch.save(model.state_dict(), sys.argv[1] + "/expected.pt")
+torch.save(model.state_dict(), folder + "/expected.pt")
 table = {"model": {"w": torch.arange(6.0).view(2, 3).t()}, "epoch": 3}
 table["config"] = DictConfig({"lr": 1e-4, "optimizer": {"opt": "adamW", "betas": (0.9, 0.999)}, "missing": None})
 for zipped in (True, False):
-    name = sys.argv[1] + ("/zip" if zipped else "/legacy")
+    name = folder + ("/zip" if zipped else "/legacy")
     torch.save(model, name + ".pkl", _use_new_zipfile_serialization=zipped)
     torch.save(table, name + ".pth", _use_new_zipfile_serialization=zipped)
 """
@@ -72,8 +73,8 @@ for zipped in (True, False):
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("foreign")
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-    subprocess.run([sys.executable, "-c", WRITER, str(folder)], check=True, env=environment)
+    said = folder / "said.txt"
+    assert in_fork(lambda: exec(WRITER, {"folder": str(folder)}), said) == 0, said.read_text()
     return folder
 
 

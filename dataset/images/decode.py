@@ -275,16 +275,19 @@ def _loaded(data: bytes):
 
 
 def check_image_root(root: str | Path, names: Iterable[str], tries: int = 20) -> None:
-    """Raises UserError when `root` is not a folder or holds none of the first `tries` images."""
+    """Raises UserError when none of the first `tries` images is there below `root`; absolute paths are
+    themselves."""
     root = Path(root)
+    names = list(islice(names, tries))
+    named = [existing(root / name) for name in names]
+    files = [archive_of(file) or file for file in named]
+    if any(is_file(file) for file in files):  # absolute paths do not need the folder
+        return
     if not root.is_dir():
         raise UserError(
             f"image_root {root}: no such folder; set image_root to the folder the annotations refer to"
         )
-    names = list(islice(names, tries))
-    named = [existing(root / name) for name in names]
-    files = [archive_of(file) or file for file in named]
-    if files and not any(is_file(file) for file in files):
+    if files:
         raise UserError(
             f"image_root {root}: none of the first {len(names)} images is there, e.g. {root / names[0]}; "
             "set image_root so that image_root/<image> exists, or, where these are of a recipe's "

@@ -153,6 +153,7 @@ def test_missing_files_and_wrong_root(tmp_path):
         check_image_root(tmp_path, ["a.jpg", "b.jpg"])
     (tmp_path / "b.jpg").write_bytes(JPEG)
     check_image_root(tmp_path, ["a.jpg", "b.jpg"])
+    check_image_root(tmp_path / "nowhere", [str(tmp_path / "b.jpg")])  # absolute
 
 
 def test_a_truncated_jpeg_keeps_its_rows_and_the_others_are_grey(monkeypatch):

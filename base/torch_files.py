@@ -221,7 +221,10 @@ def mapped(path: str | Path) -> Iterator[mmap.mmap]:
 
 
 def find_index(folder: Path) -> Path | None:
-    """The list of shards of a Hugging Face folder whose weights lie in several files."""
+    """The list of shards of a Hugging Face folder whose weights lie in several files; a path to the
+    list is itself that."""
+    if folder.name in INDICES:
+        folder = folder.parent
     return next((folder / name for name in INDICES if (folder / name).is_file()), None)
 
 

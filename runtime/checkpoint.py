@@ -397,9 +397,11 @@ def _check_plain(value: Any, where: str = "state") -> None:
 
 def weights_file(path: Path) -> Path:
     """The file, or the folder of a sharded checkpoint, itself; of a run's folder the best
-    checkpoint, else the newest, else the first .safetensors. Warns of damaged checkpoints, which it
-    passes over. UserError."""
+    checkpoint, else the newest, else the first .safetensors; of a Hugging Face folder with several,
+    their index. Warns of damaged checkpoints, which it passes over. UserError."""
     if path.is_dir() and not is_sharded(path):
+        if index := find_index(path):
+            return index
         checkpoints = CheckpointFolder(path)
         ours = [checkpoints.best] if checkpoints.best else []
         found = _first_intact(ours + checkpoints.numbered(), _find_damage_unless_foreign)

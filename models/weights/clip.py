@@ -141,7 +141,7 @@ def openai_config(state: State, activation: str = "quick_gelu", **loss_options) 
     ):
         if name not in state:
             raise UserError(
-                f"no {name} in the state dict: it is not of OpenAI's CLIP layout (see clip_adapters)"
+                f"no {name} among the weights: not of OpenAI's CLIP layout; give those of a whole CLIP"
             )
     text_layers = count(state, r"transformer\.resblocks\.(\d+)\.")
     context, text_width = state["positional_embedding"].shape

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from base.errors import UserError
 from base.reading import read_json
-from base.torch_files import is_safetensors, load_weights_only
+from base.torch_files import find_index, is_safetensors, load_weights_only
 from runtime.advice import launched_rank
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config.plain import to_dict
@@ -189,7 +189,7 @@ def description_of(file: Path) -> dict[str, Any]:
     config = saved_config(file)
     if isinstance(config.get("network"), Mapping):
         about = {"config": config, "network": config["network"]}
-    elif not (file.is_file() and is_safetensors(file)):
+    elif find_index(file) is None and not (file.is_file() and is_safetensors(file)):
         content = load_torch(index_of(file))
         arguments = content.get("args") if isinstance(content, Mapping) else None
         about = {"args": arguments} if isinstance(arguments, Mapping) else {}

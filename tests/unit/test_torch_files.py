@@ -13,7 +13,8 @@ from base.torch_files import load_weights_only, read_tensors
 from models.weights.albef import load_bert_folder
 from models.weights.llama import read_llama
 from models.weights.loading import load_checkpoint
-from runtime.checkpoint import read_weights
+from runtime.checkpoint import read_weights, weights_file
+from runtime.config.from_checkpoint import description_of
 
 STATE = {name: torch.full((2,), float(number)) for number, name in enumerate("abcd")}
 
@@ -38,13 +39,17 @@ def sharded(folder: Path, state: dict, safe: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize("reader", ["checkpoint", "bert"])
+@pytest.mark.parametrize("reader", ["checkpoint", "file", "bert"])
 def test_all_shards_are_read(tmp_path, safe, reader):
     sharded(tmp_path, STATE, safe)
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     if reader == "bert":
         found, config = load_bert_folder(tmp_path)
         assert config == {"hidden_size": 8}
+    elif reader == "file":  # as scripts do that ask what lies beside it
+        file = weights_file(tmp_path)
+        found = read_weights(file)
+        assert description_of(file) == {"config.json": {"hidden_size": 8}}
     else:
         found = read_weights(tmp_path)
     assert found.keys() == STATE.keys()

@@ -39,6 +39,7 @@ QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
 CONTRASTIVE = ("temp", "vision_proj.*", "text_proj.*")
 PRETRAIN_HEADS = ("text_encoder*.cls.*", "mim_head*", "concept_head*", "visual_encoder*.mask_token")
 OF_BERT = ("config.json", "model.safetensors", "pytorch_model.bin")
+WORDS = [f"text_{part}.embeddings.word_embeddings.weight" for part in ("encoder", "decoder.bert")]
 BLIP_VOCABULARY = 30524  # BERT's 30522 with [DEC] and [ENC]
 CLS_HEAD = ("cls_head.*", "cls_head_m.*")
 
@@ -52,8 +53,8 @@ def checkpoint_kind(state: State) -> str:
 
     Raises `UserError` for anything else.
     """
-    words = state.get("text_encoder.embeddings.word_embeddings.weight")
-    if words is not None and len(words) == BLIP_VOCABULARY:
+    tables = [state[name] for name in WORDS if name in state]
+    if any(len(table) == BLIP_VOCABULARY for table in tables):
         raise UserError(
             "a checkpoint of BLIP, whose text encoder fuses in every layer and knows two tokens "
             "more than ALBEF's: evaluate BLIP with eval_zeroshot.py --model "

@@ -306,7 +306,8 @@ def test_deit_weights():
         adapters.deit_weights(state | {"dist_token": torch.ones(1)}, grid=4)
 
 
-def test_blip_is_named():
+@pytest.mark.parametrize("part", ["encoder", "decoder.bert"])  # captioning has no encoder
+def test_blip_is_named(part):
     table = torch.zeros(30524, 1)
     with pytest.raises(UserError, match=r"a checkpoint of BLIP, .* eval_zeroshot\.py --model hf/"):
-        checkpoint_kind({"text_encoder.embeddings.word_embeddings.weight": table})
+        checkpoint_kind({f"text_{part}.embeddings.word_embeddings.weight": table})

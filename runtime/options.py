@@ -7,6 +7,8 @@ from typing import ClassVar
 from base.knobs import knob
 from base.limits import WORKERS
 
+COMPILE_MODES = ("default", "blocks", "reduce-overhead", "max-autotune")
+
 
 @dataclass
 class RunConfig:
@@ -52,7 +54,7 @@ class RunConfig:
         "default",
         "blocks: every transformer block by itself, which compiles faster; reduce-overhead: CUDA graphs "
         "of the whole, for a host that cannot launch kernels fast enough; max-autotune: as in torch",
-        choices=("default", "blocks", "reduce-overhead", "max-autotune"),
+        choices=COMPILE_MODES,
         rare=True,
     )
     parallel: str = knob(

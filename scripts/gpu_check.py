@@ -53,7 +53,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", help="methods and whole runs, joined by commas")
     parser.add_argument("--compiled", help="methods to check compiled, too, joined by commas")
     parser.add_argument("--recipes", help="recipes to measure, joined by commas")
-    parser.add_argument("--modes", help="eager, compiled or both: how to measure them")
+    parser.add_argument(
+        "--modes",
+        help="how to measure them: eager,compiled (the default), blocks, reduce-overhead, max-autotune",
+    )
     parser.add_argument(
         "--part", default="all", help=f"all, or some of {', '.join(PARTS)}, joined by commas"
     )
@@ -106,7 +109,8 @@ def main() -> int:
     known = dict.fromkeys([*STEPS, *whole_runs.TRAINING, *whole_runs.EVALUATIONS])
     options.only = chosen("--only", options.only, known)
     options.compiled = chosen("--compiled", options.compiled, checks.COMPILED)
-    options.modes = chosen("--modes", options.modes, measures.modes_for(device))
+    modes = measures.modes_for(device)
+    options.modes = chosen("--modes", options.modes or ",".join(modes[:2]), modes)
     recipes = chosen("--recipes", options.recipes, measures.recipes_for(device))
     if not options.cpu and not torch.cuda.is_available():
         raise UserError("no GPU is visible; --cpu runs the checks that need none")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from runtime.gpus import GPUS, Gpu, gpu_by_device_name
+from runtime.options import COMPILE_MODES
 from runtime.simulate import bounds as b
 from scripts.gpu_checks.report import Report
 from scripts.gpu_checks.runs import Run, random_batches
@@ -88,8 +89,9 @@ def recipes_for(device: torch.device) -> dict[str, str]:
 
 
 def modes_for(device: torch.device) -> tuple[str, ...]:
-    """Compiled code is measured on a GPU alone."""
-    return ("eager", "compiled") if device.type == "cuda" else ("eager",)
+    """How recipes can run. Compiled code is measured on a GPU alone, by default or in another of
+    `compile_mode`."""
+    return ("eager", "compiled", *COMPILE_MODES[1:]) if device.type == "cuda" else ("eager",)
 
 
 def start_plans(pool: Executor, device: torch.device, names: Sequence[str]) -> dict[str, Future]:
@@ -110,7 +112,7 @@ def plan(command: str, gpu: Gpu) -> Plan:
 def measure(
     name: str, command: str, mode: str, device: torch.device, plan: Plan, turn: Path, after: Path
 ) -> tuple[Report, list[Measured]]:
-    """A recipe in bf16, eager or compiled; beside `turn`, where the time of its step is spent.
+    """A recipe in bf16 (mode: see modes_for); beside `turn`, where the time of its step is spent.
 
     The network is drawn while others have the GPU; it is ours once the file `after` is there, and
     `turn` gives it to the next.
@@ -118,7 +120,10 @@ def measure(
     report, found = Report(), []
 
     def work() -> float:
-        run = Run(command, device, "bf16", move=False)
+        features = {"compile": mode != "eager"}
+        if mode in COMPILE_MODES:
+            features["compile_mode"] = mode
+        run = Run(command, device, "bf16", move=False, **features)
         while not after.exists():
             time.sleep(0.05)
         run.move()
@@ -142,15 +147,13 @@ def measure(
 def measure_steps(name: str, mode: str, run: Run, device: torch.device, plan: Plan) -> Measured:
     """Steps after the first ones: on a GPU ten, else two."""
     on_gpu = device.type == "cuda"
-    if mode == "compiled":
-        run.model.compile()
     for _ in range(3):
         run.step()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = timed(run.step, device, 10 if on_gpu else 2)
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    least = plan.compiled if mode == "compiled" else plan.eager
+    least = plan.eager if mode == "eager" else plan.compiled
     mfu = plan.flops / seconds / card_of(device).half
     return Measured(name, mode, seconds, least, peak, plan.peak, mfu)
 
@@ -182,7 +185,7 @@ def timed(work: Callable, device: torch.device, times: int) -> float:
 def measure_recipes(
     report, device: torch.device, names: Sequence[str], plans: dict[str, Future], options
 ) -> list[Measured]:
-    """Every recipe, first eager, then compiled; memory must be what plan.py predicts."""
+    """Every recipe in each mode, one after the other; memory must be what plan.py predicts."""
     found: list[Measured] = []
     if device.type != "cuda":
         report.note("bounds and constants below are an H100's: a CPU shows that the measures run")

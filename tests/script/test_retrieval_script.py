@@ -11,6 +11,8 @@ import torch
 
 import Retrieval
 from dataset.digitscenes.build import Request, build
+from evaluation import retrieval
+from runtime.checkpoint import read_weights
 from runtime.config.cli import parse
 from scripts import report
 from tests.helpers.runs import log_lines, words_of
@@ -69,7 +71,15 @@ def test_finetuning_validates_and_keeps_the_best(data, finetuned):
     assert set(metrics["test"]) == RECALLS and metrics["val"]["r_mean"] == pytest.approx(score)
 
 
-def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_path):
+def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_path, monkeypatch):
+    """Its temperature, too: `score: sum` adds similarities as logits."""
+    with_similarity, weights = retrieval.with_similarity, []
+
+    def noted(matched, similar, weight):
+        weights.append(weight)
+        return with_similarity(matched, similar, weight)
+
+    monkeypatch.setattr(retrieval, "with_similarity", noted)
     config = tmp_path / "bare.yaml"
     config.write_text("k_test: 4\nscore: sum\nworkers: 0\n")
     given = [
@@ -86,6 +96,18 @@ def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_pa
     metrics = json.loads((tmp_path / "out/result/metrics.json").read_text())
     assert metrics["test"] == json.loads((finetuned / "result/metrics.json").read_text())["test"]
     assert not (tmp_path / "out/log.jsonl").exists()
+    assert weights == pytest.approx([1 / read_weights(finetuned)["temp"].item()] * 2)
+
+
+def test_recalls_at_10_without_re_ranking_need_no_k_of_10(data, finetuned, tmp_path):
+    found = []
+    for k in (1, 20):
+        words = {"evaluate": "true", "checkpoint": finetuned, "output_dir": tmp_path / str(k)}
+        words |= {"test_file": data / "retrieval_test.json", "image_root": data, "workers": 0}
+        words |= {"device": "cpu", "rerank": "false", "k_test": k}
+        Retrieval.main(parse(Retrieval.Config, words_of(words)))
+        found.append(json.loads((tmp_path / str(k) / "result/metrics.json").read_text())["test"])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("two_stage", [True, False])

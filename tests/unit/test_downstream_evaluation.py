@@ -66,6 +66,16 @@ def test_people_may_write_numbers_as_words():
     assert answer_score("the dog", ["the dog"] * 9 + ["cat"]) == 1.0
 
 
+@pytest.mark.parametrize(("compat", "expected"), [("none", 100.0), ("original", 0.0)])
+def test_the_originals_numbers_come_from_the_official_code(compat, expected):
+    import VQA
+
+    data = SimpleNamespace(ids=[7], truth={7: {"answers": ["two"] * 10}})
+    config = SimpleNamespace(compat=compat)
+    found = VQA.accuracy(data, ["one", "two"], torch.tensor([[1, 0]]), config)
+    assert found == {"overall": expected, "chance": 100.0}
+
+
 def test_answers_file(tmp_path):
     save_answers(tmp_path / "result/answers.json", {7: "yes", 3: "two"})
     rows = json.loads((tmp_path / "result/answers.json").read_text())

@@ -131,6 +131,24 @@ def figures(part, workers: int) -> list[tuple[str, str]]:
     return rows
 
 
+def check_fixable(data: list[str]) -> None:
+    """Raise UserError where a data set is no list."""
+    from dataset.health.survey import is_class_folder
+    from dataset.tasks.classification import is_shards
+
+    for each in data:
+        if is_shards(each):
+            raise UserError(
+                f"--fix: {each} are shards; clean the list they are made of, then pack it again "
+                "with scripts/data/pack.py"
+            )
+        if is_class_folder(Path(each)):
+            raise UserError(
+                f"--fix: {each} is a folder a class, which stays as it is; leave out --fix, and "
+                "remove the files that the report and --page name"
+            )
+
+
 def write_fixed(part, folder: Path) -> str:
     """Write a list of what is left of a data set, its texts and boxes fixed; returns what was
     done."""
@@ -138,13 +156,7 @@ def write_fixed(part, folder: Path) -> str:
     from dataset.health.fixes import fixed_entries, unfit_samples
     from dataset.health.survey import open_list
     from dataset.sources.tables import parse_address
-    from dataset.tasks.classification import is_shards
 
-    if is_shards(part.data):
-        raise UserError(
-            f"--fix: {part.data} are shards; clean the list they are made of, then pack it again "
-            "with scripts/data/pack.py"
-        )
     entries = open_list(part.data)
     target = folder / f"{parse_address(part.data).path.stem}.jsonl"
     left_out = unfit_samples(part.facts, part.unknown_labels) | part.dropped
@@ -216,6 +228,8 @@ def main(config: Config) -> None:
     from dataset.health.survey import plan, split_folders, survey
 
     config.data = split_folders(config.data, names_of_classes(config))
+    if config.fix:
+        check_fixable(config.data)
     works = plan(config.data)
     looking = looking_of(config)
     shared = config.sharing.slurm or config.sharing.merge or not is_whole(config.sharing)

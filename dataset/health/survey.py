@@ -84,7 +84,7 @@ class Part:
 def open_list(data: str) -> Sequence[dict]:
     """The entries of an annotation file, table or folder. UserError."""
     path = Path(data)
-    if path.is_dir() and _is_class_folder(path):
+    if is_class_folder(path):
         return FolderRecords(data, class_folders(path))
     if path.suffix.lower() in (".list", ".txt"):
         return label_records(path)
@@ -102,9 +102,9 @@ def open_list(data: str) -> Sequence[dict]:
         return Records(data, ("image",))
 
 
-def _is_class_folder(path: Path) -> bool:
-    """Whether a folder holds a sub-folder a class and no texts."""
-    if any(
+def is_class_folder(path: Path) -> bool:
+    """Whether a path is a folder that holds a sub-folder a class and no texts."""
+    if not path.is_dir() or any(
         (path / name).exists() for name in (*METADATA, "dataset_info.json", "dataset_dict.json")
     ):
         return False

@@ -187,8 +187,10 @@ def test_class_folders_and_shards(tmp_path, capsys):
     write_shard(tmp_path / "0.tar", samples)
     status, text = run(capsys, {"data": [str(tmp_path / "0.tar")]})
     assert status == 1 and found(text)["unreadable"] == "1" and found(text)["samples"] == "3"
-    with pytest.raises(UserError, match=r"are shards; clean the list"):
-        doctor.main(doctor.Config([str(tmp_path / "0.tar")], fix=tmp_path / "clean", workers=1))
+    for data, remedy in (("0.tar", "are shards; clean the list"), ("set", "leave out --fix")):
+        with pytest.raises(UserError, match=remedy):  # before anything is looked at
+            doctor.main(doctor.Config([str(tmp_path / data)], fix=tmp_path / "clean", workers=1))
+        assert capsys.readouterr().out == ""
 
 
 def test_ranges_kept_as_files_give_the_report_of_one_look(tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 from base.addresses import ADDRESSES, address_of, where_from
 from base.errors import UserError
 from base.names import did_you_mean
+from base.remote import silence
 
 SECONDS = 10.0  # in which the hub must answer
 NO_NETWORK = ("connect", "offline", "cached", "resolve", "timed out", "urlopen", "proxy", "network")
@@ -67,6 +68,7 @@ def ask_hub(name: str, kind: str = "model") -> None:
 
     if constants.HF_HUB_OFFLINE:
         return
+    limit_silence()
     try:
         if constants.ENDPOINT in _SILENT:
             raise ConnectionError("no answer to an earlier question")
@@ -88,6 +90,14 @@ def ask_hub(name: str, kind: str = "model") -> None:
         _SILENT.add(constants.ENDPOINT)
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise HubSilent(f"{constants.ENDPOINT} cannot be reached ({reason})") from None
+
+
+def limit_silence() -> None:
+    """Let huggingface_hub give up on a hub that has gone silent, for which its client waits without
+    end (from 1.0)."""
+    from huggingface_hub.utils import get_session
+
+    get_session().timeout = silence()
 
 
 def _reachable(what: str, name: str | Path | None) -> bool:

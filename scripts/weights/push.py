@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from base.errors import UserError, first_line
-from base.hub import SECONDS
+from base.hub import SECONDS, limit_silence
 
 REFUSED = (401, 403)
 
@@ -32,6 +32,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
     from huggingface_hub import HfApi
 
     hub = HfApi()
+    limit_silence()
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(

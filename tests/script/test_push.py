@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+from huggingface_hub.utils import get_session
 
 from base.errors import UserError
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from scripts.weights.card import TRAINED, Facts, check_repository, data_names, model_card
+from scripts.weights.push import push
 from scripts.weights.source import Written, open_source
 from tests.helpers.exported import run_example, save_run
 from tests.helpers.main_runs import ROOT
@@ -77,6 +80,17 @@ def test_a_hub_that_is_not_there(tmp_path):
     found = convert(trained(tmp_path / "run"), tmp_path / "out", "http://127.0.0.1:9", TOKEN)
     assert found.returncode == 2 and "cannot be reached" in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_a_hub_that_goes_silent_is_given_up(tmp_path, monkeypatch):
+    client = get_session()  # of all tests
+    monkeypatch.setattr(client, "timeout", client.timeout)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setenv("QUINTET_REMOTE_SILENCE", "0.3")
+        with pytest.raises(UserError, match=r"cannot be reached .*then `hf upload me/new"):
+            push(tmp_path, "me/new", private=True)
 
 
 def test_the_card_says_what_is_known_and_what_is_not(tmp_path):

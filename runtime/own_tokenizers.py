@@ -72,11 +72,11 @@ def _vocabulary(config: Any, name: str, kind: str) -> Path:
 
 
 def _image_tokenizer(config: Any) -> Path:
-    """The image tokenizer in output_dir, of the images of the training lists."""
+    """The image tokenizer in output_dir, of the images of the training lists, else of the shards."""
     folder = config.output_dir / "image_tokenizer"
     with one_builder(folder):
         if not (folder / "image_tokenizer.safetensors").exists():
-            data = [str(file) for file in _lists(config)]
+            data = [str(file) for file in _lists(config)] or getattr(config, "shards", [])
             _check_data(config, data, "image_tokenizer_path")
             print(f"{folder} is not there yet: training it on the training images", flush=True)
             side = config.grid * PIXELS_A_CODE

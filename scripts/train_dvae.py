@@ -19,6 +19,7 @@ followed by its reconstruction), checkpoints and log. The same command resumes.
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ from dataset.images.formats import IMAGE_TYPES, files_below, is_image
 from dataset.loading.eval import EvalLoader
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.records import Records
+from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_list import list_shards
+from dataset.tasks.classification import is_shards
 from dataset.tasks.loaders import stream_loader
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig, code_usage
 from models.weights.loading import load_checkpoint
@@ -47,6 +51,7 @@ from runtime.options import RunConfig
 from runtime.parallel import gradient_sync, whole_model
 from runtime.run import Run, evaluating, seed_everything
 
+SHARD_IMAGES = 20_000  # after which no further shard is opened
 HELD_OUT = 20  # every 20th image is not trained on: the figures and the preview are about these
 
 
@@ -55,9 +60,7 @@ class Config(RunConfig):
     output_dir: Path = knob(
         Path("output/tokenizer"), "folder of this run: tokenizer, preview, log, checkpoints"
     )
-    data: list[str] = knob(
-        [], "JSON lists or JSON lines with an `image` field, and folders of images"
-    )
+    data: list[str] = knob([], "lists or tables with an `image` field, folders of images, shards")
     image_root: Path = knob(Path(""), "folder that the JSON's relative paths start from")
     size: int = knob(32, "side of the square images, pixels; a multiple of 2^(groups - 1)", low=2)
     crop_scale: tuple[float, float] = knob(
@@ -105,18 +108,24 @@ class Crop:
         self.flip = flip
 
     def __call__(self, record: dict) -> dict:
-        image = decode_image(record["image"])
+        found = record["image"]
+        image = decode_image(found if isinstance(found, str) else found[0].image(found[1]))
         box = random_box(image, self.scale) if self.scale else None
         flip = self.flip and bool(torch.rand(()) < 0.5)
         return {"image": resized_crop(image, box, self.size, flip).float().div_(255)}
 
 
 def find_images(config: Config) -> list[dict]:
-    """`{image: absolute path}` of every image, each once; folders are searched through. Raises
-    UserError."""
-    found: dict[str, None] = {}
+    """`{image: absolute path}` of every image, each once; folders are searched through. Of shards
+    `{image: (index, place)}`, as many as the first that hold SHARD_IMAGES. Raises UserError."""
+    found: dict[Any, None] = {}
     for name in config.data:
-        if Path(name).is_dir():
+        if is_shards(name):
+            for shard in list_shards(name):
+                if len(found) < SHARD_IMAGES:
+                    index = ShardIndex([shard])
+                    found |= dict.fromkeys((index, place) for place in range(len(index)))
+        elif Path(name).is_dir():
             paths = sorted(path for path in files_below(name) if is_image(path))
             if not paths:
                 raise UserError(f"{name}: no images ({', '.join(IMAGE_TYPES)}) in this folder")

@@ -92,7 +92,10 @@ def main(config: Config) -> None:
     found = labels(config) if config.kind == "sentencepiece" else captions(config)
     texts = list(islice(found, config.texts))
     if not any(text.strip() for text in texts):
-        raise UserError(f"{', '.join([*config.data, *config.shards])}: no text to learn from")
+        labels_made = config.shards and config.kind == "sentencepiece"
+        remedy = "; scripts/data/extract_nouns.py makes the labels of shards" if labels_made else ""
+        where = ", ".join([*config.data, *config.shards])
+        raise UserError(f"{where}: no text to learn from{remedy}")
     make_folder(config.target.parent, "--target")
     with file_errors(config.target, "make room or name another --target"):
         write(config, texts)

@@ -15,12 +15,14 @@ import yaml
 from PIL import Image
 
 from base.errors import UserError
+from dataset.sources.tar_writer import write_shard
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.sentencepiece import PieceTokenizer
 from dataset.text.wordpiece import Tokenizer
 from runtime import own_tokenizers
 from runtime.config.cli import parse
 from runtime.own_tokenizers import TRAINED, train_tokenizers_if_asked
+from scripts import train_dvae
 from tests.helpers.processes import ROOT, alive, run_command
 
 CAPTIONS = ["a red square", "ein grünes Quadrat", "一只猫 on a mat", "a blue square on the left"]
@@ -104,6 +106,28 @@ def test_image_tokenizer_of_the_images(pairs, tmp_path, monkeypatch, forked):
     assert albef.image_tokenizer_path is None and not albef.output_dir.exists()
 
 
+def test_image_tokenizer_of_shards(pairs, tmp_path, monkeypatch):
+    texts = [{"jpg": file.read_bytes(), "txt": b"a"} for file in sorted(pairs.glob("*.jpg"))]
+    for shard in range(3):
+        part = [(f"{n}", texts[n]) for n in range(shard, 40, 3)]
+        write_shard(tmp_path / f"shards/{shard}.tar", part)
+    shards = str(tmp_path / "shards/{0..2}.tar")
+    ran = []
+    monkeypatch.setattr(own_tokenizers, "_run", lambda script, options, what: ran.append(options))
+    config = Options(tmp_path / "run", [], [shards], image_tokenizer_path=Path(TRAINED))
+    config.text_encoder = "bert-base-uncased"
+    train_tokenizers_if_asked(config)
+    assert ran[0][:2] == ["--data", shards]
+    images = train_dvae.find_images(train_dvae.Config(data=[shards], size=8))
+    seen = [train_dvae.Crop(8, None, flip=False)(image)["image"] for image in images]
+    assert len(seen) == 40 and seen[0].shape == (3, 8, 8)
+    reds = sorted(round(255 * float(image[0].mean()) / 6) for image in seen)
+    assert reds == sorted(min(number, 42) for number in range(40))
+    monkeypatch.setattr(train_dvae, "SHARD_IMAGES", 20)
+    monkeypatch.setattr(train_dvae, "HELD_OUT", 5)
+    assert len(train_dvae.find_images(train_dvae.Config(data=[shards]))) == 14 + 13
+
+
 def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path, forked):
     labels = tmp_path / "train.list"
     labels.write_text("00.jpg : dog,living room\n01.jpg : cat\n" * 5)
@@ -134,6 +158,10 @@ def test_nothing_to_learn_from_is_one_sentence(tmp_path, forked):
     with pytest.raises(UserError, match=r"text_tokenizer: could not be trained: .*none\.json"):
         train_tokenizers_if_asked(missing)  # the cause itself, which torchrun repeats
     assert not (tmp_path / "run/text_tokenizer").exists()
+    write_shard(tmp_path / "0.tar", [("a", {"jpg": b"x", "txt": b"a cat"})])
+    unlabelled = LabelOptions(tmp_path / "run", [], shards=[str(tmp_path / "0.tar")])
+    with pytest.raises(UserError, match=r"no text to learn from; scripts/data/extract_nouns\.py"):
+        train_tokenizers_if_asked(unlabelled)
 
 
 TASKS = {

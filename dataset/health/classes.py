@@ -30,36 +30,28 @@ def look_at_classes(parts: Sequence, listed: Sequence[str] = ()) -> None:
     trained = None
     for part in parts:
         balance = part.balance()
-        part.classes = classes_of(part.data, balance, listed)
+        names = names_of(part.data, balance, listed)
+        part.classes = Counter()
+        for label, name in names.items():
+            part.classes[name] += balance[label]
         if part.classes:
             part.findings = class_findings(part.classes, listed, trained)
-            part.unknown_labels = unknown_labels(part.data, balance, listed)
+            known = set(listed)
+            part.unknown_labels = {label for label in names if known and names[label] not in known}
             trained = trained or set(part.classes)
 
 
-def classes_of(data: str, balance: Counter, listed: Sequence[str] = ()) -> Counter:
-    """Images by the name of their class: of class folders, of the list, or as the label has it.
+def names_of(data: str, balance: Counter, listed: Sequence[str] = ()) -> dict[str, str]:
+    """The name of the class of every label: of class folders, of the list, or as the label has it.
 
     balance: images by label, as texts; numbers are places in the folders, or in the list.
     """
     path = Path(data)
-    folders = class_folders(path) if path.is_dir() else []
-    names = folders or listed
-    found: Counter = Counter()
-    for label, count in balance.items():
-        known = label.isdigit() and int(label) < len(names)
-        found[names[int(label)] if known else label] += count
-    return found
-
-
-def unknown_labels(data: str, balance: Counter, listed: Sequence[str]) -> set[str]:
-    """Labels of classes that are not in the list; none where there is no list."""
-    known = set(listed)
-    found = set()
+    names = (class_folders(path) if path.is_dir() else []) or listed
+    found = {}
     for label in balance:
-        (name,) = classes_of(data, Counter([label]), listed)
-        if known and name not in known:
-            found.add(label)
+        known = label.isdigit() and int(label) < len(names)
+        found[label] = names[int(label)] if known else label
     return found
 
 

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw, ImageEnhance
 
 from base.errors import UserError
 from base.reading import read_json_lines
+from dataset.health import classes as class_checks
 from dataset.health import survey
-from dataset.health.classes import class_findings, classes_of, similar_names
+from dataset.health.classes import class_findings, names_of, similar_names
 from dataset.health.duplicates import near_duplicates
 from dataset.health.samples import box_inside, shrunk, signature, text_problems
 from dataset.sources.tar_writer import write_shard
@@ -329,13 +330,15 @@ def test_names_that_are_alike(names, groups):
 
 
 def test_labels_become_names(tmp_path):
-    assert classes_of("list.json", Counter({"0": 2, "2": 1}), ["a", "b"]) == {"a": 2, "2": 1}
+    labels = Counter({"0": 2, "2": 1})
+    assert names_of("list.json", labels, ["a", "b"]) == {"0": "a", "2": "2"}
     for name in ("dog", "cat"):
         (tmp_path / name).mkdir()
-    assert classes_of(str(tmp_path), Counter({"0": 2, "1": 1}), ["x", "y"]) == {"cat": 2, "dog": 1}
+    labels = Counter({"0": 2, "1": 1})
+    assert names_of(str(tmp_path), labels, ["x", "y"]) == {"0": "cat", "1": "dog"}
 
 
-def test_class_folders_are_compared_with_a_list_of_names(tmp_path, capsys):
+def test_class_folders_are_compared_with_a_list_of_names(tmp_path, capsys, monkeypatch):
     for split, names in (("train", ("cat", "dog")), ("val", ("cat", "doge"))):
         for number, name in enumerate(names):
             (tmp_path / split / name).mkdir(parents=True)
@@ -343,11 +346,17 @@ def test_class_folders_are_compared_with_a_list_of_names(tmp_path, capsys):
             (tmp_path / split / name / "1.jpg").write_bytes(jpeg(scene(seed)))
     (tmp_path / "names.txt").write_text("cat\ndog\ncow\n")
     data = [str(tmp_path / "train"), str(tmp_path / "val")]
+    asked = []
+    real = class_checks.class_folders
+    monkeypatch.setattr(
+        class_checks, "class_folders", lambda path: asked.append(path) or real(path)
+    )
     status, text = run(capsys, {"data": data, "classes": tmp_path / "names.txt"})
     first, second = text.split(f"\n{data[1]}\n")
     assert found(first)["class without images"] == "1" and "class not in" not in first
     assert found(second)["class not in the list"] == "1" and "did the list mean dog?" in second
     assert found(second)["class never trained"] == "1" and status == 1
+    assert asked == [tmp_path / "train", tmp_path / "val"]  # not once for each label
     assert run(capsys, {"data": data[:1]})[0] == 0
 
 

@@ -29,7 +29,7 @@ from dataset.tasks.recognition import label_records
 
 BLOCK = 256  # entries a process takes at a time
 OFTEN = 10  # images that share a text from which on it is called repeated
-FORMAT = 3  # of kept facts: raise it when samples are looked at otherwise
+FORMAT = 4  # of kept facts: raise it when samples are looked at otherwise
 MOST_GROUPS = 1000  # groups of duplicates that are kept
 
 

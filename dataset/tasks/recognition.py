@@ -34,34 +34,13 @@ from dataset.sources.tables import TABLES, is_table, parse_address
 from dataset.tasks.record import captions_of, image_of, name_of, weights_of
 from dataset.text.choice import with_text
 from dataset.text.nouns import parse_nouns
+from dataset.text.prompts import CAPTION_PROMPTS, LABEL_PROMPTS
 from dataset.text.sentencepiece import PieceTokenizer
 
 IGNORED = -100  # target of a position without one
 STEP = 8  # texts are padded to multiples of it
 NO_NAMES = "no caption has a noun; is scripts/data/extract_nouns.py's output complete?"
 EXTRACT = "run scripts/data/extract_nouns.py over the shards first"
-
-THINGS, IMAGES = ("objects", "items", "elements"), ("image", "picture", "photograph")
-SEEN = (
-    " {}",
-    " present {}",
-    " depicted {}",
-    " shown {}",
-    " visible {}",
-    " captured {}",
-    " seen {}",
-    " that appear {}",
-)
-LABEL_PROMPTS = tuple(
-    f"The {thing}{seen.format(f'in the {image}')} are"
-    for seen in SEEN
-    for thing in THINGS
-    for image in IMAGES
-)  # the first is the one of inference
-KINDS = ("brief description", "short account", "clear summary", "concise interpretation")
-CAPTION_PROMPTS = tuple(
-    f"A {kind} of the {thing} is that" for thing in ("given image", *IMAGES) for kind in KINDS
-)
 
 
 # ---- sequences

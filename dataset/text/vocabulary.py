@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from dataset.text.prompts import CAPTION_PROMPTS, LABEL_PROMPTS
+
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The trainers number symbols in a hash map's order, another in each process, and ties are broken by
 # number: the symbols named beforehand, as special tokens, have fixed numbers.
@@ -116,7 +118,6 @@ def write_merges(path: Path, texts: Iterable[str], merges: int = 500) -> None:
 
 def write_pieces(path: Path, texts: Iterable[str], size: int = 640) -> None:
     """A SentencePiece model in LLaMA's manner, of the texts and the prompts of recognition."""
-    from dataset.tasks.recognition import CAPTION_PROMPTS, LABEL_PROMPTS
     from dataset.text.sentencepiece import train_pieces
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """DigitScenes is made when a configuration names it, once, and not otherwise."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,3 +30,10 @@ def test_made_when_named_in_a_list_or_a_section_and_then_kept(tmp_path, monkeypa
     before = (FOLDER / MANIFEST).stat().st_mtime_ns
     assert not make_digitscenes_if_named(Options(["data/digitscenes/pretrain_train.json"]), *SMALL)
     assert (FOLDER / MANIFEST).stat().st_mtime_ns == before
+
+
+def test_its_builder_does_without_torch():
+    """Whose import took two of the seconds before the first run."""
+    words = "import sys, dataset.digitscenes.build, dataset.text.sentencepiece; "
+    words += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words]).returncode == 0

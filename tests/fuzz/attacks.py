@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests.fuzz.seeds import image, jit, merges, plain, weights, wordpiece, zip_member
+
 FLOOD = 4 << 20  # bytes of a flood of one-byte opcodes
 BIG = 1 << 62
 
@@ -171,7 +173,7 @@ def safetensors(header: bytes, length: int | None = None) -> bytes:
 
 
 # ---- shards
-def tar(size_field: bytes, kind: bytes = b"0", name: str = "0.jpg") -> bytes:
+def tar(size_field: bytes, kind: bytes = b"0", name: str = "0.png") -> bytes:
     header = bytearray(tarfile.TarInfo(name).tobuf())
     header[124:136] = size_field
     header[156:157] = kind
@@ -188,7 +190,7 @@ def tar_of_zeros(compress: Callable[[bytes], bytes]) -> bytes:
     """A member of 300 MB of zeros, compressed."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
-        member = tarfile.TarInfo("0.jpg")
+        member = tarfile.TarInfo("0.png")
         member.size = 300 << 20
         archive.addfile(member, io.BytesIO(bytes(member.size)))
     return compress(file.getvalue())
@@ -253,7 +255,7 @@ def zip_directory() -> bytes:
 def zipped_zeros() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("0.jpg", bytes(300 << 20))
+        archive.writestr("0.png", bytes(300 << 20))
     return file.getvalue()
 
 
@@ -378,30 +380,6 @@ def read(reader: str, path: Path) -> object:
     return READERS[reader](path)
 
 
-def _refs(path: Path) -> object:
-    from runtime.safe_pickle import load_plain
-
-    return load_plain(path)
-
-
-def _torch(path: Path) -> object:
-    from runtime.checkpoint import read_weights
-
-    return {key: value.sum() for key, value in read_weights(path).items()}
-
-
-def _torchscript(path: Path) -> object:
-    from models.weights.torchscript import jit_state_dict
-
-    return jit_state_dict(path)
-
-
-def _safetensors(path: Path) -> object:
-    from runtime.checkpoint import read_weights
-
-    return read_weights(path.rename(path.with_suffix(".safetensors")))
-
-
 def _tar(path: Path) -> object:
     from dataset.sources.remote import plain_stream
     from dataset.sources.tar import TarWalk, read_samples
@@ -429,16 +407,9 @@ def _raise(message: str) -> object:
     raise BadSample(message)
 
 
-def _zip(path: Path) -> object:
-    from base.zip_member import read_member
-
-    return len(read_member(path, "0.jpg"))
-
-
-def _image(path: Path) -> object:
-    from dataset.images.decode import decode_image
-
-    return tuple(decode_image(path).shape)
+def renamed(ending: str, reader: Callable) -> Callable[[Path], object]:
+    """The reader of a file that its ending tells."""
+    return lambda path: reader(path.rename(path.with_suffix(ending)))
 
 
 def _json(path: Path) -> object:
@@ -459,18 +430,6 @@ def _yaml(path: Path) -> object:
     return read_yaml(path)[0]
 
 
-def _bpe(path: Path) -> object:
-    from dataset.text.bpe import ClipTokenizer
-
-    return ClipTokenizer(path).vocab_size
-
-
-def _tokenizer(path: Path) -> object:
-    from dataset.text.wordpiece import Tokenizer
-
-    return Tokenizer(path.rename(path.with_suffix(".json"))).vocab_size
-
-
 def _nshards(path: Path) -> object:
     from dataset.tasks.catalog import Entry
     from dataset.tasks.zeroshot import shard_files
@@ -483,19 +442,19 @@ def _nshards(path: Path) -> object:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "refs.p": _refs,
-    "torch": _torch,
-    "torchscript": _torchscript,
-    "safetensors": _safetensors,
+    "refs.p": plain,
+    "torch": weights,
+    "torchscript": jit,
+    "safetensors": renamed(".safetensors", weights),
     "tar": _tar,
     "tar.gz": _tar,
     "tfrecord": _tfrecord,
-    "zip": _zip,
-    "image": _image,
+    "zip": zip_member,
+    "image": lambda path: tuple(image(path).shape),
     "json": _json,
     "records": _records,
     "yaml": _yaml,
-    "bpe.gz": _bpe,
-    "tokenizer": _tokenizer,
+    "bpe.gz": merges,
+    "tokenizer": renamed(".json", wordpiece),
     "nshards": _nshards,
 }

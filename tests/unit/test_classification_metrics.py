@@ -24,6 +24,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 def random_scores(images=40, classes=7):
     torch.manual_seed(0)
     logits = torch.randn(images, classes)
+    logits[0, 0] = 0.0  # neither given nor not: it counts as not
     targets = torch.rand(images, classes) < 0.3
     targets[:, 5] = False  # a class that does not occur
     return logits, targets

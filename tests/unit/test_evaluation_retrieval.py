@@ -262,6 +262,8 @@ def test_chance_is_what_random_order_scores():
         found.append(recalls(by_image, by_text, owner))
     for name, value in chance(owner, 6).items():
         assert sum(f[name] for f in found) / len(found) == pytest.approx(value, abs=2)
+    some = torch.tensor([0, 0, 2])  # two of four images have captions: 2 and 1 of 3
+    assert chance(some, 4)["txt_r1"] == pytest.approx(50)
 
 
 def test_nan_is_refused():

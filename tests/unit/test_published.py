@@ -11,6 +11,7 @@ from dataset.tasks.catalog import CATALOG, CatalogOptions, Entry, choose, wanted
 from dataset.tasks.published import CLIP_BENCHMARK, COLLECTIONS, VTAB_PLUS
 from evaluation.probe import ProbeOptions
 from evaluation.published import (
+    benchmark_metrics,
     benchmark_rows,
     data_name,
     run_name,
@@ -131,6 +132,7 @@ def test_rows_of_clip_benchmark(tmp_path):
         "metrics": {"acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.25},
         "language": "en",
     }
+    assert benchmark_metrics({**classified, "classes": 5})["acc5"] == 1.0
     assert rows[1]["metrics"] == {"mean_average_precision": 0.125}
     assert rows[2]["task"] == "zeroshot_retrieval" and rows[2]["dataset"] == "mscoco_captions"
     assert rows[2]["metrics"]["image_retrieval_recall@5"] == 0.05

@@ -19,7 +19,7 @@ WORDS = {
     r"the house": "the repository",
 }
 KEPT = {  # file: text that is data or the name of something else
-    "dataset/tasks/recognition.py": ('"picture"',),  # NXTP's prompts
+    "dataset/text/prompts.py": ('"picture"',),  # NXTP's prompts
     "tests/unit/test_digitscenes.py": (
         "the left picture",
         "the right picture",

@@ -84,9 +84,12 @@ def encoded_rows(
 ) -> Iterator[dict] | None:
     """The rows of a table that holds the encoded images themselves, which become files in the cache;
     None for any other."""
-    if is_hub(str(parse_address(address).path)) or "image" not in required:
-        return None  # the hub's are files already
-    table = encoded_table(str(address), required)
+    if is_hub(str(parse_address(address).path)):
+        return None  # whose images are files already
+    try:
+        table = encoded_table(str(address), dict.fromkeys(("image", *required)))
+    except UserError:  # which names the faults of reading it as any table again
+        return None
     folder = cache / f"{path.stem.replace('*', '')}-images-{digest(path_state(path))}"
     return table and with_image_files(table, folder)
 

@@ -79,13 +79,16 @@ def _record_batches(folder: Path) -> list[tuple]:
 
 def with_image_files(table: "EncodedTable", folder: Path) -> Iterator[dict]:
     """The entries with their images as files below `folder`, by absolute path, each written once."""
-    say(
-        f"{table.path}: its images are kept as files in {folder}; many are read faster from {SHARDS}"
-    )
+    told = False
     with one_builder(folder):
         for entry in table:
             number, image = entry.pop("index"), entry["image"]
             if isinstance(image, bytes):
+                if not told:
+                    say(
+                        f"{table.path}: its images become files in {folder}; many load faster as {SHARDS}"
+                    )
+                told = True
                 image = image_file({"bytes": image}, folder, table.used["image"].names[0], number)
             yield {**{k: v for k, v in entry.items() if not isinstance(v, dict)}, "image": image}
 

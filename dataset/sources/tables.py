@@ -434,8 +434,12 @@ def _usual_column(field: str, names: list[str], required: Sequence[str]) -> str 
 
 
 def plain(value: object) -> object:
-    """A value that JSON can hold; bytes and dates as text."""
-    if value is None or isinstance(value, str | int | float | list | dict):
+    """A value that JSON can hold; bytes and dates as text, without bytes in objects (an image's)."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items() if not isinstance(each, bytes)}
+    if value is None or isinstance(value, str | int | float):
         return value
     return lenient_text(value) if isinstance(value, bytes) else str(value)
 

@@ -106,7 +106,7 @@ def test_encoded_images_of_parquet_are_files_in_the_cache(tmp_path, cache, capsy
     records = Records(tmp_path / "hf.parquet")
     assert [Path(record["image"]).read_bytes() for record in records] == images
     assert [record["caption"] for record in records] == ["a", "b"] and "mask" not in records[0]
-    assert "its images are kept as files in" in capsys.readouterr().out
+    assert "its images become files in" in capsys.readouterr().out
     Path(records[1]["image"]).write_bytes(images[0])  # of the same size: not written again
     again = Records(tmp_path / "hf.parquet", ("image", "labels"))
     assert [record["labels"] for record in again] == [[3], [4]]
@@ -118,6 +118,21 @@ def test_encoded_images_of_parquet_are_files_in_the_cache(tmp_path, cache, capsy
     own = Records(f"{tmp_path}/i.parquet?image=jpg")
     assert [Path(record["image"]).read_bytes() for record in own] == images
     assert all(Path(record["image"]).is_relative_to(cache) for record in own)
+    classes = pyarrow.table({"image": structs, "label": [1, 0]})  # as classification asks for it
+    parquet.write_table(classes, tmp_path / "classes.parquet")
+    for required in ((), ("label",)):
+        record = Records(tmp_path / "classes.parquet", required)[0]
+        assert Path(record["image"]).read_bytes() == images[0] and record["label"] == 1
+    beside = pyarrow.table({"url": ["a.jpg"], "mask": structs[:1], "labels": [[1]]})
+    parquet.write_table(beside, tmp_path / "beside.parquet")
+    assert Records(tmp_path / "beside.parquet", ("labels",))[0]["mask"] == {"path": None}
+    capsys.readouterr()
+    paths = pyarrow.table({"image": [{"bytes": None, "path": "a.jpg"}], "text": ["a"]})
+    schema = pyarrow.schema([("image", pyarrow.struct([("bytes", "binary"), ("path", "string")]))])
+    schema = schema.append(pyarrow.field("text", pyarrow.string()))
+    parquet.write_table(paths.cast(schema), tmp_path / "paths.parquet")
+    assert Records(tmp_path / "paths.parquet")[0]["image"] == "a.jpg"
+    assert capsys.readouterr().out == ""
 
 
 def test_saved_data_set(tmp_path):

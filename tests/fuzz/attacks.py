@@ -350,7 +350,7 @@ ATTACKS = [
     Attack("absurd directory", "zip", zip_directory, "zip"),
     Attack("deflated zeros", "zip", zipped_zeros, "more than"),
     Attack("PNG of 10^10 pixels", "image", lambda: png(100_000, 100_000), "exceed"),
-    Attack("PNG of 8 * 10^7 pixels", "image", lambda: png(8_900, 8_900), "truncated"),
+    Attack("PNG of 4 * 10^7 pixels", "image", lambda: png(6_500, 6_500), ""),
     Attack("PNG with text bombs", "image", png_text, "too large"),
     Attack("JPEG of 4 * 10^9 pixels", "image", lambda: jpeg(65_500, 65_500), "exceed"),
     Attack("TIFF of 1000 pages", "image", lambda: pages("TIFF", 1000), ""),

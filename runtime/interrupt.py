@@ -61,11 +61,15 @@ class Interrupt:
     def _leave(self, frame: FrameType | None) -> None:
         """End the process from a handler of signals, where that does harm a moment later."""
         if _must_not_be_cut(frame):
-            signal.signal(signal.SIGALRM, lambda _, frame: self.unsaved or self._leave(frame))
+            signal.signal(signal.SIGALRM, self._leave_later)
             signal.setitimer(signal.ITIMER_REAL, MOMENT)
             return
         self.finish_write()
         sys.exit(EXIT_REQUEUE)
+
+    def _leave_later(self, _number: int, frame: FrameType | None) -> None:
+        if not self.unsaved:
+            self._leave(frame)
 
     def _watch(self, read_end: int) -> None:
         """Does the same where the main thread cannot: on GPUs it waits without end in a collective

@@ -106,9 +106,8 @@ class View:
         if self.randaugment:
             from torchvision.transforms.v2 import RandAugment
 
-            view = RandAugment()(
-                view
-            )  # 2 operations at magnitude 9 of 30, the paper's for ResNet-50
+            # two operations at magnitude 9 of 30: the paper's for ResNet-50
+            view = RandAugment()(view)
         draws = torch.rand(5).tolist()
         if (
             (self.jitter and draws[0] < 0.8)

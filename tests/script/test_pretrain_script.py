@@ -54,7 +54,7 @@ def test_debug_config_runs_and_writes_everything(method, digitscenes, image_toke
 
 def test_losses_fall(digitscenes, image_tokenizer, tmp_path):
     changes = {
-        "scheduler.epochs": "60 steps",
+        "scheduler.epochs": "30 steps",
         "log_every": 10,
         "optimizer.lr": 3e-3,
         "batch_size": 16,

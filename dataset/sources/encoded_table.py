@@ -79,16 +79,16 @@ def _record_batches(folder: Path) -> list[tuple]:
 
 def with_image_files(table: "EncodedTable", folder: Path) -> Iterator[dict]:
     """The entries with their images as files below `folder`, by absolute path, each written once."""
-    told = False
+    said = False
     with one_builder(folder):
         for entry in table:
             number, image = entry.pop("index"), entry["image"]
             if isinstance(image, bytes):
-                if not told:
+                if not said:
                     say(
                         f"{table.path}: its images become files in {folder}; many load faster as {SHARDS}"
                     )
-                told = True
+                said = True
                 image = image_file({"bytes": image}, folder, table.used["image"].names[0], number)
             yield {**{k: v for k, v in entry.items() if not isinstance(v, dict)}, "image": image}
 

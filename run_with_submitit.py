@@ -28,7 +28,6 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.names import nearest
-from runtime.config.cli import read_words
 from runtime.slurm import (
     build_executor,
     has_slurm,
@@ -81,10 +80,12 @@ def check_spelling(words: list[str], script: str, launcher: list[str]) -> None:
 def check_words(words: list[str], script: str) -> None:
     """Raise UserError for what a script of this repository would refuse after its time in the queue."""
     path = find_script(script)
-    module = importlib.import_module(path.stem) if path.parent == ROOT else None
+    if path.parent != ROOT or "\n    run_script(main, Config" not in path.read_text():
+        return  # any other might do its work when it is imported
+    from runtime.config.cli import read_words
+
     try:
-        if hasattr(module, "Config"):
-            read_words(module.Config, words)[0].finish()
+        read_words(importlib.import_module(path.stem).Config, words)[0].finish()
     except UserError as error:
         raise UserError(f"{script}: {error}") from None
 
@@ -110,10 +111,7 @@ def add_job_options(form: argparse.ArgumentParser) -> None:
         metavar="MINUTES",
         help="time limit of a stretch of the job [2800]",
     )
-    add(
-        "--name",
-        help="of the job, and of its folder output/NAME; used again, the run resumes",
-    )
+    add("--name", help="of the job, and of its folder output/NAME; used again, the run resumes")
     add(
         "--job_dir",
         "--job-dir",

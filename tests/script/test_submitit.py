@@ -231,3 +231,11 @@ def test_what_is_nearly_the_launchers_may_be_the_scripts(capsys, tmp_path):
     assert srun(preview(capsys, str(script), "--", "--partion", "2")).endswith("--partion 2")
     with pytest.raises(UserError, match="--nodess: no option"):
         run_with_submitit.main([str(script), "--nodess", "2", "--dry-run"])
+
+
+def test_a_script_of_ones_own_is_not_imported(capsys, tmp_path, monkeypatch):
+    """Beside the launcher, too: it might do its work there and then."""
+    script = tmp_path / "mine.py"
+    script.write_text("raise SystemExit(3)\n")
+    monkeypatch.setattr(run_with_submitit, "ROOT", tmp_path)
+    assert srun(preview(capsys, str(script), "--", "--data", "x")).endswith("--data x")

@@ -63,6 +63,10 @@ class Sample:
     rest: bool = False
 
 
+# what to do about a part of a sample
+SIDE_BY_SIDE = "the members of a sample must stand side by side (tar --sort=name)"
+
+
 def split_key(name: str) -> tuple[str, str] | None:
     """(key, ending) of a member's path; None for files that belong to no sample."""
     while name.startswith("./"):

@@ -846,3 +846,11 @@ def test_the_doctor_reads_lists_of_labels_and_linked_class_folders(tmp_path):
     (tmp_path / "val/b").symlink_to(tmp_path / "real/b")
     (tmp_path / "val/.notes.txt").write_text("x")
     assert [record["label"] for record in open_list(str(tmp_path / "val"))] == [0, 1]
+
+
+def test_a_pattern_that_follows_links_in_a_circle_names_each_shard_once(tmp_path):
+    shard = tmp_path / "s/0.tar"
+    shard.parent.mkdir()
+    shard.touch()
+    (tmp_path / "s/circle").symlink_to(tmp_path / "s")
+    assert list_shards(f"{tmp_path}/**/*.tar") == [str(shard)]

@@ -20,7 +20,7 @@ CALLED = {"config", "data", "decoding", "features", "knobs", "network", "options
 def scripts() -> list[str]:
     """Module names of the scripts that have options."""
     files = sorted([*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")])
-    found = [file for file in files if "\n    run_script(main, Config" in file.read_text()]
+    found = [file for file in files if "run_script(main, Config" in file.read_text()]
     return [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in found]
 
 

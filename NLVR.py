@@ -103,8 +103,8 @@ def build_model(config: Config, tokenizer: Tokenizer, weights: dict[str, Tensor]
             )
         )
     # the originals' teacher kept its random weights: copied before the checkpoint was read
-    has_teacher = config.compat == "none"
-    start_task(model, weights, config.kind, config.checkpoint, fill_momentum=has_teacher)
+    fill_momentum = config.compat == "none"
+    start_task(model, weights, config.kind, config.checkpoint, fill_momentum)
     return model
 
 

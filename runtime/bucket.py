@@ -61,11 +61,12 @@ def output_in_bucket(config: Any, rank: str) -> Iterator[None]:
     if rank == "0":
         within(ANSWER + 2 * PULSE, lease.take, url)
     with one_builder(folder.with_name(f".{folder.name}.download")):
-        fetch_run(bucket, folder)
+        committed = fetch_run(bucket, folder)
     if rank != "0":
         yield
         return
-    uploader = Uploader(bucket, folder, lease, getattr(config, "bucket_seconds", 10.0))
+    pause = getattr(config, "bucket_seconds", 10.0)
+    uploader = Uploader(bucket, folder, lease, committed, pause)
     left: list[str] = []
     try:
         yield
@@ -213,13 +214,13 @@ def started(pid: int) -> str | None:
 
 
 # ---- from the bucket
-def fetch_run(bucket: Bucket, folder: Path) -> None:
+def fetch_run(bucket: Bucket, folder: Path) -> dict:
     """Fetch the run that was committed, unless this folder has come as far. A folder that is behind
-    is set aside. UserError."""
+    is set aside. Returns what was committed: `files` and `links`, by name. UserError."""
     try:
-        committed = bucket.read(COMMITTED)
-        if committed is None or newest_step(committed["files"]) <= newest_step(files_in(folder)):
-            return
+        committed = bucket.read(COMMITTED) or {"files": {}, "links": {}}
+        if newest_step(committed["files"]) <= newest_step(files_in(folder)):
+            return committed
         fetched = folder.with_name(f".{folder.name}.fetching")
         shutil.rmtree(fetched, ignore_errors=True)
         for name in committed["files"]:
@@ -237,6 +238,7 @@ def fetch_run(bucket: Bucket, folder: Path) -> None:
         folder.rename(aside)
     fetched.rename(folder)
     print(f"fetched {len(committed['files'])} files of {bucket.url} into {folder}", flush=True)
+    return committed
 
 
 def _fetch(bucket: Bucket, name: str, folder: Path) -> None:
@@ -288,14 +290,15 @@ def links_in(folder: Path) -> dict[str, str]:
 
 
 class Uploader:
-    """Threads that bring a folder to a bucket. `trouble` is what went wrong last; None = all well."""
+    """Threads that bring a folder to a bucket, which has what is `committed`. `trouble` is what went
+    wrong last; None = all well."""
 
-    def __init__(self, bucket: Bucket, folder: Path, lease: Lease, pause: float):
+    def __init__(self, bucket: Bucket, folder: Path, lease: Lease, committed: dict, pause: float):
         self.bucket = bucket
         self.folder = folder
         self.lease = lease
         self.pause = pause
-        self.committed = bucket.read(COMMITTED) or {"files": {}, "links": {}}
+        self.committed = committed
         # states of the files that are in the bucket; numbered checkpoints do not change
         self.there = {
             name: state

@@ -62,6 +62,7 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     are the same under every combination.
     """
     strategy = features.parallel
+    check_compile_mode(features)
     model = model.to(world.device)
     structure = without_weights(model) if strategy == "fsdp" else None
     if features.activation_checkpointing:
@@ -89,26 +90,32 @@ def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     return model
 
 
-def compile_parts(model: nn.Module, features) -> None:
-    """torch.compile in place, so that names in checkpoints stay.
-
-    By blocks where `compile_mode` says so, and under FSDP, whose gathers break a graph of the whole.
-    Raises UserError for reduce-overhead where tensors of a CUDA graph would be overwritten in use.
-    """
-    mode, sharded = features.compile_mode, features.parallel == "fsdp"
-    if mode == "reduce-overhead" and (sharded or getattr(features, "accumulate", 1) > 1):
+def check_compile_mode(features) -> None:
+    """UserError for reduce-overhead where tensors of a CUDA graph would be overwritten in use."""
+    if not features.compile or features.compile_mode != "reduce-overhead":
+        return
+    if features.parallel == "fsdp" or getattr(features, "accumulate", 1) > 1:
         raise UserError(
             "compile_mode: reduce-overhead goes with parallel: ddp and accumulate: 1 alone, for "
             "its CUDA graphs reuse the memory of gradients and weights; use default or blocks"
         )
+
+
+def compile_parts(model: nn.Module, features) -> None:
+    """torch.compile in place, so that names in checkpoints stay.
+
+    By blocks where `compile_mode` says so, and under FSDP, whose gathers break a graph of the whole.
+    """
+    mode = features.compile_mode
     parts = [model]
-    if mode == "blocks" or sharded:
+    if mode == "blocks" or features.parallel == "fsdp":
         parts = transformer_blocks(model)
         # Blocks share code, which has a graph for every shape, mask and pass without gradients;
         # beyond torch's limit of 8 the others would stay eager.
         limits = torch._dynamo.config
-        old = "cache_size_limit"  # its name before torch 2.7
-        name = "recompile_limit" if hasattr(limits, "recompile_limit") else old
+        name = "recompile_limit"
+        if not hasattr(limits, name):  # before torch 2.7
+            name = "cache_size_limit"
         setattr(limits, name, max(GRAPHS, getattr(limits, name)))
     for part in parts:
         part.compile(mode=None if mode in ("default", "blocks") else mode)

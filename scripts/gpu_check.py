@@ -10,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runtime.advice import ends_with_advice
 
 ROOT = Path(__file__).resolve().parents[1]
-
 PARTS = ("checks", "scripts", "measures")
 
 

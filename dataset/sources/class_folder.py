@@ -17,6 +17,8 @@ from base.text import as_list, composed, is_blank
 from dataset.images.decode import decode_image
 from dataset.images.formats import files_below, is_image, leads_nowhere
 
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+
 
 @dataclass
 class LabelledFiles:
@@ -33,9 +35,6 @@ class LabelledFiles:
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """`image` uint8 [3,H,W] and `target`. Raises BadSample."""
         return {"image": decode_image(self.files[index]), "target": self.labels[index]}
-
-
-SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def class_folders(root: Path) -> list[str]:

@@ -27,6 +27,8 @@ BLOCK = 512
 RECORD = 20 * BLOCK  # archives are padded to a multiple of it
 CHUNK = 1 << 20  # bytes skipped at a time where a file cannot seek
 LOST = "what follows in this shard is lost"
+# what to do about a part of a sample
+SIDE_BY_SIDE = "the members of a sample must stand side by side (tar --sort=name)"
 ZERO_BLOCK = bytes(BLOCK)
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
@@ -61,10 +63,6 @@ class Sample:
     members: dict = field(default_factory=dict)
     fault: str = ""
     rest: bool = False
-
-
-# what to do about a part of a sample
-SIDE_BY_SIDE = "the members of a sample must stand side by side (tar --sort=name)"
 
 
 def split_key(name: str) -> tuple[str, str] | None:

@@ -44,8 +44,8 @@ class LazyImages(Sequence):
 def image_uri(source: Path | bytes | Tensor, side: int) -> str:
     """A data URI of a JPEG with `side` pixels per side; the aspect is not kept, as networks see it.
 
-    source: a file, in a zip file too, its bytes, or uint8 [3,H,W]. An image that cannot be read is grey, as in the
-    evaluation that comes before the page.
+    source: a file, in a zip file too, its bytes, or uint8 [3,H,W]. An image that cannot be read is
+    grey, as in the evaluation that comes before the page.
     """
     from PIL import Image  # here, so that --help need not wait for it
 

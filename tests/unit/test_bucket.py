@@ -115,6 +115,23 @@ def test_checkpoints_are_brought_before_the_log_and_the_list_last(tmp_path, monk
     assert found == ["checkpoint_00000001.pt", "config.yaml", "log.jsonl", COMMITTED]
 
 
+def test_checkpoints_that_are_in_the_bucket_are_not_brought_again(tmp_path, monkeypatch):
+    first = options(tmp_path / "one")
+    with output_in_bucket(first, "0"):
+        write(first.output_dir, checkpoint_00000001__pt="p", log__jsonl="1")
+    made = []
+    memory = type(fsspec.filesystem("memory"))
+    put = memory.put_file
+    monkeypatch.setattr(
+        memory, "put_file", lambda self, a, b, **more: made.append(b) or put(self, a, b, **more)
+    )
+    for place in ("one", "two"):  # where it was made, and a fresh machine
+        config = options(tmp_path / place)
+        with output_in_bucket(config, "0"):
+            write(config.output_dir, log__jsonl=place)
+    assert {name.rpartition("/")[2] for name in made} == {"log.jsonl"}
+
+
 @pytest.mark.parametrize(("here", "fetches"), [(None, True), (1, True), (2, False), (3, False)])
 def test_the_side_that_is_ahead_counts(tmp_path, here, fetches):
     there = options(tmp_path / "there")

@@ -26,7 +26,7 @@ from base import distributed
 from base.distributed import World, say
 from base.errors import UserError
 from dataset.images.clip import normalize, pixel_statistics
-from dataset.images.vit import EvalView, TrainView, ViTViews
+from dataset.images.vit import ViTEvalView, ViTTrainView, ViTViews
 from dataset.loading.stream import Stream, StreamLoader
 from dataset.tasks.classification import (
     LabelCollate,
@@ -112,7 +112,7 @@ class Config(StreamConfig, ValidationConfig, RunConfig):
 
 def training_data(config: Config, names: list[str], world: World, state) -> StreamLoader:
     """Endless batches of this process, from the position `state` on."""
-    view = TrainView(config.network.image_size, config.views, exact=config.network.original)
+    view = ViTTrainView(config.network.image_size, config.views, exact=config.network.original)
     sources = []
     for number, data in enumerate(config.train_data):
         labels = Labels(config.network.num_classes, config.targets, data)
@@ -127,7 +127,7 @@ def evaluation_data(config: Config, names: list[str]) -> Split | None:
     if config.val_data is None:
         return None
     network = config.network
-    view = EvalView(network.image_size, config.views.resize_small, exact=network.original)
+    view = ViTEvalView(network.image_size, config.views.resize_small, exact=network.original)
     labels = Labels(network.num_classes, config.targets, config.val_data)
     return shared_split(config.val_data, config.data_root, view, labels, names, config.download)
 

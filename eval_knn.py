@@ -35,9 +35,8 @@ from base.caches import cache_folder, digest
 from base.distributed import World
 from base.errors import UserError
 from base.libraries import of_library
-from dataset.images.clip import EvalView as CropView
-from dataset.images.clip import normalize, pixel_statistics
-from dataset.images.vit import EvalView
+from dataset.images.clip import EvalView, normalize, pixel_statistics
+from dataset.images.vit import ViTEvalView
 from dataset.loading.eval import EvalLoader
 from dataset.tasks.classification import (
     LabelCollate,
@@ -158,14 +157,14 @@ def view_of(encoder: ImageEncoder, about: dict) -> tuple[Callable[[Tensor], Tens
     if encoder.kind == "classifier":
         small = about.get("config", {}).get("views", {}).get("resize_small")
         in_words = f"shorter side {small}, centre {side}" if small else f"squeezed to {side}"
-        return EvalView(side, small), in_words
+        return ViTEvalView(side, small), in_words
     if encoder.kind == "dual":
         in_words = f"{encoder.title}'s, {side}, {resampling}"
         return eval_view(encoder.title, side, resampling), in_words
     if encoder.resize is None:  # SIMLA, ALBEF and ViTs of others
-        return CropView(side, resampling, squeeze=True), f"squeezed to {side}, {resampling}"
+        return EvalView(side, resampling, squeeze=True), f"squeezed to {side}, {resampling}"
     small = encoder.resize
-    return CropView(side, resampling, small), f"shorter side {small}, centre {side}, {resampling}"
+    return EvalView(side, resampling, small), f"shorter side {small}, centre {side}, {resampling}"
 
 
 def images_of(data: str, split: str, view: Callable, names: list[str], config: Config) -> Split:

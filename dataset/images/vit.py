@@ -62,7 +62,7 @@ class ViTViews:
                 )
 
 
-class TrainView:
+class ViTTrainView:
     """Inception crop to side x side, flips, and what the policy adds."""
 
     def __init__(self, side: int, options: ViTViews, exact: bool = False):
@@ -85,7 +85,7 @@ class TrainView:
         return view if self.exact else rounded(view)
 
 
-class EvalView:
+class ViTEvalView:
     """The whole image squeezed to side x side, or its centre where the shorter side is first made
     `resize_small`."""
 

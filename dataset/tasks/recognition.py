@@ -208,7 +208,7 @@ class ImageView:
         return self.centre(image)
 
 
-class LabelledImage:
+class RecognitionSample:
     """Makes a training sample of a record: `image` uint8 [3,S,S], `text` and, if wanted, `caption`
     (see Sequences).
 
@@ -340,7 +340,7 @@ def training_stream(
     `shard_sources`), and `exif` (see `Stream`). captions: whether samples have the caption, too.
     """
     root = data.image_root
-    build = LabelledImage(view, sequences, root, captions)
+    build = RecognitionSample(view, sequences, root, captions)
     sources: list = []
     for file in data.train_list:
         with distributed.rank_0_first():

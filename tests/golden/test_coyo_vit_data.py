@@ -6,7 +6,7 @@ from torchvision.transforms.v2 import functional as F
 
 from base.pixels import HALF
 from dataset.images.clip import normalize, pixel_statistics
-from dataset.images.vit import EvalView, inception_box, resize_area, resize_bilinear
+from dataset.images.vit import ViTEvalView, inception_box, resize_area, resize_bilinear
 from dataset.loading.randomness import seeded
 from dataset.tasks.classification import LabelOptions, Labels
 from models.classification.classifier import dense_targets
@@ -54,7 +54,7 @@ EVALUATION = ("ResizeSmall", "CentralCrop", "normalize"), ("resize", "normalize"
 def test_evaluation_views(number):
     case, sizes, image, theirs = view_case(number)
     square = case["ops"][0]["type"] == "resize"
-    view = EvalView(sizes[0][0], None, True) if square else EvalView(sizes[1], sizes[0], True)
+    view = ViTEvalView(sizes[0][0], None, True) if square else ViTEvalView(sizes[1], sizes[0], True)
     same(
         "coyo_vit preprocess",
         "statistics",

@@ -166,7 +166,7 @@ LIBRARYS = v2.Compose([v2.Resize(24, antialias=True), v2.CenterCrop(24), v2.PILT
 
 @pytest.mark.parametrize(
     "view",
-    [EvalView(24), vit.EvalView(24, 24), OnImage(LIBRARYS, cuts=True)],
+    [EvalView(24), vit.ViTEvalView(24, 24), OnImage(LIBRARYS, cuts=True)],
     ids=["clip", "vit", "library"],
 )
 def test_a_thin_image_shows_its_middle_and_takes_no_more_memory_than_that(view):

@@ -14,7 +14,7 @@ import torch
 
 from base.errors import BadSample, UserError
 from dataset.health.survey import open_list, split_folders
-from dataset.images.vit import EvalView, TrainView, ViTViews
+from dataset.images.vit import ViTEvalView, ViTTrainView, ViTViews
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.class_folder import ClassFolder
@@ -35,7 +35,7 @@ from dataset.tasks.classification import (
 )
 from tests.helpers.images import of_colour
 
-VIEW = EvalView(8)
+VIEW = ViTEvalView(8)
 HERE = Path(".")
 
 
@@ -269,13 +269,13 @@ def test_torchvision(tmp_path):
 
 def test_views():
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 30, 20), dtype=np.uint8))
-    view = TrainView(16, ViTViews(crop_area=(0.3, 1.0), policy="trivialaugment"))
+    view = ViTTrainView(16, ViTViews(crop_area=(0.3, 1.0), policy="trivialaugment"))
     assert view(image).shape == (3, 16, 16) and view(image).dtype == torch.uint8
-    exact = TrainView(16, ViTViews(flip=False), exact=True)
+    exact = ViTTrainView(16, ViTViews(flip=False), exact=True)
     assert exact(image).dtype == torch.float32
-    assert EvalView(16, resize_small=20)(image).shape == (3, 16, 16)
+    assert ViTEvalView(16, resize_small=20)(image).shape == (3, 16, 16)
     with pytest.raises(UserError, match="at least 16"):
-        EvalView(16, resize_small=10)
+        ViTEvalView(16, resize_small=10)
     with pytest.raises(UserError, match="policy 'auto' is unknown"):
         ViTViews(policy="auto")
     with pytest.raises(UserError, match="crop_area"):

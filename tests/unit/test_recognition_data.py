@@ -17,8 +17,8 @@ from dataset.tasks.recognition import (
     LABEL_PROMPTS,
     ImageSet,
     ImageView,
-    LabelledImage,
     RecognitionCollate,
+    RecognitionSample,
     Sequences,
     label_records,
     names_of,
@@ -253,14 +253,14 @@ def test_list_files(tmp_path):
 
 def test_samples_and_batches(tmp_path, tokenizer):
     (tmp_path / "a.jpg").write_bytes(jpeg())
-    build = LabelledImage(ImageView(16), Sequences(tokenizer, 80), tmp_path, captions=True)
+    build = RecognitionSample(ImageView(16), Sequences(tokenizer, 80), tmp_path, captions=True)
     listed = {"image": "a.jpg", "labels": ["Dog", "Sky"], "caption": "a dog"}
     stored = {"image": jpeg(), "key": "s/1", "nouns": b"dog,cat", "caption": "a cat"}
     batch = RecognitionCollate(tokenizer.pad)([build(listed), build(stored)])
     assert batch["image"].shape == (2, 3, 16, 16) and batch["image"].dtype == torch.uint8
     assert {"text_ids", "segments", "positions", "labels", "caption_text_ids"} <= batch.keys()
     one_prompt = Sequences(tokenizer, 80, many_prompts=False)
-    draw = LabelledImage(ImageView(16), one_prompt, tmp_path, captions=True)
+    draw = RecognitionSample(ImageView(16), one_prompt, tmp_path, captions=True)
     blanks = [draw({**listed, "caption": ["", "a dog", "\u200b"]})["caption"] for _ in range(20)]
     assert blanks == [draw(listed)["caption"]] * 20
     for broken, message in (

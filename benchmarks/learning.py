@@ -23,8 +23,6 @@ import json
 import math
 import shutil
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,14 +34,14 @@ from base.pixels import OPENAI
 from base.reading import read_json
 from base.writing import write_json
 from benchmarks import learning_sides
-from benchmarks.runner import OURS, ROOT, PeerOptions, check_peer, children_seconds, run_command
+from benchmarks.runner import OURS, PeerOptions, check_peer, children_seconds, run_command
 from benchmarks.table import Column, publish, table
 from dataset.images.clip import EvalView, normalize, pixel_statistics
 from dataset.images.decode import decode_image
 from evaluation.zeroshot import embed_images, embed_texts, retrieve
+from runtime.builtin_data import make_digitscenes
 from runtime.config.cli import knob, run_script
 
-DIGITSCENES = "--train 6000 --val 300 --test 300 --size 64 --seed 0"
 COLUMNS = [
     Column("R@1 of captions (each seed)", "captions"),
     Column("R@1 of images (each seed)", "images"),
@@ -93,10 +91,7 @@ def use_digitscenes(config: Config) -> None:
     config.image_root = config.folder / "digitscenes"
     config.train_data = config.image_root / "pretrain_train.json"
     config.test_data = config.image_root / "retrieval_test.json"
-    if not config.test_data.exists():
-        script = ROOT / "scripts/data/make_digitscenes.py"
-        command = [sys.executable, script, config.image_root, *DIGITSCENES.split()]
-        subprocess.run(command, check=True)
+    make_digitscenes(config.image_root)
 
 
 def captions_by_image(config: Config, file: Path) -> list[tuple[Path, list[str]]]:

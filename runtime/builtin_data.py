@@ -1,4 +1,4 @@
-"""DigitScenes, the built-in data set, is made when a configuration names it and it is not there."""
+"""DigitScenes, the built-in data set, is made where it is needed and not there yet."""
 
 import subprocess
 import sys
@@ -16,21 +16,25 @@ BUILDER = Path(__file__).resolve().parents[1] / "scripts/data/make_digitscenes.p
 
 
 def make_digitscenes_if_named(config: Any, *options: str) -> bool:
-    """Build data/digitscenes if `config` names a path in it and it is not there yet.
+    """Make data/digitscenes if the dataclass `config` names a path in it, see `make_digitscenes`."""
+    return names_digitscenes(config) and make_digitscenes(FOLDER, *options)
 
-    config: a dataclass of options. options: of scripts/data/make_digitscenes.py. Processes that
-    start together wait for the one that builds. Returns whether this process built it; raises
-    UserError where the builder fails.
+
+def make_digitscenes(folder: Path, *options: str) -> bool:
+    """Build DigitScenes in `folder` if it is not there yet; returns whether this process built it.
+
+    options: of scripts/data/make_digitscenes.py. Processes that start together wait for the one
+    that builds. UserError where the builder fails.
     """
-    if not names_digitscenes(config) or (FOLDER / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         return False
-    with one_builder(FOLDER):
-        if (FOLDER / MANIFEST).is_file():  # another process was first
+    with one_builder(folder):
+        if (folder / MANIFEST).is_file():  # another process was first
             return False
-        print(f"{FOLDER} is not there yet: making it (half a minute)", flush=True)
-        done = subprocess.run([sys.executable, str(BUILDER), str(FOLDER), *options])
+        print(f"{folder} is not there yet: making it (half a minute)", flush=True)
+        done = subprocess.run([sys.executable, str(BUILDER), str(folder), *options])
     if done.returncode:
-        raise UserError(f"{FOLDER} could not be made; try: python {BUILDER} {FOLDER}")
+        raise UserError(f"{folder} could not be made; try: python {BUILDER} {folder}")
     return True
 
 

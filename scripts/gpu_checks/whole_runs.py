@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from runtime.builtin_data import make_digitscenes
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data/digitscenes"
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
@@ -51,7 +53,7 @@ def check_scripts(
     report, device: torch.device, names: Sequence[str], jobs: int, folder: Path
 ) -> None:
     """Those of the runs: every script trains, saves, resumes and evaluates; each command in a process of its own."""
-    build_data()
+    make_digitscenes(DATA)
     shutil.rmtree(folder, ignore_errors=True)
     precision = "bf16" if device.type == "cuda" else "fp32"
     words = f"--device {device.type} --precision {precision}"
@@ -74,14 +76,6 @@ def _note(report, futures: dict) -> None:
     """A check for each command, as they end."""
     for done in as_completed(futures):
         report.check(f"{futures[done]}: whole run", done.result, 0.0)
-
-
-def build_data() -> None:
-    """DigitScenes, if they are not there."""
-    from dataset.digitscenes.build import Request, build
-
-    if not DATA.exists():
-        build(DATA, Request(train=6000, val=300, test=300, size=64, seed=0), say=lambda *_: None)
 
 
 def train_and_resume(command: str, folder: Path) -> float:

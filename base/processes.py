@@ -11,7 +11,9 @@ from typing import TypeVar
 
 from base.errors import UserError
 
-ENDS_WITH_PARENT = "QUINTET_ENDS_WITH_PARENT"  # set for a script of ours that another one starts
+# set for a script of ours that another one starts: it ends with that one, and leaves the sentence that
+# it fails with in this file instead of on stderr
+SENTENCE_FILE = "QUINTET_SENTENCE_FILE"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn, ParamSpec
 
 from base.errors import UserError, first_line
+from base.processes import SENTENCE_FILE
 
 P = ParamSpec("P")
 # how gloo, NCCL and torch's store say that a process at the other end has gone
@@ -96,10 +97,13 @@ def leave_with(advice: str, status: int = 2) -> NoReturn:
     rank = launched_rank()
     if rank != "0":
         time.sleep(OTHER_RANKS_WAIT)
-    where = "error" if rank == "0" else f"error on rank {rank}"
-    sentence = f"{where}: {advice}"
-    print(sentence, file=sys.stderr, flush=True)
-    tell_torchrun(sentence)
+    if file := os.environ.get(SENTENCE_FILE):  # the script that started this one ends with it
+        Path(file).write_text(advice, encoding="utf-8", errors="backslashreplace")
+    else:
+        where = "error" if rank == "0" else f"error on rank {rank}"
+        sentence = f"{where}: {advice}"
+        print(sentence, file=sys.stderr, flush=True)
+        tell_torchrun(sentence)
     if "base.distributed" in sys.modules:  # a script without torch does not load it for this
         sys.modules["base.distributed"].leave(status)
     sys.exit(status)

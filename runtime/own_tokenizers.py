@@ -1,7 +1,6 @@
 """`trained` in place of a tokenizer's name: it is learnt from the run's own data at first use and kept
 in output_dir, so that a recipe needs no file but the data."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 from base.caches import one_builder
 from base.errors import UserError
-from base.processes import ENDS_WITH_PARENT
+from base.processes import SENTENCE_FILE
 from base.text import as_list
 
 TRAINED = "trained"
@@ -29,6 +28,7 @@ LAUNCHERS = (
     "LOCAL_WORLD_SIZE",
     "MASTER_",
     "SLURM_",
+    "TORCHELASTIC_",
 )
 
 
@@ -104,19 +104,12 @@ def _check_data(config: Any, data: Sequence, name: str) -> None:
 
 
 def _run(script: Path, options: list[str], what: str) -> None:
-    """Run a script of ours; where it fails, raise UserError with the sentence that it ended in."""
+    """Run a script of ours; where it fails, raise UserError with the sentence that it ended in. Left
+    alone, it would hold the folder that the next start needs: it ends with this process."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    env[ENDS_WITH_PARENT] = "1"  # left alone, it would hold the folder that the next start needs
-    with tempfile.TemporaryDirectory() as folder:
-        failure = Path(folder) / "error.json"
-        env["TORCHELASTIC_ERROR_FILE"] = str(failure)  # as torchrun does, see runtime.advice
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as sentence:
+        env[SENTENCE_FILE] = sentence.name
         done = subprocess.run([sys.executable, str(script), *options], env=env)
         if done.returncode:
-            raise UserError(f"{what}: could not be trained: {_reason(failure, script)}")
-
-
-def _reason(failure: Path, script: Path) -> str:
-    """Why a script ended, from the file of its error."""
-    if not failure.exists():
-        return f"see above, and python {script} --help"
-    return json.loads(failure.read_text())["message"]["message"].removeprefix("error: ")
+            reason = sentence.read() or f"see above, and python {script} --help"
+            raise UserError(f"{what}: could not be trained: {reason}")

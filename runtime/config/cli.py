@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from base import flight_recorder
 from base.errors import UserError
 from base.knobs import knob, section
-from base.processes import ENDS_WITH_PARENT, end_with_parent
+from base.processes import SENTENCE_FILE, end_with_parent
 from base.writing import check_output_folder
 from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
@@ -215,7 +215,7 @@ def run_script(
 ) -> None:
     """Parse and call `main(config)`. What the user can fix is one line on stderr and exit status 2;
     Ctrl-C is 130."""
-    if os.environ.pop(ENDS_WITH_PARENT, None):
+    if SENTENCE_FILE in os.environ:
         end_with_parent()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # words and names that are not UTF-8

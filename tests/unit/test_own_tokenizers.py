@@ -151,12 +151,21 @@ def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path, forked):
     assert config.tokenizer == "bert-base-uncased"
 
 
-def test_nothing_to_learn_from_is_one_sentence(tmp_path, forked):
+def test_nothing_to_learn_from_is_one_sentence(tmp_path, monkeypatch):
+    said = []
+
+    def run(command, env):
+        done = run_command(command, env)
+        said.append(done.stdout + done.stderr)
+        return done
+
+    monkeypatch.setattr(own_tokenizers, "subprocess", SimpleNamespace(run=run))
     with pytest.raises(UserError, match="name a list or table in train_file"):
         train_tokenizers_if_asked(Options(tmp_path / "run"))
     missing = Options(tmp_path / "run", [str(tmp_path / "none.json")])
     with pytest.raises(UserError, match=r"text_tokenizer: could not be trained: .*none\.json"):
         train_tokenizers_if_asked(missing)  # the cause itself, which torchrun repeats
+    assert len(said) == 1 and "none.json" not in said[0]  # the run says it, once
     assert not (tmp_path / "run/text_tokenizer").exists()
     write_shard(tmp_path / "0.tar", [("a", {"jpg": b"x", "txt": b"a cat"})])
     unlabelled = LabelOptions(tmp_path / "run", [], shards=[str(tmp_path / "0.tar")])

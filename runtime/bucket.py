@@ -26,7 +26,7 @@ from typing import Any
 from base.caches import one_builder
 from base.errors import UserError
 from base.reading import parse_json
-from base.remote import describe, file_system, is_missing
+from base.remote import describe, file_system, is_forbidden, is_missing
 from base.writing import file_errors
 
 SCHEMES = ["s3", "s3a", "gs", "gcs", "az", "abfs"]
@@ -125,6 +125,17 @@ class Bucket:
             if is_missing(error):
                 return None
             raise
+
+    def names(self) -> list[str]:
+        """Of all objects here; none where it is forbidden to list them."""
+        try:
+            self.files.invalidate_cache(self.root)
+            found = self.files.find(self.root)
+        except Exception as error:  # every storage service raises its own
+            if is_forbidden(error):
+                return []
+            raise
+        return [name.removeprefix(self.path("")) for name in found]
 
     def write(self, name: str, value: dict) -> None:
         self.files.pipe_file(self.path(name), json.dumps(value).encode())
@@ -299,6 +310,9 @@ class Uploader:
         self.lease = lease
         self.pause = pause
         self.committed = committed
+        # checkpoints that a run before this one brought and died before it could commit them, or
+        # took out of the list and died before it could remove them; None = not looked for yet
+        self.strays: list[str] | None = None if committed["files"] else []
         # states of the files that are in the bucket; numbered checkpoints do not change
         self.there = {
             name: state
@@ -331,8 +345,26 @@ class Uploader:
         self.committed = committed
         for name in gone:
             self.there.pop(name, None)
-            with self._doing(f"removing {name}"):
-                self.bucket.remove(name)
+            self._remove(name)
+        self._remove_strays(sizes)
+
+    def _remove_strays(self, kept: dict[str, int]) -> None:
+        """Remove what no list names, as far as the run has come: a later checkpoint may have been
+        put there by hand. Of the run's other files none but the newest is there."""
+        if self.strays is None:
+            with self._doing("looking for checkpoints that do not count"):
+                self.lease.renew()
+                self.strays = [name for name in self.bucket.names() if STEP.match(name)]
+        newest = newest_step(kept)
+        behind = [name for name in self.strays if newest_step([name]) <= newest]
+        for name in behind:
+            if name not in kept:
+                self._remove(name)
+        self.strays = [name for name in self.strays if name not in behind]
+
+    def _remove(self, name: str) -> None:
+        with self._doing(f"removing {name}"):
+            self.bucket.remove(name)
 
     def _bring_file(self, name: str, state: tuple) -> None:
         from fsspec.callbacks import Callback

@@ -69,6 +69,8 @@ def test_a_run_survives_its_machine(case, s3, digitscenes, image_tokenizer, tmp_
     process.wait()
     before = committed(files)
     shutil.rmtree(tmp_path / "one")
+    files.pipe_file("runs/simla/checkpoint_00000004.part/rank0", b"")  # no checkpoint's name
+    files.pipe_file("runs/simla/checkpoint_00000000/rank0", b"brought, and not committed")
     said = run_script("Pretrain.py", there("two"), processes)
     folder = tmp_path / "two/s3/runs/simla"
     assert f"resuming {folder} at step {before}" in said and "DAMAGED" not in said
@@ -78,6 +80,11 @@ def test_a_run_survives_its_machine(case, s3, digitscenes, image_tokenizer, tmp_
     assert committed(files) == STEPS
     assert files.cat("runs/simla/log.jsonl") == (folder / "log.jsonl").read_bytes()
     assert not files.exists("runs/simla/.lease.json")
+    counted = json.loads(files.cat(f"runs/simla/{COMMITTED}"))["files"]
+    others = {
+        name.removeprefix("runs/simla/") for name in files.find("runs/simla")
+    } - counted.keys()
+    assert others == {COMMITTED, "checkpoint_00000004.part/rank0"}
 
 
 def same(found, expected) -> bool:

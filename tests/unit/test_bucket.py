@@ -132,6 +132,32 @@ def test_checkpoints_that_are_in_the_bucket_are_not_brought_again(tmp_path, monk
     assert {name.rpartition("/")[2] for name in made} == {"log.jsonl"}
 
 
+@pytest.mark.parametrize("listing", ["allowed", "forbidden"])
+def test_a_resumed_run_removes_checkpoints_that_do_not_count(tmp_path, store, listing, monkeypatch):
+    """Of a run that was killed before it could commit them; nothing else, and no later ones."""
+    first = options(tmp_path / "one")
+    with output_in_bucket(first, "0"):
+        write(first.output_dir, checkpoint_00000002__pt="p", log__jsonl="1")
+    killed = ["checkpoint_00000003/rank0", "checkpoint_00000004.pt", "checkpoint_00000009.pt"]
+    others = ["notes.txt", "second/checkpoint_00000001.pt", "second/.lease.json", "checkpoints.md"]
+    for name in [*killed, *others]:
+        fsspec.filesystem("memory").pipe_file(f"/bucket/run/{name}", b"x")
+    fsspec.filesystem("memory").pipe_file("/bucket/run2/checkpoint_00000001.pt", b"x")
+    if listing == "forbidden":
+        monkeypatch.setattr(type(Bucket(URL).files), "find", lambda *_: 1 / 0)
+        monkeypatch.setattr(bucket, "is_forbidden", lambda error: True)
+    config = options(tmp_path / "two")
+    with output_in_bucket(config, "0"):
+        write(config.output_dir, log__jsonl="12", checkpoint_00000003__pt="three")
+        until(lambda: Bucket(URL).read(COMMITTED)["files"].get("checkpoint_00000003.pt"))
+        write(config.output_dir, log__jsonl="124", checkpoint_00000004__pt="four")
+    own = {"checkpoint_00000002.pt", "checkpoint_00000003.pt", "checkpoint_00000004.pt"}
+    left = {"checkpoint_00000009.pt"} if listing == "allowed" else set(killed)
+    expected = own | {"log.jsonl", COMMITTED} | set(others) | left
+    assert names(store) == expected | {"/bucket/run2/checkpoint_00000001.pt"}
+    assert store["/bucket/run/checkpoint_00000004.pt"].getvalue() == b"four"
+
+
 @pytest.mark.parametrize(("here", "fetches"), [(None, True), (1, True), (2, False), (3, False)])
 def test_the_side_that_is_ahead_counts(tmp_path, here, fetches):
     there = options(tmp_path / "there")

@@ -10,6 +10,7 @@ folder (index.html) and links the report of each run.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,6 +23,8 @@ from runtime.config.cli import knob, run_script
 @dataclass
 class Config:
     """What to compare."""
+
+    POSITIONAL: ClassVar = "folders"
 
     folders: list[Path] = knob([Path("output")], "folders that runs are looked for in")
     page: Path | None = knob(None, "the HTML page; none = index.html in the first folder")
@@ -41,7 +44,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]  # folders may be named without a flag
-    run_script(
-        main, Config, __doc__, ["--folders", *words] if words[:1] and words[0][0] != "-" else words
-    )
+    run_script(main, Config, __doc__)

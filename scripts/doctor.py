@@ -24,6 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,6 +41,8 @@ HARMFUL = ("repeated sample", "in a later split", "no answer", "answer not in th
 @dataclass
 class Config:
     """What to look at."""
+
+    POSITIONAL: ClassVar = "data"
 
     data: list[str] = knob(
         [], "annotation files, tables, folders or shards; the training set first"
@@ -282,6 +285,4 @@ def report(parts: list, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    named = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
-    run_script(main, Config, __doc__, (["--data", *words[:named]] if named else []) + words[named:])
+    run_script(main, Config, __doc__)

@@ -31,17 +31,18 @@ from base.writing import check_output_folder
 from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
 from runtime.builtin_data import holds_others, make_digitscenes_if_named, names_digitscenes
-from runtime.config.draft import COMMAND_LINE, FLAGS, OVERRIDES, Draft, flag
+from runtime.config.draft import COMMAND_LINE, FLAGS, Draft, flag
 from runtime.config.old_commands import align
-from runtime.config.plain import differences, save, to_dict
 from runtime.config.schema import Option
-from runtime.config.values import show
+from runtime.config.values import differences, show
+from runtime.config.yaml import save, to_dict
 from runtime.own_tokenizers import train_tokenizers_if_asked
 
 __all__ = ["differences", "knob", "parse", "run_script", "save", "section", "to_dict"]
 
 C = TypeVar("C")
 HELP = ("h", "help")
+PRECEDENCE = {"config": 0, "overrides": 2}  # 1 for other flags
 USAGE = "[--config FILE.yaml ...] [--flag value ...] [--overrides key=value ...]"
 SPLITS = ("val_file", "test_file", "val", "test")  # what --evaluate reads, in any script
 OF_SPLIT = {"test_answers": "test_file"}
@@ -91,14 +92,27 @@ def read_words(cls: type, argv: Sequence[str]) -> tuple[Draft, list[tuple[str, l
     """What a command line and the files that it names say, mistakes included, and its flags.
     UserError for a command of COYO-ALIGN."""
     draft = Draft(cls)
-    flags = split_at_flags(argv, draft)
+    flags = split_at_flags(argv, getattr(cls, "POSITIONAL", None), draft)
     if any(name == "flagfile" for name, _ in flags):
         raise UserError(f"--flagfile: COYO-ALIGN's are recipes here; run: {align(flags)}")
-    read_flags(flags, draft)
+    for name, words in sorted(flags, key=lambda flag: PRECEDENCE.get(flag[0], 1)):
+        if name in PRECEDENCE and not words:
+            draft.mistakes.append(f"--{name}: a value is missing")
+        elif name == "config":
+            for path in words:
+                draft.read_file(Path(path))
+        elif name == "overrides":
+            for word in words:
+                draft.put_override(word)
+        elif name not in HELP:
+            draft.put_words(name, words, FLAGS)
+    leave_out_unnamed_splits(draft)
     return draft, flags
 
 
-def split_at_flags(argv: Sequence[str], draft: Draft) -> list[tuple[str, list[str]]]:
+def split_at_flags(
+    argv: Sequence[str], positional: str | None, draft: Draft
+) -> list[tuple[str, list[str]]]:
     """The command line cut at its flags: (name without dashes, words that follow)."""
     flags: list[tuple[str, list[str]]] = []
     for word in argv:
@@ -107,34 +121,11 @@ def split_at_flags(argv: Sequence[str], draft: Draft) -> list[tuple[str, list[st
             flags.append((name, [value] if equals else []))
         elif flags:
             flags[-1][1].append(word)
+        elif positional:
+            flags.append((positional, [word]))
         else:
             draft.mistakes.append(f"{word}: expected --flag value (see --help)")
     return flags
-
-
-def read_flags(flags: Sequence[tuple[str, list[str]]], draft: Draft) -> None:
-    """Put the values that a command line and the files it names give."""
-    options = []
-    overrides = []
-    for name, words in flags:
-        if name in ("config", "overrides") and not words:
-            draft.mistakes.append(f"--{name}: a value is missing")
-        elif name == "config":
-            for path in words:
-                draft.read_file(Path(path))
-        elif name == "overrides":
-            overrides += words
-        elif name not in HELP:
-            options.append((name, words))
-    for name, words in options:
-        draft.put_words(name, words, FLAGS)
-    for word in overrides:
-        name, equals, text = word.partition("=")
-        if equals:
-            draft.put_words(name, [text], OVERRIDES)
-        else:
-            draft.mistakes.append(f"--overrides {word}: expected key=value")
-    leave_out_unnamed_splits(draft)
 
 
 def leave_out_unnamed_splits(draft: Draft) -> None:

@@ -121,6 +121,14 @@ class Draft:
         else:
             self.put(key, knob.alone if knob else True, source)
 
+    def put_override(self, word: str) -> None:
+        """Set one knob from the `key=value` of a command line."""
+        key, equals, text = word.partition("=")
+        if equals:
+            self.put_words(key, [text], OVERRIDES)
+        else:
+            self.mistakes.append(f"--overrides {word}: expected key=value")
+
     def is_negated(self, key: str) -> bool:
         """Whether `no-NAME` turns off an option that exists."""
         knob = self.schema.knobs.get(self.schema.find(key[3:]) or "")

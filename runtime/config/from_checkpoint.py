@@ -18,10 +18,9 @@ from base.reading import read_json
 from base.torch_files import find_index, is_safetensors, load_weights_only
 from runtime.advice import launched_rank
 from runtime.checkpoint import read_weights, weights_file
-from runtime.config.plain import to_dict
 from runtime.config.schema import Option, Schema
 from runtime.config.values import show
-from runtime.config.yaml import read_yaml
+from runtime.config.yaml import read_yaml, to_dict
 from runtime.safe_pickle import load_torch
 from runtime.sharded import index_of
 

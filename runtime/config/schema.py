@@ -5,13 +5,14 @@ Beside its fields a class may have
     IGNORED      names that are accepted without effect: {name: why}
     ELSEWHERE    names of this section that belong to another: {name: path}
     OLD_NAMES    names that its static method `translate` takes
+    POSITIONAL   the option that the words before the first flag are for
     OF_CHECKPOINT  sections and knobs that --evaluate takes from the run of --checkpoint
     NEW_NAMES    names of other code bases: {name: what to write here}, for the error message
     translate    (values of a mapping, notes to the user) -> the mapping in today's names
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from base.errors import brief
@@ -168,10 +169,9 @@ def _option(cls: type, f: Field, kind: Kind, default: Any, prefix: str) -> Optio
     except ValueError:
         raise TypeError(f"{cls.__name__}.{f.name}: default {default!r} is no {f.type}") from None
     owner = _owner(cls, f)
-    described = about(f)
-    if not described.methods:
-        described = replace(described, methods=getattr(owner, "METHODS", ""))
-    return Option(**vars(described), kind=kind, default=default, group=_title(owner, prefix))
+    stated = {**vars(about(f)), "kind": kind, "default": default, "group": _title(owner, prefix)}
+    stated["methods"] = stated["methods"] or getattr(owner, "METHODS", "")
+    return Option(**stated)
 
 
 def _owner(cls: type, f: Field) -> type:

@@ -5,6 +5,7 @@ None.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -114,3 +115,15 @@ def show(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(show, value)) or "[]"
     return str(value) or "''"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What changed between two configurations as plain values: lines such as `lr: 0.1 -> 0.2`."""
+    lines = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {show(before)} -> {show(after)}")
+    return lines

@@ -4,12 +4,16 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from base.errors import UserError, brief
+from base.knobs import about
 from base.limits import NESTED_LEVELS, YAML_BYTES, YAML_VALUES
 from base.reading import read_text
+from base.writing import write_text
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], Any]:
@@ -73,6 +77,31 @@ def line_of(node: Any, key: str) -> int | None:
         if key.startswith(f"{name.value}."):
             return line_of(inner, key[len(name.value) + 1 :]) or name.start_mark.line + 1
     return None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration in JSON's types (paths are text), for checkpoints and logs."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write every knob as YAML, its meaning as a comment. The file is replaced as a whole or not at
+    all."""
+    write_text(path, "\n".join(yaml_lines(to_dict(config), config)) + "\n")
+
+
+def yaml_lines(values: Mapping[str, Any], config: Any = None, indent: str = "") -> list[str]:
+    """Nested plain values as YAML, a line each, with the help of the knobs of `config` as comments."""
+    lines = []
+    knobs = getattr(config, "__dataclass_fields__", {})
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            inner = yaml_lines(value, getattr(config, key, None), indent + "  ")
+            lines += [f"{indent}{key}:", *inner]
+        else:
+            help = about(knobs[key]).help.replace("\n", " ") if key in knobs else ""
+            lines.append(f"{indent}{key}: {to_yaml(value)}" + (f"  # {help}" if help else ""))
+    return lines
 
 
 def to_yaml(value: Any) -> str:

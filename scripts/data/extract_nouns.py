@@ -41,8 +41,7 @@ from dataset.sources.tar import Sample, TarWalk, read_samples
 from dataset.sources.tar_writer import add_member
 from dataset.tasks.record import captions_of
 from dataset.text.nouns import Nouns, join_nouns, make_tagger, treebank_words
-from runtime.config import cli as configuration
-from runtime.config.cli import knob, section
+from runtime.config.cli import knob, run_script, section
 from runtime.job_array import Sharing, need_all, own_range, submit_array
 
 FORMAT = 2  # raised when shards are written otherwise
@@ -220,4 +219,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    configuration.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -18,14 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.errors import BadSample, UserError
-from base.knobs import knob
 from base.reading import read_json_lines
 from base.text import id_text, is_blank
 from base.writing import check_folder_option
 from dataset.images.decode import image_bytes
 from dataset.sources.tar_writer import check_folder, shard_path, write_shard, write_statistics
 from dataset.tasks.captions import coco_entries
-from runtime.config import cli as configuration
+from runtime.config.cli import knob, run_script
 
 
 @dataclass
@@ -124,4 +123,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    configuration.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

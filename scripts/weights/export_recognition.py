@@ -24,13 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import Recognition
 from base import distributed
 from base.errors import UserError
-from base.knobs import knob
 from base.writing import make_folder
 from dataset.tasks.recognition import Sequences
 from dataset.text.sentencepiece import PieceTokenizer
 from models.recognition.decoding import one_shot, rank_labels
 from models.recognition.nxtp import Nxtp
-from runtime.config import cli as configuration
+from runtime.config.cli import knob, run_script
 from scripts.weights.graphs import ANY, Graph, write_graph
 
 
@@ -156,4 +155,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    configuration.run_script(main, Config, __doc__)
+    run_script(main, Config, __doc__)

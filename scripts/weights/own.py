@@ -1,12 +1,10 @@
 """Weights under the names they have here, which are the originals'."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from base.writing import write_text
 from runtime.checkpoint import export_safetensors
-from runtime.config.yaml import to_yaml
+from runtime.config.yaml import yaml_lines
 from scripts.weights.source import Source, Written
 
 
@@ -17,17 +15,6 @@ def write_own(source: Source, folder: Path, use: str, task: str) -> Written:
         lines = yaml_lines(source.about["config"])
         write_text(folder / "config.yaml", "\n".join(lines) + "\n")
     return Written("quintet", task, OWN_EXAMPLE + f"# scripts of this project: python {use}\n")
-
-
-def yaml_lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
-    """Nested plain values as YAML, a line each."""
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            lines += [f"{indent}{key}:", *yaml_lines(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{key}: {to_yaml(value)}")
-    return lines
 
 
 OWN_EXAMPLE = """

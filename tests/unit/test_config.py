@@ -810,3 +810,15 @@ def test_networks_that_are_left_open_have_the_options_of_pretraining():
     for name, option in stated.items():
         same = (left_open[name].help, left_open[name].low, left_open[name].high)
         assert same == (option.help, option.low, option.high) and left_open[name].default is None
+
+
+def test_words_before_the_first_flag_are_those_of_the_positional_option(yaml):
+    @dataclass
+    class Tool(Base):
+        POSITIONAL = "folders"
+        folders: list[Path] = knob([Path("output")], "folders")
+
+    assert parse(Tool, ["a", "b", "--seed", "1"]) == Tool(seed=1, folders=[Path("a"), Path("b")])
+    file = yaml("folders: [c]\nseed: 3")
+    assert parse(Tool, ["a", "--config", file]) == Tool(seed=3, folders=[Path("a")])
+    assert parse(Tool, ["--seed", "1"]).folders == [Path("output")]

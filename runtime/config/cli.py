@@ -27,6 +27,7 @@ from base import flight_recorder
 from base.errors import UserError
 from base.knobs import knob, section
 from base.processes import SENTENCE_FILE, end_with_parent
+from base.text import as_list
 from base.writing import check_output_folder
 from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
@@ -45,7 +46,6 @@ HELP = ("h", "help")
 PRECEDENCE = {"config": 0, "overrides": 2}  # 1 for other flags
 USAGE = "[--config FILE.yaml ...] [--flag value ...] [--overrides key=value ...]"
 SPLITS = ("val_file", "test_file", "val", "test")  # what --evaluate reads, in any script
-OF_SPLIT = {"test_answers": "test_file"}
 # folders of images, and what of a recipe for DigitScenes is of its images alone
 ROOTS = ("image_root", "vqa_root", "data_root", "train_data")
 OF_IMAGES = (
@@ -132,29 +132,23 @@ def leave_out_unnamed_splits(draft: Draft) -> None:
     """With --evaluate and a split on the command line, the recipe's other splits are not read: they
     may not be on this machine. What belongs to a recipe's split goes with it, in training too; and
     what is of the images of DigitScenes, where the command line names a folder of others."""
+    values = draft.values
     asked = {path for path, source in draft.set_by.items() if source in COMMAND_LINE}
-    named = [path for path in SPLITS if path in asked and draft.values[path]]
-    others = []
-    if named and draft.values.get("evaluate"):
-        others = [(path, f"--evaluate with {named[0]}") for path in SPLITS if path not in asked]
-    for path, split in OF_SPLIT.items():
-        if split in named and path not in asked:
-            others.append((path, f"it belongs to the recipe's {split}"))
-    if root := next((path for path in ROOTS if path in asked and is_elsewhere(draft, path)), None):
-        of_images = [path for path in OF_IMAGES if path not in asked]
-        built = [path for path in of_images if names_digitscenes(draft.values.get(path))]
-        others += [(path, f"it is of DigitScenes, not of --{root}") for path in built]
-    for path, why in others:
-        if draft.values.get(path):
-            draft.values[path] = copy.copy(draft.schema.knobs[path].default)
+    unread: dict[str, str] = {}  # path -> why
+    for root in ROOTS:
+        folders = as_list(values[root] or []) if root in asked else []
+        if folders and all(holds_others(Path(each)) for each in folders):
+            built = [path for path in OF_IMAGES if names_digitscenes(values.get(path))]
+            unread |= dict.fromkeys(built, f"it is of DigitScenes, not of --{root}")
+    if named := [path for path in SPLITS if path in asked and values[path]]:
+        if values.get("evaluate"):
+            unread |= dict.fromkeys(SPLITS, f"--evaluate with {named[0]}")
+        if "test_file" in named:
+            unread["test_answers"] = "it belongs to the recipe's test_file"
+    for path, why in unread.items():
+        if path not in asked and values.get(path):
+            values[path] = copy.copy(draft.schema.knobs[path].default)
             draft.notes.append(f"{path} of the recipe is not read: {why}")
-
-
-def is_elsewhere(draft: Draft, root: str) -> bool:
-    """Whether an option names folders of images, none of which is of DigitScenes."""
-    value = draft.values[root]
-    folders = value if isinstance(value, list) else [value]
-    return all(holds_others(Path(each)) for each in folders)
 
 
 def help_text(draft: Draft, description: str | None = None, everything: bool = False) -> str:

@@ -12,19 +12,6 @@ from runtime.config import originals
 from runtime.config.from_checkpoint import saved_config, take_from_checkpoint
 from runtime.config.old_names import PRETRAINING
 
-# the originals' downstream models; their bert_config follows from the names of the weights
-PUBLISHED = {
-    "image_res": 384,
-    "patch_size": 16,
-    "vision_width": 768,
-    "vision_depth": 12,
-    "vision_heads": 12,
-    "vision_stem": [],
-    "vision_tower": None,
-    "embed_dim": 256,
-    "queue_size": 65536,
-    "text_encoder": "bert-base-uncased",
-}
 SIMLA_BERT, ALBEF_BERT = Path("configs/shared_bert.json"), Path("configs/config_bert.json")
 
 
@@ -92,7 +79,8 @@ def fill_geometry(config: Any, weights: Iterable[str]) -> None:
     """
     saved = saved_config(config.checkpoint)
     two_stage = any("token_type_embeddings" in key for key in weights)
-    published = PUBLISHED | {"bert_config": ALBEF_BERT if two_stage else SIMLA_BERT}
+    published = vars(Networks()) | {"image_res": 384, "queue_size": 65536}  # downstream
+    published["bert_config"] = ALBEF_BERT if two_stage else SIMLA_BERT
     take_from_checkpoint(config, saved, options=published)
     for name, value in published.items():
         if getattr(config, name) is None:

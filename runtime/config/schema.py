@@ -86,7 +86,12 @@ class Schema:
     def _add(self, cls: type, defaults: Mapping[str, Any], prefix: str) -> None:
         """Add the section that `prefix` leads to."""
         self.sections[prefix.rstrip(".")] = cls
-        self._add_other_names(cls, prefix)
+        ignored = getattr(cls, "IGNORED", {})
+        self.ignored |= {prefix + name: why for name, why in ignored.items()}
+        for name in (*ignored, *getattr(cls, "OLD_NAMES", ())):
+            self.names[prefix + name] = prefix + name
+        for name, path in getattr(cls, "ELSEWHERE", {}).items():
+            self.names[prefix + name] = path
         hints = get_type_hints(cls)
         own_first = sorted(fields(cls), key=lambda f: _owner(cls, f) is not cls)
         for f in own_first:
@@ -100,15 +105,6 @@ class Schema:
                 self.knobs[path] = _option(cls, f, Kind(hints[f.name]), default, prefix)
             if about(f).flat:
                 self._add_flat(f"{path}.", prefix)
-
-    def _add_other_names(self, cls: type, prefix: str) -> None:
-        ignored = getattr(cls, "IGNORED", {})
-        for name in (*ignored, *getattr(cls, "OLD_NAMES", ())):
-            self.names[prefix + name] = prefix + name
-        for name, why in ignored.items():
-            self.ignored[prefix + name] = why
-        for name, path in getattr(cls, "ELSEWHERE", {}).items():
-            self.names[prefix + name] = path
 
     def _add_flat(self, inner: str, prefix: str) -> None:
         """Names of a section without the section's own, where nothing else has them."""

@@ -26,12 +26,10 @@ def _int(value: Any) -> int:
     try:
         number = int(str(value))
     except ValueError:
-        if not _float(value).is_integer():  # 1e3 is a whole number
-            raise
-        number = int(_float(value))
-    if abs(number) > LARGEST_INT:
+        number = _float(value)  # 1e3 is a whole number
+    if number != int(number) or abs(number) > LARGEST_INT:
         raise ValueError(value)
-    return number
+    return int(number)
 
 
 def _float(value: Any) -> float:

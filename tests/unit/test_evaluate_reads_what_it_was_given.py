@@ -81,6 +81,13 @@ def test_lists_of_digitscenes_do_not_belong_to_other_images(
     assert (f"{gone[0]} of the recipe is not read" in capsys.readouterr().out) is not copy
 
 
+def test_no_images_at_all_are_none_of_others():
+    import eval_knn
+
+    with pytest.raises(UserError, match="give --train-data"):  # which the script cannot do without
+        parse(eval_knn.Config, ["--train_data", "none", "--checkpoint", "x.pt"])
+
+
 def test_the_lists_of_recognition_have_the_names_of_the_other_scripts():
     import Recognition
 

@@ -6,6 +6,7 @@ Nothing in them is run, and they take the memory that their bytes need: see `bas
 import io
 import mmap
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ from base.text import looks_like
 CHUNK = 1 << 20  # bytes read at a time
 REMEDY = "fetch the folder again"
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# what DDP, torch.compile, FSDP and activation checkpointing put into the names of weights
+WRAPPED = re.compile(
+    r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+    r"|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -270,6 +276,13 @@ def is_safetensors(path: Path) -> bool:
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return True
     return path.suffix == ".safetensors" and start[:2] not in (b"PK", b"\x80\2")
+
+
+def unwrap_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a wrapped network under their own names: `module.` is a wrapper at the start of
+    a name alone. The counter of torch's AveragedModel is left out. Names that would be one stay."""
+    own = {WRAPPED.sub("", name): value for name, value in state.items() if name != "n_averaged"}
+    return own if len(own) >= len(state) - ("n_averaged" in state) else dict(state)
 
 
 def check_dense(path: str | Path, tensors: Mapping[str, Tensor]) -> None:

@@ -24,11 +24,13 @@ from base.addresses import where_from
 from base.errors import UserError
 from base.names import matching_files
 from base.torch_files import (
+    INDICES,
     check_dense,
     find_index,
     is_safetensors,
     read_index,
     read_tensors,
+    unwrap_names,
 )
 from base.writing import atomic_write, file_errors, sync_folder
 from runtime.hashed import find_file_damage, recorded_hash, write_hashed
@@ -38,6 +40,11 @@ from runtime.sharded import find_folder_damage, is_sharded, load_index, weights_
 NUMBERED = re.compile(r"checkpoint_(\d+)(?:\.pt)?")
 UNFINISHED = (".writing", ".old")  # of hidden folders: not yet, or no longer, a checkpoint
 RESUMABLE = "earlier checkpoints are intact: make room, then start the same command again to resume"
+# entries of files that hold the weights, the first that is there; DINO publishes its teacher
+TABLES = ("model", "state_dict", "teacher", "model_state_dict", "module")
+AVERAGES = ("model_ema", "state_dict_ema")
+TABLES += AVERAGES
+PART = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
 PLAIN = (int, float, str, bool, type(None))
 
 
@@ -295,13 +302,14 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     index = find_index(path)
     if index is not None:
-        weights = _unwrapped(read_index(index))
+        weights = read_index(index)
     else:
         path = weights_file(path)
         if is_sharded(path):
             weights = dict(weights_in(verified(path)))
         else:
             weights = read_tensors(path) if is_safetensors(path) else _read_pickled(path)
+    weights = unwrap_names(weights)
     for name, value in weights.items():
         # masks may be -inf; NaN or infinity in a weight would make every score meaningless
         checked = value.is_floating_point() and value.element_size() > 1 and value.numel()
@@ -325,17 +333,21 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     if isinstance(content, Stub):
         return module_tensors(content, path)
     if isinstance(content, dict):
-        tables = [
-            content[key]
-            for key in ("model", "state_dict", "teacher")  # DINO publishes its teacher
-            if isinstance(content.get(key), dict)
-        ]
-        weights = tables[0] if tables else content
+        tables = [key for key in TABLES if isinstance(content.get(key), dict)]
+        stored = content[tables[0]] if tables else content
+        # networks may keep states of their own beside their weights
+        weights = {k: v for k, v in stored.items() if not str(k).endswith("_extra_state")}
         if weights and all(isinstance(value, torch.Tensor) for value in weights.values()):
             check_dense(path, weights)
-            return _unwrapped(weights)
+            for average in {*tables[1:]} & {*AVERAGES}:
+                left = f"{path}: its average {average} is left out; to use it, save it alone"
+                warnings.warn(left, stacklevel=3)
+            return weights
+    entries = [str(key)[:40] for key in content][:10] if isinstance(content, dict) else []
+    found = f"entries {', '.join(entries)}" if entries else f"a {type(content).__name__}"
     raise UserError(
-        f"{path}: holds no weights: neither tensors by name nor such a table under `model` or `state_dict`"
+        f"{path}: holds no weights: neither tensors by name nor such a table under "
+        f"{' or '.join(TABLES)}, but {found}; save the weights alone"
     )
 
 
@@ -411,14 +423,12 @@ def weights_file(path: Path) -> Path:
             raise UserError(
                 f"{path}: a folder without checkpoint_*.pt, *.safetensors or pytorch_model.bin"
             )
-        return found
-    if not path.is_file() and not is_sharded(path):
+        path = found
+    elif not path.is_file() and not is_sharded(path):
         raise UserError(f"{path}: no such checkpoint{where_from(path)}")
+    if (parts := PART.search(path.name)) and int(parts[1]) > 1:
+        raise UserError(
+            f"{path}: one of {int(parts[1])} parts; name the folder of all, with the "
+            f"{' or '.join(INDICES)} that lists them (fetch what is missing)"
+        )
     return path
-
-
-def _unwrapped(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return dict(state)

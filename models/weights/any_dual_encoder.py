@@ -27,6 +27,7 @@ from base.pixels import (
     crop_side,
     timm_statistics,
 )
+from base.torch_files import unwrap_names
 from models.dual_encoder.base import NOT_LOADED
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual, model_names, parts_of
@@ -42,7 +43,6 @@ from models.weights.clip import (
     load_timm_open_clip,
     stated_activation,
     text_at_root,
-    unwrap_names,
 )
 from models.weights.loading import count, from_saved, load_checkpoint
 from models.weights.stated import (

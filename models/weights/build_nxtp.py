@@ -11,10 +11,10 @@ from base.errors import UserError
 from base.knobs import check_choices, knob
 from base.limits import BLOCKS, SIDE, WIDTH
 from base.memory import check_fits, parameter_count
+from base.torch_files import unwrap_names
 from models.layers.llama import LlamaConfig, own_part
 from models.layers.openai_towers import OpenAIConfig
 from models.recognition.nxtp import Nxtp, NxtpConfig
-from models.weights.clip import unwrap_names
 from models.weights.llama import cut, read_llama
 from models.weights.loading import load_checkpoint
 from models.weights.nxtp import (

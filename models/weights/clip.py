@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
+from base.torch_files import unwrap_names
 from models.dual_encoder.cl2l import CL2L, SwALIPV1
 from models.dual_encoder.clip import CLIP, SigLIP
 from models.dual_encoder.config import DualConfig
@@ -38,22 +39,10 @@ from models.weights.loading import (
 
 State = dict[str, Tensor]
 
-WRAPPERS = ("module.", "_orig_mod.")
 # entries of released files
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 # ---- clip-rocket and SLIP
-
-
-def unwrap_names(state: State) -> State:
-    """Names without the prefixes of DistributedDataParallel and torch.compile, at their start
-    only."""
-    result = {}
-    for name, value in state.items():
-        while name.startswith(WRAPPERS):
-            name = name.split(".", 1)[1]
-        result[name] = value
-    return result
 
 
 SLIP_EMBED_DIM = 512  # SLIP's command line has no such flag

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
+from base.torch_files import unwrap_names
 from models.layers.llama import LlamaConfig
 from models.layers.openai_towers import OpenAIConfig
 from models.weights.clip import (
@@ -23,7 +24,6 @@ from models.weights.clip import (
     from_hugging_face,
     openai_config,
     tower_sizes,
-    unwrap_names,
 )
 from models.weights.llama import is_kept
 from models.weights.loading import count

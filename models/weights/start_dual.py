@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from base.errors import UserError
+from base.torch_files import unwrap_names
 from models.dual_encoder.base import NOT_LOADED, DualEncoder
 from models.dual_encoder.library import LibraryCLIP
 from models.dual_encoder.openai import OpenAICLIP
@@ -27,7 +28,6 @@ from models.weights.clip import (
     openai_config,
     stated_activation,
     text_at_root,
-    unwrap_names,
 )
 from models.weights.loading import load_checkpoint
 from models.weights.torchscript import weights_and_about

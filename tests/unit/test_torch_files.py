@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from base.errors import UserError
 from base.text import POINTER
-from base.torch_files import load_weights_only, read_tensors
+from base.torch_files import load_weights_only, read_tensors, unwrap_names
 from models.weights.albef import load_bert_folder
 from models.weights.llama import read_llama
 from models.weights.loading import load_checkpoint
@@ -78,6 +78,71 @@ def test_a_missing_shard_is_named(tmp_path):
         index.write_text(json.dumps({"weight_map": hostile}))
         with pytest.raises(UserError, match=r"index\.json: (its shards|no weight_map)"):
             read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_part_alone_is_not_taken_for_the_whole(tmp_path, named):
+    sharded(tmp_path, STATE).unlink()
+    path = tmp_path / "model-00001-of-00002.safetensors" if named else tmp_path
+    with pytest.raises(UserError, match=r"one of 2 parts.*model\.safetensors\.index\.json"):
+        read_weights(path)
+
+
+WHOLE = {name: torch.arange(2.0) + number for number, name in enumerate(("a.x", "b.0.module.y"))}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        "module.{}",
+        "module._orig_mod.{}",
+        "_orig_mod.module.{}",
+        "_fsdp_wrapped_module.{}",
+        "b.0.module.y -> b.0._checkpoint_wrapped_module.module.y",
+        "b.0.module.y -> b.0._fsdp_wrapped_module._orig_mod.module.y",
+    ],
+)
+@pytest.mark.parametrize("file", ["w.pth", "w.safetensors", "model.safetensors.index.json"])
+def test_names_of_wrapped_networks(rename, file, tmp_path):
+    old, arrow, new = rename.partition(" -> ")
+    state = {(k.replace(old, new) if arrow else rename.format(k)): v for k, v in WHOLE.items()}
+    if file.endswith("json"):
+        sharded(tmp_path, state)
+    elif file.endswith("pth"):
+        torch.save({"epoch": 3, "state_dict": state}, tmp_path / file)
+    else:
+        save_file(state, tmp_path / file)
+    found = read_weights(tmp_path / file)
+    assert found.keys() == WHOLE.keys()
+    assert all(torch.equal(found[name], value) for name, value in WHOLE.items())
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "module", "model_ema", "state_dict_ema"])
+def test_weights_under_the_names_of_other_trainers(key, tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.BatchNorm1d(2))
+    state = {**average.state_dict(), "module._extra_state": None}
+    torch.save({"epoch": 1, key: state, "optimizer": {"state": {}}}, tmp_path / "w.pth")
+    found = read_weights(tmp_path / "w.pth")
+    assert found.keys() == torch.nn.BatchNorm1d(2).state_dict().keys()
+
+
+def test_names_that_two_weights_would_share_stay():
+    assert list(unwrap_names({"a": torch.ones(1), "module.a": torch.zeros(1)})) == ["a", "module.a"]
+
+
+def test_an_average_beside_the_weights_is_said_to_be_left_out(tmp_path):
+    average = {name: value + 1 for name, value in STATE.items()}
+    content = {"state_dict": STATE, "state_dict_ema": average}  # as timm saves both
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="state_dict_ema is left out"):
+        found = read_weights(tmp_path / "w.pth")
+    assert torch.equal(found["b"], STATE["b"])
+
+
+def test_what_a_file_without_weights_holds_is_said(tmp_path):
+    torch.save({"net": STATE, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="but entries net, epoch"):
+        read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from base.distributed import World, any_rank
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run is saved and wants to be started again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 MOMENT = 0.01  # seconds
 TRACER = os.path.join("torch", "_subclasses", "fake_tensor.py")
 LOADER = os.path.join("torch", "utils", "data", "dataloader.py")
@@ -35,18 +37,44 @@ class Interrupt:
         self.finish_write = finish_write
         self.received: int | None = None
         self.unsaved = False  # whether there are updates that no checkpoint holds
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        self.thread: threading.Thread | None = None
+        self.blocked_before: set[int] | None = None  # None = children are not spared
+        for number in SIGNALS:
             signal.signal(number, self._remember)
         # at its end the interpreter gives them their defaults back: a second one would kill it
         atexit.register(_ignore_signals)
         if world.size > 1:
-            read_end, write_end = os.pipe()
-            os.set_blocking(write_end, False)
-            signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-            # a signal to a process forked from this one, such as a loader's worker, is none to it
-            os.register_at_fork(after_in_child=functools.partial(signal.set_wakeup_fd, -1))
-            self.thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
-            self.thread.start()
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        # a signal to a process forked from this one, such as a loader's worker, is none to it
+        os.register_at_fork(after_in_child=functools.partial(signal.set_wakeup_fd, -1))
+        self.thread = threading.Thread(target=self._watch, args=(read_end,), daemon=True)
+        self.thread.start()
+
+    def spare_children(self) -> None:
+        """Hide signals from the compilers that torch.compile starts from here on. A scheduler sends
+        them to all processes of a step, a terminal to all of its group; a compiler that one of them
+        ends would end the run in the midst of an update.
+
+        Children inherit what their parent's thread blocks. The thread that watches blocks nothing:
+        it takes the signals, and wakes the main one.
+        """
+        if self.thread is None:
+            self._start_thread()
+        signal.signal(signal.SIGURG, _wake)
+        self.blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        from torch._inductor import async_compile  # before the next line: what came last ends first
+
+        atexit.register(_end_compilers, async_compile)
+
+    def spare_no_more(self) -> None:
+        """Signals reach this thread and its children again."""
+        if self.blocked_before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.blocked_before)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
@@ -75,6 +103,8 @@ class Interrupt:
         """Does the same where the main thread cannot: on GPUs it waits without end in a collective
         for a process that has left. read_end: brings the number of every signal."""
         while number := os.read(read_end, 1):
+            if number[0] in SIGNALS:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
             if number[0] not in (signal.SIGTERM, signal.SIGUSR1):
                 continue
             time.sleep(PATIENCE)
@@ -98,6 +128,19 @@ def _must_not_be_cut(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _wake(_number: int, _frame: FrameType | None) -> None:
+    """What the main thread waits for is interrupted, and the handlers of other signals run."""
+
+
+def _end_compilers(async_compile) -> None:
+    """torch would ask them by SIGTERM, which is hidden from them, and wait for ten seconds."""
+    for pool in getattr(async_compile, "_pool_set", ()):
+        server = pool.process.pid if hasattr(pool, "process") else None
+        with contextlib.suppress(OSError):  # has ended; or no Linux
+            for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
 
 
 def _ignore_signals() -> None:

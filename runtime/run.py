@@ -343,6 +343,7 @@ class Run:
             self._leave(EXIT_REQUEUE)
         self._look_at_data()
         if config.compile and self.step < plan.total:
+            self.interrupt.spare_children()
             self.log.say("compiling the network: the first update takes minutes")
         self.log.progress(plan.total, self.step)
 
@@ -608,6 +609,7 @@ class Run:
             self.log.close()
         if self._lock:
             self._lock.close()
+        self.interrupt.spare_no_more()
 
 
 def configured_options(optimizer: torch.optim.Optimizer) -> list[dict]:

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from runtime.run import ATTEMPTS, Run, make_deterministic
 from runtime.saving import is_sharded_format, state_bytes
 from tests.helpers.bars import close_bars
 from tests.helpers.crash_points import plain
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import ROOT, alive, in_fork
 
 TOTAL = 4
 
@@ -474,6 +475,41 @@ def test_a_signal_to_a_loader_worker_is_none_to_its_process(monkeypatch):
     os.close(signal.set_wakeup_fd(-1))
     waiting.thread.join()
     assert done == []
+
+
+@pytest.mark.parametrize("unsaved", [True, False])
+def test_a_signal_to_the_group_ends_no_compiler(unsaved, tmp_path, monkeypatch):
+    """As Slurm and a terminal send it. The run notices it while it waits for the compiler."""
+    monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", SimpleNamespace())
+
+    def compiling():
+        os.setpgrp()
+        waiting = interrupt.Interrupt(ALONE, lambda: None)
+        waiting.spare_children()
+        waiting.unsaved = unsaved
+        then = "exit 7" if unsaved else "exec sleep 20"
+        signals = "kill -s USR1 0; kill -s TERM 0; kill -s INT 0"
+        assert subprocess.run(["sh", "-c", f"{signals}; {then}"]).returncode == 7
+        while waiting.received is None:
+            pass
+        waiting.spare_no_more()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    begin = time.monotonic()
+    output = tmp_path / "said"
+    expected = -signal.SIGKILL if unsaved else EXIT_REQUEUE
+    assert in_fork(compiling, output) == expected, output.read_text()
+    assert time.monotonic() - begin < interrupt.PATIENCE  # not by its thread
+
+
+def test_what_compiles_ends_with_the_run():
+    server = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE)
+    compiler = int(server.stdout.readline())
+    gone = SimpleNamespace(process=SimpleNamespace(pid=2**22 + 1))  # no process has such a number
+    pools = [SimpleNamespace(), gone, SimpleNamespace(process=server)]
+    interrupt._end_compilers(SimpleNamespace(_pool_set=pools))
+    server.communicate()
+    assert not alive(compiler)
 
 
 def test_a_validation_that_never_comes_to_its_end_stops_the_run(tmp_path):

@@ -233,9 +233,20 @@ def test_what_is_nearly_the_launchers_may_be_the_scripts(capsys, tmp_path):
         run_with_submitit.main([str(script), "--nodess", "2", "--dry-run"])
 
 
-def test_a_script_of_ones_own_is_not_imported(capsys, tmp_path, monkeypatch):
-    """Beside the launcher, too: it might do its work there and then."""
+@pytest.mark.parametrize(
+    ("text", "beside_the_launcher"),
+    [
+        ("raise SystemExit(3)\n", True),
+        ("def run_script(main):\n    raise SystemExit(3)\nif 1:\n    run_script(main=3)\n", False),
+    ],
+)
+def test_a_script_of_ones_own_is_not_imported(
+    text, beside_the_launcher, capsys, tmp_path, monkeypatch
+):
+    """It might do its work there and then."""
     script = tmp_path / "mine.py"
-    script.write_text("raise SystemExit(3)\n")
-    monkeypatch.setattr(run_with_submitit, "ROOT", tmp_path)
+    script.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    if beside_the_launcher:
+        monkeypatch.setattr(run_with_submitit, "ROOT", tmp_path)
     assert srun(preview(capsys, str(script), "--", "--data", "x")).endswith("--data x")

@@ -1,7 +1,6 @@
-"""Speed and memory of a training step of ALIGN: ours, with transformers' towers, and the
-original's.
+"""Speed and memory of a training step of ALIGN, beside transformers' towers.
 
-    python -m benchmarks.align                                               # ours and transformers, in turn
+    python -m benchmarks.align
     python -m benchmarks.align --peer PATH/TO/coyo-align --peer-python PATH  # and TensorFlow's COYO-ALIGN
 
 A step is forward, backward and LAMB of EfficientNet-B3 and BERT-mini at 289 pixels and 64 tokens,
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.inputs import CLS, VOCABULARY
-from benchmarks.runner import OURS, Side, TrainOptions, check_peer
+from benchmarks.runner import OURS, TrainOptions, check_peer
 from benchmarks.steps import compare_steps, settings, training_step
 from main import total_loss
 from models.dual_encoder.align import Align
@@ -48,11 +47,8 @@ class Foreign(DualEncoder):
         from transformers import AlignConfig, AlignModel
 
         super().__init__()
-        values = hugging_face_config(model)
-        del values["architectures"]
-        del values["model_type"]
         self.config = model.config
-        self.align = AlignModel(AlignConfig(**values))
+        self.align = AlignModel(AlignConfig.from_dict(hugging_face_config(model)))
         self.image_projection = model.image_projection or nn.Identity()
 
     def features(self, image: Tensor, text_ids: Tensor) -> dict[str, Tensor]:
@@ -110,11 +106,9 @@ def measure_network(model: DualEncoder, decayed: list[str], options: SimpleNames
 
 def main(config: Config) -> None:
     check_peer(config, "models/efficientnet.py", "coyo-align", tensorflow=True)
-    sides = [Side(OURS, "benchmarks.align:ours")]
-    sides.append(Side("transformers", "benchmarks.align:transformers"))
+    sides = {OURS: "benchmarks.align:ours", "transformers": "benchmarks.align:transformers"}
     if config.peer:
-        function = "benchmarks.peers.tensorflow:align"
-        sides.append(Side("original (TensorFlow)", function, original=True))
+        sides["original (TensorFlow)"] = "benchmarks.peers.tensorflow:align"
     title = ["ALIGN step", config.model, f"{config.image_size} pixels"]
     compare_steps(config, "align", title + settings(config), sides)
 

@@ -21,18 +21,19 @@ from torch import nn
 
 from base.distributed import World
 from benchmarks.gauge import peak_bytes, wait_for
-from benchmarks.runner import OURS, Options, Side, take_turns
-from benchmarks.table import MEMORY, Column, median, publish, table
+from benchmarks.runner import OURS, Options, take_turns
+from benchmarks.table import MEMORY, Column, median, publish
 from runtime.checkpoint import CheckpointFolder
 from runtime.config.cli import knob, run_script
 from runtime.saving import Saver
 
 MATRICES = 32  # that the parameters are spread over
+BEFORE = "one file, waiting"
 WAYS = {  # of saving: sharded, beside the training
-    OURS: {"sharded": True, "beside": True},
-    "one file, beside": {"sharded": False, "beside": True},
-    "sharded, waiting": {"sharded": True, "beside": False},
-    "one file, waiting": {"sharded": False, "beside": False},
+    OURS: (True, True),
+    "one file, beside": (False, True),
+    "sharded, waiting": (True, False),
+    BEFORE: (False, False),
 }
 COLUMNS = [
     Column("stall, s", "seconds", "{:.3f}"),
@@ -70,12 +71,11 @@ def save(options: SimpleNamespace) -> dict:
     """Seconds that `save` takes, by the clock and of the processor, and until all is written."""
     model, optimizer = state(options.gigabytes, options.device)
     world = World(0, 1, 0, torch.device(options.device))
+    sharded, beside = WAYS[options.side]
     saves = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         checkpoints = CheckpointFolder(folder)
-        saver = Saver(
-            checkpoints, world, sharded=options.sharded, in_background=options.beside, fresh=True
-        )
+        saver = Saver(checkpoints, world, sharded=sharded, in_background=beside, fresh=True)
         for step in range(options.saves):
             wait_for(options.device)
             begin, cpu_begin = time.perf_counter(), time.thread_time()
@@ -93,13 +93,12 @@ def save(options: SimpleNamespace) -> dict:
 
 def main(config: Config) -> None:
     gigabytes = 0.01 if config.tiny else config.gigabytes
-    sides = [Side(name, "benchmarks.checkpoint:save", settings=way) for name, way in WAYS.items()]
+    sides = dict.fromkeys(WAYS, "benchmarks.checkpoint:save")
     results = take_turns(config, sides, gigabytes=gigabytes)
-    body = table(results, COLUMNS)
-    before = median(results["one file, waiting"], "seconds")
-    body += f"\n\nTraining waits {before / median(results[OURS], 'seconds'):.1f} times less."
-    body += f" State: {gigabytes:g} GiB."
-    publish(config, "checkpoint", ["How long training waits for a checkpoint"], body, results)
+    times = median(results[BEFORE], "seconds") / median(results[OURS], "seconds")
+    remark = f"Training waits {times:.1f} times less. State: {gigabytes:g} GiB."
+    title = ["How long training waits for a checkpoint"]
+    publish(config, "checkpoint", title, results, COLUMNS, remark)
 
 
 if __name__ == "__main__":

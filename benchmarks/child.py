@@ -1,9 +1,9 @@
-"""One measurement in a process of its own.
+"""One measurement in a process of its own, started by benchmarks.runner:
 
-    python -m benchmarks.child MODULE:FUNCTION '{"batch": 4, ...}'      # started by benchmarks.runner
+    python -m benchmarks.child MODULE:FUNCTION '{"batch": 4, ...}'
 
-Calls the function with the options and prints the dictionary that it returns as one line of JSON;
-nothing for None, as of processes beside the first. What the measured code prints goes to stderr.
+Prints the dictionary that the function returns of these options as a line of JSON; nothing for
+None, as of processes beside the first. What the measured code prints goes to stderr.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import types
 
 
 def call(function: str, options: dict) -> dict | None:
-    """Result of `MODULE:FUNCTION` for these options."""
+    """Result of `MODULE:FUNCTION`."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)(types.SimpleNamespace(**options))
 

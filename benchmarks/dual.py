@@ -1,17 +1,15 @@
-"""Speed and memory of a dual encoder's training step: CLIP beside open_clip, CL2L beside
-clip-rocket, ViT-B/16.
+"""Speed and memory of a dual encoder's training step, ViT-B/16.
 
-    python -m benchmarks.dual                                     # CLIP: ours and open_clip's, alternating
-    python -m benchmarks.dual --peer PATH/TO/clip-rocket          # CL2L, two local views: ours and the original's
-    python -m benchmarks.dual --tokens 77                         # captions that fill the whole context
+    python -m benchmarks.dual                             # CLIP beside open_clip
+    python -m benchmarks.dual --peer PATH/TO/clip-rocket  # CL2L, two local views, beside the original
+    python -m benchmarks.dual --tokens 77                 # captions that fill the whole context
 
 A step is forward, contrastive loss, backward, gradient norm and fused AdamW, by one loop, on random
 images of 224 px. Captions have 8 tokens to --tokens; the others always compute all 77 positions,
 ours the longest caption of the batch, rounded up to a multiple of 8, as main.py's loader pads them.
-Weights are random and nothing is downloaded. --precision and --compile are for all sides,
---activation-checkpointing is ours.
-
---peer runs github.com/facebookresearch/clip-rocket: its networks and losses as they are.
+Weights are random and nothing is downloaded; networks and losses of
+github.com/facebookresearch/clip-rocket run as they are. --precision and --compile are for all
+sides, --activation-checkpointing is ours.
 """
 
 import math
@@ -21,16 +19,13 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.inputs import CONTEXT, random_batch
-from benchmarks.runner import OURS, Side, TrainOptions, check_peer
-from benchmarks.steps import compare_steps, mfu, settings, training_step
+from benchmarks.runner import OURS, TrainOptions, check_peer
+from benchmarks.steps import ADAMW, compare_steps, mfu, settings, training_step
 from main import total_loss
 from models.dual_encoder.config import DualConfig
 from models.dual_encoder.factory import build_dual
 from runtime.config.cli import knob, run_script
 from runtime.flops import training_flops
-from runtime.optim.build import Optimizer
-
-ADAMW = Optimizer(lr=1e-4, weight_decay=0.1)  # of both sides
 
 
 @dataclass
@@ -43,15 +38,12 @@ class Config(TrainOptions):
 def ours(options: SimpleNamespace) -> dict:
     """A step of our CLIP, or with --peer of CL2L."""
     torch.manual_seed(0)
-    config = DualConfig(model="CLIP_VITB16_CLIP", embed_dim=512)
-    if options.tiny:
-        config = DualConfig(
-            model="CLIP_VITT8_CLIP", embed_dim=512, image_size=32, transformer_layers=2
-        )
+    kind = {"model": "CLIP_VITB16_CLIP"}
     if options.peer:
-        config = DualConfig(
-            model="CL2L_VITB16_CL2L", embed_dim=512, separate_proj=True, loss_avg_or_sum="sum"
-        )
+        kind = {"model": "CL2L_VITB16_CL2L", "separate_proj": True, "loss_avg_or_sum": "sum"}
+    elif options.tiny:
+        kind = {"model": "CLIP_VITT8_CLIP", "image_size": 32, "transformer_layers": 2}
+    config = DualConfig(embed_dim=512, **kind)
     model = build_dual(config)
     batch = random_batch(options)
     length = min(CONTEXT, 8 * math.ceil(options.tokens / 8))
@@ -92,12 +84,14 @@ def open_clip(options: SimpleNamespace) -> dict:
 def main(config: Config) -> None:
     check_peer(config, "losses.py", "clip-rocket")
     title = ["CLIP ViT-B/16"]
-    other = Side("open_clip", "benchmarks.dual:open_clip")
+    other = "open_clip"
+    sides = {OURS: "benchmarks.dual:ours", other: "benchmarks.dual:open_clip"}
     if config.peer:
         title = ["CL2L ViT-B/16", "two local views"]
-        other = Side("clip-rocket", "benchmarks.peers.clip_rocket:step", original=True)
-    title += [f"up to {config.tokens} tokens", *settings(config), f"beside {other.name}"]
-    compare_steps(config, "dual", title, [Side(OURS, "benchmarks.dual:ours"), other])
+        other = "clip-rocket"
+        sides = {OURS: "benchmarks.dual:ours", other: "benchmarks.peers.clip_rocket:step"}
+    title += [f"up to {config.tokens} tokens", *settings(config), f"beside {other}"]
+    compare_steps(config, "dual", title, sides)
 
 
 if __name__ == "__main__":

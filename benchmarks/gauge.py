@@ -1,7 +1,6 @@
 """Clock and memory gauge of one measurement.
 
-Imports torch only where it is used: the module also runs in an interpreter that has TensorFlow
-alone.
+Imports torch only where it is used: it also runs beside TensorFlow alone.
 """
 
 import statistics
@@ -13,20 +12,13 @@ from types import SimpleNamespace
 
 
 def measure(step: Callable[[], object], options: SimpleNamespace) -> dict[str, float]:
-    """Run `step` `options.warmup` times, then `options.steps` times under the clock.
-
-    Returns medians of the timed steps, `seconds` by the clock and `cpu_seconds` of all threads
-    (which other work on a shared machine disturbs less), and `peak_bytes` of memory.
-    """
-    runs = []
-    for _ in range(options.warmup + options.steps):
-        runs.append(measure_once(step, options.device)[1])
-    timed = runs[options.warmup :]
-    return {
-        "seconds": statistics.median(run["seconds"] for run in timed),
-        "cpu_seconds": statistics.median(run["cpu_seconds"] for run in timed),
-        "peak_bytes": peak_bytes(options.device),
-    }
+    """Medians of `options.steps` calls after `options.warmup` others: `seconds` by the clock and
+    `cpu_seconds` of all threads, which other work disturbs less; and `peak_bytes` of memory."""
+    for _ in range(options.warmup):
+        measure_once(step, options.device)
+    runs = [measure_once(step, options.device)[1] for _ in range(options.steps)]
+    medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return {**medians, "peak_bytes": peak_bytes(options.device)}
 
 
 def measure_once(
@@ -49,8 +41,7 @@ def wait_for(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Highest memory so far: of the GPU's allocator, or resident memory of this process on the
-    CPU."""
+    """Highest memory so far, of the GPU's allocator or resident memory of this process."""
     if device == "cuda":
         import torch
 
@@ -60,8 +51,7 @@ def peak_bytes(device: str) -> int:
 
 
 def linux_bytes(file: str, field: str) -> int:
-    """A field of a file of /proc, there in kB: VmHWM of status, Rss or Private_Dirty of
-    smaps_rollup."""
+    """A field of a file of /proc that has kB, such as VmHWM of status."""
     for line in Path(file).read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -1,13 +1,31 @@
-"""Random inputs of the benchmarks, equal for ours and the originals; those of NXTP are in
-nxtp_inputs.
+"""Random inputs of the benchmarks, equal for ours and the originals, and what one side leaves for
+the other; the inputs of NXTP are in nxtp_inputs.
 
 Imports torch alone, so that it also runs in the interpreter of an original's checkout.
 """
 
-import types
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+
+# ---- files in the folder `exchange`
+PEER_FILE = "peer.pt"  # what an original leaves for ours
+
+
+def leave(options: SimpleNamespace, name: str, found: dict) -> None:
+    """Save tensors for the other side or the caller."""
+    torch.save(found, Path(options.exchange) / name)
+
+
+def left(options: SimpleNamespace, name: str) -> dict | None:
+    """What a side has left under this name, if it has; on the CPU, read as it is needed."""
+    file = Path(options.exchange) / name
+    if not file.exists():
+        return None
+    return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+
 
 # ---- SIMLA and ALBEF, sizes as SIMLA was published
 TEXT_LENGTH = 25  # tokens
@@ -21,12 +39,11 @@ ALPHA = 0.4  # weight of the teacher's soft targets after the ramp
 
 
 def synthetic_batch(size: int) -> dict[str, Tensor]:
-    """A pre-training batch of random images and captions on the CPU, equal for equal sizes.
+    """A pre-training batch of random images and captions on the CPU.
 
-    image float32 [B,3,256,256]; text_ids int64 [B,25]; text_mask bool [B,25] (captions of 8 to 25
-    tokens, the first is the longest); mlm_ids int64 [B,25] and mlm_labels int64 [B,25] (-100 where
-    no token is predicted; every caption has at least one masked token); token_image float32
-    [B,3,128,128] in [0,1]; patch_mask bool [B,256] with 75 True a row.
+    image float32 [B,3,256,256]; text_ids int64 [B,25], text_mask bool [B,25] (8 to 25 tokens, the
+    first is the longest); mlm_ids, mlm_labels int64 [B,25] (-100 where no token is predicted, one
+    is at least); token_image float32 [B,3,128,128] in [0,1]; patch_mask bool [B,256], 75 True a row.
     """
     rng = torch.Generator().manual_seed(0)
     text_ids = torch.randint(1000, VOCABULARY, (size, TEXT_LENGTH), generator=rng)
@@ -52,10 +69,7 @@ def synthetic_batch(size: int) -> dict[str, Tensor]:
 
 def synthetic_split(images: int, captions: int) -> tuple[Tensor, Tensor, Tensor]:
     """A retrieval test on the CPU: images float32 [I,3,384,384], ids int64 [T,30], mask bool
-    [T,30].
-
-    Captions have 9 to 16 tokens, as most of COCO's, and are padded with 0 to the 30 that the
-    originals always compute.
+    [T,30]. Captions have 9 to 16 tokens, as most of COCO's, padded to the originals' 30.
     """
     rng = torch.Generator().manual_seed(0)
     mask = torch.arange(30) < torch.randint(9, 17, (captions, 1), generator=rng)
@@ -68,9 +82,9 @@ def pin_choices() -> None:
     """From here on in this process: a sampled hard negative is the likeliest, and ties of top-k go
     to the earlier one."""
 
-    def topk(values: Tensor, k: int, dim: int = -1) -> types.SimpleNamespace:
+    def topk(values: Tensor, k: int, dim: int = -1) -> SimpleNamespace:
         first = values.argsort(dim=dim, descending=True, stable=True).narrow(dim, 0, k).contiguous()
-        return types.SimpleNamespace(indices=first)
+        return SimpleNamespace(indices=first)
 
     torch.multinomial = lambda weights, num_samples: weights.argmax(-1, keepdim=True)
     torch.Tensor.topk = topk
@@ -78,8 +92,7 @@ def pin_choices() -> None:
 
 @torch.no_grad()
 def shake(model: nn.Module) -> None:
-    """Move every parameter off its start, momentum copies apart from their originals, so that each
-    term counts."""
+    """Move every parameter off its start, copies apart from their originals: each term counts."""
     rng = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim:
@@ -92,8 +105,7 @@ END = 49407  # id of CLIP's last token
 
 
 def clip_captions(size: int, views: int, longest: int) -> Tensor:
-    """Random token ids int64 [size,views,77] of captions of 8 to `longest` tokens; the first has
-    all of them."""
+    """Random ids int64 [size,views,77] of captions of 8 to `longest` tokens, which the first has."""
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(1, END - 1, (size, views, CONTEXT), generator=rng)
     lengths = torch.randint(8, longest + 1, (size, views, 1), generator=rng)
@@ -104,15 +116,14 @@ def clip_captions(size: int, views: int, longest: int) -> Tensor:
     return ids
 
 
-def random_batch(options: types.SimpleNamespace) -> dict[str, Tensor]:
+def random_batch(options: SimpleNamespace) -> dict[str, Tensor]:
     """image [B,3,S,S] and text_ids [B,77]; beside clip-rocket, with two local views V, text_ids
     [B,1+V,77] and image_local [B,V,3,S,S]."""
     size, side = options.batch, 32 if options.tiny else 224
-    views = 2 if options.peer else 0
-    texts = clip_captions(size, 1 + views, options.tokens)
-    batch = {"image": torch.randn(size, 3, side, side), "text_ids": texts}
-    if views:
-        batch["image_local"] = torch.randn(size, views, 3, side, side)
+    batch = {"image": torch.randn(size, 3, side, side)}
+    if options.peer:
+        batch["text_ids"] = clip_captions(size, 3, options.tokens)
+        batch["image_local"] = torch.randn(size, 2, 3, side, side)
     else:
-        batch["text_ids"] = texts[:, 0]
+        batch["text_ids"] = clip_captions(size, 1, options.tokens)[:, 0]
     return batch

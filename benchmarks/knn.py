@@ -1,6 +1,6 @@
 """Time and memory of exact nearest neighbours by cosine: ours against scikit-learn's.
 
-    python -m benchmarks.knn             # 200,000 training features, 10,000 queries, width 384
+    python -m benchmarks.knn
     python -m benchmarks.knn --train 1281167 --queries 50000
 
 Features are random, in 1,000 clusters, on disk. Both sides find the same k neighbours;
@@ -16,10 +16,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
+from base.distributed import World
 from benchmarks.gauge import linux_bytes, measure_once, peak_bytes
-from benchmarks.runner import OURS, Options, Side, device_of, take_turns
-from benchmarks.table import CPU_SECONDS, SECONDS, Column, publish, table
+from benchmarks.runner import OURS, Options, device_of, take_turns
+from benchmarks.table import CPU_SECONDS, FASTER, FASTER_CPU, SECONDS, Column, publish
+from evaluation.features import Bank
+from evaluation.knn import nearest_neighbours
 from runtime.config.cli import knob, run_script
 
 SKLEARN = "scikit-learn"
@@ -30,8 +34,8 @@ COLUMNS = [
     CPU_SECONDS,
     Column("memory", "peak_bytes", "{:.0f} MiB", 2**-20),
     Column("neighbours as ours", "same", "{:.4%}"),
-    Column("ours is faster by", "seconds", "{:.2f} x", ratio="lower"),
-    Column("by CPU time", "cpu_seconds", "{:.2f} x", ratio="lower"),
+    FASTER,
+    FASTER_CPU,
 ]
 
 
@@ -65,24 +69,14 @@ def read(options: SimpleNamespace, name: str, mmap_mode: str | None = None) -> n
 
 def ours(options: SimpleNamespace) -> dict:
     """Search of eval_knn.py; features are read from disk a part at a time."""
-    import torch
-
-    from base.distributed import World
-    from evaluation.features import Bank
-    from evaluation.knn import nearest_neighbours
-
-    def bank(name: str) -> Bank:
+    banks = []
+    for name in ("train", "queries"):
         features = read(options, name, "r")
-        return Bank(features, labels=torch.zeros(len(features)))
-
-    train = bank("train")
-    queries = bank("queries")
+        banks.append(Bank(features, labels=torch.zeros(len(features))))
     world = World(0, 1, 0, torch.device(options.device))
-
-    def search() -> np.ndarray:
-        return nearest_neighbours(train, queries, options.k, world).index.numpy()
-
-    return measure_search(search, OURS, options)
+    return measure_search(
+        lambda: nearest_neighbours(*banks, options.k, world).index.numpy(), options
+    )
 
 
 def sklearn(options: SimpleNamespace) -> dict:
@@ -95,30 +89,30 @@ def sklearn(options: SimpleNamespace) -> dict:
         index.fit(normalize(read(options, "train")))
         return index.kneighbors(normalize(read(options, "queries")), return_distance=False)
 
-    return measure_search(search, SKLEARN, options)
+    return measure_search(search, options)
 
 
-def measure_search(search: Callable[[], np.ndarray], side: str, options: SimpleNamespace) -> dict:
+def measure_search(search: Callable[[], np.ndarray], options: SimpleNamespace) -> dict:
     """Time and memory of one search; SIDE.npy in the folder `exchange` gets the neighbours."""
     before = linux_bytes("/proc/self/smaps_rollup", "Rss")
     found, result = measure_once(search)
     result["peak_bytes"] = peak_bytes("cpu") - before
-    np.save(Path(options.exchange) / f"{side}.npy", found)
+    np.save(Path(options.exchange) / f"{options.side}.npy", found)
     return result
 
 
 def main(config: Config) -> None:
-    sides = [Side(OURS, "benchmarks.knn:ours"), Side(SKLEARN, "benchmarks.knn:sklearn")]
+    sides = {OURS: "benchmarks.knn:ours", SKLEARN: "benchmarks.knn:sklearn"}
     with tempfile.TemporaryDirectory() as name:
         make_features(config, Path(name))
         results = take_turns(config, sides, exchange=name)
         same = np.load(Path(name) / f"{SKLEARN}.npy") == np.load(Path(name) / f"{OURS}.npy")
         results[SKLEARN][0]["same"] = float(same.mean())  # at the same rank
     size = config.train * config.width * 4 / 2**20
-    body = f"{table(results, COLUMNS)}\n\nThe training features are {size:,.0f} MiB."
     title = [f"kNN, {config.train:,} x {config.queries:,}", f"width {config.width}"]
     title += [f"k {config.k}", device_of(config)]
-    publish(config, "knn", title, body, results)
+    remark = f"The training features are {size:,.0f} MiB."
+    publish(config, "knn", title, results, COLUMNS, remark)
 
 
 if __name__ == "__main__":

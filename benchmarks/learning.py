@@ -35,16 +35,16 @@ from base.reading import read_json
 from base.writing import write_json
 from benchmarks import learning_sides
 from benchmarks.runner import OURS, PeerOptions, check_peer, children_seconds, run_command
-from benchmarks.table import Column, publish, table
+from benchmarks.table import Column, publish
 from dataset.images.clip import EvalView, normalize, pixel_statistics
 from dataset.images.decode import decode_image
 from evaluation.zeroshot import embed_images, embed_texts, retrieve
 from runtime.builtin_data import make_digitscenes
 from runtime.config.cli import knob, run_script
 
+DIRECTIONS = ("captions", "images")  # of retrieval
 COLUMNS = [
-    Column("R@1 of captions (each seed)", "captions"),
-    Column("R@1 of images (each seed)", "images"),
+    *(Column(f"R@1 of {direction} (each seed)", direction) for direction in DIRECTIONS),
     Column("samples a CPU second", "speed", "{:.0f}"),
 ]
 
@@ -128,9 +128,9 @@ def train(config: Config, side: str, seed: int) -> dict[str, float]:
     run_command(command, side, config.threads)
     spent = children_seconds() - before
     opened = learning_sides.OPEN[config.network](config, run)
-    figures = {**recall(config, *opened), "cpu_seconds": spent}
-    print(side, seed, json.dumps(figures), flush=True)
-    return figures
+    found = {**recall(config, *opened), "cpu_seconds": spent}
+    print(side, seed, json.dumps(found), flush=True)
+    return found
 
 
 @torch.inference_mode()
@@ -150,26 +150,23 @@ def recall(config: Config, embed_image, embed_text, tokenize) -> dict[str, float
 
 
 # ---- the table
-def standard_error(values: list[float]) -> float:
-    """Standard error of the mean; 0 of one value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error, 0 of one value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.mean(values), error
 
 
-def spread(runs: list[dict], key: str) -> str:
+def spread(values: list[float]) -> str:
     """Mean, standard error of the mean where there are several values, and the values."""
-    values = [run[key] for run in runs]
-    error = f" ± {standard_error(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{error} ({', '.join(f'{value:.1f}' for value in values)})"
+    mean, error = mean_and_error(values)
+    error_text = f" ± {error:.1f}" if len(values) > 1 else ""
+    return f"{mean:.1f}{error_text} ({', '.join(f'{value:.1f}' for value in values)})"
 
 
-def rows(found: dict[str, list[dict]], samples: int) -> str:
-    """The table, a row a side."""
-    results = {}
-    for side, runs in found.items():
-        speed = statistics.mean(samples / run["cpu_seconds"] for run in runs)
-        cells = {key: spread(runs, key) for key in ("captions", "images")}
-        results[side] = [{**cells, "speed": speed}]
-    return table(results, COLUMNS)
+def figures(runs: list[dict], samples: int) -> dict:
+    """A side's row of the table."""
+    row = {key: spread([run[key] for run in runs]) for key in DIRECTIONS}
+    return {**row, "speed": statistics.mean(samples / run["cpu_seconds"] for run in runs)}
 
 
 def verdict(found: dict[str, list[dict]]) -> str:
@@ -179,11 +176,10 @@ def verdict(found: dict[str, list[dict]]) -> str:
         return ""
     other = next(side for side in found if side != OURS)
     lines = []
-    for direction in ("captions", "images"):
-        ours = [run[direction] for run in found[OURS]]
-        theirs = [run[direction] for run in found[other]]
-        gap = statistics.mean(ours) - statistics.mean(theirs)
-        error = math.hypot(standard_error(ours), standard_error(theirs))
+    for direction in DIRECTIONS:
+        mean, error = mean_and_error([run[direction] for run in found[OURS]])
+        their_mean, their_error = mean_and_error([run[direction] for run in found[other]])
+        gap, error = mean - their_mean, math.hypot(error, their_error)
         word = "is" if gap < -error else "is not"
         lines.append(
             f"R@1 of {direction}: ours {word} below {other}'s mean by more than the standard error "
@@ -204,14 +200,14 @@ def main(config: Config) -> None:
     for seed in config.seeds:
         for side in found:
             found[side].append(train(config, side, seed))
+    results = {side: [figures(runs, samples)] for side, runs in found.items()}
     held_out = captions_by_image(config, config.test_data)
     texts = sum(len(texts) for _, texts in held_out)
-    body = rows(found, samples)
-    body += f"\n\nMean ± standard error of seeds {', '.join(map(str, config.seeds))}; "
-    body += f"{len(held_out)} held-out images with {texts} captions.\n{verdict(found)}"
+    remark = f"Mean ± standard error of seeds {', '.join(map(str, config.seeds))}; "
+    remark += f"{len(held_out)} held-out images with {texts} captions.\n{verdict(found)}"
     title = [f"Learning of a small {config.network}, {config.train_data.parent.name}"]
     title.append(f"{samples:,} samples")
-    publish(asked, "learning", title, body.rstrip(), found)
+    publish(asked, "learning", title, results, COLUMNS, remark.rstrip())
 
 
 if __name__ == "__main__":

@@ -32,8 +32,19 @@ IMAGE_SIZE = 48
 
 
 def flags(**values) -> list[str]:
-    """--name value ..., as a command line has them."""
+    """--NAME VALUE ..., as a command line has them."""
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def same(config, seed: int) -> dict:
+    """Options that main.py and open_clip call the same."""
+    return {
+        "batch-size": config.batch,
+        "epochs": config.epochs,
+        "lr": config.lr,
+        "device": device_of(config),
+        "seed": seed,
+    }
 
 
 # ---- CLIP by main.py and by open_clip
@@ -61,16 +72,11 @@ START_OPEN_CLIP = (
 def clip_ours(config, run: Path, seed: int) -> list[str]:
     more = {
         "metadata": config.folder / "train.json",
-        "batch-size": config.batch,
-        "epochs": config.epochs,
         "warmup": f"{config.warmup} steps",
-        "lr": config.lr,
         "lr-start": config.lr / max(1, config.warmup),  # where open_clip's warm-up starts
-        "device": device_of(config),
-        "seed": seed,
         "output-dir": run,
     }
-    return [sys.executable, *CLIP_OURS.split(), *flags(**more)]
+    return [sys.executable, *CLIP_OURS.split(), *flags(**same(config, seed), **more)]
 
 
 def clip_open_clip(config, run: Path, seed: int) -> list[str]:
@@ -78,16 +84,11 @@ def clip_open_clip(config, run: Path, seed: int) -> list[str]:
     write_json(network, OPEN_CLIP_NETWORK)
     more = {
         "train-data": config.folder / "train.csv",
-        "batch-size": config.batch,
-        "epochs": config.epochs,
         "warmup": config.warmup,
-        "lr": config.lr,
-        "device": device_of(config),
-        "seed": seed,
         "logs": run.parent,
         "name": run.name,
     }
-    words = [str(network), *CLIP_OPEN_CLIP.split(), *flags(**more)]
+    words = [str(network), *CLIP_OPEN_CLIP.split(), *flags(**same(config, seed), **more)]
     return [sys.executable, "-c", START_OPEN_CLIP, *words]
 
 
@@ -108,22 +109,12 @@ ALBEF_FILE = "models/model_pretrain.py"  # of the original's checkout
 MAX_TOKENS = 25  # written into the original's train()
 CROP = [0.8, 1.0]  # area of the image
 ENDS = 1e-5  # learning rate at the first and at the last step
-PATCH, WIDTH, LAYERS, HEADS = 8, 96, 2, 4
-METHOD = {  # under the names that both sides give them
-    "image_res": IMAGE_SIZE,
-    "vision_width": WIDTH,
-    "embed_dim": 64,
-    "queue_size": 1024,
-    "temp": 0.07,
-    "mlm_probability": 0.25,
-    "momentum": 0.99,
-    "alpha": 0.2,
-}
+VISION = {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 4}  # in the original's code
 ALBEF_OURS = (
     "--method albef --patch_size 8 --vision_depth 2 --vision_heads 4 --max_tokens 25 "
-    "--flip false --augment_level 0 --crop_scale 0.8 1.0 --weight_decay 0.02 "
-    "--decay_everything true --scalar_lr_scale 0 --original_warmup true --warmup_lr 1e-5 "
-    "--min_lr 1e-5 --workers 1 --tensorboard false --resume no"
+    "--vision_weights none --text_weights none --flip false --augment_level 0 "
+    "--crop_scale 0.8 1.0 --decay_everything true --scalar_lr_scale 0 --workers 1 "
+    "--tensorboard false --resume no"
 )
 
 
@@ -132,35 +123,57 @@ def tokenizer_of(config) -> Path:
     return (config.text_encoder or config.image_root / "tokenizer").absolute()
 
 
-def pretrain_flags(config) -> list[str]:
-    """The flags of Pretrain.py; writes the geometry of BERT that they name."""
+def albef_config(config) -> dict:
+    """The original's configuration, of both sides; writes the geometry of BERT that it names."""
+    width, layers = VISION["embed_dim"], VISION["depth"]
     bert = BertConfig(
         vocab_size=Tokenizer(tokenizer_of(config)).vocab_size,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=4 * WIDTH,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=VISION["num_heads"],
+        intermediate_size=4 * width,
         max_position_embeddings=128,
-        encoder_width=WIDTH,
+        encoder_width=width,
         single_stream=False,
-        fusion_layer=LAYERS // 2,
+        fusion_layer=layers // 2,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.02,
     )
     write_json(config.folder / "bert.json", {**asdict(bert), "hidden_act": "gelu"})
-    more = {
-        **METHOD,
-        "train_file": config.folder / "train.json",
-        "text_encoder": tokenizer_of(config),
-        "bert_config": config.folder / "bert.json",
-        "batch_size": config.batch,
-        "duration": f"{config.epochs} epochs",
-        "warmup": f"{config.warmup} steps",
+    schedule = {
+        "sched": "cosine",
         "lr": config.lr,
-        "device": device_of(config),
+        "epochs": config.epochs,
+        "min_lr": ENDS,
+        "decay_rate": 1,
+        "warmup_lr": ENDS,
+        "warmup_epochs": config.warmup // 100,  # stairs of 100 steps in its first epoch
+        "cooldown_epochs": 0,
     }
-    return [*ALBEF_OURS.split(), *flags(**more)]
+    return {
+        "train_file": [str(config.folder / "train.json")],
+        "bert_config": str(config.folder / "bert.json"),
+        "image_res": IMAGE_SIZE,
+        "vision_width": width,
+        "embed_dim": 64,
+        "queue_size": 1024,
+        "temp": 0.07,
+        "mlm_probability": 0.25,
+        "momentum": 0.99,
+        "alpha": 0.2,
+        "batch_size": config.batch,
+        "optimizer": {"opt": "adamW", "lr": config.lr, "weight_decay": 0.02},
+        "schedular": schedule,
+    }
+
+
+def pretrain_flags(config) -> list[str]:
+    """The flags of Pretrain.py; writes the configuration that they name."""
+    file = config.folder / "albef.yaml"
+    write_json(file, albef_config(config))
+    more = flags(config=file, text_encoder=tokenizer_of(config), device=device_of(config))
+    return [*more, *ALBEF_OURS.split()]
 
 
 def write_start(config, seed: int) -> Path:
@@ -179,29 +192,11 @@ def albef_ours(config, run: Path, seed: int) -> list[str]:
 
 
 def albef_original(config, run: Path, seed: int) -> list[str]:
-    schedule = {
-        "sched": "cosine",
-        "lr": config.lr,
-        "epochs": config.epochs,
-        "min_lr": ENDS,
-        "decay_rate": 1,
-        "warmup_lr": ENDS,
-        "warmup_epochs": config.warmup // 100,  # stairs of 100 steps in its first epoch
-        "cooldown_epochs": 0,
-    }
-    method = {
-        **METHOD,
-        "train_file": [str(config.folder / "train.json")],
-        "bert_config": str(config.folder / "bert.json"),
-        "batch_size": config.batch,
-        "optimizer": {"opt": "adamW", "lr": config.lr, "weight_decay": 0.02},
-        "schedular": schedule,
-    }
     options = {
         "peer": config.peer,
         "peer_python": config.peer_python,
-        "config": method,
-        "vision": {"patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS},
+        "config": albef_config(config),
+        "vision": VISION,
         "crop_scale": CROP,
         "text_encoder": str(tokenizer_of(config) / "tokenizer.json"),
         "start": str(write_start(config, seed)),

@@ -1,12 +1,9 @@
-"""Inputs of benchmarks.recognition, equal for both sides: sizes, a stand-in for LLaMA's tokenizer,
-images and labels.
-
-Imports torch alone, so that it also runs beside an original's checkout.
-"""
+"""Inputs of benchmarks.recognition, equal for both sides. Imports torch alone, so that it also runs
+beside an original's checkout."""
 
 import re
 import zlib
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -20,8 +17,7 @@ TRAINED_BLOCKS = 2  # of the image tower, the last ones
 
 
 class Words:
-    """Whole words for pieces: one id each, two for the words of labels, which have a digit in
-    them."""
+    """Stands in for LLaMA's tokenizer: an id a word, two for labels, which have a digit in them."""
 
     bos_id = bos = 1
     eos_id = eos = 2
@@ -46,27 +42,14 @@ class Words:
         return " ".join(map(str, ids))
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Geometry of the network."""
-
-    vision_width: int = 256
-    vision_layers: int = 6
-    vision_heads: int = 4
-    dim: int = 512  # width of the decoder
-    layers: int = 4
-    heads: int = 8
-    multiple_of: int = 256  # the decoder's hidden width is rounded up to
-
-
-FULL = Sizes()
-TINY = Sizes(
-    vision_width=64, vision_layers=3, vision_heads=1, dim=64, layers=2, heads=2, multiple_of=32
-)
-
-
-def sizes_of(options) -> Sizes:
-    return TINY if options.tiny else FULL
+def sizes_of(options: SimpleNamespace) -> SimpleNamespace:
+    """Geometry of image tower and decoder, whose hidden width is rounded up to `multiple_of`."""
+    vision = {"vision_width": 256, "vision_layers": 6, "vision_heads": 4}
+    decoder = {"dim": 512, "layers": 4, "heads": 8, "multiple_of": 256}
+    if options.tiny:
+        vision = {"vision_width": 64, "vision_layers": 3, "vision_heads": 1}
+        decoder = {"dim": 64, "layers": 2, "heads": 2, "multiple_of": 32}
+    return SimpleNamespace(**vision, **decoder)
 
 
 def images(count: int) -> torch.Tensor:

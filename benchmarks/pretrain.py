@@ -1,5 +1,4 @@
-"""Speed and memory of a pre-training step: ViT-B/16 + BERT-base SIMLA or ALBEF at 256 px, ours and
-the original's.
+"""Speed and memory of a pre-training step: ViT-B/16 + BERT-base SIMLA or ALBEF at 256 px.
 
     python -m benchmarks.pretrain --system simla --batch 4                        # ours alone
     python -m benchmarks.pretrain --peer PATH/TO/SIMLA                            # against a checkout, alternating
@@ -17,17 +16,16 @@ the libraries of another interpreter instead (transformers 4.28.1, timm 0.4.12 w
 
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from benchmarks.inputs import ALPHA, QUEUE_SIZE, synthetic_batch
-from benchmarks.runner import OURS, PEER, Side, TrainOptions, check_peer, device_of, run_side
+from benchmarks.inputs import ALPHA, PEER_FILE, QUEUE_SIZE, left, synthetic_batch
+from benchmarks.runner import OURS, PEER, TrainOptions, check_peer, device_of, run_side
 from benchmarks.steps import compare_steps, mfu, settings, training_step
-from benchmarks.table import Column, publish, table
+from benchmarks.table import Column, publish
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig
 from models.fusion.momentum import MomentumPairs
 from models.fusion.simla import Simla, SimlaConfig
@@ -75,8 +73,7 @@ def make_tiny(vit: ViTConfig, bert: BertConfig) -> None:
 
 
 def training_batch(options: SimpleNamespace) -> dict[str, Tensor]:
-    """The common batch under the names of the model's forward, masked positions padded to a
-    multiple of 32."""
+    """The common batch as the model's forward takes it, masked positions padded to 32."""
     batch = synthetic_batch(options.batch)
     labels = batch["mlm_labels"].flatten()
     positions = (labels >= 0).nonzero().flatten()
@@ -123,13 +120,12 @@ def ours(options: SimpleNamespace) -> dict:
 
 def our_losses(options: SimpleNamespace) -> dict:
     """Losses with the peer's weights and codes, no dropout, the likeliest negatives."""
-    file = Path(options.exchange) / "peer.pt"
-    saved = torch.load(file, weights_only=True, mmap=True, map_location=options.device)
+    saved = left(options, PEER_FILE)
     model = Simla(model_config(options, compat="original")).to(options.device).eval()
     model.load_state_dict(saved["model"])
     batch = training_batch(options)
     if batch.pop("token_image", None) is not None:
-        batch["visual_codes"] = saved["visual_codes"]
+        batch["visual_codes"] = saved["visual_codes"].to(options.device)
 
     def likeliest(i2t: Tensor, t2i: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         images = t2i.masked_fill(same, -torch.inf).argmax(-1)
@@ -143,8 +139,26 @@ def our_losses(options: SimpleNamespace) -> dict:
     return {"losses": {name: loss.item() for name, loss in losses.items()}}
 
 
-def check_config(config: Config) -> None:
-    """Raise UserError if the settings cannot be measured."""
+def compare_losses(config: Config) -> None:
+    """Publish both sides' losses with equal weights, masks and negatives, no dropout."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:  # the original first, it leaves the weights
+        for side, function in ((PEER, "peers.fusion:losses"), (OURS, "pretrain:our_losses")):
+            run = run_side(side, f"benchmarks.{function}", config, exchange=folder)
+            results[side] = run["losses"]
+    theirs, ours = results.values()
+    difference = {name: abs(ours[name] - value) / abs(value) for name, value in theirs.items()}
+    rows = {OURS: [ours], PEER: [theirs], "relative difference": [difference]}
+    columns = [Column(name, name, "{:.7g}") for name in theirs]
+    title = [config.system.upper(), "same losses", f"batch {config.batch}", device_of(config)]
+    remark = (
+        "The original's weights in both, ours with `compat: original`; no dropout, equal masks "
+    )
+    remark += "and negatives."
+    publish(config, "pretrain", title, rows, columns, remark)
+
+
+def main(config: Config) -> None:
     if config.same_losses and not config.peer:
         raise UserError("--check compares with the original: name its checkout with --peer PATH")
     check_peer(config, CHECKOUT_FILES[config.system], config.system.upper())
@@ -152,34 +166,14 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"--batch {config.batch}: the original's queue wants a divisor of {QUEUE_SIZE}"
         )
-
-
-def compare_losses(config: Config) -> None:
-    """Publish both sides' losses with equal weights, masks and negatives, no dropout."""
-    original = Side(PEER, "benchmarks.peers.fusion:losses", original=True)
-    mine = Side(OURS, "benchmarks.pretrain:our_losses")
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = run_side(original, config, exchange=folder)["losses"]  # first, leaves the weights
-        ours = run_side(mine, config, exchange=folder)["losses"]
-    difference = {name: abs(ours[name] - value) / abs(value) for name, value in theirs.items()}
-    results = {OURS: [ours], PEER: [theirs], "relative difference": [difference]}
-    columns = [Column(name, name, "{:.7g}") for name in theirs]
-    body = "The original's weights in both, ours with `compat: original`; no dropout, equal masks "
-    body += f"and negatives.\n\n{table(results, columns)}"
-    title = [config.system.upper(), "same losses", f"batch {config.batch}", device_of(config)]
-    publish(config, "pretrain", title, body, results)
-
-
-def main(config: Config) -> None:
-    check_config(config)
     if config.same_losses:
         compare_losses(config)
         return
     title = [config.system.upper(), *settings(config)]
-    sides = [Side(OURS, "benchmarks.pretrain:ours")]
+    sides = {OURS: "benchmarks.pretrain:ours"}
     if config.peer:
         title.append("original in fp32")
-        sides.append(Side(PEER, "benchmarks.peers.fusion:step", original=True))
+        sides[PEER] = "benchmarks.peers.fusion:step"
     compare_steps(config, "pretrain", title, sides)
 
 

@@ -1,5 +1,4 @@
-"""Speed of NXTP with 51.5M parameters: labels a second, and a training step, ours and the
-original's.
+"""Speed of NXTP with 51.5M parameters: labels a second, and a training step.
 
     python -m benchmarks.recognition                                        # ours alone, all cases
     python -m benchmarks.recognition --peer PATH/TO/nxtp                    # against a checkout, alternating
@@ -16,17 +15,17 @@ whose weight is 0. --precision is that of both training steps.
 import itertools
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import nxtp_inputs as inputs
 from benchmarks.gauge import measure
-from benchmarks.runner import OURS, PEER, Side, TrainOptions, check_peer, device_of, take_turns
+from benchmarks.inputs import left
+from benchmarks.runner import OURS, PEER, TrainOptions, check_peer, device_of, take_turns
 from benchmarks.steps import training_step
-from benchmarks.table import MEMORY, Column, publish, tables
+from benchmarks.table import MEMORY, Column, publish
 from dataset.tasks.recognition import Sequences, pad_batch
 from models.layers.llama import LlamaConfig
 from models.layers.openai_towers import OpenAIConfig
@@ -76,10 +75,17 @@ def build_model(options: SimpleNamespace) -> Nxtp:
         multiple_of=sizes.multiple_of,
     )
     model = Nxtp(NxtpConfig(tower, llama, trained_rows=(inputs.IMAGE,)))
-    saved = Path(options.exchange) / "weights.pt"
-    if saved.exists():
-        model.load_state_dict(torch.load(saved, weights_only=True, mmap=True))
+    weights = left(options, "weights.pt")
+    if weights:
+        model.load_state_dict(weights)
     return model.to(options.device)
+
+
+def freeze(model: nn.Module) -> None:
+    """Train what NXTP trains; the names are the original's, too."""
+    trained = trained_names([name for name, _ in model.named_parameters()], inputs.TRAINED_BLOCKS)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
 
 
 def label(options: SimpleNamespace) -> dict:
@@ -110,9 +116,7 @@ def train(options: SimpleNamespace) -> dict:
         texts.append(sequences.labels(inputs.labels_of(caption), inputs.PROMPT))
     batch = pad_batch(texts, words.pad)
     batch["image"] = inputs.images(options.batch)
-    trained = trained_names([name for name, _ in model.named_parameters()], inputs.TRAINED_BLOCKS)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    freeze(model)
 
     def loss_of(losses: dict) -> Tensor:
         return losses["loss_objs"]  # the only one with a weight
@@ -143,9 +147,8 @@ def add_figures(results: dict[str, list[dict]], count: int) -> None:
 def measure_case(case: str, config: Config, folder: str) -> dict[str, list[dict]]:
     """Both sides' measurements, the original's first: it leaves the weights."""
     what = "train" if case == "train" else "label"
-    sides = [Side(OURS, f"benchmarks.recognition:{what}")]
-    if config.peer:
-        sides.insert(0, Side(PEER, f"benchmarks.peers.nxtp:{what}", original=True))
+    sides = {PEER: f"benchmarks.peers.nxtp:{what}"} if config.peer else {}
+    sides[OURS] = f"benchmarks.recognition:{what}"
     results = take_turns(config, sides, exchange=folder, images=CASES[case])
     add_figures(results, CASES[case] * config.labels or config.batch)
     return results
@@ -153,18 +156,18 @@ def measure_case(case: str, config: Config, folder: str) -> dict[str, list[dict]
 
 def main(config: Config) -> None:
     check_peer(config, "src/decoding.py", "NXTP", one_size=False)
-    cases = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         for case in config.cases:
             name = f"top {config.labels}, case {case}"
             if case == "train":
                 name = f"training step, {config.batch} images"
-            cases[name] = measure_case(case, config, folder)
+            for side, runs in measure_case(case, config, folder).items():
+                results[f"{name}: {side}"] = runs
     title = ["Recognition"] + ["51.5M parameters"] * (not config.tiny)
     title += [*config.cases, config.precision, device_of(config)]
     title += ["against the original"] * bool(config.peer)
-    runs = {f"{case}: {side}": cases[case][side] for case in cases for side in cases[case]}
-    publish(config, "recognition", title, tables(cases, COLUMNS), runs)
+    publish(config, "recognition", title, results, COLUMNS)
 
 
 if __name__ == "__main__":

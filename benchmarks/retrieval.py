@@ -1,9 +1,8 @@
-"""Speed of retrieval evaluation with re-ranking: ViT-B/16 at 384 px + BERT-base SIMLA or ALBEF,
-against the original's.
+"""Speed of retrieval evaluation with re-ranking: ViT-B/16 at 384 px + BERT-base SIMLA or ALBEF.
 
     python -m benchmarks.retrieval                                 # ours alone
     python -m benchmarks.retrieval --peer PATH/TO/SIMLA            # against a checkout, and are the scores equal?
-    python -m benchmarks.retrieval --peer PATH/TO/ALBEF --system albef --precision bf16
+    python -m benchmarks.retrieval --peer PATH/TO/ALBEF --system albef
 
 All images and captions are encoded; then each image's `k_test` nearest captions, and each caption's
 nearest images, are matched. A pair is a candidate of one direction; the same number counts for both
@@ -12,10 +11,10 @@ runs unchanged, with stand-ins for old libraries (or --peer-python, as in benchm
 weights are then ours. The table has the time that COCO's test would take by these rates.
 """
 
+import itertools
 import statistics
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -24,10 +23,10 @@ from torch import Tensor
 from base.distributed import World
 from base.errors import UserError
 from benchmarks.gauge import Stages
-from benchmarks.inputs import synthetic_split
+from benchmarks.inputs import PEER_FILE, left, synthetic_split
 from benchmarks.pretrain import make_tiny
-from benchmarks.runner import OURS, PEER, PeerOptions, Side, check_peer, device_of, take_turns
-from benchmarks.table import Column, publish, table
+from benchmarks.runner import OURS, PEER, PeerOptions, check_peer, device_of, take_turns
+from benchmarks.table import Column, publish
 from evaluation.retrieval import FILL, Captions, rank
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from models.layers.vit import ViTConfig
@@ -66,8 +65,8 @@ class Config(PeerOptions):
         return (1 + CAPTIONS) * self.images * self.k_test
 
 
-def build_model(options: SimpleNamespace) -> Retrieval:
-    """ViT-B/16 at 384 px and BERT-base; the peer's weights if it left any, else random ones."""
+def build_model(options: SimpleNamespace, weights: dict | None) -> Retrieval:
+    """ViT-B/16 at 384 px and BERT-base; the weights of the peer, none = random ones."""
     torch.manual_seed(0)
     vit = ViTConfig(image_size=384)
     bert = BertConfig()
@@ -77,16 +76,15 @@ def build_model(options: SimpleNamespace) -> Retrieval:
     if options.tiny:
         make_tiny(vit, bert)
     model = Retrieval(RetrievalConfig(vit=vit, bert=bert, queue_size=64))
-    saved = Path(options.exchange) / "peer.pt"
-    if saved.exists():
-        weights = torch.load(saved, weights_only=True, mmap=True, map_location="cpu")["model"]
+    if weights:
         load_checkpoint(model, weights, allowed_missing=("*_m.*", "*queue*"))
     return model.to(options.device)
 
 
 def ours(options: SimpleNamespace) -> dict:
     """Times of the stages and, if the peer left scores, how far the rankings agree."""
-    model = build_model(options)
+    peer = left(options, PEER_FILE) or {"model": None}
+    model = build_model(options, peer["model"])
     images, ids, mask = synthetic_split(options.images, options.captions)
     captions = Captions(ids, mask, torch.arange(len(ids)) % len(images))
     world = World(0, 1, 0, torch.device(options.device))
@@ -113,10 +111,8 @@ def ours(options: SimpleNamespace) -> dict:
         )
     stages.enter("end")
     result = {"times": stages.times()}
-    file = Path(options.exchange) / "peer.pt"
-    if file.exists():
-        scores = torch.load(file, weights_only=True, mmap=True)["scores"]
-        pairs = zip(rankings, scores, strict=True)
+    if "scores" in peer:
+        pairs = zip(rankings, peer["scores"], strict=True)
         result["agreement"] = [agreement(ranking.dense(), theirs) for ranking, theirs in pairs]
     return result
 
@@ -171,19 +167,17 @@ def main(config: Config) -> None:
         )
     system = config.system.upper()
     check_peer(config, CHECKOUT_FILES[config.system], system)
-    sides = [Side(OURS, "benchmarks.retrieval:ours")]
-    if config.peer:  # first, it leaves the weights
-        sides.insert(0, Side(PEER, "benchmarks.peers.fusion:evaluate", original=True))
+    sides = {PEER: "benchmarks.peers.fusion:evaluate"} if config.peer else {}  # leaves the weights
+    sides[OURS] = "benchmarks.retrieval:ours"
     captions = CAPTIONS * config.images
     with tempfile.TemporaryDirectory() as folder:
         results = take_turns(config, sides, exchange=folder, captions=captions)
-    found = {side: [rates(run, config) for run in runs] for side, runs in results.items()}
-    body = table(found, COLUMNS)
-    if config.peer:
-        body += f"\n\n{agreement_text(results[OURS][0]['agreement'])}"
+    for run in itertools.chain(*results.values()):
+        run.update(rates(run, config))
+    remark = agreement_text(results[OURS][0]["agreement"]) if config.peer else ""
     title = ["Retrieval evaluation", f"{system} at 384 px", f"{config.images} images"]
     title += [f"{captions} captions", f"k_test {config.k_test}", "fp32", device_of(config)]
-    publish(config, "retrieval", title, body, results)
+    publish(config, "retrieval", title, results, COLUMNS, remark)
 
 
 if __name__ == "__main__":

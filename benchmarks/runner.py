@@ -1,7 +1,8 @@
 """What every benchmark does: options, taking turns in fresh processes, and the check of the load.
 
-A benchmark lists its sides, ours and others'. Each measurement is a process of its own, so that
-memory is clean; the sides take turns, so that a change of the machine's speed disturbs all alike.
+A benchmark names its sides, {name in the table: "MODULE:FUNCTION" for benchmarks.child}. Each
+measurement is a process of its own, so that memory is clean; the sides take turns, so that a change
+of the machine's speed disturbs all alike.
 """
 
 import json
@@ -10,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -58,17 +59,6 @@ class TrainOptions(PeerOptions):
     activation_checkpointing: bool = knob(False, "recompute blocks in the backward pass")
 
 
-@dataclass(frozen=True)
-class Side:
-    """One side of a comparison."""
-
-    name: str  # in the table
-    function: str  # "MODULE:FUNCTION" for benchmarks.child
-    original: bool = False  # runs by --peer-python
-    settings: dict = field(default_factory=dict)  # options of this side alone
-    processes: int = 0  # that torchrun starts; 0 = one process without it
-
-
 def device_of(options: Options) -> str:
     """`cpu` or `cuda`; `auto` is CUDA where present."""
     if options.device == "auto":
@@ -79,10 +69,8 @@ def device_of(options: Options) -> str:
 def check_peer(
     options: PeerOptions, file: str, name: str, one_size: bool = True, tensorflow: bool = False
 ) -> None:
-    """Raise UserError if --peer is given and is no checkout of `name`, which has `file`.
-
-    one_size: the original's network cannot be made tiny. tensorflow: it needs an interpreter.
-    """
+    """UserError if --peer is given and is no checkout of `name`, which has `file`; or with --tiny,
+    if the original has `one_size`."""
     if not options.peer:
         return
     if not (Path(options.peer) / file).is_file():
@@ -99,23 +87,20 @@ def check_peer(
 # ---- load
 def busy_seconds() -> float:
     """CPU seconds that all work of the machine has used since it started."""
-    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    idle = ticks[3] + ticks[4]  # idle, waiting for disks
-    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split()[1:9]]
+    idle, waiting_for_disks = ticks[3:5]
+    return (sum(ticks) - idle - waiting_for_disks) / os.sysconf("SC_CLK_TCK")
 
 
 def current_load(seconds: float = 2.0) -> float:
-    """Cores in use now.
-
-    Unlike the load average, it forgets at once what has just ended: the measurement before.
-    """
+    """Cores in use now. Unlike the load average, it forgets at once the measurement before."""
     before = busy_seconds()
     time.sleep(seconds)
     return (busy_seconds() - before) / seconds
 
 
 def idle_load(options: Options) -> float:
-    """The load, once no other work is running. Raise UserError if it still is after `wait` minutes,
+    """The load, once no other work is running. UserError if it still is after `wait` minutes,
     unless --busy allows it."""
     deadline = time.monotonic() + 60 * options.wait
     load = current_load()
@@ -130,22 +115,25 @@ def idle_load(options: Options) -> float:
 
 
 # ---- turns
-def run_side(side: Side, options: Options, **more) -> dict:
-    """One measurement in a fresh process: the dictionary that the side's function returns, and
-    `others`, the cores that other work used meanwhile.
+def run_side(name: str, function: str, options: Options, processes: int = 0, **more) -> dict:
+    """One measurement in a fresh process: the dictionary that the function returns, and `others`,
+    the cores that other work used meanwhile.
 
-    The function takes the options, the resolved `device`, the side's settings and `more`.
+    The function takes the options, the resolved `device`, the side's name as `side`, and `more`.
+    Those of benchmarks.peers run by --peer-python. processes: that torchrun starts; 0 = one without.
     """
-    given = {**asdict(options), "device": device_of(options), **side.settings, **more}
-    python = (side.original and given.get("peer_python")) or sys.executable
-    command = [python, "-m", "benchmarks.child", side.function, json.dumps(given, default=str)]
-    if side.processes:
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={side.processes}"]
+    given = {**asdict(options), "device": device_of(options), "side": name, **more}
+    python = sys.executable
+    if function.startswith("benchmarks.peers."):
+        python = given["peer_python"] or python
+    command = [python, "-m", "benchmarks.child", function, json.dumps(given, default=str)]
+    if processes:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command[2:2] = [*launcher, "-m"]
     begin = time.perf_counter()
     busy = busy_seconds()
     own = children_seconds()
-    printed = run_command(command, side.name, options.threads)
+    printed = run_command(command, name, options.threads)
     result = json.loads(printed.strip().splitlines()[-1])
     used = busy_seconds() - busy - (children_seconds() - own)
     result["others"] = max(0.0, used / (time.perf_counter() - begin))
@@ -153,7 +141,7 @@ def run_side(side: Side, options: Options, **more) -> dict:
 
 
 def run_command(command: list, name: str, threads: int) -> str:
-    """What a command prints. Raises UserError with its last words if it fails."""
+    """What a command prints. UserError with its last words if it fails."""
     env = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3")
     env.update(OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS=str(threads))
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -169,19 +157,19 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def take_turns(options: Options, sides: list[Side], **more) -> dict:
-    """All measurements {the side's name: [results]}, ours first.
+def take_turns(options: Options, sides: dict[str, str], **more) -> dict[str, list[dict]]:
+    """All measurements {the side's name: [results]}, ours first, each with the `load` before it.
 
-    They run in turn in the order of `sides`, every second time in reverse. `load` in each result is
-    that before it; no other work may run then.
+    They run in turn in the order of `sides`, every second time in reverse.
     """
-    names = sorted((side.name for side in sides), key=lambda name: name != OURS)
-    results: dict[str, list[dict]] = {name: [] for name in names}
+    results: dict[str, list[dict]] = {name: [] for name in sorted(sides, key=OURS.__ne__)}
+    order = list(sides)
     for turn in range(options.repeats):
-        for side in sides if turn % 2 == 0 else reversed(sides):
+        for name in order:
             load = idle_load(options)
-            result = {**run_side(side, options, **more), "load": load}
-            results[side.name].append(result)
+            result = {**run_side(name, sides[name], options, **more), "load": load}
+            results[name].append(result)
             figures = {n: round(v, 3) for n, v in result.items() if isinstance(v, int | float)}
-            print(f"{side.name} {turn + 1}/{options.repeats}: {figures}", flush=True)
+            print(f"{name} {turn + 1}/{options.repeats}: {figures}", flush=True)
+        order.reverse()
     return results

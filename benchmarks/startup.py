@@ -26,8 +26,8 @@ import main as training
 from base import distributed
 from base.errors import UserError
 from benchmarks.gauge import linux_bytes, measure_once, peak_bytes
-from benchmarks.runner import OURS, Options, Side, take_turns
-from benchmarks.table import Column, publish, table
+from benchmarks.runner import OURS, Options, take_turns
+from benchmarks.table import Column, publish
 from dataset.sources.tar_writer import statistics_file, write_shard, write_statistics
 from dataset.text.bpe import ClipTokenizer
 from runtime.config.cli import knob, parse, run_script
@@ -127,16 +127,18 @@ def start(options: SimpleNamespace) -> dict | None:
 
 
 def main(config: Config) -> None:
-    side = Side(OURS, "benchmarks.startup:start", processes=config.ranks)
     with tempfile.TemporaryDirectory() as temporary:
         folder = config.folder or Path(temporary) / "shards"
         if not list(folder.glob("*.tar")):
             make_shards(folder, config)
-        results = take_turns(config, [side], folder=folder.resolve())
-    by_rank = zip(*(run["ranks"] for run in results[OURS]), strict=True)
-    body = table({f"rank {n}": list(runs) for n, runs in enumerate(by_rank)}, COLUMNS)
+        sides = {OURS: "benchmarks.startup:start"}
+        runs = take_turns(config, sides, processes=config.ranks, folder=folder.resolve())[OURS]
+    results: dict[str, list[dict]] = {f"rank {number}": [] for number in range(config.ranks)}
+    for run in runs:
+        for side, figures in zip(results, run["ranks"], strict=True):
+            results[side].append({**run, **figures})
     title = [f"Start-up on {config.shards * config.samples:,} samples in {config.shards:,} shards"]
-    publish(config, "startup", [*title, f"{config.ranks} ranks"], body, results)
+    publish(config, "startup", [*title, f"{config.ranks} ranks"], results, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Training steps of networks in PyTorch under one loop, their model FLOPs utilisation, and the
-table of their speed and memory."""
+"""Training steps of networks in PyTorch under one loop, their MFU and their table."""
 
 import itertools
 import time
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from base.distributed import World
 from benchmarks.gauge import measure
-from benchmarks.runner import Side, TrainOptions, device_of, take_turns
-from benchmarks.table import MEMORY, Column, publish, table
+from benchmarks.runner import OURS, TrainOptions, device_of, take_turns
+from benchmarks.table import FASTER, FASTER_CPU, MEMORY, Column, publish
 from runtime.flops import peak_flops
 from runtime.optim.build import PRECISIONS, Optimizer, Precision, build_optimizer
 from runtime.parallel import Features, parallelize
@@ -23,10 +22,11 @@ COLUMNS = [
     Column("samples/s", "rate", "{:.3f}"),
     MEMORY,
     Column("MFU", "mfu", "{:.0%}"),
-    Column("ours is faster by", "seconds", "{:.2f} x", ratio="lower"),
-    Column("by CPU time", "cpu_seconds", "{:.2f} x", ratio="lower"),
+    FASTER,
+    FASTER_CPU,
     Column("ours needs of its memory", "peak_bytes", "{:.2f} x", ratio="higher"),
 ]
+ADAMW = Optimizer(lr=1e-4, weight_decay=0.1)  # of the dual encoders
 
 
 def training_step(
@@ -38,8 +38,8 @@ def training_step(
     decayed: Collection[str] | None = None,
     before: Callable[[], None] | None = None,
 ) -> dict:
-    """`measure` of forward pass, backward pass, gradient norm and update on the device, and the
-    first step's `loss`.
+    """`measure` of forward pass, backward pass, gradient norm and update on the device, the number
+    of `parameters` and the first step's `loss`.
 
     loss_of: loss, 0-d, of what `model(**batch)` returns. decayed: see build_optimizer. before: what
     else a step does, at its start.
@@ -72,8 +72,7 @@ def training_step(
 
 
 def matmul_rate(dtype: torch.dtype, size: int) -> float:
-    """FLOP per second of processor time in a matrix product [size,size] on the CPU: the peak that
-    its MFU is measured against."""
+    """FLOP per second of processor time in a matrix product [size,size]: a CPU's peak."""
     matrix = torch.randn(size, size).to(dtype)
     best = 0.0
     for _ in range(5):
@@ -84,8 +83,7 @@ def matmul_rate(dtype: torch.dtype, size: int) -> float:
 
 
 def mfu(flops: float, result: dict, options: SimpleNamespace) -> float:
-    """Fraction of the vendor's peak on a GPU (0 if unknown), of a matrix product's rate on the
-    CPU."""
+    """Fraction of the vendor's peak on a GPU (0 if unknown), of a matrix product's rate on a CPU."""
     if options.device == "cpu":
         dtype = PRECISIONS[options.precision] or torch.float32
         size = 256 if options.tiny else 2048
@@ -104,14 +102,15 @@ def settings(options: TrainOptions) -> list[str]:
     return words
 
 
-def compare_steps(options: TrainOptions, name: str, title: list[str], sides: list[Side]) -> None:
+def compare_steps(
+    options: TrainOptions, name: str, title: list[str], sides: dict[str, str]
+) -> None:
     """Measure the training steps of all sides and publish their table."""
     results = take_turns(options, sides)
     for run in itertools.chain(*results.values()):
         run["rate"] = options.batch / run["seconds"]
-    parameters = results[sides[0].name][0]["parameters"]
-    body = f"{table(results, COLUMNS)}\n\n{parameters / 1e6:.1f} million parameters."
+    remark = f"{results[OURS][0]['parameters'] / 1e6:.1f} million parameters."
     for side, runs in results.items():
         if "library" in runs[0]:
-            body += f" {side}: {runs[0]['library']}, float32."
-    publish(options, name, title, body, results)
+            remark += f" {side}: {runs[0]['library']}, float32."
+    publish(options, name, title, results, COLUMNS, remark)

@@ -1,7 +1,7 @@
 """Tables of docs/BENCHMARKS.md: medians, ratios of neighbouring runs, and sections of the page.
 
-`results` is what `runner.take_turns` returns: {side: its measurements}, with the same number of
-measurements of each side; the i-th of two sides are neighbours in time.
+`results` is what `runner.take_turns` returns: {side: its measurements}, the i-th of two sides being
+neighbours in time. Several cases are one table with a row `CASE: SIDE` each.
 """
 
 import contextlib
@@ -19,19 +19,7 @@ from base.errors import UserError
 from base.writing import write_text
 from benchmarks.runner import IDLE_LOAD, OURS, ROOT, Options, device_of
 
-PREAMBLE = """# Benchmarks
-
-Written by the `benchmarks` package; each section names the command that made it, whose `--help`
-says what is measured. *ours* and the others ran in turn, each measurement in a process of its own;
-the figures are medians. A ratio is the median of the ratios of neighbouring runs. Memory is the
-peak of the process on a CPU, with weights and libraries, and the peak of the allocator on a GPU.
-CPU seconds are the processor time of all threads: on a shared machine they vary less than the
-clock. MFU is the FLOPs of the network's forward and backward pass over the device's peak, without
-those that activation checkpointing repeats and those of the image tokenizer; the peak is the
-vendor's figure for a GPU, and a measured matrix product of the same number type, by processor time,
-for a CPU. The load is the number of cores that other work used, before a measurement and during it.
-No other work may run meanwhile: a benchmark waits for that up to `--wait` minutes, else refuses.
-"""
+PAGE = ROOT / "docs/BENCHMARKS.md"
 
 
 # ---- figures
@@ -40,9 +28,16 @@ def median(runs: list[dict], key: str) -> float:
     return statistics.median(run[key] for run in runs if key in run)
 
 
+def partner(results: dict[str, list[dict]], side: str) -> list[dict]:
+    """Our measurements in the case of another side; none for ours."""
+    case, colon, _ = side.rpartition(": ")
+    ours = f"{case}{colon}{OURS}"
+    return results.get(ours, []) if side != ours else []
+
+
 def ratio(results: dict[str, list[dict]], other: str, key: str) -> float:
     """Median over neighbouring runs of the other side's figure divided by ours."""
-    pairs = zip(results[OURS], results[other], strict=True)
+    pairs = zip(partner(results, other), results[other], strict=True)
     return statistics.median(theirs[key] / ours[key] for ours, theirs in pairs)
 
 
@@ -60,11 +55,12 @@ class Column:
     def cell(self, results: dict[str, list[dict]], side: str) -> str:
         """Text of a cell; empty where the side has no such figure or no partner."""
         runs = results[side]
-        if runs[0].get(self.key) is None or (self.ratio and (side == OURS or OURS not in results)):
-            return ""
-        if isinstance(runs[0][self.key], str):
-            return runs[0][self.key]
+        first = runs[0].get(self.key)
+        if first is None or isinstance(first, str):
+            return first or ""
         if self.ratio:
+            if not partner(results, side):
+                return ""
             value = ratio(results, side, self.key)
             return self.form.format(value if self.ratio == "lower" else 1 / value)
         text = self.form.format(median(runs, self.key) * self.scale)
@@ -77,30 +73,18 @@ class Column:
 SECONDS = Column("seconds", "seconds", "{:.1f}")
 CPU_SECONDS = Column("CPU seconds", "cpu_seconds", "{:.1f}")
 MEMORY = Column("peak memory", "peak_bytes", "{:.2f} GiB", 2**-30)
+FASTER = Column("ours is faster by", "seconds", "{:.2f} x", ratio="lower")
+FASTER_CPU = Column("by CPU time", "cpu_seconds", "{:.2f} x", ratio="lower")
 
 
 def table(results: dict[str, list[dict]], columns: list[Column]) -> str:
-    """A row a side."""
-    return tables({"": results}, columns)
-
-
-def tables(cases: dict[str, dict[str, list[dict]]], columns: list[Column]) -> str:
-    """One table of the results of several cases, a row a case and side; columns of ratios only if
-    ours has company."""
-    if not any(OURS in results and len(results) > 1 for results in cases.values()):
+    """A row a side; columns of ratios only if ours has company."""
+    if not any(partner(results, side) for side in results):
         columns = [column for column in columns if not column.ratio]
-    rows = []
-    for case, results in cases.items():
-        for side in results:
-            name = ": ".join(filter(None, [case, side]))
-            rows.append([name, *(column.cell(results, side) for column in columns)])
-    return markdown(["", *(column.head for column in columns)], rows)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rows = [["", *(column.head for column in columns)], ["---"] * (1 + len(columns))]
+    for side in results:
+        rows.append([side, *(column.cell(results, side) for column in columns)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 # ---- what is said of a table
@@ -117,8 +101,7 @@ def machine(options: Options) -> str:
 
 
 def load_note(runs: list[dict]) -> str:
-    """The load before and during the measurements, and a warning where it was none; empty if nothing
-    was timed."""
+    """The load before and during the measurements, with a warning; empty if nothing was timed."""
     before = [run["load"] for run in runs if "load" in run]
     if not before:
         return ""
@@ -132,7 +115,7 @@ def load_note(runs: list[dict]) -> str:
 
 
 def command_line(options: Options, name: str) -> str:
-    """The command that repeats this run of benchmarks.NAME; the paths on this disk are left out."""
+    """The command that repeats this run of benchmarks.NAME, without paths of this disk."""
     words = ["python", "-m", f"benchmarks.{name}"]
     standard = asdict(type(options)())
     for key, value in asdict(options).items():
@@ -150,24 +133,29 @@ def command_line(options: Options, name: str) -> str:
 
 # ---- the page
 def publish(
-    options: Options, name: str, title: list[str], body: str, results: dict[str, list[dict]]
+    options: Options,
+    name: str,
+    title: list[str],
+    results: dict[str, list[dict]],
+    columns: list[Column],
+    remark: str = "",
 ) -> None:
-    """Print the table with machine, load and command; write it to the page of `report`.
+    """Print table, remark, machine, load and command; write them to the page of `report`.
 
     The words of the title distinguish a setting: a run of the same setting replaces its section.
-    A tiny network's figures are printed only. Raises UserError, after printing, if other work ran
-    beside the measurements and --busy does not allow it.
+    A tiny network's figures are printed only. UserError, after printing, if other work ran beside
+    the measurements and --busy does not allow it.
     """
     heading = ", ".join(title + ["tiny"] * options.tiny)
-    runs = [run for side in results.values() for run in side]
-    note = load_note(runs)
-    text = f"{body}\n\nMachine: {machine(options)}.{note}\n\n    {command_line(options, name)}"
+    load = load_note([run for runs in results.values() for run in runs])
+    parts = [table(results, columns), remark, f"Machine: {machine(options)}.{load}"]
+    text = "\n\n".join(filter(None, [*parts, f"    {command_line(options, name)}"]))
     print(f"{heading}\n\n{text}")
-    if "disturbed" in note and not options.busy:
+    if "disturbed" in load and not options.busy:
         raise UserError("other work began meanwhile: nothing is recorded; measure again, or --busy")
     if options.report and not options.tiny:
         page = ROOT / options.report
-        before = page.read_text() if page.exists() else PREAMBLE
+        before = page.read_text() if page.exists() else PAGE.read_text().partition("\n## ")[0]
         write_text(page, with_section(before, heading, text))
         print(f"written to {page}")
 

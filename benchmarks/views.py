@@ -1,5 +1,4 @@
-"""Samples per second and core of the dual encoders' input pipeline, beside the published kind of
-it.
+"""Samples per second and core of the dual encoders' input pipeline, beside the published kind.
 
     python -m benchmarks.views      # 512 x 384 JPEGs of about 60 kB, as files and in zips of 1000
 
@@ -25,8 +24,8 @@ from torchvision import transforms as T
 
 from base.pixels import IMAGENET
 from base.zip_member import image_source, read_member
-from benchmarks.runner import OURS, Options, Side, take_turns
-from benchmarks.table import Column, publish, tables
+from benchmarks.runner import OURS, Options, take_turns
+from benchmarks.table import Column, publish
 from dataset.images.clip import ImageViews, ViewOptions
 from dataset.images.decode import decode_image
 from dataset.text.augment import TextOptions, TextViews
@@ -68,8 +67,8 @@ def member_name(number: int) -> str:
 
 
 def write_images(folder: Path) -> int:
-    """Smooth random images with some grain as JPEG files, and in one zip file of MEMBERS members.
-    Returns the mean size of a file in bytes."""
+    """Smooth random images with some grain as JPEG files, and in one zip file of MEMBERS members;
+    returns the mean size of a file in bytes."""
     rng = torch.Generator().manual_seed(0)
     sizes = []
     for number in range(IMAGES):
@@ -150,19 +149,17 @@ def rate(make: Callable[[int], object], items: int) -> float:
 
 
 def main(config: Config) -> None:
-    sides = [
-        Side(name, "benchmarks.views:rates", settings={"side": name}) for name in (OURS, REFERENCE)
-    ]
+    sides = dict.fromkeys((OURS, REFERENCE), "benchmarks.views:rates")
     with tempfile.TemporaryDirectory() as folder:
         size = write_images(Path(folder))
-        results = take_turns(config, sides, exchange=folder)
-    cases: dict[str, dict] = {}
-    for side, runs in results.items():
-        for name in runs[0]["rates"]:
-            figures = [{"rate": run["rates"][name]} for run in runs]
-            cases.setdefault(name, {})[side] = figures
+        runs = take_turns(config, sides, exchange=folder)
+    results = {}
+    for name in runs[OURS][0]["rates"]:
+        for side in sides:
+            figures = [{**run, "rate": run["rates"][name]} for run in runs[side]]
+            results[f"{name}: {side}"] = figures
     title = ["Input pipeline", f"{WIDTH} x {HEIGHT} JPEGs of {size / 1000:.0f} kB"]
-    publish(config, "views", title, tables(cases, COLUMNS), results)
+    publish(config, "views", title, results, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Speed and memory of a multi-label pre-training step of ViT-B/16: ours, timm's, transformers' and
-the original's.
+"""Speed and memory of a multi-label pre-training step of ViT-B/16, beside timm and transformers.
 
-    python -m benchmarks.vit                                             # ours, timm and transformers, alternating
+    python -m benchmarks.vit
     python -m benchmarks.vit --peer PATH/TO/coyo-vit --peer-python PATH  # and TensorFlow's COYO-ViT
 
 A step is forward, backward, global-norm clipping and AdamW of ViT-B/16 with the tanh layer and
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runner import OURS, Side, TrainOptions, check_peer
+from benchmarks.runner import OURS, TrainOptions, check_peer
 from benchmarks.steps import compare_steps, settings, training_step
 from models.classification.classifier import ClassifierConfig, VisionClassifier, sigmoid_loss
 from models.weights.vit import transformers_config
@@ -35,8 +34,8 @@ class Config(TrainOptions):
 
 
 class Foreign(nn.Module):
-    """Another library's transformer [B,3,S,S] -> [B,D] with the tanh layer and head of COYO-ViT, and
-    our loss."""
+    """Another library's transformer [B,3,S,S] -> [B,D], the tanh layer and head of COYO-ViT, our
+    loss."""
 
     def __init__(self, trunk: nn.Module, token: Callable, width: int, classes: int):
         super().__init__()
@@ -112,12 +111,11 @@ def measure_network(model: nn.Module, options: SimpleNamespace) -> dict:
 
 def main(config: Config) -> None:
     check_peer(config, "backbones/vit/vit_model.py", "coyo-vit", tensorflow=True)
-    sides = [Side(OURS, "benchmarks.vit:ours")]
+    sides = {OURS: "benchmarks.vit:ours"}
     for library in ("timm", "transformers"):
-        sides.append(Side(library, f"benchmarks.vit:{library}"))
+        sides[library] = f"benchmarks.vit:{library}"
     if config.peer:
-        function = "benchmarks.peers.tensorflow:vit"
-        sides.append(Side("original (TensorFlow)", function, original=True))
+        sides["original (TensorFlow)"] = "benchmarks.peers.tensorflow:vit"
     title = ["Classification step", config.model, f"{config.classes:,} classes"]
     compare_steps(config, "vit", title + settings(config), sides)
 

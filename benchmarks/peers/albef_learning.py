@@ -41,11 +41,7 @@ class WordPiece:
 
 def with_values(function: Callable, **values) -> Callable:
     """`function`, called with `values` whatever the caller asks for."""
-
-    def call(*args, **given):
-        return function(*args, **{**given, **values})
-
-    return call
+    return lambda *args, **given: function(*args, **{**given, **values})
 
 
 def adjust_networks(options: types.SimpleNamespace) -> None:
@@ -62,17 +58,9 @@ def adjust_networks(options: types.SimpleNamespace) -> None:
 def adjust_data(options: types.SimpleNamespace) -> None:
     """The crop of both sides, without flips and colour operations: digits do not survive them."""
     data = importlib.import_module("dataset")
-    library = data.transforms
-    crop = with_values(library.RandomResizedCrop, scale=tuple(options.crop_scale))
-    data.transforms = types.SimpleNamespace(
-        Compose=library.Compose,
-        Resize=library.Resize,
-        ToTensor=library.ToTensor,
-        Normalize=library.Normalize,
-        RandomResizedCrop=crop,
-        RandomHorizontalFlip=torch.nn.Identity,
-    )
-    data.RandomAugment = torch.nn.Identity
+    views = data.transforms
+    views.RandomResizedCrop = with_values(views.RandomResizedCrop, scale=tuple(options.crop_scale))
+    views.RandomHorizontalFlip = data.RandomAugment = torch.nn.Identity
 
 
 def with_fixed_temperature(create_optimizer: Callable) -> Callable:

@@ -1,7 +1,6 @@
 """The original's side of benchmarks.dual: CL2L of clip-rocket and its loss, out of a checkout.
 
-Networks and losses run as they are. Replaced are xformers, which the default attention does not
-use, and the library's look-up of weights to download.
+Replaced are xformers, which the default attention does not use, and timm's table of networks.
 """
 
 import importlib
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.inputs import random_batch
 from benchmarks.peers.stand_ins import stand_in
-from benchmarks.steps import training_step
-from runtime.optim.build import Optimizer
+from benchmarks.steps import ADAMW, training_step
 
 
 def import_checkout(options: types.SimpleNamespace) -> tuple[types.ModuleType, types.ModuleType]:
@@ -23,17 +21,11 @@ def import_checkout(options: types.SimpleNamespace) -> tuple[types.ModuleType, t
     sys.path.insert(0, options.peer)
     importlib.import_module("timm.models.registry")
     vit = importlib.import_module("vit")
-
-    def transformer(variant: str, pretrained: bool = False, attn_layer=None, **more) -> nn.Module:
-        """Its VisionTransformer with random weights."""
-        return vit.VisionTransformer(attn_layer=vit.Attention, **more)
+    models = importlib.import_module("models")
 
     def vit_b16(name: str, num_classes: int, attn_layer: str) -> nn.Module:
-        sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-        return transformer(name, attn_layer=attn_layer, num_classes=0, **sizes)
+        return vit.VisionTransformer(num_classes=num_classes, attn_layer=vit.Attention)
 
-    vit._create_vision_transformer = transformer
-    models = importlib.import_module("models")
     models.timm.create_model = vit_b16
     return models, importlib.import_module("losses")
 
@@ -73,6 +65,4 @@ def step(options: types.SimpleNamespace) -> dict:
     def loss_of(outputs: dict) -> Tensor:
         return criterion(outputs)["loss"]
 
-    model = Network(models)
-    adamw = Optimizer(lr=1e-4, weight_decay=0.1)
-    return training_step(model, batch, loss_of, adamw, options)
+    return training_step(Network(models), batch, loss_of, ADAMW, options)

@@ -1,5 +1,4 @@
-"""The originals' sides of benchmarks.pretrain and benchmarks.retrieval: SIMLA's or ALBEF's models, and
-the evaluation loop of its Retrieval.py, out of a checkout.
+"""The originals' sides of benchmarks.pretrain and benchmarks.retrieval, SIMLA or ALBEF.
 
 The checkout's numeric code runs as it is. Around it, what it needs to start today: random weights
 instead of downloads, a process group of one, and stand-ins for old libraries (stand_ins.py).
@@ -15,19 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks import inputs
 from benchmarks.gauge import Stages, measure
-from benchmarks.inputs import (
-    ALPHA,
-    CLS,
-    IMAGE_SIZE,
-    MASK,
-    QUEUE_SIZE,
-    VOCABULARY,
-    pin_choices,
-    shake,
-    synthetic_batch,
-    synthetic_split,
-)
 from benchmarks.peers.stand_ins import Missing, prepare, stand_in, start_process_group
 
 CONFIG = {  # of both tasks
@@ -41,7 +29,7 @@ CONFIG = {  # of both tasks
     "vit_mask_token": False,
 }
 SIZES = {
-    "pretrain": {"image_res": IMAGE_SIZE, "queue_size": QUEUE_SIZE},
+    "pretrain": {"image_res": inputs.IMAGE_SIZE, "queue_size": inputs.QUEUE_SIZE},
     "retrieval": {"image_res": 384, "queue_size": 64},
 }
 BERT_FILES = {"simla": "configs/shared_bert.json", "albef": "configs/config_bert.json"}
@@ -58,7 +46,10 @@ def build_model(options: types.SimpleNamespace, task: str) -> nn.Module:
     bert.from_pretrained = classmethod(lambda cls, name, config, **more: cls(config, **more))
     file = Path(options.peer) / BERT_FILES[options.system]
     tokenizer = types.SimpleNamespace(
-        pad_token_id=0, cls_token_id=CLS, mask_token_id=MASK, vocab_size=VOCABULARY
+        pad_token_id=0,
+        cls_token_id=inputs.CLS,
+        mask_token_id=inputs.MASK,
+        vocab_size=inputs.VOCABULARY,
     )
     given = {
         "text_encoder": "bert-base-uncased",
@@ -77,7 +68,7 @@ def build_tokenizer(options: types.SimpleNamespace) -> nn.Module | None:
     if options.system == "albef":
         return None
     try:
-        vae = importlib.import_module("models.discrete_vae").Dalle_VAE(IMAGE_SIZE)
+        vae = importlib.import_module("models.discrete_vae").Dalle_VAE(inputs.IMAGE_SIZE)
         encoder = importlib.import_module("dall_e.encoder").Encoder
     except ModuleNotFoundError as error:
         raise SystemExit(
@@ -92,7 +83,7 @@ def arguments(batch: dict[str, Tensor], tokenizer: nn.Module | None) -> dict:
     text = types.SimpleNamespace(
         input_ids=batch["text_ids"], attention_mask=batch["text_mask"].long()
     )
-    given = {"image": batch["image"], "text": text, "alpha": ALPHA}
+    given = {"image": batch["image"], "text": text, "alpha": inputs.ALPHA}
     if tokenizer is not None:
         with torch.no_grad():
             codes = tokenizer.get_codebook_indices(batch["token_image"]).flatten(1)
@@ -109,7 +100,7 @@ def start(options: types.SimpleNamespace) -> tuple[nn.Module, nn.Module | None, 
     prepare(options)
     start_process_group(options.device)
     model = build_model(options, "pretrain").to(options.device).train()
-    batch = synthetic_batch(options.batch)
+    batch = inputs.synthetic_batch(options.batch)
     batch = {name: value.to(options.device) for name, value in batch.items()}
     return model, build_tokenizer(options), batch
 
@@ -142,13 +133,13 @@ def losses(options: types.SimpleNamespace) -> dict:
     weights and image codes behind them."""
     model, tokenizer, batch = start(options)
     model.eval()
-    shake(model)
-    pin_choices()
+    inputs.shake(model)
+    inputs.pin_choices()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     model.mask = lambda ids, *args, **kwargs: (batch["mlm_ids"], batch["mlm_labels"])
     given = arguments(batch, tokenizer)
     saved = {"model": state, "visual_codes": given.get("visual_token_ids")}
-    torch.save(saved, Path(options.exchange) / "peer.pt")
+    inputs.leave(options, inputs.PEER_FILE, saved)
     with torch.no_grad():
         values = model(**given)
     dist.destroy_process_group()
@@ -202,8 +193,8 @@ def evaluate(options: types.SimpleNamespace) -> dict:
     stages = Stages(options.device)
     script = evaluation_loop(stages)
     model = build_model(options, "retrieval").to(options.device)
-    shake(model)
-    images, ids, mask = synthetic_split(options.images, options.captions)
+    inputs.shake(model)
+    images, ids, mask = inputs.synthetic_split(options.images, options.captions)
     split = Split(images, len(ids), options.batch)
 
     def tokenizer(texts: list[int], **_) -> Tokens:
@@ -220,5 +211,5 @@ def evaluate(options: types.SimpleNamespace) -> dict:
         if "_m." not in name and "queue" not in name
     }
     matrices = [torch.from_numpy(matrix) for matrix in scores]
-    torch.save({"model": weights, "scores": matrices}, Path(options.exchange) / "peer.pt")
+    inputs.leave(options, inputs.PEER_FILE, {"model": weights, "scores": matrices})
     return {"times": stages.times()}

@@ -1,5 +1,4 @@
-"""The original's side of benchmarks.recognition: NXTP's encoding, decoding and networks out of a
-checkout.
+"""The original's side of benchmarks.recognition: NXTP's functions and networks out of a checkout.
 
 Its numeric code runs unchanged; modules that it imports for other purposes are replaced by empty
 ones, `clip` by the two layers it uses.
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 
 from benchmarks import nxtp_inputs as inputs
 from benchmarks.gauge import measure
+from benchmarks.inputs import leave, left
 from benchmarks.peers.stand_ins import stand_in
+from benchmarks.recognition import freeze
 from runtime.optim.build import PRECISIONS
 
 
@@ -56,12 +57,11 @@ class Original:
         )
         self.sizes = inputs.sizes_of(options)
         self.model = self.build_model()
-        saved = Path(options.exchange) / "weights.pt"
-        if not saved.exists():
-            with torch.no_grad():  # the head of a trained network is sharper than torch's default
-                self.model.language_decoder.output.weight.mul_(8)
-            torch.save(self.model.state_dict(), saved)
-        self.model.load_state_dict(torch.load(saved, weights_only=True, mmap=True))
+        with torch.no_grad():  # the head of a trained network is sharper than torch's default
+            self.model.language_decoder.output.weight.mul_(8)
+        if left(options, "weights.pt") is None:
+            leave(options, "weights.pt", self.model.state_dict())
+        self.model.load_state_dict(left(options, "weights.pt"))
         self.model.to(options.device)
 
     def build_model(self) -> nn.Module:
@@ -148,20 +148,6 @@ def first_label(row: list[int]) -> list[int]:
     return row[: row.index(inputs.COMMA) + 1] if inputs.COMMA in row else row
 
 
-def freeze(model: nn.Module, layers: int) -> None:
-    """Train what NXTP trains: the last blocks of the image tower, what follows it, and the image
-    token's row of the decoder's table."""
-    frozen = ["conv1", "class_embedding", "positional_embedding", "ln_pre"]
-    frozen += [f"transformer.resblocks.{i}." for i in range(layers - inputs.TRAINED_BLOCKS)]
-    prefixes = tuple(f"vision_encoder.{part}" for part in frozen)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(prefixes))
-    table = model.language_decoder.tok_embeddings.weight
-    rows = torch.zeros_like(table)
-    rows[inputs.IMAGE] = 1
-    table.register_hook(lambda grad: grad.mul_(rows))
-
-
 def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
     logits = logits[:, :-1].reshape(-1, logits.shape[-1])
     target = target[:, 1:].reshape(-1).to(logits.device)
@@ -174,7 +160,11 @@ def train(options: types.SimpleNamespace) -> dict:
     model = original.model.train()
     images = inputs.images(options.batch).to(options.device)
     captions = inputs.captions(options.batch)
-    freeze(model, original.sizes.vision_layers)
+    freeze(model)
+    table = model.language_decoder.tok_embeddings.weight
+    trained_row = torch.zeros_like(table)
+    trained_row[inputs.IMAGE] = 1
+    table.register_hook(lambda grad: grad.mul_(trained_row))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True

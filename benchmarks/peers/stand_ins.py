@@ -16,15 +16,15 @@ from torch import nn
 
 
 class Missing(types.ModuleType):
-    """A library that is imported but never used in a step: any name of it is there, none does
-    anything."""
+    """A library of which little is used: any name of it is there, and is `anything`."""
 
     __path__ = ()
+    anything = None
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        return None
+        return self.anything
 
 
 def stand_in(name: str, **names) -> None:
@@ -37,26 +37,21 @@ def stand_in(name: str, **names) -> None:
         setattr(sys.modules[parent], leaf, module)
 
 
-class Outputs:
+class Outputs(types.SimpleNamespace):
     """Named results; `outputs[i]` counts those that are not None."""
 
-    def __init__(self, **fields):
-        self.__dict__.update(fields)
-
     def __getitem__(self, index):
-        return [value for value in self.__dict__.values() if value is not None][index]
+        return [value for value in vars(self).values() if value is not None][index]
 
 
-class Config:
+class Config(types.SimpleNamespace):
     """BERT configuration: the JSON file's fields over the library's defaults."""
 
-    def __init__(self, **fields):
-        self.use_cache = self.output_attentions = self.output_hidden_states = False
-        self.is_decoder = self.add_cross_attention = False
-        self.gradient_checkpointing = self.chunk_size_feed_forward = False
-        self.use_return_dict = True
-        self.position_embedding_type = "absolute"
-        self.__dict__.update(fields)
+    use_cache = output_attentions = output_hidden_states = False
+    is_decoder = add_cross_attention = False
+    gradient_checkpointing = chunk_size_feed_forward = False
+    use_return_dict = True
+    position_embedding_type = "absolute"
 
     @classmethod
     def from_json_file(cls, path: str) -> "Config":
@@ -64,8 +59,7 @@ class Config:
 
 
 class Pretrained(nn.Module):
-    """What the originals use of transformers' base class: initialisation, tied output weights,
-    additive masks."""
+    """What the originals use of transformers' base class."""
 
     def __init__(self, config: Config, *args, **kwargs):
         super().__init__()
@@ -103,35 +97,16 @@ def no_chunks(function, chunk: int, dim: int, *tensors):
     return function(*tensors)
 
 
-DOCUMENTATION = (
-    "add_code_sample_docstrings",
-    "add_start_docstrings",
-    "add_start_docstrings_to_model_forward",
-    "replace_return_docstrings",
-)
-OUTPUTS = (
-    "BaseModelOutputWithPastAndCrossAttentions",
-    "BaseModelOutputWithPoolingAndCrossAttentions",
-    "CausalLMOutputWithCrossAttentions",
-    "MaskedLMOutput",
-)
-
-
 def replace_libraries() -> None:
     """Register stand-ins for transformers."""
-    decorators = dict.fromkeys(DOCUMENTATION, no_documentation)
-    outputs = dict.fromkeys(OUTPUTS, Outputs)
     logging = types.SimpleNamespace(get_logger=lambda name: None, set_verbosity_error=lambda: None)
     stand_in("transformers", logging=logging)
     stand_in("transformers.utils", logging=logging)
     stand_in("transformers.activations", ACT2FN={"gelu": nn.functional.gelu})
-    stand_in("transformers.file_utils", ModelOutput=Outputs, **decorators)
-    stand_in("transformers.modeling_outputs", **outputs)
-    stand_in(
-        "transformers.modeling_utils",
-        PreTrainedModel=Pretrained,
-        apply_chunking_to_forward=no_chunks,
-    )
+    stand_in("transformers.file_utils", ModelOutput=Outputs, anything=no_documentation)
+    stand_in("transformers.modeling_outputs", anything=Outputs)
+    modeling = {"PreTrainedModel": Pretrained, "apply_chunking_to_forward": no_chunks}
+    stand_in("transformers.modeling_utils", **modeling)
     stand_in("transformers.models.bert.configuration_bert", BertConfig=Config)
 
 

@@ -18,6 +18,7 @@ from base.errors import UserError
 from base.reading import read_json
 from base.writing import write_json
 from benchmarks import learning, learning_sides
+from benchmarks.table import table
 from runtime.optim.schedule import Schedule, learning_rate
 
 
@@ -75,9 +76,11 @@ def test_recall_counts_what_the_embeddings_find(config):
 def test_the_table_has_mean_standard_error_and_every_seed():
     runs = [{"captions": 50.0, "images": 40.0, "cpu_seconds": 10.0}]
     runs.append({"captions": 54.0, "images": 43.0, "cpu_seconds": 10.0})
-    row = learning.rows({"ours": runs}, 1000).splitlines()[-1]
+    results = {"ours": [learning.figures(runs, 1000)]}
+    head, _, row = table(results, learning.COLUMNS).splitlines()
+    assert head.startswith("|  | R@1 of captions (each seed) | R@1 of images (each seed) |")
     assert row == "| ours | 52.0 ± 2.0 (50.0, 54.0) | 41.5 ± 1.5 (40.0, 43.0) | 100 |"
-    assert learning.spread([{"images": 7.0}], "images") == "7.0 (7.0)"
+    assert learning.spread([7.0]) == "7.0 (7.0)"
 
 
 def test_options_that_do_not_fit_are_refused(config):

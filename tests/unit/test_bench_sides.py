@@ -56,9 +56,9 @@ RUNS = {  # benchmark and settings: rows of the table that the run must have
 def in_this_process(monkeypatch):
     """Sides are called instead of started; a real process is in test_bench_table.py."""
 
-    def run_side(side, options, **more):
-        given = {**asdict(options), "device": runner.device_of(options), **side.settings, **more}
-        return child.call(side.function, given)
+    def run_side(name, function, options, processes=0, **more):
+        device = runner.device_of(options)
+        return child.call(function, {**asdict(options), "device": device, "side": name, **more})
 
     monkeypatch.setattr(runner, "run_side", run_side)
     monkeypatch.setattr(runner, "current_load", lambda: 0.0)

@@ -2,13 +2,12 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 
 from base.errors import UserError
 from benchmarks import runner, steps, table
-from benchmarks.runner import OURS, Options, Side, TrainOptions
+from benchmarks.runner import OURS, Options, TrainOptions
 
 
 def runs(*rows):
@@ -61,12 +60,12 @@ def test_steps_are_compared_and_published(monkeypatch, capsys):
     step = {"cpu_seconds": 1.0, "peak_bytes": 1 << 30, "parameters": 2_500_000}
     seconds = {OURS: 0.5, "TF": 2.0}
 
-    def run_side(side, options, **more):
-        return {**step, "seconds": seconds[side.name], "library": "TensorFlow 2"}
+    def run_side(name, function, options, **more):
+        return {**step, "seconds": seconds[name], "library": "TensorFlow 2"}
 
     monkeypatch.setattr(runner, "run_side", run_side)
     options = TrainOptions(batch=8, device="cpu", report="")
-    steps.compare_steps(options, "vit", ["ViT"], [Side(OURS, "a:b"), Side("TF", "c:d")])
+    steps.compare_steps(options, "vit", ["ViT"], {OURS: "a:b", "TF": "c:d"})
     out = capsys.readouterr().out
     assert "| ours | 0.500 (0.500-0.500) | 1.00 | 16.000 |" in out and "4.00 x | 1.00 x" in out
     assert "2.5 million parameters. " in out and "TF: TensorFlow 2, float32." in out
@@ -118,18 +117,27 @@ def test_a_busy_machine_is_refused_or_waited_for(monkeypatch):
 
 
 def measured(load: float, others: float) -> dict:
-    return {OURS: [{"load": load, "others": others}], "other": [{"load": 0.0, "others": others}]}
+    loads = {OURS: [{"load": load, "others": others}], "other": [{"load": 0.0, "others": others}]}
+    return {side: [{**run, "k": 5} for run in runs] for side, runs in loads.items()}
+
+
+COLUMNS = [table.Column("neighbours", "k", "{:.0f}")]
+TABLE = "|  | neighbours |\n| --- | --- |\n| ours | 5 |\n| other | 5 |"
 
 
 def test_the_page_has_the_table_its_machine_load_and_command(tmp_path, capsys):
     page = tmp_path / "page.md"
     options = Options(busy=True, report=str(page), device="cpu", wait=3)
-    table.publish(options, "knn", ["kNN", "cpu"], "| table |", measured(1.9, 0.5))
+    table.publish(options, "knn", ["kNN", "cpu"], measured(1.9, 0.5), COLUMNS, "A remark.")
     text = page.read_text()
-    assert text.startswith(table.PREAMBLE) and "## kNN, cpu\n\n| table |\n\nMachine: " in text
+    assert text.startswith(
+        "# Benchmarks\n\nWritten by the `benchmarks` package; each section names"
+    )
+    assert text.count("\n## ") == 1
+    assert f"else refuses.\n\n## kNN, cpu\n\n{TABLE}\n\nA remark.\n\nMachine: " in text
     assert "(load 1.9 at the start, 0.5 meanwhile): times by the clock are disturbed." in text
     assert text.endswith("\n\n    python -m benchmarks.knn --device cpu\n")
-    assert "| table |" in capsys.readouterr().out
+    assert TABLE in capsys.readouterr().out
     assert table.load_note([{}]) == ""
     quiet = table.load_note([{"load": 0.12, "others": 0.05}])
     assert "disturbed" not in quiet and "Load 0.12 at the start, 0.05 meanwhile." in quiet
@@ -139,12 +147,12 @@ def test_what_other_work_disturbed_is_not_recorded(tmp_path, capsys):
     options = Options(report=str(tmp_path / "page.md"), device="cpu")
     for disturbed in (measured(0.4, 0.0), measured(0.0, 0.3)):
         with pytest.raises(UserError, match="nothing is recorded"):
-            table.publish(options, "knn", ["kNN"], "| table |", disturbed)
-    assert "| table |" in capsys.readouterr().out and not list(tmp_path.iterdir())
+            table.publish(options, "knn", ["kNN"], disturbed, COLUMNS)
+    assert TABLE in capsys.readouterr().out and not list(tmp_path.iterdir())
     for title in ("kNN", "kNN, k 5"):
-        table.publish(options, "knn", [title], f"| {title} |", measured(0.1, 0.2))
+        table.publish(options, "knn", [title], measured(0.1, 0.2), COLUMNS, f"Of {title}.")
     page = (tmp_path / "page.md").read_text()
-    assert "| kNN |" in page and "| kNN, k 5 |" in page and page.count("Load 0.10") == 2
+    assert "Of kNN." in page and "Of kNN, k 5." in page and page.count("Load 0.10") == 2
 
 
 def test_the_load_is_the_cores_in_use(monkeypatch):
@@ -158,12 +166,12 @@ def test_sides_take_turns_and_ours_comes_first(monkeypatch):
 
     monkeypatch.setattr(runner, "current_load", lambda: 0.25)
 
-    def run_side(side, options, **more):
-        order.append(side.name)
+    def run_side(name, function, options, **more):
+        order.append(name)
         return {"seconds": float(len(order)), "cpu_seconds": 0.0, **more}
 
     monkeypatch.setattr(runner, "run_side", run_side)
-    sides = [Side("other", "a:b"), Side(OURS, "c:d")]
+    sides = {"other": "a:b", OURS: "c:d"}
     results = runner.take_turns(Options(repeats=3), sides, exchange="folder")
     assert order == ["other", OURS, OURS, "other", "other", OURS]
     assert list(results) == [OURS, "other"]
@@ -182,12 +190,13 @@ def test_a_side_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     options = Options(threads=3, device="cpu")
-    result = runner.run_side(Side("x", "sides:step"), options, exchange="folder")
+    result = runner.run_side("x", "sides:step", options, exchange="folder")
     assert "others" in result
     assert result["pid"] != runner.os.getpid() and result["limit"] == "3"
     assert (result["device"], result["exchange"], result["repeats"]) == ("cpu", "folder", 3)
+    assert result["side"] == "x"
     with pytest.raises(UserError, match=r"(?s)x failed \(exit 1\).*no such thing"):
-        runner.run_side(Side("x", "sides:fail"), options)
+        runner.run_side("x", "sides:fail", options)
 
 
 def test_the_original_runs_by_its_own_interpreter(tmp_path):
@@ -197,22 +206,24 @@ def test_the_original_runs_by_its_own_interpreter(tmp_path):
     )
     fake.chmod(0o755)
     options = runner.PeerOptions(peer_python=str(fake), device="cpu")
-    alone = Side("x", "no:function", original=True)
-    words = runner.run_side(alone, options)["words"]
-    assert words[:-1] == ["-m", "benchmarks.child", "no:function"]
+    words = runner.run_side("x", "benchmarks.peers.no:function", options)["words"]
+    assert words[:-1] == ["-m", "benchmarks.child", "benchmarks.peers.no:function"]
     assert json.loads(words[-1])["device"] == "cpu"
-    launched = runner.run_side(replace(alone, processes=2), options)["words"]
+    launched = runner.run_side("x", "benchmarks.peers.no:function", options, 2)["words"]
     assert launched[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert launched[4:] == words
     with pytest.raises(UserError, match="No module named 'no'"):
-        runner.run_side(Side("x", "no:function"), options)
+        runner.run_side("x", "no:function", options)
 
 
 def test_one_table_has_all_cases():
     speed = table.Column("ours is faster by", "seconds", "{:.0f} x", ratio="lower")
-    cases = {
-        "a": {OURS: [{"seconds": 1.0}], "other": [{"seconds": 3.0}]},
-        "b": {OURS: [{"seconds": 2.0}]},
+    results = {
+        "a: ours": [{"seconds": 1.0}],
+        "a: other": [{"seconds": 3.0}],
+        "b: ours": [{"seconds": 2.0}],
     }
-    lines = table.tables(cases, [table.SECONDS, speed]).splitlines()
+    lines = table.table(results, [table.SECONDS, speed]).splitlines()
     assert lines[2:] == ["| a: ours | 1.0 |  |", "| a: other | 3.0 | 3 x |", "| b: ours | 2.0 |  |"]
+    del results["a: ours"]
+    assert table.table(results, [table.SECONDS, speed]).splitlines()[0] == "|  | seconds |"

@@ -42,8 +42,7 @@ class Config(Options):
 
 
 def loss_and_gradients(options: SimpleNamespace) -> dict:
-    """CLIP's loss, dense or in tiles: value, time and memory. SIDE in the folder `exchange` gets
-    the gradients."""
+    """CLIP's loss, dense or in tiles: value, time and memory; leaves the gradients."""
     rng = torch.Generator().manual_seed(0)
     image = torch.randn(options.pairs, options.width, generator=rng)
     text = torch.randn(options.pairs, options.width, generator=rng).mul_(2).add_(image)

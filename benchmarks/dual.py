@@ -64,9 +64,8 @@ def open_clip(options: SimpleNamespace) -> dict:
 
     torch.manual_seed(0)
     if options.tiny:
-        vision = library.CLIPVisionCfg(layers=4, width=128, head_width=32, patch_size=8)
-        vision.image_size = 32
-        model = library.CLIP(512, vision, library.CLIPTextCfg(layers=2))
+        vision = {"image_size": 32, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8}
+        model = library.CLIP(512, vision, {"layers": 2})
     else:
         model = library.create_model("ViT-B-16")
     options.activation_checkpointing = False  # is ours

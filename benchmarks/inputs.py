@@ -68,9 +68,8 @@ def synthetic_batch(size: int) -> dict[str, Tensor]:
 
 
 def synthetic_split(images: int, captions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A retrieval test on the CPU: images float32 [I,3,384,384], ids int64 [T,30], mask bool
-    [T,30]. Captions have 9 to 16 tokens, as most of COCO's, padded to the originals' 30.
-    """
+    """Images float32 [I,3,384,384], ids int64 [T,30] and mask bool [T,30] of a retrieval test on
+    the CPU: 9 to 16 tokens, as most captions of COCO have, padded to the originals' 30."""
     rng = torch.Generator().manual_seed(0)
     mask = torch.arange(30) < torch.randint(9, 17, (captions, 1), generator=rng)
     ids = torch.randint(1000, VOCABULARY, (captions, 30), generator=rng)
@@ -79,8 +78,7 @@ def synthetic_split(images: int, captions: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def pin_choices() -> None:
-    """From here on in this process: a sampled hard negative is the likeliest, and ties of top-k go
-    to the earlier one."""
+    """In this process: a sampled hard negative is the likeliest, ties of top-k go to the first."""
 
     def topk(values: Tensor, k: int, dim: int = -1) -> SimpleNamespace:
         first = values.argsort(dim=dim, descending=True, stable=True).narrow(dim, 0, k).contiguous()

@@ -4,18 +4,18 @@
     python -m benchmarks.learning --train-data pairs.json --test-data held_out.json --image-root images
     python -m benchmarks.learning --peer PATH/TO/ALBEF --pairs 5000 --epochs 4
 
-The first two train a CLIP by main.py and by open_clip's own script: the same network (main.py's
-ViT-T-8: ViT of 4 blocks, width 128, patches of 8 pixels; text transformer of 2 blocks, width 128, 24
-tokens), each from its own random weights and with its own choice of what decays. With --peer it is
-an ALBEF by Pretrain.py and by the original's own main(): the same network (ViT of 2 blocks, width
-96; BERT of 2 layers, the second fusing) from the same weights, its temperature fixed at 0.07.
+The first two train a CLIP by main.py and by open_clip's own script, which needs `pip install
+"open_clip_torch[training]"`: the same network (main.py's ViT-T-8: ViT of 4 blocks, width 128,
+patches of 8 pixels; text transformer of 2 blocks, width 128, 24 tokens), each from its own random
+weights and with its own choice of what decays. With --peer it is an ALBEF by Pretrain.py and by the
+original's own main(): the same network (ViT of 2 blocks, width 96; BERT of 2 layers, the second
+fusing) from the same weights, its temperature fixed at 0.07.
 
 Both sides have the same batch size, optimizer, learning rates, crops and number of samples. One
 evaluator then embeds the held-out images and captions, normalised as in training, and takes the
 recall at 1 among all of them, for ALBEF by its contrastive features. Weights and order of the
 samples differ between seeds, and so does recall: the table gives the mean, its standard error and
 every seed. Recall does not depend on how busy the machine is; samples a CPU second hardly do.
-open_clip's script needs `pip install "open_clip_torch[training]"`.
 """
 
 import csv
@@ -170,8 +170,8 @@ def figures(runs: list[dict], samples: int) -> dict:
 
 
 def verdict(found: dict[str, list[dict]]) -> str:
-    """For each direction of retrieval, whether our mean is below the other side's by more than the
-    standard error of their difference; nothing where that error is unknown."""
+    """Whether our means are below the other side's by more than the standard error of their
+    difference; nothing where that error is unknown."""
     if min(map(len, found.values())) < 2:
         return ""
     other = next(side for side in found if side != OURS)

@@ -5,6 +5,7 @@ A command is made by a function of the options, the folder `run` that it trains 
 ids -> {"z": embeddings}, texts -> ids. They open the checkpoints of both sides in one network.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -176,11 +177,16 @@ def pretrain_flags(config) -> list[str]:
     return [*more, *ALBEF_OURS.split()]
 
 
+def recipe_of(config) -> Pretrain.Config:
+    """Options of Pretrain.py, which itself says what it notes of them."""
+    with contextlib.redirect_stdout(None):
+        return parse(Pretrain.Config, pretrain_flags(config))
+
+
 def write_start(config, seed: int) -> Path:
     """Write the starting weights of a seed; returns their file."""
-    recipe = parse(Pretrain.Config, pretrain_flags(config))
     torch.manual_seed(seed)
-    model = Pretrain.build_model(recipe, Tokenizer(tokenizer_of(config)), None)
+    model = Pretrain.build_model(recipe_of(config), Tokenizer(tokenizer_of(config)), None)
     start = (config.folder / f"start_{seed}.pth").absolute()
     torch.save({"model": model.state_dict()}, start)
     return start
@@ -212,8 +218,8 @@ def albef_original(config, run: Path, seed: int) -> list[str]:
 def open_albef(config, run: Path) -> tuple:
     file = run / f"checkpoint_{config.epochs - 1:02d}.pth"  # the original's
     tokenizer = Tokenizer(tokenizer_of(config))
-    recipe = parse(Pretrain.Config, pretrain_flags(config))
-    network = retrieval_config(SimpleNamespace(**vars(recipe), distill=False), tokenizer.vocab_size)
+    knobs = SimpleNamespace(**vars(recipe_of(config)), distill=False)
+    network = retrieval_config(knobs, tokenizer.vocab_size)
     model = Retrieval(network).eval()
     start_from(model, read_weights(file if file.exists() else weights_file(run)), "retrieval")
 

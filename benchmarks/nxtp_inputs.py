@@ -1,11 +1,16 @@
-"""Inputs of benchmarks.recognition, equal for both sides. Imports torch alone, so that it also runs
-beside an original's checkout."""
+"""Inputs of benchmarks.recognition and what is trained, equal for both sides.
+
+Imports little, so that it also runs beside an original's checkout.
+"""
 
 import re
 import zlib
 from types import SimpleNamespace
 
 import torch
+from torch import nn
+
+from models.weights.nxtp import trained_names
 
 SIDE, PATCH = 224, 14  # pixels; 256 image tokens
 PIECES, IMAGE, EMPTY = 32000, 32000, 32001
@@ -42,14 +47,11 @@ class Words:
         return " ".join(map(str, ids))
 
 
-def sizes_of(options: SimpleNamespace) -> SimpleNamespace:
-    """Geometry of image tower and decoder, whose hidden width is rounded up to `multiple_of`."""
-    vision = {"vision_width": 256, "vision_layers": 6, "vision_heads": 4}
-    decoder = {"dim": 512, "layers": 4, "heads": 8, "multiple_of": 256}
+def sizes_of(options: SimpleNamespace) -> tuple[int, int, dict[str, int]]:
+    """Width and blocks of the image tower, whose heads have 64 numbers, and the decoder's sizes."""
     if options.tiny:
-        vision = {"vision_width": 64, "vision_layers": 3, "vision_heads": 1}
-        decoder = {"dim": 64, "layers": 2, "heads": 2, "multiple_of": 32}
-    return SimpleNamespace(**vision, **decoder)
+        return 64, 3, {"dim": 64, "n_layers": 2, "n_heads": 2, "multiple_of": 32}
+    return 256, 6, {"dim": 512, "n_layers": 4, "n_heads": 8, "multiple_of": 256}
 
 
 def images(count: int) -> torch.Tensor:
@@ -69,3 +71,10 @@ def captions(count: int) -> list[str]:
 def labels_of(caption: str) -> list[str]:
     """The words with a digit: what stands in for the nouns."""
     return [word for word in caption.split() if re.search(r"\d", word)]
+
+
+def freeze(model: nn.Module) -> None:
+    """Train what NXTP trains; both sides have the original's names."""
+    trained = trained_names([name for name, _ in model.named_parameters()], TRAINED_BLOCKS)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)

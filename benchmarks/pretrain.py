@@ -1,17 +1,17 @@
 """Speed and memory of a pre-training step: ViT-B/16 + BERT-base SIMLA or ALBEF at 256 px.
 
-    python -m benchmarks.pretrain --system simla --batch 4                        # ours alone
-    python -m benchmarks.pretrain --peer PATH/TO/SIMLA                            # against a checkout, alternating
-    python -m benchmarks.pretrain --peer PATH/TO/ALBEF --system albef --precision bf16 --activation-checkpointing
-    python -m benchmarks.pretrain --peer PATH/TO/SIMLA --check                    # do both compute the same losses?
+    python -m benchmarks.pretrain                               # ours alone
+    python -m benchmarks.pretrain --peer PATH/TO/SIMLA          # against a checkout, alternating
+    python -m benchmarks.pretrain --peer PATH/TO/ALBEF --system albef --precision bf16
+    python -m benchmarks.pretrain --peer PATH/TO/SIMLA --check  # do both compute the same losses?
 
 A step is momentum update, forward, backward, gradient norm and AdamW on captions of 25 tokens, for
 SIMLA with the image tokenizer (DALL-E's encoder, full size). Weights are random, nothing is
 downloaded. --precision, --compile and --activation-checkpointing are ours.
 
---peer runs github.com/codezakh/SIMLA or github.com/salesforce/ALBEF. Their numeric code runs
-unchanged; small stand-ins take the place of the old libraries around it. --peer-python PYTHON uses
-the libraries of another interpreter instead (transformers 4.28.1, timm 0.4.12 were tried).
+--peer runs github.com/codezakh/SIMLA or github.com/salesforce/ALBEF: their numeric code unchanged,
+with small stand-ins for the old libraries around it, or by --peer-python with the libraries of
+another interpreter (transformers 4.28.1, timm 0.4.12 were tried).
 """
 
 import tempfile
@@ -29,8 +29,6 @@ from benchmarks.table import Column, publish
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig
 from models.fusion.momentum import MomentumPairs
 from models.fusion.simla import Simla, SimlaConfig
-from models.layers.vit import ViTConfig
-from models.layers.xbert import BertConfig
 from runtime.config.cli import knob, run_script
 from runtime.flops import training_flops
 from runtime.optim.build import Optimizer
@@ -52,24 +50,18 @@ class Config(TrainOptions):
 
 
 def model_config(options: SimpleNamespace, compat: str = "none") -> SimlaConfig:
-    """SIMLA or ALBEF at full size, or tiny."""
+    """SIMLA or ALBEF at full size, or with two layers of width 32."""
     config = SimlaConfig() if options.system == "simla" else SimlaConfig.albef()
     config.queue_size = 64 if options.tiny else QUEUE_SIZE
     config.compat = compat
     if options.tiny:
-        make_tiny(config.vit, config.bert)
+        vit, bert = config.vit, config.bert
+        vit.width = bert.hidden_size = bert.encoder_width = 32
+        vit.depth = bert.num_hidden_layers = 2
+        vit.heads = bert.num_attention_heads = 2
+        bert.intermediate_size = 64
+        bert.fusion_layer = min(bert.fusion_layer, 1)
     return config
-
-
-def make_tiny(vit: ViTConfig, bert: BertConfig) -> None:
-    """Two layers of width 32 each."""
-    vit.width = 32
-    vit.depth = 2
-    vit.heads = 2
-    bert.hidden_size = bert.encoder_width = 32
-    bert.num_hidden_layers = bert.num_attention_heads = 2
-    bert.intermediate_size = 64
-    bert.fusion_layer = min(bert.fusion_layer, 1)
 
 
 def training_batch(options: SimpleNamespace) -> dict[str, Tensor]:

@@ -1,15 +1,15 @@
 """Speed of NXTP with 51.5M parameters: labels a second, and a training step.
 
-    python -m benchmarks.recognition                                        # ours alone, all cases
-    python -m benchmarks.recognition --peer PATH/TO/nxtp                    # against a checkout, alternating
+    python -m benchmarks.recognition                                      # ours alone, all cases
+    python -m benchmarks.recognition --peer PATH/TO/nxtp                  # against a checkout
     python -m benchmarks.recognition --peer PATH --cases train --steps 3
 
 Cases: `1` and `8`, the top 20 labels of so many images, cut off at three tokens (two and a
-delimiter); `train`, a step of four images with five labels each.
-The network is random: image tower 256 wide, 6 blocks, 256 image tokens of 224 px; decoder 512 wide,
-4 blocks, 32,002 tokens. The original's own functions run with equal weights, and its labels and
-losses are compared with ours. It pads texts to 512 positions and computes the caption's branch,
-whose weight is 0. --precision is that of both training steps.
+delimiter); `train`, a step of four images with five labels each. The network is random: image tower
+256 wide, 6 blocks, 256 image tokens of 224 px; decoder 512 wide, 4 blocks, 32,002 tokens.
+The original's own functions run with equal weights, and its labels and losses are compared with
+ours. It pads texts to 512 positions and computes the caption's branch, whose weight is 0.
+--precision is that of both training steps.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import nxtp_inputs as inputs
 from benchmarks.gauge import measure
-from benchmarks.inputs import left
+from benchmarks.inputs import PEER_FILE, left
 from benchmarks.runner import OURS, PEER, TrainOptions, check_peer, device_of, take_turns
 from benchmarks.steps import training_step
 from benchmarks.table import MEMORY, Column, publish
@@ -31,7 +31,6 @@ from models.layers.llama import LlamaConfig
 from models.layers.openai_towers import OpenAIConfig
 from models.recognition.decoding import one_shot
 from models.recognition.nxtp import Nxtp, NxtpConfig
-from models.weights.nxtp import trained_names
 from runtime.config.cli import knob, run_script
 from runtime.optim.build import Optimizer
 
@@ -59,33 +58,20 @@ class Config(TrainOptions):
 def build_model(options: SimpleNamespace) -> Nxtp:
     """The network with random weights, or those that the peer left, on the device."""
     torch.manual_seed(0)
-    sizes = inputs.sizes_of(options)
+    width, blocks, decoder = inputs.sizes_of(options)
     tower = OpenAIConfig(
-        embed_dim=sizes.dim,
+        embed_dim=decoder["dim"],
         image_size=inputs.SIDE,
-        vision_width=sizes.vision_width,
-        vision_layers=sizes.vision_layers,
+        vision_width=width,
+        vision_layers=blocks,
         patch_size=inputs.PATCH,
     )
-    llama = LlamaConfig(
-        dim=sizes.dim,
-        n_layers=sizes.layers,
-        n_heads=sizes.heads,
-        vocab_size=inputs.Words.vocab_size,
-        multiple_of=sizes.multiple_of,
-    )
+    llama = LlamaConfig(vocab_size=inputs.Words.vocab_size, **decoder)
     model = Nxtp(NxtpConfig(tower, llama, trained_rows=(inputs.IMAGE,)))
-    weights = left(options, "weights.pt")
+    weights = left(options, PEER_FILE)
     if weights:
         model.load_state_dict(weights)
     return model.to(options.device)
-
-
-def freeze(model: nn.Module) -> None:
-    """Train what NXTP trains; the names are the original's, too."""
-    trained = trained_names([name for name, _ in model.named_parameters()], inputs.TRAINED_BLOCKS)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
 
 
 def label(options: SimpleNamespace) -> dict:
@@ -116,7 +102,7 @@ def train(options: SimpleNamespace) -> dict:
         texts.append(sequences.labels(inputs.labels_of(caption), inputs.PROMPT))
     batch = pad_batch(texts, words.pad)
     batch["image"] = inputs.images(options.batch)
-    freeze(model)
+    inputs.freeze(model)
 
     def loss_of(losses: dict) -> Tensor:
         return losses["loss_objs"]  # the only one with a weight
@@ -136,22 +122,11 @@ def agreement(ours: dict, theirs: dict) -> str:
 
 
 def add_figures(results: dict[str, list[dict]], count: int) -> None:
-    """Put the `rate` of so many labels or images in all results, and `agreement` in the
-    original's."""
+    """Add the `rate` of so many labels or images, and `agreement` to the original's results."""
     for run in itertools.chain(*results.values()):
         run["rate"] = count / run["seconds"]
     if PEER in results:
         results[PEER][0]["agreement"] = agreement(results[OURS][0], results[PEER][0])
-
-
-def measure_case(case: str, config: Config, folder: str) -> dict[str, list[dict]]:
-    """Both sides' measurements, the original's first: it leaves the weights."""
-    what = "train" if case == "train" else "label"
-    sides = {PEER: f"benchmarks.peers.nxtp:{what}"} if config.peer else {}
-    sides[OURS] = f"benchmarks.recognition:{what}"
-    results = take_turns(config, sides, exchange=folder, images=CASES[case])
-    add_figures(results, CASES[case] * config.labels or config.batch)
-    return results
 
 
 def main(config: Config) -> None:
@@ -159,11 +134,17 @@ def main(config: Config) -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for case in config.cases:
+            images = CASES[case]
+            what = "label" if images else "train"
+            # the original first: it leaves the weights
+            sides = {PEER: f"benchmarks.peers.nxtp:{what}"} if config.peer else {}
+            sides[OURS] = f"benchmarks.recognition:{what}"
+            found = take_turns(config, sides, exchange=folder, images=images)
+            add_figures(found, images * config.labels or config.batch)
             name = f"top {config.labels}, case {case}"
             if case == "train":
                 name = f"training step, {config.batch} images"
-            for side, runs in measure_case(case, config, folder).items():
-                results[f"{name}: {side}"] = runs
+            results |= {f"{name}: {side}": runs for side, runs in found.items()}
     title = ["Recognition"] + ["51.5M parameters"] * (not config.tiny)
     title += [*config.cases, config.precision, device_of(config)]
     title += ["against the original"] * bool(config.peer)

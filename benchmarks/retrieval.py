@@ -14,7 +14,7 @@ weights are then ours. The table has the time that COCO's test would take by the
 import itertools
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -24,13 +24,11 @@ from base.distributed import World
 from base.errors import UserError
 from benchmarks.gauge import Stages
 from benchmarks.inputs import PEER_FILE, left, synthetic_split
-from benchmarks.pretrain import make_tiny
+from benchmarks.pretrain import model_config
 from benchmarks.runner import OURS, PEER, PeerOptions, check_peer, device_of, take_turns
 from benchmarks.table import Column, publish
 from evaluation.retrieval import FILL, Captions, rank
 from models.fusion.retrieval import Retrieval, RetrievalConfig
-from models.layers.vit import ViTConfig
-from models.layers.xbert import BertConfig
 from models.weights.loading import load_checkpoint
 from runtime.config.cli import knob, run_script
 from runtime.run import evaluating
@@ -68,14 +66,9 @@ class Config(PeerOptions):
 def build_model(options: SimpleNamespace, weights: dict | None) -> Retrieval:
     """ViT-B/16 at 384 px and BERT-base; the weights of the peer, none = random ones."""
     torch.manual_seed(0)
-    vit = ViTConfig(image_size=384)
-    bert = BertConfig()
-    if options.system == "albef":
-        bert.single_stream = False
-        bert.fusion_layer = 6
-    if options.tiny:
-        make_tiny(vit, bert)
-    model = Retrieval(RetrievalConfig(vit=vit, bert=bert, queue_size=64))
+    config = model_config(options)
+    vit = replace(config.vit, image_size=384, mask_token=False)
+    model = Retrieval(RetrievalConfig(vit=vit, bert=config.bert, queue_size=64))
     if weights:
         load_checkpoint(model, weights, allowed_missing=("*_m.*", "*queue*"))
     return model.to(options.device)
@@ -120,8 +113,8 @@ def ours(options: SimpleNamespace) -> dict:
 def agreement(ours: Tensor, theirs: Tensor) -> dict[str, float]:
     """How far two score matrices [Q,N] agree; FILL marks what was no candidate.
 
-    candidates: fraction that is equal; difference: largest of a score, in standard deviations of
-    the scores; order: fraction of queries whose common candidates come in the same order.
+    candidates: fraction that is equal; order: fraction of queries whose common candidates come in
+    the same order; difference: largest of a score, in standard deviations of the scores.
     """
     common = (ours > FILL) & (theirs > FILL)
     difference = (ours - theirs)[common].abs().max() / theirs[common].std()
@@ -136,8 +129,8 @@ def agreement(ours: Tensor, theirs: Tensor) -> dict[str, float]:
 
 
 def rates(run: dict, config: Config) -> dict[str, float]:
-    """One measurement's `pairs` a second, `cpu_pairs` a CPU second, seconds of `encoding`, and
-    `coco`, the hours that COCO's test would take at these rates by the clock."""
+    """`pairs` a second and `cpu_pairs` a CPU second, seconds of `encoding`, and `coco`, the hours
+    that COCO's test would take at these rates by the clock."""
     matching, matching_cpu = run["times"]["matching"]
     encoding, _ = run["times"]["encoding"]
     coco = encoding / config.images * COCO + matching / config.pairs * COCO_PAIRS

@@ -78,7 +78,7 @@ FASTER_CPU = Column("by CPU time", "cpu_seconds", "{:.2f} x", ratio="lower")
 
 
 def table(results: dict[str, list[dict]], columns: list[Column]) -> str:
-    """A row a side; columns of ratios only if ours has company."""
+    """A row a side; columns of ratios only if a row has a partner."""
     if not any(partner(results, side) for side in results):
         columns = [column for column in columns if not column.ratio]
     rows = [["", *(column.head for column in columns)], ["---"] * (1 + len(columns))]
@@ -117,17 +117,15 @@ def load_note(runs: list[dict]) -> str:
 def command_line(options: Options, name: str) -> str:
     """The command that repeats this run of benchmarks.NAME, without paths of this disk."""
     words = ["python", "-m", f"benchmarks.{name}"]
-    standard = asdict(type(options)())
+    standard = type(options)()
     for key, value in asdict(options).items():
-        if value == standard[key] or key in ("report", "busy", "wait"):
+        if value == getattr(standard, key) or key in ("report", "busy", "wait"):
             continue
-        words.append("--" + key.replace("_", "-"))
         if key in ("peer", "peer_python"):
-            words.append("PATH")
-        elif isinstance(value, list):
-            words += [str(each) for each in value]
-        else:
-            words.append(str(value).lower() if isinstance(value, bool) else str(value))
+            value = "PATH"
+        values = value if isinstance(value, list) else [value]
+        words.append("--" + key.replace("_", "-"))
+        words += [str(each).lower() if isinstance(each, bool) else str(each) for each in values]
     return shlex.join(words)
 
 

@@ -67,8 +67,7 @@ def member_name(number: int) -> str:
 
 
 def write_images(folder: Path) -> int:
-    """Smooth random images with some grain as JPEG files, and in one zip file of MEMBERS members;
-    returns the mean size of a file in bytes."""
+    """Write smooth images with some grain, and ZIP of MEMBERS; returns a file's mean size, bytes."""
     rng = torch.Generator().manual_seed(0)
     sizes = []
     for number in range(IMAGES):
@@ -101,8 +100,7 @@ def decode_published(folder: Path, name: str) -> Image.Image:
 
 
 def published_views() -> Callable:
-    """Strong, strong and weak view of a Pillow image as normalised tensors, with torchvision's
-    transforms."""
+    """Strong, strong and weak view of a Pillow image as normalised tensors, by torchvision."""
     bicubic = T.InterpolationMode.BICUBIC
     blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))
     tensor = T.Compose([T.ToTensor(), T.Normalize(*IMAGENET)])

@@ -34,8 +34,7 @@ class Config(TrainOptions):
 
 
 class Foreign(nn.Module):
-    """Another library's transformer [B,3,S,S] -> [B,D], the tanh layer and head of COYO-ViT, our
-    loss."""
+    """A library's transformer [B,3,S,S] -> [B,D], COYO-ViT's tanh layer and head, our loss."""
 
     def __init__(self, trunk: nn.Module, token: Callable, width: int, classes: int):
         super().__init__()

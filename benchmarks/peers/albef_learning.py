@@ -12,11 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from benchmarks.peers.fusion import Tokens
-from benchmarks.peers.stand_ins import prepare, stand_in, start_process_group
+from benchmarks.peers.stand_ins import Outputs, prepare, stand_in, start_process_group
 
 
 class WordPiece:
@@ -29,19 +27,29 @@ class WordPiece:
         self.cls_token_id = self.backend.token_to_id("[CLS]")
         self.mask_token_id = self.backend.token_to_id("[MASK]")
 
-    def __call__(self, texts: list[str], max_length: int, **unused) -> Tokens:
+    def __call__(self, texts: list[str], max_length: int, **unused) -> Outputs:
         rows = []
         for text in texts:
             pieces = self.backend.encode(text, add_special_tokens=False).ids
             rows.append(torch.tensor([self.cls_token_id, *pieces][:max_length]))
         padding = {"batch_first": True, "padding_value": self.pad_token_id}
         ids = torch.nn.utils.rnn.pad_sequence(rows, **padding)
-        return Tokens(input_ids=ids, attention_mask=(ids != self.pad_token_id).long())
+        return Outputs(input_ids=ids, attention_mask=(ids != self.pad_token_id).long())
 
 
 def with_values(function: Callable, **values) -> Callable:
     """`function`, called with `values` whatever the caller asks for."""
     return lambda *args, **given: function(*args, **{**given, **values})
+
+
+def with_fixed_temperature(create_optimizer: Callable) -> Callable:
+    """`create_optimizer` without the temperature, which is fixed on our side, too."""
+
+    def create(options, model: torch.nn.Module) -> torch.optim.Optimizer:
+        model.temp.requires_grad_(False)
+        return create_optimizer(options, model)
+
+    return create
 
 
 def adjust_networks(options: types.SimpleNamespace) -> None:
@@ -55,31 +63,17 @@ def adjust_networks(options: types.SimpleNamespace) -> None:
     torch.hub.load_state_dict_from_url = lambda *args, **given: {"model": {"pos_embed": positions}}
 
 
-def adjust_data(options: types.SimpleNamespace) -> None:
-    """The crop of both sides, without flips and colour operations: digits do not survive them."""
-    data = importlib.import_module("dataset")
-    views = data.transforms
-    views.RandomResizedCrop = with_values(views.RandomResizedCrop, scale=tuple(options.crop_scale))
-    views.RandomHorizontalFlip = data.RandomAugment = torch.nn.Identity
-
-
-def with_fixed_temperature(create_optimizer: Callable) -> Callable:
-    """`create_optimizer` without the temperature, which is fixed on our side, too."""
-
-    def create(options, model: torch.nn.Module) -> torch.optim.Optimizer:
-        model.temp.requires_grad_(False)
-        return create_optimizer(options, model)
-
-    return create
-
-
 def open_checkout(options: types.SimpleNamespace) -> types.ModuleType:
     """The checkout's Pretrain.py, which runs on one process and on the CPU, too."""
     prepare(options)
     stand_in("ruamel_yaml")
     stand_in("cv2")  # for colour operations alone
     adjust_networks(options)
-    adjust_data(options)
+    # the crop of both sides, without flips and colour operations: digits do not survive them
+    data = importlib.import_module("dataset")
+    views = data.transforms
+    views.RandomResizedCrop = with_values(views.RandomResizedCrop, scale=tuple(options.crop_scale))
+    views.RandomHorizontalFlip = data.RandomAugment = torch.nn.Identity
     tokenizer = types.SimpleNamespace(from_pretrained=WordPiece)
     stand_in("models.tokenization_bert", BertTokenizer=tokenizer)
     pretrain = importlib.import_module("Pretrain")
@@ -105,5 +99,4 @@ def train(options: types.SimpleNamespace) -> dict:
         distributed=False,
     )
     pretrain.main(pretrain.args, options.config)
-    dist.destroy_process_group()
     return {}

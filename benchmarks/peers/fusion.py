@@ -7,16 +7,14 @@ instead of downloads, a process group of one, and stand-ins for old libraries (s
 import importlib
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks import inputs
 from benchmarks.gauge import Stages, measure
-from benchmarks.peers.stand_ins import Missing, prepare, stand_in, start_process_group
+from benchmarks.peers.stand_ins import Missing, Outputs, prepare, stand_in, start_process_group
 
 CONFIG = {  # of both tasks
     "vision_width": 768,
@@ -45,15 +43,10 @@ def build_model(options: types.SimpleNamespace, task: str) -> nn.Module:
     bert = source.BertForMaskedLM if task == "pretrain" else source.BertModel
     bert.from_pretrained = classmethod(lambda cls, name, config, **more: cls(config, **more))
     file = Path(options.peer) / BERT_FILES[options.system]
-    tokenizer = types.SimpleNamespace(
-        pad_token_id=0,
-        cls_token_id=inputs.CLS,
-        mask_token_id=inputs.MASK,
-        vocab_size=inputs.VOCABULARY,
-    )
+    special = {"pad_token_id": 0, "cls_token_id": inputs.CLS, "mask_token_id": inputs.MASK}
     given = {
         "text_encoder": "bert-base-uncased",
-        "tokenizer": tokenizer,
+        "tokenizer": types.SimpleNamespace(vocab_size=inputs.VOCABULARY, **special),
         "config": {**CONFIG, **SIZES[task], "bert_config": str(file)},
     }
     if (options.system, task) in FETCH_DEIT:
@@ -63,8 +56,7 @@ def build_model(options: types.SimpleNamespace, task: str) -> nn.Module:
 
 # ---- pre-training
 def build_tokenizer(options: types.SimpleNamespace) -> nn.Module | None:
-    """The checkout's image tokenizer with DALL-E's full-size encoder, random weights; None for
-    ALBEF."""
+    """The image tokenizer with DALL-E's full-size encoder, random weights; None for ALBEF."""
     if options.system == "albef":
         return None
     try:
@@ -80,9 +72,7 @@ def build_tokenizer(options: types.SimpleNamespace) -> nn.Module | None:
 
 def arguments(batch: dict[str, Tensor], tokenizer: nn.Module | None) -> dict:
     """Arguments of the original's forward, made from our batch as its training loop makes them."""
-    text = types.SimpleNamespace(
-        input_ids=batch["text_ids"], attention_mask=batch["text_mask"].long()
-    )
+    text = Outputs(input_ids=batch["text_ids"], attention_mask=batch["text_mask"].long())
     given = {"image": batch["image"], "text": text, "alpha": inputs.ALPHA}
     if tokenizer is not None:
         with torch.no_grad():
@@ -123,14 +113,11 @@ def step(options: types.SimpleNamespace) -> dict:
         for loss in parts:  # both loops read every loss each step
             loss.item()
 
-    result = measure(train, options)
-    dist.destroy_process_group()
-    return result
+    return measure(train, options)
 
 
 def losses(options: types.SimpleNamespace) -> dict:
-    """Losses without dropout and with pinned choices; `peer.pt` in the folder `exchange` gets the
-    weights and image codes behind them."""
+    """Losses without dropout and with pinned choices; leaves the weights and image codes."""
     model, tokenizer, batch = start(options)
     model.eval()
     inputs.shake(model)
@@ -142,30 +129,12 @@ def losses(options: types.SimpleNamespace) -> dict:
     inputs.leave(options, inputs.PEER_FILE, saved)
     with torch.no_grad():
         values = model(**given)
-    dist.destroy_process_group()
     return {"losses": {name: value.item() for name, value in zip(LOSSES, values, strict=False)}}
 
 
 # ---- retrieval
-class Tokens(types.SimpleNamespace):
-    """Result of a tokenizer."""
-
-    def to(self, device: str) -> "Tokens":
-        return Tokens(**{name: value.to(device) for name, value in vars(self).items()})
-
-
-class Split:
-    """The loader of a test split: batches of images, and lists of images and captions whose lengths
-    are read."""
-
-    def __init__(self, images: Tensor, captions: int, batch: int):
-        self.images = images
-        self.batch = batch
-        self.dataset = types.SimpleNamespace(image=range(len(images)), text=list(range(captions)))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
-        for part in self.images.split(self.batch):
-            yield part, None
+class Split(list):
+    """The loader of a test split: batches, and a `dataset` of images and captions."""
 
 
 def evaluation_loop(stages: Stages) -> types.ModuleType:
@@ -187,7 +156,7 @@ def evaluation_loop(stages: Stages) -> types.ModuleType:
 
 
 def evaluate(options: types.SimpleNamespace) -> dict:
-    """Times of the stages; `peer.pt` in the folder `exchange` gets weights and scores."""
+    """Times of the stages; leaves weights and scores."""
     torch.manual_seed(0)
     prepare(options)
     stages = Stages(options.device)
@@ -195,10 +164,11 @@ def evaluate(options: types.SimpleNamespace) -> dict:
     model = build_model(options, "retrieval").to(options.device)
     inputs.shake(model)
     images, ids, mask = inputs.synthetic_split(options.images, options.captions)
-    split = Split(images, len(ids), options.batch)
+    split = Split((part, None) for part in images.split(options.batch))
+    split.dataset = types.SimpleNamespace(image=images, text=list(range(len(ids))))
 
-    def tokenizer(texts: list[int], **_) -> Tokens:
-        return Tokens(input_ids=ids[texts], attention_mask=mask[texts].long())
+    def tokenizer(texts: list[int], **_) -> Outputs:
+        return Outputs(input_ids=ids[texts], attention_mask=mask[texts].long())
 
     stages.enter("encoding")
     scores = script.evaluation(

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks import nxtp_inputs as inputs
 from benchmarks.gauge import measure
-from benchmarks.inputs import leave, left
+from benchmarks.inputs import PEER_FILE, leave, left
 from benchmarks.peers.stand_ins import stand_in
-from benchmarks.recognition import freeze
 from runtime.optim.build import PRECISIONS
 
 
@@ -55,33 +54,25 @@ class Original:
             max_gen_len=64,
             k_for_topk=options.labels,
         )
-        self.sizes = inputs.sizes_of(options)
-        self.model = self.build_model()
+        self.model = self.build_model(*inputs.sizes_of(options))
         with torch.no_grad():  # the head of a trained network is sharper than torch's default
             self.model.language_decoder.output.weight.mul_(8)
-        if left(options, "weights.pt") is None:
-            leave(options, "weights.pt", self.model.state_dict())
-        self.model.load_state_dict(left(options, "weights.pt"))
+        if left(options, PEER_FILE) is None:
+            leave(options, PEER_FILE, self.model.state_dict())
+        self.model.load_state_dict(left(options, PEER_FILE))
         self.model.to(options.device)
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, width: int, blocks: int, decoder: dict[str, int]) -> nn.Module:
         """The same network as ours, of the original's classes."""
         classifier = importlib.import_module("models.classifier").LangClassifier
         tower = importlib.import_module("models.clip").CLIPViT
         lang = importlib.import_module("models.lang")
-        sizes = self.sizes
-        vision = [sizes.vision_width, sizes.vision_layers, sizes.vision_heads]
-        encoder = tower(inputs.SIDE, inputs.PATCH, *vision, sizes.dim)
+        dim = decoder["dim"]
+        encoder = tower(inputs.SIDE, inputs.PATCH, width, blocks, width // 64, dim)
         del encoder.proj
-        encoder.proj = nn.Linear(sizes.vision_width, sizes.dim, bias=False)
-        settings = lang.ModelArgs(
-            dim=sizes.dim,
-            n_layers=sizes.layers,
-            n_heads=sizes.heads,
-            multiple_of=sizes.multiple_of,
-            vocab_size=inputs.Words.vocab_size,
-            max_seq_len=inputs.LENGTH,
-        )
+        encoder.proj = nn.Linear(width, dim, bias=False)
+        lengths = {"vocab_size": inputs.Words.vocab_size, "max_seq_len": inputs.LENGTH}
+        settings = lang.ModelArgs(**decoder, **lengths)
         settings.shave_language_decoder_at = 0
         return classifier(vision_encoder=encoder, language_decoder=lang.LLaMATransformer(settings))
 
@@ -160,7 +151,7 @@ def train(options: types.SimpleNamespace) -> dict:
     model = original.model.train()
     images = inputs.images(options.batch).to(options.device)
     captions = inputs.captions(options.batch)
-    freeze(model)
+    inputs.freeze(model)
     table = model.language_decoder.tok_embeddings.weight
     trained_row = torch.zeros_like(table)
     trained_row[inputs.IMAGE] = 1

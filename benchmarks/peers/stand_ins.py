@@ -4,6 +4,7 @@ The originals were written for a version of transformers that today's Python can
 timm still has what they take from it.
 """
 
+import atexit
 import importlib
 import json
 import sys
@@ -38,10 +39,13 @@ def stand_in(name: str, **names) -> None:
 
 
 class Outputs(types.SimpleNamespace):
-    """Named results; `outputs[i]` counts those that are not None."""
+    """Named results, as of networks and tokenizers; `outputs[i]` counts those that are not None."""
 
     def __getitem__(self, index):
         return [value for value in vars(self).values() if value is not None][index]
+
+    def to(self, device: str) -> "Outputs":
+        return Outputs(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 class Config(types.SimpleNamespace):
@@ -122,6 +126,7 @@ def start_process_group(device: str) -> None:
     """A group of this process alone, which the originals' gathers need."""
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(dist.destroy_process_group)
 
 
 def keep_old_names() -> None:

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from base import distributed
-from base.caches import cache_folder, digest
+from base.caches import cache_folder
 from base.distributed import World
 from base.errors import UserError
 from base.libraries import of_library
+from base.pixels import pixels_digest
 from dataset.images.clip import EvalView, normalize, pixel_statistics
 from dataset.images.vit import ViTEvalView
 from dataset.loading.eval import EvalLoader
@@ -179,7 +180,7 @@ def bank_of(
     """Features and labels of a data set, from the cache where they are there. in_words: the view."""
     content = distributed.on_main(partial(identity, images.records, data, config.data_root))
     how = (config.precision, config.batch_size, config.exif, world.device.type)
-    key = digest(fingerprint(encoder), in_words, encoder.pixels, content, *how)
+    key = pixels_digest(fingerprint(encoder), in_words, encoder.pixels, content, *how)
     own = [i for unit in units(len(images), config.batch_size, world) for i in unit]
     statistics = pixel_statistics(world.device, encoder.pixels.mean, encoder.pixels.std)
     autocast = Precision(config.precision, world.device).autocast

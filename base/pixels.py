@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+from base.caches import digest
+
+DECODING = 2  # raised when dataset/images/decode.py reads a file otherwise, or one more
 RGB = tuple[float, float, float]
 
 # mean and std by channel of pixels in [0, 1]
@@ -28,6 +31,11 @@ GREYS = 255  # the largest value of a pixel
 ALIGN_MARGIN = 346 / 289  # side of ALIGN's squashed image over that of the cut
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers in preprocessor_config.json
 LONGEST = 32  # times the shorter side: of a longer image the centre alone is resized
+
+
+def pixels_digest(*parts: object) -> str:
+    """`base.caches.digest` of what is made of images: it changes with how files are read, too."""
+    return digest(DECODING, *parts)
 
 
 class Pixels(NamedTuple):

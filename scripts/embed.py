@@ -34,6 +34,7 @@ from base import distributed
 from base.caches import digest
 from base.distributed import World
 from base.errors import BadSample, UserError
+from base.pixels import pixels_digest
 from base.reading import read_json
 from base.text import as_list, lenient_text
 from base.writing import atomic_write, check_folder_option, write_json
@@ -301,7 +302,7 @@ def key_of(part: Part, embedder: Embedder, config: Config) -> str:
     about = partial(identity, part, config.root)
     what = (distributed.on_main(about), part.start, part.stop)
     how = (config.score, config.half, config.precision, config.batch_size, config.exif)
-    return digest(embedder.signature, what, how)
+    return pixels_digest(embedder.signature, what, how)
 
 
 def main(config: Config) -> None:

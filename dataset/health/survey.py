@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from base.caches import digest
 from base.errors import UserError
 from base.names import is_hidden
+from base.pixels import pixels_digest
 from base.processes import in_processes
 from dataset.health.classes import Finding
 from dataset.health.duplicates import near_duplicates, same_bytes
@@ -197,10 +197,10 @@ class Looking:
         """Changes with the samples and the settings."""
         if work.stop is None:
             name, query = split_columns(work.data)
-            return digest(FORMAT, self.settings, state_of(name), *([query] if query else []))
+            return pixels_digest(FORMAT, self.settings, state_of(name), *([query] if query else []))
         entries = range(work.start, work.stop)
         state = state_of_entries(_opened(work.data), entries, self.root)
-        return digest(FORMAT, self.settings, work.start, work.stop, state)
+        return pixels_digest(FORMAT, self.settings, work.start, work.stop, state)
 
     def _examine(self, work: Work) -> tuple[list[Facts], float]:
         examiner = _examiner(self.make_examiner)

@@ -1,4 +1,8 @@
-"""Reading one image: any format in, uint8 RGB out; what cannot be read is a BadSample that says why."""
+"""Reading one image: any format in, uint8 RGB out; what cannot be read is a BadSample that says why.
+
+Where other pixels come from a file than before, or from one that was refused, raise
+`base.pixels.DECODING`.
+"""
 
 import io
 import stat

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from base import distributed
 from base.arrays import map_array
-from base.caches import digest, one_builder, weights_digest
+from base.caches import one_builder, weights_digest
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
+from base.pixels import pixels_digest
 from base.writing import atomic_write, replace_synced
 from base.zip_member import archive_of
 from dataset.images.albef import PretrainTransform
@@ -202,7 +203,7 @@ def codes_key(records, build: PretrainPair, image_tokenizer) -> str:
     states = [_size_and_time(build.image_root / image) for image in images]
     listed = records.content() if isinstance(records, Records) else repr(list(records))
     sizes = (build.transform.resolution, build.transform.token_resolution)
-    return digest(listed, states, sizes, weights_digest(image_tokenizer.state_dict()))
+    return pixels_digest(listed, states, sizes, weights_digest(image_tokenizer.state_dict()))
 
 
 def _size_and_time(path: Path) -> tuple[int, int] | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base.caches import digest
 from base.errors import BadSample, UserError
+from base.pixels import pixels_digest
 from base.reading import parse_json
 from base.text import lenient_text, lines_in
 from base.writing import atomic_write
@@ -63,8 +63,8 @@ def build_index(
     on the network, its transform and the folder; each row on the file's size and time of change.
     progress: wraps the batches, with a name, to show a bar. UserError: no image can be read.
     """
-    kept_at = cache / f"{digest(VERSION, embedder.signature, str(root.absolute()))}.safetensors"
-    store = Store(kept_at)
+    key = pixels_digest(VERSION, embedder.signature, str(root.absolute()))
+    store = Store(cache / f"{key}.safetensors")
     states = {str(file.relative_to(root)): state_of(file) for file in files}
     new = [name for name, state in states.items() if not store.knows(name, state)]
     show = progress or (lambda batches, name: batches)

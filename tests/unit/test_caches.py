@@ -1,9 +1,23 @@
 """What is made once for many: by one at a time, whose lock is gone afterwards."""
 
+import json
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+import eval_knn
+from base import pixels
 from base.caches import one_builder
+from base.distributed import ALONE
+from base.pixels import HALF, Pixels
+from dataset.health import survey
+from dataset.tasks import pretrain
+from evaluation.demo import index
+from scripts import embed
 
 
 def test_one_builds_at_a_time_and_no_lock_is_left(tmp_path):
@@ -34,3 +48,53 @@ def test_a_builder_that_fails_leaves_no_lock(tmp_path):
     except KeyboardInterrupt:
         pass
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+def key_of_codes(_folder, _monkeypatch):
+    transform = SimpleNamespace(resolution=32, token_resolution=16)
+    build = SimpleNamespace(image_root=Path(), transform=transform)
+    return pretrain.codes_key([{"image": "a.png"}], build, torch.nn.Identity())
+
+
+def key_of_embeddings(_folder, _monkeypatch):
+    config = SimpleNamespace(
+        root=Path(), score="z", half=False, precision="fp32", batch_size=2, exif=False
+    )
+    return embed.key_of(embed.Part("x", [], 0, 0), SimpleNamespace(signature="s"), config)
+
+
+def key_of_features(folder, monkeypatch):
+    monkeypatch.setattr(eval_knn, "feature_bank", lambda *given: given[5].name)  # its path
+    monkeypatch.setattr(eval_knn, "fingerprint", lambda encoder: "f")
+    monkeypatch.setattr(eval_knn, "identity", lambda *_: "i")
+    encoder = torch.nn.Identity()
+    encoder.pixels, encoder.width, encoder.view = Pixels(16, "bicubic", *HALF), 4, None
+    config = eval_knn.Config(cache=folder)
+    images = type("Images", (list,), {"records": []})()
+    return eval_knn.bank_of(images, "x", encoder, "squeezed", config, ALONE)
+
+
+def key_of_index(folder, monkeypatch):
+    monkeypatch.setattr(index.Store, "index", lambda self, *_, **__: self.file.name)
+    embedder = SimpleNamespace(signature="s", texts=None)
+    return index.build_index(folder, [], embedder, None, folder)
+
+
+def key_of_facts(folder, _monkeypatch):
+    (folder / "list.json").write_text(json.dumps([{"image": "a.png", "caption": "x"}]))
+    work = survey.Work(0, "train", str(folder / "list.json"), 0, 1)
+    return survey.Looking(None)._state(work)
+
+
+MADE_OF_PIXELS = [key_of_codes, key_of_embeddings, key_of_features, key_of_index, key_of_facts]
+
+
+@pytest.mark.parametrize("key", MADE_OF_PIXELS)
+def test_what_is_made_of_images_is_made_again_where_they_are_read_otherwise(
+    key, tmp_path, monkeypatch
+):
+    """Features of truncated PNGs were those of grey images."""
+    before = key(tmp_path, monkeypatch)
+    assert key(tmp_path, monkeypatch) == before
+    monkeypatch.setattr(pixels, "DECODING", pixels.DECODING + 1)
+    assert key(tmp_path, monkeypatch) != before

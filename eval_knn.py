@@ -97,9 +97,11 @@ class Config(ProbeOptions, EvaluationConfig):
         "feats", "output of the encoder: feats, the tower's; z, the projected one; pre_logits, ..."
     )
     train_data: str | None = knob(
-        None, "labelled images: class folders, .jsonl, shards or torchvision/NAME:SPLIT"
+        None,
+        "labelled images: class folders, .jsonl, shards or torchvision/NAME:SPLIT",
+        required=True,
     )
-    val_data: str | None = knob(None, "images to classify, likewise")
+    val_data: str | None = knob(None, "images to classify, likewise", required=True)
     data_root: Path = knob(
         Path("."),
         "folder that a list's paths start from, or of torchvision's data set",
@@ -119,8 +121,6 @@ class Config(ProbeOptions, EvaluationConfig):
 
     def check(self) -> None:
         """Check that the options are compatible."""
-        if not (self.train_data and self.val_data):
-            raise UserError("give --train-data and --val-data, such as class folders")
         self.check_probe()
         if self.checkpoint is None and not of_library(self.model):
             raise UserError(

@@ -26,6 +26,7 @@ class Knob:
     bare: str | None = None  # the value of a flag that stands alone
     methods: str = ""  # the methods that use it, as in "simla albef"; none = all
     rare: bool = False  # left to `--help all`
+    required: bool = False  # a script cannot do without
     flat: bool = False  # of a section: `--lr` is accepted for `--optimizer.lr`
 
 

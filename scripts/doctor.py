@@ -45,7 +45,7 @@ class Config:
     POSITIONAL: ClassVar = "data"
 
     data: list[str] = knob(
-        [], "annotation files, tables, folders or shards; the training set first"
+        [], "annotation files, tables, folders or shards; the training set first", required=True
     )
     image_root: Path = knob(Path("."), "folder that paths of images start from")
     tokenizer: str = knob("clip", "clip, or a BERT: folder, vocab.txt or hub name")
@@ -221,8 +221,6 @@ def look_at_range(config: Config, looking, works: list) -> None:
 
 
 def main(config: Config) -> None:
-    if not config.data:
-        raise UserError("name a data set: python scripts/doctor.py DATA")
     for option, folder in (("--fix", config.fix), ("--facts", config.facts)):
         if folder:
             check_folder_option(folder, option)

@@ -67,7 +67,7 @@ TEXTS = ("txt", "json")  # members of a sample that tell its captions
 class Config(EvaluationConfig):
     """What to embed, and with what."""
 
-    data: list[str] = knob([], "shards, annotation files, tables or class folders")
+    data: list[str] = knob([], "shards, annotation files, tables or class folders", required=True)
     root: Path = knob(Path("."), "folder that paths of images start from", aliases=("image_root",))
     out: Path = knob(Path("output/embeddings"), "folder to write to")
     checkpoint: Path | None = knob(None, "file or run directory; none = --model's own weights")
@@ -306,8 +306,6 @@ def key_of(part: Part, embedder: Embedder, config: Config) -> str:
 
 
 def main(config: Config) -> None:
-    if not config.data:
-        raise UserError("--data: name shards, annotation files, tables or class folders")
     check_folder_option(config.out, "--out")
     if config.sharing.slurm:
         parts = [part for data in config.data for part in parts_of(data, config.part)]

@@ -60,7 +60,9 @@ class Config(RunConfig):
     output_dir: Path = knob(
         Path("output/tokenizer"), "folder of this run: tokenizer, preview, log, checkpoints"
     )
-    data: list[str] = knob([], "lists or tables with an `image` field, folders of images, shards")
+    data: list[str] = knob(
+        [], "lists or tables with an `image` field, folders of images, shards", required=True
+    )
     image_root: Path = knob(Path(""), "folder that the JSON's relative paths start from")
     size: int = knob(32, "side of the square images, pixels; a multiple of 2^(groups - 1)", low=2)
     crop_scale: tuple[float, float] = knob(

@@ -190,7 +190,7 @@ def show_page(text: str) -> None:
 def _help_lines(names: Sequence[str], k: Option) -> str:
     flags = ", ".join(f"-{name}" if len(name) == 1 else flag(name) for name in names)
     indent = " " * 8
-    text = f"{k.help} [default: {show(k.default)}]"
+    text = f"{k.help} [{'required' if k.required else f'default: {show(k.default)}'}]"
     meaning = textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)
     return f"  {flags} {k.placeholder}\n{meaning}"
 

@@ -158,6 +158,9 @@ class Draft:
 
     def finish(self) -> Any:
         """The configuration, or UserError with every mistake."""
+        for path, knob in self.schema.knobs.items():
+            if knob.required and self.values[path] in (None, "", []):
+                self.mistakes.append(f"{flag(path)}: is needed: {knob.help}")
         if not self.mistakes:
             return self.schema.build(self.values)
         if len(self.mistakes) > 1:

@@ -29,8 +29,8 @@ from runtime.safe_pickle import load_plain
 class Config:
     """Conversion."""
 
-    source: list[Path] = knob([], "REFER's folder or refs(…).p, or JSON files")
-    output: Path | None = knob(None, "folder for train.json, val.json, testA.json …")
+    source: list[Path] = knob([], "REFER's folder or refs(…).p, or JSON files", required=True)
+    output: Path | None = knob(None, "folder for train.json, val.json, testA.json …", required=True)
 
 
 def expressions_of(source: Path) -> Iterator[dict]:
@@ -44,8 +44,6 @@ def expressions_of(source: Path) -> Iterator[dict]:
 
 
 def main(config: Config) -> None:
-    if not config.source or config.output is None:
-        raise UserError("give --source FOLDER or FILES, and --output FOLDER")
     splits: dict[str, list[dict]] = {}
     for source in config.source:
         for entry in expressions_of(source):

@@ -29,13 +29,13 @@ class Config:
     dataset: str = knob(
         "yfcc15m", "collection that the metadata belongs to", choices=tuple(FORMATS)
     )
-    metadata: Path | None = knob(None, "the collection's own file: .pkl, .npy or .json")
-    output: Path | None = knob(None, "JSON lines to write")
+    metadata: Path | None = knob(
+        None, "the collection's own file: .pkl, .npy or .json", required=True
+    )
+    output: Path | None = knob(None, "JSON lines to write", required=True)
 
 
 def main(config: Config) -> None:
-    if config.metadata is None or config.output is None:
-        raise UserError("give --metadata FILE and --output FILE.jsonl")
     if not config.metadata.is_file():
         raise UserError(f"--metadata {config.metadata}: no such file")
     left_out = LeftOut(config.metadata)

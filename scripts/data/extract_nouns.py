@@ -51,8 +51,10 @@ FORMAT = 2  # raised when shards are written otherwise
 class Config:
     """What to label, and how."""
 
-    source: str = knob("", "shards: a folder, or paths and URLs with {00000..00099} and wildcards")
-    target: Path | None = knob(None, "folder to write to")
+    source: str = knob(
+        "", "shards: a folder, or paths and URLs with {00000..00099} and wildcards", required=True
+    )
+    target: Path | None = knob(None, "folder to write to", required=True)
     tagger: str = knob(
         "auto",
         "auto: nltk where --nltk-data is given, else lexicon",
@@ -194,8 +196,6 @@ def settings_of(config: Config) -> tuple:
 
 
 def main(config: Config) -> None:
-    if not config.source or config.target is None:
-        raise UserError("name the shards with --source and the folder to write to with --target")
     check_folder_option(config.target, "--target")
     shards = list_shards(config.source, {})
     targets = targets_of(shards, config)

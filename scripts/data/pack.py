@@ -53,9 +53,11 @@ SHOWN = 3  # complaints of a shard that its statistics keep
 class Config:
     """What to pack."""
 
-    data: str = knob("", "annotation file, table or folder; FILE?caption=COLUMN names columns")
+    data: str = knob(
+        "", "annotation file, table or folder; FILE?caption=COLUMN names columns", required=True
+    )
     image_root: Path = knob(Path("."), "folder that paths of images start from")
-    target: Path | None = knob(None, "folder to write shards to")
+    target: Path | None = knob(None, "folder to write shards to", required=True)
     samples_per_shard: int = knob(5000, "samples a shard", low=1)
     resize: int = knob(
         0, "shorter side in pixels that larger images are reduced to; 0 = as is", low=0
@@ -200,8 +202,6 @@ def merge(config: Config) -> dict[str, int]:
 
 
 def main(config: Config) -> None:
-    if not config.data or config.target is None:
-        raise UserError("name two places: --data and --target")
     check_folder_option(config.target, "--target")
     if config.sharing.slurm:
         total = number_of_shards(config)

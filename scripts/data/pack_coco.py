@@ -32,10 +32,10 @@ class Config:
     """What to pack."""
 
     captions: Path | None = knob(
-        None, "COCO's captions_*.json, or a .jsonl with image_id and caption"
+        None, "COCO's captions_*.json, or a .jsonl with image_id and caption", required=True
     )
-    images: Path | None = knob(None, "folder of the images")
-    target: Path | None = knob(None, "folder to write shards to")
+    images: Path | None = knob(None, "folder of the images", required=True)
+    target: Path | None = knob(None, "folder to write shards to", required=True)
     split: str = knob("", "noted in KEY.json; empty = the name of the folder of images")
     samples_per_shard: int = knob(3000, "images a shard", low=1)
 
@@ -114,8 +114,6 @@ def pack(config: Config) -> dict[str, int]:
 
 
 def main(config: Config) -> None:
-    if None in (config.captions, config.images, config.target):
-        raise UserError("name three places: --captions, --images and --target")
     if not config.captions.is_file():
         raise UserError(f"{config.captions}: no such file of captions")
     check_folder_option(config.target, "--target")

@@ -49,7 +49,7 @@ class Config:
     kind: str = knob("wordpiece", "whose form the vocabulary has", choices=KINDS)
     size: int = knob(8000, "pieces at most; bpe: merges", low=100)
     texts: int = knob(500_000, "texts at most: those that the data begin with", low=1, rare=True)
-    target: Path | None = knob(None, "what to write: a folder (wordpiece) or a file")
+    target: Path | None = knob(None, "what to write: a folder (wordpiece) or a file", required=True)
 
 
 def captions(config: Config) -> Iterator[str]:
@@ -82,10 +82,8 @@ def texts_of_shards(config: Config, texts_in) -> Iterator[str]:
 
 
 def main(config: Config) -> None:
-    if not (config.data or config.shards) or config.target is None:
-        raise UserError(
-            "--data (or --shards) and --target are needed: what to learn from, and where to write"
-        )
+    if not (config.data or config.shards):
+        raise UserError("--data (or --shards) is needed: what to learn from")
     if config.target.exists():
         raise UserError(f"{config.target} is there already; remove it, or name another --target")
     check_folder_option(config.target.parent, "--target")

@@ -161,5 +161,5 @@ def test_features_of_an_image_encoder(images, tmp_path):
     found = rows(tmp_path / "out", "img_emb")
     assert found.shape == (7, timm.create_model("test_vit").num_features)
     assert not (tmp_path / "out/text_emb").exists()
-    with pytest.raises(UserError, match="--data: name shards"):
+    with pytest.raises(UserError, match="--data: is needed: shards"):
         run("--model", "timm/test_vit")

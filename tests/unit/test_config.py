@@ -812,6 +812,25 @@ def test_networks_that_are_left_open_have_the_options_of_pretraining():
         assert same == (option.help, option.low, option.high) and left_open[name].default is None
 
 
+def test_what_a_script_needs_is_named_with_the_other_mistakes(capsys):
+    @dataclass
+    class Tool(Base):
+        data: list[str] = knob([], "lists or folders", required=True)
+        target: Path | None = knob(None, "folder to write to", required=True)
+
+    assert parse(Tool, ["--data", "a", "--target", "b"]) == Tool(data=["a"], target=Path("b"))
+    with pytest.raises(UserError) as caught:
+        parse(Tool, ["--data", "none", "--sed", "1"])
+    assert str(caught.value).split("\n  ")[1:] == [
+        "--sed: unknown key; did you mean --seed?",
+        "--data: is needed: lists or folders",
+        "--target: is needed: folder to write to",
+    ]
+    with pytest.raises(SystemExit):
+        parse(Tool, ["--help"])
+    assert "folder to write to [required]" in capsys.readouterr().out
+
+
 def test_words_before_the_first_flag_are_those_of_the_positional_option(yaml):
     @dataclass
     class Tool(Base):

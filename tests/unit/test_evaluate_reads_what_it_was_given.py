@@ -84,7 +84,9 @@ def test_lists_of_digitscenes_do_not_belong_to_other_images(
 def test_no_images_at_all_are_none_of_others():
     import eval_knn
 
-    with pytest.raises(UserError, match="give --train-data"):  # which the script cannot do without
+    with pytest.raises(
+        UserError, match="--train-data: is needed"
+    ):  # which the script cannot do without
         parse(eval_knn.Config, ["--train_data", "none", "--checkpoint", "x.pt"])
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 
 from base.errors import UserError
+from base.knobs import restated
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
 from dataset.tasks.ve_nlvr import SNLI_VE, Statements
 from dataset.text.wordpiece import TextCollate, Tokenizer
@@ -62,7 +63,7 @@ class Config(FineTuneConfig):
     test_file: Path | None = knob(None, "sentences of the final test")
     image_root: Path = knob(Path("."), "folder of the images")
     batch_size_test: int = knob(64, "sentences per forward pass in evaluation", low=1)
-    warm_up: bool = knob(False, "alpha rises linearly from 0 during the first epoch")
+    warm_up: bool = restated(FineTuneConfig, "warm_up", False)
     optimizer: Optimizer = section(Optimizer, flat=True, lr=2e-5, weight_decay=0.02)
     text_fields = ("sentence",)  # that `text_encoder: trained` learns from
 

@@ -30,6 +30,7 @@ from base import distributed
 from base.caches import cache_folder
 from base.distributed import World
 from base.errors import UserError
+from base.knobs import restated
 from base.libraries import of_library
 from dataset.tasks.catalog import CatalogOptions, Prompts, wanted_entries
 from dataset.tasks.dual_inputs import image_side, tokenizer_identity, tokenizer_of
@@ -71,7 +72,7 @@ class Config(CatalogOptions, EvaluationConfig):
     results: Path | None = knob(None, "JSON lines of CLIP_benchmark's rows [result/results.jsonl]")
     image: Path | None = knob(None, "no data sets: which of --words fit this image")
     words: list[str] = knob([], "texts for --image, two or more; output_dir/result/words.json")
-    workers: int = knob(10, "loader processes per process", low=0, aliases=("j",))
+    workers: int = restated(EvaluationConfig, "workers", 10, aliases=("j",))
     bpe_path: Path | None = knob(None, "BPE merges; none = the run's, else CLIP's")
     tokenizer: str | None = knob(None, "of ALIGN; none = the run's, else bert-base-uncased")
     cache: Path | None = knob(None, "folder for classifiers and shards [$QUINTET_CACHE]")

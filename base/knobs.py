@@ -8,7 +8,7 @@ class Config(RunConfig):
 
 import copy
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from base.errors import unknown
@@ -38,10 +38,11 @@ def knob(default: Any, help: str, **described: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def left_open(kind: type, name: str, *, rare: bool = False) -> Any:
-    """The option `name` of the class `kind` once more, None by default: another place fills it."""
+def restated(kind: type, name: str, default: Any = None, **changes: Any) -> Any:
+    """The option `name` of the class `kind` once more, with another default (None: another place
+    fills it) and other `changes`, fields of Knob; its meaning and its limits stay."""
     stated = next(f for f in fields(kind) if f.name == name)
-    return field(default=None, metadata={"knob": replace(about(stated), rare=rare)})
+    return knob(default, **(vars(about(stated)) | changes))
 
 
 def section(kind: type, *, aliases: Sequence[str] = (), flat: bool = False, **defaults: Any) -> Any:

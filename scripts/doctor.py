@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.caches import digest, file_state
 from base.errors import UserError
+from base.limits import WORKERS
 from base.processes import in_processes, usable_cores
 from base.writing import check_folder_option
 from runtime.config.cli import knob, run_script, section
@@ -55,7 +56,7 @@ class Config:
     fix: Path | None = knob(None, "folder to write lists to without what cannot be trained on")
     page: Path | None = knob(None, "HTML page with examples")
     facts: Path | None = knob(None, "folder to keep what is found in: to resume, and to share")
-    workers: int = knob(usable_cores(), "processes", low=1)
+    workers: int = knob(usable_cores(), "processes", low=1, high=WORKERS)
     sharing: Sharing = section(Sharing, flat=True)
 
 

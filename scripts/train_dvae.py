@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from base import distributed
 from base.distributed import World, say
 from base.errors import UserError
+from base.knobs import restated
 from base.writing import write_json
 from dataset.images.albef import random_box, resized_crop
 from dataset.images.decode import check_image_root, decode_image
@@ -91,7 +92,7 @@ class Config(RunConfig):
     )
     straight_through: bool = knob(False, "decode hard codes, with the gradient of the relaxed ones")
     batch_size: int = knob(32, "images per process", low=1)
-    workers: int = knob(2, "loader processes per training process", low=0)
+    workers: int = restated(RunConfig, "workers", 2)
     optimizer: Optimizer = section(
         Optimizer, flat=True, lr=1e-2, weight_decay=1e-4, betas=(0.9, 0.95), clip_grad_norm=1.0
     )

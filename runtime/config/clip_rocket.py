@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from base import distributed
-from base.limits import WORKERS
+from base.knobs import restated
 from runtime.config.cli import knob, section
 from runtime.config.old_names import CLIP_ROCKET, FLAGS_OF_MAIN
 from runtime.optim.build import Optimizer
@@ -21,22 +21,18 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     IGNORED = CLIP_ROCKET
     NEW_NAMES = FLAGS_OF_MAIN
 
-    seed: int = knob(0, "one seed for weights, data order and augmentation")
+    seed: int = restated(RunConfig, "seed", 0)
     precision: str = knob(
         "auto", "bf16, else fp16, on GPUs; fp32 elsewhere", choices=("auto", "fp32", "bf16", "fp16")
     )
     disable_amp: bool = knob(False, "--precision fp32", rare=True)
-    accumulate: int = knob(1, "micro-batches per update", low=1, aliases=("update_freq",))
-    activation_checkpointing: bool = knob(
-        False, "recompute blocks in the backward pass", aliases=("checkpoint_grad",)
+    accumulate: int = restated(RunConfig, "accumulate", 1, aliases=("update_freq",))
+    activation_checkpointing: bool = restated(
+        RunConfig, "activation_checkpointing", False, aliases=("checkpoint_grad",)
     )
-    workers: int = knob(
-        10, "loader processes per training process", low=0, high=WORKERS, aliases=("j",)
-    )
-    log_every: int = knob(25, "updates between two log lines", low=1, aliases=("print_freq",))
-    wandb: str = knob(
-        "off", "Weights & Biases", choices=("off", "online", "offline"), bare="online"
-    )
+    workers: int = restated(RunConfig, "workers", 10, aliases=("j",))
+    log_every: int = restated(RunConfig, "log_every", 25, aliases=("print_freq",))
+    wandb: str = restated(RunConfig, "wandb", "off", bare="online")
     offline: bool = knob(False, "with --wandb: offline", rare=True)
     # the optimisation
     init_text_encoder: Path | None = knob(
@@ -66,7 +62,7 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     val_dataset: str = knob("imagenet", "its name in the two files")
     labels: Path = knob(Path("labels.json"), "class names by data set, in the order of the folders")
     templates: Path = knob(Path("templates.json"), "templates with {} by data set")
-    eval_every: str = knob("1 epochs", "between two validations", aliases=("eval_freq",))
+    eval_every: str = restated(ValidationConfig, "eval_every", "1 epochs", aliases=("eval_freq",))
     evaluate: bool = knob(False, "no training: validate --checkpoint")
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.knobs import knob, left_open
+from base.knobs import knob, restated
 from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
 from runtime.config import originals
 from runtime.config.from_checkpoint import saved_config, take_from_checkpoint
@@ -55,19 +55,19 @@ class Networks:
 class Geometry:
     """The networks; none = as the run that made the checkpoint says, else as published."""
 
-    image_res: int | None = left_open(Networks, "image_res")
-    patch_size: int | None = left_open(Networks, "patch_size", rare=True)
-    vision_width: int | None = left_open(Networks, "vision_width", rare=True)
-    vision_depth: int | None = left_open(Networks, "vision_depth", rare=True)
-    vision_heads: int | None = left_open(Networks, "vision_heads", rare=True)
-    vision_stem: list[int] | None = left_open(Networks, "vision_stem", rare=True)
-    vision_tower: str | None = left_open(Networks, "vision_tower", rare=True)
-    bert_config: Path | None = left_open(Networks, "bert_config", rare=True)
-    embed_dim: int | None = left_open(Networks, "embed_dim", rare=True)
+    image_res: int | None = restated(Networks, "image_res")
+    patch_size: int | None = restated(Networks, "patch_size", rare=True)
+    vision_width: int | None = restated(Networks, "vision_width", rare=True)
+    vision_depth: int | None = restated(Networks, "vision_depth", rare=True)
+    vision_heads: int | None = restated(Networks, "vision_heads", rare=True)
+    vision_stem: list[int] | None = restated(Networks, "vision_stem", rare=True)
+    vision_tower: str | None = restated(Networks, "vision_tower", rare=True)
+    bert_config: Path | None = restated(Networks, "bert_config", rare=True)
+    embed_dim: int | None = restated(Networks, "embed_dim", rare=True)
     queue_size: int | None = knob(
         None, "momentum features kept as further negatives", low=0, high=QUEUE
     )
-    text_encoder: str | None = left_open(Networks, "text_encoder", rare=True)
+    text_encoder: str | None = restated(Networks, "text_encoder", rare=True)
 
 
 def fill_geometry(config: Any, weights: Iterable[str]) -> None:

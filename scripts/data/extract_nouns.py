@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.caches import digest, file_state
 from base.errors import BadSample, UserError
+from base.limits import WORKERS
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
 from base.text import as_list, lenient_text
@@ -69,7 +70,7 @@ class Config:
         "cut noise words as whole words only, and list no name twice; not as published",
         aliases=("mended",),
     )
-    workers: int = knob(usable_cores(), "processes", low=1)
+    workers: int = knob(usable_cores(), "processes", low=1, high=WORKERS)
     sharing: Sharing = section(Sharing, flat=True)
 
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from base.caches import digest
 from base.errors import BadSample, UserError
+from base.limits import WORKERS
 from base.processes import in_processes, usable_cores
 from base.reading import read_json
 from base.text import as_list, clean_surrogates, is_blank
@@ -63,7 +64,7 @@ class Config:
         0, "shorter side in pixels that larger images are reduced to; 0 = as is", low=0
     )
     quality: int = knob(92, "of the JPEG that a reduced image becomes", low=1, high=100)
-    workers: int = knob(usable_cores(), "processes", low=1)
+    workers: int = knob(usable_cores(), "processes", low=1, high=WORKERS)
     sharing: Sharing = section(Sharing, flat=True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from base.knobs import about
 from runtime.config.schema import Option, Schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +120,16 @@ def test_every_number_has_limits(script):
         assert not [text for text in refused if accepted(option, text)], path
         huge = accepted(option, "9" * 40)
         assert not huge or option.kind.mark == "FLOAT", path
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_an_option_that_a_script_states_again_keeps_its_limits(script):
+    *inner, config_class = importlib.import_module(script).Config.__mro__[-2::-1]
+    for ancestor in inner:
+        for name, stated in getattr(ancestor, "__dataclass_fields__", {}).items():
+            before, now = about(stated), about(config_class.__dataclass_fields__[name])
+            assert before.low is None or now.low >= before.low, name
+            assert before.high is None or now.high <= before.high, name
 
 
 def test_an_option_that_nothing_reads_is_found():

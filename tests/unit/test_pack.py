@@ -10,6 +10,7 @@ from dataset.images.decode import decode_image
 from dataset.sources.shard_list import samples_of
 from dataset.sources.shards import read_shard
 from dataset.tasks.record import captions_of
+from runtime.config.cli import parse
 from scripts.data import pack
 from scripts.data.pack import Config
 from tests.helpers.images import of_colour
@@ -178,5 +179,5 @@ def test_tables_of_encoded_images(tmp_path):
 def test_nothing_to_pack_is_refused(tmp_path, pairs):
     with pytest.raises(UserError, match="none of its images can be read below"):
         pack.pack(Config(pairs, tmp_path / "elsewhere", tmp_path / "wds", workers=1))
-    with pytest.raises(UserError, match="--data and --target"):
-        pack.main(Config(pairs))
+    with pytest.raises(UserError, match=r"^--target: is needed: folder"):
+        parse(Config, ["--data", pairs])

@@ -82,7 +82,7 @@ def build_index(
     if new or groups:
         store.rows = {name: store.rows[name] for name in states}
         store.keep()
-    return store.index(root, states, captions, kept=len(states) - len(new))
+    return store.index(root, states, captions, new)
 
 
 def reader(root: Path, view: Callable, read: Callable) -> Callable[[str], Tensor | str]:
@@ -144,8 +144,9 @@ class Store:
     def add_captions(self, texts: Sequence[str], embeddings: Tensor) -> None:
         self.texts.update(zip(texts, embeddings, strict=True))
 
-    def index(self, root: Path, states: dict[str, State], captions, kept: int) -> Index:
-        """The index of the files that are there. UserError where none can be read."""
+    def index(self, root: Path, states: dict[str, State], captions, new: Sequence[str]) -> Index:
+        """The index of the files that are there, `new` ones among them. UserError where none can be
+        read."""
         own = {name: self.rows[name][1] for name in states}
         files = [name for name, row in own.items() if isinstance(row, Tensor)]
         unreadable = {name: row for name, row in own.items() if isinstance(row, str)}
@@ -155,6 +156,7 @@ class Store:
             raise UserError(f"{root}: no images to search ({why}); give --images another folder")
         texts = torch.stack([self.texts[text] for text in captions]) if captions else None
         images = torch.stack([own[name] for name in files])
+        kept = len({*files} - {*new})
         return Index(root, files, images, unreadable, list(captions), texts, kept)
 
     def keep(self) -> None:

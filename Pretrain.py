@@ -41,7 +41,7 @@ from models.weights.albef import load_bert, load_bert_folder, start_from
 from models.weights.starting_vit import start_vision
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
-from runtime.config.from_checkpoint import fitting_weights
+from runtime.config.from_checkpoint import check_architecture, saved_config
 from runtime.config.networks import Networks
 from runtime.flops import training_flops
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
@@ -123,7 +123,8 @@ def build_model(
     start_vision(model.visual_encoder, config.vision_weights, read_weights)
     MomentumPairs(model).copy()
     if config.checkpoint:
-        start_from(model, fitting_weights(config), "pretrain")
+        check_architecture(config, saved_config(config.checkpoint))
+        start_from(model, read_weights(config.checkpoint), "pretrain")
     return model
 
 

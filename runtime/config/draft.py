@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from base.errors import UserError, brief
-from base.names import nearest
+from base.names import matching_files, nearest
 from runtime.config.old_commands import blip_hint, recipe_of, recipe_of_nxtp
 from runtime.config.schema import Option, Schema
 from runtime.config.values import show
@@ -171,7 +171,7 @@ class Draft:
 def checked_file(path: Path, above: tuple[Path, ...]) -> Path:
     """`path`, if it is a file and not one of those `above`, which build on it. UserError."""
     if path.is_dir():
-        inside = ", ".join(sorted(each.name for each in path.glob("*.yaml"))) or "none here"
+        inside = ", ".join(each.name for each in matching_files(path, "*.yaml")) or "none here"
         raise UserError(f"{path}: is a folder; name one of its files: {inside}")
     if path.suffix == ".py":  # as NXTP's
         recipe = recipe_of_nxtp(path)

@@ -11,13 +11,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from base.errors import UserError
 from base.reading import read_json
 from base.torch_files import find_index, is_safetensors, load_weights_only
 from runtime.advice import launched_rank
-from runtime.checkpoint import read_weights, weights_file
+from runtime.checkpoint import weights_file
 from runtime.config.schema import Option, Schema
 from runtime.config.values import show
 from runtime.config.yaml import read_yaml, to_dict
@@ -30,13 +28,6 @@ FILES = ("text_encoder", "tokenizer", "llama", "bpe_path", "bert_config", "answe
 ARCHITECTURE = ("text_activation", "text_heads", "vision_heads")
 ARCHITECTURE += ("decoder_heads", "norm_eps", "rope_theta", "rope_scaling", "prefix_image")
 IN_BERT = ("hidden_act", "layer_norm_eps", "num_attention_heads")
-
-
-def fitting_weights(config: Any) -> dict[str, Tensor]:
-    """Weights of config.checkpoint, whose recorded architecture agrees with the configuration's.
-    UserError."""
-    check_architecture(config, saved_config(config.checkpoint))
-    return read_weights(config.checkpoint)
 
 
 def check_architecture(config: Any, saved: Mapping[str, Any]) -> None:

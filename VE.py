@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 
 from base.errors import UserError
-from base.knobs import restated
 from dataset.tasks.loaders import split_loader, test_view, train_loader, training_view
 from dataset.tasks.ve_nlvr import SNLI_VE, Statements
 from dataset.text.wordpiece import TextCollate, Tokenizer
@@ -44,7 +43,7 @@ from models.fusion.momentum import MomentumPairs
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
 from models.weights.albef import check_kind, start_from, start_task
 from runtime.checkpoint import read_weights
-from runtime.config.cli import knob, run_script, section
+from runtime.config.cli import knob, restated, run_script, section
 from runtime.config.fusion import FineTuneConfig, Start, prepare
 from runtime.optim.build import Optimizer, set_learning_rate
 from runtime.parallel import gradient_sync, whole_model

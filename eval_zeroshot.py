@@ -30,7 +30,6 @@ from base import distributed
 from base.caches import cache_folder
 from base.distributed import World
 from base.errors import UserError
-from base.knobs import restated
 from base.libraries import of_library
 from dataset.tasks.catalog import CatalogOptions, Prompts, wanted_entries
 from dataset.tasks.dual_inputs import image_side, tokenizer_identity, tokenizer_of
@@ -49,7 +48,7 @@ from models.weights.libraries import open_library
 from models.weights.torchscript import weights_and_about
 from runtime.checkpoint import read_weights, weights_file
 from runtime.config import originals
-from runtime.config.cli import knob, run_script
+from runtime.config.cli import knob, restated, run_script
 from runtime.config.from_checkpoint import description_of
 from runtime.optim.build import Precision
 from runtime.options import EvaluationConfig

@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from base import distributed
 from base.distributed import World, say
 from base.errors import UserError
-from base.knobs import restated
 from base.writing import write_json
 from dataset.images.albef import random_box, resized_crop
 from dataset.images.decode import check_image_root, decode_image
@@ -45,7 +44,7 @@ from dataset.tasks.loaders import stream_loader
 from models.fusion.dvae import ImageTokenizer, TokenizerConfig, code_usage
 from models.weights.loading import load_checkpoint
 from runtime.checkpoint import read_weights
-from runtime.config.cli import knob, run_script, section
+from runtime.config.cli import knob, restated, run_script, section
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
 from runtime.options import RunConfig

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from base import flight_recorder
 from base.errors import UserError
-from base.knobs import knob, section
+from base.knobs import knob, restated, section
 from base.processes import SENTENCE_FILE, end_with_parent
 from base.text import as_list
 from base.writing import check_output_folder
@@ -39,7 +39,7 @@ from runtime.config.values import differences, show
 from runtime.config.yaml import save, to_dict
 from runtime.own_tokenizers import train_tokenizers_if_asked
 
-__all__ = ["differences", "knob", "parse", "run_script", "save", "section", "to_dict"]
+__all__ = ["differences", "knob", "parse", "restated", "run_script", "save", "section", "to_dict"]
 
 C = TypeVar("C")
 HELP = ("h", "help")

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from base import distributed
-from base.knobs import restated
-from runtime.config.cli import knob, section
+from runtime.config.cli import knob, restated, section
 from runtime.config.old_names import CLIP_ROCKET, FLAGS_OF_MAIN
 from runtime.optim.build import Optimizer
 from runtime.optim.schedule import Schedule

@@ -191,7 +191,8 @@ def hint_for_missing(path: Path) -> str:
     beside = os.listdir(path.parent) if path.parent.is_dir() else []
     if found := nearest(path.name, beside):
         return f"; did you mean {path.parent / found}?"
-    if same := sorted(Path("configs").glob(f"*/{path.name}")):
+    recipes = Path("configs").glob("*/*.yaml")
+    if same := sorted(recipe for recipe in recipes if recipe.name == path.name):
         return f"; did you mean {nearest(path, same, 0)}?"
     return ""
 

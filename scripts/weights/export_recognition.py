@@ -37,6 +37,9 @@ from scripts.weights.graphs import ANY, Graph, write_graph
 class Config(Recognition.Config):
     """The network as for Recognition.py, and where to put it."""
 
+    checkpoint: Path | None = knob(
+        None, "network to export, a file or the directory of a run", required=True
+    )
     target: Path = knob(Path("onnx"), "folder to write to")
     labels: int = knob(8, "labels an image in the check", low=1)
 
@@ -138,10 +141,6 @@ def check(
 
 @torch.no_grad()
 def main(config: Config) -> None:
-    if not config.checkpoint:
-        raise UserError(
-            "--checkpoint: name the network to export, a file or the directory of a run"
-        )
     config.evaluate = True
     world = distributed.init("cpu")
     Recognition.check(config, world)

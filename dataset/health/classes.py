@@ -30,24 +30,28 @@ def look_at_classes(parts: Sequence, listed: Sequence[str] = ()) -> None:
     trained = None
     for part in parts:
         balance = part.balance()
-        names = names_of(part.data, balance, listed)
+        folders = class_folders(Path(part.data)) if Path(part.data).is_dir() else []
+        names = names_of(balance, folders or listed)
         part.classes = Counter()
         for label, name in names.items():
             part.classes[name] += balance[label]
         if part.classes:
             part.findings = class_findings(part.classes, listed, trained)
+            empty = [name for name in folders if name not in part.classes]
+            if empty and not {*part.classes} - {*folders}:  # folders are the classes
+                finding = Finding("folder without images", len(empty), _some(empty), True)
+                part.findings.insert(0, finding)
             known = set(listed)
             part.unknown_labels = {label for label in names if known and names[label] not in known}
             trained = trained or set(part.classes)
 
 
-def names_of(data: str, balance: Counter, listed: Sequence[str] = ()) -> dict[str, str]:
-    """The name of the class of every label: of class folders, of the list, or as the label has it.
+def names_of(balance: Counter, names: Sequence[str]) -> dict[str, str]:
+    """The name of the class of every label: of `names`, class folders or a list, or as the label
+    has it.
 
-    balance: images by label, as texts; numbers are places in the folders, or in the list.
+    balance: images by label, as texts; numbers are positions in `names`.
     """
-    path = Path(data)
-    names = (class_folders(path) if path.is_dir() else []) or listed
     found = {}
     for label in balance:
         known = label.isdigit() and int(label) < len(names)

@@ -85,7 +85,7 @@ def open_list(data: str) -> Sequence[dict]:
     """The entries of an annotation file, table or folder. UserError."""
     path = Path(data)
     if is_class_folder(path):
-        return FolderRecords(data, class_folders(path))
+        return FolderRecords(data, class_folders(path), gaps=True)
     if path.suffix.lower() in (".list", ".txt"):
         return label_records(path)
     if not is_table(data):

@@ -80,7 +80,7 @@ class ClassFolder:
     Hidden files and folders are ignored, symbolic links followed.
 
     classes: names of the classes in that order, where known: as many as there are folders. known:
-    names of classes, some of which may have no folder. UserError.
+    names of classes, some of which may have no folder. gaps: folders may have no images. UserError.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class ClassFolder:
         transform: Callable[[torch.Tensor], torch.Tensor],
         classes: Sequence = (),
         known: Sequence[str] = (),
+        gaps: bool = False,
     ):
         self.root = Path(root)
         self.transform = transform
@@ -110,7 +111,7 @@ class ClassFolder:
             everything = list(files_below(self.root / folder))
             found = sorted(path for path in everything if is_image(path))
             left_out.update(path.suffix for path in everything if not is_image(path))
-            if not found:
+            if not found and not gaps:
                 raise UserError(
                     f"{self.root / folder}: no images of this class; add them or remove folder and "
                     "label"

@@ -152,13 +152,15 @@ class Labels:
 
 
 class FolderRecords(Sequence):
-    """The images of class folders, or of a flat folder with its list, as records {image, label}, in a few bytes each."""
+    """The images of class folders, or of a flat folder with its list, as records {image, label}, in a few bytes each.
 
-    def __init__(self, root: str | Path, classes: Sequence[str] = ()):
+    gaps: classes may have no images."""
+
+    def __init__(self, root: str | Path, classes: Sequence[str] = (), gaps: bool = False):
         if is_flat(Path(root)):
             self._read_flat(Path(root), classes)
             return
-        folder = ClassFolder(root, None, known=classes)
+        folder = ClassFolder(root, None, known=classes, gaps=gaps)
         self.root = folder.root.absolute()
         self.classes = folder.folders
         names = [composed(folder_of(name)) for name in classes or folder.folders]

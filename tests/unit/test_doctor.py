@@ -17,6 +17,7 @@ from dataset.health.classes import class_findings, names_of, similar_names
 from dataset.health.duplicates import near_duplicates
 from dataset.health.samples import box_inside, shrunk, signature, text_problems
 from dataset.sources.tar_writer import write_shard
+from dataset.tasks.classification import FolderRecords
 from scripts import doctor
 from tests.helpers.images import encoded
 from tests.helpers.processes import run_script
@@ -329,13 +330,22 @@ def test_names_that_are_alike(names, groups):
     assert similar_names(names) == groups
 
 
-def test_labels_become_names(tmp_path):
+def test_labels_become_names():
     labels = Counter({"0": 2, "2": 1})
-    assert names_of("list.json", labels, ["a", "b"]) == {"0": "a", "2": "2"}
-    for name in ("dog", "cat"):
+    assert names_of(labels, ["a", "b"]) == {"0": "a", "2": "2"}
+
+
+def test_class_folders_without_images_are_found_beside_the_rest(tmp_path, capsys):
+    for number, name in enumerate(("ape", "cow")):
         (tmp_path / name).mkdir()
-    labels = Counter({"0": 2, "1": 1})
-    assert names_of(str(tmp_path), labels, ["x", "y"]) == {"0": "cat", "1": "dog"}
+        (tmp_path / name / "1.jpg").write_bytes(jpeg(scene(number)))
+    (tmp_path / "bee").mkdir()
+    (tmp_path / "cow/2.jpg").write_bytes(b"no image")
+    status, text = run(capsys, {"data": [str(tmp_path)]})
+    assert status == 1 and "folder without images    1 classes          bee" in text
+    assert found(text)["unreadable"] == "1" and "cow: 2 … ape: 1" in text
+    with pytest.raises(UserError, match=r"bee: no images of this class"):  # as training says
+        FolderRecords(tmp_path)
 
 
 def test_class_folders_are_compared_with_a_list_of_names(tmp_path, capsys, monkeypatch):

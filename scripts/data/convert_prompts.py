@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.reading import read_json
+from base.reading import read_json, read_text
 from base.writing import write_text
+from runtime.advice import ends_with_advice
 
 TARGET = Path(__file__).resolve().parents[2] / "dataset/prompts"
 NAMES = {  # OpenAI's heading -> name of the data set
@@ -69,7 +70,8 @@ def lists_in(code: str) -> dict[str, list]:
     return {node.targets[0].id: ast.literal_eval(node.value) for node in found}
 
 
-def main(clone: Path) -> None:
+@ends_with_advice
+def main(clone: Path) -> int:
     labels = {}
     templates = {}
     notebook = clone / "notebooks/Prompt_Engineering_for_ImageNet.ipynb"
@@ -81,7 +83,7 @@ def main(clone: Path) -> None:
         found["imagenet_classes"],
         found["imagenet_templates"],
     )
-    for chapter in re.split(r"^## ", (clone / "data/prompts.md").read_text(), flags=re.M)[1:]:
+    for chapter in re.split(r"^## ", read_text(clone / "data/prompts.md"), flags=re.M)[1:]:
         heading, _, text = chapter.partition("\n")
         name = NAMES[heading.strip()]
         found = lists_in(text.split("```")[1].partition("\n")[2])
@@ -93,6 +95,7 @@ def main(clone: Path) -> None:
         rows = (f"{json.dumps(name)}: {json.dumps(values)}" for name, values in content.items())
         write_text(TARGET / file, "{\n" + ",\n".join(rows) + "\n}\n")
     print({name: (len(values), len(templates[name])) for name, values in labels.items()})
+    return 0
 
 
 if __name__ == "__main__":
@@ -100,4 +103,4 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("clone", type=Path, help="folder of OpenAI's repository of CLIP")
-    main(parser.parse_args().clone)
+    sys.exit(main(parser.parse_args().clone))

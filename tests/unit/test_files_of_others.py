@@ -59,7 +59,7 @@ from dataset.tasks.zeroshot import CaptionedImages, ShardImages, class_folders, 
 from runtime.checkpoint import find_damage
 from runtime.config.yaml import read_yaml
 from runtime.safe_pickle import load_plain
-from scripts.data import pack, pack_coco, pack_karpathy, train_vocabulary
+from scripts.data import convert_prompts, pack, pack_coco, pack_karpathy, train_vocabulary
 from tests.helpers.images import of_colour
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X\xff"  # how a `._` file begins
@@ -503,6 +503,11 @@ def test_images_of_karpathys_file(tmp_path, form, change, said, capsys):
         shard = out if form == "tfrecord" else out / "test/0.tar"
         (record,) = read_shard(str(shard), {})
         assert as_list(captions_of(record)) == ["x"]
+
+
+def test_prompts_of_a_folder_that_is_no_clone_of_clip(tmp_path, capsys):
+    assert convert_prompts.main(tmp_path) == 2
+    assert f"{tmp_path}/notebooks/Prompt_Engineering" in capsys.readouterr().err
 
 
 def test_captions_that_are_null_are_left_out_and_counted(tmp_path):

@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from base.image_names import existing
+
 CACHE_VERSION = 2  # raised when something else is made of the same file
 
 
@@ -31,8 +33,8 @@ def file_state(path: str | Path) -> tuple[str, int, int, int]:
 
 
 def states_digest(paths: Iterable[str | Path]) -> str:
-    """A digest of many files' states, asked by threads: network file systems answer slowly. A
-    missing file counts as such."""
+    """A digest of many images' states, asked by threads: network file systems answer slowly. A
+    missing one counts as such."""
     found = hashlib.sha256()
     paths = iter(paths)
     with ThreadPoolExecutor(16) as pool:
@@ -45,14 +47,18 @@ def states_digest(paths: Iterable[str | Path]) -> str:
 
 
 def _states_or_none(paths: Iterable[str | Path]) -> list[tuple | None]:
-    return [_state_or_none(path) for path in paths]
+    return [image_state(path) for path in paths]
 
 
-def _state_or_none(path: str | Path) -> tuple | None:
+def image_state(path: str | Path) -> tuple[str, int, int, int] | None:
+    """`file_state` of the file that the path of an image means; None where there is none."""
     try:
         return file_state(path)
     except NotADirectoryError:  # a member of a zip file changes with it
-        return _state_or_none(os.path.dirname(path))
+        return image_state(os.path.dirname(path))
+    except FileNotFoundError:
+        found = existing(path)
+        return None if found == Path(path) else image_state(found)
     except (OSError, ValueError):  # the second for a zero byte in a name
         return None
 

@@ -13,12 +13,11 @@ from tqdm import tqdm
 
 from base import distributed
 from base.arrays import map_array
-from base.caches import one_builder, weights_digest
+from base.caches import image_state, one_builder, weights_digest
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
 from base.pixels import pixels_digest
 from base.writing import atomic_write, replace_synced
-from base.zip_member import archive_of
 from dataset.images.albef import PretrainTransform
 from dataset.images.block_mask import BlockMask
 from dataset.images.decode import reading
@@ -199,19 +198,12 @@ def codes_key(records, build: PretrainPair, image_tokenizer) -> str:
     The images are looked at by size and time of change, at most SAMPLED of them, evenly spread.
     """
     step = max(1, len(records) // SAMPLED)
-    images = (records[index]["image"] for index in range(0, len(records), step))
-    states = [_size_and_time(build.image_root / image) for image in images]
+    named = (build.image_root / records[index]["image"] for index in range(0, len(records), step))
+    # size and time of change: copies elsewhere have the same codes
+    states = [state and state[1:3] for state in map(image_state, named)]
     listed = records.content() if isinstance(records, Records) else repr(list(records))
     sizes = (build.transform.resolution, build.transform.token_resolution)
     return pixels_digest(listed, states, sizes, weights_digest(image_tokenizer.state_dict()))
-
-
-def _size_and_time(path: Path) -> tuple[int, int] | None:
-    try:
-        status = (archive_of(path) or path).stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def stored_key(path: Path) -> str | None:

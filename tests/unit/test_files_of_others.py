@@ -10,6 +10,7 @@ import tarfile
 import unicodedata
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ from dataset.tasks.classification import (
     read_class_names,
 )
 from dataset.tasks.grounding import read_boxes, targets
-from dataset.tasks.pretrain import write_codes
+from dataset.tasks.pretrain import codes_key, write_codes
 from dataset.tasks.recognition import ImageSet, names_of
 from dataset.tasks.record import captions_of
 from dataset.tasks.retrieval import RetrievalSet
@@ -597,6 +598,25 @@ def test_an_image_in_a_zip_file_changes_with_it(tmp_path):
     first = states_digest([tmp_path / "all.zip/a.jpg"])
     (tmp_path / "all.zip").write_bytes(b"22")
     assert len({before, first, states_digest([tmp_path / "all.zip/a.jpg"])}) == 3
+
+
+@pytest.mark.parametrize("image", ["caf\u00e9.jpg", "cafe\u0301/b.jpg", "caf\u00e9.zip/c.jpg"])
+@pytest.mark.parametrize("form", ["NFC", "NFD", "Windows"])
+def test_an_image_under_another_spelling_changes_with_its_file(image, form, tmp_path):
+    """By which an evaluation is continued, and features and visual codes are kept."""
+    transform = SimpleNamespace(resolution=32, token_resolution=16)
+    build = SimpleNamespace(image_root=tmp_path, transform=transform)
+    windows = image.replace("/", "\\")
+    row = {"image": windows if form == "Windows" else unicodedata.normalize(form, image)}
+    file = tmp_path / image.partition("/")[0] if ".zip" in image else tmp_path / image
+    file.parent.mkdir(exist_ok=True)
+    states, keys = set(), set()
+    for content in (None, b"1", b"22"):
+        if content:
+            file.write_bytes(content)
+        states.add(states_digest([tmp_path / row["image"]]))
+        keys.add(codes_key([row], build, torch.nn.Identity()))
+    assert len(states) == len(keys) == 3
 
 
 def test_a_path_that_no_system_knows_is_a_bad_sample(tmp_path):

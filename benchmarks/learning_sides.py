@@ -6,7 +6,6 @@ ids -> {"z": embeddings}, texts -> ids. They open the checkpoints of both sides 
 """
 
 import contextlib
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 import Pretrain
 from base.pixels import OPENAI
 from base.writing import write_json
-from benchmarks.runner import OURS, PEER, device_of
+from benchmarks.runner import OURS, PEER, child_command, device_of
 from dataset.text.bpe import ClipTokenizer
 from dataset.text.wordpiece import Tokenizer, pre_caption
 from models.fusion.config import retrieval_config
@@ -198,21 +197,18 @@ def albef_ours(config, run: Path, seed: int) -> list[str]:
 
 
 def albef_original(config, run: Path, seed: int) -> list[str]:
-    options = {
-        "peer": config.peer,
-        "peer_python": config.peer_python,
+    given = {
+        **asdict(config),
         "config": albef_config(config),
         "vision": VISION,
         "crop_scale": CROP,
-        "text_encoder": str(tokenizer_of(config) / "tokenizer.json"),
-        "start": str(write_start(config, seed)),
-        "run": str(run),
+        "text_encoder": tokenizer_of(config) / "tokenizer.json",
+        "start": write_start(config, seed),
+        "run": run,
         "device": device_of(config),
         "seed": seed,
     }
-    python = config.peer_python or sys.executable
-    function = "benchmarks.peers.albef_learning:train"
-    return [python, "-m", "benchmarks.child", function, json.dumps(options)]
+    return child_command("benchmarks.peers.albef_learning:train", given)
 
 
 def open_albef(config, run: Path) -> tuple:

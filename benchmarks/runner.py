@@ -115,18 +115,23 @@ def idle_load(options: Options) -> float:
 
 
 # ---- turns
+def child_command(function: str, given: dict) -> list[str]:
+    """What calls a function in a process; those of benchmarks.peers run by --peer-python."""
+    python = sys.executable
+    if function.startswith("benchmarks.peers."):
+        python = given["peer_python"] or python
+    return [python, "-m", "benchmarks.child", function, json.dumps(given, default=str)]
+
+
 def run_side(name: str, function: str, options: Options, processes: int = 0, **more) -> dict:
     """One measurement in a fresh process: the dictionary that the function returns, and `others`,
     the cores that other work used meanwhile.
 
     The function takes the options, the resolved `device`, the side's name as `side`, and `more`.
-    Those of benchmarks.peers run by --peer-python. processes: that torchrun starts; 0 = one without.
+    processes: that torchrun starts; 0 = one without it.
     """
     given = {**asdict(options), "device": device_of(options), "side": name, **more}
-    python = sys.executable
-    if function.startswith("benchmarks.peers."):
-        python = given["peer_python"] or python
-    command = [python, "-m", "benchmarks.child", function, json.dumps(given, default=str)]
+    command = child_command(function, given)
     if processes:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command[2:2] = [*launcher, "-m"]
@@ -162,7 +167,9 @@ def take_turns(options: Options, sides: dict[str, str], **more) -> dict[str, lis
 
     They run in turn in the order of `sides`, every second time in reverse.
     """
-    results: dict[str, list[dict]] = {name: [] for name in sorted(sides, key=OURS.__ne__)}
+    results: dict[str, list[dict]] = {
+        name: [] for name in sorted(sides, key=lambda name: name != OURS)
+    }
     order = list(sides)
     for turn in range(options.repeats):
         for name in order:

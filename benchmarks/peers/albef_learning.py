@@ -42,16 +42,6 @@ def with_values(function: Callable, **values) -> Callable:
     return lambda *args, **given: function(*args, **{**given, **values})
 
 
-def with_fixed_temperature(create_optimizer: Callable) -> Callable:
-    """`create_optimizer` without the temperature, which is fixed on our side, too."""
-
-    def create(options, model: torch.nn.Module) -> torch.optim.Optimizer:
-        model.temp.requires_grad_(False)
-        return create_optimizer(options, model)
-
-    return create
-
-
 def adjust_networks(options: types.SimpleNamespace) -> None:
     """The vision transformer in the size of `options.vision`; no download."""
     model = importlib.import_module("models.model_pretrain")
@@ -63,22 +53,32 @@ def adjust_networks(options: types.SimpleNamespace) -> None:
     torch.hub.load_state_dict_from_url = lambda *args, **given: {"model": {"pos_embed": positions}}
 
 
+def adjust_data(options: types.SimpleNamespace) -> None:
+    """The crop of both sides, without flips and colour operations: digits do not survive them."""
+    data = importlib.import_module("dataset")
+    views = data.transforms
+    views.RandomResizedCrop = with_values(views.RandomResizedCrop, scale=tuple(options.crop_scale))
+    views.RandomHorizontalFlip = data.RandomAugment = torch.nn.Identity
+
+
 def open_checkout(options: types.SimpleNamespace) -> types.ModuleType:
     """The checkout's Pretrain.py, which runs on one process and on the CPU, too."""
     prepare(options)
     stand_in("ruamel_yaml")
     stand_in("cv2")  # for colour operations alone
     adjust_networks(options)
-    # the crop of both sides, without flips and colour operations: digits do not survive them
-    data = importlib.import_module("dataset")
-    views = data.transforms
-    views.RandomResizedCrop = with_values(views.RandomResizedCrop, scale=tuple(options.crop_scale))
-    views.RandomHorizontalFlip = data.RandomAugment = torch.nn.Identity
+    adjust_data(options)
     tokenizer = types.SimpleNamespace(from_pretrained=WordPiece)
     stand_in("models.tokenization_bert", BertTokenizer=tokenizer)
     pretrain = importlib.import_module("Pretrain")
+    create_optimizer = pretrain.create_optimizer
+
+    def with_fixed_temperature(options, model: torch.nn.Module) -> torch.optim.Optimizer:
+        model.temp.requires_grad_(False)  # as on our side
+        return create_optimizer(options, model)
+
+    pretrain.create_optimizer = with_fixed_temperature
     pretrain.create_loader = with_values(pretrain.create_loader, num_workers=[1])
-    pretrain.create_optimizer = with_fixed_temperature(pretrain.create_optimizer)
     # sums over the one process, for which the original wants CUDA
     pretrain.utils.MetricLogger.synchronize_between_processes = lambda logger: None
     start_process_group(options.device)

@@ -1,7 +1,7 @@
 """Speed and memory of a dual encoder's training step, ViT-B/16.
 
     python -m benchmarks.dual                             # CLIP beside open_clip
-    python -m benchmarks.dual --peer PATH/TO/clip-rocket  # CL2L, two local views, beside the original
+    python -m benchmarks.dual --peer PATH/TO/clip-rocket  # CL2L with two local views, beside it
     python -m benchmarks.dual --tokens 77                 # captions that fill the whole context
 
 A step is forward, contrastive loss, backward, gradient norm and fused AdamW, by one loop, on random

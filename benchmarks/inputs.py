@@ -42,8 +42,8 @@ def synthetic_batch(size: int) -> dict[str, Tensor]:
     """A pre-training batch of random images and captions on the CPU.
 
     image float32 [B,3,256,256]; text_ids int64 [B,25], text_mask bool [B,25] (8 to 25 tokens, the
-    first is the longest); mlm_ids, mlm_labels int64 [B,25] (-100 where no token is predicted, one
-    is at least); token_image float32 [B,3,128,128] in [0,1]; patch_mask bool [B,256], 75 True a row.
+    first is the longest); mlm_ids, mlm_labels int64 [B,25] (-100 where none is predicted; at least
+    one is); token_image float32 [B,3,128,128] in [0,1]; patch_mask bool [B,256], 75 True a row.
     """
     rng = torch.Generator().manual_seed(0)
     text_ids = torch.randint(1000, VOCABULARY, (size, TEXT_LENGTH), generator=rng)
@@ -103,7 +103,7 @@ END = 49407  # id of CLIP's last token
 
 
 def clip_captions(size: int, views: int, longest: int) -> Tensor:
-    """Random ids int64 [size,views,77] of captions of 8 to `longest` tokens, which the first has."""
+    """Random ids int64 [size,views,77] of captions of 8 to `longest` tokens; the first has all."""
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(1, END - 1, (size, views, CONTEXT), generator=rng)
     lengths = torch.randint(8, longest + 1, (size, views, 1), generator=rng)

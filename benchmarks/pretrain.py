@@ -133,21 +133,20 @@ def our_losses(options: SimpleNamespace) -> dict:
 
 def compare_losses(config: Config) -> None:
     """Publish both sides' losses with equal weights, masks and negatives, no dropout."""
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:  # the original first, it leaves the weights
-        for side, function in ((PEER, "peers.fusion:losses"), (OURS, "pretrain:our_losses")):
-            run = run_side(side, f"benchmarks.{function}", config, exchange=folder)
-            results[side] = run["losses"]
-    theirs, ours = results.values()
+    # the original first, it leaves the weights
+    sides = {PEER: "benchmarks.peers.fusion:losses", OURS: "benchmarks.pretrain:our_losses"}
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for side, function in sides.items():
+            found[side] = run_side(side, function, config, exchange=folder)["losses"]
+    ours, theirs = found[OURS], found[PEER]
     difference = {name: abs(ours[name] - value) / abs(value) for name, value in theirs.items()}
-    rows = {OURS: [ours], PEER: [theirs], "relative difference": [difference]}
+    results = {OURS: [ours], PEER: [theirs], "relative difference": [difference]}
     columns = [Column(name, name, "{:.7g}") for name in theirs]
     title = [config.system.upper(), "same losses", f"batch {config.batch}", device_of(config)]
-    remark = (
-        "The original's weights in both, ours with `compat: original`; no dropout, equal masks "
-    )
-    remark += "and negatives."
-    publish(config, "pretrain", title, rows, columns, remark)
+    remark = "The original's weights in both, ours with `compat: original`; no dropout, "
+    remark += "equal masks and negatives."
+    publish(config, "pretrain", title, results, columns, remark)
 
 
 def main(config: Config) -> None:

@@ -83,7 +83,7 @@ def matmul_rate(dtype: torch.dtype, size: int) -> float:
 
 
 def mfu(flops: float, result: dict, options: SimpleNamespace) -> float:
-    """Fraction of the vendor's peak on a GPU (0 if unknown), of a matrix product's rate on a CPU."""
+    """Fraction of a GPU's peak by its vendor (0 if unknown), of a CPU's matrix product's rate."""
     if options.device == "cpu":
         dtype = PRECISIONS[options.precision] or torch.float32
         size = 256 if options.tiny else 2048

@@ -67,7 +67,7 @@ def member_name(number: int) -> str:
 
 
 def write_images(folder: Path) -> int:
-    """Write smooth images with some grain, and ZIP of MEMBERS; returns a file's mean size, bytes."""
+    """Write smooth images with some grain and the zip file; returns the mean size in bytes."""
     rng = torch.Generator().manual_seed(0)
     sizes = []
     for number in range(IMAGES):

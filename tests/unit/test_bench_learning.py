@@ -286,6 +286,21 @@ def test_a_checkout_and_its_tokenizer_are_asked_for(with_peer, tmp_path):
         learning.Config(peer=str(tmp_path)).check()
 
 
+def test_our_side_reads_the_originals_configuration(with_peer):
+    with_peer.warmup, with_peer.epochs = 300, 4
+    method = learning_sides.albef_config(with_peer)
+    recipe = learning_sides.recipe_of(with_peer)
+    for name in ("image_res", "vision_width", "embed_dim", "queue_size", "temp", "momentum"):
+        assert getattr(recipe, name) == method[name]
+    assert recipe.optimizer.lr == method["optimizer"]["lr"] == with_peer.lr
+    assert recipe.optimizer.weight_decay == 0.02 and recipe.optimizer.scalar_lr_scale == 0
+    assert method["schedular"]["warmup_epochs"] == 3
+    assert (recipe.scheduler.duration, recipe.scheduler.warmup) == ("4", "300 steps")
+    assert recipe.scheduler.original_warmup and recipe.scheduler.min_lr == 1e-5
+    # both start from the same file, not from DeiT and BERT, which the original names in its code
+    assert recipe.vision_weights is None and recipe.text_weights is None
+
+
 def test_the_verdict_compares_means_by_their_standard_error():
     ours = [{"captions": 50.0, "images": 40.0}, {"captions": 54.0, "images": 44.0}]
     theirs = [{"captions": 53.0, "images": 47.0}, {"captions": 57.0, "images": 47.0}]

@@ -95,7 +95,7 @@ def read_words(cls: type, argv: Sequence[str]) -> tuple[Draft, list[tuple[str, l
     flags = split_at_flags(argv, getattr(cls, "POSITIONAL", None), draft)
     if any(name == "flagfile" for name, _ in flags):
         raise UserError(f"--flagfile: COYO-ALIGN's are recipes here; run: {align(flags)}")
-    for name, words in sorted(flags, key=lambda flag: PRECEDENCE.get(flag[0], 1)):
+    for name, words in sorted(flags, key=lambda each: PRECEDENCE.get(each[0], 1)):
         if name in PRECEDENCE and not words:
             draft.mistakes.append(f"--{name}: a value is missing")
         elif name == "config":
@@ -169,7 +169,9 @@ def help_text(draft: Draft, description: str | None = None, everything: bool = F
             lines.append(_help_lines(draft.schema.flat_names(path), k))
         else:
             hidden += 1
-    blocks = [f"usage: {Path(sys.argv[0]).name} {USAGE}"]
+    positional = getattr(draft.schema.sections[""], "POSITIONAL", None)
+    words = f"[{positional.upper()} ...] {USAGE}" if positional else USAGE
+    blocks = [f"usage: {Path(sys.argv[0]).name} {words}"]
     if description:
         blocks.append(description.strip())
     blocks += ["\n".join(lines) for lines in groups.values()]

@@ -841,3 +841,4 @@ def test_words_before_the_first_flag_are_those_of_the_positional_option(yaml):
     file = yaml("folders: [c]\nseed: 3")
     assert parse(Tool, ["a", "--config", file]) == Tool(seed=3, folders=[Path("a")])
     assert parse(Tool, ["--seed", "1"]).folders == [Path("output")]
+    assert "[FOLDERS ...] [--config" in config_module.help_text(Draft(Tool)).splitlines()[0]

@@ -1,6 +1,6 @@
 """What a checkpoint says of the run that made it, and the options of a script that come from there.
 
-take_from_checkpoint(config, saved_config(config.checkpoint), options=("image_res", "network"))
+take_from_checkpoint(config, options=("image_res", "network"))
 """
 
 import os
@@ -95,14 +95,14 @@ def options_of_checkpoint(
     return found
 
 
-def take_from_checkpoint(
-    config: Any, saved: Mapping[str, Any], *, options: Collection[str]
-) -> None:
+def take_from_checkpoint(config: Any, *, options: Collection[str]) -> dict[str, Any]:
     """Set the `options` of `config` that are open to what config.checkpoint has, see
-    `options_of_checkpoint`. Open is what is None, and what neither the user nor code has set.
+    `options_of_checkpoint`; returns all that it has. Open is what is None, and what neither the
+    user nor code has set.
 
     UserError where an option that is not open shapes the network and disagrees.
     """
+    saved = saved_config(config.checkpoint)
     knobs = Schema(type(config)).knobs
     set_by_user = getattr(config, "given", ())
     given = []
@@ -115,6 +115,7 @@ def take_from_checkpoint(
         section, _, name = path.rpartition(".")
         setattr(getattr(config, section) if section else config, name, value)
     check_architecture(config, saved)
+    return saved
 
 
 def saved_config(checkpoint: str | Path | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from base.knobs import knob, restated
 from base.limits import BLOCKS, QUEUE, SIDE, WIDTH
 from runtime.config import originals
-from runtime.config.from_checkpoint import saved_config, take_from_checkpoint
+from runtime.config.from_checkpoint import take_from_checkpoint
 from runtime.config.old_names import PRETRAINING
 
 SIMLA_BERT, ALBEF_BERT = Path("configs/shared_bert.json"), Path("configs/config_bert.json")
@@ -77,11 +77,10 @@ def fill_geometry(config: Any, weights: Iterable[str]) -> None:
     weights: keys of the checkpoint; token types among them mark ALBEF's text transformer.
     UserError, see `take_from_checkpoint`.
     """
-    saved = saved_config(config.checkpoint)
     two_stage = any("token_type_embeddings" in key for key in weights)
     published = vars(Networks()) | {"image_res": 384, "queue_size": 65536}  # downstream
     published["bert_config"] = ALBEF_BERT if two_stage else SIMLA_BERT
-    take_from_checkpoint(config, saved, options=published)
+    take_from_checkpoint(config, options=published)
     for name, value in published.items():
         if getattr(config, name) is None:
             setattr(config, name, value)

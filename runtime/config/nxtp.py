@@ -6,7 +6,7 @@ from pathlib import Path
 from base.errors import UserError
 from base.knobs import knob
 from base.limits import WIDTH
-from runtime.config.from_checkpoint import saved_config, take_from_checkpoint
+from runtime.config.from_checkpoint import take_from_checkpoint
 from runtime.config.old_names import FLAGS_OF_NXTP
 from runtime.options import StreamConfig, ValidationConfig
 
@@ -68,9 +68,8 @@ class RecognitionData(StreamConfig, ValidationConfig):
 def fill_network(config) -> None:
     """Take over what the run that made config.checkpoint says about the network's form, the image
     size, the way images are cut, and the tokenizer. UserError."""
-    saved = saved_config(config.checkpoint)
     config.tokenizer = config.tokenizer or config.llama
-    take_from_checkpoint(config, saved, options=OF_CHECKPOINT)
+    saved = take_from_checkpoint(config, options=OF_CHECKPOINT)
     found = config.tokenizer or saved.get("llama")
     if found is None:
         raise UserError("tokenizer: name a SentencePiece tokenizer.model, or a folder with --llama")

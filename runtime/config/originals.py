@@ -44,10 +44,8 @@ def fine_tuning(values: dict, notes: list[str]) -> dict:
 
 def nlvr(values: dict, notes: list[str]) -> dict:
     """NLVR.yaml and, for the stage before it, NLVR_pretrain.yaml: the one without a test set."""
-    if not is_original(values):
-        return values
-    notes.append(DIFFERENCES)
-    if "test_file" in values:
+    values = fine_tuning(values, notes)
+    if not is_original(values) or "test_file" in values:
         return values
     return with_defaults(values, {"stage": "text_assignment", "crop_scale": [0.2, 1.0]}, notes)
 

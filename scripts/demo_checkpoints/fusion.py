@@ -1,6 +1,6 @@
 """Checkpoints of SIMLA and ALBEF: search, classification and heat maps; answers; entailment."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
 
@@ -30,12 +30,7 @@ SHOWN = 10  # answers of a question
 def retrieval(file: Path, config, world: World) -> Abilities:
     """A checkpoint of pre-training, retrieval or grounding."""
     task = Retrieval.Config(queue_size=0, **common(file, config))
-    start = prepare(task)
-    tokenizer = Tokenizer(task.text_encoder)
-    model = Retrieval.build_model(task, tokenizer)
-    start_from(model, start.weights, "retrieval")
-    model.to(world.device).eval()
-    view = test_view(task)
+    tokenizer, model, view = opened(task, Retrieval.build_model, "retrieval", world)
     layer = word_layer(model.config.bert.fusion_layer, model.config.bert.num_hidden_layers)
 
     def tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -83,12 +78,7 @@ def retrieval(file: Path, config, world: World) -> Abilities:
 def answering(file: Path, config, world: World) -> Abilities:
     """A checkpoint of VQA.py."""
     task = VQA.Config(**common(file, config))
-    start = prepare(task)
-    tokenizer = Tokenizer(task.text_encoder)
-    model = VQA.build_model(task, tokenizer, start.weights)
-    start_from(model, start.weights, "vqa")
-    model.to(world.device).eval()
-    view = test_view(task)
+    tokenizer, model, view = opened(task, VQA.build_model, "vqa", world)
 
     @torch.no_grad()
     def answer(image: Tensor, question: str, answers: Sequence[str]) -> Ranked:
@@ -107,12 +97,7 @@ def answering(file: Path, config, world: World) -> Abilities:
 def entailment(file: Path, config, world: World) -> Abilities:
     """A checkpoint of VE.py."""
     task = VE.Config(**common(file, config))
-    start = prepare(task)
-    tokenizer = Tokenizer(task.text_encoder)
-    model = VE.build_model(task, tokenizer)
-    start_from(model, start.weights, "ve")
-    model.to(world.device).eval()
-    view = test_view(task)
+    tokenizer, model, view = opened(task, VE.build_model, "ve", world)
 
     @torch.no_grad()
     def entail(image: Tensor, sentence: str) -> Ranked:
@@ -124,6 +109,17 @@ def entailment(file: Path, config, world: World) -> Abilities:
         return sorted(found, key=itemgetter(1), reverse=True)
 
     return Abilities(str(file), entail=entail)
+
+
+def opened(task, build_model: Callable, kind: str, world: World):
+    """Tokenizer, network in evaluation mode, and view of images, of a fine-tuning script's
+    configuration."""
+    start = prepare(task)
+    tokenizer = Tokenizer(task.text_encoder)
+    weights = [start.weights] if kind == "vqa" else []  # they say how deep its decoder is
+    model = build_model(task, tokenizer, *weights)
+    start_from(model, start.weights, kind)
+    return tokenizer, model.to(world.device).eval(), test_view(task)
 
 
 def common(file: Path, config) -> dict:

@@ -163,7 +163,7 @@ def train_step_cached(model, next_batch, pixels, config: Config, precision: Prec
     losses = distributed.unwrap(model).losses(cache.features, cache.targets)
     loss = total_loss(losses, config.network)
     precision.backward(loss)  # as far as the cached features
-    for micro, batch in enumerate(batches):
+    for micro, batch in enumerate(cache.with_fixed(batches)):
         with gradient_sync(model, last=micro == config.accumulate - 1), cache.replay(micro):
             with precision.autocast():
                 surrogate = model(feature_grads=cache.gradients(micro), **batch)["surrogate"]

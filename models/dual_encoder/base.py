@@ -110,6 +110,10 @@ class DualEncoder(nn.Module):
         teacher = getattr(self, "momentum_model", None)
         return None if teacher is None else teacher.features(**batch)
 
+    def fixed_features(self) -> list[str]:
+        """Names of features that locked towers make and that `features` takes back."""
+        return []
+
     @property
     def options(self) -> DualConfig:
         """Options of the loss; OpenAICLIP's `config` is its geometry alone."""

@@ -38,22 +38,35 @@ class CLIP(DualEncoder, TwoTowers):
         return self.text_projector(feats.detach() if self.config.detach_proj else feats)
 
     def features(
-        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+        self,
+        image: Tensor,
+        text_ids: Tensor,
+        image_local: Tensor | None = None,
+        feats_image: Tensor | None = None,
+        feats_text: Tensor | None = None,
     ) -> Features:
         """`feats_*` [B,C], [B,T], `z_*` [B,E], and the scale of the logits. Local views are
-        ignored.
+        ignored; given `feats_*` are not computed again.
         """
         # texts first, so that the backward pass begins with the images and frees what they hold
-        text_feats = self.text_features(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
-        z_text = self.project_text(text_feats)
-        image_feats = self.visual(image)
+        if feats_text is None:
+            feats_text = self.text_features(text_ids[:, 0] if text_ids.ndim == 3 else text_ids)
+        z_text = self.project_text(feats_text)
+        if feats_image is None:
+            feats_image = self.visual(image)
         return {
-            "feats_image": image_feats,
-            "z_image": self.image_projector(image_feats),
-            "feats_text": text_feats,
+            "feats_image": feats_image,
+            "z_image": self.image_projector(feats_image),
+            "feats_text": feats_text,
             "z_text": z_text,
             "logit_scale": self.logit_scale.exp(),
         }
+
+    def fixed_features(self) -> list[str]:
+        if type(self) not in (CLIP, SigLIP):  # heads that look at local views besides
+            return []
+        towers = {"feats_image": self.visual, "feats_text": self.text_tower or self.transformer}
+        return [name for name, tower in towers.items() if tower in self.locked]
 
     def embed_image(self, image: Tensor) -> Features:
         """Images [B,3,H,W] -> `feats` [B,C], `z` [B,E]."""
@@ -78,9 +91,9 @@ class SigLIP(CLIP):
         nn.init.constant_(self.logit_scale, math.log(10))
 
     def features(
-        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None
+        self, image: Tensor, text_ids: Tensor, image_local: Tensor | None = None, **feats: Tensor
     ) -> Features:
         """CLIP's, and the bias of the logits."""
-        features = super().features(image, text_ids)
+        features = super().features(image, text_ids, **feats)
         features["logit_bias"] = self.logit_bias * 1.0  # a feature, not the parameter itself
         return features

@@ -4,11 +4,11 @@ Plain accumulation contrasts each micro-batch with itself. Here all micro-batche
 without a graph, the loss of the joined features gives the gradient of every feature, and each
 micro-batch is embedded once more to carry its part into the weights. Memory is that of one
 micro-batch; value and gradients are those of one large batch, exactly so for networks without batch
-norm, whose statistics are those of a micro-batch. Costs one more forward pass.
+norm, whose statistics are those of a micro-batch. Costs one more forward pass of what is trained.
 
     cache = FeatureCache(model, batches)
     loss of cache.features and cache.targets; its backward pass
-    for micro, batch in enumerate(batches):
+    for micro, batch in enumerate(cache.with_fixed(batches)):
         with cache.replay(micro):
             model(feature_grads=cache.gradients(micro), **batch)["surrogate"].backward()
 
@@ -44,9 +44,9 @@ class FeatureCache:
         taught = [unwrap(model).teacher_features(**batch) for batch in batches]
         self.targets = None if taught[0] is None else join_features(taught)
         self.rows = [first_length(part) for part in parts]
-        self.features = {
-            name: value.requires_grad_() for name, value in join_features(parts).items()
-        }
+        joined = join_features(parts)
+        self.fixed = {name: joined[name].clone() for name in unwrap(model).fixed_features()}
+        self.features = {name: value.requires_grad_() for name, value in joined.items()}
 
     def gradients(self, micro: int) -> Features:
         """Gradients of the features of one micro-batch, after the backward pass; a scalar's go with
@@ -62,6 +62,14 @@ class FeatureCache:
             else:
                 found[name] = leaf.grad if micro == 0 else torch.zeros_like(leaf.grad)
         return found
+
+    def with_fixed(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The micro-batches with what locked towers have made of them and need not make again."""
+        parts = {name: value.split(self.rows) for name, value in self.fixed.items()}
+        return [
+            {**batch, **{name: rows[micro] for name, rows in parts.items()}}
+            for micro, batch in enumerate(batches)
+        ]
 
     @contextmanager
     def replay(self, micro: int) -> Iterator[None]:

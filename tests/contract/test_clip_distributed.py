@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from models.layers.average import WeightAverage
 from models.layers.batchnorm import synchronise_batch_norm
+from models.layers.library_towers import start_towers
 from tests.helpers.clip_toys import ToyConvNet, cached_losses, losses_with_total, toy, toy_batch
 from tests.helpers.gradients import assert_same_gradients
 from tests.helpers.processes import spawn
@@ -108,6 +109,35 @@ def test_cached_accumulation_equals_the_large_batch(name):
     batch = toy_batch(PAIRS)
     losses, grads, _ = gradients(name, batch)
     compare(name, losses, grads, *gradients(name, batch, cached=True))
+
+
+@pytest.mark.parametrize("lock", [["image"], ["text"], ["image", "text"]])
+@pytest.mark.parametrize("name", ["clip", "siglip", "cl2l_linear"])
+def test_a_locked_tower_is_computed_once_under_gradient_caching(name, lock):
+    """Losses and gradients are those of one large batch. CL2L's heads see local views, too."""
+    runs = []
+    for cached in (False, True):
+        model = toy(**CASES[name])
+        start_towers(model, None, lock, load=False)
+        model.train()
+        sizes = []
+        towers = {"image": model.visual, "text": model.transformer}
+        for tower in (towers[each] for each in lock):
+            tower.register_forward_hook(
+                lambda _, given, __, sizes=sizes: sizes.append(len(given[0]))
+            )
+        batch = toy_batch(PAIRS)
+        if cached:
+            parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in range(0, PAIRS, 2)]
+            losses = cached_losses(model, parts)
+        else:
+            losses = losses_with_total(model, batch)
+            losses["loss"].backward()
+        grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        runs.append(({k: v.detach() for k, v in losses.items()}, grads, sum(sizes)))
+    (losses, grads, rows), (own_losses, own_grads, own_rows) = runs
+    compare(name, losses, grads, own_losses, own_grads, {})
+    assert own_rows == rows * (2 if name == "cl2l_linear" else 1)
 
 
 def test_cached_accumulation_moves_batch_statistics_once():

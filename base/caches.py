@@ -32,6 +32,18 @@ def file_state(path: str | Path) -> tuple[str, int, int, int]:
     return str(Path(path).absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def sizes_of(folder: Path, files: Iterable[Path]) -> dict[str, int]:
+    """Bytes of files by their paths below `folder`, by which `have_sizes` later finds one that was
+    cut off or is gone."""
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def have_sizes(folder: Path, sizes: Mapping[str, int]) -> bool:
+    """Whether all files are there, as long as `sizes_of` found them."""
+    files = {folder / name: size for name, size in sizes.items()}
+    return all(file.is_file() and file.stat().st_size == size for file, size in files.items())
+
+
 def states_digest(paths: Iterable[str | Path]) -> str:
     """A digest of many images' states, asked by threads: network file systems answer slowly. A
     missing one counts as such."""

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_knn
 import eval_zeroshot
 from base import distributed
-from base.caches import digest
+from base.caches import digest, have_sizes, sizes_of
 from base.distributed import World
 from base.errors import BadSample, UserError
 from base.pixels import pixels_digest
@@ -250,15 +250,18 @@ def write_part(name: str, found: dict, config: Config, key: str) -> None:
     from pyarrow import parquet
 
     part_file(name, config).unlink(missing_ok=True)
+    written = [config.out / "metadata" / f"metadata_{name}.parquet"]
     for kind, folder in (("image", "img_emb"), ("text", "text_emb")):
         if kind in found:
             numbers = found[kind].numpy().astype(np.float16 if config.half else np.float32)
             target = config.out / folder / f"{folder}_{name}.npy"
             with atomic_write(target) as temporary, temporary.open("wb") as file:
                 np.save(file, numbers)
-    with atomic_write(config.out / "metadata" / f"metadata_{name}.parquet") as temporary:
+            written.append(target)
+    with atomic_write(written[0]) as temporary:
         parquet.write_table(pyarrow.table(found["metadata"]), temporary)
-    write_json(part_file(name, config), {"key": key, "samples": len(found["image"])})
+    about = {"key": key, "samples": len(found["image"]), "bytes": sizes_of(config.out, written)}
+    write_json(part_file(name, config), about)
 
 
 def part_names(count: int) -> list[str]:
@@ -284,9 +287,12 @@ def check_folder(config: Config, count: int) -> None:
 
 
 def is_written(name: str, key: str, config: Config) -> bool:
-    """Whether a part of the same data and network is there."""
-    done = part_file(name, config)
-    return done.is_file() and read_json(done, dict).get("key") == key
+    """Whether a part of the same data and network is there, with its files as they were written."""
+    try:
+        done = read_json(part_file(name, config), dict)
+    except UserError:  # missing or damaged: made again
+        return False
+    return done.get("key") == key and have_sizes(config.out, done.get("bytes", {}))
 
 
 def identity(part: Part, root: Path) -> str:

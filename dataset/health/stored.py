@@ -20,7 +20,7 @@ def write_facts(path: Path, made_of: str, facts: list[Facts], seconds: float) ->
 
 
 def _rows(made_of: str, facts: list[Facts], seconds: float) -> Iterator[dict]:
-    yield {"made_of": made_of, "seconds": seconds}
+    yield {"made_of": made_of, "seconds": seconds, "samples": len(facts)}
     for each in facts:
         row = asdict(each)
         for image in row["images"]:
@@ -35,8 +35,10 @@ def read_facts(path: Path, made_of: str) -> tuple[list[Facts], float] | None:
         return None
     try:
         rows = read_json_lines(path)
-        seconds = float(next(rows)["seconds"])
-        return [Facts(images=list(map(_image, row.pop("images"))), **row) for row in rows], seconds
+        about = next(rows)
+        facts = [Facts(images=list(map(_image, row.pop("images"))), **row) for row in rows]
+        whole = about.get("samples", len(facts)) == len(facts)
+        return (facts, float(about["seconds"])) if whole else None
     except (UserError, LookupError, TypeError, ValueError):
         return None  # damaged: made again
 

@@ -2,6 +2,8 @@
 targets."""
 
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -202,7 +204,13 @@ def _load_backend(source: str):
             what = str(error).splitlines()[0][:200]
             raise UserError(f"tokenizer {file}: {what}; fetch it again") from None
     if file:
-        vocabulary = {token: number for number, token in enumerate(read_lines(file))}
+        lines = read_lines(file)
+        vocabulary = {token: number for number, token in enumerate(lines)}
+        if len(vocabulary) < len(lines):
+            twice = Counter(lines).most_common(1)[0][0]
+            raise UserError(f"tokenizer {file}: {twice!r} is there twice; fetch it again")
+        if not read_text(file).endswith("\n"):
+            warnings.warn(f"tokenizer {file}: its last line has no end; is it whole?", stacklevel=3)
         backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
         backend.normalizer = normalizers.BertNormalizer(lowercase=True)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.caches import digest, file_state
+from base.caches import digest, file_state, have_sizes, sizes_of
 from base.errors import BadSample, UserError
 from base.limits import WORKERS
 from base.processes import in_processes, usable_cores
@@ -121,7 +121,8 @@ def label_shard(shard: str, target: Path, settings: tuple) -> dict[str, int]:
             sample.members["nouns"] = join_nouns(found).encode()
             for ending, data in sample.members.items():
                 add_member(archive, f"{sample.key}.{ending}", data)
-    write_json(stats, {**counts, "made_of": made_of})
+    sizes = sizes_of(target.parent, [target])
+    write_json(stats, {**counts, "made_of": made_of, "bytes": sizes})
     return dict(counts)
 
 
@@ -137,11 +138,13 @@ def caption_of(shard: str, sample: Sample) -> str:
 
 def labelled(shard: str, target: Path, settings: tuple) -> dict[str, int] | None:
     """The counts of a shard that is finished, of the same source and settings; else None."""
-    stats = Path(statistics_names(str(target))[0])
-    if not (target.exists() and stats.exists()):
+    try:
+        counts = read_json(Path(statistics_names(str(target))[0]), dict)
+    except UserError:  # missing or damaged: made again
         return None
-    counts = read_json(stats, dict)
-    return counts if counts.pop("made_of", None) == state_of(shard, settings) else None
+    whole = target.exists() and have_sizes(target.parent, counts.pop("bytes", {}))
+    same = counts.pop("made_of", None) == state_of(shard, settings)
+    return counts if whole and same else None
 
 
 def state_of(shard: str, settings: tuple) -> str:

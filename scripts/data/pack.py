@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.caches import digest
+from base.caches import digest, have_sizes, sizes_of
 from base.errors import BadSample, UserError
 from base.limits import WORKERS
 from base.processes import in_processes, usable_cores
@@ -142,7 +142,8 @@ def pack_shard(shard: int, config: Config, state: str) -> tuple[int, list[str]]:
     complaints: list[str] = []
     count = write_shard(target, samples(rows, numbers, config, complaints))
     about = {"count": len(numbers), "failed": len(complaints), "errors": complaints[:SHOWN]}
-    write_statistics(target, count, **about, made_of=state)
+    sizes = sizes_of(config.target, [target])
+    write_statistics(target, count, **about, made_of=state, bytes=sizes)
     return count, complaints
 
 
@@ -155,10 +156,12 @@ def state_of(config: Config) -> str:
 def is_packed(shard: int, config: Config, state: str) -> bool:
     """Whether a shard is there, whole, of the same data and settings."""
     target = shard_path(config.target, shard)
-    statistics = statistics_file(target)
-    if not (target.is_file() and statistics.is_file()):
+    try:
+        done = read_json(statistics_file(target), dict)
+    except UserError:  # missing or damaged: packed again
         return False
-    return read_json(statistics, dict).get("made_of") == state
+    sizes = done.get("bytes", {})
+    return target.is_file() and done.get("made_of") == state and have_sizes(config.target, sizes)
 
 
 def number_of_shards(config: Config) -> int:

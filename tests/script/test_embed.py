@@ -92,6 +92,16 @@ def test_embeddings_are_the_networks_and_parts_are_kept(checkpoint, images, tmp_
     Image.new("RGB", (32, 32)).save(images / "5.png")
     run(*words, "--out", out, "--part", 4, "--half", "false", "--batch_size", 3)
     assert "2 parts, 1 of them kept" in capsys.readouterr().out
+    whole = {file: file.read_bytes() for file in out.rglob("*_0000.npy")}
+    cut, gone = whole
+    cut.write_bytes(whole[cut][:-4])
+    run(*words, "--out", out, "--part", 4, "--half", "false", "--batch_size", 3)
+    assert "2 parts, 1 of them kept" in capsys.readouterr().out
+    gone.unlink()
+    (out / "parts/0001.json").write_text("{")
+    run(*words, "--out", out, "--part", 4, "--half", "false", "--batch_size", 3)
+    assert "2 parts, 0 of them kept" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in whole} == whole
 
 
 def test_shards_and_two_processes_give_the_same(checkpoint, images, tmp_path):

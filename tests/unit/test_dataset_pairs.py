@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")
 @pytest.fixture
 def folder(tmp_path):
     """Twelve images, one of them cut off, and a vocabulary."""
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     rng = np.random.default_rng(0)
     for number in range(12):
         image = Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))

@@ -27,7 +27,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "##s", "red",
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
     return Tokenizer(folder)
 
 
@@ -64,6 +64,18 @@ def test_tokenizer_sources(tokenizer, tmp_path):
     (tmp_path / "vocab.txt").write_text("a\nb\n[UNK]")
     with pytest.raises(UserError, match=r"no \[PAD\]"):
         Tokenizer(tmp_path / "vocab.txt")
+
+
+def test_a_vocabulary_that_is_cut_off_or_names_a_token_twice(tmp_path):
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(WORDS) + "\n")
+    whole = Tokenizer(vocabulary)  # no warning
+    vocabulary.write_text("\n".join(WORDS[:-1])[:-2])
+    with pytest.warns(UserWarning, match=r"vocab\.txt: its last line has no end; is it whole\?"):
+        assert Tokenizer(vocabulary).vocab_size == whole.vocab_size - 1
+    vocabulary.write_text("\n".join([*WORDS, "dog"]) + "\n")
+    with pytest.raises(UserError, match=r"vocab\.txt: 'dog' is there twice"):
+        Tokenizer(vocabulary)
 
 
 def test_padded_lengths():

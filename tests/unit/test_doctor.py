@@ -217,6 +217,9 @@ def test_ranges_kept_as_files_give_the_report_of_one_look(tmp_path, capsys, monk
         assert status == 0 and said == [f"{tmp_path}/facts: 2 of 4 pieces, 0 of them kept"]
     merged = {**facts, "sharing": doctor.Sharing(merge=True)}
     assert look(**merged) == look(**facts) == whole
+    kept = tmp_path / "facts/000001.jsonl"
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:-1]))  # cut off
+    assert look(**facts) == whole
     assert "in a later split" in str(whole) and "unreadable" in str(whole)
     (tmp_path / "facts/000001.jsonl").unlink()
     (tmp_path / "a.jpg").write_bytes(jpeg(scene(9)))  # of entries 0 and 2: pieces 2 and 3

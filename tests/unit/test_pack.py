@@ -70,6 +70,11 @@ def test_shards_of_the_same_data_are_kept_and_others_are_made_again(tmp_path, pa
     assert pack.pack(config)["kept"] == 2
     assert (tmp_path / "wds/00000.tar").stat().st_mtime_ns == first
     assert len(packed(tmp_path / "wds")) == 5
+    whole = (tmp_path / "wds/00000.tar").read_bytes()
+    (tmp_path / "wds/00000.tar").write_bytes(whole[:-1024])  # cut off later, as by a copy
+    (tmp_path / "wds/00001_stats.json").write_text('{"successes": 1')
+    assert pack.pack(config)["kept"] == 1
+    assert (tmp_path / "wds/00000.tar").read_bytes() == whole
     config.resize = 2
     assert pack.pack(config)["kept"] == 0
 

@@ -368,8 +368,15 @@ def test_labelled_shards_are_made_again_for_other_settings_or_sources(tmp_path, 
     _, target = labelled_shard(tmp_path, monkeypatch)
     made = target.stat().st_mtime_ns
     shard = str(tmp_path / "0.tar")
-    assert extract_nouns.label_shard(shard, target, ())["successes"] == 2
+    counts = extract_nouns.label_shard(shard, target, ())
+    assert counts == {"successes": 2, "without_caption": 1, "without_nouns": 1}
     assert target.stat().st_mtime_ns == made
+    whole = target.read_bytes()
+    target.write_bytes(whole[:1024])  # cut off later, as by a copy
+    assert extract_nouns.label_shard(shard, target, ()) == counts and target.read_bytes() == whole
+    (target.parent / "0_stats.json").write_text("{")
+    assert extract_nouns.label_shard(shard, target, ()) == counts
+    made = target.stat().st_mtime_ns
     assert extract_nouns.label_shard(shard, target, ("nltk",))["successes"] == 2
     assert target.stat().st_mtime_ns > made
     counts, _ = labelled_shard(tmp_path, monkeypatch, ("a wolf", "a dog", "a wolf"), ("nltk",))

@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageFilter
-from torchvision import transforms as T
 
 from base.pixels import IMAGENET
 from base.zip_member import image_source, read_member
@@ -101,6 +100,8 @@ def decode_published(folder: Path, name: str) -> Image.Image:
 
 def published_views() -> Callable:
     """Strong, strong and weak view of a Pillow image as normalised tensors, by torchvision."""
+    from torchvision import transforms as T
+
     bicubic = T.InterpolationMode.BICUBIC
     blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2))))
     tensor = T.Compose([T.ToTensor(), T.Normalize(*IMAGENET)])

@@ -104,6 +104,7 @@ class Recorder(TorchDispatchMode):
         self.fakes = fakes  # False: real tensors, which may be read
         self.trace = Trace()
         self.phase = "setup"
+        self.memory_only = False  # of a step before `restart`, whose operations nobody reads
         self.live: dict[int, tuple[int, str]] = {}  # storage -> size, part
         self.parts: Counter = Counter()
         self.now = 0
@@ -194,7 +195,8 @@ class Recorder(TorchDispatchMode):
             out = None if name.startswith("_fused_") else func(*args, **kwargs)
         results = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
         launched = not (getattr(func, "is_view", False) or name in VIEWS or name in ALLOCATING)
-        if launched and namespace == "aten" and (tensors or results):
+        noted = launched and namespace == "aten" and not self.memory_only
+        if noted and (tensors or results):
             self._note(func, name, args, kwargs, tensors, results, out)
         for result in results:
             self.track(result, self.part())

@@ -150,11 +150,12 @@ def _record(script: ModuleType, config, world_size: int, mode: str):
     with recorder, torch.compiler.set_stance("force_eager"):
         recorder.phase = "optimizer"
         optimizer = build_optimizer(network, config.optimizer, setup.decayed)
-        for _ in range(2):
+        for last in (False, True):
+            recorder.memory_only = not last
             recorder.restart()
             recorder.phase = "forward"
             setup.step(model, optimizer, precision)
-            recorder.finish()
+        recorder.finish()
     return setup, model, recorder, recorder.parts["optimizer"]
 
 

@@ -9,9 +9,12 @@ same format can stand in their place.
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
+
+if TYPE_CHECKING:  # conftest.py imports this: the process that hands tests out needs no PyTorch
+    import torch
 
 BESIDE_CHECKOUT = Path(__file__).resolve().parents[3] / "shared" / "golden"
 
@@ -50,9 +53,10 @@ def golden_json(*parts: str):
     return json.loads(golden_file(*parts).read_text(encoding="utf-8"))
 
 
-def golden_tensors(*parts: str) -> dict[str, torch.Tensor]:
+def golden_tensors(*parts: str) -> "dict[str, torch.Tensor]":
     """Content of one golden safetensors file; float16 tensors hold exact values and come back as
     float32."""
+    import torch
     from safetensors.torch import load_file
 
     stored = load_file(golden_file(*parts))
@@ -62,7 +66,7 @@ def golden_tensors(*parts: str) -> dict[str, torch.Tensor]:
     }
 
 
-def golden(system: str, case: str) -> tuple[dict, dict[str, torch.Tensor]]:
+def golden(system: str, case: str) -> "tuple[dict, dict[str, torch.Tensor]]":
     """`(meta, tensors)` of one case; no tensors where the case is JSON only."""
     meta = golden_json(system, f"{case}.json")
     if not golden_root().joinpath(system, f"{case}.safetensors").exists():
@@ -85,6 +89,6 @@ def recorded(*parts: str, within: str = "") -> list:
     return list(content) if isinstance(content, dict) else list(range(len(content)))
 
 
-def decode_image(stored: torch.Tensor) -> torch.Tensor:
+def decode_image(stored: "torch.Tensor") -> "torch.Tensor":
     """Golden 4-D images are uint8 and mean `(x - 128) / 64` in float32."""
     return (stored.float() - 128) / 64

@@ -23,14 +23,14 @@ from scripts.planning.methods import STEPS as METHODS
 from tests.helpers.traces import call_in_worker, trace_of
 from tests.traces.waiting import waiting_step
 
-# BarLIP and its kin with a small ViT: CLIP and CL2L have a residual network, of many more operations
+# a small ViT: CLIP has a residual network, of many more operations
 STEPS = {
-    name: command if name in ("clip", "cl2l") else command.replace("CL2L_RT", "CL2L_VITT8")
+    name: command if name == "clip" else command.replace("_RT_", "_VITT8_")
     for name, command in METHODS.items()
 }
 CHECKPOINTED = {
     name: STEPS[name] + " --activation_checkpointing true"
-    for name in ("simla", "cl2l", "align", "vit")
+    for name in ("simla", "clip", "align", "vit")
 }
 LOSSES = ("models/dual_encoder/losses.py", "models/dual_encoder/objectives.py")
 FUSION = ("simla", "albef", "retrieval", "grounding")  # methods with a queue and ITM

@@ -227,10 +227,12 @@ def started(pid: int) -> str | None:
 # ---- from the bucket
 def fetch_run(bucket: Bucket, folder: Path) -> dict:
     """Fetch the run that was committed, unless this folder has come as far. A folder that is behind
-    is set aside. Returns what was committed: `files` and `links`, by name. UserError."""
+    is set aside. Returns what was committed: `files` and `links`, by name. UserError, also where no
+    checkpoint is left, here or there."""
+    here = newest_step(files_in(folder))
     try:
         committed = bucket.read(COMMITTED) or {"files": {}, "links": {}}
-        if newest_step(committed["files"]) <= newest_step(files_in(folder)):
+        if newest_step(committed["files"]) <= here:
             return committed
         fetched = folder.with_name(f".{folder.name}.fetching")
         shutil.rmtree(fetched, ignore_errors=True)
@@ -243,6 +245,14 @@ def fetch_run(bucket: Bucket, folder: Path) -> dict:
         raise
     except Exception as error:  # every storage service raises its own
         raise UserError(f"{bucket.url}: cannot be read ({describe(error)}); {REMEDY}") from None
+    if newest_step(files_in(fetched)) <= here:  # the bucket has lost what was ahead
+        shutil.rmtree(fetched, ignore_errors=True)
+        if here >= 0:
+            return committed
+        raise UserError(
+            f"{bucket.url}: no checkpoint is there of those that {COMMITTED} names; restore them, or "
+            "name another --output_dir"
+        )
     if folder.exists():
         aside = folder.with_name(f"{folder.name}.superseded-{secrets.token_hex(4)}")
         print(f"{folder} is behind {bucket.url}; now {aside.name}", flush=True)

@@ -173,6 +173,26 @@ def test_the_side_that_is_ahead_counts(tmp_path, here, fetches):
     assert len(aside) == (here == 1)
 
 
+@pytest.mark.parametrize("here", [1, None])
+def test_a_bucket_that_vanishes_while_it_is_read_costs_nothing_here(tmp_path, store, here, capsys):
+    """What the folder has is used; where it has nothing, the training does not begin anew."""
+    there = options(tmp_path / "there")
+    with output_in_bucket(there, "0"):
+        write(there.output_dir, checkpoint_00000002__pt="bucket", log__jsonl="2")
+    for name in ("checkpoint_00000002.pt", "log.jsonl"):
+        del store[f"/bucket/run/{name}"]
+    folder = tmp_path / "run"
+    if here:
+        write(folder, checkpoint_00000001__pt="here", log__jsonl="1")
+        fetch_run(Bucket(URL), folder)
+        assert (folder / "checkpoint_00000001.pt").read_text() == "here"
+    else:
+        with pytest.raises(UserError, match="no checkpoint is there of those"):
+            fetch_run(Bucket(URL), folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"] * bool(here) + ["there"]
+    assert "lacks checkpoint_00000002.pt" in capsys.readouterr().err
+
+
 def test_a_name_outside_of_the_run_is_refused(tmp_path):
     Bucket(URL).write(COMMITTED, {"files": {"checkpoint_1/../../../x": 1}, "links": {}})
     with pytest.raises(UserError, match=r"\.committed\.json names"):

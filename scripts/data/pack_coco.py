@@ -1,8 +1,8 @@
 """Pack COCO captions, or Localized Narratives of OpenImages, into WebDataset shards.
 
     python scripts/data/pack_coco.py --captions captions_train2017.json --images train2017 --target coco_wds/train
-    python scripts/data/pack_coco.py --captions open_images_validation_captions.jsonl --images validation
-    --target oi_wds/val
+    python scripts/data/pack_coco.py --captions open_images_validation_captions.jsonl --images validation \\
+        --target oi_wds/val
 
 A sample is KEY.jpg, KEY.txt (all captions of the image joined by blanks) and KEY.json {path, cap,
 split}; image files are copied as they are. Label the result with scripts/data/extract_nouns.py.

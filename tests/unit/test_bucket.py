@@ -175,7 +175,7 @@ def test_the_side_that_is_ahead_counts(tmp_path, here, fetches):
 
 @pytest.mark.parametrize("here", [1, None])
 def test_a_bucket_that_vanishes_while_it_is_read_costs_nothing_here(tmp_path, store, here, capsys):
-    """What the folder has is used; where it has nothing, the training does not begin anew."""
+    """What the folder has is used; where it has nothing, the training does not begin from scratch."""
     there = options(tmp_path / "there")
     with output_in_bucket(there, "0"):
         write(there.output_dir, checkpoint_00000002__pt="bucket", log__jsonl="2")

@@ -135,7 +135,13 @@ def submit_array(sharing: Sharing, count: int, folder: Path) -> None:
     options = task_options(sharing, f"{script.stem}-merge")
     options["setup"] = requeueing(requeues, REQUEUES)
     options["dependency"] = f"afterany:{array}"  # if a task fails, the merge says what is missing
-    merge = submit_command(build_executor(folder, options), shlex.join([*words, "--merge"]))
+    try:
+        merge = submit_command(build_executor(folder, options), shlex.join([*words, "--merge"]))
+    except UserError as error:
+        raise UserError(
+            f"job {array} is submitted, but not the one that merges after it: {error}; when job {array} "
+            "has ended, start the same command with --merge in place of --slurm"
+        ) from None
     (logs / "job").write_text(f"{array},{merge}\n")
     print(
         f"job {array}: {script.name} in {tasks} tasks; job {merge} merges them -> {folder}",

@@ -4,6 +4,8 @@ Imports no torch: it runs on the login node.
 """
 
 import argparse
+import contextlib
+import io
 import shlex
 import shutil
 import subprocess
@@ -119,7 +121,8 @@ def submit_command(executor, command: str) -> str:
     logs = submitit.core.utils.JobPaths.get_first_id_independent_folder(executor.folder)
     logs.mkdir(parents=True, exist_ok=True)
     try:
-        return executor._submit_command(command).job_id
+        with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the error
+            return executor._submit_command(command).job_id
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
 
@@ -140,6 +143,6 @@ def need_idle(folder: Path) -> None:
     ).stdout.split()
     if states:
         raise UserError(
-            f"{folder}: job {job} is {states[0].lower()} and writes there; let it end, `scancel {job}`, or choose "
-            "another --name"
+            f"{folder}: job {job} is {states[0].lower()} and writes there; let it end, `scancel {job}`, or name "
+            "another folder"
         )

@@ -160,6 +160,21 @@ def test_an_array_and_its_merge_are_submitted(sbatch, tmp_path, capsys):
     assert "--array=0-1%2" in lines(sbatch / "3.sh")[0], "no task without a shard"
 
 
+def test_a_refused_job_is_named_once_and_what_is_in_the_queue_is_said(sbatch, tmp_path, capsys):
+    refuse = "echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1"
+    real = (sbatch / "sbatch").read_text()
+    (sbatch / "sbatch").write_text(f"#!/bin/bash\n{refuse}\n")
+    with pytest.raises(UserError, match=r"^sbatch refused the job: .*SubmitJobPerUserLimit$"):
+        submit_array(Sharing(slurm=4), 9, tmp_path / "out")
+    (sbatch / "sbatch").write_text(f"{real}[ $n = 1 ] || {{ {refuse}; }}\n")  # room for one
+    with pytest.raises(UserError, match=r"^job 101 is submitted, but not .*Limit; .* with --merge"):
+        submit_array(Sharing(slurm=4), 9, tmp_path / "out")
+    assert capsys.readouterr().err == ""
+    (sbatch / "running").write_text("PENDING\n")
+    with pytest.raises(UserError, match=r"job 101 is pending and writes there.*another folder"):
+        submit_array(Sharing(slurm=4), 9, tmp_path / "out")
+
+
 def test_where_an_array_cannot_be_submitted_one_sentence_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(job_array, "has_slurm", lambda: False)
     with pytest.raises(UserError, match=r"not on this machine.*--range 0/4 to 3/4"):

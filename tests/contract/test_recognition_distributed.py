@@ -133,7 +133,7 @@ def test_a_decoder_shared_by_two_processes_is_the_same_network():
     spawn(decoder_is_shared, 2)
 
 
-CHANGES = {"workers": 1, "batch_size": 4}
+CHANGES = {"workers": 1, "batch_size": 4, "save_every": "2 steps"}
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ def flags(data: Path, out: Path, **changes) -> list[str]:
         "classes": data / "coyo_labeled/classes.txt",
         "output-dir": out,
         "device": "cpu",
+        "save-every": "100 steps",  # and at the end: a checkpoint takes as long as a step or two
     } | {name.replace("_", "-"): value for name, value in changes.items()}
     return words_of(values)
 

@@ -40,6 +40,7 @@ def flags(task: str, data: Path, out: Path, *more) -> list[str]:
             "det_file": [data / "refcoco+/dets.json"],
         }
     values = {"config": config, "text_encoder": data / "tokenizer", "output_dir": out}
+    values["save_every"] = "100 steps"  # and at the end: a checkpoint takes as long as a step
     return [*words_of({**values, "device": "cpu", **files}), *map(str, more)]
 
 

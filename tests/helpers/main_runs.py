@@ -21,6 +21,7 @@ def arguments(data: Path, output: Path, *more, **changes) -> list[str]:
         "templates": data / "templates.json",
         "output-dir": output,
         "tensorboard": "false",
+        "save-every": "100 steps",  # and at the end: a checkpoint takes as long as a step or two
         "device": "cpu",
     } | {name.replace("_", "-"): value for name, value in changes.items()}
     return [*map(str, more), *words_of(values)]

@@ -23,6 +23,7 @@ def arguments(data: Path, tokenizer: Path, output: Path, **changes) -> list[str]
         "image_tokenizer_path": tokenizer,
         "output_dir": output,
         "tensorboard": "false",
+        "save_every": "100 steps",  # and at the end: a checkpoint takes as long as a step or two
     } | changes
     return words_of(values)
 

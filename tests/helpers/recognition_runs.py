@@ -24,6 +24,7 @@ def arguments(data: Path, output: Path, *more, **changes) -> list[str]:
         "tokenizer": data / "nxtp/tokenizer.model",
         "output_dir": output,
         "device": "cpu",
+        "save_every": "100 steps",  # and at the end: a checkpoint takes as long as a step or two
     } | changes
     return [*map(str, more), *words_of(values)]
 

@@ -325,7 +325,8 @@ def test_nan_stops_before_the_update_and_names_the_last_good_checkpoint(
     monkeypatch.setattr(Pretrain.Simla, "forward", poisoned)
     monkeypatch.setattr(Pretrain, "training_flops", lambda *_: 0.0)
     with pytest.raises(Exception, match=r"step 6.*checkpoint_00000004") as caught:
-        run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run"))
+        flags = arguments(digitscenes, image_tokenizer, tmp_path / "run", save_every="4 steps")
+        run_main(flags)
     assert isinstance(caught.value, UserError)
     newest = torch.load(tmp_path / "run" / "checkpoint_00000004.pt", weights_only=True)
     assert all(

@@ -320,7 +320,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] | None = None) -> dic
         raise UserError(f"{path}: not a readable {kind} ({reason}){seen}; fetch it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no table of tensors; fetch it again")
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if wanted is not None:
         tensors = {name: value for name, value in tensors.items() if wanted(name)}
     check_dense(path, tensors)

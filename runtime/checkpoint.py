@@ -337,7 +337,8 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         stored = content[tables[0]] if tables else content
         # networks may keep states of their own beside their weights
         weights = {k: v for k, v in stored.items() if not str(k).endswith("_extra_state")}
-        if weights and all(isinstance(value, torch.Tensor) for value in weights.values()):
+        named = all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items())
+        if weights and named:
             check_dense(path, weights)
             for average in {*tables[1:]} & {*AVERAGES}:
                 left = f"{path}: its average {average} is left out; to use it, save it alone"

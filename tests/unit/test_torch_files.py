@@ -145,6 +145,14 @@ def test_what_a_file_without_weights_holds_is_said(tmp_path):
         read_weights(tmp_path / "w.pth")
 
 
+def test_tensors_by_number_are_no_weights(tmp_path):
+    """As the state of an optimizer has them."""
+    torch.save({0: torch.ones(2), "b": torch.ones(1)}, tmp_path / "w.bin")
+    with pytest.raises(UserError, match="holds no weights"):
+        read_weights(tmp_path / "w.bin")
+    assert list(read_tensors(tmp_path / "w.bin", lambda name: name.endswith("b"))) == ["b"]
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_ordinary_checkpoints(tmp_path, zipped):
     content = {"model": STATE, "epoch": 3, "half": torch.ones(3).half()[::2]}

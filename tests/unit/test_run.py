@@ -502,6 +502,24 @@ def test_a_signal_to_the_group_ends_no_compiler(unsaved, tmp_path, monkeypatch):
     assert time.monotonic() - begin < interrupt.PATIENCE  # not by its thread
 
 
+def test_signals_are_hidden_while_a_compiled_network_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", SimpleNamespace())
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
+
+    def training():
+        hidden = []
+
+        def look(_step):
+            hidden.append({*interrupt.SIGNALS} <= signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+        train(options(tmp_path / "run", compile=True), at=look)  # looks before it begins, too
+        look(TOTAL)
+        assert hidden == [False, *[True] * TOTAL, False]
+
+    output = tmp_path / "said"
+    assert in_fork(training, output) == 0, output.read_text()
+
+
 def test_what_compiles_ends_with_the_run():
     server = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE)
     compiler = int(server.stdout.readline())

@@ -1,6 +1,7 @@
 """Weights in several files: every reader takes all shards of an index, or says what is missing."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,11 @@ def test_a_part_alone_is_not_taken_for_the_whole(tmp_path, named):
         read_weights(path)
 
 
+def test_the_only_part_is_the_whole(tmp_path):
+    save_file(STATE, tmp_path / "model-00001-of-00001.safetensors")
+    assert read_weights(tmp_path).keys() == STATE.keys()
+
+
 WHOLE = {name: torch.arange(2.0) + number for number, name in enumerate(("a.x", "b.0.module.y"))}
 
 
@@ -117,12 +123,16 @@ def test_names_of_wrapped_networks(rename, file, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in WHOLE.items())
 
 
-@pytest.mark.parametrize("key", ["model_state_dict", "module", "model_ema", "state_dict_ema"])
+@pytest.mark.parametrize(
+    "key", ["teacher", "model_state_dict", "module", "model_ema", "state_dict_ema"]
+)
 def test_weights_under_the_names_of_other_trainers(key, tmp_path):
     average = torch.optim.swa_utils.AveragedModel(torch.nn.BatchNorm1d(2))
     state = {**average.state_dict(), "module._extra_state": None}
     torch.save({"epoch": 1, key: state, "optimizer": {"state": {}}}, tmp_path / "w.pth")
-    found = read_weights(tmp_path / "w.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is left out
+        found = read_weights(tmp_path / "w.pth")
     assert found.keys() == torch.nn.BatchNorm1d(2).state_dict().keys()
 
 

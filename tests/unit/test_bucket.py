@@ -1,6 +1,7 @@
 """Runs in buckets, with fsspec's file system in memory: what is committed, fetched, refused, and what
 happens where a bucket fails or stalls."""
 
+import contextlib
 import os
 import socket
 import sys
@@ -132,30 +133,58 @@ def test_checkpoints_that_are_in_the_bucket_are_not_brought_again(tmp_path, monk
     assert {name.rpartition("/")[2] for name in made} == {"log.jsonl"}
 
 
-@pytest.mark.parametrize("listing", ["allowed", "forbidden"])
+@pytest.mark.parametrize("listing", ["allowed", "forbidden", "fails once"])
 def test_a_resumed_run_removes_checkpoints_that_do_not_count(tmp_path, store, listing, monkeypatch):
     """Of a run that was killed before it could commit them; nothing else, and no later ones."""
     first = options(tmp_path / "one")
     with output_in_bucket(first, "0"):
         write(first.output_dir, checkpoint_00000002__pt="p", log__jsonl="1")
-    killed = ["checkpoint_00000003/rank0", "checkpoint_00000004.pt", "checkpoint_00000009.pt"]
+    killed = ["checkpoint_00000003/rank0", "checkpoint_00000004/rank0", "checkpoint_00000009.pt"]
     others = ["notes.txt", "second/checkpoint_00000001.pt", "second/.lease.json", "checkpoints.md"]
-    for name in [*killed, *others]:
+    for name in [*killed, "checkpoint_00000004.pt", *others]:
         fsspec.filesystem("memory").pipe_file(f"/bucket/run/{name}", b"x")
     fsspec.filesystem("memory").pipe_file("/bucket/run2/checkpoint_00000001.pt", b"x")
     if listing == "forbidden":
         monkeypatch.setattr(type(Bucket(URL).files), "find", lambda *_: 1 / 0)
         monkeypatch.setattr(bucket, "is_forbidden", lambda error: True)
+    if listing == "fails once":
+        kind = type(Bucket(URL).files)
+        answers = iter([lambda *_: 1 / 0])
+        find = kind.find
+        monkeypatch.setattr(kind, "find", lambda *given: next(answers, find)(*given))
     config = options(tmp_path / "two")
     with output_in_bucket(config, "0"):
         write(config.output_dir, log__jsonl="12", checkpoint_00000003__pt="three")
         until(lambda: Bucket(URL).read(COMMITTED)["files"].get("checkpoint_00000003.pt"))
         write(config.output_dir, log__jsonl="124", checkpoint_00000004__pt="four")
     own = {"checkpoint_00000002.pt", "checkpoint_00000003.pt", "checkpoint_00000004.pt"}
-    left = {"checkpoint_00000009.pt"} if listing == "allowed" else set(killed)
+    left = set(killed) if listing == "forbidden" else {"checkpoint_00000009.pt"}
     expected = own | {"log.jsonl", COMMITTED} | set(others) | left
     assert names(store) == expected | {"/bucket/run2/checkpoint_00000001.pt"}
     assert store["/bucket/run/checkpoint_00000004.pt"].getvalue() == b"four"
+
+
+def test_checkpoints_where_no_run_has_committed_stay(tmp_path, store):
+    """They were put there by hand, or by something else."""
+    fsspec.filesystem("memory").pipe_file("/bucket/run/checkpoint_00000001.pt", b"x")
+    config = options(tmp_path)
+    with output_in_bucket(config, "0"):
+        write(config.output_dir, checkpoint_00000002__pt="two")
+    assert names(store) == {"checkpoint_00000001.pt", "checkpoint_00000002.pt", COMMITTED}
+
+
+def test_what_another_run_brings_is_not_removed(tmp_path, store):
+    """It has taken the lease since this one looked last."""
+    own = Bucket(URL)
+    lease = Lease(own)
+    own.write(LEASE, lease_of())
+    own.files.pipe_file(own.path("checkpoint_00000001.pt"), b"x")
+    uploader = SimpleNamespace(
+        bucket=own, lease=lease, strays=None, _doing=lambda _: contextlib.nullcontext()
+    )
+    with pytest.raises(UserError, match="another run writes there"):
+        bucket.Uploader._remove_strays(uploader, {"checkpoint_00000002.pt": 1})
+    assert "checkpoint_00000001.pt" in names(store)
 
 
 @pytest.mark.parametrize(("here", "fetches"), [(None, True), (1, True), (2, False), (3, False)])

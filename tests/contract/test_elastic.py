@@ -58,6 +58,7 @@ class Agent:
         self.output = folder / name
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2"]
         torchrun += ["--nproc_per_node=1", "--max-restarts=5", "--rdzv_backend=c10d"]
+        torchrun.append(f"--log-dir={folder / 'torchrun'}")
         times = f"{TIMES},is_host={name == 'first'}"
         torchrun += [f"--rdzv_endpoint=localhost:{port}", f"--rdzv_conf={times}", "--rdzv_id=test"]
         # a node that joins later waits in vain for the store of torch 2.5 to 2.14

@@ -172,7 +172,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(
     digitscenes, image_tokenizer, tmp_path
 ):
     """A flipped bit, in every script's, is in test_damaged_checkpoints.py."""
-    flags = arguments(digitscenes, image_tokenizer, tmp_path / "run")
+    flags = arguments(digitscenes, image_tokenizer, tmp_path / "run", save_every="4 steps")
     finish(1, flags)
     shutil.copytree(tmp_path / "run", tmp_path / "straight", symlinks=True)
     newest = tmp_path / "run" / "checkpoint_00000008.pt"
@@ -196,7 +196,7 @@ def test_trainers_end_when_torchrun_is_killed(tmp_path):
     (tmp_path / "trainer.py").write_text(TRAINER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher = subprocess.Popen(
-        [*torchrun, "--nproc_per_node=2", str(tmp_path / "trainer.py")],
+        [*torchrun, "--nproc_per_node=2", f"--log-dir={tmp_path}", str(tmp_path / "trainer.py")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,

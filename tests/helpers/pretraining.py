@@ -32,7 +32,9 @@ def start(processes: int, flags: list[str]) -> Run | subprocess.Popen:
     """The run under way; several processes are those of a real torchrun."""
     if processes == 1:
         return Run("Pretrain.py", flags)
+    logs = Path(flags[flags.index("--output_dir") + 1]).with_name("torchrun")  # which it may leave
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher.append(f"--log-dir={logs}")
     command = [sys.executable, *launcher, str(ROOT / "Pretrain.py"), *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

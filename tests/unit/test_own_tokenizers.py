@@ -227,7 +227,7 @@ def test_what_trains_a_tokenizer_ends_with_the_run_that_asked(tmp_path):
     start = f"from runtime import own_tokenizers as own; own._run({str(tmp_path / 'child.py')!r}, [], '')"
     run = subprocess.Popen(
         [sys.executable, "-c", start],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
     )

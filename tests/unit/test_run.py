@@ -503,8 +503,11 @@ def test_a_signal_to_the_group_ends_no_compiler(unsaved, tmp_path, monkeypatch):
 
 
 def test_signals_are_hidden_while_a_compiled_network_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", SimpleNamespace())
+    """And the compilers, which no signal of torch's reaches, are ended with the process."""
+    compilers, at_exit = SimpleNamespace(), []
+    monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", compilers)
     monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
 
     def training():
         hidden = []
@@ -515,6 +518,7 @@ def test_signals_are_hidden_while_a_compiled_network_is_trained(tmp_path, monkey
         train(options(tmp_path / "run", compile=True), at=look)  # looks before it begins, too
         look(TOTAL)
         assert hidden == [False, *[True] * TOTAL, False]
+        assert (interrupt._end_compilers, compilers) in at_exit
 
     output = tmp_path / "said"
     assert in_fork(training, output) == 0, output.read_text()

@@ -159,7 +159,8 @@ class Draft:
     def finish(self) -> Any:
         """The configuration, or UserError with every mistake."""
         for path, knob in self.schema.knobs.items():
-            if knob.required and self.values[path] in (None, "", []):
+            said = any(mistake.startswith(f"{flag(path)}:") for mistake in self.mistakes)
+            if knob.required and self.values[path] in (None, "", []) and not said:
                 self.mistakes.append(f"{flag(path)}: is needed: {knob.help}")
         if not self.mistakes:
             return self.schema.build(self.values)

@@ -826,6 +826,10 @@ def test_what_a_script_needs_is_named_with_the_other_mistakes(capsys):
         "--data: is needed: lists or folders",
         "--target: is needed: folder to write to",
     ]
+    with pytest.raises(UserError, match=r"^--data: a value is missing$"):  # said once
+        parse(Tool, ["--data", "--target", "b"])
+    with pytest.raises(UserError, match=r"^--data: is needed"):
+        parse(Tool, ["--data", "", "--target", "b"])
     with pytest.raises(SystemExit):
         parse(Tool, ["--help"])
     assert "folder to write to [required]" in capsys.readouterr().out

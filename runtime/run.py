@@ -285,6 +285,8 @@ class Run:
         if config.parallel == "ddp":
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             check_fits(trained, f"{title}: training", copies=3, device=self.world.device)
+        if config.compile:  # on GPUs torch 2.6 starts its compilers when it is asked to compile
+            self.interrupt.spare_children()
         model = parallelize(model, self.world, config).train()
         seed_everything(config.seed, self.world.rank)
         optimizer = build_optimizer(model, config.optimizer, decayed)
@@ -343,7 +345,6 @@ class Run:
             self._leave(EXIT_REQUEUE)
         self._look_at_data()
         if config.compile and self.step < plan.total:
-            self.interrupt.spare_children()
             self.log.say("compiling the network: the first update takes minutes")
         self.log.progress(plan.total, self.step)
 

@@ -506,18 +506,18 @@ def test_signals_are_hidden_while_a_compiled_network_is_trained(tmp_path, monkey
     """And the compilers, which no signal of torch's reaches, are ended with the process."""
     compilers, at_exit = SimpleNamespace(), []
     monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", compilers)
-    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
+    hidden = []
+
+    def look(*_, **__):
+        hidden.append({*interrupt.SIGNALS} <= signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+    monkeypatch.setattr(nn.Module, "compile", look)
     monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
 
     def training():
-        hidden = []
-
-        def look(_step):
-            hidden.append({*interrupt.SIGNALS} <= signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-
         train(options(tmp_path / "run", compile=True), at=look)  # looks before it begins, too
         look(TOTAL)
-        assert hidden == [False, *[True] * TOTAL, False]
+        assert hidden == [False, True, *[True] * TOTAL, False]  # the second where it is compiled
         assert (interrupt._end_compilers, compilers) in at_exit
 
     output = tmp_path / "said"

@@ -89,11 +89,23 @@ class Interrupt:
     def _leave(self, frame: FrameType | None) -> None:
         """End the process from a handler of signals, where that does harm a moment later."""
         if _must_not_be_cut(frame):
-            signal.signal(signal.SIGALRM, self._leave_later)
-            signal.setitimer(signal.ITIMER_REAL, MOMENT)
+            self._try_again()
             return
         self.finish_write()
+        sys.unraisablehook = functools.partial(self._not_left, sys.unraisablehook)
         sys.exit(EXIT_REQUEUE)
+
+    def _not_left(self, otherwise: Callable, lost: "sys.UnraisableHookArgs") -> None:
+        """The signal came in what C code calls, such as a callback of the garbage collection, out of
+        which no exception gets."""
+        if lost.exc_type is SystemExit:
+            self._try_again()
+        else:
+            otherwise(lost)
+
+    def _try_again(self) -> None:
+        signal.signal(signal.SIGALRM, self._leave_later)
+        signal.setitimer(signal.ITIMER_REAL, MOMENT)
 
     def _leave_later(self, _number: int, frame: FrameType | None) -> None:
         if not self.unsaved:

@@ -477,6 +477,23 @@ def test_a_signal_to_a_loader_worker_is_none_to_its_process(monkeypatch):
     assert done == []
 
 
+def test_a_signal_out_of_which_no_exception_gets_ends_the_process(tmp_path):
+    """As one that comes in a callback of the garbage collection, while a network is compiled."""
+
+    class Collected:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def collecting():
+        interrupt.Interrupt(ALONE, lambda: None)
+        Collected()
+        time.sleep(20)
+
+    output = tmp_path / "said"
+    assert in_fork(collecting, output) == EXIT_REQUEUE
+    assert "Exception ignored" not in output.read_text()
+
+
 @pytest.mark.parametrize("unsaved", [True, False])
 def test_a_signal_to_the_group_ends_no_compiler(unsaved, tmp_path, monkeypatch):
     """As Slurm and a terminal send it. The run notices it while it waits for the compiler."""

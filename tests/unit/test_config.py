@@ -817,8 +817,11 @@ def test_what_a_script_needs_is_named_with_the_other_mistakes(capsys):
     class Tool(Base):
         data: list[str] = knob([], "lists or folders", required=True)
         target: Path | None = knob(None, "folder to write to", required=True)
+        kind: str = knob("x", "what they are", required=True)
 
     assert parse(Tool, ["--data", "a", "--target", "b"]) == Tool(data=["a"], target=Path("b"))
+    with pytest.raises(UserError, match=r"^--kind: is needed"):
+        parse(Tool, ["--data", "a", "--target", "b", "--kind", ""])
     with pytest.raises(UserError) as caught:
         parse(Tool, ["--data", "none", "--sed", "1"])
     assert str(caught.value).split("\n  ")[1:] == [

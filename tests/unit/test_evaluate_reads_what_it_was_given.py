@@ -81,6 +81,16 @@ def test_lists_of_digitscenes_do_not_belong_to_other_images(
     assert (f"{gone[0]} of the recipe is not read" in capsys.readouterr().out) is not copy
 
 
+def test_lists_of_digitscenes_stay_where_its_images_are_among_others(tmp_path):
+    import Classification
+
+    (tmp_path / "scenes/train").mkdir(parents=True)
+    (tmp_path / "scenes/manifest.json").touch()
+    recipe = ["--config", str(ROOT / "configs/Classification/digitscenes_pretrain.yaml")]
+    words = [*recipe, "--train_data", str(tmp_path / "scenes/train"), str(tmp_path)]
+    assert parse(Classification.Config, words).val_data
+
+
 def test_no_images_at_all_are_none_of_others():
     import eval_knn
 

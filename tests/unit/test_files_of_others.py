@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 import unicodedata
 import zipfile
@@ -617,6 +618,8 @@ def test_an_image_under_another_spelling_changes_with_its_file(image, form, tmp_
         states.add(states_digest([tmp_path / row["image"]]))
         keys.add(codes_key([row], build, torch.nn.Identity()))
     assert len(states) == len(keys) == 3
+    build.image_root = shutil.copytree(tmp_path, tmp_path / "copied")
+    assert codes_key([row], build, torch.nn.Identity()) in keys  # a copy has the same codes
 
 
 def test_a_path_that_no_system_knows_is_a_bad_sample(tmp_path):

@@ -122,6 +122,13 @@ def test_what_differs_is_printed_once(capsys):
     assert "eval_ema (the originals read it nowhere)" in capsys.readouterr().out
 
 
+def test_a_file_of_ones_own_without_a_test_set_is_not_theirs(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("train_file: [a.json]\n")
+    config = importlib.import_module("NLVR").Config
+    assert parse(config, ["--config", str(own)]).stage == config().stage == "finetune"
+
+
 def test_flags_win_over_what_their_code_says():
     pretrain = importlib.import_module("Pretrain").Config
     words = ["--config", str(FILES / "simla/Pretrain.yaml"), "--text_weights", "none"]

@@ -154,7 +154,10 @@ def test_pieces_of_labels_and_merges_of_captions(pairs, tmp_path, forked):
 def test_nothing_to_learn_from_is_one_sentence(tmp_path, monkeypatch):
     said = []
 
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+
     def run(command, env):
+        assert not any(name.startswith("TORCHELASTIC_") for name in env)  # no task of torchrun's
         done = run_command(command, env)
         said.append(done.stdout + done.stderr)
         return done

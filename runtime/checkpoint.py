@@ -11,16 +11,19 @@ import errno
 import os
 import re
 import shutil
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from base.addresses import where_from
+from base.distributed import rank
 from base.errors import UserError
 from base.names import matching_files
 from base.torch_files import (
@@ -341,8 +344,9 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         if weights and named:
             check_dense(path, weights)
             for average in {*tables[1:]} & {*AVERAGES}:
-                left = f"{path}: its average {average} is left out; to use it, save it alone"
-                warnings.warn(left, stacklevel=3)
+                _note(
+                    f"note: {path}: {average}, their average, is left out; save it alone to use it"
+                )
             return weights
     entries = [str(key)[:40] for key in content][:10] if isinstance(content, dict) else []
     found = f"entries {', '.join(entries)}" if entries else f"a {type(content).__name__}"
@@ -350,6 +354,13 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         f"{path}: holds no weights: neither tensors by name nor such a table under "
         f"{' or '.join(TABLES)}, but {found}; save the weights alone"
     )
+
+
+@cache
+def _note(text: str) -> None:
+    """Say it once, however often a file is read."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:

@@ -356,8 +356,9 @@ def _hugging_face(
     else:
         activation = _activation({}, {}, name)
         head_width = None
-    model = load_openai(from_hugging_face(weights), activation)
-    check_clip_described(described, model.config.text.vocab_size)
+    state = from_hugging_face(weights)
+    check_clip_described(described, len(state["token_embedding.weight"]))
+    model = load_openai(state, activation)
     pixels = processor_pixels(images, model.config.image_size)
     if not images and not stated:
         pixels = named_pixels(name)
@@ -385,11 +386,16 @@ def check_clip_described(described: Mapping[str, Any], vocabulary: int) -> None:
     computed = {
         "layer_norm_eps": (1e-5,),
         "num_attention_heads": (text.get("hidden_size", 512) // 64,),
+        "intermediate_size": (4 * text.get("hidden_size", 512),),
         "eos_token_id": (2, vocabulary - 1),  # 2: of old files, whose largest id ends the text
     }
     check_stated("config.json, text_config", text, computed, OPEN_FOLDER)
     vision = described.get("vision_config", {})
-    check_stated("config.json, vision_config", vision, {"layer_norm_eps": (1e-5,)}, OPEN_FOLDER)
+    computed = {
+        "layer_norm_eps": (1e-5,),
+        "intermediate_size": (4 * vision.get("hidden_size", 768),),  # not of ViT-g and ViT-bigG
+    }
+    check_stated("config.json, vision_config", vision, computed, OPEN_FOLDER)
 
 
 def _opened(

@@ -302,6 +302,7 @@ def test_aligns_folder_tells_size_and_pixels():
         ("align", "config vision_config batch_norm_eps", 1e-5, "batch_norm_eps is 1e-05"),
         ("align", "preprocessor_config resample", 3, "resample is 3.*computes 2"),
         ("hf", "config text_config layer_norm_eps", 1e-6, "layer_norm_eps is 1e-06"),
+        ("hf", "config vision_config intermediate_size", 80, "intermediate_size is 80.*hf/FOLDER"),
         ("hf", "config text_config num_attention_heads", 2, "heads is 2.*computes 1"),
         ("hf", "preprocessor_config size", {"height": 16, "width": 16}, "size is .*hf/FOLDER"),
         ("hf", "preprocessor_config do_center_crop", False, "do_center_crop is False"),

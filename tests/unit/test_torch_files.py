@@ -1,7 +1,6 @@
 """Weights in several files: every reader takes all shards of an index, or says what is missing."""
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -126,13 +125,12 @@ def test_names_of_wrapped_networks(rename, file, tmp_path):
 @pytest.mark.parametrize(
     "key", ["teacher", "model_state_dict", "module", "model_ema", "state_dict_ema"]
 )
-def test_weights_under_the_names_of_other_trainers(key, tmp_path):
+def test_weights_under_the_names_of_other_trainers(key, tmp_path, capsys):
     average = torch.optim.swa_utils.AveragedModel(torch.nn.BatchNorm1d(2))
     state = {**average.state_dict(), "module._extra_state": None}
     torch.save({"epoch": 1, key: state, "optimizer": {"state": {}}}, tmp_path / "w.pth")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is left out
-        found = read_weights(tmp_path / "w.pth")
+    found = read_weights(tmp_path / "w.pth")
+    assert "left out" not in capsys.readouterr().err
     assert found.keys() == torch.nn.BatchNorm1d(2).state_dict().keys()
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import warnings
 
 import pytest
 import torch
@@ -69,13 +70,17 @@ def test_tokenizer_sources(tokenizer, tmp_path):
 def test_a_vocabulary_that_is_cut_off_or_names_a_token_twice(tmp_path):
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("\n".join(WORDS) + "\n")
-    whole = Tokenizer(vocabulary)  # no warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = Tokenizer(vocabulary)
     vocabulary.write_text("\n".join(WORDS[:-1])[:-2])
     with pytest.warns(UserWarning, match=r"vocab\.txt: its last line has no end; is it whole\?"):
         assert Tokenizer(vocabulary).vocab_size == whole.vocab_size - 1
     vocabulary.write_text("\n".join([*WORDS, "dog"]) + "\n")
     with pytest.raises(UserError, match=r"vocab\.txt: 'dog' is there twice"):
         Tokenizer(vocabulary)
+    vocabulary.write_text("\n".join(WORDS) + "\n\n\n\n")
+    assert Tokenizer(vocabulary).encode("red dogs") == whole.encode("red dogs")
 
 
 def test_padded_lengths():

@@ -3,7 +3,9 @@
 import io
 import json
 from collections import Counter
+from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -349,6 +351,19 @@ def test_class_folders_without_images_are_found_beside_the_rest(tmp_path, capsys
     assert found(text)["unreadable"] == "1" and "cow: 2 … ape: 1" in text
     with pytest.raises(UserError, match=r"bee: no images of this class"):  # as training says
         FolderRecords(tmp_path)
+
+
+def test_folders_are_no_classes_where_the_samples_have_others(tmp_path):
+    """As those beside the shards of a folder."""
+    for name in ("cat", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cat/a.jpg").write_bytes(jpeg(scene(1)))
+    found = []
+    for labels in ({"0": 2}, {"0": 2, "bird": 2}):
+        part = SimpleNamespace(data=str(tmp_path), balance=partial(Counter, labels))
+        class_checks.look_at_classes([part])
+        found.append([finding.problem for finding in part.findings])
+    assert found == [["folder without images"], []]
 
 
 def test_class_folders_are_compared_with_a_list_of_names(tmp_path, capsys, monkeypatch):

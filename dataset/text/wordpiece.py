@@ -3,7 +3,6 @@ targets."""
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -206,10 +205,6 @@ def _load_backend(source: str):
     if file:
         lines = read_lines(file)
         vocabulary = {token: number for number, token in enumerate(lines)}
-        # several blank lines at the end do no harm: no word is ever split into them
-        twice = [token for token, count in Counter(lines).items() if count > 1 and token]
-        if twice:
-            raise UserError(f"tokenizer {file}: {twice[0]!r} is there twice; fetch it again")
         if not read_text(file).endswith("\n"):
             warnings.warn(f"tokenizer {file}: its last line has no end; is it whole?", stacklevel=3)
         backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))

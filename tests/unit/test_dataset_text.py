@@ -76,11 +76,9 @@ def test_a_vocabulary_that_is_cut_off_or_names_a_token_twice(tmp_path):
     vocabulary.write_text("\n".join(WORDS[:-1])[:-2])
     with pytest.warns(UserWarning, match=r"vocab\.txt: its last line has no end; is it whole\?"):
         assert Tokenizer(vocabulary).vocab_size == whole.vocab_size - 1
-    vocabulary.write_text("\n".join([*WORDS, "dog"]) + "\n")
-    with pytest.raises(UserError, match=r"vocab\.txt: 'dog' is there twice"):
-        Tokenizer(vocabulary)
-    vocabulary.write_text("\n".join(WORDS) + "\n\n\n\n")
-    assert Tokenizer(vocabulary).encode("red dogs") == whole.encode("red dogs")
+    for more in ("a\n", "\n\n\n"):  # a token named twice is taken as BERT's own tokenizer does
+        vocabulary.write_text("\n".join(WORDS) + "\n" + more)
+        assert Tokenizer(vocabulary).encode("red dogs") == whole.encode("red dogs")
 
 
 def test_padded_lengths():

@@ -530,6 +530,9 @@ def test_signals_are_hidden_while_a_compiled_network_is_trained(tmp_path, monkey
 
     monkeypatch.setattr(nn.Module, "compile", look)
     monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
+    # autograd's threads, which a test before may have started, do not live on in a fork
+    monkeypatch.setattr(Precision, "backward", lambda precision, loss: None)
+    monkeypatch.setattr(Precision, "step", lambda *_: torch.zeros(()))
 
     def training():
         train(options(tmp_path / "run", compile=True), at=look)  # looks before it begins, too

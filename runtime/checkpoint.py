@@ -43,10 +43,9 @@ from runtime.sharded import find_folder_damage, is_sharded, load_index, weights_
 NUMBERED = re.compile(r"checkpoint_(\d+)(?:\.pt)?")
 UNFINISHED = (".writing", ".old")  # of hidden folders: not yet, or no longer, a checkpoint
 RESUMABLE = "earlier checkpoints are intact: make room, then start the same command again to resume"
-# entries of files that hold the weights, the first that is there; DINO publishes its teacher
-TABLES = ("model", "state_dict", "teacher", "model_state_dict", "module")
 AVERAGES = ("model_ema", "state_dict_ema")
-TABLES += AVERAGES
+# entries of files that hold the weights, the first that is there; DINO publishes its teacher
+TABLES = ("model", "state_dict", "teacher", "model_state_dict", "module", *AVERAGES)
 PART = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
 PLAIN = (int, float, str, bool, type(None))
 
@@ -343,10 +342,11 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         named = all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items())
         if weights and named:
             check_dense(path, weights)
-            for average in {*tables[1:]} & {*AVERAGES}:
-                _note(
-                    f"note: {path}: {average}, their average, is left out; save it alone to use it"
-                )
+            for name in tables[1:]:
+                if name in AVERAGES:
+                    _note(
+                        f"note: {path}: {name}, their average, is left out; to use it, save it alone"
+                    )
             return weights
     entries = [str(key)[:40] for key in content][:10] if isinstance(content, dict) else []
     found = f"entries {', '.join(entries)}" if entries else f"a {type(content).__name__}"

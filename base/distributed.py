@@ -109,26 +109,25 @@ def first_host(nodelist: str) -> str:
 def _device(device: str, local_rank: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not device.startswith("cuda"):
-        try:
-            return torch.device(device)
-        except RuntimeError:
-            raise UserError(
-                f"--device {device}: no device of torch; use auto, cpu or cuda"
-            ) from None
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: no device of torch; use auto, cpu or cuda") from None
+    if chosen.type != "cuda":
+        return chosen
     if not torch.cuda.is_available():
         raise UserError(
-            "--device cuda: no CUDA device is visible; use --device cpu, or look at `nvidia-smi`"
+            f"--device {device}: no CUDA device is visible; use --device cpu, or look at `nvidia-smi`"
         )
-    if ":" in device:
-        chosen = torch.device(device)
-    elif local_rank < torch.cuda.device_count():
-        chosen = torch.device("cuda", local_rank)
-    else:
+    count = torch.cuda.device_count()
+    if chosen.index is not None and chosen.index >= count:
+        raise UserError(f"--device {device}: this node shows {count} GPUs, counted from cuda:0")
+    if chosen.index is None and local_rank >= count:
         raise UserError(
-            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
-            "start as many processes a node as it has GPUs (--nproc_per_node)"
+            f"local rank {local_rank} has no GPU: this node shows {count}; start as many processes a "
+            "node as it has GPUs (--nproc_per_node)"
         )
+    chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
     torch.cuda.set_device(chosen)
     allow_tf32(False)  # until a script asks for bf16 or fp16: its Precision then allows it
     return chosen

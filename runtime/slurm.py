@@ -51,8 +51,9 @@ def requeueing(log: str, limit: int, job: str = '"$SLURM_JOB_ID"') -> list[str]:
     """Lines of a batch file ahead of srun, for a job that is requeued at most `limit` times.
 
     log: a file with a line a requeue; job: what is requeued; both in the shell's spelling."""
-    lines = BATCH.replace("REQUEUES", log).replace("LIMIT", str(limit))
-    return lines.replace("requeue JOB", f"requeue {job}").strip().splitlines()
+    lines = BATCH.replace("requeue JOB", f"requeue {job}").replace("LIMIT", str(limit))
+    lines = lines.replace("REQUEUES", log)  # last: a folder may be called LIMIT
+    return lines.strip().splitlines()
 
 
 def further_options(words: Sequence[str]) -> dict[str, str | bool]:

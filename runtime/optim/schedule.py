@@ -10,8 +10,10 @@ from base.errors import UserError
 from base.knobs import knob
 from runtime.config.old_names import SCHEDULE
 
-# "500 steps", "3 epochs", "1e6 samples", "5%", or a bare number in the unit the knob names
+# "500 steps", "3 epochs", "1e6 samples", "5%"; a bare number counts epochs
 Duration = str
+# the number and its unit: the e of "3epochs" begins the unit
+DURATION = re.compile(r"\s*([+-]?[\d._]+(?:[eE][+-]?\d+)?)\s*(%|[a-z]*)\s*")
 
 
 @dataclass
@@ -76,22 +78,20 @@ def steps(
     epoch_steps: int,
     batch: int,
     total: int | None = None,
-    unit="epochs",
 ) -> int:
     """Number of optimizer steps in `duration`.
 
     epoch_steps: optimizer steps an epoch; batch: samples a step over all processes; total: steps of
-    the whole training, needed for percentages; unit: what a bare number means.
-    Raises UserError for an unknown unit or a negative duration.
+    the whole training, needed for percentages. UserError for an unknown unit or a negative duration.
     """
-    match = re.fullmatch(r"\s*([0-9.eE+_-]+)\s*(%|[a-z]*)\s*", str(duration))
+    match = DURATION.fullmatch(str(duration))
     try:
         amount = float(match[1].replace("_", ""))
     except (TypeError, ValueError):
         raise UserError(
             f"duration {duration!r}: write e.g. '500 steps', '3 epochs', '1e6 samples' or '5%'"
         ) from None
-    name = match[2] or unit
+    name = match[2] or "epochs"
     scale = {"step": 1, "epoch": epoch_steps, "sample": 1 / batch}
     if name == "%":
         if total is None:

@@ -156,7 +156,9 @@ def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys
     """The batch file with stand-ins for Slurm's programs: srun ends with STATUS, scontrol notes
     what it is asked."""
     assert slurm.EXIT_REQUEUE == EXIT_REQUEUE
-    text = preview(capsys, *SLURM, "--job_dir", str(tmp_path), "--max_requeues", "2")
+    folder = tmp_path / "LIMIT"  # a word that the batch file's template has as well
+    folder.mkdir()
+    text = preview(capsys, *SLURM, "--job_dir", str(folder), "--max_requeues", "2")
     stand_ins = f"""
     scontrol() {{ echo "$@" >> {tmp_path}/asked; [ "$2" != node ] || echo "NodeAddr=10.1.2.3 NodeHostName=n1"; }}
     srun() {{ echo "$MASTER_ADDR" > {tmp_path}/address; eval "$BEFORE_END"; return $STATUS; }}

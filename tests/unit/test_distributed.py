@@ -48,6 +48,22 @@ def test_a_device_that_torch_does_not_know_is_one_clear_error():
         distributed.init("tpu")
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("cuda:x", "no device of torch"),
+        ("cudas", "no device of torch"),
+        ("cuda:2", "--device cuda:2: this node shows 2 GPUs"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_one_clear_error(monkeypatch, asked, said):
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert distributed.init("cuda:1").device == torch.device("cuda", 1)
+    with pytest.raises(UserError, match=said):
+        distributed.init(asked)
+
+
 def test_cuda_without_a_gpu_is_one_clear_error():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

@@ -22,6 +22,9 @@ SIZES = {"epoch_steps": 100, "batch": 64}
         ("6400 samples", 100),
         ("1e3 steps", 1000),
         ("10%", 30),
+        ("3epochs", 300),
+        ("1e1epochs", 1000),
+        ("500steps", 500),
     ],
 )
 def test_a_duration_in_any_unit(text, expected):

@@ -100,12 +100,13 @@ def votes(
     and k = 20).
     """
     index = neighbours.index[:, :k]
-    similarity = neighbours.similarity[:, :k]
+    similarity = neighbours.similarity[:, :k].double()
     weight = torch.ones_like(similarity)
     if temperature is not None:
-        weight = (similarity / temperature).exp()
+        # less than the nearest's: the same order of votes, and exp cannot overflow
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
     best = []
-    for part, vote in zip(index.split(UNIT), weight.double().split(UNIT), strict=True):
+    for part, vote in zip(index.split(UNIT), weight.split(UNIT), strict=True):
         counts = torch.zeros(len(part), classes, dtype=torch.float64)
         counts.scatter_add_(1, labels[part], vote)
         best.append(counts.sort(dim=1, descending=True, stable=True).indices[:, :5])

@@ -62,9 +62,10 @@ def together(found: Sequence[Abilities]) -> Abilities:
     for each in found:
         if each.texts and not result.texts:
             result.embedder = each.embedder
-            result.match = each.match
         result.embedder = result.embedder or each.embedder
-        result.word_maps = result.word_maps or each.word_maps
+        if each.match and not result.match:
+            result.match = each.match
+            result.word_maps = each.word_maps  # of that score
         result.entail = result.entail or each.entail
         if each.answer and not result.answer:
             result.answer = each.answer

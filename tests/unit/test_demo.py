@@ -267,6 +267,13 @@ def test_several_checkpoints_share_the_page():
     assert both.answer is max and both.answers == ["yes"] and both.entail is None
 
 
+def test_heat_maps_come_with_the_score_that_they_are_of():
+    clip = Abilities("a", colour_embedder())
+    albef = Abilities("b", colour_embedder(), match=max, word_maps=min)
+    both = together([clip, albef, Abilities("c", colour_embedder(), match=len, word_maps=len)])
+    assert both.embedder is clip.embedder and (both.match, both.word_maps) == (max, min)
+
+
 def test_an_image_encoder_searches_no_captions(folder):
     embedder = colour_embedder()
     embedder.texts = None

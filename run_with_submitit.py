@@ -31,6 +31,7 @@ from base.names import nearest
 from runtime.slurm import (
     build_executor,
     has_slurm,
+    in_shell,
     job_folder,
     need_idle,
     sbatch_options,
@@ -38,6 +39,8 @@ from runtime.slurm import (
 )
 
 ROOT = Path(__file__).resolve().parent
+LEAST = {"nodes": 1, "tasks": 1, "timeout": 1, "cpus": 1}  # smallest values of the numbers
+LEAST |= {"ngpus": 0, "mem": 0, "signal_delay": 0, "max_requeues": 0}
 
 
 def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -57,8 +60,10 @@ def read_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     check_spelling(unknown, script, [name.lstrip("-") for name in form._option_string_actions])
     words = unknown + argv[cut + 1 :]
     check_words(words, script)
-    if options.nodes < 1 or options.ngpus < 0 or options.timeout < 1 or (options.tasks or 1) < 1:
-        raise UserError("--nodes, --tasks and --timeout start at 1, --ngpus at 0")
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value:g}: give {least} or more")
     if options.tasks is None:
         options.tasks = max(1, options.ngpus)
     return options, words
@@ -177,9 +182,7 @@ def find_script(name: str) -> Path:
 
 def command_line(options: argparse.Namespace, words: list[str]) -> str:
     """What every process runs, in the shell's spelling. ARGS come last, so that they win."""
-    folder = '"$SLURM_JOB_ID"'.join(
-        shlex.quote(part) for part in str(job_folder(options)).split("%j")
-    )
+    folder = in_shell(job_folder(options))
     script = find_script(options.script)
     if options.name and script.name == "main.py":  # there it also names the run in logs
         words = ["--name", options.name, *words]
@@ -218,11 +221,10 @@ def submit(options: argparse.Namespace, words: list[str]) -> None:
     job = submit_command(executor, command_line(options, words))
     folder = Path(str(folder).replace("%j", job))
     (folder / "slurm" / "job").write_text(f"{job}\n")
-    log = folder / "slurm" / f"{job}_0_log.out"
     print(
         f"job {job}: {options.script} on {options.nodes} x {options.tasks} processes -> {folder}",
         f"  runs    {shlex.join([options.script, *words])}",
-        f"  follow  tail -F {log}",
+        f"  follow  tail -F {folder / 'slurm' / job}_0_log.out",
         f"  state   squeue -j {job}",
         f"  stop    scancel {job}   (submitted again with this folder, it resumes)",
         sep="\n",

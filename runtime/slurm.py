@@ -47,6 +47,11 @@ def job_folder(options: argparse.Namespace) -> Path:
     return Path(options.job_dir or default).absolute()
 
 
+def in_shell(path: Path) -> str:
+    """A path in the shell's spelling; %j is the job's number."""
+    return '"$SLURM_JOB_ID"'.join(shlex.quote(part) for part in str(path).split("%j"))
+
+
 def requeueing(log: str, limit: int, job: str = '"$SLURM_JOB_ID"') -> list[str]:
     """Lines of a batch file ahead of srun, for a job that is requeued at most `limit` times.
 
@@ -67,9 +72,7 @@ def sbatch_options(options: argparse.Namespace) -> dict:
     gpus = options.ngpus
     cpus = options.cpus or (10 if options.ngpus else 1)
     memory = options.mem or 40 * gpus
-    requeues = '"$SLURM_JOB_ID"'.join(
-        shlex.quote(p) for p in str(job_folder(options) / "requeues.log").split("%j")
-    )
+    requeues = in_shell(job_folder(options) / "requeues.log")
     given = {
         "job_name": options.name or Path(options.script).stem,
         "partition": options.partition,

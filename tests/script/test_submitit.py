@@ -203,7 +203,10 @@ def test_absent_slurm_says_how_to_run_without(tmp_path):
     "words, named",
     [
         (["Pretrian.py"], "Pretrain.py"),
-        (["Pretrain.py", "--nodes", "0"], "--nodes"),
+        (["Pretrain.py", "--nodes", "0"], "--nodes 0: give 1 or more"),
+        (["Pretrain.py", "--tasks", "0"], "--tasks 0: give 1 or more"),
+        (["Pretrain.py", "--mem", "-0.5"], "--mem -0.5: give 0 or more"),
+        (["Pretrain.py", "--max_requeues", "-1"], "--max_requeues -1: give 0 or more"),
         (["Pretrain.py", "--partion", "gpu"], "--partion: no option .* did you mean --partition?"),
         (["Pretrain.py", "--gpus=8"], "--gpus: no option of .* did you mean --ngpus?"),
         (

@@ -46,6 +46,15 @@ def test_the_host_never_waits(name):
     assert len(trace.operations) > 100
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name] != STEPS[name]])
+def test_the_host_never_waits_for_residual_networks(name):
+    """Batch norm across processes is where hosts wait; each method calls it in its own way."""
+    trace = trace_of(METHODS[name], 8)
+    assert not trace.waits, "\n".join(f"{n} x {wait}" for wait, n in trace.waits.items())
+    assert any("batch_norm" in operation.name for operation in trace.operations)
+
+
 @pytest.mark.parametrize("opt", ["muon", "lamb"])
 def test_no_update_waits(opt):
     """AdamW is in the traces above, timm's are in test_optimizers.py."""

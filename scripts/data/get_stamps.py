@@ -29,12 +29,13 @@ import sys
 import tarfile
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.errors import UserError, first_line
+from base.writing import write_bytes, write_json
 from runtime.advice import ends_with_advice
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -83,8 +84,6 @@ class Stamp(NamedTuple):
 # ---- the package
 def fetch(folder: Path) -> Path:
     """The package's file, fetched by apt. UserError."""
-    from base.errors import UserError
-
     hint = f"fetch the package {PACKAGE} where there is a network and give its file as --deb"
     if shutil.which("apt-get") is None:
         raise UserError(f"no apt-get on this machine; {hint}")
@@ -97,31 +96,42 @@ def fetch(folder: Path) -> Path:
     return found[0]
 
 
-def members(deb: Path) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of every file in a Debian package, which is an ar archive of tars. UserError."""
-    from base.errors import UserError
+def files_in(deb: Path) -> dict[str, bytes]:
+    """Content by path of every file that a Debian package installs. UserError."""
+    data = data_archive(deb)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            files = [member for member in archive if member.isfile()]
+            return {
+                file.name.removeprefix("./"): archive.extractfile(file).read() for file in files
+            }
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        raise UserError(f"{deb}: damaged ({first_line(error)}); fetch it again") from None
 
+
+def data_archive(deb: Path) -> bytes:
+    """The data.tar of a Debian package, an ar archive: a header of 60 bytes before each part. It is
+    packed in a way that tarfile knows; zstd, which Python reads from 3.14 on, is undone. UserError."""
     content = deb.read_bytes() if deb.is_file() else b""
     place = 8
-    while content[:8] == b"!<arch>\n" and place + 60 <= len(content):
-        header = content[place : place + 60]
-        name = header[:16].decode().strip().rstrip("/")
-        size = int(header[48:58])
-        if name.startswith("data.tar"):
-            data = content[place + 60 : place + 60 + size]
-            with tarfile.open(fileobj=io.BytesIO(_plain(data, name))) as archive:
-                for member in archive:
-                    if member.isfile():
-                        yield member.name.removeprefix("./"), archive.extractfile(member).read()
-            return
+    while content[:8] == b"!<arch>\n" and content[place + 48 : place + 58].strip().isdigit():
+        name = content[place : place + 16]
+        size = int(content[place + 48 : place + 58])
+        data = content[place + 60 : place + 60 + size]
+        if name.startswith(b"data.tar"):
+            return without_zstd(data, deb) if name.startswith(b"data.tar.zst") else data
         place += 60 + size + size % 2
     raise UserError(f"{deb}: no Debian package; give the file of {PACKAGE}")
 
 
-def _plain(data: bytes, name: str) -> bytes:
-    if name.endswith(".zst"):  # newer packages; Python reads it from 3.14 on
-        return subprocess.run(["zstd", "-dc"], input=data, capture_output=True, check=True).stdout
-    return lzma.decompress(data) if name.endswith(".xz") else data
+def without_zstd(data: bytes, deb: Path) -> bytes:
+    """The unpacked data. UserError."""
+    if shutil.which("zstd") is None:
+        raise UserError(f"{deb}: packed by zstd, a program that is not here; install it")
+    done = subprocess.run(["zstd", "-dc"], input=data, capture_output=True)
+    if done.returncode:
+        raise UserError(f"{deb}: damaged ({done.stderr.decode().strip()}); fetch it again")
+    return done.stdout
 
 
 def stamps_of(files: dict[str, bytes]) -> list[Stamp]:
@@ -241,7 +251,6 @@ def captions_in(stamp: Stamp, languages: list[str]) -> list[str]:
 
 def write_split(out: Path, split: str, stamps: list[Stamp], languages: list[str]) -> int:
     """Lists, class folders and shards of one split; returns the number of images."""
-    from base.writing import write_json
     from dataset.sources.tar_writer import write_shard, write_statistics
 
     colours = list(COLOURS) if split == "train" else list(COLOURS)[:1]
@@ -301,10 +310,7 @@ def write_sheet(stamps: list[Stamp], out: Path, columns: int = 20, side: int = 9
 
 def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
     """Write everything; returns a line that says what."""
-    from base.errors import UserError
-    from base.writing import write_bytes, write_json
-
-    files = dict(members(deb))
+    files = files_in(deb)
     stamps = stamps_of(files)
     known = sorted({language for stamp in stamps for language in stamp.captions})
     for language in languages:
@@ -318,31 +324,25 @@ def make(out: Path, deb: Path, languages: list[str], fold: int) -> str:
     for stamp, in_test in zip(stamps, held_out, strict=True):
         if captions_in(stamp, languages):
             (test if in_test else train).append(stamp)
-    counts = [
-        write_split(out, "train", train, languages),
-        write_split(out, "test", test, languages),
-    ]
+    trained = write_split(out, "train", train, languages)
+    tested = write_split(out, "test", test, languages)
     write_json(out / "labels.json", {"stamps": [[CLASSES[kind]] for kind in sorted(CLASSES)]})
     write_json(out / "templates.json", {"stamps": ["{}.", "a photo of {}.", "an image of {}."]})
-    classes = {"type": "imagefolder", "path": "classes", "test": "test"}
-    catalog = {"stamps": classes}
-    catalog["captions"] = {"type": "retrieval", "path": "pairs_test.json", "images": "."}
-    for language in languages if len(languages) > 1 else []:
-        path = f"pairs_test_{language}.json"
-        catalog[f"captions_{language}"] = {"type": "retrieval", "path": path, "images": "."}
+    catalog = {"stamps": {"type": "imagefolder", "path": "classes", "test": "test"}}
+    for name in ("", *(f"_{language}" for language in languages if len(languages) > 1)):
+        pairs = {"type": "retrieval", "path": f"pairs_test{name}.json", "images": "."}
+        catalog[f"captions{name}"] = pairs
     write_json(out / "dataset_catalog.json", catalog)
     write_sheet([*train, *test], out)
     write_bytes(out / "LICENCE", files.get(COPYRIGHT, b"GPL-2; see the package\n"))
     return (
-        f"{len(train) + len(test)} stamps: {counts[0]:,} training images of {len(train)}, "
-        f"{counts[1]} test images of {len(test)} other subjects; see {out}/sheet.jpg"
+        f"{len(train) + len(test)} stamps: {trained:,} training images of {len(train)}, "
+        f"{tested} test images of {len(test)} other subjects; see {out}/sheet.jpg"
     )
 
 
 @ends_with_advice
 def main(argv: list[str] | None = None) -> int:
-    from base.errors import UserError
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -4,6 +4,7 @@ import io
 import json
 import lzma
 import re
+import shutil
 import tarfile
 
 import numpy as np
@@ -28,7 +29,7 @@ def stamp(seed, kind=None):
 
 
 def package(path, files):
-    """A Debian package: an ar archive with data.tar.xz in it."""
+    """A Debian package with data.tar.xz in it."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
         for name, content in files.items():
@@ -36,6 +37,10 @@ def package(path, files):
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     parts = {"debian-binary": b"2.0\n", "data.tar.xz": lzma.compress(data.getvalue())}
+    return ar_archive(path, parts)
+
+
+def ar_archive(path, parts):
     content = b"!<arch>\n"
     for name, part in parts.items():
         content += f"{name:<16}{0:<12}{0:<6}{0:<6}{644:<8}{len(part):<10}`\n".encode()
@@ -148,10 +153,24 @@ def test_captions_in_chosen_languages(deb, tmp_path):
 
 def test_what_cannot_be_used_is_refused_in_one_sentence(deb, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.deb").write_bytes(b"!<arch>\nnothing")
-    assert get_stamps.main([str(tmp_path / "out"), "--deb", str(tmp_path / "a.deb")]) == 2
-    assert "no Debian package" in capsys.readouterr().err
+    cut = deb.read_bytes()[: -deb.stat().st_size // 2]
+    (tmp_path / "b.deb").write_bytes(cut)
+    ar_archive(tmp_path / "c.deb", {"data.tar": b"no tar"})
+    ar_archive(tmp_path / "d.deb", {"data.tar.zst": b"no zstd"})
+    for name, said in (
+        ("a.deb", "no Debian package"),
+        ("b.deb", "damaged"),
+        ("c.deb", "damaged"),
+        ("d.deb", "damaged" if shutil.which("zstd") else "zstd"),
+        ("none.deb", "no Debian package"),
+    ):
+        assert get_stamps.main([str(tmp_path / "out"), "--deb", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert name in error and said in error, error
     assert get_stamps.main([str(tmp_path), "--deb", str(deb)]) == 2
     assert "not empty" in capsys.readouterr().err
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert get_stamps.main([str(tmp_path / "out"), "--deb", str(tmp_path / "d.deb")]) == 2
+    assert "zstd, a program that is not here" in capsys.readouterr().err
     assert get_stamps.main([str(tmp_path / "out")]) == 2
     assert "no apt-get on this machine" in capsys.readouterr().err

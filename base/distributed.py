@@ -40,8 +40,13 @@ class World:
         return self.rank == 0
 
 
+def alone(device: torch.device | str) -> World:
+    """A single process that computes on `device`."""
+    return World(rank=0, size=1, local_rank=0, device=torch.device(device))
+
+
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = alone("cpu")
 
 
 def init(device: str = "auto") -> World:
@@ -60,9 +65,9 @@ def init(device: str = "auto") -> World:
     # task of it
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in env:
         _adopt_slurm(env)
-    rank, size, local_rank = (
-        int(env.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank = int(env.get("RANK", 0))
+    size = int(env.get("WORLD_SIZE", 1))
+    local_rank = int(env.get("LOCAL_RANK", 0))
     chosen = _device(device, local_rank)
     if "TORCHELASTIC_RUN_ID" in env:
         end_with_parent()  # torchrun; left alone, it would hold its GPU and its output folder
@@ -214,9 +219,8 @@ def gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
-    collect = (
-        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    )  # name until torch 2.14
+    # the second is its name until torch 2.14
+    collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     with entering("all_gather"):
         collect(everyone, x.detach().contiguous())
     return everyone

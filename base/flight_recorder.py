@@ -17,7 +17,7 @@ FOLDER = "flight_recorder"  # below the output folder; `torchfrtrace FOLDER` rea
 
 
 @dataclass(frozen=True)
-class Collective:
+class LastCollective:
     """A collective that this process waits in, or has entered last.
 
     number: of those that the process has entered; place: among those of its group, which is alike
@@ -69,11 +69,11 @@ def entering(name: str) -> Iterator[None]:
     OWN.waits = False
 
 
-def last_collective() -> Collective:
+def last_collective() -> LastCollective:
     """The first collective that is not finished, else the last one."""
     recorded = _recorded()
     if not recorded:
-        return Collective(OWN.name, OWN.number, str(OWN.number), OWN.waits)
+        return LastCollective(OWN.name, OWN.number, str(OWN.number), OWN.waits)
     waiting = [entry for entry in recorded if not _is_finished(entry)]
     entry = waiting[0] if waiting else recorded[-1]
     name = entry["profiling_name"].partition(":")[2] or entry["profiling_name"]
@@ -81,7 +81,7 @@ def last_collective() -> Collective:
     group = entry["process_group"][-1]
     if group not in ("default_pg", "undefined", ""):
         place += f" of {group}"
-    return Collective(name, entry["record_id"] + 1, place, bool(waiting))
+    return LastCollective(name, entry["record_id"] + 1, place, bool(waiting))
 
 
 def _is_finished(entry: dict) -> bool:

@@ -95,9 +95,8 @@ def _quick_member(file, name: bytes) -> bytes | None:
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - END_OF_DIRECTORY.size))
     end = file.read()
-    if (
-        len(end) < END_OF_DIRECTORY.size or end[:4] != b"PK\5\6"
-    ):  # a comment follows, or it is no zip file
+    # else a comment follows, or it is no zip file
+    if len(end) < END_OF_DIRECTORY.size or end[:4] != b"PK\5\6":
         return None
     *_, length, start, _ = END_OF_DIRECTORY.unpack(end)
     if start + length > size:  # zip64

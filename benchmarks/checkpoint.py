@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from base.distributed import World
+from base.distributed import alone
 from benchmarks.gauge import peak_bytes, wait_for
 from benchmarks.runner import OURS, Options, take_turns
 from benchmarks.table import MEMORY, Column, median, publish
@@ -70,7 +70,7 @@ def state(gigabytes: float, device: str) -> tuple[nn.Module, torch.optim.Optimiz
 def save(options: SimpleNamespace) -> dict:
     """Seconds that `save` takes, by the clock and of the processor, and until all is written."""
     model, optimizer = state(options.gigabytes, options.device)
-    world = World(0, 1, 0, torch.device(options.device))
+    world = alone(options.device)
     sharded, beside = WAYS[options.side]
     saves = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

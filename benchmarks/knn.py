@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from base.distributed import World
+from base.distributed import alone
 from benchmarks.gauge import linux_bytes, measure_once, peak_bytes
 from benchmarks.runner import OURS, Options, device_of, take_turns
 from benchmarks.table import CPU_SECONDS, FASTER, FASTER_CPU, SECONDS, Column, publish
@@ -73,7 +73,7 @@ def ours(options: SimpleNamespace) -> dict:
     for name in ("train", "queries"):
         features = read(options, name, "r")
         banks.append(Bank(features, labels=torch.zeros(len(features))))
-    world = World(0, 1, 0, torch.device(options.device))
+    world = alone(options.device)
     return measure_search(
         lambda: nearest_neighbours(*banks, options.k, world).index.numpy(), options
     )

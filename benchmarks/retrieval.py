@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from base.distributed import World
+from base.distributed import alone
 from base.errors import UserError
 from benchmarks.gauge import Stages
 from benchmarks.inputs import PEER_FILE, left, synthetic_split
@@ -80,7 +80,7 @@ def ours(options: SimpleNamespace) -> dict:
     model = build_model(options, peer["model"])
     images, ids, mask = synthetic_split(options.images, options.captions)
     captions = Captions(ids, mask, torch.arange(len(ids)) % len(images))
-    world = World(0, 1, 0, torch.device(options.device))
+    world = alone(options.device)
     stages = Stages(options.device)
     match_scores = model.match_scores
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from base.distributed import World
+from base.distributed import alone
 from benchmarks.gauge import measure
 from benchmarks.runner import OURS, TrainOptions, device_of, take_turns
 from benchmarks.table import FASTER, FASTER_CPU, MEMORY, Column, publish
@@ -48,7 +48,7 @@ def training_step(
     features = Features(
         compile=options.compile, activation_checkpointing=options.activation_checkpointing
     )
-    model = parallelize(model.train(), World(0, 1, 0, device), features)
+    model = parallelize(model.train(), alone(device), features)
     update = build_optimizer(model, optimizer, decayed)
     precision = Precision(options.precision, device, clip=optimizer.clip_grad_norm)
     parameters = [p for p in model.parameters() if p.requires_grad]

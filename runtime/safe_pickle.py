@@ -208,16 +208,11 @@ class _DType:
 
     def __setstate__(self, state):
         _, order, subarray, names, fields = state[:5]
-        if (
-            subarray is not None
-            or names is not None
-            or fields is not None
-            or order not in ("<", ">", "|", "=")
-        ):
+        is_plain = subarray is None and names is None and fields is None
+        if not is_plain or order not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError("structured numpy dtypes are not read")
-        if len(state) > 8 and isinstance(
-            state[8], tuple
-        ):  # unit of datetime64 / timedelta64: ({}, ("s", 1, 1, 1))
+        # the unit of datetime64 and timedelta64: ({}, ("s", 1, 1, 1))
+        if len(state) > 8 and isinstance(state[8], tuple):
             unit, count = state[8][1][:2]
             name = unit if isinstance(unit, str) else unit.decode("ascii")
             if self.dtype.kind not in "mM" or not name.isalpha():
@@ -382,19 +377,13 @@ class _Reader(BoundedUnpickler):
     def find_class(self, module: str, name: str):
         module = OTHER_NAMES.get(module, module)
         self.met_numpy |= module.startswith("numpy")
-        found = (
-            self.container(module, name)
-            or self.allowed.get((module, name))
-            or self.stubs.get((module, name))
-        )
+        key = (module, name)
+        found = self.container(module, name) or self.allowed.get(key) or self.stubs.get(key)
         if found is not None:
             return found
-        if (
-            self.storage
-            and "." not in name
-            and any(f"{module}.".startswith(f"{p}.") for p in STUB_PACKAGES)
-        ):
-            return self.stubs.setdefault((module, name), _stub_class(module, name))
+        is_foreign = any(f"{module}.".startswith(f"{package}.") for package in STUB_PACKAGES)
+        if self.storage and is_foreign and "." not in name:
+            return self.stubs.setdefault(key, _stub_class(module, name))
         raise UserError(
             f"{self.path}: the pickle asks for {module:.80}.{name:.80}, which is not on the list of harmless names "
             "(runtime/safe_pickle.py), so it is not read and nothing of it was run; "
@@ -528,9 +517,8 @@ def _resolve_stub(stub: Stub, seen: dict[int, Any]) -> Any:
     if stub.kind == "argparse.Namespace":
         return _resolve(dict(state), seen)
     if stub.kind.startswith("omegaconf.") and isinstance(state, dict):
-        if (
-            "_content" in state
-        ):  # DictConfig, ListConfig; metadata and the link to the parent are left behind
+        # of DictConfig and ListConfig; metadata and the link to the parent are left behind
+        if "_content" in state:
             return _resolve(state["_content"], seen)
         if "_val" in state:
             return _resolve(state["_val"], seen)

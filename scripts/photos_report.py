@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from base.distributed import World
+from base.distributed import ALONE
 from base.errors import UserError
 from base.reading import read_json, read_json_lines
 from base.writing import write_json, write_text
@@ -183,10 +183,9 @@ def found_captions(run: Path, data: Path, cases: int):
     image, text = embedded
     if not len(image) == len(text) == len(rows):
         raise UserError(f"{run}/embeddings: {len(image)} rows, but {data} has {len(rows)}")
-    world = World(0, 1, 0, torch.device("cpu"))
     kept = min(SHOWN, len(rows))
-    by_image = nearest(image, text, kept, world)
-    by_text = nearest(text, image, kept, world)
+    by_image = nearest(image, text, kept, ALONE)
+    by_text = nearest(text, image, kept, ALONE)
     files = [data / row["image"] for row in rows]
     captions = [row["caption"][0] for row in rows]
     return retrieval_gallery(files, captions, torch.arange(len(rows)), by_image, by_text, cases)

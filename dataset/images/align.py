@@ -1,4 +1,4 @@
-"""Images and captions as COYO-ALIGN prepares them."""
+"""Views of an image as COYO-ALIGN makes them."""
 
 import torch
 import torch.nn.functional as F

@@ -109,20 +109,19 @@ class View:
             # two operations at magnitude 9 of 30: the paper's for ResNet-50
             view = RandAugment()(view)
         draws = torch.rand(5).tolist()
-        if (
-            (self.jitter and draws[0] < 0.8)
-            or draws[1] < self.grey
-            or draws[2] < self.blur
-            or draws[3] < self.solarize
-        ):
+        jitter = self.jitter if draws[0] < 0.8 else None
+        is_grey = draws[1] < self.grey
+        is_blurred = draws[2] < self.blur
+        is_solarized = draws[3] < self.solarize
+        if jitter or is_grey or is_blurred or is_solarized:
             view = view.contiguous().float()
-            if self.jitter and draws[0] < 0.8:
-                view = color_jitter(view, *self.jitter)
-            if draws[1] < self.grey:
+            if jitter:
+                view = color_jitter(view, *jitter)
+            if is_grey:
                 view = grey_levels(view).expand(3, -1, -1)
-            if draws[2] < self.blur:
+            if is_blurred:
                 view = gaussian_blur(view, float(torch.empty(()).uniform_(0.1, 2)))
-            if draws[3] < self.solarize:
+            if is_solarized:
                 view = solarize(view)
             view = view.round().to(torch.uint8)
         return view.flip(-1) if draws[4] < self.flip else view

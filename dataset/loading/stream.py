@@ -1,5 +1,4 @@
-"""The endless, deterministic, exactly resumable stream of training batches, and in-order loading
-for evaluation."""
+"""The endless, deterministic, exactly resumable stream of training batches."""
 
 import copy
 import sys
@@ -412,9 +411,8 @@ class _Slots(IterableDataset):
             batches = self.stream.batches(self.batch_size, self.seed, number, of, positions[slot])
             for batch, position, dropped, truncated in batches:
                 yield batch, slot, position, dropped, truncated
-        except (
-            UserError
-        ) as error:  # handed over as a value: raising it here would bury the message in a traceback
+        except UserError as error:
+            # handed over as a value: raising it here would bury the message in a traceback
             while True:
                 yield error, slot, positions[slot], [], []
 

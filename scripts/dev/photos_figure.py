@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
 from torch import Tensor
 
-from base.distributed import World
+from base.distributed import ALONE
 from base.errors import UserError
 from base.writing import write_text
 from dataset.images.decode import decode_image
@@ -128,8 +127,7 @@ def main(config: Config) -> None:
     run = config.run / "main"
     if not run.is_dir():
         raise UserError(f"{run}: no such run; run photos.sh first")
-    world = World(0, 1, 0, torch.device("cpu"))
-    embedder = open_abilities(run, DemoConfig(device="cpu"), world).embedder
+    embedder = open_abilities(run, DemoConfig(device="cpu"), ALONE).embedder
     sentences = [photograph.sentence for photograph in PHOTOGRAPHS]
     sentences.extend(OTHERS)
     rows = embedder.texts(sentences)

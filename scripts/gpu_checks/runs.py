@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from base.distributed import World
+from base.distributed import alone
 from models.fusion import losses
 from runtime.optim.build import Precision, build_optimizer
 from runtime.parallel import Features, parallelize
@@ -100,8 +100,9 @@ class Run:
         """Networks to the device, wrapped; the optimizer over them."""
         for network in self.setup.frozen:
             network.to(self.device)
-        world, config = World(0, 1, 0, self.device), self.config
-        self.model = parallelize(self.setup.model, world, Features(**self.features)).train()
+        config = self.config
+        features = Features(**self.features)
+        self.model = parallelize(self.setup.model, alone(self.device), features).train()
         self.optimizer = build_optimizer(self.model, config.optimizer, self.setup.decayed)
         clip = config.optimizer.clip_grad_norm
         self.precision = Precision(config.precision, self.device, clip)

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from base.distributed import World
+from base.distributed import ALONE
 from runtime.simulate.stand_ins import simulated_gpu
 from scripts.planning.steps import setup_of
 
@@ -35,14 +35,13 @@ def capture(script: ModuleType, config) -> Graphs:
     torch._dynamo.reset()
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
-    device = torch.device("cpu")
     with simulated_gpu():
         setup = setup_of(script, config)
         features = Features(activation_checkpointing=config.activation_checkpointing)
-        model = parallelize(setup.model, World(0, 1, 0, device), features).train()
+        model = parallelize(setup.model, ALONE, features).train()
         model.compile(backend=backend)
         optimizer = build_optimizer(model, config.optimizer, setup.decayed)
-        precision = Precision(config.precision, device, config.optimizer.clip_grad_norm)
+        precision = Precision(config.precision, ALONE.device, config.optimizer.clip_grad_norm)
         for number in range(3):
             setup.step(model, optimizer, precision)
             if number == 0:

@@ -99,9 +99,8 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
     view = memoryview(block)
     at = 0
     key = b""
-    end = (
-        size - 4 - 4 * struct.unpack("<I", block[-4:])[0]
-    )  # restart offsets and their number lie behind
+    # restart offsets and their number lie behind the entries
+    end = size - 4 - 4 * struct.unpack("<I", block[-4:])[0]
     while at < end:
         shared, at = varint(view, at)
         own, at = varint(view, at)

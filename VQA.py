@@ -121,13 +121,10 @@ def training_data(config: Config, tokenizer: Tokenizer, world, state: dict | Non
 
 def evaluation_data(config: Config) -> tuple[dict[str, QuestionSet], list[str]]:
     """The splits that are given, and the list of answers."""
-    files = {
-        "val": (config.val_file, None),
-        "test": (config.test_file or None, config.test_answers),
-    }
+    files = {"val": (config.val_file, None), "test": (config.test_file, config.test_answers)}
     splits = {}
     for split, (file, answers) in files.items():
-        if file is not None:
+        if file:
             records = Records(file, ("image", "question", "question_id")).complete()
             view = test_view(config)
             splits[split] = QuestionSet(
@@ -189,8 +186,9 @@ def accuracy(data: QuestionSet, answers: list[str], best: Tensor, config: Config
     if not data.truth:
         return {}
     found = likeliest_answers(data.ids, answers, best)
-    scores = vqa_accuracy(found, data.truth, one_sided=config.compat == "original")
-    return scores | {"chance": prior_accuracy(data.truth)["overall"]}
+    one_sided = config.compat == "original"
+    scores = vqa_accuracy(found, data.truth, one_sided)
+    return scores | {"chance": prior_accuracy(data.truth, one_sided)["overall"]}
 
 
 def train(model: Vqa, val: QuestionSet | None, answers, tokenizer, config, start: Start) -> Path:
@@ -239,7 +237,9 @@ def main(config: Config) -> None:
         if start.world.is_main:
             file = config.output_dir / f"result/vqa_result_{split}.json"
             save_answers(file, likeliest_answers(data.ids, answers, best))
-            cards = answer_report(split, data, answers, best, probability, metrics[split])
+            cards = answer_report(
+                split, data, answers, best, probability, metrics[split], config.compat == "original"
+            )
             sections = cards + sections
     write_results(config, "Visual question answering", metrics, sections)
 

@@ -26,8 +26,8 @@ def exact_scores(predictions: Sequence[str], references: Sequence[str]) -> tuple
 
 
 def soft_scores(predictions: Tensor, references: Tensor) -> dict[str, float]:
-    """recall, precision, f1 and diversity of one image from embeddings [P,D] and [R,D] of its
-    labels.
+    """recall, precision, f1, div_avg and div_std of one image from embeddings [P,D] and [R,D] of
+    its labels.
 
     recall: mean over references of the best cosine with a prediction; precision: the other way
     round. div_avg and div_std: mean and unbiased std of the cosines between predictions,

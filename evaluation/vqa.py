@@ -96,11 +96,11 @@ def vqa_accuracy(
         "answer_type": defaultdict(list),
     }
     scores = []
-    for question, person in truth.items():
-        scores.append(answer_score(predictions[question], person["answers"], one_sided))
+    for question, annotation in truth.items():
+        scores.append(answer_score(predictions[question], annotation["answers"], one_sided))
         for group, values in groups.items():
-            if person.get(group):
-                values[person[group]].append(scores[-1])
+            if annotation.get(group):
+                values[annotation[group]].append(scores[-1])
     result = {"overall": _percent(scores)}
     for group, values in groups.items():
         if values:
@@ -112,16 +112,15 @@ def _percent(scores: list[float]) -> float:
     return round(100 * sum(scores) / len(scores), 2)
 
 
-def prior_accuracy(truth: Mapping[str | int, dict]) -> dict:
-    """What always giving the most frequent answer of a question's type scores (of all, where no
-    types are known)."""
+def prior_accuracy(truth: Mapping[str | int, dict], one_sided: bool = False) -> dict:
+    """`vqa_accuracy` of always giving the most frequent answer to questions of the same type, or,
+    where no types are known, of all answers."""
     votes: dict[str, Counter] = defaultdict(Counter)
-    for person in truth.values():
-        votes[person.get("question_type", "")].update(person["answers"])
+    for annotation in truth.values():
+        votes[annotation.get("question_type", "")].update(annotation["answers"])
     best = {kind: counts.most_common(1)[0][0] for kind, counts in votes.items()}
-    return vqa_accuracy(
-        {q: best[person.get("question_type", "")] for q, person in truth.items()}, truth
-    )
+    given = {q: best[annotation.get("question_type", "")] for q, annotation in truth.items()}
+    return vqa_accuracy(given, truth, one_sided)
 
 
 def save_answers(path: Path, predictions: Mapping[str | int, str]) -> None:

@@ -23,7 +23,7 @@ SCORES = {
     "recall": "recall by meaning",
     "precision": "precision by meaning",
     "f1": "F1 by meaning",
-    "diversity": "diversity of the labels, by meaning",
+    "div_avg": "likeness of an image's labels to one another, by meaning",
 }
 TILE = 224  # pixels; this and the next two
 CAPTION = 24

@@ -1,6 +1,7 @@
 """VQA accuracy, boxes and classification: properties and corner cases."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from dataset.tasks.grounding import Target
 from evaluation.accuracy import class_accuracy, confusion_table
 from evaluation.grounding import Pointing, box_scores, enlarge, grounding_accuracy, iou, point
 from evaluation.report.examples import answer_case, box_case, gallery
+from evaluation.report.vqa import answer_report
 from evaluation.vqa import answer_score, normalise, prior_accuracy, save_answers, vqa_accuracy
 
 
@@ -53,6 +55,25 @@ def test_accuracy_by_type_and_what_the_most_frequent_answer_scores():
     assert prior_accuracy(truth)["overall"] == 75.0
 
 
+class Questions(SimpleNamespace):
+    def __len__(self):
+        return len(self.ids)
+
+
+@pytest.mark.parametrize(
+    ("one_sided", "expected", "heading"),
+    [(False, 100.0, "Right: 1 of 1"), (True, 0.0, "Wrong: 1 of 1")],
+)
+def test_chance_and_examples_are_counted_as_the_score_is(one_sided, expected, heading):
+    truth = {7: {"answers": ["two"] * 10, "question_type": "how many", "answer_type": "number"}}
+    scores = vqa_accuracy({7: "two"}, truth, one_sided)
+    assert scores["overall"] == prior_accuracy(truth, one_sided)["overall"] == expected
+    data = Questions(ids=[7], written=["how many?"], images=[Path("a.jpg")], truth=truth)
+    best = torch.zeros(1, 1, dtype=torch.int64)
+    cards = answer_report("val", data, ["two"], best, torch.ones(1, 1), scores, one_sided)
+    assert heading in cards[1]
+
+
 def test_any_of_a_few_answers_is_right():
     assert answer_score("Grey.", ["grey"]) == answer_score("cow", ["crow", "cow"]) == 1.0
     assert answer_score("red", ["grey"]) == 0.0
@@ -73,7 +94,7 @@ def test_the_originals_numbers_come_from_the_official_code(compat, expected):
     data = SimpleNamespace(ids=[7], truth={7: {"answers": ["two"] * 10}})
     config = SimpleNamespace(compat=compat)
     found = VQA.accuracy(data, ["one", "two"], torch.tensor([[1, 0]]), config)
-    assert found == {"overall": expected, "chance": 100.0}
+    assert found == {"overall": expected, "chance": expected}
 
 
 def test_answers_file(tmp_path):

@@ -14,7 +14,13 @@ from evaluation.recognition import (
     similarity_scores,
     soft_scores,
 )
-from evaluation.report.recognition import attention_page, label_report, save_labels
+from evaluation.report.recognition import (
+    SCORES,
+    attention_page,
+    label_report,
+    label_scores,
+    save_labels,
+)
 from tests.helpers.images import of_colour
 
 
@@ -56,6 +62,12 @@ def test_soft_scores_by_hand():
     assert three["div_avg"] == pytest.approx(0.23 / 1.23) and three["div_std"] == pytest.approx(
         0, abs=1e-6
     )
+
+
+def test_the_page_shows_every_score_of_the_labels():
+    metrics = label_metrics([[("dog", 0.5)]], [["dog"]], lambda texts: torch.ones(len(texts), 2))
+    titles = [title for title, _, _ in label_scores(metrics)]
+    assert titles == list(SCORES.values())
 
 
 def test_no_labels_count_as_the_empty_text():

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from base.distributed import World
 from base.errors import UserError
+from base.names import check_stems
 from dataset.images.decode import check_image_root
 from dataset.loading.eval import EvalLoader
 from dataset.loading.stream import RecordSource, StreamLoader
@@ -216,6 +217,7 @@ def report(split: str, data: RetrievalSet, scores: dict, rankings) -> list[str]:
 def main(config: Config) -> None:
     if config.evaluate and not (config.val_file or config.test_file or config.choices):
         raise UserError("--evaluate needs a val_file or test_file (pairs to rank), or choices")
+    check_stems(config.choices, "--choices")
     examples = {file.stem: choices_of_file(file, config.image_root) for file in config.choices}
     start = prepare(config)
     check_kind(start.weights, "retrieval")

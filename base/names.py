@@ -5,6 +5,8 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 
+from base.errors import UserError
+
 # what systems make for themselves: folders of macOS's archives, of Synology (with thumbnails), of
 # Windows and of file systems; files of Windows's folders. In lower case
 OF_SYSTEMS = (
@@ -38,6 +40,19 @@ def is_hidden_folder(path: str) -> bool:
 def matching_files(folder: Path, pattern: str) -> list[Path]:
     """The files of a folder whose names match, sorted, without hidden ones."""
     return sorted(path for path in folder.glob(pattern) if path.is_file() and not is_hidden(path))
+
+
+def check_stems(paths: Iterable[Path], option: str) -> None:
+    """UserError where two of the files that `option` names differ in folder or ending alone: what is
+    made of a file is called by its stem, and one would take the place of the other."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        other = seen.setdefault(path.stem, path)
+        if other != path:
+            raise UserError(
+                f"{option}: what is made of {other} and of {path} would both be called {path.stem}; "
+                "name them in two commands"
+            )
 
 
 def nearest(name: object, known: Iterable[object], cutoff: float = 0.5) -> str | None:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from base.caches import digest, file_state
 from base.errors import UserError
 from base.limits import WORKERS
+from base.names import check_stems
 from base.processes import in_processes, usable_cores
 from base.writing import check_folder_option
 from runtime.config.cli import knob, run_script, section
@@ -135,9 +136,10 @@ def figures(part, workers: int) -> list[tuple[str, str]]:
     return rows
 
 
-def check_fixable(data: list[str]) -> None:
-    """Raise UserError where a data set is no list."""
+def check_fixable(data: list[str], folder: Path) -> None:
+    """Raise UserError where a data set is no list, or its list would be written over."""
     from dataset.health.survey import is_class_folder
+    from dataset.sources.tables import parse_address
     from dataset.tasks.classification import is_shards
 
     for each in data:
@@ -151,6 +153,17 @@ def check_fixable(data: list[str]) -> None:
                 f"--fix: {each} is a folder a class, which stays as it is; leave out --fix, and "
                 "remove the files that the report and --page name"
             )
+    check_stems([parse_address(each).path for each in data], "--fix")
+    for each in data:
+        if fixed_list(each, folder).resolve() == parse_address(each).path.resolve():
+            raise UserError(f"--fix {folder}: holds {each} itself; write to another folder")
+
+
+def fixed_list(data: str, folder: Path) -> Path:
+    """Where a list is written without what cannot be trained on."""
+    from dataset.sources.tables import parse_address
+
+    return folder / f"{parse_address(data).path.stem}.jsonl"
 
 
 def write_fixed(part, folder: Path) -> str:
@@ -159,10 +172,9 @@ def write_fixed(part, folder: Path) -> str:
     from base.writing import write_json_lines
     from dataset.health.fixes import fixed_entries, unfit_samples
     from dataset.health.survey import open_list
-    from dataset.sources.tables import parse_address
 
     entries = open_list(part.data)
-    target = folder / f"{parse_address(part.data).path.stem}.jsonl"
+    target = fixed_list(part.data, folder)
     left_out = unfit_samples(part.facts, part.unknown_labels) | part.dropped
     kept = [facts for place, facts in enumerate(part.facts) if place not in left_out]
     fixes: Counter = Counter(f"{reason}: left out" for reason in left_out.values())
@@ -231,7 +243,7 @@ def main(config: Config) -> None:
 
     config.data = split_folders(config.data, names_of_classes(config))
     if config.fix:
-        check_fixable(config.data)
+        check_fixable(config.data, config.fix)
     works = plan(config.data)
     looking = looking_of(config)
     shared = config.sharing.slurm or config.sharing.merge or not is_whole(config.sharing)

@@ -2,11 +2,13 @@
 they come in."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import Retrieval
 from base.errors import MissingData, UserError
 from dataset.tasks.catalog import CATALOG, CatalogOptions, Entry, Prompts, wanted_entries
 from dataset.tasks.zeroshot import open_set
@@ -197,3 +199,10 @@ def test_class_names_in_a_language(tmp_path):
 def test_a_language_twice(tmp_path):
     with pytest.raises(UserError, match="names a language twice"):
         entries(tmp_path, "xtd10", language=["en", "en"])
+
+
+def test_choices_of_one_name_are_refused():
+    """Their scores are kept by it: those of the first would be lost."""
+    files = [Path("a/swap.json"), Path("b/swap.json")]
+    with pytest.raises(UserError, match=r"--choices: what is made of a/swap\.json and of b/swap"):
+        Retrieval.main(Retrieval.Config(evaluate=True, choices=files))

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from functools import partial
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -425,6 +426,24 @@ def test_what_can_be_fixed_in_a_list_is_fixed_and_the_rest_left_out(tmp_path, ca
     again = config | {"data": [str(tmp_path / "out/a.jsonl")], "fix": None}
     status, text = run(capsys, again | {"answer_list": tmp_path / "answers.json"})
     assert status == 0 and "nothing wrong" in text
+
+
+def test_no_list_is_written_over_by_the_fixed_ones(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_bytes(jpeg(scene(ord(name))))
+        rows = [{"image": f"{name}/0.jpg", "caption": name}]
+        (tmp_path / name / "train.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    lists = [str(tmp_path / name / "train.jsonl") for name in ("a", "b")]
+    for data, folder, said in (
+        (lists, "out", f"{lists[0]} and of {lists[1]} would both be called train"),
+        (lists[:1], "a", "write to another folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run(capsys, {"data": data, "image_root": tmp_path, "fix": tmp_path / folder})
+    run(capsys, {"data": lists[:1] * 2, "image_root": tmp_path, "fix": tmp_path / "out"})
+    assert Path(lists[0]).read_text() == json.dumps({"image": "a/0.jpg", "caption": "a"}) + "\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.jsonl"]
 
 
 def test_classes_that_are_not_in_the_list_are_left_out(tmp_path, capsys):

@@ -112,12 +112,14 @@ class Simla(ImageTextModel):
         """
         check_batch(image)
         self.clamp_temperature()
-        image_tokens = self.visual_encoder(image)
+        patches = self.visual_encoder.patches(image) if self.config.mim else image
+        image_tokens = self.visual_encoder(patches)
         stage, masked_stage = self.text_stages(text_ids, mlm_ids, text_mask)
         text_cls = self.bert.text_from_stage(stage, text_mask, keep=first_token(stage))[:, 0]
         student = Features(self.image_feature(image_tokens), self.text_feature(text_cls))
         with torch.no_grad():
-            image_tokens_m = self.visual_encoder_m(image)
+            patches_m = self.visual_encoder_m.patches(image) if self.config.mim else image
+            image_tokens_m = self.visual_encoder_m(patches_m)
             teacher = self.teach_text(
                 text_ids, text_mask, mlm_ids, mlm_positions, image_tokens, image_tokens_m
             )
@@ -134,11 +136,9 @@ class Simla(ImageTextModel):
         losses["loss_itm"] = self.itm(matched)
         losses["loss_mlm"] = self.mlm(masked, mlm_positions, mlm_labels, teacher.mlm_logits, alpha)
         if self.config.mim:
-            stage_m = stage if self.compat.student_states else teacher.stage
-            if mim_positions is None:
-                mim_positions = self.mim_positions(patch_mask)
+            seen_m = (patches_m, stage if self.compat.student_states else teacher.stage)
             losses["loss_mim"] = self.mim(
-                image, patch_mask, mim_positions, visual_codes, stage, stage_m, text_mask, alpha
+                (patches, stage), seen_m, patch_mask, mim_positions, visual_codes, text_mask, alpha
             )
         if self.config.keywords:
             losses["loss_pseudo"] = self.pseudo_label(student, teacher, text_ids, text_mask, alpha)
@@ -253,32 +253,35 @@ class Simla(ImageTextModel):
 
     def mim(
         self,
-        image: Tensor,
+        seen: tuple[Tensor, Tensor],
+        seen_m: tuple[Tensor, Tensor],
         patch_mask: Tensor,
-        patches: Tensor,
+        positions: Tensor | None,
         visual_codes: Tensor,
-        text: Tensor,
-        text_m: Tensor,
         text_mask: Tensor,
         alpha: Tensor,
     ) -> Tensor:
         """Masked image modelling: the codes of masked patches from the visible ones and the
         caption's embeddings.
 
-        The image tokens are the transformer's queries, the caption's embedding-layer states (text,
-        text_m for the teacher) its keys and values.
+        seen, seen_m: the patches [B,N,D] and the caption's embedding-layer states [B,L,D], the
+        student's and the teacher's. The image tokens are the transformer's queries, the caption's
+        states its keys and values.
         """
-        valid = patch_mask.gather(1, patches)
-        labels = visual_codes.gather(1, patches)
+        if positions is None:
+            positions = self.mim_positions(patch_mask)
+        valid = patch_mask.gather(1, positions)
+        labels = visual_codes.gather(1, positions)
 
-        def logits(encoder: nn.Module, bert: nn.Module, head: nn.Module, context: Tensor) -> Tensor:
-            queries = bert.embeddings(embeds=encoder(image, patch_mask))
-            fused = bert.fuse(queries, None, context, image_mask=text_mask, keep=patches + 1)
+        def logits(encoder: nn.Module, bert: nn.Module, head: nn.Module, seen) -> Tensor:
+            patches, text = seen
+            queries = bert.embeddings(embeds=encoder(patches, patch_mask))
+            fused = bert.fuse(queries, None, text, image_mask=text_mask, keep=positions + 1)
             return head(fused).flatten(0, 1)
 
         with torch.no_grad():
-            teacher_logits = logits(self.visual_encoder_m, self.bert_m, self.mim_head_m, text_m)
-        student_logits = logits(self.visual_encoder, self.bert, self.mim_head, text)
+            teacher_logits = logits(self.visual_encoder_m, self.bert_m, self.mim_head_m, seen_m)
+        student_logits = logits(self.visual_encoder, self.bert, self.mim_head, seen)
         loss = distilled_cross_entropy(student_logits, labels.flatten(), teacher_logits, alpha)
         return masked_mean(loss, valid.flatten(), over_ranks=not self.compat.means_of_rank)
 

@@ -259,10 +259,15 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
 
+    def patches(self, image: Tensor) -> Tensor:
+        """[B,3,S,S] -> [B,N,D]: the work of the stem or the tower, the same for any mask, which
+        masked image modelling therefore does once."""
+        return self.patch_embed(self.normalize(image))
+
     def embed(self, image: Tensor, patch_mask: Tensor | None = None) -> Tensor:
-        """[B,3,S,S] -> [B,N+1,D]; masked patches are replaced before [CLS] and positions are
-        added."""
-        patches = self.patch_embed(self.normalize(image))
+        """[B,3,S,S], or its patches [B,N,D], -> [B,N+1,D]; masked patches are replaced before [CLS]
+        and positions are added."""
+        patches = image if image.ndim == 3 else self.patches(image)
         if patch_mask is not None:
             mask_token = self.mask_token.to(patches.dtype)
             patches = torch.where(patch_mask.unsqueeze(-1), mask_token, patches)
@@ -273,7 +278,8 @@ class ViT(nn.Module):
     def forward(
         self, image: Tensor, patch_mask: Tensor | None = None, map_block: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Tokens [B,N+1,D] of images [B,3,S,S]: float, or uint8 if the configuration has `pixels`.
+        """Tokens [B,N+1,D] of images [B,3,S,S]: float, or uint8 if the configuration has `pixels`;
+        or of their patches [B,N,D], so that passes with and without a mask share them.
 
         patch_mask: bool [B,N], True = replaced by the mask token.
         map_block: also return the self-attention probabilities [B,H,N+1,N+1] of that block, kept in

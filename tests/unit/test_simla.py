@@ -89,6 +89,16 @@ def test_one_fusion_pass_equals_separate_ones(albef):
     assert none is None
 
 
+def test_each_network_makes_the_patches_of_a_batch_once():
+    """With a stem or a tower they are most of an image's work; a mask is laid over them."""
+    model, batch = tiny_model(), tiny_batch()
+    seen = []
+    for encoder in (model.visual_encoder, model.visual_encoder_m):
+        encoder.patch_embed.register_forward_hook(lambda *_, encoder=encoder: seen.append(encoder))
+    model(**batch)
+    assert seen == [model.visual_encoder, model.visual_encoder_m]
+
+
 def test_heads_at_masked_places_equal_dense_heads():
     """MLM and MIM computed everywhere and averaged over the masked places."""
     model, batch = tiny_model().eval(), tiny_batch()

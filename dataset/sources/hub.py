@@ -121,7 +121,8 @@ def _is_plain(kind: object) -> bool:
 
 
 def image_file(image: dict | None, folder: Path, column: str, number: int) -> str | None:
-    """The absolute path of an image, written below the folder; None where the row has none."""
+    """The absolute path of an image, written below the folder, whatever its column is called; None
+    where the row has none."""
     if image is None:
         return None
     content = image.get("bytes")
@@ -132,8 +133,14 @@ def image_file(image: dict | None, folder: Path, column: str, number: int) -> st
     except BadSample:
         ending = "bin"  # it is counted where it is read
     part = f"{number // IMAGES_A_FOLDER:05d}"
-    path = folder.absolute() / column / part / f"{number:09d}.{ending}"
+    path = folder.absolute() / _folder_of(column) / part / f"{number:09d}.{ending}"
     if not (path.is_file() and path.stat().st_size == len(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return str(path)
+
+
+def _folder_of(column: str) -> str:
+    """A name for a column's images: its own, or where that could lead elsewhere, one made of it."""
+    safe = re.sub(r"\W", "_", column)
+    return column if column == safe else f"{safe:.40}-{digest(column)}"

@@ -270,6 +270,8 @@ def read_official_answers(path: str | Path) -> dict[str, dict]:
                     raise UserError(
                         f"{path}: question_id {question} has two entries that differ; remove one"
                     )
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: not VQA's annotation format, annotations: question_id, answers: answer ({error!r})"

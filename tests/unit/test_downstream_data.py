@@ -169,8 +169,9 @@ def test_official_answers(folder):
     with pytest.warns(UserWarning, match="1 entries are listed again, e.g. of question_id 1"):
         assert len(read_official_answers(write(folder, {"annotations": again}))) == 1
     again[1] |= {"answers": entry["answers"][:1]}
-    with pytest.raises(UserError, match="question_id 1 has two entries that differ"):
+    with pytest.raises(UserError, match="question_id 1 has two entries that differ") as error:
         read_official_answers(write(folder, {"annotations": again}))
+    assert "not VQA's annotation format" not in str(error.value)
     for wrong in ([entry], {"annotations": [entry | {"answer_type": ["other"]}]}):
         with pytest.raises(UserError, match="VQA's annotation format"):
             read_official_answers(write(folder, wrong))

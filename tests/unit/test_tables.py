@@ -135,6 +135,18 @@ def test_encoded_images_of_parquet_are_files_in_the_cache(tmp_path, cache, capsy
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("column", ["../../../elsewhere", "/{}/elsewhere", "..", "left image"])
+def test_images_stay_in_the_cache_whatever_their_column_is_called(tmp_path, cache, column):
+    """A data set of anybody's must not choose where its files are written."""
+    column = column.format(tmp_path)
+    image = of_colour((1, 9, 9), kind="PNG")
+    table = pyarrow.table({column: [image], column + "_": [image], "caption": ["a"]})
+    parquet.write_table(table, tmp_path / "i.parquet")
+    found = Path(Records(f"{tmp_path}/i.parquet?image={column}")[0]["image"])
+    assert found.read_bytes() == image and found == found.resolve()
+    assert found.is_relative_to(cache.resolve()) and not (tmp_path / "elsewhere").exists()
+
+
 def test_saved_data_set(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import ipc

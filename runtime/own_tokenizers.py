@@ -62,6 +62,7 @@ def _vocabulary(config: Any, name: str, kind: str) -> Path:
         data = [str(file) for file in _lists(config)]
         shards = getattr(config, "shards", [])
         _check_data(config, data or shards, name)
+        _check_folder(config, name)
         print(f"{target} is not there yet: learning it from the training data", flush=True)
         options = ["--kind", kind, "--target", str(target)]
         options += ["--text", *getattr(config, "text_fields", ["caption"])]
@@ -78,6 +79,7 @@ def _image_tokenizer(config: Any) -> Path:
         if not (folder / "image_tokenizer.safetensors").exists():
             data = [str(file) for file in _lists(config)] or getattr(config, "shards", [])
             _check_data(config, data, "image_tokenizer_path")
+            _check_folder(config, folder.name)
             print(f"{folder} is not there yet: training it on the training images", flush=True)
             side = config.grid * PIXELS_A_CODE
             options = ["--data", *data, "--image_root", str(config.image_root)]
@@ -100,6 +102,16 @@ def _check_data(config: Any, data: Sequence, name: str) -> None:
         option = next((o for o in ("train_file", "train_list") if hasattr(config, o)), "metadata")
         raise UserError(
             f"{name}: {TRAINED} learns from the training data: name a list or table in {option}"
+        )
+
+
+def _check_folder(config: Any, name: str) -> None:
+    """A run that trains its tokenizers has them before its first checkpoint."""
+    begun = next(config.output_dir.glob("checkpoint_*"), None)
+    if begun is not None and getattr(config, "resume", "auto") != "no":
+        raise UserError(
+            f"{begun} is of a run without {config.output_dir / name}; choose another --output_dir, "
+            "or --resume no to start from scratch"
         )
 
 

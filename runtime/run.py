@@ -554,7 +554,8 @@ class Run:
 
     def _leave_saved(self, step: int, status: int) -> None:
         self.saver.wait()
-        self.log.say(f"saved at step {step:,}; start the same command again to resume")
+        again = "start the same command again" if status else "take a larger --max_steps, or none,"
+        self.log.say(f"saved at step {step:,}; {again} to resume")
         self._leave(status)
 
     def _stops_at(self, step: int) -> bool:

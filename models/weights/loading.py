@@ -30,13 +30,28 @@ class Differences(NamedTuple):
     def __bool__(self) -> bool:
         return any(self[:])
 
-    def text(self) -> str:
-        """One paragraph per kind of difference, at most ten keys each."""
-        shapes = [
+    @property
+    def shapes(self) -> list[str]:
+        """The keys of other shapes, each with both."""
+        return [
             f"{key} {list(got)} instead of {list(expected)}"
             for key, got, expected in self.mismatched
         ]
-        parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": shapes}
+
+    def note(self) -> str:
+        """What a start that is as it should be leaves out, in a line, at most three keys each."""
+        parts = {
+            "only in the file, not used here": self.unexpected,
+            "only in the network, new": self.missing,
+            "of another shape, new": self.shapes,
+        }
+        named = [f"{len(keys)} {what}: {_some(keys, 3)}" for what, keys in parts.items() if keys]
+        return "; ".join(named) or "fits as it is"
+
+    def text(self) -> str:
+        """One paragraph per kind of difference, at most ten keys each."""
+        parts = {"missing": self.missing, "unexpected": self.unexpected}
+        parts["of another shape"] = self.shapes
         parts["of whole numbers, which are no weights"] = self.integers
         return "\n".join(
             f"  {len(keys)} {what}: {_some(keys)}" for what, keys in parts.items() if keys

@@ -219,6 +219,11 @@ def test_every_difference_is_listed_and_nothing_is_loaded():
     assert torch.equal(model[1].bias, torch.ones(3)) and torch.equal(
         model[1].weight, before["1.weight"]
     )
+    assert found.note() == (  # of a start that is as it should be: in a line
+        "1 only in the file, not used here: extra; 1 only in the network, new: 0.bias; "
+        "1 of another shape, new: 1.weight [4, 2] instead of [3, 2]"
+    )
+    assert load_checkpoint(model, model.state_dict()).note() == "fits as it is"
 
 
 def test_long_lists_are_cut():

@@ -176,6 +176,23 @@ def test_nothing_to_learn_from_is_one_sentence(tmp_path, monkeypatch):
         train_tokenizers_if_asked(unlabelled)
 
 
+def test_folder_of_another_run_gets_no_tokenizer(pairs, tmp_path, monkeypatch):
+    """The run would be refused, but only after minutes of training in the folder of the other."""
+    monkeypatch.setattr(own_tokenizers, "_run", lambda *given: trained.append(given))
+    trained: list = []
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint_00000003.pt").touch()
+    for changes in ({}, {"text_encoder": "other", "image_tokenizer_path": TRAINED}):
+        config = Options(tmp_path / "run", [str(pairs)])
+        vars(config).update(changes)
+        with pytest.raises(UserError, match="choose another --output_dir"):
+            train_tokenizers_if_asked(config)
+    assert not trained
+    config.resume = "no"
+    train_tokenizers_if_asked(config)
+    assert len(trained) == 1
+
+
 TASKS = {
     "VQA": {"image": "a", "question": "который?", "question_id": 1, "answer": ["это", "это"]},
     "VE": {"image": "a", "sentence": "который это", "label": "neutral"},

@@ -138,7 +138,9 @@ def test_max_steps_makes_no_further_update_at_restarts(kind, tmp_path, capsys):
             train(options(tmp_path, max_steps=2))
         assert ended.value.code == 0
     assert steps_of(tmp_path) == [1, 2]
-    assert "step 2 of --max_steps 2: nothing to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 2 of --max_steps 2: nothing to do" in said
+    assert "same command" not in said  # which does nothing
     assert saved(tmp_path, 2).exists() and not saved(tmp_path, 3).exists()
 
 

@@ -100,7 +100,6 @@ def ours(options: SimpleNamespace) -> dict:
             k=options.k_test,
             keep_text_states=options.system == "albef",
             image_batch=options.batch,
-            progress=False,
         )
     stages.enter("end")
     result = {"times": stages.times()}

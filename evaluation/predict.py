@@ -44,7 +44,6 @@ def over_split(
     """
     found = []
     for batch in progress(batches, name, world):
-        beat(f"in validation ({name})")
         inputs = {
             k: v.to(world.device, non_blocking=True) for k, v in batch.items() if k != "label"
         }
@@ -54,13 +53,16 @@ def over_split(
     return [gather_parts(parts, own, total, world.device).cpu() for parts in columns]
 
 
-def progress(items: Iterable, name: str, world: World) -> Iterable:
-    """A progress bar on the first process."""
-    if not world.is_main:
-        return items
-    from tqdm import tqdm
+def progress(items: Iterable, name: str, world: World, total: int | None = None) -> Iterator:
+    """The items, each a sign of life, with a bar on the first process; total: how many, where they
+    do not tell."""
+    if world.is_main:
+        from tqdm import tqdm
 
-    return tqdm(items, name, leave=False, dynamic_ncols=True, unit="batch")
+        items = tqdm(items, name, total, leave=False, dynamic_ncols=True, unit="batch")
+    for item in items:
+        beat(f"in validation ({name})")
+        yield item
 
 
 def percent(values: Tensor) -> float:

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from base.distributed import World, gather_parts, gather_rows
 from base.errors import UserError
 from base.heartbeat import beat
-from evaluation.predict import percent
+from evaluation.predict import percent, progress
 
 FILL = -100.0  # score of a pair that was no candidate
 TEXT_UNIT = 256  # captions per encoder pass
@@ -96,7 +96,6 @@ def rank(
     keep_text_states: bool = False,
     image_batch: int = 32,
     pairs: int = 512,
-    progress: bool = True,
 ) -> tuple[Ranking, Ranking]:
     """`(captions ranked for each image, images ranked for each caption)`, on the CPU of every
     process.
@@ -113,13 +112,10 @@ def rank(
     would not hold them.
     Raises UserError if a score is not a number.
     """
-    bar = _Progress(progress and world.is_main)
-    tokens, image_features = _encode_images(model, load_images, images, image_batch, world, bar)
-    states, text_features = _encode_texts(model, captions, keep_text_states and rerank, world, bar)
+    tokens, image_features = _encode_images(model, load_images, images, image_batch, world)
+    states, text_features = _encode_texts(model, captions, keep_text_states and rerank, world)
     if not (image_features.isfinite().all() and text_features.isfinite().all()):
-        raise UserError(
-            "the network's features are not finite: the weights hold NaN, or --precision fp16 overflows"
-        )
+        raise UserError(f"the network's features are {NOT_FINITE}")
     if k > min(images, len(captions)) and world.is_main:
         warnings.warn(
             f"k {k}: there are {images} images and {len(captions)} captions, all re-ranked",
@@ -129,18 +125,24 @@ def rank(
     by_text = nearest(text_features, image_features, min(k, images), world)
     if not rerank:
         return by_image, by_text
-    matched = _rerank(
-        model, by_image, by_text, captions, states, tokens, image_batch, pairs, world, bar
-    )
+    every_image = torch.arange(images)[:, None].expand_as(by_image.candidates)
+    every_text = torch.arange(len(captions))[:, None].expand_as(by_text.candidates)
+    matcher = Matcher(model, captions, states, images, tokens, image_batch, pairs, world)
+    for_images, for_texts = matcher.scores(
+        image=torch.cat([every_image.flatten(), by_text.candidates.flatten()]),
+        text=torch.cat([by_image.candidates.flatten(), every_text.flatten()]),
+    ).split([every_image.numel(), every_text.numel()])
     return (
-        in_order(with_similarity(matched[0], by_image, similarity_weight)),
-        in_order(with_similarity(matched[1], by_text, similarity_weight)),
+        in_order(with_matching(by_image, for_images, similarity_weight)),
+        in_order(with_matching(by_text, for_texts, similarity_weight)),
     )
 
 
-def with_similarity(matched: Ranking, similar: Ranking, weight: float) -> Ranking:
-    """ITM scores plus `weight` times the ITC similarity of the same candidates."""
-    return Ranking(matched.candidates, matched.scores + weight * similar.scores, matched.size)
+def with_matching(similar: Ranking, matching: Tensor, weight: float) -> Ranking:
+    """The candidates of a ranking by ITC with their ITM scores [Q*K] plus `weight` times the
+    similarity."""
+    scores = matching.view_as(similar.scores) + weight * similar.scores
+    return Ranking(similar.candidates, scores, similar.size)
 
 
 def nearest(queries: Tensor, keys: Tensor, k: int, world: World) -> Ranking:
@@ -176,15 +178,13 @@ def _flat(own: list[list[int]]) -> Tensor:
     return torch.tensor([i for unit in own for i in unit], dtype=torch.int64)
 
 
-def _encode_images(
-    model, load_images, images, image_batch, world, bar
-) -> tuple[list[Tensor], Tensor]:
+def _encode_images(model, load_images, images, image_batch, world) -> tuple[list[Tensor], Tensor]:
     """Image tokens of this process's units, and the features [I,E] of all images."""
     own = units(images, image_batch, world)
     tokens: list[Tensor] = []
     features = []
     to_host = False
-    for image in bar(load_images(_flat(own).tolist()), "images", len(own)):
+    for image in progress(load_images(_flat(own).tolist()), "images", world, len(own)):
         states, feature = model.encode_image(image.to(world.device, non_blocking=True))
         if not tokens and world.device.type == "cuda":
             needed = states.numel() * _store_type(world.device).itemsize * len(own)
@@ -195,14 +195,14 @@ def _encode_images(
     return tokens, gather_parts(features, _flat(own), images, world.device)
 
 
-def _encode_texts(model, captions, keep_states, world, bar) -> tuple[Tensor | None, Tensor]:
+def _encode_texts(model, captions, keep_states, world) -> tuple[Tensor | None, Tensor]:
     """Text states [T,L,D] for fusion (None unless kept), and features [T,E] of all captions."""
     longest = int(captions.lengths.max())
     order = captions.lengths.argsort(stable=True)
     own = [order[rows] for rows in units(len(captions), TEXT_UNIT, world)]
     states = []
     features = []
-    for rows in bar(own, "captions", len(own)):
+    for rows in progress(own, "captions", world):
         width = int(captions.lengths[rows].max())
         ids = captions.ids[rows, :width].to(world.device)
         mask = captions.mask[rows, :width].to(world.device)
@@ -225,51 +225,6 @@ def _store_type(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _rerank(model, by_image, by_text, captions, states, tokens, image_batch, pairs, world, bar):
-    """Candidates of both rankings with their ITM scores, unordered; a pair is computed once, by one
-    process."""
-    texts = len(captions)
-    images = len(by_image.candidates)
-    every_image = torch.arange(images)[:, None]
-    every_text = torch.arange(texts)[:, None]
-    keys_i2t = every_image * texts + by_image.candidates
-    keys_t2i = by_text.candidates * texts + every_text
-    # image * texts + caption, ascending
-    wanted = torch.cat([keys_i2t.flatten(), keys_t2i.flatten()]).unique()
-    table = _match(model, wanted, images, captions, states, tokens, image_batch, pairs, world, bar)
-    scores_i2t = table[torch.searchsorted(wanted, keys_i2t)]
-    scores_t2i = table[torch.searchsorted(wanted, keys_t2i)]
-    return (
-        Ranking(by_image.candidates, scores_i2t, by_image.size),
-        Ranking(by_text.candidates, scores_t2i, by_text.size),
-    )
-
-
-def _match(
-    model, wanted, images, captions, states, tokens, image_batch, pairs, world, bar
-) -> Tensor:
-    """ITM scores float32 of the pairs `wanted`: image * captions + caption, ascending."""
-    texts = len(captions)
-    own = units(images, image_batch, world)
-    edges = [(unit[0] * texts, (unit[-1] + 1) * texts) for unit in own]
-    edges = torch.tensor(edges).reshape(-1, 2)
-    spans = torch.searchsorted(wanted, edges)  # of each unit's pairs
-    bar.start("matching", int(spans.diff(dim=1).sum()), "pair")
-    matcher = _Matcher(model, captions, states, pairs, world.device)
-    scores = [torch.zeros(0, device=world.device)]
-    rows = [torch.zeros(0, dtype=torch.int64)]
-    for unit, unit_tokens, (start, end) in zip(own, tokens, spans.tolist(), strict=True):
-        image = wanted[start:end] // texts - unit[0]
-        text = wanted[start:end] % texts
-        scores.append(matcher.scores(image, text, unit_tokens.to(world.device), bar))
-        rows.append(torch.arange(start, end))
-    table = gather_rows(torch.cat(scores), torch.cat(rows), len(wanted)).cpu()
-    bar.stop()
-    if not table.isfinite().all():
-        raise UserError(f"matching scores are {NOT_FINITE}")
-    return table
-
-
 @torch.inference_mode()
 def score_pairs(
     model: RetrievalModel,
@@ -286,50 +241,75 @@ def score_pairs(
 ) -> tuple[Tensor, Tensor]:
     """`(ITC similarities, ITM scores)` float32 of the pairs of image `image` and caption `text`,
     int64 of one shape, on the CPU of every process. Other arguments as of `rank`."""
-    bar = _Progress(world.is_main)
-    tokens, image_features = _encode_images(model, load_images, images, image_batch, world, bar)
-    states, text_features = _encode_texts(model, captions, keep_text_states, world, bar)
+    tokens, image_features = _encode_images(model, load_images, images, image_batch, world)
+    states, text_features = _encode_texts(model, captions, keep_text_states, world)
     similarity = (image_features[image] * text_features[text]).sum(-1).float().cpu()
     if not similarity.isfinite().all():
         raise UserError(f"similarities are {NOT_FINITE}")
-    keys = image * len(captions) + text
-    wanted = keys.flatten().unique()
-    table = _match(model, wanted, images, captions, states, tokens, image_batch, pairs, world, bar)
-    return similarity, table[torch.searchsorted(wanted, keys)]
+    matcher = Matcher(model, captions, states, images, tokens, image_batch, pairs, world)
+    return similarity, matcher.scores(image, text)
 
 
-class _Matcher:
-    """Scores pairs of one unit of images in tiles."""
+@dataclass
+class Matcher:
+    """Scores pairs of an image and a caption by ITM, each once, on the process that has encoded its
+    image."""
 
-    def __init__(
-        self, model: RetrievalModel, captions: Captions, states: Tensor | None, pairs: int, device
-    ):
-        self.model = model
-        self.pairs = pairs
-        self.device = device
-        self.lengths = captions.lengths
-        self.text = captions.ids.to(device) if states is None else states
-        self.mask = captions.mask.to(device)
+    model: RetrievalModel
+    captions: Captions
+    states: Tensor | None  # [T,L,D] of all captions; None: the network starts from their ids
+    images: int
+    tokens: list[Tensor]  # [b,N+1,D] of each of this process's units of images
+    image_batch: int
+    pairs: int  # about how many a forward pass takes
+    world: World
 
-    def scores(self, image: Tensor, text: Tensor, tokens: Tensor, bar: "_Progress") -> Tensor:
-        """float32 [P] of P pairs (index of the image in the unit's tokens [b,N+1,D], caption)."""
-        result = torch.empty(len(image), device=self.device)
+    def __post_init__(self):
+        device = self.world.device
+        self.texts = (self.captions.ids if self.states is None else self.states).to(device)
+        self.mask = self.captions.mask.to(device)
+        self.lengths = self.captions.lengths
+
+    def scores(self, image: Tensor, text: Tensor) -> Tensor:
+        """float32 on the CPU of every process, of the shape of image and text, int64."""
+        keys = image * len(self.captions) + text
+        wanted = keys.flatten().unique()  # ascending
+        own = units(self.images, self.image_batch, self.world)
+        edges = [(unit[0], unit[-1] + 1) for unit in own]
+        edges = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2) * len(self.captions)
+        spans = torch.searchsorted(wanted, edges).tolist()  # of each unit's pairs
+        scores = [torch.zeros(0, device=self.world.device)]
+        rows = [torch.zeros(0, dtype=torch.int64)]
+        parts = list(zip(own, self.tokens, spans, strict=True))
+        for unit, tokens, (start, end) in progress(parts, "matching", self.world):
+            found = wanted[start:end]
+            of_unit = found // len(self.captions) - unit[0]
+            scores.append(self.of_unit(tokens, of_unit, found % len(self.captions)))
+            rows.append(torch.arange(start, end))
+        table = gather_rows(torch.cat(scores), torch.cat(rows), len(wanted)).cpu()
+        if not table.isfinite().all():
+            raise UserError(f"matching scores are {NOT_FINITE}")
+        return table[torch.searchsorted(wanted, keys)]
+
+    def of_unit(self, tokens: Tensor, image: Tensor, text: Tensor) -> Tensor:
+        """float32 [P] of P pairs: index of the image in `tokens` [b,N+1,D], caption."""
+        device = self.world.device
+        tokens = tokens.to(device)
+        result = torch.empty(len(image), device=device)
         for tile in tiles(image, self.lengths[text], self.pairs):
+            beat("in validation (matching)")
             real = tile >= 0
             padded = torch.where(real, tile, tile[:1])  # columns by their first text
             captions = text[padded.flatten()]
             width = int(self.lengths[captions].max())
-            rows = captions.to(self.device)
-            images = image[tile[0]].to(self.device)
+            rows = captions.to(device)
             found = self.model.match_scores(
-                self.text[rows, :width],
+                self.texts[rows, :width],
                 self.mask[rows, :width],
-                tokens.index_select(0, images),
+                tokens.index_select(0, image[tile[0]].to(device)),
                 None,
             )
-            kept = found.float()[real.flatten().to(self.device)]
-            result[tile[real].to(self.device)] = kept
-            bar.advance(int(real.sum()))
+            result[tile[real].to(device)] = found.float()[real.flatten().to(device)]
         return result
 
 
@@ -431,38 +411,3 @@ def chance(text_image: Tensor, images: int) -> dict[str, float]:
         found[f"txt_r{at}"] = 100 * (1 - missed.mean().item())
         found[f"img_r{at}"] = 100 * min(1, at / images)
     return with_means(found)
-
-
-class _Progress:
-    """A progress bar on one process, nothing on the others."""
-
-    def __init__(self, shown: bool):
-        self.shown = shown
-        self.bar = None
-
-    def __call__(self, items: Iterable, name: str, total: int) -> Iterable:
-        if self.shown:
-            from tqdm import tqdm
-
-            items = tqdm(items, name, total, leave=False, dynamic_ncols=True, unit="batch")
-        for item in items:
-            beat(f"in validation ({name})")
-            yield item
-
-    def start(self, name: str, total: int, unit: str) -> None:
-        if self.shown:
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                desc=name, total=total, unit=unit, leave=False, dynamic_ncols=True, unit_scale=True
-            )
-
-    def advance(self, count: int) -> None:
-        beat("in validation (matching)")
-        if self.bar is not None:
-            self.bar.update(count)
-
-    def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

@@ -38,7 +38,6 @@ def rankings(rank_of: int, size: int, single_stream: bool, image_batch: int):
         keep_text_states=not single_stream,
         image_batch=image_batch,
         pairs=24,
-        progress=False,
     )
     return [(r.candidates, r.scores) for r in found]
 

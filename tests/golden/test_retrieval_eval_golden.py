@@ -47,7 +47,6 @@ def test_score_matrices_and_recalls(system, image_batch, pairs, keep_states):
         keep_text_states=keep_states,
         image_batch=image_batch,
         pairs=pairs,
-        progress=False,
     )
     for ranking, key in zip(rankings, ("score_i2t", "score_t2i"), strict=True):
         found, theirs = ranking.dense(), t[f"out.eval.{key}"]

@@ -73,13 +73,13 @@ def test_finetuning_validates_and_keeps_the_best(data, finetuned):
 
 def test_evaluation_of_a_checkpoint_inherits_the_network(data, finetuned, tmp_path, monkeypatch):
     """Its temperature, too: `score: sum` adds similarities as logits."""
-    with_similarity, weights = retrieval.with_similarity, []
+    with_matching, weights = retrieval.with_matching, []
 
-    def noted(matched, similar, weight):
+    def noted(similar, matching, weight):
         weights.append(weight)
-        return with_similarity(matched, similar, weight)
+        return with_matching(similar, matching, weight)
 
-    monkeypatch.setattr(retrieval, "with_similarity", noted)
+    monkeypatch.setattr(retrieval, "with_matching", noted)
     config = tmp_path / "bare.yaml"
     config.write_text("k_test: 4\nscore: sum\nworkers: 0\n")
     given = [

@@ -123,7 +123,6 @@ def test_scores_equal_those_of_each_pair_alone(k, keep_states, image_batch, pair
         keep_text_states=keep_states,
         image_batch=image_batch,
         pairs=pairs,
-        progress=False,
     )
     for ranking, matrix in zip(rankings, expected, strict=True):
         torch.testing.assert_close(ranking.dense(), matrix)
@@ -143,7 +142,6 @@ def test_recalls_equal_sorting_of_the_matrix():
             k=k,
             image_batch=8,
             pairs=16,
-            progress=False,
         )
         right_texts = [(captions.image == i).nonzero().flatten().tolist() for i in range(30)]
         txt = ranks_by_sorting(by_image.dense(), right_texts)
@@ -171,7 +169,6 @@ def test_each_pair_is_computed_once():
         k=1000,
         image_batch=2,
         pairs=1,
-        progress=False,
     )
     # every column has one text per image and pass here, so nothing is filled up
     assert sum(model.pairs_seen) == IMAGES * len(captions)
@@ -189,7 +186,6 @@ def test_similarity_only_asks_for_no_matching():
         k=5,
         rerank=False,
         image_batch=4,
-        progress=False,
     )
     assert not model.pairs_seen
     image, text = model.encode_image(images)[1], model.encode_text(captions.ids, captions.mask)[1]
@@ -245,7 +241,6 @@ def test_more_candidates_than_there_are_is_noted():
             ALONE,
             k=99,
             image_batch=4,
-            progress=False,
         )
 
 
@@ -278,5 +273,4 @@ def test_nan_is_refused():
             ALONE,
             k=2,
             image_batch=4,
-            progress=False,
         )

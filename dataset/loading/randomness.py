@@ -43,17 +43,28 @@ def permuted(place: int, length: int, key: int) -> int:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds the global generators of torch (CPU), `random` and NumPy inside the block and restores
-    them after it."""
+def generators_kept() -> Iterator[None]:
+    """Restores the global generators of torch (CPU), `random` and NumPy after the block."""
     # default_generator, not torch.manual_seed: the latter also seeds every GPU.
     kept = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
     try:
         yield
     finally:
         torch.default_generator.set_state(kept[0])
         random.setstate(kept[1])
         np.random.set_state(kept[2])
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds those generators; a tenth of the time that keeping and restoring them takes."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators inside the block and restores them after it."""
+    with generators_kept():
+        seed_generators(seed)
+        yield

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
 from dataset.images.decode import reading
-from dataset.loading.randomness import mix, permuted, seeded
+from dataset.loading.randomness import generators_kept, mix, permuted, seed_generators
 from dataset.loading.workers import signals_held, worker_init
 
 COUNTS = ("bad", "missing", "truncated")  # of samples, in the position of a worker
@@ -158,11 +158,18 @@ class Stream:
             source.read(mix(seed, number), slot, slots, at)
             for number, (source, at) in enumerate(zip(self.sources, position["at"], strict=True))
         ]
+        while True:
+            with generators_kept():
+                made = self._batch(batch_size, readers, position)
+            yield made
+
+    def _batch(self, batch_size: int, readers: list[Iterator], position: dict) -> tuple:
+        """The next of `batches`; moves `position` and leaves the global generators anyhow."""
         samples = []
         dropped = []
         truncated = []
         batch_seed = 0
-        while True:
+        while len(samples) < batch_size:
             number = self._next_source(position["drawn"])
             source = self.sources[number]
             sample_seed, record, position["at"][number] = next(readers[number])
@@ -171,7 +178,8 @@ class Stream:
             try:
                 if isinstance(record, BadSample):
                     raise record
-                with seeded(sample_seed), reading(self.exif) as noticed:
+                seed_generators(sample_seed)
+                with reading(self.exif) as noticed:
                     samples.append(source.build(record))
                 position["truncated"][number] += bool(noticed.truncated)
                 truncated += [f"{source.name}: {name}: {EARLY}" for name in noticed.truncated]
@@ -182,14 +190,9 @@ class Stream:
                 dropped.append(f"{source.name}: {error}")
             if len(dropped) >= max(batch_size, min(ENOUGH, len(self))):
                 raise UserError(too_many(dropped, len(dropped), len(dropped) + len(samples)))
-            if len(samples) == batch_size:
-                with seeded(batch_seed):
-                    batch = self.collate(samples)
-                yield batch, copy.deepcopy(position), dropped[:LISTED], truncated[:LISTED]
-                samples = []
-                dropped = []
-                truncated = []
-                batch_seed = 0
+        seed_generators(batch_seed)
+        batch = self.collate(samples)
+        return batch, copy.deepcopy(position), dropped[:LISTED], truncated[:LISTED]
 
     def _next_source(self, drawn: list[int]) -> int:
         """The source that lags most behind its fraction."""

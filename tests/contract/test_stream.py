@@ -4,6 +4,7 @@ with a budget."""
 import gc
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -140,12 +142,19 @@ def test_a_sample_is_drawn_alike_by_any_worker():
 
 
 def test_the_global_generators_are_left_alone():
-    state = torch.get_rng_state()
+    def states() -> list:
+        return [
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+        ]
+
+    before = states()
     for workers in (0, 1):
         loader = StreamLoader(stream(records(20)), 4, workers)
         take(loader, 3)
         loader.close()
-    assert torch.equal(torch.get_rng_state(), state)
+    assert states() == before
 
 
 def test_mixtures_keep_their_weights(tmp_path):

@@ -11,8 +11,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from runtime.flops import operation_flops
 from runtime.simulate.fusion import Fusion, Group, View
@@ -183,7 +184,8 @@ class Recorder(TorchDispatchMode):
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         if namespace in ("c10d", "_c10d_functional"):
             self._note_collective(name, args, tensors)
-            return func(*args, **kwargs)
+            given = namespace == "c10d" and self.fakes
+            return _sent(func, args, kwargs) if given else func(*args, **kwargs)
         if tensors and all(self.is_host(t) for t in tensors):
             if self.fakes and name == "_local_scalar_dense":  # no data, but nothing to wait for
                 return stand_in_of(args[0])
@@ -382,6 +384,14 @@ class Recorder(TorchDispatchMode):
             self.resize(storage, size)
 
         return wrapped
+
+
+def _sent(func, args: tuple, kwargs: dict):
+    """A collective of fake tensors: the fake group looks at none, and torch 2.6 takes real ones alone."""
+    with unset_fake_temporarily():
+        empty = tree_map_only(Tensor, lambda _: torch.empty(0), (args, kwargs))
+        out = func(*empty[0], **empty[1])
+    return (args[0], out[1]) if isinstance(out, tuple) else out
 
 
 def stand_in_of(value: Tensor) -> bool | int | float:

@@ -21,7 +21,7 @@ from runtime.simulate.recorder import Operation, Recorder
 from runtime.simulate.stand_ins import simulated_gpu
 from scripts.planning.methods import STEPS as METHODS
 from tests.helpers.traces import call_in_worker, trace_of
-from tests.traces.waiting import waiting_step
+from tests.traces.waiting import talking_step, waiting_step
 
 # a small ViT: CLIP has a residual network, of many more operations
 STEPS = {
@@ -141,6 +141,19 @@ def test_a_wait_is_seen():
     assert {"a", "indexing", ".cpu():", "torch.tensor(…,", ".to(device):", "nonzero"} <= found
     assert len(trace.copies) == 1
     assert all(line.startswith("tests/traces/waiting.py") for _, _, line in trace.waits)
+
+
+def test_collectives_take_fake_tensors():
+    """Those of every torch: 2.6 itself runs them on real tensors alone."""
+    sizes = [(c.name, c.size) for c in call_in_worker(talking_step).collectives]
+    assert sizes == [
+        ("allreduce_", 16),
+        ("_allgather_base_", 128),
+        ("_reduce_scatter_base_", 128),
+        ("allreduce_coalesced_", 32),
+        ("broadcast_", 16),
+        ("barrier", 1),
+    ]
 
 
 def test_counting_losses_does_not_wait():

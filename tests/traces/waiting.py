@@ -1,9 +1,11 @@
-"""A step that waits for the card in every way that the recorder must find."""
+"""Steps for the recorder: what waits for the card, and messages to other processes."""
 
 import torch
+import torch.distributed as dist
 
 from runtime.simulate.recorder import Recorder, Trace
 from runtime.simulate.stand_ins import simulated_gpu
+from scripts.planning.simulate import _join_fake_group
 
 
 def waiting_step() -> Trace:
@@ -21,4 +23,22 @@ def waiting_step() -> Trace:
         steps = torch.tensor(0.0, device="cpu") + torch.zeros(())  # of the host: no wait
         assert steps.item() == 100
         x + torch.full((), 0.5, device=card)
+    return recorder.trace
+
+
+def talking_step() -> Trace:
+    """Collectives of fake tensors, among them a coalesced sum, which torch 2.14 does not know on them."""
+    _join_fake_group(8)
+    try:
+        with simulated_gpu(), Recorder() as recorder:
+            part, whole = torch.zeros(4), torch.zeros(32)
+            dist.all_reduce(part)
+            dist.all_gather_into_tensor(whole, part)
+            dist.reduce_scatter_tensor(part, whole)
+            dist.all_reduce_coalesced([part, part])
+            dist.broadcast(part, 0, async_op=True).wait()
+            dist.barrier()
+            assert (len(part), len(whole)) == (4, 32)
+    finally:
+        dist.destroy_process_group()
     return recorder.trace

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 from base.errors import UserError
 from models.dual_encoder.config import DualConfig
@@ -17,7 +16,6 @@ from runtime.simulate import bounds as b
 from runtime.simulate.fusion import Group
 from runtime.simulate.recorder import Collective, Operation, Recorder, Trace
 from runtime.simulate.stand_ins import attention, simulated_cpu, simulated_gpu
-from scripts.planning import simulate
 from scripts.planning.recipes import recipes
 from scripts.planning.report import Request, whole_cores
 from scripts.planning.towers import sized_text_tower, without_weights
@@ -268,19 +266,6 @@ def test_bad_input_is_one_sentence(argv, sentence):
     assert result.returncode == 2, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert sentence in result.stderr and "Traceback" not in result.stderr, last
-
-
-def test_what_a_torch_cannot_simulate_is_one_sentence(monkeypatch):
-    """As torch 2.6 the collectives of several GPUs."""
-
-    def record(*_):
-        raise UnsupportedOperatorException(torch.ops.c10d.barrier.default)
-
-    monkeypatch.setattr(simulate, "_record", record)
-    script = simulate.load_script("Classification")
-    config = simulate.read_config(script, ["--config", "configs/Classification/debug.yaml"])
-    with pytest.raises(UserError, match=r"^torch \S+ has no c10d\.barrier\.default on fake"):
-        simulate.simulate(script, config)
 
 
 def test_the_figures_of_a_recipe():

@@ -103,10 +103,13 @@ class TiledLogSumExp(torch.autograd.Function):
         ctx.both = both
         by_row = RunningLogSumExp(len(rows), rows.device)
         by_column = RunningLogSumExp(len(keys) if both else 0, rows.device)
-        for r, c, logits, spare in logit_blocks(rows, keys, scale, ctx.compute, tile):
-            by_row.add(r, c.start, logits, spare, dim=1)
-            if both:
-                by_column.add(c, r.start, logits, spare, dim=0)
+        blocks = LogitBlocks(rows, keys, scale, ctx.compute, tile)
+        with torch.autocast(rows.device.type, enabled=False):
+            for r, c in blocks.places:
+                logits, spare = blocks.at(r, c)
+                by_row.add(r, c.start, logits, spare, dim=1)
+                if both:
+                    by_column.add(c, r.start, logits, spare, dim=0)
         row_sums = by_row.value()
         column_sums = by_column.value()
         ctx.save_for_backward(rows, keys, scale, row_sums, column_sums)
@@ -117,13 +120,16 @@ class TiledLogSumExp(torch.autograd.Function):
     def backward(ctx, d_row: Tensor, _row_best, d_column: Tensor, _column_best):
         rows, keys, scale, row_sums, column_sums = ctx.saved_tensors
         gradients = FeatureGradients(rows, keys, scale, ctx.compute)
-        for r, c, logits, spare in logit_blocks(rows, keys, scale, ctx.compute, ctx.tile):
-            softmax = torch.sub(logits, row_sums[r, None], out=spare).exp_()
-            d_logits = softmax.mul_(d_row[r, None])
-            if ctx.both:
-                softmax = logits.sub_(column_sums[c]).exp_()
-                d_logits += softmax.mul_(d_column[c])
-            gradients.add(r, c, d_logits)
+        blocks = LogitBlocks(rows, keys, scale, ctx.compute, ctx.tile)
+        with torch.autocast(rows.device.type, enabled=False):
+            for r, c in blocks.places:
+                logits, spare = blocks.at(r, c)
+                softmax = torch.sub(logits, row_sums[r, None], out=spare).exp_()
+                d_logits = softmax.mul_(d_row[r, None])
+                if ctx.both:
+                    softmax = logits.sub_(column_sums[c]).exp_()
+                    d_logits += softmax.mul_(d_column[c])
+                gradients.add(r, c, d_logits)
         return *gradients.value(), None, None
 
 
@@ -137,8 +143,11 @@ class TiledSoftplus(torch.autograd.Function):
         ctx.compute = matmul_type(rows)
         ctx.tile = tile
         value = rows.new_zeros(len(rows), dtype=torch.float32)
-        for r, _, logits, _ in logit_blocks(rows, keys, scale, ctx.compute, tile):
-            value[r] += F.softplus(logits.add_(bias)).sum(1)
+        blocks = LogitBlocks(rows, keys, scale, ctx.compute, tile)
+        with torch.autocast(rows.device.type, enabled=False):
+            for r, c in blocks.places:
+                logits, _ = blocks.at(r, c)
+                value[r] += F.softplus(logits.add_(bias)).sum(1)
         ctx.save_for_backward(rows, keys, scale, bias)
         return value
 
@@ -147,10 +156,13 @@ class TiledSoftplus(torch.autograd.Function):
         rows, keys, scale, bias = ctx.saved_tensors
         gradients = FeatureGradients(rows, keys, scale, ctx.compute)
         d_bias = torch.zeros_like(bias)
-        for r, c, logits, _ in logit_blocks(rows, keys, scale, ctx.compute, ctx.tile):
-            d_logits = logits.add_(bias).sigmoid_().mul_(grad[r, None])
-            d_bias += d_logits.sum()
-            gradients.add(r, c, d_logits)
+        blocks = LogitBlocks(rows, keys, scale, ctx.compute, ctx.tile)
+        with torch.autocast(rows.device.type, enabled=False):
+            for r, c in blocks.places:
+                logits, _ = blocks.at(r, c)
+                d_logits = logits.add_(bias).sigmoid_().mul_(grad[r, None])
+                d_bias += d_logits.sum()
+                gradients.add(r, c, d_logits)
         return *gradients.value(), d_bias, None
 
 
@@ -207,25 +219,32 @@ def matmul_type(rows: Tensor) -> torch.dtype:
     return rows.dtype
 
 
-def logit_blocks(rows: Tensor, keys: Tensor, scale: Tensor, dtype: torch.dtype, tile: int):
-    """(row slice, key slice, logits scale · rows keysᵀ in float32, a spare tensor of their shape)
-    of every block; both tensors are overwritten by the next one.
+class LogitBlocks:
+    """The logits scale · rows keysᵀ in float32, block by block in three workspaces that all share.
+
+    No generator: torch.compile of torch 2.6 would make every block before the first is used.
     """
-    size = min(tile, len(rows)) * min(tile, len(keys))
-    rows = rows.to(dtype)
-    keys = keys.to(dtype)
-    spaces = [rows.new_empty(size)]
-    for _ in range(2):
-        spaces.append(rows.new_empty(size, dtype=torch.float32))
-    with torch.autocast(rows.device.type, enabled=False):
-        for r in slices(len(rows), tile):
-            for c in slices(len(keys), tile):
-                shape = (r.stop - r.start, c.stop - c.start)
-                used = shape[0] * shape[1]
-                product, logits, spare = (space[:used].view(shape) for space in spaces)
-                torch.mm(rows[r], keys[c].T, out=product)
-                torch.mul(product, scale, out=logits)
-                yield r, c, logits, spare
+
+    def __init__(self, rows: Tensor, keys: Tensor, scale: Tensor, dtype: torch.dtype, tile: int):
+        size = min(tile, len(rows)) * min(tile, len(keys))
+        self.rows = rows.to(dtype)
+        self.keys = keys.to(dtype)
+        self.scale = scale
+        self.product = self.rows.new_empty(size)
+        self.logits = rows.new_empty(size, dtype=torch.float32)
+        self.spare = rows.new_empty(size, dtype=torch.float32)
+        # row slice and key slice of every block
+        self.places = [(r, c) for r in slices(len(rows), tile) for c in slices(len(keys), tile)]
+
+    def at(self, r: slice, c: slice) -> tuple[Tensor, Tensor]:
+        """A block's logits and a spare tensor of their shape; the next block overwrites both."""
+        shape = (r.stop - r.start, c.stop - c.start)
+        used = shape[0] * shape[1]
+        spaces = (self.product, self.logits, self.spare)
+        product, logits, spare = (space[:used].view(shape) for space in spaces)
+        torch.mm(self.rows[r], self.keys[c].T, out=product)
+        torch.mul(product, self.scale, out=logits)
+        return logits, spare
 
 
 def slices(length: int, tile: int) -> list[slice]:

@@ -19,12 +19,14 @@ class RowsAdamW(torch.optim.AdamW):
         super().__init__(params, **options)
         self.rows = rows
 
-    def _init_group(self, group, params, gradients, means, squares, *others):
-        found = super()._init_group(group, params, gradients, means, squares, *others)
-        for number, parameter in enumerate(params):
+    def _init_group(self, group, *given):
+        found = super()._init_group(group, *given)
+        # parameters, gradients and both moments; torch 2.6 has a flag between them
+        lists = [tensors for tensors in given if isinstance(tensors, list)][:4]
+        for number, parameter in enumerate(lists[0]):
             if parameter in self.rows:
                 first, count = self.rows[parameter]
-                for tensors in (params, gradients, means, squares):
+                for tensors in lists:
                     tensors[number] = tensors[number].narrow(0, first, count)
         return found
 

@@ -48,7 +48,7 @@ def one_pass(checkpointing: bool, dtype: torch.dtype | None, compiled: bool = Fa
         checkpoint_blocks(net)
     if compiled:
         torch._dynamo.reset()
-        net.compile(backend="aot_eager")
+        net.compile(backend="aot_eager_decomp_partition")
     torch.manual_seed(1)
     x = torch.randn(8, 16)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):

@@ -96,7 +96,7 @@ def training_data(config: Config, tokenizer, longest: int, world, state) -> Stre
     if not config.train_file:
         raise UserError("train_file: none is given; give one, or --evaluate a checkpoint")
     records = Records(config.train_file, ("image", "text"))
-    check_image_root(config.image_root, (records[i]["image"] for i in range(min(10, len(records)))))
+    check_image_root(config.image_root, (record["image"] for record in records))
     names = (record["image"].replace("\\", "/") for record in records)
     image_ids = number_images(name.rsplit("/", 1)[-1] for name in names)
     view = training_view(config)

@@ -119,8 +119,7 @@ def training_data(config: Config, tokenizer: Tokenizer, world, state: dict | Non
     view = training_view(config)
     if config.stage == "text_assignment":
         records = Records(config.train_file)
-        first = (records[i]["image"] for i in range(min(10, len(records))))
-        check_image_root(config.image_root, first)
+        check_image_root(config.image_root, (record["image"] for record in records))
         captions = CaptionPair(view, config.image_root, config.max_words)
         source = RecordSource(records, captions, "train_file")
         collate = TextCollate(tokenizer, config.max_tokens)

@@ -8,7 +8,6 @@ scripts/data/extract_nouns.py made of the captions.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -345,7 +344,7 @@ def training_stream(
     for file in data.train_list:
         with distributed.rank_0_first():
             records = label_records(file)
-        check_image_root(root, (record["image"] for record in islice(records, 20)))
+        check_image_root(root, (record["image"] for record in records))
         sources.append(RecordSource(records, build, str(file)))
     sources += shard_sources(data.shards, build, data.shuffle_buffer, data.samples)
     if not sequences.original:  # there, such images are trained on without labels

@@ -109,8 +109,8 @@ class Statements:
             say(f"{name}: {left_out.count:,} entries left out, such as {left_out.first[0]}")
         self.labels = torch.tensor(labels)
         self.records = records = listed if len(kept) == len(listed) else Subset(listed, kept)
-        first = (records[i] for i in range(min(10, len(records))))
-        check_image_root(image_root, (image for record in first for image in format.images(record)))
+        named = (image for record in records for image in format.images(record))
+        check_image_root(image_root, named)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -26,7 +26,7 @@ from dataset.images.decode import decode_image, reading
 from dataset.sources.records import Records
 from dataset.tasks.retrieval import RetrievalSet
 from dataset.text.wordpiece import Tokenizer
-from evaluation.report.attention_maps import merge_pieces, word_layer, word_maps
+from evaluation.report.attention_maps import merge_pieces, word_layer
 from evaluation.report.images import heat_map
 from evaluation.report.page import (
     card,
@@ -41,6 +41,7 @@ from evaluation.report.page import (
 )
 from evaluation.report.retrieval import load_rankings, retrieval_gallery
 from evaluation.retrieval import Ranking, chance
+from models.fusion.grounding import token_maps
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
@@ -188,7 +189,7 @@ def attention_section(
         with reading(grey=True):  # one that cannot be read, as in the evaluation
             raw_image = decode_image(file)
         ids, mask = tokenizer([data.captions[text]], lengths=None)
-        maps = word_maps(model, data.transform(raw_image)[None], ids, mask, layer)
+        maps = token_maps(model, data.transform(raw_image)[None], ids, mask, layer)[0]
         merged = merge_pieces(ids[0].tolist(), maps, tokenizer.backend.id_to_token)
         words = [(word, heat) for word, heat in merged if is_telling(word)][: config.words]
         small = resize(raw_image, 192, 192)

@@ -1,32 +1,9 @@
-"""Where a network looks for a word: cross-attention of the fusion layers, weighted by its gradient
-(Grad-CAM)."""
+"""Heat maps of words from those of their tokens (`models.fusion.grounding.token_maps`)."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-
-def word_maps(model, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: int) -> Tensor:
-    """Maps [L,g,g] float32 >= 0 of the tokens of one caption over an image of g x g patches.
-
-    model: `models.fusion.retrieval.Retrieval` on any device; image [1,3,S,S], text_ids and
-    text_mask [1,L]. As in ALBEF (Li et al. 2021, section 6.3): the cross-attention probabilities of
-    `layer`, times the positive part of their gradient with respect to the matching score, averaged
-    over the heads.
-    """
-    with torch.enable_grad():
-        tokens, _ = model.encode_image(image)
-        stage, _ = model.encode_text(text_ids, text_mask)
-        fused, probabilities = model.bert.fuse(stage, text_mask, tokens, map_of=("cross", layer))
-        score = model.itm_head(fused[:, 0])[:, 1].sum()
-        (gradient,) = torch.autograd.grad(score, probabilities)
-    weighted = probabilities.detach() * gradient.clamp(min=0)  # [1,H,L,1+g*g]
-    heads_mean = weighted.mean(1)[0]
-    patches = heads_mean[:, 1:]  # without [CLS]
-    side = math.isqrt(patches.shape[1])
-    return patches.unflatten(1, (side, side)).float().cpu()
 
 
 def word_layer(first: int, depth: int) -> int:

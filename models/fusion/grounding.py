@@ -19,14 +19,14 @@ def check_layer(model: Retrieval, mode: str, layer: int) -> None:
         raise UserError(f"block_num {layer}: the vision transformer has the blocks 0..{blocks - 1}")
 
 
-def matching_map(
+def token_maps(
     model: Retrieval, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: int
 ) -> Tensor:
-    """Maps float32 [B,g,g], from the cross-attention of text layer `layer` for the matching score.
+    """Maps float32 [B,L,g,g] of every token: the cross-attention of text layer `layer`, times the
+    positive part of its gradient for the matching score, averaged over heads.
 
-    Probabilities times the positive part of their gradient, averaged over heads and tokens. image
-    [B,3,S,S], text_ids int64 [B,L], text_mask bool [B,L]. Raises UserError where the layer has no
-    cross-attention.
+    image [B,3,S,S], text_ids int64 [B,L], text_mask bool [B,L]. Raises UserError where the layer
+    has no cross-attention.
     """
     bert = model.bert
     check_layer(model, "itm", layer)
@@ -42,10 +42,17 @@ def matching_map(
     with torch.enable_grad():
         fused, attention = bert.run(stage, text_mask, tokens, first=layer, map_of=("cross", layer))
         weighted = weigh(attention, model.itm_head(fused[:, 0])[:, 1].float().sum())
-    words = weighted.mean(1)[:, :, 1:] * text_mask.unsqueeze(-1)  # without the [CLS] patch
+    return square(weighted.mean(1)[:, :, 1:])  # without the [CLS] patch
+
+
+def matching_map(
+    model: Retrieval, image: Tensor, text_ids: Tensor, text_mask: Tensor, layer: int
+) -> Tensor:
+    """Maps float32 [B,g,g] of whole texts: the mean of their `token_maps`."""
+    maps = token_maps(model, image, text_ids, text_mask, layer) * text_mask[..., None, None]
     # a mean that counts padding is fainter, of the same shape
-    count = words.shape[1] if model.compat.padding_in_map else text_mask.sum(1)[:, None]
-    return square(words.sum(1) / count)
+    count = text_mask.shape[1] if model.compat.padding_in_map else text_mask.sum(1)[:, None, None]
+    return maps.sum(1) / count
 
 
 def contrast_map(
@@ -77,6 +84,6 @@ def weigh(attention: Tensor, score: Tensor) -> Tensor:
 
 
 def square(patches: Tensor) -> Tensor:
-    """[B,N] -> [B,g,g]."""
-    side = round(patches.shape[1] ** 0.5)
-    return patches.unflatten(1, (side, side))
+    """[...,N] -> [...,g,g]."""
+    side = round(patches.shape[-1] ** 0.5)
+    return patches.unflatten(-1, (side, side))

@@ -17,9 +17,10 @@ from dataset.tasks.ve_nlvr import SNLI_VE
 from dataset.tasks.vqa import encode_answers, read_answer_list
 from dataset.text.wordpiece import Tokenizer, pre_caption, pre_question
 from evaluation.demo.abilities import Abilities, Embedder, Ranked
-from evaluation.report.attention_maps import merge_pieces, word_layer, word_maps
+from evaluation.report.attention_maps import merge_pieces, word_layer
 from evaluation.zeroshot import fingerprint
 from models.fusion.base import first_token
+from models.fusion.grounding import token_maps
 from models.weights.albef import start_from
 from runtime.config.from_checkpoint import saved_config
 from runtime.config.fusion import prepare
@@ -61,7 +62,7 @@ def retrieval(file: Path, config, world: World) -> Abilities:
 
     def maps(image: Tensor, text: str) -> list[tuple[str, Tensor]]:
         ids, mask = tokens([text])
-        found = word_maps(model, view(image)[None].to(world.device), ids, mask, layer)
+        found = token_maps(model, view(image)[None].to(world.device), ids, mask, layer)[0].cpu()
         return merge_pieces(ids[0].tolist(), found, tokenizer.backend.id_to_token)
 
     depends = (task.image_res, task.max_words, task.max_tokens, tokenizer.backend.to_str())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.report.attention_maps import merge_pieces, word_maps
+from evaluation.report.attention_maps import merge_pieces
 from evaluation.report.chart import nice_ticks
 from evaluation.report.examples import answer_case, box_case
 from evaluation.report.images import heat_map, image_uri
@@ -28,6 +28,7 @@ from evaluation.report.page import (
     thumbnail,
 )
 from evaluation.report.recognition import label_case
+from models.fusion.grounding import token_maps
 from models.fusion.retrieval import Retrieval, RetrievalConfig
 from models.layers.vit import ViTConfig
 from models.layers.xbert import BertConfig
@@ -135,10 +136,10 @@ def test_word_maps_are_the_gradient_weighted_attention(single_stream):
     ids, mask = torch.randint(5, 30, (1, 6)), torch.ones(1, 6, dtype=torch.bool)
     image = torch.randn(1, 3, 32, 32)
     for layer in (1, 2):
-        maps = word_maps(model, image, ids, mask, layer)
+        maps = token_maps(model, image, ids, mask, layer)[0]
         assert maps.shape == (6, 4, 4) and (maps >= 0).all() and maps.max() > 0
     # in the last layer only [CLS] reaches the score, so no other word has a gradient
-    assert (maps[1:] == 0).all() and word_maps(model, image, ids, mask, 1)[1:].max() > 0
+    assert (maps[1:] == 0).all() and token_maps(model, image, ids, mask, 1)[0, 1:].max() > 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -115,9 +115,10 @@ def training_data(config: Config, tokenizer: PieceTokenizer, world: World, state
     """Endless batches of this process, from the position `state` on."""
     if not (config.train_list or config.shards):
         raise UserError("nothing to train on: give train_list or shards, or --evaluate or --image")
-    blind = config.compat == "original"  # the last label
-    decouple = config.decouple_labels
-    text = Sequences(tokenizer, config.max_text, config.many_prompts, blind, decouple=decouple)
+    original = config.compat == "original"
+    text = Sequences(
+        tokenizer, config.max_text, config.many_prompts, original, decouple=config.decouple_labels
+    )
     view = ImageView(config.network.image_size, config.whole_image, config.crop)
     stream = training_stream(view, text, config, captions=config.caption_weight > 0)
     return stream_loader(stream, config.batch_size, config, world, state)

@@ -214,19 +214,18 @@ def main(config: Config) -> None:
     banks = {}
     for split, found in images.items():
         banks[split] = bank_of(found, splits[split], encoder, in_words, config, world)
-    train = banks["train"]
-    val = banks["test"]
+    train, test = banks["train"], banks["test"]
     classes = len(names) or config.num_classes
-    neighbours = nearest_neighbours(train, val, max(config.k), world)
-    metrics = {"images": len(val), "train_images": len(train), "width": encoder.width}
-    metrics["chance"] = 100 * val.labels.bincount().max().item() / len(val)
+    neighbours = nearest_neighbours(train, test, max(config.k), world)
+    metrics = {"images": len(test), "train_images": len(train), "width": encoder.width}
+    metrics["chance"] = 100 * test.labels.bincount().max().item() / len(test)
     metrics |= knn_accuracy(
-        neighbours, train.labels, val.labels, classes, config.k, config.temperature
+        neighbours, train.labels, test.labels, classes, config.k, config.temperature
     )
     if config.linear_probe:
         metrics |= linear_probe(
             train,
-            val,
+            test,
             classes,
             world,
             l2=config.probe_l2,
@@ -235,7 +234,7 @@ def main(config: Config) -> None:
             val_fraction=config.probe_val_fraction,
         )
     title = f"{encoder.title}, {config.features}, on {config.val_data}"
-    labels = (train.labels, val.labels)
+    labels = (train.labels, test.labels)
     views = (images["train"].image, images["test"].image)
     cards = neighbour_report(title, names, metrics, neighbours, labels, views, config.temperature)
     write_results(config, "Nearest neighbours", {"model": encoder.title, **metrics}, cards)

@@ -101,7 +101,7 @@ class Encoder(NamedTuple):
     embed: Callable[[torch.Tensor], dict]
     precision: Precision
     signature: str  # with the prompts, all that a text classifier depends on
-    encoded: dict  # the images of the last retrieval set, whatever the language of its captions
+    encoded: dict  # the last retrieval set's images: those of the same set in another language
 
 
 def open_checkpoint(config: Config) -> tuple[Opened, str]:
@@ -124,7 +124,8 @@ def open_encoder(config: Config, world: World) -> Encoder:
     signature = zeroshot.fingerprint(opened.model, makes)
     opened.model.to(world.device)
     view, embed = image_side(opened, world.device)
-    return Encoder(opened, view, embed, Precision(config.precision, world.device), signature, {})
+    precision = Precision(config.precision, world.device)
+    return Encoder(opened, view, embed, precision, signature=signature, encoded={})
 
 
 def evaluate(data: OpenSet, encoder: Encoder, config: Config, world: World) -> Evaluated:

@@ -6,13 +6,13 @@ SimCLR, SigLIP, ALIGN.
     Slurm         python run_with_submitit.py main.py --nodes 4 --ngpus 8 -- --config CONFIG
     all knobs     python main.py --help
 
---model is <CLIP|CL2L>_<backbone>_<head>, head CLIP, CL2L, SIAMLIP, BARLIP, SWALIP, SWALIPV1 or
-SIGLIP, SLIP's <CLIP|SLIP|SIMCLR>_<backbone>, ALIGN_<B0..B7>_<MINI|BASE|LARGE>, or OpenAI's names
-(ViT-B/32, RN50; ViT-B-32 with GELU): --checkpoint starts from any layout of them; or CLIP and SigLIP
-of libraries with their weights, open_clip/NAME:TAG or hf/FOLDER. CL2L's step: a
-weak (global) view of image and caption and `num_augs` strong (local) ones; global images find their
-global captions in the batch, local ones their local captions (--separate-proj: with projectors and
-a temperature of their own). --momentum turns SiamLIP into BYOLIP. SIGTERM saves, exits with 75.
+--model names the network: <CLIP|CL2L>_<backbone>_<head> with the head CLIP, CL2L, SIAMLIP, BARLIP,
+SWALIP, SWALIPV1 or SIGLIP; <CLIP|SLIP|SIMCLR>_<backbone> of SLIP; ALIGN_<B0..B7>_<MINI|BASE|LARGE>;
+RN50, ViT-B/32 of OpenAI (ViT-B-32 with GELU), which --checkpoint starts from any layout of weights;
+open_clip/NAME:TAG or hf/FOLDER, a CLIP or SigLIP of a library with its weights. CL2L's step takes a
+weak (global) view of image and caption and `num_augs` strong (local) ones. Global images find their
+global captions in the batch, local ones their local captions; with --separate-proj these have
+projectors and a temperature of their own. --momentum makes SiamLIP BYOLIP. SIGTERM saves, exits 75.
 """
 
 import copy

@@ -47,7 +47,7 @@ class ProbeOptions:
             raise UserError("--results and --data-name are of the probe's row: add --linear-probe")
 
 
-class Part(NamedTuple):
+class Selection(NamedTuple):
     """Some images of a bank: those of `kept`, bool [N], or all."""
 
     bank: Bank
@@ -120,10 +120,12 @@ def _probe(
     val_fraction: float,
 ) -> dict[str, float]:
     found: dict[str, float] = {}
-    fitted = [Part(train)]
-    test = [Part(queries)]
+    fitted = [Selection(train)]
+    test = [Selection(queries)]
     if val is not None or val_fraction:
-        part, held_out = (Part(train), Part(val)) if val is not None else split(train, val_fraction)
+        part, held_out = (
+            (Selection(train), Selection(val)) if val is not None else split(train, val_fraction)
+        )
 
         def on_held_out(value: float) -> float:
             return accuracy(fit([part], classes, device, value, iterations), [held_out], 1, device)
@@ -140,7 +142,7 @@ def _probe(
     }
 
 
-def split(bank: Bank, fraction: float) -> tuple[Part, Part]:
+def split(bank: Bank, fraction: float) -> tuple[Selection, Selection]:
     """The bank without a random fraction of its images, and that fraction; always the same one."""
     count = round(fraction * len(bank))
     if not 0 < count < len(bank):
@@ -150,7 +152,7 @@ def split(bank: Bank, fraction: float) -> tuple[Part, Part]:
         )
     held_out = torch.zeros(len(bank), dtype=torch.bool)
     held_out[torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:count]] = True
-    return Part(bank, ~held_out), Part(bank, held_out)
+    return Selection(bank, ~held_out), Selection(bank, held_out)
 
 
 def sweep(score: Callable[[float], float]) -> tuple[float, float]:
@@ -160,11 +162,11 @@ def sweep(score: Callable[[float], float]) -> tuple[float, float]:
     """
     scores: dict[int, float] = {}
 
-    def best_of(places: Sequence[int]) -> int:
-        for place in places:
-            if place not in scores:
-                scores[place] = score(SWEEP[place])
-        return max(places, key=scores.__getitem__)  # the first of equal ones
+    def best_of(numbers: Sequence[int]) -> int:
+        for number in numbers:
+            if number not in scores:
+                scores[number] = score(SWEEP[number])
+        return max(numbers, key=scores.__getitem__)  # the first of equal ones
 
     best = best_of(range(0, len(SWEEP), FIRST))
     for step in STEPS:
@@ -176,7 +178,7 @@ def sweep(score: Callable[[float], float]) -> tuple[float, float]:
 
 
 def fit(
-    parts: Sequence[Part], classes: int, device: torch.device, l2: float, iterations: int
+    parts: Sequence[Selection], classes: int, device: torch.device, l2: float, iterations: int
 ) -> Probe:
     """The probe of the least loss."""
     mean, std = moments(parts, device)
@@ -208,7 +210,7 @@ def fit(
     return probe
 
 
-def accuracy(probe: Probe, parts: Sequence[Part], k: int, device: torch.device) -> float:
+def accuracy(probe: Probe, parts: Sequence[Selection], k: int, device: torch.device) -> float:
     """Top-k accuracy in percent; with fewer than k classes all are among the best k."""
     right = 0
     k = min(k, len(probe.bias))
@@ -219,7 +221,7 @@ def accuracy(probe: Probe, parts: Sequence[Part], k: int, device: torch.device) 
     return 100 * right / sum(map(len, parts))
 
 
-def mean_of_classes(probe: Probe, parts: Sequence[Part], device: torch.device) -> float:
+def mean_of_classes(probe: Probe, parts: Sequence[Selection], device: torch.device) -> float:
     """Accuracy of every class that occurs, averaged, in percent."""
     shown = torch.zeros(len(probe.bias), dtype=torch.float64, device=device)
     right = torch.zeros_like(shown)
@@ -231,7 +233,7 @@ def mean_of_classes(probe: Probe, parts: Sequence[Part], device: torch.device) -
     return 100 * (right / shown)[shown > 0].mean().item()
 
 
-def moments(parts: Sequence[Part], device: torch.device) -> tuple[Tensor, Tensor]:
+def moments(parts: Sequence[Selection], device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each feature, float32 [D]; deviations of constant features are
     1."""
     width = parts[0].bank.features.shape[1]

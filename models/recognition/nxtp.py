@@ -41,7 +41,7 @@ class NxtpConfig:
             )
 
 
-class ImageEncoder(OpenAIViT):
+class ViTEncoder(OpenAIViT):
     """CLIP's ViT whose patches, all normed, are projected to the decoder: [B,3,S,S] -> [B,1+N,D],
     class token first."""
 
@@ -160,7 +160,7 @@ class Nxtp(nn.Module):
         if config.image_tower:
             self.vision_encoder = LibraryEncoder(config.image_tower, config.decoder.dim)
         else:
-            encoder = ResNetEncoder if config.vision.is_resnet else ImageEncoder
+            encoder = ResNetEncoder if config.vision.is_resnet else ViTEncoder
             self.vision_encoder = encoder(config.vision)
         self.language_decoder = Llama(config.decoder)
 

@@ -23,7 +23,7 @@ from base.hub import from_hub
 from base.reading import read_json
 from base.torch_files import find_index, read_index, read_tensors
 from models.layers.positions import resize_positions
-from models.weights.loading import Differences, State, _matches, _some, count, load_checkpoint
+from models.weights.loading import Differences, State, count, load_checkpoint, matches, some
 from models.weights.stated import check_stated
 
 LAYER = re.compile(r"(.*encoder\.layer\.)(\d+)(\..*)")
@@ -74,7 +74,7 @@ def checkpoint_kind(state: State) -> str:
         return "vit"
     if any(key.endswith("embeddings.word_embeddings.weight") for key in state):
         return "bert"
-    raise UserError(f"a checkpoint of no known kind; its first keys are {_some(list(state))}")
+    raise UserError(f"a checkpoint of no known kind; its first keys are {some(list(state))}")
 
 
 # ---- renames, one at a time
@@ -153,7 +153,7 @@ def double_fusion(state: State, target_layers: int) -> dict[str, Tensor]:
 
 def without_momentum(state: State) -> dict[str, Tensor]:
     """Only the online networks."""
-    return {key: value for key, value in state.items() if not _matches(key, MOMENTUM)}
+    return {key: value for key, value in state.items() if not matches(key, MOMENTUM)}
 
 
 def momentum_from_online(state: State, target: State) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ def momentum_from_online(state: State, target: State) -> dict[str, Tensor]:
     copies = {}
     for key in target:
         online = re.sub(r"^(\w+)_m\.", r"\1.", key)
-        if key not in state and _matches(key, MOMENTUM) and online in state:
+        if key not in state and matches(key, MOMENTUM) and online in state:
             copies[key] = state[online]
     return copies
 
@@ -175,7 +175,7 @@ def depth(state: State, module: str) -> int:
 
 
 @dataclass(frozen=True)
-class Start:
+class Conversion:
     """How a task starts from a checkpoint of another kind."""
 
     # kinds of checkpoint that can be converted; the task's own kind always loads
@@ -189,25 +189,25 @@ class Start:
 
 NO_CONTRAST = (*PRETRAIN_HEADS, *QUEUES, "temp", "*_proj.*", "*_proj_m.*", "itm_head.*")
 STARTS = {
-    "pretrain": Start(sources=(), convert=lambda state, target: state),
-    "retrieval": Start(
+    "pretrain": Conversion(sources=(), convert=lambda state, target: state),
+    "retrieval": Conversion(
         sources=("pretrain",),
         convert=lambda state, target: strip_bert(state),
         initial=("idx_queue",),
         ignored=PRETRAIN_HEADS,
     ),
-    "ve": Start(
+    "ve": Conversion(
         sources=("pretrain", "retrieval"),
         convert=lambda state, target: strip_bert(state),
         initial=CLS_HEAD,
         ignored=NO_CONTRAST,
     ),
-    "vqa": Start(
+    "vqa": Conversion(
         sources=("pretrain",),
         convert=lambda state, target: split_decoder(state, depth(target, "text_decoder")),
         ignored=NO_CONTRAST,
     ),
-    "text_assignment": Start(
+    "text_assignment": Conversion(
         sources=("pretrain", "retrieval"),
         convert=lambda state, target: double_fusion(
             without_momentum(strip_bert(state)), depth(target, "text_encoder")
@@ -215,7 +215,7 @@ STARTS = {
         initial=("ta_head.*", "text_encoder.embeddings.token_type_embeddings.weight"),
         ignored=(*PRETRAIN_HEADS, *QUEUES, "itm_head.*"),
     ),
-    "nlvr": Start(
+    "nlvr": Conversion(
         sources=("text_assignment",),
         convert=lambda state, target: state,
         initial=CLS_HEAD,
@@ -347,7 +347,7 @@ def bert_weights(state: State, head: bool) -> dict[str, Tensor]:
         elif key.removeprefix("bert.").startswith(("embeddings.", "encoder.")):
             body[key.removeprefix("bert.")] = value
     if "embeddings.word_embeddings.weight" not in body:
-        raise UserError(f"not the weights of a BERT: no word embeddings among {_some(list(state))}")
+        raise UserError(f"not the weights of a BERT: no word embeddings among {some(list(state))}")
     if not head:
         return body
     if "cls.predictions.bias" in words:
@@ -374,7 +374,7 @@ def load_bert_folder(name: str | Path) -> tuple[dict[str, Tensor], dict]:
     if weights is None or "config.json" not in files:
         raise UserError(
             f"{name}: needs config.json and model.safetensors or pytorch_model.bin, has "
-            f"{_some([*files])}"
+            f"{some([*files])}"
         )
     config = read_json(files["config.json"], dict)
     return read_index(index) if index else read_tensors(weights), config
@@ -416,6 +416,6 @@ def deit_weights(state: State, grid: int) -> dict[str, Tensor]:
     }
     if "pos_embed" not in kept:
         raise UserError(
-            f"not the weights of a vision transformer: no pos_embed among {_some(list(state))}"
+            f"not the weights of a vision transformer: no pos_embed among {some(list(state))}"
         )
     return kept | {"pos_embed": resize_positions(kept["pos_embed"], grid)}

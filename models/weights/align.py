@@ -12,10 +12,8 @@ from base.errors import UserError
 from models.dual_encoder.align import TEXTS, Align
 from models.dual_encoder.config import DualConfig
 from models.layers.efficientnet import SHAPES, SQUEEZE
-from models.weights.loading import count
+from models.weights.loading import State, count
 from models.weights.stated import OPEN_FOLDER, check_stated
-
-State = Mapping[str, Tensor]
 
 MODULES = {  # TensorFlow's layer in a block -> ours
     "expand_conv": "expansion.expand_conv",

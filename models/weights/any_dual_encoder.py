@@ -44,7 +44,7 @@ from models.weights.clip import (
     stated_activation,
     text_at_root,
 )
-from models.weights.loading import count, from_saved, load_checkpoint
+from models.weights.loading import State, count, from_saved, load_checkpoint
 from models.weights.stated import (
     OPEN_CLIP_FOLDER,
     OPEN_FOLDER,
@@ -52,8 +52,6 @@ from models.weights.stated import (
     check_stated,
     processor_pixels,
 )
-
-State = Mapping[str, Tensor]
 
 TRAINING_ONLY = (
     *NOT_LOADED,

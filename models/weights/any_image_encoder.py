@@ -18,7 +18,7 @@ from models.layers.vit import ViT, ViTConfig, patches_of
 from models.weights.any_dual_encoder import open_dual
 from models.weights.image_encoder import TOWER, ImageEncoder
 from models.weights.libraries import timm_encoder
-from models.weights.loading import count, from_saved, load_checkpoint, part_of
+from models.weights.loading import State, count, from_saved, load_checkpoint, part_of
 from models.weights.vit import backbone, load_vit, native, vit_kind
 from models.weights.vit_facts import (
     VitFacts,
@@ -28,8 +28,6 @@ from models.weights.vit_facts import (
     pixels_of,
     self_supervised_heads,
 )
-
-State = Mapping[str, Tensor]
 
 
 def open_encoder(

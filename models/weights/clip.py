@@ -119,7 +119,7 @@ def stated_activation(state: State, about: Mapping[str, Any]) -> str | None:
     return "quick_gelu" if is_quick else "gelu"
 
 
-def openai_config(state: State, activation: str = "quick_gelu", **loss_options) -> OpenAIConfig:
+def openai_config(state: State, activation: str = "quick_gelu") -> OpenAIConfig:
     """Read every size off the shapes of an OpenAI-layout state dict. The activation cannot be seen
     in it."""
     for name in (
@@ -148,7 +148,6 @@ def openai_config(state: State, activation: str = "quick_gelu", **loss_options) 
         text=text,
         vision_activation=activation,
         **sizes,
-        **loss_options,
     )
 
 
@@ -174,7 +173,7 @@ def _grid(positions: Tensor) -> int:
     return grid
 
 
-def load_openai(state: State, activation: str = "quick_gelu", **loss_options) -> OpenAICLIP:
+def load_openai(state: State, activation: str = "quick_gelu") -> OpenAICLIP:
     """OpenAI's or open_clip's state dict -> the network holding it in float32.
 
     activation: `quick_gelu` for OpenAI's weights and open_clip's `-quickgelu` models, `gelu` for
@@ -182,7 +181,7 @@ def load_openai(state: State, activation: str = "quick_gelu", **loss_options) ->
     """
     state = float_weights(from_open_clip(state))
     with torch.device("meta"):
-        model = OpenAICLIP(openai_config(state, activation, **loss_options))
+        model = OpenAICLIP(openai_config(state, activation))
     load_checkpoint(model, state, assign=True)
     return model.requires_grad_(True)
 

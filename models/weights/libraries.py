@@ -31,11 +31,10 @@ from base.pixels import Pixels, middle
 from models.layers.library_towers import with_timm_names
 from models.weights.any_dual_encoder import Opened
 from models.weights.image_encoder import TOWER, ImageEncoder
-from models.weights.loading import load_checkpoint
+from models.weights.loading import State, load_checkpoint
 from models.weights.vit import backbone
 from models.weights.vit_facts import VitFacts
 
-State = Mapping[str, Tensor]
 CLASS_TOKEN = (  # types of transformers whose first token stands for the image
     "vit",
     "vit_msn",

@@ -45,7 +45,7 @@ class Differences(NamedTuple):
             "only in the network, new": self.missing,
             "of another shape, new": self.shapes,
         }
-        named = [f"{len(keys)} {what}: {_some(keys, 3)}" for what, keys in parts.items() if keys]
+        named = [f"{len(keys)} {what}: {some(keys, 3)}" for what, keys in parts.items() if keys]
         return "; ".join(named) or "fits as it is"
 
     def text(self) -> str:
@@ -54,7 +54,7 @@ class Differences(NamedTuple):
         parts["of another shape"] = self.shapes
         parts["of whole numbers, which are no weights"] = self.integers
         return "\n".join(
-            f"  {len(keys)} {what}: {_some(keys)}" for what, keys in parts.items() if keys
+            f"  {len(keys)} {what}: {some(keys)}" for what, keys in parts.items() if keys
         )
 
 
@@ -95,9 +95,9 @@ def load_checkpoint(
     may_miss = (*allowed_missing, POSITION_IDS)
     may_exceed = (*allowed_unexpected, POSITION_IDS)
     faults = Differences(
-        missing=[key for key in found.missing if not _matches(key, may_miss)],
-        unexpected=[key for key in found.unexpected if not _matches(key, may_exceed)],
-        mismatched=[entry for entry in found.mismatched if not _matches(entry[0], may_miss)],
+        missing=[key for key in found.missing if not matches(key, may_miss)],
+        unexpected=[key for key in found.unexpected if not matches(key, may_exceed)],
+        mismatched=[entry for entry in found.mismatched if not matches(entry[0], may_miss)],
         integers=found.integers,
     )
     if faults:
@@ -175,9 +175,9 @@ def from_saved(kind: type[C], values: Mapping[str, Any]) -> C:
     return kind(**{name: value for name, value in values.items() if name in known})
 
 
-def _matches(key: str, patterns: Iterable[str]) -> bool:
+def matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _some(keys: list[str], most: int = 10) -> str:
+def some(keys: list[str], most: int = 10) -> str:
     return ", ".join(keys[:most]) + (f", … ({len(keys) - most} more)" if len(keys) > most else "")

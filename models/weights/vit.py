@@ -18,14 +18,13 @@ from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.layers.positions import resize_positions
 from models.weights.loading import (
     Differences,
+    State,
     join_qkv,
     load_checkpoint,
     part_of,
     renamed,
     split_qkv,
 )
-
-State = Mapping[str, Tensor]
 
 # native name: (transformers 4 and 5, TensorFlow)
 OUTSIDE = {

@@ -9,16 +9,13 @@ the weights or known from the layout of one maker; what is still unknown is aske
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from base.distributed import say
 from base.errors import UserError, brief
 from base.pixels import HALF, IMAGENET, RESAMPLING, RGB, STATISTICS, Pixels, processor_statistics
 from models.classification.classifier import VisionClassifier
-from models.weights.loading import Differences
+from models.weights.loading import Differences, State
 from models.weights.vit import load_vit, vit_kind
 
-State = Mapping[str, Tensor]
 # transformers' name -> ours
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 

@@ -13,7 +13,7 @@ from models.fusion.text_assignment import TextAssignment, TextAssignmentConfig, 
 from models.fusion.ve_nlvr import StatementConfig, StatementModel
 from models.fusion.vqa import Vqa, VqaConfig
 from models.weights.albef import MOMENTUM, QUEUES, STARTS, adapt, checkpoint_kind
-from models.weights.loading import POSITION_IDS, _matches
+from models.weights.loading import POSITION_IDS, matches
 from runtime.optim.build import Optimizer, parameter_groups
 from tests.golden.report import same
 from tests.helpers.golden import golden_json, recorded
@@ -207,16 +207,16 @@ def test_every_key_comes_from_where_the_original_took_it(system, name):
     converted = checkpoint_kind(source) != task
     for key in initial:  # what the original leaves initial, this loader may leave initial
         start = STARTS[task].initial if converted else QUEUES
-        assert key in adapted or _matches(key, (*start, *MOMENTUM, *QUEUES))
+        assert key in adapted or matches(key, (*start, *MOMENTUM, *QUEUES))
     for key in set(adapted) - set(target):  # and nothing is left over but what is named as useless
-        assert _matches(key, (*STARTS[task].ignored, *MOMENTUM, *QUEUES, POSITION_IDS)), key
+        assert matches(key, (*STARTS[task].ignored, *MOMENTUM, *QUEUES, POSITION_IDS)), key
     unused = set(source) - {*expected.values(), *initial}
     ignored = {key for key, _ in expand(conversion["ignored_source_keys"])}
     if (
         task == "text_assignment"
     ):  # which has no momentum copies: the file lists the source's under converted names
         unused, ignored = (
-            {key for key in keys if not _matches(key, MOMENTUM)} for keys in (unused, ignored)
+            {key for key in keys if not matches(key, MOMENTUM)} for keys in (unused, ignored)
         )
     same(f"{system} {name}", "source keys ignored", unused, ignored)
     unset = set(target) - set(expected)

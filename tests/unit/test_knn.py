@@ -13,7 +13,16 @@ from base.errors import UserError
 from evaluation import knn
 from evaluation.features import Bank, feature_bank
 from evaluation.knn import Neighbours, first_of, knn_accuracy, nearest_neighbours, votes
-from evaluation.probe import SWEEP, Part, Probe, fit, linear_probe, mean_of_classes, split, sweep
+from evaluation.probe import (
+    SWEEP,
+    Probe,
+    Selection,
+    fit,
+    linear_probe,
+    mean_of_classes,
+    split,
+    sweep,
+)
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -112,7 +121,7 @@ def test_linear_probe_is_logistic_regression():
     mean, std = train.features.mean(0), train.features.std(0)
     theirs = LogisticRegression(C=1 / (l2 * 300), max_iter=1000, tol=1e-8)
     theirs.fit((train.features - mean) / std, train.labels.numpy())
-    ours = fit([Part(train)], 4, ALONE.device, l2, 200)
+    ours = fit([Selection(train)], 4, ALONE.device, l2, 200)
     assert ours.std.numpy() == pytest.approx(std, rel=1e-5)
     assert ours.weight.numpy() == pytest.approx(theirs.coef_, abs=3e-3)
     assert ours.bias.numpy() == pytest.approx(theirs.intercept_, abs=3e-3)
@@ -176,7 +185,7 @@ def test_a_fraction_of_the_training_images_is_held_out():
 def test_mean_per_class_of_the_probe():
     """By hand: class 0 two of three right, class 1 none of one, class 2 does not occur."""
     x = np.array([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
-    part = Part(Bank(x, torch.tensor([0, 0, 0, 1])))
+    part = Selection(Bank(x, torch.tensor([0, 0, 0, 1])))
     probe = Probe(torch.eye(3, 2), torch.zeros(3), torch.zeros(2), torch.ones(2))
     assert mean_of_classes(probe, [part], torch.device("cpu")) == pytest.approx(100 / 3)
 

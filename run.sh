@@ -89,7 +89,8 @@ snapshot() { # into folder $1
     if [ -n "$(changes)" ]; then
         [ $allow_dirty = yes ] || die "these files differ from commit ${commit:0:7}:
 $(changes | head -n 10)
-Commit them (git add -A && git commit), or take them along as a patch: bash run.sh --allow-dirty …"
+Commit them (git add -A && git commit), or take them along as a patch: bash run.sh --allow-dirty …
+Data, checkpoints and results belong in data/ or output/, which git leaves out."
         # an index of its own: yours stays as it is
         local index
         index=$(mktemp -u)

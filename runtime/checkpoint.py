@@ -432,8 +432,11 @@ def weights_file(path: Path) -> Path:
         for pattern in ("*.safetensors", "pytorch_model.bin"):
             found = found or next(iter(matching_files(path, pattern)), None)
         if found is None:
+            inside = [p for end in ("checkpoint_*", "*.safetensors") for p in path.glob(f"*/{end}")]
+            runs = ", ".join(sorted({str(file.parent) for file in inside})[:3])
             raise UserError(
                 f"{path}: a folder without checkpoint_*.pt, *.safetensors or pytorch_model.bin"
+                + (f"; name one of the runs in it: {runs}" if runs else "")
             )
         path = found
     elif not path.is_file() and not is_sharded(path):

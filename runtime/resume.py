@@ -137,7 +137,7 @@ def check_same_run(
     if changed and not insist:
         raise UserError(
             f"{path.parent} holds another run ({listed(changed)}); {elsewhere}, "
-            "or --resume yes to continue it with these options"
+            "or --resume yes to continue it with these options, where its weights fit them"
         )
 
 

@@ -1,9 +1,9 @@
 """A page in the browser for whatever a checkpoint can do; the network runs here, on CPU or GPU.
 
     python scripts/demo.py --checkpoint output/quickstart/pretrain --images photos
-    python scripts/demo.py --checkpoint output/Pretrain output/VQA output/VE --images photos
+    python scripts/demo.py --checkpoint output/quickstart/pretrain output/VQA/digitscenes --images photos
     python scripts/demo.py --model open_clip/ViT-B-16-SigLIP:webli --images photos
-    python scripts/demo.py --checkpoint output/Recognition
+    python scripts/demo.py --checkpoint output/Recognition/digitscenes
 
 Tabs appear where the checkpoint can do it: search of your own folder by words and by image, zero-shot
 classification with typed class names, heat maps of each word, question answering, entailment,

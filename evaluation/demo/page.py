@@ -94,6 +94,13 @@ class KeepToThisServer:
         await self.app(scope, receive, send_with_headers)
 
 
+def reach_without_proxy(host: str) -> None:
+    """Gradio calls its own server once, which no proxy of the environment reaches."""
+    for name in ("no_proxy", "NO_PROXY"):
+        given = os.environ.get(name)
+        os.environ[name] = ",".join(filter(None, [given, host, "127.0.0.1", "localhost"]))
+
+
 @contextmanager
 def serve(
     abilities: Abilities, index: Index | None, read: Callable[..., Tensor], host: str, port: int
@@ -102,6 +109,7 @@ def serve(
     temporary folder that goes with it. UserError: the port is taken."""
     with tempfile.TemporaryDirectory(prefix="quintet-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
+        reach_without_proxy(host)
         page = build(tabs.Demo(abilities, index, read))
         try:
             _, url, _ = page.launch(
@@ -121,6 +129,7 @@ def serve(
                 theme=theme(),
                 css_paths=STYLE,
                 app_kwargs={"middleware": [Middleware(KeepToThisServer)], "docs_url": None},
+                _frontend=False,  # no look at the page from here, which a busy machine fails
             )
         except OSError as error:
             raise UserError(f"{host}:{port}: cannot listen there ({error}); give --port") from None

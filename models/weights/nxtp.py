@@ -72,8 +72,11 @@ def decoder_state(llama: State, vocabulary: int, where: object, known: int | Non
         rows = known
     new = vocabulary - rows
     if not 1 <= new <= 16:
+        entries = (
+            f"{vocabulary} entries with the special tokens" if known is None else f"{known} entries"
+        )
         raise UserError(
-            f"{where}: {rows} embeddings, but the tokenizer has {vocabulary} entries with the special tokens; "
+            f"{where}: {rows} embeddings, but the tokenizer has {entries}; "
             "use the tokenizer.model that belongs to these weights, or its tokenizer.json"
         )
     head = torch.empty(new, dim).uniform_(-1, 1) / math.sqrt(dim)

@@ -223,6 +223,18 @@ def test_read_weights_says_what_is_wrong(tmp_path):
         assert name in str(error.value)
 
 
+def test_a_folder_of_runs_names_them(tmp_path):
+    for name in ("second", "first"):
+        CheckpointFolder(tmp_path / name).save({"model": {"w": torch.ones(1)}, "step": 1}, 1)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(UserError) as error:
+        read_weights(tmp_path)
+    runs = f"{tmp_path / 'first'}, {tmp_path / 'second'}"
+    assert str(error.value).endswith(f"; name one of the runs in it: {runs}")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin$"):
+        read_weights(tmp_path / "notes")
+
+
 def test_export_keeps_tied_keys_and_views(tmp_path):
     from safetensors.torch import load_file
 

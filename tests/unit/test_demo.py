@@ -279,3 +279,19 @@ def test_an_image_encoder_searches_no_captions(folder):
     embedder.texts = None
     index = indexed(folder, embedder, Reads())
     assert index.captions == [] and index.texts is None
+
+
+def test_no_proxy_stands_before_the_page(monkeypatch):
+    from urllib.request import getproxies, proxy_bypass
+
+    from evaluation.demo.page import reach_without_proxy
+
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "intern.example")
+    monkeypatch.setenv("NO_PROXY", "intern.example")
+    assert "http" in getproxies() and not proxy_bypass("127.0.0.1")
+    reach_without_proxy("localhost")
+    assert (
+        proxy_bypass("127.0.0.1") and proxy_bypass("localhost") and proxy_bypass("intern.example")
+    )
+    assert not proxy_bypass("elsewhere.example")

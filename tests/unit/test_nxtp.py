@@ -305,10 +305,12 @@ class TestRefused:
 
     def test_another_tokenizer_than_llamas(self, tmp_path):
         meta_folder(tmp_path, vocabulary=60)
-        with pytest.raises(UserError, match="60 embeddings, but the tokenizer has 40 entries"):
+        with pytest.raises(UserError, match="60 embeddings, but the tokenizer has 38 entries"):
             Networks().build(Tokens(), None, tmp_path)
         with pytest.raises(UserError, match=r"use the tokenizer.model that belongs"):
             decoder_state({"tok_embeddings.weight": torch.zeros(3, 4)}, 40, "here")
+        with pytest.raises(UserError, match="40 embeddings, but the tokenizer has 38 entries;"):
+            decoder_state({"tok_embeddings.weight": torch.zeros(40, 4)}, 40, "here", known=38)
 
     def test_deeper_than_it_is(self):
         with pytest.raises(UserError, match="has 2 blocks, it cannot be cut to 3"):

@@ -42,7 +42,7 @@ from models.weights.starting_vit import start_vision
 from runtime.checkpoint import read_weights
 from runtime.config.cli import knob, run_script, section
 from runtime.config.from_checkpoint import check_architecture, saved_config
-from runtime.config.networks import Networks
+from runtime.config.networks import FusionNetworks
 from runtime.flops import training_flops
 from runtime.optim.build import Optimizer, Precision, set_learning_rate
 from runtime.optim.schedule import Schedule
@@ -52,7 +52,7 @@ from runtime.run import Run, seed_everything
 
 
 @dataclass
-class Config(Networks, StreamConfig, RunConfig):
+class Config(FusionNetworks, StreamConfig, RunConfig):
     """Pre-training of fusion encoders."""
 
     METHOD = ("method",)

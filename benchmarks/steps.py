@@ -14,7 +14,7 @@ from benchmarks.runner import OURS, TrainOptions, device_of, take_turns
 from benchmarks.table import FASTER, FASTER_CPU, MEMORY, Column, publish
 from runtime.flops import peak_flops
 from runtime.optim.build import PRECISIONS, Optimizer, Precision, build_optimizer
-from runtime.parallel import Features, parallelize
+from runtime.parallel import ParallelOptions, parallelize
 
 COLUMNS = [
     Column("seconds a step", "seconds", "{:.3f}", spread=True),
@@ -45,7 +45,7 @@ def training_step(
     else a step does, at its start.
     """
     device = torch.device(options.device)
-    features = Features(
+    features = ParallelOptions(
         compile=options.compile, activation_checkpointing=options.activation_checkpointing
     )
     model = parallelize(model.train(), alone(device), features)

@@ -42,7 +42,7 @@ def is_stage(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Features:
+class ParallelOptions:
     """The knobs of `parallelize`, under the names that every script's configuration has."""
 
     # ddp, or fsdp: parameters, gradients and optimizer state sharded over the processes (FSDP2)
@@ -58,8 +58,8 @@ class Features:
 def parallelize(model: nn.Module, world: World, features) -> nn.Module:
     """Move `model` to the device and wrap it; `model(**batch)` stays the only way in.
 
-    features: a script's configuration, or `Features`. Parameter names do not change, so checkpoints
-    are the same under every combination.
+    features: a script's configuration, or `ParallelOptions`. Parameter names do not change, so
+    checkpoints are the same under every combination.
     """
     strategy = features.parallel
     check_compile_mode(features)

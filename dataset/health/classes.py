@@ -25,8 +25,8 @@ class Finding(NamedTuple):
 
 
 def look_at_classes(parts: Sequence, listed: Sequence[str] = ()) -> None:
-    """Note in every `survey.Part` its classes and what is wrong with them; the first part is the
-    training set. listed: names that the classes may have, none = any."""
+    """Note in every part, a `survey.Surveyed`, its classes and what is wrong with them; the first
+    part is the training set. listed: names that the classes may have, none = any."""
     trained = None
     for part in parts:
         balance = part.balance()

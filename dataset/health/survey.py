@@ -34,7 +34,7 @@ MOST_GROUPS = 1000  # groups of duplicates that are kept
 
 
 @dataclass
-class Part:
+class Surveyed:
     """One of the data sets that were named: its facts in order, and groups of equal images."""
 
     data: str
@@ -219,11 +219,13 @@ def _examiner(make_examiner: Callable[[], Examiner]) -> Examiner:
     return make_examiner()  # a process has one: tokenizers take seconds to make
 
 
-def survey(data: Sequence[str], works: list[Work], looking: Looking, workers: int) -> list[Part]:
+def survey(
+    data: Sequence[str], works: list[Work], looking: Looking, workers: int
+) -> list[Surveyed]:
     """Look at every sample of all data sets, then compare them with each other."""
     from tqdm import tqdm
 
-    parts = [Part(name) for name in data]
+    parts = [Surveyed(name) for name in data]
     results = tqdm(in_processes(looking.at, works, workers), total=len(works), disable=None)
     for work, (facts, seconds) in zip(works, results, strict=True):
         parts[work.part].facts += facts
@@ -237,7 +239,7 @@ def survey(data: Sequence[str], works: list[Work], looking: Looking, workers: in
 
 
 # ---- comparing
-def compare_images(part: Part) -> None:
+def compare_images(part: Surveyed) -> None:
     """Note images of other names with the same bytes or the same look; of samples that repeat image
     and text all but the first are dropped."""
     images = part.images()
@@ -261,7 +263,7 @@ def compare_images(part: Part) -> None:
         seen.add(key)
 
 
-def find_leaks(parts: list[Part]) -> None:
+def find_leaks(parts: list[Surveyed]) -> None:
     """Mark samples of a part whose image is in a later one, too, by bytes or by look: to train on
     the first and to test on the last of them is to test on what was trained on."""
     images = [(number, image) for number, part in enumerate(parts) for image in part.images()]

@@ -16,7 +16,7 @@ SIMLA_BERT, ALBEF_BERT = Path("configs/shared_bert.json"), Path("configs/config_
 
 
 @dataclass
-class Networks:
+class FusionNetworks:
     """The networks."""
 
     IGNORED = PRETRAINING
@@ -55,19 +55,19 @@ class Networks:
 class Geometry:
     """The networks; none = as the run that made the checkpoint says, else as published."""
 
-    image_res: int | None = restated(Networks, "image_res")
-    patch_size: int | None = restated(Networks, "patch_size", rare=True)
-    vision_width: int | None = restated(Networks, "vision_width", rare=True)
-    vision_depth: int | None = restated(Networks, "vision_depth", rare=True)
-    vision_heads: int | None = restated(Networks, "vision_heads", rare=True)
-    vision_stem: list[int] | None = restated(Networks, "vision_stem", rare=True)
-    vision_tower: str | None = restated(Networks, "vision_tower", rare=True)
-    bert_config: Path | None = restated(Networks, "bert_config", rare=True)
-    embed_dim: int | None = restated(Networks, "embed_dim", rare=True)
+    image_res: int | None = restated(FusionNetworks, "image_res")
+    patch_size: int | None = restated(FusionNetworks, "patch_size", rare=True)
+    vision_width: int | None = restated(FusionNetworks, "vision_width", rare=True)
+    vision_depth: int | None = restated(FusionNetworks, "vision_depth", rare=True)
+    vision_heads: int | None = restated(FusionNetworks, "vision_heads", rare=True)
+    vision_stem: list[int] | None = restated(FusionNetworks, "vision_stem", rare=True)
+    vision_tower: str | None = restated(FusionNetworks, "vision_tower", rare=True)
+    bert_config: Path | None = restated(FusionNetworks, "bert_config", rare=True)
+    embed_dim: int | None = restated(FusionNetworks, "embed_dim", rare=True)
     queue_size: int | None = knob(
         None, "momentum features kept as further negatives", low=0, high=QUEUE
     )
-    text_encoder: str | None = restated(Networks, "text_encoder", rare=True)
+    text_encoder: str | None = restated(FusionNetworks, "text_encoder", rare=True)
 
 
 def fill_geometry(config: Any, weights: Iterable[str]) -> None:
@@ -78,7 +78,7 @@ def fill_geometry(config: Any, weights: Iterable[str]) -> None:
     UserError, see `take_from_checkpoint`.
     """
     two_stage = any("token_type_embeddings" in key for key in weights)
-    published = vars(Networks()) | {"image_res": 384, "queue_size": 65536}  # downstream
+    published = vars(FusionNetworks()) | {"image_res": 384, "queue_size": 65536}  # downstream
     published["bert_config"] = ALBEF_BERT if two_stage else SIMLA_BERT
     take_from_checkpoint(config, options=published)
     for name, value in published.items():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from base.distributed import alone
 from models.fusion import losses
 from runtime.optim.build import Precision, build_optimizer
-from runtime.parallel import Features, parallelize
+from runtime.parallel import ParallelOptions, parallelize
 from scripts.planning import steps
 from scripts.planning.simulate import load_script, read_config
 
@@ -101,7 +101,7 @@ class Run:
         for network in self.setup.frozen:
             network.to(self.device)
         config = self.config
-        features = Features(**self.features)
+        features = ParallelOptions(**self.features)
         self.model = parallelize(self.setup.model, alone(self.device), features).train()
         self.optimizer = build_optimizer(self.model, config.optimizer, self.setup.decayed)
         clip = config.optimizer.clip_grad_norm

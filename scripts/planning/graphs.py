@@ -24,7 +24,7 @@ def capture(script: ModuleType, config) -> Graphs:
     """Three steps of the recipe on one process, whose graphs TorchDynamo captures and runs as they
     are: nothing is generated or compiled."""
     from runtime.optim.build import Precision, build_optimizer
-    from runtime.parallel import Features, parallelize
+    from runtime.parallel import ParallelOptions, parallelize
 
     found = Graphs()
 
@@ -37,7 +37,7 @@ def capture(script: ModuleType, config) -> Graphs:
     breaks.clear()
     with simulated_gpu():
         setup = setup_of(script, config)
-        features = Features(activation_checkpointing=config.activation_checkpointing)
+        features = ParallelOptions(activation_checkpointing=config.activation_checkpointing)
         model = parallelize(setup.model, ALONE, features).train()
         model.compile(backend=backend)
         optimizer = build_optimizer(model, config.optimizer, setup.decayed)

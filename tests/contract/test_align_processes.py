@@ -12,7 +12,7 @@ from models.layers.batchnorm import synchronise_batch_norm
 from models.layers.efficientnet import EfficientNetShape
 from models.layers.xbert import BertConfig
 from runtime.optim.build import Optimizer, build_optimizer
-from runtime.parallel import Features, checkpoint_blocks, shard
+from runtime.parallel import ParallelOptions, checkpoint_blocks, shard
 from tests.helpers.clip_toys import cached_losses, losses_with_total
 from tests.helpers.processes import spawn
 
@@ -81,7 +81,7 @@ def compare(own: dict, expected: dict, atol: float = 1e-8) -> None:
 
 def sharded_losses(rank: int) -> list[torch.Tensor]:
     """Losses under FSDP2: LAMB's norms are those of whole tensors."""
-    model = shard(tiny(), World(rank, 2, rank, torch.device("cpu")), Features("fsdp"))
+    model = shard(tiny(), World(rank, 2, rank, torch.device("cpu")), ParallelOptions("fsdp"))
     optimizer = lamb(model)
     losses = []
     for batch in batches(rank, 2):

@@ -17,7 +17,7 @@ from evaluation.retrieval import units
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from models.layers.batchnorm import synchronise_batch_norm
 from runtime.optim.build import Optimizer, Precision, build_optimizer, set_learning_rate
-from runtime.parallel import Features, parallelize
+from runtime.parallel import ParallelOptions, parallelize
 from tests.helpers.processes import spawn
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def batch() -> dict:
 
 
 def three_updates(
-    world: World, features: Features, keras: bool = True, stem=()
+    world: World, features: ParallelOptions, keras: bool = True, stem=()
 ) -> tuple[list[float], dict]:
     """Losses, averaged over the processes, and the weights after three updates."""
     model = parallelize(synchronise_batch_norm(network(stem=stem)), world, features)
@@ -88,30 +88,33 @@ def assert_same(ours: tuple, expected: tuple) -> None:
 
 def on_two(rank: int, expected: tuple, plain: tuple, hybrid: tuple) -> None:
     world = World(rank, 2, rank, CPU)
-    assert_same(three_updates(world, Features()), expected)
+    assert_same(three_updates(world, ParallelOptions()), expected)
     assert_same(
-        three_updates(world, Features(parallel="fsdp", activation_checkpointing=True)), expected
+        three_updates(world, ParallelOptions(parallel="fsdp", activation_checkpointing=True)),
+        expected,
     )
-    assert_same(three_updates(world, Features(), keras=False), plain)
-    assert_same(three_updates(world, Features(), stem=STEM), hybrid)
+    assert_same(three_updates(world, ParallelOptions(), keras=False), plain)
+    assert_same(three_updates(world, ParallelOptions(), stem=STEM), hybrid)
 
 
 def test_training():
     alone = World(0, 1, 0, CPU)
     expected, plain = (
-        three_updates(alone, Features()),
-        three_updates(alone, Features(), keras=False),
+        three_updates(alone, ParallelOptions()),
+        three_updates(alone, ParallelOptions(), keras=False),
     )
     assert expected[0][2] < expected[0][0] and expected[0] != plain[0]
-    assert_same(three_updates(alone, Features(activation_checkpointing=True)), expected)
-    spawn(on_two, 2, expected, plain, three_updates(alone, Features(), stem=STEM))
+    assert_same(three_updates(alone, ParallelOptions(activation_checkpointing=True)), expected)
+    spawn(on_two, 2, expected, plain, three_updates(alone, ParallelOptions(), stem=STEM))
 
 
 def test_compiled_is_eager(eager_kernels):
     """With kernels in C++ in tests/script/test_compiled.py."""
     torch.compiler.reset()
     alone = World(0, 1, 0, CPU)
-    assert_same(three_updates(alone, Features(compile=True)), three_updates(alone, Features()))
+    assert_same(
+        three_updates(alone, ParallelOptions(compile=True)), three_updates(alone, ParallelOptions())
+    )
 
 
 def metrics(world: World) -> tuple[dict, dict]:

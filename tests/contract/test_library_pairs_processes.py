@@ -15,7 +15,7 @@ from models.dual_encoder.factory import build_dual, with_library_sizes
 from models.layers.batchnorm import synchronise_batch_norm
 from models.layers.library_towers import start_towers
 from runtime.checkpoint import read_weights
-from runtime.parallel import Features, parallelize, whole_model
+from runtime.parallel import ParallelOptions, parallelize, whole_model
 from tests.contract.test_parallel import OLD
 from tests.helpers.clip_toys import with_total
 from tests.helpers.crash_points import contents
@@ -34,7 +34,7 @@ def train(name: str, rank: int = 0, size: int = 1, strategy: str = "ddp") -> dic
     network = build_dual(with_library_sizes(DualConfig(model=name)))
     start_towers(network, read_weights, [])
     network = synchronise_batch_norm(network)
-    features = Features(parallel=strategy)
+    features = ParallelOptions(parallel=strategy)
     model = parallelize(network, World(rank, size, rank, torch.device("cpu")), features).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     generator, found = torch.Generator().manual_seed(2), {}

@@ -15,7 +15,7 @@ from base.errors import UserError
 from runtime.optim.build import Optimizer, Precision, build_optimizer
 from runtime.options import RunConfig
 from runtime.parallel import (
-    Features,
+    ParallelOptions,
     device_mesh,
     gradient_sync,
     parallelize,
@@ -104,7 +104,7 @@ def test_blocks_are_found_once():
 
 def test_activation_checkpointing_equals_the_plain_network(straight):
     model = parallelize(
-        network(), distributed.World(0, 1, 0, CPU), Features(activation_checkpointing=True)
+        network(), distributed.World(0, 1, 0, CPU), ParallelOptions(activation_checkpointing=True)
     )
     norms, _ = train(model)
     assert_same(model.state_dict(), norms, straight)
@@ -121,7 +121,7 @@ def test_compiled_equals_eager(eager_kernels, straight):
     model = parallelize(
         network(),
         distributed.World(0, 1, 0, CPU),
-        Features(compile=True, activation_checkpointing=True),
+        ParallelOptions(compile=True, activation_checkpointing=True),
     )
     norms, _ = train(model)
     assert_same(model.state_dict(), norms, straight)
@@ -138,7 +138,7 @@ def test_blocks_share_their_graphs(monkeypatch, straight):
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch._dynamo.reset()
-    features = Features(compile=True, compile_mode="blocks")
+    features = ParallelOptions(compile=True, compile_mode="blocks")
     model = parallelize(network(), distributed.World(0, 1, 0, CPU), features)
     norms, _ = train(model)
     assert_same(model.state_dict(), norms, straight)
@@ -151,7 +151,7 @@ def test_blocks_share_their_graphs(monkeypatch, straight):
 
 @pytest.mark.slow
 def test_kernels_in_cuda_graphs_where_there_is_a_gpu(straight):
-    features = Features(compile=True, compile_mode="reduce-overhead")
+    features = ParallelOptions(compile=True, compile_mode="reduce-overhead")
     model = parallelize(network(), distributed.World(0, 1, 0, CPU), features)
     norms, _ = train(model)
     assert_same(model.state_dict(), norms, straight)
@@ -165,7 +165,7 @@ def test_cuda_graphs_are_refused_where_they_would_overwrite_gradients():
 
 def test_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="ddp or fsdp"):
-        parallelize(network(), distributed.World(0, 1, 0, CPU), Features("zero"))
+        parallelize(network(), distributed.World(0, 1, 0, CPU), ParallelOptions("zero"))
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def _two_processes(rank: int, folder: str, strategy: str, micro: int) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    features = Features(strategy, activation_checkpointing=True)
+    features = ParallelOptions(strategy, activation_checkpointing=True)
     model = parallelize(network(), distributed.World(rank, 2, rank, CPU), features)
     whole_model(model)  # a validation before the training changes nothing
     norms, optimizer = train(model, rank, 2, micro)
@@ -230,7 +230,7 @@ def _four_processes(rank: int, folder: str, changes: dict) -> None:
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4
     )
     world = distributed.World(rank, 4, rank, CPU)
-    model = parallelize(network(), world, Features("fsdp", **changes))
+    model = parallelize(network(), world, ParallelOptions("fsdp", **changes))
     weight = model.blocks[0].dense.weight
     held = weight.to_local()
     norms, optimizer = train(model, rank, 4)
@@ -304,7 +304,7 @@ def _types_of_bf16(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
     model = parallelize(
-        Spy(), distributed.World(rank, 2, rank, CPU), Features("fsdp", precision="bf16")
+        Spy(), distributed.World(rank, 2, rank, CPU), ParallelOptions("fsdp", precision="bf16")
     )
     precision = Precision("bf16", CPU)
     with precision.autocast():

@@ -13,7 +13,7 @@ from models.layers.llama import own_part
 from models.recognition.decoding import one_shot
 from models.recognition.nxtp import IGNORED, Nxtp, NxtpConfig
 from models.weights.build_nxtp import Networks
-from runtime.parallel import Features, parallelize
+from runtime.parallel import ParallelOptions, parallelize
 from tests.helpers.gradients import assert_same_gradients, distance, gradients_of
 from tests.helpers.processes import spawn
 from tests.helpers.recognition_runs import arguments, finish, start
@@ -61,7 +61,7 @@ def straight() -> dict[str, torch.Tensor]:
 def gradients_are_averaged(rank: int) -> None:
     """Through the wrapped model's own call, as the script makes it."""
     expected, world = straight(), World(rank, 2, rank, torch.device("cpu"))
-    model = parallelize(network().train(), world, Features())
+    model = parallelize(network().train(), world, ParallelOptions())
     assert isinstance(model, DistributedDataParallel)
     part = slice(0, 1) if rank == 0 else slice(1, 4)  # unequal shares: 8 and 20 targets
     model(**inputs(batch(), part))["loss_objs"].backward()
@@ -91,7 +91,7 @@ def a_resnet_trains_as_one(rank: int) -> None:
     """Batch norms take their statistics over both processes, as the script asks for."""
     whole, world = small_resnet().train(), World(rank, 2, rank, torch.device("cpu"))
     whole(**inputs(batch(), slice(None)))["loss_objs"].backward()
-    model = parallelize(synchronise_batch_norm(small_resnet()), world, Features()).train()
+    model = parallelize(synchronise_batch_norm(small_resnet()), world, ParallelOptions()).train()
     model(**inputs(batch(), slice(2 * rank, 2 * rank + 2)))["loss_objs"].backward()
     assert_same_gradients(gradients_of(model.module), gradients_of(whole), 1e-4)
     running = [network.vision_encoder.bn1.running_var for network in (whole, model.module)]

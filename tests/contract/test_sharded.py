@@ -20,7 +20,7 @@ from base.distributed import World
 from base.errors import UserError
 from runtime import saving
 from runtime.checkpoint import CheckpointFolder, find_damage, load_checked, read_weights
-from runtime.parallel import Features, parallelize
+from runtime.parallel import ParallelOptions, parallelize
 from runtime.saving import Saver, copied_to_host
 from runtime.sharded import Piece, is_sharded, merge_weights, outline, read_state, write_part
 from scripts.weights import convert
@@ -54,7 +54,7 @@ class Net(nn.Module):
 
 def network(rank: int, parallel: str, seed: int) -> tuple[World, nn.Module, torch.optim.Optimizer]:
     world = World(rank, distributed.world_size(), rank, torch.device("cpu"))
-    model = parallelize(Net(seed), world, Features(parallel=parallel))
+    model = parallelize(Net(seed), world, ParallelOptions(parallel=parallel))
     return world, model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
 

@@ -33,7 +33,7 @@ from runtime.config.cli import (
     to_dict,
 )
 from runtime.config.draft import Draft
-from runtime.config.networks import Geometry, Networks
+from runtime.config.networks import FusionNetworks, Geometry
 from runtime.config.schema import Schema
 from runtime.config.values import Kind
 from tests.helpers.configs import NEEDED, load
@@ -805,7 +805,7 @@ def test_an_option_is_described_by_known_words_and_holds_one_of_its_choices():
 
 
 def test_networks_that_are_left_open_have_the_options_of_pretraining():
-    stated, left_open = Schema(Networks).knobs, Schema(Geometry).knobs
+    stated, left_open = Schema(FusionNetworks).knobs, Schema(Geometry).knobs
     assert set(stated) < set(left_open)
     for name, option in stated.items():
         same = (left_open[name].help, left_open[name].low, left_open[name].high)

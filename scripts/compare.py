@@ -1,7 +1,7 @@
 """One page that compares the runs below a folder: scores, curves in one chart, options that differ.
 
     python scripts/compare.py output
-    python scripts/compare.py output/main output/other --page comparison.html
+    python scripts/compare.py output/main output/mine --page comparison.html
 
 Every folder with a config.yaml counts, trainings under way included; the page stands in the first
 folder (index.html) and links the report of each run.

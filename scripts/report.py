@@ -1,7 +1,8 @@
 """One self-contained HTML page of what a model learnt: table against chance, curves, gallery,
 attention maps.
 
-    python scripts/report.py --pretrain_dir output/digits --retrieval_dir output/digits/zero_shot --output report.html
+    python scripts/report.py --pretrain_dir output/quickstart/pretrain \\
+        --retrieval_dir output/quickstart/retrieval --output report.html
 
 retrieval_dir is what `Retrieval.py` wrote: result/metrics.json, result/config.yaml,
 result/ranking_test.safetensors; it names checkpoint, annotations and images. With --finetuned_dir

@@ -3,9 +3,11 @@
 import importlib
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from runtime.config.cli import parse
 
@@ -14,7 +16,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.py")])
 COMMAND = re.compile(r"(?:^|`)[ #]*(?:torchrun|python) [^`|]*?\.py\b[^`|]*")
 OTHERS = ("SCRIPT.py", "src/infer.py", "run_with_submitit.py")  # the last passes flags on
-LEFT_OUT = ("…", "...", "FLAGS")
+LEFT_OUT = ("…", "...")
 NEEDS_A_RUN = "eval_zeroshot.py --output-dir output/main --root datasets"
 
 
@@ -32,6 +34,17 @@ def commands(file: Path) -> dict[str, list[str]]:
                 words = [word for word in words[script:] if word not in LEFT_OUT]
                 found[" ".join(words)] = words
     return found
+
+
+WRITTEN = re.compile(r"--output[-_]dir[ =]\"?(output/[\w/-]+)|Path\(\"(output/[\w/-]+)\"\)")
+READ = (
+    "--checkpoint",
+    "--pretrain_dir",
+    "--retrieval_dir",
+    "--image_tokenizer_path",
+    "--runs",
+    "convert.py",
+)
 
 
 COMMANDS = {file: commands(file) for file in [*PAGES, *SCRIPTS]}
@@ -53,3 +66,21 @@ def test_commands_are_taken_by_their_scripts(file, monkeypatch):
 
 def test_enough_commands_are_found():
     assert sum(map(len, COMMANDS.values())) > 100
+
+
+def test_runs_that_are_read_are_those_that_others_write():
+    """A recipe's folder, a script's own or one that another command names."""
+    recipes = [yaml.safe_load(file.read_text()) for file in ROOT.glob("configs/*/*.yaml")]
+    written = {Path(recipe["output_dir"]) for recipe in recipes if "output_dir" in recipe}
+    for file in [*COMMANDS, *ROOT.glob("scripts/*.sh"), *ROOT.glob("runtime/config/*.py")]:
+        found = WRITTEN.findall(file.read_text())
+        written |= {Path(one or other) for one, other in found}
+    read = [
+        Path(word)
+        for commands in COMMANDS.values()
+        for words in commands.values()
+        for before, word in pairwise(words)
+        if word.startswith("output/") and before.endswith(READ)
+    ]
+    assert len(read) > 15
+    assert not [path for path in read if not written & {path, *path.parents}]

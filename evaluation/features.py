@@ -29,9 +29,8 @@ class Bank(NamedTuple):
 
     def rows(self, first: int, last: int, device: torch.device) -> Tensor:
         """Features float32 [last-first,D] on `device`."""
-        if isinstance(
-            self.features, np.memmap
-        ):  # read, because mapped pages would count as this process's memory
+        if isinstance(self.features, np.memmap):
+            # read, because mapped pages would count as this process's memory
             width = self.features.shape[1]
             start = self.features.offset + first * width * self.features.itemsize
             part = np.fromfile(
@@ -62,9 +61,9 @@ def feature_bank(
     runs that make the same bank, each writes files of its own. Raises UserError for images with
     several labels, and where a feature is not finite.
     """
-    features, labels, done = (
-        path.with_suffix(suffix) for suffix in (".npy", ".labels.npy", ".json")
-    )
+    features = path.with_suffix(".npy")
+    labels = path.with_suffix(".labels.npy")
+    done = path.with_suffix(".json")
     if not distributed.on_main(partial(_is_whole, features, labels, done, total, width)):
 
         def begin() -> list[Path]:

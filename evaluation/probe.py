@@ -4,6 +4,7 @@ training set; its weight decay given, or chosen on validation images as CLIP's."
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,10 +102,9 @@ def linear_probe(
     number.
     """
 
-    def probe() -> dict[str, float]:
-        return _probe(train, queries, classes, world.device, l2, iterations, val, val_fraction)
-
-    return distributed.on_main(probe)
+    return distributed.on_main(
+        partial(_probe, train, queries, classes, world.device, l2, iterations, val, val_fraction)
+    )
 
 
 @torch.inference_mode(False)
@@ -234,8 +234,7 @@ def mean_of_classes(probe: Probe, parts: Sequence[Selection], device: torch.devi
 
 
 def moments(parts: Sequence[Selection], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature, float32 [D]; deviations of constant features are
-    1."""
+    """Mean and std of each feature, float32 [D]; the std of a constant feature is 1."""
     width = parts[0].bank.features.shape[1]
     total = torch.zeros(width, dtype=torch.float64, device=device)
     squares = torch.zeros_like(total)

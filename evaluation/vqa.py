@@ -10,6 +10,7 @@ from torch import Tensor
 
 from base.writing import write_json
 
+FEW = 4  # answers: with fewer, leaving one out leaves less than the three equal ones that count 1
 ARTICLES = {"a", "an", "the"}
 DIGITS = {
     word: str(i)
@@ -46,9 +47,8 @@ def without_punctuation(answer: str) -> str:
     for mark in PUNCTUATION:
         beside_blank = f"{mark} " in answer or f" {mark}" in answer
         cleaned = cleaned.replace(mark, "" if beside_blank or in_number else " ")
-    return re.sub(
-        r"\.(?!\d)", "", cleaned, count=32
-    )  # the official code passes a flag as this count
+    # 32 periods at most: the official code passes a flag in place of the count
+    return re.sub(r"\.(?!\d)", "", cleaned, count=32)
 
 
 def normalise(answer: str) -> str:
@@ -58,18 +58,17 @@ def normalise(answer: str) -> str:
     return " ".join(SPELLING.get(word, word) for word in words if word not in ARTICLES)
 
 
-FEW = 4  # answers: with fewer, leaving one out leaves less than the three equal ones that count 1
-
-
 def answer_score(prediction: str, answers: Sequence[str], one_sided: bool = False) -> float:
     """Accuracy in 0..1 of one prediction: min(1, n / 3) of the others' answers, averaged over who
     is left out.
 
-    With four or more equal answers among ten annotators' the score is 1, with one 0.3. one_sided: as
-    the official code, which takes punctuation out of the annotators' answers (where they differ) but turns
-    number words into digits, drops articles and spells contractions out in the prediction alone.
-    VQA's own annotations are in that form already; where annotations say "two" or "the dog", nobody
-    could ever be right. Of fewer than four answers, which could never reach 1 that way, any is right.
+    Four or more equal answers among ten give 1, one gives 0.3. Of fewer than four answers, which
+    could never give 1 that way, any is right.
+
+    one_sided: as the official code, which takes punctuation out of the annotators' answers (where
+    they differ), but turns number words into digits, drops articles and spells contractions out in
+    the prediction alone. VQA's own annotations are in that form already; where annotations say "two"
+    or "the dog", no prediction could ever be right.
     """
     if not one_sided:
         answers = [normalise(answer) for answer in answers]

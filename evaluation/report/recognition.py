@@ -1,5 +1,5 @@
-"""Labels of images as figures: an image with the attention of its labels, and the pages
-of a split."""
+"""Labels of images as figures: an image with the attention of its labels, and the pages of a
+split."""
 
 import math
 from collections import Counter

@@ -129,7 +129,7 @@ class ClassifierConfig:
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the pixels, of 1."""
+        """Mean and std of the pixels in [0,1]."""
         return STATISTICS[self.pixels]
 
     def __post_init__(self):

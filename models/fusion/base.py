@@ -238,6 +238,6 @@ def check_batch(image: Tensor) -> None:
     """Raise UserError where hard negatives cannot exist."""
     if len(image) < 2:
         raise UserError(
-            "a batch of 1 per process holds no negative for image-text matching: set batch_size (batch_size_train) to "
-            "2 or more"
+            "a batch of 1 per process holds no negative for image-text matching: set batch_size "
+            "(batch_size_train) to 2 or more"
         )

@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         return self.blocks(z)
 
 
-RANDOM = "random"  # in place of a path
+RANDOM = "random"  # instead of a path
 SMALL = TokenizerConfig(vocab_size=32, width=8, groups=3, blocks_per_group=1, decoder_width=8)
 
 
@@ -190,10 +190,9 @@ class ImageTokenizer(nn.Module):
         """A frozen tokenizer from a file or folder.
 
         path: OpenAI's encoder.pkl or a folder with it (decoder.pkl beside it is optional); the
-            safetensors file, checkpoint or folder of `scripts/train_dvae.py`; or the word `random`,
-            a small untrained tokenizer for smoke tests.
-        read: file or folder -> state dict, `runtime.checkpoint.read_weights`. precision: see
-        `freeze`.
+        safetensors file, checkpoint or folder of `scripts/train_dvae.py`; or the word `random`, a
+        small untrained tokenizer for smoke tests. read: file or folder -> state dict,
+        `runtime.checkpoint.read_weights`. precision: see `freeze`.
         """
         path = Path(path)
         if str(path) == RANDOM:
@@ -281,14 +280,13 @@ class ImageTokenizer(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses of one training step, 0-d each, for images [B,3,H,W] in [0,1].
 
-        loss_reconstruction: negative log-likelihood under the logit-Laplace distribution, or mean
-        squared error, of the
-            decoder's image from Gumbel-softmax codes (Jang et al. 2017) at `temperature`: relaxed
-            ones, or with `straight_through` hard ones with the gradient of the relaxed ones.
-        loss_kl: KL(q(code | position) || uniform), mean over positions, in nats: how certain the
-        encoder is.
-        loss_usage: KL(mean q over the batch || uniform): 0 when all codes are used equally; keeps
-        the code book alive.
+        The decoder's image is made of Gumbel-softmax codes (Jang et al. 2017) at `temperature`:
+        relaxed ones, or with `straight_through` hard ones with the gradient of the relaxed ones.
+
+        loss_reconstruction: its negative log-likelihood under the logit-Laplace distribution, or its
+        mean squared error. loss_kl: KL(q(code | position) || uniform), mean over positions, in nats:
+        how certain the encoder is. loss_usage: KL(mean q over the batch || uniform): 0 when all
+        codes are used equally; keeps the code book alive.
         """
         logits = self.logits(image).float()
         log_q = F.log_softmax(logits, dim=1)

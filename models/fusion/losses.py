@@ -20,9 +20,8 @@ def distilled_cross_entropy(
     [R,C] -> float32 [R].
 
     target: int64 [R] classes (IGNORE gives loss 0) or float [R,C] distributions, like torch's cross
-    entropy.
-    Both targets sum to 1, so the loss is logsumexp(s) - sum(target * s): no [R,C] log-softmax is
-    kept for backward.
+    entropy. Both targets sum to 1, so the loss is logsumexp(s) - sum(target * s): no [R,C]
+    log-softmax is kept for backward.
     """
     logits = logits.float()
     if target.dtype.is_floating_point:
@@ -111,12 +110,12 @@ def keyword_targets(
     """SIMLA's hard keyword targets: the tokens [CLS] attends to most.
 
     Each head votes for its `per_head` strongest positions; the `keywords` positions with most votes
-    become targets.
-    attention [B,H,L] probabilities of the [CLS] query, ids int64 [B,L]. Ties go to the earlier
-    position.
-    allowed: bool [B,L], positions that may be voted for; one without a vote is never chosen, so a
-    short text gives fewer keywords. None = any position, voted for or not, as published.
-    Returns the multi-hot targets float32 [B,V] and the votes int64 [B,L].
+    become targets. Ties go to the earlier position.
+
+    attention [B,H,L]: probabilities of the [CLS] query; ids int64 [B,L]. allowed: bool [B,L],
+    positions that may be voted for; one without a vote is never chosen, so a short text gives fewer
+    keywords. None = any position, voted for or not, as published. Returns the multi-hot targets
+    float32 [B,V] and the votes int64 [B,L].
     """
     if allowed is not None:
         attention = attention.masked_fill(~allowed[:, None, :], -1.0)

@@ -124,14 +124,13 @@ class Retrieval(ImageTextModel):
         return stage, self.text_feature(cls_state)
 
     def match_scores(
-        self, text: Tensor, text_mask: Tensor, image_tokens: Tensor, rows: Tensor
+        self, text: Tensor, text_mask: Tensor, image_tokens: Tensor, rows: Tensor | None
     ) -> Tensor:
         """ITM logit of "match" of R pairs, float32 [R].
 
         text: int64 ids [R,L] or `encode_text`'s states [R,L,D]; text_mask bool [R,L]; image_tokens
-        [B,N+1,D];
-        rows int64 [R], the image of each text. The images' keys are computed once, however many
-        texts share them.
+        [B,N+1,D]; rows int64 [R], the image of each text, None: row r reads image r mod B. The
+        images' keys are computed once, however many texts share them.
         """
         stage = text if text.is_floating_point() else self.bert.text_stage(text, text_mask)
         fused = self.bert.fuse(stage, text_mask, image_tokens, rows=rows, keep=first_token(stage))

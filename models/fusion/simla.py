@@ -63,7 +63,7 @@ class SimlaConfig(ImageTextConfig):
 
 @dataclass
 class TeacherText:
-    """What the momentum text transformer knows of a batch; no gradient."""
+    """What the momentum text transformer makes of a batch, without gradient."""
 
     features: Features
     mlm_logits: Tensor  # [K,V] at the masked positions

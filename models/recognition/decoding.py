@@ -5,9 +5,8 @@ All continuations of an image are branches of one tree: image and prompt are enc
 token adds one key, and a boolean mask says which branch sees which keys. So nothing is copied for a
 hundred labels of an image, and a beam that changes its parent changes a row of the mask.
 
-model: anything with `prefill(images, prompt)` and `step(tokens, position, mask, cache)` of
-models.recognition.nxtp.Nxtp; also the
-exported one of scripts/weights/export_recognition.py.
+model: anything with `prefill` and `step` as models.recognition.nxtp.Nxtp has them; also the exported
+one of scripts/weights/export_recognition.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -155,8 +154,8 @@ METHODS = ("greedy", "top_k", "top_p")
 
 @dataclass(frozen=True)
 class Choice:
-    """How the next token is chosen: one of METHODS; temperature of top_p alone, as
-    in the original."""
+    """How the next token is chosen: one of METHODS. temperature: of top_p alone, as in the
+    original."""
 
     method: str = "greedy"
     k: int = 5

@@ -60,11 +60,10 @@ class ViTEncoder(OpenAIViT):
 class ResNetEncoder(ModifiedResNet):
     """CLIP's ResNet whose last feature map, normed position by position, is projected to the decoder.
 
-    [B,3,S,S] -> [B,1+N,D], their mean first, where a ViT has its class token. As many stages as
-    `vision_layers` names;
-    the grid begins at S / 4, and each stage after the first halves it. A random one starts with
-    open residual branches, since small towers learn shapes sooner that way. A frozen one keeps the
-    statistics of its batch norms.
+    [B,3,S,S] -> [B,1+N,D], their mean first, where a ViT has its class token. It has as many stages
+    as `vision_layers` names; the grid begins at S / 4, and each stage after the first halves it. A
+    random one starts with open residual branches, since small towers learn shapes sooner that way.
+    A frozen one keeps the statistics of its batch norms.
     """
 
     def __init__(self, config: OpenAIConfig):
@@ -138,8 +137,8 @@ def text_mask(segments: Tensor, images: int) -> Tensor:
     [B,1,T,images+T].
 
     segments: 0 of the prompt, which all later positions see; j >= 1 of label j and its delimiter,
-    which only they see;
-    -1 of positions nobody sees, themselves included (padding; with compat original the last label).
+    which only they see; -1 of positions nobody sees, themselves included (padding; with compat
+    original the last label).
     """
     order = torch.arange(segments.shape[1], device=segments.device)
     ordered = order[:, None] >= order  # [T,T]

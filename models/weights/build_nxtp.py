@@ -111,11 +111,10 @@ class Networks:
         """The network on the CPU.
 
         tokenizer: has vocab_size and `image`, the id of <|image|>. clip: CLIP's weights in any
-        layout; llama: a folder;
-        checkpoint: NXTP's, ours or published; what none of them has stays random. part: (rank,
-        size) of a process that shares the decoder's matrices with others. read_weights: reads the file
-        of image_tower; None = the tower stays random. Raises UserError where
-        the host's memory would not hold the weights.
+        layout; llama: a folder; checkpoint: NXTP's, ours or published; what none of them has stays
+        random. part: (rank, size) of a process that shares the decoder's matrices with others.
+        read_weights: reads the file of image_tower; None = the tower stays random. Raises UserError
+        where the host's memory would not hold the weights.
         """
         clip = openai_layout(clip) if clip else None
         if checkpoint:

@@ -269,7 +269,6 @@ def naflex_inputs(image: Tensor) -> dict[str, Tensor]:
 
 
 def _hf_view(source: str, config) -> tuple[HfView, Pixels]:
-
     processor = hugging_face_processor(source)
     view = HfView(processor)
     side = getattr(getattr(config, "vision_config", config), "image_size", 224)

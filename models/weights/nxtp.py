@@ -1,12 +1,10 @@
-"""NXTP's networks from what is published: OpenAI's CLIP, LLaMA, and NXTP checkpoints, which hold
+"""NXTP's weights out of CLIP's and LLaMA's, or out of an NXTP checkpoint; the published ones hold
 trained tensors only.
 
-Everything maps state dicts; reading CLIP and NXTP files is the caller's business, LLaMA's folders
-are read by `models.weights.llama`.
+Everything here maps state dicts to state dicts; `models.weights.build_nxtp` puts them together.
 
-    state = pretrained(clip, llama, vocabulary)          # to start training
-    state = recognition_state(checkpoint, clip)          # to resume from, or to use, an NXTP checkpoint
-    load_checkpoint(model, state, ...)                   # models.weights.albef
+    state = decoder_state(llama, vocabulary, folder) | vision_state(clip)   # to start training
+    state = recognition_state(checkpoint, clip)                             # to go on from one
 """
 
 import math
@@ -30,6 +28,7 @@ from models.weights.loading import count
 
 State = dict[str, Tensor]
 VISION, DECODER = "vision_encoder.", "language_decoder."
+POSITIONS = "positional_embedding"
 FILLED = 1024  # rows at most that fill a table of embeddings up
 LLAMA_HEAD = 128  # width of a head in every published LLaMA-2
 
@@ -61,11 +60,10 @@ def vision_state(state: State, image_size: int | None = None) -> State:
 def decoder_state(llama: State, vocabulary: int, where: object, known: int | None = None) -> State:
     """LLaMA's weights (Meta's names) with rows for the special tokens at the end.
 
-    New embeddings are normal, new rows of the head uniform in ±dim^-0.5, and zero for the last, the
-    padding token.
-    vocabulary: pieces of the tokenizer with the special tokens; known: without them, none = the
-    rows of the weights. Rows that only fill the table up to a multiple of 64 (Qwen's) are cut off.
-    UserError where it is another tokenizer's.
+    New embeddings are normal; new rows of the head are uniform in ±dim^-0.5, and zero for the last
+    one, the padding token. vocabulary: tokens of the tokenizer, the special ones included; known:
+    without those, None = the rows of the weights. Rows that only fill the table up to a multiple of
+    64 (Qwen's) are cut off. UserError for the weights of another tokenizer; where: to name them.
     """
     rows, dim = llama["tok_embeddings.weight"].shape
     if known is not None and 0 < rows - known <= FILLED and rows % 64 == 0:
@@ -94,8 +92,7 @@ def recognition_state(
     comes from `clip`.
 
     clip: OpenAI's names, or None where the checkpoint is complete. layers: blocks of the decoder to
-    keep. image_size:
-    of the images; position embeddings are resized to it.
+    keep. image_size: side of the images, to which position embeddings are resized.
     """
     state = {name: value.float() for name, value in unwrap_names(checkpoint).items()}
     state.pop(f"{VISION}logit_scale", None)
@@ -110,12 +107,11 @@ def recognition_state(
     if f"{VISION}layer1.0.conv1.weight" in state or of_library(state):
         return state
     if f"{VISION}conv1.weight" in state:
-        places = {
-            f"visual.{name}": state[VISION + name]
-            for name in ("positional_embedding", "conv1.weight")
-        }
-        places = fit_positions(places, image_size) if image_size else places
-        return state | {f"{VISION}positional_embedding": places["visual.positional_embedding"]}
+        if image_size is None:
+            return state
+        given = {f"visual.{name}": state[VISION + name] for name in (POSITIONS, "conv1.weight")}
+        fitted = fit_positions(given, image_size)
+        return state | {VISION + POSITIONS: fitted[f"visual.{POSITIONS}"]}
     if clip is None:
         raise UserError(
             "the checkpoint holds trained tensors only, as NXTP's published files do: also name the CLIP model it was "
@@ -190,8 +186,7 @@ def check_vocabulary(state: State, vocabulary: int, tokenizer: object) -> None:
 
 def trained_names(names: list[str], vision_blocks: int | None) -> set[str]:
     """What is trained: the decoder, and of the tower the projection, the last norm and the last
-    `vision_blocks` blocks;
-    none = all of it."""
+    `vision_blocks` blocks; None = everything."""
     if vision_blocks is None:
         return set(names)
     if vision_blocks and (f"{VISION}layer1.0.conv1.weight" in names or of_library(names)):

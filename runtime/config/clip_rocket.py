@@ -59,8 +59,10 @@ class RocketRunConfig(StreamConfig, ValidationConfig, RunConfig):
     # validation
     val_folder: Path | None = knob(None, "class folders for zero-shot validation; none = none")
     val_dataset: str = knob("imagenet", "its name in the two files")
-    labels: Path = knob(Path("labels.json"), "class names by data set, in the order of the folders")
-    templates: Path = knob(Path("templates.json"), "templates with {} by data set")
+    labels: Path = knob(Path("labels.json"), "class names by data set; not there: OpenAI's")
+    templates: Path = knob(
+        Path("templates.json"), "templates with {} by data set; not there: OpenAI's"
+    )
     eval_every: str = restated(ValidationConfig, "eval_every", "1 epochs", aliases=("eval_freq",))
     evaluate: bool = knob(False, "no training: validate --checkpoint")
 

@@ -63,7 +63,7 @@ FLAGS_OF_MAIN = {  # open_clip's and COYO-ALIGN's
     "beta2": "--betas B1 B2",
     "torchcompile": "--compile",
     "fsdp": "--parallel fsdp",
-    "imagenet_val": "--val-folder DIR --labels labels.json --templates templates.json",
+    "imagenet_val": "--val-folder DIR",
     "zeroshot_frequency": "--eval_every N",
     "val_frequency": "--eval_every N",
     "save_frequency": "--save_every N",

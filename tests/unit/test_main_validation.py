@@ -8,6 +8,8 @@ from PIL import Image
 
 import main
 from base.errors import UserError
+from dataset.sources.class_folder import named_list
+from dataset.tasks.catalog import PROMPTS
 
 
 def folders(root, classes):
@@ -41,3 +43,19 @@ def test_synsets_are_in_the_order_of_the_list(tmp_path):
     folders(tmp_path / "val", ["n01440764", "n01443537"])
     _, prompts = main.validation_data(config_of(tmp_path, ["tench", "goldfish"]))
     assert prompts == [["a tench."], ["a goldfish."]]
+
+
+def test_without_files_the_names_are_those_of_openai(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    classes = named_list(PROMPTS / "labels.json", "cifar10")
+    folders(tmp_path / "val", classes)
+    config = main.Config(val_folder=tmp_path / "val", val_dataset="cifar10")
+    _, prompts = main.validation_data(config)
+    assert prompts[0][0] == "a photo of a airplane." and len(prompts) == 10
+    assert "labels.json is not here" in capsys.readouterr().out
+    (tmp_path / "labels.json").write_text(json.dumps({"cifar10": classes[::-1]}))
+    (tmp_path / "templates.json").write_text(json.dumps({"cifar10": ["my {}"]}))
+    assert main.validation_data(config)[1][0] == ["my airplane"]
+    assert not capsys.readouterr().out
+    with pytest.raises(UserError, match="elsewhere"):  # a file that was named
+        named_list(tmp_path / "elsewhere/labels.json", "cifar10")

@@ -217,7 +217,7 @@ def report(split: str, data: RetrievalSet, scores: dict, rankings) -> list[str]:
 def main(config: Config) -> None:
     if config.evaluate and not (config.val_file or config.test_file or config.choices):
         raise UserError("--evaluate needs a val_file or test_file (pairs to rank), or choices")
-    check_stems(config.choices, "--choices")
+    check_stems(config.choices, "--choices", taken=("checkpoint", "k_test", "val", "test"))
     examples = {file.stem: choices_of_file(file, config.image_root) for file in config.choices}
     start = prepare(config)
     check_kind(start.weights, "retrieval")

@@ -1,6 +1,6 @@
 """Names of files and of options: hidden ones, shards, and the nearest of some."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -42,11 +42,16 @@ def matching_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if path.is_file() and not is_hidden(path))
 
 
-def check_stems(paths: Iterable[Path], option: str) -> None:
-    """UserError where two of the files that `option` names differ in folder or ending alone: what is
-    made of a file is called by its stem, and one would take the place of the other."""
+def check_stems(paths: Iterable[Path], option: str, taken: Container[str] = ()) -> None:
+    """UserError where two of the files that `option` names differ in folder or ending alone, or one
+    is called as something else is (`taken`): what is made of a file is called by its stem, and one
+    result would replace the other."""
     seen: dict[str, Path] = {}
     for path in paths:
+        if path.stem in taken:
+            raise UserError(
+                f"{option} {path}: other results are called {path.stem} already; rename the file"
+            )
         other = seen.setdefault(path.stem, path)
         if other != path:
             raise UserError(

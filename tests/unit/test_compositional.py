@@ -206,3 +206,5 @@ def test_choices_of_one_name_are_refused():
     files = [Path("a/swap.json"), Path("b/swap.json")]
     with pytest.raises(UserError, match=r"--choices: what is made of a/swap\.json and of b/swap"):
         Retrieval.main(Retrieval.Config(evaluate=True, choices=files))
+    with pytest.raises(UserError, match=r"--choices a/test\.json: other results are called test"):
+        Retrieval.main(Retrieval.Config(evaluate=True, choices=[Path("a/test.json")]))

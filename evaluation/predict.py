@@ -35,15 +35,16 @@ def over_split(
     total: int,
     world: World,
     name: str = "evaluating",
+    steps: int | None = None,
 ) -> list[Tensor]:
     """Tables [total, ...] on the CPU of every process; this one predicts the rows `own`, in the
     order of `batches`.
 
-    predict: called with a batch's tensors, except `label`, on `world.device`; gives tensors [B,
-    ...].
+    predict: called with a batch's tensors, except `label`, on `world.device`; returns tensors
+    [B,...]. steps: how many batches there are, where they do not tell.
     """
     found = []
-    for batch in progress(batches, name, world):
+    for batch in progress(batches, name, world, steps):
         inputs = {
             k: v.to(world.device, non_blocking=True) for k, v in batch.items() if k != "label"
         }

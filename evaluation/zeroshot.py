@@ -44,14 +44,8 @@ def embed_texts(
         return unit_rows(embed_text(text_ids))
 
     batches = ({"text_ids": tokenize([texts[i] for i in unit])} for unit in own)
-    found = over_split(
-        embed,
-        Sized(batches, len(own)),
-        [i for unit in own for i in unit],
-        len(texts),
-        world,
-        "texts",
-    )
+    rows = [i for unit in own for i in unit]
+    found = over_split(embed, batches, rows, len(texts), world, "texts", steps=len(own))
     return dict(zip(EMBEDDINGS, found, strict=False))
 
 
@@ -75,20 +69,6 @@ def embed_images(
 def unit_rows(found: Embeddings) -> tuple[Tensor, ...]:
     """The embeddings [B,E] that are compared, in float32 at length 1, in the order of EMBEDDINGS."""
     return tuple(F.normalize(found[name].float(), dim=-1) for name in EMBEDDINGS if name in found)
-
-
-class Sized:
-    """An iterable that knows its length, for progress bars."""
-
-    def __init__(self, items: Iterable, length: int):
-        self.items = items
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self):
-        return iter(self.items)
 
 
 def text_classifier(

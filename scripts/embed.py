@@ -61,6 +61,7 @@ from runtime.options import EvaluationConfig
 from runtime.run import evaluating
 
 TEXTS = ("txt", "json")  # members of a sample that tell its captions
+SHARED = ("model", "random_weights", "precision")  # options of the scripts that open networks
 
 
 @dataclass
@@ -105,8 +106,7 @@ class Part(NamedTuple):
 
 def dual_embedder(config: Config, world: World) -> Embedder:
     """Of images and captions."""
-    names = ("checkpoint", "model", "random_weights", "precision")
-    options = {name: getattr(config, name) for name in names}
+    options = {name: getattr(config, name) for name in SHARED}
     if config.checkpoint:
         options["checkpoint"] = weights_file(config.checkpoint)
     if config.tokenizer:
@@ -129,9 +129,8 @@ def dual_embedder(config: Config, world: World) -> Embedder:
 
 def image_embedder(config: Config, world: World) -> Embedder:
     """Of images alone: features as they are."""
-    names = ("checkpoint", "model", "random_weights", "precision")
-    options = {name: getattr(config, name) for name in names}
-    encoder = eval_knn.load_encoder(eval_knn.Config(**options))
+    options = {name: getattr(config, name) for name in SHARED}
+    encoder = eval_knn.load_encoder(eval_knn.Config(checkpoint=config.checkpoint, **options))
     encoder.choose(config.score if config.score != "z" else "feats")
     about = description_of(weights_file(config.checkpoint)) if config.checkpoint else {}
     view, in_words = eval_knn.view_of(encoder, about)
@@ -156,7 +155,21 @@ def parts_of(data: str, size: int) -> list[Part]:
     return [Part(data, records, start, min(start + size, len(records))) for start in starts]
 
 
-def opened(part: Part) -> Part:
+def all_parts(config: Config) -> list[Part]:
+    """Those of all data. UserError where the folder holds parts of others, which readers would take
+    along."""
+    parts = [part for data in config.data for part in parts_of(data, config.part)]
+    names = part_names(len(parts))
+    others = sorted({file.stem for file in (config.out / "parts").glob("*.json")} - {*names})
+    if others:
+        raise UserError(
+            f"{config.out}: holds part {others[0]}, but this data has the parts {names[0]} to "
+            f"{names[-1]}; write to another --out, or delete the folder"
+        )
+    return parts
+
+
+def with_records(part: Part) -> Part:
     """The part with its records; a shard is indexed by one process and read by all."""
     if part.records is not None:
         return part
@@ -170,16 +183,9 @@ def beside_image(records: Sequence[dict], number: int) -> dict:
     own = isinstance(records, ShardIndex) and not columns_of(records.title)
     if not own or "txt" not in records.endings(number):
         return records[number]
-    members = {
-        ending: records.read(number, ending)
-        for ending in records.endings(number)
-        if ending in TEXTS
-    }
-    return {
-        "key": records.name(number),
-        "caption": lenient_text(members["txt"]),
-        **members,
-    }
+    endings = [ending for ending in TEXTS if ending in records.endings(number)]
+    members = {ending: records.read(number, ending) for ending in endings}
+    return {"key": records.name(number), "caption": lenient_text(members["txt"]), **members}
 
 
 def first_caption(record: dict) -> str:
@@ -275,17 +281,6 @@ def part_file(name: str, config: Config) -> Path:
     return config.out / "parts" / f"{name}.json"
 
 
-def check_folder(config: Config, count: int) -> None:
-    """Raise UserError where the folder holds parts of other data, which readers would take along."""
-    names = part_names(count)
-    others = sorted({file.stem for file in (config.out / "parts").glob("*.json")} - {*names})
-    if others:
-        raise UserError(
-            f"{config.out}: holds part {others[0]}, but this data has the parts {names[0]} to "
-            f"{names[-1]}; write to another --out, or delete the folder"
-        )
-
-
 def is_written(name: str, key: str, config: Config) -> bool:
     """Whether a part of the same data and network is there, with its files as they were written."""
     try:
@@ -314,15 +309,12 @@ def key_of(part: Part, embedder: Embedder, config: Config) -> str:
 def main(config: Config) -> None:
     check_folder_option(config.out, "--out")
     if config.sharing.slurm:
-        parts = [part for data in config.data for part in parts_of(data, config.part)]
-        check_folder(config, len(parts))
-        submit_array(config.sharing, len(parts), config.out)
+        submit_array(config.sharing, len(all_parts(config)), config.out)
         return
     world = distributed.init(config.device)
     embedder = (dual_embedder if config.texts else image_embedder)(config, world)
     with distributed.rank_0_first():
-        parts = [part for data in config.data for part in parts_of(data, config.part)]
-        check_folder(config, len(parts))
+        parts = all_parts(config)
     if config.sharing.merge:
         merge(parts, embedder, config)
         return
@@ -336,7 +328,7 @@ def main(config: Config) -> None:
             if distributed.on_main(partial(is_written, name, key, config)):
                 kept += 1
                 continue
-            part = opened(part)
+            part = with_records(part)
             found = embed(part, embedder, config, world)
             distributed.on_main(partial(write_part, name, found, config, key), share=False)
             samples = f"{part.stop - part.start:,} samples"

@@ -80,6 +80,7 @@ def init(device: str = "auto") -> World:
     return World(rank, size, local_rank, chosen)
 
 
+PAUSE = 0.1  # seconds
 _GROUP: list[str] = []  # the name of the process group, which `init` draws
 
 
@@ -148,6 +149,9 @@ def allow_tf32(allowed: bool) -> None:
 def shutdown() -> None:
     """Leave the process group, so that the launcher sees a clean end."""
     if dist.is_initialized():
+        # A thread of gloo frees the last tensors, for which it needs Python's lock; torch 2.6 holds
+        # it while it waits for that thread, for ever. Meanwhile the lock is free:
+        time.sleep(PAUSE)
         dist.destroy_process_group()
         _GROUP.clear()
 

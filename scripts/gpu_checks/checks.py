@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from base import distributed
 from scripts.gpu_checks.report import Report
 from scripts.gpu_checks.runs import (
     Run,
@@ -145,7 +146,7 @@ def check_sharding(report, device: torch.device) -> None:
             try:
                 return difference(Run(command, device, "fp32", parallel="fsdp").losses(), expected)
             finally:
-                dist.destroy_process_group()
+                distributed.shutdown()
 
     report.check("FSDP2 on one process as plain", sharded, TOLERANCE["fp32"])
 

@@ -62,7 +62,7 @@ def test_processes_share_the_visual_codes(tmp_path):
 
 def slow_first_process(rank, store):
     limit = datetime.timedelta(seconds=2)
-    dist.destroy_process_group()
+    distributed.shutdown()
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=limit
     )

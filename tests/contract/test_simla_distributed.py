@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from base import distributed
 from base.distributed import gather_with_gradient
 from models.fusion.momentum import MomentumPairs
 from tests.helpers.processes import start_processes
@@ -58,7 +59,7 @@ def worker(rank: int, init_file: str, results: str) -> None:
             model, wrapped, rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD, albef
         )
     torch.save(seen, f"{results}.{rank}")
-    dist.destroy_process_group()
+    distributed.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from base import distributed
 from tests.helpers.processes import as_new_process, free_port, fresh_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -345,8 +346,7 @@ def _on_rank(variables: dict[str, str], function: Callable, args: tuple) -> byte
         try:
             return pickle.dumps(function(*args))  # bytes: torch would send open files for tensors
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            distributed.shutdown()
 
 
 def stop_processes() -> None:
@@ -372,4 +372,4 @@ def process_group() -> Iterator[None]:
         yield
         dist.barrier()  # nobody hangs up while another still talks
     finally:
-        dist.destroy_process_group()
+        distributed.shutdown()

@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from base import distributed
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds for a script
 GRACE = 10  # seconds for the other ranks after one has failed
@@ -82,8 +84,7 @@ def _joined(rank: int, world_size: int, store: str, function, args: tuple) -> No
         function(rank, *args)
         dist.barrier()  # nobody hangs up while another still talks
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        distributed.shutdown()
     os._exit(0)  # on the interpreter's own way out gloo's threads now and then abort it
 
 

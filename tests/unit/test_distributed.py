@@ -8,6 +8,16 @@ from base.errors import UserError
 from tests.helpers.processes import start_processes
 
 
+def test_threads_of_the_group_get_pythons_lock_before_it_ends(monkeypatch):
+    """torch 2.6 waits for them for ever: a hundred groups of two processes hung."""
+    calls = []
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: calls.append("end"))
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: calls.append(seconds))
+    distributed.shutdown()
+    assert calls == [distributed.PAUSE, "end"] and 0 < distributed.PAUSE < 1
+
+
 @pytest.mark.parametrize(
     "nodes, first",
     [

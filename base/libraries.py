@@ -167,7 +167,7 @@ def open_clip_network(name: str, weights: bool, remedy: str = "") -> nn.Module:
         return open_clip.create_model(
             name,
             pretrained=pretrained,
-            device=torch.get_default_device(),  # meta, where only sizes count
+            device=torch.empty(0).device,  # meta, where only sizes count
             load_weights=weights,
             pretrained_text=False,
             force_quick_gelu=not elsewhere and quick_gelu(name, tag),

@@ -44,8 +44,9 @@ def _of_cgroup(limit: str, used: str) -> int | None:
 
 
 def takes_no_memory() -> bool:
-    """Whether tensors are made without data: fakes of scripts/plan.py, or on the meta device."""
-    return detect_fake_mode() is not None or torch.get_default_device().type == "meta"
+    """Whether tensors are made without data: fakes of scripts/plan.py, or on the meta device, which
+    torch.get_default_device of torch 2.6 does not know of."""
+    return detect_fake_mode() is not None or torch.empty(0).device.type == "meta"
 
 
 def parameter_count(make: Callable[[], nn.Module]) -> int:

@@ -13,6 +13,7 @@ from models.layers.efficientnet import EfficientNetShape
 from models.layers.xbert import BertConfig
 from runtime.optim.build import Optimizer, build_optimizer
 from runtime.parallel import ParallelOptions, checkpoint_blocks, shard
+from tests.contract.test_parallel import FSDP2
 from tests.helpers.clip_toys import cached_losses, losses_with_total
 from tests.helpers.processes import spawn
 
@@ -98,7 +99,7 @@ def sharded_losses(rank: int) -> list[torch.Tensor]:
 
 def on_two(rank: int, expected: dict) -> None:
     compare(train(rank, 2), expected)
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7):
+    if FSDP2:
         compare(
             {f"loss {step}": loss for step, loss in enumerate(sharded_losses(rank))},
             losses_of(expected),

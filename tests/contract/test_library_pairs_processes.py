@@ -16,7 +16,7 @@ from models.layers.batchnorm import synchronise_batch_norm
 from models.layers.library_towers import start_towers
 from runtime.checkpoint import read_weights
 from runtime.parallel import ParallelOptions, parallelize, whole_model
-from tests.contract.test_parallel import OLD
+from tests.contract.test_parallel import FSDP2
 from tests.helpers.clip_toys import with_total
 from tests.helpers.crash_points import contents
 from tests.helpers.main_runs import arguments, finish
@@ -26,7 +26,7 @@ from tests.helpers.tiny_hugging_face import align, clip, saved, siglip
 from tests.helpers.tiny_open_clip import open_clip_siglip
 
 PAIRS, STEPS = 8, 2
-STRATEGIES = ["ddp"] if OLD else ["ddp", "fsdp"]  # FSDP2 takes whole scalars from torch 2.7 on
+STRATEGIES = ["ddp", "fsdp"] if FSDP2 else ["ddp"]
 
 
 def train(name: str, rank: int = 0, size: int = 1, strategy: str = "ddp") -> dict:

@@ -3,12 +3,14 @@ the numbers."""
 
 import copy
 import functools
+import inspect
 import os
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import fully_shard
 
 from base import distributed
 from base.errors import UserError
@@ -25,8 +27,8 @@ from runtime.parallel import (
 from tests.helpers.processes import start_processes
 
 CPU = torch.device("cpu")
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
-needs_fsdp2 = pytest.mark.skipif(OLD, reason="FSDP2 takes whole scalars from torch 2.7 on")
+FSDP2 = "ignored_params" in inspect.signature(fully_shard).parameters
+needs_fsdp2 = pytest.mark.skipif(not FSDP2, reason="FSDP2 takes whole scalars from torch 2.7 on")
 STEPS = 3
 
 

@@ -87,6 +87,13 @@ class Config(FusionNetworks, StreamConfig, RunConfig):
     optimizer: Optimizer = section(Optimizer, flat=True)
     scheduler: Schedule = section(Schedule, aliases=("schedular",), flat=True)
 
+    def check(self) -> None:
+        """Check that the options are compatible."""
+        if self.code_cache and (self.shards or not (self.is_simla and self.fixed_geometry)):
+            raise UserError(
+                "code_cache needs SIMLA, --fixed_geometry, and train_file without shards"
+            )
+
     @property
     def grid(self) -> int:
         """Patches per side."""

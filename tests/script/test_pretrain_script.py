@@ -108,6 +108,23 @@ def test_cached_codes_equal_codes_computed_on_the_fly(digitscenes, image_tokeniz
     assert lines(tmp_path / "fly") == lines(tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fixed_geometry": "false"},  # of other crops the codes would be wrong
+        {"method": "albef"},  # has no image tokenizer
+        {"shards": "a.tar"},  # whose samples have no numbers
+    ],
+)
+def test_cached_codes_that_cannot_be_used_are_not_computed(
+    changes, digitscenes, image_tokenizer, tmp_path
+):
+    changes = {"code_cache": tmp_path / "codes.npy", "fixed_geometry": "true", **changes}
+    with pytest.raises(UserError, match="code_cache needs SIMLA, --fixed_geometry"):
+        run_main(arguments(digitscenes, image_tokenizer, tmp_path / "run", **changes))
+    assert not (tmp_path / "codes.npy").exists()
+
+
 def test_starting_from_the_weights_of_another_run(digitscenes, image_tokenizer, tmp_path):
     run_main(arguments(digitscenes, image_tokenizer, tmp_path / "first"))
     weights = tmp_path / "first" / "model.safetensors"

@@ -101,6 +101,15 @@ def test_splits_cut_between_writers_forms_and_hold_every_class():
             assert (handwriting.labels[samples] == digit).all()
 
 
+def test_the_handwriting_is_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    handwriting, bundle = Handwriting(), load_digits()
+    assert handwriting.ink.dtype == np.float32 and handwriting.labels.dtype == np.int64
+    assert np.array_equal(handwriting.ink * 16, bundle.images)
+    assert np.array_equal(handwriting.labels, bundle.target)
+
+
 def test_images_are_jpeg_of_the_stated_size(root, scenes):
     from PIL import Image
 

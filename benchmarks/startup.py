@@ -30,7 +30,7 @@ from benchmarks.runner import OURS, Options, take_turns
 from benchmarks.table import Column, publish
 from dataset.sources.tar_writer import statistics_file, write_shard, write_statistics
 from dataset.text.bpe import ClipTokenizer
-from runtime.config.cli import knob, parse, run_script
+from runtime.config.cli import knob, parse, restated, run_script
 
 LINKS = 60_000  # names that a file gets; file systems allow 65,000 or so
 SEED = 1
@@ -60,9 +60,9 @@ class Config(Options):
     batch: int = knob(32, "samples of a batch on each rank", low=1)
     folder: Path | None = knob(None, "folder of shards of an earlier run, or to make them in")
     device: str = knob("cpu", "only the CPU is measured", choices=("cpu",))
-    threads: int = knob(1, "CPU threads of each rank", low=1)
-    repeats: int = knob(1, "measurements", low=1)
-    report: str = knob("", "page to write the table to; empty = print only")
+    threads: int = restated(Options, "threads", 1, help="CPU threads of each rank")
+    repeats: int = restated(Options, "repeats", 1)
+    report: str = restated(Options, "report", "")
 
 
 def make_shards(folder: Path, config: Config) -> None:

@@ -29,7 +29,7 @@ from dataset.images.clip import ImageViews, ViewOptions
 from dataset.images.decode import decode_image
 from dataset.text.augment import TextOptions, TextViews
 from dataset.text.bpe import ClipTokenizer
-from runtime.config.cli import knob, run_script
+from runtime.config.cli import knob, restated, run_script
 
 WIDTH, HEIGHT, IMAGES, MEMBERS = 512, 384, 50, 1000
 ZIP = "000.zip"
@@ -51,8 +51,8 @@ class Config(Options):
     """What to measure."""
 
     items: int = knob(200, "samples of each pipeline", low=10)
-    threads: int = knob(1, "CPU threads of each side", low=1)
-    report: str = knob("", "page to write the table to; empty = print only")
+    threads: int = restated(Options, "threads", 1)
+    report: str = restated(Options, "report", "")
 
 
 # ---- inputs

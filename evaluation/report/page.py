@@ -5,7 +5,7 @@ Every function returns `Markup`; plain strings handed to one are escaped. The HT
 blocks.html.j2, its style in page.css.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,30 +35,25 @@ def blocks() -> Any:
     return environment.get_template("blocks.html.j2").module
 
 
-class Block:
-    """What a macro of the template makes alone; the template says what each takes."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, *values: Any, **named: Any) -> Markup:
-        return getattr(blocks(), self.name)(*values, **named)
+def macro(name: str) -> Callable[..., Markup]:
+    """A macro of the template, which says what it takes."""
+    return lambda *values, **named: getattr(blocks(), name)(*values, **named)
 
 
-badge = Block("badge")
-bar = Block("bar")
-bold = Block("bold")
-boxes = Block("boxes")
-case = Block("case")
-figure = Block("figure")
-folded = Block("folded")
-group = Block("group")
-heading = Block("heading")
-link = Block("link")
-quote = Block("quote")
-ranked = Block("ranked")
-sortable_table = Block("sortable_table")
-table = Block("table")
+badge = macro("badge")
+bar = macro("bar")
+bold = macro("bold")
+boxes = macro("boxes")
+case = macro("case")
+figure = macro("figure")
+folded = macro("folded")
+group = macro("group")
+heading = macro("heading")
+link = macro("link")
+quote = macro("quote")
+ranked = macro("ranked")
+sortable_table = macro("sortable_table")
+table = macro("table")
 
 
 def page(

@@ -19,6 +19,7 @@ from evaluation.report.names import score_name
 from evaluation.report.page import card, group, line_chart, link, page, table
 from runtime.config.values import show
 from runtime.config.yaml import read_yaml
+from runtime.log import is_number
 
 DEPTH = 5  # folders below the one given that are looked through
 INSIDE = 2  # the same of a run's own folder, at its end
@@ -171,10 +172,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def runs_page(runs: Sequence[RunFolder], root: Path, title: str) -> Markup:

@@ -118,12 +118,15 @@ def build_dual(config: DualConfig, visual: nn.Module | None = None) -> DualEncod
             raise UserError(
                 f"{config.model} has towers of its own; use CLIP_VITB16_CLIP or *_SIGLIP"
             )
-        build = _openai if model is OpenAICLIP else LibraryCLIP
-        return build_fitting(partial(build, config), config.model)
+        if model is LibraryCLIP:
+            return build_fitting(partial(LibraryCLIP, config), config.model)
+        return build_fitting(partial(OpenAICLIP, openai_shape(config), config), config.model)
     if visual is None and config.image_tower:
         visual = TimmTower(config.image_tower, classes=config.tower_classes is not None)
     if config.text_tower is None and visual is None:
-        return build_fitting(partial(_own_towers, model, backbone, config), config.model)
+        return build_fitting(
+            lambda: model(config, build_backbone(backbone, config.image_size)), config.model
+        )
     visual = visual or build_backbone(backbone, config.image_size)
     if config.text_tower is None:
         return model(config, visual)
@@ -164,14 +167,6 @@ def openai_shape(config: DualConfig) -> OpenAIConfig:
         activation=activation,
     )
     return replace(published, image_size=config.image_size, text=text, vision_activation=activation)
-
-
-def _openai(config: DualConfig) -> OpenAICLIP:
-    return OpenAICLIP(openai_shape(config), config)
-
-
-def _own_towers(model: type[DualEncoder], backbone: str, config: DualConfig) -> DualEncoder:
-    return model(config, build_backbone(backbone, config.image_size))
 
 
 def build_backbone(name: str, image_size: int) -> nn.Module:

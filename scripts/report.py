@@ -179,11 +179,8 @@ def attention_section(
         )
     owner = torch.tensor(data.txt2img)
     found = (by_text.candidates[:, 0] == owner).nonzero().flatten()
-    found = (
-        found[torch.linspace(0, len(found) - 1, min(config.images, len(found))).long()]
-        if len(found)
-        else found
-    )
+    shown = min(config.images, len(found))
+    found = found[torch.linspace(0, max(0, len(found) - 1), shown).long()]  # evenly among them
     rows = []
     for text in found.tolist():
         file = data.image_root / data.images[data.txt2img[text]]
@@ -256,16 +253,11 @@ def main(config: Config) -> None:
     write_text(
         config.output, page(config.title, sections, f"{metrics['checkpoint']} on {test_file}")
     )
-    names = {
-        "captions R@1": "txt_r1",
-        "R@5": "txt_r5",
-        "images R@1": "img_r1",
-        "R@5 ": "img_r5",
-        "mean": "r_mean",
-    }
-    print(f"{'recall in %':<24}" + "".join(f"{name:>14}" for name in names))
+    heads = ("captions R@1", "R@5", "images R@1", "R@5", "mean")
+    keys = ("txt_r1", "txt_r5", "img_r1", "img_r5", "r_mean")
+    print(f"{'recall in %':<24}" + "".join(f"{head:>14}" for head in heads))
     for name, row in {**rows, "chance": guess}.items():
-        print(f"{name:<24}" + "".join(f"{row[key]:>14.1f}" for key in names.values()))
+        print(f"{name:<24}" + "".join(f"{row[key]:>14.1f}" for key in keys))
     print(f"{config.output}: {config.output.stat().st_size / 1e6:.1f} MB")
 
 

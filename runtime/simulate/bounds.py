@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from runtime.gpus import Gpu
-from runtime.simulate.recorder import Collective, Operation, Trace
+from runtime.simulate.recorder import Collective, Operation, Trace, is_all_reduce
 
 # Fraction of the data sheet's memory bandwidth that good kernels reach: copies 0.85 to 0.9 (0.87 on
 # an H200). What products reach of the peak is in runtime/gpus.py, by card.
@@ -98,10 +98,6 @@ def traffic(collective: Collective, world_size: int) -> float:
     """Bytes that a process sends: rings move (n-1)/n of the whole once, a reduction of all twice."""
     once = collective.size * (world_size - 1) / world_size
     return once * (2 if is_all_reduce(collective.name) else 1)
-
-
-def is_all_reduce(name: str) -> bool:
-    return "reduce" in name and "scatter" not in name
 
 
 def collective_seconds(c: Collective, gpu: Gpu, world_size: int, network: float) -> float:

@@ -286,9 +286,9 @@ class Recorder(TorchDispatchMode):
 
     def _note_collective(self, name: str, args, tensors: list[Tensor]) -> None:
         sizes = [_bytes(t) for t in tensors]
-        reduces = "reduce" in name and "scatter" not in name
         # of a gather and of a scatter, the largest list is the whole
-        whole = sum(sizes) if reduces or name.startswith("broadcast") else max(sizes, default=0)
+        is_sum = is_all_reduce(name) or name.startswith("broadcast")
+        whole = sum(sizes) if is_sum else max(sizes, default=0)
         lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor)]
         whole = max([whole, *(sum(map(_bytes, a)) for a in lists)])
         self.trace.collectives.append(Collective(self.phase, name, whole))
@@ -392,6 +392,11 @@ def _sent(func, args: tuple, kwargs: dict):
         empty = tree_map_only(Tensor, lambda _: torch.empty(0), (args, kwargs))
         out = func(*empty[0], **empty[1])
     return (args[0], out[1]) if isinstance(out, tuple) else out
+
+
+def is_all_reduce(name: str) -> bool:
+    """Whether a collective leaves the whole, reduced, with every process."""
+    return "reduce" in name and "scatter" not in name
 
 
 def stand_in_of(value: Tensor) -> bool | int | float:

@@ -83,7 +83,7 @@ def search(script: ModuleType, recipe: list[str], request: Request) -> Found:
 def _largest(script, recipe, request: Request, parallel: str, checkpointing: bool):
     """The candidate with the largest batch that fills the card to FILL, or None."""
 
-    def at(size: int) -> Simulation | None:
+    def at(size: int) -> Simulation:
         config = read_config(script, recipe)
         config.parallel = parallel
         config.activation_checkpointing = checkpointing
@@ -93,7 +93,7 @@ def _largest(script, recipe, request: Request, parallel: str, checkpointing: boo
 
     config = read_config(script, recipe)
     unit = _unit(config)
-    own = max(unit, getattr(config, "batch_size_train", None) or config.batch_size)
+    own = getattr(config, "batch_size_train", None) or config.batch_size
     half = max(unit, own // 2 // unit * unit)
     room = b.FILL * request.gpu.memory
     small = at(half)

@@ -33,7 +33,7 @@ from dataset.tasks.loaders import stream_loader
 from dataset.tasks.pretrain import CodeCache, PretrainCollate, PretrainPair, write_codes
 from dataset.text.wordpiece import Tokenizer
 from evaluation.report.runs import write_index
-from models.fusion.config import networks
+from models.fusion.config import networks, warn_of_queue
 from models.fusion.dvae import ImageTokenizer, existing_tokenizer
 from models.fusion.momentum import MomentumPairs
 from models.fusion.simla import Simla, SimlaConfig
@@ -173,8 +173,7 @@ def training_data(
         write_codes(
             config.code_cache, records, images, image_tokenizer, workers=config.workers, world=world
         )
-        codes = CodeCache(config.code_cache, len(records))
-        token_side = None
+        codes, token_side = CodeCache(config.code_cache, len(records)), None
     pair = PretrainPair(
         image_transform(config, token_side),
         config.image_root,
@@ -188,6 +187,7 @@ def training_data(
         raise UserError("no training data: name lists in train_file or WebDataset shards in shards")
     collate = PretrainCollate(tokenizer, config.max_tokens, config.mlm_probability)
     stream = Stream(sources, collate, config.weights, config.exif)
+    warn_of_queue(config.queue_size, len(stream))
     return stream_loader(stream, config.batch_size, config, world, state)
 
 

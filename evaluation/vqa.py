@@ -52,7 +52,7 @@ def without_punctuation(answer: str) -> str:
     return re.sub(r"\.(?!\d)", "", cleaned, count=32)
 
 
-@lru_cache(maxsize=1 << 16)  # ten people, and every validation, give the same few answers
+@lru_cache(maxsize=1 << 16)  # ten annotators, and every validation, give the same few answers
 def normalise(answer: str) -> str:
     """The form in which the official evaluation compares a prediction with the annotators' answers."""
     answer = without_punctuation(answer.replace("\n", " ").replace("\t", " ").strip())

@@ -4,6 +4,7 @@ from functools import partial
 
 from torch._guards import detect_fake_mode
 
+from base.distributed import say
 from base.memory import check_fits, parameter_count
 from base.pixels import OPENAI, timm_statistics
 from base.reading import read_json
@@ -37,6 +38,15 @@ def networks(knobs, vocab_size: int, mask_token: bool = False) -> tuple[ViTConfi
     )
     _check_memory(vit, bert, knobs)
     return vit, bert
+
+
+def warn_of_queue(size: int, pairs: int) -> None:
+    """Say where a queue without ids holds features of every pair of the data, and more."""
+    if size > pairs:
+        say(
+            f"warning: queue_size {size:,} for {pairs:,} pairs: older features of a pair are among its own negatives; "
+            f"start with --queue_size {pairs} or less"
+        )
 
 
 def _check_memory(vit: ViTConfig, bert: BertConfig, knobs) -> None:

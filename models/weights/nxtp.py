@@ -4,7 +4,7 @@ trained tensors only.
 Everything here maps state dicts to state dicts; `models.weights.build_nxtp` puts them together.
 
     state = decoder_state(llama, vocabulary, folder) | vision_state(clip)   # to start training
-    state = recognition_state(checkpoint, clip)                             # to go on from one
+    state = recognition_state(checkpoint, clip)                             # to continue one
 """
 
 import math

@@ -14,7 +14,9 @@ import torch
 
 import Pretrain
 import Retrieval
+from base.distributed import ALONE
 from base.errors import UserError
+from dataset.text.wordpiece import Tokenizer
 from models.classification.classifier import ClassifierConfig, VisionClassifier
 from runtime.config.cli import parse
 from scripts import photos_report
@@ -50,6 +52,17 @@ def test_debug_config_runs_and_writes_everything(method, digitscenes, image_toke
         (tmp_path / "run" / "tensorboard").iterdir()
     )
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("size", "warned"), [(6, True), (5, False)])
+def test_a_queue_of_more_than_all_pairs_is_told(size, warned, digitscenes, tmp_path, capsys):
+    pairs = json.loads((digitscenes / "pretrain_train.json").read_text())[:5]
+    (tmp_path / "few.json").write_text(json.dumps(pairs))
+    changes = {"train_file": tmp_path / "few.json", "method": "albef", "queue_size": size}
+    changes["batch_size"] = 5
+    config = parse(Pretrain.Config, arguments(digitscenes, None, tmp_path / "out", **changes))
+    Pretrain.training_data(config, Tokenizer(config.text_encoder), None, ALONE, None)
+    assert ("start with --queue_size 5 or less" in capsys.readouterr().out) is warned
 
 
 def test_losses_fall(digitscenes, image_tokenizer, tmp_path):

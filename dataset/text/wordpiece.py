@@ -14,8 +14,8 @@ from base.hub import from_hub
 from base.reading import read_json, read_lines, read_text
 from base.text import clean_surrogates, is_blank
 from dataset.text.choice import choose, with_text
+from dataset.text.vocabulary import SPECIAL
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DROPPED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 
 

@@ -84,7 +84,7 @@ class ResNetEncoder(ModifiedResNet):
     def forward(self, image: Tensor) -> Tensor:
         x = self.stem(image.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
-            x = self.get_submodule(stage)(x)
+            x = getattr(self, stage)(x)  # get_submodule stops TorchDynamo 2.6
         tokens = self.proj(self.ln_post(x.flatten(2).transpose(1, 2)))
         return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
 

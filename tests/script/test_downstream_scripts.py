@@ -108,7 +108,7 @@ def test_start_from_a_pretraining_checkpoint(digitscenes, tmp_path, task, two_st
     given = pretraining_checkpoint(digitscenes, tmp_path, two_stage)
     given += ["--scheduler.epochs", "2 steps", *MORE.get((task, two_stage), [])]
     start(task, digitscenes, tmp_path / "out", *given)
-    assert "unexpected" in capfd.readouterr().out  # what was left out is reported
+    assert "only in the file" in capfd.readouterr().out  # what was left out is reported
     state = torch.load(tmp_path / "out/checkpoint_00000002.pt", weights_only=True)["model"]
     assert all(value.isfinite().all() for value in state.values())
 

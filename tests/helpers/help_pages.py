@@ -4,10 +4,11 @@
 
 Each is started as `python SCRIPT --help` or `python -m MODULE --help` would start it, in a fork of
 this process, which has imported PyTorch and nothing else. Prints JSON: `seconds` of CPU time that
-the import of PyTorch took, and by name the page's `status`, `out`, `err`, `seconds` and `modules`
-(all that were imported when it ended).
+the import of PyTorch took, by name the page's `status`, `out`, `err`, `seconds` and `modules`
+(all that were imported when it ended), and what torch.utils.checkpoint imports: in torch 2.6 sympy.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -62,4 +63,6 @@ def run_and_leave(name: str, out: Path, err: Path, modules: Path) -> None:
 
 if __name__ == "__main__":
     pages = {name: help_page(name) for name in sys.argv[1:]}
-    print(json.dumps({"seconds": time.process_time(), "pages": pages}))
+    found = {"seconds": time.process_time(), "pages": pages}
+    importlib.import_module("torch.utils.checkpoint")
+    print(json.dumps(found | {"checkpointing": list(sys.modules)}))

@@ -141,7 +141,7 @@ def build_model(config: Config) -> VisionClassifier:
         if config.evaluate and "head.weight" in left_out.missing:
             classes = config.network.num_classes
             raise UserError(f"{config.checkpoint}: no head for {classes} classes to evaluate")
-        say(f"{config.checkpoint}:", left_out.note())
+        say(f"{config.checkpoint}: {left_out.note()}")
     if config.ema_decay and not config.evaluate:
         model.ema = copy.deepcopy(model).requires_grad_(False)
         if config.network.original:

@@ -285,7 +285,7 @@ def start_task(
     was left out."""
     if state:
         left_out = start_from(model, state, task, fill_momentum)
-        say(f"{checkpoint}:", left_out.note())
+        say(f"{checkpoint}: {left_out.note()}")
 
 
 # ---- BERT and DeiT

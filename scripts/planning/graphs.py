@@ -1,6 +1,8 @@
 """What torch.compile makes of a recipe: graphs, what breaks them, and recompilations, on fakes."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -20,6 +22,18 @@ class Graphs:
     breaks: Counter = field(default_factory=Counter)  # reason -> times
 
 
+@contextmanager
+def _casts_anew() -> Iterator[None]:
+    """Autocast keeps no casts of weights: one that two views share would be missed where the second
+    is recomputed."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
 def capture(script: ModuleType, config) -> Graphs:
     """Three steps of the recipe on one process, whose graphs TorchDynamo captures and runs as they
     are: nothing is generated or compiled."""
@@ -35,7 +49,7 @@ def capture(script: ModuleType, config) -> Graphs:
     torch._dynamo.reset()
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
-    with simulated_gpu():
+    with simulated_gpu(), _casts_anew():
         setup = setup_of(script, config)
         features = ParallelOptions(activation_checkpointing=config.activation_checkpointing)
         model = parallelize(setup.model, ALONE, features).train()

@@ -17,11 +17,11 @@ def captured(command: str) -> Graphs:
 class Captured:
     """`captured` of one command, as a function without arguments."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, command: str):
+        self.command = command
 
     def __call__(self) -> Graphs:
-        return captured(STEPS[self.name])
+        return captured(self.command)
 
 
 def captured_with_a_break() -> Graphs:
@@ -48,9 +48,15 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("simla", "vqa", 
 
 @pytest.mark.parametrize("name", ["ve", "nxtp", "cl2l", "vit", *SLOW])
 def test_one_graph(name):
-    found = call_in_worker(Captured(name))
+    found = call_in_worker(Captured(STEPS[name]))
     assert not found.breaks, found.breaks
     assert found.graphs == 1 and found.recompiled == 0
+
+
+def test_texts_that_see_noise_share_weights_with_those_that_do_not():
+    """In bf16 a weight is cast once for both, and again where the second's GELU is recomputed."""
+    found = call_in_worker(Captured(f"{STEPS['cl2l']} --text_dropout_prob 0.05"))
+    assert found.graphs == 1 and not found.breaks
 
 
 def test_a_break_is_seen():

@@ -164,7 +164,7 @@ class Stream:
             yield made
 
     def _batch(self, batch_size: int, readers: list[Iterator], position: dict) -> tuple:
-        """The next of `batches`; moves `position` and leaves the global generators anyhow."""
+        """The next of `batches`; moves `position`, and leaves the global generators seeded."""
         samples = []
         dropped = []
         truncated = []

@@ -227,7 +227,7 @@ def test_everything_a_folder_holds_on_one_page(trained, digitscenes, tmp_path, c
     assert choice["chance"]["text_acc"] == 50 and choice["image_acc_z"] == 100
 
     page = (output / "result/report.html").read_text()
-    for part in ("Confusions, mnist", "The hardest first", "Right: ", "chance"):
+    for part in ("Confusions, mnist", "The hardest first", "Wrong: ", "chance"):
         assert part in page
     classes = json.loads((output / "result/classes.json").read_text())["mnist"]
     assert [row["class"] for row in classes] == names

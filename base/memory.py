@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._guards import detect_fake_mode
-from torch.overrides import TorchFunctionMode
 
 from base.errors import UserError
 
@@ -50,20 +49,9 @@ def takes_no_memory() -> bool:
     return detect_fake_mode() is not None or torch.empty(0).device.type == "meta"
 
 
-class WithoutNormal(TorchFunctionMode):
-    """Leaves tensors as they are where they would be filled with normal values. On the meta device
-    that would import torch's compilers, which takes longer than the other imports of an evaluation."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "normal_":  # of torch.nn.init and of the tensor
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 def parameter_count(make: Callable[[], nn.Module]) -> int:
     """Parameters and buffers of the network that `make` builds, without their memory."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), WithoutNormal():
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         network = make()
     return sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers()))
 

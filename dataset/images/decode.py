@@ -156,6 +156,12 @@ def image_bytes(path: Path, name: str) -> bytes:
         raise BadSample(f"{name}: {error.strerror or error}") from None
 
 
+def load_decoder() -> None:
+    """Import torchvision, which takes seconds: loaders do before they start processes, which then
+    share it."""
+    _fast_decoder()
+
+
 @cache
 def _fast_decoder() -> Callable[[torch.Tensor], torch.Tensor] | None:
     """torchvision's JPEG decoder while it has one: Pillow's pixels at 1.4 times its speed.

@@ -11,7 +11,7 @@ from base.distributed import gather_objects, world_size
 from base.errors import BadSample, UserError
 from base.heartbeat import beat
 from base.processes import usable_cores
-from dataset.images.decode import reading
+from dataset.images.decode import load_decoder, reading
 from dataset.loading.workers import signals_held, worker_init
 
 LISTED = 20  # images named
@@ -62,6 +62,8 @@ class EvalLoader:
             worker_init_fn=worker_init,
             generator=torch.Generator(),
         )
+        if self.loader.num_workers:
+            load_decoder()
 
     def __len__(self) -> int:
         return len(self.loader)

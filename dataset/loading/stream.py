@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from base.distributed import ALONE, World
 from base.errors import BadSample, UserError
-from dataset.images.decode import reading
+from dataset.images.decode import load_decoder, reading
 from dataset.loading.randomness import generators_kept, mix, permuted, seed_generators
 from dataset.loading.workers import signals_held, worker_init
 
@@ -321,6 +321,8 @@ class StreamLoader:
         self._batches = None
 
     def _data_loader(self) -> DataLoader:
+        if self.workers:
+            load_decoder()
         slots = _Slots(
             self.stream, self.batch_size, self.seed, self.rank, self.world_size, self.state_dict()
         )

@@ -141,6 +141,19 @@ def test_a_sample_is_drawn_alike_by_any_worker():
     assert epoch(0, 4) == epoch(2, 4) == epoch(3, 8)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_processes_share_the_decoder_that_is_imported_before_they_start(workers, monkeypatch):
+    """Each alone would import torchvision, and torch's compilers with it, for seconds."""
+    imported = []
+    monkeypatch.setattr("dataset.loading.stream.load_decoder", lambda: imported.append("stream"))
+    monkeypatch.setattr("dataset.loading.eval.load_decoder", lambda: imported.append("eval"))
+    loader = StreamLoader(stream(records(8)), 4, workers)
+    take(loader, 1)
+    loader.close()
+    EvalLoader(dict, range(4), 2, list, workers=workers)
+    assert imported == ["stream", "eval"] * workers
+
+
 def test_the_global_generators_are_left_alone():
     def states() -> list:
         return [

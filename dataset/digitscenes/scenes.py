@@ -7,11 +7,8 @@ times over. The cuts below fall between forms, so the writers of the test split 
 on.
 """
 
-import gzip
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
@@ -122,27 +119,16 @@ class Handwriting:
     """
 
     def __init__(self) -> None:
-        rows = bundled_digits()
-        self.ink = (rows[:, :-1].reshape(-1, 8, 8) / 16).astype(np.float32)
-        self.labels = rows[:, -1].astype(np.int64)
+        from sklearn.datasets import load_digits
+
+        bundle = load_digits()
+        self.ink = (bundle.images / 16).astype(np.float32)
+        self.labels = bundle.target.astype(np.int64)
         self.crops = [crop(ink) for ink in self.ink]
         self.samples = {}
         for split, (start, stop) in FORM_STARTS.items():
             labels = self.labels[start:stop]
             self.samples[split] = [start + np.flatnonzero(labels == digit) for digit in range(10)]
-
-
-def bundled_digits() -> np.ndarray:
-    """scikit-learn's digits, float64 [1797, 65]: 64 grey values of 0 to 16, then the digit. Its file
-    is read as sklearn.datasets.load_digits reads it, whose import takes longer than the drawing of a
-    thousand scenes."""
-    package = find_spec("sklearn")
-    if package is None:
-        raise UserError(
-            "DigitScenes are drawn from scikit-learn's digits: pip install scikit-learn"
-        )
-    with gzip.open(Path(package.origin).parent / "datasets/data/digits.csv.gz", "rt") as file:
-        return np.loadtxt(file, delimiter=",")
 
 
 def crop(ink: np.ndarray) -> np.ndarray:

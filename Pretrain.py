@@ -90,9 +90,7 @@ class Config(FusionNetworks, StreamConfig, RunConfig):
     def check(self) -> None:
         """Check that the options are compatible."""
         if self.code_cache and (self.shards or not (self.is_simla and self.fixed_geometry)):
-            raise UserError(
-                "code_cache needs SIMLA, --fixed_geometry, and train_file without shards"
-            )
+            raise UserError("code_cache needs SIMLA, --fixed_geometry and train_file, no shards")
 
     @property
     def grid(self) -> int:
@@ -173,7 +171,8 @@ def training_data(
         write_codes(
             config.code_cache, records, images, image_tokenizer, workers=config.workers, world=world
         )
-        codes, token_side = CodeCache(config.code_cache, len(records)), None
+        codes = CodeCache(config.code_cache, len(records))
+        token_side = None
     pair = PretrainPair(
         image_transform(config, token_side),
         config.image_root,

@@ -142,5 +142,5 @@ def image_file(image: dict | None, folder: Path, column: str, number: int) -> st
 
 def _folder_of(column: str) -> str:
     """A name for a column's images: its own, or where that could lead elsewhere, one made of it."""
-    safe = re.sub(r"\W", "_", column)
-    return column if column == safe else f"{safe:.40}-{digest(column)}"
+    safe = re.sub(r"\W", "_", column)[:40]
+    return column if column == safe else f"{safe}-{digest(column)}"

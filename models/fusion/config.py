@@ -44,8 +44,8 @@ def warn_of_queue(size: int, pairs: int) -> None:
     """Say where a queue without ids holds features of every pair of the data, and more."""
     if size > pairs:
         say(
-            f"warning: queue_size {size:,} for {pairs:,} pairs: older features of a pair are among its own negatives; "
-            f"start with --queue_size {pairs} or less"
+            f"warning: queue_size {size:,} for {pairs:,} pairs: older features of a pair are among its "
+            f"own negatives; start with --queue_size {pairs} or less"
         )
 
 

@@ -112,13 +112,13 @@ class Simla(ImageTextModel):
         """
         check_batch(image)
         self.clamp_temperature()
-        patches = self.visual_encoder.patches(image) if self.config.mim else image
+        patches = self.visual_encoder.patches(image)
         image_tokens = self.visual_encoder(patches)
         stage, masked_stage = self.text_stages(text_ids, mlm_ids, text_mask)
         text_cls = self.bert.text_from_stage(stage, text_mask, keep=first_token(stage))[:, 0]
         student = Features(self.image_feature(image_tokens), self.text_feature(text_cls))
         with torch.no_grad():
-            patches_m = self.visual_encoder_m.patches(image) if self.config.mim else image
+            patches_m = self.visual_encoder_m.patches(image)
             image_tokens_m = self.visual_encoder_m(patches_m)
             teacher = self.teach_text(
                 text_ids, text_mask, mlm_ids, mlm_positions, image_tokens, image_tokens_m

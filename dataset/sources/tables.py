@@ -31,7 +31,7 @@ from base.caches import file_state, states_digest
 from base.errors import BadSample, UserError, brief
 from base.limits import CELL_BYTES, check_limit, over_limit
 from base.names import matching_files, nearest
-from base.reading import read_bytes, read_json_lines, read_start
+from base.reading import read_bytes, read_json, read_json_lines, read_start
 from base.text import encoding_of, is_blank, lenient_text, lines_in, looks_like
 from dataset.images.formats import files_below, is_image
 from dataset.sources.hub import is_hub, local_copy
@@ -147,12 +147,15 @@ def parquet_files(path: Path) -> list[Path]:
     files = matching_files(path, "*.parquet")
     if not files or any(map(is_image, files_below(path))):
         return []
-    splits = sorted({NUMBER_OF_PART.sub("", file.stem) for file in files})
-    if len(splits) > 1:
+    if len(splits := _splits_of(files)) > 1:
         listed = ", ".join(splits[:8])
         example = f"'{path}/{splits[0]}*.parquet'"
         raise UserError(f"{path}: Parquet files of several splits, {listed}; name one: {example}")
     return files
+
+
+def _splits_of(files: Sequence[Path]) -> list[str]:
+    return sorted({NUMBER_OF_PART.sub("", file.stem) for file in files})
 
 
 def _parquet_rows(files: Sequence[Path], wanted: Wanted) -> Iterator[dict]:
@@ -290,11 +293,29 @@ def open_arrow(folder: Path) -> list:
     import pyarrow
     from pyarrow import ipc
 
-    files = matching_files(folder, "*.arrow")
+    files = _arrow_files(folder)
     if not files:
         raise UserError(f"{folder}: no data-*.arrow in it; save the data set again")
     with reading_arrow(folder, "no Arrow stream"):
         return [ipc.open_stream(pyarrow.memory_map(str(file))) for file in files]
+
+
+def _arrow_files(folder: Path) -> list[Path]:
+    """The files that the state of a saved data set lists: datasets' map and filter leave others beside
+    them (cache-*.arrow), and an earlier save in more parts its own. UserError."""
+    state = folder / "state.json"
+    if state.is_file():
+        try:
+            listed = read_json(state, dict)["_data_files"]
+            return [folder / Path(each["filename"]).name for each in listed]
+        except (KeyError, TypeError):
+            raise UserError(f"{state}: lists no _data_files; save the data set again") from None
+    files = [file for file in matching_files(folder, "*.arrow") if file.stem[:6] != "cache-"]
+    if len(splits := _splits_of(files)) > 1:  # as datasets' own cache holds them
+        raise UserError(
+            f"{folder}: Arrow files of several splits, {', '.join(splits[:8])}; save one"
+        )
+    return files
 
 
 def _batch_rows(path: Path, batches: Iterable) -> Iterator[dict]:
@@ -428,7 +449,7 @@ def _usual_column(field: str, names: list[str], required: Sequence[str]) -> str 
         return field
     lower = {name.lower(): name for name in reversed(names)}
     for usual in (field, *USUAL_NAMES.get(field, ())):
-        if usual in lower and usual not in required:
+        if usual in lower and (usual == field or usual not in required):
             return lower[usual]
     return None
 

@@ -15,6 +15,7 @@ from base.errors import BadSample, UserError
 from dataset.loading.randomness import seeded
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources import left_out
+from dataset.sources.encoded_table import encoded_table
 from dataset.sources.records import Records
 from dataset.sources.shards import read_shard
 from dataset.sources.tables import parse_address
@@ -163,6 +164,27 @@ def test_saved_data_set(tmp_path):
     assert pairs(Records(folder)) == ROWS
     with pytest.raises(UserError, match=r"several splits; name one: .*saved/train"):
         Records(tmp_path / "saved")
+
+    # what map, filter and an earlier save leave there is no part of it
+    other = pyarrow.table({"image": [{"bytes": None, "path": "z.jpg"}], "caption": ["not mine"]})
+    for name in ("cache-3f2751c8d6d6b219.arrow", "data-00002-of-00003.arrow"):
+        with ipc.new_stream(str(folder / name), other.schema) as stream:
+            stream.write_table(other)
+    listed = [{"filename": f"data-{part:05d}.arrow"} for part in (0, 1)]
+    (folder / "state.json").write_text(json.dumps({"_data_files": listed}))
+    assert pairs(Records(folder)) == ROWS
+    assert len(encoded_table(str(folder), ("image", "caption"))) == len(ROWS)
+    (folder / "state.json").unlink()
+    (folder / "data-00002-of-00003.arrow").unlink()
+    assert pairs(Records(folder)) == ROWS
+    (folder / "data-00001.arrow").rename(folder / "pets-test.arrow")
+    with pytest.raises(UserError, match="several splits, data, pets-test"):
+        Records(folder)
+
+
+def test_columns_in_capitals(tmp_path):
+    (tmp_path / "p.csv").write_text("Image,CAPTION\na.jpg,one\n")
+    assert pairs(Records(tmp_path / "p.csv")) == [("a.jpg", "one")]
 
 
 def test_folder_of_images_and_texts(tmp_path, capsys):

@@ -260,6 +260,11 @@ def write_part(name: str, found: dict, config: Config, key: str) -> None:
     for kind, folder in (("image", "img_emb"), ("text", "text_emb")):
         if kind in found:
             numbers = found[kind].numpy().astype(np.float16 if config.half else np.float32)
+            if config.half and np.isinf(numbers).any():
+                raise UserError(
+                    f"part {name}: {kind} embeddings have numbers that float16 does not hold; "
+                    "add --half no"
+                )
             target = config.out / folder / f"{folder}_{name}.npy"
             with atomic_write(target) as temporary, temporary.open("wb") as file:
                 np.save(file, numbers)

@@ -170,15 +170,33 @@ def open_file(url: str, options: dict | None = None):
 
 
 def read_file(url: str, options: dict | None = None) -> bytes:
-    """Content of a small local or remote file, in one request."""
+    """Content of a small local or remote file, in one request. UserError above the limit."""
     if not is_remote(url):
         if not os.path.isfile(url):
             raise FileNotFoundError(f"{url}: no such file")
-        check_limit(url, os.path.getsize(url), SMALL_BYTES, "bytes", "fetch it again")
         with open(url, "rb") as file:
-            return file.read()
-    files, path = file_system(url, options)
-    return with_retries(lambda: files.cat_file(path))
+            data = file.read(SMALL_BYTES + 1)
+    else:
+        files, path = file_system(url, options)
+        data = with_retries(lambda: _first_bytes(files, path, SMALL_BYTES + 1))
+    check_limit(url, len(data), SMALL_BYTES, "bytes or more", "fetch it again")
+    return data
+
+
+def _first_bytes(files, path: str, count: int) -> bytes:
+    """Up to `count` bytes of a remote file's start."""
+    if path.startswith("http"):  # as a stream: some servers know no ranges and send everything
+        data = bytearray()
+        with files.open(path, "rb", block_size=0, size=count) as stream:
+            while len(data) < count and (block := stream.read(BUFFER)):
+                data += block
+        return bytes(data)
+    try:
+        return files.cat_file(path, start=0, end=count)
+    except Exception:  # an empty file has no range; every storage service raises its own
+        if files.info(path).get("size") == 0:
+            return b""
+        raise
 
 
 def state_of(url: str, options: dict | None = None) -> tuple:
@@ -206,6 +224,8 @@ def read_text(place: str, name: str) -> str | None:
         return read_file(url).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{url}: not UTF-8 text ({error})") from None
+    except UserError:  # says what is wrong itself
+        raise
     except Exception as error:  # every storage service raises its own
         if is_missing(error):
             return None

@@ -193,6 +193,38 @@ def test_a_lost_shard_counts_its_samples_and_is_named(trouble, server):
         numbers(loader, 40)
 
 
+@pytest.mark.parametrize("trouble", [None, "no range"])
+def test_small_files_are_read_in_one_request_up_to_the_limit(
+    trouble, server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(remote, "SMALL_BYTES", 3_000_000)
+    server.trouble = lambda number, path: trouble
+    for size in (0, 3_000_000, 3_000_001):
+        (tmp_path / f"store/{size}").write_bytes(b"x" * size)
+    assert read_text(server.url, "0") == ""
+    assert read_text(server.url, "3000000") == "x" * 3_000_000
+    assert set(server.requests.values()) == {1}
+    for place in (server.url, f"{tmp_path}/store"):
+        with pytest.raises(UserError, match=r"3000001: 3,000,001 bytes or more, the limit"):
+            read_text(place, "3000001")
+
+
+def test_an_empty_small_file_of_a_bucket(monkeypatch):
+    files = file_system("memory://")[0]
+    files.pipe_file("/box/empty.txt", b"")
+    files.pipe_file("/box/names.txt", b"cat")
+
+    def ranged(path, start, end):
+        if not files.size(path):
+            raise OSError("InvalidRange")  # as s3 answers
+        return type(files).cat_file(files, path, start, end)
+
+    monkeypatch.setattr(files, "cat_file", ranged)
+    assert read_text("memory://box", "empty.txt") == ""
+    assert read_text("memory://box", "names.txt") == "cat"
+    assert read_text("memory://box", "missing.txt") is None
+
+
 def test_what_does_not_pass_is_not_tried_again(server):
     server.trouble = lambda number, path: 403
     begin = time.monotonic()

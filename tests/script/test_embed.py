@@ -163,6 +163,19 @@ def test_an_unreadable_image_is_flagged_within_the_budget(checkpoint, images, tm
     assert about["readable"] == [n != 2 for n in range(7)]
 
 
+def test_numbers_beyond_float16_are_refused(tmp_path):
+    found = {"image": torch.full((1, 2), 7e4), "metadata": {"key": ["0"]}}
+    half, whole = (
+        parse(script.Config, ["--data", "x", "--out", str(tmp_path), "--half", answer])
+        for answer in ("yes", "no")
+    )
+    with pytest.raises(UserError, match="float16 does not hold; add --half no"):
+        script.write_part("0000", found, half, "key")
+    assert not script.is_written("0000", "key", half)
+    script.write_part("0000", found, whole, "key")
+    assert (rows(tmp_path, "img_emb") == 7e4).all() and script.is_written("0000", "key", whole)
+
+
 def test_features_of_an_image_encoder(images, tmp_path):
     import timm
 

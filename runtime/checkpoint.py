@@ -47,6 +47,7 @@ AVERAGES = ("model_ema", "state_dict_ema")
 # entries of files that hold the weights, the first that is there; DINO publishes its teacher
 TABLES = ("model", "state_dict", "teacher", "model_state_dict", "module", *AVERAGES)
 PART = re.compile(r"-\d{5}-of-(\d{5})\.(?:safetensors|bin)$")
+USUAL = ("model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")  # of libraries
 PLAIN = (int, float, str, bool, type(None))
 
 
@@ -419,18 +420,29 @@ def _check_plain(value: Any, where: str = "state") -> None:
 # ---- weights
 
 
+def _weights_called(folder: Path, pattern: str) -> Path | None:
+    """The file of a folder whose name matches, of several the one that is called as usual. UserError
+    where it cannot be told."""
+    files = matching_files(folder, pattern)
+    named = [file for name in USUAL for file in files if file.stem == name]
+    if len(files) > 1 and not named and not PART.search(files[0].name):
+        listed = ", ".join(file.name for file in files[:4])
+        raise UserError(f"{folder}: several files of weights ({listed}); name one of them")
+    return next(iter(named or files), None)
+
+
 def weights_file(path: Path) -> Path:
     """The file, or the folder of a sharded checkpoint, itself; of a run's folder the best
-    checkpoint, else the newest, else the first .safetensors; of a Hugging Face folder with several,
-    their index. Warns of damaged checkpoints, which it passes over. UserError."""
+    checkpoint, else the newest, else model.safetensors or the only one; of a Hugging Face folder with
+    parts, their index. Warns of damaged checkpoints, which it passes over. UserError."""
     if path.is_dir() and not is_sharded(path):
         if index := find_index(path):
             return index
         checkpoints = CheckpointFolder(path)
         ours = [checkpoints.best] if checkpoints.best else []
         found = _first_intact(ours + checkpoints.numbered(), _find_damage_unless_foreign)
-        for pattern in ("*.safetensors", "pytorch_model.bin"):
-            found = found or next(iter(matching_files(path, pattern)), None)
+        for pattern in ("*.safetensors", "*pytorch_model.bin"):
+            found = found or _weights_called(path, pattern)
         if found is None:
             inside = [p for end in ("checkpoint_*", "*.safetensors") for p in path.glob(f"*/{end}")]
             runs = ", ".join(sorted({str(file.parent) for file in inside})[:3])

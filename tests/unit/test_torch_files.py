@@ -216,6 +216,21 @@ def test_a_folder_with_one_file_of_transformers(tmp_path):
     assert set(read_weights(tmp_path)) == set(STATE)
 
 
+def test_a_folder_with_several_files_of_weights(tmp_path):
+    for name in ("adapter.safetensors", "model.fp16.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        UserError, match=r"several files of weights \(adapter.safetensors, model.fp"
+    ):
+        weights_file(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert weights_file(tmp_path).name == "model.safetensors"
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "open_clip_pytorch_model.bin").touch()
+    assert weights_file(hub).name == "open_clip_pytorch_model.bin"
+
+
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("reader", [read_weights, read_tensors])
 def test_a_pointer_in_place_of_weights_is_named(name, reader, tmp_path):

@@ -212,10 +212,11 @@ def main(config: Config) -> None:
         if data is not None:
             images[split] = images_of(data, split, view, names, config)
     banks = {}
-    for split, found in images.items():
-        banks[split] = bank_of(found, splits[split], encoder, in_words, config, world)
-    train, test = banks["train"], banks["test"]
     classes = len(names) or config.num_classes
+    for split, found in images.items():
+        bank = bank_of(found, splits[split], encoder, in_words, config, world)
+        banks[split] = bank.of_classes(classes, splits[split])
+    train, test = banks["train"], banks["test"]
     neighbours = nearest_neighbours(train, test, max(config.k), world)
     metrics = {"images": len(test), "train_images": len(train), "width": encoder.width}
     metrics["chance"] = 100 * test.labels.bincount().max().item() / len(test)

@@ -27,6 +27,17 @@ class Bank(NamedTuple):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def of_classes(self, count: int, name: str) -> "Bank":
+        """Itself. UserError where a label of the data set `name` is beyond `count` classes, which may
+        be others than when the features were kept."""
+        last = int(self.labels.max())
+        if last >= count:
+            raise UserError(
+                f"{name}: label {last} is outside the list of {count} classes; give the right --classes "
+                "or --num-classes, or fix the label"
+            )
+        return self
+
     def rows(self, first: int, last: int, device: torch.device) -> Tensor:
         """Features float32 [last-first,D] on `device`."""
         if isinstance(self.features, np.memmap):

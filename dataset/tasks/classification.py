@@ -47,11 +47,11 @@ from dataset.sources.class_folder import (
 from dataset.sources.flat_folder import flat_folder, is_flat
 from dataset.sources.hub import is_hub
 from dataset.sources.records import Records
-from dataset.sources.shard_columns import plain_name
+from dataset.sources.shard_columns import plain_name, split_columns
 from dataset.sources.shard_index import ShardIndex
 from dataset.sources.shard_list import is_shard, list_shards, shared_shards
 from dataset.sources.shards import ShardSource
-from dataset.sources.tables import TABLES, parse_address
+from dataset.sources.tables import TABLES, address_state, parse_address
 from dataset.tasks.record import image_of, json_of
 
 LABEL_FIELDS = ("labels", "label", "cls")
@@ -459,7 +459,7 @@ class Split:
 
 def identity(records: Sequence, data: str, root: str | Path = ".") -> str:
     """A digest that changes with the images and labels of a data string, without reading images:
-    names, labels, sizes and times of change of all files. root: folder that a list's paths start
+    names, labels, sizes and times of change of all files, members that stand behind a question mark. root: folder that a list's paths start
     from."""
     if isinstance(records, FolderRecords):
         names = records.files.tobytes(), records.labels.numpy().tobytes()
@@ -471,9 +471,9 @@ def identity(records: Sequence, data: str, root: str | Path = ".") -> str:
     if isinstance(records, Records):
         images = (record.get("image") or record.get("url") for record in records)
         paths = (Path(root) / image for image in images if isinstance(image, str))
-        state = file_state(parse_address(data).path)
-        return digest(data, state, len(records), states_digest(paths))
-    return digest([file_state(file) for file in records.files], len(records))
+        return digest(data, address_state(data), len(records), states_digest(paths))
+    named = {columns for _, columns in map(split_columns, records.names) if columns}
+    return digest([file_state(file) for file in records.files], len(records), *sorted(named))
 
 
 def class_names(

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from base.errors import BadSample, UserError
 from dataset.health.survey import open_list, split_folders
@@ -18,6 +20,8 @@ from dataset.images.vit import ViTEvalView, ViTTrainView, ViTViews
 from dataset.loading.filtered import Filtered
 from dataset.loading.stream import RecordSource, Stream, StreamLoader
 from dataset.sources.class_folder import ClassFolder
+from dataset.sources.shard_index import ShardIndex
+from dataset.sources.shard_list import list_shards
 from dataset.sources.tfrecord import encode_example, write_records
 from dataset.tasks.classification import (
     FolderRecords,
@@ -356,6 +360,24 @@ def test_the_key_of_a_list_changes_with_its_images_and_their_folder(tmp_path):
     assert key("one") == first != key("two")
     (tmp_path / "one/a.jpg").write_bytes(jpeg(200))
     assert key("one") != first
+
+
+def test_the_key_of_shards_changes_with_the_members_that_their_address_names(tmp_path):
+    data = shards_of(tmp_path, "tar")
+    addresses = [data, f"{data}?labels=json.a", f"{data}?labels=json.b", f"{data}?image=jpg"]
+    keys = {identity(ShardIndex(list_shards(address)), address) for address in addresses}
+    assert len(keys) == 4
+
+
+def test_the_key_of_tables_that_a_pattern_names(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    data = str(tmp_path / "train-*.parquet")
+    keys = set()
+    for label in (0, 1):
+        table = pyarrow.table({"image": ["a.jpg"], "label": [label]})
+        parquet.write_table(table, tmp_path / "train-00000.parquet")
+        keys.add(identity(open_records(data, tmp_path, "test"), data, tmp_path))
+    assert len(keys) == 2
 
 
 def test_class_folders_below_a_relative_data_root(tmp_path, monkeypatch):

@@ -8,9 +8,11 @@ if [ ! -x "$_top/.venv/bin/python" ]; then
     "${PYTHON:-python3}" -m venv "$_top/.venv" || return 1
 fi
 if ! cat "$_top/requirements.txt" "$_top/$_wanted" | cmp -s - "$_stamp"; then
-    echo "installing $_wanted into .venv (about two minutes, 6 GB)"
-    "$_top/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar on \
+    echo "installing $_wanted into .venv (a minute or two, 6 GB)"
+    # --no-compile: half a minute less, for of all those modules few are ever imported
+    "$_top/.venv/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar on --no-compile \
         -r "$_top/$_wanted" || return 1
     cat "$_top/requirements.txt" "$_top/$_wanted" > "$_stamp"
 fi
+unset PYTHONDONTWRITEBYTECODE  # where it is set, each process would compile again what it imports
 export PATH="$_top/.venv/bin:$PATH" VIRTUAL_ENV="$_top/.venv"

@@ -7,7 +7,6 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh requirements-test.txt
 # one thread a process: spinning threads of several processes on few cores cost more than they give
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
-export PYTHONDONTWRITEBYTECODE=  # where it is set, each process would compile all modules again
 several=(--numprocesses "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder)
 tests() {
     python -m pytest "$@" && return

@@ -6,8 +6,6 @@ scripts/data/get_towers.py unpacks.
 
 import json
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,7 @@ import eval_zeroshot
 import main as training
 from runtime.config.cli import parse
 from scripts.data import get_stamps, get_towers
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.dry_run import dry_run
 
 
 @pytest.fixture
@@ -68,28 +65,10 @@ def test_published_towers_find_captions_of_real_images(packages, tmp_path):
     assert captions["txt_r5_z"] > 45 and classes["acc1_z"] > 40  # chance 6.4 and 12.5
 
 
-def dry_run(folder, *options, **variables):
-    """photos.sh where python and torchrun only write down what they were called with."""
-    (folder / "scripts").mkdir(exist_ok=True)
-    for name in ("photos.sh", "setup.sh"):
-        shutil.copyfile(ROOT / "scripts" / name, folder / "scripts" / name)
-    (folder / "requirements.txt").write_text("torch\n")
-    (folder / ".venv/bin").mkdir(parents=True, exist_ok=True)
-    (folder / ".venv/.installed-requirements.txt").write_text("torch\n" * 2)
-    (folder / "calls").write_text("")
-    for name in ("python", "torchrun"):
-        program = folder / ".venv/bin" / name
-        program.write_text(f'#!/bin/sh\necho "{name} $*" >> "{folder}/calls"\n')
-        program.chmod(0o755)
-    (folder / "stamps.deb").write_text("")
-    environment = os.environ | {"STAMPS": str(folder / "stamps.deb")} | variables
-    command = ["bash", "scripts/photos.sh", *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    return done, (folder / "calls").read_text()
-
-
 def test_folds_names_and_languages_reach_the_steps(tmp_path):
-    done, calls = dry_run(tmp_path, "--folds", "--names", "--fusion", LANGUAGES="en de")
+    done, calls = dry_run(
+        tmp_path, "photos.sh", "--folds", "--names", "--fusion", LANGUAGES="en de"
+    )
     assert done.returncode == 0, done.stderr
     assert calls.count(" main.py ") == calls.count(" eval_knn.py ") == 5
     for fold in range(5):
@@ -105,7 +84,7 @@ def test_folds_names_and_languages_reach_the_steps(tmp_path):
     assert all("--checkpoint output/photos/en-de-0/fusion " in call for call in tested)
     assert tested[0].endswith("--no-rerank --output_dir output/photos/en-de-0/fusion_similarity")
     assert tested[1].endswith("en-de-0 --output_dir output/photos/en-de-0/fusion_retrieval")
-    done, calls = dry_run(tmp_path)
+    done, calls = dry_run(tmp_path, "photos.sh")
     assert done.returncode == 0 and calls.count(" main.py ") == 1
     assert (
         "Pretrain" not in calls
@@ -114,5 +93,5 @@ def test_folds_names_and_languages_reach_the_steps(tmp_path):
         and "pip" not in calls
         and "--decoder" not in calls
     )
-    done, calls = dry_run(tmp_path, "--fold")
+    done, calls = dry_run(tmp_path, "photos.sh", "--fold")
     assert done.returncode == 2 and calls == "" and "use --folds, --names, --fusion" in done.stderr

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from runtime.config.cli import parse
+from tests.helpers.dry_run import dry_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -62,6 +63,26 @@ def test_commands_are_taken_by_their_scripts(file, monkeypatch):
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         if hasattr(module, "Config") and "--help" not in flags and command != NEEDS_A_RUN:
             parse(module.Config, flags)
+
+
+def test_the_quickstart_calls_scripts_as_they_are(tmp_path, monkeypatch):
+    """And Python may keep what it compiled: packages are installed without."""
+    done, calls = dry_run(tmp_path, "quickstart.sh", PYTHONDONTWRITEBYTECODE="1")
+    assert done.returncode == 0, done.stderr
+    assert "PYTHONDONTWRITEBYTECODE" not in calls
+    monkeypatch.chdir(ROOT)
+    configs = {}
+    for call in calls.splitlines():
+        words = shlex.split(call)
+        at = next(at for at, word in enumerate(words) if word.endswith(".py"))
+        script = words[at].removesuffix(".py").replace("/", ".")
+        module = importlib.import_module(script)
+        if hasattr(module, "Config"):
+            configs[script] = parse(module.Config, words[at + 1 :])
+    vit, simla = configs["Classification"], configs["Pretrain"]
+    assert vit.output_dir == simla.vision_weights and vit.batch_size == 32
+    assert simla.output_dir == configs["Retrieval"].checkpoint
+    assert configs["scripts.train_dvae"].output_dir == simla.image_tokenizer_path
 
 
 def test_enough_commands_are_found():

@@ -119,8 +119,10 @@ def test_muon_updates_hidden_matrices_and_adamw_the_rest():
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
 @pytest.mark.parametrize("found_inf", [None, torch.zeros(())])
 def test_muon_is_that_of_torch(found_inf, monkeypatch):
-    """Three updates of every hidden matrix, wide, tall and square; two of a shape at a time."""
+    """Three updates of every hidden matrix, wide, tall and square; two of a shape at a time. In
+    float32, as ours computes on the CPU."""
     monkeypatch.setattr("runtime.optim.muon.TOGETHER", 2 * 64 * 64)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     model = toy("CLIP_VITB16_CLIP")
     optimizer = build_optimizer(model, Optimizer(opt="muon", lr=0.01, weight_decay=1.0))
     optimizer.found_inf = found_inf
@@ -146,7 +148,7 @@ def test_muon_is_that_of_torch(found_inf, monkeypatch):
     shapes = {tuple(own[name].shape) for name in names}
     assert any(o > i for o, i in shapes) and any(o < i for o, i in shapes) and len(names) > 6
     for name in names:
-        torch.testing.assert_close(own[name], others[name], rtol=0, atol=1e-4, msg=name)
+        torch.testing.assert_close(own[name], others[name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_unknown_optimizers():

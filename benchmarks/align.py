@@ -61,8 +61,8 @@ class Foreign(DualEncoder):
         }
 
 
-def build_model(options: SimpleNamespace) -> Align:
-    """Our network, with random weights."""
+def step(options: SimpleNamespace) -> dict:
+    """A step of one side in PyTorch, with random weights."""
     torch.manual_seed(0)
     config = DualConfig(
         model="ALIGN_B0_TINY" if options.tiny else options.model,
@@ -73,40 +73,25 @@ def build_model(options: SimpleNamespace) -> Align:
         loss_avg_or_sum="sum",
         virtual_batch_size=options.virtual_batch,
     )
-    return build_dual(config)
-
-
-def ours(options: SimpleNamespace) -> dict:
-    """A step of our network."""
-    model = build_model(options)
-    return measure_network(model, names_by_decay(model)[0], options)
-
-
-def transformers(options: SimpleNamespace) -> dict:
-    """A step of transformers' network."""
-    model = Foreign(build_model(options))
-    names = [name for name, _ in model.named_parameters()]
-    decayed = [name for name in names if "bn." not in name and "norm." not in name]
-    return measure_network(model, decayed, options)
-
-
-def measure_network(model: DualEncoder, decayed: list[str], options: SimpleNamespace) -> dict:
-    """The step of either network; `decayed` names the parameters with weight decay."""
+    model = build_dual(config)
+    decayed = names_by_decay(model)[0]
+    if options.side != OURS:
+        model = Foreign(model)
+        names = [name for name, _ in model.named_parameters()]
+        decayed = [name for name in names if "bn." not in name and "norm." not in name]
     size, side = options.batch, options.image_size
     ids = torch.randint(1000, VOCABULARY, (size, options.length))
     ids[:, 0] = CLS
     batch = {"image": torch.rand(size, 3, side, side) * 2 - 1, "text_ids": ids}
     lamb = Optimizer(opt="lamb", lr=5e-3, weight_decay=1e-5, eps=1e-6)
-
-    def loss_of(losses: dict) -> Tensor:
-        return total_loss(losses, model.config)
-
-    return training_step(model, batch, loss_of, lamb, options, decayed)
+    return training_step(
+        model, batch, lambda losses: total_loss(losses, config), lamb, options, decayed
+    )
 
 
 def main(config: Config) -> None:
     check_peer(config, "models/efficientnet.py", "coyo-align", tensorflow=True)
-    sides = {OURS: "benchmarks.align:ours", "transformers": "benchmarks.align:transformers"}
+    sides = dict.fromkeys((OURS, "transformers"), "benchmarks.align:step")
     if config.peer:
         sides["original (TensorFlow)"] = "benchmarks.peers.tensorflow:align"
     title = ["ALIGN step", config.model, f"{config.image_size} pixels"]

@@ -1,22 +1,85 @@
-"""One measurement in a process of its own, started by benchmarks.runner:
+"""One measurement in a process of its own, and its clock and memory gauge.
 
     python -m benchmarks.child MODULE:FUNCTION '{"batch": 4, ...}'
 
-Prints the dictionary that the function returns of these options as a line of JSON; nothing for
-None, as of processes beside the first. What the measured code prints goes to stderr.
+benchmarks.runner starts it. It prints the dictionary that the function returns of these options as
+a line of JSON; nothing for None, as of processes beside the first. What the measured code prints
+goes to stderr. Imports torch only where it is used: it also runs beside TensorFlow alone.
 """
 
 import contextlib
 import importlib
 import json
+import statistics
 import sys
-import types
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 
 def call(function: str, options: dict) -> dict | None:
     """Result of `MODULE:FUNCTION`."""
     module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)(types.SimpleNamespace(**options))
+    return getattr(importlib.import_module(module), name)(SimpleNamespace(**options))
+
+
+def measure(step: Callable[[], object], options: SimpleNamespace) -> dict[str, float]:
+    """Medians of `options.steps` calls after `options.warmup` others: `seconds` by the clock and
+    `cpu_seconds` of all threads, which other work disturbs less; and `peak_bytes` of memory."""
+    for _ in range(options.warmup):
+        step()
+    runs = [measure_once(step, options.device)[1] for _ in range(options.steps)]
+    medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    return {**medians, "peak_bytes": peak_bytes(options.device)}
+
+
+def measure_once(
+    function: Callable[[], object], device: str = "cpu"
+) -> tuple[object, dict[str, float]]:
+    """Result of the function, and its `seconds` and `cpu_seconds` until the device has finished."""
+    begin, cpu_begin = now(device)
+    result = function()
+    end, cpu_end = now(device)
+    return result, {"seconds": end - begin, "cpu_seconds": cpu_end - cpu_begin}
+
+
+def now(device: str) -> tuple[float, float]:
+    """Seconds by the clock and of the processor, once the device has finished."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
+
+
+def marking(function: Callable, marks: list, device: str) -> Callable:
+    """`function`, whose first call adds the time to the one that `marks` has."""
+
+    def marked(*args, **given):
+        if len(marks) == 1:
+            marks.append(now(device))
+        return function(*args, **given)
+
+    return marked
+
+
+def peak_bytes(device: str) -> int:
+    """Highest memory so far, of the GPU's allocator or resident memory of this process."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    # unlike getrusage's, never the launching process's peak
+    return linux_bytes("/proc/self/status", "VmHWM")
+
+
+def linux_bytes(file: str, field: str) -> int:
+    """A field of a file of /proc that has kB, such as VmHWM of status."""
+    for line in Path(file).read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"no {field} in {file}")
 
 
 if __name__ == "__main__":

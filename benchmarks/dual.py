@@ -12,13 +12,16 @@ github.com/facebookresearch/clip-rocket run as they are. --precision and --compi
 sides, --activation-checkpointing is ours.
 """
 
+import importlib
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.inputs import CONTEXT, random_batch
+from benchmarks.peers.stand_ins import open_checkout, stand_in
 from benchmarks.runner import OURS, TrainOptions, check_peer
 from benchmarks.steps import ADAMW, compare_steps, mfu, settings, training_step
 from main import total_loss
@@ -50,10 +53,7 @@ def ours(options: SimpleNamespace) -> dict:
     batch["text_ids"] = batch["text_ids"][..., :length].contiguous()
     flops = training_flops(model, batch)
 
-    def loss_of(losses: dict) -> torch.Tensor:
-        return total_loss(losses, config)
-
-    result = training_step(model, batch, loss_of, ADAMW, options)
+    result = training_step(model, batch, lambda found: total_loss(found, config), ADAMW, options)
     result["mfu"] = mfu(flops, result, options)
     return result
 
@@ -73,23 +73,58 @@ def open_clip(options: SimpleNamespace) -> dict:
     batch["text"] = batch.pop("text_ids")
     criterion = library.ClipLoss()
 
-    def loss_of(features: tuple) -> torch.Tensor:
-        image, text, scale, *_ = features
-        return criterion(image, text, scale)
+    return training_step(model, batch, lambda found: criterion(*found[:3]), ADAMW, options)
 
-    return training_step(model, batch, loss_of, ADAMW, options)
+
+def clip_rocket(options: SimpleNamespace) -> dict:
+    """A step of the checkout's CL2L under its loss. Replaced are xformers, which the default
+    attention does not use, and timm's table of networks."""
+    torch.manual_seed(0)
+    batch = random_batch(options)
+    stand_in("xformers.ops")
+    open_checkout(options.peer)
+    importlib.import_module("timm.models.registry")
+    vit = importlib.import_module("vit")
+    models = importlib.import_module("models")
+
+    def vit_b16(name: str, num_classes: int, attn_layer: str) -> nn.Module:
+        return vit.VisionTransformer(num_classes=num_classes, attn_layer=vit.Attention)
+
+    models.timm.create_model = vit_b16
+    model = models.CL2L_VITB16(
+        models.CL2L,
+        "standard",  # attention
+        embed_dim=512,
+        transformer_layers=12,
+        separate_proj=True,
+        detach_proj=False,
+        text_dropout_prob=0.0,
+        text_drop_path_prob=0.0,
+        clip_proj_type="linear",
+        clip_hidden_dim=4096,
+        label_smoothing=0.0,
+    )
+    forward = model.forward
+
+    def with_our_names(image: Tensor, text_ids: Tensor, image_local: Tensor) -> dict:
+        return forward(image, text_ids, *image_local.unbind(1))
+
+    model.forward = with_our_names
+    nn.Module.cuda = lambda self, *args, **kwargs: self.to(options.device)
+    criterion = importlib.import_module("losses").CL2LLoss("sum", 0.0)
+    options.activation_checkpointing = False  # is ours
+    return training_step(model, batch, lambda found: criterion(found)["loss"], ADAMW, options)
 
 
 def main(config: Config) -> None:
     check_peer(config, "losses.py", "clip-rocket")
     title = ["CLIP ViT-B/16"]
     other = "open_clip"
-    sides = {OURS: "benchmarks.dual:ours", other: "benchmarks.dual:open_clip"}
     if config.peer:
         title = ["CL2L ViT-B/16", "two local views"]
         other = "clip-rocket"
-        sides = {OURS: "benchmarks.dual:ours", other: "benchmarks.peers.clip_rocket:step"}
     title += [f"up to {config.tokens} tokens", *settings(config), f"beside {other}"]
+    sides = {OURS: "benchmarks.dual:ours", other: f"benchmarks.dual:{other.replace('-', '_')}"}
     compare_steps(config, "dual", title, sides)
 
 

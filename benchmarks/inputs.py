@@ -27,6 +27,11 @@ def left(options: SimpleNamespace, name: str) -> dict | None:
     return torch.load(file, weights_only=True, mmap=True, map_location="cpu")
 
 
+# ---- the small ALBEF of benchmarks.learning
+SMALL_IMAGE = 48  # pixels; also of its CLIP
+SMALL_VIT = {"patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 4}  # the original's names
+CROP_SCALE = (0.8, 1.0)  # area of the image
+
 # ---- SIMLA and ALBEF, sizes as SIMLA was published
 TEXT_LENGTH = 25  # tokens
 IMAGE_SIZE = 256

@@ -10,7 +10,6 @@ fastest way to the same answer; --device is ours.
 """
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +18,14 @@ import numpy as np
 import torch
 
 from base.distributed import alone
-from benchmarks.gauge import linux_bytes, measure_once, peak_bytes
+from benchmarks.child import linux_bytes, measure_once, peak_bytes
 from benchmarks.runner import OURS, Options, device_of, take_turns
 from benchmarks.table import CPU_SECONDS, FASTER, FASTER_CPU, SECONDS, Column, publish
 from evaluation.features import Bank
 from evaluation.knn import nearest_neighbours
 from runtime.config.cli import knob, run_script
 
-SKLEARN = "scikit-learn"
+FOUND = "found.npy"  # our neighbours
 CLUSTERS = 1000
 PART = 65536  # features written at a time
 COLUMNS = [
@@ -63,51 +62,43 @@ def make_features(config: Config, folder: Path) -> None:
         file.flush()
 
 
-def read(options: SimpleNamespace, name: str, mmap_mode: str | None = None) -> np.ndarray:
-    return np.load(Path(options.exchange) / f"{name}.npy", mmap_mode=mmap_mode)
+def search(options: SimpleNamespace) -> dict:
+    """Time and memory of a side's search, ours that of eval_knn.py, which reads the features from
+    disk a part at a time; and of scikit-learn the fraction of neighbours that are `same`, at the
+    same rank, as ours."""
+    folder = Path(options.exchange)
+    files = [folder / "train.npy", folder / "queries.npy"]
+    if options.side == OURS:
+        features = [np.load(file, mmap_mode="r") for file in files]
+        banks = [Bank(each, labels=torch.zeros(len(each))) for each in features]
+        world = alone(options.device)
 
+        def find() -> np.ndarray:
+            return nearest_neighbours(*banks, options.k, world).index.numpy()
+    else:
+        from sklearn.neighbors import NearestNeighbors
+        from sklearn.preprocessing import normalize
 
-def ours(options: SimpleNamespace) -> dict:
-    """Search of eval_knn.py; features are read from disk a part at a time."""
-    banks = []
-    for name in ("train", "queries"):
-        features = read(options, name, "r")
-        banks.append(Bank(features, labels=torch.zeros(len(features))))
-    world = alone(options.device)
-    return measure_search(
-        lambda: nearest_neighbours(*banks, options.k, world).index.numpy(), options
-    )
+        def find() -> np.ndarray:
+            index = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric="euclidean")
+            index.fit(normalize(np.load(files[0])))
+            return index.kneighbors(normalize(np.load(files[1])), return_distance=False)
 
-
-def sklearn(options: SimpleNamespace) -> dict:
-    """Search of scikit-learn."""
-    from sklearn.neighbors import NearestNeighbors
-    from sklearn.preprocessing import normalize
-
-    def search() -> np.ndarray:
-        index = NearestNeighbors(n_neighbors=options.k, algorithm="brute", metric="euclidean")
-        index.fit(normalize(read(options, "train")))
-        return index.kneighbors(normalize(read(options, "queries")), return_distance=False)
-
-    return measure_search(search, options)
-
-
-def measure_search(search: Callable[[], np.ndarray], options: SimpleNamespace) -> dict:
-    """Time and memory of one search; SIDE.npy in the folder `exchange` gets the neighbours."""
     before = linux_bytes("/proc/self/smaps_rollup", "Rss")
-    found, result = measure_once(search)
+    found, result = measure_once(find)
     result["peak_bytes"] = peak_bytes("cpu") - before
-    np.save(Path(options.exchange) / f"{options.side}.npy", found)
+    if options.side == OURS:
+        np.save(folder / FOUND, found)
+    else:
+        result["same"] = float((found == np.load(folder / FOUND)).mean())
     return result
 
 
 def main(config: Config) -> None:
-    sides = {OURS: "benchmarks.knn:ours", SKLEARN: "benchmarks.knn:sklearn"}
-    with tempfile.TemporaryDirectory() as name:
-        make_features(config, Path(name))
-        results = take_turns(config, sides, exchange=name)
-        same = np.load(Path(name) / f"{SKLEARN}.npy") == np.load(Path(name) / f"{OURS}.npy")
-        results[SKLEARN][0]["same"] = float(same.mean())  # at the same rank
+    sides = dict.fromkeys((OURS, "scikit-learn"), "benchmarks.knn:search")
+    with tempfile.TemporaryDirectory() as folder:
+        make_features(config, Path(folder))
+        results = take_turns(config, sides, exchange=folder)
     size = config.train * config.width * 4 / 2**20
     title = [f"kNN, {config.train:,} x {config.queries:,}", f"width {config.width}"]
     title += [f"k {config.k}", device_of(config)]

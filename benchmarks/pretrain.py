@@ -100,10 +100,9 @@ def ours(options: SimpleNamespace) -> dict:
             batch["mim_positions"] = positions
         pairs.update()
 
-    def loss_of(losses: dict[str, Tensor]) -> Tensor:
-        return sum(losses.values())
-
-    result = training_step(model, batch, loss_of, Optimizer(), options, before=before)
+    result = training_step(
+        model, batch, lambda losses: sum(losses.values()), Optimizer(), options, before=before
+    )
     with torch.device("meta"):  # counted last and without weights: must not raise the peak
         flops = training_flops(Simla(model_config(options)).train(), batch)
     result["mfu"] = mfu(flops, result, options)

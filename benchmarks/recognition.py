@@ -13,15 +13,16 @@ ours. It pads texts to 512 positions and computes the caption's branch, whose we
 """
 
 import itertools
+import re
 import tempfile
+import zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks import nxtp_inputs as inputs
-from benchmarks.gauge import measure
+from benchmarks.child import measure
 from benchmarks.inputs import PEER_FILE, left
 from benchmarks.runner import OURS, PEER, TrainOptions, check_peer, device_of, take_turns
 from benchmarks.steps import training_step
@@ -31,9 +32,18 @@ from models.layers.llama import LlamaConfig
 from models.layers.openai_towers import OpenAIConfig
 from models.recognition.decoding import one_shot
 from models.recognition.nxtp import Nxtp, NxtpConfig
+from models.weights.nxtp import trained_names
 from runtime.config.cli import knob, run_script
 from runtime.optim.build import Optimizer
 
+SIDE, PATCH = 224, 14  # pixels; 256 image tokens
+PIECES, IMAGE, EMPTY = 32000, 32000, 32001
+COMMA = 29892
+KNOWN = {"<|image|>": IMAGE, ",": COMMA, "are": 526}  # ids of words, LLaMA's of the last two
+PROMPT = "The objects in the image are"
+LENGTH = 512  # positions of the original's sequences, image tokens included
+LABEL_TOKENS = 3  # that a label is cut off at
+TRAINED_BLOCKS = 2  # of the image tower, the last ones
 CASES = {"1": 1, "8": 8, "train": 0}  # images labelled
 COLUMNS = [
     Column("seconds", "seconds"),
@@ -55,19 +65,76 @@ class Config(TrainOptions):
     batch: int = knob(4, "images of a training step", low=1)
 
 
+# ---- inputs and what is trained, equal for both sides
+class Words:
+    """Stands in for LLaMA's tokenizer: an id a word, two for labels, which have a digit in them."""
+
+    bos_id = bos = 1
+    eos_id = eos = 2
+    pad_id, pad, image, delimiter = -1, EMPTY, IMAGE, COMMA
+    vocab_size = PIECES + 2
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        ids = [self.bos] if bos else []
+        for word in re.findall(r"<\|image\|>|,|[^\s,]+?(?=<|,|\s|$)", text):
+            if word in KNOWN:
+                ids.append(KNOWN[word])
+                continue
+            parts = (word, f"{word}-") if re.search(r"\d", word) else (word,)
+            ids += [1000 + zlib.crc32(part.encode()) % 20000 for part in parts]
+        return ids + ([self.eos] if eos else [])
+
+    def decode(self, ids) -> str:
+        return " ".join(map(str, ids))
+
+
+def sizes_of(options: SimpleNamespace) -> tuple[int, int, dict[str, int]]:
+    """Width and blocks of the image tower, whose heads have 64 numbers, and the decoder's sizes."""
+    if options.tiny:
+        return 64, 3, {"dim": 64, "n_layers": 2, "n_heads": 2, "multiple_of": 32}
+    return 256, 6, {"dim": 512, "n_layers": 4, "n_heads": 8, "multiple_of": 256}
+
+
+def images(count: int) -> Tensor:
+    """Random normalised images float32 [count,3,224,224]."""
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+def captions(count: int) -> list[str]:
+    """Captions of thirteen words, five of them labels of two tokens."""
+    texts = []
+    for i in range(count):
+        words = [f"thing{i}"] + [f"a word{5 * i + j} by" for j in range(1, 5)]
+        texts.append(" ".join(words))
+    return texts
+
+
+def labels_of(caption: str) -> list[str]:
+    """The words with a digit: what stands in for the nouns."""
+    return [word for word in caption.split() if re.search(r"\d", word)]
+
+
+def freeze(model: nn.Module) -> None:
+    """Train what NXTP trains; both sides have the original's names."""
+    trained = trained_names([name for name, _ in model.named_parameters()], TRAINED_BLOCKS)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+# ---- our side
 def build_model(options: SimpleNamespace) -> Nxtp:
     """The network with random weights, or those that the peer left, on the device."""
     torch.manual_seed(0)
-    width, blocks, decoder = inputs.sizes_of(options)
+    width, blocks, decoder = sizes_of(options)
     tower = OpenAIConfig(
         embed_dim=decoder["dim"],
-        image_size=inputs.SIDE,
+        image_size=SIDE,
         vision_width=width,
         vision_layers=blocks,
-        patch_size=inputs.PATCH,
+        patch_size=PATCH,
     )
-    llama = LlamaConfig(vocab_size=inputs.Words.vocab_size, **decoder)
-    model = Nxtp(NxtpConfig(tower, llama, trained_rows=(inputs.IMAGE,)))
+    llama = LlamaConfig(vocab_size=Words.vocab_size, **decoder)
+    model = Nxtp(NxtpConfig(tower, llama, trained_rows=(IMAGE,)))
     weights = left(options, PEER_FILE)
     if weights:
         model.load_state_dict(weights)
@@ -77,17 +144,16 @@ def build_model(options: SimpleNamespace) -> Nxtp:
 def label(options: SimpleNamespace) -> dict:
     """Top labels of images; `tokens` [images][labels] are their ids."""
     model = build_model(options).eval()
-    words = inputs.Words()
-    prompt = [inputs.IMAGE, words.bos, *words.encode(inputs.PROMPT)]
+    prompt = [IMAGE, Words.bos, *Words().encode(PROMPT)]
     prompt = torch.tensor(prompt, device=options.device)
-    images = inputs.images(options.images).to(options.device)
+    pixels = images(options.images).to(options.device)
     tokens = []
 
     @torch.inference_mode()
     def step() -> None:
-        seen = model.encode_image(images)
-        drafts = one_shot(model, seen, prompt, inputs.COMMA, options.labels, inputs.LABEL_TOKENS)
-        tokens[:] = [[row[0] for row in drafts.rows(i)] for i in range(len(images))]
+        seen = model.encode_image(pixels)
+        drafts = one_shot(model, seen, prompt, COMMA, options.labels, LABEL_TOKENS)
+        tokens[:] = [[row[0] for row in drafts.rows(i)] for i in range(len(pixels))]
 
     return {**measure(step, options), "tokens": tokens}
 
@@ -95,42 +161,35 @@ def label(options: SimpleNamespace) -> dict:
 def train(options: SimpleNamespace) -> dict:
     """A training step; `loss` is the first one's."""
     model = build_model(options)
-    words = inputs.Words()
-    sequences = Sequences(words, inputs.LENGTH - 256, many_prompts=False, original=True)
-    texts = []
-    for caption in inputs.captions(options.batch):
-        texts.append(sequences.labels(inputs.labels_of(caption), inputs.PROMPT))
-    batch = pad_batch(texts, words.pad)
-    batch["image"] = inputs.images(options.batch)
-    inputs.freeze(model)
-
-    def loss_of(losses: dict) -> Tensor:
-        return losses["loss_objs"]  # the only one with a weight
-
+    sequences = Sequences(Words(), LENGTH - 256, many_prompts=False, original=True)
+    texts = [sequences.labels(labels_of(text), PROMPT) for text in captions(options.batch)]
+    batch = pad_batch(texts, Words.pad)
+    batch["image"] = images(options.batch)
+    freeze(model)
     adamw = Optimizer(lr=1e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
-    return training_step(model, batch, loss_of, adamw, options)
-
-
-def agreement(ours: dict, theirs: dict) -> str:
-    """Whether both sides found the same, in words."""
-    if "loss" in ours:
-        return f"first loss {ours['loss']:.6f} and {theirs['loss']:.6f}"
-    mine = [tokens for image in ours["tokens"] for tokens in image]
-    others = [tokens for image in theirs["tokens"] for tokens in image]
-    same = sum(a == b for a, b in zip(mine, others, strict=True))
-    return f"{same} of {len(mine)} labels alike"
+    # the only loss with a weight
+    return training_step(model, batch, lambda losses: losses["loss_objs"], adamw, options)
 
 
 def add_figures(results: dict[str, list[dict]], count: int) -> None:
-    """Add the `rate` of so many labels or images, and `agreement` to the original's results."""
+    """Add the `rate` of so many labels or images, and to the original's results the `agreement`:
+    whether both sides found the same, in words."""
     for run in itertools.chain(*results.values()):
         run["rate"] = count / run["seconds"]
-    if PEER in results:
-        results[PEER][0]["agreement"] = agreement(results[OURS][0], results[PEER][0])
+    if PEER not in results:
+        return
+    ours, theirs = results[OURS][0], results[PEER][0]
+    if "loss" in ours:
+        theirs["agreement"] = f"first loss {ours['loss']:.6f} and {theirs['loss']:.6f}"
+        return
+    alike = []
+    for mine, others in zip(ours["tokens"], theirs["tokens"], strict=True):
+        alike += [a == b for a, b in zip(mine, others, strict=True)]
+    theirs["agreement"] = f"{sum(alike)} of {len(alike)} labels alike"
 
 
 def main(config: Config) -> None:
-    check_peer(config, "src/decoding.py", "NXTP", one_size=False)
+    check_peer(config, "src/decoding.py", "NXTP")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for case in config.cases:

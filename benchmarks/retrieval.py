@@ -14,6 +14,7 @@ weights are then ours. The table has the time that COCO's test would take by the
 import itertools
 import statistics
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from base.distributed import alone
 from base.errors import UserError
-from benchmarks.gauge import Stages
+from benchmarks.child import marking, now
 from benchmarks.inputs import PEER_FILE, left, synthetic_split
 from benchmarks.pretrain import model_config
 from benchmarks.runner import OURS, PEER, PeerOptions, check_peer, device_of, take_turns
@@ -75,21 +76,15 @@ def build_model(options: SimpleNamespace, weights: dict | None) -> Retrieval:
 
 
 def ours(options: SimpleNamespace) -> dict:
-    """Times of the stages and, if the peer left scores, how far the rankings agree."""
+    """Clock and CPU time at the start, where matching begins and at the end, as `marks`; and if the
+    peer left scores, how far the rankings agree."""
     peer = left(options, PEER_FILE) or {"model": None}
     model = build_model(options, peer["model"])
     images, ids, mask = synthetic_split(options.images, options.captions)
     captions = Captions(ids, mask, torch.arange(len(ids)) % len(images))
     world = alone(options.device)
-    stages = Stages(options.device)
-    match_scores = model.match_scores
-
-    def noted(*args) -> Tensor:
-        stages.enter("matching")  # begins with the first pairs
-        return match_scores(*args)
-
-    model.match_scores = noted
-    stages.enter("encoding")
+    marks = [now(options.device)]
+    model.match_scores = marking(model.match_scores, marks, options.device)
     with evaluating(model):
         rankings = rank(
             model,
@@ -101,55 +96,44 @@ def ours(options: SimpleNamespace) -> dict:
             keep_text_states=options.system == "albef",
             image_batch=options.batch,
         )
-    stages.enter("end")
-    result = {"times": stages.times()}
+    result = {"marks": [*marks, now(options.device)]}
     if "scores" in peer:
-        pairs = zip(rankings, peer["scores"], strict=True)
-        result["agreement"] = [agreement(ranking.dense(), theirs) for ranking, theirs in pairs]
+        dense = [ranking.dense() for ranking in rankings]
+        result["agreement"] = agreement(zip(dense, peer["scores"], strict=True))
     return result
 
 
-def agreement(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """How far two score matrices [Q,N] agree; FILL marks what was no candidate.
-
-    candidates: fraction that is equal; order: fraction of queries whose common candidates come in
-    the same order; difference: largest of a score, in standard deviations of the scores.
-    """
-    common = (ours > FILL) & (theirs > FILL)
-    difference = (ours - theirs)[common].abs().max() / theirs[common].std()
-    same_order = []
-    for row, other, both in zip(ours, theirs, common, strict=True):
-        same_order.append(torch.equal(row[both].argsort(), other[both].argsort()))
-    return {
-        "candidates": common.sum().item() / (theirs > FILL).sum().item(),
-        "order": statistics.mean(same_order),
-        "difference": difference.item(),
-    }
+def agreement(pairs: Iterable[tuple[Tensor, Tensor]]) -> str:
+    """How far our score matrices [Q,N] and the original's agree, in words; FILL marks what was no
+    candidate."""
+    same, orders, differences = [], [], []
+    for ours, theirs in pairs:
+        candidates = theirs > FILL
+        same.append((ours > FILL)[candidates])
+        common = candidates & (ours > FILL)
+        difference = (ours - theirs)[common].abs() / theirs[common].std()
+        differences.append(difference.max().item())
+        for row, other, both in zip(ours, theirs, common, strict=True):
+            orders.append(torch.equal(row[both].argsort(), other[both].argsort()))
+    return (
+        f"With equal weights {torch.cat(same).float().mean():.1%} of the candidates are the same, "
+        f"scores differ by at most {max(differences):.1e} of their standard deviation, "
+        f"{statistics.mean(orders):.1%} of the queries have the same order."
+    )
 
 
 def rates(run: dict, config: Config) -> dict[str, float]:
     """`pairs` a second and `cpu_pairs` a CPU second, seconds of `encoding`, and `coco`, the hours
     that COCO's test would take at these rates by the clock."""
-    matching, matching_cpu = run["times"]["matching"]
-    encoding, _ = run["times"]["encoding"]
+    (begin, _), (middle, middle_cpu), (end, end_cpu) = run["marks"]
+    encoding, matching = middle - begin, end - middle
     coco = encoding / config.images * COCO + matching / config.pairs * COCO_PAIRS
     return {
         "pairs": config.pairs / matching,
-        "cpu_pairs": config.pairs / matching_cpu,
+        "cpu_pairs": config.pairs / (end_cpu - middle_cpu),
         "encoding": encoding,
         "coco": coco / 3600,
     }
-
-
-def agreement_text(by_direction: list[dict[str, float]]) -> str:
-    """The lowest agreement of scores and orders, in words."""
-    least = {name: min(part[name] for part in by_direction) for name in by_direction[0]}
-    difference = max(part["difference"] for part in by_direction)
-    return (
-        f"With equal weights {least['candidates']:.1%} of the candidates are the same, scores "
-        f"differ by at most {difference:.1e} of their standard deviation, {least['order']:.1%} of "
-        "the queries have the same order."
-    )
 
 
 def main(config: Config) -> None:
@@ -166,7 +150,7 @@ def main(config: Config) -> None:
         results = take_turns(config, sides, exchange=folder, captions=captions)
     for run in itertools.chain(*results.values()):
         run.update(rates(run, config))
-    remark = agreement_text(results[OURS][0]["agreement"]) if config.peer else ""
+    remark = results[OURS][0].get("agreement", "")
     title = ["Retrieval evaluation", f"{system} at 384 px", f"{config.images} images"]
     title += [f"{captions} captions", f"k_test {config.k_test}", "fp32", device_of(config)]
     publish(config, "retrieval", title, results, COLUMNS, remark)

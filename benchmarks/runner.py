@@ -7,7 +7,6 @@ of the machine's speed disturbs all alike.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -66,17 +65,12 @@ def device_of(options: Options) -> str:
     return options.device
 
 
-def check_peer(
-    options: PeerOptions, file: str, name: str, one_size: bool = True, tensorflow: bool = False
-) -> None:
-    """UserError if --peer is given and is no checkout of `name`, which has `file`; or with --tiny,
-    if the original has `one_size`."""
+def check_peer(options: PeerOptions, file: str, name: str, tensorflow: bool = False) -> None:
+    """UserError if --peer is given and is no checkout of `name`, which has `file`."""
     if not options.peer:
         return
     if not (Path(options.peer) / file).is_file():
         raise UserError(f"--peer {options.peer}: no {file} there; it takes a checkout of {name}")
-    if options.tiny and one_size:
-        raise UserError(f"--tiny: {name} has one size; leave --peer out")
     if tensorflow and not options.peer_python:
         raise UserError(
             "--peer needs --peer-python, an interpreter with TensorFlow 2.12, tensorflow-addons "
@@ -115,57 +109,46 @@ def idle_load(options: Options) -> float:
 
 
 # ---- turns
-def child_command(function: str, given: dict) -> list[str]:
-    """What calls a function in a process; those of benchmarks.peers run by --peer-python."""
-    python = sys.executable
-    if function.startswith("benchmarks.peers."):
-        python = given["peer_python"] or python
-    return [python, "-m", "benchmarks.child", function, json.dumps(given, default=str)]
-
-
 def run_side(name: str, function: str, options: Options, processes: int = 0, **more) -> dict:
-    """One measurement in a fresh process: the dictionary that the function returns, and `others`,
-    the cores that other work used meanwhile.
+    """One measurement in a fresh process: the dictionary that the function returns; `spent`, the
+    CPU seconds of the process and its workers from start to end; `others`, the cores that other
+    work used meanwhile. UserError with its last words if it fails.
 
-    The function takes the options, the resolved `device`, the side's name as `side`, and `more`.
-    processes: that torchrun starts; 0 = one without it.
+    The function takes the options, the resolved `device`, the side's name as `side`, and `more`;
+    those of benchmarks.peers run by --peer-python. processes: that torchrun starts; 0 = one
+    without it.
     """
     given = {**asdict(options), "device": device_of(options), "side": name, **more}
-    command = child_command(function, given)
+    python = function.startswith("benchmarks.peers.") and given["peer_python"]
+    command = [python or sys.executable, "-m", "benchmarks.child", function]
     if processes:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command[2:2] = [*launcher, "-m"]
+    threads = str(options.threads)
+    env = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3")
+    env.update(OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads)
+    command.append(json.dumps(given, default=str))
     begin = time.perf_counter()
     busy = busy_seconds()
-    own = children_seconds()
-    printed = run_command(command, name, options.threads)
-    result = json.loads(printed.strip().splitlines()[-1])
-    used = busy_seconds() - busy - (children_seconds() - own)
-    result["others"] = max(0.0, used / (time.perf_counter() - begin))
-    return result
-
-
-def run_command(command: list, name: str, threads: int) -> str:
-    """What a command prints. UserError with its last words if it fails."""
-    env = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", TF_CPP_MIN_LOG_LEVEL="3")
-    env.update(OMP_NUM_THREADS=str(threads), OPENBLAS_NUM_THREADS=str(threads))
+    before = os.times()
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         error = done.stderr.strip()[-3000:]
         raise UserError(f"{name} failed (exit {done.returncode}):\n{error}")
-    return done.stdout
-
-
-def children_seconds() -> float:
-    """CPU seconds of all processes that this one started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    after = os.times()
+    spent = after.children_user + after.children_system
+    result["spent"] = spent - before.children_user - before.children_system
+    others = busy_seconds() - busy - result["spent"]
+    result["others"] = max(0.0, others / (time.perf_counter() - begin))
+    return result
 
 
 def take_turns(options: Options, sides: dict[str, str], **more) -> dict[str, list[dict]]:
     """All measurements {the side's name: [results]}, ours first, each with the `load` before it.
 
-    They run in turn in the order of `sides`, every second time in reverse.
+    They run in turn in the order of `sides`, every second time in reverse; each is given the number
+    of its `turn`.
     """
     results: dict[str, list[dict]] = {
         name: [] for name in sorted(sides, key=lambda name: name != OURS)
@@ -174,8 +157,8 @@ def take_turns(options: Options, sides: dict[str, str], **more) -> dict[str, lis
     for turn in range(options.repeats):
         for name in order:
             load = idle_load(options)
-            result = {**run_side(name, sides[name], options, **more), "load": load}
-            results[name].append(result)
+            result = run_side(name, sides[name], options, turn=turn, **more)
+            results[name].append({**result, "load": load})
             figures = {n: round(v, 3) for n, v in result.items() if isinstance(v, int | float)}
             print(f"{name} {turn + 1}/{options.repeats}: {figures}", flush=True)
         order.reverse()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from base.distributed import alone
-from benchmarks.gauge import measure
+from benchmarks.child import measure
 from benchmarks.runner import OURS, TrainOptions, device_of, take_turns
 from benchmarks.table import FASTER, FASTER_CPU, MEMORY, Column, publish
 from runtime.flops import peak_flops
@@ -71,25 +71,20 @@ def training_step(
     return result
 
 
-def matmul_rate(dtype: torch.dtype, size: int) -> float:
-    """FLOP per second of processor time in a matrix product [size,size]: a CPU's peak."""
-    matrix = torch.randn(size, size).to(dtype)
-    best = 0.0
+def mfu(flops: float, result: dict, options: SimpleNamespace) -> float:
+    """Fraction of a GPU's peak by its vendor (0 if unknown); of a CPU's rate in a matrix product,
+    by processor time."""
+    if options.device != "cpu":
+        peak = peak_flops(torch.device(options.device), options.precision)
+        return flops / result["seconds"] / peak if peak else 0.0
+    size = 256 if options.tiny else 2048
+    matrix = torch.randn(size, size, dtype=PRECISIONS[options.precision])
+    seconds = []
     for _ in range(5):
         begin = time.process_time()
         matrix @ matrix
-        best = max(best, 2 * size**3 / (time.process_time() - begin))
-    return best
-
-
-def mfu(flops: float, result: dict, options: SimpleNamespace) -> float:
-    """Fraction of a GPU's peak by its vendor (0 if unknown), of a CPU's matrix product's rate."""
-    if options.device == "cpu":
-        dtype = PRECISIONS[options.precision] or torch.float32
-        size = 256 if options.tiny else 2048
-        return flops / result["cpu_seconds"] / matmul_rate(dtype, size)
-    peak = peak_flops(torch.device(options.device), options.precision)
-    return flops / result["seconds"] / peak if peak else 0.0
+        seconds.append(time.process_time() - begin)
+    return flops / result["cpu_seconds"] * min(seconds) / (2 * size**3)
 
 
 def settings(options: TrainOptions) -> list[str]:

@@ -4,7 +4,6 @@
 neighbours in time. Several cases are one table with a row `CASE: SIDE` each.
 """
 
-import contextlib
 import os
 import platform
 import re
@@ -22,25 +21,6 @@ from benchmarks.runner import IDLE_LOAD, OURS, ROOT, Options, device_of
 PAGE = ROOT / "docs/BENCHMARKS.md"
 
 
-# ---- figures
-def median(runs: list[dict], key: str) -> float:
-    """Median of one figure over the measurements of a side that have it."""
-    return statistics.median(run[key] for run in runs if key in run)
-
-
-def partner(results: dict[str, list[dict]], side: str) -> list[dict]:
-    """Our measurements in the case of another side; none for ours."""
-    case, colon, _ = side.rpartition(": ")
-    ours = f"{case}{colon}{OURS}"
-    return results.get(ours, []) if side != ours else []
-
-
-def ratio(results: dict[str, list[dict]], other: str, key: str) -> float:
-    """Median over neighbouring runs of the other side's figure divided by ours."""
-    pairs = zip(partner(results, other), results[other], strict=True)
-    return statistics.median(theirs[key] / ours[key] for ours, theirs in pairs)
-
-
 @dataclass(frozen=True)
 class Column:
     """One figure of the measurements: its median, or with `ratio` ours against the other side's."""
@@ -52,20 +32,21 @@ class Column:
     spread: bool = False  # also the least and the most
     ratio: str = ""  # "lower" or "higher" is better; empty = the median itself
 
-    def cell(self, results: dict[str, list[dict]], side: str) -> str:
-        """Text of a cell; empty where the side has no such figure or no partner."""
-        runs = results[side]
-        first = runs[0].get(self.key)
-        if first is None or isinstance(first, str):
-            return first or ""
-        if self.ratio:
-            if not partner(results, side):
-                return ""
-            value = ratio(results, side, self.key)
+    def cell(self, runs: list[dict], ours: list[dict]) -> str:
+        """Text of a cell from a side's measurements and ours beside them, if there are; empty where
+        the side has no such figure or no partner."""
+        values = [run[self.key] for run in runs if self.key in run]
+        if not values or (self.ratio and not ours):
+            return ""
+        if isinstance(values[0], str):
+            return values[0]
+        if self.ratio:  # a disturbed pair counts once
+            pairs = zip(values, ours, strict=True)
+            value = statistics.median(theirs / run[self.key] for theirs, run in pairs)
             return self.form.format(value if self.ratio == "lower" else 1 / value)
-        text = self.form.format(median(runs, self.key) * self.scale)
+        values = [value * self.scale for value in values]
+        text = self.form.format(statistics.median(values))
         if self.spread:
-            values = [run[self.key] * self.scale for run in runs]
             text += f" ({self.form.format(min(values))}-{self.form.format(max(values))})"
         return text
 
@@ -77,13 +58,19 @@ FASTER = Column("ours is faster by", "seconds", "{:.2f} x", ratio="lower")
 FASTER_CPU = Column("by CPU time", "cpu_seconds", "{:.2f} x", ratio="lower")
 
 
+def partner(results: dict[str, list[dict]], side: str) -> list[dict]:
+    """Our measurements in the case of another side; none for ours."""
+    case, colon, name = side.rpartition(": ")
+    return results.get(f"{case}{colon}{OURS}", []) if name != OURS else []
+
+
 def table(results: dict[str, list[dict]], columns: list[Column]) -> str:
     """A row a side; columns of ratios only if a row has a partner."""
-    if not any(partner(results, side) for side in results):
-        columns = [column for column in columns if not column.ratio]
+    partners = {side: partner(results, side) for side in results}
+    columns = [column for column in columns if not column.ratio or any(partners.values())]
     rows = [["", *(column.head for column in columns)], ["---"] * (1 + len(columns))]
-    for side in results:
-        rows.append([side, *(column.cell(results, side) for column in columns)])
+    for side, runs in results.items():
+        rows.append([side, *(column.cell(runs, partners[side]) for column in columns)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -91,9 +78,8 @@ def table(results: dict[str, list[dict]], columns: list[Column]) -> str:
 def machine(options: Options) -> str:
     """GPU, CPU, number of cores, memory and versions, in words."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, AttributeError):
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    cpu = named.group(1) if named else platform.machine()
     words = [cpu, f"{os.cpu_count()} cores ({options.threads} threads used)", f"{memory:.0f} GiB"]
     if device_of(options) == "cuda":
         words.insert(0, torch.cuda.get_device_name())

@@ -55,16 +55,6 @@ class Config(Options):
     report: str = restated(Options, "report", "")
 
 
-# ---- inputs
-def file_name(number: int) -> str:
-    return f"{number % IMAGES:03d}.jpg"
-
-
-def member_name(number: int) -> str:
-    """Members in an order that jumps about the zip file."""
-    return f"{number * 37 % MEMBERS:03d}.jpg"
-
-
 def write_images(folder: Path) -> int:
     """Write smooth images with some grain and the zip file; returns the mean size in bytes."""
     rng = torch.Generator().manual_seed(0)
@@ -74,28 +64,13 @@ def write_images(folder: Path) -> int:
         smooth = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic")[0]
         grain = 0.09 * torch.randn(3, HEIGHT, WIDTH, generator=rng)
         pixels = (smooth + grain).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy()
-        path = folder / file_name(number)
+        path = folder / f"{number:03d}.jpg"
         Image.fromarray(pixels).save(path, "JPEG", quality=80)
         sizes.append(path.stat().st_size)
     with zipfile.ZipFile(folder / ZIP, "w", zipfile.ZIP_STORED) as bundle:
         for number in range(MEMBERS):
-            bundle.write(folder / file_name(number), f"{number:03d}.jpg")
+            bundle.write(folder / f"{number % IMAGES:03d}.jpg", f"{number:03d}.jpg")
     return sum(sizes) // len(sizes)
-
-
-# ---- sides: what reads a member of the zip, what decodes FILE or ZIP/MEMBER, and the views
-def our_decode(folder: Path, name: str) -> torch.Tensor:
-    return decode_image(image_source(folder, name), name)
-
-
-def read_published(file: Path, member: str) -> bytes:
-    return zipfile.ZipFile(file).read(member)
-
-
-def decode_published(folder: Path, name: str) -> Image.Image:
-    inside, _, member = name.rpartition("/")
-    file = io.BytesIO(read_published(folder / ZIP, member)) if inside else folder / name
-    return Image.open(file).convert("RGB")
 
 
 def published_views() -> Callable:
@@ -114,37 +89,50 @@ def published_views() -> Callable:
 
 
 def rates(options: SimpleNamespace) -> dict:
-    """Samples per CPU second of a side's pipelines, each a function of the sample's number."""
+    """Samples per second of processor time of a side's pipelines, after some to warm up."""
     torch.manual_seed(0)
     random.seed(0)
     folder = Path(options.exchange)
-    read, decode, views = read_member, our_decode, ImageViews(224, ViewOptions())
-    if options.side == REFERENCE:
-        read, decode, views = read_published, decode_published, published_views()
     texts = TextViews(TextOptions(), local=2)
     tokenizer = ClipTokenizer()
+    views = ImageViews(224, ViewOptions()) if options.side == OURS else published_views()
 
-    def tokens(number: int) -> torch.Tensor:
-        return tokenizer(texts([CAPTIONS[number % len(CAPTIONS)]]))
+    def read(file: Path, member: str) -> bytes:
+        if options.side == OURS:
+            return read_member(file, member)
+        return zipfile.ZipFile(file).read(member)
 
+    def decode(name: str) -> torch.Tensor | Image.Image:
+        """FILE, or ZIP/MEMBER."""
+        if options.side == OURS:
+            return decode_image(image_source(folder, name), name)
+        inside, _, member = name.rpartition("/")
+        file = io.BytesIO(read(folder / ZIP, member)) if inside else folder / name
+        return Image.open(file).convert("RGB")
+
+    def sample(name: str, number: int) -> tuple:
+        tokens = tokenizer(texts([CAPTIONS[number % len(CAPTIONS)]]))
+        return views(decode(name)), tokens
+
+    files = [f"{number % IMAGES:03d}.jpg" for number in range(options.items)]
+    # in an order that jumps about the zip file
+    members = [f"{number * 37 % MEMBERS:03d}.jpg" for number in range(options.items)]
     pipelines = {
-        "decode": lambda n: decode(folder, file_name(n)),
-        "read a zip member": lambda n: read(folder / ZIP, member_name(n)),
-        "decode, 3 views": lambda n: views(decode(folder, file_name(n))),
-        "sample from files": lambda n: (views(decode(folder, file_name(n))), tokens(n)),
-        "sample from zips": lambda n: (views(decode(folder, f"{ZIP}/{member_name(n)}")), tokens(n)),
+        "decode": lambda n: decode(files[n]),
+        "read a zip member": lambda n: read(folder / ZIP, members[n]),
+        "decode, 3 views": lambda n: views(decode(files[n])),
+        "sample from files": lambda n: sample(files[n], n),
+        "sample from zips": lambda n: sample(f"{ZIP}/{members[n]}", n),
     }
-    return {"rates": {name: rate(make, options.items) for name, make in pipelines.items()}}
-
-
-def rate(make: Callable[[int], object], items: int) -> float:
-    """Samples per second of processor time, after some to warm up."""
-    for number in range(WARMUP):
-        make(number)
-    begin = time.process_time()
-    for number in range(items):
-        make(number)
-    return items / (time.process_time() - begin)
+    found = {}
+    for name, make in pipelines.items():
+        for number in range(WARMUP):
+            make(number)
+        begin = time.process_time()
+        for number in range(options.items):
+            make(number)
+        found[name] = options.items / (time.process_time() - begin)
+    return {"rates": found}
 
 
 def main(config: Config) -> None:

@@ -9,7 +9,6 @@ A step is forward, backward, global-norm clipping and AdamW of ViT-B/16 with the
 and as one graph.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -23,6 +22,8 @@ from models.weights.vit import transformers_config
 from runtime.config.cli import knob, run_script
 from runtime.optim.build import Optimizer
 
+TIMM, TRANSFORMERS = "timm", "transformers"
+
 
 @dataclass
 class Config(TrainOptions):
@@ -34,70 +35,55 @@ class Config(TrainOptions):
 
 
 class Foreign(nn.Module):
-    """A library's transformer [B,3,S,S] -> [B,D], COYO-ViT's tanh layer and head, our loss."""
+    """A library's transformer under our loss. trunk: images [B,3,S,S] -> features [B,D] behind
+    COYO-ViT's tanh layer, or an output of transformers that has them."""
 
-    def __init__(self, trunk: nn.Module, token: Callable, width: int, classes: int):
+    def __init__(self, trunk: nn.Module, width: int, classes: int):
         super().__init__()
         self.trunk = trunk
-        self.token = token
-        self.pre_logits = nn.Linear(width, width)
         self.head = nn.Linear(width, classes)
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, -10)
 
     def forward(self, image: Tensor, labels: Tensor, label_weights: Tensor) -> dict[str, Tensor]:
-        features = torch.tanh(self.pre_logits(self.token(self.trunk(image))))
-        logits = self.head(features).float()
+        found = self.trunk(image)
+        logits = self.head(getattr(found, "pooler_output", found)).float()
         return {"loss": sigmoid_loss(logits, labels, label_weights)}
 
 
-def classifier_config(options: SimpleNamespace) -> ClassifierConfig:
-    """The network of all three; tiny: 2 blocks of width 32."""
+def build_model(options: SimpleNamespace) -> nn.Module:
+    """The network of one side, with random weights; tiny: 2 blocks of width 32."""
     torch.manual_seed(0)
-    return ClassifierConfig(
+    config = ClassifierConfig(
         model="vit-mu/16" if options.tiny else options.model,
         image_size=options.image_size,
         num_classes=options.classes,
         loss="sigmoid",
     )
+    vit = config.vit
+    if options.side == OURS:
+        return VisionClassifier(replace(config, representation_size=vit.width))
+    if options.side == TIMM:
+        from timm.models.vision_transformer import VisionTransformer
 
-
-def ours(options: SimpleNamespace) -> dict:
-    """A step of our network."""
-    config = classifier_config(options)
-    config = replace(config, representation_size=config.vit.width)
-    return measure_network(VisionClassifier(config), options)
-
-
-def timm(options: SimpleNamespace) -> dict:
-    """A step of timm's network."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    vit = classifier_config(options).vit
-    trunk = VisionTransformer(
-        img_size=vit.image_size,
-        patch_size=vit.patch_size,
-        embed_dim=vit.width,
-        depth=vit.depth,
-        num_heads=vit.heads,
-        num_classes=0,
-        act_layer=lambda: nn.GELU(approximate="tanh"),
-    )
-    return measure_network(Foreign(trunk, nn.Identity(), vit.width, options.classes), options)
-
-
-def transformers(options: SimpleNamespace) -> dict:
-    """A step of transformers' network."""
+        trunk = VisionTransformer(
+            img_size=vit.image_size,
+            patch_size=vit.patch_size,
+            embed_dim=vit.width,
+            depth=vit.depth,
+            num_heads=vit.heads,
+            num_classes=vit.width,  # the tanh layer
+            act_layer=lambda: nn.GELU(approximate="tanh"),
+        )
+        return Foreign(nn.Sequential(trunk, nn.Tanh()), vit.width, options.classes)
     from transformers import ViTConfig, ViTModel
 
-    config = classifier_config(options)
-    trunk = ViTModel(ViTConfig(**transformers_config(config)), add_pooling_layer=False)
-    model = Foreign(trunk, lambda output: output[0][:, 0], config.vit.width, options.classes)
-    return measure_network(model, options)
+    return Foreign(ViTModel(ViTConfig(**transformers_config(config))), vit.width, options.classes)
 
 
-def measure_network(model: nn.Module, options: SimpleNamespace) -> dict:
-    """The step of any of the networks."""
+def step(options: SimpleNamespace) -> dict:
+    """A step of one side in PyTorch."""
+    model = build_model(options)
     size, side = options.batch, options.image_size
     batch = {
         "image": torch.randn(size, 3, side, side),
@@ -110,9 +96,7 @@ def measure_network(model: nn.Module, options: SimpleNamespace) -> dict:
 
 def main(config: Config) -> None:
     check_peer(config, "backbones/vit/vit_model.py", "coyo-vit", tensorflow=True)
-    sides = {OURS: "benchmarks.vit:ours"}
-    for library in ("timm", "transformers"):
-        sides[library] = f"benchmarks.vit:{library}"
+    sides = dict.fromkeys((OURS, TIMM, TRANSFORMERS), "benchmarks.vit:step")
     if config.peer:
         sides["original (TensorFlow)"] = "benchmarks.peers.tensorflow:vit"
     title = ["Classification step", config.model, f"{config.classes:,} classes"]

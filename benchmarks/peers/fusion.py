@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import inputs
-from benchmarks.gauge import Stages, measure
+from benchmarks.child import marking, measure, now
 from benchmarks.peers.stand_ins import Missing, Outputs, prepare, stand_in, start_process_group
 
 CONFIG = {  # of both tasks
@@ -55,21 +55,6 @@ def build_model(options: types.SimpleNamespace, task: str) -> nn.Module:
 
 
 # ---- pre-training
-def build_tokenizer(options: types.SimpleNamespace) -> nn.Module | None:
-    """The image tokenizer with DALL-E's full-size encoder, random weights; None for ALBEF."""
-    if options.system == "albef":
-        return None
-    try:
-        vae = importlib.import_module("models.discrete_vae").Dalle_VAE(inputs.IMAGE_SIZE)
-        encoder = importlib.import_module("dall_e.encoder").Encoder
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"the original's image tokenizer needs {error.name}: pip install {error.name}s"
-        ) from None
-    vae.encoder = encoder(device=torch.device(options.device))
-    return vae
-
-
 def arguments(batch: dict[str, Tensor], tokenizer: nn.Module | None) -> dict:
     """Arguments of the original's forward, made from our batch as its training loop makes them."""
     text = Outputs(input_ids=batch["text_ids"], attention_mask=batch["text_mask"].long())
@@ -84,7 +69,8 @@ def arguments(batch: dict[str, Tensor], tokenizer: nn.Module | None) -> dict:
 
 
 def start(options: types.SimpleNamespace) -> tuple[nn.Module, nn.Module | None, dict]:
-    """Model, image tokenizer and batch on the device."""
+    """Model, for SIMLA the image tokenizer with DALL-E's full-size encoder, and batch on the
+    device; weights are random."""
     torch.backends.cudnn.allow_tf32 = False  # as in products
     torch.manual_seed(0)
     prepare(options)
@@ -92,7 +78,12 @@ def start(options: types.SimpleNamespace) -> tuple[nn.Module, nn.Module | None, 
     model = build_model(options, "pretrain").to(options.device).train()
     batch = inputs.synthetic_batch(options.batch)
     batch = {name: value.to(options.device) for name, value in batch.items()}
-    return model, build_tokenizer(options), batch
+    if options.system == "albef":
+        return model, None, batch
+    tokenizer = importlib.import_module("models.discrete_vae").Dalle_VAE(inputs.IMAGE_SIZE)
+    encoder = importlib.import_module("dall_e.encoder").Encoder
+    tokenizer.encoder = encoder(device=torch.device(options.device))
+    return model, tokenizer, batch
 
 
 def step(options: types.SimpleNamespace) -> dict:
@@ -137,30 +128,17 @@ class Split(list):
     """The loader of a test split: batches, and a `dataset` of images and captions."""
 
 
-def evaluation_loop(stages: Stages) -> types.ModuleType:
-    """The checkout's Retrieval.py as a module; its progress log marks where matching begins."""
+def evaluate(options: types.SimpleNamespace) -> dict:
+    """The checkout's Retrieval.py. `marks` as ours has them: its progress log tells where matching
+    begins. Leaves weights and scores."""
+    torch.manual_seed(0)
+    prepare(options)
     for name in UNUSED:
         stand_in(name)
     importlib.import_module("models")
     sys.modules["models.tokenization_bert"] = Missing("models.tokenization_bert")
     script = importlib.import_module("Retrieval")
     script.args = types.SimpleNamespace(distributed=False)
-    log_every = script.utils.MetricLogger.log_every
-
-    def log_matching(logger, *args, **kwargs):
-        stages.enter("matching")
-        return log_every(logger, *args, **kwargs)
-
-    script.utils.MetricLogger.log_every = log_matching
-    return script
-
-
-def evaluate(options: types.SimpleNamespace) -> dict:
-    """Times of the stages; leaves weights and scores."""
-    torch.manual_seed(0)
-    prepare(options)
-    stages = Stages(options.device)
-    script = evaluation_loop(stages)
     model = build_model(options, "retrieval").to(options.device)
     inputs.shake(model)
     images, ids, mask = inputs.synthetic_split(options.images, options.captions)
@@ -170,16 +148,18 @@ def evaluate(options: types.SimpleNamespace) -> dict:
     def tokenizer(texts: list[int], **_) -> Outputs:
         return Outputs(input_ids=ids[texts], attention_mask=mask[texts].long())
 
-    stages.enter("encoding")
+    marks = [now(options.device)]
+    log = script.utils.MetricLogger
+    log.log_every = marking(log.log_every, marks, options.device)
     scores = script.evaluation(
         model, split, tokenizer, torch.device(options.device), {"k_test": options.k_test}
     )
-    stages.enter("end")
-    weights = {
+    marks.append(now(options.device))
+    own = {
         name: value
         for name, value in model.state_dict().items()
         if "_m." not in name and "queue" not in name
     }
     matrices = [torch.from_numpy(matrix) for matrix in scores]
-    inputs.leave(options, inputs.PEER_FILE, {"model": weights, "scores": matrices})
-    return {"times": stages.times()}
+    inputs.leave(options, inputs.PEER_FILE, {"model": own, "scores": matrices})
+    return {"marks": marks}

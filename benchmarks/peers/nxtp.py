@@ -5,7 +5,6 @@ ones, `clip` by the two layers it uses.
 """
 
 import importlib
-import sys
 import types
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import nxtp_inputs as inputs
-from benchmarks.gauge import measure
+from benchmarks import recognition as bench
+from benchmarks.child import measure
 from benchmarks.inputs import PEER_FILE, leave, left
-from benchmarks.peers.stand_ins import stand_in
+from benchmarks.peers.stand_ins import open_checkout, stand_in
 from runtime.optim.build import PRECISIONS
 
 
@@ -32,88 +31,84 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class Original:
-    """The checkout's modules, and its network with weights that both sides share."""
-
-    def __init__(self, options: types.SimpleNamespace):
-        torch.manual_seed(0)
-        import_stand_ins(options.peer)
-        self.decoding = importlib.import_module("decoding")
-        self.encoding = importlib.import_module("encoding")
-        self.evaluation = importlib.import_module("evals.eval")
-        self.encoding.shuffle = lambda labels: None  # its order of labels is not seeded
-        self.args = types.SimpleNamespace(
-            max_seq_len=inputs.LENGTH,
-            special_tokens=["<|image|>"],
-            enable_prompt_augmentation=False,
-            rm_eos_token_for_objs=True,
-            label_contains_number=True,
-            prefix_image_tok_embeds=True,
-            decouple_label_tok_embeds=True,
-            text_decoder_strategy="one_shot",
-            max_gen_len=64,
-            k_for_topk=options.labels,
-        )
-        self.model = self.build_model(*inputs.sizes_of(options))
-        with torch.no_grad():  # the head of a trained network is sharper than torch's default
-            self.model.language_decoder.output.weight.mul_(8)
-        if left(options, PEER_FILE) is None:
-            leave(options, PEER_FILE, self.model.state_dict())
-        self.model.load_state_dict(left(options, PEER_FILE))
-        self.model.to(options.device)
-
-    def build_model(self, width: int, blocks: int, decoder: dict[str, int]) -> nn.Module:
-        """The same network as ours, of the original's classes."""
-        classifier = importlib.import_module("models.classifier").LangClassifier
-        tower = importlib.import_module("models.clip").CLIPViT
-        lang = importlib.import_module("models.lang")
-        dim = decoder["dim"]
-        encoder = tower(inputs.SIDE, inputs.PATCH, width, blocks, width // 64, dim)
-        del encoder.proj
-        encoder.proj = nn.Linear(width, dim, bias=False)
-        lengths = {"vocab_size": inputs.Words.vocab_size, "max_seq_len": inputs.LENGTH}
-        settings = lang.ModelArgs(**decoder, **lengths)
-        settings.shave_language_decoder_at = 0
-        return classifier(vision_encoder=encoder, language_decoder=lang.LLaMATransformer(settings))
-
-    def encode(self, images: Tensor, captions: list[str], training: bool) -> tuple:
-        """Number of image tokens; texts, token ids and embeddings as its functions return them."""
-        tokens = self.model.decode_images(self.model.encode_images(images))[:, 1:]
-        words = inputs.Words()
-        texts = self.encoding.construct_text_inputs(
-            self.args, captions, words, offset=tokens.shape[1], is_train=training
-        )
-        ids = [part.to(images.device) for part in texts[:2]]
-        table = self.model.language_decoder.tok_embeddings.weight
-        embedded = self.encoding.construct_embd_inputs(
-            tokens, table[ids[0]], table[ids[1]], texts[4], texts[5], ids[0], ids[1], words
-        )
-        return tokens.shape[1], texts, ids, embedded
-
-
-def import_stand_ins(checkout: str) -> None:
-    """Make the checkout importable without the modules that neither case uses."""
-    source = Path(checkout) / "src"
-    sys.path.insert(0, str(source))
-    stand_in("models", __path__=[str(source / "models")])  # a folder without __init__: ours has one
+def start(options: types.SimpleNamespace) -> types.SimpleNamespace:
+    """Its modules without those that neither case uses, its settings, and its network with weights
+    that both sides share."""
+    torch.manual_seed(0)
+    source = Path(options.peer) / "src"
+    open_checkout(source)
     stand_in("clip", model=types.SimpleNamespace(LayerNorm=LayerNorm, QuickGELU=QuickGELU))
-    stand_in("utils", get_noun_words=lambda text, **_: ",".join(inputs.labels_of(text)))
-    stand_in("evals", __path__=[str(source / "evals")])
+    stand_in("utils", get_noun_words=lambda text, **_: ",".join(bench.labels_of(text)))
+    for folder in ("models", "evals"):  # without __init__.py: ours would come first
+        stand_in(folder, __path__=[str(source / folder)])
     for unused in ("train", "loader", "evals.engine"):
         stand_in(unused)
+    encoding = importlib.import_module("encoding")
+    encoding.shuffle = lambda labels: None  # its order of labels is not seeded
+    settings = types.SimpleNamespace(
+        max_seq_len=bench.LENGTH,
+        special_tokens=["<|image|>"],
+        enable_prompt_augmentation=False,
+        rm_eos_token_for_objs=True,
+        label_contains_number=True,
+        prefix_image_tok_embeds=True,
+        decouple_label_tok_embeds=True,
+        text_decoder_strategy="one_shot",
+        max_gen_len=64,
+        k_for_topk=options.labels,
+    )
+    lang = importlib.import_module("models.lang")
+    width, blocks, decoder = bench.sizes_of(options)
+    dim = decoder["dim"]
+    tower = importlib.import_module("models.clip").CLIPViT
+    encoder = tower(bench.SIDE, bench.PATCH, width, blocks, width // 64, dim)
+    del encoder.proj
+    encoder.proj = nn.Linear(width, dim, bias=False)
+    lengths = {"vocab_size": bench.Words.vocab_size, "max_seq_len": bench.LENGTH}
+    arguments = lang.ModelArgs(**decoder, **lengths)
+    arguments.shave_language_decoder_at = 0
+    classifier = importlib.import_module("models.classifier").LangClassifier
+    model = classifier(vision_encoder=encoder, language_decoder=lang.LLaMATransformer(arguments))
+    with torch.no_grad():  # the head of a trained network is sharper than torch's default
+        model.language_decoder.output.weight.mul_(8)
+    if left(options, PEER_FILE) is None:
+        leave(options, PEER_FILE, model.state_dict())
+    model.load_state_dict(left(options, PEER_FILE))
+    return types.SimpleNamespace(
+        encoding=encoding,
+        decoding=importlib.import_module("decoding"),
+        evaluation=importlib.import_module("evals.eval"),
+        settings=settings,
+        model=model.to(options.device),
+    )
+
+
+def encode(original, images: Tensor, captions: list[str], training: bool) -> tuple:
+    """Number of image tokens; texts, token ids and embeddings as its functions return them."""
+    tokens = original.model.decode_images(original.model.encode_images(images))[:, 1:]
+    words = bench.Words()
+    texts = original.encoding.construct_text_inputs(
+        original.settings, captions, words, offset=tokens.shape[1], is_train=training
+    )
+    ids = [part.to(images.device) for part in texts[:2]]
+    table = original.model.language_decoder.tok_embeddings.weight
+    embedded = original.encoding.construct_embd_inputs(
+        tokens, table[ids[0]], table[ids[1]], texts[4], texts[5], ids[0], ids[1], words
+    )
+    return tokens.shape[1], texts, ids, embedded
 
 
 def label(options: types.SimpleNamespace) -> dict:
     """Top labels of images as its evaluation finds them."""
-    original = Original(options)
+    original = start(options)
     model = original.model.eval()
-    images = inputs.images(options.images).to(options.device)
+    images = bench.images(options.images).to(options.device)
     found = []
 
     @torch.inference_mode()
     def step() -> None:
-        count, texts, ids, embedded = original.encode(images, [""] * len(images), False)
-        limit = inputs.LABEL_TOKENS + 1
+        count, texts, ids, embedded = encode(original, images, [""] * len(images), False)
+        limit = bench.LABEL_TOKENS + 1
         decoder = original.decoding.OneShotDecoder(k=options.labels, max_update_iter=limit)
         decoder.reset()
         finish = decoder.finalize
@@ -124,11 +119,12 @@ def label(options: types.SimpleNamespace) -> dict:
             return finish(tokens, *rest, **more)
 
         decoder.finalize = finalize
-        words = inputs.Words()
-        prompt = [texts[5], ids[1], embedded[1], embedded[2], words]
-        original.evaluation.generate(original.args, count, *prompt, model, images.device, decoder)
+        prompt = [texts[5], ids[1], embedded[1], embedded[2], bench.Words()]
+        original.evaluation.generate(
+            original.settings, count, *prompt, model, images.device, decoder
+        )
         begin = int((ids[1][0] >= 0).sum())  # the prompt's length
-        tokens = rows[0][:, begin : begin + inputs.LABEL_TOKENS].unflatten(0, (len(images), -1))
+        tokens = rows[0][:, begin : begin + bench.LABEL_TOKENS].unflatten(0, (len(images), -1))
         found[:] = [[first_label(row) for row in image] for image in tokens.tolist()]
 
     return {**measure(step, options), "tokens": found}
@@ -136,7 +132,7 @@ def label(options: types.SimpleNamespace) -> dict:
 
 def first_label(row: list[int]) -> list[int]:
     """Up to the first delimiter, included."""
-    return row[: row.index(inputs.COMMA) + 1] if inputs.COMMA in row else row
+    return row[: row.index(bench.COMMA) + 1] if bench.COMMA in row else row
 
 
 def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -147,14 +143,14 @@ def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def train(options: types.SimpleNamespace) -> dict:
     """A step as its training loop takes it, with both branches; `loss` is the first one's."""
-    original = Original(options)
+    original = start(options)
     model = original.model.train()
-    images = inputs.images(options.batch).to(options.device)
-    captions = inputs.captions(options.batch)
-    inputs.freeze(model)
+    images = bench.images(options.batch).to(options.device)
+    captions = bench.captions(options.batch)
+    bench.freeze(model)
     table = model.language_decoder.tok_embeddings.weight
     trained_row = torch.zeros_like(table)
-    trained_row[inputs.IMAGE] = 1
+    trained_row[bench.IMAGE] = 1
     table.register_hook(lambda grad: grad.mul_(trained_row))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -166,7 +162,7 @@ def train(options: types.SimpleNamespace) -> dict:
 
     def step() -> None:
         with torch.autocast(options.device, dtype, enabled=dtype is not None):
-            count, texts, _, (caption, labels, seen) = original.encode(images, captions, True)
+            count, texts, _, (caption, labels, seen) = encode(original, images, captions, True)
             shared = {"dummy_token_index": 0, "offset": count, "prefix_image_tok_embeds": True}
             caption_loss = next_token_loss(decode(caption, **shared), texts[2])
             logits = decode(

@@ -6,6 +6,7 @@ timm still has what they take from it.
 
 import atexit
 import importlib
+import importlib.util
 import json
 import sys
 import types
@@ -114,12 +115,28 @@ def replace_libraries() -> None:
     stand_in("transformers.models.bert.configuration_bert", BertConfig=Config)
 
 
+def open_checkout(folder: str | Path) -> None:
+    """Let its modules be found, and before ours of the same name."""
+    sys.path.insert(0, str(folder))
+    theirs = {path.stem for path in Path(folder).iterdir()}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in theirs:
+            del sys.modules[name]
+
+
 def prepare(options: types.SimpleNamespace) -> None:
-    """Make the checkout importable, with stand-ins unless --peer-python has the old libraries."""
-    sys.path.insert(0, options.peer)
+    """Open the checkout, with stand-ins unless --peer-python has the old libraries; put back what
+    newer versions of installed libraries no longer offer."""
+    open_checkout(options.peer)
+    importlib.import_module("torch.optim.optimizer").required = object()
     if options.peer_python is None:
         replace_libraries()
-    keep_old_names()
+    else:
+        library = importlib.import_module("transformers.file_utils")
+        library.add_code_sample_docstrings = no_documentation
+    for name in ("einops", "requests"):  # imported, but the tokenizer's encoder uses neither
+        if importlib.util.find_spec(name) is None:
+            stand_in(name)
 
 
 def start_process_group(device: str) -> None:
@@ -127,17 +144,3 @@ def start_process_group(device: str) -> None:
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     atexit.register(dist.destroy_process_group)
-
-
-def keep_old_names() -> None:
-    """Put back what newer versions of installed libraries no longer offer."""
-    importlib.import_module("torch.optim.optimizer").required = object()
-    if "transformers" not in sys.modules:
-        import transformers.file_utils
-
-        transformers.file_utils.add_code_sample_docstrings = no_documentation
-    for name in ("einops", "requests"):  # imported, but the tokenizer's encoder uses neither
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            stand_in(name)

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.gauge import measure
+from benchmarks.child import measure
 
 SIDE = 289  # pixels, fixed in COYO-ALIGN
 RENAMED = (  # private names of the TensorFlow that it was written for

@@ -34,8 +34,6 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(tmp_path, capsys):
     (tmp_path / "models/model_pretrain.py").touch()
     with pytest.raises(UserError, match="divisor of 65536"):
         bench_pretrain.main(bench_pretrain.Config(peer=str(tmp_path), system="albef", batch=6))
-    with pytest.raises(UserError, match="ALBEF has one size"):
-        bench_pretrain.main(bench_pretrain.Config(peer=str(tmp_path), system="albef", tiny=True))
 
 
 def test_equal_weights_give_equal_losses(tmp_path, monkeypatch):

@@ -1,23 +1,26 @@
 """The recognition benchmark's own parts; nothing is timed here."""
 
-from benchmarks import nxtp_inputs as common
 from benchmarks import recognition as bench_recognition
 from benchmarks.table import table
 
 
 def test_the_stand_in_tokenizer_gives_the_originals_lengths():
-    words = common.Words()
-    prompt = words.encode(f"<|image|>{common.PROMPT}", bos=True)
-    assert len(prompt) == 8 and prompt[:2] == [1, common.IMAGE] and prompt[-1] == common.ANSWER
+    words = bench_recognition.Words()
+    prompt = words.encode(f"<|image|>{bench_recognition.PROMPT}", bos=True)
+    assert (
+        len(prompt) == 8
+        and prompt[:2] == [1, bench_recognition.IMAGE]
+        and prompt[-1] == bench_recognition.KNOWN["are"]
+    )
     label = words.encode("word3,")
-    assert len(label) == 3 and label[-1] == common.COMMA  # two tokens and the delimiter
+    assert len(label) == 3 and label[-1] == bench_recognition.COMMA  # two tokens and the delimiter
     assert words.encode("a, b") == words.encode("a,b") and words.encode("", eos=True) == [2]
 
 
 def test_captions_have_five_labels():
-    for text in common.captions(3):
-        assert len(common.labels_of(text)) == 5
-    assert len(set(common.captions(4))) == 4
+    for text in bench_recognition.captions(3):
+        assert len(bench_recognition.labels_of(text)) == 5
+    assert len(set(bench_recognition.captions(4))) == 4
 
 
 def runs(seconds: float, **found) -> list[dict]:

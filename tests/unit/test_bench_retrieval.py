@@ -12,14 +12,23 @@ FILL = -100.0
 
 
 def run(encoding: float, matching: float, cpu: float) -> dict:
-    return {"times": {"encoding": [encoding, 2 * encoding], "matching": [matching, cpu]}}
+    middle = 5 + encoding
+    return {
+        "marks": [
+            [5.0, 1.0],
+            [middle, 1 + 2 * encoding],
+            [middle + matching, cpu + 1 + 2 * encoding],
+        ]
+    }
 
 
 def test_rates_and_the_time_that_coco_would_take():
     config = bench_retrieval.Config(images=10, k_test=4)
     assert config.pairs == 10 * 4 + 50 * 4
     found = bench_retrieval.rates(run(3.6, 12.0, 24.0), config)
-    assert found["pairs"] == 20.0 and found["cpu_pairs"] == 10.0 and found["encoding"] == 3.6
+    assert found == pytest.approx(
+        {"pairs": 20, "cpu_pairs": 10, "encoding": 3.6, "coco": found["coco"]}
+    )
     # 5,000 images and their captions at 0.36 s, 7.68 million pairs at 20 a second
     assert found["coco"] == pytest.approx((5000 * 0.36 + 7.68e6 / 20) / 3600)
     slower = bench_retrieval.rates(run(7.2, 24.0, 60.0), config)
@@ -31,24 +40,18 @@ def test_rates_and_the_time_that_coco_would_take():
 
 def test_agreement_of_equal_and_of_reversed_orders():
     theirs = torch.tensor([[3.0, 1.0, FILL, 2.0], [FILL, 1.0, 5.0, 4.0]])
-    same = bench_retrieval.agreement(theirs + 1e-4 * (theirs > FILL), theirs)
-    assert same["candidates"] == same["order"] == 1
-    assert same["difference"] == pytest.approx(1e-4 / float(theirs[theirs > FILL].std()), rel=1e-2)
+    ours = theirs + 1e-4 * (theirs > FILL)
+    difference = 1e-4 / float(theirs[theirs > FILL].std())
+    assert bench_retrieval.agreement([(ours, theirs), (theirs, theirs)]) == (
+        "With equal weights 100.0% of the candidates are the same, scores differ by at most "
+        f"{difference:.1e} of their standard deviation, 100.0% of the queries have the same order."
+    )
     ours = theirs.clone()
     ours[0, 0], ours[0, 1] = 1.0, 3.0  # 3 1 2 -> 1 3 2: opposite order
     ours[1, 1] = FILL
-    other = bench_retrieval.agreement(ours, theirs)
-    assert other == {
-        "candidates": 5 / 6,
-        "order": 0.5,
-        "difference": pytest.approx(2 / 1.5811, rel=1e-3),
-    }
-
-
-def test_words_name_the_lowest_agreement():
-    parts = {"candidates": 1.0, "order": 0.5, "difference": 1e-6}
-    words = bench_retrieval.agreement_text([parts, parts | {"order": 0.25}])
-    assert "25.0% of the queries" in words and "1.0e-06" in words
+    said = bench_retrieval.agreement([(ours, theirs)])
+    assert "83.3% of the candidates" in said and "50.0% of the queries" in said
+    assert f"at most {2 / 1.5811:.1e} of" in said
 
 
 def test_the_split_is_what_both_sides_take():

@@ -22,14 +22,15 @@ RESULTS = {
 
 def test_ratios_are_medians_of_neighbouring_runs():
     # pairs 2, 2, 9: a disturbed pair counts once; the ratio of the medians would be 9, the mean 4.3
-    assert table.ratio(RESULTS, "other", "seconds") == 2.0
-    assert table.ratio(RESULTS, "other", "cpu_seconds") == 2.0
-    assert 1 / table.ratio(RESULTS, "other", "peak_bytes") == pytest.approx(0.6)
+    pair = RESULTS["other"], RESULTS[OURS]
+    assert table.FASTER.cell(*pair) == table.FASTER_CPU.cell(*pair) == "2.00 x"
+    memory = table.Column("memory", "peak_bytes", ratio="higher")
+    assert memory.cell(*pair) == "0.60"
 
 
 def test_unequal_numbers_of_runs_are_no_pairs():
-    with pytest.raises(ValueError, match="shorter"):
-        table.ratio({OURS: RESULTS[OURS], "other": RESULTS["other"][:2]}, "other", "seconds")
+    with pytest.raises(ValueError, match="longer"):
+        table.FASTER.cell(RESULTS["other"][:2], RESULTS[OURS])
 
 
 def test_a_row_has_median_spread_and_ratios():
@@ -45,8 +46,8 @@ def test_a_row_has_median_spread_and_ratios():
 
 def test_rates_are_compared_the_other_way_round():
     faster = table.Column("ours is faster by", "rate", "{:.1f} x", ratio="higher")
-    results = {OURS: [{"rate": 6.0}], "other": [{"rate": 2.0}]}
-    assert faster.cell(results, "other") == "3.0 x" and faster.cell(results, OURS) == ""
+    assert faster.cell([{"rate": 2.0}], [{"rate": 6.0}]) == "3.0 x"
+    assert faster.cell([{"rate": 2.0}], []) == ""
 
 
 def test_ours_alone_has_no_ratios():
@@ -191,7 +192,7 @@ def test_a_side_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     options = Options(threads=3, device="cpu")
     result = runner.run_side("x", "sides:step", options, exchange="folder")
-    assert "others" in result
+    assert result["others"] >= 0 and 0 < result["spent"] < 20
     assert result["pid"] != runner.os.getpid() and result["limit"] == "3"
     assert (result["device"], result["exchange"], result["repeats"]) == ("cpu", "folder", 3)
     assert result["side"] == "x"

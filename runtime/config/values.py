@@ -5,6 +5,7 @@ None.
 """
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -42,7 +43,8 @@ def _float(value: Any) -> float:
 def _str(value: Any) -> str:  # a number is welcome: `epochs: 30` is as good as '30 epochs'
     if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
         raise ValueError(value)
-    return str(value)
+    text = str(value)  # a shell leaves the ~ of --output-dir=~/run, and files have none
+    return os.path.expanduser(text) if text.startswith("~/") else text
 
 
 def _path(value: Any) -> Path:

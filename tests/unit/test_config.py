@@ -219,6 +219,13 @@ def test_optional_and_path(yaml):
     assert load(Config, yaml("checkpoint: none\nk_test: None")).checkpoint is None
 
 
+def test_the_home_of_the_user(yaml, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    got = read("--checkpoint=~/a.pt", "--config", yaml("train_file: [~/b.json, 'c/~/d', ~e]"))
+    assert got.checkpoint == Path("/home/me/a.pt")
+    assert got.train_file == ["/home/me/b.json", "c/~/d", "~e"]
+
+
 @pytest.mark.parametrize(
     "declared", [set, dict[str, int], int | str, list[int | None], tuple[int, str], list, Any]
 )

@@ -32,10 +32,9 @@ from base.writing import check_output_folder
 from runtime.advice import advice_on, has_lost_peer, launched_rank, leave_with
 from runtime.bucket import output_in_bucket
 from runtime.builtin_data import holds_others, make_digitscenes_if_named, names_digitscenes
-from runtime.config.draft import COMMAND_LINE, FLAGS, Draft, flag
+from runtime.config.draft import COMMAND_LINE, Draft, at_flag, at_override, flag
 from runtime.config.old_commands import align
-from runtime.config.schema import Option
-from runtime.config.values import differences, show
+from runtime.config.values import Option, differences, show
 from runtime.config.yaml import save, to_dict
 from runtime.own_tokenizers import train_tokenizers_if_asked
 
@@ -43,6 +42,9 @@ __all__ = ["differences", "knob", "parse", "restated", "run_script", "save", "se
 
 C = TypeVar("C")
 HELP = ("h", "help")
+# what torch.distributed.launch and the originals' command lines hand over; the launcher's
+# environment decides
+LAUNCHER_FLAGS = {"local_rank", "rank", "world_size", "dist_url", "dist_backend", "distributed"}
 PRECEDENCE = {"config": 0, "overrides": 2}  # 1 for other flags
 USAGE = "[--config FILE.yaml ...] [--flag value ...] [--overrides key=value ...]"
 SPLITS = ("val_file", "test_file", "val", "test")  # what --evaluate reads, in any script
@@ -66,17 +68,13 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
         if name in HELP:
             show_page(help_text(draft, description, everything=words == ["all"]))
             raise SystemExit(0)
-    options = getattr(cls, "OF_CHECKPOINT", ())
-    checkpoint = draft.values.get("checkpoint")
-    if options and checkpoint and draft.values.get("evaluate"):
-        from runtime.config import from_checkpoint  # here, for --help goes without torch
-
-        saved = from_checkpoint.saved_config(checkpoint)
-        draft.values |= from_checkpoint.options_of_checkpoint(
-            checkpoint, saved, draft.schema.knobs, options=options, given=draft.set_by
-        )
     config = draft.finish()
     config.given = frozenset(draft.set_by)
+    if hasattr(cls, "OF_CHECKPOINT") and config.evaluate and config.checkpoint:
+        from runtime.config import from_checkpoint  # here, for --help goes without torch
+
+        options = cls.OF_CHECKPOINT
+        from_checkpoint.take_from_checkpoint(config, options=options, none_is_open=False)
     if launched_rank() == "0":
         for note in dict.fromkeys(draft.notes):
             print("note:", note, flush=True)
@@ -103,9 +101,13 @@ def read_words(cls: type, argv: Sequence[str]) -> tuple[Draft, list[tuple[str, l
                 draft.read_file(Path(path))
         elif name == "overrides":
             for word in words:
-                draft.put_override(word)
-        elif name not in HELP:
-            draft.put_words(name, words, FLAGS)
+                key, equals, value = word.partition("=")
+                if equals:
+                    draft.put_words(key, [value], at_override)
+                else:
+                    draft.mistakes.append(f"--overrides {word}: expected key=value")
+        elif name not in HELP and name.replace("-", "_") not in LAUNCHER_FLAGS:
+            draft.put_words(name, words, at_flag)
     leave_out_unnamed_splits(draft)
     return draft, flags
 

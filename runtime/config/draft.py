@@ -6,26 +6,21 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from base.errors import UserError, brief
 from base.names import matching_files, nearest
+from base.text import as_list
 from runtime.config.old_commands import blip_hint, recipe_of, recipe_of_nxtp
-from runtime.config.schema import Option, Schema
-from runtime.config.values import show
+from runtime.config.schema import Schema
+from runtime.config.values import Option, show
 from runtime.config.yaml import line_of, parse_yaml, read_yaml
 
-# what torch.distributed.launch and the originals' command lines hand over; the launcher's
-# environment decides
-LAUNCHER_FLAGS = {"local_rank", "rank", "world_size", "dist_url", "dist_backend", "distributed"}
 NAMES_COLUMNS = re.compile(r"\?\w+=")  # as in pairs.csv?caption=title,alt
 
 
-class Source(NamedTuple):
-    """Where a value was written: how a message points to a key there, and how it is spelled."""
-
-    place: Callable[[str], str]
-    spell: Callable[[str], str] = str
+# where a key was written, as a message says it
+Place = Callable[[str], str]
 
 
 def flag(key: str) -> str:
@@ -33,9 +28,15 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-FLAGS = Source("--{}".format, flag)
-OVERRIDES = Source("--overrides {}".format)
-COMMAND_LINE = (FLAGS, OVERRIDES)  # a later value wins there; a file has one value for a knob
+def at_flag(key: str) -> str:
+    return f"--{key}"
+
+
+def at_override(key: str) -> str:
+    return f"--overrides {key}"
+
+
+COMMAND_LINE = (at_flag, at_override)  # a later value wins there; a file has one value for a knob
 
 
 class Draft:
@@ -44,95 +45,86 @@ class Draft:
     def __init__(self, cls: type):
         self.schema = Schema(cls)
         self.values = {path: copy.deepcopy(k.default) for path, k in self.schema.knobs.items()}
-        self.set_by: dict[str, Source] = {}  # by path
+        self.set_by: dict[str, Place] = {}  # by path
         self.mistakes: list[str] = []
         self.notes: list[str] = []  # what the user should know, printed once at the start
         self.ignored: dict[str, str] = {}  # names that were set without effect -> why
 
-    def refuse(self, key: str, source: Source, why: str) -> None:
+    def refuse(self, key: str, place: Place, why: str) -> None:
         """Note a mistake at `key`."""
-        self.mistakes.append(f"{source.place(key)}: {why}")
+        self.mistakes.append(f"{place(key)}: {why}")
 
-    def put(self, key: str, value: Any, source: Source) -> None:
+    def put(self, key: str, value: Any, place: Place) -> None:
         """Set one knob, or a section from a mapping."""
         path = self.schema.find(key)
+        typed = flag if place is at_flag else str
         if path is None:
-            self.refuse(key, source, f"unknown key{self.hint(key, source)}")
+            self.refuse(key, place, f"unknown key; {self.hint(key, typed)}")
         elif path in self.schema.knobs:
-            self.put_knob(path, key, value, source)
+            self.put_knob(path, key, value, place)
         elif path in self.schema.ignored:
-            self.ignored[source.spell(key)] = self.schema.ignored[path]
+            self.ignored[typed(key)] = self.schema.ignored[path]
         elif path not in self.schema.sections:  # an old name
             section, _, name = path.rpartition(".")
-            self.put_section(section, {name: value}, source, path.removesuffix(name))
+            self.put_section(section, {name: value}, place, path.removesuffix(name))
         elif isinstance(value, Mapping):
-            self.put_section(path, value, source, f"{key}.")
+            self.put_section(path, value, place, f"{key}.")
         elif value is not None:
-            self.refuse(key, source, f"expected a section (key: value), got {brief(value)}")
+            self.refuse(key, place, f"expected a section (key: value), got {brief(value)}")
 
-    def hint(self, key: str, source: Source) -> str:
+    def hint(self, key: str, typed: Callable[[str], str]) -> str:
         """What to write instead of an unknown key."""
         new_names = getattr(self.schema.sections[""], "NEW_NAMES", {})
         if here := new_names.get(key.replace("-", "_")):
-            return f"; here it is {here}"
+            return f"here it is {here}"
         near = self.schema.nearest(key)
-        return f"; did you mean {source.spell(near)}?" if near else "; see --help"
+        return f"did you mean {typed(near)}?" if near else "see --help"
 
-    def put_knob(self, path: str, key: str, value: Any, source: Source) -> None:
+    def put_knob(self, path: str, key: str, value: Any, place: Place) -> None:
         """Set the knob `path`, written as `key`."""
         knob = self.schema.knobs[path]
         before = self.values[path]
         try:
             self.values[path] = knob.read(value)
         except ValueError:
-            self.refuse(key, source, knob.complaint(value))
-        again = source not in COMMAND_LINE and self.set_by.get(path) is source
+            self.refuse(key, place, knob.complaint(value))
+        again = place not in COMMAND_LINE and self.set_by.get(path) is place
         if again and self.values[path] != before:
             both = f"{show(before)} and {show(self.values[path])}"
-            self.refuse(key, source, f"is {path}, which has two values: {both}")
-        self.set_by[path] = source
+            self.refuse(key, place, f"is {path}, which has two values: {both}")
+        self.set_by[path] = place
 
-    def put_section(self, section: str, values: Mapping, source: Source, prefix: str) -> None:
+    def put_section(self, section: str, values: Mapping, place: Place, prefix: str) -> None:
         """Set the knobs of a section from a mapping; there its keys are written behind `prefix`."""
         translate = getattr(self.schema.sections[section], "translate", None)
         try:
             values = translate(dict(values), self.notes) if translate else values
         except UserError as error:
-            self.refuse(prefix.rstrip("."), source, str(error))
+            self.refuse(prefix.rstrip("."), place, str(error))
         else:
             for name, value in values.items():
-                self.put(f"{prefix}{name}", value, source)
+                self.put(f"{prefix}{name}", value, place)
 
-    def put_words(self, key: str, words: Sequence[str], source: Source) -> None:
-        """Set one knob from the words of a command line."""
+    def put_words(self, key: str, words: Sequence[str], place: Place) -> None:
+        """Set one knob from the words that follow its name on a command line."""
+        if not words and self.is_negated(key):
+            key, words = key[3:], ["false"]
         path = self.schema.find(key)
-        knob = self.schema.knobs.get(path or "")
-        if path is None and self.is_negated(key) and not words:
-            self.put(key[3:], False, source)
-        elif path is None:
-            if key.replace("-", "_") not in LAUNCHER_FLAGS:
-                self.put(key, None, source)
-        elif len(words) > 1 and not (knob and knob.kind.many):
-            self.refuse(f"{key} {words[0]}", source, f"what is {' '.join(words[1:])!r} after it?")
+        knob = self.schema.knobs.get(path)
+        if len(words) > 1 and path and not (knob and knob.many):
+            self.refuse(f"{key} {words[0]}", place, f"what is {' '.join(words[1:])!r} after it?")
         elif words:
-            self.put(key, value_of_words(words, knob), source)
-        elif path in self.schema.sections or (knob and knob.alone is None):
-            self.refuse(key, source, "a value is missing")
+            self.put(key, value_of_words(words, knob), place)
+        elif path in self.schema.sections or (knob and not knob.is_switch and knob.bare is None):
+            self.refuse(key, place, "a value is missing")
         else:
-            self.put(key, knob.alone if knob else True, source)
-
-    def put_override(self, word: str) -> None:
-        """Set one knob from the `key=value` of a command line."""
-        key, equals, text = word.partition("=")
-        if equals:
-            self.put_words(key, [text], OVERRIDES)
-        else:
-            self.mistakes.append(f"--overrides {word}: expected key=value")
+            self.put(key, knob.bare if knob and knob.bare else True, place)
 
     def is_negated(self, key: str) -> bool:
-        """Whether `no-NAME` turns off an option that exists."""
-        knob = self.schema.knobs.get(self.schema.find(key[3:]) or "")
-        return key[:3] in ("no-", "no_") and knob is not None and knob.kind.is_bool
+        """Whether a key is `no-NAME` and turns off a switch NAME."""
+        knob = self.schema.knobs.get(self.schema.find(key[3:]))
+        no_other = key[:3] in ("no-", "no_") and self.schema.find(key) is None
+        return no_other and knob is not None and knob.is_switch
 
     def read_file(self, path: Path, above: tuple[Path, ...] = ()) -> None:
         """Take the values of a YAML file, first those of the files it names as `base`."""
@@ -140,9 +132,8 @@ class Draft:
             values, node = read_yaml(checked_file(path, above))
             if hint := blip_hint(path, values):
                 raise UserError(f"{path}: {hint}")
-            bases = values.pop("base", None) or []
-            bases = [bases] if isinstance(bases, str) else bases
-            if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+            bases = as_list(values.pop("base", None) or [])
+            if not all(isinstance(base, str) for base in bases):
                 raise UserError(f"{path}: base: expected a file, or a list of files")
         except UserError as error:
             self.mistakes.append(str(error))
@@ -154,7 +145,7 @@ class Draft:
             line = line_of(node, key)
             return f"{path}:{line}: {key}" if line else f"{path}: {key}"
 
-        self.put_section("", values, Source(place), "")
+        self.put_section("", values, place, "")
 
     def finish(self) -> Any:
         """The configuration, or UserError with every mistake."""
@@ -204,10 +195,10 @@ def value_of_words(words: Sequence[str], knob: Option | None) -> Any:
     Without a knob, as for a section, one word is YAML.
     """
     in_brackets = len(words) == 1 and words[0].startswith("[")
-    if knob is None or (knob.kind.many and in_brackets):
+    if knob is None or (knob.many and in_brackets):
         with suppress(ValueError):
             return parse_yaml(words[0])[0]
-    if knob is None or not knob.kind.many or words[0].lower() in ("none", "null"):
+    if knob is None or not knob.many or words[0].lower() in ("none", "null"):
         return words[0]
     items = []
     for word in words:

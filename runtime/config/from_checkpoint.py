@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 from collections.abc import Collection, Mapping
-from operator import attrgetter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from base.reading import read_json
 from base.torch_files import find_index, is_safetensors, load_weights_only
 from runtime.advice import launched_rank
 from runtime.checkpoint import weights_file
-from runtime.config.schema import Option, Schema
+from runtime.config.schema import Schema
 from runtime.config.values import show
 from runtime.config.yaml import read_yaml, to_dict
 from runtime.safe_pickle import load_torch
@@ -58,62 +58,44 @@ def _architecture(options: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def options_of_checkpoint(
-    checkpoint: Path,
-    saved: Mapping[str, Any],
-    knobs: Mapping[str, Option],
-    *,
-    options: Collection[str],
-    given: Collection[str],
+def take_from_checkpoint(
+    config: Any, *, options: Collection[str], none_is_open: bool = True
 ) -> dict[str, Any]:
-    """Values, by path, that the configuration `saved` in a checkpoint has for those of the `options`
-    (paths of knobs or sections) that were not `given`. A note on stderr says what they change.
+    """Set the `options` of `config` (paths of knobs or sections) that are open to what the run that
+    made config.checkpoint had; returns all that it had. Open is what neither the user nor code has
+    set, and with `none_is_open` what is None. A note on stderr says what is taken.
 
-    knobs: of the script, by path. Raises UserError where a value there is of the wrong type.
-    """
-    found = {}
-    taken = []
-    for path, knob in knobs.items():
-        section, _, name = path.rpartition(".")
-        inside = saved.get(section) if section else saved
-        if path in given or not (path in options or section in options):
-            continue
-        names = (name, *knob.aliases) if isinstance(inside, Mapping) else ()
-        key = next((key for key in names if key in inside), None)
-        if key is None:
-            continue
-        try:
-            found[path] = knob.read(inside[key])
-        except ValueError:
-            wrong = f"{checkpoint}: its configuration has {path}: {inside[key]!r}"
-            raise UserError(f"{wrong}; give --{name} to override it") from None
-        if found[path] != knob.default:
-            taken.append(f"{name} {show(found[path])}")
-    if taken and launched_rank() == "0":
-        note = f"as in {checkpoint}: {', '.join(taken)}"
-        print("note:", note, file=sys.stderr, flush=True)  # the scores alone go to stdout
-    return found
-
-
-def take_from_checkpoint(config: Any, *, options: Collection[str]) -> dict[str, Any]:
-    """Set the `options` of `config` that are open to what config.checkpoint has, see
-    `options_of_checkpoint`; returns all that it has. Open is what is None, and what neither the
-    user nor code has set.
-
-    UserError where an option that is not open shapes the network and disagrees.
+    UserError where a value there is of the wrong type, or an option that is not open shapes the
+    network and disagrees.
     """
     saved = saved_config(config.checkpoint)
-    knobs = Schema(type(config)).knobs
-    set_by_user = getattr(config, "given", ())
-    given = []
-    for path, knob in knobs.items():
-        value = attrgetter(path)(config)
-        if value is not None and (path in set_by_user or value != knob.default):
-            given.append(path)
-    found = options_of_checkpoint(config.checkpoint, saved, knobs, options=options, given=given)
-    for path, value in found.items():
+    taken = []
+    for path, option in Schema(type(config)).knobs.items():
         section, _, name = path.rpartition(".")
-        setattr(getattr(config, section) if section else config, name, value)
+        own, theirs = config, saved
+        if section:
+            own, theirs = getattr(config, section), saved.get(section)
+        names = (name, *option.aliases) if isinstance(theirs, Mapping) else ()
+        key = next((key for key in names if key in theirs), None)
+        before = getattr(own, name)
+        is_given = path in getattr(config, "given", ()) or before != option.default
+        is_open = not is_given or (none_is_open and before is None)
+        if key is None or not is_open or not (path in options or section in options):
+            continue
+        try:
+            found = option.read(theirs[key])
+        except ValueError:
+            wrong = f"{config.checkpoint}: its configuration has {path}: {theirs[key]!r}"
+            raise UserError(f"{wrong}; give --{name} to override it") from None
+        if section:
+            setattr(config, section, replace(own, **{name: found}))
+        else:
+            setattr(config, name, found)
+        if found != option.default:
+            taken.append(f"{name} {show(found)}")
+    if taken and launched_rank() == "0":
+        note = f"as in {config.checkpoint}: {', '.join(taken)}"
+        print("note:", note, file=sys.stderr, flush=True)  # the scores alone go to stdout
     check_architecture(config, saved)
     return saved
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,18 +91,12 @@ def recipe_of_nxtp(path: str | Path) -> str | None:
     return f"configs/Recognition/{name}.yaml" if name in ("g3m", "g70m", "in1k") else None
 
 
-def retrieval(words: Sequence[str]) -> str:
-    """SIMLA's zero_shot_retrieval.py."""
+def same_words(script: str, needed: Sequence[str], words: Sequence[str]) -> str:
+    """A command of SIMLA or ALBEF whose script alone has another name; `needed`: a flag that it has
+    here, with its value."""
     given = with_recipes(words)
-    return command("Retrieval.py", given + ([] if "--evaluate" in given else ["--evaluate"]))
-
-
-def text_assignment(words: Sequence[str]) -> str:
-    """SIMLA's Pretrain_NLVR.py, ALBEF's Pretrain_nlvr.py."""
-    given = with_recipes(words)
-    recipe = ["--config", CONFIGS["nlvr_pretrain.yaml"]]
-    has_config = any(word.partition("=")[0] == "--config" for word in given)
-    return command("NLVR.py", given if has_config else recipe + given)
+    has_it = any(word.partition("=")[0] == needed[0] for word in given)
+    return command(script, given if has_it else [*given, *needed])
 
 
 def trainer(words: Sequence[str]) -> str:
@@ -119,7 +114,7 @@ def trainer(words: Sequence[str]) -> str:
         given += ["--evaluate", "--checkpoint", folder or "FILE"]
     else:
         published, share = VIT_RECIPES.get(name, (0, 64))
-        given += same_batch(taken(values, "trainer.global_batch_size", published), share)
+        given += same_batch(values, "trainer.global_batch_size", published, share)
         given += ["--output_dir", folder] if folder else []
     left_out = [key for key in values if key not in VIT_KEYS]
     return command("Classification.py", given, left_out)
@@ -144,10 +139,9 @@ def align(flags: Sequence[tuple[str, list[str]]]) -> str:
     towers = of_file or ("efficientnet-b3", "bert-mini")
     image = values.pop("img_encoder_name", towers[0]).removeprefix("efficientnet-")
     text = values.pop("txt_encoder_name", towers[1]).removeprefix("bert-")
-    whole = taken(values, "batch_size", published)
     given = ["--config", recipe, "--model", f"ALIGN_{image}_{text}".upper()]
     given += in_new_names(values, ALIGN_KEYS)
-    batch = same_batch(whole, share)
+    batch = same_batch(values, "batch_size", published, share)
     if "--accumulate" in batch:
         batch += ["--cache-features"]  # the micro-batches make one contrastive batch
     return command("main.py", given + batch, [key for key in values if key not in ALIGN_KEYS])
@@ -172,14 +166,11 @@ def in_new_names(values: Mapping[str, str], names: Mapping[str, str]) -> list[st
     return given
 
 
-def taken(values: dict[str, str], key: str, default: int) -> int:
-    """The whole number of a key, which is taken out of `values`; anything else is left there."""
-    return int(values.pop(key)) if values.get(key, "").isdecimal() else default
-
-
-def same_batch(whole: int, share: int) -> list[str]:
-    """Flags that make an update of `whole` samples: in micro-batches of the recipe's `share` for
-    each process, or without them where it is smaller."""
+def same_batch(values: dict[str, str], key: str, published: int, share: int) -> list[str]:
+    """Flags that make an update of as many samples: in micro-batches of the recipe's `share` for each
+    process, or without them where it is smaller. A whole number at `key` is taken out of `values`;
+    for anything else the `published` one counts."""
+    whole = int(values.pop(key)) if values.get(key, "").isdecimal() else published
     own = whole // processes()
     if own > share and own % share == 0:
         return ["--accumulate", str(own // share)]
@@ -197,11 +188,15 @@ def command(script: str, words: Sequence[str], left_out: Sequence[str] = ()) -> 
     return f"{line}   # without {', '.join(left_out)}" if left_out else line
 
 
+ASSIGNMENT = partial(same_words, "NLVR.py", ("--config", CONFIGS["nlvr_pretrain.yaml"]))
 # what the originals' files were called -> how its command reads, and what says the new one
 SCRIPTS = {
-    "zero_shot_retrieval.py": ("zero_shot_retrieval.py", retrieval),
-    "Pretrain_NLVR.py": ("Pretrain_NLVR.py", text_assignment),
-    "Pretrain_nlvr.py": ("Pretrain_nlvr.py", text_assignment),
+    "zero_shot_retrieval.py": (
+        "zero_shot_retrieval.py",
+        partial(same_words, "Retrieval.py", ("--evaluate",)),
+    ),
+    "Pretrain_NLVR.py": ("Pretrain_NLVR.py", ASSIGNMENT),
+    "Pretrain_nlvr.py": ("Pretrain_nlvr.py", ASSIGNMENT),
     "trainer.py": ("python -m trainer", trainer),
     "run": ("scripts/run", nxtp),
     "run_dist": ("scripts/run_dist", nxtp),

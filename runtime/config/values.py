@@ -1,111 +1,141 @@
-"""Values of a configuration: from YAML or the words of a flag to the declared type.
-
-Options are a bool, int, float, str or Path, or a list or tuple of one of them, or one of these or
-None.
-"""
+"""Values of a configuration: from YAML or the words of a flag to the declared type, and as text."""
 
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+from base.errors import brief
+from base.knobs import Knob
+from base.names import nearest
+
 LARGEST_INT = 2**63 - 1  # what torch and NumPy hold
 YES = ("true", "yes", "on", "1")
 NO = ("false", "no", "off", "0")
+KINDS = {  # what an option holds -> its name in an error, in --help, an example
+    bool: ("true or false", "[true|false]", "true"),
+    int: ("a whole number", "INT", "1"),
+    float: ("a finite number", "FLOAT", "1e-4"),
+    str: ("text", "TEXT", "text"),
+    Path: ("a path", "PATH", "folder/file"),
+}
 
 
-def _bool(value: Any) -> bool:
-    word = str(value).lower()
-    if word not in YES + NO:
+def convert(value: Any, kind: type) -> Any:
+    """`value`, from YAML or as a word, as one of KINDS; ValueError where it is nothing of the kind."""
+    text = str(value)
+    if kind is bool:
+        if text.lower() not in YES + NO:
+            raise ValueError(value)
+        return text.lower() in YES
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
         raise ValueError(value)
-    return word in YES
-
-
-def _int(value: Any) -> int:
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = _float(value)  # 1e3 is a whole number
+    if kind in (str, Path):  # a number is welcome: `epochs: 30` is as good as '30 epochs'
+        # a shell leaves the ~ of --output-dir=~/run, and files have none
+        return kind(os.path.expanduser(text) if text.startswith("~/") else text)
+    number = float(text)
+    if not math.isfinite(number):  # 1e400 is not, either
+        raise ValueError(value)
+    if kind is float:
+        return number
+    with suppress(ValueError):
+        number = int(text)  # to the last digit; 1e3 is a whole number, too
     if number != int(number) or abs(number) > LARGEST_INT:
         raise ValueError(value)
     return int(number)
 
 
-def _float(value: Any) -> float:
-    number = float(str(value))  # ValueError for True, None and lists
-    if not math.isfinite(number):  # 1e400 is not, either
-        raise ValueError(value)
-    return number
+@dataclass(frozen=True, kw_only=True)
+class Option(Knob):
+    """One option of a script: what its class says about it, and the values that it takes."""
 
+    kind: type  # of each of its values, one of KINDS
+    many: type | None  # list or tuple, where it has several
+    length: int | None  # of a tuple
+    optional: bool  # it may be None
+    default: Any
+    group: str  # its heading in --help
 
-def _str(value: Any) -> str:  # a number is welcome: `epochs: 30` is as good as '30 epochs'
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
-        raise ValueError(value)
-    text = str(value)  # a shell leaves the ~ of --output-dir=~/run, and files have none
-    return os.path.expanduser(text) if text.startswith("~/") else text
+    def read(self, value: Any) -> Any:
+        """`value`, from YAML or as the text of a flag, in the declared type; ValueError where type,
+        range or choice is wrong.
 
-
-def _path(value: Any) -> Path:
-    return Path(_str(value))
-
-
-SCALARS = {  # type -> its reader (ValueError), its name in an error, in --help, an example
-    bool: (_bool, "true or false", "[true|false]", "true"),
-    int: (_int, "a whole number", "INT", "1"),
-    float: (_float, "a finite number", "FLOAT", "1e-4"),
-    str: (_str, "text", "TEXT", "text"),
-    Path: (_path, "a path", "PATH", "folder/file"),
-}
-
-
-class Kind:
-    """A declared type, taken apart; TypeError where an option cannot have it."""
-
-    def __init__(self, declared: Any):
-        members = {declared}
-        if get_origin(declared) in (Union, UnionType):
-            members = set(get_args(declared))
-        self.optional = NoneType in members
-        members.discard(NoneType)
-        inner = members.pop()
-        self.many = get_origin(inner)  # list, tuple or None
-        elements = get_args(inner) or (inner,)
-        fixed = self.many is tuple and Ellipsis not in elements
-        self.length = len(elements) if fixed else None  # of a tuple
-        known = elements[0] in SCALARS and self.many in (None, list, tuple)
-        if not known or members or len({*elements} - {Ellipsis}) > 1:
-            raise TypeError(f"an option cannot hold {declared}")
-        self.read, self.name, self.mark, self.example = SCALARS[elements[0]]
-        self.is_bool = elements[0] is bool and self.many is None
-
-    def convert(self, value: Any) -> Any:
-        """`value`, from YAML or as the text of a flag, in this type; ValueError where it is none.
-
-        The word none is None, in files as after flags, and the empty list of a list; a single
-        value counts as a list of one.
+        The word none is None, in files as after flags, and the empty list of a list; a single value
+        counts as a list of one.
         """
         if str(value).lower() in ("none", "null"):
             if self.optional:
                 return None
             value = [] if self.many is list else value
         if self.many is None:
-            return self.read(value)
+            return self._read_one(value)
         if self.many is list and isinstance(value, str | int | float | Path):
             value = [value]
         if not isinstance(value, list | tuple) or self.length not in (None, len(value)):
             raise ValueError(value)
-        return self.many(self.read(item) for item in value)
+        return self.many(self._read_one(item) for item in value)
 
-    def describe(self) -> str:
-        """The type in the words of an error message."""
-        text = self.name
+    def _read_one(self, value: Any) -> Any:
+        value = convert(value, self.kind)
+        too_low = self.low is not None and value < self.low
+        too_high = self.high is not None and value > self.high
+        if too_low or too_high or (self.choices and value not in self.choices):
+            raise ValueError(value)
+        return value
+
+    def complaint(self, value: Any) -> str:
+        """What was expected instead of `value`, with an example: the default if it says something."""
+        wanted, _, example = KINDS[self.kind]
         if self.length is not None:
-            text = f"{self.length} values ({', '.join([text] * self.length)})"
+            wanted = f"{self.length} values ({', '.join([wanted] * self.length)})"
         elif self.many:
-            text = f"a list ({text}, ...)"
-        return f"{text} or none" if self.optional else text
+            wanted = f"a list ({wanted}, ...)"
+        if self.optional:
+            wanted += " or none"
+        if self.choices:
+            wanted = "one of " + ", ".join(map(show, self.choices))
+            example = show(self.choices[0])
+        limits = {">=": self.low, "<=": self.high}
+        limits = [f"{sign} {limit}" for sign, limit in limits.items() if limit is not None]
+        wanted = " ".join([wanted, " and ".join(limits)]).rstrip()
+        if self.default not in (None, "", [], ()):
+            example = show(self.default)
+        near = nearest(value, self.choices) if isinstance(value, str) else None
+        return f"expected {wanted}, got {brief(value)}; for example {near or example}"
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether `--NAME` turns it on and `--no-NAME` off."""
+        return self.kind is bool and self.many is None
+
+    @property
+    def placeholder(self) -> str:
+        """The type as --help marks it: `INT`, `{a,b}`, `TEXT ...`."""
+        _, mark, _ = KINDS[self.kind]
+        if self.choices:
+            mark = "{" + ",".join(map(show, self.choices)) + "}"
+        return f"{mark} ..." if self.many else mark
+
+
+def of_type(declared: Any) -> dict[str, Any]:
+    """The fields of an Option that its type determines: one of KINDS, a list or tuple of one, or one
+    of these or None. TypeError for any other."""
+    alternatives = {declared}
+    if get_origin(declared) in (Union, UnionType):
+        alternatives = set(get_args(declared))
+    inner, *others = alternatives - {NoneType}
+    many = get_origin(inner)
+    elements = get_args(inner) or (inner,)
+    kind, *more = {*elements} - {Ellipsis}
+    if others or more or kind not in KINDS or many not in (None, list, tuple):
+        raise TypeError(f"an option cannot hold {declared}")
+    length = len(elements) if many is tuple and Ellipsis not in elements else None
+    optional = NoneType in alternatives
+    return {"kind": kind, "many": many, "length": length, "optional": optional}
 
 
 def show(value: Any) -> str:

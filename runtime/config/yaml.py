@@ -108,11 +108,9 @@ def to_yaml(value: Any) -> str:
     """Plain values (numbers, text, lists) as YAML on one line."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(to_yaml, value)) + "]"
-    if isinstance(value, float) and math.isfinite(value):
-        return repr(value)
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isinf(value):
         return f"{value:+}".replace("inf", ".inf")
-    if value is None or isinstance(value, bool | int):
+    if not isinstance(value, str):
         return json.dumps(value)
     plain = re.fullmatch(r"[A-Za-z/]([\w ./-]*[\w./-])?", value, re.ASCII)
     if plain and value.lower() not in ("true", "false", "yes", "no", "on", "off", "null", "none"):

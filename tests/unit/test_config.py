@@ -35,7 +35,7 @@ from runtime.config.cli import (
 from runtime.config.draft import Draft
 from runtime.config.networks import FusionNetworks, Geometry
 from runtime.config.schema import Schema
-from runtime.config.values import Kind
+from runtime.config.values import of_type
 from tests.helpers.configs import NEEDED, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,7 +231,7 @@ def test_the_home_of_the_user(yaml, monkeypatch):
 )
 def test_a_type_that_no_option_can_have(declared):
     with pytest.raises(TypeError, match="cannot hold"):
-        Kind(declared)
+        of_type(declared)
 
 
 def test_yaml_numbers(yaml):

@@ -15,7 +15,7 @@ from tests.helpers.runs import lines
 def test_fsdp_equals_ddp_and_its_checkpoint_goes_on_in_one_process(
     precision, within, digitscenes, image_tokenizer, tmp_path
 ):
-    common = {"workers": 1, "log_every": 1, "save_every": "4 steps", "precision": precision}
+    common = {"workers": 1, "log_every": 1, "scheduler.epochs": "4 steps", "precision": precision}
     for parallel in ("ddp", "fsdp"):
         flags = arguments(
             digitscenes, image_tokenizer, tmp_path / parallel, parallel=parallel, **common
@@ -24,7 +24,7 @@ def test_fsdp_equals_ddp_and_its_checkpoint_goes_on_in_one_process(
         assert "Warning" not in said, said  # ours, torch's or another library's
     for ddp, fsdp in zip(lines(tmp_path / "ddp"), lines(tmp_path / "fsdp"), strict=True):
         assert fsdp == pytest.approx(ddp, rel=within)
-    changes = common | {"scheduler.epochs": "10 steps", "batch_size": 16, "resume": "yes"}
+    changes = common | {"scheduler.epochs": "6 steps", "batch_size": 16, "resume": "yes"}
     with_one = arguments(digitscenes, image_tokenizer, tmp_path / "fsdp", **changes)
     output = finish(1, with_one)
-    assert "resuming" in output and lines(tmp_path / "fsdp")[-1]["step"] == 10
+    assert "resuming" in output and lines(tmp_path / "fsdp")[-1]["step"] == 6

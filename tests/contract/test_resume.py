@@ -15,7 +15,7 @@ from runtime.checkpoint import find_damage, load_checked
 from runtime.sharded import read_state
 from tests.contract.test_parallel import needs_fsdp2
 from tests.helpers.pretraining import ROOT, arguments, finish, start
-from tests.helpers.processes import alive, run_script
+from tests.helpers.processes import Run, alive, run_script
 from tests.helpers.runs import lines
 
 STEPS = "8 steps"
@@ -94,10 +94,11 @@ def test_sigkill_at_any_step_then_the_same_command_gives_the_same_run(
         for name in ("straight", "killed")
     ]
     finish(processes, flags[0])
-    process = start(processes, flags[1])
+    # trainers of a launcher end by themselves, which test_trainers_end_when_torchrun_is_killed has
+    process = start(processes, flags[1]) if parallel else Run("Pretrain.py", flags[1], processes)
     wait_for_step(process, tmp_path / "killed", 3)
     process.send_signal(signal.SIGKILL)
-    process.wait()  # the trainers of a launcher, and loader workers, end by themselves
+    process.wait()  # loader workers end by themselves
     finish(processes, flags[1])
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
     if case == "json, 2 processes":  # a finished run has nothing left to do

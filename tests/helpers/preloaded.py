@@ -19,6 +19,9 @@ MODULES = (
     "torch.utils.tensorboard",
     "torch.distributed.checkpoint.state_dict",  # this and what follows: imported when first used
     "ruamel.yaml",
+    "jinja2",
+    "PIL.JpegImagePlugin",
+    "tokenizers",
 )
 
 gc.disable()  # as in conftest.py

@@ -163,7 +163,7 @@ def figures(folder) -> list[dict]:
 @needs_fsdp2
 def test_two_processes_train_as_one_does(digitscenes, tmp_path):
     """With FSDP2; with DDP every method does in tests/loops/test_main_loop.py."""
-    flags = [*METHODS["BarLIP"][0], "--workers", "1"]
+    flags = [*METHODS["BarLIP"][0], "--workers", "1", "--epochs", "3 steps"]
     two = arguments(digitscenes, tmp_path / "two", *flags, batch_size=4, parallel="fsdp")
     said = finish(2, two)
     assert "Warning" not in said, said  # ours, torch's or another library's

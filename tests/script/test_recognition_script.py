@@ -369,7 +369,8 @@ def _image(folder: Path) -> Path:
     return folder / "a.jpg"
 
 
-@pytest.mark.parametrize("tower", [pytest.param("vit", marks=pytest.mark.slow), "resnet"])
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
 def test_export_to_onnx(tower, trained, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)

@@ -12,6 +12,7 @@ from base.errors import UserError
 from runtime import slurm
 from runtime.interrupt import EXIT_REQUEUE
 from tests.helpers.pretraining import ROOT
+from tests.helpers.processes import run_command
 
 SLURM = ["Pretrain.py", "--nodes", "2", "--ngpus", "4", "--partition", "gpu", "--timeout", "90"]
 
@@ -187,9 +188,7 @@ def test_the_batch_file_is_valid_shell_and_requeues_only_what_asks_for_it(capsys
 
 def test_absent_slurm_says_how_to_run_without(tmp_path):
     command = [sys.executable, "run_with_submitit.py", *SLURM, "--", "--alpha", "0.3"]
-    result = subprocess.run(
-        command, env={"PATH": str(tmp_path)}, cwd=ROOT, capture_output=True, text=True
-    )
+    result = run_command(command, env={"PATH": str(tmp_path)})
     assert (
         result.returncode == 2
         and result.stderr.startswith("error: ")

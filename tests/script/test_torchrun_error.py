@@ -7,7 +7,9 @@ from tests.helpers.processes import run_script
 
 
 def test_torchruns_report_ends_with_the_sentence(tmp_path):
-    words = ["--standalone", "--nproc_per_node=2", "--log-dir", tmp_path, "Pretrain.py"]
+    # processes that are forks have imported PyTorch; those of a user import it for seconds each
+    forks = ["--start-method", "fork", "--run-path"]
+    words = ["--standalone", "--nproc_per_node=2", "--log-dir", tmp_path, *forks, "Pretrain.py"]
     words += ["--config", "configs/Pretrain/debug.yaml", "--queu_size", "3"]
     said = run_script(torchrun.__file__, words, expect=1)
     sentence = "error: --queu_size: unknown key; did you mean --queue-size?"

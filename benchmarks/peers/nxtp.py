@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import recognition as bench
 from benchmarks.child import measure
 from benchmarks.inputs import PEER_FILE, leave, left
-from benchmarks.peers.stand_ins import open_checkout, stand_in
+from benchmarks.peers.stand_ins import Missing, open_checkout, stand_in
 from runtime.optim.build import PRECISIONS
 
 
@@ -31,9 +31,9 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def start(options: types.SimpleNamespace) -> types.SimpleNamespace:
-    """Its modules without those that neither case uses, its settings, and its network with weights
-    that both sides share."""
+def start(options: types.SimpleNamespace) -> tuple:
+    """Its network with weights that both sides share, its module `encoding` and its settings;
+    modules that neither case uses are empty."""
     torch.manual_seed(0)
     source = Path(options.peer) / "src"
     open_checkout(source)
@@ -45,10 +45,11 @@ def start(options: types.SimpleNamespace) -> types.SimpleNamespace:
         stand_in(unused)
     encoding = importlib.import_module("encoding")
     encoding.shuffle = lambda labels: None  # its order of labels is not seeded
-    settings = types.SimpleNamespace(
+    settings = Missing("settings")
+    settings.__dict__.update(
+        anything=0,  # all others are off
         max_seq_len=bench.LENGTH,
         special_tokens=["<|image|>"],
-        enable_prompt_augmentation=False,
         rm_eos_token_for_objs=True,
         label_contains_number=True,
         prefix_image_tok_embeds=True,
@@ -56,6 +57,7 @@ def start(options: types.SimpleNamespace) -> types.SimpleNamespace:
         text_decoder_strategy="one_shot",
         max_gen_len=64,
         k_for_topk=options.labels,
+        device=options.device,
     )
     lang = importlib.import_module("models.lang")
     width, blocks, decoder = bench.sizes_of(options)
@@ -74,65 +76,38 @@ def start(options: types.SimpleNamespace) -> types.SimpleNamespace:
     if left(options, PEER_FILE) is None:
         leave(options, PEER_FILE, model.state_dict())
     model.load_state_dict(left(options, PEER_FILE))
-    return types.SimpleNamespace(
-        encoding=encoding,
-        decoding=importlib.import_module("decoding"),
-        evaluation=importlib.import_module("evals.eval"),
-        settings=settings,
-        model=model.to(options.device),
-    )
-
-
-def encode(original, images: Tensor, captions: list[str], training: bool) -> tuple:
-    """Number of image tokens; texts, token ids and embeddings as its functions return them."""
-    tokens = original.model.decode_images(original.model.encode_images(images))[:, 1:]
-    words = bench.Words()
-    texts = original.encoding.construct_text_inputs(
-        original.settings, captions, words, offset=tokens.shape[1], is_train=training
-    )
-    ids = [part.to(images.device) for part in texts[:2]]
-    table = original.model.language_decoder.tok_embeddings.weight
-    embedded = original.encoding.construct_embd_inputs(
-        tokens, table[ids[0]], table[ids[1]], texts[4], texts[5], ids[0], ids[1], words
-    )
-    return tokens.shape[1], texts, ids, embedded
+    return model.to(options.device), encoding, settings
 
 
 def label(options: types.SimpleNamespace) -> dict:
-    """Top labels of images as its evaluation finds them."""
-    original = start(options)
-    model = original.model.eval()
+    """Top labels of images as its evaluation finds them; ids, as ours, no texts."""
+    model, _, settings = start(options)
+    model.eval()
+    words = bench.Words()
     images = bench.images(options.images).to(options.device)
-    found = []
+    evaluation = importlib.import_module("evals.eval")
+    begin = len(words.encode(f"<|image|>{bench.PROMPT}", bos=True))
+    rows = []
 
-    @torch.inference_mode()
+    class Decoder(evaluation.OneShotDecoder):
+        def __init__(self, k: int):
+            super().__init__(k, max_update_iter=bench.LABEL_TOKENS + 1)
+
+        def finalize(self, tokens, *rest, **more):  # it loses track of unfinished rows
+            rows[:] = tokens[:, begin : begin + bench.LABEL_TOKENS].tolist()
+            return super().finalize(tokens, *rest, **more)
+
+    evaluation.OneShotDecoder = Decoder
+    evaluation.post_process = lambda *args, **more: None
+
     def step() -> None:
-        count, texts, ids, embedded = encode(original, images, [""] * len(images), False)
-        limit = bench.LABEL_TOKENS + 1
-        decoder = original.decoding.OneShotDecoder(k=options.labels, max_update_iter=limit)
-        decoder.reset()
-        finish = decoder.finalize
-        rows = []
+        evaluation.engine_lang_classifier(settings, None, model, words, images)
 
-        def finalize(tokens, *rest, **more):  # it loses track of unfinished rows: take them now
-            rows.append(tokens)
-            return finish(tokens, *rest, **more)
-
-        decoder.finalize = finalize
-        prompt = [texts[5], ids[1], embedded[1], embedded[2], bench.Words()]
-        original.evaluation.generate(
-            original.settings, count, *prompt, model, images.device, decoder
-        )
-        begin = int((ids[1][0] >= 0).sum())  # the prompt's length
-        tokens = rows[0][:, begin : begin + bench.LABEL_TOKENS].unflatten(0, (len(images), -1))
-        found[:] = [[first_label(row) for row in image] for image in tokens.tolist()]
-
-    return {**measure(step, options), "tokens": found}
-
-
-def first_label(row: list[int]) -> list[int]:
-    """Up to the first delimiter, included."""
-    return row[: row.index(bench.COMMA) + 1] if bench.COMMA in row else row
+    result = measure(step, options)
+    # up to the first delimiter, included
+    tokens = [row[: (row + [bench.COMMA]).index(bench.COMMA) + 1] for row in rows]
+    by_image = [tokens[i : i + options.labels] for i in range(0, len(rows), options.labels)]
+    return {**result, "tokens": by_image}
 
 
 def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -143,8 +118,9 @@ def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def train(options: types.SimpleNamespace) -> dict:
     """A step as its training loop takes it, with both branches; `loss` is the first one's."""
-    original = start(options)
-    model = original.model.train()
+    model, encoding, settings = start(options)
+    model.train()
+    words = bench.Words()
     images = bench.images(options.batch).to(options.device)
     captions = bench.captions(options.batch)
     bench.freeze(model)
@@ -162,7 +138,14 @@ def train(options: types.SimpleNamespace) -> dict:
 
     def step() -> None:
         with torch.autocast(options.device, dtype, enabled=dtype is not None):
-            count, texts, _, (caption, labels, seen) = encode(original, images, captions, True)
+            tokens = model.decode_images(model.encode_images(images))[:, 1:]
+            count = tokens.shape[1]
+            texts = encoding.construct_text_inputs(settings, captions, words, offset=count)
+            ids = [part.to(images.device) for part in texts[:2]]
+            embedded = [table[part] for part in ids]
+            caption, labels, seen = encoding.construct_embd_inputs(
+                tokens, *embedded, *texts[4:], *ids, words
+            )
             shared = {"dummy_token_index": 0, "offset": count, "prefix_image_tok_embeds": True}
             caption_loss = next_token_loss(decode(caption, **shared), texts[2])
             logits = decode(

@@ -54,22 +54,16 @@ class Config(Options):
     report: str = restated(Options, "report", "")
 
 
-def state(gigabytes: float, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Parameters and their moments, together of this size."""
-    side = int((gigabytes * 2**30 / (3 * 4 * MATRICES)) ** 0.5)
-    model = nn.ParameterList(torch.rand(side, side) for _ in range(MATRICES)).to(device)
+def save(options: SimpleNamespace) -> dict:
+    """Medians of the seconds that saving parameters and their moments takes, by the clock and of
+    the processor, and until all is written."""
+    side = int((options.gigabytes * 2**30 / (3 * 4 * MATRICES)) ** 0.5)
+    model = nn.ParameterList(torch.rand(side, side) for _ in range(MATRICES)).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     for parameter in model:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    return model, optimizer
-
-
-def save(options: SimpleNamespace) -> dict:
-    """Medians of the seconds that `save` takes, by the clock and of the processor, and until all is
-    written."""
-    model, optimizer = state(options.gigabytes, options.device)
     world = alone(options.device)
     sharded, beside = WAYS[options.side]
     saves = []

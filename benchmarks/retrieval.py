@@ -64,22 +64,18 @@ class Config(PeerOptions):
         return (1 + CAPTIONS) * self.images * self.k_test
 
 
-def build_model(options: SimpleNamespace, weights: dict | None) -> Retrieval:
-    """ViT-B/16 at 384 px and BERT-base; the weights of the peer, none = random ones."""
+def ours(options: SimpleNamespace) -> dict:
+    """ViT-B/16 at 384 px and BERT-base with the weights of the peer, else random ones: clock and
+    CPU time at the start, where matching begins and at the end, as `marks`; and if the peer left
+    scores, how far the rankings agree."""
+    peer = left(options, PEER_FILE)
     torch.manual_seed(0)
     config = model_config(options)
     vit = replace(config.vit, image_size=384, mask_token=False)
     model = Retrieval(RetrievalConfig(vit=vit, bert=config.bert, queue_size=64))
-    if weights:
-        load_checkpoint(model, weights, allowed_missing=("*_m.*", "*queue*"))
-    return model.to(options.device)
-
-
-def ours(options: SimpleNamespace) -> dict:
-    """Clock and CPU time at the start, where matching begins and at the end, as `marks`; and if the
-    peer left scores, how far the rankings agree."""
-    peer = left(options, PEER_FILE) or {"model": None}
-    model = build_model(options, peer["model"])
+    if peer:
+        load_checkpoint(model, peer["model"], allowed_missing=("*_m.*", "*queue*"))
+    model.to(options.device)
     images, ids, mask = synthetic_split(options.images, options.captions)
     captions = Captions(ids, mask, torch.arange(len(ids)) % len(images))
     world = alone(options.device)
@@ -97,7 +93,7 @@ def ours(options: SimpleNamespace) -> dict:
             image_batch=options.batch,
         )
     result = {"marks": [*marks, now(options.device)]}
-    if "scores" in peer:
+    if peer:
         dense = [ranking.dense() for ranking in rankings]
         result["agreement"] = agreement(zip(dense, peer["scores"], strict=True))
     return result

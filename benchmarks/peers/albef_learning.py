@@ -38,47 +38,37 @@ def with_values(function: Callable, **values) -> Callable:
     return lambda *args, **given: function(*args, **{**given, **values})
 
 
-def adjust_networks() -> None:
-    """The vision transformer in its small size; no download."""
-    model = importlib.import_module("models.model_pretrain")
-    model.BertForMaskedLM.from_pretrained = classmethod(lambda cls, name, config: cls(config))
-    model.VisionTransformer = with_values(model.VisionTransformer, **SMALL_VIT)
-    tokens = 1 + (SMALL_IMAGE // SMALL_VIT["patch_size"]) ** 2
-    positions = torch.zeros(1, tokens, SMALL_VIT["embed_dim"])
-    # DeiT, whose place the starting weights take
-    torch.hub.load_state_dict_from_url = lambda *args, **given: {"model": {"pos_embed": positions}}
-
-
-def adjust_training(pretrain: types.ModuleType) -> None:
-    """One process and one worker; the temperature is fixed, as on our side."""
-    create_optimizer = pretrain.create_optimizer
-
-    def with_fixed_temperature(options, model: torch.nn.Module) -> torch.optim.Optimizer:
-        model.temp.requires_grad_(False)
-        return create_optimizer(options, model)
-
-    pretrain.create_optimizer = with_fixed_temperature
-    pretrain.create_loader = with_values(pretrain.create_loader, num_workers=[1])
-    # sums over the one process, for which the original wants CUDA
-    pretrain.utils.MetricLogger.synchronize_between_processes = lambda logger: None
-
-
 def train(options: types.SimpleNamespace) -> dict:
     """Trains by the original's main()."""
     prepare(options)
     stand_in("ruamel_yaml")
     stand_in("cv2")  # for colour operations alone
-    adjust_networks()
+    # the small networks, without downloads: the starting weights take DeiT's place
+    networks = importlib.import_module("models.model_pretrain")
+    tokenizer = types.SimpleNamespace(from_pretrained=WordPiece)
+    stand_in("models.tokenization_bert", BertTokenizer=tokenizer)
+    networks.BertForMaskedLM.from_pretrained = classmethod(lambda cls, name, config: cls(config))
+    networks.VisionTransformer = with_values(networks.VisionTransformer, **SMALL_VIT)
+    tokens = 1 + (SMALL_IMAGE // SMALL_VIT["patch_size"]) ** 2
+    deit = {"model": {"pos_embed": torch.zeros(1, tokens, SMALL_VIT["embed_dim"])}}
+    torch.hub.load_state_dict_from_url = lambda *args, **given: deit
+    # digits do not survive flips and colour operations
     data = importlib.import_module("dataset")
     views = data.transforms
     views.RandomResizedCrop = with_values(views.RandomResizedCrop, scale=CROP_SCALE)
-    # digits do not survive flips and colour operations
     views.RandomHorizontalFlip = data.RandomAugment = torch.nn.Identity
-    tokenizer = types.SimpleNamespace(from_pretrained=WordPiece)
-    stand_in("models.tokenization_bert", BertTokenizer=tokenizer)
+    # one process and one worker; the original wants CUDA for sums over its processes
     pretrain = importlib.import_module("Pretrain")
-    adjust_training(pretrain)
+    pretrain.create_loader = with_values(pretrain.create_loader, num_workers=[1])
+    pretrain.utils.MetricLogger.synchronize_between_processes = lambda logger: None
     start_process_group(options.device)
+    create_optimizer = pretrain.create_optimizer
+
+    def with_fixed_temperature(options, model: torch.nn.Module) -> torch.optim.Optimizer:
+        model.temp.requires_grad_(False)  # as on our side
+        return create_optimizer(options, model)
+
+    pretrain.create_optimizer = with_fixed_temperature
     folder = Path(options.folder)
     seed = options.seeds[options.turn]
     run = folder / f"{options.side}_{seed}"

@@ -90,7 +90,7 @@ def check_words(words: list[str], script: str) -> None:
     from runtime.config.cli import read_words
 
     try:
-        read_words(importlib.import_module(path.stem).Config, words)[0].finish()
+        read_words(importlib.import_module(path.stem).Config, words).finish()
     except UserError as error:
         raise UserError(f"{script}: {error}") from None
 

@@ -63,11 +63,10 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
     Raises UserError with every mistake found; whether options agree says the class's `check()`, if
     it has one.
     """
-    draft, flags = read_words(cls, sys.argv[1:] if argv is None else argv)
-    for name, words in flags:
-        if name in HELP:
-            show_page(help_text(draft, description, everything=words == ["all"]))
-            raise SystemExit(0)
+    draft = read_words(cls, sys.argv[1:] if argv is None else argv)
+    if draft.help is not None:
+        show_page(help_text(draft, description, everything=draft.help == ["all"]))
+        raise SystemExit(0)
     config = draft.finish()
     config.given = frozenset(draft.set_by)
     if hasattr(cls, "OF_CHECKPOINT") and config.evaluate and config.checkpoint:
@@ -86,15 +85,19 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, description: str | No
     return config
 
 
-def read_words(cls: type, argv: Sequence[str]) -> tuple[Draft, list[tuple[str, list[str]]]]:
-    """What a command line and the files that it names say, mistakes included, and its flags.
-    UserError for a command of COYO-ALIGN."""
+def read_words(cls: type, argv: Sequence[str]) -> Draft:
+    """What a command line and the files that it names say, mistakes included. UserError for a command
+    of COYO-ALIGN."""
     draft = Draft(cls)
-    flags = split_at_flags(argv, getattr(cls, "POSITIONAL", None), draft)
+    flags = split_at_flags(argv, getattr(cls, "POSITIONAL", ""))
     if any(name == "flagfile" for name, _ in flags):
         raise UserError(f"--flagfile: COYO-ALIGN's are recipes here; run: {align(flags)}")
     for name, words in sorted(flags, key=lambda each: PRECEDENCE.get(each[0], 1)):
-        if name in PRECEDENCE and not words:
+        if name in HELP:
+            draft.help = words
+        elif name == "":
+            draft.mistakes += [f"{word}: expected --flag value (see --help)" for word in words]
+        elif name in PRECEDENCE and not words:
             draft.mistakes.append(f"--{name}: a value is missing")
         elif name == "config":
             for path in words:
@@ -106,28 +109,23 @@ def read_words(cls: type, argv: Sequence[str]) -> tuple[Draft, list[tuple[str, l
                     draft.put_words(key, [value], at_override)
                 else:
                     draft.mistakes.append(f"--overrides {word}: expected key=value")
-        elif name not in HELP and name.replace("-", "_") not in LAUNCHER_FLAGS:
+        elif name.replace("-", "_") not in LAUNCHER_FLAGS:
             draft.put_words(name, words, at_flag)
     leave_out_unnamed_splits(draft)
-    return draft, flags
+    return draft
 
 
-def split_at_flags(
-    argv: Sequence[str], positional: str | None, draft: Draft
-) -> list[tuple[str, list[str]]]:
-    """The command line cut at its flags: (name without dashes, words that follow)."""
-    flags: list[tuple[str, list[str]]] = []
+def split_at_flags(argv: Sequence[str], positional: str) -> list[tuple[str, list[str]]]:
+    """The command line cut at its flags: (name without dashes, words that follow). Words before the
+    first flag follow `positional`."""
+    flags: list[tuple[str, list[str]]] = [(positional, [])]
     for word in argv:
         if re.match(r"--[^\W\d]|-[a-zA-Z]$", word):  # -1e-4 is a number
             name, equals, value = word.lstrip("-").partition("=")
             flags.append((name, [value] if equals else []))
-        elif flags:
-            flags[-1][1].append(word)
-        elif positional:
-            flags.append((positional, [word]))
         else:
-            draft.mistakes.append(f"{word}: expected --flag value (see --help)")
-    return flags
+            flags[-1][1].append(word)
+    return flags if flags[0][1] else flags[1:]
 
 
 def leave_out_unnamed_splits(draft: Draft) -> None:

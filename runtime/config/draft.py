@@ -46,6 +46,7 @@ class Draft:
         self.schema = Schema(cls)
         self.values = {path: copy.deepcopy(k.default) for path, k in self.schema.knobs.items()}
         self.set_by: dict[str, Place] = {}  # by path
+        self.help: list[str] | None = None  # the words after --help
         self.mistakes: list[str] = []
         self.notes: list[str] = []  # what the user should know, printed once at the start
         self.ignored: dict[str, str] = {}  # names that were set without effect -> why

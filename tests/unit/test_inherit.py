@@ -10,7 +10,7 @@ import Recognition
 from base.errors import UserError
 from base.writing import write_json
 from runtime.checkpoint import CheckpointFolder
-from runtime.config.cli import knob, parse
+from runtime.config.cli import knob, parse, section
 from runtime.config.from_checkpoint import check_architecture, description_of, saved_config
 from runtime.config.networks import Geometry, fill_geometry
 from runtime.config.nxtp import fill_network
@@ -159,6 +159,31 @@ def test_what_shapes_the_network_must_agree_with_the_checkpoint(tmp_path, monkey
             fill_geometry(Config(checkpoint=checkpoint, **OTHER_THAN_RECORDED[name]), ())
         assert str(checkpoint) in str(error.value)
         fill_geometry(Config(checkpoint=checkpoint, vision_heads=2, image_res=32), ())
+
+
+@dataclass(frozen=True)
+class Frozen:
+    width: int = knob(8, "width", low=1)
+    heads: int = knob(2, "heads", low=1)
+
+
+@dataclass
+class Scored:
+    OF_CHECKPOINT = ("network", "classes")
+    evaluate: bool = knob(False, "no training")
+    checkpoint: Path | None = knob(None, "weights to score")
+    classes: Path | None = knob(None, "names")
+    network: Frozen = section(Frozen, flat=True)
+
+
+def test_evaluation_takes_what_the_command_line_leaves_open(tmp_path):
+    saved = {"network": {"width": 64, "heads": 4}, "classes": "names.txt"}
+    torch.save({"config": saved}, tmp_path / "x.pth")
+    words = ["--checkpoint", str(tmp_path / "x.pth"), "--evaluate"]
+    taken = parse(Scored, [*words, "--heads", "8"])
+    assert (taken.network, taken.classes) == (Frozen(64, 8), Path("names.txt"))
+    assert parse(Scored, [*words, "--classes", "none"]).classes is None
+    assert parse(Scored, words[:2]).network == Frozen()
 
 
 @dataclass

@@ -422,7 +422,7 @@ def _check_plain(value: Any, where: str = "state") -> None:
 
 def _weights_called(folder: Path, pattern: str) -> Path | None:
     """The file of a folder whose name matches, of several the one that is called as usual. UserError
-    where it cannot be told."""
+    where it cannot be known."""
     files = matching_files(folder, pattern)
     named = [file for name in USUAL for file in files if file.stem == name]
     if len(files) > 1 and not named and not PART.search(files[0].name):

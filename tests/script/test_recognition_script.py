@@ -1,6 +1,7 @@
 """Recognition.py through its real main, and the scripts around it."""
 
 import contextlib
+import copy
 import io
 import json
 import tarfile
@@ -374,12 +375,38 @@ def _image(folder: Path) -> Path:
 def test_export_to_onnx(tower, trained, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    model = start_of(trained[0]) if tower == "vit" else small_resnet()
+    assert_exported_is_the_network(
+        start_of(trained[0]) if tower == "vit" else small_resnet(), tmp_path
+    )
+
+
+def test_the_modules_behind_the_onnx_graphs(monkeypatch, tmp_path):
+    """Without ONNX: what is written is kept, and called as its graph would be."""
+    kept = {}
+
+    def write(module, inputs, shapes, path):
+        kept[path] = module
+
+    def opened(path):
+        def graph(*inputs):
+            cache = [list(inputs[3:])] if path.stem == "step" else []
+            out = kept[path](*inputs[:3], *cache)
+            return out if isinstance(out, tuple) else (out,)
+
+        return graph
+
+    monkeypatch.setattr(export_recognition, "write_graph", write)
+    monkeypatch.setattr(export_recognition, "Graph", opened)
+    assert_exported_is_the_network(small_resnet(), tmp_path)
+
+
+def assert_exported_is_the_network(model, folder):
     prompt = torch.tensor([model.config.decoder.vocab_size - 2, 1, 5])
+    given = copy.deepcopy(model).eval()
     with torch.no_grad():
-        export_recognition.export(model.eval(), prompt, tmp_path)
-        exported = export_recognition.OnnxNetwork(tmp_path)
-        found = export_recognition.check(model, exported, prompt, _Pieces(), 8)
+        export_recognition.export(given, prompt, folder)
+        exported = export_recognition.OnnxNetwork(folder)
+        found = export_recognition.check(model.eval(), exported, prompt, _Pieces(), 8)
     assert found["labels_compared"] == 24 and found["probabilities_apart"] < 1e-5
     with pytest.raises(ValueError, match="finds other labels"), torch.no_grad():
         model.language_decoder.output.weight.mul_(-1)

@@ -55,9 +55,7 @@ def test_a_hang_and_a_crash_are_seen(tmp_path):
         return bytearray(3 << 30)
 
     def fill():
-        pages = mmap.mmap(
-            -1, 200 << 20
-        )  # new ones: what the fork has freed already counts as its own
+        pages = mmap.mmap(-1, 200 << 20)  # new: what was freed before the fork counts already
         for place in range(0, len(pages), mmap.PAGESIZE):
             pages[place] = 1
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,8 +84,8 @@ def _existing(path: Path) -> Path:
 
 
 def check_output_folder(folder: str | Path) -> None:
-    """Check, before work begins and without writing, that results can be written to a folder, which
-    need not be there yet. UserError."""
+    """Check, before work begins and leaving nothing behind, that results can be written to a folder,
+    which need not be there yet. UserError."""
     remedy = "name another folder as --output_dir"
     _refuse_address(folder, remedy, "folders and buckets (s3://, gs://)")
     folder = Path(folder)
@@ -93,8 +94,10 @@ def check_output_folder(folder: str | Path) -> None:
         if os.path.lexists(folder / name) and not (folder / name).is_file():
             raise UserError(f"{folder / name}: not a regular file; remove it, or {remedy}")
     for name in ("result", "tensorboard"):
-        if os.path.lexists(folder / name) and not (folder / name).is_dir():
-            raise UserError(f"{folder / name}: not a folder; remove it, or {remedy}")
+        if os.path.lexists(folder / name):
+            if not (folder / name).is_dir():
+                raise UserError(f"{folder / name}: not a folder; remove it, or {remedy}")
+            _check_writable(folder / name, remedy)
 
 
 def check_folder_option(folder: str | Path, option: str) -> None:
@@ -131,8 +134,11 @@ def _check_writable(folder: Path, remedy: str) -> None:
     found = _existing(folder)
     if not found.is_dir():
         raise UserError(f"{folder}: {found} is not a folder; {remedy}")
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: {found} is read-only or not yours; {remedy}")
+    try:  # its permissions are not asked: root may all, but not in /proc or an immutable folder
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=found))
+    except OSError as error:
+        made = f"nothing can be made in {found} ({error.strerror})"
+        raise UserError(f"{folder}: {made}; {remedy}") from error
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -280,10 +280,31 @@ def test_results_are_not_written_into_a_folder_called_like_a_scheme(make, tmp_pa
     assert make_folder(tmp_path / "a/b", "--target").is_dir()
 
 
+def refuse_in(places, monkeypatch):
+    """Root may write anywhere, so that permissions hinder no test: the system refuses here."""
+    make = os.mkdir
+
+    def mkdir(path, *mode):
+        if Path(path).parent in places:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+
+
 def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)  # root may all
-    with pytest.raises(UserError, match="read-only or not yours"):
-        check_output_folder(tmp_path / "new" / "run")
+    (tmp_path / "run/result").mkdir(parents=True)
+    refuse_in([tmp_path, tmp_path / "run/result"], monkeypatch)
+    for folder, place in (("new/run", tmp_path), ("run", tmp_path / "run/result")):
+        with pytest.raises(UserError, match=f"nothing can be made in {place} .Permission denied"):
+            check_output_folder(tmp_path / folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux alone has /proc")
+def test_what_even_root_may_not_write_is_said_at_once():
+    for folder in ("/proc/run", "/proc/new/run"):
+        with pytest.raises(UserError, match=r"/proc .*name another folder as --output_dir"):
+            check_output_folder(folder)
 
 
 def test_usable_output_folders_are_left_as_they_are(tmp_path):

@@ -3,6 +3,7 @@ of `shards/{00000..00099}.tar?caption=json.text,alt&image=webp`.
 
     image=webp,png                     endings (features) of the image, the first that a sample has
     caption=json.text                  a key of a JSON member, at any depth: json.meta.text
+    caption=json                       a JSON member that is a text or a list of texts
     caption=json.alt,syn.txt           several members make several captions, of which one is drawn
     caption=json.alt:0.3,json.syn:0.7  with the weights that training samples them by
     labels=json.tags  label_probs=…    of Classification.py and Recognition.py
@@ -84,24 +85,32 @@ def _field(record: dict, field: str, given: Columns) -> dict:
         raise BadSample(f"{record['key']}: no {wanted} for {field}; it has {_members(record)}")
     if len(given.names) > 1 and not weights:
         value = [text for each in value for text in as_list(each)]
-    found = {field: value}
-    if weights:
-        found[f"{field}_weights"] = weights
-    return found
+    # none, too, are said: those of other captions in .json do not count
+    return {field: value} | ({"caption_weights": weights} if field == "caption" else {})
 
 
 def _value(record: dict, name: str) -> object:
-    """A member or feature, or a key of a JSON member; None where there is none. BadSample."""
-    if name in record:
-        return _plain(record[name])
-    member, _, keys = name.partition(".")
-    if member not in record:
+    """A member or feature, a JSON one as what it holds, or a key of a JSON member; None where there
+    is none. BadSample."""
+    parts = name.split(".")
+    ends = range(len(parts), 0, -1)
+    end = next((end for end in ends if ".".join(parts[:end]) in record), None)
+    if end is None:
         return None
+    member, keys = ".".join(parts[:end]), parts[end:]
+    value = _plain(record[member])
+    if not isinstance(value, str):
+        return None if keys else value
+    if not keys and parts[-1] != "json":
+        return value
     try:
-        found = parse_json(_plain(record[member]), f"{record['key']}.{member}", dict)
+        found = parse_json(value, f"{record['key']}.{member}", dict if keys else None)
     except UserError as error:
         raise BadSample(str(error)) from None
-    for key in keys.split("."):
+    if not keys and isinstance(found, dict):
+        some = f"{member}.{brief(next(iter(found), 'KEY'))[1:-1]}"
+        raise BadSample(f"{record['key']}.{member}: an object; name one of its keys, as in {some}")
+    for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
     return found
 

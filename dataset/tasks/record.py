@@ -31,7 +31,7 @@ def captions_of(record: dict) -> str | list[str]:
         raise BadSample(f"{name_of(record)}: no caption (.txt){other}")
     given = record[field]
     if isinstance(given, str):
-        if "\n" in given.strip() and isinstance(record.get("json"), bytes):
+        if "\n" in given.strip() and _packed(record):
             return _packed_captions(record) or clean_surrogates(given)
         return clean_surrogates(given)
     texts = [lenient_text(text) if isinstance(text, bytes) else text for text in as_list(given)]
@@ -47,14 +47,18 @@ def weights_of(record: dict, captions: str | list[str]) -> list[float] | None:
     if isinstance(captions, str) or len(captions) < 2:
         return None
     weights = record.get("caption_weights")
-    packed = record.get("json")
-    if weights is None and isinstance(packed, bytes) and b"caption_weights" in packed:
+    if _packed(record) and b"caption_weights" in record["json"]:
         weights = json_of(record, name_of(record)).get("caption_weights")
     if weights is None:
         return None
     if fault := weights_fault(weights, len(captions)):
         raise BadSample(f"{name_of(record)}: {fault}")
     return weights
+
+
+def _packed(record: dict) -> bool:
+    """Whether .json may tell more of the captions: not of those that the address of a shard names."""
+    return "caption_weights" not in record and isinstance(record.get("json"), bytes)
 
 
 def _packed_captions(record: dict) -> list[str]:

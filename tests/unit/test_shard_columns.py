@@ -64,6 +64,51 @@ def test_what_a_sample_holds_goes_by_name(folder):
     assert names_of(first(folder, "labels=json.many")) == ["a", "b"]
 
 
+def shard_of(folder, **members) -> str:
+    """A shard of one sample, members by their endings, in which _ stands for a dot."""
+    with tarfile.open(folder / "one.tar", "w") as archive:
+        for ending, text in ({"png": ""} | members).items():
+            data = text.encode() or encoded("blue", "PNG")
+            info = tarfile.TarInfo(f"0.{ending.replace('_', '.')}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return f"{folder}/one.tar"
+
+
+def test_a_json_member_is_what_it_holds(tmp_path):
+    for text, read in (('["a", "b"]', ["a", "b"]), ('"a"', "a"), (' ["a"]', ["a"])):
+        shard = shard_of(tmp_path, json=text, syn_json=text, txt="c")
+        for query in ("caption=json", "caption=syn.json"):
+            assert captions_of(next(iter(read_shard(f"{shard}?{query}")))) == read
+        several = next(iter(read_shard(f"{shard}?caption=json:0.5,txt:0.5")))
+        assert captions_of(several) == [*read, "c"]
+        assert len(weights_of(several, captions_of(several))) == len([*read, "c"])
+        assert captions_of(next(iter(read_shard(shard)))) == "c"
+    assert names_of(next(iter(read_shard(f"{shard}?labels=json")))) == ["a"]
+    shard = shard_of(tmp_path, json="[1, 2]", syn_json='{"alt": "a"}')
+    assert Labels(3, LabelOptions(), "x")(next(iter(read_shard(f"{shard}?labels=json"))))[0] == [
+        1,
+        2,
+    ]
+    assert captions_of(next(iter(read_shard(f"{shard}?caption=syn.json.alt")))) == "a"
+    found = next(iter(read_shard(f"{shard}?caption=syn.json")))
+    assert isinstance(found, BadSample) and "as in syn.json.alt" in str(found)
+    found = next(iter(read_shard(f"{shard_of(tmp_path, json='[broken')}?caption=json")))
+    assert isinstance(found, BadSample) and "0.json: not valid JSON" in str(found)
+
+
+def test_captions_that_an_address_names_are_not_those_that_pack_noted(tmp_path):
+    noted = json.dumps({"captions": ["a", "b"], "caption_weights": [1, 3], "many": ["c", "d"]})
+    shard = shard_of(tmp_path, json=noted, txt="a\nb", syn_txt="c\nd")
+    for query, read, weights in (
+        ("", ["a", "b"], [1, 3]),
+        ("?caption=syn.txt", "c\nd", None),
+        ("?caption=json.many", ["c", "d"], None),
+    ):
+        record = next(iter(read_shard(shard + query)))
+        assert captions_of(record) == read and weights_of(record, read) == weights
+
+
 def test_training_and_evaluation_read_the_same(folder):
     address = f"{folder}/{{0..1}}.tar?{ALL}"
     assert is_shards(address) and is_shards(f"{folder}?{ALL}")

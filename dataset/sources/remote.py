@@ -224,8 +224,6 @@ def read_text(place: str, name: str) -> str | None:
         return read_file(url).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{url}: not UTF-8 text ({error})") from None
-    except UserError:  # says what is wrong itself
-        raise
     except Exception as error:  # every storage service raises its own
         if is_missing(error):
             return None

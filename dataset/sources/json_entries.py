@@ -4,6 +4,7 @@ import codecs
 import json
 import math
 import mmap
+import re
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
@@ -15,6 +16,11 @@ from base.text import looks_like
 
 CHUNK = 4 << 20  # bytes read at a time
 EXPECTED = "expected a JSON list of objects, or one object per line"
+TOKEN_LINE = re.compile(rb"[^\t\n]+#\d+\t")
+TOKENS = (
+    "these are Flickr30k's lines IMAGE#NUMBER<tab>CAPTION: save them as .tsv with a first line "
+    "image<tab>caption and without the #NUMBER"
+)
 
 
 class RepeatedKey(str):
@@ -37,8 +43,9 @@ def parse_entries(path: Path) -> Iterator[tuple[int, object]]:
         window = _Window(path, file)
         opening = window.skip(" \t\r\n\xef\xbb\xbf")  # the last three are UTF-8's byte order mark
         if opening not in ("[", "{"):
+            expected = TOKENS if TOKEN_LINE.match(window.start) else EXPECTED
             seen = looks_like(window.start)
-            raise UserError(f"{path}: begins with {opening!r}{seen}; {EXPECTED}")
+            raise UserError(f"{path}: begins with {opening!r}{seen}; {expected}")
         if opening == "[":
             yield from _list_entries(window)
         else:

@@ -18,6 +18,7 @@ from base.errors import UserError, brief
 from base.reading import parse_entry, parse_first_entry
 from base.text import as_list, whole_number
 from base.writing import atomic_write
+from dataset.images.formats import is_image
 from dataset.sources.cached_tables import json_lines_of
 from dataset.sources.json_entries import (
     EXPECTED,
@@ -51,6 +52,10 @@ COCO_HINT = (
 EXPRESSIONS = (
     "these are expressions as MDETR or UNINEXT publish them: make lists of them with "
     "scripts/data/convert_expressions.py"
+)
+BY_IMAGE = (
+    'this is an object {image: captions}: write {"image": "%s", "caption": [...]} for each of its '
+    "images, in a JSON list or one a line"
 )
 # Annotations as they are published: (list in the file, field of its first entry) -> what to do.
 PUBLISHED = {
@@ -379,6 +384,8 @@ def published_remedy(entry: dict) -> str | None:
         first = listed[0] if isinstance(listed, list) and listed else None
         if isinstance(first, dict) and field in first:
             return remedy
+    if entry and all(map(is_image, entry)):
+        return BY_IMAGE % brief(next(iter(entry)))[1:-1]
     return COCO_HINT if "annotations" in entry else None
 
 

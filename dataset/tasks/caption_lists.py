@@ -9,6 +9,7 @@ from base.errors import MissingData, UserError, brief
 from base.image_names import existing
 from base.reading import first_letter, is_file, read_json, read_lines
 from base.text import as_list
+from dataset.sources.json_entries import TOKEN_LINE, TOKENS
 from dataset.sources.records import Records
 from dataset.sources.tables import parse_address
 from dataset.tasks.captions import coco_rows, karpathy_entries
@@ -62,8 +63,9 @@ def _flickr_rows(file: Path) -> Iterator[tuple[str, list[str]]]:
         if row:
             yield row[1], [row[2].strip()]
         elif number > 1 and line.strip():
+            remedy = TOKENS if TOKEN_LINE.match(line.encode()) else "fix it"
             raise UserError(
-                f"{file}, line {number}: {brief(line)} is not IMAGE.jpg,CAPTION; fix it"
+                f"{file}, line {number}: {brief(line)} is not IMAGE.jpg,CAPTION; {remedy}"
             )
 
 

@@ -27,7 +27,7 @@ from base.writing import write_json_lines
 from dataset.images.clip import ImageViews
 from dataset.loading.stream import RecordSource
 from dataset.sources.left_out import LeftOut, report_left_out
-from dataset.sources.records import Records
+from dataset.sources.records import Records, published_remedy
 from dataset.sources.shards import shard_sources
 from dataset.sources.tables import is_table
 from dataset.tasks.record import captions_of, image_of, weights_of
@@ -35,6 +35,10 @@ from dataset.text.augment import TextViews
 from dataset.text.bpe import ClipTokenizer
 
 SPLIT_OF_2014 = re.compile("COCO_([a-z]+2014)_")  # of COCO's images of 2014
+KARPATHY = (
+    "expected Karpathy's dataset_coco.json or dataset_flickr30k.json, whose images have filename, "
+    "split and sentences with raw"
+)
 
 
 # ---- metadata
@@ -171,16 +175,15 @@ def karpathy_entries(content: dict, split: str, path: Path) -> Iterator[dict]:
     {image: path, filename, id, caption: [texts], caption_ids}; ids are None where the file has none.
     UserError names `path`."""
     images = content.get("images")
-    for number, entry in enumerate(images if isinstance(images, list) else [None]):
+    if not isinstance(images, list):
+        raise UserError(f"{path}: {published_remedy(content) or KARPATHY}")
+    for number, entry in enumerate(images):
         try:
             row = _karpathy_row(entry) if entry["split"] == split else None
         except (KeyError, TypeError, AttributeError) as error:
             fault = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(
-                f"{path}, image {number} (the first is 0): {fault}; expected Karpathy's "
-                "dataset_coco.json or dataset_flickr30k.json, whose images have filename, split and "
-                "sentences with raw"
-            ) from None
+            where = f"{path}, image {number} (the first is 0)"
+            raise UserError(f"{where}: {fault}; {KARPATHY}") from None
         if row:
             yield row
 

@@ -38,6 +38,7 @@ from dataset.sources.shard_list import find_shards, list_shards
 from dataset.sources.shards import ShardSource, read_shard
 from dataset.sources.tables import rows_of
 from dataset.sources.tfrecord import encode_example, write_records
+from dataset.tasks.caption_lists import retrieval_list
 from dataset.tasks.captions import caption_records, metadata_rows
 from dataset.tasks.catalog import Entry, Prompts, choose, read_catalog
 from dataset.tasks.classification import (
@@ -431,6 +432,20 @@ def test_a_published_file_in_the_place_of_a_list(tmp_path, name):
     (tmp_path / f"{name}.json").write_text(json.dumps({"info": {}, **content}))
     with pytest.raises(UserError, match=remedy):
         Records(tmp_path / f"{name}.json")
+
+
+@pytest.mark.parametrize("ending", ["token", "json", "jsonl", "txt"])
+def test_captions_by_image_say_how_they_are_taken(ending, tmp_path):
+    lists = "1.jpg#0\ta cat, red\n1.jpg#1\ta dog\n", json.dumps({"1.jpg": "a", "2.jpg": ["b"]})
+    for text, remedy in zip(lists, (r"as \.tsv", r'write {"image": "1\.jpg"'), strict=True):
+        file = tmp_path / f"list.{ending}"
+        file.write_text(text)
+        for read in (Records, lambda file: retrieval_list(Entry("x", "retrieval", str(file)))):
+            with pytest.raises(UserError, match=remedy):
+                read(file)
+    file = tmp_path / "list.tsv"
+    file.write_text("image\tcaption\n" + lists[0].replace("#0", "").replace("#1", ""))
+    assert [entry["caption"] for entry in Records(file)] == ["a cat, red", "a dog"], "as is said"
 
 
 def test_ids_of_coco_are_the_same_as_numbers_and_as_texts(tmp_path):

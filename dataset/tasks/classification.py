@@ -459,8 +459,8 @@ class Split:
 
 def identity(records: Sequence, data: str, root: str | Path = ".") -> str:
     """A digest that changes with the images and labels of a data string, without reading images:
-    names, labels, sizes and times of change of all files, members that stand behind a question mark. root: folder that a list's paths start
-    from."""
+    names, labels, sizes and times of change of all files, and the members of shards that `data`
+    names. root: folder that a list's paths start from."""
     if isinstance(records, FolderRecords):
         names = records.files.tobytes(), records.labels.numpy().tobytes()
         return digest(

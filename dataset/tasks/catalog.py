@@ -209,7 +209,7 @@ class CatalogOptions:
     root: Path = knob(Path("datasets"), "folder that holds the catalogue's data sets")
     image_root: str = knob("", "folder of the images of retrieval:FILE [the folder of FILE]")
     download: bool = knob(False, "let torchvision fetch the named data sets")
-    split: str | None = knob(None, "split to evaluate instead of each data set's own")
+    split: str | None = knob(None, "split to evaluate instead of each data set's own; . = none")
 
 
 def wanted_entries(options: CatalogOptions) -> list[Entry]:
@@ -223,7 +223,9 @@ def wanted_entries(options: CatalogOptions) -> list[Entry]:
     entries = in_languages(entries, options.language)
     if options.image_root:
         entries = [entry.with_images(options.image_root) for entry in entries]
-    return [replace(entry, split=options.split or entry.split) for entry in entries]
+    if options.split is not None:  # an empty one is the folder itself
+        entries = [replace(entry, split=options.split) for entry in entries]
+    return entries
 
 
 def shards_below(root: Path) -> list[str]:

@@ -243,6 +243,9 @@ def class_folders(entry: Entry, classes: Sequence = ()) -> LabelledFiles:
     if not root.is_dir():
         inside = [name for name in SPLITS if (root.parent / name).is_dir()]
         split = f"name its split {inside[0]} with --split, or " if inside else ""
+        path = Path(entry.path)
+        if not inside and path.is_dir() and any(inner.is_dir() for inner in path.iterdir()):
+            split = f"add --split . if {path} itself holds the class folders, or "
         raise MissingData(
             f"{entry.name}: no folder {root}; {split}put one there with a sub-folder of images per class, or name "
             "another place with --root or --catalog"

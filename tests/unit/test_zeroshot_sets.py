@@ -222,6 +222,20 @@ def test_class_folders(tmp_path):
     )
 
 
+def test_the_folder_of_a_split_itself(tmp_path):
+    for number, name in enumerate("ab"):
+        image(tmp_path / f"toys/eval/{name}/x.png", number)
+    named = CatalogOptions(datasets=[f"imagefolder:{tmp_path}/toys/eval"])
+    prompts = lists(tmp_path, eval=["a", "b"])
+    (entry,) = wanted_entries(named)
+    assert "add --split . if" in str(opened(entry, prompts, tmp_path))
+    for split in (".", ""):
+        (entry,) = wanted_entries(replace(named, split=split))
+        assert levels(opened(entry, prompts, tmp_path)) == [(0, 0), (1, 1)]
+    (entry,) = wanted_entries(replace(named, datasets=["retrieval:x"]))
+    assert entry.split == "test"
+
+
 def test_a_flat_folder_with_a_list_of_labels(tmp_path):
     """ImageNet's validation set as it is published, with Caffe's val.txt."""
     for number in (1, 2, 3):

@@ -17,14 +17,13 @@ from typing import Any
 from base.errors import UserError, brief
 from base.text import clean_surrogates
 
+ROOM = "make room or name another folder"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STALE = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
 
 
 @contextmanager
-def atomic_write(
-    path: str | Path, remedy: str = "make room or name another folder"
-) -> Iterator[Path]:
+def atomic_write(path: str | Path, remedy: str = ROOM) -> Iterator[Path]:
     """Gives the path of a temporary file beside `path` to write; afterwards it is synced and
     renamed to `path`.
 
@@ -169,6 +168,30 @@ def write_json_lines(path: str | Path, rows: Iterable[dict]) -> int:
             file.write(clean_surrogates(strict_json(row, ensure_ascii=False)) + "\n")
             count += 1
     return count
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, Any], metadata: dict[str, str], remedy: str = ROOM
+) -> None:
+    """Replace a file by tensors as safetensors atomically. They are contiguous and share no
+    storage. UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_write(path, remedy) as temporary:
+        temporary.touch()
+        mode = (
+            temporary.stat().st_mode
+        )  # as the umask has it; safetensors lets the owner alone read
+        try:
+            save_file(dict(tensors), temporary, metadata)
+        except SafetensorError as error:  # a full disk or quota; the number is in the text alone
+            found = re.search(r"os error (\d+)", str(error))
+            if found is None:
+                raise
+            number = int(found[1])
+            raise OSError(number, os.strerror(number)) from error
+        temporary.chmod(mode)
 
 
 def strict_json(value: Any, **options: Any) -> str:

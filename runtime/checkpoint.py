@@ -7,7 +7,6 @@ renamed, so that a name never stands for half a checkpoint, and every file carri
 (`runtime.hashed`).
 """
 
-import errno
 import os
 import re
 import shutil
@@ -35,7 +34,7 @@ from base.torch_files import (
     read_tensors,
     unwrap_names,
 )
-from base.writing import atomic_write, file_errors, sync_folder
+from base.writing import atomic_write, file_errors, sync_folder, write_safetensors
 from runtime.hashed import find_file_damage, recorded_hash, write_hashed
 from runtime.safe_pickle import Stub, load_torch, module_tensors
 from runtime.sharded import find_folder_damage, is_sharded, load_index, weights_in, write_index
@@ -367,8 +366,6 @@ def _note(text: str) -> None:
 def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """Writes a state dict as safetensors, atomically. Tied tensors are written once per name, so
     that all keys stay."""
-    from safetensors.torch import save_file
-
     seen = set()
     own = {}
     for key, value in state.items():
@@ -378,17 +375,7 @@ def export_safetensors(state: Mapping[str, torch.Tensor], path: str | Path) -> N
         seen.add(storage.data_ptr())
         own[key] = value.clone() if shared else value
 
-    with atomic_write(path) as temporary:
-        temporary.touch()
-        # as the umask has it; safetensors lets the owner alone read
-        mode = temporary.stat().st_mode
-        try:
-            save_file(own, temporary, metadata={"format": "pt"})
-        except Exception as error:  # safetensors hides the errno of a full disk in its text
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
-        temporary.chmod(mode)
+    write_safetensors(path, own, {"format": "pt"})
 
 
 def _step_of(path: Path) -> int:

@@ -14,7 +14,7 @@ from base.errors import BadSample, UserError
 from base.pixels import pixels_digest
 from base.reading import parse_json
 from base.text import lenient_text, lines_in
-from base.writing import atomic_write
+from base.writing import write_safetensors
 from evaluation.demo.abilities import Embedder
 
 VERSION = 1  # raised when something else is kept
@@ -161,8 +161,6 @@ class Store:
 
     def keep(self) -> None:
         """Write all that is known, atomically."""
-        from safetensors.torch import save_file
-
         files = [name for name, row in self.rows.items() if isinstance(row[1], Tensor)]
         wrong = [name for name, row in self.rows.items() if isinstance(row[1], str)]
         about = {
@@ -175,8 +173,8 @@ class Store:
             table["images"] = torch.stack([self.rows[name][1] for name in files])
         if self.texts:
             table["texts"] = torch.stack(list(self.texts.values()))
-        with atomic_write(self.file, "name another folder as --cache") as temporary:
-            save_file(table, temporary, metadata={"about": json.dumps(about)})
+        about = {"about": json.dumps(about)}
+        write_safetensors(self.file, table, about, "name another folder as --cache")
 
     def load(self) -> None:
         """Read what was kept; a damaged file counts as none."""

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -123,21 +124,36 @@ def test_best_is_the_last_resort(tmp_path):
         assert load_latest(folder)[0]["step"] == 1
 
 
+@contextmanager
+def files_up_to(size):
+    """A file that grows beyond `size` bytes gets an OSError, as on a full disk or quota."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+
+
 def test_file_size_limit_leaves_old_checkpoints_intact(tmp_path):
     """A real failing write(2), in the middle of the file, reported from inside torch's C++
     writer."""
     folder = CheckpointFolder(tmp_path)
     first = folder.save(state(1), 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-        with pytest.raises(UserError, match="disk is full"):
-            folder.save(state(2), 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
+    with files_up_to(50_000), pytest.raises(UserError, match="disk is full"):
+        folder.save(state(2), 2)
     assert list(tmp_path.iterdir()) == [first] and load_latest(folder)[0]["step"] == 1
+
+
+def test_an_export_beyond_the_limit_leaves_the_old_one(tmp_path):
+    """A real failing write(2), of which safetensors tells the number in its text alone."""
+    file = tmp_path / "model.safetensors"
+    export_safetensors({"weight": torch.ones(2)}, file)
+    with files_up_to(50_000), pytest.raises(UserError, match="disk is full"):
+        export_safetensors({"weight": torch.zeros(100_000)}, file)
+    assert list(tmp_path.iterdir()) == [file] and read_weights(file)["weight"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("where", ["write", "fsync", "replace"])

@@ -291,6 +291,9 @@ def start_task(
 # ---- BERT and DeiT
 
 
+NO_BERT = ("roberta", "camembert", "data2vec")  # whose weights are called and shaped as a BERT's
+
+
 def load_bert(
     model: nn.Module, state: State, described: Mapping[str, Any] | None = None
 ) -> Differences:
@@ -303,6 +306,10 @@ def load_bert(
     out too, and the word head where the file has none. A line names layers that stay random, as
     they do in the originals. Anything else that differs is a `UserError`.
     """
+    kind = str((described or {}).get("model_type"))
+    if any(name in kind for name in NO_BERT):
+        at = "counts positions from behind its padding, unlike BERT"
+        raise UserError(f"config.json: a {kind}, which {at}; start from a BERT")
     head = hasattr(model, "cls")
     shape = model.config
     computed = {

@@ -268,6 +268,8 @@ def test_bert_in_every_spelling(old_names, prefix, capsys):
     assert not found.unexpected and torch.equal(two_stage.embeddings.word_embeddings.weight, words)
     with pytest.raises(UserError, match=r"layer_norm_eps is 1e-05, .* set it in bert_config"):
         load_bert(two_stage, state, {"layer_norm_eps": 1e-5})
+    with pytest.raises(UserError, match="a xlm-roberta, which counts positions from behind"):
+        load_bert(two_stage, state, {"model_type": "xlm-roberta"})
     last = state[f"{prefix}encoder.layer.1.output.dense.weight"]
     assert torch.equal(two_stage.layers[1].output.dense.weight, last)
     state.pop(f"{prefix}encoder.layer.1.output.dense.weight")

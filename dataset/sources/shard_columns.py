@@ -83,8 +83,6 @@ def _field(record: dict, field: str, given: Columns) -> dict:
     if value is None or value in ("", []):
         wanted = " or ".join(given.names)
         raise BadSample(f"{record['key']}: no {wanted} for {field}; it has {_members(record)}")
-    if len(given.names) > 1 and not weights:
-        value = [text for each in value for text in as_list(each)]
     # none, too, are said: those of other captions in .json do not count
     return {field: value} | ({"caption_weights": weights} if field == "caption" else {})
 

@@ -32,7 +32,7 @@ from base.errors import BadSample, UserError, brief
 from base.limits import CELL_BYTES, check_limit, over_limit
 from base.names import matching_files, nearest
 from base.reading import read_bytes, read_json, read_json_lines, read_start
-from base.text import encoding_of, is_blank, lenient_text, lines_in, looks_like
+from base.text import as_list, encoding_of, is_blank, lenient_text, lines_in, looks_like
 from dataset.images.formats import files_below, is_image
 from dataset.sources.hub import is_hub, local_copy
 from dataset.sources.json_entries import objects_of
@@ -72,12 +72,14 @@ class Columns(NamedTuple):
         """The value of the field in a row, and with `weights` that of every text in it: a column
         that holds several texts shares its weight among them."""
         if self.weights is None:
-            values = [row[name] for name in self.names]
-            return (values[0] if len(values) == 1 else [each for each in values if each]), None
+            values = [_listed(row[name]) for name in self.names]
+            if len(values) == 1:
+                return values[0], None
+            return [each for value in values if value for each in as_list(value)], None
         texts: list[object] = []
         weights: list[float] = []
         for name, weight in zip(self.names, self.weights, strict=True):
-            value = row[name]
+            value = _listed(row[name])
             found = [each for each in value if each] if isinstance(value, list) else [value]
             if value:
                 texts += found
@@ -262,6 +264,13 @@ def _cell(text: str) -> object:
         with suppress(ValueError, SyntaxError):
             return ast.literal_eval(text) if PYTHON_TEXTS.fullmatch(text) else text
     return text
+
+
+def _listed(value: object) -> object:
+    """A text that spells a list of texts as that list: tables of texts alone are saved so."""
+    found = _cell(value) if isinstance(value, str) else value
+    is_list = isinstance(found, list) and all(isinstance(text, str) for text in found)
+    return found if is_list else value
 
 
 @contextmanager

@@ -66,6 +66,22 @@ def test_lists_in_cells_and_other_fields(tmp_path):
         assert Records(table)[0]["caption"] == text  # as pandas saves a list; NumPy's has no commas
 
 
+def test_a_text_that_spells_a_list_of_texts_is_that_list(tmp_path):
+    cells = {"image": ["1", "2", "3"], "caption": ['["a", "b"]', "['c']", "[1]"], "alt": ["x"] * 3}
+    parquet.write_table(pyarrow.table(cells), tmp_path / "list.parquet")
+    (tmp_path / "list.csv").write_text(
+        'image,caption,alt\n1,"[""a"", ""b""]",x\n2,[\'c\'],x\n3,"[1,",x\n'
+    )
+    for table in ("list.parquet", "list.csv"):
+        records = Records(tmp_path / table)
+        assert [record["caption"] for record in records][:2] == [["a", "b"], ["c"]]
+        several = Records(f"{tmp_path}/{table}?caption=alt,caption")
+        assert [record["caption"] for record in several][:2] == [["x", "a", "b"], ["x", "c"]]
+        weights = Records(f"{tmp_path}/{table}?caption=alt:0.5,caption:0.5")[0]["caption_weights"]
+        assert weights == [0.5, 0.25, 0.25]
+    assert Records(tmp_path / "list.parquet")[2]["caption"] == "[1]", "numbers are no captions"
+
+
 def test_a_field_does_not_take_the_column_of_another_field(tmp_path):
     table = write_table(tmp_path / "g.csv", ("image", "text"), [("a.jpg", "left")])
     assert Records(table, ("image", "text"))[0]["text"] == "left"

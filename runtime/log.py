@@ -195,10 +195,17 @@ class RunLog:
             self.bar.set_postfix(shown, refresh=False)
 
     def sync(self) -> None:
-        """Make the lines so far outlast a power failure."""
-        if self.main:
-            with file_errors(self.path, RESUMABLE):
-                os.fsync(self.file.fileno())
+        """Make the lines so far outlast a power failure. Where the file was removed, its lines from
+        here on go to a new one."""
+        if not self.main:
+            return
+        with file_errors(self.path, RESUMABLE):
+            os.fsync(self.file.fileno())
+            if not self.path.exists():
+                self.say(f"warning: {self.path} was removed under way; a new one begins here")
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file.close()
+                self.file = self.path.open("ab", buffering=0)
 
     def say(self, text: str) -> None:
         """A line for the user, above the progress bar."""

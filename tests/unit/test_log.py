@@ -1,6 +1,7 @@
 """Meters, FLOP counts and the log file."""
 
 import json
+import shutil
 
 import torch
 from torch import nn
@@ -41,6 +42,18 @@ def test_log_is_json_lines_and_resuming_drops_what_will_be_written_again(tmp_pat
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20]
     assert lines[0]["bad"] == "nan"
+
+
+def test_a_log_whose_folder_was_removed_goes_on_in_a_new_file(tmp_path, capsys):
+    log = RunLog(tmp_path / "run", WORLD, {}, tensorboard=False)
+    log.write(1, loss=2.0)
+    shutil.rmtree(tmp_path / "run")
+    log.sync()
+    log.write(2, loss=1.0)
+    log.close()
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2]
+    assert "log.jsonl was removed" in capsys.readouterr().out
 
 
 def test_tensorboard_events_are_written(tmp_path):

@@ -75,7 +75,9 @@ class Config(FineTuneConfig):
     )
     temp: float = knob(0.07, "initial temperature without a checkpoint", low=0.001, high=0.5)
     freeze_visual_encoder: bool = knob(False, "train all but the vision transformer")
-    k_test: int = knob(128, "candidates re-ranked by ITM, per image and per caption", low=1)
+    k_test: int = knob(
+        128, "candidates re-ranked by ITM, per image and caption; R@10 needs 10", low=1
+    )
     rerank: bool = knob(True, "re-rank the top k with ITM; --no-rerank orders by similarity alone")
     score: str = knob(
         "matching", "re-rank by ITM, or by its sum with the similarity", choices=("matching", "sum")

@@ -180,9 +180,8 @@ def write_safetensors(
 
     with atomic_write(path, remedy) as temporary:
         temporary.touch()
-        mode = (
-            temporary.stat().st_mode
-        )  # as the umask has it; safetensors lets the owner alone read
+        # as the umask has it; safetensors lets the owner alone read
+        mode = temporary.stat().st_mode
         try:
             save_file(dict(tensors), temporary, metadata)
         except SafetensorError as error:  # a full disk or quota; the number is in the text alone

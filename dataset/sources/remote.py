@@ -187,6 +187,7 @@ def _first_bytes(files, path: str, count: int) -> bytes:
     """Up to `count` bytes of a remote file's start."""
     if path.startswith("http"):  # as a stream: some servers know no ranges and send everything
         data = bytearray()
+        # fsspec makes a stream of blocks of 0 bytes, and any size saves the request for it
         with files.open(path, "rb", block_size=0, size=count) as stream:
             while len(data) < count and (block := stream.read(BUFFER)):
                 data += block

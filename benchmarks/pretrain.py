@@ -89,6 +89,8 @@ def ours(options: SimpleNamespace) -> dict:
         config = TokenizerConfig(width=8) if options.tiny else TokenizerConfig()
         tokenizer = ImageTokenizer(config, with_decoder=False).freeze(options.precision)
         tokenizer = tokenizer.to(options.device)
+        if options.compile:
+            tokenizer.compiled()
         token_image = batch.pop("token_image")
         batch["visual_codes"] = torch.zeros_like(batch["patch_mask"], dtype=torch.int64)
     pairs = MomentumPairs(model)

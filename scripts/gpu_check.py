@@ -105,7 +105,7 @@ def main() -> int:
     device = torch.device("cpu") if options.cpu else torch.device("cuda", 0)
     options.peers = parse_peers(options.peer, options.peer_python)
     chosen("--part", None if options.part == "all" else options.part, PARTS)
-    known = dict.fromkeys([*STEPS, *whole_runs.TRAINING, *whole_runs.EVALUATIONS])
+    known = {**STEPS, **whole_runs.TRAINING, **whole_runs.GRAPHS, **whole_runs.EVALUATIONS}
     options.only = chosen("--only", options.only, known)
     options.compiled = chosen("--compiled", options.compiled, checks.COMPILED)
     modes = measures.modes_for(device)

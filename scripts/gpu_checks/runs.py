@@ -98,8 +98,10 @@ class Run:
 
     def move(self) -> None:
         """Networks to the device, wrapped; the optimizer over them."""
-        for network in self.setup.frozen:
-            network.to(self.device)
+        for tokenizer in self.setup.frozen:
+            tokenizer.to(self.device)
+            if self.features.get("compile"):
+                tokenizer.compiled()
         config = self.config
         features = ParallelOptions(**self.features)
         self.model = parallelize(self.setup.model, alone(self.device), features).train()

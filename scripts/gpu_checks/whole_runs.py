@@ -39,6 +39,17 @@ TRAINING = {  # folder of the run: script and options
     "nxtp": "Recognition.py --config configs/Recognition/debug.yaml",
     "nxtp_fsdp": f"Recognition.py --config configs/Recognition/debug.yaml {SHARDED}",
 }
+GRAPHS = {  # those of compiled code that CUDA graphs replay: on a GPU alone
+    f"{name}_graphs": f"{command} --compile true --compile_mode reduce-overhead"
+    for name, command in {
+        "pretrain": TRAINING["pretrain"],
+        "retrieval": TRAINING["retrieval"],
+        "ve": TRAINING["ve"],
+        "cl2l": f"{TRAINING['cl2l']} --image_size 32",
+        "vit": TRAINING["vit"],
+        "nxtp": TRAINING["nxtp"],
+    }.items()
+}
 EVALUATIONS = {  # of a run above
     "zeroshot": "eval_zeroshot.py --config configs/eval_zeroshot/debug.yaml --checkpoint {runs}/cl2l "
     "--output_dir {out}",
@@ -57,10 +68,11 @@ def check_scripts(
     shutil.rmtree(folder, ignore_errors=True)
     precision = "bf16" if device.type == "cuda" else "fp32"
     words = f"--device {device.type} --precision {precision}"
+    training = TRAINING | (GRAPHS if device.type == "cuda" else {})
     with ThreadPoolExecutor(jobs) as pool:
         trained = {
             pool.submit(train_and_resume, f"{command} {words}", folder / name): name
-            for name, command in TRAINING.items()
+            for name, command in training.items()
             if name in names
         }
         _note(report, trained)

@@ -10,9 +10,11 @@ import torch
 
 from base.errors import UserError
 from runtime.config.cli import parse
+from runtime.parallel import check_compile_mode
 from scripts.gpu_checks import peers, whole_runs
 from scripts.gpu_checks.report import Report
-from scripts.gpu_checks.runs import difference
+from scripts.gpu_checks.runs import Run, difference
+from scripts.planning.methods import STEPS
 from tests.helpers.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,3 +117,18 @@ def test_a_run_that_is_not_whole_is_found_out(losses, tmp_path, monkeypatch):
     monkeypatch.setattr(whole_runs, "run_to_end", lambda command: 0.0)
     with pytest.raises(RuntimeError, match="losses by step"):
         whole_runs.train_and_resume("Classification.py", tmp_path)
+
+
+@pytest.mark.parametrize("name", whole_runs.GRAPHS)
+def test_runs_with_cuda_graphs_are_possible(name):
+    script, *words = whole_runs.GRAPHS[name].split()
+    config = parse(importlib.import_module(Path(script).stem).Config, words)
+    assert (config.compile, config.compile_mode) == (True, "reduce-overhead")
+    check_compile_mode(config)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_image_tokenizer_is_compiled_as_pretraining_does(compiled):
+    run = Run(STEPS["simla"], torch.device("cpu"), "fp32", compile=compiled)
+    (tokenizer,) = run.setup.frozen
+    assert (tokenizer.encoder._compiled_call_impl is not None) == compiled
